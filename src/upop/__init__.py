@@ -1,0 +1,1 @@
+"""UPop: unified and progressive pruning of vision-language transformers."""
