@@ -1,0 +1,26 @@
+"""The method: unified and progressive pruning. Knows nothing of tasks, files or commands."""
+
+from upop.pruning.costs import count_macs, count_parameters
+from upop.pruning.layouts import LAYOUTS, Layout, Survey, find_units, survey
+from upop.pruning.plan import Plan
+from upop.pruning.pruner import SCORES, Pruner
+from upop.pruning.shrink import shrink
+from upop.pruning.units import Attribute, Skipped, Slice, Unit
+
+__all__ = [
+    "LAYOUTS",
+    "SCORES",
+    "Attribute",
+    "Layout",
+    "Plan",
+    "Pruner",
+    "Skipped",
+    "Slice",
+    "Survey",
+    "Unit",
+    "count_macs",
+    "count_parameters",
+    "find_units",
+    "shrink",
+    "survey",
+]

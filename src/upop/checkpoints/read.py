@@ -1,0 +1,55 @@
+"""Reading files of weights: tensors only, never anything that could run."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from upop.errors import CheckpointError
+
+
+def read_weights(path: str | Path) -> dict[str, Tensor]:
+    """Return the tensors of a `.pth` or `.safetensors` file, on the CPU.
+
+    A `.pth` holds `{"model": state_dict}`, as published, or a bare state dict.
+
+    Raises:
+        CheckpointError: there is no such file, it is no checkpoint, or it carries anything else than tensors
+            (such a file is refused, never executed).
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(
+            f"Checkpoint {path} was asked for, and {'a folder' if path.is_dir() else 'nothing'} was found there. "
+            "Give the path of a .pth or .safetensors file."
+        )
+    if path.suffix == ".safetensors":
+        try:
+            return load_file(path)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{path} is no readable safetensors file: {error}. Fetch or write it again.") from error
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        if "Unsupported" in str(error) or "GLOBAL" in str(error) or "WeightsUnpickler" in str(error):
+            raise CheckpointError(
+                f"{path} carries Python objects beside tensors and was refused: reading it could run code. "
+                f"Save a plain state dict from a place that you trust. ({str(error).splitlines()[0][:200]})"
+            ) from error
+        raise CheckpointError(f"{path} is no checkpoint that torch can read: {error}") from error
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError, TypeError, IndexError) as error:
+        raise CheckpointError(
+            f"{path} is no checkpoint that torch can read, or was cut short ({type(error).__name__}: "
+            f"{str(error).splitlines()[0][:200] if str(error) else 'empty'}). Fetch or write it again."
+        ) from error
+    state = content.get("model", content) if isinstance(content, Mapping) else None
+    if not isinstance(state, Mapping) or not state or not all(isinstance(value, Tensor) for value in state.values()):
+        found = sorted(map(str, content))[:8] if isinstance(content, Mapping) else type(content).__name__
+        raise CheckpointError(f'{path} should hold {{"model": state dict}} or a state dict of tensors; found {found}.')
+    return {str(name): value for name, value in state.items()}

@@ -1,0 +1,400 @@
+"""Claims about a pair of pictures: each one is a predicate over the two scenes and the ways to say it.
+
+A claim holds no label: `truth` reads it off the scenes, and is the only place where truth is decided. `truth` is None
+where the claim would sound wrong rather than false ("the circle in the left image" when there are three circles).
+Inside a picture only vertical words are used: training may swap the two pictures together with the words left and
+right, so these two words must name nothing but the pictures.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from upop.data.shapes.scenes import COLOURS, GRID, KINDS, SIZES, Noun, Scene
+
+Side = Literal["left", "right"]
+Relation = Literal["exactly", "at least", "at most", "more than", "fewer than"]
+
+NUMBER_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight")
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """The two scenes of a record."""
+
+    left: Scene
+    right: Scene
+
+    def side(self, side: Side) -> Scene:
+        """The scene on that side."""
+        return self.left if side == "left" else self.right
+
+    def swapped(self) -> Pair:
+        """The same two scenes, the other way round."""
+        return Pair(self.right, self.left)
+
+    @property
+    def content(self) -> frozenset[tuple[tuple[str, str, str, int, int], ...]]:
+        """What the pair shows, whichever way round: equal for pairs that look alike."""
+        return frozenset((self.left.content, self.right.content))
+
+
+def other(side: Side) -> Side:
+    """The opposite side."""
+    return "right" if side == "left" else "left"
+
+
+class Claim(Protocol):
+    """What every claim can do."""
+
+    def truth(self, pair: Pair) -> bool | None:
+        """Whether the claim holds; None where it cannot be said of this pair."""
+
+    def phrasings(self) -> tuple[str, ...]:
+        """The ways to say it, all of the same meaning."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shows(Claim):
+    """One picture shows such a shape."""
+
+    noun: Noun
+    side: Side
+
+    def truth(self, pair: Pair) -> bool | None:
+        """Whether the picture of that side has a shape that fits."""
+        return pair.side(self.side).has(self.noun)
+
+    def phrasings(self) -> tuple[str, ...]:
+        """The ways to say it."""
+        noun, side = self.noun.singular, self.side
+        return (
+            f"the {side} image shows a {noun}",
+            f"the {side} image contains a {noun}",
+            f"there is a {noun} in the {side} image",
+            f"a {noun} is in the {side} image",
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Lacks(Claim):
+    """One picture shows no such shape."""
+
+    noun: Noun
+    side: Side
+
+    def truth(self, pair: Pair) -> bool | None:
+        """Whether the picture of that side has no shape that fits."""
+        return not pair.side(self.side).has(self.noun)
+
+    def phrasings(self) -> tuple[str, ...]:
+        """The ways to say it."""
+        noun, side = self.noun.singular, self.side
+        return (
+            f"there is no {noun} in the {side} image",
+            f"the {side} image does not show a {noun}",
+            f"the {side} image does not contain a {noun}",
+            f"the {side} image shows no {noun}",
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class InHowMany(Claim):
+    """How many of the two pictures show such a shape."""
+
+    noun: Noun
+    which: Literal["both", "neither", "exactly one", "at least one"]
+
+    def truth(self, pair: Pair) -> bool | None:
+        """Whether that many of the pictures have a shape that fits."""
+        images = pair.left.has(self.noun) + pair.right.has(self.noun)
+        wanted = {"both": (2,), "neither": (0,), "exactly one": (1,), "at least one": (1, 2)}
+        return images in wanted[self.which]
+
+    def phrasings(self) -> tuple[str, ...]:
+        """The ways to say it."""
+        noun = self.noun.singular
+        if self.which == "both":
+            return (
+                f"both images contain a {noun}",
+                f"both images show a {noun}",
+                f"each image shows a {noun}",
+                f"there is a {noun} in both images",
+            )
+        if self.which == "neither":
+            return (
+                f"neither image shows a {noun}",
+                f"neither image contains a {noun}",
+                f"there is no {noun} in either image",
+            )
+        if self.which == "exactly one":
+            return (
+                f"exactly one image shows a {noun}",
+                f"exactly one image contains a {noun}",
+                f"there is a {noun} in only one image",
+            )
+        return (
+            f"at least one image shows a {noun}",
+            f"there is a {noun} in at least one image",
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class OnlyIn(Claim):
+    """One picture shows such a shape, and the other does not."""
+
+    noun: Noun
+    side: Side
+
+    def truth(self, pair: Pair) -> bool | None:
+        """Whether that side has a shape that fits and the other side has none."""
+        return pair.side(self.side).has(self.noun) and not pair.side(other(self.side)).has(self.noun)
+
+    def phrasings(self) -> tuple[str, ...]:
+        """The ways to say it."""
+        noun, side = self.noun.singular, self.side
+        return (
+            f"only the {side} image shows a {noun}",
+            f"only the {side} image contains a {noun}",
+            f"there is a {noun} only in the {side} image",
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Count(Claim):
+    """How many such shapes one picture shows, or (side None) both together."""
+
+    noun: Noun
+    side: Side | None
+    relation: Relation
+    number: int
+
+    def truth(self, pair: Pair) -> bool | None:
+        """Whether the number of shapes that fit stands in that relation to the claimed number."""
+        if self.side is None:
+            found = pair.left.count(self.noun) + pair.right.count(self.noun)
+        else:
+            found = pair.side(self.side).count(self.noun)
+        return {
+            "exactly": found == self.number,
+            "at least": found >= self.number,
+            "at most": found <= self.number,
+            "more than": found > self.number,
+            "fewer than": found < self.number,
+        }[self.relation]
+
+    def phrasings(self) -> tuple[str, ...]:
+        """The ways to say it."""
+        noun = self.noun.singular if self.number == 1 else self.noun.plural
+        things = f"{NUMBER_WORDS[self.number]} {noun}"
+        be = "is" if self.number == 1 else "are"
+        place = "in total" if self.side is None else f"in the {self.side} image"
+        subject, show, contain, have = (
+            ("the two images", "show", "contain", "have")
+            if self.side is None
+            else (f"the {self.side} image", "shows", "contains", "has")
+        )
+        tail = " in total" if self.side is None else ""
+        if self.relation != "exactly":
+            return (
+                f"there {be} {self.relation} {things} {place}",
+                f"{subject} {contain} {self.relation} {things}{tail}",
+                f"{subject} {have} {self.relation} {things}{tail}",
+            )
+        return (
+            f"there {be} {things} {place}",
+            f"there {be} exactly {things} {place}",
+            f"{subject} {contain} exactly {things}{tail}",
+            f"{subject} {show} {things}{tail}",
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Every(Claim):
+    """All shapes of a group have an attribute, in one picture or (side None) in both; or (negated) not all have it."""
+
+    group: Noun
+    value: str
+    side: Side | None
+    negated: bool = False
+
+    def truth(self, pair: Pair) -> bool | None:
+        """Whether all of the group have it. None when a picture shows none of them, or there is only one."""
+        scenes = (pair.left, pair.right) if self.side is None else (pair.side(self.side),)
+        groups = [scene.matching(self.group) for scene in scenes]
+        if not all(groups) or sum(map(len, groups)) < 2:
+            return None
+        wanted = having(Noun(), self.value)
+        return all(wanted.fits(shape) for group in groups for shape in group) != self.negated
+
+    def phrasings(self) -> tuple[str, ...]:
+        """The ways to say it."""
+        place = "both images" if self.side is None else f"the {self.side} image"
+        is_kind = self.value in KINDS
+        one = f"every {self.group.singular} in {place} is {'a ' if is_kind else ''}{self.value}"
+        values = Noun(kind=self.value).plural if is_kind else self.value
+        many = f"all {self.group.plural} in {place} are {values}"
+        if self.negated:
+            return (f"not {many}", f"not {one}")
+        if self.group != Noun():
+            return (many, one)
+        only = having(Noun(), self.value).plural
+        show, contain = ("show", "contain") if self.side is None else ("shows", "contains")
+        return (many, one, f"{place} {show} only {only}", f"{place} {contain} only {only}")
+
+
+@dataclass(frozen=True, slots=True)
+class The(Claim):
+    """The one shape of its sort in a picture has an attribute."""
+
+    noun: Noun
+    value: str
+    side: Side
+
+    def truth(self, pair: Pair) -> bool | None:
+        """Whether that shape has it. None unless exactly one shape fits."""
+        shapes = pair.side(self.side).matching(self.noun)
+        return having(Noun(), self.value).fits(shapes[0]) if len(shapes) == 1 else None
+
+    def phrasings(self) -> tuple[str, ...]:
+        """The ways to say it."""
+        value = f"a {self.value}" if self.value in KINDS else self.value
+        return (
+            f"the {self.noun.singular} in the {self.side} image is {value}",
+            f"in the {self.side} image the {self.noun.singular} is {value}",
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Above(Claim):
+    """In one picture, a shape lies in a higher (or lower) row than another one."""
+
+    first: Noun
+    second: Noun
+    side: Side
+    below: bool = False
+
+    def truth(self, pair: Pair) -> bool | None:
+        """Whether some such two shapes lie so. None when the picture lacks one of the two sorts, or both are one."""
+        scene = pair.side(self.side)
+        if self.first == self.second or not (scene.has(self.first) and scene.has(self.second)):
+            return None
+        return (
+            scene.any_above(self.second, self.first)
+            if self.below
+            else scene.any_above(self.first, self.second)
+        )
+
+    def phrasings(self) -> tuple[str, ...]:
+        """The ways to say it."""
+        relation = f"{'below' if self.below else 'above'} a {self.second.singular}"
+        first, side = self.first.singular, self.side
+        return (
+            f"the {side} image shows a {first} {relation}",
+            f"in the {side} image a {first} is {relation}",
+            f"there is a {first} {relation} in the {side} image",
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class AtEnd(Claim):
+    """In one picture, such a shape lies in the top or the bottom row."""
+
+    noun: Noun
+    end: Literal["top", "bottom"]
+    side: Side
+
+    def truth(self, pair: Pair) -> bool | None:
+        """Whether that row has a shape that fits. None when the picture shows none at all."""
+        scene = pair.side(self.side)
+        if not scene.has(self.noun):
+            return None
+        return scene.any_in_row(self.noun, 0 if self.end == "top" else GRID - 1)
+
+    def phrasings(self) -> tuple[str, ...]:
+        """The ways to say it."""
+        return (
+            f"there is a {self.noun.singular} at the {self.end} of the {self.side} image",
+            f"the {self.side} image shows a {self.noun.singular} at the {self.end}",
+            f"a {self.noun.singular} is at the {self.end} of the {self.side} image",
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class MoreIn(Claim):
+    """One picture shows more (or fewer) such shapes than the other."""
+
+    noun: Noun
+    side: Side
+    fewer: bool = False
+
+    def truth(self, pair: Pair) -> bool | None:
+        """Whether it does. None when neither picture shows any."""
+        here, there = pair.side(self.side).count(self.noun), pair.side(other(self.side)).count(self.noun)
+        if not here + there:
+            return None
+        return here < there if self.fewer else here > there
+
+    def phrasings(self) -> tuple[str, ...]:
+        """The ways to say it."""
+        things = f"{'fewer' if self.fewer else 'more'} {self.noun.plural}"
+        here, there = self.side, other(self.side)
+        return (
+            f"the {here} image has {things} than the {there} image",
+            f"the {here} image shows {things} than the {there} image",
+            f"there are {things} in the {here} image than in the {there} image",
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class SameNumber(Claim):
+    """Both pictures show equally many such shapes."""
+
+    noun: Noun
+
+    def truth(self, pair: Pair) -> bool | None:
+        """Whether they do. None when neither picture shows any."""
+        left, right = pair.left.count(self.noun), pair.right.count(self.noun)
+        return left == right if left + right else None
+
+    def phrasings(self) -> tuple[str, ...]:
+        """The ways to say it."""
+        return (
+            f"both images show the same number of {self.noun.plural}",
+            f"both images have the same number of {self.noun.plural}",
+            f"there is the same number of {self.noun.plural} in both images",
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class MoreOf(Claim):
+    """One picture shows more of one sort of shape than of another."""
+
+    first: Noun
+    second: Noun
+    side: Side
+
+    def truth(self, pair: Pair) -> bool | None:
+        """Whether it does. None when it lacks one of the two sorts, or both are one."""
+        first, second = pair.side(self.side).count(self.first), pair.side(self.side).count(self.second)
+        return first > second if first and second and self.first != self.second else None
+
+    def phrasings(self) -> tuple[str, ...]:
+        """The ways to say it."""
+        first, second = self.first.plural, self.second.plural
+        return (
+            f"the {self.side} image has more {first} than {second}",
+            f"there are more {first} than {second} in the {self.side} image",
+        )
+
+
+def having(noun: Noun, value: str) -> Noun:
+    """The description with one more attribute word: a kind, a colour or a size."""
+    if value in KINDS:
+        return Noun(value, noun.colour, noun.size)
+    if value in COLOURS:
+        return Noun(noun.kind, value, noun.size)
+    if value in SIZES:
+        return Noun(noun.kind, noun.colour, value)
+    raise KeyError(value)

@@ -1,0 +1,104 @@
+"""BLIP for visual reasoning (NLVR2): is a sentence true of a pair of pictures?
+
+One vision transformer encodes both pictures; each layer of the text encoder attends to them through a twin
+cross-attention, whose two results are averaged in the lower layers and merged by a linear layer in the upper ones;
+a two-class head reads the first token.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from transformers.models.blip.modeling_blip_text import BlipTextModel, BlipTextSelfAttention
+
+from upop.models.blip import BlipConfig, build_vision_encoder, keep_position_ids, text_config
+
+
+class NlvrConfig(BlipConfig):
+    """Sizes of BLIP for NLVR before pruning."""
+
+    merge_from: int = Field(6, ge=0, description="first text layer whose twin outputs are merged by a linear layer")
+
+
+class _TwinOutput(nn.Module):
+    """Projects the two contexts, joins them, and adds the residual (`output` in the published names)."""
+
+    def __init__(self, config: Any, merge: bool) -> None:
+        super().__init__()
+        width = config.hidden_size
+        self.LayerNorm = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.dense0 = nn.Linear(width, width)
+        self.dense1 = nn.Linear(width, width)
+        self.merge_layer = nn.Linear(2 * width, width) if merge else None
+
+    def forward(self, context0: Tensor, context1: Tensor, residual: Tensor) -> Tensor:
+        first, second = self.dense0(context0), self.dense1(context1)
+        if self.merge_layer is None:
+            joined = (first + second) / 2
+        else:
+            joined = self.merge_layer(torch.cat([first, second], dim=-1))
+        states: Tensor = self.LayerNorm(self.dropout(joined) + residual)
+        return states
+
+
+class TwinCrossAttention(nn.Module):
+    """Cross-attention to two pictures, each with its own projections; stands where BlipTextLayer has its single one."""
+
+    def __init__(self, config: Any, layer: int, merge: bool) -> None:
+        super().__init__()
+        self.self0 = BlipTextSelfAttention(config, is_cross_attention=True, layer_idx=layer)
+        self.self1 = BlipTextSelfAttention(config, is_cross_attention=True, layer_idx=layer)
+        self.output = _TwinOutput(config, merge)
+
+    def forward(
+        self, hidden_states: Tensor, encoder_hidden_states: tuple[Tensor, Tensor], **_unused: Any
+    ) -> tuple[Tensor, None]:
+        """Return new states [B, T, text_width] for text states and two pictures' states [B, N, vision_width]."""
+        context0, _ = self.self0(hidden_states, encoder_hidden_states=encoder_hidden_states[0])
+        context1, _ = self.self1(hidden_states, encoder_hidden_states=encoder_hidden_states[1])
+        return self.output(context0, context1, hidden_states), None
+
+
+class BlipNlvr(nn.Module):
+    """BLIP for NLVR, with the parameter names of the published checkpoints."""
+
+    def __init__(self, config: NlvrConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.visual_encoder = build_vision_encoder(config)
+        text = text_config(config)
+        self.text_encoder = BlipTextModel(text, add_pooling_layer=False)
+        keep_position_ids(self.text_encoder.embeddings)
+        for number, layer in enumerate(self.text_encoder.encoder.layer):
+            layer.crossattention = TwinCrossAttention(text, number, merge=number >= config.merge_from)
+            layer.crossattention.apply(self.text_encoder._init_weights)
+        width = config.text_width
+        self.cls_head = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 2))
+
+    def encode(self, images: Tensor, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Return picture states [2B, N, vision_width] and text states [B, T, text_width]; see `forward`."""
+        image_states = self.visual_encoder(images)
+        # The first token becomes [ENC], the last word of the vocabulary, as in all published checkpoints.
+        first = torch.full_like(input_ids[:, :1], self.config.vocab_size - 1)
+        text = self.text_encoder(
+            torch.cat([first, input_ids[:, 1:]], dim=1),
+            attention_mask=attention_mask,
+            encoder_hidden_states=image_states.chunk(2),
+            is_decoder=False,
+        )
+        return image_states, text.last_hidden_state
+
+    def forward(self, images: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Return logits [B, 2] (false, true).
+
+        Args:
+            images: [2B, 3, S, S]: all first pictures, then all second ones.
+            input_ids: token ids of the sentences, [B, T].
+            attention_mask: 1 where there is a token, 0 where there is padding, [B, T].
+        """
+        logits: Tensor = self.cls_head(self.encode(images, input_ids, attention_mask)[1][:, 0])
+        return logits

@@ -1,0 +1,159 @@
+"""What one entry of a unit costs: in parameters, in multiply-adds, as published, or as given."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from upop.pruning.errors import SettingError, nearest
+from upop.pruning.units import Unit, tensor_of
+
+Cost = str | Mapping[str, float] | Callable[[Unit], float]
+
+COSTS = ("params", "flops", "reference")
+# The published implementation's cost of an attention entry, where an MLP entry costs 1.
+_PUBLISHED_ATTENTION_COST = {"vision-language": 36.0, "vision": 12.0}
+
+
+def entry_costs(model: nn.Module, units: Sequence[Unit], cost: Cost, example: Any = None) -> dict[str, float]:
+    """Return the cost of one entry for every unit.
+
+    Args:
+        model: the dense model.
+        units: its units.
+        cost: "params" (parameters that the entry removes), "flops" (multiply-adds that it removes in one forward
+            pass over `example`), "reference" (attention 36 or, in a model without text units, 12; MLP 1), a mapping
+            from unit names or patterns to numbers, or a function of a unit.
+        example: inputs for one forward pass, as `call` takes them; needed by "flops" alone.
+
+    Raises:
+        SettingError: the cost is unknown, matches no unit, leaves one out, is not positive, or misses its example.
+    """
+    if callable(cost):
+        costs = {unit.name: float(cost(unit)) for unit in units}
+    elif isinstance(cost, Mapping):
+        costs = _given(units, cost)
+    elif cost == "params":
+        costs = {unit.name: _parameters(model, unit) for unit in units}
+    elif cost == "flops":
+        if example is None:
+            raise SettingError(
+                "cost='flops' counts one forward pass, and no example inputs were given. Pass example=... "
+                "(a tensor, a tuple of arguments, or a mapping of keyword arguments)."
+            )
+        costs = _multiply_adds(model, units, example)
+    elif cost == "reference":
+        family = "vision-language" if any(unit.modality == "text" for unit in units) else "vision"
+        attention = _PUBLISHED_ATTENTION_COST[family]
+        costs = {unit.name: attention if unit.kind == "attention" else 1.0 for unit in units}
+    else:
+        raise SettingError(
+            f"cost={cost!r} is not known{nearest(str(cost), COSTS)}. "
+            f"Use one of {', '.join(map(repr, COSTS))}, a mapping from units to costs, or a function of a unit."
+        )
+    bad = {name: value for name, value in costs.items() if not 0 < value < float("inf")}
+    if bad:
+        raise SettingError(f"Costs must be positive numbers; found {bad}. Exclude a unit that costs nothing.")
+    return costs
+
+
+def call(model: nn.Module, inputs: Any) -> Any:
+    """Run `model` on `inputs`: a mapping is keyword arguments, a tuple or list arguments, anything else the one
+    argument; a function is given the model and returns its outputs.
+    """
+    if isinstance(inputs, Mapping):
+        return model(**inputs)
+    if isinstance(inputs, tuple | list):
+        return model(*inputs)
+    if callable(inputs) and not isinstance(inputs, Tensor):
+        return inputs(model)
+    return model(inputs)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put the model into evaluation mode without gradients, and every module back into its own mode afterwards."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def count_macs(model: nn.Module, inputs: Any) -> int:
+    """Return the multiply-adds of all matrix products and convolutions in one forward pass (evaluation mode)."""
+    with evaluating(model), FlopCounterMode(display=False) as counter:
+        call(model, inputs)
+    return int(counter.get_total_flops()) // 2
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Return the number of parameters, shared ones counted once."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _given(units: Sequence[Unit], cost: Mapping[str, float]) -> dict[str, float]:
+    names = [unit.name for unit in units]
+    for pattern in cost:
+        if not fnmatch.filter(names, pattern):
+            raise SettingError(f"cost names {pattern!r}, which matches no unit{nearest(pattern, names)}.")
+    costs = {}
+    for name in names:
+        matches = [value for pattern, value in cost.items() if pattern == name or fnmatch.fnmatch(name, pattern)]
+        if not matches:
+            raise SettingError(f"cost gives no number for unit {name!r}. Add it, or exclude the unit.")
+        costs[name] = float(cost.get(name, matches[0]))
+    return costs
+
+
+def _parameters(model: nn.Module, unit: Unit) -> float:
+    return sum(tensor_of(model, part.tensor).numel() for part in unit.slices) / unit.size
+
+
+def _multiply_adds(model: nn.Module, units: Sequence[Unit], example: Any) -> dict[str, float]:
+    """Count linear layers by the tokens that they see, and attention by query-key pairs."""
+    tokens: dict[str, list[tuple[int, int]]] = {}
+    hooks = []
+
+    def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        def hook(_module: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            length = output.shape[-2] if output.dim() > 2 else 1
+            tokens.setdefault(name, []).append((output.numel() // output.shape[-1], length))
+
+        return hook
+
+    layers = {part.tensor.rpartition(".")[0] for unit in units for part in unit.slices}
+    for name in layers:
+        hooks.append(model.get_submodule(name).register_forward_hook(watch(name)))
+    try:
+        with evaluating(model):
+            call(model, example)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    costs = {}
+    for unit in units:
+        weights = [part for part in unit.slices if part.tensor.endswith(".weight")]
+        seen = [tokens.get(part.tensor.rpartition(".")[0], []) for part in weights]
+        linear = sum(
+            tensor_of(model, part.tensor).numel() * sum(count for count, _ in calls)
+            for part, calls in zip(weights, seen, strict=True)
+        )
+        pairs = 0
+        if unit.kind == "attention":
+            # Every query token meets every key token of its own sequence, once for the scores and once for the values.
+            keys = seen[1] if len(unit.producers) > 2 else seen[0]
+            pairs = sum(count * length for (count, _), (_, length) in zip(seen[0], keys, strict=False))
+        costs[unit.name] = linear / unit.size + 2 * unit.heads * pairs
+        if not costs[unit.name]:
+            raise SettingError(f"Unit {unit.name} was not run by the example inputs. Exclude it, or give others.")
+    return costs

@@ -1,0 +1,150 @@
+"""Soft masks on the units of a model, in weight space.
+
+Scaling output j of a layer by z_j is the same as scaling row j of its weight and bias: `diag(z) (W x + b)`. So a
+masked layer multiplies its weight, not its activations, and computes that product again in the backward pass
+rather than keeping it: attaching masks costs no activation memory and no copy of the weights.
+
+Parameters stay the same objects under the same names, so an optimizer made before or after attaching works, and
+so do data parallelism, gradient accumulation, clipping, autocast and torch.compile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from upop.pruning.errors import LayoutError
+from upop.pruning.units import Unit, owner_of, tensor_of
+
+_BUFFER = "_upop_row_mask"
+
+
+class _MaskedProduct(torch.autograd.Function):
+    """`F.linear` with the rows of weight and bias scaled by `rows`; the scaled weight is not kept for backward."""
+
+    @staticmethod
+    def forward(ctx: Any, inputs: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor) -> Tensor:
+        ctx.save_for_backward(inputs, weight, rows)
+        return F.linear(inputs, *_scaled(weight, bias, rows, inputs.dtype))
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        inputs, weight, rows = ctx.saved_tensors
+        need_inputs, need_weight, need_bias = ctx.needs_input_grad[:3]
+        flat = grad.reshape(-1, grad.shape[-1])
+        grad_inputs = grad_weight = grad_bias = None
+        if need_inputs:
+            grad_inputs = (flat @ _scaled(weight, None, rows, grad.dtype)[0]).view(inputs.shape)
+        if need_weight:
+            product = flat.t() @ inputs.reshape(-1, inputs.shape[-1])
+            grad_weight = product.to(weight.dtype).mul_(rows.unsqueeze(1))
+        if need_bias:
+            grad_bias = flat.sum(0).to(weight.dtype).mul_(rows)
+        return grad_inputs, grad_weight, grad_bias, None
+
+
+def _scaled(weight: Tensor, bias: Tensor | None, rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    return (weight * rows.unsqueeze(1)).to(dtype), None if bias is None else (bias * rows).to(dtype)
+
+
+class _MaskedForward:
+    """Mixed into the class of a linear layer while it is masked."""
+
+    unmasked_class: type[nn.Linear]
+
+    def forward(self: Any, inputs: Tensor) -> Tensor:
+        kind = inputs.device.type
+        if torch.is_autocast_enabled(kind) and inputs.dtype != torch.float64:
+            # Autocast does not reach into a custom function, so what F.linear would be given is given here.
+            inputs = inputs.to(torch.get_autocast_dtype(kind))
+        result: Tensor = _MaskedProduct.apply(inputs, self.weight, self.bias, getattr(self, _BUFFER))  # type: ignore[no-untyped-call]
+        return result
+
+
+_CLASSES: dict[type[nn.Linear], type[nn.Linear]] = {}
+
+
+def _masked_class(kind: type[nn.Linear]) -> type[nn.Linear]:
+    if kind not in _CLASSES:
+        _CLASSES[kind] = type(f"Masked{kind.__name__}", (_MaskedForward, kind), {"unmasked_class": kind})
+    return _CLASSES[kind]
+
+
+class Masks:
+    """The masks of some units of a model, attached to it until `remove` is called.
+
+    A masked layer changes its class for the time being and gains a buffer that is not saved; `remove` takes both
+    away, and nothing else of the model was touched.
+
+    Args:
+        model: the model, changed in place.
+        units: the units to mask; all entries start at 1, so the model's function does not change.
+
+    Raises:
+        LayoutError: a layer that produces a unit's axis is no plain linear layer, or is masked already.
+    """
+
+    def __init__(self, model: nn.Module, units: Iterable[Unit]) -> None:
+        self._units = {unit.name: unit for unit in units}
+        self._layers: dict[str, list[tuple[nn.Linear, Unit, int]]] = {}
+        found: list[tuple[nn.Linear, Unit, int]] = []
+        for unit in self._units.values():
+            for position, part in enumerate(unit.slices):
+                if part.produces and part.tensor.endswith(".weight"):
+                    found.append((_maskable(model, part.tensor, unit), unit, position))
+        for layer, unit, position in found:
+            weight = layer.weight
+            rows = torch.ones(weight.shape[0], dtype=weight.dtype, device=weight.device)
+            layer.register_buffer(_BUFFER, rows, persistent=False)
+            layer.__class__ = _masked_class(type(layer))
+            self._layers.setdefault(unit.name, []).append((layer, unit, position))
+        self._values = {
+            unit.name: torch.ones(unit.size, dtype=_precise(tensor_of(model, unit.producers[0].tensor)))
+            for unit in self._units.values()
+        }
+
+    @property
+    def values(self) -> Mapping[str, Tensor]:
+        """The mask of every unit, shape [size], on the CPU, entries in [0, 1]."""
+        return self._values
+
+    @torch.no_grad()
+    def set(self, values: Mapping[str, Tensor]) -> None:
+        """Set the masks of the named units; each has shape [size]."""
+        for name, value in values.items():
+            self._values[name].copy_(value)
+            for layer, unit, position in self._layers[name]:
+                getattr(layer, _BUFFER).copy_(unit.slices[position].expand(self._values[name]))
+
+    def remove(self) -> None:
+        """Take the masks off; the layers are what they were, with whatever their weights are now."""
+        for layers in self._layers.values():
+            for layer, _, _ in layers:
+                layer.__class__ = type(layer).unmasked_class  # type: ignore[attr-defined]
+                delattr(layer, _BUFFER)
+        self._layers = {}
+
+
+def _precise(weight: Tensor) -> torch.dtype:
+    return torch.float64 if weight.dtype == torch.float64 else torch.float32
+
+
+def _maskable(model: nn.Module, tensor: str, unit: Unit) -> nn.Linear:
+    layer, _ = owner_of(model, tensor)
+    if issubclass(type(layer), _MaskedForward):
+        raise LayoutError(
+            f"Unit {unit.name} is masked already: another Pruner holds this model. "
+            "Call its remove() (or shrink()) before making a new one."
+        )
+    if not isinstance(layer, nn.Linear) or type(layer).forward is not nn.Linear.forward:
+        raise LayoutError(
+            f"Unit {unit.name} cannot be masked: {tensor} belongs to a {type(layer).__name__}, "
+            "and masks need a torch.nn.Linear with its own forward. Exclude the unit."
+        )
+    return layer

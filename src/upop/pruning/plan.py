@@ -1,0 +1,103 @@
+"""The plan: which entries every unit keeps. It is all that a compressed model has to carry beside its weights."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from upop.pruning.errors import PlanError, nearest
+from upop.pruning.layouts import find_units
+from upop.pruning.units import Unit
+
+_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Plan(Mapping[str, tuple[int, ...]]):
+    """Kept indices per unit; a mapping from unit names to ascending tuples of entries.
+
+    Attributes:
+        kept: unit name -> kept entries, ascending, never empty.
+        sizes: unit name -> number of entries before pruning.
+        settings: how the plan came about (ratio, cost, ...); JSON values, for people to read.
+    """
+
+    kept: Mapping[str, tuple[int, ...]]
+    sizes: Mapping[str, int]
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def __getitem__(self, unit: str) -> tuple[int, ...]:
+        return self.kept[unit]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.kept)
+
+    def __len__(self) -> int:
+        return len(self.kept)
+
+    @classmethod
+    def of(cls, units: list[Unit], kept: Mapping[str, Any], **settings: Any) -> Plan:
+        """Build a plan from one's own indices: unit name -> entries to keep (any iterable of integers)."""
+        sizes = {unit.name: unit.size for unit in units}
+        unknown = [name for name in kept if name not in sizes]
+        if unknown:
+            raise PlanError(
+                f"The plan names {unknown[0]!r}, which is no unit of the model{nearest(unknown[0], list(sizes))}."
+            )
+        indices = {name: tuple(sorted(int(entry) for entry in entries)) for name, entries in kept.items()}
+        return cls(indices, {name: sizes[name] for name in indices}, settings)
+
+    def to_json(self) -> str:
+        """Return the plan as JSON text."""
+        units = {name: {"size": self.sizes[name], "kept": list(kept)} for name, kept in self.kept.items()}
+        return json.dumps({"version": _VERSION, "settings": dict(self.settings), "units": units}, indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        """Read a plan from JSON text.
+
+        Raises:
+            PlanError: the text is not a plan, or one of a later version.
+        """
+        try:
+            content = json.loads(text)
+            version = content["version"]
+            units = content["units"]
+            kept = {name: tuple(int(entry) for entry in unit["kept"]) for name, unit in units.items()}
+            sizes = {name: int(unit["size"]) for name, unit in units.items()}
+            settings = dict(content.get("settings", {}))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise PlanError(f"Expected a plan as Plan.to_json writes it, found {text[:60]!r}: {error!r}.") from error
+        if version != _VERSION:
+            raise PlanError(f"The plan has version {version!r}; this upop reads version {_VERSION}. Update upop.")
+        return cls(kept, sizes, settings)
+
+    def check(self, model: nn.Module) -> list[Unit]:
+        """Return the units of `model` that the plan speaks of, in forward order.
+
+        Raises:
+            PlanError: a unit is unknown or of another size, or its indices are empty, repeated or out of range;
+                every such unit is listed.
+        """
+        units = {unit.name: unit for unit in find_units(model)}
+        wrong = []
+        for name, kept in self.kept.items():
+            unit = units.get(name)
+            if unit is None:
+                wrong.append(f"{name}: no such unit{nearest(name, list(units))}")
+            elif unit.size != self.sizes[name]:
+                wrong.append(f"{name}: the plan is for {self.sizes[name]} entries, the model has {unit.size}")
+            elif not kept:
+                wrong.append(f"{name}: nothing would be left; keep at least one entry")
+            elif list(kept) != sorted(set(kept)):
+                wrong.append(f"{name}: indices must be ascending, without repeats")
+            elif kept[0] < 0 or kept[-1] >= unit.size:
+                wrong.append(f"{name}: indices must lie in 0..{unit.size - 1}, found {kept[0]}..{kept[-1]}")
+        if wrong:
+            more = f" (and {len(wrong) - 5} more)" if len(wrong) > 5 else ""
+            raise PlanError(f"The plan does not fit {type(model).__name__}: " + "; ".join(wrong[:5]) + more + ".")
+        return [unit for name, unit in units.items() if name in self.kept]

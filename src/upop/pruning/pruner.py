@@ -1,0 +1,372 @@
+"""`Pruner`: the one object that a training loop holds while it searches."""
+
+from __future__ import annotations
+
+import fnmatch
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from upop.pruning import budget
+from upop.pruning.costs import Cost, entry_costs
+from upop.pruning.errors import LayoutError, SettingError, StepError, nearest
+from upop.pruning.layouts import find_units
+from upop.pruning.masks import Masks
+from upop.pruning.plan import Plan
+from upop.pruning.shrink import compare, cut, outputs_of, precision_of, restore
+from upop.pruning.units import Kind, Unit, tensor_of
+
+Score = Callable[[Tensor, Tensor], Tensor]
+
+
+def signed(weight: Tensor, gradient: Tensor) -> Tensor:
+    """The published score: the gradient of the loss to the mask of each row, `sum(gradient * weight)`, shape [rows]."""
+    return torch.linalg.vecdot(gradient.to(_accumulator(weight)), weight.to(_accumulator(weight)))
+
+
+SCORES: dict[str, Score] = {"signed": signed}
+
+
+class Pruner:
+    """Searches, during ordinary training, what can go from all modalities under one budget, and then removes it.
+
+    Call `step()` once per optimizer step, between `backward()` and `optimizer.step()`; after `steps` calls the
+    masks are exactly 0 or 1, and `shrink()` cuts the layers for real.
+
+    Args:
+        model: a timm, transformers or upop model; wrappers of DDP and torch.compile are looked through.
+        ratio: share of the units' total cost to remove, in (0, 1); 0.5 is the paper's 2x, 0.75 its 4x.
+        steps: number of times that `step` will be called.
+        interval: masks move at every `interval`-th step (step 0 included) and at the last one.
+        cost: what the budget counts: "params" (default), "flops", "reference" (the published weights, and the
+            published way to set the threshold), a mapping from unit names or patterns, or a function of a unit.
+        align: kept sizes are multiples of this (8 suits tensor cores); scores are ranked in blocks of so many.
+        score: "signed", or a function (weight, its gradient) -> one number per row. It must be homogeneous of
+            degree 1 in the gradient (twice the gradient, twice the score), since the mask is divided out after it.
+        include: names or patterns (`fnmatch`) of the units to prune; default all.
+        exclude: names or patterns of units to leave alone.
+        example: inputs for one forward pass; needed by cost="flops" alone.
+        update_first_step: False leaves the masks alone at step 0, as published for DeiT and Segmenter.
+
+    Raises:
+        SettingError: a setting is out of range, names nothing, or asks for more than can go.
+        LayoutError: the model has no unit, or a unit's weights are frozen or masked already.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        ratio: float,
+        steps: int,
+        interval: int = 50,
+        *,
+        cost: Cost = "params",
+        align: int = 1,
+        score: str | Score = "signed",
+        include: str | Sequence[str] | None = None,
+        exclude: str | Sequence[str] | None = None,
+        example: Any = None,
+        update_first_step: bool = True,
+    ) -> None:
+        if not 0 < ratio < 1:
+            raise SettingError(f"ratio is the share of the cost to remove, strictly between 0 and 1; found {ratio!r}.")
+        for name, value in (("steps", steps), ("interval", interval), ("align", align)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise SettingError(f"{name} must be a whole number of at least 1; found {value!r}.")
+        if cost == "reference" and align != 1:
+            raise SettingError(f"cost='reference' ranks single entries as published; found align={align}. Use align=1.")
+        self.model = _unwrapped(model)
+        self.ratio, self.steps, self.interval = ratio, steps, interval
+        self.cost, self.align, self.update_first_step = cost, align, update_first_step
+        self.units: list[Unit] = _chosen(find_units(self.model), include, exclude)
+        self._score = _score_function(score)
+        _refuse_frozen(self.model, self.units)
+        self.costs = entry_costs(self.model, self.units, cost, example)
+        budget.check_reachable(self.units, self.costs, ratio, align)
+        self._masks = Masks(self.model, self.units)
+        self._scores = {
+            unit.name: torch.zeros(
+                unit.size,
+                dtype=_accumulator(tensor_of(self.model, unit.producers[0].tensor)),
+                device=tensor_of(self.model, unit.producers[0].tensor).device,
+            )
+            for unit in self.units
+        }
+        self._skipped = torch.zeros((), dtype=torch.long)
+        self._warned = 0
+        self._done = 0
+        self._attached = True
+        self.threshold: float | None = None
+
+    @property
+    def steps_done(self) -> int:
+        """How many steps were taken."""
+        return self._done
+
+    @property
+    def finished(self) -> bool:
+        """Whether the last step was taken, so that the masks are binary."""
+        return self._done >= self.steps
+
+    @property
+    def current_ratio(self) -> float:
+        """p_t of the last step taken: the share of the cost that is being masked; 0 before the first."""
+        return budget.progress(self._done - 1, self.steps, self.ratio) if self._done else 0.0
+
+    @property
+    def skipped_steps(self) -> int:
+        """How many steps added nothing to the scores because a gradient was not finite."""
+        return int(self._skipped)
+
+    @property
+    def scores(self) -> dict[str, Tensor]:
+        """The accumulated scores per unit, shape [size]: the summed gradients of the loss to the mask."""
+        return {name: score.clone() for name, score in self._scores.items()}
+
+    @property
+    def masks(self) -> dict[str, Tensor]:
+        """The mask per unit, shape [size], entries in [0, 1]."""
+        return {name: mask.clone() for name, mask in self._masks.values.items()}
+
+    def mask_sum(self, kind: Kind) -> float:
+        """Return the sum of all mask entries of a kind: what the published loss weighs as its sparsity term."""
+        return float(sum(self._masks.values[unit.name].sum() for unit in self.units if unit.kind == kind))
+
+    def kept_share(self, modality: str | None = None, kind: Kind | None = None) -> float:
+        """Return the share of the cost that is unmasked now, of all units or of a modality or kind; 1 at first."""
+        kept = total = 0.0
+        for unit in self.units:
+            if (modality is None or unit.modality == modality) and (kind is None or unit.kind == kind):
+                kept += self.costs[unit.name] * int((self._masks.values[unit.name] == 1).sum())
+                total += self.costs[unit.name] * unit.size
+        return kept / total if total else 1.0
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Add this step's scores; move the masks when due. Call before `optimizer.step()`, once per optimizer step.
+
+        A step whose scores are not finite adds nothing to them, and is counted in `skipped_steps`.
+
+        Raises:
+            StepError: all steps were taken already, the masks are off, or no masked weight has a gradient.
+        """
+        self._check_running()
+        added = {unit.name: self._row_scores(unit) for unit in self.units}
+        if all(value is None for value in added.values()):
+            raise StepError(
+                "step() found no gradient on any masked weight. Call it after loss.backward() and before "
+                "optimizer.step() and zero_grad()."
+            )
+        finite = torch.stack([value.isfinite().all() for value in added.values() if value is not None]).all()
+        for name, value in added.items():
+            if value is not None:
+                self._scores[name] += torch.where(finite, value, torch.zeros_like(value))
+        # Counted on the device: reading it here would wait for the whole step.
+        self._skipped = self._skipped.to(finite.device) + (~finite).long()
+        self._advance()
+
+    def skip(self) -> None:
+        """Let a step pass without scores, where the training loop threw its gradients away."""
+        self._check_running()
+        self._skipped += 1
+        self._advance()
+
+    def plan(self) -> Plan:
+        """Return what is kept, unit by unit.
+
+        Raises:
+            StepError: the search has not finished, so the masks are not binary yet.
+        """
+        self._check_finished("plan()")
+        kept = {name: mask.nonzero().flatten().tolist() for name, mask in self._masks.values.items()}
+        return Plan.of(
+            self.units,
+            kept,
+            ratio=self.ratio,
+            steps=self.steps,
+            interval=self.interval,
+            cost=self.cost if isinstance(self.cost, str) else "given",
+            align=self.align,
+        )
+
+    def shrink(self, verify: Any = None) -> nn.Module:
+        """Take the masks off and cut the model for real; the same model comes back, physically smaller.
+
+        Args:
+            verify: inputs on which the masked and the shrunken model are compared (a tensor, a tuple of arguments,
+                a mapping of keyword arguments, or a function that is given the model).
+
+        Raises:
+            StepError: the search has not finished.
+            VerificationError: the outputs differ; the model is left masked, as it was.
+        """
+        plan = self.plan()
+        if not self._attached:
+            raise StepError("The masks were taken off already; a plan can still be applied with upop.shrink.")
+        expected = outputs_of(self.model, verify) if verify is not None else None
+        masks = self.masks
+        self.remove()
+        undo = []
+        try:
+            undo = cut(self.model, self.units, plan)
+            if expected is not None:
+                compare(expected, outputs_of(self.model, verify), precision_of(self.model, self.units))
+        except BaseException:
+            restore(undo)
+            self._masks = Masks(self.model, self.units)
+            self._masks.set(masks)
+            self._attached = True
+            raise
+        return self.model
+
+    def remove(self) -> None:
+        """Take the masks off without cutting anything; the model is left without a trace of them."""
+        if self._attached:
+            self._masks.remove()
+            self._attached = False
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything that a resumed search needs: scores, masks, and where it stands."""
+        return {
+            "scores": self.scores,
+            "masks": self.masks,
+            "steps_done": self._done,
+            "skipped_steps": self.skipped_steps,
+            "settings": {"ratio": self.ratio, "steps": self.steps, "interval": self.interval, "align": self.align},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a state of `state_dict`.
+
+        Raises:
+            SettingError: the state belongs to another model or to other settings.
+        """
+        mine = self.state_dict()
+        if state["settings"] != mine["settings"]:
+            raise SettingError(f"The saved search has settings {state['settings']}, this one {mine['settings']}.")
+        shapes = {name: tuple(score.shape) for name, score in state["scores"].items()}
+        if shapes != {name: tuple(score.shape) for name, score in self._scores.items()}:
+            raise SettingError("The saved search has other units than this model. Resume with the model it was made for.")
+        for name, score in state["scores"].items():
+            self._scores[name].copy_(score)
+        self._masks.set(state["masks"])
+        self._done = int(state["steps_done"])
+        self._skipped.fill_(int(state["skipped_steps"]))
+
+    def _row_scores(self, unit: Unit) -> Tensor | None:
+        total: Tensor | None = None
+        for part in unit.producers:
+            tensor = tensor_of(self.model, part.tensor)
+            if tensor.grad is None:
+                continue
+            columns = (tensor, tensor.grad) if tensor.dim() > 1 else (tensor.unsqueeze(1), tensor.grad.unsqueeze(1))
+            score = part.reduce(self._score(*columns))
+            total = score if total is None else total + score
+        if total is None:
+            return None
+        return total / self._masks.values[unit.name].to(total.device, total.dtype, non_blocking=True)
+
+    def _advance(self) -> None:
+        last = self._done == self.steps - 1
+        due = self._done % self.interval == 0 and (self._done > 0 or self.update_first_step)
+        if due or last:
+            self._update(self._done)
+        self._done += 1
+
+    def _update(self, step: int) -> None:
+        share = budget.progress(step, self.steps, self.ratio)
+        if self.cost == "reference":
+            selection = budget.select_as_published(self.units, self._scores, self.costs, share)
+        else:
+            selection = budget.select(self.units, self._scores, self.costs, share, self.align)
+        # Rounded to float32 whatever the model's precision, as the published masks are.
+        value = torch.tensor(1 - share / self.ratio, dtype=torch.float32)
+        self._masks.set({name: torch.where(gone, value, 1.0) for name, gone in selection.marked.items()})
+        self.threshold = selection.threshold
+        if self.skipped_steps > self._warned:
+            self._warned = self.skipped_steps
+            warnings.warn(
+                f"{self._warned} of {step + 1} search steps had gradients that are not finite and added no scores.",
+                stacklevel=4,
+            )
+
+    def _check_running(self) -> None:
+        if self.finished:
+            raise StepError(
+                f"All {self.steps} search steps were taken and the masks are final; step() was called once more. "
+                "Call shrink(), or give Pruner the true number of steps."
+            )
+        if not self._attached:
+            raise StepError("The masks were taken off; make a new Pruner to search again.")
+
+    def _check_finished(self, what: str) -> None:
+        if not self.finished:
+            raise StepError(
+                f"{what} needs binary masks, and only {self._done} of {self.steps} search steps were taken; "
+                "cutting now would break the model. Take the remaining steps first."
+            )
+
+
+def _accumulator(tensor: Tensor) -> torch.dtype:
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    while True:
+        if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
+            model = model.module
+        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
+            model = model._orig_mod  # type: ignore[assignment]
+        else:
+            return model
+
+
+def _score_function(score: str | Score) -> Score:
+    if callable(score):
+        return score
+    if score not in SCORES:
+        raise SettingError(
+            f"score={score!r} is not known{nearest(score, list(SCORES))}. "
+            f"Use one of {', '.join(map(repr, SCORES))}, or a function of (weight, gradient)."
+        )
+    return SCORES[score]
+
+
+def _chosen(
+    units: list[Unit], include: str | Sequence[str] | None, exclude: str | Sequence[str] | None
+) -> list[Unit]:
+    names = [unit.name for unit in units]
+    keep = set(_matches(names, include, "include")) if include is not None else set(names)
+    keep -= set(_matches(names, exclude, "exclude")) if exclude is not None else set()
+    if not keep:
+        raise SettingError(f"include={include!r} and exclude={exclude!r} leave none of the {len(names)} units.")
+    return [unit for unit in units if unit.name in keep]
+
+
+def _matches(names: list[str], patterns: str | Sequence[str], setting: str) -> list[str]:
+    found: list[str] = []
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        matched = fnmatch.filter(names, pattern)
+        if not matched:
+            raise SettingError(
+                f"{setting} names {pattern!r}, which matches none of the {len(names)} units"
+                f"{nearest(pattern, names)}. upop.find_units(model) lists them."
+            )
+        found += matched
+    return found
+
+
+def _refuse_frozen(model: nn.Module, units: list[Unit]) -> None:
+    frozen = [
+        unit.name
+        for unit in units
+        if not any(tensor_of(model, part.tensor).requires_grad for part in unit.producers)
+    ]
+    if frozen:
+        raise LayoutError(
+            f"{len(frozen)} units have frozen weights and so would get no score ({', '.join(frozen[:3])}, ...). "
+            "Set requires_grad on them, or exclude them."
+        )

@@ -1,0 +1,202 @@
+"""Cutting for real: validate everything, build the smaller tensors, swap them in, prove the result, or undo."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from upop.pruning.costs import call, evaluating
+from upop.pruning.errors import LayoutError, VerificationError
+from upop.pruning.masks import Masks
+from upop.pruning.plan import Plan
+from upop.pruning.units import Unit, owner_of, tensor_of
+
+# Largest allowed difference of an output, relative to its largest entry, by the precision of the weights.
+_TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 5e-3}
+
+
+@dataclass
+class _Edit:
+    """One assignment of the surgery, which can be taken back."""
+
+    module: nn.Module
+    name: str
+    new: Any
+
+    def apply(self) -> _Edit:
+        old = getattr(self.module, self.name)
+        setattr(self.module, self.name, self.new)
+        return _Edit(self.module, self.name, old)
+
+
+def shrink(model: nn.Module, plan: Plan | Mapping[str, Any], *, verify: Any = None, fold: bool = True) -> nn.Module:
+    """Cut `model` to the entries that `plan` keeps; the same object comes back, physically smaller.
+
+    The shrunken model computes what the model computes with the other entries masked to zero. Attention in every
+    library divides by the square root of its current head_dim, so the queries are multiplied by
+    sqrt(kept / original) where head dimensions go.
+
+    Args:
+        model: the dense model, without masks.
+        plan: what to keep; a `Plan`, or a mapping from unit names to the entries to keep. Units not named stay.
+        verify: inputs on which masked and shrunken outputs are compared (a tensor, a tuple of arguments, a mapping
+            of keyword arguments, or a function that is given the model); None compares nothing.
+        fold: False leaves the queries alone, for weights that are replaced right afterwards.
+
+    Raises:
+        PlanError: the plan does not fit the model.
+        LayoutError: a tensor to be cut is shared with a part of the model that is not.
+        VerificationError: the outputs differ. In every case the model is left as it was.
+    """
+    if not isinstance(plan, Plan):
+        from upop.pruning.layouts import find_units
+
+        plan = Plan.of(find_units(model), plan)
+    units = plan.check(model)
+    expected = _masked_outputs(model, units, plan, verify) if verify is not None else None
+    undo = cut(model, units, plan, fold=fold)
+    try:
+        if expected is not None:
+            compare(expected, outputs_of(model, verify), precision_of(model, units))
+    except BaseException:
+        restore(undo)
+        raise
+    return model
+
+
+def cut(model: nn.Module, units: list[Unit], plan: Plan, *, fold: bool = True) -> list[_Edit]:
+    """Apply the surgery; return the edits that take it back. Nothing is changed if building a layer fails."""
+    _refuse_shared(model, units)
+    edits: list[_Edit] = []
+    for unit in units:
+        kept = plan[unit.name]
+        if len(kept) == unit.size:
+            continue
+        for part in unit.slices:
+            edits += _cut_slice(model, unit, part, torch.tensor(kept), edits, fold)
+        for attribute in unit.attributes:
+            module = model.get_submodule(attribute.module)
+            if hasattr(module, attribute.name):
+                edits.append(_Edit(module, attribute.name, attribute.value(len(kept))))
+    return [edit.apply() for edit in edits]
+
+
+def restore(undo: list[_Edit]) -> None:
+    """Take back what `cut` did."""
+    for edit in reversed(undo):
+        edit.apply()
+
+
+def _cut_slice(
+    model: nn.Module, unit: Unit, part: Any, kept: Tensor, pending: list[_Edit], fold: bool
+) -> list[_Edit]:
+    module, leaf = owner_of(model, part.tensor)
+    # A tensor can carry the axes of two units, so build on what is already decided for it.
+    old = next((e.new for e in reversed(pending) if e.module is module and e.name == leaf), getattr(module, leaf))
+    kept = kept.to(old.device)
+    with torch.no_grad():
+        new = old.detach().index_select(part.dim, part.index(kept, unit.size))
+        if fold and part.query_groups:
+            queries = part.query_groups * len(kept) * part.inner
+            new.narrow(part.dim, 0, queries).mul_(math.sqrt(len(kept) / unit.size))
+    edits = [_Edit(module, leaf, nn.Parameter(new, requires_grad=old.requires_grad))]
+    if isinstance(module, nn.Linear) and leaf == "weight":
+        edits.append(_Edit(module, "in_features" if part.dim else "out_features", new.shape[part.dim]))
+    return edits
+
+
+def _refuse_shared(model: nn.Module, units: list[Unit]) -> None:
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    for unit in units:
+        for part in unit.slices:
+            shared = names[id(tensor_of(model, part.tensor))]
+            if len(shared) > 1:
+                raise LayoutError(
+                    f"Unit {unit.name} cannot be cut: {part.tensor} is the same tensor as "
+                    f"{', '.join(name for name in shared if name != part.tensor)}. Exclude the unit."
+                )
+
+
+def _masked_outputs(model: nn.Module, units: list[Unit], plan: Plan, inputs: Any) -> list[tuple[str, Tensor]]:
+    masks = Masks(model, units)
+    try:
+        values = {unit.name: torch.zeros(unit.size) for unit in units}
+        for name, value in values.items():
+            value[list(plan[name])] = 1
+        masks.set(values)
+        return outputs_of(model, inputs)
+    finally:
+        masks.remove()
+
+
+def precision_of(model: nn.Module, units: list[Unit]) -> torch.dtype:
+    """Return the dtype of the weights that the units cut."""
+    return tensor_of(model, units[0].slices[0].tensor).dtype if units else torch.float32
+
+
+def outputs_of(model: nn.Module, inputs: Any) -> list[tuple[str, Tensor]]:
+    """Return every floating-point tensor in the model's outputs for `inputs`, with its place in them.
+
+    Runs in evaluation mode, without gradients and without autocast, at full float32 precision.
+    """
+    precision = torch.get_float32_matmul_precision()
+    device = next(model.parameters()).device.type
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with evaluating(model), torch.autocast(device, enabled=False):
+            return [(place, value.detach().clone()) for place, value in _tensors(call(model, inputs), "output")]
+    finally:
+        torch.set_float32_matmul_precision(precision)
+
+
+def compare(expected: list[tuple[str, Tensor]], found: list[tuple[str, Tensor]], dtype: torch.dtype) -> float:
+    """Return the largest relative difference between two lists of outputs.
+
+    Raises:
+        VerificationError: it is above the tolerance for `dtype`, or the lists do not match.
+    """
+    if not expected or [place for place, _ in expected] != [place for place, _ in found]:
+        raise VerificationError(
+            f"The model gave {len(expected)} output tensors with masks and {len(found)} without; nothing to compare. "
+            "Give inputs for which the model returns tensors."
+        )
+    tolerance = _TOLERANCE.get(dtype, 1e-5)
+    worst = 0.0
+    for (place, masked), (_, shrunk) in zip(expected, found, strict=True):
+        if masked.shape != shrunk.shape:
+            raise VerificationError(f"{place} has shape {tuple(masked.shape)} masked, {tuple(shrunk.shape)} shrunk.")
+        if not masked.numel():
+            continue
+        scale = masked.abs().max().clamp_min(torch.finfo(masked.dtype).tiny)
+        difference = float((masked - shrunk).abs().max() / scale)
+        if not difference <= tolerance:
+            raise VerificationError(
+                f"The shrunken model does not compute what the masked one does: {place} differs by {difference:.2e} "
+                f"of its largest entry, allowed are {tolerance:.0e}. The model was left as it was. "
+                "If the model draws random numbers in evaluation mode, verify with inputs that avoid it; "
+                "else its layout row is wrong: please report it."
+            )
+        worst = max(worst, difference)
+    return worst
+
+
+def _tensors(value: Any, place: str) -> Iterator[tuple[str, Tensor]]:
+    if isinstance(value, Tensor):
+        if value.is_floating_point():
+            yield place, value
+    elif isinstance(value, Mapping):
+        for key, part in value.items():
+            yield from _tensors(part, f"{place}[{key!r}]")
+    elif isinstance(value, tuple | list):
+        for position, part in enumerate(value):
+            yield from _tensors(part, f"{place}[{position}]")
+    elif is_dataclass(value):
+        for part in fields(value):
+            yield from _tensors(getattr(value, part.name), f"{place}.{part.name}")
