@@ -165,7 +165,7 @@ def test_published_update_intervals(recorded: Path) -> None:
     for key, norm in expected.items():
         if key.startswith("final_weight_norm/") and not key.endswith("alpha"):
             found = model.get_parameter(key.removeprefix("final_weight_norm/")).detach().norm()
-            assert float(found) == pytest.approx(float(norm), rel=1e-8), key
+            assert float(found) == pytest.approx(float(norm), rel=1e-7), key  # norms are in float32
 
 
 def test_our_shrunken_model_keeps_the_searched_function(recorded: Path) -> None:

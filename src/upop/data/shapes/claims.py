@@ -1,9 +1,9 @@
 """Claims about a pair of pictures: each one is a predicate over the two scenes and the ways to say it.
 
-A claim holds no label: `truth` reads it off the scenes, and is the only place where truth is decided. `truth` is None
-where the claim would sound wrong rather than false ("the circle in the left image" when there are three circles).
-Inside a picture only vertical words are used: training may swap the two pictures together with the words left and
-right, so these two words must name nothing but the pictures.
+A claim holds no label: `truth` reads it off the scenes, and is the only place where truth is decided. `truth`
+is None where the claim would sound wrong rather than false ("the circle in the left image" when there are
+three circles). Inside a picture only vertical words are used: training may swap the two pictures together
+with the words left and right, so these two words must name nothing but the pictures.
 """
 
 from __future__ import annotations
@@ -212,7 +212,7 @@ class Count(Claim):
 
 @dataclass(frozen=True, slots=True)
 class Every(Claim):
-    """All shapes of a group have an attribute, in one picture or (side None) in both; or (negated) not all have it."""
+    """All shapes of a group have an attribute, in one picture or (side None) both; negated: not all have it."""
 
     group: Noun
     value: str
@@ -276,7 +276,7 @@ class Above(Claim):
     below: bool = False
 
     def truth(self, pair: Pair) -> bool | None:
-        """Whether some such two shapes lie so. None when the picture lacks one of the two sorts, or both are one."""
+        """Whether some such two shapes lie so. None when one of the sorts is missing, or both are the same."""
         scene = pair.side(self.side)
         if self.first == self.second or not (scene.has(self.first) and scene.has(self.second)):
             return None
@@ -376,7 +376,7 @@ class MoreOf(Claim):
     side: Side
 
     def truth(self, pair: Pair) -> bool | None:
-        """Whether it does. None when it lacks one of the two sorts, or both are one."""
+        """Whether it does. None when one of the sorts is missing, or both are the same."""
         first, second = pair.side(self.side).count(self.first), pair.side(self.side).count(self.second)
         return first > second if first and second and self.first != self.second else None
 

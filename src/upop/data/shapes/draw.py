@@ -1,4 +1,4 @@
-"""Draws scenes with Pillow. The outline of a shape is a function of its own, so that masks can be filled from it too."""
+"""Draws scenes with Pillow. Filling one shape is a function of its own, so that masks can use it too."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SUPERSAMPLING = 4
 """Pictures are drawn this many times larger and averaged down: smooth edges at any size."""
 
 _ENCODER: dict[str, dict[str, int]] = {
-    # Fixed, so that the same scene always gives the same bytes. Level 1 is as small as level 6 on flat pictures.
+    # Fixed, so that the same scene always gives the same bytes.
     "png": {"compress_level": 1},
     "jpeg": {"quality": 95, "subsampling": 0},
 }
@@ -42,11 +42,11 @@ def _unit_polygon(kind: str) -> tuple[tuple[float, float], ...]:
         return ((0.0, -0.95), (1.0, 0.85), (-1.0, 0.85))
     if kind == "cross":
         arm = 0.32
-        corner = ((-arm, -1.0), (arm, -1.0), (arm, -arm))
-        turned = []
+        corner = [(-arm, -1.0), (arm, -1.0), (arm, -arm)]
+        turned: list[tuple[float, float]] = []
         for _ in range(4):
             turned.extend(corner)
-            corner = tuple((-y, x) for x, y in corner)  # type: ignore[assignment]
+            corner = [(-y, x) for x, y in corner]
         return tuple(turned)
     if kind == "star":
         radii = (1.08, 0.44)
@@ -80,5 +80,5 @@ def draw_scene(scene: Scene, image_size: int = 64) -> Image.Image:
 def encode_image(image: Image.Image, image_format: ImageFormat = "png") -> bytes:
     """The picture as the bytes of a file; the same picture always gives the same bytes."""
     buffer = io.BytesIO()
-    image.save(buffer, format=image_format, **_ENCODER[image_format])  # type: ignore[arg-type]
+    image.save(buffer, format=image_format, **_ENCODER[image_format])
     return buffer.getvalue()

@@ -1,10 +1,11 @@
 """Samples NLVR2-like records: pairs of scenes, each with four sentences, two true and two false.
 
-No word gives the label away, by construction. A *frame* fixes every choice that makes a sentence more or less likely
-to be true: the template, how many attributes its nouns carry, and its number word. Frames (with their phrasings) and labels are drawn before
-any scene, and each set of four frames is used for two pairs with opposite labels, so every frame is true exactly as
-often as false. What is left open (which colour, kind, size, side, end) is drawn symmetrically, by a process that would
-go the same way with any two of these words exchanged. So the label and the text are independent, in expectation.
+No word gives the label away, by construction. A *frame* fixes every choice that makes a sentence more or less
+likely to be true: the template, how many attributes its nouns carry, and its number word. Frames (with their
+phrasings) and labels are drawn before any scene, and each set of four frames is used for two pairs with
+opposite labels, so every frame is true exactly as often as false. What is left open (which colour, kind,
+size, side, end) is drawn symmetrically, by a process that would go the same way with any two of these words
+exchanged. So the label and the text are independent, in expectation.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ _SCENES = 400
 
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """A sentence but for its symmetric words. `family` keeps one pair from asking nearly the same thing twice."""
+    """A sentence but for its symmetric words. A pair has no two frames of one `family`."""
 
     family: str
     weight: float
@@ -60,7 +61,7 @@ _ATTRIBUTES = {"k": ("kind", KINDS), "c": ("colour", COLOURS), "z": ("size", SIZ
 
 
 def _noun(rng: Random, pair: Pair, parts: str) -> Noun:
-    """A description with these attributes (k, c, z), of a shape of either picture or one word away from one."""
+    """A description with these attributes (k, c, z), of a shape that is there or one word away from one."""
     shape = rng.choice(pair.left.shapes + pair.right.shapes)
     words = {_ATTRIBUTES[part][0]: getattr(shape, _ATTRIBUTES[part][0]) for part in parts}
     if parts and rng.random() < _FRESH_WORD:
@@ -227,12 +228,17 @@ def _state(rng: Random, pair: Pair, slot: _Slot, label: bool) -> Statement | Non
 
 
 def _draw_example(
-    rng: Random, slots: tuple[_Slot, ...], labels: tuple[bool, ...], taken: Set[object]
+    rng: Random,
+    slots: tuple[_Slot, ...],
+    labels: tuple[bool, ...],
+    taken: Set[object],
+    besides: Pair | None = None,
 ) -> Example | None:
     """A pair of scenes of which each frame can be said with its label; None if none is found in good time."""
     for _ in range(_SCENES):
         pair = _draw_pair(rng)
-        if pair.content in taken or pair.left.content == pair.right.content:
+        content = pair.content
+        if content in taken or len(content) == 1 or (besides is not None and content == besides.content):
             continue
         statements = []
         for slot, label in zip(slots, labels, strict=True):
@@ -248,8 +254,9 @@ def _draw_example(
 def sample_block(rng: Random, taken: Set[object] = frozenset()) -> tuple[Example, Example]:
     """Draw two examples with the same four frames and opposite labels, two true and two false in each.
 
-    `taken` holds the contents (`Pair.content`) that may not come up again. Both examples are redrawn together when one
-    of them cannot be made: dropping only the label that is hard to meet would make hard frames more often false.
+    `taken` holds the contents (`Pair.content`) that may not come up again. Both examples are redrawn together
+    when one of them cannot be made: dropping only the label that is hard to meet would make hard frames more
+    often false.
     """
     while True:
         slots = _draw_slots(rng)
@@ -258,7 +265,7 @@ def sample_block(rng: Random, taken: Set[object] = frozenset()) -> tuple[Example
         if first is None:
             continue
         opposite = tuple(not label for label in labels)
-        second = _draw_example(rng, slots, opposite, taken | {first.pair.content})
+        second = _draw_example(rng, slots, opposite, taken, besides=first.pair)
         if second is not None:
             return first, second
 
@@ -266,8 +273,8 @@ def sample_block(rng: Random, taken: Set[object] = frozenset()) -> tuple[Example
 def sample_split(seed: int, split: str, records: int, taken: Set[object] = frozenset()) -> Iterator[Example]:
     """Examples of a split that hold at least `records` sentences (whole blocks), without repeating a pair.
 
-    Block number i depends on the seed, the split's name and i (and only through repeats on anything else), so a
-    shorter split is the beginning of a longer one.
+    Block number i depends on the seed, the split's name and i (and only through repeats on anything else), so
+    a shorter split is the beginning of a longer one.
     """
     seen = set(taken)
     for index in range(-(-records // BLOCK)):

@@ -1,7 +1,8 @@
 """Scenes: what a generated picture shows, as plain records that can be asked questions.
 
-A scene comes first; pictures, sentences, answers, labels and masks are all read off the same scene, so they cannot
-disagree. Positions are shares of the picture (0 to 1, origin at the top left), so that a scene has no pixel size.
+A scene comes first; pictures, sentences, answers, labels and masks are all read off the same scene, so they
+cannot disagree. Positions are shares of the picture (0 to 1, origin at the top left), so that a scene has no
+pixel size.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ GRID = 3
 """Rows and columns of cells; a shape sits in a cell of its own."""
 MAX_SHAPES = 5
 DIAMETER = {"small": 0.150, "large": 0.266}
-"""Extent of a shape, as a share of the picture. The large one stays below a cell less twice the jitter: no overlaps."""
+"""Extent of a shape, as a share of the picture: below a cell less twice the jitter, so that none overlap."""
 JITTER = 0.022
-"""Largest shift off the cell's centre, as a share of the picture: small enough that rows never look mixed up."""
+"""Largest shift off the cell's centre, as a share of the picture: so small that rows never look mixed up."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +114,7 @@ class Scene:
 
 @dataclass(frozen=True, slots=True)
 class Palette:
-    """The attributes a scene draws from. Few of each, so that things repeat and counting is worth asking for."""
+    """The attributes a scene draws from: few of each, so that things repeat and can be counted."""
 
     kinds: Sequence[str]
     colours: Sequence[str]

@@ -7,19 +7,48 @@ import string
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 WORDS = (
-    "a above all are at below blue both bottom circle circles contain contains cross crosses does each eight either"
-    " every exactly fewer five four green has have image images in is large least left more most neither no not"
-    " number of one only purple red right same seven shape shapes show shows six small square squares star stars"
-    " than the there three top total triangle triangles two yellow"
-).split()
+    *("a", "above", "all", "are", "at", "below", "blue", "both", "bottom", "circle", "circles", "contain"),
+    *("contains", "cross", "crosses", "does", "each", "eight", "either", "every", "exactly", "fewer", "five"),
+    *(
+        "four",
+        "green",
+        "has",
+        "have",
+        "image",
+        "images",
+        "in",
+        "is",
+        "large",
+        "least",
+        "left",
+        "more",
+        "most",
+    ),
+    *("neither", "no", "not", "number", "of", "one", "only", "purple", "red", "right", "same", "seven"),
+    *(
+        "shape",
+        "shapes",
+        "show",
+        "shows",
+        "six",
+        "small",
+        "square",
+        "squares",
+        "star",
+        "stars",
+        "than",
+        "the",
+    ),
+    *("there", "three", "top", "total", "triangle", "triangles", "two", "yellow"),
+)
 """Every word that a generated sentence can hold, and no other one."""
 
 
 def vocabulary() -> list[str]:
     """All entries; an entry's number is its place.
 
-    After the words come single characters, alone and as `##` continuations, so that any ASCII text is tokenized
-    without [UNK].
+    After the words come single characters, alone and as `##` continuations, so that any ASCII text is
+    tokenized without [UNK].
     """
     characters = string.ascii_lowercase + string.digits
     single = [character for character in characters if character not in WORDS]

@@ -3,7 +3,7 @@
 `OUT/annotation/nlvr_{train,dev,test}.json`   the records, as NLVR2's annotation files lay them out
 `OUT/images/NLVR2/...`                        the pictures; this folder is the records' image_root
 `OUT/tokenizer/vocab.txt`                     a small WordPiece vocabulary
-`OUT/shapes.json`                             what was asked for; a folder that holds the same set is left as it is
+`OUT/shapes.json`                             what was asked for: a folder with the same set is kept
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """What `write_nlvr` left behind: where, how many records per split, and whether it wrote or found it there."""
+    """What `write_nlvr` left: where, how many records per split and pictures, and whether it had to write it."""
 
     folder: Path
     records: dict[str, int]
@@ -73,7 +73,7 @@ class _Manifest:
 
 
 def held_out(size: int) -> int:
-    """Records of dev, and of test, for a training set of that size: a tenth, but at least 200 and at most 1000."""
+    """Records of dev, and of test, for that many training records: a tenth, but 200 at least, 1000 at most."""
     fewest, most = HELD_OUT
     return min(max(size // 10, fewest), most)
 
@@ -89,12 +89,12 @@ def write_nlvr(
 ) -> Summary:
     """Write a generated NLVR2-like data set: `size` training records, `held_out(size)` records each in dev and test.
 
-    The same arguments give the same bytes. The training records of a smaller size are the first ones of a larger size,
-    and so are dev and test. No pair of pictures comes up twice, in one split or across splits. `image_size` is in
-    pixels; `progress` is called with the pictures done and the pictures in all.
+    The same arguments give the same bytes. The training records of a smaller size are the first ones of a
+    larger size, and so are dev and test. No pair of pictures comes up twice, in one split or across splits.
+    `image_size` is in pixels; `progress` is called with the pictures done and the pictures in all.
 
-    Raises SettingError for an argument out of its range, and DataError where `out` holds anything but this very set or
-    cannot be written; then nothing is left behind.
+    Raises SettingError for an argument out of its range, and DataError where `out` holds anything but this
+    very set or cannot be written; then nothing is left behind.
     """
     _check_settings(seed, size, image_size, image_format)
     out = Path(out)
@@ -133,8 +133,8 @@ def _already_there(out: Path, manifest: _Manifest) -> bool:
         return False
     if MANIFEST not in inside:
         raise DataError(
-            f"{out} is not empty (it holds {', '.join(inside[:3])}{', ...' if len(inside) > 3 else ''}) and has no "
-            f"{MANIFEST}, so it is no generated set. Name a new or empty folder."
+            f"{out} is not empty (it holds {', '.join(inside[:3])}{', ...' if len(inside) > 3 else ''}) "
+            f"and has no {MANIFEST}, so it is no generated set. Name a new or empty folder."
         )
     try:
         found = json.loads((out / MANIFEST).read_text(encoding="utf-8"))
@@ -148,7 +148,8 @@ def _already_there(out: Path, manifest: _Manifest) -> bool:
         f"{key} {found.get(key)!r}, asked {wanted[key]!r}" for key in wanted if found.get(key) != wanted[key]
     ]
     raise DataError(
-        f"{out} holds another generated set ({'; '.join(differing)}). Name another folder, or delete this one first."
+        f"{out} holds another generated set ({'; '.join(differing)}). "
+        "Name another folder, or delete this one first."
     )
 
 
@@ -158,8 +159,8 @@ def _all_or_nothing(out: Path) -> Iterator[Path]:
     existed = out.exists()
     holder: Path | None = None
     try:
-        # Beside a new folder, so that one rename finishes it; inside an empty one that is there already, because
-        # such a folder may be a mount point, or the working directory, which cannot be replaced.
+        # Beside a new folder, so that one rename finishes it; inside an empty one that is there already,
+        # because such a folder may be a mount point, or the working directory, which cannot be replaced.
         parent = out if existed else out.absolute().parent
         parent.mkdir(parents=True, exist_ok=True)
         holder = Path(tempfile.mkdtemp(prefix=".shapes-", dir=parent))
@@ -174,8 +175,8 @@ def _all_or_nothing(out: Path) -> Iterator[Path]:
             folder.rename(out)
     except OSError as error:
         raise DataError(
-            f"The generated data cannot be written to {out}: {error}. Check that the folder is writable and that "
-            "the disk has space; nothing was left behind."
+            f"The generated data cannot be written to {out}: {error}. Check that the folder is writable "
+            "and that the disk has space."
         ) from error
     finally:
         if holder is not None:
@@ -202,8 +203,8 @@ def _fill(folder: Path, manifest: _Manifest, pictures: int, progress: Progress |
 def _splits(manifest: _Manifest) -> Iterator[tuple[str, Iterator[Example]]]:
     """The examples of test, dev and train; a later split yields to the earlier ones where pairs repeat.
 
-    It yields to the largest dev and test there can be, not to the ones written: the training records must not depend
-    on the size.
+    It yields to the largest dev and test there can be, not to the ones written: the training records must not
+    depend on the size.
     """
     taken: set[object] = set()
     for split in ("test", "dev"):
