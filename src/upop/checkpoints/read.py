@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -12,6 +13,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from upop.errors import CheckpointError
+
+# How torch names a class or function in a pickle that it refuses to build or call.
+_OBJECT = re.compile(r"GLOBAL ([\w.]+)")
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
@@ -36,17 +40,16 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
             raise CheckpointError(f"{path} is no readable safetensors file: {error}. Fetch or write it again.") from error
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        if "Unsupported" in str(error) or "GLOBAL" in str(error) or "WeightsUnpickler" in str(error):
+    except Exception as error:  # torch raises whatever its parsers meet: struct.error, AssertionError, KeyError, ...
+        refused = _OBJECT.search(str(error)) if isinstance(error, pickle.UnpicklingError) else None
+        if refused:
             raise CheckpointError(
                 f"{path} carries Python objects beside tensors and was refused: reading it could run code. "
-                f"Save a plain state dict from a place that you trust. ({str(error).splitlines()[0][:200]})"
+                f"Save a plain state dict from a place that you trust. (Found {refused[1]}.)"
             ) from error
-        raise CheckpointError(f"{path} is no checkpoint that torch can read: {error}") from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError, TypeError, IndexError) as error:
         raise CheckpointError(
-            f"{path} is no checkpoint that torch can read, or was cut short ({type(error).__name__}: "
-            f"{str(error).splitlines()[0][:200] if str(error) else 'empty'}). Fetch or write it again."
+            f"{path} is no checkpoint that torch can read, or was cut short ({type(error).__name__}). "
+            "Fetch or write it again."
         ) from error
     state = content.get("model", content) if isinstance(content, Mapping) else None
     if not isinstance(state, Mapping) or not state or not all(isinstance(value, Tensor) for value in state.values()):

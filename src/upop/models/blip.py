@@ -72,7 +72,7 @@ def build_vision_encoder(config: BlipConfig) -> VisionTransformer:
 
 def checkpoint_last_blocks(encoder: VisionTransformer, count: int | None = None) -> None:
     """Trade time for memory in the last `count` blocks (all of them when None)."""
-    for block in list(encoder.blocks)[-count if count else None :]:
+    for block in list(encoder.blocks)[0 if count is None else max(0, len(encoder.blocks) - count) :]:
         block.__class__ = _CheckpointedBlock
 
 

@@ -2,6 +2,7 @@
 
 from upop.pruning.costs import count_macs, count_parameters
 from upop.pruning.layouts import LAYOUTS, Layout, Survey, find_units, survey
+from upop.pruning.magnitude import plan_by_magnitude
 from upop.pruning.plan import Plan
 from upop.pruning.pruner import SCORES, Pruner
 from upop.pruning.shrink import shrink
@@ -21,6 +22,7 @@ __all__ = [
     "count_macs",
     "count_parameters",
     "find_units",
+    "plan_by_magnitude",
     "shrink",
     "survey",
 ]

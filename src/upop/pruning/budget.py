@@ -53,8 +53,9 @@ def standardise(units: Sequence[Unit], scores: Mapping[str, Tensor]) -> dict[str
         if not names:
             continue
         values = torch.cat([scores[name].double().cpu() for name in names])
-        std = values.std() if values.numel() > 1 else torch.zeros(())
-        values = (values - values.mean()) / std if std > 0 else torch.zeros_like(values)
+        # Compared, since the rounded mean of equal numbers need not be that number.
+        equal = bool((values == values[0]).all())
+        values = torch.zeros_like(values) if equal else (values - values.mean()) / values.std()
         result.update(zip(names, values.split([scores[name].numel() for name in names]), strict=True))
     return result
 
@@ -83,11 +84,9 @@ def select(
         removable = sum(sizes)
         orders.append(order[:removable])
         lengths.append(torch.tensor(sizes, dtype=torch.long))
-        means += [block.mean() for block in values[:removable].split(sizes)] if align > 1 else []
-        if align == 1:
-            means.append(values[:removable])
+        means.append(values[:removable] if align == 1 else _block_means(values[:removable], sizes))
         block_costs.append(lengths[-1].double() * costs[unit.name])
-    flat_means = torch.stack(means) if align > 1 and means else torch.cat(means) if means else torch.zeros(0)
+    flat_means = torch.cat(means)
     walk = flat_means.argsort(descending=True, stable=True)
     spent = torch.cat([torch.zeros(1, dtype=torch.float64), torch.cat(block_costs)[walk].cumsum(0)])
     total = sum(costs[unit.name] * unit.size for unit in units)
@@ -139,6 +138,13 @@ def check_reachable(units: Sequence[Unit], costs: Mapping[str, float], ratio: fl
             f"so at most {math.floor(removable / total * 1e4) / 1e4} of the cost can go. "
             "Ask for less" + (", or for a smaller align." if align > 1 else ".")
         )
+
+
+def _block_means(values: Tensor, sizes: list[int]) -> Tensor:
+    """Return the mean of every block of the sorted `values`; rounding must not let a later block come first."""
+    if not sizes:
+        return values
+    return torch.stack([block.mean() for block in torch.split(values, sizes)]).cummin(0).values
 
 
 def _removable_blocks(size: int, align: int) -> list[int]:

@@ -1,0 +1,18 @@
+"""What a run leaves for people to read: pictures, tables, and the numbers behind them."""
+
+from upop.report.figures import history_figure, kept_share_figure, save_figure
+from upop.report.latency import measure_latency
+from upop.report.results import ModelResult, Results, machine, results_table
+from upop.report.shares import UnitShare
+
+__all__ = [
+    "ModelResult",
+    "Results",
+    "UnitShare",
+    "history_figure",
+    "kept_share_figure",
+    "machine",
+    "measure_latency",
+    "results_table",
+    "save_figure",
+]

@@ -14,9 +14,6 @@ from typing import Literal, Protocol
 from upop.data.shapes.scenes import COLOURS, GRID, KINDS, SIZES, Noun, Scene
 
 Side = Literal["left", "right"]
-Relation = Literal["exactly", "at least", "at most", "more than", "fewer than"]
-
-NUMBER_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight")
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,57 +159,8 @@ class OnlyIn(Claim):
 
 
 @dataclass(frozen=True, slots=True)
-class Count(Claim):
-    """How many such shapes one picture shows, or (side None) both together."""
-
-    noun: Noun
-    side: Side | None
-    relation: Relation
-    number: int
-
-    def truth(self, pair: Pair) -> bool | None:
-        """Whether the number of shapes that fit stands in that relation to the claimed number."""
-        if self.side is None:
-            found = pair.left.count(self.noun) + pair.right.count(self.noun)
-        else:
-            found = pair.side(self.side).count(self.noun)
-        return {
-            "exactly": found == self.number,
-            "at least": found >= self.number,
-            "at most": found <= self.number,
-            "more than": found > self.number,
-            "fewer than": found < self.number,
-        }[self.relation]
-
-    def phrasings(self) -> tuple[str, ...]:
-        """The ways to say it."""
-        noun = self.noun.singular if self.number == 1 else self.noun.plural
-        things = f"{NUMBER_WORDS[self.number]} {noun}"
-        be = "is" if self.number == 1 else "are"
-        place = "in total" if self.side is None else f"in the {self.side} image"
-        subject, show, contain, have = (
-            ("the two images", "show", "contain", "have")
-            if self.side is None
-            else (f"the {self.side} image", "shows", "contains", "has")
-        )
-        tail = " in total" if self.side is None else ""
-        if self.relation != "exactly":
-            return (
-                f"there {be} {self.relation} {things} {place}",
-                f"{subject} {contain} {self.relation} {things}{tail}",
-                f"{subject} {have} {self.relation} {things}{tail}",
-            )
-        return (
-            f"there {be} {things} {place}",
-            f"there {be} exactly {things} {place}",
-            f"{subject} {contain} exactly {things}{tail}",
-            f"{subject} {show} {things}{tail}",
-        )
-
-
-@dataclass(frozen=True, slots=True)
 class Every(Claim):
-    """All shapes of a group have an attribute, in one picture or (side None) both; negated: not all have it."""
+    """All shapes of a group have an attribute, in one picture or (side None) both; negated: not all do."""
 
     group: Noun
     value: str
@@ -276,7 +224,7 @@ class Above(Claim):
     below: bool = False
 
     def truth(self, pair: Pair) -> bool | None:
-        """Whether some such two shapes lie so. None when one of the sorts is missing, or both are the same."""
+        """Whether some such two shapes lie so. None when one of the sorts is missing, or both are equal."""
         scene = pair.side(self.side)
         if self.first == self.second or not (scene.has(self.first) and scene.has(self.second)):
             return None
@@ -318,74 +266,6 @@ class AtEnd(Claim):
             f"there is a {self.noun.singular} at the {self.end} of the {self.side} image",
             f"the {self.side} image shows a {self.noun.singular} at the {self.end}",
             f"a {self.noun.singular} is at the {self.end} of the {self.side} image",
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class MoreIn(Claim):
-    """One picture shows more (or fewer) such shapes than the other."""
-
-    noun: Noun
-    side: Side
-    fewer: bool = False
-
-    def truth(self, pair: Pair) -> bool | None:
-        """Whether it does. None when neither picture shows any."""
-        here, there = pair.side(self.side).count(self.noun), pair.side(other(self.side)).count(self.noun)
-        if not here + there:
-            return None
-        return here < there if self.fewer else here > there
-
-    def phrasings(self) -> tuple[str, ...]:
-        """The ways to say it."""
-        things = f"{'fewer' if self.fewer else 'more'} {self.noun.plural}"
-        here, there = self.side, other(self.side)
-        return (
-            f"the {here} image has {things} than the {there} image",
-            f"the {here} image shows {things} than the {there} image",
-            f"there are {things} in the {here} image than in the {there} image",
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class SameNumber(Claim):
-    """Both pictures show equally many such shapes."""
-
-    noun: Noun
-
-    def truth(self, pair: Pair) -> bool | None:
-        """Whether they do. None when neither picture shows any."""
-        left, right = pair.left.count(self.noun), pair.right.count(self.noun)
-        return left == right if left + right else None
-
-    def phrasings(self) -> tuple[str, ...]:
-        """The ways to say it."""
-        return (
-            f"both images show the same number of {self.noun.plural}",
-            f"both images have the same number of {self.noun.plural}",
-            f"there is the same number of {self.noun.plural} in both images",
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class MoreOf(Claim):
-    """One picture shows more of one sort of shape than of another."""
-
-    first: Noun
-    second: Noun
-    side: Side
-
-    def truth(self, pair: Pair) -> bool | None:
-        """Whether it does. None when one of the sorts is missing, or both are the same."""
-        first, second = pair.side(self.side).count(self.first), pair.side(self.side).count(self.second)
-        return first > second if first and second and self.first != self.second else None
-
-    def phrasings(self) -> tuple[str, ...]:
-        """The ways to say it."""
-        first, second = self.first.plural, self.second.plural
-        return (
-            f"the {self.side} image has more {first} than {second}",
-            f"there are more {first} than {second} in the {self.side} image",
         )
 
 

@@ -17,7 +17,9 @@ from random import Random
 from typing import Literal
 
 from upop.data.shapes import claims as c
-from upop.data.shapes.claims import Claim, Pair, Relation, Side
+from upop.data.shapes import counting as n
+from upop.data.shapes.claims import Claim, Pair, Side
+from upop.data.shapes.counting import Relation
 from upop.data.shapes.scenes import COLOURS, KINDS, SIZES, Noun, sample_palette, sample_scene
 
 SENTENCES_PER_PAIR = 4
@@ -97,7 +99,7 @@ def _only_in(rng: Random, pair: Pair, *, parts: str) -> Claim:
 
 
 def _count(rng: Random, pair: Pair, *, parts: str, total: bool, relation: Relation, number: int) -> Claim:
-    return c.Count(_noun(rng, pair, parts), None if total else _side(rng), relation, number)
+    return n.Count(_noun(rng, pair, parts), None if total else _side(rng), relation, number)
 
 
 def _every(rng: Random, pair: Pair, *, parts: str, value: str, both: bool, negated: bool = False) -> Claim:
@@ -118,15 +120,15 @@ def _at_end(rng: Random, pair: Pair, *, parts: str) -> Claim:
 
 
 def _more_in(rng: Random, pair: Pair, *, parts: str, fewer: bool) -> Claim:
-    return c.MoreIn(_noun(rng, pair, parts), _side(rng), fewer)
+    return n.MoreIn(_noun(rng, pair, parts), _side(rng), fewer)
 
 
 def _same_number(rng: Random, pair: Pair, *, parts: str) -> Claim:
-    return c.SameNumber(_noun(rng, pair, parts))
+    return n.SameNumber(_noun(rng, pair, parts))
 
 
 def _more_of(rng: Random, pair: Pair, *, parts: str) -> Claim:
-    return c.MoreOf(_noun(rng, pair, parts), _noun(rng, pair, parts), _side(rng))
+    return n.MoreOf(_noun(rng, pair, parts), _noun(rng, pair, parts), _side(rng))
 
 
 def _frames() -> Iterator[Frame]:

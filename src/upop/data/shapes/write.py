@@ -38,7 +38,7 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """What `write_nlvr` left: where, how many records per split and pictures, and whether it had to write it."""
+    """What `write_nlvr` left: where, records per split, pictures, and whether they had to be written."""
 
     folder: Path
     records: dict[str, int]
@@ -73,7 +73,7 @@ class _Manifest:
 
 
 def held_out(size: int) -> int:
-    """Records of dev, and of test, for that many training records: a tenth, but 200 at least, 1000 at most."""
+    """Records of dev, and of test, for that many training records: a tenth, but 200 to 1000."""
     fewest, most = HELD_OUT
     return min(max(size // 10, fewest), most)
 
@@ -87,7 +87,7 @@ def write_nlvr(
     image_format: ImageFormat = "png",
     progress: Progress | None = None,
 ) -> Summary:
-    """Write a generated NLVR2-like data set: `size` training records, `held_out(size)` records each in dev and test.
+    """Write a generated NLVR2: `size` training records, `held_out(size)` records each in dev and test.
 
     The same arguments give the same bytes. The training records of a smaller size are the first ones of a
     larger size, and so are dev and test. No pair of pictures comes up twice, in one split or across splits.

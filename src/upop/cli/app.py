@@ -1,0 +1,141 @@
+"""The command `upop`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from upop.cli import options as o
+from upop.cli.demo import demo
+from upop.errors import UPopError
+from upop.settings import RunSettings, read_settings
+from upop.tasks import TASKS, find_task
+from upop.tasks.verbs import compress as run_compress
+from upop.tasks.verbs import evaluate_checkpoint, train as run_train
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    help="Make vision-language transformers two to ten times smaller by unified and progressive pruning.",
+    epilog="Example: upop compress nlvr --config configs/nlvr.yaml --p 0.5 --epoch 15 --output-dir output/nlvr-2x",
+)
+data = typer.Typer(no_args_is_help=True, help="Make data sets.")
+app.add_typer(data, name="data")
+app.command(epilog="Example: upop demo --output-dir output/demo")(demo)
+
+TaskName = Annotated[str, typer.Argument(help=f"What to learn: {', '.join(TASKS)}.")]
+
+
+class ShapesTask(StrEnum):
+    """The tasks that generated data exists for."""
+
+    nlvr = "nlvr"
+
+
+class PictureFormat(StrEnum):
+    """How generated pictures are written."""
+
+    png = "png"
+    jpeg = "jpeg"
+
+
+@app.command(epilog="Example: upop train nlvr --config configs/shapes/nlvr.yaml --output-dir output/dense")
+def train(
+    task: TaskName,
+    config: o.Config = None,
+    pretrained: o.Pretrained = None,
+    output_dir: o.OutputDir = None,
+    epoch: Annotated[int | None, typer.Option("--epoch", "--epochs", help="Epochs of training.")] = None,
+    device: o.DeviceName = None,
+    seed: o.Seed = None,
+    amp: o.Amp = None,
+    assign: o.Set = None,
+) -> None:
+    """Train or fine-tune a dense model."""
+    flags = {"pretrained": pretrained, "output_dir": output_dir, "max_epoch": epoch, "device": device}
+    _start(run_train, task, config, {**flags, "seed": seed, "amp": amp}, assign)
+
+
+@app.command(epilog="Example: upop compress nlvr --config configs/nlvr.yaml --p 0.75 --epoch 23 --output-dir output/4x")
+def compress(
+    task: TaskName,
+    config: o.Config = None,
+    p: o.Ratio = None,
+    epoch: o.Epoch = None,
+    pretrained: o.Pretrained = None,
+    output_dir: o.OutputDir = None,
+    device: o.DeviceName = None,
+    seed: o.Seed = None,
+    amp: o.Amp = None,
+    cost: Annotated[str | None, typer.Option(help="What the budget counts: params, flops or reference.")] = None,
+    align: Annotated[int | None, typer.Option(help="Kept sizes are multiples of this.")] = None,
+    interval: Annotated[int | None, typer.Option(help="Masks move every so many steps.")] = None,
+    method: Annotated[str | None, typer.Option(help="upop, or magnitude: one cut by weight norm.")] = None,
+    w_sp_attn: o.SparsityAttention = None,
+    w_sp_mlp: o.SparsityMlp = None,
+    assign: o.Set = None,
+) -> None:
+    """Search, shrink, retrain and evaluate."""
+    flags = {"p": p, "pretrained": pretrained, "output_dir": output_dir, "device": device, "seed": seed, "amp": amp}
+    method_flags = {"cost": cost, "align": align, "interval": interval, "method": method}
+    sparsity = {"w_sp_attn": w_sp_attn, "w_sp_mlp": w_sp_mlp}
+    _start(run_compress, task, config, {**flags, **method_flags, **sparsity, **o.epochs(epoch)}, assign)
+
+
+@app.command(epilog="Example: upop evaluate nlvr --config configs/nlvr.yaml --pretrained output/nlvr-2x/best")
+def evaluate(
+    task: TaskName,
+    config: o.Config = None,
+    pretrained: o.Pretrained = None,
+    output_dir: o.OutputDir = None,
+    device: o.DeviceName = None,
+    amp: o.Amp = None,
+    assign: o.Set = None,
+) -> None:
+    """Evaluate a checkpoint, dense or compressed."""
+    flags = {"pretrained": pretrained, "output_dir": output_dir, "device": device, "amp": amp}
+    _start(evaluate_checkpoint, task, config, flags, assign)
+
+
+@data.command(epilog="Example: upop data shapes --task nlvr --out output/shapes/nlvr --seed 0 --size 20000")
+def shapes(
+    out: Annotated[Path, typer.Option(help="Folder to write; must be new, empty, or hold the same set.")],
+    task: Annotated[ShapesTask, typer.Option(help="Which task's files to write.")] = ShapesTask.nlvr,
+    seed: Annotated[int, typer.Option(help="Same seed, same bytes.")] = 0,
+    size: Annotated[int, typer.Option(help="Training records; dev and test are a tenth, 200 to 1000.")] = 20000,
+    image_size: Annotated[int, typer.Option("--image-size", "--image_size", help="Side in pixels.")] = 64,
+    image_format: Annotated[
+        PictureFormat, typer.Option("--image-format", "--image_format", help="File format.")
+    ] = PictureFormat.png,
+) -> None:
+    """Generate pictures of coloured shapes with annotations in the published formats."""
+    from upop.cli.shapes import write_with_progress
+
+    assert task is ShapesTask.nlvr
+    write_with_progress(out, seed=seed, size=size, image_size=image_size, image_format=image_format.value)
+
+
+def _start(
+    verb: Callable[[Any, Any], Any], task: str, config: Path | None, flags: dict[str, Any], assign: list[str] | None
+) -> None:
+    found = find_task(task)
+    settings: RunSettings = read_settings(found.settings, config, o.overrides(flags, assign))
+    verb(found, settings)
+
+
+def main(command: typer.Typer = app) -> None:
+    """Run a command; an error of ours ends it with a message and exit code 1, without a traceback."""
+    try:
+        command()
+    except UPopError as error:
+        Console(stderr=True).print(f"[bold red]Error:[/bold red] {type(error).__name__}:", end=" ")
+        Console(stderr=True, highlight=False, markup=False, soft_wrap=True).print(str(error))
+        sys.exit(1)

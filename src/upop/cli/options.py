@@ -1,0 +1,63 @@
+"""The flags that several commands share, each written once; both spellings (--output-dir, --output_dir) work."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+
+from upop.errors import SettingError
+
+
+class Device(StrEnum):
+    """Where to compute."""
+
+    auto = "auto"
+    cuda = "cuda"
+    mps = "mps"
+    cpu = "cpu"
+
+
+Config = Annotated[Path | None, typer.Option(help="YAML file of settings; flags beat it.")]
+Pretrained = Annotated[str | None, typer.Option(help="Checkpoint to start from: a .pth, or a folder of ours.")]
+OutputDir = Annotated[Path | None, typer.Option("--output-dir", "--output_dir", help="Run folder.")]
+DeviceName = Annotated[Device | None, typer.Option(help="Where to compute; torchrun decides about processes.")]
+Seed = Annotated[int | None, typer.Option(help="Seed of all random draws. [default: 42]")]
+Amp = Annotated[bool | None, typer.Option("--amp", help="bfloat16 autocast.")]
+Ratio = Annotated[float | None, typer.Option("--p", help="Share of the prunable cost to remove; 0.5 is 2x.")]
+Epoch = Annotated[int | None, typer.Option("--epoch", "--epochs", help="Epochs of the search, and of retraining.")]
+SparsityAttention = Annotated[
+    float | None,
+    typer.Option("--w-sp-attn", "--w_sp_attn", help="Weight of the attention masks' sum in the logged loss."),
+]
+SparsityMlp = Annotated[
+    float | None, typer.Option("--w-sp-mlp", "--w_sp_mlp", help="Weight of the MLP masks' sum in the logged loss.")
+]
+Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any other setting; repeatable.")]
+
+
+def overrides(flags: Mapping[str, Any], assignments: Sequence[str] | None) -> dict[str, Any]:
+    """Return settings from flags that were given and from `--set` assignments, whose values are read as YAML.
+
+    Raises:
+        SettingError: an assignment is not KEY=VALUE.
+    """
+    values = {name: value for name, value in flags.items() if value is not None}
+    for assignment in assignments or ():
+        key, equals, text = assignment.partition("=")
+        if not key or not equals:
+            raise SettingError(f"--set takes KEY=VALUE, such as --set num_workers=2; found {assignment!r}.")
+        try:
+            values[key.strip()] = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise SettingError(f"--set {assignment!r}: the value cannot be read: {error}") from error
+    return values
+
+
+def epochs(epoch: int | None) -> dict[str, int | None]:
+    """Return the settings that the published `--epoch` stands for: as many epochs of search as of retraining."""
+    return {"max_epoch": epoch, "epochs_search": epoch}

@@ -1,0 +1,58 @@
+"""The published commands, `compress_<task>.py`, with the published flags: thin clothes over `upop compress`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from upop.cli import options as o
+from upop.cli.app import main
+from upop.errors import SettingError
+from upop.settings import read_settings
+from upop.tasks import find_task
+from upop.tasks.verbs import compress, evaluate_checkpoint
+
+_IGNORED = "Accepted and without effect: torchrun's environment decides."
+
+
+def run_blip(task: str, config: str) -> None:
+    """Run the published command of a BLIP task.
+
+    Args:
+        task: name of the task.
+        config: the published config file, used where `--config` is not given.
+    """
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+    @app.command(epilog=f"Example: python compress_{task}.py --p 0.5 --epoch 15 --pretrained pretrained/model.pth")
+    def command(
+        config: Annotated[Path, typer.Option(help="YAML file of settings; flags beat it.")] = Path(config),
+        output_dir: o.OutputDir = Path(f"output/{task}"),
+        evaluate: Annotated[bool, typer.Option("--evaluate", help="Only evaluate --pretrained.")] = False,
+        device: o.DeviceName = None,
+        seed: o.Seed = None,
+        pretrained: o.Pretrained = None,
+        w_sp_attn: o.SparsityAttention = None,
+        w_sp_mlp: o.SparsityMlp = None,
+        epoch: o.Epoch = None,
+        p: o.Ratio = None,
+        amp: o.Amp = None,
+        world_size: Annotated[int | None, typer.Option("--world_size", help=_IGNORED)] = None,
+        dist_url: Annotated[str | None, typer.Option("--dist_url", help=_IGNORED)] = None,
+        distributed: Annotated[str | None, typer.Option("--distributed", help=_IGNORED)] = None,
+        use_ceph: Annotated[bool, typer.Option("--use_ceph", help="Refused.")] = False,
+        assign: o.Set = None,
+    ) -> None:
+        """Search, shrink, retrain and evaluate; or evaluate a checkpoint."""
+        del world_size, dist_url, distributed
+        if use_ceph:
+            raise SettingError("--use_ceph reads from a private storage system that upop does not know. Leave it out.")
+        flags: dict[str, Any] = {"output_dir": output_dir, "device": device, "seed": seed, "pretrained": pretrained}
+        flags |= {"w_sp_attn": w_sp_attn, "w_sp_mlp": w_sp_mlp, "p": p, "amp": amp, **o.epochs(epoch)}
+        found = find_task(task)
+        verb = evaluate_checkpoint if evaluate else compress
+        verb(found, read_settings(found.settings, config, o.overrides(flags, assign)))
+
+    main(app)

@@ -1,0 +1,122 @@
+"""NLVR2: sentences that are true or false of a pair of images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypedDict
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from upop.data.records import check_images, open_image, read_records
+from upop.data.text import NLVR_WORDS, clean_caption, swap_left_right
+from upop.data.transforms import ImageTransform
+
+LABELS = ("False", "True")
+
+
+class NlvrItem(TypedDict):
+    """One record: two images [3, H, W], the cleaned sentence, and its label: 1 (true of them) or 0."""
+
+    image0: Tensor
+    image1: Tensor
+    sentence: str
+    label: int
+
+
+class NlvrBatch(TypedDict):
+    """B records: images [2B, 3, H, W], first all left ones, then all right ones; the rest int64 [B, ...]."""
+
+    images: Tensor
+    input_ids: Tensor
+    attention_mask: Tensor
+    labels: Tensor
+
+
+class NlvrDataset(Dataset[NlvrItem]):
+    """An annotation file's records: `[{"sentence": str, "label": "True"|"False", "images": [str, str]}]`.
+
+    The paths of images start from `image_root`. With `swap` (training), the two images change places with
+    probability 1/2, and the words left and right in the sentence with them; chance comes from torch's
+    generator.
+
+    Raises DataError, here for anything that is wrong with the annotation file or an image that is missing,
+    and on access for an image that cannot be read.
+    """
+
+    def __init__(
+        self, annotation_file: str | Path, image_root: str | Path, transform: ImageTransform, *, swap: bool
+    ) -> None:
+        self.file = Path(annotation_file)
+        self.root = Path(image_root)
+        self.transform = transform
+        self.swap = swap
+        records = read_records(self.file)
+        self._sentences: list[str] = []
+        self._labels: list[int] = []
+        self._images: list[tuple[str, str]] = []
+        for record in records:
+            sentence = clean_caption(record.text("sentence"), NLVR_WORDS)
+            if not sentence:
+                raise record.error(f"'sentence' holds no words: {record.text('sentence')!r}.")
+            first, second = record.texts("images", 2)
+            self._sentences.append(sentence)
+            self._labels.append(record.one_of("label", LABELS))
+            self._images.append((first, second))
+        pairs = zip(records, self._images, strict=True)
+        check_images(self.root, ((record, image) for record, images in pairs for image in images))
+
+    def __len__(self) -> int:
+        """The number of records."""
+        return len(self._labels)
+
+    def __getitem__(self, index: int) -> NlvrItem:
+        """The record of that number, as drawn this time."""
+        sentence, (first, second) = self._sentences[index], self._images[index]
+        if self.swap and torch.rand(()) < 0.5:
+            sentence, first, second = swap_left_right(sentence), second, first
+        return {
+            "image0": self._load(index, first),
+            "image1": self._load(index, second),
+            "sentence": sentence,
+            "label": self._labels[index],
+        }
+
+    def _load(self, index: int, image: str) -> Tensor:
+        return self.transform(open_image(self.root / image, file=self.file, number=index % len(self)))
+
+
+@dataclass(frozen=True)
+class NlvrCollator:
+    """Makes a batch of items; a class, so that worker processes can be given it however they are started.
+
+    Texts are padded to the longest of the batch. The first token stays [CLS]: the model puts [ENC] there.
+    """
+
+    tokenizer: Any
+    max_length: int | None = None
+
+    def __call__(self, items: Sequence[NlvrItem]) -> NlvrBatch:
+        """The items as one batch."""
+        text = self.tokenizer(
+            [item["sentence"] for item in items],
+            padding="longest",
+            truncation=self.max_length is not None,
+            max_length=self.max_length,
+            return_tensors="pt",
+        )
+        images = [item["image0"] for item in items] + [item["image1"] for item in items]
+        return {
+            "images": torch.stack(images),
+            "input_ids": text["input_ids"],
+            "attention_mask": text["attention_mask"],
+            "labels": torch.tensor([item["label"] for item in items]),
+        }
+
+
+def collate_nlvr(tokenizer: Any, max_length: int | None = None) -> NlvrCollator:
+    """The collate function for an NlvrDataset; cuts sentences to max_length tokens if that is given."""
+    return NlvrCollator(tokenizer, max_length)

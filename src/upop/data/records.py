@@ -1,0 +1,164 @@
+"""What all readers of annotation files share: records with checked fields, images that open or say why not.
+
+Everything is checked before any long work starts, and every error names the file, the record (counted from 0,
+as in a JSON list), the field, what was found, and what to do.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from upop.errors import DataError, nearest
+
+_SHOWN = 60
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One record of an annotation file: its fields, and where it stands."""
+
+    file: Path
+    number: int
+    fields: dict[str, Any]
+
+    def error(self, problem: str) -> DataError:
+        """The error that this record has the problem."""
+        return DataError(f"{self.file}, record {self.number}: {problem}")
+
+    def get(self, name: str) -> Any:
+        """The field of that name; DataError where there is none."""
+        if name not in self.fields:
+            known = [key for key in self.fields if isinstance(key, str)]
+            found = f"it has {', '.join(map(repr, known))}" if known else "it is empty"
+            raise self.error(f"the field {name!r} is missing{nearest(name, known)}; {found}.")
+        return self.fields[name]
+
+    def text(self, name: str) -> str:
+        """The field as a text with something in it."""
+        value = self.get(name)
+        if not isinstance(value, str) or not value.strip():
+            raise self.error(f"{name!r} must be a text that is not empty, not {shown(value)}.")
+        return value
+
+    def texts(self, name: str, count: int | None = None) -> list[str]:
+        """The field as a list of texts that are not empty: of any length from 1, or of exactly `count`."""
+        value = self.get(name)
+        number = "some" if count is None else str(count)
+        if not isinstance(value, list) or not value or (count is not None and len(value) != count):
+            raise self.error(f"{name!r} must be a list of {number} texts, not {shown(value)}.")
+        for text in value:
+            if not isinstance(text, str) or not text.strip():
+                raise self.error(f"{name!r} must be a list of {number} texts, but holds {shown(text)}.")
+        return value
+
+    def one_of(self, name: str, choices: tuple[str, ...]) -> int:
+        """The place of the field's text among the choices."""
+        value = self.get(name)
+        if not isinstance(value, str) or value not in choices:
+            wanted = " or ".join(f'"{choice}"' for choice in choices)
+            hint = nearest(value, choices) if isinstance(value, str) else ""
+            raise self.error(f"{name!r} must be the text {wanted}, not {shown(value)}{hint}.")
+        return choices.index(value)
+
+
+def shown(value: object) -> str:
+    """A value as JSON, cut to a readable length, for a message."""
+    text = json.dumps(value, default=repr)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+
+
+def read_records(file: str | Path) -> list[Record]:
+    """Read an annotation file: a JSON list, not empty, of objects. DataError says what else it is."""
+    file = Path(file)
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise DataError(
+            f"The annotation file {file} does not exist{_near(file)}. Check the folder of annotations."
+        ) from None
+    except (OSError, ValueError) as error:
+        raise DataError(f"The annotation file {file} cannot be read: {error}.") from error
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"The annotation file {file} is not JSON: {error}. It may be cut off.") from error
+    if not isinstance(values, list):
+        raise DataError(f"The annotation file {file} must hold a list of records, not {shown(values)}.")
+    if not values:
+        raise DataError(f"The annotation file {file} holds no records.")
+    records = []
+    for number, fields in enumerate(values):
+        if not isinstance(fields, dict):
+            raise DataError(
+                f"{file}, record {number}: must be an object with named fields, not {shown(fields)}."
+            )
+        records.append(Record(file, number, fields))
+    return records
+
+
+def _near(file: Path) -> str:
+    try:
+        return nearest(file.name, [path.name for path in file.parent.iterdir()])
+    except OSError:
+        return f", nor does the folder {file.parent}" if not file.parent.exists() else ""
+
+
+def check_images(root: str | Path, images: Iterable[tuple[Record, str]]) -> None:
+    """Check that every image exists under `root`; DataError names the first missing one and counts them all.
+
+    Folders are listed once each, which is far faster than asking for each image where there are many.
+    """
+    root = Path(root)
+    listings: dict[str, frozenset[str]] = {}
+    missing: dict[str, Record] = {}
+    for record, image in images:
+        folder, _, name = image.rpartition("/")
+        if folder not in listings:
+            listings[folder] = _names_in(root / folder)
+        # A listing can be stricter than the file system (upper and lower case), so it is not the last word.
+        if name not in listings[folder] and image not in missing and not _exists(root / image):
+            missing[image] = record
+    if not missing:
+        return
+    image, record = next(iter(missing.items()))
+    if not root.is_dir():
+        raise record.error(
+            f"the image root {root} is no folder, so the image {image!r} cannot be found in it."
+        )
+    rest = f" {len(missing)} images of this file are missing in all." if len(missing) > 1 else ""
+    raise record.error(
+        f"the image {image!r} does not exist under the image root {root}.{rest} Check the image root."
+    )
+
+
+def _names_in(folder: Path) -> frozenset[str]:
+    try:
+        return frozenset(os.listdir(folder))  # noqa: PTH208 - a tenth of the time of Path.iterdir
+    except (OSError, ValueError):
+        return frozenset()
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError):
+        return False
+
+
+def open_image(path: str | Path, *, file: Path, number: int) -> Image.Image:
+    """Read an image as RGB; DataError names the image and the record of the file that asks for it."""
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except Exception as error:  # a broken file makes the decoders raise nearly anything
+        raise DataError(
+            f"{file}, record {number}: the image {path} cannot be read: {error or type(error).__name__}. "
+            "It may be cut off or no image at all; fetch it again."
+        ) from error

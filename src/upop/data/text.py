@@ -1,0 +1,49 @@
+"""The published clean-up of captions, sentences and questions, and the exchange of left and right."""
+
+from __future__ import annotations
+
+import re
+
+CAPTION_WORDS = 30
+NLVR_WORDS = 40
+QUESTION_WORDS = 50
+
+_REMOVED = re.compile(r'[.!"()*#:;~]')
+_SPACES = re.compile(r"\s{2,}")
+_SIDES = re.compile(r"\b(left|right)\b", re.IGNORECASE)
+
+
+def clean_caption(text: str, max_words: int = CAPTION_WORDS) -> str:
+    """Clean a caption or NLVR sentence: lower-case, `. ! " ( ) * # : ; ~` to spaces, at most max_words words.
+
+    Runs of spaces become one space, and spaces and line ends around the text go.
+    """
+    text = _SPACES.sub(" ", _REMOVED.sub(" ", text.lower()))
+    return _first_words(text.rstrip("\n").strip(" "), max_words)
+
+
+def clean_question(text: str, max_words: int = QUESTION_WORDS) -> str:
+    """Clean a question: lower-case, `. ! " ( ) * # : ; ~` removed without a trace, at most max_words words.
+
+    Unlike in captions, spaces stay as they are, but for those at the end.
+    """
+    return _first_words(_REMOVED.sub("", text.lower()).rstrip(" "), max_words)
+
+
+def _first_words(text: str, max_words: int) -> str:
+    return " ".join(text.split(" ")[:max_words])
+
+
+def swap_left_right(sentence: str) -> str:
+    """Exchange the words left and right, wherever they stand alone ("leftover" and "bright" stay).
+
+    Doing it twice gives the sentence back.
+    """
+    return _SIDES.sub(lambda found: _opposite(found.group()), sentence)
+
+
+def _opposite(side: str) -> str:
+    opposite = "right" if side.lower() == "left" else "left"
+    if side.isupper():
+        return opposite.upper()
+    return opposite.capitalize() if side[0].isupper() else opposite

@@ -1,0 +1,134 @@
+"""The published image transforms of BLIP and CLIP: from a picture to a normalised float tensor [3, s, s]."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as tvf
+
+ImageTransform = Callable[[Image.Image], Tensor]
+
+MEAN = (0.48145466, 0.4578275, 0.40821073)
+STD = (0.26862954, 0.26130258, 0.27577711)
+CROP_SCALE = (0.5, 1.0)
+
+RANDAUGMENT_OPS = 2
+RANDAUGMENT_LEVEL = 5
+_LEVELS = 10
+_FILL = [128, 128, 128]
+
+_BICUBIC = v2.InterpolationMode.BICUBIC
+
+
+def eval_transform(image_size: int) -> ImageTransform:
+    """The transform of evaluation: resize to image_size x image_size pixels (bicubic) and normalise."""
+    return _Finish(image_size)
+
+
+def train_transform(image_size: int, augment: bool = True) -> ImageTransform:
+    """The transform of training: random crop of half to all of the area, random flip, RandAugment, normalise.
+
+    Without `augment` it is the evaluation's: generated pictures must keep their counts and positions. All
+    chance comes from torch's generator.
+    """
+    if not augment:
+        return eval_transform(image_size)
+    transform: ImageTransform = v2.Compose(
+        [
+            v2.RandomResizedCrop(image_size, scale=CROP_SCALE, interpolation=_BICUBIC, antialias=True),
+            v2.RandomHorizontalFlip(),
+            RandAugment(),
+            _Finish(image_size),
+        ]
+    )
+    return transform
+
+
+class _Finish:
+    """Resizes where needed and normalises; a plain class, as v2's generic ones cost more than the work."""
+
+    def __init__(self, image_size: int) -> None:
+        self.image_size = image_size
+        self.mean = torch.tensor(MEAN).view(3, 1, 1)
+        self.std = torch.tensor(STD).view(3, 1, 1)
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        side = self.image_size
+        if image.size != (side, side):
+            image = tvf.resize(image, [side, side], interpolation=_BICUBIC, antialias=True)
+        tensor: Tensor = tvf.pil_to_tensor(image)
+        return tensor.float().div_(255.0).sub_(self.mean).div_(self.std)
+
+
+class RandAugment:
+    """The published RandAugment: two operations, each done with probability 1/2, at level 5 of 10.
+
+    Level 5 shears by 0.15, shifts by 5 pixels and turns by 15 degrees, either way, and leaves brightness and
+    sharpness as they are; torchvision's own RandAugment has other operations and other scales, so its levels
+    mean other things.
+    """
+
+    def __init__(self, operations: int = RANDAUGMENT_OPS, level: int = RANDAUGMENT_LEVEL) -> None:
+        self.operations = operations
+        self.level = level
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        """The picture after the drawn operations, of the same size."""
+        for _ in range(self.operations):
+            operation = _OPERATIONS[int(torch.randint(len(_OPERATIONS), ()))]
+            if torch.rand(()) < 0.5:
+                image = operation(image, self.level / _LEVELS)
+        return image
+
+
+def _either_way(value: float) -> float:
+    return -value if torch.rand(()) < 0.5 else value
+
+
+def _factor(strength: float) -> float:
+    """0.1 to 1.9; 1 changes nothing."""
+    return 0.1 + 1.8 * strength
+
+
+def _move(
+    image: Image.Image,
+    *,
+    angle: float = 0.0,
+    x: float = 0.0,
+    y: float = 0.0,
+    shear_x: float = 0.0,
+    shear_y: float = 0.0,
+) -> Image.Image:
+    """Turn by degrees about the centre, shift by pixels, or shear by a slope about the top left corner."""
+    shear = [math.degrees(math.atan(shear_x)), math.degrees(math.atan(shear_y))]
+    moved: Image.Image = tvf.affine(
+        image,
+        angle=angle,
+        translate=[round(x), round(y)],
+        scale=1.0,
+        shear=shear,
+        interpolation=v2.InterpolationMode.BILINEAR,
+        fill=_FILL,
+        center=[0.0, 0.0] if any(shear) else None,
+    )
+    return moved
+
+
+# Each takes a picture and a strength of 0 to 1.
+_OPERATIONS: tuple[Callable[[Image.Image, float], Image.Image], ...] = (
+    lambda image, _: image,
+    lambda image, _: tvf.autocontrast(image),
+    lambda image, _: tvf.equalize(image),
+    lambda image, strength: tvf.adjust_brightness(image, _factor(strength)),
+    lambda image, strength: tvf.adjust_sharpness(image, _factor(strength)),
+    lambda image, strength: _move(image, shear_x=_either_way(0.3 * strength)),
+    lambda image, strength: _move(image, shear_y=_either_way(0.3 * strength)),
+    lambda image, strength: _move(image, x=_either_way(10.0 * strength)),
+    lambda image, strength: _move(image, y=_either_way(10.0 * strength)),
+    lambda image, strength: _move(image, angle=_either_way(30.0 * strength)),
+)

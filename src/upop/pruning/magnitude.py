@@ -1,0 +1,46 @@
+"""The usual baseline: cut at once what has the smallest weights, without any search."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from upop.pruning import budget
+from upop.pruning.costs import Cost, entry_costs
+from upop.pruning.layouts import find_units
+from upop.pruning.plan import Plan
+from upop.pruning.units import Unit, tensor_of
+
+
+def plan_by_magnitude(
+    model: nn.Module, ratio: float, *, cost: Cost = "params", align: int = 1, example: Any = None
+) -> Plan:
+    """Return the plan that removes the entries with the smallest L2 norm of all weights they own.
+
+    Norms are standardised per structure and ranked under one budget exactly as `Pruner` ranks its scores, so the two
+    differ in the scores alone. Arguments are those of `Pruner`.
+
+    Raises:
+        SettingError: a setting is out of range, or the ratio cannot be reached.
+        LayoutError: the model has no unit.
+    """
+    units = find_units(model)
+    costs = entry_costs(model, units, cost, example)
+    budget.check_reachable(units, costs, ratio, align)
+    scores = {unit.name: -_norms(model, unit) for unit in units}
+    marked = budget.select(units, scores, costs, ratio, align).marked
+    kept = {name: (~gone).nonzero().flatten().tolist() for name, gone in marked.items()}
+    described = cost if isinstance(cost, str) else "given"
+    return Plan.of(units, kept, method="magnitude", ratio=ratio, cost=described, align=align)
+
+
+@torch.no_grad()
+def _norms(model: nn.Module, unit: Unit) -> Tensor:
+    total = torch.zeros(unit.size, dtype=torch.float64)
+    for part in unit.slices:
+        squares = tensor_of(model, part.tensor).double().square()
+        others = [dim for dim in range(squares.dim()) if dim != part.dim]
+        total += part.reduce(squares.sum(others) if others else squares).cpu()
+    return total.sqrt()

@@ -1,0 +1,176 @@
+"""What a run measured: one row per model, kept as JSON, shown as a table beside the dense model."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from rich.table import Table
+
+from upop.errors import DataError, nearest
+from upop.report.files import replacing
+
+
+class ModelResult(BaseModel):
+    """What was measured of one model."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    name: str = Field(description='what the table calls it: "dense", "UPop 2x", "magnitude 2x"')
+    metrics: Mapping[str, float] = Field(description="split -> value of the metric, in percent")
+    parameters: int = Field(gt=0)
+    gmacs: float = Field(gt=0, description="10^9 multiply-adds of one forward pass")
+    latency_ms: float | None = Field(
+        None, gt=0, description="median of one forward pass; None where not measured"
+    )
+
+
+class Results(BaseModel):
+    """What was measured in one run, all models under the same conditions."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    models: tuple[ModelResult, ...] = Field(min_length=1)
+    metric: str = Field(default="accuracy", description="what `metrics` holds, in percent")
+    baseline: str = Field(default="dense", description="the model that the others are compared with")
+    batch_size: int = Field(default=1, gt=0, description="records in the batch of the latency measurement")
+    machine: Mapping[str, str | int] = Field(default_factory=dict, description="from `machine()`")
+
+    @model_validator(mode="after")
+    def _check_names(self) -> Results:
+        names = [model.name for model in self.models]
+        if len(set(names)) < len(names):
+            raise ValueError(f"every model needs a name of its own; found {names}")
+        if self.baseline not in names:
+            raise ValueError(
+                f"the baseline {self.baseline!r} is none of the models{nearest(self.baseline, names)}"
+            )
+        return self
+
+    @property
+    def dense(self) -> ModelResult:
+        """The model that the others are compared with."""
+        return next(model for model in self.models if model.name == self.baseline)
+
+    def compared(self, name: str) -> dict[str, float]:
+        """Return what a model gained and lost beside the dense one.
+
+        Keys: "smaller", "fewer_macs" and, where both were timed, "faster" (factors: 2 is half the size, work or
+        time); "<split>_points" (difference of the metric in percentage points) for the splits that both have.
+
+        Raises:
+            KeyError: there is no model of that name.
+        """
+        model = {model.name: model for model in self.models}[name]
+        factors = {
+            "smaller": self.dense.parameters / model.parameters,
+            "fewer_macs": self.dense.gmacs / model.gmacs,
+        }
+        if self.dense.latency_ms is not None and model.latency_ms is not None:
+            factors["faster"] = self.dense.latency_ms / model.latency_ms
+        shared = [split for split in model.metrics if split in self.dense.metrics]
+        return factors | {
+            f"{split}_points": model.metrics[split] - self.dense.metrics[split] for split in shared
+        }
+
+    def write_json(self, path: Path) -> None:
+        """Write the results and the comparison with the dense model; the file appears whole or not at all.
+
+        Raises:
+            RunFolderError: the file cannot be written.
+        """
+        content = self.model_dump(mode="json")
+        for model in content["models"]:
+            model["compared"] = self.compared(model["name"])
+        with replacing(path) as part:
+            part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+    @classmethod
+    def read(cls, path: Path) -> Results:
+        """Read what `write_json` wrote.
+
+        Raises:
+            DataError: the file cannot be read, or does not hold results.
+        """
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            for model in content["models"]:
+                model.pop("compared", None)  # follows from the rest
+            return cls.model_validate(content)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else repr(error)
+            raise DataError(
+                f"{path}: expected results as Results.write_json writes them; {reason}."
+            ) from error
+
+
+def results_table(results: Results) -> Table:
+    """Return a table for the terminal: a row per model, each number beside its gain over the dense one."""
+    table = Table(title="Compressed models beside the dense one", title_justify="left", header_style="bold")
+    table.add_column("model", no_wrap=True)
+    splits = list(dict.fromkeys(split for model in results.models for split in model.metrics))
+    for header in [*(f"{split} {results.metric} (%)" for split in splits), "parameters (M)", "GMACs"]:
+        table.add_column(header, justify="right")
+    timed = any(model.latency_ms is not None for model in results.models)
+    if timed:
+        table.add_column("latency (ms)", justify="right")
+        device = results.machine.get("device", "this machine")
+        table.caption = f"Latency: median, measured side by side, batch {results.batch_size}, {device}"
+    for model in results.models:
+        gains = {} if model is results.dense else results.compared(model.name)
+        cells = [_points(model.metrics.get(split), gains.get(f"{split}_points")) for split in splits]
+        cells.append(_factor(model.parameters / 1e6, gains.get("smaller"), "smaller"))
+        cells.append(_factor(model.gmacs, gains.get("fewer_macs"), "fewer"))
+        if timed:
+            cells.append(_factor(model.latency_ms, gains.get("faster"), "faster"))
+        table.add_row(model.name, *cells)
+    return table
+
+
+def machine(device: torch.device | str = "cpu") -> dict[str, str | int]:
+    """Describe where something was measured: processor, cores, threads, device, torch and Python."""
+    place = torch.device(device)
+    processor = _processor()
+    return {
+        "cpu": processor,
+        "cores": os.cpu_count() or 1,
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name(place) if place.type == "cuda" else processor,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def number(value: float) -> str:
+    """Return a number with three or four digits that count: 0.0123, 1.23, 12.3, 259.5, 1,234."""
+    if value >= 999.95:
+        return f"{value:,.0f}"
+    if value >= 9.995:
+        return f"{value:.1f}"
+    return f"{value:.2f}" if value >= 0.0995 else f"{value:.3g}"
+
+
+def _points(value: float | None, difference: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.1f}" + (f" ({difference:+.1f})" if difference is not None else "")
+
+
+def _factor(value: float | None, factor: float | None, word: str) -> str:
+    if value is None:
+        return "-"
+    return number(value) + (f" ({factor:.2f}x {word})" if factor is not None else "")
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:  # not Linux
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()

@@ -1,0 +1,119 @@
+"""The settings of a run: one frozen class that YAML files, command flags and Python all fill."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, Self, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from upop.errors import SettingError, nearest
+
+
+S = TypeVar("S", bound="RunSettings")
+
+
+class RunSettings(BaseModel):
+    """What every task's run is made of. Published YAML files name these fields; a flag beats the file."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+    # Data and weights, as in the published files.
+    image_root: Path = Field(description="folder that the annotation files' image paths start from")
+    ann_root: Path = Field(Path("annotation"), description="folder of the annotation files")
+    pretrained: str | None = Field(None, description="checkpoint to start from: a published .pth, or a folder of ours")
+    tokenizer: str = Field("pretrained/bert-base-uncased", description="folder of the tokenizer, or its name on the hub")
+    image_size: int = Field(384, gt=0)
+    augment: bool = Field(True, description="random crops, flips and RandAugment in training")
+
+    # The model.
+    vit: Literal["base", "large"] = "base"
+    vit_grad_ckpt: bool = Field(False, description="recompute activations of the vision transformer: less memory")
+    vit_ckpt_layer: int = Field(0, ge=0, description="how many of its last blocks do so; 0 is all")
+    model: dict[str, Any] = Field(default_factory=dict, description="sizes that differ from the published model's")
+
+    # Optimisation.
+    weight_decay: float = Field(0.05, ge=0)
+    init_lr: float = Field(3e-6, gt=0, description="of the search, and the start of the retraining's cosine")
+    min_lr: float = Field(0.0, ge=0)
+    max_epoch: int = Field(15, ge=1, description="epochs of retraining (and of `train`)")
+    epochs_search: int | None = Field(None, ge=1, description="epochs of the search; as many as max_epoch if not given")
+    warmup_steps: int = Field(0, ge=0, description="linear warm-up at the start of `train`")
+    schedule: Literal["epoch", "step"] = Field("epoch", description="how often the cosine moves")
+    batch_size_train: int = Field(32, ge=1, description="records per process and forward pass")
+    batch_size_test: int = Field(128, ge=1)
+    accumulate: int = Field(1, ge=1, description="forward passes per optimizer step")
+    clip_grad: float | None = Field(None, gt=0, description="largest norm of the gradients")
+    amp: bool = Field(False, description="bfloat16 autocast")
+    max_bad_steps: int = Field(20, ge=1, description="stop after so many non-finite steps in a row")
+
+    # The method.
+    p: float = Field(0.5, gt=0, lt=1, description="share of the prunable cost to remove; 0.5 is 2x, 0.75 is 4x")
+    method: Literal["upop", "magnitude"] = Field("upop", description="magnitude: one cut by weight norm, then as many steps")
+    cost: Literal["params", "flops", "reference"] = "params"
+    align: int = Field(1, ge=1, description="kept sizes are multiples of this; 8 suits tensor cores")
+    interval: int = Field(50, ge=1, description="masks move every so many search steps")
+    w_sp_attn: float = Field(4.8e-3, ge=0, description="weight of the sparsity term; moves only the logged loss")
+    w_sp_mlp: float = Field(2e-4, ge=0)
+
+    # The run.
+    output_dir: Path = Path("output")
+    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
+    seed: int = Field(42, ge=0)
+    num_workers: int = Field(4, ge=0, description="processes that decode images, per training process")
+    log_every: int = Field(10, ge=1, description="steps between rows of metrics.jsonl")
+
+    @model_validator(mode="after")
+    def _learning_rates(self) -> Self:
+        if self.min_lr > self.init_lr:
+            raise ValueError(f"min_lr ({self.min_lr}) is above init_lr ({self.init_lr})")
+        return self
+
+    @property
+    def search_epochs(self) -> int:
+        """Epochs of the search phase."""
+        return self.max_epoch if self.epochs_search is None else self.epochs_search
+
+    def to_yaml(self) -> str:
+        """Return the settings as resolved, in the form that `read_settings` takes."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def read_settings(kind: type[S], path: Path | None, overrides: Mapping[str, Any]) -> S:
+    """Return settings of a kind from a YAML file and overrides; an override of None leaves the file's value.
+
+    Raises:
+        SettingError: the file is missing or is no mapping; all unknown keys (with the nearest known one) and all
+            values out of range are listed.
+    """
+    values = _read_yaml(path) if path is not None else {}
+    values.update({key: value for key, value in overrides.items() if value is not None})
+    known = list(kind.model_fields)
+    source = str(path) if path is not None else "the command line"
+    unknown = [f"unknown key {key!r}{nearest(str(key), known)}" for key in values if key not in known]
+    problems: list[str] = []
+    try:
+        settings = kind(**{str(key): value for key, value in values.items() if key in known})
+    except ValidationError as error:
+        for part in error.errors():
+            place = ".".join(map(str, part["loc"])) or "settings"
+            found = "nothing" if part["type"] == "missing" else repr(part["input"]) if part["loc"] else "these values"
+            problems.append(f"{place}: {part['msg']}; found {found}")
+    if unknown or problems:
+        raise SettingError(f"Settings from {source} cannot be used:\n  " + "\n  ".join(unknown + problems))
+    return settings
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        near = nearest(path.name, [other.name for other in path.parent.glob("*.yaml")]) if path.parent.is_dir() else ""
+        raise SettingError(f"Config file {path} was asked for, and there is none{near}.")
+    try:
+        content = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise SettingError(f"Config file {path} is not YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise SettingError(f"Config file {path} must hold 'key: value' lines; found {type(content).__name__}.")
+    return content

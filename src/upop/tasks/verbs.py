@@ -1,0 +1,226 @@
+"""What one can do with a task: train a dense model, compress one, evaluate one. The same for every task."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from upop.checkpoints import WEIGHTS, read_weights
+from upop.errors import SettingError
+from upop.pruning import Plan, Pruner, count_macs, count_parameters, find_units, plan_by_magnitude, shrink
+from upop.report.figures import UnitShare, history_figure, kept_share_figure
+from upop.report.latency import measure_latency
+from upop.report.results import ModelResult, Results, machine, results_table
+from upop.settings import RunSettings
+from upop.training.devices import make_accelerator
+from upop.training.evaluation import evaluate
+from upop.training.folder import RunFolder
+from upop.training.loaders import first_records, make_loader, to_device
+from upop.training.loop import Best, Loop, constant, cosine
+from upop.training.progress import RunProgress
+from upop.training.task import Task
+
+_VERIFIED_RECORDS = 4
+_HELD_OUT = ("val", "test")
+
+
+def train(task: Task[Any], settings: RunSettings) -> Results | None:
+    """Train or fine-tune a dense model; the best epoch's weights end up in `output_dir/best`.
+
+    Raises:
+        UPopError: settings, data, checkpoint, device or run folder are not usable; before any long work.
+    """
+    run = _Run(task, settings, "train")
+    if settings.pretrained:
+        model, lacking = task.start(Path(settings.pretrained), settings)
+        if lacking:
+            run.say(f"{settings.pretrained} lacks {len(lacking)} tensors, which start afresh: {', '.join(lacking[:4])} ...")
+    else:
+        model = task.build(settings)
+    with run.training(settings.max_epoch) as loop:
+        schedule = cosine(settings, settings.max_epoch, loop.steps_per_epoch)
+        loop.run(model, "train", settings.max_epoch, schedule, after_epoch=run.keep_best(model, None))
+        model, metrics = run.best(model)
+    return run.finish({"dense": (model, metrics)})
+
+
+def compress(task: Task[Any], settings: RunSettings) -> Results | None:
+    """Compress the dense model in `pretrained`: search, shrink, retrain, evaluate; the result is `output_dir/best`.
+
+    With method "magnitude" one cut by weight norm takes the place of the search, and retraining gets its steps too.
+
+    Raises:
+        UPopError: settings, data, checkpoint, device or run folder are not usable; before any long work.
+    """
+    run = _Run(task, settings, "compress")
+    model = run.pretrained()
+    dense_model = run.pretrained()
+    epochs = settings.search_epochs + settings.max_epoch
+    with run.training(epochs) as loop:
+        # Made before anything long runs: it checks the settings of the method against the model.
+        model.to(run.accelerator.device)
+        pruner = _pruner(task, settings, model, settings.search_epochs * loop.steps_per_epoch)
+        dense_metrics = run.evaluate(model)
+        run.say("dense  " + _told(dense_metrics))
+        verified = task.inputs(to_device(first_records(run.loaders["train"], _VERIFIED_RECORDS), run.accelerator.device))
+        if pruner is not None:
+            loop.run(model, "search", settings.search_epochs, constant(settings), pruner)
+            plan = pruner.plan()
+            pruner.shrink(verify=verified)
+        else:
+            example = task.example(model, 1)
+            plan = plan_by_magnitude(model, settings.p, cost=settings.cost, align=settings.align, example=example)
+            shrink(model, plan, verify=verified)
+        run.folder.save_plan(plan)
+        run.folder.save_model("last", model, plan)
+        shrunk_metrics = run.evaluate(model, ("val",))
+        run.say(f"shrunken, masked and cut compute the same; before retraining  {_told(shrunk_metrics)}")
+        retraining = settings.max_epoch if pruner is not None else epochs
+        schedule = cosine(settings, retraining, loop.steps_per_epoch)
+        loop.run(model, "retrain", retraining, schedule, after_epoch=run.keep_best(model, plan))
+        model, metrics = run.best(model)
+    models = {"dense": (dense_model, dense_metrics), compressed_name(settings): (model, metrics)}
+    return run.finish(models, plan)
+
+
+def evaluate_checkpoint(task: Task[Any], settings: RunSettings) -> Results | None:
+    """Evaluate the checkpoint in `pretrained`, dense or compressed, on the validation and test splits.
+
+    Raises:
+        UPopError: settings, data, checkpoint, device or run folder are not usable.
+    """
+    run = _Run(task, settings, "evaluate")
+    model = run.pretrained().to(run.accelerator.device)
+    metrics = run.evaluate(model)
+    return run.finish({Path(str(settings.pretrained)).name: (model, metrics)})
+
+
+def compressed_name(settings: RunSettings) -> str:
+    """Return what the tables call the compressed model: "UPop 2x", "magnitude 4x"."""
+    method = "UPop" if settings.method == "upop" else settings.method
+    return f"{method} {1 / (1 - settings.p):.3g}x"
+
+
+class _Run:
+    """One run: its accelerator, folder, data and console; and what all verbs do at their start and end."""
+
+    def __init__(self, task: Task[Any], settings: RunSettings, verb: str) -> None:
+        self.task, self.settings = task, settings
+        self.accelerator = make_accelerator(settings)
+        self._main = self.accelerator.is_main_process
+        self.folder = RunFolder(settings.output_dir, self._main)
+        splits = _HELD_OUT if verb == "evaluate" else ("train", *_HELD_OUT)
+        self.loaders = {split: make_loader(task, settings, split) for split in splits}
+        self._prepared = {split: self.accelerator.prepare(self.loaders[split]) for split in _HELD_OUT}
+        self._best = Best()
+        self._progress = RunProgress(0, self._main)
+        self.folder.start(settings, task.name, verb)
+
+    def say(self, line: str) -> None:
+        """Print a line, on the main process."""
+        self._progress.say(line)
+
+    def pretrained(self) -> nn.Module:
+        """Return the model in the checkpoint that the settings name."""
+        if not self.settings.pretrained:
+            raise SettingError("A checkpoint to start from is needed, and none was given. Set pretrained (--pretrained).")
+        return self.task.load(Path(self.settings.pretrained), self.settings)
+
+    @contextmanager
+    def training(self, epochs: int) -> Iterator[Loop]:
+        """Give a loop, and show one bar over `epochs` epochs."""
+        loop = Loop(self.accelerator, self.task, self.settings, self.folder, self.loaders["train"], self._prepared["val"])
+        with RunProgress(epochs * loop.steps_per_epoch, self._main) as self._progress:
+            loop.progress = self._progress
+            yield loop
+
+    def evaluate(self, model: nn.Module, splits: tuple[str, ...] = _HELD_OUT) -> dict[str, float]:
+        """Return the deciding metric per split, by the split's published name."""
+        found = {}
+        for split in splits:
+            scores, _ = evaluate(self.accelerator, self.task, model, self._prepared[split])
+            found[self.task.splits[split]] = scores[self.task.metric]
+        return found
+
+    def keep_best(self, model: nn.Module, plan: Plan | None) -> Callable[[dict[str, float]], None]:
+        """Return what saves `model` as "last" after every epoch, and as "best" when it is."""
+
+        def after_epoch(scores: dict[str, float]) -> None:
+            self.folder.save_model("last", model, plan)
+            if self._best.improves(scores[self.task.metric]):
+                self.folder.save_model("best", model, plan)
+
+        return after_epoch
+
+    def best(self, model: nn.Module) -> tuple[nn.Module, dict[str, float]]:
+        """Return `model` with the best epoch's weights, and its metrics on all splits that were held out."""
+        self.accelerator.wait_for_everyone()
+        state = read_weights(self.folder.path / "best" / WEIGHTS)
+        model.load_state_dict(state)
+        return model, self.evaluate(model)
+
+    def finish(
+        self, models: Mapping[str, tuple[nn.Module, dict[str, float]]], plan: Plan | None = None
+    ) -> Results | None:
+        """Measure sizes and latency side by side, write results.json and the figures, and show the table."""
+        if not self._main:
+            return None
+        results = measure(self.task, models, self.accelerator.device)
+        path = self.folder.path
+        results.write_json(path / "results.json")
+        figures = path / "figures"
+        figures.mkdir(exist_ok=True)
+        if plan is not None:
+            dense = next(iter(models.values()))[0]
+            kept_share_figure(UnitShare.of(find_units(dense), plan), figures / "kept.png")
+        if rows := self.folder.metrics():
+            val = self.task.splits["val"]
+            baseline = results.dense.metrics.get(val) if plan is not None else None
+            history_figure(rows, figures / "history.png", metric=self.task.metric, dense=baseline)
+        self._progress.console.print(results_table(results))
+        self.say(f"Written to {path}: results.json, metrics.jsonl, figures/, best/")
+        return results
+
+
+def measure(task: Task[Any], models: Mapping[str, tuple[nn.Module, dict[str, float]]], device: torch.device) -> Results:
+    """Return parameters, GMACs and latency of models and their metrics; the first model is what others compare with.
+
+    GMACs and latency are of one record of the published size; latencies are measured in alternation.
+    """
+    built = {name: model.to(device) for name, (model, _) in models.items()}
+    inputs = task.example(next(iter(built.values())), 1)
+    latency = measure_latency(built, inputs)
+    rows = [
+        ModelResult(
+            name=name,
+            metrics=metrics,
+            parameters=count_parameters(model),
+            gmacs=count_macs(model, inputs) / 1e9,
+            latency_ms=latency[name],
+        )
+        for name, (model, metrics) in models.items()
+    ]
+    return Results(models=tuple(rows), metric=task.metric, baseline=rows[0].name, batch_size=1, machine=machine(device))
+
+
+def _pruner(task: Task[Any], settings: RunSettings, model: nn.Module, steps: int) -> Pruner | None:
+    if settings.method != "upop":
+        return None
+    return Pruner(
+        model,
+        settings.p,
+        steps,
+        settings.interval,
+        cost=settings.cost,
+        align=settings.align,
+        example=task.example(model, 1),
+    )
+
+
+def _told(metrics: Mapping[str, float]) -> str:
+    return "  ".join(f"{split} {value:.2f}" for split, value in metrics.items())

@@ -1,0 +1,12 @@
+"""A generated set that the tests of this folder read, and must not change."""
+
+from pathlib import Path
+
+import pytest
+
+from upop.data.shapes import Summary, write_nlvr
+
+
+@pytest.fixture(scope="session")
+def generated(tmp_path_factory: pytest.TempPathFactory) -> Summary:
+    return write_nlvr(Path(tmp_path_factory.mktemp("shapes")) / "set", seed=7, size=600)

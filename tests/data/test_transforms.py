@@ -1,0 +1,76 @@
+"""The image transforms: values, sizes, and chance from torch's generator only."""
+
+import pickle
+
+import pytest
+import torch
+from PIL import Image
+from torchvision.transforms import v2
+
+from upop.data.transforms import MEAN, STD, RandAugment, eval_transform, train_transform
+
+
+@pytest.fixture
+def picture() -> Image.Image:
+    noise = torch.randint(0, 256, (12, 10, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    return Image.frombytes("RGB", (10, 12), bytes(noise.flatten().tolist())).resize(
+        (100, 120), Image.Resampling.BICUBIC
+    )
+
+
+@pytest.mark.parametrize("size", [64, 100, 150])
+def test_evaluation_resizes_and_normalises_as_the_library_does(picture: Image.Image, size: int):
+    expected = v2.Compose(
+        [
+            v2.Resize((size, size), interpolation=v2.InterpolationMode.BICUBIC, antialias=True),
+            v2.PILToTensor(),
+            v2.ToDtype(torch.float32, scale=True),
+            v2.Normalize(MEAN, STD),
+        ]
+    )
+    found = eval_transform(size)(picture)
+    assert found.shape == (3, size, size) and found.dtype == torch.float32
+    torch.testing.assert_close(found, expected(picture))
+
+
+def test_a_picture_of_the_right_size_keeps_its_pixels():
+    flat = Image.new("RGB", (8, 8), (255, 0, 51))
+    expected = (torch.tensor([1.0, 0.0, 0.2]) - torch.tensor(MEAN)) / torch.tensor(STD)
+    torch.testing.assert_close(eval_transform(8)(flat), expected.view(3, 1, 1).expand(3, 8, 8))
+
+
+def test_training_draws_from_torchs_generator(picture: Image.Image):
+    transform = train_transform(32)
+    draws = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        draws.append(torch.stack([transform(picture) for _ in range(8)]))
+    assert draws[0].shape == (8, 3, 32, 32)
+    assert draws[0].isfinite().all()
+    assert torch.equal(draws[0], draws[1])
+    assert not torch.equal(draws[0], draws[2])
+    assert not torch.equal(draws[0][0], draws[0][1])
+
+
+def test_without_augmentation_training_sees_what_evaluation_sees(picture: Image.Image):
+    assert torch.equal(train_transform(64, augment=False)(picture), eval_transform(64)(picture))
+
+
+def test_randaugment_leaves_the_size_and_often_the_picture(picture: Image.Image):
+    torch.manual_seed(0)
+    augmented = [RandAugment()(picture) for _ in range(300)]
+    assert {image.size for image in augmented} == {picture.size}
+    assert {image.mode for image in augmented} == {"RGB"}
+    # Each of two operations is done half of the time, and 3 of the 10 change nothing at level 5.
+    unchanged = sum(image.tobytes() == picture.tobytes() for image in augmented) / 300
+    assert 0.65**2 - 0.12 < unchanged < 0.65**2 + 0.12
+    assert len({image.tobytes() for image in augmented}) > 20
+
+
+def test_transforms_can_be_sent_to_worker_processes(picture: Image.Image):
+    for transform in (eval_transform(32), train_transform(32)):
+        again = pickle.loads(pickle.dumps(transform))
+        torch.manual_seed(3)
+        first = transform(picture)
+        torch.manual_seed(3)
+        assert torch.equal(again(picture), first)

@@ -1,0 +1,24 @@
+"""Shared by the tests of the method: one thread, one seed, and every family as a parameter."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from pruning.families import FAMILIES, Family
+
+
+@pytest.fixture(autouse=True)
+def _alone_and_repeatable() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(params=FAMILIES, ids=lambda family: family.name)
+def family(request: pytest.FixtureRequest) -> Family:
+    return request.param

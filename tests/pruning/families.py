@@ -1,0 +1,243 @@
+"""Every family of models that the method must hold for: one row each, tiny, with random biases and norms.
+
+Zero biases, unit norms and equal kept sizes hide mistakes of surgery, so nothing here has them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import timm
+import torch
+import torch.nn.functional as F
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+from torch.func import functional_call
+
+import upop
+from upop.models.nlvr import BlipNlvr, NlvrConfig
+
+Inputs = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Family:
+    """One row: how to build a tiny model and a batch for it."""
+
+    name: str
+    make: Callable[[], nn.Module]
+    batch: Callable[[int, torch.Generator], Inputs]
+
+    def build(self, dtype: torch.dtype = torch.float64, seed: int = 0) -> nn.Module:
+        torch.manual_seed(seed)
+        model = self.make()
+        randomise(model, seed)
+        return model.to(dtype)
+
+    def inputs(self, size: int = 2, dtype: torch.dtype = torch.float64, seed: int = 0) -> Inputs:
+        batch = self.batch(size, torch.Generator().manual_seed(seed))
+        return {
+            name: value.to(dtype) if value.is_floating_point() else value for name, value in batch.items()
+        }
+
+
+@torch.no_grad()
+def randomise(model: nn.Module, seed: int = 0) -> None:
+    """Give every parameter random values that keep signals at their size; no bias is 0, no norm is 1."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        if parameter.dim() < 2:
+            parameter.add_(0.3 * noise)
+        else:
+            parameter.copy_(noise / math.sqrt(parameter[0].numel()))
+
+
+def loss_of(outputs: Any) -> Tensor:
+    """Return a smooth loss that weighs every sample alike and every output entry differently."""
+    if isinstance(outputs, tuple | list):
+        return torch.stack([loss_of(part) for part in outputs]).sum()
+    flat = outputs.flatten(1)
+    ramp = torch.linspace(-1, 1, flat.shape[1], dtype=flat.dtype)
+    return F.softplus(flat * ramp + 0.3 * flat.square()).sum(1).mean()
+
+
+def rows_of(inputs: Inputs, size: int, rows: slice) -> Inputs:
+    """Return some samples of a batch of `size`; NLVR's pictures come as all first ones, then all second ones."""
+    return {name: torch.cat([part[rows] for part in value.split(size)]) for name, value in inputs.items()}
+
+
+def outputs_of(model: nn.Module, inputs: Inputs) -> Tensor:
+    with torch.no_grad():
+        outputs = model(**inputs)
+    return (
+        torch.cat([part.flatten() for part in outputs]) if isinstance(outputs, tuple) else outputs.flatten()
+    )
+
+
+def difference(found: Tensor, expected: Tensor) -> float:
+    return float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-300))
+
+
+def uneven_plan(units: Sequence[upop.Unit], seed: int = 0) -> dict[str, list[int]]:
+    """Return random entries to keep: a single one in some units, all in others, any number in the rest."""
+    generator = torch.Generator().manual_seed(seed)
+    plan = {}
+    for number, unit in enumerate(units):
+        count = int(torch.randint(1, unit.size + 1, (), generator=generator))
+        count = {0: 1, 3: unit.size}.get((number + seed) % 5, count)
+        plan[unit.name] = sorted(torch.randperm(unit.size, generator=generator)[:count].tolist())
+    return plan
+
+
+def random_masks(units: Sequence[upop.Unit], seed: int = 0) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        unit.name: 0.05 + 0.9 * torch.rand(unit.size, generator=generator, dtype=torch.float64)
+        for unit in units
+    }
+
+
+def still_pruner(model: nn.Module, masks: dict[str, Tensor] | None = None, **settings: Any) -> upop.Pruner:
+    """Return a pruner that only collects scores, with the masks set to given values."""
+    pruner = upop.Pruner(model, 0.5, 1000, 1000, update_first_step=False, **settings)
+    if masks is not None:
+        pruner.load_state_dict({**pruner.state_dict(), "masks": masks})
+    return pruner
+
+
+def finished_pruner(
+    model: nn.Module, inputs: Inputs, ratio: float = 0.5, steps: int = 2, **settings: Any
+) -> upop.Pruner:
+    pruner = upop.Pruner(model, ratio, steps, 1, **settings)
+    for _ in range(steps):
+        model.zero_grad()
+        loss_of(model(**inputs)).backward()
+        pruner.step()
+    return pruner
+
+
+def scaled_parameters(
+    model: nn.Module, units: Sequence[upop.Unit], masks: dict[str, Tensor], weights: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """Return the weights with each produced row multiplied by its mask entry, written out on its own.
+
+    In every family here the rows of a projection are whole runs over the unit's entries, one after the other.
+    """
+    scaled = dict(weights)
+    for unit in units:
+        for part in unit.producers:
+            weight = scaled[part.tensor]
+            rows = masks[unit.name].repeat(weight.shape[0] // unit.size)
+            scaled[part.tensor] = weight * (rows.unsqueeze(1) if weight.dim() > 1 else rows)
+    return scaled
+
+
+def masked_outputs(
+    model: nn.Module, units: Sequence[upop.Unit], masks: dict[str, Tensor], inputs: Inputs
+) -> Tensor:
+    """Return what the plain model computes with masked weights."""
+    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    same = {name: mask.to(next(iter(weights.values())).dtype) for name, mask in masks.items()}
+    with torch.no_grad():
+        outputs = functional_call(model, scaled_parameters(model, units, same, weights), (), inputs)
+    return (
+        torch.cat([part.flatten() for part in outputs]) if isinstance(outputs, tuple) else outputs.flatten()
+    )
+
+
+def binary(units: Sequence[upop.Unit], plan: dict[str, list[int]]) -> dict[str, Tensor]:
+    masks = {}
+    for unit in units:
+        masks[unit.name] = torch.zeros(unit.size, dtype=torch.float64)
+        masks[unit.name][plan[unit.name]] = 1
+    return masks
+
+
+def _eager(model: nn.Module) -> nn.Module:
+    for module in model.modules():
+        if hasattr(module, "fused_attn"):
+            module.fused_attn = False
+    return model
+
+
+def _vit(**settings: Any) -> nn.Module:
+    tiny = {
+        "img_size": 16,
+        "patch_size": 8,
+        "embed_dim": 24,
+        "depth": 2,
+        "num_heads": 3,
+        "mlp_ratio": 2,
+        "num_classes": 5,
+    }
+    return VisionTransformer(**{**tiny, **settings})
+
+
+def _deit() -> nn.Module:
+    return VisionTransformerDistilled(
+        img_size=16, patch_size=8, embed_dim=24, depth=2, num_heads=3, mlp_ratio=2, num_classes=5
+    )
+
+
+def nlvr(**settings: Any) -> nn.Module:
+    """Two towers that differ in all: width, depth, heads, MLP; layer 0 averages, layer 1 merges."""
+    tiny: dict[str, Any] = {
+        "image_size": 16,
+        "patch_size": 8,
+        "vision_width": 24,
+        "vision_depth": 3,
+        "vision_heads": 3,
+        "vision_mlp": 40,
+        "text_width": 32,
+        "text_depth": 2,
+        "text_heads": 4,
+        "text_mlp": 56,
+        "vocab_size": 60,
+        "max_positions": 12,
+        "merge_from": 1,
+        "dropout": 0.0,
+        "drop_path": 0.0,
+    }
+    return BlipNlvr(NlvrConfig(**{**tiny, **settings}))
+
+
+def _pictures(size: int, generator: torch.Generator) -> Inputs:
+    return {"x": torch.randn(size, 3, 16, 16, generator=generator)}
+
+
+def _pairs(size: int, generator: torch.Generator) -> Inputs:
+    mask = torch.ones(size, 7, dtype=torch.long)
+    mask[::2, 5:] = 0
+    return {
+        "images": torch.randn(2 * size, 3, 16, 16, generator=generator),
+        "input_ids": torch.randint(1, 58, (size, 7), generator=generator),
+        "attention_mask": mask,
+    }
+
+
+FAMILIES = [
+    Family("vit-fused", _vit, _pictures),
+    Family("vit-eager", lambda: _eager(_vit()), _pictures),
+    Family("vit-no-bias", lambda: _vit(embed_dim=16, num_heads=2, depth=3, qkv_bias=False), _pictures),
+    Family(
+        "vit-registers",
+        lambda: _vit(init_values=0.5, reg_tokens=2, global_pool="avg", pre_norm=True),
+        _pictures,
+    ),
+    Family("deit-distilled", _deit, _pictures),
+    Family(
+        "deit-by-name",
+        lambda: timm.create_model("deit_tiny_patch16_224", img_size=16, depth=1, embed_dim=48, num_classes=3),
+        _pictures,
+    ),
+    Family("nlvr", nlvr, _pairs),
+    Family("nlvr-merged-eager", lambda: _eager(nlvr(merge_from=0, vision_depth=1, text_depth=2)), _pairs),
+    Family("nlvr-averaged", lambda: nlvr(merge_from=9, vision_depth=1, text_depth=2, text_width=16), _pairs),
+]
+BY_NAME = {family.name: family for family in FAMILIES}
+VIT, NLVR = BY_NAME["vit-fused"], BY_NAME["nlvr"]

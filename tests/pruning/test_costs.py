@@ -1,0 +1,127 @@
+"""What an entry costs: the parameters or multiply-adds that it really takes away."""
+
+from __future__ import annotations
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+import upop
+from pruning.families import NLVR, VIT, Family, nlvr
+from upop.models.nlvr import BlipNlvr, NlvrConfig
+from upop.pruning.costs import entry_costs
+from upop.pruning.errors import SettingError
+
+
+def test_the_papers_numbers_for_vit_base() -> None:
+    with torch.device("meta"):
+        model = BlipNlvr(NlvrConfig())
+    units = upop.find_units(model)
+    costs = entry_costs(model, units, "params")
+    assert {(unit.kind, costs[unit.name]) for unit in units} == {("attention", 36_900.0), ("mlp", 1_537.0)}
+    assert costs[units[0].name] / costs[units[1].name] == pytest.approx(24.008, abs=5e-4)
+    assert len(units) == 24 + 12 * 4
+
+
+def test_the_numbers_hold_for_timms_vit_too() -> None:
+    with torch.device("meta"):
+        model = timm.create_model("vit_base_patch16_224")
+    assert set(entry_costs(model, upop.find_units(model), "params").values()) == {36_900.0, 1_537.0}
+
+
+def test_cross_attention_costs_by_its_own_key_width() -> None:
+    model = nlvr()
+    costs = entry_costs(model, upop.find_units(model), "params")
+    # Per entry and head: a row and a bias of query, key and value, and a column of the output.
+    assert costs["text_encoder.encoder.layer.0.attention.self"] == 4 * (3 * (32 + 1) + 32)
+    assert costs["text_encoder.encoder.layer.0.crossattention.self1"] == 4 * ((32 + 1) + 2 * (24 + 1) + 32)
+    assert costs["visual_encoder.blocks.0.attn"] == 3 * (3 * (24 + 1) + 24)
+    assert costs["visual_encoder.blocks.0.mlp"] == 24 + 1 + 24
+    assert costs["text_encoder.encoder.layer.1.intermediate"] == 32 + 1 + 32
+
+
+@pytest.mark.parametrize("cost", ["params", "flops"])
+def test_an_entry_costs_what_removing_it_saves(family: Family, cost: str) -> None:
+    for number in range(len(upop.find_units(family.build()))):
+        model, inputs = family.build(), family.inputs(3)
+        unit = upop.find_units(model)[number]
+        costs = entry_costs(model, [unit], cost, inputs)
+
+        def size(model: nn.Module = model, inputs: dict = inputs) -> int:
+            return upop.count_parameters(model) if cost == "params" else upop.count_macs(model, inputs)
+
+        before = size()
+        upop.shrink(model, {unit.name: range(1, unit.size)})
+        assert before - size() == costs[unit.name], unit.name
+
+
+def test_counting_changes_nothing() -> None:
+    model, inputs = NLVR.build(), NLVR.inputs()
+    model.cls_head.eval()
+    modes = [module.training for module in model.modules()]
+    entry_costs(model, upop.find_units(model), "flops", inputs)
+    upop.count_macs(model, inputs)
+    assert [module.training for module in model.modules()] == modes
+    assert not any(module._forward_hooks for module in model.modules())
+    with pytest.raises(TypeError):
+        entry_costs(model, upop.find_units(model), "flops", {"nonsense": 1})
+    assert not any(module._forward_hooks for module in model.modules())
+    assert [module.training for module in model.modules()] == modes
+
+
+def test_reference_costs() -> None:
+    for model, attention in ((NLVR.build(), 36.0), (VIT.build(), 12.0)):
+        units = upop.find_units(model)
+        costs = entry_costs(model, units, "reference")
+        assert all(costs[unit.name] == (attention if unit.kind == "attention" else 1.0) for unit in units)
+
+
+def test_given_costs() -> None:
+    model = VIT.build()
+    units = upop.find_units(model)
+    costs = entry_costs(model, units, {"*.attn": 7, "blocks.1.attn": 9, "*.mlp": 0.5})
+    assert costs == {"blocks.0.attn": 7.0, "blocks.0.mlp": 0.5, "blocks.1.attn": 9.0, "blocks.1.mlp": 0.5}
+    assert entry_costs(model, units, lambda unit: 2 * unit.heads) == {
+        unit.name: 6.0 if unit.kind == "attention" else 2.0 for unit in units
+    }
+    # The budget counts what was given: attention for free-ish, so MLP entries carry it.
+    pruner = upop.Pruner(model, 0.5, 2, cost={"*attn": 1e-6, "*mlp": 1.0})
+    assert pruner.costs["blocks.0.attn"] == 1e-6
+
+
+@pytest.mark.parametrize(
+    ("cost", "fragments"),
+    [
+        ("parms", ["cost='parms' is not known", "did you mean 'params'", "'flops'"]),
+        ("latency", ["is not known", "mapping"]),
+        (3, ["cost=3 is not known"]),
+        ("flops", ["cost='flops'", "no example", "example="]),
+        ({"*.atn": 1, "*.mlp": 1}, ["'*.atn'", "matches no unit"]),
+        ({"blocks.0.atn": 1, "*": 1}, ["did you mean 'blocks.0.attn'"]),
+        ({"*.attn": 1}, ["no number for unit 'blocks.0.mlp'", "exclude"]),
+        ({"*": 0}, ["must be positive", "blocks.0.attn"]),
+        ({"*": -1}, ["must be positive"]),
+        ({"*": float("nan")}, ["must be positive"]),
+        (lambda unit: float("inf"), ["must be positive"]),
+    ],
+)
+def test_errors_of_costs(cost: object, fragments: list[str]) -> None:
+    model = VIT.build()
+    with pytest.raises(SettingError) as caught:
+        upop.Pruner(model, 0.5, 2, cost=cost)  # type: ignore[arg-type]
+    assert all(fragment in str(caught.value) for fragment in fragments)
+    upop.Pruner(model, 0.5, 2)  # nothing was left attached
+
+
+def test_a_unit_that_the_example_does_not_run_is_named() -> None:
+    class Partly(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used, self.unused = VIT.build(), VIT.build()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.used(x)
+
+    with pytest.raises(SettingError, match=r"unused\.blocks\.0\.attn was not run"):
+        upop.Pruner(Partly(), 0.5, 2, cost="flops", example=VIT.inputs())

@@ -1,0 +1,384 @@
+"""What training loops do to a masked model: accumulation, clipping, autocast, compilation, ranks, ..."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import upop
+from pruning import ranks
+from pruning.families import (
+    BY_NAME,
+    NLVR,
+    VIT,
+    Family,
+    difference,
+    loss_of,
+    nlvr,
+    outputs_of,
+    random_masks,
+    randomise,
+    rows_of,
+    still_pruner,
+)
+from upop.models.blip import checkpoint_last_blocks
+
+Scores = dict[str, Tensor]
+both = pytest.mark.parametrize("case", [VIT, NLVR], ids=lambda case: case.name)
+
+
+def all_scores(pruner: upop.Pruner) -> Tensor:
+    return torch.cat([score.double().flatten() for score in pruner.scores.values()])
+
+
+def halves(inputs: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+    size = len(inputs.get("input_ids", next(iter(inputs.values()))))
+    return [rows_of(inputs, size, slice(0, size // 2)), rows_of(inputs, size, slice(size // 2, size))]
+
+
+@both
+def test_two_half_batches_equal_one_batch(case: Family) -> None:
+    model, inputs = case.build(), case.inputs(4)
+    masks = random_masks(upop.find_units(model))
+    whole = still_pruner(model, masks)
+    loss_of(model(**inputs)).backward()
+    whole.step()
+    whole.remove()
+    model.zero_grad()
+    parts = still_pruner(model, masks)
+    for half in halves(inputs):
+        (loss_of(model(**half)) / 2).backward()
+    parts.step()
+    assert difference(all_scores(parts), all_scores(whole)) < 1e-10
+
+
+@both
+def test_clipping_after_step_leaves_the_scores(case: Family) -> None:
+    found = []
+    for clip in (False, True):
+        model = case.build()
+        pruner = still_pruner(model, random_masks(upop.find_units(model)))
+        loss_of(model(**case.inputs())).backward()
+        pruner.step()
+        if clip:
+            nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
+        found.append(all_scores(pruner))
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
+def test_the_optimizer_may_be_made_before_or_after(kind: Callable[..., torch.optim.Optimizer]) -> None:
+    inputs, found = NLVR.inputs(), []
+    for early in (True, False):
+        model = NLVR.build()
+        optimizer = kind(model.parameters(), lr=1e-2) if early else None
+        pruner = upop.Pruner(model, 0.5, 4, 1)
+        optimizer = optimizer or kind(model.parameters(), lr=1e-2)
+        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        assert held == {id(parameter) for parameter in model.parameters()}  # masks are nobody's parameters
+        losses = []
+        for _ in range(4):
+            optimizer.zero_grad()
+            loss = loss_of(model(**inputs))
+            loss.backward()
+            pruner.step()
+            before = [parameter.detach().clone() for parameter in model.parameters()]
+            optimizer.step()
+            for old, parameter in zip(before, model.parameters(), strict=True):
+                assert parameter.grad is not None
+                assert parameter.grad.abs().max() < 1e-9 or not torch.equal(old, parameter)
+            losses.append(float(loss.detach()))
+        found.append(losses)
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize(
+    "case", [VIT, BY_NAME["vit-eager"], BY_NAME["vit-no-bias"], NLVR], ids=lambda case: case.name
+)
+def test_bfloat16_autocast(case: Family) -> None:
+    model, inputs = case.build(torch.float32), case.inputs(4, torch.float32)
+    masks = random_masks(upop.find_units(model))
+    exact = still_pruner(model, masks)
+    outputs = model(**inputs)
+    loss_of(outputs).backward()
+    exact.step()
+    exact.remove()
+    model.zero_grad()
+    pruner = still_pruner(model, masks)
+    with torch.autocast("cpu", torch.bfloat16):
+        rough = model(**inputs)
+        loss = loss_of(rough.float())
+    assert rough.dtype == torch.bfloat16
+    loss.backward()
+    pruner.step()
+    assert all(
+        parameter.grad.dtype == torch.float32
+        for parameter in model.parameters()
+        if parameter.grad is not None
+    )
+    assert all(score.dtype == torch.float32 for score in pruner.scores.values())
+    assert bool(all_scores(pruner).isfinite().all())
+    assert pruner.skipped_steps == 0
+    assert difference(rough.detach().float(), outputs.detach()) < 0.1
+    pair = torch.stack([all_scores(pruner), all_scores(exact)])
+    assert float(torch.corrcoef(pair)[0, 1]) > 0.99
+
+
+@both
+def test_autocast_gives_the_bits_that_a_plain_linear_would(case: Family) -> None:
+    model, inputs = case.build(torch.float32), case.inputs(2, torch.float32)
+    found = []
+    for attached in (False, True):
+        pruner = upop.Pruner(model, 0.5, 10) if attached else None
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            outputs = model(**inputs)
+        loss_of(outputs.float()).backward()
+        found.append(
+            [
+                outputs.detach(),
+                *(value.grad.clone() for value in model.parameters() if value.grad is not None),
+            ]
+        )
+        if pruner:
+            pruner.remove()
+    assert len(found[0]) == len(found[1])
+    assert torch.equal(found[0][0], found[1][0])
+    for plain, masked in zip(*found, strict=True):
+        assert difference(masked, plain) < 2e-2
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@both
+def test_models_in_half_precision(case: Family, dtype: torch.dtype) -> None:
+    model, inputs = case.build(dtype), case.inputs(2, dtype)
+    pruner = upop.Pruner(model, 0.5, 3, 1)
+    for _ in range(3):
+        model.zero_grad()
+        loss_of(model(**inputs).float()).backward()
+        pruner.step()
+    assert pruner.skipped_steps == 0
+    assert all(score.dtype == torch.float32 for score in pruner.scores.values())
+    pruner.shrink(verify=inputs)
+    assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+
+
+@both
+def test_a_model_cast_after_attaching_goes_on(case: Family) -> None:
+    model = case.build(torch.float32)
+    pruner = upop.Pruner(model, 0.5, 2, 1)
+    model.double()
+    for _ in range(2):
+        model.zero_grad()
+        loss_of(model(**case.inputs())).backward()
+        pruner.step()
+    pruner.shrink(verify=case.inputs())
+
+
+def test_masks_keep_no_more_for_the_backward_pass() -> None:
+    model, inputs = NLVR.build(), NLVR.inputs(8)
+
+    def kept() -> int:
+        own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+        own |= {buffer.untyped_storage().data_ptr() for buffer in model.buffers()}
+        sizes: dict[int, int] = {}
+        held: list[Tensor] = []
+
+        def pack(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in own:
+                sizes[storage.data_ptr()] = storage.nbytes()
+                held.append(tensor)  # an address is told once only while its tensor lives
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            loss_of(model(**inputs))
+        return sum(sizes.values())
+
+    plain = kept()
+    still_pruner(model, random_masks(upop.find_units(model)))
+    assert kept() <= plain
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_compiled_models_see_masks_move(backend: str) -> None:
+    torch._dynamo.reset()
+    plain, inputs = VIT.build(), VIT.inputs(3)
+    model = VIT.build()
+    compiled = torch.compile(model, backend=backend)
+    assert (
+        difference(outputs_of(compiled, inputs), outputs_of(plain, inputs)) < 1e-12
+    )  # compiled before attaching
+    expected, pruner = upop.Pruner(plain, 0.5, 3, 1), upop.Pruner(compiled, 0.5, 3, 1)
+    for _ in range(3):
+        losses = []
+        for net, search in ((plain, expected), (compiled, pruner)):
+            net.zero_grad()
+            loss = loss_of(net(**inputs))
+            loss.backward()
+            search.step()
+            losses.append(float(loss.detach()))
+        assert losses[0] == pytest.approx(losses[1], rel=1e-12)
+        assert difference(all_scores(pruner), all_scores(expected)) < 1e-10
+        assert difference(outputs_of(compiled, inputs), outputs_of(plain, inputs)) < 1e-12
+    assert pruner.shrink(verify=inputs) is model
+    expected.shrink(verify=inputs)
+    assert difference(outputs_of(compiled, inputs), outputs_of(plain, inputs)) < 1e-12
+    torch._dynamo.reset()
+
+
+def test_compiled_models_notice_that_masks_are_gone() -> None:
+    torch._dynamo.reset()
+    model, inputs = VIT.build(), VIT.inputs()
+    before = outputs_of(model, inputs)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    pruner = still_pruner(model, random_masks(upop.find_units(model)))
+    masked = outputs_of(model, inputs)
+    assert difference(outputs_of(compiled, inputs), masked) < 1e-12
+    assert difference(masked, before) > 1e-3
+    pruner.remove()
+    assert difference(outputs_of(compiled, inputs), before) < 1e-12
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("count", [None, 1, 2])
+def test_gradient_checkpointing_gives_the_same_gradients(count: int | None) -> None:
+    inputs, found = NLVR.inputs(), []
+    for checkpointed in (False, True):
+        model = NLVR.build().train()
+        if checkpointed:
+            checkpoint_last_blocks(model.visual_encoder, count)
+        pruner = still_pruner(model, random_masks(upop.find_units(model)))
+        loss_of(model(**inputs)).backward()
+        pruner.step()
+        found.append((all_scores(pruner), {name: value.grad for name, value in model.named_parameters()}))
+    assert difference(found[1][0], found[0][0]) < 1e-12
+    for name, gradient in found[0][1].items():
+        torch.testing.assert_close(found[1][1][name], gradient, rtol=1e-12, atol=1e-13)
+
+
+def test_data_parallel_wrappers_are_looked_through() -> None:
+    model, inputs = VIT.build(), VIT.inputs()
+    wrapped = nn.DataParallel(model)
+    pruner = upop.Pruner(wrapped, 0.5, 2, 1)
+    assert [unit.name for unit in pruner.units] == [unit.name for unit in upop.find_units(model)]
+    for _ in range(2):
+        wrapped.zero_grad()
+        loss_of(wrapped(**inputs)).backward()
+        pruner.step()
+    assert pruner.shrink(verify=inputs) is model
+
+
+def test_a_scaled_loss_scales_scores_and_so_changes_no_choice() -> None:
+    marked = []
+    for scale in (1.0, 1024.0):
+        model = VIT.build()
+        pruner = upop.Pruner(model, 0.5, 2, 1)
+        for _ in range(2):
+            model.zero_grad()
+            (scale * loss_of(model(**VIT.inputs()))).backward()
+            pruner.step()
+        marked.append(pruner.plan().kept)
+    assert marked[0] == marked[1]
+
+
+def test_dropout_does_not_disturb_shrinking() -> None:
+    torch.manual_seed(0)
+    model = nlvr(dropout=0.3, drop_path=0.3)
+    randomise(model)
+    model.double().train()
+    model.text_encoder.eval()
+    modes = [module.training for module in model.modules()]
+    pruner = upop.Pruner(model, 0.5, 2, 1)
+    for _ in range(2):
+        model.zero_grad()
+        loss_of(model(**NLVR.inputs())).backward()
+        pruner.step()
+    state = torch.get_rng_state()
+    pruner.shrink(verify=NLVR.inputs())
+    assert torch.equal(torch.get_rng_state(), state)
+    assert [module.training for module in model.modules()] == modes
+
+
+def test_frozen_towers_can_be_left_out() -> None:
+    model, inputs = NLVR.build(), NLVR.inputs()
+    model.visual_encoder.requires_grad_(False)
+    before = copy.deepcopy(model.visual_encoder.state_dict())
+    pruner = upop.Pruner(model, 0.5, 3, 1, exclude="visual_encoder.*")
+    assert {unit.modality for unit in pruner.units} == {"text"}
+    for _ in range(3):
+        model.zero_grad()
+        loss_of(model(**inputs)).backward()
+        pruner.step()
+    pruner.shrink(verify=inputs)
+    assert all(torch.equal(value, before[name]) for name, value in model.visual_encoder.state_dict().items())
+    assert not any(parameter.requires_grad for parameter in model.visual_encoder.parameters())
+
+
+def test_frozen_weights_stay_frozen_when_they_are_cut() -> None:
+    model = VIT.build()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.endswith("bias"))
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    pruner = upop.Pruner(model, 0.5, 2, 1)
+    for _ in range(2):
+        model.zero_grad()
+        loss_of(model(**VIT.inputs())).backward()
+        pruner.step()
+    pruner.shrink(verify=VIT.inputs())
+    assert {name for name, parameter in model.named_parameters() if not parameter.requires_grad} == frozen
+
+
+def test_units_that_the_loss_does_not_reach_get_no_score() -> None:
+    model, inputs = NLVR.build(), NLVR.inputs()
+    pruner = still_pruner(model)
+    model.visual_encoder(inputs["images"]).square().mean().backward()
+    pruner.step()
+    assert all(bool(pruner.scores[unit.name].any()) == (unit.modality == "vision") for unit in pruner.units)
+
+
+def test_own_scores_and_the_published_one_agree_where_they_should() -> None:
+    found = []
+    for score in ("signed", lambda weight, gradient: (weight * gradient).sum(1)):
+        model = VIT.build()
+        pruner = still_pruner(model, random_masks(upop.find_units(model)), score=score)
+        loss_of(model(**VIT.inputs())).backward()
+        pruner.step()
+        found.append(all_scores(pruner))
+    assert difference(*found) < 1e-12
+
+
+def test_a_model_may_be_built_and_cut_on_the_meta_device() -> None:
+    with torch.device("meta"):
+        model = nlvr()
+        plan = {unit.name: range(0, unit.size, 2) for unit in upop.find_units(model)}
+        upop.shrink(model, plan)
+    real = NLVR.build(torch.float32)
+    upop.shrink(real, plan)
+    assert {name: value.shape for name, value in model.state_dict().items()} == {
+        name: value.shape for name, value in real.state_dict().items()
+    }
+
+
+def test_two_ranks_search_as_one_process_does(tmp_path: Path) -> None:
+    expected = ranks.search(NLVR.inputs(4), None)
+    other = torch.multiprocessing.get_context("spawn").Process(target=ranks.run, args=(1, str(tmp_path)))
+    other.start()
+    try:
+        ranks.run(0, str(tmp_path))
+        other.join(timeout=60)
+        assert other.exitcode == 0
+    finally:
+        other.kill()
+    results = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
+    for found in results:
+        assert found["plan"] == expected["plan"]
+        for name, score in expected["scores"].items():
+            torch.testing.assert_close(found["scores"][name], score, rtol=1e-10, atol=1e-12)
+            assert torch.equal(found["masks"][name], expected["masks"][name])
+            assert torch.equal(found["scores"][name], results[0]["scores"][name])
