@@ -9,9 +9,9 @@ Three steps are compared, each forward, backward, AdamW and clearing the gradien
   dimension and the first MLP layer's output, each by a learnable vector whose gradient accumulates. Its
   ranking is left out, which flatters it.
 
-Time: one model and one optimizer serve all three, which take turns step by step in a rotating order, so that a
-drift of the machine hits all alike. Ratios are taken within a round; their median and quartiles are reported.
-`total` is the ratio of all rounds' summed times: the rare steps that move the masks count in it as they should.
+Time: one model and one optimizer serve all three, which take turns step by step in a rotating order, so that
+a drift of the machine hits all alike. Ratios are taken within a round; their median and quartiles are given.
+`total` is the ratio of all rounds' summed times: the rare steps that move the masks count in it as they do.
 Putting masks on and taking them off between turns is not timed.
 
 Memory: the most bytes held at once in a step, weights, gradients and optimizer state included. On CUDA the

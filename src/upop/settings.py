@@ -82,14 +82,14 @@ class RunSettings(BaseModel):
 
 
 def read_settings(kind: type[S], path: Path | None, overrides: Mapping[str, Any]) -> S:
-    """Return settings of a kind from a YAML file and overrides; an override of None leaves the file's value.
+    """Return settings of a kind from a YAML file and overrides, which beat it.
 
     Raises:
         SettingError: the file is missing or is no mapping; all unknown keys (with the nearest known one) and all
             values out of range are listed.
     """
     values = _read_yaml(path) if path is not None else {}
-    values.update({key: value for key, value in overrides.items() if value is not None})
+    values.update(overrides)
     known = list(kind.model_fields)
     source = str(path) if path is not None else "the command line"
     unknown = [f"unknown key {key!r}{nearest(str(key), known)}" for key in values if key not in known]

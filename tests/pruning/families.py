@@ -67,7 +67,7 @@ def loss_of(outputs: Any) -> Tensor:
 
 
 def rows_of(inputs: Inputs, size: int, rows: slice) -> Inputs:
-    """Return some samples of a batch of `size`; NLVR's pictures come as all first ones, then all second ones."""
+    """Return some samples of a batch of `size`; NLVR's pictures come as all first, then all second ones."""
     return {name: torch.cat([part[rows] for part in value.split(size)]) for name, value in inputs.items()}
 
 

@@ -3,11 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -18,7 +13,8 @@ from torch import nn
 
 from upop.checkpoints.fit import fit
 from upop.checkpoints.read import read_weights
-from upop.errors import CheckpointError, RunFolderError
+from upop.errors import CheckpointError
+from upop.files import replacing_folder
 from upop.models import MODELS
 from upop.pruning import Plan
 
@@ -52,7 +48,7 @@ def save(model: nn.Module, folder: str | Path, plan: Plan | None = None) -> Path
         "versions": {name: metadata.version(name) for name in ("upop", "torch", "timm", "transformers")},
     }
     state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
-    with replacing(folder) as fresh:
+    with replacing_folder(folder) as fresh:
         save_file(state, fresh / WEIGHTS)
         (fresh / _DESCRIPTION).write_text(json.dumps(description, indent=1))
     return folder
@@ -110,44 +106,3 @@ def read_description(folder: Path) -> dict[str, Any]:
 def is_folder(path: Path) -> bool:
     """Whether `path` is a folder that `save` wrote."""
     return (path / _DESCRIPTION).is_file()
-
-
-@contextmanager
-def replacing(folder: Path) -> Iterator[Path]:
-    """Give an empty folder beside `folder`, and rename it to `folder` when the block ends without an error.
-
-    Raises:
-        RunFolderError: writing failed; an older `folder` is still there, whole.
-    """
-    fresh: Path | None = None
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        fresh = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-        yield fresh
-        old = fresh.with_name(f"{fresh.name}.old")
-        if folder.exists():
-            folder.rename(old)
-        fresh.rename(folder)
-        shutil.rmtree(old, ignore_errors=True)
-    except BaseException as error:
-        if fresh is not None:
-            shutil.rmtree(fresh, ignore_errors=True)
-        # safetensors reports a full disk as an error of its own, not as an OSError.
-        if isinstance(error, OSError) or type(error).__name__ == "SafetensorError":
-            raise RunFolderError(f"Could not write {folder}: {error}. Free some space or choose another place.") from error
-        raise
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a small file beside and rename it.
-
-    Raises:
-        RunFolderError: it cannot be written.
-    """
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        beside.write_text(text)
-        beside.replace(path)
-    except OSError as error:
-        raise RunFolderError(f"Could not write {path}: {error}. Free some space or choose another place.") from error
-

@@ -40,8 +40,8 @@ SparsityMlp = Annotated[
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any other setting; repeatable.")]
 
 
-def overrides(flags: Mapping[str, Any], assignments: Sequence[str] | None) -> dict[str, Any]:
-    """Return settings from flags that were given and from `--set` assignments, whose values are read as YAML.
+def overrides(flags: Mapping[str, Any], assignments: Sequence[str] | None = None) -> dict[str, Any]:
+    """Return settings from the flags that were given (are not None) and from `--set` assignments, whose values are read as YAML.
 
     Raises:
         SettingError: an assignment is not KEY=VALUE.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from operator import index
 from typing import Any
 
 from torch import nn
@@ -67,10 +68,10 @@ class Plan(Mapping[str, tuple[int, ...]]):
             content = json.loads(text)
             version = content["version"]
             units = content["units"]
-            kept = {name: tuple(int(entry) for entry in unit["kept"]) for name, unit in units.items()}
+            kept = {name: tuple(index(entry) for entry in unit["kept"]) for name, unit in units.items()}
             sizes = {name: int(unit["size"]) for name, unit in units.items()}
             settings = dict(content.get("settings", {}))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
             raise PlanError(f"Expected a plan as Plan.to_json writes it, found {text[:60]!r}: {error!r}.") from error
         if version != _VERSION:
             raise PlanError(f"The plan has version {version!r}; this upop reads version {_VERSION}. Update upop.")

@@ -168,6 +168,7 @@ class Pruner:
         self._skipped = self._skipped.to(finite.device) + (~finite).long()
         self._advance()
 
+    @torch.no_grad()
     def skip(self) -> None:
         """Let a step pass without scores, where the training loop threw its gradients away."""
         self._check_running()
@@ -235,6 +236,7 @@ class Pruner:
             "masks": self.masks,
             "steps_done": self._done,
             "skipped_steps": self.skipped_steps,
+            "threshold": self.threshold,
             "settings": {"ratio": self.ratio, "steps": self.steps, "interval": self.interval, "align": self.align},
         }
 
@@ -255,6 +257,7 @@ class Pruner:
         self._masks.set(state["masks"])
         self._done = int(state["steps_done"])
         self._skipped.fill_(int(state["skipped_steps"]))
+        self.threshold = state.get("threshold")
 
     def _row_scores(self, unit: Unit) -> Tensor | None:
         total: Tensor | None = None
@@ -290,7 +293,7 @@ class Pruner:
             self._warned = self.skipped_steps
             warnings.warn(
                 f"{self._warned} of {step + 1} search steps had gradients that are not finite and added no scores.",
-                stacklevel=4,
+                stacklevel=5,  # the caller of step(): no_grad adds a frame
             )
 
     def _check_running(self) -> None:
@@ -329,7 +332,7 @@ def _score_function(score: str | Score) -> Score:
         return score
     if score not in SCORES:
         raise SettingError(
-            f"score={score!r} is not known{nearest(score, list(SCORES))}. "
+            f"score={score!r} is not known{nearest(str(score), list(SCORES))}. "
             f"Use one of {', '.join(map(repr, SCORES))}, or a function of (weight, gradient)."
         )
     return SCORES[score]

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure, SubFigure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from upop.errors import SettingError
-from upop.report.files import replacing
+from upop.files import replacing_file
 from upop.report.shares import Panel, UnitShare, kept_share, panels
 
 Metrics = Sequence[Mapping[str, Any]]
@@ -34,7 +34,7 @@ def save_figure(figure: Figure, path: Path) -> None:
     Raises:
         RunFolderError: the file cannot be written.
     """
-    with replacing(path) as part:
+    with replacing_file(path) as part:
         figure.savefig(part, format="png", dpi=DPI, facecolor="white")
 
 
@@ -54,56 +54,13 @@ def kept_share_figure(shares: Iterable[UnitShare], title: str = "What every laye
     blocks = [list(block) for _, block in groupby(rows, key=lambda panel: panel.modality)]
     layers = max(len(panel.layers) for panel in rows)
     width = min(max(5.5, 2.2 + 0.5 * layers), 13.0)
-    figure = Figure(
-        figsize=(width, 0.5 + 0.55 * len(blocks) + 1.15 * len(rows)),
-        layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.06),
-    )
-    figure.suptitle(title, x=0.01, ha="left", fontsize=14, fontweight="bold", color=_INK)
+    figure = _figure(width, 0.5 + 0.55 * len(blocks) + 1.15 * len(rows), title)
     heights = [0.45 + len(block) for block in blocks]
-    for place, block in zip(_stack(figure, heights), blocks, strict=True):
-        _modality_block(place, block, layers, last=block is blocks[-1])
+    places = figure.subfigures(len(blocks), 1, height_ratios=heights, squeeze=False)[:, 0]
+    for place, block in zip(places, blocks, strict=True):
+        _modality_block(place, block, layers)
+    figure.axes[-1].set_xlabel("layer, from input to output", fontsize=9, color=_INK)
     return figure
-
-
-def _stack(figure: Figure, heights: list[float]) -> list[SubFigure]:
-    made = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)
-    return [row[0] for row in made]
-
-
-def _modality_block(place: SubFigure, block: list[Panel], layers: int, last: bool) -> None:
-    modality = block[0].modality
-    units = [unit for panel in block for unit in panel.layers]
-    colour = _COLOURS.get(modality, _OTHER)
-    place.suptitle(
-        f"{modality.capitalize()}: {_percent(kept_share(units))} of {sum(unit.size for unit in units):,} entries kept",
-        x=0.01, ha="left", fontsize=11, fontweight="bold", color=colour,
-    )  # fmt: skip
-    for axes, panel in zip(place.subplots(len(block), 1, squeeze=False)[:, 0], block, strict=True):
-        _share_panel(axes, panel, layers, colour)
-    if last:
-        axes.set_xlabel("layer, from input to output", fontsize=9, color=_INK)
-
-
-def _share_panel(axes: Axes, panel: Panel, layers: int, colour: str) -> None:
-    positions = range(1, len(panel.layers) + 1)
-    values = [100 * unit.share for unit in panel.layers]
-    axes.bar(positions, [100] * len(values), width=0.8, color=_TRACK)
-    axes.bar(positions, values, width=0.8, color=colour)
-    size = 8 if layers <= 14 else 6.5
-    for position, value in zip(positions, values, strict=True):
-        inside = value > 60
-        axes.annotate(
-            f"{value:.0f}" if layers > 14 else f"{value:.0f}%", (position, value), xytext=(0, -2 if inside else 2),
-            textcoords="offset points", ha="center", va="top" if inside else "bottom", fontsize=size,
-            color="white" if inside else _INK,
-        )  # fmt: skip
-    axes.set_title(
-        f"{panel.title}: {_percent(kept_share(panel.layers))}", loc="left", fontsize=9, color=_INK, pad=3
-    )
-    axes.set(xlim=(0.4, layers + 0.6), ylim=(0, 100), xticks=list(positions), yticks=[0, 50, 100])
-    axes.set_ylabel("kept (%)", fontsize=8, color=_INK)
-    _quiet(axes)
-    axes.spines["bottom"].set_bounds(0.4, len(values) + 0.6)
 
 
 def history_figure(
@@ -127,13 +84,8 @@ def history_figure(
     if not evaluated and not trained:
         raise SettingError(f"history_figure found neither {metric!r} nor 'loss' in any of {len(rows)} rows.")
     searched = [row for row in trained if "ratio" in row and row["phase"] == "search"]
-    wanted = [(evaluated, 3.0), (searched, 2.0), (trained, 1.4)]
-    figure = Figure(
-        figsize=(9, 1.0 + 1.1 * sum(h for found, h in wanted if found)),
-        layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.06),
-    )
-    figure.suptitle(title, x=0.01, ha="left", fontsize=14, fontweight="bold", color=_INK)
-    heights = [height for found, height in wanted if found]
+    heights = [height for found, height in ((evaluated, 3.3), (searched, 2.2), (trained, 1.5)) if found]
+    figure = _figure(9, 1.0 + sum(heights), title)
     places = iter(figure.subplots(len(heights), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0])
     if evaluated:
         _metric_panel(next(places), evaluated, metric, dense)
@@ -148,20 +100,58 @@ def history_figure(
     return figure
 
 
+def _figure(width: float, height: float, title: str) -> Figure:
+    figure = Figure(figsize=(width, height), layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.06))
+    figure.suptitle(title, x=0.01, ha="left", fontsize=14, fontweight="bold", color=_INK)
+    return figure
+
+
+def _modality_block(place: SubFigure, block: list[Panel], layers: int) -> None:
+    modality = block[0].modality
+    units = [unit for panel in block for unit in panel.layers]
+    colour = _COLOURS.get(modality, _OTHER)
+    entries = sum(unit.size for unit in units)
+    heading = f"{modality.capitalize()}: {_percent(kept_share(units))} of {entries:,} entries kept"
+    place.suptitle(heading, x=0.01, ha="left", fontsize=11, fontweight="bold", color=colour)
+    for axes, panel in zip(place.subplots(len(block), 1, squeeze=False)[:, 0], block, strict=True):
+        _share_panel(axes, panel, layers, colour)
+
+
+def _share_panel(axes: Axes, panel: Panel, layers: int, colour: str) -> None:
+    positions = range(1, len(panel.layers) + 1)
+    values = [100 * unit.share for unit in panel.layers]
+    axes.bar(positions, [100] * len(values), width=0.8, color=_TRACK)
+    axes.bar(positions, values, width=0.8, color=colour)
+    crowded = layers > 14
+    for position, value in zip(positions, values, strict=True):
+        inside = value > 60
+        axes.annotate(
+            f"{value:.0f}" if crowded else f"{value:.0f}%",
+            (position, value),
+            xytext=(0, -2 if inside else 2),
+            textcoords="offset points",
+            ha="center",
+            va="top" if inside else "bottom",
+            fontsize=6.5 if crowded else 8,
+            color="white" if inside else _INK,
+        )
+    heading = f"{panel.title}: {_percent(kept_share(panel.layers))}"
+    axes.set_title(heading, loc="left", fontsize=9, color=_INK, pad=3)
+    axes.set(xlim=(0.4, layers + 0.6), ylim=(0, 100), xticks=list(positions), yticks=[0, 50, 100])
+    axes.set_ylabel("kept (%)", fontsize=8, color=_INK)
+    _quiet(axes)
+    # A tower with fewer layers than another one ends where its bars end.
+    axes.spines["bottom"].set_bounds(0.4, len(values) + 0.6)
+
+
 def _metric_panel(axes: Axes, rows: Metrics, metric: str, dense: float | None) -> None:
     splits = dict.fromkeys(str(row.get("split", metric)) for row in rows)
     for split, marker in zip(splits, cycle("os^D"), strict=False):
         mine = [row for row in rows if str(row.get("split", metric)) == split]
         steps, values = [row["step"] for row in mine], [row[metric] for row in mine]
         axes.plot(steps, values, color=_COLOURS["vision"], marker=marker, markersize=4, label=split)
-        axes.annotate(
-            f"{values[-1]:.1f}",
-            (steps[-1], values[-1]),
-            xytext=(6, 0),
-            textcoords="offset points",
-            fontsize=9,
-            va="center",
-        )
+        beside: dict[str, Any] = {"xytext": (6, 0), "textcoords": "offset points", "va": "center", "fontsize": 9}
+        axes.annotate(f"{values[-1]:.1f}", (steps[-1], values[-1]), **beside)
     if dense is not None:
         axes.axhline(dense, color=_INK, linestyle="--", linewidth=1, label=f"dense model: {dense:.1f}")
     axes.set_ylabel(f"{metric} (%)", fontsize=9, color=_INK)
@@ -170,19 +160,12 @@ def _metric_panel(axes: Axes, rows: Metrics, metric: str, dense: float | None) -
 
 
 def _ratio_panel(axes: Axes, rows: Metrics) -> None:
-    steps = [row["step"] for row in rows]
-    axes.plot(
-        steps, [100 * row["ratio"] for row in rows], color=_INK, linewidth=2, label="asked for, all together"
-    )
+    steps, asked = [row["step"] for row in rows], [100 * row["ratio"] for row in rows]
+    axes.plot(steps, asked, color=_INK, linewidth=2, label="asked of all together")
     for modality in dict.fromkeys(name for row in rows for name in row.get("kept", {})):
-        mine = [
-            (row["step"], 100 * (1 - row["kept"][modality]))
-            for row in rows
-            if modality in row.get("kept", {})
-        ]
-        axes.plot(
-            *zip(*mine, strict=True), color=_COLOURS.get(modality, _OTHER), linewidth=1.3, label=modality
-        )
+        mine = [row for row in rows if modality in row.get("kept", {})]
+        steps, masked = [row["step"] for row in mine], [100 * (1 - row["kept"][modality]) for row in mine]
+        axes.plot(steps, masked, color=_COLOURS.get(modality, _OTHER), linewidth=1.3, label=modality)
     axes.set_ylabel("masked (%)", fontsize=9, color=_INK)
     axes.set_ylim(bottom=0)
     axes.legend(fontsize=8, frameon=False, loc="lower right")
@@ -199,10 +182,8 @@ def _shade_phases(axes: Axes, rows: Metrics, named: bool) -> None:
         end = max(int(row["step"]) for row in rows if row["phase"] == phase)
         axes.axvspan(start, end, color=_PHASES.get(phase, _TRACK), linewidth=0, zorder=0)
         if named:
-            axes.text(
-                (start + end) / 2, 1.02, phase, transform=axes.get_xaxis_transform(), ha="center", va="bottom",
-                fontsize=10, color=_INK,
-            )  # fmt: skip
+            above: dict[str, Any] = {"transform": axes.get_xaxis_transform(), "ha": "center", "va": "bottom"}
+            axes.text((start + end) / 2, 1.02, phase, fontsize=10, color=_INK, **above)
         start = end
 
 

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from rich.table import Table
 
 from upop.errors import DataError, nearest
-from upop.report.files import replacing
+from upop.files import replacing_file
 
 
 class ModelResult(BaseModel):
@@ -60,8 +60,8 @@ class Results(BaseModel):
     def compared(self, name: str) -> dict[str, float]:
         """Return what a model gained and lost beside the dense one.
 
-        Keys: "smaller", "fewer_macs" and, where both were timed, "faster" (factors: 2 is half the size, work or
-        time); "<split>_points" (difference of the metric in percentage points) for the splits that both have.
+        Keys: "smaller", "fewer_macs" and, where both were timed, "faster" (factors: 2 is half the size, work
+        or time); "<split>_points" (difference of the metric in percentage points) for the splits that both have.
 
         Raises:
             KeyError: there is no model of that name.
@@ -87,7 +87,7 @@ class Results(BaseModel):
         content = self.model_dump(mode="json")
         for model in content["models"]:
             model["compared"] = self.compared(model["name"])
-        with replacing(path) as part:
+        with replacing_file(path) as part:
             part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
     @classmethod

@@ -13,9 +13,10 @@ from torch import nn
 from upop.checkpoints import WEIGHTS, read_weights
 from upop.errors import SettingError
 from upop.pruning import Plan, Pruner, count_macs, count_parameters, find_units, plan_by_magnitude, shrink
-from upop.report.figures import UnitShare, history_figure, kept_share_figure
+from upop.report.figures import history_figure, kept_share_figure, save_figure
 from upop.report.latency import measure_latency
 from upop.report.results import ModelResult, Results, machine, results_table
+from upop.report.shares import UnitShare
 from upop.settings import RunSettings
 from upop.training.devices import make_accelerator
 from upop.training.evaluation import evaluate
@@ -177,11 +178,11 @@ class _Run:
         figures.mkdir(exist_ok=True)
         if plan is not None:
             dense = next(iter(models.values()))[0]
-            kept_share_figure(UnitShare.of(find_units(dense), plan), figures / "kept.png")
+            save_figure(kept_share_figure(UnitShare.of(find_units(dense), plan)), figures / "kept.png")
         if rows := self.folder.metrics():
             val = self.task.splits["val"]
             baseline = results.dense.metrics.get(val) if plan is not None else None
-            history_figure(rows, figures / "history.png", metric=self.task.metric, dense=baseline)
+            save_figure(history_figure(rows, metric=self.task.metric, dense=baseline), figures / "history.png")
         self._progress.console.print(results_table(results))
         self.say(f"Written to {path}: results.json, metrics.jsonl, figures/, best/")
         return results

@@ -12,8 +12,9 @@ from typing import Any
 
 from torch import nn
 
-from upop.checkpoints import save, write_text
+from upop.checkpoints import save
 from upop.errors import RunFolderError
+from upop.files import write_text
 from upop.pruning import Plan
 from upop.settings import RunSettings
 

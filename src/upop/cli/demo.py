@@ -1,0 +1,94 @@
+"""`upop demo`: the whole thing on generated pictures, for someone who has a few minutes and no data."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from upop.checkpoints import is_folder, load
+from upop.cli import options as o
+from upop.cli.shapes import write_with_progress
+from upop.errors import SettingError
+from upop.report.results import Results, results_table
+from upop.settings import RunSettings, read_settings
+from upop.tasks import find_task
+from upop.tasks.verbs import compress, compressed_name, measure
+from upop.training.loaders import first_records, make_loader
+from upop.training.task import Task
+
+CONFIG = Path("configs/shapes/nlvr.yaml")
+DENSE = Path("assets/shapes-nlvr")
+_TASK = "nlvr"
+_SEED, _SIZE = 0, 20_000
+_EXAMPLES = 8
+
+
+def demo(
+    output_dir: o.OutputDir = Path("output/demo"),
+    device: o.DeviceName = None,
+    p: o.Ratio = None,
+) -> None:
+    """Compress a small model that says whether sentences about two pictures are true, and show what it lost.
+
+    Generates the pictures, then compresses the dense model that the repository carries in two ways that take
+    equally many training steps: by the method, and by one cut of the smallest weights.
+    """
+    assert output_dir is not None
+    for needed in (CONFIG, DENSE):
+        if not needed.exists():
+            raise SettingError(f"The demo needs {needed}, and there is none here. Run it from the repository's root.")
+    assert is_folder(DENSE)
+    console = Console()
+    task = find_task(_TASK)
+    data = write_with_progress(output_dir / "data", seed=_SEED, size=_SIZE)
+    shared: dict[str, Any] = {
+        "image_root": data.image_root,
+        "ann_root": data.annotation,
+        "tokenizer": str(data.tokenizer),
+        "pretrained": str(DENSE),
+        "device": device,
+        "p": p,
+    }
+    models: dict[str, tuple[nn.Module, dict[str, float]]] = {}
+    for method in ("upop", "magnitude"):
+        run = output_dir / method
+        settings = read_settings(task.settings, CONFIG, o.overrides({**shared, "method": method, "output_dir": run}))
+        console.rule(f"{compressed_name(settings)} -> {run}")
+        results = compress(task, settings)
+        if results is None:
+            return
+        measured = {model.name: dict(model.metrics) for model in results.models}
+        models.setdefault("dense", (load(DENSE), measured["dense"]))
+        models[compressed_name(settings)] = (load(run / "best"), measured[compressed_name(settings)])
+    console.rule("together")
+    together = measure(task, models, torch.device("cpu"))
+    together.write_json(output_dir / "results.json")
+    _show(console, task, settings, together, models)
+    console.print(f"Pictures of what was kept and how it went: {output_dir}/*/figures/*.png", highlight=False)
+    console.print(f"The compressed model: {output_dir}/upop/best, for upop.load or upop evaluate", highlight=False)
+
+
+def _show(
+    console: Console,
+    task: Task[Any],
+    settings: RunSettings,
+    results: Results,
+    models: dict[str, tuple[nn.Module, dict[str, float]]],
+) -> None:
+    loader = make_loader(task, settings.model_copy(update={"num_workers": 0}), "test")
+    batch = first_records(loader, _EXAMPLES)
+    records = [loader.dataset[index] for index in range(_EXAMPLES)]
+    with torch.no_grad():
+        answers = {name: task.predict(model.cpu().eval(), batch)["answers"] for name, (model, _) in models.items()}
+    table = Table("sentence", "true?", *answers, title="The first test sentences, before and after", title_justify="left")
+    for index, record in enumerate(records):
+        told = [bool(given[index]) for given in answers.values()]
+        cells = [f"{answer}" if answer == bool(record["label"]) else f"[red]{answer}[/red]" for answer in told]
+        table.add_row(record["sentence"], str(bool(record["label"])), *cells)
+    console.print(table)
+    console.print(results_table(results))
