@@ -44,11 +44,11 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.profiler import ProfilerActivity, profile
+from upop.report.files import replacing
 
 import upop
 from upop.models.nlvr import BlipNlvr, NlvrConfig
 from upop.pruning.costs import call
-from upop.report.files import replacing
 from upop.report.results import machine
 
 RESULTS = Path(__file__).parent / "results"
@@ -283,7 +283,7 @@ def main() -> None:
     for name in options.models:
         peaks = {kind: peak_bytes(name, kind, options.device) for kind in variants()}
         rows[name] = summary(step_seconds(name, options.repeats, options.interval, options.device), peaks)
-    Console().print(table(rows))
+    Console(width=110).print(table(rows))
     about = machine(options.device)
     slug = "-".join("".join(c if c.isalnum() else " " for c in str(about["device"]).lower()).split())
     content = {

@@ -4,7 +4,7 @@ The public API: `Pruner` and `shrink` compress a model inside any training loop,
 `save` and `load` keep a compressed model without pickle, `load_official` reads the published checkpoints.
 """
 
-from upop.checkpoints.official import load_official
+from upop.checkpoints import load, load_official, save
 from upop.pruning import Plan, Pruner, Unit, count_macs, count_parameters, find_units, shrink
 
 __version__ = "0.1.0"
@@ -16,6 +16,8 @@ __all__ = [
     "count_macs",
     "count_parameters",
     "find_units",
+    "load",
     "load_official",
+    "save",
     "shrink",
 ]

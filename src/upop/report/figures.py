@@ -69,8 +69,8 @@ def history_figure(
     """Draw the evaluation metric, the masked share and the training loss over a run's steps.
 
     Args:
-        metrics: the rows of metrics.jsonl: training rows carry "loss" (while searching "ratio" and "kept" too),
-            evaluation rows carry `metric`; all carry "phase" and "step", which counts on over the phases.
+        metrics: the rows of metrics.jsonl: training rows carry "loss" (while searching "ratio" and "kept"
+            too), evaluation rows carry `metric`; all carry "phase" and "step", which counts on over the phases.
         metric: name of the evaluation metric, in percent.
         dense: the dense model's value of it, drawn as a dashed line.
         title: the figure's heading.
@@ -150,7 +150,12 @@ def _metric_panel(axes: Axes, rows: Metrics, metric: str, dense: float | None) -
         mine = [row for row in rows if str(row.get("split", metric)) == split]
         steps, values = [row["step"] for row in mine], [row[metric] for row in mine]
         axes.plot(steps, values, color=_COLOURS["vision"], marker=marker, markersize=4, label=split)
-        beside: dict[str, Any] = {"xytext": (6, 0), "textcoords": "offset points", "va": "center", "fontsize": 9}
+        beside: dict[str, Any] = {
+            "xytext": (6, 0),
+            "textcoords": "offset points",
+            "va": "center",
+            "fontsize": 9,
+        }
         axes.annotate(f"{values[-1]:.1f}", (steps[-1], values[-1]), **beside)
     if dense is not None:
         axes.axhline(dense, color=_INK, linestyle="--", linewidth=1, label=f"dense model: {dense:.1f}")

@@ -61,7 +61,7 @@ class Results(BaseModel):
         """Return what a model gained and lost beside the dense one.
 
         Keys: "smaller", "fewer_macs" and, where both were timed, "faster" (factors: 2 is half the size, work
-        or time); "<split>_points" (difference of the metric in percentage points) for the splits that both have.
+        or time); "<split>_points" (difference of the metric in percentage points) for the splits of both.
 
         Raises:
             KeyError: there is no model of that name.

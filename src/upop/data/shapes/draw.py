@@ -18,7 +18,6 @@ COLOUR_VALUES = {
     "green": (44, 160, 44),
     "blue": (31, 90, 214),
     "yellow": (240, 200, 20),
-    "purple": (140, 50, 170),
 }
 """Red, green and blue (0 to 255) of each colour word."""
 
@@ -40,18 +39,6 @@ def _unit_polygon(kind: str) -> tuple[tuple[float, float], ...]:
         return ((-side, -side), (side, -side), (side, side), (-side, side))
     if kind == "triangle":
         return ((0.0, -0.95), (1.0, 0.85), (-1.0, 0.85))
-    if kind == "cross":
-        arm = 0.32
-        corner = [(-arm, -1.0), (arm, -1.0), (arm, -arm)]
-        turned: list[tuple[float, float]] = []
-        for _ in range(4):
-            turned.extend(corner)
-            corner = [(-y, x) for x, y in corner]
-        return tuple(turned)
-    if kind == "star":
-        radii = (1.08, 0.44)
-        angles = (math.pi * step / 5 for step in range(10))
-        return tuple((radii[i % 2] * math.sin(a), -radii[i % 2] * math.cos(a)) for i, a in enumerate(angles))
     raise KeyError(kind)
 
 

@@ -11,14 +11,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
 
-KINDS = ("circle", "square", "triangle", "cross", "star")
-COLOURS = ("red", "green", "blue", "yellow", "purple")
+KINDS = ("circle", "square", "triangle")
+COLOURS = ("red", "green", "blue", "yellow")
 SIZES = ("small", "large")
 
 GRID = 3
 """Rows and columns of cells; a shape sits in a cell of its own."""
-MAX_SHAPES = 5
-DIAMETER = {"small": 0.150, "large": 0.266}
+MAX_SHAPES = 4
+DIAMETER = {"small": 0.160, "large": 0.285}
 """Extent of a shape, as a share of the picture: below a cell less twice the jitter, so that none overlap."""
 JITTER = 0.022
 """Largest shift off the cell's centre, as a share of the picture: so small that rows never look mixed up."""
@@ -75,12 +75,12 @@ class Noun:
     @property
     def plural(self) -> str:
         """The words for several of them."""
-        return self.singular + ("es" if self.kind == "cross" else "s")
+        return f"{self.singular}s"
 
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """What one picture shows: one to five shapes on a light background (red, green, blue; 0 to 255)."""
+    """What one picture shows: one to four shapes on a light background (red, green, blue; 0 to 255)."""
 
     shapes: tuple[Shape, ...]
     background: tuple[int, int, int] = (245, 245, 245)
@@ -131,7 +131,7 @@ def sample_palette(rng: Random) -> Palette:
 
 
 def sample_scene(rng: Random, palette: Palette | None = None) -> Scene:
-    """Draw a scene of one to five shapes in different cells, from the palette or from a fresh one."""
+    """Draw a scene of one to four shapes in different cells, from the palette or from a fresh one."""
     palette = palette or sample_palette(rng)
     cells = rng.sample(range(GRID * GRID), rng.randint(1, MAX_SHAPES))
     shapes = tuple(

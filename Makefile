@@ -1,0 +1,29 @@
+# Two commands for a fresh machine: `make demo` and `make test`.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test lint model clean
+
+$(VENV)/installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet -e '.[dev]'
+	touch $@
+
+demo: $(VENV)/installed  ## generate data, compress a small model 2x, show what it kept and lost
+	$(BIN)/upop demo
+
+test: $(VENV)/installed  ## the whole suite
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/installed  ## ruff, and mypy in strict mode
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+model: $(VENV)/installed  ## train the demo's dense model again, from nothing
+	PATH="$(abspath $(BIN)):$$PATH" bash assets/train_shapes_nlvr.sh
+
+clean:
+	rm -rf $(VENV) output build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,125 @@
+"""Results survive the disk, and the table says what they mean."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pydantic import ValidationError
+from rich.console import Console
+
+from upop.errors import DataError
+from upop.report import ModelResult, Results, machine, results_table
+from upop.report.results import number
+
+DENSE = ModelResult(
+    name="dense", metrics={"dev": 82.3, "test": 83.1}, parameters=259_500_000, gmacs=132.5, latency_ms=2000.0
+)
+SMALL = ModelResult(
+    name="UPop 2x", metrics={"dev": 80.5, "test": 81.1}, parameters=150_200_000, gmacs=89.4, latency_ms=1250.0
+)
+
+
+def results(**changes: Any) -> Results:
+    return Results(**{"models": (DENSE, SMALL), "batch_size": 4, "machine": machine(), **changes})
+
+
+def shown(found: Results) -> str:
+    console = Console(file=io.StringIO(), width=200)
+    console.print(results_table(found))
+    return console.file.getvalue()  # type: ignore[attr-defined, no-any-return]
+
+
+def test_gains_are_relative_to_the_dense_model() -> None:
+    assert results().compared("UPop 2x") == pytest.approx(
+        {
+            "smaller": 259.5 / 150.2,
+            "fewer_macs": 132.5 / 89.4,
+            "faster": 1.6,
+            "dev_points": -1.8,
+            "test_points": -2.0,
+        }
+    )
+    assert results(baseline="UPop 2x").compared("dense")["faster"] == pytest.approx(1 / 1.6)
+
+
+def test_the_table_shows_every_number_beside_its_gain() -> None:
+    text = shown(results())
+    for cell in ("83.1", "81.1 (-2.0)", "259.5", "150.2 (1.73x smaller)", "89.4 (1.48x fewer)"):
+        assert cell in text
+    assert "2,000" in text
+    assert "1,250 (1.60x faster)" in text
+    assert "side by side, batch 4" in text
+    assert str(machine()["cpu"]) in text
+
+
+def test_a_model_that_was_not_timed_or_not_evaluated_shows_a_dash() -> None:
+    bare = SMALL.model_copy(update={"latency_ms": None, "metrics": {"test": 81.1}})
+    row = next(line for line in shown(results(models=(DENSE, bare))).splitlines() if "UPop" in line)
+    cells = [cell.strip() for cell in row.split("│")[1:-1]]
+    assert cells[1] == "-"
+    assert cells[-1] == "-"
+    untimed = DENSE.model_copy(update={"latency_ms": None})
+    assert "latency" not in shown(results(models=(untimed, bare))).lower()
+
+
+def test_results_survive_the_disk_and_the_file_carries_the_gains(tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+    path.write_text("old")
+    results().write_json(path)
+    assert Results.read(path) == results()
+    assert json.loads(path.read_text())["models"][1]["compared"]["faster"] == 1.6
+    assert [found.name for found in tmp_path.iterdir()] == ["results.json"]
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("{", "JSONDecodeError"),
+        ("[]", "TypeError"),
+        ('{"models": []}', "at least 1"),
+        ('{"models": [{"name": "a"}]}', "required"),
+    ],
+)
+def test_a_file_that_holds_no_results_is_named_with_the_reason(
+    tmp_path: Path, text: str, reason: str
+) -> None:
+    path = tmp_path / "results.json"
+    path.write_text(text)
+    with pytest.raises(DataError, match=reason) as caught:
+        Results.read(path)
+    assert str(path) in str(caught.value)
+
+
+def test_models_need_names_of_their_own_and_a_baseline_among_them() -> None:
+    with pytest.raises(ValidationError, match="a name of its own"):
+        results(models=(DENSE, DENSE))
+    with pytest.raises(ValidationError, match="did you mean 'dense'"):
+        results(baseline="dens")
+
+
+def test_the_machine_is_described() -> None:
+    about = machine("cpu")
+    assert about["torch"] == torch.__version__
+    assert about["threads"] == torch.get_num_threads()
+    assert about["device"] == about["cpu"]
+    assert int(about["cores"]) >= 1
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0.01234, "0.0123"),
+        (1.234, "1.23"),
+        (9.996, "10.0"),
+        (259.54, "259.5"),
+        (999.96, "1,000"),
+        (1234.5, "1,234"),
+    ],
+)
+def test_numbers_keep_the_digits_that_count(value: float, text: str) -> None:
+    assert number(value) == text

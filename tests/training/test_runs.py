@@ -1,0 +1,190 @@
+"""Whole runs through the same verbs as the command line: train, compress, evaluate."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import runs
+import upop
+from upop.errors import DeviceError, RunFolderError, SettingError, TrainingError
+from upop.pruning import Plan, find_units
+from upop.tasks.nlvr import NlvrTask
+from upop.tasks.verbs import compress, evaluate_checkpoint, train
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return runs.make_data(tmp_path_factory.mktemp("nlvr"))
+
+
+@pytest.fixture(scope="module")
+def compressed(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("run") / "2x"
+    compress(*runs.nlvr(config, output_dir=folder))
+    return folder
+
+
+def test_run_folder_holds_everything(compressed: Path) -> None:
+    names = {path.relative_to(compressed).as_posix() for path in compressed.rglob("*") if path.is_file()}
+    assert names == {
+        "settings.yaml",
+        "versions.json",
+        "metrics.jsonl",
+        "plan.json",
+        "results.json",
+        "figures/kept.png",
+        "figures/history.png",
+        *(f"{name}/{file}" for name in ("best", "last") for file in ("model.safetensors", "upop.json")),
+    }
+    assert json.loads((compressed / "versions.json").read_text())["libraries"]["torch"] == torch.__version__.split("+")[0]
+
+
+def test_results_are_those_of_the_saved_model(config: Path, compressed: Path, tmp_path: Path) -> None:
+    results = json.loads((compressed / "results.json").read_text())
+    dense, small = results["models"]
+    model = upop.load(compressed / "best")
+    assert small["name"] == "UPop 2x"
+    assert small["parameters"] == upop.count_parameters(model) < dense["parameters"]
+    again = evaluate_checkpoint(*runs.nlvr(config, pretrained=str(compressed / "best"), output_dir=tmp_path))
+    assert again is not None
+    assert dict(again.models[0].metrics) == small["metrics"]
+
+
+def test_best_is_the_best_epoch(compressed: Path) -> None:
+    retrained = [row["accuracy"] for row in runs.rows(compressed) if row["phase"] == "retrain" and "split" in row]
+    results = json.loads((compressed / "results.json").read_text())
+    assert results["models"][1]["metrics"]["dev"] == max(retrained)
+
+
+def test_plan_meets_the_budget_and_the_saved_shapes(compressed: Path) -> None:
+    plan = Plan.from_json((compressed / "plan.json").read_text())
+    kept = {unit.name: unit.size for unit in find_units(upop.load(compressed / "best"))}
+    assert kept == {name: len(entries) for name, entries in plan.items()}
+    assert all((upop.load(compressed / "last").state_dict()[key] is not None) for key in ("cls_head.0.weight",))
+
+
+def test_rows_tell_the_search(compressed: Path) -> None:
+    rows = runs.rows(compressed)
+    searched = [row for row in rows if row["phase"] == "search" and "loss" in row]
+    ratios = [row["ratio"] for row in searched]
+    assert ratios == sorted(ratios)
+    assert ratios[-1] == 0.5
+    assert [row["step"] for row in searched] == list(range(1, 9))
+    assert searched[-1]["kept"]["vision"] < 1
+    assert len({row["lr"] for row in searched}) == 1
+    retrained = [row["lr"] for row in rows if row["phase"] == "retrain" and "loss" in row]
+    assert retrained == sorted(retrained, reverse=True)
+    assert retrained[0] == searched[0]["lr"]
+
+
+def test_same_seed_same_result(config: Path, compressed: Path, tmp_path: Path) -> None:
+    compress(*runs.nlvr(config, output_dir=tmp_path))
+    first, second = (upop.load(folder / "last").state_dict() for folder in (compressed, tmp_path))
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_accumulated_gradients_give_the_same_search(config: Path, compressed: Path, tmp_path: Path) -> None:
+    compress(*runs.nlvr(config, output_dir=tmp_path, batch_size_train=8, accumulate=2))
+    first, second = (Plan.from_json((folder / "plan.json").read_text()) for folder in (compressed, tmp_path))
+    assert dict(first) == dict(second)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"amp": True}, {"vit_grad_ckpt": True}, {"clip_grad": 0.5}, {"align": 8}, {"cost": "flops"}, {"cost": "reference"}],
+    ids=str,
+)
+def test_variants_run_through(config: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
+    results = compress(*runs.nlvr(config, output_dir=tmp_path, max_epoch=1, **changes))
+    assert results is not None
+    assert results.models[1].parameters < results.models[0].parameters
+    if changes.get("cost") == "reference":
+        assert any("loss_sparsity" in row for row in runs.rows(tmp_path))
+
+
+def test_workers_change_nothing(config: Path, tmp_path: Path) -> None:
+    for workers in (0, 2):
+        train(*runs.nlvr(config, output_dir=tmp_path / str(workers), num_workers=workers, max_epoch=1))
+    losses = [[row["loss"] for row in runs.rows(tmp_path / name) if "loss" in row] for name in "02"]
+    assert losses[0] == losses[1]
+
+
+def test_magnitude_cut_gets_as_many_steps(config: Path, compressed: Path, tmp_path: Path) -> None:
+    results = compress(*runs.nlvr(config, output_dir=tmp_path, method="magnitude"))
+    assert results is not None
+    assert results.models[1].name == "magnitude 2x"
+    assert max(row["step"] for row in runs.rows(tmp_path)) == max(row["step"] for row in runs.rows(compressed))
+
+
+def test_training_from_nothing_learns_the_training_set(config: Path, tmp_path: Path) -> None:
+    task, settings = runs.nlvr(config, output_dir=tmp_path, pretrained=None, max_epoch=3)
+    results = train(task, settings)
+    assert results is not None
+    losses = [row["loss"] for row in runs.rows(tmp_path) if "loss" in row]
+    assert len(losses) == 12
+    assert upop.count_parameters(upop.load(tmp_path / "best")) == results.models[0].parameters
+
+
+class _Poisoned(NlvrTask):
+    """Gives a loss that is not a number at some steps."""
+
+    def __init__(self, bad: set[int]) -> None:
+        self.bad, self.calls = bad, 0
+
+    def loss(self, model: nn.Module, batch: Any) -> Tensor:
+        self.calls += 1
+        loss = super().loss(model, batch)
+        return loss * float("nan") if self.calls - 1 in self.bad else loss
+
+
+@pytest.mark.filterwarnings("ignore:.*search steps had gradients that are not finite")
+def test_a_bad_step_is_skipped_and_the_search_goes_on(config: Path, tmp_path: Path) -> None:
+    _, settings = runs.nlvr(config, output_dir=tmp_path)
+    compress(_Poisoned({1, 9}), settings)
+    state = upop.load(tmp_path / "best").state_dict()
+    assert all(value.isfinite().all() for value in state.values())
+
+
+@pytest.mark.filterwarnings("ignore:.*search steps had gradients that are not finite")
+def test_too_many_bad_steps_stop_the_run(config: Path, tmp_path: Path) -> None:
+    _, settings = runs.nlvr(config, output_dir=tmp_path, max_bad_steps=3)
+    with pytest.raises(TrainingError, match="3 steps in a row.*Lower init_lr"):
+        compress(_Poisoned(set(range(2, 99))), settings)
+
+
+def test_errors_come_before_long_work(config: Path, tmp_path: Path) -> None:
+    with pytest.raises(SettingError, match="cannot be reached"):
+        compress(*runs.nlvr(config, output_dir=tmp_path, p=0.99))
+    assert not runs.rows(tmp_path)
+    with pytest.raises(SettingError, match="checkpoint to start from"):
+        compress(*runs.nlvr(config, output_dir=tmp_path, pretrained=None))
+    if not torch.cuda.is_available():
+        with pytest.raises(DeviceError, match="--device cuda"):
+            compress(*runs.nlvr(config, output_dir=tmp_path, device="cuda"))
+
+
+def test_a_run_folder_that_is_a_file_is_refused(config: Path, tmp_path: Path) -> None:
+    (tmp_path / "taken").write_text("")
+    with pytest.raises(RunFolderError, match="taken"):
+        train(*runs.nlvr(config, output_dir=tmp_path / "taken"))
+
+
+def test_unwritable_run_folder(config: Path) -> None:
+    with pytest.raises(RunFolderError, match="cannot be written"):
+        train(*runs.nlvr(config, output_dir=Path("/proc/upop-run")))
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full to play a full disk")
+def test_full_disk_while_logging(config: Path, tmp_path: Path) -> None:
+    from upop.training.folder import RunFolder
+
+    folder = RunFolder(tmp_path, main=True)
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    with pytest.raises(RunFolderError, match="metrics.jsonl"):
+        folder.log({"step": 1})
