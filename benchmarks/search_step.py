@@ -44,9 +44,9 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.profiler import ProfilerActivity, profile
-from upop.report.files import replacing
 
 import upop
+from upop.files import replacing_file
 from upop.models.nlvr import BlipNlvr, NlvrConfig
 from upop.pruning.costs import call
 from upop.report.results import machine
@@ -125,9 +125,7 @@ class Activations:
             for part in unit.producers:
                 layer, _, leaf = part.tensor.rpartition(".")
                 if leaf == "weight":
-                    hooks.append(
-                        model.get_submodule(layer).register_forward_hook(self._hook(alpha, part.outer))
-                    )
+                    hooks.append(model.get_submodule(layer).register_forward_hook(self._hook(alpha, part.outer)))
         try:
             yield lambda: None
         finally:
@@ -158,11 +156,7 @@ def prepared(name: str, device: torch.device) -> tuple[nn.Module, Batch, torch.o
     torch.manual_seed(0)
     model, (inputs, labels) = MODELS[name]()
     model.to(device).train()
-    inputs = (
-        {key: value.to(device) for key, value in inputs.items()}
-        if isinstance(inputs, dict)
-        else inputs.to(device)
-    )
+    inputs = {key: value.to(device) for key, value in inputs.items()} if isinstance(inputs, dict) else inputs.to(device)
     return (
         model,
         (inputs, labels.to(device)),
@@ -222,9 +216,7 @@ def _running_peak(profiler: profile, since: str) -> int:
     return peak
 
 
-def summary(
-    seconds: dict[str, list[float]], peaks: dict[str, int]
-) -> dict[str, dict[str, float | list[float]]]:
+def summary(seconds: dict[str, list[float]], peaks: dict[str, int]) -> dict[str, dict[str, float | list[float]]]:
     """Return per variant: its seconds, their ratios to plain, its peak bytes and their ratio to plain."""
     rows: dict[str, dict[str, float | list[float]]] = {}
     for kind, values in seconds.items():
@@ -293,7 +285,7 @@ def main() -> None:
         "models": rows,
     }
     options.out.mkdir(parents=True, exist_ok=True)
-    with replacing(options.out / f"search_step_{slug}.json") as part:
+    with replacing_file(options.out / f"search_step_{slug}.json") as part:
         part.write_text(json.dumps(content, indent=1) + "\n")
 
 

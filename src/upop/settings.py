@@ -11,7 +11,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from upop.errors import SettingError, nearest
 
-
 S = TypeVar("S", bound="RunSettings")
 
 
@@ -24,7 +23,9 @@ class RunSettings(BaseModel):
     image_root: Path = Field(description="folder that the annotation files' image paths start from")
     ann_root: Path = Field(Path("annotation"), description="folder of the annotation files")
     pretrained: str | None = Field(None, description="checkpoint to start from: a published .pth, or a folder of ours")
-    tokenizer: str = Field("pretrained/bert-base-uncased", description="folder of the tokenizer, or its name on the hub")
+    tokenizer: str = Field(
+        "pretrained/bert-base-uncased", description="folder of the tokenizer, or its name on the hub"
+    )
     image_size: int = Field(384, gt=0)
     augment: bool = Field(True, description="random crops, flips and RandAugment in training")
 
@@ -51,7 +52,9 @@ class RunSettings(BaseModel):
 
     # The method.
     p: float = Field(0.5, gt=0, lt=1, description="share of the prunable cost to remove; 0.5 is 2x, 0.75 is 4x")
-    method: Literal["upop", "magnitude"] = Field("upop", description="magnitude: one cut by weight norm, then as many steps")
+    method: Literal["upop", "magnitude"] = Field(
+        "upop", description="magnitude: one cut by weight norm, then as many steps"
+    )
     cost: Literal["params", "flops", "reference"] = "params"
     align: int = Field(1, ge=1, description="kept sizes are multiples of this; 8 suits tensor cores")
     interval: int = Field(50, ge=1, description="masks move every so many search steps")

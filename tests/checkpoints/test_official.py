@@ -137,9 +137,7 @@ def test_shapes_that_do_not_fit_are_listed(dense: Path) -> None:
 
 def test_kept_sizes_that_are_no_number_of_entries(dense: Path) -> None:
     path = changed(dense, visual_encoder_blocks_0_attn_qkv_weight=torch.ones(70, 24))
-    with pytest.raises(
-        CheckpointError, match=r"blocks\.0\.attn\.qkv\.weight has 70 rows.*between 1 and 8 .*3 heads"
-    ):
+    with pytest.raises(CheckpointError, match=r"blocks\.0\.attn\.qkv\.weight has 70 rows.*between 1 and 8 .*3 heads"):
         upop.load_official("nlvr", path, **SIZES)
 
 
@@ -187,9 +185,7 @@ def test_starting_from_single_cross_attention_as_recorded() -> None:
     before = load_file(EXTRAS / "nlvr_from_pretrained_before.safetensors")
     model.load_state_dict(before, strict=False)
     missing = start_from("nlvr", EXTRAS / "nlvr_from_pretrained_in.safetensors", model)
-    assert sorted(missing) == sorted(
-        json.loads((EXTRAS / "nlvr_from_pretrained.json").read_text())["missing"]
-    )
+    assert sorted(missing) == sorted(json.loads((EXTRAS / "nlvr_from_pretrained.json").read_text())["missing"])
     after = load_file(EXTRAS / "nlvr_from_pretrained_after.safetensors")
     state = model.state_dict()
     assert set(state) == set(after)

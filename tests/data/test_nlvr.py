@@ -180,9 +180,7 @@ def test_an_image_that_cannot_be_read_is_named_with_its_record(generated: Summar
     data = NlvrDataset(tmp_path / "dev.json", tmp_path, eval_transform(64), swap=False)
     assert data[3]
     for index in (4, 4 - len(data)):
-        with pytest.raises(
-            DataError, match=rf"dev\.json, record 4: the image .*{Path(broken).name} cannot be read"
-        ):
+        with pytest.raises(DataError, match=rf"dev\.json, record 4: the image .*{Path(broken).name} cannot be read"):
             data[index]
 
 
@@ -227,9 +225,7 @@ def tokenizer(generated: Summary):
 
 
 def test_a_batch_has_all_left_images_first_and_padded_sentences(generated: Summary, tokenizer):
-    data = NlvrDataset(
-        generated.annotation / "nlvr_dev.json", generated.image_root, eval_transform(64), swap=False
-    )
+    data = NlvrDataset(generated.annotation / "nlvr_dev.json", generated.image_root, eval_transform(64), swap=False)
     items = [data[index] for index in range(0, 20, 4)]
     batch = collate_nlvr(tokenizer)(items)
     assert batch["images"].shape == (10, 3, 64, 64)
@@ -246,16 +242,12 @@ def test_a_batch_has_all_left_images_first_and_padded_sentences(generated: Summa
 
 
 def test_sentences_are_cut_to_the_number_of_tokens(generated: Summary, tokenizer):
-    data = NlvrDataset(
-        generated.annotation / "nlvr_dev.json", generated.image_root, eval_transform(64), swap=False
-    )
+    data = NlvrDataset(generated.annotation / "nlvr_dev.json", generated.image_root, eval_transform(64), swap=False)
     assert collate_nlvr(tokenizer, 5)([data[0], data[1]])["input_ids"].shape == (2, 5)
 
 
 def test_the_same_seed_swaps_the_same_records(generated: Summary, tokenizer):
-    data = NlvrDataset(
-        generated.annotation / "nlvr_dev.json", generated.image_root, eval_transform(16), swap=True
-    )
+    data = NlvrDataset(generated.annotation / "nlvr_dev.json", generated.image_root, eval_transform(16), swap=True)
     epochs = []
     for seed in (4, 4, 5):
         torch.manual_seed(seed)
@@ -265,13 +257,9 @@ def test_the_same_seed_swaps_the_same_records(generated: Summary, tokenizer):
 
 def test_a_worker_process_started_afresh_gives_the_same_batches(generated: Summary, tokenizer):
     """Spawned workers, the only kind on macOS and Windows, get data set and collate function by pickle."""
-    data = NlvrDataset(
-        generated.annotation / "nlvr_dev.json", generated.image_root, eval_transform(16), swap=False
-    )
+    data = NlvrDataset(generated.annotation / "nlvr_dev.json", generated.image_root, eval_transform(16), swap=False)
     collate = collate_nlvr(tokenizer)
     here = DataLoader(data, batch_size=100, collate_fn=collate)
-    there = DataLoader(
-        data, batch_size=100, collate_fn=collate, num_workers=1, multiprocessing_context="spawn"
-    )
+    there = DataLoader(data, batch_size=100, collate_fn=collate, num_workers=1, multiprocessing_context="spawn")
     for one, two in zip(here, there, strict=True):
         assert all(torch.equal(one[key], two[key]) for key in one)

@@ -40,11 +40,7 @@ def test_another_seed_gives_other_records(generated: Summary, tmp_path: Path):
 
 def test_a_smaller_set_is_the_beginning_of_a_larger_one(generated: Summary, tmp_path: Path):
     small = write_nlvr(tmp_path / "small", seed=7, size=21)
-    assert (
-        small.records
-        == {"train": 21, "dev": 200, "test": 200}
-        == {k: len(records(small, k)) for k in small.records}
-    )
+    assert small.records == {"train": 21, "dev": 200, "test": 200} == {k: len(records(small, k)) for k in small.records}
     assert records(small, "train") == records(generated, "train")[:21]
     files, larger = digests(small.folder), digests(generated.folder)
     for name in files:
@@ -52,9 +48,7 @@ def test_a_smaller_set_is_the_beginning_of_a_larger_one(generated: Summary, tmp_
             assert files[name] == larger[name]
 
 
-@pytest.mark.parametrize(
-    ("size", "expected"), [(1, 200), (2000, 200), (4321, 432), (10_000, 1000), (86_373, 1000)]
-)
+@pytest.mark.parametrize(("size", "expected"), [(1, 200), (2000, 200), (4321, 432), (10_000, 1000), (86_373, 1000)])
 def test_held_out_splits_are_a_tenth_within_bounds(size: int, expected: int):
     assert held_out(size) == expected
 

@@ -113,9 +113,7 @@ def test_labels_hold_of_the_pixels(examples: list[Example]):
         for statement in example.statements:
             for place, (pattern, holds) in enumerate(SAYS):
                 if found := re.fullmatch(pattern, statement.sentence):
-                    see = see or [
-                        seen(draw_scene(scene)) for scene in (example.pair.left, example.pair.right)
-                    ]
+                    see = see or [seen(draw_scene(scene)) for scene in (example.pair.left, example.pair.right)]
                     assert bool(holds(see, *found.groups())) is statement.label, statement.sentence
                     checked[place] += 1
     assert len(checked) == len(SAYS) and min(checked.values()) >= 3, checked

@@ -68,8 +68,6 @@ def test_left_and_right_change_places(sentence: str, swapped: str):
     assert swap_left_right(sentence) == swapped
 
 
-@given(
-    st.lists(st.sampled_from(["left", "right", "Left", "RIGHT", "bright", "image", ",", "-"])).map(" ".join)
-)
+@given(st.lists(st.sampled_from(["left", "right", "Left", "RIGHT", "bright", "image", ",", "-"])).map(" ".join))
 def test_swapping_twice_gives_the_sentence_back(sentence: str):
     assert swap_left_right(swap_left_right(sentence)) == sentence

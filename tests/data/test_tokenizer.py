@@ -52,9 +52,7 @@ def test_a_saved_tokenizer_loads_again_without_growing(tokenizer, tmp_path: Path
     assert again("the left image")["input_ids"] == tokenizer("the left image")["input_ids"]
 
 
-@pytest.mark.parametrize(
-    "name", ["pretrained/bert-base-uncased", "./nowhere", "/no/such/folder", "~/nothing"]
-)
+@pytest.mark.parametrize("name", ["pretrained/bert-base-uncased", "./nowhere", "/no/such/folder", "~/nothing"])
 def test_a_missing_folder_fails_at_once(name: str):
     start = time.perf_counter()
     with pytest.raises(DataError, match=r"does not exist.*vocab\.txt or tokenizer\.json") as caught:
@@ -97,8 +95,6 @@ def test_a_hub_that_does_not_answer_is_a_data_error_soon(monkeypatch: pytest.Mon
 
     monkeypatch.setattr("huggingface_hub.model_info", unreachable)
     start = time.perf_counter()
-    with pytest.raises(
-        DataError, match=r"'no-such-tokenizer'.*no route to host.*folder that holds vocab\.txt"
-    ):
+    with pytest.raises(DataError, match=r"'no-such-tokenizer'.*no route to host.*folder that holds vocab\.txt"):
         load_tokenizer("no-such-tokenizer")
     assert time.perf_counter() - start < 5

@@ -40,9 +40,7 @@ class Family:
 
     def inputs(self, size: int = 2, dtype: torch.dtype = torch.float64, seed: int = 0) -> Inputs:
         batch = self.batch(size, torch.Generator().manual_seed(seed))
-        return {
-            name: value.to(dtype) if value.is_floating_point() else value for name, value in batch.items()
-        }
+        return {name: value.to(dtype) if value.is_floating_point() else value for name, value in batch.items()}
 
 
 @torch.no_grad()
@@ -74,9 +72,7 @@ def rows_of(inputs: Inputs, size: int, rows: slice) -> Inputs:
 def outputs_of(model: nn.Module, inputs: Inputs) -> Tensor:
     with torch.no_grad():
         outputs = model(**inputs)
-    return (
-        torch.cat([part.flatten() for part in outputs]) if isinstance(outputs, tuple) else outputs.flatten()
-    )
+    return torch.cat([part.flatten() for part in outputs]) if isinstance(outputs, tuple) else outputs.flatten()
 
 
 def difference(found: Tensor, expected: Tensor) -> float:
@@ -96,10 +92,7 @@ def uneven_plan(units: Sequence[upop.Unit], seed: int = 0) -> dict[str, list[int
 
 def random_masks(units: Sequence[upop.Unit], seed: int = 0) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    return {
-        unit.name: 0.05 + 0.9 * torch.rand(unit.size, generator=generator, dtype=torch.float64)
-        for unit in units
-    }
+    return {unit.name: 0.05 + 0.9 * torch.rand(unit.size, generator=generator, dtype=torch.float64) for unit in units}
 
 
 def still_pruner(model: nn.Module, masks: dict[str, Tensor] | None = None, **settings: Any) -> upop.Pruner:
@@ -137,17 +130,13 @@ def scaled_parameters(
     return scaled
 
 
-def masked_outputs(
-    model: nn.Module, units: Sequence[upop.Unit], masks: dict[str, Tensor], inputs: Inputs
-) -> Tensor:
+def masked_outputs(model: nn.Module, units: Sequence[upop.Unit], masks: dict[str, Tensor], inputs: Inputs) -> Tensor:
     """Return what the plain model computes with masked weights."""
     weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
     same = {name: mask.to(next(iter(weights.values())).dtype) for name, mask in masks.items()}
     with torch.no_grad():
         outputs = functional_call(model, scaled_parameters(model, units, same, weights), (), inputs)
-    return (
-        torch.cat([part.flatten() for part in outputs]) if isinstance(outputs, tuple) else outputs.flatten()
-    )
+    return torch.cat([part.flatten() for part in outputs]) if isinstance(outputs, tuple) else outputs.flatten()
 
 
 def binary(units: Sequence[upop.Unit], plan: dict[str, list[int]]) -> dict[str, Tensor]:

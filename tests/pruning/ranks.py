@@ -38,9 +38,7 @@ def search(inputs: dict[str, Tensor], rank: int | None) -> dict[str, Any]:
 
 def run(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2, timeout=LIMIT
-    )
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2, timeout=LIMIT)
     try:
         torch.save(search(NLVR.inputs(4), rank), Path(folder) / f"rank{rank}.pt")
     finally:

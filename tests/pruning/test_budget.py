@@ -32,14 +32,10 @@ def random_scores(units: list[upop.Unit], seed: int) -> dict[str, Tensor]:
 
 
 @st.composite
-def problems(
-    draw: st.DrawFn, ties: bool = True
-) -> tuple[list[upop.Unit], dict[str, Tensor], dict[str, float]]:
+def problems(draw: st.DrawFn, ties: bool = True) -> tuple[list[upop.Unit], dict[str, Tensor], dict[str, float]]:
     sizes = draw(st.lists(st.integers(1, 40), min_size=1, max_size=6))
     kinds = draw(st.lists(st.sampled_from(["attention", "mlp"]), min_size=len(sizes), max_size=len(sizes)))
-    units = [
-        unit(f"u{number}", kind, size) for number, (kind, size) in enumerate(zip(kinds, sizes, strict=True))
-    ]
+    units = [unit(f"u{number}", kind, size) for number, (kind, size) in enumerate(zip(kinds, sizes, strict=True))]
     costs = {part.name: draw(st.sampled_from([1.0, 12.0, 36.0, 1537.0, 36900.0, 0.37])) for part in units}
     scores = random_scores(units, draw(st.integers(0, 10_000)))
     if ties and draw(st.booleans()):
@@ -105,15 +101,11 @@ def test_the_marked_entries_are_the_best_prefix_of_one_list(problem: tuple, shar
             for part in units:
                 if part.kind == kind:
                     centred = [(float(value) - mean) for value in scores[part.name]]
-                    ranked[part.name] = [
-                        value / math.sqrt(variance) if variance else 0.0 for value in centred
-                    ]
+                    ranked[part.name] = [value / math.sqrt(variance) if variance else 0.0 for value in centred]
     entries = []
     for part in units:
         lowest = min(range(part.size), key=lambda entry: ranked[part.name][entry])
-        entries += [
-            (ranked[part.name][entry], part.name, entry) for entry in range(part.size) if entry != lowest
-        ]
+        entries += [(ranked[part.name][entry], part.name, entry) for entry in range(part.size) if entry != lowest]
     entries.sort(reverse=True)
     values = [value for value, _, _ in entries]
     assume(all(above - below > 1e-9 for above, below in itertools.pairwise(values)))
@@ -142,15 +134,12 @@ COSTS = {"a0": 24.0, "m0": 1.0, "a1": 36.0, "m1": 1.5}
 @pytest.mark.parametrize("align", [1, 4])
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.8])
 @pytest.mark.parametrize("seed", range(3))
-def test_shifting_and_scaling_the_scores_of_a_kind_changes_nothing(
-    seed: int, share: float, align: int
-) -> None:
+def test_shifting_and_scaling_the_scores_of_a_kind_changes_nothing(seed: int, share: float, align: int) -> None:
     scores = random_scores(TOWERS, seed)
     plain = budget.select(TOWERS, scores, COSTS, share, align)
     for kind, shift, scale in [("attention", 5.3, 1.0), ("attention", 0.0, 1e-6), ("mlp", -2.0, 1e4)]:
         moved = {
-            part.name: scores[part.name] * scale + shift if part.kind == kind else scores[part.name]
-            for part in TOWERS
+            part.name: scores[part.name] * scale + shift if part.kind == kind else scores[part.name] for part in TOWERS
         }
         found = budget.select(TOWERS, moved, COSTS, share, align)
         assert all(torch.equal(found.marked[name], gone) for name, gone in plain.marked.items())
@@ -207,9 +196,7 @@ def test_the_published_selection(problem: tuple, share: float) -> None:
         expected = (values > found.threshold) & (values > values.min())
         assert torch.equal(found.marked[part.name], expected)
         assert not expected.all()
-    assert found.cost == pytest.approx(
-        sum(costs[part.name] * int(found.marked[part.name].sum()) for part in units)
-    )
+    assert found.cost == pytest.approx(sum(costs[part.name] * int(found.marked[part.name].sum()) for part in units))
 
 
 def test_the_schedule_is_the_recorded_one() -> None:
@@ -253,9 +240,7 @@ def test_a_search_removes_what_was_asked(case: Family, cost: str, ratio: float) 
 @pytest.mark.parametrize("align", [2, 4, 8])
 def test_an_aligned_search_keeps_multiples(align: int) -> None:
     model, inputs = NLVR.build(), NLVR.inputs()
-    pruner = finished_pruner(
-        model, inputs, 0.4, 3, align=align, exclude="*attn" if align == 8 else None, include="*m*"
-    )
+    pruner = finished_pruner(model, inputs, 0.4, 3, align=align, exclude="*attn" if align == 8 else None, include="*m*")
     plan, sizes = pruner.plan(), {part.name: part.size for part in pruner.units}
     assert all(len(kept) == sizes[name] or len(kept) % align == 0 for name, kept in plan.items())
     total = sum(pruner.costs[name] * size for name, size in sizes.items())
@@ -305,6 +290,4 @@ def test_progress_as_seen_from_outside() -> None:
     assert pruner.kept_share("vision") != pruner.kept_share("text")
     assert pruner.kept_share("other") == 1.0
     assert 0 < pruner.kept_share(kind="attention") < 1
-    assert pruner.mask_sum("mlp") == sum(
-        int(pruner.masks[u.name].sum()) for u in pruner.units if u.kind == "mlp"
-    )
+    assert pruner.mask_sum("mlp") == sum(int(pruner.masks[u.name].sum()) for u in pruner.units if u.kind == "mlp")

@@ -83,9 +83,7 @@ def test_names_that_are_unknown(settings: dict[str, Any], fragments: list[str]) 
 
 def test_include_and_exclude_choose_units() -> None:
     model = NLVR.build()
-    chosen = upop.Pruner(
-        model, 0.3, 2, include=["visual_encoder.*", "*.intermediate"], exclude="*.blocks.0.*"
-    )
+    chosen = upop.Pruner(model, 0.3, 2, include=["visual_encoder.*", "*.intermediate"], exclude="*.blocks.0.*")
     names = {unit.name for unit in chosen.units}
     assert "visual_encoder.blocks.1.attn" in names
     assert "text_encoder.encoder.layer.1.intermediate" in names
@@ -238,9 +236,7 @@ def test_a_failing_verification_leaves_the_searched_model() -> None:
     pruner = finished_pruner(model, inputs)
     parameters = {name: id(parameter) for name, parameter in model.named_parameters()}
     classes = {name: type(module) for name, module in model.named_modules()}
-    widths = [
-        (part.in_features, part.out_features) for part in model.modules() if isinstance(part, nn.Linear)
-    ]
+    widths = [(part.in_features, part.out_features) for part in model.modules() if isinstance(part, nn.Linear)]
     heads = [part.head_dim for part in model.modules() if hasattr(part, "head_dim")]
     outputs, masks, plan = outputs_of(model.inner, inputs), pruner.masks, pruner.plan()
     for _ in range(2):
@@ -248,9 +244,7 @@ def test_a_failing_verification_leaves_the_searched_model() -> None:
             pruner.shrink(verify=inputs)
         assert {name: id(parameter) for name, parameter in model.named_parameters()} == parameters
         assert {name: type(module) for name, module in model.named_modules()} == classes
-        assert [
-            (p.in_features, p.out_features) for p in model.modules() if isinstance(p, nn.Linear)
-        ] == widths
+        assert [(p.in_features, p.out_features) for p in model.modules() if isinstance(p, nn.Linear)] == widths
         assert [part.head_dim for part in model.modules() if hasattr(part, "head_dim")] == heads
         assert all(module.training for module in model.modules())
         assert torch.equal(outputs_of(model.inner, inputs), outputs)

@@ -36,9 +36,7 @@ def trace_of(model: nn.Module) -> dict[str, Any]:
         "parameters": {name: id(parameter) for name, parameter in model.named_parameters()},
         "classes": {name: type(module) for name, module in model.named_modules()},
         "attributes": {name: sorted(vars(module)) for name, module in model.named_modules()},
-        "unsaved": {
-            name: sorted(module._non_persistent_buffers_set) for name, module in model.named_modules()
-        },
+        "unsaved": {name: sorted(module._non_persistent_buffers_set) for name, module in model.named_modules()},
         "hooks": {
             name: [len(value) for key, value in sorted(vars(module).items()) if key.endswith("_hooks")]
             for name, module in model.named_modules()
@@ -75,13 +73,9 @@ def test_units_come_in_forward_order_and_carry_every_axis(family: Family) -> Non
         assert sum(not part.produces for part in unit.slices) == 1
         for part in unit.slices:
             assert model.get_parameter(part.tensor).shape[part.dim] == part.length(unit.size)
-    named = {
-        name for name, module in model.named_modules() if hasattr(module, "qkv") or hasattr(module, "fc1")
-    }
+    named = {name for name, module in model.named_modules() if hasattr(module, "qkv") or hasattr(module, "fc1")}
     named |= {
-        name
-        for name, _ in model.named_modules()
-        if name.endswith((".self", ".self0", ".self1", ".intermediate"))
+        name for name, _ in model.named_modules() if name.endswith((".self", ".self0", ".self1", ".intermediate"))
     }
     assert {unit.name for unit in units} == named
 
@@ -99,15 +93,12 @@ def test_masked_equals_shrunk(family: Family, dtype: torch.dtype, tolerance: flo
     assert upop.shrink(model, plan, verify=inputs) is model
     found = outputs_of(model, inputs)
     assert difference(found, expected) < tolerance
-    assert difference(found, before) > 1e-3, (
-        "the plan removed nothing that matters, so the test shows nothing"
-    )
+    assert difference(found, before) > 1e-3, "the plan removed nothing that matters, so the test shows nothing"
     assert list(model.state_dict()) == keys
     assert [unit.size for unit in upop.find_units(model)] == [len(kept) for kept in plan.values()]
     assert_metadata(model)
     removed = sum(
-        (unit.size - len(plan[unit.name]))
-        * sum(part.outer * part.inner * _others(model, part) for part in unit.slices)
+        (unit.size - len(plan[unit.name])) * sum(part.outer * part.inner * _others(model, part) for part in unit.slices)
         for unit in units
     )
     assert parameters - upop.count_parameters(model) == removed
@@ -131,9 +122,7 @@ def test_one_entry_left_everywhere(family: Family) -> None:
 def test_keeping_all_changes_no_tensor(family: Family) -> None:
     model = family.build()
     before = dict(model.named_parameters())
-    upop.shrink(
-        model, {unit.name: range(unit.size) for unit in upop.find_units(model)}, verify=family.inputs()
-    )
+    upop.shrink(model, {unit.name: range(unit.size) for unit in upop.find_units(model)}, verify=family.inputs())
     assert all(parameter is before[name] for name, parameter in model.named_parameters())
 
 
@@ -267,9 +256,7 @@ def test_search_then_shrink_keeps_the_searched_function(family: Family) -> None:
     plan = pruner.plan()
     assert pruner.shrink(verify=inputs) is model
     assert difference(outputs_of(model, inputs), expected) < 1e-5
-    assert {unit.name: unit.size for unit in upop.find_units(model)} == {
-        name: len(kept) for name, kept in plan.items()
-    }
+    assert {unit.name: unit.size for unit in upop.find_units(model)} == {name: len(kept) for name, kept in plan.items()}
     assert_metadata(model)
     loss_of(model.train()(**inputs)).backward()
     assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)

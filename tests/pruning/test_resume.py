@@ -17,9 +17,7 @@ from upop.pruning.errors import PlanError, SettingError
 STEPS = 6
 
 
-def train(
-    model: torch.nn.Module, pruner: upop.Pruner, optimizer: torch.optim.Optimizer, steps: range
-) -> None:
+def train(model: torch.nn.Module, pruner: upop.Pruner, optimizer: torch.optim.Optimizer, steps: range) -> None:
     for step in steps:
         optimizer.zero_grad()
         loss_of(model(**NLVR.inputs(2, seed=step))).backward()
@@ -77,9 +75,7 @@ def test_a_saved_state_does_not_change_as_the_search_goes_on() -> None:
         {"steps": 7},
         {"interval": 3},
         {"align": 2},
-        pytest.param(
-            {"cost": "reference"}, marks=pytest.mark.xfail(reason="the cost is not saved", strict=True)
-        ),
+        pytest.param({"cost": "reference"}, marks=pytest.mark.xfail(reason="the cost is not saved", strict=True)),
     ],
 )
 def test_a_state_of_other_settings_is_refused(settings: dict[str, Any]) -> None:

@@ -97,9 +97,7 @@ def test_the_optimizer_may_be_made_before_or_after(kind: Callable[..., torch.opt
     assert found[0] == found[1]
 
 
-@pytest.mark.parametrize(
-    "case", [VIT, BY_NAME["vit-eager"], BY_NAME["vit-no-bias"], NLVR], ids=lambda case: case.name
-)
+@pytest.mark.parametrize("case", [VIT, BY_NAME["vit-eager"], BY_NAME["vit-no-bias"], NLVR], ids=lambda case: case.name)
 def test_bfloat16_autocast(case: Family) -> None:
     model, inputs = case.build(torch.float32), case.inputs(4, torch.float32)
     masks = random_masks(upop.find_units(model))
@@ -116,11 +114,7 @@ def test_bfloat16_autocast(case: Family) -> None:
     assert rough.dtype == torch.bfloat16
     loss.backward()
     pruner.step()
-    assert all(
-        parameter.grad.dtype == torch.float32
-        for parameter in model.parameters()
-        if parameter.grad is not None
-    )
+    assert all(parameter.grad.dtype == torch.float32 for parameter in model.parameters() if parameter.grad is not None)
     assert all(score.dtype == torch.float32 for score in pruner.scores.values())
     assert bool(all_scores(pruner).isfinite().all())
     assert pruner.skipped_steps == 0
@@ -211,9 +205,7 @@ def test_compiled_models_see_masks_move(backend: str) -> None:
     plain, inputs = VIT.build(), VIT.inputs(3)
     model = VIT.build()
     compiled = torch.compile(model, backend=backend)
-    assert (
-        difference(outputs_of(compiled, inputs), outputs_of(plain, inputs)) < 1e-12
-    )  # compiled before attaching
+    assert difference(outputs_of(compiled, inputs), outputs_of(plain, inputs)) < 1e-12  # compiled before attaching
     expected, pruner = upop.Pruner(plain, 0.5, 3, 1), upop.Pruner(compiled, 0.5, 3, 1)
     for _ in range(3):
         losses = []

@@ -20,9 +20,7 @@ def shares(layers: int) -> list[UnitShare]:
     for layer in range(layers):
         made.append(UnitShare(f"visual.blocks.{layer}.attn", "vision", "attention", 64, 16))
         made.append(UnitShare(f"visual.blocks.{layer}.mlp", "vision", "mlp", 192, 192))
-    for layer in range(2):
-        made.append(UnitShare(f"text.layer.{layer}.self", "text", "attention", 64, 1 + 31 * layer))
-    return made
+    return made + [UnitShare(f"text.layer.{layer}.self", "text", "attention", 64, 1 + 31 * layer) for layer in range(2)]
 
 
 def texts(axes: Axes) -> list[str]:
@@ -112,9 +110,7 @@ def test_nothing_to_draw_is_refused() -> None:
 
 
 @pytest.mark.parametrize("make", [lambda: kept_share_figure(shares(3)), lambda: history_figure(metrics())])
-def test_figures_are_written_at_150_dpi_on_white_without_touching_the_backend(
-    make: Any, tmp_path: Path
-) -> None:
+def test_figures_are_written_at_150_dpi_on_white_without_touching_the_backend(make: Any, tmp_path: Path) -> None:
     before = mpl.rcParams._get_backend_or_none()
     figure = make()
     save_figure(figure, tmp_path / "figure.png")

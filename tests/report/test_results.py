@@ -85,9 +85,7 @@ def test_results_survive_the_disk_and_the_file_carries_the_gains(tmp_path: Path)
         ('{"models": [{"name": "a"}]}', "required"),
     ],
 )
-def test_a_file_that_holds_no_results_is_named_with_the_reason(
-    tmp_path: Path, text: str, reason: str
-) -> None:
+def test_a_file_that_holds_no_results_is_named_with_the_reason(tmp_path: Path, text: str, reason: str) -> None:
     path = tmp_path / "results.json"
     path.write_text(text)
     with pytest.raises(DataError, match=reason) as caught:

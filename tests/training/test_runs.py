@@ -42,7 +42,9 @@ def test_run_folder_holds_everything(compressed: Path) -> None:
         "figures/history.png",
         *(f"{name}/{file}" for name in ("best", "last") for file in ("model.safetensors", "upop.json")),
     }
-    assert json.loads((compressed / "versions.json").read_text())["libraries"]["torch"] == torch.__version__.split("+")[0]
+    assert (
+        json.loads((compressed / "versions.json").read_text())["libraries"]["torch"] == torch.__version__.split("+")[0]
+    )
 
 
 def test_results_are_those_of_the_saved_model(config: Path, compressed: Path, tmp_path: Path) -> None:
@@ -97,7 +99,14 @@ def test_accumulated_gradients_give_the_same_search(config: Path, compressed: Pa
 
 @pytest.mark.parametrize(
     "changes",
-    [{"amp": True}, {"vit_grad_ckpt": True}, {"clip_grad": 0.5}, {"align": 8}, {"cost": "flops"}, {"cost": "reference"}],
+    [
+        {"amp": True},
+        {"vit_grad_ckpt": True},
+        {"clip_grad": 0.5},
+        {"align": 8},
+        {"cost": "flops"},
+        {"cost": "reference"},
+    ],
     ids=str,
 )
 def test_variants_run_through(config: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
@@ -154,7 +163,7 @@ def test_a_bad_step_is_skipped_and_the_search_goes_on(config: Path, tmp_path: Pa
 @pytest.mark.filterwarnings("ignore:.*search steps had gradients that are not finite")
 def test_too_many_bad_steps_stop_the_run(config: Path, tmp_path: Path) -> None:
     _, settings = runs.nlvr(config, output_dir=tmp_path, max_bad_steps=3)
-    with pytest.raises(TrainingError, match="3 steps in a row.*Lower init_lr"):
+    with pytest.raises(TrainingError, match=r"3 steps in a row.*Lower init_lr"):
         compress(_Poisoned(set(range(2, 99))), settings)
 
 
@@ -186,5 +195,5 @@ def test_full_disk_while_logging(config: Path, tmp_path: Path) -> None:
 
     folder = RunFolder(tmp_path, main=True)
     (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
-    with pytest.raises(RunFolderError, match="metrics.jsonl"):
+    with pytest.raises(RunFolderError, match=r"metrics\.jsonl"):
         folder.log({"step": 1})

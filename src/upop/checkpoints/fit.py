@@ -70,7 +70,10 @@ def scale_queries(model: nn.Module, unit: Unit, kept: int, factor: float) -> Non
 
 
 def load_strictly(
-    model: nn.Module, state: Mapping[str, Tensor], source: str, may_miss: Callable[[str], bool] = lambda _key: False
+    model: nn.Module,
+    state: Mapping[str, Tensor],
+    source: str,
+    may_miss: Callable[[str], bool] = lambda _key: False,
 ) -> list[str]:
     """Copy `state` into `model`; return the keys that were missing and may be.
 

@@ -17,7 +17,6 @@ from upop.checkpoints.read import read_weights
 from upop.errors import CheckpointError, SettingError, nearest
 from upop.models.blip import BlipConfig
 from upop.models.nlvr import BlipNlvr, NlvrConfig
-from upop.pruning import Unit
 
 _HEAD_DIM = 64  # of every published BLIP model
 

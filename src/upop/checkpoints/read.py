@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import re
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -37,9 +38,13 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         try:
             return load_file(path)
         except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{path} is no readable safetensors file: {error}. Fetch or write it again.") from error
+            raise CheckpointError(
+                f"{path} is no readable safetensors file: {error}. Fetch or write it again."
+            ) from error
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch warns of old formats, which are read all the same
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises whatever its parsers meet: struct.error, AssertionError, KeyError, ...
         refused = _OBJECT.search(str(error)) if isinstance(error, pickle.UnpicklingError) else None
         if refused:

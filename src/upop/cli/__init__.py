@@ -1,0 +1,1 @@
+"""The command line: `upop`, and the published scripts."""

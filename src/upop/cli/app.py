@@ -17,7 +17,8 @@ from upop.errors import UPopError
 from upop.settings import RunSettings, read_settings
 from upop.tasks import TASKS, find_task
 from upop.tasks.verbs import compress as run_compress
-from upop.tasks.verbs import evaluate_checkpoint, train as run_train
+from upop.tasks.verbs import evaluate_checkpoint
+from upop.tasks.verbs import train as run_train
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -84,7 +85,14 @@ def compress(
     assign: o.Set = None,
 ) -> None:
     """Search, shrink, retrain and evaluate."""
-    flags = {"p": p, "pretrained": pretrained, "output_dir": output_dir, "device": device, "seed": seed, "amp": amp}
+    flags = {
+        "p": p,
+        "pretrained": pretrained,
+        "output_dir": output_dir,
+        "device": device,
+        "seed": seed,
+        "amp": amp,
+    }
     method_flags = {"cost": cost, "align": align, "interval": interval, "method": method}
     sparsity = {"w_sp_attn": w_sp_attn, "w_sp_mlp": w_sp_mlp}
     _start(run_compress, task, config, {**flags, **method_flags, **sparsity, **o.epochs(epoch)}, assign)
@@ -124,7 +132,11 @@ def shapes(
 
 
 def _start(
-    verb: Callable[[Any, Any], Any], task: str, config: Path | None, flags: dict[str, Any], assign: list[str] | None
+    verb: Callable[[Any, Any], Any],
+    task: str,
+    config: Path | None,
+    flags: dict[str, Any],
+    assign: list[str] | None,
 ) -> None:
     found = find_task(task)
     settings: RunSettings = read_settings(found.settings, config, o.overrides(flags, assign))
@@ -137,5 +149,10 @@ def main(command: typer.Typer = app) -> None:
         command()
     except UPopError as error:
         Console(stderr=True).print(f"[bold red]Error:[/bold red] {type(error).__name__}:", end=" ")
-        Console(stderr=True, highlight=False, markup=False, soft_wrap=True).print(str(error))
+        Console(stderr=True, highlight=False, markup=False, soft_wrap=True).print(_message(error))
         sys.exit(1)
+
+
+def _message(error: UPopError) -> str:
+    # A worker process sends its error with a traceback around it; a person needs the error alone.
+    return str(error).rpartition(f"{type(error).__name__}: ")[2].strip()

@@ -85,7 +85,13 @@ def _show(
     records = [loader.dataset[index] for index in range(_EXAMPLES)]
     with torch.no_grad():
         answers = {name: task.predict(model.cpu().eval(), batch)["answers"] for name, (model, _) in models.items()}
-    table = Table("sentence", "true?", *answers, title="The first test sentences, before and after", title_justify="left")
+    table = Table(
+        "sentence",
+        "true?",
+        *answers,
+        title="The first test sentences, before and after",
+        title_justify="left",
+    )
     for index, record in enumerate(records):
         told = [bool(given[index]) for given in answers.values()]
         cells = [f"{answer}" if answer == bool(record["label"]) else f"[red]{answer}[/red]" for answer in told]

@@ -35,13 +35,14 @@ SparsityAttention = Annotated[
     typer.Option("--w-sp-attn", "--w_sp_attn", help="Weight of the attention masks' sum in the logged loss."),
 ]
 SparsityMlp = Annotated[
-    float | None, typer.Option("--w-sp-mlp", "--w_sp_mlp", help="Weight of the MLP masks' sum in the logged loss.")
+    float | None,
+    typer.Option("--w-sp-mlp", "--w_sp_mlp", help="Weight of the MLP masks' sum in the logged loss."),
 ]
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any other setting; repeatable.")]
 
 
 def overrides(flags: Mapping[str, Any], assignments: Sequence[str] | None = None) -> dict[str, Any]:
-    """Return settings from the flags that were given (are not None) and from `--set` assignments, whose values are read as YAML.
+    """Return settings from the flags that were given (are not None) and from `--set` assignments, read as YAML.
 
     Raises:
         SettingError: an assignment is not KEY=VALUE.

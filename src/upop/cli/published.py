@@ -49,7 +49,12 @@ def run_blip(task: str, config: str) -> None:
         del world_size, dist_url, distributed
         if use_ceph:
             raise SettingError("--use_ceph reads from a private storage system that upop does not know. Leave it out.")
-        flags: dict[str, Any] = {"output_dir": output_dir, "device": device, "seed": seed, "pretrained": pretrained}
+        flags: dict[str, Any] = {
+            "output_dir": output_dir,
+            "device": device,
+            "seed": seed,
+            "pretrained": pretrained,
+        }
         flags |= {"w_sp_attn": w_sp_attn, "w_sp_mlp": w_sp_mlp, "p": p, "amp": amp, **o.epochs(epoch)}
         found = find_task(task)
         verb = evaluate_checkpoint if evaluate else compress

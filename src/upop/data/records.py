@@ -96,9 +96,7 @@ def read_records(file: str | Path) -> list[Record]:
     records = []
     for number, fields in enumerate(values):
         if not isinstance(fields, dict):
-            raise DataError(
-                f"{file}, record {number}: must be an object with named fields, not {shown(fields)}."
-            )
+            raise DataError(f"{file}, record {number}: must be an object with named fields, not {shown(fields)}.")
         records.append(Record(file, number, fields))
     return records
 
@@ -129,13 +127,9 @@ def check_images(root: str | Path, images: Iterable[tuple[Record, str]]) -> None
         return
     image, record = next(iter(missing.items()))
     if not root.is_dir():
-        raise record.error(
-            f"the image root {root} is no folder, so the image {image!r} cannot be found in it."
-        )
+        raise record.error(f"the image root {root} is no folder, so the image {image!r} cannot be found in it.")
     rest = f" {len(missing)} images of this file are missing in all." if len(missing) > 1 else ""
-    raise record.error(
-        f"the image {image!r} does not exist under the image root {root}.{rest} Check the image root."
-    )
+    raise record.error(f"the image {image!r} does not exist under the image root {root}.{rest} Check the image root.")
 
 
 def _names_in(folder: Path) -> frozenset[str]:

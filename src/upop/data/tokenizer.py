@@ -35,9 +35,7 @@ def load_tokenizer(path_or_name: str | Path) -> Any:
     if folder.is_dir():
         tokenizer = _from_folder(folder)
     elif folder.exists():
-        raise DataError(
-            f"The tokenizer {name!r} is a file; name the folder that holds {' or '.join(_FILES)}."
-        )
+        raise DataError(f"The tokenizer {name!r} is a file; name the folder that holds {' or '.join(_FILES)}.")
     elif isinstance(path_or_name, Path) or name.startswith((".", "~")) or "/" in name or os.sep in name:
         raise DataError(_no_folder(name, folder))
     else:

@@ -46,7 +46,7 @@ class BlipConfig(BaseModel):
         return cls(**{**VIT_SIZES[size], **overrides})
 
 
-class _CheckpointedBlock(Block):  # type: ignore[misc]
+class _CheckpointedBlock(Block):
     """A block that computes its activations again in the backward pass instead of keeping them."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

@@ -61,7 +61,11 @@ def standardise(units: Sequence[Unit], scores: Mapping[str, Tensor]) -> dict[str
 
 
 def select(
-    units: Sequence[Unit], scores: Mapping[str, Tensor], costs: Mapping[str, float], share: float, align: int = 1
+    units: Sequence[Unit],
+    scores: Mapping[str, Tensor],
+    costs: Mapping[str, float],
+    share: float,
+    align: int = 1,
 ) -> Selection:
     """Mark the entries with the highest standardised scores until their cost is nearest to `share` of the total.
 
@@ -118,7 +122,9 @@ def select_as_published(
     ordered, order = flat.sort(descending=True)
     nearest = (entry_costs[order].cumsum(0) - share * entry_costs.sum()).abs().argmin()
     threshold = ordered[nearest]
-    marked = {unit.name: (ranked[unit.name] > threshold) & (ranked[unit.name] > ranked[unit.name].min()) for unit in units}
+    marked = {
+        unit.name: (ranked[unit.name] > threshold) & (ranked[unit.name] > ranked[unit.name].min()) for unit in units
+    }
     cost = sum(costs[name] * int(gone.sum()) for name, gone in marked.items())
     return Selection(marked, float(threshold), float(cost))
 
@@ -148,7 +154,7 @@ def _block_means(values: Tensor, sizes: list[int]) -> Tensor:
 
 
 def _removable_blocks(size: int, align: int) -> list[int]:
-    """Return the sizes of a unit's blocks that may go, first to go first; the block that always stays is not among them."""
+    """Return the sizes of a unit's blocks that may go, first to go first, without the one that always stays."""
     whole, rest = divmod(size, align)
     if whole == 0:
         return []  # smaller than one block: it stays as it is

@@ -122,7 +122,6 @@ def _parameters(model: nn.Module, unit: Unit) -> float:
 def _multiply_adds(model: nn.Module, units: Sequence[Unit], example: Any) -> dict[str, float]:
     """Count linear layers by the tokens that they see, and attention by query-key pairs."""
     tokens: dict[str, list[tuple[int, int]]] = {}
-    hooks = []
 
     def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
         def hook(_module: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -132,8 +131,7 @@ def _multiply_adds(model: nn.Module, units: Sequence[Unit], example: Any) -> dic
         return hook
 
     layers = {part.tensor.rpartition(".")[0] for unit in units for part in unit.slices}
-    for name in layers:
-        hooks.append(model.get_submodule(name).register_forward_hook(watch(name)))
+    hooks = [model.get_submodule(name).register_forward_hook(watch(name)) for name in layers]
     try:
         with evaluating(model):
             call(model, example)

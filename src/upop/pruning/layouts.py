@@ -19,7 +19,7 @@ _VISION_WORDS = ("visual", "vision", "image", "pixel")
 _TEXT_WORDS = ("text", "language", "bert")
 
 
-class _NotPrunable(Exception):
+class _NotPrunableError(Exception):
     """Raised by a row for a module that it knows but that cannot be pruned; carries the reason."""
 
 
@@ -31,7 +31,7 @@ class Layout:
         library: the top-level package that defines the classes ("timm", "transformers", ...).
         classes: the class names; subclasses do not count, since they may compute something else.
         modality: what the units carry, unless the module's path says otherwise.
-        read: (model, name, module, modality) -> the unit; raises `_NotPrunable` with the reason.
+        read: (model, name, module, modality) -> the unit; raises `_NotPrunableError` with the reason.
     """
 
     library: str
@@ -77,7 +77,7 @@ def survey(model: nn.Module) -> Survey:
         if row is not None:
             try:
                 units.append(row.read(model, name, module, _modality(name, row.modality)))
-            except _NotPrunable as reason:
+            except _NotPrunableError as reason:
                 skipped.append(Skipped(name, str(reason)))
         elif _looks_prunable(module):
             skipped.append(Skipped(name, f"no layout is known for {_library(module)} {_class_name(module)}"))
@@ -129,9 +129,9 @@ def _linear(model: nn.Module, name: str) -> nn.Linear:
     try:
         layer = model.get_submodule(name)
     except AttributeError:
-        raise _NotPrunable(f"expected a linear layer at {name}, found none") from None
+        raise _NotPrunableError(f"expected a linear layer at {name}, found none") from None
     if not isinstance(layer, nn.Linear):
-        raise _NotPrunable(f"expected a linear layer at {name}, found {type(layer).__name__}")
+        raise _NotPrunableError(f"expected a linear layer at {name}, found {type(layer).__name__}")
     return layer
 
 
@@ -150,7 +150,7 @@ def _checked(model: nn.Module, unit: Unit) -> Unit:
     for part in unit.slices:
         found = model.get_parameter(part.tensor).shape[part.dim]
         if found != part.length(unit.size):
-            raise _NotPrunable(
+            raise _NotPrunableError(
                 f"{part.tensor} has {found} along dimension {part.dim}, expected {part.length(unit.size)} "
                 f"({part.outer} x {unit.size} x {part.inner})"
             )
@@ -164,7 +164,13 @@ def _mlp(model: nn.Module, name: str, first: str, second: str, modality: str) ->
 
 
 def _fused_attention(
-    model: nn.Module, name: str, qkv: str, output: str, heads: int, modality: str, attributes: tuple[Attribute, ...]
+    model: nn.Module,
+    name: str,
+    qkv: str,
+    output: str,
+    heads: int,
+    modality: str,
+    attributes: tuple[Attribute, ...],
 ) -> Unit:
     size = _linear(model, qkv).out_features // (3 * heads)
     _linear(model, output)
@@ -200,9 +206,9 @@ def _read_timm_attention(model: nn.Module, name: str, module: nn.Module, modalit
         ("norm", "its output is normalised over the pruned axis"),
     ):
         if not isinstance(getattr(module, part, nn.Identity()), nn.Identity):
-            raise _NotPrunable(reason)
+            raise _NotPrunableError(reason)
     if getattr(module, "gate", None) is not None:
-        raise _NotPrunable("its output is gated per dimension")
+        raise _NotPrunableError("its output is gated per dimension")
     heads = module.num_heads
     assert isinstance(heads, int)
     attributes = (
@@ -215,7 +221,7 @@ def _read_timm_attention(model: nn.Module, name: str, module: nn.Module, modalit
 
 def _read_timm_mlp(model: nn.Module, name: str, module: nn.Module, modality: str) -> Unit:
     if not isinstance(getattr(module, "norm", nn.Identity()), nn.Identity):
-        raise _NotPrunable("its hidden layer is normalised over the pruned axis")
+        raise _NotPrunableError("its hidden layer is normalised over the pruned axis")
     return _mlp(model, name, _join(name, "fc1"), _join(name, "fc2"), modality)
 
 

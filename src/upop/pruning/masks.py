@@ -33,7 +33,7 @@ class _MaskedProduct(torch.autograd.Function):
         return F.linear(inputs, *_scaled(weight, bias, rows, inputs.dtype))
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         inputs, weight, rows = ctx.saved_tensors
         need_inputs, need_weight, need_bias = ctx.needs_input_grad[:3]
@@ -63,7 +63,7 @@ class _MaskedForward:
         if torch.is_autocast_enabled(kind) and inputs.dtype != torch.float64:
             # Autocast does not reach into a custom function, so what F.linear would be given is given here.
             inputs = inputs.to(torch.get_autocast_dtype(kind))
-        result: Tensor = _MaskedProduct.apply(inputs, self.weight, self.bias, getattr(self, _BUFFER))  # type: ignore[no-untyped-call]
+        result: Tensor = _MaskedProduct.apply(inputs, self.weight, self.bias, getattr(self, _BUFFER))
         return result
 
 

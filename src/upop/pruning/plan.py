@@ -32,12 +32,15 @@ class Plan(Mapping[str, tuple[int, ...]]):
     settings: Mapping[str, Any] = field(default_factory=dict)
 
     def __getitem__(self, unit: str) -> tuple[int, ...]:
+        """The entries that the unit keeps."""
         return self.kept[unit]
 
     def __iter__(self) -> Iterator[str]:
+        """The names of the units."""
         return iter(self.kept)
 
     def __len__(self) -> int:
+        """The number of units."""
         return len(self.kept)
 
     @classmethod

@@ -24,7 +24,9 @@ Score = Callable[[Tensor, Tensor], Tensor]
 
 def signed(weight: Tensor, gradient: Tensor) -> Tensor:
     """The published score: the gradient of the loss to the mask of each row, `sum(gradient * weight)`, shape [rows]."""
-    return torch.linalg.vecdot(gradient.to(_accumulator(weight)), weight.to(_accumulator(weight)))
+    precise = _accumulator(weight)
+    products: Tensor = torch.linalg.vecdot(gradient.to(precise), weight.to(precise))
+    return products
 
 
 SCORES: dict[str, Score] = {"signed": signed}
@@ -237,7 +239,12 @@ class Pruner:
             "steps_done": self._done,
             "skipped_steps": self.skipped_steps,
             "threshold": self.threshold,
-            "settings": {"ratio": self.ratio, "steps": self.steps, "interval": self.interval, "align": self.align},
+            "settings": {
+                "ratio": self.ratio,
+                "steps": self.steps,
+                "interval": self.interval,
+                "align": self.align,
+            },
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -251,7 +258,9 @@ class Pruner:
             raise SettingError(f"The saved search has settings {state['settings']}, this one {mine['settings']}.")
         shapes = {name: tuple(score.shape) for name, score in state["scores"].items()}
         if shapes != {name: tuple(score.shape) for name, score in self._scores.items()}:
-            raise SettingError("The saved search has other units than this model. Resume with the model it was made for.")
+            raise SettingError(
+                "The saved search has other units than this model. Resume with the model it was made for."
+            )
         for name, score in state["scores"].items():
             self._scores[name].copy_(score)
         self._masks.set(state["masks"])
@@ -338,9 +347,7 @@ def _score_function(score: str | Score) -> Score:
     return SCORES[score]
 
 
-def _chosen(
-    units: list[Unit], include: str | Sequence[str] | None, exclude: str | Sequence[str] | None
-) -> list[Unit]:
+def _chosen(units: list[Unit], include: str | Sequence[str] | None, exclude: str | Sequence[str] | None) -> list[Unit]:
     names = [unit.name for unit in units]
     keep = set(_matches(names, include, "include")) if include is not None else set(names)
     keep -= set(_matches(names, exclude, "exclude")) if exclude is not None else set()
@@ -364,9 +371,7 @@ def _matches(names: list[str], patterns: str | Sequence[str], setting: str) -> l
 
 def _refuse_frozen(model: nn.Module, units: list[Unit]) -> None:
     frozen = [
-        unit.name
-        for unit in units
-        if not any(tensor_of(model, part.tensor).requires_grad for part in unit.producers)
+        unit.name for unit in units if not any(tensor_of(model, part.tensor).requires_grad for part in unit.producers)
     ]
     if frozen:
         raise LayoutError(

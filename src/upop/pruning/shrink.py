@@ -92,9 +92,7 @@ def restore(undo: list[_Edit]) -> None:
         edit.apply()
 
 
-def _cut_slice(
-    model: nn.Module, unit: Unit, part: Any, kept: Tensor, pending: list[_Edit], fold: bool
-) -> list[_Edit]:
+def _cut_slice(model: nn.Module, unit: Unit, part: Any, kept: Tensor, pending: list[_Edit], fold: bool) -> list[_Edit]:
     module, leaf = owner_of(model, part.tensor)
     # A tensor can carry the axes of two units, so build on what is already decided for it.
     old = next((e.new for e in reversed(pending) if e.module is module and e.name == leaf), getattr(module, leaf))

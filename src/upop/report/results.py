@@ -25,9 +25,7 @@ class ModelResult(BaseModel):
     metrics: Mapping[str, float] = Field(description="split -> value of the metric, in percent")
     parameters: int = Field(gt=0)
     gmacs: float = Field(gt=0, description="10^9 multiply-adds of one forward pass")
-    latency_ms: float | None = Field(
-        None, gt=0, description="median of one forward pass; None where not measured"
-    )
+    latency_ms: float | None = Field(None, gt=0, description="median of one forward pass; None where not measured")
 
 
 class Results(BaseModel):
@@ -47,9 +45,7 @@ class Results(BaseModel):
         if len(set(names)) < len(names):
             raise ValueError(f"every model needs a name of its own; found {names}")
         if self.baseline not in names:
-            raise ValueError(
-                f"the baseline {self.baseline!r} is none of the models{nearest(self.baseline, names)}"
-            )
+            raise ValueError(f"the baseline {self.baseline!r} is none of the models{nearest(self.baseline, names)}")
         return self
 
     @property
@@ -74,9 +70,7 @@ class Results(BaseModel):
         if self.dense.latency_ms is not None and model.latency_ms is not None:
             factors["faster"] = self.dense.latency_ms / model.latency_ms
         shared = [split for split in model.metrics if split in self.dense.metrics]
-        return factors | {
-            f"{split}_points": model.metrics[split] - self.dense.metrics[split] for split in shared
-        }
+        return factors | {f"{split}_points": model.metrics[split] - self.dense.metrics[split] for split in shared}
 
     def write_json(self, path: Path) -> None:
         """Write the results and the comparison with the dense model; the file appears whole or not at all.
@@ -104,9 +98,7 @@ class Results(BaseModel):
             return cls.model_validate(content)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else repr(error)
-            raise DataError(
-                f"{path}: expected results as Results.write_json writes them; {reason}."
-            ) from error
+            raise DataError(f"{path}: expected results as Results.write_json writes them; {reason}.") from error
 
 
 def results_table(results: Results) -> Table:

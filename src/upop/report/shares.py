@@ -81,9 +81,7 @@ def panels(shares: Iterable[UnitShare]) -> list[Panel]:
     for modality in sorted({key[0] for key in groups}, key=lambda name: (order.get(name, 2), name)):
         mine = {key: units for key, units in groups.items() if key[0] == modality}
         titles = _titles([(template, kind) for _, template, kind in mine])
-        result += [
-            Panel(title, modality, tuple(units)) for title, units in zip(titles, mine.values(), strict=True)
-        ]
+        result += [Panel(title, modality, tuple(units)) for title, units in zip(titles, mine.values(), strict=True)]
     return result
 
 
@@ -108,10 +106,7 @@ def _titles(structures: Sequence[tuple[str, str]]) -> list[str]:
         for title in plain
         if len({tower for tower, found in zip(towers, plain, strict=True) if found == title}) > 1
     }
-    named = [
-        f"{title} ({tower})" if title in several else title
-        for title, tower in zip(plain, towers, strict=True)
-    ]
+    named = [f"{title} ({tower})" if title in several else title for title, tower in zip(plain, towers, strict=True)]
     repeated = {title for title, count in Counter(named).items() if count > 1}
     seen: Counter[str] = Counter()
     titles = []

@@ -1,8 +1,8 @@
 """The tasks, by name. A new one is one file here, and one line in the table below."""
 
 from upop.errors import SettingError, nearest
-from upop.training.task import Task
 from upop.tasks.nlvr import NlvrTask
+from upop.training.task import Task
 
 TASKS: dict[str, Task] = {task.name: task for task in (NlvrTask(),)}  # type: ignore[type-arg]
 

@@ -40,7 +40,9 @@ def train(task: Task[Any], settings: RunSettings) -> Results | None:
     if settings.pretrained:
         model, lacking = task.start(Path(settings.pretrained), settings)
         if lacking:
-            run.say(f"{settings.pretrained} lacks {len(lacking)} tensors, which start afresh: {', '.join(lacking[:4])} ...")
+            run.say(
+                f"{settings.pretrained} lacks {len(lacking)} tensors, which start afresh: {', '.join(lacking[:4])} ..."
+            )
     else:
         model = task.build(settings)
     with run.training(settings.max_epoch) as loop:
@@ -68,7 +70,9 @@ def compress(task: Task[Any], settings: RunSettings) -> Results | None:
         pruner = _pruner(task, settings, model, settings.search_epochs * loop.steps_per_epoch)
         dense_metrics = run.evaluate(model)
         run.say("dense  " + _told(dense_metrics))
-        verified = task.inputs(to_device(first_records(run.loaders["train"], _VERIFIED_RECORDS), run.accelerator.device))
+        verified = task.inputs(
+            to_device(first_records(run.loaders["train"], _VERIFIED_RECORDS), run.accelerator.device)
+        )
         if pruner is not None:
             loop.run(model, "search", settings.search_epochs, constant(settings), pruner)
             plan = pruner.plan()
@@ -129,13 +133,22 @@ class _Run:
     def pretrained(self) -> nn.Module:
         """Return the model in the checkpoint that the settings name."""
         if not self.settings.pretrained:
-            raise SettingError("A checkpoint to start from is needed, and none was given. Set pretrained (--pretrained).")
+            raise SettingError(
+                "A checkpoint to start from is needed, and none was given. Set pretrained (--pretrained)."
+            )
         return self.task.load(Path(self.settings.pretrained), self.settings)
 
     @contextmanager
     def training(self, epochs: int) -> Iterator[Loop]:
         """Give a loop, and show one bar over `epochs` epochs."""
-        loop = Loop(self.accelerator, self.task, self.settings, self.folder, self.loaders["train"], self._prepared["val"])
+        loop = Loop(
+            self.accelerator,
+            self.task,
+            self.settings,
+            self.folder,
+            self.loaders["train"],
+            self._prepared["val"],
+        )
         with RunProgress(epochs * loop.steps_per_epoch, self._main) as self._progress:
             loop.progress = self._progress
             yield loop

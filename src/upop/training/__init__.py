@@ -1,0 +1,1 @@
+"""One loop for training, search and retraining, on Accelerate."""

@@ -143,7 +143,13 @@ class Loop:
                     self._log(phase, epoch, loss.detach(), schedule(done - 1), pruner)
                     self.progress.advance(f"{phase} {epoch + 1}/{epochs}")
             scores = evaluate(self._accelerator, self._task, wrapped, self._val)[0]
-            row = {"phase": phase, "epoch": epoch, "step": self._step, "split": self._task.splits["val"], **scores}
+            row = {
+                "phase": phase,
+                "epoch": epoch,
+                "step": self._step,
+                "split": self._task.splits["val"],
+                **scores,
+            }
             self._folder.log(row)
             told = "  ".join(f"{name} {value:.2f}" for name, value in scores.items())
             ratio = f"  masked {pruner.current_ratio:.3f}" if pruner is not None else ""
@@ -153,8 +159,8 @@ class Loop:
         self._accelerator.free_memory()
 
     def _step_if_finite(self, model: nn.Module, optimizer: Any, loss: Tensor, pruner: Pruner | None) -> None:
-        parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
-        norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters])
+        parameters = list(model.parameters())
+        norm = torch.nn.utils.get_total_norm([part.grad for part in parameters if part.grad is not None])
         # All ranks see the same averaged gradients, but each its own loss: they must decide alike.
         finite = torch.isfinite(norm) & torch.isfinite(self._accelerator.reduce(loss, "mean"))
         if bool(finite):
@@ -190,8 +196,10 @@ class Loop:
         }
         if pruner is not None:
             row["ratio"] = pruner.current_ratio
-            row["kept"] = {name: pruner.kept_share(modality=name) for name in {unit.modality: 0 for unit in pruner.units}}
+            row["kept"] = {
+                name: pruner.kept_share(modality=name) for name in {unit.modality: 0 for unit in pruner.units}
+            }
             if pruner.cost == "reference":
-                weights = (("attention", self._settings.w_sp_attn), ("mlp", self._settings.w_sp_mlp))
-                row["loss_sparsity"] = sum(weight * pruner.mask_sum(kind) for kind, weight in weights)  # type: ignore[arg-type]
+                attention, mlp = pruner.mask_sum("attention"), pruner.mask_sum("mlp")
+                row["loss_sparsity"] = self._settings.w_sp_attn * attention + self._settings.w_sp_mlp * mlp
         self._folder.log(row)

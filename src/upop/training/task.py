@@ -1,4 +1,4 @@
-"""What a task gives the loop: data sets, a model, a loss and metrics. The loop, the commands and the method are shared."""
+"""What a task gives the loop: data sets, a model, a loss and metrics. All else is shared."""
 
 from __future__ import annotations
 

@@ -228,11 +228,7 @@ class Above(Claim):
         scene = pair.side(self.side)
         if self.first == self.second or not (scene.has(self.first) and scene.has(self.second)):
             return None
-        return (
-            scene.any_above(self.second, self.first)
-            if self.below
-            else scene.any_above(self.first, self.second)
-        )
+        return scene.any_above(self.second, self.first) if self.below else scene.any_above(self.first, self.second)
 
     def phrasings(self) -> tuple[str, ...]:
         """The ways to say it."""

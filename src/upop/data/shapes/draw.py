@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import math
 from functools import cache
 from typing import Literal
 
@@ -42,9 +41,7 @@ def _unit_polygon(kind: str) -> tuple[tuple[float, float], ...]:
     raise KeyError(kind)
 
 
-def fill_shape(
-    canvas: ImageDraw.ImageDraw, shape: Shape, side: int, value: int | tuple[int, int, int]
-) -> None:
+def fill_shape(canvas: ImageDraw.ImageDraw, shape: Shape, side: int, value: int | tuple[int, int, int]) -> None:
     """Fill the shape's area on a square canvas of `side` pixels with a colour (or, on a mask, a number)."""
     x, y = (part * side for part in shape.centre)
     radius = shape.radius * side

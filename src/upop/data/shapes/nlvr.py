@@ -150,9 +150,7 @@ def _frames() -> Iterator[Frame]:
     ]
     for parts, relation, numbers in counts:
         for number in numbers:
-            yield Frame(
-                "count", 0.7, partial(_count, parts=parts, total=False, relation=relation, number=number)
-            )
+            yield Frame("count", 0.7, partial(_count, parts=parts, total=False, relation=relation, number=number))
     for number in (3, 4, 5, 6):
         yield Frame("total", 0.4, partial(_count, parts="", total=True, relation="exactly", number=number))
     for value in ("c", "k", "z"):

@@ -144,12 +144,9 @@ def _already_there(out: Path, manifest: _Manifest) -> bool:
     if found == wanted:
         return True
     found = found if isinstance(found, dict) else {}
-    differing = [
-        f"{key} {found.get(key)!r}, asked {wanted[key]!r}" for key in wanted if found.get(key) != wanted[key]
-    ]
+    differing = [f"{key} {found.get(key)!r}, asked {wanted[key]!r}" for key in wanted if found.get(key) != wanted[key]]
     raise DataError(
-        f"{out} holds another generated set ({'; '.join(differing)}). "
-        "Name another folder, or delete this one first."
+        f"{out} holds another generated set ({'; '.join(differing)}). Name another folder, or delete this one first."
     )
 
 

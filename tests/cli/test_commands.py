@@ -1,0 +1,237 @@
+"""The commands as a person types them: what works, and what each mistake says."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import runs
+from upop.cli.app import app, main
+from upop.settings import RunSettings, read_settings
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return runs.make_data(tmp_path_factory.mktemp("nlvr"))
+
+
+@pytest.fixture
+def upop_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
+    """Run `upop ...` in this process; return its exit code and all that it printed, on one line."""
+
+    def run(*words: object) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["upop", *map(str, words)])
+        with pytest.raises(SystemExit) as ended:
+            main(app)
+        printed = capsys.readouterr()
+        code = ended.value.code
+        return (code if isinstance(code, int) else 0), " ".join((printed.out + printed.err).split())
+
+    return run
+
+
+def test_help_teaches(upop_command: Callable[..., tuple[int, str]]) -> None:
+    for words in ([], ["train"], ["compress"], ["evaluate"], ["data", "shapes"], ["demo"]):
+        code, text = upop_command(*words, "--help")
+        assert code == 0
+        assert "Example: upop" in text
+
+
+def test_published_pair_of_commands(config: Path, tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "compress_nlvr.py"), "--config", str(config), "--device", "cpu"]
+    flags = ["--p", "0.5", "--epoch", "1", "--w_sp_attn", "4.8e-3", "--w_sp_mlp", "2e-4", "--seed", "42"]
+    ignored = ["--world_size", "1", "--dist_url", "env://", "--distributed", "True"]
+    folder = tmp_path / "2x"
+    done = subprocess.run(
+        [*command, *flags, *ignored, "--output_dir", str(folder)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "UPop 2x" in done.stdout
+    # A published file holds {"model": state dict}; ours has the same layout.
+    from upop.checkpoints import read_weights
+
+    published = tmp_path / "compressed.pth"
+    torch.save({"model": read_weights(folder / "best" / "model.safetensors")}, published)
+    evaluated = subprocess.run(
+        [*command, "--evaluate", "--pretrained", str(published), "--output_dir", str(tmp_path / "e")],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert evaluated.returncode == 0, evaluated.stderr[-2000:]
+    assert "compressed.pth" in evaluated.stdout
+
+
+def test_use_ceph_is_refused(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "compress_nlvr.py"), "--use_ceph"],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=ROOT,
+    )
+    assert done.returncode == 1
+    assert "--use_ceph" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_data_shapes_writes_the_published_layout(upop_command: Callable[..., tuple[int, str]], tmp_path: Path) -> None:
+    code, text = upop_command("data", "shapes", "--task", "nlvr", "--out", tmp_path / "d", "--seed", 5, "--size", 40)
+    assert code == 0
+    assert "40 train" in text
+    records = json.loads((tmp_path / "d" / "annotation" / "nlvr_train.json").read_text())
+    assert set(records[0]) == {"sentence", "label", "images"}
+    code, text = upop_command("data", "shapes", "--out", tmp_path / "d", "--seed", 6, "--size", 40)
+    assert code == 1
+    assert "Traceback" not in text
+
+
+def _pickled(path: Path) -> None:
+    torch.save({"model": {"weight": Path("x")}}, path)
+
+
+MISTAKES: list[tuple[str, list[str], list[str]]] = [
+    ("task", ["compress", "nlvrr"], ["nlvrr", "did you mean 'nlvr'"]),
+    ("config missing", ["compress", "nlvr", "--config", "nowhere.yaml"], ["nowhere.yaml", "there is none"]),
+    ("set", ["compress", "nlvr", "--set", "workers"], ["KEY=VALUE", "workers"]),
+    ("unknown key", ["compress", "nlvr", "--set", "init_lrr=1"], ["init_lrr", "did you mean 'init_lr'"]),
+    ("p", ["compress", "nlvr", "--p", "1.5"], ["p: Input should be less than 1", "1.5"]),
+    ("epoch", ["compress", "nlvr", "--epoch", "0"], ["max_epoch", "0"]),
+    ("cost", ["compress", "nlvr", "--cost", "parms"], ["cost", "params", "parms"]),
+]
+
+
+@pytest.mark.parametrize(("words", "said"), [case[1:] for case in MISTAKES], ids=[case[0] for case in MISTAKES])
+def test_mistakes_in_settings(upop_command: Callable[..., tuple[int, str]], words: list[str], said: list[str]) -> None:
+    code, text = upop_command(*words)
+    assert code == 1
+    for part in said:
+        assert part in text
+    assert "Traceback" not in text
+
+
+def _edit_records(change: Callable[[list[dict[str, Any]]], Any]) -> Callable[[Path], None]:
+    def edit(data: Path) -> None:
+        file = data / "annotation" / "nlvr_dev.json"
+        records = json.loads(file.read_text())
+        change(records)
+        file.write_text(json.dumps(records))
+
+    return edit
+
+
+BAD_DATA: list[tuple[str, Callable[[Path], None], list[str]]] = [
+    ("not JSON", lambda data: (data / "annotation/nlvr_dev.json").write_text("[{"), ["nlvr_dev.json"]),
+    ("no file", lambda data: (data / "annotation/nlvr_dev.json").unlink(), ["nlvr_dev.json"]),
+    (
+        "label",
+        _edit_records(lambda r: r[17].update(label="true")),
+        ["nlvr_dev.json", "record 17", "label", "true"],
+    ),
+    ("key", _edit_records(lambda r: r[3].pop("sentence")), ["record 3", "sentence"]),
+    (
+        "image",
+        _edit_records(lambda r: r[5].update(images=["gone.png", "gone.png"])),
+        ["record 5", "gone.png"],
+    ),
+    ("tokenizer", lambda data: shutil.rmtree(data / "tokenizer"), ["tokenizer"]),
+]
+
+
+@pytest.mark.parametrize(("harm", "said"), [case[1:] for case in BAD_DATA], ids=[case[0] for case in BAD_DATA])
+def test_bad_data_is_named_before_training(
+    upop_command: Callable[..., tuple[int, str]],
+    tmp_path: Path,
+    harm: Callable[[Path], None],
+    said: list[str],
+) -> None:
+    config = runs.make_data(tmp_path)
+    harm(tmp_path / "data")
+    code, text = upop_command("compress", "nlvr", "--config", config, "--output-dir", tmp_path / "run")
+    assert code == 1
+    for part in said:
+        assert part in text
+    assert "Traceback" not in text
+    assert not (tmp_path / "run" / "plan.json").exists()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_truncated_picture_is_named(upop_command: Callable[..., tuple[int, str]], tmp_path: Path, workers: int) -> None:
+    config = runs.make_data(tmp_path)
+    record = json.loads((tmp_path / "data/annotation/nlvr_dev.json").read_text())[2]
+    picture = tmp_path / "data/images/NLVR2" / record["images"][0]
+    picture.write_bytes(picture.read_bytes()[:80])
+    code, text = upop_command(
+        "evaluate",
+        "nlvr",
+        "--config",
+        config,
+        "--output-dir",
+        tmp_path / "run",
+        "--set",
+        f"num_workers={workers}",
+    )
+    assert code == 1
+    assert picture.name in text
+    assert "nlvr_dev.json" in text
+    assert "record" in text
+    assert "Traceback" not in text
+
+
+BAD_CHECKPOINTS: list[tuple[str, Callable[[Path], None], list[str]]] = [
+    ("text", lambda path: path.write_text("hello"), ["no checkpoint"]),
+    ("objects", _pickled, ["refused", "objects"]),
+    (
+        "shapes",
+        lambda path: torch.save({"model": {"cls_head.0.weight": torch.zeros(3)}}, path),
+        ["lacks", "patch_embed"],
+    ),
+    ("missing", lambda path: None, ["nothing was found"]),
+]
+
+
+@pytest.mark.parametrize(("make", "said"), [case[1:] for case in BAD_CHECKPOINTS], ids=[c[0] for c in BAD_CHECKPOINTS])
+def test_bad_checkpoints(
+    upop_command: Callable[..., tuple[int, str]],
+    config: Path,
+    tmp_path: Path,
+    make: Callable[[Path], None],
+    said: list[str],
+) -> None:
+    path = tmp_path / "bad.pth"
+    make(path)
+    code, text = upop_command(
+        "compress", "nlvr", "--config", config, "--pretrained", path, "--output-dir", tmp_path / "run"
+    )
+    assert code == 1
+    for part in ["bad.pth", *said]:
+        assert part in text
+
+
+def test_every_config_is_read() -> None:
+    from upop.tasks import find_task
+
+    files = sorted((ROOT / "configs").rglob("nlvr*.yaml"))
+    assert len(files) >= 2
+    for file in files:
+        settings = read_settings(find_task("nlvr").settings, file, {})
+        assert isinstance(settings, RunSettings)
+        resolved = file.with_name("unused")
+        assert not resolved.exists()
+
+
+def test_resolved_settings_can_be_read_again(config: Path, tmp_path: Path) -> None:
+    _, settings = runs.nlvr(config)
+    path = tmp_path / "settings.yaml"
+    path.write_text(settings.to_yaml())
+    assert read_settings(type(settings), path, {}) == settings
