@@ -99,7 +99,6 @@ def test_settings_that_are_wrong(dense: Path, task: str, overrides: dict[str, An
         upop.load_official(task, dense, **overrides)
 
 
-@pytest.mark.xfail(reason="timm's assertion and transformers' ValueError come through", strict=True)
 @pytest.mark.parametrize("name", ["vision_heads", "text_heads"])
 def test_heads_that_do_not_divide_the_width(dense: Path, name: str) -> None:
     with pytest.raises(SettingError, match=name):

@@ -141,7 +141,6 @@ def test_two_pruners_on_one_model() -> None:
     upop.Pruner(model, 0.5, 2).remove()
 
 
-@pytest.mark.xfail(reason="upop.shrink cuts a masked model without a word when verify is None", strict=True)
 def test_cutting_a_model_that_is_still_masked() -> None:
     model, inputs = VIT.build(), VIT.inputs()
     pruner = finished_pruner(model, inputs)
@@ -210,7 +209,6 @@ def test_shared_parameters() -> None:
     upop.shrink(model, {"first.blocks.0.attn": [0]}, verify=VIT.inputs())
 
 
-@pytest.mark.xfail(reason="shared tensors are found only after the search, by shrink", strict=True)
 def test_shared_parameters_are_refused_before_the_search() -> None:
     model = Tied()
     refused(LayoutError, ["same tensor", "Exclude"], lambda: upop.Pruner(model, 0.3, 2))
@@ -305,7 +303,6 @@ def test_outputs_in_any_nesting_are_compared() -> None:
     upop.shrink(model, plan, verify=lambda whole: {"a": [whole(**inputs)], "n": 3, "none": None})
 
 
-@pytest.mark.xfail(reason="upop.shrink does not look through wrappers as Pruner does", strict=True)
 def test_wrapped_models_can_be_cut_by_a_plan_too() -> None:
     model, inputs = VIT.build(), VIT.inputs()
     plan = finished_pruner(copy.deepcopy(model), inputs).plan()

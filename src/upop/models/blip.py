@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any, Literal, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -40,6 +40,14 @@ class BlipConfig(BaseModel):
     dropout: float = Field(0.1, ge=0, lt=1, description="of the text encoder's hidden states and attention")
     drop_path: float = Field(0.1, ge=0, lt=1, description="of the vision transformer, at its last block")
 
+    @model_validator(mode="after")
+    def _heads(self) -> Self:
+        for tower in ("vision", "text"):
+            width, heads = getattr(self, f"{tower}_width"), getattr(self, f"{tower}_heads")
+            if width % heads:
+                raise ValueError(f"{tower}_width ({width}) is no multiple of {tower}_heads ({heads})")
+        return self
+
     @classmethod
     def vit(cls, size: Literal["base", "large"], **overrides: Any) -> Self:
         """Return the published configuration with ViT-B or ViT-L."""
@@ -63,7 +71,7 @@ def build_vision_encoder(config: BlipConfig) -> VisionTransformer:
         embed_dim=config.vision_width,
         depth=config.vision_depth,
         num_heads=config.vision_heads,
-        mlp_ratio=config.vision_mlp / config.vision_width,
+        mlp_ratio=(config.vision_mlp + 0.5) / config.vision_width,  # timm rounds the product down
         drop_path_rate=config.drop_path,
         num_classes=0,
         global_pool="",

@@ -60,7 +60,7 @@ class _MaskedForward:
 
     def forward(self: Any, inputs: Tensor) -> Tensor:
         kind = inputs.device.type
-        if torch.is_autocast_enabled(kind) and inputs.dtype != torch.float64:
+        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind) and inputs.dtype != torch.float64:
             # Autocast does not reach into a custom function, so what F.linear would be given is given here.
             inputs = inputs.to(torch.get_autocast_dtype(kind))
         result: Tensor = _MaskedProduct.apply(inputs, self.weight, self.bias, getattr(self, _BUFFER))
@@ -148,3 +148,25 @@ def _maskable(model: nn.Module, tensor: str, unit: Unit) -> nn.Linear:
             "and masks need a torch.nn.Linear with its own forward. Exclude the unit."
         )
     return layer
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Return the model inside the wrappers of data parallelism and torch.compile."""
+    while True:
+        if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
+            model = model.module
+        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
+            model = model._orig_mod  # type: ignore[assignment]
+        else:
+            return model
+
+
+def refuse_masked(model: nn.Module, units: Iterable[Unit]) -> None:
+    """Raise a `LayoutError` if a layer of `units` still carries a mask."""
+    for unit in units:
+        for part in unit.producers:
+            if issubclass(type(owner_of(model, part.tensor)[0]), _MaskedForward):
+                raise LayoutError(
+                    f"Unit {unit.name} is still masked: a Pruner holds this model. Call its shrink(), or its "
+                    "remove() before applying a plan."
+                )

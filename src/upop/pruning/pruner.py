@@ -14,9 +14,9 @@ from upop.pruning import budget
 from upop.pruning.costs import Cost, entry_costs
 from upop.pruning.errors import LayoutError, SettingError, StepError, nearest
 from upop.pruning.layouts import find_units
-from upop.pruning.masks import Masks
+from upop.pruning.masks import Masks, unwrapped
 from upop.pruning.plan import Plan
-from upop.pruning.shrink import compare, cut, outputs_of, precision_of, restore
+from upop.pruning.shrink import compare, cut, outputs_of, precision_of, refuse_shared, restore
 from upop.pruning.units import Kind, Unit, tensor_of
 
 Score = Callable[[Tensor, Tensor], Tensor]
@@ -80,12 +80,13 @@ class Pruner:
                 raise SettingError(f"{name} must be a whole number of at least 1; found {value!r}.")
         if cost == "reference" and align != 1:
             raise SettingError(f"cost='reference' ranks single entries as published; found align={align}. Use align=1.")
-        self.model = _unwrapped(model)
+        self.model = unwrapped(model)
         self.ratio, self.steps, self.interval = ratio, steps, interval
         self.cost, self.align, self.update_first_step = cost, align, update_first_step
         self.units: list[Unit] = _chosen(find_units(self.model), include, exclude)
         self._score = _score_function(score)
         _refuse_frozen(self.model, self.units)
+        refuse_shared(self.model, self.units)
         self.costs = entry_costs(self.model, self.units, cost, example)
         budget.check_reachable(self.units, self.costs, ratio, align)
         self._masks = Masks(self.model, self.units)
@@ -165,7 +166,8 @@ class Pruner:
         finite = torch.stack([value.isfinite().all() for value in added.values() if value is not None]).all()
         for name, value in added.items():
             if value is not None:
-                self._scores[name] += torch.where(finite, value, torch.zeros_like(value))
+                # The model may have moved to another device since the search began.
+                self._scores[name] = self._scores[name].to(value.device) + torch.where(finite, value, torch.zeros_like(value))
         # Counted on the device: reading it here would wait for the whole step.
         self._skipped = self._skipped.to(finite.device) + (~finite).long()
         self._advance()
@@ -244,6 +246,7 @@ class Pruner:
                 "steps": self.steps,
                 "interval": self.interval,
                 "align": self.align,
+                "cost": self.cost if isinstance(self.cost, str) else "given",
             },
         }
 
@@ -324,16 +327,6 @@ class Pruner:
 
 def _accumulator(tensor: Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
-
-
-def _unwrapped(model: nn.Module) -> nn.Module:
-    while True:
-        if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
-            model = model.module
-        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
-            model = model._orig_mod  # type: ignore[assignment]
-        else:
-            return model
 
 
 def _score_function(score: str | Score) -> Score:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from upop.pruning.costs import call, evaluating
 from upop.pruning.errors import LayoutError, VerificationError
-from upop.pruning.masks import Masks
+from upop.pruning.masks import Masks, refuse_masked, unwrapped
 from upop.pruning.plan import Plan
 from upop.pruning.units import Unit, owner_of, tensor_of
 
@@ -53,11 +53,13 @@ def shrink(model: nn.Module, plan: Plan | Mapping[str, Any], *, verify: Any = No
         LayoutError: a tensor to be cut is shared with a part of the model that is not.
         VerificationError: the outputs differ. In every case the model is left as it was.
     """
+    whole, model = model, unwrapped(model)
     if not isinstance(plan, Plan):
         from upop.pruning.layouts import find_units
 
         plan = Plan.of(find_units(model), plan)
     units = plan.check(model)
+    refuse_masked(model, units)
     expected = _masked_outputs(model, units, plan, verify) if verify is not None else None
     undo = cut(model, units, plan, fold=fold)
     try:
@@ -66,12 +68,12 @@ def shrink(model: nn.Module, plan: Plan | Mapping[str, Any], *, verify: Any = No
     except BaseException:
         restore(undo)
         raise
-    return model
+    return whole
 
 
 def cut(model: nn.Module, units: list[Unit], plan: Plan, *, fold: bool = True) -> list[_Edit]:
     """Apply the surgery; return the edits that take it back. Nothing is changed if building a layer fails."""
-    _refuse_shared(model, units)
+    refuse_shared(model, units)
     edits: list[_Edit] = []
     for unit in units:
         kept = plan[unit.name]
@@ -108,7 +110,8 @@ def _cut_slice(model: nn.Module, unit: Unit, part: Any, kept: Tensor, pending: l
     return edits
 
 
-def _refuse_shared(model: nn.Module, units: list[Unit]) -> None:
+def refuse_shared(model: nn.Module, units: list[Unit]) -> None:
+    """Raise a `LayoutError` if a tensor of `units` is also another part of the model."""
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
