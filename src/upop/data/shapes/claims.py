@@ -98,16 +98,15 @@ class Lacks(Claim):
 
 @dataclass(frozen=True, slots=True)
 class InHowMany(Claim):
-    """How many of the two pictures show such a shape."""
+    """Both pictures show such a shape, or neither does."""
 
     noun: Noun
-    which: Literal["both", "neither", "exactly one", "at least one"]
+    which: Literal["both", "neither"]
 
     def truth(self, pair: Pair) -> bool | None:
         """Whether that many of the pictures have a shape that fits."""
         images = pair.left.has(self.noun) + pair.right.has(self.noun)
-        wanted = {"both": (2,), "neither": (0,), "exactly one": (1,), "at least one": (1, 2)}
-        return images in wanted[self.which]
+        return images == {"both": 2, "neither": 0}[self.which]
 
     def phrasings(self) -> tuple[str, ...]:
         """The ways to say it."""
@@ -119,21 +118,10 @@ class InHowMany(Claim):
                 f"each image shows a {noun}",
                 f"there is a {noun} in both images",
             )
-        if self.which == "neither":
-            return (
-                f"neither image shows a {noun}",
-                f"neither image contains a {noun}",
-                f"there is no {noun} in either image",
-            )
-        if self.which == "exactly one":
-            return (
-                f"exactly one image shows a {noun}",
-                f"exactly one image contains a {noun}",
-                f"there is a {noun} in only one image",
-            )
         return (
-            f"at least one image shows a {noun}",
-            f"there is a {noun} in at least one image",
+            f"neither image shows a {noun}",
+            f"neither image contains a {noun}",
+            f"there is no {noun} in either image",
         )
 
 
@@ -160,36 +148,28 @@ class OnlyIn(Claim):
 
 @dataclass(frozen=True, slots=True)
 class Every(Claim):
-    """All shapes of a group have an attribute, in one picture or (side None) both; negated: not all do."""
+    """All shapes of one picture have an attribute."""
 
-    group: Noun
     value: str
-    side: Side | None
-    negated: bool = False
+    side: Side
 
     def truth(self, pair: Pair) -> bool | None:
-        """Whether all of the group have it. None when a picture shows none of them, or there is only one."""
-        scenes = (pair.left, pair.right) if self.side is None else (pair.side(self.side),)
-        groups = [scene.matching(self.group) for scene in scenes]
-        if not all(groups) or sum(map(len, groups)) < 2:
-            return None
+        """Whether all of them have it. None when there is only one."""
+        shapes = pair.side(self.side).shapes
         wanted = having(Noun(), self.value)
-        return all(wanted.fits(shape) for group in groups for shape in group) != self.negated
+        return all(wanted.fits(shape) for shape in shapes) if len(shapes) > 1 else None
 
     def phrasings(self) -> tuple[str, ...]:
         """The ways to say it."""
-        place = "both images" if self.side is None else f"the {self.side} image"
+        place = f"the {self.side} image"
         is_kind = self.value in KINDS
-        one = f"every {self.group.singular} in {place} is {'a ' if is_kind else ''}{self.value}"
-        values = Noun(kind=self.value).plural if is_kind else self.value
-        many = f"all {self.group.plural} in {place} are {values}"
-        if self.negated:
-            return (f"not {many}", f"not {one}")
-        if self.group != Noun():
-            return (many, one)
         only = having(Noun(), self.value).plural
-        show, contain = ("show", "contain") if self.side is None else ("shows", "contains")
-        return (many, one, f"{place} {show} only {only}", f"{place} {contain} only {only}")
+        return (
+            f"all shapes in {place} are {Noun(kind=self.value).plural if is_kind else self.value}",
+            f"every shape in {place} is {'a ' if is_kind else ''}{self.value}",
+            f"{place} shows only {only}",
+            f"{place} contains only {only}",
+        )
 
 
 @dataclass(frozen=True, slots=True)

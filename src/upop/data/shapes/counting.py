@@ -8,7 +8,7 @@ from typing import Literal
 from upop.data.shapes.claims import Claim, Pair, Side, other
 from upop.data.shapes.scenes import Noun
 
-Relation = Literal["exactly", "at least", "at most", "more than", "fewer than"]
+Relation = Literal["exactly", "at least"]
 
 NUMBER_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight")
 
@@ -31,9 +31,6 @@ class Count(Claim):
         return {
             "exactly": found == self.number,
             "at least": found >= self.number,
-            "at most": found <= self.number,
-            "more than": found > self.number,
-            "fewer than": found < self.number,
         }[self.relation]
 
     def phrasings(self) -> tuple[str, ...]:
@@ -105,26 +102,4 @@ class SameNumber(Claim):
             f"both images show the same number of {self.noun.plural}",
             f"both images have the same number of {self.noun.plural}",
             f"there is the same number of {self.noun.plural} in both images",
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class MoreOf(Claim):
-    """One picture shows more of one sort of shape than of another."""
-
-    first: Noun
-    second: Noun
-    side: Side
-
-    def truth(self, pair: Pair) -> bool | None:
-        """Whether it does. None when one of the sorts is missing, or both are the same."""
-        first, second = pair.side(self.side).count(self.first), pair.side(self.side).count(self.second)
-        return first > second if first and second and self.first != self.second else None
-
-    def phrasings(self) -> tuple[str, ...]:
-        """The ways to say it."""
-        first, second = self.first.plural, self.second.plural
-        return (
-            f"the {self.side} image has more {first} than {second}",
-            f"there are more {first} than {second} in the {self.side} image",
         )

@@ -88,9 +88,7 @@ def _lacks(rng: Random, pair: Pair, *, parts: str) -> Claim:
     return c.Lacks(_noun(rng, pair, parts), _side(rng))
 
 
-def _in_how_many(
-    rng: Random, pair: Pair, *, parts: str, which: Literal["both", "neither", "exactly one", "at least one"]
-) -> Claim:
+def _in_how_many(rng: Random, pair: Pair, *, parts: str, which: Literal["both", "neither"]) -> Claim:
     return c.InHowMany(_noun(rng, pair, parts), which)
 
 
@@ -102,8 +100,8 @@ def _count(rng: Random, pair: Pair, *, parts: str, total: bool, relation: Relati
     return n.Count(_noun(rng, pair, parts), None if total else _side(rng), relation, number)
 
 
-def _every(rng: Random, pair: Pair, *, parts: str, value: str, both: bool, negated: bool = False) -> Claim:
-    return c.Every(_noun(rng, pair, parts), _word(rng, value), None if both else _side(rng), negated)
+def _every(rng: Random, _pair: Pair, *, value: str) -> Claim:
+    return c.Every(_word(rng, value), _side(rng))
 
 
 def _the(rng: Random, pair: Pair, *, parts: str, value: str) -> Claim:
@@ -125,10 +123,6 @@ def _more_in(rng: Random, pair: Pair, *, parts: str, fewer: bool) -> Claim:
 
 def _same_number(rng: Random, pair: Pair, *, parts: str) -> Claim:
     return n.SameNumber(_noun(rng, pair, parts))
-
-
-def _more_of(rng: Random, pair: Pair, *, parts: str) -> Claim:
-    return n.MoreOf(_noun(rng, pair, parts), _noun(rng, pair, parts), _side(rng))
 
 
 def _frames() -> Iterator[Frame]:
@@ -154,7 +148,7 @@ def _frames() -> Iterator[Frame]:
     for number in (3, 4, 5, 6):
         yield Frame("total", 0.4, partial(_count, parts="", total=True, relation="exactly", number=number))
     for value in ("c", "k", "z"):
-        yield Frame("every", 0.8, partial(_every, parts="", value=value, both=False))
+        yield Frame("every", 0.8, partial(_every, value=value))
     for parts, value in (("k", "c"), ("k", "z"), ("c", "k")):
         yield Frame("the", 1.0, partial(_the, parts=parts, value=value))
     for below in (False, True):

@@ -6,41 +6,16 @@ import string
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
+# fmt: off
 WORDS = (
-    *("a", "above", "all", "are", "at", "below", "blue", "both", "bottom", "circle", "circles", "contain"),
-    *("contains", "cross", "crosses", "does", "each", "eight", "either", "every", "exactly", "fewer", "five"),
-    *(
-        "four",
-        "green",
-        "has",
-        "have",
-        "image",
-        "images",
-        "in",
-        "is",
-        "large",
-        "least",
-        "left",
-        "more",
-        "most",
-    ),
-    *("neither", "no", "not", "number", "of", "one", "only", "purple", "red", "right", "same", "seven"),
-    *(
-        "shape",
-        "shapes",
-        "show",
-        "shows",
-        "six",
-        "small",
-        "square",
-        "squares",
-        "star",
-        "stars",
-        "than",
-        "the",
-    ),
-    *("there", "three", "top", "total", "triangle", "triangles", "two", "yellow"),
+    "a", "above", "all", "are", "at", "below", "blue", "both", "bottom", "circle", "circles",
+    "contain", "contains", "does", "each", "either", "every", "exactly", "fewer", "five", "four", "green",
+    "has", "have", "image", "images", "in", "is", "large", "least", "left", "more", "neither",
+    "no", "not", "number", "of", "one", "only", "red", "right", "same", "shape", "shapes",
+    "show", "shows", "six", "small", "square", "squares", "than", "the", "there", "three", "top",
+    "total", "triangle", "triangles", "two", "yellow",
 )
+# fmt: on
 """Every word that a generated sentence can hold, and no other one."""
 
 

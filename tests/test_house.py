@@ -1,0 +1,44 @@
+"""The house rules that a machine can check."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+SOURCE = Path(__file__).parents[1] / "src" / "upop"
+# Which rooms a room may use; what is not listed here (errors, files, settings) serves all but the method.
+ALLOWED = {
+    "pruning": set(),
+    "models": {"pruning"},
+    "data": {"pruning"},
+    "checkpoints": {"pruning", "models"},
+    "report": {"pruning"},
+    "training": {"pruning", "checkpoints"},
+    "tasks": {"pruning", "models", "data", "checkpoints", "report", "training"},
+    "cli": {"pruning", "models", "data", "checkpoints", "report", "training", "tasks"},
+}
+
+
+def imported(file: Path) -> set[str]:
+    tree = ast.parse(file.read_text())
+    names = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module}
+    names |= {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    return {name for name in names if name.split(".")[0] == "upop"}
+
+
+def test_arrows_point_one_way() -> None:
+    wrong = []
+    for room, allowed in ALLOWED.items():
+        for file in (SOURCE / room).rglob("*.py"):
+            for name in imported(file):
+                target = [*name.split("."), ""][1]
+                if room == "pruning" and target != "pruning":
+                    wrong.append(f"{file.name} imports {name}")
+                elif target in ALLOWED and target not in allowed | {room}:
+                    wrong.append(f"{file.relative_to(SOURCE)} imports {name}")
+    assert not wrong
+
+
+def test_modules_fit_one_sitting() -> None:
+    long = {file.name: len(file.read_text().splitlines()) for file in SOURCE.rglob("*.py")}
+    assert not {name: length for name, length in long.items() if length > 450}
