@@ -86,7 +86,9 @@ def draw_fact(rng: Random, scene: Scene) -> Fact:
     number = scene.count(noun(counted))
     if number > 1:
         counted[-1] += "s"
-    return Fact([NUMBERS[number - 1], *counted], lambda words: scene.count(noun(words[1:])) == 1 + NUMBERS.index(words[0]))
+    return Fact(
+        [NUMBERS[number - 1], *counted], lambda words: scene.count(noun(words[1:])) == 1 + NUMBERS.index(words[0])
+    )
 
 
 def _relation(rng: Random, scene: Scene, shape: Shape, other: Shape) -> Fact:
@@ -185,7 +187,10 @@ class Losses(nn.Module):
         mean, std = torch.tensor(MEAN).view(3, 1, 1), torch.tensor(STD).view(3, 1, 1)
         images = (torch.cat([pictures[:, 0], pictures[:, 1]]).float() / 255 - mean) / std
         states = self.model.encode(images, ids, (ids > 0).long())[1]  # type: ignore[operator]
-        wrong, hidden = padded([text.wrong for text in texts], IGNORED), padded([text.hidden for text in texts], IGNORED)
+        wrong, hidden = (
+            padded([text.wrong for text in texts], IGNORED),
+            padded([text.hidden for text in texts], IGNORED),
+        )
         truth = torch.tensor([text.true for text in texts])
         judged = self.model.cls_head(states[:, 0])  # type: ignore[operator]
         loss = (

@@ -66,6 +66,7 @@ class RunSettings(BaseModel):
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
     seed: int = Field(42, ge=0)
     num_workers: int = Field(4, ge=0, description="processes that decode images, per training process")
+    latency_batch: int = Field(1, ge=1, description="records in the batch that latency is measured with")
     log_every: int = Field(10, ge=1, description="steps between rows of metrics.jsonl")
 
     @model_validator(mode="after")

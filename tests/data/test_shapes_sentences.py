@@ -14,7 +14,7 @@ from upop.data.shapes.claims import Pair
 from upop.data.shapes.counting import NUMBER_WORDS
 from upop.data.shapes.draw import COLOUR_VALUES, draw_scene
 from upop.data.shapes.nlvr import FRAMES, Example, Statement, sample_block, sample_split
-from upop.data.shapes.scenes import DIAMETER, Noun, sample_scene
+from upop.data.shapes.scenes import DIAMETER, MAX_SHAPES, Noun, sample_scene
 from upop.data.shapes.vocabulary import WORDS
 from upop.data.text import clean_caption, swap_left_right
 
@@ -230,9 +230,8 @@ def test_a_block_is_two_pairs_with_opposite_labels_of_the_same_kind_of_claim(see
 @given(st.integers(0, 10**9))
 def test_shapes_never_overlap_nor_leave_the_picture(seed: int):
     shapes = sample_scene(Random(seed)).shapes
-    assert 1 <= len(shapes) <= 5
+    assert 1 <= len(shapes) <= MAX_SHAPES
     for shape in shapes:
-        # A star's tips reach a little beyond its radius.
         assert all(1.08 * shape.radius <= part <= 1 - 1.08 * shape.radius for part in shape.centre)
     for one, two in itertools.combinations(shapes, 2):
         gaps = [abs(p - q) - one.radius - two.radius for p, q in zip(one.centre, two.centre, strict=True)]
@@ -260,6 +259,6 @@ def test_every_frame_can_be_asked_both_ways():
 
 
 def test_nouns_read_well():
-    assert Noun("cross", "red", "large").plural == "large red crosses"
+    assert Noun("circle", "red", "large").plural == "large red circles"
     assert Noun(colour="blue").singular == "blue shape"
     assert Noun().plural == "shapes"

@@ -32,7 +32,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise CheckpointError(
             f"Checkpoint {path} was asked for, and {'a folder' if path.is_dir() else 'nothing'} was found there. "
-            "Give the path of a .pth or .safetensors file."
+            f"Give the path of a .pth or .safetensors file{_run_folder_hint(path)}."
         )
     if path.suffix == ".safetensors":
         try:
@@ -61,3 +61,8 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         found = sorted(map(str, content))[:8] if isinstance(content, Mapping) else type(content).__name__
         raise CheckpointError(f'{path} should hold {{"model": state dict}} or a state dict of tensors; found {found}.')
     return {str(name): value for name, value in state.items()}
+
+
+def _run_folder_hint(path: Path) -> str:
+    best = path.parent / "best"
+    return f", or {best}, which a run of ours left there" if best.is_dir() else ""

@@ -66,7 +66,7 @@ def demo(
         models.setdefault("dense", (load(DENSE), measured["dense"]))
         models[compressed_name(settings)] = (load(run / "best"), measured[compressed_name(settings)])
     console.rule("together")
-    together = measure(task, models, torch.device("cpu"))
+    together = measure(task, models, torch.device("cpu"), settings.latency_batch)
     together.write_json(output_dir / "results.json")
     _show(console, task, settings, together, models)
     console.print(f"Pictures of what was kept and how it went: {output_dir}/*/figures/*.png", highlight=False)

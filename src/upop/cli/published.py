@@ -17,8 +17,8 @@ from upop.tasks.verbs import compress, evaluate_checkpoint
 _IGNORED = "Accepted and without effect: torchrun's environment decides."
 
 
-def run_blip(task: str, config: str) -> None:
-    """Run the published command of a BLIP task.
+def blip_command(task: str, config: str) -> typer.Typer:
+    """Return the published command of a BLIP task.
 
     Args:
         task: name of the task.
@@ -60,4 +60,9 @@ def run_blip(task: str, config: str) -> None:
         verb = evaluate_checkpoint if evaluate else compress
         verb(found, read_settings(found.settings, config, o.overrides(flags, assign)))
 
-    main(app)
+    return app
+
+
+def run_blip(task: str, config: str) -> None:
+    """Run the published command of a BLIP task; arguments are those of `blip_command`."""
+    main(blip_command(task, config))

@@ -167,7 +167,9 @@ class Pruner:
         for name, value in added.items():
             if value is not None:
                 # The model may have moved to another device since the search began.
-                self._scores[name] = self._scores[name].to(value.device) + torch.where(finite, value, torch.zeros_like(value))
+                self._scores[name] = self._scores[name].to(value.device) + torch.where(
+                    finite, value, torch.zeros_like(value)
+                )
         # Counted on the device: reading it here would wait for the whole step.
         self._skipped = self._skipped.to(finite.device) + (~finite).long()
         self._advance()

@@ -184,7 +184,7 @@ class _Run:
         """Measure sizes and latency side by side, write results.json and the figures, and show the table."""
         if not self._main:
             return None
-        results = measure(self.task, models, self.accelerator.device)
+        results = measure(self.task, models, self.accelerator.device, self.settings.latency_batch)
         path = self.folder.path
         results.write_json(path / "results.json")
         figures = path / "figures"
@@ -201,25 +201,30 @@ class _Run:
         return results
 
 
-def measure(task: Task[Any], models: Mapping[str, tuple[nn.Module, dict[str, float]]], device: torch.device) -> Results:
+def measure(
+    task: Task[Any], models: Mapping[str, tuple[nn.Module, dict[str, float]]], device: torch.device, batch_size: int
+) -> Results:
     """Return parameters, GMACs and latency of models and their metrics; the first model is what others compare with.
 
-    GMACs and latency are of one record of the published size; latencies are measured in alternation.
+    GMACs are of one record of the published size; latencies, of `batch_size` such records, are measured in alternation.
     """
     built = {name: model.to(device) for name, (model, _) in models.items()}
-    inputs = task.example(next(iter(built.values())), 1)
-    latency = measure_latency(built, inputs)
+    first = next(iter(built.values()))
+    one = task.example(first, 1)
+    latency = measure_latency(built, task.example(first, batch_size))
     rows = [
         ModelResult(
             name=name,
             metrics=metrics,
             parameters=count_parameters(model),
-            gmacs=count_macs(model, inputs) / 1e9,
+            gmacs=count_macs(model, one) / 1e9,
             latency_ms=latency[name],
         )
         for name, (model, metrics) in models.items()
     ]
-    return Results(models=tuple(rows), metric=task.metric, baseline=rows[0].name, batch_size=1, machine=machine(device))
+    return Results(
+        models=tuple(rows), metric=task.metric, baseline=rows[0].name, batch_size=batch_size, machine=machine(device)
+    )
 
 
 def _pruner(task: Task[Any], settings: RunSettings, model: nn.Module, steps: int) -> Pruner | None:

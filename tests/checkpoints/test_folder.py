@@ -1,0 +1,125 @@
+"""Saving and loading: the same function comes back, nothing is pickled, and damage is named."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+import upop
+from upop.errors import CheckpointError, RunFolderError
+from upop.models.nlvr import BlipNlvr, NlvrConfig
+
+SIZES = {"image_size": 32, "vision_width": 24, "vision_depth": 2, "vision_heads": 2, "vision_mlp": 40}
+TEXT = {"text_width": 32, "text_depth": 2, "text_heads": 4, "text_mlp": 56, "vocab_size": 90, "max_positions": 20}
+
+
+def randomised(model: nn.Module) -> nn.Module:
+    torch.manual_seed(3)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    return model.eval()
+
+
+def blip() -> nn.Module:
+    return randomised(BlipNlvr(NlvrConfig(**SIZES, **TEXT, merge_from=1)))
+
+
+def blip_inputs() -> dict[str, torch.Tensor]:
+    return {
+        "images": torch.randn(4, 3, 32, 32),
+        "input_ids": torch.randint(1, 90, (2, 7)),
+        "attention_mask": torch.ones(2, 7, dtype=torch.long),
+    }
+
+
+def uneven(model: nn.Module) -> upop.Plan:
+    units = upop.find_units(model)
+    kept = {unit.name: range(0, unit.size, 2 + place % 3) for place, unit in enumerate(units) if place % 4}
+    return upop.Plan.of(units, kept)
+
+
+def test_compressed_blip_comes_back(tmp_path: Path) -> None:
+    model, inputs = blip(), blip_inputs()
+    plan = uneven(model)
+    upop.shrink(model, plan, verify=inputs)
+    again = upop.load(upop.save(model, tmp_path / "small", plan))
+    assert not again.training
+    with torch.no_grad():
+        assert torch.equal(again(**inputs), model(**inputs))
+    assert all(
+        part.weight.shape == (part.out_features, part.in_features)
+        for part in again.modules()
+        if type(part) is nn.Linear
+    )
+    assert json.loads((tmp_path / "small" / "upop.json").read_text())["plan"]["units"]
+    assert sorted(path.name for path in (tmp_path / "small").iterdir()) == ["model.safetensors", "upop.json"]
+
+
+def test_a_plan_is_not_needed_to_load(tmp_path: Path) -> None:
+    model, inputs = blip(), blip_inputs()
+    upop.shrink(model, uneven(model))
+    with torch.no_grad():
+        assert torch.equal(upop.load(upop.save(model, tmp_path / "small"))(**inputs), model(**inputs))
+
+
+def test_other_models_come_back_into_their_dense_form(tmp_path: Path) -> None:
+    def dense() -> nn.Module:
+        return timm.create_model("vit_tiny_patch16_224", depth=2, img_size=32, num_classes=5)
+
+    model, inputs = randomised(dense()), torch.randn(2, 3, 32, 32)
+    upop.shrink(model, uneven(model), verify=inputs)
+    upop.save(model, tmp_path / "vit")
+    with torch.no_grad():
+        assert torch.equal(upop.load(tmp_path / "vit", dense())(inputs), model(inputs))
+    with pytest.raises(CheckpointError, match=r"Build the dense model and call upop\.load"):
+        upop.load(tmp_path / "vit")
+
+
+def test_saving_again_replaces(tmp_path: Path) -> None:
+    folder = upop.save(blip(), tmp_path / "model")
+    (folder / "stale").write_text("")
+    upop.save(blip(), folder)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
+    assert not (folder / "stale").exists()
+
+
+def test_a_failed_save_leaves_the_older_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = upop.save(blip(), tmp_path / "model")
+    before = (folder / "model.safetensors").read_bytes()
+
+    def full_disk(*_arguments: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("upop.checkpoints.folder.save_file", full_disk)
+    with pytest.raises(RunFolderError, match="No space left"):
+        upop.save(blip(), folder)
+    assert (folder / "model.safetensors").read_bytes() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
+
+
+HARM: list[tuple[Callable[[Path], object], str]] = [
+    (lambda folder: (folder / "upop.json").unlink(), r"holds no upop\.json"),
+    (lambda folder: (folder / "upop.json").write_text("{"), r"upop\.json is damaged"),
+    (
+        lambda folder: (folder / "upop.json").write_text(
+            '{"format": 9, "model": 0, "class": 0, "config": 0, "plan": 0}'
+        ),
+        "format 9",
+    ),
+    (lambda folder: (folder / "model.safetensors").write_bytes(b"x" * 40), "no readable safetensors"),
+    (lambda folder: (folder / "model.safetensors").unlink(), "nothing was found"),
+]
+
+
+@pytest.mark.parametrize(("harm", "message"), HARM, ids=[message for _, message in HARM])
+def test_damage_is_named(tmp_path: Path, harm: Callable[[Path], object], message: str) -> None:
+    folder = upop.save(blip(), tmp_path / "model")
+    harm(folder)
+    with pytest.raises(CheckpointError, match=message):
+        upop.load(folder)

@@ -1,0 +1,68 @@
+"""Every command that README.md and the help texts show is one that the commands really take."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import typer
+from typer.main import get_command
+
+from upop.cli.app import app
+from upop.cli.published import blip_command
+
+ROOT = Path(__file__).parents[2]
+
+
+def shown() -> list[str]:
+    """Return the command lines in README.md's blocks, continued lines joined."""
+    blocks = re.findall(r"```\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    lines = [line.strip() for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    return [line for line in lines if line.startswith(("upop ", "python -m torch.distributed.run", "make "))]
+
+
+def parse(command: typer.Typer, words: list[str]) -> None:
+    node, name = get_command(command), "command"
+    while hasattr(node, "commands") and node.commands:
+        name, *words = words
+        node = node.commands[name]
+    node.make_context(name, words)
+
+
+def test_readme_shows_commands() -> None:
+    assert len(shown()) >= 9
+
+
+@pytest.mark.parametrize("line", [line for line in shown() if line.startswith("upop ")])
+def test_upop_commands(line: str) -> None:
+    parse(app, shlex.split(line, comments=True)[1:])
+
+
+@pytest.mark.parametrize("line", [line for line in shown() if line.startswith("python ")])
+def test_published_commands(line: str) -> None:
+    words = shlex.split(line)
+    script = next(word for word in words if word.startswith("compress_"))
+    assert (ROOT / script).is_file()
+    task = script.removeprefix("compress_").removesuffix(".py")
+    parse(blip_command(task, f"./configs/{task}.yaml"), words[words.index(script) + 1 :])
+
+
+@pytest.mark.parametrize("line", [line for line in shown() if line.startswith("make ")])
+def test_make_targets(line: str) -> None:
+    assert re.search(rf"^{line.split()[1]}:", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
+
+
+def examples() -> list[str]:
+    files = ("app.py", "published.py")
+    return [
+        line
+        for name in files
+        for line in re.findall(r'Example: (upop [^"]*)"', (ROOT / "src/upop/cli" / name).read_text())
+    ]
+
+
+@pytest.mark.parametrize("line", examples())
+def test_help_ends_with_a_true_example(line: str) -> None:
+    parse(app, shlex.split(line)[1:])
