@@ -25,11 +25,19 @@ _BUFFER = "_upop_row_mask"
 
 
 class _MaskedProduct(torch.autograd.Function):
-    """`F.linear` with the rows of weight and bias scaled by `rows`; the scaled weight is not kept for backward."""
+    """`F.linear` with its output rows scaled by `rows`; nothing is kept for backward but what `F.linear` keeps.
+
+    The scaling goes to whatever is smaller: to the weight, or, where there are fewer tokens than input features, to
+    the output and its gradient.
+    """
 
     @staticmethod
     def forward(ctx: Any, inputs: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor) -> Tensor:
         ctx.save_for_backward(inputs, weight, rows)
+        if _few_tokens(inputs, weight):
+            dtype = inputs.dtype
+            product = F.linear(inputs, weight.to(dtype), None if bias is None else bias.to(dtype))
+            return product.mul_(rows.to(dtype))
         return F.linear(inputs, *_scaled(weight, bias, rows, inputs.dtype))
 
     @staticmethod
@@ -37,16 +45,25 @@ class _MaskedProduct(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         inputs, weight, rows = ctx.saved_tensors
         need_inputs, need_weight, need_bias = ctx.needs_input_grad[:3]
+        few = _few_tokens(inputs, weight)
         flat = grad.reshape(-1, grad.shape[-1])
+        if few:
+            flat = flat * rows.to(grad.dtype)
         grad_inputs = grad_weight = grad_bias = None
         if need_inputs:
-            grad_inputs = (flat @ _scaled(weight, None, rows, grad.dtype)[0]).view(inputs.shape)
+            scaled = weight.to(grad.dtype) if few else _scaled(weight, None, rows, grad.dtype)[0]
+            grad_inputs = (flat @ scaled).view(inputs.shape)
         if need_weight:
-            product = flat.t() @ inputs.reshape(-1, inputs.shape[-1])
-            grad_weight = product.to(weight.dtype).mul_(rows.unsqueeze(1))
+            grad_weight = (flat.t() @ inputs.reshape(-1, inputs.shape[-1])).to(weight.dtype)
+            grad_weight = grad_weight if few else grad_weight.mul_(rows.unsqueeze(1))
         if need_bias:
-            grad_bias = flat.sum(0).to(weight.dtype).mul_(rows)
+            grad_bias = flat.sum(0).to(weight.dtype)
+            grad_bias = grad_bias if few else grad_bias.mul_(rows)
         return grad_inputs, grad_weight, grad_bias, None
+
+
+def _few_tokens(inputs: Tensor, weight: Tensor) -> bool:
+    return inputs.numel() // inputs.shape[-1] < weight.shape[1]
 
 
 def _scaled(weight: Tensor, bias: Tensor | None, rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
