@@ -18,8 +18,9 @@ ROOT = Path(__file__).parents[2]
 
 def shown() -> list[str]:
     """Return the command lines in README.md's blocks, continued lines joined."""
-    blocks = re.findall(r"```\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
-    lines = [line.strip() for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```", (ROOT / "README.md").read_text(), flags=re.DOTALL | re.MULTILINE)
+    text = "\n".join(block for language, block in blocks if not language).replace("\\\n", " ")
+    lines = [line.strip() for line in text.splitlines()]
     return [line for line in lines if line.startswith(("upop ", "python -m torch.distributed.run", "make "))]
 
 
