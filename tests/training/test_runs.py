@@ -197,3 +197,21 @@ def test_full_disk_while_logging(config: Path, tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
     with pytest.raises(RunFolderError, match=r"metrics\.jsonl"):
         folder.log({"step": 1})
+
+
+def test_mixed_precision_leaves_the_model_as_it_was(config: Path, tmp_path: Path) -> None:
+    """A forward that stays patched to bfloat16 would make the check of every cut a loose one."""
+    built: list[nn.Module] = []
+
+    class Watched(NlvrTask):
+        def build(self, settings: Any) -> nn.Module:
+            built.append(super().build(settings))
+            return built[0]
+
+    _, settings = runs.nlvr(config, output_dir=tmp_path, pretrained=None, max_epoch=1, amp=True)
+    train(Watched(), settings)
+    assert "forward" not in vars(built[0])
+    inputs = Watched().example(built[0], 2)
+    with torch.no_grad():
+        found, exact = built[0](**inputs), built[0].double()(**{**inputs, "images": inputs["images"].double()})
+    torch.testing.assert_close(found.double(), exact, rtol=1e-4, atol=1e-4)

@@ -157,7 +157,7 @@ class _Run:
         """Return the deciding metric per split, by the split's published name."""
         found = {}
         for split in splits:
-            scores, _ = evaluate(self.accelerator, self.task, model, self._prepared[split])
+            scores, _ = evaluate(self.accelerator, self.task, self.settings, model, self._prepared[split])
             found[self.task.splits[split]] = scores[self.task.metric]
         return found
 

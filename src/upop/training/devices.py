@@ -20,16 +20,23 @@ def make_accelerator(settings: RunSettings) -> Accelerator:
         DeviceError: the asked-for device is not there, or there are more processes than GPUs.
     """
     _check(settings.device)
-    # The accelerator's state outlives a run, and a second run in the same process may want other precision.
+    # The accelerator's state outlives a run, and a second run in the same process may want other settings.
     AcceleratorState._reset_state()
     accelerator = Accelerator(
         cpu=settings.device == "cpu",
-        mixed_precision="bf16" if settings.amp else "no",
         gradient_accumulation_steps=settings.accumulate,
         dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=settings.seed),
     )
     set_seed(settings.seed)
     return accelerator
+
+
+def autocast(accelerator: Accelerator, settings: RunSettings) -> torch.autocast:
+    """Return the context of forward passes: bfloat16 autocast where `amp` asks for it.
+
+    Accelerate's own mixed precision would patch the model's forward for good, and a cut must be verified in float32.
+    """
+    return torch.autocast(accelerator.device.type, torch.bfloat16, enabled=settings.amp)
 
 
 def _check(device: str) -> None:

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 from upop.errors import TrainingError
 from upop.pruning import Pruner
 from upop.settings import RunSettings
+from upop.training.devices import autocast
 from upop.training.evaluation import evaluate
 from upop.training.folder import RunFolder
 from upop.training.loaders import set_epoch
@@ -131,7 +132,7 @@ class Loop:
                 with self._accelerator.accumulate(wrapped):
                     for group in optimizer.param_groups:
                         group["lr"] = schedule(done)
-                    with self._accelerator.autocast():
+                    with autocast(self._accelerator, settings):
                         loss = self._task.loss(wrapped, batch)
                     self._accelerator.backward(loss)
                     if self._accelerator.sync_gradients:
@@ -142,7 +143,7 @@ class Loop:
                     self._step += 1
                     self._log(phase, epoch, loss.detach(), schedule(done - 1), pruner)
                     self.progress.advance(f"{phase} {epoch + 1}/{epochs}")
-            scores = evaluate(self._accelerator, self._task, wrapped, self._val)[0]
+            scores = evaluate(self._accelerator, self._task, settings, wrapped, self._val)[0]
             row = {
                 "phase": phase,
                 "epoch": epoch,
