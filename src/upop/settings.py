@@ -11,6 +11,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from upop.errors import SettingError, nearest
 
+TOKENIZER = "pretrained/bert-base-uncased"
+"""Where the published code looks for BERT's vocabulary."""
+
 S = TypeVar("S", bound="RunSettings")
 
 
@@ -23,9 +26,7 @@ class RunSettings(BaseModel):
     image_root: Path = Field(description="folder that the annotation files' image paths start from")
     ann_root: Path = Field(Path("annotation"), description="folder of the annotation files")
     pretrained: str | None = Field(None, description="checkpoint to start from: a published .pth, or a folder of ours")
-    tokenizer: str = Field(
-        "pretrained/bert-base-uncased", description="folder of the tokenizer, or its name on the hub"
-    )
+    tokenizer: str = Field(TOKENIZER, description="folder of the tokenizer, or its name on the hub")
     image_size: int = Field(384, gt=0)
     augment: bool = Field(True, description="random crops, flips and RandAugment in training")
 

@@ -235,3 +235,13 @@ def test_resolved_settings_can_be_read_again(config: Path, tmp_path: Path) -> No
     path = tmp_path / "settings.yaml"
     path.write_text(settings.to_yaml())
     assert read_settings(type(settings), path, {}) == settings
+
+
+def test_missing_vocabulary_says_where_it_was_looked_for(
+    upop_command: Callable[..., tuple[int, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    code, text = upop_command("train", "nlvr", "--output-dir", tmp_path / "run")
+    assert code == 1
+    assert "nlvr_train.json" in text or "bert-base-uncased" in text

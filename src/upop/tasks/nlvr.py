@@ -22,7 +22,7 @@ from upop.data.transforms import eval_transform, train_transform
 from upop.errors import CheckpointError
 from upop.models.blip import checkpoint_last_blocks
 from upop.models.nlvr import BlipNlvr, NlvrConfig
-from upop.settings import RunSettings
+from upop.settings import TOKENIZER, RunSettings
 from upop.training.task import Batch, Task
 
 _EXAMPLE_TOKENS = 36  # the sentence length that the published multiply-adds were counted with
@@ -113,4 +113,5 @@ def _prepared(model: nn.Module, settings: NlvrSettings) -> nn.Module:
 
 @cache
 def _tokenizer(path: str) -> Any:
-    return load_tokenizer(path)
+    on_hub = path == TOKENIZER and not Path(path).exists()
+    return load_tokenizer(Path(path).name if on_hub else path)
