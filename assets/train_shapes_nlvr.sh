@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Trains the demo's dense model from nothing (about 25 minutes on 2 cores) and puts it in assets/shapes-nlvr.
+# Trains the demo's dense model from nothing (about half an hour on 2 cores) and puts it in assets/shapes-nlvr.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 data=output/shapes/nlvr-160k

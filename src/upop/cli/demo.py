@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from upop.checkpoints import is_folder, load
+from upop.checkpoints import load
 from upop.cli import options as o
 from upop.cli.shapes import write_with_progress
 from upop.errors import SettingError
@@ -42,7 +42,6 @@ def demo(
     for needed in (CONFIG, DENSE):
         if not needed.exists():
             raise SettingError(f"The demo needs {needed}, and there is none here. Run it from the repository's root.")
-    assert is_folder(DENSE)
     console = Console()
     task = find_task(_TASK)
     data = write_with_progress(output_dir / "data", seed=_SEED, size=_SIZE)
