@@ -71,16 +71,12 @@ def draw_fact(rng: Random, scene: Scene) -> Fact:
     shape = rng.choice(scene.shapes)
     parts = rng.choice(("k", "c", "ck", "ck", "zk", "zck"))
     form = rng.random()
-    if form < 0.4:
+    if form < 0.35:
         return Fact(["a", *noun_words(shape, parts)], lambda words: scene.has(noun(words[1:])))
-    if form < 0.6 and shape.row != 1:
-        end = "top" if shape.row == 0 else "bottom"
-        return Fact(
-            ["a", *noun_words(shape, parts), "at", "the", end],
-            lambda words: scene.any_in_row(noun(words[1:-3]), ENDS[words[-1]]),
-        )
+    if form < 0.65 and shape.row != 1:
+        return _at_end(rng, scene, shape, noun_words(shape, parts))
     others = [other for other in scene.shapes if other.row != shape.row]
-    if form < 0.75 and others:
+    if form < 0.8 and others:
         return _relation(rng, scene, shape, rng.choice(others))
     counted = noun_words(shape, rng.choice(("k", "c", "")))
     number = scene.count(noun(counted))
@@ -89,6 +85,13 @@ def draw_fact(rng: Random, scene: Scene) -> Fact:
     return Fact(
         [NUMBERS[number - 1], *counted], lambda words: scene.count(noun(words[1:])) == 1 + NUMBERS.index(words[0])
     )
+
+
+def _at_end(rng: Random, scene: Scene, shape: Shape, words: list[str]) -> Fact:
+    place, described = ["at", "the", "top" if shape.row == 0 else "bottom"], ["a", *words]
+    if rng.random() < 0.5:
+        return Fact([*place, *described], lambda said: scene.any_in_row(noun(said[4:]), ENDS[said[2]]))
+    return Fact([*described, *place], lambda said: scene.any_in_row(noun(said[1:-3]), ENDS[said[-1]]))
 
 
 def _relation(rng: Random, scene: Scene, shape: Shape, other: Shape) -> Fact:

@@ -62,6 +62,10 @@ def write_text(path: Path, text: str) -> None:
     Raises:
         RunFolderError: it cannot be written.
     """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _unwritable(path, error) from error
     with replacing_file(path) as part:
         part.write_text(text, encoding="utf-8")
 

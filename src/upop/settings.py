@@ -23,17 +23,12 @@ class RunSettings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
     # Data and weights, as in the published files.
-    image_root: Path = Field(description="folder that the annotation files' image paths start from")
     ann_root: Path = Field(Path("annotation"), description="folder of the annotation files")
     pretrained: str | None = Field(None, description="checkpoint to start from: a published .pth, or a folder of ours")
     tokenizer: str = Field(TOKENIZER, description="folder of the tokenizer, or its name on the hub")
     image_size: int = Field(384, gt=0)
     augment: bool = Field(True, description="random crops, flips and RandAugment in training")
 
-    # The model.
-    vit: Literal["base", "large"] = "base"
-    vit_grad_ckpt: bool = Field(False, description="recompute activations of the vision transformer: less memory")
-    vit_ckpt_layer: int = Field(0, ge=0, description="how many of its last blocks do so; 0 is all")
     model: dict[str, Any] = Field(default_factory=dict, description="sizes that differ from the published model's")
 
     # Optimisation.

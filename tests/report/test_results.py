@@ -17,10 +17,10 @@ from upop.report import ModelResult, Results, machine, results_table
 from upop.report.results import number
 
 DENSE = ModelResult(
-    name="dense", metrics={"dev": 82.3, "test": 83.1}, parameters=259_500_000, gmacs=132.5, latency_ms=2000.0
+    name="dense", metrics={"dev": {"accuracy": 82.3}, "test": {"accuracy": 83.1}}, parameters=259_500_000, gmacs=132.5, latency_ms=2000.0
 )
 SMALL = ModelResult(
-    name="UPop 2x", metrics={"dev": 80.5, "test": 81.1}, parameters=150_200_000, gmacs=89.4, latency_ms=1250.0
+    name="UPop 2x", metrics={"dev": {"accuracy": 80.5}, "test": {"accuracy": 81.1}}, parameters=150_200_000, gmacs=89.4, latency_ms=1250.0
 )
 
 
@@ -40,8 +40,8 @@ def test_gains_are_relative_to_the_dense_model() -> None:
             "smaller": 259.5 / 150.2,
             "fewer_macs": 132.5 / 89.4,
             "faster": 1.6,
-            "dev_points": -1.8,
-            "test_points": -2.0,
+            "dev accuracy points": -1.8,
+            "test accuracy points": -2.0,
         }
     )
     assert results(baseline="UPop 2x").compared("dense")["faster"] == pytest.approx(1 / 1.6)

@@ -63,7 +63,7 @@ def fit(model: nn.Module, state: Mapping[str, Tensor], source: str, fixed_scale:
 @torch.no_grad()
 def scale_queries(model: nn.Module, unit: Unit, kept: int, factor: float) -> None:
     """Multiply the query rows and biases of an attention unit, as it stands with `kept` entries, by `factor`."""
-    for part in unit.producers:
+    for part in unit.slices:
         if part.query_groups:
             rows = part.query_groups * kept * part.inner
             model.get_parameter(part.tensor).narrow(part.dim, 0, rows).mul_(factor)

@@ -18,16 +18,30 @@ from upop.errors import CheckpointError, SettingError, nearest
 from upop.models.blip import BlipConfig
 from upop.models.nlvr import BlipNlvr, NlvrConfig
 
-_HEAD_DIM = 64  # of every published BLIP model
+State = Mapping[str, Tensor]
+
+_HEAD_DIM = 64  # of every published model
 
 
 @dataclass(frozen=True)
 class _Official:
-    """How a task's published checkpoints become a model."""
+    """How a task's published checkpoints become a model.
 
-    config: type[BlipConfig]
+    Attributes:
+        config: class of the model's configuration.
+        model: makes the model from it.
+        read_config: reads the configuration off a checkpoint's shapes; KeyError names a tensor that is missing.
+        adapt: makes the tensors of a checkpoint those of the model (names, sizes of positions and queues).
+        start: does so before, for a checkpoint of another task that a model is fine-tuned from.
+        may_start_afresh: says which of the model's keys such a checkpoint may lack.
+    """
+
+    config: type[Any]
     model: Callable[[Any], nn.Module]
-    read_config: Callable[[Mapping[str, Tensor]], dict[str, Any]]
+    read_config: Callable[[State], dict[str, Any]]
+    adapt: Callable[[State, Any], dict[str, Tensor]]
+    start: Callable[[State], dict[str, Tensor]]
+    may_start_afresh: Callable[[str], bool]
 
 
 def load_official(task: str, path: str | Path, **overrides: Any) -> nn.Module:
@@ -49,7 +63,7 @@ def load_official(task: str, path: str | Path, **overrides: Any) -> nn.Module:
     row = _row(task)
     state = read_weights(path)
     config = _config(row, state, str(path), overrides)
-    state = _resized(state, config)
+    state = row.adapt(state, config)
     # The published ViT keeps dividing by the square root of its dense head_dim after compression; BERT does not.
     return fit(row.model(config), state, str(path), lambda unit: unit.modality == "vision").eval()
 
@@ -57,23 +71,22 @@ def load_official(task: str, path: str | Path, **overrides: Any) -> nn.Module:
 def start_from(task: str, path: str | Path, model: nn.Module) -> list[str]:
     """Put the weights of a published checkpoint into a dense model that is to be fine-tuned.
 
-    Single cross-attentions become twins and position embeddings are resized. What the checkpoint lacks keeps its
-    initial values.
+    Position embeddings are resized; for "nlvr", single cross-attentions become twins. What the checkpoint lacks keeps
+    its initial values.
 
     Returns:
-        The keys that the checkpoint lacks (the head and the merge layers, for a model that was not made for NLVR).
+        The keys that the checkpoint lacks ("nlvr": the head and the merge layers).
 
     Raises:
         CheckpointError: the file cannot be read or does not fit otherwise.
     """
-    _row(task)
-    config: BlipConfig = model.config  # type: ignore[assignment]
-    state = _resized(_twinned(read_weights(path)), config)
+    row = _row(task)
+    state = row.adapt(row.start(read_weights(path)), model.config)
     known = model.state_dict()
     # Pre-trained checkpoints carry heads of other tasks; only whole modules that this model lacks are left out.
     towers = tuple({f"{key.split('.')[0]}." for key in known})
     state = {key: value for key, value in state.items() if key.startswith(towers)}
-    return load_strictly(model, state, str(path), lambda key: "merge_layer" in key or key.startswith("cls_head."))
+    return load_strictly(model, state, str(path), row.may_start_afresh)
 
 
 def _row(task: str) -> _Official:
@@ -82,7 +95,7 @@ def _row(task: str) -> _Official:
     return _TASKS[task]
 
 
-def _config(row: _Official, state: Mapping[str, Tensor], source: str, overrides: dict[str, Any]) -> BlipConfig:
+def _config(row: _Official, state: State, source: str, overrides: dict[str, Any]) -> Any:
     unknown = [name for name in overrides if name not in row.config.model_fields]
     if unknown:
         raise SettingError(
@@ -99,14 +112,15 @@ def _config(row: _Official, state: Mapping[str, Tensor], source: str, overrides:
         raise SettingError(f"{source}: {error}") from error
 
 
-def _layers(state: Mapping[str, Tensor], pattern: str) -> int:
+def _layers(state: State, pattern: str) -> int:
     return 1 + max((int(match[1]) for key in state if (match := re.match(pattern, key))), default=-1)
 
 
-def _blip_config(state: Mapping[str, Tensor]) -> dict[str, Any]:
+def _blip_config(state: State, text: str = "text_encoder") -> dict[str, Any]:
+    """Return the sizes of a BLIP model; `text` is the path of its (first) text tower."""
     patches = state["visual_encoder.patch_embed.proj.weight"]
     width, patch = patches.shape[0], patches.shape[-1]
-    words = state["text_encoder.embeddings.word_embeddings.weight"]
+    words = state[f"{text}.embeddings.word_embeddings.weight"]
     return {
         "patch_size": patch,
         "image_size": math.isqrt(state["visual_encoder.pos_embed"].shape[1] - 1) * patch,
@@ -115,15 +129,15 @@ def _blip_config(state: Mapping[str, Tensor]) -> dict[str, Any]:
         "vision_heads": max(1, width // _HEAD_DIM),
         "vision_mlp": 4 * width,
         "text_width": words.shape[1],
-        "text_depth": _layers(state, r"text_encoder\.encoder\.layer\.(\d+)\."),
+        "text_depth": _layers(state, rf"{re.escape(text)}\.encoder\.layer\.(\d+)\."),
         "text_heads": max(1, words.shape[1] // _HEAD_DIM),
         "text_mlp": 4 * words.shape[1],
         "vocab_size": words.shape[0],
-        "max_positions": state["text_encoder.embeddings.position_embeddings.weight"].shape[0],
+        "max_positions": state[f"{text}.embeddings.position_embeddings.weight"].shape[0],
     }
 
 
-def _nlvr_config(state: Mapping[str, Tensor]) -> dict[str, Any]:
+def _nlvr_config(state: State) -> dict[str, Any]:
     if "cls_head.0.weight" not in state:
         raise KeyError("cls_head.0.weight")
     config = _blip_config(state)
@@ -131,7 +145,7 @@ def _nlvr_config(state: Mapping[str, Tensor]) -> dict[str, Any]:
     return {**config, "merge_from": min(merged, default=config["text_depth"])}
 
 
-def _resized(state: Mapping[str, Tensor], config: BlipConfig) -> dict[str, Tensor]:
+def _resized(state: State, config: BlipConfig) -> dict[str, Tensor]:
     tokens = 1 + (config.image_size // config.patch_size) ** 2
     return {
         key: resize_positions(value, tokens) if key == "visual_encoder.pos_embed" else value
@@ -139,7 +153,7 @@ def _resized(state: Mapping[str, Tensor], config: BlipConfig) -> dict[str, Tenso
     }
 
 
-def _twinned(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _twinned(state: State) -> dict[str, Tensor]:
     """Copy every single cross-attention of the text encoder to both twins."""
     result: dict[str, Tensor] = {}
     for key, value in state.items():
@@ -152,4 +166,13 @@ def _twinned(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return result
 
 
-_TASKS = {"nlvr": _Official(NlvrConfig, BlipNlvr, _nlvr_config)}
+_TASKS = {
+    "nlvr": _Official(
+        NlvrConfig,
+        BlipNlvr,
+        _nlvr_config,
+        _resized,
+        _twinned,
+        lambda key: "merge_layer" in key or key.startswith("cls_head."),
+    ),
+}

@@ -17,7 +17,7 @@ from upop.errors import SettingError
 from upop.report.results import Results, results_table
 from upop.settings import RunSettings, read_settings
 from upop.tasks import find_task
-from upop.tasks.verbs import compress, compressed_name, measure
+from upop.tasks.verbs import Metrics, compress, compressed_name, measure
 from upop.training.loaders import first_records, make_loader
 from upop.training.task import Task
 
@@ -53,7 +53,7 @@ def demo(
         "device": device,
         "p": p,
     }
-    models: dict[str, tuple[nn.Module, dict[str, float]]] = {}
+    models: dict[str, tuple[nn.Module, Metrics]] = {}
     for method in ("upop", "magnitude"):
         run = output_dir / method
         settings = read_settings(task.settings, CONFIG, o.overrides({**shared, "method": method, "output_dir": run}))
@@ -61,7 +61,7 @@ def demo(
         results = compress(task, settings)
         if results is None:
             return
-        measured = {model.name: dict(model.metrics) for model in results.models}
+        measured = {model.name: {split: dict(of) for split, of in model.metrics.items()} for model in results.models}
         models.setdefault("dense", (load(DENSE), measured["dense"]))
         models[compressed_name(settings)] = (load(run / "best"), measured[compressed_name(settings)])
     console.rule("together")
@@ -77,13 +77,15 @@ def _show(
     task: Task[Any],
     settings: RunSettings,
     results: Results,
-    models: dict[str, tuple[nn.Module, dict[str, float]]],
+    models: dict[str, tuple[nn.Module, Metrics]],
 ) -> None:
     loader = make_loader(task, settings.model_copy(update={"num_workers": 0}), "test")
     batch = first_records(loader, _EXAMPLES)
     records = [loader.dataset[index] for index in range(_EXAMPLES)]
     with torch.no_grad():
-        answers = {name: task.predict(model.cpu().eval(), batch)["answers"] for name, (model, _) in models.items()}
+        answers = {
+            name: task.predict(model.cpu().eval(), batch, settings)["answers"] for name, (model, _) in models.items()
+        }
     table = Table(
         "sentence",
         "true?",

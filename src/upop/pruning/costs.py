@@ -116,7 +116,7 @@ def _given(units: Sequence[Unit], cost: Mapping[str, float]) -> dict[str, float]
 
 
 def _parameters(model: nn.Module, unit: Unit) -> float:
-    return sum(tensor_of(model, part.tensor).numel() for part in unit.slices) / unit.size
+    return sum(tensor_of(model, part.tensor).numel() for part in unit.online) / unit.size
 
 
 def _multiply_adds(model: nn.Module, units: Sequence[Unit], example: Any) -> dict[str, float]:
@@ -130,7 +130,7 @@ def _multiply_adds(model: nn.Module, units: Sequence[Unit], example: Any) -> dic
 
         return hook
 
-    layers = {part.tensor.rpartition(".")[0] for unit in units for part in unit.slices}
+    layers = {part.tensor.rpartition(".")[0] for unit in units for part in unit.online}
     hooks = [model.get_submodule(name).register_forward_hook(watch(name)) for name in layers]
     try:
         with evaluating(model):
@@ -140,7 +140,7 @@ def _multiply_adds(model: nn.Module, units: Sequence[Unit], example: Any) -> dic
             hook.remove()
     costs = {}
     for unit in units:
-        weights = [part for part in unit.slices if part.tensor.endswith(".weight")]
+        weights = [part for part in unit.online if part.tensor.endswith(".weight")]
         seen = [tokens.get(part.tensor.rpartition(".")[0], []) for part in weights]
         linear = sum(
             tensor_of(model, part.tensor).numel() * sum(count for count, _ in calls)

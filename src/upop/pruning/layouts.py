@@ -7,8 +7,8 @@ To support another family, add a row to `LAYOUTS` (and a case to tests/pruning/f
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 
 from torch import nn
 
@@ -51,6 +51,9 @@ class Survey:
 def find_units(model: nn.Module) -> list[Unit]:
     """Return every unit of `model` that can be pruned, in forward order.
 
+    A model that keeps momentum copies of its own modules names them in an attribute `momentum_twins`, a mapping from
+    a module's name to its copy's: the copies make no units, and are cut with the modules that they copy.
+
     Raises:
         LayoutError: the model has none; the message lists what was looked at and why it was left alone.
     """
@@ -72,11 +75,16 @@ def survey(model: nn.Module) -> Survey:
     table = {(row.library, name): row for row in LAYOUTS for name in row.classes}
     units: list[Unit] = []
     skipped: list[Skipped] = []
+    twins: Mapping[str, str] = getattr(model, "momentum_twins", {})
+    copies = tuple(f"{copy}." for copy in twins.values())
     for name, module in model.named_modules():
+        if name.startswith(copies):
+            continue  # cut with the module it copies
         row = table.get((_library(module), _class_name(module)))
         if row is not None:
             try:
-                units.append(row.read(model, name, module, _modality(name, row.modality)))
+                unit = row.read(model, name, module, _modality(name, row.modality))
+                units.append(_with_twins(unit, twins))
             except _NotPrunableError as reason:
                 skipped.append(Skipped(name, str(reason)))
         elif _looks_prunable(module):
@@ -84,6 +92,23 @@ def survey(model: nn.Module) -> Survey:
     claimed = {part.tensor.rpartition(".")[0] for unit in units for part in unit.slices}
     skipped = [part for part in skipped if not _is_claimed(model, part.name, claimed)]
     return Survey(tuple(units), tuple(skipped))
+
+
+def _with_twins(unit: Unit, twins: Mapping[str, str]) -> Unit:
+    """Return the unit with the same axis of its momentum copy, if the model keeps one."""
+    slices = [
+        replace(part, tensor=copy + part.tensor.removeprefix(original), follows=True)
+        for original, copy in twins.items()
+        for part in unit.slices
+        if part.tensor.startswith(f"{original}.")
+    ]
+    attributes = [
+        replace(attribute, module=copy + attribute.module.removeprefix(original))
+        for original, copy in twins.items()
+        for attribute in unit.attributes
+        if attribute.module.startswith(f"{original}.")
+    ]
+    return replace(unit, slices=(*unit.slices, *slices), attributes=(*unit.attributes, *attributes))
 
 
 def _library(module: nn.Module) -> str:

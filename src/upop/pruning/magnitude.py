@@ -39,7 +39,7 @@ def plan_by_magnitude(
 @torch.no_grad()
 def _norms(model: nn.Module, unit: Unit) -> Tensor:
     total = torch.zeros(unit.size, dtype=torch.float64)
-    for part in unit.slices:
+    for part in unit.online:
         squares = tensor_of(model, part.tensor).double().square()
         others = [dim for dim in range(squares.dim()) if dim != part.dim]
         total += part.reduce(squares.sum(others) if others else squares).cpu()

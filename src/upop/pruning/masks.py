@@ -113,7 +113,7 @@ class Masks:
         found: list[tuple[nn.Linear, Unit, int]] = []
         for unit in self._units.values():
             for position, part in enumerate(unit.slices):
-                if part.produces and part.tensor.endswith(".weight"):
+                if part.produces and not part.follows and part.tensor.endswith(".weight"):
                     found.append((_maskable(model, part.tensor, unit), unit, position))
         for layer, unit, position in found:
             weight = layer.weight

@@ -30,6 +30,8 @@ class Slice:
         inner: how many neighbouring rows belong to one entry.
         produces: True where the tensor produces the axis (it is masked and scored), False where it consumes it.
         query_groups: how many of the first `outer` groups are queries; `shrink` folds the softmax scale into them.
+        follows: True for a tensor of a momentum copy, which is cut with the axis and otherwise left alone: it is
+            neither masked, nor scored, nor counted.
     """
 
     tensor: str
@@ -38,6 +40,7 @@ class Slice:
     inner: int = 1
     produces: bool = True
     query_groups: int = 0
+    follows: bool = False
 
     def length(self, size: int) -> int:
         """Return the length of the tensor along `dim` when the unit has `size` entries."""
@@ -100,7 +103,12 @@ class Unit:
     @property
     def producers(self) -> tuple[Slice, ...]:
         """The slices that produce the axis: masked while searching, scored at every step."""
-        return tuple(part for part in self.slices if part.produces)
+        return tuple(part for part in self.slices if part.produces and not part.follows)
+
+    @property
+    def online(self) -> tuple[Slice, ...]:
+        """The slices that are no momentum copy's: what an entry costs."""
+        return tuple(part for part in self.slices if not part.follows)
 
 
 @dataclass(frozen=True)

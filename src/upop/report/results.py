@@ -22,9 +22,11 @@ class ModelResult(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     name: str = Field(description='what the table calls it: "dense", "UPop 2x", "magnitude 2x"')
-    metrics: Mapping[str, float] = Field(description="split -> value of the metric, in percent")
+    metrics: Mapping[str, Mapping[str, float]] = Field(description="split -> metric -> value, in percent")
     parameters: int = Field(gt=0)
     gmacs: float = Field(gt=0, description="10^9 multiply-adds of one forward pass")
+    published_parameters: int | None = Field(None, gt=0, description="counted as published, where that differs")
+    published_gmacs: float | None = Field(None, gt=0)
     latency_ms: float | None = Field(None, gt=0, description="median of one forward pass; None where not measured")
 
 
@@ -34,7 +36,7 @@ class Results(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     models: tuple[ModelResult, ...] = Field(min_length=1)
-    metric: str = Field(default="accuracy", description="what `metrics` holds, in percent")
+    shown: tuple[str, ...] = Field(default=("accuracy",), description="the metrics that the table shows")
     baseline: str = Field(default="dense", description="the model that the others are compared with")
     batch_size: int = Field(default=1, gt=0, description="records in the batch of the latency measurement")
     machine: Mapping[str, str | int] = Field(default_factory=dict, description="from `machine()`")
@@ -57,7 +59,7 @@ class Results(BaseModel):
         """Return what a model gained and lost beside the dense one.
 
         Keys: "smaller", "fewer_macs" and, where both were timed, "faster" (factors: 2 is half the size, work
-        or time); "<split>_points" (difference of the metric in percentage points) for the splits of both.
+        or time); "<split> <metric> points" (difference in percentage points) for the splits and metrics of both.
 
         Raises:
             KeyError: there is no model of that name.
@@ -69,8 +71,13 @@ class Results(BaseModel):
         }
         if self.dense.latency_ms is not None and model.latency_ms is not None:
             factors["faster"] = self.dense.latency_ms / model.latency_ms
-        shared = [split for split in model.metrics if split in self.dense.metrics]
-        return factors | {f"{split}_points": model.metrics[split] - self.dense.metrics[split] for split in shared}
+        dense = self.dense.metrics
+        return factors | {
+            f"{split} {metric} points": value - dense[split][metric]
+            for split, values in model.metrics.items()
+            for metric, value in values.items()
+            if metric in dense.get(split, {})
+        }
 
     def write_json(self, path: Path) -> None:
         """Write the results and the comparison with the dense model; the file appears whole or not at all.
@@ -105,8 +112,13 @@ def results_table(results: Results) -> Table:
     """Return a table for the terminal: a row per model, each number beside its gain over the dense one."""
     table = Table(title="Compressed models beside the dense one", title_justify="left", header_style="bold")
     table.add_column("model", no_wrap=True)
-    splits = list(dict.fromkeys(split for model in results.models for split in model.metrics))
-    for header in [*(f"{split} {results.metric} (%)" for split in splits), "parameters (M)", "GMACs"]:
+    columns = [
+        (split, metric)
+        for split in dict.fromkeys(split for model in results.models for split in model.metrics)
+        for metric in results.shown
+        if any(metric in model.metrics.get(split, {}) for model in results.models)
+    ]
+    for header in [*(f"{split} {metric} (%)" for split, metric in columns), "parameters (M)", "GMACs"]:
         table.add_column(header, justify="right")
     timed = any(model.latency_ms is not None for model in results.models)
     if timed:
@@ -115,7 +127,10 @@ def results_table(results: Results) -> Table:
         table.caption = f"Latency: median, measured side by side, batch {results.batch_size}, {device}"
     for model in results.models:
         gains = {} if model is results.dense else results.compared(model.name)
-        cells = [_points(model.metrics.get(split), gains.get(f"{split}_points")) for split in splits]
+        cells = [
+            _points(model.metrics.get(split, {}).get(metric), gains.get(f"{split} {metric} points"))
+            for split, metric in columns
+        ]
         cells.append(_factor(model.parameters / 1e6, gains.get("smaller"), "smaller"))
         cells.append(_factor(model.gmacs, gains.get("fewer_macs"), "fewer"))
         if timed:

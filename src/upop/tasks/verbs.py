@@ -12,14 +12,14 @@ from torch import nn
 
 from upop.checkpoints import WEIGHTS, read_weights
 from upop.errors import SettingError
-from upop.pruning import Plan, Pruner, count_macs, count_parameters, find_units, plan_by_magnitude, shrink
+from upop.pruning import Plan, Pruner, find_units, plan_by_magnitude, shrink
 from upop.report.figures import history_figure, kept_share_figure, save_figure
 from upop.report.latency import measure_latency
 from upop.report.results import ModelResult, Results, machine, results_table
 from upop.report.shares import UnitShare
 from upop.settings import RunSettings
 from upop.training.devices import make_accelerator
-from upop.training.evaluation import evaluate
+from upop.training.evaluation import evaluate, records_of
 from upop.training.folder import RunFolder
 from upop.training.loaders import first_records, make_loader, to_device
 from upop.training.loop import Best, Loop, constant, cosine
@@ -27,7 +27,8 @@ from upop.training.progress import RunProgress
 from upop.training.task import Task
 
 _VERIFIED_RECORDS = 4
-_HELD_OUT = ("val", "test")
+Metrics = dict[str, dict[str, float]]
+"""Split (its published name) -> metric -> value in percent."""
 
 
 def train(task: Task[Any], settings: RunSettings) -> Results | None:
@@ -69,7 +70,7 @@ def compress(task: Task[Any], settings: RunSettings) -> Results | None:
         model.to(run.accelerator.device)
         pruner = _pruner(task, settings, model, settings.search_epochs * loop.steps_per_epoch)
         dense_metrics = run.evaluate(model)
-        run.say("dense  " + _told(dense_metrics))
+        run.say("dense  " + run.told(dense_metrics))
         verified = task.inputs(
             to_device(first_records(run.loaders["train"], _VERIFIED_RECORDS), run.accelerator.device)
         )
@@ -83,8 +84,7 @@ def compress(task: Task[Any], settings: RunSettings) -> Results | None:
             shrink(model, plan, verify=verified)
         run.folder.save_plan(plan)
         run.folder.save_model("last", model, plan)
-        shrunk_metrics = run.evaluate(model, ("val",))
-        run.say(f"shrunken, masked and cut compute the same; before retraining  {_told(shrunk_metrics)}")
+        run.say("cut for real, and it computes what the masked model did" + run.told_of(model))
         retraining = settings.max_epoch if pruner is not None else epochs
         schedule = cosine(settings, retraining, loop.steps_per_epoch)
         loop.run(model, "retrain", retraining, schedule, after_epoch=run.keep_best(model, plan))
@@ -119,9 +119,10 @@ class _Run:
         self.accelerator = make_accelerator(settings)
         self._main = self.accelerator.is_main_process
         self.folder = RunFolder(settings.output_dir, self._main)
-        splits = _HELD_OUT if verb == "evaluate" else ("train", *_HELD_OUT)
+        self._held_out = task.evaluated(settings)
+        splits = self._held_out if verb == "evaluate" else ("train", *self._held_out)
         self.loaders = {split: make_loader(task, settings, split) for split in splits}
-        self._prepared = {split: self.accelerator.prepare(self.loaders[split]) for split in _HELD_OUT}
+        self._prepared = {split: self.accelerator.prepare(self.loaders[split]) for split in self._held_out}
         self._best = Best()
         self._progress = RunProgress(0, self._main)
         self.folder.start(settings, task.name, verb)
@@ -147,40 +148,53 @@ class _Run:
             self.settings,
             self.folder,
             self.loaders["train"],
-            self._prepared["val"],
+            self._prepared.get("val"),
         )
         with RunProgress(epochs * loop.steps_per_epoch, self._main) as self._progress:
             loop.progress = self._progress
             yield loop
 
-    def evaluate(self, model: nn.Module, splits: tuple[str, ...] = _HELD_OUT) -> dict[str, float]:
-        """Return the deciding metric per split, by the split's published name."""
+    def evaluate(self, model: nn.Module) -> Metrics:
+        """Return all metrics per split, by the split's published name, and write what evaluation servers take."""
         found = {}
-        for split in splits:
-            scores, _ = evaluate(self.accelerator, self.task, self.settings, model, self._prepared[split])
-            found[self.task.splits[split]] = scores[self.task.metric]
+        for split in self._held_out:
+            loader = self._prepared[split]
+            scores, predictions = evaluate(self.accelerator, self.task, self.settings, model, loader)
+            found[self.task.splits[split]] = scores
+            self.folder.save_files(self.task.files(predictions, records_of(loader), self.settings, split))
         return found
+
+    def told_of(self, model: nn.Module) -> str:
+        """Return how good a model is before it is retrained, if there is a split to tell."""
+        if "val" not in self._held_out:
+            return ""
+        loader = self._prepared["val"]
+        scores = evaluate(self.accelerator, self.task, self.settings, model, loader)[0]
+        return f"; before retraining  {self.told({self.task.splits['val']: scores})}"
+
+    def told(self, metrics: Metrics) -> str:
+        """Return the deciding metric per split, in words."""
+        name = self.task.metric
+        return "  ".join(f"{split} {name} {scores[name]:.2f}" for split, scores in metrics.items() if name in scores)
 
     def keep_best(self, model: nn.Module, plan: Plan | None) -> Callable[[dict[str, float]], None]:
         """Return what saves `model` as "last" after every epoch, and as "best" when it is."""
 
         def after_epoch(scores: dict[str, float]) -> None:
             self.folder.save_model("last", model, plan)
-            if self._best.improves(scores[self.task.metric]):
+            if self.task.metric not in scores or self._best.improves(scores[self.task.metric]):
                 self.folder.save_model("best", model, plan)
 
         return after_epoch
 
-    def best(self, model: nn.Module) -> tuple[nn.Module, dict[str, float]]:
+    def best(self, model: nn.Module) -> tuple[nn.Module, Metrics]:
         """Return `model` with the best epoch's weights, and its metrics on all splits that were held out."""
         self.accelerator.wait_for_everyone()
         state = read_weights(self.folder.path / "best" / WEIGHTS)
         model.load_state_dict(state)
         return model, self.evaluate(model)
 
-    def finish(
-        self, models: Mapping[str, tuple[nn.Module, dict[str, float]]], plan: Plan | None = None
-    ) -> Results | None:
+    def finish(self, models: Mapping[str, tuple[nn.Module, Metrics]], plan: Plan | None = None) -> Results | None:
         """Measure sizes and latency side by side, write results.json and the figures, and show the table."""
         if not self._main:
             return None
@@ -194,7 +208,7 @@ class _Run:
             save_figure(kept_share_figure(UnitShare.of(find_units(dense), plan)), figures / "kept.png")
         if rows := self.folder.metrics():
             val = self.task.splits["val"]
-            baseline = results.dense.metrics.get(val) if plan is not None else None
+            baseline = results.dense.metrics.get(val, {}).get(self.task.metric) if plan is not None else None
             save_figure(history_figure(rows, metric=self.task.metric, dense=baseline), figures / "history.png")
         self._progress.console.print(results_table(results))
         self.say(f"Written to {path}: results.json, metrics.jsonl, figures/, best/")
@@ -202,7 +216,7 @@ class _Run:
 
 
 def measure(
-    task: Task[Any], models: Mapping[str, tuple[nn.Module, dict[str, float]]], device: torch.device, batch_size: int
+    task: Task[Any], models: Mapping[str, tuple[nn.Module, Metrics]], device: torch.device, batch_size: int
 ) -> Results:
     """Return parameters, GMACs and latency of models and their metrics; the first model is what others compare with.
 
@@ -210,20 +224,13 @@ def measure(
     """
     built = {name: model.to(device) for name, (model, _) in models.items()}
     first = next(iter(built.values()))
-    one = task.example(first, 1)
     latency = measure_latency(built, task.example(first, batch_size))
     rows = [
-        ModelResult(
-            name=name,
-            metrics=metrics,
-            parameters=count_parameters(model),
-            gmacs=count_macs(model, one) / 1e9,
-            latency_ms=latency[name],
-        )
+        ModelResult(name=name, metrics=metrics, latency_ms=latency[name], **task.counts(model))
         for name, (model, metrics) in models.items()
     ]
     return Results(
-        models=tuple(rows), metric=task.metric, baseline=rows[0].name, batch_size=batch_size, machine=machine(device)
+        models=tuple(rows), shown=task.shown, baseline=rows[0].name, batch_size=batch_size, machine=machine(device)
     )
 
 
@@ -239,7 +246,3 @@ def _pruner(task: Task[Any], settings: RunSettings, model: nn.Module, steps: int
         align=settings.align,
         example=task.example(model, 1),
     )
-
-
-def _told(metrics: Mapping[str, float]) -> str:
-    return "  ".join(f"{split} {value:.2f}" for split, value in metrics.items())

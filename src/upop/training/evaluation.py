@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
 from upop.settings import RunSettings
-from upop.training.devices import autocast
+from upop.training.loaders import SeededDataset
 from upop.training.task import Task
 
 
@@ -19,20 +21,22 @@ def evaluate(
     """Return the metrics of a split and every record's predictions, in the split's order, on the CPU.
 
     Args:
-        accelerator: gathers over processes; repeated records that fill the last batch are dropped.
-        task: predicts and scores.
-        settings: say whether to use autocast.
-        model: on its device; put back into its mode afterwards.
+        accelerator: gathers over processes.
+        task: predicts and scores; the main process scores for all.
+        settings: of the run.
+        model: on its device, wrapped or not; put back into its mode afterwards.
         loader: a prepared loader.
     """
     training = model.training
     model.eval()
-    parts: list[dict[str, Tensor]] = []
     with torch.no_grad():
-        for batch in loader:
-            with autocast(accelerator, settings):
-                rows = task.predict(model, batch)
-            parts.append({name: value.cpu() for name, value in accelerator.gather_for_metrics(rows).items()})
+        predictions = task.collect(accelerator, accelerator.unwrap_model(model), loader, settings)
     model.train(training)
-    predictions = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-    return task.score(predictions), predictions
+    scores = [task.score(predictions, records_of(loader), settings) if accelerator.is_main_process else {}]
+    broadcast_object_list(scores)
+    return scores[0], predictions
+
+
+def records_of(loader: Any) -> Dataset[Any]:
+    """Return the task's data set that a loader reads."""
+    return cast(SeededDataset, loader.dataset).records

@@ -6,6 +6,7 @@ import json
 import os
 import shlex
 import sys
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,11 @@ class RunFolder:
     def save_plan(self, plan: Plan) -> None:
         """Write plan.json."""
         self._write("plan.json", plan.to_json())
+
+    def save_files(self, files: Mapping[str, Any]) -> None:
+        """Write JSON files under result/."""
+        for name, content in files.items():
+            self._write(f"result/{name}", json.dumps(content))
 
     def save_model(self, name: str, model: nn.Module, plan: Plan | None) -> Path:
         """Write a checkpoint folder ("best" or "last")."""

@@ -19,7 +19,7 @@ class SeededDataset(Dataset[Any]):
     """
 
     def __init__(self, records: Dataset[Any], seed: int) -> None:
-        self._records = records
+        self.records = records
         self._seed = seed
         # In shared memory, so that workers which live on between epochs see it change.
         self._epoch = torch.zeros((), dtype=torch.long).share_memory_()
@@ -30,13 +30,13 @@ class SeededDataset(Dataset[Any]):
 
     def __len__(self) -> int:
         """The number of records."""
-        return len(self._records)  # type: ignore[arg-type]
+        return len(self.records)  # type: ignore[arg-type]
 
     def __getitem__(self, index: int) -> Any:
         """The record, as drawn in this epoch."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(hash((self._seed, int(self._epoch), index)) & 0x7FFF_FFFF_FFFF_FFFF)
-            return self._records[index]
+            return self.records[index]
 
 
 def make_loader(task: Task[Any], settings: RunSettings, split: str) -> DataLoader[Any]:

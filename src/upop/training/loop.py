@@ -67,7 +67,7 @@ class Loop:
         settings: of the run.
         folder: takes the rows of metrics.jsonl.
         train: batches to train on, as `make_loader` gives them.
-        val: prepared batches to evaluate on after every epoch.
+        val: prepared batches to evaluate on after every epoch, if any.
 
     Attributes:
         progress: shows the steps; a silent one at first.
@@ -128,12 +128,12 @@ class Loop:
             set_epoch(self._train, self._epoch)
             self._epoch += 1
             wrapped.train()
-            for batch in self._train:
+            for number, batch in enumerate(self._train):
                 with self._accelerator.accumulate(wrapped):
                     for group in optimizer.param_groups:
                         group["lr"] = schedule(done)
                     with autocast(self._accelerator, settings):
-                        loss = self._task.loss(wrapped, batch)
+                        loss = self._task.loss(wrapped, batch, settings, epoch + number / len(self._train))
                     self._accelerator.backward(loss)
                     if self._accelerator.sync_gradients:
                         self._step_if_finite(wrapped, optimizer, loss.detach(), pruner)
@@ -143,6 +143,10 @@ class Loop:
                     self._step += 1
                     self._log(phase, epoch, loss.detach(), schedule(done - 1), pruner)
                     self.progress.advance(f"{phase} {epoch + 1}/{epochs}")
+            if self._val is None:
+                if after_epoch is not None:
+                    after_epoch({})
+                continue
             scores = evaluate(self._accelerator, self._task, settings, wrapped, self._val)[0]
             row = {
                 "phase": phase,

@@ -7,10 +7,14 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
+import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from upop.pruning import count_macs, count_parameters
 from upop.settings import RunSettings
+from upop.training.devices import autocast
 
 SettingsT = TypeVar("SettingsT", bound=RunSettings)
 Batch = Mapping[str, Any]
@@ -22,6 +26,8 @@ class Task(ABC, Generic[SettingsT]):
     name: ClassVar[str]
     metric: ClassVar[str]
     """The metric, higher is better, that decides which checkpoint is the best one."""
+    shown: ClassVar[tuple[str, ...]]
+    """The metrics that the final table shows; the results file has all."""
     splits: ClassVar[Mapping[str, str]]
     """What a split is for ("train", "val", "test") -> its published name."""
     settings: ClassVar[type[RunSettings]]
@@ -51,17 +57,58 @@ class Task(ABC, Generic[SettingsT]):
         """Return the keyword arguments of the model's forward pass."""
 
     @abstractmethod
-    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Return the mean loss of a batch, a scalar."""
+    def loss(self, model: nn.Module, batch: Batch, settings: SettingsT, epoch: float) -> Tensor:
+        """Return the mean loss of a batch, a scalar; `epoch` is how many epochs of this phase are done (0.25, ...)."""
 
     @abstractmethod
-    def predict(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
-        """Return one row per record, [B, ...] each: what `score` needs of the model's answers."""
+    def predict(self, model: nn.Module, batch: Batch, settings: SettingsT) -> dict[str, Tensor]:
+        """Return one row per record, [B, ...] each and of the same shape in every batch: what `score` needs."""
 
     @abstractmethod
-    def score(self, predictions: Mapping[str, Tensor]) -> dict[str, float]:
-        """Return the metrics of a whole split, in percent."""
+    def score(self, predictions: Mapping[str, Tensor], records: Dataset[Any], settings: SettingsT) -> dict[str, float]:
+        """Return the metrics of a whole split, in percent; records without answers give none.
+
+        Args:
+            predictions: the rows of `collect`, in the split's order, on the CPU.
+            records: what `dataset` returned.
+            settings: of the run.
+        """
 
     @abstractmethod
     def example(self, model: nn.Module, batch_size: int) -> dict[str, Tensor]:
         """Return inputs of the published size for counting GMACs and measuring latency."""
+
+    def evaluated(self, settings: SettingsT) -> tuple[str, ...]:
+        """Return the splits that are held out, of "val" and "test". Without "val" the last checkpoint is the best."""
+        return ("val", "test")
+
+    def collect(
+        self, accelerator: Accelerator, model: nn.Module, loader: Any, settings: SettingsT
+    ) -> dict[str, Tensor]:
+        """Return every record's predictions, in the split's order, on the CPU.
+
+        Args:
+            accelerator: gathers over processes; repeated records that fill the last batch are dropped.
+            model: in evaluation mode, on its device, without wrappers; gradients are off.
+            loader: a prepared loader of the split.
+            settings: of the run.
+        """
+        parts: list[dict[str, Tensor]] = []
+        for batch in loader:
+            with autocast(accelerator, settings):
+                rows = self.predict(model, batch, settings)
+            parts.append({name: value.cpu() for name, value in accelerator.gather_for_metrics(rows).items()})
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+    def files(
+        self, predictions: Mapping[str, Tensor], records: Dataset[Any], settings: SettingsT, split: str
+    ) -> dict[str, Any]:
+        """Return what evaluation servers take, file name -> JSON content, for the run folder's `result/`."""
+        return {}
+
+    def counts(self, model: nn.Module) -> dict[str, Any]:
+        """Return "parameters" and "gmacs" of one record of the published size, of what is deployed.
+
+        A task whose published figures count otherwise adds "published_parameters" and "published_gmacs".
+        """
+        return {"parameters": count_parameters(model), "gmacs": count_macs(model, self.example(model, 1)) / 1e9}

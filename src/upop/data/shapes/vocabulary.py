@@ -8,15 +8,19 @@ SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 # fmt: off
 WORDS = (
-    "a", "above", "all", "are", "at", "below", "blue", "both", "bottom", "circle", "circles",
-    "contain", "contains", "does", "each", "either", "every", "exactly", "fewer", "five", "four", "green",
-    "has", "have", "image", "images", "in", "is", "large", "least", "left", "more", "neither",
-    "no", "not", "number", "of", "one", "only", "red", "right", "same", "shape", "shapes",
-    "show", "shows", "six", "small", "square", "squares", "than", "the", "there", "three", "top",
-    "total", "triangle", "triangles", "two", "yellow",
+    "a", "above", "all", "also", "and", "any", "are", "at", "background", "below", "beside", "between",
+    "blue", "both", "bottom", "by", "can", "center", "circle", "circles", "color", "column", "contain",
+    "contained", "contains", "corner", "describe", "does", "each", "eight", "either", "empty", "every",
+    "exactly", "fewer", "find", "five", "four", "green", "grey", "has", "have", "how", "image", "images",
+    "in", "is", "it", "its", "kind", "large", "least", "left", "many", "middle", "more", "near", "neither",
+    "next", "nine", "no", "none", "not", "nothing", "number", "object", "objects", "of", "on", "one", "only",
+    "or", "other", "over", "picture", "pictures", "red", "right", "row", "same", "see", "seen", "seven",
+    "shape", "shapes", "show", "shows", "side", "sides", "six", "size", "small", "some", "something",
+    "square", "squares", "ten", "than", "the", "there", "three", "to", "top", "total", "triangle",
+    "triangles", "two", "under", "visible", "what", "where", "which", "with", "yellow", "yes", "you", "zero",
 )
 # fmt: on
-"""Every word that a generated sentence can hold, and no other one."""
+"""Every word that a generated sentence, caption, question or answer can hold."""
 
 
 def vocabulary() -> list[str]:
