@@ -58,7 +58,7 @@ def test_the_table_shows_every_number_beside_its_gain() -> None:
 
 
 def test_a_model_that_was_not_timed_or_not_evaluated_shows_a_dash() -> None:
-    bare = SMALL.model_copy(update={"latency_ms": None, "metrics": {"test": 81.1}})
+    bare = SMALL.model_copy(update={"latency_ms": None, "metrics": {"test": {"accuracy": 81.1}}})
     row = next(line for line in shown(results(models=(DENSE, bare))).splitlines() if "UPop" in line)
     cells = [cell.strip() for cell in row.split("│")[1:-1]]
     assert cells[1] == "-"
