@@ -17,10 +17,18 @@ from upop.report import ModelResult, Results, machine, results_table
 from upop.report.results import number
 
 DENSE = ModelResult(
-    name="dense", metrics={"dev": {"accuracy": 82.3}, "test": {"accuracy": 83.1}}, parameters=259_500_000, gmacs=132.5, latency_ms=2000.0
+    name="dense",
+    metrics={"dev": {"accuracy": 82.3}, "test": {"accuracy": 83.1}},
+    parameters=259_500_000,
+    gmacs=132.5,
+    latency_ms=2000.0,
 )
 SMALL = ModelResult(
-    name="UPop 2x", metrics={"dev": {"accuracy": 80.5}, "test": {"accuracy": 81.1}}, parameters=150_200_000, gmacs=89.4, latency_ms=1250.0
+    name="UPop 2x",
+    metrics={"dev": {"accuracy": 80.5}, "test": {"accuracy": 81.1}},
+    parameters=150_200_000,
+    gmacs=89.4,
+    latency_ms=1250.0,
 )
 
 
