@@ -4,7 +4,8 @@ from upop.pruning.costs import count_macs, count_parameters
 from upop.pruning.layouts import LAYOUTS, Layout, Survey, find_units, survey
 from upop.pruning.magnitude import plan_by_magnitude
 from upop.pruning.plan import Plan
-from upop.pruning.pruner import SCORES, Pruner
+from upop.pruning.pruner import Pruner
+from upop.pruning.scores import SCORES
 from upop.pruning.shrink import shrink
 from upop.pruning.units import Attribute, Skipped, Slice, Unit
 

@@ -271,9 +271,34 @@ def _read_blip_text_mlp(model: nn.Module, name: str, _module: nn.Module, modalit
     return _mlp(model, name, _join(name, "dense"), _join(parent, "output.dense"), modality)
 
 
+def _read_clip_attention(model: nn.Module, name: str, module: nn.Module, modality: str) -> Unit:
+    heads = module.num_heads
+    assert isinstance(heads, int)
+    return _split_attention(
+        model,
+        name,
+        (_join(name, "q_proj"), _join(name, "k_proj"), _join(name, "v_proj")),
+        _join(name, "out_proj"),
+        heads,
+        _clip_tower(module, modality),
+        (Attribute(name, "head_dim"), Attribute(name, "scale", None)),
+    )
+
+
+def _read_clip_mlp(model: nn.Module, name: str, module: nn.Module, modality: str) -> Unit:
+    return _mlp(model, name, _join(name, "fc1"), _join(name, "fc2"), _clip_tower(module, modality))
+
+
+def _clip_tower(module: nn.Module, modality: str) -> str:
+    # Both towers are made of the same classes; alone, only the configuration tells which one it is.
+    return "text" if type(getattr(module, "config", None)).__name__ == "CLIPTextConfig" else modality
+
+
 LAYOUTS: tuple[Layout, ...] = (
     Layout("timm", ("Attention",), "vision", _read_timm_attention),
     Layout("timm", ("Mlp",), "vision", _read_timm_mlp),
     Layout("transformers", ("BlipTextSelfAttention",), "text", _read_blip_text_attention),
     Layout("transformers", ("BlipTextIntermediate",), "text", _read_blip_text_mlp),
+    Layout("transformers", ("CLIPAttention",), "vision", _read_clip_attention),
+    Layout("transformers", ("CLIPMLP",), "vision", _read_clip_mlp),
 )

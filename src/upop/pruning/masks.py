@@ -10,6 +10,7 @@ so do data parallelism, gradient accumulation, clipping, autocast and torch.comp
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -22,6 +23,17 @@ from upop.pruning.errors import LayoutError
 from upop.pruning.units import Unit, owner_of, tensor_of
 
 _BUFFER = "_upop_row_mask"
+_ALL_ONES = "_upop_all_ones"
+
+
+class _Scratch(threading.local):
+    """Memory for masked weights on a CPU, by precision, one set per thread; it lasts as long as any mask does."""
+
+    def __init__(self) -> None:
+        self.memory: dict[torch.dtype, Tensor] = {}
+
+
+_scratch = _Scratch()
 
 
 class _MaskedProduct(torch.autograd.Function):
@@ -67,7 +79,21 @@ def _few_tokens(inputs: Tensor, weight: Tensor) -> bool:
 
 
 def _scaled(weight: Tensor, bias: Tensor | None, rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    return (weight * rows.unsqueeze(1)).to(dtype), None if bias is None else (bias * rows).to(dtype)
+    masked = torch.mul(weight, rows.unsqueeze(1), out=_scratch_like(weight))
+    return masked.to(dtype), None if bias is None else (bias * rows).to(dtype)
+
+
+def _scratch_like(weight: Tensor) -> Tensor | None:
+    """Return memory for a masked weight, which is used up before the next one is made; None lets torch allocate it.
+
+    On a CPU fresh memory costs more than the product itself, since the system has to map every page.
+    """
+    if weight.device.type != "cpu" or torch.compiler.is_compiling():
+        return None
+    held = _scratch.memory
+    if weight.dtype not in held or held[weight.dtype].numel() < weight.numel():
+        held[weight.dtype] = weight.new_empty(weight.numel())
+    return held[weight.dtype][: weight.numel()].view(weight.shape)
 
 
 class _MaskedForward:
@@ -76,6 +102,8 @@ class _MaskedForward:
     unmasked_class: type[nn.Linear]
 
     def forward(self: Any, inputs: Tensor) -> Tensor:
+        if getattr(self, _ALL_ONES):
+            return F.linear(inputs, self.weight, self.bias)
         kind = inputs.device.type
         if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind) and inputs.dtype != torch.float64:
             # Autocast does not reach into a custom function, so what F.linear would be given is given here.
@@ -119,6 +147,7 @@ class Masks:
             weight = layer.weight
             rows = torch.ones(weight.shape[0], dtype=weight.dtype, device=weight.device)
             layer.register_buffer(_BUFFER, rows, persistent=False)
+            setattr(layer, _ALL_ONES, True)
             layer.__class__ = _masked_class(type(layer))
             self._layers.setdefault(unit.name, []).append((layer, unit, position))
         self._values = {
@@ -136,8 +165,10 @@ class Masks:
         """Set the masks of the named units; each has shape [size]."""
         for name, value in values.items():
             self._values[name].copy_(value)
+            all_ones = bool((self._values[name] == 1).all())
             for layer, unit, position in self._layers[name]:
                 getattr(layer, _BUFFER).copy_(unit.slices[position].expand(self._values[name]))
+                setattr(layer, _ALL_ONES, all_ones)
 
     def remove(self) -> None:
         """Take the masks off; the layers are what they were, with whatever their weights are now."""
@@ -145,7 +176,9 @@ class Masks:
             for layer, _, _ in layers:
                 layer.__class__ = type(layer).unmasked_class  # type: ignore[attr-defined]
                 delattr(layer, _BUFFER)
+                delattr(layer, _ALL_ONES)
         self._layers = {}
+        _scratch.memory.clear()
 
 
 def _precise(weight: Tensor) -> torch.dtype:

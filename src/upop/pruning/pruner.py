@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,20 +16,9 @@ from upop.pruning.errors import LayoutError, SettingError, StepError, nearest
 from upop.pruning.layouts import find_units
 from upop.pruning.masks import Masks, unwrapped
 from upop.pruning.plan import Plan
+from upop.pruning.scores import RowScores, Score, accumulator, score_function
 from upop.pruning.shrink import compare, cut, outputs_of, precision_of, refuse_shared, restore
 from upop.pruning.units import Kind, Unit, tensor_of
-
-Score = Callable[[Tensor, Tensor], Tensor]
-
-
-def signed(weight: Tensor, gradient: Tensor) -> Tensor:
-    """The published score: the gradient of the loss to the mask of each row, `sum(gradient * weight)`, shape [rows]."""
-    precise = _accumulator(weight)
-    products: Tensor = torch.linalg.vecdot(gradient.to(precise), weight.to(precise))
-    return products
-
-
-SCORES: dict[str, Score] = {"signed": signed}
 
 
 class Pruner:
@@ -84,16 +73,18 @@ class Pruner:
         self.ratio, self.steps, self.interval = ratio, steps, interval
         self.cost, self.align, self.update_first_step = cost, align, update_first_step
         self.units: list[Unit] = _chosen(find_units(self.model), include, exclude)
-        self._score = _score_function(score)
+        function = score_function(score)
         _refuse_frozen(self.model, self.units)
         refuse_shared(self.model, self.units)
         self.costs = entry_costs(self.model, self.units, cost, example)
         budget.check_reachable(self.units, self.costs, ratio, align)
         self._masks = Masks(self.model, self.units)
+        self._rows = RowScores(function)
+        self._rows.watch(tensor_of(self.model, part.tensor) for unit in self.units for part in unit.producers)
         self._scores = {
             unit.name: torch.zeros(
                 unit.size,
-                dtype=_accumulator(tensor_of(self.model, unit.producers[0].tensor)),
+                dtype=accumulator(tensor_of(self.model, unit.producers[0].tensor)),
                 device=tensor_of(self.model, unit.producers[0].tensor).device,
             )
             for unit in self.units
@@ -158,6 +149,7 @@ class Pruner:
         """
         self._check_running()
         added = {unit.name: self._row_scores(unit) for unit in self.units}
+        self._rows.forget()
         if all(value is None for value in added.values()):
             raise StepError(
                 "step() found no gradient on any masked weight. Call it after loss.backward() and before "
@@ -178,6 +170,7 @@ class Pruner:
     def skip(self) -> None:
         """Let a step pass without scores, where the training loop threw its gradients away."""
         self._check_running()
+        self._rows.forget()
         self._skipped += 1
         self._advance()
 
@@ -225,6 +218,7 @@ class Pruner:
             restore(undo)
             self._masks = Masks(self.model, self.units)
             self._masks.set(masks)
+            self._rows.watch(tensor_of(self.model, part.tensor) for unit in self.units for part in unit.producers)
             self._attached = True
             raise
         return self.model
@@ -233,6 +227,7 @@ class Pruner:
         """Take the masks off without cutting anything; the model is left without a trace of them."""
         if self._attached:
             self._masks.remove()
+            self._rows.release()
             self._attached = False
 
     def state_dict(self) -> dict[str, Any]:
@@ -279,8 +274,7 @@ class Pruner:
             tensor = tensor_of(self.model, part.tensor)
             if tensor.grad is None:
                 continue
-            columns = (tensor, tensor.grad) if tensor.dim() > 1 else (tensor.unsqueeze(1), tensor.grad.unsqueeze(1))
-            score = part.reduce(self._score(*columns))
+            score = part.reduce(self._rows.of(tensor))
             total = score if total is None else total + score
         if total is None:
             return None
@@ -325,21 +319,6 @@ class Pruner:
                 f"{what} needs binary masks, and only {self._done} of {self.steps} search steps were taken; "
                 "cutting now would break the model. Take the remaining steps first."
             )
-
-
-def _accumulator(tensor: Tensor) -> torch.dtype:
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
-
-
-def _score_function(score: str | Score) -> Score:
-    if callable(score):
-        return score
-    if score not in SCORES:
-        raise SettingError(
-            f"score={score!r} is not known{nearest(str(score), list(SCORES))}. "
-            f"Use one of {', '.join(map(repr, SCORES))}, or a function of (weight, gradient)."
-        )
-    return SCORES[score]
 
 
 def _chosen(units: list[Unit], include: str | Sequence[str] | None, exclude: str | Sequence[str] | None) -> list[Unit]:

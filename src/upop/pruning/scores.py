@@ -1,0 +1,119 @@
+"""Scores: one number per row of a weight, from the weight and its gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from upop.pruning.errors import SettingError, nearest
+
+Score = Callable[[Tensor, Tensor], Tensor]
+
+
+def signed(weight: Tensor, gradient: Tensor) -> Tensor:
+    """The published score: the gradient of the loss to the mask of each row, `sum(gradient * weight)`, shape [rows]."""
+    precise = accumulator(weight)
+    products: Tensor = torch.linalg.vecdot(gradient.to(precise), weight.to(precise))
+    return products
+
+
+SCORES: dict[str, Score] = {"signed": signed}
+
+
+def score_function(score: str | Score) -> Score:
+    """Return the function that `score` names, or `score` itself.
+
+    Raises:
+        SettingError: there is none of that name.
+    """
+    if callable(score):
+        return score
+    if score not in SCORES:
+        raise SettingError(
+            f"score={score!r} is not known{nearest(str(score), list(SCORES))}. "
+            f"Use one of {', '.join(map(repr, SCORES))}, or a function of (weight, gradient)."
+        )
+    return SCORES[score]
+
+
+def accumulator(tensor: Tensor) -> torch.dtype:
+    """Return the precision that scores of this tensor are summed in: float32, or float64 where the model is."""
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+@dataclass(frozen=True)
+class _Taken:
+    """A score, and what it was taken from."""
+
+    gradient: Tensor
+    version: int
+    rows: Tensor
+
+
+class RowScores:
+    """Computes the scores of parameters from their gradients.
+
+    On a CPU a score is taken in the backward pass, as soon as a weight's gradient is complete: both are in the
+    processor's cache then, and reading them again from memory after the pass costs several times as much. It is used
+    only if nothing has touched the gradient since (accumulation, unscaling, clipping, another gradient put in its
+    place); else it is computed from the gradient as it is. With several processes it always is, since gradients are
+    averaged after the hooks ran.
+
+    Args:
+        function: (weight [rows, columns], gradient of the same shape) -> [rows].
+    """
+
+    def __init__(self, function: Score) -> None:
+        self._function = function
+        self._taken: dict[nn.Parameter, _Taken] = {}
+        self._hooks: list[RemovableHandle] = []
+
+    def watch(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Take scores in the backward passes from now on."""
+        self._hooks += [
+            parameter.register_post_accumulate_grad_hook(self._take)
+            for parameter in parameters
+            if parameter.requires_grad
+        ]
+
+    def of(self, parameter: nn.Parameter) -> Tensor:
+        """Return the score of a parameter that has a gradient, [rows]."""
+        taken = self._taken.get(parameter)
+        gradient = parameter.grad
+        assert gradient is not None
+        if taken is not None and taken.gradient is gradient and taken.version == gradient._version:
+            return taken.rows
+        return self._compute(parameter, gradient)
+
+    def forget(self) -> None:
+        """Let go of the gradients of the last backward pass, so that they can be freed."""
+        self._taken.clear()
+
+    def release(self) -> None:
+        """Stop taking scores; no trace is left on the parameters."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+        self.forget()
+
+    @torch.no_grad()
+    def _take(self, parameter: Tensor) -> None:
+        gradient = parameter.grad
+        if gradient is None or gradient.device.type != "cpu" or _many_processes():
+            return
+        assert isinstance(parameter, nn.Parameter)
+        self._taken[parameter] = _Taken(gradient, gradient._version, self._compute(parameter, gradient))
+
+    def _compute(self, parameter: Tensor, gradient: Tensor) -> Tensor:
+        if parameter.dim() == 1:
+            parameter, gradient = parameter.unsqueeze(1), gradient.unsqueeze(1)
+        return self._function(parameter.detach(), gradient.detach())
+
+
+def _many_processes() -> bool:
+    distributed = torch.distributed
+    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
