@@ -12,7 +12,7 @@ import yaml
 from torch import nn
 
 import upop
-from upop.data.shapes.write import write_nlvr
+from upop.data.shapes.write import write_shapes
 from upop.models.nlvr import BlipNlvr, NlvrConfig
 from upop.settings import read_settings
 from upop.tasks import find_task
@@ -37,7 +37,7 @@ MODEL: dict[str, Any] = {
 
 def make_data(folder: Path) -> Path:
     """Write 64 training records of pictures of 32 pixels, and a YAML file of settings for them; return that."""
-    data = write_nlvr(folder / "data", seed=3, size=64, image_size=32)
+    data = write_shapes("nlvr", folder / "data", seed=3, size=64, image_size=32)
     settings = {
         "image_root": str(data.image_root),
         "ann_root": str(data.annotation),

@@ -30,29 +30,48 @@ def replacing_file(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def replacing_folder(folder: Path) -> Iterator[Path]:
-    """Give an empty folder beside `folder`; it takes the place of `folder` when the block ends without an error.
+def replacing_folder(folder: Path, *, last: str = "") -> Iterator[Path]:
+    """Give an empty folder to fill; it takes the place of `folder` when the block ends without an error.
+
+    An empty `folder` that is there already is filled and not replaced, because it may be a mount point or the
+    working directory; the entry named `last` then comes last.
 
     Raises:
         RunFolderError: writing failed; an older `folder` is still there, whole.
     """
-    fresh: Path | None = None
+    holder: Path | None = None
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        fresh = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-        fresh.chmod(0o755)  # mkdtemp makes private folders
+        in_place = folder.is_dir() and not any(folder.iterdir())
+        parent = folder if in_place else folder.absolute().parent
+        parent.mkdir(parents=True, exist_ok=True)
+        holder = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=parent))
+        fresh = holder / "new"  # a folder of its own, for mkdtemp makes private folders
+        fresh.mkdir()
         yield fresh
-        old = fresh.with_name(f"{fresh.name}.old")
-        if folder.exists():
-            folder.rename(old)
-        fresh.rename(folder)
-        shutil.rmtree(old, ignore_errors=True)
+        if in_place:
+            for path in sorted(fresh.iterdir(), key=lambda path: path.name == last):
+                path.rename(folder / path.name)
+        else:
+            _take_place(fresh, folder, aside=holder / "old")
     except BaseException as error:
-        if fresh is not None:
-            shutil.rmtree(fresh, ignore_errors=True)
         # safetensors reports a full disk as an error of its own, not as an OSError.
         if isinstance(error, OSError) or type(error).__name__ == "SafetensorError":
             raise _unwritable(folder, error) from error
+        raise
+    finally:
+        if holder is not None:
+            shutil.rmtree(holder, ignore_errors=True)
+
+
+def _take_place(fresh: Path, folder: Path, *, aside: Path) -> None:
+    if not folder.exists():
+        fresh.rename(folder)
+        return
+    folder.rename(aside)
+    try:
+        fresh.rename(folder)
+    except OSError:
+        aside.rename(folder)
         raise
 
 

@@ -93,7 +93,7 @@ def test_a_failed_save_leaves_the_older_model(tmp_path: Path, monkeypatch: pytes
     folder = upop.save(blip(), tmp_path / "model")
     before = (folder / "model.safetensors").read_bytes()
 
-    def full_disk(*_arguments: object) -> None:
+    def full_disk(*_arguments: object, **_options: object) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("upop.checkpoints.folder.save_file", full_disk)

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from upop.data.shapes import Summary, write_nlvr
+from upop.data.shapes import Summary, write_shapes
 
 
 @pytest.fixture(scope="session")
 def generated(tmp_path_factory: pytest.TempPathFactory) -> Summary:
-    return write_nlvr(Path(tmp_path_factory.mktemp("shapes")) / "set", seed=7, size=600)
+    return write_shapes("nlvr", Path(tmp_path_factory.mktemp("shapes")) / "set", seed=7, size=600)

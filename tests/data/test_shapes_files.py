@@ -1,4 +1,4 @@
-"""The generated set on disk: same bytes, prefix law, no repeats, and all or nothing."""
+"""The generated pairs on disk: same bytes, prefix law, no repeats, and all or nothing."""
 
 import hashlib
 import json
@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from upop.data.shapes import Summary, write_nlvr
-from upop.data.shapes.write import held_out
+from upop.data.shapes import Summary, write_shapes
+from upop.data.shapes.layout import held_out
 from upop.errors import DataError, SettingError
 
 
@@ -27,19 +27,19 @@ def pairs(summary: Summary, split: str) -> list[tuple[str, str]]:
 
 
 def test_the_same_arguments_give_the_same_bytes(generated: Summary, tmp_path: Path):
-    again = write_nlvr(tmp_path / "again", seed=7, size=600)
+    again = write_shapes("nlvr", tmp_path / "again", seed=7, size=600)
     assert again.written
     assert digests(again.folder) == digests(generated.folder)
 
 
 def test_another_seed_gives_other_records(generated: Summary, tmp_path: Path):
-    other = write_nlvr(tmp_path / "other", seed=8, size=8)
+    other = write_shapes("nlvr", tmp_path / "other", seed=8, size=8)
     for split in ("train", "dev", "test"):
         assert records(other, split) != records(generated, split)[: len(records(other, split))]
 
 
 def test_a_smaller_set_is_the_beginning_of_a_larger_one(generated: Summary, tmp_path: Path):
-    small = write_nlvr(tmp_path / "small", seed=7, size=21)
+    small = write_shapes("nlvr", tmp_path / "small", seed=7, size=21)
     assert small.records == {"train": 21, "dev": 200, "test": 200} == {k: len(records(small, k)) for k in small.records}
     assert records(small, "train") == records(generated, "train")[:21]
     files, larger = digests(small.folder), digests(generated.folder)
@@ -50,7 +50,7 @@ def test_a_smaller_set_is_the_beginning_of_a_larger_one(generated: Summary, tmp_
 
 @pytest.mark.parametrize(("size", "expected"), [(1, 200), (2000, 200), (4321, 432), (10_000, 1000), (86_373, 1000)])
 def test_held_out_splits_are_a_tenth_within_bounds(size: int, expected: int):
-    assert held_out(size) == expected
+    assert held_out(size, 200) == expected
 
 
 def test_records_are_in_the_published_form(generated: Summary):
@@ -85,21 +85,21 @@ def test_no_pair_of_pictures_comes_up_twice(generated: Summary):
 
 
 def test_size_and_format_of_the_pictures(tmp_path: Path):
-    summary = write_nlvr(tmp_path / "set", seed=1, size=4, image_size=48, image_format="jpeg")
+    summary = write_shapes("nlvr", tmp_path / "set", seed=1, size=4, image_size=48, image_format="jpeg")
     with Image.open(summary.image_root / pairs(summary, "train")[0][0]) as image:
         assert (image.size, image.mode, image.format) == ((48, 48), "RGB", "JPEG")
 
 
 def test_progress_ends_at_the_number_of_pictures(tmp_path: Path):
     calls: list[tuple[int, int]] = []
-    summary = write_nlvr(tmp_path / "set", seed=1, size=10, progress=lambda *call: calls.append(call))
+    summary = write_shapes("nlvr", tmp_path / "set", seed=1, size=10, progress=lambda *call: calls.append(call))
     assert calls[-1] == (summary.pictures, summary.pictures)
     assert calls == sorted(set(calls))
 
 
 def test_a_set_that_is_there_is_left_as_it_is(generated: Summary):
     before = digests(generated.folder)
-    again = write_nlvr(generated.folder, seed=7, size=600)
+    again = write_shapes("nlvr", generated.folder, seed=7, size=600)
     assert not again.written
     assert (again.records, again.pictures) == (generated.records, generated.pictures)
     assert digests(generated.folder) == before
@@ -108,14 +108,14 @@ def test_a_set_that_is_there_is_left_as_it_is(generated: Summary):
 def test_another_generated_set_is_not_overwritten(generated: Summary):
     before = digests(generated.folder)
     with pytest.raises(DataError, match="seed 7, asked 9; size 600, asked 601"):
-        write_nlvr(generated.folder, seed=9, size=601)
+        write_shapes("nlvr", generated.folder, seed=9, size=601)
     assert digests(generated.folder) == before
 
 
 def test_a_folder_with_something_else_is_refused(tmp_path: Path):
     (tmp_path / "thesis.txt").write_text("mine")
     with pytest.raises(DataError, match=r"not empty \(it holds thesis\.txt\)"):
-        write_nlvr(tmp_path, seed=1, size=4)
+        write_shapes("nlvr", tmp_path, seed=1, size=4)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
 
@@ -123,14 +123,14 @@ def test_a_folder_with_something_else_is_refused(tmp_path: Path):
 def test_a_broken_manifest_is_refused(tmp_path: Path, manifest: str):
     (tmp_path / "shapes.json").write_text(manifest)
     with pytest.raises(DataError, match=r"(cannot be read|holds another generated set)"):
-        write_nlvr(tmp_path, seed=1, size=4)
+        write_shapes("nlvr", tmp_path, seed=1, size=4)
 
 
 def test_an_empty_folder_is_filled_in_place(tmp_path: Path):
     out = tmp_path / "empty"
     out.mkdir()
     inode = out.stat().st_ino
-    write_nlvr(out, seed=1, size=4)
+    write_shapes("nlvr", out, seed=1, size=4)
     assert out.stat().st_ino == inode
     assert sorted(path.name for path in out.iterdir()) == ["annotation", "images", "shapes.json", "tokenizer"]
 
@@ -145,7 +145,7 @@ def test_an_interrupted_run_leaves_nothing(tmp_path: Path, exists: bool):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        write_nlvr(out, seed=1, size=4, progress=interrupt)
+        write_shapes("nlvr", out, seed=1, size=4, progress=interrupt)
     assert list(tmp_path.rglob("*")) == ([out] if exists else [])
 
 
@@ -153,8 +153,8 @@ def test_a_full_disk_is_a_data_error_that_names_the_folder(tmp_path: Path):
     def full(done: int, total: int) -> None:
         raise OSError(28, "No space left on device")
 
-    with pytest.raises(DataError, match=r"cannot be written to .*set: .*No space left"):
-        write_nlvr(tmp_path / "set", seed=1, size=4, progress=full)
+    with pytest.raises(DataError, match=r"not written: .*set cannot be written: No space left"):
+        write_shapes("nlvr", tmp_path / "set", seed=1, size=4, progress=full)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -163,7 +163,7 @@ def test_a_place_that_cannot_be_a_folder_is_a_data_error(tmp_path: Path):
     file.write_text("")
     for out in (file, file / "inside"):
         with pytest.raises(DataError, match="file"):
-            write_nlvr(out, seed=1, size=4)
+            write_shapes("nlvr", out, seed=1, size=4)
 
 
 @pytest.mark.parametrize(
@@ -178,5 +178,5 @@ def test_a_place_that_cannot_be_a_folder_is_a_data_error(tmp_path: Path):
 )
 def test_settings_out_of_range_are_refused(tmp_path: Path, wrong: dict, message: str):
     with pytest.raises(SettingError, match=message):
-        write_nlvr(tmp_path / "set", **{"seed": 1, "size": 4, **wrong})
+        write_shapes("nlvr", tmp_path / "set", **{"seed": 1, "size": 4, **wrong})
     assert list(tmp_path.iterdir()) == []

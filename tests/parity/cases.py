@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,13 @@ from torch import Tensor, nn
 
 import upop
 from conftest import parity_sets
+from upop.checkpoints.clip_names import from_openai, to_openai, unit_from_openai
+from upop.data.caption import words_to_say
+from upop.models.caption import BlipCaption, CaptionConfig, caption_loss
+from upop.models.clip import ClipConfig, ClipRetrieval
 from upop.models.nlvr import BlipNlvr, NlvrConfig
+from upop.models.retrieval import BlipRetrieval, RetrievalConfig
+from upop.models.vqa import BlipVqa, VqaConfig, answer_losses
 
 Config = Mapping[str, Any]
 """A set's config.json."""
@@ -39,7 +45,11 @@ class Case:
         unit: a recorded name of a mask -> the name of the unit.
         in_loop: (config.json, batch, step) -> the batch as official_loop saw it, where that differs from the search.
         norms: model -> L2 norm of every parameter, under the published names.
+        not_shrunk: outputs that a search leaves alone and shrinking then changes: those of momentum copies.
         searched: (set, a searched model's tensors without masks) -> the dense model with these weights.
+        official: the name of the task for `upop.load_official`; the folder's name if none is given.
+        undisturbed: overrides of `upop.load_official` without which training would draw random numbers.
+        exported: model -> its tensors under the published names.
     """
 
     sizes: Callable[[Config], dict[str, Any]]
@@ -54,9 +64,13 @@ class Case:
     norms: Callable[[nn.Module], dict[str, float]] = lambda model: {
         name: float(value.detach().norm()) for name, value in model.named_parameters(remove_duplicate=False)
     }
+    not_shrunk: tuple[str, ...] = ()
     searched: Callable[[Recorded, Tensors], nn.Module] = lambda recorded, state: _filled(
         recorded.load("dense.pth"), state
     )
+    official: str | None = None
+    undisturbed: Mapping[str, Any] = field(default_factory=lambda: {"dropout": 0.0, "drop_path": 0.0})
+    exported: Callable[[nn.Module], Tensors] = lambda model: model.state_dict()
 
 
 @dataclass(frozen=True)
@@ -78,13 +92,15 @@ class Recorded:
         return load_file(self.folder / f"{name}.safetensors")
 
     def load(self, name: str) -> nn.Module:
-        return upop.load_official(
-            self.task, self.folder / name, **self.case.sizes(self.config), dropout=0.0, drop_path=0.0
-        )
+        sizes = {**self.case.sizes(self.config), **self.case.undisturbed}
+        return upop.load_official(self.case.official or self.task, self.folder / name, **sizes)
 
     def batch(self, step: int, dtype: torch.dtype = torch.float32, search: Tensors | None = None) -> Batch:
-        inputs = within(self.read("inputs"), f"step{step}/")
+        recorded = self.read("inputs")
+        shared = {key: value for key, value in recorded.items() if "/" not in key}
+        inputs = shared | within(recorded, f"step{step}/")
         inputs["image"] = inputs["image"].to(dtype)
+        inputs["step"] = torch.tensor(step)
         return self.case.batch(self.config, inputs, within(search or {}, f"step{step}/"))
 
 
@@ -136,7 +152,194 @@ def _nlvr_outputs(model: nn.Module, batch: Batch) -> Tensors:
     return {"image_embeds": images, "text_hidden": text, "logits": model(**_nlvr_verify(batch)), "loss": loss}
 
 
+def _vqa_batch(config: Config, inputs: Tensors, _search: Tensors) -> Batch:
+    return {
+        "images": inputs["image"],
+        "question_ids": inputs["q_ids"],
+        "question_mask": inputs["q_mask"],
+        "answer_ids": inputs["a_ids"],
+        "answer_mask": inputs["a_mask"],
+        "answer_counts": torch.tensor(config["n"]),
+        "weights": inputs["weights"],
+        "candidate_ids": inputs["cand_ids"],
+        "candidate_mask": inputs["cand_mask"],
+    }
+
+
+def _vqa_verify(batch: Batch) -> dict[str, Tensor]:
+    names = ("images", "question_ids", "question_mask", "answer_ids", "answer_mask", "answer_counts")
+    return {name: batch[name] for name in names}
+
+
+def _vqa_answer_losses(model: nn.Module, batch: Batch) -> Tensor:
+    return answer_losses(model(**_vqa_verify(batch)), batch["answer_ids"], batch["answer_mask"])
+
+
+def _vqa_loss(model: nn.Module, batch: Batch) -> Tensor:
+    return (batch["weights"] * _vqa_answer_losses(model, batch)).sum() / len(batch["images"])
+
+
+def _vqa_outputs(model: nn.Module, batch: Batch) -> Tensors:
+    images, states = model.encode(batch["images"], batch["question_ids"], batch["question_mask"])
+    candidates = batch["candidate_ids"], batch["candidate_mask"]
+    # Three pairs at a time: no number of pairs here is a multiple of it, so chunks end within a question.
+    ranked = {f"rank_ids_k{k}": model.rank(states, batch["question_mask"], *candidates, k, chunk=3) for k in (2, 4, 7)}
+    return {
+        "image_embeds": images,
+        "question_states": states,
+        "answer_logits": model(**_vqa_verify(batch)),
+        "answer_loss_none": _vqa_answer_losses(model, batch),
+        "loss": _vqa_loss(model, batch),
+        "generate_beam3_ids": model.generate(states, None, end=2),
+        **ranked,
+    }
+
+
+def _caption_batch(config: Config, inputs: Tensors, _search: Tensors) -> Batch:
+    start, *prompt, end = config["prompt_ids"]
+    assert inputs["ids"][0, : 1 + len(prompt)].tolist() == [start, *prompt]
+    return {
+        "images": inputs["image"],
+        "input_ids": inputs["ids"],
+        "attention_mask": inputs["mask"],
+        "labels": words_to_say(inputs["ids"], inputs["mask"], 1 + len(prompt)),
+        "prompt": prompt,
+        "end": end,
+        "lengths": {name: config[name] for name in ("max_length", "min_length")},
+    }
+
+
+def _caption_verify(batch: Batch) -> dict[str, Tensor]:
+    return {name: batch[name] for name in ("images", "input_ids", "attention_mask")}
+
+
+def _caption_loss(model: nn.Module, batch: Batch) -> Tensor:
+    return caption_loss(model(**_caption_verify(batch)), batch["labels"])
+
+
+def _caption_outputs(model: nn.Module, batch: Batch) -> Tensors:
+    def generated(**how: Any) -> Tensor:
+        return model.generate(batch["images"], batch["prompt"], batch["end"], **batch["lengths"], **how)
+
+    return {
+        "image_embeds": model.visual_encoder(batch["images"]),
+        "logits": model(**_caption_verify(batch)),
+        "loss": _caption_loss(model, batch),
+        "generate_greedy_ids": generated(num_beams=1),
+        "generate_beam3_ids": generated(num_beams=3),
+        "generate_beam3_rep1.5_ids": generated(num_beams=3, repetition_penalty=1.5),
+    }
+
+
+def _retrieval_batch(config: Config, inputs: Tensors, search: Tensors) -> Batch:
+    return {
+        "images": inputs["image"],
+        "input_ids": inputs["ids"],
+        "attention_mask": inputs["mask"],
+        "ids": inputs["idx"],
+        "alpha": config["distill_alpha_per_step"][int(inputs["step"])],
+        "draws": search.get("draws"),
+    }
+
+
+def _retrieval_in_loop(config: Config, batch: Batch, step: int) -> Batch:
+    count = 2 * len(batch["ids"])
+    draws = torch.tensor(config["official_loop_draws"][step * count : (step + 1) * count])
+    alpha = config["distill_alpha"] * min(1, step / config["steps"])
+    return {**batch, "draws": draws, "alpha": alpha}
+
+
+def _retrieval_verify(batch: Batch) -> dict[str, Tensor]:
+    return {name: batch[name] for name in ("images", "input_ids", "attention_mask")}
+
+
+def _retrieval_loss(model: nn.Module, batch: Batch) -> Tensor:
+    contrastive, matching = model(**batch)
+    return contrastive + matching
+
+
+def _retrieval_outputs(model: nn.Module, batch: Batch) -> Tensors:
+    states, image = model.encode_image(batch["images"])
+    texts = batch["input_ids"], batch["attention_mask"]
+    words, text = model.encode_text(*texts)
+    compared = model(**_retrieval_verify(batch))
+    sims = image @ text.t()
+    return {
+        "image_embeds": states,
+        "image_feat": compared.image_features,
+        "text_hidden": words,
+        "text_feat": compared.text_features,
+        "sims": sims,
+        "itm_logits": compared.logits,
+        "score_i2t_full": compared.logits[..., 1] + sims,
+        "image_feat_m": model.encode_image(batch["images"], momentum=True)[1],
+        "text_feat_m": model.encode_text(*texts, momentum=True)[1],
+    }
+
+
+def _clip_sizes(config: Config) -> dict[str, Any]:
+    return {f"{tower}_heads": config[f"{tower}_width"] // config["head_dim"] for tower in ("vision", "text")}
+
+
+def _clip_batch(config: Config, inputs: Tensors, _search: Tensors) -> Batch:
+    alpha = config["distill_alpha_per_step"][int(inputs["step"])]
+    return {"images": inputs["image"], "input_ids": inputs["ids"], "ids": inputs["idx"], "alpha": alpha}
+
+
+def _clip_in_loop(config: Config, batch: Batch, step: int) -> Batch:
+    return {**batch, "alpha": config["distill_alpha"] * min(1.0, step / config["steps"])}
+
+
+def _clip_verify(batch: Batch) -> dict[str, Tensor]:
+    return {name: batch[name] for name in ("images", "input_ids")}
+
+
+def _clip_outputs(model: nn.Module, batch: Batch) -> Tensors:
+    image, text = model(**_clip_verify(batch))
+    return {
+        "image_features": model.encode_image(batch["images"]),
+        "text_features": model.encode_text(batch["input_ids"]),
+        "image_features_m": model.encode_image(batch["images"], momentum=True),
+        "text_features_m": model.encode_text(batch["input_ids"], momentum=True),
+        "sims": image @ text.t(),
+    }
+
+
+def _clip_norms(model: nn.Module) -> dict[str, float]:
+    named = dict(model.named_parameters())
+    return {name: float(value.detach().norm()) for name, value in to_openai(named).items()}
+
+
 CASES: dict[str, Case] = {
+    "caption": Case(
+        sizes=blip_sizes,
+        batch=_caption_batch,
+        loss=_caption_loss,
+        outputs=_caption_outputs,
+        verify=_caption_verify,
+        keys={
+            "blip_caption_vit_base": lambda: BlipCaption(CaptionConfig.vit("base")),
+            "blip_caption_vit_large": lambda: BlipCaption(CaptionConfig.vit("large")),
+        },
+        interval=100,
+    ),
+    "clip": Case(
+        official="retrieval-clip",
+        sizes=_clip_sizes,
+        undisturbed={},
+        batch=_clip_batch,
+        loss=lambda model, batch: model(**batch),
+        in_loop=_clip_in_loop,
+        outputs=_clip_outputs,
+        verify=_clip_verify,
+        not_shrunk=("image_features_m", "text_features_m"),
+        keys={"clip_vit_l14_336": lambda: ClipRetrieval(ClipConfig())},
+        exported=lambda model: to_openai(model.state_dict()),
+        interval=3,
+        unit=unit_from_openai,
+        norms=_clip_norms,
+        searched=lambda recorded, state: _filled(recorded.load("dense.pth"), from_openai(state)),
+    ),
     "nlvr": Case(
         sizes=blip_sizes,
         batch=_nlvr_batch,
@@ -148,5 +351,31 @@ CASES: dict[str, Case] = {
             "blip_nlvr_vit_large": lambda: BlipNlvr(NlvrConfig.vit("large")),
         },
         interval=50,
+    ),
+    "retrieval": Case(
+        sizes=blip_sizes,
+        batch=_retrieval_batch,
+        loss=_retrieval_loss,
+        outputs=_retrieval_outputs,
+        verify=_retrieval_verify,
+        keys={
+            "blip_retrieval_vit_base": lambda: BlipRetrieval(RetrievalConfig.vit("base")),
+            "blip_retrieval_vit_large": lambda: BlipRetrieval(RetrievalConfig.vit("large")),
+        },
+        interval=200,
+        in_loop=_retrieval_in_loop,
+        not_shrunk=("image_feat_m", "text_feat_m"),
+    ),
+    "vqa": Case(
+        sizes=blip_sizes,
+        batch=_vqa_batch,
+        loss=_vqa_loss,
+        outputs=_vqa_outputs,
+        verify=_vqa_verify,
+        keys={
+            "blip_vqa_vit_base": lambda: BlipVqa(VqaConfig.vit("base")),
+            "blip_vqa_vit_large": lambda: BlipVqa(VqaConfig.vit("large")),
+        },
+        interval=1000,
     ),
 }

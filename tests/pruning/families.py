@@ -17,6 +17,7 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.func import functional_call
+from transformers import CLIPConfig, CLIPModel
 
 import upop
 from upop.models.nlvr import BlipNlvr, NlvrConfig
@@ -195,6 +196,28 @@ def nlvr(**settings: Any) -> nn.Module:
     return BlipNlvr(NlvrConfig(**{**tiny, **settings}))
 
 
+class _Clip(nn.Module):
+    """transformers' CLIP, towers that differ in all; features of both, with the temperature on one of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        vision = {"hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 3, "intermediate_size": 40}
+        text = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 56}
+        vision |= {"image_size": 16, "patch_size": 8}
+        text |= {"vocab_size": 60, "max_position_embeddings": 12, "bos_token_id": 58, "eos_token_id": 59}
+        self.clip = CLIPModel(CLIPConfig(vision_config=vision, text_config=text, projection_dim=20))
+
+    def forward(self, images: Tensor, input_ids: Tensor) -> tuple[Tensor, Tensor]:
+        found = self.clip(pixel_values=images, input_ids=input_ids)
+        return found.image_embeds * self.clip.logit_scale.exp(), found.text_embeds
+
+
+def _captioned(size: int, generator: torch.Generator) -> Inputs:
+    ids = torch.randint(1, 58, (size, 7), generator=generator)
+    ids[:, 0], ids[::2, 6], ids[1::2, 4] = 58, 59, 59
+    return {"images": torch.randn(size, 3, 16, 16, generator=generator), "input_ids": ids}
+
+
 def _pictures(size: int, generator: torch.Generator) -> Inputs:
     return {"x": torch.randn(size, 3, 16, 16, generator=generator)}
 
@@ -226,6 +249,7 @@ FAMILIES = [
     ),
     Family("nlvr", nlvr, _pairs),
     Family("nlvr-merged-eager", lambda: _eager(nlvr(merge_from=0, vision_depth=1, text_depth=2)), _pairs),
+    Family("clip", _Clip, _captioned),
     Family("nlvr-averaged", lambda: nlvr(merge_from=9, vision_depth=1, text_depth=2, text_width=16), _pairs),
 ]
 BY_NAME = {family.name: family for family in FAMILIES}

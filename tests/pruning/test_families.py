@@ -60,6 +60,9 @@ def assert_metadata(model: nn.Module) -> None:
         elif hasattr(module, "query"):
             assert module.attention_head_size * module.num_attention_heads == module.all_head_size
             assert module.all_head_size == module.query.out_features == module.value.out_features
+        elif hasattr(module, "q_proj"):
+            assert module.head_dim * module.num_heads == module.q_proj.out_features == module.out_proj.in_features
+            assert module.scale == pytest.approx(module.head_dim**-0.5)
 
 
 def test_units_come_in_forward_order_and_carry_every_axis(family: Family) -> None:
@@ -75,7 +78,9 @@ def test_units_come_in_forward_order_and_carry_every_axis(family: Family) -> Non
             assert model.get_parameter(part.tensor).shape[part.dim] == part.length(unit.size)
     named = {name for name, module in model.named_modules() if hasattr(module, "qkv") or hasattr(module, "fc1")}
     named |= {
-        name for name, _ in model.named_modules() if name.endswith((".self", ".self0", ".self1", ".intermediate"))
+        name
+        for name, _ in model.named_modules()
+        if name.endswith((".self", ".self0", ".self1", ".self_attn", ".intermediate"))
     }
     assert {unit.name for unit in units} == named
 

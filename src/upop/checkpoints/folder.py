@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from upop.checkpoints.fit import fit
-from upop.checkpoints.read import read_weights
+from upop.checkpoints.read import read_weights, shared_tensors
 from upop.errors import CheckpointError
 from upop.files import replacing_folder
 from upop.models import MODELS
@@ -47,9 +47,11 @@ def save(model: nn.Module, folder: str | Path, plan: Plan | None = None) -> Path
         "plan": json.loads(plan.to_json()) if plan is not None else None,
         "versions": {name: metadata.version(name) for name in ("upop", "torch", "timm", "transformers")},
     }
-    state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+    state = model.state_dict()
+    shared = shared_tensors(state)
+    written = {name: value.detach().cpu().contiguous() for name, value in state.items() if name not in shared}
     with replacing_folder(folder) as fresh:
-        save_file(state, fresh / WEIGHTS)
+        save_file(written, fresh / WEIGHTS, metadata=shared or None)
         (fresh / _DESCRIPTION).write_text(json.dumps(description, indent=1))
     return folder
 

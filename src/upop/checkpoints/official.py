@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -9,14 +10,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from upop.checkpoints.fit import fit, load_strictly, resize_positions
+from upop.checkpoints.clip_names import from_openai, is_openai, to_openai, weights_only
+from upop.checkpoints.fit import fit, load_strictly, resize_positions, scale_queries
 from upop.checkpoints.read import read_weights
 from upop.errors import CheckpointError, SettingError, nearest
 from upop.models.blip import BlipConfig
+from upop.models.caption import BlipCaption, CaptionConfig
+from upop.models.clip import ClipConfig, ClipRetrieval
+from upop.models.contrast import fresh_queues
 from upop.models.nlvr import BlipNlvr, NlvrConfig
+from upop.models.retrieval import BlipRetrieval, RetrievalConfig
+from upop.models.vqa import BlipVqa, VqaConfig
+from upop.pruning import Unit, find_units
 
 State = Mapping[str, Tensor]
 
@@ -34,6 +43,8 @@ class _Official:
         adapt: makes the tensors of a checkpoint those of the model (names, sizes of positions and queues).
         start: does so before, for a checkpoint of another task that a model is fine-tuned from.
         may_start_afresh: says which of the model's keys such a checkpoint may lack.
+        fixed_scale: says of which units the published code keeps the dense softmax scale after compression.
+        export: makes the tensors of a model those of a published checkpoint.
     """
 
     config: type[Any]
@@ -42,6 +53,8 @@ class _Official:
     adapt: Callable[[State, Any], dict[str, Tensor]]
     start: Callable[[State], dict[str, Tensor]]
     may_start_afresh: Callable[[str], bool]
+    fixed_scale: Callable[[Unit], bool] = lambda unit: unit.modality == "vision"
+    export: Callable[[State], dict[str, Tensor]] = dict
 
 
 def load_official(task: str, path: str | Path, **overrides: Any) -> nn.Module:
@@ -65,7 +78,32 @@ def load_official(task: str, path: str | Path, **overrides: Any) -> nn.Module:
     config = _config(row, state, str(path), overrides)
     state = row.adapt(state, config)
     # The published ViT keeps dividing by the square root of its dense head_dim after compression; BERT does not.
-    return fit(row.model(config), state, str(path), lambda unit: unit.modality == "vision").eval()
+    return fit(row.model(config), state, str(path), row.fixed_scale).eval()
+
+
+def save_official(task: str, model: nn.Module, path: str | Path) -> Path:
+    """Write a model, dense or compressed, as a published checkpoint that `load_official` and the published code read.
+
+    Args:
+        task: "caption", "nlvr", "retrieval", "retrieval-clip" or "vqa".
+        model: one of this task's models; it stays as it is.
+        path: of the `.pth` file, which will hold `{"model": state_dict}`.
+
+    Raises:
+        SettingError: the task is unknown.
+        CheckpointError: the model is another task's.
+    """
+    row = _row(task)
+    if not isinstance(getattr(model, "config", None), row.config):
+        raise CheckpointError(f"A {type(model).__name__} cannot be written as a checkpoint of {task!r}.")
+    with torch.device("meta"):
+        dense = {unit.name: unit.size for unit in find_units(row.model(model.config))}
+    model = copy.deepcopy(model).cpu()
+    for unit in find_units(model):
+        if unit.size < dense[unit.name] and row.fixed_scale(unit):
+            scale_queries(model, unit, unit.size, math.sqrt(dense[unit.name] / unit.size))
+    torch.save({"model": row.export(model.state_dict())}, path)
+    return Path(path)
 
 
 def start_from(task: str, path: str | Path, model: nn.Module) -> list[str]:
@@ -84,8 +122,8 @@ def start_from(task: str, path: str | Path, model: nn.Module) -> list[str]:
     state = row.adapt(row.start(read_weights(path)), model.config)
     known = model.state_dict()
     # Pre-trained checkpoints carry heads of other tasks; only whole modules that this model lacks are left out.
-    towers = tuple({f"{key.split('.')[0]}." for key in known})
-    state = {key: value for key, value in state.items() if key.startswith(towers)}
+    towers = {key.split(".")[0] for key in known}
+    state = {key: value for key, value in state.items() if key.split(".")[0] in towers}
     return load_strictly(model, state, str(path), row.may_start_afresh)
 
 
@@ -147,10 +185,8 @@ def _nlvr_config(state: State) -> dict[str, Any]:
 
 def _resized(state: State, config: BlipConfig) -> dict[str, Tensor]:
     tokens = 1 + (config.image_size // config.patch_size) ** 2
-    return {
-        key: resize_positions(value, tokens) if key == "visual_encoder.pos_embed" else value
-        for key, value in state.items()
-    }
+    positions = ("visual_encoder.pos_embed", "visual_encoder_m.pos_embed")
+    return {key: resize_positions(value, tokens) if key in positions else value for key, value in state.items()}
 
 
 def _twinned(state: State) -> dict[str, Tensor]:
@@ -166,7 +202,98 @@ def _twinned(state: State) -> dict[str, Tensor]:
     return result
 
 
+_DECODER = "text_decoder.bert.embeddings"
+_DECODER_CROSS = re.compile(r"text_decoder\.bert\.encoder\.layer\.\d+\.crossattention\.self\.(key|value)\.weight")
+
+
+def _vqa_config(state: State) -> dict[str, Any]:
+    if f"{_DECODER}.word_embeddings.weight" not in state:
+        raise KeyError(f"{_DECODER}.word_embeddings.weight")
+    return _blip_config(state)
+
+
+def _without_picture_attention(state: State) -> dict[str, Tensor]:
+    """Leave out the decoder's projections of another width: with ViT-L, a pre-trained one looked at the picture."""
+    widths = {value.shape[1] for key, value in state.items() if key == f"{_DECODER}.word_embeddings.weight"}
+    return {key: value for key, value in state.items() if not _DECODER_CROSS.fullmatch(key) or value.shape[1] in widths}
+
+
+def _retrieval_config(state: State) -> dict[str, Any]:
+    config = {**_blip_config(state), "embed_dim": state["vision_proj.weight"].shape[0]}
+    if "itm_head.weight" not in state:
+        raise KeyError("itm_head.weight")
+    return {**config, "queue_size": state["image_queue"].shape[1]} if "image_queue" in state else config
+
+
+def _requeued(state: State, config: RetrievalConfig) -> dict[str, Tensor]:
+    """Resize positions; start queues afresh that are missing or have another size."""
+    return _with_queues(_resized(state, config), config)
+
+
+def _with_queues(state: State, config: RetrievalConfig | ClipConfig) -> dict[str, Tensor]:
+    fresh = fresh_queues(config.embed_dim, config.queue_size)
+    fits = all(key in state and state[key].shape == value.shape for key, value in fresh.items())
+    return {**state, **({} if fits else fresh)}
+
+
+_NEW_FOR_RETRIEVAL = ("vision_proj", "text_proj", "itm_head", "temp")
+
+
+_CLIP_PATCHES = "vision_model.embeddings.patch_embedding.weight"
+_CLIP_POSITIONS = "{}_model{}.embeddings.position_embedding.weight"
+
+
+def _clip_named(state: State) -> dict[str, Tensor]:
+    state = weights_only(state)
+    return from_openai(state) if is_openai(state) else state
+
+
+def _clip_config(state: State) -> dict[str, Any]:
+    state = _clip_named(state)
+    patches, projection = state[_CLIP_PATCHES], state["visual_projection.weight"]
+    words = state["text_model.embeddings.token_embedding.weight"]
+    width, patch = patches.shape[0], patches.shape[-1]
+    queue = {"queue_size": state["image_queue"].shape[1]} if "image_queue" in state else {}
+    return {
+        "patch_size": patch,
+        "image_size": math.isqrt(state[_CLIP_POSITIONS.format("vision", "")].shape[0] - 1) * patch,
+        "vision_width": width,
+        "vision_depth": _layers(state, r"vision_model\.encoder\.layers\.(\d+)\."),
+        "vision_heads": max(1, width // _HEAD_DIM),
+        "vision_mlp": 4 * width,
+        "text_width": words.shape[1],
+        "text_depth": _layers(state, r"text_model\.encoder\.layers\.(\d+)\."),
+        "text_heads": max(1, words.shape[1] // _HEAD_DIM),
+        "text_mlp": 4 * words.shape[1],
+        "vocab_size": words.shape[0],
+        "max_positions": state[_CLIP_POSITIONS.format("text", "")].shape[0],
+        "embed_dim": projection.shape[0],
+        **queue,
+    }
+
+
+def _clip_complete(state: State, config: ClipConfig) -> dict[str, Tensor]:
+    """Return CLIP's tensors with what plain CLIP lacks: momentum copies start as copies, queues afresh."""
+    state = _clip_named(state)
+    for name, twin in ClipRetrieval.momentum_twins.items():
+        copies = {twin + key.removeprefix(name): value for key, value in state.items() if key.startswith(f"{name}.")}
+        state = copies | state
+    tokens = 1 + (config.image_size // config.patch_size) ** 2
+    for key in (_CLIP_POSITIONS.format("vision", twin) for twin in ("", "_m")):
+        if key in state:
+            state[key] = resize_positions(state[key].unsqueeze(0), tokens).squeeze(0)
+    return _with_queues(state, config)
+
+
 _TASKS = {
+    "caption": _Official(
+        CaptionConfig,
+        BlipCaption,
+        lambda state: _blip_config(state, "text_decoder.bert"),
+        _resized,
+        dict,
+        lambda _key: False,
+    ),
     "nlvr": _Official(
         NlvrConfig,
         BlipNlvr,
@@ -174,5 +301,31 @@ _TASKS = {
         _resized,
         _twinned,
         lambda key: "merge_layer" in key or key.startswith("cls_head."),
+    ),
+    "retrieval": _Official(
+        RetrievalConfig,
+        BlipRetrieval,
+        _retrieval_config,
+        _requeued,
+        dict,
+        lambda key: key.startswith(_NEW_FOR_RETRIEVAL) or key.split(".")[0].endswith("_m"),
+    ),
+    "retrieval-clip": _Official(
+        ClipConfig,
+        ClipRetrieval,
+        _clip_config,
+        _clip_complete,
+        dict,
+        lambda _key: False,
+        fixed_scale=lambda _unit: False,  # the published code divides by the root of what is kept, as libraries do
+        export=to_openai,
+    ),
+    "vqa": _Official(
+        VqaConfig,
+        BlipVqa,
+        _vqa_config,
+        _resized,
+        _without_picture_attention,
+        lambda key: bool(_DECODER_CROSS.fullmatch(key)),
     ),
 }

@@ -7,9 +7,10 @@ import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -36,7 +37,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         )
     if path.suffix == ".safetensors":
         try:
-            return load_file(path)
+            return _with_shared(path, load_file(path))
         except (SafetensorError, OSError) as error:
             raise CheckpointError(
                 f"{path} is no readable safetensors file: {error}. Fetch or write it again."
@@ -61,6 +62,27 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         found = sorted(map(str, content))[:8] if isinstance(content, Mapping) else type(content).__name__
         raise CheckpointError(f'{path} should hold {{"model": state dict}} or a state dict of tensors; found {found}.')
     return {str(name): value for name, value in state.items()}
+
+
+def shared_tensors(state: Mapping[str, Tensor]) -> dict[str, str]:
+    """Return the names in `state` that stand for the very tensor of an earlier name, with that name.
+
+    A safetensors file holds each tensor once, and such names in its metadata, as safetensors' own `save_model` writes.
+    """
+    first: dict[tuple[Any, ...], str] = {}
+    shared = {}
+    for name, value in state.items():
+        if value.numel() and value.device.type != "meta":
+            place = (value.device, value.data_ptr(), value.dtype, value.shape, value.stride())
+            if first.setdefault(place, name) != name:
+                shared[name] = first[place]
+    return shared
+
+
+def _with_shared(path: Path, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    with safe_open(path, framework="pt") as file:
+        names = file.metadata() or {}
+    return state | {name: state[kept] for name, kept in names.items() if kept in state and name not in state}
 
 
 def _run_folder_hint(path: Path) -> str:

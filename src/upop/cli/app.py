@@ -13,6 +13,7 @@ from rich.console import Console
 
 from upop.cli import options as o
 from upop.cli.demo import demo
+from upop.cli.recipes import recipes, run
 from upop.errors import UPopError
 from upop.settings import RunSettings, read_settings
 from upop.tasks import TASKS, find_task
@@ -31,6 +32,8 @@ app = typer.Typer(
 data = typer.Typer(no_args_is_help=True, help="Make data sets.")
 app.add_typer(data, name="data")
 app.command(epilog="Example: upop demo --output-dir output/demo")(demo)
+app.command(epilog="Example: upop recipes")(recipes)
+app.command(epilog="Example: upop run nlvr2-2x --dry-run")(run)
 
 TaskName = Annotated[str, typer.Argument(help=f"What to learn: {', '.join(TASKS)}.")]
 
@@ -39,6 +42,10 @@ class ShapesTask(StrEnum):
     """The tasks that generated data exists for."""
 
     nlvr = "nlvr"
+    caption = "caption"
+    vqa = "vqa"
+    retrieval = "retrieval"
+    retrieval_flickr = "retrieval-flickr"
 
 
 class PictureFormat(StrEnum):
@@ -118,7 +125,7 @@ def shapes(
     out: Annotated[Path, typer.Option(help="Folder to write; must be new, empty, or hold the same set.")],
     task: Annotated[ShapesTask, typer.Option(help="Which task's files to write.")] = ShapesTask.nlvr,
     seed: Annotated[int, typer.Option(help="Same seed, same bytes.")] = 0,
-    size: Annotated[int, typer.Option(help="Training records; dev and test are a tenth, 200 to 1000.")] = 20000,
+    size: Annotated[int, typer.Option(help="Training records; other splits have a tenth, at most 1000.")] = 20000,
     image_size: Annotated[int, typer.Option("--image-size", "--image_size", help="Side in pixels.")] = 64,
     image_format: Annotated[
         PictureFormat, typer.Option("--image-format", "--image_format", help="File format.")
@@ -127,8 +134,7 @@ def shapes(
     """Generate pictures of coloured shapes with annotations in the published formats."""
     from upop.cli.shapes import write_with_progress
 
-    assert task is ShapesTask.nlvr
-    write_with_progress(out, seed=seed, size=size, image_size=image_size, image_format=image_format.value)
+    write_with_progress(task.value, out, seed=seed, size=size, image_size=image_size, image_format=image_format.value)
 
 
 def _start(

@@ -44,7 +44,7 @@ def demo(
             raise SettingError(f"The demo needs {needed}, and there is none here. Run it from the repository's root.")
     console = Console()
     task = find_task(_TASK)
-    data = write_with_progress(output_dir / "data", seed=_SEED, size=_SIZE)
+    data = write_with_progress(_TASK, output_dir / "data", seed=_SEED, size=_SIZE)
     shared: dict[str, Any] = {
         "image_root": data.image_root,
         "ann_root": data.annotation,

@@ -26,7 +26,9 @@ def blip_command(task: str, config: str) -> typer.Typer:
     """
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
-    @app.command(epilog=f"Example: python compress_{task}.py --p 0.5 --epoch 15 --pretrained pretrained/model.pth")
+    script = f"compress_{task.replace('-', '_')}.py"
+
+    @app.command(epilog=f"Example: python {script} --p 0.5 --epoch 15 --pretrained pretrained/model.pth")
     def command(
         config: Annotated[Path, typer.Option(help="YAML file of settings; flags beat it.")] = Path(config),
         output_dir: o.OutputDir = Path(f"output/{task}"),
@@ -39,6 +41,7 @@ def blip_command(task: str, config: str) -> typer.Typer:
         epoch: o.Epoch = None,
         p: o.Ratio = None,
         amp: o.Amp = None,
+        lr: Annotated[float | None, typer.Option("--lr", help="Learning rate of search and retraining.")] = None,
         world_size: Annotated[int | None, typer.Option("--world_size", help=_IGNORED)] = None,
         dist_url: Annotated[str | None, typer.Option("--dist_url", help=_IGNORED)] = None,
         distributed: Annotated[str | None, typer.Option("--distributed", help=_IGNORED)] = None,
@@ -55,7 +58,7 @@ def blip_command(task: str, config: str) -> typer.Typer:
             "seed": seed,
             "pretrained": pretrained,
         }
-        flags |= {"w_sp_attn": w_sp_attn, "w_sp_mlp": w_sp_mlp, "p": p, "amp": amp, **o.epochs(epoch)}
+        flags |= {"w_sp_attn": w_sp_attn, "w_sp_mlp": w_sp_mlp, "p": p, "amp": amp, "init_lr": lr, **o.epochs(epoch)}
         found = find_task(task)
         verb = evaluate_checkpoint if evaluate else compress
         verb(found, read_settings(found.settings, config, o.overrides(flags, assign)))

@@ -7,21 +7,24 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import Progress
 
-from upop.data.shapes.write import Summary, write_nlvr
+from upop.data.shapes.write import Summary, write_shapes
 
 
-def write_with_progress(out: Path, *, seed: int, size: int, image_size: int = 64, image_format: str = "png") -> Summary:
+def write_with_progress(
+    task: str, out: Path, *, seed: int, size: int, image_size: int = 64, image_format: str = "png"
+) -> Summary:
     """Write the generated data set and say what was written."""
     console = Console()
     with Progress(console=console) as bar:
-        task = bar.add_task("drawing", total=None)
-        summary = write_nlvr(
+        row = bar.add_task("drawing", total=None)
+        summary = write_shapes(
+            task,
             out,
             seed=seed,
             size=size,
             image_size=image_size,
             image_format=image_format,  # type: ignore[arg-type]
-            progress=lambda done, total: bar.update(task, completed=done, total=total),
+            progress=lambda done, total: bar.update(row, completed=done, total=total),
         )
     counts = ", ".join(f"{count} {split}" for split, count in summary.records.items())
     verb = "Wrote" if summary.written else "Already there:"

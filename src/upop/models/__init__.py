@@ -2,6 +2,16 @@
 
 from typing import Any
 
+from upop.models.caption import BlipCaption, CaptionConfig
+from upop.models.clip import ClipConfig, ClipRetrieval
 from upop.models.nlvr import BlipNlvr, NlvrConfig
+from upop.models.retrieval import BlipRetrieval, RetrievalConfig
+from upop.models.vqa import BlipVqa, VqaConfig
 
-MODELS: dict[str, tuple[Any, Any]] = {"blip-nlvr": (BlipNlvr, NlvrConfig)}
+MODELS: dict[str, tuple[Any, Any]] = {
+    "blip-caption": (BlipCaption, CaptionConfig),
+    "blip-nlvr": (BlipNlvr, NlvrConfig),
+    "blip-retrieval": (BlipRetrieval, RetrievalConfig),
+    "blip-vqa": (BlipVqa, VqaConfig),
+    "clip-retrieval": (ClipRetrieval, ClipConfig),
+}

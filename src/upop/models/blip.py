@@ -14,10 +14,15 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import BlipTextConfig
 
+from upop.models.decoder import TextDecoder
+
 VIT_SIZES: dict[str, dict[str, int]] = {
     "base": {"vision_width": 768, "vision_depth": 12, "vision_heads": 12, "vision_mlp": 3072},
     "large": {"vision_width": 1024, "vision_depth": 24, "vision_heads": 16, "vision_mlp": 4096},
 }
+
+LABEL_SMOOTHING = 0.1
+"""Of the text decoder's loss."""
 
 
 class BlipConfig(BaseModel):
@@ -84,6 +89,19 @@ def checkpoint_last_blocks(encoder: VisionTransformer, count: int | None = None)
         block.__class__ = _CheckpointedBlock
 
 
+@torch.no_grad()
+def enlarge_weights(model: nn.Module, factor: float) -> None:
+    """Multiply fresh matrices and embeddings of a model by `factor`.
+
+    The libraries draw them with a standard deviation of 0.02, which suits widths of 768 and leaves small models asleep.
+    Position embeddings of patches grow ten times more: with few training steps, where a patch lies is not learned if
+    it drowns in what the patch shows.
+    """
+    for name, parameter in model.named_parameters():
+        if parameter.dim() > 1 and not name.endswith("patch_embed.proj.weight"):  # drawn to suit any width
+            parameter.mul_(factor * 10 if factor != 1 and name.endswith("pos_embed") else factor)
+
+
 def text_config(config: BlipConfig) -> BlipTextConfig:
     """Return transformers' configuration of the text model; cross-attention exists only where `is_decoder` is set."""
     return BlipTextConfig(
@@ -103,6 +121,19 @@ def text_config(config: BlipConfig) -> BlipTextConfig:
         is_decoder=True,
         use_cache=False,
     )
+
+
+def build_text_decoder(config: BlipConfig) -> TextDecoder:
+    """Return the text decoder: it attends to a picture (or question), and predicts each next word.
+
+    Its output layer is its word embedding, one tensor under two names. Called with `labels` it gives the mean loss over
+    them, with the published label smoothing.
+    """
+    text = text_config(config)
+    text.label_smoothing = LABEL_SMOOTHING
+    decoder = TextDecoder(text)
+    keep_position_ids(decoder.bert.embeddings)
+    return decoder
 
 
 def keep_position_ids(embeddings: nn.Module) -> None:

@@ -27,7 +27,7 @@ _ALL_ONES = "_upop_all_ones"
 
 
 class _Scratch(threading.local):
-    """Memory for masked weights on a CPU, by precision, one set per thread; it lasts as long as any mask does."""
+    """Memory for masked copies on a CPU, by precision, one set per thread; it lasts as long as any mask does."""
 
     def __init__(self) -> None:
         self.memory: dict[torch.dtype, Tensor] = {}
@@ -39,14 +39,14 @@ _scratch = _Scratch()
 class _MaskedProduct(torch.autograd.Function):
     """`F.linear` with its output rows scaled by `rows`; nothing is kept for backward but what `F.linear` keeps.
 
-    The scaling goes to whatever is smaller: to the weight, or, where there are fewer tokens than input features, to
-    the output and its gradient.
+    The scaling goes to whatever is less to read and write: to the weight (and, in the backward pass, to its gradient
+    too), or, where there are few tokens, to the output and its gradient.
     """
 
     @staticmethod
     def forward(ctx: Any, inputs: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor) -> Tensor:
         ctx.save_for_backward(inputs, weight, rows)
-        if _few_tokens(inputs, weight):
+        if _tokens(inputs) < weight.shape[1]:
             dtype = inputs.dtype
             product = F.linear(inputs, weight.to(dtype), None if bias is None else bias.to(dtype))
             return product.mul_(rows.to(dtype))
@@ -57,10 +57,10 @@ class _MaskedProduct(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         inputs, weight, rows = ctx.saved_tensors
         need_inputs, need_weight, need_bias = ctx.needs_input_grad[:3]
-        few = _few_tokens(inputs, weight)
+        few = _tokens(inputs) < 2 * weight.shape[1]
         flat = grad.reshape(-1, grad.shape[-1])
         if few:
-            flat = flat * rows.to(grad.dtype)
+            flat = torch.mul(flat, rows.to(flat.dtype), out=_scratch_like(flat))
         grad_inputs = grad_weight = grad_bias = None
         if need_inputs:
             scaled = weight.to(grad.dtype) if few else _scaled(weight, None, rows, grad.dtype)[0]
@@ -74,8 +74,8 @@ class _MaskedProduct(torch.autograd.Function):
         return grad_inputs, grad_weight, grad_bias, None
 
 
-def _few_tokens(inputs: Tensor, weight: Tensor) -> bool:
-    return inputs.numel() // inputs.shape[-1] < weight.shape[1]
+def _tokens(inputs: Tensor) -> int:
+    return inputs.numel() // inputs.shape[-1]
 
 
 def _scaled(weight: Tensor, bias: Tensor | None, rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
@@ -83,17 +83,17 @@ def _scaled(weight: Tensor, bias: Tensor | None, rows: Tensor, dtype: torch.dtyp
     return masked.to(dtype), None if bias is None else (bias * rows).to(dtype)
 
 
-def _scratch_like(weight: Tensor) -> Tensor | None:
-    """Return memory for a masked weight, which is used up before the next one is made; None lets torch allocate it.
+def _scratch_like(factor: Tensor) -> Tensor | None:
+    """Return memory for a masked copy that is used up before the next one is made; None lets torch allocate it.
 
     On a CPU fresh memory costs more than the product itself, since the system has to map every page.
     """
-    if weight.device.type != "cpu" or torch.compiler.is_compiling():
+    if factor.device.type != "cpu" or torch.compiler.is_compiling():
         return None
     held = _scratch.memory
-    if weight.dtype not in held or held[weight.dtype].numel() < weight.numel():
-        held[weight.dtype] = weight.new_empty(weight.numel())
-    return held[weight.dtype][: weight.numel()].view(weight.shape)
+    if factor.dtype not in held or held[factor.dtype].numel() < factor.numel():
+        held[factor.dtype] = factor.new_empty(factor.numel())
+    return held[factor.dtype][: factor.numel()].view(factor.shape)
 
 
 class _MaskedForward:

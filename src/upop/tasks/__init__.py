@@ -1,13 +1,21 @@
 """The tasks, by name. A new one is one file here, and one line in the table below."""
 
+from typing import Any
+
 from upop.errors import SettingError, nearest
+from upop.tasks.caption import CaptionTask
 from upop.tasks.nlvr import NlvrTask
+from upop.tasks.retrieval import BlipRetrievalTask
+from upop.tasks.retrieval_clip import ClipRetrievalTask
+from upop.tasks.vqa import VqaTask
 from upop.training.task import Task
 
-TASKS: dict[str, Task] = {task.name: task for task in (NlvrTask(),)}  # type: ignore[type-arg]
+TASKS: dict[str, Task[Any]] = {
+    task.name: task for task in (CaptionTask(), NlvrTask(), BlipRetrievalTask(), ClipRetrievalTask(), VqaTask())
+}
 
 
-def find_task(name: str) -> Task:  # type: ignore[type-arg]
+def find_task(name: str) -> Task[Any]:
     """Return the task called `name`.
 
     Raises:

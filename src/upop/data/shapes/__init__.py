@@ -1,5 +1,5 @@
-"""Generated pictures of coloured shapes, with sentences that are true or false of them."""
+"""Generated pictures of coloured shapes, with sentences, captions, questions and answers that fit them."""
 
-from upop.data.shapes.write import Summary, write_nlvr
+from upop.data.shapes.write import FORMATS, Summary, write_shapes
 
-__all__ = ["Summary", "write_nlvr"]
+__all__ = ["FORMATS", "Summary", "write_shapes"]

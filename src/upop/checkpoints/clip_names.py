@@ -1,0 +1,137 @@
+"""CLIP's two ways of naming tensors: OpenAI's, in the published checkpoints, and transformers', in our models.
+
+OpenAI packs the projections of queries, keys and values into one tensor, and keeps the two output projections
+transposed. Momentum copies carry "_m" at the end of their first name in both.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+_TENSORS = (
+    ("visual.class_embedding", "vision_model.embeddings.class_embedding"),
+    ("visual.positional_embedding", "vision_model.embeddings.position_embedding.weight"),
+    ("visual.conv1.weight", "vision_model.embeddings.patch_embedding.weight"),
+    ("visual.proj", "visual_projection.weight"),
+    ("positional_embedding", "text_model.embeddings.position_embedding.weight"),
+    ("token_embedding.weight", "text_model.embeddings.token_embedding.weight"),
+    ("text_projection", "text_projection.weight"),
+    *(
+        (f"{theirs}.{kind}", f"{ours}.{kind}")
+        for theirs, ours in (
+            ("visual.ln_pre", "vision_model.pre_layrnorm"),  # misspelt in transformers
+            ("visual.ln_post", "vision_model.post_layernorm"),
+            ("ln_final", "text_model.final_layer_norm"),
+        )
+        for kind in ("weight", "bias")
+    ),
+)
+_TO_OURS = dict(_TENSORS)
+_TO_OPENAI = {ours: theirs for theirs, ours in _TENSORS}
+_TRANSPOSED = ("visual_projection.weight", "text_projection.weight")
+
+_BLOCKS = (
+    ("visual.transformer.resblocks.", "vision_model.encoder.layers."),
+    ("transformer.resblocks.", "text_model.encoder.layers."),
+)
+_PARTS = (
+    ("attn.out_proj", "self_attn.out_proj"),
+    ("ln_1", "layer_norm1"),
+    ("ln_2", "layer_norm2"),
+    ("mlp.c_fc", "mlp.fc1"),
+    ("mlp.c_proj", "mlp.fc2"),
+)
+_PACKED = re.compile(r"(.*\.)attn\.in_proj_(weight|bias)")
+_SPLIT = re.compile(r"(.*\.self_attn\.)([qkv])_proj\.(weight|bias)")
+_UNIT = re.compile(r"(.*resblocks\.\d+)(\.attn)?")
+
+# Numbers beside the weights: sizes in OpenAI's own files, positions in older ones of transformers.
+_NO_WEIGHTS = re.compile(r"input_resolution|context_length|vocab_size|(text|vision)_model\.embeddings\.position_ids")
+
+
+def is_openai(names: Iterable[str]) -> bool:
+    """Whether a checkpoint with tensors of these names is in OpenAI's naming."""
+    return "visual.conv1.weight" in names
+
+
+def from_openai(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors of a checkpoint in OpenAI's naming, by the names of our models.
+
+    Dense and compressed ones alike; names that CLIP does not have stay as they are.
+    """
+    result: dict[str, Tensor] = {}
+    for key, value in state.items():
+        name, copy = _without_copy(key)
+        packed = _PACKED.fullmatch(name)
+        if packed:
+            layer = _replaced(packed[1], _BLOCKS)
+            for projection, part in zip("qkv", value.chunk(3), strict=True):
+                result[_with_copy(f"{layer}self_attn.{projection}_proj.{packed[2]}", copy)] = part.contiguous()
+            continue
+        ours = _TO_OURS.get(name) or _in_block(name, _BLOCKS, _PARTS)
+        result[_with_copy(ours, copy)] = value.t().contiguous() if ours in _TRANSPOSED else value
+    return result
+
+
+def to_openai(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors of one of our models in OpenAI's naming: the inverse of `from_openai`, to the last bit."""
+    blocks, parts = _turned(_BLOCKS), _turned(_PARTS)
+    result: dict[str, Tensor] = {}
+    for key, value in state.items():
+        name, copy = _without_copy(key)
+        split = _SPLIT.fullmatch(name)
+        if split:
+            if split[2] == "q":
+                packed = [state[_with_copy(f"{split[1]}{each}_proj.{split[3]}", copy)] for each in "qkv"]
+                layer = _replaced(split[1].removesuffix("self_attn."), blocks)
+                result[_with_copy(f"{layer}attn.in_proj_{split[3]}", copy)] = torch.cat(packed)
+            continue
+        theirs = _TO_OPENAI.get(name) or _in_block(name, blocks, parts)
+        result[_with_copy(theirs, copy)] = value.t().contiguous() if name in _TRANSPOSED else value
+    return result
+
+
+def weights_only(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors without the numbers that some files of CLIP keep beside the weights."""
+    return {key: value for key, value in state.items() if not _NO_WEIGHTS.fullmatch(key)}
+
+
+def unit_from_openai(name: str) -> str:
+    """Return the name of the unit that the published code calls so: a block (its MLP), or a block's "attn"."""
+    found = _UNIT.fullmatch(name)
+    if found is None:
+        return name
+    return _replaced(found[1], _BLOCKS) + (".self_attn" if found[2] else ".mlp")
+
+
+def _without_copy(key: str) -> tuple[str, bool]:
+    root, dot, rest = key.partition(".")
+    return root.removesuffix("_m") + dot + rest, root.endswith("_m")
+
+
+def _with_copy(name: str, copy: bool) -> str:
+    root, dot, rest = name.partition(".")
+    return f"{root}_m{dot}{rest}" if copy else name
+
+
+def _replaced(name: str, pairs: Iterable[tuple[str, str]]) -> str:
+    for old, new in pairs:
+        if name.startswith(old):
+            return new + name.removeprefix(old)
+    return name
+
+
+def _in_block(name: str, blocks: Iterable[tuple[str, str]], parts: Iterable[tuple[str, str]]) -> str:
+    for old, new in blocks:
+        if name.startswith(old):
+            number, _, part = name.removeprefix(old).partition(".")
+            return f"{new}{number}.{_replaced(part, parts)}"
+    return name
+
+
+def _turned(pairs: Iterable[tuple[str, str]]) -> tuple[tuple[str, str], ...]:
+    return tuple((new, old) for old, new in pairs)

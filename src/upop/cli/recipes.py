@@ -1,0 +1,93 @@
+"""`upop recipes` lists the published runs, and `upop run` starts one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from upop.cli import options as o
+from upop.errors import UPopError
+from upop.recipes import RECIPES, Recipe, find_recipe, read_recipes
+from upop.settings import RunSettings, read_settings
+from upop.tasks import find_task
+from upop.tasks.verbs import compress, evaluate_checkpoint
+from upop.training.task import Task
+
+File = Annotated[Path, typer.Option("--recipes", help="YAML file of recipes.")]
+
+
+def recipes(file: File = RECIPES) -> None:
+    """List every published run."""
+    table = Table(title="Published runs", title_justify="left")
+    for heading in ("name", "task", "p", "epochs", "published script", "the paper's result"):
+        table.add_column(heading, no_wrap=heading == "name")
+    for recipe in read_recipes(file).values():
+        table.add_row(recipe.name, recipe.task, f"{recipe.p:g}", str(recipe.epoch), recipe.script, recipe.paper)
+    console = Console()
+    console.print(table)
+    console.print("epochs: of the search, and as many of retraining. Start one with `upop run NAME`.", highlight=False)
+
+
+def run(
+    name: Annotated[str, typer.Argument(help="Name of a recipe; `upop recipes` lists them.")],
+    dry_run: Annotated[bool, typer.Option("--dry-run", "--dry_run", help="Only say what would be done.")] = False,
+    evaluate: Annotated[bool, typer.Option("--evaluate", help="Evaluate the published compressed checkpoint.")] = False,
+    pretrained: o.Pretrained = None,
+    output_dir: o.OutputDir = None,
+    device: o.DeviceName = None,
+    seed: o.Seed = None,
+    amp: o.Amp = None,
+    file: File = RECIPES,
+    assign: o.Set = None,
+) -> None:
+    """Start a published run. Under torchrun it runs on all processes, like every command."""
+    recipe = find_recipe(name, file)
+    task = find_task(recipe.task)
+    given: dict[str, Any] = dict(recipe.overrides)
+    if evaluate:
+        given["pretrained"] = str(recipe.output_dir / recipe.compressed)
+    flags = {"pretrained": pretrained, "output_dir": output_dir, "device": device, "seed": seed, "amp": amp}
+    settings = read_settings(task.settings, recipe.config, given | o.overrides(flags, assign))
+    verb = evaluate_checkpoint if evaluate else compress
+    if dry_run:
+        _explain(recipe, task, settings, evaluate=evaluate)
+    else:
+        verb(task, settings)
+
+
+def _explain(recipe: Recipe, task: Task[Any], settings: RunSettings, *, evaluate: bool) -> None:
+    console = Console(soft_wrap=True, highlight=False)
+    console.print(f"{recipe.name} stands for the published command\n  {_shown(recipe, evaluate=evaluate)}\n")
+    console.print(f"Settings as resolved:\n{settings.to_yaml()}")
+    if not evaluate:
+        console.print(
+            f"Steps: evaluate the dense model; search for {settings.search_epochs} epochs, masking up to "
+            f"{100 * settings.p:g} % of the cost; cut; retrain for {settings.max_epoch} epochs, keeping the best by "
+            f"{task.metric}; evaluate.\n"
+        )
+    console.print("What it needs:")
+    needs = [Path(str(settings.pretrained)), *_data(settings)]
+    for path in dict.fromkeys(needs):
+        console.print(f"  {'found  ' if path.exists() else 'missing'}  {path}")
+    try:
+        for split in (*(() if evaluate else ("train",)), *task.evaluated(settings)):
+            task.dataset(settings, split)
+    except UPopError as error:
+        console.print(f"The data cannot be used yet: {error}", markup=False)
+    else:
+        console.print("The data can be read.")
+    if recipe.paper:
+        console.print(f"The paper's result: {recipe.paper}")
+
+
+def _shown(recipe: Recipe, *, evaluate: bool) -> str:
+    return recipe.evaluation if evaluate else recipe.command
+
+
+def _data(settings: RunSettings) -> list[Path]:
+    fields = type(settings).model_fields
+    return [Path(getattr(settings, name)) for name in fields if name.endswith("_root") or name == "tokenizer"]

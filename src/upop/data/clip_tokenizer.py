@@ -1,0 +1,159 @@
+"""Texts for CLIP: token numbers between a first and a last word, in rows of one length.
+
+CLIP's text tower reads off its feature at the last word of the vocabulary, which ends every text. So any tokenizer
+whose two last words are made for it will do: CLIP's own byte-pair encoding (<|startoftext|>, <|endoftext|>), or a BERT
+vocabulary with [DEC] and [ENC], as generated data has it.
+"""
+
+from __future__ import annotations
+
+import gzip
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, cast
+
+import huggingface_hub
+import torch
+from torch import Tensor
+from transformers import CLIPTokenizer as LibraryTokenizer
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+from upop.data.retrieval import RetrievalCollator
+from upop.data.tokenizer import load_tokenizer
+from upop.errors import DataError
+
+BEGIN, END = "<|startoftext|>", "<|endoftext|>"
+PADDING = 0
+"""As published; what stands behind the last word is never looked at."""
+
+_BYTE_PAIRS = ("vocab.json", "merges.txt")
+_MERGES = 49152 - 256 - 2
+"""How many of the list's merges OpenAI uses."""
+_HUB_TIMEOUT = 10.0
+
+
+@dataclass(frozen=True)
+class ClipTokenizer:
+    """Makes rows of token numbers; its two last words begin and end a text.
+
+    Attributes:
+        library: a tokenizer of transformers.
+        begin: number of the word that begins a text.
+        end: number of the word that ends it: the highest of all.
+    """
+
+    library: Any
+    begin: int
+    end: int
+
+    def __len__(self) -> int:
+        """The number of words."""
+        return self.end + 1
+
+    def __call__(self, texts: Sequence[str], length: int) -> dict[str, Tensor]:
+        """Return `input_ids` and `attention_mask`, [B, T] int64, padded to the longest text, which is at most `length`.
+
+        Longer texts are cut, and end with the last word all the same.
+        """
+        rows = self.library(list(texts), add_special_tokens=False)["input_ids"]
+        rows = [[self.begin, *row[: length - 2], self.end] for row in rows]
+        longest = max(map(len, rows))
+        ids = torch.full((len(rows), longest), PADDING)
+        mask = torch.zeros_like(ids)
+        for place, row in enumerate(rows):
+            ids[place, : len(row)] = torch.tensor(row)
+            mask[place, : len(row)] = 1
+        return {"input_ids": ids, "attention_mask": mask}
+
+
+@dataclass(frozen=True)
+class ClipCollator(RetrievalCollator):
+    """Makes a batch of items whose texts are CLIP's: `tokenizer` is a `ClipTokenizer`."""
+
+    def tokenize(self, texts: list[str]) -> dict[str, Tensor]:
+        """Texts as input_ids and attention_mask, [texts, T]; CLIP itself does not need the mask."""
+        return cast(ClipTokenizer, self.tokenizer)(texts, self.max_length)
+
+
+def load_clip_tokenizer(path_or_name: str | Path) -> ClipTokenizer:
+    """Load a tokenizer from disk, or by its name on the hub.
+
+    On disk it is a folder with CLIP's vocab.json and merges.txt, OpenAI's own file (bpe_simple_vocab_16e6.txt.gz), or a
+    folder with a BERT vocabulary.
+
+    Raises:
+        DataError: there is none, or its two last words are not made to begin and to end a text.
+    """
+    name = os.fspath(path_or_name)
+    folder = Path(name)
+    if all((folder / file).is_file() for file in _BYTE_PAIRS):
+        return _byte_pairs(str(folder), local=True)
+    if folder.name.endswith(".txt.gz") and folder.is_file():
+        return _merge_list(folder)
+    if folder.is_dir():
+        return _bert(load_tokenizer(folder), name)
+    if isinstance(path_or_name, Path) or folder.exists() or name.startswith((".", "~", "/")) or name.count("/") != 1:
+        raise DataError(
+            f"The tokenizer {name!r} was asked for, and there is no such folder. Name one that holds "
+            f"{' and '.join(_BYTE_PAIRS)} (or vocab.txt), or a name of the hub, such as openai/clip-vit-large-patch14."
+        )
+    return _from_hub(name)
+
+
+def _from_hub(name: str) -> ClipTokenizer:
+    try:
+        return _byte_pairs(name, local=True)  # a copy in the cache needs no network
+    except DataError:
+        pass
+    try:
+        # Without a network, loading retries for minutes, file by file; one question tells if it can work.
+        huggingface_hub.model_info(name, timeout=_HUB_TIMEOUT)
+    except Exception as error:  # no network, no such name, no permission
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise DataError(
+            f"The tokenizer {name!r} is no folder here, and the hub does not give it: {first.rstrip('.')}. "
+            f"Check the name and the network, or name a folder that holds {' and '.join(_BYTE_PAIRS)}."
+        ) from error
+    return _byte_pairs(name, local=False)
+
+
+def _byte_pairs(name: str, *, local: bool) -> ClipTokenizer:
+    try:
+        library = LibraryTokenizer.from_pretrained(name, local_files_only=local)
+    except Exception as error:  # each of the many parsers below has its own errors
+        raise DataError(f"The CLIP tokenizer in {name!r} cannot be read: {error}.") from error
+    return _checked(library, BEGIN, END, name)
+
+
+def _merge_list(file: Path) -> ClipTokenizer:
+    """Read OpenAI's list of merges; the words are the bytes, the bytes that end a word, what merges make, and two."""
+    try:
+        with gzip.open(file, "rt", encoding="utf-8") as lines:
+            merges = [tuple(line.split()) for line in islice(lines, 1, 1 + _MERGES)]
+    except (OSError, EOFError, UnicodeDecodeError) as error:
+        raise DataError(f"The list of merges {file} cannot be read: {error}. Fetch it again.") from error
+    if bad := [merge for merge in merges if len(merge) != 2]:
+        raise DataError(f"{file} is no list of merges of two: it holds {' '.join(bad[0])!r}.")
+    letters = list(bytes_to_unicode().values())
+    words = [*letters, *(f"{letter}</w>" for letter in letters), *map("".join, merges), BEGIN, END]
+    numbers = {word: number for number, word in enumerate(words)}
+    library = LibraryTokenizer(vocab=numbers, merges=cast(Any, merges))
+    return _checked(library, BEGIN, END, str(file))
+
+
+def _bert(library: Any, name: str) -> ClipTokenizer:
+    return _checked(library, "[DEC]", "[ENC]", name)
+
+
+def _checked(library: Any, begin: str, end: str, name: str) -> ClipTokenizer:
+    words = library.get_vocab()
+    found = (words.get(begin), words.get(end))
+    if found != (len(words) - 2, len(words) - 1):
+        raise DataError(
+            f"The tokenizer {name!r} has {len(words)} words, of which {begin} and {end} must be the last two; they are "
+            f"numbers {found[0]} and {found[1]}. Fetch the files of openai/clip-vit-large-patch14, or name another one."
+        )
+    return ClipTokenizer(library, found[0], found[1])

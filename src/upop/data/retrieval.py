@@ -1,0 +1,129 @@
+"""Retrieval (COCO, Flickr30K): a picture with one caption to train on, pictures with all captions to search."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NotRequired, TypedDict
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from upop.data.records import Record, check_images, open_image, read_records, shown
+from upop.data.text import clean_caption
+from upop.data.transforms import ImageTransform
+
+TEXT_TOKENS = 35
+"""Longest caption, in tokens."""
+
+
+class RetrievalItem(TypedDict):
+    """A picture [3, S, S] and the number of the picture; in training also one of its captions, cleaned."""
+
+    image: Tensor
+    number: int
+    caption: NotRequired[str]
+
+
+class RetrievalPairs(Dataset[RetrievalItem]):
+    """Training pairs: `[{"image": path, "caption": str, "image_id": str}]`; pairs of one image_id belong together.
+
+    The paths of images start from `image_root`. Raises DataError, here for anything that is wrong with the annotation
+    file or an image that is missing, and on access for an image that cannot be read.
+    """
+
+    def __init__(self, annotation_file: str | Path, image_root: str | Path, transform: ImageTransform) -> None:
+        self.file, self.root, self.transform = Path(annotation_file), Path(image_root), transform
+        records = read_records(self.file)
+        self._images = [record.text("image") for record in records]
+        self._captions = [_cleaned(record, record.text("caption")) for record in records]
+        numbers: dict[str, int] = {}
+        self._numbers = [numbers.setdefault(_image_id(record), len(numbers)) for record in records]
+        check_images(self.root, zip(records, self._images, strict=True))
+
+    def __len__(self) -> int:
+        """The number of pairs."""
+        return len(self._images)
+
+    def __getitem__(self, index: int) -> RetrievalItem:
+        """The pair of that number, as drawn this time."""
+        image = open_image(self.root / self._images[index], file=self.file, number=index % len(self))
+        return {
+            "image": self.transform(image),
+            "number": self._numbers[index],
+            "caption": self._captions[index],
+        }
+
+
+class RetrievalGallery(Dataset[RetrievalItem]):
+    """Pictures with all their captions: `[{"image": path, "caption": [str, ...]}]`; items are the pictures alone.
+
+    Raises DataError as `RetrievalPairs` does, and for a picture without captions.
+
+    Attributes:
+        texts: all captions, cleaned, picture by picture.
+        image_of_text: the number of each caption's picture, [texts].
+    """
+
+    def __init__(self, annotation_file: str | Path, image_root: str | Path, transform: ImageTransform) -> None:
+        self.file, self.root, self.transform = Path(annotation_file), Path(image_root), transform
+        records = read_records(self.file)
+        self._images = [record.text("image") for record in records]
+        captions = [[_cleaned(record, text) for text in record.texts("caption")] for record in records]
+        self.texts = [text for texts in captions for text in texts]
+        self.image_of_text = torch.tensor([number for number, texts in enumerate(captions) for _ in texts])
+        check_images(self.root, zip(records, self._images, strict=True))
+
+    def __len__(self) -> int:
+        """The number of pictures."""
+        return len(self._images)
+
+    def __getitem__(self, index: int) -> RetrievalItem:
+        """The picture of that number."""
+        number = index % len(self)
+        image = open_image(self.root / self._images[index], file=self.file, number=number)
+        return {"image": self.transform(image), "number": number}
+
+
+@dataclass(frozen=True)
+class RetrievalCollator:
+    """Makes a batch of items; a class, so that worker processes can be given it however they are started.
+
+    The batch holds images [B, 3, S, S] and ids [B] (numbers of the pictures); of training pairs also input_ids and
+    attention_mask, [B, T], padded to the longest caption.
+    """
+
+    tokenizer: Any
+    max_length: int = TEXT_TOKENS
+
+    def __call__(self, items: Sequence[RetrievalItem]) -> dict[str, Tensor]:
+        """The items as one batch."""
+        batch = {
+            "images": torch.stack([item["image"] for item in items]),
+            "ids": torch.tensor([item["number"] for item in items]),
+        }
+        captions = [item["caption"] for item in items if "caption" in item]
+        return {**batch, **self.tokenize(captions)} if captions else batch
+
+    def tokenize(self, texts: list[str]) -> dict[str, Tensor]:
+        """Texts as input_ids and attention_mask, [texts, T]."""
+        words = self.tokenizer(
+            texts, padding="longest", truncation=True, max_length=self.max_length, return_tensors="pt"
+        )
+        return {name: words[name] for name in ("input_ids", "attention_mask")}
+
+
+def _cleaned(record: Record, text: str) -> str:
+    caption = clean_caption(text)
+    if not caption:
+        raise record.error(f"'caption' holds no words: {shown(text)}.")
+    return caption
+
+
+def _image_id(record: Record) -> str:
+    found = record.get("image_id")
+    if isinstance(found, bool) or not isinstance(found, str | int) or found == "":
+        raise record.error(f"'image_id' must be a text or a whole number, not {shown(found)}.")
+    return str(found)

@@ -1,0 +1,263 @@
+"""Visual question answering: questions about a picture (VQAv2, Visual Genome) and the answers that people gave."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypedDict
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from upop.data.records import Record, check_images, open_image, read_records, shown
+from upop.data.text import clean_question
+from upop.data.transforms import ImageTransform
+from upop.data.vqa_accuracy import ANNOTATORS, ANSWER_TYPES, answer_type
+from upop.errors import DataError
+
+SOURCES = ("vqa", "vg")
+"""What a record's "dataset" says: which root its picture lies under."""
+QUESTION_TOKENS = 35
+VG_WEIGHT = 0.2
+"""Of an answer from Visual Genome, which has one for each question."""
+
+
+class VqaItem(TypedDict):
+    """One record: an image [3, H, W], the cleaned question, and in training its answers and their weights."""
+
+    image: Tensor
+    question: str
+    question_id: int
+    answers: Sequence[str]
+    weights: Sequence[float]
+
+
+class _VqaRecords(Dataset[VqaItem]):
+    """What training and evaluation share: pictures and questions, all checked."""
+
+    def __init__(self, files: Sequence[Path], roots: Mapping[str, Path], transform: ImageTransform) -> None:
+        self.transform = transform
+        self.roots = {source: Path(roots[source]) for source in SOURCES}
+        self._questions: list[str] = []
+        self._places: list[tuple[Path, int, str, str]] = []
+        for file in files:
+            records = read_records(file)
+            for record in records:
+                question = clean_question(record.text("question")).strip()
+                if not question:
+                    raise record.error(f"'question' holds no words: {record.text('question')!r}.")
+                self._questions.append(question)
+                source = SOURCES[record.one_of("dataset", SOURCES)]
+                self._places.append((record.file, record.number, source, record.text("image")))
+                self._take(record)
+            places = self._places[-len(records) :]
+            for source, root in self.roots.items():
+                named = zip(records, places, strict=True)
+                check_images(root, ((record, place[3]) for record, place in named if place[2] == source))
+
+    def _take(self, record: Record) -> None:
+        """Read what is asked of a record beside its picture and question."""
+        raise NotImplementedError
+
+    def __len__(self) -> int:
+        """The number of records."""
+        return len(self._questions)
+
+    def _image(self, index: int) -> Tensor:
+        file, number, source, image = self._places[index]
+        return self.transform(open_image(self.roots[source] / image, file=file, number=number))
+
+
+class VqaTrainingDataset(_VqaRecords):
+    """The records of annotation files, one after the other, with weighted answers.
+
+    A record is `{"question": str, "answer": [str, ...], "image": str, "dataset": "vqa"}`, whose answers weigh as many
+    tenths as people gave them, or `{"question": str, "answer": str, "image": str, "dataset": "vg"}`.
+
+    Args:
+        files: annotation files.
+        roots: "vqa" and "vg" -> the folder that their pictures' paths start from.
+        transform: makes a tensor of a picture.
+
+    Raises DataError, here for anything that is wrong with an annotation file or an image that is missing, and on
+    access for an image that cannot be read.
+    """
+
+    def __init__(self, files: Sequence[Path], roots: Mapping[str, Path], transform: ImageTransform) -> None:
+        self._answers: list[tuple[tuple[str, ...], tuple[float, ...]]] = []
+        super().__init__(files, roots, transform)
+
+    def _take(self, record: Record) -> None:
+        if record.get("dataset") == "vg":
+            self._answers.append(((record.text("answer"),), (VG_WEIGHT,)))
+            return
+        given = _people(record)
+        counts = Counter(given)
+        self._answers.append((tuple(counts), tuple(count / len(given) for count in counts.values())))
+
+    def __getitem__(self, index: int) -> VqaItem:
+        """The record of that number, as drawn this time."""
+        answers, weights = self._answers[index]
+        return {
+            "image": self._image(index),
+            "question": self._questions[index],
+            "question_id": -1,
+            "answers": answers,
+            "weights": weights,
+        }
+
+    def outside(self, candidates: Iterable[str]) -> tuple[int, int, float]:
+        """Return how many different answers are none of the candidates, of how many, and their share of all weight."""
+        known = {candidate.strip().lower() for candidate in candidates}
+        weights: Counter[str] = Counter()
+        for answers, shares in self._answers:
+            for answer, weight in zip(answers, shares, strict=True):
+                weights[answer.strip().lower()] += weight  # type: ignore[assignment]
+        missing = [answer for answer in weights if answer not in known]
+        return len(missing), len(weights), sum(weights[answer] for answer in missing) / sum(weights.values())
+
+
+class VqaDataset(_VqaRecords):
+    """The records of one annotation file, to be answered: `{"question_id": int, "question", "image", "dataset"}`.
+
+    Where the file has answers (ten per question, as `VqaTrainingDataset` reads them) they can be scored; a field
+    "answer_type" of "yes/no", "number" or "other" says the type, which is otherwise read off the answers.
+
+    Attributes:
+        question_ids: of all records.
+        people: ten answers per record, or an empty list where the file has none.
+        types: the type of answer per record that has answers.
+
+    Raises DataError as `VqaTrainingDataset` does, and where two records have the same question_id.
+    """
+
+    def __init__(self, file: Path, roots: Mapping[str, Path], transform: ImageTransform) -> None:
+        self.question_ids: list[int] = []
+        self.people: list[tuple[str, ...]] = []
+        self.types: list[str] = []
+        self._seen: dict[int, int] = {}
+        super().__init__([file], roots, transform)
+
+    def _take(self, record: Record) -> None:
+        number = record.get("question_id")
+        if not isinstance(number, int) or isinstance(number, bool):
+            raise record.error(f"'question_id' must be a whole number, not {shown(number)}.")
+        if number in self._seen:
+            raise record.error(
+                f"'question_id' is {number}, and record {self._seen[number]} has it too. "
+                "Answers are told apart by it: give every question its own."
+            )
+        self._seen[number] = record.number
+        self.question_ids.append(number)
+        if record.number and ("answer" in record.fields) != bool(self.people):
+            other = "have answers" if self.people else "have none"
+            raise record.error(
+                f"the field 'answer' {'is there' if 'answer' in record.fields else 'is missing'}, and the records "
+                f"before {other}. A file has answers for all its questions, or for none."
+            )
+        if "answer" in record.fields:
+            self.people.append(tuple(_people(record, ANNOTATORS)))
+            typed = "answer_type" in record.fields
+            self.types.append(
+                ANSWER_TYPES[record.one_of("answer_type", ANSWER_TYPES)] if typed else answer_type(self.people[-1])
+            )
+
+    def __getitem__(self, index: int) -> VqaItem:
+        """The record of that number."""
+        return {
+            "image": self._image(index),
+            "question": self._questions[index],
+            "question_id": self.question_ids[index],
+            "answers": (),
+            "weights": (),
+        }
+
+
+def _people(record: Record, count: int | None = None) -> list[str]:
+    value = record.get("answer")
+    wanted = "some" if count is None else str(count)
+    # A person may have left an answer blank, as long as not all did.
+    if (
+        not isinstance(value, list)
+        or (count is not None and len(value) != count)
+        or not all(isinstance(text, str) for text in value)
+        or not any(text.strip() for text in value)
+    ):
+        raise record.error(f"'answer' must be a list of {wanted} texts that are not all empty, not {shown(value)}.")
+    return value
+
+
+def read_answer_list(file: str | Path) -> tuple[str, ...]:
+    """Return the candidate answers of an answer_list.json: a JSON list of texts.
+
+    Raises:
+        DataError: it is missing, empty, or anything else; the message names the entry, counted from 0.
+    """
+    file = Path(file)
+    try:
+        values = json.loads(file.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, RecursionError) as error:
+        reason = "does not exist" if isinstance(error, FileNotFoundError) else f"cannot be read: {error}"
+        raise DataError(
+            f"The list of candidate answers {file} {reason}. Ranking needs it; set inference: generate to do without."
+        ) from error
+    if not isinstance(values, list) or not values:
+        raise DataError(f"The list of candidate answers {file} must be a JSON list of texts, not {shown(values)}.")
+    for number, value in enumerate(values):
+        if not isinstance(value, str) or not value.strip():
+            raise DataError(f"{file}, entry {number}: must be a text that is not empty, not {shown(value)}.")
+    return tuple(values)
+
+
+@dataclass(frozen=True)
+class VqaCollator:
+    """Makes a batch of items; a class, so that worker processes can be given it however they are started.
+
+    Texts are padded to the longest of the batch, and questions cut to 35 tokens. The first token stays [CLS]: the
+    model puts [ENC] or [DEC] there.
+
+    Attributes:
+        tokenizer: of questions and answers.
+        candidates: token ids and mask of the list that answers are ranked from, [C, L] each; evaluation's batches
+            carry them. None where answers are generated.
+    """
+
+    tokenizer: Any
+    candidates: tuple[Tensor, Tensor] | None = None
+
+    def __call__(self, items: Sequence[VqaItem]) -> dict[str, Tensor]:
+        """Return the items as one batch: in training, with answers [A, L], weights [A] and answer_counts [B]."""
+        questions = self.tokenizer(
+            [item["question"] for item in items],
+            padding="longest",
+            truncation=True,
+            max_length=QUESTION_TOKENS,
+            return_tensors="pt",
+        )
+        batch = {
+            "images": torch.stack([item["image"] for item in items]),
+            "question_ids": questions["input_ids"],
+            "question_mask": questions["attention_mask"],
+        }
+        if items[0]["answers"]:
+            ids, mask = tokenize_answers(self.tokenizer, [answer for item in items for answer in item["answers"]])
+            return batch | {
+                "answer_ids": ids,
+                "answer_mask": mask,
+                "answer_counts": torch.tensor([len(item["answers"]) for item in items]),
+                "weights": torch.tensor([weight for item in items for weight in item["weights"]]),
+            }
+        batch["numbers"] = torch.tensor([item["question_id"] for item in items])
+        if self.candidates is not None:
+            batch["candidate_ids"], batch["candidate_mask"] = self.candidates
+        return batch
+
+
+def tokenize_answers(tokenizer: Any, answers: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """Return token ids and mask of answers, [A, L] each, padded to the longest."""
+    text = tokenizer(list(answers), padding="longest", return_tensors="pt")
+    return text["input_ids"], text["attention_mask"]

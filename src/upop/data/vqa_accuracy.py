@@ -1,0 +1,103 @@
+"""The official accuracy of visual question answering: how far an answer agrees with those of ten people.
+
+Rules of https://visualqa.org/evaluation.html. Answers are normalised always; the official script leaves them as they
+are where all ten people wrote the very same, so that "two" for "2" can count as wrong there.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+
+ANNOTATORS = 10
+ANSWER_TYPES = ("yes/no", "number", "other")
+
+_NUMBERS = {
+    word: str(number)
+    for number, word in enumerate(
+        ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+    )
+} | {"none": "0"}
+_ARTICLES = frozenset(("a", "an", "the"))
+
+_CONTRACTED = """
+    ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd
+    he'd've he's how'd how'll how's isn't it'd it'd've it'll ma'am might've mightn't mightn't've must've mustn't
+    needn't not've o'clock oughtn't 'ow's'at shan't she'd've should've shouldn't shouldn't've somebody'd've
+    somebody'll somebody's someone'd someone'd've someone'll someone's something'd something'd've something'll
+    that's there'd there'd've there're there's they'd they'd've they'll they're they've 'twas wasn't we'd've we've
+    weren't what'll what're what's what've when's where'd where's where've who'd who'd've who'll who's who've why'll
+    why're why's won't would've wouldn't wouldn't've y'all y'all'd've y'all'll you'd you'd've you'll you're you've
+"""
+# A word that lacks one of its apostrophes gets it back ("dont", "couldn'tve"). Not in the list: what would then be
+# another word, such as "ill", "well", "shed" and "lets".
+_CONTRACTIONS = {
+    word[:place] + word[place + 1 :]: word
+    for word in _CONTRACTED.split()
+    for place, letter in enumerate(word)
+    if letter == "'"
+}
+
+_MARKS = ';/[]"{}()=+\\_-><@`,?!'
+_DIGITS_AROUND_COMMA = re.compile(r"\d,\d")
+_PERIOD = re.compile(r"\.(?!\d)")
+_NUMBER = re.compile(r"[+-]?\d[\d.,:/]*%?")
+
+
+@lru_cache(maxsize=100_000)
+def normalise_answer(answer: str) -> str:
+    """Return an answer as it is compared: no case, articles, marks or number words, apostrophes in their places."""
+    text = re.sub(r"[\n\t]", " ", answer).strip()
+    joined = bool(_DIGITS_AROUND_COMMA.search(text))
+    cleaned = text
+    for mark in _MARKS:
+        # Beside a space, a mark goes without a trace; between two letters a space takes its place.
+        gone = joined or f"{mark} " in text or f" {mark}" in text
+        cleaned = cleaned.replace(mark, "" if gone else " ")
+    words = (_NUMBERS.get(word, word) for word in _PERIOD.sub("", cleaned).lower().split())
+    return " ".join(_CONTRACTIONS.get(word, word) for word in words if word not in _ARTICLES)
+
+
+def answer_accuracy(answer: str, people: Sequence[str]) -> float:
+    """Return how right an answer is, 0 to 1.
+
+    The answer is compared with every group of all people but one: it is right as far as three of them gave it too.
+
+    Args:
+        answer: as found.
+        people: what each person answered, at least two of them.
+    """
+    agreeing = sum(normalise_answer(person) == normalise_answer(answer) for person in people)
+    others = len(people) - agreeing
+    return (agreeing * min(1.0, (agreeing - 1) / 3) + others * min(1.0, agreeing / 3)) / len(people)
+
+
+def answer_type(people: Iterable[str]) -> str:
+    """Return which of `ANSWER_TYPES` a question has, read off what most people answered."""
+    common = Counter(map(normalise_answer, people)).most_common(1)[0][0]
+    if common in ("yes", "no"):
+        return "yes/no"
+    return "number" if _NUMBER.fullmatch(common) else "other"
+
+
+def vqa_accuracy(answers: Sequence[str], people: Sequence[Sequence[str]], types: Sequence[str]) -> dict[str, float]:
+    """Return the mean accuracy in percent, of all ("accuracy") and of each type of answer that occurs.
+
+    Args:
+        answers: one per question.
+        people: ten answers per question.
+        types: of `ANSWER_TYPES`, one per question.
+    """
+    found = [answer_accuracy(answer, wanted) for answer, wanted in zip(answers, people, strict=True)]
+    scores = {"accuracy": _percent(found)}
+    for kind in ANSWER_TYPES:
+        if kind in types:
+            name = f"accuracy_{kind.replace('/', '_')}"
+            scores[name] = _percent([value for value, its in zip(found, types, strict=True) if its == kind])
+    return scores
+
+
+def _percent(values: Sequence[float]) -> float:
+    return 100 * sum(values) / len(values)

@@ -1,0 +1,116 @@
+"""BLIP for captioning (COCO): a vision transformer, and a text decoder that attends to the picture.
+
+The decoder continues a prompt, word by word. Generation is that of transformers, with its cache of keys and values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from upop.models.blip import LABEL_SMOOTHING, BlipConfig, build_text_decoder, build_vision_encoder
+
+PAD = 0
+
+
+class CaptionConfig(BlipConfig):
+    """Sizes of BLIP for captioning before pruning; it is trained without drop path."""
+
+    drop_path: float = Field(0.0, ge=0, lt=1, description="of the vision transformer, at its last block")
+
+
+class BlipCaption(nn.Module):
+    """BLIP for captioning, with the parameter names of the published checkpoints."""
+
+    def __init__(self, config: CaptionConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.visual_encoder = build_vision_encoder(config)
+        self.text_decoder = build_text_decoder(config)
+
+    @property
+    def begin(self) -> int:
+        """The number of [DEC], which takes the first place of every text: last but one of the vocabulary."""
+        return self.config.vocab_size - 2
+
+    def forward(self, images: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Return logits of each place's next word, [B, T, vocab_size].
+
+        Args:
+            images: [B, 3, S, S].
+            input_ids: token ids of the prompted captions, [B, T]; the first one is taken to be [DEC].
+            attention_mask: 1 where there is a token, 0 where there is padding, [B, T].
+        """
+        first = torch.full_like(input_ids[:, :1], self.begin)
+        output = self.text_decoder(
+            torch.cat([first, input_ids[:, 1:]], dim=1),
+            attention_mask=attention_mask,
+            encoder_hidden_states=self.visual_encoder(images),
+            use_cache=False,
+        )
+        logits: Tensor = output.logits
+        return logits
+
+    @torch.no_grad()
+    def generate(
+        self,
+        images: Tensor,
+        prompt: Sequence[int],
+        end: int,
+        *,
+        max_length: int = 20,
+        min_length: int = 5,
+        num_beams: int = 3,
+        sample: bool = False,
+        top_p: float = 0.9,
+        repetition_penalty: float = 1.0,
+    ) -> Tensor:
+        """Return captions as token ids [B, at most max_length]: [DEC], the prompt, new words, `end`, padding (0).
+
+        Args:
+            images: [B, 3, S, S].
+            prompt: token ids of the prompt's words.
+            end: token id that ends a caption ([SEP]).
+            max_length: most tokens, prompt included; as is `min_length`, before which no caption ends.
+            min_length: least tokens.
+            num_beams: width of the beam search; 1 is greedy. Not used by `sample`.
+            sample: nucleus sampling (from torch's generator) in place of beam search.
+            top_p: probability of the nucleus.
+            repetition_penalty: divides the scores of words that were said already; 1 does nothing.
+        """
+        states = self.visual_encoder(images)
+        start = torch.tensor([[self.begin, *prompt]], device=images.device).repeat(len(images), 1)
+        how: dict[str, Any] = {"do_sample": False, "num_beams": num_beams}
+        if sample:
+            how = {"do_sample": True, "num_beams": 1, "top_p": top_p, "top_k": 0}
+        found: Tensor = self.text_decoder.generate(
+            input_ids=start,
+            attention_mask=torch.ones_like(start),
+            encoder_hidden_states=states,
+            max_length=max_length,
+            min_length=min_length,
+            repetition_penalty=repetition_penalty,
+            eos_token_id=end,
+            pad_token_id=PAD,
+            use_cache=True,
+            **how,
+        )
+        return found
+
+
+def caption_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return the mean loss of the words to be said, a scalar, in float32 or better.
+
+    Args:
+        logits: of `BlipCaption`, [B, T, vocab_size].
+        labels: token ids [B, T], -100 where nothing is to be said; each is predicted from the place before it.
+    """
+    predictions = logits[:, :-1].flatten(0, 1)
+    if predictions.dtype in (torch.float16, torch.bfloat16):
+        predictions = predictions.float()
+    return F.cross_entropy(predictions, labels[:, 1:].flatten(), label_smoothing=LABEL_SMOOTHING)

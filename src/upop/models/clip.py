@@ -1,0 +1,155 @@
+"""CLIP for retrieval: transformers' two towers, with momentum copies and queues as in the published model.
+
+Names of parameters are those of transformers' CLIPModel; `upop.checkpoints.clip_names` knows the published ones.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from torch import Tensor, nn
+from torch.func import functional_call
+from transformers import CLIPConfig as _LibraryConfig
+from transformers import CLIPModel
+
+from upop.models.contrast import MomentumContrast
+
+
+class ClipConfig(BaseModel):
+    """Sizes of a CLIP model before pruning. The defaults are those of ViT-L/14 at 336 pixels."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    image_size: int = Field(336, gt=0, description="side of the square input pictures, in pixels")
+    patch_size: int = Field(14, gt=0)
+    vision_width: int = Field(1024, gt=0)
+    vision_depth: int = Field(24, gt=0)
+    vision_heads: int = Field(16, gt=0)
+    vision_mlp: int = Field(4096, gt=0)
+    text_width: int = Field(768, gt=0)
+    text_depth: int = Field(12, gt=0)
+    text_heads: int = Field(12, gt=0)
+    text_mlp: int = Field(3072, gt=0)
+    vocab_size: int = Field(49408, gt=0, description="the last word ends a text, the one before it begins it")
+    max_positions: int = Field(77, gt=0)
+    embed_dim: int = Field(768, gt=0, description="of the features that are compared")
+    queue_size: int = Field(57600, gt=0, description="features of earlier batches that a batch is compared with")
+    momentum: float = Field(0.995, ge=0, lt=1, description="share of itself that a momentum copy keeps at a step")
+
+    @model_validator(mode="after")
+    def _heads(self) -> Self:
+        for tower in ("vision", "text"):
+            width, heads = getattr(self, f"{tower}_width"), getattr(self, f"{tower}_heads")
+            if width % heads:
+                raise ValueError(f"{tower}_width ({width}) is no multiple of {tower}_heads ({heads})")
+        return self
+
+
+def _library_config(config: ClipConfig) -> Any:
+    vision = {"image_size": config.image_size, "patch_size": config.patch_size}
+    text = {
+        "vocab_size": config.vocab_size,
+        "max_position_embeddings": config.max_positions,
+        "bos_token_id": config.vocab_size - 2,
+        "eos_token_id": config.vocab_size - 1,
+        "pad_token_id": 0,
+    }
+    for tower, sizes in (("vision", vision), ("text", text)):
+        sizes |= {
+            "hidden_size": getattr(config, f"{tower}_width"),
+            "num_hidden_layers": getattr(config, f"{tower}_depth"),
+            "num_attention_heads": getattr(config, f"{tower}_heads"),
+            "intermediate_size": getattr(config, f"{tower}_mlp"),
+            "projection_dim": config.embed_dim,
+        }
+    return _LibraryConfig(vision_config=vision, text_config=text, projection_dim=config.embed_dim)
+
+
+class ClipRetrieval(MomentumContrast):
+    """CLIP with momentum copies of its towers and projections, and queues of features."""
+
+    momentum_twins = {  # noqa: RUF012 - read-only
+        name: f"{name}_m" for name in ("vision_model", "text_model", "visual_projection", "text_projection")
+    }
+
+    def __init__(self, config: ClipConfig) -> None:
+        super().__init__()
+        self.config = config
+        clip = CLIPModel(_library_config(config))
+        for name, twin in self.momentum_twins.items():
+            setattr(self, name, getattr(clip, name))
+            setattr(self, twin, copy.deepcopy(getattr(clip, name)))
+        self.logit_scale = clip.logit_scale
+        self.copy_to_momentum()
+        self.add_queues(config.embed_dim, config.queue_size)
+
+    def remake_queues(self, size: int) -> None:
+        """Start the queues afresh, with room for `size` features."""
+        super().remake_queues(size)
+        self.config = self.config.model_copy(update={"queue_size": size})
+
+    def encode_image(self, images: Tensor, *, momentum: bool = False) -> Tensor:
+        """Return features [B, embed_dim] of pictures [B, 3, S, S], not normalised.
+
+        Args:
+            images: the pictures.
+            momentum: ask the momentum copies.
+        """
+        tower, projection = self._towers("vision_model", "visual_projection", momentum)
+        features: Tensor = projection(tower(images).pooler_output)
+        return features
+
+    def encode_text(self, input_ids: Tensor, *, momentum: bool = False) -> Tensor:
+        """Return features [B, embed_dim] of texts, not normalised.
+
+        Args:
+            input_ids: token numbers [B, T]; each row's text ends with the last word of the vocabulary, and what stands
+                behind it makes no difference.
+            momentum: ask the momentum copies. As published, their last norm is the online tower's; the copy of it is
+                only kept in checkpoints.
+        """
+        tower, projection = self._towers("text_model", "text_projection", momentum)
+        last: nn.LayerNorm = self.text_model.final_layer_norm  # type: ignore[assignment, union-attr]
+        norm: dict[str, Tensor] = {"final_layer_norm.weight": last.weight, "final_layer_norm.bias": last.bias}
+        states = functional_call(tower, norm, (input_ids,)) if momentum else tower(input_ids)
+        features: Tensor = projection(states.pooler_output)
+        return features
+
+    def forward(
+        self, images: Tensor, input_ids: Tensor, ids: Tensor | None = None, alpha: float = 0.0
+    ) -> tuple[Tensor, Tensor] | Tensor:
+        """Return the features of pictures and texts; with `ids`, return the contrastive loss of a batch of pairs.
+
+        In training mode the loss also moves the momentum copies, and fills the queues with the online features, as
+        published.
+
+        Args:
+            images: [B, 3, S, S].
+            input_ids: token numbers of the texts, [M, T]; M is B where `ids` are given.
+            ids: number of each pair's picture, [B]; equal numbers belong together.
+            alpha: weight of the momentum copies' own similarities in the targets.
+
+        Returns:
+            Normalised features [B, embed_dim] and [M, embed_dim]; or the loss, a scalar.
+        """
+        image = F.normalize(self.encode_image(images), dim=-1)
+        text = F.normalize(self.encode_text(input_ids), dim=-1)
+        if ids is None:
+            return image, text
+        with torch.no_grad():
+            if self.training:
+                self.move_momentum(self.config.momentum)
+            image_m = F.normalize(self.encode_image(images, momentum=True), dim=-1)
+            text_m = F.normalize(self.encode_text(input_ids, momentum=True), dim=-1)
+        loss = self.contrastive_loss(image, text, image_m, text_m, ids, alpha, self.logit_scale.exp())
+        if self.training:
+            self.enqueue(image, text, ids)
+        return loss
+
+    def _towers(self, tower: str, projection: str, momentum: bool) -> tuple[nn.Module, nn.Module]:
+        names = (self.momentum_twins[tower], self.momentum_twins[projection]) if momentum else (tower, projection)
+        return getattr(self, names[0]), getattr(self, names[1])

@@ -1,0 +1,240 @@
+"""Momentum contrast, shared by the retrieval models: momentum copies, queues, and gathering over processes.
+
+A model compares a batch's features with those that slowly moving copies of its towers give to the same batch and gave
+to earlier ones, which are kept in queues (MoCo, arXiv 1911.05722; ALBEF's soft targets, arXiv 2107.07651). Features of
+all processes are gathered in the order of their ranks, so that processes which share a batch compute what one computes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from operator import attrgetter
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.nn.functional import all_gather as all_gather_with_grad
+
+from upop.errors import SettingError
+
+NO_ID = -100
+"""What `idx_queue` holds where no features were put yet."""
+
+
+def processes() -> int:
+    """Return how many processes train together."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """Return the number of this process among them."""
+    return dist.get_rank() if processes() > 1 else 0
+
+
+@torch.no_grad()
+def gather(rows: Tensor) -> Tensor:
+    """Return the rows of all processes, [processes * B, ...] in the order of ranks, without gradients.
+
+    Args:
+        rows: [B, ...], of the same shape everywhere.
+    """
+    if processes() == 1:
+        return rows.detach()
+    parts = [torch.empty_like(rows) for _ in range(processes())]
+    dist.all_gather(parts, rows.detach().contiguous())
+    return torch.cat(parts)
+
+
+def gather_with_gradients(rows: Tensor) -> Tensor:
+    """Return the rows of all processes as `gather` does; gradients go back to the process that the rows came from."""
+    return torch.cat(all_gather_with_grad(rows)) if processes() > 1 else rows
+
+
+@torch.no_grad()
+def gather_texts(tokens: Tensor) -> Tensor:
+    """Return the token rows of all processes, padded with 0 to the longest: [B, T] -> [processes * B, longest T]."""
+    if processes() == 1:
+        return tokens
+    longest = torch.tensor(tokens.shape[1], device=tokens.device)
+    dist.all_reduce(longest, dist.ReduceOp.MAX)
+    return gather(F.pad(tokens, (0, int(longest) - tokens.shape[1])))
+
+
+def own_rows(count: int) -> slice:
+    """Return where this process's `count` rows lie among the gathered ones."""
+    return slice(rank() * count, (rank() + 1) * count)
+
+
+def draw_noise(rows: int, columns: int, device: torch.device) -> Tensor:
+    """Return uniform noise of (0, 1] for two draws of one of `columns` for each of this process's rows.
+
+    Every process draws the numbers of all and takes its own, so that their number makes no difference.
+
+    Returns:
+        [2, rows, columns]
+    """
+    noise = 1 - torch.rand(2, processes() * rows, columns)
+    return noise[:, own_rows(rows)].to(device)
+
+
+def draw_negatives(logits: Tensor, same: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+    """Draw for each row a column that it does not belong to, the likelier the larger its logit (by softmax).
+
+    Args:
+        logits: similarities, [B, N].
+        same: where row and column belong together, [B, N]; these are never drawn.
+        noise: uniform in (0, 1], [B, N]; see `draw_noise`.
+
+    Returns:
+        The columns [B], and whether there was any to draw, [B].
+    """
+    # The largest logit with Gumbel noise is a draw from the softmax; weights cannot vanish as in the softmax itself.
+    tiny = torch.finfo(noise.dtype).tiny
+    gumbel = -torch.log((-torch.log(noise)).clamp_min(tiny))
+    perturbed = (logits + gumbel).masked_fill(same, -torch.inf)
+    return perturbed.argmax(1), ~same.all(1)
+
+
+class MomentumContrast(nn.Module):
+    """Base of models with momentum copies and queues.
+
+    A subclass sets `momentum_twins`, builds its towers and their copies, and then calls `add_queues` and
+    `copy_to_momentum`.
+
+    Attributes:
+        momentum_twins: name of a module or parameter -> name of its momentum copy; `upop.find_units` reads it too.
+    """
+
+    momentum_twins: Mapping[str, str] = {}
+    image_queue: Tensor
+    text_queue: Tensor
+    idx_queue: Tensor
+    ptr_queue: Tensor
+
+    def momentum_pairs(self) -> Iterator[tuple[nn.Parameter, nn.Parameter]]:
+        """Yield every parameter that has a momentum copy, with the copy."""
+        for name, copy_name in self.momentum_twins.items():
+            online, copy = attrgetter(name)(self), attrgetter(copy_name)(self)
+            if isinstance(online, nn.Parameter):
+                yield online, copy
+                continue
+            copies = dict(copy.named_parameters())
+            for key, parameter in online.named_parameters():
+                yield parameter, copies[key]
+
+    @torch.no_grad()
+    def copy_to_momentum(self) -> None:
+        """Make the momentum copies equal to what they copy, and exclude them from training."""
+        for parameter, copy in self.momentum_pairs():
+            copy.copy_(parameter)
+            copy.requires_grad_(False)
+
+    @torch.no_grad()
+    def move_momentum(self, share: float) -> None:
+        """Move the copies towards what they copy: copy = share * copy + (1 - share) * parameter."""
+        for parameter, copy in self.momentum_pairs():
+            copy.mul_(share).add_(parameter, alpha=1 - share)
+
+    def add_queues(self, width: int, size: int) -> None:
+        """Register `image_queue` and `text_queue` [width, size], `idx_queue` [1, size] and `ptr_queue` [1].
+
+        They start with random unit vectors that belong to no picture.
+        """
+        for name, value in fresh_queues(width, size).items():
+            self.register_buffer(name, value)
+
+    def remake_queues(self, size: int) -> None:
+        """Start the queues afresh, with room for `size` features."""
+        queue = self.image_queue
+        for name, value in fresh_queues(queue.shape[0], size).items():
+            setattr(self, name, value.to(queue.device, queue.dtype if value.is_floating_point() else None))
+
+    def everyone(self, rows: Tensor) -> Tensor:
+        """Return the rows of all processes in training; in evaluation processes do not meet."""
+        return gather(rows) if self.training else rows.detach()
+
+    def contrastive_loss(
+        self,
+        image: Tensor,
+        text: Tensor,
+        image_m: Tensor,
+        text_m: Tensor,
+        ids: Tensor,
+        alpha: float,
+        scale: Tensor,
+    ) -> Tensor:
+        """Return the mean over both directions of the cross-entropy to soft targets, over all processes' features.
+
+        The published code compares with its own process's batch and the queue; here the batches of the others join,
+        so that the number of processes makes no difference. With one process both are the same.
+
+        Args:
+            image: normalised features of the pictures, [B, D]; `text` those of the texts.
+            text: [B, D].
+            image_m: what the momentum copies give, [B, D]; `text_m` too.
+            text_m: [B, D].
+            ids: number of the picture of each pair, [B]; equal numbers belong together.
+            alpha: weight of the momentum copies' own similarities in the targets.
+            scale: what similarities are multiplied with (1 / temperature), a scalar.
+        """
+        with _full_precision(image.device):
+            dtype = self.image_queue.dtype
+            image, text, image_m, text_m = (part.to(dtype) for part in (image, text, image_m, text_m))
+            images = torch.cat([self.everyone(image_m).t(), self.image_queue], dim=1)
+            texts = torch.cat([self.everyone(text_m).t(), self.text_queue], dim=1)
+            same = ids.unsqueeze(1) == torch.cat([self.everyone(ids), self.idx_queue[0]]).unsqueeze(0)
+            # In float32 whatever the model's precision, as published.
+            hard = same.float() / same.float().sum(1, keepdim=True)
+            losses = []
+            for query, query_m, keys in ((image, image_m, texts), (text, text_m, images)):
+                with torch.no_grad():
+                    soft = F.softmax(query_m @ keys * scale, dim=1)
+                    targets = alpha * soft + (1 - alpha) * hard
+                losses.append(F.cross_entropy(query @ keys * scale, targets))
+            return (losses[0] + losses[1]) / 2
+
+    @torch.no_grad()
+    def enqueue(self, image: Tensor, text: Tensor, ids: Tensor) -> None:
+        """Put the features [B, D] and numbers [B] of all processes in the place of the oldest ones.
+
+        Any batch fits that is no larger than the queue: the writing goes on at the front when the end is reached.
+
+        Raises:
+            SettingError: the batch of all processes is larger than the queue.
+        """
+        ids = self.everyone(ids)
+        size = self.idx_queue.shape[1]
+        check_queue(size, len(ids))
+        places = (self.ptr_queue + torch.arange(len(ids), device=ids.device)) % size
+        self.image_queue[:, places] = self.everyone(image).t().to(self.image_queue.dtype)
+        self.text_queue[:, places] = self.everyone(text).t().to(self.text_queue.dtype)
+        self.idx_queue[0, places] = ids
+        self.ptr_queue.copy_((self.ptr_queue + len(ids)) % size)
+
+
+def _full_precision(device: torch.device) -> AbstractContextManager[Any]:
+    # The meta device, on which full-size models are counted, knows no autocast.
+    known = torch.amp.is_autocast_available(device.type)
+    return torch.autocast(device.type, enabled=False) if known else nullcontext()
+
+
+def check_queue(size: int, batch: int) -> None:
+    """Raise a `SettingError` if a queue of `size` cannot take a `batch` (of all processes together)."""
+    if batch > size:
+        raise SettingError(
+            f"queue_size is {size}, and a batch of all processes together has {batch} records. "
+            f"Set queue_size to {batch} or more, or lower batch_size_train."
+        )
+
+
+def fresh_queues(width: int, size: int) -> dict[str, Tensor]:
+    """Return queues as they are before training, by name; see `MomentumContrast.add_queues`."""
+    return {
+        "image_queue": F.normalize(torch.randn(width, size), dim=0),
+        "text_queue": F.normalize(torch.randn(width, size), dim=0),
+        "idx_queue": torch.full((1, size), NO_ID, dtype=torch.long),
+        "ptr_queue": torch.zeros(1, dtype=torch.long),
+    }

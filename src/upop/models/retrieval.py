@@ -1,0 +1,245 @@
+"""BLIP for retrieval: which texts belong to a picture, and which pictures to a text?
+
+Two towers give features that are compared quickly (trained by momentum contrast); for the best candidates the text
+encoder then looks at the picture through its cross-attention, and a two-class head says whether they match.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from typing import Any, NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+from transformers.models.blip.modeling_blip_text import BlipTextAttention, BlipTextModel
+
+from upop.models.blip import BlipConfig, build_vision_encoder, keep_position_ids, text_config
+from upop.models.contrast import (
+    MomentumContrast,
+    draw_negatives,
+    draw_noise,
+    gather_texts,
+    gather_with_gradients,
+)
+
+
+class RetrievalConfig(BlipConfig):
+    """Sizes of BLIP for retrieval before pruning, and what its momentum contrast needs."""
+
+    drop_path: float = Field(0.0, ge=0, lt=1, description="of the vision transformer, at its last block")
+    embed_dim: int = Field(256, gt=0, description="of the features that are compared")
+    queue_size: int = Field(57600, gt=0, description="features of earlier batches that a batch is compared with")
+    momentum: float = Field(0.995, ge=0, lt=1, description="share of itself that a momentum copy keeps at a step")
+
+
+class Comparison(NamedTuple):
+    """What the model says of N pictures and M texts."""
+
+    image_features: Tensor
+    """Normalised, [N, embed_dim]."""
+    text_features: Tensor
+    """Normalised, [M, embed_dim]."""
+    logits: Tensor
+    """Of no match and match, for every pair, [N, M, 2]."""
+
+
+class RetrievalLosses(NamedTuple):
+    """The two losses of a batch, scalars; the published loss is their sum."""
+
+    contrastive: Tensor
+    matching: Tensor
+
+
+class SharedCrossAttention(BlipTextAttention):
+    """Cross-attention in which several texts look at one picture, whose keys and values are computed once for all.
+
+    The texts of a picture follow each other: states [G * n, T, width] look at pictures [G, N, vision_width].
+    """
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        past_key_values: Any = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor]:
+        """Return the new states [G * n, T, width], and the attention weights as the library gives them."""
+        # To cross-attention the tokens of all texts are alike, so n texts are one with n times the tokens.
+        assert encoder_hidden_states is not None
+        joined = hidden_states.reshape(len(encoder_hidden_states), -1, hidden_states.shape[-1])
+        states, weights = super().forward(joined, attention_mask, encoder_hidden_states, past_key_values, **kwargs)
+        return states.reshape(hidden_states.shape), weights
+
+
+class BlipRetrieval(MomentumContrast):
+    """BLIP for retrieval, with the parameter names of the published checkpoints."""
+
+    momentum_twins = {  # noqa: RUF012 - read-only
+        name: f"{name}_m" for name in ("visual_encoder", "vision_proj", "text_encoder", "text_proj")
+    }
+
+    def __init__(self, config: RetrievalConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.visual_encoder = build_vision_encoder(config)
+        self.text_encoder = BlipTextModel(text_config(config), add_pooling_layer=False)
+        keep_position_ids(self.text_encoder.embeddings)
+        for layer in self.text_encoder.encoder.layer:
+            layer.crossattention.__class__ = SharedCrossAttention
+        self.vision_proj = nn.Linear(config.vision_width, config.embed_dim)
+        self.text_proj = nn.Linear(config.text_width, config.embed_dim)
+        self.itm_head = nn.Linear(config.text_width, 2)
+        self.temp = nn.Parameter(torch.tensor(0.07))
+        for name, twin in self.momentum_twins.items():
+            setattr(self, twin, copy.deepcopy(getattr(self, name)))
+        self.copy_to_momentum()
+        self.add_queues(config.embed_dim, config.queue_size)
+        self._told = False
+
+    def remake_queues(self, size: int) -> None:
+        """Start the queues afresh, with room for `size` features."""
+        super().remake_queues(size)
+        self.config = self.config.model_copy(update={"queue_size": size})
+
+    def encode_image(self, images: Tensor, *, momentum: bool = False) -> tuple[Tensor, Tensor]:
+        """Return states [B, tokens, vision_width] and normalised features [B, embed_dim] of pictures [B, 3, S, S].
+
+        Args:
+            images: the pictures.
+            momentum: ask the momentum copies.
+        """
+        tower, head = self._towers("visual_encoder", "vision_proj", momentum)
+        states = tower(images)
+        return states, F.normalize(head(states[:, 0]), dim=-1)
+
+    def encode_text(
+        self, input_ids: Tensor, attention_mask: Tensor, *, momentum: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """Return states [B, T, text_width] and normalised features [B, embed_dim] of texts [B, T], without pictures.
+
+        Args:
+            input_ids: token ids; the first is [CLS].
+            attention_mask: 1 where there is a token, 0 where there is padding.
+            momentum: ask the momentum copies.
+        """
+        tower, head = self._towers("text_encoder", "text_proj", momentum)
+        states = tower(input_ids, attention_mask=attention_mask, is_decoder=False).last_hidden_state
+        return states, F.normalize(head(states[:, 0]), dim=-1)
+
+    def match(self, image_states: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Return the logits of no match and match, [G * n, 2].
+
+        Args:
+            image_states: of G pictures, [G, tokens, vision_width].
+            input_ids: n texts for each of them, those of one picture together, [G * n, T].
+            attention_mask: 1 where there is a token, 0 where there is padding, [G * n, T].
+        """
+        # The first token becomes [ENC], the last word of the vocabulary, as in all published checkpoints.
+        first = torch.full_like(input_ids[:, :1], self.config.vocab_size - 1)
+        states = self.text_encoder(
+            torch.cat([first, input_ids[:, 1:]], dim=1),
+            attention_mask=attention_mask,
+            encoder_hidden_states=image_states,
+            is_decoder=False,
+        ).last_hidden_state
+        return cast(Tensor, self.itm_head(states[:, 0]))
+
+    def forward(
+        self,
+        images: Tensor,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        ids: Tensor | None = None,
+        alpha: float = 0.0,
+        draws: Tensor | None = None,
+        all_ranks: bool = True,
+    ) -> Comparison | RetrievalLosses:
+        """Compare pictures with texts; with `ids`, return the losses of a batch of pairs.
+
+        In training mode the losses also clamp the temperature, move the momentum copies and fill the queues.
+
+        Args:
+            images: [B, 3, S, S].
+            input_ids: token ids of the texts, [M, T]; M is B where `ids` are given.
+            attention_mask: 1 where there is a token, 0 where there is padding, [M, T].
+            ids: number of each pair's picture, [B]; equal numbers belong together.
+            alpha: weight of the momentum copies' own similarities in the contrastive targets.
+            draws: [2 * B], the pairs (of all processes) that give each text its wrong picture, then each picture its
+                wrong text; drawn by similarity if not given.
+            all_ranks: draw wrong ones from the batches of all processes.
+        """
+        if ids is not None:
+            return self._losses(images, input_ids, attention_mask, ids, alpha, draws, all_ranks)
+        states, image = self.encode_image(images)
+        _, text = self.encode_text(input_ids, attention_mask)
+        count = len(states)
+        logits = self.match(states, input_ids.repeat(count, 1), attention_mask.repeat(count, 1))
+        return Comparison(image, text, logits.view(count, -1, 2))
+
+    def _losses(
+        self,
+        images: Tensor,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        ids: Tensor,
+        alpha: float,
+        draws: Tensor | None,
+        all_ranks: bool,
+    ) -> RetrievalLosses:
+        if self.training:
+            with torch.no_grad():
+                self.temp.clamp_(0.001, 0.5)
+        states, image = self.encode_image(images)
+        _, text = self.encode_text(input_ids, attention_mask)
+        with torch.no_grad():
+            if self.training:
+                self.move_momentum(self.config.momentum)
+            _, image_m = self.encode_image(images, momentum=True)
+            _, text_m = self.encode_text(input_ids, attention_mask, momentum=True)
+        contrastive = self.contrastive_loss(image, text, image_m, text_m, ids, alpha, 1 / self.temp)
+        if self.training:
+            self.enqueue(image_m, text_m, ids)
+        shared = all_ranks and self.training
+        index, paired = self._negatives(image.detach(), text.detach(), ids, draws, shared)
+        wrong_states = (gather_with_gradients(states) if shared else states)[index[0]]
+        every_text = [gather_texts(part) if shared else part for part in (input_ids, attention_mask)]
+        pad = every_text[0].shape[1] - input_ids.shape[1]
+        own_text = [F.pad(part, (0, pad)) for part in (input_ids, attention_mask)]
+        texts = [torch.cat([own, own, every[index[1]]]) for own, every in zip(own_text, every_text, strict=True)]
+        logits = self.match(torch.cat([states, wrong_states, states]), texts[0], texts[1])
+        labels = torch.zeros(len(logits), dtype=torch.long, device=logits.device)
+        labels[: len(ids)] = 1
+        losses = F.cross_entropy(logits.float() if logits.dtype != torch.float64 else logits, labels, reduction="none")
+        return RetrievalLosses(contrastive, (losses * paired.repeat(3)).mean())
+
+    @torch.no_grad()
+    def _negatives(
+        self, image: Tensor, text: Tensor, ids: Tensor, draws: Tensor | None, shared: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Return a wrong picture for each text and a wrong text for each picture, [2, B], and who has any, [B]."""
+        images, texts, numbers = (self.everyone(part) if shared else part for part in (image, text, ids))
+        same = ids.unsqueeze(1) == numbers.unsqueeze(0)
+        if draws is not None:
+            return draws.view(2, -1), ~same.all(1)
+        noise = draw_noise(len(ids), len(numbers), ids.device)
+        drawn = [
+            draw_negatives((query @ keys.t() / self.temp).float(), same, part)
+            for query, keys, part in ((text, images, noise[0]), (image, texts, noise[1]))
+        ]
+        paired = drawn[0][1]
+        if not self._told and not paired.all():
+            self._told = True
+            warnings.warn(
+                "A batch holds no wrong partner for some of its pairs (a batch of one, or of one picture alone); these "
+                "add no matching loss. Raise batch_size_train if this is more than an exception.",
+                stacklevel=2,
+            )
+        return torch.stack([index for index, _ in drawn]), paired
+
+    def _towers(self, tower: str, head: str, momentum: bool) -> tuple[nn.Module, nn.Module]:
+        names = (self.momentum_twins[tower], self.momentum_twins[head]) if momentum else (tower, head)
+        return getattr(self, names[0]), getattr(self, names[1])

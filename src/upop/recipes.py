@@ -1,0 +1,103 @@
+"""Recipes: the published runs, one row of a YAML file each."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from upop.errors import SettingError, nearest
+
+RECIPES = Path("configs/recipes.yaml")
+
+
+class Recipe(BaseModel):
+    """One published run."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str = Field(description="what `upop run` calls it")
+    task: str
+    script: str = Field(description="the published script that it stands for")
+    config: Path
+    pretrained: str = Field(description="the dense checkpoint")
+    p: float = Field(gt=0, lt=1, description="share of the prunable cost to remove")
+    epoch: int = Field(ge=1, description="epochs of the search, and of retraining")
+    output_dir: Path
+    compressed: str = Field(description="name of the published compressed checkpoint")
+    paper: str = Field("", description="the paper's result, dense -> compressed")
+    settings: Mapping[str, Any] = Field(default_factory=dict, description="what else differs from the config file")
+
+    @property
+    def overrides(self) -> dict[str, Any]:
+        """The settings that beat the config file's."""
+        return {
+            "pretrained": self.pretrained,
+            "p": self.p,
+            "max_epoch": self.epoch,
+            "epochs_search": self.epoch,
+            "output_dir": self.output_dir,
+            **self.settings,
+        }
+
+    @property
+    def command(self) -> str:
+        """The published command of the compression, for 8 processes."""
+        flags = f"--p {self.p:g} --epoch {self.epoch} --pretrained {self.pretrained} --config ./{self.config}"
+        return f"{self._start} {flags} --output_dir {self.output_dir}"
+
+    @property
+    def evaluation(self) -> str:
+        """The published command that evaluates the published compressed checkpoint."""
+        weights = shlex.quote(str(self.output_dir / self.compressed))
+        return (
+            f"{self._start} --evaluate --pretrained {weights} --config ./{self.config} --output_dir {self.output_dir}"
+        )
+
+    @property
+    def _start(self) -> str:
+        return f"python -m torch.distributed.run --nproc_per_node=8 {self.script}"
+
+
+def read_recipes(path: Path = RECIPES) -> dict[str, Recipe]:
+    """Return the recipes of a YAML file (a list of rows), by name.
+
+    Raises:
+        SettingError: the file is missing or damaged, or a row is; the message says which and what.
+    """
+    if not path.is_file():
+        raise SettingError(f"The recipes are in {path}, and there is none here. Run it from the repository's root.")
+    try:
+        rows = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise SettingError(f"{path} is not YAML: {error}") from error
+    if not isinstance(rows, list):
+        raise SettingError(f"{path} must hold a list of recipes; found {type(rows).__name__}.")
+    recipes: dict[str, Recipe] = {}
+    for number, row in enumerate(rows):
+        try:
+            recipe = Recipe.model_validate(row)
+        except ValidationError as error:
+            first = error.errors()[0]
+            place = ".".join(map(str, first["loc"]))
+            raise SettingError(f"{path}, recipe {number}: {place}: {first['msg']}.") from error
+        if recipe.name in recipes:
+            raise SettingError(f"{path}: two recipes are called {recipe.name!r}.")
+        recipes[recipe.name] = recipe
+    return recipes
+
+
+def find_recipe(name: str, path: Path = RECIPES) -> Recipe:
+    """Return the recipe called `name`.
+
+    Raises:
+        SettingError: there is none; the message names the nearest.
+    """
+    recipes = read_recipes(path)
+    if name not in recipes:
+        raise SettingError(f"Recipe {name!r} is not known{nearest(name, list(recipes))}. `upop recipes` lists all.")
+    return recipes[name]

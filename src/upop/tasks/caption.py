@@ -1,0 +1,171 @@
+"""Captioning (COCO) with BLIP: say what a picture shows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from upop.data.caption import CAPTION_TOKENS, CaptionCollator, CaptionEvalDataset, CaptionTrainDataset
+from upop.data.transforms import eval_transform, train_transform
+from upop.errors import SettingError
+from upop.models.blip import BlipConfig
+from upop.models.caption import PAD, BlipCaption, CaptionConfig, caption_loss
+from upop.settings import RunSettings
+from upop.tasks.blip import BlipSettings, BlipTask, blip_tokenizer
+from upop.tasks.caption_scores import DECIDING, caption_scores
+from upop.training.task import Batch
+
+_EXAMPLE_TOKENS = 15  # the caption length that the published multiply-adds were counted with
+_SAMPLING_PENALTY = 1.1
+
+
+class CaptionSettings(BlipSettings):
+    """Settings of configs/caption_coco.yaml; the defaults are the published ones."""
+
+    image_root: Path = Field(Path("datasets/vision/coco"), description="folder of the pictures")
+    coco_gt_root: Path = Field(
+        Path("annotation/coco_gt"),
+        description="folder of coco_karpathy_{val,test}_gt.json; without them the annotation files' captions count",
+    )
+    batch_size: int | None = Field(None, ge=1, description="of training and of evaluation, where they are not given")
+    init_lr: float = Field(1e-5, gt=0, description="of the search, and the start of the retraining's cosine")
+    max_epoch: int = Field(5, ge=1, description="epochs of retraining (and of `train`)")
+    interval: int = Field(100, ge=1, description="masks move every so many search steps")
+    w_sp_attn: float = Field(3.2e-2, ge=0, description="weight of the sparsity term; moves only the logged loss")
+    w_sp_mlp: float = Field(1e-3, ge=0)
+
+    prompt: str = Field("a picture of ", description="begins every caption; it is neither learnt nor counted")
+    max_length: int = Field(20, ge=2, description="most tokens of a caption, prompt included")
+    min_length: int = Field(5, ge=0, description="least tokens")
+    num_beams: int = Field(3, ge=1, description="width of the beam search; 1 is greedy")
+    sample: bool = Field(False, description="nucleus sampling in place of beam search")
+    top_p: float = Field(0.9, gt=0, le=1, description="probability of the nucleus")
+    repetition_penalty: float | None = Field(
+        None, gt=0, description="divides the scores of words said before; 1.1 in sampling and 1 else, if not given"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _batch_sizes(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("batch_size") is not None:
+            both = dict.fromkeys(("batch_size_train", "batch_size_test"), values["batch_size"])
+            return {**both, **values}
+        return values
+
+    @model_validator(mode="after")
+    def _lengths(self) -> Self:
+        if self.min_length > self.max_length:
+            raise ValueError(f"min_length ({self.min_length}) is above max_length ({self.max_length})")
+        return self
+
+
+class CaptionTask(BlipTask[CaptionSettings]):
+    """Captions of pictures."""
+
+    name: ClassVar[str] = "caption"
+    metric: ClassVar[str] = DECIDING
+    shown: ClassVar[tuple[str, ...]] = ("bleu4", "cider", "spice", "exact")
+    splits: ClassVar[Mapping[str, str]] = {"train": "train", "val": "val", "test": "test"}
+    settings: ClassVar[type[RunSettings]] = CaptionSettings
+    model: ClassVar[type[nn.Module]] = BlipCaption
+    config: ClassVar[type[BlipConfig]] = CaptionConfig
+
+    def dataset(self, settings: CaptionSettings, split: str) -> Dataset[Any]:
+        """Return a split: caption by caption to train on, picture by picture to be captioned."""
+        file = settings.ann_root / f"coco_karpathy_{self.splits[split]}.json"
+        size = settings.image_size
+        if split == "train":
+            transform = train_transform(size, settings.augment)
+            return CaptionTrainDataset(file, settings.image_root, transform, prompt=settings.prompt)
+        truth = settings.coco_gt_root / f"coco_karpathy_{self.splits[split]}_gt.json"
+        return CaptionEvalDataset(file, settings.image_root, eval_transform(size), truth)
+
+    def collate(self, settings: CaptionSettings) -> Callable[[list[Any]], Batch]:
+        """Return what stacks pictures and tokenizes captions."""
+        return CaptionCollator(blip_tokenizer(settings.tokenizer), 1 + len(_prompt(settings)))
+
+    def inputs(self, batch: Batch) -> dict[str, Any]:
+        """Return pictures and tokens."""
+        return {name: batch[name] for name in ("images", "input_ids", "attention_mask")}
+
+    def loss(self, model: nn.Module, batch: Batch, settings: CaptionSettings, epoch: float) -> Tensor:
+        """Return the mean loss of the words after the prompt."""
+        return caption_loss(model(**self.inputs(batch)), batch["labels"])
+
+    def predict(self, model: nn.Module, batch: Batch, settings: CaptionSettings) -> dict[str, Tensor]:
+        """Return image_ids, [B], and words: the tokens after the prompt, padded, [B, max_length - prompt]."""
+        assert isinstance(model, BlipCaption)
+        prompt = _prompt(settings)
+        penalty = settings.repetition_penalty or (_SAMPLING_PENALTY if settings.sample else 1.0)
+        found = model.generate(
+            batch["images"],
+            prompt,
+            blip_tokenizer(settings.tokenizer).sep_token_id,
+            max_length=settings.max_length,
+            min_length=settings.min_length,
+            num_beams=settings.num_beams,
+            sample=settings.sample,
+            top_p=settings.top_p,
+            repetition_penalty=penalty,
+        )
+        words = F.pad(found, (0, settings.max_length - found.shape[1]), value=PAD)[:, 1 + len(prompt) :]
+        return {"image_ids": batch["image_ids"], "words": words}
+
+    def score(
+        self, predictions: Mapping[str, Tensor], records: Dataset[Any], settings: CaptionSettings
+    ) -> dict[str, float]:
+        """Return the metrics of `caption_scores`, where there are captions to compare with."""
+        assert isinstance(records, CaptionEvalDataset)
+        if not records.references:
+            return {}
+        return caption_scores(_captions(predictions, settings), records.references)
+
+    def files(
+        self, predictions: Mapping[str, Tensor], records: Dataset[Any], settings: CaptionSettings, split: str
+    ) -> dict[str, Any]:
+        """Return the captions in the form that COCO's evaluation server takes."""
+        captions = _captions(predictions, settings)
+        rows = [{"image_id": number, "caption": caption} for number, caption in captions.items()]
+        return {f"caption_{self.splits[split]}.json": rows}
+
+    def example(self, model: nn.Module, batch_size: int) -> dict[str, Tensor]:
+        """Return `batch_size` grey pictures with captions of 15 tokens."""
+        config: CaptionConfig = model.config  # type: ignore[assignment]
+        device = next(model.parameters()).device
+        tokens = min(_EXAMPLE_TOKENS, config.max_positions)
+        words = torch.ones(batch_size, tokens, dtype=torch.long, device=device)
+        images = torch.zeros(batch_size, 3, config.image_size, config.image_size, device=device)
+        return {"images": images, "input_ids": words, "attention_mask": torch.ones_like(words)}
+
+    def _prepared(self, model: nn.Module, settings: CaptionSettings) -> nn.Module:
+        places: int = model.config.max_positions  # type: ignore[union-attr, assignment]
+        if places < max(settings.max_length, CAPTION_TOKENS):
+            raise SettingError(
+                f"The model has {places} positions, and captions may have {CAPTION_TOKENS} tokens in training and "
+                f"max_length={settings.max_length} when they are made. Lower max_length, or set model.max_positions."
+            )
+        return super()._prepared(model, settings)
+
+
+def _prompt(settings: CaptionSettings) -> list[int]:
+    """Return the tokens of the prompt's words."""
+    tokens: list[int] = blip_tokenizer(settings.tokenizer)(settings.prompt, add_special_tokens=False)["input_ids"]
+    if 1 + len(tokens) >= min(settings.max_length, CAPTION_TOKENS):
+        raise SettingError(
+            f"The prompt {settings.prompt!r} has {len(tokens)} tokens, which leaves no room for a caption within "
+            f"max_length={settings.max_length}. Raise max_length, or shorten the prompt."
+        )
+    return tokens
+
+
+def _captions(predictions: Mapping[str, Tensor], settings: CaptionSettings) -> dict[int, str]:
+    """Return the words of the captions by picture number."""
+    texts = blip_tokenizer(settings.tokenizer).batch_decode(predictions["words"], skip_special_tokens=True)
+    return dict(zip(predictions["image_ids"].tolist(), map(str.strip, texts), strict=True))

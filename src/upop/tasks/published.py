@@ -1,0 +1,50 @@
+"""What the tasks share whose models have published checkpoints: how one is loaded, and how a dense one is started."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+from torch import nn
+
+from upop.checkpoints import is_folder, load
+from upop.checkpoints.official import load_official, start_from
+from upop.errors import CheckpointError
+from upop.settings import RunSettings
+from upop.training.task import Task
+
+PublishedSettingsT = TypeVar("PublishedSettingsT", bound=RunSettings)
+
+
+class PublishedTask(Task[PublishedSettingsT]):
+    """A task with a model of ours; `name` is also the name of its published format."""
+
+    model: ClassVar[type[nn.Module]]
+
+    def sizes(self, settings: PublishedSettingsT) -> dict[str, Any]:
+        """Return the sizes of the dense model that the settings decide."""
+        return {"image_size": settings.image_size, **settings.model}
+
+    def load(self, path: Path, settings: PublishedSettingsT) -> nn.Module:
+        """Return the model in one of our folders or in a published file."""
+        if is_folder(path):
+            model = load(path)
+            if not isinstance(model, self.model):
+                raise CheckpointError(
+                    f"{path} holds a {type(model).__name__}, and {self.name} needs a {self.model.__name__}."
+                )
+        else:
+            model = load_official(self.name, path, **self.sizes(settings))
+        return self._prepared(model, settings)
+
+    def start(self, path: Path, settings: PublishedSettingsT) -> tuple[nn.Module, Sequence[str]]:
+        """Return the dense model, started from a checkpoint that may lack what only this task has."""
+        if is_folder(path):
+            return self.load(path, settings), ()
+        model = self.build(settings)
+        return model, start_from(self.name, path, model)
+
+    def _prepared(self, model: nn.Module, settings: PublishedSettingsT) -> nn.Module:
+        """Return the model as this run needs it; it may be changed."""
+        return model

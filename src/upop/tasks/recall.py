@@ -1,0 +1,247 @@
+"""What the retrieval tasks share: settings, data, evaluation in both directions, and recall."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal, TypeVar, cast
+
+import torch
+from accelerate import Accelerator
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from upop.data.retrieval import RetrievalCollator, RetrievalGallery, RetrievalPairs
+from upop.data.transforms import eval_transform, train_transform
+from upop.models.contrast import MomentumContrast, check_queue, processes
+from upop.models.rerank import candidates
+from upop.pruning import count_macs, count_parameters
+from upop.settings import RunSettings
+from upop.training.devices import autocast
+from upop.training.evaluation import records_of
+from upop.training.task import Task
+
+CUTS = (1, 5, 10)
+"""The published recalls: at 1, 5 and 10."""
+
+_FILES = {"coco": "coco_karpathy_{}.json", "flickr": "flickr30k_{}.json"}
+
+
+class RetrievalSettings(RunSettings):
+    """Settings of every retrieval task; defaults are the published ones of the data set that is chosen."""
+
+    published: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "coco": {"image_root": "datasets/vision/coco", "interval": 200, "max_epoch": 6},
+        "flickr": {"image_root": "datasets/vision/flickr", "interval": 50, "max_epoch": 12},
+    }
+
+    dataset: Literal["coco", "flickr"] = Field("coco", description="whose annotation files, and whose defaults")
+    image_root: Path = Field(Path("datasets/vision/coco"), description="folder of the pictures")
+    init_lr: float = Field(1e-5, gt=0, description="of the search, and the start of the retraining's cosine")
+    batch_size_test: int = Field(64, ge=1, description="pictures per process and forward pass")
+    queue_size: int = Field(57600, ge=1, description="features of earlier batches that a batch is compared with")
+    alpha: float = Field(0.4, ge=0, le=1, description="weight of the soft targets, reached after the first epoch")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_data_set(cls, values: Any) -> Any:
+        if isinstance(values, dict):
+            return {**cls.published.get(values.get("dataset", "coco"), {}), **values}
+        return values
+
+    def alpha_at(self, epoch: float) -> float:
+        """Return the weight of the soft targets after `epoch` epochs: it grows over the first one."""
+        return self.alpha * min(1.0, epoch)
+
+
+RetrievalSettingsT = TypeVar("RetrievalSettingsT", bound=RetrievalSettings)
+
+
+@dataclass(frozen=True)
+class Found:
+    """What features propose: for N pictures the best texts, for M texts the best pictures; on the device.
+
+    Attributes:
+        texts: candidates of each picture, best first, [N, k].
+        text_scores: their similarities.
+        images: candidates of each text, [M, l].
+        image_scores: their similarities.
+    """
+
+    texts: Tensor
+    text_scores: Tensor
+    images: Tensor
+    image_scores: Tensor
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What this process keeps of the pictures that it encoded: their numbers [n], and states [n, ...] on the CPU."""
+
+    numbers: Tensor
+    states: Tensor | None
+
+
+class RetrievalTask(Task[RetrievalSettingsT]):
+    """Pictures found by texts, and texts by pictures: TR@k and IR@k, the share of queries with a right one in the
+    first k (in percent), and r_mean, the mean of all six, which decides.
+    """
+
+    metric: ClassVar[str] = "r_mean"
+    shown: ClassVar[tuple[str, ...]] = ("TR@1", "IR@1")
+    splits: ClassVar[Mapping[str, str]] = {"train": "train", "val": "val", "test": "test"}
+
+    @abstractmethod
+    def collate(self, settings: RetrievalSettingsT) -> RetrievalCollator:
+        """Return what stacks pictures and tokenizes captions."""
+
+    @abstractmethod
+    def text_features(self, model: nn.Module, words: Mapping[str, Tensor]) -> Tensor:
+        """Return normalised features of texts (input_ids and attention_mask, [B, T]), [B, D]."""
+
+    @abstractmethod
+    def candidate_counts(self, settings: RetrievalSettingsT) -> int:
+        """Return how many candidates each query has."""
+
+    def rescore(
+        self,
+        accelerator: Accelerator,
+        model: nn.Module,
+        settings: RetrievalSettingsT,
+        kept: Kept,
+        words: Mapping[str, Tensor],
+        found: Found,
+    ) -> Found:
+        """Return the candidates with better scores; without re-ranking, as they are."""
+        return found
+
+    def dataset(self, settings: RetrievalSettingsT, split: str) -> Dataset[Any]:
+        """Return pairs to train on, or pictures with all their texts.
+
+        Raises:
+            SettingError: the queue is too small for the batches.
+        """
+        file = settings.ann_root / _FILES[settings.dataset].format(self.splits[split])
+        size = settings.image_size
+        if split == "train":
+            records = RetrievalPairs(file, settings.image_root, train_transform(size, settings.augment))
+            # Every process has its own batch.
+            check_queue(settings.queue_size, min(settings.batch_size_train, len(records)) * processes())
+            return records
+        return RetrievalGallery(file, settings.image_root, eval_transform(size))
+
+    def collect(
+        self, accelerator: Accelerator, model: nn.Module, loader: Any, settings: RetrievalSettingsT
+    ) -> dict[str, Tensor]:
+        """Return candidates and scores of every picture and text, the same on every process; see `Found`."""
+        records = cast(RetrievalGallery, records_of(loader))
+        kept, image = self._encode_images(accelerator, model, loader, settings)
+        words = self.collate(settings).tokenize(records.texts)
+        text = self._encode_texts(accelerator, model, words, image, settings)
+        count = self.candidate_counts(settings)
+        found = Found(*candidates(image, text, count), *candidates(text, image, count))
+        found = self.rescore(accelerator, model, settings, kept, words, found)
+        return {name: value.cpu() for name, value in vars(found).items()}
+
+    def score(
+        self, predictions: Mapping[str, Tensor], records: Dataset[Any], settings: RetrievalSettingsT
+    ) -> dict[str, float]:
+        """Return TR@k, IR@k and r_mean, in percent."""
+        owner = cast(RetrievalGallery, records).image_of_text
+        texts = _by_score(predictions["texts"], predictions["text_scores"])
+        images = _by_score(predictions["images"], predictions["image_scores"])
+        metrics = {
+            **_recalls("TR", owner[texts] == torch.arange(len(texts)).unsqueeze(1)),
+            **_recalls("IR", images == owner.unsqueeze(1)),
+        }
+        return {**metrics, "r_mean": sum(metrics.values()) / len(metrics)}
+
+    def counts(self, model: nn.Module) -> dict[str, Any]:
+        """Return the sizes of what is deployed, without momentum copies, beside the published way of counting.
+
+        The published parameters include the copies, and the published multiply-adds are of the loss of one pair:
+        copies, comparison with the queues, and three matchings.
+        """
+        assert isinstance(model, MomentumContrast)
+        copies = sum(copy.numel() for _, copy in model.momentum_pairs())
+        parameters = count_parameters(model)
+        training = {**self.example(model, 1), **self.published_example(model)}
+        return {
+            "parameters": parameters - copies,
+            "gmacs": count_macs(model, self.example(model, 1)) / 1e9,
+            "published_parameters": parameters,
+            "published_gmacs": count_macs(model, training) / 1e9,
+        }
+
+    def published_example(self, model: nn.Module) -> dict[str, Any]:
+        """Return what makes the example inputs of one pair those of the model's loss."""
+        return {"ids": torch.zeros(1, dtype=torch.long, device=next(model.parameters()).device)}
+
+    def _encode_images(
+        self, accelerator: Accelerator, model: nn.Module, loader: Any, settings: RetrievalSettingsT
+    ) -> tuple[Kept, Tensor]:
+        """Return what this process keeps, and the features of all pictures, [N, D]."""
+        count = len(cast(RetrievalGallery, records_of(loader)))
+        features: Tensor | None = None
+        states: Tensor | None = None
+        numbers: list[int] = []
+        taken: set[int] = set()
+        for batch in loader:
+            with autocast(accelerator, settings):
+                rows = self.predict(model, batch, settings)
+            everyone = accelerator.gather({"ids": batch["ids"], "features": rows["features"].float()})
+            if features is None:
+                features = everyone["features"].new_zeros(count, everyone["features"].shape[1])
+                if "states" in rows:
+                    most = len(loader) * len(batch["ids"])
+                    states = torch.empty(most, *rows["states"].shape[1:], dtype=rows["states"].dtype)
+            features[everyone["ids"]] = everyone["features"]
+            # Where the last batches are filled up with repeated pictures, the first to have one keeps it.
+            size = len(batch["ids"])
+            for place, number in enumerate(everyone["ids"].tolist()):
+                process, row = divmod(place, size)
+                if number not in taken and process == accelerator.process_index:
+                    if states is not None:
+                        states[len(numbers)] = rows["states"][row].cpu()
+                    numbers.append(number)
+                taken.add(number)
+        assert features is not None
+        return Kept(
+            torch.tensor(numbers, dtype=torch.long), None if states is None else states[: len(numbers)]
+        ), features
+
+    def _encode_texts(
+        self,
+        accelerator: Accelerator,
+        model: nn.Module,
+        words: Mapping[str, Tensor],
+        image: Tensor,
+        settings: RetrievalSettingsT,
+    ) -> Tensor:
+        """Return the features of all texts, [M, D], like those of the pictures; each process encodes its share."""
+        features = image.new_zeros(len(words["input_ids"]), image.shape[1])
+        for start in range(0, len(features), settings.batch_size_test)[
+            accelerator.process_index :: accelerator.num_processes
+        ]:
+            part = slice(start, start + settings.batch_size_test)
+            longest = int(words["attention_mask"][part].sum(1).max())
+            block = {name: value[part, :longest].to(accelerator.device) for name, value in words.items()}
+            with autocast(accelerator, settings):
+                features[part] = self.text_features(model, block).to(features.dtype)
+        return summed(accelerator, features)
+
+
+def summed(accelerator: Accelerator, table: Tensor) -> Tensor:
+    """Return the sum of a table over processes: all of it, where each filled in its part and left the rest at 0."""
+    return cast(Tensor, accelerator.reduce(table, "sum"))
+
+
+def _by_score(numbers: Tensor, scores: Tensor) -> Tensor:
+    return numbers.gather(1, torch.argsort(scores, dim=1, descending=True, stable=True))
+
+
+def _recalls(name: str, right: Tensor) -> dict[str, float]:
+    return {f"{name}@{cut}": 100 * float(right[:, :cut].any(1).double().mean()) for cut in CUTS}

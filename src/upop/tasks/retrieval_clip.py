@@ -1,0 +1,108 @@
+"""Retrieval (COCO, Flickr30K) with CLIP: pictures and texts are compared by their features alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any, ClassVar, cast
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from upop.data.clip_tokenizer import ClipCollator, ClipTokenizer, load_clip_tokenizer
+from upop.errors import SettingError
+from upop.models.clip import ClipConfig, ClipRetrieval
+from upop.settings import RunSettings
+from upop.tasks.published import PublishedTask
+from upop.tasks.recall import CUTS, RetrievalSettings, RetrievalTask
+from upop.training.task import Batch
+
+TOKENIZER = "pretrained/clip-vit-large-patch14-336"
+"""Where CLIP's vocabulary is looked for first; on the hub it is openai's."""
+
+
+class ClipRetrievalSettings(RetrievalSettings):
+    """Settings of configs/retrieval_{coco,flickr}_clip.yaml; the defaults are the published ones."""
+
+    image_size: int = Field(336, gt=0)
+    tokenizer: str = Field(
+        TOKENIZER,
+        description="folder with CLIP's vocab.json and merges.txt, OpenAI's bpe_simple_vocab file, or hub name",
+    )
+    weight_decay: float = Field(0.2, ge=0)
+    w_sp_attn: float = Field(
+        22 / 15 * 8e-3, ge=0, description="weight of the sparsity term; moves only the logged loss"
+    )
+
+
+class ClipRetrievalTask(RetrievalTask[ClipRetrievalSettings], PublishedTask[ClipRetrievalSettings]):
+    """Pictures found by texts, and texts by pictures, with CLIP."""
+
+    name: ClassVar[str] = "retrieval-clip"
+    settings: ClassVar[type[RunSettings]] = ClipRetrievalSettings
+    model: ClassVar[type[nn.Module]] = ClipRetrieval
+
+    def sizes(self, settings: ClipRetrievalSettings) -> dict[str, Any]:
+        """Return the sizes of the dense model that the settings decide, that of the queue among them."""
+        return {"queue_size": settings.queue_size, **super().sizes(settings)}
+
+    def build(self, settings: ClipRetrievalSettings) -> nn.Module:
+        """Return the model with fresh weights; its vocabulary is the tokenizer's."""
+        sizes = {"vocab_size": len(clip_tokenizer(settings.tokenizer)), **self.sizes(settings)}
+        return self._prepared(ClipRetrieval(ClipConfig(**sizes)), settings)
+
+    def collate(self, settings: ClipRetrievalSettings) -> ClipCollator:
+        """Return what stacks pictures and tokenizes captions."""
+        length = settings.model.get("max_positions", ClipConfig.model_fields["max_positions"].default)
+        return ClipCollator(clip_tokenizer(settings.tokenizer), length)
+
+    def inputs(self, batch: Batch) -> dict[str, Any]:
+        """Return pictures and tokens."""
+        return {name: batch[name] for name in ("images", "input_ids")}
+
+    def loss(self, model: nn.Module, batch: Batch, settings: ClipRetrievalSettings, epoch: float) -> Tensor:
+        """Return the contrastive loss."""
+        loss: Tensor = model(**self.inputs(batch), ids=batch["ids"], alpha=settings.alpha_at(epoch))
+        return loss
+
+    def predict(self, model: nn.Module, batch: Batch, settings: ClipRetrievalSettings) -> dict[str, Tensor]:
+        """Return normalised features of pictures, [B, D]."""
+        return {"features": nn.functional.normalize(cast(ClipRetrieval, model).encode_image(batch["images"]), dim=-1)}
+
+    def text_features(self, model: nn.Module, words: Mapping[str, Tensor]) -> Tensor:
+        """Return normalised features of texts, [B, D]."""
+        return nn.functional.normalize(cast(ClipRetrieval, model).encode_text(words["input_ids"]), dim=-1)
+
+    def candidate_counts(self, settings: ClipRetrievalSettings) -> int:
+        """Return how many candidates each query has: as many as recall looks at."""
+        return max(CUTS)
+
+    def example(self, model: nn.Module, batch_size: int) -> dict[str, Tensor]:
+        """Return `batch_size` grey pictures and as many texts of full length (77 tokens)."""
+        config = cast(ClipRetrieval, model).config
+        device = next(model.parameters()).device
+        words = torch.full((batch_size, config.max_positions), config.vocab_size - 1, device=device)
+        images = torch.zeros(batch_size, 3, config.image_size, config.image_size, device=device)
+        return {"images": images, "input_ids": words}
+
+    def _prepared(self, model: nn.Module, settings: ClipRetrievalSettings) -> nn.Module:
+        assert isinstance(model, ClipRetrieval)
+        words = len(clip_tokenizer(settings.tokenizer))
+        if words != model.config.vocab_size:
+            # The model would look for the end of every text at the wrong word, and find it nowhere.
+            raise SettingError(
+                f"The model has {model.config.vocab_size} words, and the tokenizer {settings.tokenizer!r} {words}. "
+                "Set tokenizer to the one that the model was trained with."
+            )
+        if model.config.queue_size != settings.queue_size:
+            model.remake_queues(settings.queue_size)
+        return super()._prepared(model, settings)
+
+
+@cache
+def clip_tokenizer(path: str) -> ClipTokenizer:
+    """Return CLIP's tokenizer, from the folder where it is looked for first, or else from the hub."""
+    on_hub = path == TOKENIZER and not Path(path).exists()
+    return load_clip_tokenizer(f"openai/{Path(path).name}" if on_hub else path)

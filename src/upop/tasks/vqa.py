@@ -1,0 +1,196 @@
+"""Visual question answering (VQAv2, with Visual Genome in training) with BLIP."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from upop.data.transforms import eval_transform, train_transform
+from upop.data.vqa import VqaCollator, VqaDataset, VqaTrainingDataset, read_answer_list, tokenize_answers
+from upop.data.vqa_accuracy import vqa_accuracy
+from upop.errors import DataError
+from upop.models.blip import BlipConfig
+from upop.models.vqa import MAX_TOKENS, BlipVqa, VqaConfig, answer_losses
+from upop.pruning import count_macs
+from upop.settings import RunSettings
+from upop.tasks.blip import BlipSettings, BlipTask, blip_tokenizer
+from upop.training.task import Batch
+
+_INPUTS = ("images", "question_ids", "question_mask", "answer_ids", "answer_mask", "answer_counts")
+# The published multiply-adds are of a training batch cut to one picture: these questions and answers, in tokens each.
+_QUESTIONS, _QUESTION_TOKENS = 32, 14
+_ANSWERS, _ANSWER_TOKENS = 47, 5
+
+
+class VqaSettings(BlipSettings):
+    """Settings of configs/vqa.yaml; the defaults are the published ones."""
+
+    vqa_root: Path = Field(Path("datasets/vision/VQA/Images/mscoco"), description="folder of VQAv2's pictures")
+    vg_root: Path = Field(Path("datasets/vision/visual-genome"), description="folder of Visual Genome's pictures")
+    train_files: tuple[str, ...] = Field(
+        ("vqa_train", "vqa_val", "vg_qa"), min_length=1, description="annotation files to train on, without .json"
+    )
+    val_file: str | None = Field(None, description="annotation file with answers that picks the best epoch, if any")
+    test_file: str | None = Field("vqa_test", description="annotation file to answer, if any")
+    inference: Literal["rank", "generate"] = Field("rank", description="choose from answer_list.json, or write")
+    k_test: int = Field(128, ge=1, description="candidates per question that are compared by all their tokens")
+    rank_chunk: int = Field(1024, ge=1, description="pairs of question and candidate in memory at once")
+
+    image_size: int = Field(480, gt=0)
+    init_lr: float = Field(2e-5, gt=0, description="of the search, and the start of the retraining's cosine")
+    max_epoch: int = Field(10, ge=1, description="epochs of retraining (and of `train`)")
+    batch_size_test: int = Field(64, ge=1)
+    interval: int = Field(1000, ge=1, description="masks move every so many search steps")
+    w_sp_attn: float = Field(1.44e-2, ge=0, description="weight of the sparsity term; moves only the logged loss")
+    w_sp_mlp: float = Field(5e-4, ge=0)
+
+    @property
+    def answer_list(self) -> Path:
+        """The file of candidate answers."""
+        return self.ann_root / "answer_list.json"
+
+
+class VqaTask(BlipTask[VqaSettings]):
+    """Questions about pictures."""
+
+    name: ClassVar[str] = "vqa"
+    metric: ClassVar[str] = "accuracy"
+    shown: ClassVar[tuple[str, ...]] = ("accuracy", "accuracy_yes_no", "accuracy_number", "accuracy_other")
+    splits: ClassVar[Mapping[str, str]] = {"train": "train", "val": "val", "test": "test"}
+    settings: ClassVar[type[RunSettings]] = VqaSettings
+    model: ClassVar[type[nn.Module]] = BlipVqa
+    config: ClassVar[type[BlipConfig]] = VqaConfig
+
+    def dataset(self, settings: VqaSettings, split: str) -> Dataset[Any]:
+        """Return the questions of a split, with weighted answers in training.
+
+        A warning says which share of the training answers the list of candidates lacks.
+        """
+        roots = {"vqa": settings.vqa_root, "vg": settings.vg_root}
+        if split != "train":
+            name = settings.val_file if split == "val" else settings.test_file
+            return VqaDataset(settings.ann_root / f"{name}.json", roots, eval_transform(settings.image_size))
+        files = [settings.ann_root / f"{name}.json" for name in settings.train_files]
+        records = VqaTrainingDataset(files, roots, train_transform(settings.image_size, settings.augment))
+        if settings.inference == "rank":
+            _check_candidates(records, settings.answer_list)
+        return records
+
+    def evaluated(self, settings: VqaSettings) -> tuple[str, ...]:
+        """Return the splits that the settings name a file for."""
+        files = {"val": settings.val_file, "test": settings.test_file}
+        return tuple(split for split, file in files.items() if file is not None)
+
+    def collate(self, settings: VqaSettings) -> Callable[[list[Any]], Batch]:
+        """Return what stacks pictures and tokenizes questions and answers."""
+        tokenizer = blip_tokenizer(settings.tokenizer)
+        if settings.inference == "generate":
+            return VqaCollator(tokenizer)
+        return VqaCollator(tokenizer, tokenize_answers(tokenizer, read_answer_list(settings.answer_list)))
+
+    def inputs(self, batch: Batch) -> dict[str, Any]:
+        """Return pictures, questions and answers of a training batch."""
+        return {name: batch[name] for name in _INPUTS}
+
+    def loss(self, model: nn.Module, batch: Batch, settings: VqaSettings, epoch: float) -> Tensor:
+        """Return the weighted sum of the answers' losses per question."""
+        losses = answer_losses(model(**self.inputs(batch)), batch["answer_ids"], batch["answer_mask"])
+        total: Tensor = (batch["weights"] * losses).sum()
+        return total / len(batch["images"])
+
+    def predict(self, model: nn.Module, batch: Batch, settings: VqaSettings) -> dict[str, Tensor]:
+        """Return question ids [B], and "answers": places in the list [B] (rank) or token ids [B, 10] (generate)."""
+        assert isinstance(model, BlipVqa)
+        mask = batch["question_mask"]
+        _, states = model.encode(batch["images"], batch["question_ids"], mask)
+        if settings.inference == "rank":
+            candidates = batch["candidate_ids"], batch["candidate_mask"]
+            answers = model.rank(states, mask, *candidates, settings.k_test, settings.rank_chunk)
+        else:
+            tokenizer = blip_tokenizer(settings.tokenizer)
+            answers = model.generate(states, mask, tokenizer.sep_token_id, tokenizer.pad_token_id)
+            answers = F.pad(answers, (0, MAX_TOKENS - answers.shape[1]), value=tokenizer.pad_token_id)
+        return {"question_ids": batch["numbers"], "answers": answers}
+
+    def score(
+        self, predictions: Mapping[str, Tensor], records: Dataset[Any], settings: VqaSettings
+    ) -> dict[str, float]:
+        """Return the official accuracy in percent, in all and by type of answer; nothing where there are no answers."""
+        assert isinstance(records, VqaDataset)
+        if not records.people:
+            return {}
+        given = {row["question_id"]: row["answer"] for row in self._answers(predictions, settings)}
+        return vqa_accuracy([given[number] for number in records.question_ids], records.people, records.types)
+
+    def files(
+        self, predictions: Mapping[str, Tensor], records: Dataset[Any], settings: VqaSettings, split: str
+    ) -> dict[str, Any]:
+        """Return `vqa_result.json` as the evaluation server takes it (of the validation split, `vqa_result_val.json`).
+
+        It is `[{"question_id": int, "answer": str}]`.
+        """
+        name = "vqa_result.json" if split == "test" else f"vqa_result_{self.splits[split]}.json"
+        return {name: self._answers(predictions, settings)}
+
+    def _answers(self, predictions: Mapping[str, Tensor], settings: VqaSettings) -> list[dict[str, Any]]:
+        found = predictions["answers"]
+        if settings.inference == "rank":
+            candidates = read_answer_list(settings.answer_list)
+            texts = [candidates[place] for place in found.tolist()]
+        else:
+            decoded = blip_tokenizer(settings.tokenizer).batch_decode(found, skip_special_tokens=True)
+            texts = [text.strip() for text in decoded]
+        numbers = predictions["question_ids"].tolist()
+        return [{"question_id": number, "answer": text} for number, text in zip(numbers, texts, strict=True)]
+
+    def example(self, model: nn.Module, batch_size: int) -> dict[str, Tensor]:
+        """Return `batch_size` grey pictures, each with a question of 14 tokens and an answer of 5."""
+        return _example(model, batch_size, batch_size, batch_size)
+
+    def counts(self, model: nn.Module) -> dict[str, Any]:
+        """Return the counts of one question and answer, and as published of 32 questions on one picture."""
+        published = count_macs(model, _example(model, 1, _QUESTIONS, _ANSWERS))
+        return {**super().counts(model), "published_gmacs": published / 1e9}
+
+
+def _check_candidates(records: VqaTrainingDataset, file: Path) -> None:
+    missing, all_of_them, share = records.outside(read_answer_list(file))
+    if missing == all_of_them:
+        raise DataError(
+            f"None of the {all_of_them} different training answers is in {file}, so ranking could never give one of "
+            "them. Check that the list belongs to these annotation files, or set inference: generate."
+        )
+    if missing:
+        warnings.warn(
+            f"{missing} of the {all_of_them} different training answers ({100 * share:.1f} % of all by weight) are "
+            f"not in {file}: the model learns them, and ranking never gives them.",
+            stacklevel=3,
+        )
+
+
+def _example(model: nn.Module, images: int, questions: int, answers: int) -> dict[str, Tensor]:
+    config: VqaConfig = model.config  # type: ignore[assignment]
+    device = next(model.parameters()).device
+
+    def words(count: int, tokens: int) -> Tensor:
+        return torch.ones(count, min(tokens, config.max_positions), dtype=torch.long, device=device)
+
+    question, answer = words(questions, _QUESTION_TOKENS), words(answers, _ANSWER_TOKENS)
+    counts = torch.ones(questions, dtype=torch.long, device=device)
+    counts[: answers - questions] += 1
+    return {
+        "images": torch.zeros(images, 3, config.image_size, config.image_size, device=device),
+        "question_ids": question,
+        "question_mask": torch.ones_like(question),
+        "answer_ids": answer,
+        "answer_mask": torch.ones_like(answer),
+        "answer_counts": counts,
+    }

@@ -1,0 +1,113 @@
+"""Every published run can be listed, explained and started, and is what its published command asks for."""
+
+from __future__ import annotations
+
+import importlib.util
+import shlex
+from pathlib import Path
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from upop.cli import published, recipes
+from upop.cli.app import app
+from upop.errors import SettingError
+from upop.recipes import Recipe, find_recipe, read_recipes
+from upop.settings import RunSettings, read_settings
+from upop.tasks import find_task
+
+ROOT = Path(__file__).parents[2]
+ALL = list(read_recipes(ROOT / "configs" / "recipes.yaml").values())
+runner = CliRunner()
+
+
+@pytest.fixture(autouse=True)
+def at_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+
+
+def test_the_list_names_every_recipe() -> None:
+    shown = runner.invoke(app, ["recipes"], env={"COLUMNS": "200"}).output
+    assert all(recipe.name in shown for recipe in ALL)
+
+
+def resolved(recipe: Recipe) -> RunSettings:
+    return read_settings(find_task(recipe.task).settings, recipe.config, recipe.overrides)
+
+
+def asked_for(command: str, monkeypatch: pytest.MonkeyPatch) -> tuple[str, str, RunSettings]:
+    """The verb, task and settings that a published command line leads to."""
+    words = shlex.split(command)
+    place = next(number for number, word in enumerate(words) if word.endswith(".py"))
+    found: list[tuple[str, str, RunSettings]] = []
+    for verb in ("compress", "evaluate_checkpoint"):
+        monkeypatch.setattr(
+            published, verb, lambda task, settings, verb=verb: found.append((verb, task.name, settings))
+        )
+    monkeypatch.setattr(published, "main", lambda typer_app: runner.invoke(typer_app, words[place + 1 :]))
+    spec = importlib.util.spec_from_file_location("__main__", ROOT / words[place])
+    assert spec is not None
+    assert spec.loader is not None
+    spec.loader.exec_module(importlib.util.module_from_spec(spec))
+    assert found, f"{command} did not start"
+    return found[0]
+
+
+@pytest.mark.parametrize("recipe", ALL, ids=lambda recipe: recipe.name)
+def test_a_recipe_is_what_its_published_commands_ask_for(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert asked_for(recipe.command, monkeypatch) == ("compress", recipe.task, resolved(recipe))
+    verb, task, settings = asked_for(recipe.evaluation, monkeypatch)
+    assert (verb, task) == ("evaluate_checkpoint", recipe.task)
+    assert settings.pretrained == str(recipe.output_dir / recipe.compressed)
+
+
+@pytest.mark.parametrize("recipe", ALL, ids=lambda recipe: recipe.name)
+def test_a_dry_run_says_everything_and_does_nothing(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(recipes, "compress", lambda *_: pytest.fail("it started"))
+    asked = ["run", recipe.name, "--dry-run", "--output-dir", str(tmp_path / "out")]
+    result = runner.invoke(app, asked)
+    assert result.exit_code == 0, result.output
+    assert recipe.command in result.output
+    assert f"max_epoch: {recipe.epoch}" in result.output
+    assert "missing" in result.output
+    assert not (tmp_path / "out").exists()
+
+
+def test_run_starts_what_the_recipe_says_and_flags_beat_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    started: list[tuple[str, RunSettings]] = []
+    monkeypatch.setattr(recipes, "compress", lambda task, settings: started.append((task.name, settings)))
+    result = runner.invoke(app, ["run", "nlvr2-3x", "--output-dir", str(tmp_path), "--set", "num_workers=1"])
+    assert result.exit_code == 0, result.output
+    (task, settings) = started[0]
+    assert task == "nlvr"
+    assert (settings.p, settings.max_epoch, settings.search_epochs) == (0.667, 20, 20)
+    assert (settings.output_dir, settings.num_workers) == (tmp_path, 1)
+
+
+def test_an_unknown_recipe_names_the_nearest() -> None:
+    with pytest.raises(SettingError, match="did you mean 'nlvr2-2x'"):
+        find_recipe("nlvr-2x")
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("a: 1", "must hold a list"),
+        ("- name: [", "is not YAML"),
+        (yaml.safe_dump([ALL[0].model_dump(mode="json") | {"p": 2}]), "recipe 0: p"),
+        (yaml.safe_dump([ALL[0].model_dump(mode="json")] * 2), "two recipes are called"),
+    ],
+)
+def test_damaged_recipes_say_what_is_wrong(content: str, says: str, tmp_path: Path) -> None:
+    path = tmp_path / "recipes.yaml"
+    path.write_text(content)
+    with pytest.raises(SettingError, match=says):
+        read_recipes(path)
+
+
+def test_recipes_are_looked_for_at_the_root(tmp_path: Path) -> None:
+    with pytest.raises(SettingError, match="from the repository's root"):
+        read_recipes(tmp_path / "recipes.yaml")
