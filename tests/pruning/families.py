@@ -21,6 +21,7 @@ from transformers import CLIPConfig, CLIPModel
 
 import upop
 from upop.models.nlvr import BlipNlvr, NlvrConfig
+from upop.models.vqa import BlipVqa, VqaConfig
 
 Inputs = dict[str, Tensor]
 
@@ -196,6 +197,13 @@ def nlvr(**settings: Any) -> nn.Module:
     return BlipNlvr(NlvrConfig(**{**tiny, **settings}))
 
 
+def _vqa() -> nn.Module:
+    """Three towers; the decoder's word embedding is its output layer."""
+    text = {"text_width": 32, "text_depth": 2, "text_heads": 4, "text_mlp": 56, "vocab_size": 60, "max_positions": 12}
+    vision = {"vision_width": 24, "vision_depth": 1, "vision_heads": 3, "vision_mlp": 40}
+    return BlipVqa(VqaConfig(image_size=16, patch_size=8, **vision, **text, dropout=0.0, drop_path=0.0))
+
+
 class _Clip(nn.Module):
     """transformers' CLIP, towers that differ in all; features of both, with the temperature on one of them."""
 
@@ -232,6 +240,20 @@ def _pairs(size: int, generator: torch.Generator) -> Inputs:
     }
 
 
+def _questions(size: int, generator: torch.Generator) -> Inputs:
+    """Questions with two answers each, some of both padded."""
+    answers, mask = torch.ones(2 * size, 4, dtype=torch.long), torch.ones(size, 7, dtype=torch.long)
+    answers[::3, 3:], mask[::2, 5:] = 0, 0
+    return {
+        "images": torch.randn(size, 3, 16, 16, generator=generator),
+        "question_ids": torch.randint(1, 58, (size, 7), generator=generator),
+        "question_mask": mask,
+        "answer_ids": torch.randint(1, 58, (2 * size, 4), generator=generator),
+        "answer_mask": answers,
+        "answer_counts": torch.full((size,), 2),
+    }
+
+
 FAMILIES = [
     Family("vit-fused", _vit, _pictures),
     Family("vit-eager", lambda: _eager(_vit()), _pictures),
@@ -250,6 +272,7 @@ FAMILIES = [
     Family("nlvr", nlvr, _pairs),
     Family("nlvr-merged-eager", lambda: _eager(nlvr(merge_from=0, vision_depth=1, text_depth=2)), _pairs),
     Family("clip", _Clip, _captioned),
+    Family("vqa", _vqa, _questions),
     Family("nlvr-averaged", lambda: nlvr(merge_from=9, vision_depth=1, text_depth=2, text_width=16), _pairs),
 ]
 BY_NAME = {family.name: family for family in FAMILIES}

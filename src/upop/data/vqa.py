@@ -31,7 +31,6 @@ class VqaItem(TypedDict):
 
     image: Tensor
     question: str
-    question_id: int
     answers: Sequence[str]
     weights: Sequence[float]
 
@@ -105,7 +104,6 @@ class VqaTrainingDataset(_VqaRecords):
         return {
             "image": self._image(index),
             "question": self._questions[index],
-            "question_id": -1,
             "answers": answers,
             "weights": weights,
         }
@@ -171,7 +169,6 @@ class VqaDataset(_VqaRecords):
         return {
             "image": self._image(index),
             "question": self._questions[index],
-            "question_id": self.question_ids[index],
             "answers": (),
             "weights": (),
         }
@@ -251,7 +248,6 @@ class VqaCollator:
                 "answer_counts": torch.tensor([len(item["answers"]) for item in items]),
                 "weights": torch.tensor([weight for item in items for weight in item["weights"]]),
             }
-        batch["numbers"] = torch.tensor([item["question_id"] for item in items])
         if self.candidates is not None:
             batch["candidate_ids"], batch["candidate_mask"] = self.candidates
         return batch

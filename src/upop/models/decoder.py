@@ -22,11 +22,9 @@ class TextDecoder(BlipTextLMHeadModel):
     _ends: Tensor
     _open: Tensor
 
-    def _beam_search(
-        self, input_ids: Tensor, logits_processor: Any, stopping_criteria: Any, generation_config: Any, **inputs: Any
-    ) -> Any:
+    def _beam_search(self, input_ids: Any, *rules: Any, generation_config: Any, **inputs: Any) -> Any:
         self._ends = generation_config._eos_token_tensor
-        found = super()._beam_search(input_ids, logits_processor, stopping_criteria, generation_config, **inputs)
+        found = super()._beam_search(input_ids, *rules, generation_config=generation_config, **inputs)
         if isinstance(found, Tensor):
             # The library fills up with the end token where the number of the padding token is 0.
             start = input_ids.shape[1]

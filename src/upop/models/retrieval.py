@@ -64,14 +64,14 @@ class SharedCrossAttention(BlipTextAttention):
         hidden_states: Tensor,
         attention_mask: Tensor | None = None,
         encoder_hidden_states: Tensor | None = None,
-        past_key_values: Any = None,
+        *args: Any,  # whose names differ between versions of the library
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor]:
         """Return the new states [G * n, T, width], and the attention weights as the library gives them."""
         # To cross-attention the tokens of all texts are alike, so n texts are one with n times the tokens.
         assert encoder_hidden_states is not None
         joined = hidden_states.reshape(len(encoder_hidden_states), -1, hidden_states.shape[-1])
-        states, weights = super().forward(joined, attention_mask, encoder_hidden_states, past_key_values, **kwargs)
+        states, weights = super().forward(joined, attention_mask, encoder_hidden_states, *args, **kwargs)
         return states.reshape(hidden_states.shape), weights
 
 

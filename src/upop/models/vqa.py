@@ -126,18 +126,22 @@ class BlipVqa(nn.Module):
             candidate_ids: token ids of the list, [C, L], each starting with any token that stands for [DEC].
             candidate_mask: [C, L].
             k: how many; all of them where the list is shorter.
-            chunk: how many pairs of question and candidate go through the decoder at once.
+            chunk: most pairs of question and candidate that go through the decoder at once; what bounds the memory.
         """
         begin = torch.zeros_like(question_mask[:, :1])
         first = self.decode(begin, torch.ones_like(begin), states, question_mask)[:, 0].softmax(-1)
         places = first[:, candidate_ids[:, 1]].topk(min(k, len(candidate_ids)), dim=1).indices
-        questions = torch.arange(len(states), device=states.device).repeat_interleave(places.shape[1])
-        losses = []
-        for pair, question in zip(places.flatten().split(chunk), questions.split(chunk), strict=True):
-            ids, mask = candidate_ids[pair], candidate_mask[pair]
+        pairs, lengths = places.flatten(), candidate_mask.sum(1)
+        # Candidates of like length go together, so that little is spent on padding: most have one word, few have many.
+        order = lengths[pairs].argsort(stable=True)
+        losses = torch.empty(len(pairs), device=states.device, dtype=torch.promote_types(states.dtype, torch.float32))
+        for part in order.split(chunk):
+            longest = int(lengths[pairs[part[-1]]])
+            ids, mask = candidate_ids[pairs[part], :longest], candidate_mask[pairs[part], :longest]
+            question = part // places.shape[1]
             logits = self.decode(ids, mask, states[question], question_mask[question])
-            losses.append(answer_losses(logits, ids, mask))
-        best = torch.cat(losses).view_as(places).argmin(1, keepdim=True)
+            losses[part] = answer_losses(logits, ids, mask)
+        best = losses.view_as(places).argmin(1, keepdim=True)
         return places.gather(1, best).squeeze(1)
 
     def generate(self, states: Tensor, question_mask: Tensor | None, end: int, pad: int = 0) -> Tensor:

@@ -2,7 +2,7 @@
 
 pycocoevalcap (the extra "coco") computes what is published; its METEOR, SPICE and word splitter run on Java, and SPICE
 needs models of 300 MB that the package fetches when asked to (`python -m pycocoevalcap.spice.get_stanford_models`).
-Without the package, torchmetrics gives BLEU and ROUGE-L.
+Without the package, torchmetrics gives BLEU and ROUGE-L, whose ROUGE-L weighs precision and recall alike.
 """
 
 from __future__ import annotations
@@ -12,11 +12,10 @@ import io
 import logging
 import shutil
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 from torchmetrics.functional.text import bleu_score, rouge_score
 
@@ -26,8 +25,10 @@ from upop.errors import DataError
 
 HAS_COCO = find_spec("pycocoevalcap") is not None
 """Whether the published metrics can be computed."""
-DECIDING = "cider" if HAS_COCO else "bleu4"
+DECIDING = "cider" if HAS_COCO and shutil.which("java") else "bleu4"
+"""The metric that tells the best checkpoint."""
 
+_Texts = dict[int, list[str]]
 _BLEU = ("bleu1", "bleu2", "bleu3", "bleu4")
 _NO_LIMIT = 10**6
 
@@ -64,54 +65,91 @@ def _coco_scores(captions: Mapping[int, str], references: Mapping[int, Sequence[
     from pycocoevalcap.cider.cider import Cider
     from pycocoevalcap.rouge.rouge import Rouge
 
-    java = shutil.which("java") is not None
-    given, found = _split(references, java), _split({number: [text] for number, text in captions.items()}, java)
-    given = {number: given[number] for number in found}
-
-    def score(scorer: Any) -> Any:
-        with contextlib.redirect_stdout(io.StringIO()):  # they print as they go
-            return scorer.compute_score(given, found)[0]
-
-    scores = dict(zip(_BLEU, score(Bleu(4)), strict=True)) | {"rouge_l": score(Rouge()), "cider": score(Cider())}
-    for name, scorer in _java_scorers(java).items():
-        try:
-            scores[name] = score(scorer())
-        except (OSError, ValueError, subprocess.SubprocessError) as error:
-            _say(f"{name} could not be computed ({type(error).__name__}: {error}); the other metrics are there.")
+    found, given = _split(captions, references)
+    scores: dict[str, float] = {}
+    with contextlib.redirect_stdout(io.StringIO()):  # they print as they go
+        scores |= zip(_BLEU, Bleu(4).compute_score(given, found)[0], strict=True)
+        scores["rouge_l"] = Rouge().compute_score(given, found)[0]
+        scores["cider"] = Cider().compute_score(given, found)[0]
+        for name, score in _java_scorers().items():
+            try:
+                scores[name] = score(given, found)
+            except (OSError, ValueError, subprocess.SubprocessError) as error:
+                _say(f"{name} could not be computed ({type(error).__name__}: {error}); the other metrics are there.")
     return {name: 100 * float(value) for name, value in scores.items()}
 
 
-def _java_scorers(java: bool) -> dict[str, Any]:
-    if not java:
-        _say("There is no Java here: METEOR and SPICE are left out, and words are split at spaces.")
+def _java_scorers() -> dict[str, Callable[[_Texts, _Texts], float]]:
+    if not _has_java():
+        _say("There is no Java here: METEOR and SPICE are left out, and words are split at spaces. Install Java.")
         return {}
+    from pycocoevalcap import spice
+
+    # Without both files the package would fetch them, in the middle of a run.
+    libraries = Path(next(iter(spice.__path__))) / "lib"
+    if all((libraries / f"stanford-corenlp-3.6.0{part}.jar").is_file() for part in ("", "-models")):
+        return {"meteor": _meteor, "spice": _spice}
+    _say(
+        "SPICE is left out, for its models are not installed. "
+        "Fetch them: python -m pycocoevalcap.spice.get_stanford_models"
+    )
+    return {"meteor": _meteor}
+
+
+def _meteor(given: _Texts, found: _Texts) -> float:
     from pycocoevalcap.meteor.meteor import Meteor
 
-    scorers = {"meteor": Meteor}
-    import pycocoevalcap.spice as spice
-
-    if any(Path(next(iter(spice.__path__))).glob("lib/stanford-corenlp-*-models.jar")):
-        from pycocoevalcap.spice.spice import Spice
-
-        scorers["spice"] = Spice
-    else:
-        _say(
-            "SPICE is left out, for its models are not installed. "
-            "Fetch them: python -m pycocoevalcap.spice.get_stanford_models"
-        )
-    return scorers
+    scorer = Meteor()
+    try:
+        score: float = scorer.compute_score(given, found)[0]
+    finally:
+        # It closes one of its pipes of three; and after a failure it would wait for its own lock for ever.
+        scorer.meteor_p.stdout.close()
+        scorer.meteor_p.stderr.close()
+        if scorer.lock.locked():
+            scorer.lock.release()
+    return score
 
 
-def _split(texts: Mapping[int, Sequence[str]], java: bool) -> dict[int, list[str]]:
-    """Return the texts with their words split off by single spaces, without punctuation."""
-    if not java:
-        return {number: [_words(text) for text in some] for number, some in texts.items()}
+def _spice(given: _Texts, found: _Texts) -> float:
+    from pycocoevalcap.spice.spice import Spice
+
+    score: float = Spice().compute_score(given, found)[0]
+    return score
+
+
+def _split(captions: Mapping[int, str], references: Mapping[int, Sequence[str]]) -> tuple[_Texts, _Texts]:
+    """Return captions and references whose words are split by single spaces, without punctuation."""
+    # One text is one line for the splitter, whatever ends a line elsewhere.
+    texts = [" ".join(text.split()) for number in captions for text in (captions[number], *references[number])]
+    words = iter(_java_words(texts) or map(_words, texts))
+    found: _Texts = {}
+    given: _Texts = {}
+    for number in captions:
+        found[number] = [next(words)]
+        given[number] = [next(words) for _ in references[number]]
+    return found, given
+
+
+def _java_words(texts: Sequence[str]) -> list[str] | None:
+    """Return the texts as the published splitter gives them, or None where it does not run."""
+    if not _has_java():
+        return None
     from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
-    split: dict[int, list[str]] = PTBTokenizer().tokenize(
-        {number: [{"caption": text} for text in some] for number, some in texts.items()}
-    )
-    return split
+    problem = "some texts did not come back"
+    try:
+        split = PTBTokenizer().tokenize({number: [{"caption": text}] for number, text in enumerate(texts)})
+        if len(split) == len(texts):
+            return [split[number][0] for number in range(len(texts))]
+    except OSError as error:  # it writes into its own folder, which may not be ours to write
+        problem = str(error)
+    _say(f"The word splitter of pycocoevalcap failed ({problem}): words are split at spaces, and scores differ a bit.")
+    return None
+
+
+def _has_java() -> bool:
+    return shutil.which("java") is not None
 
 
 def _words(text: str) -> str:

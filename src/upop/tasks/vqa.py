@@ -107,7 +107,7 @@ class VqaTask(BlipTask[VqaSettings]):
         return total / len(batch["images"])
 
     def predict(self, model: nn.Module, batch: Batch, settings: VqaSettings) -> dict[str, Tensor]:
-        """Return question ids [B], and "answers": places in the list [B] (rank) or token ids [B, 10] (generate)."""
+        """Return "answers": places in the list of candidates [B] (rank), or token ids [B, 10] (generate)."""
         assert isinstance(model, BlipVqa)
         mask = batch["question_mask"]
         _, states = model.encode(batch["images"], batch["question_ids"], mask)
@@ -118,7 +118,7 @@ class VqaTask(BlipTask[VqaSettings]):
             tokenizer = blip_tokenizer(settings.tokenizer)
             answers = model.generate(states, mask, tokenizer.sep_token_id, tokenizer.pad_token_id)
             answers = F.pad(answers, (0, MAX_TOKENS - answers.shape[1]), value=tokenizer.pad_token_id)
-        return {"question_ids": batch["numbers"], "answers": answers}
+        return {"answers": answers}
 
     def score(
         self, predictions: Mapping[str, Tensor], records: Dataset[Any], settings: VqaSettings
@@ -127,8 +127,7 @@ class VqaTask(BlipTask[VqaSettings]):
         assert isinstance(records, VqaDataset)
         if not records.people:
             return {}
-        given = {row["question_id"]: row["answer"] for row in self._answers(predictions, settings)}
-        return vqa_accuracy([given[number] for number in records.question_ids], records.people, records.types)
+        return vqa_accuracy(self._texts(predictions["answers"], settings), records.people, records.types)
 
     def files(
         self, predictions: Mapping[str, Tensor], records: Dataset[Any], settings: VqaSettings, split: str
@@ -137,19 +136,18 @@ class VqaTask(BlipTask[VqaSettings]):
 
         It is `[{"question_id": int, "answer": str}]`.
         """
+        assert isinstance(records, VqaDataset)
+        texts = self._texts(predictions["answers"], settings)
+        rows = zip(records.question_ids, texts, strict=True)
         name = "vqa_result.json" if split == "test" else f"vqa_result_{self.splits[split]}.json"
-        return {name: self._answers(predictions, settings)}
+        return {name: [{"question_id": number, "answer": text} for number, text in rows]}
 
-    def _answers(self, predictions: Mapping[str, Tensor], settings: VqaSettings) -> list[dict[str, Any]]:
-        found = predictions["answers"]
+    def _texts(self, answers: Tensor, settings: VqaSettings) -> list[str]:
         if settings.inference == "rank":
             candidates = read_answer_list(settings.answer_list)
-            texts = [candidates[place] for place in found.tolist()]
-        else:
-            decoded = blip_tokenizer(settings.tokenizer).batch_decode(found, skip_special_tokens=True)
-            texts = [text.strip() for text in decoded]
-        numbers = predictions["question_ids"].tolist()
-        return [{"question_id": number, "answer": text} for number, text in zip(numbers, texts, strict=True)]
+            return [candidates[place] for place in answers.tolist()]
+        decoded = blip_tokenizer(settings.tokenizer).batch_decode(answers, skip_special_tokens=True)
+        return [text.strip() for text in decoded]
 
     def example(self, model: nn.Module, batch_size: int) -> dict[str, Tensor]:
         """Return `batch_size` grey pictures, each with a question of 14 tokens and an answer of 5."""
