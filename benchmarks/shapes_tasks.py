@@ -1,8 +1,9 @@
 """Every task on generated data: a small dense model from nothing, then 2x and 4x by the method and by magnitude.
 
 Each task's dense model is trained, compressed by unified progressive pruning and by one cut of the smallest weights
-(both get equally many training steps), and all models are measured side by side at the end. The table goes to the
-terminal and, as JSON with the machine's description, to benchmarks/results/.
+(both get equally many training steps, on the same smaller set), and all models are measured side by side at the end.
+The table goes to the terminal and, as JSON with the machine's description, to benchmarks/results/. Runs that have ended
+are not run again: a benchmark that was stopped goes on with the next one.
 
     python benchmarks/shapes_tasks.py caption vqa retrieval retrieval-clip
 """
@@ -10,6 +11,8 @@ terminal and, as JSON with the machine's description, to benchmarks/results/.
 from __future__ import annotations
 
 import argparse
+import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,58 +25,66 @@ from upop.report.results import results_table
 from upop.settings import read_settings
 from upop.tasks import TASKS, find_task
 from upop.tasks.verbs import Metrics, compress, compressed_name, measure, train
+from upop.training.task import Task
 
 RESULTS = Path(__file__).parent / "results"
 DATA = {"retrieval-clip": "retrieval"}
 """The generated set of a task, where it is not called like the task."""
-DENSE = {"init_lr": 1e-3, "warmup_steps": 100, "pretrained": None}
+LEARNING_RATES = {"nlvr": 5e-4, "retrieval-clip": 5e-4}
+"""Of training a dense model, where it is not 1e-3."""
+STARTS = {"vqa": "caption"}
+"""The task whose dense model lends its towers, where a model does not start from nothing."""
 RATIOS = (0.5, 0.75)
 
 
-def run(name: str, folder: Path, records: int, epochs: int, out: Path) -> None:
+def run(name: str, arguments: argparse.Namespace) -> None:
     """Train, compress and measure one task."""
     task = find_task(name)
     kind = DATA.get(name, name)
     config = Path("configs/shapes") / f"{name.replace('-', '_')}.yaml"
-    data = write_with_progress(kind, folder / "data" / kind, seed=0, size=records)
-    given: dict[str, Any] = {**data.settings, "device": "cpu"}
 
-    def settings(**more: Any) -> Any:
-        return read_settings(task.settings, config, given | more)
+    def settings(records: int, **more: Any) -> Any:
+        data = write_with_progress(kind, arguments.folder / "data" / f"{kind}-{records}", seed=0, size=records)
+        return read_settings(task.settings, config, {**data.settings, "device": "cpu", **more})
 
-    dense = folder / name / "dense"
+    folder = arguments.folder / name
     models: dict[str, tuple[torch.nn.Module, Metrics]] = {}
-    chosen = settings(**DENSE, max_epoch=epochs, output_dir=dense)
-    measured = train(task, chosen)
-    assert measured is not None
-    models["dense"] = (load(dense / "best"), _metrics(measured.models[0].metrics))
+    start = str(folder.parent / STARTS[name] / "dense" / "best") if name in STARTS else None
+    training: dict[str, Any] = {"pretrained": start}
+    training |= {"init_lr": LEARNING_RATES.get(name, 1e-3), "warmup_steps": 100, "max_epoch": arguments.epochs}
+    chosen = settings(arguments.records, **training, output_dir=folder / "dense")
+    models["dense"] = _made(train, task, chosen)
     for method in ("upop", "magnitude"):
         for ratio in RATIOS:
-            place = folder / name / f"{method}-{ratio:g}"
-            chosen = settings(pretrained=str(dense / "best"), p=ratio, method=method, output_dir=place)
-            found = compress(task, chosen)
-            assert found is not None
-            models[compressed_name(chosen)] = (load(place / "best"), _metrics(found.models[-1].metrics))
+            start, place = str(folder / "dense" / "best"), folder / f"{method}-{ratio:g}"
+            chosen = settings(arguments.compress_records, pretrained=start, p=ratio, method=method, output_dir=place)
+            models[compressed_name(chosen)] = _made(compress, task, chosen)
     together = measure(task, models, torch.device("cpu"), chosen.latency_batch)
     Console().print(results_table(together))
-    together.write_json(out / f"shapes_{name}_cpu.json")
+    together.write_json(arguments.out / f"shapes_{name}_cpu.json")
 
 
-def _metrics(found: Any) -> Metrics:
-    return {split: dict(values) for split, values in found.items()}
+def _made(verb: Callable[[Task[Any], Any], Any], task: Task[Any], settings: Any) -> tuple[torch.nn.Module, Metrics]:
+    """Return the model that a run gives, and its metrics; a run that has ended before is not run again."""
+    results = settings.output_dir / "results.json"
+    if not results.is_file():
+        verb(task, settings)
+    row = json.loads(results.read_text())["models"][-1]
+    return load(settings.output_dir / "best"), row["metrics"]
 
 
 def main() -> None:
     """Run the tasks that the command line names."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tasks", nargs="*", choices=list(TASKS), default=[name for name in TASKS if name != "nlvr"])
-    parser.add_argument("--records", type=int, default=60_000, help="training records of the generated data")
+    parser.add_argument("--records", type=int, default=60_000, help="to train the dense model on")
+    parser.add_argument("--compress-records", type=int, default=20_000, help="to compress it on")
     parser.add_argument("--epochs", type=int, default=6, help="of training the dense model")
     parser.add_argument("--folder", type=Path, default=Path("output/benchmarks"), help="data and run folders")
     parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     for name in arguments.tasks:
-        run(name, arguments.folder, arguments.records, arguments.epochs, arguments.out)
+        run(name, arguments)
 
 
 if __name__ == "__main__":

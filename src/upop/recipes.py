@@ -60,7 +60,8 @@ class Recipe(BaseModel):
 
     @property
     def _start(self) -> str:
-        return f"python -m torch.distributed.run --nproc_per_node=8 {self.script}"
+        # The launcher of torch 2.14 and later takes --p for a flag of its own, unless "--" ends its flags.
+        return f"python -m torch.distributed.run --nproc_per_node=8 -- {self.script}"
 
 
 def read_recipes(path: Path = RECIPES) -> dict[str, Recipe]:

@@ -17,7 +17,10 @@ from pruning.families import NLVR, difference, nlvr, outputs_of, uneven_plan
 from upop.checkpoints.fit import resize_positions
 from upop.checkpoints.official import start_from
 from upop.errors import CheckpointError, SettingError
+from upop.models.caption import BlipCaption, CaptionConfig
 from upop.models.nlvr import BlipNlvr, NlvrConfig
+from upop.tasks import find_task
+from upop.tasks.vqa import VqaSettings
 
 DATA = Path(__file__).parents[1] / "parity" / "data"
 EXTRAS = DATA / "extras"
@@ -210,3 +213,28 @@ def test_starting_leaves_out_other_heads_but_not_stray_keys(tmp_path: Path) -> N
     torch.save({"model": {**state, "visual_encoder.stray": torch.ones(2)}}, tmp_path / "x.pth")
     with pytest.raises(CheckpointError, match=r"unknown visual_encoder\.stray"):
         start_from("nlvr", tmp_path / "x.pth", nlvr())
+
+
+def test_starting_from_a_folder_of_another_task_takes_the_towers_that_both_have(tmp_path: Path) -> None:
+    config = NLVR.build(torch.float32).config.model_dump(exclude={"merge_from"})
+    config |= {"vision_width": config["text_width"], "vision_heads": config["text_heads"]}
+    captioner = BlipCaption(CaptionConfig(**config))
+    upop.save(captioner, tmp_path / "captioner")
+    sizes = {key: value for key, value in config.items() if key not in ("image_size", "vocab_size")}
+    (tmp_path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]))
+    settings = VqaSettings(
+        tokenizer=str(tmp_path),
+        image_size=config["image_size"],
+        model={**sizes, "vocab_size": config["vocab_size"]},
+    )
+    started, lacking = find_task("vqa").start(tmp_path / "captioner", settings)
+    taken = captioner.state_dict()
+    assert {key.split(".")[0] for key in lacking} == {"text_encoder"}
+    for key, value in started.state_dict().items():
+        assert key in lacking or torch.equal(value, taken[key]), key
+
+
+def test_starting_from_a_folder_without_a_common_tower_is_refused(tmp_path: Path) -> None:
+    upop.save(torch.nn.Linear(2, 2), tmp_path / "other")
+    with pytest.raises(CheckpointError, match="holds nothing that a model for nlvr has"):
+        start_from("nlvr", tmp_path / "other" / "model.safetensors", nlvr(), any_towers=True)

@@ -20,6 +20,7 @@ from torch.func import functional_call
 from transformers import CLIPConfig, CLIPModel
 
 import upop
+from upop.models.caption import BlipCaption, CaptionConfig
 from upop.models.nlvr import BlipNlvr, NlvrConfig
 from upop.models.vqa import BlipVqa, VqaConfig
 
@@ -175,33 +176,38 @@ def _deit() -> nn.Module:
     )
 
 
+# Two towers that differ in all: width, depth, heads, MLP.
+_BLIP: dict[str, Any] = {
+    "image_size": 16,
+    "patch_size": 8,
+    "vision_width": 24,
+    "vision_depth": 3,
+    "vision_heads": 3,
+    "vision_mlp": 40,
+    "text_width": 32,
+    "text_depth": 2,
+    "text_heads": 4,
+    "text_mlp": 56,
+    "vocab_size": 60,
+    "max_positions": 12,
+    "dropout": 0.0,
+    "drop_path": 0.0,
+}
+
+
 def nlvr(**settings: Any) -> nn.Module:
-    """Two towers that differ in all: width, depth, heads, MLP; layer 0 averages, layer 1 merges."""
-    tiny: dict[str, Any] = {
-        "image_size": 16,
-        "patch_size": 8,
-        "vision_width": 24,
-        "vision_depth": 3,
-        "vision_heads": 3,
-        "vision_mlp": 40,
-        "text_width": 32,
-        "text_depth": 2,
-        "text_heads": 4,
-        "text_mlp": 56,
-        "vocab_size": 60,
-        "max_positions": 12,
-        "merge_from": 1,
-        "dropout": 0.0,
-        "drop_path": 0.0,
-    }
-    return BlipNlvr(NlvrConfig(**{**tiny, **settings}))
+    """Layer 0 averages, layer 1 merges."""
+    return BlipNlvr(NlvrConfig(**{**_BLIP, "merge_from": 1, **settings}))
 
 
 def _vqa() -> nn.Module:
     """Three towers; the decoder's word embedding is its output layer."""
-    text = {"text_width": 32, "text_depth": 2, "text_heads": 4, "text_mlp": 56, "vocab_size": 60, "max_positions": 12}
-    vision = {"vision_width": 24, "vision_depth": 1, "vision_heads": 3, "vision_mlp": 40}
-    return BlipVqa(VqaConfig(image_size=16, patch_size=8, **vision, **text, dropout=0.0, drop_path=0.0))
+    return BlipVqa(VqaConfig(**{**_BLIP, "vision_depth": 1}))
+
+
+def _caption() -> nn.Module:
+    """Its decoder's word embedding is its output layer too."""
+    return BlipCaption(CaptionConfig(**_BLIP))
 
 
 class _Clip(nn.Module):
@@ -230,11 +236,11 @@ def _pictures(size: int, generator: torch.Generator) -> Inputs:
     return {"x": torch.randn(size, 3, 16, 16, generator=generator)}
 
 
-def _pairs(size: int, generator: torch.Generator) -> Inputs:
+def _pairs(size: int, generator: torch.Generator, pictures: int = 2) -> Inputs:
     mask = torch.ones(size, 7, dtype=torch.long)
     mask[::2, 5:] = 0
     return {
-        "images": torch.randn(2 * size, 3, 16, 16, generator=generator),
+        "images": torch.randn(pictures * size, 3, 16, 16, generator=generator),
         "input_ids": torch.randint(1, 58, (size, 7), generator=generator),
         "attention_mask": mask,
     }
@@ -273,6 +279,7 @@ FAMILIES = [
     Family("nlvr-merged-eager", lambda: _eager(nlvr(merge_from=0, vision_depth=1, text_depth=2)), _pairs),
     Family("clip", _Clip, _captioned),
     Family("vqa", _vqa, _questions),
+    Family("caption", _caption, lambda size, generator: _pairs(size, generator, pictures=1)),
     Family("nlvr-averaged", lambda: nlvr(merge_from=9, vision_depth=1, text_depth=2, text_width=16), _pairs),
 ]
 BY_NAME = {family.name: family for family in FAMILIES}

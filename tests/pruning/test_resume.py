@@ -11,48 +11,55 @@ import pytest
 import torch
 
 import upop
-from pruning.families import NLVR, VIT, finished_pruner, loss_of, outputs_of, uneven_plan
+from pruning.families import BY_NAME, NLVR, VIT, Family, finished_pruner, loss_of, outputs_of, uneven_plan
 from upop.pruning.errors import PlanError, SettingError
 
 STEPS = 6
 
 
-def train(model: torch.nn.Module, pruner: upop.Pruner, optimizer: torch.optim.Optimizer, steps: range) -> None:
+def train(
+    model: torch.nn.Module,
+    pruner: upop.Pruner,
+    optimizer: torch.optim.Optimizer,
+    steps: range,
+    case: Family = NLVR,
+) -> None:
     for step in steps:
         optimizer.zero_grad()
-        loss_of(model(**NLVR.inputs(2, seed=step))).backward()
+        loss_of(model(**case.inputs(2, seed=step))).backward()
         pruner.step()
         optimizer.step()
 
 
+@pytest.mark.parametrize("case", [NLVR, BY_NAME["vqa"]], ids=lambda case: case.name)
 @pytest.mark.parametrize("cost", ["params", "reference"])
 @pytest.mark.parametrize("stop", [1, 3, 5])
-def test_a_resumed_search_ends_in_the_same_bits(stop: int, cost: str) -> None:
-    whole = NLVR.build()
+def test_a_resumed_search_ends_in_the_same_bits(stop: int, cost: str, case: Family) -> None:
+    whole = case.build()
     expected = upop.Pruner(whole, 0.5, STEPS, 2, cost=cost)
-    train(whole, expected, torch.optim.SGD(whole.parameters(), lr=1e-2), range(STEPS))
+    train(whole, expected, torch.optim.SGD(whole.parameters(), lr=1e-2), range(STEPS), case)
 
-    first = NLVR.build()
+    first = case.build()
     pruner = upop.Pruner(first, 0.5, STEPS, 2, cost=cost)
-    train(first, pruner, torch.optim.SGD(first.parameters(), lr=1e-2), range(stop))
+    train(first, pruner, torch.optim.SGD(first.parameters(), lr=1e-2), range(stop), case)
     file = io.BytesIO()
     torch.save({"model": first.state_dict(), "search": pruner.state_dict()}, file)
     file.seek(0)
     saved = torch.load(file, weights_only=True)
-    second = NLVR.build(seed=5)
+    second = case.build(seed=5)
     second.load_state_dict(saved["model"])
     resumed = upop.Pruner(second, 0.5, STEPS, 2, cost=cost)
     resumed.load_state_dict(saved["search"])
     assert resumed.steps_done == stop
     assert resumed.current_ratio == pruner.current_ratio
     assert resumed.threshold == pruner.threshold
-    assert torch.equal(outputs_of(second, NLVR.inputs()), outputs_of(first, NLVR.inputs()))
-    train(second, resumed, torch.optim.SGD(second.parameters(), lr=1e-2), range(stop, STEPS))
+    assert torch.equal(outputs_of(second, case.inputs()), outputs_of(first, case.inputs()))
+    train(second, resumed, torch.optim.SGD(second.parameters(), lr=1e-2), range(stop, STEPS), case)
     assert resumed.plan() == expected.plan()
     for name, score in expected.scores.items():
         assert torch.equal(resumed.scores[name], score)
         assert torch.equal(resumed.masks[name], expected.masks[name])
-    assert torch.equal(outputs_of(second, NLVR.inputs()), outputs_of(whole, NLVR.inputs()))
+    assert torch.equal(outputs_of(second, case.inputs()), outputs_of(whole, case.inputs()))
 
 
 def test_a_saved_state_does_not_change_as_the_search_goes_on() -> None:

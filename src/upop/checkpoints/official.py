@@ -106,14 +106,20 @@ def save_official(task: str, model: nn.Module, path: str | Path) -> Path:
     return Path(path)
 
 
-def start_from(task: str, path: str | Path, model: nn.Module) -> list[str]:
+def start_from(task: str, path: str | Path, model: nn.Module, *, any_towers: bool = False) -> list[str]:
     """Put the weights of a published checkpoint into a dense model that is to be fine-tuned.
 
     Position embeddings are resized; for "nlvr", single cross-attentions become twins. What the checkpoint lacks keeps
     its initial values.
 
+    Args:
+        task: of the dense model.
+        path: a published file, or the weights in one of our folders.
+        model: the dense model.
+        any_towers: whether the checkpoint may be of another task, and lack whole towers.
+
     Returns:
-        The keys that the checkpoint lacks ("nlvr": the head and the merge layers).
+        The keys that the checkpoint lacks (for "nlvr" the head and the merge layers).
 
     Raises:
         CheckpointError: the file cannot be read or does not fit otherwise.
@@ -124,7 +130,15 @@ def start_from(task: str, path: str | Path, model: nn.Module) -> list[str]:
     # Pre-trained checkpoints carry heads of other tasks; only whole modules that this model lacks are left out.
     towers = {key.split(".")[0] for key in known}
     state = {key: value for key, value in state.items() if key.split(".")[0] in towers}
-    return load_strictly(model, state, str(path), row.may_start_afresh)
+    held = {key.split(".")[0] for key in state}
+    if not held:
+        raise CheckpointError(f"{path} holds nothing that a model for {task} has. Start from a related model.")
+    return load_strictly(
+        model,
+        state,
+        str(path),
+        lambda key: row.may_start_afresh(key) or (any_towers and key.split(".")[0] not in held),
+    )
 
 
 def _row(task: str) -> _Official:

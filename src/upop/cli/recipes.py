@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import groupby
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,10 +24,13 @@ File = Annotated[Path, typer.Option("--recipes", help="YAML file of recipes.")]
 def recipes(file: File = RECIPES) -> None:
     """List every published run."""
     table = Table(title="Published runs", title_justify="left")
-    for heading in ("name", "task", "p", "epochs", "published script", "the paper's result"):
-        table.add_column(heading, no_wrap=heading == "name")
-    for recipe in read_recipes(file).values():
-        table.add_row(recipe.name, recipe.task, f"{recipe.p:g}", str(recipe.epoch), recipe.script, recipe.paper)
+    for heading in ("name", "p", "epochs", "the paper's result"):
+        table.add_column(heading)
+    for script, rows in groupby(read_recipes(file).values(), key=lambda recipe: recipe.script):
+        table.add_section()
+        table.add_row(f"[dim]{script}")
+        for recipe in rows:
+            table.add_row(recipe.name, f"{recipe.p:g}", str(recipe.epoch), recipe.paper)
     console = Console()
     console.print(table)
     console.print("epochs: of the search, and as many of retraining. Start one with `upop run NAME`.", highlight=False)

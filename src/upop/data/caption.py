@@ -23,7 +23,7 @@ IGNORED = -100
 CAPTION_TOKENS = 40
 """Where the published code cuts a caption, prompt and both ends included."""
 
-_NUMBER_AT_END = re.compile(r"\d+$")
+_NUMBER_AT_END = re.compile(r"(?<![0-9])[0-9]{1,18}$")  # more digits do not fit a tensor
 
 
 class CaptionItem(TypedDict):
@@ -64,7 +64,7 @@ class CaptionTrainDataset(Dataset[CaptionItem]):
             caption = clean_caption(record.text("caption"))
             if not caption:
                 raise record.error(f"'caption' holds no words: {shown(record.text('caption'))}.")
-            self._captions.append(prompt + caption)
+            self._captions.append(f"{prompt.rstrip()} {caption}".strip())  # a prompt's last word stays a word
             self._images.append(record.text("image"))
         check_images(self.root, zip(records, self._images, strict=True))
 
@@ -141,12 +141,12 @@ def image_number(record: Record, image: str) -> int:
     """Return the number at the end of an image's file name: 391895 of `val2014/COCO_val2014_000000391895.jpg`.
 
     Raises:
-        DataError: there is none.
+        DataError: there is none, or one that is too long.
     """
     found = _NUMBER_AT_END.search(PurePosixPath(image).stem)
     if not found:
         raise record.error(
-            f"the image id is the number at the end of the file name, and {image!r} has none. "
+            f"the image id is the number (of at most 18 digits) at the end of the file name; {image!r} has none. "
             "Name the image like COCO_val2014_000000391895.jpg."
         )
     return int(found[0])
@@ -158,10 +158,10 @@ def read_ground_truth(file: Path) -> dict[int, list[str]]:
     That is `{"annotations": [{"image_id": int, "caption": str, "id": int}], "images": [{"id": int}]}`.
 
     Raises:
-        DataError: it is not of that form; the message names the annotation.
+        DataError: it is not of that form; the message names the annotation, counted from 0.
     """
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"The ground truth {file} cannot be read: {error}. It may be cut off.") from error
     annotations = content.get("annotations") if isinstance(content, dict) else None
@@ -170,7 +170,7 @@ def read_ground_truth(file: Path) -> dict[int, list[str]]:
     captions: dict[int, list[str]] = {}
     for number, fields in enumerate(annotations):
         if not isinstance(fields, dict):
-            raise DataError(f"{file}, annotation {number}: must be an object with named fields, not {shown(fields)}.")
+            raise DataError(f"{file}, record {number}: must be an object with named fields, not {shown(fields)}.")
         record = Record(file, number, fields)
         image = record.get("image_id")
         if not isinstance(image, int) or isinstance(image, bool):

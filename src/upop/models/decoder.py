@@ -22,9 +22,13 @@ class TextDecoder(BlipTextLMHeadModel):
     _ends: Tensor
     _open: Tensor
 
-    def _beam_search(self, input_ids: Any, *rules: Any, generation_config: Any, **inputs: Any) -> Any:
+    # The library calls the three methods below with named arguments.
+
+    def _beam_search(self, input_ids: Any, *_args: Any, **settings: Any) -> Any:
+        generation_config = settings["generation_config"]
         self._ends = generation_config._eos_token_tensor
-        found = super()._beam_search(input_ids, *rules, generation_config=generation_config, **inputs)
+        library: Any = super()
+        found = library._beam_search(input_ids, **settings)
         if isinstance(found, Tensor):
             # The library fills up with the end token where the number of the padding token is 0.
             start = input_ids.shape[1]
@@ -32,7 +36,7 @@ class TextDecoder(BlipTextLMHeadModel):
             found[:, start:].masked_fill_(ended.cumsum(1) > ended, generation_config.pad_token_id)
         return found
 
-    def _update_finished_beams(self, **step: Any) -> _Beams:
+    def _update_finished_beams(self, *_args: Any, **step: Any) -> _Beams:
         """Take in the texts that end at this step; the same arguments and results as in transformers."""
         length, sums = step["cur_len"], step["topk_log_probs"]  # tokens before this one, prompt included
         ended = torch.isin(step["topk_running_sequences"][:, :, length], self._ends)
@@ -60,6 +64,6 @@ class TextDecoder(BlipTextLMHeadModel):
         texts: _Beams = super()._update_finished_beams(**last)
         return texts
 
-    def _check_early_stop_heuristic(self, **_step: Any) -> Tensor:
+    def _check_early_stop_heuristic(self, **_step: Any) -> Tensor:  # type: ignore[override]  # static in the library
         """Which texts of the batch may still get better, [B, 1]."""
         return self._open

@@ -19,7 +19,7 @@ from upop.models.blip import BlipConfig
 from upop.models.caption import PAD, BlipCaption, CaptionConfig, caption_loss
 from upop.settings import RunSettings
 from upop.tasks.blip import BlipSettings, BlipTask, blip_tokenizer
-from upop.tasks.caption_scores import DECIDING, caption_scores
+from upop.tasks.caption_scores import caption_scores, deciding_metric
 from upop.training.task import Batch
 
 _EXAMPLE_TOKENS = 15  # the caption length that the published multiply-adds were counted with
@@ -70,7 +70,7 @@ class CaptionTask(BlipTask[CaptionSettings]):
     """Captions of pictures."""
 
     name: ClassVar[str] = "caption"
-    metric: ClassVar[str] = DECIDING
+    metric: ClassVar[str] = deciding_metric()
     shown: ClassVar[tuple[str, ...]] = ("bleu4", "cider", "spice", "exact")
     splits: ClassVar[Mapping[str, str]] = {"train": "train", "val": "val", "test": "test"}
     settings: ClassVar[type[RunSettings]] = CaptionSettings

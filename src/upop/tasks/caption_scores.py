@@ -25,8 +25,6 @@ from upop.errors import DataError
 
 HAS_COCO = find_spec("pycocoevalcap") is not None
 """Whether the published metrics can be computed."""
-DECIDING = "cider" if HAS_COCO and shutil.which("java") else "bleu4"
-"""The metric that tells the best checkpoint."""
 
 _Texts = dict[int, list[str]]
 _BLEU = ("bleu1", "bleu2", "bleu3", "bleu4")
@@ -46,6 +44,11 @@ def caption_scores(captions: Mapping[int, str], references: Mapping[int, Sequenc
     """
     scores = _coco_scores(captions, references) if HAS_COCO else _plain_scores(captions, references)
     return scores | _exact_share(captions, references)
+
+
+def deciding_metric() -> str:
+    """Return the metric that tells the best checkpoint: CIDEr, or BLEU-4 on machines that cannot split words for it."""
+    return "cider" if HAS_COCO and _has_java() else "bleu4"
 
 
 def _plain_scores(captions: Mapping[int, str], references: Mapping[int, Sequence[str]]) -> dict[str, float]:
@@ -75,7 +78,10 @@ def _coco_scores(captions: Mapping[int, str], references: Mapping[int, Sequence[
             try:
                 scores[name] = score(given, found)
             except (OSError, ValueError, subprocess.SubprocessError) as error:
-                _say(f"{name} could not be computed ({type(error).__name__}: {error}); the other metrics are there.")
+                _say(
+                    f"{name} could not be computed ({type(error).__name__}: {error}); the other metrics are there. "
+                    "Check that Java runs (java -version), 1.8 or later."
+                )
     return {name: 100 * float(value) for name, value in scores.items()}
 
 
@@ -83,11 +89,10 @@ def _java_scorers() -> dict[str, Callable[[_Texts, _Texts], float]]:
     if not _has_java():
         _say("There is no Java here: METEOR and SPICE are left out, and words are split at spaces. Install Java.")
         return {}
-    from pycocoevalcap import spice
+    from pycocoevalcap.spice.get_stanford_models import JAR, SPICEDIR, SPICELIB
 
     # Without both files the package would fetch them, in the middle of a run.
-    libraries = Path(next(iter(spice.__path__))) / "lib"
-    if all((libraries / f"stanford-corenlp-3.6.0{part}.jar").is_file() for part in ("", "-models")):
+    if all(Path(SPICEDIR, SPICELIB, f"{JAR}{part}.jar").is_file() for part in ("", "-models")):
         return {"meteor": _meteor, "spice": _spice}
     _say(
         "SPICE is left out, for its models are not installed. "
@@ -103,9 +108,10 @@ def _meteor(given: _Texts, found: _Texts) -> float:
     try:
         score: float = scorer.compute_score(given, found)[0]
     finally:
-        # It closes one of its pipes of three; and after a failure it would wait for its own lock for ever.
-        scorer.meteor_p.stdout.close()
-        scorer.meteor_p.stderr.close()
+        # It leaves pipes open; and after a failure its destructor would wait for its own lock for ever.
+        for pipe in (scorer.meteor_p.stdin, scorer.meteor_p.stdout, scorer.meteor_p.stderr):
+            with contextlib.suppress(OSError):
+                pipe.close()
         if scorer.lock.locked():
             scorer.lock.release()
     return score

@@ -8,9 +8,11 @@ from typing import Any, ClassVar, TypeVar
 
 from torch import nn
 
-from upop.checkpoints import is_folder, load
+from upop.checkpoints import WEIGHTS, is_folder, load
+from upop.checkpoints.folder import read_description
 from upop.checkpoints.official import load_official, start_from
 from upop.errors import CheckpointError
+from upop.models import MODELS
 from upop.settings import RunSettings
 from upop.training.task import Task
 
@@ -39,11 +41,17 @@ class PublishedTask(Task[PublishedSettingsT]):
         return self._prepared(model, settings)
 
     def start(self, path: Path, settings: PublishedSettingsT) -> tuple[nn.Module, Sequence[str]]:
-        """Return the dense model, started from a checkpoint that may lack what only this task has."""
-        if is_folder(path):
+        """Return the dense model, started from a checkpoint that may lack what only this task has.
+
+        From a folder of another task's model, the towers that both have are taken.
+        """
+        if not is_folder(path):
+            model = self.build(settings)
+            return model, start_from(self.name, path, model)
+        if MODELS.get(read_description(path)["model"], (None, None))[0] is self.model:
             return self.load(path, settings), ()
         model = self.build(settings)
-        return model, start_from(self.name, path, model)
+        return model, start_from(self.name, path / WEIGHTS, model, any_towers=True)
 
     def _prepared(self, model: nn.Module, settings: PublishedSettingsT) -> nn.Module:
         """Return the model as this run needs it; it may be changed."""

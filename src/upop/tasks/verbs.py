@@ -120,6 +120,8 @@ class _Run:
         self._main = self.accelerator.is_main_process
         self.folder = RunFolder(settings.output_dir, self._main)
         self._held_out = task.evaluated(settings)
+        if verb == "evaluate" and not self._held_out:
+            raise SettingError("The settings leave nothing to evaluate on: no split has a file. Name one.")
         splits = self._held_out if verb == "evaluate" else ("train", *self._held_out)
         self.loaders = {split: make_loader(task, settings, split) for split in splits}
         self._prepared = {split: self.accelerator.prepare(self.loaders[split]) for split in self._held_out}
