@@ -65,9 +65,12 @@ def _told_again() -> None:
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """64 captions to train on, a dense model with random weights, and the settings for both."""
+    """64 captions to train on, 21 pictures a split, a dense model with random weights, and the settings for all."""
     folder = tmp_path_factory.mktemp("caption")
     data = write_shapes("caption", folder / "data", seed=3, size=64, image_size=32)
+    for split in ("val", "test"):
+        file = data.annotation / f"coco_karpathy_{split}.json"
+        file.write_text(json.dumps(json.loads(file.read_text())[:21]))
     settings: dict[str, Any] = {
         **data.settings,
         "pretrained": str(folder / "dense"),
@@ -75,7 +78,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "augment": False,
         "model": MODEL,
         "batch_size_train": 16,
-        "batch_size_test": 16,  # no divisor of the 50 pictures
+        "batch_size_test": 8,  # no divisor of the 21 pictures
         "max_length": 16,
         "init_lr": 1e-3,
         "max_epoch": 2,
@@ -264,7 +267,7 @@ def test_the_published_script_over_two_processes_writes_the_same_captions(
     command += ["--", str(ROOT / "compress_caption.py"), "--evaluate", "--pretrained", str(published)]
     command += ["--config", str(config), "--output_dir", str(tmp_path / "run"), "--device", "cpu", "--seed", "42"]
     command += ["--p", "0.5", "--epoch", "5", "--w_sp_attn", "3.2e-2", "--w_sp_mlp", "1e-3", "--dist_url", "env://"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PATH": ""}  # no Java
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     for split in ("val", "test"):
@@ -274,33 +277,23 @@ def test_the_published_script_over_two_processes_writes_the_same_captions(
 def test_training_from_nothing_learns_and_keeps_the_best_epoch(
     config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    told = iter([1.0, 3.0, 2.0])
+    told = iter([2.0, 1.0])  # of the two epochs
     score = CaptionTask.score
-
-    def scored(self: CaptionTask, *args: Any) -> dict[str, float]:
-        return {**score(self, *args), "bleu4": next(told, 0.0)}
-
-    monkeypatch.setattr(CaptionTask, "score", scored)
-    changes = {"max_epoch": 3, "init_scale": 5.0, "init_lr": 5e-3, "output_dir": tmp_path}
-    train(TASK, settings_of(config, pretrained=None, **changes))
+    monkeypatch.setattr(CaptionTask, "score", lambda *args: {**score(*args), "bleu4": next(told, 0.0)})
+    train(TASK, settings_of(config, pretrained=None, init_scale=5.0, init_lr=1e-2, output_dir=tmp_path))
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     losses = [row["loss"] for row in rows if "loss" in row]
-    assert len(losses) == 12
-    assert sum(losses[-4:]) < 0.8 * sum(losses[:4])
-    first, last = (upop.load(tmp_path / name).state_dict() for name in ("best", "last"))
-    assert not torch.equal(first["visual_encoder.norm.bias"], last["visual_encoder.norm.bias"])
-    told = iter([1.0, 2.0, 3.0])
-    train(TASK, settings_of(config, pretrained=None, **{**changes, "output_dir": tmp_path / "again"}))
-    again = upop.load(tmp_path / "again" / "best").state_dict()
-    assert all(torch.equal(value, again[name]) for name, value in last.items())
+    assert len(losses) == 8
+    assert sum(losses[-4:]) < 0.9 * sum(losses[:4])
+    best, last = (upop.load(tmp_path / name).state_dict() for name in ("best", "last"))
+    assert not torch.equal(best["visual_encoder.norm.bias"], last["visual_encoder.norm.bias"])
 
 
 @pytest.mark.parametrize(
     "changes",
     [
         {"amp": True, "sample": True},
-        {"vit_grad_ckpt": True, "vit_ckpt_layer": 1, "prompt": "", "num_beams": 1},
-        {"method": "magnitude"},
+        {"vit_grad_ckpt": True, "vit_ckpt_layer": 1, "prompt": "", "num_beams": 1, "method": "magnitude"},
     ],
     ids=str,
 )

@@ -191,9 +191,10 @@ def test_training_without_held_out_questions_keeps_the_last_epoch(config: Path, 
 
 def test_mixed_precision_and_recomputed_activations(config: Path, tmp_path: Path) -> None:
     changes = {"amp": True, "vit_grad_ckpt": True, "vit_ckpt_layer": 1, "test_file": None}
-    results = compress(TASK, settings_of(config, output_dir=tmp_path, **changes))
+    results = train(TASK, settings_of(config, output_dir=tmp_path, **changes))
     assert results is not None
-    assert results.models[1].parameters < results.models[0].parameters
+    assert 0 <= results.models[0].metrics["val"]["accuracy"] <= 100
+    assert all(value.isfinite().all() for value in upop.load(tmp_path / "best").state_dict().values())
 
 
 # --- candidates that are not the answers
@@ -292,7 +293,7 @@ def test_mistakes_in_settings(changes: dict[str, Any], message: str) -> None:
 
 def test_published_pair_of_commands(config: Path, tmp_path: Path) -> None:
     command = blip_command("vqa", "./configs/vqa.yaml")
-    flags = ["--config", str(config), "--device", "cpu", "--seed", "42", "--set", "test_file=vqa_val"]
+    flags = ["--config", str(config), "--device", "cpu", "--seed", "42", "--set", "val_file=null"]
     asked = [*flags, "--p", "0.5", "--epoch", "1", "--w_sp_attn", "1.44e-2", "--w_sp_mlp", "5e-4"]
     done = CliRunner().invoke(command, [*asked, "--output_dir", str(tmp_path / "2x")], catch_exceptions=False)
     assert done.exit_code == 0, done.output
@@ -307,11 +308,12 @@ def test_published_pair_of_commands(config: Path, tmp_path: Path) -> None:
     assert first == second
 
 
+@pytest.mark.slow
 def test_the_published_script_over_two_processes_gives_the_same_answers(
     config: Path, compressed: Path, tmp_path: Path
 ) -> None:
     """Every batch carries the list of candidates, which is no record of it and is not to be divided."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29671"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29673"]
     command += [str(ROOT / "compress_vqa.py"), "--config", str(config), "--evaluate", "--output_dir", str(tmp_path)]
     command += ["--pretrained", str(compressed / "best"), "--set", "batch_size_test=24"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
