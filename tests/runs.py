@@ -13,13 +13,12 @@ from torch import nn
 
 import upop
 from upop.data.shapes.write import write_shapes
-from upop.models.nlvr import BlipNlvr, NlvrConfig
 from upop.settings import read_settings
 from upop.tasks import find_task
 from upop.tasks.nlvr import NlvrSettings
+from upop.training.task import Task
 
-MODEL: dict[str, Any] = {
-    "patch_size": 16,
+TOWERS: dict[str, Any] = {
     "vision_width": 24,
     "vision_depth": 2,
     "vision_heads": 2,
@@ -28,46 +27,53 @@ MODEL: dict[str, Any] = {
     "text_depth": 2,
     "text_heads": 2,
     "text_mlp": 48,
-    "max_positions": 64,
-    "merge_from": 1,
     "dropout": 0.0,
-    "drop_path": 0.0,
 }
+"""Sizes of a tiny BLIP."""
+MODEL = {**TOWERS, "patch_size": 16, "max_positions": 64, "merge_from": 1, "drop_path": 0.0}
+"""Of the NLVR model."""
 
 
-def make_data(folder: Path) -> Path:
-    """Write 64 training records of pictures of 32 pixels, and a YAML file of settings for them; return that."""
-    data = write_shapes("nlvr", folder / "data", seed=3, size=64, image_size=32)
-    settings = {
-        "image_root": str(data.image_root),
-        "ann_root": str(data.annotation),
-        "tokenizer": str(data.tokenizer),
-        "pretrained": str(make_dense(folder / "dense")),
+def write_settings(file: Path, roots: Mapping[str, Any], **settings: Any) -> Path:
+    """Write a YAML file for short runs on the CPU that start from `dense` beside it; return the file.
+
+    Args:
+        file: where to write.
+        roots: the settings that say where the data is.
+        settings: what is special to the task, or beats what all tasks have here.
+    """
+    shared = {
+        "pretrained": str(file.with_name("dense")),
         "image_size": 32,
         "augment": False,
-        "model": MODEL,
         "batch_size_train": 16,
-        "batch_size_test": 48,
         "init_lr": 1e-3,
-        "max_epoch": 2,
         "interval": 2,
         "num_workers": 0,
         "log_every": 1,
         "device": "cpu",
     }
-    config = folder / "nlvr.yaml"
-    config.write_text(yaml.safe_dump(settings))
-    return config
+    file.write_text(yaml.safe_dump({**roots, **shared, **settings}))
+    return file
 
 
-def make_dense(folder: Path) -> Path:
-    """Save a dense model with random weights, biases and norms."""
+def save_random(task: Task[Any], config: Path) -> None:
+    """Save a dense model of random weights, biases and norms where the settings in `config` look for it."""
     torch.manual_seed(7)
-    model = BlipNlvr(NlvrConfig(**MODEL, image_size=32, vocab_size=178))
-    for parameter in model.parameters():
-        nn.init.normal_(parameter, std=0.15)
-    upop.save(model, folder)
-    return folder
+    settings = read_settings(task.settings, config, {})
+    model = task.build(settings)
+    for name, parameter in model.named_parameters():
+        if name != "temp":
+            nn.init.normal_(parameter, std=0.15)
+    upop.save(model, str(settings.pretrained))
+
+
+def make_data(folder: Path) -> Path:
+    """Write 64 training records of NLVR over pictures of 32 pixels, and settings for them; return those."""
+    data = write_shapes("nlvr", folder / "data", seed=3, size=64, image_size=32)
+    config = write_settings(folder / "nlvr.yaml", data.settings, model=MODEL, batch_size_test=48, max_epoch=2)
+    save_random(find_task("nlvr"), config)
+    return config
 
 
 def nlvr(config: Path, **overrides: Any) -> tuple[Any, NlvrSettings]:

@@ -12,25 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import runs
 import upop
 from pruning.families import loss_of, uneven_plan
 from upop.checkpoints.official import save_official
 from upop.models.caption import BlipCaption, CaptionConfig, caption_loss
 
-SIZES: dict[str, Any] = {
-    "image_size": 32,
-    "vision_width": 24,
-    "vision_depth": 2,
-    "vision_heads": 2,
-    "vision_mlp": 48,
-    "text_width": 32,
-    "text_depth": 2,
-    "text_heads": 2,
-    "text_mlp": 48,
-    "vocab_size": 60,
-    "max_positions": 24,
-    "dropout": 0.0,
-}
+SIZES = {**runs.TOWERS, "image_size": 32, "vocab_size": 60, "max_positions": 24}
 BEGIN, END, PROMPT = 58, 5, [7, 8]
 WORDS, OUTPUT = "text_decoder.bert.embeddings.word_embeddings.weight", "text_decoder.cls.predictions.decoder.weight"
 

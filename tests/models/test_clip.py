@@ -16,23 +16,12 @@ from transformers import CLIPConfig, CLIPModel
 import upop
 from conftest import parity_sets
 from parity.cases import Recorded
-from pruning.families import difference, finished_pruner, randomise, uneven_plan
+from pruning.families import BLIP_SIZES, difference, finished_pruner, randomise, uneven_plan
 from upop.models.clip import ClipConfig, ClipRetrieval
 from upop.tasks import find_task
 
-SIZES: dict[str, Any] = {
-    "image_size": 16,
-    "patch_size": 8,
-    "vision_width": 24,
-    "vision_depth": 3,
-    "vision_heads": 3,
-    "vision_mlp": 40,
-    "text_width": 32,
-    "text_depth": 2,
-    "text_heads": 4,
-    "text_mlp": 56,
-    "vocab_size": 60,
-    "max_positions": 12,
+SIZES = {
+    **{name: value for name, value in BLIP_SIZES.items() if not name.startswith("drop")},
     "embed_dim": 20,
     "queue_size": 12,
 }

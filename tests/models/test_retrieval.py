@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import runs
 import upop
 from parity.cases import Recorded, all_recorded
 from upop.errors import SettingError
@@ -23,21 +24,13 @@ from upop.models.rerank import candidates, match_pairs
 from upop.models.retrieval import BlipRetrieval, RetrievalConfig
 
 RECORDED = [found for found in all_recorded() if found.task == "retrieval"]
-SIZES: dict[str, Any] = {
+SIZES = {
+    **runs.TOWERS,
     "image_size": 32,
-    "vision_width": 24,
-    "vision_depth": 2,
-    "vision_heads": 2,
-    "vision_mlp": 48,
-    "text_width": 32,
-    "text_depth": 2,
-    "text_heads": 2,
-    "text_mlp": 48,
     "vocab_size": 60,
     "max_positions": 16,
     "embed_dim": 12,
     "queue_size": 10,
-    "dropout": 0.0,
 }
 
 

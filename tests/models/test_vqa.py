@@ -4,32 +4,18 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+import runs
 import upop
 from upop.checkpoints.official import save_official
 from upop.models.vqa import BlipVqa, VqaConfig, answer_losses
 
 END = 2
-SIZES: dict[str, Any] = {
-    "image_size": 32,
-    "vision_width": 24,
-    "vision_depth": 2,
-    "vision_heads": 2,
-    "vision_mlp": 48,
-    "text_width": 32,
-    "text_depth": 2,
-    "text_heads": 2,
-    "text_mlp": 48,
-    "vocab_size": 60,
-    "max_positions": 16,
-    "dropout": 0.0,
-    "drop_path": 0.0,
-}
+SIZES = {**runs.TOWERS, "image_size": 32, "vocab_size": 60, "max_positions": 16, "drop_path": 0.0}
 
 
 def tiny(seed: int = 0) -> BlipVqa:

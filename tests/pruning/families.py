@@ -177,7 +177,7 @@ def _deit() -> nn.Module:
 
 
 # Two towers that differ in all: width, depth, heads, MLP.
-_BLIP: dict[str, Any] = {
+BLIP_SIZES: dict[str, Any] = {
     "image_size": 16,
     "patch_size": 8,
     "vision_width": 24,
@@ -197,17 +197,17 @@ _BLIP: dict[str, Any] = {
 
 def nlvr(**settings: Any) -> nn.Module:
     """Layer 0 averages, layer 1 merges."""
-    return BlipNlvr(NlvrConfig(**{**_BLIP, "merge_from": 1, **settings}))
+    return BlipNlvr(NlvrConfig(**{**BLIP_SIZES, "merge_from": 1, **settings}))
 
 
 def _vqa() -> nn.Module:
     """Three towers; the decoder's word embedding is its output layer."""
-    return BlipVqa(VqaConfig(**{**_BLIP, "vision_depth": 1}))
+    return BlipVqa(VqaConfig(**{**BLIP_SIZES, "vision_depth": 1}))
 
 
 def _caption() -> nn.Module:
     """Its decoder's word embedding is its output layer too."""
-    return BlipCaption(CaptionConfig(**_BLIP))
+    return BlipCaption(CaptionConfig(**BLIP_SIZES))
 
 
 class _Clip(nn.Module):

@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from torch import nn
 
+import runs
 import upop
 from upop.checkpoints.official import save_official
 from upop.data.shapes.write import write_shapes
@@ -32,19 +32,7 @@ from upop.tasks.verbs import compress, evaluate_checkpoint, train
 from upop.training.loaders import first_records, make_loader
 
 ROOT = Path(__file__).parents[2]
-MODEL: dict[str, Any] = {
-    "patch_size": 16,
-    "vision_width": 24,
-    "vision_depth": 2,
-    "vision_heads": 2,
-    "vision_mlp": 48,
-    "text_width": 32,
-    "text_depth": 2,
-    "text_heads": 2,
-    "text_mlp": 48,
-    "max_positions": 48,
-    "dropout": 0.0,
-}
+MODEL = {**runs.TOWERS, "patch_size": 16, "max_positions": 48}
 TASK = find_task("caption")
 
 
@@ -71,30 +59,16 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for split in ("val", "test"):
         file = data.annotation / f"coco_karpathy_{split}.json"
         file.write_text(json.dumps(json.loads(file.read_text())[:21]))
-    settings: dict[str, Any] = {
-        **data.settings,
-        "pretrained": str(folder / "dense"),
-        "image_size": 32,
-        "augment": False,
-        "model": MODEL,
-        "batch_size_train": 16,
-        "batch_size_test": 8,  # no divisor of the 21 pictures
-        "max_length": 16,
-        "init_lr": 1e-3,
-        "max_epoch": 2,
-        "epochs_search": 1,
-        "interval": 2,
-        "num_workers": 0,
-        "log_every": 1,
-        "device": "cpu",
-    }
-    path = folder / "caption.yaml"
-    path.write_text(yaml.safe_dump(settings))
-    torch.manual_seed(7)
-    model = TASK.build(read_settings(CaptionSettings, path, {}))
-    for parameter in model.parameters():
-        nn.init.normal_(parameter, std=0.15)
-    upop.save(model, folder / "dense")
+    path = runs.write_settings(
+        folder / "caption.yaml",
+        data.settings,
+        model=MODEL,
+        batch_size_test=8,  # no divisor of the 21 pictures
+        max_length=16,
+        max_epoch=2,
+        epochs_search=1,
+    )
+    runs.save_random(TASK, path)
     return path
 
 

@@ -15,6 +15,7 @@ import torch
 import yaml
 from torch import nn
 
+import runs
 import upop
 from upop.checkpoints.read import read_weights
 from upop.data.shapes.write import write_shapes
@@ -28,20 +29,7 @@ from upop.training.devices import make_accelerator
 from upop.training.loaders import first_records, make_loader
 
 ROOT = Path(__file__).parents[2]
-MODEL: dict[str, Any] = {
-    "patch_size": 16,
-    "vision_width": 24,
-    "vision_depth": 2,
-    "vision_heads": 2,
-    "vision_mlp": 48,
-    "text_width": 32,
-    "text_depth": 2,
-    "text_heads": 2,
-    "text_mlp": 48,
-    "max_positions": 64,
-    "embed_dim": 16,
-    "dropout": 0.0,
-}
+MODEL = {**runs.TOWERS, "patch_size": 16, "max_positions": 64, "embed_dim": 16}
 TASK = find_task("retrieval")
 
 
@@ -55,31 +43,16 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """64 pairs to train on, a dense model with random weights, and the settings for both."""
     folder = tmp_path_factory.mktemp("retrieval")
     data = write_shapes("retrieval", folder / "data", seed=3, size=64, image_size=32)
-    settings: dict[str, Any] = {
-        **data.settings,
-        "pretrained": str(folder / "dense"),
-        "image_size": 32,
-        "augment": False,
-        "model": MODEL,
-        "queue_size": 40,  # no multiple of the batch
-        "k_test": 12,
-        "batch_size_train": 16,
-        "batch_size_test": 16,  # no divisor of the 50 pictures
-        "init_lr": 1e-3,
-        "max_epoch": 1,
-        "interval": 2,
-        "num_workers": 0,
-        "log_every": 1,
-        "device": "cpu",
-    }
-    path = folder / "retrieval.yaml"
-    path.write_text(yaml.safe_dump(settings))
-    torch.manual_seed(7)
-    model = TASK.build(read_settings(BlipRetrievalSettings, path, {}))
-    for name, parameter in model.named_parameters():
-        if name != "temp":
-            nn.init.normal_(parameter, std=0.15)
-    upop.save(model, folder / "dense")
+    path = runs.write_settings(
+        folder / "retrieval.yaml",
+        data.settings,
+        model=MODEL,
+        queue_size=40,  # no multiple of the batch
+        k_test=12,
+        batch_size_test=16,  # no divisor of the 50 pictures
+        max_epoch=1,
+    )
+    runs.save_random(TASK, path)
     return path
 
 

@@ -12,6 +12,7 @@ import yaml
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
+import runs
 import upop
 from models.test_clip import SIZES
 from pruning.families import randomise
@@ -37,24 +38,16 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """64 pictures of 32 pixels to train on, and a YAML file of settings for a tiny model."""
     folder = tmp_path_factory.mktemp("retrieval-clip")
     data = write_shapes("retrieval", folder / "data", seed=3, size=64, image_size=32)
-    settings = {
-        **data.settings,
-        "image_size": 16,
-        "augment": False,
-        "model": {**MODEL, "max_positions": 64},
-        "queue_size": 40,
-        "batch_size_train": 16,
-        "batch_size_test": 48,
-        "init_lr": 1e-3,
-        "max_epoch": 1,
-        "interval": 2,
-        "num_workers": 0,
-        "log_every": 1,
-        "device": "cpu",
-    }
-    path = folder / "clip.yaml"
-    path.write_text(yaml.safe_dump(settings))
-    return path
+    return runs.write_settings(
+        folder / "clip.yaml",
+        data.settings,
+        pretrained=None,
+        image_size=16,
+        model={**MODEL, "max_positions": 64},
+        queue_size=40,
+        batch_size_test=48,
+        max_epoch=1,
+    )
 
 
 def settings_of(config: Path, **overrides: Any) -> ClipRetrievalSettings:

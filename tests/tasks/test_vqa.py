@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from torch import nn
 from typer.testing import CliRunner
 
+import runs
 import upop
 from upop.checkpoints.official import save_official
 from upop.cli.published import blip_command
@@ -29,20 +29,7 @@ from upop.tasks.vqa import VqaSettings
 from upop.training.loaders import first_records, make_loader
 
 ROOT = Path(__file__).parents[2]
-MODEL: dict[str, Any] = {
-    "patch_size": 16,
-    "vision_width": 24,
-    "vision_depth": 2,
-    "vision_heads": 2,
-    "vision_mlp": 48,
-    "text_width": 32,
-    "text_depth": 2,
-    "text_heads": 2,
-    "text_mlp": 48,
-    "max_positions": 64,
-    "dropout": 0.0,
-    "drop_path": 0.0,
-}
+MODEL = {**runs.TOWERS, "patch_size": 16, "max_positions": 64, "drop_path": 0.0}
 TASK = find_task("vqa")
 
 
@@ -56,32 +43,18 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """64 questions to train on and 16 of Visual Genome, a dense model with random weights, the settings for both."""
     folder = tmp_path_factory.mktemp("vqa")
     data = write_shapes("vqa", folder / "data", seed=3, size=64, image_size=32)
-    settings: dict[str, Any] = {
-        **data.settings,
-        "train_files": ["vqa_train", "vg_qa"],
-        "val_file": "vqa_val",
-        "pretrained": str(folder / "dense"),
-        "image_size": 32,
-        "augment": False,
-        "model": MODEL,
-        "k_test": 8,
-        "rank_chunk": 100,
-        "batch_size_train": 16,
-        "batch_size_test": 48,  # no divisor of the 100 questions
-        "init_lr": 1e-3,
-        "max_epoch": 1,
-        "interval": 2,
-        "num_workers": 0,
-        "log_every": 1,
-        "device": "cpu",
-    }
-    path = folder / "vqa.yaml"
-    path.write_text(yaml.safe_dump(settings))
-    torch.manual_seed(7)
-    model = TASK.build(read_settings(VqaSettings, path, {}))
-    for parameter in model.parameters():
-        nn.init.normal_(parameter, std=0.15)
-    upop.save(model, folder / "dense")
+    path = runs.write_settings(
+        folder / "vqa.yaml",
+        data.settings,
+        model=MODEL,
+        train_files=["vqa_train", "vg_qa"],
+        val_file="vqa_val",
+        k_test=8,
+        rank_chunk=100,
+        batch_size_test=48,  # no divisor of the 100 questions
+        max_epoch=1,
+    )
+    runs.save_random(TASK, path)
     return path
 
 
