@@ -14,8 +14,8 @@ $(VENV)/installed: pyproject.toml
 demo: $(VENV)/installed  ## generate data, compress a small model 2x, show what it kept and lost
 	$(BIN)/upop demo
 
-test: $(VENV)/installed  ## the whole suite
-	$(BIN)/python -m pytest
+test: $(VENV)/installed  ## the whole suite, by two processes of one thread each
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 lint: $(VENV)/installed  ## ruff, and mypy in strict mode
 	$(BIN)/ruff check .

@@ -19,6 +19,7 @@ from upop.checkpoints.official import start_from
 from upop.errors import CheckpointError, SettingError
 from upop.models.caption import BlipCaption, CaptionConfig
 from upop.models.nlvr import BlipNlvr, NlvrConfig
+from upop.models.vqa import BlipVqa, VqaConfig
 from upop.tasks import find_task
 from upop.tasks.vqa import VqaSettings
 
@@ -238,3 +239,18 @@ def test_starting_from_a_folder_without_a_common_tower_is_refused(tmp_path: Path
     upop.save(torch.nn.Linear(2, 2), tmp_path / "other")
     with pytest.raises(CheckpointError, match="holds nothing that a model for nlvr has"):
         start_from("nlvr", tmp_path / "other" / "model.safetensors", nlvr(), any_towers=True)
+
+
+def test_twins_become_single_cross_attentions(tmp_path: Path) -> None:
+    source = nlvr(merge_from=0).eval()
+    for layer in source.text_encoder.encoder.layer:
+        layer.crossattention.output.dense1.weight.data.zero_()  # only the first picture says anything
+    upop.save(source, tmp_path / "nlvr")
+    sizes = source.config.model_dump(exclude={"merge_from"})
+    model = BlipVqa(VqaConfig(**sizes)).to(torch.float32).eval()
+    lacking = start_from("vqa", tmp_path / "nlvr" / "model.safetensors", model, any_towers=True)
+    assert {key.split(".")[0] for key in lacking} == {"text_decoder"}
+    images, ids = torch.randn(4, 3, sizes["image_size"], sizes["image_size"]), torch.randint(5, 50, (2, 7))
+    expected = source.float().encode(images, ids, torch.ones_like(ids))[1]
+    found = model.encode(images[:2], ids, torch.ones_like(ids))[1]
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)

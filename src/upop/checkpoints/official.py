@@ -109,8 +109,8 @@ def save_official(task: str, model: nn.Module, path: str | Path) -> Path:
 def start_from(task: str, path: str | Path, model: nn.Module, *, any_towers: bool = False) -> list[str]:
     """Put the weights of a published checkpoint into a dense model that is to be fine-tuned.
 
-    Position embeddings are resized; for "nlvr", single cross-attentions become twins. What the checkpoint lacks keeps
-    its initial values.
+    Position embeddings are resized; for "nlvr", single cross-attentions become twins, and from "nlvr" to other tasks
+    twins become single ones. What the checkpoint lacks keeps its initial values.
 
     Args:
         task: of the dense model.
@@ -216,6 +216,26 @@ def _twinned(state: State) -> dict[str, Tensor]:
     return result
 
 
+def _untwinned(state: State) -> dict[str, Tensor]:
+    """Make the twins of an NLVR model single cross-attentions: the first, its output as the merge layer takes it."""
+    result: dict[str, Tensor] = {}
+    for key, value in state.items():
+        head, cross, tail = key.partition(".crossattention.")
+        output = f"{head}{cross}output"
+        merge = state.get(f"{output}.merge_layer.weight")
+        if tail.startswith("self0."):
+            result[f"{head}{cross}self.{tail.removeprefix('self0.')}"] = value
+        elif tail == "output.dense0.weight":
+            result[f"{output}.dense.weight"] = value if merge is None else merge[:, : len(value)] @ value
+        elif tail == "output.dense0.bias":
+            both = torch.cat([value, state[f"{output}.dense1.bias"]])
+            merged = value if merge is None else merge @ both + state[f"{output}.merge_layer.bias"]
+            result[f"{output}.dense.bias"] = merged
+        elif not tail.startswith(("self1.", "output.dense1.", "output.merge_layer.")):
+            result[key] = value
+    return result
+
+
 _DECODER = "text_decoder.bert.embeddings"
 _DECODER_CROSS = re.compile(r"text_decoder\.bert\.encoder\.layer\.\d+\.crossattention\.self\.(key|value)\.weight")
 
@@ -226,8 +246,9 @@ def _vqa_config(state: State) -> dict[str, Any]:
     return _blip_config(state)
 
 
-def _without_picture_attention(state: State) -> dict[str, Tensor]:
+def _vqa_start(state: State) -> dict[str, Tensor]:
     """Leave out the decoder's projections of another width: with ViT-L, a pre-trained one looked at the picture."""
+    state = _untwinned(state)
     widths = {value.shape[1] for key, value in state.items() if key == f"{_DECODER}.word_embeddings.weight"}
     return {key: value for key, value in state.items() if not _DECODER_CROSS.fullmatch(key) or value.shape[1] in widths}
 
@@ -321,7 +342,7 @@ _TASKS = {
         BlipRetrieval,
         _retrieval_config,
         _requeued,
-        dict,
+        _untwinned,
         lambda key: key.startswith(_NEW_FOR_RETRIEVAL) or key.split(".")[0].endswith("_m"),
     ),
     "retrieval-clip": _Official(
@@ -339,7 +360,7 @@ _TASKS = {
         BlipVqa,
         _vqa_config,
         _resized,
-        _without_picture_attention,
+        _vqa_start,
         lambda key: bool(_DECODER_CROSS.fullmatch(key)),
     ),
 }
