@@ -15,6 +15,7 @@ import upop
 from upop.data.shapes.write import write_shapes
 from upop.settings import read_settings
 from upop.tasks import find_task
+from upop.tasks.blip import blip_tokenizer
 from upop.tasks.nlvr import NlvrSettings
 from upop.training.task import Task
 
@@ -66,6 +67,7 @@ def save_random(task: Task[Any], config: Path) -> None:
         if name != "temp":
             nn.init.normal_(parameter, std=0.15)
     upop.save(model, str(settings.pretrained))
+    blip_tokenizer.cache_clear()  # so that a test which spoils the files meets them as a new process would
 
 
 def make_data(folder: Path) -> Path:
