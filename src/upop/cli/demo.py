@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,9 @@ def demo(
             raise SettingError(f"The demo needs {needed}, and there is none here. Run it from the repository's root.")
     console = Console()
     task = find_task(_TASK)
+    # On few cores the threads of so small a model only wait for the processes that decode the pictures.
+    workers = read_settings(task.settings, CONFIG, {}).num_workers
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) - workers))
     data = write_with_progress(_TASK, output_dir / "data", seed=_SEED, size=_SIZE)
     shared: dict[str, Any] = {
         "image_root": data.image_root,
