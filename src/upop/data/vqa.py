@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -35,7 +36,7 @@ class VqaItem(TypedDict):
     weights: Sequence[float]
 
 
-class _VqaRecords(Dataset[VqaItem]):
+class _VqaRecords(Dataset[VqaItem], ABC):
     """What training and evaluation share: pictures and questions, all checked."""
 
     def __init__(self, files: Sequence[Path], roots: Mapping[str, Path], transform: ImageTransform) -> None:
@@ -58,9 +59,9 @@ class _VqaRecords(Dataset[VqaItem]):
                 named = zip(records, places, strict=True)
                 check_images(root, ((record, place[3]) for record, place in named if place[2] == source))
 
+    @abstractmethod
     def _take(self, record: Record) -> None:
         """Read what is asked of a record beside its picture and question."""
-        raise NotImplementedError
 
     def __len__(self) -> int:
         """The number of records."""
