@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,39 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from upop.errors import SettingError, nearest
 
 RECIPES = Path("configs/recipes.yaml")
+
+
+@dataclass(frozen=True)
+class _Script:
+    """How a published script is called: flags of a compression and of an evaluation, filled in from a recipe."""
+
+    compress: str
+    evaluate: str
+    processes: int = 8
+    environment: str = ""
+
+
+_BLIP = _Script(
+    "--p {p:g} --epoch {epoch} --pretrained {pretrained} --config ./{config} --output_dir {output_dir}",
+    "--evaluate --pretrained {weights} --config ./{config} --output_dir {output_dir}",
+)
+_SCRIPTS = {
+    "compress_deit.py": _Script(
+        "--data-path {data_path} --finetune {pretrained} --model {architecture} --epochs-search {epochs_search} "
+        "--epochs {epoch} --batch-size {batch_size_train} --lr-search {search_lr} --lr {init_lr} --warmup-epochs 0 "
+        "--p {p:g} --interval {interval} --output_dir {output_dir}",
+        "--eval --dist-eval --data-path {data_path} --model {architecture} --resume {weights}",
+    ),
+    "compress_segmenter.py": _Script(
+        "--dataset ade20k --backbone vit_small_patch16_384 --decoder mask_transformer --no-resume "
+        "--pretrained {pretrained} --epochs-search {epochs_search} --epochs {epoch} --batch-size 64 "
+        "--lr-search {search_lr} -lr {init_lr} --p {p:g} --interval {interval} --log-dir {output_dir}",
+        "--dataset ade20k --backbone vit_small_patch16_384 --decoder mask_transformer --no-resume "
+        "--evaluate {weights} --singlescale",
+        processes=4,
+        environment="DATASET=datasets/vision ",
+    ),
+}
 
 
 class Recipe(BaseModel):
@@ -26,7 +60,8 @@ class Recipe(BaseModel):
     config: Path
     pretrained: str = Field(description="the dense checkpoint")
     p: float = Field(gt=0, lt=1, description="share of the prunable cost to remove")
-    epoch: int = Field(ge=1, description="epochs of the search, and of retraining")
+    epoch: int = Field(ge=1, description="epochs of retraining, and of the search")
+    epochs_search: int | None = Field(None, ge=1, description="of the search, where they are others")
     output_dir: Path
     compressed: str = Field(description="name of the published compressed checkpoint")
     paper: str = Field("", description="the paper's result, dense -> compressed")
@@ -39,29 +74,32 @@ class Recipe(BaseModel):
             "pretrained": self.pretrained,
             "p": self.p,
             "max_epoch": self.epoch,
-            "epochs_search": self.epoch,
+            "epochs_search": self.epochs_search or self.epoch,
             "output_dir": self.output_dir,
             **self.settings,
         }
 
     @property
     def command(self) -> str:
-        """The published command of the compression, for 8 processes."""
-        flags = f"--p {self.p:g} --epoch {self.epoch} --pretrained {self.pretrained} --config ./{self.config}"
-        return f"{self._start} {flags} --output_dir {self.output_dir}"
+        """The published command of the compression, for as many processes as published."""
+        return self._called(self._script.compress)
 
     @property
     def evaluation(self) -> str:
         """The published command that evaluates the published compressed checkpoint."""
-        weights = shlex.quote(str(self.output_dir / self.compressed))
-        return (
-            f"{self._start} --evaluate --pretrained {weights} --config ./{self.config} --output_dir {self.output_dir}"
-        )
+        return self._called(self._script.evaluate)
 
     @property
-    def _start(self) -> str:
+    def _script(self) -> _Script:
+        return _SCRIPTS.get(self.script, _BLIP)
+
+    def _called(self, flags: str) -> str:
+        script = self._script
+        weights = shlex.quote(str(self.output_dir / self.compressed))
+        values = {**self.settings, **self.model_dump(exclude={"settings"}), "weights": weights}
         # The launcher of torch 2.14 and later takes --p for a flag of its own, unless "--" ends its flags.
-        return f"python -m torch.distributed.run --nproc_per_node=8 -- {self.script}"
+        start = f"python -m torch.distributed.run --nproc_per_node={script.processes} -- {self.script}"
+        return f"{script.environment}{start} {flags.format(**values)}"
 
 
 def read_recipes(path: Path = RECIPES) -> dict[str, Recipe]:

@@ -23,9 +23,7 @@ class RunSettings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
     # Data and weights, as in the published files.
-    ann_root: Path = Field(Path("annotation"), description="folder of the annotation files")
     pretrained: str | None = Field(None, description="checkpoint to start from: a published .pth, or a folder of ours")
-    tokenizer: str = Field(TOKENIZER, description="folder of the tokenizer, or its name on the hub")
     image_size: int = Field(384, gt=0)
     augment: bool = Field(True, description="random crops, flips and RandAugment in training")
 
@@ -33,17 +31,23 @@ class RunSettings(BaseModel):
 
     # Optimisation.
     weight_decay: float = Field(0.05, ge=0)
-    init_lr: float = Field(3e-6, gt=0, description="of the search, and the start of the retraining's cosine")
+    init_lr: float = Field(3e-6, gt=0, description="of the search, and where the retraining begins")
+    search_lr: float | None = Field(None, gt=0, description="of the search; init_lr if not given")
     min_lr: float = Field(0.0, ge=0)
     max_epoch: int = Field(15, ge=1, description="epochs of retraining (and of `train`)")
     epochs_search: int | None = Field(None, ge=1, description="epochs of the search; as many as max_epoch if not given")
     warmup_steps: int = Field(0, ge=0, description="linear warm-up at the start of `train`")
-    schedule: Literal["epoch", "step"] = Field("epoch", description="how often the cosine moves")
+    schedule: Literal["epoch", "step", "polynomial"] = Field(
+        "epoch", description="how the rate falls to min_lr: a cosine that moves per epoch or step, or (1 - t)^0.9"
+    )
     batch_size_train: int = Field(32, ge=1, description="records per process and forward pass")
     batch_size_test: int = Field(128, ge=1)
     accumulate: int = Field(1, ge=1, description="forward passes per optimizer step")
     clip_grad: float | None = Field(None, gt=0, description="largest norm of the gradients")
     amp: bool = Field(False, description="bfloat16 autocast")
+    ema_decay: float | None = Field(
+        None, gt=0, lt=1, description="keep a moving average of the weights that forgets this slowly, and evaluate it too"
+    )
     max_bad_steps: int = Field(20, ge=1, description="stop after so many non-finite steps in a row")
 
     # The method.
@@ -76,9 +80,21 @@ class RunSettings(BaseModel):
         """Epochs of the search phase."""
         return self.max_epoch if self.epochs_search is None else self.epochs_search
 
+    @property
+    def rate_of_search(self) -> float:
+        """Learning rate of the search phase."""
+        return self.init_lr if self.search_lr is None else self.search_lr
+
     def to_yaml(self) -> str:
         """Return the settings as resolved, in the form that `read_settings` takes."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+class LanguageSettings(RunSettings):
+    """Settings of the tasks with texts, whose annotation files are published."""
+
+    ann_root: Path = Field(Path("annotation"), description="folder of the annotation files")
+    tokenizer: str = Field(TOKENIZER, description="folder of the tokenizer, or its name on the hub")
 
 
 def read_settings(kind: type[S], path: Path | None, overrides: Mapping[str, Any]) -> S:

@@ -15,7 +15,7 @@ from upop.checkpoints.fit import fit
 from upop.checkpoints.read import read_weights, shared_tensors
 from upop.errors import CheckpointError
 from upop.files import replacing_folder
-from upop.models import MODELS
+from upop.models import MODELS, kind_of
 from upop.pruning import Plan
 
 WEIGHTS = "model.safetensors"
@@ -38,7 +38,7 @@ def save(model: nn.Module, folder: str | Path, plan: Plan | None = None) -> Path
         RunFolderError: the folder cannot be written.
     """
     folder = Path(folder)
-    kind = next((name for name, (built, _) in MODELS.items() if type(model) is built), None)
+    kind = kind_of(model)
     description = {
         "format": _FORMAT,
         "model": kind,

@@ -30,10 +30,10 @@ def recipes(file: File = RECIPES) -> None:
         table.add_section()
         table.add_row(f"[dim]{script}")
         for recipe in rows:
-            table.add_row(recipe.name, f"{recipe.p:g}", str(recipe.epoch), recipe.paper)
+            table.add_row(recipe.name, f"{recipe.p:g}", f"{recipe.epochs_search or recipe.epoch} + {recipe.epoch}", recipe.paper)
     console = Console()
     console.print(table)
-    console.print("epochs: of the search, and as many of retraining. Start one with `upop run NAME`.", highlight=False)
+    console.print("epochs: of search + retraining. Start one with `upop run NAME`.", highlight=False)
 
 
 def run(

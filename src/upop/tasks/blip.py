@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
@@ -11,11 +12,11 @@ from torch import nn
 
 from upop.data.tokenizer import load_tokenizer
 from upop.models.blip import BlipConfig, checkpoint_last_blocks, enlarge_weights
-from upop.settings import TOKENIZER, RunSettings
+from upop.settings import TOKENIZER, LanguageSettings
 from upop.tasks.published import PublishedTask
 
 
-class BlipSettings(RunSettings):
+class BlipSettings(LanguageSettings):
     """Settings of every BLIP model, as in the published files."""
 
     vit: Literal["base", "large"] = "base"
@@ -30,6 +31,7 @@ BlipSettingsT = TypeVar("BlipSettingsT", bound=BlipSettings)
 class BlipTask(PublishedTask[BlipSettingsT]):
     """A task whose model is a vision transformer with BlipText; `name` is also the name of its published format."""
 
+    model: ClassVar[Callable[[Any], nn.Module]]
     config: ClassVar[type[BlipConfig]]
 
     def build(self, settings: BlipSettingsT) -> nn.Module:

@@ -12,7 +12,7 @@ from upop.checkpoints import WEIGHTS, is_folder, load
 from upop.checkpoints.folder import read_description
 from upop.checkpoints.official import load_official, start_from
 from upop.errors import CheckpointError
-from upop.models import MODELS
+from upop.models import MODELS, kind_of
 from upop.settings import RunSettings
 from upop.training.task import Task
 
@@ -22,7 +22,8 @@ PublishedSettingsT = TypeVar("PublishedSettingsT", bound=RunSettings)
 class PublishedTask(Task[PublishedSettingsT]):
     """A task with a model of ours; `name` is also the name of its published format."""
 
-    model: ClassVar[type[nn.Module]]
+    config: ClassVar[type[Any]]
+    """Of the model's configuration, which tells this task's models from others."""
 
     def sizes(self, settings: PublishedSettingsT) -> dict[str, Any]:
         """Return the sizes of the dense model that the settings decide."""
@@ -32,9 +33,9 @@ class PublishedTask(Task[PublishedSettingsT]):
         """Return the model in one of our folders or in a published file."""
         if is_folder(path):
             model = load(path)
-            if not isinstance(model, self.model):
+            if not self._is_mine(kind_of(model)):
                 raise CheckpointError(
-                    f"{path} holds a {type(model).__name__}, and {self.name} needs a {self.model.__name__}."
+                    f"{path} holds a {type(model).__name__}, which is no model for {self.name}."
                 )
         else:
             model = load_official(self.name, path, **self.sizes(settings))
@@ -48,10 +49,13 @@ class PublishedTask(Task[PublishedSettingsT]):
         if not is_folder(path):
             model = self.build(settings)
             return model, start_from(self.name, path, model)
-        if MODELS.get(read_description(path)["model"], (None, None))[0] is self.model:
+        if self._is_mine(read_description(path)["model"]):
             return self.load(path, settings), ()
         model = self.build(settings)
         return model, start_from(self.name, path / WEIGHTS, model, any_towers=True)
+
+    def _is_mine(self, kind: str | None) -> bool:
+        return kind is not None and kind in MODELS and MODELS[kind][1] is self.config
 
     def _prepared(self, model: nn.Module, settings: PublishedSettingsT) -> nn.Module:
         """Return the model as this run needs it; it may be changed."""

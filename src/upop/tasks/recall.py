@@ -19,7 +19,7 @@ from upop.data.transforms import eval_transform, train_transform
 from upop.models.contrast import MomentumContrast, check_queue, processes
 from upop.models.rerank import candidates
 from upop.pruning import count_macs, count_parameters
-from upop.settings import RunSettings
+from upop.settings import LanguageSettings
 from upop.training.devices import autocast
 from upop.training.evaluation import records_of
 from upop.training.task import Task
@@ -30,7 +30,7 @@ CUTS = (1, 5, 10)
 _FILES = {"coco": "coco_karpathy_{}.json", "flickr": "flickr30k_{}.json"}
 
 
-class RetrievalSettings(RunSettings):
+class RetrievalSettings(LanguageSettings):
     """Settings of every retrieval task; defaults are the published ones of the data set that is chosen."""
 
     published: ClassVar[Mapping[str, Mapping[str, Any]]] = {
@@ -40,7 +40,7 @@ class RetrievalSettings(RunSettings):
 
     dataset: Literal["coco", "flickr"] = Field("coco", description="whose annotation files, and whose defaults")
     image_root: Path = Field(Path("datasets/vision/coco"), description="folder of the pictures")
-    init_lr: float = Field(1e-5, gt=0, description="of the search, and the start of the retraining's cosine")
+    init_lr: float = Field(1e-5, gt=0, description="of the search, and where the retraining begins")
     batch_size_test: int = Field(64, ge=1, description="pictures per process and forward pass")
     queue_size: int = Field(57600, ge=1, description="features of earlier batches that a batch is compared with")
     alpha: float = Field(0.4, ge=0, le=1, description="weight of the soft targets, reached after the first epoch")

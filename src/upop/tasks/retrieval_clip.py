@@ -42,7 +42,7 @@ class ClipRetrievalTask(RetrievalTask[ClipRetrievalSettings], PublishedTask[Clip
 
     name: ClassVar[str] = "retrieval-clip"
     settings: ClassVar[type[RunSettings]] = ClipRetrievalSettings
-    model: ClassVar[type[nn.Module]] = ClipRetrieval
+    config: ClassVar[type[ClipConfig]] = ClipConfig
 
     def sizes(self, settings: ClipRetrievalSettings) -> dict[str, Any]:
         """Return the sizes of the dense model that the settings decide, that of the queue among them."""

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from timm.utils import ModelEmaV3
 from torch import nn
 
 from upop.checkpoints import WEIGHTS, read_weights
@@ -22,7 +23,7 @@ from upop.training.devices import make_accelerator
 from upop.training.evaluation import evaluate, records_of
 from upop.training.folder import RunFolder
 from upop.training.loaders import first_records, make_loader, to_device
-from upop.training.loop import Best, Loop, constant, cosine
+from upop.training.loop import Best, Loop, constant, falling
 from upop.training.progress import RunProgress
 from upop.training.task import Task
 
@@ -47,8 +48,10 @@ def train(task: Task[Any], settings: RunSettings) -> Results | None:
     else:
         model = task.build(settings)
     with run.training(settings.max_epoch) as loop:
-        schedule = cosine(settings, settings.max_epoch, loop.steps_per_epoch)
-        loop.run(model, "train", settings.max_epoch, schedule, after_epoch=run.keep_best(model, None))
+        average = _average(settings, model.to(run.accelerator.device))
+        schedule = falling(settings, settings.max_epoch, loop.steps_per_epoch)
+        keep = run.keep_best(model, None)
+        loop.run(model, "train", settings.max_epoch, schedule, after_epoch=keep, average=average)
         model, metrics = run.best(model)
     return run.finish({"dense": (model, metrics)})
 
@@ -67,7 +70,7 @@ def compress(task: Task[Any], settings: RunSettings) -> Results | None:
     epochs = settings.search_epochs + settings.max_epoch
     with run.training(epochs) as loop:
         # Made before anything long runs: it checks the settings of the method against the model.
-        model.to(run.accelerator.device)
+        average = _average(settings, model.to(run.accelerator.device))
         pruner = _pruner(task, settings, model, settings.search_epochs * loop.steps_per_epoch)
         dense_metrics = run.evaluate(model)
         run.say("dense  " + run.told(dense_metrics))
@@ -75,19 +78,22 @@ def compress(task: Task[Any], settings: RunSettings) -> Results | None:
             to_device(first_records(run.loaders["train"], _VERIFIED_RECORDS), run.accelerator.device)
         )
         if pruner is not None:
-            loop.run(model, "search", settings.search_epochs, constant(settings), pruner)
+            loop.run(model, "search", settings.search_epochs, constant(settings), pruner, average=average)
             plan = pruner.plan()
             pruner.shrink(verify=verified)
         else:
             example = task.example(model, 1)
             plan = plan_by_magnitude(model, settings.p, cost=settings.cost, align=settings.align, example=example)
             shrink(model, plan, verify=verified)
+        if average is not None:
+            shrink(average.module, plan, verify=verified)
         run.folder.save_plan(plan)
         run.folder.save_model("last", model, plan)
         run.say("cut for real, and it computes what the masked model did" + run.told_of(model))
         retraining = settings.max_epoch if pruner is not None else epochs
-        schedule = cosine(settings, retraining, loop.steps_per_epoch)
-        loop.run(model, "retrain", retraining, schedule, after_epoch=run.keep_best(model, plan))
+        schedule = falling(settings, retraining, loop.steps_per_epoch)
+        keep = run.keep_best(model, plan)
+        loop.run(model, "retrain", retraining, schedule, after_epoch=keep, average=average)
         model, metrics = run.best(model)
     models = {"dense": (dense_model, dense_metrics), compressed_name(settings): (model, metrics)}
     return run.finish(models, plan)
@@ -179,13 +185,14 @@ class _Run:
         name = self.task.metric
         return "  ".join(f"{split} {name} {scores[name]:.2f}" for split, scores in metrics.items() if name in scores)
 
-    def keep_best(self, model: nn.Module, plan: Plan | None) -> Callable[[dict[str, float]], None]:
-        """Return what saves `model` as "last" after every epoch, and as "best" when it is."""
+    def keep_best(self, model: nn.Module, plan: Plan | None) -> Callable[[nn.Module, dict[str, float]], None]:
+        """Return what saves `model` as "last" after every epoch, and as "best" whatever is: the model or its average."""
 
-        def after_epoch(scores: dict[str, float]) -> None:
-            self.folder.save_model("last", model, plan)
+        def after_epoch(candidate: nn.Module, scores: dict[str, float]) -> None:
+            if candidate is model:
+                self.folder.save_model("last", model, plan)
             if self.task.metric not in scores or self._best.improves(scores[self.task.metric]):
-                self.folder.save_model("best", model, plan)
+                self.folder.save_model("best", candidate, plan)
 
         return after_epoch
 
@@ -247,4 +254,9 @@ def _pruner(task: Task[Any], settings: RunSettings, model: nn.Module, steps: int
         cost=settings.cost,
         align=settings.align,
         example=task.example(model, 1),
+        update_first_step=task.update_first_step,
     )
+
+
+def _average(settings: RunSettings, model: nn.Module) -> ModelEmaV3 | None:
+    return None if settings.ema_decay is None else ModelEmaV3(model, decay=settings.ema_decay)

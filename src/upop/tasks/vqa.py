@@ -46,7 +46,7 @@ class VqaSettings(BlipSettings):
     rank_chunk: int = Field(1024, ge=1, description="pairs of question and candidate in memory at once")
 
     image_size: int = Field(480, gt=0)
-    init_lr: float = Field(2e-5, gt=0, description="of the search, and the start of the retraining's cosine")
+    init_lr: float = Field(2e-5, gt=0, description="of the search, and where the retraining begins")
     max_epoch: int = Field(10, ge=1, description="epochs of retraining (and of `train`)")
     batch_size_test: int = Field(64, ge=1)
     interval: int = Field(1000, ge=1, description="masks move every so many search steps")

@@ -15,7 +15,8 @@ from upop.training.task import Task
 class SeededDataset(Dataset[Any]):
     """A data set whose random draws depend on seed, epoch and record alone, not on which worker makes them.
 
-    So two processes see the very augmentations that one process sees, and a run can be repeated.
+    So two processes see the very augmentations that one process sees, and a run can be repeated. A number beyond the
+    last record is another copy of a record, with draws of its own: number = record + copy * records.
     """
 
     def __init__(self, records: Dataset[Any], seed: int) -> None:
@@ -36,7 +37,7 @@ class SeededDataset(Dataset[Any]):
         """The record, as drawn in this epoch."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(hash((self._seed, int(self._epoch), index)) & 0x7FFF_FFFF_FFFF_FFFF)
-            return self.records[index]
+            return self.records[index % len(self)]
 
 
 def make_loader(task: Task[Any], settings: RunSettings, split: str) -> DataLoader[Any]:
@@ -45,10 +46,12 @@ def make_loader(task: Task[Any], settings: RunSettings, split: str) -> DataLoade
     records = SeededDataset(task.dataset(settings, split), settings.seed)
     size = settings.batch_size_train if training else settings.batch_size_test
     workers = settings.num_workers
+    sampler = task.sampler(records.records, settings) if training else None
     return DataLoader(
         records,
         batch_size=min(size, len(records)) if training else size,
-        shuffle=training,
+        shuffle=training and sampler is None,
+        sampler=sampler,
         drop_last=training,
         num_workers=workers,
         persistent_workers=workers > 0,

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -24,21 +25,24 @@ from upop.training.progress import RunProgress
 from upop.training.task import Task
 
 Schedule = Callable[[int], float]
+_POWER = 0.9  # of the published polynomial schedule
 
 
 def constant(settings: RunSettings) -> Schedule:
-    """Return the search's schedule: `init_lr` throughout."""
-    return lambda _step: settings.init_lr
+    """Return the search's schedule: the same rate throughout."""
+    return lambda _step: settings.rate_of_search
 
 
-def cosine(settings: RunSettings, epochs: int, steps_per_epoch: int) -> Schedule:
-    """Return the cosine from `init_lr` to `min_lr`, which moves per epoch (published) or per step, after a warm-up."""
-    per_step = settings.schedule == "step"
-    total = epochs * steps_per_epoch if per_step else epochs
+def falling(settings: RunSettings, epochs: int, steps_per_epoch: int) -> Schedule:
+    """Return the schedule from `init_lr` down to `min_lr` that the settings choose, after a warm-up."""
+    by_epoch = settings.schedule == "epoch"
+    total = epochs if by_epoch else epochs * steps_per_epoch
 
     def rate(step: int) -> float:
-        place = step if per_step else step // steps_per_epoch
-        value = settings.min_lr + (settings.init_lr - settings.min_lr) * (1 + math.cos(math.pi * place / total)) / 2
+        place = (step // steps_per_epoch if by_epoch else step) / total
+        polynomial = settings.schedule == "polynomial"
+        share = (1 - place) ** _POWER if polynomial else (1 + math.cos(math.pi * place)) / 2
+        value = settings.min_lr + (settings.init_lr - settings.min_lr) * share
         return value * min(1.0, (step + 1) / settings.warmup_steps) if settings.warmup_steps else value
 
     return rate
@@ -103,7 +107,8 @@ class Loop:
         epochs: int,
         schedule: Schedule,
         pruner: Pruner | None = None,
-        after_epoch: Callable[[dict[str, float]], None] | None = None,
+        after_epoch: Callable[[nn.Module, dict[str, float]], None] | None = None,
+        average: ModelEmaV3 | None = None,
     ) -> None:
         """Train `model` for `epochs`, with evaluation after each.
 
@@ -113,7 +118,8 @@ class Loop:
             epochs: how many; 0 does nothing.
             schedule: learning rate by optimizer step of this phase.
             pruner: in the search, steps along with the optimizer.
-            after_epoch: is given the metrics of every epoch's evaluation.
+            after_epoch: is given the model and the metrics of every epoch's evaluation; then the average and its own.
+            average: follows the weights, step by step. Outside the search, where it carries no masks, it is evaluated.
 
         Raises:
             TrainingError: too many steps in a row had a loss or gradients that are not finite.
@@ -121,7 +127,7 @@ class Loop:
         if not epochs:
             return
         settings = self._settings
-        optimizer = torch.optim.AdamW(model.parameters(), lr=settings.init_lr, weight_decay=settings.weight_decay)
+        optimizer = self._task.optimizer(model, settings)
         wrapped, optimizer = self._accelerator.prepare(model, optimizer)
         done = 0
         for epoch in range(epochs):
@@ -139,28 +145,27 @@ class Loop:
                         self._step_if_finite(wrapped, optimizer, loss.detach(), pruner)
                     optimizer.zero_grad()
                 if self._accelerator.sync_gradients:
+                    if average is not None:
+                        average.update(self._accelerator.unwrap_model(wrapped))
                     done += 1
                     self._step += 1
                     self._log(phase, epoch, loss.detach(), schedule(done - 1), pruner)
                     self.progress.advance(f"{phase} {epoch + 1}/{epochs}")
             if self._val is None:
                 if after_epoch is not None:
-                    after_epoch({})
+                    after_epoch(model, {})
                 continue
-            scores = evaluate(self._accelerator, self._task, settings, wrapped, self._val)[0]
-            row = {
-                "phase": phase,
-                "epoch": epoch,
-                "step": self._step,
-                "split": self._task.splits["val"],
-                **scores,
-            }
-            self._folder.log(row)
-            told = "  ".join(f"{name} {value:.2f}" for name, value in scores.items())
-            ratio = f"  masked {pruner.current_ratio:.3f}" if pruner is not None else ""
-            self.progress.say(f"{phase} {epoch + 1}/{epochs}  {row['split']} {told}{ratio}")
-            if after_epoch is not None:
-                after_epoch(scores)
+            candidates = {"": model} if average is None or pruner is not None else {"": model, "average": average.module}
+            for name, candidate in candidates.items():
+                scores = evaluate(self._accelerator, self._task, settings, candidate, self._val)[0]
+                split = self._task.splits["val"]
+                row = {"phase": phase, "epoch": epoch, "step": self._step, "split": split}
+                self._folder.log(row | ({name: scores} if name else scores))
+                told = "  ".join([*([name] if name else ()), *(f"{key} {value:.2f}" for key, value in scores.items())])
+                ratio = f"  masked {pruner.current_ratio:.3f}" if pruner is not None else ""
+                self.progress.say(f"{phase} {epoch + 1}/{epochs}  {split} {told}{ratio}")
+                if after_epoch is not None:
+                    after_epoch(candidate, scores)
         self._accelerator.free_memory()
 
     def _step_if_finite(self, model: nn.Module, optimizer: Any, loss: Tensor, pruner: Pruner | None) -> None:

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Sampler
 
 from upop.pruning import count_macs, count_parameters
 from upop.settings import RunSettings
@@ -31,6 +31,8 @@ class Task(ABC, Generic[SettingsT]):
     splits: ClassVar[Mapping[str, str]]
     """What a split is for ("train", "val", "test") -> its published name."""
     settings: ClassVar[type[RunSettings]]
+    update_first_step: ClassVar[bool] = True
+    """Whether the search moves the masks at its very first step, as published for BLIP and CLIP."""
 
     @abstractmethod
     def build(self, settings: SettingsT) -> nn.Module:
@@ -77,6 +79,17 @@ class Task(ABC, Generic[SettingsT]):
     @abstractmethod
     def example(self, model: nn.Module, batch_size: int) -> dict[str, Tensor]:
         """Return inputs of the published size for counting GMACs and measuring latency."""
+
+    def optimizer(self, model: nn.Module, settings: SettingsT) -> torch.optim.Optimizer:
+        """Return the optimizer of a phase; the loop sets its learning rate at every step."""
+        return torch.optim.AdamW(model.parameters(), lr=settings.init_lr, weight_decay=settings.weight_decay)
+
+    def sampler(self, records: Dataset[Any], settings: SettingsT) -> Sampler[int] | None:
+        """Return what chooses the training records of an epoch, in order; None for each of them once, shuffled.
+
+        A number beyond the last record is another copy of a record, drawn anew: number = record + copy * records.
+        """
+        return None
 
     def evaluated(self, settings: SettingsT) -> tuple[str, ...]:
         """Return the splits that are held out, of "val" and "test". Without "val" the last checkpoint is the best."""
