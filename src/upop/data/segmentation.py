@@ -1,0 +1,160 @@
+"""ADE20K: pictures, and a map of labels for each.
+
+`ROOT/images/{training,validation}/NAME.jpg` and `ROOT/annotations/{training,validation}/NAME.png`: a map holds 0 where
+no class was given, and 1 to 150 else. `ROOT/objectInfo150.txt`, if it is there, names the classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TypedDict
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision.transforms.v2 import functional as tvf
+
+from upop.data.records import open_image
+from upop.data.segmentation_transforms import IGNORED, SegmentTransform
+from upop.errors import DataError, nearest
+
+FOLDER = Path("ade20k") / "ADEChallengeData2016"
+"""Below the folder of all data sets."""
+NAMES = "objectInfo150.txt"
+_PICTURES = (".jpg", ".jpeg", ".png")
+_MODES = ("L", "P", "1", "I", "I;16")  # maps of numbers; P, a palette, shows each number as a colour
+
+
+class SegmentItem(TypedDict):
+    """One record: picture [3, h, w], labels int64 [h, w] (255 is no class), its number in the split, and its name."""
+
+    image: Tensor
+    labels: Tensor
+    number: int
+    name: str
+
+
+class SegmentBatch(TypedDict):
+    """B records: tensors [B, 3, h, w] and int64 [B, h, w] where all are of one size, else lists of B tensors."""
+
+    images: Tensor | list[Tensor]
+    labels: Tensor | list[Tensor]
+    numbers: Tensor
+    names: list[str]
+
+
+class SegmentationDataset(Dataset[SegmentItem]):
+    """The pictures of a split with their labels, in the order of their names.
+
+    Labels of a file are 0 (or 255) for no class, which becomes 255, and 1 to `classes`, which become 0 to classes - 1.
+
+    Raises DataError, here for folders without pictures and for pictures without a map, and on access for a file that
+    cannot be read, a map of another size than its picture, and a label above `classes`.
+    """
+
+    def __init__(self, root: str | Path, split: str, transform: SegmentTransform, classes: int = 150) -> None:
+        self.root, self.split, self.classes = Path(root), split, classes
+        self.transform = transform
+        self._maps = self.root / "annotations" / split
+        self._pictures = _files(self.root / "images" / split, _PICTURES, "pictures")
+        maps = {path.stem for path in _files(self._maps, (".png",), "label maps")}
+        missing = [path for path in self._pictures if path.stem not in maps]
+        if missing:
+            rest = f" {len(missing)} maps are missing in all." if len(missing) > 1 else ""
+            raise DataError(
+                f"The picture {missing[0]} has no label map {self._maps / missing[0].stem}.png."
+                f"{rest} Fetch the annotations again, or take away the pictures without one."
+            )
+        twice = len(self._pictures) - len({path.stem for path in self._pictures})
+        if twice:
+            raise DataError(f"{self.root / 'images' / split} holds {twice} names twice, with other endings. Keep one.")
+
+    def __len__(self) -> int:
+        """The number of pictures."""
+        return len(self._pictures)
+
+    def __getitem__(self, index: int) -> SegmentItem:
+        """The picture of that number, as drawn this time."""
+        number = index % len(self)
+        path = self._pictures[number]
+        picture = tvf.pil_to_tensor(open_image(path, file=path.parent, number=number))
+        labels = self._labels(path)
+        if labels.shape != picture.shape[1:]:
+            raise DataError(
+                f"{self._maps / path.stem}.png has {labels.shape[1]} x {labels.shape[0]} pixels, and its picture "
+                f"{path} {picture.shape[2]} x {picture.shape[1]}. A map must have its picture's size."
+            )
+        image, labels = self.transform(picture, labels)
+        return {"image": image, "labels": labels, "number": number, "name": path.stem}
+
+    def _labels(self, picture: Path) -> Tensor:
+        path = self._maps / f"{picture.stem}.png"
+        try:
+            with Image.open(path) as image:
+                mode = image.mode
+                found = tvf.pil_to_tensor(image)[0].long() if mode in _MODES else None
+        except Exception as error:  # a broken file makes the decoders raise nearly anything
+            raise DataError(
+                f"The label map {path} cannot be read: {error or type(error).__name__}. It may be cut off or no image "
+                "at all; fetch it again."
+            ) from error
+        if found is None:
+            raise DataError(
+                f"The label map {path} must hold one number per pixel (a grey or palette PNG), not {mode}. "
+                "ADE20K's scene parsing set (ADEChallengeData2016) has such maps."
+            )
+        found = torch.where(found == IGNORED, 0, found)
+        highest = int(found.max())
+        if highest > self.classes or int(found.min()) < 0:
+            raise DataError(
+                f"The label map {path} holds label {highest}, and there are {self.classes} classes: labels are 0 (no "
+                f"class) and 1 to {self.classes}. Set classes to the number of classes of this data set."
+            )
+        return torch.where(found == 0, IGNORED, found - 1)
+
+
+def collate_segments(items: Sequence[SegmentItem]) -> SegmentBatch:
+    """Make a batch: stacked where all pictures are of one size, in lists else."""
+    images, labels = [item["image"] for item in items], [item["labels"] for item in items]
+    alike = len({image.shape for image in images}) == 1
+    return {
+        "images": torch.stack(images) if alike else images,
+        "labels": torch.stack(labels) if alike else labels,
+        "numbers": torch.tensor([item["number"] for item in items]),
+        "names": [item["name"] for item in items],
+    }
+
+
+def class_names(root: str | Path, classes: int) -> list[str]:
+    """Return the names of the classes from `objectInfo150.txt`: the last column, or "class 1", ... where it is missing.
+
+    Raises:
+        DataError: it names another number of classes.
+    """
+    path = Path(root) / NAMES
+    if not path.is_file():
+        return [f"class {number}" for number in range(1, classes + 1)]
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()[1:]
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"The names of classes in {path} cannot be read: {error}.") from error
+    names = [line.split("\t")[-1].strip() for line in lines if line.strip()]
+    if len(names) != classes:
+        raise DataError(f"{path} names {len(names)} classes, and classes is {classes}. Set classes to that number.")
+    return names
+
+
+def _files(folder: Path, endings: tuple[str, ...], what: str) -> list[Path]:
+    try:
+        found = sorted(path for path in folder.iterdir() if path.suffix.lower() in endings)
+    except OSError as error:
+        near = nearest(folder.name, [path.name for path in folder.parent.iterdir()]) if folder.parent.is_dir() else ""
+        raise DataError(
+            f"The folder of {what} {folder} cannot be read{near}: {error.strerror}. "
+            f"It is looked for below dataset_root, or the environment's DATASET, in {FOLDER}."
+        ) from error
+    if not found:
+        raise DataError(f"The folder {folder} holds no {what} ({', '.join(endings)}).")
+    return found

@@ -1,0 +1,154 @@
+"""The published transforms of Segmenter: crops of resized pictures with their label maps, and changes of their light.
+
+All chance comes from torch's generator.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as tvf
+
+IGNORED = 255
+"""The label of pixels that belong to no class; they count neither in training nor in evaluation."""
+
+Normalization = Literal["vit", "deit"]
+STATISTICS: dict[Normalization, tuple[tuple[float, ...], tuple[float, ...]]] = {
+    "vit": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),  # of the published ViT checkpoints, all published runs here among them
+    "deit": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+}
+"""Mean and standard deviation of red, green and blue, by the published name."""
+
+RESIZE_RATIO = (0.5, 2.0)
+LARGEST_SHARE = 0.75
+_LONGEST = 4
+_CROPS_TRIED = 10
+_BRIGHTNESS = 32 / 255
+_CONTRAST = _SATURATION = (0.5, 1.5)
+_HUE = 0.1  # of the colour circle
+
+SegmentTransform = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""(picture uint8 [3, H, W], labels [H, W]) -> (normalised picture float32 [3, h, w], labels int64 [h, w])."""
+
+
+def scaled_size(height: int, width: int, short: int) -> tuple[int, int]:
+    """Return the size in pixels, in the picture's proportions, at which its short side is `short`.
+
+    Unless the long side would be above 4 times `short`: then it is that, and the short side less.
+    """
+    factor = min(short / min(height, width), _LONGEST * short / max(height, width))
+    return max(1, int(height * factor + 0.5)), max(1, int(width * factor + 0.5))
+
+
+@dataclass(frozen=True)
+class Normalise:
+    """What evaluation does: pictures keep their size, for the model's windows slide over any."""
+
+    normalization: Normalization = "vit"
+
+    def __call__(self, picture: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """The picture normalised; the labels as they are."""
+        mean, std = (torch.tensor(values).view(3, 1, 1) for values in STATISTICS[self.normalization])
+        return picture.float().div_(255.0).sub_(mean).div_(std), labels
+
+    def undo(self, picture: Tensor) -> Tensor:
+        """The picture as bytes, from a normalised one."""
+        mean, std = (
+            torch.tensor(values, device=picture.device).view(3, 1, 1) for values in STATISTICS[self.normalization]
+        )
+        return picture.mul(std).add(mean).mul(255).round().clamp(0, 255).byte()
+
+
+@dataclass(frozen=True)
+class TrainCrop:
+    """What training does: resize by a ratio of 0.5 to 2, crop, mirror, change the light, normalise, and fill up.
+
+    Attributes:
+        image_size: what the short side is brought to, before the ratio.
+        crop_size: side of the square crop.
+        augment: False takes the top left corner of the picture at ratio 1 as it is: generated classes are colours.
+        normalization: by its published name.
+    """
+
+    image_size: int
+    crop_size: int
+    augment: bool = True
+    normalization: Normalization = "vit"
+
+    def __call__(self, picture: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """A crop of the picture, and the labels of its pixels."""
+        picture, labels = self._resized(picture, labels)
+        top, left = self._corner(labels)
+        rows, columns = slice(top, top + self.crop_size), slice(left, left + self.crop_size)
+        picture, labels = picture[:, rows, columns], labels[rows, columns]
+        if self.augment:
+            if torch.rand(()) < 0.5:
+                picture, labels = picture.flip(2), labels.flip(1)
+            picture = photometric_jitter(picture)
+        picture, labels = Normalise(self.normalization)(picture, labels)
+        # Filled up after normalising, so the filling is of the mean colour, as published.
+        padding = [0, 0, self.crop_size - labels.shape[1], self.crop_size - labels.shape[0]]
+        return tvf.pad(picture, padding), tvf.pad(labels[None], padding, fill=IGNORED)[0]
+
+    def _resized(self, picture: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        height, width = labels.shape
+        ratio = _between(*RESIZE_RATIO) if self.augment else 1.0
+        size = list(scaled_size(height, width, int(self.image_size * ratio)))
+        if size == [height, width]:
+            return picture, labels
+        # OpenCV, which the published pipeline resizes with, does not filter against aliasing.
+        picture = tvf.resize(picture, size, interpolation=v2.InterpolationMode.BILINEAR, antialias=False)
+        return picture, tvf.resize(labels[None], size, interpolation=v2.InterpolationMode.NEAREST)[0]
+
+    def _corner(self, labels: Tensor) -> tuple[int, int]:
+        """Draw the top left corner of a crop; up to ten times, until no class has more than its share."""
+        if not self.augment:
+            return 0, 0
+        for _ in range(_CROPS_TRIED):
+            top, left = (int(torch.randint(max(side - self.crop_size, 0) + 1, ())) for side in labels.shape)
+            crop = labels[top : top + self.crop_size, left : left + self.crop_size]
+            counts = crop[crop != IGNORED].unique(return_counts=True)[1]
+            if len(counts) > 1 and counts.max() < LARGEST_SHARE * counts.sum():
+                break
+        return top, left
+
+
+def photometric_jitter(picture: Tensor) -> Tensor:
+    """Change brightness, contrast, saturation and hue of a picture of bytes [3, H, W], each with probability 1/2.
+
+    The published operations and their order: contrast multiplies, and comes before saturation and hue or after them.
+    (torchvision's RandomPhotometricDistort also swaps colour channels.)
+    """
+    image = picture.float() / 255
+    if _chance():
+        image = (image + _between(-_BRIGHTNESS, _BRIGHTNESS)).clamp(0, 1)
+    contrast_first = _chance()
+    if contrast_first and _chance():
+        image = (image * _between(*_CONTRAST)).clamp(0, 1)
+    if _chance():
+        image = _saturate(image, _between(*_SATURATION))
+    if _chance():
+        image = tvf.adjust_hue(image, _between(-_HUE, _HUE))
+    if not contrast_first and _chance():
+        image = (image * _between(*_CONTRAST)).clamp(0, 1)
+    return image.mul(255).round().clamp(0, 255).byte()
+
+
+def _saturate(image: Tensor, factor: float) -> Tensor:
+    """Multiply the saturation of HSV, which reaches at most 1, and leave hue and value as they are."""
+    value = image.amax(0, keepdim=True)
+    spread = value - image.amin(0, keepdim=True)
+    return value - (value - image) * (value / spread.clamp_min(1e-6)).clamp(max=factor)
+
+
+def _chance() -> bool:
+    return bool(torch.rand(()) < 0.5)
+
+
+def _between(low: float, high: float) -> float:
+    return low + (high - low) * float(torch.rand(()))

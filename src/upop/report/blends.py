@@ -1,0 +1,57 @@
+"""Pictures with label maps laid over them: what a segmentation model saw, what it said, and what is true."""
+
+from __future__ import annotations
+
+import colorsys
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torchvision.transforms.v2 import functional as tvf
+from torchvision.utils import draw_segmentation_masks
+
+from upop.errors import RunFolderError
+from upop.files import replacing_file
+
+OPACITY = 0.6
+_GOLDEN = (5**0.5 - 1) / 2  # of the colour circle: neighbouring classes get colours far apart
+
+
+def class_colour(label: int) -> tuple[int, int, int]:
+    """Return the red, green and blue (0 to 255) that a class is shown with, from 0."""
+    hue, ring = (label * _GOLDEN) % 1.0, label // 12
+    channels = colorsys.hsv_to_rgb(hue, (0.85, 0.55)[ring % 2], (1.0, 0.75)[ring // 2 % 2])
+    return tuple(round(255 * channel) for channel in channels)  # type: ignore[return-value]
+
+
+def blended(picture: Tensor, labels: Tensor, classes: int) -> Tensor:
+    """Return a picture of bytes [3, H, W] with its label map [H, W] laid over it; other labels show the picture."""
+    present = [label for label in labels.unique().tolist() if 0 <= label < classes]
+    if not present:
+        return picture
+    masks = torch.stack([labels == label for label in present])
+    mixed: Tensor = draw_segmentation_masks(picture, masks, OPACITY, [class_colour(label) for label in present])
+    return mixed
+
+
+def write_blends(path: Path, picture: Tensor, predicted: Tensor, labels: Tensor, classes: int) -> None:
+    """Write a PNG: the picture, beside it the prediction laid over it, beside that the truth.
+
+    Args:
+        path: of the file; its folder is made.
+        picture: bytes [3, H, W].
+        predicted: classes [H, W].
+        labels: true classes [H, W]; pixels without one show the picture.
+        classes: how many there are.
+
+    Raises:
+        RunFolderError: it cannot be written.
+    """
+    panels = [picture, blended(picture, predicted, classes), blended(picture, labels, classes)]
+    image = tvf.to_pil_image(torch.cat(panels, dim=2).cpu())
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunFolderError(f"{path.parent} cannot be made: {error.strerror}. Choose another output_dir.") from error
+    with replacing_file(path) as part:
+        image.save(part, format="png")

@@ -1,0 +1,229 @@
+"""Segmentation (ADE20K) with Segmenter: which class every pixel belongs to."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self, cast
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from upop.data.segmentation import FOLDER, SegmentationDataset, class_names, collate_segments
+from upop.data.segmentation_transforms import IGNORED, Normalise, Normalization, TrainCrop
+from upop.errors import SettingError
+from upop.models.blip import enlarge_weights
+from upop.models.segmenter import BACKBONES, Segmenter, SegmenterConfig
+from upop.report.blends import write_blends
+from upop.settings import RunSettings
+from upop.tasks.published import PublishedTask
+from upop.tasks.segmentation_scores import confusion, named_ious, segmentation_scores
+from upop.tasks.windows import SCALES, Window, segment
+from upop.training.devices import autocast
+from upop.training.task import Batch
+
+_MOMENTUM = 0.9
+
+
+def _dataset_root() -> Path:
+    return Path(os.environ.get("DATASET") or "datasets/vision")
+
+
+class SegmentationSettings(RunSettings):
+    """Settings of configs/segmentation.yaml; the defaults are the published ones."""
+
+    dataset_root: Path = Field(
+        default_factory=_dataset_root, description=f"folder of data sets, with {FOLDER}; DATASET if not given"
+    )
+    backbone: Literal[
+        "vit_tiny_patch16_384",
+        "vit_small_patch16_384",
+        "vit_small_patch32_384",
+        "vit_base_patch8_384",
+        "vit_base_patch16_384",
+        "vit_base_patch32_384",
+        "vit_large_patch16_384",
+    ] = "vit_small_patch16_384"
+    decoder: Literal["mask_transformer", "linear"] = "mask_transformer"
+    classes: int = Field(150, ge=1, le=254)
+    normalization: Normalization = Field("vit", description="mean and deviation of colours: vit (0.5), deit (ImageNet)")
+
+    image_size: int = Field(512, gt=0, description="what short sides of pictures are brought to")
+    crop_size: int | None = Field(None, gt=0, description="side of training crops; image_size if not given")
+    window_size: int | None = Field(None, gt=0, description="side of the sliding window; crop_size if not given")
+    window_stride: int | None = Field(None, gt=0, description="how far it slides; window_size if not given")
+    window_batch: int = Field(8, ge=1, description="windows in one forward pass of evaluation; bounds the memory")
+    multiscale: bool = Field(False, description="evaluate at six scales from 0.5 to 1.75, each mirrored too")
+    blend: int | Literal["all"] = Field(
+        0, description="pictures of an evaluation written with prediction and truth laid over them, to blended/"
+    )
+
+    init_scale: float = Field(1.0, gt=0, description="makes fresh weights so much larger: small models need 5 or so")
+    optimizer: Literal["sgd", "adamw"] = Field("sgd", description="sgd has Nesterov's momentum of 0.9")
+    schedule: Literal["epoch", "step", "polynomial"] = "polynomial"
+    init_lr: float = Field(4e-3, gt=0)
+    min_lr: float = Field(1e-5, ge=0)
+    weight_decay: float = Field(0.0, ge=0)
+    max_epoch: int = Field(64, ge=1)
+    batch_size_train: int = Field(16, ge=1)
+    batch_size_test: int = Field(1, ge=1)
+
+    @model_validator(mode="after")
+    def _windows(self) -> Self:
+        if self.window.stride > self.window.size:
+            raise ValueError(f"window_stride ({self.window.stride}) is above window_size ({self.window.size})")
+        if isinstance(self.blend, int) and self.blend < 0:
+            raise ValueError(f"blend ({self.blend}) is a number of pictures, or all")
+        return self
+
+    @property
+    def crop(self) -> int:
+        """Side of the training crops, in pixels."""
+        return self.crop_size or self.image_size
+
+    @property
+    def window(self) -> Window:
+        """The window that slides over pictures in evaluation."""
+        size = self.window_size or self.crop
+        return Window(size, self.window_stride or size, self.window_batch)
+
+    @property
+    def root(self) -> Path:
+        """Folder of ADE20K's pictures and annotations."""
+        return self.dataset_root / FOLDER
+
+
+class SegmentationTask(PublishedTask[SegmentationSettings]):
+    """Segmentation of scenes."""
+
+    name: ClassVar[str] = "segmentation"
+    metric: ClassVar[str] = "mIoU"
+    shown: ClassVar[tuple[str, ...]] = ("mIoU", "pixel accuracy")
+    splits: ClassVar[Mapping[str, str]] = {"train": "training", "val": "validation"}
+    settings: ClassVar[type[RunSettings]] = SegmentationSettings
+    config: ClassVar[type[Any]] = SegmenterConfig
+    update_first_step: ClassVar[bool] = False
+
+    def sizes(self, settings: SegmentationSettings) -> dict[str, Any]:
+        """Return the sizes that the settings decide; positions are learned on crops."""
+        return {"image_size": settings.crop, "classes": settings.classes, **settings.model}
+
+    def build(self, settings: SegmentationSettings) -> nn.Module:
+        """Return the model with fresh weights."""
+        sizes = {**BACKBONES[settings.backbone], "decoder": settings.decoder, **self.sizes(settings)}
+        model = Segmenter(SegmenterConfig(**sizes))
+        enlarge_weights(model, settings.init_scale)
+        return self._prepared(model, settings)
+
+    def evaluated(self, settings: SegmentationSettings) -> tuple[str, ...]:
+        """Return the one split that is held out: ADE20K's test split has no public labels."""
+        return ("val",)
+
+    def dataset(self, settings: SegmentationSettings, split: str) -> Dataset[Any]:
+        """Return the pictures of a split; training sees crops, evaluation whole pictures."""
+        transform = (
+            TrainCrop(settings.image_size, settings.crop, settings.augment, settings.normalization)
+            if split == "train"
+            else Normalise(settings.normalization)
+        )
+        class_names(settings.root, settings.classes)  # which says now if it does not fit
+        return SegmentationDataset(settings.root, self.splits[split], transform, settings.classes)
+
+    def collate(self, settings: SegmentationSettings) -> Callable[[list[Any]], Batch]:
+        """Return what stacks crops, and lists whole pictures."""
+        return cast(Callable[[list[Any]], Batch], collate_segments)
+
+    def inputs(self, batch: Batch) -> dict[str, Any]:
+        """Return the crops."""
+        return {"images": batch["images"]}
+
+    def loss(self, model: nn.Module, batch: Batch, settings: SegmentationSettings, epoch: float) -> Tensor:
+        """Return the mean cross-entropy of all pixels with a class; 0 where no pixel of the batch has one."""
+        logits: Tensor = model(**self.inputs(batch)).float()
+        labels: Tensor = batch["labels"]
+        summed: Tensor = F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
+        return summed / (labels != IGNORED).sum().clamp_min(1)
+
+    def optimizer(self, model: nn.Module, settings: SegmentationSettings) -> torch.optim.Optimizer:
+        """Return SGD with Nesterov's momentum, as published, or AdamW; masks are in neither."""
+        if settings.optimizer == "adamw":
+            return super().optimizer(model, settings)
+        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        return torch.optim.SGD(
+            parameters, settings.init_lr, momentum=_MOMENTUM, weight_decay=settings.weight_decay, nesterov=True
+        )
+
+    def predict(self, model: nn.Module, batch: Batch, settings: SegmentationSettings) -> dict[str, Tensor]:
+        """Return the confusion matrix of every picture, [B, classes, classes]."""
+        return self._counted(batch, self._maps(model, batch, settings), settings)
+
+    def collect(
+        self, accelerator: Accelerator, model: nn.Module, loader: Any, settings: SegmentationSettings
+    ) -> dict[str, Tensor]:
+        """Return the confusion matrix of the whole split, int64 [classes, classes], on the CPU.
+
+        Whole maps are kept for no longer than a batch. Those that `blend` asks for are written.
+        """
+        total = torch.zeros(settings.classes, settings.classes, dtype=torch.long)
+        for batch in loader:
+            with autocast(accelerator, settings):
+                maps = self._maps(model, batch, settings)
+            self._write_blends(batch, maps, settings)
+            counts = self._counted(batch, maps, settings)["confusion"]
+            # Per picture, so that those that fill up the last batch of several processes are dropped.
+            total += accelerator.gather_for_metrics(counts).sum(0).cpu()
+        return {"confusion": total}
+
+    def score(
+        self, predictions: Mapping[str, Tensor], records: Dataset[Any], settings: SegmentationSettings
+    ) -> dict[str, float]:
+        """Return mIoU, pixel accuracy and mean class accuracy in percent."""
+        return segmentation_scores(predictions["confusion"])
+
+    def files(
+        self, predictions: Mapping[str, Tensor], records: Dataset[Any], settings: SegmentationSettings, split: str
+    ) -> dict[str, Any]:
+        """Return the intersection over union of every class, in percent."""
+        names = class_names(settings.root, settings.classes)
+        return {f"iou_per_class_{self.splits[split]}.json": named_ious(predictions["confusion"], names)}
+
+    def example(self, model: nn.Module, batch_size: int) -> dict[str, Tensor]:
+        """Return `batch_size` grey crops of the size that the model was trained on."""
+        side = cast(Segmenter, model).config.image_size
+        return {"images": torch.zeros(batch_size, 3, side, side, device=next(model.parameters()).device)}
+
+    def _maps(self, model: nn.Module, batch: Batch, settings: SegmentationSettings) -> list[Tensor]:
+        """Return the predicted classes of every picture, [H, W] each."""
+        scales = SCALES if settings.multiscale else (1.0,)
+        probabilities = segment(
+            model, list(batch["images"]), settings.window, settings.image_size, scales, flips=settings.multiscale
+        )
+        return [each.argmax(0) for each in probabilities]
+
+    def _counted(self, batch: Batch, maps: list[Tensor], settings: SegmentationSettings) -> dict[str, Tensor]:
+        pairs = zip(maps, batch["labels"], strict=True)
+        return {"confusion": torch.stack([confusion(found, labels, settings.classes) for found, labels in pairs])}
+
+    def _write_blends(self, batch: Batch, maps: list[Tensor], settings: SegmentationSettings) -> None:
+        normalise = Normalise(settings.normalization)
+        numbers = batch["numbers"].tolist()
+        for number, name, image, found, labels in zip(
+            numbers, batch["names"], batch["images"], maps, batch["labels"], strict=True
+        ):
+            if settings.blend == "all" or number < settings.blend:
+                path = settings.output_dir / "blended" / f"{name}.png"
+                write_blends(path, normalise.undo(image), found, labels, settings.classes)
+
+    def _prepared(self, model: nn.Module, settings: SegmentationSettings) -> nn.Module:
+        found = cast(Segmenter, model).config.classes
+        if found != settings.classes:
+            raise SettingError(
+                f"The model knows {found} classes, and classes is {settings.classes}. Set it to the model's, or train "
+                "a model for this data set."
+            )
+        return super()._prepared(model, settings)
