@@ -1,11 +1,12 @@
 """UPop: unified and progressive pruning of vision-language transformers.
 
 The public API: `Pruner` and `shrink` compress a model inside any training loop, `find_units` says what can go,
-`save` and `load` keep a compressed model without pickle, `load_official` reads the published checkpoints.
+`save`, `load` and `load_into` keep a compressed model without pickle, `load_official` reads the published checkpoints.
+Importing it lets transformers reload compressed models by itself.
 """
 
-from upop.checkpoints import load, load_official, save
-from upop.pruning import Plan, Pruner, Unit, count_macs, count_parameters, find_units, shrink
+from upop.checkpoints import Pruner, load, load_into, load_official, save, shrink
+from upop.pruning import Plan, Unit, count_macs, count_parameters, find_units
 
 __version__ = "0.1.0"
 
@@ -17,6 +18,7 @@ __all__ = [
     "count_parameters",
     "find_units",
     "load",
+    "load_into",
     "load_official",
     "save",
     "shrink",

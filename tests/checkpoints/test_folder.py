@@ -7,8 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import timm
 import torch
+from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 import upop
@@ -69,16 +69,23 @@ def test_a_plan_is_not_needed_to_load(tmp_path: Path) -> None:
 
 
 def test_other_models_come_back_into_their_dense_form(tmp_path: Path) -> None:
-    def dense() -> nn.Module:
-        return timm.create_model("vit_tiny_patch16_224", depth=2, img_size=32, num_classes=5)
+    def dense(**sizes: int) -> nn.Module:
+        settings = {"img_size": 32, "embed_dim": 48, "depth": 2, "num_heads": 3, "num_classes": 5}
+        return VisionTransformer(**{**settings, **sizes})
 
     model, inputs = randomised(dense()), torch.randn(2, 3, 32, 32)
-    upop.shrink(model, uneven(model), verify=inputs)
+    plan = uneven(model)
+    upop.shrink(model, plan, verify=inputs)
     upop.save(model, tmp_path / "vit")
+    again = dense()
+    assert upop.load_into(again, tmp_path / "vit") is again
     with torch.no_grad():
+        assert torch.equal(again(inputs), model(inputs))
         assert torch.equal(upop.load(tmp_path / "vit", dense())(inputs), model(inputs))
-    with pytest.raises(CheckpointError, match=r"Build the dense model and call upop\.load"):
+    with pytest.raises(CheckpointError, match=r"Build the dense model and call upop\.load_into"):
         upop.load(tmp_path / "vit")
+    with pytest.raises(CheckpointError, match=r"does not fit(.|\n)*holds a timm\..*VisionTransformer"):
+        upop.load_into(dense(depth=3), tmp_path / "vit")
 
 
 def test_saving_again_replaces(tmp_path: Path) -> None:

@@ -1,7 +1,22 @@
 """Checkpoints: the published files, and our own folders."""
 
-from upop.checkpoints.folder import WEIGHTS, is_folder, load, save
+from upop.checkpoints.folder import WEIGHTS, is_folder, load, load_into, save
 from upop.checkpoints.official import load_official, save_official
+from upop.checkpoints.quantizer import register
 from upop.checkpoints.read import read_weights
+from upop.checkpoints.recording import Pruner, shrink
 
-__all__ = ["WEIGHTS", "is_folder", "load", "load_official", "read_weights", "save", "save_official"]
+register()
+
+__all__ = [
+    "WEIGHTS",
+    "Pruner",
+    "is_folder",
+    "load",
+    "load_into",
+    "load_official",
+    "read_weights",
+    "save",
+    "save_official",
+    "shrink",
+]

@@ -1,4 +1,7 @@
-"""Our own folder: weights as safetensors, everything else as JSON, nothing pickled."""
+"""Our own folder: weights as safetensors, everything else as JSON, nothing pickled.
+
+A transformers model's folder is also one of transformers' own: `from_pretrained` and `pipeline` read it.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +13,20 @@ from typing import Any
 from pydantic import ValidationError
 from safetensors.torch import save_file
 from torch import nn
+from transformers import PreTrainedModel
 
+from upop.checkpoints import timm_models
 from upop.checkpoints.fit import fit
+from upop.checkpoints.hub import local_path
+from upop.checkpoints.quantizer import mark
 from upop.checkpoints.read import read_weights, shared_tensors
-from upop.errors import CheckpointError
+from upop.checkpoints.recording import plan_of, set_plan
+from upop.checkpoints.transformers_models import is_transformers_folder, load_transformers
+from upop.errors import CheckpointError, PlanError
 from upop.files import replacing_folder
 from upop.models import MODELS, kind_of
-from upop.pruning import Plan
+from upop.pruning import Plan, survey
+from upop.pruning.masks import unwrapped
 
 WEIGHTS = "model.safetensors"
 _DESCRIPTION = "upop.json"
@@ -26,32 +36,45 @@ _FORMAT = 1
 def save(model: nn.Module, folder: str | Path, plan: Plan | None = None) -> Path:
     """Write a model, dense or compressed, so that `load` gives it back.
 
-    The folder holds `model.safetensors` and `upop.json` (the model's class and dense configuration, the plan, and
-    versions). It is written beside and renamed: an older one of that name stays whole until the new one is.
+    The folder holds `model.safetensors` and `upop.json` (how the dense model is built, what every unit keeps, the plan
+    and versions); that of a transformers model also its `config.json`, so that transformers reads it too. It is written
+    beside and renamed: an older one of that name, with all that is in it, stays whole until the new one is.
 
     Args:
-        model: one of upop's models, or any other model (which `load` then needs in its dense form).
+        model: one of upop's, timm's or transformers' models, or any other model (which `load` then needs in its dense
+            form).
         folder: where to write.
-        plan: which entries were kept, for the record; `load` reads the kept sizes off the shapes.
+        plan: which entries were kept, for the record; by default what `Pruner.shrink` or `shrink` noted on the model.
 
     Raises:
         RunFolderError: the folder cannot be written.
+        SettingError: it is a transformers model that is quantized by another method.
     """
-    folder = Path(folder)
+    folder, model = Path(folder), unwrapped(model)
+    plan = plan if plan is not None else plan_of(model)
     kind = kind_of(model)
+    in_transformers = isinstance(model, PreTrainedModel)
+    if in_transformers:
+        mark(model)
     description = {
         "format": _FORMAT,
         "model": kind,
         "class": f"{type(model).__module__}.{type(model).__qualname__}",
         "config": model.config.model_dump() if kind else None,  # type: ignore[union-attr, operator]
+        "transformers": in_transformers,
+        "timm": None if kind or in_transformers else timm_models.describe(model, plan),
+        "layout": {unit.name: _unit(unit, plan) for unit in survey(model).units},
         "plan": json.loads(plan.to_json()) if plan is not None else None,
         "versions": {name: metadata.version(name) for name in ("upop", "torch", "timm", "transformers")},
     }
-    state = model.state_dict()
-    shared = shared_tensors(state)
-    written = {name: value.detach().cpu().contiguous() for name, value in state.items() if name not in shared}
     with replacing_folder(folder) as fresh:
-        save_file(written, fresh / WEIGHTS, metadata=shared or None)
+        if in_transformers:
+            model.save_pretrained(fresh)  # type: ignore[operator]
+        else:
+            state = model.state_dict()
+            shared = shared_tensors(state)
+            written = {name: value.detach().cpu().contiguous() for name, value in state.items() if name not in shared}
+            save_file(written, fresh / WEIGHTS, metadata=shared or None)
         (fresh / _DESCRIPTION).write_text(json.dumps(description, indent=1))
     return folder
 
@@ -60,45 +83,77 @@ def load(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
     """Return the model that `save` wrote, in evaluation mode, on the CPU.
 
     Args:
-        folder: the folder.
-        model: the dense model to cut and fill, for models that are not upop's own; changed in place.
+        folder: the folder, or one that transformers' `save_pretrained` wrote, or the name of such a model on the hub.
+        model: the dense model to cut and fill, where upop cannot build it; changed in place, see `load_into`.
 
     Raises:
         CheckpointError: the folder is not one of ours, is damaged, or does not fit the model.
     """
-    folder = Path(folder)
+    if model is not None:
+        return load_into(model, folder)
+    folder = local_path(folder)
+    if not is_folder(folder) and is_transformers_folder(folder):
+        return load_transformers(folder)
     description = read_description(folder)
-    if model is None:
-        if description["model"] not in MODELS:
-            raise CheckpointError(
-                f"{folder} holds a {description['class']}, which upop does not build itself. "
-                "Build the dense model and call upop.load(folder, model)."
-            )
-        built, config = MODELS[description["model"]]
-        try:
-            model = built(config(**description["config"]))
-        except (ValidationError, TypeError) as error:
-            raise CheckpointError(f"{folder / _DESCRIPTION} describes a model that cannot be built: {error}") from error
-    state = read_weights(folder / WEIGHTS)
-    return fit(model, state, str(folder), lambda _unit: False).eval()
+    plan = _plan(description, folder)
+    if description["transformers"]:
+        model = load_transformers(folder, description["class"])
+    else:
+        state = read_weights(folder / WEIGHTS)
+        model = fit(_dense(description, folder), state, str(folder), lambda _unit: False)
+    set_plan(model, plan)
+    return model.eval()
+
+
+def load_into(model: nn.Module, folder: str | Path) -> nn.Module:
+    """Cut a dense model to the sizes in a folder that `save` wrote, and fill it; return it, in evaluation mode.
+
+    Args:
+        model: the dense model, as it was before it was compressed: `timm.create_model(...)`,
+            `open_clip.create_model(...)`, or one's own. It is changed in place.
+        folder: the folder, or the name of a model on the hub.
+
+    Raises:
+        CheckpointError: the folder is not one of ours, is damaged, or holds a model that `model` cannot become.
+    """
+    folder, whole = local_path(folder), model
+    model = unwrapped(model)
+    description = read_description(folder)
+    if isinstance(model, PreTrainedModel):
+        state = load_transformers(folder, type(model)).state_dict()
+    else:
+        state = read_weights(folder / WEIGHTS)
+    try:
+        fit(model, state, str(folder), lambda _unit: False)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{error}\n{folder} holds a {description['class']}. Build that model, with the settings that it had before "
+            "it was compressed."
+        ) from error
+    set_plan(model, _plan(description, folder))
+    if isinstance(model, PreTrainedModel):
+        mark(model)
+    return whole.eval()
 
 
 def read_description(folder: Path) -> dict[str, Any]:
     """Return what `upop.json` says.
 
     Raises:
-        CheckpointError: there is none, or it is damaged.
+        CheckpointError: there is none, it is damaged, or a later upop wrote it.
     """
     path = folder / _DESCRIPTION
     if not path.is_file():
         raise CheckpointError(
-            f"{folder} was asked for, and it holds no {_DESCRIPTION}. Give a folder that upop.save wrote "
-            "(a run keeps one under best/)."
+            f"{folder} was asked for, and {_found(folder)}. Give a folder that upop.save wrote (a run keeps one under "
+            "best/)."
         )
     try:
         description = json.loads(path.read_text())
         fields = {name: description[name] for name in ("format", "model", "class", "config", "plan")}
-    except (ValueError, KeyError, TypeError) as error:
+        # Folders of upop 0.1.0 do not have these.
+        fields |= {name: description.get(name) for name in ("transformers", "timm")}
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         raise CheckpointError(f"{path} is damaged: {error!r}. Write the model again.") from error
     if fields["format"] != _FORMAT:
         raise CheckpointError(f"{path} has format {fields['format']!r}; this upop reads {_FORMAT}. Update upop.")
@@ -108,3 +163,38 @@ def read_description(folder: Path) -> dict[str, Any]:
 def is_folder(path: Path) -> bool:
     """Whether `path` is a folder that `save` wrote."""
     return (path / _DESCRIPTION).is_file()
+
+
+def _found(folder: Path) -> str:
+    if not folder.exists():
+        return "nothing was found there"
+    return f"it holds no {_DESCRIPTION}" if folder.is_dir() else "it is a file"
+
+
+def _unit(unit: Any, plan: Plan | None) -> dict[str, Any]:
+    dense = plan.sizes.get(unit.name, unit.size) if plan is not None else None
+    return {"kind": unit.kind, "modality": unit.modality, "heads": unit.heads, "entries": unit.size, "of": dense}
+
+
+def _plan(description: dict[str, Any], folder: Path) -> Plan | None:
+    try:
+        return None if description["plan"] is None else Plan.from_json(json.dumps(description["plan"]))
+    except PlanError as error:
+        raise CheckpointError(f"{folder / _DESCRIPTION} has a plan that cannot be read. {error}") from error
+
+
+def _dense(description: dict[str, Any], folder: Path) -> nn.Module:
+    """Return the dense model that a folder describes, with fresh weights."""
+    if description["timm"] is not None:
+        return timm_models.build(description["timm"], str(folder / _DESCRIPTION))
+    if description["model"] not in MODELS:
+        raise CheckpointError(
+            f"{folder} holds a {description['class']}, which upop cannot build by name. "
+            "Build the dense model and call upop.load_into(model, folder), or upop.load(folder, model)."
+        )
+    built, config = MODELS[description["model"]]
+    try:
+        model: nn.Module = built(config(**description["config"]))
+    except (ValidationError, TypeError) as error:
+        raise CheckpointError(f"{folder / _DESCRIPTION} describes a model that cannot be built: {error}") from error
+    return model

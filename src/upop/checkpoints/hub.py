@@ -1,0 +1,52 @@
+"""Models of the hub by name: "Salesforce/blip-vqa-base" becomes a folder on this disk."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import huggingface_hub
+
+from upop.errors import CheckpointError
+
+_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
+_SUFFIXES = (".pth", ".pt", ".bin", ".safetensors", ".onnx", ".yaml", ".json")
+
+
+def local_path(name: str | Path) -> Path:
+    """Return where a model lies: the path itself, or a copy of what the hub has under this name.
+
+    What exists here is a path; so is what has a file's ending, no "owner/" in front, or the name of a folder that is
+    here in the place of the owner. Anything else is asked for on the hub, unless a copy was fetched before.
+
+    Raises:
+        CheckpointError: there is no such path, and the hub does not give such a model.
+    """
+    path = Path(name)
+    if path.exists() or not is_hub_name(str(name)):
+        return path
+    try:
+        return Path(_snapshot(str(name), offline=True))
+    except Exception:  # not fetched before, or only in part
+        pass
+    try:
+        return Path(_snapshot(str(name), offline=False))
+    except Exception as error:  # no network, no such name, no permission: each has its own class of error
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(
+            f"{name} was asked for: nothing was found there, and the hub gives no model of this name ({reason}). "
+            "Check the path or the name, and the network."
+        ) from error
+
+
+def is_hub_name(name: str) -> bool:
+    """Whether a name can only mean a model of the hub."""
+    path = Path(name)
+    return bool(_NAME.fullmatch(name)) and path.suffix not in _SUFFIXES and not Path(path.parts[0]).exists()
+
+
+def _snapshot(name: str, *, offline: bool) -> str:
+    return huggingface_hub.snapshot_download(
+        name, allow_patterns=list(_FILES), local_files_only=offline, etag_timeout=10
+    )

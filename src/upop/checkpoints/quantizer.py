@@ -1,0 +1,206 @@
+"""transformers reloads compressed models by itself: their configuration says what every layer keeps.
+
+transformers lets a library register a `quant_method`, and asks it to reshape a model before the weights are read.
+Ours makes layers smaller and quantizes nothing. It is registered when upop is imported; from then on `from_pretrained`
+(of any class, in `pipeline` too), `save_pretrained` and `push_to_hub` work on compressed models as on others.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping
+from importlib import metadata
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZER_MAPPING,
+    register_quantization_config,
+    register_quantizer,
+)
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from upop.checkpoints.sizes import Sizes, dense_skeleton, resize, sizes_from_json, sizes_of
+from upop.errors import CheckpointError, SettingError
+from upop.models import kind_of
+from upop.pruning import survey
+
+METHOD = "upop"
+_FORMAT = 1
+
+
+class UpopConfig(QuantizationConfigMixin):
+    """The part of a transformers configuration that says how much of every unit a compressed model keeps.
+
+    Args:
+        kept: unit -> [kept entries, entries of the dense model]; units that lost none are left out.
+        format: of this record.
+        upop_version: that wrote it.
+
+    Raises:
+        CheckpointError: a later upop wrote it, or it is damaged.
+    """
+
+    def __init__(self, kept: Mapping[str, Any], format: int = _FORMAT, upop_version: str = "", **_other: Any) -> None:
+        if format != _FORMAT:
+            raise CheckpointError(
+                f"The model's quantization_config has format {format!r}, written by upop {upop_version or '?'}; this "
+                f"upop reads {_FORMAT}. Update upop."
+            )
+        self.quant_method: Any = METHOD  # an enumeration of transformers' own methods, in its own configurations
+        self.format = format
+        self.upop_version = upop_version or metadata.version("upop")
+        self.kept = sizes_from_json(kept, "The model's quantization_config")
+
+
+class UpopQuantizer(HfQuantizer):
+    """Cuts the model that transformers has built from a configuration to the sizes that its weights have."""
+
+    requires_calibration = False
+    quantization_config: UpopConfig
+
+    def __init__(self, quantization_config: UpopConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        if not self.pre_quantized:
+            raise SettingError(
+                "quantization_config of kind 'upop' was given for a model that is not compressed. It only says what a "
+                "compressed model keeps: compress with upop.Pruner, or cut with upop.shrink(model, plan)."
+            )
+
+    def _process_model_before_weight_loading(self, model: Any, **_kwargs: Any) -> Any:
+        self.quantization_config.kept = _named_as_in(model, self.quantization_config.kept)
+        resize(model, self.quantization_config.kept)
+        return model
+
+    def _process_model_after_weight_loading(self, model: Any, **_kwargs: Any) -> Any:
+        # It is an ordinary model with smaller layers: it may be cast, trained, compiled and quantized like any other.
+        record = self.quantization_config.to_dict()
+        self.remove_quantization_config(model)  # type: ignore[no-untyped-call]
+        for module in model.modules():
+            if isinstance(module, PreTrainedModel) and hasattr(module.config, "_is_quantized"):
+                del module.config._is_quantized
+        model.config.quantization_config = record
+        return model
+
+    def is_serializable(self) -> bool:
+        """Compressed models can be saved."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Compressed models can be trained."""
+        return True
+
+
+def register() -> None:
+    """Make compressed models known to transformers; calling it again does nothing."""
+    if METHOD not in AUTO_QUANTIZER_MAPPING:
+        register_quantization_config(METHOD)(UpopConfig)
+        register_quantizer(METHOD)(UpopQuantizer)
+
+
+def mark(model: nn.Module) -> None:
+    """Write into the configuration of every transformers model in `model` how much it keeps.
+
+    Towers that have a configuration of their own get their own record, so that they can be saved and loaded alone.
+    A model that its configuration does not describe is left as it is, with a warning.
+
+    Raises:
+        SettingError: the model is quantized by another method.
+    """
+    refuse_quantized(model)
+    for name, whole in () if kind_of(model) else _outermost(model):
+        try:
+            sizes = sizes_of(whole, dense_skeleton(whole))
+        except Exception as error:  # constructors raise what they like
+            warnings.warn(
+                f"{name or type(whole).__name__} is not what its configuration builds ({error}), so from_pretrained "
+                "will not load it again. Save it with upop.save, and load it with upop.load_into.",
+                stacklevel=2,
+            )
+            continue
+        _set(whole.config, sizes)
+        for prefix, part in _own_configs(whole):
+            start = f"{prefix}."
+            _set(part.config, {n.removeprefix(start): kept for n, kept in sizes.items() if n.startswith(start)})
+
+
+def recorded(config: Any) -> Sizes:
+    """Return what a transformers configuration says of the kept sizes; nothing if it describes a dense model.
+
+    Raises:
+        CheckpointError: the record is damaged, or a later upop wrote it.
+    """
+    record = getattr(config, "quantization_config", None)
+    if record is None or _method(record) != METHOD:
+        return {}
+    return UpopConfig(**_as_dict(record)).kept
+
+
+def refuse_quantized(model: nn.Module) -> None:
+    """Raise a `SettingError` if a transformers model in `model` is quantized by another method."""
+    for name, part in _outermost(model):
+        record = getattr(part.config, "quantization_config", None)
+        if record is not None and _method(record) != METHOD:
+            raise SettingError(
+                f"{name or type(part).__name__} has a quantization_config of kind {_method(record)!r}, and a "
+                "configuration holds one alone. Compress first, save, and quantize what was loaded."
+            )
+
+
+def _as_dict(record: Any) -> dict[str, Any]:
+    return dict(record) if isinstance(record, Mapping) else dict(record.to_dict())
+
+
+def _method(record: Any) -> str:
+    method = _as_dict(record).get("quant_method")
+    return str(getattr(method, "value", method))
+
+
+def _set(config: Any, sizes: Sizes) -> None:
+    if sizes:
+        config.quantization_config = UpopConfig(sizes).to_dict()
+    elif hasattr(config, "quantization_config") and _method(config.quantization_config) == METHOD:
+        del config.quantization_config
+
+
+def _outermost(model: nn.Module) -> Iterator[tuple[str, PreTrainedModel]]:
+    found: list[str] = []
+    for name, module in model.named_modules():
+        if isinstance(module, PreTrainedModel) and not any(not up or name.startswith(f"{up}.") for up in found):
+            found.append(name)
+            yield name, module
+
+
+def _own_configs(whole: PreTrainedModel) -> Iterator[tuple[str, PreTrainedModel]]:
+    """Yield the transformers models inside `whole` whose configuration no other one has."""
+    users: dict[int, list[tuple[str, PreTrainedModel]]] = {id(whole.config): [("", whole)]}
+    for name, module in whole.named_modules():
+        if name and isinstance(module, PreTrainedModel):
+            using = users.setdefault(id(module.config), [])
+            if not any(not up or name.startswith(f"{up}.") for up, _ in using):
+                using.append((name, module))
+    for using in users.values():
+        if len(using) == 1 and using[0][0]:
+            yield using[0]
+
+
+def _named_as_in(model: PreTrainedModel, sizes: Sizes) -> Sizes:
+    """Return the sizes under the names that the units have in `model`, a model with the same base or a part of it.
+
+    A model with a head names the units of its base with a prefix, the base alone does not.
+    """
+    units = {unit.name for unit in survey(model).units}
+    prefix = f"{model.base_model_prefix}."
+    named: Sizes = {}
+    for name, kept in sizes.items():
+        candidates = (name, prefix + name, name.removeprefix(prefix))
+        found = next((candidate for candidate in candidates if candidate in units), None)
+        if found is not None:
+            named[found] = kept
+        elif any(hasattr(model, candidate.partition(".")[0]) for candidate in candidates):
+            named[name] = kept  # no unit, where one should be: `resize` says so
+        # else it belongs to a part that this class does not have, such as the decoder of a model for retrieval
+    return named

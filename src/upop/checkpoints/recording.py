@@ -1,0 +1,89 @@
+"""The public `Pruner` and `shrink`: those of the method, whose result knows what was cut, so that it can be saved."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from upop import pruning
+from upop.checkpoints.quantizer import mark, refuse_quantized
+from upop.checkpoints.sizes import join_plans
+from upop.pruning import Plan, find_units
+from upop.pruning.masks import unwrapped
+
+_PLAN = "upop_plan"
+
+
+class Pruner(pruning.Pruner):
+    """Searches, during ordinary training, what can go from all modalities under one budget, and then removes it.
+
+    `upop.pruning.Pruner` tells all about its arguments and methods.
+    """
+
+    def shrink(self, verify: Any = None) -> nn.Module:
+        """Take the masks off and cut the model for real; the same model comes back, physically smaller.
+
+        The model then carries the plan, which `upop.save` writes; a transformers model also carries it in its
+        configuration, so that its own `save_pretrained` and `push_to_hub` work.
+
+        Args:
+            verify: inputs on which the masked and the shrunken model are compared; see `upop.shrink`.
+
+        Raises:
+            StepError: the search has not finished.
+            SettingError: the model is quantized.
+            VerificationError: the outputs differ; the model is left masked, as it was.
+        """
+        plan = self.plan()
+        refuse_quantized(self.model)
+        model = super().shrink(verify)
+        _record(model, plan)
+        return model
+
+
+def shrink(model: nn.Module, plan: Plan | Mapping[str, Any], *, verify: Any = None, fold: bool = True) -> nn.Module:
+    """Cut `model` to the entries that `plan` keeps; the same object comes back, physically smaller.
+
+    The shrunken model computes what the model computes with the other entries masked to zero. Attention in every
+    library divides by the square root of its current head_dim, so the queries are multiplied by
+    sqrt(kept / original) where head dimensions go. The model then carries the plan, as after `Pruner.shrink`.
+
+    Args:
+        model: the dense model, without masks.
+        plan: what to keep; a `Plan`, or a mapping from unit names to the entries to keep. Units not named stay.
+        verify: inputs on which masked and shrunken outputs are compared (a tensor, a tuple of arguments, a mapping
+            of keyword arguments, or a function that is given the model); None compares nothing.
+        fold: False leaves the queries alone, for weights that are replaced right afterwards.
+
+    Raises:
+        PlanError: the plan does not fit the model.
+        SettingError: the model is quantized.
+        LayoutError: a tensor to be cut is shared with a part of the model that is not.
+        VerificationError: the outputs differ. In every case the model is left as it was.
+    """
+    whole = unwrapped(model)
+    if not isinstance(plan, Plan):
+        plan = Plan.of(find_units(whole), plan)
+    refuse_quantized(whole)
+    model = pruning.shrink(model, plan, verify=verify, fold=fold)
+    _record(whole, plan)
+    return model
+
+
+def plan_of(model: nn.Module) -> Plan | None:
+    """Return what was cut from a model by `Pruner.shrink` or `shrink`, or by the process that saved it, if known."""
+    plan = getattr(model, _PLAN, None)
+    return plan if isinstance(plan, Plan) else None
+
+
+def set_plan(model: nn.Module, plan: Plan | None) -> None:
+    """Have a model that was loaded carry the plan that was saved with it."""
+    if plan is not None:
+        setattr(model, _PLAN, plan)
+
+
+def _record(model: nn.Module, plan: Plan) -> None:
+    set_plan(model, join_plans(plan_of(model), plan))
+    mark(model)

@@ -1,0 +1,94 @@
+"""How much a model keeps, read off the model itself, and how a dense one is brought to such sizes."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from upop.checkpoints.fit import kept_sizes
+from upop.errors import CheckpointError, PlanError, nearest
+from upop.pruning import Plan, find_units, shrink, survey
+
+Sizes = dict[str, tuple[int, int]]
+"""Unit -> (kept entries, entries of the dense model), of the units that lost some."""
+
+
+def dense_skeleton(model: PreTrainedModel) -> nn.Module:
+    """Return the dense model that `model` was cut from, as its configuration describes it, without weights."""
+    with torch.device("meta"):
+        skeleton: nn.Module = type(model)(copy.deepcopy(model.config))
+    return skeleton
+
+
+def sizes_of(model: nn.Module, dense: nn.Module) -> Sizes:
+    """Return what `model` keeps of `dense`, which has the same modules.
+
+    Raises:
+        CheckpointError: a tensor has no size that cutting `dense` can give it.
+    """
+    units = survey(dense).units
+    kept = kept_sizes(units, model.state_dict(), type(model).__name__)
+    return {unit.name: (kept[unit.name], unit.size) for unit in units if kept.get(unit.name, unit.size) < unit.size}
+
+
+def resize(model: nn.Module, sizes: Mapping[str, tuple[int, int]]) -> None:
+    """Cut a dense model to sizes, whichever entries go: its weights are to be replaced.
+
+    Raises:
+        PlanError: the model has no such unit, or one of another size.
+    """
+    if not sizes:
+        return
+    units = {unit.name: unit for unit in find_units(model)}
+    wrong = [
+        f"{name}: the model has no such unit{nearest(name, list(units))}"
+        if name not in units
+        else f"{name}: {kept} of {size} entries were kept, the model has {units[name].size}"
+        for name, (kept, size) in sizes.items()
+        if name not in units or units[name].size != size
+    ]
+    if wrong:
+        more = f" (and {len(wrong) - 5} more)" if len(wrong) > 5 else ""
+        raise PlanError(
+            f"What was kept of another model does not fit {type(model).__name__}: {'; '.join(wrong[:5])}{more}. "
+            "Load the folder with the class and the configuration that it was saved with."
+        )
+    chosen = list(units.values())
+    shrink(model, Plan.of(chosen, {name: range(kept) for name, (kept, _) in sizes.items()}), fold=False)
+
+
+def sizes_from_json(value: Any, source: str) -> Sizes:
+    """Return sizes as JSON holds them: unit -> [kept, size].
+
+    Raises:
+        CheckpointError: the value is something else.
+    """
+    try:
+        sizes = {str(name): (int(kept), int(size)) for name, (kept, size) in value.items()}
+    except (AttributeError, TypeError, ValueError):
+        sizes = {"": (0, 0)}
+    wrong = next((name for name, (kept, size) in sizes.items() if not 0 < kept <= size), None)
+    if wrong is not None:
+        found = f"{wrong}: {value[wrong]}" if wrong else repr(value)[:60]
+        raise CheckpointError(
+            f"{source} should say of every unit how many entries it keeps of how many, [kept, size]; found {found}. "
+            "Write the model again."
+        )
+    return sizes
+
+
+def join_plans(first: Plan | None, second: Plan) -> Plan:
+    """Return one plan for two cuts, the second of a model that the first one had cut already."""
+    if first is None:
+        return second
+    kept = dict(first.kept)
+    sizes = dict(first.sizes)
+    for name, entries in second.kept.items():
+        kept[name] = tuple(first.kept[name][entry] for entry in entries) if name in first.kept else entries
+        sizes.setdefault(name, second.sizes[name])
+    return Plan(kept, sizes, second.settings)

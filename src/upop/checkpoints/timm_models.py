@@ -1,0 +1,165 @@
+"""timm's models by name: what `timm.create_model` needs to build a model's dense form again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import timm
+import torch
+from torch import nn
+
+from upop.checkpoints.fit import kept_sizes
+from upop.errors import CheckpointError, nearest
+from upop.pruning import Plan, survey
+
+# Argument of create_model -> where a model keeps it; models that keep it elsewhere do not have it changed.
+_ARGUMENTS: Mapping[str, Callable[[Any], Any]] = {
+    "num_classes": lambda model: model.num_classes,
+    "in_chans": lambda model: model.patch_embed.proj.in_channels,
+    "img_size": lambda model: list(model.patch_embed.img_size),
+    "patch_size": lambda model: model.patch_embed.patch_size[0],
+    "embed_dim": lambda model: model.embed_dim,
+    "depth": lambda model: len(model.blocks),
+    "num_heads": lambda model: model.blocks[0].attn.num_heads,
+    "mlp_ratio": lambda model: (model.blocks[0].mlp.fc1.out_features + 0.5) / model.embed_dim,  # timm rounds down
+    "qkv_bias": lambda model: model.blocks[0].attn.qkv.bias is not None,
+    "init_values": lambda model: model.blocks[0].ls1.init_values,
+    "reg_tokens": lambda model: 0 if model.reg_token is None else model.reg_token.shape[1],
+    "class_token": lambda model: model.has_class_token,
+    "global_pool": lambda model: model.global_pool,
+    "fc_norm": lambda model: isinstance(model.fc_norm, nn.LayerNorm),
+    "dynamic_img_size": lambda model: model.dynamic_img_size,
+    "drop_path_rate": lambda model: round(getattr(model.blocks[-1].drop_path1, "drop_prob", 0.0), 6),
+}
+
+# What training needs, or the machine decides, and no output depends on in evaluation mode.
+_FREE_CLASSES = ("Dropout", "DropPath", "Identity")
+_FREE_VALUES = ("training", "grad_checkpointing", "fused_attn", "p", "drop_prob", "scale_by_keep", "inplace")
+
+
+def describe(model: nn.Module, plan: Plan | None) -> dict[str, Any] | None:
+    """Return the name and the arguments with which `timm.create_model` builds the dense form of a model, or None.
+
+    None is returned for models that were not made by name, and where the arguments cannot be told for sure: what they
+    build is compared with the model, module by module.
+
+    Args:
+        model: any model, dense or compressed.
+        plan: how it was compressed, if that is known.
+    """
+    settings = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None)
+    name = settings.get("architecture") if isinstance(settings, Mapping) else getattr(settings, "architecture", None)
+    if not isinstance(name, str) or not timm.is_model(name) or type(model).__module__.partition(".")[0] != "timm":
+        return None
+    reference = _build(name, {})
+    if reference is None:
+        return None
+    arguments = {}
+    for argument, read in _ARGUMENTS.items():
+        mine, usual = (_read(read, each) for each in (model, reference))
+        if mine != usual:
+            arguments[argument] = mine
+    if "mlp_ratio" in arguments:
+        # A compressed model's own hidden size is no dense one; any that is large enough will do.
+        hidden = max(_hidden_sizes(model, plan), default=0)
+        if hidden <= reference.blocks[0].mlp.fc1.out_features and "embed_dim" not in arguments:
+            del arguments["mlp_ratio"]
+        else:
+            arguments["mlp_ratio"] = (hidden + 0.5) / _read(_ARGUMENTS["embed_dim"], model)
+    built = _build(name, arguments)
+    if built is None or not _same_but_for_sizes(model, built):
+        return None
+    return {"architecture": name, "arguments": arguments}
+
+
+def build(description: Mapping[str, Any], source: str) -> nn.Module:
+    """Return the dense model that `describe` described, with fresh weights.
+
+    Raises:
+        CheckpointError: this timm has no such model, or does not take its arguments.
+    """
+    name, arguments = description.get("architecture"), description.get("arguments", {})
+    if not isinstance(name, str) or not timm.is_model(name):
+        raise CheckpointError(
+            f"{source} holds timm's {name!r}, which timm {timm.__version__} does not have"
+            f"{nearest(str(name), timm.list_models())}. Update timm, or build the dense model and call "
+            "upop.load_into(model, folder)."
+        )
+    unknown = [argument for argument in arguments if argument not in _ARGUMENTS]
+    if unknown:
+        raise CheckpointError(
+            f"{source} asks for {name} with {unknown[0]}={arguments[unknown[0]]!r}, which upop does not set. Was it "
+            "written by a later upop? Update upop."
+        )
+    try:
+        model: nn.Module = timm.create_model(name, pretrained=False, **arguments)
+    except Exception as error:  # each model checks its arguments in its own way
+        raise CheckpointError(f"{source}: timm cannot build {name} with {arguments}: {error}.") from error
+    return model
+
+
+def _read(read: Callable[[Any], Any], model: nn.Module) -> Any:
+    try:
+        return read(model)
+    except (AttributeError, IndexError, TypeError, KeyError):
+        return None
+
+
+def _build(name: str, arguments: Mapping[str, Any]) -> Any:
+    try:
+        with torch.device("meta"):
+            return timm.create_model(name, pretrained=False, **arguments)
+    except Exception:  # each model checks its arguments in its own way; then it is not built by name
+        return None
+
+
+def _hidden_sizes(model: Any, plan: Plan | None) -> list[int]:
+    planned = [size for name, size in plan.sizes.items() if name.endswith("mlp")] if plan is not None else []
+    return planned + [block.mlp.fc1.out_features for block in model.blocks]
+
+
+def _same_but_for_sizes(model: nn.Module, dense: nn.Module) -> bool:
+    """Whether cutting `dense` can give `model`: the same modules with the same settings, tensors of the same shapes."""
+    units = survey(dense).units
+    mine, theirs = model.state_dict(), dense.state_dict()
+    if list(mine) != list(theirs):
+        return False
+    try:
+        kept = kept_sizes(units, mine, "the model")
+    except CheckpointError:
+        return False
+    expected = {name: list(value.shape) for name, value in theirs.items()}
+    cut: set[tuple[str, str]] = set()
+    for unit in units:
+        for part in unit.slices:
+            expected[part.tensor][part.dim] = part.length(kept[unit.name])
+            owner = part.tensor.rpartition(".")[0]
+            cut |= {(owner, "in_features"), (owner, "out_features")}
+        cut |= {(attribute.module, attribute.name) for attribute in unit.attributes}
+    if any(list(value.shape) != expected[name] for name, value in mine.items()):
+        return False
+    pairs = zip(model.named_modules(), dense.named_modules(), strict=False)
+    return all(
+        ours == name and _alike(one, other) and _settings(one, ours, cut) == _settings(other, name, cut)
+        for (ours, one), (name, other) in pairs
+    )
+
+
+def _alike(one: nn.Module, other: nn.Module) -> bool:
+    names = {type(each).__name__ for each in (one, other)}
+    return len(names) == 1 or names <= set(_FREE_CLASSES)
+
+
+def _settings(module: nn.Module, name: str, cut: set[tuple[str, str]]) -> dict[str, Any]:
+    """Return the plain values that a module holds, without what cutting changes."""
+    if type(module).__name__ in _FREE_CLASSES:
+        return {}
+    return {
+        key: value
+        for key, value in vars(module).items()
+        if not key.startswith("_")
+        and key not in _FREE_VALUES
+        and (name, key) not in cut
+        and (value is None or isinstance(value, bool | int | float | str | tuple))
+    }
