@@ -18,6 +18,7 @@ from conftest import parity_sets
 from upop.checkpoints.clip_names import from_openai, to_openai, unit_from_openai
 from upop.data.caption import words_to_say
 from upop.models.caption import BlipCaption, CaptionConfig, caption_loss
+from upop.models.classifier import ClassifierConfig, build_classifier
 from upop.models.clip import ClipConfig, ClipRetrieval
 from upop.models.nlvr import BlipNlvr, NlvrConfig
 from upop.models.retrieval import BlipRetrieval, RetrievalConfig
@@ -50,6 +51,8 @@ class Case:
         official: the name of the task for `upop.load_official`; the folder's name if none is given.
         undisturbed: overrides of `upop.load_official` without which training would draw random numbers.
         exported: model -> its tensors under the published names.
+        decayed: (name, parameter) -> whether AdamW decays it.
+        update_first_step: whether the published loop moves the masks at its very first step.
     """
 
     sizes: Callable[[Config], dict[str, Any]]
@@ -71,6 +74,8 @@ class Case:
     official: str | None = None
     undisturbed: Mapping[str, Any] = field(default_factory=lambda: {"dropout": 0.0, "drop_path": 0.0})
     exported: Callable[[nn.Module], Tensors] = lambda model: model.state_dict()
+    decayed: Callable[[str, Tensor], bool] = lambda _name, _parameter: True
+    update_first_step: bool = True
 
 
 @dataclass(frozen=True)
@@ -310,6 +315,21 @@ def _clip_norms(model: nn.Module) -> dict[str, float]:
     return {name: float(value.detach().norm()) for name, value in to_openai(named).items()}
 
 
+def _deit_sizes(config: Config) -> dict[str, Any]:
+    return {"vision_heads": config["heads"], "vision_mlp": int(config["mlp_ratio"] * config["width"])}
+
+
+def _deit_loss(model: nn.Module, batch: Batch) -> Tensor:
+    # Soft targets, as mixup gives them, or labels.
+    smoothing = 0.0 if batch["targets"].is_floating_point() else 0.1
+    return F.cross_entropy(model(batch["image"]), batch["targets"], label_smoothing=smoothing)
+
+
+def _deit_outputs(model: nn.Module, batch: Batch) -> Tensors:
+    features = model.forward_features(batch["image"])[:, 0]
+    return {"logits": model(batch["image"]), "features": features, "loss": _deit_loss(model, batch)}
+
+
 CASES: dict[str, Case] = {
     "caption": Case(
         sizes=blip_sizes,
@@ -339,6 +359,17 @@ CASES: dict[str, Case] = {
         unit=unit_from_openai,
         norms=_clip_norms,
         searched=lambda recorded, state: _filled(recorded.load("dense.pth"), from_openai(state)),
+    ),
+    "deit": Case(
+        sizes=_deit_sizes,
+        batch=lambda _config, inputs, _search: {"image": inputs["image"], "targets": inputs["targets"]},
+        loss=_deit_loss,
+        outputs=_deit_outputs,
+        verify=lambda batch: batch["image"],
+        keys={"deit_small_patch16_224": lambda: build_classifier(ClassifierConfig())},
+        interval=3,
+        decayed=lambda name, parameter: parameter.dim() > 1 and name not in ("pos_embed", "cls_token"),
+        update_first_step=False,
     ),
     "nlvr": Case(
         sizes=blip_sizes,

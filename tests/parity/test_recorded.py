@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import upop
-from parity.cases import CASES, Config, Recorded, Tensors, all_recorded
+from parity.cases import CASES, Recorded, Tensors, all_recorded
 
 KEYS = Path(__file__).parent / "data" / "keys"
 SETS = all_recorded()
@@ -62,11 +62,16 @@ def test_published_compressed_checkpoint(recorded: Recorded) -> None:
     assert_outputs(recorded, recorded.load("compressed.pth"), recorded.read("compressed_out"), 1e-5)
 
 
-def optimizer_of(model: nn.Module, kind: str, config: Config) -> torch.optim.Optimizer:
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+def optimizer_of(model: nn.Module, kind: str, recorded: Recorded) -> torch.optim.Optimizer:
+    config = recorded.config
+    parameters = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     if kind == "sgd":
-        return torch.optim.SGD(parameters, lr=config["lr_sgd"])
-    return torch.optim.AdamW(parameters, lr=config["lr_adamw"], weight_decay=config["weight_decay"])
+        return torch.optim.SGD([parameter for _, parameter in parameters], lr=config["lr_sgd"])
+    groups = [
+        {"params": [value for name, value in parameters if recorded.case.decayed(name, value) is decayed], **rate}
+        for decayed, rate in ((True, {"weight_decay": config["weight_decay"]}), (False, {"weight_decay": 0.0}))
+    ]
+    return torch.optim.AdamW([group for group in groups if group["params"]], lr=config["lr_adamw"])
 
 
 def recorded_masks(recorded: Recorded, expected: Tensors, prefix: str) -> Tensors:
@@ -103,7 +108,7 @@ def test_search_step_by_step(recorded: Recorded, kind: str) -> None:
     config = recorded.config
     expected = recorded.read(f"search_{kind}")
     model = recorded.load("dense.pth").double().train()
-    optimizer = optimizer_of(model, kind, config)
+    optimizer = optimizer_of(model, kind, recorded)
     pruner = upop.Pruner(model, config["p"], config["steps"], interval=1, cost="reference")
     for step in range(config["steps"]):
         for name, weighed in (("attn", "attention"), ("mlp", "mlp")):
@@ -126,10 +131,11 @@ def test_published_update_intervals(recorded: Recorded) -> None:
     config = recorded.config
     expected = recorded.read("official_loop")
     model = recorded.load("dense.pth").double().train()
-    optimizer = optimizer_of(model, "adamw", config)
+    optimizer = optimizer_of(model, "adamw", recorded)
     total = 2 * config["steps"]
     interval = config.get("official_loop_interval", recorded.case.interval)
-    pruner = upop.Pruner(model, config["p"], total, interval=interval, cost="reference")
+    first = recorded.case.update_first_step
+    pruner = upop.Pruner(model, config["p"], total, interval, cost="reference", update_first_step=first)
     updates = 0
     for step in range(total):
         before = pruner.masks

@@ -25,7 +25,7 @@ def kept_sizes(units: Sequence[Unit], state: Mapping[str, Tensor], source: str) 
         if part.tensor not in state:
             continue
         rows = state[part.tensor].shape[part.dim]
-        kept, rest = divmod(rows, part.outer * part.inner)
+        kept, rest = divmod(rows, part.length(1))
         if rest or not 0 < kept <= unit.size:
             raise CheckpointError(
                 f"{source}: {part.tensor} has {rows} rows, which is no number of entries between 1 and {unit.size} "
@@ -65,8 +65,7 @@ def scale_queries(model: nn.Module, unit: Unit, kept: int, factor: float) -> Non
     """Multiply the query rows and biases of an attention unit, as it stands with `kept` entries, by `factor`."""
     for part in unit.slices:
         if part.query_groups:
-            rows = part.query_groups * kept * part.inner
-            model.get_parameter(part.tensor).narrow(part.dim, 0, rows).mul_(factor)
+            model.get_parameter(part.tensor).narrow(part.dim, 0, part.query_rows(kept)).mul_(factor)
 
 
 def load_strictly(
@@ -101,13 +100,15 @@ def load_strictly(
 
 
 def resize_positions(positions: Tensor, tokens: int) -> Tensor:
-    """Resize position embeddings [1, 1 + n*n, width] of a square grid to [1, tokens, width], bicubically.
+    """Resize position embeddings [1, k + n*n, width] of a square grid to [1, tokens, width], bicubically.
 
-    The first token is the class token and stays as it is.
+    The first k tokens (the class token, a distillation token) stay as they are.
     """
     if positions.shape[1] == tokens:
         return positions
-    old, new = math.isqrt(positions.shape[1] - 1), math.isqrt(tokens - 1)
-    grid = positions[:, 1:].reshape(1, old, old, -1).permute(0, 3, 1, 2)
+    old = math.isqrt(positions.shape[1])
+    first = positions.shape[1] - old**2
+    new = math.isqrt(tokens - first)
+    grid = positions[:, first:].reshape(1, old, old, -1).permute(0, 3, 1, 2)
     grid = F.interpolate(grid, size=(new, new), mode="bicubic", align_corners=False)
-    return torch.cat([positions[:, :1], grid.permute(0, 2, 3, 1).flatten(1, 2)], dim=1)
+    return torch.cat([positions[:, :first], grid.permute(0, 2, 3, 1).flatten(1, 2)], dim=1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,22 +14,24 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
+from upop.checkpoints.classifier_layout import classifier_sizes, named_sizes
+from upop.checkpoints.classifier_layout import with_positions as classifier_positions
 from upop.checkpoints.clip_names import from_openai, is_openai, to_openai, weights_only
 from upop.checkpoints.fit import fit, load_strictly, resize_positions, scale_queries
 from upop.checkpoints.read import read_weights
+from upop.checkpoints.segmenter_layout import as_encoder, segmenter_sizes, with_positions
+from upop.checkpoints.vit_sizes import HEAD_DIM, State, count_layers, vit_sizes
 from upop.errors import CheckpointError, SettingError, nearest
 from upop.models.blip import BlipConfig
 from upop.models.caption import BlipCaption, CaptionConfig
+from upop.models.classifier import ClassifierConfig, build_classifier
 from upop.models.clip import ClipConfig, ClipRetrieval
 from upop.models.contrast import fresh_queues
 from upop.models.nlvr import BlipNlvr, NlvrConfig
 from upop.models.retrieval import BlipRetrieval, RetrievalConfig
+from upop.models.segmenter import Segmenter, SegmenterConfig
 from upop.models.vqa import BlipVqa, VqaConfig
 from upop.pruning import Unit, find_units
-
-State = Mapping[str, Tensor]
-
-_HEAD_DIM = 64  # of every published model
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,7 @@ class _Official:
         may_start_afresh: says which of the model's keys such a checkpoint may lack.
         fixed_scale: says of which units the published code keeps the dense softmax scale after compression.
         export: makes the tensors of a model those of a published checkpoint.
+        implied: what overrides say of sizes beside themselves.
     """
 
     config: type[Any]
@@ -55,6 +58,7 @@ class _Official:
     may_start_afresh: Callable[[str], bool]
     fixed_scale: Callable[[Unit], bool] = lambda unit: unit.modality == "vision"
     export: Callable[[State], dict[str, Tensor]] = dict
+    implied: Callable[[dict[str, Any]], dict[str, Any]] = lambda _overrides: {}
 
 
 def load_official(task: str, path: str | Path, **overrides: Any) -> nn.Module:
@@ -65,7 +69,7 @@ def load_official(task: str, path: str | Path, **overrides: Any) -> nn.Module:
     (`vision_mlp`, `text_mlp`; 4 x width otherwise), `image_size` (position embeddings are resized), dropout.
 
     Args:
-        task: "nlvr".
+        task: name of the task, or of the model that its checkpoints are known by ("deit", "clip").
         path: a `.pth` with `{"model": state_dict}`, or a `.safetensors` file.
         overrides: fields of the task's configuration.
 
@@ -85,7 +89,7 @@ def save_official(task: str, model: nn.Module, path: str | Path) -> Path:
     """Write a model, dense or compressed, as a published checkpoint that `load_official` and the published code read.
 
     Args:
-        task: "caption", "nlvr", "retrieval", "retrieval-clip" or "vqa".
+        task: as `load_official` takes it.
         model: one of this task's models; it stays as it is.
         path: of the `.pth` file, which will hold `{"model": state_dict}`.
 
@@ -142,9 +146,11 @@ def start_from(task: str, path: str | Path, model: nn.Module, *, any_towers: boo
 
 
 def _row(task: str) -> _Official:
-    if task not in _TASKS:
-        raise SettingError(f"task={task!r} is not known{nearest(task, list(_TASKS))}; known are {sorted(_TASKS)}.")
-    return _TASKS[task]
+    name = _ALIASES.get(task, task)
+    if name not in _TASKS:
+        known = sorted([*_TASKS, *_ALIASES])
+        raise SettingError(f"task={task!r} is not known{nearest(task, known)}; known are {known}.")
+    return _TASKS[name]
 
 
 def _config(row: _Official, state: State, source: str, overrides: dict[str, Any]) -> Any:
@@ -154,7 +160,7 @@ def _config(row: _Official, state: State, source: str, overrides: dict[str, Any]
             f"{unknown[0]!r} is no field of {row.config.__name__}{nearest(unknown[0], list(row.config.model_fields))}."
         )
     try:
-        return row.config(**{**row.read_config(state), **overrides})
+        return row.config(**{**row.read_config(state), **row.implied(overrides), **overrides})
     except KeyError as error:
         raise CheckpointError(
             f"{source} lacks {error.args[0]}, so it is no checkpoint of this task. It holds {len(state)} tensors, "
@@ -164,25 +170,15 @@ def _config(row: _Official, state: State, source: str, overrides: dict[str, Any]
         raise SettingError(f"{source}: {error}") from error
 
 
-def _layers(state: State, pattern: str) -> int:
-    return 1 + max((int(match[1]) for key in state if (match := re.match(pattern, key))), default=-1)
-
-
 def _blip_config(state: State, text: str = "text_encoder") -> dict[str, Any]:
     """Return the sizes of a BLIP model; `text` is the path of its (first) text tower."""
-    patches = state["visual_encoder.patch_embed.proj.weight"]
-    width, patch = patches.shape[0], patches.shape[-1]
+    vision = vit_sizes(state, "visual_encoder.")
     words = state[f"{text}.embeddings.word_embeddings.weight"]
     return {
-        "patch_size": patch,
-        "image_size": math.isqrt(state["visual_encoder.pos_embed"].shape[1] - 1) * patch,
-        "vision_width": width,
-        "vision_depth": _layers(state, r"visual_encoder\.blocks\.(\d+)\."),
-        "vision_heads": max(1, width // _HEAD_DIM),
-        "vision_mlp": 4 * width,
+        **vision,
         "text_width": words.shape[1],
-        "text_depth": _layers(state, rf"{re.escape(text)}\.encoder\.layer\.(\d+)\."),
-        "text_heads": max(1, words.shape[1] // _HEAD_DIM),
+        "text_depth": count_layers(state, rf"{re.escape(text)}\.encoder\.layer\.(\d+)\."),
+        "text_heads": max(1, words.shape[1] // HEAD_DIM),
         "text_mlp": 4 * words.shape[1],
         "vocab_size": words.shape[0],
         "max_positions": state[f"{text}.embeddings.position_embeddings.weight"].shape[0],
@@ -293,12 +289,12 @@ def _clip_config(state: State) -> dict[str, Any]:
         "patch_size": patch,
         "image_size": math.isqrt(state[_CLIP_POSITIONS.format("vision", "")].shape[0] - 1) * patch,
         "vision_width": width,
-        "vision_depth": _layers(state, r"vision_model\.encoder\.layers\.(\d+)\."),
-        "vision_heads": max(1, width // _HEAD_DIM),
+        "vision_depth": count_layers(state, r"vision_model\.encoder\.layers\.(\d+)\."),
+        "vision_heads": max(1, width // HEAD_DIM),
         "vision_mlp": 4 * width,
         "text_width": words.shape[1],
-        "text_depth": _layers(state, r"text_model\.encoder\.layers\.(\d+)\."),
-        "text_heads": max(1, words.shape[1] // _HEAD_DIM),
+        "text_depth": count_layers(state, r"text_model\.encoder\.layers\.(\d+)\."),
+        "text_heads": max(1, words.shape[1] // HEAD_DIM),
         "text_mlp": 4 * words.shape[1],
         "vocab_size": words.shape[0],
         "max_positions": state[_CLIP_POSITIONS.format("text", "")].shape[0],
@@ -320,6 +316,9 @@ def _clip_complete(state: State, config: ClipConfig) -> dict[str, Tensor]:
     return _with_queues(state, config)
 
 
+# A model's name, where a task's checkpoints are known by it.
+_ALIASES = {"clip": "retrieval-clip", "deit": "classification", "segmenter": "segmentation"}
+
 _TASKS = {
     "caption": _Official(
         CaptionConfig,
@@ -328,6 +327,15 @@ _TASKS = {
         _resized,
         dict,
         lambda _key: False,
+    ),
+    "classification": _Official(
+        ClassifierConfig,
+        build_classifier,
+        classifier_sizes,
+        classifier_positions,
+        dict,
+        lambda key: key.startswith("head"),
+        implied=named_sizes,
     ),
     "nlvr": _Official(
         NlvrConfig,
@@ -354,6 +362,14 @@ _TASKS = {
         lambda _key: False,
         fixed_scale=lambda _unit: False,  # the published code divides by the root of what is kept, as libraries do
         export=to_openai,
+    ),
+    "segmentation": _Official(
+        SegmenterConfig,
+        Segmenter,
+        segmenter_sizes,
+        with_positions,
+        as_encoder,
+        lambda key: key.startswith(("decoder.", "encoder.head.")),
     ),
     "vqa": _Official(
         VqaConfig,

@@ -7,9 +7,11 @@ from collections.abc import Callable
 from typing import Any
 
 from upop.models.caption import BlipCaption, CaptionConfig
+from upop.models.classifier import ClassifierConfig, build_classifier
 from upop.models.clip import ClipConfig, ClipRetrieval
 from upop.models.nlvr import BlipNlvr, NlvrConfig
 from upop.models.retrieval import BlipRetrieval, RetrievalConfig
+from upop.models.segmenter import Segmenter, SegmenterConfig
 from upop.models.vqa import BlipVqa, VqaConfig
 
 MODELS: dict[str, tuple[Callable[[Any], Any], type[Any]]] = {
@@ -17,7 +19,9 @@ MODELS: dict[str, tuple[Callable[[Any], Any], type[Any]]] = {
     "blip-nlvr": (BlipNlvr, NlvrConfig),
     "blip-retrieval": (BlipRetrieval, RetrievalConfig),
     "blip-vqa": (BlipVqa, VqaConfig),
+    "classifier": (build_classifier, ClassifierConfig),
     "clip-retrieval": (ClipRetrieval, ClipConfig),
+    "segmenter": (Segmenter, SegmenterConfig),
 }
 
 

@@ -1,0 +1,119 @@
+"""Classifiers: timm's vision transformers by name, with the sizes that a run or a checkpoint asks for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from typing import Any, Self
+
+import timm
+import torch
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+
+from upop.errors import SettingError, nearest
+
+DEIT_SMALL = "deit_small_patch16_224"
+"""The published architecture."""
+
+# What timm calls the sizes.
+_ARGUMENTS = {
+    "patch_size": "patch_size",
+    "vision_width": "embed_dim",
+    "vision_depth": "depth",
+    "vision_heads": "num_heads",
+}
+
+
+class ClassifierConfig(BaseModel):
+    """An architecture of timm, and in which sizes it differs; None is the architecture's own size."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    architecture: str = Field(DEIT_SMALL, description="timm's name; `timm.list_models()` has all")
+    image_size: int = Field(224, gt=0, description="side of the square input pictures, in pixels")
+    classes: int = Field(1000, gt=0)
+    patch_size: int | None = Field(None, gt=0)
+    vision_width: int | None = Field(None, gt=0)
+    vision_depth: int | None = Field(None, gt=0)
+    vision_heads: int | None = Field(None, gt=0)
+    vision_mlp: int | None = Field(None, gt=0)
+    dropout: float = Field(0.0, ge=0, lt=1, description="of the embedded patches and of what blocks add to them")
+    drop_path: float = Field(0.1, ge=0, lt=1, description="at the last block")
+
+    @model_validator(mode="after")
+    def _heads(self) -> Self:
+        if self.vision_width and self.vision_heads and self.vision_width % self.vision_heads:
+            raise ValueError(f"vision_width ({self.vision_width}) is no multiple of vision_heads ({self.vision_heads})")
+        return self
+
+
+def build_classifier(config: ClassifierConfig) -> nn.Module:
+    """Return the model with fresh weights: pictures [B, 3, S, S] -> logits [B, classes]. It carries its `config`.
+
+    Raises:
+        SettingError: timm has no such model (the message names the nearest), or cannot build it in these sizes.
+    """
+    sizes = {name: getattr(config, name) for name in (*_ARGUMENTS, "vision_mlp")}
+    given = {name: value for name, value in sizes.items() if value is not None}
+    arguments = {_ARGUMENTS[name]: value for name, value in given.items() if name in _ARGUMENTS}
+    if given:
+        whole = {**architecture_sizes(config.architecture), **given}
+        arguments["mlp_ratio"] = (whole["vision_mlp"] + 0.5) / whole["vision_width"]  # timm rounds the product down
+    if config.dropout:
+        arguments |= {"pos_drop_rate": config.dropout, "proj_drop_rate": config.dropout}
+    arguments |= {"img_size": config.image_size, "num_classes": config.classes, "drop_path_rate": config.drop_path}
+    model = _create(config.architecture, arguments)
+    model.config = config  # type: ignore[assignment]
+    return model
+
+
+@cache
+def architecture_sizes(name: str) -> dict[str, int]:
+    """Return the sizes of one of timm's vision transformers, by their names in `ClassifierConfig`.
+
+    Raises:
+        SettingError: timm has no such model, or it is of another kind, which has no such sizes.
+    """
+    with torch.device("meta"):
+        model = _create(name, {})
+    if not isinstance(model, VisionTransformer):
+        raise SettingError(
+            f"{name} is a {type(model).__name__}, and only the sizes of timm's VisionTransformer can be read off a "
+            f"checkpoint or chosen. Leave out {', '.join((*_ARGUMENTS, 'vision_mlp'))}."
+        )
+    first: Any = model.blocks[0]
+    return {
+        "patch_size": model.patch_embed.patch_size[0],
+        "vision_width": model.embed_dim,
+        "vision_depth": len(model.blocks),
+        "vision_heads": first.attn.num_heads,
+        "vision_mlp": first.mlp.fc1.out_features,
+    }
+
+
+def replace_head(model: nn.Module, classes: int) -> Sequence[str]:
+    """Give a classifier a fresh head for so many classes; return the names of its tensors."""
+    before = {id(parameter) for parameter in model.parameters()}
+    device = next(model.parameters()).device
+    model.reset_classifier(classes)  # type: ignore[operator]
+    model.to(device)
+    model.config = model.config.model_copy(update={"classes": classes})  # type: ignore[union-attr, operator]
+    return [name for name, parameter in model.named_parameters() if id(parameter) not in before]
+
+
+def _create(name: str, arguments: dict[str, Any]) -> nn.Module:
+    if not timm.is_model(name):
+        raise SettingError(
+            f"architecture={name!r} is no model of timm {timm.__version__}{nearest(name, timm.list_models())}. "
+            "`timm.list_models()` has all names."
+        )
+    try:
+        model: nn.Module = timm.create_model(name, pretrained=False, **arguments)
+    except Exception as error:  # each model checks its arguments in its own way
+        raise SettingError(
+            f"timm cannot build {name} with {arguments}: {error or type(error).__name__}. Give other sizes, or another "
+            f"vision transformer, such as {DEIT_SMALL}."
+        ) from error
+    return model
