@@ -46,6 +46,7 @@ class ShapesTask(StrEnum):
     vqa = "vqa"
     retrieval = "retrieval"
     retrieval_flickr = "retrieval-flickr"
+    segmentation = "segmentation"
 
 
 class PictureFormat(StrEnum):

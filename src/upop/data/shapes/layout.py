@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from upop.data.shapes.draw import ImageFormat, draw_scene, encode_image
 from upop.data.shapes.scenes import Scene
 
@@ -35,17 +37,21 @@ class Sink:
 
     def __init__(self, folder: Path, image_size: int, image_format: ImageFormat, drawn: Callable[[], None]) -> None:
         self._folder = folder
-        self._image_size = image_size
+        self.image_size = image_size
         self._image_format: ImageFormat = image_format
         self._drawn = drawn
         self.suffix = "jpg" if image_format == "jpeg" else "png"
 
     def picture(self, root: str, name: str, scene: Scene) -> None:
         """Draw a scene into the file `name` under the folder `root` of the set."""
-        path = self._folder / root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(encode_image(draw_scene(scene, self._image_size), self._image_format))
+        self.image(f"{root}/{name}", draw_scene(scene, self.image_size), self._image_format)
         self._drawn()
+
+    def image(self, name: str, image: Image.Image, image_format: ImageFormat) -> None:
+        """Write an image that does not count as one of the set's pictures."""
+        path = self._folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(encode_image(image, image_format))
 
     def records(self, name: str, records: Iterable[Any]) -> None:
         """Write an annotation file: a JSON list with one entry a line."""
@@ -68,9 +74,11 @@ class SetFormat:
         records: gives the records of every split from the training records asked for.
         pictures: gives the pictures in all from the records of every split.
         write: writes pictures and annotation files, from the seed and the records of every split.
+        texts: whether the set has texts, and with them an annotation folder and a tokenizer.
     """
 
     roots: Mapping[str, str]
     records: Callable[[int], dict[str, int]]
     pictures: Callable[[Mapping[str, int]], int]
     write: Callable[[Sink, int, Mapping[str, int]], None]
+    texts: bool = True

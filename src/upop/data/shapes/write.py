@@ -3,6 +3,7 @@
 `OUT/annotation/...`          the annotation files (ann_root), named and laid out as the task's published ones
 `OUT/images/...`              the pictures; the settings' roots (image_root, or vqa_root and vg_root) are below
 `OUT/tokenizer/vocab.txt`     a small WordPiece vocabulary
+`OUT/ade20k/...`              for segmentation, in place of all these: pictures and label maps, as ADE20K lays them out
 `OUT/shapes.json`             what was asked for: a folder with the same set is kept
 """
 
@@ -18,6 +19,7 @@ from upop.data.shapes.caption_files import CAPTION, RETRIEVAL, RETRIEVAL_FLICKR
 from upop.data.shapes.draw import ImageFormat
 from upop.data.shapes.layout import ANNOTATION, TOKENIZER, SetFormat, Sink
 from upop.data.shapes.nlvr_files import NLVR
+from upop.data.shapes.segmentation_files import SEGMENTATION
 from upop.data.shapes.vocabulary import vocabulary
 from upop.data.shapes.vqa_files import VQA
 from upop.errors import DataError, RunFolderError, SettingError, nearest
@@ -33,6 +35,7 @@ FORMATS: dict[str, SetFormat] = {
     "vqa": VQA,
     "retrieval": RETRIEVAL,
     "retrieval-flickr": RETRIEVAL_FLICKR,
+    "segmentation": SEGMENTATION,
 }
 """How the set of every task is written."""
 
@@ -52,8 +55,10 @@ class Summary:
     @property
     def settings(self) -> dict[str, str]:
         """The settings that point a run of the task at this set."""
-        roots = {name: str(self.folder / place) for name, place in FORMATS[self.task].roots.items()}
-        return {**roots, "ann_root": str(self.annotation), "tokenizer": str(self.tokenizer)}
+        layout = FORMATS[self.task]
+        roots = {name: str(self.folder / place) for name, place in layout.roots.items()}
+        texts = {"ann_root": str(self.annotation), "tokenizer": str(self.tokenizer)}
+        return {**roots, **(texts if layout.texts else {})}
 
     @property
     def annotation(self) -> Path:
@@ -98,7 +103,7 @@ def write_shapes(
     every split. No picture (nlvr: no pair of pictures) of one split shows what a picture of another one shows.
 
     Args:
-        task: nlvr, caption, vqa, retrieval or retrieval-flickr.
+        task: a name in `FORMATS`.
         out: the folder to write: new, empty, or one that holds this very set, which is then kept.
         seed: any whole number.
         size: training records (caption and retrieval: captions); the other splits have about a tenth.
@@ -185,6 +190,8 @@ def _fill(
             progress(done, pictures)
 
     sink = Sink(folder, manifest.image_size, image_format, drawn)
-    sink.text(f"{TOKENIZER}/vocab.txt", "".join(f"{entry}\n" for entry in vocabulary()))
-    FORMATS[manifest.task].write(sink, manifest.seed, manifest.records)
+    layout = FORMATS[manifest.task]
+    if layout.texts:
+        sink.text(f"{TOKENIZER}/vocab.txt", "".join(f"{entry}\n" for entry in vocabulary()))
+    layout.write(sink, manifest.seed, manifest.records)
     sink.text(MANIFEST, json.dumps(asdict(manifest), indent=2) + "\n")
