@@ -7,11 +7,20 @@ from upop.tasks.caption import CaptionTask
 from upop.tasks.nlvr import NlvrTask
 from upop.tasks.retrieval import BlipRetrievalTask
 from upop.tasks.retrieval_clip import ClipRetrievalTask
+from upop.tasks.segmentation import SegmentationTask
 from upop.tasks.vqa import VqaTask
 from upop.training.task import Task
 
 TASKS: dict[str, Task[Any]] = {
-    task.name: task for task in (CaptionTask(), NlvrTask(), BlipRetrievalTask(), ClipRetrievalTask(), VqaTask())
+    task.name: task
+    for task in (
+        CaptionTask(),
+        NlvrTask(),
+        BlipRetrievalTask(),
+        ClipRetrievalTask(),
+        SegmentationTask(),
+        VqaTask(),
+    )
 }
 
 
