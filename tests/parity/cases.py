@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import upop
 from conftest import parity_sets
@@ -22,7 +23,9 @@ from upop.models.classifier import ClassifierConfig, build_classifier
 from upop.models.clip import ClipConfig, ClipRetrieval
 from upop.models.nlvr import BlipNlvr, NlvrConfig
 from upop.models.retrieval import BlipRetrieval, RetrievalConfig
+from upop.models.segmenter import Segmenter, SegmenterConfig
 from upop.models.vqa import BlipVqa, VqaConfig, answer_losses
+from upop.tasks.windows import Window, slide
 
 Config = Mapping[str, Any]
 """A set's config.json."""
@@ -53,6 +56,8 @@ class Case:
         exported: model -> its tensors under the published names.
         decayed: (name, parameter) -> whether AdamW decays it.
         update_first_step: whether the published loop moves the masks at its very first step.
+        masks_in_optimizer: whether the published loop lets its optimizer move the masks between updates and forgets
+            their gradients, which we do not repeat: of official_loop only the steps and the budget are compared.
     """
 
     sizes: Callable[[Config], dict[str, Any]]
@@ -76,6 +81,7 @@ class Case:
     exported: Callable[[nn.Module], Tensors] = lambda model: model.state_dict()
     decayed: Callable[[str, Tensor], bool] = lambda _name, _parameter: True
     update_first_step: bool = True
+    masks_in_optimizer: bool = False
 
 
 @dataclass(frozen=True)
@@ -330,6 +336,38 @@ def _deit_outputs(model: nn.Module, batch: Batch) -> Tensors:
     return {"logits": model(batch["image"]), "features": features, "loss": _deit_loss(model, batch)}
 
 
+def _segmenter_sizes(config: Config) -> dict[str, Any]:
+    heads, mlp = config["heads"], config["d_ff_ratio"] * config["width"]
+    return {
+        f"{part}_{name}": value for part in ("vision", "decoder") for name, value in (("heads", heads), ("mlp", mlp))
+    }
+
+
+def _segmenter_batch(config: Config, inputs: Tensors, _search: Tensors) -> Batch:
+    images = {name: inputs[name].to(inputs["image"].dtype) for name in ("image", "odd_image", "slide_image")}
+    return {**images, "targets": inputs["targets"].long(), "slide": config["slide"]}
+
+
+def _segmenter_loss(model: nn.Module, batch: Batch) -> Tensor:
+    return F.cross_entropy(model(batch["image"]), batch["targets"], ignore_index=255)
+
+
+def _segmenter_outputs(model: nn.Module, batch: Batch) -> Tensors:
+    window = Window(batch["slide"]["window_size"], batch["slide"]["window_stride"], batch=1)
+    size = batch["slide"]["ori_shape"]
+    # The last norm is over few classes that are much alike: in float32 it shows in which order attention was summed.
+    with sdpa_kernel(SDPBackend.MATH):
+        slid = [slide(model, batch["slide_image"][0], window, size, flipped=flipped) for flipped in (False, True)]
+        return {
+            "masks": model(batch["image"]),
+            "encoder_features": model.encode(batch["image"]),
+            "loss": _segmenter_loss(model, batch),
+            "odd_masks": model(batch["odd_image"]),
+            "slide_flip0": slid[0],
+            "slide_flip1": slid[1],
+        }
+
+
 CASES: dict[str, Case] = {
     "caption": Case(
         sizes=blip_sizes,
@@ -396,6 +434,18 @@ CASES: dict[str, Case] = {
         interval=200,
         in_loop=_retrieval_in_loop,
         not_shrunk=("image_feat_m", "text_feat_m"),
+    ),
+    "segmenter": Case(
+        sizes=_segmenter_sizes,
+        undisturbed={"drop_path": 0.0, "decoder_dropout": 0.0},
+        batch=_segmenter_batch,
+        loss=_segmenter_loss,
+        outputs=_segmenter_outputs,
+        verify=lambda batch: batch["image"],
+        keys={"seg_small_mask_ade20k_512": lambda: Segmenter(SegmenterConfig())},
+        interval=3,
+        update_first_step=False,
+        masks_in_optimizer=True,
     ),
     "vqa": Case(
         sizes=blip_sizes,
