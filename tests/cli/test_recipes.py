@@ -10,7 +10,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from upop.cli import published, recipes
+from upop.cli import published, published_segmenter, recipes
 from upop.cli.app import app
 from upop.errors import SettingError
 from upop.recipes import Recipe, find_recipe, read_recipes
@@ -19,6 +19,8 @@ from upop.tasks import find_task
 
 ROOT = Path(__file__).parents[2]
 ALL = list(read_recipes(ROOT / "configs" / "recipes.yaml").values())
+COMMANDS = {"compress_segmenter.py": published_segmenter}
+"""Where the published scripts with other flags are."""
 runner = CliRunner()
 
 
@@ -40,12 +42,14 @@ def asked_for(command: str, monkeypatch: pytest.MonkeyPatch) -> tuple[str, str, 
     """The verb, task and settings that a published command line leads to."""
     words = shlex.split(command)
     place = next(number for number, word in enumerate(words) if word.endswith(".py"))
+    for variable in words[: words.index("python")]:
+        monkeypatch.setenv(*variable.split("=", 1))
+    monkeypatch.setenv("WORLD_SIZE", next(word for word in words if "nproc_per_node" in word).rpartition("=")[2])
+    module = COMMANDS.get(words[place], published)
     found: list[tuple[str, str, RunSettings]] = []
     for verb in ("compress", "evaluate_checkpoint"):
-        monkeypatch.setattr(
-            published, verb, lambda task, settings, verb=verb: found.append((verb, task.name, settings))
-        )
-    monkeypatch.setattr(published, "main", lambda typer_app: runner.invoke(typer_app, words[place + 1 :]))
+        monkeypatch.setattr(module, verb, lambda task, settings, verb=verb: found.append((verb, task.name, settings)))
+    monkeypatch.setattr(module, "main", lambda typer_app: runner.invoke(typer_app, words[place + 1 :]))
     spec = importlib.util.spec_from_file_location("__main__", ROOT / words[place])
     assert spec is not None
     assert spec.loader is not None

@@ -63,6 +63,8 @@ class SegmentationSettings(RunSettings):
         0, description="pictures of an evaluation written with prediction and truth laid over them, to blended/"
     )
 
+    dropout: float | None = Field(None, ge=0, lt=1, description="of the encoder; the model's own if not given")
+    drop_path: float | None = Field(None, ge=0, lt=1, description="of the encoder, at its last block")
     init_scale: float = Field(1.0, gt=0, description="makes fresh weights so much larger: small models need 5 or so")
     optimizer: Literal["sgd", "adamw"] = Field("sgd", description="sgd has Nesterov's momentum of 0.9")
     schedule: Literal["epoch", "step", "polynomial"] = "polynomial"
@@ -111,7 +113,9 @@ class SegmentationTask(PublishedTask[SegmentationSettings]):
 
     def sizes(self, settings: SegmentationSettings) -> dict[str, Any]:
         """Return the sizes that the settings decide; positions are learned on crops."""
-        return {"image_size": settings.crop, "classes": settings.classes, **settings.model}
+        rates = {"dropout": settings.dropout, "drop_path": settings.drop_path}
+        given = {name: rate for name, rate in rates.items() if rate is not None}
+        return {"image_size": settings.crop, "classes": settings.classes, **given, **settings.model}
 
     def build(self, settings: SegmentationSettings) -> nn.Module:
         """Return the model with fresh weights."""

@@ -58,10 +58,10 @@ def _write(sink: Sink, seed: int, records: Mapping[str, int]) -> None:
             sink.picture(f"{_ROOT}/images", f"{split}/{name}.{sink.suffix}", scene)
             labels = draw_labels(scene, sink.image_size)
             sink.image(f"{_ROOT}/annotations/{split}/{name}.png", labels, "png")
-            for count, label in labels.getcolors() or ():
-                if label in pixels:
-                    pixels[label] += count
-                    seen[split][label] += 1
+            counts = labels.histogram()
+            for label in pixels:
+                pixels[label] += counts[label]
+                seen[split][label] += counts[label] > 0
     total = sum(pixels.values())
     rows = [
         (label, f"{pixels[label] / total:.4f}", *(seen[split][label] for split in records), CLASSES[label - 1])

@@ -1,0 +1,114 @@
+"""The published command `compress_segmenter.py`, with the published flags: thin clothes over `upop compress`."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from upop.cli import options as o
+from upop.cli.app import main
+from upop.errors import SettingError
+from upop.settings import read_settings
+from upop.tasks import find_task
+from upop.tasks.verbs import compress, evaluate_checkpoint
+
+TASK = "segmentation"
+CONFIG = Path("configs/segmentation.yaml")
+_DATASETS = ("ade20k",)
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command(epilog="Example: DATASET=datasets/vision python compress_segmenter.py --evaluate model.pth --singlescale")
+def command(
+    dataset: Annotated[str, typer.Option("--dataset", help="ade20k; looked for in the folder that DATASET names.")],
+    backbone: Annotated[str | None, typer.Option("--backbone", help="Encoder, such as vit_small_patch16_384.")] = None,
+    decoder: Annotated[str | None, typer.Option("--decoder", help="mask_transformer or linear.")] = None,
+    config: Annotated[Path, typer.Option(help="YAML file of settings; flags beat it.")] = CONFIG,
+    log_dir: Annotated[Path, typer.Option("--log-dir", help="Run folder.")] = Path("output/segmentation"),
+    pretrained: o.Pretrained = None,
+    evaluate: Annotated[str | None, typer.Option("--evaluate", help="Only evaluate this checkpoint.")] = None,
+    multiscale: Annotated[
+        bool, typer.Option("--multiscale/--singlescale", help="Evaluate at six scales and mirrored, or at one.")
+    ] = False,
+    resume: Annotated[bool, typer.Option("--resume/--no-resume", help="Runs begin anew; --resume is refused.")] = False,
+    epochs_search: Annotated[int | None, typer.Option("--epochs-search", help="Epochs of the search.")] = None,
+    epochs: Annotated[int | None, typer.Option("--epochs", help="Epochs of retraining.")] = None,
+    batch_size: Annotated[int | None, typer.Option("--batch-size", help="Over all processes.")] = None,
+    lr_search: Annotated[float | None, typer.Option("--lr-search", help="Learning rate of the search.")] = None,
+    lr: Annotated[float | None, typer.Option("-lr", "--learning-rate", help="Learning rate of retraining.")] = None,
+    p: o.Ratio = None,
+    interval: Annotated[int | None, typer.Option("--interval", help="Masks move every so many steps.")] = None,
+    w_sp_attn: o.SparsityAttention = None,
+    w_sp_mlp: o.SparsityMlp = None,
+    im_size: Annotated[int | None, typer.Option("--im-size", help="What short sides are brought to.")] = None,
+    crop_size: Annotated[int | None, typer.Option("--crop-size", help="Side of training crops.")] = None,
+    window_size: Annotated[int | None, typer.Option("--window-size", help="Side of the sliding window.")] = None,
+    window_stride: Annotated[int | None, typer.Option("--window-stride", help="How far it slides.")] = None,
+    normalization: Annotated[str | None, typer.Option("--normalization", help="vit or deit.")] = None,
+    eval_freq: Annotated[
+        int | None, typer.Option("--eval-freq", help="Accepted and without effect: every epoch is evaluated.")
+    ] = None,
+    optimizer: Annotated[str | None, typer.Option("--optimizer", help="sgd or adamw.")] = None,
+    scheduler: Annotated[str | None, typer.Option("--scheduler", help="polynomial, or cosine.")] = None,
+    weight_decay: Annotated[float | None, typer.Option("--weight-decay", help="Weight decay.")] = None,
+    dropout: Annotated[float | None, typer.Option("--dropout", help="Of the encoder.")] = None,
+    drop_path: Annotated[float | None, typer.Option("--drop-path", help="Of the encoder, at its last block.")] = None,
+    amp: Annotated[bool | None, typer.Option("--amp/--no-amp", help="bfloat16 autocast.")] = None,
+    device: o.DeviceName = None,
+    seed: o.Seed = None,
+    assign: o.Set = None,
+) -> None:
+    """Search, shrink, retrain and evaluate; or evaluate a checkpoint."""
+    del eval_freq
+    if dataset not in _DATASETS:
+        raise SettingError(f"--dataset {dataset} was asked for; known are {', '.join(_DATASETS)}.")
+    if resume:
+        raise SettingError("--resume was asked for, and runs cannot be resumed. Leave it out.")
+    flags: dict[str, Any] = {
+        "dataset_root": _dataset_root(),
+        "backbone": backbone,
+        "decoder": decoder,
+        "output_dir": log_dir,
+        "pretrained": evaluate or pretrained,
+        "multiscale": multiscale or None,
+        "epochs_search": epochs_search,
+        "max_epoch": epochs,
+        "batch_size_train": _per_process(batch_size),
+        "search_lr": lr_search,
+        "init_lr": lr,
+    }
+    flags |= {"p": p, "interval": interval, "w_sp_attn": w_sp_attn, "w_sp_mlp": w_sp_mlp}
+    flags |= {"image_size": im_size, "crop_size": crop_size, "window_size": window_size}
+    flags |= {"window_stride": window_stride, "normalization": normalization, "optimizer": optimizer}
+    flags |= {"schedule": {"cosine": "step"}.get(scheduler or "", scheduler), "weight_decay": weight_decay}
+    flags |= {"dropout": dropout, "drop_path": drop_path, "amp": amp, "device": device, "seed": seed}
+    task = find_task(TASK)
+    verb = evaluate_checkpoint if evaluate else compress
+    verb(task, read_settings(task.settings, config, o.overrides(flags, assign)))
+
+
+def _dataset_root() -> Path:
+    folder = os.environ.get("DATASET")
+    if not folder:
+        raise SettingError(
+            "The environment variable DATASET must name the folder of data sets, which holds ade20k/, and it is not "
+            "set. Set it: DATASET=datasets/vision python compress_segmenter.py ..."
+        )
+    return Path(folder)
+
+
+def _per_process(batch_size: int | None) -> int | None:
+    """Return the share of one process; torchrun's environment says how many there are."""
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if batch_size is not None and batch_size % processes:
+        raise SettingError(f"--batch-size {batch_size} cannot be shared out evenly to {processes} processes.")
+    return None if batch_size is None else batch_size // processes
+
+
+def run_segmenter() -> None:
+    """Run the published command."""
+    main(app)
