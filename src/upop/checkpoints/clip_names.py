@@ -12,6 +12,8 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
+from upop.checkpoints.names import in_block, replaced, turned
+
 _TENSORS = (
     ("visual.class_embedding", "vision_model.embeddings.class_embedding"),
     ("visual.positional_embedding", "vision_model.embeddings.position_embedding.weight"),
@@ -68,18 +70,18 @@ def from_openai(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         name, copy = _without_copy(key)
         packed = _PACKED.fullmatch(name)
         if packed:
-            layer = _replaced(packed[1], _BLOCKS)
+            layer = replaced(packed[1], _BLOCKS)
             for projection, part in zip("qkv", value.chunk(3), strict=True):
                 result[_with_copy(f"{layer}self_attn.{projection}_proj.{packed[2]}", copy)] = part.contiguous()
             continue
-        ours = _TO_OURS.get(name) or _in_block(name, _BLOCKS, _PARTS)
+        ours = _TO_OURS.get(name) or in_block(name, _BLOCKS, _PARTS)
         result[_with_copy(ours, copy)] = value.t().contiguous() if ours in _TRANSPOSED else value
     return result
 
 
 def to_openai(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the tensors of one of our models in OpenAI's naming: the inverse of `from_openai`, to the last bit."""
-    blocks, parts = _turned(_BLOCKS), _turned(_PARTS)
+    blocks, parts = turned(_BLOCKS), turned(_PARTS)
     result: dict[str, Tensor] = {}
     for key, value in state.items():
         name, copy = _without_copy(key)
@@ -87,10 +89,10 @@ def to_openai(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if split:
             if split[2] == "q":
                 packed = [state[_with_copy(f"{split[1]}{each}_proj.{split[3]}", copy)] for each in "qkv"]
-                layer = _replaced(split[1].removesuffix("self_attn."), blocks)
+                layer = replaced(split[1].removesuffix("self_attn."), blocks)
                 result[_with_copy(f"{layer}attn.in_proj_{split[3]}", copy)] = torch.cat(packed)
             continue
-        theirs = _TO_OPENAI.get(name) or _in_block(name, blocks, parts)
+        theirs = _TO_OPENAI.get(name) or in_block(name, blocks, parts)
         result[_with_copy(theirs, copy)] = value.t().contiguous() if name in _TRANSPOSED else value
     return result
 
@@ -105,7 +107,7 @@ def unit_from_openai(name: str) -> str:
     found = _UNIT.fullmatch(name)
     if found is None:
         return name
-    return _replaced(found[1], _BLOCKS) + (".self_attn" if found[2] else ".mlp")
+    return replaced(found[1], _BLOCKS) + (".self_attn" if found[2] else ".mlp")
 
 
 def _without_copy(key: str) -> tuple[str, bool]:
@@ -116,22 +118,3 @@ def _without_copy(key: str) -> tuple[str, bool]:
 def _with_copy(name: str, copy: bool) -> str:
     root, dot, rest = name.partition(".")
     return f"{root}_m{dot}{rest}" if copy else name
-
-
-def _replaced(name: str, pairs: Iterable[tuple[str, str]]) -> str:
-    for old, new in pairs:
-        if name.startswith(old):
-            return new + name.removeprefix(old)
-    return name
-
-
-def _in_block(name: str, blocks: Iterable[tuple[str, str]], parts: Iterable[tuple[str, str]]) -> str:
-    for old, new in blocks:
-        if name.startswith(old):
-            number, _, part = name.removeprefix(old).partition(".")
-            return f"{new}{number}.{_replaced(part, parts)}"
-    return name
-
-
-def _turned(pairs: Iterable[tuple[str, str]]) -> tuple[tuple[str, str], ...]:
-    return tuple((new, old) for old, new in pairs)

@@ -18,10 +18,12 @@ from upop.checkpoints.classifier_layout import classifier_sizes, named_sizes
 from upop.checkpoints.classifier_layout import with_positions as classifier_positions
 from upop.checkpoints.clip_names import from_openai, is_openai, to_openai, weights_only
 from upop.checkpoints.fit import fit, load_strictly, resize_positions, scale_queries
-from upop.checkpoints.read import read_weights
+from upop.checkpoints.hugging_face import with_copies
+from upop.checkpoints.published import read_published
 from upop.checkpoints.segmenter_layout import as_encoder, segmenter_sizes, with_positions
 from upop.checkpoints.vit_sizes import HEAD_DIM, State, count_layers, vit_sizes
 from upop.errors import CheckpointError, SettingError, nearest
+from upop.files import replacing_file
 from upop.models.blip import BlipConfig
 from upop.models.caption import BlipCaption, CaptionConfig
 from upop.models.classifier import ClassifierConfig, build_classifier
@@ -70,7 +72,8 @@ def load_official(task: str, path: str | Path, **overrides: Any) -> nn.Module:
 
     Args:
         task: name of the task, or of the model that its checkpoints are known by ("deit", "clip").
-        path: a `.pth` with `{"model": state_dict}`, or a `.safetensors` file.
+        path: a `.pth` with `{"model": state_dict}`, a `.safetensors` file, a folder in transformers' layout, or the
+            name of one on the hub ("Salesforce/blip-vqa-base").
         overrides: fields of the task's configuration.
 
     Raises:
@@ -78,11 +81,17 @@ def load_official(task: str, path: str | Path, **overrides: Any) -> nn.Module:
         SettingError: the task or an override is unknown.
     """
     row = _row(task)
-    state = read_weights(path)
-    config = _config(row, state, str(path), overrides)
-    state = row.adapt(state, config)
-    # The published ViT keeps dividing by the square root of its dense head_dim after compression; BERT does not.
-    return fit(row.model(config), state, str(path), row.fixed_scale).eval()
+    found = read_published(path)
+    if found.task is not None and found.task != _ALIASES.get(task, task):
+        raise CheckpointError(
+            f"{path} holds a {found.kind}, which is a model for {found.task!r}; asked for was {task!r}."
+        )
+    config = _config(row, found.state, str(path), {**found.sizes, **overrides})
+    state = row.adapt(found.state, config)
+    # The published ViT keeps dividing by the square root of its dense head_dim after compression; BERT does not, and
+    # no class of transformers does.
+    fixed_scale = row.fixed_scale if found.task is None else lambda _unit: False
+    return fit(row.model(config), state, str(path), fixed_scale).eval()
 
 
 def save_official(task: str, model: nn.Module, path: str | Path) -> Path:
@@ -96,6 +105,7 @@ def save_official(task: str, model: nn.Module, path: str | Path) -> Path:
     Raises:
         SettingError: the task is unknown.
         CheckpointError: the model is another task's.
+        RunFolderError: the file cannot be written.
     """
     row = _row(task)
     if not isinstance(getattr(model, "config", None), row.config):
@@ -106,7 +116,8 @@ def save_official(task: str, model: nn.Module, path: str | Path) -> Path:
     for unit in find_units(model):
         if unit.size < dense[unit.name] and row.fixed_scale(unit):
             scale_queries(model, unit, unit.size, math.sqrt(dense[unit.name] / unit.size))
-    torch.save({"model": row.export(model.state_dict())}, path)
+    with replacing_file(Path(path)) as part:
+        torch.save({"model": row.export(model.state_dict())}, part)
     return Path(path)
 
 
@@ -129,7 +140,7 @@ def start_from(task: str, path: str | Path, model: nn.Module, *, any_towers: boo
         CheckpointError: the file cannot be read or does not fit otherwise.
     """
     row = _row(task)
-    state = row.adapt(row.start(read_weights(path)), model.config)
+    state = row.adapt(row.start(read_published(path).state), model.config)
     known = model.state_dict()
     # Pre-trained checkpoints carry heads of other tasks; only whole modules that this model lacks are left out.
     towers = {key.split(".")[0] for key in known}
@@ -143,6 +154,50 @@ def start_from(task: str, path: str | Path, model: nn.Module, *, any_towers: boo
         str(path),
         lambda key: row.may_start_afresh(key) or (any_towers and key.split(".")[0] not in held),
     )
+
+
+def task_of(state: State, source: str) -> str:
+    """Return the task whose model has tensors of these names.
+
+    Raises:
+        CheckpointError: no task's has.
+    """
+    names = set(state)
+    towers = {name.partition(".")[0] for name in names}
+    for task, held in _TELLING.items():
+        if all(part in names or part in towers for part in held):
+            return task
+    raise CheckpointError(
+        f"{source} holds no model of a known task: {len(names)} tensors, such as {', '.join(sorted(names)[:4])}. "
+        f"Say which one with --task: {', '.join(sorted(_TASKS))}."
+    )
+
+
+def task_for(model: nn.Module) -> str:
+    """Return the task whose published checkpoints hold such models.
+
+    Raises:
+        CheckpointError: it is none of upop's own models.
+    """
+    config = type(getattr(model, "config", None))
+    task = next((task for task, row in _TASKS.items() if row.config is config), None)
+    if task is None:
+        raise CheckpointError(
+            f"A {type(model).__name__} has no published form; the models of {', '.join(sorted(_TASKS))} have one."
+        )
+    return task
+
+
+# Names of tensors or of whole modules by which a task's model is known; the first that fits counts.
+_TELLING = {
+    "nlvr": ("visual_encoder", "text_encoder", "cls_head"),
+    "retrieval": ("visual_encoder", "text_encoder", "itm_head"),
+    "vqa": ("visual_encoder", "text_encoder", "text_decoder"),
+    "caption": ("visual_encoder", "text_decoder"),
+    "retrieval-clip": ("visual.conv1.weight",),
+    "segmentation": ("encoder", "decoder"),
+    "classification": ("patch_embed.proj.weight", "head"),
+}
 
 
 def _row(task: str) -> _Official:
@@ -306,9 +361,7 @@ def _clip_config(state: State) -> dict[str, Any]:
 def _clip_complete(state: State, config: ClipConfig) -> dict[str, Tensor]:
     """Return CLIP's tensors with what plain CLIP lacks: momentum copies start as copies, queues afresh."""
     state = _clip_named(state)
-    for name, twin in ClipRetrieval.momentum_twins.items():
-        copies = {twin + key.removeprefix(name): value for key, value in state.items() if key.startswith(f"{name}.")}
-        state = copies | state
+    state = with_copies(state, ClipRetrieval.momentum_twins)
     tokens = 1 + (config.image_size // config.patch_size) ** 2
     for key in (_CLIP_POSITIONS.format("vision", twin) for twin in ("", "_m")):
         if key in state:

@@ -5,10 +5,12 @@ Parameter names are those of the published checkpoints, which both libraries alr
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, Literal, Self
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+from timm.layers.norm import LayerNorm
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -42,6 +44,7 @@ class BlipConfig(BaseModel):
     text_mlp: int = Field(3072, gt=0)
     vocab_size: int = Field(30524, gt=0, description="BERT's words plus [DEC] and [ENC]")
     max_positions: int = Field(512, gt=0)
+    vision_eps: float = Field(1e-6, gt=0, description="of the vision transformer's norms; transformers writes 1e-5")
     dropout: float = Field(0.1, ge=0, lt=1, description="of the text encoder's hidden states and attention")
     drop_path: float = Field(0.1, ge=0, lt=1, description="of the vision transformer, at its last block")
 
@@ -78,6 +81,7 @@ def build_vision_encoder(config: BlipConfig) -> VisionTransformer:
         num_heads=config.vision_heads,
         mlp_ratio=(config.vision_mlp + 0.5) / config.vision_width,  # timm rounds the product down
         drop_path_rate=config.drop_path,
+        norm_layer=partial(LayerNorm, eps=config.vision_eps),
         num_classes=0,
         global_pool="",
     )

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, partial
 from typing import Any, Self
 
 import timm
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+from timm.layers.norm import LayerNorm
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
@@ -39,6 +40,7 @@ class ClassifierConfig(BaseModel):
     vision_depth: int | None = Field(None, gt=0)
     vision_heads: int | None = Field(None, gt=0)
     vision_mlp: int | None = Field(None, gt=0)
+    norm_eps: float | None = Field(None, gt=0, description="of the norms; transformers' ViT has 1e-12, timm's 1e-6")
     dropout: float = Field(0.0, ge=0, lt=1, description="of the embedded patches and of what blocks add to them")
     drop_path: float = Field(0.1, ge=0, lt=1, description="at the last block")
 
@@ -61,6 +63,8 @@ def build_classifier(config: ClassifierConfig) -> nn.Module:
     if given:
         whole = {**architecture_sizes(config.architecture), **given}
         arguments["mlp_ratio"] = (whole["vision_mlp"] + 0.5) / whole["vision_width"]  # timm rounds the product down
+    if config.norm_eps:
+        arguments["norm_layer"] = partial(LayerNorm, eps=config.norm_eps)
     if config.dropout:
         arguments |= {"pos_drop_rate": config.dropout, "proj_drop_rate": config.dropout}
     arguments |= {"img_size": config.image_size, "num_classes": config.classes, "drop_path_rate": config.drop_path}
@@ -95,12 +99,12 @@ def architecture_sizes(name: str) -> dict[str, int]:
 
 def replace_head(model: nn.Module, classes: int) -> Sequence[str]:
     """Give a classifier a fresh head for so many classes; return the names of its tensors."""
-    before = {id(parameter) for parameter in model.parameters()}
+    before = dict(model.named_parameters())
     device = next(model.parameters()).device
     model.reset_classifier(classes)  # type: ignore[operator]
     model.to(device)
     model.config = model.config.model_copy(update={"classes": classes})  # type: ignore[union-attr, operator]
-    return [name for name, parameter in model.named_parameters() if id(parameter) not in before]
+    return [name for name, parameter in model.named_parameters() if parameter is not before.get(name)]
 
 
 def _create(name: str, arguments: dict[str, Any]) -> nn.Module:

@@ -49,7 +49,8 @@ class ClipConfig(BaseModel):
         return self
 
 
-def _library_config(config: ClipConfig) -> Any:
+def library_config(config: ClipConfig) -> Any:
+    """Return transformers' configuration of the two towers and their projections."""
     vision = {"image_size": config.image_size, "patch_size": config.patch_size}
     text = {
         "vocab_size": config.vocab_size,
@@ -79,7 +80,7 @@ class ClipRetrieval(MomentumContrast):
     def __init__(self, config: ClipConfig) -> None:
         super().__init__()
         self.config = config
-        clip = CLIPModel(_library_config(config))
+        clip = CLIPModel(library_config(config))
         for name, twin in self.momentum_twins.items():
             setattr(self, name, getattr(clip, name))
             setattr(self, twin, copy.deepcopy(getattr(clip, name)))

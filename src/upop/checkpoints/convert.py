@@ -1,0 +1,199 @@
+"""One model in three forms: the published file, our folder, and transformers' own class; from each to each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from upop.checkpoints.fit import kept_sizes, load_strictly
+from upop.checkpoints.folder import is_folder, load, save
+from upop.checkpoints.hub import local_path
+from upop.checkpoints.hugging_face import counterpart_named, counterpart_of
+from upop.checkpoints.official import load_official, save_official, task_for, task_of
+from upop.checkpoints.quantizer import mark
+from upop.checkpoints.read import read_weights
+from upop.checkpoints.sizes import resize
+from upop.checkpoints.transformers_models import is_transformers_folder, read_config
+from upop.errors import VerificationError
+from upop.models import kind_of
+from upop.pruning import survey
+from upop.pruning.costs import evaluating
+
+Form = Literal["official", "upop", "hugging-face"]
+
+TOLERANCE = 1e-5
+"""Largest difference of an output that a conversion may make, relative to the output's largest entry."""
+
+
+def read_model(source: str | Path, task: str | None = None, **overrides: Any) -> nn.Module:
+    """Return the model in any of the three forms, as one of upop's own where it is one of them.
+
+    Args:
+        source: a published file, a folder of ours, a folder of transformers, or its name on the hub.
+        task: whose model a published file holds; read off the names of its tensors if not given.
+        overrides: fields of the model's configuration that a published file does not tell; see `load_official`.
+
+    Raises:
+        CheckpointError: it cannot be read, or is none of upop's own models.
+        SettingError: the task or an override is unknown.
+    """
+    path = local_path(source)
+    if is_folder(path) and not is_transformers_folder(path):
+        return load(path)
+    if is_transformers_folder(path):
+        kinds = read_config(path).get("architectures") or ["model without a name"]
+        return load_official(counterpart_named(str(kinds[0])).task, path, **overrides)
+    return load_official(task or task_of(read_weights(path), str(path)), path, **overrides)
+
+
+def write_model(model: nn.Module, target: str | Path, form: Form) -> Path:
+    """Write one of upop's own models in one of the three forms.
+
+    What only training needs (momentum copies, queues, the temperature) is left out of transformers' form. It is checked
+    that transformers' class computes the same.
+
+    Raises:
+        CheckpointError: there is no such form of this model.
+        VerificationError: the outputs differ.
+        RunFolderError: it cannot be written.
+    """
+    if form == "official":
+        return save_official(task_for(model), model, target)
+    return save(to_transformers(model) if form == "hugging-face" else model, target)
+
+
+@torch.no_grad()
+def to_transformers(model: nn.Module) -> PreTrainedModel:
+    """Return transformers' own model with the weights of one of upop's, dense or compressed, in evaluation mode.
+
+    Raises:
+        CheckpointError: transformers has no class for it.
+        VerificationError: it does not compute the same.
+    """
+    row = counterpart_of(kind_of(model), type(model).__name__)
+    config = row.config(model.config)
+    kind = getattr(transformers, _class_for(config, row.kind))
+    theirs: PreTrainedModel = kind(config)
+    state = row.export(model.state_dict())
+    units = survey(theirs).units
+    kept = kept_sizes(units, state, type(model).__name__)
+    resize(theirs, {unit.name: (kept[unit.name], unit.size) for unit in units if kept[unit.name] < unit.size})
+    load_strictly(theirs, state, type(model).__name__)
+    theirs.eval().to(dtype=next(model.parameters()).dtype)
+    verify_same(model, theirs)
+    mark(theirs)
+    return theirs
+
+
+@torch.no_grad()
+def verify_same(model: nn.Module, theirs: PreTrainedModel) -> float:
+    """Return the largest relative difference between the outputs of a model of ours and of its counterpart.
+
+    Raises:
+        VerificationError: it is above `TOLERANCE`.
+    """
+    generator = torch.Generator().manual_seed(0)
+    with evaluating(model), evaluating(theirs):
+        pairs = _OUTPUTS[str(kind_of(model))](model, theirs, generator)
+    worst = max(float((a - b).abs().max() / a.abs().max().clamp_min(1e-30)) for a, b in pairs)
+    if not worst <= TOLERANCE:
+        raise VerificationError(
+            f"transformers' {type(theirs).__name__} does not compute what the {type(model).__name__} does: outputs "
+            f"differ by {worst:.1e} of their largest entry, allowed are {TOLERANCE:.0e}. The model has something that "
+            "this class does not have; nothing was written."
+        )
+    return worst
+
+
+def _class_for(config: Any, kind: str) -> str:
+    return "DeiTForImageClassificationWithTeacher" if config.model_type == "deit" else kind
+
+
+Outputs = list[tuple[Tensor, Tensor]]
+_BATCH, _WORDS = 2, 6
+
+
+def _pictures(config: Any, model: nn.Module, generator: torch.Generator) -> Tensor:
+    shape = (_BATCH, 3, config.image_size, config.image_size)
+    return torch.randn(shape, generator=generator).to(next(model.parameters()))
+
+
+def _texts(config: Any, generator: torch.Generator, first: int) -> dict[str, Tensor]:
+    """Texts of two lengths, beginning with the token that upop's models put first."""
+    words = min(_WORDS, config.max_positions)
+    ids = torch.randint(1, max(2, config.vocab_size - 2), (_BATCH, words), generator=generator)
+    ids[:, 0] = first
+    mask = torch.ones_like(ids)
+    mask[1, max(2, words - 2) :] = 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def _caption(model: Any, theirs: Any, generator: torch.Generator) -> Outputs:
+    images = _pictures(model.config, model, generator)
+    words = _texts(model.config, generator, model.config.vocab_size - 2)
+    return [(model(images, **words), theirs(pixel_values=images, **words).logits)]
+
+
+def _vqa(model: Any, theirs: Any, generator: torch.Generator) -> Outputs:
+    config = model.config
+    images = _pictures(config, model, generator)
+    question = _texts(config, generator, config.vocab_size - 1)
+    # transformers' decoder looks at a question's padding too, so questions without padding are compared.
+    question["attention_mask"].fill_(1)
+    answer = _texts(config, generator, config.vocab_size - 2)
+    _, states = model.encode(images, question["input_ids"], question["attention_mask"])
+    ours = model.decode(answer["input_ids"], answer["attention_mask"], states, question["attention_mask"])
+    decoder = {f"decoder_{name}": value for name, value in answer.items()}
+    return [(ours, _decoded(theirs, images, question, decoder))]
+
+
+def _decoded(theirs: Any, images: Tensor, question: Mapping[str, Tensor], decoder: Mapping[str, Tensor]) -> Tensor:
+    """The answer's logits, which the class computes and does not return."""
+    found: list[Tensor] = []
+    hook = theirs.text_decoder.register_forward_hook(lambda _module, _inputs, outputs: found.append(outputs.logits))
+    try:
+        theirs(pixel_values=images, **question, **decoder)
+    finally:
+        hook.remove()
+    return found[0]
+
+
+def _retrieval(model: Any, theirs: Any, generator: torch.Generator) -> Outputs:
+    images = _pictures(model.config, model, generator)
+    words = _texts(model.config, generator, model.config.vocab_size - 1)
+    states, image = model.encode_image(images)
+    _, text = model.encode_text(**words)
+    compared = theirs(pixel_values=images, **words, use_itm_head=False).itm_score
+    return [
+        (model.match(states, **words), theirs(pixel_values=images, **words).itm_score),
+        (image @ text.t(), compared),
+    ]
+
+
+def _clip(model: Any, theirs: Any, generator: torch.Generator) -> Outputs:
+    images = _pictures(model.config, model, generator)
+    ids = _texts(model.config, generator, model.config.vocab_size - 2)["input_ids"]
+    ids[:, -1] = model.config.vocab_size - 1
+    found = theirs(pixel_values=images, input_ids=ids)
+    image, text = model(images, ids)
+    return [(image, found.image_embeds), (text, found.text_embeds)]
+
+
+def _classifier(model: Any, theirs: Any, generator: torch.Generator) -> Outputs:
+    images = _pictures(model.config, model, generator)
+    return [(model(images), theirs(pixel_values=images).logits)]
+
+
+_OUTPUTS: Mapping[str, Callable[[Any, Any, torch.Generator], Outputs]] = {
+    "blip-caption": _caption,
+    "blip-vqa": _vqa,
+    "blip-retrieval": _retrieval,
+    "clip-retrieval": _clip,
+    "classifier": _classifier,
+}
