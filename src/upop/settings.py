@@ -23,7 +23,9 @@ class RunSettings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
     # Data and weights, as in the published files.
-    pretrained: str | None = Field(None, description="checkpoint to start from: a published .pth, or a folder of ours")
+    pretrained: str | None = Field(
+        None, description="checkpoint to start from: a published .pth (a file, or an http(s) URL), or a folder of ours"
+    )
     image_size: int = Field(384, gt=0)
     augment: bool = Field(True, description="random crops, flips and RandAugment in training")
 
@@ -34,9 +36,13 @@ class RunSettings(BaseModel):
     init_lr: float = Field(3e-6, gt=0, description="of the search, and where the retraining begins")
     search_lr: float | None = Field(None, gt=0, description="of the search; init_lr if not given")
     min_lr: float = Field(0.0, ge=0)
+    lr_batch: int | None = Field(
+        None, ge=1, description="records per step that init_lr is meant for: it grows with them; else it stays"
+    )
     max_epoch: int = Field(15, ge=1, description="epochs of retraining (and of `train`)")
     epochs_search: int | None = Field(None, ge=1, description="epochs of the search; as many as max_epoch if not given")
-    warmup_steps: int = Field(0, ge=0, description="linear warm-up at the start of `train`")
+    warmup_steps: int = Field(0, ge=0, description="linear warm-up at the start of `train` and of retraining")
+    warmup_epochs: int = Field(0, ge=0, description="so many epochs more of it")
     schedule: Literal["epoch", "step", "polynomial"] = Field(
         "epoch", description="how the rate falls to min_lr: a cosine that moves per epoch or step, or (1 - t)^0.9"
     )
@@ -46,7 +52,7 @@ class RunSettings(BaseModel):
     clip_grad: float | None = Field(None, gt=0, description="largest norm of the gradients")
     amp: bool = Field(False, description="bfloat16 autocast")
     ema_decay: float | None = Field(
-        None, gt=0, lt=1, description="keep a moving average of the weights that forgets this slowly, and evaluate it too"
+        None, gt=0, lt=1, description="keep a moving average of the weights that forgets so slowly, and evaluate it too"
     )
     max_bad_steps: int = Field(20, ge=1, description="stop after so many non-finite steps in a row")
 
@@ -79,11 +85,6 @@ class RunSettings(BaseModel):
     def search_epochs(self) -> int:
         """Epochs of the search phase."""
         return self.max_epoch if self.epochs_search is None else self.epochs_search
-
-    @property
-    def rate_of_search(self) -> float:
-        """Learning rate of the search phase."""
-        return self.init_lr if self.search_lr is None else self.search_lr
 
     def to_yaml(self) -> str:
         """Return the settings as resolved, in the form that `read_settings` takes."""

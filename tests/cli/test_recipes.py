@@ -10,7 +10,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from upop.cli import published, published_segmenter, recipes
+from upop.cli import published, published_deit, published_segmenter, recipes
 from upop.cli.app import app
 from upop.errors import SettingError
 from upop.recipes import Recipe, find_recipe, read_recipes
@@ -19,7 +19,7 @@ from upop.tasks import find_task
 
 ROOT = Path(__file__).parents[2]
 ALL = list(read_recipes(ROOT / "configs" / "recipes.yaml").values())
-COMMANDS = {"compress_segmenter.py": published_segmenter}
+COMMANDS = {"compress_deit.py": published_deit, "compress_segmenter.py": published_segmenter}
 """Where the published scripts with other flags are."""
 runner = CliRunner()
 

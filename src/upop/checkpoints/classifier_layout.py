@@ -1,4 +1,4 @@
-"""Published checkpoints of DeiT and of vision transformers named alike: sizes, positions, and heads for other classes."""
+"""Published checkpoints of DeiT, and of vision transformers named like it: sizes, positions, and heads."""
 
 from __future__ import annotations
 

@@ -12,7 +12,9 @@ import typer
 from rich.console import Console
 
 from upop.cli import options as o
+from upop.cli.convert import convert
 from upop.cli.demo import demo
+from upop.cli.inspect import inspect
 from upop.cli.recipes import recipes, run
 from upop.errors import UPopError
 from upop.settings import RunSettings, read_settings
@@ -32,6 +34,8 @@ app = typer.Typer(
 data = typer.Typer(no_args_is_help=True, help="Make data sets.")
 app.add_typer(data, name="data")
 app.command(epilog="Example: upop demo --output-dir output/demo")(demo)
+app.command(epilog="Example: upop convert model_base_caption.pth blip-caption --to hugging-face")(convert)
+app.command(epilog="Example: upop inspect deit_small_patch16_224 --ratio 0.5")(inspect)
 app.command(epilog="Example: upop recipes")(recipes)
 app.command(epilog="Example: upop run nlvr2-2x --dry-run")(run)
 
@@ -46,6 +50,7 @@ class ShapesTask(StrEnum):
     vqa = "vqa"
     retrieval = "retrieval"
     retrieval_flickr = "retrieval-flickr"
+    classification = "classification"
     segmentation = "segmentation"
 
 
@@ -61,6 +66,8 @@ def train(
     task: TaskName,
     config: o.Config = None,
     pretrained: o.Pretrained = None,
+    architecture: o.Architecture = None,
+    data_path: o.DataPath = None,
     output_dir: o.OutputDir = None,
     epoch: Annotated[int | None, typer.Option("--epoch", "--epochs", help="Epochs of training.")] = None,
     device: o.DeviceName = None,
@@ -70,6 +77,7 @@ def train(
 ) -> None:
     """Train or fine-tune a dense model."""
     flags = {"pretrained": pretrained, "output_dir": output_dir, "max_epoch": epoch, "device": device}
+    flags |= {"architecture": architecture, "data_path": data_path}
     _start(run_train, task, config, {**flags, "seed": seed, "amp": amp}, assign)
 
 
@@ -80,6 +88,8 @@ def compress(
     p: o.Ratio = None,
     epoch: o.Epoch = None,
     pretrained: o.Pretrained = None,
+    architecture: o.Architecture = None,
+    data_path: o.DataPath = None,
     output_dir: o.OutputDir = None,
     device: o.DeviceName = None,
     seed: o.Seed = None,
@@ -96,6 +106,8 @@ def compress(
     flags = {
         "p": p,
         "pretrained": pretrained,
+        "architecture": architecture,
+        "data_path": data_path,
         "output_dir": output_dir,
         "device": device,
         "seed": seed,
@@ -111,6 +123,8 @@ def evaluate(
     task: TaskName,
     config: o.Config = None,
     pretrained: o.Pretrained = None,
+    architecture: o.Architecture = None,
+    data_path: o.DataPath = None,
     output_dir: o.OutputDir = None,
     device: o.DeviceName = None,
     amp: o.Amp = None,
@@ -118,6 +132,7 @@ def evaluate(
 ) -> None:
     """Evaluate a checkpoint, dense or compressed."""
     flags = {"pretrained": pretrained, "output_dir": output_dir, "device": device, "amp": amp}
+    flags |= {"architecture": architecture, "data_path": data_path}
     _start(evaluate_checkpoint, task, config, flags, assign)
 
 

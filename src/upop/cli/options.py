@@ -23,7 +23,13 @@ class Device(StrEnum):
 
 
 Config = Annotated[Path | None, typer.Option(help="YAML file of settings; flags beat it.")]
-Pretrained = Annotated[str | None, typer.Option(help="Checkpoint to start from: a .pth, or a folder of ours.")]
+Pretrained = Annotated[
+    str | None, typer.Option(help="Checkpoint to start from: a .pth (a file or a URL), or a folder of ours.")
+]
+DataPath = Annotated[
+    Path | None, typer.Option("--data-path", "--data_path", help="Folder of train/CLASS/* and val/CLASS/*.")
+]
+Architecture = Annotated[str | None, typer.Option("--model", help="timm's name of a vision transformer.")]
 OutputDir = Annotated[Path | None, typer.Option("--output-dir", "--output_dir", help="Run folder.")]
 DeviceName = Annotated[Device | None, typer.Option(help="Where to compute; torchrun decides about processes.")]
 Seed = Annotated[int | None, typer.Option(help="Seed of all random draws. [default: 42]")]

@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from upop.checkpoints.remote import is_remote
 from upop.cli import options as o
 from upop.errors import UPopError
 from upop.recipes import RECIPES, Recipe, find_recipe, read_recipes
@@ -30,7 +31,9 @@ def recipes(file: File = RECIPES) -> None:
         table.add_section()
         table.add_row(f"[dim]{script}")
         for recipe in rows:
-            table.add_row(recipe.name, f"{recipe.p:g}", f"{recipe.epochs_search or recipe.epoch} + {recipe.epoch}", recipe.paper)
+            table.add_row(
+                recipe.name, f"{recipe.p:g}", f"{recipe.epochs_search or recipe.epoch} + {recipe.epoch}", recipe.paper
+            )
     console = Console()
     console.print(table)
     console.print("epochs: of search + retraining. Start one with `upop run NAME`.", highlight=False)
@@ -74,7 +77,10 @@ def _explain(recipe: Recipe, task: Task[Any], settings: RunSettings, *, evaluate
             f"{task.metric}; evaluate.\n"
         )
     console.print("What it needs:")
-    needs = [Path(str(settings.pretrained)), *_data(settings)]
+    pretrained = str(settings.pretrained)
+    if is_remote(pretrained):
+        console.print(f"  fetched  {pretrained}")
+    needs = [*(() if is_remote(pretrained) else (Path(pretrained),)), *_data(settings)]
     for path in dict.fromkeys(needs):
         console.print(f"  {'found  ' if path.exists() else 'missing'}  {path}")
     try:
@@ -94,4 +100,5 @@ def _shown(recipe: Recipe, *, evaluate: bool) -> str:
 
 def _data(settings: RunSettings) -> list[Path]:
     fields = type(settings).model_fields
-    return [Path(getattr(settings, name)) for name in fields if name.endswith("_root") or name == "tokenizer"]
+    places = [name for name in fields if name.endswith("_root") or name in ("data_path", "tokenizer")]
+    return [Path(getattr(settings, name)) for name in places]

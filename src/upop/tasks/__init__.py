@@ -4,6 +4,7 @@ from typing import Any
 
 from upop.errors import SettingError, nearest
 from upop.tasks.caption import CaptionTask
+from upop.tasks.classification import ClassificationTask
 from upop.tasks.nlvr import NlvrTask
 from upop.tasks.retrieval import BlipRetrievalTask
 from upop.tasks.retrieval_clip import ClipRetrievalTask
@@ -15,6 +16,7 @@ TASKS: dict[str, Task[Any]] = {
     task.name: task
     for task in (
         CaptionTask(),
+        ClassificationTask(),
         NlvrTask(),
         BlipRetrievalTask(),
         ClipRetrievalTask(),

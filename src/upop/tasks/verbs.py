@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from timm.utils import ModelEmaV3
+from timm.utils.model_ema import ModelEmaV3
 from torch import nn
 
 from upop.checkpoints import WEIGHTS, read_weights
+from upop.checkpoints.remote import is_remote, local_path
 from upop.errors import SettingError
 from upop.pruning import Plan, Pruner, find_units, plan_by_magnitude, shrink
 from upop.report.figures import history_figure, kept_share_figure, save_figure
@@ -23,7 +25,7 @@ from upop.training.devices import make_accelerator
 from upop.training.evaluation import evaluate, records_of
 from upop.training.folder import RunFolder
 from upop.training.loaders import first_records, make_loader, to_device
-from upop.training.loop import Best, Loop, constant, falling
+from upop.training.loop import Best, Loop, constant, falling, first_rate
 from upop.training.progress import RunProgress
 from upop.training.task import Task
 
@@ -40,16 +42,17 @@ def train(task: Task[Any], settings: RunSettings) -> Results | None:
     """
     run = _Run(task, settings, "train")
     if settings.pretrained:
-        model, lacking = task.start(Path(settings.pretrained), settings)
+        model, lacking = task.start(run.checkpoint(), settings)
         if lacking:
             run.say(
                 f"{settings.pretrained} lacks {len(lacking)} tensors, which start afresh: {', '.join(lacking[:4])} ..."
             )
+        model = run.adapted(model, training=True)
     else:
         model = task.build(settings)
     with run.training(settings.max_epoch) as loop:
         average = _average(settings, model.to(run.accelerator.device))
-        schedule = falling(settings, settings.max_epoch, loop.steps_per_epoch)
+        schedule = falling(settings, run.first_rate(loop), settings.max_epoch, loop.steps_per_epoch)
         keep = run.keep_best(model, None)
         loop.run(model, "train", settings.max_epoch, schedule, after_epoch=keep, average=average)
         model, metrics = run.best(model)
@@ -65,8 +68,8 @@ def compress(task: Task[Any], settings: RunSettings) -> Results | None:
         UPopError: settings, data, checkpoint, device or run folder are not usable; before any long work.
     """
     run = _Run(task, settings, "compress")
-    model = run.pretrained()
-    dense_model = run.pretrained()
+    model = run.pretrained(training=True)
+    dense_model = copy.deepcopy(model)
     epochs = settings.search_epochs + settings.max_epoch
     with run.training(epochs) as loop:
         # Made before anything long runs: it checks the settings of the method against the model.
@@ -78,7 +81,8 @@ def compress(task: Task[Any], settings: RunSettings) -> Results | None:
             to_device(first_records(run.loaders["train"], _VERIFIED_RECORDS), run.accelerator.device)
         )
         if pruner is not None:
-            loop.run(model, "search", settings.search_epochs, constant(settings), pruner, average=average)
+            schedule = constant(settings, run.first_rate(loop))
+            loop.run(model, "search", settings.search_epochs, schedule, pruner, average=average)
             plan = pruner.plan()
             pruner.shrink(verify=verified)
         else:
@@ -91,7 +95,7 @@ def compress(task: Task[Any], settings: RunSettings) -> Results | None:
         run.folder.save_model("last", model, plan)
         run.say("cut for real, and it computes what the masked model did" + run.told_of(model))
         retraining = settings.max_epoch if pruner is not None else epochs
-        schedule = falling(settings, retraining, loop.steps_per_epoch)
+        schedule = falling(settings, run.first_rate(loop), retraining, loop.steps_per_epoch)
         keep = run.keep_best(model, plan)
         loop.run(model, "retrain", retraining, schedule, after_epoch=keep, average=average)
         model, metrics = run.best(model)
@@ -106,7 +110,7 @@ def evaluate_checkpoint(task: Task[Any], settings: RunSettings) -> Results | Non
         UPopError: settings, data, checkpoint, device or run folder are not usable.
     """
     run = _Run(task, settings, "evaluate")
-    model = run.pretrained().to(run.accelerator.device)
+    model = run.pretrained(training=False).to(run.accelerator.device)
     metrics = run.evaluate(model)
     return run.finish({Path(str(settings.pretrained)).name: (model, metrics)})
 
@@ -132,6 +136,7 @@ class _Run:
         self.loaders = {split: make_loader(task, settings, split) for split in splits}
         self._prepared = {split: self.accelerator.prepare(self.loaders[split]) for split in self._held_out}
         self._best = Best()
+        self._told_rate = False
         self._progress = RunProgress(0, self._main)
         self.folder.start(settings, task.name, verb)
 
@@ -139,13 +144,38 @@ class _Run:
         """Print a line, on the main process."""
         self._progress.say(line)
 
-    def pretrained(self) -> nn.Module:
-        """Return the model in the checkpoint that the settings name."""
+    def checkpoint(self) -> Path:
+        """Return where the checkpoint that the settings name lies; what is behind a URL is fetched once per machine."""
         if not self.settings.pretrained:
             raise SettingError(
                 "A checkpoint to start from is needed, and none was given. Set pretrained (--pretrained)."
             )
-        return self.task.load(Path(self.settings.pretrained), self.settings)
+        if not is_remote(self.settings.pretrained):
+            return Path(self.settings.pretrained)
+        with self.accelerator.local_main_process_first():
+            return local_path(self.settings.pretrained)
+
+    def pretrained(self, *, training: bool) -> nn.Module:
+        """Return the model in the checkpoint that the settings name, made fit for the run's data."""
+        return self.adapted(self.task.load(self.checkpoint(), self.settings), training=training)
+
+    def adapted(self, model: nn.Module, *, training: bool) -> nn.Module:
+        """Return a loaded model made fit for the run's data, and say what was changed."""
+        model, changes = self.task.adapt(model, self.settings, training=training)
+        for change in changes:
+            self.say(change)
+        return model
+
+    def first_rate(self, loop: Loop) -> float:
+        """Return the learning rate that training begins with, and say it where it follows from the batch."""
+        rate = first_rate(self.settings, loop.records_per_step)
+        if self.settings.lr_batch is not None and not self._told_rate:
+            self._told_rate = True
+            self.say(
+                f"learning rate {rate:.3g}: init_lr ({self.settings.init_lr:g}) x {loop.records_per_step} records per "
+                f"step / lr_batch ({self.settings.lr_batch})"
+            )
+        return rate
 
     @contextmanager
     def training(self, epochs: int) -> Iterator[Loop]:
@@ -186,7 +216,7 @@ class _Run:
         return "  ".join(f"{split} {name} {scores[name]:.2f}" for split, scores in metrics.items() if name in scores)
 
     def keep_best(self, model: nn.Module, plan: Plan | None) -> Callable[[nn.Module, dict[str, float]], None]:
-        """Return what saves `model` as "last" after every epoch, and as "best" whatever is: the model or its average."""
+        """Return what saves `model` as "last" after every epoch, and the better of it and its average as "best"."""
 
         def after_epoch(candidate: nn.Module, scores: dict[str, float]) -> None:
             if candidate is model:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from timm.utils import ModelEmaV3
+from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -28,22 +28,30 @@ Schedule = Callable[[int], float]
 _POWER = 0.9  # of the published polynomial schedule
 
 
-def constant(settings: RunSettings) -> Schedule:
-    """Return the search's schedule: the same rate throughout."""
-    return lambda _step: settings.rate_of_search
+def first_rate(settings: RunSettings, records: int) -> float:
+    """Return `init_lr` for steps over so many records, of all processes together."""
+    return settings.init_lr if settings.lr_batch is None else settings.init_lr * records / settings.lr_batch
 
 
-def falling(settings: RunSettings, epochs: int, steps_per_epoch: int) -> Schedule:
-    """Return the schedule from `init_lr` down to `min_lr` that the settings choose, after a warm-up."""
+def constant(settings: RunSettings, highest: float) -> Schedule:
+    """Return the search's schedule: the same rate throughout, `search_lr`, or else `highest`."""
+    rate = highest if settings.search_lr is None else settings.search_lr
+    return lambda _step: rate
+
+
+def falling(settings: RunSettings, highest: float, epochs: int, steps_per_epoch: int) -> Schedule:
+    """Return the schedule from `highest` down to `min_lr` that the settings choose, after a warm-up."""
     by_epoch = settings.schedule == "epoch"
     total = epochs if by_epoch else epochs * steps_per_epoch
+    lowest = min(settings.min_lr, highest)
+    warmup = settings.warmup_steps + settings.warmup_epochs * steps_per_epoch
 
     def rate(step: int) -> float:
         place = (step // steps_per_epoch if by_epoch else step) / total
         polynomial = settings.schedule == "polynomial"
         share = (1 - place) ** _POWER if polynomial else (1 + math.cos(math.pi * place)) / 2
-        value = settings.min_lr + (settings.init_lr - settings.min_lr) * share
-        return value * min(1.0, (step + 1) / settings.warmup_steps) if settings.warmup_steps else value
+        value = lowest + (highest - lowest) * share
+        return value * min(1.0, (step + 1) / warmup) if warmup else value
 
     return rate
 
@@ -100,6 +108,12 @@ class Loop:
         """Optimizer steps per epoch."""
         return math.ceil(len(self._train) / self._settings.accumulate)
 
+    @property
+    def records_per_step(self) -> int:
+        """Records per optimizer step, of all processes together."""
+        size: int = self._train.total_batch_size
+        return size * self._settings.accumulate
+
     def run(
         self,
         model: nn.Module,
@@ -155,7 +169,9 @@ class Loop:
                 if after_epoch is not None:
                     after_epoch(model, {})
                 continue
-            candidates = {"": model} if average is None or pruner is not None else {"": model, "average": average.module}
+            candidates = (
+                {"": model} if average is None or pruner is not None else {"": model, "average": average.module}
+            )
             for name, candidate in candidates.items():
                 scores = evaluate(self._accelerator, self._task, settings, candidate, self._val)[0]
                 split = self._task.splits["val"]

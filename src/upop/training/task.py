@@ -46,6 +46,19 @@ class Task(ABC, Generic[SettingsT]):
     def start(self, path: Path, settings: SettingsT) -> tuple[nn.Module, Sequence[str]]:
         """Return a dense model started from a pre-trained checkpoint, and the keys that this lacks."""
 
+    def adapt(self, model: nn.Module, settings: SettingsT, *, training: bool) -> tuple[nn.Module, Sequence[str]]:
+        """Return a loaded model made fit for the run's data, and what was changed about it, in words.
+
+        Args:
+            model: what `load` or `start` returned; it may be changed.
+            settings: of the run.
+            training: whether it is going to be trained, so that a part of it may start afresh.
+
+        Raises:
+            CheckpointError: it does not fit the data.
+        """
+        return model, ()
+
     @abstractmethod
     def dataset(self, settings: SettingsT, split: str) -> Dataset[Any]:
         """Return the records of a split ("train", "val" or "test"); it is checked here, before any long work."""

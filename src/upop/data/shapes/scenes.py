@@ -146,6 +146,10 @@ def sample_scene(rng: Random, palette: Palette | None = None) -> Scene:
         )
         for cell in cells
     )
+    return Scene(shapes, sample_background(rng))
+
+
+def sample_background(rng: Random) -> tuple[int, int, int]:
+    """Draw a light, nearly grey background."""
     tone = rng.randint(232, 250)
-    background = (tone + rng.randint(-5, 5), tone + rng.randint(-5, 5), tone + rng.randint(-5, 5))
-    return Scene(shapes, background)
+    return tone + rng.randint(-5, 5), tone + rng.randint(-5, 5), tone + rng.randint(-5, 5)

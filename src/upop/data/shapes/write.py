@@ -4,6 +4,7 @@
 `OUT/images/...`              the pictures; the settings' roots (image_root, or vqa_root and vg_root) are below
 `OUT/tokenizer/vocab.txt`     a small WordPiece vocabulary
 `OUT/ade20k/...`              for segmentation, in place of all these: pictures and label maps, as ADE20K lays them out
+`OUT/{train,val,test}/CLASS/` for classification: pictures, as ImageNet lays them out
 `OUT/shapes.json`             what was asked for: a folder with the same set is kept
 """
 
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import get_args
 
 from upop.data.shapes.caption_files import CAPTION, RETRIEVAL, RETRIEVAL_FLICKR
+from upop.data.shapes.classification_files import CLASSIFICATION
 from upop.data.shapes.draw import ImageFormat
 from upop.data.shapes.layout import ANNOTATION, TOKENIZER, SetFormat, Sink
 from upop.data.shapes.nlvr_files import NLVR
@@ -35,6 +37,7 @@ FORMATS: dict[str, SetFormat] = {
     "vqa": VQA,
     "retrieval": RETRIEVAL,
     "retrieval-flickr": RETRIEVAL_FLICKR,
+    "classification": CLASSIFICATION,
     "segmentation": SEGMENTATION,
 }
 """How the set of every task is written."""

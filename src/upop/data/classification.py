@@ -1,0 +1,214 @@
+"""ImageNet's folders: `ROOT/{train,val,test}/CLASS/*.JPEG`, where any names and any pictures will do.
+
+The classes are the folders, numbered in the order of their names.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NotRequired, TypedDict
+
+import torch
+from timm.data.distributed_sampler import RepeatAugSampler
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler
+from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
+
+from upop.data.classification_transforms import Mixing, seeded_libraries
+from upop.data.records import open_image
+from upop.data.transforms import ImageTransform
+from upop.errors import DataError, nearest
+
+_SHOWN = 5
+_DRAWS = 2**32  # seeds that numpy takes
+_ROUNDED_FROM = 100_000  # small sets would lose too much of an epoch to the published rounding
+_ROUND = 256
+
+
+class ImageItem(TypedDict):
+    """One record: its picture [3, S, S], the number of its class, and, in training, a seed for its batch's mixing."""
+
+    image: Tensor
+    label: int
+    draw: NotRequired[int]
+
+
+class ImageBatch(TypedDict):
+    """B records: pictures [B, 3, S, S], labels int64 [B], and, where pictures are mixed, shares of classes [B, C]."""
+
+    images: Tensor
+    labels: Tensor
+    targets: NotRequired[Tensor]
+
+
+def class_names(root: str | Path) -> list[str]:
+    """Return the names of the classes of a data set, in the order of their numbers: the folders in `train`, or else in
+    `val` or `test`.
+
+    Raises:
+        DataError: there is no such folder, or none with folders in it.
+    """
+    root = Path(root)
+    for split in ("train", "val", "test"):
+        if (root / split).is_dir():
+            return _folders(root, split)
+    return _folders(root, "train")
+
+
+class ImageFolderDataset(Dataset[ImageItem]):
+    """The pictures of a split, class by class, in the order of their names.
+
+    Args:
+        root: the folder that holds the splits.
+        split: "train", "val" or "test".
+        transform: from a picture to a tensor; chance of torch, numpy and Python follows torch's generator.
+        training: whether records carry seeds for the mixing of their batch.
+        classes: how many classes the model knows, at most; None does not check it.
+
+    Raises DataError, here for folders that are missing or empty, other classes than those of the training split, and
+    more of them than the model knows; on access for a picture that cannot be read.
+    """
+
+    def __init__(
+        self,
+        root: str | Path,
+        split: str,
+        transform: ImageTransform,
+        *,
+        training: bool,
+        classes: int | None = None,
+    ) -> None:
+        root = Path(root)
+        self.folder, self.transform, self.training = root / split, transform, training
+        self.names = class_names(root)
+        _check_same(self.folder, _folders(root, split), self.names)
+        if classes is not None and len(self.names) > classes:
+            raise DataError(
+                f"{self.folder / self.names[classes]} has label {classes}, counted from 0 in the order of names, and "
+                f"the model is to know {classes} classes. There are {len(self.names)} folders: set classes to that, or "
+                "leave it out."
+            )
+        numbers = {name: number for number, name in enumerate(self.names)}
+        found: list[tuple[str, int]] = make_dataset(
+            str(self.folder), numbers, extensions=IMG_EXTENSIONS, allow_empty=True
+        )
+        counts = Counter(label for _, label in found)
+        empty = [name for name, number in numbers.items() if not counts[number]]
+        if empty:
+            raise DataError(
+                f"The class folder {self.folder / empty[0]} holds no picture ({', '.join(IMG_EXTENSIONS)})"
+                f"{f', and neither do {len(empty) - 1} others' if len(empty) > 1 else ''}. Fill or remove it, in all "
+                "splits alike."
+            )
+        self._pictures = found
+
+    def __len__(self) -> int:
+        """The number of pictures."""
+        return len(self._pictures)
+
+    def __getitem__(self, index: int) -> ImageItem:
+        """The record of that number, as drawn this time."""
+        path, label = self._pictures[index]
+        picture = open_image(path, file=self.folder, number=index)
+        if not self.training:
+            return {"image": self.transform(picture), "label": label}
+        with seeded_libraries(int(torch.randint(_DRAWS, ()))):
+            image = self.transform(picture)
+        return {"image": image, "label": label, "draw": int(torch.randint(_DRAWS, ()))}
+
+
+def _folders(root: Path, split: str) -> list[str]:
+    folder = root / split
+    try:
+        entries = sorted(folder.iterdir())
+    except OSError as error:
+        place = root if root.is_dir() else root.parent
+        near = nearest(split if root.is_dir() else root.name, _names(place))
+        raise DataError(
+            f"The folder {folder} cannot be read{near}: {error.strerror or error}. Pictures are looked for in "
+            f"{root}/train/CLASS, {root}/val/CLASS and, if there is one, {root}/test/CLASS."
+        ) from error
+    names = [entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")]
+    if not names:
+        pictures = sum(entry.suffix.lower() in IMG_EXTENSIONS for entry in entries)
+        raise DataError(
+            f"{folder} holds no folder per class; it holds {pictures} pictures. Put the pictures of each class into a "
+            "folder with the class's name (ImageNet's validation pictures come without such folders)."
+        )
+    return names
+
+
+def _names(folder: Path) -> list[str]:
+    try:
+        return [path.name for path in folder.iterdir()]
+    except OSError:
+        return []
+
+
+def _check_same(folder: Path, found: Sequence[str], wanted: Sequence[str]) -> None:
+    """Labels are numbers of folders, so the folders of all splits must be the same."""
+    lacking, unknown = (sorted(set(one) - set(other)) for one, other in ((wanted, found), (found, wanted)))
+    if lacking or unknown:
+        told = [
+            f"{what} {', '.join(names[:_SHOWN])}{', ...' if len(names) > _SHOWN else ''} ({len(names)} in all)"
+            for what, names in (("lacks", lacking), ("has besides", unknown))
+            if names
+        ]
+        raise DataError(
+            f"The class folders of {folder} are not those of {folder.parent / 'train'}: it {' and '.join(told)}. "
+            "Every split needs the same folders."
+        )
+
+
+class RepeatedSampler(Sampler[int]):
+    """Repeated augmentation: an epoch sees `repeats` copies, each drawn anew, of a part of the records, and so is as
+    long as one that sees each of them once.
+
+    A copy of a record is the number record + copy * records. Epochs differ, and do not depend on the number of
+    processes.
+    """
+
+    def __init__(self, records: Dataset[ImageItem], repeats: int, seed: int) -> None:
+        count = len(records)  # type: ignore[arg-type]
+        self._count, self._seed = count, seed
+        rounded = _ROUND if count >= _ROUNDED_FROM else 0
+        self._library = RepeatAugSampler(records, 1, 0, num_repeats=repeats, selected_round=rounded)
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Say which epoch comes next."""
+        self._library.set_epoch(hash((self._seed, epoch)) & 0x7FFF_FFFF_FFFF_FFFF)
+
+    def __len__(self) -> int:
+        """Records of an epoch, copies counted."""
+        return len(self._library)
+
+    def __iter__(self) -> Iterator[int]:
+        """The numbers of an epoch."""
+        seen: Counter[int] = Counter()
+        for record in self._library:
+            yield record + seen[record] * self._count
+            seen[record] += 1
+
+
+@dataclass(frozen=True)
+class ImageCollator:
+    """Makes a batch of items; a class, so that worker processes can be given it however they are started.
+
+    Attributes:
+        mixing: mixes the pictures of batches that carry seeds; None leaves them alone.
+    """
+
+    mixing: Mixing | None = None
+
+    def __call__(self, items: Sequence[ImageItem]) -> ImageBatch:
+        """The items as one batch."""
+        images = torch.stack([item["image"] for item in items])
+        labels = torch.tensor([item["label"] for item in items])
+        if self.mixing is None or "draw" not in items[0]:
+            return {"images": images, "labels": labels}
+        images, targets = self.mixing.mix(images, labels, items[0]["draw"])
+        return {"images": images, "labels": labels, "targets": targets}

@@ -1,0 +1,147 @@
+"""DeiT's way to vary pictures, by timm: RandAugment, random erasing, and mixing (mixup, cutmix)."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+import numpy as np
+from timm.data.mixup import Mixup
+from timm.data.transforms_factory import create_transform
+from torch import Tensor
+
+from upop.data.transforms import ImageTransform
+from upop.errors import SettingError
+
+POLICY = "rand-m9-mstd0.5-inc1"
+"""RandAugment as DeiT is trained with."""
+
+Interpolation = Literal["bicubic", "bilinear", "random"]
+Erasing = Literal["const", "rand", "pixel"]
+MixMode = Literal["batch", "pair", "elem"]
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """How pictures are varied in training.
+
+    Attributes:
+        policy: timm's name of a policy, such as `POLICY`; None for colour jitter alone.
+        color_jitter: strength of the jitter of brightness, contrast and saturation; policies take its place.
+        interpolation: of the crops.
+        erasing: probability that a rectangle is erased.
+        erasing_mode: what it is filled with: nothing, one random colour, or random pixels.
+        erasing_count: rectangles, at most.
+    """
+
+    policy: str | None = POLICY
+    color_jitter: float = 0.4
+    interpolation: Interpolation = "bicubic"
+    erasing: float = 0.25
+    erasing_mode: Erasing = "pixel"
+    erasing_count: int = 1
+
+
+def train_transform(image_size: int, augmentation: Augmentation) -> ImageTransform:
+    """Return the transform of training: a random crop (8 to 100 % of the area) and flip, then the augmentation.
+
+    Colours are normalised by ImageNet's mean and deviation, here and in evaluation.
+
+    Raises:
+        SettingError: timm knows no such policy.
+    """
+    try:
+        return cast(
+            ImageTransform,
+            create_transform(
+                input_size=image_size,
+                is_training=True,
+                auto_augment=augmentation.policy,
+                color_jitter=augmentation.color_jitter,
+                interpolation=augmentation.interpolation,
+                re_prob=augmentation.erasing,
+                re_mode=augmentation.erasing_mode,
+                re_count=augmentation.erasing_count,
+            ),
+        )
+    except Exception as error:  # timm asserts, or fails to look a name up
+        raise SettingError(
+            f"auto_augment={augmentation.policy!r} is no policy that timm knows ({error or type(error).__name__}). "
+            f"Take {POLICY}, original, v0, or null for none."
+        ) from error
+
+
+def eval_transform(image_size: int, crop_ratio: float) -> ImageTransform:
+    """Return the transform of evaluation: the short side becomes image_size / crop_ratio, the middle is cut out."""
+    return cast(
+        ImageTransform,
+        create_transform(input_size=image_size, is_training=False, interpolation="bicubic", crop_pct=crop_ratio),
+    )
+
+
+@dataclass(frozen=True)
+class Mixing:
+    """Mixes every picture of a batch with another one of it: weighed (mixup), or a rectangle of it put in (cutmix).
+
+    Attributes:
+        classes: how many there are.
+        mixup: alpha of the distribution of weights; 0 leaves mixup out.
+        cutmix: alpha of the distribution of areas; 0 leaves cutmix out.
+        cutmix_minmax: smallest and largest side of the rectangle as shares of the picture's, instead of `cutmix`.
+        probability: that a batch is mixed at all.
+        switch: probability of cutmix where both are there.
+        mode: whether weights are drawn per batch, pair or element.
+        smoothing: share of every target that is spread over all classes.
+    """
+
+    classes: int
+    mixup: float = 0.8
+    cutmix: float = 1.0
+    cutmix_minmax: tuple[float, float] | None = None
+    probability: float = 1.0
+    switch: float = 0.5
+    mode: MixMode = "batch"
+    smoothing: float = 0.1
+
+    @property
+    def active(self) -> bool:
+        """Whether anything is mixed."""
+        return self.mixup > 0 or self.cutmix > 0 or self.cutmix_minmax is not None
+
+    def mix(self, images: Tensor, labels: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+        """Return mixed pictures and shares of classes [B, classes]; B is even, and `images` is changed.
+
+        Args:
+            images: [B, 3, S, S].
+            labels: numbers of classes, [B].
+            seed: of all that is drawn.
+        """
+        library: Any = Mixup(
+            mixup_alpha=self.mixup,
+            cutmix_alpha=self.cutmix,
+            cutmix_minmax=self.cutmix_minmax,
+            prob=self.probability,
+            switch_prob=self.switch,
+            mode=self.mode,
+            label_smoothing=self.smoothing,
+            num_classes=self.classes,
+        )
+        with seeded_libraries(seed):
+            mixed, targets = library(images, labels)
+        return mixed, targets
+
+
+@contextmanager
+def seeded_libraries(seed: int) -> Iterator[None]:
+    """Have Python's and numpy's chance, which timm draws from, start from a seed (0 to 2^32 - 1), and undo it after."""
+    python, numbers = random.getstate(), np.random.get_state()
+    random.seed(seed)
+    np.random.seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numbers)

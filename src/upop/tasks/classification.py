@@ -1,0 +1,222 @@
+"""Classification (ImageNet) with timm's vision transformers, DeiT-S as published: what does a picture show?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from timm.optim import param_groups_weight_decay  # type: ignore[attr-defined]
+from torch import Tensor, nn
+from torch.utils.data import Dataset, Sampler
+
+from upop.checkpoints.classifier_layout import with_positions
+from upop.checkpoints.fit import fit
+from upop.data.classification import ImageCollator, ImageFolderDataset, RepeatedSampler, class_names
+from upop.data.classification_transforms import (
+    POLICY,
+    Augmentation,
+    Erasing,
+    Interpolation,
+    Mixing,
+    MixMode,
+    eval_transform,
+    train_transform,
+)
+from upop.errors import CheckpointError, SettingError
+from upop.models.blip import enlarge_weights
+from upop.models.classifier import DEIT_SMALL, ClassifierConfig, build_classifier, replace_head
+from upop.settings import RunSettings
+from upop.tasks.published import PublishedTask
+from upop.training.task import Batch
+
+_TOP = 5
+
+
+class ClassificationSettings(RunSettings):
+    """Settings of configs/classification.yaml; the defaults are the published ones."""
+
+    data_path: Path = Field(Path("datasets/vision/imagenet"), description="folder of train/CLASS/* and val/CLASS/*")
+    architecture: str = Field(DEIT_SMALL, description="timm's name of a vision transformer")
+    classes: int | None = Field(None, ge=1, description="as many as there are class folders, if not given")
+    image_size: int = Field(224, gt=0)
+    crop_ratio: float = Field(0.875, gt=0, le=1, description="share of a picture's short side that evaluation looks at")
+
+    # How DeiT's training varies pictures; `augment: false` leaves all of it out but the mixing.
+    auto_augment: str | None = Field(POLICY, description="timm's name of a policy")
+    color_jitter: float = Field(0.4, ge=0, description="where there is no policy")
+    train_interpolation: Interpolation = "bicubic"
+    reprob: float = Field(0.25, ge=0, le=1, description="probability that a rectangle is erased")
+    remode: Erasing = "pixel"
+    recount: int = Field(1, ge=1)
+    repeats: int = Field(3, ge=1, description="repeated augmentation: copies of a record in an epoch; 1 is without")
+    mixup: float = Field(0.8, ge=0, description="alpha; 0 is without")
+    cutmix: float = Field(1.0, ge=0, description="alpha; 0 is without")
+    cutmix_minmax: tuple[float, float] | None = None
+    mixup_prob: float = Field(1.0, ge=0, le=1)
+    mixup_switch_prob: float = Field(0.5, ge=0, le=1, description="of cutmix, where both are on")
+    mixup_mode: MixMode = "batch"
+    smoothing: float = Field(0.1, ge=0, lt=1, description="label smoothing")
+    dropout: float = Field(0.0, ge=0, lt=1)
+    drop_path: float = Field(0.1, ge=0, lt=1, description="stochastic depth, at the last block")
+
+    init_scale: float = Field(1.0, gt=0, description="makes fresh weights so much larger: small models need 5 or so")
+    init_lr: float = Field(1e-4, gt=0)
+    min_lr: float = Field(1e-5, ge=0)
+    schedule: Literal["epoch", "step", "polynomial"] = "step"
+    ema_decay: float | None = Field(0.99996, gt=0, lt=1)
+    max_epoch: int = Field(300, ge=1)
+    epochs_search: int | None = Field(60, ge=1)
+    interval: int = Field(800, ge=1)
+    batch_size_train: int = Field(512, ge=1)
+    batch_size_test: int = Field(768, ge=1)
+    num_workers: int = Field(10, ge=0)
+    seed: int = Field(0, ge=0)
+
+    def mixing(self, classes: int) -> Mixing | None:
+        """Return how training pictures are mixed, if they are."""
+        mixing = Mixing(
+            classes,
+            self.mixup,
+            self.cutmix,
+            self.cutmix_minmax,
+            self.mixup_prob,
+            self.mixup_switch_prob,
+            self.mixup_mode,
+            self.smoothing,
+        )
+        return mixing if mixing.active else None
+
+
+class ClassificationTask(PublishedTask[ClassificationSettings]):
+    """What a picture shows, one of many classes."""
+
+    name: ClassVar[str] = "classification"
+    metric: ClassVar[str] = "acc@1"
+    shown: ClassVar[tuple[str, ...]] = ("acc@1", "acc@5")
+    splits: ClassVar[Mapping[str, str]] = {"train": "train", "val": "val", "test": "test"}
+    settings: ClassVar[type[RunSettings]] = ClassificationSettings
+    config: ClassVar[type[Any]] = ClassifierConfig
+    update_first_step: ClassVar[bool] = False
+
+    def sizes(self, settings: ClassificationSettings) -> dict[str, Any]:
+        """Return the architecture, and in what the settings differ from it; the rest is what a checkpoint says."""
+        return {
+            "architecture": settings.architecture,
+            "dropout": settings.dropout,
+            "drop_path": settings.drop_path,
+            **settings.model,
+        }
+
+    def build(self, settings: ClassificationSettings) -> nn.Module:
+        """Return the model with fresh weights, for the classes of the data."""
+        sizes = {"image_size": settings.image_size, "classes": _classes(settings), **self.sizes(settings)}
+        model = build_classifier(ClassifierConfig(**sizes))
+        enlarge_weights(model, settings.init_scale)
+        return model
+
+    def adapt(
+        self, model: nn.Module, settings: ClassificationSettings, *, training: bool
+    ) -> tuple[nn.Module, Sequence[str]]:
+        """Return the model with a head for the data's classes, positions for its pictures, and the run's drop-out."""
+        config: ClassifierConfig = model.config  # type: ignore[assignment]
+        changes = []
+        wanted = {name: getattr(settings, name) for name in ("image_size", "dropout", "drop_path")}
+        if wanted != {name: getattr(config, name) for name in wanted}:
+            if config.image_size != settings.image_size:
+                changes.append(f"Positions are resized from {config.image_size} to {settings.image_size} pixels.")
+            changed = config.model_copy(update=wanted)
+            state = with_positions(model.state_dict(), changed)
+            model = fit(build_classifier(changed), state, str(settings.pretrained), lambda _unit: False).eval()
+        classes = _classes(settings)
+        if config.classes != classes:
+            if not training:
+                raise CheckpointError(
+                    f"{settings.pretrained} tells {config.classes} classes apart, and {settings.data_path} holds "
+                    f"{classes}. Evaluate it on data with its own classes."
+                )
+            fresh = ", ".join(replace_head(model, classes))
+            changes.append(f"The head for {config.classes} classes gives way to a fresh one for {classes}: {fresh}.")
+        return model, changes
+
+    def evaluated(self, settings: ClassificationSettings) -> tuple[str, ...]:
+        """Return the splits that are held out; a test split is one more folder, where there is one."""
+        return ("val", "test") if (settings.data_path / "test").is_dir() else ("val",)
+
+    def dataset(self, settings: ClassificationSettings, split: str) -> Dataset[Any]:
+        """Return the pictures of a split."""
+        training = split == "train"
+        if training and settings.augment:
+            augmentation = Augmentation(
+                settings.auto_augment,
+                settings.color_jitter,
+                settings.train_interpolation,
+                settings.reprob,
+                settings.remode,
+                settings.recount,
+            )
+            transform = train_transform(settings.image_size, augmentation)
+        else:
+            transform = eval_transform(settings.image_size, settings.crop_ratio)
+        records = ImageFolderDataset(settings.data_path, split, transform, training=training, classes=settings.classes)
+        batch = min(settings.batch_size_train, len(records))
+        if training and batch % 2 and settings.mixing(1) is not None:
+            few = f"all {len(records)} training pictures are one batch" if batch == len(records) else "it is odd"
+            raise SettingError(
+                f"batch_size_train is {settings.batch_size_train}, and {few}: mixup and cutmix take pictures in pairs. "
+                f"Set batch_size_train to an even number{f', such as {batch - 1}' if batch > 1 else ''}, or mixup and "
+                "cutmix to 0."
+            )
+        return records
+
+    def sampler(self, records: Dataset[Any], settings: ClassificationSettings) -> Sampler[int] | None:
+        """Return repeated augmentation's choice of records."""
+        return RepeatedSampler(records, settings.repeats, settings.seed) if settings.repeats > 1 else None
+
+    def collate(self, settings: ClassificationSettings) -> Callable[[list[Any]], Batch]:
+        """Return what stacks pictures, and mixes those of training."""
+        return ImageCollator(settings.mixing(_classes(settings)))
+
+    def inputs(self, batch: Batch) -> dict[str, Any]:
+        """Return the pictures."""
+        return {"x": batch["images"]}
+
+    def optimizer(self, model: nn.Module, settings: ClassificationSettings) -> torch.optim.Optimizer:
+        """Return AdamW, which decays neither biases and norms nor positions and class tokens."""
+        listed: set[str] = getattr(model, "no_weight_decay", set)()
+        groups = param_groups_weight_decay(model, settings.weight_decay, no_weight_decay_list=listed)
+        return torch.optim.AdamW(groups, lr=settings.init_lr)
+
+    def loss(self, model: nn.Module, batch: Batch, settings: ClassificationSettings, epoch: float) -> Tensor:
+        """Return the cross-entropy with smoothed labels, or with the shares of classes in mixed pictures."""
+        logits = model(batch["images"]).float()
+        if "targets" in batch:
+            return F.cross_entropy(logits, batch["targets"])
+        return F.cross_entropy(logits, batch["labels"], label_smoothing=settings.smoothing)
+
+    def predict(self, model: nn.Module, batch: Batch, settings: ClassificationSettings) -> dict[str, Tensor]:
+        """Return the likeliest classes [B, 5] (fewer where there are fewer), and labels [B]."""
+        logits = model(batch["images"])
+        return {"answers": logits.topk(min(_TOP, logits.shape[1])).indices, "labels": batch["labels"]}
+
+    def score(
+        self, predictions: Mapping[str, Tensor], records: Dataset[Any], settings: ClassificationSettings
+    ) -> dict[str, float]:
+        """Return acc@1 and, where there are five classes, acc@5, in percent."""
+        answers, labels = predictions["answers"], predictions["labels"]
+        right = answers == labels.unsqueeze(1)
+        cuts = (1, _TOP) if answers.shape[1] == _TOP else (1,)
+        return {f"acc@{cut}": 100 * float(right[:, :cut].any(1).double().mean()) for cut in cuts}
+
+    def example(self, model: nn.Module, batch_size: int) -> dict[str, Tensor]:
+        """Return `batch_size` grey pictures."""
+        config: ClassifierConfig = model.config  # type: ignore[assignment]
+        size, device = config.image_size, next(model.parameters()).device
+        return {"x": torch.zeros(batch_size, 3, size, size, device=device)}
+
+
+def _classes(settings: ClassificationSettings) -> int:
+    return settings.classes or len(class_names(settings.data_path))
