@@ -63,9 +63,9 @@ def test_maps_say_what_the_pictures_show(summary: Summary) -> None:
         for label in set(labels.unique().tolist()) - {-1, 0}:
             colour = torch.tensor(COLOUR_VALUES[CLASSES[label].split()[0]]).view(3, 1)
             pixels = picture[:, labels == label].float()
-            # Pixels on an edge are mixed: they belong to what covers the most of them.
+            # Pixels on an edge are mixed, up to half and half.
             nearer = (pixels - colour).norm(dim=0) < (pixels - 242).norm(dim=0)
-            assert float(nearer.float().mean()) > 0.95
+            assert float(nearer.float().mean()) > 0.9
             shown.add(label)
         background = picture[:, labels == 0].float()
         assert float((background.amin(0) > 225).float().mean()) > 0.95
