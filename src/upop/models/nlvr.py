@@ -84,10 +84,11 @@ class BlipNlvr(nn.Module):
         image_states = self.visual_encoder(images)
         # The first token becomes [ENC], the last word of the vocabulary, as in all published checkpoints.
         first = torch.full_like(input_ids[:, :1], self.config.vocab_size - 1)
+        pairs = image_states.unflatten(0, (2, -1))
         text = self.text_encoder(
             torch.cat([first, input_ids[:, 1:]], dim=1),
             attention_mask=attention_mask,
-            encoder_hidden_states=image_states.chunk(2),
+            encoder_hidden_states=(pairs[0], pairs[1]),
             is_decoder=False,
         )
         return image_states, text.last_hidden_state

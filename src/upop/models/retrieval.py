@@ -70,7 +70,7 @@ class SharedCrossAttention(BlipTextAttention):
         """Return the new states [G * n, T, width], and the attention weights as the library gives them."""
         # To cross-attention the tokens of all texts are alike, so n texts are one with n times the tokens.
         assert encoder_hidden_states is not None
-        joined = hidden_states.reshape(len(encoder_hidden_states), -1, hidden_states.shape[-1])
+        joined = hidden_states.reshape(encoder_hidden_states.shape[0], -1, hidden_states.shape[-1])
         states, weights = super().forward(joined, attention_mask, encoder_hidden_states, *args, **kwargs)
         return states.reshape(hidden_states.shape), weights
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
@@ -31,7 +30,7 @@ BlipSettingsT = TypeVar("BlipSettingsT", bound=BlipSettings)
 class BlipTask(PublishedTask[BlipSettingsT]):
     """A task whose model is a vision transformer with BlipText; `name` is also the name of its published format."""
 
-    model: ClassVar[Callable[[Any], nn.Module]]
+    model: ClassVar[type[nn.Module]]
     config: ClassVar[type[BlipConfig]]
 
     def build(self, settings: BlipSettingsT) -> nn.Module:
