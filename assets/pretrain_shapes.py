@@ -30,6 +30,7 @@ from upop.data.transforms import MEAN, STD
 from upop.errors import SettingError
 from upop.settings import read_settings
 from upop.tasks import find_task
+from upop.tasks.nlvr import NlvrSettings
 
 SCENES = 12_000
 CELLS = GRID * GRID
@@ -116,7 +117,7 @@ def main() -> None:
     arguments = parser.parse_args()
     task = find_task("nlvr")
     given = {"tokenizer": arguments.tokenizer} if arguments.tokenizer else {}
-    settings = read_settings(task.settings, arguments.config, given)
+    settings = read_settings(NlvrSettings, arguments.config, given)
     if settings.image_size != GRID * settings.model.get("patch_size", 16):
         raise SettingError(
             f"Cells must be patches here: image_size has to be {GRID} patches, and it is {settings.image_size} pixels."

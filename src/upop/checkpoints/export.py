@@ -207,7 +207,7 @@ def _difference(model: nn.Module, graph: Graph, run: _Runner, name: str, batch: 
             raise VerificationError(
                 f"The exported graph {name!r} does not compute what the model does: {output} {tuple(got.shape)} "
                 f"differs by {difference:.2e} of its largest entry in a batch of {batch}, "
-                f"allowed are {_TOLERANCE:.0e}. Nothing was written; please report it, with the versions of torch and onnxscript."
+                f"allowed are {_TOLERANCE:.0e}. Nothing was written; please report it, with your libraries' versions."
             )
         worst = max(worst, difference)
     return worst

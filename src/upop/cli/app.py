@@ -14,6 +14,7 @@ from rich.console import Console
 from upop.cli import options as o
 from upop.cli.convert import convert
 from upop.cli.demo import demo
+from upop.cli.export import export
 from upop.cli.inspect import inspect
 from upop.cli.recipes import recipes, run
 from upop.errors import UPopError
@@ -35,6 +36,7 @@ data = typer.Typer(no_args_is_help=True, help="Make data sets.")
 app.add_typer(data, name="data")
 app.command(epilog="Example: upop demo --output-dir output/demo")(demo)
 app.command(epilog="Example: upop convert model_base_caption.pth blip-caption --to hugging-face")(convert)
+app.command(epilog="Example: upop export output/caption-2x/best --out output/caption-2x/onnx")(export)
 app.command(epilog="Example: upop inspect deit_small_patch16_224 --ratio 0.5")(inspect)
 app.command(epilog="Example: upop recipes")(recipes)
 app.command(epilog="Example: upop run nlvr2-2x --dry-run")(run)
