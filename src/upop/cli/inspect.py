@@ -1,0 +1,222 @@
+"""`upop inspect`: what a model is made of, and what a budget would make of it, before any training."""
+
+from __future__ import annotations
+
+import inspect as signatures
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import timm
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from upop.checkpoints import is_folder, load, load_official, read_weights
+from upop.checkpoints.hub import is_hub_name, local_path
+from upop.checkpoints.official import task_of
+from upop.checkpoints.recording import plan_of
+from upop.checkpoints.sizes import dense_skeleton
+from upop.checkpoints.transformers_models import is_transformers_folder, load_transformers
+from upop.cli import options as o
+from upop.errors import CheckpointError, nearest
+from upop.models import MODELS, kind_of
+from upop.pruning import survey
+from upop.report.inspection import Inspection, after_budget, inspect_model
+from upop.report.results import number
+from upop.report.shares import Panel
+from upop.tasks import TASKS
+
+_MOST_WORDS = 128  # of the text that multiply-adds are counted for, where the model takes more
+_SHOWN_REASONS = 5
+
+
+def inspect(
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help="A folder of ours or of transformers, a published .pth, a name of timm, or a name on the hub.",
+        ),
+    ],
+    task: Annotated[
+        str | None, typer.Option(help="Whose model a published file holds; told by its tensors if not given.")
+    ] = None,
+    ratio: Annotated[
+        float | None, typer.Option("--ratio", "--p", help="Also show what is left when this share of the cost goes.")
+    ] = None,
+    align: Annotated[int, typer.Option(help="Kept sizes are multiples of this.")] = 1,
+    assign: o.Set = None,
+) -> None:
+    """Show a model's units, parameters and GMACs per modality, and preview a budget."""
+    model = read_any(source, task, o.overrides({}, assign))
+    inputs, note = example_of(model)
+    try:
+        found = inspect_model(model, inputs, _dense_sizes(model))
+    except Exception as error:  # the model's own, for inputs that are not what it takes
+        if inputs is None:
+            raise
+        note = f"not counted: the model takes other inputs ({' '.join(str(error).split())[:120]})"
+        inputs, found = None, inspect_model(model, None, _dense_sizes(model))
+    smaller = None
+    if ratio is not None:
+        shrunken, plan = after_budget(model, ratio, align)
+        smaller = inspect_model(shrunken, inputs, plan.sizes)
+    console = Console(highlight=False)
+    console.print(f"{source}: {type(model).__name__}", markup=False)
+    if found.panels:
+        console.print(_units_table(found, smaller))
+    console.print(_parts_table(found, smaller, ratio))
+    console.print(f"GMACs: {note}", markup=False, soft_wrap=True)
+    if smaller is not None:
+        console.print(
+            "The preview takes the same share from every unit. The search decides which entries go, and from where; "
+            "what is left has as many parameters then, and about as many GMACs.",
+            soft_wrap=True,
+        )
+    if found.skipped:
+        reasons = list(dict.fromkeys(part.reason for part in found.skipped))
+        console.print(f"Left alone: {len(found.skipped)} places.")
+        for reason in reasons[:_SHOWN_REASONS]:
+            first = next(part.name for part in found.skipped if part.reason == reason)
+            console.print(f"  {first}: {reason}", markup=False, soft_wrap=True)
+
+
+def read_any(source: str, task: str | None, overrides: Mapping[str, Any]) -> nn.Module:
+    """Return the model that a command line names, in evaluation mode.
+
+    Raises:
+        CheckpointError: it is nothing that upop can read; a misspelt name of timm gets the nearest one.
+    """
+    if not Path(source).exists() and not is_hub_name(source) and not Path(source).suffix:
+        if timm.is_model(source):
+            return timm.create_model(source, pretrained=False, **overrides).eval()
+        raise CheckpointError(
+            f"{source} was asked for: there is no such file or folder, and timm {timm.__version__} has no such model"
+            f"{nearest(source, timm.list_models())}."
+        )
+    path = local_path(source)
+    if is_folder(path):
+        return load(path)
+    if is_transformers_folder(path):
+        return load_transformers(path)
+    return load_official(task or task_of(read_weights(path), str(path)), path, **overrides)
+
+
+def example_of(model: nn.Module) -> tuple[Any, str]:
+    """Return inputs for one forward pass of one record, and what they are, in words; (None, why) if unknown."""
+    for task in TASKS.values():
+        if getattr(task, "config", None) is type(getattr(model, "config", None)):
+            return task.example(model, 1), "of one record of the published size"
+    if isinstance(model, PreTrainedModel):
+        return _transformers_example(model)
+    settings = getattr(model, "pretrained_cfg", None)
+    if isinstance(settings, Mapping):
+        size = tuple(settings.get("input_size", (3, 224, 224)))
+        grid = getattr(getattr(model, "patch_embed", None), "img_size", None)
+        size = (size[0], *grid) if grid else size
+        return torch.zeros(1, *size), f"of one picture of {size[1]} x {size[2]} pixels"
+    return None, f"not counted: what a {type(model).__name__} takes is not known"
+
+
+def _transformers_example(model: PreTrainedModel) -> tuple[Any, str]:
+    config: Any = model.config
+    text = config.get_text_config()
+    takes = signatures.signature(model.forward).parameters
+    most = getattr(text, "max_position_embeddings", None) or _MOST_WORDS
+    length = min(_MOST_WORDS, most if isinstance(most, int) and most > 1 else _MOST_WORDS)
+    vision = getattr(config, "vision_config", config)
+    side = getattr(vision, "image_size", None)
+    inputs: dict[str, Tensor] = {}
+    said = []
+    if "pixel_values" in takes and side:
+        height, width = (side, side) if isinstance(side, int) else side
+        inputs["pixel_values"] = torch.zeros(1, getattr(vision, "num_channels", 3), height, width).to(model.dtype)
+        said.append(f"one picture of {height} x {width} pixels")
+    if "input_ids" in takes and getattr(text, "vocab_size", None):
+        inputs["input_ids"] = torch.ones(1, length, dtype=torch.long)
+        said.append(f"one text of {length} tokens")
+        if config.is_encoder_decoder or "decoder_input_ids" in takes:
+            inputs["decoder_input_ids"] = inputs["input_ids"]
+    if not inputs:
+        return None, f"not counted: what a {type(model).__name__} takes is not known"
+    return inputs, f"of {' and '.join(said)}"
+
+
+def _dense_sizes(model: nn.Module) -> dict[str, int]:
+    """Return unit -> entries before compression, as far as the model's configuration or its plan tells."""
+    kind, plan = kind_of(model), plan_of(model)
+    if kind is not None:
+        built, _ = MODELS[kind]
+        with torch.device("meta"):
+            return {unit.name: unit.size for unit in survey(built(model.config)).units}
+    if isinstance(model, PreTrainedModel):
+        return {unit.name: unit.size for unit in survey(dense_skeleton(model)).units}
+    return dict(plan.sizes) if plan is not None else {}
+
+
+def _units_table(found: Inspection, smaller: Inspection | None) -> Table:
+    table = Table(title="What can be pruned", title_justify="left")
+    for heading in ("modality", "structure", "layers", "entries in a layer", "parameters (M)"):
+        table.add_column(heading, justify="left" if heading in ("modality", "structure") else "right")
+    after = {panel.title + panel.modality: panel for panel in smaller.panels} if smaller is not None else {}
+    for panel in found.panels:
+        left = after.get(panel.title + panel.modality)
+        count = sum(found.unit_parameters[unit.name] for unit in panel.layers)
+        table.add_row(
+            panel.modality,
+            panel.title,
+            str(len(panel.layers)),
+            _entries(panel) + (f" -> {_range(unit.kept for unit in left.layers)}" if left else ""),
+            number(count / 1e6),
+        )
+    return table
+
+
+def _entries(panel: Panel) -> str:
+    kept, size = _range(unit.kept for unit in panel.layers), _range(unit.size for unit in panel.layers)
+    return size if kept == size else f"{kept} of {size}"
+
+
+def _range(values: Any) -> str:
+    listed = sorted(values)
+    return str(listed[0]) if listed[0] == listed[-1] else f"{listed[0]} to {listed[-1]}"
+
+
+def _parts_table(found: Inspection, smaller: Inspection | None, ratio: float | None) -> Table:
+    title = (
+        "Sizes" if ratio is None else f"Sizes, and what is left after {100 * ratio:g} % of the prunable parameters go"
+    )
+    table = Table(title=title, title_justify="left")
+    table.add_column("modality")
+    for heading in ("parameters (M)", "prunable (M)", "GMACs"):
+        table.add_column(heading, justify="right")
+    after = {part.modality: part for part in smaller.parts} if smaller is not None else {}
+    for part in found.parts:
+        left = after.get(part.modality)
+        table.add_row(
+            part.modality,
+            _change(part.parameters, None if left is None else left.parameters, 1e6),
+            _change(part.prunable, None if left is None else left.prunable, 1e6),
+            _change(part.macs, None if left is None else left.macs, 1e9),
+        )
+    whole = [_change(read(found), None if smaller is None else read(smaller), unit) for read, unit in _TOTALS]
+    table.add_section()
+    table.add_row("all", *whole)
+    return table
+
+
+_TOTALS: tuple[tuple[Callable[[Inspection], int | None], float], ...] = (
+    (lambda found: found.parameters, 1e6),
+    (lambda found: sum(part.prunable for part in found.parts), 1e6),
+    (lambda found: found.macs, 1e9),
+)
+
+
+def _change(before: int | None, after: int | None, unit: float) -> str:
+    if before is None:
+        return "-"
+    return number(before / unit) + ("" if after is None else f" -> {number(after / unit)}")

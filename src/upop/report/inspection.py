@@ -1,0 +1,174 @@
+"""What a model is made of, by modality: units, parameters and multiply-adds; and what a budget would make of it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from upop.errors import SettingError
+from upop.pruning import Plan, Skipped, Unit, shrink, survey
+from upop.pruning.costs import call, entry_costs, evaluating
+from upop.report.shares import Panel, UnitShare, panels
+
+SHARED = "shared"
+"""The modality of what belongs to several: heads, projections into a common space, temperatures."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """What belongs to one modality.
+
+    Attributes:
+        modality: "vision", "text", "other", or `SHARED`.
+        parameters: how many; shared tensors are counted once, momentum copies not at all.
+        prunable: those of them that go with the units' entries.
+        macs: multiply-adds of one forward pass; None where none was run.
+    """
+
+    modality: str
+    parameters: int
+    prunable: int
+    macs: int | None
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What `inspect_model` found.
+
+    Attributes:
+        panels: the units, by structure, with what they keep of the dense model's entries.
+        parts: one per modality.
+        skipped: what looks prunable and is left alone, and why.
+        unit_parameters: parameters that go with the entries of each unit.
+    """
+
+    panels: tuple[Panel, ...]
+    parts: tuple[Part, ...]
+    skipped: tuple[Skipped, ...]
+    unit_parameters: Mapping[str, int]
+
+    @property
+    def parameters(self) -> int:
+        """Of the whole model, without momentum copies."""
+        return sum(part.parameters for part in self.parts)
+
+    @property
+    def macs(self) -> int | None:
+        """Of one forward pass of the whole model; None where none was run."""
+        counts = [part.macs for part in self.parts]
+        return None if None in counts else sum(count for count in counts if count is not None)
+
+
+def inspect_model(model: nn.Module, inputs: Any = None, dense: Mapping[str, int] | None = None) -> Inspection:
+    """Look at a model, dense or compressed, without changing it.
+
+    Args:
+        model: the model.
+        inputs: for one forward pass that counts multiply-adds (a tensor, a tuple of arguments, a mapping of keyword
+            arguments, or a function of the model); None counts none.
+        dense: unit -> entries of the dense model, where the model is compressed and this is known.
+
+    What the model raises for inputs that it cannot take is passed on.
+    """
+    found = survey(model)
+    where = _Modalities(found.units)
+    parameters: dict[str, int] = {}
+    copies = tuple(f"{twin}." for twin in getattr(model, "momentum_twins", {}).values())
+    for name, parameter in model.named_parameters():
+        if not name.startswith(copies):
+            modality = where.of(name)
+            parameters[modality] = parameters.get(modality, 0) + parameter.numel()
+    costs = entry_costs(model, found.units, "params") if found.units else {}
+    by_unit = {unit.name: round(costs[unit.name] * unit.size) for unit in found.units}
+    macs = _macs(model, inputs, where) if inputs is not None else {}
+    held = {name for counts in (parameters, macs) for name, count in counts.items() if count}
+    order = sorted(held, key=lambda name: (name == SHARED, name != "vision", name))
+    parts = tuple(
+        Part(
+            modality,
+            parameters.get(modality, 0),
+            sum(by_unit[unit.name] for unit in found.units if unit.modality == modality),
+            macs.get(modality, 0) if inputs is not None else None,
+        )
+        for modality in order
+    )
+    shares = [
+        UnitShare(unit.name, unit.modality, unit.kind, max(unit.size, (dense or {}).get(unit.name, 0)), unit.size)
+        for unit in found.units
+    ]
+    return Inspection(tuple(panels(shares)), parts, found.skipped, by_unit)
+
+
+def after_budget(model: nn.Module, ratio: float, align: int = 1) -> tuple[nn.Module, Plan]:
+    """Return a copy of a model in which every unit has lost the same share of its entries, and the plan of that.
+
+    A search spends the same budget unevenly. How many parameters are left does not depend on that (but for rounding),
+    how many multiply-adds are left does a little.
+
+    Args:
+        model: the model; it is left alone.
+        ratio: share of the units' cost to remove, in (0, 1).
+        align: kept sizes are multiples of this, where units are that large.
+
+    Raises:
+        SettingError: the ratio or `align` is out of range.
+    """
+    if not 0 < ratio < 1:
+        raise SettingError(f"ratio is the share of the cost to remove, strictly between 0 and 1; found {ratio!r}.")
+    if align < 1:
+        raise SettingError(f"align must be a whole number of at least 1; found {align!r}.")
+    smaller = copy.deepcopy(model)
+    units = list(survey(smaller).units)
+    kept = {unit.name: range(_kept(unit, ratio, align)) for unit in units}
+    plan = Plan.of(units, kept, ratio=ratio, align=align)
+    return (shrink(smaller, plan) if units else smaller), plan
+
+
+def _kept(unit: Unit, ratio: float, align: int) -> int:
+    step = align if unit.size > align else 1
+    return min(unit.size, max(step, round(unit.size * (1 - ratio) / step) * step))
+
+
+class _Modalities:
+    """Tells the modality of a module or parameter by the units that it shares the longest path with."""
+
+    def __init__(self, units: Sequence[Unit]) -> None:
+        self._known: dict[str, set[str]] = {}
+        for unit in units:
+            path = unit.name
+            while path:
+                self._known.setdefault(path, set()).add(unit.modality)
+                path = path.rpartition(".")[0]
+        self._all = {unit.modality for unit in units}
+
+    def of(self, name: str) -> str:
+        path = name
+        while path and path not in self._known:
+            path = path.rpartition(".")[0]
+        found = self._known[path] if path else self._all
+        return next(iter(found)) if len(found) == 1 else SHARED
+
+
+def _macs(model: nn.Module, inputs: Any, where: _Modalities) -> dict[str, int]:
+    with evaluating(model), FlopCounterMode(display=False) as counter:
+        call(model, inputs)
+    totals = {path: sum(counts.values()) for path, counts in counter.get_flop_counts().items() if path != "Global"}
+    own = dict(totals)
+    for path, total in totals.items():
+        parent = path.rpartition(".")[0]
+        while parent and parent not in own:
+            parent = parent.rpartition(".")[0]
+        if parent:
+            own[parent] -= total
+    root = type(model).__name__
+    result: dict[str, int] = {}
+    for path, count in own.items():
+        if path == root or path.startswith(f"{root}."):
+            modality = where.of(path.removeprefix(root).removeprefix("."))
+            result[modality] = result.get(modality, 0) + count // 2
+    return result
