@@ -94,7 +94,7 @@ def test_include_and_exclude_choose_units() -> None:
 def test_a_model_without_units(call: Any) -> None:
     refused(
         LayoutError,
-        ["No prunable unit", "Sequential", "timm Attention"],
+        ["No prunable unit", "Sequential", "q_proj/k_proj/v_proj"],
         lambda: call(nn.Sequential(nn.ReLU())),
     )
 
@@ -117,11 +117,23 @@ def test_attention_that_cannot_be_cut_is_skipped_with_the_reason() -> None:
     import timm
 
     model = timm.models.vision_transformer.VisionTransformer(
-        img_size=16, patch_size=8, embed_dim=24, depth=1, num_heads=3, qk_norm=True
+        img_size=16, patch_size=8, embed_dim=24, depth=1, num_heads=3, scale_attn_norm=True
     )
     found = upop.pruning.survey(model)
     assert [unit.kind for unit in found.units] == ["mlp"]
-    assert [(part.name, "normalised" in part.reason) for part in found.skipped] == [("blocks.0.attn", True)]
+    assert [(part.name, "norm (LayerNorm)" in part.reason) for part in found.skipped] == [("blocks.0.attn", True)]
+
+
+def test_where_dimensions_cannot_go_heads_do() -> None:
+    import timm
+
+    model = timm.models.vision_transformer.VisionTransformer(
+        img_size=16, patch_size=8, embed_dim=24, depth=1, num_heads=3, qk_norm=True
+    )
+    assert [(unit.kind, unit.entry, unit.size) for unit in upop.find_units(model)] == [
+        ("attention", "head", 3),
+        ("mlp", "neuron", 96),
+    ]
 
 
 def test_frozen_weights() -> None:

@@ -196,19 +196,28 @@ def test_a_failure_while_attached_leaves_the_model_usable(family: Family) -> Non
 
 def test_a_failing_constructor_leaves_no_trace(family: Family) -> None:
     model = family.build()
+    last = upop.find_units(model)[-1].name
+    first = upop.Pruner(model, 0.5, 3, include=last)
+    before = trace_of(model)
+    with pytest.raises(upop.pruning.errors.LayoutError, match="masked already"):
+        upop.Pruner(model, 0.5, 3)
+    assert trace_of(model) == before
+    first.remove()
+
+
+def test_a_layer_with_a_forward_of_its_own_is_left_alone(family: Family) -> None:
+    model = family.build()
     last = upop.find_units(model)[-1]
-    path = last.producers[0].tensor.rpartition(".")[0]
-    layer = model.get_submodule(path)
+    layer = model.get_submodule(last.producers[0].tensor.rpartition(".")[0])
 
     class Odd(nn.Linear):
         def forward(self, input: Tensor) -> Tensor:
             return super().forward(input)
 
     layer.__class__ = Odd
-    before = trace_of(model)
-    with pytest.raises(upop.pruning.errors.LayoutError, match="Exclude the unit"):
-        upop.Pruner(model, 0.5, 3)
-    assert trace_of(model) == before
+    found = upop.pruning.survey(model)
+    assert last.name not in {unit.name for unit in found.units}
+    assert any("is a Odd, whose forward is not that of torch.nn.Linear" in part.reason for part in found.skipped)
 
 
 def reference_gradients(

@@ -7,7 +7,7 @@ from upop.pruning.plan import Plan
 from upop.pruning.pruner import Pruner
 from upop.pruning.scores import SCORES
 from upop.pruning.shrink import shrink
-from upop.pruning.units import Attribute, Skipped, Slice, Unit
+from upop.pruning.units import Attribute, Skipped, Slice, Swap, Unit
 
 __all__ = [
     "LAYOUTS",
@@ -19,6 +19,7 @@ __all__ = [
     "Skipped",
     "Slice",
     "Survey",
+    "Swap",
     "Unit",
     "count_macs",
     "count_parameters",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ Cost = str | Mapping[str, float] | Callable[[Unit], float]
 COSTS = ("params", "flops", "reference")
 # The published implementation's cost of an attention entry, where an MLP entry costs 1.
 _PUBLISHED_ATTENTION_COST = {"vision-language": 36.0, "vision": 12.0}
+_QK = ("query", "key")  # the first two arguments of torch.nn.MultiheadAttention
 
 
 def entry_costs(model: nn.Module, units: Sequence[Unit], cost: Cost, example: Any = None) -> dict[str, float]:
@@ -116,22 +118,22 @@ def _given(units: Sequence[Unit], cost: Mapping[str, float]) -> dict[str, float]
 
 
 def _parameters(model: nn.Module, unit: Unit) -> float:
-    return sum(tensor_of(model, part.tensor).numel() for part in unit.online) / unit.size
+    tensors = [tensor_of(model, part.tensor) for part in unit.online]
+    return sum(tensor.numel() for tensor in tensors if isinstance(tensor, nn.Parameter)) / unit.size
 
 
 def _multiply_adds(model: nn.Module, units: Sequence[Unit], example: Any) -> dict[str, float]:
     """Count linear layers by the tokens that they see, and attention by query-key pairs."""
-    tokens: dict[str, list[tuple[int, int]]] = {}
+    calls: dict[str, list[_Call]] = {}
 
-    def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-        def hook(_module: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            length = output.shape[-2] if output.dim() > 2 else 1
-            tokens.setdefault(name, []).append((output.numel() // output.shape[-1], length))
+    def watch(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            calls.setdefault(name, []).append(_call_of(module, args, kwargs, output))
 
         return hook
 
-    layers = {part.tensor.rpartition(".")[0] for unit in units for part in unit.online}
-    hooks = [model.get_submodule(name).register_forward_hook(watch(name)) for name in layers]
+    layers = {_layer(part.tensor) for unit in units for part in unit.online if part.tensor.endswith("weight")}
+    hooks = [model.get_submodule(name).register_forward_hook(watch(name), with_kwargs=True) for name in layers]
     try:
         with evaluating(model):
             call(model, example)
@@ -140,18 +142,42 @@ def _multiply_adds(model: nn.Module, units: Sequence[Unit], example: Any) -> dic
             hook.remove()
     costs = {}
     for unit in units:
-        weights = [part for part in unit.online if part.tensor.endswith(".weight")]
-        seen = [tokens.get(part.tensor.rpartition(".")[0], []) for part in weights]
+        weights = [part for part in unit.online if part.tensor.endswith("weight")]
+        seen = [calls.get(_layer(part.tensor), []) for part in weights]
+        # Some libraries read a layer's weight without calling the layer; it sees what the others of its unit see.
+        most = max(seen, key=len)
+        seen = [each or most for each in seen]
         linear = sum(
-            tensor_of(model, part.tensor).numel() * sum(count for count, _ in calls)
-            for part, calls in zip(weights, seen, strict=True)
+            tensor_of(model, part.tensor).numel() * sum(each.tokens for each in of_part)
+            for part, of_part in zip(weights, seen, strict=True)
         )
         pairs = 0
         if unit.kind == "attention":
             # Every query token meets every key token of its own sequence, once for the scores and once for the values.
-            keys = seen[1] if len(unit.producers) > 2 else seen[0]
-            pairs = sum(count * length for (count, _), (_, length) in zip(seen[0], keys, strict=False))
-        costs[unit.name] = linear / unit.size + 2 * unit.heads * pairs
+            keys = seen[1] if sum(part.produces for part in weights) > 1 else seen[0]
+            pairs = sum(query.tokens * key.keys for query, key in zip(seen[0], keys, strict=False))
+        costs[unit.name] = linear / unit.size + 2 * unit.width * pairs
         if not costs[unit.name]:
             raise SettingError(f"Unit {unit.name} was not run by the example inputs. Exclude it, or give others.")
     return costs
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What a layer saw in one call: all its tokens, and how many of them one query of the layer could attend to."""
+
+    tokens: int
+    keys: int
+
+
+def _call_of(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> _Call:
+    if isinstance(module, nn.MultiheadAttention):
+        query, key = (kwargs.get(name, args[place] if place < len(args) else None) for place, name in enumerate(_QK))
+        return _Call(query.numel() // query.shape[-1], key.shape[-2 if module.batch_first or key.dim() == 2 else 0])
+    if isinstance(module, nn.Conv2d):
+        return _Call(output.numel() // output.shape[1], output[0, 0].numel())
+    return _Call(output.numel() // output.shape[-1], output.shape[-2] if output.dim() > 2 else 1)
+
+
+def _layer(tensor: str) -> str:
+    return tensor.rpartition(".")[0]

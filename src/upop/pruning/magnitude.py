@@ -42,5 +42,5 @@ def _norms(model: nn.Module, unit: Unit) -> Tensor:
     for part in unit.online:
         squares = tensor_of(model, part.tensor).double().square()
         others = [dim for dim in range(squares.dim()) if dim != part.dim]
-        total += part.reduce(squares.sum(others) if others else squares).cpu()
+        total += part.reduce(squares.sum(others) if others else squares, silent=True).cpu()
     return total.sqrt()

@@ -20,10 +20,11 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from upop.pruning.errors import LayoutError
-from upop.pruning.units import Unit, owner_of, tensor_of
+from upop.pruning.units import Slice, Unit, owner_of, tensor_of
 
-_BUFFER = "_upop_row_mask"
-_ALL_ONES = "_upop_all_ones"
+# A masked module's buffer and flag, each followed by the name of the tensor that it masks.
+_BUFFER = "_upop_row_mask_"
+_ALL_ONES = "_upop_all_ones_"
 
 
 class _Scratch(threading.local):
@@ -96,35 +97,57 @@ def _scratch_like(factor: Tensor) -> Tensor | None:
     return held[factor.dtype][: factor.numel()].view(factor.shape)
 
 
-class _MaskedForward:
-    """Mixed into the class of a linear layer while it is masked."""
+class _Masked:
+    """Mixed into the class of a module while it is masked."""
 
-    unmasked_class: type[nn.Linear]
+    unmasked_class: type[nn.Module]
+
+
+class _MaskedForward(_Masked):
+    """A linear layer whose forward scales the rows of its weight and bias."""
 
     def forward(self: Any, inputs: Tensor) -> Tensor:
-        if getattr(self, _ALL_ONES):
+        if getattr(self, _ALL_ONES + "weight"):
             return F.linear(inputs, self.weight, self.bias)
         kind = inputs.device.type
         if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind) and inputs.dtype != torch.float64:
             # Autocast does not reach into a custom function, so what F.linear would be given is given here.
             inputs = inputs.to(torch.get_autocast_dtype(kind))
-        result: Tensor = _MaskedProduct.apply(inputs, self.weight, self.bias, getattr(self, _BUFFER))
+        result: Tensor = _MaskedProduct.apply(inputs, self.weight, self.bias, getattr(self, _BUFFER + "weight"))
         return result
 
 
-_CLASSES: dict[type[nn.Linear], type[nn.Linear]] = {}
+def _scaled_tensor(leaf: str, dim: int) -> property:
+    """Return an attribute that gives a module's parameter `leaf`, scaled by its mask along `dim`."""
+
+    def read(self: nn.Module) -> Tensor:
+        tensor = self._parameters[leaf]
+        assert tensor is not None
+        if getattr(self, _ALL_ONES + leaf):
+            return tensor
+        rows: Tensor = getattr(self, _BUFFER + leaf)
+        return tensor * rows.view([-1 if axis == dim else 1 for axis in range(tensor.dim())])
+
+    return property(read)
 
 
-def _masked_class(kind: type[nn.Linear]) -> type[nn.Linear]:
-    if kind not in _CLASSES:
-        _CLASSES[kind] = type(f"Masked{kind.__name__}", (_MaskedForward, kind), {"unmasked_class": kind})
-    return _CLASSES[kind]
+# What a module's class becomes: None for a linear layer with a masked forward, else which tensors it gives scaled.
+_Scaled = tuple[tuple[str, int], ...] | None
+_CLASSES: dict[tuple[type[nn.Module], _Scaled], type[nn.Module]] = {}
+
+
+def _masked_class(kind: type[nn.Module], scaled: _Scaled) -> type[nn.Module]:
+    if (kind, scaled) not in _CLASSES:
+        mixin = _MaskedForward if scaled is None else _Masked
+        content = {leaf: _scaled_tensor(leaf, dim) for leaf, dim in scaled or ()}
+        _CLASSES[kind, scaled] = type(f"Masked{kind.__name__}", (mixin, kind), {"unmasked_class": kind, **content})
+    return _CLASSES[kind, scaled]
 
 
 class Masks:
     """The masks of some units of a model, attached to it until `remove` is called.
 
-    A masked layer changes its class for the time being and gains a buffer that is not saved; `remove` takes both
+    A masked module changes its class for the time being and gains a buffer that is not saved; `remove` takes both
     away, and nothing else of the model was touched.
 
     Args:
@@ -137,19 +160,30 @@ class Masks:
 
     def __init__(self, model: nn.Module, units: Iterable[Unit]) -> None:
         self._units = {unit.name: unit for unit in units}
-        self._layers: dict[str, list[tuple[nn.Linear, Unit, int]]] = {}
-        found: list[tuple[nn.Linear, Unit, int]] = []
+        # Per unit: the modules that carry its mask, the masked tensor of each, and its slice.
+        self._layers: dict[str, list[tuple[nn.Module, str, Slice]]] = {}
+        scaled: dict[nn.Module, dict[str, int]] = {}
+        masked: dict[nn.Module, _Scaled] = {}
         for unit in self._units.values():
-            for position, part in enumerate(unit.slices):
-                if part.produces and not part.follows and part.tensor.endswith(".weight"):
-                    found.append((_maskable(model, part.tensor, unit), unit, position))
-        for layer, unit, position in found:
-            weight = layer.weight
-            rows = torch.ones(weight.shape[0], dtype=weight.dtype, device=weight.device)
-            layer.register_buffer(_BUFFER, rows, persistent=False)
-            setattr(layer, _ALL_ONES, True)
-            layer.__class__ = _masked_class(type(layer))
-            self._layers.setdefault(unit.name, []).append((layer, unit, position))
+            for part in unit.producers:
+                if part.direct:
+                    module, leaf = _readable(model, part.tensor, unit)
+                    scaled.setdefault(module, {})[leaf] = part.dim
+                    masked[module] = tuple(scaled[module].items())
+                elif part.tensor.endswith(".weight"):  # the layer's forward scales its bias too
+                    module, leaf = _maskable(model, part.tensor, unit), "weight"
+                    masked[module] = None
+                else:
+                    continue
+                self._layers.setdefault(unit.name, []).append((module, leaf, part))
+        for module, leaf, part in (layer for layers in self._layers.values() for layer in layers):
+            tensor = module._parameters[leaf]
+            assert tensor is not None
+            rows = torch.ones(tensor.shape[part.dim], dtype=tensor.dtype, device=tensor.device)
+            module.register_buffer(_BUFFER + leaf, rows, persistent=False)
+            setattr(module, _ALL_ONES + leaf, True)
+        for module, kind in masked.items():
+            module.__class__ = _masked_class(type(module), kind)
         self._values = {
             unit.name: torch.ones(unit.size, dtype=_precise(tensor_of(model, unit.producers[0].tensor)))
             for unit in self._units.values()
@@ -166,17 +200,16 @@ class Masks:
         for name, value in values.items():
             self._values[name].copy_(value)
             all_ones = bool((self._values[name] == 1).all())
-            for layer, unit, position in self._layers[name]:
-                getattr(layer, _BUFFER).copy_(unit.slices[position].expand(self._values[name]))
-                setattr(layer, _ALL_ONES, all_ones)
+            for module, leaf, part in self._layers[name]:
+                getattr(module, _BUFFER + leaf).copy_(part.expand(self._values[name]))
+                setattr(module, _ALL_ONES + leaf, all_ones)
 
     def remove(self) -> None:
         """Take the masks off; the layers are what they were, with whatever their weights are now."""
-        for layers in self._layers.values():
-            for layer, _, _ in layers:
-                layer.__class__ = type(layer).unmasked_class  # type: ignore[attr-defined]
-                delattr(layer, _BUFFER)
-                delattr(layer, _ALL_ONES)
+        for module, leaf, _ in (layer for layers in self._layers.values() for layer in layers):
+            module.__class__ = getattr(type(module), "unmasked_class", type(module))
+            delattr(module, _BUFFER + leaf)
+            delattr(module, _ALL_ONES + leaf)
         self._layers = {}
         _scratch.memory.clear()
 
@@ -185,13 +218,23 @@ def _precise(weight: Tensor) -> torch.dtype:
     return torch.float64 if weight.dtype == torch.float64 else torch.float32
 
 
-def _maskable(model: nn.Module, tensor: str, unit: Unit) -> nn.Linear:
-    layer, _ = owner_of(model, tensor)
-    if issubclass(type(layer), _MaskedForward):
+def _refuse_second(module: nn.Module, unit: Unit) -> None:
+    if isinstance(module, _Masked):
         raise LayoutError(
             f"Unit {unit.name} is masked already: another Pruner holds this model. "
             "Call its remove() (or shrink()) before making a new one."
         )
+
+
+def _readable(model: nn.Module, tensor: str, unit: Unit) -> tuple[nn.Module, str]:
+    module, leaf = owner_of(model, tensor)
+    _refuse_second(module, unit)
+    return module, leaf
+
+
+def _maskable(model: nn.Module, tensor: str, unit: Unit) -> nn.Linear:
+    layer, _ = owner_of(model, tensor)
+    _refuse_second(layer, unit)
     if not isinstance(layer, nn.Linear) or type(layer).forward is not nn.Linear.forward:
         raise LayoutError(
             f"Unit {unit.name} cannot be masked: {tensor} belongs to a {type(layer).__name__}, "
@@ -215,7 +258,7 @@ def refuse_masked(model: nn.Module, units: Iterable[Unit]) -> None:
     """Raise a `LayoutError` if a layer of `units` still carries a mask."""
     for unit in units:
         for part in unit.producers:
-            if issubclass(type(owner_of(model, part.tensor)[0]), _MaskedForward):
+            if isinstance(owner_of(model, part.tensor)[0], _Masked):
                 raise LayoutError(
                     f"Unit {unit.name} is still masked: a Pruner holds this model. Call its shrink(), or its "
                     "remove() before applying a plan."

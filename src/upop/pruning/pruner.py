@@ -80,7 +80,7 @@ class Pruner:
         budget.check_reachable(self.units, self.costs, ratio, align)
         self._masks = Masks(self.model, self.units)
         self._rows = RowScores(function)
-        self._rows.watch(tensor_of(self.model, part.tensor) for unit in self.units for part in unit.producers)
+        self._watch()
         self._scores = {
             unit.name: torch.zeros(
                 unit.size,
@@ -218,7 +218,7 @@ class Pruner:
             restore(undo)
             self._masks = Masks(self.model, self.units)
             self._masks.set(masks)
-            self._rows.watch(tensor_of(self.model, part.tensor) for unit in self.units for part in unit.producers)
+            self._watch()
             self._attached = True
             raise
         return self.model
@@ -267,6 +267,9 @@ class Pruner:
         self._done = int(state["steps_done"])
         self._skipped.fill_(int(state["skipped_steps"]))
         self.threshold = state.get("threshold")
+
+    def _watch(self) -> None:
+        self._rows.watch((tensor_of(self.model, p.tensor), p.dim) for unit in self.units for p in unit.producers)
 
     def _row_scores(self, unit: Unit) -> Tensor | None:
         total: Tensor | None = None

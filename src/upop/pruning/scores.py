@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from upop.pruning.errors import SettingError, nearest
@@ -69,19 +69,21 @@ class RowScores:
 
     def __init__(self, function: Score) -> None:
         self._function = function
-        self._taken: dict[nn.Parameter, _Taken] = {}
+        self._taken: dict[Tensor, _Taken] = {}
+        self._dims: dict[Tensor, int] = {}
         self._hooks: list[RemovableHandle] = []
 
-    def watch(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Take scores in the backward passes from now on."""
+    def watch(self, parameters: Iterable[tuple[Tensor, int]]) -> None:
+        """Take scores of parameters, each along its given dimension, in the backward passes from now on."""
+        self._dims.update(parameters)
         self._hooks += [
             parameter.register_post_accumulate_grad_hook(self._take)
-            for parameter in parameters
+            for parameter in self._dims
             if parameter.requires_grad
         ]
 
-    def of(self, parameter: nn.Parameter) -> Tensor:
-        """Return the score of a parameter that has a gradient, [rows]."""
+    def of(self, parameter: Tensor) -> Tensor:
+        """Return the score of a parameter that has a gradient, [rows]: one per entry along its dimension."""
         taken = self._taken.get(parameter)
         gradient = parameter.grad
         assert gradient is not None
@@ -98,6 +100,7 @@ class RowScores:
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
+        self._dims.clear()
         self.forget()
 
     @torch.no_grad()
@@ -105,13 +108,15 @@ class RowScores:
         gradient = parameter.grad
         if gradient is None or gradient.device.type != "cpu" or _many_processes():
             return
-        assert isinstance(parameter, nn.Parameter)
         self._taken[parameter] = _Taken(gradient, gradient._version, self._compute(parameter, gradient))
 
     def _compute(self, parameter: Tensor, gradient: Tensor) -> Tensor:
-        if parameter.dim() == 1:
-            parameter, gradient = parameter.unsqueeze(1), gradient.unsqueeze(1)
-        return self._function(parameter.detach(), gradient.detach())
+        weight, gradient = parameter.detach(), gradient.detach()
+        if weight.dim() == 1:
+            return self._function(weight.unsqueeze(1), gradient.unsqueeze(1))
+        if self._dims[parameter] or weight.dim() > 2:
+            weight, gradient = (value.movedim(self._dims[parameter], 0).flatten(1) for value in (weight, gradient))
+        return self._function(weight, gradient)
 
 
 def _many_processes() -> bool:

@@ -14,7 +14,7 @@ from upop.pruning.costs import call, evaluating
 from upop.pruning.errors import LayoutError, VerificationError
 from upop.pruning.masks import Masks, refuse_masked, unwrapped
 from upop.pruning.plan import Plan
-from upop.pruning.units import Unit, owner_of, tensor_of
+from upop.pruning.units import Slice, Unit, owner_of, tensor_of
 
 # Largest allowed difference of an output, relative to its largest entry, by the precision of the weights.
 _TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 5e-3}
@@ -85,6 +85,7 @@ def cut(model: nn.Module, units: list[Unit], plan: Plan, *, fold: bool = True) -
             module = model.get_submodule(attribute.module)
             if hasattr(module, attribute.name):
                 edits.append(_Edit(module, attribute.name, attribute.value(len(kept))))
+        edits += [_Edit(model.get_submodule(swap.module), "__class__", swap.kind) for swap in unit.swaps]
     return [edit.apply() for edit in edits]
 
 
@@ -94,7 +95,9 @@ def restore(undo: list[_Edit]) -> None:
         edit.apply()
 
 
-def _cut_slice(model: nn.Module, unit: Unit, part: Any, kept: Tensor, pending: list[_Edit], fold: bool) -> list[_Edit]:
+def _cut_slice(
+    model: nn.Module, unit: Unit, part: Slice, kept: Tensor, pending: list[_Edit], fold: bool
+) -> list[_Edit]:
     module, leaf = owner_of(model, part.tensor)
     # A tensor can carry the axes of two units, so build on what is already decided for it.
     old = next((e.new for e in reversed(pending) if e.module is module and e.name == leaf), getattr(module, leaf))
@@ -102,26 +105,42 @@ def _cut_slice(model: nn.Module, unit: Unit, part: Any, kept: Tensor, pending: l
     with torch.no_grad():
         new = old.detach().index_select(part.dim, part.index(kept, unit.size))
         if fold and part.query_groups:
-            queries = part.query_groups * len(kept) * part.inner
-            new.narrow(part.dim, 0, queries).mul_(math.sqrt(len(kept) / unit.size))
-    edits = [_Edit(module, leaf, nn.Parameter(new, requires_grad=old.requires_grad))]
-    if isinstance(module, nn.Linear) and leaf == "weight":
-        edits.append(_Edit(module, "in_features" if part.dim else "out_features", new.shape[part.dim]))
-    return edits
+            new.narrow(part.dim, 0, part.query_rows(len(kept))).mul_(math.sqrt(len(kept) / unit.size))
+    if isinstance(old, nn.Parameter):
+        new = nn.Parameter(new, requires_grad=old.requires_grad)
+    edits = [_Edit(module, leaf, new)]
+    width = _width_attribute(module, part.dim) if leaf == "weight" else None
+    return [*edits, _Edit(module, width, new.shape[part.dim])] if width else edits
+
+
+def _width_attribute(module: nn.Module, dim: int) -> str | None:
+    """Return the name under which a layer keeps the length of its weight along `dim`, or None."""
+    if isinstance(module, nn.Linear):
+        return ("out_features", "in_features")[dim]
+    if isinstance(module, nn.Conv2d):
+        return ("out_channels", "in_channels")[dim]
+    # transformers' Conv1D, whose weight is that of a linear layer transposed
+    return ("nx", "nf")[dim] if hasattr(module, "nf") else None
 
 
 def refuse_shared(model: nn.Module, units: list[Unit]) -> None:
-    """Raise a `LayoutError` if a tensor of `units` is also another part of the model."""
-    names: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
+    """Raise a `LayoutError` if a tensor of `units` is also held by another module of the model.
+
+    A module that the model reaches by several names is cut once, and is no trouble.
+    """
+    names: dict[int, dict[tuple[int, str], str]] = {}
+    for path, module in model.named_modules():
+        for leaf, tensor in module.named_parameters(recurse=False, remove_duplicate=False):
+            names.setdefault(id(tensor), {})[id(module), leaf] = f"{path}.{leaf}" if path else leaf
     for unit in units:
         for part in unit.slices:
-            shared = names[id(tensor_of(model, part.tensor))]
-            if len(shared) > 1:
+            module, leaf = owner_of(model, part.tensor)
+            holders = names.get(id(tensor_of(model, part.tensor)), {})
+            others = [name for place, name in holders.items() if place != (id(module), leaf)]
+            if others:
                 raise LayoutError(
-                    f"Unit {unit.name} cannot be cut: {part.tensor} is the same tensor as "
-                    f"{', '.join(name for name in shared if name != part.tensor)}. Exclude the unit."
+                    f"Unit {unit.name} cannot be cut: {part.tensor} is the same tensor as {', '.join(others)}. "
+                    "Exclude the unit."
                 )
 
 

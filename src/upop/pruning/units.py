@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 Kind = Literal["attention", "mlp"]
+Entry = Literal["dimension", "head", "group", "neuron"]
 
 
 @dataclass(frozen=True)
@@ -24,41 +25,63 @@ class Slice:
     12 heads has outer = 36, a whole-head axis has inner = head_dim.
 
     Attributes:
-        tensor: dotted name of the parameter, from the model.
+        tensor: dotted name of the parameter (or buffer), from the model.
         dim: the dimension of the tensor along which the axis lies (0: rows, 1: columns of a linear layer).
         outer: how many times the axis is repeated along `dim`.
-        inner: how many neighbouring rows belong to one entry.
-        produces: True where the tensor produces the axis (it is masked and scored), False where it consumes it.
+        inner: how many neighbouring rows belong to one entry; a tuple gives one number for each of the `outer`
+            repeats (queries, keys and values of grouped-query attention in one tensor).
+        produces: True where the tensor produces the axis (it is masked and scored), False where it is only cut with
+            it: it consumes the axis, or gates what another tensor produces.
         query_groups: how many of the first `outer` groups are queries; `shrink` folds the softmax scale into them.
         follows: True for a tensor of a momentum copy, which is cut with the axis and otherwise left alone: it is
             neither masked, nor scored, nor counted.
+        silent: which of the `outer` groups are cut, but neither masked nor scored (the gate of a gated MLP).
+        direct: True where the library reads the tensor itself, so that masks must scale it in place of its layer's
+            forward (packed projections, fused kernels, layers that are no `nn.Linear`).
     """
 
     tensor: str
     dim: int = 0
     outer: int = 1
-    inner: int = 1
+    inner: int | tuple[int, ...] = 1
     produces: bool = True
     query_groups: int = 0
     follows: bool = False
+    silent: tuple[int, ...] = ()
+    direct: bool = False
+
+    @property
+    def inners(self) -> tuple[int, ...]:
+        """Rows per entry in each of the `outer` groups."""
+        return self.inner if isinstance(self.inner, tuple) else (self.inner,) * self.outer
 
     def length(self, size: int) -> int:
         """Return the length of the tensor along `dim` when the unit has `size` entries."""
-        return self.outer * size * self.inner
+        return size * sum(self.inners)
+
+    def query_rows(self, size: int) -> int:
+        """Return how many of the first rows are queries when the unit has `size` entries."""
+        return size * sum(self.inners[: self.query_groups])
 
     def index(self, kept: Tensor, size: int) -> Tensor:
         """Return the positions along `dim` that belong to the `kept` entries (int64, ascending per group)."""
-        outer = torch.arange(self.outer, device=kept.device).view(-1, 1, 1)
-        inner = torch.arange(self.inner, device=kept.device).view(1, 1, -1)
-        return ((outer * size + kept.view(1, -1, 1)) * self.inner + inner).reshape(-1)
+        entries = torch.arange(self.length(size), device=kept.device).split([size * inner for inner in self.inners])
+        return torch.cat([group.view(size, -1)[kept].flatten() for group in entries])
 
     def expand(self, entries: Tensor) -> Tensor:
-        """Repeat one value per entry, shape [size], to one value per row, shape [outer * size * inner]."""
-        return entries.repeat_interleave(self.inner).repeat(self.outer)
+        """Repeat one value per entry, shape [size], to one value per row, shape [length]; silent rows get 1."""
+        ones = torch.ones_like(entries)
+        groups = [ones if group in self.silent else entries for group in range(self.outer)]
+        return torch.cat([group.repeat_interleave(inner) for group, inner in zip(groups, self.inners, strict=True)])
 
-    def reduce(self, rows: Tensor) -> Tensor:
-        """Sum one value per row, shape [outer * size * inner], to one value per entry, shape [size]."""
-        return rows.view(self.outer, -1, self.inner).sum(dim=(0, 2))
+    def reduce(self, rows: Tensor, *, silent: bool = False) -> Tensor:
+        """Sum one value per row, shape [length], to one value per entry, shape [size]; silent rows only if asked."""
+        if isinstance(self.inner, int) and (silent or not self.silent):
+            return rows.view(self.outer, -1, self.inner).sum(dim=(0, 2))
+        size = len(rows) // self.length(1)
+        groups = rows.split([size * inner for inner in self.inners])
+        counted = [part.view(size, -1).sum(1) for group, part in enumerate(groups) if silent or group not in self.silent]
+        return torch.stack(counted).sum(0)
 
 
 @dataclass(frozen=True)
@@ -78,18 +101,34 @@ class Attribute:
 
 
 @dataclass(frozen=True)
+class Swap:
+    """A class that a module takes on with the cut, where its library's own forward insists on the uncut width.
+
+    Attributes:
+        module: dotted name of the module, from the model.
+        kind: a subclass of the module's class whose forward takes the width from the weights; same parameters.
+    """
+
+    module: str
+    kind: type[nn.Module]
+
+
+@dataclass(frozen=True)
 class Unit:
     """One axis that can be pruned, entry by entry (the mask vector of one layer in the paper).
 
     Attributes:
         name: dotted name of the module that holds it, unique in the model.
-        kind: "attention" (entries are head dimensions, shared by all heads) or "mlp" (entries are neurons).
+        kind: "attention" or "mlp".
         modality: "vision", "text" or "other"; for reports, and for the published cost weights.
         size: number of entries before pruning.
-        heads: number of attention heads that share the entries; 1 for an MLP.
+        heads: number of attention heads that share the entries; 1 for an MLP, and where entries are whole heads.
         slices: every tensor that carries the axis; the first that produces it is the query, the second the key
             (or the first is a fused query-key-value).
         attributes: the numbers to set again after the cut.
+        swaps: the classes to take on with the cut.
+        entry: what one entry is: a "dimension" of every head, a whole "head", a key-value "group" of heads with all
+            queries that share it, or a "neuron" of an MLP.
     """
 
     name: str
@@ -99,6 +138,13 @@ class Unit:
     heads: int
     slices: tuple[Slice, ...]
     attributes: tuple[Attribute, ...] = ()
+    swaps: tuple[Swap, ...] = ()
+    entry: Entry = "dimension"
+
+    @property
+    def width(self) -> int:
+        """How many columns of the layer that consumes the axis belong to one entry."""
+        return next((part.length(1) for part in self.slices if not part.produces and part.dim), 1)
 
     @property
     def producers(self) -> tuple[Slice, ...]:
@@ -119,13 +165,18 @@ class Skipped:
     reason: str
 
 
-def tensor_of(model: nn.Module, name: str) -> nn.Parameter:
-    """Return the parameter called `name`.
+def tensor_of(model: nn.Module, name: str) -> Tensor:
+    """Return the parameter or buffer called `name`, itself, whatever masks its module carries.
 
     Raises:
-        AttributeError: there is no such parameter.
+        AttributeError: there is no such tensor.
     """
-    return model.get_parameter(name)
+    module, leaf = owner_of(model, name)
+    held = module._parameters.get(leaf)
+    held = module._buffers.get(leaf) if held is None else held
+    if held is None:
+        raise AttributeError(f"{type(model).__name__} has no tensor {name!r}")
+    return held
 
 
 def owner_of(model: nn.Module, tensor: str) -> tuple[nn.Module, str]:

@@ -1,0 +1,185 @@
+"""What all readers of layouts share: which layers can be cut, and how a layer's tensors become slices."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor, nn
+
+from upop.pruning.units import Slice, Unit
+
+_VISION_WORDS = ("visual", "vision", "image", "pixel")
+_TEXT_WORDS = ("text", "language", "bert")
+# What a model of this library is, where neither names nor inputs say it.
+_MODALITIES = {"timm": "vision", "torchvision": "vision", "open_clip": "text", "transformers": "text"}
+# Modules that a fine-tuning library puts around a layer keep the layer under one of these names.
+_WRAPPED = ("base_layer", "lora_A", "original_module")
+
+
+class NotPrunableError(Exception):
+    """Raised by a reader for a module that it recognises but that cannot be pruned; carries the reason."""
+
+
+def true_class(module: nn.Module) -> type[nn.Module]:
+    """Return the class that the library defined, whatever masks or cuts made of it."""
+    kind = type(module)
+    while True:
+        below = kind.__dict__.get("unmasked_class") or kind.__dict__.get("uncut_class")
+        if below is None:
+            return kind
+        kind = below
+
+
+def library_of(module: nn.Module) -> str:
+    """Return the top-level package that defines the module's class."""
+    return true_class(module).__module__.partition(".")[0]
+
+
+def join(parent: str, child: str) -> str:
+    """Return the dotted name of `child` inside `parent`; a leading "^" leaves the innermost module first."""
+    while child.startswith("^"):
+        parent, child = parent.rpartition(".")[0], child[1:]
+    return f"{parent}.{child}" if parent else child
+
+
+def is_transposed(layer: nn.Module) -> bool:
+    """Whether the layer is transformers' Conv1D: a linear layer whose weight is [inputs, outputs]."""
+    return true_class(layer).__name__ == "Conv1D" and hasattr(layer, "nf")
+
+
+def is_pointwise(layer: nn.Module) -> bool:
+    """Whether the layer is a convolution of 1 x 1, which is a linear layer over channels."""
+    return (
+        isinstance(layer, nn.Conv2d)
+        and true_class(layer).forward is nn.Conv2d.forward
+        and (layer.kernel_size, layer.stride, layer.padding, layer.groups) == ((1, 1), (1, 1), (0, 0), 1)
+    )
+
+
+def is_projection(module: object) -> bool:
+    """Whether the module takes one axis to another by a weight that can be cut, or is a wrapper around such a one."""
+    return isinstance(module, nn.Module) and (
+        isinstance(module, nn.Linear)
+        or is_transposed(module)
+        or is_pointwise(module)
+        or _obstacle(module) is not None
+    )
+
+
+def layer_at(model: nn.Module, name: str) -> nn.Module:
+    """Return the projection called `name`.
+
+    Raises:
+        NotPrunableError: there is none, or it cannot be cut (quantized, wrapped by an adapter, parametrized).
+    """
+    try:
+        layer = model.get_submodule(name)
+    except AttributeError:
+        raise NotPrunableError(f"expected a linear layer at {name}, found none") from None
+    obstacle = _obstacle(layer)
+    if obstacle:
+        raise NotPrunableError(f"{name} {obstacle}")
+    if not (isinstance(layer, nn.Linear) or is_transposed(layer) or is_pointwise(layer)):
+        raise NotPrunableError(f"expected a linear layer at {name}, found {type(layer).__name__}")
+    return layer
+
+
+def _obstacle(layer: nn.Module) -> str | None:
+    """Say why a layer that was, or stands for, a linear one cannot be cut."""
+    if any(name in layer._modules for name in _WRAPPED):
+        return f"is wrapped by an adapter ({type(layer).__name__}); merge it into the weights first"
+    if "parametrizations" in layer._modules and hasattr(layer, "in_features"):
+        return "is parametrized; remove the parametrization first"
+    quantized = any(word in type(layer).__name__ for word in ("4bit", "8bit", "QuantLinear", "QLinear", "Quantized"))
+    weight = layer._parameters.get("weight")
+    if isinstance(layer, nn.Linear) and weight is not None:
+        quantized |= not weight.is_floating_point() or weight.dim() != 2 or weight.element_size() < 2
+        quantized |= weight.shape != (layer.out_features, layer.in_features)
+        # Tensor subclasses of quantization libraries look like ordinary floats from outside.
+        quantized |= type(weight.data).__name__ not in ("Tensor", "FakeTensor", "DTensor")
+    if quantized:
+        return f"is quantized ({type(layer).__name__}); prune before quantizing"
+    if isinstance(layer, nn.Linear) and true_class(layer).forward is not nn.Linear.forward:
+        return f"is a {type(layer).__name__}, whose forward is not that of torch.nn.Linear"
+    return None
+
+
+def widths(layer: nn.Module) -> tuple[int, int]:
+    """Return how many inputs and outputs a projection has."""
+    weight = layer._parameters["weight"]
+    assert weight is not None
+    outputs, inputs = weight.shape[:2]
+    return (outputs, inputs) if is_transposed(layer) else (inputs, outputs)
+
+
+def rows_of(model: nn.Module, name: str, **axis: Any) -> list[Slice]:
+    """Return the slices of what a projection produces: of its weight, and of its bias if it has one.
+
+    `axis` are fields of `Slice`.
+    """
+    layer = layer_at(model, name)
+    transposed = is_transposed(layer)
+    axis = {"direct": not isinstance(layer, nn.Linear), **axis}
+    slices = [Slice(f"{name}.weight", int(transposed), **axis)]
+    if layer._parameters.get("bias") is not None:
+        slices.append(Slice(f"{name}.bias", 0, **axis))
+    return slices
+
+
+def columns_of(model: nn.Module, name: str, **axis: Any) -> Slice:
+    """Return the slice of what a projection consumes; `axis` are fields of `Slice`."""
+    transposed = is_transposed(layer_at(model, name))
+    return Slice(f"{name}.weight", int(not transposed), produces=False, **axis)
+
+
+def checked(model: nn.Module, unit: Unit) -> Unit:
+    """Return the unit if every tensor has the length that the layout says.
+
+    Raises:
+        NotPrunableError: one has not.
+    """
+    for part in unit.slices:
+        module = model.get_submodule(part.tensor.rpartition(".")[0])
+        leaf = part.tensor.rpartition(".")[2]
+        tensor: Tensor | None = module._parameters.get(leaf, module._buffers.get(leaf))
+        assert tensor is not None
+        if tensor.shape[part.dim] != part.length(unit.size):
+            raise NotPrunableError(
+                f"{part.tensor} has {tensor.shape[part.dim]} along dimension {part.dim}, expected "
+                f"{part.length(unit.size)} ({unit.size} x {part.length(1)})"
+            )
+    return unit
+
+
+def modality_of(model: nn.Module, name: str) -> str:
+    """Return "vision", "text" or "other" for the module called `name`.
+
+    Names of towers decide; then the module's configuration; then the input of the innermost model around it; then
+    the library.
+    """
+    if found := _in_words(name):
+        return found
+    around = list(_ancestors(model, name))
+    for module in around[:1]:
+        if found := _in_words(type(getattr(module, "config", None)).__name__.lower()):
+            return found
+    for module in around:
+        main = getattr(module, "main_input_name", None)
+        if isinstance(main, str):
+            return "vision" if "pixel" in main else "text" if main == "input_ids" else "other"
+    return _MODALITIES.get(library_of(around[0]), _MODALITIES.get(library_of(model), "other"))
+
+
+def _in_words(name: str) -> str | None:
+    if any(word in name for word in _VISION_WORDS):
+        return "vision"
+    return "text" if any(word in name for word in _TEXT_WORDS) else None
+
+
+def _ancestors(model: nn.Module, name: str) -> Iterator[nn.Module]:
+    """Yield the module called `name` and those around it, from the inside out."""
+    while name:
+        yield model.get_submodule(name)
+        name = name.rpartition(".")[0]
+    yield model
