@@ -1,4 +1,4 @@
-"""A tiny generated data set and a tiny dense model on disk, for tests of whole runs."""
+"""Tiny generated data sets and tiny dense models on disk, for tests of whole runs: one row per task."""
 
 from __future__ import annotations
 
@@ -31,8 +31,41 @@ TOWERS: dict[str, Any] = {
     "dropout": 0.0,
 }
 """Sizes of a tiny BLIP."""
-MODEL = {**TOWERS, "patch_size": 16, "max_positions": 64, "merge_from": 1, "drop_path": 0.0}
-"""Of the NLVR model."""
+BLIP = {**TOWERS, "patch_size": 16, "max_positions": 64, "drop_path": 0.0}
+"""Of every BLIP model."""
+CLIP = {
+    **{name: size for name, size in TOWERS.items() if name != "dropout"},
+    "patch_size": 8,
+    "embed_dim": 16,
+    "max_positions": 64,
+}
+VIT = {"patch_size": 8, **{name: size for name, size in TOWERS.items() if name.startswith("vision_")}}
+
+TINY: dict[str, dict[str, Any]] = {
+    "caption": {"model": BLIP, "batch_size_test": 16, "max_length": 16},
+    "classification": {
+        "model": VIT,
+        "augment": True,
+        "batch_size_test": 48,
+        "epochs_search": 1,
+        "ema_decay": 0.5,
+        "search_lr": 1e-3,
+        "min_lr": 0.0,
+    },
+    "nlvr": {"model": {**BLIP, "merge_from": 1}, "batch_size_test": 48},
+    "retrieval": {"model": {**BLIP, "embed_dim": 16}, "queue_size": 40, "k_test": 12, "batch_size_test": 16},
+    "retrieval-clip": {"model": CLIP, "queue_size": 40, "image_size": 16, "batch_size_test": 48},
+    "vqa": {
+        "model": BLIP,
+        "train_files": ["vqa_train", "vg_qa"],
+        "val_file": "vqa_val",
+        "k_test": 8,
+        "rank_chunk": 100,
+        "batch_size_test": 48,
+    },
+}
+"""Task -> settings of its runs, which beat those of `write_settings`; a task's generated data has its name."""
+_DATA = {"retrieval-clip": "retrieval"}
 
 
 def write_settings(file: Path, roots: Mapping[str, Any], **settings: Any) -> Path:
@@ -70,12 +103,26 @@ def save_random(task: Task[Any], config: Path) -> None:
     blip_tokenizer.cache_clear()  # so that a test which spoils the files meets them as a new process would
 
 
-def make_data(folder: Path) -> Path:
-    """Write 64 training records of NLVR over pictures of 32 pixels, and settings for them; return those."""
-    data = write_shapes("nlvr", folder / "data", seed=3, size=64, image_size=32)
-    config = write_settings(folder / "nlvr.yaml", data.settings, model=MODEL, batch_size_test=48, max_epoch=2)
-    save_random(find_task("nlvr"), config)
+def make_task(name: str, folder: Path, **settings: Any) -> Path:
+    """Write 64 training records over pictures of 32 pixels, a dense model with random weights, and settings for both.
+
+    Args:
+        name: of the task.
+        folder: where to write.
+        settings: beat those in `TINY`.
+
+    Returns:
+        The file of settings.
+    """
+    data = write_shapes(_DATA.get(name, name), folder / "data", seed=3, size=64, image_size=32)
+    config = write_settings(folder / f"{name}.yaml", data.settings, **{"max_epoch": 1, **TINY[name], **settings})
+    save_random(find_task(name), config)
     return config
+
+
+def make_data(folder: Path) -> Path:
+    """Write data, a model and settings of NLVR; return the settings."""
+    return make_task("nlvr", folder, max_epoch=2)
 
 
 def nlvr(config: Path, **overrides: Any) -> tuple[Any, NlvrSettings]:

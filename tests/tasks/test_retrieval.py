@@ -29,7 +29,6 @@ from upop.training.devices import make_accelerator
 from upop.training.loaders import first_records, make_loader
 
 ROOT = Path(__file__).parents[2]
-MODEL = {**runs.TOWERS, "patch_size": 16, "max_positions": 64, "embed_dim": 16}
 TASK = find_task("retrieval")
 
 
@@ -42,18 +41,7 @@ def _one_thread() -> None:
 def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """64 pairs to train on, a dense model with random weights, and the settings for both."""
     folder = tmp_path_factory.mktemp("retrieval")
-    data = write_shapes("retrieval", folder / "data", seed=3, size=64, image_size=32)
-    path = runs.write_settings(
-        folder / "retrieval.yaml",
-        data.settings,
-        model=MODEL,
-        queue_size=40,  # no multiple of the batch
-        k_test=12,
-        batch_size_test=16,  # no divisor of the 50 pictures
-        max_epoch=1,
-    )
-    runs.save_random(TASK, path)
-    return path
+    return runs.make_task("retrieval", folder)
 
 
 def settings_of(config: Path, **overrides: Any) -> BlipRetrievalSettings:

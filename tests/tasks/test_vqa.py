@@ -18,7 +18,6 @@ import runs
 import upop
 from upop.checkpoints.official import save_official
 from upop.cli.published import blip_command
-from upop.data.shapes.write import write_shapes
 from upop.data.vqa_accuracy import answer_accuracy, answer_type
 from upop.errors import CheckpointError, DataError, SettingError
 from upop.models.vqa import BlipVqa, VqaConfig, answer_losses
@@ -29,7 +28,6 @@ from upop.tasks.vqa import VqaSettings
 from upop.training.loaders import first_records, make_loader
 
 ROOT = Path(__file__).parents[2]
-MODEL = {**runs.TOWERS, "patch_size": 16, "max_positions": 64, "drop_path": 0.0}
 TASK = find_task("vqa")
 
 
@@ -42,20 +40,7 @@ def _one_thread() -> None:
 def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """64 questions to train on and 16 of Visual Genome, a dense model with random weights, the settings for both."""
     folder = tmp_path_factory.mktemp("vqa")
-    data = write_shapes("vqa", folder / "data", seed=3, size=64, image_size=32)
-    path = runs.write_settings(
-        folder / "vqa.yaml",
-        data.settings,
-        model=MODEL,
-        train_files=["vqa_train", "vg_qa"],
-        val_file="vqa_val",
-        k_test=8,
-        rank_chunk=100,
-        batch_size_test=48,  # no divisor of the 100 questions
-        max_epoch=1,
-    )
-    runs.save_random(TASK, path)
-    return path
+    return runs.make_task("vqa", folder)
 
 
 def settings_of(config: Path, **overrides: Any) -> VqaSettings:
@@ -214,7 +199,7 @@ def test_fine_tuning_starts_from_a_decoder_that_looked_at_pictures(config: Path,
             state[name] = torch.zeros(len(state[name]), 24)
     torch.save({"model": {**state, "itm_head.weight": torch.zeros(2, 32)}}, tmp_path / "pretrained.pth")
     model, lacking = TASK.start(tmp_path / "pretrained.pth", settings)
-    assert len(lacking) == 2 * MODEL["text_depth"]
+    assert len(lacking) == 2 * runs.BLIP["text_depth"]
     assert all("text_decoder" in name and "crossattention.self" in name for name in lacking)
     assert torch.equal(model.state_dict()["visual_encoder.norm.weight"], state["visual_encoder.norm.weight"])
 

@@ -1,0 +1,113 @@
+"""What holds for every task: it trains, is compressed, kept and read again, and gives the same numbers again."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import runs
+import upop
+from upop.checkpoints import save_official
+from upop.errors import CheckpointError
+from upop.pruning import Plan, find_units
+from upop.settings import RunSettings, read_settings
+from upop.tasks import TASKS, find_task
+from upop.tasks.verbs import compress, evaluate_checkpoint, train
+
+
+class Runs:
+    """A task's dense model after a little training, and a compressed one made from it."""
+
+    def __init__(self, name: str, folder: Path) -> None:
+        self.task, self.folder = find_task(name), folder
+        self.config = runs.make_task(name, folder)
+        self.trained = train(self.task, self.settings(pretrained=None, output_dir=folder / "trained"))
+        self.compressed = compress(
+            self.task, self.settings(pretrained=str(folder / "trained" / "best"), output_dir=folder / "2x")
+        )
+
+    def settings(self, **overrides: Any) -> RunSettings:
+        return read_settings(self.task.settings, self.config, overrides)
+
+    @property
+    def best(self) -> Path:
+        return self.folder / "2x" / "best"
+
+    def evaluated(self, path: Path) -> dict[str, Any]:
+        results = evaluate_checkpoint(
+            self.task, self.settings(pretrained=str(path), output_dir=self.folder / "evaluated", batch_size_test=7)
+        )
+        assert results is not None
+        return results.model_dump(mode="json")["models"][0]
+
+
+@pytest.fixture(scope="module", params=sorted(TASKS))
+def done(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    torch.set_num_threads(1)
+    return Runs(request.param, tmp_path_factory.mktemp(request.param))
+
+
+def results(run: Path) -> list[dict[str, Any]]:
+    return json.loads((run / "results.json").read_text())["models"]
+
+
+def test_training_runs_every_step_and_keeps_a_model(done: Runs) -> None:
+    rows = runs.rows(done.folder / "trained")
+    assert [row["step"] for row in rows if "loss" in row] == list(range(1, 1 + max(row["step"] for row in rows)))
+    assert all(torch.isfinite(torch.tensor(row["loss"])) for row in rows if "loss" in row)
+    (dense,) = results(done.folder / "trained")
+    assert upop.count_parameters(upop.load(done.folder / "trained" / "best")) >= dense["parameters"]
+
+
+def test_the_search_masks_half_of_the_cost_and_the_cut_takes_it_away(done: Runs) -> None:
+    searched = [row for row in runs.rows(done.folder / "2x") if row["phase"] == "search" and "loss" in row]
+    ratios = [row["ratio"] for row in searched]
+    assert ratios == sorted(ratios)
+    assert ratios[-1] == 0.5
+    assert len({row["lr"] for row in searched}) == 1
+    dense, small = results(done.folder / "2x")
+    assert small["parameters"] < dense["parameters"]
+    assert small["gmacs"] < dense["gmacs"]
+    plan = Plan.from_json((done.folder / "2x" / "plan.json").read_text())
+    kept = {unit.name: unit.size for unit in find_units(upop.load(done.best))}
+    assert kept == {name: len(entries) for name, entries in plan.items()}
+
+
+def test_the_saved_model_gives_the_same_numbers_again(done: Runs) -> None:
+    """In batches of another size, too."""
+    small, again = results(done.folder / "2x")[1], done.evaluated(done.best)
+    assert {name: again[name] for name in ("metrics", "parameters", "gmacs")} == {
+        name: small[name] for name in ("metrics", "parameters", "gmacs")
+    }
+
+
+def test_it_is_kept_and_read_in_the_published_layout(done: Runs) -> None:
+    model = upop.load(done.best)
+    path = save_official(done.task.name, model, done.folder / "compressed.pth")
+    again = upop.load_official(done.task.name, path, **model.config.model_dump())
+    expected, found = (each.state_dict() for each in (model, again))
+    assert set(expected) == set(found)
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-7, msg=name)
+
+
+def test_the_compressed_model_is_an_ordinary_one(done: Runs) -> None:
+    model = upop.load(done.best)
+    inputs = done.task.example(model, 2)
+    given: dict[str, Tensor] = {name: value.clone() for name, value in inputs.items()}
+    with torch.no_grad():
+        first, second = (model(**inputs) for _ in range(2))
+    assert all(torch.equal(given[name], value) for name, value in inputs.items())
+    first, second = ((each,) if isinstance(each, Tensor) else each for each in (first, second))
+    assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True) if isinstance(one, Tensor))
+
+
+def test_another_tasks_model_is_refused(done: Runs, tmp_path: Path) -> None:
+    upop.save(torch.nn.Linear(2, 2), tmp_path / "other")
+    with pytest.raises(CheckpointError):
+        done.evaluated(tmp_path / "other")
