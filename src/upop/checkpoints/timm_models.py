@@ -147,7 +147,8 @@ def _same_but_for_sizes(model: nn.Module, dense: nn.Module) -> bool:
 
 
 def _alike(one: nn.Module, other: nn.Module) -> bool:
-    names = {type(each).__name__ for each in (one, other)}
+    # Cutting may give a module another class, which knows the one that it stands for.
+    names = {getattr(type(each), "uncut_class", type(each)).__name__ for each in (one, other)}
     return len(names) == 1 or names <= set(_FREE_CLASSES)
 
 

@@ -1,0 +1,50 @@
+"""A plain loop on Accelerate, as README shows it, and torch.compile before and after the cut."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch.utils.data import DataLoader
+
+import upop
+
+
+def test_a_loop_on_accelerate(classifier: Any, pictures: Any) -> None:
+    dense = upop.count_parameters(classifier)
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+    optimizer = torch.optim.AdamW(classifier.parameters(), lr=1e-3)
+    model, optimizer, loader = accelerator.prepare(classifier, optimizer, DataLoader(pictures, batch_size=4))
+    pruner = upop.Pruner(model, ratio=0.5, steps=3, interval=1)
+    for batch in loader:
+        with accelerator.accumulate(model):
+            accelerator.backward(model(**batch).loss)
+            if accelerator.sync_gradients:
+                pruner.step()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert pruner.finished
+    images = {"pixel_values": pictures[1]["pixel_values"].unsqueeze(0)}
+    smaller = pruner.shrink(verify=images)
+    assert smaller is accelerator.unwrap_model(model)
+    assert upop.count_parameters(smaller) < 0.7 * dense
+
+
+def test_compiled_before_the_search_and_after_the_cut(classifier: Any, pictures: Any) -> None:
+    compiled = torch.compile(classifier, backend="aot_eager")
+    images = torch.stack([pictures[index]["pixel_values"] for index in range(4)])
+    labels = torch.tensor([0, 1, 2, 0])
+    pruner = upop.Pruner(compiled, ratio=0.5, steps=2, interval=1)
+    for _ in range(2):
+        compiled(pixel_values=images, labels=labels).loss.backward()
+        pruner.step()
+        compiled.zero_grad()
+    masked = compiled.eval()(pixel_values=images).logits.detach()
+    pruner.shrink(verify={"pixel_values": images})
+    with torch.no_grad():
+        found = compiled(pixel_values=images).logits  # the old wrapper sees the new, smaller layers
+        torch.testing.assert_close(found, masked, rtol=1e-4, atol=1e-5)
+        torch._dynamo.reset()
+        again = torch.compile(classifier, backend="aot_eager")(pixel_values=images).logits
+        torch.testing.assert_close(again, masked, rtol=1e-4, atol=1e-5)

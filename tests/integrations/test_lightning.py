@@ -1,0 +1,109 @@
+"""The callback for Lightning: search, resume, cut, and clear refusals."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+import upop
+from upop.errors import SettingError, StepError
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    pytest.importorskip("lightning", reason="the extra `integrations` is not installed")
+    import lightning.pytorch as pl
+
+from upop.integrations import LightningCallback
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
+
+
+class Module(pl.LightningModule):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def training_step(self, batch: dict[str, Any], index: int) -> Any:
+        return self.model(**batch).loss
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.05)
+
+
+def fit(model: Any, data: Any, folder: Path, *callbacks: Any, ckpt: str | None = None, **settings: Any) -> None:
+    usual: dict[str, Any] = {"max_steps": 6, "accelerator": "cpu", "logger": False, "enable_checkpointing": False}
+    trainer = pl.Trainer(
+        default_root_dir=folder,
+        callbacks=list(callbacks),
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **{**usual, **settings},
+    )
+    trainer.fit(Module(model), DataLoader(data, batch_size=4), ckpt_path=ckpt)
+
+
+def by_hand(model: Any, data: Any, clip: float, accumulate: int) -> upop.Plan:
+    model.train()
+    pruner = upop.Pruner(model, 0.5, 6, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    batches = [batch for _ in range(accumulate) for batch in DataLoader(data, batch_size=4)]
+    for start in range(0, 6 * accumulate, accumulate):
+        for batch in batches[start : start + accumulate]:
+            (model(**batch).loss / accumulate).backward()
+        pruner.step()
+        nn.utils.clip_grad_norm_(model.parameters(), clip)
+        optimizer.step()
+        optimizer.zero_grad()
+    return pruner.plan()
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_the_plan_is_that_of_a_loop_by_hand(classifier: Any, pictures: Any, tmp_path: Path, accumulate: int) -> None:
+    expected = by_hand(copy.deepcopy(classifier), pictures, 0.05, accumulate)
+    dense = upop.count_parameters(classifier)
+    images = pictures[0]["pixel_values"].unsqueeze(0)
+    search = LightningCallback(ratio=0.5, interval=2, module="model", verify={"pixel_values": images})
+    fit(classifier, pictures, tmp_path, search, gradient_clip_val=0.05, accumulate_grad_batches=accumulate)
+    assert search.pruner is not None
+    assert search.pruner.plan() == expected
+    assert upop.count_parameters(classifier) < 0.7 * dense
+    fit(classifier, pictures, tmp_path)  # the smaller model trains on
+    again = upop.load(upop.save(classifier, tmp_path / "out"))
+    with torch.no_grad():
+        assert torch.equal(again(images).logits, classifier.eval()(images).logits)
+
+
+def test_a_search_goes_on_from_a_checkpoint(classifier: Any, pictures: Any, tmp_path: Path) -> None:
+    other = copy.deepcopy(classifier)
+    whole, resumed = (LightningCallback(0.5, 2, module="model") for _ in range(2))
+    keep = pl.callbacks.ModelCheckpoint(dirpath=tmp_path, filename="{step}", every_n_train_steps=6, save_top_k=-1)
+    # After a whole epoch, since Lightning begins an epoch anew that was broken off.
+    fit(classifier, pictures, tmp_path, whole, keep, enable_checkpointing=True, max_steps=12)
+    fit(other, pictures, tmp_path, resumed, ckpt=str(tmp_path / "step=6.ckpt"), max_steps=12)
+    assert whole.pruner is not None and resumed.pruner is not None
+    assert resumed.pruner.plan() == whole.pruner.plan()
+
+
+def test_what_makes_no_sense_is_refused(classifier: Any, pictures: Any, tmp_path: Path) -> None:
+    with pytest.raises(SettingError, match="strictly between 0 and 1"):
+        LightningCallback(ratio=0)
+    with pytest.raises(SettingError, match="module='net' was asked for, and Module has no module of this name"):
+        fit(classifier, pictures, tmp_path, LightningCallback(0.5, module="net"))
+    with pytest.raises(SettingError, match="how many optimizer steps"):
+        fit(classifier, pictures, tmp_path, LightningCallback(0.5, module="model"), max_steps=-1, max_epochs=-1)
+
+
+def test_a_fit_that_is_stopped_is_not_cut(classifier: Any, pictures: Any, tmp_path: Path) -> None:
+    class Stop(pl.Callback):
+        def on_train_batch_end(self, trainer: Any, *_rest: Any) -> None:
+            trainer.should_stop = trainer.global_step >= 2
+
+    with pytest.raises(StepError, match="only 2 of 6"):
+        fit(classifier, pictures, tmp_path, Stop(), LightningCallback(0.5, module="model"), min_epochs=0, min_steps=0)
