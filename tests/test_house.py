@@ -14,6 +14,7 @@ ALLOWED = {
     "checkpoints": {"pruning", "models"},
     "report": {"pruning"},
     "training": {"pruning", "checkpoints"},
+    "integrations": {"pruning", "checkpoints"},
     "tasks": {"pruning", "models", "data", "checkpoints", "report", "training"},
     "cli": {"pruning", "models", "data", "checkpoints", "report", "training", "tasks"},
 }

@@ -29,6 +29,7 @@ from upop.pruning import survey
 
 METHOD = "upop"
 _FORMAT = 1
+_ALIGNMENT = 64  # bytes; where torch puts fresh tensors
 
 
 class UpopConfig(QuantizationConfigMixin):
@@ -82,6 +83,7 @@ class UpopQuantizer(HfQuantizer):
             if isinstance(module, PreTrainedModel) and hasattr(module.config, "_is_quantized"):
                 del module.config._is_quantized
         model.config.quantization_config = record
+        _align(model)
         return model
 
     def is_serializable(self) -> bool:
@@ -148,6 +150,16 @@ def refuse_quantized(model: nn.Module) -> None:
                 f"{name or type(part).__name__} has a quantization_config of kind {_method(record)!r}, and a "
                 "configuration holds one alone. Compress first, save, and quantize what was loaded."
             )
+
+
+def _align(model: nn.Module) -> None:
+    """Copy weights that lie at odd places in memory, as odd sizes do in a mapped file, to where fresh ones would lie.
+
+    The processor's kernels depend on it: without this the last bits of the outputs differ from those that were saved.
+    """
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.device.type == "cpu" and tensor.data_ptr() % _ALIGNMENT:
+            tensor.data = tensor.data.clone()
 
 
 def _as_dict(record: Any) -> dict[str, Any]:
