@@ -93,7 +93,9 @@ def compress(task: Task[Any], settings: RunSettings) -> Results | None:
             shrink(average.module, plan, verify=verified)
         run.folder.save_plan(plan)
         run.folder.save_model("last", model, plan)
-        run.say("cut for real, and it computes what the masked model did" + run.told_of(model))
+        # After a search, its last evaluation has told how good this very function is.
+        told = run.told_of(model) if pruner is None else ""
+        run.say(f"cut for real, and it computes what the masked model did{told}")
         retraining = settings.max_epoch if pruner is not None else epochs
         schedule = falling(settings, run.first_rate(loop), retraining, loop.steps_per_epoch)
         keep = run.keep_best(model, plan)
