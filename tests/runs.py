@@ -41,6 +41,17 @@ CLIP = {
 }
 VIT = {"patch_size": 8, **{name: size for name, size in TOWERS.items() if name.startswith("vision_")}}
 
+SEGMENTER = {
+    **VIT,
+    "decoder_width": 32,
+    "decoder_depth": 1,
+    "decoder_heads": 2,
+    "decoder_mlp": 40,
+    "encoder_classes": 3,
+    "drop_path": 0.0,
+    "decoder_dropout": 0.0,
+}
+
 TINY: dict[str, dict[str, Any]] = {
     "caption": {"model": BLIP, "batch_size_test": 16, "max_length": 16},
     "classification": {
@@ -55,6 +66,14 @@ TINY: dict[str, dict[str, Any]] = {
     "nlvr": {"model": {**BLIP, "merge_from": 1}, "batch_size_test": 48},
     "retrieval": {"model": {**BLIP, "embed_dim": 16}, "queue_size": 40, "k_test": 12, "batch_size_test": 16},
     "retrieval-clip": {"model": CLIP, "queue_size": 40, "image_size": 16, "batch_size_test": 48},
+    "segmentation": {
+        "model": SEGMENTER,
+        "classes": 13,
+        "optimizer": "adamw",
+        "window_stride": 24,
+        "batch_size_test": 2,
+        "min_lr": 0.0,
+    },
     "vqa": {
         "model": BLIP,
         "train_files": ["vqa_train", "vg_qa"],

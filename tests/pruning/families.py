@@ -22,6 +22,7 @@ from transformers import CLIPConfig, CLIPModel
 import upop
 from upop.models.caption import BlipCaption, CaptionConfig
 from upop.models.nlvr import BlipNlvr, NlvrConfig
+from upop.models.segmenter import Segmenter, SegmenterConfig
 from upop.models.vqa import BlipVqa, VqaConfig
 
 Inputs = dict[str, Tensor]
@@ -210,6 +211,13 @@ def _caption() -> nn.Module:
     return BlipCaption(CaptionConfig(**BLIP_SIZES))
 
 
+def _segmenter(**settings: Any) -> nn.Module:
+    """Encoder and decoder differ in all, and pictures are no multiple of the patch."""
+    sizes = {name: value for name, value in BLIP_SIZES.items() if name.startswith(("vision", "image", "patch", "drop"))}
+    decoder = {"decoder_width": 32, "decoder_depth": 2, "decoder_heads": 4, "decoder_mlp": 56, "decoder_dropout": 0.0}
+    return Segmenter(SegmenterConfig(**{**sizes, **decoder, "classes": 5, "encoder_classes": 0, **settings}))
+
+
 class _Clip(nn.Module):
     """transformers' CLIP, towers that differ in all; features of both, with the temperature on one of them."""
 
@@ -234,6 +242,10 @@ def _captioned(size: int, generator: torch.Generator) -> Inputs:
 
 def _pictures(size: int, generator: torch.Generator) -> Inputs:
     return {"x": torch.randn(size, 3, 16, 16, generator=generator)}
+
+
+def _scenes(size: int, generator: torch.Generator) -> Inputs:
+    return {"images": torch.randn(size, 3, 18, 13, generator=generator)}
 
 
 def _pairs(size: int, generator: torch.Generator, pictures: int = 2) -> Inputs:
@@ -277,6 +289,8 @@ FAMILIES = [
     ),
     Family("nlvr", nlvr, _pairs),
     Family("nlvr-merged-eager", lambda: _eager(nlvr(merge_from=0, vision_depth=1, text_depth=2)), _pairs),
+    Family("segmenter", _segmenter, _scenes),
+    Family("segmenter-linear", lambda: _segmenter(decoder="linear"), _scenes),
     Family("clip", _Clip, _captioned),
     Family("vqa", _vqa, _questions),
     Family("caption", _caption, lambda size, generator: _pairs(size, generator, pictures=1)),

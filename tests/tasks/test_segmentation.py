@@ -23,7 +23,6 @@ from typer.testing import CliRunner
 
 import runs
 import upop
-from models.test_segmenter import TINY
 from pruning.families import randomise
 from upop.checkpoints import save_official
 from upop.cli import published_segmenter
@@ -44,7 +43,8 @@ from upop.training.loaders import make_loader
 
 ROOT = Path(__file__).parents[2]
 TASK = SegmentationTask()
-MODEL = {name: value for name, value in TINY.items() if name not in ("image_size", "classes")}
+MODEL = runs.SEGMENTER
+SIZES = {**MODEL, "image_size": 32, "classes": len(CLASSES)}
 METRICS = {"mIoU", "pixel accuracy", "class accuracy"}
 
 
@@ -67,15 +67,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return runs.write_settings(
         folder / "segmentation.yaml",
         data.settings,
-        pretrained=None,
-        classes=len(CLASSES),
-        model=MODEL,
-        optimizer="adamw",
-        batch_size_train=8,
-        batch_size_test=2,
-        window_stride=24,
-        max_epoch=1,
-        min_lr=0.0,
+        **{**runs.TINY["segmentation"], "pretrained": None, "batch_size_train": 8, "max_epoch": 1},
     )
 
 
@@ -86,7 +78,7 @@ def settings_of(config: Path | None, **overrides: Any) -> SegmentationSettings:
 @pytest.fixture(scope="module")
 def dense(config: Path) -> Path:
     """A dense model with random weights, biases and norms, as published."""
-    model = Segmenter(SegmenterConfig(**{**TINY, "classes": len(CLASSES)}))
+    model = Segmenter(SegmenterConfig(**SIZES))
     randomise(model, 5)
     return save_official("segmentation", model, config.with_name("dense.pth"))
 
@@ -309,7 +301,7 @@ def test_scores_by_hand() -> None:
 
 
 def test_a_batch_without_a_labelled_pixel_has_no_loss(config: Path) -> None:
-    model = Segmenter(SegmenterConfig(**{**TINY, "classes": len(CLASSES)}))
+    model = Segmenter(SegmenterConfig(**SIZES))
     images, labels = torch.randn(2, 3, 32, 32), torch.full((2, 32, 32), IGNORED)
     batch = {"images": images, "labels": labels}
     with torch.no_grad():
@@ -321,11 +313,25 @@ def test_a_batch_without_a_labelled_pixel_has_no_loss(config: Path) -> None:
 
 
 def test_the_optimizer_is_the_published_one() -> None:
-    model = Segmenter(SegmenterConfig(**TINY))
+    model = Segmenter(SegmenterConfig(**SIZES))
     (group,) = TASK.optimizer(model, settings_of(None)).param_groups
     assert (group["momentum"], group["nesterov"], group["weight_decay"], group["lr"]) == (0.9, True, 0.0, 4e-3)
     assert len(group["params"]) == len(list(model.parameters())) - 2  # without the encoder's idle head
     assert isinstance(TASK.optimizer(model, settings_of(None, optimizer="adamw")), torch.optim.AdamW)
+
+
+@pytest.mark.parametrize(("multiscale", "passes"), [(False, 1), (True, 12)])
+def test_several_scales_are_six_each_mirrored_too(config: Path, multiscale: bool, passes: int) -> None:
+    model = Segmenter(SegmenterConfig(**SIZES)).eval()
+    calls: list[tuple[int, ...]] = []
+    model.register_forward_hook(lambda _model, inputs, _output: calls.append(tuple(inputs[0].shape)))
+    settings = settings_of(config, multiscale=multiscale, window_batch=100)
+    batch = {"images": [torch.randn(3, 50, 34)], "labels": [torch.zeros(50, 34, dtype=torch.long)]}
+    with torch.no_grad():
+        (counts,) = TASK.predict(model, batch, settings)["confusion"]
+    assert int(counts[0].sum()) == int(counts.sum()) == 50 * 34
+    assert len(calls) == passes
+    assert {shape[1:] for shape in calls} == {(3, 32, 32)}
 
 
 def test_training_crops_are_augmented_and_evaluation_sees_whole_pictures(config: Path) -> None:
@@ -370,7 +376,7 @@ def test_bad_files_are_named(
 
 
 def test_another_number_of_classes_is_refused(config: Path, tmp_path: Path) -> None:
-    model = Segmenter(SegmenterConfig(**TINY))
+    model = Segmenter(SegmenterConfig(**{**SIZES, "classes": 5}))
     upop.save(model, tmp_path / "five")
     with pytest.raises(SettingError, match="The model knows 5 classes, and classes is 13"):
         TASK.load(tmp_path / "five", settings_of(config))
