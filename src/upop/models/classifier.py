@@ -45,9 +45,11 @@ class ClassifierConfig(BaseModel):
     drop_path: float = Field(0.1, ge=0, lt=1, description="at the last block")
 
     @model_validator(mode="after")
-    def _heads(self) -> Self:
+    def _sizes_fit(self) -> Self:
         if self.vision_width and self.vision_heads and self.vision_width % self.vision_heads:
             raise ValueError(f"vision_width ({self.vision_width}) is no multiple of vision_heads ({self.vision_heads})")
+        if self.patch_size and self.image_size < self.patch_size:
+            raise ValueError(f"image_size ({self.image_size}) is below patch_size ({self.patch_size})")
         return self
 
 

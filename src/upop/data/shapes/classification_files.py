@@ -1,37 +1,57 @@
 """Writes generated pictures as ImageNet's lie: one folder per class.
 
-The class is the colour and the kind of the one large shape; one to three small ones of any kind lie beside it, so that
-a model has to look at all of them.
+Five to nine shapes lie in a picture, and its class is the colour that most of them have and the kind that most of them
+are: a model has to look at all of them, and to count.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import product
 from random import Random
 
 from upop.data.shapes.layout import SetFormat, Sink, held_out
-from upop.data.shapes.scenes import COLOURS, GRID, JITTER, KINDS, MAX_SHAPES, Scene, Shape, sample_background
+from upop.data.shapes.scenes import COLOURS, GRID, JITTER, KINDS, SIZES, Scene, Shape, sample_background
 from upop.data.shapes.singles import sample_scenes
 from upop.errors import SettingError
 
 SHARES = {"train": 0.8, "val": 0.1, "test": 0.1}
 """Share of all scenes that each split draws from."""
 CLASSES = tuple(sorted(product(COLOURS, KINDS)))
-"""Colour and kind of the large shape, in the order of the folders' names."""
+"""Commonest colour and kind, in the order of the folders' names."""
+_SHAPES = (5, GRID * GRID)
 FEWEST_HELD_OUT = 10 * len(CLASSES)
 
 
 def draw_scene_of(colour: str, kind: str, rng: Random) -> Scene:
-    """Draw a scene whose large shape has that colour and kind."""
-    cells = rng.sample(range(GRID * GRID), rng.randint(2, MAX_SHAPES))
-    looks = [(kind, colour, "large"), *((rng.choice(KINDS), rng.choice(COLOURS), "small") for _ in cells[1:])]
+    """Draw a scene in which more shapes have that colour than any other one, and more are of that kind."""
+    cells = rng.sample(range(GRID * GRID), rng.randint(*_SHAPES))
+    colours = _mostly(colour, COLOURS, len(cells), rng)
+    kinds = _mostly(kind, KINDS, len(cells), rng)
     shapes = tuple(
-        Shape(*look, cell // GRID, cell % GRID, rng.uniform(-JITTER, JITTER), rng.uniform(-JITTER, JITTER))
-        for look, cell in zip(looks, cells, strict=True)
+        Shape(
+            shape_kind,
+            shape_colour,
+            rng.choice(SIZES),
+            cell // GRID,
+            cell % GRID,
+            rng.uniform(-JITTER, JITTER),
+            rng.uniform(-JITTER, JITTER),
+        )
+        for cell, shape_colour, shape_kind in zip(cells, colours, kinds, strict=True)
     )
     return Scene(shapes, sample_background(rng))
+
+
+def _mostly(wanted: str, choices: Sequence[str], count: int, rng: Random) -> list[str]:
+    """Draw `count` of the choices, with one that comes up more often than any other: the wanted one."""
+    while True:
+        drawn = rng.choices(choices, k=count)
+        first, second = [*Counter(drawn).most_common(2), ("", 0)][:2]
+        if first[1] > second[1] and first[0] == wanted:
+            return drawn
 
 
 def _records(size: int) -> dict[str, int]:

@@ -80,7 +80,7 @@ class Noun:
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """What one picture shows: one to four shapes on a light background (red, green, blue; 0 to 255)."""
+    """What one picture shows: shapes on a light background (red, green, blue; 0 to 255)."""
 
     shapes: tuple[Shape, ...]
     background: tuple[int, int, int] = (245, 245, 245)
