@@ -24,7 +24,9 @@ class RunSettings(BaseModel):
 
     # Data and weights, as in the published files.
     pretrained: str | None = Field(
-        None, description="checkpoint to start from: a published .pth (a file, or an http(s) URL), or a folder of ours"
+        None,
+        description="checkpoint to start from: a published .pth (a file, or an http(s) URL), a folder of ours or of "
+        "transformers, or a name on the hub",
     )
     image_size: int = Field(384, gt=0)
     augment: bool = Field(True, description="random crops, flips and RandAugment in training")

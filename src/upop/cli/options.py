@@ -24,7 +24,8 @@ class Device(StrEnum):
 
 Config = Annotated[Path | None, typer.Option(help="YAML file of settings; flags beat it.")]
 Pretrained = Annotated[
-    str | None, typer.Option(help="Checkpoint to start from: a .pth (a file or a URL), or a folder of ours.")
+    str | None,
+    typer.Option(help="Checkpoint: a .pth (file or URL), a folder of ours or of transformers, or a name on the hub."),
 ]
 DataPath = Annotated[
     Path | None, typer.Option("--data-path", "--data_path", help="Folder of train/CLASS/* and val/CLASS/*.")
@@ -44,6 +45,9 @@ SparsityMlp = Annotated[
     float | None,
     typer.Option("--w-sp-mlp", "--w_sp_mlp", help="Weight of the MLP masks' sum in the logged loss."),
 ]
+Interval = Annotated[int | None, typer.Option("--interval", help="Masks move every so many steps.")]
+EpochsSearch = Annotated[int | None, typer.Option("--epochs-search", help="Epochs of the search.")]
+SearchRate = Annotated[float | None, typer.Option("--lr-search", help="Learning rate of the search.")]
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any other setting; repeatable.")]
 
 

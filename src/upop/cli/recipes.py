@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from upop.checkpoints.hub import is_hub_name
 from upop.checkpoints.remote import is_remote
 from upop.cli import options as o
 from upop.errors import UPopError
@@ -78,9 +79,10 @@ def _explain(recipe: Recipe, task: Task[Any], settings: RunSettings, *, evaluate
         )
     console.print("What it needs:")
     pretrained = str(settings.pretrained)
-    if is_remote(pretrained):
+    fetched = is_remote(pretrained) or is_hub_name(pretrained)
+    if fetched:
         console.print(f"  fetched  {pretrained}")
-    needs = [*(() if is_remote(pretrained) else (Path(pretrained),)), *_data(settings)]
+    needs = [*(() if fetched else (Path(pretrained),)), *_data(settings)]
     for path in dict.fromkeys(needs):
         console.print(f"  {'found  ' if path.exists() else 'missing'}  {path}")
     try:

@@ -11,6 +11,7 @@ from torch import nn
 from upop.checkpoints import WEIGHTS, is_folder, load
 from upop.checkpoints.folder import read_description
 from upop.checkpoints.official import load_official, start_from
+from upop.checkpoints.transformers_models import is_transformers_folder
 from upop.errors import CheckpointError
 from upop.models import MODELS, kind_of
 from upop.settings import RunSettings
@@ -30,13 +31,11 @@ class PublishedTask(Task[PublishedSettingsT]):
         return {"image_size": settings.image_size, **settings.model}
 
     def load(self, path: Path, settings: PublishedSettingsT) -> nn.Module:
-        """Return the model in one of our folders or in a published file."""
-        if is_folder(path):
+        """Return the model in one of our folders, in a published file, or in a folder of transformers."""
+        if is_folder(path) and not is_transformers_folder(path):
             model = load(path)
             if not self._is_mine(kind_of(model)):
-                raise CheckpointError(
-                    f"{path} holds a {type(model).__name__}, which is no model for {self.name}."
-                )
+                raise CheckpointError(f"{path} holds a {type(model).__name__}, which is no model for {self.name}.")
         else:
             model = load_official(self.name, path, **self.sizes(settings))
         return self._prepared(model, settings)
@@ -46,9 +45,9 @@ class PublishedTask(Task[PublishedSettingsT]):
 
         From a folder of another task's model, the towers that both have are taken.
         """
-        if not is_folder(path):
+        if is_transformers_folder(path) or not is_folder(path):
             model = self.build(settings)
-            return model, start_from(self.name, path, model)
+            return model, start_from(self.name, path, model, any_towers=is_transformers_folder(path))
         if self._is_mine(read_description(path)["model"]):
             return self.load(path, settings), ()
         model = self.build(settings)

@@ -13,7 +13,7 @@ from timm.utils.model_ema import ModelEmaV3
 from torch import nn
 
 from upop.checkpoints import WEIGHTS, read_weights
-from upop.checkpoints.remote import is_remote, local_path
+from upop.checkpoints.hub import local_path
 from upop.errors import SettingError
 from upop.pruning import Plan, Pruner, find_units, plan_by_magnitude, shrink
 from upop.report.figures import history_figure, kept_share_figure, save_figure
@@ -147,13 +147,11 @@ class _Run:
         self._progress.say(line)
 
     def checkpoint(self) -> Path:
-        """Return where the checkpoint that the settings name lies; what is behind a URL is fetched once per machine."""
+        """Return where the checkpoint that the settings name lies; once per machine, what lies elsewhere is fetched."""
         if not self.settings.pretrained:
             raise SettingError(
                 "A checkpoint to start from is needed, and none was given. Set pretrained (--pretrained)."
             )
-        if not is_remote(self.settings.pretrained):
-            return Path(self.settings.pretrained)
         with self.accelerator.local_main_process_first():
             return local_path(self.settings.pretrained)
 

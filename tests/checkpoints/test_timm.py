@@ -1,0 +1,97 @@
+"""timm's models: `upop.load` builds them by name, and only where that gives the very same model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+import upop
+from pruning.families import randomise, uneven_plan
+from upop.errors import CheckpointError
+
+TINY = {"img_size": 32, "depth": 2, "num_classes": 5}
+WIDTH = {"embed_dim": 48, "num_heads": 3}
+
+
+def compressed(name: str, **settings: Any) -> nn.Module:
+    torch.manual_seed(0)
+    model = timm.create_model(name, **settings).eval()
+    randomise(model)
+    return upop.shrink(model, uneven_plan(upop.find_units(model), 2), verify=torch.randn(1, 3, 32, 32))
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("vit_tiny_patch16_224", TINY),
+        ("vit_tiny_patch16_224", {**TINY, **WIDTH, "mlp_ratio": 6.0, "drop_path_rate": 0.1}),
+        ("vit_tiny_patch16_224", {**TINY, "global_pool": "avg", "class_token": False, "patch_size": 8}),
+        ("vit_tiny_patch16_224", {**TINY, "init_values": 0.1, "reg_tokens": 2, "dynamic_img_size": True}),
+        ("deit_tiny_distilled_patch16_224", TINY),
+        ("deit3_small_patch16_224", {**TINY, **WIDTH}),
+        ("vit_base_patch16_siglip_224", {"img_size": 32, "depth": 1, "num_classes": 0, **WIDTH}),
+    ],
+)
+def test_it_comes_back_by_name(name: str, settings: dict[str, Any], tmp_path: Path) -> None:
+    model, inputs = compressed(name, **settings), torch.randn(2, 3, 32, 32)
+    folder = upop.save(model, tmp_path / "out")
+    again: Any = upop.load(folder)
+    by_hand = upop.load_into(timm.create_model(name, **settings), folder)
+    with torch.no_grad():
+        assert torch.equal(again(inputs), model(inputs))
+        assert torch.equal(by_hand(inputs), model(inputs))
+    if "drop_path_rate" in settings:
+        assert again.blocks[-1].drop_path1.drop_prob == pytest.approx(0.1)
+    # What it was cut to is known too, so it can be saved again.
+    saved = json.loads((upop.save(again, tmp_path / "again") / "upop.json").read_text())
+    assert saved["plan"] == json.loads((folder / "upop.json").read_text())["plan"]
+
+
+def test_where_a_name_does_not_say_all_the_dense_model_is_asked_for(tmp_path: Path) -> None:
+    model = compressed("vit_tiny_patch16_224", act_layer=nn.ReLU, **TINY)
+    folder = upop.save(model, tmp_path / "out")
+    with pytest.raises(CheckpointError, match=r"cannot build by name.*upop\.load_into"):
+        upop.load(folder)
+    dense = timm.create_model("vit_tiny_patch16_224", act_layer=nn.ReLU, **TINY)
+    inputs = torch.randn(1, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(upop.load_into(dense, folder)(inputs), model(inputs))
+
+
+def test_an_edited_model_is_not_built_by_name(tmp_path: Path) -> None:
+    model: Any = compressed("vit_tiny_patch16_224", **TINY)
+    model.norm.eps = 0.1
+    with pytest.raises(CheckpointError, match="cannot build by name"):
+        upop.load(upop.save(model, tmp_path / "out"))
+
+
+def _edited(folder: Path, **changes: Any) -> Path:
+    description = json.loads((folder / "upop.json").read_text())
+    description["timm"].update(changes)
+    (folder / "upop.json").write_text(json.dumps(description))
+    return folder
+
+
+def test_bad_descriptions_are_named(tmp_path: Path) -> None:
+    folder = upop.save(compressed("vit_tiny_patch16_224", **TINY), tmp_path / "out")
+    with pytest.raises(CheckpointError, match="did you mean 'vit_tiny_patch16_224'"):
+        upop.load(_edited(folder, architecture="vit_tinny_patch16_224"))
+    name = "vit_tiny_patch16_224"
+    with pytest.raises(CheckpointError, match="checkpoint_path='x', which upop does not set"):
+        upop.load(_edited(folder, architecture=name, arguments={"checkpoint_path": "x"}))
+    with pytest.raises(CheckpointError, match="timm cannot build"):
+        upop.load(_edited(folder, architecture=name, arguments={"num_heads": 7}))
+    with pytest.raises(CheckpointError, match="does not fit"):
+        upop.load(_edited(folder, architecture=name, arguments={"img_size": [32, 32], "depth": 3}))
+
+
+def test_compiled_models_are_saved_as_what_they_wrap(tmp_path: Path) -> None:
+    model = compressed("vit_tiny_patch16_224", **TINY)
+    folder = upop.save(torch.compile(model, backend="eager"), tmp_path / "out")
+    assert upop.load(folder).state_dict().keys() == model.state_dict().keys()
