@@ -98,7 +98,7 @@ def compress(
     amp: o.Amp = None,
     cost: Annotated[str | None, typer.Option(help="What the budget counts: params, flops or reference.")] = None,
     align: Annotated[int | None, typer.Option(help="Kept sizes are multiples of this.")] = None,
-    interval: Annotated[int | None, typer.Option(help="Masks move every so many steps.")] = None,
+    interval: o.Interval = None,
     method: Annotated[str | None, typer.Option(help="upop, or magnitude: one cut by weight norm.")] = None,
     w_sp_attn: o.SparsityAttention = None,
     w_sp_mlp: o.SparsityMlp = None,

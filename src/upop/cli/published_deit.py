@@ -36,13 +36,13 @@ def command(
     resume: Annotated[str | None, typer.Option("--resume", help="Checkpoint to evaluate: a file, or a URL.")] = None,
     output_dir: o.OutputDir = Path("output/classification"),
     p: o.Ratio = None,
-    interval: Annotated[int | None, typer.Option("--interval", help="Masks move every so many steps.")] = None,
+    interval: o.Interval = None,
     w_sp_attn: o.SparsityAttention = None,
     w_sp_mlp: o.SparsityMlp = None,
-    epochs_search: Annotated[int | None, typer.Option("--epochs-search", help="Epochs of the search.")] = None,
+    epochs_search: o.EpochsSearch = None,
     max_epoch: Annotated[int | None, typer.Option("--epochs", help="Epochs of retraining.")] = None,
     batch_size_train: Annotated[int | None, typer.Option("--batch-size", help="Per process.")] = None,
-    search_lr: Annotated[float | None, typer.Option("--lr-search", help="Learning rate of the search.")] = None,
+    search_lr: o.SearchRate = None,
     init_lr: Annotated[
         float | None, typer.Option("--lr", help="Learning rate of retraining for 512 records per step.")
     ] = None,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -13,6 +13,7 @@ from upop.cli.app import main
 from upop.errors import SettingError
 from upop.settings import read_settings
 from upop.tasks import find_task
+from upop.tasks.segmentation import SegmentationSettings
 from upop.tasks.verbs import compress, evaluate_checkpoint
 
 TASK = "segmentation"
@@ -28,23 +29,23 @@ def command(
     backbone: Annotated[str | None, typer.Option("--backbone", help="Encoder, such as vit_small_patch16_384.")] = None,
     decoder: Annotated[str | None, typer.Option("--decoder", help="mask_transformer or linear.")] = None,
     config: Annotated[Path, typer.Option(help="YAML file of settings; flags beat it.")] = CONFIG,
-    log_dir: Annotated[Path, typer.Option("--log-dir", help="Run folder.")] = Path("output/segmentation"),
+    output_dir: Annotated[Path, typer.Option("--log-dir", help="Run folder.")] = Path("output/segmentation"),
     pretrained: o.Pretrained = None,
     evaluate: Annotated[str | None, typer.Option("--evaluate", help="Only evaluate this checkpoint.")] = None,
     multiscale: Annotated[
-        bool, typer.Option("--multiscale/--singlescale", help="Evaluate at six scales and mirrored, or at one.")
-    ] = False,
+        bool | None, typer.Option("--multiscale/--singlescale", help="Evaluate at six scales and mirrored, or at one.")
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume/--no-resume", help="Runs begin anew; --resume is refused.")] = False,
-    epochs_search: Annotated[int | None, typer.Option("--epochs-search", help="Epochs of the search.")] = None,
-    epochs: Annotated[int | None, typer.Option("--epochs", help="Epochs of retraining.")] = None,
+    epochs_search: o.EpochsSearch = None,
+    max_epoch: Annotated[int | None, typer.Option("--epochs", help="Epochs of retraining.")] = None,
     batch_size: Annotated[int | None, typer.Option("--batch-size", help="Over all processes.")] = None,
-    lr_search: Annotated[float | None, typer.Option("--lr-search", help="Learning rate of the search.")] = None,
-    lr: Annotated[float | None, typer.Option("-lr", "--learning-rate", help="Learning rate of retraining.")] = None,
+    search_lr: o.SearchRate = None,
+    init_lr: Annotated[float | None, typer.Option("-lr", "--learning-rate", help="Of retraining.")] = None,
     p: o.Ratio = None,
-    interval: Annotated[int | None, typer.Option("--interval", help="Masks move every so many steps.")] = None,
+    interval: o.Interval = None,
     w_sp_attn: o.SparsityAttention = None,
     w_sp_mlp: o.SparsityMlp = None,
-    im_size: Annotated[int | None, typer.Option("--im-size", help="What short sides are brought to.")] = None,
+    image_size: Annotated[int | None, typer.Option("--im-size", help="What short sides are brought to.")] = None,
     crop_size: Annotated[int | None, typer.Option("--crop-size", help="Side of training crops.")] = None,
     window_size: Annotated[int | None, typer.Option("--window-size", help="Side of the sliding window.")] = None,
     window_stride: Annotated[int | None, typer.Option("--window-stride", help="How far it slides.")] = None,
@@ -63,29 +64,18 @@ def command(
     assign: o.Set = None,
 ) -> None:
     """Search, shrink, retrain and evaluate; or evaluate a checkpoint."""
+    given = dict(locals())
     del eval_freq
     if dataset not in _DATASETS:
         raise SettingError(f"--dataset {dataset} was asked for; known are {', '.join(_DATASETS)}.")
     if resume:
         raise SettingError("--resume was asked for, and runs cannot be resumed. Leave it out.")
-    flags: dict[str, Any] = {
-        "dataset_root": _dataset_root(),
-        "backbone": backbone,
-        "decoder": decoder,
-        "output_dir": log_dir,
-        "pretrained": evaluate or pretrained,
-        "multiscale": multiscale or None,
-        "epochs_search": epochs_search,
-        "max_epoch": epochs,
-        "batch_size_train": _per_process(batch_size),
-        "search_lr": lr_search,
-        "init_lr": lr,
-    }
-    flags |= {"p": p, "interval": interval, "w_sp_attn": w_sp_attn, "w_sp_mlp": w_sp_mlp}
-    flags |= {"image_size": im_size, "crop_size": crop_size, "window_size": window_size}
-    flags |= {"window_stride": window_stride, "normalization": normalization, "optimizer": optimizer}
-    flags |= {"schedule": {"cosine": "step"}.get(scheduler or "", scheduler), "weight_decay": weight_decay}
-    flags |= {"dropout": dropout, "drop_path": drop_path, "amp": amp, "device": device, "seed": seed}
+    # Flags that are called like the settings that they set.
+    flags = {name: given[name] for name in SegmentationSettings.model_fields if name in given}
+    flags["dataset_root"] = _dataset_root()
+    flags["pretrained"] = evaluate or pretrained
+    flags["batch_size_train"] = _per_process(batch_size)
+    flags["schedule"] = {"cosine": "step"}.get(scheduler or "", scheduler)
     task = find_task(TASK)
     verb = evaluate_checkpoint if evaluate else compress
     verb(task, read_settings(task.settings, config, o.overrides(flags, assign)))

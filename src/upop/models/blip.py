@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import BlipTextConfig
 
 from upop.models.decoder import TextDecoder
+from upop.models.sizes import check_heads
 
 VIT_SIZES: dict[str, dict[str, int]] = {
     "base": {"vision_width": 768, "vision_depth": 12, "vision_heads": 12, "vision_mlp": 3072},
@@ -50,10 +51,7 @@ class BlipConfig(BaseModel):
 
     @model_validator(mode="after")
     def _heads(self) -> Self:
-        for tower in ("vision", "text"):
-            width, heads = getattr(self, f"{tower}_width"), getattr(self, f"{tower}_heads")
-            if width % heads:
-                raise ValueError(f"{tower}_width ({width}) is no multiple of {tower}_heads ({heads})")
+        check_heads(self, "vision", "text")
         return self
 
     @classmethod

@@ -17,6 +17,7 @@ from transformers import CLIPConfig as _LibraryConfig
 from transformers import CLIPModel
 
 from upop.models.contrast import MomentumContrast
+from upop.models.sizes import check_heads
 
 
 class ClipConfig(BaseModel):
@@ -42,10 +43,7 @@ class ClipConfig(BaseModel):
 
     @model_validator(mode="after")
     def _heads(self) -> Self:
-        for tower in ("vision", "text"):
-            width, heads = getattr(self, f"{tower}_width"), getattr(self, f"{tower}_heads")
-            if width % heads:
-                raise ValueError(f"{tower}_width ({width}) is no multiple of {tower}_heads ({heads})")
+        check_heads(self, "vision", "text")
         return self
 
 

@@ -15,6 +15,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
+from upop.models.sizes import check_heads
+
 BACKBONES: dict[str, dict[str, int]] = {
     f"vit_{size}_patch{patch}_384": {
         "patch_size": patch,
@@ -66,10 +68,7 @@ class SegmenterConfig(BaseModel):
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> Self:
-        for part in ("vision", "decoder"):
-            width, heads = getattr(self, f"{part}_width"), getattr(self, f"{part}_heads")
-            if width % heads:
-                raise ValueError(f"{part}_width ({width}) is no multiple of {part}_heads ({heads})")
+        check_heads(self, "vision", "decoder")
         if self.image_size < self.patch_size:
             raise ValueError(f"image_size ({self.image_size}) is below patch_size ({self.patch_size})")
         return self
