@@ -35,6 +35,7 @@ DENSE: dict[str, dict[str, Any]] = {
     "vqa": {"init_lr": 1e-3, "max_epoch": 2, "pretrained": "assets/shapes-nlvr"},
     "retrieval": {"init_lr": 5e-4, "max_epoch": 2, "pretrained": "assets/shapes-nlvr"},
     "retrieval-clip": {"init_lr": 5e-4, "max_epoch": 3},
+    "segmentation": {"init_lr": 1.5e-3, "max_epoch": 3},
 }
 """How the dense models are trained: from nothing, or from the towers of the demo's model, which can already look."""
 RATIOS = (0.5, 0.75)
