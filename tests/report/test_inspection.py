@@ -1,0 +1,66 @@
+"""What belongs to a modality adds up to the whole, and a budget takes what it says."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import upop
+from pruning.families import BY_NAME, FAMILIES
+from upop.errors import SettingError
+from upop.report.inspection import SHARED, after_budget, inspect_model
+
+NAMES = [family.name for family in FAMILIES[:12]]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_parts_add_up_to_the_whole(name: str) -> None:
+    family = BY_NAME[name]
+    model, inputs = family.build(torch.float32), family.inputs(1, torch.float32)
+    found = inspect_model(model, inputs)
+    assert found.parameters == upop.count_parameters(model)
+    assert found.macs == upop.count_macs(model, inputs)
+    units = upop.find_units(model)
+    assert sum(len(panel.layers) for panel in found.panels) == len(units)
+    held = {part.modality: part for part in found.parts}
+    for unit in units:
+        assert held[unit.modality].prunable >= found.unit_parameters[unit.name]
+    assert all(part.prunable <= part.parameters for part in found.parts)
+    assert sum(part.prunable for part in found.parts) == sum(found.unit_parameters.values())
+
+
+def test_towers_are_told_apart() -> None:
+    model = BY_NAME["nlvr"].build(torch.float32)
+    found = {part.modality: part.parameters for part in inspect_model(model).parts}
+    expected = {
+        "vision": upop.count_parameters(model.visual_encoder),  # type: ignore[arg-type]
+        "text": upop.count_parameters(model.text_encoder),  # type: ignore[arg-type]
+        SHARED: upop.count_parameters(model.cls_head),  # type: ignore[arg-type]
+    }
+    assert found == expected
+    assert inspect_model(model).macs is None
+
+
+@pytest.mark.parametrize("ratio", [0.25, 0.5, 0.75])
+def test_a_budget_takes_its_share_and_leaves_the_model_alone(ratio: float) -> None:
+    family = BY_NAME["vit-fused"]
+    model, inputs = family.build(torch.float32), family.inputs(1, torch.float32)
+    before = inspect_model(model, inputs)
+    smaller, plan = after_budget(model, ratio)
+    after = inspect_model(smaller, inputs, plan.sizes)
+    share = 1 - sum(part.prunable for part in after.parts) / sum(part.prunable for part in before.parts)
+    assert share == pytest.approx(ratio, abs=0.03)
+    assert after.macs is not None and before.macs is not None and after.macs < before.macs
+    assert inspect_model(model, inputs) == before
+    assert {unit.size for panel in after.panels for unit in panel.layers} == {
+        unit.size for panel in before.panels for unit in panel.layers
+    }
+
+
+def test_sizes_are_aligned_where_units_are_large_enough() -> None:
+    model = BY_NAME["nlvr"].build(torch.float32)
+    _, plan = after_budget(model, 0.4, align=8)
+    assert {len(kept) % 8 for name, kept in plan.items() if plan.sizes[name] > 8} == {0}
+    for ratio, align, message in ((1.0, 1, "strictly between"), (0.5, 0, "align must be")):
+        with pytest.raises(SettingError, match=message):
+            after_budget(model, ratio, align)
