@@ -10,10 +10,14 @@ import pytest
 import typer
 from typer.main import get_command
 
+from upop.cli import published_deit, published_segmenter
 from upop.cli.app import app
 from upop.cli.published import blip_command
 
 ROOT = Path(__file__).parents[2]
+OTHER_FLAGS = {"compress_deit.py": published_deit.app, "compress_segmenter.py": published_segmenter.app}
+"""The published scripts whose flags are not BLIP's."""
+STARTS = ("upop ", "python ", "DATASET=", "make ")
 
 
 def shown() -> list[str]:
@@ -21,7 +25,7 @@ def shown() -> list[str]:
     blocks = re.findall(r"^```(\w*)\n(.*?)^```", (ROOT / "README.md").read_text(), flags=re.DOTALL | re.MULTILINE)
     text = "\n".join(block for language, block in blocks if not language).replace("\\\n", " ")
     lines = [line.strip() for line in text.splitlines()]
-    return [line for line in lines if line.startswith(("upop ", "python -m torch.distributed.run", "make "))]
+    return [line for line in lines if line.startswith(STARTS)]
 
 
 def parse(command: typer.Typer, words: list[str]) -> None:
@@ -41,18 +45,29 @@ def test_upop_commands(line: str) -> None:
     parse(app, shlex.split(line, comments=True)[1:])
 
 
-@pytest.mark.parametrize("line", [line for line in shown() if line.startswith("python ")])
-def test_published_commands(line: str) -> None:
+def parse_published(line: str) -> None:
     words = shlex.split(line)
     script = next(word for word in words if word.startswith("compress_"))
     assert (ROOT / script).is_file()
     task = script.removeprefix("compress_").removesuffix(".py")
-    parse(blip_command(task, f"./configs/{task}.yaml"), words[words.index(script) + 1 :])
+    command = OTHER_FLAGS.get(script) or blip_command(task, f"./configs/{task}.yaml")
+    parse(command, words[words.index(script) + 1 :])
+
+
+@pytest.mark.parametrize("line", [line for line in shown() if "compress_" in line and not line.startswith("upop")])
+def test_published_commands(line: str) -> None:
+    parse_published(line)
 
 
 @pytest.mark.parametrize("line", [line for line in shown() if line.startswith("make ")])
 def test_make_targets(line: str) -> None:
     assert re.search(rf"^{line.split()[1]}:", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
+
+
+@pytest.mark.parametrize("file", ["published_deit.py", "published_segmenter.py"])
+def test_help_of_published_commands_ends_with_a_true_example(file: str) -> None:
+    (line,) = re.findall(r'Example: ([^"]*)"', (ROOT / "src/upop/cli" / file).read_text())
+    parse_published(line)
 
 
 def examples() -> list[str]:

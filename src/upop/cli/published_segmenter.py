@@ -25,7 +25,9 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 @app.command(epilog="Example: DATASET=datasets/vision python compress_segmenter.py --evaluate model.pth --singlescale")
 def command(
-    dataset: Annotated[str, typer.Option("--dataset", help="ade20k; looked for in the folder that DATASET names.")],
+    dataset: Annotated[
+        str, typer.Option("--dataset", help="ade20k, which is looked for in the folder that DATASET names.")
+    ] = _DATASETS[0],
     backbone: Annotated[str | None, typer.Option("--backbone", help="Encoder, such as vit_small_patch16_384.")] = None,
     decoder: Annotated[str | None, typer.Option("--decoder", help="mask_transformer or linear.")] = None,
     config: Annotated[Path, typer.Option(help="YAML file of settings; flags beat it.")] = CONFIG,
