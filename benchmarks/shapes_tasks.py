@@ -32,6 +32,7 @@ DATA = {"retrieval-clip": "retrieval"}
 """The generated set of a task, where it is not called like the task."""
 DENSE: dict[str, dict[str, Any]] = {
     "caption": {"init_lr": 1e-3, "max_epoch": 5},
+    "classification": {"init_lr": 1e-3, "max_epoch": 5},
     "vqa": {"init_lr": 1e-3, "max_epoch": 2, "pretrained": "assets/shapes-nlvr"},
     "retrieval": {"init_lr": 5e-4, "max_epoch": 2, "pretrained": "assets/shapes-nlvr"},
     "retrieval-clip": {"init_lr": 5e-4, "max_epoch": 3},

@@ -289,7 +289,7 @@ def test_a_small_set_that_is_one_odd_batch(config: Path, few: Path, tmp_path: Pa
 
 
 def test_any_architecture_of_timm_is_trained_by_name(config: Path, tmp_path: Path) -> None:
-    """A vision transformer without class token, whose every block has scales of its own."""
+    """One without a class token, which pools its patches by attention."""
     settings = settings_of(
         config,
         architecture="vit_base_patch16_siglip_224",

@@ -93,8 +93,16 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 def count_macs(model: nn.Module, inputs: Any) -> int:
     """Return the multiply-adds of all matrix products and convolutions in one forward pass (evaluation mode)."""
-    with evaluating(model), FlopCounterMode(display=False) as counter:
-        call(model, inputs)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        # torch's counter asks every input of a module for its history, and a view of a weight that is trained has none.
+        for parameter in trained:
+            parameter.requires_grad_(False)
+        with evaluating(model), FlopCounterMode(display=False) as counter:
+            call(model, inputs)
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
     return int(counter.get_total_flops()) // 2
 
 

@@ -103,9 +103,13 @@ class ClassificationTask(PublishedTask[ClassificationSettings]):
     update_first_step: ClassVar[bool] = False
 
     def sizes(self, settings: ClassificationSettings) -> dict[str, Any]:
-        """Return the architecture, and in what the settings differ from it; the rest is what a checkpoint says."""
+        """Return the architecture, where one was named, and in what the settings differ from it.
+
+        The rest is what a checkpoint says.
+        """
+        named = {"architecture": settings.architecture} if "architecture" in settings.model_fields_set else {}
         return {
-            "architecture": settings.architecture,
+            **named,
             "dropout": settings.dropout,
             "drop_path": settings.drop_path,
             **settings.model,
