@@ -80,7 +80,9 @@ class Slice:
             return rows.view(self.outer, -1, self.inner).sum(dim=(0, 2))
         size = len(rows) // self.length(1)
         groups = rows.split([size * inner for inner in self.inners])
-        counted = [part.view(size, -1).sum(1) for group, part in enumerate(groups) if silent or group not in self.silent]
+        counted = [
+            part.view(size, -1).sum(1) for group, part in enumerate(groups) if silent or group not in self.silent
+        ]
         return torch.stack(counted).sum(0)
 
 

@@ -142,7 +142,5 @@ def _looks_prunable(module: nn.Module) -> bool:
 
 
 def _is_claimed(model: nn.Module, name: str, claimed: Iterable[str]) -> bool:
-    children = [
-        f"{name}.{child}" for child, part in model.get_submodule(name).named_children() if is_projection(part)
-    ]
+    children = [f"{name}.{child}" for child, part in model.get_submodule(name).named_children() if is_projection(part)]
     return bool(children) and all(child in claimed for child in children)

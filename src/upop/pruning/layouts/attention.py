@@ -15,6 +15,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from upop.pruning.layouts.elements import is_neutral
+from upop.pruning.layouts.heads import Level, Touch, trace
 from upop.pruning.layouts.reading import (
     NotPrunableError,
     checked,
@@ -28,7 +29,7 @@ from upop.pruning.layouts.reading import (
     true_class,
     widths,
 )
-from upop.pruning.layouts.source import Source, source_of
+from upop.pruning.layouts.source import Source, live_methods, source_of
 from upop.pruning.layouts.widths import without_input_width
 from upop.pruning.units import Attribute, Slice, Swap, Unit
 
@@ -75,22 +76,64 @@ LAYOUTS: tuple[Layout, ...] = (
 )
 
 # What modules call the numbers that they keep about their heads.
-_HEADS = (
-    "num_heads num_attention_heads n_heads n_head heads num_query_heads num_q_heads num_attn_heads nhead n_local_heads"
-).split()
-_GROUPS = "num_key_value_heads num_kv_heads n_kv_heads n_local_kv_heads num_heads_kv".split()
-_SIZES = "head_dim attention_head_size d_head dim_head head_size key_value_proj_dim dim_per_head d_kv".split()
-_WIDTHS = (
-    "all_head_size inner_dim attn_dim attention_dim split_size embed_dim hidden_size d_model dim dim_out "
-    "kv_dim out_dim internal_dim n_embd q_size kv_size"
-).split()
+_BIASES = ("q_bias", "k_bias", "v_bias")
+_HEADS = [
+    "num_heads",
+    "num_attention_heads",
+    "n_heads",
+    "n_head",
+    "heads",
+    "num_query_heads",
+    "num_q_heads",
+    "num_attn_heads",
+    "nhead",
+    "n_local_heads",
+]
+_GROUPS = ["num_key_value_heads", "num_kv_heads", "n_kv_heads", "n_local_kv_heads", "num_heads_kv"]
+_SIZES = [
+    "head_dim",
+    "attention_head_size",
+    "d_head",
+    "dim_head",
+    "head_size",
+    "key_value_proj_dim",
+    "dim_per_head",
+    "d_kv",
+]
+_WIDTHS = [
+    "all_head_size",
+    "inner_dim",
+    "attn_dim",
+    "attention_dim",
+    "split_size",
+    "embed_dim",
+    "hidden_size",
+    "d_model",
+    "dim",
+    "dim_out",
+    "kv_dim",
+    "out_dim",
+    "internal_dim",
+    "n_embd",
+    "q_size",
+    "kv_size",
+]
 # Widths that are about the heads alone, never about the residual stream.
 _INNER = ("all_head_size", "inner_dim", "attn_dim", "attention_dim", "split_size", "internal_dim")
 _RATIOS = ("num_key_value_groups", "num_kv_groups", "n_rep", "kv_groups", "num_queries_per_kv")
-_SCALES = (
-    "scale scaling softmax_scale inv_norm_factor norm_factor scale_factor scale_attn attn_scale qk_scale "
-    "attention_scale scaling_factor"
-).split()
+_SCALES = [
+    "scale",
+    "scaling",
+    "softmax_scale",
+    "inv_norm_factor",
+    "norm_factor",
+    "scale_factor",
+    "scale_attn",
+    "attn_scale",
+    "qk_scale",
+    "attention_scale",
+    "scaling_factor",
+]
 # Whole numbers that speak of tokens, layers or randomness, never of the heads' dimensions.
 _OTHER_NUMBERS = re.compile(
     r"layer|window|token|stride|seed|bucket|distance|chunk|block_size|max_pos|seq|rotary_ndims|rotary_dim|_ratio|pad|area"
@@ -107,26 +150,97 @@ _HEAD_PARTS = re.compile(
     r"logit_scale|cpb_mlp|meta_mlp|relative_coord\w*|temperature|proj_l|proj_w|attn_bias)$"
 )
 _QUERY_NORMS = re.compile(r"^(q|k|query|key)_?(layer)?_?(norm|ln)$|^(norm|ln)_(q|k)$|^(q|k)_norm\w*$")
-# Functions that leave the axes of heads and dimensions as they are.
+# What may be called with projections, whatever goes: reshapes, casts, caches, attention itself.
 _HARMLESS = frozenset(
-    """
-    .view .reshape .transpose .contiguous .permute .unbind .size .update .get .get_interface .to .type_as .float .type
-    .unsqueeze .squeeze .flatten .expand .softmax .masked_fill .tolist .dim .get_seq_length .view_as .split .chunk
-    .unflatten .expand_as .repeat_interleave .clamp .clamp_ .matmul .baddbmm .dtype .warning_once .bool .append .is_updated
-    .items .pop .keys .item .new_full .new_zeros .triu_ .mean .sum .get_embed .get_bias .repeat .logical_not .any .all
-    attention_interface isinstance getattr hasattr len zip range int float max min tuple list ValueError RuntimeError
-    is_flash_attention_requested get_max_seqlen repeat_kv maybe_autocast deprecate_kwarg maybe_add_mask
-    resolve_self_attn_mask dropout softmax torch_compilable_check get_decomposed_rel_pos_bias is_torchdynamo_compiling
-    torch.cat torch.matmul torch.bmm torch.softmax torch.split torch.chunk torch.finfo torch.tensor torch.full torch.zeros
-    torch.where torch.max torch.min torch.baddbmm torch.empty torch.arange torch.stack torch.unbind torch.clamp
-    torch.einsum torch.nn.functional.softmax nn.functional.softmax F.softmax nn.Softmax nn.functional.dropout F.dropout
-    torch.dropout torch.nn.functional.dropout F.scaled_dot_product_attention torch.is_autocast_enabled torch.sigmoid
-    torch.nn.functional.scaled_dot_product_attention nn.functional.scaled_dot_product_attention math.sqrt torch.sqrt
-    F.normalize nn.functional.normalize torch.nn.functional.normalize F.linear torch.is_tensor torch.ones torch.unsqueeze
-    torch.jit.is_tracing torch.arange torch.abs torch.log math.log torch.full_like torch.zeros_like torch.clip
-    .exp .abs .log .permute .index_select .numel torch.repeat_interleave torch.squeeze torch.transpose
-    """.split()
+    [
+        ".view",
+        ".reshape",
+        ".transpose",
+        ".permute",
+        ".contiguous",
+        ".unbind",
+        ".flatten",
+        ".unflatten",
+        ".unsqueeze",
+        ".squeeze",
+        ".expand",
+        ".view_as",
+        ".repeat_interleave",
+        ".to",
+        ".type_as",
+        ".float",
+        ".type",
+        ".half",
+        ".clone",
+        ".clamp",
+        ".clamp_",
+        ".update",
+        ".append",
+        ".split",
+        ".chunk",
+        ".repeat",
+        "repeat_kv",
+        "torch.cat",
+        "torch.stack",
+        "torch.unbind",
+        "torch.split",
+        "torch.chunk",
+        "torch.clamp",
+        "torch.repeat_interleave",
+        "zip",
+        "list",
+        "tuple",
+        "dropout",
+        "F.dropout",
+        "nn.functional.dropout",
+        "torch.nn.functional.dropout",
+        "F.normalize",
+        "nn.functional.normalize",
+        "torch.nn.functional.normalize",
+        "F.linear",
+        "getattr",
+        ".is_contiguous",
+        "torch.squeeze",
+        "torch.unsqueeze",
+        "float",
+        "max_seqlen",
+        "get_max_seqlen",
+        "expand_kv",
+    ]
 )
+# What may be done to scores where whole heads go, beside that: nothing that joins the scores of several heads.
+_PER_SCORE = frozenset(
+    [
+        ".masked_fill",
+        ".masked_fill_",
+        ".softmax",
+        "torch.where",
+        "torch.tanh",
+        ".tanh",
+        "torch.max",
+        ".max",
+        ".amax",
+        ".exp",
+        "torch.finfo",
+        "softmax",
+        "nn.functional.softmax",
+        "F.softmax",
+        "torch.softmax",
+        "torch.nn.functional.softmax",
+        "nn.Softmax",
+        "maybe_add_mask",
+        "torch.masked_fill",
+        "resolve_self_attn_mask",
+        ".new_full",
+        ".new_zeros",
+        ".reshape_as",
+        ".add_",
+        "torch.zeros_like",
+        "torch.full_like",
+        "torch.nan_to_num",
+    ]
+)
+_SPLITS = (".split", ".chunk", "torch.split", "torch.chunk")
 _STATE = (bool, float, str, tuple, list, dict, type(None))
 
 
@@ -172,45 +286,53 @@ class _Reading:
 
     def __init__(self, model: nn.Module, name: str, module: nn.Module, row: Layout) -> None:
         self.model, self.name, self.module, self.row = model, name, module, row
-        found = source_of(module)
-        if found is None:
+        found, methods = source_of(module), live_methods(module)
+        if found is None or methods is None:
             raise NotPrunableError("the source of its forward is not there to be read")
         self.source: Source = found
         self.makers = [join(name, maker) for maker in row.makers]
-        self.output = self._output()
-        self.separate_bias: list[str] = []
-        self.swap = self._swap()
-        self._check_functions()
-        self.normed = self.normed_heads = self.per_head = False
+        self.output, own_output = self._output()
+        self.separate_bias = [
+            part
+            for part in _BIASES
+            if part in self.source.attributes and isinstance(getattr(module, part, None), Tensor)
+        ]
+        sources = {*row.makers, *self.separate_bias}
+        self.trace = trace(methods, sources, own_output)
+        if own_output is not None and not self.trace.reached:
+            raise NotPrunableError(f"what becomes of its heads before {own_output} cannot be followed")
+        self.swap = self._swap(frozenset(sources), own_output)
+        self.normed = self.tabled = self.per_head = False
         self.head_tables: list[str] = []
-        self._check_parts()
+        self.norm_sizes: dict[str, int] = {}
+        self.unknown = self._check_parts(own_output)
         self.heads = self._count()
         self.order = self._order() if len(self.makers) < 3 else "by kind"
         self.rotary = self._is_rotary()
         self.per_head |= any(_PER_HEAD.search(each) for each in self.source.names)
-        self._attributes = self._numbers()
+        self.attributes = self._numbers()
+        self._check_touches()
 
     # -- what is there
 
-    def _output(self) -> str:
-        found = []
+    def _output(self) -> tuple[str, str | None]:
+        """Return the projection that consumes the heads, and its attribute if it is the module's own."""
         # NLVR's twin cross-attention names its halves self0 and self1, and their outputs dense0 and dense1.
         number = self.name.rpartition(".")[2].removeprefix("self")
         number = number if number.isdigit() else ""
         for candidate in self.row.outputs:
-            path = join(self.name, candidate + (number if candidate.startswith("^") else ""))
+            above = candidate.startswith("^")
+            path = join(self.name, candidate + (number if above else ""))
             try:
                 layer = self.model.get_submodule(path)
             except AttributeError:
                 continue
-            if is_projection(layer) and (not candidate.startswith("^") or self._parent_is_plain(path)):
-                found.append(path)
-        if not found:
-            kind = true_class(self.module).__name__
-            raise NotPrunableError(
-                f"no layout is known for {library_of(self.module)} {kind}: which layer consumes its heads is not clear"
-            )
-        return found[0]
+            if is_projection(layer) and (not above or self._parent_is_plain(path)):
+                return path, None if above else candidate.partition(".")[0]
+        kind = true_class(self.module).__name__
+        raise NotPrunableError(
+            f"no layout is known for {library_of(self.module)} {kind}: which layer consumes its heads is not clear"
+        )
 
     def _parent_is_plain(self, output: str) -> bool:
         """Whether the module around it hands the heads to the output layer as they are."""
@@ -220,62 +342,70 @@ class _Reading:
         consumer = source_of(self.model.get_submodule(holder))
         return around is not None and consumer is not None and leaf in consumer.attributes
 
-    def _swap(self) -> type[nn.Module] | None:
+    def _swap(self, makers: frozenset[str], output: str | None) -> type[nn.Module] | None:
         """Return the class that the module takes on when cut, if its forward insists on the uncut width."""
-        if not self.source.input_width:
+        if not self.trace.widths and not self.trace.strays:
             return None
-        kind = without_input_width(true_class(self.module))
-        if kind is None:
+        width = f"self.{self.row.makers[0]}.out_features" if len(self.makers) == 3 else f"self.{output}.in_features"
+        kind = None
+        if all(isinstance(self.model.get_submodule(layer), nn.Linear) for layer in (*self.makers, self.output)):
+            kind = without_input_width(true_class(self.module), makers, output, width)
+        if kind is None or self.trace.strays:
             raise NotPrunableError("its forward takes the width of its heads from its input")
         return kind
 
-    def _check_functions(self) -> None:
-        known = [each for each in self.source.functions if each in _HARMLESS or _ROTARY.search(each)]
-        unknown = sorted(self.source.functions - set(known))
-        if unknown:
-            raise NotPrunableError(f"its forward calls {unknown[0].lstrip('.')}(), which no rule speaks of")
-
-    def _check_parts(self) -> None:
-        """Sort what the forward reads from the module: projections, norms, tables, numbers."""
-        makers = set(self.row.makers) | {self.output.removeprefix(f"{self.name}.") if self.name else self.output}
-        for part in sorted(self.source.attributes - makers - {"config", "training"}):
+    def _check_parts(self, output: str | None) -> str | None:
+        """Sort what the forward reads from the module: norms, tables, numbers; name a part of which no rule speaks."""
+        touched = {touch.name for touch in self.trace.touches if touch.what == "part"}
+        unknown = None
+        for part in sorted(
+            self.source.attributes - {*self.row.makers, output, *self.separate_bias, "config", "training"}
+        ):
             value = getattr(self.module, part, None)
-            if isinstance(value, _STATE) or part in _RATIOS or callable(value) and not isinstance(value, nn.Module):
-                continue
-            if isinstance(value, int):
-                if not (part in (*_HEADS, *_GROUPS, *_SIZES, *_WIDTHS) or _OTHER_NUMBERS.search(part)):
-                    raise NotPrunableError(f"its forward reads {part}={value}, which no rule speaks of")
-            elif isinstance(value, nn.Module | Tensor):
-                self._check_part(part, value)
-            elif type(value).__module__.partition(".")[0] not in ("transformers", "torch", "builtins"):
-                raise NotPrunableError(f"its forward reads {part} ({type(value).__name__}), which no rule speaks of")
+            if isinstance(value, nn.Module | Tensor):
+                known = self._is_known_part(part, value)
+                if not known and part in touched:
+                    raise NotPrunableError(f"its heads go through {part} ({type(value).__name__})")
+                unknown = unknown if known else f"its forward also uses {part} ({type(value).__name__})"
+            elif isinstance(value, int) and not isinstance(value, bool):
+                if not (part in (*_HEADS, *_GROUPS, *_SIZES, *_WIDTHS, *_RATIOS) or _OTHER_NUMBERS.search(part)):
+                    raise NotPrunableError(f"its forward reads {part}={value}, of which no rule speaks")
         config = getattr(self.module, "config", None)
         for part in sorted(self.source.config):
-            if isinstance(getattr(config, part, None), int) and not isinstance(getattr(config, part), bool):
+            value = getattr(config, part, None)
+            if isinstance(value, int) and not isinstance(value, bool):
                 raise NotPrunableError(f"its forward reads {part} from the configuration that all layers share")
+        return unknown
 
-    def _check_part(self, part: str, value: nn.Module | Tensor) -> None:
+    def _is_known_part(self, part: str, value: nn.Module | Tensor) -> bool:
+        """Take note of a part that a rule speaks of, and return whether one does."""
         if is_neutral(value) or isinstance(value, nn.Softmax):
-            return
+            return True
         if _HEAD_PARTS.search(part):
             self.per_head = True
-        elif part in ("q_bias", "k_bias", "v_bias") and isinstance(value, Tensor) and len(self.makers) == 1:
-            self.separate_bias.append(part)
         elif part == "sinks" and isinstance(value, nn.Parameter) and value.dim() == 1:
             self.head_tables.append(part)
         elif part in ("rel_pos_h", "rel_pos_w"):
-            self.normed = True  # over the dimensions of a head, the same for all heads
+            self.tabled = True  # over the dimensions of a head, the same for all heads
         elif isinstance(value, nn.Module) and (_ROTARY.search(type(value).__name__) or part == "rope"):
             pass
-        elif _QUERY_NORMS.search(part) or part == "v_norm":
+        elif isinstance(value, nn.Module) and (_QUERY_NORMS.search(part) or part == "v_norm"):
             self.normed = True
-            self._check_norm(part, value)
+            self.norm_sizes[part] = max((weight.numel() for weight in value.parameters()), default=0)
         else:
-            raise NotPrunableError(f"its forward also uses {part} ({type(value).__name__})")
+            return False
+        return True
 
-    def _check_norm(self, part: str, value: nn.Module | Tensor) -> None:
-        weights = [weight.numel() for weight in value.parameters()] if isinstance(value, nn.Module) else []
-        self._norm_sizes = {**getattr(self, "_norm_sizes", {}), part: max(weights, default=0)}
+    def _check_touches(self) -> None:
+        """Refuse what is done to heads and dimensions alike."""
+        for touch in self.trace.touches:
+            if touch.what != "call" or touch.level != Level.PROJECTION or touch.name in _HARMLESS:
+                continue
+            if _ROTARY.search(touch.name) or (touch.name in _PER_SCORE and "oftmax" in touch.name):
+                continue
+            if (self.tabled and "einsum" in touch.name) or "rel_pos" in touch.name:
+                continue
+            raise NotPrunableError(f"its heads go through {touch.name.lstrip('.')}(), of which no rule speaks")
 
     def _count(self) -> _Heads:
         query = widths(layer_at(self.model, self.makers[0]))[1]
@@ -286,7 +416,9 @@ class _Reading:
             query, rest = divmod(query, 3)
             key = query
             if rest or query != inner:
-                raise NotPrunableError(f"its {self.row.makers[0]} makes no three parts of the {inner} that are consumed")
+                raise NotPrunableError(
+                    f"its {self.row.makers[0]} makes no three parts of the {inner} that are consumed"
+                )
         elif len(self.makers) == 2:
             key = widths(layer_at(self.model, self.makers[1]))[1] // 2
         else:
@@ -305,7 +437,7 @@ class _Reading:
         groups, rest_too = divmod(key, size)
         if rest or rest_too or not groups or heads % groups:
             raise NotPrunableError(f"{query} queries and {key} keys make no whole number of heads of {size}")
-        for part, length in getattr(self, "_norm_sizes", {}).items():
+        for part, length in self.norm_sizes.items():
             if length != size:
                 raise NotPrunableError(f"{part} normalises over all heads together")
         return _Heads(heads, groups, size)
@@ -353,7 +485,7 @@ class _Reading:
                 if used and self.swap is None:
                     raise NotPrunableError(f"its forward reads {part} elsewhere than in the shape of its heads")
                 continue
-            if value == right or part == "kv_dim" and value == heads.groups * heads.size:
+            if value == right or (part == "kv_dim" and value == heads.groups * heads.size):
                 found[part] = value
             elif used:
                 raise NotPrunableError(f"its forward reads {part}={value}, expected {right}")
@@ -374,24 +506,55 @@ class _Reading:
             return "rotary embeddings tie its dimensions together"
         if self.normed:
             return "its queries and keys are normalised over head_dim"
+        if self.tabled:
+            return "its relative positions are tables over head_dim"
         if self._scale() == "unclear":
             return "its softmax scale cannot be read off its forward"
         if self.order == "by head" and self._scale() == "natural":
             return "its softmax scale cannot be folded into queries that lie between keys and values"
         if any(_misplaced(shape) for shape in self.source.shapes):
             return "it lays out dimensions before heads"
+        for touch in self.trace.touches:
+            if touch.level == Level.PROJECTION and not self._spares_dimensions(touch):
+                return f"`{touch.text[:50]}` touches its dimensions"
         return None
+
+    def _spares_dimensions(self, touch: Touch) -> bool:
+        if touch.what == "mix":
+            return bool(self.separate_bias) and "bias" in touch.text
+        if touch.what == "call":
+            return touch.name in _HARMLESS and (touch.name not in _SPLITS or self._splits_kinds_or_tokens(touch.text))
+        return touch.what in ("part", "take")
+
+    def _splits_kinds_or_tokens(self, text: str) -> bool:
+        return bool(
+            re.search(r"chunk\((.*, )?[23],|tolist|lengths|split_size|self\.(embed_dim|hidden_size|inner_dim)", text)
+        )
 
     def against_heads(self) -> str | None:
         """Say why no head can go, or None."""
         if self.per_head:
             return "its scores are biased head by head"
-        if self.swap is not None and self._reads_width_per_head():
-            return "its forward takes the number of its heads from its input"
+        if self.unknown:
+            return self.unknown
+        for touch in self.trace.touches:
+            if not self._spares_heads(touch):
+                return f"`{touch.text[:50]}` touches its heads"
         return None
 
-    def _reads_width_per_head(self) -> bool:
-        return False
+    def _spares_heads(self, touch: Touch) -> bool:
+        if touch.level == Level.SCORES:
+            return touch.what == "part" or touch.name in _HARMLESS - set(_SPLITS) or touch.name in _PER_SCORE
+        if touch.what in ("sum", "product", "mix"):
+            names = set(re.findall(r"[A-Za-z_]\w*", touch.text if touch.what == "mix" else touch.name)) - {"self"}
+            return (
+                any(_ROTARY.search(name) for name in names)
+                if touch.what != "product"
+                else all(_ROTARY.search(name) or "scal" in name for name in names)
+            )
+        if touch.name in _SPLITS:
+            return bool(re.search(r"dim=-1|, -1\)", touch.text)) or self._splits_kinds_or_tokens(touch.text)
+        return touch.what != "take"
 
     def _scale(self) -> Literal["natural", "fixed", "unclear"]:
         """Return whether the softmax scale follows the size of the heads, or is a number of its own."""
@@ -412,21 +575,20 @@ class _Reading:
 
     def dimensions(self) -> Unit:
         """Return the unit whose entries are dimensions, the same in every head."""
-        heads, axis = self.heads, {}
+        heads = self.heads
         natural = self._scale() == "natural"
         slices = self._slices(
             [heads.heads, heads.groups, heads.groups], [1, 1, 1], queries=heads.heads if natural else 0
         )
-        attributes = [Attribute(self.name, part) for part in self._attributes if part in _SIZES]
+        attributes = [Attribute(self.name, part) for part in self.attributes if part in _SIZES]
         attributes += [
             Attribute(self.name, part, value // heads.size)
-            for part, value in self._attributes.items()
+            for part, value in self.attributes.items()
             if part in _WIDTHS
         ]
         if natural:
             kept = [part for part in _SCALES if isinstance(self.module.__dict__.get(part), float)]
             attributes += [Attribute(self.name, part, None) for part in kept]
-        del axis
         return self._unit(heads.size, heads.heads, slices, attributes, "dimension")
 
     def whole_heads(self) -> Unit:
@@ -438,7 +600,7 @@ class _Reading:
             slices.append(Slice(join(self.name, table), 0, 1, heads.repeat, produces=False))
         factors = {**dict.fromkeys(_HEADS, heads.repeat), **dict.fromkeys(_GROUPS, 1), "kv_dim": heads.size}
         attributes = [
-            Attribute(self.name, part, factors.get(part, inner)) for part in self._attributes if part not in _SIZES
+            Attribute(self.name, part, factors.get(part, inner)) for part in self.attributes if part not in _SIZES
         ]
         return self._unit(heads.groups, 1, slices, attributes, "head" if heads.repeat == 1 else "group")
 
@@ -466,7 +628,9 @@ class _Reading:
         # Head by head: a whole head is one run, a dimension is repeated for every kind of every head.
         return {"outer": sum(outers), "inner": 1} if inners[0] == 1 else {"outer": 1, "inner": sum(inners)}
 
-    def _with_separate_bias(self, slices: list[Slice], outers: list[int], inners: list[int], queries: int) -> list[Slice]:
+    def _with_separate_bias(
+        self, slices: list[Slice], outers: list[int], inners: list[int], queries: int
+    ) -> list[Slice]:
         """Add the biases that some attentions keep apart from the layer, whose weight they then read themselves."""
         from dataclasses import replace
 
@@ -474,7 +638,7 @@ class _Reading:
             return slices
         slices = [replace(part, direct=True) for part in slices]
         for part in self.separate_bias:
-            place = ("q_bias", "k_bias", "v_bias").index(part)
+            place = _BIASES.index(part)
             slices.append(
                 Slice(
                     join(self.name, part),
@@ -489,7 +653,12 @@ class _Reading:
         return slices
 
     def _unit(
-        self, size: int, heads: int, slices: list[Slice], attributes: Iterable[Attribute], entry: Literal["dimension", "head", "group"]
+        self,
+        size: int,
+        heads: int,
+        slices: list[Slice],
+        attributes: Iterable[Attribute],
+        entry: Literal["dimension", "head", "group"],
     ) -> Unit:
         swaps = (Swap(self.name, self.swap),) if self.swap is not None else ()
         modality = modality_of(self.model, self.name)
@@ -500,7 +669,9 @@ class _Reading:
 def _first(module: nn.Module, names: Iterable[str]) -> int | None:
     """Return the first whole number of the module that is kept under one of `names`."""
     values = (module.__dict__.get(name) for name in names)
-    return next((value for value in values if isinstance(value, int) and not isinstance(value, bool) and value > 0), None)
+    return next(
+        (value for value in values if isinstance(value, int) and not isinstance(value, bool) and value > 0), None
+    )
 
 
 def _names_heads(text: str) -> bool:
@@ -513,4 +684,6 @@ def _names_size(text: str) -> bool:
 
 def _misplaced(shape: tuple[str, ...]) -> bool:
     """Whether a shape puts the size of a head right before the number of heads."""
-    return any(_names_size(a) and _names_heads(b) and not _names_heads(a) for a, b in zip(shape, shape[1:], strict=False))
+    return any(
+        _names_size(a) and _names_heads(b) and not _names_heads(a) for a, b in zip(shape, shape[1:], strict=False)
+    )

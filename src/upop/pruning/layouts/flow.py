@@ -90,7 +90,11 @@ class _Ledger:
                 for name, _ in value.parts
             }
             halves = {(name, other) for name, half in first.parts if half is not None for other in (0, 1)}
-            if first.masked and halves <= first.parts and not makers & (elsewhere | {*self.escaped, *self.blocked, consumer}):
+            if (
+                first.masked
+                and halves <= first.parts
+                and not makers & (elsewhere | {*self.escaped, *self.blocked, consumer})
+            ):
                 yield Axis(first.parts, first.masked, consumer)
 
 

@@ -23,7 +23,9 @@ from upop.pruning.units import Skipped, Slice, Unit
 
 _MLP = re.compile(r"mlp|ffn|feed_?forward|densere?l?u?act|intermediate", re.IGNORECASE)
 # Not blocks of the residual stream, though made of the same layers: what comes before and after it is never pruned.
-_OUTSIDE = re.compile(r"head(?!s)|project(or|ion)|pool|classif|predict|merger|position|pos_?emb|timestep", re.IGNORECASE)
+_OUTSIDE = re.compile(
+    r"head(?!s)|project(or|ion)|pool|classif|predict|merger|position|pos_?emb|timestep", re.IGNORECASE
+)
 # A relative position is two or three numbers; an MLP that reads no more makes biases of them.
 _FEWEST_INPUTS = 4
 

@@ -60,10 +60,7 @@ def is_pointwise(layer: nn.Module) -> bool:
 def is_projection(module: object) -> bool:
     """Whether the module takes one axis to another by a weight that can be cut, or is a wrapper around such a one."""
     return isinstance(module, nn.Module) and (
-        isinstance(module, nn.Linear)
-        or is_transposed(module)
-        or is_pointwise(module)
-        or _obstacle(module) is not None
+        isinstance(module, nn.Linear) or is_transposed(module) or is_pointwise(module) or _obstacle(module) is not None
     )
 
 

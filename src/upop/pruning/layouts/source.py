@@ -28,11 +28,9 @@ class Source:
         attributes: names read from `self`, methods left out; for eager attention functions, also from the module
             that they are given.
         config: names read from `self.config`.
-        functions: what is called: `.name` for methods of tensors and other objects, the dotted name for functions.
         names: every identifier.
         arguments: the parameters of `forward`.
         shapes: every sequence of numbers that a shape is made of, each as source text, in order.
-        input_width: whether it uses the length of the last axis of one of its arguments.
         lines: for every attribute, the lines (counted in statements) where it is read in `forward`.
         scales: source text of every square root.
         unscaled: whether fused attention is called without a scale, so that it takes the head's current size.
@@ -40,11 +38,9 @@ class Source:
 
     attributes: frozenset[str]
     config: frozenset[str]
-    functions: frozenset[str]
     names: frozenset[str]
     arguments: tuple[str, ...]
     shapes: tuple[tuple[str, ...], ...]
-    input_width: bool
     lines: dict[str, list[int]]
     scales: tuple[str, ...]
     unscaled: bool
@@ -102,6 +98,15 @@ class _Living(ast.NodeTransformer):
 
     def __init__(self, states: dict[str, bool | None]) -> None:
         self._states = states
+        self._absent: set[str] = set()  # variables that are None wherever they are read
+
+    def method(self, function: ast.FunctionDef) -> ast.FunctionDef:
+        """Return a copy of the method without its dead branches."""
+        living = self.visit(copy.deepcopy(function))
+        self._absent = _always_none(living)
+        living = self.visit(living) if self._absent else living
+        self._absent = set()
+        return living  # type: ignore[no-any-return]
 
     def visit_If(self, node: ast.If) -> ast.AST | list[ast.AST]:
         """Replace the statement by the branch that is taken."""
@@ -126,7 +131,10 @@ class _Living(ast.NodeTransformer):
             parts = [self._known(part) for part in test.values]
             decisive = isinstance(test.op, ast.Or)
             return decisive if decisive in parts else None if None in parts else not decisive
-        name = attribute_of_self(test.left) if isinstance(test, ast.Compare) else attribute_of_self(test)
+        tested = test.left if isinstance(test, ast.Compare) else test
+        name = attribute_of_self(tested)
+        if isinstance(tested, ast.Name) and tested.id in self._absent and isinstance(test, ast.Compare):
+            return isinstance(test.ops[0], ast.Is) if ast.unparse(test.comparators[0]) == "None" else None
         if name is None or name not in self._states:
             return None
         if isinstance(test, ast.Compare):
@@ -136,6 +144,23 @@ class _Living(ast.NodeTransformer):
                 return None
             return (self._states[name] is None) == isinstance(test.ops[0], ast.Is)
         return bool(self._states[name])
+
+
+def _always_none(function: ast.FunctionDef) -> set[str]:
+    """Return the variables that a function sets to None and to nothing else."""
+    nodes = list(ast.walk(function))
+    stored = [node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)]
+    nones = [
+        node.targets[0].id
+        for node in nodes
+        if isinstance(node, ast.Assign)
+        and isinstance(node.targets[0], ast.Name)
+        and isinstance(node.value, ast.Constant)
+        and node.value.value is None
+    ]
+    return {name for name in nones if stored.count(name) == nones.count(name)} - {
+        argument.arg for argument in _parameters(function)
+    }
 
 
 def live_methods(module: nn.Module) -> dict[str, ast.FunctionDef] | None:
@@ -172,7 +197,7 @@ def _live_methods(
     if methods is None:
         return None
     living = _Living(dict(states))
-    found = {name: living.visit(copy.deepcopy(method)) for name, method in methods.items()}
+    found = {name: living.method(method) for name, method in methods.items()}
     # What only dead branches called is dead too.
     reached, waiting = {"forward"}, ["forward"]
     while waiting:
@@ -208,11 +233,9 @@ def _source_of(kind: type[nn.Module], states: tuple[tuple[str, bool | None], ...
         config=frozenset(
             node.attr for node in nodes if isinstance(node, ast.Attribute) and attribute_of_self(node.value) == "config"
         ),
-        functions=frozenset(name for node in calls if (name := _called(node))),
         names=frozenset(_identifiers(nodes)),
         arguments=arguments,
         shapes=tuple(_shapes(nodes)),
-        input_width=any(_takes_input_width(method) for method in methods.values()),
         lines=_lines(forward),
         scales=tuple(_square_roots(nodes)),
         unscaled=any(_is_unscaled(node) for node in calls),
@@ -230,7 +253,8 @@ def _eager_function(kind: type, nodes: list[ast.AST]) -> ast.FunctionDef | None:
     return _parse(getattr(sys.modules.get(kind.__module__), "eager_attention_forward", None))
 
 
-def _called(node: ast.Call) -> str | None:
+def called(node: ast.Call) -> str | None:
+    """Return what is called: `.name` for a method of an object, the dotted name of a function; None for own parts."""
     if attribute_of_self(node.func):
         return None
     if isinstance(node.func, ast.Name):
@@ -248,9 +272,7 @@ def _identifiers(nodes: list[ast.AST]) -> Iterator[str]:
             yield node.id
         elif isinstance(node, ast.Attribute):
             yield node.attr
-        elif isinstance(node, ast.arg):
-            yield node.arg
-        elif isinstance(node, ast.keyword) and node.arg:
+        elif isinstance(node, ast.arg) or (isinstance(node, ast.keyword) and node.arg):
             yield node.arg
 
 
@@ -261,38 +283,6 @@ def _shapes(nodes: list[ast.AST]) -> Iterator[tuple[str, ...]]:
         elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
             if node.func.attr in ("view", "reshape", "unflatten", "split", "chunk"):
                 yield (f".{node.func.attr}", *(ast.unparse(part) for part in node.args))
-
-
-def _takes_input_width(method: ast.FunctionDef) -> bool:
-    """Whether the length of the last axis of an argument is read, by unpacking a shape or by its index."""
-    arguments = {argument.arg for argument in _parameters(method)}
-    nodes = list(ast.walk(method))
-    read = {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
-    for node in nodes:
-        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Tuple) and _is_shape(node.value, arguments):
-            last = node.targets[0].elts[-1]
-            if isinstance(last, ast.Name) and last.id in read:
-                return True
-        if isinstance(node, ast.Subscript) and _is_shape(node.value, arguments) and _is_last(node.slice):
-            return True
-        if isinstance(node, ast.Call) and node.args and _is_shape(node, arguments) and _is_last(node.args[0]):
-            return True
-    return False
-
-
-def _is_shape(node: ast.AST, arguments: set[str]) -> bool:
-    if isinstance(node, ast.Call):
-        node = node.func
-    return (
-        isinstance(node, ast.Attribute)
-        and node.attr in ("shape", "size")
-        and isinstance(node.value, ast.Name)
-        and node.value.id in arguments
-    )
-
-
-def _is_last(index: ast.AST) -> bool:
-    return ast.unparse(index) in ("-1", "2", "3")
 
 
 def _lines(forward: ast.FunctionDef) -> dict[str, list[int]]:

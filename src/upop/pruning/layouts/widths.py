@@ -1,21 +1,78 @@
-"""Forwards that take the width of the heads from the width of their input: the same forwards, without that."""
+"""Forwards that take the width of the heads from the width of their input: the same forwards, without that.
+
+Many libraries write `B, N, C = x.shape` and then `.reshape(B, N, C)` of the heads, which a cut attention cannot do. The
+class that such a module takes on when it is cut has the library's own forward, where the heads' shapes name the width
+of the output projection in place of `C`; everything else is as it was.
+"""
 
 from __future__ import annotations
 
 import ast
+import copy
 import inspect
+import sys
+from collections.abc import Callable
 from functools import cache
-from types import FunctionType
+from typing import Any
 
 from torch import nn
 
+from upop.pruning.layouts.heads import trace
 from upop.pruning.layouts.source import methods_of
-
-# Per library and class: what its methods say of the width of the heads, and what says the same of the tensor at hand.
-_REWRITES: dict[tuple[str, str], tuple[tuple[str, str], ...]] = {}
 
 
 @cache
-def without_input_width(kind: type[nn.Module]) -> type[nn.Module] | None:
-    """Return a subclass of `kind` whose forward works at any width of the heads; None if none is known."""
-    return None
+def without_input_width(
+    kind: type[nn.Module], makers: frozenset[str], output: str | None, width: str
+) -> type[nn.Module] | None:
+    """Return a subclass of `kind` whose forward works at any width of the heads; None if that cannot be written.
+
+    Args:
+        kind: the library's class.
+        makers: the attributes that make queries, keys and values.
+        output: the attribute that consumes the heads.
+        width: an expression of `self` that gives the width of all heads, as the module stands.
+    """
+    methods = methods_of(kind)
+    if methods is None:
+        return None
+    methods = copy.deepcopy(methods)
+    found = trace(methods, set(makers), output)
+    if found.strays:
+        return None
+    meant = {id(node) for node in found.widths}
+    content: dict[str, Any] = {"uncut_class": kind}
+    for name, method in methods.items():
+        if any(id(node) in meant for node in ast.walk(method)):
+            function = _compiled(kind, name, _Widths(meant, width).visit(method))
+            if function is None:
+                return None
+            content[name] = function
+    return type(f"Narrow{kind.__name__}", (kind,), content)
+
+
+class _Widths(ast.NodeTransformer):
+    """Puts the width of the heads where a forward names that of its input."""
+
+    def __init__(self, meant: set[int], width: str) -> None:
+        self._meant, self._width = meant, width
+
+    def visit(self, node: ast.AST) -> ast.AST:
+        """Replace a node that means the width of the heads."""
+        if id(node) in self._meant:
+            return ast.copy_location(ast.parse(self._width, mode="eval").body, node)
+        return self.generic_visit(node)
+
+
+def _compiled(kind: type[nn.Module], name: str, method: ast.FunctionDef) -> Callable[..., Any] | None:
+    """Return a method made of its changed source, in the module that defined it; None if it needs more than that."""
+    original = inspect.unwrap(getattr(kind, name))
+    module = sys.modules.get(kind.__module__)
+    if module is None or original.__closure__ or "super" in original.__code__.co_names:
+        return None
+    tree = ast.fix_missing_locations(ast.Module([method], []))
+    ast.increment_lineno(tree, original.__code__.co_firstlineno - 1)
+    found: dict[str, Any] = {}
+    exec(compile(tree, original.__code__.co_filename, "exec"), vars(module), found)
+    function: Callable[..., Any] = found[name]
+    return function
