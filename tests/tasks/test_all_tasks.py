@@ -13,6 +13,7 @@ from torch import Tensor
 import runs
 import upop
 from upop.checkpoints import save_official
+from upop.checkpoints.convert import write_model
 from upop.errors import CheckpointError
 from upop.pruning import Plan, find_units
 from upop.settings import RunSettings, read_settings
@@ -94,6 +95,19 @@ def test_it_is_kept_and_read_in_the_published_layout(done: Runs) -> None:
     assert set(expected) == set(found)
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-7, msg=name)
+
+
+def test_its_counterpart_in_transformers_gives_the_same_numbers(done: Runs) -> None:
+    model = upop.load(done.best)
+    if done.task.name in ("nlvr", "segmentation", "vqa"):  # the tiny vqa model's towers differ in width
+        with pytest.raises(CheckpointError, match="transformers has no class"):
+            write_model(model, done.folder / "theirs", "hugging-face")
+        return
+    theirs = write_model(model, done.folder / "theirs", "hugging-face")
+    small, again = results(done.folder / "2x")[1], done.evaluated(theirs)
+    assert {name: again[name] for name in ("metrics", "parameters")} == {
+        name: small[name] for name in ("metrics", "parameters")
+    }
 
 
 def test_the_compressed_model_is_an_ordinary_one(done: Runs) -> None:

@@ -185,6 +185,16 @@ def _blip_config(config: Any) -> Any:
     return transformers.BlipConfig(text_config=text, vision_config=vision, **features)
 
 
+def _vqa_config(config: Any) -> Any:
+    if config.text_width != config.vision_width:
+        raise CheckpointError(
+            "transformers has no class for this BlipVqa: its BlipForQuestionAnswering wants texts as wide as pictures, "
+            f"and text_width is {config.text_width}, vision_width {config.vision_width}. Keep it as a folder of upop, "
+            "or as a published checkpoint."
+        )
+    return _blip_config(config)
+
+
 def _blip_sizes(config: Any) -> dict[str, Any]:
     text = config.text_config
     return {
@@ -267,7 +277,7 @@ COUNTERPARTS = (
         "blip-vqa",
         "vqa",
         "BlipForQuestionAnswering",
-        _blip_config,
+        _vqa_config,
         _blip_sizes,
         _blip_export,
         _blip_read,

@@ -17,10 +17,7 @@ _PLAN = "upop_plan"
 
 
 class Pruner(pruning.Pruner):
-    """Searches, during ordinary training, what can go from all modalities under one budget, and then removes it.
-
-    `upop.pruning.Pruner` tells all about its arguments and methods.
-    """
+    """`upop.pruning.Pruner`, whose model says what was cut."""
 
     def shrink(self, verify: Any = None) -> nn.Module:
         """Take the masks off and cut the model for real; the same model comes back, physically smaller.
@@ -41,6 +38,10 @@ class Pruner(pruning.Pruner):
         model = super().shrink(verify)
         _record(model, plan)
         return model
+
+
+# All about its arguments and methods is written where the method is.
+Pruner.__doc__ = pruning.Pruner.__doc__
 
 
 def shrink(model: nn.Module, plan: Plan | Mapping[str, Any], *, verify: Any = None, fold: bool = True) -> nn.Module:

@@ -1,0 +1,59 @@
+"""README's few lines for other loops run as they stand, with the real libraries."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.data import DataLoader
+from transformers import AutoModelForImageClassification, TrainingArguments
+
+import upop
+
+README = Path(__file__).parents[2] / "README.md"
+
+
+def block(word: str) -> str:
+    blocks = re.findall(r"^```python\n(.*?)^```", README.read_text(), flags=re.DOTALL | re.MULTILINE)
+    found = [text for text in blocks if word in text]
+    assert len(found) == 1, f"README has {len(found)} blocks with {word}"
+    return found[0]
+
+
+def test_trainer(classifier: Any, pictures: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    dense = upop.count_parameters(classifier)
+    args = TrainingArguments("run", max_steps=4, report_to="none", save_strategy="no", use_cpu=True, disable_tqdm=True)
+    exec(block("TrainerCallback"), {"upop": upop, "model": classifier, "args": args, "data": pictures})
+    assert upop.count_parameters(classifier) < 0.7 * dense
+    again = AutoModelForImageClassification.from_pretrained(tmp_path / "out")
+    assert upop.count_parameters(again) == upop.count_parameters(classifier)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
+def test_lightning(classifier: Any, pictures: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("lightning", reason="the extra `integrations` is not installed")
+    from integrations.test_lightning import Module
+
+    monkeypatch.chdir(tmp_path)
+    dense = upop.count_parameters(classifier)
+    names = {"upop": upop, "module": Module(classifier), "loader": DataLoader(pictures, batch_size=8)}
+    exec(block("LightningCallback"), names)
+    assert upop.count_parameters(classifier) < 0.7 * dense
+
+
+def test_accelerate(classifier: Any, pictures: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    dense = upop.count_parameters(classifier)
+    names = {
+        "upop": upop,
+        "model": classifier,
+        "optimizer": torch.optim.AdamW(classifier.parameters()),
+        "loader": DataLoader(pictures, batch_size=4),
+        "total_steps": 3,
+    }
+    exec(block("Accelerator"), names)
+    assert upop.count_parameters(names["model"]) < 0.7 * dense
