@@ -7,6 +7,7 @@ ADE20K do not.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from itertools import product
 from pathlib import PurePosixPath
 from random import Random
@@ -16,7 +17,7 @@ from PIL import Image, ImageDraw
 from upop.data.segmentation import FOLDER, NAMES
 from upop.data.shapes.draw import SUPERSAMPLING, fill_shape
 from upop.data.shapes.layout import SetFormat, Sink, held_out
-from upop.data.shapes.scenes import COLOURS, KINDS, Scene, sample_scene
+from upop.data.shapes.scenes import COLOURS, KINDS, Scene, sample_palette, sample_scene
 from upop.data.shapes.singles import sample_scenes
 
 SHARES = {"training": 0.8, "validation": 0.2}
@@ -44,6 +45,11 @@ def draw_labels(scene: Scene, image_size: int) -> Image.Image:
     return labels
 
 
+def _draw(rng: Random) -> Scene:
+    """Large shapes alone: of small ones most pixels lie at an edge, which patches can only draw roughly."""
+    return sample_scene(rng, replace(sample_palette(rng), sizes=("large",)))
+
+
 def _records(size: int) -> dict[str, int]:
     return {"training": size, "validation": held_out(size, FEWEST_HELD_OUT)}
 
@@ -52,7 +58,7 @@ def _write(sink: Sink, seed: int, records: Mapping[str, int]) -> None:
     pixels = dict.fromkeys(range(1, 1 + len(CLASSES)), 0)
     seen = {split: dict.fromkeys(pixels, 0) for split in records}
     for split, wanted in records.items():
-        scenes = sample_scenes(Random(f"{seed}/segmentation/{split}"), seed, split, SHARES, sample_scene)
+        scenes = sample_scenes(Random(f"{seed}/segmentation/{split}"), seed, split, SHARES, _draw)
         for number, scene in zip(range(1, wanted + 1), scenes, strict=False):
             name = _NAMES[split].format(number)
             sink.picture(f"{_ROOT}/images", f"{split}/{name}.{sink.suffix}", scene)
