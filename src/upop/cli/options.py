@@ -33,7 +33,7 @@ DataPath = Annotated[
 Architecture = Annotated[str | None, typer.Option("--model", help="timm's name of a vision transformer.")]
 OutputDir = Annotated[Path | None, typer.Option("--output-dir", "--output_dir", help="Run folder.")]
 DeviceName = Annotated[Device | None, typer.Option(help="Where to compute; torchrun decides about processes.")]
-Seed = Annotated[int | None, typer.Option(help="Seed of all random draws. [default: 42]")]
+Seed = Annotated[int | None, typer.Option(help="Seed of all random draws. [default: 42; classification 0]")]
 Amp = Annotated[bool | None, typer.Option("--amp", help="bfloat16 autocast.")]
 Ratio = Annotated[float | None, typer.Option("--p", help="Share of the prunable cost to remove; 0.5 is 2x.")]
 Epoch = Annotated[int | None, typer.Option("--epoch", "--epochs", help="Epochs of the search, and of retraining.")]
