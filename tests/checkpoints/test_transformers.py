@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from huggingface_hub import ModelCard
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -263,8 +264,8 @@ def test_pushing_uploads_what_reloads(tmp_path: Path, monkeypatch: pytest.Monkey
         def create_repo(self, *_arguments: Any, **_options: Any) -> Any:
             return type("Url", (), {"repo_id": "me/small"})
 
-    monkeypatch.setattr("transformers.utils.hub.hf_api", Hub, raising=False)
-    monkeypatch.setattr("transformers.modeling_utils.hf_api", Hub, raising=False)
+    monkeypatch.setattr("transformers.utils.hub.hf_api", Hub)
+    monkeypatch.setattr("transformers.utils.hub.create_and_tag_model_card", lambda *_a, **_o: ModelCard("---\n---\n"))
     monkeypatch.setattr(PreTrainedModel, "_upload_modified_files", upload)
     model.push_to_hub("me/small")
     assert bit_equal(type(model).from_pretrained(sent["to"]), model, inputs)
