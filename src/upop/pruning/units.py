@@ -174,7 +174,7 @@ def tensor_of(model: nn.Module, name: str) -> Tensor:
         AttributeError: there is no such tensor.
     """
     module, leaf = owner_of(model, name)
-    held = module._parameters.get(leaf)
+    held: Tensor | None = module._parameters.get(leaf)
     held = module._buffers.get(leaf) if held is None else held
     if held is None:
         raise AttributeError(f"{type(model).__name__} has no tensor {name!r}")

@@ -15,10 +15,11 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from upop.pruning.errors import LayoutError
-from upop.pruning.layouts.attention import LAYOUTS, Layout, layout_of, read_attention
+from upop.pruning.layouts.entries import read_attention
 from upop.pruning.layouts.mlp import read_mlps
 from upop.pruning.layouts.packed import read_encoder_layer, read_multihead
 from upop.pruning.layouts.reading import NotPrunableError, is_projection, library_of, true_class
+from upop.pruning.layouts.rows import LAYOUTS, Layout, layout_of
 from upop.pruning.units import Skipped, Unit
 
 __all__ = ["LAYOUTS", "Layout", "Survey", "find_units", "survey"]

@@ -90,11 +90,9 @@ class _Ledger:
                 for name, _ in value.parts
             }
             halves = {(name, other) for name, half in first.parts if half is not None for other in (0, 1)}
-            if (
-                first.masked
-                and halves <= first.parts
-                and not makers & (elsewhere | {*self.escaped, *self.blocked, consumer})
-            ):
+            if not first.masked:
+                self.blocked.update(dict.fromkeys(makers, "its activation moves 0, so masking it removes nothing"))
+            elif halves <= first.parts and not makers & (elsewhere | {*self.escaped, *self.blocked, consumer}):
                 yield Axis(first.parts, first.masked, consumer)
 
 
@@ -115,7 +113,8 @@ def follow(module: nn.Module) -> Followed:
         for method in (live_methods(module) or {}).values():
             frame = _Frame(module, ledger)
             ledger.escape(tuple(frame.run(method, {})), "it is what the module returns")
-    return Followed(tuple(ledger.axes()), {**ledger.escaped, **ledger.blocked})
+    axes = tuple(ledger.axes())
+    return Followed(axes, {**ledger.escaped, **ledger.blocked})
 
 
 def _through(module: nn.Sequential, ledger: _Ledger) -> _Value:
@@ -346,10 +345,31 @@ class _Frame:
         self._arguments(node)
         if name in METHODS:
             return value
+        if name == "clamp" and self._spans_zero(node):
+            return _activated(value, True, self._ledger)
         if name in FUNCTIONS and not node.args:
             return _activated(value, FUNCTIONS[name], self._ledger)
         self._ledger.escape(value, f"it is used in `{ast.unparse(node)[:60]}`")
         return None
+
+    def _spans_zero(self, node: ast.Call) -> bool:
+        """Whether a clamp leaves 0 at 0: its bounds are known numbers on both sides of it."""
+        bounds = dict(zip(("min", "max"), node.args, strict=False))
+        bounds.update({keyword.arg: keyword.value for keyword in node.keywords if keyword.arg})
+        for side, bound in bounds.items():
+            value = self._number(bound)
+            if value is None or (value > 0 if side == "min" else value < 0):
+                return False
+        return True
+
+    def _number(self, node: ast.expr) -> float | None:
+        """Return what a bound is: a number, one of the module's own, or minus that; where there is no bound, 0."""
+        if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
+            inner = self._number(node.operand)
+            return None if inner is None else -inner
+        name = attribute_of_self(node)
+        value = getattr(self._module, name, "") if name else node.value if isinstance(node, ast.Constant) else ""
+        return 0.0 if value is None else float(value) if isinstance(value, int | float) else None
 
     def _halves(self, value: _Value, arguments: list[ast.expr], node: ast.Call) -> _Value:
         whole = isinstance(value, Hidden) and len(value.parts) == 1 and value.linear

@@ -15,11 +15,11 @@ from upop.pruning.layouts.source import attribute_of_self, called
 
 
 class Level(IntEnum):
-    """What an expression holds: nothing that matters, projections or what attention makes of them, or scores."""
+    """What an expression holds: nothing that matters, scores, or projections and what attention makes of them."""
 
     NOTHING = 0
-    PROJECTION = 1
-    SCORES = 2
+    SCORES = 1
+    PROJECTION = 2
 
 
 _MATRIX = ("torch.matmul", "torch.bmm", ".matmul", ".bmm", "torch.baddbmm")
@@ -39,7 +39,7 @@ class Touch:
     Attributes:
         what: "call", "part" (a call of one of the module's own parts), "sum" or "product" with something else, "mix"
             (of two projections), "turn" (another axis becomes the last one), "pick" (along the last axis), "take"
-            (along the second axis).
+            (along the second axis), "keep" (beyond the forward).
         name: what is called, or the text of the other operand.
         level: projections or scores.
         text: the whole expression.
@@ -68,13 +68,16 @@ class Trace:
     reached: bool = False
 
 
-def trace(methods: dict[str, ast.FunctionDef], makers: set[str], output: str | None) -> Trace:
+def trace(
+    methods: dict[str, ast.FunctionDef], makers: set[str], output: str | None, given: list[Level] | None = None
+) -> Trace:
     """Follow what `makers` make through `methods`, until `output` consumes it.
 
     Args:
         methods: `forward` and the methods that it reaches, parsed.
         makers: attributes of the module that make queries, keys and values: projections and bare biases.
         output: the attribute that consumes the heads; None if another module does.
+        given: the levels of the arguments of `forward`, where heads are handed to it.
     """
     nodes = [node for method in methods.values() for node in ast.walk(method)]
     calls = [node for node in nodes if isinstance(node, ast.Call) and attribute_of_self(node.func) in makers]
@@ -82,7 +85,7 @@ def trace(methods: dict[str, ast.FunctionDef], makers: set[str], output: str | N
         name.id for node in calls for given in node.args[:1] for name in ast.walk(given) if isinstance(name, ast.Name)
     }
     found = Trace()
-    _Follower(methods, makers, output, inputs, found).method("forward", [], {})
+    _Follower(methods, makers, output, inputs, found).method("forward", given or [], {})
     return found
 
 
@@ -103,7 +106,8 @@ class _Follower:
         self._widths: set[str] = set()  # names for the width of the input
         self._derived: set[str] = set()  # names for numbers that were computed from it
         self._levels: dict[str, Level] = {}
-        self._returned = Level.NOTHING
+        self._returned: list[tuple[Level, ...]] = []
+        self._several: tuple[Level, ...] = ()  # of the values that the last method returned
 
     def method(self, name: str, given: list[Level], named: dict[str, Level]) -> Level:
         """Follow a method with its arguments at the given levels; return the level of what it returns."""
@@ -113,7 +117,8 @@ class _Follower:
             places = places[1:]
         self._levels = {**dict(zip(places, given, strict=False)), **named}
         self._block(function.body)
-        return self._returned
+        self._several = tuple(max(levels) for levels in zip(*self._returned, strict=False))
+        return max(self._several, default=Level.NOTHING)
 
     def _block(self, statements: list[ast.stmt]) -> None:
         for statement in statements:
@@ -129,7 +134,8 @@ class _Follower:
             combined = ast.BinOp(_load(node.target), node.op, node.value)
             self._assign(node.target, self._level(ast.fix_missing_locations(ast.copy_location(combined, node))))
         elif isinstance(node, ast.Return):
-            self._returned = max(self._returned, self._level(node.value) if node.value else Level.NOTHING)
+            parts = node.value.elts if isinstance(node.value, ast.Tuple) else [node.value] if node.value else []
+            self._returned.append(tuple(self._level(part) for part in parts))
         elif isinstance(node, ast.If):
             self._level(node.test)
             before = dict(self._levels)
@@ -160,7 +166,14 @@ class _Follower:
                 self._assign(part, level)
             return
         self._note_widths(target, value)
-        self._assign(target, self._level(value))
+        self._several = ()
+        level = self._level(value)
+        own = isinstance(value, ast.Call) and attribute_of_self(value.func) in self._methods
+        if own and isinstance(target, ast.Tuple) and len(target.elts) == len(self._several):
+            for part, level in zip(target.elts, self._several, strict=True):
+                self._assign(part, level)
+        else:
+            self._assign(target, level)
 
     def _note_widths(self, target: ast.expr, value: ast.expr) -> None:
         """Remember which names hold the width of the input, or numbers computed from it."""
@@ -188,6 +201,8 @@ class _Follower:
         return root in self._inputs and rest in _LAST and self._levels.get(root, Level.NOTHING) == Level.NOTHING
 
     def _assign(self, target: ast.expr, level: Level) -> None:
+        if level == Level.PROJECTION and isinstance(target, ast.Attribute | ast.Subscript):
+            self._touch("keep", target, level)
         for node in ast.walk(target):
             if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load):
                 self._levels[node.id] = level
@@ -303,6 +318,9 @@ class _Follower:
         if own is not None:
             return self._own(own, node)
         name = called(node) or ast.unparse(node.func)[:60]
+        batches = [keyword.value for keyword in node.keywords if keyword.arg in ("batch1", "batch2")]
+        if len(batches) == 2:
+            return self._matrix(*batches)
         if name in _MATRIX:
             operands = node.args if name.startswith("torch") else [node.func.value, *node.args]  # type: ignore[attr-defined]
             return self._matrix(*operands[-2:])
@@ -349,7 +367,9 @@ class _Follower:
             numbers = [*node.args, *(keyword.value for keyword in node.keywords)]
             if any(self._is_width(part) or self._is_derived(part) for each in numbers for part in ast.walk(each)):
                 self._found.strays = True
-            return inner.method(name, given, named)
+            level = inner.method(name, given, named)
+            self._several = inner._several
+            return level
         if level != Level.NOTHING:
             self._touch("part", node, level, name)
         return level

@@ -24,7 +24,8 @@ from upop.pruning.units import Skipped, Slice, Unit
 _MLP = re.compile(r"mlp|ffn|feed_?forward|densere?l?u?act|intermediate", re.IGNORECASE)
 # Not blocks of the residual stream, though made of the same layers: what comes before and after it is never pruned.
 _OUTSIDE = re.compile(
-    r"head(?!s)|project(or|ion)|pool|classif|predict|merger|position|pos_?emb|timestep", re.IGNORECASE
+    r"head(?!s)|project(or|ion)|pool|classif|predict|merger|position|pos_?emb|timestep|^se(?=[A-Z])|squeeze",
+    re.IGNORECASE,
 )
 # A relative position is two or three numbers; an MLP that reads no more makes biases of them.
 _FEWEST_INPUTS = 4
@@ -51,7 +52,9 @@ def read_mlps(model: nn.Module, name: str, module: nn.Module) -> tuple[list[Unit
         except NotPrunableError as reason:
             skipped.append(Skipped(name, str(reason)))
     if not units and not skipped and len(own) > 1 and _MLP.search(kind):
-        reasons = [f"{layer}: {why}" for layer, why in followed.escaped.items() if layer in own]
+        # What the last layer makes is always returned; the other reasons say more.
+        escaped = sorted(followed.escaped.items(), key=lambda item: "returns" in item[1])
+        reasons = [f"{layer}: {why}" for layer, why in escaped if layer in own]
         skipped.append(Skipped(name, "its hidden axis cannot be followed; " + ("; ".join(reasons[:2]) or "not run")))
     return units, skipped
 

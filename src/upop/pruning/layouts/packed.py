@@ -1,4 +1,4 @@
-"""torch.nn.MultiheadAttention, whose projections are one bare parameter, and the layer that reads weights past forward."""
+"""Modules of torch.nn whose weights are read past the layers: MultiheadAttention, and the fused encoder layer."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class NarrowMultiheadAttention(nn.MultiheadAttention):
 
     uncut_class = nn.MultiheadAttention
     # torch's encoder layers ask for this before they hand the weights to a fused kernel, which could not read them.
-    _qkv_same_embed_dim = property(lambda _self: False)  # type: ignore[assignment]
+    _qkv_same_embed_dim = property(lambda _self: False)
 
     def forward(
         self,

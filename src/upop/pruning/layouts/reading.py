@@ -21,14 +21,19 @@ class NotPrunableError(Exception):
     """Raised by a reader for a module that it recognises but that cannot be pruned; carries the reason."""
 
 
-def true_class(module: nn.Module) -> type[nn.Module]:
+def true_class(module: nn.Module) -> type:
     """Return the class that the library defined, whatever masks or cuts made of it."""
-    kind = type(module)
+    kind: type = type(module)
     while True:
         below = kind.__dict__.get("unmasked_class") or kind.__dict__.get("uncut_class")
         if below is None:
             return kind
         kind = below
+
+
+def forward_of(module: nn.Module) -> object:
+    """Return the forward that runs when the module is called, as its library wrote it."""
+    return module.__dict__.get("forward", getattr(true_class(module), "forward", None))
 
 
 def library_of(module: nn.Module) -> str:
@@ -52,7 +57,7 @@ def is_pointwise(layer: nn.Module) -> bool:
     """Whether the layer is a convolution of 1 x 1, which is a linear layer over channels."""
     return (
         isinstance(layer, nn.Conv2d)
-        and true_class(layer).forward is nn.Conv2d.forward
+        and forward_of(layer) is nn.Conv2d.forward
         and (layer.kernel_size, layer.stride, layer.padding, layer.groups) == ((1, 1), (1, 1), (0, 0), 1)
     )
 
@@ -97,7 +102,7 @@ def _obstacle(layer: nn.Module) -> str | None:
         quantized |= type(weight.data).__name__ not in ("Tensor", "FakeTensor", "DTensor")
     if quantized:
         return f"is quantized ({type(layer).__name__}); prune before quantizing"
-    if isinstance(layer, nn.Linear) and true_class(layer).forward is not nn.Linear.forward:
+    if isinstance(layer, nn.Linear) and forward_of(layer) is not nn.Linear.forward:
         return f"is a {type(layer).__name__}, whose forward is not that of torch.nn.Linear"
     return None
 

@@ -32,7 +32,7 @@ class Source:
         arguments: the parameters of `forward`.
         shapes: every sequence of numbers that a shape is made of, each as source text, in order.
         lines: for every attribute, the lines (counted in statements) where it is read in `forward`.
-        scales: source text of every square root.
+        roots: source text of every square root.
         unscaled: whether fused attention is called without a scale, so that it takes the head's current size.
     """
 
@@ -42,12 +42,12 @@ class Source:
     arguments: tuple[str, ...]
     shapes: tuple[tuple[str, ...], ...]
     lines: dict[str, list[int]]
-    scales: tuple[str, ...]
+    roots: tuple[str, ...]
     unscaled: bool
 
 
 @cache
-def methods_of(kind: type[nn.Module]) -> dict[str, ast.FunctionDef] | None:
+def methods_of(kind: type) -> dict[str, ast.FunctionDef] | None:
     """Return `forward` and every method that it reaches through `self`, parsed; None if the source is not there."""
     found: dict[str, ast.FunctionDef] = {}
     waiting = ["forward"]
@@ -169,7 +169,7 @@ def live_methods(module: nn.Module) -> dict[str, ast.FunctionDef] | None:
     return _live_methods(kind, _states(module, kind))
 
 
-def _states(module: nn.Module, kind: type[nn.Module]) -> tuple[tuple[str, bool | None], ...]:
+def _states(module: nn.Module, kind: type) -> tuple[tuple[str, bool | None], ...]:
     """Return what decides about branches: flags, and whether parts are there (None: not, True: they are)."""
     states: list[tuple[str, bool | None]] = []
     for name in _tested(kind):
@@ -181,7 +181,7 @@ def _states(module: nn.Module, kind: type[nn.Module]) -> tuple[tuple[str, bool |
 
 
 @cache
-def _tested(kind: type[nn.Module]) -> tuple[str, ...]:
+def _tested(kind: type) -> tuple[str, ...]:
     """Return the attributes that the methods' conditions name."""
     nodes = [node for method in (methods_of(kind) or {}).values() for node in ast.walk(method)]
     tests = [node.test for node in nodes if isinstance(node, ast.If | ast.IfExp)]
@@ -190,9 +190,7 @@ def _tested(kind: type[nn.Module]) -> tuple[str, ...]:
 
 
 @cache
-def _live_methods(
-    kind: type[nn.Module], states: tuple[tuple[str, bool | None], ...]
-) -> dict[str, ast.FunctionDef] | None:
+def _live_methods(kind: type, states: tuple[tuple[str, bool | None], ...]) -> dict[str, ast.FunctionDef] | None:
     methods = methods_of(kind)
     if methods is None:
         return None
@@ -216,7 +214,7 @@ def source_of(module: nn.Module) -> Source | None:
 
 
 @cache
-def _source_of(kind: type[nn.Module], states: tuple[tuple[str, bool | None], ...]) -> Source | None:
+def _source_of(kind: type, states: tuple[tuple[str, bool | None], ...]) -> Source | None:
     methods = _live_methods(kind, states)
     if methods is None:
         return None
@@ -237,9 +235,12 @@ def _source_of(kind: type[nn.Module], states: tuple[tuple[str, bool | None], ...
         arguments=arguments,
         shapes=tuple(_shapes(nodes)),
         lines=_lines(forward),
-        scales=tuple(_square_roots(nodes)),
+        roots=tuple(_square_roots(nodes)),
         unscaled=any(_is_unscaled(node) for node in calls),
     )
+
+
+_SHAPING = ("view", "reshape", "unflatten", "split", "chunk")
 
 
 def _parameters(function: ast.FunctionDef) -> list[ast.arg]:
@@ -272,7 +273,7 @@ def _identifiers(nodes: list[ast.AST]) -> Iterator[str]:
             yield node.id
         elif isinstance(node, ast.Attribute):
             yield node.attr
-        elif isinstance(node, ast.arg) or (isinstance(node, ast.keyword) and node.arg):
+        elif isinstance(node, ast.arg | ast.keyword) and node.arg:
             yield node.arg
 
 
@@ -280,9 +281,8 @@ def _shapes(nodes: list[ast.AST]) -> Iterator[tuple[str, ...]]:
     for node in nodes:
         if isinstance(node, ast.Tuple | ast.List) and isinstance(node.ctx, ast.Load):
             yield tuple(ast.unparse(part) for part in node.elts)
-        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
-            if node.func.attr in ("view", "reshape", "unflatten", "split", "chunk"):
-                yield (f".{node.func.attr}", *(ast.unparse(part) for part in node.args))
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in _SHAPING:
+            yield (f".{node.func.attr}", *(ast.unparse(part) for part in [*node.args, *node.keywords]))
 
 
 def _lines(forward: ast.FunctionDef) -> dict[str, list[int]]:

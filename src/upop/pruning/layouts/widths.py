@@ -22,9 +22,7 @@ from upop.pruning.layouts.source import methods_of
 
 
 @cache
-def without_input_width(
-    kind: type[nn.Module], makers: frozenset[str], output: str | None, width: str
-) -> type[nn.Module] | None:
+def without_input_width(kind: type, makers: frozenset[str], output: str | None, width: str) -> type[nn.Module] | None:
     """Return a subclass of `kind` whose forward works at any width of the heads; None if that cannot be written.
 
     Args:
@@ -44,7 +42,8 @@ def without_input_width(
     content: dict[str, Any] = {"uncut_class": kind}
     for name, method in methods.items():
         if any(id(node) in meant for node in ast.walk(method)):
-            function = _compiled(kind, name, _Widths(meant, width).visit(method))
+            _Widths(meant, width).visit(method)
+            function = _compiled(kind, name, method)
             if function is None:
                 return None
             content[name] = function
