@@ -64,7 +64,9 @@ class RunSettings(BaseModel):
         "upop", description="magnitude: one cut by weight norm, then as many steps"
     )
     cost: Literal["params", "flops", "reference"] = "params"
-    align: int = Field(1, ge=1, description="kept sizes are multiples of this; 8 suits tensor cores")
+    align: int | None = Field(
+        None, ge=1, description="kept sizes are multiples of this; by default what suits the device: 8 on CUDA, else 1"
+    )
     interval: int = Field(50, ge=1, description="masks move every so many search steps")
     w_sp_attn: float = Field(4.8e-3, ge=0, description="weight of the sparsity term; moves only the logged loss")
     w_sp_mlp: float = Field(2e-4, ge=0)

@@ -21,7 +21,7 @@ from upop.report.latency import measure_latency
 from upop.report.results import ModelResult, Results, machine, results_table
 from upop.report.shares import UnitShare
 from upop.settings import RunSettings
-from upop.training.devices import make_accelerator
+from upop.training.devices import align_for, make_accelerator
 from upop.training.evaluation import evaluate, records_of
 from upop.training.folder import RunFolder
 from upop.training.loaders import first_records, make_loader, to_device
@@ -87,7 +87,8 @@ def compress(task: Task[Any], settings: RunSettings) -> Results | None:
             pruner.shrink(verify=verified)
         else:
             example = task.example(model, 1)
-            plan = plan_by_magnitude(model, settings.p, cost=settings.cost, align=settings.align, example=example)
+            align = align_for(run.accelerator.device, settings)
+            plan = plan_by_magnitude(model, settings.p, cost=settings.cost, align=align, example=example)
             shrink(model, plan, verify=verified)
         if average is not None:
             shrink(average.module, plan, verify=verified)
@@ -282,7 +283,7 @@ def _pruner(task: Task[Any], settings: RunSettings, model: nn.Module, steps: int
         steps,
         settings.interval,
         cost=settings.cost,
-        align=settings.align,
+        align=align_for(next(model.parameters()).device, settings),
         example=task.example(model, 1),
         update_first_step=task.update_first_step,
     )

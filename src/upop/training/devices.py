@@ -39,6 +39,14 @@ def autocast(accelerator: Accelerator, settings: RunSettings) -> torch.autocast:
     return torch.autocast(accelerator.device.type, torch.bfloat16, enabled=settings.amp)
 
 
+def align_for(device: torch.device, settings: RunSettings) -> int:
+    """Return what kept sizes are multiples of: as set, or what runs fast on the device where the model is made."""
+    if settings.align is not None:
+        return settings.align
+    # Tensor cores and fused attention take sizes in eights; the published ranking knows single entries alone.
+    return 8 if device.type == "cuda" and settings.cost != "reference" else 1
+
+
 def _check(device: str) -> None:
     has_cuda = torch.cuda.is_available()
     if device == "cuda" and not has_cuda:

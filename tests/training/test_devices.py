@@ -1,0 +1,30 @@
+"""What depends on the device that a run computes on."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from upop.errors import SettingError
+from upop.settings import RunSettings, read_settings
+from upop.training.devices import align_for
+
+
+@pytest.mark.parametrize(
+    ("device", "given", "expected"),
+    [
+        ("cuda", {}, 8),
+        ("cpu", {}, 1),
+        ("mps", {}, 1),
+        ("cuda", {"cost": "reference"}, 1),
+        ("cuda", {"align": 4}, 4),
+        ("cpu", {"align": 16}, 16),
+    ],
+)
+def test_kept_sizes_suit_the_device(device: str, given: dict[str, object], expected: int) -> None:
+    assert align_for(torch.device(device), read_settings(RunSettings, None, given)) == expected
+
+
+def test_an_alignment_of_nothing_is_refused() -> None:
+    with pytest.raises(SettingError, match="align: .*greater than or equal to 1; found 0"):
+        read_settings(RunSettings, None, {"align": 0})
