@@ -337,7 +337,7 @@ def test_captions_are_known_words(config: Path) -> None:
         ({"num_beams": 0}, "num_beams: Input should be greater than or equal to 1"),
         ({"top_p": 0}, "top_p"),
         ({"promt": "a"}, "unknown key 'promt' .did you mean 'prompt'"),
-        ({"max_length": 60}, "The model has 48 positions.*max_length=60.*Lower max_length"),
+        ({"max_length": 80}, "The model has 64 positions.*max_length=80.*Lower max_length"),
     ],
     ids=str,
 )
