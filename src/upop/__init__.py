@@ -6,7 +6,7 @@ Importing it lets transformers reload compressed models by itself.
 """
 
 from upop.checkpoints import Pruner, load, load_into, load_official, save, shrink
-from upop.pruning import Plan, Unit, count_macs, count_parameters, find_units
+from upop.pruning import Plan, Unit, count_macs, count_parameters, find_units, survey
 
 __version__ = "0.1.0"
 
@@ -22,4 +22,5 @@ __all__ = [
     "load_official",
     "save",
     "shrink",
+    "survey",
 ]

@@ -49,9 +49,12 @@ class Family:
 
 @torch.no_grad()
 def randomise(model: nn.Module, seed: int = 0) -> None:
-    """Give every parameter random values that keep signals at their size; no bias is 0, no norm is 1."""
+    """Give every parameter random values that keep signals at their size; no bias is 0, no norm is 1.
+
+    What is not trained (tables of sines) stays: libraries compute it again when they load a model.
+    """
     generator = torch.Generator().manual_seed(seed)
-    for parameter in model.parameters():
+    for parameter in (each for each in model.parameters() if each.requires_grad):
         noise = torch.randn(parameter.shape, generator=generator)
         if parameter.dim() < 2:
             parameter.add_(0.3 * noise)

@@ -133,7 +133,8 @@ def _same_but_for_sizes(model: nn.Module, dense: nn.Module) -> bool:
     cut: set[tuple[str, str]] = set()
     for unit in units:
         for part in unit.slices:
-            expected[part.tensor][part.dim] = part.length(kept[unit.name])
+            if part.tensor in expected:  # buffers that are not saved are cut too
+                expected[part.tensor][part.dim] = part.length(kept[unit.name])
             owner = part.tensor.rpartition(".")[0]
             cut |= {(owner, "in_features"), (owner, "out_features")}
         cut |= {(attribute.module, attribute.name) for attribute in unit.attributes}

@@ -24,7 +24,7 @@ from upop.pruning.units import Skipped, Unit
 
 __all__ = ["LAYOUTS", "Layout", "Survey", "find_units", "survey"]
 
-_ATTENTION = re.compile(r"att(entio)?n", re.IGNORECASE)
+_ATTENTION = re.compile(r"[Aa]tt(entio)?n|[A-Z]SA$|XCA$")
 _MLP = re.compile(r"mlp|ffn|feed_?forward", re.IGNORECASE)
 
 
@@ -138,8 +138,11 @@ def _with_twins(unit: Unit, twins: Mapping[str, str]) -> Unit:
 
 def _looks_prunable(module: nn.Module) -> bool:
     name = true_class(module).__name__
-    projections = sum(is_projection(child) for child in module.children())
-    return projections >= 2 and bool(_ATTENTION.search(name) or _MLP.search(name))
+    # Some libraries put a module of their own around every layer.
+    layers = [child for child in module.children() if sum(map(is_projection, child.modules())) == 1]
+    packed = [part for part in module.parameters(recurse=False) if part.dim() == 3]  # experts side by side
+    named = bool(_ATTENTION.search(name) or _MLP.search(name) or "in_proj" in module._modules)
+    return (len(layers) >= 2 and named) or (len(packed) >= 2 and "xpert" in name)
 
 
 def _is_claimed(model: nn.Module, name: str, claimed: Iterable[str]) -> bool:

@@ -7,7 +7,7 @@ no rule here speaks of leaves the module alone.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -51,6 +51,8 @@ _HEAD_PARTS = re.compile(
     r"^(rel_pos|relative_position_bias\w*|relative_position_index|relative_attention_bias|attention_bias\w*|"
     r"logit_scale|cpb_mlp|meta_mlp|relative_coord\w*|temperature|proj_l|proj_w|attn_bias)$"
 )
+# Names of what is computed from tables over the dimensions of a head, where there are such tables.
+_OF_TABLES = re.compile("rel_pos|relative_pos|attn_bias")
 _NORMS = re.compile(r"^(q|k|v|query|key)_?(layer)?_?(norm|ln)\w*$|^(norm|ln)_(q|k)$")
 # Keys and values of one layer that another one reads have to keep the heads of both.
 _SHARED = re.compile(r"kv_shared|shared_kv|shared_layer")
@@ -124,7 +126,7 @@ class Attention:
         self.order: Order = self._order() if len(self.makers) < 3 else "by kind"
         self.rotary = self._is_rotary()
         biases = {each for each in self.source.names if _PER_HEAD.search(each)}
-        self.per_head |= any(not (self.tabled and "rel_pos" in each) for each in biases)
+        self.per_head |= any(not (self.tabled and _OF_TABLES.search(each)) for each in biases)
         self.numbers = self._numbers()
         self._check_calls()
 
@@ -271,10 +273,22 @@ class Attention:
 
     def _is_rotary(self) -> bool:
         names = {each for each in self.source.names if ROTARY.search(each)}
+        # Angles that are learned may differ from head to head.
+        self.per_head |= any(True for module in self._rotary_modules() for _ in module.parameters())
         if self._used("rope") is None and names <= {"rope", "apply_rot_embed_cat"}:
             # Embeddings that a module may own, and this one does not.
             return bool(names) and "rope" in self.source.arguments
         return bool(names) or "position_ids" in self.source.arguments
+
+    def _rotary_modules(self) -> Iterator[nn.Module]:
+        """Yield the modules that make rotary embeddings, in this one and beside those around it."""
+        path = self.name
+        while True:
+            children = self.model.get_submodule(path).children()
+            yield from (child for child in children if ROTARY.search(type(child).__name__))
+            if not path:
+                return
+            path = path.rpartition(".")[0]
 
     def _numbers(self) -> dict[str, int]:
         """Return the numbers to set again; raise if one that the forward reads has an unexpected value."""

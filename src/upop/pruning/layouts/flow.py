@@ -15,7 +15,7 @@ from typing import Any
 from torch import nn
 
 from upop.pruning.layouts.elements import FUNCTIONS, METHODS, element_function, is_neutral
-from upop.pruning.layouts.reading import is_projection
+from upop.pruning.layouts.reading import forward_of, is_projection
 from upop.pruning.layouts.source import attribute_of_self, live_methods
 
 # A projection, and which half of its outputs; None for all of them.
@@ -107,7 +107,7 @@ class Followed:
 def follow(module: nn.Module) -> Followed:
     """Follow every axis that a projection of `module`, or of a child of it, makes in the module's forward."""
     ledger = _Ledger()
-    if type(module) is nn.Sequential:
+    if isinstance(module, nn.Sequential) and forward_of(module) is nn.Sequential.forward:
         ledger.escape(_through(module, ledger), "it is what the module returns")
     else:
         for method in (live_methods(module) or {}).values():

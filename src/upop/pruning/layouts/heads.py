@@ -264,7 +264,8 @@ class _Follower:
         if isinstance(node.op, ast.MatMult):
             return self._matrix(node.left, node.right)
         left, right = self._level(node.left), self._level(node.right)
-        if Level.PROJECTION not in (left, right):
+        joined = isinstance(node.left, ast.Tuple) or isinstance(node.right, ast.Tuple)
+        if Level.PROJECTION not in (left, right) or joined:
             return max(left, right)
         if left == right or Level.SCORES in (left, right):
             self._touch("mix", node, Level.PROJECTION)

@@ -24,9 +24,11 @@ from upop.pruning.units import Skipped, Slice, Unit
 _MLP = re.compile(r"mlp|ffn|feed_?forward|densere?l?u?act|intermediate", re.IGNORECASE)
 # Not blocks of the residual stream, though made of the same layers: what comes before and after it is never pruned.
 _OUTSIDE = re.compile(
-    r"head(?!s)|project(or|ion)|pool|classif|predict|merger|position|pos_?emb|timestep|^se(?=[A-Z])|squeeze",
+    r"head(?!s)|project(or|ion)|pool|classif|predict|merger|position|pos_?emb|timestep",
     re.IGNORECASE,
 )
+# Gates of channels, which look like MLPs on a picture of one pixel.
+_SQUEEZE = re.compile(r"^SE[A-Z]|Squeeze")
 # A relative position is two or three numbers; an MLP that reads no more makes biases of them.
 _FEWEST_INPUTS = 4
 
@@ -36,6 +38,8 @@ def read_mlps(model: nn.Module, name: str, module: nn.Module) -> tuple[list[Unit
     own = [child for child, part in module.named_children() if is_projection(part)]
     kind = true_class(module).__name__
     if not own and not any(is_projection(part) for child in module.children() for part in child.children()):
+        return [], []
+    if _SQUEEZE.search(kind):
         return [], []
     followed = follow(module)
     units: list[Unit] = []
@@ -65,7 +69,7 @@ def _unit(model: nn.Module, name: str, module: nn.Module, axis: Axis) -> Unit:
     inputs = widths(layer_at(model, join(name, makers[0])))[0]
     size, outputs = widths(layer_at(model, consumer))
     within = all(_MLP.search(true_class(part).__name__) for part in _holders(model, name, axis))
-    if inputs != outputs and not (within and inputs >= _FEWEST_INPUTS):
+    if (inputs != outputs and not within) or inputs < _FEWEST_INPUTS:
         raise NotPrunableError(f"it takes {inputs} numbers to {outputs}, so it is no block of a residual stream")
     slices: list[Slice] = []
     for maker in makers:

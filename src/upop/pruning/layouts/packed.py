@@ -64,6 +64,18 @@ class NarrowMultiheadAttention(nn.MultiheadAttention):
             return result.squeeze(0), None if weights is None else weights.squeeze(0)
         return (result if self.batch_first else result.transpose(0, 1)), weights
 
+    def _reset_parameters(self) -> None:
+        """Give the projections fresh weights, as torch does; transformers calls it when it has read a file.
+
+        Whole parameters are handed to torch.nn.init: transformers marks on them what it has read and is to stay.
+        """
+        for weight in (self.in_proj_weight, self.q_proj_weight, self.k_proj_weight, self.v_proj_weight):
+            if weight is not None:
+                nn.init.xavier_uniform_(weight)
+        for bias in (self.in_proj_bias, self.out_proj.bias):
+            if bias is not None:
+                nn.init.constant_(bias, 0.0)
+
     def _weights(self) -> tuple[Tensor, ...]:
         if self.in_proj_weight is not None:
             return self.in_proj_weight.chunk(3)
