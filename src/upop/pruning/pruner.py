@@ -347,6 +347,10 @@ def _matches(names: list[str], patterns: str | Sequence[str], setting: str) -> l
 
 
 def _refuse_frozen(model: nn.Module, units: list[Unit]) -> None:
+    if any(tensor_of(model, part.tensor).is_meta for unit in units for part in unit.producers):
+        raise LayoutError(
+            f"{type(model).__name__} is on the meta device and has no weights to score. Load its weights first."
+        )
     frozen = [
         unit.name for unit in units if not any(tensor_of(model, part.tensor).requires_grad for part in unit.producers)
     ]

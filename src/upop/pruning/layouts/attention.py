@@ -322,6 +322,13 @@ class Attention:
         made = min((line for maker in self.row.makers for line in self.source.lines.get(maker, [])), default=0)
         return bool(lines) and all(made <= line <= consumed for line in lines)
 
+    def is_number(self, text: str) -> bool:
+        """Whether source text is one number: made of constants and of the module's own numbers."""
+        own = re.findall(r"\bself\.(\w+)", text)
+        others = set(re.findall(r"[A-Za-z_]\w*", re.sub(r"\bself\.\w+", "", text)))
+        numbers = (getattr(self.module, name, None) for name in own)
+        return others <= {"math", "torch", "sqrt", "float"} and all(isinstance(each, int | float) for each in numbers)
+
     def lays_dimensions_first(self) -> bool:
         """Whether a shape puts the size of a head before the number of heads, or does not say where heads are."""
         return any(

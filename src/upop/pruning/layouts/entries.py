@@ -71,6 +71,8 @@ def _against_dimensions(attention: Attention) -> str | None:
 def _spares_dimensions(touch: Touch, attention: Attention) -> bool:
     if touch.what == "mix":
         return bool(attention.separate_bias) and "bias" in touch.text
+    if touch.what == "product":
+        return attention.is_number(touch.name)
     if touch.what == "call":
         split = _SPLIT.search(touch.name)
         return bool(HARMLESS.search(touch.name)) and (not split or bool(_KINDS_OR_TOKENS.search(touch.text)))
@@ -111,7 +113,9 @@ def _spares_heads(touch: Touch, attention: Attention) -> bool:
     if touch.what in ("sum", "product"):
         names = set(re.findall(r"[A-Za-z_]\w*", touch.name)) - {"self", "unsqueeze", "to", "dtype", "type_as"}
         scaled = touch.what == "product"
-        return all(ROTARY.search(name) or (scaled and "scal" in name) for name in names)
+        return (scaled and attention.is_number(touch.name)) or all(
+            ROTARY.search(name) or (scaled and "scal" in name) for name in names
+        )
     if touch.what == "call" and SOFTMAX.search(touch.name):
         return bool(re.search(r"dim=-[12]", touch.text))
     return touch.what not in ("take", "keep", "turn")

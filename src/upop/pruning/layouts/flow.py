@@ -346,7 +346,7 @@ class _Frame:
         if name in METHODS:
             return value
         if name == "clamp" and self._spans_zero(node):
-            return _activated(value, True, self._ledger)
+            return value
         if name in FUNCTIONS and not node.args:
             return _activated(value, FUNCTIONS[name], self._ledger)
         self._ledger.escape(value, f"it is used in `{ast.unparse(node)[:60]}`")

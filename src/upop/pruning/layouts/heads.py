@@ -273,17 +273,9 @@ class _Follower:
         other = node.right if left == Level.PROJECTION else node.left
         if isinstance(node.op, ast.Add | ast.Sub):
             self._touch("sum", node, Level.PROJECTION, ast.unparse(other))
-        elif not self._is_number(other):
+        elif not isinstance(other, ast.Constant):
             self._touch("product", node, Level.PROJECTION, ast.unparse(other))
         return Level.PROJECTION
-
-    def _is_number(self, node: ast.expr) -> bool:
-        """Whether a factor is one number: a constant, an attribute, or powers and roots of such."""
-        text = ast.unparse(node)
-        if any(isinstance(part, ast.Call) for part in ast.walk(node)) and "sqrt" not in text:
-            return False
-        names = {part.id for part in ast.walk(node) if isinstance(part, ast.Name)}
-        return names <= {"self", "math", "torch"} and "self.proj" not in text
 
     def _subscript(self, node: ast.Subscript) -> Level:
         level = self._level(node.value)
