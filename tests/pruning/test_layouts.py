@@ -197,6 +197,11 @@ class OfItsInput(Attention):
         return x + self.out_proj((scores.softmax(-1) @ v).transpose(1, 2).reshape(b, n, c))
 
 
+class OfItsParent(Straight):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.reshape(-1, x.shape[1], 8)).reshape(x.shape)
+
+
 class AcrossDimensions(Attention):
     def forward(self, x: Tensor) -> Tensor:
         b, n, _ = x.shape
@@ -253,7 +258,7 @@ class DimensionsFirst(Attention):
         return self.out_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 3).reshape(b, n, -1))
 
 
-@pytest.mark.parametrize("kind", [Straight, OfItsInput])
+@pytest.mark.parametrize("kind", [Straight, OfItsInput, OfItsParent])
 def test_attention_that_can_be_followed(kind: type[Attention]) -> None:
     torch.manual_seed(0)
     model = kind().double().eval()

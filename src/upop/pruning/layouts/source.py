@@ -53,12 +53,7 @@ def methods_of(kind: type) -> dict[str, ast.FunctionDef] | None:
     waiting = ["forward"]
     while waiting:
         name = waiting.pop()
-        method = inspect.getattr_static(kind, name, None)
-        if isinstance(method, property):
-            method = method.fget
-        if isinstance(method, staticmethod | classmethod):
-            method = method.__func__
-        parsed = _parse(method)
+        parsed = _parse(_code_of(kind, name))
         if parsed is None:
             if name == "forward":
                 return None
@@ -66,15 +61,21 @@ def methods_of(kind: type) -> dict[str, ast.FunctionDef] | None:
         found[name] = parsed
         for node in ast.walk(parsed):
             reached = attribute_of_self(node)
-            if reached and reached not in found and _is_code(inspect.getattr_static(kind, reached, None)):
+            if reached and reached not in found and _code_of(kind, reached) is not None:
                 waiting.append(reached)
     return found
 
 
-def _is_code(value: object) -> bool:
+def _code_of(kind: type, name: str) -> object:
+    """Return the function behind a method or property of a class, or of its parent ("super.X"); None for others."""
+    method = name.removeprefix("super.")
+    owners = [each for each in kind.__mro__ if method in each.__dict__]
+    owners = owners[1:] if name != method else owners
+    value = owners[0].__dict__[method] if owners else None
     if isinstance(value, property | staticmethod | classmethod):
         value = value.fget if isinstance(value, property) else value.__func__
-    return inspect.isfunction(value) and not value.__module__.startswith("torch.nn.modules.module")
+    own = inspect.isfunction(value) and not value.__module__.startswith("torch.nn.modules.module")
+    return value if own else None
 
 
 def _parse(function: object) -> ast.FunctionDef | None:
@@ -87,9 +88,13 @@ def _parse(function: object) -> ast.FunctionDef | None:
 
 
 def attribute_of_self(node: ast.AST, owner: str = "self") -> str | None:
-    """Return X for `self.X`."""
-    if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == owner:
-        return node.attr
+    """Return X for `self.X`, and "super.X" for `super().X`."""
+    if isinstance(node, ast.Attribute):
+        if isinstance(node.value, ast.Name) and node.value.id == owner:
+            return node.attr
+        parent = node.value.func if isinstance(node.value, ast.Call) else None
+        if owner == "self" and isinstance(parent, ast.Name) and parent.id == "super":
+            return f"super.{node.attr}"
     return None
 
 

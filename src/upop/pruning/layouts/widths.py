@@ -36,9 +36,10 @@ def without_input_width(kind: type, makers: frozenset[str], output: str | None, 
         return None
     methods = copy.deepcopy(methods)
     found = trace(methods, set(makers), output)
-    if found.strays:
-        return None
     meant = {id(node) for node in found.widths}
+    of_parents = [method for name, method in methods.items() if name.startswith("super.")]
+    if found.strays or any(id(node) in meant for method in of_parents for node in ast.walk(method)):
+        return None
     content: dict[str, Any] = {"uncut_class": kind}
     for name, method in methods.items():
         if any(id(node) in meant for node in ast.walk(method)):
