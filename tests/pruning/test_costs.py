@@ -9,6 +9,7 @@ from torch import nn
 
 import upop
 from pruning.families import NLVR, VIT, Family, nlvr
+from pruning.registry import ARCHITECTURES
 from upop.models.nlvr import BlipNlvr, NlvrConfig
 from upop.pruning.costs import entry_costs
 from upop.pruning.errors import SettingError
@@ -54,6 +55,25 @@ def test_an_entry_costs_what_removing_it_saves(family: Family, cost: str) -> Non
         before = size()
         upop.shrink(model, {unit.name: range(1, unit.size)})
         assert before - size() == costs[unit.name], unit.name
+
+
+COUNTED = ("llama", "TransformerDecoder", "beit_base_patch16_224", "gpt2", "vit_giant_patch14_dinov2", "gpt_neox")
+
+
+@pytest.mark.parametrize("name", COUNTED)
+def test_multiply_adds_of_every_kind_of_entry(name: str) -> None:
+    (architecture,) = (each for each in ARCHITECTURES if each.name == name)
+    model = architecture.build()
+    inputs = architecture.batch(model)
+    units = upop.find_units(model)
+    costs = entry_costs(model, units, "flops", inputs)
+    with architecture.ways(model)[-1][1]:
+        before = upop.count_macs(model, inputs)
+    for unit in units:
+        cut = architecture.build()
+        upop.shrink(cut, {unit.name: range(1, unit.size)})
+        with architecture.ways(cut)[-1][1]:
+            assert before - upop.count_macs(cut, inputs) == pytest.approx(costs[unit.name])
 
 
 def test_counting_changes_nothing() -> None:

@@ -154,11 +154,12 @@ def _multiply_adds(model: nn.Module, units: Sequence[Unit], example: Any) -> dic
         seen = [calls.get(_layer(part.tensor), []) for part in weights]
         # Some libraries read a layer's weight without calling the layer; it sees what the others of its unit see.
         most = max(seen, key=len)
-        seen = [each or most for each in seen]
         linear = sum(
-            tensor_of(model, part.tensor).numel() * sum(each.tokens for each in of_part)
+            tensor_of(model, part.tensor).numel()
+            * sum(each.mean_tokens if of_part else each.tokens for each in of_part or most)
             for part, of_part in zip(weights, seen, strict=True)
         )
+        seen = [of_part or most for of_part in seen]
         pairs = 0
         if unit.kind == "attention":
             # Every query token meets every key token of its own sequence, once for the scores and once for the values.
@@ -172,19 +173,27 @@ def _multiply_adds(model: nn.Module, units: Sequence[Unit], example: Any) -> dic
 
 @dataclass(frozen=True)
 class _Call:
-    """What a layer saw in one call: all its tokens, and how many of them one query of the layer could attend to."""
+    """What a layer saw in one call: its tokens, how many keys one of them attends to, and tokens per row of weight.
+
+    The last differs where one weight makes queries of some tokens and keys and values of others.
+    """
 
     tokens: int
     keys: int
+    mean_tokens: float
 
 
 def _call_of(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> _Call:
     if isinstance(module, nn.MultiheadAttention):
         query, key = (kwargs.get(name, args[place] if place < len(args) else None) for place, name in enumerate(_QK))
-        return _Call(query.numel() // query.shape[-1], key.shape[-2 if module.batch_first or key.dim() == 2 else 0])
+        queries, keys = query.numel() // query.shape[-1], key.numel() // key.shape[-1]
+        length = key.shape[-2 if module.batch_first or key.dim() == 2 else 0]
+        return _Call(queries, length, (queries + 2 * keys) / 3)
     if isinstance(module, nn.Conv2d):
-        return _Call(output.numel() // output.shape[1], output[0, 0].numel())
-    return _Call(output.numel() // output.shape[-1], output.shape[-2] if output.dim() > 2 else 1)
+        tokens, length = output.numel() // output.shape[1], output[0, 0].numel()
+    else:
+        tokens, length = output.numel() // output.shape[-1], output.shape[-2] if output.dim() > 2 else 1
+    return _Call(tokens, length, tokens)
 
 
 def _layer(tensor: str) -> str:

@@ -126,7 +126,7 @@ class Unit:
         size: number of entries before pruning.
         heads: number of attention heads that share the entries; 1 for an MLP, and where entries are whole heads.
         slices: every tensor that carries the axis; the first that produces it is the query, the second the key
-            (or the first is a fused query-key-value).
+            (or the first is a fused query-key-value), and the last one consumes it.
         attributes: the numbers to set again after the cut.
         swaps: the classes to take on with the cut.
         entry: what one entry is: a "dimension" of every head, a whole "head", a key-value "group" of heads with all
@@ -146,7 +146,7 @@ class Unit:
     @property
     def width(self) -> int:
         """How many columns of the layer that consumes the axis belong to one entry."""
-        return next((part.length(1) for part in self.slices if not part.produces and part.dim), 1)
+        return self.online[-1].length(1)
 
     @property
     def producers(self) -> tuple[Slice, ...]:

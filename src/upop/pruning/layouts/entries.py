@@ -155,7 +155,8 @@ def _whole_heads(attention: Attention) -> Unit:
     heads, name = attention.heads, attention.name
     inner = heads.repeat * heads.size
     slices = _slices(attention, (1, 1, 1), (inner, heads.size, heads.size), 0)
-    slices += [Slice(join(name, table), 0, 1, heads.repeat, produces=False) for table in attention.head_tables]
+    tables = [Slice(join(name, table), 0, 1, heads.repeat, produces=False) for table in attention.head_tables]
+    slices = [*slices[:-1], *tables, slices[-1]]
     factors = {**dict.fromkeys(HEADS, heads.repeat), **dict.fromkeys(GROUPS, 1), "kv_dim": heads.size}
     attributes = [Attribute(name, part, factors.get(part, inner)) for part in attention.numbers if part not in SIZES]
     return _unit(attention, heads.groups, 1, slices, attributes, "head" if heads.repeat == 1 else "group")
