@@ -197,24 +197,25 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     dtype = getattr(torch, options.dtype)
-    rows = []
+    about = machine(options.device)
+    slug = "-".join("".join(c if c.isalnum() else " " for c in str(about["device"]).lower()).split())
+    content: dict[str, Any] = {
+        "machine": about,
+        "command": shlex.join(["python", *sys.argv]),
+        "dtype": options.dtype,
+        "rows": [],
+    }
+    options.out.mkdir(parents=True, exist_ok=True)
     for name in options.models:
         for batch in options.batches:
             for mode in options.modes:
                 torch.compiler.reset()
-                rows.append(measure(name, batch, mode == "compiled", options.repeats, options.device, dtype))
-    Console(width=110).print(table(rows))
-    about = machine(options.device)
-    slug = "-".join("".join(c if c.isalnum() else " " for c in str(about["device"]).lower()).split())
-    content = {
-        "machine": about,
-        "command": shlex.join(["python", *sys.argv]),
-        "dtype": options.dtype,
-        "rows": rows,
-    }
-    options.out.mkdir(parents=True, exist_ok=True)
-    with replacing_file(options.out / f"latency_{slug}.json") as part:
-        part.write_text(json.dumps(content, indent=1) + "\n")
+                row = measure(name, batch, mode == "compiled", options.repeats, options.device, dtype)
+                content["rows"].append(row)
+                # After every row, so that a run that is stopped leaves what it measured.
+                with replacing_file(options.out / f"latency_{slug}.json") as part:
+                    part.write_text(json.dumps(content, indent=1) + "\n")
+    Console(width=110).print(table(content["rows"]))
 
 
 def _wait(device: torch.device) -> None:
