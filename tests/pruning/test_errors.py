@@ -105,6 +105,10 @@ def test_a_model_of_unknown_layout_says_what_was_looked_at() -> None:
             super().__init__()
             self.qkv, self.out = nn.Linear(4, 12), nn.Linear(4, 4)
 
+        def forward(self, x: Tensor) -> Tensor:
+            query, key, value = self.qkv(x).chunk(3, dim=-1)
+            return self.out(F.scaled_dot_product_attention(query, key, value))
+
     model = nn.Sequential(MyAttention())
     refused(
         LayoutError,

@@ -354,6 +354,12 @@ def test_layers_that_stand_for_others_are_left_alone(change: Callable[[nn.Module
         upop.find_units(model)
 
 
+def test_layers_that_are_no_linear_ones_are_named() -> None:
+    model = llama()
+    model.layers[0].self_attn.k_proj = nn.Bilinear(2, 2, 2)  # as packed weights of a quantizing library would be
+    assert reasons(model)["layers.0.self_attn"] == "k_proj is a Bilinear, which is no linear layer"
+
+
 def test_a_forward_put_in_place_of_the_layers_own() -> None:
     model = vit()
     layer = model.blocks[0].mlp.fc1

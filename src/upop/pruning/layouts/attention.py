@@ -285,7 +285,8 @@ class Attention:
         path = self.name
         while True:
             children = self.model.get_submodule(path).children()
-            yield from (child for child in children if ROTARY.search(type(child).__name__))
+            named = [child for child in children if ROTARY.search(type(child).__name__)]
+            yield from (child for child in named if not any(map(is_projection, child.modules())))
             if not path:
                 return
             path = path.rpartition(".")[0]

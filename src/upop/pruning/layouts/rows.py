@@ -8,7 +8,7 @@ from typing import Literal
 
 from torch import nn
 
-from upop.pruning.layouts.reading import is_projection
+from upop.pruning.layouts.reading import NotPrunableError, is_projection
 
 Order = Literal["by kind", "by head", "read"]
 
@@ -84,10 +84,20 @@ OTHER_NUMBERS = re.compile(
 
 
 def layout_of(module: nn.Module) -> Layout | None:
-    """Return the row whose makers are all projections of `module`, or None."""
+    """Return the row whose makers are all projections of `module`, or None.
+
+    Raises:
+        NotPrunableError: its parts have the names of a row, and one is no projection.
+    """
     for row in LAYOUTS:
-        if all(is_projection(module._modules.get(maker)) for maker in row.makers):
+        parts = [module._modules.get(maker) for maker in row.makers]
+        if all(map(is_projection, parts)):
             return row
+        if all(part is not None for part in parts) and len(parts) == 3:
+            name, part = next(
+                (name, part) for name, part in zip(row.makers, parts, strict=True) if not is_projection(part)
+            )
+            raise NotPrunableError(f"{name} is a {type(part).__name__}, which is no linear layer")
     return None
 
 
