@@ -17,13 +17,16 @@ from pruning.families import randomise
 from upop.checkpoints.export import export, graphs_of
 from upop.errors import SettingError, VerificationError
 from upop.models.caption import BlipCaption, CaptionConfig
+from upop.models.classifier import ClassifierConfig, build_classifier
 from upop.models.clip import ClipConfig, ClipRetrieval
 from upop.models.nlvr import BlipNlvr, NlvrConfig
 from upop.models.retrieval import BlipRetrieval, RetrievalConfig
+from upop.models.segmenter import Segmenter, SegmenterConfig
 from upop.models.vqa import BlipVqa, VqaConfig
 
 SIZES: dict[str, Any] = {**runs.TOWERS, "patch_size": 16, "max_positions": 32, "image_size": 32, "vocab_size": 120}
 CLIP = {name: value for name, value in SIZES.items() if name != "dropout"}
+VISION = {name: value for name, value in SIZES.items() if name.startswith(("vision", "image", "patch"))}
 CONTRAST = {"embed_dim": 16, "queue_size": 20}
 
 MODELS: dict[str, Callable[[], nn.Module]] = {
@@ -32,6 +35,12 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "nlvr": lambda: BlipNlvr(NlvrConfig(**SIZES, merge_from=1)),
     "retrieval": lambda: BlipRetrieval(RetrievalConfig(**SIZES, **CONTRAST)),
     "clip": lambda: ClipRetrieval(ClipConfig(**CLIP, **CONTRAST)),
+    "classification": lambda: build_classifier(ClassifierConfig(**VISION, classes=5)),
+    "segmentation": lambda: Segmenter(
+        SegmenterConfig(
+            **VISION, decoder_width=24, decoder_depth=1, decoder_heads=2, decoder_mlp=48, classes=4, encoder_classes=5
+        )
+    ),
 }
 
 

@@ -158,7 +158,7 @@ class MaskTransformer(nn.Module):
     def forward(self, patches: Tensor) -> Tensor:
         """Return scores [B, N, classes] of encoded patches [B, N, vision_width]."""
         patches = self.proj_dec(patches)
-        states = torch.cat([patches, self.cls_emb.expand(len(patches), -1, -1)], dim=1)
+        states = torch.cat([patches, self.cls_emb.expand(patches.shape[0], -1, -1)], dim=1)
         for block in self.blocks:
             states = block(states)
         patches, classes = self.decoder_norm(states).split([patches.shape[1], self.classes], dim=1)
@@ -189,7 +189,7 @@ class Segmenter(nn.Module):
         assert encoder.pos_embed is not None
         patches = encoder.patch_embed(images)  # [B, rows, columns, width]
         positions = resize_grid(encoder.pos_embed, (patches.shape[1], patches.shape[2]))
-        tokens = torch.cat([encoder.cls_token.expand(len(images), -1, -1), patches.flatten(1, 2)], dim=1)
+        tokens = torch.cat([encoder.cls_token.expand(images.shape[0], -1, -1), patches.flatten(1, 2)], dim=1)
         states: Tensor = encoder.norm(encoder.blocks(encoder.pos_drop(tokens + positions)))
         return states
 
