@@ -15,6 +15,22 @@ class DataError(UPopError, ValueError):
     """An annotation file, a record or an image is missing or malformed; the message names file and record."""
 
 
+class BadImageError(DataError):
+    """A picture or a label map cannot be read; a run may be told to do without a number of them (`skip_bad_images`).
+
+    Attributes:
+        image: the file.
+        file: the annotation file, or the folder, that asks for it.
+        record: the number of the record there.
+        reason: what is wrong with it.
+    """
+
+    # One text is enough to make one, for a worker process's error is made anew from its text alone.
+    def __init__(self, message: str, image: str = "", file: str = "", record: int = -1, reason: str = "") -> None:
+        super().__init__(message)
+        self.image, self.file, self.record, self.reason = image, file, record, reason
+
+
 class CheckpointError(UPopError, ValueError):
     """A checkpoint cannot be read, carries more than tensors, or does not fit the model."""
 
@@ -31,12 +47,21 @@ class TrainingError(UPopError, RuntimeError):
     """Training cannot go on: the loss or the gradients stay non-finite."""
 
 
+class Preempted(UPopError, RuntimeError):
+    """The run was asked to end (SIGTERM) and did, after saving where it stands: `--resume` goes on from there."""
+
+    exit_code = 75
+    """What a command that ends so exits with: EX_TEMPFAIL of sysexits.h, "try again later"."""
+
+
 __all__ = [
+    "BadImageError",
     "CheckpointError",
     "DataError",
     "DeviceError",
     "LayoutError",
     "PlanError",
+    "Preempted",
     "RunFolderError",
     "SettingError",
     "StepError",

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, NotRequired, TypedDict
+from typing import Any, NotRequired, Self, TypedDict
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from upop.data.records import Record, check_images, open_image, read_records, shown
+from upop.data.records import Record, check_images, narrowed, open_image, read_records, shown
 from upop.data.text import clean_caption
 from upop.data.transforms import ImageTransform
 from upop.errors import DataError
@@ -119,6 +119,12 @@ class CaptionEvalDataset(Dataset[CaptionItem]):
         """The picture of that number in the file."""
         picture = open_image(self.root / self._images[index], file=self.file, number=index % len(self))
         return {"image": self.transform(picture), "image_id": self._numbers[index]}
+
+    def without(self, numbers: Collection[int]) -> Self:
+        """Return the pictures but for those of these places in the file, and their captions, to score the rest."""
+        result = narrowed(self, numbers, "_images", "_numbers")
+        result.references = {number: self.references[number] for number in result._numbers if self.references}
+        return result
 
 
 def _references(records: Mapping[int, Record], ground_truth: Path) -> dict[int, list[str]]:

@@ -6,10 +6,10 @@ The classes are the folders, numbered in the order of their names.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NotRequired, TypedDict
+from typing import NotRequired, Self, TypedDict
 
 import torch
 from timm.data.distributed_sampler import RepeatAugSampler
@@ -18,7 +18,7 @@ from torch.utils.data import Dataset, Sampler
 from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
 from upop.data.classification_transforms import Mixing, seeded_libraries
-from upop.data.records import open_image
+from upop.data.records import narrowed, open_image
 from upop.data.transforms import ImageTransform
 from upop.errors import DataError, nearest
 
@@ -118,6 +118,10 @@ class ImageFolderDataset(Dataset[ImageItem]):
         with seeded_libraries(int(torch.randint(_DRAWS, ()))):
             image = self.transform(picture)
         return {"image": image, "label": label, "draw": int(torch.randint(_DRAWS, ()))}
+
+    def without(self, numbers: Collection[int]) -> Self:
+        """Return the records but for those of these numbers, to score the rest."""
+        return narrowed(self, numbers, "_pictures")
 
 
 def _folders(root: Path, split: str) -> list[str]:

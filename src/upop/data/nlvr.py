@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, Self, TypedDict
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from upop.data.records import check_images, open_image, read_records
+from upop.data.records import check_images, narrowed, open_image, read_records
 from upop.data.text import NLVR_WORDS, clean_caption, swap_left_right
 from upop.data.transforms import ImageTransform
 
@@ -84,6 +84,10 @@ class NlvrDataset(Dataset[NlvrItem]):
             "sentence": sentence,
             "label": self._labels[index],
         }
+
+    def without(self, numbers: Collection[int]) -> Self:
+        """Return the records but for those of these numbers, to score the rest."""
+        return narrowed(self, numbers, "_sentences", "_labels", "_images")
 
     def _load(self, index: int, image: str) -> Tensor:
         return self.transform(open_image(self.root / image, file=self.file, number=index % len(self)))

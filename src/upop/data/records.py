@@ -6,18 +6,21 @@ as in a JSON list), the field, what was found, and what to do.
 
 from __future__ import annotations
 
+import copy
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import numpy as np
 from PIL import Image
 
-from upop.errors import DataError, nearest
+from upop.errors import BadImageError, DataError, nearest
 
 _SHOWN = 60
+Records = TypeVar("Records")
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,13 +149,70 @@ def _exists(path: Path) -> bool:
         return False
 
 
-def open_image(path: str | Path, *, file: Path, number: int) -> Image.Image:
-    """Read an image as RGB; DataError names the image and the record of the file that asks for it."""
+def narrowed(records: Records, numbers: Collection[int], *lists: str) -> Records:
+    """Return a copy of a data set whose `lists`, one entry per record each, lack the records of those numbers."""
+    result = copy.copy(records)
+    for name in lists:
+        kept = [entry for number, entry in enumerate(getattr(records, name)) if number not in numbers]
+        setattr(result, name, kept)
+    return result
+
+
+_SIXTEEN_BITS = ("I;16", "I;16L", "I;16B", "I;16N")
+_ORIENTATION = 0x0112
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""EXIF's orientation -> what brings the stored picture upright."""
+
+
+def open_image(path: str | Path, *, file: Path, number: int, upright: bool = True) -> Image.Image:
+    """Read an image as RGB of 8 bits; of an animation the first picture.
+
+    Of 16 bits the upper 8 are kept, and transparency is dropped. A camera that was held sideways notes so in the file
+    (EXIF): such a picture is turned upright, unless `upright` is False, which gives it as it is stored.
+
+    Raises:
+        BadImageError: it cannot be read; the message names the image and the record of the file that asks for it.
+    """
     try:
         with Image.open(path) as image:
-            return image.convert("RGB")
+            picture = _as_rgb(image)
+            turn = _TURNS.get(_orientation(image)) if upright else None
+            return picture if turn is None else picture.transpose(turn)
     except Exception as error:  # a broken file makes the decoders raise nearly anything
-        raise DataError(
-            f"{file}, record {number}: the image {path} cannot be read: {error or type(error).__name__}. "
-            "It may be cut off or no image at all; fetch it again."
+        reason = str(error) or type(error).__name__
+        raise BadImageError(
+            f"{file}, record {number}: the image {path} cannot be read: {reason}. "
+            "It may be cut off or no image at all; fetch it again.",
+            str(path),
+            str(file),
+            number,
+            reason,
         ) from error
+
+
+def _as_rgb(image: Image.Image) -> Image.Image:
+    mode = image.mode
+    if mode in _SIXTEEN_BITS or (mode == "I" and image.format == "PPM"):
+        # Pillow would make everything above 255 white.
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+    if mode in ("I", "F"):
+        raise ValueError(f"it holds 32-bit numbers (mode {mode}), whose black and white are unknown; save 8 or 16 bits")
+    if mode == "P" and isinstance(image.info.get("transparency"), bytes):
+        image = image.convert("RGBA")  # Pillow warns of what is lost on the straight way
+    return image.convert("RGB")
+
+
+def _orientation(image: Image.Image) -> int:
+    """The EXIF orientation of a picture that has been read; 1, upright, where there is none or it is damaged."""
+    try:
+        return int(image.getexif().get(_ORIENTATION, 1))
+    except Exception:  # a picture with broken notes is still a picture
+        return 1

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NotRequired, TypedDict
+from typing import Any, NotRequired, Self, TypedDict
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from upop.data.records import Record, check_images, open_image, read_records, shown
+from upop.data.records import Record, check_images, narrowed, open_image, read_records, shown
 from upop.data.text import clean_caption
 from upop.data.transforms import ImageTransform
 
@@ -85,6 +85,16 @@ class RetrievalGallery(Dataset[RetrievalItem]):
         number = index % len(self)
         image = open_image(self.root / self._images[index], file=self.file, number=number)
         return {"image": self.transform(image), "number": number}
+
+    def without(self, numbers: Collection[int]) -> Self:
+        """Return the gallery but for the pictures of these numbers and their texts; the rest is numbered anew."""
+        result = narrowed(self, numbers, "_images")
+        owners = self.image_of_text.tolist()
+        texts = [(text, owner) for text, owner in zip(self.texts, owners, strict=True) if owner not in numbers]
+        new = {owner: place for place, owner in enumerate(n for n in range(len(self)) if n not in numbers)}
+        result.texts = [text for text, _ in texts]
+        result.image_of_text = torch.tensor([new[owner] for _, owner in texts], dtype=torch.long)
+        return result
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,9 @@ no class was given, and 1 to 150 else. `ROOT/objectInfo150.txt`, if it is there,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import TypedDict
+from typing import Self, TypedDict
 
 import torch
 from PIL import Image
@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms.v2 import functional as tvf
 
-from upop.data.records import open_image
+from upop.data.records import narrowed, open_image
 from upop.data.segmentation_transforms import IGNORED, SegmentTransform
-from upop.errors import DataError, nearest
+from upop.errors import BadImageError, DataError, nearest
 
 FOLDER = Path("ade20k") / "ADEChallengeData2016"
 """Below the folder of all data sets."""
@@ -79,8 +79,9 @@ class SegmentationDataset(Dataset[SegmentItem]):
         """The picture of that number, as drawn this time."""
         number = index % len(self)
         path = self._pictures[number]
-        picture = tvf.pil_to_tensor(open_image(path, file=path.parent, number=number))
-        labels = self._labels(path)
+        # As stored: maps are drawn over the stored pixels.
+        picture = tvf.pil_to_tensor(open_image(path, file=path.parent, number=number, upright=False))
+        labels = self._labels(path, number)
         if labels.shape != picture.shape[1:]:
             raise DataError(
                 f"{self._maps / path.stem}.png has {labels.shape[1]} x {labels.shape[0]} pixels, and its picture "
@@ -89,16 +90,24 @@ class SegmentationDataset(Dataset[SegmentItem]):
         image, labels = self.transform(picture, labels)
         return {"image": image, "labels": labels, "number": number, "name": path.stem}
 
-    def _labels(self, picture: Path) -> Tensor:
+    def without(self, numbers: Collection[int]) -> Self:
+        """Return the records but for those of these numbers, to score the rest."""
+        return narrowed(self, numbers, "_pictures")
+
+    def _labels(self, picture: Path, number: int) -> Tensor:
         path = self._maps / f"{picture.stem}.png"
         try:
             with Image.open(path) as image:
                 mode = image.mode
                 found = tvf.pil_to_tensor(image)[0].long() if mode in _MODES else None
         except Exception as error:  # a broken file makes the decoders raise nearly anything
-            raise DataError(
-                f"The label map {path} cannot be read: {error or type(error).__name__}. It may be cut off or no image "
-                "at all; fetch it again."
+            reason = str(error) or type(error).__name__
+            raise BadImageError(
+                f"The label map {path} cannot be read: {reason}. It may be cut off or no image at all; fetch it again.",
+                str(path),
+                str(self._maps),
+                number,
+                reason,
             ) from error
         if found is None:
             raise DataError(

@@ -112,8 +112,8 @@ class TrainCrop:
         for _ in range(_CROPS_TRIED):
             top, left = (int(torch.randint(max(side - self.crop_size, 0) + 1, ())) for side in labels.shape)
             crop = labels[top : top + self.crop_size, left : left + self.crop_size]
-            counts = crop[crop != IGNORED].unique(return_counts=True)[1]
-            if len(counts) > 1 and counts.max() < LARGEST_SHARE * counts.sum():
+            counts = crop.flatten().bincount(minlength=IGNORED + 1)[:IGNORED]  # faster than to sort, as unique does
+            if int((counts > 0).sum()) > 1 and counts.max() < LARGEST_SHARE * counts.sum():
                 break
         return top, left
 

@@ -5,16 +5,16 @@ from __future__ import annotations
 import json
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, Self, TypedDict
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from upop.data.records import Record, check_images, open_image, read_records, shown
+from upop.data.records import Record, check_images, narrowed, open_image, read_records, shown
 from upop.data.text import clean_question
 from upop.data.transforms import ImageTransform
 from upop.data.vqa_accuracy import ANNOTATORS, ANSWER_TYPES, answer_type
@@ -173,6 +173,10 @@ class VqaDataset(_VqaRecords):
             "answers": (),
             "weights": (),
         }
+
+    def without(self, numbers: Collection[int]) -> Self:
+        """Return the records but for those of these numbers, to score the rest."""
+        return narrowed(self, numbers, "_questions", "_places", "question_ids", "people", "types")
 
 
 def _people(record: Record, count: int | None = None) -> list[str]:
