@@ -6,16 +6,17 @@ A transformers model's folder is also one of transformers' own: `from_pretrained
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from upop.checkpoints import timm_models
+from upop.checkpoints import open_clip_models, timm_models
 from upop.checkpoints.fit import fit
 from upop.checkpoints.hub import local_path
 from upop.checkpoints.quantizer import mark
@@ -63,6 +64,7 @@ def save(model: nn.Module, folder: str | Path, plan: Plan | None = None) -> Path
         "config": model.config.model_dump() if kind else None,  # type: ignore[union-attr, operator]
         "transformers": in_transformers,
         "timm": None if kind or in_transformers else timm_models.describe(model, plan),
+        "open_clip": None if kind or in_transformers else open_clip_models.describe(model, plan),
         "layout": {unit.name: _unit(unit, plan) for unit in survey(model).units},
         "plan": json.loads(plan.to_json()) if plan is not None else None,
         "versions": {name: metadata.version(name) for name in ("upop", "torch", "timm", "transformers")},
@@ -80,7 +82,7 @@ def save(model: nn.Module, folder: str | Path, plan: Plan | None = None) -> Path
 
 
 def load(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
-    """Return the model that `save` wrote, in evaluation mode, on the CPU.
+    """Return the model that `save` wrote, in evaluation mode, on the CPU, in the saved precision.
 
     Args:
         folder: the folder, or one that transformers' `save_pretrained` wrote, or the name of such a model on the hub.
@@ -100,7 +102,7 @@ def load(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
         model = load_transformers(folder, description["class"])
     else:
         state = read_weights(folder / WEIGHTS)
-        model = fit(_dense(description, folder), state, str(folder), lambda _unit: False)
+        model = fit(_as_precise(_dense(description, folder), state), state, str(folder), lambda _unit: False)
     set_plan(model, plan)
     return model.eval()
 
@@ -152,7 +154,7 @@ def read_description(folder: Path) -> dict[str, Any]:
         description = json.loads(path.read_text())
         fields = {name: description[name] for name in ("format", "model", "class", "config", "plan")}
         # Folders of upop 0.1.0 do not have these.
-        fields |= {name: description.get(name) for name in ("transformers", "timm")}
+        fields |= {name: description.get(name) for name in ("transformers", "timm", "open_clip")}
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         raise CheckpointError(f"{path} is damaged: {error!r}. Write the model again.") from error
     if fields["format"] != _FORMAT:
@@ -187,6 +189,8 @@ def _dense(description: dict[str, Any], folder: Path) -> nn.Module:
     """Return the dense model that a folder describes, with fresh weights."""
     if description["timm"] is not None:
         return timm_models.build(description["timm"], str(folder / _DESCRIPTION))
+    if description["open_clip"] is not None:
+        return open_clip_models.build(description["open_clip"], str(folder / _DESCRIPTION))
     if description["model"] not in MODELS:
         raise CheckpointError(
             f"{folder} holds a {description['class']}, which upop cannot build by name. "
@@ -197,4 +201,15 @@ def _dense(description: dict[str, Any], folder: Path) -> nn.Module:
         model: nn.Module = built(config(**description["config"]))
     except (ValidationError, TypeError) as error:
         raise CheckpointError(f"{folder / _DESCRIPTION} describes a model that cannot be built: {error}") from error
+    return model
+
+
+def _as_precise(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
+    """Bring a model to the precision of a state dict, which may differ from tensor to tensor."""
+    found = {value.dtype for value in state.values() if value.is_floating_point()}
+    if len(found) == 1:
+        return model.to(dtype=found.pop())  # buffers that are not saved too
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if name in state:
+            tensor.data = tensor.data.to(state[name].dtype)
     return model

@@ -9,9 +9,9 @@ import timm
 import torch
 from torch import nn
 
-from upop.checkpoints.fit import kept_sizes
+from upop.checkpoints.likeness import same_but_for_sizes
 from upop.errors import CheckpointError, nearest
-from upop.pruning import Plan, survey
+from upop.pruning import Plan
 
 # Argument of create_model -> where a model keeps it; models that keep it elsewhere do not have it changed.
 _ARGUMENTS: Mapping[str, Callable[[Any], Any]] = {
@@ -32,10 +32,6 @@ _ARGUMENTS: Mapping[str, Callable[[Any], Any]] = {
     "dynamic_img_size": lambda model: model.dynamic_img_size,
     "drop_path_rate": lambda model: round(getattr(model.blocks[-1].drop_path1, "drop_prob", 0.0), 6),
 }
-
-# What training needs, or the machine decides, and no output depends on in evaluation mode.
-_FREE_CLASSES = ("Dropout", "DropPath", "Identity")
-_FREE_VALUES = ("training", "grad_checkpointing", "fused_attn", "p", "drop_prob", "scale_by_keep", "inplace")
 
 
 def describe(model: nn.Module, plan: Plan | None) -> dict[str, Any] | None:
@@ -68,7 +64,7 @@ def describe(model: nn.Module, plan: Plan | None) -> dict[str, Any] | None:
         else:
             arguments["mlp_ratio"] = (hidden + 0.5) / _read(_ARGUMENTS["embed_dim"], model)
     built = _build(name, arguments)
-    if built is None or not _same_but_for_sizes(model, built):
+    if built is None or not same_but_for_sizes(model, built):
         return None
     return {"architecture": name, "arguments": arguments}
 
@@ -99,6 +95,12 @@ def build(description: Mapping[str, Any], source: str) -> nn.Module:
     return model
 
 
+def drop_path_rate(model: nn.Module) -> float | None:
+    """Return the rate at which a model of timm drops the paths of its last block; None if it keeps none."""
+    rate = _read(_ARGUMENTS["drop_path_rate"], model)
+    return None if rate is None else float(rate)
+
+
 def _read(read: Callable[[Any], Any], model: nn.Module) -> Any:
     try:
         return read(model)
@@ -117,51 +119,3 @@ def _build(name: str, arguments: Mapping[str, Any]) -> Any:
 def _hidden_sizes(model: Any, plan: Plan | None) -> list[int]:
     planned = [size for name, size in plan.sizes.items() if name.endswith("mlp")] if plan is not None else []
     return planned + [block.mlp.fc1.out_features for block in model.blocks]
-
-
-def _same_but_for_sizes(model: nn.Module, dense: nn.Module) -> bool:
-    """Whether cutting `dense` can give `model`: the same modules with the same settings, tensors of the same shapes."""
-    units = survey(dense).units
-    mine, theirs = model.state_dict(), dense.state_dict()
-    if list(mine) != list(theirs):
-        return False
-    try:
-        kept = kept_sizes(units, mine, "the model")
-    except CheckpointError:
-        return False
-    expected = {name: list(value.shape) for name, value in theirs.items()}
-    cut: set[tuple[str, str]] = set()
-    for unit in units:
-        for part in unit.slices:
-            if part.tensor in expected:  # buffers that are not saved are cut too
-                expected[part.tensor][part.dim] = part.length(kept[unit.name])
-            owner = part.tensor.rpartition(".")[0]
-            cut |= {(owner, "in_features"), (owner, "out_features")}
-        cut |= {(attribute.module, attribute.name) for attribute in unit.attributes}
-    if any(list(value.shape) != expected[name] for name, value in mine.items()):
-        return False
-    pairs = zip(model.named_modules(), dense.named_modules(), strict=False)
-    return all(
-        ours == name and _alike(one, other) and _settings(one, ours, cut) == _settings(other, name, cut)
-        for (ours, one), (name, other) in pairs
-    )
-
-
-def _alike(one: nn.Module, other: nn.Module) -> bool:
-    # Cutting may give a module another class, which knows the one that it stands for.
-    names = {getattr(type(each), "uncut_class", type(each)).__name__ for each in (one, other)}
-    return len(names) == 1 or names <= set(_FREE_CLASSES)
-
-
-def _settings(module: nn.Module, name: str, cut: set[tuple[str, str]]) -> dict[str, Any]:
-    """Return the plain values that a module holds, without what cutting changes."""
-    if type(module).__name__ in _FREE_CLASSES:
-        return {}
-    return {
-        key: value
-        for key, value in vars(module).items()
-        if not key.startswith("_")
-        and key not in _FREE_VALUES
-        and (name, key) not in cut
-        and (value is None or isinstance(value, bool | int | float | str | tuple))
-    }

@@ -1,0 +1,74 @@
+"""Whether a model is what cutting another one can give: the same modules with the same settings, but for sizes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from upop.checkpoints.fit import kept_sizes
+from upop.errors import CheckpointError
+from upop.pruning import survey
+
+# What training needs, or the machine decides, and no output depends on in evaluation mode.
+_FREE_CLASSES = ("Dropout", "DropPath", "Identity", "PatchDropout")
+_FREE_VALUES = (
+    "training",
+    "grad_checkpointing",
+    "fused_attn",
+    "p",
+    "drop_prob",
+    "scale_by_keep",
+    "inplace",
+    "name_or_path",
+)
+
+
+def same_but_for_sizes(model: nn.Module, dense: nn.Module) -> bool:
+    """Whether cutting `dense` can give `model`: the same modules with the same settings, tensors of the same shapes."""
+    units = survey(dense).units
+    mine, theirs = model.state_dict(), dense.state_dict()
+    if list(mine) != list(theirs):
+        return False
+    try:
+        kept = kept_sizes(units, mine, "the model")
+    except CheckpointError:
+        return False
+    # Buffers that are not saved have to be there too: a mask of attention, say.
+    mine, theirs = {**dict(model.named_buffers()), **mine}, {**dict(dense.named_buffers()), **theirs}
+    expected = {name: list(value.shape) for name, value in theirs.items()}
+    cut: set[tuple[str, str]] = set()
+    for unit in units:
+        for part in unit.slices:
+            if part.tensor in expected:
+                expected[part.tensor][part.dim] = part.length(kept[unit.name])
+            owner = part.tensor.rpartition(".")[0]
+            cut |= {(owner, "in_features"), (owner, "out_features")}
+        cut |= {(attribute.module, attribute.name) for attribute in unit.attributes}
+    if {name: list(value.shape) for name, value in mine.items()} != expected:
+        return False
+    pairs = zip(model.named_modules(), dense.named_modules(), strict=False)
+    return all(
+        ours == name and _alike(one, other) and _settings(one, ours, cut) == _settings(other, name, cut)
+        for (ours, one), (name, other) in pairs
+    )
+
+
+def _alike(one: nn.Module, other: nn.Module) -> bool:
+    # Cutting may give a module another class, which knows the one that it stands for.
+    names = {getattr(type(each), "uncut_class", type(each)).__name__ for each in (one, other)}
+    return len(names) == 1 or names <= set(_FREE_CLASSES)
+
+
+def _settings(module: nn.Module, name: str, cut: set[tuple[str, str]]) -> dict[str, Any]:
+    """Return the plain values that a module holds, without what cutting changes."""
+    if type(module).__name__ in _FREE_CLASSES:
+        return {}
+    return {
+        key: value
+        for key, value in vars(module).items()
+        if not key.startswith("_")
+        and key not in _FREE_VALUES
+        and (name, key) not in cut
+        and (value is None or isinstance(value, bool | int | float | str | tuple))
+    }
