@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from upop.data.records import Record, check_images, narrowed, open_image, read_records, shown
+from upop.data.records import Record, check_images, narrowed, open_image, parse_json, read_records, shown
 from upop.data.text import clean_caption
 from upop.data.transforms import ImageTransform
 from upop.errors import DataError
@@ -167,7 +166,7 @@ def read_ground_truth(file: Path) -> dict[int, list[str]]:
         DataError: it is not of that form; the message names the annotation, counted from 0.
     """
     try:
-        content = json.loads(file.read_text(encoding="utf-8-sig"))
+        content = parse_json(file.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"The ground truth {file} cannot be read: {error}. It may be cut off.") from error
     annotations = content.get("annotations") if isinstance(content, dict) else None

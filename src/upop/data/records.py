@@ -46,9 +46,9 @@ class Record:
     def text(self, name: str) -> str:
         """The field as a text with something in it."""
         value = self.get(name)
-        if not isinstance(value, str) or not value.strip():
-            raise self.error(f"{name!r} must be a text that is not empty, not {shown(value)}.")
-        return value
+        if not is_text(value):
+            raise self.error(f"{name!r} must be a text that is not empty{_half(value)}, not {shown(value)}.")
+        return str(value)
 
     def texts(self, name: str, count: int | None = None) -> list[str]:
         """The field as a list of texts that are not empty: of any length from 1, or of exactly `count`."""
@@ -57,8 +57,8 @@ class Record:
         if not isinstance(value, list) or not value or (count is not None and len(value) != count):
             raise self.error(f"{name!r} must be a list of {number} texts, not {shown(value)}.")
         for text in value:
-            if not isinstance(text, str) or not text.strip():
-                raise self.error(f"{name!r} must be a list of {number} texts, but holds {shown(text)}.")
+            if not is_text(text):
+                raise self.error(f"{name!r} must be a list of {number} texts{_half(text)}, but holds {shown(text)}.")
         return value
 
     def one_of(self, name: str, choices: tuple[str, ...]) -> int:
@@ -69,6 +69,45 @@ class Record:
             hint = nearest(value, choices) if isinstance(value, str) else ""
             raise self.error(f"{name!r} must be the text {wanted}, not {shown(value)}{hint}.")
         return choices.index(value)
+
+
+def is_text(value: object) -> bool:
+    """Whether a value is a text with something in it, all of whose characters are whole."""
+    return isinstance(value, str) and bool(value.strip()) and not _half(value)
+
+
+def _half(value: object) -> str:
+    """Words about a character of which there is only half (JSON's "\\ud800"), which no tokenizer takes."""
+    if isinstance(value, str) and not value.isascii():
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            return " and has no halves of characters"
+    return ""
+
+
+def parse_json(text: str) -> Any:
+    """Return what a JSON text says.
+
+    Raises:
+        ValueError: it is no JSON. Python's own reader also takes NaN and Infinity, which are none, and silently drops
+            all but the last of equal keys.
+        RecursionError: it is too deep.
+    """
+    return json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse_constant)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"an object has the key {twice!r} twice")
+    return fields
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"{name} is no number of JSON")
 
 
 def shown(value: object) -> str:
@@ -89,7 +128,7 @@ def read_records(file: str | Path) -> list[Record]:
     except (OSError, ValueError) as error:
         raise DataError(f"The annotation file {file} cannot be read: {error}.") from error
     try:
-        values = json.loads(text)
+        values = parse_json(text)
     except (ValueError, RecursionError) as error:
         raise DataError(f"The annotation file {file} is not JSON: {error}. It may be cut off.") from error
     if not isinstance(values, list):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from upop.data.records import Record, check_images, narrowed, open_image, read_records, shown
+from upop.data.records import Record, check_images, is_text, narrowed, open_image, parse_json, read_records, shown
 from upop.data.text import clean_question
 from upop.data.transforms import ImageTransform
 from upop.data.vqa_accuracy import ANNOTATORS, ANSWER_TYPES, answer_type
@@ -186,7 +185,7 @@ def _people(record: Record, count: int | None = None) -> list[str]:
     if (
         not isinstance(value, list)
         or (count is not None and len(value) != count)
-        or not all(isinstance(text, str) for text in value)
+        or not all(isinstance(text, str) and (is_text(text) or not text.strip()) for text in value)
         or not any(text.strip() for text in value)
     ):
         raise record.error(f"'answer' must be a list of {wanted} texts that are not all empty, not {shown(value)}.")
@@ -201,7 +200,7 @@ def read_answer_list(file: str | Path) -> tuple[str, ...]:
     """
     file = Path(file)
     try:
-        values = json.loads(file.read_text(encoding="utf-8-sig"))
+        values = parse_json(file.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
         reason = "does not exist" if isinstance(error, FileNotFoundError) else f"cannot be read: {error}"
         raise DataError(
@@ -210,7 +209,7 @@ def read_answer_list(file: str | Path) -> tuple[str, ...]:
     if not isinstance(values, list) or not values:
         raise DataError(f"The list of candidate answers {file} must be a JSON list of texts, not {shown(values)}.")
     for number, value in enumerate(values):
-        if not isinstance(value, str) or not value.strip():
+        if not is_text(value):
             raise DataError(f"{file}, entry {number}: must be a text that is not empty, not {shown(value)}.")
     return tuple(values)
 
