@@ -98,6 +98,7 @@ class SegmentationDataset(Dataset[SegmentItem]):
         path = self._maps / f"{picture.stem}.png"
         try:
             with Image.open(path) as image:
+                image.load()  # a file that is cut off is so whatever it holds
                 mode = image.mode
                 found = tvf.pil_to_tensor(image)[0].long() if mode in _MODES else None
         except Exception as error:  # a broken file makes the decoders raise nearly anything
