@@ -135,6 +135,24 @@ def test_an_unknown_policy_is_refused() -> None:
     assert train_transform(SIZE, Augmentation(policy=None))(Image.new("RGB", (30, 20))).shape == (3, SIZE, SIZE)
 
 
+@pytest.mark.parametrize("policy", ["rand-m10-inc1", "rand-m10-mstd0.5-inc1", "original", "v0", "augmix-m10"])
+def test_policies_run_at_their_highest_level(policy: str) -> None:
+    """Posterizing to no bits at all is among what they do, and gives black."""
+    transform = train_transform(SIZE, Augmentation(policy=policy, erasing=0.0))
+    random.seed(0)
+    np.random.seed(0)
+    picture = Image.effect_noise((30, 20), 60).convert("RGB")
+    assert all(transform(picture).isfinite().all() for _ in range(120))
+
+
+def test_a_picture_without_bits_is_black() -> None:
+    transform = train_transform(SIZE, Augmentation(policy="rand-m10-inc1", erasing=0.0))
+    (policy,) = (step for step in transform.transforms if hasattr(step, "ops"))  # type: ignore[attr-defined]
+    (operation,) = (each for each in policy.ops if each.name.startswith("Posterize"))
+    operation.prob = 1.0
+    assert not np.asarray(operation(Image.new("RGB", (4, 4), (200, 100, 50)))).any()
+
+
 def test_repeated_augmentation_sees_copies_of_a_third_of_the_records(root: Path) -> None:
     records = read(root, "train")
     sampler = RepeatedSampler(records, 3, seed=0)

@@ -21,6 +21,7 @@ from upop.data.segmentation_transforms import (
     TrainCrop,
     photometric_jitter,
     scaled_size,
+    turn_hue,
 )
 from upop.errors import DataError
 
@@ -275,3 +276,13 @@ def test_sizes_keep_proportions_and_bound_long_sides(
     size: tuple[int, int], short: int, expected: tuple[int, int]
 ) -> None:
     assert scaled_size(*size, short) == expected
+
+
+@pytest.mark.parametrize("share", [-0.5, -0.1, 0.0, 0.07, 0.4])
+def test_hue_is_turned_as_torchvision_does(share: float) -> None:
+    picture = torch.rand(3, 40, 30, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    picture[:, :5] = picture[:1, :5]  # grey
+    picture[:, 5] = 0
+    for row, order in enumerate([(0, 1, 2), (0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0)]):
+        picture[:, 6 + row] = torch.tensor([0.0, 0.5, 1.0], dtype=torch.float64)[list(order)].view(3, 1)
+    torch.testing.assert_close(turn_hue(picture, share), tvf.adjust_hue(picture, share), atol=1e-6, rtol=0)

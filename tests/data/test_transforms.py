@@ -6,8 +6,9 @@ import pytest
 import torch
 from PIL import Image
 from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as tvf
 
-from upop.data.transforms import MEAN, STD, RandAugment, eval_transform, train_transform
+from upop.data.transforms import _OPERATIONS, MEAN, STD, RandAugment, eval_transform, resized_crop, train_transform
 
 
 @pytest.fixture
@@ -74,3 +75,37 @@ def test_transforms_can_be_sent_to_worker_processes(picture: Image.Image):
         first = transform(picture)
         torch.manual_seed(3)
         assert torch.equal(again(picture), first)
+
+
+@pytest.mark.parametrize("crop", [(0, 0, 120, 100), (10, 20, 61, 47), (3, 0, 9, 100)], ids=str)
+@pytest.mark.parametrize("size", [(48, 48), (110, 90), (200, 150)], ids=str)
+def test_crops_are_resized_as_pillow_does_up_to_rounding(
+    picture: Image.Image, crop: tuple[int, int, int, int], size: tuple[int, int]
+):
+    bicubic = v2.InterpolationMode.BICUBIC
+    expected = tvf.resized_crop(picture, *crop, list(size), interpolation=bicubic)
+    found = resized_crop(picture, crop, size, bicubic)
+    assert found.size == expected.size == size[::-1]
+    one, other = (tvf.pil_to_tensor(image).int() for image in (found, expected))
+    assert int((one - other).abs().max()) <= 2
+
+
+def test_randaugments_short_cuts_give_what_the_library_gives(picture: Image.Image):
+    """Level 5 leaves brightness and sharpness as they are, and moves by whole pixels."""
+    same = [tvf.adjust_brightness(picture, 1.0), tvf.adjust_sharpness(picture, 1.0)]
+    assert [_OPERATIONS[number](picture, 0.5).tobytes() for number in (3, 4)] == [image.tobytes() for image in same]
+    assert _OPERATIONS[4](picture, 0.9).tobytes() == tvf.adjust_sharpness(picture, 1.72).tobytes()
+    for number, direction in ((7, [1, 0]), (8, [0, 1])):
+        shifted = {
+            tvf.affine(
+                picture,
+                angle=0.0,
+                translate=[sign * 5 * step for step in direction],
+                scale=1.0,
+                shear=[0.0, 0.0],
+                interpolation=v2.InterpolationMode.BILINEAR,
+                fill=[128, 128, 128],
+            ).tobytes()
+            for sign in (-1, 1)
+        }
+        assert {_OPERATIONS[number](picture, 0.5).tobytes() for _ in range(20)} == shifted

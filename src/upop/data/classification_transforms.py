@@ -9,11 +9,14 @@ from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 import numpy as np
+from PIL import Image
+from timm.data.auto_augment import AugmentOp, AutoAugment, posterize
 from timm.data.mixup import Mixup
+from timm.data.transforms import RandomResizedCropAndInterpolation
 from timm.data.transforms_factory import create_transform
 from torch import Tensor
 
-from upop.data.transforms import ImageTransform
+from upop.data.transforms import ImageTransform, resized_crop
 from upop.errors import SettingError
 
 POLICY = "rand-m9-mstd0.5-inc1"
@@ -54,24 +57,55 @@ def train_transform(image_size: int, augmentation: Augmentation) -> ImageTransfo
         SettingError: timm knows no such policy.
     """
     try:
-        return cast(
-            ImageTransform,
-            create_transform(
-                input_size=image_size,
-                is_training=True,
-                auto_augment=augmentation.policy,
-                color_jitter=augmentation.color_jitter,
-                interpolation=augmentation.interpolation,
-                re_prob=augmentation.erasing,
-                re_mode=augmentation.erasing_mode,
-                re_count=augmentation.erasing_count,
-            ),
+        transform: Any = create_transform(
+            input_size=image_size,
+            is_training=True,
+            auto_augment=augmentation.policy,
+            color_jitter=augmentation.color_jitter,
+            interpolation=augmentation.interpolation,
+            re_prob=augmentation.erasing,
+            re_mode=augmentation.erasing_mode,
+            re_count=augmentation.erasing_count,
         )
     except Exception as error:  # timm asserts, or fails to look a name up
         raise SettingError(
             f"auto_augment={augmentation.policy!r} is no policy that timm knows ({error or type(error).__name__}). "
             f"Take {POLICY}, original, v0, or null for none."
         ) from error
+    for step in transform.transforms:
+        if type(step) is RandomResizedCropAndInterpolation:
+            step.__class__ = _Crop
+        for operation in _operations(step):
+            if operation.aug_fn is posterize:
+                operation.aug_fn = _posterize
+    return cast(ImageTransform, transform)
+
+
+def _operations(step: Any) -> list[AugmentOp]:
+    """Return what a step of a policy may do to a picture; nothing for other steps."""
+    if isinstance(step, AutoAugment):
+        return [operation for part in step.policy for operation in part]
+    return [operation for operation in getattr(step, "ops", ()) if isinstance(operation, AugmentOp)]
+
+
+def _posterize(image: Image.Image, bits: int, **kwargs: Any) -> Image.Image:
+    """Do what timm does, and leave no bit where a policy at its highest level asks for that; Pillow 13 refuses to."""
+    if bits < 1:
+        return Image.new(image.mode, image.size)
+    posterized: Image.Image = posterize(image, bits, **kwargs)
+    return posterized
+
+
+class _Crop(RandomResizedCropAndInterpolation):
+    """timm's random crop, resized faster."""
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        """The crop, of the size that was asked for."""
+        crop = self.get_params(image, self.scale, self.ratio)  # type: ignore[no-untyped-call]
+        several = isinstance(self.interpolation, (tuple, list))
+        return resized_crop(
+            image, crop, self.size, random.choice(self.interpolation) if several else self.interpolation
+        )
 
 
 def eval_transform(image_size: int, crop_ratio: float) -> ImageTransform:
