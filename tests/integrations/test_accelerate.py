@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
+import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch.utils.data import DataLoader
 
 import upop
 
 
-def test_a_loop_on_accelerate(classifier: Any, pictures: Any) -> None:
+@pytest.fixture
+def _fresh() -> Iterator[None]:
+    """Accelerate keeps the precision of the first accelerator for the whole process."""
+    AcceleratorState._reset_state(True)
+    yield
+    AcceleratorState._reset_state(True)
+
+
+@pytest.mark.usefixtures("_fresh")
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_a_loop_on_accelerate(classifier: Any, pictures: Any, precision: str) -> None:
     dense = upop.count_parameters(classifier)
-    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2, mixed_precision=precision)
     optimizer = torch.optim.AdamW(classifier.parameters(), lr=1e-3)
     model, optimizer, loader = accelerator.prepare(classifier, optimizer, DataLoader(pictures, batch_size=4))
     pruner = upop.Pruner(model, ratio=0.5, steps=3, interval=1)
@@ -26,9 +39,10 @@ def test_a_loop_on_accelerate(classifier: Any, pictures: Any) -> None:
             optimizer.zero_grad()
     assert pruner.finished
     images = {"pixel_values": pictures[1]["pixel_values"].unsqueeze(0)}
-    smaller = pruner.shrink(verify=images)
+    smaller = pruner.shrink(verify=images)  # in float32, though the loop computes in bfloat16
     assert smaller is accelerator.unwrap_model(model)
     assert upop.count_parameters(smaller) < 0.7 * dense
+    assert ("_original_forward" in vars(smaller)) == (precision == "bf16")  # and goes on doing so
 
 
 def test_compiled_before_the_search_and_after_the_cut(classifier: Any, pictures: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
@@ -170,10 +171,24 @@ def outputs_of(model: nn.Module, inputs: Any) -> list[tuple[str, Tensor]]:
     device = next(model.parameters()).device.type
     torch.set_float32_matmul_precision("highest")
     try:
-        with evaluating(model), torch.autocast(device, enabled=False):
+        with evaluating(model), _unpatched(model), torch.autocast(device, enabled=False):
             return [(place, value.detach().clone()) for place, value in _tensors(call(model, inputs), "output")]
     finally:
         torch.set_float32_matmul_precision(precision)
+
+
+@contextmanager
+def _unpatched(model: nn.Module) -> Iterator[None]:
+    """Give modules their own forward where Accelerate put one around it that computes in mixed precision."""
+    modules: list[Any] = [module for module in model.modules() if "_original_forward" in vars(module)]
+    patched = [(module, module.forward) for module in modules]
+    for module in modules:
+        module.forward = module._original_forward
+    try:
+        yield
+    finally:
+        for module, forward in patched:
+            module.forward = forward
 
 
 def compare(expected: list[tuple[str, Tensor]], found: list[tuple[str, Tensor]], dtype: torch.dtype) -> float:
