@@ -6,7 +6,7 @@ Importing it lets transformers reload compressed models by itself.
 """
 
 from upop.checkpoints import Pruner, load, load_into, load_official, save, shrink
-from upop.pruning import Plan, Unit, count_macs, count_parameters, find_units, survey
+from upop.pruning import Plan, Unit, count_macs, count_parameters, find_units, gather, skeleton, survey
 
 __version__ = "0.1.0"
 
@@ -17,10 +17,12 @@ __all__ = [
     "count_macs",
     "count_parameters",
     "find_units",
+    "gather",
     "load",
     "load_into",
     "load_official",
     "save",
     "shrink",
+    "skeleton",
     "survey",
 ]

@@ -16,9 +16,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from upop.checkpoints import open_clip_models, timm_models
+from upop.checkpoints import card, open_clip_models, timm_models
 from upop.checkpoints.fit import fit
-from upop.checkpoints.hub import local_path
+from upop.checkpoints.hub import is_hub_name, local_path
 from upop.checkpoints.quantizer import mark
 from upop.checkpoints.read import read_weights, shared_tensors
 from upop.checkpoints.recording import plan_of, set_plan
@@ -26,8 +26,9 @@ from upop.checkpoints.transformers_models import is_transformers_folder, load_tr
 from upop.errors import CheckpointError, PlanError
 from upop.files import replacing_folder
 from upop.models import MODELS, kind_of
-from upop.pruning import Plan, survey
+from upop.pruning import Plan, count_parameters, survey
 from upop.pruning.masks import unwrapped
+from upop.pruning.sharded import refuse_sharded
 
 WEIGHTS = "model.safetensors"
 _DESCRIPTION = "upop.json"
@@ -38,8 +39,9 @@ def save(model: nn.Module, folder: str | Path, plan: Plan | None = None) -> Path
     """Write a model, dense or compressed, so that `load` gives it back.
 
     The folder holds `model.safetensors` and `upop.json` (how the dense model is built, what every unit keeps, the plan
-    and versions); that of a transformers model also its `config.json`, so that transformers reads it too. It is written
-    beside and renamed: an older one of that name, with all that is in it, stays whole until the new one is.
+    and versions); that of a transformers model also its `config.json`, so that transformers reads it too; that of a
+    compressed model `README.md`, its model card. It is written beside and renamed: an older one of that name, with all
+    that is in it, stays whole until the new one is.
 
     Args:
         model: one of upop's, timm's or transformers' models, or any other model (which `load` then needs in its dense
@@ -50,8 +52,10 @@ def save(model: nn.Module, folder: str | Path, plan: Plan | None = None) -> Path
     Raises:
         RunFolderError: the folder cannot be written.
         SettingError: it is a transformers model that is quantized by another method.
+        LayoutError: the model's weights are sharded over processes: save a copy that `upop.gather` makes.
     """
     folder, model = Path(folder), unwrapped(model)
+    refuse_sharded(model, "save()")
     plan = plan if plan is not None else plan_of(model)
     kind = kind_of(model)
     in_transformers = isinstance(model, PreTrainedModel)
@@ -78,6 +82,8 @@ def save(model: nn.Module, folder: str | Path, plan: Plan | None = None) -> Path
             written = {name: value.detach().cpu().contiguous() for name, value in state.items() if name not in shared}
             save_file(written, fresh / WEIGHTS, metadata=shared or None)
         (fresh / _DESCRIPTION).write_text(json.dumps(description, indent=1))
+        if plan is not None:
+            (fresh / card.FILE).write_text(_card(model, description), encoding="utf-8")
     return folder
 
 
@@ -165,6 +171,14 @@ def read_description(folder: Path) -> dict[str, Any]:
 def is_folder(path: Path) -> bool:
     """Whether `path` is a folder that `save` wrote."""
     return (path / _DESCRIPTION).is_file()
+
+
+def _card(model: nn.Module, description: dict[str, Any]) -> str:
+    # Momentum copies, which training alone needs, are none of what the model is.
+    whole = None if getattr(model, "momentum_twins", None) else count_parameters(model)
+    source = getattr(model, "name_or_path", None)
+    on_hub = source if isinstance(source, str) and is_hub_name(source) else None
+    return card.card(description, name=on_hub, parameters=whole)
 
 
 def _found(folder: Path) -> str:

@@ -6,6 +6,7 @@ from upop.pruning.magnitude import plan_by_magnitude
 from upop.pruning.plan import Plan
 from upop.pruning.pruner import Pruner
 from upop.pruning.scores import SCORES
+from upop.pruning.sharded import gather, skeleton
 from upop.pruning.shrink import shrink
 from upop.pruning.units import Attribute, Skipped, Slice, Swap, Unit
 
@@ -24,7 +25,9 @@ __all__ = [
     "count_macs",
     "count_parameters",
     "find_units",
+    "gather",
     "plan_by_magnitude",
     "shrink",
+    "skeleton",
     "survey",
 ]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from upop.pruning.errors import SettingError, nearest
+from upop.pruning.sharded import reshard
 from upop.pruning.units import Unit, tensor_of
 
 Cost = str | Mapping[str, float] | Callable[[Unit], float]
@@ -148,6 +149,7 @@ def _multiply_adds(model: nn.Module, units: Sequence[Unit], example: Any) -> dic
     finally:
         for hook in hooks:
             hook.remove()
+        reshard(model)
     costs = {}
     for unit in units:
         weights = [part for part in unit.online if part.tensor.endswith("weight")]

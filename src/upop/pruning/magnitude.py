@@ -11,6 +11,7 @@ from upop.pruning import budget
 from upop.pruning.costs import Cost, entry_costs
 from upop.pruning.layouts import find_units
 from upop.pruning.plan import Plan
+from upop.pruning.sharded import refuse_sharded
 from upop.pruning.units import Unit, tensor_of
 
 
@@ -24,8 +25,9 @@ def plan_by_magnitude(
 
     Raises:
         SettingError: a setting is out of range, or the ratio cannot be reached.
-        LayoutError: the model has no unit.
+        LayoutError: the model has no unit, or its weights are sharded over processes.
     """
+    refuse_sharded(model, "plan_by_magnitude()")
     units = find_units(model)
     costs = entry_costs(model, units, cost, example)
     budget.check_reachable(units, costs, ratio, align)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from upop.pruning.errors import LayoutError
+from upop.pruning.sharded import unsharded_class
 from upop.pruning.units import Slice, Unit, owner_of, tensor_of
 
 # A masked module's buffer and flag, each followed by the name of the tensor that it masks.
@@ -144,6 +145,17 @@ def _masked_class(kind: type[nn.Module], scaled: _Scaled) -> type[nn.Module]:
     return _CLASSES[kind, scaled]
 
 
+def _unmasked_class(kind: type[nn.Module]) -> type[nn.Module]:
+    if "unmasked_class" in kind.__dict__ or not issubclass(kind, _Masked):
+        found: type[nn.Module] = kind.__dict__.get("unmasked_class", kind)
+        return found
+    # fully_shard was called on the masked module itself, and put its class in front.
+    below = unsharded_class(kind)
+    assert below is not None
+    content = {name: value for name, value in kind.__dict__.items() if name == "__deepcopy__"}
+    return type(kind.__name__, (kind.__bases__[0], _unmasked_class(below)), content)
+
+
 class Masks:
     """The masks of some units of a model, attached to it until `remove` is called.
 
@@ -207,7 +219,7 @@ class Masks:
     def remove(self) -> None:
         """Take the masks off; the layers are what they were, with whatever their weights are now."""
         for module, leaf, _ in (layer for layers in self._layers.values() for layer in layers):
-            module.__class__ = getattr(type(module), "unmasked_class", type(module))
+            module.__class__ = _unmasked_class(type(module))
             delattr(module, _BUFFER + leaf)
             delattr(module, _ALL_ONES + leaf)
         self._layers = {}

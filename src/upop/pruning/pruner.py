@@ -17,6 +17,7 @@ from upop.pruning.layouts import find_units
 from upop.pruning.masks import Masks, unwrapped
 from upop.pruning.plan import Plan
 from upop.pruning.scores import RowScores, Score, accumulator, score_function
+from upop.pruning.sharded import refuse_flattened, refuse_sharded
 from upop.pruning.shrink import compare, cut, outputs_of, precision_of, refuse_shared, restore
 from upop.pruning.units import Kind, Unit, tensor_of
 
@@ -28,7 +29,8 @@ class Pruner:
     masks are exactly 0 or 1, and `shrink()` cuts the layers for real.
 
     Args:
-        model: a timm, transformers or upop model; wrappers of DDP and torch.compile are looked through.
+        model: a timm, transformers or upop model; wrappers of DDP and torch.compile are looked through, and it may be
+            sharded by `fully_shard`, before this or later.
         ratio: share of the units' total cost to remove, in (0, 1); 0.5 is the paper's 2x, 0.75 its 4x.
         steps: number of times that `step` will be called.
         interval: masks move at every `interval`-th step (step 0 included) and at the last one.
@@ -70,6 +72,7 @@ class Pruner:
         if cost == "reference" and align != 1:
             raise SettingError(f"cost='reference' ranks single entries as published; found align={align}. Use align=1.")
         self.model = unwrapped(model)
+        refuse_flattened(self.model)
         self.ratio, self.steps, self.interval = ratio, steps, interval
         self.cost, self.align, self.update_first_step = cost, align, update_first_step
         self.units: list[Unit] = _chosen(find_units(self.model), include, exclude)
@@ -148,7 +151,9 @@ class Pruner:
             StepError: all steps were taken already, the masks are off, or no masked weight has a gradient.
         """
         self._check_running()
-        added = {unit.name: self._row_scores(unit) for unit in self.units}
+        producers = {part.tensor: part.dim for unit in self.units for part in unit.producers}
+        rows = self._rows.of({name: (tensor_of(self.model, name), dim) for name, dim in producers.items()})
+        added = {unit.name: self._entry_scores(unit, rows) for unit in self.units}
         self._rows.forget()
         if all(value is None for value in added.values()):
             raise StepError(
@@ -201,9 +206,11 @@ class Pruner:
 
         Raises:
             StepError: the search has not finished.
+            LayoutError: the model's weights are sharded over processes: cut a copy that `upop.gather` makes.
             VerificationError: the outputs differ; the model is left masked, as it was.
         """
         plan = self.plan()
+        refuse_sharded(self.model, "shrink()")
         if not self._attached:
             raise StepError("The masks were taken off already; a plan can still be applied with upop.shrink.")
         expected = outputs_of(self.model, verify) if verify is not None else None
@@ -222,6 +229,15 @@ class Pruner:
             self._attached = True
             raise
         return self.model
+
+    def masked(self, whole: nn.Module) -> nn.Module:
+        """Mask a plain copy of the model as the model is masked now, and return it; for evaluation of a sharded one.
+
+        Args:
+            whole: what `upop.gather` returned; changed in place. The search knows nothing of it.
+        """
+        Masks(whole, self.units).set(self._masks.values)
+        return whole
 
     def remove(self) -> None:
         """Take the masks off without cutting anything; the model is left without a trace of them."""
@@ -271,13 +287,12 @@ class Pruner:
     def _watch(self) -> None:
         self._rows.watch((tensor_of(self.model, p.tensor), p.dim) for unit in self.units for p in unit.producers)
 
-    def _row_scores(self, unit: Unit) -> Tensor | None:
+    def _entry_scores(self, unit: Unit, rows: Mapping[str, Tensor]) -> Tensor | None:
         total: Tensor | None = None
         for part in unit.producers:
-            tensor = tensor_of(self.model, part.tensor)
-            if tensor.grad is None:
+            if part.tensor not in rows:
                 continue
-            score = part.reduce(self._rows.of(tensor))
+            score = part.reduce(rows[part.tensor])
             total = score if total is None else total + score
         if total is None:
             return None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from upop.pruning.errors import SettingError, nearest
+from upop.pruning.sharded import HeldRows, held_rows, is_sharded_tensor, whole_rows
 
 Score = Callable[[Tensor, Tensor], Tensor]
 
@@ -63,6 +64,8 @@ class RowScores:
     place); else it is computed from the gradient as it is. With several processes it always is, since gradients are
     averaged after the hooks ran.
 
+    Of a weight that is sharded over processes each of them scores the rows that it holds, and all get all scores.
+
     Args:
         function: (weight [rows, columns], gradient of the same shape) -> [rows].
     """
@@ -82,14 +85,29 @@ class RowScores:
             if parameter.requires_grad
         ]
 
-    def of(self, parameter: Tensor) -> Tensor:
-        """Return the score of a parameter that has a gradient, [rows]: one per entry along its dimension."""
-        taken = self._taken.get(parameter)
-        gradient = parameter.grad
-        assert gradient is not None
-        if taken is not None and taken.gradient is gradient and taken.version == gradient._version:
-            return taken.rows
-        return self._compute(parameter, gradient)
+    def of(self, parameters: Mapping[str, tuple[Tensor, int]]) -> dict[str, Tensor]:
+        """Return the scores of those parameters that have a gradient, [rows] each: one per entry along a dimension.
+
+        Args:
+            parameters: name -> the parameter, and the dimension along which its rows lie.
+
+        Raises:
+            LayoutError: a parameter is sharded in a way that `held_rows` does not take.
+        """
+        found: dict[str, Tensor] = {}
+        held: dict[str, HeldRows] = {}
+        for name, (parameter, dim) in parameters.items():
+            gradient = parameter.grad
+            if gradient is None:
+                continue
+            taken = self._taken.get(parameter)
+            if is_sharded_tensor(parameter):
+                held[name] = held_rows(parameter, gradient, dim, self._compute, accumulator(parameter))
+            elif taken is not None and taken.gradient is gradient and taken.version == gradient._version:
+                found[name] = taken.rows
+            else:
+                found[name] = self._compute(parameter, gradient, dim)
+        return found | whole_rows(held)
 
     def forget(self) -> None:
         """Let go of the gradients of the last backward pass, so that they can be freed."""
@@ -106,16 +124,17 @@ class RowScores:
     @torch.no_grad()
     def _take(self, parameter: Tensor) -> None:
         gradient = parameter.grad
-        if gradient is None or gradient.device.type != "cpu" or _many_processes():
+        if gradient is None or gradient.device.type != "cpu" or _many_processes() or is_sharded_tensor(gradient):
             return
-        self._taken[parameter] = _Taken(gradient, gradient._version, self._compute(parameter, gradient))
+        rows = self._compute(parameter, gradient, self._dims[parameter])
+        self._taken[parameter] = _Taken(gradient, gradient._version, rows)
 
-    def _compute(self, parameter: Tensor, gradient: Tensor) -> Tensor:
+    def _compute(self, parameter: Tensor, gradient: Tensor, dim: int) -> Tensor:
         weight, gradient = parameter.detach(), gradient.detach()
         if weight.dim() == 1:
             return self._function(weight.unsqueeze(1), gradient.unsqueeze(1))
-        if self._dims[parameter] or weight.dim() > 2:
-            weight, gradient = (value.movedim(self._dims[parameter], 0).flatten(1) for value in (weight, gradient))
+        if dim or weight.dim() > 2:
+            weight, gradient = (value.movedim(dim, 0).flatten(1) for value in (weight, gradient))
         return self._function(weight, gradient)
 
 

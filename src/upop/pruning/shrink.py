@@ -15,6 +15,7 @@ from upop.pruning.costs import call, evaluating
 from upop.pruning.errors import LayoutError, VerificationError
 from upop.pruning.masks import Masks, refuse_masked, unwrapped
 from upop.pruning.plan import Plan
+from upop.pruning.sharded import refuse_sharded
 from upop.pruning.units import Slice, Unit, owner_of, tensor_of
 
 # Largest allowed difference of an output, relative to its largest entry, by the precision of the weights.
@@ -51,10 +52,11 @@ def shrink(model: nn.Module, plan: Plan | Mapping[str, Any], *, verify: Any = No
 
     Raises:
         PlanError: the plan does not fit the model.
-        LayoutError: a tensor to be cut is shared with a part of the model that is not.
+        LayoutError: a tensor to be cut is shared with a part of the model that is not, or sharded over processes.
         VerificationError: the outputs differ. In every case the model is left as it was.
     """
     whole, model = model, unwrapped(model)
+    refuse_sharded(model, "shrink()")
     if not isinstance(plan, Plan):
         from upop.pruning.layouts import find_units
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from upop.pruning.sharded import unsharded_class
 from upop.pruning.units import Slice, Unit
 
 _VISION_WORDS = ("visual", "vision", "image", "pixel")
@@ -22,10 +23,10 @@ class NotPrunableError(Exception):
 
 
 def true_class(module: nn.Module) -> type:
-    """Return the class that the library defined, whatever masks or cuts made of it."""
+    """Return the class that the library defined, whatever masks, cuts or sharding made of it."""
     kind: type = type(module)
     while True:
-        below = kind.__dict__.get("unmasked_class") or kind.__dict__.get("uncut_class")
+        below = kind.__dict__.get("unmasked_class") or kind.__dict__.get("uncut_class") or unsharded_class(kind)
         if below is None:
             return kind
         kind = below

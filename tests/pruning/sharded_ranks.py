@@ -1,0 +1,214 @@
+"""One rank of the two that share the weights of a model and search it; apart from the tests, for a fresh process."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from transformers import GPT2Config, GPT2Model
+
+import upop
+from pruning.families import NLVR, Family, Inputs, _pictures, _vit, loss_of, outputs_of, rows_of
+from pruning.ranks import LIMIT
+from upop.errors import LayoutError
+from upop.pruning import plan_by_magnitude
+
+STEPS = 4
+POISONED = 1
+"""The step that has a gradient which is not finite, in a row that the second process holds."""
+
+
+class Gpt(nn.Module):
+    """transformers' GPT-2: layers whose weights are transposed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        sizes = {"n_embd": 24, "n_layer": 2, "n_head": 3, "n_inner": 40, "vocab_size": 60, "n_positions": 12}
+        self.gpt = GPT2Model(GPT2Config(**sizes, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0))
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return self.gpt(input_ids=input_ids, use_cache=False).last_hidden_state
+
+
+def _encoder() -> nn.Module:
+    layer = nn.TransformerEncoderLayer(24, 3, 40, dropout=0.0, batch_first=True)
+    return nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+
+
+def _words(size: int, generator: torch.Generator) -> Inputs:
+    return {"input_ids": torch.randint(0, 60, (size, 7), generator=generator)}
+
+
+def _states(size: int, generator: torch.Generator) -> Inputs:
+    return {"src": torch.randn(size, 5, 24, generator=generator)}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model, what of it `fully_shard` is called on besides the whole, and whether masks are there already then."""
+
+    family: Family
+    inner: Callable[[Any], list[nn.Module]]
+    masks_first: bool = False
+    settings: Callable[[Inputs], dict[str, Any]] = lambda _inputs: {}
+
+
+def own_score(weight: Tensor, gradient: Tensor) -> Tensor:
+    """A score of one's own, which is no sum: it must see plain, whole rows, and at least one."""
+    assert type(weight) is Tensor or type(weight) is nn.Parameter
+    assert type(gradient) is Tensor and len(weight)
+    return gradient.abs().amax(1) * weight.norm(dim=1)
+
+
+CASES = {
+    # 41 rows are no multiple of two, and an attention is sharded by itself.
+    "vit": Case(
+        Family("vit", lambda: _vit(mlp_ratio=41 / 24), _pictures),
+        lambda model: [part for block in model.blocks for part in (block.attn, block)],
+        settings=lambda inputs: {"cost": "flops", "example": inputs},
+    ),
+    "nlvr": Case(
+        NLVR,
+        lambda model: [*model.visual_encoder.blocks, *model.text_encoder.encoder.layer],
+        masks_first=True,
+    ),
+    # Rows of its weights lie along the dimension that is not sharded.
+    "gpt2": Case(Family("gpt2", Gpt, _words), lambda model: [*model.gpt.h], settings=lambda _: {"score": own_score}),
+    # Masked modules are sharded by themselves, one of them reads a packed weight itself.
+    "torch": Case(
+        Family("torch", _encoder, _states),
+        lambda model: [part for layer in model.layers for part in (layer.linear1, layer.self_attn, layer)],
+        masks_first=True,
+        settings=lambda _: {"score": own_score},
+    ),
+}
+
+
+def spoil(model: nn.Module, pruner: upop.Pruner) -> None:
+    """Put a NaN into the last row of a scored gradient."""
+    gradient = dict(model.named_parameters())[pruner.units[0].producers[0].tensor].grad
+    assert gradient is not None
+    if isinstance(gradient, torch.distributed.tensor.DTensor):
+        gradient = gradient.to_local()
+        if dist.get_rank() == 0:
+            return
+    gradient[-1, -1] = torch.nan
+
+
+def steps(model: nn.Module, pruner: upop.Pruner, inputs: Inputs, first: int, last: int) -> None:
+    # That a step is not finite, and that GPT-2 returns a view, which nothing changes in place.
+    warnings.filterwarnings("ignore", "(.* of .* search steps had gradients|FSDP2-wrapped module)", UserWarning)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+    for step in range(first, last):
+        optimizer.zero_grad()
+        loss_of(model(**inputs)).backward()
+        if step == POISONED:
+            spoil(model, pruner)
+        pruner.step()
+        if step != POISONED:
+            optimizer.step()
+
+
+def decided(pruner: upop.Pruner) -> dict[str, Any]:
+    return {
+        "scores": pruner.scores,
+        "masks": pruner.masks,
+        "plan": {name: list(kept) for name, kept in pruner.plan().items()},
+        "kept": pruner.kept_share(),
+        "costs": pruner.costs,
+        "skipped": pruner.skipped_steps,
+    }
+
+
+def alone(case: Case) -> dict[str, Any]:
+    """Search, shrink and return what came of it, in one process and one piece."""
+    model, inputs = case.family.build(), case.family.inputs(4)
+    pruner = upop.Pruner(model, 0.5, STEPS, 1, **case.settings(inputs))
+    steps(model, pruner, inputs, 0, STEPS)
+    found = decided(pruner)
+    found["masked"] = outputs_of(model, inputs)
+    pruner.shrink(verify=inputs)
+    return {**found, "shrunk": outputs_of(model, inputs), "shapes": shapes(model)}
+
+
+def shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(value.shape) for name, value in model.state_dict().items()}
+
+
+def refusal(action: Callable[[], Any]) -> str:
+    try:
+        action()
+    except LayoutError as error:
+        return str(error)
+    return ""
+
+
+def together(case: Case, folder: Path) -> dict[str, Any]:
+    """The same on two processes that share the weights, each with half of the batch."""
+    model, everything = case.family.build(), case.family.inputs(4)
+    rank = dist.get_rank()
+    inputs = rows_of(everything, 4, slice(2 * rank, 2 * rank + 2))
+    like = upop.skeleton(model)
+    before = [type(module) for module in model.modules()]
+
+    def make() -> upop.Pruner:
+        return upop.Pruner(model, 0.5, STEPS, 1, **case.settings(everything))
+
+    pruner = make() if case.masks_first else None
+    mesh = init_device_mesh("cpu", (2,))
+    for module in case.inner(model):
+        fully_shard(module, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    pruner = pruner or make()
+    steps(model, pruner, inputs, 0, 2)
+    state = pruner.state_dict()
+    pruner.remove()
+    classes = [type(module) for module in model.modules()]
+    whole = upop.gather(model, like)
+    found: dict[str, Any] = {"plain": (outputs_of(model, everything), outputs_of(whole, everything))}
+    model.reshard()  # after a forward pass alone, for the optimizer must not be given gathered parameters
+    pruner = make()  # goes on where the first one was
+    pruner.load_state_dict(state)
+    steps(model, pruner, inputs, 2, STEPS)
+    found |= decided(pruner)
+    found["masked"] = outputs_of(model, everything)
+    found["copy"] = outputs_of(pruner.masked(upop.gather(model, like)), everything)
+    found["refused"] = [
+        refusal(action)
+        for action in (
+            lambda: pruner.shrink(verify=inputs),
+            lambda: upop.shrink(model, pruner.plan()),
+            lambda: upop.save(model, folder / "saved"),
+            lambda: plan_by_magnitude(model, 0.5),
+            lambda: upop.gather(model, like=model),
+        )
+    ]
+    whole = upop.gather(model, like)
+    found["ties"] = len(list(whole.parameters())) == len(list(model.parameters()))
+    upop.shrink(whole, pruner.plan(), verify=everything)
+    found["shapes"] = shapes(whole)
+    found["shrunk"] = outputs_of(whole, everything)
+    found["classes"] = all(
+        kind is old or (issubclass(kind, FSDPModule) and kind.__bases__[1] is old)
+        for kind, old in zip(classes, before, strict=True)
+    )
+    found["sharded"] = sum(issubclass(kind, FSDPModule) for kind in classes)
+    return found
+
+
+def run(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2, timeout=LIMIT)
+    try:
+        results = {name: together(case, Path(folder)) for name, case in CASES.items()}
+        torch.save(results, Path(folder) / f"rank{rank}.pt")
+    finally:
+        dist.destroy_process_group()
