@@ -47,7 +47,7 @@ class TrainingError(UPopError, RuntimeError):
     """Training cannot go on: the loss or the gradients stay non-finite."""
 
 
-class Preempted(UPopError, RuntimeError):
+class PreemptedError(UPopError, RuntimeError):
     """The run was asked to end (SIGTERM) and did, after saving where it stands: `--resume` goes on from there."""
 
     exit_code = 75
@@ -61,7 +61,7 @@ __all__ = [
     "DeviceError",
     "LayoutError",
     "PlanError",
-    "Preempted",
+    "PreemptedError",
     "RunFolderError",
     "SettingError",
     "StepError",

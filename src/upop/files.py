@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import shutil
 import tempfile
@@ -10,6 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from upop.errors import RunFolderError
+
+_HERE, _EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux
 
 
 @contextmanager
@@ -22,6 +25,7 @@ def replacing_file(path: Path) -> Iterator[Path]:
     beside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         yield beside
+        _to_disk(beside)
         beside.replace(path)
     except OSError as error:
         raise _unwritable(path, error) from error
@@ -48,6 +52,8 @@ def replacing_folder(folder: Path, *, last: str = "") -> Iterator[Path]:
         fresh = holder / "new"  # a folder of its own, for mkdtemp makes private folders
         fresh.mkdir()
         yield fresh
+        for path in fresh.rglob("*"):
+            _to_disk(path)
         if in_place:
             for path in sorted(fresh.iterdir(), key=lambda path: path.name == last):
                 path.rename(folder / path.name)
@@ -67,12 +73,36 @@ def _take_place(fresh: Path, folder: Path, *, aside: Path) -> None:
     if not folder.exists():
         fresh.rename(folder)
         return
+    if _exchange(fresh, folder):
+        return
     folder.rename(aside)
     try:
         fresh.rename(folder)
     except OSError:
         aside.rename(folder)
         raise
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swap two folders in one step of the file system, so that no moment has neither; False where it cannot."""
+    rename = getattr(ctypes.CDLL(None), "renameat2", None) if os.name == "posix" else None
+    return rename is not None and rename(_HERE, os.fsencode(one), _HERE, os.fsencode(other), _EXCHANGE) == 0
+
+
+def _to_disk(path: Path) -> None:
+    """Wait until what was written is on the disk: a name that is changed first outlives a power cut, and is empty."""
+    if path.is_file():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+
+
+def remove_parts(folder: Path) -> None:
+    """Remove what a process that was killed while it wrote files or folders somewhere in `folder` left beside them."""
+    for path in list(folder.rglob(".*")):
+        if path.name.endswith(".part") and path.is_file():
+            path.unlink(missing_ok=True)
+        elif path.is_dir() and (path / "new").is_dir() | (path / "old").is_dir():
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def write_text(path: Path, text: str) -> None:

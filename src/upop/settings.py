@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar
+from typing import Any, ClassVar, Literal, Self, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -77,7 +77,23 @@ class RunSettings(BaseModel):
     seed: int = Field(42, ge=0)
     num_workers: int = Field(4, ge=0, description="processes that decode images, per training process")
     latency_batch: int = Field(1, ge=1, description="records in the batch that latency is measured with")
+    examples: int = Field(8, ge=0, description="held-out records whose pictures and answers are kept for the report")
     log_every: int = Field(10, ge=1, description="steps between rows of metrics.jsonl")
+    resume: Literal["no", "auto", "must"] = Field(
+        "no", description="go on from the newest checkpoint in output_dir: if there is one (auto), or else fail (must)"
+    )
+    checkpoint_minutes: float = Field(
+        15, ge=0, description="between checkpoints within an epoch; 0 writes one after every step"
+    )
+    keep_checkpoints: int = Field(2, ge=1, description="checkpoints to keep; older ones are removed")
+
+    passing: ClassVar[frozenset[str]] = frozenset(
+        {
+            *("output_dir", "device", "num_workers", "latency_batch", "examples", "log_every"),
+            *("resume", "checkpoint_minutes", "keep_checkpoints", "batch_size_train", "accumulate"),
+        }
+    )
+    """Settings that a resumed run may change: they decide nothing about its result (records per step are compared)."""
 
     @model_validator(mode="after")
     def _learning_rates(self) -> Self:

@@ -40,6 +40,9 @@ def test_run_folder_holds_everything(compressed: Path) -> None:
         "results.json",
         "figures/kept.png",
         "figures/history.png",
+        "scores.safetensors",
+        "checkpoints/step-00000012.pt",
+        "checkpoints/step-00000016.pt",
         *(f"{name}/{file}" for name in ("best", "last") for file in ("model.safetensors", "upop.json")),
     }
     assert (

@@ -17,7 +17,7 @@ from upop.cli.demo import demo
 from upop.cli.export import export
 from upop.cli.inspect import inspect
 from upop.cli.recipes import recipes, run
-from upop.errors import UPopError
+from upop.errors import PreemptedError, UPopError
 from upop.settings import RunSettings, read_settings
 from upop.tasks import TASKS, find_task
 from upop.tasks.verbs import compress as run_compress
@@ -75,10 +75,11 @@ def train(
     device: o.DeviceName = None,
     seed: o.Seed = None,
     amp: o.Amp = None,
+    resume: o.Resume = None,
     assign: o.Set = None,
 ) -> None:
     """Train or fine-tune a dense model."""
-    flags = {"pretrained": pretrained, "output_dir": output_dir, "max_epoch": epoch, "device": device}
+    flags = {"resume": resume, "pretrained": pretrained, "output_dir": output_dir, "max_epoch": epoch, "device": device}
     flags |= {"architecture": architecture, "data_path": data_path}
     _start(run_train, task, config, {**flags, "seed": seed, "amp": amp}, assign)
 
@@ -102,11 +103,13 @@ def compress(
     method: Annotated[str | None, typer.Option(help="upop, or magnitude: one cut by weight norm.")] = None,
     w_sp_attn: o.SparsityAttention = None,
     w_sp_mlp: o.SparsityMlp = None,
+    resume: o.Resume = None,
     assign: o.Set = None,
 ) -> None:
     """Search, shrink, retrain and evaluate."""
     flags = {
         "p": p,
+        "resume": resume,
         "pretrained": pretrained,
         "architecture": architecture,
         "data_path": data_path,
@@ -168,13 +171,17 @@ def _start(
 
 
 def main(command: typer.Typer = app) -> None:
-    """Run a command; an error of ours ends it with a message and exit code 1, without a traceback."""
+    """Run a command; an error of ours ends it with a message and exit code 1, without a traceback.
+
+    A run that was asked to end and can be resumed exits with 75.
+    """
+    sys.argv[1:] = o.with_resume_value(sys.argv[1:])
     try:
         command()
     except UPopError as error:
         Console(stderr=True).print(f"[bold red]Error:[/bold red] {type(error).__name__}:", end=" ")
         Console(stderr=True, highlight=False, markup=False, soft_wrap=True).print(_message(error))
-        sys.exit(1)
+        sys.exit(PreemptedError.exit_code if isinstance(error, PreemptedError) else 1)
 
 
 def _message(error: UPopError) -> str:

@@ -22,6 +22,13 @@ class Device(StrEnum):
     cpu = "cpu"
 
 
+class ResumeWhen(StrEnum):
+    """Whether a run goes on from a checkpoint."""
+
+    auto = "auto"
+    must = "must"
+
+
 Config = Annotated[Path | None, typer.Option(help="YAML file of settings; flags beat it.")]
 Pretrained = Annotated[
     str | None,
@@ -48,7 +55,25 @@ SparsityMlp = Annotated[
 Interval = Annotated[int | None, typer.Option("--interval", help="Masks move every so many steps.")]
 EpochsSearch = Annotated[int | None, typer.Option("--epochs-search", help="Epochs of the search.")]
 SearchRate = Annotated[float | None, typer.Option("--lr-search", help="Learning rate of the search.")]
+Resume = Annotated[
+    ResumeWhen | None,
+    typer.Option(
+        "--resume",
+        help="Go on from the newest checkpoint in --output-dir; auto starts the run where there is none. "
+        "[without a value: must]",
+    ),
+]
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any other setting; repeatable.")]
+
+
+def with_resume_value(arguments: Sequence[str]) -> list[str]:
+    """Return command-line arguments with the value that a `--resume` without one stands for."""
+    completed = []
+    for place, argument in enumerate(arguments):
+        completed.append(argument)
+        if argument == "--resume" and (place + 1 == len(arguments) or arguments[place + 1].startswith("-")):
+            completed.append(ResumeWhen.must.value)
+    return completed
 
 
 def overrides(flags: Mapping[str, Any], assignments: Sequence[str] | None = None) -> dict[str, Any]:

@@ -46,6 +46,7 @@ def blip_command(task: str, config: str) -> typer.Typer:
         dist_url: Annotated[str | None, typer.Option("--dist_url", help=_IGNORED)] = None,
         distributed: Annotated[str | None, typer.Option("--distributed", help=_IGNORED)] = None,
         use_ceph: Annotated[bool, typer.Option("--use_ceph", help="Refused.")] = False,
+        resume: o.Resume = None,
         assign: o.Set = None,
     ) -> None:
         """Search, shrink, retrain and evaluate; or evaluate a checkpoint."""
@@ -57,6 +58,7 @@ def blip_command(task: str, config: str) -> typer.Typer:
             "device": device,
             "seed": seed,
             "pretrained": pretrained,
+            "resume": resume,
         }
         flags |= {"w_sp_attn": w_sp_attn, "w_sp_mlp": w_sp_mlp, "p": p, "amp": amp, "init_lr": lr, **o.epochs(epoch)}
         found = find_task(task)

@@ -33,7 +33,14 @@ def command(
     architecture: o.Architecture = None,
     finetune: Annotated[str | None, typer.Option("--finetune", help="Dense checkpoint: a file, or a URL.")] = None,
     evaluate: Annotated[bool, typer.Option("--eval", help="Only evaluate --resume.")] = False,
-    resume: Annotated[str | None, typer.Option("--resume", help="Checkpoint to evaluate: a file, or a URL.")] = None,
+    resume: Annotated[
+        str | None,
+        typer.Option(
+            "--resume",
+            help="With --eval the checkpoint to evaluate: a file, or a URL. Else go on from the newest checkpoint of "
+            "the run; auto starts it where there is none. [without a value: must]",
+        ),
+    ] = None,
     output_dir: o.OutputDir = Path("output/classification"),
     p: o.Ratio = None,
     interval: o.Interval = None,
@@ -98,14 +105,17 @@ def command(
     given = dict(locals())
     del dist_eval, pin_mem, ema_on_cpu, world_size, dist_url
     _refuse_others({"--opt": (opt, "adamw"), "--sched": (sched, "cosine"), "--data-set": (data_set, "IMNET")})
-    if evaluate != (resume is not None):
+    goes_on = resume in tuple(o.ResumeWhen)
+    if evaluate and (resume is None or goes_on):
+        raise SettingError("--eval evaluates the checkpoint in --resume, and none was given there.")
+    if resume is not None and not evaluate and not goes_on:
         raise SettingError(
-            "--eval evaluates the checkpoint in --resume, and they go together; "
-            f"found only {'--eval' if evaluate else '--resume. Runs begin with --finetune'}."
+            f"--resume {resume} was given without --eval, which evaluates a checkpoint. Runs begin with --finetune; "
+            "--resume auto goes on with one."
         )
     # Flags that are called like the settings that they set.
     flags: dict[str, Any] = {name: given[name] for name in ClassificationSettings.model_fields if name in given}
-    flags["pretrained"] = resume if evaluate else finetune
+    flags |= {"pretrained": resume, "resume": None} if evaluate else {"pretrained": finetune}
     if batch_size_train is not None:
         flags["batch_size_test"] = batch_size_train * 3 // 2  # as DeiT evaluates
     if repeated_aug is not None:

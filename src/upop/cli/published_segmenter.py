@@ -37,7 +37,8 @@ def command(
     multiscale: Annotated[
         bool | None, typer.Option("--multiscale/--singlescale", help="Evaluate at six scales and mirrored, or at one.")
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume/--no-resume", help="Runs begin anew; --resume is refused.")] = False,
+    resume: o.Resume = None,
+    no_resume: Annotated[bool, typer.Option("--no-resume", help="As published: the run begins anew.")] = False,
     epochs_search: o.EpochsSearch = None,
     max_epoch: Annotated[int | None, typer.Option("--epochs", help="Epochs of retraining.")] = None,
     batch_size: Annotated[int | None, typer.Option("--batch-size", help="Over all processes.")] = None,
@@ -70,8 +71,8 @@ def command(
     del eval_freq
     if dataset not in _DATASETS:
         raise SettingError(f"--dataset {dataset} was asked for; known are {', '.join(_DATASETS)}.")
-    if resume:
-        raise SettingError("--resume was asked for, and runs cannot be resumed. Leave it out.")
+    if resume and no_resume:
+        raise SettingError("--resume and --no-resume were both given. Leave one of them out.")
     # Flags that are called like the settings that they set.
     flags = {name: given[name] for name in SegmentationSettings.model_fields if name in given}
     flags["dataset_root"] = _dataset_root()

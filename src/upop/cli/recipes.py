@@ -49,6 +49,7 @@ def run(
     device: o.DeviceName = None,
     seed: o.Seed = None,
     amp: o.Amp = None,
+    resume: o.Resume = None,
     file: File = RECIPES,
     assign: o.Set = None,
 ) -> None:
@@ -59,6 +60,7 @@ def run(
     if evaluate:
         given["pretrained"] = str(recipe.output_dir / recipe.compressed)
     flags = {"pretrained": pretrained, "output_dir": output_dir, "device": device, "seed": seed, "amp": amp}
+    flags["resume"] = resume
     settings = read_settings(task.settings, recipe.config, given | o.overrides(flags, assign))
     verb = evaluate_checkpoint if evaluate else compress
     if dry_run:

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 from timm.utils.model_ema import ModelEmaV3
 from torch import nn
 
 from upop.checkpoints import WEIGHTS, read_weights
 from upop.checkpoints.hub import local_path
-from upop.errors import SettingError
+from upop.errors import CheckpointError, SettingError
 from upop.pruning import Plan, Pruner, find_units, plan_by_magnitude, shrink
 from upop.report.figures import history_figure, kept_share_figure, save_figure
 from upop.report.latency import measure_latency
@@ -25,8 +27,10 @@ from upop.training.devices import align_for, make_accelerator
 from upop.training.evaluation import evaluate, records_of
 from upop.training.folder import RunFolder
 from upop.training.loaders import first_records, make_loader, to_device
-from upop.training.loop import Best, Loop, constant, falling, first_rate
+from upop.training.loop import Loop
+from upop.training.preemption import Preemption
 from upop.training.progress import RunProgress
+from upop.training.schedules import constant, falling, first_rate
 from upop.training.task import Task
 
 _VERIFIED_RECORDS = 4
@@ -39,24 +43,27 @@ def train(task: Task[Any], settings: RunSettings) -> Results | None:
 
     Raises:
         UPopError: settings, data, checkpoint, device or run folder are not usable; before any long work.
+        PreemptedError: the run was asked to end (SIGTERM), and can be resumed.
     """
-    run = _Run(task, settings, "train")
-    if settings.pretrained:
-        model, lacking = task.start(run.checkpoint(), settings)
-        if lacking:
-            run.say(
-                f"{settings.pretrained} lacks {len(lacking)} tensors, which start afresh: {', '.join(lacking[:4])} ..."
-            )
-        model = run.adapted(model, training=True)
-    else:
-        model = task.build(settings)
-    with run.training(settings.max_epoch) as loop:
-        average = _average(settings, model.to(run.accelerator.device))
-        schedule = falling(settings, run.first_rate(loop), settings.max_epoch, loop.steps_per_epoch)
-        keep = run.keep_best(model, None)
-        loop.run(model, "train", settings.max_epoch, schedule, after_epoch=keep, average=average)
-        model, metrics = run.best(model)
-    return run.finish({"dense": (model, metrics)})
+    with Preemption() as preemption:
+        run = _Run(task, settings, "train")
+        if settings.pretrained:
+            model, lacking = task.start(run.checkpoint(), settings)
+            if lacking:
+                run.say(
+                    f"{settings.pretrained} lacks {len(lacking)} tensors, which start afresh: "
+                    f"{', '.join(lacking[:4])} ..."
+                )
+            model = run.adapted(model, training=True)
+        else:
+            model = task.build(settings)
+        with run.training(settings.max_epoch, preemption) as loop:
+            average = _average(settings, model.to(run.accelerator.device))
+            schedule = falling(settings, run.first_rate(loop), settings.max_epoch, loop.steps_per_epoch)
+            keep = run.keep_best(loop, model, None)
+            loop.run(model, "train", settings.max_epoch, schedule, after_epoch=keep, average=average)
+            model, metrics = run.best(model)
+        return run.finish({"dense": (model, metrics)})
 
 
 def compress(task: Task[Any], settings: RunSettings) -> Results | None:
@@ -66,44 +73,61 @@ def compress(task: Task[Any], settings: RunSettings) -> Results | None:
 
     Raises:
         UPopError: settings, data, checkpoint, device or run folder are not usable; before any long work.
+        PreemptedError: the run was asked to end (SIGTERM), and can be resumed.
     """
-    run = _Run(task, settings, "compress")
-    model = run.pretrained(training=True)
-    dense_model = copy.deepcopy(model)
-    epochs = settings.search_epochs + settings.max_epoch
-    with run.training(epochs) as loop:
-        # Made before anything long runs: it checks the settings of the method against the model.
-        average = _average(settings, model.to(run.accelerator.device))
-        pruner = _pruner(task, settings, model, settings.search_epochs * loop.steps_per_epoch)
-        dense_metrics = run.evaluate(model)
-        run.say("dense  " + run.told(dense_metrics))
-        verified = task.inputs(
-            to_device(first_records(run.loaders["train"], _VERIFIED_RECORDS), run.accelerator.device)
+    with Preemption() as preemption:
+        run = _Run(task, settings, "compress")
+        model = run.pretrained(training=True)
+        dense_model = copy.deepcopy(model)
+        epochs = settings.search_epochs + settings.max_epoch
+        with run.training(epochs, preemption) as loop:
+            # Made before anything long runs: it checks the settings of the method against the model.
+            average = _average(settings, model.to(run.accelerator.device))
+            if "plan" in loop.notes:  # resumed after the cut
+                plan = Plan.from_json(loop.notes["plan"])
+                shrink(model, plan)
+                if average is not None:
+                    shrink(average.module, plan)
+            else:
+                plan = _find_plan(run, loop, model, average)
+                loop.notes["plan"] = plan.to_json()
+            retraining = settings.max_epoch if settings.method == "upop" else epochs
+            schedule = falling(settings, run.first_rate(loop), retraining, loop.steps_per_epoch)
+            keep = run.keep_best(loop, model, plan)
+            loop.run(model, "retrain", retraining, schedule, after_epoch=keep, average=average)
+            model, metrics = run.best(model)
+        models = {"dense": (dense_model, loop.notes["dense"]), compressed_name(settings): (model, metrics)}
+        return run.finish(models, plan)
+
+
+def _find_plan(run: _Run, loop: Loop, model: nn.Module, average: ModelEmaV3 | None) -> Plan:
+    """Return what the method keeps of the model, which is cut, and so is its average."""
+    settings, device = run.settings, run.accelerator.device
+    pruner = _pruner(run.task, settings, model, settings.search_epochs * loop.steps_per_epoch)
+    if "dense" not in loop.notes:
+        loop.notes["dense"] = run.evaluate(model)
+    run.say("dense  " + run.told(loop.notes["dense"]))
+    verified = run.task.inputs(to_device(first_records(run.loaders["train"], _VERIFIED_RECORDS), device))
+    if pruner is not None:
+        schedule = constant(settings, run.first_rate(loop))
+        loop.run(model, "search", settings.search_epochs, schedule, pruner, average=average)
+        plan = pruner.plan()
+        run.folder.save_scores(pruner.scores)
+        pruner.shrink(verify=verified)
+    else:
+        example = run.task.example(model, 1)
+        plan = plan_by_magnitude(
+            model, settings.p, cost=settings.cost, align=align_for(device, settings), example=example
         )
-        if pruner is not None:
-            schedule = constant(settings, run.first_rate(loop))
-            loop.run(model, "search", settings.search_epochs, schedule, pruner, average=average)
-            plan = pruner.plan()
-            pruner.shrink(verify=verified)
-        else:
-            example = task.example(model, 1)
-            align = align_for(run.accelerator.device, settings)
-            plan = plan_by_magnitude(model, settings.p, cost=settings.cost, align=align, example=example)
-            shrink(model, plan, verify=verified)
-        if average is not None:
-            shrink(average.module, plan, verify=verified)
-        run.folder.save_plan(plan)
-        run.folder.save_model("last", model, plan)
-        # After a search, its last evaluation has told how good this very function is.
-        told = run.told_of(model) if pruner is None else ""
-        run.say(f"cut for real, and it computes what the masked model did{told}")
-        retraining = settings.max_epoch if pruner is not None else epochs
-        schedule = falling(settings, run.first_rate(loop), retraining, loop.steps_per_epoch)
-        keep = run.keep_best(model, plan)
-        loop.run(model, "retrain", retraining, schedule, after_epoch=keep, average=average)
-        model, metrics = run.best(model)
-    models = {"dense": (dense_model, dense_metrics), compressed_name(settings): (model, metrics)}
-    return run.finish(models, plan)
+        shrink(model, plan, verify=verified)
+    if average is not None:
+        shrink(average.module, plan, verify=verified)
+    run.folder.save_plan(plan)
+    run.folder.save_model("last", model, plan)
+    # After a search, its last evaluation has told how good this very function is.
+    told = run.told_of(model) if pruner is None else ""
+    run.say(f"cut for real, and it computes what the masked model did{told}")
+    return plan
 
 
 def evaluate_checkpoint(task: Task[Any], settings: RunSettings) -> Results | None:
@@ -131,17 +155,39 @@ class _Run:
         self.task, self.settings = task, settings
         self.accelerator = make_accelerator(settings)
         self._main = self.accelerator.is_main_process
-        self.folder = RunFolder(settings.output_dir, self._main)
+        self.folder = RunFolder(settings.output_dir, self._main, settings.keep_checkpoints)
+        self._resumed = self._checkpoint_to_resume()
         self._held_out = task.evaluated(settings)
         if verb == "evaluate" and not self._held_out:
             raise SettingError("The settings leave nothing to evaluate on: no split has a file. Name one.")
         splits = self._held_out if verb == "evaluate" else ("train", *self._held_out)
         self.loaders = {split: make_loader(task, settings, split) for split in splits}
         self._prepared = {split: self.accelerator.prepare(self.loaders[split]) for split in self._held_out}
-        self._best = Best()
         self._told_rate = False
         self._progress = RunProgress(0, self._main)
-        self.folder.start(settings, task.name, verb)
+        if self._resumed is None:
+            self.folder.start(settings, task.name, verb)
+
+    def _checkpoint_to_resume(self) -> Mapping[str, Any] | None:
+        """Return the content of the newest checkpoint, if the run is to go on from one."""
+        if self.settings.resume == "no":
+            return None
+        # The main process decides for all, since it alone is sure to see what it wrote.
+        found = self.folder.checkpoints.newest()
+        steps = [found[1]["place"]["steps"] if found else None]
+        mine = steps[0]
+        broadcast_object_list(steps)
+        if steps[0] != mine:
+            raise CheckpointError(
+                f"Process {self.accelerator.process_index} finds the checkpoint of step {mine} in {self.folder.path}, "
+                f"and the main process that of step {steps[0]}. All machines must see the same run folder."
+            )
+        if found is None and self.settings.resume == "must":
+            raise CheckpointError(
+                f"--resume was asked for, and {self.folder.path} holds no checkpoint. Give the output_dir of the run, "
+                "or use --resume auto, which starts a run that has none."
+            )
+        return found[1] if found else None
 
     def say(self, line: str) -> None:
         """Print a line, on the main process."""
@@ -179,8 +225,8 @@ class _Run:
         return rate
 
     @contextmanager
-    def training(self, epochs: int) -> Iterator[Loop]:
-        """Give a loop, and show one bar over `epochs` epochs."""
+    def training(self, epochs: int, preemption: Preemption) -> Iterator[Loop]:
+        """Give a loop, which goes on where a resumed run stood, and show one bar over `epochs` epochs."""
         loop = Loop(
             self.accelerator,
             self.task,
@@ -188,9 +234,15 @@ class _Run:
             self.folder,
             self.loaders["train"],
             self._prepared.get("val"),
+            preemption,
+            self._resumed,
         )
+        if self._resumed is not None:
+            self.folder.resume(self._resumed["metrics"], self._resumed["seconds"])
         with RunProgress(epochs * loop.steps_per_epoch, self._main) as self._progress:
             loop.progress = self._progress
+            if self._resumed is not None:
+                self.say(f"goes on after step {loop.steps}")
             yield loop
 
     def evaluate(self, model: nn.Module) -> Metrics:
@@ -216,13 +268,17 @@ class _Run:
         name = self.task.metric
         return "  ".join(f"{split} {name} {scores[name]:.2f}" for split, scores in metrics.items() if name in scores)
 
-    def keep_best(self, model: nn.Module, plan: Plan | None) -> Callable[[nn.Module, dict[str, float]], None]:
+    def keep_best(
+        self, loop: Loop, model: nn.Module, plan: Plan | None
+    ) -> Callable[[nn.Module, dict[str, float]], None]:
         """Return what saves `model` as "last" after every epoch, and the better of it and its average as "best"."""
 
         def after_epoch(candidate: nn.Module, scores: dict[str, float]) -> None:
             if candidate is model:
                 self.folder.save_model("last", model, plan)
-            if self.task.metric not in scores or self._best.improves(scores[self.task.metric]):
+            value = scores.get(self.task.metric)
+            if value is None or value > loop.notes.get("best", -math.inf):
+                loop.notes["best"] = value
                 self.folder.save_model("best", candidate, plan)
 
         return after_epoch

@@ -6,18 +6,21 @@ import json
 import os
 import shlex
 import sys
+import time
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from safetensors.torch import save_file
+from torch import Tensor, nn
 
 from upop.checkpoints import save
 from upop.errors import RunFolderError
-from upop.files import write_text
+from upop.files import remove_parts, replacing_file, write_text
 from upop.pruning import Plan
 from upop.settings import RunSettings
+from upop.training.checkpoints import Checkpoints
 
 _LIBRARIES = ("upop", "torch", "torchvision", "timm", "transformers", "accelerate", "safetensors")
 _SPARE_BYTES = 50 * 2**20
@@ -26,21 +29,40 @@ _SPARE_BYTES = 50 * 2**20
 class RunFolder:
     """Writes a run's files; only the main process does.
 
-    settings.yaml, versions.json, metrics.jsonl, plan.json, results.json, best/, last/, figures/.
+    settings.yaml, versions.json, metrics.jsonl, plan.json, scores.safetensors, results.json, best/, last/, figures/,
+    checkpoints/.
+
+    Args:
+        path: where it is.
+        main: whether this is the main process.
+        keep: how many checkpoints to keep.
 
     Raises:
         RunFolderError: the folder cannot be made or written, or the disk is all but full.
     """
 
-    def __init__(self, path: Path, main: bool) -> None:
+    def __init__(self, path: Path, main: bool, keep: int = 2) -> None:
         self.path = path
         self._main = main
         self._metrics = path / "metrics.jsonl"
+        self._started = time.monotonic()
+        self.checkpoints = Checkpoints(path / "checkpoints", keep)
         if main:
             _check_writable(path)
 
+    @property
+    def seconds(self) -> float:
+        """Seconds that the run has taken, those before it was resumed included, from the last checkpoint's on."""
+        return time.monotonic() - self._started
+
     def start(self, settings: RunSettings, task: str, verb: str) -> None:
-        """Write down what was asked, with which libraries; an older run's metrics in the folder are replaced."""
+        """Write down what was asked, with which libraries; what an older run that ended left in the folder goes.
+
+        Raises:
+            RunFolderError: the folder holds a run that has not ended.
+        """
+        if self._main:
+            self._clear(verb)
         versions = {
             "task": task,
             "verb": verb,
@@ -51,6 +73,18 @@ class RunFolder:
         self._write("settings.yaml", settings.to_yaml())
         self._write("versions.json", json.dumps(versions, indent=1))
         self._write("metrics.jsonl", "")
+
+    def resume(self, metrics: int, seconds: float) -> None:
+        """Go on from a checkpoint: metrics.jsonl is cut back to as many bytes, and the clock goes on."""
+        self._started -= seconds
+        if self._main:
+            remove_parts(self.path)
+            with self._metrics.open("r+b") as file:
+                file.truncate(metrics)
+
+    def metrics_size(self) -> int:
+        """Return how many bytes metrics.jsonl has."""
+        return self._metrics.stat().st_size if self._metrics.exists() else 0
 
     def log(self, row: dict[str, Any]) -> None:
         """Append a row to metrics.jsonl."""
@@ -69,6 +103,12 @@ class RunFolder:
         """Write plan.json."""
         self._write("plan.json", plan.to_json())
 
+    def save_scores(self, scores: Mapping[str, Tensor]) -> None:
+        """Write scores.safetensors: the accumulated scores of every unit, [size], as the search ended."""
+        if self._main:
+            with replacing_file(self.path / "scores.safetensors") as part:
+                save_file({name: score.cpu().contiguous() for name, score in scores.items()}, part)
+
     def save_files(self, files: Mapping[str, Any]) -> None:
         """Write JSON files under result/."""
         for name, content in files.items():
@@ -79,6 +119,21 @@ class RunFolder:
         if self._main:
             save(model, self.path / name, plan)
         return self.path / name
+
+    def _clear(self, verb: str) -> None:
+        results = self.path / "results.json"
+        if self.checkpoints.exist() and not results.exists():
+            raise RunFolderError(
+                f"{self.path} holds a run that has not ended, and this one would replace it. Go on with it (--resume, "
+                "and the command that it was started with), choose another --output-dir, or remove the folder "
+                f"{self.path / 'checkpoints'}."
+            )
+        remove_parts(self.path)
+        if verb == "evaluate":
+            return
+        self.checkpoints.remove()
+        for name in ("results.json", "plan.json", "scores.safetensors"):
+            (self.path / name).unlink(missing_ok=True)
 
     def _write(self, name: str, text: str) -> None:
         if self._main:

@@ -4,85 +4,65 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.data_loader import skip_first_batches
+from accelerate.utils import gather_object
 from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from upop.errors import TrainingError
+from upop.errors import CheckpointError, SettingError, TrainingError
 from upop.pruning import Pruner
 from upop.settings import RunSettings
 from upop.training.devices import autocast
 from upop.training.evaluation import evaluate
 from upop.training.folder import RunFolder
 from upop.training.loaders import set_epoch
+from upop.training.preemption import Preemption
 from upop.training.progress import RunProgress
+from upop.training.randomness import random_state, restore_random_state
+from upop.training.schedules import Schedule
 from upop.training.task import Task
 
-Schedule = Callable[[int], float]
-_POWER = 0.9  # of the published polynomial schedule
-
-
-def first_rate(settings: RunSettings, records: int) -> float:
-    """Return `init_lr` for steps over so many records, of all processes together."""
-    return settings.init_lr if settings.lr_batch is None else settings.init_lr * records / settings.lr_batch
-
-
-def constant(settings: RunSettings, highest: float) -> Schedule:
-    """Return the search's schedule: the same rate throughout, `search_lr`, or else `highest`."""
-    rate = highest if settings.search_lr is None else settings.search_lr
-    return lambda _step: rate
-
-
-def falling(settings: RunSettings, highest: float, epochs: int, steps_per_epoch: int) -> Schedule:
-    """Return the schedule from `highest` down to `min_lr` that the settings choose, after a warm-up."""
-    by_epoch = settings.schedule == "epoch"
-    total = epochs if by_epoch else epochs * steps_per_epoch
-    lowest = min(settings.min_lr, highest)
-    warmup = settings.warmup_steps + settings.warmup_epochs * steps_per_epoch
-
-    def rate(step: int) -> float:
-        place = (step // steps_per_epoch if by_epoch else step) / total
-        polynomial = settings.schedule == "polynomial"
-        share = (1 - place) ** _POWER if polynomial else (1 + math.cos(math.pi * place)) / 2
-        value = lowest + (highest - lowest) * share
-        return value * min(1.0, (step + 1) / warmup) if warmup else value
-
-    return rate
+State = Mapping[str, Any]
 
 
 @dataclass
-class Best:
-    """The best value of the deciding metric so far, and whether the last evaluation reached it."""
+class _Place:
+    """Where a run stands; what a checkpoint says of it."""
 
-    value: float = -math.inf
-
-    def improves(self, value: float) -> bool:
-        """Take a new value; return whether it is the best one."""
-        if value > self.value:
-            self.value = value
-            return True
-        return False
+    phase: str = ""
+    epoch: int = 0  # of the phase
+    batch: int = 0  # of the epoch that were trained on; the evaluation after the last one is still to come
+    phase_steps: int = 0
+    steps: int = 0
+    epochs: int = 0  # of all phases that began
+    bad_steps: int = 0
+    bad_in_a_row: int = 0
 
 
 class Loop:
-    """Runs phases of training one after the other, counting steps over all of them.
+    """Runs phases of training one after the other, counting steps over all of them, and saves where it stands.
 
     Args:
         accelerator: where to compute.
         task: data, loss and metrics.
         settings: of the run.
-        folder: takes the rows of metrics.jsonl.
+        folder: takes the rows of metrics.jsonl, and the checkpoints.
         train: batches to train on, as `make_loader` gives them.
         val: prepared batches to evaluate on after every epoch, if any.
+        preemption: tells whether the run was asked to end.
+        resumed: the content of a checkpoint to go on from.
 
     Attributes:
         progress: shows the steps; a silent one at first.
+        notes: values (tensors, numbers, texts, lists and mappings of them) that the caller wants in the checkpoints;
+            those of the checkpoint that the run goes on from.
     """
 
     def __init__(
@@ -93,15 +73,24 @@ class Loop:
         folder: RunFolder,
         train: DataLoader[Any],
         val: Any,
+        preemption: Preemption,
+        resumed: State | None = None,
     ) -> None:
         self._accelerator, self._task, self._settings = accelerator, task, settings
         self._folder = folder
         self._train, self._val = accelerator.prepare(train), val
+        self._preemption = preemption
         self.progress = RunProgress(0, main=False)
-        self._step = 0
-        self._epoch = 0
-        self._bad_in_a_row = 0
-        self.bad_steps = 0
+        self._place = _Place()
+        self._phases: list[str] = []  # that have ended
+        self._resumed = resumed
+        self.notes: dict[str, Any] = {}
+        self._saved_at = time.monotonic()
+        if resumed is not None:
+            self._check(resumed)
+            self._phases = list(resumed["phases"])
+            self.notes = dict(resumed["notes"])
+            self._place = _Place(**resumed["place"])
 
     @property
     def steps_per_epoch(self) -> int:
@@ -114,6 +103,11 @@ class Loop:
         size: int = self._train.total_batch_size
         return size * self._settings.accumulate
 
+    @property
+    def steps(self) -> int:
+        """Optimizer steps that were taken, in all phases."""
+        return self._place.steps
+
     def run(
         self,
         model: nn.Module,
@@ -124,7 +118,7 @@ class Loop:
         after_epoch: Callable[[nn.Module, dict[str, float]], None] | None = None,
         average: ModelEmaV3 | None = None,
     ) -> None:
-        """Train `model` for `epochs`, with evaluation after each.
+        """Train `model` for `epochs`, with evaluation after each; of a resumed run, what is left of that.
 
         Args:
             model: the model, on the CPU or its device; it is moved, and comes back unwrapped and on the device.
@@ -137,88 +131,158 @@ class Loop:
 
         Raises:
             TrainingError: too many steps in a row had a loss or gradients that are not finite.
+            PreemptedError: the run was asked to end, and a checkpoint was written.
+            CheckpointError: the checkpoint to go on from is of another model.
         """
-        if not epochs:
+        if not epochs or phase in self._phases:
             return
-        settings = self._settings
-        optimizer = self._task.optimizer(model, settings)
+        optimizer = self._task.optimizer(model, self._settings)
+        resumed = self._resumed
+        if resumed is not None:
+            self._restore(resumed, model, pruner, average)
         wrapped, optimizer = self._accelerator.prepare(model, optimizer)
-        done = 0
-        for epoch in range(epochs):
-            set_epoch(self._train, self._epoch)
-            self._epoch += 1
-            wrapped.train()
-            for number, batch in enumerate(self._train):
-                with self._accelerator.accumulate(wrapped):
-                    for group in optimizer.param_groups:
-                        group["lr"] = schedule(done)
-                    with autocast(self._accelerator, settings):
-                        loss = self._task.loss(wrapped, batch, settings, epoch + number / len(self._train))
-                    self._accelerator.backward(loss)
-                    if self._accelerator.sync_gradients:
-                        self._step_if_finite(wrapped, optimizer, loss.detach(), pruner)
-                    optimizer.zero_grad()
-                if self._accelerator.sync_gradients:
-                    if average is not None:
-                        average.update(self._accelerator.unwrap_model(wrapped))
-                    done += 1
-                    self._step += 1
-                    self._log(phase, epoch, loss.detach(), schedule(done - 1), pruner)
-                    self.progress.advance(f"{phase} {epoch + 1}/{epochs}")
-            if self._val is None:
-                if after_epoch is not None:
-                    after_epoch(model, {})
-                continue
-            candidates = (
-                {"": model} if average is None or pruner is not None else {"": model, "average": average.module}
-            )
-            for name, candidate in candidates.items():
-                scores = evaluate(self._accelerator, self._task, settings, candidate, self._val)[0]
-                split = self._task.splits["val"]
-                row = {"phase": phase, "epoch": epoch, "step": self._step, "split": split}
-                self._folder.log(row | ({name: scores} if name else scores))
-                told = "  ".join([*([name] if name else ()), *(f"{key} {value:.2f}" for key, value in scores.items())])
-                ratio = f"  masked {pruner.current_ratio:.3f}" if pruner is not None else ""
-                self.progress.say(f"{phase} {epoch + 1}/{epochs}  {split} {told}{ratio}")
-                if after_epoch is not None:
-                    after_epoch(candidate, scores)
+        if resumed is not None:
+            optimizer.load_state_dict(resumed["optimizer"])
+        else:
+            self._place.phase, self._place.epoch, self._place.batch, self._place.phase_steps = phase, 0, 0, 0
+        place = self._place
+
+        def save() -> None:
+            self._save(model, optimizer, pruner, average)
+
+        if resumed is not None and place.batch in (0, len(self._train)):
+            self._restore_randomness()
+        while place.epoch < epochs:
+            self._train_epoch(wrapped, optimizer, f"{place.epoch + 1}/{epochs}", schedule, pruner, average, save)
+            self._evaluate(model, f"{place.epoch + 1}/{epochs}", pruner, average, after_epoch)
+            place.epoch, place.batch = place.epoch + 1, 0
+            place.epochs += 1
+            save()
+        self._phases.append(phase)
         self._accelerator.free_memory()
 
-    def _step_if_finite(self, model: nn.Module, optimizer: Any, loss: Tensor, pruner: Pruner | None) -> None:
+    def _train_epoch(
+        self,
+        model: nn.Module,
+        optimizer: Any,
+        told: str,
+        schedule: Schedule,
+        pruner: Pruner | None,
+        average: ModelEmaV3 | None,
+        save: Callable[[], None],
+    ) -> None:
+        place, settings = self._place, self._settings
+        if place.batch == len(self._train):  # the checkpoint is of the moment before the evaluation
+            return
+        model.train()
+        due = asked = False
+        with self._preemption.deferred():
+            for batch in self._batches():
+                with self._accelerator.accumulate(model):
+                    rate = schedule(place.phase_steps)
+                    for group in optimizer.param_groups:
+                        group["lr"] = rate
+                    with autocast(self._accelerator, settings):
+                        loss = self._task.loss(model, batch, settings, place.epoch + place.batch / len(self._train))
+                    self._accelerator.backward(loss)
+                    if self._accelerator.sync_gradients:
+                        due, asked = self._step(model, optimizer, loss.detach(), pruner)
+                    optimizer.zero_grad()
+                place.batch += 1
+                if self._accelerator.sync_gradients:
+                    if average is not None:
+                        average.update(self._accelerator.unwrap_model(model))
+                    place.phase_steps += 1
+                    place.steps += 1
+                    self._log(loss.detach(), rate, pruner)
+                    self.progress.advance(f"{place.phase} {told}")
+                    if due or asked or (place.batch == len(self._train) and self._val is not None):
+                        save()
+                    if asked:
+                        self._preemption.leave(f"A checkpoint was written after step {place.steps}.")
+
+    def _batches(self) -> Iterator[Any]:
+        """Yield the batches of the epoch that are still to come."""
+        place = self._place
+        set_epoch(self._train, place.epochs)
+        if not place.batch:
+            yield from self._train
+            return
+        rest = skip_first_batches(self._train, place.batch)
+        set_epoch(rest, place.epochs)
+        for number, batch in enumerate(rest):
+            # Making an iterator draws a number, and the checkpoint is of a moment after that.
+            if not number:
+                self._restore_randomness()
+            yield batch
+
+    def _evaluate(
+        self,
+        model: nn.Module,
+        told: str,
+        pruner: Pruner | None,
+        average: ModelEmaV3 | None,
+        after_epoch: Callable[[nn.Module, dict[str, float]], None] | None,
+    ) -> None:
+        place, settings = self._place, self._settings
+        if self._val is None:
+            if after_epoch is not None:
+                after_epoch(model, {})
+            return
+        candidates = {"": model} if average is None or pruner is not None else {"": model, "average": average.module}
+        for name, candidate in candidates.items():
+            scores = evaluate(self._accelerator, self._task, settings, candidate, self._val)[0]
+            split = self._task.splits["val"]
+            row = {"phase": place.phase, "epoch": place.epoch, "step": place.steps, "split": split}
+            self._folder.log(row | ({name: scores} if name else scores))
+            words = "  ".join([*([name] if name else ()), *(f"{key} {value:.2f}" for key, value in scores.items())])
+            ratio = f"  masked {pruner.current_ratio:.3f}" if pruner is not None else ""
+            self.progress.say(f"{place.phase} {told}  {split} {words}{ratio}")
+            if after_epoch is not None:
+                after_epoch(candidate, scores)
+
+    def _step(self, model: nn.Module, optimizer: Any, loss: Tensor, pruner: Pruner | None) -> tuple[bool, bool]:
+        """Take a step if it is finite; return whether a checkpoint is due, and whether the run was asked to end."""
+        place = self._place
         parameters = list(model.parameters())
         norm = torch.nn.utils.get_total_norm([part.grad for part in parameters if part.grad is not None])
-        # All ranks see the same averaged gradients, but each its own loss: they must decide alike.
-        finite = torch.isfinite(norm) & torch.isfinite(self._accelerator.reduce(loss, "mean"))
+        waited = time.monotonic() - self._saved_at >= 60 * self._settings.checkpoint_minutes
+        # All ranks see the same averaged gradients, but each its own loss, clock and signals: they must decide alike.
+        votes = torch.stack([loss.double(), *loss.new_tensor([waited, self._preemption.asked]).double()])
+        votes = self._accelerator.reduce(votes, "mean")
+        finite, due, asked = (torch.isfinite(norm) & torch.isfinite(votes[0])), *(votes[1:] > 0)
         if bool(finite):
-            self._bad_in_a_row = 0
+            place.bad_in_a_row = 0
             if pruner is not None:
                 pruner.step()
             if self._settings.clip_grad is not None:
                 torch.nn.utils.clip_grads_with_norm_(parameters, self._settings.clip_grad, norm)
             optimizer.step()
-            return
-        self.bad_steps += 1
-        self._bad_in_a_row += 1
+            return bool(due), bool(asked)
+        place.bad_steps += 1
+        place.bad_in_a_row += 1
         if pruner is not None:
             pruner.skip()
-        self.progress.say(f"[yellow]step {self._step}: loss or gradients are not finite; the step is skipped[/yellow]")
-        if self._bad_in_a_row >= self._settings.max_bad_steps:
+        self.progress.say(f"[yellow]step {place.steps}: loss or gradients are not finite; the step is skipped[/yellow]")
+        if place.bad_in_a_row >= self._settings.max_bad_steps:
             raise TrainingError(
-                f"{self._bad_in_a_row} steps in a row (up to step {self._step}) had a loss or gradients that are not "
+                f"{place.bad_in_a_row} steps in a row (up to step {place.steps}) had a loss or gradients that are not "
                 f"finite, max_bad_steps is {self._settings.max_bad_steps}. Lower init_lr, set clip_grad, or check the "
                 f"data. What was computed before is in {self._folder.path}."
             )
+        return bool(due), bool(asked)
 
-    def _log(self, phase: str, epoch: int, loss: Tensor, rate: float, pruner: Pruner | None) -> None:
-        if self._step % self._settings.log_every and self._step != 1:
+    def _log(self, loss: Tensor, rate: float, pruner: Pruner | None) -> None:
+        place = self._place
+        if place.steps % self._settings.log_every and place.steps != 1:
             return
         row: dict[str, Any] = {
-            "phase": phase,
-            "epoch": epoch,
-            "step": self._step,
+            "phase": place.phase,
+            "epoch": place.epoch,
+            "step": place.steps,
             "loss": float(loss),
             "lr": rate,
-            "seconds": round(time.monotonic(), 3),
+            "seconds": round(self._folder.seconds, 3),
         }
         if pruner is not None:
             row["ratio"] = pruner.current_ratio
@@ -229,3 +293,69 @@ class Loop:
                 attention, mlp = pruner.mask_sum("attention"), pruner.mask_sum("mlp")
                 row["loss_sparsity"] = self._settings.w_sp_attn * attention + self._settings.w_sp_mlp * mlp
         self._folder.log(row)
+
+    def _save(self, model: nn.Module, optimizer: Any, pruner: Pruner | None, average: ModelEmaV3 | None) -> None:
+        """Write a checkpoint; the random numbers of every process are in it."""
+        randomness = gather_object([random_state(self._accelerator.device)])
+        if self._accelerator.is_main_process:
+            self._folder.checkpoints.write(
+                self._place.steps,
+                {
+                    "settings": self._settings.model_dump(mode="json"),
+                    "task": self._task.name,
+                    "records_per_step": self.records_per_step,
+                    "place": asdict(self._place),
+                    "phases": self._phases,
+                    "notes": self.notes,
+                    "model": model.state_dict(),
+                    "optimizer": optimizer.state_dict(),
+                    "average": None if average is None else average.module.state_dict(),
+                    "pruner": None if pruner is None else pruner.state_dict(),
+                    "randomness": randomness,
+                    "metrics": self._folder.metrics_size(),
+                    "seconds": self._folder.seconds,
+                },
+            )
+        self._saved_at = time.monotonic()
+
+    def _restore(self, state: State, model: nn.Module, pruner: Pruner | None, average: ModelEmaV3 | None) -> None:
+        try:
+            model.load_state_dict(state["model"])
+            if average is not None:
+                average.module.load_state_dict(state["average"])
+            if pruner is not None:
+                pruner.load_state_dict(state["pruner"])
+        except (RuntimeError, SettingError) as error:
+            raise CheckpointError(
+                f"The checkpoint to resume from does not fit the model: {error} Has the file in pretrained changed?"
+            ) from error
+        self.progress.start_at(self._place.steps)
+
+    def _restore_randomness(self) -> None:
+        assert self._resumed is not None
+        states = self._resumed["randomness"]
+        # With another number of processes the draws of dropout differ anyway.
+        restore_random_state(states[self._accelerator.process_index % len(states)], self._accelerator.device)
+        self._resumed = None
+
+    def _check(self, state: State) -> None:
+        """Refuse to go on with other settings than the run began with."""
+        before, now = state["settings"], self._settings.model_dump(mode="json")
+        differing = [
+            f"{name} was {before.get(name)!r} and is {value!r}"
+            for name, value in now.items()
+            if name not in self._settings.passing and before.get(name) != value
+        ]
+        if state["task"] != self._task.name:
+            differing = [f"the task was {state['task']} and is {self._task.name}"]
+        elif state["records_per_step"] != self.records_per_step:
+            differing.append(
+                f"a step took {state['records_per_step']} records (batch_size_train x accumulate x processes) and "
+                f"takes {self.records_per_step}"
+            )
+        if differing:
+            raise SettingError(
+                f"The run in {self._folder.path} cannot be resumed with other settings:\n  "
+                + "\n  ".join(differing)
+                + "\nGive the command that it was started with, or another --output-dir."
+            )

@@ -46,6 +46,10 @@ class RunProgress:
         """Take the bar away."""
         self._bar.stop()
 
+    def start_at(self, steps: int) -> None:
+        """Count steps that were taken before; the time left follows from those that are still to come."""
+        self._bar.update(self._task, completed=steps)
+
     def advance(self, description: str) -> None:
         """Count one step."""
         self._bar.update(self._task, advance=1, description=description)

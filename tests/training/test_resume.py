@@ -1,0 +1,274 @@
+"""Runs that are killed anywhere and go on, and end as if nothing had happened: the same bytes, row for row."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import random
+import signal
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import runs
+from upop.cli.app import main
+from upop.errors import CheckpointError, RunFolderError, SettingError
+from upop.settings import read_settings
+from upop.tasks import find_task
+from upop.tasks.verbs import compress, train
+
+KILLS = 12
+# Children are forked from a process that has imported everything, so that a kill costs no 10 seconds of imports.
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["runs", "upop.cli.app", "transformers.models.blip.modeling_blip_text"])
+
+
+def _run(verb: str, task: str, config: Path, settings: Mapping[str, Any], kill_at: int | None = None) -> None:
+    """Run a verb in this process, which kills itself before so many file operations, if it is told to."""
+    torch.set_num_threads(1)
+    if kill_at is not None:
+        _kill_self_at(kill_at)
+    found = find_task(task)
+    {"compress": compress, "train": train}[verb](found, read_settings(found.settings, config, settings))
+
+
+def _kill_self_at(operation: int) -> None:
+    count = 0
+
+    def counted(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            nonlocal count
+            count += 1
+            if count == operation:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*args, **kwargs)
+
+        return call
+
+    # All that changes a name or makes sure that bytes are there, in files and folders.
+    for name in ("fsync", "replace", "rename", "mkdir", "unlink"):
+        setattr(os, name, counted(getattr(os, name)))
+
+
+def start(
+    task: str, config: Path, folder: Path, *, verb: str = "compress", kill_at: int | None = None, **settings: Any
+) -> Any:
+    """Start a run in a process of its own that goes on with what is in `folder`."""
+    given = {"output_dir": folder, "resume": "auto", "checkpoint_minutes": 0, **settings}
+    process = FORKS.Process(target=_run, args=(verb, task, config, given, kill_at))
+    process.start()
+    return process
+
+
+def finish(task: str, config: Path, folder: Path, **settings: Any) -> None:
+    """Run to the end."""
+    process = start(task, config, folder, **settings)
+    process.join()
+    assert process.exitcode == 0
+
+
+def outcome(folder: Path) -> dict[str, Any]:
+    """Everything that a run's result is made of, but for times."""
+    found: dict[str, Any] = {}
+    for name in ("best", "last"):
+        for key, value in load_file(folder / name / "model.safetensors").items():
+            found[f"{name} {key}"] = value
+    if (folder / "plan.json").exists():
+        found["plan"] = (folder / "plan.json").read_text()
+    if (folder / "scores.safetensors").exists():
+        found |= {f"score {key}": value for key, value in load_file(folder / "scores.safetensors").items()}
+    found["rows"] = [{key: value for key, value in row.items() if key != "seconds"} for row in runs.rows(folder)]
+    models = json.loads((folder / "results.json").read_text())["models"]
+    found["metrics"] = [(model["name"], model["metrics"], model["parameters"]) for model in models]
+    return found
+
+
+def assert_same(one: dict[str, Any], two: dict[str, Any]) -> None:
+    """Bit-identical outcomes."""
+    assert one.keys() == two.keys()
+    different = [
+        name
+        for name, value in one.items()
+        if not (torch.equal(value, two[name]) if isinstance(value, torch.Tensor) else value == two[name])
+    ]
+    assert not different
+
+
+def no_leftovers(folder: Path) -> None:
+    """Nothing half-written is left of what kills interrupted."""
+    assert not list(folder.rglob(".*"))
+
+
+@pytest.fixture(scope="module")
+def nlvr(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """Settings of a run with drop-out, dropped paths, augmentation and workers, and what comes out of it."""
+    folder = tmp_path_factory.mktemp("nlvr")
+    model = {**runs.TINY["nlvr"]["model"], "dropout": 0.1, "drop_path": 0.1}
+    config = runs.make_task("nlvr", folder, max_epoch=2, model=model, augment=True, ema_decay=0.8)
+    finish("nlvr", config, folder / "whole")
+    return config, outcome(folder / "whole")
+
+
+def test_killed_at_random_moments(nlvr: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    config, expected = nlvr
+    draw, killed = random.Random(0), 0
+    for _ in range(KILLS):
+        process = start("nlvr", config, tmp_path / "run")
+        process.join(timeout=draw.uniform(0.2, 4))
+        if process.is_alive():
+            process.kill()
+            killed += 1
+        process.join()
+    assert killed
+    finish("nlvr", config, tmp_path / "run")
+    assert_same(outcome(tmp_path / "run"), expected)
+    no_leftovers(tmp_path / "run")
+
+
+def test_killed_while_it_writes(nlvr: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    """Before any of the operations that make a file or folder take its place."""
+    config, expected = nlvr
+    draw = random.Random(1)
+    for _ in range(KILLS):
+        process = start("nlvr", config, tmp_path / "run", kill_at=draw.randrange(3, 60))
+        process.join()
+        assert process.exitcode in (0, -signal.SIGKILL)
+    finish("nlvr", config, tmp_path / "run")
+    assert_same(outcome(tmp_path / "run"), expected)
+    no_leftovers(tmp_path / "run")
+
+
+@pytest.mark.parametrize("task", [name for name in sorted(runs.TINY) if name != "nlvr"])
+def test_every_task_goes_on(task: str, tmp_path: Path) -> None:
+    """Moving averages, queues and momentum copies, momentum of SGD, mixed and repeated pictures, workers."""
+    config = runs.make_task(task, tmp_path, augment=True)
+    finish(task, config, tmp_path / "whole")
+    for kill_at in (30, 24, 25):
+        process = start(task, config, tmp_path / "killed", kill_at=kill_at, num_workers=kill_at % 2)
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+    finish(task, config, tmp_path / "killed")
+    assert_same(outcome(tmp_path / "killed"), outcome(tmp_path / "whole"))
+
+
+def test_dense_training_and_accumulated_gradients_go_on(tmp_path: Path) -> None:
+    config = runs.make_task("nlvr", tmp_path, batch_size_train=8, accumulate=3, pretrained=None)
+    finish("nlvr", config, tmp_path / "whole", verb="train")
+    process = start("nlvr", config, tmp_path / "killed", verb="train", kill_at=15)
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    finish("nlvr", config, tmp_path / "killed", verb="train")
+    assert_same(outcome(tmp_path / "killed"), outcome(tmp_path / "whole"))
+
+
+def test_a_cut_by_weight_norm_goes_on(tmp_path: Path) -> None:
+    config = runs.make_task("nlvr", tmp_path, method="magnitude")
+    finish("nlvr", config, tmp_path / "whole")
+    process = start("nlvr", config, tmp_path / "killed", kill_at=40)
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    finish("nlvr", config, tmp_path / "killed")
+    assert_same(outcome(tmp_path / "killed"), outcome(tmp_path / "whole"))
+
+
+def test_an_ended_run_can_be_resumed_and_stays_what_it_is(nlvr: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    config, expected = nlvr
+    finish("nlvr", config, tmp_path / "run")
+    finish("nlvr", config, tmp_path / "run", resume="must")
+    assert_same(outcome(tmp_path / "run"), expected)
+
+
+def _as_a_command(config: Path, folder: Path) -> None:
+    sys.argv = ["upop", "compress", "nlvr", "--config", str(config), "--output-dir", str(folder), "--resume", "auto"]
+    torch.set_num_threads(1)
+    main()
+
+
+def test_sigterm_saves_and_leaves_with_a_code_of_its_own(nlvr: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    config, expected = nlvr
+    folder = tmp_path / "run"
+    codes = []
+    for _ in range(6):
+        steps = len(runs.rows(folder)) if (folder / "metrics.jsonl").exists() else 0
+        process = FORKS.Process(target=_as_a_command, args=(config, folder))
+        process.start()
+        while process.is_alive() and (not (folder / "metrics.jsonl").exists() or len(runs.rows(folder)) <= steps):
+            time.sleep(0.01)
+        process.terminate()
+        process.join()
+        codes.append(process.exitcode)
+        if codes[-1] == 0:
+            break
+        assert (folder / "checkpoints").exists()
+    assert 75 in codes
+    assert set(codes) <= {0, 75}
+    finish("nlvr", config, folder)
+    assert_same(outcome(folder), expected)
+
+
+def test_only_the_newest_checkpoints_are_kept(nlvr: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    config, _ = nlvr
+    finish("nlvr", config, tmp_path / "run", keep_checkpoints=3)
+    names = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert names == ["step-00000014.pt", "step-00000015.pt", "step-00000016.pt"]
+
+
+@pytest.mark.filterwarnings("ignore:.*is damaged and is passed over")
+def test_a_damaged_checkpoint_is_passed_over(nlvr: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    config, expected = nlvr
+    finish("nlvr", config, tmp_path / "run")
+    newest = max((tmp_path / "run" / "checkpoints").iterdir())
+    newest.write_bytes(newest.read_bytes()[:1000])
+    finish("nlvr", config, tmp_path / "run")
+    assert_same(outcome(tmp_path / "run"), expected)
+    for path in (tmp_path / "run" / "checkpoints").iterdir():
+        path.write_bytes(b"no checkpoint")
+    with pytest.raises(CheckpointError, match=r"(?s)No checkpoint of the run can be read.*Remove .*checkpoints"):
+        compress(*runs.nlvr(config, output_dir=tmp_path / "run", resume="auto"))
+
+
+def test_a_full_disk_loses_no_older_checkpoint(
+    nlvr: tuple[Path, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, expected = nlvr
+    folder, save = tmp_path / "run", torch.save
+
+    def full(state: Any, path: Path) -> None:
+        if state["place"]["steps"] == 5:
+            path.write_bytes(b"as far as it fits")
+            raise OSError(28, "No space left on device")
+        save(state, path)
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(RunFolderError, match=r"step-00000005.pt cannot be written: No space left.*Free some space"):
+        compress(*runs.nlvr(config, output_dir=folder, checkpoint_minutes=0))
+    names = sorted(path.name for path in (folder / "checkpoints").iterdir())
+    assert names == ["step-00000003.pt", "step-00000004.pt"]
+    monkeypatch.undo()
+    finish("nlvr", config, folder)
+    assert_same(outcome(folder), expected)
+
+
+def test_what_cannot_be_resumed_says_why(nlvr: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    config, _ = nlvr
+    folder = tmp_path / "run"
+    with pytest.raises(CheckpointError, match=r"--resume was asked for, and .*run holds no checkpoint"):
+        compress(*runs.nlvr(config, output_dir=folder, resume="must"))
+    process = start("nlvr", config, folder, kill_at=40)
+    process.join()
+    with pytest.raises(RunFolderError, match=r"(?s)holds a run that has not ended.*--resume"):
+        compress(*runs.nlvr(config, output_dir=folder))
+    with pytest.raises(SettingError, match=r"init_lr was 0.001 and is 0.002") as caught:
+        compress(*runs.nlvr(config, output_dir=folder, resume="auto", init_lr=0.002, p=0.75))
+    assert "p was 0.5 and is 0.75" in str(caught.value)
+    with pytest.raises(SettingError, match=r"a step took 16 records .* takes 8"):
+        compress(*runs.nlvr(config, output_dir=folder, resume="auto", batch_size_train=8))
+    # The same records per step in other portions are the same run.
+    finish("nlvr", config, folder, batch_size_train=8, accumulate=2)
