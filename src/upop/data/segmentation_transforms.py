@@ -124,26 +124,27 @@ def photometric_jitter(picture: Tensor) -> Tensor:
     The published operations and their order: contrast multiplies, and comes before saturation and hue or after them.
     (torchvision's RandomPhotometricDistort also swaps colour channels.)
     """
-    image = picture.float() / 255
+    image = picture.float().div_(255)
     if _chance():
-        image = (image + _between(-_BRIGHTNESS, _BRIGHTNESS)).clamp(0, 1)
+        image = image.add_(_between(-_BRIGHTNESS, _BRIGHTNESS)).clamp_(0, 1)
     contrast_first = _chance()
     if contrast_first and _chance():
-        image = (image * _between(*_CONTRAST)).clamp(0, 1)
+        image = image.mul_(_between(*_CONTRAST)).clamp_(0, 1)
     if _chance():
         image = _saturate(image, _between(*_SATURATION))
     if _chance():
         image = turn_hue(image, _between(-_HUE, _HUE))
     if not contrast_first and _chance():
-        image = (image * _between(*_CONTRAST)).clamp(0, 1)
-    return image.mul(255).round().clamp(0, 255).byte()
+        image = image.mul_(_between(*_CONTRAST)).clamp_(0, 1)
+    return image.mul_(255).round_().clamp_(0, 255).byte()
 
 
 def _saturate(image: Tensor, factor: float) -> Tensor:
     """Multiply the saturation of HSV, which reaches at most 1, and leave hue and value as they are."""
     value = image.amax(0, keepdim=True)
     spread = value - image.amin(0, keepdim=True)
-    return value - (value - image) * (value / spread.clamp_min(1e-6)).clamp(max=factor)
+    largest = (value / spread.clamp_min_(1e-6)).clamp_(max=factor)
+    return (value - image).mul_(largest).neg_().add_(value)
 
 
 def turn_hue(image: Tensor, share: float) -> Tensor:
