@@ -237,7 +237,12 @@ def work(task: Task[Any], settings: RunSettings, p: float | None) -> Work:
         model.to_empty(device="cpu")
         forward = 2 * count_macs(model, task.example(model, 1)) / 1e9
         inputs, count = training_inputs(task, model)
-        train = operations(model.eval(), inputs, backward=True) / count
+        # In training the towers of pictures compute anew what checkpointing did not keep. The rest need not train: the
+        # losses of pairs then leave the queues alone, which have no numbers here.
+        model.eval()
+        if hasattr(model, "visual_encoder"):
+            model.visual_encoder.train()
+        train = operations(model, inputs, backward=True) / count
         return Work(forward, train, evaluation(task, settings, model))
 
 

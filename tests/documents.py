@@ -21,10 +21,15 @@ def blocks(page: Path, language: str) -> list[str]:
 
 
 def commands(page: Path) -> list[str]:
-    """Return the command lines in a page's blocks without a language or of `bash`, continued lines joined."""
+    """Return the command lines that a page shows, continued lines joined.
+
+    They stand in blocks without a language or of `bash`; scripts that `python` runs also between the words.
+    """
     text = "\n".join([*blocks(page, ""), *blocks(page, "bash")]).replace("\\\n", " ")
-    lines = [re.sub(r"^\$ ", "", line.strip()) for line in text.splitlines()]
-    return [line for line in lines if line.startswith(COMMANDS)]
+    lines = [line.strip() for line in text.splitlines()]
+    prose = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    inline = [" ".join(code.split()) for code in re.findall(r"`(python [^`]+)`", prose)]
+    return [line for line in lines if line.startswith(COMMANDS)] + inline
 
 
 def words(line: str) -> list[str]:

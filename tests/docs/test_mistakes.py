@@ -1,0 +1,325 @@
+"""docs/mistakes.md quotes messages: each is made here, by making the mistake."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from PIL import Image
+from torch import nn
+
+import runs
+import upop
+from documents import ROOT
+from upop.data.tokenizer import load_tokenizer
+from upop.settings import read_settings
+from upop.tasks import find_task
+from upop.tasks.verbs import compress, evaluate_checkpoint
+from upop.training.devices import make_accelerator
+
+PAGE = ROOT / "docs" / "mistakes.md"
+Mistake = Callable[[], Any]
+MISTAKES: dict[str, Mistake] = {}
+"""Heading -> what makes the mistake, in an empty folder; it raises, warns or returns what one sees."""
+
+
+def mistake(heading: str) -> Callable[[Mistake], Mistake]:
+    def note(make: Mistake) -> Mistake:
+        MISTAKES[heading] = make
+        return make
+
+    return note
+
+
+def tiny(**sizes: Any) -> nn.Module:
+    torch.manual_seed(0)
+    shape = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3, "num_classes": 4}
+    return timm.create_model("vit_tiny_patch16_224", **(shape | sizes))
+
+
+IMAGES = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+def backward(model: nn.Module) -> None:
+    model(IMAGES).sum().backward()
+
+
+def searched(model: nn.Module, steps: int = 2) -> upop.Pruner:
+    pruner = upop.Pruner(model, ratio=0.5, steps=steps, interval=1)
+    for _ in range(steps):
+        backward(model)
+        pruner.step()
+    return pruner
+
+
+@mistake("Calling step() after zero_grad()")
+def _() -> None:
+    model = tiny()
+    pruner = upop.Pruner(model, ratio=0.5, steps=10)
+    backward(model)
+    model.zero_grad()
+    pruner.step()
+
+
+@mistake("Giving Pruner fewer steps than the loop takes")
+def _() -> None:
+    model = tiny()
+    pruner = searched(model, steps=10)
+    backward(model)
+    pruner.step()
+
+
+@mistake("Giving Pruner more steps than the loop takes")
+def _() -> None:
+    model = tiny()
+    pruner = upop.Pruner(model, ratio=0.5, steps=10)
+    for _ in range(8):
+        backward(model)
+        pruner.step()
+    pruner.shrink(verify=IMAGES)
+
+
+@mistake("Freezing layers that are to be pruned")
+def _() -> None:
+    model = tiny()
+    for parameter in model.blocks[0].parameters():
+        parameter.requires_grad_(False)
+    upop.Pruner(model, ratio=0.5, steps=10)
+
+
+@mistake("Pruning a model that is being pruned")
+def _() -> None:
+    model = tiny()
+    upop.Pruner(model, ratio=0.5, steps=10)
+    upop.Pruner(model, ratio=0.5, steps=10)
+
+
+@mistake("Writing the ratio as a percentage")
+def _() -> None:
+    upop.Pruner(tiny(), ratio=50, steps=10)
+
+
+@mistake("Asking for more than can go")
+def _() -> None:
+    upop.Pruner(tiny(), ratio=0.9, steps=10, align=64)
+
+
+@mistake("Aligning the published ranking")
+def _() -> None:
+    upop.Pruner(tiny(), ratio=0.5, steps=10, cost="reference", align=8)
+
+
+@mistake("Counting multiply-adds without an example")
+def _() -> None:
+    upop.Pruner(tiny(), ratio=0.5, steps=10, cost="flops")
+
+
+@mistake("A pattern that matches nothing")
+def _() -> None:
+    upop.Pruner(tiny(), ratio=0.5, steps=10, exclude="blocks.0.attention")
+
+
+@mistake("Verifying a model that draws random numbers")
+def _() -> None:
+    class Noisy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.vit = tiny()
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return self.vit(images + torch.randn_like(images))
+
+    torch.manual_seed(0)
+    searched(Noisy()).shrink(verify=IMAGES)
+
+
+@mistake("Training in float16")
+def _() -> None:
+    model = tiny()
+    pruner = upop.Pruner(model, ratio=0.5, steps=10, interval=5)
+    for _ in range(6):
+        (model(IMAGES).sum() * 1e38).backward()  # a loss scale that overflows
+        pruner.step()
+
+
+@mistake("Loading a class of one's own by name")
+def _() -> None:
+    class Mine(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.vit = tiny()
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return self.vit(images)
+
+    Mine.__module__, Mine.__qualname__ = "my_models", "Mine"
+    model = Mine()
+    searched(model).shrink(verify=IMAGES)
+    upop.save(model, "mine-2x")
+    upop.load("mine-2x")
+
+
+@mistake("Loading compressed weights into the dense model")
+def _() -> str:
+    model = tiny()
+    searched(model).shrink(verify=IMAGES)
+    try:
+        tiny().load_state_dict(model.state_dict())
+    except RuntimeError as error:
+        return "RuntimeError: " + " ".join(str(error).splitlines()[:2])
+    return ""
+
+
+@mistake("A checkpoint that carries more than tensors")
+def _() -> None:
+    torch.save({"model": tiny().state_dict(), "args": Path("x")}, "model.pth")
+    upop.load_official("deit", "model.pth")
+
+
+def _task(name: str, **overrides: Any) -> tuple[Any, Any]:
+    task = find_task(name)
+    config = runs.make_task(name, Path(), **overrides)
+    return task, read_settings(task.settings, config, {"output_dir": Path("run")})
+
+
+@mistake("A wrong image_root")
+def _() -> None:
+    task, settings = _task("caption")
+    compress(task, settings.model_copy(update={"image_root": Path("pictures")}))
+
+
+@mistake("No tokenizer")
+def _() -> None:
+    load_tokenizer("pretrained/bert-base-uncased")
+
+
+@mistake("A misspelt setting")
+def _() -> None:
+    Path("mine.yaml").write_text("image_root: pictures\nbatch_size: 32\ninit_ir: 1.0e-5\n")
+    read_settings(find_task("nlvr").settings, Path("mine.yaml"), {})
+
+
+@mistake("Evaluating on other classes")
+def _() -> None:
+    task, settings = _task("classification")
+    for number in range(2):
+        for split in ("train", "val"):
+            folder = Path("photos") / split / f"class{number}"
+            folder.mkdir(parents=True)
+            Image.new("RGB", (32, 32)).save(folder / "1.png")
+    evaluate_checkpoint(task, settings.model_copy(update={"data_path": Path("photos")}))
+
+
+@mistake("More labels than classes")
+def _() -> None:
+    task, settings = _task("segmentation")
+    (settings.root / "objectInfo150.txt").unlink()  # which would say how many classes there are
+    records = task.dataset(settings.model_copy(update={"classes": 2}), "val")
+    for number in range(len(records)):
+        records[number]
+
+
+@mistake("A learning rate that is too high")
+def _() -> None:
+    task, settings = _task("nlvr", init_lr=1e15, max_bad_steps=3)
+    compress(task, settings)
+
+
+@mistake("A queue that is smaller than the batches")
+def _() -> None:
+    task, settings = _task("retrieval", queue_size=8)
+    task.dataset(settings, "train")
+
+
+@mistake("More processes than GPUs")
+def _() -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LOCAL_WORLD_SIZE", "8")
+        patch.setattr(torch.cuda, "is_available", lambda: True)
+        patch.setattr(torch.cuda, "device_count", lambda: 4)
+        make_accelerator(read_settings(find_task("nlvr").settings, None, {}))
+
+
+@mistake("Asking for a GPU that is not there")
+def _() -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: False)
+        make_accelerator(read_settings(find_task("nlvr").settings, None, {"device": "cuda"}))
+
+
+@mistake("The launcher takes --p for its own")
+def _() -> str:
+    from torch.distributed.run import get_args_parser
+
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said), pytest.raises(SystemExit):
+        get_args_parser().parse_args(["--nproc_per_node=8", "compress_nlvr.py", "--p", "0.5"])
+    return said.getvalue().splitlines()[-1].partition("error: ")[2]
+
+
+@mistake("Going on with the old optimizer")
+def _() -> str:
+    model = tiny()
+    optimizer = torch.optim.AdamW(model.parameters())
+    searched(model).shrink(verify=IMAGES)
+    before = {name: value.clone() for name, value in model.named_parameters()}
+    optimizer.zero_grad()
+    backward(model)
+    optimizer.step()
+    changed = [name for name, value in model.named_parameters() if not torch.equal(value, before[name])]
+    cut = [name for name in before if "qkv" in name or "fc1" in name]
+    return f"trained: {len(changed)} of {len(before)} parameters; of those that were cut: {len({*cut} & {*changed})}"
+
+
+def seen(make: Mistake) -> str:
+    """Make a mistake, and return what one sees of it."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            told = make()
+        except upop.errors.UPopError as error:
+            return f"{type(error).__name__}: {error}"
+    if told is not None:
+        return str(told)
+    ours = [warning for warning in caught if issubclass(warning.category, UserWarning)]
+    return f"UserWarning: {ours[-1].message}"
+
+
+def sections() -> dict[str, str]:
+    """Return heading -> text of the page."""
+    parts = re.split(r"^## (?:\d+\. )?(.+)$", PAGE.read_text(), flags=re.MULTILINE)[1:]
+    return dict(zip(parts[::2], parts[1::2], strict=True))
+
+
+def quoted(text: str) -> str | None:
+    found = re.search(r"^```text\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
+    return " ".join(found[1].split()) if found else None
+
+
+@pytest.fixture
+def empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.chdir(tmp_path)
+    yield
+
+
+def test_every_message_is_made_here() -> None:
+    assert {heading for heading, text in sections().items() if quoted(text)} == set(MISTAKES)
+    assert len(sections()) >= 15
+
+
+@pytest.mark.parametrize("heading", MISTAKES)
+def test_the_message_is_the_one_that_is_quoted(heading: str, empty: None) -> None:
+    assert _rounded(seen(MISTAKES[heading])) == _rounded(str(quoted(sections()[heading])))
+
+
+def _rounded(message: str) -> str:
+    """Return a message on one line, without how large a difference or a step was."""
+    return re.sub(r"\d\.\d+e[-+]\d+", "N", " ".join(message.split()))

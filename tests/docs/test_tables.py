@@ -1,0 +1,75 @@
+"""What the pages say was measured is what the committed files say."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from documents import README, ROOT
+
+
+def script(name: str) -> ModuleType:
+    path = ROOT / name
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    # dataclasses look their module up there
+    import sys
+
+    sys.modules[path.stem] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+tables = script("docs/tables.py")
+
+
+@pytest.mark.parametrize("page", tables.PAGES, ids=lambda page: page.name)
+def test_tables_are_those_of_the_files(page: Path) -> None:
+    assert page.read_text() == tables.rewritten(page.read_text()), "run python docs/tables.py"
+
+
+def test_every_table_is_shown() -> None:
+    shown = {name for page in tables.PAGES for name in tables.names(page.read_text())}
+    assert shown == set(tables.TABLES)
+    assert {"demo", "together"} <= set(tables.names(README.read_text()))
+
+
+@pytest.fixture(scope="module")
+def costs() -> Any:
+    return json.loads((ROOT / "benchmarks" / "results" / "costs.json").read_text())
+
+
+def test_costs_are_of_every_recipe_and_of_the_script_as_it_is(costs: Any) -> None:
+    estimate = script("benchmarks/cost_estimate.py")
+    from upop.recipes import read_recipes
+
+    assert [row["name"] for row in costs["recipes"]] == list(read_recipes())
+    assert costs["peak_flops"] == estimate.GPUS and costs["utilisation"] == estimate.UTILISATION
+    assert (ROOT / "benchmarks" / "results" / "costs.md").read_text() == estimate.table(costs["recipes"])
+
+
+def test_a_recipe_is_counted_as_the_file_says(costs: Any) -> None:
+    estimate = script("benchmarks/cost_estimate.py")
+    (found,) = estimate.count_all(["deit-small-p0.3"])
+    (row,) = [row for row in costs["recipes"] if row["name"] == found.name]
+    for part in ("search", "retrain", "evaluate"):
+        assert getattr(found, part) == pytest.approx(row[part], rel=1e-9)
+    # Three times a forward pass, but for the products of the first layer with its inputs' gradients.
+    assert 2.9 < found.dense.train / found.dense.forward < 3.01
+    assert row["gpu_hours"]["A100"] == pytest.approx(row["total"] * 1e18 / (0.35 * 312e12) / 3600)
+
+
+def test_the_figures_are_those_of_a_search_that_ended() -> None:
+    folder = ROOT / "docs" / "figures"
+    numbers = json.loads((folder / "figures.json").read_text())
+    assert numbers["asked_matches_formula"]
+    assert numbers["marked_at_the_end"] == pytest.approx(numbers["ratio"], abs=1e-3)
+    changes = numbers["change_by_last_cut"]
+    assert changes["ours, float64"] < 1e-10 and changes["ours, float32"] < 1e-5
+    assert {path.stem for path in folder.glob("*.svg")} == {"schedule", "masks", "scores", "kept", "error"}
