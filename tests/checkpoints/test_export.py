@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import runs
 import upop
 from pruning.families import randomise
-from upop.checkpoints.export import export, graphs_of
+from upop.checkpoints.export import graphs_of
 from upop.errors import SettingError, VerificationError
 from upop.models.caption import BlipCaption, CaptionConfig
 from upop.models.classifier import ClassifierConfig, build_classifier
@@ -59,7 +59,7 @@ def test_graphs_compute_what_the_model_does(name: str, format: str, tmp_path: Pa
     if format == "onnx":
         pytest.importorskip("onnxruntime", reason="the extra `export` is not installed")
     model = compressed(name)
-    folder = export(model, tmp_path / "out", format)  # checks every graph, with batches of 1 and 3
+    folder = upop.export(model, tmp_path / "out", format)  # checks every graph, with batches of 1 and 3
     described = json.loads((folder / "export.json").read_text())
     assert described["format"] == format
     assert set(described["graphs"]) == set(graphs_of(model))
@@ -72,7 +72,7 @@ def test_graphs_compute_what_the_model_does(name: str, format: str, tmp_path: Pa
 def test_a_caption_is_written_word_by_word_outside_torch(tmp_path: Path) -> None:
     runtime = pytest.importorskip("onnxruntime", reason="the extra `export` is not installed")
     model = compressed("caption")
-    export(model, tmp_path / "out")
+    upop.export(model, tmp_path / "out")
     vision, decoder = (
         runtime.InferenceSession(tmp_path / "out" / f"{name}.onnx", providers=["CPUExecutionProvider"])
         for name in ("vision", "decoder")
@@ -92,9 +92,9 @@ def test_a_caption_is_written_word_by_word_outside_torch(tmp_path: Path) -> None
 
 def test_what_cannot_be_exported_is_said(tmp_path: Path) -> None:
     with pytest.raises(SettingError, match=r"'onxx' is not known \(did you mean 'onnx'"):
-        export(compressed("nlvr"), tmp_path / "out", "onxx")  # type: ignore[arg-type]
+        upop.export(compressed("nlvr"), tmp_path / "out", "onxx")  # type: ignore[arg-type]
     with pytest.raises(SettingError, match=r"A Linear cannot be exported by upop, which knows .* blip-caption"):
-        export(nn.Linear(2, 2), tmp_path / "out")
+        upop.export(nn.Linear(2, 2), tmp_path / "out")
     assert not any(tmp_path.iterdir())
 
 
@@ -112,5 +112,5 @@ def test_a_graph_that_computes_something_else_is_not_written(tmp_path: Path, mon
 
     monkeypatch.setattr(torch.export, "load", lambda file: Spoilt(real(file)))
     with pytest.raises(VerificationError, match="graph 'image' does not compute what the model does"):
-        export(model, tmp_path / "out", "torch-export")
+        upop.export(model, tmp_path / "out", "torch-export")
     assert not any(tmp_path.iterdir())

@@ -86,7 +86,10 @@ def export(model: nn.Module, folder: str | Path, format: Format = "onnx") -> Pat
     """Write a model, dense or compressed, as graphs for other runtimes, each checked against the model.
 
     The folder holds `<graph>.onnx` or `<graph>.pt2` for every graph, and `export.json`, which says what goes in and
-    comes out. It is written beside and renamed.
+    comes out, and by how much the outputs differ. It is written beside and renamed. In other places:
+
+        upop.export(upop.load("output/caption-2x/best"), "out")
+        encoder = onnxruntime.InferenceSession("out/vision.onnx")
 
     Args:
         model: one of upop's models, on the CPU.
