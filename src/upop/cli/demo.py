@@ -60,7 +60,10 @@ def demo(
     models: dict[str, tuple[nn.Module, Metrics]] = {}
     for method in ("upop", "magnitude"):
         run = output_dir / method
-        settings = read_settings(task.settings, CONFIG, o.overrides({**shared, "method": method, "output_dir": run}))
+        # A demo that was interrupted goes on; one that ended is shown again from the start.
+        given = {**shared, "method": method, "output_dir": run}
+        given["resume"] = "no" if (run / "results.json").exists() else "auto"
+        settings = read_settings(task.settings, CONFIG, o.overrides(given))
         console.rule(f"{compressed_name(settings)} -> {run}")
         results = compress(task, settings)
         if results is None:
