@@ -58,7 +58,11 @@ def test_compressed_blip_comes_back(tmp_path: Path) -> None:
         if type(part) is nn.Linear
     )
     assert json.loads((tmp_path / "small" / "upop.json").read_text())["plan"]["units"]
-    assert sorted(path.name for path in (tmp_path / "small").iterdir()) == ["model.safetensors", "upop.json"]
+    assert sorted(path.name for path in (tmp_path / "small").iterdir()) == [
+        "README.md",
+        "model.safetensors",
+        "upop.json",
+    ]
 
 
 def test_a_plan_is_not_needed_to_load(tmp_path: Path) -> None:

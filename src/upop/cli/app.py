@@ -17,6 +17,7 @@ from upop.cli.demo import demo
 from upop.cli.export import export
 from upop.cli.inspect import inspect
 from upop.cli.recipes import recipes, run
+from upop.cli.report import report
 from upop.errors import PreemptedError, UPopError
 from upop.settings import RunSettings, read_settings
 from upop.tasks import TASKS, find_task
@@ -39,6 +40,7 @@ app.command(epilog="Example: upop convert model_base_caption.pth blip-caption --
 app.command(epilog="Example: upop export output/caption-2x/best --out output/caption-2x/onnx")(export)
 app.command(epilog="Example: upop inspect deit_small_patch16_224 --ratio 0.5")(inspect)
 app.command(epilog="Example: upop recipes")(recipes)
+app.command(epilog="Example: upop report output/caption-2x")(report)
 app.command(epilog="Example: upop run nlvr2-2x --dry-run")(run)
 
 TaskName = Annotated[str, typer.Argument(help=f"What to learn: {', '.join(TASKS)}.")]

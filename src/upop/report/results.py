@@ -6,6 +6,7 @@ import json
 import os
 import platform
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -108,35 +109,74 @@ class Results(BaseModel):
             raise DataError(f"{path}: expected results as Results.write_json writes them; {reason}.") from error
 
 
-def results_table(results: Results) -> Table:
-    """Return a table for the terminal: a row per model, each number beside its gain over the dense one."""
-    table = Table(title="Compressed models beside the dense one", title_justify="left", header_style="bold")
-    table.add_column("model", no_wrap=True)
-    columns = [
+@dataclass(frozen=True)
+class Cell:
+    """One number of a table of results.
+
+    Attributes:
+        value: as measured; None where it was not.
+        text: as shown.
+        gain: beside the dense model: "-1.8", "1.73x smaller"; empty for the dense model itself.
+        better: whether that is a gain or a loss; None where there is neither.
+    """
+
+    value: float | None
+    text: str
+    gain: str = ""
+    better: bool | None = None
+
+
+PARAMETERS, GMACS, LATENCY = "parameters (M)", "GMACs", "latency (ms)"
+"""The columns after those of the metrics."""
+
+
+def table_cells(results: Results) -> dict[str, dict[str, Cell]]:
+    """Return the table of results, model -> column -> cell; every model has all columns, in the same order.
+
+    The columns are the shown metrics of every split, parameters, GMACs, and the latency where it was measured.
+    """
+    metrics = [
         (split, metric)
         for split in dict.fromkeys(split for model in results.models for split in model.metrics)
         for metric in results.shown
         if any(metric in model.metrics.get(split, {}) for model in results.models)
     ]
-    for header in [*(f"{split} {metric} (%)" for split, metric in columns), "parameters (M)", "GMACs"]:
-        table.add_column(header, justify="right")
     timed = any(model.latency_ms is not None for model in results.models)
-    if timed:
-        table.add_column("latency (ms)", justify="right")
-        device = results.machine.get("device", "this machine")
-        table.caption = f"Latency: median, measured side by side, batch {results.batch_size}, {device}"
+    table = {}
     for model in results.models:
         gains = {} if model is results.dense else results.compared(model.name)
-        cells = [
-            _points(model.metrics.get(split, {}).get(metric), gains.get(f"{split} {metric} points"))
-            for split, metric in columns
-        ]
-        cells.append(_factor(model.parameters / 1e6, gains.get("smaller"), "smaller"))
-        cells.append(_factor(model.gmacs, gains.get("fewer_macs"), "fewer"))
+        cells = {
+            f"{split} {metric} (%)": _points(
+                model.metrics.get(split, {}).get(metric), gains.get(f"{split} {metric} points")
+            )
+            for split, metric in metrics
+        }
+        cells[PARAMETERS] = _factor(model.parameters / 1e6, gains.get("smaller"), "smaller")
+        cells[GMACS] = _factor(model.gmacs, gains.get("fewer_macs"), "fewer")
         if timed:
-            cells.append(_factor(model.latency_ms, gains.get("faster"), "faster"))
-        table.add_row(model.name, *cells)
+            cells[LATENCY] = _factor(model.latency_ms, gains.get("faster"), "faster")
+        table[model.name] = cells
     return table
+
+
+def results_table(results: Results) -> Table:
+    """Return a table for the terminal: a row per model, each number beside its gain over the dense one."""
+    table = Table(title="Compressed models beside the dense one", title_justify="left", header_style="bold")
+    table.add_column("model", no_wrap=True)
+    cells = table_cells(results)
+    for header in next(iter(cells.values())):
+        table.add_column(header, justify="right")
+        if header == LATENCY:
+            table.caption = latency_note(results)
+    for name, row in cells.items():
+        table.add_row(name, *(f"{cell.text} ({cell.gain})" if cell.gain else cell.text for cell in row.values()))
+    return table
+
+
+def latency_note(results: Results) -> str:
+    """Return how the latency was measured, in words."""
+    device = results.machine.get("device", "this machine")
+    return f"Latency: median, measured side by side, batch {results.batch_size}, {device}"
 
 
 def machine(device: torch.device | str = "cpu") -> dict[str, str | int]:
@@ -159,19 +199,26 @@ def number(value: float) -> str:
         return f"{value:,.0f}"
     if value >= 9.995:
         return f"{value:.1f}"
-    return f"{value:.2f}" if value >= 0.0995 else f"{value:.3g}"
+    return f"{value:.2f}" if value >= 0.9995 else f"{value:.3g}"
 
 
-def _points(value: float | None, difference: float | None) -> str:
+def _points(value: float | None, difference: float | None) -> Cell:
     if value is None:
-        return "-"
-    return f"{value:.1f}" + (f" ({difference:+.1f})" if difference is not None else "")
+        return Cell(None, "-")
+    if difference is None:
+        return Cell(value, f"{value:.1f}")
+    shown = f"{difference:+.1f}"
+    if float(shown) == 0:
+        return Cell(value, f"{value:.1f}", "0.0")
+    return Cell(value, f"{value:.1f}", shown, difference > 0)
 
 
-def _factor(value: float | None, factor: float | None, word: str) -> str:
+def _factor(value: float | None, factor: float | None, word: str) -> Cell:
     if value is None:
-        return "-"
-    return number(value) + (f" ({factor:.2f}x {word})" if factor is not None else "")
+        return Cell(None, "-")
+    if factor is None:
+        return Cell(value, number(value))
+    return Cell(value, number(value), f"{factor:.2f}x {word}", None if factor == 1 else factor > 1)
 
 
 def _processor() -> str:

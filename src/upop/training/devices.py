@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DataLoaderConfiguration, set_seed
+from torch import Tensor
 
 from upop.errors import DeviceError
 from upop.settings import RunSettings
@@ -37,6 +40,32 @@ def autocast(accelerator: Accelerator, settings: RunSettings) -> torch.autocast:
     Accelerate's own mixed precision would patch the model's forward for good, and a cut must be verified in float32.
     """
     return torch.autocast(accelerator.device.type, torch.bfloat16, enabled=settings.amp)
+
+
+def to_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    """Move the tensors of a batch."""
+    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
+
+
+def alone(device: torch.device) -> Accelerator:
+    """Return what stands in for the accelerator where one process, of several or not, computes for itself."""
+    return cast(Accelerator, _Alone(device))
+
+
+class _Alone:
+    process_index, num_processes, is_main_process = 0, 1, True
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def gather(self, values: Any) -> Any:
+        return values
+
+    def gather_for_metrics(self, values: Any) -> Any:
+        return values
+
+    def reduce(self, value: Tensor, _how: str) -> Tensor:
+        return value
 
 
 def align_for(device: torch.device, settings: RunSettings) -> int:

@@ -1,0 +1,228 @@
+"""The model card beside a compressed model: README.md, in the form that the Hugging Face hub reads.
+
+A card says what is known: of a model that `save` wrote, what was cut and how to load it; of a model that a run made,
+also from what, on what data, and what was measured. What is not known is left out.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCardData
+
+from upop.checkpoints.hub import is_hub_name
+from upop.errors import CheckpointError
+from upop.files import write_text
+
+FILE = "README.md"
+_KINDS = {"attention": "attention", "mlp": "MLP"}
+_PAPER = """\
+```bibtex
+@InProceedings{pmlr-v202-shi23e,
+  title     = {{UPop}: Unified and Progressive Pruning for Compressing Vision-Language Transformers},
+  author    = {Shi, Dachuan and Tao, Chaofan and Jin, Ying and Yang, Zhendong and Yuan, Chun and Wang, Jiaqi},
+  booktitle = {Proceedings of the 40th International Conference on Machine Learning},
+  year      = {2023}
+}
+```"""
+
+
+@dataclass(frozen=True)
+class Story:
+    """What a run knows of the model that it made.
+
+    Attributes:
+        name: what the tables call the model: "UPop 2x".
+        task: the task's name.
+        pipeline: what the hub calls the task, where it has a name for it.
+        base: where the dense model came from: a path, a URL or a name on the hub.
+        facts: what else there is to say of how it was made, name -> text: data, epochs, seed.
+        metrics: names of what was measured.
+        columns: of the table of results, after the model's name.
+        rows: of that table: the model's name, and a text per column.
+        note: how it was measured.
+        command: as it was typed.
+    """
+
+    name: str
+    task: str
+    pipeline: str | None
+    base: str | None
+    facts: Mapping[str, str]
+    metrics: Sequence[str]
+    columns: Sequence[str]
+    rows: Sequence[tuple[str, Sequence[str]]]
+    note: str
+    command: str
+
+
+def write_card(folder: Path, story: Story) -> None:
+    """Write the card of a compressed model that `save` wrote, with all that its run knows.
+
+    Raises:
+        CheckpointError: the folder holds no model that `save` wrote.
+        RunFolderError: the card cannot be written.
+    """
+    path = folder / "upop.json"
+    try:
+        description = json.loads(path.read_text())
+        text = card(description, story=story)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error!r}. Write the model again.") from error
+    write_text(folder / FILE, text)
+
+
+def card(
+    description: Mapping[str, Any],
+    *,
+    name: str | None = None,
+    parameters: int | None = None,
+    story: Story | None = None,
+) -> str:
+    """Return the text of a model card.
+
+    Args:
+        description: what `upop.json` says.
+        name: of the model on the hub that it was made from.
+        parameters: how many the model has.
+        story: what its run knows, if a run made it.
+    """
+    kind = description["class"].rpartition(".")[2]
+    base = story.base if story is not None else name
+    parts = [
+        _front_matter(description, base, story),
+        f"# {story.name}, {story.task}" if story is not None else f"# {kind}, compressed",
+        _opening(description, kind, base, story),
+    ]
+    if story is not None:
+        parts += ["## Results", _table(["model", *story.columns], [[_cell(row), *cells] for row, cells in story.rows])]
+        parts += [story.note] if story.note else []
+    parts += ["## How it was made", _made(description, base, parameters, story)]
+    parts += ["## What it keeps", _kept(description["layout"])]
+    parts += ["## How to load it", _loading(description, kind, story)]
+    versions = ", ".join(f"{library} {version}" for library, version in description["versions"].items())
+    parts += ["## Credit", f"Written with {versions}. The method is that of UPop (ICML 2023):", _PAPER]
+    return "\n\n".join(parts) + "\n"
+
+
+def _front_matter(description: Mapping[str, Any], base: str | None, story: Story | None) -> str:
+    libraries = [name for name in ("timm", "transformers", "open_clip") if description.get(name)]
+    data = ModelCardData(
+        # The library whose own functions load the folder; timm's do not read smaller layers.
+        library_name="transformers" if description["transformers"] else "upop",
+        tags=[*dict.fromkeys(["upop", "pruning", "compression", *([story.task] if story else []), *libraries])],
+        base_model=base if base is not None and is_hub_name(base) else None,
+        pipeline_tag=story.pipeline if story is not None else None,
+        metrics=[*story.metrics] or None if story is not None else None,
+    )
+    return f"---\n{data.to_yaml()}\n---"
+
+
+def _opening(description: Mapping[str, Any], kind: str, base: str | None, story: Story | None) -> str:
+    made = f", made from {_code(base)}" if base else ""
+    task = f" for the task {story.task}" if story is not None else ""
+    timm = description.get("timm")
+    architecture = f" (timm's {_code(timm['architecture'])})" if timm else ""
+    by_weight = _settings(description).get("method") == "magnitude"
+    how = "by one cut of the smallest weights" if by_weight else "with unified and progressive pruning"
+    known = by_weight or "interval" in _settings(description)  # else the indices came from elsewhere
+    method = f", {how}" if known else ""
+    return (
+        f"A compressed {_code(kind)}{architecture}{task}{made}{method}. "
+        "It is an ordinary model with smaller layers: no masks, no sparse kernels."
+    )
+
+
+def _made(description: Mapping[str, Any], base: str | None, parameters: int | None, story: Story | None) -> str:
+    settings = _settings(description)
+    facts: dict[str, str] = {}
+    if base:
+        facts["dense model"] = _code(base)
+    if "ratio" in settings:
+        facts["share of the prunable cost removed"] = f"{settings['ratio']:g}"
+    if "cost" in settings:
+        facts["what the cost counts"] = _cell(str(settings["cost"]))
+    if settings.get("align", 1) != 1:
+        facts["kept sizes are multiples of"] = str(settings["align"])
+    if "steps" in settings:
+        facts["search steps"] = f"{settings['steps']:,}"
+    if parameters is not None:
+        facts["parameters"] = f"{parameters:,}"
+    if story is not None:
+        facts |= {name: _code(value) for name, value in story.facts.items()}
+    lines = [f"- {name}: {value}" for name, value in facts.items()]
+    command = f"```\n{story.command}\n```" if story is not None and story.command else ""
+    # Everything is in upop.json, whatever is known of it here.
+    lines.append("- which entries every layer keeps: the plan in `upop.json`")
+    return "\n".join(lines) + (f"\n\n{command}" if command else "")
+
+
+def _kept(layout: Mapping[str, Mapping[str, Any]]) -> str:
+    units = [unit for unit in layout.values() if unit["of"] is not None]
+    if not units:
+        return "Which entries of the dense model were kept was not noted when it was cut."
+    modalities = list(dict.fromkeys(unit["modality"] for unit in units))
+    kinds = [kind for kind in _KINDS if any(unit["kind"] == kind for unit in units)]
+
+    def share(modality: str | None, kind: str | None) -> str:
+        mine = [unit for unit in units if modality in (None, unit["modality"]) and kind in (None, unit["kind"])]
+        size = sum(unit["of"] for unit in mine)
+        return f"{100 * sum(unit['entries'] for unit in mine) / size:.1f} %" if size else "-"
+
+    columns = [*((_KINDS[kind], kind) for kind in kinds), *([("all", None)] if len(kinds) > 1 else [])]
+    rows = [[modality, *(share(modality, kind) for _, kind in columns)] for modality in modalities]
+    if len(modalities) > 1:
+        rows.append(["all", *(share(None, kind) for _, kind in columns)])
+    return "Attention dimensions and MLP neurons, of those of the dense model:\n\n" + _table(
+        ["modality", *(title for title, _ in columns)], rows
+    )
+
+
+def _loading(description: Mapping[str, Any], kind: str, story: Story | None) -> str:
+    place = '"path/to/this/folder"'
+    lines = ["import upop", ""]
+    if description["transformers"]:
+        lines = [
+            "import upop  # lets transformers read layers of odd sizes",
+            f"from transformers import {kind}",
+            "",
+            f"model = {kind}.from_pretrained({place})",
+        ]
+    elif description["model"] or description.get("timm") or description.get("open_clip"):
+        what = "an ordinary timm model" if description.get("timm") else "an ordinary module"
+        lines.append(f"model = upop.load({place})  # {what}, in evaluation mode")
+    else:
+        lines.append(f"model = upop.load_into(dense_model, {place})  # the {kind} as it was before, built by you")
+    text = "```python\n" + "\n".join(lines) + "\n```"
+    if story is not None and description["model"]:
+        text += (
+            f"\n\nTo evaluate it: `upop evaluate {story.task} --pretrained path/to/this/folder`, with your `--config`."
+        )
+    return text
+
+
+def _settings(description: Mapping[str, Any]) -> Mapping[str, Any]:
+    plan: Mapping[str, Any] = description["plan"] or {}
+    settings: Mapping[str, Any] = plan.get("settings", {})
+    return settings
+
+
+def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _cell(text: str) -> str:
+    """Return a text that means nothing in Markdown's tables."""
+    return " ".join(text.replace("|", "\\|").replace("<", "&lt;").split())
+
+
+def _code(text: str) -> str:
+    """Return a text as code, whatever it holds."""
+    marks = "``" if "`" in text else "`"
+    space = " " if "`" in text else ""
+    return f"{marks}{space}{' '.join(text.split())}{space}{marks}"

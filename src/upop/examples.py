@@ -1,0 +1,116 @@
+"""What a run shows of its answers: a few held-out records with their pictures, and what every model made of them.
+
+A run keeps them in `examples/`: small pictures, and `examples.json`, which names them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from PIL import Image
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from upop.errors import DataError
+
+FILE = "examples.json"
+_LONGEST_SIDE = 384
+_EXACT_SIDE = 128  # pictures up to here are kept to the pixel: drawn shapes would blur
+_QUALITY = 85
+
+
+class Answer(BaseModel):
+    """What is true of a record, or what a model says about it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    text: str | None = Field(default=None, description="as people read it")
+    pictures: tuple[str, ...] = Field(default=(), description="files beside examples.json: what was found, a map of classes")
+    note: str | None = Field(default=None, description="what else there is to say, in small print")
+    right: bool | None = Field(default=None, description="None where an answer is not simply right or wrong")
+
+    @field_validator("pictures")
+    @classmethod
+    def _beside(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        return _only_names(names)
+
+
+class Example(BaseModel):
+    """One record."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    pictures: tuple[str, ...] = Field(default=(), description="what the models were shown; files beside examples.json")
+    prompt: str | None = Field(default=None, description="the question, the sentence, the text that is looked for")
+    truth: Answer | None = Field(default=None, description="None where the data has none")
+    answers: Mapping[str, Answer] = Field(description="model -> its answer; names as in results.json")
+
+    @field_validator("pictures")
+    @classmethod
+    def _beside(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        return _only_names(names)
+
+
+class Examples(BaseModel):
+    """All that a run shows."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    split: str = Field(description="its published name")
+    about: str = Field(description="which records these are")
+    records: tuple[Example, ...]
+
+    def write(self, folder: Path) -> None:
+        """Write examples.json into a folder that holds the pictures."""
+        text = json.dumps(self.model_dump(mode="json", exclude_defaults=True), indent=1, ensure_ascii=False)
+        (folder / FILE).write_text(text + "\n", encoding="utf-8")
+
+    @classmethod
+    def read(cls, folder: Path) -> Examples:
+        """Read what `write` wrote.
+
+        Raises:
+            DataError: the file cannot be read, or does not hold examples.
+        """
+        path = folder / FILE
+        try:
+            return cls.model_validate_json(path.read_bytes())
+        except (OSError, ValidationError) as error:
+            reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
+            raise DataError(f"{path}: expected examples as a run writes them; {reason}.") from error
+
+
+class Album:
+    """Keeps the pictures of examples as small files in a folder, each once.
+
+    Args:
+        folder: where to write; it must be there.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._files: dict[str, str] = {}
+
+    def add(self, picture: Image.Image, name: str) -> str:
+        """Write a picture and return its file's name; a name that was given before gives the file of that time.
+
+        Args:
+            picture: of any size; the file's longest side has at most 384 pixels.
+            name: tells pictures apart; letters, digits and dashes.
+        """
+        if name not in self._files:
+            small = picture.convert("RGB")
+            small.thumbnail((_LONGEST_SIDE, _LONGEST_SIDE))
+            exact = max(small.size) <= _EXACT_SIDE
+            self._files[name] = f"{name}.{'png' if exact else 'jpg'}"
+            small.save(self._folder / self._files[name], quality=_QUALITY)
+        return self._files[name]
+
+
+def _only_names(names: tuple[str, ...]) -> tuple[str, ...]:
+    for name in names:
+        # A folder may come from elsewhere, and a report must not show other files of this machine.
+        if Path(name).name != name or "\\" in name:
+            raise ValueError(f"pictures are named by files beside examples.json; found {name!r}")
+    return names

@@ -1,0 +1,328 @@
+"""A run, or several side by side, as one HTML file that needs nothing else: no network, no script.
+
+The page's own policy (Content-Security-Policy) has browsers refuse to fetch anything.
+"""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from PIL import Image
+
+from upop.errors import SettingError
+from upop.examples import Answer, Example
+from upop.files import write_text
+from upop.report.charts import Chart
+from upop.report.curves import comparison_charts, run_charts
+from upop.report.results import GMACS, LATENCY, PARAMETERS, Cell, Results, latency_note, table_cells
+from upop.report.run import Run
+from upop.report.shares import Panel, UnitShare, kept_share, panels
+
+_STYLES = ("vision", "text")
+_MIME = {".png": "image/png", ".jpg": "image/jpeg"}
+_SIZES = {
+    PARAMETERS: ("parameters", "smaller", " M"),
+    GMACS: ("multiply-adds", "fewer multiply-adds", " G"),
+    LATENCY: ("latency", "faster", " ms"),
+}
+"""Column -> what a tile calls it, what it calls a gain, and the unit."""
+_TIMES = "\N{MULTIPLICATION SIGN}"
+_WITHOUT = frozenset({"output_dir", "command"})  # differ always, or are shown by themselves
+_ON_TOP = frozenset({"task", "verb", "command"})
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One of the numbers on top: what it is, the number, and what it is made of."""
+
+    label: str
+    value: str
+    about: str
+    better: bool | None = None
+
+
+@dataclass(frozen=True)
+class TableRow:
+    """A model in the table of results: its run (of several), its name, and a cell per column."""
+
+    run: str
+    name: str
+    cells: tuple[Cell, ...]
+
+
+@dataclass(frozen=True)
+class Block:
+    """What the layers of one modality keep."""
+
+    modality: str
+    style: str
+    share: float
+    entries: int
+    panels: tuple[Panel, ...]
+    layers: int
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture in the page."""
+
+    uri: str
+    width: int
+    height: int
+    about: str
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A part of an example: what is true, or what a model answers."""
+
+    label: str
+    pictures: tuple[Picture, ...]
+    text: str | None
+    note: str | None
+    right: bool | None
+
+
+@dataclass(frozen=True)
+class ShownExample:
+    """One example: what was asked, and the answers."""
+
+    prompt: str | None
+    pictures: tuple[Picture, ...]
+    answers: tuple[Shown, ...]
+
+    @property
+    def panels(self) -> bool:
+        """Whether it is pictures side by side: every answer is one picture of the same scene."""
+        return bool(self.pictures) and all(len(answer.pictures) == 1 for answer in self.answers)
+
+
+def write_run_page(run: Run, to: Path) -> None:
+    """Write the page of a run.
+
+    Raises:
+        RunFolderError: it cannot be written.
+    """
+    write_text(to, run_page(run))
+
+
+def write_comparison_page(runs: Sequence[Run], to: Path) -> None:
+    """Write the page of several runs side by side.
+
+    Raises:
+        SettingError: there are fewer than two.
+        RunFolderError: it cannot be written.
+    """
+    write_text(to, comparison_page(runs))
+
+
+def run_page(run: Run) -> str:
+    """Return the page of a run, as HTML."""
+    columns, rows = _table([run])
+    return _render(
+        "run.html.j2",
+        title=run.model or run.name,
+        run=run,
+        tiles=_tiles(run.results) if run.results is not None else (),
+        columns=columns,
+        rows=rows,
+        latency=latency_note(run.results) if LATENCY in columns and run.results is not None else "",
+        blocks=_blocks(run.shares),
+        charts=run_charts(run),
+        examples=_examples([run]),
+        settings=_settings(run.settings),
+        environment=_settings({name: value for name, value in _environment(run).items() if name not in _ON_TOP}),
+    )
+
+
+def comparison_page(runs: Sequence[Run]) -> str:
+    """Return the page of several runs side by side, as HTML.
+
+    Raises:
+        SettingError: there are fewer than two.
+    """
+    if len(runs) < 2:
+        raise SettingError(f"A comparison needs at least two runs; found {len(runs)}.")
+    names = distinct_names(runs)
+    columns, rows = _table(runs, names)
+    charts: list[Chart] = comparison_charts(runs, names)
+    return _render(
+        "comparison.html.j2",
+        title=", ".join(dict.fromkeys(run.model or name for run, name in zip(runs, names, strict=True))),
+        runs=list(zip(names, runs, strict=True)),
+        columns=columns,
+        rows=rows,
+        latency=" ".join(dict.fromkeys(f"{latency_note(run.results)}." for run in runs if run.results is not None))
+        if LATENCY in columns
+        else "",
+        notes=[f"{name}: {note}" for name, run in zip(names, runs, strict=True) for note in run.missing],
+        charts=charts,
+        blocks=[(name, _blocks(run.shares)) for name, run in zip(names, runs, strict=True) if run.shares],
+        examples=_examples(runs),
+        settings=_differing([run.settings for run in runs]),
+        environment=_differing([_environment(run) for run in runs]),
+    )
+
+
+def distinct_names(runs: Sequence[Run]) -> list[str]:
+    """Return a name for every run: its folder's; where these repeat, with as many folders above as tell them apart."""
+    paths = [run.path.resolve().parts for run in runs]
+    for depth in range(1, max(map(len, paths)) + 1):
+        names = ["/".join(parts[-depth:]) for parts in paths]
+        if len(set(names)) == len(names):
+            return names
+    return [f"{run.name} ({place})" for place, run in enumerate(runs, start=1)]  # the same run twice
+
+
+def _render(template: str, **content: Any) -> str:
+    environment = Environment(
+        loader=PackageLoader("upop.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["percent"] = lambda share: f"{100 * share:.0f}"
+    environment.globals |= {"kept_share": kept_share, "upop": metadata.version("upop")}
+    return environment.get_template(template).render(**content)
+
+
+def _tiles(results: Results) -> list[Tile]:
+    """Return the numbers on top: of the last model beside the dense one, or of the only one."""
+    table = table_cells(results)
+    cells, before = table[results.models[-1].name], table[results.baseline]
+    tiles = []
+    first = f" {results.shown[0]} (%)"
+    tested = [name for name, cell in cells.items() if name.endswith(first) and cell.value is not None]
+    if tested:  # of the last split, which is the test split where there is one
+        cell = cells[tested[-1]]
+        change = "no change" if cell.better is None else f"{cell.gain} points"
+        about = f"dense {before[tested[-1]].text}, {change}" if cell.gain else ""
+        tiles.append(Tile(tested[-1].removesuffix(" (%)"), f"{cell.text} %", about, cell.better))
+    for name, (label, gained, unit) in _SIZES.items():
+        cell = cells.get(name, Cell(None, "-"))
+        if cell.gain:
+            factor = cell.gain.partition(" ")[0].replace("x", _TIMES)
+            tiles.append(
+                Tile(gained, factor, f"{before[name].text} \N{RIGHTWARDS ARROW} {cell.text}{unit}", cell.better)
+            )
+        elif cell.value is not None:
+            tiles.append(Tile(label, f"{cell.text}{unit}", ""))
+    return tiles
+
+
+def _table(runs: Sequence[Run], names: Sequence[str] = ("",)) -> tuple[list[str], list[TableRow]]:
+    """Return the columns of all runs' results, and a row per model; a dense model that several share comes once."""
+    named = zip(names, runs, strict=True)
+    tables = [(name, run.results, table_cells(run.results)) for name, run in named if run.results is not None]
+    headers = dict.fromkeys(header for _, _, table in tables for row in table.values() for header in row)
+    last = [PARAMETERS, GMACS, LATENCY]
+    columns = [*(name for name in headers if name not in last), *(name for name in last if name in headers)]
+    rows: list[TableRow] = []
+    seen: dict[tuple[Any, ...], int] = {}
+    for run, results, table in tables:
+        for model in results.models:
+            cells = tuple(table[model.name].get(name, Cell(None, "-")) for name in columns)
+            # Latencies differ from run to run; a model is the same if all else is.
+            key = (model.name, model.parameters, model.gmacs, str(model.metrics))
+            if model is results.dense and key in seen:
+                place = seen[key]
+                rows[place] = TableRow(f"{rows[place].run}, {run}", model.name, rows[place].cells)
+                continue
+            seen[key] = len(rows)
+            rows.append(TableRow(run, model.name, cells))
+    return columns, rows
+
+
+def _blocks(shares: Sequence[UnitShare]) -> list[Block]:
+    blocks = []
+    for modality, group in groupby(panels(shares), key=lambda panel: panel.modality):
+        mine = tuple(group)
+        units = [unit for panel in mine for unit in panel.layers]
+        style = modality if modality in _STYLES else "other"
+        longest = max(len(panel.layers) for panel in mine)
+        blocks.append(Block(modality, style, kept_share(units), sum(unit.size for unit in units), mine, longest))
+    return blocks
+
+
+def _examples(runs: Sequence[Run]) -> list[tuple[str, list[ShownExample]]]:
+    """Return what the examples are and the examples; runs that show the same records share them."""
+    merged: dict[tuple[str, tuple[Any, ...]], list[tuple[Run, Sequence[Example]]]] = {}
+    for run in runs:
+        if run.examples is not None and run.examples.records:
+            asked = tuple((each.prompt, each.pictures, each.truth) for each in run.examples.records)
+            merged.setdefault((run.examples.about, asked), []).append((run, run.examples.records))
+    return [
+        (about, [_shown([(run, records[place]) for run, records in found]) for place in range(len(asked))])
+        for (about, asked), found in merged.items()
+    ]
+
+
+def _shown(found: Sequence[tuple[Run, Example]]) -> ShownExample:
+    first_run, first = found[0]
+    folder = first_run.examples_folder
+    pictures = tuple(_picture(folder / name, "what the models were shown") for name in first.pictures)
+    answers = [_answer("truth", first.truth, folder)] if first.truth is not None else []
+    known: dict[str, Answer] = {}
+    for run, example in found:
+        for model, answer in example.answers.items():
+            # The dense model of several runs is one; another model of the same name is told apart by its run.
+            if known.get(model) == answer:
+                continue
+            label = model if model not in known else f"{model} ({run.name})"
+            known[label] = answer
+            answers.append(_answer(label, answer, run.examples_folder))
+    return ShownExample(first.prompt, pictures, tuple(answers))
+
+
+def _answer(label: str, answer: Answer, folder: Path) -> Shown:
+    about = "what is true" if label == "truth" else f"found by {label}"
+    pictures = tuple(_picture(folder / name, about) for name in answer.pictures)
+    return Shown(label, pictures, answer.text, answer.note, answer.right)
+
+
+def _picture(path: Path, about: str) -> Picture:
+    try:
+        with Image.open(path, formats=("PNG", "JPEG")) as image:
+            width, height = image.size
+        content = base64.b64encode(path.read_bytes()).decode()
+    except Exception:  # what decoders raise is anything; a page with a gap is better than none
+        return Picture("", 0, 0, f"{path.name} is missing or no picture")
+    return Picture(f"data:{_MIME.get(path.suffix, 'image/png')};base64,{content}", width, height, about)
+
+
+def _settings(settings: Mapping[str, Any]) -> list[tuple[str, str]]:
+    return [(name, _value(value)) for name, value in settings.items()]
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_value(each)}" for name, each in value.items()) or "none"
+    if isinstance(value, str):
+        return value
+    text = yaml.safe_dump(value, default_flow_style=True, width=10**6)
+    return text.removesuffix("\n").removesuffix("...").strip()
+
+
+def _differing(mappings: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[str]]]:
+    """Return the names whose values differ, with the value of each; "-" where one has none."""
+    found = []
+    for name in dict.fromkeys(name for mapping in mappings for name in mapping):
+        values = [_value(mapping[name]) if name in mapping else "-" for mapping in mappings]
+        if len(set(values)) > 1 and name not in _WITHOUT:
+            found.append((name, values))
+    return found
+
+
+def _environment(run: Run) -> dict[str, Any]:
+    machine = dict(run.results.machine) if run.results is not None else {}
+    told = {"task": run.task, "verb": run.verb, "command": run.command, "python": run.python}
+    return {**told, **run.libraries, **machine}

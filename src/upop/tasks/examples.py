@@ -1,0 +1,64 @@
+"""A few held-out records with the answers of all models, for people to look at: the same for every task."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import Dataset
+
+from upop.examples import Album, Examples
+from upop.files import replacing_folder
+from upop.pruning.costs import evaluating
+from upop.settings import RunSettings
+from upop.training.task import Task
+
+
+def write_examples(
+    task: Task[Any], models: Mapping[str, nn.Module], records: Dataset[Any], settings: RunSettings, split: str, to: Path
+) -> Examples:
+    """Ask all models about `settings.examples` records, spread evenly over a split; write pictures and answers.
+
+    Args:
+        task: whose models they are.
+        models: name -> model, on its device, without wrappers; one process alone may do this.
+        records: what `task.dataset` returned for the split.
+        settings: of the run.
+        split: its published name.
+        to: the folder to write; an older one is replaced.
+
+    Raises:
+        RunFolderError: it cannot be written.
+    """
+    numbers = spread(len(records), settings.examples)  # type: ignore[arg-type]
+    found = {}
+    for name, model in models.items():
+        with evaluating(model), torch.no_grad():
+            found[name] = task.answers(model, records, numbers, settings)
+    with replacing_folder(to) as folder:
+        shown = task.examples(found, records, numbers, settings, Album(folder))
+        about = task.about_examples(records, numbers, split)
+        examples = Examples(split=split, about=about, records=tuple(shown))
+        examples.write(folder)
+    return examples
+
+
+def spread(count: int, wanted: int) -> list[int]:
+    """Return `wanted` of the numbers 0 to count - 1, at even distances from 0 on; all of them where there are fewer."""
+    wanted = min(count, wanted)
+    return [place * count // wanted for place in range(wanted)]
+
+
+def untransformed(records: Any) -> Any:
+    """Return the same records with their pictures as they are in the files: as PIL images, of any size."""
+    plain = copy.copy(records)
+    plain.transform = _as_they_are
+    return plain
+
+
+def _as_they_are(*values: Any) -> Any:
+    return values[0] if len(values) == 1 else values
