@@ -119,6 +119,19 @@ def search_step() -> str:
     return markdown(["model", "masks", "time of all steps", "median step", "quartiles", "peak memory"], rows)
 
 
+def latency() -> str:
+    """Return the table of speed-ups, each with the share of what the saved multiply-adds promise."""
+    titles = {"deit-s": "DeiT-S", "clip-b16": "CLIP ViT-B/16", "blip-b": "BLIP ViT-B, captioning"}
+    rows = []
+    for row in read("latency_amd-epyc")["rows"]:
+        forms = dict(row["variants"])
+        dense = forms.pop("dense")
+        cells = [f"{form['speed_up']:.2f} ({form['realised']:.2f})" for form in forms.values()]
+        mode = "compiled" if row["compiled"] else "eager"
+        rows.append([titles[row["model"]], str(row["batch"]), mode, f"{dense['milliseconds']:,.0f}", *cells])
+    return markdown(["model", "batch", "mode", "dense (ms)", "2x", "2x, align 8", "4x", "4x, align 8"], rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "demo": demo,
     "together": together,
@@ -164,6 +177,7 @@ TABLES: dict[str, Callable[[], str]] = {
         parameters(3),
         GMACS,
     ),
+    "latency": latency,
     "search-step": search_step,
     "costs": lambda: (RESULTS / "costs.md").read_text(),
 }
