@@ -50,7 +50,7 @@ def run(name: str, arguments: argparse.Namespace) -> None:
 
     def settings(records: int, **more: Any) -> Any:
         data = write_with_progress(kind, arguments.folder / "data" / f"{kind}-{records}", seed=0, size=records)
-        return read_settings(task.settings, config, {**data.settings, "device": "cpu", **more})
+        return read_settings(task.settings, config, {**data.settings, "device": "cpu", "resume": "auto", **more})
 
     folder = arguments.folder / name
     _rows(train, task, settings(arguments.records, warmup_steps=100, **DENSE[name], output_dir=folder / "dense"))
