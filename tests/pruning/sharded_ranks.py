@@ -180,7 +180,7 @@ def together(case: Case, folder: Path) -> dict[str, Any]:
     steps(model, pruner, inputs, 2, STEPS)
     found |= decided(pruner)
     found["masked"] = outputs_of(model, everything)
-    found["copy"] = outputs_of(pruner.masked(upop.gather(model, like)), everything)
+    model.reshard()
     found["refused"] = [
         refusal(action)
         for action in (
@@ -193,7 +193,9 @@ def together(case: Case, folder: Path) -> dict[str, Any]:
     ]
     whole = upop.gather(model, like)
     found["ties"] = len(list(whole.parameters())) == len(list(model.parameters()))
-    upop.shrink(whole, pruner.plan(), verify=everything)
+    pruner.move_to(whole)
+    found["copy"] = outputs_of(whole, everything)
+    pruner.shrink(verify=everything)
     found["shapes"] = shapes(whole)
     found["shrunk"] = outputs_of(whole, everything)
     found["classes"] = all(

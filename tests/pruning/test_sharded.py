@@ -9,7 +9,7 @@ import torch
 
 import upop
 from pruning import sharded_ranks
-from pruning.families import VIT, outputs_of
+from pruning.families import NLVR, VIT, finished_pruner, loss_of, outputs_of
 from pruning.sharded_ranks import CASES
 from upop.errors import LayoutError
 
@@ -82,6 +82,29 @@ def test_a_plain_model_is_gathered_as_it_is() -> None:
     pruner.remove()
     assert torch.equal(outputs_of(whole, VIT.inputs()), outputs_of(model, VIT.inputs()))
     assert all(part.device.type == "cpu" for part in whole.parameters())
+
+
+def test_a_search_moves_to_a_copy_and_on_from_there() -> None:
+    inputs = VIT.inputs()
+    stayed = finished_pruner(VIT.build(), inputs, steps=4)
+    model, copy = VIT.build(), VIT.build()
+    pruner = upop.Pruner(model, 0.5, 4, 1)
+    for number in range(4):
+        here = copy if number % 2 else model
+        pruner.move_to(here)
+        here.zero_grad()
+        loss_of(here(**inputs)).backward()
+        pruner.step()
+    for name, score in stayed.scores.items():
+        assert torch.equal(pruner.scores[name], score)
+    assert pruner.plan() == stayed.plan()
+    assert [type(module) for module in model.modules()] == [type(module) for module in VIT.build().modules()]
+
+
+def test_a_search_does_not_move_to_another_model() -> None:
+    pruner = upop.Pruner(VIT.build(), 0.5, 4)
+    with pytest.raises(LayoutError, match="has other units than the model that is searched"):
+        pruner.move_to(NLVR.build())
 
 
 def test_gathering_into_another_model_is_refused() -> None:

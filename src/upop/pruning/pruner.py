@@ -214,7 +214,6 @@ class Pruner:
         if not self._attached:
             raise StepError("The masks were taken off already; a plan can still be applied with upop.shrink.")
         expected = outputs_of(self.model, verify) if verify is not None else None
-        masks = self.masks
         self.remove()
         undo = []
         try:
@@ -223,21 +222,31 @@ class Pruner:
                 compare(expected, outputs_of(self.model, verify), precision_of(self.model, self.units))
         except BaseException:
             restore(undo)
-            self._masks = Masks(self.model, self.units)
-            self._masks.set(masks)
-            self._watch()
-            self._attached = True
+            self._attach()
             raise
         return self.model
 
-    def masked(self, whole: nn.Module) -> nn.Module:
-        """Mask a plain copy of the model as the model is masked now, and return it; for evaluation of a sharded one.
+    def move_to(self, model: nn.Module) -> None:
+        """Go on with another copy of the model, sharded or whole: its weights are masked and scored from now on.
+
+        The masks come off the old copy and go on the new one as they stand; scores and steps stay.
 
         Args:
-            whole: what `upop.gather` returned; changed in place. The search knows nothing of it.
+            model: with the same units; see `upop.gather` for a whole copy of a sharded model.
+
+        Raises:
+            LayoutError: it has other units, or is masked already.
         """
-        Masks(whole, self.units).set(self._masks.values)
-        return whole
+        model = unwrapped(model)
+        refuse_flattened(model)
+        found = {(unit.name, unit.size, unit.slices) for unit in find_units(model)}
+        if any((unit.name, unit.size, unit.slices) not in found for unit in self.units):
+            raise LayoutError(
+                f"This {type(model).__name__} has other units than the model that is searched. Give a copy of that one."
+            )
+        self.remove()
+        self.model = model
+        self._attach()
 
     def remove(self) -> None:
         """Take the masks off without cutting anything; the model is left without a trace of them."""
@@ -283,6 +292,13 @@ class Pruner:
         self._done = int(state["steps_done"])
         self._skipped.fill_(int(state["skipped_steps"]))
         self.threshold = state.get("threshold")
+
+    def _attach(self) -> None:
+        masks = self.masks
+        self._masks = Masks(self.model, self.units)
+        self._masks.set(masks)
+        self._watch()
+        self._attached = True
 
     def _watch(self) -> None:
         self._rows.watch((tensor_of(self.model, p.tensor), p.dim) for unit in self.units for p in unit.producers)

@@ -52,9 +52,9 @@ def refuse_sharded(model: nn.Module, what: str) -> None:
     if any(True for _ in sharded_modules(model)) or any(is_sharded_tensor(part) for part in model.parameters()):
         raise LayoutError(
             f"{what} needs the whole weights of a model, and those of this {type(model).__name__} are sharded over "
-            "processes by fully_shard. On all processes, make a plain copy with whole = upop.gather(model, like=...), "
-            "`like` being the same model unsharded (it may be on the meta device); then cut that: "
-            "upop.shrink(whole, pruner.plan(), verify=...)."
+            "processes by fully_shard. On all processes, make a plain copy: whole = upop.gather(model, like=...), "
+            "`like` being the same model unsharded (it may be on the meta device). Go on with that: a search by "
+            "pruner.move_to(whole) and pruner.shrink(verify=...)."
         )
 
 
@@ -165,13 +165,12 @@ def copied(model: nn.Module, replace: Callable[[str, Tensor], Tensor]) -> nn.Mod
 
 
 def skeleton(model: nn.Module) -> nn.Module:
-    """Return a copy of a model, not sharded yet, that takes no memory for parameters: what `gather` fills later."""
+    """Return a copy of a model, not sharded yet, that takes no memory for parameters: what `gather` takes as `like`."""
     refuse_sharded(model, "skeleton()")
     parameters = {name for name, _ in model.named_parameters()}
     return copied(model, lambda name, old: old.to("meta") if name in parameters else old.detach().clone())
 
 
-@torch.no_grad()
 def gather(model: nn.Module, like: nn.Module) -> nn.Module:
     """Return a plain, whole copy of a sharded model on the CPU, without masks, on every process.
 
@@ -186,21 +185,32 @@ def gather(model: nn.Module, like: nn.Module) -> nn.Module:
         LayoutError: the two models have other parameters.
     """
     refuse_sharded(like, "The argument `like` of gather()")
+    kept = {name for name, buffer in like.named_buffers() if not buffer.is_meta}
+    whole = copied(
+        like, lambda name, old: old.to("cpu", copy=True) if name in kept else torch.empty_like(old, device="cpu")
+    )
+    gather_into(whole, model)
+    return whole
+
+
+@torch.no_grad()
+def gather_into(whole: nn.Module, model: nn.Module) -> None:
+    """Fill a plain model with the weights and buffers of a sharded one; all processes call it at the same time.
+
+    Raises:
+        LayoutError: the two models have other parameters.
+    """
     reshard(model)
-    held = dict(model.named_parameters()) | dict(model.named_buffers())
-    shapes = {name: tuple(part.shape) for name, part in like.named_parameters()}
-    found = {name: tuple(part.shape) for name, part in model.named_parameters()}
+    held: dict[str, Any] = dict(model.named_parameters())
+    wanted: dict[str, Tensor] = dict(whole.named_parameters())
+    shapes, found = ({name: part.shape for name, part in each.items()} for each in (wanted, held))
     if shapes != found:
         wrong = sorted({name for name in shapes.keys() | found.keys() if shapes.get(name) != found.get(name)})
         raise LayoutError(
-            f"gather() needs in `like` the model as it was before it was sharded; {len(wrong)} parameters differ in "
-            f"name or shape ({', '.join(wrong[:3])}, ...)."
+            f"Weights can be gathered into the model as it was before it was sharded; {len(wrong)} parameters differ "
+            f"in name or shape ({', '.join(wrong[:3])}, ...)."
         )
-
-    def whole(name: str, old: Tensor) -> Tensor:
+    held |= dict(model.named_buffers())
+    for name, old in (wanted | dict(whole.named_buffers())).items():
         part = held.get(name, old)
-        if is_sharded_tensor(part):
-            part = part.full_tensor()  # type: ignore[attr-defined]
-        return part.detach().to("cpu", copy=True)
-
-    return copied(like, whole)
+        old.copy_(part.full_tensor() if is_sharded_tensor(part) else part)
