@@ -9,24 +9,28 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from torch import nn
 
 from upop.checkpoints import load
 from upop.cli import options as o
+from upop.cli.report import PAGE
 from upop.cli.shapes import write_with_progress
 from upop.errors import SettingError
-from upop.report.results import Results, results_table
-from upop.settings import RunSettings, read_settings
+from upop.examples import Examples
+from upop.report.page import write_comparison_page
+from upop.report.results import results_table
+from upop.report.run import read_run
+from upop.settings import read_settings
 from upop.tasks import find_task
+from upop.tasks.examples import write_examples
 from upop.tasks.verbs import Metrics, compress, compressed_name, measure
-from upop.training.loaders import first_records, make_loader
-from upop.training.task import Task
 
 CONFIG = Path("configs/shapes/nlvr.yaml")
 DENSE = Path("assets/shapes-nlvr")
 _TASK = "nlvr"
 _SEED, _SIZE = 0, 20_000
-_EXAMPLES = 8
+_METHODS = ("upop", "magnitude")
 
 
 def demo(
@@ -58,7 +62,7 @@ def demo(
         "p": p,
     }
     models: dict[str, tuple[nn.Module, Metrics]] = {}
-    for method in ("upop", "magnitude"):
+    for method in _METHODS:
         run = output_dir / method
         # A demo that was interrupted goes on; one that ended is shown again from the start.
         given = {**shared, "method": method, "output_dir": run}
@@ -74,35 +78,21 @@ def demo(
     console.rule("together")
     together = measure(task, models, torch.device("cpu"), settings.latency_batch)
     together.write_json(output_dir / "results.json")
-    _show(console, task, settings, together, models)
-    console.print(f"Pictures of what was kept and how it went: {output_dir}/*/figures/*.png", highlight=False)
+    shown = {name: model for name, (model, _) in models.items()}
+    records = task.dataset(settings, "test")
+    console.print(_answers(write_examples(task, shown, records, settings, "test", output_dir / "examples")))
+    console.print(results_table(together))
+    page = output_dir / PAGE
+    write_comparison_page([read_run(output_dir / method) for method in _METHODS], page)
+    console.print(f"What was kept, how it went and what is answered, as a page for a browser: {page}", highlight=False)
     console.print(f"The compressed model: {output_dir}/upop/best, for upop.load or upop evaluate", highlight=False)
 
 
-def _show(
-    console: Console,
-    task: Task[Any],
-    settings: RunSettings,
-    results: Results,
-    models: dict[str, tuple[nn.Module, Metrics]],
-) -> None:
-    loader = make_loader(task, settings.model_copy(update={"num_workers": 0}), "test")
-    batch = first_records(loader, _EXAMPLES)
-    records = [loader.dataset[index] for index in range(_EXAMPLES)]
-    with torch.no_grad():
-        answers = {
-            name: task.predict(model.cpu().eval(), batch, settings)["answers"] for name, (model, _) in models.items()
-        }
-    table = Table(
-        "sentence",
-        "true?",
-        *answers,
-        title="The first test sentences, before and after",
-        title_justify="left",
-    )
-    for index, record in enumerate(records):
-        told = [bool(given[index]) for given in answers.values()]
-        cells = [f"{answer}" if answer == bool(record["label"]) else f"[red]{answer}[/red]" for answer in told]
-        table.add_row(record["sentence"], str(bool(record["label"])), *cells)
-    console.print(table)
-    console.print(results_table(results))
+def _answers(examples: Examples) -> Table:
+    """Return sentences, whether they are true, and what every model says; wrong answers are red."""
+    models = list(examples.records[0].answers)
+    table = Table("sentence", "true?", *models, title="Some test sentences, before and after", title_justify="left")
+    for record in examples.records:
+        said = (Text(answer.text or "", style="" if answer.right else "red") for answer in record.answers.values())
+        table.add_row(record.prompt, record.truth.text if record.truth is not None else "", *said)
+    return table

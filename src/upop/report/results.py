@@ -218,7 +218,8 @@ def _factor(value: float | None, factor: float | None, word: str) -> Cell:
         return Cell(None, "-")
     if factor is None:
         return Cell(value, number(value))
-    return Cell(value, number(value), f"{factor:.2f}x {word}", None if factor == 1 else factor > 1)
+    shown = f"{factor:.2f}x"
+    return Cell(value, number(value), f"{shown} {word}", None if shown == "1.00x" else factor > 1)
 
 
 def _processor() -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -15,11 +15,13 @@ from torch.utils.data import Dataset
 from upop.data.caption import CAPTION_TOKENS, CaptionCollator, CaptionEvalDataset, CaptionTrainDataset
 from upop.data.transforms import eval_transform, train_transform
 from upop.errors import SettingError
+from upop.examples import Album, Answer, Example
 from upop.models.blip import BlipConfig
 from upop.models.caption import PAD, BlipCaption, CaptionConfig, caption_loss
 from upop.settings import RunSettings
 from upop.tasks.blip import BlipSettings, BlipTask, blip_tokenizer
 from upop.tasks.caption_scores import caption_scores, deciding_metric
+from upop.tasks.examples import untransformed
 from upop.training.task import Batch
 
 _EXAMPLE_TOKENS = 15  # the caption length that the published multiply-adds were counted with
@@ -70,6 +72,7 @@ class CaptionTask(BlipTask[CaptionSettings]):
     """Captions of pictures."""
 
     name: ClassVar[str] = "caption"
+    pipeline: ClassVar[str | None] = "image-to-text"
     metric: ClassVar[str] = deciding_metric()
     shown: ClassVar[tuple[str, ...]] = ("bleu4", "cider", "spice", "exact")
     splits: ClassVar[Mapping[str, str]] = {"train": "train", "val": "val", "test": "test"}
@@ -134,6 +137,30 @@ class CaptionTask(BlipTask[CaptionSettings]):
         captions = _captions(predictions, settings)
         rows = [{"image_id": number, "caption": caption} for number, caption in captions.items()]
         return {f"caption_{self.splits[split]}.json": rows}
+
+    def examples(
+        self,
+        found: Mapping[str, Mapping[str, Any]],
+        records: Dataset[Any],
+        numbers: Sequence[int],
+        settings: CaptionSettings,
+        album: Album,
+    ) -> list[Example]:
+        """Return pictures and captions, beside the first of those that people gave."""
+        assert isinstance(records, CaptionEvalDataset)
+        captions = {name: _captions(rows, settings) for name, rows in found.items()}
+        shown, plain = [], untransformed(records)
+        for number in numbers:
+            item = plain[number]
+            people = records.references.get(item["image_id"])
+            shown.append(
+                Example(
+                    pictures=(album.add(item["image"], str(number)),),
+                    truth=Answer(text=people[0]) if people else None,
+                    answers={name: Answer(text=texts[item["image_id"]]) for name, texts in captions.items()},
+                )
+            )
+        return shown
 
     def example(self, model: nn.Module, batch_size: int) -> dict[str, Tensor]:
         """Return `batch_size` grey pictures with captions of 15 tokens."""

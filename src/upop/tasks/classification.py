@@ -27,9 +27,11 @@ from upop.data.classification_transforms import (
     train_transform,
 )
 from upop.errors import CheckpointError, SettingError
+from upop.examples import Album, Answer, Example
 from upop.models.blip import enlarge_weights
 from upop.models.classifier import DEIT_SMALL, ClassifierConfig, build_classifier, replace_head
 from upop.settings import RunSettings
+from upop.tasks.examples import untransformed
 from upop.tasks.published import PublishedTask
 from upop.training.task import Batch
 
@@ -95,6 +97,7 @@ class ClassificationTask(PublishedTask[ClassificationSettings]):
     """What a picture shows, one of many classes."""
 
     name: ClassVar[str] = "classification"
+    pipeline: ClassVar[str | None] = "image-classification"
     metric: ClassVar[str] = "acc@1"
     shown: ClassVar[tuple[str, ...]] = ("acc@1", "acc@5")
     splits: ClassVar[Mapping[str, str]] = {"train": "train", "val": "val", "test": "test"}
@@ -214,6 +217,34 @@ class ClassificationTask(PublishedTask[ClassificationSettings]):
         right = answers == labels.unsqueeze(1)
         cuts = (1, _TOP) if answers.shape[1] == _TOP else (1,)
         return {f"acc@{cut}": 100 * float(right[:, :cut].any(1).double().mean()) for cut in cuts}
+
+    def examples(
+        self,
+        found: Mapping[str, Mapping[str, Any]],
+        records: Dataset[Any],
+        numbers: Sequence[int],
+        settings: ClassificationSettings,
+        album: Album,
+    ) -> list[Example]:
+        """Return pictures and the likeliest classes, beside the true ones."""
+        assert isinstance(records, ImageFolderDataset)
+        names = dict(enumerate(records.names))  # the model may know more classes than the data has
+        shown, plain = [], untransformed(records)
+        for place, number in enumerate(numbers):
+            item = plain[number]
+            answers = {}
+            for model, rows in found.items():
+                first, *others = [names.get(label, f"class {label}") for label in rows["answers"][place].tolist()]
+                then = f"then {', '.join(others[:2])}" if others else None
+                answers[model] = Answer(text=first, note=then, right=first == names[item["label"]])
+            shown.append(
+                Example(
+                    pictures=(album.add(item["image"], str(number)),),
+                    truth=Answer(text=names[item["label"]]),
+                    answers=answers,
+                )
+            )
+        return shown
 
     def example(self, model: nn.Module, batch_size: int) -> dict[str, Tensor]:
         """Return `batch_size` grey pictures."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -13,12 +13,14 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from torchmetrics.functional.classification import binary_accuracy
 
-from upop.data.nlvr import NlvrCollator, NlvrDataset
+from upop.data.nlvr import LABELS, NlvrCollator, NlvrDataset
 from upop.data.transforms import eval_transform, train_transform
+from upop.examples import Album, Answer, Example
 from upop.models.blip import BlipConfig
 from upop.models.nlvr import BlipNlvr, NlvrConfig
 from upop.settings import RunSettings
 from upop.tasks.blip import BlipSettings, BlipTask, blip_tokenizer
+from upop.tasks.examples import untransformed
 from upop.training.task import Batch
 
 _EXAMPLE_TOKENS = 36  # the sentence length that the published multiply-adds were counted with
@@ -73,6 +75,30 @@ class NlvrTask(BlipTask[NlvrSettings]):
     ) -> dict[str, float]:
         """Return the accuracy in percent."""
         return {"accuracy": 100 * float(binary_accuracy(predictions["answers"], predictions["labels"]))}
+
+    def examples(
+        self,
+        found: Mapping[str, Mapping[str, Any]],
+        records: Dataset[Any],
+        numbers: Sequence[int],
+        settings: NlvrSettings,
+        album: Album,
+    ) -> list[Example]:
+        """Return pairs of pictures, sentences, and whether they are true."""
+        shown, plain = [], untransformed(records)
+        for place, number in enumerate(numbers):
+            item = plain[number]
+            said = {name: LABELS[int(rows["answers"][place])] for name, rows in found.items()}
+            truth = LABELS[item["label"]]
+            shown.append(
+                Example(
+                    pictures=tuple(album.add(item[f"image{side}"], f"{number}-{side}") for side in (0, 1)),
+                    prompt=item["sentence"],
+                    truth=Answer(text=truth),
+                    answers={name: Answer(text=text, right=text == truth) for name, text in said.items()},
+                )
+            )
+        return shown
 
     def example(self, model: nn.Module, batch_size: int) -> dict[str, Tensor]:
         """Return `batch_size` pairs of grey pictures with sentences of 36 tokens."""

@@ -3,30 +3,36 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar, cast
 
 import torch
 from accelerate import Accelerator
+from accelerate.data_loader import prepare_data_loader
 from pydantic import Field, model_validator
 from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
 from upop.data.retrieval import RetrievalCollator, RetrievalGallery, RetrievalPairs
 from upop.data.transforms import eval_transform, train_transform
+from upop.examples import Album, Answer, Example
 from upop.models.contrast import MomentumContrast, check_queue, processes
 from upop.models.rerank import candidates
 from upop.pruning import count_macs, count_parameters
 from upop.settings import LanguageSettings
-from upop.training.devices import autocast
+from upop.tasks.examples import spread, untransformed
+from upop.training.devices import alone, autocast
 from upop.training.evaluation import records_of
+from upop.training.loaders import SeededDataset
 from upop.training.task import Task
 
 CUTS = (1, 5, 10)
 """The published recalls: at 1, 5 and 10."""
 
+_GALLERY = 100  # pictures that examples are looked for in: a whole split would take as long as an evaluation
+_SHOWN = 3  # best pictures for a text
 _FILES = {"coco": "coco_karpathy_{}.json", "flickr": "flickr30k_{}.json"}
 
 
@@ -159,6 +165,59 @@ class RetrievalTask(Task[RetrievalSettingsT]):
         }
         return {**metrics, "r_mean": sum(metrics.values()) / len(metrics)}
 
+    def answers(
+        self, model: nn.Module, records: Dataset[Any], numbers: Sequence[int], settings: RetrievalSettingsT
+    ) -> Mapping[str, Any]:
+        """Return "texts" of every picture and "images" of every text, best first, in a gallery of 100 pictures."""
+        device = next(model.parameters()).device
+        gallery = SeededDataset(_gallery(cast(RetrievalGallery, records), numbers)[0], settings.seed)
+        loader: DataLoader[Any] = DataLoader(
+            gallery, batch_size=settings.batch_size_test, collate_fn=self.collate(settings)
+        )
+        prepared = prepare_data_loader(loader, device, num_processes=1, process_index=0, put_on_device=True)
+        rows = self.collect(alone(device), model, prepared, settings)
+        return {name: _by_score(rows[name], rows[f"{name.removesuffix('s')}_scores"]) for name in ("texts", "images")}
+
+    def examples(
+        self,
+        found: Mapping[str, Mapping[str, Any]],
+        records: Dataset[Any],
+        numbers: Sequence[int],
+        settings: RetrievalSettingsT,
+        album: Album,
+    ) -> list[Example]:
+        """Return, in turn, texts with the best pictures for them, and pictures with the best text."""
+        gallery, kept = _gallery(cast(RetrievalGallery, records), numbers)
+        plain, owners = untransformed(gallery), gallery.image_of_text.tolist()
+
+        def picture(place: int) -> str:
+            return album.add(plain[place]["image"], str(kept[place]))
+
+        shown = []
+        for turn, number in enumerate(numbers):
+            place = kept.index(number)
+            query = owners.index(place)
+            text = gallery.texts[query]
+            if turn % 2 == 0:
+                best = {name: rows["images"][query].tolist() for name, rows in found.items()}
+                answers = {name: _pictures_for(places, place, picture) for name, places in best.items()}
+                shown.append(Example(prompt=text, truth=Answer(pictures=(picture(place),)), answers=answers))
+            else:
+                first = {name: int(rows["texts"][place][0]) for name, rows in found.items()}
+                answers = {
+                    name: Answer(text=gallery.texts[best], right=owners[best] == place) for name, best in first.items()
+                }
+                shown.append(Example(pictures=(picture(place),), truth=Answer(text=text), answers=answers))
+        return shown
+
+    def about_examples(self, records: Dataset[Any], numbers: Sequence[int], split: str) -> str:
+        """Return which records `examples` shows, and that it looks for them in a part of the split."""
+        found_in = len(_gallery(cast(RetrievalGallery, records), numbers)[1])
+        return (
+            f"{super().about_examples(records, numbers, split)} Texts and pictures are looked for among {found_in} "
+            "pictures and all their texts, which is easier than among all of the split."
+        )
+
     def counts(self, model: nn.Module) -> dict[str, Any]:
         """Return the sizes of what is deployed, without momentum copies, beside the published way of counting.
 
@@ -241,6 +300,25 @@ def summed(accelerator: Accelerator, table: Tensor) -> Tensor:
 
 def _by_score(numbers: Tensor, scores: Tensor) -> Tensor:
     return numbers.gather(1, torch.argsort(scores, dim=1, descending=True, stable=True))
+
+
+def _gallery(records: RetrievalGallery, numbers: Sequence[int]) -> tuple[RetrievalGallery, list[int]]:
+    """Return a part of a gallery that has the pictures of these numbers, and the numbers of all its pictures."""
+    kept = sorted({*numbers, *spread(len(records), _GALLERY)})
+    return records.without(set(range(len(records))) - set(kept)), kept
+
+
+def _pictures_for(places: list[int], right: int, picture: Callable[[int], str]) -> Answer:
+    """Return the best pictures for a text, and at which place the right one is, if not at the first."""
+    at = places.index(right) + 1 if right in places else None
+    note = (
+        None
+        if at == 1
+        else f"the right one is number {at}"
+        if at
+        else f"the right one is not in the first {len(places)}"
+    )
+    return Answer(pictures=tuple(picture(place) for place in places[:_SHOWN]), note=note, right=at == 1)
 
 
 def _recalls(name: str, right: Tensor) -> dict[str, float]:

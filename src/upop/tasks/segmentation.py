@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, cast
 
@@ -13,18 +13,21 @@ from accelerate import Accelerator
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.utils.data import Dataset
+from torchvision.transforms.v2 import functional as tvf
 
 from upop.data.segmentation import FOLDER, SegmentationDataset, class_names, collate_segments
 from upop.data.segmentation_transforms import IGNORED, Normalise, Normalization, TrainCrop
 from upop.errors import SettingError
+from upop.examples import Album, Answer, Example
 from upop.models.blip import enlarge_weights
 from upop.models.segmenter import BACKBONES, Segmenter, SegmenterConfig
-from upop.report.blends import write_blends
+from upop.report.blends import blended, write_blends
 from upop.settings import RunSettings
+from upop.tasks.examples import untransformed
 from upop.tasks.published import PublishedTask
 from upop.tasks.segmentation_scores import confusion, named_ious, segmentation_scores
 from upop.tasks.windows import SCALES, Window, segment
-from upop.training.devices import autocast
+from upop.training.devices import autocast, to_device
 from upop.training.task import Batch
 
 _MOMENTUM = 0.9
@@ -104,6 +107,7 @@ class SegmentationTask(PublishedTask[SegmentationSettings]):
     """Segmentation of scenes."""
 
     name: ClassVar[str] = "segmentation"
+    pipeline: ClassVar[str | None] = "image-segmentation"
     metric: ClassVar[str] = "mIoU"
     shown: ClassVar[tuple[str, ...]] = ("mIoU", "pixel accuracy")
     splits: ClassVar[Mapping[str, str]] = {"train": "training", "val": "validation"}
@@ -195,6 +199,44 @@ class SegmentationTask(PublishedTask[SegmentationSettings]):
         """Return the intersection over union of every class, in percent."""
         names = class_names(settings.root, settings.classes)
         return {f"iou_per_class_{self.splits[split]}.json": named_ious(predictions["confusion"], names)}
+
+    def answers(
+        self, model: nn.Module, records: Dataset[Any], numbers: Sequence[int], settings: SegmentationSettings
+    ) -> Mapping[str, Any]:
+        """Return "maps": the predicted classes of some pictures, [H, W] each, on the CPU."""
+        device = next(model.parameters()).device
+        # One by one, for pictures are of any size.
+        batches = (to_device(self.collate(settings)([records[number]]), device) for number in numbers)
+        return {"maps": [self._maps(model, batch, settings)[0].cpu() for batch in batches]}
+
+    def examples(
+        self,
+        found: Mapping[str, Mapping[str, Any]],
+        records: Dataset[Any],
+        numbers: Sequence[int],
+        settings: SegmentationSettings,
+        album: Album,
+    ) -> list[Example]:
+        """Return pictures, and the predicted and true classes laid over them."""
+        shown, plain = [], untransformed(records)
+        for place, number in enumerate(numbers):
+            item = plain[number]
+            picture, labels = item["image"], item["labels"]
+            maps = [rows["maps"][place] for rows in found.values()]
+            mixed = [tvf.to_pil_image(blended(picture, each, settings.classes)) for each in (labels, *maps)]
+            truth, *laid_over = [album.add(each, f"{number}-{column}") for column, each in enumerate(mixed)]
+            answers = {}
+            for model, file, predicted in zip(found, laid_over, maps, strict=True):
+                right = (predicted == labels).sum() / (labels != IGNORED).sum().clamp_min(1)
+                answers[model] = Answer(pictures=(file,), note=f"{100 * right:.1f} % of the pixels right")
+            shown.append(
+                Example(
+                    pictures=(album.add(tvf.to_pil_image(picture), str(number)),),
+                    truth=Answer(pictures=(truth,)),
+                    answers=answers,
+                )
+            )
+        return shown
 
     def example(self, model: nn.Module, batch_size: int) -> dict[str, Tensor]:
         """Return `batch_size` grey crops of the size that the model was trained on."""

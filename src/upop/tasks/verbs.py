@@ -15,6 +15,7 @@ from timm.utils.model_ema import ModelEmaV3
 from torch import nn
 
 from upop.checkpoints import WEIGHTS, read_weights
+from upop.checkpoints.card import write_card
 from upop.checkpoints.hub import local_path
 from upop.errors import CheckpointError, SettingError
 from upop.pruning import Plan, Pruner, find_units, plan_by_magnitude, shrink
@@ -23,6 +24,8 @@ from upop.report.latency import measure_latency
 from upop.report.results import ModelResult, Results, machine, results_table
 from upop.report.shares import UnitShare
 from upop.settings import RunSettings
+from upop.tasks.examples import write_examples
+from upop.tasks.story import story_of
 from upop.training.devices import align_for, make_accelerator
 from upop.training.evaluation import evaluate, records_of
 from upop.training.folder import RunFolder
@@ -291,7 +294,7 @@ class _Run:
         return model, self.evaluate(model)
 
     def finish(self, models: Mapping[str, tuple[nn.Module, Metrics]], plan: Plan | None = None) -> Results | None:
-        """Measure sizes and latency side by side, write results.json and the figures, and show the table."""
+        """Measure sizes and latency side by side, write results, figures, card and examples, and show the table."""
         if not self._main:
             return None
         results = measure(self.task, models, self.accelerator.device, self.settings.latency_batch)
@@ -302,13 +305,25 @@ class _Run:
         if plan is not None:
             dense = next(iter(models.values()))[0]
             save_figure(kept_share_figure(UnitShare.of(find_units(dense), plan)), figures / "kept.png")
+            write_card(path / "best", story_of(self.task, self.settings, results, self.folder.command()))
         if rows := self.folder.metrics():
             val = self.task.splits["val"]
             baseline = results.dense.metrics.get(val, {}).get(self.task.metric) if plan is not None else None
             save_figure(history_figure(rows, metric=self.task.metric, dense=baseline), figures / "history.png")
         self._progress.console.print(results_table(results))
-        self.say(f"Written to {path}: results.json, metrics.jsonl, figures/, best/")
+        self._keep_examples({name: model for name, (model, _) in models.items()}, results)
+        self.say(f"Written to {path}: results.json, metrics.jsonl, figures/, best/. As a page: upop report {path}")
         return results
+
+    def _keep_examples(self, models: Mapping[str, nn.Module], results: Results) -> None:
+        """Keep what all models answer to some records of the last split that has true answers, if any has."""
+        if not self.settings.examples:
+            return
+        told = results.models[-1].metrics
+        splits = [split for split in self._held_out if told.get(self.task.splits[split])] or list(self._held_out)
+        if splits:
+            records, name = records_of(self._prepared[splits[-1]]), self.task.splits[splits[-1]]
+            write_examples(self.task, models, records, self.settings, name, self.folder.path / "examples")
 
 
 def measure(

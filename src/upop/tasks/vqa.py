@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -15,13 +16,15 @@ from torch.utils.data import Dataset
 
 from upop.data.transforms import eval_transform, train_transform
 from upop.data.vqa import VqaCollator, VqaDataset, VqaTrainingDataset, read_answer_list, tokenize_answers
-from upop.data.vqa_accuracy import vqa_accuracy
+from upop.data.vqa_accuracy import ANNOTATORS, answer_accuracy, vqa_accuracy
 from upop.errors import DataError
+from upop.examples import Album, Answer, Example
 from upop.models.blip import BlipConfig
 from upop.models.vqa import MAX_TOKENS, BlipVqa, VqaConfig, answer_losses
 from upop.pruning import count_macs
 from upop.settings import RunSettings
 from upop.tasks.blip import BlipSettings, BlipTask, blip_tokenizer
+from upop.tasks.examples import untransformed
 from upop.training.task import Batch
 
 _INPUTS = ("images", "question_ids", "question_mask", "answer_ids", "answer_mask", "answer_counts")
@@ -63,6 +66,7 @@ class VqaTask(BlipTask[VqaSettings]):
     """Questions about pictures."""
 
     name: ClassVar[str] = "vqa"
+    pipeline: ClassVar[str | None] = "visual-question-answering"
     metric: ClassVar[str] = "accuracy"
     shown: ClassVar[tuple[str, ...]] = ("accuracy", "accuracy_yes_no", "accuracy_number", "accuracy_other")
     splits: ClassVar[Mapping[str, str]] = {"train": "train", "val": "val", "test": "test"}
@@ -143,6 +147,35 @@ class VqaTask(BlipTask[VqaSettings]):
         name = "vqa_result.json" if split == "test" else f"vqa_result_{self.splits[split]}.json"
         return {name: [{"question_id": number, "answer": text} for number, text in rows]}
 
+    def examples(
+        self,
+        found: Mapping[str, Mapping[str, Any]],
+        records: Dataset[Any],
+        numbers: Sequence[int],
+        settings: VqaSettings,
+        album: Album,
+    ) -> list[Example]:
+        """Return pictures, questions and answers, beside what most people answered."""
+        assert isinstance(records, VqaDataset)
+        texts = {name: self._texts(rows["answers"], settings) for name, rows in found.items()}
+        shown, plain = [], untransformed(records)
+        for place, number in enumerate(numbers):
+            item = plain[number]
+            people = records.people[number] if records.people else ()
+            truth = None
+            if people:
+                (text, count), *others = Counter(people).most_common()
+                truth = Answer(text=text, note=f"{count} of {ANNOTATORS} people" if others else None)
+            shown.append(
+                Example(
+                    pictures=(album.add(item["image"], str(number)),),
+                    prompt=item["question"],
+                    truth=truth,
+                    answers={name: _rated(answers[place], people) for name, answers in texts.items()},
+                )
+            )
+        return shown
+
     def _texts(self, answers: Tensor, settings: VqaSettings) -> list[str]:
         if settings.inference == "rank":
             candidates = read_answer_list(settings.answer_list)
@@ -170,6 +203,12 @@ def _published_pass(model: nn.Module) -> Tensor:
     answers = _words(model, "answer", _ANSWERS, _ANSWER_TOKENS)
     _, states = model.encode(_pictures(model, 1), **asked)
     return model.decode(**answers, states=states[:1], question_mask=asked["question_mask"][:1])
+
+
+def _rated(text: str, people: Sequence[str]) -> Answer:
+    """Return an answer, which is right where enough people gave it, and wrong where nobody did."""
+    accuracy = answer_accuracy(text, people) if people else 0.5
+    return Answer(text=text, right=None if 0 < accuracy < 1 else accuracy == 1)
 
 
 def _check_candidates(records: VqaTrainingDataset, file: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import shutil
 import sys
 import time
 from collections.abc import Mapping
@@ -30,7 +31,7 @@ class RunFolder:
     """Writes a run's files; only the main process does.
 
     settings.yaml, versions.json, metrics.jsonl, plan.json, scores.safetensors, results.json, best/, last/, figures/,
-    checkpoints/.
+    examples/, checkpoints/.
 
     Args:
         path: where it is.
@@ -99,6 +100,10 @@ class RunFolder:
         """Return all rows of metrics.jsonl."""
         return [json.loads(line) for line in self._metrics.read_text().splitlines()]
 
+    def command(self) -> str:
+        """Return the command that the run was started with."""
+        return str(json.loads((self.path / "versions.json").read_text())["command"])
+
     def save_plan(self, plan: Plan) -> None:
         """Write plan.json."""
         self._write("plan.json", plan.to_json())
@@ -132,8 +137,9 @@ class RunFolder:
         if verb == "evaluate":
             return
         self.checkpoints.remove()
-        for name in ("results.json", "plan.json", "scores.safetensors"):
+        for name in ("results.json", "plan.json", "scores.safetensors", "report.html"):
             (self.path / name).unlink(missing_ok=True)
+        shutil.rmtree(self.path / "examples", ignore_errors=True)
 
     def _write(self, name: str, text: str) -> None:
         if self._main:

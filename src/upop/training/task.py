@@ -12,9 +12,10 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler
 
+from upop.examples import Album, Example
 from upop.pruning import count_macs, count_parameters
 from upop.settings import RunSettings
-from upop.training.devices import autocast
+from upop.training.devices import autocast, to_device
 
 SettingsT = TypeVar("SettingsT", bound=RunSettings)
 Batch = Mapping[str, Any]
@@ -31,6 +32,8 @@ class Task(ABC, Generic[SettingsT]):
     splits: ClassVar[Mapping[str, str]]
     """What a split is for ("train", "val", "test") -> its published name."""
     settings: ClassVar[type[RunSettings]]
+    pipeline: ClassVar[str | None] = None
+    """What the Hugging Face hub calls the task, if it has a name for it; model cards say it."""
     update_first_step: ClassVar[bool] = True
     """Whether the search moves the masks at its very first step, as published for BLIP and CLIP."""
 
@@ -125,6 +128,44 @@ class Task(ABC, Generic[SettingsT]):
                 rows = self.predict(model, batch, settings)
             parts.append({name: value.cpu() for name, value in accelerator.gather_for_metrics(rows).items()})
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+    def answers(
+        self, model: nn.Module, records: Dataset[Any], numbers: Sequence[int], settings: SettingsT
+    ) -> Mapping[str, Any]:
+        """Return what `examples` takes: by default, the predictions of some records, [len(numbers), ...] each.
+
+        Args:
+            model: in evaluation mode, on its device, without wrappers; gradients are off.
+            records: what `dataset` returned for a held-out split.
+            numbers: of the records.
+            settings: of the run.
+        """
+        batch = self.collate(settings)([records[number] for number in numbers])
+        return self.predict(model, to_device(batch, next(model.parameters()).device), settings)
+
+    @abstractmethod
+    def examples(
+        self,
+        found: Mapping[str, Mapping[str, Any]],
+        records: Dataset[Any],
+        numbers: Sequence[int],
+        settings: SettingsT,
+        album: Album,
+    ) -> list[Example]:
+        """Return some held-out records with what every model answers, in a form that people read.
+
+        Args:
+            found: model's name -> what `answers` returned.
+            records: what `dataset` returned for the split.
+            numbers: of the records.
+            settings: of the run.
+            album: takes the pictures.
+        """
+
+    def about_examples(self, records: Dataset[Any], numbers: Sequence[int], split: str) -> str:
+        """Return which records `examples` shows, in words; `split` is the published name."""
+        total = len(records)  # type: ignore[arg-type]
+        return f"{len(numbers)} of the {total:,} records of the {split} split, taken at even distances."
 
     def files(
         self, predictions: Mapping[str, Tensor], records: Dataset[Any], settings: SettingsT, split: str

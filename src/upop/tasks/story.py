@@ -1,0 +1,47 @@
+"""What a run tells about the compressed model that it made, for the model card."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from upop.checkpoints.card import Story
+from upop.report.results import LATENCY, Results, latency_note, table_cells
+from upop.settings import RunSettings
+from upop.training.task import Task
+
+
+def story_of(task: Task[Any], settings: RunSettings, results: Results, command: str) -> Story:
+    """Return what a compression run knows of its model.
+
+    Args:
+        task: whose model it is.
+        settings: of the run.
+        results: of the run; the model is the last one.
+        command: as it was typed.
+    """
+    cells = table_cells(results)
+    columns = list(next(iter(cells.values())))
+    searched = settings.method == "upop"
+    retraining = settings.max_epoch if searched else settings.search_epochs + settings.max_epoch
+    facts = {
+        f"data ({name})": str(value) for name, value in settings if isinstance(value, Path) and name != "output_dir"
+    }
+    facts |= {"epochs of search": str(settings.search_epochs)} if searched else {}
+    facts |= {"epochs of retraining": str(retraining), "seed": str(settings.seed)}
+    found = {metric for split in results.models[-1].metrics.values() for metric in split}
+    return Story(
+        name=results.models[-1].name,
+        task=task.name,
+        pipeline=task.pipeline,
+        base=settings.pretrained,
+        facts=facts,
+        metrics=[metric for metric in results.shown if metric in found],
+        columns=columns,
+        rows=[
+            (name, [f"{cell.text} ({cell.gain})" if cell.gain else cell.text for cell in row.values()])
+            for name, row in cells.items()
+        ],
+        note=f"{latency_note(results)}." if LATENCY in columns else "",
+        command=command,
+    )
