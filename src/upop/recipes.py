@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
 from upop.errors import SettingError, nearest
+from upop.values import Checked, problems
+from upop.yaml_files import read_yaml
 
 RECIPES = Path("configs/recipes.yaml")
 
@@ -49,10 +50,8 @@ _SCRIPTS = {
 }
 
 
-class Recipe(BaseModel):
+class Recipe(Checked):
     """One published run."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str = Field(description="what `upop run` calls it")
     task: str
@@ -110,10 +109,7 @@ def read_recipes(path: Path = RECIPES) -> dict[str, Recipe]:
     """
     if not path.is_file():
         raise SettingError(f"The recipes are in {path}, and there is none here. Run it from the repository's root.")
-    try:
-        rows = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise SettingError(f"{path} is not YAML: {error}") from error
+    rows = read_yaml(path, "The file of recipes")
     if not isinstance(rows, list):
         raise SettingError(f"{path} must hold a list of recipes; found {type(rows).__name__}.")
     recipes: dict[str, Recipe] = {}
@@ -121,9 +117,7 @@ def read_recipes(path: Path = RECIPES) -> dict[str, Recipe]:
         try:
             recipe = Recipe.model_validate(row)
         except ValidationError as error:
-            first = error.errors()[0]
-            place = ".".join(map(str, first["loc"]))
-            raise SettingError(f"{path}, recipe {number}: {place}: {first['msg']}.") from error
+            raise SettingError(f"{path}, recipe {number}: {problems(error)[0]}.") from error
         if recipe.name in recipes:
             raise SettingError(f"{path}: two recipes are called {recipe.name!r}.")
         recipes[recipe.name] = recipe

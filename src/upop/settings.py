@@ -7,20 +7,26 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from upop.errors import SettingError, nearest
+from upop.values import Checked, problems
+from upop.yaml_files import read_yaml
 
 TOKENIZER = "pretrained/bert-base-uncased"
 """Where the published code looks for BERT's vocabulary."""
 
+AUTO = "auto"
+"""The value of `batch_size_train` that has the largest batch found that fits."""
+
 S = TypeVar("S", bound="RunSettings")
 
 
-class RunSettings(BaseModel):
+class RunSettings(Checked):
     """What every task's run is made of. Published YAML files name these fields; a flag beats the file."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    # numpy takes no larger seed.
+    largest: ClassVar[Mapping[str, int]] = {"seed": 2**32 - 1, "image_size": 2**14, "num_workers": 2**10}
 
     # Data and weights, as in the published files.
     pretrained: str | None = Field(
@@ -48,11 +54,20 @@ class RunSettings(BaseModel):
     schedule: Literal["epoch", "step", "polynomial"] = Field(
         "epoch", description="how the rate falls to min_lr: a cosine that moves per epoch or step, or (1 - t)^0.9"
     )
-    batch_size_train: int = Field(32, ge=1, description="records per process and forward pass")
+    batch_size_train: int = Field(
+        32, ge=1, description="records per process and forward pass; auto finds the largest number that fits"
+    )
+    batch_size_auto: bool = Field(
+        False,
+        description="find the largest batch that fits; where batch_size_train is given too, a step keeps to its records",
+    )
     batch_size_test: int = Field(128, ge=1)
     accumulate: int = Field(1, ge=1, description="forward passes per optimizer step")
     clip_grad: float | None = Field(None, gt=0, description="largest norm of the gradients")
     amp: bool = Field(False, description="bfloat16 autocast")
+    grad_checkpointing: bool = Field(
+        False, description="compute the activations of all blocks again in the backward pass: less memory, more time"
+    )
     ema_decay: float | None = Field(
         None, gt=0, lt=1, description="keep a moving average of the weights that forgets so slowly, and evaluate it too"
     )
@@ -76,9 +91,15 @@ class RunSettings(BaseModel):
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
     seed: int = Field(42, ge=0)
     num_workers: int = Field(4, ge=0, description="processes that decode images, per training process")
+    skip_bad_images: int = Field(
+        0, ge=0, description="unreadable image files that a run does without; one more stops it, which names it"
+    )
     latency_batch: int = Field(1, ge=1, description="records in the batch that latency is measured with")
     examples: int = Field(8, ge=0, description="held-out records whose pictures and answers are kept for the report")
     log_every: int = Field(10, ge=1, description="steps between rows of metrics.jsonl")
+    trackers: tuple[str, ...] = Field(
+        (), description="where the rows of metrics.jsonl go besides: tensorboard, or any tracker that Accelerate knows"
+    )
     resume: Literal["no", "auto", "must"] = Field(
         "no", description="go on from the newest checkpoint in output_dir: if there is one (auto), or else fail (must)"
     )
@@ -89,11 +110,20 @@ class RunSettings(BaseModel):
 
     passing: ClassVar[frozenset[str]] = frozenset(
         {
-            *("output_dir", "device", "num_workers", "latency_batch", "examples", "log_every"),
+            *("output_dir", "device", "num_workers", "skip_bad_images", "latency_batch", "examples", "log_every"),
             *("resume", "checkpoint_minutes", "keep_checkpoints", "batch_size_train", "accumulate"),
+            *("batch_size_auto", "grad_checkpointing", "trackers"),
         }
     )
     """Settings that a resumed run may change: they decide nothing about its result (records per step are compared)."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _automatic_batch(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("batch_size_train") == AUTO:
+            given = {name: value for name, value in values.items() if name != "batch_size_train"}
+            return {**given, "batch_size_auto": True}
+        return values
 
     @model_validator(mode="after")
     def _learning_rates(self) -> Self:
@@ -126,31 +156,25 @@ def read_settings(kind: type[S], path: Path | None, overrides: Mapping[str, Any]
             values out of range are listed.
     """
     values = _read_yaml(path) if path is not None else {}
+    named = values.get("batch_size_train", AUTO)
     values.update(overrides)
+    if values.get("batch_size_train") == AUTO and named != AUTO:  # the file's number is what a step keeps to
+        values |= {"batch_size_train": named, "batch_size_auto": True}
     known = list(kind.model_fields)
     source = str(path) if path is not None else "the command line"
     unknown = [f"unknown key {key!r}{nearest(str(key), known)}" for key in values if key not in known]
-    problems: list[str] = []
+    wrong: list[str] = []
     try:
         settings = kind(**{str(key): value for key, value in values.items() if key in known})
     except ValidationError as error:
-        for part in error.errors():
-            place = ".".join(map(str, part["loc"])) or "settings"
-            found = "nothing" if part["type"] == "missing" else repr(part["input"]) if part["loc"] else "these values"
-            problems.append(f"{place}: {part['msg']}; found {found}")
-    if unknown or problems:
-        raise SettingError(f"Settings from {source} cannot be used:\n  " + "\n  ".join(unknown + problems))
+        wrong = problems(error)
+    if unknown or wrong:
+        raise SettingError(f"Settings from {source} cannot be used:\n  " + "\n  ".join(unknown + wrong))
     return settings
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        near = nearest(path.name, [other.name for other in path.parent.glob("*.yaml")]) if path.parent.is_dir() else ""
-        raise SettingError(f"Config file {path} was asked for, and there is none{near}.")
-    try:
-        content = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise SettingError(f"Config file {path} is not YAML: {error}") from error
+    content = read_yaml(path, "Config file")
     if not isinstance(content, dict):
         raise SettingError(f"Config file {path} must hold 'key: value' lines; found {type(content).__name__}.")
     return content

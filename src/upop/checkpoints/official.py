@@ -34,6 +34,7 @@ from upop.models.retrieval import BlipRetrieval, RetrievalConfig
 from upop.models.segmenter import Segmenter, SegmenterConfig
 from upop.models.vqa import BlipVqa, VqaConfig
 from upop.pruning import Unit, find_units
+from upop.values import problems
 
 
 @dataclass(frozen=True)
@@ -222,7 +223,7 @@ def _config(row: _Official, state: State, source: str, overrides: dict[str, Any]
             f"such as {', '.join(sorted(state)[:4])}."
         ) from None
     except ValidationError as error:
-        raise SettingError(f"{source}: {error}") from error
+        raise SettingError(f"{source}: sizes do not fit:\n  " + "\n  ".join(problems(error))) from error
 
 
 def _blip_config(state: State, text: str = "text_encoder") -> dict[str, Any]:

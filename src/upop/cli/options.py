@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-import yaml
 
 from upop.errors import SettingError
+from upop.yaml_files import parse_yaml
 
 
 class Device(StrEnum):
@@ -88,8 +88,8 @@ def overrides(flags: Mapping[str, Any], assignments: Sequence[str] | None = None
         if not key or not equals:
             raise SettingError(f"--set takes KEY=VALUE, such as --set num_workers=2; found {assignment!r}.")
         try:
-            values[key.strip()] = yaml.safe_load(text)
-        except yaml.YAMLError as error:
+            values[key.strip()] = parse_yaml(text)
+        except ValueError as error:
             raise SettingError(f"--set {assignment!r}: the value cannot be read: {error}") from error
     return values
 

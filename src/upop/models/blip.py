@@ -9,15 +9,15 @@ from functools import partial
 from typing import Any, Literal, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 from timm.layers.norm import LayerNorm
-from timm.models.vision_transformer import Block, VisionTransformer
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from transformers import BlipTextConfig
 
+from upop.models.checkpointing import CheckpointedBlock
 from upop.models.decoder import TextDecoder
-from upop.models.sizes import check_heads
+from upop.models.sizes import ModelConfig, check_heads, check_patches
 
 VIT_SIZES: dict[str, dict[str, int]] = {
     "base": {"vision_width": 768, "vision_depth": 12, "vision_heads": 12, "vision_mlp": 3072},
@@ -28,10 +28,8 @@ LABEL_SMOOTHING = 0.1
 """Of the text decoder's loss."""
 
 
-class BlipConfig(BaseModel):
+class BlipConfig(ModelConfig):
     """Sizes of a BLIP model before pruning. The defaults are those of the published ViT-B models."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     image_size: int = Field(384, gt=0, description="side of the square input pictures, in pixels")
     patch_size: int = Field(16, gt=0)
@@ -52,21 +50,13 @@ class BlipConfig(BaseModel):
     @model_validator(mode="after")
     def _heads(self) -> Self:
         check_heads(self, "vision", "text")
+        check_patches(self)
         return self
 
     @classmethod
     def vit(cls, size: Literal["base", "large"], **overrides: Any) -> Self:
         """Return the published configuration with ViT-B or ViT-L."""
         return cls(**{**VIT_SIZES[size], **overrides})
-
-
-class _CheckpointedBlock(Block):
-    """A block that computes its activations again in the backward pass instead of keeping them."""
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if not (self.training and torch.is_grad_enabled()):
-            return super().forward(*args, **kwargs)
-        return checkpoint(super().forward, *args, use_reentrant=False, **kwargs)
 
 
 def build_vision_encoder(config: BlipConfig) -> VisionTransformer:
@@ -88,7 +78,7 @@ def build_vision_encoder(config: BlipConfig) -> VisionTransformer:
 def checkpoint_last_blocks(encoder: VisionTransformer, count: int | None = None) -> None:
     """Trade time for memory in the last `count` blocks (all of them when None)."""
     for block in list(encoder.blocks)[0 if count is None else max(0, len(encoder.blocks) - count) :]:
-        block.__class__ = _CheckpointedBlock
+        block.__class__ = CheckpointedBlock
 
 
 @torch.no_grad()

@@ -8,12 +8,13 @@ from typing import Any, Self
 
 import timm
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 from timm.layers.norm import LayerNorm
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from upop.errors import SettingError, nearest
+from upop.models.sizes import ModelConfig, check_patches
 
 DEIT_SMALL = "deit_small_patch16_224"
 """The published architecture."""
@@ -27,10 +28,8 @@ _ARGUMENTS = {
 }
 
 
-class ClassifierConfig(BaseModel):
+class ClassifierConfig(ModelConfig):
     """An architecture of timm, and in which sizes it differs; None is the architecture's own size."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     architecture: str = Field(DEIT_SMALL, description="timm's name; `timm.list_models()` has all")
     image_size: int = Field(224, gt=0, description="side of the square input pictures, in pixels")
@@ -48,8 +47,7 @@ class ClassifierConfig(BaseModel):
     def _sizes_fit(self) -> Self:
         if self.vision_width and self.vision_heads and self.vision_width % self.vision_heads:
             raise ValueError(f"vision_width ({self.vision_width}) is no multiple of vision_heads ({self.vision_heads})")
-        if self.patch_size and self.image_size < self.patch_size:
-            raise ValueError(f"image_size ({self.image_size}) is below patch_size ({self.patch_size})")
+        check_patches(self)
         return self
 
 

@@ -10,20 +10,18 @@ from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import CLIPConfig as _LibraryConfig
 from transformers import CLIPModel
 
 from upop.models.contrast import MomentumContrast
-from upop.models.sizes import check_heads
+from upop.models.sizes import ModelConfig, check_heads, check_patches
 
 
-class ClipConfig(BaseModel):
+class ClipConfig(ModelConfig):
     """Sizes of a CLIP model before pruning. The defaults are those of ViT-L/14 at 336 pixels."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     image_size: int = Field(336, gt=0, description="side of the square input pictures, in pixels")
     patch_size: int = Field(14, gt=0)
@@ -44,6 +42,7 @@ class ClipConfig(BaseModel):
     @model_validator(mode="after")
     def _heads(self) -> Self:
         check_heads(self, "vision", "text")
+        check_patches(self)
         return self
 
 
@@ -74,6 +73,8 @@ class ClipRetrieval(MomentumContrast):
     momentum_twins = {  # noqa: RUF012 - read-only
         name: f"{name}_m" for name in ("vision_model", "text_model", "visual_projection", "text_projection")
     }
+    read_across = ("text_model.final_layer_norm", "text_model_m.final_layer_norm")
+    """Modules whose weights another module's forward reads, so that they cannot be sharded with their own."""
 
     def __init__(self, config: ClipConfig) -> None:
         super().__init__()

@@ -11,11 +11,11 @@ from typing import Literal, Self
 
 import torch
 import torch.nn.functional as F
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-from upop.models.sizes import check_heads
+from upop.models.sizes import ModelConfig, check_heads, check_patches
 
 BACKBONES: dict[str, dict[str, int]] = {
     f"vit_{size}_patch{patch}_384": {
@@ -43,10 +43,8 @@ BACKBONES: dict[str, dict[str, int]] = {
 _NORM = nn.LayerNorm  # with torch's eps of 1e-5, as published; timm's own default is 1e-6
 
 
-class SegmenterConfig(BaseModel):
+class SegmenterConfig(ModelConfig):
     """Sizes of Segmenter before pruning. The defaults are those of the published ViT-S/16 model for ADE20K."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     image_size: int = Field(512, gt=0, description="side in pixels of the crops that the positions are learned on")
     patch_size: int = Field(16, gt=0)
@@ -69,6 +67,7 @@ class SegmenterConfig(BaseModel):
     @model_validator(mode="after")
     def _sizes_fit(self) -> Self:
         check_heads(self, "vision", "decoder")
+        check_patches(self)
         if self.image_size < self.patch_size:
             raise ValueError(f"image_size ({self.image_size}) is below patch_size ({self.patch_size})")
         return self

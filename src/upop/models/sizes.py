@@ -2,12 +2,39 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel
+from typing import Any
+
+from pydantic import ValidationInfo, field_validator
+
+from upop.values import Checked
+
+_MOST = 2**24
+_MOST_LAYERS = 2**12
 
 
-def check_heads(config: BaseModel, *parts: str) -> None:
+class ModelConfig(Checked):
+    """Sizes that a model is built from, before pruning."""
+
+    @field_validator("*", mode="after")
+    @classmethod
+    def _can_be_built(cls, value: Any, info: ValidationInfo) -> Any:
+        """Refuse sizes that no memory holds, before anything tries to."""
+        most = _MOST_LAYERS if str(info.field_name).endswith("_depth") else _MOST
+        if isinstance(value, int) and value > most:
+            raise ValueError(f"Input should be at most {most}")
+        return value
+
+
+def check_heads(config: ModelConfig, *parts: str) -> None:
     """Raise ValueError if the width of a part ("vision", "text", ...) is no multiple of its number of heads."""
     for part in parts:
         width, heads = getattr(config, f"{part}_width"), getattr(config, f"{part}_heads")
         if width % heads:
             raise ValueError(f"{part}_width ({width}) is no multiple of {part}_heads ({heads})")
+
+
+def check_patches(config: ModelConfig) -> None:
+    """Raise ValueError if a picture is smaller than a patch of it."""
+    size, patch = getattr(config, "image_size"), getattr(config, "patch_size")  # noqa: B009 - of any configuration
+    if patch and size < patch:
+        raise ValueError(f"image_size ({size}) is below patch_size ({patch})")

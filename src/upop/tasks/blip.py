@@ -12,7 +12,8 @@ from torch import nn
 from upop.data.tokenizer import load_tokenizer
 from upop.models.blip import BlipConfig, checkpoint_last_blocks, enlarge_weights
 from upop.settings import TOKENIZER, LanguageSettings
-from upop.tasks.published import PublishedTask
+from upop.tasks.published import SIZES, PublishedTask
+from upop.values import told
 
 
 class BlipSettings(LanguageSettings):
@@ -36,7 +37,9 @@ class BlipTask(PublishedTask[BlipSettingsT]):
     def build(self, settings: BlipSettingsT) -> nn.Module:
         """Return the model with fresh weights; its vocabulary is the tokenizer's."""
         sizes = {"vocab_size": len(blip_tokenizer(settings.tokenizer)), **self.sizes(settings)}
-        model = self.model(self.config.vit(settings.vit, **sizes))
+        with told(SIZES):
+            config = self.config.vit(settings.vit, **sizes)
+        model = self.model(config)
         enlarge_weights(model, settings.init_scale)
         return self._prepared(model, settings)
 

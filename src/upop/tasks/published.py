@@ -17,6 +17,9 @@ from upop.models import MODELS, kind_of
 from upop.settings import RunSettings
 from upop.training.task import Task
 
+SIZES = "The sizes of the model cannot be used; they are the published ones but for those under `model`"
+"""How a complaint about them begins."""
+
 PublishedSettingsT = TypeVar("PublishedSettingsT", bound=RunSettings)
 
 

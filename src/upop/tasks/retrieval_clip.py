@@ -15,9 +15,10 @@ from upop.data.clip_tokenizer import ClipCollator, ClipTokenizer, load_clip_toke
 from upop.errors import SettingError
 from upop.models.clip import ClipConfig, ClipRetrieval
 from upop.settings import RunSettings
-from upop.tasks.published import PublishedTask
+from upop.tasks.published import SIZES, PublishedTask
 from upop.tasks.recall import CUTS, RetrievalSettings, RetrievalTask
 from upop.training.task import Batch
+from upop.values import told
 
 TOKENIZER = "pretrained/clip-vit-large-patch14-336"
 """Where CLIP's vocabulary is looked for first; on the hub it is openai's."""
@@ -51,7 +52,9 @@ class ClipRetrievalTask(RetrievalTask[ClipRetrievalSettings], PublishedTask[Clip
     def build(self, settings: ClipRetrievalSettings) -> nn.Module:
         """Return the model with fresh weights; its vocabulary is the tokenizer's."""
         sizes = {"vocab_size": len(clip_tokenizer(settings.tokenizer)), **self.sizes(settings)}
-        return self._prepared(ClipRetrieval(ClipConfig(**sizes)), settings)
+        with told(SIZES):
+            config = ClipConfig(**sizes)
+        return self._prepared(ClipRetrieval(config), settings)
 
     def collate(self, settings: ClipRetrievalSettings) -> ClipCollator:
         """Return what stacks pictures and tokenizes captions."""

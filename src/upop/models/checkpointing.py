@@ -1,0 +1,59 @@
+"""Gradient checkpointing: blocks that compute their activations again in the backward pass instead of keeping them.
+
+Losses and gradients stay the same, with masks too; the time of one more forward pass is spent. What a model saves and
+computes otherwise does not change.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from timm.models.vision_transformer import Block
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from upop.errors import SettingError
+
+
+class CheckpointedBlock(Block):
+    """A block of timm's vision transformer that does so while it is trained."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The block's output."""
+        if not (self.training and torch.is_grad_enabled()):
+            return super().forward(*args, **kwargs)
+        return checkpoint(super().forward, *args, use_reentrant=False, **kwargs)
+
+
+_checkpoint = partial(checkpoint, use_reentrant=False)
+
+
+def checkpoint_blocks(model: nn.Module) -> None:
+    """Have every block of a model's transformers do so, those of timm and those of transformers.
+
+    Raises:
+        SettingError: the model has no blocks for which that is known.
+    """
+    found = False
+    for module in model.modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            # As transformers' own `gradient_checkpointing_enable`, whose name changes with its version 6.
+            module.gradient_checkpointing = True
+            module._gradient_checkpointing_func = _checkpoint  # type: ignore[assignment]
+            found = True
+        elif type(module) is Block:
+            module.__class__ = CheckpointedBlock
+            found = True
+        found = found or isinstance(module, CheckpointedBlock)
+    if found:
+        return
+    try:
+        model.set_grad_checkpointing(True)  # type: ignore[operator]  # timm's other architectures
+    except (AttributeError, AssertionError, TypeError) as error:
+        raise SettingError(
+            f"grad_checkpointing was asked for, and {type(model).__name__} offers no gradient checkpointing. Leave it "
+            "out; smaller batches (batch_size_train, accumulate) and amp save memory too."
+        ) from error

@@ -1,0 +1,91 @@
+"""What every class of settings and sizes checks alike, and how its complaints are worded."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, ClassVar, get_args
+
+from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
+
+from upop.errors import SettingError
+
+_SHOWN = 100
+_LARGEST = 2**53  # what a float still tells apart
+
+
+class Checked(BaseModel):
+    """Values that people write: frozen, all of them known, numbers finite and of a sensible size."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False)
+
+    largest: ClassVar[Mapping[str, int]] = {}
+    """The largest number that a field may hold, where that is not 2^53."""
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _meant(cls, value: Any, info: ValidationInfo) -> Any:
+        """Refuse what pydantic would take and nobody means: true for 1, and texts that no file can be called."""
+        kinds = _kinds(cls.model_fields[str(info.field_name)].annotation)
+        if isinstance(value, bool) and kinds & {int, float} and bool not in kinds:
+            raise ValueError("Input should be a number, and true and false are none")
+        if isinstance(value, bytes):
+            raise ValueError("Input should be a text")
+        for text in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(text, str | Path):
+                _check_text(str(text))
+        return value
+
+    @field_validator("*", mode="after")
+    @classmethod
+    def _not_too_large(cls, value: Any, info: ValidationInfo) -> Any:
+        """Refuse numbers with which nothing can be computed."""
+        largest = cls.largest.get(str(info.field_name), _LARGEST)
+        if isinstance(value, int | float) and abs(value) > largest:
+            raise ValueError(f"Input should be at most {largest}")
+        return value
+
+
+@contextmanager
+def told(what: str) -> Iterator[None]:
+    """Make what pydantic says of values that do not fit a SettingError that begins with `what`."""
+    try:
+        yield
+    except ValidationError as error:
+        raise SettingError(f"{what}:\n  " + "\n  ".join(problems(error))) from error
+
+
+def problems(error: ValidationError) -> list[str]:
+    """Return what is wrong, a line for each value: where, what it should be, and what was found."""
+    lines = []
+    for part in error.errors():
+        place = ".".join(map(str, part["loc"])) or "settings"
+        shown = _shortened(part["input"]) if part["loc"] else "these values"
+        found = "nothing" if part["type"] == "missing" else shown
+        lines.append(f"{place}: {part['msg'].removeprefix('Value error, ')}; found {found}")
+    return lines
+
+
+def _shortened(value: Any) -> str:
+    try:
+        text = repr(value)
+    except ValueError:  # of a number with thousands of digits
+        return f"a very large {type(value).__name__}"
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+
+
+def _kinds(annotation: Any) -> set[Any]:
+    """Return the types that an annotation names: {int, None} of `int | None`."""
+    parts = get_args(annotation)
+    return set().union(*(_kinds(part) for part in parts)) if parts else {annotation}
+
+
+def _check_text(text: str) -> None:
+    if "\0" in text:
+        raise ValueError("Input should have no null bytes")
+    try:
+        os.fsencode(text)
+    except UnicodeEncodeError:
+        raise ValueError("Input should have no halves of characters") from None

@@ -1,0 +1,104 @@
+"""Reading what people write by hand in YAML: whole, small, and every key once."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from upop.errors import SettingError, nearest
+
+_LARGEST = 2**20
+_MOST_VALUES = 100_000
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML's safe reader, which drops all but the last of equal keys without a word; this one refuses them."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        """Return the mapping; ConstructorError for a key that is there twice."""
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                if key.value in seen:
+                    raise yaml.constructor.ConstructorError(
+                        None, None, f"the key {key.value!r} is there twice", key.start_mark
+                    )
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def parse_yaml(text: str) -> Any:
+    """Return what a YAML text says, in plain Python values.
+
+    Raises:
+        ValueError: it is no YAML, a key is there twice, or aliases repeat so much that it cannot be meant.
+    """
+    try:
+        loader = _Loader(text)
+        try:
+            node = loader.get_single_node()
+            if node is None:
+                return None
+            _check_values(node)
+            return loader.construct_document(node)
+        finally:
+            loader.dispose()
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    except Exception as error:  # values that are no numbers or dates of their kind raise nearly anything
+        raise ValueError(str(error) or type(error).__name__) from error
+
+
+def read_yaml(path: Path, what: str) -> Any:
+    """Return what a YAML file says.
+
+    Args:
+        path: of the file.
+        what: it is, for messages: "Config file".
+
+    Raises:
+        SettingError: there is no such file, or it is no YAML.
+    """
+    try:
+        found = path.is_file()
+    except (OSError, ValueError):  # a name that no file can have
+        found = False
+    if not found:
+        raise SettingError(f"{what} {path} was asked for, and {_instead(path)}.")
+    try:
+        if path.stat().st_size > _LARGEST:
+            raise ValueError(f"it has more than {_LARGEST} bytes")
+        return parse_yaml(path.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError) as error:
+        raise SettingError(f"{what} {path} is not YAML that can be read: {error}. Correct the file.") from error
+
+
+def _instead(path: Path) -> str:
+    try:
+        if path.is_dir():
+            return "a folder was found there"
+        return f"there is none{nearest(path.name, [other.name for other in path.parent.glob('*.yaml')])}"
+    except (OSError, ValueError):
+        return "there is none"
+
+
+def _check_values(root: yaml.Node) -> None:
+    """Count the values that the aliases in a text stand for; ValueError where they are too many, or endless."""
+    sizes: dict[int, int] = {}
+    open_nodes: set[int] = set()
+
+    def size(node: yaml.Node) -> int:
+        if id(node) in open_nodes:
+            raise ValueError("an alias stands for what it is a part of")
+        if id(node) not in sizes:
+            open_nodes.add(id(node))
+            parts = [part for pair in node.value for part in pair] if isinstance(node, yaml.MappingNode) else node.value
+            sizes[id(node)] = 1 if isinstance(node, yaml.ScalarNode) else 1 + sum(size(part) for part in parts)
+            open_nodes.discard(id(node))
+        return sizes[id(node)]
+
+    if size(root) > _MOST_VALUES:
+        raise ValueError(f"its aliases stand for more than {_MOST_VALUES} values")
