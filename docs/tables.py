@@ -3,6 +3,8 @@
 A table stands between `<!-- table: NAME -->` and `<!-- end -->`. Write all of them again with
 
     python docs/tables.py
+
+Settings are listed as their classes describe them.
 """
 
 from __future__ import annotations
@@ -13,6 +15,10 @@ import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+
+from upop.settings import RunSettings
+from upop.tasks import TASKS
+from upop.tasks.blip import BlipSettings
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -132,6 +138,108 @@ def latency() -> str:
     return markdown(["model", "batch", "mode", "dense (ms)", "2x", "2x, align 8", "4x", "4x, align 8"], rows)
 
 
+def search_steps() -> str:
+    """Return the table of all measurements of a search step, in the order of time."""
+    files = {
+        "first version, Xeon": "earlier/search_step_first",
+        "as now, Xeon, a busy machine": "earlier/search_step_busy_machine",
+        "as now, AMD EPYC, a quiet one": "search_step_amd-epyc",
+    }
+    rows = []
+    for title, file in files.items():
+        models = read(file)["models"]
+        cells = [
+            f"{models[model][way]['time_ratio']:.3f} ({low:.3f} to {high:.3f})"
+            for model in ("deit-s", "blip-nlvr")
+            for way in ("ours", "activations")
+            for low, high in [models[model][way]["time_ratio_quartiles"]]
+        ]
+        rows.append([title, *cells])
+    headings = [f"{model}, {way}" for model in ("DeiT-S", "BLIP NLVR") for way in ("weights", "activations")]
+    return markdown(["median time beside a plain step (quartiles)", *headings], rows)
+
+
+def demos() -> str:
+    """Return the table of the demo with its first dense model, and with the one it has."""
+    rows = []
+    for title, file in (
+        ("first dense model", "earlier/demo_first_dense_model"),
+        ("today's, Xeon", "earlier/demo_other_machine"),
+        ("today's, AMD EPYC", "demo_cpu"),
+    ):
+        found = {row["name"]: row["metrics"]["test"] for row in read(file)["models"]}
+        values = [of["accuracy"] if isinstance(of, dict) else of for of in found.values()]
+        assert list(found) == list(_ORDER[:3])
+        rows.append([title, *(f"{value:.1f}" for value in values)])
+    return markdown(["test accuracy (%)", *_ORDER[:3]], rows)
+
+
+def compiled() -> str:
+    """Return the table of DeiT-S dense in batches of one, eager and compiled, in two runs."""
+    rows = []
+    for title, file in (("first run", "earlier/latency_stopped"), ("second run", "latency_amd-epyc")):
+        found = {row["compiled"]: row for row in read(file)["rows"] if row["model"] == "deit-s" and row["batch"] == 1}
+        cells = [f"{found[mode]['variants']['dense']['milliseconds']:.0f}" for mode in (False, True)]
+        rows.append([title, *cells])
+    return markdown(["DeiT-S, batch 1, dense (ms)", "eager", "compiled"], rows)
+
+
+_PLAIN = {
+    "image_size": "side of pictures in pixels",
+    "weight_decay": "of the optimizer",
+    "min_lr": "where the learning rate ends",
+    "batch_size_test": "records per process and forward pass of evaluation",
+    "classes": "how many there are",
+    "cost": "what the budget counts: params, flops or reference",
+    "w_sp_mlp": "likewise, of MLP masks",
+    "output_dir": "the run folder",
+    "device": "auto, cuda, mps or cpu",
+    "seed": "of all random draws",
+    "vit": "base or large",
+    "schedule": "how the rate falls to min_lr: epoch or step (a cosine), or polynomial",
+    "train_interpolation": "bicubic, bilinear or random",
+    "remode": "what it is filled with: const, rand or pixel",
+    "recount": "rectangles, at most",
+    "cutmix_minmax": "smallest and largest side of what is cut, as shares",
+    "mixup_prob": "probability that a batch is mixed",
+    "mixup_mode": "batch, pair or elem",
+    "backbone": "encoder, as timm names it",
+    "decoder": "mask_transformer or linear",
+    "max_epoch": "epochs of retraining (and of `train`)",
+    "epochs_search": "epochs of the search",
+    "interval": "masks move every so many search steps",
+    "num_workers": "processes that decode pictures",
+    "batch_size_train": "records per process and forward pass",
+    "init_lr": "where retraining begins",
+    "dropout": "of the model, in training",
+    "ema_decay": "of the moving average of the weights",
+}
+"""What settings mean whose classes do not say it."""
+
+
+def settings(kind: type[RunSettings], *beside: type[RunSettings]) -> str:
+    """Return the table of a class's settings, without those that `beside` has with the same default."""
+    rows = []
+    for name, field in kind.model_fields.items():
+        default = field.get_default(call_default_factory=True)
+        known = [other.model_fields[name] for other in beside if name in other.model_fields]
+        if any(other.get_default(call_default_factory=True) == default for other in known):
+            continue
+        meaning = field.description or next((other.description for other in known if other.description), None)
+        rows.append([f"`{name}`", f"`{_yaml(default)}`", (meaning or _PLAIN[name]).replace("|", "\\|")])
+    return markdown(["key", "default", "meaning"], rows)
+
+
+def _yaml(value: Any) -> str:
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(str, value))}]"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float):
+        return f"{value:g}"
+    return "null" if value is None else str(value)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "demo": demo,
     "together": together,
@@ -179,6 +287,15 @@ TABLES: dict[str, Callable[[], str]] = {
     ),
     "latency": latency,
     "search-step": search_step,
+    "log-search-step": search_steps,
+    "log-demo": demos,
+    "log-compiled": compiled,
+    "settings": lambda: settings(RunSettings),
+    "settings-blip": lambda: settings(BlipSettings, RunSettings),
+    **{
+        f"settings-{name}": lambda task=task: settings(task.settings, BlipSettings, RunSettings)  # type: ignore[misc]
+        for name, task in TASKS.items()
+    },
     "costs": lambda: (RESULTS / "costs.md").read_text(),
 }
 """Name -> what makes the table."""

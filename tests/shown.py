@@ -15,6 +15,7 @@ from typer.main import get_command
 from documents import ROOT, words
 from upop.cli import published_deit, published_segmenter
 from upop.cli.app import app
+from upop.cli.options import with_resume_value
 from upop.cli.published import blip_command
 
 OTHER_FLAGS = {"compress_deit.py": published_deit.app, "compress_segmenter.py": published_segmenter.app}
@@ -50,7 +51,7 @@ def check(line: str) -> None:
 
 def parse(command: typer.Typer, rest: list[str]) -> None:
     """Give words to a command of ours, without running it."""
-    node, name = get_command(command), "command"
+    node, name, rest = get_command(command), "command", with_resume_value(rest)
     while hasattr(node, "commands") and node.commands:
         name, *rest = rest
         node = node.commands[name]

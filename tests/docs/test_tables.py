@@ -73,3 +73,52 @@ def test_the_figures_are_those_of_a_search_that_ended() -> None:
     changes = numbers["change_by_last_cut"]
     assert changes["ours, float64"] < 1e-10 and changes["ours, float32"] < 1e-5
     assert {path.stem for path in folder.glob("*.svg")} == {"schedule", "masks", "scores", "kept", "error"}
+
+
+def shown(page: str) -> str:
+    return " ".join((ROOT / "docs" / page).read_text().split())
+
+
+def test_the_log_says_what_the_files_say() -> None:
+    def points(file: str, split: str, metric: str, ratio: str) -> float:
+        found = {row["name"]: row["metrics"][split][metric] for row in tables.read(file)["models"]}
+        return float(found[f"UPop {ratio}"] - found[f"magnitude {ratio}"])
+
+    text = shown("log.md")
+    classes = [-points("shapes_classification_cpu", "test", "acc@1", ratio) for ratio in ("2x", "4x")]
+    assert "ahead on classification, by {:.1f} points at 2x and {:.1f} at 4x".format(*classes) in text
+    clip = [points("shapes_retrieval-clip_cpu", "test", "TR@1", ratio) for ratio in ("2x", "4x")]
+    assert f"at 2x, by {-clip[0]:.1f} points of TR@1, and {clip[1]:.1f} behind at 4x" in text
+    asked = [points("shapes_vqa_cpu", "val", "accuracy", ratio) for ratio in ("2x", "4x")]
+    assert "leads by {:.0f} and {:.0f} points".format(*asked) in text
+    found = [points("shapes_retrieval_cpu", "test", "TR@1", ratio) for ratio in ("2x", "4x")]
+    assert "BLIP's retrieval by {:.0f} and {:.0f} points".format(*found) in text
+    assert points("shapes_segmentation_cpu", "validation", "mIoU", "2x") > 0
+    step = tables.read("search_step_amd-epyc")["models"]["blip-nlvr"]["ours"]
+    told = (
+        f"{100 * step['time_ratio'] - 100:.1f} % and all steps together at {100 * step['time_ratio_total'] - 100:.1f} %"
+    )
+    assert told in text
+
+
+def test_the_method_says_what_the_figures_show() -> None:
+    numbers = json.loads((ROOT / "docs" / "figures" / "figures.json").read_text())
+    text = shown("method.md")
+    assert f"({numbers['half_asked_after']} of {numbers['steps']})" in text
+    kept = [f"{100 * numbers['kept'][part]:.0f} %" for part in ("vision attention", "text attention", "vision mlp")]
+    assert "vision attention kept {} of its dimensions, the text attention {}, the vision MLPs {}".format(*kept) in text
+    costs = set(numbers["entry_costs"].values())
+    assert costs == {1161.0, 193.0} and "1,161 for an attention dimension and 193 for a neuron" in text
+
+
+def test_the_costs_of_entries_of_a_full_size_model() -> None:
+    import timm
+    import torch
+
+    import upop
+    from upop.pruning.costs import entry_costs
+
+    with torch.device("meta"):
+        model = timm.create_model("vit_base_patch16_224")
+    costs = entry_costs(model, upop.find_units(model), "params")
+    assert set(costs.values()) == {36_900.0, 1_537.0} and "in ViT-B 36,900 and 1,537" in shown("method.md")
