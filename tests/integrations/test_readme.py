@@ -1,8 +1,8 @@
-"""README's few lines for other loops run as they stand, with the real libraries."""
+"""README's few lines run as they stand, with the real libraries."""
 
 from __future__ import annotations
 
-import re
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +12,33 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForImageClassification, TrainingArguments
 
 import upop
-
-README = Path(__file__).parents[2] / "README.md"
+from documents import README, blocks
 
 
 def block(word: str) -> str:
-    blocks = re.findall(r"^```python\n(.*?)^```", README.read_text(), flags=re.DOTALL | re.MULTILINE)
-    found = [text for text in blocks if word in text]
+    found = [text for text in blocks(README, "python") if word in text]
     assert len(found) == 1, f"README has {len(found)} blocks with {word}"
     return found[0]
+
+
+def test_a_loop_of_ones_own(classifier: Any, pictures: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    loader = DataLoader(pictures, batch_size=4)
+    names = {
+        "model": classifier,
+        "dense_model": copy.deepcopy(classifier),
+        "optimizer": torch.optim.AdamW(classifier.parameters()),
+        "criterion": lambda model, batch: model(**batch).loss,
+        "loader": loader,
+        "total_steps": len(loader),
+        "example_inputs": next(iter(loader)),
+    }
+    dense = upop.count_parameters(classifier)
+    exec(block("criterion(model, batch)"), names)
+    small = names["plan"], names["model"].state_dict()
+    exec(block("upop.load_into("), names)
+    assert upop.count_parameters(names["model"]) < 0.7 * dense
+    assert all(torch.equal(value, small[1][name]) for name, value in names["model"].state_dict().items())
 
 
 def test_trainer(classifier: Any, pictures: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
