@@ -47,6 +47,10 @@ class TrainingError(UPopError, RuntimeError):
     """Training cannot go on: the loss or the gradients stay non-finite."""
 
 
+class OutOfMemoryError(UPopError, MemoryError):
+    """A step does not fit into memory; the message names the batch, and the settings that make it smaller."""
+
+
 class PreemptedError(UPopError, RuntimeError):
     """The run was asked to end (SIGTERM) and did, after saving where it stands: `--resume` goes on from there."""
 
@@ -60,6 +64,7 @@ __all__ = [
     "DataError",
     "DeviceError",
     "LayoutError",
+    "OutOfMemoryError",
     "PlanError",
     "PreemptedError",
     "RunFolderError",

@@ -12,6 +12,7 @@ from torch import nn
 import upop
 from pruning.families import NLVR, difference, nlvr, outputs_of
 from upop.models.blip import BlipConfig, build_vision_encoder, checkpoint_last_blocks
+from upop.models.checkpointing import CheckpointedBlock
 from upop.models.nlvr import BlipNlvr, NlvrConfig
 
 
@@ -74,7 +75,7 @@ def test_samples_do_not_meet_and_pictures_have_their_own_place() -> None:
 def test_checkpointing_covers_the_last_blocks(count: int | None, expected: int) -> None:
     encoder = build_vision_encoder(nlvr().config)
     checkpoint_last_blocks(encoder, count)
-    changed = [type(block).__name__ == "_CheckpointedBlock" for block in encoder.blocks]
+    changed = [isinstance(block, CheckpointedBlock) for block in encoder.blocks]
     assert changed == [False] * (3 - expected) + [True] * expected
 
 

@@ -75,15 +75,27 @@ def train(
     output_dir: o.OutputDir = None,
     epoch: Annotated[int | None, typer.Option("--epoch", "--epochs", help="Epochs of training.")] = None,
     device: o.DeviceName = None,
+    fsdp: o.Fsdp = None,
     seed: o.Seed = None,
     amp: o.Amp = None,
+    batch_size: o.BatchSize = None,
+    grad_checkpointing: o.GradCheckpointing = None,
+    tracker: o.Tracker = None,
     resume: o.Resume = None,
+    skip_bad_images: o.SkipBadImages = None,
     assign: o.Set = None,
 ) -> None:
     """Train or fine-tune a dense model."""
-    flags = {"resume": resume, "pretrained": pretrained, "output_dir": output_dir, "max_epoch": epoch, "device": device}
-    flags |= {"architecture": architecture, "data_path": data_path}
-    _start(run_train, task, config, {**flags, "seed": seed, "amp": amp}, assign)
+    flags: dict[str, Any] = {
+        "resume": resume,
+        "pretrained": pretrained,
+        "output_dir": output_dir,
+        "max_epoch": epoch,
+        "device": device,
+    }
+    flags |= {"architecture": architecture, "data_path": data_path, "skip_bad_images": skip_bad_images}
+    flags |= {"batch_size_train": batch_size, "grad_checkpointing": grad_checkpointing, "trackers": tracker or None}
+    _start(run_train, task, config, {**flags, "seed": seed, "amp": amp, **o.sharding(fsdp)}, assign)
 
 
 @app.command(epilog="Example: upop compress nlvr --config configs/nlvr.yaml --p 0.75 --epoch 23 --output-dir output/4x")
@@ -97,8 +109,12 @@ def compress(
     data_path: o.DataPath = None,
     output_dir: o.OutputDir = None,
     device: o.DeviceName = None,
+    fsdp: o.Fsdp = None,
     seed: o.Seed = None,
     amp: o.Amp = None,
+    batch_size: o.BatchSize = None,
+    grad_checkpointing: o.GradCheckpointing = None,
+    tracker: o.Tracker = None,
     cost: Annotated[str | None, typer.Option(help="What the budget counts: params, flops or reference.")] = None,
     align: Annotated[int | None, typer.Option(help="Kept sizes are multiples of this.")] = None,
     interval: o.Interval = None,
@@ -106,12 +122,14 @@ def compress(
     w_sp_attn: o.SparsityAttention = None,
     w_sp_mlp: o.SparsityMlp = None,
     resume: o.Resume = None,
+    skip_bad_images: o.SkipBadImages = None,
     assign: o.Set = None,
 ) -> None:
     """Search, shrink, retrain and evaluate."""
     flags = {
         "p": p,
         "resume": resume,
+        "skip_bad_images": skip_bad_images,
         "pretrained": pretrained,
         "architecture": architecture,
         "data_path": data_path,
@@ -119,10 +137,15 @@ def compress(
         "device": device,
         "seed": seed,
         "amp": amp,
+        "batch_size_train": batch_size,
+        "grad_checkpointing": grad_checkpointing,
+        "trackers": tracker or None,
     }
     method_flags = {"cost": cost, "align": align, "interval": interval, "method": method}
     sparsity = {"w_sp_attn": w_sp_attn, "w_sp_mlp": w_sp_mlp}
-    _start(run_compress, task, config, {**flags, **method_flags, **sparsity, **o.epochs(epoch)}, assign)
+    _start(
+        run_compress, task, config, {**flags, **method_flags, **sparsity, **o.epochs(epoch), **o.sharding(fsdp)}, assign
+    )
 
 
 @app.command(epilog="Example: upop evaluate nlvr --config configs/nlvr.yaml --pretrained output/nlvr-2x/best")
@@ -135,11 +158,12 @@ def evaluate(
     output_dir: o.OutputDir = None,
     device: o.DeviceName = None,
     amp: o.Amp = None,
+    skip_bad_images: o.SkipBadImages = None,
     assign: o.Set = None,
 ) -> None:
     """Evaluate a checkpoint, dense or compressed."""
-    flags = {"pretrained": pretrained, "output_dir": output_dir, "device": device, "amp": amp}
-    flags |= {"architecture": architecture, "data_path": data_path}
+    flags: dict[str, Any] = {"pretrained": pretrained, "output_dir": output_dir, "device": device, "amp": amp}
+    flags |= {"architecture": architecture, "data_path": data_path, "skip_bad_images": skip_bad_images}
     _start(evaluate_checkpoint, task, config, flags, assign)
 
 

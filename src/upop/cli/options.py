@@ -40,8 +40,23 @@ DataPath = Annotated[
 Architecture = Annotated[str | None, typer.Option("--model", help="timm's name of a vision transformer.")]
 OutputDir = Annotated[Path | None, typer.Option("--output-dir", "--output_dir", help="Run folder.")]
 DeviceName = Annotated[Device | None, typer.Option(help="Where to compute; torchrun decides about processes.")]
+Fsdp = Annotated[
+    bool | None,
+    typer.Option("--fsdp", help="Share weights, gradients and the optimizer's state out over torchrun's processes."),
+]
 Seed = Annotated[int | None, typer.Option(help="Seed of all random draws. [default: 42; classification 0]")]
 Amp = Annotated[bool | None, typer.Option("--amp", help="bfloat16 autocast.")]
+BatchSize = Annotated[
+    str | None,
+    typer.Option("--batch-size", "--batch_size", help="Records per process and pass, or auto: the largest that fits."),
+]
+GradCheckpointing = Annotated[
+    bool | None,
+    typer.Option("--grad-checkpointing", help="Compute activations again in the backward pass: less memory."),
+]
+Tracker = Annotated[
+    list[str] | None, typer.Option("--tracker", help="tensorboard, or any tracker that Accelerate knows; repeatable.")
+]
 Ratio = Annotated[float | None, typer.Option("--p", help="Share of the prunable cost to remove; 0.5 is 2x.")]
 Epoch = Annotated[int | None, typer.Option("--epoch", "--epochs", help="Epochs of the search, and of retraining.")]
 SparsityAttention = Annotated[
@@ -61,6 +76,15 @@ Resume = Annotated[
         "--resume",
         help="Go on from the newest checkpoint in --output-dir; auto starts the run where there is none. "
         "[without a value: must]",
+    ),
+]
+SkipBadImages = Annotated[
+    int | None,
+    typer.Option(
+        "--skip-bad-images",
+        "--skip_bad_images",
+        metavar="N",
+        help="Do without up to N unreadable image files, and list them; one more stops the run. [default: 0]",
     ),
 ]
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any other setting; repeatable.")]
@@ -92,6 +116,11 @@ def overrides(flags: Mapping[str, Any], assignments: Sequence[str] | None = None
         except ValueError as error:
             raise SettingError(f"--set {assignment!r}: the value cannot be read: {error}") from error
     return values
+
+
+def sharding(fsdp: bool | None) -> dict[str, str | None]:
+    """Return the setting that `--fsdp` stands for."""
+    return {"sharding": "fsdp" if fsdp else None}
 
 
 def epochs(epoch: int | None) -> dict[str, int | None]:

@@ -32,8 +32,9 @@ from upop.models.blip import enlarge_weights
 from upop.models.classifier import DEIT_SMALL, ClassifierConfig, build_classifier, replace_head
 from upop.settings import RunSettings
 from upop.tasks.examples import untransformed
-from upop.tasks.published import PublishedTask
+from upop.tasks.published import SIZES, PublishedTask
 from upop.training.task import Batch
+from upop.values import told
 
 _TOP = 5
 
@@ -121,7 +122,9 @@ class ClassificationTask(PublishedTask[ClassificationSettings]):
     def build(self, settings: ClassificationSettings) -> nn.Module:
         """Return the model with fresh weights, for the classes of the data."""
         sizes = {"image_size": settings.image_size, "classes": _classes(settings), **self.sizes(settings)}
-        model = build_classifier(ClassifierConfig(**sizes))
+        with told(SIZES):
+            config = ClassifierConfig(**sizes)
+        model = build_classifier(config)
         enlarge_weights(model, settings.init_scale)
         return model
 
@@ -170,7 +173,7 @@ class ClassificationTask(PublishedTask[ClassificationSettings]):
             transform = eval_transform(settings.image_size, settings.crop_ratio)
         records = ImageFolderDataset(settings.data_path, split, transform, training=training, classes=settings.classes)
         batch = min(settings.batch_size_train, len(records))
-        if training and batch % 2 and settings.mixing(1) is not None:
+        if training and batch % 2 and self.takes_pairs(settings):
             few = f"all {len(records)} training pictures are one batch" if batch == len(records) else "it is odd"
             raise SettingError(
                 f"batch_size_train is {settings.batch_size_train}, and {few}: mixup and cutmix take pictures in pairs. "
@@ -178,6 +181,10 @@ class ClassificationTask(PublishedTask[ClassificationSettings]):
                 "cutmix to 0."
             )
         return records
+
+    def takes_pairs(self, settings: ClassificationSettings) -> bool:
+        """Mixup and cutmix take pictures in pairs."""
+        return settings.mixing(1) is not None
 
     def sampler(self, records: Dataset[Any], settings: ClassificationSettings) -> Sampler[int] | None:
         """Return repeated augmentation's choice of records."""

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list
+from rich.markup import escape
 from timm.utils.model_ema import ModelEmaV3
 from torch import nn
 
@@ -18,6 +19,7 @@ from upop.checkpoints import WEIGHTS, read_weights
 from upop.checkpoints.card import write_card
 from upop.checkpoints.hub import local_path
 from upop.errors import CheckpointError, SettingError
+from upop.models.checkpointing import checkpoint_blocks
 from upop.pruning import Plan, Pruner, find_units, plan_by_magnitude, shrink
 from upop.report.figures import history_figure, kept_share_figure, save_figure
 from upop.report.latency import measure_latency
@@ -26,15 +28,19 @@ from upop.report.shares import UnitShare
 from upop.settings import RunSettings
 from upop.tasks.examples import write_examples
 from upop.tasks.story import story_of
+from upop.training.bad_images import BadImage, BadImages, counted
+from upop.training.batch import find_batch_size
 from upop.training.devices import align_for, make_accelerator
 from upop.training.evaluation import evaluate, records_of
 from upop.training.folder import RunFolder
 from upop.training.loaders import first_records, make_loader, to_device
 from upop.training.loop import Loop
+from upop.training.memory import explained_memory
 from upop.training.preemption import Preemption
 from upop.training.progress import RunProgress
 from upop.training.schedules import constant, falling, first_rate
 from upop.training.task import Task
+from upop.training.trackers import Trackers
 
 _VERIFIED_RECORDS = 4
 Metrics = dict[str, dict[str, float]]
@@ -60,6 +66,7 @@ def train(task: Task[Any], settings: RunSettings) -> Results | None:
             model = run.adapted(model, training=True)
         else:
             model = task.build(settings)
+        run.settle(model)
         with run.training(settings.max_epoch, preemption) as loop:
             average = _average(settings, model.to(run.accelerator.device))
             schedule = falling(settings, run.first_rate(loop), settings.max_epoch, loop.steps_per_epoch)
@@ -81,6 +88,7 @@ def compress(task: Task[Any], settings: RunSettings) -> Results | None:
     with Preemption() as preemption:
         run = _Run(task, settings, "compress")
         model = run.pretrained(training=True)
+        run.settle(model)
         dense_model = copy.deepcopy(model)
         epochs = settings.search_epochs + settings.max_epoch
         with run.training(epochs, preemption) as loop:
@@ -158,18 +166,24 @@ class _Run:
         self.task, self.settings = task, settings
         self.accelerator = make_accelerator(settings)
         self._main = self.accelerator.is_main_process
+        self._trackers = Trackers(self.accelerator, settings.trackers, settings.output_dir / "trackers")
         self.folder = RunFolder(settings.output_dir, self._main, settings.keep_checkpoints)
+        self.folder.listeners.append(self._trackers.log)
         self._resumed = self._checkpoint_to_resume()
         self._held_out = task.evaluated(settings)
         if verb == "evaluate" and not self._held_out:
             raise SettingError("The settings leave nothing to evaluate on: no split has a file. Name one.")
         splits = self._held_out if verb == "evaluate" else ("train", *self._held_out)
-        self.loaders = {split: make_loader(task, settings, split) for split in splits}
+        self._bad_images = BadImages(settings.skip_bad_images)
+        self.loaders = {split: make_loader(task, settings, split, self._bad_images) for split in splits}
         self._prepared = {split: self.accelerator.prepare(self.loaders[split]) for split in self._held_out}
         self._told_rate = False
         self._progress = RunProgress(0, self._main)
         if self._resumed is None:
             self.folder.start(settings, task.name, verb)
+        else:
+            self._bad_images.know(self.folder.bad_images())
+        self._bad_images.report = self._tell_bad_image
 
     def _checkpoint_to_resume(self) -> Mapping[str, Any] | None:
         """Return the content of the newest checkpoint, if the run is to go on from one."""
@@ -196,6 +210,11 @@ class _Run:
         """Print a line, on the main process."""
         self._progress.say(line)
 
+    def _tell_bad_image(self, image: BadImage) -> None:
+        self.folder.save_bad_images(self._bad_images.rows())
+        count, most = len(self._bad_images), self.settings.skip_bad_images
+        self.say(f"[yellow]unreadable image file {count}, of at most {most}: {escape(image.told())}[/yellow]")
+
     def checkpoint(self) -> Path:
         """Return where the checkpoint that the settings name lies; once per machine, what lies elsewhere is fetched."""
         if not self.settings.pretrained:
@@ -215,6 +234,24 @@ class _Run:
         for change in changes:
             self.say(change)
         return model
+
+    def settle(self, model: nn.Module) -> None:
+        """Make the model as it is trained, and find the batch that fits, where the settings ask for that."""
+        if self.settings.grad_checkpointing:
+            checkpoint_blocks(model)
+        if not self.settings.batch_size_auto:
+            return
+        if self._resumed is not None:  # a resumed run goes on with the batch that was found
+            sizes = {name: self._resumed["settings"][name] for name in ("batch_size_train", "accumulate")}
+        else:
+            found = find_batch_size(self.accelerator, self.task, self.settings, model, self.loaders["train"])
+            self.say(found.told())
+            sizes = {"batch_size_train": found.size, "accumulate": found.accumulate}
+        self.settings = self.settings.model_copy(update=sizes)
+        self.accelerator.gradient_accumulation_steps = self.settings.accumulate
+        self.loaders["train"] = make_loader(self.task, self.settings, "train", self._bad_images)
+        if self._resumed is None:
+            self.folder.write_settings(self.settings)
 
     def first_rate(self, loop: Loop) -> float:
         """Return the learning rate that training begins with, and say it where it follows from the batch."""
@@ -242,7 +279,12 @@ class _Run:
         )
         if self._resumed is not None:
             self.folder.resume(self._resumed["metrics"], self._resumed["seconds"])
-        with RunProgress(epochs * loop.steps_per_epoch, self._main) as self._progress:
+        tracked = self.folder.metrics() if self._main else []
+        with (
+            explained_memory(self.settings, self.accelerator.device),
+            self._trackers.running(tracked),
+            RunProgress(epochs * loop.steps_per_epoch, self._main) as self._progress,
+        ):
             loop.progress = self._progress
             if self._resumed is not None:
                 self.say(f"goes on after step {loop.steps}")
@@ -297,7 +339,9 @@ class _Run:
         """Measure sizes and latency side by side, write results, figures, card and examples, and show the table."""
         if not self._main:
             return None
-        results = measure(self.task, models, self.accelerator.device, self.settings.latency_batch)
+        left_out = {self.task.splits[split]: counts for split in self._held_out if (counts := self._left_out(split))}
+        measured = measure(self.task, models, self.accelerator.device, self.settings.latency_batch)
+        results = measured.model_copy(update={"left_out": left_out})
         path = self.folder.path
         results.write_json(path / "results.json")
         figures = path / "figures"
@@ -314,6 +358,12 @@ class _Run:
         self._keep_examples({name: model for name, (model, _) in models.items()}, results)
         self.say(f"Written to {path}: results.json, metrics.jsonl, figures/, best/. As a page: upop report {path}")
         return results
+
+    def _left_out(self, split: str) -> tuple[int, int] | None:
+        """Return how many records of a split did not count because no one can read them, and of how many."""
+        records, kept = self.loaders[split].dataset, counted(self.loaders[split])
+        total = len(records)  # type: ignore[arg-type]
+        return None if kept is None else (total - len(kept), total)
 
     def _keep_examples(self, models: Mapping[str, nn.Module], results: Results) -> None:
         """Keep what all models answer to some records of the last split that has true answers, if any has."""

@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 
 from upop.settings import RunSettings
 from upop.training.loaders import SeededDataset
+from upop.training.memory import explained_memory
 from upop.training.task import Task
 
 
@@ -29,7 +30,7 @@ def evaluate(
     """
     training = model.training
     model.eval()
-    with torch.no_grad():
+    with torch.no_grad(), explained_memory(settings, accelerator.device, evaluating=True):
         predictions = task.collect(accelerator, accelerator.unwrap_model(model), loader, settings)
     model.train(training)
     scores = [task.score(predictions, records_of(loader), settings) if accelerator.is_main_process else {}]
@@ -38,5 +39,5 @@ def evaluate(
 
 
 def records_of(loader: Any) -> Dataset[Any]:
-    """Return the task's data set that a loader reads."""
-    return cast(SeededDataset, loader.dataset).records
+    """Return the task's data set that a loader reads, without records that were found unreadable."""
+    return cast(SeededDataset, loader.dataset).scored

@@ -8,7 +8,7 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from upop.settings import RunSettings
 from upop.training.checkpoints import Checkpoints
 
 _LIBRARIES = ("upop", "torch", "torchvision", "timm", "transformers", "accelerate", "safetensors")
+_BAD_IMAGES = "bad_images.json"
 _SPARE_BYTES = 50 * 2**20
 
 
@@ -31,7 +32,7 @@ class RunFolder:
     """Writes a run's files; only the main process does.
 
     settings.yaml, versions.json, metrics.jsonl, plan.json, scores.safetensors, results.json, best/, last/, figures/,
-    examples/, checkpoints/.
+    examples/, checkpoints/, and bad_images.json where images could not be read.
 
     Args:
         path: where it is.
@@ -47,6 +48,7 @@ class RunFolder:
         self._main = main
         self._metrics = path / "metrics.jsonl"
         self._started = time.monotonic()
+        self.listeners: list[Callable[[Mapping[str, Any]], None]] = []  # are told every row of metrics.jsonl
         self.checkpoints = Checkpoints(path / "checkpoints", keep)
         if main:
             _check_writable(path)
@@ -75,6 +77,10 @@ class RunFolder:
         self._write("versions.json", json.dumps(versions, indent=1))
         self._write("metrics.jsonl", "")
 
+    def write_settings(self, settings: RunSettings) -> None:
+        """Write settings.yaml anew: a batch was found."""
+        self._write("settings.yaml", settings.to_yaml())
+
     def resume(self, metrics: int, seconds: float) -> None:
         """Go on from a checkpoint: metrics.jsonl is cut back to as many bytes, and the clock goes on."""
         self._started -= seconds
@@ -95,6 +101,8 @@ class RunFolder:
                     file.write(json.dumps(row) + "\n")
             except OSError as error:
                 raise RunFolderError(f"Could not write {self._metrics}: {error}. Free some space.") from error
+            for tell in self.listeners:
+                tell(row)
 
     def metrics(self) -> list[dict[str, Any]]:
         """Return all rows of metrics.jsonl."""
@@ -113,6 +121,15 @@ class RunFolder:
         if self._main:
             with replacing_file(self.path / "scores.safetensors") as part:
                 save_file({name: score.cpu().contiguous() for name, score in scores.items()}, part)
+
+    def save_bad_images(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Write bad_images.json: the unreadable image files that the run does without."""
+        self._write(_BAD_IMAGES, json.dumps(rows, indent=1))
+
+    def bad_images(self) -> list[dict[str, Any]]:
+        """Return the rows of bad_images.json; none where there is no such file."""
+        path = self.path / _BAD_IMAGES
+        return list(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else []
 
     def save_files(self, files: Mapping[str, Any]) -> None:
         """Write JSON files under result/."""
@@ -134,6 +151,7 @@ class RunFolder:
                 f"{self.path / 'checkpoints'}."
             )
         remove_parts(self.path)
+        (self.path / _BAD_IMAGES).unlink(missing_ok=True)
         if verb == "evaluate":
             return
         self.checkpoints.remove()

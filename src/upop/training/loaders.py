@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import Any, cast
 
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from upop.errors import DataError, SettingError
 from upop.settings import RunSettings
+from upop.training.bad_images import BadImages, Drawn, Noted, NotingCollator, without_notes
+from upop.training.devices import to_device as to_device
 from upop.training.task import Task
 
 
@@ -36,14 +38,67 @@ class SeededDataset(Dataset[Any]):
     def __getitem__(self, index: int) -> Any:
         """The record, as drawn in this epoch."""
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(hash((self._seed, int(self._epoch), index)) & 0x7FFF_FFFF_FFFF_FFFF)
+            # torch.manual_seed would look at all kinds of devices: a tenth of a millisecond for every record.
+            torch.default_generator.manual_seed(hash((self._seed, int(self._epoch), index)) & 0x7FFF_FFFF_FFFF_FFFF)
             return self.records[index % len(self)]
 
+    @property
+    def scored(self) -> Dataset[Any]:
+        """The records that count in an evaluation."""
+        return self.records
 
-def make_loader(task: Task[Any], settings: RunSettings, split: str) -> DataLoader[Any]:
-    """Return the loader of a split: shuffled and without a last small batch for "train", whole and in order else."""
+
+class TolerantDataset(Noted, SeededDataset):
+    """A `SeededDataset` that puts the next readable record in the place of an unreadable one, and says so.
+
+    Raises SettingError for records to evaluate that cannot be narrowed to those that are readable.
+    """
+
+    def __init__(self, records: Dataset[Any], seed: int, bad_images: BadImages, *, training: bool) -> None:
+        SeededDataset.__init__(self, records, seed)
+        Noted.__init__(self, bad_images, training=training)
+        if not training and not hasattr(records, "without"):
+            raise SettingError(
+                f"skip_bad_images was set, and {type(records).__name__} has no method `without(numbers)`, which gives "
+                "the records that are scored when some are left out. Write one, or set skip_bad_images to 0."
+            )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What worker processes get: they report by what they return."""
+        return {**vars(self), "bad_images": BadImages(self.bad_images.tolerated)}
+
+    def __getitem__(self, index: int) -> Drawn:
+        """The record, as drawn in this epoch, or the next one that can be read."""
+        return self.draw(super().__getitem__, index, len(self))
+
+    @property
+    def scored(self) -> Dataset[Any]:
+        """The records that count in an evaluation: those that can be read."""
+        if len(self.left_out) == len(self):
+            raise DataError(f"None of the {len(self)} records can be scored: no picture can be read.")
+        return self.records.without(self.left_out) if self.left_out else self.records  # type: ignore[attr-defined]
+
+
+def make_loader(
+    task: Task[Any], settings: RunSettings, split: str, bad_images: BadImages | None = None
+) -> DataLoader[Any]:
+    """Return the loader of a split: shuffled and without a last small batch for "train", whole and in order else.
+
+    Args:
+        task: gives the records.
+        settings: of the run.
+        split: "train", "val" or "test".
+        bad_images: takes the unreadable files of all splits, where `skip_bad_images` tolerates any; go through such a
+            loader with `upop.training.bad_images.readable`.
+    """
     training = split == "train"
-    records = SeededDataset(task.dataset(settings, split), settings.seed)
+    read, seed, tolerated = task.dataset(settings, split), settings.seed, settings.skip_bad_images
+    records = (
+        TolerantDataset(read, seed, BadImages(tolerated) if bad_images is None else bad_images, training=training)
+        if tolerated
+        else SeededDataset(read, seed)
+    )
+    collate = task.collate(settings)
     size = settings.batch_size_train if training else settings.batch_size_test
     workers = settings.num_workers
     sampler = task.sampler(records.records, settings) if training else None
@@ -56,7 +111,7 @@ def make_loader(task: Task[Any], settings: RunSettings, split: str) -> DataLoade
         num_workers=workers,
         persistent_workers=workers > 0,
         pin_memory=torch.cuda.is_available() and settings.device != "cpu",
-        collate_fn=task.collate(settings),
+        collate_fn=NotingCollator(collate) if tolerated else collate,
     )
 
 
@@ -72,9 +127,5 @@ def first_records(loader: DataLoader[Any], count: int) -> dict[str, Any]:
     records = cast(SeededDataset, loader.dataset)
     collate = loader.collate_fn
     assert collate is not None
-    return cast(dict[str, Any], collate([records[index] for index in range(min(count, len(records)))]))
-
-
-def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """Move the tensors of a batch."""
-    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
+    batch = cast(dict[str, Any], collate([records[index] for index in range(min(count, len(records)))]))
+    return without_notes(batch)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch.utils.data import DataLoader
 from upop.errors import CheckpointError, SettingError, TrainingError
 from upop.pruning import Pruner
 from upop.settings import RunSettings
+from upop.training.bad_images import readable
 from upop.training.devices import autocast
 from upop.training.evaluation import evaluate
 from upop.training.folder import RunFolder
@@ -27,7 +29,17 @@ from upop.training.preemption import Preemption
 from upop.training.progress import RunProgress
 from upop.training.randomness import random_state, restore_random_state
 from upop.training.schedules import Schedule
+from upop.training.sharding import (
+    Sharding,
+    average_unsharded,
+    clip,
+    load_whole_optimizer_state,
+    split_groups,
+    total_norm,
+    whole_optimizer_state,
+)
 from upop.training.task import Task
+from upop.training.watch import LoaderWatch
 
 State = Mapping[str, Any]
 
@@ -79,7 +91,9 @@ class Loop:
         self._accelerator, self._task, self._settings = accelerator, task, settings
         self._folder = folder
         self._train, self._val = accelerator.prepare(train), val
+        self._sharded = settings.sharding == "fsdp"
         self._preemption = preemption
+        self._watch = LoaderWatch(settings.num_workers)
         self.progress = RunProgress(0, main=False)
         self._place = _Place()
         self._phases: list[str] = []  # that have ended
@@ -136,28 +150,41 @@ class Loop:
         """
         if not epochs or phase in self._phases:
             return
-        optimizer = self._task.optimizer(model, self._settings)
         resumed = self._resumed
         if resumed is not None:
             self._restore(resumed, model, pruner, average)
-        wrapped, optimizer = self._accelerator.prepare(model, optimizer)
+        sharding = Sharding(model, self._accelerator.device, pruner, average) if self._sharded else None
+        own = self._task.optimizer(model if sharding is None else sharding.module, self._settings)
+        split_groups(own)
+        if sharding is None:
+            wrapped, optimizer = self._accelerator.prepare(model, own)
+        else:
+            wrapped, optimizer = sharding.module, self._accelerator.prepare(own)
         if resumed is not None:
-            optimizer.load_state_dict(resumed["optimizer"])
+            load_whole_optimizer_state(own, resumed["optimizer"])
         else:
             self._place.phase, self._place.epoch, self._place.batch, self._place.phase_steps = phase, 0, 0, 0
         place = self._place
 
+        def whole(device: torch.device = self._accelerator.device) -> AbstractContextManager[None]:
+            return nullcontext() if sharding is None else sharding.whole(device)
+
         def save() -> None:
-            self._save(model, optimizer, pruner, average)
+            state = whole_optimizer_state(own, keep=self._accelerator.is_main_process)
+            with whole(torch.device("cpu")):
+                self._save(model, state, pruner, average)
 
         if resumed is not None and place.batch in (0, len(self._train)):
             self._restore_randomness()
         while place.epoch < epochs:
             self._train_epoch(wrapped, optimizer, f"{place.epoch + 1}/{epochs}", schedule, pruner, average, save)
-            self._evaluate(model, f"{place.epoch + 1}/{epochs}", pruner, average, after_epoch)
+            with whole():
+                self._evaluate(model, f"{place.epoch + 1}/{epochs}", pruner, average, after_epoch)
             place.epoch, place.batch = place.epoch + 1, 0
             place.epochs += 1
             save()
+        if sharding is not None:
+            sharding.finish()
         self._phases.append(phase)
         self._accelerator.free_memory()
 
@@ -177,7 +204,7 @@ class Loop:
         model.train()
         due = asked = False
         with self._preemption.deferred():
-            for batch in self._batches():
+            for batch in self._watch.batches(self._batches(), place.phase):
                 with self._accelerator.accumulate(model):
                     rate = schedule(place.phase_steps)
                     for group in optimizer.param_groups:
@@ -196,6 +223,8 @@ class Loop:
                     place.steps += 1
                     self._log(loss.detach(), rate, pruner)
                     self.progress.advance(f"{place.phase} {told}")
+                    if waiting := self._watch.warning():
+                        self.progress.say(f"[yellow]{waiting}[/yellow]")
                     if due or asked or (place.batch == len(self._train) and self._val is not None):
                         save()
                     if asked:
@@ -206,11 +235,11 @@ class Loop:
         place = self._place
         set_epoch(self._train, place.epochs)
         if not place.batch:
-            yield from self._train
+            yield from readable(self._accelerator, self._train)
             return
         rest = skip_first_batches(self._train, place.batch)
         set_epoch(rest, place.epochs)
-        for number, batch in enumerate(rest):
+        for number, batch in enumerate(readable(self._accelerator, rest)):
             # Making an iterator draws a number, and the checkpoint is of a moment after that.
             if not number:
                 self._restore_randomness()
@@ -245,7 +274,9 @@ class Loop:
         """Take a step if it is finite; return whether a checkpoint is due, and whether the run was asked to end."""
         place = self._place
         parameters = list(model.parameters())
-        norm = torch.nn.utils.get_total_norm([part.grad for part in parameters if part.grad is not None])
+        if self._sharded:
+            average_unsharded(model)
+        norm = total_norm(parameters)
         waited = time.monotonic() - self._saved_at >= 60 * self._settings.checkpoint_minutes
         # All ranks see the same averaged gradients, but each its own loss, clock and signals: they must decide alike.
         votes = torch.stack([loss.double(), *loss.new_tensor([waited, self._preemption.asked]).double()])
@@ -256,7 +287,7 @@ class Loop:
             if pruner is not None:
                 pruner.step()
             if self._settings.clip_grad is not None:
-                torch.nn.utils.clip_grads_with_norm_(parameters, self._settings.clip_grad, norm)
+                clip(parameters, self._settings.clip_grad, norm)
             optimizer.step()
             return bool(due), bool(asked)
         place.bad_steps += 1
@@ -284,6 +315,8 @@ class Loop:
             "lr": rate,
             "seconds": round(self._folder.seconds, 3),
         }
+        if self._watch.share is not None:
+            row["waiting"] = round(self._watch.share, 4)
         if pruner is not None:
             row["ratio"] = pruner.current_ratio
             row["kept"] = {
@@ -294,7 +327,7 @@ class Loop:
                 row["loss_sparsity"] = self._settings.w_sp_attn * attention + self._settings.w_sp_mlp * mlp
         self._folder.log(row)
 
-    def _save(self, model: nn.Module, optimizer: Any, pruner: Pruner | None, average: ModelEmaV3 | None) -> None:
+    def _save(self, model: nn.Module, optimizer: State, pruner: Pruner | None, average: ModelEmaV3 | None) -> None:
         """Write a checkpoint; the random numbers of every process are in it."""
         randomness = gather_object([random_state(self._accelerator.device)])
         if self._accelerator.is_main_process:
@@ -308,7 +341,7 @@ class Loop:
                     "phases": self._phases,
                     "notes": self.notes,
                     "model": model.state_dict(),
-                    "optimizer": optimizer.state_dict(),
+                    "optimizer": optimizer,
                     "average": None if average is None else average.module.state_dict(),
                     "pruner": None if pruner is None else pruner.state_dict(),
                     "randomness": randomness,

@@ -15,6 +15,7 @@ from torch.utils.data import Dataset, Sampler
 from upop.examples import Album, Example
 from upop.pruning import count_macs, count_parameters
 from upop.settings import RunSettings
+from upop.training.bad_images import counted, readable
 from upop.training.devices import autocast, to_device
 
 SettingsT = TypeVar("SettingsT", bound=RunSettings)
@@ -107,6 +108,10 @@ class Task(ABC, Generic[SettingsT]):
         """
         return None
 
+    def takes_pairs(self, settings: SettingsT) -> bool:
+        """Return whether training batches must have an even number of records."""
+        return False
+
     def evaluated(self, settings: SettingsT) -> tuple[str, ...]:
         """Return the splits that are held out, of "val" and "test". Without "val" the last checkpoint is the best."""
         return ("val", "test")
@@ -114,7 +119,7 @@ class Task(ABC, Generic[SettingsT]):
     def collect(
         self, accelerator: Accelerator, model: nn.Module, loader: Any, settings: SettingsT
     ) -> dict[str, Tensor]:
-        """Return every record's predictions, in the split's order, on the CPU.
+        """Return every record's predictions, in the split's order, on the CPU; unreadable records have none.
 
         Args:
             accelerator: gathers over processes; repeated records that fill the last batch are dropped.
@@ -123,11 +128,13 @@ class Task(ABC, Generic[SettingsT]):
             settings: of the run.
         """
         parts: list[dict[str, Tensor]] = []
-        for batch in loader:
+        for batch in readable(accelerator, loader):
             with autocast(accelerator, settings):
                 rows = self.predict(model, batch, settings)
             parts.append({name: value.cpu() for name, value in accelerator.gather_for_metrics(rows).items()})
-        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        rows = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        kept = counted(loader)
+        return rows if kept is None else {name: value[kept] for name, value in rows.items()}
 
     def answers(
         self, model: nn.Module, records: Dataset[Any], numbers: Sequence[int], settings: SettingsT

@@ -1,0 +1,201 @@
+"""`batch_size_train: auto`: the largest batch that fits into memory, by measured steps on real records.
+
+A step (forward, backward, optimizer) is taken on two small batches; what it takes grows by so many bytes per record,
+and what is left of the memory says how many records fit. On CUDA the batch found is then tried, and made smaller until
+it fits. On the CPU, where memory that is used up ends the process instead of raising an error, the measured growth
+decides alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple, cast
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from upop.errors import OutOfMemoryError, SettingError
+from upop.settings import RunSettings
+from upop.training.bad_images import without_notes
+from upop.training.devices import autocast, to_device
+from upop.training.loaders import SeededDataset
+from upop.training.memory import free_bytes, is_out_of_memory, peak_bytes
+from upop.training.task import Task
+
+_PROBES = (2, 4)  # even, for some tasks take records in pairs
+_USED = 0.8
+"""Share of the free memory that is filled: texts of other batches are longer, and memory falls into pieces."""
+_DISTINCT = 16
+_ROUND = 8
+
+
+class BatchSize(NamedTuple):
+    """What fits.
+
+    Attributes:
+        size: records per forward pass and process.
+        accumulate: forward passes per step.
+        fixed: bytes of a step whatever the batch: gradients, what the optimizer keeps.
+        per_record: bytes that each record adds.
+        free: bytes that there were.
+    """
+
+    size: int
+    accumulate: int
+    fixed: int
+    per_record: int
+    free: int
+
+    def told(self) -> str:
+        """What was found, in words."""
+        giga = 2**30
+        passes = f", {self.accumulate} of them per step" if self.accumulate > 1 else ""
+        return (
+            f"batches of {self.size} records{passes}: a step takes {self.fixed / giga:.2f} GiB and "
+            f"{self.per_record / giga:.3f} GiB per record, and {self.free / giga:.1f} GiB are free"
+        )
+
+
+def find_batch_size(
+    accelerator: Accelerator, task: Task[Any], settings: RunSettings, model: nn.Module, loader: DataLoader[Any]
+) -> BatchSize:
+    """Return the largest batch that fits; the model comes back as it was, on the accelerator's device.
+
+    Where the settings name a `batch_size_train`, the records per step stay as they name them: the batch is the largest
+    divisor of batch_size_train x accumulate that fits. All processes take the smallest of theirs.
+
+    Raises:
+        OutOfMemoryError: not even the smallest batch fits.
+        SettingError: the model's weights are spread over processes.
+    """
+    if accelerator.distributed_type == DistributedType.FSDP:
+        raise SettingError(
+            "batch_size_train=auto measures steps of the whole model on one device, and with FSDP it is spread over "
+            "several. Give a number."
+        )
+    device = accelerator.device
+    records = len(cast(SeededDataset, loader.dataset))
+    state = {name: value.detach().to("cpu", copy=True) for name, value in model.state_dict().items()}
+    training = model.training
+    model.to(device).train()
+    probe = _Probe(accelerator, task, settings, model, loader)
+    devices = [device] if device.type == "cuda" else []
+    try:
+        with torch.random.fork_rng(devices=devices):
+            few, more = (probe.bytes_of(size) for size in _PROBES)
+            if few is None or more is None:
+                raise OutOfMemoryError(_too_large(f"batches of {_PROBES[-1]} records are too large"))
+            per_record = max(1, (more - few) // (_PROBES[1] - _PROBES[0]))
+            fixed = max(0, few - _PROBES[0] * per_record) + _copies(accelerator, settings, model)
+            free = _smallest(accelerator, free_bytes(device))
+            most = int((_USED * free - fixed) // per_record)
+            size = _choice(task, settings, records, most, accelerator.num_processes)
+            while size and device.type == "cuda" and _smallest(accelerator, int(probe.bytes_of(size) is not None)) == 0:
+                size = _choice(task, settings, records, size * 4 // 5, accelerator.num_processes)
+    finally:
+        del probe
+        model.zero_grad(set_to_none=True)
+        model.load_state_dict(state)
+        model.train(training)
+    if not size:
+        giga = 2**30
+        raise OutOfMemoryError(
+            _too_large(
+                f"a step takes {fixed / giga:.2f} GiB and {per_record / giga:.3f} GiB per record, and "
+                f"{free / giga:.1f} GiB are free"
+            )
+        )
+    return BatchSize(size, _step_records(settings, size) // size, fixed, per_record, free)
+
+
+class _Probe:
+    """Takes steps on batches of real records, and says how much memory each took."""
+
+    def __init__(
+        self, accelerator: Accelerator, task: Task[Any], settings: RunSettings, model: nn.Module, loader: Any
+    ) -> None:
+        self._accelerator, self._task, self._settings = accelerator, task, settings
+        self._model, self._loader = model, loader
+        self._items: list[Any] = []
+
+    def bytes_of(self, size: int) -> int | None:
+        """Return the bytes that a step on so many records takes; None if they do not fit."""
+        device = self._accelerator.device
+        try:
+            batch = to_device(self._batch(size), device)
+            if device.type != "cuda":
+                return peak_bytes(lambda: self._steps(batch))
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(device)
+            before = torch.cuda.memory_allocated(device)
+            self._steps(batch)
+            return torch.cuda.max_memory_allocated(device) - before
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            return None
+        finally:
+            self._model.zero_grad(set_to_none=True)
+
+    def _steps(self, batch: Mapping[str, Any]) -> None:
+        optimizer = self._task.optimizer(self._model, self._settings)
+        for group in optimizer.param_groups:
+            group["lr"] = 0.0
+        for _ in range(2):  # the second one has the optimizer's state in memory all along
+            with autocast(self._accelerator, self._settings):
+                loss: Tensor = self._task.loss(self._model, batch, self._settings, 0.0)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    def _batch(self, size: int) -> dict[str, Any]:
+        records = cast(SeededDataset, self._loader.dataset)
+        while len(self._items) < min(size, _DISTINCT, len(records)):
+            self._items.append(records[len(self._items)])
+        items = [self._items[number % len(self._items)] for number in range(size)]
+        return without_notes(cast(dict[str, Any], self._loader.collate_fn(items)))
+
+
+def _copies(accelerator: Accelerator, settings: RunSettings, model: nn.Module) -> int:
+    """Return the bytes of what will lie beside the model: its average, its dense copy, buckets of gradients."""
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    dense = accelerator.device.type == "cpu"
+    return weights * ((settings.ema_decay is not None) + dense + (accelerator.num_processes > 1))
+
+
+def _step_records(settings: RunSettings, size: int) -> int:
+    """Return the records of a step and process: those that the settings name, or else as many batches as they say."""
+    named = "batch_size_train" in settings.model_fields_set
+    return settings.batch_size_train * settings.accumulate if named else size * settings.accumulate
+
+
+def _choice(task: Task[Any], settings: RunSettings, records: int, most: int, processes: int) -> int:
+    """Return the largest batch of at most `most` records that the settings and the data allow; 0 if there is none."""
+    queue = getattr(settings, "queue_size", None)
+    most = min(most, records, *([] if queue is None else [queue // processes]))
+    even = task.takes_pairs(settings)
+    if "batch_size_train" in settings.model_fields_set:
+        total = _step_records(settings, 1)
+        return max(
+            (size for size in range(1, min(most, total) + 1) if total % size == 0 and not (even and size % 2)),
+            default=0,
+        )
+    step = _ROUND if most >= _ROUND else 2 if even else 1
+    return max(0, most // step * step)
+
+
+def _smallest(accelerator: Accelerator, value: int) -> int:
+    """Return the smallest value of all processes."""
+    everyone = accelerator.gather(torch.tensor([value], device=accelerator.device))
+    least: int = min(cast(Tensor, everyone).tolist())
+    return least
+
+
+def _too_large(why: str) -> str:
+    return (
+        f"batch_size_train=auto finds no batch that fits: {why}. To change: amp (--amp), grad_checkpointing "
+        "(--grad-checkpointing), smaller pictures (image_size), or a device with more memory."
+    )

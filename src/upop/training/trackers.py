@@ -1,0 +1,114 @@
+"""Trackers: TensorBoard, or any other that Accelerate knows, gets every row of metrics.jsonl as scalars."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, filter_trackers
+
+from upop.errors import SettingError, nearest
+
+PROJECT = "upop"
+_EXTRAS = ("tensorboard",)
+_UNTRACKED = frozenset({"phase", "epoch", "step", "split", "seconds"})
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """Check that trackers can be used.
+
+    Raises:
+        SettingError: a name is not known, or its package is not installed; the message says what to install.
+    """
+    for name in names:
+        if name not in LOGGER_TYPE_TO_CLASS:
+            known = sorted(LOGGER_TYPE_TO_CLASS)
+            raise SettingError(f"Tracker {name!r} is not known{nearest(name, known)}; known are {', '.join(known)}.")
+        if LOGGER_TYPE_TO_CLASS[name].__module__.startswith("accelerate.") and find_spec(name) is None:
+            package = f"'upop[{name}]'" if name in _EXTRAS else name
+            raise SettingError(
+                f"The tracker {name} was asked for, and its package is not installed. Install it: "
+                f"pip install {package}. Or leave it out of trackers (--tracker)."
+            )
+
+
+class Trackers:
+    """The trackers of a run; only the main process tells them anything.
+
+    Local ones keep their files in `folder`: TensorBoard's events are in `folder/upop`.
+
+    Args:
+        accelerator: has the trackers.
+        names: as Accelerate calls them: tensorboard, wandb, ...
+        folder: where local trackers write.
+
+    Raises:
+        SettingError: a name is not known, or its package is not installed.
+    """
+
+    def __init__(self, accelerator: Accelerator, names: Sequence[str], folder: Path) -> None:
+        check_trackers(names)
+        self._accelerator, self._names, self._folder = accelerator, tuple(dict.fromkeys(names)), folder
+
+    @contextmanager
+    def running(self, rows: Iterable[Mapping[str, Any]]) -> Iterator[None]:
+        """Track what is told meanwhile.
+
+        Args:
+            rows: of metrics.jsonl that lie behind a resumed run. TensorBoard's events are written anew from them, so
+                that what the run had told after its last checkpoint is not there twice. What other trackers were told
+                stays with them, and they are told the steps, by which those of them that can drop the doubles.
+        """
+        if not self._names or not self._accelerator.is_main_process:
+            yield
+            return
+        self._start(rows)
+        try:
+            yield
+        finally:
+            for tracker in self._accelerator.trackers:
+                tracker.finish()
+            self._accelerator.trackers = []
+
+    def _start(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        for file in (self._folder / PROJECT).glob("events.out.tfevents.*"):
+            file.unlink()
+        accelerator = self._accelerator
+        accelerator.project_configuration.set_directories(str(self._folder))
+        accelerator.log_with = filter_trackers(list(self._names), str(self._folder))
+        # The same run, for one that is resumed.
+        key = hashlib.sha256(str(self._folder.absolute()).encode()).hexdigest()[:16]
+        own = {"wandb": {"dir": str(self._folder), "id": key, "resume": "allow", "name": self._folder.parent.name}}
+        accelerator.init_trackers(PROJECT, init_kwargs=own)
+        boards = [tracker for tracker in accelerator.trackers if tracker.name == "tensorboard"]
+        for row in rows if boards else ():
+            boards[0].log(scalars(row), step=row["step"])
+
+    def log(self, row: Mapping[str, Any]) -> None:
+        """Tell the trackers a row of metrics.jsonl, at its step; outside `running` nothing is told."""
+        if self._accelerator.trackers:
+            self._accelerator.log(scalars(row), step=row["step"])
+
+
+def scalars(row: Mapping[str, Any]) -> dict[str, float]:
+    """Return the numbers of a row of metrics.jsonl by the names that trackers know.
+
+    Those of training keep theirs (loss, lr, ratio, waiting, kept/vision), those of an evaluation begin with its split
+    (dev/accuracy, dev/average/accuracy).
+    """
+    start = f"{row['split']}/" if "split" in row else ""
+    found: dict[str, float] = {}
+    for name, value in row.items():
+        if name in _UNTRACKED:
+            continue
+        if isinstance(value, Mapping):
+            found.update({f"{start}{name}/{key}": float(each) for key, each in value.items()})
+        elif isinstance(value, (int, float)):
+            found[f"{start}{name}"] = float(value)
+    return found
