@@ -89,6 +89,9 @@ class RunSettings(Checked):
     # The run.
     output_dir: Path = Path("output")
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
+    sharding: Literal["none", "fsdp"] = Field(
+        "none", description="fsdp: weights, gradients and the optimizer's state are shared out over the processes"
+    )
     seed: int = Field(42, ge=0)
     num_workers: int = Field(4, ge=0, description="processes that decode images, per training process")
     skip_bad_images: int = Field(

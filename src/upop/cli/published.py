@@ -34,6 +34,7 @@ def blip_command(task: str, config: str) -> typer.Typer:
         output_dir: o.OutputDir = Path(f"output/{task}"),
         evaluate: Annotated[bool, typer.Option("--evaluate", help="Only evaluate --pretrained.")] = False,
         device: o.DeviceName = None,
+        fsdp: o.Fsdp = None,
         seed: o.Seed = None,
         pretrained: o.Pretrained = None,
         w_sp_attn: o.SparsityAttention = None,
@@ -47,6 +48,7 @@ def blip_command(task: str, config: str) -> typer.Typer:
         distributed: Annotated[str | None, typer.Option("--distributed", help=_IGNORED)] = None,
         use_ceph: Annotated[bool, typer.Option("--use_ceph", help="Refused.")] = False,
         resume: o.Resume = None,
+        skip_bad_images: o.SkipBadImages = None,
         assign: o.Set = None,
     ) -> None:
         """Search, shrink, retrain and evaluate; or evaluate a checkpoint."""
@@ -59,8 +61,10 @@ def blip_command(task: str, config: str) -> typer.Typer:
             "seed": seed,
             "pretrained": pretrained,
             "resume": resume,
+            "skip_bad_images": skip_bad_images,
         }
         flags |= {"w_sp_attn": w_sp_attn, "w_sp_mlp": w_sp_mlp, "p": p, "amp": amp, "init_lr": lr, **o.epochs(epoch)}
+        flags |= o.sharding(fsdp)
         found = find_task(task)
         verb = evaluate_checkpoint if evaluate else compress
         verb(found, read_settings(found.settings, config, o.overrides(flags, assign)))

@@ -47,9 +47,11 @@ def run(
     pretrained: o.Pretrained = None,
     output_dir: o.OutputDir = None,
     device: o.DeviceName = None,
+    fsdp: o.Fsdp = None,
     seed: o.Seed = None,
     amp: o.Amp = None,
     resume: o.Resume = None,
+    skip_bad_images: o.SkipBadImages = None,
     file: File = RECIPES,
     assign: o.Set = None,
 ) -> None:
@@ -60,7 +62,7 @@ def run(
     if evaluate:
         given["pretrained"] = str(recipe.output_dir / recipe.compressed)
     flags = {"pretrained": pretrained, "output_dir": output_dir, "device": device, "seed": seed, "amp": amp}
-    flags["resume"] = resume
+    flags |= {"resume": resume, "skip_bad_images": skip_bad_images, **o.sharding(fsdp)}
     settings = read_settings(task.settings, recipe.config, given | o.overrides(flags, assign))
     verb = evaluate_checkpoint if evaluate else compress
     if dry_run:

@@ -4,23 +4,29 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from datetime import timedelta
 from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DataLoaderConfiguration, set_seed
+from accelerate.utils import DataLoaderConfiguration, InitProcessGroupKwargs, set_seed
 from torch import Tensor
 
 from upop.errors import DeviceError
 from upop.settings import RunSettings
+
+# How long processes wait for one that works alone: it may fetch a checkpoint, or score captions. One that dies is
+# noticed at once, whatever this is.
+PATIENCE = timedelta(minutes=30)
 
 
 def make_accelerator(settings: RunSettings) -> Accelerator:
     """Return the accelerator of a run, with seeds set; torchrun's environment decides about processes.
 
     Raises:
-        DeviceError: the asked-for device is not there, or there are more processes than GPUs.
+        DeviceError: the asked-for device is not there, there are more processes than GPUs, or weights are to be shared
+            out and there is one process.
     """
     _check(settings.device)
     # The accelerator's state outlives a run, and a second run in the same process may want other settings.
@@ -29,7 +35,13 @@ def make_accelerator(settings: RunSettings) -> Accelerator:
         cpu=settings.device == "cpu",
         gradient_accumulation_steps=settings.accumulate,
         dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=settings.seed),
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
     )
+    if settings.sharding == "fsdp" and accelerator.num_processes == 1:
+        raise DeviceError(
+            "--fsdp shares weights out over several processes, and there is one. Start the command with "
+            "torchrun --nproc_per_node N, N being at least 2, or leave --fsdp out."
+        )
     set_seed(settings.seed)
     return accelerator
 

@@ -203,6 +203,7 @@ class Loop:
             return
         model.train()
         due = asked = False
+        mean = torch.zeros(())
         with self._preemption.deferred():
             for batch in self._watch.batches(self._batches(), place.phase):
                 with self._accelerator.accumulate(model):
@@ -213,7 +214,7 @@ class Loop:
                         loss = self._task.loss(model, batch, settings, place.epoch + place.batch / len(self._train))
                     self._accelerator.backward(loss)
                     if self._accelerator.sync_gradients:
-                        due, asked = self._step(model, optimizer, loss.detach(), pruner)
+                        mean, due, asked = self._step(model, optimizer, loss.detach(), pruner)
                     optimizer.zero_grad()
                 place.batch += 1
                 if self._accelerator.sync_gradients:
@@ -221,7 +222,7 @@ class Loop:
                         average.update(self._accelerator.unwrap_model(model))
                     place.phase_steps += 1
                     place.steps += 1
-                    self._log(loss.detach(), rate, pruner)
+                    self._log(mean, rate, pruner)
                     self.progress.advance(f"{place.phase} {told}")
                     if waiting := self._watch.warning():
                         self.progress.say(f"[yellow]{waiting}[/yellow]")
@@ -270,8 +271,8 @@ class Loop:
             if after_epoch is not None:
                 after_epoch(candidate, scores)
 
-    def _step(self, model: nn.Module, optimizer: Any, loss: Tensor, pruner: Pruner | None) -> tuple[bool, bool]:
-        """Take a step if it is finite; return whether a checkpoint is due, and whether the run was asked to end."""
+    def _step(self, model: nn.Module, optimizer: Any, loss: Tensor, pruner: Pruner | None) -> tuple[Tensor, bool, bool]:
+        """Take a step if it is finite; return the mean loss, whether a checkpoint is due, and the run is to end."""
         place = self._place
         parameters = list(model.parameters())
         if self._sharded:
@@ -281,7 +282,7 @@ class Loop:
         # All ranks see the same averaged gradients, but each its own loss, clock and signals: they must decide alike.
         votes = torch.stack([loss.double(), *loss.new_tensor([waited, self._preemption.asked]).double()])
         votes = self._accelerator.reduce(votes, "mean")
-        finite, due, asked = (torch.isfinite(norm) & torch.isfinite(votes[0])), *(votes[1:] > 0)
+        finite, due, asked = torch.isfinite(norm) & torch.isfinite(votes[0]), votes[1] > 0, votes[2] > 0
         if bool(finite):
             place.bad_in_a_row = 0
             if pruner is not None:
@@ -289,7 +290,7 @@ class Loop:
             if self._settings.clip_grad is not None:
                 clip(parameters, self._settings.clip_grad, norm)
             optimizer.step()
-            return bool(due), bool(asked)
+            return votes[0], bool(due), bool(asked)
         place.bad_steps += 1
         place.bad_in_a_row += 1
         if pruner is not None:
@@ -301,7 +302,7 @@ class Loop:
                 f"finite, max_bad_steps is {self._settings.max_bad_steps}. Lower init_lr, set clip_grad, or check the "
                 f"data. What was computed before is in {self._folder.path}."
             )
-        return bool(due), bool(asked)
+        return votes[0], bool(due), bool(asked)
 
     def _log(self, loss: Tensor, rate: float, pruner: Pruner | None) -> None:
         place = self._place

@@ -185,15 +185,23 @@ def clip(parameters: Iterable[nn.Parameter], largest: float, norm: Tensor) -> No
         torch.nn.utils.clip_grads_with_norm_(kind, largest, norm)
 
 
-def whole_optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Return the state of an optimizer over sharded parameters as if they were whole, on the CPU.
+def whole_optimizer_state(optimizer: torch.optim.Optimizer, *, keep: bool = True) -> dict[str, Any]:
+    """Return the state of an optimizer, with what it says of sharded parameters whole and on the CPU.
 
-    All processes call it together.
+    Args:
+        optimizer: over sharded parameters, or over plain ones, whose state is returned as it is.
+        keep: False returns no numbers of sharded parameters; all processes call it together, and one saves.
     """
+
+    def whole(value: Any) -> Any:
+        if not isinstance(value, DTensor):
+            return value
+        gathered = value.full_tensor()
+        return gathered.cpu() if keep else None
+
     state = optimizer.state_dict()
     state["state"] = {
-        number: {key: value.full_tensor().cpu() if isinstance(value, DTensor) else value for key, value in each.items()}
-        for number, each in state["state"].items()
+        number: {key: whole(value) for key, value in each.items()} for number, each in state["state"].items()
     }
     return state
 
