@@ -16,6 +16,7 @@ from upop.cli.convert import convert
 from upop.cli.demo import demo
 from upop.cli.export import export
 from upop.cli.inspect import inspect
+from upop.cli.processes import place, recorded
 from upop.cli.recipes import recipes, run
 from upop.cli.report import report
 from upop.errors import PreemptedError, UPopError
@@ -203,9 +204,9 @@ def main(command: typer.Typer = app) -> None:
     """
     sys.argv[1:] = o.with_resume_value(sys.argv[1:])
     try:
-        command()
+        recorded(command)
     except UPopError as error:
-        Console(stderr=True).print(f"[bold red]Error:[/bold red] {type(error).__name__}:", end=" ")
+        Console(stderr=True).print(f"[bold red]Error{place()}:[/bold red] {type(error).__name__}:", end=" ")
         Console(stderr=True, highlight=False, markup=False, soft_wrap=True).print(_message(error))
         sys.exit(PreemptedError.exit_code if isinstance(error, PreemptedError) else 1)
 
