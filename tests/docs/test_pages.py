@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 
 from documents import PAGES, README, ROOT, anchors, blocks, file_examples, links
@@ -38,9 +39,17 @@ def test_the_index_names_every_page() -> None:
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=lambda page: page.stem)
 def test_python_runs_in_order(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    # One process, as torchrun would start it.
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
+    for name, value in alone.items():
+        monkeypatch.setenv(name, value)
     names: dict[str, Any] = {"__name__": page.stem}
-    for code in blocks(page, "python"):
-        exec(compile(code, str(page), "exec"), names)
+    try:
+        for code in blocks(page, "python"):
+            exec(compile(code, str(page), "exec"), names)
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
 
 
 def test_examples_of_files_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
