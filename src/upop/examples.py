@@ -26,7 +26,7 @@ class Answer(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     text: str | None = Field(default=None, description="as people read it")
-    pictures: tuple[str, ...] = Field(default=(), description="files beside examples.json: what was found, a map of classes")
+    pictures: tuple[str, ...] = Field(default=(), description="files beside examples.json: what was found, or a map")
     note: str | None = Field(default=None, description="what else there is to say, in small print")
     right: bool | None = Field(default=None, description="None where an answer is not simply right or wrong")
 

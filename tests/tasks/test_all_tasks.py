@@ -8,14 +8,19 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from torch import Tensor
 
 import runs
 import upop
+from report.pages import Page, check_alone
 from upop.checkpoints import save_official
 from upop.checkpoints.convert import write_model
 from upop.errors import CheckpointError
+from upop.examples import Examples
 from upop.pruning import Plan, find_units
+from upop.report.page import comparison_page, run_page
+from upop.report.run import read_run
 from upop.settings import RunSettings, read_settings
 from upop.tasks import TASKS, find_task
 from upop.tasks.verbs import compress, evaluate_checkpoint, train
@@ -119,6 +124,69 @@ def test_the_compressed_model_is_an_ordinary_one(done: Runs) -> None:
     assert all(torch.equal(given[name], value) for name, value in inputs.items())
     first, second = ((each,) if isinstance(each, Tensor) else each for each in (first, second))
     assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True) if isinstance(one, Tensor))
+
+
+def test_examples_show_what_the_models_answer(done: Runs) -> None:
+    folder = done.folder / "2x" / "examples"
+    examples = Examples.read(folder)
+    assert len(examples.records) == 8
+    told = results(done.folder / "2x")[1]["metrics"]
+    assert told[examples.split], "a split with true answers is taken where there is one"
+    used = {"examples.json"}
+    for record in examples.records:
+        assert set(record.answers) == {"dense", "UPop 2x"}
+        assert record.truth is not None
+        assert record.pictures or record.prompt
+        for answer in (record.truth, *record.answers.values()):
+            assert answer.text is not None or answer.pictures
+            used |= set(answer.pictures)
+        used |= set(record.pictures)
+    assert used == {path.name for path in folder.iterdir()}
+
+
+def test_every_run_has_a_page_with_its_numbers(done: Runs) -> None:
+    done.evaluated(done.best)
+    for name, sections in (
+        ("2x", {"results", "kept", "curves"}),
+        ("trained", {"results", "curves"}),
+        ("evaluated", {"results"}),
+    ):
+        run = read_run(done.folder / name)
+        assert not run.missing
+        page = Page(run_page(run))
+        check_alone(page)
+        assert {found["id"] for found in page.named("section")} >= sections | {"examples", "rerun", "settings"}
+        measured = results(done.folder / name)
+        assert {model["parameters"] / 1e6 for model in measured} <= set(page.numbers)
+        shown = [
+            model["metrics"][split][metric]
+            for model in measured
+            for split in model["metrics"]
+            for metric in done.task.shown
+            if metric in model["metrics"][split]
+        ]
+        assert shown
+        assert set(shown) <= set(page.numbers)
+    page = Page(comparison_page([read_run(done.folder / name) for name in ("trained", "2x")]))
+    check_alone(page)
+    assert page.text.count("UPop 2x") >= 2
+
+
+def test_the_card_of_the_compressed_model_says_what_was_measured(done: Runs) -> None:
+    card = ModelCard.load(done.best / "README.md")
+    assert card.data.library_name == "upop"
+    assert done.task.name in card.data.tags
+    assert card.data.pipeline_tag == done.task.pipeline
+    assert set(card.data.metrics) <= set(done.task.shown)
+    dense, small = results(done.folder / "2x")
+    for model in (dense, small):
+        (row,) = (line for line in card.text.splitlines() if line.startswith(f"| {model['name']} |"))
+        for metrics in model["metrics"].values():
+            for metric in set(metrics) & set(done.task.shown):
+                assert f"| {metrics[metric]:.1f}" in row
+    assert str(done.folder / "trained" / "best") in card.text
+    assert 'upop.load("path/to/this/folder")' in card.text
+    assert not (done.folder / "trained" / "best" / "README.md").exists()  # a dense model
 
 
 def test_another_tasks_model_is_refused(done: Runs, tmp_path: Path) -> None:

@@ -80,7 +80,7 @@ def demo(
     together.write_json(output_dir / "results.json")
     shown = {name: model for name, (model, _) in models.items()}
     records = task.dataset(settings, "test")
-    console.print(_answers(write_examples(task, shown, records, settings, "test", output_dir / "examples")))
+    console.print(answers_table(write_examples(task, shown, records, settings, "test", output_dir / "examples")))
     console.print(results_table(together))
     page = output_dir / PAGE
     write_comparison_page([read_run(output_dir / method) for method in _METHODS], page)
@@ -88,11 +88,12 @@ def demo(
     console.print(f"The compressed model: {output_dir}/upop/best, for upop.load or upop evaluate", highlight=False)
 
 
-def _answers(examples: Examples) -> Table:
+def answers_table(examples: Examples) -> Table:
     """Return sentences, whether they are true, and what every model says; wrong answers are red."""
     models = list(examples.records[0].answers)
     table = Table("sentence", "true?", *models, title="Some test sentences, before and after", title_justify="left")
     for record in examples.records:
         said = (Text(answer.text or "", style="" if answer.right else "red") for answer in record.answers.values())
-        table.add_row(record.prompt, record.truth.text if record.truth is not None else "", *said)
+        truth = record.truth.text if record.truth is not None else None
+        table.add_row(Text(record.prompt or ""), Text(truth or ""), *said)
     return table

@@ -15,7 +15,7 @@ Point = tuple[float, float]
 
 _MOST_POINTS = 400
 _LETTERS = 8.0  # height of a line of letters, in percent of the plot
-_USUAL = 0.97  # of the values are not cut off
+_USUAL, _FEW = 0.97, 30  # that share of the values is not cut off, and nothing where there are fewer
 _SMOOTHED = 40  # a curve of more points is drawn with its running mean over so many parts of it
 
 
@@ -209,7 +209,7 @@ def _edge(values: Sequence[float]) -> float | None:
     """Return where to cut a curve that begins far above all the rest of it; None where it does not."""
     ordered = sorted(values)
     usual = ordered[int(_USUAL * (len(ordered) - 1))]
-    return 1.25 * usual if usual > 0 and ordered[-1] > 2.5 * usual else None
+    return 1.25 * usual if len(ordered) >= _FEW and usual > 0 and ordered[-1] > 2.5 * usual else None
 
 
 def _scale(values: Sequence[float], *, tight: bool = False) -> _Scale:

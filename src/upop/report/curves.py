@@ -10,7 +10,7 @@ from upop.report.charts import Chart, Line, Point, chart, with_mean
 from upop.report.results import Results
 from upop.report.run import Run
 
-_ABOUT = frozenset({"phase", "epoch", "step", "split", "average"})  # of an evaluation's row; the rest are metrics
+_ABOUT = frozenset({"phase", "epoch", "step", "split", "average", "seconds"})  # the rest of a row are metrics
 _MOST_METRICS = 2
 _RUN_STYLES = 6
 _MODALITIES = ("vision", "text")

@@ -34,6 +34,7 @@ _SIZES = {
     LATENCY: ("latency", "faster", " ms"),
 }
 """Column -> what a tile calls it, what it calls a gain, and the unit."""
+_BRIGHT, _DEEP = 55, 76  # percent from which letters turn dark on bright cells, and light on deep ones
 _TIMES = "\N{MULTIPLICATION SIGN}"
 _WITHOUT = frozenset({"output_dir", "command"})  # differ always, or are shown by themselves
 _ON_TOP = frozenset({"task", "verb", "command"})
@@ -182,6 +183,12 @@ def distinct_names(runs: Sequence[Run]) -> list[str]:
     return [f"{run.name} ({place})" for place, run in enumerate(runs, start=1)]  # the same run twice
 
 
+def ink(share: float) -> str:
+    """Return the classes of a cell that shows a share in its colour: whether its letters turn, in either theme."""
+    percent = round(100 * share)
+    return " ".join(name for name, least in (("bright", _BRIGHT), ("deep", _DEEP)) if percent >= least)
+
+
 def _render(template: str, **content: Any) -> str:
     environment = Environment(
         loader=PackageLoader("upop.report"),
@@ -191,7 +198,7 @@ def _render(template: str, **content: Any) -> str:
         lstrip_blocks=True,
     )
     environment.filters["percent"] = lambda share: f"{100 * share:.0f}"
-    environment.globals |= {"kept_share": kept_share, "upop": metadata.version("upop")}
+    environment.globals |= {"kept_share": kept_share, "ink": ink, "upop": metadata.version("upop")}
     return environment.get_template(template).render(**content)
 
 

@@ -41,6 +41,10 @@ class Results(BaseModel):
     baseline: str = Field(default="dense", description="the model that the others are compared with")
     batch_size: int = Field(default=1, gt=0, description="records in the batch of the latency measurement")
     machine: Mapping[str, str | int] = Field(default_factory=dict, description="from `machine()`")
+    left_out: Mapping[str, tuple[int, int]] = Field(
+        default_factory=dict,
+        description="split -> how many records count in no score, since their images cannot be read, and of how many",
+    )
 
     @model_validator(mode="after")
     def _check_names(self) -> Results:
@@ -168,9 +172,17 @@ def results_table(results: Results) -> Table:
         table.add_column(header, justify="right")
         if header == LATENCY:
             table.caption = latency_note(results)
+    if results.left_out:
+        table.caption = "\n".join([*([str(table.caption)] if table.caption else ()), left_out_note(results)])
     for name, row in cells.items():
         table.add_row(name, *(f"{cell.text} ({cell.gain})" if cell.gain else cell.text for cell in row.values()))
     return table
+
+
+def left_out_note(results: Results) -> str:
+    """Return which records the scores do not count, in words; empty where they count all."""
+    splits = [f"{few} of {total} {split} records" for split, (few, total) in results.left_out.items()]
+    return f"Not scored, since their images cannot be read: {', '.join(splits)}" if splits else ""
 
 
 def latency_note(results: Results) -> str:
@@ -199,7 +211,7 @@ def number(value: float) -> str:
         return f"{value:,.0f}"
     if value >= 9.995:
         return f"{value:.1f}"
-    return f"{value:.2f}" if value >= 0.9995 else f"{value:.3g}"
+    return f"{value:.2f}" if value >= 0.9995 else f"{value:#.3g}"
 
 
 def _points(value: float | None, difference: float | None) -> Cell:

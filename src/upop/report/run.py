@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import yaml
 
@@ -20,7 +20,6 @@ _SETTINGS, _VERSIONS, _METRICS, _RESULTS = "settings.yaml", "versions.json", "me
 _MODELS = ("best", "last")
 _DESCRIPTION = "upop.json"  # of a model's folder
 _SHOWN_NAMES = 8
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -159,12 +158,14 @@ def _rows(path: Path, missing: list[str]) -> tuple[Mapping[str, Any], ...]:
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             row = json.loads(line)
-            rows.append({**row, "step": int(row["step"]), "phase": str(row["phase"])})
-        except (ValueError, KeyError, TypeError):
+        except ValueError:
             bad += 1
+            continue
+        if isinstance(row, dict) and isinstance(row.get("step"), int) and isinstance(row.get("phase"), str):
+            rows.append(row)
     if bad:
         missing.append(f"{_METRICS} has lines that cannot be read, and are left out: {bad}.")
-    return tuple(sorted(rows, key=lambda row: int(row["step"])))
+    return tuple(sorted(rows, key=lambda row: row["step"]))
 
 
 def _stand(rows: tuple[Mapping[str, Any], ...]) -> str:
