@@ -22,7 +22,7 @@ from upop.examples import Answer, Example
 from upop.files import write_text
 from upop.report.charts import Chart
 from upop.report.curves import comparison_charts, run_charts
-from upop.report.results import GMACS, LATENCY, PARAMETERS, Cell, Results, latency_note, table_cells
+from upop.report.results import GMACS, LATENCY, PARAMETERS, Cell, Results, latency_note, left_out_note, table_cells
 from upop.report.run import Run
 from upop.report.shares import Panel, UnitShare, kept_share, panels
 
@@ -135,7 +135,7 @@ def run_page(run: Run) -> str:
         tiles=_tiles(run.results) if run.results is not None else (),
         columns=columns,
         rows=rows,
-        latency=latency_note(run.results) if LATENCY in columns and run.results is not None else "",
+        about=_about([run.results]),
         blocks=_blocks(run.shares),
         charts=run_charts(run),
         examples=_examples([run]),
@@ -161,9 +161,7 @@ def comparison_page(runs: Sequence[Run]) -> str:
         runs=list(zip(names, runs, strict=True)),
         columns=columns,
         rows=rows,
-        latency=" ".join(dict.fromkeys(f"{latency_note(run.results)}." for run in runs if run.results is not None))
-        if LATENCY in columns
-        else "",
+        about=_about([run.results for run in runs]),
         notes=[f"{name}: {note}" for name, run in zip(names, runs, strict=True) for note in run.missing],
         charts=charts,
         blocks=[(name, _blocks(run.shares)) for name, run in zip(names, runs, strict=True) if run.shares],
@@ -247,6 +245,14 @@ def _table(runs: Sequence[Run], names: Sequence[str] = ("",)) -> tuple[list[str]
             seen[key] = len(rows)
             rows.append(TableRow(run, model.name, cells))
     return columns, rows
+
+
+def _about(results: Sequence[Results | None]) -> list[str]:
+    """Return how it was measured, in sentences, each once."""
+    finished = [each for each in results if each is not None]
+    timed = [each for each in finished if any(model.latency_ms is not None for model in each.models)]
+    notes = [*(latency_note(each) for each in timed), *(left_out_note(each) for each in finished if each.left_out)]
+    return list(dict.fromkeys(f"{note}." for note in notes))
 
 
 def _blocks(shares: Sequence[UnitShare]) -> list[Block]:
