@@ -71,6 +71,8 @@ def test_whole_numbers(name: str, value: Any) -> None:
         ({"exclude": ["*.mlp", "blocks.0.atn"]}, ["exclude names", "did you mean 'blocks.0.attn'"]),
         ({"include": "*.mlp", "exclude": "*.mlp"}, ["leave none of the 4 units"]),
         ({"include": []}, ["include=[]", "leave none"]),
+        ({"include": 3}, ["include takes a name or a pattern", "found 3"]),
+        ({"exclude": ["*.mlp", None]}, ["exclude takes a name or a pattern", "['*.mlp', None]"]),
         ({"score": "sined"}, ["score='sined'", "did you mean 'signed'", "function"]),
         ({"score": 3}, ["score=3 is not known"]),
         ({"score": None}, ["score=None is not known"]),
@@ -143,8 +145,34 @@ def test_where_dimensions_cannot_go_heads_do() -> None:
 def test_frozen_weights() -> None:
     model = NLVR.build()
     model.visual_encoder.requires_grad_(False)
-    fragments = ["6 units have frozen weights", "visual_encoder.blocks.0.attn", "requires_grad", "exclude"]
+    names = [unit.name for unit in upop.find_units(model) if unit.name.startswith("visual_encoder")]
+    fragments = ["6 units have frozen weights", f"({', '.join(names)})", "requires_grad", "exclude"]
     refused(LayoutError, fragments, lambda: upop.Pruner(model, 0.5, 2))
+
+
+def test_units_that_the_loss_does_not_depend_on_are_named_once() -> None:
+    model = Towers()
+    pruner = upop.Pruner(model, 0.3, 4, 1)
+    for step in range(4):
+        loss_of(model.first(**VIT.inputs())).backward()
+        if step == 1:
+            with pytest.warns(UserWarning, match=r"4 of 8 units had no gradient in 2 search steps.*second\.blocks\.0"):
+                pruner.step()
+        else:
+            pruner.step()
+        model.zero_grad()
+    pruner.remove()
+    one = upop.Pruner(model, 0.3, 1, include="second.*")
+    loss_of(model.second(**VIT.inputs())).backward()
+    one.step()  # those had one
+
+
+class Towers(nn.Module):
+    """Two models side by side."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = VIT.build(), VIT.build(seed=1)
 
 
 def test_two_pruners_on_one_model() -> None:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from upop.errors import CheckpointError
-from upop.pruning import Plan, Unit, find_units, shrink
+from upop.pruning import Plan, Unit, shrink, survey
 
 
 def kept_sizes(units: Sequence[Unit], state: Mapping[str, Tensor], source: str) -> dict[str, int]:
@@ -48,11 +48,11 @@ def fit(model: nn.Module, state: Mapping[str, Tensor], source: str, fixed_scale:
     Raises:
         CheckpointError: keys or shapes do not fit; they are listed.
     """
-    units = find_units(model)
+    units = survey(model).units
     sizes = kept_sizes(units, state, source)
     compressed = {unit.name: range(sizes[unit.name]) for unit in units if sizes.get(unit.name, unit.size) < unit.size}
     if compressed:
-        shrink(model, Plan.of(units, compressed), fold=False)
+        shrink(model, Plan.of(list(units), compressed), fold=False)
     load_strictly(model, state, source)
     for unit in units:
         if unit.name in compressed and fixed_scale(unit):

@@ -6,6 +6,7 @@ A transformers model's folder is also one of transformers' own: `from_pretrained
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
@@ -22,12 +23,12 @@ from upop.checkpoints.hub import is_hub_name, local_path
 from upop.checkpoints.quantizer import mark
 from upop.checkpoints.read import read_weights, shared_tensors
 from upop.checkpoints.recording import plan_of, set_plan
-from upop.checkpoints.transformers_models import is_transformers_folder, load_transformers
-from upop.errors import CheckpointError, PlanError
+from upop.checkpoints.transformers_models import is_transformers_folder, load_transformers, misfit
+from upop.errors import CheckpointError, LayoutError, PlanError
 from upop.files import replacing_folder
 from upop.models import MODELS, kind_of
 from upop.pruning import Plan, count_parameters, survey
-from upop.pruning.masks import unwrapped
+from upop.pruning.masks import refuse_masked, unwrapped
 from upop.pruning.sharded import refuse_sharded
 
 WEIGHTS = "model.safetensors"
@@ -52,13 +53,16 @@ def save(model: nn.Module, folder: str | Path, plan: Plan | None = None) -> Path
     Raises:
         RunFolderError: the folder cannot be written.
         SettingError: it is a transformers model that is quantized by another method.
-        LayoutError: the model's weights are sharded over processes: save a copy that `upop.gather` makes.
+        LayoutError: the model's weights are sharded over processes (save a copy that `upop.gather` makes), or it has
+            none, on the meta device.
     """
     folder, model = Path(folder), unwrapped(model)
     refuse_sharded(model, "save()")
     plan = plan if plan is not None else plan_of(model)
     kind = kind_of(model)
-    in_transformers = isinstance(model, PreTrainedModel)
+    _refuse_meta(model)
+    _warn_masked(model)
+    in_transformers = isinstance(model, PreTrainedModel) and _is_its_own(model)
     if in_transformers:
         mark(model)
     description = {
@@ -127,7 +131,7 @@ def load_into(model: nn.Module, folder: str | Path) -> nn.Module:
     folder, whole = local_path(folder), model
     model = unwrapped(model)
     description = read_description(folder)
-    if isinstance(model, PreTrainedModel):
+    if isinstance(model, PreTrainedModel) and description["transformers"] is not False:
         state = load_transformers(folder, type(model)).state_dict()
     else:
         state = read_weights(folder / WEIGHTS)
@@ -179,6 +183,37 @@ def _card(model: nn.Module, description: dict[str, Any]) -> str:
     source = getattr(model, "name_or_path", None)
     on_hub = source if isinstance(source, str) and is_hub_name(source) else None
     return card.card(description, name=on_hub, parameters=whole)
+
+
+def _refuse_meta(model: nn.Module) -> None:
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise LayoutError(
+            f"{type(model).__name__} is on the meta device and has no weights to save. Load its weights first."
+        )
+
+
+def _warn_masked(model: nn.Module) -> None:
+    try:
+        refuse_masked(model, survey(model).units)
+    except LayoutError:
+        warnings.warn(
+            f"{type(model).__name__} is still masked, and masks are not saved: what is written is the dense model. "
+            "Call the Pruner's shrink() first, or save its state_dict() too.",
+            stacklevel=3,
+        )
+
+
+def _is_its_own(model: PreTrainedModel) -> bool:
+    """Whether transformers can load the model again; if not, it is saved as any other model."""
+    why = misfit(model)
+    if why is not None:
+        warnings.warn(
+            f"{type(model).__name__} is not what its configuration builds ({why}), so from_pretrained could not load "
+            "it again. It is written for upop.load_into(model, folder), where model is built as it was before it was "
+            "compressed.",
+            stacklevel=3,
+        )
+    return why is None
 
 
 def _found(folder: Path) -> str:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from upop.checkpoints.fit import kept_sizes
 from upop.errors import CheckpointError
-from upop.pruning import survey
+from upop.pruning import Unit, survey
 
 # What training needs, or the machine decides, and no output depends on in evaluation mode.
 _FREE_CLASSES = ("Dropout", "DropPath", "Identity", "PatchDropout")
@@ -36,22 +37,28 @@ def same_but_for_sizes(model: nn.Module, dense: nn.Module) -> bool:
         return False
     # Buffers that are not saved have to be there too: a mask of attention, say.
     mine, theirs = {**dict(model.named_buffers()), **mine}, {**dict(dense.named_buffers()), **theirs}
-    expected = {name: list(value.shape) for name, value in theirs.items()}
+    if {name: list(value.shape) for name, value in mine.items()} != cut_shapes(theirs, units, kept):
+        return False
     cut: set[tuple[str, str]] = set()
     for unit in units:
-        for part in unit.slices:
-            if part.tensor in expected:
-                expected[part.tensor][part.dim] = part.length(kept[unit.name])
-            owner = part.tensor.rpartition(".")[0]
-            cut |= {(owner, "in_features"), (owner, "out_features")}
+        owners = [part.tensor.rpartition(".")[0] for part in unit.slices]
+        cut |= {(owner, width) for owner in owners for width in ("in_features", "out_features")}
         cut |= {(attribute.module, attribute.name) for attribute in unit.attributes}
-    if {name: list(value.shape) for name, value in mine.items()} != expected:
-        return False
     pairs = zip(model.named_modules(), dense.named_modules(), strict=False)
     return all(
         ours == name and _alike(one, other) and _settings(one, ours, cut) == _settings(other, name, cut)
         for (ours, one), (name, other) in pairs
     )
+
+
+def cut_shapes(dense: Mapping[str, Tensor], units: Iterable[Unit], kept: Mapping[str, int]) -> dict[str, list[int]]:
+    """Return the shapes of a dense model's tensors when its units keep so many entries."""
+    shapes = {name: list(value.shape) for name, value in dense.items()}
+    for unit in units:
+        for part in unit.slices:
+            if part.tensor in shapes and unit.name in kept:
+                shapes[part.tensor][part.dim] = part.length(kept[unit.name])
+    return shapes
 
 
 def _alike(one: nn.Module, other: nn.Module) -> bool:

@@ -27,7 +27,7 @@ _ARGUMENTS: Mapping[str, Callable[[Any], Any]] = {
     "init_values": lambda model: model.blocks[0].ls1.init_values,
     "reg_tokens": lambda model: 0 if model.reg_token is None else model.reg_token.shape[1],
     "class_token": lambda model: model.has_class_token,
-    "global_pool": lambda model: model.global_pool,
+    "global_pool": lambda model: getattr(model.global_pool, "pool_type", model.global_pool),
     "fc_norm": lambda model: isinstance(model.fc_norm, nn.LayerNorm),
     "dynamic_img_size": lambda model: model.dynamic_img_size,
     "drop_path_rate": lambda model: round(getattr(model.blocks[-1].drop_path1, "drop_prob", 0.0), 6),

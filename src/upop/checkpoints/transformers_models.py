@@ -9,8 +9,13 @@ from typing import Any
 import transformers
 from transformers import PreTrainedModel
 
+from upop.checkpoints.fit import kept_sizes
+from upop.checkpoints.likeness import cut_shapes
 from upop.checkpoints.quantizer import METHOD, register
+from upop.checkpoints.read import shared_tensors
+from upop.checkpoints.sizes import dense_skeleton
 from upop.errors import CheckpointError, UPopError
+from upop.pruning import survey
 
 _CONFIG = "config.json"
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
@@ -41,6 +46,30 @@ def read_config(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}. Fetch or write it again.") from error
     return content
+
+
+def misfit(model: PreTrainedModel) -> str | None:
+    """Say why transformers could not load a model, dense or compressed, again; None if it can.
+
+    What its configuration builds must have all of its tensors, but for what is cut, and tie the same of them.
+    """
+    try:
+        dense = dense_skeleton(model)
+        units = survey(dense).units
+        mine = model.state_dict()
+        shapes = cut_shapes(dense.state_dict(), units, kept_sizes(units, mine, type(model).__name__))
+    except Exception as error:  # constructors raise what they like
+        return str(error) or type(error).__name__
+    for name, value in mine.items():
+        if name not in shapes:
+            return f"{name} is no part of it"
+        if list(value.shape) != shapes[name]:
+            return f"{name} has shape {tuple(value.shape)}, it makes {tuple(shapes[name])}"
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    for name, first in shared_tensors(mine).items():
+        if not {name, first} & {*tied, *tied.values()}:
+            return f"{name} is {first} here, and in it they are two"
+    return None
 
 
 def load_transformers(folder: Path, kind: str | type[PreTrainedModel] | None = None) -> PreTrainedModel:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from upop.pruning import budget
 from upop.pruning.costs import Cost, entry_costs
-from upop.pruning.errors import LayoutError, SettingError, StepError, nearest
+from upop.pruning.errors import LayoutError, SettingError, StepError, nearest, some_of
 from upop.pruning.layouts import find_units
 from upop.pruning.masks import Masks, unwrapped
 from upop.pruning.plan import Plan
@@ -94,6 +94,8 @@ class Pruner:
         }
         self._skipped = torch.zeros((), dtype=torch.long)
         self._warned = 0
+        self._scored: set[str] = set()  # units that had a gradient at some step
+        self._warned_unscored = False
         self._done = 0
         self._attached = True
         self.threshold: float | None = None
@@ -155,6 +157,7 @@ class Pruner:
         rows = self._rows.of({name: (tensor_of(self.model, name), dim) for name, dim in producers.items()})
         added = {unit.name: self._entry_scores(unit, rows) for unit in self.units}
         self._rows.forget()
+        self._scored |= {name for name, value in added.items() if value is not None}
         if all(value is None for value in added.values()):
             raise StepError(
                 "step() found no gradient on any masked weight. Call it after loss.backward() and before "
@@ -331,11 +334,27 @@ class Pruner:
         value = torch.tensor(1 - share / self.ratio, dtype=torch.float32)
         self._masks.set({name: torch.where(gone, value, 1.0) for name, gone in selection.marked.items()})
         self.threshold = selection.threshold
+        self._warn_unscored(step)
         if self.skipped_steps > self._warned:
             self._warned = self.skipped_steps
             warnings.warn(
                 f"{self._warned} of {step + 1} search steps had gradients that are not finite and added no scores.",
                 stacklevel=5,  # the caller of step(): no_grad adds a frame
+            )
+
+    def _warn_unscored(self, step: int) -> None:
+        """Say once which units the loss did not depend on so far, when masks move for the second time or the last."""
+        if self._warned_unscored or (step == 0 and self.steps > 1):
+            return
+        unscored = [unit.name for unit in self.units if unit.name not in self._scored]
+        unscored = [name for name in unscored if not self._scores[name].any()]  # one that was resumed has scores
+        if unscored:
+            self._warned_unscored = True
+            warnings.warn(
+                f"{len(unscored)} of {len(self.units)} units had no gradient in {step + 1} search steps, so nothing is "
+                f"known of what they are worth, and most of their entries go ({some_of(unscored)}). Give a loss that "
+                "depends on them, or exclude them.",
+                stacklevel=6,  # the caller of step(): no_grad adds a frame
             )
 
     def _check_running(self) -> None:
@@ -365,8 +384,11 @@ def _chosen(units: list[Unit], include: str | Sequence[str] | None, exclude: str
 
 
 def _matches(names: list[str], patterns: str | Sequence[str], setting: str) -> list[str]:
+    listed = [patterns] if isinstance(patterns, str) else patterns
+    if not isinstance(listed, Iterable) or not all(isinstance(pattern, str) for pattern in listed):
+        raise SettingError(f"{setting} takes a name or a pattern of units, or a list of them; found {patterns!r}.")
     found: list[str] = []
-    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+    for pattern in listed:
         matched = fnmatch.filter(names, pattern)
         if not matched:
             raise SettingError(
@@ -387,6 +409,6 @@ def _refuse_frozen(model: nn.Module, units: list[Unit]) -> None:
     ]
     if frozen:
         raise LayoutError(
-            f"{len(frozen)} units have frozen weights and so would get no score ({', '.join(frozen[:3])}, ...). "
+            f"{len(frozen)} units have frozen weights and so would get no score ({some_of(frozen)}). "
             "Set requires_grad on them, or exclude them."
         )

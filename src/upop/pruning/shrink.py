@@ -63,6 +63,10 @@ def shrink(model: nn.Module, plan: Plan | Mapping[str, Any], *, verify: Any = No
         plan = Plan.of(find_units(model), plan)
     units = plan.check(model)
     refuse_masked(model, units)
+    if verify is not None and any(tensor_of(model, part.tensor).is_meta for unit in units for part in unit.slices):
+        raise LayoutError(
+            f"{type(model).__name__} is on the meta device and has no outputs to verify. Use verify=None."
+        )
     expected = _masked_outputs(model, units, plan, verify) if verify is not None else None
     undo = cut(model, units, plan, fold=fold)
     try:

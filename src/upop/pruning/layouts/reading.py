@@ -95,6 +95,7 @@ def _obstacle(layer: nn.Module) -> str | None:
     if "parametrizations" in layer._modules and hasattr(layer, "in_features"):
         return "is parametrized; remove the parametrization first"
     quantized = any(word in type(layer).__name__ for word in ("4bit", "8bit", "QuantLinear", "QLinear", "Quantized"))
+    quantized |= hasattr(layer, "in_features") and ".quantized." in f"{type(layer).__module__}."  # torch's own
     weight = layer._parameters.get("weight")
     if isinstance(layer, nn.Linear) and weight is not None:
         quantized |= not weight.is_floating_point() or weight.dim() != 2 or weight.element_size() < 2
