@@ -35,6 +35,10 @@ def check(line: str) -> None:
             _check_launched(rest)
         case ["python", script, *rest] if script.startswith("compress_"):
             check_published(script, rest)
+        case ["python", "-c", code]:
+            exec(compile(code, "shown", "exec"), {})
+        case ["python", script] if script.startswith("tests/"):
+            assert (ROOT / script).is_file()
         case ["python", script, *rest] if script.endswith(".py"):
             _check_script(ROOT / script, rest)
         case ["python", "-m", module, *_]:

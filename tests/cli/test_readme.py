@@ -6,13 +6,13 @@ import re
 
 import pytest
 
-from documents import PAGES, README, ROOT, commands, words
+from documents import CONTRIBUTING, PAGES, README, ROOT, commands, words
 from shown import check, check_published, parse
 from upop.cli.app import app
 
 SHOWN = [
     pytest.param(line, id=f"{page.stem}-{number}")
-    for page in (README, *PAGES)
+    for page in (README, CONTRIBUTING, *PAGES)
     for number, line in enumerate(commands(page))
 ]
 

@@ -1,10 +1,15 @@
-"""docs/mistakes.md quotes messages: each is made here, by making the mistake."""
+"""docs/mistakes.md quotes messages: each is made here, by making the mistake.
+
+Run as a script, this module writes the messages into the page: `PYTHONPATH=tests python tests/docs/test_mistakes.py`.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import io
 import re
+import tempfile
+import textwrap
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -239,6 +244,35 @@ def _() -> None:
     task.dataset(settings, "train")
 
 
+@mistake("Starting a run over one that has not ended")
+def _() -> None:
+    task, settings = _task("nlvr")
+    Path("run/checkpoints").mkdir(parents=True)
+    Path("run/checkpoints/step-00000004.pt").touch()  # what a run leaves that was stopped
+    compress(task, settings)
+
+
+@mistake("Resuming in another folder")
+def _() -> None:
+    task, settings = _task("nlvr")
+    compress(task, settings.model_copy(update={"resume": "must"}))
+
+
+@mistake("A picture that cannot be read")
+def _() -> None:
+    task, settings = _task("caption")
+    records = task.dataset(settings, "val")
+    picture = sorted(Path("data/images").rglob("*val*.png"))[0]
+    picture.write_bytes(picture.read_bytes()[:100])
+    for number in range(len(records)):
+        records[number]
+
+
+@mistake("Sharing weights out in one process")
+def _() -> None:
+    make_accelerator(read_settings(find_task("nlvr").settings, None, {"device": "cpu", "sharding": "fsdp"}))
+
+
 @mistake("More processes than GPUs")
 def _() -> None:
     with pytest.MonkeyPatch.context() as patch:
@@ -299,9 +333,28 @@ def sections() -> dict[str, str]:
     return dict(zip(parts[::2], parts[1::2], strict=True))
 
 
+_QUOTE = re.compile(r"^```text\n(.*?)^```", flags=re.DOTALL | re.MULTILINE)
+
+
 def quoted(text: str) -> str | None:
-    found = re.search(r"^```text\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
+    found = _QUOTE.search(text)
     return " ".join(found[1].split()) if found else None
+
+
+def write() -> None:
+    """Write the messages, as they are now, into the page."""
+    page = PAGE.read_text()
+    for heading, text in sections().items():
+        if heading not in MISTAKES:
+            continue
+        with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
+            message = " ".join(seen(MISTAKES[heading]).split())
+        if _rounded(message) == _rounded(str(quoted(text))):
+            continue
+        lines = textwrap.wrap(message, 118, break_long_words=False, break_on_hyphens=False)
+        block = "\n".join(["```text", *lines, "```"])
+        page = page.replace(text, _QUOTE.sub(lambda _, block=block: block, text, count=1))
+    PAGE.write_text(page)
 
 
 @pytest.fixture
@@ -323,3 +376,7 @@ def test_the_message_is_the_one_that_is_quoted(heading: str, empty: None) -> Non
 def _rounded(message: str) -> str:
     """Return a message on one line, without how large a difference or a step was."""
     return re.sub(r"\d\.\d+e[-+]\d+", "N", " ".join(message.split()))
+
+
+if __name__ == "__main__":
+    write()
