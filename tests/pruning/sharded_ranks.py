@@ -1,4 +1,4 @@
-"""One rank of the two that share the weights of a model and search it; apart from the tests, for a fresh process."""
+"""What each of two processes does that share a model's weights and search it; apart, for a fresh process."""
 
 from __future__ import annotations
 
@@ -206,11 +206,8 @@ def together(case: Case, folder: Path) -> dict[str, Any]:
     return found
 
 
-def run(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2, timeout=LIMIT)
-    try:
-        results = {name: together(case, Path(folder)) for name, case in CASES.items()}
-        torch.save(results, Path(folder) / f"rank{rank}.pt")
-    finally:
-        dist.destroy_process_group()
+def run(folder: Path) -> None:
+    dist.init_process_group("gloo", timeout=LIMIT)
+    results = {name: together(case, folder) for name, case in CASES.items()}
+    torch.save(results, folder / f"rank{dist.get_rank()}.pt")
+    dist.destroy_process_group()

@@ -11,6 +11,7 @@ import upop
 from pruning import sharded_ranks
 from pruning.families import NLVR, VIT, finished_pruner, loss_of, outputs_of
 from pruning.sharded_ranks import CASES
+from together import run_together
 from upop.errors import LayoutError
 
 Results = dict[str, tuple[dict[str, Any], list[dict[str, Any]]]]
@@ -21,14 +22,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
     """Per case: what one process finds, and what each of two finds."""
     folder = tmp_path_factory.mktemp("ranks")
     expected = {name: sharded_ranks.alone(case) for name, case in CASES.items()}
-    other = torch.multiprocessing.get_context("spawn").Process(target=sharded_ranks.run, args=(1, str(folder)))
-    other.start()
-    try:
-        sharded_ranks.run(0, str(folder))
-        other.join(timeout=60)
-        assert other.exitcode == 0
-    finally:
-        other.kill()
+    run_together(sharded_ranks.run, folder)
     found = [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
     return {name: (expected[name], [each[name] for each in found]) for name in CASES}
 

@@ -1,4 +1,4 @@
-"""One rank of the two that train with sharded weights; apart from the tests, for a fresh process."""
+"""What each of two processes does that train with sharded weights; apart from the tests, for a fresh process."""
 
 from __future__ import annotations
 
@@ -146,14 +146,9 @@ def tied() -> str:
     return ""
 
 
-def run(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
+def run(folder: Path) -> None:
     warnings.filterwarnings("ignore", "torch.distributed.nn.functional.all_gather is deprecated", FutureWarning)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2, timeout=LIMIT)
-    try:
-        results: dict[str, Any] = {
-            name: [train(case, True), train(case, True, again_at=2)] for name, case in CASES.items()
-        }
-        torch.save({**results, "tied": tied()}, Path(folder) / f"rank{rank}.pt")
-    finally:
-        dist.destroy_process_group()
+    dist.init_process_group("gloo", timeout=LIMIT)
+    results: dict[str, Any] = {name: [train(case, True), train(case, True, again_at=2)] for name, case in CASES.items()}
+    torch.save({**results, "tied": tied()}, folder / f"rank{dist.get_rank()}.pt")
+    dist.destroy_process_group()

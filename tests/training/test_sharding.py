@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from together import run_together
 from training import sharding_ranks
 from training.sharding_ranks import CASES
 
@@ -16,14 +17,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], l
     """What one process finds, and what each of two finds."""
     folder = tmp_path_factory.mktemp("ranks")
     expected = {name: sharding_ranks.train(case, share=False) for name, case in CASES.items()}
-    other = torch.multiprocessing.get_context("spawn").Process(target=sharding_ranks.run, args=(1, str(folder)))
-    other.start()
-    try:
-        sharding_ranks.run(0, str(folder))
-        other.join(timeout=60)
-        assert other.exitcode == 0
-    finally:
-        other.kill()
+    run_together(sharding_ranks.run, folder)
     return expected, [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
 
 
