@@ -119,7 +119,7 @@ def test_any_tracker_of_accelerate_is_told(config: Path, tmp_path: Path, memory:
 
 
 def test_trackers_are_told_of_before_any_work(config: Path, tmp_path: Path) -> None:
-    with pytest.raises(SettingError, match="'tensorbord' is not known .did you mean 'tensorboard'"):
+    with pytest.raises(SettingError, match=r"'tensorbord' is not known .did you mean 'tensorboard'"):
         train(*runs.nlvr(config, output_dir=tmp_path / "run", trackers=["tensorbord"]))
     assert not (tmp_path / "run").exists()
 

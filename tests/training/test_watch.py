@@ -43,10 +43,9 @@ def test_the_share_is_waiting_by_all_time_without_the_first_batches() -> None:
     watch = LoaderWatch(4, cores=16, window=40, clock=clock)
     told = work(watch, clock, [50.0] * 10 + [3.0] * 45, takes=1.0)
     assert watch.share == pytest.approx(0.75)
-    assert told == [
-        "waiting for data took 75 % of the last 40 batches' time: raise num_workers (now 4; this machine has 16 cores),"
-        " or use faster storage"
-    ]
+    (line,) = told
+    assert line.startswith("waiting for data took 75 % of the last 40 batches' time: raise num_workers (now 4; this ")
+    assert line.endswith("machine has 16 cores), or use faster storage")
 
 
 def test_nothing_is_said_before_enough_batches_were_seen_or_where_data_keeps_up() -> None:

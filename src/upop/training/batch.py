@@ -1,9 +1,9 @@
 """`batch_size_train: auto`: the largest batch that fits into memory, by measured steps on real records.
 
-A step (forward, backward, optimizer) is taken on two small batches; what it takes grows by so many bytes per record,
-and what is left of the memory says how many records fit. On CUDA the batch found is then tried, and made smaller until
-it fits. On the CPU, where memory that is used up ends the process instead of raising an error, the measured growth
-decides alone.
+Gradients and what the optimizer keeps have the size that they have. On top of them come activations and what is
+computed from them, which is measured on two small batches: it grows by so many bytes per record. What is left of the
+memory then says how many records fit. On CUDA the batch found is tried, and made smaller until it fits. On the CPU,
+where memory that is used up ends the process instead of raising an error, the measured growth decides alone.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from upop.training.loaders import SeededDataset
 from upop.training.memory import free_bytes, is_out_of_memory, peak_bytes
 from upop.training.task import Task
 
-_PROBES = (2, 4)  # even, for some tasks take records in pairs
+_PROBES = ((8, 16), (4, 8), (2, 4), (1, 2))
+"""Batches to measure, until a pair fits."""
 _USED = 0.8
 """Share of the free memory that is filled: texts of other batches are longer, and memory falls into pieces."""
 _DISTINCT = 16
@@ -38,7 +39,7 @@ class BatchSize(NamedTuple):
     Attributes:
         size: records per forward pass and process.
         accumulate: forward passes per step.
-        fixed: bytes of a step whatever the batch: gradients, what the optimizer keeps.
+        fixed: bytes of a step whatever the batch: gradients, what the optimizer keeps, copies of the model.
         per_record: bytes that each record adds.
         free: bytes that there were.
     """
@@ -81,19 +82,16 @@ def find_batch_size(
     state = {name: value.detach().to("cpu", copy=True) for name, value in model.state_dict().items()}
     training = model.training
     model.to(device).train()
+    free = _smallest(accelerator, free_bytes(device))
     probe = _Probe(accelerator, task, settings, model, loader)
     devices = [device] if device.type == "cuda" else []
     try:
         with torch.random.fork_rng(devices=devices):
-            few, more = (probe.bytes_of(size) for size in _PROBES)
-            if few is None or more is None:
-                raise OutOfMemoryError(_too_large(f"batches of {_PROBES[-1]} records are too large"))
-            per_record = max(1, (more - few) // (_PROBES[1] - _PROBES[0]))
-            fixed = max(0, few - _PROBES[0] * per_record) + _copies(accelerator, settings, model)
-            free = _smallest(accelerator, free_bytes(device))
+            start, per_record = probe.growth()
+            fixed = start + probe.kept() + _copies(accelerator, settings, model)
             most = int((_USED * free - fixed) // per_record)
             size = _choice(task, settings, records, most, accelerator.num_processes)
-            while size and device.type == "cuda" and _smallest(accelerator, int(probe.bytes_of(size) is not None)) == 0:
+            while size and device.type == "cuda" and not _smallest(accelerator, int(probe.bytes_of(size) is not None)):
                 size = _choice(task, settings, records, size * 4 // 5, accelerator.num_processes)
     finally:
         del probe
@@ -112,56 +110,79 @@ def find_batch_size(
 
 
 class _Probe:
-    """Takes steps on batches of real records, and says how much memory each took."""
+    """Takes steps on batches of real records, and says how much memory they take."""
 
     def __init__(
         self, accelerator: Accelerator, task: Task[Any], settings: RunSettings, model: nn.Module, loader: Any
     ) -> None:
         self._accelerator, self._task, self._settings = accelerator, task, settings
         self._model, self._loader = model, loader
+        self._optimizer = task.optimizer(model, settings)
+        for group in self._optimizer.param_groups:
+            group["lr"] = 0.0
         self._items: list[Any] = []
 
-    def bytes_of(self, size: int) -> int | None:
-        """Return the bytes that a step on so many records takes; None if they do not fit."""
+    def growth(self) -> tuple[int, int]:
+        """Return the bytes that forward and backward take whatever the batch, and those that each record adds.
+
+        Raises:
+            OutOfMemoryError: not even one record fits.
+        """
+        for few, more in _PROBES:
+            if few % 2 and self._task.takes_pairs(self._settings):
+                continue
+            # The first step makes gradients and the optimizer's state, which are counted apart.
+            if self.bytes_of(few, step=True) is None:
+                continue
+            sizes = self.bytes_of(few), self.bytes_of(more)
+            if sizes[0] is not None and sizes[1] is not None:
+                per_record = max(1, (sizes[1] - sizes[0]) // (more - few))
+                return max(0, sizes[1] - more * per_record), per_record
+        raise OutOfMemoryError(_too_large("a step on the smallest batch does not fit"))
+
+    def kept(self) -> int:
+        """Return the bytes of gradients and of the optimizer's state."""
+        kept = [each.grad for each in self._model.parameters() if each.grad is not None]
+        kept += [value for state in self._optimizer.state.values() for value in state.values()]
+        return sum(int(value.nbytes) for value in kept if isinstance(value, Tensor))
+
+    def bytes_of(self, size: int, *, step: bool = False) -> int | None:
+        """Return the bytes that so many records add while they are trained on; None if they do not fit."""
         device = self._accelerator.device
         try:
-            batch = to_device(self._batch(size), device)
+            batch = self._batch(size)
             if device.type != "cuda":
-                return peak_bytes(lambda: self._steps(batch))
+                return peak_bytes(lambda: self._train(batch, step))
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(device)
             before = torch.cuda.memory_allocated(device)
-            self._steps(batch)
+            self._train(batch, step)
             return torch.cuda.max_memory_allocated(device) - before
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
             return None
-        finally:
-            self._model.zero_grad(set_to_none=True)
 
-    def _steps(self, batch: Mapping[str, Any]) -> None:
-        optimizer = self._task.optimizer(self._model, self._settings)
-        for group in optimizer.param_groups:
-            group["lr"] = 0.0
-        for _ in range(2):  # the second one has the optimizer's state in memory all along
-            with autocast(self._accelerator, self._settings):
-                loss: Tensor = self._task.loss(self._model, batch, self._settings, 0.0)
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
+    def _train(self, batch: Mapping[str, Any], step: bool) -> None:
+        with autocast(self._accelerator, self._settings):
+            loss: Tensor = self._task.loss(self._model, to_device(batch, self._accelerator.device), self._settings, 0.0)
+        loss.backward()
+        if step:
+            self._optimizer.step()
 
     def _batch(self, size: int) -> dict[str, Any]:
         records = cast(SeededDataset, self._loader.dataset)
-        while len(self._items) < min(size, _DISTINCT, len(records)):
-            self._items.append(records[len(self._items)])
+        distinct = min(_DISTINCT, len(records))
+        while len(self._items) < min(size, distinct):
+            # From all over the data: neighbours may be of one picture.
+            self._items.append(records[len(self._items) * len(records) // distinct])
         items = [self._items[number % len(self._items)] for number in range(size)]
         return without_notes(cast(dict[str, Any], self._loader.collate_fn(items)))
 
 
 def _copies(accelerator: Accelerator, settings: RunSettings, model: nn.Module) -> int:
     """Return the bytes of what will lie beside the model: its average, its dense copy, buckets of gradients."""
-    weights = sum(parameter.nbytes for parameter in model.parameters())
+    weights = sum(int(parameter.nbytes) for parameter in model.parameters())
     dense = accelerator.device.type == "cpu"
     return weights * ((settings.ema_decay is not None) + dense + (accelerator.num_processes > 1))
 
@@ -175,7 +196,7 @@ def _step_records(settings: RunSettings, size: int) -> int:
 def _choice(task: Task[Any], settings: RunSettings, records: int, most: int, processes: int) -> int:
     """Return the largest batch of at most `most` records that the settings and the data allow; 0 if there is none."""
     queue = getattr(settings, "queue_size", None)
-    most = min(most, records, *([] if queue is None else [queue // processes]))
+    most = min([most, records, *([] if queue is None else [int(queue) // processes])])
     even = task.takes_pairs(settings)
     if "batch_size_train" in settings.model_fields_set:
         total = _step_records(settings, 1)
