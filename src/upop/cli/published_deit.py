@@ -87,6 +87,7 @@ def command(
     mixup_mode: Annotated[str | None, typer.Option("--mixup-mode", help="batch, pair or elem.")] = None,
     device: o.DeviceName = None,
     seed: Annotated[int | None, typer.Option(help="Seed of all random draws. [default: 0]")] = None,
+    skip_bad_images: o.SkipBadImages = None,
     num_workers: Annotated[
         int | None, typer.Option("--num_workers", "--num-workers", help="Processes that decode pictures.")
     ] = None,

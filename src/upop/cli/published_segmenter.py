@@ -64,6 +64,7 @@ def command(
     amp: Annotated[bool | None, typer.Option("--amp/--no-amp", help="bfloat16 autocast.")] = None,
     device: o.DeviceName = None,
     seed: o.Seed = None,
+    skip_bad_images: o.SkipBadImages = None,
     assign: o.Set = None,
 ) -> None:
     """Search, shrink, retrain and evaluate; or evaluate a checkpoint."""

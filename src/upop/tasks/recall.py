@@ -23,6 +23,7 @@ from upop.models.rerank import candidates
 from upop.pruning import count_macs, count_parameters
 from upop.settings import LanguageSettings
 from upop.tasks.examples import spread, untransformed
+from upop.training.bad_images import counted, readable
 from upop.training.devices import alone, autocast
 from upop.training.evaluation import records_of
 from upop.training.loaders import SeededDataset
@@ -55,7 +56,7 @@ class RetrievalSettings(LanguageSettings):
     @classmethod
     def _of_data_set(cls, values: Any) -> Any:
         if isinstance(values, dict):
-            return {**cls.published.get(values.get("dataset", "coco"), {}), **values}
+            return {**cls.published.get(str(values.get("dataset", "coco")), {}), **values}
         return values
 
     def alpha_at(self, epoch: float) -> float:
@@ -143,8 +144,9 @@ class RetrievalTask(Task[RetrievalSettingsT]):
         self, accelerator: Accelerator, model: nn.Module, loader: Any, settings: RetrievalSettingsT
     ) -> dict[str, Tensor]:
         """Return candidates and scores of every picture and text, the same on every process; see `Found`."""
-        records = cast(RetrievalGallery, records_of(loader))
         kept, image = self._encode_images(accelerator, model, loader, settings)
+        kept, image = _of_counted(counted(loader), kept, image)  # known now that all were read
+        records = cast(RetrievalGallery, records_of(loader))
         words = self.collate(settings).tokenize(records.texts)
         text = self._encode_texts(accelerator, model, words, image, settings)
         count = self.candidate_counts(settings)
@@ -243,12 +245,12 @@ class RetrievalTask(Task[RetrievalSettingsT]):
         self, accelerator: Accelerator, model: nn.Module, loader: Any, settings: RetrievalSettingsT
     ) -> tuple[Kept, Tensor]:
         """Return what this process keeps, and the features of all pictures, [N, D]."""
-        count = len(cast(RetrievalGallery, records_of(loader)))
+        count = len(loader.dataset)
         features: Tensor | None = None
         states: Tensor | None = None
         numbers: list[int] = []
         taken: set[int] = set()
-        for batch in loader:
+        for batch in readable(accelerator, loader):
             with autocast(accelerator, settings):
                 rows = self.predict(model, batch, settings)
             everyone = accelerator.gather({"ids": batch["ids"], "features": rows["features"].float()})
@@ -291,6 +293,17 @@ class RetrievalTask(Task[RetrievalSettingsT]):
             with autocast(accelerator, settings):
                 features[part] = self.text_features(model, block).to(features.dtype)
         return summed(accelerator, features)
+
+
+def _of_counted(numbers: Tensor | None, kept: Kept, features: Tensor) -> tuple[Kept, Tensor]:
+    """Return what is kept of the pictures with these numbers, and their features, numbered anew; of all for None."""
+    if numbers is None:
+        return kept, features
+    new = torch.full((len(features),), -1)
+    new[numbers] = torch.arange(len(numbers))
+    rows = new[kept.numbers] >= 0
+    states = None if kept.states is None else kept.states[rows]
+    return Kept(new[kept.numbers[rows]], states), features[numbers.to(features.device)]
 
 
 def summed(accelerator: Accelerator, table: Tensor) -> Tensor:

@@ -24,11 +24,13 @@ from upop.models.segmenter import BACKBONES, Segmenter, SegmenterConfig
 from upop.report.blends import blended, write_blends
 from upop.settings import RunSettings
 from upop.tasks.examples import untransformed
-from upop.tasks.published import PublishedTask
+from upop.tasks.published import SIZES, PublishedTask
 from upop.tasks.segmentation_scores import confusion, named_ious, segmentation_scores
 from upop.tasks.windows import SCALES, Window, segment
+from upop.training.bad_images import LEFT_OUT, readable
 from upop.training.devices import autocast, to_device
 from upop.training.task import Batch
+from upop.values import told
 
 _MOMENTUM = 0.9
 
@@ -124,7 +126,9 @@ class SegmentationTask(PublishedTask[SegmentationSettings]):
     def build(self, settings: SegmentationSettings) -> nn.Module:
         """Return the model with fresh weights."""
         sizes = {**BACKBONES[settings.backbone], "decoder": settings.decoder, **self.sizes(settings)}
-        model = Segmenter(SegmenterConfig(**sizes))
+        with told(SIZES):
+            config = SegmenterConfig(**sizes)
+        model = Segmenter(config)
         enlarge_weights(model, settings.init_scale)
         return self._prepared(model, settings)
 
@@ -178,11 +182,13 @@ class SegmentationTask(PublishedTask[SegmentationSettings]):
         Whole maps are kept for no longer than a batch. Those that `blend` asks for are written.
         """
         total = torch.zeros(settings.classes, settings.classes, dtype=torch.long)
-        for batch in loader:
+        for batch in readable(accelerator, loader):
             with autocast(accelerator, settings):
                 maps = self._maps(model, batch, settings)
             self._write_blends(batch, maps, settings)
             counts = self._counted(batch, maps, settings)["confusion"]
+            if LEFT_OUT in batch:
+                counts[batch[LEFT_OUT]] = 0
             # Per picture, so that those that fill up the last batch of several processes are dropped.
             total += accelerator.gather_for_metrics(counts).sum(0).cpu()
         return {"confusion": total}

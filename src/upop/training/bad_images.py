@@ -47,14 +47,17 @@ class BadImages:
 
     Args:
         tolerated: how many there may be.
-        known: those that were met before, by a run that is resumed.
     """
 
-    def __init__(self, tolerated: int, known: Iterable[BadImage] = ()) -> None:
+    def __init__(self, tolerated: int) -> None:
         self.tolerated = tolerated
-        self.report: Callable[[int, BadImage], None] = lambda _count, _image: None
-        """Is given every file that is new, and how many there are with it."""
-        self._found = {each.image: each for each in known}
+        self.report: Callable[[BadImage], None] = lambda _image: None
+        """Is given every file that is new."""
+        self._found: dict[str, BadImage] = {}
+
+    def know(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Take in the rows of a run that is resumed."""
+        self._found |= {row["image"]: BadImage(**row) for row in rows}
 
     def __len__(self) -> int:
         """How many there are."""
@@ -75,7 +78,7 @@ class BadImages:
                 continue
             before = list(self._found)
             self._found[image.image] = image
-            self.report(len(self._found), image)
+            self.report(image)
             if len(self._found) > self.tolerated:
                 raise _too_many(image, before, self.tolerated)
 
