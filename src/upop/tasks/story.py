@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from upop.checkpoints.card import Story
-from upop.report.results import LATENCY, Results, latency_note, table_cells
+from upop.report.results import LATENCY, Results, latency_note, left_out_note, table_cells
 from upop.settings import RunSettings
 from upop.training.task import Task
 
@@ -42,6 +42,8 @@ def story_of(task: Task[Any], settings: RunSettings, results: Results, command: 
             (name, [f"{cell.text} ({cell.gain})" if cell.gain else cell.text for cell in row.values()])
             for name, row in cells.items()
         ],
-        note=f"{latency_note(results)}." if LATENCY in columns else "",
+        note=" ".join(
+            f"{note}." for note in (latency_note(results) if LATENCY in columns else "", left_out_note(results)) if note
+        ),
         command=command,
     )
