@@ -101,6 +101,12 @@ def test_the_log_says_what_the_files_say() -> None:
     assert told in text
 
 
+def test_readme_says_what_the_files_say() -> None:
+    rows = tables.read("latency_amd-epyc")["rows"]
+    faster = [row["variants"][form]["speed_up"] for row in rows for form in ("2x", "2x align 8")]
+    assert f"({min(faster):.1f} to {max(faster):.1f} times at 2x on a CPU)" in " ".join(README.read_text().split())
+
+
 def test_the_method_says_what_the_figures_show() -> None:
     numbers = json.loads((ROOT / "docs" / "figures" / "figures.json").read_text())
     text = shown("method.md")
