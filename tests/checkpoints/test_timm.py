@@ -36,6 +36,7 @@ def compressed(name: str, **settings: Any) -> nn.Module:
         ("deit_tiny_distilled_patch16_224", TINY),
         ("deit3_small_patch16_224", {**TINY, **WIDTH}),
         ("vit_base_patch16_siglip_224", {"img_size": 32, "depth": 1, "num_classes": 0, **WIDTH}),
+        ("test_convnext", {"num_classes": 5}),  # MLPs of convolutions
     ],
 )
 def test_it_comes_back_by_name(name: str, settings: dict[str, Any], tmp_path: Path) -> None:
@@ -51,6 +52,16 @@ def test_it_comes_back_by_name(name: str, settings: dict[str, Any], tmp_path: Pa
     # What it was cut to is known too, so it can be saved again.
     saved = json.loads((upop.save(again, tmp_path / "again") / "upop.json").read_text())
     assert saved["plan"] == json.loads((folder / "upop.json").read_text())["plan"]
+
+
+def test_a_model_that_has_a_module_under_several_names(tmp_path: Path) -> None:
+    model = timm.create_model("coat_tiny", num_classes=5)
+    upop.shrink(model, uneven_plan(upop.find_units(model), 2))
+    assert model.parallel_blocks[0].mlp4 is model.parallel_blocks[0].mlp2
+    again: Any = upop.load(upop.save(model, tmp_path / "out"))
+    assert again.parallel_blocks[0].mlp4 is again.parallel_blocks[0].mlp2
+    state = model.state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in again.state_dict().items())
 
 
 def test_where_a_name_does_not_say_all_the_dense_model_is_asked_for(tmp_path: Path) -> None:

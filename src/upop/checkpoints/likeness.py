@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from upop.checkpoints.fit import kept_sizes
 from upop.errors import CheckpointError
@@ -23,26 +23,28 @@ _FREE_VALUES = (
     "inplace",
     "name_or_path",
 )
+# Under what layers keep the lengths of their weights.
+_WIDTHS = ("in_features", "out_features", "in_channels", "out_channels", "nx", "nf")
 
 
 def same_but_for_sizes(model: nn.Module, dense: nn.Module) -> bool:
     """Whether cutting `dense` can give `model`: the same modules with the same settings, tensors of the same shapes."""
     units = survey(dense).units
-    mine, theirs = model.state_dict(), dense.state_dict()
-    if list(mine) != list(theirs):
+    mine = model.state_dict()
+    if list(mine) != list(dense.state_dict()):
         return False
     try:
         kept = kept_sizes(units, mine, "the model")
     except CheckpointError:
         return False
     # Buffers that are not saved have to be there too: a mask of attention, say.
-    mine, theirs = {**dict(model.named_buffers()), **mine}, {**dict(dense.named_buffers()), **theirs}
-    if {name: list(value.shape) for name, value in mine.items()} != cut_shapes(theirs, units, kept):
+    shapes = {name: list(value.shape) for name, value in {**dict(model.named_buffers()), **mine}.items()}
+    if shapes != cut_shapes(dense, units, kept):
         return False
     cut: set[tuple[str, str]] = set()
     for unit in units:
         owners = [part.tensor.rpartition(".")[0] for part in unit.slices]
-        cut |= {(owner, width) for owner in owners for width in ("in_features", "out_features")}
+        cut |= {(owner, width) for owner in owners for width in _WIDTHS}
         cut |= {(attribute.module, attribute.name) for attribute in unit.attributes}
     pairs = zip(model.named_modules(), dense.named_modules(), strict=False)
     return all(
@@ -51,13 +53,18 @@ def same_but_for_sizes(model: nn.Module, dense: nn.Module) -> bool:
     )
 
 
-def cut_shapes(dense: Mapping[str, Tensor], units: Iterable[Unit], kept: Mapping[str, int]) -> dict[str, list[int]]:
-    """Return the shapes of a dense model's tensors when its units keep so many entries."""
-    shapes = {name: list(value.shape) for name, value in dense.items()}
+def cut_shapes(dense: nn.Module, units: Iterable[Unit], kept: Mapping[str, int]) -> dict[str, list[int]]:
+    """Return the shapes of a dense model's tensors, buffers among them, when its units keep so many entries."""
+    shapes = {name: list(value.shape) for name, value in {**dict(dense.named_buffers()), **dense.state_dict()}.items()}
+    names: dict[int, list[str]] = {}
+    for name, tensor in (*dense.named_parameters(remove_duplicate=False), *dense.named_buffers(remove_duplicate=False)):
+        names.setdefault(id(tensor), []).append(name)
+    aliases = {name: same for same in names.values() for name in same}
     for unit in units:
-        for part in unit.slices:
-            if part.tensor in shapes and unit.name in kept:
-                shapes[part.tensor][part.dim] = part.length(kept[unit.name])
+        for part in unit.slices if unit.name in kept else ():
+            for name in aliases.get(part.tensor, ()):
+                if name in shapes:
+                    shapes[name][part.dim] = part.length(kept[unit.name])
     return shapes
 
 

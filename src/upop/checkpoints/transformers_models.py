@@ -57,7 +57,7 @@ def misfit(model: PreTrainedModel) -> str | None:
         dense = dense_skeleton(model)
         units = survey(dense).units
         mine = model.state_dict()
-        shapes = cut_shapes(dense.state_dict(), units, kept_sizes(units, mine, type(model).__name__))
+        shapes = cut_shapes(dense, units, kept_sizes(units, mine, type(model).__name__))
     except Exception as error:  # constructors raise what they like
         return str(error) or type(error).__name__
     for name, value in mine.items():
