@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,12 +11,13 @@ import pytest
 import yaml
 
 import runs
+from together import run_together
+from training.bad_images_ranks import refused_alike, tolerant
 from upop.errors import BadImageError, DataError
 from upop.settings import read_settings
 from upop.tasks import TASKS, find_task
 from upop.tasks.verbs import compress, evaluate_checkpoint, train
 
-ROOT = Path(__file__).parents[2]
 _ANNOTATED = {
     "caption": "coco_karpathy_test.json",
     "nlvr": "nlvr_test.json",
@@ -194,26 +191,30 @@ def test_a_resumed_run_remembers_them(spoiled: tuple[Path, list[Path]], tmp_path
 
 def test_two_processes_are_one(spoiled: tuple[Path, list[Path]], tmp_path: Path) -> None:
     config, bad = spoiled
-    compress(*runs.nlvr(config, output_dir=tmp_path / "one", skip_bad_images=3))
+    tolerant("nlvr", config, {"output_dir": tmp_path / "one", "skip_bad_images": 3}, "compress")
     two = runs.edited(config, {"batch_size_train": 8, "batch_size_test": 7})
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29631"]
-    command += ["--", str(ROOT / "compress_nlvr.py"), "--p", "0.5", "--epoch", "1", "--config", str(two)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-
-    def run(folder: Path, tolerated: int) -> subprocess.CompletedProcess[str]:
-        flags = ["--output_dir", str(folder), "--skip-bad-images", str(tolerated)]
-        return subprocess.run([*command, *flags], env=environment, capture_output=True, text=True, timeout=300)
-
-    done = run(tmp_path / "two", 3)
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_together(tolerant, "nlvr", two, {"output_dir": tmp_path / "two", "skip_bad_images": 3}, "compress")
     one, both = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("one", "two"))
     dev = json.loads(annotations(config, "nlvr_dev.json").read_text())
-    left_out = sum(bad[2].name in Path(image).name for record in dev for image in record["images"])
+    left_out = sum(bad[2].name == Path(image).name for record in dev for image in record["images"])
     assert one["left_out"] == both["left_out"] == {"dev": [left_out, 30]}
     assert [model["metrics"] for model in one["models"]] == [model["metrics"] for model in both["models"]]
     told = [json.loads((tmp_path / name / "bad_images.json").read_text()) for name in ("one", "two")]
     assert sorted(told[0], key=str) == sorted(told[1], key=str)
-    shutil.rmtree(tmp_path / "two")
-    failed = run(tmp_path / "two", 2)
-    assert failed.returncode != 0
-    assert "unreadable file number 3, and skip_bad_images is 2" in " ".join(failed.stderr.split())
+    run_together(refused_alike, two, tmp_path / "refused")
+
+
+@pytest.mark.parametrize("task", ["retrieval", "segmentation"])
+def test_two_processes_score_as_one(task: str, tmp_path: Path) -> None:
+    """The tasks that gather in their own ways."""
+    config = runs.make_task(task, tmp_path)
+    if task == "retrieval":
+        shorten(config)
+    spoil(*spoiled_test(task, config)[0])
+    shared = {"skip_bad_images": 2, "batch_size_test": 7}
+    tolerant(task, config, {"output_dir": tmp_path / "one", **shared})
+    run_together(tolerant, task, config, {"output_dir": tmp_path / "two", **shared})
+    one, two = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("one", "two"))
+    assert one["left_out"] == two["left_out"] and one["left_out"]
+    for split, metrics in one["models"][0]["metrics"].items():
+        assert two["models"][0]["metrics"][split] == pytest.approx(metrics, rel=1e-6)
