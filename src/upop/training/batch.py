@@ -183,8 +183,8 @@ class _Probe:
 def _copies(accelerator: Accelerator, settings: RunSettings, model: nn.Module) -> int:
     """Return the bytes of what will lie beside the model: its average, its dense copy, buckets of gradients."""
     weights = sum(int(parameter.nbytes) for parameter in model.parameters())
-    dense = accelerator.device.type == "cpu"
-    return weights * ((settings.ema_decay is not None) + dense + (accelerator.num_processes > 1))
+    there = (settings.ema_decay is not None, accelerator.device.type == "cpu", accelerator.num_processes > 1)
+    return weights * sum(map(bool, there))
 
 
 def _step_records(settings: RunSettings, size: int) -> int:
