@@ -1,0 +1,212 @@
+"""How much memory training takes: full-size models at their published picture sizes, and the batches that fit.
+
+- Computed, on the meta device and exactly: parameters, buffers (queues), gradients, what the optimizer keeps, and the
+  moving average of the weights. Momentum copies are parameters without gradients.
+- Measured, on the CPU: the most bytes of tensors that forward and backward have at once, with gradients there already,
+  for `n` and `2 n` records; what is more is what n records take, and the rest is there whatever the batch. It is
+  measured in float32 and with bfloat16 autocast, with and without gradient checkpointing. Weights are random, records
+  are grey pictures with texts of the published length, and the loss is the task's own. Tensors are counted, so the
+  numbers do not depend on who else computes; memory that kernels take inside is not in them. A GPU runs other kernels
+  for some operations, and keeps other norms and sums in float32 under autocast.
+- Estimated: the batch that fits on a GPU of 24, 40 or 80 GiB: nine tenths of it, without 1 GiB for CUDA itself, hold
+  what is fixed, and records fill the rest. It is for one process; data-parallel training keeps the gradients once more.
+
+    OMP_NUM_THREADS=1 python benchmarks/memory.py
+    python benchmarks/memory.py --models DeiT-S    # adds to, or replaces in, the files that are there
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from upop.files import replacing_file, write_text
+from upop.models.caption import BlipCaption, CaptionConfig
+from upop.models.checkpointing import checkpoint_blocks
+from upop.models.classifier import ClassifierConfig, build_classifier
+from upop.models.clip import ClipConfig, ClipRetrieval
+from upop.models.nlvr import BlipNlvr, NlvrConfig
+from upop.models.retrieval import BlipRetrieval, RetrievalConfig
+from upop.models.segmenter import Segmenter, SegmenterConfig
+from upop.models.vqa import BlipVqa, VqaConfig
+from upop.report.results import machine
+from upop.settings import read_settings
+from upop.tasks import find_task
+from upop.training.memory import peak_bytes
+
+RESULTS = Path(__file__).parent / "results"
+GIB = 2**30
+CARDS = (24, 40, 80)
+_FILLED, _CUDA = 0.9, 1.0
+
+
+@dataclass(frozen=True)
+class Case:
+    """A published model.
+
+    Attributes:
+        task: name of its task.
+        build: makes it with fresh weights, or on the meta device.
+        image_size: side of its pictures in pixels.
+        batch: published records per process.
+        few: records to measure, and twice as many; with gradient checkpointing, where little is kept per record, twice
+            and four times as many.
+    """
+
+    task: str
+    build: Callable[[], nn.Module]
+    image_size: int
+    batch: int
+    few: int = 1
+
+
+CASES = {
+    "BLIP NLVR2": Case("nlvr", lambda: BlipNlvr(NlvrConfig.vit("base")), 384, 32),
+    "BLIP caption": Case("caption", lambda: BlipCaption(CaptionConfig.vit("base")), 384, 32),
+    "BLIP VQA": Case("vqa", lambda: BlipVqa(VqaConfig.vit("base")), 480, 32),
+    "BLIP retrieval": Case("retrieval", lambda: BlipRetrieval(RetrievalConfig.vit("base")), 384, 32),
+    "CLIP retrieval": Case("retrieval-clip", lambda: ClipRetrieval(ClipConfig.model_validate({})), 336, 32),
+    "DeiT-S": Case("classification", lambda: build_classifier(ClassifierConfig.model_validate({})), 224, 512, 4),
+    "Segmenter ViT-S": Case("segmentation", lambda: Segmenter(SegmenterConfig.model_validate({})), 512, 16, 2),
+}
+WAYS = {
+    "float32": (False, False),
+    "float32, checkpointed": (False, True),
+    "bfloat16": (True, False),
+    "bfloat16, checkpointed": (True, True),
+}
+
+
+def training_batch(case: Case, model: nn.Module, records: int) -> dict[str, Any]:
+    """Return what the task's loss takes: its example inputs, and something to learn."""
+    inputs: dict[str, Any] = dict(find_task(case.task).example(model, records))
+    labels = torch.zeros(records, dtype=torch.long)
+    extra: dict[str, Callable[[], dict[str, Any]]] = {
+        "nlvr": lambda: {"labels": labels},
+        "caption": lambda: {"labels": inputs["input_ids"]},
+        "vqa": lambda: {"weights": torch.ones(records)},
+        "retrieval": lambda: {"ids": torch.arange(records)},
+        "retrieval-clip": lambda: {"ids": torch.arange(records)},
+        "classification": lambda: {"images": inputs["x"], "labels": labels},
+        "segmentation": lambda: {"labels": torch.zeros_like(inputs["images"][:, 0], dtype=torch.long)},
+    }
+    return {**inputs, **extra[case.task]()}
+
+
+def fixed_bytes(case: Case) -> dict[str, int]:
+    """Return the bytes of parameters, buffers, gradients, optimizer and average, computed on the meta device."""
+    task = find_task(case.task)
+    settings = read_settings(task.settings, None, {})
+    with torch.device("meta"):
+        model = case.build()
+    trained = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
+    parameters = sum(parameter.nbytes for parameter in model.parameters())
+    sgd = isinstance(task.optimizer(model, settings), torch.optim.SGD)
+    return {
+        "parameters": parameters,
+        "buffers": sum(buffer.nbytes for buffer in model.buffers()),
+        "gradients": trained,
+        "optimizer": trained * (1 if sgd else 2),  # momentum, or the two moments of AdamW
+        "average": parameters if settings.ema_decay is not None else 0,
+    }
+
+
+def growth(case: Case, model: nn.Module, records: int, *, amp: bool) -> dict[str, int]:
+    """Return the bytes that forward and backward take whatever the batch, and per record."""
+    task = find_task(case.task)
+    settings = read_settings(task.settings, None, {})
+
+    def step(count: int) -> None:
+        batch = training_batch(case, model, count)
+        with torch.autocast("cpu", torch.bfloat16, enabled=amp):
+            loss: Tensor = task.loss(model, batch, settings, 1.0)
+        loss.backward()
+
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.grad = torch.zeros_like(parameter)
+    few, more = (peak_bytes(partial(step, count)) for count in (records, 2 * records))
+    return {"records": records, "per_record": (more - few) // records, "start": max(0, 2 * few - more)}
+
+
+def measure(case: Case) -> dict[str, Any]:
+    """Return all numbers of one model."""
+    fixed = fixed_bytes(case)
+    torch.manual_seed(0)
+    model = case.build().train()
+    ways: dict[str, Any] = {}
+    for name, (amp, checkpointed) in sorted(WAYS.items(), key=lambda way: way[1][1]):
+        if checkpointed:
+            checkpoint_blocks(model)
+        found = growth(case, model, case.few * (2 if checkpointed else 1), amp=amp)
+        ways[name] = {**found, "batch_that_fits": {str(card): fitting(fixed, found, card) for card in CARDS}}
+        print(name, found, flush=True)
+    ways = {name: ways[name] for name in WAYS}
+    return {"image_size": case.image_size, "published_batch": case.batch, "fixed": fixed, "measured": ways}
+
+
+def fitting(fixed: dict[str, int], found: dict[str, int], card: int) -> int:
+    """Return the estimated number of records that fit on a GPU of so many GiB."""
+    room = (_FILLED * card - _CUDA) * GIB - sum(fixed.values()) - found["start"]
+    return max(0, int(room // found["per_record"]))
+
+
+def table(models: dict[str, Any]) -> str:
+    """Return the results as a Markdown table."""
+    heads = "model", "pixels", "fixed (GiB)", "precision", "per record (GiB)", "published batch (GiB)"
+    lines = [
+        f"| {' | '.join(heads)} | batch that fits in {' / '.join(map(str, CARDS))} GiB |",
+        "| --- | ---: | ---: | --- | ---: | ---: | ---: |",
+    ]
+    for name, model in models.items():
+        total = sum(model["fixed"].values())
+        for way, found in model["measured"].items():
+            whole = (total + found["start"] + model["published_batch"] * found["per_record"]) / GIB
+            fits = " / ".join(str(found["batch_that_fits"][str(card)]) for card in CARDS)
+            lines.append(
+                f"| {name} | {model['image_size']} | {total / GIB:.2f} | {way} | {found['per_record'] / GIB:.3f} "
+                f"| {model['published_batch']}: {whole:.1f} | {fits} |"
+            )
+    return "\n".join(lines) + "\n"
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Compute, measure, and write JSON and Markdown after every model."""
+    parser = argparse.ArgumentParser(description="Memory of training at full size.")
+    parser.add_argument("--models", nargs="+", choices=list(CASES), default=list(CASES))
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(options.threads)
+    options.out.mkdir(parents=True, exist_ok=True)
+    path = options.out / "memory.json"
+    known: dict[str, Any] = json.loads(path.read_text())["models"] if path.exists() else {}
+    for name in options.models:
+        known[name] = measure(CASES[name])
+        models = {each: known[each] for each in CASES if each in known}
+        content = {
+            "machine": machine("cpu"),
+            "command": shlex.join(["python", *sys.argv]),
+            "computed": "fixed: bytes, exactly, on the meta device",
+            "measured": "per_record and start: bytes of tensors at once in forward and backward, on the CPU",
+            "estimated": f"batch_that_fits: ({_FILLED} x GPU - {_CUDA:.0f} GiB - fixed - start) / per_record",
+            "models": models,
+        }
+        with replacing_file(path) as part:
+            part.write_text(json.dumps(content, indent=1) + "\n")
+        write_text(options.out / "memory.md", table(models))
+        print(table({name: known[name]}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
