@@ -4,13 +4,14 @@ from upop.checkpoints.folder import WEIGHTS, is_folder, load, load_into, save
 from upop.checkpoints.official import load_official, save_official
 from upop.checkpoints.quantizer import register
 from upop.checkpoints.read import read_weights
-from upop.checkpoints.recording import Pruner, shrink
+from upop.checkpoints.recording import Pruner, calibrate, shrink
 
 register()
 
 __all__ = [
     "WEIGHTS",
     "Pruner",
+    "calibrate",
     "is_folder",
     "load",
     "load_into",

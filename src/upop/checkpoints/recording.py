@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import nn
@@ -71,6 +71,22 @@ def shrink(model: nn.Module, plan: Plan | Mapping[str, Any], *, verify: Any = No
     model = pruning.shrink(model, plan, verify=verify, fold=fold)
     _record(whole, plan)
     return model
+
+
+def calibrate(model: nn.Module, batches: Iterable[Any], ratio: float, **options: Any) -> Plan:
+    """Cut `model` with a few batches and no training; see `upop.pruning.calibrate` for all that can be given.
+
+    The model then carries the plan, as after `Pruner.shrink`.
+    """
+    whole = unwrapped(model)
+    refuse_quantized(whole)
+    plan = pruning.calibrate(model, batches, ratio, **options)
+    _record(whole, plan)
+    return plan
+
+
+# All about its arguments is written where the method is.
+calibrate.__doc__ = pruning.calibrate.__doc__
 
 
 def plan_of(model: nn.Module) -> Plan | None:

@@ -1,5 +1,6 @@
 """The method: unified and progressive pruning. Knows nothing of tasks, files or commands."""
 
+from upop.pruning.calibrate import calibrate
 from upop.pruning.costs import count_macs, count_parameters
 from upop.pruning.layouts import LAYOUTS, Layout, Survey, find_units, survey
 from upop.pruning.magnitude import plan_by_magnitude
@@ -22,6 +23,7 @@ __all__ = [
     "Survey",
     "Swap",
     "Unit",
+    "calibrate",
     "count_macs",
     "count_parameters",
     "find_units",

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import fnmatch
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from upop.pruning import budget
+from upop.pruning.choice import chosen, refuse_frozen
 from upop.pruning.costs import Cost, entry_costs
-from upop.pruning.errors import LayoutError, SettingError, StepError, nearest, some_of
+from upop.pruning.errors import LayoutError, SettingError, StepError, some_of
 from upop.pruning.layouts import find_units
 from upop.pruning.masks import Masks, unwrapped
 from upop.pruning.plan import Plan
@@ -75,9 +75,9 @@ class Pruner:
         refuse_flattened(self.model)
         self.ratio, self.steps, self.interval = ratio, steps, interval
         self.cost, self.align, self.update_first_step = cost, align, update_first_step
-        self.units: list[Unit] = _chosen(find_units(self.model), include, exclude)
+        self.units: list[Unit] = chosen(find_units(self.model), include, exclude)
         function = score_function(score)
-        _refuse_frozen(self.model, self.units)
+        refuse_frozen(self.model, self.units)
         refuse_shared(self.model, self.units)
         self.costs = entry_costs(self.model, self.units, cost, example)
         budget.check_reachable(self.units, self.costs, ratio, align)
@@ -372,43 +372,3 @@ class Pruner:
                 f"{what} needs binary masks, and only {self._done} of {self.steps} search steps were taken; "
                 "cutting now would break the model. Take the remaining steps first."
             )
-
-
-def _chosen(units: list[Unit], include: str | Sequence[str] | None, exclude: str | Sequence[str] | None) -> list[Unit]:
-    names = [unit.name for unit in units]
-    keep = set(_matches(names, include, "include")) if include is not None else set(names)
-    keep -= set(_matches(names, exclude, "exclude")) if exclude is not None else set()
-    if not keep:
-        raise SettingError(f"include={include!r} and exclude={exclude!r} leave none of the {len(names)} units.")
-    return [unit for unit in units if unit.name in keep]
-
-
-def _matches(names: list[str], patterns: str | Sequence[str], setting: str) -> list[str]:
-    listed = [patterns] if isinstance(patterns, str) else patterns
-    if not isinstance(listed, Iterable) or not all(isinstance(pattern, str) for pattern in listed):
-        raise SettingError(f"{setting} takes a name or a pattern of units, or a list of them; found {patterns!r}.")
-    found: list[str] = []
-    for pattern in listed:
-        matched = fnmatch.filter(names, pattern)
-        if not matched:
-            raise SettingError(
-                f"{setting} names {pattern!r}, which matches none of the {len(names)} units"
-                f"{nearest(pattern, names)}. upop.find_units(model) lists them."
-            )
-        found += matched
-    return found
-
-
-def _refuse_frozen(model: nn.Module, units: list[Unit]) -> None:
-    if any(tensor_of(model, part.tensor).is_meta for unit in units for part in unit.producers):
-        raise LayoutError(
-            f"{type(model).__name__} is on the meta device and has no weights to score. Load its weights first."
-        )
-    frozen = [
-        unit.name for unit in units if not any(tensor_of(model, part.tensor).requires_grad for part in unit.producers)
-    ]
-    if frozen:
-        raise LayoutError(
-            f"{len(frozen)} units have frozen weights and so would get no score ({some_of(frozen)}). "
-            "Set requires_grad on them, or exclude them."
-        )

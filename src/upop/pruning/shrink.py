@@ -23,17 +23,18 @@ _TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 3e-2, t
 
 
 @dataclass
-class _Edit:
+class Edit:
     """One assignment of the surgery, which can be taken back."""
 
     module: nn.Module
     name: str
     new: Any
 
-    def apply(self) -> _Edit:
+    def apply(self) -> Edit:
+        """Do it; return what takes it back."""
         old = getattr(self.module, self.name)
         setattr(self.module, self.name, self.new)
-        return _Edit(self.module, self.name, old)
+        return Edit(self.module, self.name, old)
 
 
 def shrink(model: nn.Module, plan: Plan | Mapping[str, Any], *, verify: Any = None, fold: bool = True) -> nn.Module:
@@ -78,10 +79,10 @@ def shrink(model: nn.Module, plan: Plan | Mapping[str, Any], *, verify: Any = No
     return whole
 
 
-def cut(model: nn.Module, units: list[Unit], plan: Plan, *, fold: bool = True) -> list[_Edit]:
+def cut(model: nn.Module, units: list[Unit], plan: Plan, *, fold: bool = True) -> list[Edit]:
     """Apply the surgery; return the edits that take it back. Nothing is changed if building a layer fails."""
     refuse_shared(model, units)
-    edits: list[_Edit] = []
+    edits: list[Edit] = []
     for unit in units:
         kept = plan[unit.name]
         if len(kept) == unit.size:
@@ -91,20 +92,18 @@ def cut(model: nn.Module, units: list[Unit], plan: Plan, *, fold: bool = True) -
         for attribute in unit.attributes:
             module = model.get_submodule(attribute.module)
             if hasattr(module, attribute.name):
-                edits.append(_Edit(module, attribute.name, attribute.value(len(kept))))
-        edits += [_Edit(model.get_submodule(swap.module), "__class__", swap.kind) for swap in unit.swaps]
+                edits.append(Edit(module, attribute.name, attribute.value(len(kept))))
+        edits += [Edit(model.get_submodule(swap.module), "__class__", swap.kind) for swap in unit.swaps]
     return [edit.apply() for edit in edits]
 
 
-def restore(undo: list[_Edit]) -> None:
+def restore(undo: list[Edit]) -> None:
     """Take back what `cut` did."""
     for edit in reversed(undo):
         edit.apply()
 
 
-def _cut_slice(
-    model: nn.Module, unit: Unit, part: Slice, kept: Tensor, pending: list[_Edit], fold: bool
-) -> list[_Edit]:
+def _cut_slice(model: nn.Module, unit: Unit, part: Slice, kept: Tensor, pending: list[Edit], fold: bool) -> list[Edit]:
     module, leaf = owner_of(model, part.tensor)
     # A tensor can carry the axes of two units, so build on what is already decided for it.
     old = next((e.new for e in reversed(pending) if e.module is module and e.name == leaf), getattr(module, leaf))
@@ -115,9 +114,9 @@ def _cut_slice(
             new.narrow(part.dim, 0, part.query_rows(len(kept))).mul_(math.sqrt(len(kept) / unit.size))
     if isinstance(old, nn.Parameter):
         new = nn.Parameter(new, requires_grad=old.requires_grad)
-    edits = [_Edit(module, leaf, new)]
+    edits = [Edit(module, leaf, new)]
     width = _width_attribute(module, part.dim) if leaf == "weight" else None
-    return [*edits, _Edit(module, width, new.shape[part.dim])] if width else edits
+    return [*edits, Edit(module, width, new.shape[part.dim])] if width else edits
 
 
 def _width_attribute(module: nn.Module, dim: int) -> str | None:
@@ -178,7 +177,7 @@ def outputs_of(model: nn.Module, inputs: Any) -> list[tuple[str, Tensor]]:
     torch.set_float32_matmul_precision("highest")
     try:
         with evaluating(model), _unpatched(model), torch.autocast(device, enabled=False):
-            return [(place, value.detach().clone()) for place, value in _tensors(call(model, inputs), "output")]
+            return [(place, value.detach().clone()) for place, value in tensors_of(call(model, inputs))]
     finally:
         torch.set_float32_matmul_precision(precision)
 
@@ -228,16 +227,17 @@ def compare(expected: list[tuple[str, Tensor]], found: list[tuple[str, Tensor]],
     return worst
 
 
-def _tensors(value: Any, place: str) -> Iterator[tuple[str, Tensor]]:
+def tensors_of(value: Any, place: str = "output") -> Iterator[tuple[str, Tensor]]:
+    """Yield every floating-point tensor in a model's outputs, with its place in them."""
     if isinstance(value, Tensor):
         if value.is_floating_point():
             yield place, value
     elif isinstance(value, Mapping):
         for key, part in value.items():
-            yield from _tensors(part, f"{place}[{key!r}]")
+            yield from tensors_of(part, f"{place}[{key!r}]")
     elif isinstance(value, tuple | list):
         for position, part in enumerate(value):
-            yield from _tensors(part, f"{place}[{position}]")
+            yield from tensors_of(part, f"{place}[{position}]")
     elif is_dataclass(value):
         for part in fields(value):
-            yield from _tensors(getattr(value, part.name), f"{place}.{part.name}")
+            yield from tensors_of(getattr(value, part.name), f"{place}.{part.name}")

@@ -1,0 +1,57 @@
+"""Which units are pruned: all that a model has, or those that one names, if their weights can be scored."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterable, Sequence
+
+from torch import nn
+
+from upop.pruning.errors import LayoutError, SettingError, nearest, some_of
+from upop.pruning.units import Unit, tensor_of
+
+
+def chosen(units: list[Unit], include: str | Sequence[str] | None, exclude: str | Sequence[str] | None) -> list[Unit]:
+    """Return the units that `include` names (all where it is None) and `exclude` does not.
+
+    Raises:
+        SettingError: a pattern matches nothing, or nothing is left.
+    """
+    names = [unit.name for unit in units]
+    keep = set(_matches(names, include, "include")) if include is not None else set(names)
+    keep -= set(_matches(names, exclude, "exclude")) if exclude is not None else set()
+    if not keep:
+        raise SettingError(f"include={include!r} and exclude={exclude!r} leave none of the {len(names)} units.")
+    return [unit for unit in units if unit.name in keep]
+
+
+def refuse_frozen(model: nn.Module, units: list[Unit]) -> None:
+    """Raise a `LayoutError` if a unit's weights would get no gradient, or are not there."""
+    if any(tensor_of(model, part.tensor).is_meta for unit in units for part in unit.producers):
+        raise LayoutError(
+            f"{type(model).__name__} is on the meta device and has no weights to score. Load its weights first."
+        )
+    frozen = [
+        unit.name for unit in units if not any(tensor_of(model, part.tensor).requires_grad for part in unit.producers)
+    ]
+    if frozen:
+        raise LayoutError(
+            f"{len(frozen)} units have frozen weights and so would get no score ({some_of(frozen)}). "
+            "Set requires_grad on them, or exclude them."
+        )
+
+
+def _matches(names: list[str], patterns: str | Sequence[str], setting: str) -> list[str]:
+    listed = [patterns] if isinstance(patterns, str) else patterns
+    if not isinstance(listed, Iterable) or not all(isinstance(pattern, str) for pattern in listed):
+        raise SettingError(f"{setting} takes a name or a pattern of units, or a list of them; found {patterns!r}.")
+    found: list[str] = []
+    for pattern in listed:
+        matched = fnmatch.filter(names, pattern)
+        if not matched:
+            raise SettingError(
+                f"{setting} names {pattern!r}, which matches none of the {len(names)} units"
+                f"{nearest(pattern, names)}. upop.find_units(model) lists them."
+            )
+        found += matched
+    return found

@@ -1,0 +1,157 @@
+"""Compression without training: the budget, the cut, the correction of the layers that read what stays."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+from transformers import BertConfig, BertForSequenceClassification
+
+import upop
+from pruning.families import NLVR, VIT, Family, difference, loss_of, outputs_of
+from upop.errors import LayoutError, SettingError, StepError
+
+both = pytest.mark.parametrize("case", [VIT, NLVR], ids=lambda case: case.name)
+
+
+def loss(model: nn.Module, batch: Any) -> Tensor:
+    return loss_of(model(**batch))
+
+
+def batches(case: Family, count: int = 3) -> list[dict[str, Tensor]]:
+    return [case.inputs(4, seed=seed) for seed in range(count)]
+
+
+@both
+def test_the_budget_is_met_and_the_plan_fits_the_dense_model(case: Family) -> None:
+    model, dense = case.build(), case.build()
+    units = upop.find_units(dense)
+    cost = {unit.name: 1.0 for unit in units}
+    plan = upop.calibrate(model, batches(case), 0.5, loss=loss, stages=3, cost=cost)
+    whole = sum(unit.size for unit in units)
+    assert abs(sum(len(kept) for kept in plan.values()) / whole - 0.5) <= 1 / whole * 3
+    assert {unit.name: unit.size for unit in upop.find_units(model)} == {name: len(kept) for name, kept in plan.items()}
+    upop.shrink(dense, plan)
+    shapes = [{name: value.shape for name, value in each.state_dict().items()} for each in (model, dense)]
+    assert shapes[0] == shapes[1]
+
+
+@both
+def test_without_correction_it_is_the_cut_of_its_plan(case: Family) -> None:
+    model, dense = case.build(), case.build()
+    plan = upop.calibrate(model, batches(case), 0.4, loss=loss, stages=2, correct=False)
+    upop.shrink(dense, plan)
+    inputs = case.inputs()
+    assert difference(outputs_of(model, inputs), outputs_of(dense, inputs)) < 1e-10
+
+
+def reader_and_inputs(model: nn.Module, batch: Any, name: str) -> tuple[Tensor, Tensor]:
+    """The inputs of a layer with a 1 behind each, and its outputs."""
+    seen: list[tuple[Tensor, Tensor]] = []
+    layer = model.get_submodule(name)
+    hook = layer.register_forward_hook(lambda _, args, output: seen.append((args[0], output)))
+    with torch.no_grad():
+        model.eval()(**batch)
+    hook.remove()
+    inputs, outputs = (value.flatten(0, -2) for value in seen[0])
+    return torch.cat([inputs, inputs.new_ones(len(inputs), 1)], 1), outputs
+
+
+@both
+def test_the_corrected_layer_is_the_nearest_to_the_old_one(case: Family) -> None:
+    """The error of its outputs is at right angles to its inputs, so that no other weights come nearer."""
+    model, dense = case.build(), case.build()
+    unit = next(unit for unit in upop.find_units(dense) if unit.kind == "mlp")
+    reader = unit.online[-1].tensor.removesuffix(".weight")
+    batch = case.inputs(64)
+    upop.calibrate(model, [batch], 0.5, loss=loss, stages=1, include=unit.name, ridge=1e-14)
+    _, wanted = reader_and_inputs(dense, batch, reader)
+    inputs, found = reader_and_inputs(model, batch, reader)
+    error = wanted - found
+    assert error.abs().max() > 1e-3
+    assert (inputs.t() @ error).abs().max() < 1e-6 * inputs.norm() * error.norm()
+
+
+def test_the_loss_of_transformers_outputs_is_used() -> None:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
+    model = BertForSequenceClassification(BertConfig(vocab_size=50, **sizes))
+    batch = {"input_ids": torch.randint(50, (4, 6)), "labels": torch.tensor([0, 1, 0, 1])}
+    explicit = copy.deepcopy(model)
+    plan = upop.calibrate(model, [batch], 0.5)
+    given = upop.calibrate(explicit, [batch], 0.5, loss=lambda model, batch: model(**batch).loss)
+    assert dict(plan) == dict(given)
+
+
+def test_it_is_saved_with_its_plan(tmp_path: Any) -> None:
+    torch.manual_seed(0)
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2, num_classes=5)
+    images = torch.randn(4, 3, 32, 32)
+    upop.calibrate(model, [images], 0.5)
+    upop.save(model, tmp_path / "model")
+    inputs = {"x": images}
+    assert difference(outputs_of(upop.load(tmp_path / "model"), inputs), outputs_of(model, inputs)) < 1e-6
+
+
+@both
+def test_family_members_stay_what_they_were_when_a_batch_fails(case: Family) -> None:
+    model = case.build()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    calls = 0
+
+    def failing(model: nn.Module, batch: Any) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return loss(model, batch) * (float("nan") if calls == 5 else 1)
+
+    with pytest.raises(StepError, match="is not finite"):
+        upop.calibrate(model, batches(case), 0.5, loss=failing, stages=3)
+    after = model.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    upop.calibrate(model, batches(case), 0.5, loss=loss)
+
+
+def test_modes_and_gradients_are_as_before() -> None:
+    model = VIT.build()
+    model.train()
+    model.blocks[0].eval()
+    upop.calibrate(model, batches(VIT), 0.3, loss=loss)
+    assert model.training
+    assert not model.blocks[0].training
+    assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batches": []}, "there was none"),
+        ({"ratio": 1.0}, r"strictly between 0 and 1; found 1\.0"),
+        ({"stages": 0}, "stages must be a whole number of at least 1; found 0"),
+        ({"ridge": 0.0}, "ridge must be above 0"),
+        ({"include": "nothing"}, "matches none of the"),
+        ({"ratio": 0.999}, "cannot be reached"),
+        ({"score": "sined"}, "did you mean 'signed'"),
+    ],
+    ids=str,
+)
+def test_wrong_settings_say_what_is_wrong(changes: dict[str, Any], message: str) -> None:
+    given: dict[str, Any] = {"batches": batches(VIT), "ratio": 0.5, "loss": loss, **changes}
+    with pytest.raises(SettingError, match=message):
+        upop.calibrate(VIT.build(), given.pop("batches"), given.pop("ratio"), **given)
+
+
+def test_wrong_models_and_losses_say_what_is_wrong() -> None:
+    model = VIT.build()
+    with pytest.raises(StepError, match="scalar tensor with a gradient"):
+        upop.calibrate(model, batches(VIT), 0.5, loss=lambda model, batch: model(**batch).detach().sum())
+    with pytest.raises(LayoutError, match="frozen weights"):
+        upop.calibrate(VIT.build().requires_grad_(False), batches(VIT), 0.5, loss=loss)
+    pruner = upop.Pruner(model, 0.5, 4)
+    with pytest.raises(LayoutError, match="still masked"):
+        upop.calibrate(model, batches(VIT), 0.5, loss=loss)
+    pruner.remove()
