@@ -280,7 +280,7 @@ class Loop:
         norm = total_norm(parameters)
         waited = time.monotonic() - self._saved_at >= 60 * self._settings.checkpoint_minutes
         # All ranks see the same averaged gradients, but each its own loss, clock and signals: they must decide alike.
-        votes = torch.stack([loss.double(), *loss.new_tensor([waited, self._preemption.asked]).double()])
+        votes = torch.stack([loss.float(), *loss.new_tensor([waited, self._preemption.asked]).float()])
         votes = self._accelerator.reduce(votes, "mean")
         finite, due, asked = torch.isfinite(norm) & torch.isfinite(votes[0]), votes[1] > 0, votes[2] > 0
         if bool(finite):
