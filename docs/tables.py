@@ -4,7 +4,7 @@ A table stands between `<!-- table: NAME -->` and `<!-- end -->`. Write all of t
 
     python docs/tables.py
 
-Settings are listed as their classes describe them.
+Settings and public names are listed as their classes and docstrings describe them.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import upop
 from upop.settings import RunSettings
 from upop.tasks import TASKS
 from upop.tasks.blip import BlipSettings
@@ -136,6 +137,15 @@ def latency() -> str:
         mode = "compiled" if row["compiled"] else "eager"
         rows.append([titles[row["model"]], str(row["batch"]), mode, f"{dense['milliseconds']:,.0f}", *cells])
     return markdown(["model", "batch", "mode", "dense (ms)", "2x", "2x, align 8", "4x", "4x, align 8"], rows)
+
+
+def api() -> str:
+    """Return the table of the public names, each with the first sentence of its docstring."""
+    rows = []
+    for name in upop.__all__:
+        first = " ".join((getattr(upop, name).__doc__ or "").split("\n\n")[0].split())
+        rows.append([f"`upop.{name}`", first.replace("|", "\\|")])
+    return markdown(["name", "what it is or does"], rows)
 
 
 def search_steps() -> str:
@@ -287,6 +297,7 @@ TABLES: dict[str, Callable[[], str]] = {
     ),
     "latency": latency,
     "search-step": search_step,
+    "api": api,
     "log-search-step": search_steps,
     "log-demo": demos,
     "log-compiled": compiled,
