@@ -19,7 +19,7 @@ from upop.training import batch as batch_module
 from upop.training.batch import find_batch_size
 from upop.training.devices import make_accelerator
 from upop.training.loaders import make_loader
-from upop.training.memory import explained_memory, free_bytes, is_out_of_memory, peak_bytes, saved_bytes
+from upop.training.memory import explained_memory, free_bytes, is_out_of_memory, peak_bytes, saved_bytes, told_bytes
 
 _ABSURD = 10**14
 
@@ -124,7 +124,7 @@ def test_a_run_that_did_not_fit_goes_on_with_smaller_batches(config: Path, tmp_p
                 torch.empty(_ABSURD)
             return super().loss(*given)
 
-    given = {"output_dir": tmp_path, "pretrained": None, "max_epoch": 2}
+    given = {"output_dir": tmp_path, "pretrained": None, "max_epoch": 2, "examples": 0}
     with pytest.raises(OutOfMemoryError):
         train(Grows(), runs.nlvr(config, **given)[1])
     smaller = {"batch_size_train": 8, "accumulate": 2, "grad_checkpointing": True, "resume": "must"}
@@ -148,8 +148,16 @@ def test_other_errors_pass(error: Exception) -> None:
     assert found.value is error
 
 
-def test_free_memory_is_some() -> None:
-    assert 2**20 < free_bytes(torch.device("cpu")) < 2**50
+def test_free_memory_is_shared_by_the_processes_of_a_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = free_bytes(torch.device("cpu"))
+    assert 2**20 < whole < 2**50
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert free_bytes(torch.device("cpu")) < whole / 2  # others use the machine meanwhile
+
+
+@pytest.mark.parametrize(("count", "words"), [(3 * 2**29, "1.50 GiB"), (12 * 2**20, "12.00 MiB")])
+def test_bytes_are_told_in_words(count: int, words: str) -> None:
+    assert told_bytes(count) == words
 
 
 def limited(monkeypatch: pytest.MonkeyPatch, free: int) -> None:
@@ -197,7 +205,7 @@ def test_records_per_step_stay_as_named(config: Path, tmp_path: Path, monkeypatc
 
 
 def test_too_little_memory_is_said(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(OutOfMemoryError, match=r"finds no batch that fits.*0\.0 GiB are free.*amp"):
+    with pytest.raises(OutOfMemoryError, match=r"finds no batch that fits.*0\.00 MiB are free.*amp"):
         found_batch(config, tmp_path, monkeypatch, 1000)
 
 
@@ -237,7 +245,7 @@ def test_a_run_finds_its_batch_and_a_resumed_one_keeps_it(
 ) -> None:
     one = found_batch(config, tmp_path / "other", monkeypatch, 2**50)
     limited(monkeypatch, int((one.fixed + 9 * one.per_record) / 0.8))
-    given = {"output_dir": tmp_path / "run", "batch_size_train": "auto", "max_epoch": 1}
+    given = {"output_dir": tmp_path / "run", "batch_size_train": "auto", "max_epoch": 1, "examples": 0}
     assert compress(*runs.nlvr(config, **given)) is not None
     written = (tmp_path / "run" / "settings.yaml").read_text().splitlines()
     assert {"batch_size_train: 8", "accumulate: 2", "batch_size_auto: true"} <= set(written)

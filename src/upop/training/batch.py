@@ -22,7 +22,7 @@ from upop.settings import RunSettings
 from upop.training.bad_images import without_notes
 from upop.training.devices import autocast, to_device
 from upop.training.loaders import SeededDataset
-from upop.training.memory import free_bytes, is_out_of_memory, peak_bytes
+from upop.training.memory import free_bytes, is_out_of_memory, peak_bytes, told_bytes
 from upop.training.task import Task
 
 _PROBES = ((8, 16), (4, 8), (2, 4), (1, 2))
@@ -52,12 +52,8 @@ class BatchSize(NamedTuple):
 
     def told(self) -> str:
         """What was found, in words."""
-        giga = 2**30
         passes = f", {self.accumulate} of them per step" if self.accumulate > 1 else ""
-        return (
-            f"batches of {self.size} records{passes}: a step takes {self.fixed / giga:.2f} GiB and "
-            f"{self.per_record / giga:.3f} GiB per record, and {self.free / giga:.1f} GiB are free"
-        )
+        return f"batches of {self.size} records{passes}: {_told(self.fixed, self.per_record, self.free)}"
 
 
 def find_batch_size(
@@ -99,13 +95,7 @@ def find_batch_size(
         model.load_state_dict(state)
         model.train(training)
     if not size:
-        giga = 2**30
-        raise OutOfMemoryError(
-            _too_large(
-                f"a step takes {fixed / giga:.2f} GiB and {per_record / giga:.3f} GiB per record, and "
-                f"{free / giga:.1f} GiB are free"
-            )
-        )
+        raise OutOfMemoryError(_too_large(_told(fixed, per_record, free)))
     return BatchSize(size, _step_records(settings, size) // size, fixed, per_record, free)
 
 
@@ -213,6 +203,10 @@ def _smallest(accelerator: Accelerator, value: int) -> int:
     everyone = accelerator.gather(torch.tensor([value], device=accelerator.device))
     least: int = min(cast(Tensor, everyone).tolist())
     return least
+
+
+def _told(fixed: int, per_record: int, free: int) -> str:
+    return f"a step takes {told_bytes(fixed)} and {told_bytes(per_record)} per record, and {told_bytes(free)} are free"
 
 
 def _too_large(why: str) -> str:

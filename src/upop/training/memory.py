@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -88,16 +89,25 @@ def _workers(settings: RunSettings) -> str:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Return how much memory is left: of a CUDA device, or of the machine (of its container, if that has less)."""
+    """Return how much memory is left for this process: of its CUDA device, or of the machine.
+
+    A container may have less than the machine, and the training processes of a machine share it.
+    """
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     left = int(psutil.virtual_memory().available)
     try:
-        limit, used = ((_CGROUP / name).read_text().strip() for name in ("memory.max", "memory.current"))
-        return left if limit == "max" else min(left, int(limit) - int(used))
-    except (OSError, ValueError):  # no container, or an older kind
-        return left
+        limit, used = (int((_CGROUP / name).read_text()) for name in ("memory.max", "memory.current"))
+        left = min(left, limit - used)
+    except (OSError, ValueError):  # no container, or one without a limit
+        pass
+    return left // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def told_bytes(count: int) -> str:
+    """Return a number of bytes in words: 1.50 GiB, 12.0 MiB."""
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.2f} MiB"
 
 
 def peak_bytes(step: Callable[[], object]) -> int:
