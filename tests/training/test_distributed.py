@@ -1,4 +1,4 @@
-"""Two gloo processes under torchrun, through the published command: the same masks and numbers as one process."""
+"""Two gloo processes, sharing the batch or the weights too: the same masks, weights and numbers as one process."""
 
 from __future__ import annotations
 
@@ -7,52 +7,104 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
 
 import runs
+from together import run_together
+from training.ranks import compress_task, predict_all
+from upop.errors import DeviceError
 from upop.pruning import Plan
-from upop.settings import read_settings
-from upop.tasks import find_task
-from upop.tasks.verbs import compress
+from upop.tasks import TASKS
 
 ROOT = Path(__file__).parents[2]
 
 
-def run_two(script: str, *flags: str | Path) -> None:
-    """Run a published command in two processes."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29617"]
+def torchrun(script: str, *flags: str | Path, how: tuple[str, ...] = ("--standalone", "--nproc_per_node=2")) -> Any:
+    """Start a published command under torchrun."""
+    command = [sys.executable, "-m", "torch.distributed.run", *how]
     # The launcher of torch 2.14 and later takes --p for an option of its own, unless -- goes before the script.
     command += ["--", str(ROOT / script), "--p", "0.5", *map(str, flags)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def finish(started: Any) -> None:
+    """Wait for a command that must succeed."""
+    told, _ = started.communicate(timeout=300)
+    assert started.returncode == 0, told[-3000:]
 
 
 def assert_alike(one: Path, two: Path) -> None:
-    """The same plan, numbers and steps in two run folders."""
+    """The same plan, numbers, losses and weights in two run folders."""
     plans = [Plan.from_json((folder / "plan.json").read_text()) for folder in (one, two)]
     assert dict(plans[0]) == dict(plans[1])
     first, second = (json.loads((folder / "results.json").read_text())["models"] for folder in (one, two))
-    assert [model["metrics"] for model in first] == [model["metrics"] for model in second]
-    assert [row["step"] for row in runs.rows(one)] == [row["step"] for row in runs.rows(two)]
+    for model, other in zip(first, second, strict=True):
+        for split, metrics in model["metrics"].items():
+            assert other["metrics"][split] == pytest.approx(metrics, rel=1e-6)
+    for row, other in zip(runs.rows(one), runs.rows(two), strict=True):
+        assert row["step"] == other["step"]
+        assert other.get("loss", 0.0) == pytest.approx(row.get("loss", 0.0), rel=1e-5)
+        assert other.get("kept") == row.get("kept")
+        assert other.get("lr") == row.get("lr")
+    for name in ("best", "last"):
+        weights, others = (load_file(folder / name / "model.safetensors") for folder in (one, two))
+        # What is added to all keys cancels in the softmax, so its gradient is noise, which Adam makes as large as any.
+        for key in (key for key in weights if not key.endswith(("qkv.bias", "key.bias"))):
+            torch.testing.assert_close(others[key], weights[key], rtol=1e-5, atol=2e-6, msg=key)
 
 
-def test_two_processes_are_one(tmp_path: Path) -> None:
+def test_two_processes_and_two_nodes_are_one(tmp_path: Path) -> None:
+    """One run shares the batch on one machine; one shares the weights too, started by two launchers that meet."""
     config = runs.make_data(tmp_path)
-    compress(*runs.nlvr(config, output_dir=tmp_path / "one", max_epoch=1))
+    compress_task("nlvr", config, {"output_dir": tmp_path / "one", "max_epoch": 1})
     # Half the batch in each of two processes is the same global batch; 200 dev records are no multiple of 2 x 24.
     two = runs.edited(config, {"batch_size_train": 8, "batch_size_test": 24})
-    run_two("compress_nlvr.py", "--epoch", "1", "--config", two, "--output_dir", tmp_path / "two")
+    run_together(compress_task, "nlvr", two, {"output_dir": tmp_path / "two", "max_epoch": 1})
     assert_alike(tmp_path / "one", tmp_path / "two")
+    flags = ("--epoch", "1", "--config", two, "--output_dir", tmp_path / "nodes", "--fsdp")
+    meeting = ("--nnodes=2", "--nproc_per_node=1", "--master_addr=127.0.0.1", "--master_port=29617")
+    nodes = [torchrun("compress_nlvr.py", *flags, how=(*meeting, f"--node_rank={node}")) for node in range(2)]
+    for node in nodes:
+        finish(node)
+    assert_alike(tmp_path / "one", tmp_path / "nodes")
 
 
-def test_two_processes_are_one_for_repeated_and_augmented_pictures(tmp_path: Path) -> None:
+@pytest.mark.parametrize("sharding", ["none", "fsdp"])
+def test_two_processes_are_one_for_repeated_and_augmented_pictures(tmp_path: Path, sharding: str) -> None:
     """Not for mixed ones, or with dropped paths: each process draws its own. The rate grows with the batch of both."""
     alone = {"mixup": 0.0, "cutmix": 0.0, "drop_path": 0.0}
-    config = runs.make_task("classification", tmp_path, **alone, lr_batch=32, batch_size_test=50)
-    task = find_task("classification")
-    compress(task, read_settings(task.settings, config, {"output_dir": tmp_path / "one"}))
-    flags = ("--epochs-search", "1", "--epochs", "1", "--batch-size", "8", "--repeated-aug", "--model-ema")
-    run_two("compress_deit.py", *flags, "--config", config, "--output_dir", tmp_path / "two")
+    rest = {"epochs_search": 1, "max_epoch": 1, "clip_grad": 0.5}
+    config = runs.make_task("classification", tmp_path, **alone, **rest, lr_batch=32, batch_size_test=50)
+    compress_task("classification", config, {"output_dir": tmp_path / "one"})
+    half = {"batch_size_train": 8, "output_dir": tmp_path / "two", "sharding": sharding}
+    run_together(compress_task, "classification", config, half)
     assert_alike(tmp_path / "one", tmp_path / "two")
-    first, second = ([row["lr"] for row in runs.rows(tmp_path / name) if "loss" in row] for name in ("one", "two"))
-    assert first == second
+
+
+def test_every_task_counts_uneven_last_batches_once(tmp_path: Path) -> None:
+    uneven = {"retrieval": 7, "segmentation": 3}
+    configs = {}
+    for name in TASKS:
+        (tmp_path / name).mkdir()
+        configs[name] = runs.make_task(name, tmp_path / name, batch_size_test=uneven.get(name, 9))
+    predict_all(configs, tmp_path)
+    run_together(predict_all, configs, tmp_path)
+    for name in configs:
+        one, two = (torch.load(tmp_path / f"{name}-{count}.pt") for count in (1, 2))
+        assert set(one) == set(two)
+        for split, (scores, predictions) in one.items():
+            assert two[split][0] == pytest.approx(scores, rel=1e-6), name
+            for key, rows in predictions.items():
+                assert two[split][1][key].shape == rows.shape
+                torch.testing.assert_close(two[split][1][key], rows, rtol=1e-5, atol=1e-5, msg=f"{name} {key}")
+
+
+def test_one_process_has_nobody_to_share_weights_with(tmp_path: Path) -> None:
+    config = runs.make_task("nlvr", tmp_path)
+    with pytest.raises(DeviceError, match=r"--fsdp shares weights out over several processes, and there is one"):
+        compress_task("nlvr", config, {"output_dir": tmp_path / "run", "sharding": "fsdp"})
