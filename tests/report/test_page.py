@@ -137,6 +137,15 @@ def test_a_page_without_a_piece_says_what_is_not_there(tmp_path: Path, pieces: l
     assert page_notes(page)
 
 
+def test_a_run_that_can_go_on_says_so(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run")
+    (folder / "results.json").unlink()
+    assert "--resume" not in page_of(folder).text
+    (folder / "checkpoints").mkdir()
+    (folder / "checkpoints" / "step-00000012.pt").write_bytes(b"")
+    assert "goes on with it, with --resume" in page_of(folder).text
+
+
 def test_a_row_that_is_being_written_and_a_missing_picture_do_no_harm(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run")
     with (folder / "metrics.jsonl").open("a") as file:

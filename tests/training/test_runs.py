@@ -43,7 +43,10 @@ def test_run_folder_holds_everything(compressed: Path) -> None:
         "scores.safetensors",
         "checkpoints/step-00000012.pt",
         "checkpoints/step-00000016.pt",
-        *(f"{name}/{file}" for name in ("best", "last") for file in ("model.safetensors", "upop.json")),
+        *(f"{name}/{file}" for name in ("best", "last") for file in ("model.safetensors", "upop.json", "README.md")),
+        "examples/examples.json",
+        # Eight of the 200 pairs of the test split.
+        *(f"examples/{number}-{side}.png" for number in range(0, 200, 25) for side in (0, 1)),
     }
     assert (
         json.loads((compressed / "versions.json").read_text())["libraries"]["torch"] == torch.__version__.split("+")[0]

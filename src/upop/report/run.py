@@ -89,7 +89,10 @@ def read_run(path: Path) -> Run:
     rows = _rows(path / _METRICS, missing)
     results = Results.read(path / _RESULTS) if (path / _RESULTS).is_file() else None
     if results is None:
-        missing.append(f"The run has not ended: {_RESULTS}, which its end writes, is not there yet.{_stand(rows)}")
+        again = " The command that it was started with goes on with it, with --resume." if _resumable(path) else ""
+        missing.append(
+            f"The run has not ended: {_RESULTS}, which its end writes, is not there yet.{_stand(rows)}{again}"
+        )
     if not rows and verb != "evaluate":
         missing.append(f"{_METRICS} holds no step yet, so there are no curves.")
     shares = _shares(path, verb, str(settings.get("pretrained") or ""))
@@ -166,6 +169,10 @@ def _rows(path: Path, missing: list[str]) -> tuple[Mapping[str, Any], ...]:
     if bad:
         missing.append(f"{_METRICS} has lines that cannot be read, and are left out: {bad}.")
     return tuple(sorted(rows, key=lambda row: row["step"]))
+
+
+def _resumable(path: Path) -> bool:
+    return any((path / "checkpoints").glob("*.pt"))
 
 
 def _stand(rows: tuple[Mapping[str, Any], ...]) -> str:
