@@ -32,10 +32,11 @@ def torchrun(script: str, *flags: str | Path, how: tuple[str, ...] = ("--standal
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-def finish(started: Any) -> None:
-    """Wait for a command that must succeed."""
-    told, _ = started.communicate(timeout=300)
+def finish(started: Any) -> str:
+    """Wait for a command that must succeed; return what it told."""
+    told: str = started.communicate(timeout=300)[0]
     assert started.returncode == 0, told[-3000:]
+    return told
 
 
 def assert_alike(one: Path, two: Path) -> None:

@@ -1,0 +1,80 @@
+"""Processes that die: the run ends at once with the cause named, or starts again by itself and goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import runs
+from training.test_distributed import assert_alike, finish, torchrun
+from upop.tasks.verbs import compress
+
+
+def processes_of(launcher: Any) -> dict[int, int]:
+    """The processes that torchrun started, by their rank."""
+    found = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+            values = (folder / "environ").read_bytes().split(b"\0")
+        except (OSError, ValueError):
+            continue  # it has ended
+        ranks = [value.partition(b"=")[2] for value in values if value.startswith(b"RANK=")]
+        if parent == launcher.pid and ranks:
+            found[int(ranks[0])] = int(folder.name)
+    return found
+
+
+def kill_after_steps(launcher: Any, run: Path, rank: int, rows: int) -> None:
+    """Kill a process when so many steps were logged."""
+    until = time.monotonic() + 120
+    while time.monotonic() < until and launcher.poll() is None:
+        if (run / "metrics.jsonl").exists() and len(runs.rows(run)) >= rows:
+            os.kill(processes_of(launcher)[rank], signal.SIGKILL)
+            return
+        time.sleep(0.05)
+    pytest.fail("the run ended, or did not begin")
+
+
+def test_a_run_whose_process_dies_goes_on_by_itself(tmp_path: Path) -> None:
+    """With shared weights, and killed in the search; it ends as one process ends that nobody killed."""
+    config = runs.make_data(tmp_path)
+    compress(*runs.nlvr(config, output_dir=tmp_path / "one", max_epoch=1))
+    two = runs.edited(config, {"batch_size_train": 8, "batch_size_test": 24, "checkpoint_minutes": 0})
+    flags = ("--epoch", "1", "--config", two, "--output_dir", tmp_path / "two", "--fsdp", "--resume", "auto")
+    launcher = torchrun("compress_nlvr.py", *flags, how=("--standalone", "--nproc_per_node=2", "--max-restarts=1"))
+    kill_after_steps(launcher, tmp_path / "two", rank=1, rows=3)
+    told = finish(launcher)
+    assert re.search(r"failed \(exitcode: -9\) local_rank: 1", told)
+    assert re.search(r"goes on after step \d+", told)
+    assert_alike(tmp_path / "one", tmp_path / "two")
+
+
+def test_an_error_of_one_process_ends_the_run_and_is_its_cause(tmp_path: Path) -> None:
+    """A broken picture is met by one of two processes; the other one waits for it in vain."""
+    config = runs.make_data(tmp_path)
+    annotation = tmp_path / "data/annotation/nlvr_train.json"
+    *others, last = json.loads(annotation.read_text())
+    shared = [{**record, "images": others[0]["images"]} for record in others if record["images"] == last["images"]]
+    kept = [record for record in others if record["images"] != last["images"]]
+    annotation.write_text(json.dumps([*kept, *shared, last]))
+    broken = next((tmp_path / "data").rglob(Path(last["images"][0]).name))
+    broken.write_bytes(b"no picture")
+    flags = ("--epoch", "1", "--config", config, "--output_dir", tmp_path / "run")
+    launcher = torchrun("compress_nlvr.py", *flags)
+    began = time.monotonic()
+    told, _ = launcher.communicate(timeout=120)
+    assert launcher.returncode == 1
+    assert time.monotonic() - began < 120
+    message = re.search(r"Error \(rank ([01]) of 2\): BadImageError: .*", told)
+    assert message and broken.name in message[0]
+    cause = told.partition("Root Cause (first observed failure):")[2]
+    assert f"rank      : {message[1]} (local_rank: {message[1]})" in cause
+    assert "BadImageError" in cause and broken.name in cause
