@@ -11,7 +11,18 @@ README = ROOT / "README.md"
 CONTRIBUTING = ROOT / "CONTRIBUTING.md"
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 """The pages of docs/."""
-COMMANDS = ("upop ", "python ", "torchrun ", "DATASET=", "PYTHONPATH=", "make ", "tensorboard ", "sbatch ", "pip ")
+COMMANDS = (
+    "upop ",
+    "python ",
+    "torchrun ",
+    "srun ",
+    "DATASET=",
+    "PYTHONPATH=",
+    "make ",
+    "tensorboard ",
+    "sbatch ",
+    "pip ",
+)
 """What a line of a block without a language begins with, if it is a command."""
 
 

@@ -28,6 +28,8 @@ def check(line: str) -> None:
     parts = words(line)
     while parts and re.fullmatch(r"[A-Z_]+=\S*", parts[0]):
         parts = parts[1:]
+    if parts[0] == "srun":  # which starts what follows on every machine
+        parts = parts[1:]
     match parts:
         case ["upop", *rest]:
             parse(app, rest)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,12 @@ def test_python_runs_in_order(page: Path, tmp_path: Path, monkeypatch: pytest.Mo
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("page", [page for page in ALL if blocks(page, "bash")], ids=lambda page: page.stem)
+def test_scripts_are_bash(page: Path) -> None:
+    for script in blocks(page, "bash"):
+        subprocess.run(["bash", "-n"], input=script, text=True, check=True, timeout=10)
 
 
 def test_examples_of_files_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
