@@ -15,6 +15,14 @@ from upop.errors import RunFolderError
 _HERE, _EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux
 
 
+def is_file(path: Path) -> bool:
+    """Whether there is a file of that name; False also for names that no file can have."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
+
+
 @contextmanager
 def replacing_file(path: Path) -> Iterator[Path]:
     """Give a name beside `path` to write to; it takes the place of `path` when the block ends without an error.

@@ -14,6 +14,7 @@ from upop.errors import SettingError
 
 _SHOWN = 100
 _LARGEST = 2**53  # what a float still tells apart
+_LONGEST, _LONGEST_NAME = 4000, 255  # bytes of a path, and of a name in it, that Linux takes
 
 
 class Checked(BaseModel):
@@ -86,6 +87,8 @@ def _check_text(text: str) -> None:
     if "\0" in text:
         raise ValueError("Input should have no null bytes")
     try:
-        os.fsencode(text)
+        encoded = os.fsencode(text)
     except UnicodeEncodeError:
         raise ValueError("Input should have no halves of characters") from None
+    if len(encoded) > _LONGEST or max(map(len, encoded.split(b"/"))) > _LONGEST_NAME:
+        raise ValueError(f"Input should have at most {_LONGEST} bytes, and {_LONGEST_NAME} between slashes")

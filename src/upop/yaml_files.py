@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from upop.errors import SettingError, nearest
+from upop.files import is_file
 
 _LARGEST = 2**20
 _MOST_VALUES = 100_000
@@ -62,11 +63,7 @@ def read_yaml(path: Path, what: str) -> Any:
     Raises:
         SettingError: there is no such file, or it is no YAML.
     """
-    try:
-        found = path.is_file()
-    except (OSError, ValueError):  # a name that no file can have
-        found = False
-    if not found:
+    if not is_file(path):
         raise SettingError(f"{what} {path} was asked for, and {_instead(path)}.")
     try:
         if path.stat().st_size > _LARGEST:

@@ -123,6 +123,8 @@ SETTINGS: dict[str, str] = {
     "output_dir: null": "output_dir:",
     "output_dir: number": "output_dir: 5",
     "output_dir: null byte": 'output_dir: "out\\0put"',
+    "output_dir: too long": f"output_dir: {'long' * 2000}",
+    "tokenizer: too long": f"tokenizer: {'long' * 100}",
     "output_dir: half a character": 'output_dir: "out\\ud800"',
     "ann_root: map": "ann_root: {a: b}",
     "tokenizer: list": "tokenizer: [bert]",

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
+from pydantic import ValidationError
 from torch import Tensor, nn
 
-from upop.errors import CheckpointError
+from upop.errors import CheckpointError, UPopError
 from upop.pruning import Plan, Unit, shrink, survey
 
 
@@ -24,7 +26,8 @@ def kept_sizes(units: Sequence[Unit], state: Mapping[str, Tensor], source: str) 
         part = unit.producers[0]
         if part.tensor not in state:
             continue
-        rows = state[part.tensor].shape[part.dim]
+        shape = state[part.tensor].shape
+        rows = shape[part.dim] if part.dim < len(shape) else 0
         kept, rest = divmod(rows, part.length(1))
         if rest or not 0 < kept <= unit.size:
             raise CheckpointError(
@@ -77,17 +80,14 @@ def load_strictly(
     """Copy `state` into `model`; return the keys that were missing and may be.
 
     Raises:
-        CheckpointError: keys are missing or unknown, or shapes differ; nothing was copied.
+        CheckpointError: keys are missing or unknown, shapes differ, or numbers are not finite; nothing was copied.
     """
     mine = model.state_dict()
     missing = [key for key in mine if key not in state]
     problems = [f"missing {key}" for key in missing if not may_miss(key)]
     problems += [f"unknown {key}" for key in state if key not in mine]
-    problems += [
-        f"{key} has shape {tuple(state[key].shape)}, the model {tuple(mine[key].shape)}"
-        for key in mine
-        if key in state and state[key].shape != mine[key].shape
-    ]
+    wrong = {key: _misfit(state[key], mine[key]) for key in mine if key in state}
+    problems += [f"{key} {problem}" for key, problem in wrong.items() if problem]
     if problems:
         more = f"\n  ... and {len(problems) - 12} more" if len(problems) > 12 else ""
         raise CheckpointError(
@@ -97,6 +97,31 @@ def load_strictly(
         )
     model.load_state_dict(dict(state), strict=False)
     return missing
+
+
+@contextmanager
+def expecting_shapes(source: str) -> Iterator[None]:
+    """Make what tensors of unexpected shapes raise a CheckpointError."""
+    try:
+        yield
+    except (ValidationError, UPopError):
+        raise
+    except (IndexError, RuntimeError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{source} holds tensors of shapes that no model of this task has: {error}. Was it damaged, or made by "
+            "another program?"
+        ) from error
+
+
+def _misfit(found: Tensor, mine: Tensor) -> str:
+    """Say why a tensor cannot take the place of the model's own; nothing if it can."""
+    if found.shape != mine.shape:
+        return f"has shape {tuple(found.shape)}, the model {tuple(mine.shape)}"
+    if mine.is_floating_point() and not found.is_floating_point():
+        return f"holds {found.dtype} numbers, the model {mine.dtype}"
+    if mine.is_floating_point() and not found.isfinite().all():
+        return "holds numbers that are not finite, so the model would compute nothing. Was its training ended by them?"
+    return ""
 
 
 def resize_positions(positions: Tensor, tokens: int) -> Tensor:

@@ -24,7 +24,7 @@ from upop.checkpoints.quantizer import mark
 from upop.checkpoints.read import read_weights, shared_tensors
 from upop.checkpoints.recording import plan_of, set_plan
 from upop.checkpoints.transformers_models import is_transformers_folder, load_transformers, misfit
-from upop.errors import CheckpointError, LayoutError, PlanError
+from upop.errors import CheckpointError, LayoutError, PlanError, nearest
 from upop.files import replacing_folder
 from upop.models import MODELS, kind_of
 from upop.pruning import Plan, count_parameters, survey
@@ -34,6 +34,16 @@ from upop.pruning.sharded import refuse_sharded
 WEIGHTS = "model.safetensors"
 _DESCRIPTION = "upop.json"
 _FORMAT = 1
+_KINDS = {
+    "model": str | None,
+    "class": str,
+    "config": dict | None,
+    "plan": dict | None,
+    "transformers": bool | None,
+    "timm": dict | None,
+    "open_clip": dict | None,
+    "layout": dict | None,
+}
 
 
 def save(model: nn.Module, folder: str | Path, plan: Plan | None = None) -> Path:
@@ -113,6 +123,7 @@ def load(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
     else:
         state = read_weights(folder / WEIGHTS)
         model = fit(_as_precise(_dense(description, folder), state), state, str(folder), lambda _unit: False)
+    _check_layout(model, plan, description["layout"] or {}, folder)
     set_plan(model, plan)
     return model.eval()
 
@@ -164,11 +175,16 @@ def read_description(folder: Path) -> dict[str, Any]:
         description = json.loads(path.read_text())
         fields = {name: description[name] for name in ("format", "model", "class", "config", "plan")}
         # Folders of upop 0.1.0 do not have these.
-        fields |= {name: description.get(name) for name in ("transformers", "timm", "open_clip")}
-    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        fields |= {name: description.get(name) for name in ("transformers", "timm", "open_clip", "layout")}
+    except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError) as error:
         raise CheckpointError(f"{path} is damaged: {error!r}. Write the model again.") from error
     if fields["format"] != _FORMAT:
         raise CheckpointError(f"{path} has format {fields['format']!r}; this upop reads {_FORMAT}. Update upop.")
+    for name, kinds in _KINDS.items():
+        if not isinstance(fields[name], kinds):
+            raise CheckpointError(
+                f"{path} is damaged: {name} is of type {type(fields[name]).__name__}. Write the model again."
+            )
     return fields
 
 
@@ -232,6 +248,36 @@ def _plan(description: dict[str, Any], folder: Path) -> Plan | None:
         return None if description["plan"] is None else Plan.from_json(json.dumps(description["plan"]))
     except PlanError as error:
         raise CheckpointError(f"{folder / _DESCRIPTION} has a plan that cannot be read. {error}") from error
+
+
+def _check_layout(model: nn.Module, plan: Plan | None, layout: Mapping[str, Any], folder: Path) -> None:
+    """Raise CheckpointError where the units of a loaded model are not what its description and its plan say.
+
+    Shapes alone tell neither heads nor which entries were kept.
+    """
+    for unit in survey(model).units:
+        found = {"heads": unit.heads, "entries": unit.size}
+        told = layout.get(unit.name, found)
+        kept = None if plan is None else plan.kept.get(unit.name)
+        size = 0 if plan is None else plan.sizes.get(unit.name, 0)
+        wrong = ""
+        if not isinstance(told, Mapping) or any(told.get(name) != value for name, value in found.items()):
+            wrong = f"says {told}, and the weights {found}"
+        elif kept is not None and (len(kept) != unit.size or list(kept) != sorted(set(kept))):
+            wrong = f"has a plan of {len(kept)} entries, ascending and each once, for the {unit.size} of the weights"
+        elif kept is not None and not 0 <= kept[0] <= kept[-1] < size:
+            wrong = f"has a plan of entries {kept[0]} to {kept[-1]} of {size}"
+        elif kept is not None and told.get("of", size) not in (size, None):
+            wrong = f"says that there were {told['of']} entries, and its plan {size}"
+        if wrong:
+            raise CheckpointError(f"{folder / _DESCRIPTION} is damaged: of {unit.name} it {wrong}. Write it again.")
+    names = {unit.name for unit in survey(model).units}
+    unknown = [name for name in plan.kept if name not in names] if plan is not None else []
+    if unknown:
+        raise CheckpointError(
+            f"{folder / _DESCRIPTION} is damaged: its plan names {unknown[0]!r}, which is no unit of the model"
+            f"{nearest(unknown[0], sorted(names))}. Write it again."
+        )
 
 
 def _dense(description: dict[str, Any], folder: Path) -> nn.Module:

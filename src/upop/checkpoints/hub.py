@@ -28,8 +28,11 @@ def local_path(name: str | Path) -> Path:
     if is_remote(str(name)):
         return remote.local_path(str(name))
     path = Path(name)
-    if path.exists() or not is_hub_name(str(name)):
-        return path
+    try:
+        if path.exists() or not is_hub_name(str(name)):
+            return path
+    except OSError as error:  # a name that no file can have
+        raise CheckpointError(f"{name} was asked for: {error.strerror}. Check the path.") from error
     try:
         return Path(_snapshot(str(name), offline=True))
     except Exception:  # not fetched before, or only in part

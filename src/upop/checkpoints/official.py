@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from upop.checkpoints.classifier_layout import classifier_sizes, named_sizes
 from upop.checkpoints.classifier_layout import with_positions as classifier_positions
 from upop.checkpoints.clip_names import from_openai, is_openai, to_openai, weights_only
-from upop.checkpoints.fit import fit, load_strictly, resize_positions, scale_queries
+from upop.checkpoints.fit import expecting_shapes, fit, load_strictly, resize_positions, scale_queries
 from upop.checkpoints.hugging_face import with_copies
 from upop.checkpoints.published import read_published
 from upop.checkpoints.segmenter_layout import as_encoder, segmenter_sizes, with_positions
@@ -88,7 +88,8 @@ def load_official(task: str, path: str | Path, **overrides: Any) -> nn.Module:
             f"{path} holds a {found.kind}, which is a model for {found.task!r}; asked for was {task!r}."
         )
     config = _config(row, found.state, str(path), {**found.sizes, **overrides})
-    state = row.adapt(found.state, config)
+    with expecting_shapes(str(path)):
+        state = row.adapt(found.state, config)
     # The published ViT keeps dividing by the square root of its dense head_dim after compression; BERT does not, and
     # no class of transformers does.
     fixed_scale = row.fixed_scale if found.task is None else lambda _unit: False
@@ -141,7 +142,9 @@ def start_from(task: str, path: str | Path, model: nn.Module, *, any_towers: boo
         CheckpointError: the file cannot be read or does not fit otherwise.
     """
     row = _row(task)
-    state = row.adapt(row.start(read_published(path).state), model.config)
+    found = read_published(path).state
+    with expecting_shapes(str(path)):
+        state = row.adapt(row.start(found), model.config)
     known = model.state_dict()
     # Pre-trained checkpoints carry heads of other tasks; only whole modules that this model lacks are left out.
     towers = {key.split(".")[0] for key in known}
@@ -216,7 +219,8 @@ def _config(row: _Official, state: State, source: str, overrides: dict[str, Any]
             f"{unknown[0]!r} is no field of {row.config.__name__}{nearest(unknown[0], list(row.config.model_fields))}."
         )
     try:
-        return row.config(**{**row.read_config(state), **row.implied(overrides), **overrides})
+        with expecting_shapes(source):
+            return row.config(**{**row.read_config(state), **row.implied(overrides), **overrides})
     except KeyError as error:
         raise CheckpointError(
             f"{source} lacks {error.args[0]}, so it is no checkpoint of this task. It holds {len(state)} tensors, "

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from upop.errors import CheckpointError
+from upop.files import is_file
 
 # How torch names a class or function in a pickle that it refuses to build or call.
 _OBJECT = re.compile(r"GLOBAL ([\w.]+)")
@@ -30,7 +31,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
             (such a file is refused, never executed).
     """
     path = Path(path)
-    if not path.is_file():
+    if not is_file(path):
         raise CheckpointError(
             f"Checkpoint {path} was asked for, and {'a folder' if path.is_dir() else 'nothing'} was found there. "
             f"Give the path of a .pth or .safetensors file{_run_folder_hint(path)}."
@@ -61,6 +62,10 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     if not isinstance(state, Mapping) or not state or not all(isinstance(value, Tensor) for value in state.values()):
         found = sorted(map(str, content))[:8] if isinstance(content, Mapping) else type(content).__name__
         raise CheckpointError(f'{path} should hold {{"model": state dict}} or a state dict of tensors; found {found}.')
+    for name, value in state.items():
+        if value.layout != torch.strided or value.is_meta or value.is_quantized:
+            kind = "without content" if value.is_meta else "quantized" if value.is_quantized else str(value.layout)
+            raise CheckpointError(f"{path}: {name} is {kind}; upop reads plain tensors. Save a dense state dict.")
     return {str(name): value for name, value in state.items()}
 
 

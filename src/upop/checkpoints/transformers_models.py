@@ -27,7 +27,7 @@ def is_transformers_folder(path: Path) -> bool:
         return False
     try:
         content = json.loads((path / _CONFIG).read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return True  # reading it tells what is wrong
     return isinstance(content, dict) and "model_type" in content
 
@@ -43,7 +43,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         content = json.loads(path.read_text())
         if not isinstance(content, dict):
             raise ValueError(f"expected a mapping, found {type(content).__name__}")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}. Fetch or write it again.") from error
     return content
 

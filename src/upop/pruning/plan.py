@@ -71,7 +71,7 @@ class Plan(Mapping[str, tuple[int, ...]]):
             content = json.loads(text)
             version = content["version"]
             units = content["units"]
-            kept = {name: tuple(index(entry) for entry in unit["kept"]) for name, unit in units.items()}
+            kept = {name: tuple(_entry(entry) for entry in unit["kept"]) for name, unit in units.items()}
             sizes = {name: int(unit["size"]) for name, unit in units.items()}
             settings = dict(content.get("settings", {}))
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
@@ -105,3 +105,9 @@ class Plan(Mapping[str, tuple[int, ...]]):
             more = f" (and {len(wrong) - 5} more)" if len(wrong) > 5 else ""
             raise PlanError(f"The plan does not fit {type(model).__name__}: " + "; ".join(wrong[:5]) + more + ".")
         return [unit for name, unit in units.items() if name in self.kept]
+
+
+def _entry(value: Any) -> int:
+    if isinstance(value, bool):
+        raise TypeError("true and false are no entries")
+    return index(value)
