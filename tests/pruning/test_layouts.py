@@ -161,6 +161,33 @@ def test_mlps_that_cannot(kind: type[Block], reason: str) -> None:
         upop.find_units(model)
 
 
+class Learned(nn.Module):
+    """An activation like those of MetaFormer, which learn where they put 0; at first they leave it there."""
+
+    def __init__(self, learned: bool) -> None:
+        super().__init__()
+        self.slope = nn.Parameter(torch.ones(1))
+        self.shift = nn.Parameter(torch.zeros(1)) if learned else 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.slope * x.relu() ** 2 + self.shift
+
+
+Learned.__module__ = "timm.models"  # only known libraries are trusted
+
+
+class PlainMlp(Plain):
+    pass
+
+
+def test_activations_that_may_come_to_move_0_are_not_trusted() -> None:
+    model = PlainMlp()
+    model.act = Learned(learned=True)  # type: ignore[assignment]
+    assert "its activation moves 0" in reasons(nn.Sequential(model))["0"]
+    model.act = Learned(learned=False)  # type: ignore[assignment]
+    assert len(upop.find_units(nn.Sequential(model))) == 1
+
+
 class Attention(nn.Module):
     """An attention of two heads, whose forward is left to its subclasses."""
 

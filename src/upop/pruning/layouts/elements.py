@@ -76,10 +76,22 @@ def _has_weights(module: nn.Module) -> bool:
 
 @torch.no_grad()
 def _try(function: object) -> bool | None:
-    if isinstance(function, nn.Module):
-        if any(parameter.is_meta for parameter in function.parameters()):
-            return None
-        function = copy.deepcopy(function).float().cpu().eval()
+    if not isinstance(function, nn.Module):
+        return _probe(function)
+    if any(parameter.is_meta for parameter in function.parameters()):
+        return None
+    function = copy.deepcopy(function).float().cpu().eval()
+    found = _probe(function)
+    # What is learned may come to move 0, whatever it does now.
+    generator = torch.Generator().manual_seed(0)
+    for parameter in function.parameters():
+        parameter.copy_(torch.rand(parameter.shape, generator=generator, device="cpu") + 0.5)
+    learned = found if next(function.parameters(), None) is None else _probe(function)
+    return None if found is None or learned is None else found and learned
+
+
+def _probe(function: object) -> bool | None:
+    """Say whether a function leaves 0 at 0, as it is; None if it is none of single entries."""
     assert callable(function)
     with torch.device("cpu"):  # models may be built with another one as the default
         probe = torch.tensor([_PROBE])
