@@ -12,11 +12,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, fully_shard
+from torch.distributed.tensor import Shard, distribute_tensor
 from transformers import GPT2Config, GPT2Model
 
 import upop
-from pruning.families import NLVR, Family, Inputs, _pictures, _vit, loss_of, outputs_of, rows_of
+from pruning.families import NLVR, VIT, Family, Inputs, _pictures, _vit, loss_of, outputs_of, rows_of
 from pruning.ranks import LIMIT
 from upop.errors import LayoutError
 from upop.pruning import plan_by_magnitude
@@ -58,6 +59,7 @@ class Case:
     family: Family
     inner: Callable[[Any], list[nn.Module]]
     masks_first: bool = False
+    copies: int = 0  # of the sharded model, each over the processes of a node
     settings: Callable[[Inputs], dict[str, Any]] = lambda _inputs: {}
 
 
@@ -79,6 +81,7 @@ CASES = {
         NLVR,
         lambda model: [*model.visual_encoder.blocks, *model.text_encoder.encoder.layer],
         masks_first=True,
+        copies=2,
     ),
     # Rows of its weights lie along the dimension that is not sharded.
     "gpt2": Case(Family("gpt2", Gpt, _words), lambda model: [*model.gpt.h], settings=lambda _: {"score": own_score}),
@@ -87,6 +90,7 @@ CASES = {
         Family("torch", _encoder, _states),
         lambda model: [part for layer in model.layers for part in (layer.linear1, layer.self_attn, layer)],
         masks_first=True,
+        copies=1,
         settings=lambda _: {"score": own_score},
     ),
 }
@@ -97,8 +101,8 @@ def spoil(model: nn.Module, pruner: upop.Pruner) -> None:
     gradient = dict(model.named_parameters())[pruner.units[0].producers[0].tensor].grad
     assert gradient is not None
     if isinstance(gradient, torch.distributed.tensor.DTensor):
-        gradient = gradient.to_local()
-        if dist.get_rank() == 0:
+        whole, gradient = len(gradient), gradient.to_local()
+        if dist.get_rank() == 0 and len(gradient) < whole:
             return
     gradient[-1, -1] = torch.nan
 
@@ -163,7 +167,8 @@ def together(case: Case, folder: Path) -> dict[str, Any]:
         return upop.Pruner(model, 0.5, STEPS, 1, **case.settings(everything))
 
     pruner = make() if case.masks_first else None
-    mesh = init_device_mesh("cpu", (2,))
+    names = ("replicate", "shard")
+    mesh = init_device_mesh("cpu", (case.copies, 2 // case.copies), mesh_dim_names=names) if case.copies else None
     for module in case.inner(model):
         fully_shard(module, mesh=mesh)
     fully_shard(model, mesh=mesh)
@@ -206,8 +211,22 @@ def together(case: Case, folder: Path) -> dict[str, Any]:
     return found
 
 
+def spread_otherwise() -> dict[str, str]:
+    """What is said of the first version of FSDP, and of a weight that tensor parallelism cuts along both dimensions."""
+    model = FullyShardedDataParallel(nn.Sequential(VIT.build()), device_id=torch.device("cpu"), use_orig_params=True)
+    found = {"flattened": refusal(lambda: upop.Pruner(model, 0.5, STEPS))}
+    plain = VIT.build()
+    pruner = upop.Pruner(plain, 0.5, STEPS)
+    mesh, layer = init_device_mesh("cpu", (2, 1)), plain.blocks[0].attn.qkv
+    weights = [distribute_tensor(layer.weight.detach(), mesh, [Shard(0), Shard(1)]) for _ in range(2)]
+    layer.weight = nn.Parameter(weights[0])
+    layer.weight.grad = weights[1]
+    return {**found, "cut twice": refusal(pruner.step)}
+
+
 def run(folder: Path) -> None:
     dist.init_process_group("gloo", timeout=LIMIT)
-    results = {name: together(case, folder) for name, case in CASES.items()}
+    results: dict[str, Any] = {name: together(case, folder) for name, case in CASES.items()}
+    results["refused"] = spread_otherwise()
     torch.save(results, folder / f"rank{dist.get_rank()}.pt")
     dist.destroy_process_group()

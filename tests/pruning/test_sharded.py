@@ -24,7 +24,8 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
     expected = {name: sharded_ranks.alone(case) for name, case in CASES.items()}
     run_together(sharded_ranks.run, folder)
     found = [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
-    return {name: (expected[name], [each[name] for each in found]) for name in CASES}
+    alone = {**expected, "refused": {}}
+    return {name: (alone[name], [each[name] for each in found]) for name in alone}
 
 
 @pytest.fixture(params=list(CASES))
@@ -67,6 +68,12 @@ def test_what_needs_whole_weights_says_how_to_get_them(case: tuple[dict[str, Any
     for found in ranks:
         assert len(found["refused"]) == 5
         assert all("whole = upop.gather(model, like=...)" in message for message in found["refused"])
+
+
+def test_other_ways_of_spreading_weights_are_refused(results: Results) -> None:
+    for found in results["refused"][1]:
+        assert "flattens weights" in found["flattened"] and "fully_shard" in found["flattened"]
+        assert "Do not combine it with tensor parallelism" in found["cut twice"]
 
 
 def test_a_plain_model_is_gathered_as_it_is() -> None:
