@@ -119,8 +119,20 @@ def test_a_compressed_model_of_transformers_says_what_it_keeps(command: Command,
     assert f"{min(sizes)} to {max(sizes)} of 40" in text
 
 
+def test_a_model_of_open_clip(command: Command, tmp_path: Path) -> None:
+    open_clip = pytest.importorskip("open_clip.model")
+    vision = {"image_size": 32, "patch_size": 8, "width": 24, "layers": 2, "head_width": 8}
+    text = {"context_length": 7, "vocab_size": 99, "width": 24, "heads": 3, "layers": 2}
+    model = open_clip.CLIP(16, vision, text)
+    upop.shrink(model, {"visual.transformer.resblocks.0.mlp": range(5)})
+    code, printed = command("inspect", upop.save(model, tmp_path / "clip"), "--ratio", "0.5")
+    assert code == 0, printed
+    assert "5 to 96 of 96" in printed and "one picture of 32 x 32 pixels and one text of 7 tokens" in printed
+
+
 def test_a_model_that_cannot_be_pruned_is_shown_all_the_same(command: Command) -> None:
-    code, text = command("inspect", "resnet18")
+    code, text = command("inspect", "resnet18", "--ratio", "0.5")
     assert code == 0, text
-    assert "11.7" in text
+    assert "Nothing of it can be pruned" in text and "11.7" in text
+    assert "preview" not in text
     assert "What can be pruned" not in text

@@ -62,14 +62,16 @@ def inspect(
         note = f"not counted: the model takes other inputs ({' '.join(str(error).split())[:120]})"
         inputs, found = None, inspect_model(model, None, _dense_sizes(model))
     smaller = None
-    if ratio is not None:
+    if ratio is not None and found.panels:
         shrunken, plan = after_budget(model, ratio, align)
         smaller = inspect_model(shrunken, inputs, plan.sizes)
     console = Console(highlight=False)
     console.print(f"{source}: {type(model).__name__}", markup=False)
     if found.panels:
         console.print(_units_table(found, smaller))
-    console.print(_parts_table(found, smaller, ratio))
+    else:
+        console.print("Nothing of it can be pruned.")
+    console.print(_parts_table(found, smaller, ratio if found.panels else None))
     console.print(f"GMACs: {note}", markup=False, soft_wrap=True)
     if smaller is not None:
         console.print(
@@ -119,6 +121,11 @@ def example_of(model: nn.Module) -> tuple[Any, str]:
         grid = getattr(getattr(model, "patch_embed", None), "img_size", None)
         size = (size[0], *grid) if grid else size
         return torch.zeros(1, *size), f"of one picture of {size[1]} x {size[2]} pixels"
+    side, words = getattr(getattr(model, "visual", None), "image_size", None), getattr(model, "context_length", None)
+    if side and words:  # open_clip's
+        height, width = (side, side) if isinstance(side, int) else side
+        inputs = (torch.zeros(1, 3, height, width), torch.zeros(1, words, dtype=torch.long))
+        return inputs, f"of one picture of {height} x {width} pixels and one text of {words} tokens"
     return None, f"not counted: what a {type(model).__name__} takes is not known"
 
 
