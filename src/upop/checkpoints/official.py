@@ -119,6 +119,7 @@ def save_official(task: str, model: nn.Module, path: str | Path) -> Path:
         if unit.size < dense[unit.name] and row.fixed_scale(unit):
             scale_queries(model, unit, unit.size, math.sqrt(dense[unit.name] / unit.size))
     with replacing_file(Path(path)) as part:
+        part.parent.mkdir(parents=True, exist_ok=True)
         torch.save({"model": row.export(model.state_dict())}, part)
     return Path(path)
 

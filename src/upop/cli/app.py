@@ -206,9 +206,20 @@ def main(command: typer.Typer = app) -> None:
     try:
         recorded(command)
     except UPopError as error:
-        Console(stderr=True).print(f"[bold red]Error{place()}:[/bold red] {type(error).__name__}:", end=" ")
-        Console(stderr=True, highlight=False, markup=False, soft_wrap=True).print(_message(error))
+        _say(type(error).__name__, _message(error))
         sys.exit(PreemptedError.exit_code if isinstance(error, PreemptedError) else 1)
+    except OSError as error:  # a disk that is full or gone, a name that no file can have, a place without permission
+        if isinstance(error, BrokenPipeError):  # what the output was piped to has ended
+            sys.exit(1)
+        _say(type(error).__name__, f"{error.strerror or error}: {error.filename}" if error.filename else str(error))
+        sys.exit(1)
+
+
+def _say(kind: str, message: str) -> None:
+    Console(stderr=True).print(f"[bold red]Error{place()}:[/bold red] {kind}:", end=" ")
+    # Names of files may hold bytes that are no characters.
+    printable = message.encode("utf-8", "backslashreplace").decode()
+    Console(stderr=True, highlight=False, markup=False, soft_wrap=True).print(printable)
 
 
 def _message(error: UPopError) -> str:

@@ -22,7 +22,7 @@ from upop.checkpoints.recording import plan_of
 from upop.checkpoints.sizes import dense_skeleton
 from upop.checkpoints.transformers_models import is_transformers_folder, load_transformers
 from upop.cli import options as o
-from upop.errors import CheckpointError, nearest
+from upop.errors import CheckpointError, SettingError, nearest
 from upop.models import MODELS, kind_of
 from upop.pruning import survey
 from upop.report.inspection import Inspection, after_budget, inspect_model
@@ -95,7 +95,10 @@ def read_any(source: str, task: str | None, overrides: Mapping[str, Any]) -> nn.
     """
     if not Path(source).exists() and not is_hub_name(source) and not Path(source).suffix:
         if timm.is_model(source):
-            return timm.create_model(source, pretrained=False, **overrides).eval()
+            try:
+                return timm.create_model(source, pretrained=False, **overrides).eval()
+            except Exception as error:  # each model checks its arguments in its own way
+                raise SettingError(f"timm cannot build {source} with {dict(overrides)}: {error}.") from error
         raise CheckpointError(
             f"{source} was asked for: there is no such file or folder, and timm {timm.__version__} has no such model"
             f"{nearest(source, timm.list_models())}."

@@ -1,0 +1,137 @@
+"""Every wrong command line ends with one of our errors or with how the command is used, never with a traceback."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import typer
+
+import runs
+from malformed import commands as table
+from upop.cli import published, published_deit, published_segmenter
+from upop.cli.app import app, main
+
+ROOT = Path(__file__).parents[2]
+Places = dict[str, str]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Places:
+    """Files and folders that rows name."""
+    folder = tmp_path_factory.mktemp("commands")
+    config = runs.make_data(folder)
+    (folder / "text.txt").write_text("this is no picture, no model and no settings\n")
+    (folder / "run").mkdir()
+    (folder / "run" / "metrics.jsonl").write_text('{"loss": 1.0}\n{"lo')
+    return {
+        "config": str(config),
+        "data": str(folder / "data"),
+        "model": str(folder / "dense"),
+        "text": str(folder / "text.txt"),
+        "run": str(folder / "run"),
+    }
+
+
+@pytest.fixture
+def places(made: Places, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Places:
+    monkeypatch.setenv("DATASET", str(tmp_path))
+    monkeypatch.chdir(ROOT)  # where the recipes and the published config files are
+    return {**made, "folder": str(tmp_path)}
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
+    """Run a command in this process; return its exit code and all that it printed."""
+
+    def run(words: list[str], kind: typer.Typer = app) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["upop", *words])
+        with pytest.raises(SystemExit) as ended:
+            main(kind)
+        printed = capsys.readouterr()
+        code = ended.value.code
+        return (code if isinstance(code, int) else 0), printed.out + printed.err
+
+    return run
+
+
+def one_of_ours(code: int, text: str, name: str) -> None:
+    assert code == 1
+    assert "Traceback" not in text
+    assert "Error: " in text
+    told = " ".join(text[text.index("Error: ") :].split())
+    assert name.lower() in told.lower()
+
+
+@pytest.mark.parametrize("what", table.REFUSED)
+def test_refused(command: Callable[..., tuple[int, str]], places: Places, what: str) -> None:
+    words, name = table.REFUSED[what]
+    given = [word.format(**places) if "{" in word and "=" not in word else word for word in shlex.split(words)]
+    one_of_ours(*command(given), name.format(**places))
+
+
+@pytest.mark.parametrize("what", table.MISUSED)
+def test_misused(
+    command: Callable[..., tuple[int, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, text = command(shlex.split(table.MISUSED[what]))
+    assert code == 2
+    assert "Traceback" not in text
+    assert "Error" in text or "Usage: " in text
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("what", table.PUBLISHED)
+def test_published(command: Callable[..., tuple[int, str]], places: Places, what: str) -> None:
+    script, words, name = table.PUBLISHED[what]
+    kinds = {
+        "compress_nlvr.py": lambda: published.blip_command("nlvr", "configs/nlvr.yaml"),
+        "compress_deit.py": lambda: published_deit.app,
+        "compress_segmenter.py": lambda: published_segmenter.app,
+    }
+    given = [word.format(**places) for word in shlex.split(words)]
+    one_of_ours(*command(given, kinds[script]()), name)
+
+
+def test_a_name_in_bytes_that_are_no_characters(command: Callable[..., tuple[int, str]], places: Places) -> None:
+    one_of_ours(*command(["inspect", os.fsdecode(b"no\xff.pth")]), "no\\udcff.pth")
+
+
+def test_a_run_folder_that_vanishes(command: Callable[..., tuple[int, str]], places: Places) -> None:
+    """A model's folder, whose description is a link to nowhere."""
+    folder = Path(shutil.copytree(places["model"], f"{places['folder']}/model"))
+    (folder / "upop.json").unlink()
+    (folder / "upop.json").symlink_to("nowhere")
+    one_of_ours(*command(["evaluate", "nlvr", "--config", places["config"], "--pretrained", str(folder)]), str(folder))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_ctrl_c_ends_a_run_without_a_traceback(places: Places, workers: int) -> None:
+    run = Path(places["folder"]) / "run"
+    words = ["train", "nlvr", "--config", places["config"], "--output-dir", str(run), "--epoch", "1000"]
+    started = subprocess.Popen(
+        [sys.executable, "-m", "upop", *words, "--set", f"num_workers={workers}"],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,  # a terminal's Ctrl-C reaches all processes of a command
+    )
+    try:
+        while started.poll() is None and not ((run / "metrics.jsonl").is_file() and runs.rows(run)):
+            time.sleep(0.1)
+        os.killpg(started.pid, signal.SIGINT)
+        told, _ = started.communicate(timeout=60)
+    finally:
+        started.kill()
+    assert started.returncode == 130
+    assert "Traceback" not in told
