@@ -1,18 +1,21 @@
 """How much memory training takes: full-size models at their published picture sizes, and the batches that fit.
 
-- Computed, on the meta device and exactly: parameters, buffers (queues), gradients, what the optimizer keeps, and the
-  moving average of the weights. Momentum copies are parameters without gradients.
-- Measured, on the CPU: the most bytes of tensors that forward and backward have at once, with gradients there already,
-  for `n` and `2 n` records; what is more is what n records take, and the rest is there whatever the batch. It is
-  measured in float32 and with bfloat16 autocast, with and without gradient checkpointing. Weights are random, records
-  are grey pictures with texts of the published length, and the loss is the task's own. Tensors are counted, so the
-  numbers do not depend on who else computes; memory that kernels take inside is not in them. A GPU runs other kernels
-  for some operations, and keeps other norms and sums in float32 under autocast.
+- Computed, exactly: parameters, buffers (queues), gradients, what the optimizer keeps, and the moving average of the
+  weights. Momentum copies are parameters without gradients.
+- Traced: forward, loss and backward of the task run with torch's fake tensors, which have shapes and sizes but no
+  content, and all tensors are followed: what counts is the most bytes that they have at once, with gradients there
+  already, for 16 and for 32 records. Half of the difference is what 16 records take; the rest is there whatever the
+  batch. In float32 and with bfloat16 autocast, with and without gradient checkpointing. Records are grey pictures with
+  texts of the published length.
+- Measured: `--check` takes the same steps on the CPU with real tensors, on few records, and writes both numbers down.
 - Estimated: the batch that fits on a GPU of 24, 40 or 80 GiB: nine tenths of it, without 1 GiB for CUDA itself, hold
   what is fixed, and records fill the rest. It is for one process; data-parallel training keeps the gradients once more.
 
+What kernels take inside is in none of them, and the operations are those of the CPU: a GPU runs other kernels for some,
+and keeps other sums and norms in float32 under autocast.
+
     OMP_NUM_THREADS=1 python benchmarks/memory.py
-    python benchmarks/memory.py --models DeiT-S    # adds to, or replaces in, the files that are there
+    OMP_NUM_THREADS=1 python benchmarks/memory.py --models DeiT-S --check    # adds to the files that are there
 """
 
 from __future__ import annotations
@@ -21,14 +24,14 @@ import argparse
 import json
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from upop.files import replacing_file, write_text
 from upop.models.caption import BlipCaption, CaptionConfig
@@ -47,6 +50,7 @@ from upop.training.memory import peak_bytes
 RESULTS = Path(__file__).parent / "results"
 GIB = 2**30
 CARDS = (24, 40, 80)
+RECORDS = (16, 32)
 _FILLED, _CUDA = 0.9, 1.0
 
 
@@ -59,8 +63,7 @@ class Case:
         build: makes it with fresh weights, or on the meta device.
         image_size: side of its pictures in pixels.
         batch: published records per process.
-        few: records to measure, and twice as many; with gradient checkpointing, where little is kept per record, twice
-            and four times as many.
+        few: records of a check with real tensors.
     """
 
     task: str
@@ -121,38 +124,69 @@ def fixed_bytes(case: Case) -> dict[str, int]:
     }
 
 
-def growth(case: Case, model: nn.Module, records: int, *, amp: bool) -> dict[str, int]:
-    """Return the bytes that forward and backward take whatever the batch, and per record."""
+def peak(case: Case, model: nn.Module, records: int, *, amp: bool) -> int:
+    """Return the most bytes of tensors at once in forward and backward, besides the model and its gradients."""
     task = find_task(case.task)
     settings = read_settings(task.settings, None, {})
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.grad = torch.zeros_like(parameter)
 
-    def step(count: int) -> None:
-        batch = training_batch(case, model, count)
+    def step() -> None:
+        batch = training_batch(case, model, records)
         with torch.autocast("cpu", torch.bfloat16, enabled=amp):
             loss: Tensor = task.loss(model, batch, settings, 1.0)
         loss.backward()
 
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.grad = torch.zeros_like(parameter)
-    few, more = (peak_bytes(partial(step, count)) for count in (records, 2 * records))
-    return {"records": records, "per_record": (more - few) // records, "start": max(0, 2 * few - more)}
+    return peak_bytes(step)
+
+
+def traced(case: Case, counts: Sequence[int]) -> dict[str, dict[int, int]]:
+    """Return the peaks of fake steps: way -> records -> bytes."""
+    with torch.device("meta"):
+        model = case.build().train()
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model.to_empty(device="cpu")
+        return _peaks(case, model, counts)
+
+
+def real(case: Case, counts: Sequence[int]) -> dict[str, dict[int, int]]:
+    """Return the peaks of real steps: way -> records -> bytes."""
+    torch.manual_seed(0)
+    return _peaks(case, case.build().train(), counts)
+
+
+def _peaks(case: Case, model: nn.Module, counts: Sequence[int]) -> dict[str, dict[int, int]]:
+    if isinstance(model, BlipRetrieval):
+        model._told = True  # a warning about the batch would look at its content
+    found: dict[str, dict[int, int]] = {}
+    for name, (amp, checkpointed) in sorted(WAYS.items(), key=lambda way: way[1][1]):  # it is not taken back
+        if checkpointed:
+            checkpoint_blocks(model)
+        found[name] = {count: peak(case, model, count, amp=amp) for count in counts}
+    return {name: found[name] for name in WAYS}
 
 
 def measure(case: Case) -> dict[str, Any]:
-    """Return all numbers of one model."""
+    """Return all numbers of one model but those of a check."""
     fixed = fixed_bytes(case)
-    torch.manual_seed(0)
-    model = case.build().train()
     ways: dict[str, Any] = {}
-    for name, (amp, checkpointed) in sorted(WAYS.items(), key=lambda way: way[1][1]):
-        if checkpointed:
-            checkpoint_blocks(model)
-        found = growth(case, model, case.few * (2 if checkpointed else 1), amp=amp)
+    for name, peaks in traced(case, RECORDS).items():
+        few, more = (peaks[count] for count in RECORDS)
+        per_record = (more - few) // (RECORDS[1] - RECORDS[0])
+        found = {"per_record": per_record, "start": max(0, more - RECORDS[1] * per_record)}
         ways[name] = {**found, "batch_that_fits": {str(card): fitting(fixed, found, card) for card in CARDS}}
-        print(name, found, flush=True)
-    ways = {name: ways[name] for name in WAYS}
-    return {"image_size": case.image_size, "published_batch": case.batch, "fixed": fixed, "measured": ways}
+    return {"image_size": case.image_size, "published_batch": case.batch, "fixed": fixed, "traced": ways}
+
+
+def check(case: Case) -> dict[str, Any]:
+    """Return the peaks of real and of fake steps on few records, by way."""
+    counts = (case.few, 2 * case.few)
+    found, expected = real(case, counts), traced(case, counts)
+    return {
+        name: {"records": counts, "real": list(found[name].values()), "traced": list(expected[name].values())}
+        for name in WAYS
+    }
 
 
 def fitting(fixed: dict[str, int], found: dict[str, int], card: int) -> int:
@@ -170,7 +204,7 @@ def table(models: dict[str, Any]) -> str:
     ]
     for name, model in models.items():
         total = sum(model["fixed"].values())
-        for way, found in model["measured"].items():
+        for way, found in model["traced"].items():
             whole = (total + found["start"] + model["published_batch"] * found["per_record"]) / GIB
             fits = " / ".join(str(found["batch_that_fits"][str(card)]) for card in CARDS)
             lines.append(
@@ -184,6 +218,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Compute, measure, and write JSON and Markdown after every model."""
     parser = argparse.ArgumentParser(description="Memory of training at full size.")
     parser.add_argument("--models", nargs="+", choices=list(CASES), default=list(CASES))
+    parser.add_argument("--check", action="store_true", help="take real steps on few records, and compare")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args(arguments)
@@ -192,14 +227,19 @@ def main(arguments: list[str] | None = None) -> None:
     path = options.out / "memory.json"
     known: dict[str, Any] = json.loads(path.read_text())["models"] if path.exists() else {}
     for name in options.models:
-        known[name] = measure(CASES[name])
+        if options.check:
+            known[name]["checked"] = check(CASES[name])
+        else:
+            before = known.get(name, {})
+            known[name] = {**measure(CASES[name]), **{key: before[key] for key in ("checked",) if key in before}}
         models = {each: known[each] for each in CASES if each in known}
         content = {
             "machine": machine("cpu"),
             "command": shlex.join(["python", *sys.argv]),
-            "computed": "fixed: bytes, exactly, on the meta device",
-            "measured": "per_record and start: bytes of tensors at once in forward and backward, on the CPU",
+            "computed": "fixed: bytes, exactly",
+            "traced": f"per_record and start: bytes of fake tensors at once in forward and backward, {RECORDS} records",
             "estimated": f"batch_that_fits: ({_FILLED} x GPU - {_CUDA:.0f} GiB - fixed - start) / per_record",
+            "measured": "checked: the same bytes with real tensors on the CPU, and with fake ones, for few records",
             "models": models,
         }
         with replacing_file(path) as part:

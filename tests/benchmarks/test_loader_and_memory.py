@@ -43,14 +43,17 @@ def test_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         return build_classifier(ClassifierConfig(image_size=64, classes=5, **sizes))
 
     monkeypatch.setattr(memory, "CASES", {"tiny": memory.Case("classification", build, 64, 32, 2)})
-    memory.main(["--out", str(tmp_path)])
+    for flags in ([], ["--check"]):
+        memory.main(["--models", "tiny", "--out", str(tmp_path), *flags])
     model = json.loads((tmp_path / "memory.json").read_text())["models"]["tiny"]
     weights = sum(parameter.nbytes for parameter in build().parameters())
     expected = {"parameters": weights, "gradients": weights, "optimizer": 2 * weights, "average": weights}
     assert {name: model["fixed"][name] for name in expected} == expected
-    per_record = {way: found["per_record"] for way, found in model["measured"].items()}
+    per_record = {way: found["per_record"] for way, found in model["traced"].items()}
     assert per_record["float32"] > 2 * per_record["float32, checkpointed"]
     assert per_record["float32"] > 1.3 * per_record["bfloat16"]
-    fits = model["measured"]["float32"]["batch_that_fits"]
+    fits = model["traced"]["float32"]["batch_that_fits"]
     assert fits["24"] < fits["40"] < fits["80"]
+    for found in model["checked"].values():  # real tensors take what fake ones do
+        assert found["real"] == pytest.approx(found["traced"], rel=1e-3)
     assert (tmp_path / "memory.md").read_text().count("| tiny |") == 4
