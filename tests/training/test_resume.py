@@ -33,6 +33,8 @@ FORKS.set_forkserver_preload(["runs", "upop.cli.app", "transformers.models.blip.
 def _run(verb: str, task: str, config: Path, settings: Mapping[str, Any], kill_at: int | None = None) -> None:
     """Run a verb in this process, which kills itself before so many file operations, if it is told to."""
     torch.set_num_threads(1)
+    # As in a process of one's own: workers are its children, and end when it does.
+    multiprocessing.set_start_method("fork", force=True)
     if kill_at is not None:
         _kill_self_at(kill_at)
     found = find_task(task)
