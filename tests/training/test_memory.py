@@ -204,6 +204,15 @@ def test_records_per_step_stay_as_named(config: Path, tmp_path: Path, monkeypatc
     assert (other.size, other.accumulate) == (12, 4)
 
 
+def test_a_model_that_is_shared_out_needs_a_number(config: Path) -> None:
+    task, settings = runs.nlvr(config)
+    loader, accelerator = make_loader(task, settings, "train"), make_accelerator(settings)
+    model = task.load(Path(str(settings.pretrained)), settings)
+    sharded = settings.model_copy(update={"sharding": "fsdp"})
+    with pytest.raises(SettingError, match="shares it out over several. Give a number"):
+        find_batch_size(accelerator, task, sharded, model, loader)
+
+
 def test_too_little_memory_is_said(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(OutOfMemoryError, match=r"finds no batch that fits.*0\.00 MiB are free.*amp"):
         found_batch(config, tmp_path, monkeypatch, 1000)

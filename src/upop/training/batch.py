@@ -13,7 +13,6 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -68,9 +67,9 @@ def find_batch_size(
         OutOfMemoryError: not even the smallest batch fits.
         SettingError: the model's weights are spread over processes.
     """
-    if accelerator.distributed_type == DistributedType.FSDP:
+    if settings.sharding != "none":
         raise SettingError(
-            "batch_size_train=auto measures steps of the whole model on one device, and with FSDP it is spread over "
+            "batch_size_train=auto measures steps of the whole model on one device, and sharding shares it out over "
             "several. Give a number."
         )
     device = accelerator.device
