@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -174,6 +175,38 @@ def test_a_damaged_file_is_named(tmp_path: Path, name: str, text: str) -> None:
     (folder / name).write_text(text)
     with pytest.raises(DataError, match=re.escape(name.rpartition("/")[2])):
         read_run(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "said"),
+    [
+        ("versions.json", {"libraries": ["a"]}, "libraries: Input should be a valid"),
+        ("versions.json", {"verb": None}, "verb: Input should be a valid string"),
+        ("best/upop.json", {"layout": {"a": {"kind": "x", "modality": "m", "entries": 1, "of": 2}}}, "layout.a.kind"),
+        ("best/upop.json", {"layout": {"a": {"kind": "mlp", "modality": "m", "entries": 1, "of": 0}}}, "layout.a.of"),
+        ("best/upop.json", {"layout": 3}, "layout: Input should be"),
+    ],
+)
+def test_a_field_that_is_something_else_is_named(tmp_path: Path, name: str, change: dict[str, Any], said: str) -> None:
+    folder = write_run(tmp_path / "run")
+    content = json.loads((folder / name).read_text())
+    (folder / name).write_text(json.dumps({**content, **change}))
+    with pytest.raises(DataError, match=re.escape(said)):
+        read_run(folder)
+
+
+@pytest.mark.parametrize(
+    "change", [{"kept": None}, {"kept": {"vision": "x"}}, {"ratio": {}}, {"step": "3"}, {"phase": 1}, {"average": [1]}]
+)
+def test_rows_that_hold_something_else_are_left_out(tmp_path: Path, change: dict[str, Any]) -> None:
+    folder = write_run(tmp_path / "run")
+    found = rows()
+    found[5] |= change
+    found[6] = {"about": "something else"}
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in found))
+    page = page_of(folder)
+    check_alone(page)
+    assert "are left out: 1." in page.text
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from matplotlib.ticker import MaxNLocator
 Point = tuple[float, float]
 
 _MOST_POINTS = 400
+_LARGEST = 1e30  # what diverged further than this is not drawn
 _LETTERS = 8.0  # height of a line of letters, in percent of the plot
 _USUAL, _FEW = 0.97, 30  # that share of the values is not cut off, and nothing where there are fewer
 _SMOOTHED = 40  # a curve of more points is drawn with its running mean over so many parts of it
@@ -127,7 +128,7 @@ def chart(
     """
     drawn = []
     for line in lines:
-        finite = [(x, y) for x, y in line.points if math.isfinite(x) and math.isfinite(y)]
+        finite = [(x, y) for x, y in line.points if abs(x) < _LARGEST and abs(y) < _LARGEST]  # NaN is not
         if finite:
             drawn.append((line, thinned(finite, _MOST_POINTS)))
     if not drawn:

@@ -205,8 +205,8 @@ def _tiles(results: Results) -> list[Tile]:
     table = table_cells(results)
     cells, before = table[results.models[-1].name], table[results.baseline]
     tiles = []
-    first = f" {results.shown[0]} (%)"
-    tested = [name for name, cell in cells.items() if name.endswith(first) and cell.value is not None]
+    deciding = tuple(f" {metric} (%)" for metric in results.shown[:1])
+    tested = [name for name, cell in cells.items() if name.endswith(deciding) and cell.value is not None]
     if tested:  # of the last split, which is the test split where there is one
         cell = cells[tested[-1]]
         change = "no change" if cell.better is None else f"{cell.gain} points"

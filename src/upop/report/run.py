@@ -6,13 +6,15 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from upop.errors import DataError, nearest
 from upop.examples import FILE as EXAMPLES
 from upop.examples import Examples
+from upop.pruning.units import Kind
 from upop.report.results import Results
 from upop.report.shares import UnitShare
 
@@ -20,6 +22,48 @@ _SETTINGS, _VERSIONS, _METRICS, _RESULTS = "settings.yaml", "versions.json", "me
 _MODELS = ("best", "last")
 _DESCRIPTION = "upop.json"  # of a model's folder
 _SHOWN_NAMES = 8
+
+
+class _Versions(BaseModel):
+    """What versions.json says."""
+
+    task: str = "unknown"
+    verb: str = "unknown"
+    command: str = ""
+    python: str = ""
+    libraries: Mapping[str, str] = Field(default_factory=dict)
+
+
+class _Unit(BaseModel):
+    """A unit in the layout of upop.json."""
+
+    kind: Kind
+    modality: str
+    entries: int = Field(ge=0)
+    of: int | None = Field(ge=1)
+
+
+class _Description(BaseModel):
+    """What upop.json says."""
+
+    layout: Mapping[str, _Unit] = Field(default_factory=dict)
+
+
+class _Row(BaseModel):
+    """A row of metrics.jsonl, as far as it is looked at by name; metrics have any name."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    phase: str
+    step: int
+    loss: float = 0.0
+    lr: float = 0.0
+    ratio: float = 0.0
+    kept: dict[str, float] = Field(default_factory=dict)
+    average: dict[str, float] = Field(default_factory=dict)
+
+
+Content = TypeVar("Content", bound=BaseModel)
 
 
 @dataclass(frozen=True)
@@ -79,13 +123,12 @@ def read_run(path: Path) -> Run:
     if not any((path / name).is_file() for name in (_SETTINGS, _VERSIONS)):
         raise DataError(f"{path} is no run folder{_instead(path)}")
     missing: list[str] = []
-    versions = _mapping(path / _VERSIONS, json.loads)
+    versions = _read(path / _VERSIONS, _Versions)
     settings = _mapping(path / _SETTINGS, yaml.safe_load)
-    if not versions:
+    if not (path / _VERSIONS).is_file():
         missing.append(f"{_VERSIONS} is missing: task, command and versions are unknown.")
     if not settings:
         missing.append(f"{_SETTINGS} is missing: the settings are unknown.")
-    verb = str(versions.get("verb", "unknown"))
     rows = _rows(path / _METRICS, missing)
     results = Results.read(path / _RESULTS) if (path / _RESULTS).is_file() else None
     if results is None:
@@ -93,10 +136,10 @@ def read_run(path: Path) -> Run:
         missing.append(
             f"The run has not ended: {_RESULTS}, which its end writes, is not there yet.{_stand(rows)}{again}"
         )
-    if not rows and verb != "evaluate":
+    if not rows and versions.verb != "evaluate":
         missing.append(f"{_METRICS} holds no step yet, so there are no curves.")
-    shares = _shares(path, verb, str(settings.get("pretrained") or ""))
-    if verb == "compress" and not shares:
+    shares = _shares(path, versions.verb, str(settings.get("pretrained") or ""))
+    if versions.verb == "compress" and not shares:
         missing.append(
             "What every layer keeps is not known yet: no compressed model is in best/ or last/. It is there after the "
             "search."
@@ -106,11 +149,7 @@ def read_run(path: Path) -> Run:
         missing.append("There are no examples: the run was told to keep none, or was made by an earlier upop.")
     return Run(
         path=path,
-        task=str(versions.get("task", "unknown")),
-        verb=verb,
-        command=str(versions.get("command", "")),
-        python=str(versions.get("python", "")),
-        libraries={str(name): str(version) for name, version in dict(versions.get("libraries") or {}).items()},
+        **vars(versions),
         settings=settings,
         rows=rows,
         results=results,
@@ -153,6 +192,15 @@ def _mapping(path: Path, parse: Any) -> dict[str, Any]:
     return content
 
 
+def _read(path: Path, kind: type[Content]) -> Content:
+    try:
+        return kind.model_validate(_mapping(path, json.loads))
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise DataError(f"{path} is damaged: {place}: {first['msg']}. Restore it, or write it again.") from error
+
+
 def _rows(path: Path, missing: list[str]) -> tuple[Mapping[str, Any], ...]:
     """Return the rows that can be read: of a run that is going on, the last one may be half written."""
     if not path.is_file():
@@ -164,8 +212,12 @@ def _rows(path: Path, missing: list[str]) -> tuple[Mapping[str, Any], ...]:
         except ValueError:
             bad += 1
             continue
-        if isinstance(row, dict) and isinstance(row.get("step"), int) and isinstance(row.get("phase"), str):
-            rows.append(row)
+        if isinstance(row, dict) and {"phase", "step"} <= set(row):  # others are about other things
+            try:
+                _Row.model_validate(row)
+                rows.append(row)
+            except ValidationError:
+                bad += 1
     if bad:
         missing.append(f"{_METRICS} has lines that cannot be read, and are left out: {bad}.")
     return tuple(sorted(rows, key=lambda row: row["step"]))
@@ -185,15 +237,12 @@ def _shares(path: Path, verb: str, pretrained: str) -> tuple[UnitShare, ...]:
     """Return what the units of the run's compressed model keep of the dense model's entries; () for a dense one."""
     folders = [path / name for name in _MODELS] if verb != "evaluate" else [Path(pretrained)] if pretrained else []
     for folder in folders:
-        content = _mapping(folder / _DESCRIPTION, json.loads)
-        try:
-            units = [
-                UnitShare(name, str(unit["modality"]), unit["kind"], int(unit["of"]), int(unit["entries"]))
-                for name, unit in content.get("layout", {}).items()
-                if unit["of"] is not None
-            ]
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise DataError(f"{folder / _DESCRIPTION} is damaged: {error!r}. Write the model again.") from error
+        layout = _read(folder / _DESCRIPTION, _Description).layout
+        units = [
+            UnitShare(name, unit.modality, unit.kind, unit.of, unit.entries)
+            for name, unit in layout.items()
+            if unit.of is not None
+        ]
         if units:
             return tuple(units)
     return ()
