@@ -387,6 +387,53 @@ def test_layers_that_are_no_linear_ones_are_named() -> None:
     assert reasons(model)["layers.0.self_attn"] == "k_proj is a Bilinear, which is no linear layer"
 
 
+class ByHand(nn.Linear):
+    """What torch's own computes, written out, as Falcon's layers are."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        found = x @ self.weight.T
+        return found if self.bias is None else found + self.bias
+
+
+class Doubled(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+class WithMore(nn.Linear):
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs)
+        self.more = nn.Parameter(torch.zeros(outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + self.more
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_linear_layers_of_another_class_that_compute_the_same(bias: bool) -> None:
+    model = vit()
+    for block in model.blocks:
+        block.mlp.fc1, block.mlp.fc2 = ByHand(24, 40, bias), ByHand(40, 24, bias)
+        block.attn.qkv = ByHand(24, 72, bias)
+    model.double()
+    before = copy.deepcopy(model)
+    inputs = torch.randn(2, 3, 16, 16, dtype=torch.float64)
+    upop.shrink(model, uneven_plan(upop.find_units(model), 2), verify=inputs)
+    assert [unit.name for unit in upop.find_units(model)] == [unit.name for unit in upop.find_units(before)]
+    assert type(model.blocks[0].mlp.fc1) is ByHand
+    pruner = upop.Pruner(before, 0.4, 1)
+    before(inputs).square().mean().backward()
+    pruner.step()
+    pruner.shrink(verify=inputs)
+
+
+@pytest.mark.parametrize("kind", [Doubled, WithMore])
+def test_linear_layers_of_another_class_that_compute_more(kind: type[nn.Linear]) -> None:
+    model = vit()
+    model.blocks[0].mlp.fc1 = kind(24, 96)
+    assert f"is a {kind.__name__}, whose forward is not that of torch.nn.Linear" in reasons(model)["blocks.0.mlp"]
+
+
 def test_a_forward_put_in_place_of_the_layers_own() -> None:
     model = vit()
     layer = model.blocks[0].mlp.fc1

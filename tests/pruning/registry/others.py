@@ -12,6 +12,7 @@ from torchvision.models import VisionTransformer
 
 from pruning.registry.architecture import Architecture, Inputs, picture
 
+_TEXT = {"context_length": 7, "vocab_size": 99, "width": 24, "heads": 3, "layers": 2}
 _SIZES = {"d_model": 24, "nhead": 3, "dim_feedforward": 40}
 
 
@@ -56,8 +57,19 @@ def _clip(quick_gelu: bool = False, **text: Any) -> nn.Module:
     return CLIP(  # type: ignore[no-any-return]
         embed_dim=16,
         vision_cfg={"image_size": 32, "patch_size": 8, "width": 24, "layers": 2, "head_width": 8},
-        text_cfg={"context_length": 7, "vocab_size": 99, "width": 24, "heads": 3, "layers": 2, **text},
+        text_cfg={**_TEXT, **text},
         quick_gelu=quick_gelu,
+    )
+
+
+def _siglip() -> nn.Module:
+    from open_clip.model import CustomTextCLIP
+
+    return CustomTextCLIP(  # type: ignore[no-any-return]
+        embed_dim=16,
+        vision_cfg={"image_size": 32, "patch_size": 8, "width": 24, "layers": 2, "head_width": 8, "pool_type": "avg"},
+        text_cfg={**_TEXT, "no_causal_mask": True, "proj_bias": True, "pool_type": "last"},
+        init_logit_bias=-10.0,
     )
 
 
@@ -95,6 +107,7 @@ OTHERS: tuple[Architecture, ...] = (
         (
             Architecture("open_clip", "CLIP", _clip, _picture_and_words),
             Architecture("open_clip", "CLIP, quick GELU", partial(_clip, True), _picture_and_words),
+            Architecture("open_clip", "CustomTextCLIP, as SigLIP", _siglip, _picture_and_words),
         )
         if importlib.util.find_spec("open_clip")
         else ()

@@ -76,6 +76,15 @@ TIMM: tuple[Architecture, ...] = (
     _row("sam2_hiera_tiny", 64),
     _own("mixer", models.mlp_mixer.MlpMixer, 32, **_MIXER),
     _own("gmixer", models.mlp_mixer.MlpMixer, 32, **_MIXER, mlp_ratio=(1.0, 4.0), mlp_layer=models.mlp_mixer.GluMlp),
+    _own(
+        "metaformer",
+        models.metaformer.MetaFormer,
+        64,
+        depths=(1, 1, 1, 1),
+        dims=(16, 32, 32, 32),
+        token_mixers=[*[models.metaformer.SepConv] * 2, *[models.metaformer.Attention] * 2],
+        norm_layers=[*[models.metaformer.LayerNorm2dNoBias] * 2, *[models.metaformer.LayerNormNoBias] * 2],
+    ),
     _own("focalnet", models.focalnet.FocalNet, 64, **_FOUR, embed_dim=24),
     _own(
         "mvitv2",

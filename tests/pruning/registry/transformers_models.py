@@ -115,15 +115,16 @@ _ENCODERS = (
     *("bert", "roberta", "albert", "electra", "camembert", "xlm-roberta", "xlm-roberta-xl", "roberta-prelayernorm"),
     *("data2vec-text", "ernie", "mpnet", "distilbert", "megatron-bert", "rembert", "roc_bert", "layoutlm", "markuplm"),
     *("nystromformer", "splinter", "modernbert", "nomic_bert", "eurobert", "xlm", "flaubert"),
+    *("bert-generation", "fnet", "gte"),
 )
 _DECODERS = (
     *("gpt2", "llama", "qwen2", "qwen3", "mistral", "gemma", "gemma2", "gemma3_text", "phi", "phi3", "olmo", "olmo2"),
     *("starcoder2", "stablelm", "cohere", "granite", "gpt_neox", "opt", "bloom", "mpt", "biogpt", "helium"),
     *("smollm3", "glm", "glm4", "exaone4", "persimmon", "arcee", "seed_oss", "ernie4_5", "diffllama", "nanochat"),
-    *("openai-gpt", "gpt_bigcode", "internlm3", "vaultgemma"),
+    *("openai-gpt", "gpt_bigcode", "internlm3", "vaultgemma", "falcon", "cohere2", "cwm", "ctrl"),
 )
 _TRANSLATORS = ("mt5", "umt5", "bart", "mbart", "pegasus", "marian", "m2m_100", "blenderbot", "plbart", "mvp")
-_PAIRS = ("clip", "metaclip_2", "chinese_clip", "altclip", "owlvit", "owlv2", "groupvit", "flava")
+_PAIRS = ("clip", "metaclip_2", "chinese_clip", "altclip", "owlvit", "owlv2", "groupvit", "flava", "clipseg", "aimv2")
 
 _WINDOWS = {"depths": [2, 2], "num_heads": [2, 4], "patch_size": 4, "window_size": 4}
 
@@ -176,7 +177,10 @@ TRANSFORMERS: tuple[Architecture, ...] = (
         vision_config={"deepstack_visual_indexes": [0]},
     ),
     _row("florence2", "AutoModelForImageTextToText", _picture_in_text(2)),
+    _row("gptj", "AutoModelForCausalLM", generates=True, rotary_dim=4),
+    _row("imagegpt", "ImageGPTForCausalImageModeling"),
     _row("swin", inputs=_pixels, **_WINDOWS),
+    _row("donut-swin", inputs=_pixels, **_WINDOWS),
     _row("swinv2", inputs=_pixels, **_WINDOWS),
     *(_row(kind, inputs=_sound) for kind in ("wav2vec2", "hubert", "wavlm", "data2vec-audio")),
 )

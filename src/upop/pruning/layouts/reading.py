@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from upop.pruning.sharded import unsharded_class
@@ -104,9 +107,51 @@ def _obstacle(layer: nn.Module) -> str | None:
         quantized |= type(weight.data).__name__ not in ("Tensor", "FakeTensor", "DTensor")
     if quantized:
         return f"is quantized ({type(layer).__name__}); prune before quantizing"
-    if isinstance(layer, nn.Linear) and forward_of(layer) is not nn.Linear.forward:
+    if isinstance(layer, nn.Linear) and not (_has_linears_forward(layer) or _computes_linearly(layer)):
         return f"is a {type(layer).__name__}, whose forward is not that of torch.nn.Linear"
     return None
+
+
+def _has_linears_forward(layer: nn.Module) -> bool:
+    return forward_of(layer) is nn.Linear.forward
+
+
+_linear: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
+
+
+def _computes_linearly(layer: nn.Linear) -> bool:
+    """Whether a layer with a forward of its own computes what torch's does: it is tried with small weights."""
+    if "forward" in layer.__dict__:
+        return False
+    if layer not in _linear:
+        _linear[layer] = _try_linear(layer)
+    return _linear[layer]
+
+
+@torch.no_grad()
+def _try_linear(layer: nn.Linear) -> bool:
+    generator = torch.Generator().manual_seed(0)
+    with torch.device("cpu"):  # models may be built with another one as the default
+        weight, bias, inputs = (torch.rand(shape, generator=generator) - 0.5 for shape in ((3, 2), (3,), (4, 5, 2)))
+    twin: Any = copy.copy(layer)
+    twin.__class__ = true_class(layer)  # without masks
+    given = {"weight": weight, "bias": bias if layer._parameters.get("bias") is not None else None}
+    if layer._parameters.keys() - given.keys() or layer._modules or layer._buffers:
+        return False  # it has more than weights
+    twin.__dict__["_parameters"] = {
+        name: None if value is None else nn.Parameter(value, requires_grad=False) for name, value in given.items()
+    }
+    twin.in_features, twin.out_features = 2, 3
+    expected = torch.nn.functional.linear(inputs, weight, given["bias"])
+    for training in (True, False):
+        twin.training = training
+        try:
+            found = twin.forward(inputs)
+        except Exception:
+            return False
+        if not isinstance(found, Tensor) or found.shape != expected.shape or not torch.allclose(found, expected):
+            return False
+    return True
 
 
 def widths(layer: nn.Module) -> tuple[int, int]:
@@ -124,7 +169,7 @@ def rows_of(model: nn.Module, name: str, **axis: Any) -> list[Slice]:
     """
     layer = layer_at(model, name)
     transposed = is_transposed(layer)
-    axis = {"direct": not isinstance(layer, nn.Linear), **axis}
+    axis = {"direct": not (isinstance(layer, nn.Linear) and _has_linears_forward(layer)), **axis}
     slices = [Slice(f"{name}.weight", int(transposed), **axis)]
     if layer._parameters.get("bias") is not None:
         slices.append(Slice(f"{name}.bias", 0, **axis))
