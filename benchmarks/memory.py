@@ -225,17 +225,19 @@ def main(arguments: list[str] | None = None) -> None:
     torch.set_num_threads(options.threads)
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / "memory.json"
-    known: dict[str, Any] = json.loads(path.read_text())["models"] if path.exists() else {}
+    before: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    known: dict[str, Any] = before.get("models", {})
+    commands = {**before.get("commands", {}), "check" if options.check else "trace": shlex.join(["python", *sys.argv])}
     for name in options.models:
         if options.check:
             known[name]["checked"] = check(CASES[name])
         else:
-            before = known.get(name, {})
-            known[name] = {**measure(CASES[name]), **{key: before[key] for key in ("checked",) if key in before}}
+            checked = {key: value for key, value in known.get(name, {}).items() if key == "checked"}
+            known[name] = {**measure(CASES[name]), **checked}
         models = {each: known[each] for each in CASES if each in known}
         content = {
             "machine": machine("cpu"),
-            "command": shlex.join(["python", *sys.argv]),
+            "commands": commands,
             "computed": "fixed: bytes, exactly",
             "traced": f"per_record and start: bytes of fake tensors at once in forward and backward, {RECORDS} records",
             "estimated": f"batch_that_fits: ({_FILLED} x GPU - {_CUDA:.0f} GiB - fixed - start) / per_record",

@@ -209,7 +209,7 @@ def test_a_model_that_is_shared_out_needs_a_number(config: Path) -> None:
     loader, accelerator = make_loader(task, settings, "train"), make_accelerator(settings)
     model = task.load(Path(str(settings.pretrained)), settings)
     sharded = settings.model_copy(update={"sharding": "fsdp"})
-    with pytest.raises(SettingError, match="shares it out over several. Give a number"):
+    with pytest.raises(SettingError, match=r"shares it out over several\. Give a number"):
         find_batch_size(accelerator, task, sharded, model, loader)
 
 
