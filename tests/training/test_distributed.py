@@ -28,7 +28,9 @@ def torchrun(script: str, *flags: str | Path, how: tuple[str, ...] = ("--standal
     command = [sys.executable, "-m", "torch.distributed.run", *how]
     # The launcher of torch 2.14 and later takes --p for an option of its own, unless -- goes before the script.
     command += ["--", str(ROOT / script), "--p", "0.5", *map(str, flags)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    # By itself the launcher starts processes again with the addresses of those that died still in its store.
+    fresh = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    environment = {**os.environ, **fresh, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 

@@ -48,8 +48,8 @@ def recorded(command: Callable[[], object]) -> None:
         time.sleep(_GRACE_SECONDS)
         raise TrainingError(
             "Another process of this run has ended or fallen silent, and this one cannot go on without it: "
-            f"{str(lost).splitlines()[0][:200]} The cause stands in that process's own message, and in torchrun's "
-            "report under 'Root Cause'."
+            f"{str(lost).splitlines()[0].partition('. ')[0]}. The cause stands in that process's own message and under "
+            "'Root Cause' in the report of the torchrun that started it."
         ) from lost
 
 
