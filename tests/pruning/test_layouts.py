@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -298,6 +299,20 @@ def test_attention_that_can_be_followed(kind: type[Attention]) -> None:
     twin = copy.deepcopy(model)
     upop.shrink(model, {unit.name: [0]}, verify=inputs)
     assert not torch.equal(twin(inputs), model(inputs))
+
+
+def test_models_with_heads_of_another_width_are_copied_and_pickled() -> None:
+    torch.manual_seed(0)
+    model = timm.create_model(
+        "swinv2_tiny_window8_256", img_size=32, embed_dim=24, depths=(2,), num_heads=(3,), window_size=4
+    ).eval()
+    upop.shrink(model, uneven_plan(upop.find_units(model)))
+    assert type(model.layers[0].blocks[0].attn) is not timm.models.swin_transformer_v2.WindowAttention
+    inputs = torch.randn(1, 3, 32, 32)
+    for again in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert type(again.layers[0].blocks[0].attn) is type(model.layers[0].blocks[0].attn)
+        with torch.no_grad():
+            assert torch.equal(again(inputs), model(inputs))
 
 
 @pytest.mark.parametrize(

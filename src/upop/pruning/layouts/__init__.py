@@ -24,7 +24,7 @@ from upop.pruning.units import Skipped, Unit
 
 __all__ = ["LAYOUTS", "Layout", "Survey", "find_units", "survey"]
 
-_ATTENTION = re.compile(r"[Aa]tt(entio)?n|[A-Z]SA$|XCA$")
+_ATTENTION = re.compile(r"[Aa]tt(entio)?n|[A-Z]SA$|XCA$|DeltaNet")
 _MLP = re.compile(r"mlp|ffn|feed_?forward", re.IGNORECASE)
 
 

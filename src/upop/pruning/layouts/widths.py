@@ -40,7 +40,11 @@ def without_input_width(kind: type, makers: frozenset[str], output: str | None, 
     of_parents = [method for name, method in methods.items() if name.startswith("super.")]
     if found.strays or any(id(node) in meant for method in of_parents for node in ast.walk(method)):
         return None
-    content: dict[str, Any] = {"uncut_class": kind}
+    content: dict[str, Any] = {
+        "uncut_class": kind,
+        # No module holds the class, so that a copy, or what a file of torch.save holds, is made of how it came about.
+        "__reduce__": lambda self: (_revived, (kind, makers, output, width), self.__dict__),
+    }
     for name, method in methods.items():
         if any(id(node) in meant for node in ast.walk(method)):
             _Widths(meant, width).visit(method)
@@ -49,6 +53,14 @@ def without_input_width(kind: type, makers: frozenset[str], output: str | None, 
                 return None
             content[name] = function
     return type(f"Narrow{kind.__name__}", (kind,), content)
+
+
+def _revived(kind: type, makers: frozenset[str], output: str | None, width: str) -> nn.Module:
+    """Return an empty module of the class that `without_input_width` makes."""
+    narrow = without_input_width(kind, makers, output, width)
+    if narrow is None:
+        raise TypeError(f"This version of its library has another {kind.__name__} than the model was cut with.")
+    return narrow.__new__(narrow)
 
 
 class _Widths(ast.NodeTransformer):
