@@ -66,8 +66,10 @@ def select(
     costs: Mapping[str, float],
     share: float,
     align: int = 1,
+    *,
+    standardised: bool = True,
 ) -> Selection:
-    """Mark the entries with the highest standardised scores until their cost is nearest to `share` of the total.
+    """Mark the entries with the highest (standardised) scores until their cost is nearest to `share` of the total.
 
     Entries are ranked in blocks: within a unit, the entries sorted by score are grouped by `align`, so that what
     stays is always a multiple of it; the first block takes the remainder of the unit's size. The last block of
@@ -79,8 +81,10 @@ def select(
         costs: cost of one entry per unit.
         share: share of the total cost to be marked, in [0, 1).
         align: block size in entries; 1 ranks single entries.
+        standardised: whether attention and MLP scores are each standardised, as published; else they are compared as
+            they are.
     """
-    ranked = standardise(units, scores)
+    ranked = standardise(units, scores) if standardised else {name: s.double().cpu() for name, s in scores.items()}
     orders, means, block_costs, lengths = [], [], [], []
     for unit in units:
         values, order = ranked[unit.name].sort(descending=True, stable=True)

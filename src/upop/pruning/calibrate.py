@@ -24,8 +24,10 @@ from upop.pruning.plan import Plan
 from upop.pruning.scores import RowScores, Score, score_function
 from upop.pruning.sharded import refuse_sharded
 from upop.pruning.shrink import Edit, cut, refuse_shared, restore, tensors_of
-from upop.pruning.units import Slice, Unit, owner_of, tensor_of
+from upop.pruning.units import Unit, owner_of, tensor_of
 
+_IDLE = 0.01
+"""Weight in the correction of tokens that the loss does not depend on."""
 Loss = Callable[[nn.Module, Any], Tensor]
 
 
@@ -35,7 +37,7 @@ def calibrate(
     ratio: float,
     *,
     loss: Loss | None = None,
-    stages: int = 4,
+    stages: int = 8,
     correct: bool = True,
     ridge: float = 1e-3,
     cost: Cost = "params",
@@ -105,14 +107,17 @@ def calibrate(
             left = sum(costs[unit.name] * unit.size for unit in units)
             share = max(0.0, 1 - whole * (1 - ratio * stage / stages) / left)
             scores, inputs = _observe(model, units, batches, loss or _own_loss, function, correct)
-            marked = budget.select(units, scores, costs, share, align).marked
+            # What the loss would lose is comparable as it is; standardised, what ranks first depends on the tails.
+            marked = budget.select(units, scores, costs, share, align, standardised=False).marked
             plan = Plan.of(units, {name: (~gone).nonzero().flatten().tolist() for name, gone in marked.items()})
-            before = {unit.name: _read_weights(model, unit) for unit in units if unit.name in inputs}
+            before = {unit.name: list(map(_affine, _readers(model, unit))) for unit in units if unit.name in inputs}
             undo += cut(model, units, plan)
             for unit in units:
                 entries = torch.tensor(plan[unit.name])
                 if unit.name in inputs and len(entries) < unit.size:
-                    undo += _correct(model, unit, entries, inputs[unit.name], before[unit.name], ridge)
+                    columns = unit.online[-1].index(entries, unit.size)
+                    for reader, weights in zip(_readers(model, unit), before[unit.name], strict=True):
+                        undo += _correct(reader, columns, inputs[unit.name], weights, ridge)
             kept = {name: entries[list(plan[name])] for name, entries in kept.items()}
     except BaseException:
         restore(undo)
@@ -137,7 +142,7 @@ def _observe(
     parameters = {part.tensor: (tensor_of(model, part.tensor), part.dim) for unit in units for part in unit.producers}
     rows = RowScores(function)
     moments: dict[str, Tensor] = {}
-    hooks = [_watch(model, unit, moments) for unit in units if correct and _reader(model, unit) is not None]
+    hooks = [_watch(model, unit, moments) for unit in units if correct and _readers(model, unit)]
     scores = {unit.name: torch.zeros(unit.size, dtype=torch.float64) for unit in units}
     try:
         with evaluating(model):
@@ -177,57 +182,60 @@ def _own_loss(model: nn.Module, batch: Any) -> Tensor:
     return torch.stack([(value * sign).sum() for value, sign in zip(found, signs, strict=True)]).sum()
 
 
-def _reader(model: nn.Module, unit: Unit) -> nn.Module | None:
-    """Return the layer that reads the unit's axis, if it computes `weight @ inputs + bias` and nothing else."""
-    part = unit.online[-1]
-    module, leaf = owner_of(model, part.tensor)
-    plain = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward and part.dim == 1
-    return module if plain and leaf == "weight" else None
+def _readers(model: nn.Module, unit: Unit) -> list[nn.Linear]:
+    """Return the layer that reads the unit's axis and then its momentum copies, if it is a plain linear layer."""
+    reader = unit.online[-1]
+    copies = [part for part in unit.slices if part.follows and not part.produces and part.dim == 1]
+    modules = [owner_of(model, part.tensor)[0] for part in (reader, *copies) if part.tensor.endswith(".weight")]
+    plain = reader.dim == 1 and modules and all(type(each).forward is nn.Linear.forward for each in modules)
+    return [each for each in modules if isinstance(each, nn.Linear)] if plain else []
 
 
 def _watch(model: nn.Module, unit: Unit, moments: dict[str, Tensor]) -> RemovableHandle:
-    """Sum up `x x^T` of the inputs of a unit's reader, with a 1 behind each, in `moments`."""
+    """Sum up `x x^T` of the inputs of a unit's reader, with a 1 behind each, in `moments`, as gradients come back.
 
-    def add(module: nn.Module, args: tuple[Any, ...]) -> None:
-        del module
-        inputs = args[0].detach().flatten(0, -2)
-        inputs = torch.cat([inputs, inputs.new_ones(len(inputs), 1)], dim=1)
-        product = (inputs.t() @ inputs).double()
+    Tokens that the loss does not depend on (padding, all but the class token in a last layer) say little of what the
+    layer is for: they only steady the fit.
+    """
+
+    def add(inputs: Tensor, gradient: Tensor) -> None:
+        rows = inputs.flatten(0, -2)
+        rows = torch.cat([rows, rows.new_ones(len(rows), 1)], dim=1)
+        idle = (gradient.flatten(0, -2) == 0).all(1, keepdim=True)
+        product = (rows.t() @ torch.where(idle, _IDLE * rows, rows)).double()
         moments[unit.name] = moments[unit.name] + product if unit.name in moments else product
 
-    reader = _reader(model, unit)
-    assert reader is not None
-    return reader.register_forward_pre_hook(add)
+    def watch(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        del module
+        if output.requires_grad:
+            inputs = args[0].detach()
+            output.register_hook(lambda gradient: add(inputs, gradient))
+
+    return _readers(model, unit)[0].register_forward_hook(watch)
 
 
-def _read_weights(model: nn.Module, unit: Unit) -> Tensor:
-    """Return a reader's weights with its bias as the last column, [outputs, inputs + 1], in float64."""
-    reader = _reader(model, unit)
-    assert isinstance(reader, nn.Linear)
-    weight = reader.weight.detach().double()
-    bias = weight.new_zeros(len(weight)) if reader.bias is None else reader.bias.detach().double()
+def _affine(layer: nn.Linear) -> Tensor:
+    """Return a layer's weights with its bias as the last column, [outputs, inputs + 1], in float64."""
+    weight = layer.weight.detach().double()
+    bias = weight.new_zeros(len(weight)) if layer.bias is None else layer.bias.detach().double()
     return torch.cat([weight, bias.unsqueeze(1)], dim=1)
 
 
-def _correct(model: nn.Module, unit: Unit, kept: Tensor, moments: Tensor, before: Tensor, ridge: float) -> list[Edit]:
+def _correct(reader: nn.Linear, columns: Tensor, moments: Tensor, before: Tensor, ridge: float) -> list[Edit]:
     """Give a reader that was cut the weights W' that minimise sum |W x - W' x'|^2 + r |W' - W|^2 over its inputs.
 
     Args:
-        model: after the cut.
-        unit: as it was before.
-        kept: its entries that stayed.
+        reader: the layer after the cut.
+        columns: the inputs that stayed.
         moments: from before the cut, [n + 1, n + 1].
         before: the weights from before the cut, [outputs, n + 1].
         ridge: r, as a share of the mean square of the inputs that stayed.
     """
-    reader = _reader(model, unit)
-    assert isinstance(reader, nn.Linear)
-    part: Slice = unit.online[-1]
-    columns = part.index(kept, unit.size).to(moments.device)
+    columns = columns.to(moments.device)
     if reader.bias is not None:
         columns = torch.cat([columns, columns.new_tensor([len(moments) - 1])])
     squares = moments[columns][:, columns]
-    inputs = len(reader.weight[0])
+    inputs = reader.weight.shape[1]
     held = torch.zeros_like(squares.diagonal())
     held[:inputs] = ridge * squares.diagonal()[:inputs].mean().clamp_min(torch.finfo(torch.float32).tiny)
     aim = before @ moments[:, columns] + before[:, columns] * held
