@@ -248,14 +248,16 @@ def test_flags_of_the_average(config: Path, monkeypatch: pytest.MonkeyPatch) -> 
     [
         (["--opt", "sgd"], "--opt sgd was asked for, and only adamw"),
         (["--data-set", "INAT"], "--data-set INAT was asked for"),
-        (["--eval"], "found only --eval"),
-        (["--resume", "x.pth"], "found only --resume. Runs begin with --finetune"),
+        (["--eval"], "none was given there"),
+        (["--eval", "--resume", "must"], "none was given there"),
+        (["--resume", "x.pth"], "--resume x.pth was given without --eval"),
+        (["--finetune", "x", "--resume", "must"], "holds no checkpoint"),
         (["--mixup-mode", "all"], "mixup_mode"),
     ],
 )
 def test_flags_that_do_not_go_together(config: Path, words: list[str], said: str) -> None:
     done = invoke("--config", config, *words)
-    assert isinstance(done.exception, SettingError)
+    assert isinstance(done.exception, UPopError)
     assert said in str(done.exception)
 
 

@@ -30,7 +30,7 @@ from upop.data.segmentation import FOLDER
 from upop.data.segmentation_transforms import IGNORED
 from upop.data.shapes.segmentation_files import CLASSES
 from upop.data.shapes.write import write_shapes
-from upop.errors import DataError, RunFolderError, SettingError
+from upop.errors import DataError, RunFolderError, SettingError, UPopError
 from upop.models.segmenter import Segmenter, SegmenterConfig
 from upop.report.blends import blended, class_colour, write_blends
 from upop.settings import read_settings
@@ -195,14 +195,15 @@ def test_the_published_pair_of_commands(
 def test_what_the_published_command_refuses(config: Path, dense: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def says(*words: str) -> str:
         done = CliRunner().invoke(published_segmenter.app, ["--dataset", "ade20k", "--config", str(config), *words])
-        assert isinstance(done.exception, SettingError)
+        assert isinstance(done.exception, UPopError)
         return str(done.exception)
 
     monkeypatch.delenv("DATASET", raising=False)
     assert "The environment variable DATASET must name the folder" in says()
     monkeypatch.setenv("DATASET", str(config.parent / "data"))
     assert "known are ade20k" in says("--dataset", "cityscapes")
-    assert "cannot be resumed" in says("--resume")
+    assert "were both given" in says("--resume", "auto", "--no-resume")
+    assert "holds no checkpoint" in says("--resume", "must")
     assert "did you mean" not in says("--backbone", "resnet")
     assert "backbone" in says("--backbone", "resnet")
     monkeypatch.setenv("WORLD_SIZE", "4")
