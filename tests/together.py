@@ -20,12 +20,18 @@ def _run(function: Callable[..., None], arguments: tuple[Any, ...], environment:
     function(*arguments)
 
 
-def run_together(function: Callable[..., None], *arguments: Any, processes: int = 2, seconds: float = 240) -> None:
-    """Call a function of a module with the same arguments in several processes on the CPU; all must succeed."""
+def free_port() -> int:
+    """Return a port that nothing listens on."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        port: int = free.getsockname()[1]
+    return port
+
+
+def run_together(function: Callable[..., None], *arguments: Any, processes: int = 2, seconds: float = 240) -> None:
+    """Call a function of a module with the same arguments in several processes on the CPU; all must succeed."""
+    shared: dict[str, Any] = {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
+    shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     started = []
     try:
         for rank in range(processes):

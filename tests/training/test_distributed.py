@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 import runs
-from together import run_together
+from together import free_port, run_together
 from training.ranks import compress_task, predict_all
 from upop.errors import DeviceError
 from upop.pruning import Plan
@@ -70,7 +70,8 @@ def test_two_processes_and_two_nodes_are_one(tmp_path: Path) -> None:
     run_together(compress_task, "nlvr", two, {"output_dir": tmp_path / "two", "max_epoch": 1})
     assert_alike(tmp_path / "one", tmp_path / "two")
     flags = ("--epoch", "1", "--config", two, "--output_dir", tmp_path / "nodes", "--fsdp")
-    meeting = ("--nnodes=2", "--nproc_per_node=1", "--master_addr=127.0.0.1", "--master_port=29617")
+    flags += ("--set", "grad_checkpointing=true")  # which changes no number
+    meeting = ("--nnodes=2", "--nproc_per_node=1", "--master_addr=127.0.0.1", f"--master_port={free_port()}")
     nodes = [torchrun("compress_nlvr.py", *flags, how=(*meeting, f"--node_rank={node}")) for node in range(2)]
     for node in nodes:
         finish(node)
