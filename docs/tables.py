@@ -139,6 +139,15 @@ def latency() -> str:
     return markdown(["model", "batch", "mode", "dense (ms)", "2x", "2x, align 8", "4x", "4x, align 8"], rows)
 
 
+def loader() -> str:
+    """Return the table of pictures that one core decodes and transforms in a second."""
+    rows = []
+    for title, way in read("loader_amd-epyc")["ways"].items():
+        rates = way["per_second_and_core"]
+        rows.append([title, f"{rates['plain']:.0f}", f"{rates['ours']:.0f}", f"{way['times_plain']:.2f}"])
+    return markdown(["pictures per second and core", "plain", "ours", "ours / plain"], rows)
+
+
 def api() -> str:
     """Return the table of the public names, each with the first sentence of its docstring."""
     rows = []
@@ -297,6 +306,8 @@ TABLES: dict[str, Callable[[], str]] = {
     ),
     "latency": latency,
     "search-step": search_step,
+    "loader": loader,
+    "memory": lambda: (RESULTS / "memory.md").read_text(),
     "api": api,
     "log-search-step": search_steps,
     "log-demo": demos,

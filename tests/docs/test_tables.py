@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -105,6 +106,16 @@ def test_readme_says_what_the_files_say() -> None:
     rows = tables.read("latency_amd-epyc")["rows"]
     faster = [row["variants"][form]["speed_up"] for row in rows for form in ("2x", "2x align 8")]
     assert f"({min(faster):.1f} to {max(faster):.1f} times at 2x on a CPU)" in " ".join(README.read_text().split())
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/README.md", "CHANGELOG.md"])
+def test_as_many_architectures_as_the_page_lists(page: str) -> None:
+    (count,) = re.findall(r"^(\d+) architectures are verified", shown_lines("coverage.md"), flags=re.MULTILINE)
+    assert re.search(rf"\b{count} (architectures|are proved)", (ROOT / page).read_text())
+
+
+def shown_lines(page: str) -> str:
+    return (ROOT / "docs" / page).read_text()
 
 
 def test_the_method_says_what_the_figures_show() -> None:
