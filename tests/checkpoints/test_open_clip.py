@@ -71,6 +71,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "SigLIP": lambda: compressed(custom, {"pool_type": "avg", "no_ln_pre": True}, SIGLIP, init_logit_bias=-10.0),
     "pooled": lambda: compressed(custom, POOLED, {"embed_cls": True}, output_dict=True, nonscalar_logit_scale=True),
     "timm": lambda: compressed(custom, of_timm(timm_pool="map", timm_proj="none"), {"width": 16, "heads": 2}),
+    "timm, convolutions": lambda: compressed(custom, of_timm(timm_model_name="test_convnext", timm_pool="")),
     "timm, projected": lambda: compressed(clip, of_timm(timm_pool="map", timm_proj="mlp", timm_proj_bias=True)),
 }
 

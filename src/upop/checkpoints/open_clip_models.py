@@ -174,7 +174,7 @@ class _Reader:
         settings = trunk.pretrained_cfg
         return {
             "timm_model_name": settings.get("architecture"),
-            "timm_pool": own[0] if own else getattr(trunk.global_pool, "pool_type", trunk.global_pool),
+            "timm_pool": own[0] if own else _pooling(trunk),
             "timm_proj": projection,
             "timm_proj_bias": last is not None and last.bias is not None,
             "timm_drop": float(dropout.p) if dropout is not None else 0.0,
@@ -255,6 +255,12 @@ _CUSTOM: Mapping[str, Callable[[Any], bool]] = {
     "scale_attn": lambda block: not isinstance(block.ln_attn, nn.Identity),
     "scale_fc": lambda block: not isinstance(block.mlp.ln, nn.Identity),
 }
+
+
+def _pooling(trunk: Any) -> str:
+    """Return how a model of timm pools its tokens; some keep that in their head."""
+    pool = trunk.global_pool if hasattr(trunk, "global_pool") else trunk.head.global_pool
+    return str(getattr(pool, "pool_type", pool))
 
 
 def _one(pair: Any) -> Any:
