@@ -4,9 +4,9 @@
   weights. Momentum copies are parameters without gradients.
 - Traced: forward, loss and backward of the task run with torch's fake tensors, which have shapes and sizes but no
   content, and all tensors are followed: what counts is the most bytes that they have at once, with gradients there
-  already, for 16 and for 32 records. Half of the difference is what 16 records take; the rest is there whatever the
-  batch. In float32 and with bfloat16 autocast, with and without gradient checkpointing (of all blocks). Records are grey
-  pictures with texts of the published length; a question has one answer.
+  already, for 16 and for 32 records. The difference is what 16 records take; the rest is there whatever the batch. In
+  float32 and with bfloat16 autocast, with and without gradient checkpointing (of all blocks). Records are grey pictures
+  with texts of the published length; a question has one answer.
 - Measured: `--check` takes the same steps on the CPU with real tensors, on few records, and writes both numbers down.
 - Estimated: the batch that fits on a GPU of 24, 40 or 80 GiB: nine tenths of it, without 1 GiB for CUDA itself, hold
   what is fixed, and records fill the rest. It is for one process; data-parallel training keeps the gradients once more.
