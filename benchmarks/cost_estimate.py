@@ -241,7 +241,7 @@ def work(task: Task[Any], settings: RunSettings, p: float | None) -> Work:
         # losses of pairs then leave the queues alone, which have no numbers here.
         model.eval()
         if hasattr(model, "visual_encoder"):
-            model.visual_encoder.train()
+            model.get_submodule("visual_encoder").train()
         train = operations(model, inputs, backward=True) / count
         return Work(forward, train, evaluation(task, settings, model))
 
