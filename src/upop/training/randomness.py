@@ -13,11 +13,11 @@ import torch
 def random_state(device: torch.device) -> dict[str, Any]:
     """Return the state of every generator that training may draw from: torch's, the device's, NumPy's and Python's."""
     version, words, gauss = random.getstate()
-    name, keys, place, has_gauss, cached = np.random.get_state()
+    name, keys, place, has_gauss, cached = np.random.get_state(legacy=True)
     return {
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
-        "numpy": [str(name), torch.from_numpy(keys.astype(np.int64)), int(place), int(has_gauss), float(cached)],
+        "numpy": [str(name), torch.from_numpy(np.asarray(keys, np.int64)), int(place), int(has_gauss), float(cached)],
         "python": [version, list(words), gauss],
     }
 
