@@ -59,7 +59,7 @@ class RunSettings(Checked):
     )
     batch_size_auto: bool = Field(
         False,
-        description="find the largest batch that fits; where batch_size_train is given too, a step keeps to its records",
+        description="find the largest batch that fits; where batch_size_train is given too, steps keep to its records",
     )
     batch_size_test: int = Field(128, ge=1)
     accumulate: int = Field(1, ge=1, description="forward passes per optimizer step")
