@@ -138,7 +138,7 @@ def test_a_file_that_is_no_list_of_records_is_refused(root: Path, content: str, 
         ({"images": ["blue.png", "nowhere.png"]}, "record 17: the image 'nowhere.png' does not exist"),
         ({"images": ["blue.png", "b/c/red.png"]}, "record 17: the image 'b/c/red.png' does not exist"),
         ({"images": ["blue.png", "nul\0l.png"]}, "record 17: the image"),
-        ({"images": ["blue.png", "\ud800.png"]}, "record 17: the image"),
+        ({"images": ["blue.png", "\ud800.png"]}, "record 17: 'images' must be a list of 2 texts"),
     ],
 )
 def test_a_broken_field_is_named_with_its_record(root: Path, fields: dict, message: str):

@@ -125,6 +125,8 @@ def test_ctrl_c_ends_a_run_without_a_traceback(places: Places, workers: int) -> 
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,  # a terminal's Ctrl-C reaches all processes of a command
+        # A shell has what it starts in the background ignore Ctrl-C, and the tests may run there.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     try:
         while started.poll() is None and not ((run / "metrics.jsonl").is_file() and runs.rows(run)):
@@ -133,5 +135,6 @@ def test_ctrl_c_ends_a_run_without_a_traceback(places: Places, workers: int) -> 
         told, _ = started.communicate(timeout=60)
     finally:
         started.kill()
+        started.wait()
     assert started.returncode == 130
     assert "Traceback" not in told

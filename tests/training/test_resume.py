@@ -272,5 +272,22 @@ def test_what_cannot_be_resumed_says_why(nlvr: tuple[Path, dict[str, Any]], tmp_
     assert "p was 0.5 and is 0.75" in str(caught.value)
     with pytest.raises(SettingError, match=r"a step took 16 records .* takes 8"):
         compress(*runs.nlvr(config, output_dir=folder, resume="auto", batch_size_train=8))
-    # The same records per step in other portions are the same run.
-    finish("nlvr", config, folder, batch_size_train=8, accumulate=2)
+
+
+def test_the_records_of_a_step_may_come_in_other_portions(tmp_path: Path) -> None:
+    """Rounding apart it is the same run: as many steps, each on the same records."""
+    config = runs.make_task("nlvr", tmp_path, max_epoch=2)
+    finish("nlvr", config, tmp_path / "whole")
+    expected = [(row["step"], pytest.approx(row["loss"], rel=1e-4)) for row in rows_of_steps(tmp_path / "whole")]
+    for kill_at in (30, 45):
+        folder = tmp_path / str(kill_at)
+        process = start("nlvr", config, folder, kill_at=kill_at)
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+        finish("nlvr", config, folder, batch_size_train=4, accumulate=4)
+        assert [(row["step"], row["loss"]) for row in rows_of_steps(folder)] == expected
+
+
+def rows_of_steps(folder: Path) -> list[dict[str, Any]]:
+    """The rows of metrics.jsonl that tell of a step."""
+    return [row for row in runs.rows(folder) if "loss" in row]

@@ -105,6 +105,12 @@ class Loop:
             self._phases = list(resumed["phases"])
             self.notes = dict(resumed["notes"])
             self._place = _Place(**resumed["place"])
+            # The records of a step may come in other portions now: by other processes, in other batches.
+            if self._place.batch == resumed["batches"]:
+                self._place.batch = len(self._train)
+            else:
+                records = self._place.batch * resumed["records_per_step"] // resumed["accumulate"]
+                self._place.batch = records // self._train.total_batch_size
 
     @property
     def steps_per_epoch(self) -> int:
@@ -204,6 +210,7 @@ class Loop:
         model.train()
         due = asked = False
         mean = torch.zeros(())
+        losses: list[Tensor] = []  # of the forward passes of a step
         with self._preemption.deferred():
             for batch in self._watch.batches(self._batches(), place.phase):
                 with self._accelerator.accumulate(model):
@@ -213,8 +220,10 @@ class Loop:
                     with autocast(self._accelerator, settings):
                         loss = self._task.loss(model, batch, settings, place.epoch + place.batch / len(self._train))
                     self._accelerator.backward(loss)
+                    losses.append(loss.detach())
                     if self._accelerator.sync_gradients:
-                        mean, due, asked = self._step(model, optimizer, loss.detach(), pruner)
+                        mean, due, asked = self._step(model, optimizer, torch.stack(losses).mean(), pruner)
+                        losses.clear()
                     optimizer.zero_grad()
                 place.batch += 1
                 if self._accelerator.sync_gradients:
@@ -338,6 +347,8 @@ class Loop:
                     "settings": self._settings.model_dump(mode="json"),
                     "task": self._task.name,
                     "records_per_step": self.records_per_step,
+                    "accumulate": self._settings.accumulate,
+                    "batches": len(self._train),
                     "place": asdict(self._place),
                     "phases": self._phases,
                     "notes": self.notes,
