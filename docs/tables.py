@@ -148,6 +148,31 @@ def loader() -> str:
     return markdown(["pictures per second and core", "plain", "ours", "ours / plain"], rows)
 
 
+def calibrate() -> str:
+    """Return the table of cuts without training."""
+    content = read("calibrate_cpu")
+    ways = [
+        name for name in next(iter(content["tasks"].values())) if name not in ("metric", "split", "dense", "parameters")
+    ]
+    rows = [
+        [f"{task}, {found['metric']}", f"{100 * float(ratio):g} %", f"{found['dense']:.1f}"]
+        + [f"{found[way][ratio]['quality']:.1f}" for way in ways]
+        for task, found in content["tasks"].items()
+        for ratio in found[ways[0]]
+    ]
+    return markdown(["task, metric", "removed", "dense", *ways], rows)
+
+
+def calibrate_ranking() -> str:
+    """Return the table of how scores were ranked before `calibrate` had its defaults."""
+    tasks = read("earlier/calibrate_choices")["ranking"]
+    ways = next(iter(tasks.values()))["0.5"]
+    return markdown(
+        ["half removed, no training", *tasks],
+        [[way, *(f"{of['0.5'][way]:.1f}" for of in tasks.values())] for way in ways],
+    )
+
+
 def api() -> str:
     """Return the table of the public names, each with the first sentence of its docstring."""
     rows = []
@@ -308,6 +333,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "search-step": search_step,
     "loader": loader,
     "memory": lambda: (RESULTS / "memory.md").read_text(),
+    "calibrate": calibrate,
+    "log-calibrate": calibrate_ranking,
     "api": api,
     "log-search-step": search_steps,
     "log-demo": demos,

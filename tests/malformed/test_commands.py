@@ -114,9 +114,12 @@ def test_a_run_folder_that_vanishes(command: Callable[..., tuple[int, str]], pla
     one_of_ours(*command(["evaluate", "nlvr", "--config", places["config"], "--pretrained", str(folder)]), str(folder))
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_ctrl_c_ends_a_run_without_a_traceback(places: Places, workers: int) -> None:
-    run = Path(places["folder"]) / "run"
+@pytest.mark.parametrize(
+    ("sent", "workers", "code"), [(signal.SIGINT, 0, 130), (signal.SIGINT, 2, 130), (signal.SIGTERM, 2, 75)]
+)
+def test_signals_end_a_run_without_a_traceback(places: Places, sent: int, workers: int, code: int) -> None:
+    """Ctrl-C, and SIGTERM that a cluster sends to all processes of a run, workers too."""
+    run = Path(places["folder"]) / f"run-{sent}-{workers}"
     words = ["train", "nlvr", "--config", places["config"], "--output-dir", str(run), "--epoch", "1000"]
     started = subprocess.Popen(
         [sys.executable, "-m", "upop", *words, "--set", f"num_workers={workers}"],
@@ -129,12 +132,15 @@ def test_ctrl_c_ends_a_run_without_a_traceback(places: Places, workers: int) -> 
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     try:
-        while started.poll() is None and not ((run / "metrics.jsonl").is_file() and runs.rows(run)):
+        while started.poll() is None and not (
+            # All workers have started: those that decode for training, and for evaluation.
+            (run / "metrics.jsonl").is_file() and any("split" in row for row in runs.rows(run))
+        ):
             time.sleep(0.1)
-        os.killpg(started.pid, signal.SIGINT)
+        os.killpg(started.pid, sent)
         told, _ = started.communicate(timeout=60)
     finally:
         started.kill()
         started.wait()
-    assert started.returncode == 130
+    assert started.returncode == code, told
     assert "Traceback" not in told

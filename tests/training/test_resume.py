@@ -161,12 +161,13 @@ def test_every_task_goes_on(task: str, tmp_path: Path) -> None:
 
 
 def test_dense_training_and_accumulated_gradients_go_on(tmp_path: Path) -> None:
-    config = runs.make_task("nlvr", tmp_path, batch_size_train=8, accumulate=3, pretrained=None)
-    finish("nlvr", config, tmp_path / "whole", verb="train")
-    process = start("nlvr", config, tmp_path / "killed", verb="train", kill_at=15)
+    config = runs.make_task("nlvr", tmp_path, batch_size_train=8, accumulate=3)
+    given: dict[str, Any] = {"verb": "train", "pretrained": None}
+    finish("nlvr", config, tmp_path / "whole", **given)
+    process = start("nlvr", config, tmp_path / "killed", kill_at=15, **given)
     process.join()
     assert process.exitcode == -signal.SIGKILL
-    finish("nlvr", config, tmp_path / "killed", verb="train")
+    finish("nlvr", config, tmp_path / "killed", **given)
     assert_same(outcome(tmp_path / "killed"), outcome(tmp_path / "whole"))
 
 

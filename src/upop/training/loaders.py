@@ -11,6 +11,7 @@ from upop.errors import DataError, SettingError
 from upop.settings import RunSettings
 from upop.training.bad_images import BadImages, Drawn, Noted, NotingCollator, without_notes
 from upop.training.devices import to_device as to_device
+from upop.training.preemption import prepare_worker
 from upop.training.task import Task
 
 
@@ -110,6 +111,7 @@ def make_loader(
         drop_last=training,
         num_workers=workers,
         persistent_workers=workers > 0,
+        worker_init_fn=prepare_worker,
         pin_memory=torch.cuda.is_available() and settings.device != "cpu",
         collate_fn=NotingCollator(collate) if tolerated else collate,
     )
