@@ -48,7 +48,7 @@ class RunProgress:
 
     def start_at(self, steps: int) -> None:
         """Count steps that were taken before; the time left follows from those that are still to come."""
-        self._bar.update(self._task, completed=steps)
+        self._bar.reset(self._task, completed=steps)  # an update would count as speed
 
     def advance(self, description: str) -> None:
         """Count one step."""
