@@ -49,7 +49,7 @@ def test_a_run_whose_process_dies_goes_on_by_itself(tmp_path: Path) -> None:
     compress(*runs.nlvr(config, output_dir=tmp_path / "one", max_epoch=1))
     two = runs.edited(config, {"batch_size_train": 8, "batch_size_test": 24, "checkpoint_minutes": 0})
     flags = ("--epoch", "1", "--config", two, "--output_dir", tmp_path / "two", "--fsdp", "--resume", "auto")
-    launcher = torchrun("compress_nlvr.py", *flags, how=("--standalone", "--nproc_per_node=2", "--max-restarts=1"))
+    launcher = torchrun("compress_nlvr.py", *flags, how=("--standalone", "--nproc_per_node=2", "--max-restarts=3"))
     kill_after_steps(launcher, tmp_path / "two", rank=1, rows=3)
     told = finish(launcher)
     assert re.search(r"failed \(exitcode: -9\) local_rank: 1", told)
