@@ -15,7 +15,6 @@ import torch
 import yaml
 
 import runs
-from upop.cli.app import app, main
 from upop.settings import RunSettings, read_settings
 
 ROOT = Path(__file__).parents[2]
@@ -24,21 +23,6 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return runs.make_data(tmp_path_factory.mktemp("nlvr"))
-
-
-@pytest.fixture
-def upop_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
-    """Run `upop ...` in this process; return its exit code and all that it printed, on one line."""
-
-    def run(*words: object) -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", ["upop", *map(str, words)])
-        with pytest.raises(SystemExit) as ended:
-            main(app)
-        printed = capsys.readouterr()
-        code = ended.value.code
-        return (code if isinstance(code, int) else 0), " ".join((printed.out + printed.err).split())
-
-    return run
 
 
 def test_help_teaches(upop_command: Callable[..., tuple[int, str]]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,25 +17,14 @@ from checkpoints.test_transformers import blip, compressed, llama, vit
 from parity.cases import all_recorded
 from pruning.families import NLVR
 from upop.checkpoints import save_official
-from upop.cli.app import app, main
 
 Command = Callable[..., tuple[int, str]]
 
 
 @pytest.fixture
-def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
-    """Run `upop ...` in this process; return its exit code and all that it printed, on one line."""
-
-    def run(*words: object) -> tuple[int, str]:
-        monkeypatch.setenv("COLUMNS", "160")
-        monkeypatch.setattr(sys, "argv", ["upop", *map(str, words)])
-        with pytest.raises(SystemExit) as ended:
-            main(app)
-        printed = capsys.readouterr()
-        code = ended.value.code
-        return (code if isinstance(code, int) else 0), " ".join((printed.out + printed.err).split())
-
-    return run
+def command(upop_command: Command) -> Command:
+    """What `upop ...` answers."""
+    return upop_command
 
 
 def test_a_published_file_becomes_all_forms(command: Command, tmp_path: Path) -> None:

@@ -2,31 +2,20 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from report.pages import Page, check_alone, results, write_run
-from upop.cli.app import app, main
 
 Command = Callable[..., tuple[int, str]]
 
 
 @pytest.fixture
-def report(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
-    """Run `upop report ...` in this process; return its exit code and all that it printed, on one line."""
-
-    def run(*words: object) -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", ["upop", "report", *map(str, words)])
-        with pytest.raises(SystemExit) as ended:
-            main(app)
-        printed = capsys.readouterr()
-        code = ended.value.code
-        return (code if isinstance(code, int) else 0), " ".join((printed.out + printed.err).split())
-
-    return run
+def report(upop_command: Command) -> Command:
+    """Run `upop report ...`; return its exit code and all that it printed, on one line."""
+    return lambda *words: upop_command("report", *words)
 
 
 def test_a_page_lies_in_the_run_or_where_it_was_asked_for(report: Command, tmp_path: Path) -> None:
