@@ -19,22 +19,14 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
 
+from dense_tasks import FOLDER, DenseTask, one_of
 from upop import calibrate, count_parameters
-from upop.cli.shapes import write_with_progress
 from upop.pruning import plan_by_magnitude, shrink
 from upop.report.results import machine
-from upop.settings import read_settings
-from upop.tasks import find_task
-from upop.training.devices import make_accelerator
-from upop.training.evaluation import evaluate
 from upop.training.loaders import make_loader, to_device
 
 RESULTS = Path(__file__).parent / "results"
-DATA = {"retrieval-clip": "retrieval"}
-RECORDS = {"segmentation": 10_000}
-"""Of the generated set, where it is another number than 20,000."""
 ROWS: dict[str, dict[str, Any] | None] = {
     "magnitude": None,
     "first order, one cut": {"stages": 1, "correct": False},
@@ -48,29 +40,14 @@ ROWS: dict[str, dict[str, Any] | None] = {
 
 def run(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     """Return the metric of a task's dense model, and of every way to cut it, by ratio."""
-    task, kind = find_task(name), DATA.get(name, name)
-    dense = Path("assets/shapes-nlvr") if name == "nlvr" else arguments.folder / name / "dense" / "last"
-    records = RECORDS.get(name, 20_000)
-    data = write_with_progress(kind, arguments.folder / "data" / f"{kind}-{records}", seed=0, size=records)
-    config = Path("configs/shapes") / f"{name.replace('-', '_')}.yaml"
-    given = {**data.settings, "pretrained": str(dense), "num_workers": 0, "device": arguments.device}
-    settings = read_settings(task.settings, config, given)
-    accelerator = make_accelerator(settings)
-    model, _ = task.adapt(task.load(dense, settings), settings, training=False)
-    model.to(accelerator.device)
+    read = DenseTask.read(name, arguments.folder, device=arguments.device)
+    task, model = read.task, read.model.eval()
     split = arguments.split if arguments.split in task.splits else "val"  # segmentation has one held-out split
-    held_out = accelerator.prepare(make_loader(task, settings, split))
-    loader = make_loader(task, settings, "train")
-    batches = [to_device(batch, accelerator.device) for batch in itertools.islice(loader, arguments.batches)]
-
-    def loss(model: nn.Module, batch: Any) -> Tensor:
-        return task.loss(model, batch, settings, 1.0)
-
-    def quality(model: nn.Module) -> float:
-        return evaluate(accelerator, task, settings, model, held_out)[0][task.metric]
+    loader = make_loader(task, read.settings, "train")
+    batches = [to_device(batch, read.accelerator.device) for batch in itertools.islice(loader, arguments.batches)]
 
     found: dict[str, Any] = {"metric": task.metric, "split": split}
-    found |= {"dense": quality(model), "parameters": count_parameters(model)}
+    found |= {"dense": read.quality(model, split), "parameters": count_parameters(model)}
     for ratio in arguments.ratios:
         for row, options in ROWS.items():
             small, begun = copy.deepcopy(model), time.perf_counter()
@@ -79,9 +56,13 @@ def run(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
             else:
                 more = {key: value for key, value in options.items() if key != "labels"}
                 inputs = batches if options.get("labels", True) else [task.inputs(batch) for batch in batches]
-                calibrate(small, inputs, ratio, loss=loss if inputs is batches else None, **more)
+                calibrate(small, inputs, ratio, loss=read.loss if inputs is batches else None, **more)
             seconds = time.perf_counter() - begun
-            cell = {"quality": quality(small), "seconds": round(seconds, 1), "parameters": count_parameters(small)}
+            cell = {
+                "quality": read.quality(small, split),
+                "seconds": round(seconds, 1),
+                "parameters": count_parameters(small),
+            }
             found.setdefault(row, {})[f"{ratio:g}"] = cell
             print(f"{name} {ratio:g} {row}: {cell}", flush=True)
     return found
@@ -102,18 +83,17 @@ def show(results: dict[str, Any], ratios: list[float]) -> Table:
 def main() -> None:
     """Measure the tasks that the command line names."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "tasks", nargs="*", choices=["nlvr", "classification", "segmentation", "retrieval-clip", "retrieval"]
-    )
+    names = ["nlvr", "classification", "segmentation", "retrieval-clip", "retrieval"]
+    parser.add_argument("tasks", nargs="*", type=one_of(names), default=names[:2])
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.25, 0.5, 0.75])
     parser.add_argument("--batches", type=int, default=16)
     parser.add_argument("--split", choices=["val", "test"], default="test")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--folder", type=Path, default=Path("output/benchmarks"), help="data and run folders")
+    parser.add_argument("--folder", type=Path, default=FOLDER, help="data and run folders")
     parser.add_argument("--out", type=Path, default=RESULTS / "calibrate_cpu.json")
     arguments = parser.parse_args()
     results: dict[str, Any] = {}
-    for name in arguments.tasks or ["nlvr", "classification"]:
+    for name in arguments.tasks:
         results[name] = run(name, arguments)
         content = {"machine": machine(arguments.device), "batches": arguments.batches, "tasks": results}
         arguments.out.write_text(json.dumps(content, indent=1) + "\n")  # what was measured outlives what comes next

@@ -3,7 +3,9 @@
 For every recipe the full-size model is built without memory for its weights (torch's fake tensors), and torch's counter
 adds up the floating-point operations of one training step (loss and backward pass, recomputed activations, momentum
 copies and all) and of one evaluation, per record: dense for the search, cut evenly to the recipe's ratio for the
-retraining. That, the records of the published data sets and the epochs of the recipe give the operations of the run.
+retraining. That, the records of the published data sets and the epochs of the recipe give the operations of the run as
+published (method: reference). Method upop takes as many epochs, most of them on the cut model, which costs less, and
+has a teacher, which costs more; neither is counted here.
 
 GPU hours follow by dividing through a rate. The rate is an assumption, not a measurement: a share of the
 peak that the maker states. Write benchmarks/results/costs.json and costs.md:

@@ -1,15 +1,17 @@
 """What a search step costs beside a plain training step: time and peak memory, for two kinds of masks.
 
-Three steps are compared, each forward, backward, AdamW and clearing the gradients:
+Four steps are compared, each forward, backward, AdamW and clearing the gradients:
 
 - plain: ordinary training;
-- ours: the same with `upop.Pruner` attached (masks in weight space), `pruner.step()` in every step, and the
-  masks moved at every `--interval`-th, in the middle of a search, when a third of the cost is masked;
+- ours: the same with `upop.Pruner` attached (masks in weight space), `pruner.step()` in every step, and a stage that
+  ends at every `--interval`-th, in the middle of a search; before that come two steps that look at what the layers
+  that will be corrected are given. With as many repeats as a stage has steps, `total` is the mean over a whole stage;
+- soft: the published search, its masks moved at every `--interval`-th step, when a third of the cost is masked;
 - activations: the same with masks that multiply activations, as the published code does: q, k and v per head
   dimension and the first MLP layer's output, each by a learnable vector whose gradient accumulates. Its
   ranking is left out, which flatters it.
 
-Time: one model and one optimizer serve all three, which take turns step by step in a rotating order, so that
+Time: one model and one optimizer serve all of them, which take turns step by step in a rotating order, so that
 a drift of the machine hits all alike. Ratios are taken within a round; their median and quartiles are given.
 `total` is the ratio of all rounds' summed times: the rare steps that move the masks count in it as they do.
 Putting masks on and taking them off between turns is not timed.
@@ -50,6 +52,7 @@ import upop
 from upop.files import replacing_file
 from upop.models.nlvr import BlipNlvr, NlvrConfig
 from upop.pruning.costs import call
+from upop.pruning.pruner import Progress
 from upop.report.results import machine
 
 RESULTS = Path(__file__).parent / "results"
@@ -99,13 +102,14 @@ def plain(_model: nn.Module, _interval: int) -> Iterator[Step]:
 class Ours:
     """Attaches a `Pruner`; the search goes on where it stood when it was last taken off."""
 
-    def __init__(self) -> None:
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
         self._state: dict[str, Any] | None = None
 
     @contextmanager
     def __call__(self, model: nn.Module, interval: int) -> Iterator[Step]:
         """Attach the masks to `model`; yields what goes between backward and the optimizer."""
-        pruner = upop.Pruner(model, ratio=0.5, steps=HORIZON, interval=interval)
+        pruner = upop.Pruner(model, ratio=0.5, steps=HORIZON, interval=interval, progress=self._progress)
         pruner.load_state_dict(self._state or pruner.state_dict() | {"steps_done": HORIZON // 2})
         try:
             yield pruner.step
@@ -143,8 +147,8 @@ class Activations:
 
 
 def variants() -> dict[str, Variant]:
-    """Return the three kinds of step, with no history."""
-    return {"plain": plain, "ours": Ours(), "activations": Activations()}
+    """Return the kinds of step, with no history."""
+    return {"plain": plain, "ours": Ours("stages"), "soft": Ours("soft"), "activations": Activations()}
 
 
 def train_step(model: nn.Module, batch: Batch, optimizer: torch.optim.Optimizer, between: Step) -> None:
@@ -174,7 +178,8 @@ def step_seconds(name: str, repeats: int, interval: int, device: torch.device) -
     kinds = variants()
     seconds: dict[str, list[float]] = {kind: [] for kind in kinds}
     for turn in range(WARMUP + repeats):
-        order = list(kinds)[turn % 3 :] + list(kinds)[: turn % 3]
+        first = turn % len(kinds)
+        order = list(kinds)[first:] + list(kinds)[:first]
         for kind in order:
             with kinds[kind](model, interval) as between:
                 _wait(device)

@@ -19,17 +19,13 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from dense_tasks import FOLDER, one_of, settings_of
 from upop.checkpoints import load
-from upop.cli.shapes import write_with_progress
 from upop.report.results import results_table
-from upop.settings import read_settings
-from upop.tasks import find_task
 from upop.tasks.verbs import Metrics, compress, compressed_name, measure, train
 from upop.training.task import Task
 
 RESULTS = Path(__file__).parent / "results"
-DATA = {"retrieval-clip": "retrieval"}
-"""The generated set of a task, where it is not called like the task."""
 DENSE: dict[str, dict[str, Any]] = {
     "caption": {"init_lr": 1e-3, "max_epoch": 5},
     "classification": {"init_lr": 1e-3, "max_epoch": 5},
@@ -44,24 +40,18 @@ RATIOS = (0.5, 0.75)
 
 def run(name: str, arguments: argparse.Namespace) -> None:
     """Train, compress and measure one task."""
-    task = find_task(name)
-    kind = DATA.get(name, name)
-    config = Path("configs/shapes") / f"{name.replace('-', '_')}.yaml"
-
-    def settings(records: int, **more: Any) -> Any:
-        data = write_with_progress(kind, arguments.folder / "data" / f"{kind}-{records}", seed=0, size=records)
-        return read_settings(task.settings, config, {**data.settings, "device": "cpu", "resume": "auto", **more})
-
     folder = arguments.folder / name
-    _rows(train, task, settings(arguments.records, warmup_steps=100, **DENSE[name], output_dir=folder / "dense"))
+    common = {"device": "cpu", "resume": "auto"}
+    more = {**common, "warmup_steps": 100, **DENSE[name], "output_dir": folder / "dense"}
+    _rows(train, *settings_of(name, arguments.folder, arguments.records, **more))
     # The end of the schedule, not the best epoch of a rising learning curve: what is compressed has been trained out.
     dense = folder / "dense" / "last"
     models: dict[str, tuple[torch.nn.Module, Metrics]] = {}
     for method in ("upop", "magnitude"):
         for ratio in RATIOS:
             place = folder / f"{method}-{ratio:g}"
-            more = {"pretrained": str(dense), "p": ratio, "method": method, "output_dir": place}
-            chosen = settings(arguments.compress_records, **more)
+            more = {**common, "pretrained": str(dense), "p": ratio, "method": method, "output_dir": place}
+            task, chosen = settings_of(name, arguments.folder, arguments.compress_records, **more)
             before, after = _rows(compress, task, chosen)
             models.setdefault("dense", (load(dense), before["metrics"]))
             models[compressed_name(chosen)] = (load(place / "best"), after["metrics"])
@@ -82,10 +72,10 @@ def _rows(verb: Callable[[Task[Any], Any], Any], task: Task[Any], settings: Any)
 def main() -> None:
     """Run the tasks that the command line names."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("tasks", nargs="*", choices=list(DENSE), default=list(DENSE))
+    parser.add_argument("tasks", nargs="*", type=one_of([*DENSE]), default=[*DENSE])
     parser.add_argument("--records", type=int, default=60_000, help="to train the dense model on")
     parser.add_argument("--compress-records", type=int, default=20_000, help="to compress it on")
-    parser.add_argument("--folder", type=Path, default=Path("output/benchmarks"), help="data and run folders")
+    parser.add_argument("--folder", type=Path, default=FOLDER, help="data and run folders")
     parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     for name in arguments.tasks:

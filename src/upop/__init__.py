@@ -1,14 +1,14 @@
 """UPop: unified and progressive pruning of vision-language transformers.
 
 The public API: `Pruner` and `shrink` compress a model inside any training loop, `calibrate` does it without training,
-`find_units` says what can go, `save`, `load` and `load_into` keep a compressed model without pickle, `export` writes it
-for other runtimes, `load_official` reads the published checkpoints.
+`distill` has the dense model teach, `find_units` says what can go, `save`, `load` and `load_into` keep a compressed
+model without pickle, `export` writes it for other runtimes, `load_official` reads the published checkpoints.
 Importing it lets transformers reload compressed models by itself.
 """
 
 from upop.checkpoints import Pruner, calibrate, load, load_into, load_official, save, shrink
 from upop.checkpoints.export import export
-from upop.pruning import Plan, Unit, count_macs, count_parameters, find_units, gather, skeleton, survey
+from upop.pruning import Plan, Unit, count_macs, count_parameters, distill, find_units, gather, skeleton, survey
 
 __version__ = "0.1.0"
 
@@ -19,6 +19,7 @@ __all__ = [
     "calibrate",
     "count_macs",
     "count_parameters",
+    "distill",
     "export",
     "find_units",
     "gather",

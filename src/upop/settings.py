@@ -19,6 +19,8 @@ TOKENIZER = "pretrained/bert-base-uncased"
 AUTO = "auto"
 """The value of `batch_size_train` that has the largest batch found that fits."""
 
+_TEACHING = 5.0
+
 S = TypeVar("S", bound="RunSettings")
 
 
@@ -41,15 +43,25 @@ class RunSettings(Checked):
 
     # Optimisation.
     weight_decay: float = Field(0.05, ge=0)
-    init_lr: float = Field(3e-6, gt=0, description="of the search, and where the retraining begins")
-    search_lr: float | None = Field(None, gt=0, description="of the search; init_lr if not given")
+    init_lr: float = Field(3e-6, gt=0, description="highest learning rate")
+    search_lr: float | None = Field(
+        None, gt=0, description="of the search, with method reference alone; init_lr if not given"
+    )
     min_lr: float = Field(0.0, ge=0)
     lr_batch: int | None = Field(
         None, ge=1, description="records per step that init_lr is meant for: it grows with them; else it stays"
     )
     max_epoch: int = Field(15, ge=1, description="epochs of retraining (and of `train`)")
-    epochs_search: int | None = Field(None, ge=1, description="epochs of the search; as many as max_epoch if not given")
-    warmup_steps: int = Field(0, ge=0, description="linear warm-up at the start of `train` and of retraining")
+    epochs_search: int | None = Field(
+        None,
+        ge=1,
+        description="epochs of the published search; other methods train for as many in all. max_epoch if not given",
+    )
+    warmup_steps: int | None = Field(
+        None,
+        ge=0,
+        description="linear warm-up; by default 5 % of all steps with methods upop and magnitude, else none",
+    )
     warmup_epochs: int = Field(0, ge=0, description="so many epochs more of it")
     schedule: Literal["epoch", "step", "polynomial"] = Field(
         "epoch", description="how the rate falls to min_lr: a cosine that moves per epoch or step, or (1 - t)^0.9"
@@ -75,14 +87,30 @@ class RunSettings(Checked):
 
     # The method.
     p: float = Field(0.5, gt=0, lt=1, description="share of the prunable cost to remove; 0.5 is 2x, 0.75 is 4x")
-    method: Literal["upop", "magnitude"] = Field(
-        "upop", description="magnitude: one cut by weight norm, then as many steps"
+    method: Literal["upop", "reference", "magnitude"] = Field(
+        "upop",
+        description="reference: the search as published; magnitude: one cut by weight norm. All take equal steps",
+    )
+    search_share: float = Field(
+        0.1, gt=0, lt=1, description="share of all steps that the search of method upop takes; 16 at least"
+    )
+    score: Literal["absolute", "squared", "signed"] | None = Field(
+        None, description="how method upop ranks first-order changes of the loss; absolute if not given"
+    )
+    correct: bool = Field(
+        True, description="method upop corrects the layers that read what it cuts, by least squares on their inputs"
+    )
+    distill: float | None = Field(
+        None,
+        ge=0,
+        description="weight in the loss of how far the features are from the dense model's, in search and retraining "
+        "(if not given: 5 for method upop, else 0); above 0 it takes a forward pass of that model at every step",
     )
     cost: Literal["params", "flops", "reference"] = "params"
     align: int | None = Field(
         None, ge=1, description="kept sizes are multiples of this; by default what suits the device: 8 on CUDA, else 1"
     )
-    interval: int = Field(50, ge=1, description="masks move every so many search steps")
+    interval: int = Field(50, ge=1, description="method reference moves the masks every so many search steps")
     w_sp_attn: float = Field(4.8e-3, ge=0, description="weight of the sparsity term; moves only the logged loss")
     w_sp_mlp: float = Field(2e-4, ge=0)
 
@@ -134,9 +162,20 @@ class RunSettings(Checked):
             raise ValueError(f"min_lr ({self.min_lr}) is above init_lr ({self.init_lr})")
         return self
 
+    @model_validator(mode="after")
+    def _method(self) -> Self:
+        if self.method == "upop" and self.cost == "reference":
+            raise ValueError("cost: reference is the budget of the published search; it takes method: reference")
+        return self
+
+    @property
+    def teaching(self) -> float:
+        """The weight of what the dense model teaches, in a compression."""
+        return (_TEACHING if self.method == "upop" else 0.0) if self.distill is None else self.distill
+
     @property
     def search_epochs(self) -> int:
-        """Epochs of the search phase."""
+        """Epochs of the published search; other methods train for as many in all."""
         return self.max_epoch if self.epochs_search is None else self.epochs_search
 
     def to_yaml(self) -> str:

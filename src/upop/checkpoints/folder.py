@@ -213,8 +213,8 @@ def _warn_masked(model: nn.Module) -> None:
         refuse_masked(model, survey(model).units)
     except LayoutError:
         warnings.warn(
-            f"{type(model).__name__} is still masked, and masks are not saved: what is written is the dense model. "
-            "Call the Pruner's shrink() first, or save its state_dict() too.",
+            f"{type(model).__name__} is still masked, and masks are not saved: what is written is the model in full "
+            "size. Call the Pruner's shrink() first, or save its state_dict() too.",
             stacklevel=3,
         )
 

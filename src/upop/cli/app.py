@@ -19,7 +19,7 @@ from upop.cli.inspect import inspect
 from upop.cli.processes import place, recorded
 from upop.cli.recipes import recipes, run
 from upop.cli.report import report
-from upop.errors import PreemptedError, UPopError
+from upop.errors import PreemptedError, SettingError, UPopError
 from upop.settings import RunSettings, read_settings
 from upop.tasks import TASKS, find_task
 from upop.tasks.verbs import compress as run_compress
@@ -119,7 +119,7 @@ def compress(
     cost: Annotated[str | None, typer.Option(help="What the budget counts: params, flops or reference.")] = None,
     align: Annotated[int | None, typer.Option(help="Kept sizes are multiples of this.")] = None,
     interval: o.Interval = None,
-    method: Annotated[str | None, typer.Option(help="upop, or magnitude: one cut by weight norm.")] = None,
+    method: o.Method = None,
     w_sp_attn: o.SparsityAttention = None,
     w_sp_mlp: o.SparsityMlp = None,
     resume: o.Resume = None,
@@ -127,6 +127,15 @@ def compress(
     assign: o.Set = None,
 ) -> None:
     """Search, shrink, retrain and evaluate."""
+
+    def checked(found: Any, settings: RunSettings) -> Any:
+        if interval is not None and settings.method != "reference":
+            raise SettingError(
+                f"--interval {interval} says how often the published search moves its masks, and the method is "
+                f"{settings.method}, which has no use for it. Leave it out, or add --method reference."
+            )
+        return run_compress(found, settings)
+
     flags = {
         "p": p,
         "resume": resume,
@@ -144,9 +153,7 @@ def compress(
     }
     method_flags = {"cost": cost, "align": align, "interval": interval, "method": method}
     sparsity = {"w_sp_attn": w_sp_attn, "w_sp_mlp": w_sp_mlp}
-    _start(
-        run_compress, task, config, {**flags, **method_flags, **sparsity, **o.epochs(epoch), **o.sharding(fsdp)}, assign
-    )
+    _start(checked, task, config, {**flags, **method_flags, **sparsity, **o.epochs(epoch), **o.sharding(fsdp)}, assign)
 
 
 @app.command(epilog="Example: upop evaluate nlvr --config configs/nlvr.yaml --pretrained output/nlvr-2x/best")

@@ -58,7 +58,16 @@ Tracker = Annotated[
     list[str] | None, typer.Option("--tracker", help="tensorboard, or any tracker that Accelerate knows; repeatable.")
 ]
 Ratio = Annotated[float | None, typer.Option("--p", help="Share of the prunable cost to remove; 0.5 is 2x.")]
-Epoch = Annotated[int | None, typer.Option("--epoch", "--epochs", help="Epochs of the search, and of retraining.")]
+Epoch = Annotated[
+    int | None,
+    typer.Option("--epoch", "--epochs", help="Epochs of the published search, and of retraining: half of all epochs."),
+]
+Method = Annotated[
+    str | None,
+    typer.Option(
+        help="upop, reference (the search as published), or magnitude: one cut by weight norm. [default: upop]"
+    ),
+]
 SparsityAttention = Annotated[
     float | None,
     typer.Option("--w-sp-attn", "--w_sp_attn", help="Weight of the attention masks' sum in the logged loss."),
@@ -67,9 +76,13 @@ SparsityMlp = Annotated[
     float | None,
     typer.Option("--w-sp-mlp", "--w_sp_mlp", help="Weight of the MLP masks' sum in the logged loss."),
 ]
-Interval = Annotated[int | None, typer.Option("--interval", help="Masks move every so many steps.")]
-EpochsSearch = Annotated[int | None, typer.Option("--epochs-search", help="Epochs of the search.")]
-SearchRate = Annotated[float | None, typer.Option("--lr-search", help="Learning rate of the search.")]
+Interval = Annotated[
+    int | None, typer.Option("--interval", help="Steps between moves of the masks, with --method reference.")
+]
+EpochsSearch = Annotated[int | None, typer.Option("--epochs-search", help="Epochs of the published search.")]
+SearchRate = Annotated[
+    float | None, typer.Option("--lr-search", help="Learning rate of the search, with --method reference.")
+]
 Resume = Annotated[
     ResumeWhen | None,
     typer.Option(

@@ -26,6 +26,8 @@ def place() -> str:
 def recorded(command: Callable[[], object]) -> None:
     """Run a command; under torchrun, an error goes into the file from which torchrun tells the cause.
 
+    A command that has succeeded leaves the group of processes, whose threads may else abort a process that exits.
+
     Raises:
         TrainingError: another process has ended, so that this one cannot go on; that is not the cause.
     """
@@ -44,13 +46,22 @@ def recorded(command: Callable[[], object]) -> None:
         return None
 
     lost = record(guarded)()
-    if lost is not None:
+    if lost is None:
+        _leave_group()
+    else:
         time.sleep(_GRACE_SECONDS)
         raise TrainingError(
             "Another process of this run has ended or fallen silent, and this one cannot go on without it: "
             f"{str(lost).splitlines()[0].partition('. ')[0]}. The cause stands in that process's own message and under "
             "'Root Cause' in the report of the torchrun that started it."
         ) from lost
+
+
+def _leave_group() -> None:
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def _is_of_another(error: RuntimeError) -> bool:

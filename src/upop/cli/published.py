@@ -41,8 +41,9 @@ def blip_command(task: str, config: str) -> typer.Typer:
         w_sp_mlp: o.SparsityMlp = None,
         epoch: o.Epoch = None,
         p: o.Ratio = None,
+        method: o.Method = None,
         amp: o.Amp = None,
-        lr: Annotated[float | None, typer.Option("--lr", help="Learning rate of search and retraining.")] = None,
+        lr: Annotated[float | None, typer.Option("--lr", help="Highest learning rate.")] = None,
         world_size: Annotated[int | None, typer.Option("--world_size", help=_IGNORED)] = None,
         dist_url: Annotated[str | None, typer.Option("--dist_url", help=_IGNORED)] = None,
         distributed: Annotated[str | None, typer.Option("--distributed", help=_IGNORED)] = None,
@@ -63,8 +64,8 @@ def blip_command(task: str, config: str) -> typer.Typer:
             "resume": resume,
             "skip_bad_images": skip_bad_images,
         }
-        flags |= {"w_sp_attn": w_sp_attn, "w_sp_mlp": w_sp_mlp, "p": p, "amp": amp, "init_lr": lr, **o.epochs(epoch)}
-        flags |= o.sharding(fsdp)
+        flags |= {"w_sp_attn": w_sp_attn, "w_sp_mlp": w_sp_mlp, "p": p, "method": method, "amp": amp, "init_lr": lr}
+        flags |= {**o.epochs(epoch), **o.sharding(fsdp)}
         found = find_task(task)
         verb = evaluate_checkpoint if evaluate else compress
         verb(found, read_settings(found.settings, config, o.overrides(flags, assign)))

@@ -43,6 +43,7 @@ def command(
     ] = None,
     output_dir: o.OutputDir = Path("output/classification"),
     p: o.Ratio = None,
+    method: o.Method = None,
     interval: o.Interval = None,
     w_sp_attn: o.SparsityAttention = None,
     w_sp_mlp: o.SparsityMlp = None,
@@ -51,10 +52,12 @@ def command(
     batch_size_train: Annotated[int | None, typer.Option("--batch-size", help="Per process.")] = None,
     search_lr: o.SearchRate = None,
     init_lr: Annotated[
-        float | None, typer.Option("--lr", help="Learning rate of retraining for 512 records per step.")
+        float | None, typer.Option("--lr", help="Highest learning rate, for 512 records per step.")
     ] = None,
     min_lr: Annotated[float | None, typer.Option("--min-lr", help="Where the learning rate ends.")] = None,
-    warmup_epochs: Annotated[int | None, typer.Option("--warmup-epochs", help="Of retraining.")] = None,
+    warmup_epochs: Annotated[
+        int | None, typer.Option("--warmup-epochs", help="In which the learning rate climbs.")
+    ] = None,
     weight_decay: Annotated[float | None, typer.Option("--weight-decay", help="Of matrices alone.")] = None,
     clip_grad: Annotated[float | None, typer.Option("--clip-grad", help="Largest norm of gradients.")] = None,
     image_size: Annotated[int | None, typer.Option("--input-size", help="Side of pictures, in pixels.")] = None,

@@ -37,7 +37,11 @@ def recipes(file: File = RECIPES) -> None:
             )
     console = Console()
     console.print(table)
-    console.print("epochs: of search + retraining. Start one with `upop run NAME`.", highlight=False)
+    console.print(
+        "epochs: of search + retraining as published; the methods upop and magnitude take as many in all.\n"
+        "Start one with `upop run NAME`, as published with `--method reference`.",
+        highlight=False,
+    )
 
 
 def run(
@@ -50,6 +54,7 @@ def run(
     fsdp: o.Fsdp = None,
     seed: o.Seed = None,
     amp: o.Amp = None,
+    method: o.Method = None,
     resume: o.Resume = None,
     skip_bad_images: o.SkipBadImages = None,
     file: File = RECIPES,
@@ -62,7 +67,7 @@ def run(
     if evaluate:
         given["pretrained"] = str(recipe.output_dir / recipe.compressed)
     flags = {"pretrained": pretrained, "output_dir": output_dir, "device": device, "seed": seed, "amp": amp}
-    flags |= {"resume": resume, "skip_bad_images": skip_bad_images, **o.sharding(fsdp)}
+    flags |= {"method": method, "resume": resume, "skip_bad_images": skip_bad_images, **o.sharding(fsdp)}
     settings = read_settings(task.settings, recipe.config, given | o.overrides(flags, assign))
     verb = evaluate_checkpoint if evaluate else compress
     if dry_run:
@@ -77,9 +82,8 @@ def _explain(recipe: Recipe, task: Task[Any], settings: RunSettings, *, evaluate
     console.print(f"Settings as resolved:\n{settings.to_yaml()}")
     if not evaluate:
         console.print(
-            f"Steps: evaluate the dense model; search for {settings.search_epochs} epochs, masking up to "
-            f"{100 * settings.p:g} % of the cost; cut; retrain for {settings.max_epoch} epochs, keeping the best by "
-            f"{task.metric}; evaluate.\n"
+            f"Steps: evaluate the dense model; {_cutting(settings)}, keeping the best epoch by {task.metric}; "
+            "evaluate.\n"
         )
     console.print("What it needs:")
     pretrained = str(settings.pretrained)
@@ -98,6 +102,22 @@ def _explain(recipe: Recipe, task: Task[Any], settings: RunSettings, *, evaluate
         console.print("The data can be read.")
     if recipe.paper:
         console.print(f"The paper's result: {recipe.paper}")
+
+
+def _cutting(settings: RunSettings) -> str:
+    """Return how the method of a run takes a share of the cost away, and what it does with its epochs."""
+    share, epochs = f"{100 * settings.p:g} % of the cost", settings.search_epochs + settings.max_epoch
+    if settings.method == "magnitude":
+        return f"cut the smallest weights, {share}; retrain for {epochs} epochs"
+    if settings.method == "reference":
+        return (
+            f"search for {settings.search_epochs} epochs at a constant learning rate, masking up to {share}; cut; "
+            f"retrain for {settings.max_epoch} epochs"
+        )
+    return (
+        f"search in the first {100 * settings.search_share:g} % of {epochs} epochs, masking {share} stage by stage; "
+        "cut as the epoch ends; retrain in the other epochs, under one learning rate schedule"
+    )
 
 
 def _shown(recipe: Recipe, *, evaluate: bool) -> str:

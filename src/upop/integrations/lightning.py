@@ -23,7 +23,7 @@ class LightningCallback(Search, Callback):
 
     Args:
         ratio: share of the units' total cost to remove, in (0, 1); 0.5 is 2x.
-        interval: masks move at every `interval`-th optimizer step, and at the last one.
+        interval: masks move at every `interval`-th optimizer step, and at the last one; by default eight times.
         module: name of the attribute of the LightningModule that is compressed; the whole module if not given.
         verify: inputs on which the masked and the shrunken model are compared at the end; see `upop.shrink`.
         settings: any other argument of `upop.Pruner` but the model and the number of steps.
@@ -36,7 +36,7 @@ class LightningCallback(Search, Callback):
     def __init__(
         self,
         ratio: float,
-        interval: int = 50,
+        interval: int | None = None,
         *,
         module: str | None = None,
         verify: Any = None,

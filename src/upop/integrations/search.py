@@ -15,7 +15,7 @@ class Search:
 
     Args:
         ratio: share of the units' total cost to remove, in (0, 1); 0.5 is 2x.
-        interval: masks move at every `interval`-th optimizer step, and at the last one.
+        interval: masks move at every `interval`-th optimizer step, and at the last one; by default eight times.
         verify: inputs on which the masked and the shrunken model are compared at the end; see `upop.shrink`.
         settings: any other argument of `upop.Pruner` but the model and the number of steps.
 
@@ -23,7 +23,7 @@ class Search:
         SettingError: the ratio is out of its range.
     """
 
-    def __init__(self, ratio: float, interval: int = 50, *, verify: Any = None, **settings: Any) -> None:
+    def __init__(self, ratio: float, interval: int | None = None, *, verify: Any = None, **settings: Any) -> None:
         if not 0 < ratio < 1:
             raise SettingError(f"ratio is the share of the cost to remove, strictly between 0 and 1; found {ratio!r}.")
         self.ratio, self.interval, self.verify, self.settings = ratio, interval, verify, settings

@@ -150,6 +150,10 @@ class ClipRetrieval(MomentumContrast):
             self.enqueue(image, text, ids)
         return loss
 
+    def for_teacher(self) -> dict[str, Any]:
+        """Leave the loss out: the features of a batch depend on no momentum copy and no queue."""
+        return {"ids": None}
+
     def _towers(self, tower: str, projection: str, momentum: bool) -> tuple[nn.Module, nn.Module]:
         names = (self.momentum_twins[tower], self.momentum_twins[projection]) if momentum else (tower, projection)
         return getattr(self, names[0]), getattr(self, names[1])

@@ -152,6 +152,13 @@ class MomentumContrast(nn.Module):
         for name, value in fresh_queues(queue.shape[0], size).items():
             setattr(self, name, value.to(queue.device, queue.dtype if value.is_floating_point() else None))
 
+    def for_teacher(self) -> dict[str, Any]:
+        """Return what replaces arguments of the last forward pass, for a copy that is to give its features again.
+
+        `upop.distill` reads it. In evaluation mode the copy moves nothing and fills no queue.
+        """
+        return {}
+
     def everyone(self, rows: Tensor) -> Tensor:
         """Return the rows of all processes in training; in evaluation processes do not meet."""
         return gather(rows) if self.training else rows.detach()

@@ -99,11 +99,16 @@ class BlipRetrieval(MomentumContrast):
         self.copy_to_momentum()
         self.add_queues(config.embed_dim, config.queue_size)
         self._told = False
+        self._drawn: dict[str, Any] = {}
 
     def remake_queues(self, size: int) -> None:
         """Start the queues afresh, with room for `size` features."""
         super().remake_queues(size)
         self.config = self.config.model_copy(update={"queue_size": size})
+
+    def for_teacher(self) -> dict[str, Any]:
+        """Return the wrong partners that the last loss was of, so that another model is shown the same pairs."""
+        return self._drawn
 
     def encode_image(self, images: Tensor, *, momentum: bool = False) -> tuple[Tensor, Tensor]:
         """Return states [B, tokens, vision_width] and normalised features [B, embed_dim] of pictures [B, 3, S, S].
@@ -170,7 +175,8 @@ class BlipRetrieval(MomentumContrast):
             alpha: weight of the momentum copies' own similarities in the contrastive targets.
             draws: [2 * B], the pairs (of all processes) that give each text its wrong picture, then each picture its
                 wrong text; drawn by similarity if not given.
-            all_ranks: draw wrong ones from the batches of all processes.
+            all_ranks: draw wrong ones from the batches of all processes. In evaluation mode processes meet only where
+                `draws` are given.
         """
         if ids is not None:
             return self._losses(images, input_ids, attention_mask, ids, alpha, draws, all_ranks)
@@ -203,8 +209,9 @@ class BlipRetrieval(MomentumContrast):
         contrastive = self.contrastive_loss(image, text, image_m, text_m, ids, alpha, 1 / self.temp)
         if self.training:
             self.enqueue(image_m, text_m, ids)
-        shared = all_ranks and self.training
+        shared = all_ranks and (self.training or draws is not None)
         index, paired = self._negatives(image.detach(), text.detach(), ids, draws, shared)
+        self._drawn = {"draws": index.flatten(), "all_ranks": shared}
         wrong_states = (gather_with_gradients(states) if shared else states)[index[0]]
         every_text = [gather_texts(part) if shared else part for part in (input_ids, attention_mask)]
         pad = every_text[0].shape[1] - input_ids.shape[1]

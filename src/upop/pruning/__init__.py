@@ -2,6 +2,7 @@
 
 from upop.pruning.calibrate import calibrate
 from upop.pruning.costs import count_macs, count_parameters
+from upop.pruning.distill import Distillation, distill
 from upop.pruning.layouts import LAYOUTS, Layout, Survey, find_units, survey
 from upop.pruning.magnitude import plan_by_magnitude
 from upop.pruning.plan import Plan
@@ -15,6 +16,7 @@ __all__ = [
     "LAYOUTS",
     "SCORES",
     "Attribute",
+    "Distillation",
     "Layout",
     "Plan",
     "Pruner",
@@ -26,6 +28,7 @@ __all__ = [
     "calibrate",
     "count_macs",
     "count_parameters",
+    "distill",
     "find_units",
     "gather",
     "plan_by_magnitude",

@@ -41,6 +41,12 @@ def refuse_frozen(model: nn.Module, units: list[Unit]) -> None:
         )
 
 
+def check_whole(name: str, value: object) -> None:
+    """Raise a `SettingError` unless a setting is a whole number of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise SettingError(f"{name} must be a whole number of at least 1; found {value!r}.")
+
+
 def _matches(names: list[str], patterns: str | Sequence[str], setting: str) -> list[str]:
     listed = [patterns] if isinstance(patterns, str) else patterns
     if not isinstance(listed, Iterable) or not all(isinstance(pattern, str) for pattern in listed):

@@ -2,43 +2,62 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from upop.pruning import budget
-from upop.pruning.choice import chosen, refuse_frozen
+from upop.pruning.choice import check_whole, chosen, refuse_frozen
+from upop.pruning.correction import Moments
 from upop.pruning.costs import Cost, entry_costs
 from upop.pruning.errors import LayoutError, SettingError, StepError, some_of
 from upop.pruning.layouts import find_units
 from upop.pruning.masks import Masks, unwrapped
 from upop.pruning.plan import Plan
-from upop.pruning.scores import RowScores, Score, accumulator, score_function
+from upop.pruning.scores import RowScores, Score, accumulator, scoring
 from upop.pruning.sharded import refuse_flattened, refuse_sharded
 from upop.pruning.shrink import compare, cut, outputs_of, precision_of, refuse_shared, restore
 from upop.pruning.units import Kind, Unit, tensor_of
+
+Progress = Literal["stages", "soft"]
+_STAGES = 8
+_INTERVAL = 50
+"""Between updates of a soft search."""
+_LOOKS = 2
+"""Steps at the end of a stage whose inputs the correction is made for."""
 
 
 class Pruner:
     """Searches, during ordinary training, what can go from all modalities under one budget, and then removes it.
 
     Call `step()` once per optimizer step, between `backward()` and `optimizer.step()`; after `steps` calls the
-    masks are exactly 0 or 1, and `shrink()` cuts the layers for real.
+    masks are exactly 0 or 1, and `shrink()` cuts the layers for real. Then train on, with a new optimizer: one learning
+    rate schedule over both phases serves best.
 
     Args:
         model: a timm, transformers or upop model; wrappers of DDP and torch.compile are looked through, and it may be
             sharded by `fully_shard`, before this or later.
         ratio: share of the units' total cost to remove, in (0, 1); 0.5 is the paper's 2x, 0.75 its 4x.
         steps: number of times that `step` will be called.
-        interval: masks move at every `interval`-th step (step 0 included) and at the last one.
+        interval: masks move at every `interval`-th step and at the last one; by default eight times in "stages", and
+            at every 50th step (step 0 included) in a "soft" search.
         cost: what the budget counts: "params" (default), "flops", "reference" (the published weights, and the
             published way to set the threshold), a mapping from unit names or patterns, or a function of a unit.
         align: kept sizes are multiples of this (8 suits tensor cores); scores are ranked in blocks of so many.
-        score: "signed", or a function (weight, its gradient) -> one number per row. It must be homogeneous of
-            degree 1 in the gradient (twice the gradient, twice the score), since the mask is divided out after it.
+        score: what a step adds to the scores, of which high ones go first: "absolute" (default; minus the magnitude of
+            the first-order change of the loss without an entry), "squared" (minus its square), "signed" (default of
+            a "soft" search), or a function (weight, its gradient) -> one number per row. It must be homogeneous of
+            degree 1 in the gradient (twice the gradient, twice the score), since soft masks are divided out after it.
+        progress: "stages" (default): what has the highest scores since the last stage is masked to 0 for good, the same
+            share of the cost at every stage. Best with few steps: a tenth of all training steps, and 16 at least.
+            "soft", the published search: masks fall from 1 to 0 all the time, and entries may come back. It is the
+            default with cost="reference" and with score="signed".
+        correct: at every stage, the layers that read what goes are corrected by least squares over the inputs of the
+            last two steps, so that their outputs change least; it needs n^2 numbers for a layer of n inputs.
         include: names or patterns (`fnmatch`) of the units to prune; default all.
         exclude: names or patterns of units to leave alone.
         example: inputs for one forward pass; needed by cost="flops" alone.
@@ -54,11 +73,13 @@ class Pruner:
         model: nn.Module,
         ratio: float,
         steps: int,
-        interval: int = 50,
+        interval: int | None = None,
         *,
         cost: Cost = "params",
         align: int = 1,
-        score: str | Score = "signed",
+        score: str | Score | None = None,
+        progress: Progress | None = None,
+        correct: bool = True,
         include: str | Sequence[str] | None = None,
         exclude: str | Sequence[str] | None = None,
         example: Any = None,
@@ -66,9 +87,14 @@ class Pruner:
     ) -> None:
         if not 0 < ratio < 1:
             raise SettingError(f"ratio is the share of the cost to remove, strictly between 0 and 1; found {ratio!r}.")
-        for name, value in (("steps", steps), ("interval", interval), ("align", align)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise SettingError(f"{name} must be a whole number of at least 1; found {value!r}.")
+        if progress not in (None, "stages", "soft"):
+            raise SettingError(f'progress is "stages" or "soft"; found {progress!r}.')
+        self.progress: Progress = progress or ("soft" if cost == "reference" or score == "signed" else "stages")
+        check_whole("steps", steps)
+        check_whole("align", align)
+        if interval is None:
+            interval = _INTERVAL if self.progress == "soft" else -(-steps // _STAGES)
+        check_whole("interval", interval)
         if cost == "reference" and align != 1:
             raise SettingError(f"cost='reference' ranks single entries as published; found align={align}. Use align=1.")
         self.model = unwrapped(model)
@@ -76,13 +102,16 @@ class Pruner:
         self.ratio, self.steps, self.interval = ratio, steps, interval
         self.cost, self.align, self.update_first_step = cost, align, update_first_step
         self.units: list[Unit] = chosen(find_units(self.model), include, exclude)
-        function = score_function(score)
+        self.score = score or ("signed" if self.progress == "soft" else "absolute")
+        self._scoring = scoring(self.score)
         refuse_frozen(self.model, self.units)
         refuse_shared(self.model, self.units)
         self.costs = entry_costs(self.model, self.units, cost, example)
         budget.check_reachable(self.units, self.costs, ratio, align)
         self._masks = Masks(self.model, self.units)
-        self._rows = RowScores(function)
+        self._rows = RowScores(self._scoring.rows)
+        self._correct = correct and self.progress == "stages"
+        self._moments = Moments()
         self._watch()
         self._scores = {
             unit.name: torch.zeros(
@@ -93,12 +122,14 @@ class Pruner:
             for unit in self.units
         }
         self._skipped = torch.zeros((), dtype=torch.long)
+        self._stale = torch.zeros((), dtype=torch.bool)  # whether the scores are of a stage that has ended
         self._warned = 0
         self._scored: set[str] = set()  # units that had a gradient at some step
         self._warned_unscored = False
         self._done = 0
         self._attached = True
         self.threshold: float | None = None
+        self._look()
 
     @property
     def steps_done(self) -> int:
@@ -112,8 +143,11 @@ class Pruner:
 
     @property
     def current_ratio(self) -> float:
-        """p_t of the last step taken: the share of the cost that is being masked; 0 before the first."""
-        return budget.progress(self._done - 1, self.steps, self.ratio) if self._done else 0.0
+        """The share of the cost that is being masked after the last step taken (p_t of a soft search); 0 at first."""
+        if self.progress == "soft":
+            return budget.progress(self._done - 1, self.steps, self.ratio) if self._done else 0.0
+        masked = self.steps if self.finished else self._done - self._done % self.interval
+        return self.ratio * masked / self.steps
 
     @property
     def skipped_steps(self) -> int:
@@ -122,7 +156,7 @@ class Pruner:
 
     @property
     def scores(self) -> dict[str, Tensor]:
-        """The accumulated scores per unit, shape [size]: the summed gradients of the loss to the mask."""
+        """The accumulated scores per unit, shape [size]; in stages, of the steps since the last one that ended."""
         return {name: score.clone() for name, score in self._scores.items()}
 
     @property
@@ -167,11 +201,11 @@ class Pruner:
         for name, value in added.items():
             if value is not None:
                 # The model may have moved to another device since the search began.
-                self._scores[name] = self._scores[name].to(value.device) + torch.where(
-                    finite, value, torch.zeros_like(value)
-                )
+                score, stale = self._scores[name].to(value.device), self._stale.to(value.device)
+                self._scores[name] = torch.where(finite, value + torch.where(stale, 0.0, score), score)
         # Counted on the device: reading it here would wait for the whole step.
         self._skipped = self._skipped.to(finite.device) + (~finite).long()
+        self._stale = self._stale.to(finite.device) & ~finite
         self._advance()
 
     @torch.no_grad()
@@ -198,6 +232,8 @@ class Pruner:
             interval=self.interval,
             cost=self.cost if isinstance(self.cost, str) else "given",
             align=self.align,
+            score=self.score if isinstance(self.score, str) else "given",
+            progress=self.progress,
         )
 
     def shrink(self, verify: Any = None) -> nn.Module:
@@ -252,10 +288,11 @@ class Pruner:
         self._attach()
 
     def remove(self) -> None:
-        """Take the masks off without cutting anything; the model is left without a trace of them."""
+        """Take the masks off without cutting anything; no trace of them is left, but corrected layers stay so."""
         if self._attached:
             self._masks.remove()
             self._rows.release()
+            self._moments.release()
             self._attached = False
 
     def state_dict(self) -> dict[str, Any]:
@@ -266,12 +303,17 @@ class Pruner:
             "steps_done": self._done,
             "skipped_steps": self.skipped_steps,
             "threshold": self.threshold,
+            "stale": bool(self._stale),
+            "moments": {name: value.clone() for name, value in self._moments.values.items()},
             "settings": {
                 "ratio": self.ratio,
                 "steps": self.steps,
                 "interval": self.interval,
                 "align": self.align,
                 "cost": self.cost if isinstance(self.cost, str) else "given",
+                "score": self.score if isinstance(self.score, str) else "given",
+                "progress": self.progress,
+                "correct": self._correct,
             },
         }
 
@@ -295,6 +337,9 @@ class Pruner:
         self._done = int(state["steps_done"])
         self._skipped.fill_(int(state["skipped_steps"]))
         self.threshold = state.get("threshold")
+        self._stale.fill_(state["stale"])
+        self._moments.values = {name: value.clone() for name, value in state["moments"].items()}
+        self._look()
 
     def _attach(self) -> None:
         masks = self.masks
@@ -302,6 +347,7 @@ class Pruner:
         self._masks.set(masks)
         self._watch()
         self._attached = True
+        self._look()
 
     def _watch(self) -> None:
         self._rows.watch((tensor_of(self.model, p.tensor), p.dim) for unit in self.units for p in unit.producers)
@@ -315,16 +361,43 @@ class Pruner:
             total = score if total is None else total + score
         if total is None:
             return None
-        return total / self._masks.values[unit.name].to(total.device, total.dtype, non_blocking=True)
+        if self.progress == "soft":
+            total = total / self._masks.values[unit.name].to(total.device, total.dtype, non_blocking=True)
+        return self._scoring.added(total)
 
     def _advance(self) -> None:
-        last = self._done == self.steps - 1
-        due = self._done % self.interval == 0 and (self._done > 0 or self.update_first_step)
-        if due or last:
-            self._update(self._done)
+        if self._due(self._done):
+            (self._update if self.progress == "soft" else self._end_stage)(self._done)
+            self._warn(self._done)
         self._done += 1
+        self._look()
+
+    def _due(self, step: int) -> bool:
+        if self.progress == "soft":
+            due = step % self.interval == 0 and (step > 0 or self.update_first_step)
+        else:
+            due = (step + 1) % self.interval == 0
+        return due or step == self.steps - 1
+
+    def _look(self) -> None:
+        """Look at what the readers are given in the last steps of a stage, and at no other time."""
+        soon = any(self._due(step) for step in range(self._done, min(self._done + _LOOKS, self.steps)))
+        self._moments.watch(self.model, self.units if soon and self._attached and self._correct else [])
+
+    def _end_stage(self, step: int) -> None:
+        """Mask what has the highest scores for good, and have the layers that read it make up for it."""
+        live = {name: mask == 1 for name, mask in self._masks.values.items()}
+        scores = {name: score.cpu().masked_fill(~live[name], math.inf) for name, score in self._scores.items()}
+        share = self.ratio * (step + 1) / self.steps
+        selection = budget.select(self.units, scores, self.costs, share, self.align, standardised=False)
+        if self._correct:
+            self._moments.correct(self.model, self.units, live, selection.marked)
+        self._masks.set({name: torch.where(gone, 0.0, 1.0) for name, gone in selection.marked.items()})
+        self.threshold = selection.threshold
+        self._stale.fill_(True)
 
     def _update(self, step: int) -> None:
+        """Rank by all scores so far, and set the masks to what the published schedule has them at."""
         share = budget.progress(step, self.steps, self.ratio)
         if self.cost == "reference":
             selection = budget.select_as_published(self.units, self._scores, self.costs, share)
@@ -334,6 +407,8 @@ class Pruner:
         value = torch.tensor(1 - share / self.ratio, dtype=torch.float32)
         self._masks.set({name: torch.where(gone, value, 1.0) for name, gone in selection.marked.items()})
         self.threshold = selection.threshold
+
+    def _warn(self, step: int) -> None:
         self._warn_unscored(step)
         if self.skipped_steps > self._warned:
             self._warned = self.skipped_steps

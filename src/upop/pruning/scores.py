@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from upop.pruning.errors import SettingError, nearest
-from upop.pruning.sharded import HeldRows, held_rows, is_sharded_tensor, whole_rows
+from upop.pruning.sharded import HeldRows, held_rows, is_sharded_tensor, many_processes, whole_rows
 
 Score = Callable[[Tensor, Tensor], Tensor]
 
@@ -22,17 +22,36 @@ def signed(weight: Tensor, gradient: Tensor) -> Tensor:
     return products
 
 
-SCORES: dict[str, Score] = {"signed": signed}
+@dataclass(frozen=True)
+class Scoring:
+    """How a step's gradients become scores; high ones go first.
+
+    Attributes:
+        rows: (weight, gradient) -> one number per row; an entry's rows are summed up.
+        added: what the step adds to the scores, [size], from these sums, [size].
+    """
+
+    rows: Score
+    added: Callable[[Tensor], Tensor]
 
 
-def score_function(score: str | Score) -> Score:
-    """Return the function that `score` names, or `score` itself.
+SCORES: dict[str, Scoring] = {
+    "signed": Scoring(signed, lambda sums: sums),
+    "absolute": Scoring(signed, lambda sums: -sums.abs()),
+    "squared": Scoring(signed, lambda sums: -sums.square()),
+}
+"""By name. The sum of an entry's rows is the first-order change of the loss without it, by this step's batch. Sums that
+keep their signs tell over many steps which entries hurt, and cancel over few; magnitudes tell which ones matter."""
+
+
+def scoring(score: str | Score) -> Scoring:
+    """Return what `score` names, or what adds up the rows of the function that it is.
 
     Raises:
         SettingError: there is none of that name.
     """
     if callable(score):
-        return score
+        return Scoring(score, lambda sums: sums)
     if score not in SCORES:
         raise SettingError(
             f"score={score!r} is not known{nearest(str(score), list(SCORES))}. "
@@ -124,7 +143,7 @@ class RowScores:
     @torch.no_grad()
     def _take(self, parameter: Tensor) -> None:
         gradient = parameter.grad
-        if gradient is None or gradient.device.type != "cpu" or _many_processes() or is_sharded_tensor(gradient):
+        if gradient is None or gradient.device.type != "cpu" or many_processes() or is_sharded_tensor(gradient):
             return
         rows = self._compute(parameter, gradient, self._dims[parameter])
         self._taken[parameter] = _Taken(gradient, gradient._version, rows)
@@ -136,8 +155,3 @@ class RowScores:
         if dim or weight.dim() > 2:
             weight, gradient = (value.movedim(dim, 0).flatten(1) for value in (weight, gradient))
         return self._function(weight, gradient)
-
-
-def _many_processes() -> bool:
-    distributed = torch.distributed
-    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1

@@ -22,6 +22,12 @@ if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
 
+def many_processes() -> bool:
+    """Whether this is one of several processes that train together."""
+    distributed = torch.distributed
+    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
+
+
 def is_sharded_tensor(tensor: Tensor) -> bool:
     """Whether a parameter or gradient is spread over processes."""
     kinds = sys.modules.get("torch.distributed.tensor")  # not imported: there can be none

@@ -37,9 +37,9 @@ class CaptionSettings(BlipSettings):
         description="folder of coco_karpathy_{val,test}_gt.json; without them the annotation files' captions count",
     )
     batch_size: int | None = Field(None, ge=1, description="of training and of evaluation, where they are not given")
-    init_lr: float = Field(1e-5, gt=0, description="of the search, and where the retraining begins")
+    init_lr: float = Field(1e-5, gt=0, description="highest learning rate")
     max_epoch: int = Field(5, ge=1, description="epochs of retraining (and of `train`)")
-    interval: int = Field(100, ge=1, description="masks move every so many search steps")
+    interval: int = Field(100, ge=1, description="method reference moves the masks every so many search steps")
     w_sp_attn: float = Field(3.2e-2, ge=0, description="weight of the sparsity term; moves only the logged loss")
     w_sp_mlp: float = Field(1e-3, ge=0)
 

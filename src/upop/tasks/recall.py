@@ -47,7 +47,7 @@ class RetrievalSettings(LanguageSettings):
 
     dataset: Literal["coco", "flickr"] = Field("coco", description="whose annotation files, and whose defaults")
     image_root: Path = Field(Path("datasets/vision/coco"), description="folder of the pictures")
-    init_lr: float = Field(1e-5, gt=0, description="of the search, and where the retraining begins")
+    init_lr: float = Field(1e-5, gt=0, description="highest learning rate")
     batch_size_test: int = Field(64, ge=1, description="pictures per process and forward pass")
     queue_size: int = Field(57600, ge=1, description="features of earlier batches that a batch is compared with")
     alpha: float = Field(0.4, ge=0, le=1, description="weight of the soft targets, reached after the first epoch")

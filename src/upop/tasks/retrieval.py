@@ -142,7 +142,7 @@ class BlipRetrievalTask(RetrievalTask[BlipRetrievalSettings], BlipTask[BlipRetri
     def published_example(self, model: nn.Module) -> dict[str, Any]:
         """Return what makes the example inputs of one pair those of the model's loss, with itself as the wrong one."""
         extra = super().published_example(model)
-        return {**extra, "draws": extra["ids"].repeat(2)}
+        return {**extra, "draws": extra["ids"].repeat(2), "all_ranks": False}
 
     def _prepared(self, model: nn.Module, settings: BlipRetrievalSettings) -> nn.Module:
         assert isinstance(model, BlipRetrieval)

@@ -22,13 +22,15 @@ def story_of(task: Task[Any], settings: RunSettings, results: Results, command: 
     """
     cells = table_cells(results)
     columns = list(next(iter(cells.values())))
-    searched = settings.method == "upop"
-    retraining = settings.max_epoch if searched else settings.search_epochs + settings.max_epoch
     facts = {
         f"data ({name})": str(value) for name, value in settings if isinstance(value, Path) and name != "output_dir"
     }
-    facts |= {"epochs of search": str(settings.search_epochs)} if searched else {}
-    facts |= {"epochs of retraining": str(retraining), "seed": str(settings.seed)}
+    epochs = settings.search_epochs + settings.max_epoch
+    if settings.method == "reference":
+        facts |= {"epochs of search": str(settings.search_epochs), "epochs of retraining": str(settings.max_epoch)}
+    else:
+        facts |= {f"epochs of {'search and ' if settings.method == 'upop' else ''}retraining": str(epochs)}
+    facts |= {"method": settings.method, "seed": str(settings.seed)}
     found = {metric for split in results.models[-1].metrics.values() for metric in split}
     return Story(
         name=results.models[-1].name,

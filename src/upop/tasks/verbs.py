@@ -38,7 +38,7 @@ from upop.training.loop import Loop
 from upop.training.memory import explained_memory
 from upop.training.preemption import Preemption
 from upop.training.progress import RunProgress
-from upop.training.schedules import constant, falling, first_rate
+from upop.training.schedules import Phases, Schedule, compression_rates, falling, first_rate, phases
 from upop.training.task import Task
 from upop.training.trackers import Trackers
 
@@ -79,7 +79,8 @@ def train(task: Task[Any], settings: RunSettings) -> Results | None:
 def compress(task: Task[Any], settings: RunSettings) -> Results | None:
     """Compress the dense model in `pretrained`: search, shrink, retrain, evaluate; the result is `output_dir/best`.
 
-    With method "magnitude" one cut by weight norm takes the place of the search, and retraining gets its steps too.
+    With method "reference" it searches as published; with "magnitude" one cut by weight norm takes the place of the
+    search. All three take equally many steps.
 
     Raises:
         UPopError: settings, data, checkpoint, device or run folder are not usable; before any long work.
@@ -90,38 +91,46 @@ def compress(task: Task[Any], settings: RunSettings) -> Results | None:
         model = run.pretrained(training=True)
         run.settle(model)
         dense_model = copy.deepcopy(model)
+        teacher = dense_model if settings.teaching else None
         epochs = settings.search_epochs + settings.max_epoch
         with run.training(epochs, preemption) as loop:
             # Made before anything long runs: it checks the settings of the method against the model.
             average = _average(settings, model.to(run.accelerator.device))
+            planned = phases(settings, loop.steps_per_epoch)
+            searching, retraining = compression_rates(settings, run.first_rate(loop), loop.steps_per_epoch)
             if "plan" in loop.notes:  # resumed after the cut
                 plan = Plan.from_json(loop.notes["plan"])
                 shrink(model, plan)
                 if average is not None:
                     shrink(average.module, plan)
             else:
-                plan = _find_plan(run, loop, model, average)
+                plan = _find_plan(run, loop, model, average, teacher, planned, searching)
                 loop.notes["plan"] = plan.to_json()
-            retraining = settings.max_epoch if settings.method == "upop" else epochs
-            schedule = falling(settings, run.first_rate(loop), retraining, loop.steps_per_epoch)
             keep = run.keep_best(loop, model, plan)
-            loop.run(model, "retrain", retraining, schedule, after_epoch=keep, average=average)
+            loop.run(model, "retrain", planned.retrain, retraining, after_epoch=keep, average=average, teacher=teacher)
             model, metrics = run.best(model)
         models = {"dense": (dense_model, loop.notes["dense"]), compressed_name(settings): (model, metrics)}
         return run.finish(models, plan)
 
 
-def _find_plan(run: _Run, loop: Loop, model: nn.Module, average: ModelEmaV3 | None) -> Plan:
+def _find_plan(
+    run: _Run,
+    loop: Loop,
+    model: nn.Module,
+    average: ModelEmaV3 | None,
+    teacher: nn.Module | None,
+    planned: Phases,
+    schedule: Schedule,
+) -> Plan:
     """Return what the method keeps of the model, which is cut, and so is its average."""
     settings, device = run.settings, run.accelerator.device
-    pruner = _pruner(run.task, settings, model, settings.search_epochs * loop.steps_per_epoch)
+    pruner = _pruner(run.task, settings, model, planned.search_steps)
     if "dense" not in loop.notes:
         loop.notes["dense"] = run.evaluate(model)
     run.say("dense  " + run.told(loop.notes["dense"]))
     verified = run.task.inputs(to_device(first_records(run.loaders["train"], _VERIFIED_RECORDS), device))
     if pruner is not None:
-        schedule = constant(settings, run.first_rate(loop))
-        loop.run(model, "search", settings.search_epochs, schedule, pruner, average=average)
+        loop.run(model, "search", planned.search, schedule, pruner, average=average, teacher=teacher)
         plan = pruner.plan()
         run.folder.save_scores(pruner.scores)
         pruner.shrink(verify=verified)
@@ -133,6 +142,8 @@ def _find_plan(run: _Run, loop: Loop, model: nn.Module, average: ModelEmaV3 | No
         shrink(model, plan, verify=verified)
     if average is not None:
         shrink(average.module, plan, verify=verified)
+        if settings.method == "upop" and settings.correct:
+            average.set(model)  # what it remembers are layers from before they were corrected
     run.folder.save_plan(plan)
     run.folder.save_model("last", model, plan)
     # After a search, its last evaluation has told how good this very function is.
@@ -154,8 +165,8 @@ def evaluate_checkpoint(task: Task[Any], settings: RunSettings) -> Results | Non
 
 
 def compressed_name(settings: RunSettings) -> str:
-    """Return what the tables call the compressed model: "UPop 2x", "magnitude 4x"."""
-    method = "UPop" if settings.method == "upop" else settings.method
+    """Return what the tables call the compressed model: "UPop 2x", "reference 2x", "magnitude 4x"."""
+    method = {"upop": "UPop"}.get(settings.method, settings.method)
     return f"{method} {1 / (1 - settings.p):.3g}x"
 
 
@@ -163,7 +174,7 @@ class _Run:
     """One run: its accelerator, folder, data and console; and what all verbs do at their start and end."""
 
     def __init__(self, task: Task[Any], settings: RunSettings, verb: str) -> None:
-        self.task, self.settings = task, settings
+        self.task, self.settings, self._verb = task, settings, verb
         self.accelerator = make_accelerator(settings)
         self._main = self.accelerator.is_main_process
         self._trackers = Trackers(self.accelerator, settings.trackers, settings.output_dir / "trackers")
@@ -244,7 +255,14 @@ class _Run:
         if self._resumed is not None:  # a resumed run goes on with the batch that was found
             sizes = {name: self._resumed["settings"][name] for name in ("batch_size_train", "accumulate")}
         else:
-            found = find_batch_size(self.accelerator, self.task, self.settings, model, self.loaders["train"])
+            found = find_batch_size(
+                self.accelerator,
+                self.task,
+                self.settings,
+                model,
+                self.loaders["train"],
+                taught=self._verb == "compress" and bool(self.settings.teaching),
+            )
             self.say(found.told())
             sizes = {"batch_size_train": found.size, "accumulate": found.accumulate}
         self.settings = self.settings.model_copy(update=sizes)
@@ -396,17 +414,20 @@ def measure(
 
 
 def _pruner(task: Task[Any], settings: RunSettings, model: nn.Module, steps: int) -> Pruner | None:
-    if settings.method != "upop":
+    if settings.method == "magnitude":
         return None
+    shared: dict[str, Any] = {
+        "cost": settings.cost,
+        "align": align_for(next(model.parameters()).device, settings),
+        "example": task.example(model, 1),
+    }
+    if settings.method == "upop":
+        return Pruner(
+            model, settings.p, steps, progress="stages", score=settings.score, correct=settings.correct, **shared
+        )
+    first = task.update_first_step
     return Pruner(
-        model,
-        settings.p,
-        steps,
-        settings.interval,
-        cost=settings.cost,
-        align=align_for(next(model.parameters()).device, settings),
-        example=task.example(model, 1),
-        update_first_step=task.update_first_step,
+        model, settings.p, steps, settings.interval, progress="soft", score="signed", update_first_step=first, **shared
     )
 
 

@@ -49,10 +49,10 @@ class VqaSettings(BlipSettings):
     rank_chunk: int = Field(1024, ge=1, description="pairs of question and candidate in memory at once")
 
     image_size: int = Field(480, gt=0)
-    init_lr: float = Field(2e-5, gt=0, description="of the search, and where the retraining begins")
+    init_lr: float = Field(2e-5, gt=0, description="highest learning rate")
     max_epoch: int = Field(10, ge=1, description="epochs of retraining (and of `train`)")
     batch_size_test: int = Field(64, ge=1)
-    interval: int = Field(1000, ge=1, description="masks move every so many search steps")
+    interval: int = Field(1000, ge=1, description="method reference moves the masks every so many search steps")
     w_sp_attn: float = Field(1.44e-2, ge=0, description="weight of the sparsity term; moves only the logged loss")
     w_sp_mlp: float = Field(5e-4, ge=0)
 

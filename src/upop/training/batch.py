@@ -8,6 +8,7 @@ where memory that is used up ends the process instead of raising an error, the m
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any, NamedTuple, cast
 
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from upop.errors import OutOfMemoryError, SettingError
+from upop.pruning import distill
 from upop.settings import RunSettings
 from upop.training.bad_images import without_notes
 from upop.training.devices import autocast, to_device
@@ -56,12 +58,19 @@ class BatchSize(NamedTuple):
 
 
 def find_batch_size(
-    accelerator: Accelerator, task: Task[Any], settings: RunSettings, model: nn.Module, loader: DataLoader[Any]
+    accelerator: Accelerator,
+    task: Task[Any],
+    settings: RunSettings,
+    model: nn.Module,
+    loader: DataLoader[Any],
+    *,
+    taught: bool = False,
 ) -> BatchSize:
     """Return the largest batch that fits; the model comes back as it was, on the accelerator's device.
 
     Where the settings name a `batch_size_train`, the records per step stay as they name them: the batch is the largest
-    divisor of batch_size_train x accumulate that fits. All processes take the smallest of theirs.
+    divisor of batch_size_train x accumulate that fits. All processes take the smallest of theirs. `taught` says whether
+    the dense model teaches.
 
     Raises:
         OutOfMemoryError: not even the smallest batch fits.
@@ -78,17 +87,19 @@ def find_batch_size(
     training = model.training
     model.to(device).train()
     free = _smallest(accelerator, free_bytes(device))
-    probe = _Probe(accelerator, task, settings, model, loader)
+    probe = _Probe(accelerator, task, settings, model, loader, taught)
     devices = [device] if device.type == "cuda" else []
     try:
         with torch.random.fork_rng(devices=devices):
             start, per_record = probe.growth()
-            fixed = start + probe.kept() + _copies(accelerator, settings, model)
+            fixed = start + probe.kept() + _copies(accelerator, settings, model, taught)
             most = int((_USED * free - fixed) // per_record)
             size = _choice(task, settings, records, most, accelerator.num_processes)
             while size and device.type == "cuda" and not _smallest(accelerator, int(probe.bytes_of(size) is not None)):
                 size = _choice(task, settings, records, size * 4 // 5, accelerator.num_processes)
     finally:
+        if probe.distillation is not None:
+            probe.distillation.remove()
         del probe
         model.zero_grad(set_to_none=True)
         model.load_state_dict(state)
@@ -102,13 +113,21 @@ class _Probe:
     """Takes steps on batches of real records, and says how much memory they take."""
 
     def __init__(
-        self, accelerator: Accelerator, task: Task[Any], settings: RunSettings, model: nn.Module, loader: Any
+        self,
+        accelerator: Accelerator,
+        task: Task[Any],
+        settings: RunSettings,
+        model: nn.Module,
+        loader: Any,
+        taught: bool,
     ) -> None:
         self._accelerator, self._task, self._settings = accelerator, task, settings
         self._model, self._loader = model, loader
         self._optimizer = task.optimizer(model, settings)
         for group in self._optimizer.param_groups:
             group["lr"] = 0.0
+        # Whatever its weights are: a step takes as much memory.
+        self.distillation = distill(model, copy.deepcopy(model)) if taught else None
         self._items: list[Any] = []
 
     def growth(self) -> tuple[int, int]:
@@ -155,6 +174,8 @@ class _Probe:
     def _train(self, batch: Mapping[str, Any], step: bool) -> None:
         with autocast(self._accelerator, self._settings):
             loss: Tensor = self._task.loss(self._model, to_device(batch, self._accelerator.device), self._settings, 0.0)
+            if self.distillation is not None:
+                loss = loss + self.distillation.loss()
         loss.backward()
         if step:
             self._optimizer.step()
@@ -169,10 +190,11 @@ class _Probe:
         return without_notes(cast(dict[str, Any], self._loader.collate_fn(items)))
 
 
-def _copies(accelerator: Accelerator, settings: RunSettings, model: nn.Module) -> int:
+def _copies(accelerator: Accelerator, settings: RunSettings, model: nn.Module, taught: bool) -> int:
     """Return the bytes of what will lie beside the model: its average, its dense copy, buckets of gradients."""
     weights = sum(int(parameter.nbytes) for parameter in model.parameters())
-    there = (settings.ema_decay is not None, accelerator.device.type == "cpu", accelerator.num_processes > 1)
+    dense = accelerator.device.type == "cpu" or taught
+    there = (settings.ema_decay is not None, dense, accelerator.num_processes > 1)
     return weights * sum(map(bool, there))
 
 

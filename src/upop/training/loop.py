@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from upop.errors import CheckpointError, SettingError, TrainingError
-from upop.pruning import Pruner
+from upop.pruning import Distillation, Pruner, distill
 from upop.settings import RunSettings
 from upop.training.bad_images import readable
 from upop.training.devices import autocast
@@ -97,6 +97,7 @@ class Loop:
         self.progress = RunProgress(0, main=False)
         self._place = _Place()
         self._phases: list[str] = []  # that have ended
+        self._distillation: Distillation | None = None
         self._resumed = resumed
         self.notes: dict[str, Any] = {}
         self._saved_at = time.monotonic()
@@ -137,6 +138,7 @@ class Loop:
         pruner: Pruner | None = None,
         after_epoch: Callable[[nn.Module, dict[str, float]], None] | None = None,
         average: ModelEmaV3 | None = None,
+        teacher: nn.Module | None = None,
     ) -> None:
         """Train `model` for `epochs`, with evaluation after each; of a resumed run, what is left of that.
 
@@ -145,9 +147,11 @@ class Loop:
             phase: name for logs: "train", "search" or "retrain".
             epochs: how many; 0 does nothing.
             schedule: learning rate by optimizer step of this phase.
-            pruner: in the search, steps along with the optimizer.
+            pruner: in the search, steps along with the optimizer until it has finished; the rest of the epoch trains
+                under the final masks.
             after_epoch: is given the model and the metrics of every epoch's evaluation; then the average and its own.
             average: follows the weights, step by step. Outside the search, where it carries no masks, it is evaluated.
+            teacher: the dense model, if the settings have a weight for the distance of the features from its own.
 
         Raises:
             TrainingError: too many steps in a row had a loss or gradients that are not finite.
@@ -166,6 +170,9 @@ class Loop:
             wrapped, optimizer = self._accelerator.prepare(model, own)
         else:
             wrapped, optimizer = sharding.module, self._accelerator.prepare(own)
+        if teacher is not None:
+            taught = model if sharding is None else sharding.module
+            self._distillation = distill(taught, teacher, features=self._settings.teaching)
         if resumed is not None:
             load_whole_optimizer_state(own, resumed["optimizer"])
         else:
@@ -189,6 +196,9 @@ class Loop:
             place.epoch, place.batch = place.epoch + 1, 0
             place.epochs += 1
             save()
+        if self._distillation is not None:
+            self._distillation.remove()
+            self._distillation = None
         if sharding is not None:
             sharding.finish()
         self._phases.append(phase)
@@ -219,6 +229,8 @@ class Loop:
                         group["lr"] = rate
                     with autocast(self._accelerator, settings):
                         loss = self._task.loss(model, batch, settings, place.epoch + place.batch / len(self._train))
+                    if self._distillation is not None:
+                        loss = loss + self._distillation.loss()
                     self._accelerator.backward(loss)
                     losses.append(loss.detach())
                     if self._accelerator.sync_gradients:
@@ -283,6 +295,7 @@ class Loop:
     def _step(self, model: nn.Module, optimizer: Any, loss: Tensor, pruner: Pruner | None) -> tuple[Tensor, bool, bool]:
         """Take a step if it is finite; return the mean loss, whether a checkpoint is due, and the run is to end."""
         place = self._place
+        searching = None if pruner is None or pruner.finished else pruner
         parameters = list(model.parameters())
         if self._sharded:
             average_unsharded(model)
@@ -294,16 +307,16 @@ class Loop:
         finite, due, asked = torch.isfinite(norm) & torch.isfinite(votes[0]), votes[1] > 0, votes[2] > 0
         if bool(finite):
             place.bad_in_a_row = 0
-            if pruner is not None:
-                pruner.step()
+            if searching is not None:
+                searching.step()
             if self._settings.clip_grad is not None:
                 clip(parameters, self._settings.clip_grad, norm)
             optimizer.step()
             return votes[0], bool(due), bool(asked)
         place.bad_steps += 1
         place.bad_in_a_row += 1
-        if pruner is not None:
-            pruner.skip()
+        if searching is not None:
+            searching.skip()
         self.progress.say(f"[yellow]step {place.steps}: loss or gradients are not finite; the step is skipped[/yellow]")
         if place.bad_in_a_row >= self._settings.max_bad_steps:
             raise TrainingError(

@@ -44,10 +44,14 @@ class Preemption:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Give the signal back."""
+        """Give the signal back; what a library made of a `PreemptedError` that went through it becomes one again."""
         _doing.fill_(_ENDED)
         if self._before is not None:
             signal.signal(signal.SIGTERM, self._before)
+        if self.asked and isinstance(error, Exception) and not isinstance(error, PreemptedError):
+            inner = error.__cause__ or error.__context__
+            if isinstance(inner, PreemptedError):
+                raise inner from error
 
     @contextmanager
     def deferred(self) -> Iterator[None]:

@@ -1,14 +1,48 @@
-"""Learning rates by optimizer step."""
+"""How a compression shares out its steps, and learning rates by optimizer step."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from upop.settings import RunSettings
 
 Schedule = Callable[[int], float]
 _POWER = 0.9  # of the published polynomial schedule
+_WARMUP = 0.05
+"""Share of all steps in which the rate climbs, where search and retraining have one schedule."""
+_FEWEST = 16
+"""Steps of a search; with fewer, the scores say too little. Short runs give it a third of all steps instead."""
+
+
+@dataclass(frozen=True)
+class Phases:
+    """How a compression shares out its steps.
+
+    Attributes:
+        search_steps: in which masks move; what is left of the last epoch of the search trains under the final ones.
+        search: epochs before the cut.
+        retrain: epochs after it.
+    """
+
+    search_steps: int
+    search: int
+    retrain: int
+
+
+def phases(settings: RunSettings, steps_per_epoch: int) -> Phases:
+    """Return the phases of a compression; they take equally many epochs in all, whatever the method."""
+    epochs = settings.search_epochs + settings.max_epoch
+    if settings.method == "magnitude":
+        return Phases(0, 0, epochs)
+    if settings.method == "reference":
+        return Phases(settings.search_epochs * steps_per_epoch, settings.search_epochs, settings.max_epoch)
+    total = epochs * steps_per_epoch
+    steps = max(round(settings.search_share * total), min(_FEWEST, total // 3), 1)
+    steps = min(steps, total - steps_per_epoch)  # one epoch at least is left to retrain
+    searched = math.ceil(steps / steps_per_epoch)
+    return Phases(steps, searched, epochs - searched)
 
 
 def first_rate(settings: RunSettings, records: int) -> float:
@@ -16,24 +50,42 @@ def first_rate(settings: RunSettings, records: int) -> float:
     return settings.init_lr if settings.lr_batch is None else settings.init_lr * records / settings.lr_batch
 
 
-def constant(settings: RunSettings, highest: float) -> Schedule:
-    """Return the search's schedule: the same rate throughout, `search_lr`, or else `highest`."""
-    rate = highest if settings.search_lr is None else settings.search_lr
-    return lambda _step: rate
+def compression_rates(settings: RunSettings, highest: float, steps_per_epoch: int) -> tuple[Schedule, Schedule]:
+    """Return the schedules of search and retraining.
+
+    The published recipe searches at a constant rate, and lets that of retraining fall; other methods have one schedule
+    over both, which warms up and falls once.
+    """
+    planned = phases(settings, steps_per_epoch)
+    if settings.method == "reference":
+        rate = highest if settings.search_lr is None else settings.search_lr
+        return lambda _step: rate, falling(settings, highest, planned.retrain, steps_per_epoch)
+    whole = falling(settings, highest, planned.search + planned.retrain, steps_per_epoch, warmup=_WARMUP)
+    return whole, lambda step: whole(planned.search * steps_per_epoch + step)
 
 
-def falling(settings: RunSettings, highest: float, epochs: int, steps_per_epoch: int) -> Schedule:
-    """Return the schedule from `highest` down to `min_lr` that the settings choose, after a warm-up."""
+def falling(settings: RunSettings, highest: float, epochs: int, steps_per_epoch: int, warmup: float = 0.0) -> Schedule:
+    """Return the schedule from `highest` down to `min_lr` that the settings choose, after a warm-up.
+
+    Args:
+        settings: of the run.
+        highest: learning rate after the warm-up.
+        epochs: that it spans.
+        steps_per_epoch: optimizer steps.
+        warmup: share of all steps that warm up, where the settings do not say how many.
+    """
     by_epoch = settings.schedule == "epoch"
     total = epochs if by_epoch else epochs * steps_per_epoch
     lowest = min(settings.min_lr, highest)
-    warmup = settings.warmup_steps + settings.warmup_epochs * steps_per_epoch
+    warm = (settings.warmup_steps or 0) + settings.warmup_epochs * steps_per_epoch
+    if settings.warmup_steps is None and not settings.warmup_epochs:
+        warm = round(warmup * epochs * steps_per_epoch)
 
     def rate(step: int) -> float:
         place = (step // steps_per_epoch if by_epoch else step) / total
         polynomial = settings.schedule == "polynomial"
         share = (1 - place) ** _POWER if polynomial else (1 + math.cos(math.pi * place)) / 2
         value = lowest + (highest - lowest) * share
-        return value * min(1.0, (step + 1) / warmup) if warmup else value
+        return value * min(1.0, (step + 1) / warm) if warm else value
 
     return rate

@@ -111,13 +111,13 @@ class Attention:
         self.makers = [join(name, maker) for maker in row.makers]
         self.output, own_output = self._output()
         self.separate_bias = [part for part in BIASES if isinstance(self._used(part), Tensor)]
-        sources = {*row.makers, *self.separate_bias}
+        sources = frozenset((*row.makers, *self.separate_bias))
         self.trace = trace(methods, sources, own_output)
         if own_output is not None and not self.trace.reached:
             raise NotPrunableError(f"what becomes of its heads before {own_output} cannot be followed")
         if any(_SHARED.search(each) for each in self.source.names):
             raise NotPrunableError("it shares keys and values with other layers")
-        self.swap = self._swap(frozenset(sources), own_output)
+        self.swap = self._swap(sources, own_output)
         self.normed = self.tabled = self.per_head = False
         self.head_tables: list[str] = []
         self._norm_sizes: dict[str, int] = {}
@@ -161,9 +161,9 @@ class Attention:
         if around is None or inside is None:
             return False
         place = len(inside["forward"].args.args) - 1
-        given = trace(around, {own}, holder.rpartition(".")[2])
+        given = trace(around, frozenset((own,)), holder.rpartition(".")[2])
         return _is_plain(given) and any(
-            _is_plain(trace(inside, set(), leaf, [Level.NOTHING] * before + [Level.PROJECTION]))
+            _is_plain(trace(inside, frozenset(), leaf, (*[Level.NOTHING] * before, Level.PROJECTION)))
             for before in range(max(1, place))
         )
 

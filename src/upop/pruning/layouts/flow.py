@@ -16,7 +16,7 @@ from torch import nn
 
 from upop.pruning.layouts.elements import FUNCTIONS, METHODS, element_function, is_neutral
 from upop.pruning.layouts.reading import forward_of, is_projection
-from upop.pruning.layouts.source import attribute_of_self, live_methods
+from upop.pruning.layouts.source import attribute_of_self, live_methods, text_of
 
 # A projection, and which half of its outputs; None for all of them.
 Part = tuple[str, int | None]
@@ -246,7 +246,9 @@ class _Frame:
                 self._visit(child)
 
     def _opaque(self, node: ast.expr) -> None:
-        self._ledger.escape(self._value(node), f"it is used in `{ast.unparse(node)[:60]}`")
+        value = self._value(node)
+        if value is not None:
+            self._ledger.escape(value, f"it is used in `{text_of(node)[:60]}`")
 
     def _value(self, node: ast.expr | None) -> _Value:
         if node is None:
@@ -266,7 +268,7 @@ class _Frame:
             place = node.slice.value
             if isinstance(several, tuple) and isinstance(place, int) and -len(several) <= place < len(several):
                 return several[place]  # type: ignore[no-any-return]
-            self._ledger.escape(several, f"it is used in `{ast.unparse(node)[:60]}`")
+            self._ledger.escape(several, f"it is used in `{text_of(node)[:60]}`")
             return None
         self._visit(node)
         return None
@@ -296,7 +298,7 @@ class _Frame:
                 if isinstance(value, Hidden) and self._is_number(other):
                     return value
             return _product(first, second, self._ledger)
-        self._ledger.escape((first, second), f"it is used in `{ast.unparse(left)[:40]} ... {ast.unparse(right)[:40]}`")
+        self._ledger.escape((first, second), f"it is used in `{text_of(left)[:40]} ... {text_of(right)[:40]}`")
         return None
 
     def _is_number(self, node: ast.expr) -> bool:
@@ -309,7 +311,7 @@ class _Frame:
         name = attribute_of_self(node.func)
         if name is not None:
             return self._own(name, node)
-        function = ast.unparse(node.func)
+        function = text_of(node.func)
         if function in ("isinstance", "hasattr", "len"):
             return None
         root, _, last = function.rpartition(".")
@@ -349,7 +351,7 @@ class _Frame:
             return value
         if name in FUNCTIONS and not node.args:
             return _activated(value, FUNCTIONS[name], self._ledger)
-        self._ledger.escape(value, f"it is used in `{ast.unparse(node)[:60]}`")
+        self._ledger.escape(value, f"it is used in `{text_of(node)[:60]}`")
         return None
 
     def _spans_zero(self, node: ast.Call) -> bool:
@@ -373,23 +375,23 @@ class _Frame:
 
     def _halves(self, value: _Value, arguments: list[ast.expr], node: ast.Call) -> _Value:
         whole = isinstance(value, Hidden) and len(value.parts) == 1 and value.linear
-        if isinstance(value, Hidden) and whole and arguments and ast.unparse(arguments[0]) == "2" and self._last(node):
+        if isinstance(value, Hidden) and whole and arguments and text_of(arguments[0]) == "2" and self._last(node):
             ((name, half),) = value.parts
             if half is None:
                 parts = [frozenset({(name, half)}) for half in (0, 1)]
                 return tuple(Hidden(part, part) for part in parts)
-        self._ledger.escape(value, f"it is used in `{ast.unparse(node)[:60]}`")
+        self._ledger.escape(value, f"it is used in `{text_of(node)[:60]}`")
         return None
 
     def _last(self, node: ast.Call) -> bool:
         """Whether a chunk is along the axis that the projection made: the last one, or channels."""
         given = [keyword.value for keyword in node.keywords if keyword.arg == "dim"]
-        places = given or node.args[1 + (ast.unparse(node.func).partition(".")[0] in _TORCH) :]
+        places = given or node.args[1 + (text_of(node.func).partition(".")[0] in _TORCH) :]
         if not places:
             return False
         name = attribute_of_self(places[0])
         dim = getattr(self._module, name) if name else None
-        return dim == -1 or ast.unparse(places[0]) == "-1"
+        return dim == -1 or text_of(places[0]) == "-1"
 
     def _own(self, name: str, node: ast.Call) -> _Value:
         """Return what a call of one of the module's own attributes gives."""

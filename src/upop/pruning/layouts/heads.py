@@ -8,10 +8,12 @@ attention makes of them) from scores, and lists everything else that is done to 
 from __future__ import annotations
 
 import ast
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
+from functools import cache
 
-from upop.pruning.layouts.source import attribute_of_self, called
+from upop.pruning.layouts.source import Methods, attribute_of_self, called, text_of
 
 
 class Level(IntEnum):
@@ -53,7 +55,7 @@ class Touch:
 
 @dataclass
 class Trace:
-    """Everything that a forward does to heads and dimensions.
+    """Everything that a forward does to heads and dimensions; kept and handed out again, so never changed by readers.
 
     Attributes:
         touches: in the order of the source.
@@ -68,9 +70,8 @@ class Trace:
     reached: bool = False
 
 
-def trace(
-    methods: dict[str, ast.FunctionDef], makers: set[str], output: str | None, given: list[Level] | None = None
-) -> Trace:
+@cache
+def trace(methods: Methods, makers: frozenset[str], output: str | None, given: tuple[Level, ...] = ()) -> Trace:
     """Follow what `makers` make through `methods`, until `output` consumes it.
 
     Args:
@@ -85,7 +86,7 @@ def trace(
         name.id for node in calls for given in node.args[:1] for name in ast.walk(given) if isinstance(name, ast.Name)
     }
     found = Trace()
-    _Follower(methods, makers, output, inputs, found).method("forward", given or [], {})
+    _Follower(methods, makers, output, inputs, found).method("forward", given, {})
     return found
 
 
@@ -94,8 +95,8 @@ class _Follower:
 
     def __init__(
         self,
-        methods: dict[str, ast.FunctionDef],
-        makers: set[str],
+        methods: Methods,
+        makers: frozenset[str],
         output: str | None,
         inputs: set[str],
         found: Trace,
@@ -109,7 +110,7 @@ class _Follower:
         self._returned: list[tuple[Level, ...]] = []
         self._several: tuple[Level, ...] = ()  # of the values that the last method returned
 
-    def method(self, name: str, given: list[Level], named: dict[str, Level]) -> Level:
+    def method(self, name: str, given: Sequence[Level], named: dict[str, Level]) -> Level:
         """Follow a method with its arguments at the given levels; return the level of what it returns."""
         function = self._methods[name]
         places = [argument.arg for argument in [*function.args.posonlyargs, *function.args.args]]
@@ -196,7 +197,7 @@ class _Follower:
         """Whether an expression is the width of the input: a name for it, or its shape at the last place."""
         if isinstance(node, ast.Name):
             return node.id in self._widths
-        text = ast.unparse(node) if isinstance(node, ast.Subscript | ast.Call) else ""
+        text = text_of(node) if isinstance(node, ast.Subscript | ast.Call) else ""
         root, _, rest = text.partition(".")
         return root in self._inputs and rest in _LAST and self._levels.get(root, Level.NOTHING) == Level.NOTHING
 
@@ -208,7 +209,7 @@ class _Follower:
                 self._levels[node.id] = level
 
     def _touch(self, what: str, node: ast.AST, level: Level, name: str | None = None) -> None:
-        text = ast.unparse(node)
+        text = text_of(node)
         self._found.touches.append(Touch(what, name or text[:60], level, text))
 
     def _visit(self, node: ast.AST) -> Level:
@@ -272,9 +273,9 @@ class _Follower:
             return Level.PROJECTION
         other = node.right if left == Level.PROJECTION else node.left
         if isinstance(node.op, ast.Add | ast.Sub):
-            self._touch("sum", node, Level.PROJECTION, ast.unparse(other))
+            self._touch("sum", node, Level.PROJECTION, text_of(other))
         elif not isinstance(other, ast.Constant):
-            self._touch("product", node, Level.PROJECTION, ast.unparse(other))
+            self._touch("product", node, Level.PROJECTION, text_of(other))
         return Level.PROJECTION
 
     def _subscript(self, node: ast.Subscript) -> Level:
@@ -288,7 +289,7 @@ class _Follower:
                 not whole and any(isinstance(part, ast.Constant) and part.value is ... for part in node.slice.elts)
             ) or (not whole and len(node.slice.elts) > 3):
                 self._touch("pick", node, level)
-            if ast.unparse(node.slice.elts[1]) not in (":", "None") and "..." not in ast.unparse(node.slice.elts[0]):
+            if text_of(node.slice.elts[1]) not in (":", "None") and "..." not in text_of(node.slice.elts[0]):
                 self._touch("take", node, level)
         return level
 
@@ -310,7 +311,7 @@ class _Follower:
         own = attribute_of_self(node.func)
         if own is not None:
             return self._own(own, node)
-        name = called(node) or ast.unparse(node.func)[:60]
+        name = called(node) or text_of(node.func)[:60]
         batches = [keyword.value for keyword in node.keywords if keyword.arg in ("batch1", "batch2")]
         if len(batches) == 2:
             return self._matrix(*batches)
@@ -370,7 +371,7 @@ class _Follower:
 
 def _turns(name: str, node: ast.Call) -> bool:
     """Whether a call makes another axis than the last one the last."""
-    arguments = [ast.unparse(argument) for argument in node.args]
+    arguments = [text_of(argument) for argument in node.args]
     if name in (".transpose", "torch.transpose", ".swapaxes"):
         return bool({"-1", "3", "4"} & set(arguments))
     if name == ".permute":

@@ -47,9 +47,9 @@ class Source:
 
 
 @cache
-def methods_of(kind: type) -> dict[str, ast.FunctionDef] | None:
+def methods_of(kind: type) -> Methods | None:
     """Return `forward` and every method that it reaches through `self`, parsed; None if the source is not there."""
-    found: dict[str, ast.FunctionDef] = {}
+    found = Methods()
     waiting = ["forward"]
     while waiting:
         name = waiting.pop()
@@ -87,6 +87,24 @@ def _parse(function: object) -> ast.FunctionDef | None:
     return tree if isinstance(tree, ast.FunctionDef) else None
 
 
+class Methods(dict[str, ast.FunctionDef]):
+    """The methods of a class by name, parsed and never changed: equal to nothing but itself, so that caches take it."""
+
+    __hash__ = object.__hash__  # type: ignore[assignment]
+
+    def __eq__(self, other: object) -> bool:
+        """Whether it is this very one."""
+        return self is other
+
+
+def text_of(node: ast.AST) -> str:
+    """Return the source text of a part of a method, which is asked for again and again, and so kept with the node."""
+    kept: str | None = node.__dict__.get("_text")
+    if kept is None:
+        node.__dict__["_text"] = kept = ast.unparse(node)
+    return kept
+
+
 def attribute_of_self(node: ast.AST, owner: str = "self") -> str | None:
     """Return X for `self.X`, and "super.X" for `super().X`."""
     if isinstance(node, ast.Attribute):
@@ -107,7 +125,10 @@ class _Living(ast.NodeTransformer):
 
     def method(self, function: ast.FunctionDef) -> ast.FunctionDef:
         """Return a copy of the method without its dead branches."""
-        living = self.visit(copy.deepcopy(function))
+        living = copy.deepcopy(function)
+        for node in ast.walk(living):
+            node.__dict__.pop("_text", None)  # which may be another one then
+        living = self.visit(living)
         self._absent = _always_none(living)
         living = self.visit(living) if self._absent else living
         self._absent = set()
@@ -168,7 +189,7 @@ def _always_none(function: ast.FunctionDef) -> set[str]:
     }
 
 
-def live_methods(module: nn.Module) -> dict[str, ast.FunctionDef] | None:
+def live_methods(module: nn.Module) -> Methods | None:
     """Return the methods of `methods_of`, without the branches that this module never takes."""
     kind = true_class(module)
     return _live_methods(kind, _states(module, kind))
@@ -195,7 +216,7 @@ def _tested(kind: type) -> tuple[str, ...]:
 
 
 @cache
-def _live_methods(kind: type, states: tuple[tuple[str, bool | None], ...]) -> dict[str, ast.FunctionDef] | None:
+def _live_methods(kind: type, states: tuple[tuple[str, bool | None], ...]) -> Methods | None:
     methods = methods_of(kind)
     if methods is None:
         return None
@@ -209,7 +230,7 @@ def _live_methods(kind: type, states: tuple[tuple[str, bool | None], ...]) -> di
             if name in found and name not in reached:
                 reached.add(name)
                 waiting.append(name)
-    return {name: method for name, method in found.items() if name in reached}
+    return Methods({name: method for name, method in found.items() if name in reached})
 
 
 def source_of(module: nn.Module) -> Source | None:
@@ -266,7 +287,7 @@ def called(node: ast.Call) -> str | None:
     if isinstance(node.func, ast.Name):
         return node.func.id
     if isinstance(node.func, ast.Attribute):
-        text = ast.unparse(node.func)
+        text = text_of(node.func)
         root = text.partition(".")[0]
         return text if root in ("torch", "nn", "F", "math") and "(" not in text else f".{node.func.attr}"
     return None
@@ -285,9 +306,9 @@ def _identifiers(nodes: list[ast.AST]) -> Iterator[str]:
 def _shapes(nodes: list[ast.AST]) -> Iterator[tuple[str, ...]]:
     for node in nodes:
         if isinstance(node, ast.Tuple | ast.List) and isinstance(node.ctx, ast.Load):
-            yield tuple(ast.unparse(part) for part in node.elts)
+            yield tuple(text_of(part) for part in node.elts)
         elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in _SHAPING:
-            yield (f".{node.func.attr}", *(ast.unparse(part) for part in [*node.args, *node.keywords]))
+            yield (f".{node.func.attr}", *(text_of(part) for part in [*node.args, *node.keywords]))
 
 
 def _lines(forward: ast.FunctionDef) -> dict[str, list[int]]:
@@ -302,14 +323,14 @@ def _lines(forward: ast.FunctionDef) -> dict[str, list[int]]:
 
 def _square_roots(nodes: list[ast.AST]) -> Iterator[str]:
     for node in nodes:
-        if isinstance(node, ast.Call) and ast.unparse(node.func).rpartition(".")[2] in ("sqrt", "rsqrt"):
-            yield ast.unparse(node)
-        elif isinstance(node, ast.BinOp) and isinstance(node.op, ast.Pow) and "0.5" in ast.unparse(node.right):
-            yield ast.unparse(node.left)
+        if isinstance(node, ast.Call) and text_of(node.func).rpartition(".")[2] in ("sqrt", "rsqrt"):
+            yield text_of(node)
+        elif isinstance(node, ast.BinOp) and isinstance(node.op, ast.Pow) and "0.5" in text_of(node.right):
+            yield text_of(node.left)
 
 
 def _is_unscaled(node: ast.Call) -> bool:
-    name = ast.unparse(node.func).rpartition(".")[2]
+    name = text_of(node.func).rpartition(".")[2]
     given = {keyword.arg for keyword in node.keywords}
     if name == "scaled_dot_product_attention":
         return "scale" not in given

@@ -35,7 +35,7 @@ def without_input_width(kind: type, makers: frozenset[str], output: str | None, 
     if methods is None:
         return None
     methods = copy.deepcopy(methods)
-    found = trace(methods, set(makers), output)
+    found = trace(methods, makers, output)
     meant = {id(node) for node in found.widths}
     of_parents = [method for name, method in methods.items() if name.startswith("super.")]
     if found.strays or any(id(node) in meant for method in of_parents for node in ast.walk(method)):

@@ -1,0 +1,398 @@
+"""Distillation: the dense model teaches the one that is searched or retrained.
+
+The width of the residual stream is never pruned, so what the norms on it give can be compared in the dense and in the
+compressed model, layer by layer, whatever the model is called and whatever its loss is.
+"""
+
+from __future__ import annotations
+
+import inspect
+import weakref
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from upop.pruning.errors import LayoutError, SettingError, StepError, some_of
+from upop.pruning.layouts import find_units
+from upop.pruning.masks import unwrapped
+from upop.pruning.units import tensor_of
+
+_FLOOR = 1e-6
+"""Least mean square that a difference is divided by."""
+
+
+def distill(
+    model: nn.Module, teacher: nn.Module, *, features: float = 5.0, logits: float = 0.0, temperature: float = 2.0
+) -> Distillation:
+    """Have `teacher` see every batch that `model` is trained on, and say how far `model` is from it.
+
+        teacher = copy.deepcopy(model)                   # the dense model, before the Pruner
+        distill = upop.distill(model, teacher)
+        loss = task_loss(model(x), y) + distill.loss()   # in the search and in the training after it
+
+    It helps most where training is short and data few; where the loss says enough by itself it may add nothing. It
+    costs one forward pass of the dense model at every step, about half again the time of a step, and the memory of its
+    weights, but none for gradients or an optimizer.
+
+    What is compared are the outputs of the norms on the residual stream: of all of them that the loss depends on, by
+    mean square, sample by sample, as a share of the teacher's. The teacher runs after each forward pass of `model` that
+    is made in training mode with gradients, so evaluation costs nothing; on the same arguments and under the same
+    autocast, in evaluation mode. Random numbers are drawn as without it. Tokens are left out that an argument named
+    `...mask` leaves out (whole numbers or bool, [B, T], the only one of the features' shape); padding that is not known
+    in this way is compared too.
+
+    Args:
+        model: a timm, transformers or upop model, before, during or after the search; wrappers of DDP and
+            torch.compile are looked through (compile it after this). The same object goes on after `shrink`; a copy
+            of it, as `upop.gather` makes, needs a `distill` of its own. It must be called as a module (`model(...)`);
+            other methods, and DataParallel's copies, are not seen.
+        teacher: the dense model: of the same architecture, with weights of its own. It is frozen, put into evaluation
+            mode, and moved to the model's device when it runs; it is no part of the model, of its parameters or files.
+        features: weight of the mean difference of the norms' outputs.
+        logits: weight of the Kullback-Leibler divergence of the model's logits from the teacher's, times the squared
+            temperature. The model returns them as a tensor, or as `.logits`; classes lie along the last axis, or along
+            axis 1 of maps [B, classes, H, W].
+        temperature: what logits are divided by.
+
+    Raises:
+        SettingError: a weight or the temperature is out of range, or the teacher shares weights with the model.
+        LayoutError: the teacher is of another architecture, or has no norms on its residual stream.
+    """
+    return Distillation(model, teacher, features=features, logits=logits, temperature=temperature)
+
+
+class Distillation:
+    """What `distill` returns: it holds the teacher, and hooks on the model.
+
+    Attributes:
+        teacher: the dense model.
+        norms: names of the modules whose outputs are compared.
+    """
+
+    def __init__(
+        self, model: nn.Module, teacher: nn.Module, *, features: float, logits: float, temperature: float
+    ) -> None:
+        if not (features >= 0 and logits >= 0 and features + logits > 0):
+            raise SettingError(
+                f"features and logits are weights of at least 0, one of them above it; found {features!r} and "
+                f"{logits!r}. Leave them out for features alone."
+            )
+        if not temperature > 0:
+            raise SettingError(f"temperature must be above 0; found {temperature!r}.")
+        self._model, self.teacher = unwrapped(model), unwrapped(teacher)
+        _refuse_shared_weights(self._model, self.teacher)
+        self._features, self._logits, self._temperature = features, logits, temperature
+        self.norms: tuple[str, ...] = tuple(_residual_norms(self.teacher))
+        _refuse_other_architecture(self._model, self.teacher, self.norms)
+        self.teacher.eval().requires_grad_(False)
+        self._running = self._teaching = False
+        self._precision: tuple[str, torch.dtype] | None = None  # device and dtype of the model's autocast
+        self._seen: dict[str, list[Tensor | None]] = {}  # by norm, the model's outputs in one forward pass
+        self._found: dict[str, list[Tensor | None]] = {}  # by norm, how far they are from the teacher's
+        self._masks: list[Tensor] = []  # arguments of the forward pass that may say what is padding
+        self._pending: dict[int, Tensor] = {}  # losses of forward passes since the last loss()
+        self._passes = 0
+        self._told: str | None = None  # why the last forward pass had nothing to compare
+        self._handles = [
+            self._model.register_forward_pre_hook(_Hook(self, "_begin"), with_kwargs=True),
+            self._model.register_forward_hook(_Hook(self, "_teach"), with_kwargs=True),
+        ]
+        for name in self.norms:
+            for owner, method in ((self._model, "_see"), (self.teacher, "_compare")):
+                hook = _Hook(self, method, name)
+                self._handles.append(owner.get_submodule(name).register_forward_hook(hook))
+
+    def loss(self) -> Tensor:
+        """Return how far the model is from its teacher, a scalar: the mean over its forward passes since the last call.
+
+        Call it after the forward pass (or all of them, where a loss takes several) and before `backward()`. A pass
+        whose backward pass has run already no longer counts.
+
+        Raises:
+            StepError: there was no forward pass in training mode with gradients, or nothing in it can be compared.
+        """
+        if not self._handles:
+            raise StepError("The teacher was taken off by remove(); make a new one with upop.distill.")
+        if not self._pending:
+            raise StepError(
+                self._told
+                or "loss() found no forward pass of the model in training mode with gradients since the last call. "
+                "Call model.train() and model(...) first, and loss() before backward(), once per step."
+            )
+        passes = list(self._pending.values())
+        self._pending.clear()
+        return torch.stack(passes).mean()
+
+    def remove(self) -> None:
+        """Take all hooks off the model and the teacher; nothing is left of them."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._pending.clear()
+        self._forget()
+
+    # Where the model is compiled, what `_see` does is traced with it, and the rest stays outside.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        del args, kwargs
+        if module is self._model:
+            self._forget()
+            self._running = module.training and torch.is_grad_enabled()
+
+    def _see(self, name: str, output: Any) -> None:
+        """Keep what a norm of the model gives, if the loss can depend on it."""
+        # Recomputing for a backward pass happens outside of the forward pass, and is not seen again.
+        if not self._running or not isinstance(output, Tensor):
+            return
+        self._seen.setdefault(name, []).append(output if output.requires_grad else None)
+        kind = output.device.type
+        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+            self._precision = kind, torch.get_autocast_dtype(kind)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _teach(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """Run the teacher on what the model was given, and keep the loss of this pass."""
+        if module is not self._model or not self._running:
+            return
+        self._running = False
+        device = next(module.parameters()).device
+        if next(self.teacher.parameters()).device != device:
+            self.teacher.to(device)
+        args, kwargs = self._repeated(args, kwargs)
+        self._masks = [value for key, value in _named(self.teacher, args, kwargs) if _may_mask(key, value)]
+        self._teaching = True
+        try:
+            with torch.no_grad(), _random_numbers_kept(device), _autocast(device, self._precision):
+                taught = self.teacher(*args, **kwargs)
+            self._keep(output, taught)
+        finally:
+            self._forget()
+
+    def _compare(self, name: str, output: Any) -> None:
+        """Compare what a norm of the teacher gives with what the model's gave at the same call."""
+        if not self._teaching or not self._features or not isinstance(output, Tensor):
+            return
+        calls, seen = self._found.setdefault(name, []), self._seen.get(name, [])
+        own = seen[len(calls)] if len(calls) < len(seen) else None
+        if own is None or own.shape != output.shape:
+            calls.append(None)
+            return
+        with torch.enable_grad():
+            calls.append(_difference(own, output.detach(), self._mask(own.shape[:-1])))
+
+    def _keep(self, output: Any, taught: Any) -> None:
+        # Where a norm was called another number of times, it is not known which calls belong together.
+        same = [name for name, calls in self._found.items() if len(calls) == len(self._seen.get(name, []))]
+        terms = [term for name in same for term in self._found[name] if term is not None]
+        parts = []
+        self._told = None
+        if self._features and terms:
+            parts.append(self._features * torch.stack(terms).mean())
+        elif self._features:
+            self._told = (
+                "The teacher has nothing to compare: none of the norms on the residual stream gave outputs of the same "
+                "shape in both models, with gradients. Is anything trained, and the teacher of the same architecture? "
+                "Else compare logits alone (features=0, logits=1)."
+            )
+        if self._logits:
+            own, aim = _logits_of(output), _logits_of(taught)
+            if own is None or aim is None or own.shape != aim.shape or not own.requires_grad:
+                self._told = (
+                    f"logits={self._logits:g} was asked for, and {type(self._model).__name__} returns "
+                    f"{type(output).__name__}, not logits with gradients that the teacher gives too. Use logits=0."
+                )
+            else:
+                mask = self._mask(own.shape[:-1])
+                parts.append(self._logits * _divergence(own, aim.detach(), self._temperature, mask))
+        if self._told or not parts:
+            return
+        self._passes += 1
+        number = self._passes
+        # By the number and weakly, since the loss holds the graph that holds the hook.
+        held = weakref.ref(self)
+        loss = torch.stack(parts).sum()
+        anchor = next(value for value in self._anchors(output) if value.requires_grad)
+        anchor.register_hook(lambda _: _drop(held(), number))
+        self._pending[number] = loss
+
+    def _anchors(self, output: Any) -> Iterator[Tensor]:
+        """Yield tensors that a backward pass of the model goes through."""
+        for calls in self._seen.values():
+            yield from (value for value in calls if value is not None)
+        if (logits := _logits_of(output)) is not None:
+            yield logits
+
+    def _repeated(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return the arguments with which the teacher computes what the model did, its random choices included."""
+        told = getattr(self._model, "for_teacher", None)
+        changed: Mapping[str, Any] = told() if callable(told) else {}
+        if not changed:
+            return args, kwargs
+        bound = inspect.signature(self.teacher.forward).bind(*args, **kwargs)
+        bound.arguments.update(changed)
+        return bound.args, bound.kwargs
+
+    def _mask(self, shape: torch.Size) -> Tensor | None:
+        """Return which tokens count, of features or logits [B, T, ...]; None if that is not known."""
+        found = [mask for mask in self._masks if mask.shape == shape]
+        return found[0] != 0 if len(found) == 1 else None
+
+    def _forget(self) -> None:
+        """Forget the forward pass."""
+        self._running = self._teaching = False
+        self._seen, self._found, self._masks, self._precision = {}, {}, [], None
+
+
+class _Hook:
+    """A hook that calls a method of its `Distillation`; copied or pickled with a model it does nothing any more."""
+
+    def __init__(self, distillation: Distillation | None = None, method: str = "", name: str | None = None) -> None:
+        self._distillation, self._method, self._name = distillation, method, name
+
+    def __call__(self, module: nn.Module, *given: Any) -> None:
+        if self._distillation is None:
+            return
+        method = getattr(self._distillation, self._method)
+        if self._name is None:
+            method(module, *given)
+        else:
+            method(self._name, given[-1])
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Hook:
+        return _Hook()
+
+    def __reduce__(self) -> tuple[type[_Hook], tuple[()]]:
+        return _Hook, ()
+
+
+def _drop(distillation: Distillation | None, number: int) -> None:
+    if distillation is not None:
+        distillation._pending.pop(number, None)
+
+
+def _residual_norms(teacher: nn.Module) -> Iterator[str]:
+    """Yield the names of norms as wide as what units read and write.
+
+    Raises:
+        LayoutError: there is none.
+    """
+    parts = (part for unit in find_units(teacher) for part in unit.slices)
+    shapes = ((tensor_of(teacher, part.tensor).shape, part.dim) for part in parts)
+    widths = {shape[1 - dim] for shape, dim in shapes if len(shape) == 2}
+    none = True
+    for name, module in teacher.named_modules():
+        if _norm_width(module) in widths:
+            none = False
+            yield name
+    if none:
+        raise LayoutError(
+            f"{type(teacher).__name__} has no layer norms as wide as what its layers pass on, whose outputs could be "
+            "compared. Leave the teacher out."
+        )
+
+
+def _norm_width(module: nn.Module) -> int | None:
+    """Return the width of a layer norm or RMS norm, whichever library it is of."""
+    if any(True for _ in module.children()) or "norm" not in type(module).__name__.lower():
+        return None
+    if isinstance(module, nn.modules.batchnorm._NormBase | nn.GroupNorm):
+        return None
+    shape = getattr(module, "normalized_shape", None)
+    if shape is None:
+        weight = getattr(module, "weight", None)
+        shape = weight.shape if isinstance(weight, Tensor) else ()
+    shape = (shape,) if isinstance(shape, int) else tuple(shape)
+    return int(shape[0]) if len(shape) == 1 else None
+
+
+def _refuse_shared_weights(model: nn.Module, teacher: nn.Module) -> None:
+    own = {id(parameter) for parameter in model.parameters()}
+    if any(id(parameter) in own for parameter in teacher.parameters()):
+        raise SettingError(
+            "The teacher shares weights with the model, so it would change with it. Give a copy that is made before "
+            "the model is pruned: teacher = copy.deepcopy(model)."
+        )
+
+
+def _refuse_other_architecture(model: nn.Module, teacher: nn.Module, norms: tuple[str, ...]) -> None:
+    widths = {name: _norm_width(module) for name, module in model.named_modules()}
+    other = [name for name in norms if widths.get(name) != _norm_width(teacher.get_submodule(name))]
+    if other:
+        raise LayoutError(
+            f"The teacher, {type(teacher).__name__}, is of another architecture than the model, "
+            f"{type(model).__name__}: the model has no norm of the same name and width as {some_of(other)}. Give the "
+            "dense model that this one is cut from."
+        )
+
+
+def _difference(own: Tensor, aim: Tensor, mask: Tensor | None) -> Tensor:
+    """Return the mean over samples of the mean square of `own - aim` as a share of that of `aim`.
+
+    It is taken sample by sample, so that it does not depend on how a batch is split over steps or processes.
+
+    Args:
+        own: [B, ..., width], with gradients.
+        aim: the same, without.
+        mask: which tokens count, [B, ...]; None is all of them.
+    """
+    own, aim = _precise(own), _precise(aim)
+    count: Tensor | int = aim[0].numel()
+    apart, size = (own - aim).square(), aim.square()
+    if mask is not None:
+        # Weighed, not picked: picking waits for the device.
+        weight = mask.unsqueeze(-1)
+        apart, size = apart * weight, size * weight
+        count = (weight.flatten(1).sum(1) * aim.shape[-1]).clamp_min(1)
+    return (apart.flatten(1).sum(1) / count / (size.flatten(1).sum(1) / count).clamp_min(_FLOOR)).mean()
+
+
+def _divergence(own: Tensor, aim: Tensor, temperature: float, mask: Tensor | None) -> Tensor:
+    """Return the mean divergence of `own` from `aim` over all places, or those of `mask`, times temperature^2."""
+    axis = 1 if own.dim() == 4 else -1
+    logs, target = (F.log_softmax(_precise(value) / temperature, dim=axis) for value in (own, aim))
+    each = F.kl_div(logs, target, reduction="none", log_target=True).sum(axis)
+    if mask is None:
+        return each.mean() * temperature**2
+    weight = mask.to(each)
+    return (each * weight).sum() / weight.sum().clamp_min(1) * temperature**2
+
+
+def _precise(value: Tensor) -> Tensor:
+    return value if value.dtype == torch.float64 else value.float()
+
+
+def _logits_of(output: Any) -> Tensor | None:
+    """Return the logits among a model's outputs."""
+    found = output if isinstance(output, Tensor) else getattr(output, "logits", None)
+    return found if isinstance(found, Tensor) and found.is_floating_point() and found.dim() > 1 else None
+
+
+def _named(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Yield the arguments of a forward pass by their names."""
+    yield from kwargs.items()
+    if args:
+        yield from zip(inspect.signature(model.forward).parameters, args, strict=False)
+
+
+def _may_mask(name: str, value: Any) -> bool:
+    """Return whether an argument says which tokens are padding."""
+    return name.endswith("mask") and isinstance(value, Tensor) and value.dim() == 2 and not value.is_floating_point()
+
+
+@contextmanager
+def _random_numbers_kept(device: torch.device) -> Iterator[None]:
+    """Put the generators of the CPU and of `device` back to where they were."""
+    with torch.random.fork_rng([device.index or 0] if device.type == "cuda" else []):
+        yield
+
+
+def _autocast(device: torch.device, precision: tuple[str, torch.dtype] | None) -> AbstractContextManager[Any]:
+    """Return the context in which the model ran, which may have been set inside of its own forward."""
+    if precision is not None:
+        return torch.autocast(precision[0], precision[1])
+    known = torch.amp.is_autocast_available(device.type)
+    return torch.autocast(device.type, enabled=False) if known else nullcontext()
