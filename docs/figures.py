@@ -1,4 +1,4 @@
-"""The figures of docs/method.md, from one real search on the demo's small model.
+"""The figures of docs/method.md, from one real search as published (soft masks) on the demo's small model.
 
 Writes docs/figures/*.svg, and docs/figures/figures.json with the numbers that the page tells:
 
@@ -79,7 +79,7 @@ def search(ratio: float, records: int, interval: int, folder: Path) -> Search:
     set_epoch(loader, 0)
     probe = task.inputs(first_records(loader, _PROBED))
     steps = len(loader)
-    pruner = upop.Pruner(model, ratio, steps, interval)
+    pruner = upop.Pruner(model, ratio, steps, interval, progress="soft")
     found = Search(model, pruner, upop.Plan({}, {}), probe, steps)
     optimizer = task.optimizer(model, settings)
     for step, batch in enumerate(loader):

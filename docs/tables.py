@@ -12,9 +12,14 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+
+sys.path.append(str(Path(__file__).parent))
+
+import quality_markdown as quality
 
 import upop
 from upop.settings import RunSettings
@@ -54,16 +59,18 @@ def parameters(digits: int = 2) -> Column:
 GMACS: Column = ("GMACs", lambda row: f"{row['gmacs']:.4f}")
 
 _ORDER = ("dense", "UPop 2x", "magnitude 2x", "UPop 4x", "magnitude 4x")
+_PUBLISHED = ["dense", "reference 2x", "magnitude 2x", "reference 4x", "magnitude 4x"]
+"""What the rows of `_ORDER` are called that were measured when the published search was the default."""
 
 
 def models(file: str, first: str, *columns: Column) -> str:
-    """Return a table of the models in a results file, dense first, then ratio by ratio."""
+    """Return a table of the models of a task, by the published search and by magnitude, dense first."""
     rows = {row["name"]: row for row in read(file)["models"]}
     names = [name for name in _ORDER if name in rows]
     assert len(names) == len(rows), f"{file} has models that the table does not know: {list(rows)}"
     return markdown(
         [first, *(heading for heading, _ in columns)],
-        [[name, *(value(rows[name]) for _, value in columns)] for name in names],
+        [[_PUBLISHED[_ORDER.index(name)], *(value(rows[name]) for _, value in columns)] for name in names],
     )
 
 
@@ -101,7 +108,7 @@ def together() -> str:
         found = {row["name"]: row["metrics"][split][name] for row in read(file)["models"]}
         label = "exact captions" if name == "exact" else name
         rows.append([f"{title}: {label} (%)", *(f"{found[model]:.1f}" for model in _ORDER)])
-    return markdown(["generated data", *_ORDER], rows)
+    return markdown(["generated data", *_PUBLISHED], rows)
 
 
 def search_step() -> str:
@@ -173,6 +180,17 @@ def calibrate_ranking() -> str:
     )
 
 
+def quality_short() -> str:
+    """Return the table of all methods at 4x and 2x, at equal parameters and the middle budget."""
+    return markdown(*quality.short(read("quality_cpu"), ["4x", "2x"]))
+
+
+def quality_whole(cost: str) -> str:
+    """Return a table for every budget and reduction that was measured at equal `cost`, with sizes and times."""
+    found = quality.whole(read("quality_cpu"), cost)
+    return "\n".join(f"**{title}**\n\n{markdown(*shown)}" for title, shown in found) or "Not measured yet.\n"
+
+
 def api() -> str:
     """Return the table of the public names, each with the first sentence of its docstring."""
     rows = []
@@ -209,13 +227,13 @@ def demos() -> str:
     for title, file in (
         ("first dense model", "earlier/demo_first_dense_model"),
         ("today's, Xeon", "earlier/demo_other_machine"),
-        ("today's, AMD EPYC", "demo_cpu"),
+        ("today's, AMD EPYC", "earlier/demo_published_search"),
     ):
         found = {row["name"]: row["metrics"]["test"] for row in read(file)["models"]}
         values = [of["accuracy"] if isinstance(of, dict) else of for of in found.values()]
         assert list(found) == list(_ORDER[:3])
         rows.append([title, *(f"{value:.1f}" for value in values)])
-    return markdown(["test accuracy (%)", *_ORDER[:3]], rows)
+    return markdown(["test accuracy (%)", *_PUBLISHED[:3]], rows)
 
 
 def compiled() -> str:
@@ -330,6 +348,12 @@ TABLES: dict[str, Callable[[], str]] = {
         GMACS,
     ),
     "latency": latency,
+    "quality": quality_short,
+    "quality-params": lambda: quality_whole("params"),
+    "quality-flops": lambda: quality_whole("flops"),
+    "log-quality": lambda: markdown(*quality.levers(read("quality_levers_val_cpu"))),
+    "log-quality-nlvr": lambda: markdown(*quality.levers(read("quality_levers_nlvr_val_cpu"))),
+    "log-quality-sketch": lambda: markdown(*quality.sketch(read("earlier/quality_sketch"))),
     "search-step": search_step,
     "loader": loader,
     "memory": lambda: (RESULTS / "memory.md").read_text(),
