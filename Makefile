@@ -3,19 +3,24 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
+# Modules are compiled by their first import, when all is installed, not all of them by pip: most of torch's are never
+# imported.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo test lint model clean
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install --quiet -e '.[dev]'
+	$(BIN)/pip install --quiet --no-compile -e '.[dev]'
+	$(BIN)/python -c 'import upop.cli.app'
 	touch $@
 
 demo: $(VENV)/installed  ## generate data, compress a small model 2x, show what it kept and lost
 	$(BIN)/upop demo
 
-test: $(VENV)/installed  ## the whole suite, by two processes of one thread each
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+test: $(VENV)/installed  ## the whole suite, by two processes of one thread each, what a file's tests share made once
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(VENV)/installed  ## ruff, and mypy in strict mode
 	$(BIN)/ruff check .

@@ -1,9 +1,17 @@
-"""Shared by all tests: where recorded behaviour lies."""
+"""Shared by all tests: where recorded behaviour lies, and less work for the garbage collector."""
 
 from __future__ import annotations
 
+import gc
 import os
+import runpy
+import sys
+from collections.abc import Callable
 from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
 
 PARITY = Path(os.environ.get("UPOP_PARITY", Path(__file__).parent / "parity" / "data"))
 
@@ -11,3 +19,39 @@ PARITY = Path(os.environ.get("UPOP_PARITY", Path(__file__).parent / "parity" / "
 def parity_sets(task: str) -> list[Path]:
     """Return every recorded set of a task: folders that hold a config.json."""
     return sorted(path.parent for path in PARITY.glob(f"{task}/*/config.json"))
+
+
+@pytest.fixture
+def ended(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
+    """Call a function that ends as a process does; return its exit code and all that it printed."""
+
+    def run(function: Callable[[], object], *words: object) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", [*map(str, words)])
+        with pytest.raises(SystemExit) as stopped:
+            function()
+        printed = capsys.readouterr()
+        code = stopped.value.code
+        return (code if isinstance(code, int) else int(code is not None)), printed.out + printed.err
+
+    return run
+
+
+@pytest.fixture
+def root_script(ended: Callable[..., tuple[int, str]]) -> Callable[..., tuple[int, str]]:
+    """Run a script of the repository's root in this process; return its exit code and all that it printed."""
+
+    def run(name: str, *words: object) -> tuple[int, str]:
+        return ended(lambda: runpy.run_path(str(ROOT / name), run_name="__main__"), name, *words)
+
+    return run
+
+
+def pytest_collection_finish() -> None:
+    """Spare the collector the millions of objects of the libraries, which stay: every full collection walks them."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    """Libraries report objects that nobody collected when the process ends."""
+    gc.unfreeze()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 import runpy
+import sys
 import tomllib
 from pathlib import Path
 from unittest import mock
@@ -101,7 +102,9 @@ def _check_script(script: Path, rest: list[str]) -> None:
         original(parser, rest)
         raise _Parsed
 
-    with mock.patch.object(argparse.ArgumentParser, "parse_args", stop):
+    # Python puts the folder of a script it runs in front of the path.
+    path = [str(script.parent), *sys.path]
+    with mock.patch.object(argparse.ArgumentParser, "parse_args", stop), mock.patch.object(sys, "path", path):
         try:
             runpy.run_path(str(script), run_name="__main__")
         except _Parsed:

@@ -1,11 +1,15 @@
-"""Run a function in several processes that know of each other as under torchrun, without importing anything anew."""
+"""Several processes that know of each other: a function or a script without importing anything anew, or by torchrun."""
 
 from __future__ import annotations
 
 import multiprocessing
 import os
+import runpy
 import socket
-from collections.abc import Callable
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +24,11 @@ def _run(function: Callable[..., None], arguments: tuple[Any, ...], environment:
     function(*arguments)
 
 
+def _run_script(script: str, words: Sequence[str]) -> None:
+    sys.argv = [script, *words]
+    runpy.run_path(script, run_name="__main__")
+
+
 def free_port() -> int:
     """Return a port that nothing listens on."""
     with socket.socket() as free:
@@ -28,20 +37,49 @@ def free_port() -> int:
     return port
 
 
-def run_together(function: Callable[..., None], *arguments: Any, processes: int = 2, seconds: float = 240) -> None:
+def run_together(function: Callable[..., None], *arguments: Any, processes: int = 2, **environment: str) -> None:
     """Call a function of a module with the same arguments in several processes on the CPU; all must succeed."""
-    shared: dict[str, Any] = {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
+    shared: dict[str, Any] = {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes, **environment}
     shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     started = []
     try:
         for rank in range(processes):
-            environment = {**shared, "RANK": rank, "LOCAL_RANK": rank, "OMP_NUM_THREADS": 1, "CUDA_VISIBLE_DEVICES": ""}
-            given = {name: str(value) for name, value in environment.items()}
+            own = {**shared, "RANK": rank, "LOCAL_RANK": rank, "OMP_NUM_THREADS": 1, "CUDA_VISIBLE_DEVICES": ""}
+            given = {name: str(value) for name, value in own.items()}
             started.append(FORKS.Process(target=_run, args=(function, arguments, given)))
             started[-1].start()
         for process in started:
-            process.join(seconds)
+            process.join(300)
             assert process.exitcode == 0
     finally:
         for process in started:
             process.kill()
+
+
+def run_script(script: Path, *words: str | Path, processes: int = 2, **environment: str) -> None:
+    """Run a script as torchrun does, in several processes on the CPU, without a launcher's and their imports."""
+    run_together(
+        _run_script, str(script), [*map(str, words)], processes=processes, TORCHELASTIC_RUN_ID="test", **environment
+    )
+
+
+def torchrun(
+    script: Path, *words: str | Path, how: tuple[str, ...] = ("--standalone", "--nproc_per_node=2"), **environment: str
+) -> subprocess.Popen[str]:
+    """Start a script under torchrun, on the CPU and on a port that is free."""
+    # The launcher of torch 2.14 and later takes --p for an option of its own, unless -- goes before the script.
+    command = [sys.executable, "-m", "torch.distributed.run", *how, "--", str(script), *map(str, words)]
+    # By itself the launcher starts processes again with the addresses of those that died still in its store.
+    fresh = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    together = {**os.environ, **fresh, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **environment}
+    return subprocess.Popen(command, env=together, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def finish(started: subprocess.Popen[str]) -> str:
+    """Wait for a command that must succeed; return what it told."""
+    try:
+        told = started.communicate(timeout=300)[0]
+    finally:
+        started.kill()  # one that hangs; nothing happens to one that has ended
+    assert started.returncode == 0, told
+    return told

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 
 import upop
 from pruning.families import randomise, uneven_plan
+from together import run_script
 from upop.errors import CheckpointError
 
 open_clip = pytest.importorskip("open_clip")
@@ -128,8 +128,8 @@ def test_in_a_fresh_process(tmp_path: Path) -> None:
     model = MODELS["SigLIP"]()
     folder, given = upop.save(model, tmp_path / "out"), inputs(model)
     torch.save({"inputs": given}, tmp_path / "in.pt")
-    command = [sys.executable, "-c", FRESH, folder, tmp_path / "in.pt", tmp_path / "out.pt"]
-    subprocess.run(list(map(str, command)), check=True, capture_output=True)
+    (tmp_path / "fresh.py").write_text(FRESH)
+    run_script(tmp_path / "fresh.py", folder, tmp_path / "in.pt", tmp_path / "out.pt", processes=1)
     found = torch.cat([part.flatten() for part in torch.load(tmp_path / "out.pt")])
     torch.testing.assert_close(found, outputs(model, given))
 

@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 
 import pytest
 
-from upop.cli.app import app, main
+from upop.cli.app import main
 
 
 @pytest.fixture
-def upop_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
+def upop_command(
+    monkeypatch: pytest.MonkeyPatch, ended: Callable[..., tuple[int, str]]
+) -> Callable[..., tuple[int, str]]:
     """Run `upop ...` in this process; return its exit code and all that it printed, on one line."""
 
     def run(*words: object) -> tuple[int, str]:
         monkeypatch.setenv("COLUMNS", "160")
-        monkeypatch.setattr(sys, "argv", ["upop", *map(str, words)])
-        with pytest.raises(SystemExit) as ended:
-            main(app)
-        printed = capsys.readouterr()
-        code = ended.value.code
-        return (code if isinstance(code, int) else 0), " ".join((printed.out + printed.err).split())
+        code, text = ended(main, "upop", *words)
+        return code, " ".join(text.split())
 
     return run

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,42 +30,42 @@ def test_help_teaches(upop_command: Callable[..., tuple[int, str]]) -> None:
         assert "Example: upop" in text
 
 
-def test_published_pair_of_commands(config: Path, tmp_path: Path) -> None:
-    command = [sys.executable, str(ROOT / "compress_nlvr.py"), "--config", str(config), "--device", "cpu"]
+def test_published_pair_of_commands(config: Path, tmp_path: Path, root_script: Callable[..., tuple[int, str]]) -> None:
+    command = ["compress_nlvr.py", "--config", config, "--device", "cpu"]
     flags = ["--p", "0.5", "--epoch", "1", "--w_sp_attn", "4.8e-3", "--w_sp_mlp", "2e-4", "--seed", "42"]
     ignored = ["--world_size", "1", "--dist_url", "env://", "--distributed", "True"]
     folder = tmp_path / "2x"
-    done = subprocess.run(
-        [*command, *flags, *ignored, "--output_dir", str(folder)], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert "UPop 2x" in done.stdout
+    code, text = root_script(*command, *flags, *ignored, "--output_dir", folder)
+    assert code == 0, text
+    assert "UPop 2x" in text
     # A published file holds {"model": state dict}; ours has the same layout.
     from upop.checkpoints import read_weights
 
     published = tmp_path / "compressed.pth"
     torch.save({"model": read_weights(folder / "best" / "model.safetensors")}, published)
-    evaluated = subprocess.run(
-        [*command, "--evaluate", "--pretrained", str(published), "--output_dir", str(tmp_path / "e")],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert evaluated.returncode == 0, evaluated.stderr[-2000:]
-    assert "compressed.pth" in evaluated.stdout
+    code, text = root_script(*command, "--evaluate", "--pretrained", published, "--output_dir", tmp_path / "e")
+    assert code == 0, text
+    assert "compressed.pth" in text
 
 
-def test_use_ceph_is_refused(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "compress_nlvr.py"), "--use_ceph"],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=ROOT,
-    )
-    assert done.returncode == 1
-    assert "--use_ceph" in done.stderr
-    assert "Traceback" not in done.stderr
+def test_settings_of_another_method_are_refused(
+    config: Path, tmp_path: Path, upop_command: Callable[..., tuple[int, str]]
+) -> None:
+    given = ("compress", "nlvr", "--config", config, "--output-dir", tmp_path / "run")
+    code, text = upop_command(*given, "--interval", "5")
+    assert code == 1
+    assert "--interval 5 says how often the published search moves its masks, and the method is upop" in text
+    code, text = upop_command(*given, "--cost", "reference")
+    assert code == 1
+    assert "it takes method: reference" in text
+    assert not (tmp_path / "run").exists()
+
+
+def test_use_ceph_is_refused(root_script: Callable[..., tuple[int, str]]) -> None:
+    code, text = root_script("compress_nlvr.py", "--use_ceph")
+    assert code == 1
+    assert "--use_ceph" in text
+    assert "Traceback" not in text
 
 
 def test_data_shapes_writes_the_published_layout(upop_command: Callable[..., tuple[int, str]], tmp_path: Path) -> None:

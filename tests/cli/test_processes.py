@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 import typer
 
 from upop.cli import processes
@@ -38,6 +41,18 @@ def test_a_lost_process_is_not_told_as_the_cause(torchrun: None) -> None:
 def test_other_errors_stay_what_they_are(torchrun: None) -> None:
     with pytest.raises(RuntimeError, match=r"^mat1 and mat2"):
         processes.recorded(raising(RuntimeError("mat1 and mat2 shapes cannot be multiplied")))
+
+
+def test_a_command_that_succeeds_leaves_the_group(torchrun: None, tmp_path: Path) -> None:
+    command = typer.Typer()
+
+    @command.command()
+    def joins() -> None:
+        dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+        assert dist.is_initialized()
+
+    processes.recorded(partial(command, []))
+    assert not dist.is_initialized()
 
 
 def test_without_torchrun_nothing_is_changed(monkeypatch: pytest.MonkeyPatch) -> None:

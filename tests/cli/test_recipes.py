@@ -75,6 +75,9 @@ def test_a_dry_run_says_everything_and_does_nothing(
     result = runner.invoke(app, asked)
     assert result.exit_code == 0, result.output
     assert recipe.command in result.output
+    assert (
+        f"search in the first 10 % of {(recipe.epochs_search or recipe.epoch) + recipe.epoch} epochs" in result.output
+    )
     assert f"max_epoch: {recipe.epoch}" in result.output
     assert "missing" in result.output
     assert not (tmp_path / "out").exists()
@@ -89,6 +92,28 @@ def test_run_starts_what_the_recipe_says_and_flags_beat_it(monkeypatch: pytest.M
     assert task == "nlvr"
     assert (settings.p, settings.max_epoch, settings.search_epochs) == (0.667, 20, 20)
     assert (settings.output_dir, settings.num_workers) == (tmp_path, 1)
+
+
+@pytest.mark.parametrize(
+    ("method", "says"),
+    [
+        ("reference", "search for 15 epochs at a constant learning rate, masking up to 50 % of the cost; cut; retrain"),
+        ("magnitude", "cut the smallest weights, 50 % of the cost; retrain for 30 epochs"),
+    ],
+)
+def test_a_dry_run_tells_what_the_method_does(method: str, says: str) -> None:
+    result = runner.invoke(app, ["run", "nlvr2-2x", "--dry-run", "--method", method])
+    assert result.exit_code == 0, result.output
+    assert says in result.output
+    assert f"method: {method}" in result.output
+
+
+@pytest.mark.parametrize("task", ["nlvr", "classification", "segmentation"])
+def test_published_commands_take_the_published_method(task: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = next(recipe for recipe in ALL if recipe.task == task)
+    expected = resolved(recipe)
+    _, _, settings = asked_for(f"{recipe.command} --method reference", monkeypatch)
+    assert settings == expected.model_copy(update={"method": "reference"})
 
 
 def test_an_unknown_recipe_names_the_nearest() -> None:

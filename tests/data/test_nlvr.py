@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch.utils.data import DataLoader
 
+from together import FORKS
 from upop.data.nlvr import NlvrDataset, collate_nlvr
 from upop.data.shapes import Summary
 from upop.data.tokenizer import load_tokenizer
@@ -256,10 +257,10 @@ def test_the_same_seed_swaps_the_same_records(generated: Summary, tokenizer):
 
 
 def test_a_worker_process_started_afresh_gives_the_same_batches(generated: Summary, tokenizer):
-    """Spawned workers, the only kind on macOS and Windows, get data set and collate function by pickle."""
+    """Workers that are not forked, the only kind on macOS and Windows, get data set and collate function by pickle."""
     data = NlvrDataset(generated.annotation / "nlvr_dev.json", generated.image_root, eval_transform(16), swap=False)
     collate = collate_nlvr(tokenizer)
     here = DataLoader(data, batch_size=100, collate_fn=collate)
-    there = DataLoader(data, batch_size=100, collate_fn=collate, num_workers=1, multiprocessing_context="spawn")
+    there = DataLoader(data, batch_size=100, collate_fn=collate, num_workers=1, multiprocessing_context=FORKS)
     for one, two in zip(here, there, strict=True):
         assert all(torch.equal(one[key], two[key]) for key in one)

@@ -26,7 +26,7 @@ PAGE = ROOT / "docs" / "formats.md"
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of captioning, which writes most files, with everything that the budget of published runs logs."""
     folder = tmp_path_factory.mktemp("formats")
-    config = runs.make_task("caption", folder, cost="reference", ema_decay=0.5)
+    config = runs.make_task("caption", folder, method="reference", cost="reference", ema_decay=0.5)
     task = find_task("caption")
     compress(task, read_settings(task.settings, config, {"output_dir": folder / "run"}))
     report([folder / "run"])

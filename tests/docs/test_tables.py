@@ -108,6 +108,41 @@ def test_readme_says_what_the_files_say() -> None:
     assert f"({min(faster):.1f} to {max(faster):.1f} times at 2x on a CPU)" in " ".join(README.read_text().split())
 
 
+@pytest.mark.parametrize("page", ["../README.md", "log.md", "guide.md"])
+def test_what_a_teacher_costs_is_what_the_file_says(page: str) -> None:
+    headings, rows = tables.quality.levers(tables.read("quality_levers_val_cpu"))
+    (cost,) = [float(row[headings.index("time")]) for row in rows if row[0] == "upop, the default"]
+    assert f"{cost:.1f} times the time" in shown(page)
+
+
+def test_best_methods_are_bold_and_what_is_missing_is_said() -> None:
+    def group(task: str, method: str, **more: Any) -> dict[str, Any]:
+        common = {"task": task, "method": method, "cost": "params", "budget": 100, "reduction": "4x", "metric": "x"}
+        sizes = {"parameters": 1000, "macs": 5000, "seconds": 2.0, "before_cut": 16, "std": 0.5, "n": 3}
+        return {**common, **sizes, **more}
+
+    content = {
+        "groups": [
+            group("classification", "dense", mean=99.0, budget=0, reduction="1x", std=None, n=1, parameters=4000),
+            group("classification", "upop", mean=90.0),
+            group("classification", "Taylor", mean=91.0, before_cut=10, n=2),
+            group("classification", "no progress", mean=88.0),
+            group("classification", "reference 36:1", mean=95.0, parameters=1500),
+            group("vqa", "upop", mean=80.0),
+        ]
+    }
+    ((title, (_, rows)),) = tables.quality.whole(content, "params")
+    assert title == "4x, 100 steps, 2 to 3 seeds"
+    found = {row[0]: row[1:4] for row in rows}
+    assert found["dense"] == ["", "99.0 (4 k)", "-"]
+    assert found["upop, the default"] == ["16 + 84", "90.0 ± 0.5 (1 k, 2.00 s)", "**80.0 ± 0.5** (1 k, 2.00 s)"]
+    assert found["Taylor, cut first"] == ["10 + 90", "**91.0 ± 0.5** (1 k, 2.00 s)", "-"]
+    assert found["reference, costs 36 : 1"][1] == "95.0 ± 0.5 (2 k, 2.00 s)"  # larger, so no rival
+    assert found["*upop, ahead of the best other method*"] == ["", "-1.0 (Taylor, spread 0.5)", "-"]
+    assert found["*upop, ahead of the best variant of itself*"] == ["", "+2.0 (no progress, spread 0.5)", "-"]
+    assert not tables.quality.whole(content, "flops")
+
+
 @pytest.mark.parametrize("page", ["README.md", "docs/README.md", "CHANGELOG.md"])
 def test_as_many_architectures_as_the_page_lists(page: str) -> None:
     (count,) = re.findall(r"^(\d+) architectures are verified", shown_lines("coverage.md"), flags=re.MULTILINE)

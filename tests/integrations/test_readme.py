@@ -23,15 +23,15 @@ def block(word: str) -> str:
 
 def test_a_loop_of_ones_own(classifier: Any, pictures: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    loader = DataLoader(pictures, batch_size=4)
+    loader = [*DataLoader(pictures, batch_size=4)] * 4
     names = {
         "model": classifier,
         "dense_model": copy.deepcopy(classifier),
-        "optimizer": torch.optim.AdamW(classifier.parameters()),
+        "lr": 1e-3,
         "criterion": lambda model, batch: model(**batch).loss,
         "loader": loader,
         "total_steps": len(loader),
-        "example_inputs": next(iter(loader)),
+        "example_inputs": loader[0],
     }
     dense = upop.count_parameters(classifier)
     exec(block("criterion(model, batch)"), names)
@@ -45,7 +45,8 @@ def test_trainer(classifier: Any, pictures: Any, tmp_path: Path, monkeypatch: py
     monkeypatch.chdir(tmp_path)
     dense = upop.count_parameters(classifier)
     args = TrainingArguments("run", max_steps=4, report_to="none", save_strategy="no", use_cpu=True, disable_tqdm=True)
-    exec(block("TrainerCallback"), {"upop": upop, "model": classifier, "args": args, "data": pictures})
+    names = {"upop": upop, "model": classifier, "search_args": args, "args": args, "data": pictures}
+    exec(block("TrainerCallback"), names)
     assert upop.count_parameters(classifier) < 0.7 * dense
     again = AutoModelForImageClassification.from_pretrained(tmp_path / "out")
     assert upop.count_parameters(again) == upop.count_parameters(classifier)
@@ -71,7 +72,7 @@ def test_accelerate(classifier: Any, pictures: Any, monkeypatch: pytest.MonkeyPa
         "model": classifier,
         "optimizer": torch.optim.AdamW(classifier.parameters()),
         "loader": DataLoader(pictures, batch_size=4),
-        "total_steps": 3,
+        "search_steps": 3,
     }
     exec(block("Accelerator"), names)
     assert upop.count_parameters(names["model"]) < 0.7 * dense

@@ -6,7 +6,6 @@ import os
 import shlex
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -17,6 +16,7 @@ import typer
 
 import runs
 from malformed import commands as table
+from together import FORKS
 from upop.cli import published, published_deit, published_segmenter
 from upop.cli.app import app, main
 
@@ -49,16 +49,11 @@ def places(made: Places, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pla
 
 
 @pytest.fixture
-def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
+def command(ended: Callable[..., tuple[int, str]]) -> Callable[..., tuple[int, str]]:
     """Run a command in this process; return its exit code and all that it printed."""
 
     def run(words: list[str], kind: typer.Typer = app) -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", ["upop", *words])
-        with pytest.raises(SystemExit) as ended:
-            main(kind)
-        printed = capsys.readouterr()
-        code = ended.value.code
-        return (code if isinstance(code, int) else 0), printed.out + printed.err
+        return ended(lambda: main(kind), "upop", *words)
 
     return run
 
@@ -114,6 +109,18 @@ def test_a_run_folder_that_vanishes(command: Callable[..., tuple[int, str]], pla
     one_of_ours(*command(["evaluate", "nlvr", "--config", places["config"], "--pretrained", str(folder)]), str(folder))
 
 
+def in_a_terminal(words: list[str], output: Path) -> None:
+    """Run a command as a shell does, its output in a file."""
+    os.setsid()  # a terminal's Ctrl-C reaches all processes of a command
+    # A shell has what it starts in the background ignore Ctrl-C, and the tests may run there.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    file = os.open(output, os.O_WRONLY | os.O_CREAT)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    sys.argv = words
+    main()
+
+
 @pytest.mark.parametrize(
     ("sent", "workers", "code"), [(signal.SIGINT, 0, 130), (signal.SIGINT, 2, 130), (signal.SIGTERM, 2, 75)]
 )
@@ -121,26 +128,20 @@ def test_signals_end_a_run_without_a_traceback(places: Places, sent: int, worker
     """Ctrl-C, and SIGTERM that a cluster sends to all processes of a run, workers too."""
     run = Path(places["folder"]) / f"run-{sent}-{workers}"
     words = ["train", "nlvr", "--config", places["config"], "--output-dir", str(run), "--epoch", "1000"]
-    started = subprocess.Popen(
-        [sys.executable, "-m", "upop", *words, "--set", f"num_workers={workers}"],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,  # a terminal's Ctrl-C reaches all processes of a command
-        # A shell has what it starts in the background ignore Ctrl-C, and the tests may run there.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
+    output = Path(places["folder"]) / "output.txt"
+    started = FORKS.Process(target=in_a_terminal, args=(["upop", *words, "--set", f"num_workers={workers}"], output))
+    started.start()
     try:
-        while started.poll() is None and not (
+        while started.is_alive() and not (
             # All workers have started: those that decode for training, and for evaluation.
             (run / "metrics.jsonl").is_file() and any("split" in row for row in runs.rows(run))
         ):
             time.sleep(0.1)
-        os.killpg(started.pid, sent)
-        told, _ = started.communicate(timeout=60)
+        if started.is_alive():  # one that has ended by itself says below why
+            os.killpg(started.pid, sent)
+        started.join(60)
     finally:
         started.kill()
-        started.wait()
-    assert started.returncode == code, told
+    told = output.read_text()
+    assert started.exitcode == code, told
     assert "Traceback" not in told

@@ -1,4 +1,4 @@
-"""Run under torchrun: three training steps on a shared batch of six; the main process writes what came of them."""
+"""In several processes: three training steps on a shared batch of six; the main process writes what came of them."""
 
 from __future__ import annotations
 

@@ -130,10 +130,9 @@ def test_a_model_without_blocks_is_refused() -> None:
         checkpoint_blocks(nn.Sequential(nn.Linear(2, 2)))
 
 
-@pytest.mark.parametrize("name", ["nlvr", "retrieval-clip"])
-def test_it_goes_together_with_bf16_and_accumulation(name: str, tmp_path: Path) -> None:
-    config = runs.make_task(name, tmp_path, accumulate=2, batch_size_train=8, log_every=1, examples=0)
-    task, losses = find_task(name), []
+def test_it_goes_together_with_bf16_and_accumulation(tmp_path: Path) -> None:
+    config = runs.make_task("nlvr", tmp_path, accumulate=2, batch_size_train=8, log_every=1, examples=0)
+    task, losses = find_task("nlvr"), []
     for grad_checkpointing in (False, True):
         run = tmp_path / str(grad_checkpointing)
         given = {"amp": True, "grad_checkpointing": grad_checkpointing, "output_dir": run}

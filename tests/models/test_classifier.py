@@ -139,7 +139,8 @@ def test_a_named_architecture_tells_the_heads_of_a_checkpoint(tmp_path: Path) ->
     inputs = torch.randn(1, 3, 28, 28)
     torch.testing.assert_close(model(inputs), source.eval()(inputs))
     with pytest.raises(CheckpointError, match=r"x\.pth does not fit"):
-        upop.load_official("deit", tmp_path / "x.pth", architecture="vit_huge_patch14_224")
+        deeper = {**sizes, "vision_depth": 2}
+        upop.load_official("deit", tmp_path / "x.pth", architecture="vit_huge_patch14_224", **deeper)
 
 
 @pytest.mark.parametrize(

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -17,6 +14,7 @@ from torch import Tensor, nn
 import runs
 import upop
 from parity.cases import Recorded, all_recorded
+from together import run_script
 from upop.errors import SettingError
 from upop.models import contrast
 from upop.models.contrast import NO_ID, draw_negatives, draw_noise
@@ -277,12 +275,8 @@ def test_noise_is_the_same_for_any_number_of_processes(monkeypatch: pytest.Monke
 def test_two_processes_are_one(tmp_path: Path) -> None:
     """Two gloo processes train three steps: losses, wrong partners, queues and weights are those of one process."""
     script = Path(__file__).with_name("retrieval_ranks.py")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     for processes in (1, 2):
-        command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}"]
-        command += ["--master_port=29643", str(script), str(tmp_path / f"{processes}.pt")]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
-        assert done.returncode == 0, done.stderr[-3000:]
+        run_script(script, tmp_path / f"{processes}.pt", processes=processes)
     one, two = (torch.load(tmp_path / f"{count}.pt", weights_only=True) for count in (1, 2))
     assert one["drawn"].shape == (3, 2, 6)
     assert torch.equal(one["drawn"], two["drawn"])

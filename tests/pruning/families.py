@@ -104,7 +104,7 @@ def random_masks(units: Sequence[upop.Unit], seed: int = 0) -> dict[str, Tensor]
 
 def still_pruner(model: nn.Module, masks: dict[str, Tensor] | None = None, **settings: Any) -> upop.Pruner:
     """Return a pruner that only collects scores, with the masks set to given values."""
-    pruner = upop.Pruner(model, 0.5, 1000, 1000, update_first_step=False, **settings)
+    pruner = upop.Pruner(model, 0.5, 1000, 1000, progress="soft", update_first_step=False, **settings)
     if masks is not None:
         pruner.load_state_dict({**pruner.state_dict(), "masks": masks})
     return pruner
@@ -119,6 +119,18 @@ def finished_pruner(
         loss_of(model(**inputs)).backward()
         pruner.step()
     return pruner
+
+
+def reader_and_inputs(model: nn.Module, batch: Inputs, name: str) -> tuple[Tensor, Tensor]:
+    """Return the inputs of a layer with a 1 behind each, and its outputs."""
+    seen: list[tuple[Tensor, Tensor]] = []
+    layer = model.get_submodule(name)
+    hook = layer.register_forward_hook(lambda _, args, output: seen.append((args[0], output)))
+    with torch.no_grad():
+        model.eval()(**batch)
+    hook.remove()
+    inputs, outputs = (value.flatten(0, -2) for value in seen[0])
+    return torch.cat([inputs, inputs.new_ones(len(inputs), 1)], 1), outputs
 
 
 def scaled_parameters(

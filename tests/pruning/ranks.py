@@ -17,12 +17,12 @@ STEPS = 3
 LIMIT = timedelta(minutes=2)
 
 
-def search(inputs: dict[str, Tensor], rank: int | None) -> dict[str, Any]:
+def search(inputs: dict[str, Tensor], rank: int | None, progress: Any) -> dict[str, Any]:
     """Search three steps on a batch of four, or on this rank's half of it; return what was decided."""
     model: nn.Module = NLVR.build()
     wrapped = model if rank is None else nn.parallel.DistributedDataParallel(model)
     optimizer = torch.optim.SGD(wrapped.parameters(), lr=1e-2)
-    pruner = upop.Pruner(wrapped, 0.5, STEPS, 1)
+    pruner = upop.Pruner(wrapped, 0.5, STEPS, 1, progress=progress)
     if rank is not None:
         inputs = rows_of(inputs, 4, slice(2 * rank, 2 * rank + 2))
     for _ in range(STEPS):
@@ -31,15 +31,15 @@ def search(inputs: dict[str, Tensor], rank: int | None) -> dict[str, Any]:
         pruner.step()
         optimizer.step()
     plan = {name: list(kept) for name, kept in pruner.plan().items()}
-    result = {"scores": pruner.scores, "masks": pruner.masks, "plan": plan}
+    result = {"scores": pruner.scores, "masks": pruner.masks, "plan": plan, "weights": dict(model.state_dict())}
     pruner.shrink(verify=inputs)
     return result
 
 
-def run(rank: int, folder: str) -> None:
+def run(rank: int, folder: str, progress: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2, timeout=LIMIT)
     try:
-        torch.save(search(NLVR.inputs(4), rank), Path(folder) / f"rank{rank}.pt")
+        torch.save(search(NLVR.inputs(4), rank, progress), Path(folder) / f"rank{rank}.pt")
     finally:
         dist.destroy_process_group()

@@ -261,9 +261,9 @@ def test_the_largest_reachable_ratio_is_reached_and_said() -> None:
     assert [int((~gone).sum()) for gone in marked.values()] == [1, 1]
 
 
-def test_progress_as_seen_from_outside() -> None:
+def test_progress_of_a_soft_search_as_seen_from_outside() -> None:
     model, inputs = NLVR.build(), NLVR.inputs()
-    pruner = upop.Pruner(model, 0.5, 4, 2)
+    pruner = upop.Pruner(model, 0.5, 4, 2, progress="soft")
     assert (pruner.current_ratio, pruner.kept_share(), pruner.threshold, pruner.finished) == (
         0.0,
         1.0,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification
 
 import upop
-from pruning.families import NLVR, VIT, Family, difference, loss_of, outputs_of
+from pruning.families import NLVR, VIT, Family, difference, loss_of, outputs_of, reader_and_inputs
 from upop.errors import LayoutError, SettingError, StepError
 
 both = pytest.mark.parametrize("case", [VIT, NLVR], ids=lambda case: case.name)
@@ -47,18 +47,6 @@ def test_without_correction_it_is_the_cut_of_its_plan(case: Family) -> None:
     upop.shrink(dense, plan)
     inputs = case.inputs()
     assert difference(outputs_of(model, inputs), outputs_of(dense, inputs)) < 1e-10
-
-
-def reader_and_inputs(model: nn.Module, batch: Any, name: str) -> tuple[Tensor, Tensor]:
-    """The inputs of a layer with a 1 behind each, and its outputs."""
-    seen: list[tuple[Tensor, Tensor]] = []
-    layer = model.get_submodule(name)
-    hook = layer.register_forward_hook(lambda _, args, output: seen.append((args[0], output)))
-    with torch.no_grad():
-        model.eval()(**batch)
-    hook.remove()
-    inputs, outputs = (value.flatten(0, -2) for value in seen[0])
-    return torch.cat([inputs, inputs.new_ones(len(inputs), 1)], 1), outputs
 
 
 @both

@@ -167,11 +167,13 @@ def test_attaching_changes_no_output_bit(family: Family, dtype: torch.dtype) -> 
     assert torch.equal(outputs_of(model, inputs), before)
 
 
-def test_removing_leaves_no_trace(family: Family) -> None:
+@pytest.mark.parametrize("progress", ["stages", "soft"])
+def test_removing_leaves_no_trace(family: Family, progress: Any) -> None:
     model = family.build()
     model.get_submodule(upop.find_units(model)[0].name).eval()  # modes differ between modules
     before, outputs = trace_of(model), outputs_of(model, family.inputs())
-    pruner = upop.Pruner(model, 0.5, 3, 1)
+    weights = copy.deepcopy(model.state_dict())
+    pruner = upop.Pruner(model, 0.5, 3, 1, progress=progress)
     assert list(model.state_dict()) == before["keys"]
     assert {name: id(parameter) for name, parameter in model.named_parameters()} == before["parameters"]
     loss_of(model(**family.inputs())).backward()
@@ -180,6 +182,9 @@ def test_removing_leaves_no_trace(family: Family) -> None:
     pruner.remove()
     pruner.remove()  # twice does no harm
     assert trace_of(model) == before
+    if progress == "stages":  # what was corrected stays so
+        assert not torch.equal(outputs_of(model, family.inputs()), outputs)
+        model.load_state_dict(weights)
     assert torch.equal(outputs_of(model, family.inputs()), outputs)
 
 
@@ -245,7 +250,11 @@ def test_gradients_and_scores_are_autograds(family: Family) -> None:
     found.backward()
     assert abs(float(found.detach() - loss)) < 1e-10 * float(loss.abs())
     for name, parameter in model.named_parameters():
-        torch.testing.assert_close(parameter.grad, weights[name], rtol=1e-10, atol=1e-12, msg=name)
+        # What cancels in a sum is off by the size of its terms: by how much, the processor decides.
+        noise = 1e-12 * max(1.0, float(weights[name].abs().max()))
+        torch.testing.assert_close(
+            parameter.grad, weights[name], rtol=1e-10, atol=noise, msg=lambda m, n=name: f"{n}: {m}"
+        )
     pruner.step()
     for name, score in pruner.scores.items():
         torch.testing.assert_close(score, scores[name], rtol=1e-10, atol=1e-12, msg=name)

@@ -344,7 +344,7 @@ def test_key_value_groups_go_with_the_queries_that_share_them() -> None:
 
 def test_scores_of_groups_and_gates_are_autograds() -> None:
     model = llama().train()
-    pruner = upop.Pruner(model, 0.5, 4, 1)
+    pruner = upop.Pruner(model, 0.5, 4, 1, score="signed")
     model(**WORDS).last_hidden_state.square().sum().backward()
     pruner.step()
     (unit, *_) = upop.find_units(model)

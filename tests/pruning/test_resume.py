@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import json
 import warnings
@@ -51,6 +52,7 @@ def test_a_resumed_search_ends_in_the_same_bits(stop: int, cost: str, case: Fami
     resumed = upop.Pruner(second, 0.5, STEPS, 2, cost=cost)
     resumed.load_state_dict(saved["search"])
     assert resumed.steps_done == stop
+    assert bool(saved["search"]["moments"]) == (cost == "params")  # stops are amid stages
     assert resumed.current_ratio == pruner.current_ratio
     assert resumed.threshold == pruner.threshold
     assert torch.equal(outputs_of(second, case.inputs()), outputs_of(first, case.inputs()))
@@ -68,11 +70,12 @@ def test_a_saved_state_does_not_change_as_the_search_goes_on() -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
     train(model, pruner, optimizer, range(1))
     state = pruner.state_dict()
-    scores = {name: score.clone() for name, score in state["scores"].items()}
+    scores, masks = copy.deepcopy(state["scores"]), copy.deepcopy(state["masks"])
     pruner.scores["text_encoder.encoder.layer.0.intermediate"].zero_()  # what is given out is a copy
     train(model, pruner, optimizer, range(1, 3))
     assert all(torch.equal(state["scores"][name], score) for name, score in scores.items())
-    assert all(bool((mask > 0.5).all()) for mask in state["masks"].values())
+    assert all(torch.equal(state["masks"][name], mask) for name, mask in masks.items())
+    assert any(not torch.equal(pruner.masks[name], mask) for name, mask in masks.items())
 
 
 @pytest.mark.parametrize(
@@ -83,6 +86,9 @@ def test_a_saved_state_does_not_change_as_the_search_goes_on() -> None:
         {"interval": 3},
         {"align": 2},
         {"cost": "reference"},
+        {"progress": "soft"},
+        {"score": "squared"},
+        {"correct": False},
     ],
 )
 def test_a_state_of_other_settings_is_refused(settings: dict[str, Any]) -> None:
@@ -150,7 +156,8 @@ def test_a_plan_survives_json() -> None:
     assert again == plan
     assert dict(again) == dict(plan)
     assert list(again) == [unit.name for unit in pruner.units]
-    assert again.settings == {"ratio": 0.5, "steps": 2, "interval": 1, "cost": "params", "align": 2}
+    how = {"score": "absolute", "progress": "stages"}
+    assert again.settings == {"ratio": 0.5, "steps": 2, "interval": 1, "cost": "params", "align": 2, **how}
     assert json.loads(plan.to_json())["version"] == 1
     given = finished_pruner(VIT.build(), VIT.inputs(), cost=lambda unit: 1.0).plan()
     assert upop.Plan.from_json(given.to_json()).settings["cost"] == "given"
@@ -158,7 +165,7 @@ def test_a_plan_survives_json() -> None:
 
 def test_a_plan_cuts_a_fresh_copy_to_the_same_model() -> None:
     model, inputs = NLVR.build(), NLVR.inputs()
-    pruner = finished_pruner(model, inputs)
+    pruner = finished_pruner(model, inputs, correct=False)
     plan = upop.Plan.from_json(pruner.plan().to_json())
     pruner.shrink(verify=inputs)
     fresh = upop.shrink(NLVR.build(), plan, verify=inputs)

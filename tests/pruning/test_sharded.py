@@ -85,13 +85,16 @@ def test_a_plain_model_is_gathered_as_it_is() -> None:
     assert all(part.device.type == "cpu" for part in whole.parameters())
 
 
-def test_a_search_moves_to_a_copy_and_on_from_there() -> None:
+@pytest.mark.parametrize("progress", ["stages", "soft"])
+def test_a_search_moves_to_a_copy_and_on_from_there(progress: Any) -> None:
     inputs = VIT.inputs()
-    stayed = finished_pruner(VIT.build(), inputs, steps=4)
+    stayed = finished_pruner(VIT.build(), inputs, steps=4, progress=progress)
     model, copy = VIT.build(), VIT.build()
-    pruner = upop.Pruner(model, 0.5, 4, 1)
+    pruner = upop.Pruner(model, 0.5, 4, 1, progress=progress)
     for number in range(4):
-        here = copy if number % 2 else model
+        here, there = (copy, model) if number % 2 else (model, copy)
+        if number:
+            here.load_state_dict(there.state_dict())  # readers were corrected there
         pruner.move_to(here)
         here.zero_grad()
         loss_of(here(**inputs)).backward()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -29,6 +30,7 @@ from pruning.families import (
 from upop.models.blip import checkpoint_last_blocks
 
 Scores = dict[str, Tensor]
+modes = pytest.mark.parametrize("progress", ["stages", "soft"])
 both = pytest.mark.parametrize("case", [VIT, NLVR], ids=lambda case: case.name)
 
 
@@ -199,15 +201,15 @@ def test_masks_keep_no_more_for_the_backward_pass() -> None:
     assert kept() <= plain
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-def test_compiled_models_see_masks_move(backend: str) -> None:
+@pytest.mark.parametrize(("progress", "backend"), [("soft", "eager"), ("stages", "aot_eager")])
+def test_compiled_models_see_masks_move(progress: Any, backend: str) -> None:
     torch._dynamo.reset()
     plain, inputs = VIT.build(), VIT.inputs(3)
     model = VIT.build()
     compiled = torch.compile(model, backend=backend)
     assert difference(outputs_of(compiled, inputs), outputs_of(plain, inputs)) < 1e-12  # compiled before attaching
-    expected, pruner = upop.Pruner(plain, 0.5, 3, 1), upop.Pruner(compiled, 0.5, 3, 1)
-    for _ in range(3):
+    expected, pruner = (upop.Pruner(net, 0.5, 7, 3, progress=progress) for net in (plain, compiled))
+    for _ in range(7):
         losses = []
         for net, search in ((plain, expected), (compiled, pruner)):
             net.zero_grad()
@@ -357,12 +359,13 @@ def test_a_model_may_be_built_and_cut_on_the_meta_device() -> None:
     }
 
 
-def test_two_ranks_search_as_one_process_does(tmp_path: Path) -> None:
-    expected = ranks.search(NLVR.inputs(4), None)
-    other = torch.multiprocessing.get_context("spawn").Process(target=ranks.run, args=(1, str(tmp_path)))
+@modes
+def test_two_ranks_search_as_one_process_does(progress: str, tmp_path: Path) -> None:
+    expected = ranks.search(NLVR.inputs(4), None, progress)
+    other = torch.multiprocessing.get_context("spawn").Process(target=ranks.run, args=(1, str(tmp_path), progress))
     other.start()
     try:
-        ranks.run(0, str(tmp_path))
+        ranks.run(0, str(tmp_path), progress)
         other.join(timeout=60)
         assert other.exitcode == 0
     finally:
@@ -374,3 +377,6 @@ def test_two_ranks_search_as_one_process_does(tmp_path: Path) -> None:
             torch.testing.assert_close(found["scores"][name], score, rtol=1e-10, atol=1e-12)
             assert torch.equal(found["masks"][name], expected["masks"][name])
             assert torch.equal(found["scores"][name], results[0]["scores"][name])
+        for name, weight in expected["weights"].items():
+            torch.testing.assert_close(found["weights"][name], weight, rtol=1e-9, atol=1e-11)
+            assert torch.equal(found["weights"][name], results[0]["weights"][name])

@@ -81,8 +81,9 @@ def test_what_is_not_a_number_is_no_right_answer(config: Path) -> None:
     assert TASK.score(predictions, None, settings_of(config))["acc@1"] < 20  # type: ignore[arg-type]
 
 
-def test_the_search_spares_its_first_step_and_rates_follow_the_settings(config: Path, tmp_path: Path) -> None:
-    compress(TASK, settings_of(config, output_dir=tmp_path, interval=1, lr_batch=64, search_lr=2e-3, init_lr=4e-3))
+def test_the_published_search_spares_its_first_step_and_rates_follow_the_settings(config: Path, tmp_path: Path) -> None:
+    published = {"method": "reference", "interval": 1, "search_lr": 2e-3}
+    compress(TASK, settings_of(config, output_dir=tmp_path, lr_batch=64, init_lr=4e-3, **published))
     rows = [row for row in runs.rows(tmp_path) if "loss" in row]
     searched = [row for row in rows if row["phase"] == "search"]
     assert searched[0]["kept"]["vision"] == 1
@@ -113,6 +114,7 @@ def test_the_best_model_may_be_the_average_and_it_is_cut_by_the_same_plan(config
             pretrained=str(trained / "last"),
             output_dir=folder,
             p=0.1,
+            method="reference",
             search_lr=1e-6,
             init_lr=3.0,
             ema_decay=0.9999,

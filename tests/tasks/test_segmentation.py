@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,6 +21,7 @@ from typer.testing import CliRunner
 import runs
 import upop
 from pruning.families import randomise
+from together import run_script
 from upop.checkpoints import save_official
 from upop.cli import published_segmenter
 from upop.data.segmentation import FOLDER
@@ -42,6 +40,7 @@ from upop.tasks.windows import Window
 from upop.training.loaders import make_loader
 
 ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "compress_segmenter.py"
 TASK = SegmentationTask()
 MODEL = runs.SEGMENTER
 SIZES = {**MODEL, "image_size": 32, "classes": len(CLASSES)}
@@ -119,7 +118,8 @@ def test_train_then_compress_then_evaluate(config: Path, tmp_path: Path) -> None
 
 def test_masks_stay_at_the_first_step(config: Path, dense: Path, tmp_path: Path) -> None:
     sizes = {name: MODEL[name] for name in MODEL if name.endswith(("heads", "mlp"))}
-    chosen = settings_of(config, pretrained=str(dense), model=sizes, output_dir=tmp_path, p=0.5, cost="reference")
+    published = {"method": "reference", "cost": "reference"}
+    chosen = settings_of(config, pretrained=str(dense), model=sizes, output_dir=tmp_path, p=0.5, **published)
     assert compress(TASK, chosen) is not None
     searched = [row for row in runs.rows(tmp_path) if row["phase"] == "search" and "loss" in row]
     assert searched[0]["kept"]["vision"] == 1.0
@@ -165,7 +165,19 @@ def test_the_published_pair_of_commands(
         "--drop-path",
         "0.2",
     ]
-    method = ["--p", "0.3", "--interval", "1", "--log-dir", str(folder), "--eval-freq", "2", "--no-amp"]
+    method = [
+        "--method",
+        "reference",
+        "--p",
+        "0.3",
+        "--interval",
+        "1",
+        "--log-dir",
+        str(folder),
+        "--eval-freq",
+        "2",
+        "--no-amp",
+    ]
     done = CliRunner().invoke(published_segmenter.app, [*shared, *flags, *rates, *method])
     assert done.exit_code == 0, done.output
     found = yaml.safe_load((folder / "settings.yaml").read_text())
@@ -210,13 +222,19 @@ def test_what_the_published_command_refuses(config: Path, dense: Path, monkeypat
     assert "cannot be shared out evenly to 4 processes" in says("--batch-size", "30")
 
 
-def test_the_root_script_runs(config: Path, dense: Path, tmp_path: Path, model_sizes: list[str]) -> None:
-    words = ["--dataset", "ade20k", "--config", str(config), "--evaluate", str(dense), "--log-dir", str(tmp_path / "e")]
-    environment = {**os.environ, "DATASET": str(config.parent / "data")}
-    command = [sys.executable, str(ROOT / "compress_segmenter.py"), *words, *model_sizes]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert "dense.pth" in done.stdout
+def test_the_root_script_runs(
+    config: Path,
+    dense: Path,
+    tmp_path: Path,
+    model_sizes: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    root_script: Callable[..., tuple[int, str]],
+) -> None:
+    words = ["--dataset", "ade20k", "--config", config, "--evaluate", dense, "--log-dir", tmp_path / "e"]
+    monkeypatch.setenv("DATASET", str(config.parent / "data"))
+    code, text = root_script(SCRIPT.name, *words, *model_sizes)
+    assert code == 0, text
+    assert "dense.pth" in text
 
 
 def test_two_processes_count_what_one_counts(config: Path, dense: Path, tmp_path: Path, model_sizes: list[str]) -> None:
@@ -232,14 +250,9 @@ def test_two_processes_count_what_one_counts(config: Path, dense: Path, tmp_path
         "blend=all",
         *model_sizes,
     ]
-    environment = {**os.environ, "DATASET": str(config.parent / "data"), "OMP_NUM_THREADS": "1"}
-    environment["CUDA_VISIBLE_DEVICES"] = ""
-    for processes, port in ((1, 29641), (2, 29642)):
-        launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={port}", "--"]
-        command = [sys.executable, *launcher, str(ROOT / "compress_segmenter.py"), *words]
-        command += ["--log-dir", str(tmp_path / str(processes))]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
-        assert done.returncode == 0, done.stderr[-3000:]
+    for processes in (1, 2):
+        log = ["--log-dir", tmp_path / str(processes)]
+        run_script(SCRIPT, *words, *log, processes=processes, DATASET=str(config.parent / "data"))
     found = [json.loads((tmp_path / name / "results.json").read_text())["models"][0]["metrics"] for name in "12"]
     assert found[0] == found[1]
     files = ["result/iou_per_class_validation.json", *(f"blended/ADE_val_{number:08d}.png" for number in range(1, 8))]
@@ -251,12 +264,7 @@ def test_two_processes_train(config: Path, dense: Path, tmp_path: Path, model_si
     """Data-parallel training would stop at a parameter that gets no gradient."""
     words = ["--dataset", "ade20k", "--config", str(config), "--pretrained", str(dense), "--epochs-search", "1"]
     words += ["--epochs", "1", "--batch-size", "8", "--p", "0.5", "--log-dir", str(tmp_path / "two"), *model_sizes]
-    launcher = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29643", "--"]
-    command = [sys.executable, *launcher, str(ROOT / "compress_segmenter.py"), *words]
-    environment = {**os.environ, "DATASET": str(config.parent / "data"), "OMP_NUM_THREADS": "1"}
-    environment["CUDA_VISIBLE_DEVICES"] = ""
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_script(SCRIPT, *words, DATASET=str(config.parent / "data"))
     assert yaml.safe_load((tmp_path / "two" / "settings.yaml").read_text())["batch_size_train"] == 4
     assert len([row for row in runs.rows(tmp_path / "two") if "loss" in row]) == 6
 

@@ -16,7 +16,7 @@ from upop.training.devices import align_for
         ("cuda", {}, 8),
         ("cpu", {}, 1),
         ("mps", {}, 1),
-        ("cuda", {"cost": "reference"}, 1),
+        ("cuda", {"cost": "reference", "method": "reference"}, 1),
         ("cuda", {"align": 4}, 4),
         ("cpu", {"align": 16}, 16),
     ],

@@ -183,7 +183,7 @@ def test_the_batch_fills_the_memory_and_no_more(config: Path, tmp_path: Path, mo
     model = task.load(Path(str(settings.pretrained)), settings).train()
     optimizer = task.optimizer(model, settings)
     loader = make_loader(task, settings, "train")
-    batch = batch_module._Probe(make_accelerator(settings), task, settings, model, loader)._batch(16)
+    batch = batch_module._Probe(make_accelerator(settings), task, settings, model, loader, False)._batch(16)
 
     def steps() -> None:
         for _ in range(2):
@@ -254,7 +254,7 @@ def test_a_run_finds_its_batch_and_a_resumed_one_keeps_it(
 ) -> None:
     one = found_batch(config, tmp_path / "other", monkeypatch, 2**50)
     limited(monkeypatch, int((one.fixed + 9 * one.per_record) / 0.8))
-    given = {"output_dir": tmp_path / "run", "batch_size_train": "auto", "max_epoch": 1, "examples": 0}
+    given = {"output_dir": tmp_path / "run", "batch_size_train": "auto", "max_epoch": 1, "examples": 0, "distill": 0.0}
     assert compress(*runs.nlvr(config, **given)) is not None
     written = (tmp_path / "run" / "settings.yaml").read_text().splitlines()
     assert {"batch_size_train: 8", "accumulate: 2", "batch_size_auto: true"} <= set(written)

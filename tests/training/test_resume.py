@@ -171,8 +171,9 @@ def test_dense_training_and_accumulated_gradients_go_on(tmp_path: Path) -> None:
     assert_same(outcome(tmp_path / "killed"), outcome(tmp_path / "whole"))
 
 
-def test_a_cut_by_weight_norm_goes_on(tmp_path: Path) -> None:
-    config = runs.make_task("nlvr", tmp_path, method="magnitude")
+@pytest.mark.parametrize("settings", [{"method": "magnitude"}, {"method": "reference"}, {"distill": 1.0}], ids=str)
+def test_other_methods_and_a_teacher_go_on(tmp_path: Path, settings: dict[str, Any]) -> None:
+    config = runs.make_task("nlvr", tmp_path, **settings)
     finish("nlvr", config, tmp_path / "whole")
     process = start("nlvr", config, tmp_path / "killed", kill_at=40)
     process.join()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +46,8 @@ def test_run_folder_holds_everything(compressed: Path) -> None:
         "checkpoints/step-00000016.pt",
         *(f"{name}/{file}" for name in ("best", "last") for file in ("model.safetensors", "upop.json", "README.md")),
         "examples/examples.json",
-        # Eight of the 200 pairs of the test split.
-        *(f"examples/{number}-{side}.png" for number in range(0, 200, 25) for side in (0, 1)),
+        # Eight of the pairs of the test split.
+        *(f"examples/{number}-{side}.png" for number in range(0, runs.HELD_OUT, runs.HELD_OUT // 8) for side in (0, 1)),
     }
     assert (
         json.loads((compressed / "versions.json").read_text())["libraries"]["torch"] == torch.__version__.split("+")[0]
@@ -77,17 +78,42 @@ def test_plan_meets_the_budget_and_the_saved_shapes(compressed: Path) -> None:
 
 
 def test_rows_tell_the_search(compressed: Path) -> None:
-    rows = runs.rows(compressed)
-    searched = [row for row in rows if row["phase"] == "search" and "loss" in row]
+    """It takes a third of so few steps, 5 of 16, and the rest of its second epoch; the rate falls over all four."""
+    rows = [row for row in runs.rows(compressed) if "loss" in row]
+    searched = [row for row in rows if row["phase"] == "search"]
+    assert [row["step"] for row in searched] == list(range(1, 9))
     ratios = [row["ratio"] for row in searched]
     assert ratios == sorted(ratios)
-    assert ratios[-1] == 0.5
+    assert ratios[3] < ratios[4] == ratios[7] == 0.5
+    assert searched[3]["kept"] != searched[4]["kept"] == searched[7]["kept"]
+    assert [row["lr"] for row in rows] == [
+        pytest.approx(1e-3 * (1 + math.cos(math.pi * epoch / 4)) / 2) for epoch in range(4) for _ in range(4)
+    ]
+
+
+def test_the_published_search_takes_its_epochs_at_a_constant_rate(config: Path, tmp_path: Path) -> None:
+    results = compress(*runs.nlvr(config, output_dir=tmp_path, method="reference", search_lr=5e-4))
+    assert results is not None
+    assert results.models[1].name == "reference 2x"
+    rows = [row for row in runs.rows(tmp_path) if "loss" in row]
+    searched = [row for row in rows if row["phase"] == "search"]
     assert [row["step"] for row in searched] == list(range(1, 9))
-    assert searched[-1]["kept"]["vision"] < 1
-    assert len({row["lr"] for row in searched}) == 1
-    retrained = [row["lr"] for row in rows if row["phase"] == "retrain" and "loss" in row]
-    assert retrained == sorted(retrained, reverse=True)
-    assert retrained[0] == searched[0]["lr"]
+    assert [row["ratio"] for row in searched] == [
+        pytest.approx(0.5 * math.sin(math.pi / 2 * step / 8)) for step in range(1, 9)
+    ]
+    assert {row["lr"] for row in searched} == {5e-4}
+    assert [row["lr"] for row in rows[8:]] == [1e-3] * 4 + [pytest.approx(5e-4)] * 4
+
+
+def test_settings_of_the_published_search_do_not_matter_to_the_other_methods(
+    config: Path, compressed: Path, tmp_path: Path
+) -> None:
+    compress(*runs.nlvr(config, output_dir=tmp_path, interval=7, search_lr=0.3))
+    first, second = (Plan.from_json((folder / "plan.json").read_text()) for folder in (compressed, tmp_path))
+    assert dict(first) == dict(second)
+    assert [row["lr"] for row in runs.rows(compressed) if "lr" in row] == [
+        row["lr"] for row in runs.rows(tmp_path) if "lr" in row
+    ]
 
 
 def test_same_seed_same_result(config: Path, compressed: Path, tmp_path: Path) -> None:
@@ -96,9 +122,25 @@ def test_same_seed_same_result(config: Path, compressed: Path, tmp_path: Path) -
     assert all(torch.equal(first[key], second[key]) for key in first)
 
 
-def test_accumulated_gradients_give_the_same_search(config: Path, compressed: Path, tmp_path: Path) -> None:
-    compress(*runs.nlvr(config, output_dir=tmp_path, batch_size_train=8, accumulate=2))
-    first, second = (Plan.from_json((folder / "plan.json").read_text()) for folder in (compressed, tmp_path))
+def test_the_dense_model_teaches(config: Path, compressed: Path, tmp_path: Path) -> None:
+    """At the first step the model is its own teacher; evaluation and what is saved know of no teacher."""
+    alone, taught = tmp_path / "alone", compressed
+    assert compress(*runs.nlvr(config, output_dir=alone, distill=0.0)) is not None
+    losses = ([row["loss"] for row in runs.rows(folder) if "loss" in row] for folder in (alone, taught))
+    first, second = losses
+    assert second[0] == pytest.approx(first[0])
+    assert second[1] > 1.005 * first[1]
+    assert sum(second) > 1.005 * sum(first)
+    names = upop.load(alone / "best").state_dict().keys()
+    assert upop.load(taught / "best").state_dict().keys() == names
+
+
+@pytest.mark.parametrize("method", [{"method": "reference"}, {"correct": False}], ids=str)
+def test_accumulated_gradients_give_the_same_search(config: Path, tmp_path: Path, method: dict[str, Any]) -> None:
+    """But for the correction, which looks at padding too, of which shorter batches have less."""
+    for name, portions in (("one", {}), ("two", {"batch_size_train": 8, "accumulate": 2})):
+        compress(*runs.nlvr(config, output_dir=tmp_path / name, max_epoch=1, **method, **portions))
+    first, second = (Plan.from_json((tmp_path / name / "plan.json").read_text()) for name in ("one", "two"))
     assert dict(first) == dict(second)
 
 
@@ -110,7 +152,10 @@ def test_accumulated_gradients_give_the_same_search(config: Path, compressed: Pa
         {"clip_grad": 0.5},
         {"align": 8},
         {"cost": "flops"},
-        {"cost": "reference"},
+        {"cost": "reference", "method": "reference"},
+        {"score": "squared", "correct": False, "search_share": 0.4},
+        {"score": "signed"},
+        {"ema_decay": 0.5, "warmup_epochs": 1},
     ],
     ids=str,
 )

@@ -73,7 +73,7 @@ TIMM: tuple[Architecture, ...] = (
     _row("edgenext_xx_small", 64, depths=(1, 2, 2, 2), dims=(24, 24, 24, 24)),
     _row("visformer_tiny", 64, img_size=64, embed_dim=48, depth=(1, 1, 1), num_heads=3),
     _row("mobilevit_xxs", 64),
-    _row("sam2_hiera_tiny", 64),
+    _row("sam2_hiera_tiny", 64, embed_dim=24, stages=(1, 1, 2, 1), global_att_blocks=(3,)),
     _own("mixer", models.mlp_mixer.MlpMixer, 32, **_MIXER),
     _own("gmixer", models.mlp_mixer.MlpMixer, 32, **_MIXER, mlp_ratio=(1.0, 4.0), mlp_layer=models.mlp_mixer.GluMlp),
     _own(

@@ -126,6 +126,12 @@ _DECODERS = (
 _TRANSLATORS = ("mt5", "umt5", "bart", "mbart", "pegasus", "marian", "m2m_100", "blenderbot", "plbart", "mvp")
 _PAIRS = ("clip", "metaclip_2", "chinese_clip", "altclip", "owlvit", "owlv2", "groupvit", "flava", "clipseg", "aimv2")
 
+_FLORENCE = {
+    "depths": [1, 1, 2, 1],
+    "embed_dim": [16, 16, 32, 32],
+    "num_heads": [2, 2, 4, 4],
+    "num_groups": [2, 2, 4, 4],
+}
 _WINDOWS = {"depths": [2, 2], "num_heads": [2, 4], "patch_size": 4, "window_size": 4}
 
 TRANSFORMERS: tuple[Architecture, ...] = (
@@ -146,7 +152,7 @@ TRANSFORMERS: tuple[Architecture, ...] = (
         text_config={"hidden_size": 64},
         vision_config={"hidden_size": 64},
     ),
-    _row("detr", inputs=_pixels),
+    _row("detr", inputs=_pixels, backbone_config={"backbone": "resnet10t"}),
     _row(
         "sam",
         inputs=_points,
@@ -176,7 +182,7 @@ TRANSFORMERS: tuple[Architecture, ...] = (
         generates=True,
         vision_config={"deepstack_visual_indexes": [0]},
     ),
-    _row("florence2", "AutoModelForImageTextToText", _picture_in_text(2)),
+    _row("florence2", "AutoModelForImageTextToText", _picture_in_text(2), vision_config=_FLORENCE),
     _row("gptj", "AutoModelForCausalLM", generates=True, rotary_dim=4),
     _row("imagegpt", "ImageGPTForCausalImageModeling"),
     _row("swin", inputs=_pixels, **_WINDOWS),

@@ -1,0 +1,311 @@
+"""A search in stages: masks that fall for good, scores of a stage alone, and readers that make up for what goes."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import pickle
+import warnings
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+
+import upop
+from pruning.families import (
+    BLIP_SIZES,
+    BY_NAME,
+    NLVR,
+    VIT,
+    Family,
+    Inputs,
+    difference,
+    loss_of,
+    outputs_of,
+    randomise,
+    reader_and_inputs,
+)
+from upop.models.blip import checkpoint_last_blocks
+from upop.models.clip import ClipConfig, ClipRetrieval
+from upop.pruning import budget
+from upop.pruning.correction import RIDGE
+
+both = pytest.mark.parametrize("case", [VIT, NLVR], ids=lambda case: case.name)
+
+
+def take(model: nn.Module, pruner: upop.Pruner, inputs: Inputs) -> None:
+    model.zero_grad()
+    loss_of(model(**inputs)).backward()
+    pruner.step()
+
+
+def searched(model: nn.Module, case: Family, *given: Any, **settings: Any) -> Iterator[upop.Pruner]:
+    """Search without training; yields the pruner before each step and after the last."""
+    pruner = upop.Pruner(model, *given, **settings)
+    for step in range(pruner.steps):
+        yield pruner
+        take(model, pruner, case.inputs(4, seed=step))
+    yield pruner
+
+
+def gone(pruner: upop.Pruner) -> dict[str, Tensor]:
+    return {name: mask == 0 for name, mask in pruner.masks.items()}
+
+
+def marked(pruner: upop.Pruner, scores: dict[str, Tensor], share: float) -> dict[str, Tensor]:
+    return budget.select(pruner.units, scores, pruner.costs, share, standardised=False).marked
+
+
+@pytest.mark.parametrize("align", [1, 3])
+@both
+def test_masks_fall_for_good_and_by_equal_shares(case: Family, align: int) -> None:
+    steps, interval, before = 7, 2, dict[str, Tensor]()
+    for step, pruner in enumerate(searched(case.build(), case, 0.5, steps, interval, align=align)):
+        masks = pruner.masks
+        assert all(bool(((mask == 0) | (mask == 1)).all()) for mask in masks.values())
+        assert all(bool((mask <= before[name]).all()) for name, mask in masks.items() if before)
+        taken = steps if step == steps else step - step % interval
+        assert pruner.current_ratio == pytest.approx(0.5 * taken / steps)
+        total = sum(pruner.costs[unit.name] * unit.size for unit in pruner.units)
+        block = align * max(pruner.costs.values())
+        assert abs((1 - pruner.kept_share()) * total - pruner.current_ratio * total) <= block / 2 * (1 + 1e-9)
+        before = masks
+    assert pruner.finished
+    pruner.shrink(verify=case.inputs())
+
+
+@pytest.mark.parametrize(("steps", "stages"), [(1, 1), (3, 3), (8, 8), (16, 8), (40, 8)])
+def test_eight_stages_unless_told_otherwise(steps: int, stages: int) -> None:
+    found = {round(pruner.current_ratio, 12) for pruner in searched(VIT.build(), VIT, 0.5, steps, correct=False)}
+    assert found == {round(0.5 * stage / stages, 12) for stage in range(stages + 1)}
+
+
+def test_what_means_the_published_search() -> None:
+    settings: list[dict[str, Any]] = [{"cost": "reference"}, {"score": "signed"}, {"progress": "soft"}]
+    for each in settings:
+        pruner = upop.Pruner(VIT.build(), 0.5, 1000, **each)
+        assert (pruner.progress, pruner.score, pruner.interval) == ("soft", "signed", 50)
+    pruner = upop.Pruner(VIT.build(), 0.5, 1000)
+    assert (pruner.progress, pruner.score, pruner.interval) == ("stages", "absolute", 125)
+    assert upop.Pruner(VIT.build(), 0.5, 8, score="signed", progress="stages").progress == "stages"
+    assert upop.Pruner(VIT.build(), 0.5, 8, score="squared", progress="soft").score == "squared"
+
+
+def scores_after(count: int, **settings: Any) -> dict[str, Tensor]:
+    steps = searched(VIT.build(), VIT, 0.5, 100, 100, **settings)
+    return next(pruner for number, pruner in enumerate(steps) if number == count).scores
+
+
+def test_scores_by_name_and_of_ones_own() -> None:
+    first, second = (scores_after(count, score="signed", progress="stages") for count in (1, 2))
+    changes = {name: (first[name], second[name] - first[name]) for name in first}
+    absolute, squared = scores_after(2), scores_after(2, score="squared")
+    own = scores_after(2, progress="stages", score=lambda weight, gradient: gradient.abs().sum(1))
+    for name, (one, two) in changes.items():
+        torch.testing.assert_close(absolute[name], -(one.abs() + two.abs()), rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(squared[name], -(one.square() + two.square()), rtol=1e-9, atol=1e-12)
+        assert bool((own[name] >= 0).all()) and own[name].any()
+
+
+def test_scores_begin_anew_with_every_stage() -> None:
+    model = VIT.build()
+    pruner = upop.Pruner(model, 0.5, 6, 3)
+    for step in range(6):
+        take(model, pruner, VIT.inputs(4, seed=step))
+        if step in (0, 3):  # the first of a stage
+            layer = model.blocks[0].mlp.fc1
+            terms = (layer.weight.grad * layer.weight).sum(1) + layer.bias.grad * layer.bias
+            torch.testing.assert_close(pruner.scores["blocks.0.mlp"], -terms.detach().abs(), rtol=1e-9, atol=1e-12)
+            assert terms.any()
+
+
+@both
+def test_what_was_cut_is_what_the_last_scores_rank_first(case: Family) -> None:
+    before: dict[str, Tensor] = {}
+    for step, pruner in enumerate(searched(case.build(), case, 0.6, 6, 2)):
+        if step and step % 2 == 0:
+            ranked = {name: score.masked_fill(before[name], torch.inf) for name, score in pruner.scores.items()}
+            expected = marked(pruner, ranked, pruner.current_ratio)
+            assert all(torch.equal(each, expected[name]) for name, each in gone(pruner).items())
+        before = gone(pruner)
+
+
+def test_a_stage_without_scores_goes_by_the_last_ones() -> None:
+    model = VIT.build()
+    pruner = upop.Pruner(model, 0.5, 4, 2)
+    for step in range(2):
+        take(model, pruner, VIT.inputs(4, seed=step))
+    scores = pruner.scores
+    with pytest.warns(UserWarning, match="2 of 4 search steps had gradients that are not finite"):
+        for _ in range(2):
+            pruner.skip()
+    expected = marked(pruner, scores, 0.5)
+    assert all(torch.equal(each, expected[name]) for name, each in gone(pruner).items())
+    pruner.shrink(verify=VIT.inputs())
+
+
+@both
+def test_corrected_readers_are_the_nearest_to_the_old_ones(case: Family) -> None:
+    """No other weights bring their outputs nearer to the old ones, for the pull that holds them to the old weights."""
+    model, dense, batch = case.build(), case.build(), case.inputs(16)
+    unit = next(unit for unit in upop.find_units(dense) if unit.kind == "mlp")
+    reader = unit.online[-1].tensor.removesuffix(".weight")
+    pruner = upop.Pruner(model, 0.5, 1, include=unit.name)
+    take(model, pruner, batch)
+    _, wanted = reader_and_inputs(dense, batch, reader)
+    inputs, found = reader_and_inputs(model, batch, reader)
+    kept = pruner.masks[unit.name].bool()
+    assert not inputs[:, :-1][:, ~kept].any()
+    new, old = (each.get_submodule(reader) for each in (model, dense))
+    pull = RIDGE * inputs[:, :-1].square().sum(0)[kept].mean() * (new.weight - old.weight)[:, kept]
+    pull = torch.cat([pull, pull.new_zeros(len(pull), 1)], 1).detach()
+    force = ((wanted - found).t() @ inputs)[:, [*kept.tolist(), True]]
+    assert (wanted - found).abs().max() > 1e-3
+    assert pull.abs().max() > 1e-6
+    torch.testing.assert_close(force, pull, rtol=1e-6, atol=1e-9 * float(inputs.norm() * wanted.norm()))
+
+
+@both
+def test_only_readers_change_and_without_correction_nothing_does(case: Family) -> None:
+    dense = case.build()
+    units = upop.find_units(dense)
+    read = {unit.online[-1].tensor for unit in units}
+    read |= {name.removesuffix("weight") + "bias" for name in read}
+    for correct in (True, False):
+        model = case.build()
+        *_, pruner = searched(model, case, 0.5, 4, 2, correct=correct)
+        pruner.remove()
+        changed = {
+            name for name, value in model.state_dict().items() if not torch.equal(value, dense.state_dict()[name])
+        }
+        assert changed <= read
+        assert bool(changed) is correct
+
+
+def test_readers_of_momentum_copies_are_corrected_too() -> None:
+    sizes = {name: value for name, value in BLIP_SIZES.items() if not name.startswith("drop")}
+    model = ClipRetrieval(ClipConfig(**sizes, embed_dim=20, queue_size=12))
+    randomise(model)
+    with torch.no_grad():
+        for parameter, twin in model.momentum_pairs():
+            twin.copy_(parameter)
+    before = {name: value.clone() for name, value in model.double().state_dict().items()}
+    pruner = upop.Pruner(model, 0.5, 1)
+    take(model, pruner, BY_NAME["clip"].inputs(4))
+    for parameter, twin in model.momentum_pairs():
+        torch.testing.assert_close(twin, parameter, rtol=1e-12, atol=0)
+    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    copied = {part.tensor for unit in pruner.units for part in unit.slices if part.follows and not part.produces}
+    assert changed >= copied
+    assert len(copied) == len(pruner.units)
+
+
+def note(seen: list[StorageWeakRef], _module: nn.Module, args: tuple[Tensor]) -> None:
+    seen.append(StorageWeakRef(args[0].untyped_storage()))
+
+
+@pytest.mark.parametrize("count", [1, None])
+def test_checkpointed_blocks_keep_nothing_to_look_at(count: int | None) -> None:
+    found, kept = [], []
+    for checkpointed in (False, True):
+        model = NLVR.build().train()
+        if checkpointed:
+            checkpoint_last_blocks(model.visual_encoder, count)
+        pruner = upop.Pruner(model, 0.5, 2, 2)
+        seen: list[StorageWeakRef] = []
+        layer = model.visual_encoder.blocks[-1].mlp.fc2
+        hook = layer.register_forward_pre_hook(partial(note, seen))
+        loss = loss_of(model(**NLVR.inputs()))
+        gc.collect()
+        kept.append(not seen[0].expired())
+        hook.remove()
+        loss.backward()
+        pruner.step()
+        take(model, pruner, NLVR.inputs(seed=1))
+        found.append(outputs_of(model, NLVR.inputs()))
+    assert kept == [True, False]
+    assert difference(found[1], found[0]) < 1e-10
+
+
+class Counting:
+    """A compiler that changes nothing, and counts how often what it compiled is run."""
+
+    def __init__(self) -> None:
+        self.runs = 0
+
+    def __call__(self, graph: torch.fx.GraphModule, _inputs: Any) -> Any:
+        def run(*args: Any) -> Any:
+            self.runs += 1
+            return graph.forward(*args)
+
+        return run
+
+
+def test_compiled_models_are_corrected_and_run_compiled_all_the_other_steps() -> None:
+    torch._dynamo.reset()
+    model, plain, counting = VIT.build(), VIT.build(), Counting()
+    compiled: Any = torch.compile(model, backend=counting, fullgraph=True)
+    pruner, expected = upop.Pruner(compiled, 0.5, 8, 4), upop.Pruner(plain, 0.5, 8, 4)
+    runs = []
+    for step in range(8):
+        before = counting.runs
+        for net, search in ((compiled, pruner), (plain, expected)):
+            net.zero_grad()
+            loss_of(net(**VIT.inputs(4, seed=step))).backward()
+            search.step()
+        runs.append(counting.runs - before)
+    assert runs == [1, 1, 0, 0] * 2  # the last two steps of a stage are looked at
+    before = counting.runs
+    assert difference(outputs_of(compiled, VIT.inputs()), outputs_of(plain, VIT.inputs())) < 1e-12
+    assert counting.runs == before + 1
+    torch._dynamo.reset()
+
+
+def test_compiled_code_runs_again_once_nobody_looks() -> None:
+    torch._dynamo.reset()
+    counting, layer = Counting(), nn.Linear(2, 2)
+    compiled = torch.compile(layer, backend=counting)
+
+    def runs() -> bool:
+        before = counting.runs
+        compiled(torch.ones(1, 2))
+        return counting.runs > before
+
+    assert runs()
+    one, two = (upop.Pruner(VIT.build(), 0.5, 4, 1) for _ in range(2))  # each stage is looked at whole
+    assert not runs()
+    one.remove()
+    assert not runs()
+    two.remove()
+    assert runs()
+    upop.Pruner(VIT.build(), 0.5, 4, 1)
+    gc.collect()
+    assert runs()  # nothing is left of it or its model
+    torch._dynamo.reset()
+
+
+def test_copies_of_a_model_that_is_looked_at_are_not() -> None:
+    model = VIT.build()
+    pruner = upop.Pruner(model, 0.5, 2, 2)
+    hooks = [hook for module in model.modules() for hook in module._forward_hooks.values()]
+    assert hooks
+    for twin in (copy.deepcopy(model), model):
+        loss_of(twin(**VIT.inputs())).backward()
+        assert bool(pruner.state_dict()["moments"]) is (twin is model)
+    assert all(callable(pickle.loads(pickle.dumps(hook))) for hook in hooks)
+
+
+def test_inputs_that_are_not_finite_correct_nothing() -> None:
+    model = VIT.build()
+    pruner = upop.Pruner(model, 0.5, 3, 3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for step in range(3):
+            inputs = VIT.inputs(4, seed=step)
+            take(model, pruner, {"x": inputs["x"] * float("nan")} if step == 1 else inputs)
+    assert pruner.skipped_steps == 1
+    assert outputs_of(model, VIT.inputs()).isfinite().all()
