@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import multiprocessing
 from pathlib import Path
 from typing import Any
 
@@ -170,6 +171,7 @@ def test_variants_run_through(config: Path, tmp_path: Path, changes: dict[str, A
 def test_workers_change_nothing(config: Path, tmp_path: Path) -> None:
     for workers in (0, 2):
         train(*runs.nlvr(config, output_dir=tmp_path / str(workers), num_workers=workers, max_epoch=1))
+        assert not multiprocessing.active_children()
     losses = [[row["loss"] for row in runs.rows(tmp_path / name) if "loss" in row] for name in "02"]
     assert losses[0] == losses[1]
 

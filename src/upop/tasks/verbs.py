@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from accelerate.utils import broadcast_object_list
@@ -33,7 +33,7 @@ from upop.training.batch import find_batch_size
 from upop.training.devices import align_for, make_accelerator
 from upop.training.evaluation import evaluate, records_of
 from upop.training.folder import RunFolder
-from upop.training.loaders import first_records, make_loader, to_device
+from upop.training.loaders import end_workers, first_records, make_loader, to_device
 from upop.training.loop import Loop
 from upop.training.memory import explained_memory
 from upop.training.preemption import Preemption
@@ -54,8 +54,7 @@ def train(task: Task[Any], settings: RunSettings) -> Results | None:
         UPopError: settings, data, checkpoint, device or run folder are not usable; before any long work.
         PreemptedError: the run was asked to end (SIGTERM), and can be resumed.
     """
-    with Preemption() as preemption:
-        run = _Run(task, settings, "train")
+    with Preemption() as preemption, _Run(task, settings, "train") as run:
         if settings.pretrained:
             model, lacking = task.start(run.checkpoint(), settings)
             if lacking:
@@ -86,8 +85,7 @@ def compress(task: Task[Any], settings: RunSettings) -> Results | None:
         UPopError: settings, data, checkpoint, device or run folder are not usable; before any long work.
         PreemptedError: the run was asked to end (SIGTERM), and can be resumed.
     """
-    with Preemption() as preemption:
-        run = _Run(task, settings, "compress")
+    with Preemption() as preemption, _Run(task, settings, "compress") as run:
         model = run.pretrained(training=True)
         run.settle(model)
         dense_model = copy.deepcopy(model)
@@ -158,10 +156,10 @@ def evaluate_checkpoint(task: Task[Any], settings: RunSettings) -> Results | Non
     Raises:
         UPopError: settings, data, checkpoint, device or run folder are not usable.
     """
-    run = _Run(task, settings, "evaluate")
-    model = run.pretrained(training=False).to(run.accelerator.device)
-    metrics = run.evaluate(model)
-    return run.finish({Path(str(settings.pretrained)).name: (model, metrics)})
+    with _Run(task, settings, "evaluate") as run:
+        model = run.pretrained(training=False).to(run.accelerator.device)
+        metrics = run.evaluate(model)
+        return run.finish({Path(str(settings.pretrained)).name: (model, metrics)})
 
 
 def compressed_name(settings: RunSettings) -> str:
@@ -171,7 +169,10 @@ def compressed_name(settings: RunSettings) -> str:
 
 
 class _Run:
-    """One run: its accelerator, folder, data and console; and what all verbs do at their start and end."""
+    """One run: its accelerator, folder, data and console; and what all verbs do at their start and end.
+
+    Leaving it ends the processes that make its batches.
+    """
 
     def __init__(self, task: Task[Any], settings: RunSettings, verb: str) -> None:
         self.task, self.settings, self._verb = task, settings, verb
@@ -195,6 +196,13 @@ class _Run:
         else:
             self._bad_images.know(self.folder.bad_images())
         self._bad_images.report = self._tell_bad_image
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for loader in self._prepared.values():
+            end_workers(loader)
 
     def _checkpoint_to_resume(self) -> Mapping[str, Any] | None:
         """Return the content of the newest checkpoint, if the run is to go on from one."""
@@ -285,12 +293,13 @@ class _Run:
     @contextmanager
     def training(self, epochs: int, preemption: Preemption) -> Iterator[Loop]:
         """Give a loop, which goes on where a resumed run stood, and show one bar over `epochs` epochs."""
+        self._prepared["train"] = self.accelerator.prepare(self.loaders["train"])
         loop = Loop(
             self.accelerator,
             self.task,
             self.settings,
             self.folder,
-            self.loaders["train"],
+            self._prepared["train"],
             self._prepared.get("val"),
             preemption,
             self._resumed,

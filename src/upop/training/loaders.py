@@ -124,6 +124,18 @@ def set_epoch(loader: Any, epoch: int) -> None:
     cast(SeededDataset, loader.dataset).set_epoch(epoch)
 
 
+def end_workers(loader: Any) -> None:
+    """End the processes that make the batches of a loader, prepared or not, and wait for them.
+
+    Left to the garbage collector, the queues that tell them to end may go first; each is then waited for in vain.
+    """
+    owner = getattr(loader, "base_dataloader", loader)
+    iterator = getattr(owner, "_iterator", None)  # of workers that live on between epochs
+    if iterator is not None:
+        iterator._shutdown_workers()
+        owner._iterator = None
+
+
 def first_records(loader: DataLoader[Any], count: int) -> dict[str, Any]:
     """Return the first `count` records of a loader's data set as one batch, on the CPU."""
     records = cast(SeededDataset, loader.dataset)

@@ -15,7 +15,6 @@ from accelerate.data_loader import skip_first_batches
 from accelerate.utils import gather_object
 from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from upop.errors import CheckpointError, SettingError, TrainingError
 from upop.pruning import Distillation, Pruner, distill
@@ -24,7 +23,7 @@ from upop.training.bad_images import readable
 from upop.training.devices import autocast
 from upop.training.evaluation import evaluate
 from upop.training.folder import RunFolder
-from upop.training.loaders import set_epoch
+from upop.training.loaders import end_workers, set_epoch
 from upop.training.preemption import Preemption
 from upop.training.progress import RunProgress
 from upop.training.randomness import random_state, restore_random_state
@@ -66,7 +65,7 @@ class Loop:
         task: data, loss and metrics.
         settings: of the run.
         folder: takes the rows of metrics.jsonl, and the checkpoints.
-        train: batches to train on, as `make_loader` gives them.
+        train: prepared batches to train on, as `make_loader` gives them.
         val: prepared batches to evaluate on after every epoch, if any.
         preemption: tells whether the run was asked to end.
         resumed: the content of a checkpoint to go on from.
@@ -83,14 +82,14 @@ class Loop:
         task: Task[Any],
         settings: RunSettings,
         folder: RunFolder,
-        train: DataLoader[Any],
+        train: Any,
         val: Any,
         preemption: Preemption,
         resumed: State | None = None,
     ) -> None:
         self._accelerator, self._task, self._settings = accelerator, task, settings
         self._folder = folder
-        self._train, self._val = accelerator.prepare(train), val
+        self._train, self._val = train, val
         self._sharded = settings.sharding == "fsdp"
         self._preemption = preemption
         self._watch = LoaderWatch(settings.num_workers)
@@ -261,11 +260,14 @@ class Loop:
             return
         rest = skip_first_batches(self._train, place.batch)
         set_epoch(rest, place.epochs)
-        for number, batch in enumerate(readable(self._accelerator, rest)):
-            # Making an iterator draws a number, and the checkpoint is of a moment after that.
-            if not number:
-                self._restore_randomness()
-            yield batch
+        try:
+            for number, batch in enumerate(readable(self._accelerator, rest)):
+                # Making an iterator draws a number, and the checkpoint is of a moment after that.
+                if not number:
+                    self._restore_randomness()
+                yield batch
+        finally:
+            end_workers(rest)
 
     def _evaluate(
         self,
