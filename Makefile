@@ -7,7 +7,10 @@ BIN := $(VENV)/bin
 # imported.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test lint model clean
+# Two processes of one thread each; what a file's tests share is made once.
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
+.PHONY: demo test test-all lint model clean
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -19,8 +22,11 @@ $(VENV)/installed: pyproject.toml
 demo: $(VENV)/installed  ## generate data, compress a small model 2x, show what it kept and lost
 	$(BIN)/upop demo
 
-test: $(VENV)/installed  ## the whole suite, by two processes of one thread each, what a file's tests share made once
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+test: $(VENV)/installed  ## what every change must pass, in minutes
+	$(PYTEST) -m 'not slow'
+
+test-all: $(VENV)/installed  ## every case: all architectures of docs/coverage.md, every task killed and resumed
+	$(PYTEST)
 
 lint: $(VENV)/installed  ## ruff, and mypy in strict mode
 	$(BIN)/ruff check .

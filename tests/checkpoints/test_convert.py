@@ -27,7 +27,11 @@ KINDS = {
     "deit": "ViTForImageClassification",
 }
 SETS = [
-    pytest.param(recorded, name, id=f"{recorded.task}-{recorded.folder.name}-{name}")
+    pytest.param(
+        *(recorded, name),
+        id=f"{recorded.task}-{recorded.folder.name}-{name}",
+        marks=[pytest.mark.slow] if name == "dense" else [],
+    )
     for recorded in all_recorded()
     if recorded.task in KINDS
     for name in ("dense", "compressed")

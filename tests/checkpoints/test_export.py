@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import runs
 import upop
 from pruning.families import randomise
+from tiers import mostly_slow
 from upop.checkpoints.export import graphs_of
 from upop.errors import SettingError, VerificationError
 from upop.models.caption import BlipCaption, CaptionConfig
@@ -72,7 +73,11 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Any], t
 
 # An ONNX file is made of the program that torch-export writes.
 @pytest.mark.parametrize(
-    ("name", "format"), [*((name, "onnx") for name in MODELS), ("clip", "torch-export"), ("nlvr", "torch-export")]
+    ("name", "format"),
+    mostly_slow(
+        [*((name, "onnx") for name in MODELS), ("clip", "torch-export"), ("nlvr", "torch-export")],
+        *(("caption", "onnx"), ("classification", "onnx"), ("segmentation", "onnx"), ("clip", "torch-export")),
+    ),
 )
 def test_graphs_compute_what_the_model_does(
     name: str, format: str, exported: Callable[[str, Any], tuple[nn.Module, Path]]

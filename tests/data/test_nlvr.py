@@ -256,6 +256,7 @@ def test_the_same_seed_swaps_the_same_records(generated: Summary, tokenizer):
     assert epochs[0] == epochs[1] != epochs[2]
 
 
+@pytest.mark.slow
 def test_a_worker_process_started_afresh_gives_the_same_batches(generated: Summary, tokenizer):
     """Workers that are not forked, the only kind on macOS and Windows, get data set and collate function by pickle."""
     data = NlvrDataset(generated.annotation / "nlvr_dev.json", generated.image_root, eval_transform(16), swap=False)

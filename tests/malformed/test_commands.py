@@ -16,6 +16,7 @@ import typer
 
 import runs
 from malformed import commands as table
+from tiers import mostly_slow
 from together import FORKS
 from upop.cli import published, published_deit, published_segmenter
 from upop.cli.app import app, main
@@ -122,7 +123,8 @@ def in_a_terminal(words: list[str], output: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("sent", "workers", "code"), [(signal.SIGINT, 0, 130), (signal.SIGINT, 2, 130), (signal.SIGTERM, 2, 75)]
+    ("sent", "workers", "code"),
+    mostly_slow([(signal.SIGINT, 0, 130), (signal.SIGINT, 2, 130), (signal.SIGTERM, 2, 75)], (signal.SIGTERM, 2, 75)),
 )
 def test_signals_end_a_run_without_a_traceback(places: Places, sent: int, workers: int, code: int) -> None:
     """Ctrl-C, and SIGTERM that a cluster sends to all processes of a run, workers too."""

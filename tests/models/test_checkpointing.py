@@ -130,6 +130,7 @@ def test_a_model_without_blocks_is_refused() -> None:
         checkpoint_blocks(nn.Sequential(nn.Linear(2, 2)))
 
 
+@pytest.mark.slow
 def test_it_goes_together_with_bf16_and_accumulation(tmp_path: Path) -> None:
     config = runs.make_task("nlvr", tmp_path, accumulate=2, batch_size_train=8, log_every=1, examples=0)
     task, losses = find_task("nlvr"), []

@@ -27,6 +27,8 @@ from pruning.families import (
     rows_of,
     still_pruner,
 )
+from tiers import mostly_slow
+from together import FORKS
 from upop.models.blip import checkpoint_last_blocks
 
 Scores = dict[str, Tensor]
@@ -201,7 +203,9 @@ def test_masks_keep_no_more_for_the_backward_pass() -> None:
     assert kept() <= plain
 
 
-@pytest.mark.parametrize(("progress", "backend"), [("soft", "eager"), ("stages", "aot_eager")])
+@pytest.mark.parametrize(
+    ("progress", "backend"), mostly_slow([("soft", "eager"), ("stages", "aot_eager")], ("stages", "aot_eager"))
+)
 def test_compiled_models_see_masks_move(progress: Any, backend: str) -> None:
     torch._dynamo.reset()
     plain, inputs = VIT.build(), VIT.inputs(3)
@@ -362,7 +366,7 @@ def test_a_model_may_be_built_and_cut_on_the_meta_device() -> None:
 @modes
 def test_two_ranks_search_as_one_process_does(progress: str, tmp_path: Path) -> None:
     expected = ranks.search(NLVR.inputs(4), None, progress)
-    other = torch.multiprocessing.get_context("spawn").Process(target=ranks.run, args=(1, str(tmp_path), progress))
+    other = FORKS.Process(target=ranks.run, args=(1, str(tmp_path), progress))
     other.start()
     try:
         ranks.run(0, str(tmp_path), progress)

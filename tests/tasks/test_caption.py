@@ -15,6 +15,7 @@ import yaml
 
 import runs
 import upop
+from tiers import mostly_slow
 from together import run_script
 from upop.checkpoints.official import save_official
 from upop.errors import CheckpointError, SettingError
@@ -248,10 +249,13 @@ def test_training_from_nothing_learns_and_keeps_the_best_epoch(
 
 @pytest.mark.parametrize(
     "changes",
-    [
+    mostly_slow(
+        [
+            {"amp": True, "sample": True},
+            {"vit_grad_ckpt": True, "vit_ckpt_layer": 1, "prompt": "", "num_beams": 1, "method": "magnitude"},
+        ],
         {"amp": True, "sample": True},
-        {"vit_grad_ckpt": True, "vit_ckpt_layer": 1, "prompt": "", "num_beams": 1, "method": "magnitude"},
-    ],
+    ),
     ids=str,
 )
 def test_variants_run_through(config: Path, tmp_path: Path, changes: dict[str, Any]) -> None:

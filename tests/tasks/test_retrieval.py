@@ -14,6 +14,7 @@ from torch import nn
 
 import runs
 import upop
+from tiers import mostly_slow
 from together import run_script
 from upop.checkpoints.read import read_weights
 from upop.data.shapes.write import write_shapes
@@ -222,6 +223,7 @@ def test_queue_smaller_than_the_batch_is_refused_before_any_work(config: Path, t
 
 
 @pytest.mark.filterwarnings("ignore:A batch holds no wrong partner")
+@pytest.mark.slow
 def test_a_batch_of_one_trains(config: Path, tmp_path: Path) -> None:
     results = train(TASK, settings_of(config, batch_size_train=1, batch_size_test=1, output_dir=tmp_path))
     assert results is not None
@@ -230,7 +232,9 @@ def test_a_batch_of_one_trains(config: Path, tmp_path: Path) -> None:
     assert all(value.isfinite().all() for value in state.values())
 
 
-@pytest.mark.parametrize("changes", [{"amp": True}, {"vit_grad_ckpt": True, "vit_ckpt_layer": 1}], ids=str)
+@pytest.mark.parametrize(
+    "changes", mostly_slow([{"amp": True}, {"vit_grad_ckpt": True, "vit_ckpt_layer": 1}], {"amp": True}), ids=str
+)
 def test_variants_run_through(config: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
     results = compress(TASK, settings_of(config, output_dir=tmp_path, **changes))
     assert results is not None
@@ -307,6 +311,7 @@ def test_two_processes_are_one(config: Path, tmp_path: Path) -> None:
     assert [model["metrics"] for model in first] == [model["metrics"] for model in second]
 
 
+@pytest.mark.slow
 def test_benchmark_of_re_ranking(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     import rerank

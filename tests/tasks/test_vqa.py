@@ -145,6 +145,7 @@ def test_training_without_held_out_questions_keeps_the_last_epoch(config: Path, 
         evaluate_checkpoint(TASK, settings_of(config, output_dir=tmp_path, val_file=None, test_file=None))
 
 
+@pytest.mark.slow
 def test_mixed_precision_and_recomputed_activations(config: Path, tmp_path: Path) -> None:
     changes = {"amp": True, "vit_grad_ckpt": True, "vit_ckpt_layer": 1, "test_file": None}
     results = train(TASK, settings_of(config, output_dir=tmp_path, **changes))

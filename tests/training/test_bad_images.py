@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 import runs
+from tiers import mostly_slow
 from together import run_together
 from training.bad_images_ranks import refused_alike, tolerant
 from upop.errors import BadImageError, DataError
@@ -83,7 +84,7 @@ def scores(task: str, config: Path, folder: Path, **overrides: Any) -> dict[str,
     return json.loads((folder / "results.json").read_text())
 
 
-@pytest.mark.parametrize("task", sorted(TASKS))
+@pytest.mark.parametrize("task", mostly_slow(sorted(TASKS), "classification", "nlvr", "segmentation"))
 def test_scores_are_those_without_the_records(task: str, tmp_path: Path) -> None:
     config = runs.make_task(task, tmp_path)
     if task in _ANNOTATED:
@@ -204,7 +205,7 @@ def test_two_processes_are_one(spoiled: tuple[Path, list[Path]], tmp_path: Path)
     run_together(refused_alike, two, tmp_path / "refused")
 
 
-@pytest.mark.parametrize("task", ["retrieval", "segmentation"])
+@pytest.mark.parametrize("task", mostly_slow(["retrieval", "segmentation"], "retrieval"))
 def test_two_processes_score_as_one(task: str, tmp_path: Path) -> None:
     """The tasks that gather in their own ways."""
     config = runs.make_task(task, tmp_path)

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 import runs
+from tiers import mostly_slow
 from together import finish, free_port, run_together, torchrun
 from training.ranks import compress_task, predict_all
 from upop.errors import DeviceError
@@ -58,7 +59,7 @@ def test_two_processes_and_two_nodes_are_one(tmp_path: Path) -> None:
     assert_alike(tmp_path / "one", tmp_path / "nodes")
 
 
-@pytest.mark.parametrize("sharding", ["none", "fsdp"])
+@pytest.mark.parametrize("sharding", mostly_slow(["none", "fsdp"], "fsdp"))
 def test_two_processes_are_one_for_repeated_and_augmented_pictures(tmp_path: Path, sharding: str) -> None:
     """Not for mixed ones, or with dropped paths: each process draws its own. The rate grows with the batch of both."""
     # The correction solves for weights by sums that are rounded otherwise, and lets that grow.

@@ -61,6 +61,7 @@ def test_a_run_whose_process_dies_goes_on_by_itself(tmp_path: Path) -> None:
     assert_alike(tmp_path / "one", tmp_path / "two")
 
 
+@pytest.mark.slow
 def test_an_error_of_one_process_ends_the_run_and_is_its_cause(tmp_path: Path) -> None:
     """A broken picture is met by one of two processes; the other one waits for it in vain."""
     config = runs.make_data(tmp_path)

@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import sys
 import time
@@ -18,16 +19,13 @@ import torch
 from safetensors.torch import load_file
 
 import runs
+from tiers import mostly_slow
+from together import FORKS
 from upop.cli.app import main
 from upop.errors import CheckpointError, RunFolderError, SettingError
 from upop.settings import read_settings
 from upop.tasks import find_task
 from upop.tasks.verbs import compress, train
-
-KILLS = 12
-# Children are forked from a process that has imported everything, so that a kill costs no 10 seconds of imports.
-FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["runs", "upop.cli.app", "transformers.models.blip.modeling_blip_text"])
 
 
 def _run(verb: str, task: str, config: Path, settings: Mapping[str, Any], kill_at: int | None = None) -> None:
@@ -110,18 +108,24 @@ def no_leftovers(folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def nlvr(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    """Settings of a run with drop-out, dropped paths, augmentation and workers, and what comes out of it."""
+    """Settings of a run with drop-out, dropped paths and augmentation, and what comes out of it: the folder `whole`."""
     folder = tmp_path_factory.mktemp("nlvr")
     model = {**runs.TINY["nlvr"]["model"], "dropout": 0.1, "drop_path": 0.1}
     config = runs.make_task("nlvr", folder, max_epoch=2, model=model, augment=True, ema_decay=0.8)
-    finish("nlvr", config, folder / "whole")
+    finish("nlvr", config, folder / "whole", keep_checkpoints=3)
     return config, outcome(folder / "whole")
 
 
-def test_killed_at_random_moments(nlvr: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+def ended_run(config: Path, folder: Path) -> Path:
+    """Return a copy of the run that the settings were used for."""
+    return Path(shutil.copytree(config.parent / "whole", folder))
+
+
+@pytest.mark.parametrize("kills", mostly_slow([3, 12], 3))
+def test_killed_at_random_moments(nlvr: tuple[Path, dict[str, Any]], tmp_path: Path, kills: int) -> None:
     config, expected = nlvr
     draw, killed = random.Random(0), 0
-    for _ in range(KILLS):
+    for _ in range(kills):
         process = start("nlvr", config, tmp_path / "run")
         process.join(timeout=draw.uniform(0.2, 4))
         if process.is_alive():
@@ -134,11 +138,12 @@ def test_killed_at_random_moments(nlvr: tuple[Path, dict[str, Any]], tmp_path: P
     no_leftovers(tmp_path / "run")
 
 
-def test_killed_while_it_writes(nlvr: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+@pytest.mark.parametrize("kills", mostly_slow([4, 12], 4))
+def test_killed_while_it_writes(nlvr: tuple[Path, dict[str, Any]], tmp_path: Path, kills: int) -> None:
     """Before any of the operations that make a file or folder take its place."""
     config, expected = nlvr
     draw = random.Random(1)
-    for _ in range(KILLS):
+    for _ in range(kills):
         process = start("nlvr", config, tmp_path / "run", kill_at=draw.randrange(3, 60))
         process.join()
         assert process.exitcode in (0, -signal.SIGKILL)
@@ -147,7 +152,7 @@ def test_killed_while_it_writes(nlvr: tuple[Path, dict[str, Any]], tmp_path: Pat
     no_leftovers(tmp_path / "run")
 
 
-@pytest.mark.parametrize("task", [name for name in sorted(runs.TINY) if name != "nlvr"])
+@pytest.mark.parametrize("task", mostly_slow((name for name in sorted(runs.TINY) if name != "nlvr"), "classification"))
 def test_every_task_goes_on(task: str, tmp_path: Path) -> None:
     """Moving averages, queues and momentum copies, momentum of SGD, mixed and repeated pictures, workers."""
     config = runs.make_task(task, tmp_path, augment=True)
@@ -171,7 +176,11 @@ def test_dense_training_and_accumulated_gradients_go_on(tmp_path: Path) -> None:
     assert_same(outcome(tmp_path / "killed"), outcome(tmp_path / "whole"))
 
 
-@pytest.mark.parametrize("settings", [{"method": "magnitude"}, {"method": "reference"}, {"distill": 1.0}], ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    mostly_slow([{"method": "magnitude"}, {"method": "reference"}, {"distill": 1.0}], {"method": "reference"}),
+    ids=str,
+)
 def test_other_methods_and_a_teacher_go_on(tmp_path: Path, settings: dict[str, Any]) -> None:
     config = runs.make_task("nlvr", tmp_path, **settings)
     finish("nlvr", config, tmp_path / "whole")
@@ -184,8 +193,7 @@ def test_other_methods_and_a_teacher_go_on(tmp_path: Path, settings: dict[str, A
 
 def test_an_ended_run_can_be_resumed_and_stays_what_it_is(nlvr: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
     config, expected = nlvr
-    finish("nlvr", config, tmp_path / "run")
-    finish("nlvr", config, tmp_path / "run", resume="must")
+    finish("nlvr", config, ended_run(config, tmp_path / "run"), resume="must")
     assert_same(outcome(tmp_path / "run"), expected)
 
 
@@ -217,17 +225,16 @@ def test_sigterm_saves_and_leaves_with_a_code_of_its_own(nlvr: tuple[Path, dict[
     assert_same(outcome(folder), expected)
 
 
-def test_only_the_newest_checkpoints_are_kept(nlvr: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+def test_only_the_newest_checkpoints_are_kept(nlvr: tuple[Path, dict[str, Any]]) -> None:
     config, _ = nlvr
-    finish("nlvr", config, tmp_path / "run", keep_checkpoints=3)
-    names = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    names = sorted(path.name for path in (config.parent / "whole" / "checkpoints").iterdir())
     assert names == ["step-00000014.pt", "step-00000015.pt", "step-00000016.pt"]
 
 
 @pytest.mark.filterwarnings("ignore:.*is damaged and is passed over")
 def test_a_damaged_checkpoint_is_passed_over(nlvr: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
     config, expected = nlvr
-    finish("nlvr", config, tmp_path / "run")
+    ended_run(config, tmp_path / "run")
     newest = max((tmp_path / "run" / "checkpoints").iterdir())
     newest.write_bytes(newest.read_bytes()[:1000])
     finish("nlvr", config, tmp_path / "run")
@@ -276,18 +283,18 @@ def test_what_cannot_be_resumed_says_why(nlvr: tuple[Path, dict[str, Any]], tmp_
         compress(*runs.nlvr(config, output_dir=folder, resume="auto", batch_size_train=8))
 
 
-def test_the_records_of_a_step_may_come_in_other_portions(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kill_at", mostly_slow([24, 30], 30))
+def test_the_records_of_a_step_may_come_in_other_portions(tmp_path: Path, kill_at: int) -> None:
     """Rounding apart it is the same run: as many steps, each on the same records."""
-    config = runs.make_task("nlvr", tmp_path, max_epoch=2)
+    config = runs.make_task("nlvr", tmp_path)
     finish("nlvr", config, tmp_path / "whole")
     expected = [(row["step"], pytest.approx(row["loss"], rel=1e-4)) for row in rows_of_steps(tmp_path / "whole")]
-    for kill_at in (30, 45):
-        folder = tmp_path / str(kill_at)
-        process = start("nlvr", config, folder, kill_at=kill_at)
-        process.join()
-        assert process.exitcode == -signal.SIGKILL
-        finish("nlvr", config, folder, batch_size_train=4, accumulate=4)
-        assert [(row["step"], row["loss"]) for row in rows_of_steps(folder)] == expected
+    folder = tmp_path / "killed"
+    process = start("nlvr", config, folder, kill_at=kill_at)
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    finish("nlvr", config, folder, batch_size_train=4, accumulate=4)
+    assert [(row["step"], row["loss"]) for row in rows_of_steps(folder)] == expected
 
 
 def rows_of_steps(folder: Path) -> list[dict[str, Any]]:

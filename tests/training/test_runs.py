@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import runs
 import upop
+from tiers import mostly_slow
 from upop.errors import DeviceError, RunFolderError, SettingError, TrainingError
 from upop.pruning import Plan, find_units
 from upop.tasks.nlvr import NlvrTask
@@ -106,6 +107,7 @@ def test_the_published_search_takes_its_epochs_at_a_constant_rate(config: Path, 
     assert [row["lr"] for row in rows[8:]] == [1e-3] * 4 + [pytest.approx(5e-4)] * 4
 
 
+@pytest.mark.slow
 def test_settings_of_the_published_search_do_not_matter_to_the_other_methods(
     config: Path, compressed: Path, tmp_path: Path
 ) -> None:
@@ -117,6 +119,7 @@ def test_settings_of_the_published_search_do_not_matter_to_the_other_methods(
     ]
 
 
+@pytest.mark.slow
 def test_same_seed_same_result(config: Path, compressed: Path, tmp_path: Path) -> None:
     compress(*runs.nlvr(config, output_dir=tmp_path))
     first, second = (upop.load(folder / "last").state_dict() for folder in (compressed, tmp_path))
@@ -136,7 +139,9 @@ def test_the_dense_model_teaches(config: Path, compressed: Path, tmp_path: Path)
     assert upop.load(taught / "best").state_dict().keys() == names
 
 
-@pytest.mark.parametrize("method", [{"method": "reference"}, {"correct": False}], ids=str)
+@pytest.mark.parametrize(
+    "method", mostly_slow([{"method": "reference"}, {"correct": False}], {"correct": False}), ids=str
+)
 def test_accumulated_gradients_give_the_same_search(config: Path, tmp_path: Path, method: dict[str, Any]) -> None:
     """But for the correction, which looks at padding too, of which shorter batches have less."""
     for name, portions in (("one", {}), ("two", {"batch_size_train": 8, "accumulate": 2})):
@@ -147,17 +152,19 @@ def test_accumulated_gradients_give_the_same_search(config: Path, tmp_path: Path
 
 @pytest.mark.parametrize(
     "changes",
-    [
-        {"amp": True},
-        {"vit_grad_ckpt": True},
-        {"clip_grad": 0.5},
-        {"align": 8},
-        {"cost": "flops"},
-        {"cost": "reference", "method": "reference"},
-        {"score": "squared", "correct": False, "search_share": 0.4},
-        {"score": "signed"},
-        {"ema_decay": 0.5, "warmup_epochs": 1},
-    ],
+    mostly_slow(
+        [
+            {"amp": True},
+            {"vit_grad_ckpt": True},
+            {"clip_grad": 0.5, "align": 8},
+            {"cost": "flops"},
+            {"cost": "reference", "method": "reference"},
+            {"score": "squared", "correct": False, "search_share": 0.4},
+            {"score": "signed"},
+            {"ema_decay": 0.5, "warmup_epochs": 1},
+        ],
+        *({"amp": True}, {"cost": "flops"}, {"ema_decay": 0.5, "warmup_epochs": 1}),
+    ),
     ids=str,
 )
 def test_variants_run_through(config: Path, tmp_path: Path, changes: dict[str, Any]) -> None:

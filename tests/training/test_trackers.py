@@ -73,6 +73,7 @@ def test_a_resumed_run_goes_on_without_doubles(config: Path, tmp_path: Path) -> 
     assert found == written(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_new_run_in_the_folder_begins_anew(config: Path, tmp_path: Path) -> None:
     for epochs in (2, 1):
         train(*runs.nlvr(config, output_dir=tmp_path, max_epoch=epochs, trackers=["tensorboard"], pretrained=None))

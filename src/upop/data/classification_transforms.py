@@ -101,7 +101,9 @@ class _Crop(RandomResizedCropAndInterpolation):
 
     def __call__(self, image: Image.Image) -> Image.Image:
         """The crop, of the size that was asked for."""
-        crop = self.get_params(image, self.scale, self.ratio)  # type: ignore[no-untyped-call]
+        top, left, height, width = self.get_params(image, self.scale, self.ratio)  # type: ignore[no-untyped-call]
+        # Of a picture of a few pixels, timm draws crops that have none.
+        crop = (min(top, image.height - 1), min(left, image.width - 1), max(height, 1), max(width, 1))
         several = isinstance(self.interpolation, (tuple, list))
         return resized_crop(
             image, crop, self.size, random.choice(self.interpolation) if several else self.interpolation
