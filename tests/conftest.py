@@ -1,8 +1,9 @@
-"""Shared by all tests: where recorded behaviour lies, and less work for the garbage collector."""
+"""Shared by all tests: where recorded behaviour lies, and what they do without."""
 
 from __future__ import annotations
 
 import gc
+import importlib
 import os
 import runpy
 import sys
@@ -47,9 +48,8 @@ def root_script(ended: Callable[..., tuple[int, str]]) -> Callable[..., tuple[in
 
 
 def pytest_collection_finish() -> None:
-    """Spare the collector the millions of objects of the libraries, which stay: every full collection walks them."""
-    gc.collect()
-    gc.freeze()
+    """Everything is imported now."""
+    importlib.import_module("unburdened")
 
 
 def pytest_unconfigure() -> None:

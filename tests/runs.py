@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
+import tempfile
 from collections.abc import Mapping
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +16,7 @@ import yaml
 from torch import nn
 
 import upop
-from upop.data.shapes.write import write_shapes
+from upop.data.shapes.write import Summary, write_shapes
 from upop.settings import read_settings
 from upop.tasks import find_task
 from upop.tasks.blip import blip_tokenizer
@@ -124,6 +128,19 @@ def save_random(task: Task[Any], config: Path) -> None:
     blip_tokenizer.cache_clear()  # so that a test which spoils the files meets them as a new process would
 
 
+@cache
+def _generated(name: str) -> tuple[tempfile.TemporaryDirectory[str], Summary]:
+    """Write the data of a task, once in a process."""
+    held = tempfile.TemporaryDirectory()  # goes with the process
+    return held, write_shapes(name, Path(held.name) / "data", seed=3, size=64, image_size=32)
+
+
+def _copied(name: str, folder: Path) -> Summary:
+    _, made = _generated(name)
+    shutil.copytree(made.folder, folder)
+    return replace(made, folder=folder)
+
+
 def make_task(name: str, folder: Path, **settings: Any) -> Path:
     """Write 64 training records over pictures of 32 pixels, a dense model with random weights, and settings for both.
 
@@ -135,7 +152,7 @@ def make_task(name: str, folder: Path, **settings: Any) -> Path:
     Returns:
         The file of settings.
     """
-    data = write_shapes(_DATA.get(name, name), folder / "data", seed=3, size=64, image_size=32)
+    data = _copied(_DATA.get(name, name), folder / "data")
     if name == "nlvr":  # whose generated splits are long, and evaluating them would be most of a run
         for file in (data.annotation / f"nlvr_{split}.json" for split in ("dev", "test")):
             file.write_text(json.dumps(json.loads(file.read_text())[:HELD_OUT]))

@@ -35,6 +35,7 @@ def test_loading(tmp_path: Path) -> None:
     assert found["machine"]["threads"] == 1
 
 
+@pytest.mark.slow
 def test_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import memory
 

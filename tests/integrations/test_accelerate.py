@@ -45,6 +45,7 @@ def test_a_loop_on_accelerate(classifier: Any, pictures: Any, precision: str) ->
     assert ("_original_forward" in vars(smaller)) == (precision == "bf16")  # and goes on doing so
 
 
+@pytest.mark.slow
 def test_compiled_before_the_search_and_after_the_cut(classifier: Any, pictures: Any) -> None:
     compiled = torch.compile(classifier, backend="aot_eager")
     images = torch.stack([pictures[index]["pixel_values"] for index in range(4)])

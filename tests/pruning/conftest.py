@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from pruning.families import FAMILIES, Family
+from tiers import mostly_slow
 
 
 @pytest.fixture(autouse=True)
@@ -19,6 +20,13 @@ def _alone_and_repeatable() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-@pytest.fixture(params=FAMILIES, ids=lambda family: family.name)
+# Variations of others.
+_SLOW = {"vit-eager", "deit-by-name", "nlvr-merged-eager", "nlvr-averaged", "segmenter-linear"}
+
+
+@pytest.fixture(
+    params=mostly_slow(FAMILIES, *(family for family in FAMILIES if family.name not in _SLOW)),
+    ids=lambda family: family.name,
+)
 def family(request: pytest.FixtureRequest) -> Family:
     return request.param

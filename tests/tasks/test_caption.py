@@ -219,6 +219,7 @@ def test_captions_for_the_server(config: Path, compressed: Path) -> None:
             assert "[" not in row["caption"]
 
 
+@pytest.mark.slow
 def test_the_published_script_over_two_processes_writes_the_same_captions(
     config: Path, compressed: Path, tmp_path: Path
 ) -> None:

@@ -190,6 +190,7 @@ def test_a_resumed_run_remembers_them(spoiled: tuple[Path, list[Path]], tmp_path
     assert results.models[0].metrics == wanted.models[0].metrics
 
 
+@pytest.mark.slow
 def test_two_processes_are_one(spoiled: tuple[Path, list[Path]], tmp_path: Path) -> None:
     config, bad = spoiled
     tolerant("nlvr", config, {"output_dir": tmp_path / "one", "skip_bad_images": 3}, "compress")

@@ -40,26 +40,38 @@ def assert_alike(one: Path, two: Path) -> None:
             torch.testing.assert_close(others[key], weights[key], rtol=1e-5, atol=2e-6, msg=key)
 
 
-def test_two_processes_and_two_nodes_are_one(tmp_path: Path) -> None:
-    """One run shares the batch on one machine; one shares the weights too, started by two launchers that meet."""
+@pytest.fixture(scope="module")
+def one(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A run of one process, and the settings by which each of two takes half of every batch."""
+    folder = tmp_path_factory.mktemp("one")
     # Shorter batches have less padding, which has a small say in the correction. As long as the model is its teacher,
     # what this one adds to gradients is noise, which Adam makes as large as any.
-    config = runs.make_task("nlvr", tmp_path, correct=False, distill=0.0)
-    compress_task("nlvr", config, {"output_dir": tmp_path / "one", "max_epoch": 1})
+    config = runs.make_task("nlvr", folder, correct=False, distill=0.0)
+    compress_task("nlvr", config, {"output_dir": folder / "one", "max_epoch": 1})
     # Half the batch in each of two processes is the same global batch; the dev records are no multiple of 2 x 24.
-    two = runs.edited(config, {"batch_size_train": 8, "batch_size_test": 24})
+    return folder / "one", runs.edited(config, {"batch_size_train": 8, "batch_size_test": 24})
+
+
+def test_two_processes_are_one(one: tuple[Path, Path], tmp_path: Path) -> None:
+    alone, two = one
     run_together(compress_task, "nlvr", two, {"output_dir": tmp_path / "two", "max_epoch": 1})
-    assert_alike(tmp_path / "one", tmp_path / "two")
+    assert_alike(alone, tmp_path / "two")
+
+
+@pytest.mark.slow
+def test_two_nodes_are_one(one: tuple[Path, Path], tmp_path: Path) -> None:
+    """Started by two launchers that meet, and sharing the weights too."""
+    alone, two = one
     flags = ("--epoch", "1", "--config", two, "--output_dir", tmp_path / "nodes", "--fsdp")
     flags += ("--set", "grad_checkpointing=true")  # which changes no number
     meeting = ("--nnodes=2", "--nproc_per_node=1", "--master_addr=127.0.0.1", f"--master_port={free_port()}")
     nodes = [torchrun(SCRIPT, "--p", "0.5", *flags, how=(*meeting, f"--node_rank={node}")) for node in range(2)]
     for node in nodes:
         finish(node)
-    assert_alike(tmp_path / "one", tmp_path / "nodes")
+    assert_alike(alone, tmp_path / "nodes")
 
 
-@pytest.mark.parametrize("sharding", mostly_slow(["none", "fsdp"], "fsdp"))
+@pytest.mark.parametrize("sharding", mostly_slow(["none", "fsdp"], "none"))
 def test_two_processes_are_one_for_repeated_and_augmented_pictures(tmp_path: Path, sharding: str) -> None:
     """Not for mixed ones, or with dropped paths: each process draws its own. The rate grows with the batch of both."""
     # The correction solves for weights by sums that are rounded otherwise, and lets that grow.
