@@ -107,6 +107,7 @@ def test_a_smaller_set_is_the_beginning_of_a_larger_one(summary: Summary, tmp_pa
     assert files.items() <= digests(summary.folder).items()
 
 
+@pytest.mark.slow
 def test_no_map_of_one_split_is_in_another_nor_its_mirror_image(tmp_path: Path) -> None:
     summary = write_shapes("segmentation", tmp_path / "set", seed=1, size=1500)
     seen: dict[str, set[bytes]] = {}

@@ -29,8 +29,8 @@ units were masked at random, its layers were cut to what was left, and the outpu
 to 1e-10 of the largest output, with fused attention and step by step, and in float32 to 1e-5 (in float32 alone where
 the library does not compute in float64); most of those that write texts did so, with and without a cache (BLIP,
 Florence-2 and XGLM did not); and the cut model was saved, loaded, and compared once more.
-`tests/pruning/test_coverage.py` does that at every run, and `PYTHONPATH=tests python -m pruning.coverage` wrote this
-page.
+`make test-all` does that for all of them, `make test` for some of each kind (`tests/pruning/test_coverage.py`), and
+`PYTHONPATH=tests python -m pruning.coverage` wrote this page.
 
 - *Dimensions* of all heads go where they can. Where rotary embeddings, norms or tables tie them together, whole *heads*
   go, or *groups*: the heads that share keys and values. *Neurons* are those of MLPs.

@@ -15,7 +15,6 @@ import yaml
 
 import runs
 import upop
-from tiers import mostly_slow
 from together import run_script
 from upop.checkpoints.official import save_official
 from upop.errors import CheckpointError, SettingError
@@ -233,6 +232,7 @@ def test_the_published_script_over_two_processes_writes_the_same_captions(
         assert captions_of(tmp_path / "run", split) == captions_of(compressed, split)
 
 
+@pytest.mark.slow
 def test_training_from_nothing_learns_and_keeps_the_best_epoch(
     config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -248,15 +248,13 @@ def test_training_from_nothing_learns_and_keeps_the_best_epoch(
     assert not torch.equal(best["visual_encoder.norm.bias"], last["visual_encoder.norm.bias"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
-    mostly_slow(
-        [
-            {"amp": True, "sample": True},
-            {"vit_grad_ckpt": True, "vit_ckpt_layer": 1, "prompt": "", "num_beams": 1, "method": "magnitude"},
-        ],
+    [
         {"amp": True, "sample": True},
-    ),
+        {"vit_grad_ckpt": True, "vit_ckpt_layer": 1, "prompt": "", "num_beams": 1, "method": "magnitude"},
+    ],
     ids=str,
 )
 def test_variants_run_through(config: Path, tmp_path: Path, changes: dict[str, Any]) -> None:

@@ -136,6 +136,7 @@ def test_the_best_model_may_be_the_average_and_it_is_cut_by_the_same_plan(config
     assert not any("average" in row for row in searched)  # it carries no masks
 
 
+@pytest.mark.slow
 def test_workers_change_nothing(config: Path, tmp_path: Path) -> None:
     """With augmented, repeated and mixed pictures, whose chance comes from three libraries."""
     for workers in (0, 2):

@@ -46,6 +46,7 @@ def kill_after_steps(launcher: Any, run: Path, rank: int, rows: int) -> None:
     pytest.fail("the run ended, or did not begin")
 
 
+@pytest.mark.slow
 def test_a_run_whose_process_dies_goes_on_by_itself(tmp_path: Path) -> None:
     """With shared weights, and killed in the search; it ends as one process ends that nobody killed."""
     # Sums are rounded otherwise in two processes; the correction and a teacher who is met exactly let that grow.

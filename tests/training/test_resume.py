@@ -165,6 +165,7 @@ def test_every_task_goes_on(task: str, tmp_path: Path) -> None:
     assert_same(outcome(tmp_path / "killed"), outcome(tmp_path / "whole"))
 
 
+@pytest.mark.slow
 def test_dense_training_and_accumulated_gradients_go_on(tmp_path: Path) -> None:
     config = runs.make_task("nlvr", tmp_path, batch_size_train=8, accumulate=3)
     given: dict[str, Any] = {"verb": "train", "pretrained": None}

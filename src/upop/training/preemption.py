@@ -15,11 +15,15 @@ import torch
 
 from upop.errors import PreemptedError
 
-_UNTOLD, _SAVING, _ENDED = range(3)
+_UNTOLD, _ANSWERING, _ENDED = range(3)
 _PATIENCE_SECONDS = 5
 # What the main process does about a signal that its workers, which got it too, see; they share the memory.
 _doing = torch.full((), _ENDED, dtype=torch.uint8).share_memory_()
 _MESSAGE = "The run was asked to end (SIGTERM). "
+
+
+class _AskedToEnd(BaseException):
+    """What the signal raises, in the middle of anything: no Exception, or some library would take it for its own."""
 
 
 class Preemption:
@@ -44,14 +48,14 @@ class Preemption:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Give the signal back; what a library made of a `PreemptedError` that went through it becomes one again."""
+        """Give the signal back; what it raised, or what a library made of that, becomes a `PreemptedError`."""
         _doing.fill_(_ENDED)
         if self._before is not None:
             signal.signal(signal.SIGTERM, self._before)
-        if self.asked and isinstance(error, Exception) and not isinstance(error, PreemptedError):
-            inner = error.__cause__ or error.__context__
-            if isinstance(inner, PreemptedError):
-                raise inner from error
+        if error is not None:
+            raised = (error, error.__cause__, error.__context__)
+            if any(isinstance(part, _AskedToEnd) for part in raised):
+                self.leave()
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
@@ -75,16 +79,16 @@ class Preemption:
     def _answer(self, number: int, frame: FrameType | None) -> None:
         del number, frame
         self.asked = True
+        _doing.fill_(_ANSWERING)
         if not self._deferred:
-            self.leave()
-        _doing.fill_(_SAVING)
+            raise _AskedToEnd
 
 
 def prepare_worker(worker: int) -> None:
     """Have a process that makes batches outlive signals that reach all processes of a run: it may be needed to save.
 
-    Ctrl-C is the main process's, which ends its workers. SIGTERM ends a worker unless the main one got it too and is
-    taking its last step.
+    Ctrl-C is the main process's, which ends its workers. SIGTERM ends a worker unless the main one got it too: that
+    may be taking its last step.
     """
     del worker
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -95,7 +99,7 @@ def _answer_in_worker(number: int, frame: FrameType | None) -> None:
     del frame
     # The main process answers between two operations, and one of them may take a while.
     for _ in range(10 * _PATIENCE_SECONDS):
-        if int(_doing) == _SAVING:
+        if int(_doing) == _ANSWERING:
             return
         if int(_doing) == _ENDED:
             os._exit(0)  # the main process has no more use for it

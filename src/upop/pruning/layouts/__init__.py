@@ -138,11 +138,12 @@ def _with_twins(unit: Unit, twins: Mapping[str, str]) -> Unit:
 
 def _looks_prunable(module: nn.Module) -> bool:
     name = true_class(module).__name__
+    if "xpert" in name and sum(part.dim() == 3 for part in module.parameters(recurse=False)) >= 2:
+        return True  # experts side by side
+    if not (_ATTENTION.search(name) or _MLP.search(name) or "in_proj" in module._modules):
+        return False
     # Some libraries put a module of their own around every layer.
-    layers = [child for child in module.children() if sum(map(is_projection, child.modules())) == 1]
-    packed = [part for part in module.parameters(recurse=False) if part.dim() == 3]  # experts side by side
-    named = bool(_ATTENTION.search(name) or _MLP.search(name) or "in_proj" in module._modules)
-    return (len(layers) >= 2 and named) or (len(packed) >= 2 and "xpert" in name)
+    return sum(sum(map(is_projection, child.modules())) == 1 for child in module.children()) >= 2
 
 
 def _is_claimed(model: nn.Module, name: str, claimed: Iterable[str]) -> bool:

@@ -89,7 +89,7 @@ def layout_of(module: nn.Module) -> Layout | None:
     Raises:
         NotPrunableError: its parts have the names of a row, and one is no projection.
     """
-    for row in LAYOUTS:
+    for row in LAYOUTS if module._modules else ():
         parts = [module._modules.get(maker) for maker in row.makers]
         if all(map(is_projection, parts)):
             return row
