@@ -107,7 +107,8 @@ def test_a_run_folder_that_vanishes(command: Callable[..., tuple[int, str]], pla
     folder = Path(shutil.copytree(places["model"], f"{places['folder']}/model"))
     (folder / "upop.json").unlink()
     (folder / "upop.json").symlink_to("nowhere")
-    one_of_ours(*command(["evaluate", "nlvr", "--config", places["config"], "--pretrained", str(folder)]), str(folder))
+    words = ["--config", places["config"], "--pretrained", str(folder), "--output-dir", f"{places['folder']}/run"]
+    one_of_ours(*command(["evaluate", "nlvr", *words]), str(folder))
 
 
 def in_a_terminal(words: list[str], output: Path) -> None:
