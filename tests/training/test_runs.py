@@ -182,6 +182,30 @@ def test_workers_change_nothing(config: Path, tmp_path: Path) -> None:
     assert losses[0] == losses[1]
 
 
+class _Interrupted(NlvrTask):
+    """Is stopped by Ctrl-C at the third step."""
+
+    def __init__(self) -> None:
+        self.left = 2
+
+    def loss(self, *given: Any) -> Tensor:
+        self.left -= 1
+        if self.left < 0:
+            raise KeyboardInterrupt
+        return super().loss(*given)
+
+
+def test_neither_a_stopped_run_nor_one_that_goes_on_leaves_workers(config: Path, tmp_path: Path) -> None:
+    """The latter makes the rest of its epoch by workers of their own."""
+    given = {"output_dir": tmp_path, "num_workers": 2, "checkpoint_minutes": 0, "max_epoch": 1, "resume": "auto"}
+    with pytest.raises(KeyboardInterrupt):
+        train(_Interrupted(), runs.nlvr(config, **given)[1])
+    assert not multiprocessing.active_children()
+    train(*runs.nlvr(config, **given))
+    assert not multiprocessing.active_children()
+    assert [row["step"] for row in runs.rows(tmp_path) if "loss" in row] == [1, 2, 3, 4]
+
+
 def test_magnitude_cut_gets_as_many_steps(config: Path, compressed: Path, tmp_path: Path) -> None:
     results = compress(*runs.nlvr(config, output_dir=tmp_path, method="magnitude"))
     assert results is not None

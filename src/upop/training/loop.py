@@ -23,7 +23,7 @@ from upop.training.bad_images import readable
 from upop.training.devices import autocast
 from upop.training.evaluation import evaluate
 from upop.training.folder import RunFolder
-from upop.training.loaders import end_workers, set_epoch
+from upop.training.loaders import set_epoch
 from upop.training.preemption import Preemption
 from upop.training.progress import RunProgress
 from upop.training.randomness import random_state, restore_random_state
@@ -260,14 +260,11 @@ class Loop:
             return
         rest = skip_first_batches(self._train, place.batch)
         set_epoch(rest, place.epochs)
-        try:
-            for number, batch in enumerate(readable(self._accelerator, rest)):
-                # Making an iterator draws a number, and the checkpoint is of a moment after that.
-                if not number:
-                    self._restore_randomness()
-                yield batch
-        finally:
-            end_workers(rest)
+        for number, batch in enumerate(readable(self._accelerator, rest)):
+            # Making an iterator draws a number, and the checkpoint is of a moment after that.
+            if not number:
+                self._restore_randomness()
+            yield batch
 
     def _evaluate(
         self,
