@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,8 @@ class Case:
         unit: a recorded name of a mask -> the name of the unit.
         in_loop: (config.json, batch, step) -> the batch as official_loop saw it, where that differs from the search.
         norms: model -> L2 norm of every parameter, under the published names.
+        ranked: beginning of a recorded name -> (model in evaluation mode, batch, the number that the name ends with)
+            -> what was recorded under it. Which numbers there are, the recording says.
         not_shrunk: outputs that a search leaves alone and shrinking then changes: those of momentum copies.
         searched: (set, a searched model's tensors without masks) -> the dense model with these weights.
         official: the name of the task for `upop.load_official`; the folder's name if none is given.
@@ -72,6 +74,7 @@ class Case:
     norms: Callable[[nn.Module], dict[str, float]] = lambda model: {
         name: float(value.detach().norm()) for name, value in model.named_parameters(remove_duplicate=False)
     }
+    ranked: Mapping[str, Callable[[nn.Module, Batch, int], Tensor]] = field(default_factory=dict)
     not_shrunk: tuple[str, ...] = ()
     searched: Callable[[Recorded, Tensors], nn.Module] = lambda recorded, state: _filled(
         recorded.load("dense.pth"), state
@@ -82,6 +85,16 @@ class Case:
     decayed: Callable[[str, Tensor], bool] = lambda _name, _parameter: True
     update_first_step: bool = True
     masks_in_optimizer: bool = False
+
+    def found(self, model: nn.Module, batch: Batch, wanted: Iterable[str]) -> Tensors:
+        """Return what the model computes: `outputs`, and of `ranked` all that is wanted, by their recorded names."""
+        numbered = {
+            name: output(model, batch, int(name.removeprefix(start)))
+            for name in wanted
+            for start, output in self.ranked.items()
+            if name.startswith(start)
+        }
+        return {**self.outputs(model, batch), **numbered}
 
 
 @dataclass(frozen=True)
@@ -192,9 +205,6 @@ def _vqa_loss(model: nn.Module, batch: Batch) -> Tensor:
 
 def _vqa_outputs(model: nn.Module, batch: Batch) -> Tensors:
     images, states = model.encode(batch["images"], batch["question_ids"], batch["question_mask"])
-    candidates = batch["candidate_ids"], batch["candidate_mask"]
-    # Three pairs at a time: no number of pairs here is a multiple of it, so chunks end within a question.
-    ranked = {f"rank_ids_k{k}": model.rank(states, batch["question_mask"], *candidates, k, chunk=3) for k in (2, 4, 7)}
     return {
         "image_embeds": images,
         "question_states": states,
@@ -202,8 +212,14 @@ def _vqa_outputs(model: nn.Module, batch: Batch) -> Tensors:
         "answer_loss_none": _vqa_answer_losses(model, batch),
         "loss": _vqa_loss(model, batch),
         "generate_beam3_ids": model.generate(states, None, end=2),
-        **ranked,
     }
+
+
+def _vqa_ranked(model: nn.Module, batch: Batch, k: int) -> Tensor:
+    _, states = model.encode(batch["images"], batch["question_ids"], batch["question_mask"])
+    candidates = batch["candidate_ids"], batch["candidate_mask"]
+    # A question has k pairs, so that chunks of fewer end within one.
+    return model.rank(states, batch["question_mask"], *candidates, k, chunk=max(1, k - 1))
 
 
 def _caption_batch(config: Config, inputs: Tensors, _search: Tensors) -> Batch:
@@ -452,6 +468,7 @@ CASES: dict[str, Case] = {
         batch=_vqa_batch,
         loss=_vqa_loss,
         outputs=_vqa_outputs,
+        ranked={"rank_ids_k": _vqa_ranked},
         verify=_vqa_verify,
         keys={
             "blip_vqa_vit_base": lambda: BlipVqa(VqaConfig.vit("base")),

@@ -35,8 +35,9 @@ def assert_outputs(
     recorded: Recorded, model: nn.Module, expected: Tensors, tolerance: float, dtype: torch.dtype = torch.float32
 ) -> None:
     prefix = "f64/eval" if dtype == torch.float64 else "f32/eval"
+    wanted = {key.removeprefix(f"{prefix}/") for key in expected if key.startswith(prefix)}
     with torch.no_grad():
-        found = recorded.case.outputs(model.eval(), recorded.batch(0, dtype))
+        found = recorded.case.found(model.eval(), recorded.batch(0, dtype), wanted)
     compared = 0
     for name, value in found.items():
         if f"{prefix}/{name}" in expected:  # compressed outputs and outputs in float64 leave some out
@@ -52,10 +53,24 @@ def test_dense_outputs(recorded: Recorded, dtype: torch.dtype, tolerance: float)
 
 
 def test_every_recorded_output_is_compared(recorded: Recorded) -> None:
-    with torch.no_grad():
-        found = recorded.case.outputs(recorded.load("dense.pth").eval(), recorded.batch(0))
     wanted = {key.removeprefix("f32/eval/") for key in recorded.read("dense_out") if key.startswith("f32/eval/")}
+    with torch.no_grad():
+        found = recorded.case.found(recorded.load("dense.pth").eval(), recorded.batch(0), wanted)
     assert wanted - set(found) <= {"loss_model", "prompt_length"}
+
+
+@pytest.mark.parametrize("k", [1, 3, 6])
+def test_answers_are_ranked_for_the_numbers_that_were_recorded(k: int) -> None:
+    for recorded in (found for found in SETS if found.task == "vqa"):
+        model, batch = recorded.load("dense.pth").eval(), recorded.batch(0)
+        with torch.no_grad():
+            outputs = recorded.case.found(model, batch, [f"rank_ids_k{k}", "loss"])
+            assert [name for name in outputs if name.startswith("rank")] == [f"rank_ids_k{k}"]
+            # All at once, and not in parts.
+            states = model.encode(batch["images"], batch["question_ids"], batch["question_mask"])[1]
+            words = batch["candidate_ids"], batch["candidate_mask"]
+            expected = model.rank(states, batch["question_mask"], *words, k, chunk=1000)
+        assert torch.equal(outputs[f"rank_ids_k{k}"], expected)
 
 
 def test_published_compressed_checkpoint(recorded: Recorded) -> None:
