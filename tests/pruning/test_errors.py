@@ -39,6 +39,29 @@ def test_ratio_out_of_range(ratio: float) -> None:
     refused(SettingError, fragments, lambda: upop.Pruner(VIT.build(), ratio, 2))
 
 
+@pytest.mark.parametrize(
+    ("written", "advice"),
+    [
+        ("50%", ": write 0.5 for 50 %."),
+        (50, ": write 0.5 for 50 %."),
+        ("33.3 percent", ": write 0.333 for 33.3 %."),
+        ("2x", ": write 0.5 for 2x smaller."),
+        ("10X", ": write 0.9 for 10x smaller."),
+        (2, ": write 0.02 for 2 % or 0.5 for 2x smaller."),
+        ("0.5", ": write 0.5."),
+        ("0,5", ": write 0.5."),
+        ("half", "found 'half'."),
+        (100, "found 100."),
+        (True, "found True."),
+        (None, "found None."),
+    ],
+)
+def test_ratio_in_another_form_is_told_how_to_write_it(written: Any, advice: str) -> None:
+    with pytest.raises(SettingError) as caught:
+        upop.Pruner(VIT.build(), written, 2)
+    assert str(caught.value).endswith(advice)
+
+
 @pytest.mark.parametrize("ratio", [0.98, 0.999])
 def test_ratio_that_would_empty_units(ratio: float) -> None:
     refused(

@@ -8,6 +8,7 @@ from torch import nn
 
 from upop.checkpoints import Pruner
 from upop.errors import SettingError
+from upop.pruning.choice import check_ratio
 
 
 class Search:
@@ -24,8 +25,7 @@ class Search:
     """
 
     def __init__(self, ratio: float, interval: int | None = None, *, verify: Any = None, **settings: Any) -> None:
-        if not 0 < ratio < 1:
-            raise SettingError(f"ratio is the share of the cost to remove, strictly between 0 and 1; found {ratio!r}.")
+        ratio = check_ratio(ratio)
         self.ratio, self.interval, self.verify, self.settings = ratio, interval, verify, settings
         self.pruner: Pruner | None = None
 

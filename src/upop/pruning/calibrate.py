@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from upop.pruning import budget
-from upop.pruning.choice import check_whole, chosen, refuse_frozen
+from upop.pruning.choice import check_ratio, check_whole, chosen, refuse_frozen
 from upop.pruning.correction import RIDGE, Moments, affine, corrected, readers
 from upop.pruning.costs import Cost, call, entry_costs, evaluating
 from upop.pruning.errors import SettingError, StepError
@@ -81,8 +81,7 @@ def calibrate(
     batches = list(batches)
     if not batches:
         raise SettingError("calibrate() needs batches to learn from, and there was none. Give 8 to 64.")
-    if not 0 < ratio < 1:
-        raise SettingError(f"ratio is the share of the cost to remove, strictly between 0 and 1; found {ratio!r}.")
+    ratio = check_ratio(ratio)
     check_whole("stages", stages)
     if not ridge > 0:
         raise SettingError(f"ridge must be above 0, or the weights are not determined; found {ridge!r}.")

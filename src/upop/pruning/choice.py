@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import fnmatch
+import re
 from collections.abc import Iterable, Sequence
+from numbers import Real
 
 from torch import nn
 
@@ -45,6 +47,35 @@ def check_whole(name: str, value: object) -> None:
     """Raise a `SettingError` unless a setting is a whole number of at least 1."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise SettingError(f"{name} must be a whole number of at least 1; found {value!r}.")
+
+
+def check_ratio(value: object) -> float:
+    """Return a ratio as a float, if it is one.
+
+    Raises:
+        SettingError: it is no number strictly between 0 and 1; for "50%", 50 and "2x" the message says what to write.
+    """
+    if isinstance(value, Real) and not isinstance(value, bool) and 0 < float(value) < 1:
+        return float(value)
+    raise SettingError(
+        f"ratio is the share of the cost to remove, strictly between 0 and 1; found {value!r}{meant(value)}."
+    )
+
+
+def meant(value: object) -> str:
+    """Return what to write for a ratio in another form, to end a sentence with: ": write 0.5 for 50 %"."""
+    written = re.fullmatch(r"\s*(\d*[.,]?\d+)\s*(%|percent|[xX])?\s*", str(value))
+    if isinstance(value, bool) or written is None:
+        return ""
+    size, unit = float(written[1].replace(",", ".")), (written[2] or "").lower()
+    shares = {}
+    if unit != "x" and (unit or size > 1) and 0 < size < 100:
+        shares[f"{size:g} %"] = size / 100
+    if unit in ("", "x") and 1 < size <= (100 if unit else 10):
+        shares[f"{size:g}x smaller"] = 1 - 1 / size
+    if not shares and 0 < size < 1:
+        return f": write {size:g}"
+    return ": write " + " or ".join(f"{share:.3g} for {what}" for what, share in shares.items()) if shares else ""
 
 
 def _matches(names: list[str], patterns: str | Sequence[str], setting: str) -> list[str]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from upop.pruning import budget
+from upop.pruning.choice import check_ratio
 from upop.pruning.costs import Cost, entry_costs
 from upop.pruning.layouts import find_units
 from upop.pruning.plan import Plan
@@ -27,6 +28,7 @@ def plan_by_magnitude(
         SettingError: a setting is out of range, or the ratio cannot be reached.
         LayoutError: the model has no unit, or its weights are sharded over processes.
     """
+    ratio = check_ratio(ratio)
     refuse_sharded(model, "plan_by_magnitude()")
     units = find_units(model)
     costs = entry_costs(model, units, cost, example)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from upop.pruning import budget
-from upop.pruning.choice import check_whole, chosen, refuse_frozen
+from upop.pruning.choice import check_ratio, check_whole, chosen, refuse_frozen
 from upop.pruning.correction import Moments
 from upop.pruning.costs import Cost, entry_costs
 from upop.pruning.errors import LayoutError, SettingError, StepError, some_of
@@ -85,8 +85,7 @@ class Pruner:
         example: Any = None,
         update_first_step: bool = True,
     ) -> None:
-        if not 0 < ratio < 1:
-            raise SettingError(f"ratio is the share of the cost to remove, strictly between 0 and 1; found {ratio!r}.")
+        ratio = check_ratio(ratio)
         if progress not in (None, "stages", "soft"):
             raise SettingError(f'progress is "stages" or "soft"; found {progress!r}.')
         self.progress: Progress = progress or ("soft" if cost == "reference" or score == "signed" else "stages")

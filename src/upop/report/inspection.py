@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from upop.errors import SettingError
 from upop.pruning import Plan, Skipped, Unit, shrink, survey
+from upop.pruning.choice import check_ratio
 from upop.pruning.costs import call, entry_costs, evaluating
 from upop.report.shares import Panel, UnitShare, panels
 
@@ -118,8 +119,7 @@ def after_budget(model: nn.Module, ratio: float, align: int = 1) -> tuple[nn.Mod
     Raises:
         SettingError: the ratio or `align` is out of range.
     """
-    if not 0 < ratio < 1:
-        raise SettingError(f"ratio is the share of the cost to remove, strictly between 0 and 1; found {ratio!r}.")
+    ratio = check_ratio(ratio)
     if align < 1:
         raise SettingError(f"align must be a whole number of at least 1; found {align!r}.")
     smaller = copy.deepcopy(model)
