@@ -11,6 +11,7 @@ from typing import Any
 from pydantic import Field, ValidationError
 
 from upop.errors import SettingError, nearest
+from upop.packaged import located
 from upop.values import Checked, problems
 from upop.yaml_files import read_yaml
 
@@ -107,9 +108,7 @@ def read_recipes(path: Path = RECIPES) -> dict[str, Recipe]:
     Raises:
         SettingError: the file is missing or damaged, or a row is; the message says which and what.
     """
-    if not path.is_file():
-        raise SettingError(f"The recipes are in {path}, and there is none here. Run it from the repository's root.")
-    rows = read_yaml(path, "The file of recipes")
+    rows = read_yaml(located(path), "The file of recipes")
     if not isinstance(rows, list):
         raise SettingError(f"{path} must hold a list of recipes; found {type(rows).__name__}.")
     recipes: dict[str, Recipe] = {}

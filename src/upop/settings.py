@@ -10,6 +10,7 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from upop.errors import SettingError, nearest
+from upop.packaged import located
 from upop.values import Checked, problems
 from upop.yaml_files import read_yaml
 
@@ -193,11 +194,13 @@ class LanguageSettings(RunSettings):
 def read_settings(kind: type[S], path: Path | None, overrides: Mapping[str, Any]) -> S:
     """Return settings of a kind from a YAML file and overrides, which beat it.
 
+    A file such as configs/nlvr.yaml that is not in the working directory is the package's own.
+
     Raises:
         SettingError: the file is missing or is no mapping; all unknown keys (with the nearest known one) and all
             values out of range are listed.
     """
-    values = _read_yaml(path) if path is not None else {}
+    values = _read_yaml(located(path)) if path is not None else {}
     named = values.get("batch_size_train", AUTO)
     values.update(overrides)
     if values.get("batch_size_train") == AUTO and named != AUTO:  # the file's number is what a step keeps to

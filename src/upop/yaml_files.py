@@ -10,6 +10,7 @@ import yaml
 
 from upop.errors import SettingError, nearest
 from upop.files import is_file
+from upop.packaged import nearest_packaged
 
 _LARGEST = 2**20
 _MOST_VALUES = 100_000
@@ -77,7 +78,8 @@ def _instead(path: Path) -> str:
     try:
         if path.is_dir():
             return "a folder was found there"
-        return f"there is none{nearest(path.name, [other.name for other in path.parent.glob('*.yaml')])}"
+        here = nearest(path.name, [other.name for other in path.parent.glob("*.yaml")])
+        return f"there is none{here or nearest_packaged(path)}"
     except (OSError, ValueError):
         return "there is none"
 

@@ -137,6 +137,6 @@ def test_damaged_recipes_say_what_is_wrong(content: str, says: str, tmp_path: Pa
         read_recipes(path)
 
 
-def test_recipes_are_looked_for_at_the_root(tmp_path: Path) -> None:
-    with pytest.raises(SettingError, match="from the repository's root"):
+def test_recipes_that_are_missing_are_named(tmp_path: Path) -> None:
+    with pytest.raises(SettingError, match=r"recipes\.yaml was asked for, and there is none"):
         read_recipes(tmp_path / "recipes.yaml")

@@ -10,6 +10,7 @@ import huggingface_hub
 from upop.checkpoints import remote
 from upop.checkpoints.remote import is_remote
 from upop.errors import CheckpointError
+from upop.packaged import located
 
 _NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
@@ -19,15 +20,16 @@ _SUFFIXES = (".pth", ".pt", ".bin", ".safetensors", ".onnx", ".yaml", ".json")
 def local_path(name: str | Path) -> Path:
     """Return where a model lies: the path itself, or a copy of what is behind a URL or on the hub under this name.
 
-    What exists here is a path; so is what has a file's ending, no "owner/" in front, or the name of a folder that is
-    here in the place of the owner. Anything else is asked for on the hub, unless a copy was fetched before.
+    What exists here is a path, or else in the package, as assets/shapes-nlvr; so is what has a file's ending, no
+    "owner/" in front, or the name of a folder that is here in the place of the owner. Anything else is asked for on the
+    hub, unless a copy was fetched before.
 
     Raises:
         CheckpointError: there is no such path, and the hub does not give such a model; or the URL gives nothing.
     """
     if is_remote(str(name)):
         return remote.local_path(str(name))
-    path = Path(name)
+    path = located(name)
     try:
         if path.exists() or not is_hub_name(str(name)):
             return path

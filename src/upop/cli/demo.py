@@ -16,7 +16,6 @@ from upop.checkpoints import load
 from upop.cli import options as o
 from upop.cli.report import PAGE
 from upop.cli.shapes import write_with_progress
-from upop.errors import SettingError
 from upop.examples import Examples
 from upop.report.page import write_comparison_page
 from upop.report.results import results_table
@@ -40,13 +39,10 @@ def demo(
 ) -> None:
     """Compress a small model that says whether sentences about two pictures are true, and show what it lost.
 
-    Generates the pictures, then compresses the dense model that the repository carries in two ways that take
+    Generates the pictures, then compresses the dense model that the package carries in two ways that take
     equally many training steps: by the method, and by one cut of the smallest weights.
     """
     assert output_dir is not None
-    for needed in (CONFIG, DENSE):
-        if not needed.exists():
-            raise SettingError(f"The demo needs {needed}, and there is none here. Run it from the repository's root.")
     console = Console()
     task = find_task(_TASK)
     # On few cores the threads of so small a model only wait for the processes that decode the pictures.

@@ -1,0 +1,55 @@
+"""What the package carries beside its code: published settings and recipes (configs/), the demo's model (assets/)."""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+from pathlib import Path
+
+from rich.console import Console
+
+from upop.errors import nearest
+
+_PACKAGE = Path(__file__).parent
+_FOLDERS = ("configs", "assets")
+
+
+def located(path: str | Path) -> Path:
+    """Return `path`, or the package's own file or folder of that name where the working directory has none.
+
+    Only relative paths that begin with configs/ or assets/ are looked for in the package, as they are called in the
+    repository. Once per path, standard error says which one was taken.
+    """
+    path = Path(path)
+    found = _in_package(path)
+    if found is None or _exists(path) or not found.exists():
+        return path
+    _say(path, found)
+    return found
+
+
+def nearest_packaged(path: Path) -> str:
+    """Return a hint at the package's file with the nearest name, or "" for a path that is looked for elsewhere."""
+    found = _in_package(path)
+    return "" if found is None else nearest(path.name, [other.name for other in found.parent.glob("*.yaml")])
+
+
+def _in_package(path: Path) -> Path | None:
+    parts = path.parts
+    inside = not path.is_absolute() and len(parts) > 1 and parts[0] in _FOLDERS and ".." not in parts
+    return _PACKAGE / path if inside else None
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError):  # a name that no file can have
+        return False
+
+
+@cache
+def _say(path: Path, found: Path) -> None:
+    if os.environ.get("RANK", "0") == "0":
+        Console(stderr=True, highlight=False, markup=False, soft_wrap=True).print(
+            f"{path} is not in this folder; the one of the installed upop is used: {found}"
+        )
