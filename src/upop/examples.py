@@ -13,6 +13,8 @@ from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from upop.errors import DataError
+from upop.reading import read_json
+from upop.values import problems
 
 FILE = "examples.json"
 _LONGEST_SIDE = 384
@@ -74,11 +76,11 @@ class Examples(BaseModel):
             DataError: the file cannot be read, or does not hold examples.
         """
         path = folder / FILE
+        content = read_json(path, DataError, "Restore it, or remove the folder.")
         try:
-            return cls.model_validate_json(path.read_bytes())
-        except (OSError, ValidationError) as error:
-            reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
-            raise DataError(f"{path}: expected examples as a run writes them; {reason}.") from error
+            return cls.model_validate(content)
+        except ValidationError as error:
+            raise DataError(f"{path}: expected examples as a run writes them; {problems(error)[0]}.") from error
 
 
 class Album:

@@ -11,9 +11,11 @@ import yaml
 from upop.errors import SettingError, nearest
 from upop.files import is_file
 from upop.packaged import nearest_packaged
+from upop.reading import DEEPEST, LONGEST_NUMBER, read_text, reason
 
-_LARGEST = 2**20
+_LARGEST = 2**18
 _MOST_VALUES = 100_000
+_NUMBERS = frozenset({"tag:yaml.org,2002:int", "tag:yaml.org,2002:float"})
 
 
 class _Loader(yaml.SafeLoader):
@@ -36,15 +38,18 @@ def parse_yaml(text: str) -> Any:
     """Return what a YAML text says, in plain Python values.
 
     Raises:
-        ValueError: it is no YAML, a key is there twice, or aliases repeat so much that it cannot be meant.
+        ValueError: it is no YAML, a key is there twice, it is too long, too deep or has numbers of too many digits, or
+            aliases repeat so much that it cannot be meant.
     """
+    if len(text) > _LARGEST:
+        raise ValueError(f"it has more than {_LARGEST:,} characters")
     try:
         loader = _Loader(text)
         try:
             node = loader.get_single_node()
             if node is None:
                 return None
-            _check_values(node)
+            _check_nodes(node)
             return loader.construct_document(node)
         finally:
             loader.dispose()
@@ -67,37 +72,47 @@ def read_yaml(path: Path, what: str) -> Any:
     if not is_file(path):
         raise SettingError(f"{what} {path} was asked for, and {_instead(path)}.")
     try:
-        if path.stat().st_size > _LARGEST:
-            raise ValueError(f"it has more than {_LARGEST} bytes")
-        return parse_yaml(path.read_text(encoding="utf-8-sig"))
+        return parse_yaml(read_text(path, _LARGEST))
     except (OSError, ValueError) as error:
-        raise SettingError(f"{what} {path} is not YAML that can be read: {error}. Correct the file.") from error
+        told = f"{what} {path} is not YAML that can be read: {reason(error)}. Correct the file."
+        raise SettingError(told) from error
 
 
 def _instead(path: Path) -> str:
     try:
         if path.is_dir():
             return "a folder was found there"
+        if path.exists():
+            return "something else than a file was found there"
         here = nearest(path.name, [other.name for other in path.parent.glob("*.yaml")])
         return f"there is none{here or nearest_packaged(path)}"
     except (OSError, ValueError):
         return "there is none"
 
 
-def _check_values(root: yaml.Node) -> None:
-    """Count the values that the aliases in a text stand for; ValueError where they are too many, or endless."""
+def _check_nodes(root: yaml.Node) -> None:
+    """Check a text before its values are made; ValueError where they would be too many, too deep, or too long.
+
+    Aliases count as often as they stand for something, and one that stands for what it is in has no end.
+    """
     sizes: dict[int, int] = {}
     open_nodes: set[int] = set()
 
     def size(node: yaml.Node) -> int:
         if id(node) in open_nodes:
             raise ValueError("an alias stands for what it is a part of")
+        if len(open_nodes) > DEEPEST:
+            raise ValueError(f"it is nested more than {DEEPEST} levels deep")
         if id(node) not in sizes:
             open_nodes.add(id(node))
             parts = [part for pair in node.value for part in pair] if isinstance(node, yaml.MappingNode) else node.value
-            sizes[id(node)] = 1 if isinstance(node, yaml.ScalarNode) else 1 + sum(size(part) for part in parts)
+            if isinstance(node, yaml.ScalarNode):
+                if node.tag in _NUMBERS and len(node.value) > LONGEST_NUMBER:
+                    raise ValueError(f"a number has {len(node.value)} digits, and {LONGEST_NUMBER} are the most")
+                parts = []
+            sizes[id(node)] = 1 + sum(size(part) for part in parts)
             open_nodes.discard(id(node))
         return sizes[id(node)]
 
     if size(root) > _MOST_VALUES:
-        raise ValueError(f"its aliases stand for more than {_MOST_VALUES} values")
+        raise ValueError(f"with what its aliases stand for, it holds more than {_MOST_VALUES:,} values")

@@ -116,7 +116,7 @@ def test_a_failed_save_leaves_the_older_model(tmp_path: Path, monkeypatch: pytes
 
 HARM: list[tuple[Callable[[Path], object], str]] = [
     (lambda folder: (folder / "upop.json").unlink(), r"holds no upop\.json"),
-    (lambda folder: (folder / "upop.json").write_text("{"), r"upop\.json is damaged"),
+    (lambda folder: (folder / "upop.json").write_text("{"), r"upop\.json cannot be read"),
     (
         lambda folder: (folder / "upop.json").write_text(
             '{"format": 9, "model": 0, "class": 0, "config": 0, "plan": 0}'

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -166,15 +167,40 @@ def test_other_files_of_the_machine_are_not_shown(tmp_path: Path) -> None:
             read_run(folder)
 
 
-@pytest.mark.parametrize(
-    "name", ["results.json", "settings.yaml", "versions.json", "best/upop.json", "examples/examples.json"]
-)
-@pytest.mark.parametrize("text", ["{", "[1]"])
+@pytest.mark.parametrize("name", ["results.json", "versions.json", "best/upop.json", "examples/examples.json"])
+@pytest.mark.parametrize("text", ["{", "[1]", "[" * 100_000, '{"a": ' * 2000, "\xff\xfe[", '{"a": 1, "a": 2}', "\0"])
 def test_a_damaged_file_is_named(tmp_path: Path, name: str, text: str) -> None:
     folder = write_run(tmp_path / "run")
-    (folder / name).write_text(text)
+    (folder / name).write_text(text, encoding="latin-1")
     with pytest.raises(DataError, match=re.escape(name.rpartition("/")[2])):
         read_run(folder)
+
+
+_MANY = "".join(
+    f"{new}: &{new} {{{', '.join(f'k{n}: *{old}' for n in range(9))}}}\n" for old, new in pairwise("abcdefgh")
+)
+
+
+@pytest.mark.parametrize(
+    "text", ["{", "[1]", "a: " + "[" * 3000, f"a: &a {{x: 1}}\n{_MANY}", "a: &a [*a]", "a: 1\na: 2"]
+)
+def test_a_page_does_without_settings_that_cannot_be_read(tmp_path: Path, text: str) -> None:
+    folder = write_run(tmp_path / "run")
+    (folder / "settings.yaml").write_text(text)
+    page = page_of(folder)
+    check_alone(page)
+    assert "The settings are unknown." in page.text
+    assert str(folder / "settings.yaml") in page.text
+
+
+@pytest.mark.parametrize(
+    "line", ["[" * 100_000, '{"phase": "search", "step": 1' + "0" * 400 + "}", "\xff", "x" * 2**21]
+)
+def test_a_line_of_metrics_that_cannot_be_read_is_left_out(tmp_path: Path, line: str) -> None:
+    folder = write_run(tmp_path / "run")
+    with (folder / "metrics.jsonl").open("a", encoding="latin-1") as file:
+        file.write(f"{line}\n")
+    assert "are left out: 1." in page_of(folder).text
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,6 @@ also from what, on what data, and what was measured. What is not known is left o
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from huggingface_hub import ModelCardData
 from upop.checkpoints.hub import is_hub_name
 from upop.errors import CheckpointError
 from upop.files import write_text
+from upop.reading import read_object
 
 FILE = "README.md"
 _KINDS = {"attention": "attention", "mlp": "MLP"}
@@ -69,9 +69,8 @@ def write_card(folder: Path, story: Story) -> None:
     """
     path = folder / "upop.json"
     try:
-        description = json.loads(path.read_text())
-        text = card(description, story=story)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        text = card(read_object(path, CheckpointError, "Write the model again.", nan=True), story=story)
+    except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path} cannot be read: {error!r}. Write the model again.") from error
     write_text(folder / FILE, text)
 

@@ -30,6 +30,7 @@ from upop.models import MODELS, kind_of
 from upop.pruning import Plan, count_parameters, survey
 from upop.pruning.masks import refuse_masked, unwrapped
 from upop.pruning.sharded import refuse_sharded
+from upop.reading import read_object
 
 WEIGHTS = "model.safetensors"
 _DESCRIPTION = "upop.json"
@@ -171,12 +172,12 @@ def read_description(folder: Path) -> dict[str, Any]:
             f"{folder} was asked for, and {_found(folder)}. Give a folder that upop.save wrote (a run keeps one under "
             "best/)."
         )
+    description = read_object(path, CheckpointError, "Write the model again.", nan=True)
     try:
-        description = json.loads(path.read_text())
         fields = {name: description[name] for name in ("format", "model", "class", "config", "plan")}
         # Folders of upop 0.1.0 do not have these.
         fields |= {name: description.get(name) for name in ("transformers", "timm", "open_clip", "layout")}
-    except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError) as error:
+    except KeyError as error:
         raise CheckpointError(f"{path} is damaged: {error!r}. Write the model again.") from error
     if fields["format"] != _FORMAT:
         raise CheckpointError(f"{path} has format {fields['format']!r}; this upop reads {_FORMAT}. Update upop.")

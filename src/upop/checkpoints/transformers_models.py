@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from upop.checkpoints.read import shared_tensors
 from upop.checkpoints.sizes import dense_skeleton
 from upop.errors import CheckpointError, UPopError
 from upop.pruning import survey
+from upop.reading import read_object
 
 _CONFIG = "config.json"
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
@@ -26,10 +26,9 @@ def is_transformers_folder(path: Path) -> bool:
     if not (path / _CONFIG).is_file():
         return False
     try:
-        content = json.loads((path / _CONFIG).read_text())
-    except (OSError, ValueError, RecursionError):
+        return "model_type" in read_config(path)
+    except CheckpointError:
         return True  # reading it tells what is wrong
-    return isinstance(content, dict) and "model_type" in content
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -38,14 +37,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: it cannot be read.
     """
-    path = folder / _CONFIG
-    try:
-        content = json.loads(path.read_text())
-        if not isinstance(content, dict):
-            raise ValueError(f"expected a mapping, found {type(content).__name__}")
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}. Fetch or write it again.") from error
-    return content
+    # Python writes numbers that JSON does not have, and so does transformers.
+    return read_object(folder / _CONFIG, CheckpointError, "Fetch or write it again.", nan=True)
 
 
 def misfit(model: PreTrainedModel) -> str | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -13,6 +12,8 @@ from rich.console import Console
 from upop.checkpoints.convert import read_model
 from upop.checkpoints.export import export as export_model
 from upop.cli import options as o
+from upop.errors import CheckpointError
+from upop.reading import read_object
 
 
 class GraphFormat(StrEnum):
@@ -37,7 +38,7 @@ def export(
     """Write a model, dense or compressed, for onnxruntime or torch.export, checked to compute the same there."""
     export_model(read_model(source, task, **o.overrides({}, assign)), out, format.value)
     console = Console(soft_wrap=True, highlight=False)
-    for name, graph in json.loads((out / "export.json").read_text())["graphs"].items():
+    for name, graph in read_object(out / "export.json", CheckpointError, "Export the model again.")["graphs"].items():
         axes = ", ".join(f"{key} {tuple(value)}".replace("'", "") for key, value in graph["inputs"].items())
         console.print(
             f"{out / graph['file']}: {name}({axes}) -> {', '.join(graph['outputs'])}; "

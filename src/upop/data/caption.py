@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from upop.data.records import Record, check_images, narrowed, open_image, parse_json, read_records, shown
+from upop.data.records import Record, check_images, narrowed, open_image, read_records, shown
 from upop.data.text import clean_caption
 from upop.data.transforms import ImageTransform
 from upop.errors import DataError
+from upop.reading import LARGEST_DATA, read_json
 
 IGNORED = -100
 """The label of a place where no word is to be said."""
@@ -165,10 +166,7 @@ def read_ground_truth(file: Path) -> dict[int, list[str]]:
     Raises:
         DataError: it is not of that form; the message names the annotation, counted from 0.
     """
-    try:
-        content = parse_json(file.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"The ground truth {file} cannot be read: {error}. It may be cut off.") from error
+    content = read_json(file, DataError, "It may be cut off.", what="The ground truth", largest=LARGEST_DATA)
     annotations = content.get("annotations") if isinstance(content, dict) else None
     if not isinstance(annotations, list):
         raise DataError(f"The ground truth {file} must hold an object with a list 'annotations', not {shown(content)}.")

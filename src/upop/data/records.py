@@ -18,6 +18,7 @@ import numpy as np
 from PIL import Image
 
 from upop.errors import BadImageError, DataError, nearest
+from upop.reading import LARGEST_DATA, parse_json, read_text, reason
 
 _SHOWN = 60
 Records = TypeVar("Records")
@@ -86,30 +87,6 @@ def _half(value: object) -> str:
     return ""
 
 
-def parse_json(text: str) -> Any:
-    """Return what a JSON text says.
-
-    Raises:
-        ValueError: it is no JSON. Python's own reader also takes NaN and Infinity, which are none, and silently drops
-            all but the last of equal keys.
-        RecursionError: it is too deep.
-    """
-    return json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse_constant)
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    fields = dict(pairs)
-    if len(fields) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"an object has the key {twice!r} twice")
-    return fields
-
-
-def _refuse_constant(name: str) -> Any:
-    raise ValueError(f"{name} is no number of JSON")
-
-
 def shown(value: object) -> str:
     """A value as JSON, cut to a readable length, for a message."""
     text = json.dumps(value, default=repr)
@@ -120,16 +97,16 @@ def read_records(file: str | Path) -> list[Record]:
     """Read an annotation file: a JSON list, not empty, of objects. DataError says what else it is."""
     file = Path(file)
     try:
-        text = file.read_text(encoding="utf-8-sig")
+        text = read_text(file, LARGEST_DATA)
     except FileNotFoundError:
         raise DataError(
             f"The annotation file {file} does not exist{_near(file)}. Check the folder of annotations."
         ) from None
     except (OSError, ValueError) as error:
-        raise DataError(f"The annotation file {file} cannot be read: {error}.") from error
+        raise DataError(f"The annotation file {file} cannot be read: {reason(error)}.") from error
     try:
         values = parse_json(text)
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise DataError(f"The annotation file {file} is not JSON: {error}. It may be cut off.") from error
     if not isinstance(values, list):
         raise DataError(f"The annotation file {file} must hold a list of records, not {shown(values)}.")

@@ -19,6 +19,7 @@ from torchvision.transforms.v2 import functional as tvf
 from upop.data.records import narrowed, open_image
 from upop.data.segmentation_transforms import IGNORED, SegmentTransform
 from upop.errors import BadImageError, DataError, nearest
+from upop.reading import read_text, reason
 
 FOLDER = Path("ade20k") / "ADEChallengeData2016"
 """Below the folder of all data sets."""
@@ -147,9 +148,9 @@ def class_names(root: str | Path, classes: int) -> list[str]:
     if not path.is_file():
         return [f"class {number}" for number in range(1, classes + 1)]
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()[1:]
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"The names of classes in {path} cannot be read: {error}.") from error
+        lines = read_text(path).splitlines()[1:]
+    except (OSError, ValueError) as error:
+        raise DataError(f"The names of classes in {path} cannot be read: {reason(error)}.") from error
     names = [line.split("\t")[-1].strip() for line in lines if line.strip()]
     if len(names) != classes:
         raise DataError(f"{path} names {len(names)} classes, and classes is {classes}. Set classes to that number.")

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from upop.data.records import Record, check_images, is_text, narrowed, open_image, parse_json, read_records, shown
+from upop.data.records import Record, check_images, is_text, narrowed, open_image, read_records, shown
 from upop.data.text import clean_question
 from upop.data.transforms import ImageTransform
 from upop.data.vqa_accuracy import ANNOTATORS, ANSWER_TYPES, answer_type
 from upop.errors import DataError
+from upop.reading import parse_json, read_text, reason
 
 SOURCES = ("vqa", "vg")
 """What a record's "dataset" says: which root its picture lies under."""
@@ -200,11 +201,11 @@ def read_answer_list(file: str | Path) -> tuple[str, ...]:
     """
     file = Path(file)
     try:
-        values = parse_json(file.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError, RecursionError) as error:
-        reason = "does not exist" if isinstance(error, FileNotFoundError) else f"cannot be read: {error}"
+        values = parse_json(read_text(file))
+    except (OSError, ValueError) as error:
+        told = "does not exist" if isinstance(error, FileNotFoundError) else f"cannot be read: {reason(error)}"
         raise DataError(
-            f"The list of candidate answers {file} {reason}. Ranking needs it; set inference: generate to do without."
+            f"The list of candidate answers {file} {told}. Ranking needs it; set inference: generate to do without."
         ) from error
     if not isinstance(values, list) or not values:
         raise DataError(f"The list of candidate answers {file} must be a JSON list of texts, not {shown(values)}.")

@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from upop.pruning.errors import PlanError, nearest
+from upop.pruning.json_text import parse_json
 from upop.pruning.layouts import find_units
 from upop.pruning.units import Unit
 
@@ -68,7 +69,7 @@ class Plan(Mapping[str, tuple[int, ...]]):
             PlanError: the text is not a plan, or one of a later version.
         """
         try:
-            content = json.loads(text)
+            content = parse_json(text, nan=True)
             version = content["version"]
             units = content["units"]
             kept = {name: tuple(_entry(entry) for entry in unit["kept"]) for name, unit in units.items()}

@@ -15,6 +15,8 @@ from rich.table import Table
 
 from upop.errors import DataError, nearest
 from upop.files import replacing_file
+from upop.reading import read_object
+from upop.values import problems
 
 
 class ModelResult(BaseModel):
@@ -103,14 +105,16 @@ class Results(BaseModel):
         Raises:
             DataError: the file cannot be read, or does not hold results.
         """
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-            for model in content["models"]:
+        content = read_object(path, DataError, "Restore it, or evaluate again.")
+        models = content.get("models")
+        for model in models if isinstance(models, list) else ():
+            if isinstance(model, dict):
                 model.pop("compared", None)  # follows from the rest
+        try:
             return cls.model_validate(content)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else repr(error)
-            raise DataError(f"{path}: expected results as Results.write_json writes them; {reason}.") from error
+        except ValidationError as error:
+            told = f"{path}: expected results as Results.write_json writes them; {problems(error)[0]}."
+            raise DataError(told) from error
 
 
 @dataclass(frozen=True)

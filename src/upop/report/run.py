@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from upop.errors import DataError, nearest
+from upop.errors import DataError, SettingError, nearest
 from upop.examples import FILE as EXAMPLES
 from upop.examples import Examples
+from upop.files import is_file
 from upop.pruning.units import Kind
+from upop.reading import read_lines, read_object, reason
 from upop.report.results import Results
 from upop.report.shares import UnitShare
+from upop.values import problems
+from upop.yaml_files import read_yaml
 
 _SETTINGS, _VERSIONS, _METRICS, _RESULTS = "settings.yaml", "versions.json", "metrics.jsonl", "results.json"
 _MODELS = ("best", "last")
@@ -55,7 +57,7 @@ class _Row(BaseModel):
     model_config = ConfigDict(strict=True, extra="allow")
 
     phase: str
-    step: int
+    step: int = Field(ge=0, le=2**53)
     loss: float = 0.0
     lr: float = 0.0
     ratio: float = 0.0
@@ -124,10 +126,10 @@ def read_run(path: Path) -> Run:
         raise DataError(f"{path} is no run folder{_instead(path)}")
     missing: list[str] = []
     versions = _read(path / _VERSIONS, _Versions)
-    settings = _mapping(path / _SETTINGS, yaml.safe_load)
+    settings = _settings(path / _SETTINGS, missing)
     if not (path / _VERSIONS).is_file():
         missing.append(f"{_VERSIONS} is missing: task, command and versions are unknown.")
-    if not settings:
+    if not is_file(path / _SETTINGS):
         missing.append(f"{_SETTINGS} is missing: the settings are unknown.")
     rows = _rows(path / _METRICS, missing)
     results = Results.read(path / _RESULTS) if (path / _RESULTS).is_file() else None
@@ -180,39 +182,41 @@ def _instead(path: Path) -> str:
     return f": {found}. {wanted}"
 
 
-def _mapping(path: Path, parse: Any) -> dict[str, Any]:
-    if not path.is_file():
+def _settings(path: Path, missing: list[str]) -> dict[str, Any]:
+    """Return the settings, which are shown and decide nothing here: a page does without those that cannot be read."""
+    if not is_file(path):
         return {}
     try:
-        content = parse(path.read_text(encoding="utf-8"))
+        content = read_yaml(path, "The file of settings")
         if not isinstance(content, dict):
-            raise ValueError(f"expected a mapping, found {type(content).__name__}")
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise DataError(f"{path} is damaged: {error}. It was written when the run began; restore it.") from error
-    return content
+            raise SettingError(f"{path} must hold 'key: value' lines, and holds a {type(content).__name__}.")
+    except SettingError as error:
+        missing.append(f"The settings are unknown. {error}")
+        return {}
+    return {str(name): value for name, value in content.items()}
 
 
 def _read(path: Path, kind: type[Content]) -> Content:
+    content = read_object(path, DataError, "Restore it, or write it again.", nan=True) if is_file(path) else {}
     try:
-        return kind.model_validate(_mapping(path, json.loads))
+        return kind.model_validate(content)
     except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(map(str, first["loc"]))
-        raise DataError(f"{path} is damaged: {place}: {first['msg']}. Restore it, or write it again.") from error
+        raise DataError(f"{path} is damaged: {problems(error)[0]}. Restore it, or write it again.") from error
 
 
 def _rows(path: Path, missing: list[str]) -> tuple[Mapping[str, Any], ...]:
     """Return the rows that can be read: of a run that is going on, the last one may be half written."""
-    if not path.is_file():
+    if not is_file(path):
         return ()
     rows, bad = [], 0
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            row = json.loads(line)
-        except ValueError:
+    try:
+        read = list(read_lines(path))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read: {reason(error)}. Restore it, or remove it to do without.") from error
+    for row in read:
+        if isinstance(row, ValueError):
             bad += 1
-            continue
-        if isinstance(row, dict) and {"phase", "step"} <= set(row):  # others are about other things
+        elif isinstance(row, dict) and {"phase", "step"} <= set(row):  # others are about other things
             try:
                 _Row.model_validate(row)
                 rows.append(row)

@@ -20,11 +20,13 @@ from upop.checkpoints import save
 from upop.errors import RunFolderError
 from upop.files import remove_parts, replacing_file, write_text
 from upop.pruning import Plan
+from upop.reading import read_json, read_lines, read_object
 from upop.settings import RunSettings
 from upop.training.checkpoints import Checkpoints
 
 _LIBRARIES = ("upop", "torch", "torchvision", "timm", "transformers", "accelerate", "safetensors")
 _BAD_IMAGES = "bad_images.json"
+_RESTORE = "It was written by this run; restore it."
 _SPARE_BYTES = 50 * 2**20
 
 
@@ -106,11 +108,14 @@ class RunFolder:
 
     def metrics(self) -> list[dict[str, Any]]:
         """Return all rows of metrics.jsonl."""
-        return [json.loads(line) for line in self._metrics.read_text().splitlines()]
+        rows = list(read_lines(self._metrics))
+        if any(isinstance(row, ValueError) for row in rows):
+            raise RunFolderError(f"{self._metrics} has lines that cannot be read. {_RESTORE}")
+        return rows
 
     def command(self) -> str:
         """Return the command that the run was started with."""
-        return str(json.loads((self.path / "versions.json").read_text())["command"])
+        return str(read_object(self.path / "versions.json", RunFolderError, _RESTORE).get("command", ""))
 
     def save_plan(self, plan: Plan) -> None:
         """Write plan.json."""
@@ -129,7 +134,7 @@ class RunFolder:
     def bad_images(self) -> list[dict[str, Any]]:
         """Return the rows of bad_images.json; none where there is no such file."""
         path = self.path / _BAD_IMAGES
-        return list(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else []
+        return list(read_json(path, RunFolderError, _RESTORE)) if path.is_file() else []
 
     def save_files(self, files: Mapping[str, Any]) -> None:
         """Write JSON files under result/."""

@@ -26,6 +26,7 @@ from upop.data.shapes.vocabulary import vocabulary
 from upop.data.shapes.vqa_files import VQA
 from upop.errors import DataError, RunFolderError, SettingError, nearest
 from upop.files import replacing_folder
+from upop.reading import read_json
 
 VERSION = 1
 """Goes up whenever the same seed would give other files."""
@@ -167,10 +168,7 @@ def _already_there(out: Path, manifest: _Manifest) -> bool:
             f"{out} is not empty (it holds {', '.join(inside[:3])}{', ...' if len(inside) > 3 else ''}) "
             f"and has no {MANIFEST}, so it is no generated set. Name a new or empty folder."
         )
-    try:
-        found = json.loads((out / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{out / MANIFEST} cannot be read: {error}. Name a new or empty folder.") from error
+    found = read_json(out / MANIFEST, DataError, "Name a new or empty folder.")
     wanted = asdict(manifest)
     if found == wanted:
         return True

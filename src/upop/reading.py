@@ -1,0 +1,140 @@
+"""Reading files that others may have written: regular files alone, of a bounded size, as text or as JSON.
+
+What is read through here cannot make a program wait for ever (a named pipe), fill its memory (a device, a file without
+end), or fail with an error that names no file.
+"""
+
+from __future__ import annotations
+
+import codecs
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from upop.errors import UPopError
+from upop.pruning.json_text import DEEPEST, LONGEST_NUMBER, parse_json
+
+LARGEST = 64 * 2**20
+"""Bytes of a description, a plan, results or settings."""
+LARGEST_DATA = 2**30
+"""Bytes of an annotation file, or of the rows of a run."""
+_LONGEST_LINE = 2**20
+_UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+
+
+def read_bytes(path: Path, largest: int = LARGEST) -> bytes:
+    """Return what a regular file holds.
+
+    Raises:
+        OSError: there is no such file, or it cannot be read.
+        ValueError: it is something else than a file, or larger than `largest` bytes.
+    """
+    # Opening a named pipe would wait for somebody who writes to it.
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    with os.fdopen(descriptor, "rb") as file:
+        check_regular(os.fstat(descriptor).st_mode)
+        content = file.read(largest + 1)
+    if len(content) > largest:
+        raise ValueError(f"it has more than {largest:,} bytes")
+    return content
+
+
+def check_regular(mode: int) -> None:
+    """Raise ValueError, which says what it is, where `mode` (`st_mode`) is not that of a regular file."""
+    if stat.S_ISREG(mode):
+        return
+    kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket"}
+    raise ValueError(f"it is {kinds.get(stat.S_IFMT(mode), 'a device')}, not a file")
+
+
+def read_text(path: Path, largest: int = LARGEST) -> str:
+    """Return the text of a regular file in UTF-8, without the mark that Windows' editors put before it.
+
+    Raises:
+        OSError: there is no such file, or it cannot be read.
+        ValueError: it is something else than a file, larger than `largest` bytes, or no UTF-8.
+    """
+    content = read_bytes(path, largest)
+    if content.startswith(_UTF16):
+        raise ValueError("it is UTF-16; save it as UTF-8")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"byte {error.start} is no UTF-8") from None
+
+
+def read_json(
+    path: Path,
+    error: type[UPopError],
+    advice: str,
+    *,
+    what: str = "",
+    nan: bool = False,
+    largest: int = LARGEST,
+) -> Any:
+    """Return what a JSON file says.
+
+    Args:
+        path: of the file.
+        error: what to raise.
+        advice: what to do about a file that cannot be read, a sentence.
+        what: it is, for messages: "The plan".
+        nan: whether NaN and Infinity, which Python writes, are taken.
+        largest: bytes that it may have.
+
+    Raises:
+        UPopError: of the kind `error`; there is no such file, or it is no JSON within the bounds.
+    """
+    try:
+        return parse_json(read_text(path, largest), nan=nan)
+    except (OSError, ValueError) as problem:
+        raise error(f"{f'{what} ' if what else ''}{path} cannot be read: {reason(problem)}. {advice}") from problem
+
+
+def read_object(path: Path, error: type[UPopError], advice: str, *, nan: bool = False) -> dict[str, Any]:
+    """Return what a JSON file says that holds an object; arguments and errors are those of `read_json`."""
+    content = read_json(path, error, advice, nan=nan)
+    if not isinstance(content, dict):
+        raise error(f"{path} must hold a JSON object, and holds a {type(content).__name__}. {advice}")
+    return content
+
+
+def read_lines(path: Path, largest: int = LARGEST_DATA) -> Iterator[Any]:
+    """Give what every line of a file says, as JSON (NaN included), or the ValueError that says why it cannot be read.
+
+    Raises:
+        OSError: there is no such file, or it cannot be read.
+        ValueError: it is something else than a file, or larger than `largest` bytes.
+    """
+    for line in read_bytes(path, largest).split(b"\n"):
+        if line.strip():
+            try:
+                if len(line) > _LONGEST_LINE:
+                    raise ValueError(f"it has more than {_LONGEST_LINE:,} bytes")
+                yield parse_json(line.decode(), nan=True)
+            except ValueError as error:
+                yield error
+
+
+def reason(error: BaseException) -> str:
+    """Return why something cannot be read, in the words that follow "cannot be read: "."""
+    words = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return (words or type(error).__name__).rstrip(".")
+
+
+__all__ = [
+    "DEEPEST",
+    "LARGEST",
+    "LARGEST_DATA",
+    "LONGEST_NUMBER",
+    "check_regular",
+    "parse_json",
+    "read_bytes",
+    "read_json",
+    "read_lines",
+    "read_object",
+    "read_text",
+    "reason",
+]
