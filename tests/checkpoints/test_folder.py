@@ -5,14 +5,18 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import timm
 import torch
+from safetensors import safe_open
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 import upop
 from upop.errors import CheckpointError, RunFolderError
+from upop.models.caption import BlipCaption, CaptionConfig
 from upop.models.nlvr import BlipNlvr, NlvrConfig
 
 SIZES = {"image_size": 32, "vision_width": 24, "vision_depth": 2, "vision_heads": 2, "vision_mlp": 40}
@@ -100,6 +104,67 @@ def test_saving_again_replaces(tmp_path: Path) -> None:
     assert not (folder / "stale").exists()
 
 
+TIED = {
+    **SIZES,
+    "text_width": 24,
+    "text_depth": 1,
+    "text_heads": 2,
+    "text_mlp": 32,
+    "vocab_size": 60,
+    "max_positions": 9,
+}
+
+
+def test_the_same_model_gives_the_same_bytes(tmp_path: Path) -> None:
+    model = randomised(BlipCaption(CaptionConfig(**TIED)))  # several of its tensors have two names
+    folders = [upop.save(model, tmp_path / str(turn)) for turn in range(8)]
+    for name in ("model.safetensors", "upop.json"):
+        assert len({(folder / name).read_bytes() for folder in folders}) == 1
+    with safe_open(folders[0] / "model.safetensors", framework="pt") as file:
+        notes = file.metadata()
+        assert len(notes) > 1
+        assert list(notes) != list(file.keys())
+    again: Any = upop.load(folders[0])
+    for name, same in notes.items():
+        assert again.state_dict()[name].data_ptr() == again.state_dict()[same].data_ptr()
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in again.state_dict().items())
+
+
+def test_layers_that_were_dropped_after_a_cut(tmp_path: Path) -> None:
+    model = timm.create_model(
+        "vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=24, depth=3, num_heads=2, num_classes=4
+    ).eval()
+    upop.shrink(model, {unit.name: range(unit.size // 2) for unit in upop.find_units(model)})
+    model.blocks = model.blocks[:2]
+    with pytest.warns(UserWarning, match=r"does not have.*blocks\.2\.attn.*saved without"):
+        folder = upop.save(model, tmp_path / "small")
+    again: Any = upop.load(folder)
+    picture = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(again(picture), model(picture))
+    assert {name.rpartition(".")[0] for name in again.upop_plan} == {"blocks.0", "blocks.1"}
+    # Cut once more, what is left of the plan is told of the dense model.
+    upop.shrink(again, {"blocks.1.mlp": [1, 3]})
+    told = json.loads((upop.save(again, tmp_path / "smaller") / "upop.json").read_text())
+    assert told["plan"]["units"]["blocks.1.mlp"] == {"size": 96, "kept": [1, 3]}
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "deit_tiny_patch16_224"])
+def test_a_backbone_of_timm_is_filled(name: str, tmp_path: Path) -> None:
+    def build() -> nn.Module:
+        sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2, "out_indices": (0, 1)}
+        return timm.create_model(name, features_only=True, **sizes).eval()  # type: ignore[no-any-return]
+
+    model, picture = build(), torch.randn(1, 3, 32, 32)
+    upop.shrink(model, {unit.name: range(unit.size // 2) for unit in upop.find_units(model)})
+    folder = upop.save(model, tmp_path / "backbone")
+    with pytest.raises(CheckpointError, match=r"upop\.load_into"):
+        upop.load(folder)
+    again = upop.load_into(build(), folder)
+    with torch.no_grad():
+        assert all(torch.equal(one, other) for one, other in zip(model(picture), again(picture), strict=True))
+
+
 def test_a_failed_save_leaves_the_older_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = upop.save(blip(), tmp_path / "model")
     before = (folder / "model.safetensors").read_bytes()
@@ -107,7 +172,7 @@ def test_a_failed_save_leaves_the_older_model(tmp_path: Path, monkeypatch: pytes
     def full_disk(*_arguments: object, **_options: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("upop.checkpoints.folder.save_file", full_disk)
+    monkeypatch.setattr("upop.checkpoints.write.save_file", full_disk)
     with pytest.raises(RunFolderError, match="No space left"):
         upop.save(blip(), folder)
     assert (folder / "model.safetensors").read_bytes() == before

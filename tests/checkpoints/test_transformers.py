@@ -221,6 +221,28 @@ def test_the_pruner_marks_it_too(tmp_path: Path) -> None:
     assert bit_equal(transformers.AutoModelForImageClassification.from_pretrained(tmp_path), model, inputs)
 
 
+def test_layers_that_were_dropped_after_a_cut(tmp_path: Path) -> None:
+    model, inputs = compressed("llama")
+    model.model.layers, model.config.num_hidden_layers = model.model.layers[:1], 1
+    inputs["use_cache"] = False
+    model.save_pretrained(tmp_path / "a")
+    assert bit_equal(type(model).from_pretrained(tmp_path / "a"), model, inputs)
+    with pytest.warns(UserWarning, match=r"model\.layers\.1\.self_attn.*saved without"):
+        folder = upop.save(model, tmp_path / "b")
+    assert bit_equal(upop.load(folder), model, inputs)
+
+
+def test_cutting_leaves_the_random_states(tmp_path: Path) -> None:
+    sizes = {"conv_dim": (8, 8), "conv_stride": (5, 2), "conv_kernel": (10, 3), "num_feat_extract_layers": 2}
+    shared = {name: TEXT[name] for name in ("hidden_size", "num_hidden_layers", "intermediate_size")}
+    positions = {"num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2, "num_attention_heads": 4}
+    model = transformers.Wav2Vec2Model(transformers.Wav2Vec2Config(**shared, **sizes, **positions)).eval()
+    before = torch.get_rng_state()
+    upop.shrink(model, {upop.find_units(model)[-1].name: range(9)})
+    upop.save(model, tmp_path / "out")
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 PIPELINE = """
 import sys, torch, upop
 from transformers import pipeline

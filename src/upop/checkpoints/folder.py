@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -21,13 +20,16 @@ from upop.checkpoints import card, open_clip_models, timm_models
 from upop.checkpoints.fit import fit
 from upop.checkpoints.hub import is_hub_name, local_path
 from upop.checkpoints.quantizer import mark
-from upop.checkpoints.read import read_weights, shared_tensors
+from upop.checkpoints.read import read_weights
 from upop.checkpoints.recording import plan_of, set_plan
+from upop.checkpoints.sizes import plan_for
 from upop.checkpoints.transformers_models import is_transformers_folder, load_transformers, misfit
+from upop.checkpoints.write import write_weights
 from upop.errors import CheckpointError, LayoutError, PlanError, nearest
 from upop.files import replacing_folder
 from upop.models import MODELS, kind_of
-from upop.pruning import Plan, count_parameters, survey
+from upop.pruning import Plan, Unit, count_parameters, survey
+from upop.pruning.errors import some_of
 from upop.pruning.masks import refuse_masked, unwrapped
 from upop.pruning.sharded import refuse_sharded
 from upop.reading import read_object
@@ -69,10 +71,11 @@ def save(model: nn.Module, folder: str | Path, plan: Plan | None = None) -> Path
     """
     folder, model = Path(folder), unwrapped(model)
     refuse_sharded(model, "save()")
-    plan = plan if plan is not None else plan_of(model)
+    units = survey(model).units
+    plan = _still_true(plan if plan is not None else plan_of(model), units, model)
     kind = kind_of(model)
     _refuse_meta(model)
-    _warn_masked(model)
+    _warn_masked(model, units)
     in_transformers = isinstance(model, PreTrainedModel) and _is_its_own(model)
     if in_transformers:
         mark(model)
@@ -84,7 +87,7 @@ def save(model: nn.Module, folder: str | Path, plan: Plan | None = None) -> Path
         "transformers": in_transformers,
         "timm": None if kind or in_transformers else timm_models.describe(model, plan),
         "open_clip": None if kind or in_transformers else open_clip_models.describe(model, plan),
-        "layout": {unit.name: _unit(unit, plan) for unit in survey(model).units},
+        "layout": {unit.name: _unit(unit, plan) for unit in units},
         "plan": json.loads(plan.to_json()) if plan is not None else None,
         "versions": {name: metadata.version(name) for name in ("upop", "torch", "timm", "transformers")},
     }
@@ -92,10 +95,7 @@ def save(model: nn.Module, folder: str | Path, plan: Plan | None = None) -> Path
         if in_transformers:
             model.save_pretrained(fresh)  # type: ignore[operator]
         else:
-            state = model.state_dict()
-            shared = shared_tensors(state)
-            written = {name: value.detach().cpu().contiguous() for name, value in state.items() if name not in shared}
-            save_file(written, fresh / WEIGHTS, metadata=shared or None)
+            write_weights(model.state_dict(), fresh / WEIGHTS)
         (fresh / _DESCRIPTION).write_text(json.dumps(description, indent=1))
         if plan is not None:
             (fresh / card.FILE).write_text(_card(model, description), encoding="utf-8")
@@ -209,9 +209,24 @@ def _refuse_meta(model: nn.Module) -> None:
         )
 
 
-def _warn_masked(model: nn.Module) -> None:
+def _still_true(plan: Plan | None, units: Sequence[Unit], model: nn.Module) -> Plan | None:
+    """Return the plan without units that the model does not have any more, as when layers are dropped after a cut."""
+    if plan is None:
+        return None
+    left = plan_for(plan, units)
+    gone = [name for name in plan.kept if name not in left.kept]
+    if gone:
+        warnings.warn(
+            f"The plan of this {type(model).__name__} names units that it does not have, or not with as many entries: "
+            f"{some_of(gone)}. Were layers dropped after it was cut? The plan is saved without them.",
+            stacklevel=3,
+        )
+    return left
+
+
+def _warn_masked(model: nn.Module, units: Sequence[Unit]) -> None:
     try:
-        refuse_masked(model, survey(model).units)
+        refuse_masked(model, list(units))
     except LayoutError:
         warnings.warn(
             f"{type(model).__name__} is still masked, and masks are not saved: what is written is the model in full "
@@ -276,8 +291,9 @@ def _check_layout(model: nn.Module, plan: Plan | None, layout: Mapping[str, Any]
     unknown = [name for name in plan.kept if name not in names] if plan is not None else []
     if unknown:
         raise CheckpointError(
-            f"{folder / _DESCRIPTION} is damaged: its plan names {unknown[0]!r}, which is no unit of the model"
-            f"{nearest(unknown[0], sorted(names))}. Write it again."
+            f"The plan in {folder / _DESCRIPTION} names {unknown[0]!r}, and the model has no such unit"
+            f"{nearest(unknown[0], sorted(names))}. Were layers dropped after it was cut? Build that model and call "
+            "upop.load_into(model, folder), which reads the weights alone."
         )
 
 

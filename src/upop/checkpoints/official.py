@@ -14,6 +14,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
+from upop.checkpoints.blank import outline
 from upop.checkpoints.classifier_layout import classifier_sizes, named_sizes
 from upop.checkpoints.classifier_layout import with_positions as classifier_positions
 from upop.checkpoints.clip_names import from_openai, is_openai, to_openai, weights_only
@@ -112,8 +113,7 @@ def save_official(task: str, model: nn.Module, path: str | Path) -> Path:
     row = _row(task)
     if not isinstance(getattr(model, "config", None), row.config):
         raise CheckpointError(f"A {type(model).__name__} cannot be written as a checkpoint of {task!r}.")
-    with torch.device("meta"):
-        dense = {unit.name: unit.size for unit in find_units(row.model(model.config))}
+    dense = {unit.name: unit.size for unit in find_units(outline(lambda: row.model(model.config)))}
     model = copy.deepcopy(model).cpu()
     for unit in find_units(model):
         if unit.size < dense[unit.name] and row.fixed_scale(unit):

@@ -210,9 +210,21 @@ def _named_as_in(model: PreTrainedModel, sizes: Sizes) -> Sizes:
     for name, kept in sizes.items():
         candidates = (name, prefix + name, name.removeprefix(prefix))
         found = next((candidate for candidate in candidates if candidate in units), None)
+        near = next((candidate for candidate in candidates if hasattr(model, candidate.partition(".")[0])), None)
         if found is not None:
             named[found] = kept
-        elif any(hasattr(model, candidate.partition(".")[0]) for candidate in candidates):
+        elif near is not None and not _is_dropped(model, near):
             named[name] = kept  # no unit, where one should be: `resize` says so
-        # else it belongs to a part that this class does not have, such as the decoder of a model for retrieval
+        # else it belongs to a part that this class does not have, such as the decoder of a model for retrieval, or to a
+        # layer that was dropped after the cut
     return named
+
+
+def _is_dropped(model: nn.Module, name: str) -> bool:
+    """Whether a unit's name leads to a layer beyond the end of its list."""
+    place: Any = model
+    for part in name.split("."):
+        if isinstance(place, nn.ModuleList) and part.isdigit() and int(part) >= len(place):
+            return True
+        place = getattr(place, part, None)
+    return False

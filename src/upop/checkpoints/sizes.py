@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from upop.checkpoints.blank import outline
 from upop.checkpoints.fit import kept_sizes
 from upop.errors import CheckpointError, PlanError, nearest
-from upop.pruning import Plan, find_units, shrink, survey
+from upop.pruning import Plan, Unit, find_units, shrink, survey
 
 Sizes = dict[str, tuple[int, int]]
 """Unit -> (kept entries, entries of the dense model), of the units that lost some."""
@@ -20,9 +20,7 @@ Sizes = dict[str, tuple[int, int]]
 
 def dense_skeleton(model: PreTrainedModel) -> nn.Module:
     """Return the dense model that `model` was cut from, as its configuration describes it, without weights."""
-    with torch.device("meta"):
-        skeleton: nn.Module = type(model)(copy.deepcopy(model.config))
-    return skeleton
+    return outline(lambda: type(model)(copy.deepcopy(model.config)))
 
 
 def sizes_of(model: nn.Module, dense: nn.Module) -> Sizes:
@@ -89,6 +87,15 @@ def join_plans(first: Plan | None, second: Plan) -> Plan:
     kept = dict(first.kept)
     sizes = dict(first.sizes)
     for name, entries in second.kept.items():
-        kept[name] = tuple(first.kept[name][entry] for entry in entries) if name in first.kept else entries
-        sizes.setdefault(name, second.sizes[name])
+        if name in kept and len(kept[name]) == second.sizes[name]:
+            kept[name] = tuple(first.kept[name][entry] for entry in entries)
+        else:  # not cut before, or another layer had this name then
+            kept[name], sizes[name] = entries, second.sizes[name]
     return Plan(kept, sizes, second.settings)
+
+
+def plan_for(plan: Plan, units: Iterable[Unit]) -> Plan:
+    """Return the part of a plan that is about units as they are: others went when whole layers were dropped."""
+    present = {unit.name: unit.size for unit in units}
+    kept = {name: entries for name, entries in plan.kept.items() if present.get(name) == len(entries)}
+    return Plan(kept, {name: plan.sizes[name] for name in kept}, plan.settings)

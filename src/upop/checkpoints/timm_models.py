@@ -6,9 +6,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import timm
-import torch
 from torch import nn
 
+from upop.checkpoints.blank import outline
 from upop.checkpoints.likeness import same_but_for_sizes
 from upop.errors import CheckpointError, nearest
 from upop.pruning import Plan
@@ -49,7 +49,7 @@ def describe(model: nn.Module, plan: Plan | None) -> dict[str, Any] | None:
     if not isinstance(name, str) or not timm.is_model(name) or type(model).__module__.partition(".")[0] != "timm":
         return None
     reference = _build(name, {})
-    if reference is None:
+    if type(model) is not type(reference):  # as a backbone is (features_only), whose parts have other names
         return None
     arguments = {}
     for argument, read in _ARGUMENTS.items():
@@ -110,8 +110,7 @@ def _read(read: Callable[[Any], Any], model: nn.Module) -> Any:
 
 def _build(name: str, arguments: Mapping[str, Any]) -> Any:
     try:
-        with torch.device("meta"):
-            return timm.create_model(name, pretrained=False, **arguments)
+        return outline(lambda: timm.create_model(name, pretrained=False, **arguments))
     except Exception:  # each model checks its arguments in its own way; then it is not built by name
         return None
 

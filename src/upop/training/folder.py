@@ -13,10 +13,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from upop.checkpoints import save
+from upop.checkpoints.write import write_weights
 from upop.errors import RunFolderError
 from upop.files import remove_parts, replacing_file, write_text
 from upop.pruning import Plan
@@ -125,7 +125,7 @@ class RunFolder:
         """Write scores.safetensors: the accumulated scores of every unit, [size], as the search ended."""
         if self._main:
             with replacing_file(self.path / "scores.safetensors") as part:
-                save_file({name: score.cpu().contiguous() for name, score in scores.items()}, part)
+                write_weights(scores, part)
 
     def save_bad_images(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Write bad_images.json: the unreadable image files that the run does without."""

@@ -1,0 +1,119 @@
+"""Models without weights: what a description builds, before anything of that size is allocated."""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import (
+    register_module_buffer_registration_hook,
+    register_module_module_registration_hook,
+    register_module_parameter_registration_hook,
+)
+
+from upop.errors import CheckpointError
+
+# Parts (modules, parameters, buffers) that a model may have for every tensor of its file, and beside: libraries build
+# some layers twice, and many layers have no weights.
+_PARTS_PER_TENSOR, _PARTS_BESIDE = 8, 4096
+
+
+@contextmanager
+def drawing_nothing() -> Iterator[None]:
+    """Leave the random states of torch, NumPy and Python as they were: constructors draw weights that are replaced."""
+    numpy, python = np.random.get_state(), random.getstate()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        np.random.set_state(numpy)
+        random.setstate(python)
+
+
+def outline(build: Callable[[], nn.Module], tensors: int | None = None) -> nn.Module:
+    """Return the model that `build` makes, on the meta device.
+
+    Args:
+        build: makes the model.
+        tensors: how many its file holds; a model that has many times more parts is not built to its end.
+
+    Raises:
+        CheckpointError: the model has too many parts.
+    """
+    with drawing_nothing(), _counted(tensors), torch.device("meta"):
+        return build()
+
+
+def frame(build: Callable[[], nn.Module], tensors: int | None = None) -> nn.Module:
+    """Return the model that `build` makes, with its parameters on the meta device and its buffers on the CPU.
+
+    Parameters that are shared stay shared. `fill` gives them memory.
+
+    Raises:
+        CheckpointError: as `outline`.
+    """
+
+    def without_memory(_module: nn.Module, _name: str, parameter: Tensor | None) -> nn.Parameter | None:
+        if parameter is None or parameter.is_meta:
+            return None  # it stays as it is
+        return nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
+
+    with drawing_nothing(), _counted(tensors), _watching(parameters=without_memory):
+        return build()
+
+
+def fill(model: nn.Module) -> nn.Module:
+    """Give the parameters that are on the meta device memory on the CPU, whose content is to be replaced."""
+    made: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            if parameter.is_meta:
+                if id(parameter) not in made:
+                    empty = torch.empty_like(parameter, device="cpu")
+                    made[id(parameter)] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
+                setattr(module, name, made[id(parameter)])
+    return model
+
+
+@contextmanager
+def _counted(tensors: int | None) -> Iterator[None]:
+    """Stop a constructor that makes many times more parts than the file has tensors."""
+    most = None if tensors is None else _PARTS_PER_TENSOR * tensors + _PARTS_BESIDE
+    count = 0
+
+    def one_more(_module: nn.Module, _name: str, _part: object) -> None:
+        nonlocal count
+        count += 1
+        if most is not None and count > most:
+            raise CheckpointError(f"more than {most} parts are asked for, and the file holds {tensors} tensors")
+
+    with _watching(parameters=one_more, buffers=one_more, modules=one_more):
+        yield
+
+
+@contextmanager
+def _watching(**hooks: Callable[..., object]) -> Iterator[None]:
+    """Call hooks when this thread gives a module parameters, buffers or modules."""
+    me = threading.get_ident()
+
+    def in_this_thread(hook: Callable[..., object]) -> Callable[..., object]:
+        return lambda *part: hook(*part) if threading.get_ident() == me else None
+
+    handles = [_REGISTER[kind](in_this_thread(hook)) for kind, hook in hooks.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+_REGISTER: dict[str, Callable[..., torch.utils.hooks.RemovableHandle]] = {
+    "parameters": register_module_parameter_registration_hook,
+    "buffers": register_module_buffer_registration_hook,
+    "modules": register_module_module_registration_hook,
+}
