@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import multiprocessing
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from upop.errors import DeviceError, RunFolderError, SettingError, TrainingError
 from upop.pruning import Plan, find_units
 from upop.tasks.nlvr import NlvrTask
 from upop.tasks.verbs import compress, evaluate_checkpoint, train
+from upop.training.lock import FolderLock
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +67,61 @@ def test_results_are_those_of_the_saved_model(config: Path, compressed: Path, tm
     again = evaluate_checkpoint(*runs.nlvr(config, pretrained=str(compressed / "best"), output_dir=tmp_path))
     assert again is not None
     assert dict(again.models[0].metrics) == small["metrics"]
+
+
+def _content(folder: Path) -> dict[str, tuple[bytes, int]]:
+    """Every file with its bytes and its time, but for those of evaluations."""
+    return {
+        path.relative_to(folder).as_posix(): (path.read_bytes(), path.stat().st_mtime_ns)
+        for path in folder.rglob("*")
+        if path.is_file() and "evaluations" not in path.relative_to(folder).parts
+    }
+
+
+def test_an_evaluation_stays_out_of_the_run_that_it_evaluates(config: Path, compressed: Path, tmp_path: Path) -> None:
+    """Its results go beside, under a name that the same evaluation alone has; other folders of ours are spared too."""
+    run = tmp_path / "run"
+    shutil.copytree(compressed, run)
+    before = _content(run)
+    names = []
+    for model, place, changes in (
+        ("best", run, {}),
+        ("best", run, {}),
+        ("best", run / "best", {}),
+        ("best", run / "figures", {"num_workers": 1}),
+        ("last", run, {}),
+        ("best", run, {"batch_size_test": 7}),
+    ):
+        evaluate_checkpoint(*runs.nlvr(config, pretrained=str(run / model), output_dir=place, **changes))
+        assert _content(run) == before
+        names.append({path.name for path in (run / "evaluations").glob("*.json")})
+    assert [len(found) for found in names] == [1, 1, 1, 1, 2, 3]
+    told = json.loads((run / "evaluations" / names[0].pop()).read_text())
+    assert told["models"][0]["metrics"] == json.loads((run / "results.json").read_text())["models"][1]["metrics"]
+    assert told["evaluation"]["pretrained"] == str(run / "best")
+    alone = tmp_path / "model"
+    shutil.copytree(run / "best", alone)
+    evaluate_checkpoint(*runs.nlvr(config, pretrained=str(alone), output_dir=alone))
+    assert {path.name for path in alone.iterdir()} == {path.name for path in (run / "best").iterdir()} | {"evaluations"}
+
+
+def test_an_evaluation_of_a_run_that_goes_on_lets_it_go_on(config: Path, compressed: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(compressed, run)
+    (run / "results.json").unlink()
+    before = _content(run)
+    going = FolderLock(run, print)
+    evaluate_checkpoint(*runs.nlvr(config, pretrained=str(run / "best"), output_dir=run))
+    going.release()
+    assert _content(run) == before
+
+
+def test_an_evaluation_replaces_an_earlier_one_in_a_folder_of_its_own(config: Path, tmp_path: Path) -> None:
+    dense = str(config.with_name("dense"))
+    for batch in (48, 7):
+        evaluate_checkpoint(*runs.nlvr(config, pretrained=dense, output_dir=tmp_path / "own", batch_size_test=batch))
+    assert "batch_size_test: 7" in (tmp_path / "own" / "settings.yaml").read_text()
+    assert not (tmp_path / "own" / "evaluations").exists()
 
 
 def test_best_is_the_best_epoch(compressed: Path) -> None:

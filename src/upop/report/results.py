@@ -8,6 +8,7 @@ import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -86,17 +87,21 @@ class Results(BaseModel):
             if metric in dense.get(split, {})
         }
 
+    def content(self) -> dict[str, Any]:
+        """Return the results and the comparison with the dense model, in the form of JSON."""
+        content = self.model_dump(mode="json")
+        for model in content["models"]:
+            model["compared"] = self.compared(model["name"])
+        return content
+
     def write_json(self, path: Path) -> None:
         """Write the results and the comparison with the dense model; the file appears whole or not at all.
 
         Raises:
             RunFolderError: the file cannot be written.
         """
-        content = self.model_dump(mode="json")
-        for model in content["models"]:
-            model["compared"] = self.compared(model["name"])
         with replacing_file(path) as part:
-            part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+            part.write_text(json.dumps(self.content(), indent=1) + "\n", encoding="utf-8")
 
     @classmethod
     def read(cls, path: Path) -> Results:

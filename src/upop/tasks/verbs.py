@@ -32,7 +32,9 @@ from upop.training.bad_images import BadImage, BadImages, counted
 from upop.training.batch import find_batch_size
 from upop.training.devices import align_for, make_accelerator
 from upop.training.evaluation import evaluate, records_of
+from upop.training.evaluations import is_beside, place_of, write_summary
 from upop.training.folder import RunFolder
+from upop.training.identity import content_digest
 from upop.training.loaders import end_workers, first_records, make_loader, to_device
 from upop.training.loop import Loop
 from upop.training.memory import explained_memory
@@ -178,8 +180,22 @@ class _Run:
         self.task, self.settings, self._verb = task, settings, verb
         self.accelerator = make_accelerator(settings)
         self._main = self.accelerator.is_main_process
+        self._progress = RunProgress(0, self._main)
+        if verb == "evaluate":
+            self.settings = settings = self._beside(settings)
+        self._prepared: dict[str, Any] = {}
+        self.folder = RunFolder(
+            settings.output_dir, self._main, settings.keep_checkpoints, say=lambda line: self.say(escape(line))
+        )
+        try:
+            self._begin(settings)
+        except BaseException:
+            self.folder.close()
+            raise
+
+    def _begin(self, settings: RunSettings) -> None:
+        task, verb = self.task, self._verb
         self._trackers = Trackers(self.accelerator, settings.trackers, settings.output_dir / "trackers")
-        self.folder = RunFolder(settings.output_dir, self._main, settings.keep_checkpoints)
         self.folder.listeners.append(self._trackers.log)
         self._resumed = self._checkpoint_to_resume()
         self._held_out = task.evaluated(settings)
@@ -188,9 +204,8 @@ class _Run:
         splits = self._held_out if verb == "evaluate" else ("train", *self._held_out)
         self._bad_images = BadImages(settings.skip_bad_images)
         self.loaders = {split: make_loader(task, settings, split, self._bad_images) for split in splits}
-        self._prepared = {split: self.accelerator.prepare(self.loaders[split]) for split in self._held_out}
+        self._prepared |= {split: self.accelerator.prepare(self.loaders[split]) for split in self._held_out}
         self._told_rate = False
-        self._progress = RunProgress(0, self._main)
         if self._resumed is None:
             self.folder.start(settings, task.name, verb)
         else:
@@ -201,12 +216,23 @@ class _Run:
         return self
 
     def __exit__(self, *error: object) -> None:
-        for loader in self._prepared.values():
-            end_workers(loader)
+        try:
+            for loader in self._prepared.values():
+                end_workers(loader)
+        finally:
+            self.folder.close()
+
+    def _beside(self, settings: RunSettings) -> RunSettings:
+        """Return the settings of an evaluation with an `output_dir` that is not the run's, nor the model's, own."""
+        checkpoint = self.checkpoint()
+        # The main process alone writes, and decides.
+        place = [place_of(self.task.name, settings, lambda: content_digest(checkpoint)) if self._main else Path()]
+        broadcast_object_list(place)
+        return settings.model_copy(update={"output_dir": place[0]})
 
     def _checkpoint_to_resume(self) -> Mapping[str, Any] | None:
         """Return the content of the newest checkpoint, if the run is to go on from one."""
-        if self.settings.resume == "no":
+        if self.settings.resume == "no" or self._verb == "evaluate":
             return None
         # The main process decides for all, since it alone is sure to see what it wrote.
         found = self.folder.checkpoints.newest()
@@ -383,7 +409,13 @@ class _Run:
             save_figure(history_figure(rows, metric=self.task.metric, dense=baseline), figures / "history.png")
         self._progress.console.print(results_table(results))
         self._keep_examples({name: model for name, (model, _) in models.items()}, results)
-        self.say(f"Written to {path}: results.json, metrics.jsonl, figures/, best/. As a page: upop report {path}")
+        if self._verb == "evaluate" and is_beside(path):
+            about = {"task": self.task.name, "pretrained": self.settings.pretrained}
+            summary = write_summary(path, results.content(), about)
+            self.say(f"The run stays as it is; written to {summary} and {path}/. As a page: upop report {path}")
+        else:
+            kept = "results.json" if self._verb == "evaluate" else "results.json, metrics.jsonl, figures/, best/"
+            self.say(f"Written to {path}: {kept}. As a page: upop report {path}")
         return results
 
     def _left_out(self, split: str) -> tuple[int, int] | None:

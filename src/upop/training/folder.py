@@ -23,6 +23,7 @@ from upop.pruning import Plan
 from upop.reading import read_json, read_lines, read_object
 from upop.settings import RunSettings
 from upop.training.checkpoints import Checkpoints
+from upop.training.lock import FolderLock
 
 _LIBRARIES = ("upop", "torch", "torchvision", "timm", "transformers", "accelerate", "safetensors")
 _BAD_IMAGES = "bad_images.json"
@@ -36,24 +37,34 @@ class RunFolder:
     settings.yaml, versions.json, metrics.jsonl, plan.json, scores.safetensors, results.json, best/, last/, figures/,
     examples/, checkpoints/, and bad_images.json where images could not be read.
 
+    It is this run's alone until it is closed.
+
     Args:
         path: where it is.
         main: whether this is the main process.
         keep: how many checkpoints to keep.
+        say: takes a line about another run that had the folder and has ended.
 
     Raises:
-        RunFolderError: the folder cannot be made or written, or the disk is all but full.
+        RunFolderError: the folder cannot be made or written, another run writes there, or the disk is all but full.
     """
 
-    def __init__(self, path: Path, main: bool, keep: int = 2) -> None:
+    def __init__(self, path: Path, main: bool, keep: int = 2, say: Callable[[str], None] = print) -> None:
         self.path = path
         self._main = main
         self._metrics = path / "metrics.jsonl"
         self._started = time.monotonic()
         self.listeners: list[Callable[[Mapping[str, Any]], None]] = []  # are told every row of metrics.jsonl
         self.checkpoints = Checkpoints(path / "checkpoints", keep)
+        self._lock: FolderLock | None = None
         if main:
             _check_writable(path)
+            self._lock = FolderLock(path, say)
+
+    def close(self) -> None:
+        """Let other runs have the folder."""
+        if self._lock is not None:
+            self._lock.release()
 
     @property
     def seconds(self) -> float:
@@ -67,7 +78,7 @@ class RunFolder:
             RunFolderError: the folder holds a run that has not ended.
         """
         if self._main:
-            self._clear(verb)
+            self._clear()
         versions = {
             "task": task,
             "verb": verb,
@@ -147,7 +158,7 @@ class RunFolder:
             save(model, self.path / name, plan)
         return self.path / name
 
-    def _clear(self, verb: str) -> None:
+    def _clear(self) -> None:
         results = self.path / "results.json"
         if self.checkpoints.exist() and not results.exists():
             raise RunFolderError(
@@ -157,8 +168,6 @@ class RunFolder:
             )
         remove_parts(self.path)
         (self.path / _BAD_IMAGES).unlink(missing_ok=True)
-        if verb == "evaluate":
-            return
         self.checkpoints.remove()
         for name in ("results.json", "plan.json", "scores.safetensors", "report.html"):
             (self.path / name).unlink(missing_ok=True)

@@ -1,0 +1,78 @@
+"""Where an evaluation writes: never into the run or the model that it evaluates, but beside it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from upop.files import write_text
+from upop.settings import RunSettings
+
+FOLDER = "evaluations"
+_PARTS = ("best", "last", "checkpoints", "figures", "examples", "result", "trackers", FOLDER)  # of a run
+_SIGNS = ("versions.json", "settings.yaml", "metrics.jsonl", "results.json", "upop.json", "model.safetensors")
+_DIGITS = 10
+
+
+def place_of(task: str, settings: RunSettings, weights: Callable[[], str]) -> Path:
+    """Return the folder of an evaluation: `output_dir` itself, or one under its `evaluations/` if it holds a run.
+
+    That one's name is of the model and of what is evaluated, so that the same evaluation alone has the same.
+
+    Args:
+        task: its name.
+        settings: of the evaluation.
+        weights: gives the digest of the checkpoint's content.
+    """
+    run = _owner(settings.output_dir)
+    if run is None:
+        return settings.output_dir
+    what = settings.model_dump(mode="json", exclude=set(settings.passing))
+    asked = json.dumps([task, weights(), what], sort_keys=True)
+    model = re.sub(r"[^\w.-]+", "_", Path(str(settings.pretrained)).stem).strip("._") or "model"
+    return run / FOLDER / f"{model}-{hashlib.sha256(asked.encode()).hexdigest()[:_DIGITS]}"
+
+
+def write_summary(folder: Path, results: Mapping[str, Any], about: Mapping[str, Any]) -> Path:
+    """Write `evaluations/<name>.json` beside an evaluation's folder: what was measured, and of what; return the file.
+
+    Raises:
+        RunFolderError: it cannot be written.
+    """
+    path = folder.with_name(f"{folder.name}.json")
+    content = {"evaluation": {**about, "when": time.strftime("%Y-%m-%d %H:%M:%S %z")}, **results}
+    write_text(path, json.dumps(content, indent=1) + "\n")
+    return path
+
+
+def is_beside(folder: Path) -> bool:
+    """Whether an evaluation's folder lies under the `evaluations/` of a run or a model."""
+    return folder.parent.name == FOLDER and _owner(folder.parent) is not None
+
+
+def _owner(folder: Path) -> Path | None:
+    """Return the run, or the model's folder, that a folder is or belongs to; None for one that an evaluation may fill.
+
+    An earlier evaluation's own folder is none.
+    """
+    if _verb(folder.parent) in ("train", "compress") and folder.name in _PARTS:
+        return folder.parent
+    if _verb(folder) == "evaluate":
+        return None
+    if any((folder / name).exists() for name in _SIGNS) or any((folder / "checkpoints").glob("*.pt")):
+        return folder
+    return None
+
+
+def _verb(folder: Path) -> str:
+    """Return what versions.json says that a run did; "" where it says nothing."""
+    try:
+        found = json.loads((folder / "versions.json").read_text(encoding="utf-8"))
+        return str(found["verb"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return ""
