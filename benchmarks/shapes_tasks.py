@@ -22,7 +22,8 @@ from rich.console import Console
 from dense_tasks import FOLDER, one_of, settings_of
 from upop.checkpoints import load
 from upop.report.results import results_table
-from upop.tasks.verbs import Metrics, compress, compressed_name, measure, train
+from upop.tasks.run import Metrics, measure
+from upop.tasks.verbs import compress, compressed_name, train
 from upop.training.task import Task
 
 RESULTS = Path(__file__).parent / "results"

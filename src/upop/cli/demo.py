@@ -23,7 +23,8 @@ from upop.report.run import read_run
 from upop.settings import read_settings
 from upop.tasks import find_task
 from upop.tasks.examples import write_examples
-from upop.tasks.verbs import Metrics, compress, compressed_name, measure
+from upop.tasks.run import Metrics, measure
+from upop.tasks.verbs import compress, compressed_name
 
 CONFIG = Path("configs/shapes/nlvr.yaml")
 DENSE = Path("assets/shapes-nlvr")

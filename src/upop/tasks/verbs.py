@@ -3,50 +3,24 @@
 from __future__ import annotations
 
 import copy
-import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
-import torch
-from accelerate.utils import broadcast_object_list
-from rich.markup import escape
 from timm.utils.model_ema import ModelEmaV3
 from torch import nn
 
-from upop.checkpoints import WEIGHTS, read_weights
-from upop.checkpoints.card import write_card
-from upop.checkpoints.hub import local_path
-from upop.errors import CheckpointError, SettingError
-from upop.models.checkpointing import checkpoint_blocks
-from upop.pruning import Plan, Pruner, find_units, plan_by_magnitude, shrink
-from upop.report.figures import history_figure, kept_share_figure, save_figure
-from upop.report.latency import measure_latency
-from upop.report.results import ModelResult, Results, machine, results_table
-from upop.report.shares import UnitShare
+from upop.pruning import Plan, Pruner, plan_by_magnitude, shrink
+from upop.report.results import Results
 from upop.settings import RunSettings
-from upop.tasks.examples import write_examples
-from upop.tasks.story import story_of
-from upop.training.bad_images import BadImage, BadImages, counted
-from upop.training.batch import find_batch_size
-from upop.training.devices import align_for, make_accelerator
-from upop.training.evaluation import evaluate, records_of
-from upop.training.evaluations import is_beside, place_of, write_summary
-from upop.training.folder import RunFolder
-from upop.training.identity import content_digest
-from upop.training.loaders import end_workers, first_records, make_loader, to_device
+from upop.tasks.run import Run
+from upop.training.devices import align_for
+from upop.training.loaders import first_records, to_device
 from upop.training.loop import Loop
-from upop.training.memory import explained_memory
 from upop.training.preemption import Preemption
-from upop.training.progress import RunProgress
-from upop.training.schedules import Phases, Schedule, compression_rates, falling, first_rate, phases
+from upop.training.schedules import Phases, Schedule, compression_rates, falling, phases
 from upop.training.task import Task
-from upop.training.trackers import Trackers
 
 _VERIFIED_RECORDS = 4
-Metrics = dict[str, dict[str, float]]
-"""Split (its published name) -> metric -> value in percent."""
 
 
 def train(task: Task[Any], settings: RunSettings) -> Results | None:
@@ -56,7 +30,7 @@ def train(task: Task[Any], settings: RunSettings) -> Results | None:
         UPopError: settings, data, checkpoint, device or run folder are not usable; before any long work.
         PreemptedError: the run was asked to end (SIGTERM), and can be resumed.
     """
-    with Preemption() as preemption, _Run(task, settings, "train") as run:
+    with Preemption() as preemption, Run(task, settings, "train") as run:
         if settings.pretrained:
             model, lacking = task.start(run.checkpoint(), settings)
             if lacking:
@@ -87,7 +61,7 @@ def compress(task: Task[Any], settings: RunSettings) -> Results | None:
         UPopError: settings, data, checkpoint, device or run folder are not usable; before any long work.
         PreemptedError: the run was asked to end (SIGTERM), and can be resumed.
     """
-    with Preemption() as preemption, _Run(task, settings, "compress") as run:
+    with Preemption() as preemption, Run(task, settings, "compress") as run:
         model = run.pretrained(training=True)
         run.settle(model)
         dense_model = copy.deepcopy(model)
@@ -114,7 +88,7 @@ def compress(task: Task[Any], settings: RunSettings) -> Results | None:
 
 
 def _find_plan(
-    run: _Run,
+    run: Run,
     loop: Loop,
     model: nn.Module,
     average: ModelEmaV3 | None,
@@ -158,7 +132,7 @@ def evaluate_checkpoint(task: Task[Any], settings: RunSettings) -> Results | Non
     Raises:
         UPopError: settings, data, checkpoint, device or run folder are not usable.
     """
-    with _Run(task, settings, "evaluate") as run:
+    with Run(task, settings, "evaluate") as run:
         model = run.pretrained(training=False).to(run.accelerator.device)
         metrics = run.evaluate(model)
         return run.finish({Path(str(settings.pretrained)).name: (model, metrics)})
@@ -168,290 +142,6 @@ def compressed_name(settings: RunSettings) -> str:
     """Return what the tables call the compressed model: "UPop 2x", "reference 2x", "magnitude 4x"."""
     method = {"upop": "UPop"}.get(settings.method, settings.method)
     return f"{method} {1 / (1 - settings.p):.3g}x"
-
-
-class _Run:
-    """One run: its accelerator, folder, data and console; and what all verbs do at their start and end.
-
-    Leaving it ends the processes that make its batches.
-    """
-
-    def __init__(self, task: Task[Any], settings: RunSettings, verb: str) -> None:
-        self.task, self.settings, self._verb = task, settings, verb
-        self.accelerator = make_accelerator(settings)
-        self._main = self.accelerator.is_main_process
-        self._progress = RunProgress(0, self._main)
-        if verb == "evaluate":
-            self.settings = settings = self._beside(settings)
-        self._prepared: dict[str, Any] = {}
-        self.folder = RunFolder(
-            settings.output_dir, self._main, settings.keep_checkpoints, say=lambda line: self.say(escape(line))
-        )
-        try:
-            self._begin(settings)
-        except BaseException:
-            self.folder.close()
-            raise
-
-    def _begin(self, settings: RunSettings) -> None:
-        task, verb = self.task, self._verb
-        self._trackers = Trackers(self.accelerator, settings.trackers, settings.output_dir / "trackers")
-        self.folder.listeners.append(self._trackers.log)
-        self._resumed = self._checkpoint_to_resume()
-        self._held_out = task.evaluated(settings)
-        if verb == "evaluate" and not self._held_out:
-            raise SettingError("The settings leave nothing to evaluate on: no split has a file. Name one.")
-        splits = self._held_out if verb == "evaluate" else ("train", *self._held_out)
-        self._bad_images = BadImages(settings.skip_bad_images)
-        self.loaders = {split: make_loader(task, settings, split, self._bad_images) for split in splits}
-        self._prepared |= {split: self.accelerator.prepare(self.loaders[split]) for split in self._held_out}
-        self._told_rate = False
-        if self._resumed is None:
-            self.folder.start(settings, task.name, verb)
-        else:
-            self._bad_images.know(self.folder.bad_images())
-        self._bad_images.report = self._tell_bad_image
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        try:
-            for loader in self._prepared.values():
-                end_workers(loader)
-        finally:
-            self.folder.close()
-
-    def _beside(self, settings: RunSettings) -> RunSettings:
-        """Return the settings of an evaluation with an `output_dir` that is not the run's, nor the model's, own."""
-        checkpoint = self.checkpoint()
-        # The main process alone writes, and decides.
-        place = [place_of(self.task.name, settings, lambda: content_digest(checkpoint)) if self._main else Path()]
-        broadcast_object_list(place)
-        return settings.model_copy(update={"output_dir": place[0]})
-
-    def _checkpoint_to_resume(self) -> Mapping[str, Any] | None:
-        """Return the content of the newest checkpoint, if the run is to go on from one."""
-        if self.settings.resume == "no" or self._verb == "evaluate":
-            return None
-        # The main process decides for all, since it alone is sure to see what it wrote.
-        found = self.folder.checkpoints.newest()
-        steps = [found[1]["place"]["steps"] if found else None]
-        mine = steps[0]
-        broadcast_object_list(steps)
-        if steps[0] != mine:
-            raise CheckpointError(
-                f"Process {self.accelerator.process_index} finds the checkpoint of step {mine} in {self.folder.path}, "
-                f"and the main process that of step {steps[0]}. All machines must see the same run folder."
-            )
-        if found is None and self.settings.resume == "must":
-            raise CheckpointError(
-                f"--resume was asked for, and {self.folder.path} holds no checkpoint. Give the output_dir of the run, "
-                "or use --resume auto, which starts a run that has none."
-            )
-        return found[1] if found else None
-
-    def say(self, line: str) -> None:
-        """Print a line, on the main process."""
-        self._progress.say(line)
-
-    def _tell_bad_image(self, image: BadImage) -> None:
-        self.folder.save_bad_images(self._bad_images.rows())
-        count, most = len(self._bad_images), self.settings.skip_bad_images
-        self.say(f"[yellow]unreadable image file {count}, of at most {most}: {escape(image.told())}[/yellow]")
-
-    def checkpoint(self) -> Path:
-        """Return where the checkpoint that the settings name lies; once per machine, what lies elsewhere is fetched."""
-        if not self.settings.pretrained:
-            raise SettingError(
-                "A checkpoint to start from is needed, and none was given. Set pretrained (--pretrained)."
-            )
-        with self.accelerator.local_main_process_first():
-            return local_path(self.settings.pretrained)
-
-    def pretrained(self, *, training: bool) -> nn.Module:
-        """Return the model in the checkpoint that the settings name, made fit for the run's data."""
-        return self.adapted(self.task.load(self.checkpoint(), self.settings), training=training)
-
-    def adapted(self, model: nn.Module, *, training: bool) -> nn.Module:
-        """Return a loaded model made fit for the run's data, and say what was changed."""
-        model, changes = self.task.adapt(model, self.settings, training=training)
-        for change in changes:
-            self.say(change)
-        return model
-
-    def settle(self, model: nn.Module) -> None:
-        """Make the model as it is trained, and find the batch that fits, where the settings ask for that."""
-        if self.settings.grad_checkpointing:
-            checkpoint_blocks(model)
-        if not self.settings.batch_size_auto:
-            return
-        if self._resumed is not None:  # a resumed run goes on with the batch that was found
-            sizes = {name: self._resumed["settings"][name] for name in ("batch_size_train", "accumulate")}
-        else:
-            found = find_batch_size(
-                self.accelerator,
-                self.task,
-                self.settings,
-                model,
-                self.loaders["train"],
-                taught=self._verb == "compress" and bool(self.settings.teaching),
-            )
-            self.say(found.told())
-            sizes = {"batch_size_train": found.size, "accumulate": found.accumulate}
-        self.settings = self.settings.model_copy(update=sizes)
-        self.accelerator.gradient_accumulation_steps = self.settings.accumulate
-        self.loaders["train"] = make_loader(self.task, self.settings, "train", self._bad_images)
-        if self._resumed is None:
-            self.folder.write_settings(self.settings)
-
-    def first_rate(self, loop: Loop) -> float:
-        """Return the learning rate that training begins with, and say it where it follows from the batch."""
-        rate = first_rate(self.settings, loop.records_per_step)
-        if self.settings.lr_batch is not None and not self._told_rate:
-            self._told_rate = True
-            self.say(
-                f"learning rate {rate:.3g}: init_lr ({self.settings.init_lr:g}) x {loop.records_per_step} records per "
-                f"step / lr_batch ({self.settings.lr_batch})"
-            )
-        return rate
-
-    @contextmanager
-    def training(self, epochs: int, preemption: Preemption) -> Iterator[Loop]:
-        """Give a loop, which goes on where a resumed run stood, and show one bar over `epochs` epochs."""
-        self._prepared["train"] = self.accelerator.prepare(self.loaders["train"])
-        loop = Loop(
-            self.accelerator,
-            self.task,
-            self.settings,
-            self.folder,
-            self._prepared["train"],
-            self._prepared.get("val"),
-            preemption,
-            self._resumed,
-        )
-        if self._resumed is not None:
-            self.folder.resume(self._resumed["metrics"], self._resumed["seconds"])
-        tracked = self.folder.metrics() if self._main else []
-        with (
-            explained_memory(self.settings, self.accelerator.device),
-            self._trackers.running(tracked),
-            RunProgress(epochs * loop.steps_per_epoch, self._main) as self._progress,
-        ):
-            loop.progress = self._progress
-            if self._resumed is not None:
-                self.say(f"goes on after step {loop.steps}")
-            yield loop
-
-    def evaluate(self, model: nn.Module) -> Metrics:
-        """Return all metrics per split, by the split's published name, and write what evaluation servers take."""
-        found = {}
-        for split in self._held_out:
-            loader = self._prepared[split]
-            scores, predictions = evaluate(self.accelerator, self.task, self.settings, model, loader)
-            found[self.task.splits[split]] = scores
-            self.folder.save_files(self.task.files(predictions, records_of(loader), self.settings, split))
-        return found
-
-    def told_of(self, model: nn.Module) -> str:
-        """Return how good a model is before it is retrained, if there is a split to tell."""
-        if "val" not in self._held_out:
-            return ""
-        loader = self._prepared["val"]
-        scores = evaluate(self.accelerator, self.task, self.settings, model, loader)[0]
-        return f"; before retraining  {self.told({self.task.splits['val']: scores})}"
-
-    def told(self, metrics: Metrics) -> str:
-        """Return the deciding metric per split, in words."""
-        name = self.task.metric
-        return "  ".join(f"{split} {name} {scores[name]:.2f}" for split, scores in metrics.items() if name in scores)
-
-    def keep_best(
-        self, loop: Loop, model: nn.Module, plan: Plan | None
-    ) -> Callable[[nn.Module, dict[str, float]], None]:
-        """Return what saves `model` as "last" after every epoch, and the better of it and its average as "best"."""
-
-        def after_epoch(candidate: nn.Module, scores: dict[str, float]) -> None:
-            if candidate is model:
-                self.folder.save_model("last", model, plan)
-            value = scores.get(self.task.metric)
-            if value is None or value > loop.notes.get("best", -math.inf):
-                loop.notes["best"] = value
-                self.folder.save_model("best", candidate, plan)
-
-        return after_epoch
-
-    def best(self, model: nn.Module) -> tuple[nn.Module, Metrics]:
-        """Return `model` with the best epoch's weights, and its metrics on all splits that were held out."""
-        self.accelerator.wait_for_everyone()
-        state = read_weights(self.folder.path / "best" / WEIGHTS)
-        model.load_state_dict(state)
-        return model, self.evaluate(model)
-
-    def finish(self, models: Mapping[str, tuple[nn.Module, Metrics]], plan: Plan | None = None) -> Results | None:
-        """Measure sizes and latency side by side, write results, figures, card and examples, and show the table."""
-        if not self._main:
-            return None
-        left_out = {self.task.splits[split]: counts for split in self._held_out if (counts := self._left_out(split))}
-        measured = measure(self.task, models, self.accelerator.device, self.settings.latency_batch)
-        results = measured.model_copy(update={"left_out": left_out})
-        path = self.folder.path
-        results.write_json(path / "results.json")
-        figures = path / "figures"
-        figures.mkdir(exist_ok=True)
-        if plan is not None:
-            dense = next(iter(models.values()))[0]
-            save_figure(kept_share_figure(UnitShare.of(find_units(dense), plan)), figures / "kept.png")
-            write_card(path / "best", story_of(self.task, self.settings, results, self.folder.command()))
-        if rows := self.folder.metrics():
-            val = self.task.splits["val"]
-            baseline = results.dense.metrics.get(val, {}).get(self.task.metric) if plan is not None else None
-            save_figure(history_figure(rows, metric=self.task.metric, dense=baseline), figures / "history.png")
-        self._progress.console.print(results_table(results))
-        self._keep_examples({name: model for name, (model, _) in models.items()}, results)
-        if self._verb == "evaluate" and is_beside(path):
-            about = {"task": self.task.name, "pretrained": self.settings.pretrained}
-            summary = write_summary(path, results.content(), about)
-            self.say(f"The run stays as it is; written to {summary} and {path}/. As a page: upop report {path}")
-        else:
-            kept = "results.json" if self._verb == "evaluate" else "results.json, metrics.jsonl, figures/, best/"
-            self.say(f"Written to {path}: {kept}. As a page: upop report {path}")
-        return results
-
-    def _left_out(self, split: str) -> tuple[int, int] | None:
-        """Return how many records of a split did not count because no one can read them, and of how many."""
-        records, kept = self.loaders[split].dataset, counted(self.loaders[split])
-        total = len(records)  # type: ignore[arg-type]
-        return None if kept is None else (total - len(kept), total)
-
-    def _keep_examples(self, models: Mapping[str, nn.Module], results: Results) -> None:
-        """Keep what all models answer to some records of the last split that has true answers, if any has."""
-        if not self.settings.examples:
-            return
-        told = results.models[-1].metrics
-        splits = [split for split in self._held_out if told.get(self.task.splits[split])] or list(self._held_out)
-        if splits:
-            records, name = records_of(self._prepared[splits[-1]]), self.task.splits[splits[-1]]
-            write_examples(self.task, models, records, self.settings, name, self.folder.path / "examples")
-
-
-def measure(
-    task: Task[Any], models: Mapping[str, tuple[nn.Module, Metrics]], device: torch.device, batch_size: int
-) -> Results:
-    """Return parameters, GMACs and latency of models and their metrics; the first model is what others compare with.
-
-    GMACs are of one record of the published size; latencies, of `batch_size` such records, are measured in alternation.
-    """
-    built = {name: model.to(device) for name, (model, _) in models.items()}
-    first = next(iter(built.values()))
-    latency = measure_latency(built, task.example(first, batch_size))
-    rows = [
-        ModelResult(name=name, metrics=metrics, latency_ms=latency[name], **task.counts(model))
-        for name, (model, metrics) in models.items()
-    ]
-    return Results(
-        models=tuple(rows), shown=task.shown, baseline=rows[0].name, batch_size=batch_size, machine=machine(device)
-    )
 
 
 def _pruner(task: Task[Any], settings: RunSettings, model: nn.Module, steps: int) -> Pruner | None:
