@@ -17,7 +17,7 @@ from upop.errors import PreemptedError
 from upop.recipes import read_recipes
 from upop.settings import read_settings
 from upop.tasks import find_task
-from upop.tasks.verbs import compress
+from upop.tasks.verbs import compress, evaluate_checkpoint
 
 PAGE = ROOT / "docs" / "formats.md"
 
@@ -29,6 +29,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = runs.make_task("caption", folder, method="reference", cost="reference", ema_decay=0.5)
     task = find_task("caption")
     compress(task, read_settings(task.settings, config, {"output_dir": folder / "run"}))
+    compressed = {"output_dir": folder / "run", "pretrained": str(folder / "run" / "best")}
+    evaluate_checkpoint(task, read_settings(task.settings, config, compressed))
     report([folder / "run"])
     return folder / "run"
 
@@ -47,10 +49,10 @@ def fields(value: Any) -> set[str]:
 def test_every_file_of_a_run_is_named(run: Path) -> None:
     rows = re.findall(r"^\| (`.*?) \|", section(PAGE, "The run folder").partition("###")[0], flags=re.MULTILINE)
     names = [name for row in rows for name in code(row)]
-    patterns = [re.sub(r"NNNNNNNN", "*", name) + ("*" if name.endswith("/") else "") for name in names]
+    patterns = [re.sub(r"NNNNNNNN|NAME", "*", name) + ("*" if name.endswith("/") else "") for name in names]
     found = [str(path.relative_to(run)) for path in run.rglob("*") if path.is_file()]
     assert not [file for file in found if not any(fnmatch(file, pattern) for pattern in patterns)]
-    unused = {"blended/*", "trackers/*", "bad_images.json"}  # what this run did not ask for
+    unused = {"blended/*", "trackers/*", "bad_images.json", "run.lock"}  # what this run did not ask for
     assert not [p for p in patterns if p not in unused and not any(fnmatch(file, p) for file in found)]
 
 
