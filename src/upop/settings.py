@@ -126,6 +126,10 @@ class RunSettings(Checked):
     skip_bad_images: int = Field(
         0, ge=0, description="unreadable image files that a run does without; one more stops it, which names it"
     )
+    allow_outside: bool = Field(
+        False,
+        description="pictures may lie outside of their folder: by absolute paths, .. or links",
+    )
     latency_batch: int = Field(1, ge=1, description="records in the batch that latency is measured with")
     examples: int = Field(8, ge=0, description="held-out records whose pictures and answers are kept for the report")
     log_every: int = Field(10, ge=1, description="steps between rows of metrics.jsonl")
@@ -142,8 +146,8 @@ class RunSettings(Checked):
 
     passing: ClassVar[frozenset[str]] = frozenset(
         {
-            *("output_dir", "device", "num_workers", "skip_bad_images", "latency_batch", "examples", "log_every"),
-            *("resume", "checkpoint_minutes", "keep_checkpoints", "batch_size_train", "accumulate"),
+            *("output_dir", "device", "num_workers", "skip_bad_images", "allow_outside", "latency_batch", "examples"),
+            *("log_every", "resume", "checkpoint_minutes", "keep_checkpoints", "batch_size_train", "accumulate"),
             *("batch_size_auto", "grad_checkpointing", "trackers"),
         }
     )

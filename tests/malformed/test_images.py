@@ -18,8 +18,8 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 from malformed import images as table
 from upop.data import classification_transforms, transforms
 from upop.data.classification import ImageFolderDataset
+from upop.data.images import open_image
 from upop.data.nlvr import NlvrDataset
-from upop.data.records import open_image
 from upop.data.segmentation import SegmentationDataset
 from upop.data.segmentation_transforms import IGNORED, TrainCrop
 from upop.errors import BadImageError, DataError

@@ -84,6 +84,7 @@ def train(
     tracker: o.Tracker = None,
     resume: o.Resume = None,
     skip_bad_images: o.SkipBadImages = None,
+    allow_outside: o.AllowOutside = None,
     assign: o.Set = None,
 ) -> None:
     """Train or fine-tune a dense model."""
@@ -94,7 +95,8 @@ def train(
         "max_epoch": epoch,
         "device": device,
     }
-    flags |= {"architecture": architecture, "data_path": data_path, "skip_bad_images": skip_bad_images}
+    flags |= {"architecture": architecture, "data_path": data_path}
+    flags |= {"skip_bad_images": skip_bad_images, "allow_outside": allow_outside}
     flags |= {"batch_size_train": batch_size, "grad_checkpointing": grad_checkpointing, "trackers": tracker or None}
     _start(run_train, task, config, {**flags, "seed": seed, "amp": amp, **o.sharding(fsdp)}, assign)
 
@@ -124,6 +126,7 @@ def compress(
     w_sp_mlp: o.SparsityMlp = None,
     resume: o.Resume = None,
     skip_bad_images: o.SkipBadImages = None,
+    allow_outside: o.AllowOutside = None,
     assign: o.Set = None,
 ) -> None:
     """Search, shrink, retrain and evaluate."""
@@ -140,6 +143,7 @@ def compress(
         "p": p,
         "resume": resume,
         "skip_bad_images": skip_bad_images,
+        "allow_outside": allow_outside,
         "pretrained": pretrained,
         "architecture": architecture,
         "data_path": data_path,
@@ -167,11 +171,13 @@ def evaluate(
     device: o.DeviceName = None,
     amp: o.Amp = None,
     skip_bad_images: o.SkipBadImages = None,
+    allow_outside: o.AllowOutside = None,
     assign: o.Set = None,
 ) -> None:
     """Evaluate a checkpoint, dense or compressed."""
     flags: dict[str, Any] = {"pretrained": pretrained, "output_dir": output_dir, "device": device, "amp": amp}
-    flags |= {"architecture": architecture, "data_path": data_path, "skip_bad_images": skip_bad_images}
+    flags |= {"architecture": architecture, "data_path": data_path}
+    flags |= {"skip_bad_images": skip_bad_images, "allow_outside": allow_outside}
     _start(evaluate_checkpoint, task, config, flags, assign)
 
 

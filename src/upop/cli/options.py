@@ -100,6 +100,14 @@ SkipBadImages = Annotated[
         help="Do without up to N unreadable image files, and list them; one more stops the run. [default: 0]",
     ),
 ]
+AllowOutside = Annotated[
+    bool | None,
+    typer.Option(
+        "--allow-outside",
+        "--allow_outside",
+        help="Pictures may lie outside of their folder: by absolute paths, .. or links.",
+    ),
+]
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any other setting; repeatable.")]
 
 

@@ -50,6 +50,7 @@ def blip_command(task: str, config: str) -> typer.Typer:
         use_ceph: Annotated[bool, typer.Option("--use_ceph", help="Refused.")] = False,
         resume: o.Resume = None,
         skip_bad_images: o.SkipBadImages = None,
+        allow_outside: o.AllowOutside = None,
         assign: o.Set = None,
     ) -> None:
         """Search, shrink, retrain and evaluate; or evaluate a checkpoint."""
@@ -63,6 +64,7 @@ def blip_command(task: str, config: str) -> typer.Typer:
             "pretrained": pretrained,
             "resume": resume,
             "skip_bad_images": skip_bad_images,
+            "allow_outside": allow_outside,
         }
         flags |= {"w_sp_attn": w_sp_attn, "w_sp_mlp": w_sp_mlp, "p": p, "method": method, "amp": amp, "init_lr": lr}
         flags |= {**o.epochs(epoch), **o.sharding(fsdp)}

@@ -91,6 +91,7 @@ def command(
     device: o.DeviceName = None,
     seed: Annotated[int | None, typer.Option(help="Seed of all random draws. [default: 0]")] = None,
     skip_bad_images: o.SkipBadImages = None,
+    allow_outside: o.AllowOutside = None,
     num_workers: Annotated[
         int | None, typer.Option("--num_workers", "--num-workers", help="Processes that decode pictures.")
     ] = None,

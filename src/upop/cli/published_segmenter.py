@@ -66,6 +66,7 @@ def command(
     device: o.DeviceName = None,
     seed: o.Seed = None,
     skip_bad_images: o.SkipBadImages = None,
+    allow_outside: o.AllowOutside = None,
     assign: o.Set = None,
 ) -> None:
     """Search, shrink, retrain and evaluate; or evaluate a checkpoint."""

@@ -57,6 +57,7 @@ def run(
     method: o.Method = None,
     resume: o.Resume = None,
     skip_bad_images: o.SkipBadImages = None,
+    allow_outside: o.AllowOutside = None,
     file: File = RECIPES,
     assign: o.Set = None,
 ) -> None:
@@ -67,7 +68,8 @@ def run(
     if evaluate:
         given["pretrained"] = str(recipe.output_dir / recipe.compressed)
     flags = {"pretrained": pretrained, "output_dir": output_dir, "device": device, "seed": seed, "amp": amp}
-    flags |= {"method": method, "resume": resume, "skip_bad_images": skip_bad_images, **o.sharding(fsdp)}
+    flags |= {"method": method, "resume": resume, "skip_bad_images": skip_bad_images, "allow_outside": allow_outside}
+    flags |= o.sharding(fsdp)
     settings = read_settings(task.settings, recipe.config, given | o.overrides(flags, assign))
     verb = evaluate_checkpoint if evaluate else compress
     if dry_run:
@@ -95,7 +97,8 @@ def _explain(recipe: Recipe, task: Task[Any], settings: RunSettings, *, evaluate
         console.print(f"  {'found  ' if path.exists() else 'missing'}  {path}")
     try:
         for split in (*(() if evaluate else ("train",)), *task.evaluated(settings)):
-            task.dataset(settings, split)
+            for note in getattr(task.dataset(settings, split), "notes", ()):
+                console.print(f"  {note}", markup=False)
     except UPopError as error:
         console.print(f"The data cannot be used yet: {error}", markup=False)
     else:

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from upop.data.records import Record, check_images, narrowed, open_image, read_records, shown
+from upop.data.images import open_image
+from upop.data.records import Record, check_images, narrowed, read_records, shown
 from upop.data.text import clean_caption
 from upop.data.transforms import ImageTransform
 from upop.errors import DataError
@@ -47,12 +48,20 @@ class CaptionBatch(TypedDict):
 class CaptionTrainDataset(Dataset[CaptionItem]):
     """A training file's records: `[{"image": path, "caption": str}]`, one per caption.
 
-    Captions are cleaned, cut to 30 words and put after the prompt. Raises DataError, here for anything that is wrong
-    with the annotation file or an image that is missing, and on access for an image that cannot be read.
+    Captions are cleaned, cut to 30 words and put after the prompt. `outside` lets images lie outside of `image_root`.
+
+    Raises DataError, here for anything that is wrong with the annotation file or an image that is missing, and on
+    access for an image that cannot be read.
     """
 
     def __init__(
-        self, annotation_file: str | Path, image_root: str | Path, transform: ImageTransform, *, prompt: str
+        self,
+        annotation_file: str | Path,
+        image_root: str | Path,
+        transform: ImageTransform,
+        *,
+        prompt: str,
+        outside: bool = False,
     ) -> None:
         self.file = Path(annotation_file)
         self.root = Path(image_root)
@@ -66,7 +75,7 @@ class CaptionTrainDataset(Dataset[CaptionItem]):
                 raise record.error(f"'caption' holds no words: {shown(record.text('caption'))}.")
             self._captions.append(f"{prompt.rstrip()} {caption}".strip())  # a prompt's last word stays a word
             self._images.append(record.text("image"))
-        check_images(self.root, zip(records, self._images, strict=True))
+        check_images(self.root, zip(records, self._images, strict=True), outside=outside)
 
     def __len__(self) -> int:
         """The number of captions."""
@@ -87,11 +96,19 @@ class CaptionEvalDataset(Dataset[CaptionItem]):
     Attributes:
         references: captions by picture number; empty where there are none.
 
+    `outside` lets images lie outside of `image_root`.
+
     Raises DataError like `CaptionTrainDataset`, and for numbers that are missing or there twice.
     """
 
     def __init__(
-        self, annotation_file: str | Path, image_root: str | Path, transform: ImageTransform, ground_truth: Path
+        self,
+        annotation_file: str | Path,
+        image_root: str | Path,
+        transform: ImageTransform,
+        ground_truth: Path,
+        *,
+        outside: bool = False,
     ) -> None:
         self.file = Path(annotation_file)
         self.root = Path(image_root)
@@ -109,7 +126,7 @@ class CaptionEvalDataset(Dataset[CaptionItem]):
             numbers[number] = record
         self._numbers = list(numbers)
         self.references = _references(numbers, ground_truth)
-        check_images(self.root, zip(records, self._images, strict=True))
+        check_images(self.root, zip(records, self._images, strict=True), outside=outside)
 
     def __len__(self) -> int:
         """The number of pictures."""

@@ -15,10 +15,10 @@ import torch
 from timm.data.distributed_sampler import RepeatAugSampler
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
-from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
 from upop.data.classification_transforms import Mixing, seeded_libraries
-from upop.data.records import narrowed, open_image
+from upop.data.images import ENDINGS, Bounds, Listed, list_pictures, open_image, told_of_others
+from upop.data.records import narrowed
 from upop.data.transforms import ImageTransform
 from upop.errors import DataError, nearest
 
@@ -67,6 +67,14 @@ class ImageFolderDataset(Dataset[ImageItem]):
         transform: from a picture to a tensor; chance of torch, numpy and Python follows torch's generator.
         training: whether records carry seeds for the mixing of their batch.
         classes: how many classes the model knows, at most; None does not check it.
+        outside: whether links may lead outside of `root`.
+
+    Files whose names begin with a dot are none of the data, nor are those in such folders. Others that do not end like
+    pictures are left out.
+
+    Attributes:
+        names: of the classes.
+        notes: sentences about files that were left out, if any.
 
     Raises DataError, here for folders that are missing or empty, other classes than those of the training split, and
     more of them than the model knows; on access for a picture that cannot be read.
@@ -80,9 +88,11 @@ class ImageFolderDataset(Dataset[ImageItem]):
         *,
         training: bool,
         classes: int | None = None,
+        outside: bool = False,
     ) -> None:
         root = Path(root)
         self.folder, self.transform, self.training = root / split, transform, training
+        self.notes: list[str] = []
         self.names = class_names(root)
         _check_same(self.folder, _folders(root, split), self.names)
         if classes is not None and len(self.names) > classes:
@@ -91,19 +101,29 @@ class ImageFolderDataset(Dataset[ImageItem]):
                 f"the model is to know {classes} classes. There are {len(self.names)} folders: set classes to that, or "
                 "leave it out."
             )
-        numbers = {name: number for number, name in enumerate(self.names)}
-        found: list[tuple[str, int]] = make_dataset(
-            str(self.folder), numbers, extensions=IMG_EXTENSIONS, allow_empty=True
-        )
-        counts = Counter(label for _, label in found)
-        empty = [name for name, number in numbers.items() if not counts[number]]
+        found = self._listed(Bounds(root, outside=outside))
+        empty = [name for name, listed in zip(self.names, found, strict=True) if not listed.pictures]
         if empty:
             raise DataError(
-                f"The class folder {self.folder / empty[0]} holds no picture ({', '.join(IMG_EXTENSIONS)})"
+                f"The class folder {self.folder / empty[0]} holds no picture ({', '.join(ENDINGS)})"
                 f"{f', and neither do {len(empty) - 1} others' if len(empty) > 1 else ''}. Fill or remove it, in all "
                 "splits alike."
             )
-        self._pictures = found
+        self._pictures = [(path, label) for label, listed in enumerate(found) for path in listed.pictures]
+
+    def _listed(self, bounds: Bounds) -> list[Listed]:
+        """Return the pictures of every class; note other files, and pictures beside the classes."""
+        try:
+            beside = list_pictures(self.folder, bounds, deep=False)
+            found = [list_pictures(self.folder / name, bounds) for name in self.names]
+        except OSError as error:
+            raise DataError(f"{error.filename} cannot be read: {error.strerror}. Check its permissions.") from error
+        if beside.pictures:
+            count, first = len(beside.pictures), beside.pictures[0]
+            self.notes.append(f"Left out of {self.folder}: {count} pictures beside the class folders; one is {first}.")
+        if others := told_of_others(found, self.folder):
+            self.notes.append(others)
+        return found
 
     def __len__(self) -> int:
         """The number of pictures."""
@@ -137,7 +157,7 @@ def _folders(root: Path, split: str) -> list[str]:
         ) from error
     names = [entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")]
     if not names:
-        pictures = sum(entry.suffix.lower() in IMG_EXTENSIONS for entry in entries)
+        pictures = sum(entry.suffix.lower() in ENDINGS for entry in entries)
         raise DataError(
             f"{folder} holds no folder per class; it holds {pictures} pictures. Put the pictures of each class into a "
             "folder with the class's name (ImageNet's validation pictures come without such folders)."

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from upop.data.records import check_images, narrowed, open_image, read_records
+from upop.data.images import open_image
+from upop.data.records import check_images, narrowed, read_records
 from upop.data.text import NLVR_WORDS, clean_caption, swap_left_right
 from upop.data.transforms import ImageTransform
 
@@ -41,14 +42,20 @@ class NlvrDataset(Dataset[NlvrItem]):
 
     The paths of images start from `image_root`. With `swap` (training), the two images change places with
     probability 1/2, and the words left and right in the sentence with them; chance comes from torch's
-    generator.
+    generator. `outside` lets images lie outside of `image_root`.
 
     Raises DataError, here for anything that is wrong with the annotation file or an image that is missing,
     and on access for an image that cannot be read.
     """
 
     def __init__(
-        self, annotation_file: str | Path, image_root: str | Path, transform: ImageTransform, *, swap: bool
+        self,
+        annotation_file: str | Path,
+        image_root: str | Path,
+        transform: ImageTransform,
+        *,
+        swap: bool,
+        outside: bool = False,
     ) -> None:
         self.file = Path(annotation_file)
         self.root = Path(image_root)
@@ -67,7 +74,7 @@ class NlvrDataset(Dataset[NlvrItem]):
             self._labels.append(record.one_of("label", LABELS))
             self._images.append((first, second))
         pairs = zip(records, self._images, strict=True)
-        check_images(self.root, ((record, image) for record, images in pairs for image in images))
+        check_images(self.root, ((record, image) for record, images in pairs for image in images), outside=outside)
 
     def __len__(self) -> int:
         """The number of records."""

@@ -14,10 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
-from PIL import Image
-
-from upop.errors import BadImageError, DataError, nearest
+from upop.data.images import Bounds
+from upop.errors import DataError, nearest
 from upop.reading import LARGEST_DATA, parse_json, read_text, reason
 
 _SHOWN = 60
@@ -127,42 +125,66 @@ def _near(file: Path) -> str:
         return f", nor does the folder {file.parent}" if not file.parent.exists() else ""
 
 
-def check_images(root: str | Path, images: Iterable[tuple[Record, str]]) -> None:
-    """Check that every image exists under `root`; DataError names the first missing one and counts them all.
+def check_images(root: str | Path, images: Iterable[tuple[Record, str]], *, outside: bool = False) -> None:
+    """Check that every image is a file under `root`; DataError names the first that is not and counts them all.
 
     Folders are listed once each, which is far faster than asking for each image where there are many.
+
+    Args:
+        root: the folder that the images' paths start from.
+        images: records and what they call their image.
+        outside: whether images may lie outside of `root`: by absolute paths, by "..", or by links.
     """
     root = Path(root)
+    bounds = Bounds(root, outside=outside)
     listings: dict[str, frozenset[str]] = {}
-    missing: dict[str, Record] = {}
+    wrong: dict[str, tuple[Record, str]] = {}
     for record, image in images:
-        folder, _, name = image.rpartition("/")
+        folder, name = os.path.split(image)
         if folder not in listings:
-            listings[folder] = _names_in(root / folder)
+            listings[folder] = _files_in(root / folder, bounds)
         # A listing can be stricter than the file system (upper and lower case), so it is not the last word.
-        if name not in listings[folder] and image not in missing and not _exists(root / image):
-            missing[image] = record
-    if not missing:
+        if name not in listings[folder] and image not in wrong and (problem := _problem(root / image, bounds)):
+            wrong[image] = record, problem
+    if not wrong:
         return
-    image, record = next(iter(missing.items()))
+    image, (record, problem) = next(iter(wrong.items()))
     if not root.is_dir():
         raise record.error(f"the image root {root} is no folder, so the image {image!r} cannot be found in it.")
-    rest = f" {len(missing)} images of this file are missing in all." if len(missing) > 1 else ""
-    raise record.error(f"the image {image!r} does not exist under the image root {root}.{rest} Check the image root.")
+    rest = ""
+    if len(wrong) > 1:
+        missing = all(found == _MISSING for _, found in wrong.values())
+        rest = f" {len(wrong)} images of this file are {'missing' if missing else 'not files under it'} in all."
+    allowed = "Correct the path, or allow it with --allow-outside (allow_outside: true)."
+    advice = allowed if problem.endswith(_OUTSIDE) else "Check the image root."
+    raise record.error(f"the image {image!r} {problem} the image root {root}.{rest} {advice}")
 
 
-def _names_in(folder: Path) -> frozenset[str]:
+_MISSING, _OUTSIDE = "does not exist under", "outside of"
+
+
+def _files_in(folder: Path, bounds: Bounds) -> frozenset[str]:
+    """Return the names of the regular files in a folder; none of a folder outside, and no links."""
     try:
-        return frozenset(os.listdir(folder))  # noqa: PTH208 - a tenth of the time of Path.iterdir
+        if bounds.beyond(folder):
+            return frozenset()
+        with os.scandir(folder) as entries:
+            return frozenset(entry.name for entry in entries if entry.is_file(follow_symlinks=False))
     except (OSError, ValueError):
         return frozenset()
 
 
-def _exists(path: Path) -> bool:
+def _problem(path: Path, bounds: Bounds) -> str:
+    """Return what is wrong with where an image lies, in the words before "the image root"; nothing if nothing is."""
     try:
-        return path.exists()
+        if real := bounds.beyond(path):
+            straight = real == os.path.abspath(path)  # noqa: PTH100 - Path has nothing that takes ".." away
+            return f"lies {_OUTSIDE}" if straight else f"leads to {real}, {_OUTSIDE}"
+        if path.is_file():
+            return ""
+        return "is no file under" if path.exists() else _MISSING
     except (OSError, ValueError):
-        return False
+        return _MISSING
 
 
 def narrowed(records: Records, numbers: Collection[int], *lists: str) -> Records:
@@ -172,63 +194,3 @@ def narrowed(records: Records, numbers: Collection[int], *lists: str) -> Records
         kept = [entry for number, entry in enumerate(getattr(records, name)) if number not in numbers]
         setattr(result, name, kept)
     return result
-
-
-_SIXTEEN_BITS = ("I;16", "I;16L", "I;16B", "I;16N")
-_ORIENTATION = 0x0112
-_TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-"""EXIF's orientation -> what brings the stored picture upright."""
-
-
-def open_image(path: str | Path, *, file: Path, number: int, upright: bool = True) -> Image.Image:
-    """Read an image as RGB of 8 bits; of an animation the first picture.
-
-    Of 16 bits the upper 8 are kept, and transparency is dropped. A camera that was held sideways notes so in the file
-    (EXIF): such a picture is turned upright, unless `upright` is False, which gives it as it is stored.
-
-    Raises:
-        BadImageError: it cannot be read; the message names the image and the record of the file that asks for it.
-    """
-    try:
-        with Image.open(path) as image:
-            picture = _as_rgb(image)
-            turn = _TURNS.get(_orientation(image)) if upright else None
-            return picture if turn is None else picture.transpose(turn)
-    except Exception as error:  # a broken file makes the decoders raise nearly anything
-        reason = str(error) or type(error).__name__
-        raise BadImageError(
-            f"{file}, record {number}: the image {path} cannot be read: {reason}. "
-            "It may be cut off or no image at all; fetch it again.",
-            str(path),
-            str(file),
-            number,
-            reason,
-        ) from error
-
-
-def _as_rgb(image: Image.Image) -> Image.Image:
-    mode = image.mode
-    if mode in _SIXTEEN_BITS or (mode == "I" and image.format == "PPM"):
-        # Pillow would make everything above 255 white.
-        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
-    if mode in ("I", "F"):
-        raise ValueError(f"it holds 32-bit numbers (mode {mode}), whose black and white are unknown; save 8 or 16 bits")
-    if mode == "P" and isinstance(image.info.get("transparency"), bytes):
-        image = image.convert("RGBA")  # Pillow warns of what is lost on the straight way
-    return image.convert("RGB")
-
-
-def _orientation(image: Image.Image) -> int:
-    """The EXIF orientation of a picture that has been read; 1, upright, where there is none or it is damaged."""
-    try:
-        return int(image.getexif().get(_ORIENTATION, 1))
-    except Exception:  # a picture with broken notes is still a picture
-        return 1

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from upop.data.records import Record, check_images, narrowed, open_image, read_records, shown
+from upop.data.images import open_image
+from upop.data.records import Record, check_images, narrowed, read_records, shown
 from upop.data.text import clean_caption
 from upop.data.transforms import ImageTransform
 
@@ -30,18 +31,27 @@ class RetrievalItem(TypedDict):
 class RetrievalPairs(Dataset[RetrievalItem]):
     """Training pairs: `[{"image": path, "caption": str, "image_id": str}]`; pairs of one image_id belong together.
 
-    The paths of images start from `image_root`. Raises DataError, here for anything that is wrong with the annotation
-    file or an image that is missing, and on access for an image that cannot be read.
+    The paths of images start from `image_root`, and with `outside` may leave it.
+
+    Raises DataError, here for anything that is wrong with the annotation file or an image that is missing, and on
+    access for an image that cannot be read.
     """
 
-    def __init__(self, annotation_file: str | Path, image_root: str | Path, transform: ImageTransform) -> None:
+    def __init__(
+        self,
+        annotation_file: str | Path,
+        image_root: str | Path,
+        transform: ImageTransform,
+        *,
+        outside: bool = False,
+    ) -> None:
         self.file, self.root, self.transform = Path(annotation_file), Path(image_root), transform
         records = read_records(self.file)
         self._images = [record.text("image") for record in records]
         self._captions = [_cleaned(record, record.text("caption")) for record in records]
         numbers: dict[str, int] = {}
         self._numbers = [numbers.setdefault(_image_id(record), len(numbers)) for record in records]
-        check_images(self.root, zip(records, self._images, strict=True))
+        check_images(self.root, zip(records, self._images, strict=True), outside=outside)
 
     def __len__(self) -> int:
         """The number of pairs."""
@@ -60,6 +70,8 @@ class RetrievalPairs(Dataset[RetrievalItem]):
 class RetrievalGallery(Dataset[RetrievalItem]):
     """Pictures with all their captions: `[{"image": path, "caption": [str, ...]}]`; items are the pictures alone.
 
+    With `outside`, pictures may lie outside of `image_root`.
+
     Raises DataError as `RetrievalPairs` does, and for a picture without captions.
 
     Attributes:
@@ -67,14 +79,21 @@ class RetrievalGallery(Dataset[RetrievalItem]):
         image_of_text: the number of each caption's picture, [texts].
     """
 
-    def __init__(self, annotation_file: str | Path, image_root: str | Path, transform: ImageTransform) -> None:
+    def __init__(
+        self,
+        annotation_file: str | Path,
+        image_root: str | Path,
+        transform: ImageTransform,
+        *,
+        outside: bool = False,
+    ) -> None:
         self.file, self.root, self.transform = Path(annotation_file), Path(image_root), transform
         records = read_records(self.file)
         self._images = [record.text("image") for record in records]
         captions = [[_cleaned(record, text) for text in record.texts("caption")] for record in records]
         self.texts = [text for texts in captions for text in texts]
         self.image_of_text = torch.tensor([number for number, texts in enumerate(captions) for _ in texts])
-        check_images(self.root, zip(records, self._images, strict=True))
+        check_images(self.root, zip(records, self._images, strict=True), outside=outside)
 
     def __len__(self) -> int:
         """The number of pictures."""

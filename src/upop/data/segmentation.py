@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Self, TypedDict
 
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms.v2 import functional as tvf
 
-from upop.data.records import narrowed, open_image
+from upop.data.images import ENDINGS, Bounds, list_pictures, open_image, opened, told_of_others
+from upop.data.records import narrowed
 from upop.data.segmentation_transforms import IGNORED, SegmentTransform
 from upop.errors import BadImageError, DataError, nearest
 from upop.reading import read_text, reason
@@ -24,7 +24,6 @@ from upop.reading import read_text, reason
 FOLDER = Path("ade20k") / "ADEChallengeData2016"
 """Below the folder of all data sets."""
 NAMES = "objectInfo150.txt"
-_PICTURES = (".jpg", ".jpeg", ".png")
 _MODES = ("L", "P", "1", "I", "I;16")  # maps of numbers; P, a palette, shows each number as a colour
 
 
@@ -51,26 +50,40 @@ class SegmentationDataset(Dataset[SegmentItem]):
 
     Labels of a file are 0 (or 255) for no class, which becomes 255, and 1 to `classes`, which become 0 to classes - 1.
 
+    Files whose names begin with a dot are none of the data; others that do not end like pictures or maps are left
+    out, and `notes` says which. `outside` lets links lead outside of `root`.
+
     Raises DataError, here for folders without pictures and for pictures without a map, and on access for a file that
     cannot be read, a map of another size than its picture, and a label above `classes`.
     """
 
-    def __init__(self, root: str | Path, split: str, transform: SegmentTransform, classes: int = 150) -> None:
+    def __init__(
+        self,
+        root: str | Path,
+        split: str,
+        transform: SegmentTransform,
+        classes: int = 150,
+        *,
+        outside: bool = False,
+    ) -> None:
         self.root, self.split, self.classes = Path(root), split, classes
         self.transform = transform
-        self._maps = self.root / "annotations" / split
-        self._pictures = _files(self.root / "images" / split, _PICTURES, "pictures")
-        maps = {path.stem for path in _files(self._maps, (".png",), "label maps")}
-        missing = [path for path in self._pictures if path.stem not in maps]
+        bounds = Bounds(self.root, outside=outside)
+        self.notes: list[str] = []
+        self._pictures = self._files("images", ENDINGS, "pictures", bounds)
+        maps = self._files("annotations", (".png",), "label maps", bounds)
+        self._maps = {path.stem: path for path in maps}
+        missing = [path for path in self._pictures if path.stem not in self._maps]
         if missing:
             rest = f" {len(missing)} maps are missing in all." if len(missing) > 1 else ""
             raise DataError(
-                f"The picture {missing[0]} has no label map {self._maps / missing[0].stem}.png."
+                f"The picture {missing[0]} has no label map {self.root / 'annotations' / split / missing[0].stem}.png."
                 f"{rest} Fetch the annotations again, or take away the pictures without one."
             )
-        twice = len(self._pictures) - len({path.stem for path in self._pictures})
-        if twice:
-            raise DataError(f"{self.root / 'images' / split} holds {twice} names twice, with other endings. Keep one.")
+        for files in (self._pictures, maps):
+            twice = len(files) - len({path.stem for path in files})
+            if twice:
+                raise DataError(f"{files[0].parent} holds {twice} names twice, with other endings. Keep one.")
 
     def __len__(self) -> int:
         """The number of pictures."""
@@ -85,7 +98,7 @@ class SegmentationDataset(Dataset[SegmentItem]):
         labels = self._labels(path, number)
         if labels.shape != picture.shape[1:]:
             raise DataError(
-                f"{self._maps / path.stem}.png has {labels.shape[1]} x {labels.shape[0]} pixels, and its picture "
+                f"{self._maps[path.stem]} has {labels.shape[1]} x {labels.shape[0]} pixels, and its picture "
                 f"{path} {picture.shape[2]} x {picture.shape[1]}. A map must have its picture's size."
             )
         image, labels = self.transform(picture, labels)
@@ -95,10 +108,26 @@ class SegmentationDataset(Dataset[SegmentItem]):
         """Return the records but for those of these numbers, to score the rest."""
         return narrowed(self, numbers, "_pictures")
 
-    def _labels(self, picture: Path, number: int) -> Tensor:
-        path = self._maps / f"{picture.stem}.png"
+    def _files(self, part: str, endings: tuple[str, ...], what: str, bounds: Bounds) -> list[Path]:
+        folder = self.root / part / self.split
         try:
-            with Image.open(path) as image:
+            listed = list_pictures(folder, bounds, endings, deep=False)
+        except OSError as error:
+            near = [path.name for path in folder.parent.iterdir()] if folder.parent.is_dir() else []
+            raise DataError(
+                f"The folder of {what} {folder} cannot be read{nearest(folder.name, near)}: {error.strerror}. "
+                f"It is looked for below dataset_root, or the environment's DATASET, in {FOLDER}."
+            ) from error
+        if not listed.pictures:
+            raise DataError(f"The folder {folder} holds no {what} ({', '.join(endings)}).")
+        if others := told_of_others([listed], folder, endings):
+            self.notes.append(others)
+        return [Path(path) for path in listed.pictures]
+
+    def _labels(self, picture: Path, number: int) -> Tensor:
+        path = self._maps[picture.stem]
+        try:
+            with opened(path) as image:
                 image.load()  # a file that is cut off is so whatever it holds
                 mode = image.mode
                 found = tvf.pil_to_tensor(image)[0].long() if mode in _MODES else None
@@ -107,7 +136,7 @@ class SegmentationDataset(Dataset[SegmentItem]):
             raise BadImageError(
                 f"The label map {path} cannot be read: {reason}. It may be cut off or no image at all; fetch it again.",
                 str(path),
-                str(self._maps),
+                str(path.parent),
                 number,
                 reason,
             ) from error
@@ -155,17 +184,3 @@ def class_names(root: str | Path, classes: int) -> list[str]:
     if len(names) != classes:
         raise DataError(f"{path} names {len(names)} classes, and classes is {classes}. Set classes to that number.")
     return names
-
-
-def _files(folder: Path, endings: tuple[str, ...], what: str) -> list[Path]:
-    try:
-        found = sorted(path for path in folder.iterdir() if path.suffix.lower() in endings)
-    except OSError as error:
-        near = nearest(folder.name, [path.name for path in folder.parent.iterdir()]) if folder.parent.is_dir() else ""
-        raise DataError(
-            f"The folder of {what} {folder} cannot be read{near}: {error.strerror}. "
-            f"It is looked for below dataset_root, or the environment's DATASET, in {FOLDER}."
-        ) from error
-    if not found:
-        raise DataError(f"The folder {folder} holds no {what} ({', '.join(endings)}).")
-    return found

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from upop.data.records import Record, check_images, is_text, narrowed, open_image, read_records, shown
+from upop.data.images import open_image
+from upop.data.records import Record, check_images, is_text, narrowed, read_records, shown
 from upop.data.text import clean_question
 from upop.data.transforms import ImageTransform
 from upop.data.vqa_accuracy import ANNOTATORS, ANSWER_TYPES, answer_type
@@ -39,7 +40,9 @@ class VqaItem(TypedDict):
 class _VqaRecords(Dataset[VqaItem], ABC):
     """What training and evaluation share: pictures and questions, all checked."""
 
-    def __init__(self, files: Sequence[Path], roots: Mapping[str, Path], transform: ImageTransform) -> None:
+    def __init__(
+        self, files: Sequence[Path], roots: Mapping[str, Path], transform: ImageTransform, *, outside: bool
+    ) -> None:
         self.transform = transform
         self.roots = {source: Path(roots[source]) for source in SOURCES}
         self._questions: list[str] = []
@@ -56,8 +59,9 @@ class _VqaRecords(Dataset[VqaItem], ABC):
                 self._take(record)
             places = self._places[-len(records) :]
             for source, root in self.roots.items():
-                named = zip(records, places, strict=True)
-                check_images(root, ((record, place[3]) for record, place in named if place[2] == source))
+                pairs = zip(records, places, strict=True)
+                named = ((record, place[3]) for record, place in pairs if place[2] == source)
+                check_images(root, named, outside=outside)
 
     @abstractmethod
     def _take(self, record: Record) -> None:
@@ -82,14 +86,17 @@ class VqaTrainingDataset(_VqaRecords):
         files: annotation files.
         roots: "vqa" and "vg" -> the folder that their pictures' paths start from.
         transform: makes a tensor of a picture.
+        outside: whether pictures may lie outside of their roots.
 
     Raises DataError, here for anything that is wrong with an annotation file or an image that is missing, and on
     access for an image that cannot be read.
     """
 
-    def __init__(self, files: Sequence[Path], roots: Mapping[str, Path], transform: ImageTransform) -> None:
+    def __init__(
+        self, files: Sequence[Path], roots: Mapping[str, Path], transform: ImageTransform, *, outside: bool = False
+    ) -> None:
         self._answers: list[tuple[tuple[str, ...], tuple[float, ...]]] = []
-        super().__init__(files, roots, transform)
+        super().__init__(files, roots, transform, outside=outside)
 
     def _take(self, record: Record) -> None:
         if record.get("dataset") == "vg":
@@ -134,12 +141,14 @@ class VqaDataset(_VqaRecords):
     Raises DataError as `VqaTrainingDataset` does, and where two records have the same question_id.
     """
 
-    def __init__(self, file: Path, roots: Mapping[str, Path], transform: ImageTransform) -> None:
+    def __init__(
+        self, file: Path, roots: Mapping[str, Path], transform: ImageTransform, *, outside: bool = False
+    ) -> None:
         self.question_ids: list[int] = []
         self.people: list[tuple[str, ...]] = []
         self.types: list[str] = []
         self._seen: dict[int, int] = {}
-        super().__init__([file], roots, transform)
+        super().__init__([file], roots, transform, outside=outside)
 
     def _take(self, record: Record) -> None:
         number = record.get("question_id")

@@ -83,12 +83,12 @@ class CaptionTask(BlipTask[CaptionSettings]):
     def dataset(self, settings: CaptionSettings, split: str) -> Dataset[Any]:
         """Return a split: caption by caption to train on, picture by picture to be captioned."""
         file = settings.ann_root / f"coco_karpathy_{self.splits[split]}.json"
-        size = settings.image_size
+        size, outside = settings.image_size, settings.allow_outside
         if split == "train":
             transform = train_transform(size, settings.augment)
-            return CaptionTrainDataset(file, settings.image_root, transform, prompt=settings.prompt)
+            return CaptionTrainDataset(file, settings.image_root, transform, prompt=settings.prompt, outside=outside)
         truth = settings.coco_gt_root / f"coco_karpathy_{self.splits[split]}_gt.json"
-        return CaptionEvalDataset(file, settings.image_root, eval_transform(size), truth)
+        return CaptionEvalDataset(file, settings.image_root, eval_transform(size), truth, outside=outside)
 
     def collate(self, settings: CaptionSettings) -> Callable[[list[Any]], Batch]:
         """Return what stacks pictures and tokenizes captions."""

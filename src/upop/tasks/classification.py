@@ -171,7 +171,14 @@ class ClassificationTask(PublishedTask[ClassificationSettings]):
             transform = train_transform(settings.image_size, augmentation)
         else:
             transform = eval_transform(settings.image_size, settings.crop_ratio)
-        records = ImageFolderDataset(settings.data_path, split, transform, training=training, classes=settings.classes)
+        records = ImageFolderDataset(
+            settings.data_path,
+            split,
+            transform,
+            training=training,
+            classes=settings.classes,
+            outside=settings.allow_outside,
+        )
         batch = min(settings.batch_size_train, len(records))
         if training and batch % 2 and self.takes_pairs(settings):
             few = f"all {len(records)} training pictures are one batch" if batch == len(records) else "it is odd"

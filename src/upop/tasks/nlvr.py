@@ -52,6 +52,7 @@ class NlvrTask(BlipTask[NlvrSettings]):
             settings.image_root,
             train_transform(size, settings.augment) if training else eval_transform(size),
             swap=training,
+            outside=settings.allow_outside,
         )
 
     def collate(self, settings: NlvrSettings) -> Callable[[list[Any]], Batch]:

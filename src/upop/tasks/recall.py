@@ -132,13 +132,15 @@ class RetrievalTask(Task[RetrievalSettingsT]):
             SettingError: the queue is too small for the batches.
         """
         file = settings.ann_root / _FILES[settings.dataset].format(self.splits[split])
-        size = settings.image_size
+        size, outside = settings.image_size, settings.allow_outside
         if split == "train":
-            records = RetrievalPairs(file, settings.image_root, train_transform(size, settings.augment))
+            records = RetrievalPairs(
+                file, settings.image_root, train_transform(size, settings.augment), outside=outside
+            )
             # Every process has its own batch.
             check_queue(settings.queue_size, min(settings.batch_size_train, len(records)) * processes())
             return records
-        return RetrievalGallery(file, settings.image_root, eval_transform(size))
+        return RetrievalGallery(file, settings.image_root, eval_transform(size), outside=outside)
 
     def collect(
         self, accelerator: Accelerator, model: nn.Module, loader: Any, settings: RetrievalSettingsT

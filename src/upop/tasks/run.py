@@ -80,6 +80,9 @@ class Run:
         splits = self._held_out if verb == "evaluate" else ("train", *self._held_out)
         self._bad_images = BadImages(settings.skip_bad_images)
         self.loaders = {split: make_loader(task, settings, split, self._bad_images) for split in splits}
+        for loader in self.loaders.values():
+            for note in getattr(records_of(loader), "notes", ()):
+                self.say(escape(note))
         self._prepared |= {split: self.accelerator.prepare(self.loaders[split]) for split in self._held_out}
         self._told_rate = False
         if self._resumed is None:

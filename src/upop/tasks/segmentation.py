@@ -144,7 +144,9 @@ class SegmentationTask(PublishedTask[SegmentationSettings]):
             else Normalise(settings.normalization)
         )
         class_names(settings.root, settings.classes)  # which says now if it does not fit
-        return SegmentationDataset(settings.root, self.splits[split], transform, settings.classes)
+        return SegmentationDataset(
+            settings.root, self.splits[split], transform, settings.classes, outside=settings.allow_outside
+        )
 
     def collate(self, settings: SegmentationSettings) -> Callable[[list[Any]], Batch]:
         """Return what stacks crops, and lists whole pictures."""

@@ -79,12 +79,13 @@ class VqaTask(BlipTask[VqaSettings]):
 
         A warning says which share of the training answers the list of candidates lacks.
         """
-        roots = {"vqa": settings.vqa_root, "vg": settings.vg_root}
+        roots, outside = {"vqa": settings.vqa_root, "vg": settings.vg_root}, settings.allow_outside
         if split != "train":
-            name = settings.val_file if split == "val" else settings.test_file
-            return VqaDataset(settings.ann_root / f"{name}.json", roots, eval_transform(settings.image_size))
+            file = settings.ann_root / f"{settings.val_file if split == 'val' else settings.test_file}.json"
+            return VqaDataset(file, roots, eval_transform(settings.image_size), outside=outside)
         files = [settings.ann_root / f"{name}.json" for name in settings.train_files]
-        records = VqaTrainingDataset(files, roots, train_transform(settings.image_size, settings.augment))
+        transform = train_transform(settings.image_size, settings.augment)
+        records = VqaTrainingDataset(files, roots, transform, outside=outside)
         if settings.inference == "rank":
             _check_candidates(records, settings.answer_list)
         return records

@@ -10,7 +10,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from upop.errors import DataError
 from upop.files import write_text
+from upop.reading import read_object
 from upop.settings import RunSettings
 
 FOLDER = "evaluations"
@@ -72,7 +74,6 @@ def _owner(folder: Path) -> Path | None:
 def _verb(folder: Path) -> str:
     """Return what versions.json says that a run did; "" where it says nothing."""
     try:
-        found = json.loads((folder / "versions.json").read_text(encoding="utf-8"))
-        return str(found["verb"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return str(read_object(folder / "versions.json", DataError, "Restore it.").get("verb", ""))
+    except DataError:
         return ""

@@ -1,0 +1,232 @@
+"""Pictures as they are found and opened: which files are pictures, where they may lie, and how they become RGB.
+
+What a file is, its first bytes say, not its name. Only the kinds of `FORMATS` are opened, from regular files, up to a
+size: no reader that starts another program (PostScript's), no pipe that would be waited for, no picture that claims
+more pixels than memory has.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from upop.errors import BadImageError, DataError
+from upop.reading import check_regular
+
+FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "DIB", "TIFF", "PPM", "AVIF", "JPEG2000")
+"""What Pillow calls the kinds of pictures that are opened."""
+ENDINGS = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".gif", ".webp", ".bmp", ".dib", ".tif", ".tiff"),
+    *(".ppm", ".pgm", ".pbm", ".pnm", ".avif", ".jp2"),
+)
+"""How the names of pictures end, in upper or lower case, where a folder is looked through."""
+MOST_PIXELS = 89_478_485
+"""From where Pillow speaks of a decompression bomb."""
+_MOST_BYTES = 2**29
+_LONGEST_SHAPE = 1000  # times its short side: a picture's short side is resized to that of the model
+_SHOWN = 3
+
+_SIXTEEN_BITS = ("I;16", "I;16L", "I;16B", "I;16N")
+_ORIENTATION = 0x0112
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""EXIF's orientation -> what brings the stored picture upright."""
+
+
+@contextmanager
+def opened(path: str | Path) -> Iterator[Image.Image]:
+    """Give a picture whose header has been read; its pixels are read on demand.
+
+    Raises:
+        OSError, ValueError: it is no regular file, none of the kinds of `FORMATS`, or beyond the bounds.
+        Exception: what Pillow's decoders raise, here or where the picture is used.
+    """
+    # Opening a named pipe would wait for somebody who writes to it.
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    with os.fdopen(descriptor, "rb") as file:
+        status = os.fstat(descriptor)
+        check_regular(status.st_mode)
+        if status.st_size > _MOST_BYTES:
+            raise ValueError(f"it has {status.st_size:,} bytes, and {_MOST_BYTES:,} are the most")
+        try:
+            image = Image.open(file, formats=_formats())
+        except UnidentifiedImageError:
+            raise ValueError(f"it is no image of a kind that is read ({', '.join(FORMATS)})") from None
+        with image:
+            _check_size(*image.size)
+            yield image
+
+
+@cache
+def _formats() -> tuple[str, ...]:
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)  # older Pillows know fewer
+
+
+def _check_size(width: int, height: int) -> None:
+    if width * height > MOST_PIXELS:
+        raise ValueError(f"it has {width:,} x {height:,} pixels, and {MOST_PIXELS:,} in all are the most")
+    if max(width, height) > _LONGEST_SHAPE * min(width, height):
+        raise ValueError(f"it has {width:,} x {height:,} pixels: one side is over {_LONGEST_SHAPE} times the other")
+
+
+def open_image(path: str | Path, *, file: Path, number: int, upright: bool = True) -> Image.Image:
+    """Read an image as RGB of 8 bits; of an animation the first picture.
+
+    Of 16 bits the upper 8 are kept, and transparency is dropped. A camera that was held sideways notes so in the file
+    (EXIF): such a picture is turned upright, unless `upright` is False, which gives it as it is stored.
+
+    Raises:
+        BadImageError: it cannot be read; the message names the image and the record of the file that asks for it.
+    """
+    try:
+        with opened(path) as image:
+            picture = _as_rgb(image)
+            turn = _TURNS.get(_orientation(image)) if upright else None
+            return picture if turn is None else picture.transpose(turn)
+    except Exception as error:  # a broken file makes the decoders raise nearly anything
+        reason = str(error) or type(error).__name__
+        raise BadImageError(
+            f"{file}, record {number}: the image {path} cannot be read: {reason}. "
+            "It may be cut off or no image at all; fetch it again.",
+            str(path),
+            str(file),
+            number,
+            reason,
+        ) from error
+
+
+def _as_rgb(image: Image.Image) -> Image.Image:
+    mode = image.mode
+    if mode in _SIXTEEN_BITS or (mode == "I" and image.format == "PPM"):
+        # Pillow would make everything above 255 white.
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+    if mode in ("I", "F"):
+        raise ValueError(f"it holds 32-bit numbers (mode {mode}), whose black and white are unknown; save 8 or 16 bits")
+    if mode == "P" and isinstance(image.info.get("transparency"), bytes):
+        image = image.convert("RGBA")  # Pillow warns of what is lost on the straight way
+    return image.convert("RGB")
+
+
+def _orientation(image: Image.Image) -> int:
+    """The EXIF orientation of a picture that has been read; 1, upright, where there is none or it is damaged."""
+    try:
+        return int(image.getexif().get(_ORIENTATION, 1))
+    except Exception:  # a picture with broken notes is still a picture
+        return 1
+
+
+class Bounds:
+    """Says what lies outside of a folder, once links are followed.
+
+    Args:
+        root: the folder.
+        outside: whether anything may lie outside; then nothing is said.
+    """
+
+    def __init__(self, root: Path, *, outside: bool) -> None:
+        self._root = None if outside else os.path.realpath(root)
+
+    def beyond(self, path: str | Path) -> str:
+        """Return where a file or folder really lies, if that is outside; else nothing."""
+        if self._root is None:
+            return ""
+        real = os.path.realpath(path)
+        inside = real == self._root or real.startswith(self._root.rstrip(os.sep) + os.sep)
+        return "" if inside else real
+
+
+@dataclass
+class Listed:
+    """The files of a folder, and of those in it.
+
+    Attributes:
+        pictures: those whose names end like pictures', folder by folder, in the order of their names.
+        others: other files, ending -> how many.
+        example: one of them.
+    """
+
+    pictures: list[str] = field(default_factory=list)
+    others: Counter[str] = field(default_factory=Counter)
+    example: str = ""
+
+
+def list_pictures(folder: Path, bounds: Bounds, endings: Sequence[str] = ENDINGS, *, deep: bool = True) -> Listed:
+    """Return the pictures below a folder. Names that begin with a dot are what systems and editors keep for themselves.
+
+    Args:
+        folder: to look through; each folder once, however many links lead to it.
+        bounds: of where links may lead.
+        endings: of the names of pictures, in lower case.
+        deep: whether folders in it are looked through.
+
+    Raises:
+        OSError: the folder cannot be read.
+        DataError: a link leads outside of the bounds.
+    """
+    listed = Listed()
+    seen: set[str] = set()
+    folders = [str(folder)]
+    found: list[tuple[str, list[str]]] = []
+    while folders:
+        place = folders.pop()
+        real = os.path.realpath(place)
+        if real in seen:
+            continue
+        seen.add(real)
+        names: list[str] = []
+        with os.scandir(place) as entries:
+            for entry in entries:
+                if entry.name.startswith("."):
+                    continue
+                if entry.is_symlink():
+                    _check_link(entry.path, bounds)
+                if entry.is_dir():
+                    folders += [entry.path] if deep else []
+                elif os.path.splitext(entry.name)[1].lower() in endings:  # noqa: PTH122 - a tenth of Path's time
+                    names.append(entry.name)
+                else:
+                    listed.others[os.path.splitext(entry.name)[1] or "no ending"] += 1  # noqa: PTH122
+                    listed.example = min(entry.path, listed.example or entry.path)
+        found.append((place, sorted(names)))
+    for place, names in sorted(found):
+        listed.pictures += [os.path.join(place, name) for name in names]  # noqa: PTH118 - as above
+    return listed
+
+
+def _check_link(path: str, bounds: Bounds) -> None:
+    real = bounds.beyond(path)
+    if real:
+        raise DataError(
+            f"{path} is a link to {real}, outside of the data's folder. Name that folder, or allow it with "
+            "--allow-outside (allow_outside: true)."
+        )
+
+
+def told_of_others(listed: Sequence[Listed], place: Path, endings: Sequence[str] = ENDINGS) -> str:
+    """Return which files were left out because their names do not end like pictures', in a sentence; "" for none."""
+    others: Counter[str] = sum((each.others for each in listed), Counter())
+    if not others:
+        return ""
+    kinds = ", ".join(f"{ending} ({count})" for ending, count in others.most_common(_SHOWN))
+    more = f" and {len(others) - _SHOWN} other endings" if len(others) > _SHOWN else ""
+    example = next(each.example for each in listed if each.example)
+    return (
+        f"Left out of {place}: {others.total()} files whose names do not end in {', '.join(endings)}. They end in "
+        f"{kinds}{more}; one is {example}."
+    )
