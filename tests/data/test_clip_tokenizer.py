@@ -94,3 +94,20 @@ def test_what_is_no_tokenizer(tmp_path: Path) -> None:
     (tmp_path / "bpe_simple_vocab_16e6.txt.gz").write_bytes(b"no gzip")
     with pytest.raises(DataError, match="cannot be read"):
         load_clip_tokenizer(tmp_path / "bpe_simple_vocab_16e6.txt.gz")
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        (gzip.compress(bytes(2**25)), "more than"),  # some kilobytes, which unpack to 32 megabytes
+        (gzip.compress(b"version\na b\nq r s"), "no list of merges of two"),
+        (gzip.compress(b"version\nab cd\na b"), "build on each other"),
+        (gzip.compress(b""), "cannot be read"),
+        (gzip.compress(b"version\na b\n\xff \xff"), "cannot be read"),
+        (gzip.compress(b"version\na b\nab c" * 50)[:-20], "cannot be read"),
+    ],
+)
+def test_lists_of_merges_that_are_damaged(tmp_path: Path, content: bytes, problem: str) -> None:
+    (tmp_path / "bpe_simple_vocab_16e6.txt.gz").write_bytes(content)
+    with pytest.raises(DataError, match=problem):
+        load_clip_tokenizer(tmp_path / "bpe_simple_vocab_16e6.txt.gz")

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import gzip
 import os
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
@@ -32,6 +32,7 @@ PADDING = 0
 _BYTE_PAIRS = ("vocab.json", "merges.txt")
 _MERGES = 49152 - 256 - 2
 """How many of the list's merges OpenAI uses."""
+_LARGEST_MERGES = 2**24
 _HUB_TIMEOUT = 10.0
 
 
@@ -131,16 +132,24 @@ def _byte_pairs(name: str, *, local: bool) -> ClipTokenizer:
 def _merge_list(file: Path) -> ClipTokenizer:
     """Read OpenAI's list of merges; the words are the bytes, the bytes that end a word, what merges make, and two."""
     try:
-        with gzip.open(file, "rt", encoding="utf-8") as lines:
-            merges = [tuple(line.split()) for line in islice(lines, 1, 1 + _MERGES)]
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+        with gzip.open(file) as packed:
+            content = packed.read(_LARGEST_MERGES + 1)  # a few bytes can unpack to gigabytes
+        if len(content) > _LARGEST_MERGES:
+            raise ValueError(f"it holds more than {_LARGEST_MERGES} bytes")
+        merges = [tuple(line.split()) for line in content.decode().split("\n")[1 : 1 + _MERGES]]
+        if not merges[-1]:  # the list is shorter, and its last line ends
+            merges.pop()
+    except (OSError, EOFError, IndexError, ValueError, zlib.error) as error:
         raise DataError(f"The list of merges {file} cannot be read: {error}. Fetch it again.") from error
     if bad := [merge for merge in merges if len(merge) != 2]:
         raise DataError(f"{file} is no list of merges of two: it holds {' '.join(bad[0])!r}.")
     letters = list(bytes_to_unicode().values())
     words = [*letters, *(f"{letter}</w>" for letter in letters), *map("".join, merges), BEGIN, END]
     numbers = {word: number for number, word in enumerate(words)}
-    library = LibraryTokenizer(vocab=numbers, merges=cast(Any, merges))
+    try:
+        library = LibraryTokenizer(vocab=numbers, merges=cast(Any, merges))
+    except Exception as error:  # the library's own, of no other class
+        raise DataError(f"{file} is no list of merges that build on each other: {error}. Fetch it again.") from error
     return _checked(library, BEGIN, END, str(file))
 
 

@@ -75,7 +75,7 @@ class Plan(Mapping[str, tuple[int, ...]]):
             kept = {name: tuple(_entry(entry) for entry in unit["kept"]) for name, unit in units.items()}
             sizes = {name: int(unit["size"]) for name, unit in units.items()}
             settings = dict(content.get("settings", {}))
-        except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise PlanError(f"Expected a plan as Plan.to_json writes it, found {text[:60]!r}: {error!r}.") from error
         if version != _VERSION:
             raise PlanError(f"The plan has version {version!r}; this upop reads version {_VERSION}. Update upop.")
