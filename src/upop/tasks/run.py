@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
 import torch
-from accelerate.utils import broadcast_object_list
 from rich.markup import escape
 from torch import nn
 
@@ -28,7 +28,7 @@ from upop.tasks.examples import write_examples
 from upop.tasks.story import story_of
 from upop.training.bad_images import BadImage, BadImages, counted
 from upop.training.batch import find_batch_size
-from upop.training.devices import make_accelerator
+from upop.training.devices import agreed, make_accelerator
 from upop.training.evaluation import evaluate, records_of
 from upop.training.evaluations import is_beside, place_of, write_summary
 from upop.training.folder import RunFolder
@@ -88,6 +88,7 @@ class Run:
         if self._resumed is None:
             self.folder.start(settings, task.name, verb)
         else:
+            self.folder.go_on(settings, task.name, verb)
             self._bad_images.know(self.folder.bad_images())
         self._bad_images.report = self._tell_bad_image
 
@@ -106,31 +107,35 @@ class Run:
     def _beside(self, settings: RunSettings) -> RunSettings:
         """Return the settings of an evaluation with an `output_dir` that is not the run's, nor the model's, own."""
         checkpoint = self.checkpoint()
-        # The main process alone writes, and decides.
-        place = [place_of(self.task.name, settings, lambda: content_digest(checkpoint)) if self._main else Path()]
-        broadcast_object_list(place)
-        return settings.model_copy(update={"output_dir": place[0]})
+        place = agreed(self.accelerator, lambda: place_of(self.task.name, settings, lambda: content_digest(checkpoint)))
+        return settings.model_copy(update={"output_dir": place})
 
     def _checkpoint_to_resume(self) -> Mapping[str, Any] | None:
         """Return the content of the newest checkpoint, if the run is to go on from one."""
         if self.settings.resume == "no" or self._verb == "evaluate":
             return None
-        # The main process decides for all, since it alone is sure to see what it wrote.
-        found = self.folder.checkpoints.newest()
-        steps = [found[1]["place"]["steps"] if found else None]
-        mine = steps[0]
-        broadcast_object_list(steps)
-        if steps[0] != mine:
-            raise CheckpointError(
-                f"Process {self.accelerator.process_index} finds the checkpoint of step {mine} in {self.folder.path}, "
-                f"and the main process that of step {steps[0]}. All machines must see the same run folder."
-            )
-        if found is None and self.settings.resume == "must":
+        held: dict[str, Any] = {}
+
+        def newest() -> str | None:
+            found = self.folder.checkpoints.newest(whole=True)
+            if found is None:
+                return None
+            held.update(found[1])
+            return found[0].name
+
+        # It alone is sure to see what it wrote.
+        name = agreed(self.accelerator, newest)
+        if name is None and self.settings.resume == "must":
             raise CheckpointError(
                 f"--resume was asked for, and {self.folder.path} holds no checkpoint. Give the output_dir of the run, "
                 "or use --resume auto, which starts a run that has none."
             )
-        return found[1] if found else None
+        if name is None or held:
+            return held or None
+        try:
+            return self.folder.checkpoints.read(name, whole=True)
+        except CheckpointError as error:
+            raise CheckpointError(f"{error} The main process can read it: all must see the same run folder.") from error
 
     def say(self, line: str) -> None:
         """Print a line, on the main process."""
@@ -211,8 +216,10 @@ class Run:
             preemption,
             self._resumed,
         )
-        if self._resumed is not None:
-            self.folder.resume(self._resumed["metrics"], self._resumed["seconds"])
+        if self._resumed is not None and (
+            lost := self.folder.resume(self._resumed["metrics"], self._resumed["seconds"])
+        ):
+            warnings.warn(lost, stacklevel=2)
         tracked = self.folder.metrics() if self._main else []
         with (
             explained_memory(self.settings, self.accelerator.device),

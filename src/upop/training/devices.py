@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import timedelta
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DataLoaderConfiguration, InitProcessGroupKwargs, set_seed
+from accelerate.utils import DataLoaderConfiguration, InitProcessGroupKwargs, broadcast_object_list, set_seed
 from torch import Tensor
 
-from upop.errors import DeviceError
+from upop.errors import DeviceError, UPopError
 from upop.settings import RunSettings
 
 # How long processes wait for one that works alone: it may fetch a checkpoint, or score captions. One that dies is
 # noticed at once, whatever this is.
 PATIENCE = timedelta(minutes=30)
+
+Decision = TypeVar("Decision")
 
 
 def make_accelerator(settings: RunSettings) -> Accelerator:
@@ -44,6 +46,28 @@ def make_accelerator(settings: RunSettings) -> Accelerator:
         )
     set_seed(settings.seed)
     return accelerator
+
+
+def agreed(accelerator: Accelerator, decide: Callable[[], Decision]) -> Decision:
+    """Return what the main process decides, on all processes: it is alone in seeing all that it wrote.
+
+    Args:
+        accelerator: of the run.
+        decide: called on the main process alone; what it returns must be picklable.
+
+    Raises:
+        UPopError: what `decide` raised, on all processes.
+    """
+    told: list[Any] = [None, None]
+    if accelerator.is_main_process:
+        try:
+            told[0] = decide()
+        except UPopError as error:
+            told[1] = error
+    broadcast_object_list(told)
+    if told[1] is not None:
+        raise told[1]
+    return cast(Decision, told[0])
 
 
 def autocast(accelerator: Accelerator, settings: RunSettings) -> torch.autocast:

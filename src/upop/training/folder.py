@@ -79,28 +79,49 @@ class RunFolder:
         """
         if self._main:
             self._clear()
-        versions = {
-            "task": task,
-            "verb": verb,
-            "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-            "python": sys.version.split()[0],
-            "libraries": {name: metadata.version(name) for name in _LIBRARIES},
-        }
         self._write("settings.yaml", settings.to_yaml())
-        self._write("versions.json", json.dumps(versions, indent=1))
+        self._write_versions(_versions(task, verb))
         self._write("metrics.jsonl", "")
+
+    def go_on(self, settings: RunSettings, task: str, verb: str) -> None:
+        """Write down again what was asked, where that was lost; the rest is in the checkpoint."""
+        if not (self.path / "settings.yaml").is_file():
+            self._write("settings.yaml", settings.to_yaml())
+        if not self.versions():
+            self._write_versions(_versions(task, verb))
 
     def write_settings(self, settings: RunSettings) -> None:
         """Write settings.yaml anew: a batch was found."""
         self._write("settings.yaml", settings.to_yaml())
 
-    def resume(self, metrics: int, seconds: float) -> None:
-        """Go on from a checkpoint: metrics.jsonl is cut back to as many bytes, and the clock goes on."""
+    def resume(self, metrics: int, seconds: float) -> str:
+        """Go on from a checkpoint: metrics.jsonl is cut back to as many bytes, and the clock goes on.
+
+        Returns:
+            What is wrong with metrics.jsonl, in words; "" if nothing is.
+
+        Raises:
+            RunFolderError: it cannot be written.
+        """
         self._started -= seconds
-        if self._main:
-            remove_parts(self.path)
-            with self._metrics.open("r+b") as file:
-                file.truncate(metrics)
+        if not self._main:
+            return ""
+        remove_parts(self.path)
+        try:
+            with self._metrics.open("a+b") as file:
+                found = file.seek(0, os.SEEK_END)
+                file.truncate(min(metrics, found))
+                if found < metrics:  # a row that is cut off would spoil the next one
+                    file.seek(0)
+                    file.truncate(file.read().rfind(b"\n") + 1)
+        except OSError as error:
+            raise RunFolderError(f"{self._metrics} cannot be written: {error.strerror or error}.") from error
+        if found >= metrics:
+            return ""
+        return (
+            f"{self._metrics} has {found} bytes, and the checkpoint says that {metrics} were written: rows of steps "
+            "before it are lost, and the run goes on without them."
+        )
 
     def metrics_size(self) -> int:
         """Return how many bytes metrics.jsonl has."""
@@ -118,15 +139,19 @@ class RunFolder:
                 tell(row)
 
     def metrics(self) -> list[dict[str, Any]]:
-        """Return all rows of metrics.jsonl."""
-        rows = list(read_lines(self._metrics))
-        if any(isinstance(row, ValueError) for row in rows):
-            raise RunFolderError(f"{self._metrics} has lines that cannot be read. {_RESTORE}")
-        return rows
+        """Return all rows of metrics.jsonl that can be read: a run does not end for those that cannot."""
+        return [row for row in read_lines(self._metrics) if isinstance(row, dict)]
 
     def command(self) -> str:
-        """Return the command that the run was started with."""
-        return str(read_object(self.path / "versions.json", RunFolderError, _RESTORE).get("command", ""))
+        """Return the command that the run was started with; "" where versions.json does not say it."""
+        return str(self.versions().get("command", ""))
+
+    def versions(self) -> dict[str, Any]:
+        """Return what versions.json says; {} where it cannot be read."""
+        try:
+            return read_object(self.path / "versions.json", RunFolderError, _RESTORE)
+        except RunFolderError:
+            return {}
 
     def save_plan(self, plan: Plan) -> None:
         """Write plan.json."""
@@ -173,9 +198,22 @@ class RunFolder:
             (self.path / name).unlink(missing_ok=True)
         shutil.rmtree(self.path / "examples", ignore_errors=True)
 
+    def _write_versions(self, content: Mapping[str, Any]) -> None:
+        self._write("versions.json", json.dumps(content, indent=1))
+
     def _write(self, name: str, text: str) -> None:
         if self._main:
             write_text(self.path / name, text)
+
+
+def _versions(task: str, verb: str) -> dict[str, Any]:
+    return {
+        "task": task,
+        "verb": verb,
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "python": sys.version.split()[0],
+        "libraries": {name: metadata.version(name) for name in _LIBRARIES},
+    }
 
 
 def _check_writable(path: Path) -> None:

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from upop.errors import CheckpointError, SettingError, TrainingError
 from upop.pruning import Distillation, Pruner, distill
 from upop.settings import RunSettings
 from upop.training.bad_images import readable
+from upop.training.checkpoints import Place
 from upop.training.devices import autocast
 from upop.training.evaluation import evaluate
 from upop.training.folder import RunFolder
@@ -41,20 +42,6 @@ from upop.training.task import Task
 from upop.training.watch import LoaderWatch
 
 State = Mapping[str, Any]
-
-
-@dataclass
-class _Place:
-    """Where a run stands; what a checkpoint says of it."""
-
-    phase: str = ""
-    epoch: int = 0  # of the phase
-    batch: int = 0  # of the epoch that were trained on; the evaluation after the last one is still to come
-    phase_steps: int = 0
-    steps: int = 0
-    epochs: int = 0  # of all phases that began
-    bad_steps: int = 0
-    bad_in_a_row: int = 0
 
 
 class Loop:
@@ -94,7 +81,7 @@ class Loop:
         self._preemption = preemption
         self._watch = LoaderWatch(settings.num_workers)
         self.progress = RunProgress(0, main=False)
-        self._place = _Place()
+        self._place = Place()
         self._phases: list[str] = []  # that have ended
         self._distillation: Distillation | None = None
         self._resumed = resumed
@@ -104,7 +91,7 @@ class Loop:
             self._check(resumed)
             self._phases = list(resumed["phases"])
             self.notes = dict(resumed["notes"])
-            self._place = _Place(**resumed["place"])
+            self._place = Place(**resumed["place"])
             # The records of a step may come in other portions now: by other processes, in other batches.
             if self._place.batch == resumed["batches"]:
                 self._place.batch = len(self._train)
@@ -382,9 +369,10 @@ class Loop:
                 average.module.load_state_dict(state["average"])
             if pruner is not None:
                 pruner.load_state_dict(state["pruner"])
-        except (RuntimeError, SettingError) as error:
+        except (RuntimeError, SettingError, LookupError, TypeError, ValueError, AttributeError) as error:
             raise CheckpointError(
-                f"The checkpoint to resume from does not fit the model: {error} Has the file in pretrained changed?"
+                f"The checkpoint to resume from does not fit the model: {error} Has the file in pretrained changed, or "
+                "the data that decides the model's sizes?"
             ) from error
         self.progress.start_at(self._place.steps)
 
