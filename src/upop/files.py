@@ -1,18 +1,58 @@
-"""Files and folders that appear whole or not at all: written beside, then renamed."""
+"""Files and folders that appear whole or not at all, and never in the place of what upop did not write.
+
+They are written in a folder beside, which is private and has a random name, and then renamed. `upop.ownership` says
+what may be replaced.
+"""
 
 from __future__ import annotations
 
 import ctypes
+import errno
+import json
 import os
 import shutil
+import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from upop.errors import RunFolderError
+from upop.errors import RunFolderError, UPopError
+from upop.ownership import (
+    ARCHIVE,
+    MARKER,
+    PART,
+    Kind,
+    State,
+    contents,
+    identity_of,
+    marker_of,
+    read_marker,
+    real_folder,
+    refuse_foreign_file,
+    refuse_foreign_folder,
+    state_of,
+)
+from upop.processes import ProcessId
 
-_HERE, _EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
+
+_HERE, _NO_REPLACE, _EXCHANGE = -100, 1, 2  # AT_FDCWD, RENAME_NOREPLACE and RENAME_EXCHANGE of Linux
+_NOT_SO = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP)  # this file system has no such rename
+_OWNER = "owner.json"
+_PROBE_BYTES = 2**20
+_SPACE = "Free some space or choose another place."
+_TODO = {
+    errno.ENOSPC: _SPACE,
+    errno.EDQUOT: _SPACE,
+    errno.EFBIG: "Raise the limit of a file's size (ulimit -f), or choose another place.",
+    errno.EMFILE: "Raise the limit of open files (ulimit -n).",
+    errno.ENFILE: "Raise the system's limit of open files.",
+}
 
 
 def is_file(path: Path) -> bool:
@@ -24,109 +64,332 @@ def is_file(path: Path) -> bool:
 
 
 @contextmanager
-def replacing_file(path: Path) -> Iterator[Path]:
-    """Give a name beside `path` to write to; it takes the place of `path` when the block ends without an error.
+def replacing_file(path: Path, replace: bool | Callable[[Path], bool] = False) -> Iterator[Path]:
+    """Give a name to write to; that file takes the place of `path` when the block ends without an error.
+
+    Args:
+        path: of the file; its folder is there.
+        replace: whether a file that is there already may go: True where the caller knows that it is upop's, or was told
+            so by the user; a function tells by what is in it.
 
     Raises:
-        RunFolderError: it cannot be written, for want of a folder, of permission or of space.
+        RunFolderError: there is something that may not be replaced; or it cannot be written, for want of a folder, of
+            permission or of space. What was there before is still there.
     """
-    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        yield beside
-        _to_disk(beside)
-        beside.replace(path)
-    except OSError as error:
-        raise _unwritable(path, error) from error
-    finally:
-        beside.unlink(missing_ok=True)
+    before = refuse_foreign_file(path, replace)
+    with _explained(path, kept=before is not None), _part(path.parent, path.name) as held:
+        part = held / f"{ARCHIVE}{path.suffix}"
+        yield part
+        _settle(part, held)
+        if before is None:
+            _rename_new(part, path)
+        else:
+            _swap_file(part, path, before)
 
 
 @contextmanager
-def replacing_folder(folder: Path, *, last: str = "") -> Iterator[Path]:
+def replacing_folder(
+    folder: Path, kind: Kind | None = None, *, overwrite: bool = False, last: str = ""
+) -> Iterator[Path]:
     """Give an empty folder to fill; it takes the place of `folder` when the block ends without an error.
 
     An empty `folder` that is there already is filled and not replaced, because it may be a mount point or the
     working directory; the entry named `last` then comes last.
 
+    Args:
+        folder: where to write; a link to a folder is followed, and stays.
+        kind: of what is written. A marker then says what upop wrote, and `folder` is replaced if it is of this kind and
+            holds nothing else. None leaves out the marker, and replaces nothing.
+        overwrite: whether a folder of upop may be replaced that is of another kind, or in which files were changed.
+        last: name of an entry.
+
     Raises:
-        RunFolderError: writing failed; an older `folder` is still there, whole.
+        RunFolderError: `folder` holds what upop did not write; or writing failed. What was there is still there, whole.
     """
-    holder: Path | None = None
-    try:
-        in_place = folder.is_dir() and not any(folder.iterdir())
-        parent = folder if in_place else folder.absolute().parent
+    place = real_folder(folder)
+    if place.is_dir():
+        remove_parts(place)
+    before = refuse_foreign_folder(place, kind, overwrite=overwrite)
+    in_place = before is not None and not before
+    parent = place if in_place else place.parent
+    with _explained(folder, kept=bool(before)):
         parent.mkdir(parents=True, exist_ok=True)
-        holder = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=parent))
-        fresh = holder / "new"  # a folder of its own, for mkdtemp makes private folders
-        fresh.mkdir()
-        yield fresh
-        for path in fresh.rglob("*"):
-            _to_disk(path)
-        if in_place:
-            for path in sorted(fresh.iterdir(), key=lambda path: path.name == last):
-                path.rename(folder / path.name)
-        else:
-            _take_place(fresh, folder, aside=holder / "old")
-    except BaseException as error:
-        # safetensors reports a full disk as an error of its own, not as an OSError.
-        if isinstance(error, OSError) or type(error).__name__ == "SafetensorError":
-            raise _unwritable(folder, error) from error
-        raise
-    finally:
-        if holder is not None:
-            shutil.rmtree(holder, ignore_errors=True)
+        remove_parts(parent)
+        with _part(parent, place.name) as held:
+            fresh = held / "new"
+            fresh.mkdir()
+            yield fresh
+            if kind is not None:
+                (fresh / MARKER).write_text(marker_of(fresh, kind).text(), encoding="utf-8")
+            for path in fresh.rglob("*"):
+                _settle(path, held)
+            if in_place:
+                _move_in(fresh, place, last)
+            elif before is None:
+                _rename_new(fresh, place)
+            else:
+                _swap_folder(fresh, place, before)
 
 
-def _take_place(fresh: Path, folder: Path, *, aside: Path) -> None:
-    if not folder.exists():
-        fresh.rename(folder)
+def make_folder(folder: Path) -> None:
+    """Make a folder, and those above it, where there are none.
+
+    Raises:
+        RunFolderError: it cannot be made.
+    """
+    with _explained(folder, kept=False):
+        folder.mkdir(parents=True, exist_ok=True)
+
+
+def write_text(path: Path, text: str, replace: bool | Callable[[Path], bool] = False) -> None:
+    """Write a text file in UTF-8; its folder is made. See `replacing_file`.
+
+    Raises:
+        RunFolderError: it cannot be written, or takes the place of what may not be replaced.
+    """
+    make_folder(path.parent)
+    with replacing_file(path, replace) as part:
+        part.write_text(text, encoding="utf-8")
+
+
+def rewrite_text(folder: Path, name: str, text: str) -> None:
+    """Write a text file anew in a folder that `replacing_folder` wrote.
+
+    Raises:
+        RunFolderError: the file is not upop's, was changed, or cannot be written.
+    """
+    marker, found = read_marker(folder), contents(folder)
+    if name in (*found.foreign, *found.changed):
+        raise RunFolderError(f"{folder / name} is not what upop wrote, and was left alone. Move it away.")
+    write_text(folder / name, text, replace=True)
+    if marker is not None:
+        fresh = marker_of(folder, marker.kind).files[name]
+        told = marker.model_copy(update={"files": {**marker.files, name: fresh}})
+        write_text(folder / MARKER, told.text(), replace=True)
+
+
+def remove_folder(folder: Path, kind: Kind) -> None:
+    """Remove a folder that `replacing_folder` wrote, if there is one.
+
+    Raises:
+        RunFolderError: it holds what upop did not write.
+    """
+    if (before := refuse_foreign_folder(folder, kind)) is None:
         return
-    if _exchange(fresh, folder):
-        return
-    folder.rename(aside)
+    with _explained(folder, kept=True), _part(folder.parent, folder.name) as held:
+        folder.rename(held / "old")
+        if state_of(held / "old") != before:
+            _rename_new(held / "old", folder)
+            raise RunFolderError(f"{folder} was changed while it was removed, and was put back. Try again.")
+        (held / "old").rename(held / "new")  # which goes, and is not put back
+
+
+def remove_parts(folder: Path) -> None:
+    """Remove what processes of this user left in this very folder that were killed while they wrote.
+
+    What was moved aside in that moment is put back.
+    """
     try:
-        fresh.rename(folder)
-    except OSError:
-        aside.rename(folder)
-        raise
+        with os.scandir(folder) as entries:
+            names = [entry.name for entry in entries if PART.fullmatch(entry.name)]
+    except OSError:  # there is none, or it is not readable
+        return
+    for held in (folder / name for name in names):
+        owner = _owner(held)
+        if owner is not None and ProcessId.model_validate(owner["process"]).has_ended():
+            _discard(held, folder / str(owner["target"]))
 
 
-def _exchange(one: Path, other: Path) -> bool:
-    """Swap two folders in one step of the file system, so that no moment has neither; False where it cannot."""
-    rename = getattr(ctypes.CDLL(None), "renameat2", None) if os.name == "posix" else None
-    return rename is not None and rename(_HERE, os.fsencode(one), _HERE, os.fsencode(other), _EXCHANGE) == 0
+@contextmanager
+def _part(parent: Path, target: str) -> Iterator[Path]:
+    """Give a new, private folder in `parent`, for what is to be named `target` there; it goes when the block ends."""
+    held = Path(tempfile.mkdtemp(prefix=".upop-", suffix=".part", dir=parent))
+    maker = os.getpid()
+    try:
+        owner = {"target": target, "process": ProcessId.current().model_dump()}
+        (held / _OWNER).write_text(json.dumps(owner), encoding="utf-8")
+        yield held
+    finally:
+        if os.getpid() == maker:  # and not a process that was forked meanwhile
+            _discard(held, parent / target)
 
 
-def _to_disk(path: Path) -> None:
-    """Wait until what was written is on the disk: a name that is changed first outlives a power cut, and is empty."""
-    if path.is_file():
+def _owner(held: Path) -> dict[str, Any] | None:
+    """Return what a part says of who made it; None unless it was this user, with this very name in mind."""
+    try:
+        found = os.lstat(held)
+        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
+            return None
+        owner = json.loads((held / _OWNER).read_text(encoding="utf-8"))
+        ProcessId.model_validate(owner["process"])
+        return owner if Path(owner["target"]).name == owner["target"] else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _discard(held: Path, target: Path) -> None:
+    """Remove a part; what was moved aside from `target` is put back if nothing came in its place."""
+    old = held / "old"
+    if old.is_dir():
+        try:
+            if not target.exists():
+                _rename_new(old, target)
+            elif (found := contents(old)).foreign or found.changed:
+                return  # it came between two looks: nothing of others is removed
+        except OSError:
+            return
+    for inside in (old, held / "new"):
+        shutil.rmtree(inside, ignore_errors=True)
+    # One by one, for a process that may open no more files cannot list a folder; last the one that tells whose it is.
+    try:
+        for path in (held / f"{ARCHIVE}{target.suffix}", held / _OWNER):
+            path.unlink(missing_ok=True)
+        held.rmdir()
+    except OSError:  # a writer left more, or nothing can be removed here
+        shutil.rmtree(held, ignore_errors=True)
+
+
+def _settle(path: Path, held: Path) -> None:
+    """Give a file or a folder the permissions of the others made here, and wait until it is on the disk.
+
+    A name that is changed before the content is on the disk outlives a power cut, and is empty then.
+    """
+    found = os.lstat(path)
+    if stat.S_ISDIR(found.st_mode):
+        wanted = (held / "new").stat().st_mode
+    elif stat.S_ISREG(found.st_mode):
+        wanted = (held / _OWNER).stat().st_mode  # an ordinary new file: its permissions are those of the umask
+    else:
+        return
+    if (found.st_mode ^ wanted) & 0o777:
+        path.chmod(stat.S_IMODE(found.st_mode) & ~0o777 | wanted & 0o777)
+    if stat.S_ISREG(found.st_mode):
         with path.open("rb") as file:
             os.fsync(file.fileno())
 
 
-def remove_parts(folder: Path) -> None:
-    """Remove what a process that was killed while it wrote files or folders somewhere in `folder` left beside them."""
-    for path in list(folder.rglob(".*")):
-        if path.name.endswith(".part") and path.is_file():
-            path.unlink(missing_ok=True)
-        elif path.is_dir() and (path / "new").is_dir() | (path / "old").is_dir():
-            shutil.rmtree(path, ignore_errors=True)
+def _swap_file(part: Path, path: Path, before: tuple[int, int, int]) -> None:
+    if not _exchange(part, path):
+        if identity_of(path) != before:
+            raise _changed(path)
+        part.replace(path)
+    elif identity_of(part) != before:
+        _exchange(part, path)
+        raise _changed(path)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a text file in UTF-8.
+def _swap_folder(fresh: Path, folder: Path, before: State) -> None:
+    aside = fresh.with_name("old")
+    fresh.rename(aside)  # a part's "old" is removed with more care than its "new"
+    if _exchange(aside, folder):
+        if state_of(aside) != before:
+            _exchange(aside, folder)
+            raise _changed(folder)
+        return
+    aside.rename(fresh)
+    folder.rename(aside)
+    try:
+        if state_of(aside) != before:
+            raise _changed(folder)
+        fresh.rename(folder)
+    except BaseException:
+        aside.rename(folder)
+        raise
+
+
+def _move_in(fresh: Path, folder: Path, last: str) -> None:
+    """Move all entries into a folder that was empty; the marker, which tells whose they are, comes first."""
+    moved = []
+    try:
+        for path in sorted(fresh.iterdir(), key=lambda path: (path.name == last, path.name != MARKER)):
+            _rename_new(path, folder / path.name)
+            moved.append(path.name)
+    except BaseException:
+        for name in reversed(moved):
+            _rename_new(folder / name, fresh / name)
+        raise
+
+
+def _changed(path: Path) -> RunFolderError:
+    return RunFolderError(
+        f"{path} was changed by somebody else while it was written anew. It was left as it is now. Try again."
+    )
+
+
+def _rename_new(source: Path, target: Path) -> None:
+    """Give a file or a folder a name that nothing has.
 
     Raises:
-        RunFolderError: it cannot be written.
+        FileExistsError: something has it.
     """
+    if (failed := _renameat2(source, target, _NO_REPLACE)) is None:
+        return
+    if failed not in _NOT_SO:
+        raise OSError(failed, os.strerror(failed), str(target))
+    if source.is_dir() or source.is_symlink():
+        if os.path.lexists(target):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target))
+        source.rename(target)  # which fails if there is a file, or a folder with something in it
+        return
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise _unwritable(path, error) from error
-    with replacing_file(path) as part:
-        part.write_text(text, encoding="utf-8")
+        os.link(source, target)
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without links
+        if os.path.lexists(target):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target)) from None
+        source.rename(target)
+    else:
+        source.unlink()
 
 
-def _unwritable(path: Path, error: BaseException) -> RunFolderError:
-    reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    return RunFolderError(f"{path} cannot be written: {reason}. Free some space or choose another place.")
+def _exchange(one: Path, other: Path) -> bool:
+    """Swap two names in one step of the file system, so that no moment has neither; False where it cannot."""
+    return _renameat2(one, other, _EXCHANGE) is None
+
+
+def _renameat2(source: Path, target: Path, flag: int) -> int | None:
+    """Rename as Linux can; return the number of the error, None if there was none."""
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None) if os.name == "posix" else None
+    if rename is None:
+        return errno.ENOSYS
+    done = rename(_HERE, os.fsencode(source), _HERE, os.fsencode(target), flag)
+    return None if done == 0 else ctypes.get_errno()
+
+
+@contextmanager
+def _explained(path: Path, *, kept: bool) -> Iterator[None]:
+    """Say of whatever a writer raises, for want of space or permission, what could not be written and what is kept."""
+    try:
+        yield
+    except UPopError:
+        raise
+    except Exception as error:
+        found = _of_the_system(error, path.parent)
+        if found is None:
+            raise
+        left = "What was there before is kept." if kept else "Nothing of it was left behind."
+        todo = _TODO.get(found.errno or 0, "Choose another place.")
+        reason = found.strerror or str(found)
+        raise RunFolderError(f"{path} cannot be written: {reason}. {left} {todo}") from error
+
+
+def _of_the_system(error: Exception, folder: Path) -> OSError | None:
+    """Return what the system told a writer; None if its error is about something else."""
+    if isinstance(error, OSError):
+        return error
+    # torch, safetensors and others have errors of their own for what the system told them, mostly without its words.
+    told = " ".join(str(error).split())
+    by_writer = type(error).__name__ == "SafetensorError" or "inline_container" in told or "PytorchStream" in told
+    if not by_writer and not isinstance(error, RuntimeError):
+        return None
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(_PROBE_BYTES))
+    except OSError as found:
+        return found
+    if resource is not None and by_writer:
+        largest = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+        if largest != resource.RLIM_INFINITY:
+            return OSError(errno.EFBIG, f"{os.strerror(errno.EFBIG)}, or the disk is full")
+    return OSError(errno.ENOSPC, told) if by_writer else None

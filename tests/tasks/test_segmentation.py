@@ -447,7 +447,7 @@ def test_blends_show_classes_as_colours_and_leave_the_rest(tmp_path: Path) -> No
     with Image.open(tmp_path / "new" / "one.png") as image:
         assert image.size == (18, 4)
     (tmp_path / "file").write_text("")
-    with pytest.raises(RunFolderError, match="cannot be made"):
+    with pytest.raises(RunFolderError, match="cannot be written: File exists"):
         write_blends(tmp_path / "file" / "one.png", picture, labels, labels, 13)
 
 

@@ -15,7 +15,7 @@ from huggingface_hub import ModelCardData
 
 from upop.checkpoints.hub import is_hub_name
 from upop.errors import CheckpointError
-from upop.files import write_text
+from upop.files import rewrite_text
 from upop.reading import read_object
 
 FILE = "README.md"
@@ -72,7 +72,7 @@ def write_card(folder: Path, story: Story) -> None:
         text = card(read_object(path, CheckpointError, "Write the model again.", nan=True), story=story)
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path} cannot be read: {error!r}. Write the model again.") from error
-    write_text(folder / FILE, text)
+    rewrite_text(folder, FILE, text)
 
 
 def card(

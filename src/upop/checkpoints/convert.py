@@ -52,20 +52,26 @@ def read_model(source: str | Path, task: str | None = None, **overrides: Any) ->
     return load_official(task or task_of(read_weights(path), str(path)), path, **overrides)
 
 
-def write_model(model: nn.Module, target: str | Path, form: Form) -> Path:
+def write_model(model: nn.Module, target: str | Path, form: Form, *, overwrite: bool = False) -> Path:
     """Write one of upop's own models in one of the three forms.
 
     What only training needs (momentum copies, queues, the temperature) is left out of transformers' form. It is checked
     that transformers' class computes the same.
 
+    Args:
+        model: the model.
+        target: a file for a published checkpoint, else a folder.
+        form: which of the three.
+        overwrite: see `save_official` and `save`.
+
     Raises:
         CheckpointError: there is no such form of this model.
         VerificationError: the outputs differ.
-        RunFolderError: it cannot be written.
+        RunFolderError: something of that name is not upop's, or it cannot be written; nothing was changed.
     """
     if form == "official":
-        return save_official(task_for(model), model, target)
-    return save(to_transformers(model) if form == "hugging-face" else model, target)
+        return save_official(task_for(model), model, target, overwrite=overwrite)
+    return save(to_transformers(model) if form == "hugging-face" else model, target, overwrite=overwrite)
 
 
 @torch.no_grad()

@@ -82,11 +82,12 @@ class _Module(nn.Module):
         return self._graph.forward(self.model, *inputs)
 
 
-def export(model: nn.Module, folder: str | Path, format: Format = "onnx") -> Path:
+def export(model: nn.Module, folder: str | Path, format: Format = "onnx", *, overwrite: bool = False) -> Path:
     """Write a model, dense or compressed, as graphs for other runtimes, each checked against the model.
 
     The folder holds `<graph>.onnx` or `<graph>.pt2` for every graph, and `export.json`, which says what goes in and
-    comes out, and by how much the outputs differ. It is written beside and renamed. In other places:
+    comes out, and by how much the outputs differ. It is written beside and renamed; only a folder that `export` wrote,
+    and that holds nothing else, is replaced. In other places:
 
         upop.export(upop.load("output/caption-2x/best"), "out")
         encoder = onnxruntime.InferenceSession("out/vision.onnx")
@@ -95,11 +96,12 @@ def export(model: nn.Module, folder: str | Path, format: Format = "onnx") -> Pat
         model: one of upop's models, on the CPU.
         folder: where to write.
         format: "onnx" (needs the extra `export`: onnx, onnxscript, onnxruntime) or "torch-export".
+        overwrite: whether a folder that `save` or `export` wrote may be replaced though its files were changed since.
 
     Raises:
         SettingError: the format is unknown, its libraries are missing, or upop knows no graphs of such a model.
         VerificationError: an exported graph computes something else; nothing was written.
-        RunFolderError: the folder cannot be written.
+        RunFolderError: the folder holds what upop did not write, or cannot be written; nothing was changed.
     """
     if format not in get_args(Format):
         raise SettingError(
@@ -110,7 +112,7 @@ def export(model: nn.Module, folder: str | Path, format: Format = "onnx") -> Pat
     write = _onnx_writer() if format == "onnx" else _write_program
     folder = Path(folder)
     described: dict[str, Any] = {"format": format, "model": kind_of(model), "graphs": {}}
-    with evaluating(model), replacing_folder(folder, last=_DESCRIPTION) as fresh, _quiet():
+    with evaluating(model), replacing_folder(folder, "graphs", overwrite=overwrite) as fresh, _quiet():
         for name, graph in graphs.items():
             file = fresh / f"{name}.{_SUFFIXES[format]}"
             run = write(_Module(model, graph), graph, file)

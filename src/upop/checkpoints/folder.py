@@ -49,22 +49,24 @@ _KINDS = {
 }
 
 
-def save(model: nn.Module, folder: str | Path, plan: Plan | None = None) -> Path:
+def save(model: nn.Module, folder: str | Path, plan: Plan | None = None, *, overwrite: bool = False) -> Path:
     """Write a model, dense or compressed, so that `load` gives it back.
 
     The folder holds `model.safetensors` and `upop.json` (how the dense model is built, what every unit keeps, the plan
     and versions); that of a transformers model also its `config.json`, so that transformers reads it too; that of a
-    compressed model `README.md`, its model card. It is written beside and renamed: an older one of that name, with all
-    that is in it, stays whole until the new one is.
+    compressed model `README.md`, its model card. It is written beside and renamed: an older one of that name stays
+    whole until the new one is. Only a folder that `save` wrote is replaced, and only if it holds nothing else, as the
+    marker in it tells.
 
     Args:
         model: one of upop's, timm's or transformers' models, or any other model (which `load` then needs in its dense
             form).
         folder: where to write.
         plan: which entries were kept, for the record; by default what `Pruner.shrink` or `shrink` noted on the model.
+        overwrite: whether a folder that `save` or `export` wrote may be replaced though its files were changed since.
 
     Raises:
-        RunFolderError: the folder cannot be written.
+        RunFolderError: the folder holds what upop did not write, or cannot be written; nothing was changed.
         SettingError: it is a transformers model that is quantized by another method.
         LayoutError: the model's weights are sharded over processes (save a copy that `upop.gather` makes), or it has
             none, on the meta device.
@@ -91,7 +93,7 @@ def save(model: nn.Module, folder: str | Path, plan: Plan | None = None) -> Path
         "plan": json.loads(plan.to_json()) if plan is not None else None,
         "versions": {name: metadata.version(name) for name in ("upop", "torch", "timm", "transformers")},
     }
-    with replacing_folder(folder) as fresh:
+    with replacing_folder(folder, "model", overwrite=overwrite) as fresh:
         if in_transformers:
             model.save_pretrained(fresh)  # type: ignore[operator]
         else:

@@ -24,7 +24,7 @@ from upop.checkpoints.published import read_published
 from upop.checkpoints.segmenter_layout import as_encoder, segmenter_sizes, with_positions
 from upop.checkpoints.vit_sizes import HEAD_DIM, State, count_layers, vit_sizes
 from upop.errors import CheckpointError, SettingError, nearest
-from upop.files import replacing_file
+from upop.files import make_folder, replacing_file
 from upop.models.blip import BlipConfig
 from upop.models.caption import BlipCaption, CaptionConfig
 from upop.models.classifier import ClassifierConfig, build_classifier
@@ -34,6 +34,7 @@ from upop.models.nlvr import BlipNlvr, NlvrConfig
 from upop.models.retrieval import BlipRetrieval, RetrievalConfig
 from upop.models.segmenter import Segmenter, SegmenterConfig
 from upop.models.vqa import BlipVqa, VqaConfig
+from upop.ownership import wrote_archive
 from upop.pruning import Unit, find_units
 from upop.values import problems
 
@@ -97,18 +98,19 @@ def load_official(task: str, path: str | Path, **overrides: Any) -> nn.Module:
     return fit(row.model(config), state, str(path), fixed_scale).eval()
 
 
-def save_official(task: str, model: nn.Module, path: str | Path) -> Path:
+def save_official(task: str, model: nn.Module, path: str | Path, *, overwrite: bool = False) -> Path:
     """Write a model, dense or compressed, as a published checkpoint that `load_official` and the published code read.
 
     Args:
         task: as `load_official` takes it.
         model: one of this task's models; it stays as it is.
         path: of the `.pth` file, which will hold `{"model": state_dict}`.
+        overwrite: whether a file that is there already may be replaced though upop did not write it.
 
     Raises:
         SettingError: the task is unknown.
         CheckpointError: the model is another task's.
-        RunFolderError: the file cannot be written.
+        RunFolderError: there is a file that upop did not write, or it cannot be written; nothing was changed.
     """
     row = _row(task)
     if not isinstance(getattr(model, "config", None), row.config):
@@ -118,8 +120,8 @@ def save_official(task: str, model: nn.Module, path: str | Path) -> Path:
     for unit in find_units(model):
         if unit.size < dense[unit.name] and row.fixed_scale(unit):
             scale_queries(model, unit, unit.size, math.sqrt(dense[unit.name] / unit.size))
-    with replacing_file(Path(path)) as part:
-        part.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(Path(path).parent)
+    with replacing_file(Path(path), overwrite or wrote_archive) as part:
         torch.save({"model": row.export(model.state_dict())}, part)
     return Path(path)
 

@@ -13,6 +13,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from upop.errors import CheckpointError, SettingError
 from upop.files import replacing_file
 from upop.integrations.search import Search
+from upop.ownership import wrote_archive
 
 _STATE = "upop_search.pt"
 
@@ -66,7 +67,7 @@ class TrainerCallback(Search, transformers.TrainerCallback):
         """Write the search beside the checkpoint that was just saved."""
         folder = _checkpoint(args, state)
         if self.pruner is not None and state.is_world_process_zero and folder.is_dir():
-            with replacing_file(folder / _STATE) as part:
+            with replacing_file(folder / _STATE, replace=wrote_archive) as part:
                 torch.save(self.pruner.state_dict(), part)
 
     def on_train_end(

@@ -6,12 +6,13 @@ import colorsys
 from pathlib import Path
 
 import torch
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 from torchvision.transforms.v2 import functional as tvf
 from torchvision.utils import draw_segmentation_masks
 
-from upop.errors import RunFolderError
-from upop.files import replacing_file
+from upop.files import make_folder, replacing_file
+from upop.ownership import SOFTWARE, wrote_picture
 
 OPACITY = 0.6
 _GOLDEN = (5**0.5 - 1) / 2  # of the colour circle: neighbouring classes get colours far apart
@@ -45,13 +46,12 @@ def write_blends(path: Path, picture: Tensor, predicted: Tensor, labels: Tensor,
         classes: how many there are.
 
     Raises:
-        RunFolderError: it cannot be written.
+        RunFolderError: there is another file of that name, or it cannot be written.
     """
     panels = [picture, blended(picture, predicted, classes), blended(picture, labels, classes)]
     image = tvf.to_pil_image(torch.cat(panels, dim=2).cpu())
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RunFolderError(f"{path.parent} cannot be made: {error.strerror}. Choose another output_dir.") from error
-    with replacing_file(path) as part:
-        image.save(part, format="png")
+    about = PngInfo()
+    about.add_text("Software", SOFTWARE)
+    make_folder(path.parent)
+    with replacing_file(path, wrote_picture) as part:
+        image.save(part, format="png", pnginfo=about)

@@ -16,6 +16,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from upop.errors import SettingError
 from upop.files import replacing_file
+from upop.ownership import SOFTWARE, wrote_picture
 from upop.report.shares import Panel, UnitShare, kept_share, panels
 
 Metrics = Sequence[Mapping[str, Any]]
@@ -28,14 +29,19 @@ _INK, _FAINT, _TRACK = "#222222", "#8a8a8a", "#ececec"
 _PHASES = {"search": "#f3efe2", "retrain": "#e6eff5", "train": "#f0f0f0"}
 
 
-def save_figure(figure: Figure, path: Path) -> None:
+def save_figure(figure: Figure, path: Path, *, overwrite: bool = False) -> None:
     """Write a figure as a PNG of 150 dots per inch on white; the file appears whole or not at all.
 
+    Args:
+        figure: the figure.
+        path: of the file; an older figure that was written so is replaced.
+        overwrite: whether any other file is, too.
+
     Raises:
-        RunFolderError: the file cannot be written.
+        RunFolderError: there is another file of that name, or it cannot be written.
     """
-    with replacing_file(path) as part:
-        figure.savefig(part, format="png", dpi=DPI, facecolor="white")
+    with replacing_file(path, overwrite or wrote_picture) as part:
+        figure.savefig(part, format="png", dpi=DPI, facecolor="white", metadata={"Software": SOFTWARE})
 
 
 def kept_share_figure(shares: Iterable[UnitShare], title: str = "What every layer keeps") -> Figure:

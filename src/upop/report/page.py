@@ -20,6 +20,7 @@ from PIL import Image
 from upop.errors import SettingError
 from upop.examples import Answer, Example
 from upop.files import write_text
+from upop.ownership import wrote_page
 from upop.report.charts import Chart
 from upop.report.curves import comparison_charts, run_charts
 from upop.report.results import GMACS, LATENCY, PARAMETERS, Cell, Results, latency_note, left_out_note, table_cells
@@ -106,23 +107,23 @@ class ShownExample:
         return bool(self.pictures) and all(len(answer.pictures) == 1 for answer in self.answers)
 
 
-def write_run_page(run: Run, to: Path) -> None:
-    """Write the page of a run.
+def write_run_page(run: Run, to: Path, *, overwrite: bool = False) -> None:
+    """Write the page of a run; an older page is replaced, and with `overwrite` any file.
 
     Raises:
-        RunFolderError: it cannot be written.
+        RunFolderError: there is another file of that name, or it cannot be written.
     """
-    write_text(to, run_page(run))
+    write_text(to, run_page(run), overwrite or wrote_page)
 
 
-def write_comparison_page(runs: Sequence[Run], to: Path) -> None:
-    """Write the page of several runs side by side.
+def write_comparison_page(runs: Sequence[Run], to: Path, *, overwrite: bool = False) -> None:
+    """Write the page of several runs side by side; an older page is replaced, and with `overwrite` any file.
 
     Raises:
         SettingError: there are fewer than two.
-        RunFolderError: it cannot be written.
+        RunFolderError: there is another file of that name, or it cannot be written.
     """
-    write_text(to, comparison_page(runs))
+    write_text(to, comparison_page(runs), overwrite or wrote_page)
 
 
 def run_page(run: Run) -> str:

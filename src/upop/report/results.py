@@ -94,13 +94,17 @@ class Results(BaseModel):
             model["compared"] = self.compared(model["name"])
         return content
 
-    def write_json(self, path: Path) -> None:
+    def write_json(self, path: Path, *, overwrite: bool = False) -> None:
         """Write the results and the comparison with the dense model; the file appears whole or not at all.
 
+        Args:
+            path: of the file.
+            overwrite: whether a file that holds no results may be replaced too.
+
         Raises:
-            RunFolderError: the file cannot be written.
+            RunFolderError: there is another file of that name, or it cannot be written.
         """
-        with replacing_file(path) as part:
+        with replacing_file(path, overwrite or _holds_results) as part:
             part.write_text(json.dumps(self.content(), indent=1) + "\n", encoding="utf-8")
 
     @classmethod
@@ -120,6 +124,14 @@ class Results(BaseModel):
         except ValidationError as error:
             told = f"{path}: expected results as Results.write_json writes them; {problems(error)[0]}."
             raise DataError(told) from error
+
+
+def _holds_results(path: Path) -> bool:
+    try:
+        Results.read(path)
+    except DataError:
+        return False
+    return True
 
 
 @dataclass(frozen=True)

@@ -29,17 +29,17 @@ def write_examples(
         records: what `task.dataset` returned for the split.
         settings: of the run.
         split: its published name.
-        to: the folder to write; an older one is replaced.
+        to: the folder to write; older examples are replaced.
 
     Raises:
-        RunFolderError: it cannot be written.
+        RunFolderError: it holds what upop did not write, or it cannot be written.
     """
     numbers = spread(len(records), settings.examples)  # type: ignore[arg-type]
     found = {}
     for name, model in models.items():
         with evaluating(model), torch.no_grad():
             found[name] = task.answers(model, records, numbers, settings)
-    with replacing_folder(to) as folder:
+    with replacing_folder(to, "examples") as folder:
         shown = task.examples(found, records, numbers, settings, Album(folder))
         about = task.about_examples(records, numbers, split)
         examples = Examples(split=split, about=about, records=tuple(shown))

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
+from matplotlib.figure import Figure
 from rich.markup import escape
 from torch import nn
 
@@ -17,6 +18,7 @@ from upop.checkpoints import WEIGHTS, read_weights
 from upop.checkpoints.card import write_card
 from upop.checkpoints.hub import local_path
 from upop.errors import CheckpointError, SettingError
+from upop.files import make_folder
 from upop.models.checkpointing import checkpoint_blocks
 from upop.pruning import Plan, find_units
 from upop.report.figures import history_figure, kept_share_figure, save_figure
@@ -40,7 +42,7 @@ from upop.training.preemption import Preemption
 from upop.training.progress import RunProgress
 from upop.training.schedules import first_rate
 from upop.training.task import Task
-from upop.training.trackers import Trackers
+from upop.training.trackers import Trackers, check_trackers
 
 Metrics = dict[str, dict[str, float]]
 """Split (its published name) -> metric -> value in percent."""
@@ -60,6 +62,7 @@ class Run:
         if verb == "evaluate":
             self.settings = settings = self._beside(settings)
         self._prepared: dict[str, Any] = {}
+        check_trackers(settings.trackers)
         self.folder = RunFolder(
             settings.output_dir, self._main, settings.keep_checkpoints, say=lambda line: self.say(escape(line))
         )
@@ -74,6 +77,8 @@ class Run:
         self._trackers = Trackers(self.accelerator, settings.trackers, settings.output_dir / "trackers")
         self.folder.listeners.append(self._trackers.log)
         self._resumed = self._checkpoint_to_resume()
+        if self._resumed is None:
+            self.folder.check()
         self._held_out = task.evaluated(settings)
         if verb == "evaluate" and not self._held_out:
             raise SettingError("The settings leave nothing to evaluate on: no split has a file. Name one.")
@@ -284,17 +289,16 @@ class Run:
         measured = measure(self.task, models, self.accelerator.device, self.settings.latency_batch)
         results = measured.model_copy(update={"left_out": left_out})
         path = self.folder.path
-        results.write_json(path / "results.json")
-        figures = path / "figures"
-        figures.mkdir(exist_ok=True)
+        results.write_json(self.folder.claim("results.json"), overwrite=True)
+        make_folder(path / "figures")
         if plan is not None:
             dense = next(iter(models.values()))[0]
-            save_figure(kept_share_figure(UnitShare.of(find_units(dense), plan)), figures / "kept.png")
+            self._save_figure(kept_share_figure(UnitShare.of(find_units(dense), plan)), "kept")
             write_card(path / "best", story_of(self.task, self.settings, results, self.folder.command()))
         if rows := self.folder.metrics():
             val = self.task.splits["val"]
             baseline = results.dense.metrics.get(val, {}).get(self.task.metric) if plan is not None else None
-            save_figure(history_figure(rows, metric=self.task.metric, dense=baseline), figures / "history.png")
+            self._save_figure(history_figure(rows, metric=self.task.metric, dense=baseline), "history")
         self._progress.console.print(results_table(results))
         self._keep_examples({name: model for name, (model, _) in models.items()}, results)
         if self._verb == "evaluate" and is_beside(path):
@@ -305,6 +309,9 @@ class Run:
             kept = "results.json" if self._verb == "evaluate" else "results.json, metrics.jsonl, figures/, best/"
             self.say(f"Written to {path}: {kept}. As a page: upop report {path}")
         return results
+
+    def _save_figure(self, figure: Figure, name: str) -> None:
+        save_figure(figure, self.folder.claim(f"figures/{name}.png"), overwrite=True)
 
     def _left_out(self, split: str) -> tuple[int, int] | None:
         """Return how many records of a split did not count because no one can read them, and of how many."""

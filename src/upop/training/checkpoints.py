@@ -20,8 +20,8 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from upop.errors import CheckpointError, RunFolderError
-from upop.files import replacing_file
+from upop.errors import CheckpointError
+from upop.files import make_folder, replacing_file
 
 _FORMAT = 2
 _UNSEALED = 1  # of upop 0.1.0: without a checksum of its own
@@ -67,11 +67,8 @@ class Checkpoints:
             RunFolderError: it cannot be written; the older ones are still there.
         """
         path = self._folder / _NAME.format(step)
-        try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise RunFolderError(f"{self._folder} cannot be made: {error.strerror or error}.") from error
-        with replacing_file(path) as part, part.open("wb") as file:
+        make_folder(self._folder)
+        with replacing_file(path, replace=True) as part, part.open("wb") as file:
             _save({"format": _FORMAT, **state}, file)
         # A run goes on from the newest whole one: what is of later steps was passed over.
         later = [other for other in self._files() if _step(other) > step]

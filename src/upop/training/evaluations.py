@@ -44,12 +44,19 @@ def write_summary(folder: Path, results: Mapping[str, Any], about: Mapping[str, 
     """Write `evaluations/<name>.json` beside an evaluation's folder: what was measured, and of what; return the file.
 
     Raises:
-        RunFolderError: it cannot be written.
+        RunFolderError: there is another file of that name, or it cannot be written.
     """
     path = folder.with_name(f"{folder.name}.json")
     content = {"evaluation": {**about, "when": time.strftime("%Y-%m-%d %H:%M:%S %z")}, **results}
-    write_text(path, json.dumps(content, indent=1) + "\n")
+    write_text(path, json.dumps(content, indent=1) + "\n", _is_summary)
     return path
+
+
+def _is_summary(path: Path) -> bool:
+    try:
+        return "evaluation" in read_object(path, DataError, "")
+    except DataError:
+        return False
 
 
 def is_beside(folder: Path) -> bool:

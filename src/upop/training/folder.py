@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
-import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
@@ -18,16 +19,21 @@ from torch import Tensor, nn
 from upop.checkpoints import save
 from upop.checkpoints.write import write_weights
 from upop.errors import RunFolderError
-from upop.files import remove_parts, replacing_file, write_text
+from upop.files import remove_folder, remove_parts, replacing_file, write_text
+from upop.ownership import wrote_page, wrote_picture
 from upop.pruning import Plan
 from upop.reading import read_json, read_lines, read_object
 from upop.settings import RunSettings
+from upop.shared_folder import SharedFolder
 from upop.training.checkpoints import Checkpoints
+from upop.training.lock import NAME as LOCK
 from upop.training.lock import FolderLock
 
 _LIBRARIES = ("upop", "torch", "torchvision", "timm", "transformers", "accelerate", "safetensors")
 _BAD_IMAGES = "bad_images.json"
 _RESTORE = "It was written by this run; restore it."
+_PAGE = "report.html"
+_CHECKPOINT = re.compile(r"checkpoints/step-\d{8,12}\.pt")
 _SPARE_BYTES = 50 * 2**20
 
 
@@ -52,6 +58,7 @@ class RunFolder:
     def __init__(self, path: Path, main: bool, keep: int = 2, say: Callable[[str], None] = print) -> None:
         self.path = path
         self._main = main
+        self._shared = SharedFolder(path, "run", _is_of_runs)
         self._metrics = path / "metrics.jsonl"
         self._started = time.monotonic()
         self.listeners: list[Callable[[Mapping[str, Any]], None]] = []  # are told every row of metrics.jsonl
@@ -71,13 +78,31 @@ class RunFolder:
         """Seconds that the run has taken, those before it was resumed included, from the last checkpoint's on."""
         return time.monotonic() - self._started
 
+    def check(self) -> None:
+        """Refuse a folder that holds what upop did not write.
+
+        Raises:
+            RunFolderError: it does; the message says what.
+        """
+        if self._main:
+            self._shared.check()
+
+    def claim(self, name: str) -> Path:
+        """Return the path of a file of the run, to be written with `replace=True`; only the main process may.
+
+        Raises:
+            RunFolderError: there is one that upop did not write.
+        """
+        return self._shared.claim(name)
+
     def start(self, settings: RunSettings, task: str, verb: str) -> None:
         """Write down what was asked, with which libraries; what an older run that ended left in the folder goes.
 
         Raises:
-            RunFolderError: the folder holds a run that has not ended.
+            RunFolderError: the folder holds a run that has not ended, or what upop did not write.
         """
         if self._main:
+            self.check()
             self._clear()
         self._write("settings.yaml", settings.to_yaml())
         self._write_versions(_versions(task, verb))
@@ -106,7 +131,7 @@ class RunFolder:
         self._started -= seconds
         if not self._main:
             return ""
-        remove_parts(self.path)
+        self._remove_parts()
         try:
             with self._metrics.open("a+b") as file:
                 found = file.seek(0, os.SEEK_END)
@@ -160,7 +185,7 @@ class RunFolder:
     def save_scores(self, scores: Mapping[str, Tensor]) -> None:
         """Write scores.safetensors: the accumulated scores of every unit, [size], as the search ended."""
         if self._main:
-            with replacing_file(self.path / "scores.safetensors") as part:
+            with replacing_file(self.claim("scores.safetensors"), replace=True) as part:
                 write_weights(scores, part)
 
     def save_bad_images(self, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -191,19 +216,31 @@ class RunFolder:
                 "and the command that it was started with), choose another --output-dir, or remove the folder "
                 f"{self.path / 'checkpoints'}."
             )
-        remove_parts(self.path)
-        (self.path / _BAD_IMAGES).unlink(missing_ok=True)
+        self._remove_parts()
         self.checkpoints.remove()
-        for name in ("results.json", "plan.json", "scores.safetensors", "report.html"):
-            (self.path / name).unlink(missing_ok=True)
-        shutil.rmtree(self.path / "examples", ignore_errors=True)
+        self._shared.remove([_BAD_IMAGES, "results.json", "plan.json", "scores.safetensors", _PAGE])
+        remove_folder(self.path / "examples", "examples")
+
+    def _remove_parts(self) -> None:
+        self._shared.remove_parts()
+        remove_parts(self.path / "checkpoints")
 
     def _write_versions(self, content: Mapping[str, Any]) -> None:
         self._write("versions.json", json.dumps(content, indent=1))
 
     def _write(self, name: str, text: str) -> None:
         if self._main:
-            write_text(self.path / name, text)
+            write_text(self.claim(name), text, replace=True)
+
+
+def _is_of_runs(name: str, path: Path) -> bool:
+    """Whether a file that was not claimed is the run's: a checkpoint, a report, a picture of a task, its lock."""
+    if name == _PAGE:
+        return wrote_page(path)
+    if name.startswith("blended/"):
+        return wrote_picture(path)
+    # Evaluations of the run lie beside it: no run writes there, nor removes anything.
+    return name == LOCK or name.startswith("evaluations/") or bool(_CHECKPOINT.fullmatch(name))
 
 
 def _versions(task: str, verb: str) -> dict[str, Any]:
@@ -219,9 +256,8 @@ def _versions(task: str, verb: str) -> dict[str, Any]:
 def _check_writable(path: Path) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
-        probe = path / f".write-test-{os.getpid()}"
-        probe.write_bytes(b"upop")
-        probe.unlink()
+        with tempfile.TemporaryFile(dir=path) as probe:
+            probe.write(b"upop")
         space = os.statvfs(path)
     except OSError as error:
         raise RunFolderError(

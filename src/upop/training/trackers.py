@@ -13,8 +13,11 @@ from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, filter_trackers
 
 from upop.errors import SettingError, nearest
+from upop.files import make_folder
+from upop.shared_folder import SharedFolder
 
 PROJECT = "upop"
+_EVENTS = f"{PROJECT}/events.out.tfevents.*"
 _EXTRAS = ("tensorboard",)
 _UNTRACKED = frozenset({"phase", "epoch", "step", "split", "seconds"})
 
@@ -76,9 +79,10 @@ class Trackers:
             self._accelerator.trackers = []
 
     def _start(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        self._folder.mkdir(parents=True, exist_ok=True)
-        for file in (self._folder / PROJECT).glob("events.out.tfevents.*"):
-            file.unlink()
+        make_folder(self._folder / PROJECT)
+        shared = SharedFolder(self._folder, "trackers")
+        shared.remove(shared.glob(_EVENTS))
+        others = shared.glob(_EVENTS)
         accelerator = self._accelerator
         accelerator.project_configuration.set_directories(str(self._folder))
         accelerator.log_with = filter_trackers(list(self._names), str(self._folder))
@@ -86,6 +90,7 @@ class Trackers:
         key = hashlib.sha256(str(self._folder.absolute()).encode()).hexdigest()[:16]
         own = {"wandb": {"dir": str(self._folder), "id": key, "resume": "allow", "name": self._folder.parent.name}}
         accelerator.init_trackers(PROJECT, init_kwargs=own)
+        shared.own(shared.glob(_EVENTS) - others)
         boards = [tracker for tracker in accelerator.trackers if tracker.name == "tensorboard"]
         for row in rows if boards else ():
             boards[0].log(scalars(row), step=row["step"])

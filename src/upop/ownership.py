@@ -1,0 +1,423 @@
+"""What upop wrote, and so may replace: a marker in every folder that it writes names its files.
+
+A folder that is written as a whole (a model, graphs, examples) has a marker with a digest of every file: it is replaced
+only as long as there is nothing else in it. A folder that upop shares with others (a run) has a marker with names
+alone. Folders from before there were markers are known by what they hold.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import stat
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from upop.errors import RunFolderError
+from upop.pruning.errors import some_of
+from upop.reading import parse_json, read_text
+
+Kind = Literal["model", "graphs", "examples", "run", "trackers", "demo", "data"]
+"""What a folder of upop is; the first three are written, and replaced, as a whole."""
+WHOLE: tuple[Kind, ...] = ("model", "graphs", "examples")
+MARKER = ".upop-files.json"
+PART = re.compile(r"\.upop-\w+\.part")
+"""Names of the folders that files are written in before they get their places."""
+TOLD = {
+    "model": "a model",
+    "graphs": "exported graphs",
+    "examples": "a run's examples",
+    "run": "a run",
+    "trackers": "a run's trackers",
+    "demo": "a demo",
+    "data": "generated data",
+}
+_SHOWN_BYTES = 40
+
+State = Mapping[str, tuple[int, int, int]]
+"""Relative name -> inode, size and time of every file in a folder: the same as long as nobody changes one."""
+
+
+class Marker(BaseModel):
+    """What the marker of a folder says.
+
+    Attributes:
+        kind: of the folder.
+        files: relative name of each file that upop wrote -> SHA-256 of its content; None where only the name counts.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format: Literal[1] = 1
+    kind: Kind
+    files: Mapping[str, str | None]
+
+    def text(self) -> str:
+        """Return what the file holds: of the same files the same text."""
+        return json.dumps({**self.model_dump(), "files": dict(sorted(self.files.items()))}, indent=1) + "\n"
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a folder holds.
+
+    Attributes:
+        kind: what upop wrote there; None if it is no folder of upop.
+        foreign: relative names of what upop did not write.
+        changed: relative names of files that upop wrote, and somebody changed.
+        state: of all files.
+    """
+
+    kind: Kind | None
+    foreign: tuple[str, ...]
+    changed: tuple[str, ...]
+    state: State
+
+
+def marker_of(folder: Path, kind: Kind) -> Marker:
+    """Return the marker for a folder that was just written, with a digest of every file in it."""
+    names = [name for name in _files(folder) if name != MARKER]
+    return Marker(kind=kind, files={name: _digest(folder / name) for name in names})
+
+
+def read_marker(folder: Path) -> Marker | None:
+    """Return the marker of a folder; None if it has none of this form."""
+    try:
+        return Marker.model_validate(_json(folder / MARKER))
+    except ValidationError:
+        return None
+
+
+def contents(folder: Path) -> Contents:
+    """Look at a folder that is written as a whole, file by file."""
+    marker = read_marker(folder) or unmarked(folder)
+    if marker is None:  # a large one, maybe: it is not walked through
+        return Contents(None, tuple(sorted(path.name for path in folder.iterdir())), (), {})
+    files, folders = walk(folder)
+    state = {name: _identity(found) for name, found in files.items()}
+    ours = {MARKER, *marker.files}
+    parents = {parent.as_posix() for name in ours for parent in Path(name).parents}
+    foreign = [name for name in files if name not in ours]
+    foreign += [f"{name}/" for name in folders if name not in parents]
+    changed = []
+    for name, digest in marker.files.items():
+        if name not in files:
+            continue
+        if not stat.S_ISREG(files[name].st_mode):
+            foreign.append(name)
+        elif digest is not None and _digest(folder / name) != digest:
+            changed.append(name)
+    return Contents(marker.kind, tuple(sorted(foreign)), tuple(sorted(changed)), state)
+
+
+def real_folder(folder: Path) -> Path:
+    """Return where a folder to write really lies: a link to a folder is followed, and stays.
+
+    Raises:
+        RunFolderError: there is something else of that name.
+    """
+    try:
+        if folder.is_dir():
+            return folder.resolve()
+        found = os.lstat(folder)
+    except FileNotFoundError:
+        return folder.absolute()
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise RunFolderError(f"{folder} cannot be written: {reason}. Choose another place.") from error
+    raise RunFolderError(
+        f"{folder} is to be a folder, and {_thing(folder, found)} of that name is there already. Nothing was changed. "
+        "Choose another name."
+    )
+
+
+def refuse_foreign_folder(folder: Path, kind: Kind | None, *, overwrite: bool = False) -> State | None:
+    """Refuse to replace a folder that is not upop's own, of this kind, and whole.
+
+    Args:
+        folder: where it really lies.
+        kind: of what is to take its place; None replaces no folder but an empty one.
+        overwrite: whether a folder of another kind, or one whose files were changed, may be replaced too.
+
+    Returns:
+        What is in it; None if there is no folder.
+
+    Raises:
+        RunFolderError: it holds something else; the message says what.
+    """
+    if not folder.exists():
+        return None
+    try:
+        found = contents(folder)
+    except OSError as error:
+        raise RunFolderError(f"{folder} cannot be read: {error.strerror}. Choose another place.") from error
+    if found.kind is None and not found.foreign:
+        return {}
+    _refuse(folder, found, kind, overwrite)
+    mounted = os.path.ismount(folder)
+    if mounted or _holds_working_directory(folder):
+        what = "where a file system is mounted" if mounted else "the working directory, or above it"
+        raise RunFolderError(
+            f"{folder} holds {TOLD[str(found.kind)]} and cannot be replaced as a whole: it is {what}. Name a folder "
+            "inside it, or empty it first."
+        )
+    return found.state
+
+
+def _holds_working_directory(folder: Path) -> bool:
+    try:
+        return Path.cwd().is_relative_to(folder)
+    except OSError:  # it was removed
+        return False
+
+
+def _refuse(folder: Path, found: Contents, kind: Kind | None, overwrite: bool) -> None:
+    if found.kind is None or kind is None:
+        raise RunFolderError(
+            f"{folder} is there already, and upop did not write what it holds: {shown(found.foreign)}. "
+            "Nothing was changed. Name a new or an empty folder."
+        )
+    if found.kind not in WHOLE:
+        raise RunFolderError(
+            f"{folder} is there already: it holds {TOLD[found.kind]} of upop, with "
+            f"{shown(sorted({name.partition('/')[0] for name in found.state} - {MARKER}))}, "
+            f"and {TOLD[kind]} would take its place. Nothing was changed. Name a new folder, or one inside it."
+        )
+    if found.foreign:
+        raise RunFolderError(
+            f"{folder} is there already: it holds {TOLD[found.kind]} that upop wrote, and beside it what upop did not "
+            f"write: {shown(found.foreign)}. Nothing was changed. Move that away, or name another folder."
+        )
+    if overwrite:
+        return
+    if found.kind != kind:
+        raise RunFolderError(
+            f"{folder} is there already: it holds {TOLD[found.kind]} of upop, and {TOLD[kind]} would take its place. "
+            "Nothing was changed. Name another folder, or say that it is meant (overwrite=True, --overwrite)."
+        )
+    if found.changed:
+        raise RunFolderError(
+            f"{folder} is there already, and these files in it were changed since upop wrote them: "
+            f"{shown(found.changed)}. Nothing was changed. Name another folder, or say that they may go "
+            "(overwrite=True, --overwrite)."
+        )
+
+
+def refuse_foreign_file(path: Path, replace: bool | Callable[[Path], bool]) -> tuple[int, int, int] | None:
+    """Refuse to replace a file that is not upop's own.
+
+    Args:
+        path: of the file.
+        replace: whether a file may be replaced; a function tells by what is in it.
+
+    Returns:
+        Which file it is, to notice when another one takes its place; None if there is none.
+
+    Raises:
+        RunFolderError: it may not be replaced; the message says what it is.
+    """
+    try:
+        found = os.lstat(path)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise RunFolderError(f"{path} cannot be written: {reason}. Choose another place.") from error
+    if not stat.S_ISREG(found.st_mode):
+        raise RunFolderError(
+            f"{path} is to be a file, and {_thing(path, found)} of that name is there already. Nothing was changed. "
+            "Choose another name."
+        )
+    if not (replace(path) if callable(replace) else replace):
+        raise RunFolderError(
+            f"{path} is there already: {_thing(path, found)} that upop did not write, or not as what is to take its "
+            "place. Nothing was changed. Choose another name, or say that it may go (overwrite=True, --overwrite)."
+        )
+    return _identity(found)
+
+
+def state_of(folder: Path) -> State:
+    """Return which files a folder holds."""
+    return {name: _identity(found) for name, found in _files(folder).items()}
+
+
+def identity_of(path: Path) -> tuple[int, int, int]:
+    """Return which file this is: the same as long as nobody changes it."""
+    return _identity(os.lstat(path))
+
+
+def wrote_archive(path: Path) -> bool:
+    """Whether a file is an archive of tensors that upop wrote."""
+    # torch puts the name of the file that it wrote before those of the records, in the first one's header.
+    return _head(path, 30 + len(ARCHIVE) + 1)[30:] == f"{ARCHIVE}/".encode()
+
+
+def wrote_page(path: Path) -> bool:
+    """Whether a file is a page of one or several runs that upop wrote."""
+    head = _head(path, 512)
+    return _PAGE in head or head.startswith(_PAGE_BEFORE)
+
+
+def wrote_picture(path: Path) -> bool:
+    """Whether a file is a PNG that upop wrote."""
+    head = _head(path, 1024)
+    return head.startswith(b"\x89PNG") and b"tEXtSoftware\0" + SOFTWARE.encode() in head
+
+
+SOFTWARE = "upop"
+"""What the PNG files of upop say that they were written with."""
+_PAGE = b'<meta name="generator" content="upop">'
+_PAGE_BEFORE = b"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<title>"""  # of upop 0.1
+ARCHIVE = "written-by-upop"
+"""Name, without its ending, of files while they are written."""
+
+
+def shown(names: Iterable[str]) -> str:
+    """Return some names of files, in words; what no terminal should be given is written as an escape."""
+    return some_of([name if name.isprintable() else ascii(name) for name in names])
+
+
+def _head(path: Path, size: int) -> bytes:
+    try:
+        with path.open("rb") as file:
+            return file.read(size)
+    except OSError:
+        return b""
+
+
+def walk(folder: Path) -> tuple[dict[str, os.stat_result], list[str]]:
+    """Return all in a folder that is no folder, and all folders in it, by relative names; links are not followed."""
+    files, folders, waiting = {}, [], [""]
+    while waiting:
+        inside = waiting.pop()
+        with os.scandir(folder / inside) as entries:
+            for entry in entries:
+                if entry.is_dir(follow_symlinks=False):
+                    folders.append(f"{inside}{entry.name}")
+                    waiting.append(f"{inside}{entry.name}/")
+                else:
+                    files[f"{inside}{entry.name}"] = entry.stat(follow_symlinks=False)
+    return files, folders
+
+
+def _files(folder: Path) -> dict[str, os.stat_result]:
+    return walk(folder)[0]
+
+
+def _identity(found: os.stat_result) -> tuple[int, int, int]:
+    return found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _json(path: Path) -> Any:
+    """Return what a JSON file holds; None if it is none, or a link."""
+    try:
+        return None if path.is_symlink() else parse_json(read_text(path), nan=True)
+    except (OSError, ValueError):
+        return None
+
+
+def _thing(path: Path, found: os.stat_result) -> str:
+    """Return what is at a path, in words."""
+    if stat.S_ISLNK(found.st_mode):
+        return f"a link to {str(path.readlink())!r}"
+    if stat.S_ISDIR(found.st_mode):
+        names = sorted(found.name for found in path.iterdir()) if os.access(path, os.R_OK) else []
+        return f"a folder with {shown(names)}" if names else "a folder"
+    if not stat.S_ISREG(found.st_mode):
+        return "a device, a pipe or a socket"
+    head = _head(path, _SHOWN_BYTES)
+    return f"a file of {found.st_size:,} bytes" + (f", which begins {ascii(head)[1:]}," if head else "")
+
+
+# Folders without markers: those of upop 0.1, and generated data ------------------------------------------------------
+
+_MODEL_NAMES = re.compile(
+    r"upop\.json|config\.json|generation_config\.json|README\.md|model(-\d{5}-of-\d{5})?\.safetensors"
+    r"|model\.safetensors\.index\.json"
+)
+_RUN_NAMES = re.compile(
+    r"settings\.yaml|versions\.json|metrics\.jsonl|plan\.json|scores\.safetensors|results\.json|bad_images\.json"
+    r"|report\.html|figures/(kept|history)\.png|result/[^/]+|blended/.+\.png|checkpoints/step-\d{8,12}\.pt"
+    r"|trackers/upop/(.+/)?events\.out\.tfevents\.[^/]+|(.+/)?\.[^/]+\.\d+\.part"
+)
+
+
+def unmarked(folder: Path) -> Marker | None:
+    """Return what the marker of a folder would say that has none, if upop wrote it all the same."""
+    for kind, names_of in _EARLIER.items():
+        if (names := names_of(folder)) is not None:
+            return Marker(kind=kind, files=dict.fromkeys(names))
+    return None
+
+
+def _model_names(folder: Path) -> list[str] | None:
+    found = _json(folder / "upop.json")
+    if not isinstance(found, dict) or not {"format", "model", "class", "config", "plan", "versions"} <= set(found):
+        return None
+    return [name for name in _files(folder) if _MODEL_NAMES.fullmatch(name)]
+
+
+def _graph_names(folder: Path) -> list[str] | None:
+    found = _json(folder / "export.json")
+    if not isinstance(found, dict) or not {"format", "model", "graphs"} <= set(found):
+        return None
+    graphs = found["graphs"] if isinstance(found["graphs"], dict) else {}
+    files = [str(graph["file"]) for graph in graphs.values() if isinstance(graph, dict) and "file" in graph]
+    return ["export.json", *(name for file in files for name in (file, f"{file}.data"))]
+
+
+def _example_names(folder: Path) -> list[str] | None:
+    found = _json(folder / "examples.json")
+    if not isinstance(found, dict) or not {"split", "about", "records"} <= set(found):
+        return None
+    return ["examples.json", *_pictures(found["records"])]
+
+
+def _pictures(content: Any) -> list[str]:
+    """Return all names in lists that are called pictures."""
+    if isinstance(content, list):
+        return [name for each in content for name in _pictures(each)]
+    if not isinstance(content, dict):
+        return []
+    own = content.get("pictures")
+    rest = [name for key, each in content.items() if key != "pictures" for name in _pictures(each)]
+    return [*(str(name) for name in own), *rest] if isinstance(own, list) else rest
+
+
+def _run_names(folder: Path) -> list[str] | None:
+    found = _json(folder / "versions.json")
+    if not isinstance(found, dict) or not {"task", "verb", "command", "python", "libraries"} <= set(found):
+        return None
+    return [name for name in _files(folder) if _RUN_NAMES.fullmatch(name)]
+
+
+def _data_names(folder: Path) -> list[str] | None:
+    found = _json(folder / "shapes.json")
+    return ["shapes.json"] if isinstance(found, dict) and {"version", "task", "seed", "size"} <= set(found) else None
+
+
+_EARLIER: Mapping[Kind, Callable[[Path], list[str] | None]] = {
+    "model": _model_names,
+    "graphs": _graph_names,
+    "examples": _example_names,
+    "run": _run_names,
+    "data": _data_names,
+}
