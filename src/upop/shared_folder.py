@@ -48,10 +48,16 @@ class SharedFolder:
             raise RunFolderError(f"{self.path} cannot be read: {error.strerror}. Choose another place.") from error
         if not foreign:
             return
-        holds = f"it holds {TOLD[self._kind]} that upop wrote, and beside it" if ours is not None else "it holds"
+        marker = read_marker(self.path) or unmarked(self.path)
+        if marker is None:
+            holds = "it holds what upop did not write"
+        elif ours is None:
+            holds = f"it holds {TOLD[marker.kind]} of upop, and {TOLD[self._kind]} is to be there"
+        else:
+            holds = f"beside {TOLD[self._kind]} of upop it holds what upop did not write, or what was changed since"
         raise RunFolderError(
-            f"{self.path} is there already: {holds} what upop did not write, or what was changed since: "
-            f"{shown(foreign)}. Nothing was changed. Name a new or an empty folder, or move that away."
+            f"{self.path} is there already: {holds}: {shown(foreign)}. Nothing was changed. Name a new or an empty "
+            "folder, or move that away."
         )
 
     def claim(self, name: str) -> Path:
@@ -118,7 +124,7 @@ class SharedFolder:
                 continue
             if stat.S_ISDIR(mode):
                 foreign += self._foreign_in(path, ours)
-            elif ours is None or not (path.name in ours or self._is_recognised(path.name)):
+            elif path.name not in (ours or ()) and not self._is_recognised(path.name):
                 foreign.append(path.name)
         return foreign
 

@@ -18,6 +18,7 @@ import upop
 from upop.errors import CheckpointError, RunFolderError
 from upop.models.caption import BlipCaption, CaptionConfig
 from upop.models.nlvr import BlipNlvr, NlvrConfig
+from upop.ownership import MARKER
 
 SIZES = {"image_size": 32, "vision_width": 24, "vision_depth": 2, "vision_heads": 2, "vision_mlp": 40}
 TEXT = {"text_width": 32, "text_depth": 2, "text_heads": 4, "text_mlp": 56, "vocab_size": 90, "max_positions": 20}
@@ -63,6 +64,7 @@ def test_compressed_blip_comes_back(tmp_path: Path) -> None:
     )
     assert json.loads((tmp_path / "small" / "upop.json").read_text())["plan"]["units"]
     assert sorted(path.name for path in (tmp_path / "small").iterdir()) == [
+        MARKER,
         "README.md",
         "model.safetensors",
         "upop.json",
@@ -98,10 +100,10 @@ def test_other_models_come_back_into_their_dense_form(tmp_path: Path) -> None:
 
 def test_saving_again_replaces(tmp_path: Path) -> None:
     folder = upop.save(blip(), tmp_path / "model")
-    (folder / "stale").write_text("")
-    upop.save(blip(), folder)
+    first = (folder / "model.safetensors").read_bytes()
+    upop.save(blip().double(), folder)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
-    assert not (folder / "stale").exists()
+    assert (folder / "model.safetensors").read_bytes() != first
 
 
 TIED = {

@@ -12,7 +12,7 @@ import torch
 from pydantic import ValidationError
 from rich.console import Console
 
-from upop.errors import DataError
+from upop.errors import DataError, RunFolderError
 from upop.report import ModelResult, Results, machine, results_table
 from upop.report.results import number
 
@@ -77,8 +77,12 @@ def test_a_model_that_was_not_timed_or_not_evaluated_shows_a_dash() -> None:
 
 def test_results_survive_the_disk_and_the_file_carries_the_gains(tmp_path: Path) -> None:
     path = tmp_path / "results.json"
-    path.write_text("old")
-    results().write_json(path)
+    path.write_text("mine")
+    with pytest.raises(RunFolderError, match=r"results\.json is there already: a file of 4 bytes, which begins 'mine'"):
+        results().write_json(path)
+    assert path.read_text() == "mine"
+    for overwrite in (True, False):  # then they are results, and ours
+        results().write_json(path, overwrite=overwrite)
     assert Results.read(path) == results()
     assert json.loads(path.read_text())["models"][1]["compared"]["faster"] == 1.6
     assert [found.name for found in tmp_path.iterdir()] == ["results.json"]

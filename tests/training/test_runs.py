@@ -17,6 +17,7 @@ import runs
 import upop
 from tiers import mostly_slow
 from upop.errors import DeviceError, RunFolderError, SettingError, TrainingError
+from upop.ownership import MARKER
 from upop.pruning import Plan, find_units
 from upop.tasks.nlvr import NlvrTask
 from upop.tasks.verbs import compress, evaluate_checkpoint, train
@@ -38,6 +39,7 @@ def compressed(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_run_folder_holds_everything(compressed: Path) -> None:
     names = {path.relative_to(compressed).as_posix() for path in compressed.rglob("*") if path.is_file()}
     assert names == {
+        *(f"{folder}{MARKER}" for folder in ("", "best/", "last/", "examples/")),
         "settings.yaml",
         "versions.json",
         "metrics.jsonl",
