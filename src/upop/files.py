@@ -35,6 +35,7 @@ from upop.ownership import (
     state_of,
 )
 from upop.processes import ProcessId
+from upop.reading import read_object
 
 try:
     import resource
@@ -220,10 +221,10 @@ def _owner(held: Path) -> dict[str, Any] | None:
         found = os.lstat(held)
         if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
             return None
-        owner = json.loads((held / _OWNER).read_text(encoding="utf-8"))
+        owner = read_object(held / _OWNER, RunFolderError, "")
         ProcessId.model_validate(owner["process"])
         return owner if Path(owner["target"]).name == owner["target"] else None
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError):  # RunFolderError is an OSError
         return None
 
 
