@@ -63,13 +63,14 @@ def problems(error: ValidationError) -> list[str]:
     lines = []
     for part in error.errors():
         place = ".".join(map(str, part["loc"])) or "settings"
-        shown = _shortened(part["input"]) if part["loc"] else "these values"
+        shown = shortened(part["input"]) if part["loc"] else "these values"
         found = "nothing" if part["type"] == "missing" else shown
         lines.append(f"{place}: {part['msg'].removeprefix('Value error, ')}; found {found}")
     return lines
 
 
-def _shortened(value: Any) -> str:
+def shortened(value: Any) -> str:
+    """Return what a value looks like, as far as it fits into a message."""
     try:
         text = repr(value)
     except ValueError:  # of a number with thousands of digits

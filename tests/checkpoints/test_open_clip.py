@@ -177,8 +177,10 @@ def test_bad_descriptions_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     arguments = json.loads((folder / "upop.json").read_text())["open_clip"]["arguments"]
     with pytest.raises(CheckpointError, match=r"holds open_clip's 'CoCa'.*Update upop"):
         upop.load(_edited(folder, **{"class": "CoCa"}))
-    with pytest.raises(CheckpointError, match="cannot build CLIP as described"):
+    with pytest.raises(CheckpointError, match=r"open_clip\.arguments\.depth: Extra inputs.*found 3"):
         upop.load(_edited(folder, **{"class": "CLIP", "arguments": {**arguments, "depth": 3}}))
+    with pytest.raises(CheckpointError, match="cannot build CLIP as described"):
+        upop.load(_edited(folder, arguments={**arguments, "vision_cfg": {**arguments["vision_cfg"], "patch_size": 0}}))
     _edited(folder, arguments=arguments)
     monkeypatch.setitem(sys.modules, "open_clip", None)
     with pytest.raises(CheckpointError, match="not installed here: pip install open_clip_torch"):

@@ -359,10 +359,12 @@ def test_a_dense_model_cannot_be_compressed_by_its_configuration(tmp_path: Path)
 def test_what_is_missing_or_of_another_model_is_named(tmp_path: Path) -> None:
     model, _ = compressed("vit")
     model.save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match="ViTForImageClassification, and was to fill a BertForSequenceClass"):
+        upop.load_into(bert(), upop.save(model, tmp_path / "ours"))
     with pytest.raises(
         PlanError, match=r"does not fit BertForSequenceClassification: .*Load the folder with the class"
     ):
-        upop.load_into(bert(), upop.save(model, tmp_path / "ours"))
+        transformers.BertForSequenceClassification.from_pretrained(tmp_path)
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"holds config\.json and no model\.safetensors"):
         upop.load(tmp_path)

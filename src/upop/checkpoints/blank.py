@@ -35,21 +35,22 @@ def drawing_nothing() -> Iterator[None]:
         random.setstate(python)
 
 
-def outline(build: Callable[[], nn.Module], tensors: int | None = None) -> nn.Module:
+def outline(build: Callable[[], nn.Module], tensors: int | None = None, source: str = "The file") -> nn.Module:
     """Return the model that `build` makes, on the meta device.
 
     Args:
         build: makes the model.
         tensors: how many its file holds; a model that has many times more parts is not built to its end.
+        source: the file, for messages.
 
     Raises:
         CheckpointError: the model has too many parts.
     """
-    with drawing_nothing(), _counted(tensors), torch.device("meta"):
+    with drawing_nothing(), _counted(tensors, source), torch.device("meta"):
         return build()
 
 
-def frame(build: Callable[[], nn.Module], tensors: int | None = None) -> nn.Module:
+def frame(build: Callable[[], nn.Module], tensors: int | None = None, source: str = "The file") -> nn.Module:
     """Return the model that `build` makes, with its parameters on the meta device and its buffers on the CPU.
 
     Parameters that are shared stay shared. `fill` gives them memory.
@@ -63,7 +64,7 @@ def frame(build: Callable[[], nn.Module], tensors: int | None = None) -> nn.Modu
             return None  # it stays as it is
         return nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
 
-    with drawing_nothing(), _counted(tensors), _watching(parameters=without_memory):
+    with drawing_nothing(), _counted(tensors, source), _watching(parameters=without_memory):
         return build()
 
 
@@ -81,7 +82,7 @@ def fill(model: nn.Module) -> nn.Module:
 
 
 @contextmanager
-def _counted(tensors: int | None) -> Iterator[None]:
+def _counted(tensors: int | None, source: str) -> Iterator[None]:
     """Stop a constructor that makes many times more parts than the file has tensors."""
     most = None if tensors is None else _PARTS_PER_TENSOR * tensors + _PARTS_BESIDE
     count = 0
@@ -90,7 +91,10 @@ def _counted(tensors: int | None) -> Iterator[None]:
         nonlocal count
         count += 1
         if most is not None and count > most:
-            raise CheckpointError(f"more than {most} parts are asked for, and the file holds {tensors} tensors")
+            raise CheckpointError(
+                f"{source} describes a model of more than {most} parts, and holds {tensors} tensors. Was it damaged? "
+                "Fetch or write it again."
+            )
 
     with _watching(parameters=one_more, buffers=one_more, modules=one_more):
         yield

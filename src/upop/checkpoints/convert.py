@@ -11,15 +11,16 @@ import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from upop.checkpoints.description import is_folder
 from upop.checkpoints.fit import kept_sizes, load_strictly
-from upop.checkpoints.folder import is_folder, load, save
+from upop.checkpoints.folder import load, save
 from upop.checkpoints.hub import local_path
 from upop.checkpoints.hugging_face import counterpart_named, counterpart_of
 from upop.checkpoints.official import load_official, save_official, task_for, task_of
 from upop.checkpoints.quantizer import mark
 from upop.checkpoints.read import read_weights
 from upop.checkpoints.sizes import resize
-from upop.checkpoints.transformers_models import is_transformers_folder, read_config
+from upop.checkpoints.transformers_models import architectures, is_transformers_folder, read_config
 from upop.errors import VerificationError
 from upop.models import kind_of
 from upop.pruning import survey
@@ -47,8 +48,8 @@ def read_model(source: str | Path, task: str | None = None, **overrides: Any) ->
     if is_folder(path) and not is_transformers_folder(path):
         return load(path)
     if is_transformers_folder(path):
-        kinds = read_config(path).get("architectures") or ["model without a name"]
-        return load_official(counterpart_named(str(kinds[0])).task, path, **overrides)
+        kinds = architectures(path, read_config(path)) or ["model without a name"]
+        return load_official(counterpart_named(kinds[0]).task, path, **overrides)
     return load_official(task or task_of(read_weights(path), str(path)), path, **overrides)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from pydantic import ValidationError
 from torch import Tensor, nn
 
+from upop.checkpoints.blank import fill, frame, outline
 from upop.errors import CheckpointError, UPopError
 from upop.pruning import Plan, Unit, shrink, survey
 
@@ -38,7 +40,14 @@ def kept_sizes(units: Sequence[Unit], state: Mapping[str, Tensor], source: str) 
     return sizes
 
 
-def fit(model: nn.Module, state: Mapping[str, Tensor], source: str, fixed_scale: Callable[[Unit], bool]) -> nn.Module:
+def fit(
+    model: nn.Module,
+    state: Mapping[str, Tensor],
+    source: str,
+    fixed_scale: Callable[[Unit], bool],
+    *,
+    strict: bool = True,
+) -> nn.Module:
     """Shrink `model` to the shapes of a published state dict, and put the weights in.
 
     Args:
@@ -47,20 +56,93 @@ def fit(model: nn.Module, state: Mapping[str, Tensor], source: str, fixed_scale:
         source: where they come from, for messages.
         fixed_scale: says of which attention units the published code keeps the softmax scale of the dense model
             when they are compressed; their queries are folded so that the natural scale computes the same.
+        strict: False warns of what does not fit, and leaves the model's own values there.
 
     Raises:
         CheckpointError: keys or shapes do not fit; they are listed.
     """
+    units, sizes = _cut(model, state, source)
+    fill(model)
+    fitting = compare(model, state, source, strict=strict)
+    model.load_state_dict(fitting, strict=False)
+    for unit in units:
+        if unit.name in sizes and sizes[unit.name] < unit.size and fixed_scale(unit):
+            scale_queries(model, unit, sizes[unit.name], math.sqrt(sizes[unit.name] / unit.size))
+    return model
+
+
+def build_to_fit(
+    build: Callable[[], nn.Module],
+    state: Mapping[str, Tensor],
+    source: str,
+    *,
+    dense: Mapping[str, int] | None = None,
+    strict: bool = True,
+) -> nn.Module:
+    """Return the dense model that `build` makes, for `fit` with tensors of these names and shapes.
+
+    It is built without memory first, and compared with the shapes. Where all fit, its parameters have no memory before
+    `fit` has cut them, so that a model never takes more than its file.
+
+    Args:
+        build: makes the dense model.
+        state: its tensors, with or without their content.
+        source: where they come from, for messages.
+        dense: unit -> entries that it must have before it is cut, where that is known.
+        strict: False lets it have parts that the tensors do not give.
+
+    Raises:
+        CheckpointError: names or shapes do not fit, or what is beside the weights would be larger than they are.
+    """
+    blank = outline(build, len(state), source)
+    _check_beside(blank, state, source)
+    units, _ = _cut(blank, state, source)
+    for unit in units:
+        size = (dense or {}).get(unit.name, unit.size)
+        if size != unit.size:
+            raise CheckpointError(
+                f"{source} describes a model with {unit.size} entries in {unit.name}, and says that there were {size} "
+                "before it was cut. Was it damaged? Fetch or write it again."
+            )
+    known = blank.state_dict()
+    if strict:
+        compare(blank, state, source)
+    if strict or all(name in state and state[name].shape == value.shape for name, value in known.items()):
+        return frame(build, len(state), source)
+    held, asked = (sum(value.numel() for value in tensors.values()) for tensors in (state, known))
+    if asked > AT_MOST * held + BESIDE:
+        raise CheckpointError(
+            f"{source} describes a model of {asked:,} numbers, and holds {held:,}. That is no model of which some "
+            "weights are missing."
+        )
+    return build()
+
+
+AT_MOST, BESIDE = 4, 2**24
+"""How many times the numbers of its file a model may have, missing or made anew, and how many beside."""
+
+
+def _check_beside(blank: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
+    """Refuse buffers that are not saved, such as masks of attention, of sizes that the weights do not speak of."""
+    saved = blank.state_dict()
+    beside = {name: buffer for name, buffer in blank.named_buffers() if name not in saved}
+    held = sum(value.numel() for value in state.values())
+    if sum(buffer.numel() for buffer in beside.values()) > AT_MOST * held + BESIDE:
+        name, buffer = max(beside.items(), key=lambda each: each[1].numel())
+        raise CheckpointError(
+            f"{source} describes a model whose {name} alone has shape {tuple(buffer.shape)}, and its weights hold "
+            f"{held:,} numbers. Was it damaged? Fetch or write it again."
+        )
+
+
+def _cut(model: nn.Module, state: Mapping[str, Tensor], source: str) -> tuple[Sequence[Unit], dict[str, int]]:
+    """Cut a dense model to the shapes of `state`; return its units as they were, and what they keep."""
     units = survey(model).units
     sizes = kept_sizes(units, state, source)
     compressed = {unit.name: range(sizes[unit.name]) for unit in units if sizes.get(unit.name, unit.size) < unit.size}
     if compressed:
         shrink(model, Plan.of(list(units), compressed), fold=False)
-    load_strictly(model, state, source)
-    for unit in units:
-        if unit.name in compressed and fixed_scale(unit):
-            scale_queries(model, unit, sizes[unit.name], math.sqrt(sizes[unit.name] / unit.size))
-    return model
+    return units, sizes
 
 
 @torch.no_grad()
@@ -82,21 +164,49 @@ def load_strictly(
     Raises:
         CheckpointError: keys are missing or unknown, shapes differ, or numbers are not finite; nothing was copied.
     """
-    mine = model.state_dict()
-    missing = [key for key in mine if key not in state]
-    problems = [f"missing {key}" for key in missing if not may_miss(key)]
-    problems += [f"unknown {key}" for key in state if key not in mine]
-    wrong = {key: _misfit(state[key], mine[key]) for key in mine if key in state}
-    problems += [f"{key} {problem}" for key, problem in wrong.items() if problem]
-    if problems:
-        more = f"\n  ... and {len(problems) - 12} more" if len(problems) > 12 else ""
-        raise CheckpointError(
-            f"{source} does not fit {type(model).__name__} ({len(problems)} of {len(mine)} keys):\n  "
-            + "\n  ".join(problems[:12])
-            + more
-        )
-    model.load_state_dict(dict(state), strict=False)
+    missing = [key for key in model.state_dict() if key not in state]
+    model.load_state_dict(compare(model, state, source, may_miss), strict=False)
     return missing
+
+
+def compare(
+    model: nn.Module,
+    state: Mapping[str, Tensor],
+    source: str,
+    may_miss: Callable[[str], bool] = lambda _key: False,
+    *,
+    strict: bool = True,
+) -> dict[str, Tensor]:
+    """Return what of `state` fits `model`: all of it, unless `strict` is False, which warns of the rest.
+
+    Args:
+        model: cut to the sizes in `state`.
+        state: with or without content (on the meta device, where nothing is said of the numbers).
+        source: where it comes from, for messages.
+        may_miss: says which of the model's keys need not be there.
+        strict: whether what does not fit is an error.
+
+    Raises:
+        CheckpointError: keys are missing or unknown, shapes differ, or numbers are not finite; they are listed.
+    """
+    mine = model.state_dict()
+    problems = [f"missing {key}" for key in mine if key not in state and not may_miss(key)]
+    problems += [f"unknown {key}" for key in state if key not in mine]
+    shapes = {key: _misfit(state[key], mine[key]) for key in mine if key in state}
+    numbers = {key: not_finite(state[key]) for key in mine if key in state and not shapes[key]}
+    problems += [f"{key} {problem}" for key, problem in {**shapes, **numbers}.items() if problem]
+    if problems:
+        said = listed(f"{source} does not fit {type(model).__name__} ({len(problems)} of {len(mine)} keys)", problems)
+        if strict:
+            raise CheckpointError(said)
+        warnings.warn(said, stacklevel=4)
+    return {key: value for key, value in state.items() if key in mine and not shapes[key]}
+
+
+def listed(heading: str, problems: Sequence[str]) -> str:
+    """Return a heading with the first of many problems below it, a line for each."""
+    more = f"\n  ... and {len(problems) - 12} more" if len(problems) > 12 else ""
+    return f"{heading}:\n  " + "\n  ".join(problems[:12]) + more
 
 
 @contextmanager
@@ -119,9 +229,14 @@ def _misfit(found: Tensor, mine: Tensor) -> str:
         return f"has shape {tuple(found.shape)}, the model {tuple(mine.shape)}"
     if mine.is_floating_point() and not found.is_floating_point():
         return f"holds {found.dtype} numbers, the model {mine.dtype}"
-    if mine.is_floating_point() and not found.isfinite().all():
-        return "holds numbers that are not finite, so the model would compute nothing. Was its training ended by them?"
     return ""
+
+
+def not_finite(found: Tensor) -> str:
+    """Say of a tensor that it holds NaN or infinite numbers; nothing if it does not."""
+    if found.is_meta or not found.is_floating_point() or found.isfinite().all():
+        return ""
+    return "holds numbers that are not finite, so the model would compute nothing. Was its training ended by them?"
 
 
 def resize_positions(positions: Tensor, tokens: int) -> Tensor:

@@ -17,10 +17,21 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from upop.checkpoints import card, open_clip_models, timm_models
-from upop.checkpoints.fit import fit
+from upop.checkpoints.blank import outline
+from upop.checkpoints.description import FILE as DESCRIPTION
+from upop.checkpoints.description import (
+    FORMAT,
+    Description,
+    UnitLayout,
+    check_digests,
+    digests,
+    is_folder,
+    read_description,
+)
+from upop.checkpoints.fit import build_to_fit, fit
 from upop.checkpoints.hub import is_hub_name, local_path
 from upop.checkpoints.quantizer import mark
-from upop.checkpoints.read import read_weights
+from upop.checkpoints.read import read_outline, read_weights
 from upop.checkpoints.recording import plan_of, set_plan
 from upop.checkpoints.sizes import plan_for
 from upop.checkpoints.transformers_models import is_transformers_folder, load_transformers, misfit
@@ -32,21 +43,9 @@ from upop.pruning import Plan, Unit, count_parameters, survey
 from upop.pruning.errors import some_of
 from upop.pruning.masks import refuse_masked, unwrapped
 from upop.pruning.sharded import refuse_sharded
-from upop.reading import read_object
+from upop.values import problems
 
 WEIGHTS = "model.safetensors"
-_DESCRIPTION = "upop.json"
-_FORMAT = 1
-_KINDS = {
-    "model": str | None,
-    "class": str,
-    "config": dict | None,
-    "plan": dict | None,
-    "transformers": bool | None,
-    "timm": dict | None,
-    "open_clip": dict | None,
-    "layout": dict | None,
-}
 
 
 def save(model: nn.Module, folder: str | Path, plan: Plan | None = None, *, overwrite: bool = False) -> Path:
@@ -78,18 +77,19 @@ def save(model: nn.Module, folder: str | Path, plan: Plan | None = None, *, over
     kind = kind_of(model)
     _refuse_meta(model)
     _warn_masked(model, units)
+    dense = _dense_sizes(model, plan)
     in_transformers = isinstance(model, PreTrainedModel) and _is_its_own(model)
     if in_transformers:
         mark(model)
     description = {
-        "format": _FORMAT,
+        "format": FORMAT,
         "model": kind,
         "class": f"{type(model).__module__}.{type(model).__qualname__}",
         "config": model.config.model_dump() if kind else None,  # type: ignore[union-attr, operator]
         "transformers": in_transformers,
         "timm": None if kind or in_transformers else timm_models.describe(model, plan),
         "open_clip": None if kind or in_transformers else open_clip_models.describe(model, plan),
-        "layout": {unit.name: _unit(unit, plan) for unit in units},
+        "layout": {unit.name: _unit(unit, dense.get(unit.name)) for unit in units},
         "plan": json.loads(plan.to_json()) if plan is not None else None,
         "versions": {name: metadata.version(name) for name in ("upop", "torch", "timm", "transformers")},
     }
@@ -98,46 +98,57 @@ def save(model: nn.Module, folder: str | Path, plan: Plan | None = None, *, over
             model.save_pretrained(fresh)  # type: ignore[operator]
         else:
             write_weights(model.state_dict(), fresh / WEIGHTS)
-        (fresh / _DESCRIPTION).write_text(json.dumps(description, indent=1))
+        description["weights"] = digests(fresh)
+        (fresh / DESCRIPTION).write_text(json.dumps(description, indent=1))
         if plan is not None:
             (fresh / card.FILE).write_text(_card(model, description), encoding="utf-8")
     return folder
 
 
-def load(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
+def load(folder: str | Path, model: nn.Module | None = None, *, strict: bool = True) -> nn.Module:
     """Return the model that `save` wrote, in evaluation mode, on the CPU, in the saved precision.
+
+    Nothing is fetched or run because a folder says so, and nothing is allocated that its weights do not hold.
 
     Args:
         folder: the folder, or one that transformers' `save_pretrained` wrote, or the name of such a model on the hub.
         model: the dense model to cut and fill, where upop cannot build it; changed in place, see `load_into`.
+        strict: False warns of weights that are missing, unexpected, of another shape, not finite, or not those that
+            were saved; where there are none, the model keeps what it was built with.
 
     Raises:
-        CheckpointError: the folder is not one of ours, is damaged, or does not fit the model.
+        CheckpointError: the folder is not one of ours, is damaged, or does not fit the model; what does not is listed.
     """
     if model is not None:
-        return load_into(model, folder)
+        return load_into(model, folder, strict=strict)
     folder = local_path(folder)
     if not is_folder(folder) and is_transformers_folder(folder):
-        return load_transformers(folder)
+        return load_transformers(folder, strict=strict)
     description = read_description(folder)
     plan = _plan(description, folder)
-    if description["transformers"]:
-        model = load_transformers(folder, description["class"])
+    if description.transformers:
+        model = load_transformers(folder, description.kind, strict=strict)
     else:
+        source, held = str(folder), read_outline(folder / WEIGHTS)
+        # Of our own models, whose configuration has one number for all layers, it is known what there was before.
+        sizes = {name: unit.of for name, unit in (description.layout or {}).items() if description.model and unit.of}
+        model = build_to_fit(lambda: _dense(description, folder), held, source, dense=sizes, strict=strict)
         state = read_weights(folder / WEIGHTS)
-        model = fit(_as_precise(_dense(description, folder), state), state, str(folder), lambda _unit: False)
-    _check_layout(model, plan, description["layout"] or {}, folder)
+        model = fit(_as_precise(model, state), state, source, lambda _unit: False, strict=strict)
+    check_digests(folder, description, strict=strict)
+    _check_layout(model, plan, description.layout or {}, folder)
     set_plan(model, plan)
     return model.eval()
 
 
-def load_into(model: nn.Module, folder: str | Path) -> nn.Module:
+def load_into(model: nn.Module, folder: str | Path, *, strict: bool = True) -> nn.Module:
     """Cut a dense model to the sizes in a folder that `save` wrote, and fill it; return it, in evaluation mode.
 
     Args:
         model: the dense model, as it was before it was compressed: `timm.create_model(...)`,
             `open_clip.create_model(...)`, or one's own. It is changed in place.
         folder: the folder, or the name of a model on the hub.
+        strict: False warns of what does not fit, as `load` does, and of a model of another class.
 
     Raises:
         CheckpointError: the folder is not one of ours, is damaged, or holds a model that `model` cannot become.
@@ -145,55 +156,33 @@ def load_into(model: nn.Module, folder: str | Path) -> nn.Module:
     folder, whole = local_path(folder), model
     model = unwrapped(model)
     description = read_description(folder)
-    if isinstance(model, PreTrainedModel) and description["transformers"] is not False:
-        state = load_transformers(folder, type(model)).state_dict()
+    _check_class(model, description, folder, strict=strict)
+    if isinstance(model, PreTrainedModel) and description.transformers is not False:
+        state = load_transformers(folder, type(model), strict=strict).state_dict()
     else:
         state = read_weights(folder / WEIGHTS)
     try:
-        fit(model, state, str(folder), lambda _unit: False)
+        fit(model, state, str(folder), lambda _unit: False, strict=strict)
     except CheckpointError as error:
         raise CheckpointError(
-            f"{error}\n{folder} holds a {description['class']}. Build that model, with the settings that it had before "
+            f"{error}\n{folder} holds a {description.kind}. Build that model, with the settings that it had before "
             "it was compressed."
         ) from error
+    check_digests(folder, description, strict=strict)
     set_plan(model, _plan(description, folder))
     if isinstance(model, PreTrainedModel):
         mark(model)
     return whole.eval()
 
 
-def read_description(folder: Path) -> dict[str, Any]:
-    """Return what `upop.json` says.
-
-    Raises:
-        CheckpointError: there is none, it is damaged, or a later upop wrote it.
-    """
-    path = folder / _DESCRIPTION
-    if not path.is_file():
-        raise CheckpointError(
-            f"{folder} was asked for, and {_found(folder)}. Give a folder that upop.save wrote (a run keeps one under "
-            "best/)."
-        )
-    description = read_object(path, CheckpointError, "Write the model again.", nan=True)
-    try:
-        fields = {name: description[name] for name in ("format", "model", "class", "config", "plan")}
-        # Folders of upop 0.1.0 do not have these.
-        fields |= {name: description.get(name) for name in ("transformers", "timm", "open_clip", "layout")}
-    except KeyError as error:
-        raise CheckpointError(f"{path} is damaged: {error!r}. Write the model again.") from error
-    if fields["format"] != _FORMAT:
-        raise CheckpointError(f"{path} has format {fields['format']!r}; this upop reads {_FORMAT}. Update upop.")
-    for name, kinds in _KINDS.items():
-        if not isinstance(fields[name], kinds):
-            raise CheckpointError(
-                f"{path} is damaged: {name} is of type {type(fields[name]).__name__}. Write the model again."
-            )
-    return fields
-
-
-def is_folder(path: Path) -> bool:
-    """Whether `path` is a folder that `save` wrote."""
-    return (path / _DESCRIPTION).is_file()
+def _check_class(model: nn.Module, description: Description, folder: Path, *, strict: bool) -> None:
+    """Refuse a model of another class than the folder's; one that is derived from it will do."""
+    kind = description.kind.rpartition(".")[2]
+    if kind not in (each.__name__ for each in type(model).__mro__):
+        said = f"{folder} holds a {description.kind}, and was to fill a {type(model).__name__}. Build a {kind}."
+        if strict:
+            raise CheckpointError(said)
+        warnings.warn(said, stacklevel=3)
 
 
 def _card(model: nn.Module, description: dict[str, Any]) -> str:
@@ -250,71 +239,76 @@ def _is_its_own(model: PreTrainedModel) -> bool:
     return why is None
 
 
-def _found(folder: Path) -> str:
-    if not folder.exists():
-        return "nothing was found there"
-    return f"it holds no {_DESCRIPTION}" if folder.is_dir() else "it is a file"
+def _dense_sizes(model: nn.Module, plan: Plan | None) -> Mapping[str, int]:
+    """Return unit -> entries before it was cut, as far as that is known."""
+    kind = kind_of(model)
+    if kind is None:
+        return plan.sizes if plan is not None else {}
+    build, _ = MODELS[kind]
+    return {unit.name: unit.size for unit in survey(outline(lambda: build(model.config))).units}
 
 
-def _unit(unit: Any, plan: Plan | None) -> dict[str, Any]:
-    dense = plan.sizes.get(unit.name, unit.size) if plan is not None else None
+def _unit(unit: Unit, dense: int | None) -> dict[str, Any]:
     return {"kind": unit.kind, "modality": unit.modality, "heads": unit.heads, "entries": unit.size, "of": dense}
 
 
-def _plan(description: dict[str, Any], folder: Path) -> Plan | None:
+def _plan(description: Description, folder: Path) -> Plan | None:
     try:
-        return None if description["plan"] is None else Plan.from_json(json.dumps(description["plan"]))
+        return None if description.plan is None else Plan.from_json(json.dumps(description.plan))
     except PlanError as error:
-        raise CheckpointError(f"{folder / _DESCRIPTION} has a plan that cannot be read. {error}") from error
+        raise CheckpointError(f"{folder / DESCRIPTION} has a plan that cannot be read. {error}") from error
 
 
-def _check_layout(model: nn.Module, plan: Plan | None, layout: Mapping[str, Any], folder: Path) -> None:
+def _check_layout(model: nn.Module, plan: Plan | None, layout: Mapping[str, UnitLayout], folder: Path) -> None:
     """Raise CheckpointError where the units of a loaded model are not what its description and its plan say.
 
     Shapes alone tell neither heads nor which entries were kept.
     """
     for unit in survey(model).units:
         found = {"heads": unit.heads, "entries": unit.size}
-        told = layout.get(unit.name, found)
+        told = layout.get(unit.name)
         kept = None if plan is None else plan.kept.get(unit.name)
         size = 0 if plan is None else plan.sizes.get(unit.name, 0)
         wrong = ""
-        if not isinstance(told, Mapping) or any(told.get(name) != value for name, value in found.items()):
-            wrong = f"says {told}, and the weights {found}"
+        if told is not None and (told.heads, told.entries) != (unit.heads, unit.size):
+            wrong = f"says {told.model_dump(include=set(found))}, and the weights {found}"
         elif kept is not None and (len(kept) != unit.size or list(kept) != sorted(set(kept))):
             wrong = f"has a plan of {len(kept)} entries, ascending and each once, for the {unit.size} of the weights"
         elif kept is not None and not 0 <= kept[0] <= kept[-1] < size:
             wrong = f"has a plan of entries {kept[0]} to {kept[-1]} of {size}"
-        elif kept is not None and told.get("of", size) not in (size, None):
-            wrong = f"says that there were {told['of']} entries, and its plan {size}"
+        elif kept is not None and told is not None and told.of not in (size, None):
+            wrong = f"says that there were {told.of} entries, and its plan {size}"
         if wrong:
-            raise CheckpointError(f"{folder / _DESCRIPTION} is damaged: of {unit.name} it {wrong}. Write it again.")
+            raise CheckpointError(f"{folder / DESCRIPTION} is damaged: of {unit.name} it {wrong}. Write it again.")
     names = {unit.name for unit in survey(model).units}
     unknown = [name for name in plan.kept if name not in names] if plan is not None else []
     if unknown:
         raise CheckpointError(
-            f"The plan in {folder / _DESCRIPTION} names {unknown[0]!r}, and the model has no such unit"
+            f"The plan in {folder / DESCRIPTION} names {unknown[0]!r}, and the model has no such unit"
             f"{nearest(unknown[0], sorted(names))}. Were layers dropped after it was cut? Build that model and call "
             "upop.load_into(model, folder), which reads the weights alone."
         )
 
 
-def _dense(description: dict[str, Any], folder: Path) -> nn.Module:
+def _dense(description: Description, folder: Path) -> nn.Module:
     """Return the dense model that a folder describes, with fresh weights."""
-    if description["timm"] is not None:
-        return timm_models.build(description["timm"], str(folder / _DESCRIPTION))
-    if description["open_clip"] is not None:
-        return open_clip_models.build(description["open_clip"], str(folder / _DESCRIPTION))
-    if description["model"] not in MODELS:
+    if description.timm is not None:
+        return timm_models.build(description.timm, str(folder / DESCRIPTION))
+    if description.open_clip is not None:
+        return open_clip_models.build(description.open_clip, str(folder / DESCRIPTION))
+    if description.model not in MODELS:
         raise CheckpointError(
-            f"{folder} holds a {description['class']}, which upop cannot build by name. "
+            f"{folder} holds a {description.kind}, which upop cannot build by name. "
             "Build the dense model and call upop.load_into(model, folder), or upop.load(folder, model)."
         )
-    built, config = MODELS[description["model"]]
+    built, config = MODELS[description.model]
     try:
-        model: nn.Module = built(config(**description["config"]))
-    except (ValidationError, TypeError) as error:
-        raise CheckpointError(f"{folder / _DESCRIPTION} describes a model that cannot be built: {error}") from error
+        model: nn.Module = built(config(**(description.config or {})))
+    except CheckpointError:
+        raise
+    except Exception as error:  # a size that fits no other one is found by whatever computes with it
+        said = "; ".join(problems(error)) if isinstance(error, ValidationError) else str(error) or type(error).__name__
+        raise CheckpointError(f"{folder / DESCRIPTION} describes a model that cannot be built: {said}") from error
     return model
 
 

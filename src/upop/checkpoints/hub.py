@@ -31,7 +31,7 @@ def local_path(name: str | Path) -> Path:
         return remote.local_path(str(name))
     path = located(name)
     try:
-        if path.exists() or not is_hub_name(str(name)):
+        if path.exists() or isinstance(name, Path) or not is_hub_name(name):
             return path
     except OSError as error:  # a name that no file can have
         raise CheckpointError(f"{name} was asked for: {error.strerror}. Check the path.") from error

@@ -18,7 +18,7 @@ from upop.checkpoints.blank import outline
 from upop.checkpoints.classifier_layout import classifier_sizes, named_sizes
 from upop.checkpoints.classifier_layout import with_positions as classifier_positions
 from upop.checkpoints.clip_names import from_openai, is_openai, to_openai, weights_only
-from upop.checkpoints.fit import expecting_shapes, fit, load_strictly, resize_positions, scale_queries
+from upop.checkpoints.fit import build_to_fit, expecting_shapes, fit, load_strictly, resize_positions, scale_queries
 from upop.checkpoints.hugging_face import with_copies
 from upop.checkpoints.published import read_published
 from upop.checkpoints.segmenter_layout import as_encoder, segmenter_sizes, with_positions
@@ -66,7 +66,7 @@ class _Official:
     implied: Callable[[dict[str, Any]], dict[str, Any]] = lambda _overrides: {}
 
 
-def load_official(task: str, path: str | Path, **overrides: Any) -> nn.Module:
+def load_official(task: str, path: str | Path, *, strict: bool = True, **overrides: Any) -> nn.Module:
     """Return the model in a published checkpoint, dense or compressed, ready to use (evaluation mode).
 
     Sizes are read off the shapes; kept entries too. What shapes cannot tell has the published value, and can be
@@ -77,14 +77,16 @@ def load_official(task: str, path: str | Path, **overrides: Any) -> nn.Module:
         task: name of the task, or of the model that its checkpoints are known by ("deit", "clip").
         path: a `.pth` with `{"model": state_dict}`, a `.safetensors` file, a folder in transformers' layout, or the
             name of one on the hub ("Salesforce/blip-vqa-base").
+        strict: False warns of weights that are missing, unexpected, of another shape or not finite; where there are
+            none, the model keeps what it was built with.
         overrides: fields of the task's configuration.
 
     Raises:
-        CheckpointError: the file cannot be read or does not fit.
+        CheckpointError: the file cannot be read or does not fit; what does not is listed.
         SettingError: the task or an override is unknown.
     """
     row = _row(task)
-    found = read_published(path)
+    found = read_published(path, strict=strict)
     if found.task is not None and found.task != _ALIASES.get(task, task):
         raise CheckpointError(
             f"{path} holds a {found.kind}, which is a model for {found.task!r}; asked for was {task!r}."
@@ -95,7 +97,8 @@ def load_official(task: str, path: str | Path, **overrides: Any) -> nn.Module:
     # The published ViT keeps dividing by the square root of its dense head_dim after compression; BERT does not, and
     # no class of transformers does.
     fixed_scale = row.fixed_scale if found.task is None else lambda _unit: False
-    return fit(row.model(config), state, str(path), fixed_scale).eval()
+    model = build_to_fit(lambda: row.model(config), state, str(path), strict=strict)
+    return fit(model, state, str(path), fixed_scale, strict=strict).eval()
 
 
 def save_official(task: str, model: nn.Module, path: str | Path, *, overwrite: bool = False) -> Path:

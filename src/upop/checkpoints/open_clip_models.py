@@ -9,17 +9,23 @@ import json
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from pydantic import ConfigDict, Field, field_validator
 from torch import Tensor, nn
 
 from upop.checkpoints import timm_models
+from upop.checkpoints.blank import outline
+from upop.checkpoints.description import MOST_LAYERS, Read, read_from
 from upop.checkpoints.likeness import same_but_for_sizes
+from upop.checkpoints.outside import checked_config, is_timm_name, sealed
 from upop.errors import CheckpointError
 from upop.pruning import Plan
+from upop.values import shortened
 
 _KINDS = ("CLIP", "CustomTextCLIP")
+_WORD = r"^\w*$"
 _USUAL_EPS = 1e-5  # of open_clip's norms, where nothing else is said
 
 
@@ -39,12 +45,95 @@ def describe(model: nn.Module, plan: Plan | None) -> dict[str, Any] | None:
     preprocess = getattr(model.visual, "preprocess_cfg", None)
     try:
         arguments = _Reader(model, plan).arguments()
-        built = _build(kind, arguments, preprocess)
+        built = outline(lambda: _build(kind, arguments, preprocess))
     except Exception:  # parts that were exchanged have none of what is read; open_clip checks in its own ways
         return None
     if not _masks_are_alike(model) or not same_but_for_sizes(model, built):
         return None
     return {"class": kind, "arguments": arguments, "preprocess": preprocess}
+
+
+class _Part(Read):
+    model_config = ConfigDict(extra="forbid")
+
+
+class _Blocks(_Part):
+    layers: int | list[int] = Field(12)
+    width: int = Field(768, ge=1)
+    mlp_ratio: float = Field(4.0, gt=0)
+    ls_init_value: float | None = None
+    block_type: Literal["custom", "default"] = "default"
+    qk_norm: bool = False
+    scaled_cosine_attn: bool = False
+    scale_heads: bool = False
+    scale_attn_inner: bool = False
+    scale_attn: bool = False
+    scale_fc: bool = False
+    act_kwargs: dict[Literal["approximate"], Literal["tanh", "none"]] | None = None
+    norm_kwargs: dict[Literal["eps"], float] | None = None
+    output_tokens: bool = False
+    pool_type: str = Field("", pattern=_WORD)
+
+    @field_validator("layers")
+    @classmethod
+    def _can_be_built(cls, layers: int | list[int]) -> int | list[int]:
+        if not all(0 < each <= MOST_LAYERS for each in ([layers] if isinstance(layers, int) else layers)):
+            raise ValueError(f"Input should be between 1 and {MOST_LAYERS}")
+        return layers
+
+
+class _Vision(_Blocks):
+    head_width: int = Field(64, ge=1)
+    patch_size: int | list[int] = 16
+    image_size: int | list[int] = 224
+    patch_dropout: float = Field(0.0, ge=0, le=1)
+    attentional_pool: bool | str = False
+    attn_pooler_queries: int = Field(256, ge=1)
+    attn_pooler_heads: int = Field(8, ge=1)
+    no_ln_pre: bool = False
+    pos_embed_type: Literal["learnable", "sin_cos_2d"] = "learnable"
+    final_ln_after_pool: bool = False
+    timm_model_name: str | None = None
+    timm_pool: str = Field("", pattern=_WORD)
+    timm_proj: Literal["linear", "mlp", "none", ""] = ""
+    timm_proj_bias: bool = False
+    timm_drop: float = Field(0.0, ge=0, le=1)
+    timm_drop_path: float | None = Field(None, ge=0, le=1)
+
+
+class _Text(_Blocks):
+    context_length: int = Field(77, ge=1)
+    vocab_size: int = Field(49408, ge=1)
+    heads: int = Field(8, ge=1)
+    embed_cls: bool = False
+    pad_id: int = 0
+    eos_id: int = 2
+    no_causal_mask: bool = False
+    proj_type: Literal["linear", "none"] = "linear"
+    proj_bias: bool = False
+    hf_config: dict[str, Any] | None = None
+    hf_model_pretrained: Literal[False] = False
+    hf_pooler_type: str = Field("", pattern=_WORD)
+    hf_proj_type: Literal["linear", "mlp"] | None = None
+
+
+class _Arguments(_Part):
+    """What `describe` writes, and `build` hands to open_clip: no names of other places, no flags that fetch weights."""
+
+    embed_dim: int = Field(ge=1)
+    vision_cfg: _Vision
+    text_cfg: _Text
+    quick_gelu: bool = False
+    nonscalar_logit_scale: bool = False
+    init_logit_bias: float | None = None
+    cast_dtype: Literal["bfloat16", "float16"] | None = None
+    output_dict: bool = False
+
+
+class _Described(Read):
+    kind: str = Field(alias="class")
+    arguments: _Arguments
+    preprocess: dict[str, Any] | None = None
 
 
 def build(description: Mapping[str, Any], source: str) -> nn.Module:
@@ -59,23 +148,47 @@ def build(description: Mapping[str, Any], source: str) -> nn.Module:
         raise CheckpointError(
             f"{source} holds a model of open_clip, which is not installed here: pip install open_clip_torch."
         ) from error
-    kind, arguments = description.get("class"), description.get("arguments")
-    if kind not in _KINDS or not isinstance(arguments, Mapping):
+    with read_from(source, "open_clip"):
+        told = _Described.model_validate(description)
+    if told.kind not in _KINDS:
         raise CheckpointError(
-            f"{source} holds open_clip's {kind!r} with {arguments!r}; upop builds {' and '.join(_KINDS)}. Was it "
-            "written by a later upop? Update upop."
+            f"{source} holds open_clip's {shortened(told.kind)}; upop builds {' and '.join(_KINDS)}. Was it written "
+            "by a later upop? Update upop."
         )
+    arguments = told.arguments.model_dump(exclude_unset=True)
+    name, config = told.arguments.vision_cfg.timm_model_name, told.arguments.text_cfg.hf_config
+    if name is not None and not is_timm_name(name):
+        raise CheckpointError(
+            f"{source} asks for the timm_model_name {shortened(name)}, which is no model that timm builds by itself. "
+            "Nothing is fetched for a folder."
+        )
+    if config is not None:
+        arguments["text_cfg"]["hf_config"] = _text_config(config, source)
     try:
-        return _build(str(kind), arguments, description.get("preprocess"), "cpu")
+        return _build(told.kind, arguments, told.preprocess)
     except Exception as error:  # each class checks its arguments in its own way
         raise CheckpointError(
-            f"{source}: open_clip {open_clip.__version__} cannot build {kind} as described: "
+            f"{source}: open_clip {open_clip.__version__} cannot build {told.kind} as described: "
             f"{type(error).__name__}: {error}. Update open_clip_torch, or build the dense model and call "
             "upop.load_into(model, folder)."
         ) from error
 
 
-def _build(kind: str, arguments: Mapping[str, Any], preprocess: Any, device: str = "meta") -> nn.Module:
+def _text_config(config: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """Return the configuration of a text tower of transformers, one of those that open_clip takes."""
+    from open_clip.hf_configs import arch_dict
+
+    wrong = [name for name in ("auto_map", "quantization_config") if config.get(name) is not None]
+    if config.get("model_type") not in arch_dict or wrong:
+        asked = f"{wrong[0]}={shortened(config[wrong[0]])}" if wrong else shortened(config.get("model_type"))
+        raise CheckpointError(
+            f"{source} asks for a text tower with {asked}, and open_clip takes the transformers models "
+            f"{', '.join(arch_dict)}, from their own classes. Nothing else is built for a folder."
+        )
+    return checked_config(config, source)
+
+
+def _build(kind: str, arguments: Mapping[str, Any], preprocess: Any) -> nn.Module:
     from open_clip import model as clip
 
     settings = json.loads(json.dumps(arguments))  # a copy: open_clip keeps what it is given
@@ -83,9 +196,11 @@ def _build(kind: str, arguments: Mapping[str, Any], preprocess: Any, device: str
     for name in ("image_size", "patch_size"):
         if isinstance(vision.get(name), list):
             vision[name] = tuple(vision[name])
-    precision = settings.pop("cast_dtype")
+    if torch.get_default_device().type == "meta":  # fixed ones are computed, at any size, before they are put there
+        vision.pop("pos_embed_type", None)
+    precision = settings.pop("cast_dtype", None)
     settings["cast_dtype"] = getattr(torch, precision) if precision else None
-    with tempfile.TemporaryDirectory() as folder, torch.device(device):
+    with tempfile.TemporaryDirectory() as folder, sealed():
         if "hf_config" in text:  # open_clip reads the configuration of such a tower from a folder, or from the hub
             (Path(folder) / "config.json").write_text(json.dumps(text.pop("hf_config")))
             text["hf_model_name"] = folder

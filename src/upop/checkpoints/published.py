@@ -32,7 +32,7 @@ class Published:
     kind: str | None = None
 
 
-def read_published(path: str | Path) -> Published:
+def read_published(path: str | Path, *, strict: bool = True) -> Published:
     """Return what is in a `.pth` or `.safetensors` file, a folder in transformers' layout, or a model of the hub.
 
     Raises:
@@ -41,6 +41,6 @@ def read_published(path: str | Path) -> Published:
     path = local_path(path)
     if not is_transformers_folder(path):
         return Published(read_weights(path))
-    theirs = load_transformers(path).float()
+    theirs = load_transformers(path, strict=strict).float()
     row = counterpart_for(theirs)
     return Published(row.read(theirs.state_dict()), row.sizes(theirs.config), row.task, row.kind)

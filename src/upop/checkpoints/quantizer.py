@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from importlib import metadata
 from typing import Any
 
@@ -22,6 +24,7 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from upop.checkpoints.fit import listed
 from upop.checkpoints.sizes import Sizes, dense_skeleton, resize, sizes_from_json, sizes_of
 from upop.errors import CheckpointError, SettingError
 from upop.models import kind_of
@@ -29,7 +32,21 @@ from upop.pruning import survey
 
 METHOD = "upop"
 _FORMAT = 1
+_LOADED = "_is_hf_initialized"  # what transformers notes on parameters that it has read, or tied to such
 _ALIGNMENT = 64  # bytes; where torch puts fresh tensors
+
+
+_gaps: ContextVar[bool] = ContextVar("gaps", default=False)
+
+
+@contextmanager
+def allowing_gaps() -> Iterator[None]:
+    """Let compressed models be loaded in this block whose weights are not all there; who loads them says so."""
+    before = _gaps.set(True)
+    try:
+        yield
+    finally:
+        _gaps.reset(before)
 
 
 class UpopConfig(QuantizationConfigMixin):
@@ -71,12 +88,14 @@ class UpopQuantizer(HfQuantizer):
             )
 
     def _process_model_before_weight_loading(self, model: Any, **_kwargs: Any) -> Any:
-        self.quantization_config.kept = _named_as_in(model, self.quantization_config.kept)
+        self.quantization_config.kept = named_as_in(model, self.quantization_config.kept)
         resize(model, self.quantization_config.kept)
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **_kwargs: Any) -> Any:
         # It is an ordinary model with smaller layers: it may be cast, trained, compiled and quantized like any other.
+        if not _gaps.get():
+            _refuse_gaps(model, self.quantization_config.kept)
         record = self.quantization_config.to_dict()
         self.remove_quantization_config(model)  # type: ignore[no-untyped-call]
         for module in model.modules():
@@ -152,6 +171,25 @@ def refuse_quantized(model: nn.Module) -> None:
             )
 
 
+def _refuse_gaps(model: PreTrainedModel, kept: Sizes) -> None:
+    """Refuse a compressed model with random numbers where its file has none.
+
+    A class that the file is not of may have a head of its own; the layers that were cut have to be there.
+    """
+    marked = {name: bool(getattr(value, _LOADED, False)) for name, value in model.named_parameters()}
+    missing = [name for name, loaded in marked.items() if not loaded] if any(marked.values()) else []
+    if type(model).__name__ not in (getattr(model.config, "architectures", None) or ()):
+        cut = {part.tensor for unit in survey(model).units if unit.name in kept for part in unit.slices}
+        missing = [name for name in missing if name in cut]
+    if missing:
+        raise CheckpointError(
+            listed(
+                f"{model.config.name_or_path} does not fit {type(model).__name__} ({len(missing)} of its tensors)",
+                [f"missing {name}" for name in missing],
+            )
+        )
+
+
 def _align(model: nn.Module) -> None:
     """Copy weights that lie at odd places in memory, as odd sizes do in a mapped file, to where fresh ones would lie.
 
@@ -199,7 +237,7 @@ def _own_configs(whole: PreTrainedModel) -> Iterator[tuple[str, PreTrainedModel]
             yield using[0]
 
 
-def _named_as_in(model: PreTrainedModel, sizes: Sizes) -> Sizes:
+def named_as_in(model: PreTrainedModel, sizes: Sizes) -> Sizes:
     """Return the sizes under the names that the units have in `model`, a model with the same base or a part of it.
 
     A model with a head names the units of its base with a prefix, the base alone does not.

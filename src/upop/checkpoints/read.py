@@ -5,7 +5,9 @@ from __future__ import annotations
 import pickle
 import re
 import warnings
-from collections.abc import Mapping
+import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,17 +34,14 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     """
     path = Path(path)
     if not is_file(path):
-        raise CheckpointError(
-            f"Checkpoint {path} was asked for, and {'a folder' if path.is_dir() else 'nothing'} was found there. "
-            f"Give the path of a .pth or .safetensors file{_run_folder_hint(path)}."
-        )
+        raise _nothing_there(path)
     if path.suffix == ".safetensors":
-        try:
-            return _with_shared(path, load_file(path))
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(
-                f"{path} is no readable safetensors file: {error}. Fetch or write it again."
-            ) from error
+        with _reading_safetensors(path):
+            tensors = load_file(path)
+            with safe_open(path, framework="pt") as file:
+                notes = file.metadata() or {}
+        return _with_shared(tensors, notes)
+    _refuse_packed(path)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns of old formats, which are read all the same
@@ -66,7 +65,32 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         if value.layout != torch.strided or value.is_meta or value.is_quantized:
             kind = "without content" if value.is_meta else "quantized" if value.is_quantized else str(value.layout)
             raise CheckpointError(f"{path}: {name} is {kind}; upop reads plain tensors. Save a dense state dict.")
+        if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+            raise CheckpointError(
+                f"{path}: {name} has shape {tuple(value.shape)}, and the file holds only a part of its numbers. Save "
+                "it as it is: tensor.contiguous()."
+            )
     return {str(name): value for name, value in state.items()}
+
+
+def read_outline(path: str | Path) -> dict[str, Tensor]:
+    """Return the tensors of a `.safetensors` file without their content, on the meta device: names, shapes, and
+    whether they are floating-point numbers.
+
+    Raises:
+        CheckpointError: there is no such file, or it is damaged.
+    """
+    path = Path(path)
+    if not is_file(path):
+        raise _nothing_there(path)
+    with _reading_safetensors(path), safe_open(path, framework="pt") as file:
+        outline = {}
+        for name in file.keys():  # noqa: SIM118 - it is no mapping
+            part = file.get_slice(name)
+            kind = torch.float32 if part.get_dtype().startswith(("F", "BF")) else torch.int64
+            outline[name] = torch.empty(part.get_shape(), dtype=kind, device="meta")
+        notes = file.metadata() or {}
+    return _with_shared(outline, notes)
 
 
 def shared_tensors(state: Mapping[str, Tensor]) -> dict[str, str]:
@@ -84,10 +108,38 @@ def shared_tensors(state: Mapping[str, Tensor]) -> dict[str, str]:
     return shared
 
 
-def _with_shared(path: Path, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    with safe_open(path, framework="pt") as file:
-        names = file.metadata() or {}
-    return state | {name: state[kept] for name, kept in names.items() if kept in state and name not in state}
+def _with_shared(state: dict[str, Tensor], notes: Mapping[str, str]) -> dict[str, Tensor]:
+    return state | {name: state[kept] for name, kept in notes.items() if kept in state and name not in state}
+
+
+@contextmanager
+def _reading_safetensors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (SafetensorError, OSError, KeyError) as error:
+        raise CheckpointError(f"{path} is no readable safetensors file: {error}. Fetch or write it again.") from error
+
+
+def _nothing_there(path: Path) -> CheckpointError:
+    return CheckpointError(
+        f"Checkpoint {path} was asked for, and {'a folder' if path.is_dir() else 'nothing'} was found there. "
+        f"Give the path of a .pth or .safetensors file{_run_folder_hint(path)}."
+    )
+
+
+def _refuse_packed(path: Path) -> None:
+    """Refuse an archive that unpacks to more than the file holds: torch writes its records as they are."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            records = archive.infolist()
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
+        return  # the older format, or nothing that torch reads either
+    packed = next((record for record in records if record.compress_type != zipfile.ZIP_STORED), None)
+    if packed is not None or sum(record.file_size for record in records) > path.stat().st_size:
+        raise CheckpointError(
+            f"{path} is an archive that unpacks to more than it is, and torch writes none like that. Write it again "
+            "with torch.save."
+        )
 
 
 def _run_folder_hint(path: Path) -> str:

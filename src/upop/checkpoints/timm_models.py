@@ -6,12 +6,16 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import timm
+from pydantic import ConfigDict, Field
 from torch import nn
 
 from upop.checkpoints.blank import outline
+from upop.checkpoints.description import MOST_LAYERS, Read, read_from
 from upop.checkpoints.likeness import same_but_for_sizes
+from upop.checkpoints.outside import is_timm_name, sealed
 from upop.errors import CheckpointError, nearest
 from upop.pruning import Plan
+from upop.values import shortened
 
 # Argument of create_model -> where a model keeps it; models that keep it elsewhere do not have it changed.
 _ARGUMENTS: Mapping[str, Callable[[Any], Any]] = {
@@ -59,7 +63,8 @@ def describe(model: nn.Module, plan: Plan | None) -> dict[str, Any] | None:
     if "mlp_ratio" in arguments:
         # A compressed model's own hidden size is no dense one; any that is large enough will do.
         hidden = max(_hidden_sizes(model, plan), default=0)
-        if hidden <= reference.blocks[0].mlp.fc1.out_features and "embed_dim" not in arguments:
+        usual = max(_hidden_sizes(reference, None), default=0)
+        if hidden <= usual and "embed_dim" not in arguments:
             del arguments["mlp_ratio"]
         else:
             arguments["mlp_ratio"] = (hidden + 0.5) / _read(_ARGUMENTS["embed_dim"], model)
@@ -69,29 +74,64 @@ def describe(model: nn.Module, plan: Plan | None) -> dict[str, Any] | None:
     return {"architecture": name, "arguments": arguments}
 
 
+class _Arguments(Read):
+    """What `describe` writes, and `build` hands to timm: sizes and switches of the model's own class, and no more."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    num_classes: int | None = Field(None, ge=0)
+    in_chans: int | None = Field(None, ge=1)
+    img_size: int | list[int] | None = None
+    patch_size: int | list[int] | None = None
+    embed_dim: int | None = Field(None, ge=1)
+    depth: int | None = Field(None, ge=1, le=MOST_LAYERS)
+    num_heads: int | None = Field(None, ge=1)
+    mlp_ratio: float | None = Field(None, gt=0)
+    qkv_bias: bool | None = None
+    init_values: float | None = None
+    reg_tokens: int | None = Field(None, ge=0)
+    class_token: bool | None = None
+    global_pool: str | None = Field(None, pattern=r"^\w*$")
+    fc_norm: bool | None = None
+    dynamic_img_size: bool | None = None
+    drop_path_rate: float | None = Field(None, ge=0, le=1)
+
+
+class _Described(Read):
+    architecture: str
+    arguments: dict[str, Any] = Field(default_factory=dict)
+
+
 def build(description: Mapping[str, Any], source: str) -> nn.Module:
     """Return the dense model that `describe` described, with fresh weights.
 
     Raises:
         CheckpointError: this timm has no such model, or does not take its arguments.
     """
-    name, arguments = description.get("architecture"), description.get("arguments", {})
-    if not isinstance(name, str) or not timm.is_model(name):
+    with read_from(source, "timm"):
+        told = _Described.model_validate(description)
+    name = told.architecture
+    if not is_timm_name(name):
         raise CheckpointError(
-            f"{source} holds timm's {name!r}, which timm {timm.__version__} does not have"
-            f"{nearest(str(name), timm.list_models())}. Update timm, or build the dense model and call "
+            f"{source} holds timm's {shortened(name)}, which timm {timm.__version__} does not have"
+            f"{nearest(name, timm.list_models())}. Update timm, or build the dense model and call "
             "upop.load_into(model, folder)."
         )
-    unknown = [argument for argument in arguments if argument not in _ARGUMENTS]
+    unknown = [argument for argument in told.arguments if argument not in _ARGUMENTS]
     if unknown:
         raise CheckpointError(
-            f"{source} asks for {name} with {unknown[0]}={arguments[unknown[0]]!r}, which upop does not set. Was it "
-            "written by a later upop? Update upop."
+            f"{source} asks for {name} with {unknown[0]}={shortened(told.arguments[unknown[0]])}, which upop does not "
+            "set. Was it written by a later upop? Update upop."
         )
+    with read_from(source, "timm.arguments"):
+        arguments = _Arguments.model_validate(told.arguments).model_dump(exclude_unset=True)
     try:
-        model: nn.Module = timm.create_model(name, pretrained=False, **arguments)
+        with sealed():
+            model: nn.Module = timm.create_model(name, pretrained=False, **arguments)
     except Exception as error:  # each model checks its arguments in its own way
-        raise CheckpointError(f"{source}: timm cannot build {name} with {arguments}: {error}.") from error
+        raise CheckpointError(
+            f"{source}: timm cannot build {name} with {arguments}: {error or type(error).__name__}."
+        ) from error
     return model
 
 

@@ -2,22 +2,34 @@
 
 from __future__ import annotations
 
+import copy
+import re
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import transformers
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from upop.checkpoints.fit import kept_sizes
+from upop.checkpoints.blank import outline
+from upop.checkpoints.fit import AT_MOST, BESIDE, kept_sizes, listed, not_finite
 from upop.checkpoints.likeness import cut_shapes
-from upop.checkpoints.quantizer import METHOD, register
-from upop.checkpoints.read import shared_tensors
-from upop.checkpoints.sizes import dense_skeleton
+from upop.checkpoints.outside import Held, checked_config, sealed
+from upop.checkpoints.quantizer import UpopConfig, allowing_gaps, named_as_in, register
+from upop.checkpoints.read import read_outline, shared_tensors
+from upop.checkpoints.sizes import dense_skeleton, resize
 from upop.errors import CheckpointError, UPopError
 from upop.pruning import survey
 from upop.reading import read_object
+from upop.values import shortened
 
 _CONFIG = "config.json"
+_ADAPTER = "adapter_config.json"
+_PARTS_OF_PROCESSES = "shard-*-model-*.safetensors"  # transformers takes them before any other file
+_FILE_NAME = re.compile(r"[\w-][\w.-]*\.safetensors")
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 
 
@@ -65,48 +77,193 @@ def misfit(model: PreTrainedModel) -> str | None:
     return None
 
 
-def load_transformers(folder: Path, kind: str | type[PreTrainedModel] | None = None) -> PreTrainedModel:
+def load_transformers(
+    folder: Path, kind: str | type[PreTrainedModel] | None = None, *, strict: bool = True
+) -> PreTrainedModel:
     """Return the model in a folder of transformers' layout, in evaluation mode, on the CPU, in the saved precision.
+
+    Only transformers' own classes are built, from what lies in the folder: no code that it names is run, and nothing is
+    fetched.
 
     Args:
         folder: with config.json and safetensors.
         kind: the class, or its full name; by default the one that config.json names.
+        strict: False warns of weights that are missing, unexpected, of another shape or not finite, and of another
+            class.
 
     Raises:
-        CheckpointError: a file is missing or damaged, transformers has no such class, or the weights do not fit it.
+        CheckpointError: a file is missing or damaged, transformers has no such class, or the weights do not fit it;
+            what does not is listed.
     """
-    config = read_config(folder)
-    if not any((folder / name).is_file() for name in _WEIGHTS):
+    told, files = read_config(folder), weight_files(folder)
+    held = {name: value for file in files for name, value in read_outline(file).items()}
+    numbers = sum(value.numel() for value in held.values())
+    told = checked_config(told, str(folder / _CONFIG), Held(len(held), numbers))
+    found = _class_of(folder, told, kind, strict=strict)
+    register()
+    with sealed(), allowing_gaps(), _explained(folder, found):  # gaps are listed below
+        config = found.config_class.from_dict(told)  # type: ignore[union-attr]
+        _check_sizes(found, config, held, folder)
+        loaded: Any = found.from_pretrained(
+            folder,
+            config=config,
+            dtype="auto",
+            local_files_only=True,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,  # they are in the information, with all else that does not fit
+            output_loading_info=True,
+        )
+    model: PreTrainedModel = loaded[0]
+    _check_loaded(model, loaded[1], folder, strict=strict)
+    model.eval()
+    return model
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Return the files of weights in a folder, one or the shards that its index names; they lie in the folder itself.
+
+    Raises:
+        CheckpointError: there are none, the index is damaged, or names what lies elsewhere.
+    """
+    single, index = (folder / name for name in _WEIGHTS)
+    if (folder / _ADAPTER).exists():
+        raise CheckpointError(
+            f"{folder} holds an adapter ({_ADAPTER}), which would change the model. Merge it into the model first."
+        )
+    parts = next(folder.glob(_PARTS_OF_PROCESSES), None)
+    if parts is not None:
+        raise CheckpointError(
+            f"{folder} holds the parts of several processes ({parts.name}). Save the model whole: save_pretrained."
+        )
+    if single.is_file():
+        return [_own(single, folder)]
+    if not index.is_file():
         raise CheckpointError(
             f"{folder} holds config.json and no {_WEIGHTS[0]}. Fetch or write the weights again, as safetensors."
         )
-    record = config.get("quantization_config")
-    if isinstance(record, dict) and record.get("quant_method") != METHOD:
+    shards = read_object(index, CheckpointError, "Fetch or write it again.").get("weight_map")
+    if not isinstance(shards, dict) or not shards or not all(isinstance(name, str) for name in shards.values()):
         raise CheckpointError(
-            f"{folder} is quantized by {record.get('quant_method')!r}, whose weights upop does not read. "
-            "Load it with transformers, or compress the model that it was quantized from."
+            f"{index} should say which file holds which tensor (weight_map). Fetch or write it again."
         )
-    if kind is None or isinstance(kind, str):
-        names = [kind.rpartition(".")[2]] if kind else list(config.get("architectures") or ())
+    names = sorted(set(shards.values()))
+    outside = next((name for name in names if not _FILE_NAME.fullmatch(name)), None)
+    if outside is not None:
+        raise CheckpointError(f"{index} names {shortened(outside)}, and may name files of its own folder alone.")
+    return [_own(folder / name, folder) for name in names]
+
+
+def _own(file: Path, folder: Path) -> Path:
+    """Return a file of weights if it lies in its folder, or among the hub's copies, to which those folders link."""
+    place, real = folder.resolve(), file.resolve()
+    copies = place.parent.parent / "blobs" if place.parent.name == "snapshots" else place
+    if not file.is_file():
+        raise CheckpointError(f"{folder} lacks {file.name}, a part of its weights. Fetch or write it again.")
+    if real.parent not in (place, copies):
+        raise CheckpointError(
+            f"{file} is a link to {real}, and a folder's weights must lie in it. Copy the file to the folder, or "
+            "give the folder that it lies in."
+        )
+    return file
+
+
+def architectures(folder: Path, config: Mapping[str, Any]) -> list[str]:
+    """Return the names of the classes that a folder's config.json says it was saved by; none if it says none.
+
+    Raises:
+        CheckpointError: they are no list of names.
+    """
+    named = config.get("architectures") or []
+    if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
+        raise CheckpointError(
+            f"{folder / _CONFIG}: architectures should be a list of names, found {shortened(named)}. Write it again."
+        )
+    return named
+
+
+def _class_of(
+    folder: Path, config: Mapping[str, Any], kind: str | type[PreTrainedModel] | None, *, strict: bool
+) -> type[PreTrainedModel]:
+    """Return the class to build: the one that is asked for, if config.json speaks of it, else the one that it names."""
+    named = architectures(folder, config)
+    found = kind
+    if not isinstance(found, type):
+        names = [found.rpartition(".")[2]] if found else named
         found = next((getattr(transformers, name) for name in names if hasattr(transformers, name)), None)
-        if not (isinstance(found, type) and issubclass(found, PreTrainedModel)):
-            raise CheckpointError(
-                f"{folder} holds a {kind or names or 'model without a name'}, which transformers "
-                f"{transformers.__version__} does not have. Load it with its own class: YourModel.from_pretrained"
-                f"({str(folder)!r}); after `import upop` that works for compressed models too."
-            )
-        kind = found
-    register()
+    if not (isinstance(found, type) and issubclass(found, PreTrainedModel)):
+        raise CheckpointError(
+            f"{folder} holds a {kind or named or 'model without a name'}, which transformers "
+            f"{transformers.__version__} does not have. Load it with its own class: YourModel.from_pretrained"
+            f"({str(folder)!r}); after `import upop` that works for compressed models too."
+        )
+    expected = getattr(found.config_class, "model_type", None)
+    wrong = ""
+    if named and found.__name__ not in named:
+        wrong = f"holds a {' or '.join(named)}"
+    elif config.get("model_type") != expected:
+        wrong = f"holds a model of type {shortened(config.get('model_type'))}"
+    if wrong:
+        said = f"{folder} {wrong}, and was to be loaded as {found.__name__} (of type {expected!r})."
+        if strict:
+            raise CheckpointError(f"{said} Load it as what it is, or fetch it again.")
+        warnings.warn(said, stacklevel=4)
+    return found
+
+
+def _check_sizes(kind: type[PreTrainedModel], config: Any, held: Mapping[str, Tensor], folder: Path) -> None:
+    """Refuse a configuration that asks for far more than the weights hold, before anything of its size is allocated.
+
+    What is missing, or of another shape, is found when they are read: their names are not always the model's.
+    """
+    model: Any = outline(lambda: kind(copy.deepcopy(config)), len(held), str(folder))
+    record = getattr(config, "quantization_config", None)
+    if record is not None:
+        resize(model, named_as_in(model, UpopConfig(**_record(record)).kept))
+    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
+    tensors = {**dict(model.named_buffers()), **model.state_dict()}
+    asked = sum(value.numel() for name, value in tensors.items() if name not in tied)
+    numbers = sum(value.numel() for value in held.values())
+    if asked > AT_MOST * numbers + BESIDE:
+        name, value = max(tensors.items(), key=lambda each: each[1].numel())
+        raise CheckpointError(
+            f"{folder} does not fit {kind.__name__}: {_CONFIG} describes {asked:,} numbers ({name} has shape "
+            f"{tuple(value.shape)}), and the weights hold {numbers:,}. Fetch or write it again."
+        )
+
+
+def _check_loaded(model: PreTrainedModel, info: Mapping[str, Any], folder: Path, *, strict: bool) -> None:
+    """Refuse weights that are missing, unexpected, of another shape or not finite.
+
+    transformers knows which are tied, and which of those that older versions saved are computed now.
+    """
+    problems = [f"missing {name}" for name in sorted(info["missing_keys"])]
+    problems += [f"unknown {name}" for name in sorted(info["unexpected_keys"])]
+    problems += [
+        f"{name} has shape {tuple(found)}, the model {tuple(mine)}"
+        for name, found, mine in sorted(info["mismatched_keys"])
+    ]
+    problems += [f"{name} {said}" for name, value in model.state_dict().items() if (said := not_finite(value))]
+    if not problems:
+        return
+    said = listed(f"{folder} does not fit {type(model).__name__} ({len(problems)} of its tensors)", problems)
+    if strict:
+        raise CheckpointError(f"{said}\nstrict=False loads it all the same.")
+    warnings.warn(said, stacklevel=4)
+
+
+@contextmanager
+def _explained(folder: Path, kind: type[PreTrainedModel]) -> Iterator[None]:
+    """Make whatever transformers raises while it loads a folder a CheckpointError."""
     try:
-        model = kind.from_pretrained(folder, dtype="auto", local_files_only=True, use_safetensors=True)
+        yield
     except UPopError:
         raise
-    except (
-        Exception
-    ) as error:  # transformers raises whatever it meets: OSError, RuntimeError, ValueError, SafetensorError
+    except Exception as error:  # whatever it meets: OSError, RuntimeError, ValueError, SafetensorError
         reason = " ".join(str(error).split())[:300]
         raise CheckpointError(
             f"{folder} cannot be loaded as {kind.__name__}: {reason} Was it saved by this class, and is it whole?"
         ) from error
-    found_model: PreTrainedModel = model.eval()
-    return found_model
+
+
+def _record(record: Any) -> dict[str, Any]:
+    return dict(record) if isinstance(record, Mapping) else dict(record.to_dict())

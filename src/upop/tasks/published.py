@@ -9,7 +9,7 @@ from typing import Any, ClassVar, TypeVar
 from torch import nn
 
 from upop.checkpoints import WEIGHTS, is_folder, load
-from upop.checkpoints.folder import read_description
+from upop.checkpoints.description import read_description
 from upop.checkpoints.official import load_official, start_from
 from upop.checkpoints.transformers_models import is_transformers_folder
 from upop.errors import CheckpointError
@@ -51,7 +51,7 @@ class PublishedTask(Task[PublishedSettingsT]):
         if is_transformers_folder(path) or not is_folder(path):
             model = self.build(settings)
             return model, start_from(self.name, path, model, any_towers=is_transformers_folder(path))
-        if self._is_mine(read_description(path)["model"]):
+        if self._is_mine(read_description(path).model):
             return self.load(path, settings), ()
         model = self.build(settings)
         return model, start_from(self.name, path / WEIGHTS, model, any_towers=True)

@@ -1,0 +1,128 @@
+"""`upop.json`, which `save` writes beside the weights: what stands in it, and that it does."""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from pydantic import ConfigDict, Field, ValidationError
+
+from upop.errors import CheckpointError
+from upop.reading import read_object
+from upop.values import Checked, problems, shortened
+
+_PRINTED = r"^[^\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]{1,1000}$"
+"""A text without characters that a terminal would obey."""
+
+FILE = "upop.json"
+FORMAT = 1
+MOST_LAYERS = 2**12
+"""Of any model that is described."""
+
+
+class Read(Checked):
+    """Values of exactly these types, as JSON has them; what a later upop adds is passed over."""
+
+    model_config = ConfigDict(strict=True, extra="ignore", populate_by_name=True)
+
+
+class UnitLayout(Read):
+    """What every unit keeps: so many `entries` in `heads` heads, `of` so many before."""
+
+    kind: str
+    modality: str | None = None
+    heads: int | None = None
+    entries: int = Field(ge=1)
+    of: int | None = Field(None, ge=1)
+
+
+class Description(Read):
+    """A saved model: how it is built, what it keeps, and by which plan."""
+
+    format: int
+    model: str | None
+    kind: str = Field(alias="class", pattern=_PRINTED)
+    config: dict[str, Any] | None
+    plan: dict[str, Any] | None
+    # Folders of upop 0.1.0 do not have these.
+    transformers: bool | None = None
+    timm: dict[str, Any] | None = None
+    open_clip: dict[str, Any] | None = None
+    layout: dict[str, UnitLayout] | None = None
+    versions: dict[str, str] | None = None
+    weights: dict[str, str] | None = None
+
+
+def read_description(folder: Path) -> Description:
+    """Return what `upop.json` says.
+
+    Raises:
+        CheckpointError: there is none, it is damaged, or a later upop wrote it.
+    """
+    path = folder / FILE
+    if not path.is_file():
+        raise CheckpointError(
+            f"{folder} was asked for, and {_found(folder)}. Give a folder that upop.save wrote (a run keeps one under "
+            "best/)."
+        )
+    content = read_object(path, CheckpointError, "Write the model again.", nan=True)
+    if content.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{path} has format {shortened(content.get('format'))}; this upop reads {FORMAT}. Update upop."
+        )
+    with read_from(str(path)):
+        return Description.model_validate(content)
+
+
+@contextmanager
+def read_from(source: str, part: str = "") -> Iterator[None]:
+    """Make what pydantic says of values in a file, or in a part of it, a CheckpointError."""
+    try:
+        yield
+    except ValidationError as error:
+        lines = [f"{part}.{line}" if part else line for line in problems(error)]
+        raise CheckpointError(f"{source} is damaged. Write the model again.\n  " + "\n  ".join(lines[:8])) from error
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """Return the SHA-256 digests of the files of weights in a folder, by their names."""
+    found = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with path.open("rb") as file:
+            found[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return found
+
+
+def check_digests(folder: Path, description: Description, *, strict: bool = True) -> None:
+    """Compare the files of weights with what they were when they were saved; folders of older versions do not say it.
+
+    Raises:
+        CheckpointError: they are others; with `strict=False` this is a warning.
+    """
+    if description.weights is None:
+        return
+    found = digests(folder)
+    changed = [name for name, digest in description.weights.items() if found.get(name) != digest]
+    if changed:
+        said = (
+            f"{folder / changed[0]} is not the file that was saved: {FILE} has another SHA-256 digest for it. Was it "
+            "damaged, or replaced? Copy or write the model again; strict=False loads it all the same."
+        )
+        if strict:
+            raise CheckpointError(said)
+        warnings.warn(said, stacklevel=3)
+
+
+def is_folder(path: Path) -> bool:
+    """Whether `path` is a folder that `save` wrote."""
+    return (path / FILE).is_file()
+
+
+def _found(folder: Path) -> str:
+    if not folder.exists():
+        return "nothing was found there"
+    return f"it holds no {FILE}" if folder.is_dir() else "it is a file"
