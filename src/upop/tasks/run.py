@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import TracebackType
 from typing import Any, Self
 
 import torch
@@ -35,6 +36,7 @@ from upop.training.evaluation import evaluate, records_of
 from upop.training.evaluations import is_beside, place_of, write_summary
 from upop.training.folder import RunFolder
 from upop.training.identity import content_digest
+from upop.training.limits import explained_limit
 from upop.training.loaders import end_workers, make_loader
 from upop.training.loop import Loop
 from upop.training.memory import explained_memory
@@ -68,8 +70,8 @@ class Run:
         )
         try:
             self._begin(settings)
-        except BaseException:
-            self.folder.close()
+        except BaseException as error:
+            self._end(error)
             raise
 
     def _begin(self, settings: RunSettings) -> None:
@@ -101,13 +103,29 @@ class Run:
         """The run has begun."""
         return self
 
-    def __exit__(self, *error: object) -> None:
-        """End its workers, and give its folder back."""
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """End its workers, and give its folder back; what the system refused the run becomes an error of ours."""
+        self._end(error)
+
+    def _end(self, error: BaseException | None) -> None:
         try:
             for loader in self._prepared.values():
                 end_workers(loader)
         finally:
             self.folder.close()
+        explained = None if error is None else explained_limit(error, self._kept)
+        if explained is not None:
+            raise explained from error
+
+    def _kept(self) -> str:
+        if self._verb == "evaluate":
+            return ""
+        step = self.folder.checkpoints.latest()
+        if step is None:
+            return "No checkpoint had been written yet: the same command starts the run again."
+        return f"What was written before is kept: the same command with --resume goes on from step {step}."
 
     def _beside(self, settings: RunSettings) -> RunSettings:
         """Return the settings of an evaluation with an `output_dir` that is not the run's, nor the model's, own."""

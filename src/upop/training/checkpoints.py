@@ -55,10 +55,18 @@ class Checkpoints:
 
     def __init__(self, folder: Path, keep: int) -> None:
         self._folder, self._keep = folder, keep
+        self._latest: int | None = None  # that was written or read
 
     def exist(self) -> bool:
         """Whether there is any."""
         return bool(self._files())
+
+    def latest(self) -> int | None:
+        """Return the step of the file that was written or read last, or of the newest; None where there is no file."""
+        if self._latest is not None:
+            return self._latest
+        files = self._files()
+        return _step(files[-1]) if files else None
 
     def write(self, step: int, state: Mapping[str, Any]) -> Path:
         """Write a file, and then remove those that are too many, and damaged ones of later steps.
@@ -70,6 +78,7 @@ class Checkpoints:
         make_folder(self._folder)
         with replacing_file(path, replace=True) as part, part.open("wb") as file:
             _save({"format": _FORMAT, **state}, file)
+        self._latest = step
         # A run goes on from the newest whole one: what is of later steps was passed over.
         later = [other for other in self._files() if _step(other) > step]
         older = [other for other in self._files() if _step(other) <= step][: -self._keep]
@@ -122,6 +131,7 @@ class Checkpoints:
         except Exception as error:  # torch raises whatever its parsers meet
             told = " ".join((str(error).splitlines() or [""])[0].split())
             raise CheckpointError(f"{path} is damaged: {told or type(error).__name__}.") from error
+        self._latest = _step(path)
         return content
 
     def remove(self) -> None:

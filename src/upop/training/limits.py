@@ -1,0 +1,62 @@
+"""What the system refuses a run, by a limit of its own: said in our words, with what is kept and what to do."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable
+
+from upop.errors import RunFolderError, UPopError
+
+_SPACE = "Free some space, or choose another --output-dir."
+_FILES = "Raise the limit of open files (ulimit -n), or take fewer workers (--set num_workers=...)."
+_TODO = {
+    errno.ENOSPC: _SPACE,
+    errno.EDQUOT: _SPACE,
+    errno.EROFS: "Make the file system writable again, or choose another --output-dir.",
+    errno.EFBIG: "Raise the limit of a file's size (ulimit -f), or choose another --output-dir.",
+    errno.EMFILE: _FILES,
+    errno.ENFILE: _FILES,
+    errno.EIO: "Check the disk, or choose another --output-dir.",
+    errno.ESTALE: "Check the network's file system, or choose another --output-dir.",
+}
+# What libraries make of it: workers hand tensors over by descriptors, and get none when there are too many.
+_WORDS = {"ancdata": errno.EMFILE, **{os.strerror(number): number for number in _TODO}}
+
+
+def explained_limit(error: BaseException, kept: Callable[[], str]) -> UPopError | None:
+    """Return the error of ours for one that is about a limit of the system; None for any other.
+
+    Args:
+        error: that ended a run.
+        kept: gives a sentence about what is kept of the run.
+    """
+    number = _number(error)
+    if number is None or not isinstance(error, Exception):
+        return None
+    told = str(error).strip()
+    if not isinstance(error, RunFolderError):
+        name = getattr(error, "filename", None)
+        told = f"{os.strerror(number)}{f': {name}' if name else ''}. {_TODO[number]}"
+    elif "ulimit" in _TODO[number] and "ulimit" not in told:
+        told = f"{told} {_TODO[number]}"
+    try:
+        left = kept()
+    except OSError:  # the limit is still there
+        left = "What was written before stays."
+    return RunFolderError(f"{told} {left}".strip())
+
+
+def _number(error: BaseException) -> int | None:
+    """Return the number of the system's error that is behind an error; None if there is none, or another."""
+    seen: list[BaseException] = []
+    while True:
+        if isinstance(error, OSError) and error.errno in _TODO:
+            return error.errno
+        seen.append(error)
+        before = error.__cause__ or error.__context__
+        if before is None or any(before is other for other in seen):
+            break
+        error = before
+    told = str(seen[0])
+    return next((number for words, number in _WORDS.items() if words in told), None)
