@@ -39,7 +39,7 @@ from upop.data.retrieval import TEXT_TOKENS
 from upop.files import replacing_file
 from upop.models.rerank import candidates, match_pairs
 from upop.models.retrieval import BlipRetrieval, RetrievalConfig
-from upop.report.results import machine
+from upop.report.results import machine, times
 
 RESULTS = Path(__file__).parent / "results"
 CAPTIONS = 5
@@ -185,7 +185,8 @@ def main(arguments: list[str] | None = None) -> None:
         table.add_row(way, f"{found['median_seconds'][way]:.3f}", f"{found['multiply_adds'][way] / 1e9:.1f}")
     console = Console(width=110)
     console.print(table)
-    console.print(f"{found['speed_up']:.2f} times faster, {found['fewer_multiply_adds']:.2f} times fewer multiply-adds")
+    speed, work = times(found["speed_up"], "faster"), times(found["fewer_multiply_adds"], "fewer")
+    console.print(f"{speed}, {work} multiply-adds")
     about = machine(options.device)
     slug = "-".join("".join(c if c.isalnum() else " " for c in str(about["device"]).lower()).split())
     settings = {name: getattr(options, name) for name in ("model", "images", "candidates", "batch", "repeats")}

@@ -22,6 +22,7 @@ sys.path.append(str(Path(__file__).parent))
 import quality_markdown as quality
 
 import upop
+from upop.report.results import times
 from upop.settings import RunSettings
 from upop.tasks import TASKS
 from upop.tasks.blip import BlipSettings
@@ -80,7 +81,7 @@ def demo() -> str:
     called = {"dense": "dense", "UPop 2x": "UPop 2x", "magnitude 2x": "cut by weight magnitude, 2x"}
 
     def latency(row: Row) -> str:
-        faster = f" ({row['compared']['faster']:.2f}x faster)" if row["name"] != "dense" else ""
+        faster = f" ({times(row['compared']['faster'], 'faster')})" if row["name"] != "dense" else ""
         return f"{row['latency_ms']:.1f}{faster}"
 
     columns: list[Column] = [

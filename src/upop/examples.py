@@ -8,11 +8,13 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from upop.errors import DataError
+from upop.plain import plain
 from upop.reading import read_json
 from upop.values import problems
 
@@ -32,6 +34,11 @@ class Answer(BaseModel):
     note: str | None = Field(default=None, description="what else there is to say, in small print")
     right: bool | None = Field(default=None, description="None where an answer is not simply right or wrong")
 
+    @field_validator("text", "note", mode="before")
+    @classmethod
+    def _whole(cls, text: Any) -> Any:
+        return _plain(text)
+
     @field_validator("pictures")
     @classmethod
     def _beside(cls, names: tuple[str, ...]) -> tuple[str, ...]:
@@ -47,6 +54,11 @@ class Example(BaseModel):
     prompt: str | None = Field(default=None, description="the question, the sentence, the text that is looked for")
     truth: Answer | None = Field(default=None, description="None where the data has none")
     answers: Mapping[str, Answer] = Field(description="model -> its answer; names as in results.json")
+
+    @field_validator("prompt", mode="before")
+    @classmethod
+    def _whole(cls, text: Any) -> Any:
+        return _plain(text)
 
     @field_validator("pictures")
     @classmethod
@@ -108,6 +120,11 @@ class Album:
             self._files[name] = f"{name}.{'png' if exact else 'jpg'}"
             small.save(self._folder / self._files[name], quality=_QUALITY)
         return self._files[name]
+
+
+def _plain(text: Any) -> Any:
+    """Return a text that files and pages take: the name of a class may be a folder's, whose bytes may be anything."""
+    return plain(text) if isinstance(text, str) else text
 
 
 def _only_names(names: tuple[str, ...]) -> tuple[str, ...]:

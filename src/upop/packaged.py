@@ -9,6 +9,7 @@ from pathlib import Path
 from rich.console import Console
 
 from upop.errors import nearest
+from upop.plain import as_text
 
 _PACKAGE = Path(__file__).parent
 _FOLDERS = ("configs", "assets")
@@ -50,6 +51,5 @@ def _exists(path: Path) -> bool:
 @cache
 def _say(path: Path, found: Path) -> None:
     if os.environ.get("RANK", "0") == "0":
-        Console(stderr=True, highlight=False, markup=False, soft_wrap=True).print(
-            f"{path} is not in this folder; the one of the installed upop is used: {found}"
-        )
+        told = f"{path} is not in this folder; the one of the installed upop is used: {found}"
+        Console(stderr=True, soft_wrap=True).print(as_text(told))

@@ -10,6 +10,7 @@ import pytest
 import timm
 import torch
 from huggingface_hub import ModelCard
+from markdown_it import MarkdownIt
 from torch import nn
 from transformers import BertConfig, BertModel
 
@@ -144,7 +145,7 @@ def test_texts_of_users_break_nothing(tmp_path: Path) -> None:
     write_card(tmp_path / "small", Story(**{**vars(STORY), "base": odd, "facts": {"data": odd}, "rows": rows}))
     text = ModelCard.load(tmp_path / "small" / "README.md").text
     assert "# heading" not in text.splitlines()
-    assert "| a\\|b `c` &lt;script> # heading | 1.0 | 2 |" in text
+    assert "| a\\|b \\`c\\` &lt;script&gt; # heading | 1.0 | 2 |" in text
     assert "- data: `` a|b `c` <script> # heading ``" in text
 
 
@@ -154,3 +155,26 @@ def test_a_card_needs_a_model(tmp_path: Path) -> None:
     (tmp_path / "upop.json").write_text(json.dumps({"class": "a.B"}))
     with pytest.raises(CheckpointError, match=r"upop\.json cannot be read"):
         write_card(tmp_path, STORY)
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        "[a](http://a) ![b](http://b) <img src=x> **c** ~~d~~ $e$",
+        "a ```` b\n```\n# heading\n<b>",
+        "\x1b[31mred\x1b[0m \u202ereversed \u2066 \udcff",
+        "---\nlibrary_name: other\n---",
+    ],
+)
+def test_what_texts_of_users_mean_elsewhere_they_do_not_mean_in_a_card(tmp_path: Path, odd: str) -> None:
+    upop.save(halved(vit()), tmp_path / "small")
+    rows = [(odd, [odd, "2"])]
+    changes = {"name": odd, "base": odd, "facts": {"data": odd}, "rows": rows, "columns": [odd, "b"], "note": odd}
+    write_card(tmp_path / "small", Story(**{**vars(STORY), **changes, "command": odd}))
+    card = ModelCard.load(tmp_path / "small" / "README.md")
+    assert card.data.library_name == "upop"
+    shown = MarkdownIt("commonmark").enable(["table", "strikethrough"]).render(card.text)
+    assert "href" not in shown and "<img" not in shown and "<b>" not in shown and "<del>" not in shown
+    assert "<strong>" not in shown
+    assert shown.count("<h1>") == 1
+    assert not set("\x1b\u202e\u2066\udcff") & set(card.text)

@@ -130,3 +130,12 @@ def test_a_figure_that_cannot_be_written_leaves_the_old_file_and_nothing_beside_
     with pytest.raises(RunFolderError, match="is to be a file, and a folder of that name is there already"):
         save_figure(kept_share_figure(shares(1)), folder)
     assert list(tmp_path.iterdir()) == [folder]
+
+
+@pytest.mark.parametrize("odd", ["$x_$", "a $\\frac$ b", "\x1b[31m \u202e", "100 % _", "{}"])
+def test_names_are_no_formulas(tmp_path: Path, odd: str) -> None:
+    shares = [UnitShare(f"{odd}.{layer}.mlp", odd, "mlp", 8, 4) for layer in range(2)]
+    save_figure(kept_share_figure(shares, odd), tmp_path / "kept.png")
+    found = [{"phase": odd, "step": step, "split": odd, odd: 50.0} for step in (1, 2)]
+    save_figure(history_figure(found, metric=odd, title=odd), tmp_path / "history.png")
+    assert (tmp_path / "history.png").stat().st_size

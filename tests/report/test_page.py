@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable
 from itertools import pairwise
@@ -15,6 +16,7 @@ from report.pages import HOSTILE, Page, check_alone, layout, results, rows, writ
 from upop.errors import DataError, SettingError
 from upop.examples import Answer, Example
 from upop.report.page import comparison_page, distinct_names, ink, run_page, write_run_page
+from upop.report.results import Results
 from upop.report.run import read_run
 
 STYLE = Path(__file__).parents[2] / "src" / "upop" / "report" / "templates" / "style.css"
@@ -337,3 +339,70 @@ def test_letters_are_read_easily_in_both_themes(theme: str) -> None:
             )
             letters = colours["high" if turned in ink(share).split() else "low"]
             assert _contrast(letters, mixed) >= 4.5, (hue, percent)
+
+
+SEEN = "\x1b]8;;http://a\x07[/] [bold]x \u202eabc\u2069 \udcff\x85"
+WRITTEN = r"\x1b]8;;http://a\x07[/] [bold]x \u202eabc\u2069 \udcff\x85"
+
+
+def test_what_is_no_letter_is_written_out(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", results(name=SEEN.replace("\udcff", "")), note=SEEN)
+    found = rows()
+    (folder / "metrics.jsonl").write_text("".join(json.dumps({**row, "phase": SEEN}) + "\n" for row in found))
+    versions = json.loads((folder / "versions.json").read_text())
+    (folder / "versions.json").write_text(json.dumps({**versions, "command": SEEN.replace("\udcff", "")}))
+    for html in (run_page(read_run(folder)), comparison_page([read_run(folder), read_run(folder)])):
+        html.encode()
+        assert not set(SEEN) & set(html) & set("\x1b\x07\u202e\u2069\udcff\x85")
+        check_alone(Page(html))
+    assert WRITTEN.replace(r"\udcff", "") in html
+    assert WRITTEN in run_page(read_run(folder))  # of the settings, and of the phases
+
+
+def test_a_picture_that_is_a_link_or_a_pipe_is_not_shown(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run")
+    place = folder / "examples" / "3-0.png"
+    elsewhere = place.rename(tmp_path / "mine.png")
+    place.symlink_to(elsewhere)
+    assert "3-0.png is missing or no picture" in page_of(folder).text
+    place.unlink()
+    os.mkfifo(place)
+    assert "3-0.png is missing or no picture" in page_of(folder).text
+
+
+def timed(name: str, dense: float, small: float, **changes: Any) -> Results:
+    found = results(name)
+    models = zip(found.models, (dense, small), strict=True)
+    return results(models=[model.model_copy(update={"latency_ms": time}) for model, time in models], **changes)
+
+
+def test_every_run_has_the_latency_of_its_own_dense_model(tmp_path: Path) -> None:
+    first = write_run(tmp_path / "a", timed("UPop 2x", 2000, 1250))
+    second = write_run(tmp_path / "b", timed("UPop 4x", 1600, 2000, batch_size=8))
+    page = Page(comparison_page([read_run(first), read_run(second)]))
+    assert len(page.numbers) == 5 * 4
+    assert "dense a 82.3 83.1 259.5 132.5 2,000" in page.text
+    assert "dense b 82.3 83.1 259.5 132.5 1,600" in page.text
+    assert "2,000 1.25x slower" in page.text and "1,250 1.60x faster" in page.text
+    assert "0.80" not in page.text
+    assert "a: Latency: median, measured side by side, batch 4" in page.text
+    assert "b: Latency: median, measured side by side, batch 8" in page.text
+
+
+def test_a_tile_says_slower_where_it_is_slower(tmp_path: Path) -> None:
+    text = page_of(write_run(tmp_path / "run", timed("UPop 2x", 1600, 2000))).text
+    assert "slower 1.25\N{MULTIPLICATION SIGN} 1,600 \N{RIGHTWARDS ARROW} 2,000 ms" in text
+    assert "fewer multiply-adds 1.48\N{MULTIPLICATION SIGN}" in text
+    same = page_of(write_run(tmp_path / "same", timed("UPop 2x", 2000, 2000))).text
+    assert "latency 2,000 ms 2,000 \N{RIGHTWARDS ARROW} 2,000 ms" in same
+
+
+def test_runs_without_a_compressed_model_are_compared_with_none(tmp_path: Path) -> None:
+    dense = Results(models=results().models[:1])
+    runs = [read_run(write_run(tmp_path / name, dense)) for name in ("a", "b")]
+    text = Page(comparison_page(runs)).text
+    assert "gain over the dense model" not in text
+    assert "leads from a run's compressed model" not in text
+    both = Page(comparison_page([runs[0], read_run(write_run(tmp_path / "c"))])).text
+    assert "gain over the dense model of its own run" in both
+    assert "leads from a run's compressed model" in both

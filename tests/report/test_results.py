@@ -14,7 +14,7 @@ from rich.console import Console
 
 from upop.errors import DataError, RunFolderError
 from upop.report import ModelResult, Results, machine, results_table
-from upop.report.results import number
+from upop.report.results import GMACS, LATENCY, PARAMETERS, number, table_cells, times
 
 DENSE = ModelResult(
     name="dense",
@@ -133,3 +133,48 @@ def test_the_machine_is_described() -> None:
 )
 def test_numbers_keep_the_digits_that_count(value: float, text: str) -> None:
     assert number(value) == text
+
+
+@pytest.mark.parametrize(
+    ("factor", "word", "said"),
+    [
+        (1.6, "faster", "1.60x faster"),
+        (0.8, "faster", "1.25x slower"),
+        (0.5, "smaller", "2.00x larger"),
+        (1 / 3, "fewer", "3.00x more"),
+        (1.004, "faster", "1.00x"),
+        (0.996, "faster", "1.00x"),
+        (0.99, "faster", "1.01x slower"),
+    ],
+)
+def test_a_factor_is_called_what_it_is(factor: float, word: str, said: str) -> None:
+    assert times(factor, word) == said
+
+
+def test_a_model_that_is_slower_and_larger_is_called_so_everywhere() -> None:
+    found = results(baseline="UPop 2x")  # beside which the dense model is larger and slower
+    cells = table_cells(found)["dense"]
+    assert [cells[name].gain for name in (PARAMETERS, GMACS, LATENCY)] == [
+        "1.73x larger",
+        "1.48x more",
+        "1.60x slower",
+    ]
+    assert not any(cells[name].better for name in (PARAMETERS, GMACS, LATENCY))
+
+
+def test_the_title_speaks_of_compressed_models_where_there_are_some() -> None:
+    assert results_table(results()).title == "Compressed models beside the dense one"
+    alone = results()
+    assert results_table(Results(models=alone.models[:1])).title == "Results"
+
+
+def test_names_mean_nothing_to_the_terminal() -> None:
+    name = "[/] [bold red]x[/bold red] [link=http://a]b[/link] :smile: \x1b[31m\u202e"
+    model = results().models[0].model_copy(update={"name": name})
+    found = Results(models=(model,), baseline=name, machine={"device": "[/blue]\x1b]8;;http://a\x07"})
+    console = Console(file=io.StringIO(), width=300, color_system="truecolor", force_terminal=True)
+    console.print(results_table(found))
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert r"[/] [bold red]x[/bold red] [link=http://a]b[/link] :smile: \x1b[31m\u202e" in text
+    assert r"[/blue]\x1b]8;;http://a\x07" in text
+    assert "\x1b]8" not in text and "\u202e" not in text

@@ -6,6 +6,7 @@ also from what, on what data, and what was measured. What is not known is left o
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +17,12 @@ from huggingface_hub import ModelCardData
 from upop.checkpoints.hub import is_hub_name
 from upop.errors import CheckpointError
 from upop.files import rewrite_text
+from upop.plain import one_line, plain
 from upop.reading import read_object
 
 FILE = "README.md"
+_MEANING = re.compile(r"[\\`*\[\]|~$]|(?<!\w)_|_(?!\w)")
+"""What Markdown takes for more than letters; an underscore within a word is a letter."""
 _KINDS = {"attention": "attention", "mlp": "MLP"}
 _PAPER = """\
 ```bibtex
@@ -91,19 +95,21 @@ def card(
         story: what its run knows, if a run made it.
     """
     kind = description["class"].rpartition(".")[2]
+    kind = kind if kind.isidentifier() else "model"
     base = story.base if story is not None else name
     parts = [
         _front_matter(description, base, story),
-        f"# {story.name}, {story.task}" if story is not None else f"# {kind}, compressed",
+        f"# {_cell(story.name)}, {story.task}" if story is not None else f"# {kind}, compressed",
         _opening(description, kind, base, story),
     ]
     if story is not None:
-        parts += ["## Results", _table(["model", *story.columns], [[_cell(row), *cells] for row, cells in story.rows])]
-        parts += [story.note] if story.note else []
+        rows = [[_cell(row), *map(_cell, cells)] for row, cells in story.rows]
+        parts += ["## Results", _table(["model", *map(_cell, story.columns)], rows)]
+        parts += [_cell(story.note)] if story.note else []
     parts += ["## How it was made", _made(description, base, parameters, story)]
     parts += ["## What it keeps", _kept(description["layout"])]
     parts += ["## How to load it", _loading(description, kind, story)]
-    versions = ", ".join(f"{library} {version}" for library, version in description["versions"].items())
+    versions = ", ".join(_cell(f"{library} {version}") for library, version in description["versions"].items())
     parts += ["## Credit", f"Written with {versions}. The method is that of UPop (ICML 2023):", _PAPER]
     return "\n\n".join(parts) + "\n"
 
@@ -154,7 +160,7 @@ def _made(description: Mapping[str, Any], base: str | None, parameters: int | No
     if story is not None:
         facts |= {name: _code(value) for name, value in story.facts.items()}
     lines = [f"- {name}: {value}" for name, value in facts.items()]
-    command = f"```\n{story.command}\n```" if story is not None and story.command else ""
+    command = _block(story.command) if story is not None and story.command else ""
     # Everything is in upop.json, whatever is known of it here.
     lines.append("- which entries every layer keeps: the plan in `upop.json`")
     return "\n".join(lines) + (f"\n\n{command}" if command else "")
@@ -173,7 +179,7 @@ def _kept(layout: Mapping[str, Mapping[str, Any]]) -> str:
         return f"{100 * sum(unit['entries'] for unit in mine) / size:.1f} %" if size else "-"
 
     columns = [*((_KINDS[kind], kind) for kind in kinds), *([("all", None)] if len(kinds) > 1 else [])]
-    rows = [[modality, *(share(modality, kind) for _, kind in columns)] for modality in modalities]
+    rows = [[_cell(modality), *(share(modality, kind) for _, kind in columns)] for modality in modalities]
     if len(modalities) > 1:
         rows.append(["all", *(share(None, kind) for _, kind in columns)])
     return "Attention dimensions and MLP neurons, of those of the dense model:\n\n" + _table(
@@ -216,12 +222,23 @@ def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _cell(text: str) -> str:
-    """Return a text that means nothing in Markdown's tables."""
-    return " ".join(text.replace("|", "\\|").replace("<", "&lt;").split())
+    """Return a text that means nothing in Markdown or HTML, on one line."""
+    return _MEANING.sub(r"\\\g<0>", one_line(text)).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
 
 def _code(text: str) -> str:
-    """Return a text as code, whatever it holds."""
-    marks = "``" if "`" in text else "`"
+    """Return a text as code, whatever it holds, on one line."""
+    marks = _fence(text, 1)
     space = " " if "`" in text else ""
-    return f"{marks}{space}{' '.join(text.split())}{space}{marks}"
+    return f"{marks}{space}{one_line(text)}{space}{marks}"
+
+
+def _block(text: str) -> str:
+    """Return a text as a block of code, whatever it holds."""
+    marks = _fence(text, 3)
+    return f"{marks}\n{plain(text)}\n{marks}"
+
+
+def _fence(text: str, least: int) -> str:
+    """Return more backticks than stand together in a text."""
+    return "`" * max(least, 1 + max(map(len, re.findall("`+", text)), default=0))

@@ -20,6 +20,7 @@ from upop.cli.processes import place, recorded
 from upop.cli.recipes import recipes, run
 from upop.cli.report import report
 from upop.errors import PreemptedError, SettingError, UPopError
+from upop.plain import as_text
 from upop.settings import RunSettings, read_settings
 from upop.tasks import TASKS, find_task
 from upop.tasks.verbs import compress as run_compress
@@ -230,9 +231,7 @@ def main(command: typer.Typer = app) -> None:
 
 def _say(kind: str, message: str) -> None:
     Console(stderr=True).print(f"[bold red]Error{place()}:[/bold red] {kind}:", end=" ")
-    # Names of files may hold bytes that are no characters.
-    printable = message.encode("utf-8", "backslashreplace").decode()
-    Console(stderr=True, highlight=False, markup=False, soft_wrap=True).print(printable)
+    Console(stderr=True, soft_wrap=True).print(as_text(message))
 
 
 def _message(error: UPopError) -> str:

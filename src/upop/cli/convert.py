@@ -11,6 +11,7 @@ from rich.console import Console
 
 from upop.checkpoints.convert import read_model, write_model
 from upop.cli import options as o
+from upop.plain import as_text
 from upop.pruning import count_parameters
 
 
@@ -48,7 +49,8 @@ def convert(
     model = read_model(source, task, **o.overrides({}, assign))
     write_model(model, target, form.value)
     console = Console(soft_wrap=True, highlight=False)
-    console.print(f"{source} -> {target}: {type(model).__name__}, {count_parameters(model) / 1e6:.1f} M parameters")
+    size = f"{count_parameters(model) / 1e6:.1f} M parameters"
+    console.print(as_text(f"{source} -> {target}: {type(model).__name__}, {size}"))
     if form is Form.hugging_face:
         console.print(
             "Load it with from_pretrained, after `import upop` if it is compressed. Tokenizer and processor are "

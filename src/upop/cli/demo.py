@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 from torch import nn
 
 from upop.checkpoints import load
@@ -17,6 +16,7 @@ from upop.cli import options as o
 from upop.cli.report import PAGE
 from upop.cli.shapes import write_with_progress
 from upop.examples import Examples
+from upop.plain import as_text
 from upop.report.page import write_comparison_page
 from upop.report.results import results_table
 from upop.report.run import read_run
@@ -65,7 +65,7 @@ def demo(
         given = {**shared, "method": method, "output_dir": run}
         given["resume"] = "no" if (run / "results.json").exists() else "auto"
         settings = read_settings(task.settings, CONFIG, o.overrides(given))
-        console.rule(f"{compressed_name(settings)} -> {run}")
+        console.rule(as_text(f"{compressed_name(settings)} -> {run}"))
         results = compress(task, settings)
         if results is None:
             return
@@ -81,16 +81,18 @@ def demo(
     console.print(results_table(together))
     page = output_dir / PAGE
     write_comparison_page([read_run(output_dir / method) for method in _METHODS], page)
-    console.print(f"What was kept, how it went and what is answered, as a page for a browser: {page}", highlight=False)
-    console.print(f"The compressed model: {output_dir}/upop/best, for upop.load or upop evaluate", highlight=False)
+    console.print(as_text(f"What was kept, how it went and what is answered, as a page for a browser: {page}"))
+    console.print(as_text(f"The compressed model: {output_dir}/upop/best, for upop.load or upop evaluate"))
 
 
 def answers_table(examples: Examples) -> Table:
     """Return sentences, whether they are true, and what every model says; wrong answers are red."""
     models = list(examples.records[0].answers)
-    table = Table("sentence", "true?", *models, title="Some test sentences, before and after", title_justify="left")
+    table = Table("sentence", "true?", title="Some test sentences, before and after", title_justify="left")
+    for model in models:
+        table.add_column(as_text(model))
     for record in examples.records:
-        said = (Text(answer.text or "", style="" if answer.right else "red") for answer in record.answers.values())
+        said = (as_text(answer.text or "", "" if answer.right else "red") for answer in record.answers.values())
         truth = record.truth.text if record.truth is not None else None
-        table.add_row(Text(record.prompt or ""), Text(truth or ""), *said)
+        table.add_row(as_text(record.prompt or ""), as_text(truth or ""), *said)
     return table

@@ -13,6 +13,7 @@ from upop.checkpoints.convert import read_model
 from upop.checkpoints.export import export as export_model
 from upop.cli import options as o
 from upop.errors import CheckpointError
+from upop.plain import as_text
 from upop.reading import read_object
 
 
@@ -41,7 +42,8 @@ def export(
     for name, graph in read_object(out / "export.json", CheckpointError, "Export the model again.")["graphs"].items():
         axes = ", ".join(f"{key} {tuple(value)}".replace("'", "") for key, value in graph["inputs"].items())
         console.print(
-            f"{out / graph['file']}: {name}({axes}) -> {', '.join(graph['outputs'])}; "
-            f"largest difference {graph['largest_difference']:.1e}",
-            markup=False,
+            as_text(
+                f"{out / graph['file']}: {name}({axes}) -> {', '.join(graph['outputs'])}; "
+                f"largest difference {graph['largest_difference']:.1e}"
+            )
         )

@@ -24,6 +24,7 @@ from upop.checkpoints.transformers_models import is_transformers_folder, load_tr
 from upop.cli import options as o
 from upop.errors import CheckpointError, SettingError, nearest
 from upop.models import MODELS, kind_of
+from upop.plain import as_text
 from upop.pruning import survey
 from upop.report.inspection import Inspection, after_budget, inspect_model
 from upop.report.results import number
@@ -66,13 +67,13 @@ def inspect(
         shrunken, plan = after_budget(model, ratio, align)
         smaller = inspect_model(shrunken, inputs, plan.sizes)
     console = Console(highlight=False)
-    console.print(f"{source}: {type(model).__name__}", markup=False)
+    console.print(as_text(f"{source}: {type(model).__name__}"))
     if found.panels:
         console.print(_units_table(found, smaller))
     else:
         console.print("Nothing of it can be pruned.")
     console.print(_parts_table(found, smaller, ratio if found.panels else None))
-    console.print(f"GMACs: {note}", markup=False, soft_wrap=True)
+    console.print(as_text(f"GMACs: {note}"), soft_wrap=True)
     if smaller is not None:
         console.print(
             "The preview takes the same share from every unit. The search decides which entries go, and from where; "
@@ -84,7 +85,7 @@ def inspect(
         console.print(f"Left alone: {len(found.skipped)} places.")
         for reason in reasons[:_SHOWN_REASONS]:
             first = next(part.name for part in found.skipped if part.reason == reason)
-            console.print(f"  {first}: {reason}", markup=False, soft_wrap=True)
+            console.print(as_text(f"  {first}: {reason}"), soft_wrap=True)
 
 
 def read_any(source: str, task: str | None, overrides: Mapping[str, Any]) -> nn.Module:
@@ -177,8 +178,8 @@ def _units_table(found: Inspection, smaller: Inspection | None) -> Table:
         left = after.get(panel.title + panel.modality)
         count = sum(found.unit_parameters[unit.name] for unit in panel.layers)
         table.add_row(
-            panel.modality,
-            panel.title,
+            as_text(panel.modality),
+            as_text(panel.title),
             str(len(panel.layers)),
             _entries(panel) + (f" -> {_range(unit.kept for unit in left.layers)}" if left else ""),
             number(count / 1e6),
@@ -208,7 +209,7 @@ def _parts_table(found: Inspection, smaller: Inspection | None, ratio: float | N
     for part in found.parts:
         left = after.get(part.modality)
         table.add_row(
-            part.modality,
+            as_text(part.modality),
             _change(part.parameters, None if left is None else left.parameters, 1e6),
             _change(part.prunable, None if left is None else left.prunable, 1e6),
             _change(part.macs, None if left is None else left.macs, 1e9),

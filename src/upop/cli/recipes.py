@@ -14,6 +14,7 @@ from upop.checkpoints.hub import is_hub_name
 from upop.checkpoints.remote import is_remote
 from upop.cli import options as o
 from upop.errors import UPopError
+from upop.plain import as_text
 from upop.recipes import RECIPES, Recipe, find_recipe, read_recipes
 from upop.settings import RunSettings, read_settings
 from upop.tasks import find_task
@@ -30,10 +31,13 @@ def recipes(file: File = RECIPES) -> None:
         table.add_column(heading)
     for script, rows in groupby(read_recipes(file).values(), key=lambda recipe: recipe.script):
         table.add_section()
-        table.add_row(f"[dim]{script}")
+        table.add_row(as_text(script, "dim"))
         for recipe in rows:
             table.add_row(
-                recipe.name, f"{recipe.p:g}", f"{recipe.epochs_search or recipe.epoch} + {recipe.epoch}", recipe.paper
+                as_text(recipe.name),
+                f"{recipe.p:g}",
+                f"{recipe.epochs_search or recipe.epoch} + {recipe.epoch}",
+                as_text(recipe.paper),
             )
     console = Console()
     console.print(table)
@@ -80,8 +84,8 @@ def run(
 
 def _explain(recipe: Recipe, task: Task[Any], settings: RunSettings, *, evaluate: bool) -> None:
     console = Console(soft_wrap=True, highlight=False)
-    console.print(f"{recipe.name} stands for the published command\n  {_shown(recipe, evaluate=evaluate)}\n")
-    console.print(f"Settings as resolved:\n{settings.to_yaml()}")
+    console.print(as_text(f"{recipe.name} stands for the published command\n  {_command(recipe, evaluate=evaluate)}\n"))
+    console.print(as_text(f"Settings as resolved:\n{settings.to_yaml()}"))
     if not evaluate:
         console.print(
             f"Steps: evaluate the dense model; {_cutting(settings)}, keeping the best epoch by {task.metric}; "
@@ -91,20 +95,20 @@ def _explain(recipe: Recipe, task: Task[Any], settings: RunSettings, *, evaluate
     pretrained = str(settings.pretrained)
     fetched = is_remote(pretrained) or is_hub_name(pretrained)
     if fetched:
-        console.print(f"  fetched  {pretrained}")
+        console.print(as_text(f"  fetched  {pretrained}"))
     needs = [*(() if fetched else (Path(pretrained),)), *_data(settings)]
     for path in dict.fromkeys(needs):
-        console.print(f"  {'found  ' if path.exists() else 'missing'}  {path}")
+        console.print(as_text(f"  {'found  ' if path.exists() else 'missing'}  {path}"))
     try:
         for split in (*(() if evaluate else ("train",)), *task.evaluated(settings)):
             for note in getattr(task.dataset(settings, split), "notes", ()):
-                console.print(f"  {note}", markup=False)
+                console.print(as_text(f"  {note}"))
     except UPopError as error:
-        console.print(f"The data cannot be used yet: {error}", markup=False)
+        console.print(as_text(f"The data cannot be used yet: {error}"))
     else:
         console.print("The data can be read.")
     if recipe.paper:
-        console.print(f"The paper's result: {recipe.paper}")
+        console.print(as_text(f"The paper's result: {recipe.paper}"))
 
 
 def _cutting(settings: RunSettings) -> str:
@@ -123,7 +127,7 @@ def _cutting(settings: RunSettings) -> str:
     )
 
 
-def _shown(recipe: Recipe, *, evaluate: bool) -> str:
+def _command(recipe: Recipe, *, evaluate: bool) -> str:
     return recipe.evaluation if evaluate else recipe.command
 
 

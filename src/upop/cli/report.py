@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 
 from upop.errors import SettingError
+from upop.plain import as_text
 from upop.report.page import write_comparison_page, write_run_page
 from upop.report.run import read_run
 
@@ -40,5 +41,5 @@ def report(
     console = Console(highlight=False, soft_wrap=True)
     for run in found:
         for note in run.missing:
-            console.print(f"{run.path}: {note}", markup=False)
-    console.print(f"Written to {to}", markup=False)
+            console.print(as_text(f"{run.path}: {note}"))
+    console.print(as_text(f"Written to {to}"))

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from upop.data.shapes.write import Summary, write_shapes
+from upop.plain import as_text
 
 
 def write_with_progress(
@@ -28,5 +29,5 @@ def write_with_progress(
         )
     counts = ", ".join(f"{count} {split}" for split, count in summary.records.items())
     verb = "Wrote" if summary.written else "Already there:"
-    console.print(f"{verb} {counts} records over {summary.pictures} pictures in {summary.folder}", highlight=False)
+    console.print(as_text(f"{verb} {counts} records over {summary.pictures} pictures in {summary.folder}"))
     return summary

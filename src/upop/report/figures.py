@@ -5,11 +5,13 @@ They are plain matplotlib figures, made without pyplot, so no window, backend or
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import wraps
 from itertools import cycle, groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec
 
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
@@ -17,9 +19,11 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from upop.errors import SettingError
 from upop.files import replacing_file
 from upop.ownership import SOFTWARE, wrote_picture
+from upop.plain import plain
 from upop.report.shares import Panel, UnitShare, kept_share, panels
 
 Metrics = Sequence[Mapping[str, Any]]
+P = ParamSpec("P")
 
 DPI = 150
 # Okabe and Ito's colours, told apart with every kind of colour blindness.
@@ -27,6 +31,17 @@ _COLOURS = {"vision": "#0072B2", "text": "#D55E00"}
 _OTHER = "#009E73"
 _INK, _FAINT, _TRACK = "#222222", "#8a8a8a", "#ececec"
 _PHASES = {"search": "#f3efe2", "retrain": "#e6eff5", "train": "#f0f0f0"}
+
+
+def _literally(draw: Callable[P, Figure]) -> Callable[P, Figure]:
+    """Have a figure show the letters of names as they are: $ begins no formula, which may be none and then fails."""
+
+    @wraps(draw)
+    def drawn(*args: P.args, **kwargs: P.kwargs) -> Figure:
+        with rc_context({"text.parse_math": False}):
+            return draw(*args, **kwargs)
+
+    return drawn
 
 
 def save_figure(figure: Figure, path: Path, *, overwrite: bool = False) -> None:
@@ -44,6 +59,7 @@ def save_figure(figure: Figure, path: Path, *, overwrite: bool = False) -> None:
         figure.savefig(part, format="png", dpi=DPI, facecolor="white", metadata={"Software": SOFTWARE})
 
 
+@_literally
 def kept_share_figure(shares: Iterable[UnitShare], title: str = "What every layer keeps") -> Figure:
     """Draw the share of entries kept: a block per modality, a row per structure, layers along x.
 
@@ -69,6 +85,7 @@ def kept_share_figure(shares: Iterable[UnitShare], title: str = "What every laye
     return figure
 
 
+@_literally
 def history_figure(
     metrics: Metrics, *, metric: str = "accuracy", dense: float | None = None, title: str = "How the run went"
 ) -> Figure:
@@ -108,7 +125,7 @@ def history_figure(
 
 def _figure(width: float, height: float, title: str) -> Figure:
     figure = Figure(figsize=(width, height), layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.06))
-    figure.suptitle(title, x=0.01, ha="left", fontsize=14, fontweight="bold", color=_INK)
+    figure.suptitle(plain(title), x=0.01, ha="left", fontsize=14, fontweight="bold", color=_INK)
     return figure
 
 
@@ -117,7 +134,7 @@ def _modality_block(place: SubFigure, block: list[Panel], layers: int) -> None:
     units = [unit for panel in block for unit in panel.layers]
     colour = _COLOURS.get(modality, _OTHER)
     entries = sum(unit.size for unit in units)
-    heading = f"{modality.capitalize()}: {_percent(kept_share(units))} of {entries:,} entries kept"
+    heading = f"{plain(modality.capitalize())}: {_percent(kept_share(units))} of {entries:,} entries kept"
     place.suptitle(heading, x=0.01, ha="left", fontsize=11, fontweight="bold", color=colour)
     for axes, panel in zip(place.subplots(len(block), 1, squeeze=False)[:, 0], block, strict=True):
         _share_panel(axes, panel, layers, colour)
@@ -141,7 +158,7 @@ def _share_panel(axes: Axes, panel: Panel, layers: int, colour: str) -> None:
             fontsize=6.5 if crowded else 8,
             color="white" if inside else _INK,
         )
-    heading = f"{panel.title}: {_percent(kept_share(panel.layers))}"
+    heading = f"{plain(panel.title)}: {_percent(kept_share(panel.layers))}"
     axes.set_title(heading, loc="left", fontsize=9, color=_INK, pad=3)
     axes.set(xlim=(0.4, layers + 0.6), ylim=(0, 100), xticks=list(positions), yticks=[0, 50, 100])
     axes.set_ylabel("kept (%)", fontsize=8, color=_INK)
@@ -155,7 +172,7 @@ def _metric_panel(axes: Axes, rows: Metrics, metric: str, dense: float | None) -
     for split, marker in zip(splits, cycle("os^D"), strict=False):
         mine = [row for row in rows if str(row.get("split", metric)) == split]
         steps, values = [row["step"] for row in mine], [row[metric] for row in mine]
-        axes.plot(steps, values, color=_COLOURS["vision"], marker=marker, markersize=4, label=split)
+        axes.plot(steps, values, color=_COLOURS["vision"], marker=marker, markersize=4, label=plain(split))
         beside: dict[str, Any] = {
             "xytext": (6, 0),
             "textcoords": "offset points",
@@ -165,7 +182,7 @@ def _metric_panel(axes: Axes, rows: Metrics, metric: str, dense: float | None) -
         axes.annotate(f"{values[-1]:.1f}", (steps[-1], values[-1]), **beside)
     if dense is not None:
         axes.axhline(dense, color=_INK, linestyle="--", linewidth=1, label=f"dense model: {dense:.1f}")
-    axes.set_ylabel(f"{metric} (%)", fontsize=9, color=_INK)
+    axes.set_ylabel(f"{plain(metric)} (%)", fontsize=9, color=_INK)
     axes.margins(y=0.15)
     axes.legend(fontsize=8, frameon=False, loc="best")
 
@@ -176,7 +193,7 @@ def _ratio_panel(axes: Axes, rows: Metrics) -> None:
     for modality in dict.fromkeys(name for row in rows for name in row.get("kept", {})):
         mine = [row for row in rows if modality in row.get("kept", {})]
         steps, masked = [row["step"] for row in mine], [100 * (1 - row["kept"][modality]) for row in mine]
-        axes.plot(steps, masked, color=_COLOURS.get(modality, _OTHER), linewidth=1.3, label=modality)
+        axes.plot(steps, masked, color=_COLOURS.get(modality, _OTHER), linewidth=1.3, label=plain(modality))
     axes.set_ylabel("masked (%)", fontsize=9, color=_INK)
     axes.set_ylim(bottom=0)
     axes.legend(fontsize=8, frameon=False, loc="lower right")
@@ -194,7 +211,7 @@ def _shade_phases(axes: Axes, rows: Metrics, named: bool) -> None:
         axes.axvspan(start, end, color=_PHASES.get(phase, _TRACK), linewidth=0, zorder=0)
         if named:
             above: dict[str, Any] = {"transform": axes.get_xaxis_transform(), "ha": "center", "va": "bottom"}
-            axes.text((start + end) / 2, 1.02, phase, fontsize=10, color=_INK, **above)
+            axes.text((start + end) / 2, 1.02, plain(phase), fontsize=10, color=_INK, **above)
         start = end
 
 

@@ -6,6 +6,7 @@ The page's own policy (Content-Security-Policy) has browsers refuse to fetch any
 from __future__ import annotations
 
 import base64
+import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
@@ -21,6 +22,8 @@ from upop.errors import SettingError
 from upop.examples import Answer, Example
 from upop.files import write_text
 from upop.ownership import wrote_page
+from upop.plain import plain
+from upop.reading import read_bytes
 from upop.report.charts import Chart
 from upop.report.curves import comparison_charts, run_charts
 from upop.report.results import GMACS, LATENCY, PARAMETERS, Cell, Results, latency_note, left_out_note, table_cells
@@ -28,13 +31,10 @@ from upop.report.run import Run
 from upop.report.shares import Panel, UnitShare, kept_share, panels
 
 _STYLES = ("vision", "text")
-_MIME = {".png": "image/png", ".jpg": "image/jpeg"}
-_SIZES = {
-    PARAMETERS: ("parameters", "smaller", " M"),
-    GMACS: ("multiply-adds", "fewer multiply-adds", " G"),
-    LATENCY: ("latency", "faster", " ms"),
-}
-"""Column -> what a tile calls it, what it calls a gain, and the unit."""
+_FORMATS = ("PNG", "JPEG")
+_LARGEST_PICTURE = 2**23  # bytes; a run's own are small
+_SIZES = {PARAMETERS: ("parameters", " M"), GMACS: ("multiply-adds", " G"), LATENCY: ("latency", " ms")}
+"""Column -> what a tile calls it, and the unit."""
 _BRIGHT, _DEEP = 55, 76  # percent from which letters turn dark on bright cells, and light on deep ones
 _TIMES = "\N{MULTIPLICATION SIGN}"
 _WITHOUT = frozenset({"output_dir", "command"})  # differ always, or are shown by themselves
@@ -136,7 +136,7 @@ def run_page(run: Run) -> str:
         tiles=_tiles(run.results) if run.results is not None else (),
         columns=columns,
         rows=rows,
-        about=_about([run.results]),
+        about=_about([run.results], [""]),
         blocks=_blocks(run.shares),
         charts=run_charts(run),
         examples=_examples([run]),
@@ -162,7 +162,9 @@ def comparison_page(runs: Sequence[Run]) -> str:
         runs=list(zip(names, runs, strict=True)),
         columns=columns,
         rows=rows,
-        about=_about([run.results for run in runs]),
+        compared=any(cell.gain for row in rows for cell in row.cells),
+        led=any(line.path for each in charts if each.x_title in (PARAMETERS, GMACS) for line in each.lines),
+        about=_about([run.results for run in runs], names),
         notes=[f"{name}: {note}" for name, run in zip(names, runs, strict=True) for note in run.missing],
         charts=charts,
         blocks=[(name, _blocks(run.shares)) for name, run in zip(names, runs, strict=True) if run.shares],
@@ -192,6 +194,7 @@ def _render(template: str, **content: Any) -> str:
     environment = Environment(
         loader=PackageLoader("upop.report"),
         autoescape=True,
+        finalize=_plain,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -199,6 +202,11 @@ def _render(template: str, **content: Any) -> str:
     environment.filters["percent"] = lambda share: f"{100 * share:.0f}"
     environment.globals |= {"kept_share": kept_share, "ink": ink, "upop": metadata.version("upop")}
     return environment.get_template(template).render(**content)
+
+
+def _plain(value: Any) -> Any:
+    """Return what a template shows without what browsers take for more than letters; numbers and markup stay."""
+    return plain(value) if isinstance(value, Path) or type(value) is str else value
 
 
 def _tiles(results: Results) -> list[Tile]:
@@ -213,20 +221,24 @@ def _tiles(results: Results) -> list[Tile]:
         change = "no change" if cell.better is None else f"{cell.gain} points"
         about = f"dense {before[tested[-1]].text}, {change}" if cell.gain else ""
         tiles.append(Tile(tested[-1].removesuffix(" (%)"), f"{cell.text} %", about, cell.better))
-    for name, (label, gained, unit) in _SIZES.items():
+    for name, (label, unit) in _SIZES.items():
         cell = cells.get(name, Cell(None, "-"))
-        if cell.gain:
-            factor = cell.gain.partition(" ")[0].replace("x", _TIMES)
-            tiles.append(
-                Tile(gained, factor, f"{before[name].text} \N{RIGHTWARDS ARROW} {cell.text}{unit}", cell.better)
-            )
+        factor, _, gained = cell.gain.partition(" ")
+        change = f"{before[name].text} \N{RIGHTWARDS ARROW} {cell.text}{unit}"
+        if gained:
+            what = f"{gained} {label}" if name == GMACS else gained
+            tiles.append(Tile(what, factor.replace("x", _TIMES), change, cell.better))
         elif cell.value is not None:
-            tiles.append(Tile(label, f"{cell.text}{unit}", ""))
+            tiles.append(Tile(label, f"{cell.text}{unit}", change if cell.gain else ""))
     return tiles
 
 
 def _table(runs: Sequence[Run], names: Sequence[str] = ("",)) -> tuple[list[str], list[TableRow]]:
-    """Return the columns of all runs' results, and a row per model; a dense model that several share comes once."""
+    """Return the columns of all runs' results, and a row per model.
+
+    A dense model that several runs share comes once, where they also timed it alike: each run's models are compared
+    with what it measured itself.
+    """
     named = zip(names, runs, strict=True)
     tables = [(name, run.results, table_cells(run.results)) for name, run in named if run.results is not None]
     headers = dict.fromkeys(header for _, _, table in tables for row in table.values() for header in row)
@@ -237,8 +249,7 @@ def _table(runs: Sequence[Run], names: Sequence[str] = ("",)) -> tuple[list[str]
     for run, results, table in tables:
         for model in results.models:
             cells = tuple(table[model.name].get(name, Cell(None, "-")) for name in columns)
-            # Latencies differ from run to run; a model is the same if all else is.
-            key = (model.name, model.parameters, model.gmacs, str(model.metrics))
+            key = (model.name, tuple((cell.text, cell.value) for cell in cells), str(model.metrics))
             if model is results.dense and key in seen:
                 place = seen[key]
                 rows[place] = TableRow(f"{rows[place].run}, {run}", model.name, rows[place].cells)
@@ -248,12 +259,17 @@ def _table(runs: Sequence[Run], names: Sequence[str] = ("",)) -> tuple[list[str]
     return columns, rows
 
 
-def _about(results: Sequence[Results | None]) -> list[str]:
-    """Return how it was measured, in sentences, each once."""
-    finished = [each for each in results if each is not None]
-    timed = [each for each in finished if any(model.latency_ms is not None for model in each.models)]
-    notes = [*(latency_note(each) for each in timed), *(left_out_note(each) for each in finished if each.left_out)]
-    return list(dict.fromkeys(f"{note}." for note in notes))
+def _about(results: Sequence[Results | None], names: Sequence[str]) -> list[str]:
+    """Return how it was measured, in sentences, each once, and of which runs where not all were measured so."""
+    of: dict[str, list[str]] = {}
+    for name, each in zip(names, results, strict=True):
+        if each is not None:
+            timed = any(model.latency_ms is not None for model in each.models)
+            for note in (latency_note(each) if timed else "", left_out_note(each)):
+                of.setdefault(f"{note}.", []).append(name)
+    of.pop(".", None)
+    finished = sum(each is not None for each in results)
+    return [note if len(runs) == finished else f"{', '.join(runs)}: {note}" for note, runs in of.items()]
 
 
 def _blocks(shares: Sequence[UnitShare]) -> list[Block]:
@@ -305,12 +321,15 @@ def _answer(label: str, answer: Answer, folder: Path) -> Shown:
 
 def _picture(path: Path, about: str) -> Picture:
     try:
-        with Image.open(path, formats=("PNG", "JPEG")) as image:
-            width, height = image.size
-        content = base64.b64encode(path.read_bytes()).decode()
+        if path.is_symlink():
+            raise ValueError("a link may lead to a picture of somebody else")
+        content = read_bytes(path, _LARGEST_PICTURE)
+        with Image.open(io.BytesIO(content), formats=_FORMATS) as image:
+            kind, (width, height) = str(image.format), image.size
     except Exception:  # what decoders raise is anything; a page with a gap is better than none
         return Picture("", 0, 0, f"{path.name} is missing or no picture")
-    return Picture(f"data:{_MIME.get(path.suffix, 'image/png')};base64,{content}", width, height, about)
+    encoded = base64.b64encode(content).decode()
+    return Picture(f"data:image/{kind.lower()};base64,{encoded}", width, height, about)
 
 
 def _settings(settings: Mapping[str, Any]) -> list[tuple[str, str]]:

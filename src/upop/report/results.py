@@ -16,8 +16,11 @@ from rich.table import Table
 
 from upop.errors import DataError, nearest
 from upop.files import replacing_file
+from upop.plain import as_text
 from upop.reading import read_object
 from upop.values import problems
+
+_LEAST, _MOST = 1e-15, 1e15  # of numbers that are divided by each other
 
 
 class ModelResult(BaseModel):
@@ -27,11 +30,15 @@ class ModelResult(BaseModel):
 
     name: str = Field(description='what the table calls it: "dense", "UPop 2x", "magnitude 2x"')
     metrics: Mapping[str, Mapping[str, float]] = Field(description="split -> metric -> value, in percent")
-    parameters: int = Field(gt=0)
-    gmacs: float = Field(gt=0, description="10^9 multiply-adds of one forward pass")
-    published_parameters: int | None = Field(None, gt=0, description="counted as published, where that differs")
-    published_gmacs: float | None = Field(None, gt=0)
-    latency_ms: float | None = Field(None, gt=0, description="median of one forward pass; None where not measured")
+    parameters: int = Field(gt=0, le=2**53)
+    gmacs: float = Field(ge=_LEAST, le=_MOST, description="10^9 multiply-adds of one forward pass")
+    published_parameters: int | None = Field(
+        None, gt=0, le=2**53, description="counted as published, where that differs"
+    )
+    published_gmacs: float | None = Field(None, ge=_LEAST, le=_MOST)
+    latency_ms: float | None = Field(
+        None, ge=_LEAST, le=_MOST, description="median of one forward pass; None where not measured"
+    )
 
 
 class Results(BaseModel):
@@ -141,7 +148,7 @@ class Cell:
     Attributes:
         value: as measured; None where it was not.
         text: as shown.
-        gain: beside the dense model: "-1.8", "1.73x smaller"; empty for the dense model itself.
+        gain: beside the dense model: "-1.8", "1.73x smaller", "1.10x slower"; empty for the dense model itself.
         better: whether that is a gain or a loss; None where there is neither.
     """
 
@@ -149,6 +156,23 @@ class Cell:
     text: str
     gain: str = ""
     better: bool | None = None
+
+
+_WORDS = {"smaller": "larger", "fewer": "more", "faster": "slower"}
+"""What a gain is called -> what it is called where it is a loss."""
+
+
+def times(factor: float, word: str) -> str:
+    """Return a factor by what it is: 1.6 "faster" is "1.60x faster", 0.8 is "1.25x slower", 1 is "1.00x".
+
+    Args:
+        factor: above 1 where the word is true.
+        word: "smaller", "fewer" or "faster".
+    """
+    same = "1.00x"
+    if f"{factor:.2f}x" == same or f"{1 / factor:.2f}x" == same:
+        return same
+    return f"{factor:.2f}x {word}" if factor > 1 else f"{1 / factor:.2f}x {_WORDS[word]}"
 
 
 PARAMETERS, GMACS, LATENCY = "parameters (M)", "GMACs", "latency (ms)"
@@ -186,17 +210,19 @@ def table_cells(results: Results) -> dict[str, dict[str, Cell]]:
 
 def results_table(results: Results) -> Table:
     """Return a table for the terminal: a row per model, each number beside its gain over the dense one."""
-    table = Table(title="Compressed models beside the dense one", title_justify="left", header_style="bold")
+    title = "Compressed models beside the dense one" if len(results.models) > 1 else "Results"
+    table = Table(title=title, title_justify="left", header_style="bold")
     table.add_column("model", no_wrap=True)
     cells = table_cells(results)
-    for header in next(iter(cells.values())):
-        table.add_column(header, justify="right")
-        if header == LATENCY:
-            table.caption = latency_note(results)
-    if results.left_out:
-        table.caption = "\n".join([*([str(table.caption)] if table.caption else ()), left_out_note(results)])
+    headers = list(next(iter(cells.values())))
+    for header in headers:
+        table.add_column(as_text(header), justify="right")
+    notes = [latency_note(results) if LATENCY in headers else "", left_out_note(results)]
+    if any(notes):
+        table.caption = as_text("\n".join(note for note in notes if note))
     for name, row in cells.items():
-        table.add_row(name, *(f"{cell.text} ({cell.gain})" if cell.gain else cell.text for cell in row.values()))
+        texts = (f"{cell.text} ({cell.gain})" if cell.gain else cell.text for cell in row.values())
+        table.add_row(as_text(name), *map(as_text, texts))
     return table
 
 
@@ -251,8 +277,8 @@ def _factor(value: float | None, factor: float | None, word: str) -> Cell:
         return Cell(None, "-")
     if factor is None:
         return Cell(value, number(value))
-    shown = f"{factor:.2f}x"
-    return Cell(value, number(value), f"{shown} {word}", None if shown == "1.00x" else factor > 1)
+    told = times(factor, word)
+    return Cell(value, number(value), told, factor > 1 if " " in told else None)
 
 
 def _processor() -> str:

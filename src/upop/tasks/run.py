@@ -12,7 +12,6 @@ from typing import Any, Self
 
 import torch
 from matplotlib.figure import Figure
-from rich.markup import escape
 from torch import nn
 
 from upop.checkpoints import WEIGHTS, read_weights
@@ -65,9 +64,7 @@ class Run:
             self.settings = settings = self._beside(settings)
         self._prepared: dict[str, Any] = {}
         check_trackers(settings.trackers)
-        self.folder = RunFolder(
-            settings.output_dir, self._main, settings.keep_checkpoints, say=lambda line: self.say(escape(line))
-        )
+        self.folder = RunFolder(settings.output_dir, self._main, settings.keep_checkpoints, say=self.say)
         try:
             self._begin(settings)
         except BaseException as error:
@@ -89,7 +86,7 @@ class Run:
         self.loaders = {split: make_loader(task, settings, split, self._bad_images) for split in splits}
         for loader in self.loaders.values():
             for note in getattr(records_of(loader), "notes", ()):
-                self.say(escape(note))
+                self.say(note)
         self._prepared |= {split: self.accelerator.prepare(self.loaders[split]) for split in self._held_out}
         self._told_rate = False
         if self._resumed is None:
@@ -160,14 +157,14 @@ class Run:
         except CheckpointError as error:
             raise CheckpointError(f"{error} The main process can read it: all must see the same run folder.") from error
 
-    def say(self, line: str) -> None:
-        """Print a line, on the main process."""
-        self._progress.say(line)
+    def say(self, line: str, style: str = "") -> None:
+        """Print a line, on the main process, in a style of rich."""
+        self._progress.say(line, style)
 
     def _tell_bad_image(self, image: BadImage) -> None:
         self.folder.save_bad_images(self._bad_images.rows())
         count, most = len(self._bad_images), self.settings.skip_bad_images
-        self.say(f"[yellow]unreadable image file {count}, of at most {most}: {escape(image.told())}[/yellow]")
+        self.say(f"unreadable image file {count}, of at most {most}: {image.told()}", "yellow")
 
     def checkpoint(self) -> Path:
         """Return where the checkpoint that the settings name lies; once per machine, what lies elsewhere is fetched."""

@@ -232,7 +232,7 @@ class Loop:
                     self._log(mean, rate, pruner)
                     self.progress.advance(f"{place.phase} {told}")
                     if waiting := self._watch.warning():
-                        self.progress.say(f"[yellow]{waiting}[/yellow]")
+                        self.progress.say(waiting, "yellow")
                     if due or asked or (place.batch == len(self._train) and self._val is not None):
                         save()
                     if asked:
@@ -303,7 +303,7 @@ class Loop:
         place.bad_in_a_row += 1
         if searching is not None:
             searching.skip()
-        self.progress.say(f"[yellow]step {place.steps}: loss or gradients are not finite; the step is skipped[/yellow]")
+        self.progress.say(f"step {place.steps}: loss or gradients are not finite; the step is skipped", "yellow")
         if place.bad_in_a_row >= self._settings.max_bad_steps:
             raise TrainingError(
                 f"{place.bad_in_a_row} steps in a row (up to step {place.steps}) had a loss or gradients that are not "

@@ -15,6 +15,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from upop.plain import as_text
+
 
 class RunProgress:
     """A bar over all steps of all phases; silent on processes other than the main one."""
@@ -54,6 +56,6 @@ class RunProgress:
         """Count one step."""
         self._bar.update(self._task, advance=1, description=description)
 
-    def say(self, line: str) -> None:
-        """Print a line above the bar."""
-        self.console.print(line, highlight=False)
+    def say(self, line: str, style: str = "") -> None:
+        """Print a line above the bar, in a style of rich; nothing in the line itself is one."""
+        self.console.print(as_text(line, style))
