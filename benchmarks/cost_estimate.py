@@ -256,14 +256,14 @@ def data_set(recipe: Recipe, settings: Any) -> DataSet:
 def cost(recipe: Recipe, settings: RunSettings, dense: Work, compressed: Work) -> Cost:
     """Return what a recipe costs: search on the dense model, retraining on the cut one, and every evaluation."""
     data = data_set(recipe, settings)
-    searched, retrained = settings.search_epochs, settings.max_epoch
+    searched, retrained = settings.search_epochs, settings.retraining_epochs
     evaluated = (searched * dense.evaluate + retrained * compressed.evaluate) * data.val
     evaluated += (dense.evaluate + compressed.evaluate) * (data.val + data.test)
     # While it is retrained, the average of the weights is evaluated as well.
     evaluated += retrained * compressed.evaluate * data.val if settings.ema_decay is not None else 0
     return Cost(
         name=recipe.name,
-        p=recipe.p,
+        p=recipe.ratio,
         epochs=f"{searched} + {retrained}",
         records=data.train,
         dense=dense,
@@ -287,7 +287,7 @@ def count_all(names: list[str]) -> list[Cost]:
         key = str(recipe.config)
         if key not in dense:
             dense[key] = work(task, settings, None)
-        costs.append(cost(recipe, settings, dense[key], work(task, settings, recipe.p)))
+        costs.append(cost(recipe, settings, dense[key], work(task, settings, recipe.ratio)))
         print(f"{costs[-1].name}: {costs[-1].total:.3g} EFLOP")
     return costs
 

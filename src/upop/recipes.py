@@ -6,9 +6,9 @@ import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from upop.errors import SettingError, nearest
 from upop.packaged import located
@@ -29,20 +29,20 @@ class _Script:
 
 
 _BLIP = _Script(
-    "--p {p:g} --epoch {epoch} --pretrained {pretrained} --config ./{config} --output_dir {output_dir}",
+    "--p {ratio:g} --epoch {retraining} --pretrained {pretrained} --config ./{config} --output_dir {output_dir}",
     "--evaluate --pretrained {weights} --config ./{config} --output_dir {output_dir}",
 )
 _SCRIPTS = {
     "compress_deit.py": _Script(
         "--data-path {data_path} --finetune {pretrained} --model {architecture} --epochs-search {epochs_search} "
-        "--epochs {epoch} --batch-size {batch_size_train} --lr-search {search_lr} --lr {init_lr} --warmup-epochs 0 "
-        "--p {p:g} --interval {interval} --output_dir {output_dir}",
+        "--epochs {retraining} --batch-size {batch_size_train} --lr-search {search_lr} --lr {init_lr} "
+        "--warmup-epochs 0 --p {ratio:g} --interval {interval} --output_dir {output_dir}",
         "--eval --dist-eval --data-path {data_path} --model {architecture} --resume {weights}",
     ),
     "compress_segmenter.py": _Script(
         "--dataset ade20k --backbone vit_small_patch16_384 --decoder mask_transformer --no-resume "
-        "--pretrained {pretrained} --epochs-search {epochs_search} --epochs {epoch} --batch-size 64 "
-        "--lr-search {search_lr} -lr {init_lr} --p {p:g} --interval {interval} --log-dir {output_dir}",
+        "--pretrained {pretrained} --epochs-search {epochs_search} --epochs {retraining} --batch-size 64 "
+        "--lr-search {search_lr} -lr {init_lr} --p {ratio:g} --interval {interval} --log-dir {output_dir}",
         "--dataset ade20k --backbone vit_small_patch16_384 --decoder mask_transformer --no-resume "
         "--evaluate {weights} --singlescale",
         processes=4,
@@ -59,22 +59,52 @@ class Recipe(Checked):
     script: str = Field(description="the published script that it stands for")
     config: Path
     pretrained: str = Field(description="the dense checkpoint")
-    p: float = Field(gt=0, lt=1, description="share of the prunable cost to remove")
-    epoch: int = Field(ge=1, description="epochs of retraining, and of the search")
-    epochs_search: int | None = Field(None, ge=1, description="of the search, where they are others")
+    ratio: float = Field(gt=0, lt=1, description="share of the prunable cost to remove")
+    epochs: int = Field(ge=2, description="all epochs, of the search and of retraining")
+    epochs_search: int | None = Field(None, ge=1, description="of the published search, if not half of all")
     output_dir: Path
     compressed: str = Field(description="name of the published compressed checkpoint")
     paper: str = Field("", description="the paper's result, dense -> compressed")
     settings: Mapping[str, Any] = Field(default_factory=dict, description="what else differs from the config file")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _older_names(cls, values: Any) -> Any:
+        """Read rows with the published names: `p`, and `epoch`, which counts the epochs of retraining."""
+        if not isinstance(values, Mapping):
+            return values
+        row = dict(values)
+        if "p" in row and "ratio" not in row:
+            row["ratio"] = row.pop("p")
+        searched = row.get("epochs_search") or row.get("epoch")
+        if "epochs" not in row and isinstance(row.get("epoch"), int) and isinstance(searched, int):
+            row["epochs"] = row.pop("epoch") + searched
+        return row
+
+    @model_validator(mode="after")
+    def _leaves_epochs(self) -> Self:
+        if self.searched >= self.epochs:
+            raise ValueError(f"epochs ({self.epochs}) are all epochs, and leave none beside epochs_search")
+        return self
+
+    @property
+    def searched(self) -> int:
+        """Epochs of the published search."""
+        return self.epochs_search or self.epochs // 2
+
+    @property
+    def retraining(self) -> int:
+        """Epochs of retraining after the published search."""
+        return self.epochs - self.searched
 
     @property
     def overrides(self) -> dict[str, Any]:
         """The settings that beat the config file's."""
         return {
             "pretrained": self.pretrained,
-            "p": self.p,
-            "max_epoch": self.epoch,
-            "epochs_search": self.epochs_search or self.epoch,
+            "ratio": self.ratio,
+            "max_epoch": self.retraining,
+            "epochs_search": self.searched,
             "output_dir": self.output_dir,
             **self.settings,
         }
@@ -97,6 +127,7 @@ class Recipe(Checked):
         script = self._script
         weights = shlex.quote(str(self.output_dir / self.compressed))
         values = {**self.settings, **self.model_dump(exclude={"settings"}), "weights": weights}
+        values["retraining"] = self.retraining
         # The launcher of torch 2.14 and later takes --p for a flag of its own, unless "--" ends its flags.
         start = f"python -m torch.distributed.run --nproc_per_node={script.processes} -- {self.script}"
         return f"{script.environment}{start} {flags.format(**values)}"

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, TypeVar
 
 import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from upop.errors import SettingError, nearest
 from upop.packaged import located
+from upop.pruning.choice import is_ratio, meant
 from upop.values import Checked, problems
-from upop.yaml_files import read_yaml
+from upop.yaml_files import key_lines, read_yaml
 
 TOKENIZER = "pretrained/bert-base-uncased"
 """Where the published code looks for BERT's vocabulary."""
@@ -21,6 +22,8 @@ AUTO = "auto"
 """The value of `batch_size_train` that has the largest batch found that fits."""
 
 _TEACHING = 5.0
+OLDER: Mapping[str, tuple[str, ...]] = {"p": ("ratio",), "epoch": ("max_epoch", "epochs_search")}
+"""Names that settings had, as in the published commands, and what they are called now."""
 
 S = TypeVar("S", bound="RunSettings")
 
@@ -52,7 +55,12 @@ class RunSettings(Checked):
     lr_batch: int | None = Field(
         None, ge=1, description="records per step that init_lr is meant for: it grows with them; else it stays"
     )
-    max_epoch: int = Field(15, ge=1, description="epochs of retraining (and of `train`)")
+    epochs: int | None = Field(
+        None,
+        ge=1,
+        description="all epochs of the run, those of a search too; if not given, max_epoch and epochs_search say them",
+    )
+    max_epoch: int = Field(15, ge=1, description="epochs of retraining (and of `train`), as published files name them")
     epochs_search: int | None = Field(
         None,
         ge=1,
@@ -87,7 +95,7 @@ class RunSettings(Checked):
     max_bad_steps: int = Field(20, ge=1, description="stop after so many non-finite steps in a row")
 
     # The method.
-    p: float = Field(0.5, gt=0, lt=1, description="share of the prunable cost to remove; 0.5 is 2x, 0.75 is 4x")
+    ratio: float = Field(0.5, description="share of the prunable cost to remove; 0.5 is 2x, 0.75 is 4x")
     method: Literal["upop", "reference", "magnitude"] = Field(
         "upop",
         description="reference: the search as published; magnitude: one cut by weight norm. All take equal steps",
@@ -155,6 +163,19 @@ class RunSettings(Checked):
 
     @model_validator(mode="before")
     @classmethod
+    def _older_names(cls, values: Any) -> Any:
+        return current_names(values) if isinstance(values, Mapping) else values
+
+    @field_validator("ratio", mode="before")
+    @classmethod
+    def _is_a_ratio(cls, value: Any) -> Any:
+        number = _number(value)
+        if not is_ratio(number):
+            raise ValueError(f"Input should be a number strictly between 0 and 1{meant(value)}")
+        return number
+
+    @model_validator(mode="before")
+    @classmethod
     def _automatic_batch(cls, values: Any) -> Any:
         if isinstance(values, dict) and values.get("batch_size_train") == AUTO:
             given = {name: value for name, value in values.items() if name != "batch_size_train"}
@@ -179,9 +200,27 @@ class RunSettings(Checked):
         return (_TEACHING if self.method == "upop" else 0.0) if self.distill is None else self.distill
 
     @property
+    def all_epochs(self) -> int:
+        """Epochs of a compression, those of its search included."""
+        return self.epochs or self.max_epoch + (self.epochs_search or self.max_epoch)
+
+    @property
+    def training_epochs(self) -> int:
+        """Epochs of `train`."""
+        return self.epochs or self.max_epoch
+
+    @property
     def search_epochs(self) -> int:
-        """Epochs of the published search; other methods train for as many in all."""
-        return self.max_epoch if self.epochs_search is None else self.epochs_search
+        """Epochs of the published search: of all epochs the share that it has of max_epoch and epochs_search."""
+        searched = self.epochs_search or self.max_epoch
+        if self.epochs is None:
+            return searched
+        return max(1, self.epochs * searched // (searched + self.max_epoch))
+
+    @property
+    def retraining_epochs(self) -> int:
+        """Epochs after the published search."""
+        return self.all_epochs - self.search_epochs
 
     def to_yaml(self) -> str:
         """Return the settings as resolved, in the form that `read_settings` takes."""
@@ -195,31 +234,83 @@ class LanguageSettings(RunSettings):
     tokenizer: str = Field(TOKENIZER, description="folder of the tokenizer, or its name on the hub")
 
 
-def read_settings(kind: type[S], path: Path | None, overrides: Mapping[str, Any]) -> S:
-    """Return settings of a kind from a YAML file and overrides, which beat it.
+def read_settings(
+    kind: type[S], path: Path | None, overrides: Mapping[str, Any], sources: Mapping[str, str] | None = None
+) -> S:
+    """Return settings of a kind from a YAML file and overrides, which beat it; older names of settings are read too.
+
+    Args:
+        kind: class of the settings.
+        path: of the file.
+        overrides: setting -> value.
+        sources: setting -> where its value in `overrides` is from, for messages: "from --ratio".
 
     A file such as configs/nlvr.yaml that is not in the working directory is the package's own.
 
     Raises:
         SettingError: the file is missing or is no mapping; all unknown keys (with the nearest known one) and all
-            values out of range are listed.
+            values out of range are listed, and where each is from.
     """
-    values = _read_yaml(located(path)) if path is not None else {}
-    named = values.get("batch_size_train", AUTO)
-    values.update(overrides)
+    path = located(path) if path is not None else None
+    written = _read_yaml(path) if path is not None else {}
+    in_file, given = current_names(written), current_names(overrides)
+    if {"max_epoch", "epochs_search"} & given.keys():  # more particular than what the file says of all epochs
+        in_file.pop("epochs", None)
+    values = in_file | given
+    named = in_file.get("batch_size_train", AUTO)
     if values.get("batch_size_train") == AUTO and named != AUTO:  # the file's number is what a step keeps to
         values |= {"batch_size_train": named, "batch_size_auto": True}
+
     known = list(kind.model_fields)
-    source = str(path) if path is not None else "the command line"
-    unknown = [f"unknown key {key!r}{nearest(str(key), known)}" for key in values if key not in known]
+
+    def source(name: str) -> str | None:
+        if name in given:
+            return sources.get(name, "the default") if sources is not None else None
+        if name not in in_file or path is None:
+            return "the default" if name in known else None
+        key = next(key for key in written if name in (key, *OLDER.get(key, ())))
+        return f"from {'' if key == name else f'{key} in '}{path}, line {key_lines(path).get(str(key), 1)}"
+
+    unknown = [
+        f"unknown key {key!r}{nearest(str(key), known)}" + (f", {place}" if (place := source(key)) else "")
+        for key in values
+        if key not in known
+    ]
     wrong: list[str] = []
     try:
         settings = kind(**{str(key): value for key, value in values.items() if key in known})
     except ValidationError as error:
-        wrong = problems(error)
+        wrong = problems(error, source)
     if unknown or wrong:
-        raise SettingError(f"Settings from {source} cannot be used:\n  " + "\n  ".join(unknown + wrong))
+        raise SettingError("These settings cannot be used:\n  " + "\n  ".join(unknown + wrong))
     return settings
+
+
+def current_names(values: Mapping[Any, Any]) -> dict[Any, Any]:
+    """Return settings under the names that they have today; `p` is `ratio`.
+
+    Raises:
+        SettingError: one is there under both names.
+    """
+    current = dict(values)
+    for old, names in OLDER.items():
+        if old in current:
+            twice = [name for name in names if name in values]
+            if twice:
+                raise SettingError(f"{old} is an older name of {twice[0]}, and both are given. Leave {old} out.")
+            value = current.pop(old)
+            current |= dict.fromkeys(names, value)
+    return current
+
+
+def _number(value: Any) -> Any:
+    """Return a text that is a number as one: YAML and command lines have texts such as 1e-1."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return float(value)
+    except ValueError:
+        return value
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, get_args
@@ -58,14 +59,27 @@ def told(what: str) -> Iterator[None]:
         raise SettingError(f"{what}:\n  " + "\n  ".join(problems(error))) from error
 
 
-def problems(error: ValidationError) -> list[str]:
-    """Return what is wrong, a line for each value: where, what it should be, and what was found."""
+def problems(error: ValidationError, source: Callable[[str], str | None] | None = None) -> list[str]:
+    """Return what is wrong, a line for each value: where, what it should be, and what was found.
+
+    Args:
+        error: of pydantic.
+        source: where the value of a field is from ("from --seed", "the default"), None for what is no field; the lines
+            tell it.
+    """
     lines = []
     for part in error.errors():
-        place = ".".join(map(str, part["loc"])) or "settings"
-        shown = shortened(part["input"]) if part["loc"] else "these values"
-        found = "nothing" if part["type"] == "missing" else shown
-        lines.append(f"{place}: {part['msg'].removeprefix('Value error, ')}; found {found}")
+        message = part["msg"].removeprefix("Value error, ")
+        if part["loc"]:
+            shown = "nothing" if part["type"] == "missing" else shortened(part["input"])
+            place = source(str(part["loc"][0])) if source is not None else None
+            told = f", {place}" if place else ""
+            lines.append(f"{'.'.join(map(str, part['loc']))}: {message}; found {shown}{told}")
+        else:  # a contradiction, which names its fields
+            named = dict.fromkeys(re.findall(r"\w+", message))
+            places = {name: source(name) for name in named} if source is not None else {}
+            told = "; ".join(f"{name}: {place}" for name, place in places.items() if place)
+            lines.append(message + (f" ({told})" if told else ""))
     return lines
 
 

@@ -78,6 +78,17 @@ def read_yaml(path: Path, what: str) -> Any:
         raise SettingError(told) from error
 
 
+def key_lines(path: Path) -> dict[str, int]:
+    """Return the keys of a YAML file's mapping, which `read_yaml` has read, and the lines that they stand on."""
+    loader = _Loader(path.read_text(encoding="utf-8-sig"))
+    try:
+        node = loader.get_single_node()
+    finally:
+        loader.dispose()
+    pairs = node.value if isinstance(node, yaml.MappingNode) else []
+    return {str(key.value): key.start_mark.line + 1 for key, _ in pairs}
+
+
 def _instead(path: Path) -> str:
     try:
         if path.is_dir():

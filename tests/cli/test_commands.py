@@ -88,7 +88,13 @@ MISTAKES: list[tuple[str, list[str], list[str]]] = [
     ("config missing", ["compress", "nlvr", "--config", "nowhere.yaml"], ["nowhere.yaml", "there is none"]),
     ("set", ["compress", "nlvr", "--set", "workers"], ["KEY=VALUE", "workers"]),
     ("unknown key", ["compress", "nlvr", "--set", "init_lrr=1"], ["init_lrr", "did you mean 'init_lr'"]),
-    ("p", ["compress", "nlvr", "--p", "1.5"], ["p: Input should be less than 1", "1.5"]),
+    (
+        "ratio",
+        ["compress", "nlvr", "--ratio", "1.5"],
+        ["ratio: Input should be a number", "1.5, from --ratio"],
+    ),
+    ("p", ["compress", "nlvr", "--p", "50"], ["write 0.5 for 50 %", "from --p"]),
+    ("epochs", ["compress", "nlvr", "--epochs", "0"], ["epochs: Input", "found 0, from --epochs"]),
     ("epoch", ["compress", "nlvr", "--epoch", "0"], ["max_epoch", "0"]),
     ("cost", ["compress", "nlvr", "--cost", "parms"], ["cost", "params", "parms"]),
 ]

@@ -75,10 +75,8 @@ def test_a_dry_run_says_everything_and_does_nothing(
     result = runner.invoke(app, asked)
     assert result.exit_code == 0, result.output
     assert recipe.command in result.output
-    assert (
-        f"search in the first 10 % of {(recipe.epochs_search or recipe.epoch) + recipe.epoch} epochs" in result.output
-    )
-    assert f"max_epoch: {recipe.epoch}" in result.output
+    assert f"search in the first 10 % of {recipe.epochs} epochs" in result.output
+    assert f"max_epoch: {recipe.retraining}" in result.output
     assert "missing" in result.output
     assert not (tmp_path / "out").exists()
 
@@ -90,7 +88,7 @@ def test_run_starts_what_the_recipe_says_and_flags_beat_it(monkeypatch: pytest.M
     assert result.exit_code == 0, result.output
     (task, settings) = started[0]
     assert task == "nlvr"
-    assert (settings.p, settings.max_epoch, settings.search_epochs) == (0.667, 20, 20)
+    assert (settings.ratio, settings.max_epoch, settings.search_epochs) == (0.667, 20, 20)
     assert (settings.output_dir, settings.num_workers) == (tmp_path, 1)
 
 
@@ -106,6 +104,24 @@ def test_a_dry_run_tells_what_the_method_does(method: str, says: str) -> None:
     assert result.exit_code == 0, result.output
     assert says in result.output
     assert f"method: {method}" in result.output
+
+
+def test_rows_with_the_published_names_are_read(tmp_path: Path) -> None:
+    today = find_recipe("ade20k-p0.1")
+    row = today.model_dump(mode="json", exclude={"ratio", "epochs"}) | {"p": 0.1, "epoch": 64}
+    (tmp_path / "recipes.yaml").write_text(yaml.safe_dump([row, row | {"name": "even", "epochs_search": None}]))
+    read = read_recipes(tmp_path / "recipes.yaml")
+    assert read["ade20k-p0.1"] == today
+    assert (read["even"].searched, read["even"].retraining) == (64, 64)
+
+
+def test_epochs_of_a_command_are_all_and_keep_the_published_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[RunSettings] = []
+    monkeypatch.setattr(recipes, "compress", lambda _, settings: started.append(settings))
+    for words in (["nlvr2-2x", "--set", "epochs=10"], ["ade20k-p0.1", "--set", "epochs=10"]):
+        result = runner.invoke(app, ["run", *words, "--method", "reference"])
+        assert result.exit_code == 0, result.output
+    assert [(s.search_epochs, s.retraining_epochs, s.all_epochs) for s in started] == [(5, 5, 10), (2, 8, 10)]
 
 
 @pytest.mark.parametrize("task", ["nlvr", "classification", "segmentation"])
@@ -126,7 +142,7 @@ def test_an_unknown_recipe_names_the_nearest() -> None:
     [
         ("a: 1", "must hold a list"),
         ("- name: [", "is not YAML"),
-        (yaml.safe_dump([ALL[0].model_dump(mode="json") | {"p": 2}]), "recipe 0: p"),
+        (yaml.safe_dump([ALL[0].model_dump(mode="json") | {"ratio": 2}]), "recipe 0: ratio"),
         (yaml.safe_dump([ALL[0].model_dump(mode="json")] * 2), "two recipes are called"),
     ],
 )

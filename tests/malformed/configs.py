@@ -218,7 +218,7 @@ RECIPES: dict[str, str] = {
     "no name": "- " + _RECIPE.replace("name: a\n  ", ""),
     "a name twice": f"- {_RECIPE}- {_RECIPE}",
     "a key twice": f"- {_RECIPE}  p: 0.6\n",
-    "an unknown key": f"- {_RECIPE}  ratio: 0.6\n",
+    "an unknown key": f"- {_RECIPE}  ratios: 0.6\n",
     "p is NaN": "- " + _RECIPE.replace("0.5", ".nan"),
     "p is a text": "- " + _RECIPE.replace("0.5", "half"),
     "p is one": "- " + _RECIPE.replace("0.5", "1"),

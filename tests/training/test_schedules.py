@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
+from upop.errors import SettingError
 from upop.settings import RunSettings
-from upop.training.schedules import Phases, compression_rates, falling, phases
+from upop.training.schedules import Phases, check_epochs, compression_rates, falling, phases
 
 
 def settings(**given: Any) -> RunSettings:
@@ -18,6 +19,23 @@ def test_all_methods_take_equally_many_epochs() -> None:
     assert phases(settings(method="reference", epochs_search=4), 100) == Phases(400, 4, 10)
     assert phases(settings(method="magnitude", epochs_search=4), 100) == Phases(0, 0, 14)
     assert phases(settings(epochs_search=4), 100) == Phases(140, 2, 12)
+
+
+def test_epochs_are_all_epochs_and_the_published_names_say_how_the_reference_shares_them() -> None:
+    assert phases(settings(epochs=30), 100) == Phases(300, 3, 27)
+    assert phases(settings(method="magnitude", epochs=30), 100) == Phases(0, 0, 30)
+    assert phases(settings(method="reference", epochs=30), 100) == Phases(1500, 15, 15)
+    assert phases(settings(method="reference", epochs=30, epochs_search=5), 100) == Phases(1000, 10, 20)
+    assert phases(settings(method="reference", epochs=2, epochs_search=1), 100) == Phases(100, 1, 1)
+    assert settings(epochs=30).training_epochs == 30
+
+
+def test_too_few_epochs_are_refused() -> None:
+    check_epochs(settings(epochs=1, method="magnitude"))
+    check_epochs(settings(epochs=2))
+    for method in ("upop", "reference"):
+        with pytest.raises(SettingError, match="--epochs 2"):
+            check_epochs(settings(epochs=1, method=method))
 
 
 @pytest.mark.parametrize(

@@ -3,49 +3,55 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
 
+from upop import __version__
 from upop.cli import options as o
 from upop.cli.convert import convert
 from upop.cli.demo import demo
 from upop.cli.export import export
+from upop.cli.help import Command, Group
 from upop.cli.inspect import inspect
+from upop.cli.misuse import say_misused
 from upop.cli.processes import place, recorded
 from upop.cli.recipes import recipes, run
 from upop.cli.report import report
 from upop.errors import PreemptedError, SettingError, UPopError
 from upop.plain import as_text
-from upop.settings import RunSettings, read_settings
 from upop.tasks import TASKS, find_task
 from upop.tasks.verbs import compress as run_compress
 from upop.tasks.verbs import evaluate_checkpoint
 from upop.tasks.verbs import train as run_train
 
 app = typer.Typer(
+    cls=Group,
     no_args_is_help=True,
-    add_completion=False,
-    rich_markup_mode="rich",
+    rich_markup_mode=None,
     pretty_exceptions_enable=False,
     help="Make vision-language transformers two to ten times smaller by unified and progressive pruning.",
-    epilog="Example: upop compress nlvr --config configs/nlvr.yaml --p 0.5 --epoch 15 --output-dir output/nlvr-2x",
+    epilog="Example: upop compress nlvr --config configs/nlvr.yaml --ratio 0.5 --output-dir output/nlvr-2x",
 )
-data = typer.Typer(no_args_is_help=True, help="Make data sets.")
+data = typer.Typer(cls=Group, no_args_is_help=True, rich_markup_mode=None, help="Make data sets.")
 app.add_typer(data, name="data")
-app.command(epilog="Example: upop demo --output-dir output/demo")(demo)
-app.command(epilog="Example: upop convert model_base_caption.pth blip-caption --to hugging-face")(convert)
-app.command(epilog="Example: upop export output/caption-2x/best --out output/caption-2x/onnx")(export)
-app.command(epilog="Example: upop inspect deit_small_patch16_224 --ratio 0.5")(inspect)
-app.command(epilog="Example: upop recipes")(recipes)
-app.command(epilog="Example: upop report output/caption-2x")(report)
-app.command(epilog="Example: upop run nlvr2-2x --dry-run")(run)
+app.command(cls=Command, epilog="Example: upop demo --output-dir output/demo")(demo)
+app.command(cls=Command, epilog="Example: upop convert model_base_caption.pth blip-caption --to hugging-face")(convert)
+app.command(cls=Command, epilog="Example: upop export output/caption-2x/best --out output/caption-2x/onnx")(export)
+app.command(cls=Command, epilog="Example: upop inspect deit_small_patch16_224 --ratio 0.5")(inspect)
+app.command(cls=Command, epilog="Example: upop recipes")(recipes)
+app.command(cls=Command, epilog="Example: upop report output/caption-2x")(report)
+app.command(cls=Command, epilog="Example: upop run nlvr2-2x --dry-run")(run)
 
-TaskName = Annotated[str, typer.Argument(help=f"What to learn: {', '.join(TASKS)}.")]
+TaskName = Annotated[
+    str,
+    typer.Argument(
+        metavar="TASK", help=f"What to learn: {', '.join(TASKS)}.", autocompletion=o.starting_with(lambda: TASKS)
+    ),
+]
 
 
 class ShapesTask(StrEnum):
@@ -67,47 +73,52 @@ class PictureFormat(StrEnum):
     jpeg = "jpeg"
 
 
-@app.command(epilog="Example: upop train nlvr --config configs/shapes/nlvr.yaml --output-dir output/dense")
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"upop {__version__}")
+        raise typer.Exit
+
+
+@app.command(cls=Command, epilog="Example: upop train nlvr --config configs/shapes/nlvr.yaml --output-dir output/dense")
 def train(
+    context: typer.Context,
     task: TaskName,
     config: o.Config = None,
     pretrained: o.Pretrained = None,
     architecture: o.Architecture = None,
     data_path: o.DataPath = None,
     output_dir: o.OutputDir = None,
-    epoch: Annotated[int | None, typer.Option("--epoch", "--epochs", help="Epochs of training.")] = None,
+    epochs: Annotated[int | None, typer.Option("--epochs", help="Epochs of training.")] = None,
+    epoch: o.OldEpoch = None,
     device: o.DeviceName = None,
     fsdp: o.Fsdp = None,
     seed: o.Seed = None,
     amp: o.Amp = None,
-    batch_size: o.BatchSize = None,
+    batch_size_train: o.BatchSize = None,
     grad_checkpointing: o.GradCheckpointing = None,
-    tracker: o.Tracker = None,
+    trackers: o.Tracker = None,
     resume: o.Resume = None,
     skip_bad_images: o.SkipBadImages = None,
     allow_outside: o.AllowOutside = None,
     assign: o.Set = None,
 ) -> None:
     """Train or fine-tune a dense model."""
-    flags: dict[str, Any] = {
-        "resume": resume,
-        "pretrained": pretrained,
-        "output_dir": output_dir,
-        "max_epoch": epoch,
-        "device": device,
-    }
-    flags |= {"architecture": architecture, "data_path": data_path}
-    flags |= {"skip_bad_images": skip_bad_images, "allow_outside": allow_outside}
-    flags |= {"batch_size_train": batch_size, "grad_checkpointing": grad_checkpointing, "trackers": tracker or None}
-    _start(run_train, task, config, {**flags, "seed": seed, "amp": amp, **o.sharding(fsdp)}, assign)
+    found = find_task(task)
+    run_train(found, o.read(context, found.settings, config, assign, also=o.sharding(fsdp)))
 
 
-@app.command(epilog="Example: upop compress nlvr --config configs/nlvr.yaml --p 0.75 --epoch 23 --output-dir output/4x")
+@app.command(
+    cls=Command,
+    epilog="Example: upop compress nlvr --config configs/nlvr.yaml --ratio 0.75 --epochs 46 --output-dir output/4x",
+)
 def compress(
+    context: typer.Context,
     task: TaskName,
     config: o.Config = None,
-    p: o.Ratio = None,
-    epoch: o.Epoch = None,
+    ratio: o.Ratio = None,
+    p: o.OldRatio = None,
+    epochs: o.Epochs = None,
+    epoch: o.OldEpoch = None,
     pretrained: o.Pretrained = None,
     architecture: o.Architecture = None,
     data_path: o.DataPath = None,
@@ -116,9 +127,9 @@ def compress(
     fsdp: o.Fsdp = None,
     seed: o.Seed = None,
     amp: o.Amp = None,
-    batch_size: o.BatchSize = None,
+    batch_size_train: o.BatchSize = None,
     grad_checkpointing: o.GradCheckpointing = None,
-    tracker: o.Tracker = None,
+    trackers: o.Tracker = None,
     cost: Annotated[str | None, typer.Option(help="What the budget counts: params, flops or reference.")] = None,
     align: Annotated[int | None, typer.Option(help="Kept sizes are multiples of this.")] = None,
     interval: o.Interval = None,
@@ -131,38 +142,26 @@ def compress(
     assign: o.Set = None,
 ) -> None:
     """Search, shrink, retrain and evaluate."""
-
-    def checked(found: Any, settings: RunSettings) -> Any:
-        if interval is not None and settings.method != "reference":
-            raise SettingError(
-                f"--interval {interval} says how often the published search moves its masks, and the method is "
-                f"{settings.method}, which has no use for it. Leave it out, or add --method reference."
-            )
-        return run_compress(found, settings)
-
-    flags = {
-        "p": p,
-        "resume": resume,
-        "skip_bad_images": skip_bad_images,
-        "allow_outside": allow_outside,
-        "pretrained": pretrained,
-        "architecture": architecture,
-        "data_path": data_path,
-        "output_dir": output_dir,
-        "device": device,
-        "seed": seed,
-        "amp": amp,
-        "batch_size_train": batch_size,
-        "grad_checkpointing": grad_checkpointing,
-        "trackers": tracker or None,
-    }
-    method_flags = {"cost": cost, "align": align, "interval": interval, "method": method}
-    sparsity = {"w_sp_attn": w_sp_attn, "w_sp_mlp": w_sp_mlp}
-    _start(checked, task, config, {**flags, **method_flags, **sparsity, **o.epochs(epoch), **o.sharding(fsdp)}, assign)
+    found = find_task(task)
+    settings = o.read(context, found.settings, config, assign, also=o.sharding(fsdp))
+    if interval is not None and settings.method != "reference":
+        raise SettingError(
+            f"--interval {interval} says how often the published search moves its masks, and the method is "
+            f"{settings.method}, which has no use for it. Leave it out, or add --method reference."
+        )
+    if epoch is not None:
+        _note(
+            f"--epoch {epoch}, as in the published commands, is {epoch} epochs of search and {epoch} of retraining; "
+            f"--epochs {2 * epoch} says the same."
+        )
+    run_compress(found, settings)
 
 
-@app.command(epilog="Example: upop evaluate nlvr --config configs/nlvr.yaml --pretrained output/nlvr-2x/best")
+@app.command(
+    cls=Command, epilog="Example: upop evaluate nlvr --config configs/nlvr.yaml --pretrained output/nlvr-2x/best"
+)
 def evaluate(
+    context: typer.Context,
     task: TaskName,
     config: o.Config = None,
     pretrained: o.Pretrained = None,
@@ -176,13 +175,13 @@ def evaluate(
     assign: o.Set = None,
 ) -> None:
     """Evaluate a checkpoint, dense or compressed."""
-    flags: dict[str, Any] = {"pretrained": pretrained, "output_dir": output_dir, "device": device, "amp": amp}
-    flags |= {"architecture": architecture, "data_path": data_path}
-    flags |= {"skip_bad_images": skip_bad_images, "allow_outside": allow_outside}
-    _start(evaluate_checkpoint, task, config, flags, assign)
+    found = find_task(task)
+    evaluate_checkpoint(found, o.read(context, found.settings, config, assign))
 
 
-@data.command(epilog="Example: upop data shapes --task nlvr --out output/shapes/nlvr --seed 0 --size 20000")
+@data.command(
+    cls=Command, epilog="Example: upop data shapes --task nlvr --out output/shapes/nlvr --seed 0 --size 20000"
+)
 def shapes(
     out: Annotated[Path, typer.Option(help="Folder to write; must be new, empty, or hold the same set.")],
     task: Annotated[ShapesTask, typer.Option(help="Which task's files to write.")] = ShapesTask.nlvr,
@@ -199,26 +198,27 @@ def shapes(
     write_with_progress(task.value, out, seed=seed, size=size, image_size=image_size, image_format=image_format.value)
 
 
-def _start(
-    verb: Callable[[Any, Any], Any],
-    task: str,
-    config: Path | None,
-    flags: dict[str, Any],
-    assign: list[str] | None,
+@app.callback()
+def _global(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_version, help="Show the version and exit.")
+    ] = False,
 ) -> None:
-    found = find_task(task)
-    settings: RunSettings = read_settings(found.settings, config, o.overrides(flags, assign))
-    verb(found, settings)
+    pass
 
 
 def main(command: typer.Typer = app) -> None:
     """Run a command; an error of ours ends it with a message and exit code 1, without a traceback.
 
-    A run that was asked to end and can be resumed exits with 75.
+    A command line that cannot be understood exits with 2; a run that was asked to end and can be resumed, with 75.
     """
     sys.argv[1:] = o.with_resume_value(sys.argv[1:])
     try:
-        recorded(command)
+        code = recorded(lambda: command(standalone_mode=False))
+        sys.stdout.flush()
+        sys.exit(code if isinstance(code, int) else 0)
+    except typer.TyperException as error:
+        sys.exit(say_misused(error))
     except UPopError as error:
         _say(type(error).__name__, _message(error))
         sys.exit(PreemptedError.exit_code if isinstance(error, PreemptedError) else 1)
@@ -227,6 +227,10 @@ def main(command: typer.Typer = app) -> None:
             sys.exit(1)
         _say(type(error).__name__, f"{error.strerror or error}: {error.filename}" if error.filename else str(error))
         sys.exit(1)
+
+
+def _note(message: str) -> None:
+    Console(stderr=True, highlight=False, markup=False, soft_wrap=True).print(f"Note: {message}")
 
 
 def _say(kind: str, message: str) -> None:

@@ -36,7 +36,8 @@ _METHODS = ("upop", "magnitude")
 def demo(
     output_dir: o.OutputDir = Path("output/demo"),
     device: o.DeviceName = None,
-    p: o.Ratio = None,
+    ratio: o.Ratio = None,
+    p: o.OldRatio = None,
 ) -> None:
     """Compress a small model that says whether sentences about two pictures are true, and show what it lost.
 
@@ -56,7 +57,7 @@ def demo(
         "tokenizer": str(data.tokenizer),
         "pretrained": str(DENSE),
         "device": device,
-        "p": p,
+        "ratio": ratio if p is None else p,
     }
     models: dict[str, tuple[nn.Module, Metrics]] = {}
     for method in _METHODS:

@@ -2,15 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import typer
 
 from upop.errors import SettingError
+from upop.pruning.choice import meant
+from upop.settings import OLDER, RunSettings, current_names, read_settings
+from upop.tasks import TASKS
 from upop.yaml_files import parse_yaml
+
+S = TypeVar("S", bound=RunSettings)
+
+
+def as_ratio(text: str) -> float:
+    """Return the number that a text is; whether it is a ratio, the settings check.
+
+    Raises:
+        typer.BadParameter: it is no number; for "50%" and "2x" the message says what to write.
+    """
+    try:
+        return float(text)
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is not a number between 0 and 1{meant(text)}") from None
+
+
+def starting_with(known: Callable[[], Iterable[str]]) -> Callable[[str], list[str]]:
+    """Return what shells complete a word with: those of the known ones that begin with it."""
+
+    def completed(incomplete: str) -> list[str]:
+        return [word for word in known() if word.startswith(incomplete)]
+
+    return completed
 
 
 class Device(StrEnum):
@@ -57,15 +84,24 @@ GradCheckpointing = Annotated[
 Tracker = Annotated[
     list[str] | None, typer.Option("--tracker", help="tensorboard, or any tracker that Accelerate knows; repeatable.")
 ]
-Ratio = Annotated[float | None, typer.Option("--p", help="Share of the prunable cost to remove; 0.5 is 2x.")]
-Epoch = Annotated[
-    int | None,
-    typer.Option("--epoch", "--epochs", help="Epochs of the published search, and of retraining: half of all epochs."),
+_RATIO = "Share of the prunable cost to remove; 0.5 is 2x, 0.75 is 4x. [default: 0.5]"
+Ratio = Annotated[float | None, typer.Option("--ratio", parser=as_ratio, metavar="<float>", help=_RATIO)]
+OldRatio = Annotated[float | None, typer.Option("--p", parser=as_ratio, metavar="<float>", hidden=True)]
+PublishedRatio = Annotated[
+    float | None, typer.Option("--p", "--ratio", parser=as_ratio, metavar="<float>", help=_RATIO)
+]
+Epochs = Annotated[
+    int | None, typer.Option("--epochs", help="All epochs, those of the search too. [default: the config's]")
+]
+OldEpoch = Annotated[int | None, typer.Option("--epoch", hidden=True)]
+PublishedEpoch = Annotated[
+    int | None, typer.Option("--epoch", help="Epochs of the search, and as many of retraining: half of all epochs.")
 ]
 Method = Annotated[
     str | None,
     typer.Option(
-        help="upop, reference (the search as published), or magnitude: one cut by weight norm. [default: upop]"
+        help="upop, reference (the search as published), or magnitude: one cut by weight norm. [default: upop]",
+        autocompletion=starting_with(lambda: ("upop", "reference", "magnitude")),
     ),
 ]
 SparsityAttention = Annotated[
@@ -121,6 +157,69 @@ def with_resume_value(arguments: Sequence[str]) -> list[str]:
     return completed
 
 
+_SETS: Mapping[str, tuple[str, ...]] = {
+    **OLDER,
+    "fsdp": ("sharding",),
+    "records": ("batch_size_train",),
+    "scheduler": ("schedule",),
+    "finetune": ("pretrained",),
+    "evaluate": ("pretrained",),
+    "checkpoint": ("pretrained", "resume"),
+    "model_ema": ("ema_decay",),
+    "repeated_aug": ("repeats",),
+}
+"""Parameters of commands that are called otherwise than the settings that they stand for."""
+
+
+def read(
+    context: typer.Context,
+    kind: type[S],
+    config: Path | None,
+    assignments: Sequence[str] | None = None,
+    *,
+    also: Mapping[str, Any] | None = None,
+    nothing: Sequence[str] = (),
+    beneath: Mapping[str, Any] | None = None,
+    sources: Mapping[str, str] | None = None,
+) -> S:
+    """Return the settings of a command: those of a file, under those of its flags, under `--set` assignments.
+
+    Args:
+        context: of the command; its parameters that are called like a setting of some task are flags for it.
+        kind: class of the settings.
+        config: the YAML file.
+        assignments: of `--set`.
+        also: settings that other parameters stand for; those that are None are not given.
+        nothing: settings that flags set to null.
+        beneath: settings that beat the file's and no flag.
+        sources: where settings of `also` and `beneath` are from, if not from flags.
+
+    Raises:
+        SettingError: a setting cannot be used; the message says where it is from.
+    """
+    named = {*OLDER, *(name for task in TASKS.values() for name in task.settings.model_fields)}
+    flags = {name: value for name, value in context.params.items() if name in named and value not in ((), [])}
+    given = current_names(overrides(flags)) | overrides(also or {}) | dict.fromkeys(nothing)
+    assigned = current_names(overrides({}, assignments))
+    told = {**(sources or {}), **{name: place for name in given if (place := _flag(context, name))}}
+    told |= {name: f"from --set {name}" for name in assigned}
+    return read_settings(kind, config, {**current_names(beneath or {}), **given, **assigned}, told)
+
+
+def _flag(context: typer.Context, setting: str) -> str | None:
+    """Return which flag a setting is from, as it was typed; None if none was."""
+    for parameter in context.command.params:
+        stands_for = _SETS.get(str(parameter.name), (parameter.name,))
+        typed = [
+            flag
+            for flag in (*parameter.opts, *parameter.secondary_opts)
+            if any(word.partition("=")[0] == flag for word in sys.argv)
+        ]
+        if setting in stands_for and typed:
+            return f"from {typed[0]}"
+    return None
+
+
 def overrides(flags: Mapping[str, Any], assignments: Sequence[str] | None = None) -> dict[str, Any]:
     """Return settings from the flags that were given (are not None) and from `--set` assignments, read as YAML.
 
@@ -142,8 +241,3 @@ def overrides(flags: Mapping[str, Any], assignments: Sequence[str] | None = None
 def sharding(fsdp: bool | None) -> dict[str, str | None]:
     """Return the setting that `--fsdp` stands for."""
     return {"sharding": "fsdp" if fsdp else None}
-
-
-def epochs(epoch: int | None) -> dict[str, int | None]:
-    """Return the settings that the published `--epoch` stands for: as many epochs of search as of retraining."""
-    return {"max_epoch": epoch, "epochs_search": epoch}

@@ -23,8 +23,10 @@ def place() -> str:
     return f" (rank {os.environ.get('RANK', '0')} of {world})" if under_torchrun() and world != "1" else ""
 
 
-def recorded(command: Callable[[], object]) -> None:
-    """Run a command; under torchrun, an error goes into the file from which torchrun tells the cause.
+def recorded(command: Callable[[], object]) -> object:
+    """Run a command and return what it returns.
+
+    Under torchrun, an error goes into the file from which torchrun tells the cause.
 
     A command that has succeeded leaves the group of processes, whose threads may else abort a process that exits.
 
@@ -32,29 +34,27 @@ def recorded(command: Callable[[], object]) -> None:
         TrainingError: another process has ended, so that this one cannot go on; that is not the cause.
     """
     if not under_torchrun():
-        command()
-        return
+        return command()
     from torch.distributed.elastic.multiprocessing.errors import record
 
-    def guarded() -> RuntimeError | None:
+    def guarded() -> object:
         try:
-            command()
+            return command()
         except RuntimeError as error:
             if not _is_of_another(error):
                 raise
             return error
-        return None
 
-    lost = record(guarded)()
-    if lost is None:
+    found = record(guarded)()
+    if not isinstance(found, RuntimeError):
         _leave_group()
-    else:
-        time.sleep(_GRACE_SECONDS)
-        raise TrainingError(
-            "Another process of this run has ended or fallen silent, and this one cannot go on without it: "
-            f"{str(lost).splitlines()[0].partition('. ')[0]}. The cause stands in that process's own message and under "
-            "'Root Cause' in the report of the torchrun that started it."
-        ) from lost
+        return found
+    time.sleep(_GRACE_SECONDS)
+    raise TrainingError(
+        "Another process of this run has ended or fallen silent, and this one cannot go on without it: "
+        f"{str(found).splitlines()[0].partition('. ')[0]}. The cause stands in that process's own message and under "
+        "'Root Cause' in the report of the torchrun that started it."
+    ) from found
 
 
 def _leave_group() -> None:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from upop.cli import options as o
 from upop.cli.app import main
+from upop.cli.help import Command
 from upop.errors import SettingError
-from upop.settings import read_settings
 from upop.tasks import find_task
 from upop.tasks.verbs import compress, evaluate_checkpoint
 
@@ -24,26 +24,27 @@ def blip_command(task: str, config: str) -> typer.Typer:
         task: name of the task.
         config: the published config file, used where `--config` is not given.
     """
-    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
     script = f"compress_{task.replace('-', '_')}.py"
 
-    @app.command(epilog=f"Example: python {script} --p 0.5 --epoch 15 --pretrained pretrained/model.pth")
+    @app.command(cls=Command, epilog=f"Example: python {script} --p 0.5 --epoch 15 --pretrained pretrained/model.pth")
     def command(
+        context: typer.Context,
         config: Annotated[Path, typer.Option(help="YAML file of settings; flags beat it.")] = Path(config),
         output_dir: o.OutputDir = Path(f"output/{task}"),
-        evaluate: Annotated[bool, typer.Option("--evaluate", help="Only evaluate --pretrained.")] = False,
+        only_evaluate: Annotated[bool, typer.Option("--evaluate", help="Only evaluate --pretrained.")] = False,
         device: o.DeviceName = None,
         fsdp: o.Fsdp = None,
         seed: o.Seed = None,
         pretrained: o.Pretrained = None,
         w_sp_attn: o.SparsityAttention = None,
         w_sp_mlp: o.SparsityMlp = None,
-        epoch: o.Epoch = None,
-        p: o.Ratio = None,
+        epoch: o.PublishedEpoch = None,
+        ratio: o.PublishedRatio = None,
         method: o.Method = None,
         amp: o.Amp = None,
-        lr: Annotated[float | None, typer.Option("--lr", help="Highest learning rate.")] = None,
+        init_lr: Annotated[float | None, typer.Option("--lr", help="Highest learning rate.")] = None,
         world_size: Annotated[int | None, typer.Option("--world_size", help=_IGNORED)] = None,
         dist_url: Annotated[str | None, typer.Option("--dist_url", help=_IGNORED)] = None,
         distributed: Annotated[str | None, typer.Option("--distributed", help=_IGNORED)] = None,
@@ -57,20 +58,9 @@ def blip_command(task: str, config: str) -> typer.Typer:
         del world_size, dist_url, distributed
         if use_ceph:
             raise SettingError("--use_ceph reads from a private storage system that upop does not know. Leave it out.")
-        flags: dict[str, Any] = {
-            "output_dir": output_dir,
-            "device": device,
-            "seed": seed,
-            "pretrained": pretrained,
-            "resume": resume,
-            "skip_bad_images": skip_bad_images,
-            "allow_outside": allow_outside,
-        }
-        flags |= {"w_sp_attn": w_sp_attn, "w_sp_mlp": w_sp_mlp, "p": p, "method": method, "amp": amp, "init_lr": lr}
-        flags |= {**o.epochs(epoch), **o.sharding(fsdp)}
         found = find_task(task)
-        verb = evaluate_checkpoint if evaluate else compress
-        verb(found, read_settings(found.settings, config, o.overrides(flags, assign)))
+        verb = evaluate_checkpoint if only_evaluate else compress
+        verb(found, o.read(context, found.settings, config, assign, also=o.sharding(fsdp)))
 
     return app
 

@@ -12,8 +12,8 @@ import typer
 
 from upop.cli import options as o
 from upop.cli.app import main
+from upop.cli.help import Command
 from upop.errors import SettingError
-from upop.settings import RunSettings, read_settings
 from upop.tasks import find_task
 from upop.tasks.classification import ClassificationSettings
 from upop.tasks.verbs import compress, evaluate_checkpoint
@@ -23,17 +23,21 @@ CONFIG = Path("configs/classification.yaml")
 _REPEATS = 3
 _IGNORED = "Accepted and without effect."
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
 
-@app.command(epilog="Example: python compress_deit.py --eval --data-path datasets/vision/imagenet --resume model.pth")
+@app.command(
+    cls=Command,
+    epilog="Example: python compress_deit.py --eval --data-path datasets/vision/imagenet --resume model.pth",
+)
 def command(
+    context: typer.Context,
     config: Annotated[Path, typer.Option(help="YAML file of settings; flags beat it.")] = CONFIG,
     data_path: o.DataPath = None,
     architecture: o.Architecture = None,
     finetune: Annotated[str | None, typer.Option("--finetune", help="Dense checkpoint: a file, or a URL.")] = None,
     evaluate: Annotated[bool, typer.Option("--eval", help="Only evaluate --resume.")] = False,
-    resume: Annotated[
+    checkpoint: Annotated[
         str | None,
         typer.Option(
             "--resume",
@@ -42,7 +46,7 @@ def command(
         ),
     ] = None,
     output_dir: o.OutputDir = Path("output/classification"),
-    p: o.Ratio = None,
+    ratio: o.PublishedRatio = None,
     method: o.Method = None,
     interval: o.Interval = None,
     w_sp_attn: o.SparsityAttention = None,
@@ -107,30 +111,24 @@ def command(
     assign: o.Set = None,
 ) -> None:
     """Search, shrink, retrain and evaluate; or evaluate a checkpoint."""
-    given = dict(locals())
     del dist_eval, pin_mem, ema_on_cpu, world_size, dist_url
     _refuse_others({"--opt": (opt, "adamw"), "--sched": (sched, "cosine"), "--data-set": (data_set, "IMNET")})
-    goes_on = resume in tuple(o.ResumeWhen)
-    if evaluate and (resume is None or goes_on):
+    goes_on = checkpoint in tuple(o.ResumeWhen)
+    if evaluate and (checkpoint is None or goes_on):
         raise SettingError("--eval evaluates the checkpoint in --resume, and none was given there.")
-    if resume is not None and not evaluate and not goes_on:
+    if checkpoint is not None and not evaluate and not goes_on:
         raise SettingError(
-            f"--resume {resume} was given without --eval, which evaluates a checkpoint. Runs begin with --finetune; "
-            "--resume auto goes on with one."
+            f"--resume {checkpoint} was given without --eval, which evaluates a checkpoint. Runs begin with "
+            "--finetune; --resume auto goes on with one."
         )
-    # Flags that are called like the settings that they set.
-    flags: dict[str, Any] = {name: given[name] for name in ClassificationSettings.model_fields if name in given}
-    flags |= {"pretrained": resume, "resume": None} if evaluate else {"pretrained": finetune}
+    also: dict[str, Any] = {"pretrained": checkpoint} if evaluate else {"pretrained": finetune, "resume": checkpoint}
     if batch_size_train is not None:
-        flags["batch_size_test"] = batch_size_train * 3 // 2  # as DeiT evaluates
+        also["batch_size_test"] = batch_size_train * 3 // 2  # as DeiT evaluates
     if repeated_aug is not None:
-        flags["repeats"] = _REPEATS if repeated_aug else 1
-    overrides = o.overrides(flags, assign)
-    if auto_augment == "none":
-        overrides["auto_augment"] = None
-    if model_ema is False:
-        overrides["ema_decay"] = None
-    settings: RunSettings = read_settings(ClassificationSettings, config, overrides)
+        also["repeats"] = _REPEATS if repeated_aug else 1
+    off = {"auto_augment": auto_augment == "none", "ema_decay": model_ema is False}
+    nothing = [name for name, is_off in off.items() if is_off]
+    settings = o.read(context, ClassificationSettings, config, assign, also=also, nothing=nothing)
     verb = evaluate_checkpoint if evaluate else compress
     verb(find_task(TASK), settings)
 

@@ -10,8 +10,8 @@ import typer
 
 from upop.cli import options as o
 from upop.cli.app import main
+from upop.cli.help import Command
 from upop.errors import SettingError
-from upop.settings import read_settings
 from upop.tasks import find_task
 from upop.tasks.segmentation import SegmentationSettings
 from upop.tasks.verbs import compress, evaluate_checkpoint
@@ -20,12 +20,16 @@ TASK = "segmentation"
 CONFIG = Path("configs/segmentation.yaml")
 _DATASETS = ("ade20k",)
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
 
-@app.command(epilog="Example: DATASET=datasets/vision python compress_segmenter.py --evaluate model.pth --singlescale")
+@app.command(
+    cls=Command,
+    epilog="Example: DATASET=datasets/vision python compress_segmenter.py --evaluate model.pth --singlescale",
+)
 def command(
-    dataset: Annotated[
+    context: typer.Context,
+    data_set: Annotated[
         str, typer.Option("--dataset", help="ade20k, which is looked for in the folder that DATASET names.")
     ] = _DATASETS[0],
     backbone: Annotated[str | None, typer.Option("--backbone", help="Encoder, such as vit_small_patch16_384.")] = None,
@@ -41,10 +45,10 @@ def command(
     no_resume: Annotated[bool, typer.Option("--no-resume", help="As published: the run begins anew.")] = False,
     epochs_search: o.EpochsSearch = None,
     max_epoch: Annotated[int | None, typer.Option("--epochs", help="Epochs of retraining.")] = None,
-    batch_size: Annotated[int | None, typer.Option("--batch-size", help="Over all processes.")] = None,
+    records: Annotated[int | None, typer.Option("--batch-size", help="Over all processes.")] = None,
     search_lr: o.SearchRate = None,
     init_lr: Annotated[float | None, typer.Option("-lr", "--learning-rate", help="Highest learning rate.")] = None,
-    p: o.Ratio = None,
+    ratio: o.PublishedRatio = None,
     method: o.Method = None,
     interval: o.Interval = None,
     w_sp_attn: o.SparsityAttention = None,
@@ -70,21 +74,27 @@ def command(
     assign: o.Set = None,
 ) -> None:
     """Search, shrink, retrain and evaluate; or evaluate a checkpoint."""
-    given = dict(locals())
     del eval_freq
-    if dataset not in _DATASETS:
-        raise SettingError(f"--dataset {dataset} was asked for; known are {', '.join(_DATASETS)}.")
+    if data_set not in _DATASETS:
+        raise SettingError(f"--dataset {data_set} was asked for; known are {', '.join(_DATASETS)}.")
     if resume and no_resume:
         raise SettingError("--resume and --no-resume were both given. Leave one of them out.")
-    # Flags that are called like the settings that they set.
-    flags = {name: given[name] for name in SegmentationSettings.model_fields if name in given}
-    flags["dataset_root"] = _dataset_root()
-    flags["pretrained"] = evaluate or pretrained
-    flags["batch_size_train"] = _per_process(batch_size)
-    flags["schedule"] = {"cosine": "step"}.get(scheduler or "", scheduler)
-    task = find_task(TASK)
+    also = {
+        "dataset_root": _dataset_root(),
+        "pretrained": evaluate,
+        "batch_size_train": _per_process(records),
+        "schedule": {"cosine": "step"}.get(scheduler or "", scheduler),
+    }
+    settings = o.read(
+        context,
+        SegmentationSettings,
+        config,
+        assign,
+        also=also,
+        sources={"dataset_root": "from the environment variable DATASET"},
+    )
     verb = evaluate_checkpoint if evaluate else compress
-    verb(task, read_settings(task.settings, config, o.overrides(flags, assign)))
+    verb(find_task(TASK), settings)
 
 
 def _dataset_root() -> Path:

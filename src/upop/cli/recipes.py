@@ -16,7 +16,7 @@ from upop.cli import options as o
 from upop.errors import UPopError
 from upop.plain import as_text
 from upop.recipes import RECIPES, Recipe, find_recipe, read_recipes
-from upop.settings import RunSettings, read_settings
+from upop.settings import RunSettings
 from upop.tasks import find_task
 from upop.tasks.verbs import compress, evaluate_checkpoint
 from upop.training.task import Task
@@ -27,7 +27,7 @@ File = Annotated[Path, typer.Option("--recipes", help="YAML file of recipes.")]
 def recipes(file: File = RECIPES) -> None:
     """List every published run."""
     table = Table(title="Published runs", title_justify="left")
-    for heading in ("name", "p", "epochs", "the paper's result"):
+    for heading in ("name", "ratio", "epochs", "the paper's result"):
         table.add_column(heading)
     for script, rows in groupby(read_recipes(file).values(), key=lambda recipe: recipe.script):
         table.add_section()
@@ -35,8 +35,8 @@ def recipes(file: File = RECIPES) -> None:
         for recipe in rows:
             table.add_row(
                 as_text(recipe.name),
-                f"{recipe.p:g}",
-                f"{recipe.epochs_search or recipe.epoch} + {recipe.epoch}",
+                f"{recipe.ratio:g}",
+                f"{recipe.searched} + {recipe.retraining}",
                 as_text(recipe.paper),
             )
     console = Console()
@@ -49,9 +49,19 @@ def recipes(file: File = RECIPES) -> None:
 
 
 def run(
-    name: Annotated[str, typer.Argument(help="Name of a recipe; `upop recipes` lists them.")],
+    context: typer.Context,
+    name: Annotated[
+        str,
+        typer.Argument(
+            metavar="NAME",
+            help="Name of a recipe; `upop recipes` lists them.",
+            autocompletion=o.starting_with(read_recipes),
+        ),
+    ],
     dry_run: Annotated[bool, typer.Option("--dry-run", "--dry_run", help="Only say what would be done.")] = False,
-    evaluate: Annotated[bool, typer.Option("--evaluate", help="Evaluate the published compressed checkpoint.")] = False,
+    only_evaluate: Annotated[
+        bool, typer.Option("--evaluate", help="Evaluate the published compressed checkpoint.")
+    ] = False,
     pretrained: o.Pretrained = None,
     output_dir: o.OutputDir = None,
     device: o.DeviceName = None,
@@ -68,16 +78,21 @@ def run(
     """Start a published run. Under torchrun it runs on all processes, like every command."""
     recipe = find_recipe(name, file)
     task = find_task(recipe.task)
-    given: dict[str, Any] = dict(recipe.overrides)
-    if evaluate:
-        given["pretrained"] = str(recipe.output_dir / recipe.compressed)
-    flags = {"pretrained": pretrained, "output_dir": output_dir, "device": device, "seed": seed, "amp": amp}
-    flags |= {"method": method, "resume": resume, "skip_bad_images": skip_bad_images, "allow_outside": allow_outside}
-    flags |= o.sharding(fsdp)
-    settings = read_settings(task.settings, recipe.config, given | o.overrides(flags, assign))
-    verb = evaluate_checkpoint if evaluate else compress
+    beneath: dict[str, Any] = dict(recipe.overrides)
+    if only_evaluate:
+        beneath["pretrained"] = str(recipe.output_dir / recipe.compressed)
+    settings = o.read(
+        context,
+        task.settings,
+        recipe.config,
+        assign,
+        also=o.sharding(fsdp),
+        beneath=beneath,
+        sources=dict.fromkeys(beneath, f"from the recipe {name}"),
+    )
+    verb = evaluate_checkpoint if only_evaluate else compress
     if dry_run:
-        _explain(recipe, task, settings, evaluate=evaluate)
+        _explain(recipe, task, settings, evaluate=only_evaluate)
     else:
         verb(task, settings)
 
@@ -113,13 +128,13 @@ def _explain(recipe: Recipe, task: Task[Any], settings: RunSettings, *, evaluate
 
 def _cutting(settings: RunSettings) -> str:
     """Return how the method of a run takes a share of the cost away, and what it does with its epochs."""
-    share, epochs = f"{100 * settings.p:g} % of the cost", settings.search_epochs + settings.max_epoch
+    share, epochs = f"{100 * settings.ratio:g} % of the cost", settings.all_epochs
     if settings.method == "magnitude":
         return f"cut the smallest weights, {share}; retrain for {epochs} epochs"
     if settings.method == "reference":
         return (
             f"search for {settings.search_epochs} epochs at a constant learning rate, masking up to {share}; cut; "
-            f"retrain for {settings.max_epoch} epochs"
+            f"retrain for {settings.retraining_epochs} epochs"
         )
     return (
         f"search in the first {100 * settings.search_share:g} % of {epochs} epochs, masking {share} stage by stage; "

@@ -6,6 +6,7 @@ import fnmatch
 import re
 from collections.abc import Iterable, Sequence
 from numbers import Real
+from typing import TypeGuard
 
 from torch import nn
 
@@ -55,11 +56,16 @@ def check_ratio(value: object) -> float:
     Raises:
         SettingError: it is no number strictly between 0 and 1; for "50%", 50 and "2x" the message says what to write.
     """
-    if isinstance(value, Real) and not isinstance(value, bool) and 0 < float(value) < 1:
+    if is_ratio(value):
         return float(value)
     raise SettingError(
         f"ratio is the share of the cost to remove, strictly between 0 and 1; found {value!r}{meant(value)}."
     )
+
+
+def is_ratio(value: object) -> TypeGuard[float]:
+    """Whether a value is a number strictly between 0 and 1."""
+    return isinstance(value, Real) and not isinstance(value, bool) and 0 < float(value) < 1
 
 
 def meant(value: object) -> str:

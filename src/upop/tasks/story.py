@@ -25,9 +25,10 @@ def story_of(task: Task[Any], settings: RunSettings, results: Results, command: 
     facts = {
         f"data ({name})": str(value) for name, value in settings if isinstance(value, Path) and name != "output_dir"
     }
-    epochs = settings.search_epochs + settings.max_epoch
+    epochs = settings.all_epochs
     if settings.method == "reference":
-        facts |= {"epochs of search": str(settings.search_epochs), "epochs of retraining": str(settings.max_epoch)}
+        facts |= {"epochs of search": str(settings.search_epochs)}
+        facts |= {"epochs of retraining": str(settings.retraining_epochs)}
     else:
         facts |= {f"epochs of {'search and ' if settings.method == 'upop' else ''}retraining": str(epochs)}
     facts |= {"method": settings.method, "seed": str(settings.seed)}

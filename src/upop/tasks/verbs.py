@@ -17,7 +17,7 @@ from upop.training.devices import align_for
 from upop.training.loaders import first_records, to_device
 from upop.training.loop import Loop
 from upop.training.preemption import Preemption
-from upop.training.schedules import Phases, Schedule, compression_rates, falling, phases
+from upop.training.schedules import Phases, Schedule, check_epochs, compression_rates, falling, phases
 from upop.training.task import Task
 
 _VERIFIED_RECORDS = 4
@@ -42,11 +42,11 @@ def train(task: Task[Any], settings: RunSettings) -> Results | None:
         else:
             model = task.build(settings)
         run.settle(model)
-        with run.training(settings.max_epoch, preemption) as loop:
+        with run.training(settings.training_epochs, preemption) as loop:
             average = _average(settings, model.to(run.accelerator.device))
-            schedule = falling(settings, run.first_rate(loop), settings.max_epoch, loop.steps_per_epoch)
+            schedule = falling(settings, run.first_rate(loop), settings.training_epochs, loop.steps_per_epoch)
             keep = run.keep_best(loop, model, None)
-            loop.run(model, "train", settings.max_epoch, schedule, after_epoch=keep, average=average)
+            loop.run(model, "train", settings.training_epochs, schedule, after_epoch=keep, average=average)
             model, metrics = run.best(model)
         return run.finish({"dense": (model, metrics)})
 
@@ -61,12 +61,13 @@ def compress(task: Task[Any], settings: RunSettings) -> Results | None:
         UPopError: settings, data, checkpoint, device or run folder are not usable; before any long work.
         PreemptedError: the run was asked to end (SIGTERM), and can be resumed.
     """
+    check_epochs(settings)
     with Preemption() as preemption, Run(task, settings, "compress") as run:
         model = run.pretrained(training=True)
         run.settle(model)
         dense_model = copy.deepcopy(model)
         teacher = dense_model if settings.teaching else None
-        epochs = settings.search_epochs + settings.max_epoch
+        epochs = settings.all_epochs
         with run.training(epochs, preemption) as loop:
             # Made before anything long runs: it checks the settings of the method against the model.
             average = _average(settings, model.to(run.accelerator.device))
@@ -111,7 +112,7 @@ def _find_plan(
     else:
         example = run.task.example(model, 1)
         plan = plan_by_magnitude(
-            model, settings.p, cost=settings.cost, align=align_for(device, settings), example=example
+            model, settings.ratio, cost=settings.cost, align=align_for(device, settings), example=example
         )
         shrink(model, plan, verify=verified)
     if average is not None:
@@ -141,7 +142,7 @@ def evaluate_checkpoint(task: Task[Any], settings: RunSettings) -> Results | Non
 def compressed_name(settings: RunSettings) -> str:
     """Return what the tables call the compressed model: "UPop 2x", "reference 2x", "magnitude 4x"."""
     method = {"upop": "UPop"}.get(settings.method, settings.method)
-    return f"{method} {1 / (1 - settings.p):.3g}x"
+    return f"{method} {1 / (1 - settings.ratio):.3g}x"
 
 
 def _pruner(task: Task[Any], settings: RunSettings, model: nn.Module, steps: int) -> Pruner | None:
@@ -154,11 +155,18 @@ def _pruner(task: Task[Any], settings: RunSettings, model: nn.Module, steps: int
     }
     if settings.method == "upop":
         return Pruner(
-            model, settings.p, steps, progress="stages", score=settings.score, correct=settings.correct, **shared
+            model, settings.ratio, steps, progress="stages", score=settings.score, correct=settings.correct, **shared
         )
     first = task.update_first_step
     return Pruner(
-        model, settings.p, steps, settings.interval, progress="soft", score="signed", update_first_step=first, **shared
+        model,
+        settings.ratio,
+        steps,
+        settings.interval,
+        progress="soft",
+        score="signed",
+        update_first_step=first,
+        **shared,
     )
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from upop.errors import CheckpointError, SettingError, TrainingError
 from upop.pruning import Distillation, Pruner, distill
-from upop.settings import RunSettings
+from upop.settings import RunSettings, current_names
 from upop.training.bad_images import readable
 from upop.training.checkpoints import Place
 from upop.training.devices import autocast
@@ -385,7 +385,7 @@ class Loop:
 
     def _check(self, state: State) -> None:
         """Refuse to go on with other settings than the run began with."""
-        before, now = state["settings"], self._settings.model_dump(mode="json")
+        before, now = current_names(state["settings"]), self._settings.model_dump(mode="json")
         differing = [
             f"{name} was {before.get(name)!r} and is {value!r}"
             for name, value in now.items()

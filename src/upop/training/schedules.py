@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from upop.errors import SettingError
 from upop.settings import RunSettings
 
 Schedule = Callable[[int], float]
@@ -31,13 +32,22 @@ class Phases:
     retrain: int
 
 
+def check_epochs(settings: RunSettings) -> None:
+    """Raise a `SettingError` if a compression has too few epochs to search and to retrain."""
+    if settings.all_epochs < 2 and settings.method != "magnitude":
+        raise SettingError(
+            f"epochs: {settings.all_epochs} is too few for method {settings.method}, which cuts the model as an epoch "
+            "ends and retrains for one epoch at least. Give 2 or more (--epochs 2)."
+        )
+
+
 def phases(settings: RunSettings, steps_per_epoch: int) -> Phases:
     """Return the phases of a compression; they take equally many epochs in all, whatever the method."""
-    epochs = settings.search_epochs + settings.max_epoch
+    epochs = settings.all_epochs
     if settings.method == "magnitude":
         return Phases(0, 0, epochs)
     if settings.method == "reference":
-        return Phases(settings.search_epochs * steps_per_epoch, settings.search_epochs, settings.max_epoch)
+        return Phases(settings.search_epochs * steps_per_epoch, settings.search_epochs, settings.retraining_epochs)
     total = epochs * steps_per_epoch
     steps = max(round(settings.search_share * total), min(_FEWEST, total // 3), 1)
     steps = min(steps, total - steps_per_epoch)  # one epoch at least is left to retrain

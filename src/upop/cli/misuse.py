@@ -1,0 +1,52 @@
+"""Command lines that cannot be understood: what is wrong, the nearest flag or command, and where help is."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import typer
+
+from upop.errors import nearest
+
+
+def say_misused(error: typer.TyperException) -> int:
+    """Print what is wrong with a command line to standard error, in full; return the exit code."""
+    context: typer.Context | None = getattr(error, "ctx", None)
+    if type(error).__name__ == "NoArgsIsHelpError":  # a group of commands, named alone: this is how one asks for help
+        print(error.format_message())
+        return 0
+    print(f"Error: {_message(error, context)}", file=sys.stderr)
+    if context is not None:
+        print(f"{context.get_usage()}\nTry '{context.command_path} --help'.", file=sys.stderr)
+    return error.exit_code
+
+
+def _message(error: typer.TyperException, context: typer.Context | None) -> str:
+    message = error.format_message().replace("Value error, ", "").rstrip(".")
+    parameter: Any = getattr(error, "param", None)
+    unknown = getattr(error, "option_name", None)
+    if context is not None and unknown is not None and message.startswith("No such option"):
+        known = [flag for other in context.command.params for flag in _flags(other) if not _hidden(other)]
+        return f"No such option: {unknown}{nearest(unknown, known)}."
+    if message.startswith("Missing") and getattr(parameter, "help", None):
+        return f"{message}. {parameter.help}"
+    typed = _typed(parameter)
+    return f"{message}; found {typed!r}." if typed is not None and repr(typed) not in message else f"{message}."
+
+
+def _typed(parameter: Any) -> str | None:
+    """Return what was written after a flag, as far as the command line tells."""
+    for place, word in enumerate(sys.argv):
+        flag, equals, value = word.partition("=")
+        if flag in _flags(parameter):
+            return value if equals else next(iter(sys.argv[place + 1 :]), None)
+    return None
+
+
+def _flags(parameter: Any) -> list[str]:
+    return [flag for flag in getattr(parameter, "opts", ()) if flag.startswith("-")]
+
+
+def _hidden(parameter: Any) -> bool:
+    return bool(getattr(parameter, "hidden", False))
