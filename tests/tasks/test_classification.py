@@ -113,7 +113,7 @@ def test_the_best_model_may_be_the_average_and_it_is_cut_by_the_same_plan(config
             config,
             pretrained=str(trained / "last"),
             output_dir=folder,
-            p=0.1,
+            ratio=0.1,
             method="reference",
             search_lr=1e-6,
             init_lr=3.0,

@@ -74,7 +74,7 @@ def heads() -> dict[str, Any]:
 def test_train_then_compress_then_evaluate(config: Path, tmp_path: Path) -> None:
     assert train(TASK, settings_of(config, output_dir=tmp_path / "dense", max_epoch=2)) is not None
     results = compress(
-        TASK, settings_of(config, pretrained=str(tmp_path / "dense" / "best"), output_dir=tmp_path / "2x", p=0.5)
+        TASK, settings_of(config, pretrained=str(tmp_path / "dense" / "best"), output_dir=tmp_path / "2x", ratio=0.5)
     )
     assert results is not None
     before, after = results.models

@@ -92,7 +92,7 @@ def test_train_then_compress_then_evaluate(config: Path, tmp_path: Path) -> None
     assert train(TASK, settings_of(config, output_dir=tmp_path / "dense", max_epoch=2)) is not None
     folder = tmp_path / "2x"
     pretrained = str(tmp_path / "dense" / "best")
-    results = compress(TASK, settings_of(config, pretrained=pretrained, output_dir=folder, p=0.5, blend=2))
+    results = compress(TASK, settings_of(config, pretrained=pretrained, output_dir=folder, ratio=0.5, blend=2))
     assert results is not None
     before, after = results.models
     assert set(before.metrics) == {"validation"}
@@ -119,7 +119,7 @@ def test_train_then_compress_then_evaluate(config: Path, tmp_path: Path) -> None
 def test_masks_stay_at_the_first_step(config: Path, dense: Path, tmp_path: Path) -> None:
     sizes = {name: MODEL[name] for name in MODEL if name.endswith(("heads", "mlp"))}
     published = {"method": "reference", "cost": "reference"}
-    chosen = settings_of(config, pretrained=str(dense), model=sizes, output_dir=tmp_path, p=0.5, **published)
+    chosen = settings_of(config, pretrained=str(dense), model=sizes, output_dir=tmp_path, ratio=0.5, **published)
     assert compress(TASK, chosen) is not None
     searched = [row for row in runs.rows(tmp_path) if row["phase"] == "search" and "loss" in row]
     assert searched[0]["kept"]["vision"] == 1.0
@@ -181,7 +181,14 @@ def test_the_published_pair_of_commands(
     done = CliRunner().invoke(published_segmenter.app, [*shared, *flags, *rates, *method])
     assert done.exit_code == 0, done.output
     found = yaml.safe_load((folder / "settings.yaml").read_text())
-    wanted = {"search_lr": 1e-3, "init_lr": 2e-3, "p": 0.3, "interval": 1, "schedule": "polynomial", "drop_path": 0.2}
+    wanted = {
+        "search_lr": 1e-3,
+        "init_lr": 2e-3,
+        "ratio": 0.3,
+        "interval": 1,
+        "schedule": "polynomial",
+        "drop_path": 0.2,
+    }
     assert {name: found[name] for name in wanted} == wanted
     rates_taken = [row["lr"] for row in runs.rows(folder) if "loss" in row]
     assert rates_taken == pytest.approx([1e-3] * 3 + [2e-3 * (1 - step / 6) ** 0.9 for step in range(6)])

@@ -278,8 +278,8 @@ def test_what_cannot_be_resumed_says_why(nlvr: tuple[Path, dict[str, Any]], tmp_
     with pytest.raises(RunFolderError, match=r"(?s)holds a run that has not ended.*--resume"):
         compress(*runs.nlvr(config, output_dir=folder))
     with pytest.raises(SettingError, match=r"init_lr was 0.001 and is 0.002") as caught:
-        compress(*runs.nlvr(config, output_dir=folder, resume="auto", init_lr=0.002, p=0.75))
-    assert "p was 0.5 and is 0.75" in str(caught.value)
+        compress(*runs.nlvr(config, output_dir=folder, resume="auto", init_lr=0.002, ratio=0.75))
+    assert "ratio was 0.5 and is 0.75" in str(caught.value)
     with pytest.raises(SettingError, match=r"a step took 16 records .* takes 8"):
         compress(*runs.nlvr(config, output_dir=folder, resume="auto", batch_size_train=8))
 

@@ -310,7 +310,7 @@ def test_too_many_bad_steps_stop_the_run(config: Path, tmp_path: Path) -> None:
 
 def test_errors_come_before_long_work(config: Path, tmp_path: Path) -> None:
     with pytest.raises(SettingError, match="cannot be reached"):
-        compress(*runs.nlvr(config, output_dir=tmp_path, p=0.99))
+        compress(*runs.nlvr(config, output_dir=tmp_path, ratio=0.99))
     assert not runs.rows(tmp_path)
     with pytest.raises(SettingError, match="checkpoint to start from"):
         compress(*runs.nlvr(config, output_dir=tmp_path, pretrained=None))
