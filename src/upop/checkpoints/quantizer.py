@@ -61,7 +61,9 @@ class UpopConfig(QuantizationConfigMixin):
         CheckpointError: a later upop wrote it, or it is damaged.
     """
 
-    def __init__(self, kept: Mapping[str, Any], format: int = _FORMAT, upop_version: str = "", **_other: Any) -> None:
+    def __init__(
+        self, kept: Mapping[str, Any] | None = None, format: int = _FORMAT, upop_version: str = "", **_other: Any
+    ) -> None:
         if format != _FORMAT:
             raise CheckpointError(
                 f"The model's quantization_config has format {format!r}, written by upop {upop_version or '?'}; this "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping
+from operator import index
 from typing import Any
 
 from torch import nn
@@ -13,6 +14,7 @@ from upop.checkpoints.blank import outline
 from upop.checkpoints.fit import kept_sizes
 from upop.errors import CheckpointError, PlanError, nearest
 from upop.pruning import Plan, Unit, find_units, shrink, survey
+from upop.values import shortened
 
 Sizes = dict[str, tuple[int, int]]
 """Unit -> (kept entries, entries of the dense model), of the units that lost some."""
@@ -67,12 +69,12 @@ def sizes_from_json(value: Any, source: str) -> Sizes:
         CheckpointError: the value is something else.
     """
     try:
-        sizes = {str(name): (int(kept), int(size)) for name, (kept, size) in value.items()}
+        sizes = {str(name): (index(kept), index(size)) for name, (kept, size) in value.items()}
     except (AttributeError, TypeError, ValueError):
         sizes = {"": (0, 0)}
     wrong = next((name for name, (kept, size) in sizes.items() if not 0 < kept <= size), None)
     if wrong is not None:
-        found = f"{wrong}: {value[wrong]}" if wrong else repr(value)[:60]
+        found = f"{wrong}: {value[wrong]}" if wrong else shortened(value)
         raise CheckpointError(
             f"{source} should say of every unit how many entries it keeps of how many, [kept, size]; found {found}. "
             "Write the model again."

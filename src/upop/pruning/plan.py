@@ -73,11 +73,11 @@ class Plan(Mapping[str, tuple[int, ...]]):
             version = content["version"]
             units = content["units"]
             kept = {name: tuple(_entry(entry) for entry in unit["kept"]) for name, unit in units.items()}
-            sizes = {name: int(unit["size"]) for name, unit in units.items()}
+            sizes = {name: _entry(unit["size"]) for name, unit in units.items()}
             settings = dict(content.get("settings", {}))
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise PlanError(f"Expected a plan as Plan.to_json writes it, found {text[:60]!r}: {error!r}.") from error
-        if version != _VERSION:
+        if isinstance(version, bool) or version != _VERSION:
             raise PlanError(f"The plan has version {version!r}; this upop reads version {_VERSION}. Update upop.")
         return cls(kept, sizes, settings)
 
@@ -110,5 +110,5 @@ class Plan(Mapping[str, tuple[int, ...]]):
 
 def _entry(value: Any) -> int:
     if isinstance(value, bool):
-        raise TypeError("true and false are no entries")
+        raise TypeError("true and false are no numbers")
     return index(value)

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, TypeVar
 from torch import nn
 
 from upop.checkpoints import WEIGHTS, is_folder, load
-from upop.checkpoints.description import read_description
+from upop.checkpoints.description import check_digests, read_description
 from upop.checkpoints.official import load_official, start_from
 from upop.checkpoints.transformers_models import is_transformers_folder
 from upop.errors import CheckpointError
@@ -51,8 +51,10 @@ class PublishedTask(Task[PublishedSettingsT]):
         if is_transformers_folder(path) or not is_folder(path):
             model = self.build(settings)
             return model, start_from(self.name, path, model, any_towers=is_transformers_folder(path))
-        if self._is_mine(read_description(path).model):
+        description = read_description(path)
+        if self._is_mine(description.model):
             return self.load(path, settings), ()
+        check_digests(path, description)
         model = self.build(settings)
         return model, start_from(self.name, path / WEIGHTS, model, any_towers=True)
 
