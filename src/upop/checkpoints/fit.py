@@ -118,6 +118,7 @@ def build_to_fit(
     return build()
 
 
+_LONGEST_LINE = 300
 AT_MOST, BESIDE = 4, 2**24
 """How many times the numbers of its file a model may have, missing or made anew, and how many beside."""
 
@@ -206,7 +207,8 @@ def compare(
 def listed(heading: str, problems: Sequence[str]) -> str:
     """Return a heading with the first of many problems below it, a line for each."""
     more = f"\n  ... and {len(problems) - 12} more" if len(problems) > 12 else ""
-    return f"{heading}:\n  " + "\n  ".join(problems[:12]) + more
+    lines = [line if line.isprintable() else ascii(line)[1:-1] for line in problems[:12]]  # names are a file's own
+    return f"{heading}:\n  " + "\n  ".join(line[:_LONGEST_LINE] for line in lines) + more
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from upop.errors import CheckpointError
 from upop.files import is_file
+from upop.values import shortened
 
 # How torch names a class or function in a pickle that it refuses to build or call.
 _OBJECT = re.compile(r"GLOBAL ([\w.]+)")
@@ -58,8 +59,13 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
             "Fetch or write it again."
         ) from error
     state = content.get("model", content) if isinstance(content, Mapping) else None
-    if not isinstance(state, Mapping) or not state or not all(isinstance(value, Tensor) for value in state.values()):
-        found = sorted(map(str, content))[:8] if isinstance(content, Mapping) else type(content).__name__
+    if (
+        not isinstance(state, Mapping)
+        or not state
+        or not all(isinstance(name, str | int) and isinstance(value, Tensor) for name, value in state.items())
+    ):
+        names = [shortened(name) for name in content if isinstance(name, str)] if isinstance(content, Mapping) else []
+        found = f"[{', '.join(sorted(names)[:8])}]" if names else type(content).__name__
         raise CheckpointError(f'{path} should hold {{"model": state dict}} or a state dict of tensors; found {found}.')
     for name, value in state.items():
         if value.layout != torch.strided or value.is_meta or value.is_quantized:
@@ -74,8 +80,9 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
 
 
 def read_outline(path: str | Path) -> dict[str, Tensor]:
-    """Return the tensors of a `.safetensors` file without their content, on the meta device: names, shapes, and
-    whether they are floating-point numbers.
+    """Return the tensors of a `.safetensors` file without their content, on the meta device.
+
+    Names and shapes are the file's; of types it is only kept whether they are floating-point numbers.
 
     Raises:
         CheckpointError: there is no such file, or it is damaged.
