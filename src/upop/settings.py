@@ -147,6 +147,10 @@ class RunSettings(Checked):
     resume: Literal["no", "auto", "must"] = Field(
         "no", description="go on from the newest checkpoint in output_dir: if there is one (auto), or else fail (must)"
     )
+    allow_changes: bool = Field(
+        False,
+        description="a resumed run goes on though weights, data or libraries are not what they were, and notes that",
+    )
     checkpoint_minutes: float = Field(
         15, ge=0, description="between checkpoints within an epoch; 0 writes one after every step"
     )
@@ -156,7 +160,7 @@ class RunSettings(Checked):
         {
             *("output_dir", "device", "num_workers", "skip_bad_images", "allow_outside", "latency_batch", "examples"),
             *("log_every", "resume", "checkpoint_minutes", "keep_checkpoints", "batch_size_train", "accumulate"),
-            *("batch_size_auto", "grad_checkpointing", "trackers"),
+            *("batch_size_auto", "grad_checkpointing", "trackers", "allow_changes"),
         }
     )
     """Settings that a resumed run may change: they decide nothing about its result (records per step are compared)."""

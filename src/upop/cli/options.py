@@ -127,6 +127,14 @@ Resume = Annotated[
         "[without a value: must]",
     ),
 ]
+AllowChanges = Annotated[
+    bool | None,
+    typer.Option(
+        "--allow-changes",
+        "--allow_changes",
+        help="With --resume: go on though weights, data or libraries are not what they were, and note it.",
+    ),
+]
 SkipBadImages = Annotated[
     int | None,
     typer.Option(

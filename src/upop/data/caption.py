@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 
 from upop.data.images import open_image
 from upop.data.records import Record, check_images, narrowed, read_records, shown
+from upop.data.sources import Sources
 from upop.data.text import clean_caption
 from upop.data.transforms import ImageTransform
 from upop.errors import DataError
@@ -81,6 +82,10 @@ class CaptionTrainDataset(Dataset[CaptionItem]):
         """The number of captions."""
         return len(self._captions)
 
+    def sources(self) -> Sources:
+        """Return the files that are read."""
+        return Sources((self.file,), {image: self.root / image for image in self._images})
+
     def __getitem__(self, index: int) -> CaptionItem:
         """The record of that number, as drawn this time."""
         picture = open_image(self.root / self._images[index], file=self.file, number=index % len(self))
@@ -131,6 +136,10 @@ class CaptionEvalDataset(Dataset[CaptionItem]):
     def __len__(self) -> int:
         """The number of pictures."""
         return len(self._images)
+
+    def sources(self) -> Sources:
+        """Return the files that are read."""
+        return Sources((self.file,), {image: self.root / image for image in self._images})
 
     def __getitem__(self, index: int) -> CaptionItem:
         """The picture of that number in the file."""

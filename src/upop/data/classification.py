@@ -19,6 +19,7 @@ from torch.utils.data import Dataset, Sampler
 from upop.data.classification_transforms import Mixing, seeded_libraries
 from upop.data.images import ENDINGS, Bounds, Listed, list_pictures, open_image, told_of_others
 from upop.data.records import narrowed
+from upop.data.sources import Sources
 from upop.data.transforms import ImageTransform
 from upop.errors import DataError, nearest
 
@@ -128,6 +129,11 @@ class ImageFolderDataset(Dataset[ImageItem]):
     def __len__(self) -> int:
         """The number of pictures."""
         return len(self._pictures)
+
+    def sources(self) -> Sources:
+        """Return the files that are read."""
+        paths = [Path(path) for path, _ in self._pictures]
+        return Sources((), {path.relative_to(self.folder).as_posix(): path for path in paths})
 
     def __getitem__(self, index: int) -> ImageItem:
         """The record of that number, as drawn this time."""

@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 
 from upop.data.images import open_image
 from upop.data.records import check_images, narrowed, read_records
+from upop.data.sources import Sources
 from upop.data.text import NLVR_WORDS, clean_caption, swap_left_right
 from upop.data.transforms import ImageTransform
 
@@ -79,6 +80,12 @@ class NlvrDataset(Dataset[NlvrItem]):
     def __len__(self) -> int:
         """The number of records."""
         return len(self._labels)
+
+    def sources(self) -> Sources:
+        """Return the files that are read."""
+        return Sources(
+            (self.file,), {image: self.root / image for image in (image for pair in self._images for image in pair)}
+        )
 
     def __getitem__(self, index: int) -> NlvrItem:
         """The record of that number, as drawn this time."""

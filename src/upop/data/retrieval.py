@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 
 from upop.data.images import open_image
 from upop.data.records import Record, check_images, narrowed, read_records, shown
+from upop.data.sources import Sources
 from upop.data.text import clean_caption
 from upop.data.transforms import ImageTransform
 
@@ -57,6 +58,10 @@ class RetrievalPairs(Dataset[RetrievalItem]):
         """The number of pairs."""
         return len(self._images)
 
+    def sources(self) -> Sources:
+        """Return the files that are read."""
+        return Sources((self.file,), {image: self.root / image for image in self._images})
+
     def __getitem__(self, index: int) -> RetrievalItem:
         """The pair of that number, as drawn this time."""
         image = open_image(self.root / self._images[index], file=self.file, number=index % len(self))
@@ -98,6 +103,10 @@ class RetrievalGallery(Dataset[RetrievalItem]):
     def __len__(self) -> int:
         """The number of pictures."""
         return len(self._images)
+
+    def sources(self) -> Sources:
+        """Return the files that are read."""
+        return Sources((self.file,), {image: self.root / image for image in self._images})
 
     def __getitem__(self, index: int) -> RetrievalItem:
         """The picture of that number."""

@@ -18,6 +18,7 @@ from torchvision.transforms.v2 import functional as tvf
 from upop.data.images import ENDINGS, Bounds, list_pictures, open_image, opened, told_of_others
 from upop.data.records import narrowed
 from upop.data.segmentation_transforms import IGNORED, SegmentTransform
+from upop.data.sources import Sources
 from upop.errors import BadImageError, DataError, nearest
 from upop.reading import read_text, reason
 
@@ -88,6 +89,11 @@ class SegmentationDataset(Dataset[SegmentItem]):
     def __len__(self) -> int:
         """The number of pictures."""
         return len(self._pictures)
+
+    def sources(self) -> Sources:
+        """Return the files that are read: pictures and maps."""
+        paths = [*self._pictures, *self._maps.values()]
+        return Sources((), {path.relative_to(self.root).as_posix(): path for path in paths})
 
     def __getitem__(self, index: int) -> SegmentItem:
         """The picture of that number, as drawn this time."""

@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 
 from upop.data.images import open_image
 from upop.data.records import Record, check_images, is_text, narrowed, read_records, shown
+from upop.data.sources import Sources
 from upop.data.text import clean_question
 from upop.data.transforms import ImageTransform
 from upop.data.vqa_accuracy import ANNOTATORS, ANSWER_TYPES, answer_type
@@ -70,6 +71,11 @@ class _VqaRecords(Dataset[VqaItem], ABC):
     def __len__(self) -> int:
         """The number of records."""
         return len(self._questions)
+
+    def sources(self) -> Sources:
+        """Return the files that are read."""
+        pictures = {f"{source}/{image}": self.roots[source] / image for _, _, source, image in self._places}
+        return Sources(tuple(dict.fromkeys(file for file, *_ in self._places)), pictures)
 
     def _image(self, index: int) -> Tensor:
         file, number, source, image = self._places[index]

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 from matplotlib.figure import Figure
@@ -17,7 +17,7 @@ from torch import nn
 from upop.checkpoints import WEIGHTS, read_weights
 from upop.checkpoints.card import write_card
 from upop.checkpoints.hub import local_path
-from upop.errors import CheckpointError, SettingError
+from upop.errors import CheckpointError, DataError, SettingError
 from upop.files import make_folder
 from upop.models.checkpointing import checkpoint_blocks
 from upop.pruning import Plan, find_units
@@ -34,9 +34,9 @@ from upop.training.devices import agreed, make_accelerator
 from upop.training.evaluation import evaluate, records_of
 from upop.training.evaluations import is_beside, place_of, write_summary
 from upop.training.folder import RunFolder
-from upop.training.identity import content_digest
+from upop.training.identity import changes, content_digest, identity_of
 from upop.training.limits import explained_limit
-from upop.training.loaders import end_workers, make_loader
+from upop.training.loaders import SeededDataset, end_workers, make_loader
 from upop.training.loop import Loop
 from upop.training.memory import explained_memory
 from upop.training.preemption import Preemption
@@ -89,10 +89,11 @@ class Run:
                 self.say(note)
         self._prepared |= {split: self.accelerator.prepare(self.loaders[split]) for split in self._held_out}
         self._told_rate = False
+        self._identity = None if verb == "evaluate" else self._same_as_before()
         if self._resumed is None:
             self.folder.start(settings, task.name, verb)
         else:
-            self.folder.go_on(settings, task.name, verb)
+            self.folder.go_on(settings, task.name, verb, self._resumed["notes"].get("changes", []))
             self._bad_images.know(self.folder.bad_images())
         self._bad_images.report = self._tell_bad_image
 
@@ -156,6 +157,49 @@ class Run:
             return self.folder.checkpoints.read(name, whole=True)
         except CheckpointError as error:
             raise CheckpointError(f"{error} The main process can read it: all must see the same run folder.") from error
+
+    def _same_as_before(self) -> Mapping[str, Any]:
+        """Return what decides the result besides the settings; of a resumed run it must be what it was.
+
+        Raises:
+            SettingError: it is not, and is not allowed to be otherwise.
+        """
+        settings = self.settings
+        named = getattr(settings, "tokenizer", None)
+        contents = {
+            "pretrained": self.checkpoint() if settings.pretrained else None,
+            "tokenizer": Path(named) if named and Path(named).exists() else None,
+        }
+        records = {
+            self.task.splits.get(split, split): cast(SeededDataset, loader.dataset).records
+            for split, loader in self.loaders.items()
+        }
+
+        def found() -> dict[str, Any]:
+            try:
+                return identity_of(contents, records)
+            except OSError as error:
+                raise DataError(f"{error.filename} cannot be read: {error.strerror}. Check it.") from error
+
+        now = agreed(self.accelerator, found)
+        before = self._resumed.get("identity") if self._resumed is not None else None
+        if self._resumed is None or before is None:
+            return now
+        told, notes = changes(before, now)
+        if told and not settings.allow_changes:
+            raise SettingError(
+                f"The run in {self.folder.path} cannot be resumed as if nothing had changed:\n  "
+                + "\n  ".join(told)
+                + "\nBring back what it began with, or go on all the same with --allow-changes, which notes this in "
+                "versions.json and in the report."
+            )
+        for change in (*told, *notes):
+            self.say(change, "yellow")
+        if told:
+            noted = {"step": self._resumed["place"]["steps"], "changed": told}
+            earlier = self._resumed["notes"].get("changes", [])
+            self._resumed = {**self._resumed, "notes": {**self._resumed["notes"], "changes": [*earlier, noted]}}
+        return now
 
     def say(self, line: str, style: str = "") -> None:
         """Print a line, on the main process, in a style of rich."""
@@ -235,6 +279,7 @@ class Run:
             self._prepared.get("val"),
             preemption,
             self._resumed,
+            self._identity,
         )
         if self._resumed is not None and (
             lost := self.folder.resume(self._resumed["metrics"], self._resumed["seconds"])

@@ -26,10 +26,10 @@ from upop.reading import read_json, read_lines, read_object
 from upop.settings import RunSettings
 from upop.shared_folder import SharedFolder
 from upop.training.checkpoints import Checkpoints
+from upop.training.identity import LIBRARIES
 from upop.training.lock import NAME as LOCK
 from upop.training.lock import FolderLock
 
-_LIBRARIES = ("upop", "torch", "torchvision", "timm", "transformers", "accelerate", "safetensors")
 _BAD_IMAGES = "bad_images.json"
 _RESTORE = "It was written by this run; restore it."
 _PAGE = "report.html"
@@ -108,12 +108,21 @@ class RunFolder:
         self._write_versions(_versions(task, verb))
         self._write("metrics.jsonl", "")
 
-    def go_on(self, settings: RunSettings, task: str, verb: str) -> None:
-        """Write down again what was asked, where that was lost; the rest is in the checkpoint."""
+    def go_on(self, settings: RunSettings, task: str, verb: str, changes: Sequence[Mapping[str, Any]]) -> None:
+        """Write down again what was asked, where that was lost, and what is not as it was when the run began.
+
+        Args:
+            settings: of the run.
+            task: its name.
+            verb: what it does.
+            changes: after which step what was changed, in words.
+        """
         if not (self.path / "settings.yaml").is_file():
             self._write("settings.yaml", settings.to_yaml())
-        if not self.versions():
-            self._write_versions(_versions(task, verb))
+        before = self.versions()
+        versions = {**(before or _versions(task, verb)), **({"changes": list(changes)} if changes else {})}
+        if versions != before:
+            self._write_versions(versions)
 
     def write_settings(self, settings: RunSettings) -> None:
         """Write settings.yaml anew: a batch was found."""
@@ -249,7 +258,7 @@ def _versions(task: str, verb: str) -> dict[str, Any]:
         "verb": verb,
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "python": sys.version.split()[0],
-        "libraries": {name: metadata.version(name) for name in _LIBRARIES},
+        "libraries": {name: metadata.version(name) for name in LIBRARIES},
     }
 
 

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from upop.training.checkpoints import Place
 from upop.training.devices import autocast
 from upop.training.evaluation import evaluate
 from upop.training.folder import RunFolder
+from upop.training.identity import PLACES
 from upop.training.loaders import set_epoch
 from upop.training.preemption import Preemption
 from upop.training.progress import RunProgress
@@ -56,6 +58,7 @@ class Loop:
         val: prepared batches to evaluate on after every epoch, if any.
         preemption: tells whether the run was asked to end.
         resumed: the content of a checkpoint to go on from.
+        identity: what decides the result besides the settings; it is in the checkpoints.
 
     Attributes:
         progress: shows the steps; a silent one at first.
@@ -73,7 +76,9 @@ class Loop:
         val: Any,
         preemption: Preemption,
         resumed: State | None = None,
+        identity: Mapping[str, Any] | None = None,
     ) -> None:
+        self._identity = identity
         self._accelerator, self._task, self._settings = accelerator, task, settings
         self._folder = folder
         self._train, self._val = train, val
@@ -345,6 +350,7 @@ class Loop:
                 {
                     "settings": self._settings.model_dump(mode="json"),
                     "task": self._task.name,
+                    "identity": self._identity,
                     "records_per_step": self.records_per_step,
                     "accumulate": self._settings.accumulate,
                     "batches": len(self._train),
@@ -386,10 +392,15 @@ class Loop:
     def _check(self, state: State) -> None:
         """Refuse to go on with other settings than the run began with."""
         before, now = current_names(state["settings"]), self._settings.model_dump(mode="json")
+        # Of what is elsewhere by now the content is compared, where the checkpoint knows it.
+        places = {name for name, value in self._settings if isinstance(value, Path)} | PLACES
+        compared = set(now) - self._settings.passing - (places if state.get("identity") else set())
+        fields = type(self._settings).model_fields  # an earlier upop did not know all of them
+        before = {name: field.get_default(call_default_factory=True) for name, field in fields.items()} | before
         differing = [
             f"{name} was {before.get(name)!r} and is {value!r}"
             for name, value in now.items()
-            if name not in self._settings.passing and before.get(name) != value
+            if name in compared and before.get(name) != value
         ]
         if state["task"] != self._task.name:
             differing = [f"the task was {state['task']} and is {self._task.name}"]
