@@ -16,10 +16,11 @@ from safetensors.torch import load_file, save_file
 
 import runs
 from training.test_resume import start
-from upop.data import sources
-from upop.data.sources import Sources, differences, digests_of
+from upop import sources
 from upop.errors import SettingError
+from upop.report.run import read_run
 from upop.settings import read_settings
+from upop.sources import Sources, differences, digests_of
 from upop.tasks import TASKS, find_task
 from upop.tasks.verbs import compress
 
@@ -111,7 +112,10 @@ def test_other_libraries_are_named_refused_or_allowed_and_noted(copied: Path, mo
     go_on(copied, allow_changes=True)
     noted = json.loads((copied / "run" / "versions.json").read_text())["changes"]
     assert [set(each) for each in noted] == [{"step", "changed"}]
-    assert noted[0]["changed"] == [f"timm was {version('timm')}, and is 0.0.1"]
+    change = f"timm was {version('timm')}, and is 0.0.1"
+    assert noted[0]["changed"] == [change]
+    assert change in (copied / "run" / "best" / "README.md").read_text()
+    assert any(change in note for note in read_run(copied / "run").missing)
 
 
 def test_large_sets_go_by_names_and_sizes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,11 +14,11 @@ from torch.utils.data import Dataset
 
 from upop.data.images import open_image
 from upop.data.records import Record, check_images, narrowed, read_records, shown
-from upop.data.sources import Sources
 from upop.data.text import clean_caption
 from upop.data.transforms import ImageTransform
 from upop.errors import DataError
 from upop.reading import LARGEST_DATA, read_json
+from upop.sources import Sources
 
 IGNORED = -100
 """The label of a place where no word is to be said."""

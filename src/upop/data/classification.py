@@ -19,9 +19,9 @@ from torch.utils.data import Dataset, Sampler
 from upop.data.classification_transforms import Mixing, seeded_libraries
 from upop.data.images import ENDINGS, Bounds, Listed, list_pictures, open_image, told_of_others
 from upop.data.records import narrowed
-from upop.data.sources import Sources
 from upop.data.transforms import ImageTransform
 from upop.errors import DataError, nearest
+from upop.sources import Sources
 
 _SHOWN = 5
 _DRAWS = 2**32  # seeds that numpy takes

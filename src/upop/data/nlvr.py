@@ -13,9 +13,9 @@ from torch.utils.data import Dataset
 
 from upop.data.images import open_image
 from upop.data.records import check_images, narrowed, read_records
-from upop.data.sources import Sources
 from upop.data.text import NLVR_WORDS, clean_caption, swap_left_right
 from upop.data.transforms import ImageTransform
+from upop.sources import Sources
 
 LABELS = ("False", "True")
 

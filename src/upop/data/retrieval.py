@@ -13,9 +13,9 @@ from torch.utils.data import Dataset
 
 from upop.data.images import open_image
 from upop.data.records import Record, check_images, narrowed, read_records, shown
-from upop.data.sources import Sources
 from upop.data.text import clean_caption
 from upop.data.transforms import ImageTransform
+from upop.sources import Sources
 
 TEXT_TOKENS = 35
 """Longest caption, in tokens."""

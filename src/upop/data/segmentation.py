@@ -18,9 +18,9 @@ from torchvision.transforms.v2 import functional as tvf
 from upop.data.images import ENDINGS, Bounds, list_pictures, open_image, opened, told_of_others
 from upop.data.records import narrowed
 from upop.data.segmentation_transforms import IGNORED, SegmentTransform
-from upop.data.sources import Sources
 from upop.errors import BadImageError, DataError, nearest
 from upop.reading import read_text, reason
+from upop.sources import Sources
 
 FOLDER = Path("ade20k") / "ADEChallengeData2016"
 """Below the folder of all data sets."""

@@ -15,12 +15,12 @@ from torch.utils.data import Dataset
 
 from upop.data.images import open_image
 from upop.data.records import Record, check_images, is_text, narrowed, read_records, shown
-from upop.data.sources import Sources
 from upop.data.text import clean_question
 from upop.data.transforms import ImageTransform
 from upop.data.vqa_accuracy import ANNOTATORS, ANSWER_TYPES, answer_type
 from upop.errors import DataError
 from upop.reading import parse_json, read_text, reason
+from upop.sources import Sources
 
 SOURCES = ("vqa", "vg")
 """What a record's "dataset" says: which root its picture lies under."""

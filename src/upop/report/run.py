@@ -26,6 +26,13 @@ _DESCRIPTION = "upop.json"  # of a model's folder
 _SHOWN_NAMES = 8
 
 
+class _Change(BaseModel):
+    """What was not as it was when the run began."""
+
+    step: int
+    changed: tuple[str, ...]
+
+
 class _Versions(BaseModel):
     """What versions.json says."""
 
@@ -34,6 +41,7 @@ class _Versions(BaseModel):
     command: str = ""
     python: str = ""
     libraries: Mapping[str, str] = Field(default_factory=dict)
+    changes: tuple[_Change, ...] = ()
 
 
 class _Unit(BaseModel):
@@ -84,7 +92,7 @@ class Run:
         results: what was measured at the end.
         shares: what every unit of the compressed model keeps.
         examples: held-out records with the models' answers.
-        missing: sentences about what is not there.
+        missing: sentences about what is not there, or is not as it was, or lies beside.
     """
 
     path: Path
@@ -149,9 +157,14 @@ def read_run(path: Path) -> Run:
     examples = Examples.read(path / "examples") if (path / "examples" / EXAMPLES).is_file() else None
     if examples is None and results is not None:
         missing.append("There are no examples: the run was told to keep none, or was made by an earlier upop.")
+    missing += [
+        f"After step {change.step:,} the run went on though not all was as it had been: {'; '.join(change.changed)}."
+        for change in versions.changes
+    ]
+    missing += [f"An evaluation lies beside: {found}." for found in sorted((path / "evaluations").glob("*.json"))]
     return Run(
         path=path,
-        **vars(versions),
+        **{name: value for name, value in vars(versions).items() if name != "changes"},
         settings=settings,
         rows=rows,
         results=results,

@@ -354,7 +354,8 @@ class Run:
         if plan is not None:
             dense = next(iter(models.values()))[0]
             self._save_figure(kept_share_figure(UnitShare.of(find_units(dense), plan)), "kept")
-            write_card(path / "best", story_of(self.task, self.settings, results, self.folder.command()))
+            told = [change for each in self.folder.changes() for change in each["changed"]]
+            write_card(path / "best", story_of(self.task, self.settings, results, self.folder.command(), told))
         if rows := self.folder.metrics():
             val = self.task.splits["val"]
             baseline = results.dense.metrics.get(val, {}).get(self.task.metric) if plan is not None else None

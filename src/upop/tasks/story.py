@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,9 @@ from upop.settings import RunSettings
 from upop.training.task import Task
 
 
-def story_of(task: Task[Any], settings: RunSettings, results: Results, command: str) -> Story:
+def story_of(
+    task: Task[Any], settings: RunSettings, results: Results, command: str, changed: Sequence[str] = ()
+) -> Story:
     """Return what a compression run knows of its model.
 
     Args:
@@ -19,6 +22,7 @@ def story_of(task: Task[Any], settings: RunSettings, results: Results, command: 
         settings: of the run.
         results: of the run; the model is the last one.
         command: as it was typed.
+        changed: what was not as it had been when the run was resumed.
     """
     cells = table_cells(results)
     columns = list(next(iter(cells.values())))
@@ -32,6 +36,7 @@ def story_of(task: Task[Any], settings: RunSettings, results: Results, command: 
     else:
         facts |= {f"epochs of {'search and ' if settings.method == 'upop' else ''}retraining": str(epochs)}
     facts |= {"method": settings.method, "seed": str(settings.seed)}
+    facts |= {"changed while it was trained": "; ".join(changed)} if changed else {}
     found = {metric for split in results.models[-1].metrics.values() for metric in split}
     return Story(
         name=results.models[-1].name,

@@ -180,6 +180,10 @@ class RunFolder:
         """Return the command that the run was started with; "" where versions.json does not say it."""
         return str(self.versions().get("command", ""))
 
+    def changes(self) -> list[dict[str, Any]]:
+        """Return what `go_on` noted: after which "step" what was "changed"."""
+        return list(self.versions().get("changes", []))
+
     def versions(self) -> dict[str, Any]:
         """Return what versions.json says; {} where it cannot be read."""
         try:

@@ -9,7 +9,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from upop.data.sources import differences, digests_of, file_digest
+from upop.sources import differences, digests_of, file_digest
 
 LIBRARIES = ("upop", "torch", "torchvision", "timm", "transformers", "accelerate", "safetensors", "numpy", "pillow")
 _READ = frozenset({".safetensors", ".bin", ".pt", ".pth", ".json", ".txt", ".model"})
