@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from upop.checkpoints import save_official
 from upop.cli import published_deit
 from upop.errors import CheckpointError, DataError, SettingError, UPopError
 from upop.pruning import Plan, find_units
+from upop.report.page import run_page
+from upop.report.run import read_run
 from upop.settings import read_settings
 from upop.tasks import find_task
 from upop.tasks.classification import ClassificationSettings
@@ -335,3 +338,23 @@ def test_the_loss_is_that_of_smoothed_or_mixed_labels(config: Path) -> None:
     shares = torch.tensor([[0.2, 0.8, 0.0], [0.5, 0.0, 0.5]])
     batch = {"images": images, "labels": labels, "targets": shares}
     torch.testing.assert_close(TASK.loss(model, batch, settings_of(config), 0.0), -(shares * logs).sum(1).mean())
+
+
+NAMES = ["[/] [bold]a", "$x_$ \\frac", "<u>c</u>", "d\ne ```", "\x1b[31mf\u202e", os.fsdecode(b"g\xff")]
+
+
+def test_names_of_classes_may_be_anything(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What a run prints and writes is whole and plain, whatever the folders, and the run itself, are called."""
+    source, root = settings_of(config).data_path, tmp_path / NAMES[0] / NAMES[4]
+    for split in ("train", "val"):
+        for found, name in zip(sorted((source / split).iterdir()), [*NAMES, *map(str, range(6))], strict=True):
+            shutil.copytree(found, root / split / name.replace("/", ":"))
+    (root / "train" / "1" / "[bold]z\x1b.txt").write_text("")
+    run = tmp_path / "[bold]run[/] $y_$ \u202e"
+    compress(TASK, settings_of(config, data_path=root, output_dir=run, max_epoch=1, epochs_search=1, examples=24))
+    printed = capsys.readouterr().out
+    assert r"[bold]z\x1b.txt" in " ".join(printed.split())
+    page, card = run_page(read_run(run)), (run / "best" / "README.md").read_text(encoding="utf-8")
+    for text in (printed, page, card):
+        assert not set("\x1b\u202e") & set(text)
+    assert "<u>" not in page and r"\udcff" in page

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -22,7 +23,7 @@ from upop.cli.processes import place, recorded
 from upop.cli.recipes import recipes, run
 from upop.cli.report import report
 from upop.errors import PreemptedError, SettingError, UPopError
-from upop.plain import as_text
+from upop.plain import as_text, plain
 from upop.tasks import TASKS, find_task
 from upop.tasks.verbs import compress as run_compress
 from upop.tasks.verbs import evaluate_checkpoint
@@ -215,6 +216,7 @@ def main(command: typer.Typer = app) -> None:
     A command line that cannot be understood exits with 2; a run that was asked to end and can be resumed, with 75.
     """
     sys.argv[1:] = o.with_resume_value(sys.argv[1:])
+    format_as_before, warnings.formatwarning = warnings.formatwarning, _warning
     try:
         code = recorded(lambda: command(standalone_mode=False))
         sys.stdout.flush()
@@ -229,10 +231,12 @@ def main(command: typer.Typer = app) -> None:
             sys.exit(1)
         _say(type(error).__name__, f"{error.strerror or error}: {error.filename}" if error.filename else str(error))
         sys.exit(1)
+    finally:
+        warnings.formatwarning = format_as_before
 
 
 def _note(message: str) -> None:
-    Console(stderr=True, highlight=False, markup=False, soft_wrap=True).print(f"Note: {message}")
+    Console(stderr=True, soft_wrap=True).print(as_text(f"Note: {message}"))
 
 
 def _say(kind: str, message: str) -> None:
@@ -240,6 +244,15 @@ def _say(kind: str, message: str) -> None:
     Console(stderr=True, soft_wrap=True).print(as_text(message))
 
 
+def _warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    """Return a warning as a person needs it: without the line of code that gave it."""
+    del filename, lineno, line
+    return f"{category.__name__}: {plain(message)}\n"
+
+
 def _message(error: UPopError) -> str:
     # A worker process sends its error with a traceback around it; a person needs the error alone.
-    return str(error).rpartition(f"{type(error).__name__}: ")[2].strip()
+    text = str(error)
+    return text.rpartition(f"{type(error).__name__}: ")[2].strip() if text.startswith("Caught ") else text.strip()

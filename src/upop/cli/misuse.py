@@ -8,6 +8,7 @@ from typing import Any
 import typer
 
 from upop.errors import nearest
+from upop.plain import plain
 
 
 def say_misused(error: typer.TyperException) -> int:
@@ -16,7 +17,7 @@ def say_misused(error: typer.TyperException) -> int:
     if type(error).__name__ == "NoArgsIsHelpError":  # a group of commands, named alone: this is how one asks for help
         print(error.format_message())
         return 0
-    print(f"Error: {_message(error, context)}", file=sys.stderr)
+    print(plain(f"Error: {_message(error, context)}"), file=sys.stderr)
     if context is not None:
         print(f"{context.get_usage()}\nTry '{context.command_path} --help'.", file=sys.stderr)
     return error.exit_code
