@@ -186,7 +186,7 @@ def ways(folder: Path) -> dict[str, tuple[Read, Read]]:
         "BLIP 384, evaluation": (whole(384), captions(eval_transform(384))),
         "CLIP 336, training": (published(336), captions(train_transform(336))),
         "DeiT 224, training": (plain(deit), classes(classification_train(224, augmentation), True)),
-        "DeiT 224, evaluation": (plain(deit_eval), classes(classification_eval(224, 0.875), False)),
+        "DeiT 224, evaluation": (plain(deit_eval), classes(classification_eval(224), False)),
         "Segmenter 512, training": (
             lambda number: segments(opened(files[number]), Image.open(maps[number]))[0],
             Ours(SegmentationDataset(folder, "training", TrainCrop(512, 512), _CLASSES)),

@@ -11,6 +11,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from upop.errors import SettingError, nearest
 from upop.packaged import located
+from upop.preparation import CLIP_MEAN, CLIP_STD, Deviation, Interpolation, Mean, Pictures, Resize
 from upop.pruning.choice import is_ratio, meant
 from upop.values import Checked, problems
 from upop.yaml_files import key_lines, read_yaml
@@ -34,13 +35,18 @@ class RunSettings(Checked):
     # numpy takes no larger seed.
     largest: ClassVar[Mapping[str, int]] = {"seed": 2**32 - 1, "image_size": 2**14, "num_workers": 2**10}
 
+    recorded: ClassVar[tuple[str, ...]] = ("image_size",)
+    """Settings that a checkpoint keeps, to be evaluated with elsewhere; it decides them where they are not given."""
+    of_model: ClassVar[Mapping[str, str]] = {"image_size": "image_size"}
+    """Settings (of `model`, with a dot) that a model's configuration decides in the same way, and its fields."""
+
     # Data and weights, as in the published files.
     pretrained: str | None = Field(
         None,
         description="checkpoint to start from: a published .pth (a file, or an http(s) URL), a folder of ours or of "
         "transformers, or a name on the hub",
     )
-    image_size: int = Field(384, gt=0)
+    image_size: int = Field(384, gt=0, description="side in pixels of the pictures that the model sees")
     augment: bool = Field(True, description="random crops, flips and RandAugment in training")
 
     model: dict[str, Any] = Field(default_factory=dict, description="sizes that differ from the published model's")
@@ -231,7 +237,29 @@ class RunSettings(Checked):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
 
-class LanguageSettings(RunSettings):
+class PictureSettings(RunSettings):
+    """Settings of the tasks that see whole pictures, all of one size."""
+
+    recorded: ClassVar[tuple[str, ...]] = ("image_size", "mean", "std", "interpolation", "resize", "crop_ratio")
+
+    mean: Mean = Field(CLIP_MEAN, description="of red, green and blue, from 0 to 1: what becomes zero")
+    std: Deviation = Field(CLIP_STD, description="their deviation: what becomes one")
+    interpolation: Interpolation = Field("bicubic", description="how pictures are resized")
+    resize: Resize = Field(
+        "squash",
+        description="squash: both sides to the model's; crop: the short side, the middle is cut out; pad: the long one",
+    )
+    crop_ratio: float = Field(
+        1.0, gt=0, le=1, description="share of a resized picture's side that is cut out of its middle in evaluation"
+    )
+
+    @property
+    def pictures(self) -> Pictures:
+        """How pictures are brought to the model's size and range."""
+        return Pictures(self.mean, self.std, self.interpolation, self.resize, self.crop_ratio)
+
+
+class LanguageSettings(PictureSettings):
     """Settings of the tasks with texts, whose annotation files are published."""
 
     ann_root: Path = Field(Path("annotation"), description="folder of the annotation files")

@@ -35,7 +35,7 @@ def root(tmp_path: Path) -> Path:
 
 
 def read(root: Path, split: str = "val", **more: Any) -> ImageFolderDataset:
-    return ImageFolderDataset(root, split, eval_transform(SIZE, 0.875), training=split == "train", **more)
+    return ImageFolderDataset(root, split, eval_transform(SIZE), training=split == "train", **more)
 
 
 def test_labels_are_the_places_of_folders_by_name(root: Path) -> None:
@@ -56,7 +56,7 @@ def test_labels_are_the_places_of_folders_by_name(root: Path) -> None:
 def test_evaluation_sees_the_middle_of_a_picture(tmp_path: Path) -> None:
     picture = Image.new("RGB", (64, 32), (255, 255, 255))
     picture.paste((0, 0, 0), (30, 14, 34, 18))
-    seen = eval_transform(28, 0.875)(picture)
+    seen = eval_transform(28)(picture)
     assert seen.shape == (3, 28, 28)
     dark = (seen < 0).all(0).nonzero()
     assert dark.min(0).values.tolist() == [12, 12]

@@ -17,6 +17,7 @@ from upop.data.segmentation import NAMES, SegmentationDataset, class_names, coll
 from upop.data.segmentation_transforms import (
     IGNORED,
     LARGEST_SHARE,
+    STATISTICS,
     Normalise,
     TrainCrop,
     photometric_jitter,
@@ -231,10 +232,10 @@ def test_crops_vary_in_size_and_side() -> None:
 @pytest.mark.parametrize(("name", "grey"), [("vit", 0.0), ("deit", (0.5 - 0.485) / 0.229)])
 def test_normalisations(name, grey: float) -> None:
     picture = torch.tensor([0, 128, 255], dtype=torch.uint8).view(3, 1, 1)
-    image, _ = Normalise(name)(picture, torch.zeros(1, 1))
-    again = Normalise(name).undo(image)
+    image, _ = Normalise(STATISTICS[name])(picture, torch.zeros(1, 1))
+    again = Normalise(STATISTICS[name]).undo(image)
     assert torch.equal(again, picture)
-    middle, _ = Normalise(name)(torch.full((3, 1, 1), 128, dtype=torch.uint8), torch.zeros(1, 1))
+    middle, _ = Normalise(STATISTICS[name])(torch.full((3, 1, 1), 128, dtype=torch.uint8), torch.zeros(1, 1))
     assert float(middle[0]) == pytest.approx(grey, abs=0.01)
 
 

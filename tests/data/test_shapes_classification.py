@@ -18,6 +18,7 @@ from upop.data.classification_transforms import eval_transform
 from upop.data.shapes import Summary, write_shapes
 from upop.data.shapes.draw import COLOUR_VALUES
 from upop.errors import SettingError
+from upop.preparation import Pictures
 
 SIZE = 36
 SIDE = 128
@@ -38,7 +39,7 @@ def test_the_layout_is_that_of_imagenet(summary: Summary) -> None:
     assert len(class_names(summary.folder)) == 12
     for split, count in summary.records.items():
         assert len(pictures(summary, split)) == count
-        records = ImageFolderDataset(summary.folder, split, eval_transform(48, 1.0), training=False)
+        records = ImageFolderDataset(summary.folder, split, eval_transform(48, Pictures(resize="crop")), training=False)
         assert set(Counter(records[number]["label"] for number in range(count)).values()) == {count // 12}
 
 

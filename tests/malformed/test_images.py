@@ -113,7 +113,7 @@ def test_pictures_of_any_size_are_trained_on(tmp_path: Path, what: str) -> None:
         transforms.train_transform(16),
         transforms.eval_transform(16),
         classification_transforms.train_transform(16, classification_transforms.Augmentation()),
-        classification_transforms.eval_transform(16, 0.875),
+        classification_transforms.eval_transform(16),
     ):
         for _ in range(50):  # some draw
             assert transform(found).shape == (3, 16, 16)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from huggingface_hub import ModelCard
 from torch import Tensor
 
@@ -92,6 +94,24 @@ def test_the_saved_model_gives_the_same_numbers_again(done: Runs) -> None:
     assert {name: again[name] for name in ("metrics", "parameters", "gmacs")} == {
         name: small[name] for name in ("metrics", "parameters", "gmacs")
     }
+
+
+def test_a_checkpoint_is_evaluated_elsewhere_with_the_data_alone(
+    done: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """How its inputs are prepared is in its folder, its tokenizer too."""
+    told = yaml.safe_load(done.config.read_text())
+    data = {name: value for name, value in told.items() if name.endswith(("_root", "_path", "_file", "_files"))}
+    copy = shutil.copytree(done.best, tmp_path / "model")
+    monkeypatch.chdir(tmp_path)
+    settings = read_settings(
+        done.task.settings,
+        None,
+        {**data, "pretrained": str(copy), "device": "cpu", "num_workers": 0, "output_dir": tmp_path / "out"},
+    )
+    found = evaluate_checkpoint(done.task, settings)
+    assert found is not None
+    assert found.models[0].metrics == results(done.folder / "2x")[1]["metrics"]
 
 
 def test_it_is_kept_and_read_in_the_published_layout(done: Runs) -> None:

@@ -55,6 +55,7 @@ class Description(Read):
     layout: dict[str, UnitLayout] | None = None
     versions: dict[str, str] | None = None
     weights: dict[str, str] | None = None
+    preparation: dict[str, Any] | None = None
 
 
 def read_description(folder: Path) -> Description:

@@ -32,7 +32,7 @@ from upop.checkpoints.fit import build_to_fit, fit
 from upop.checkpoints.hub import is_hub_name, local_path
 from upop.checkpoints.quantizer import mark
 from upop.checkpoints.read import read_outline, read_weights
-from upop.checkpoints.recording import plan_of, set_plan
+from upop.checkpoints.recording import plan_of, preparation_of, set_plan, set_preparation
 from upop.checkpoints.sizes import plan_for
 from upop.checkpoints.transformers_models import is_transformers_folder, load_transformers, misfit
 from upop.checkpoints.write import write_weights
@@ -48,7 +48,9 @@ from upop.values import problems
 WEIGHTS = "model.safetensors"
 
 
-def save(model: nn.Module, folder: str | Path, plan: Plan | None = None, *, overwrite: bool = False) -> Path:
+def save(
+    model: nn.Module, folder: str | Path, plan: Plan | None = None, *, tokenizer: Any = None, overwrite: bool = False
+) -> Path:
     """Write a model, dense or compressed, so that `load` gives it back.
 
     The folder holds `model.safetensors` and `upop.json` (how the dense model is built, what every unit keeps, the plan
@@ -62,6 +64,7 @@ def save(model: nn.Module, folder: str | Path, plan: Plan | None = None, *, over
             form).
         folder: where to write.
         plan: which entries were kept, for the record; by default what `Pruner.shrink` or `shrink` noted on the model.
+        tokenizer: one of transformers', to be kept beside the weights.
         overwrite: whether a folder that `save` or `export` wrote may be replaced though its files were changed since.
 
     Raises:
@@ -91,6 +94,7 @@ def save(model: nn.Module, folder: str | Path, plan: Plan | None = None, *, over
         "open_clip": None if kind or in_transformers else open_clip_models.describe(model, plan),
         "layout": {unit.name: _unit(unit, dense.get(unit.name)) for unit in units},
         "plan": json.loads(plan.to_json()) if plan is not None else None,
+        "preparation": preparation_of(model),
         "versions": {name: metadata.version(name) for name in ("upop", "torch", "timm", "transformers")},
     }
     with replacing_folder(folder, "model", overwrite=overwrite) as fresh:
@@ -98,6 +102,8 @@ def save(model: nn.Module, folder: str | Path, plan: Plan | None = None, *, over
             model.save_pretrained(fresh)  # type: ignore[operator]
         else:
             write_weights(model.state_dict(), fresh / WEIGHTS)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(fresh)
         description["weights"] = digests(fresh)
         (fresh / DESCRIPTION).write_text(json.dumps(description, indent=1))
         if plan is not None:
@@ -138,6 +144,7 @@ def load(folder: str | Path, model: nn.Module | None = None, *, strict: bool = T
     check_digests(folder, description, strict=strict)
     _check_layout(model, plan, description.layout or {}, folder)
     set_plan(model, plan)
+    set_preparation(model, description.preparation)
     return model.eval()
 
 
@@ -170,6 +177,7 @@ def load_into(model: nn.Module, folder: str | Path, *, strict: bool = True) -> n
         ) from error
     check_digests(folder, description, strict=strict)
     set_plan(model, _plan(description, folder))
+    set_preparation(model, description.preparation)
     if isinstance(model, PreTrainedModel):
         mark(model)
     return whole.eval()

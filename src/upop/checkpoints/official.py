@@ -40,7 +40,7 @@ from upop.values import problems
 
 
 @dataclass(frozen=True)
-class _Official:
+class Official:
     """How a task's published checkpoints become a model.
 
     Attributes:
@@ -85,7 +85,7 @@ def load_official(task: str, path: str | Path, *, strict: bool = True, **overrid
         CheckpointError: the file cannot be read or does not fit; what does not is listed.
         SettingError: the task or an override is unknown.
     """
-    row = _row(task)
+    row = row_of(task)
     found = read_published(path, strict=strict)
     if found.task is not None and found.task != _ALIASES.get(task, task):
         raise CheckpointError(
@@ -115,7 +115,7 @@ def save_official(task: str, model: nn.Module, path: str | Path, *, overwrite: b
         CheckpointError: the model is another task's.
         RunFolderError: there is a file that upop did not write, or it cannot be written; nothing was changed.
     """
-    row = _row(task)
+    row = row_of(task)
     if not isinstance(getattr(model, "config", None), row.config):
         raise CheckpointError(f"A {type(model).__name__} cannot be written as a checkpoint of {task!r}.")
     dense = {unit.name: unit.size for unit in find_units(outline(lambda: row.model(model.config)))}
@@ -147,7 +147,7 @@ def start_from(task: str, path: str | Path, model: nn.Module, *, any_towers: boo
     Raises:
         CheckpointError: the file cannot be read or does not fit otherwise.
     """
-    row = _row(task)
+    row = row_of(task)
     found = read_published(path).state
     with expecting_shapes(str(path)):
         state = row.adapt(row.start(found), model.config)
@@ -189,13 +189,17 @@ def task_for(model: nn.Module) -> str:
     Raises:
         CheckpointError: it is none of upop's own models.
     """
-    config = type(getattr(model, "config", None))
-    task = next((task for task, row in _TASKS.items() if row.config is config), None)
+    task = task_of_config(type(getattr(model, "config", None)))
     if task is None:
         raise CheckpointError(
             f"A {type(model).__name__} has no published form; the models of {', '.join(sorted(_TASKS))} have one."
         )
     return task
+
+
+def task_of_config(config: type[Any]) -> str | None:
+    """Return the task whose model has a configuration of this class; None if none has."""
+    return next((task for task, row in _TASKS.items() if row.config is config), None)
 
 
 # Names of tensors or of whole modules by which a task's model is known; the first that fits counts.
@@ -210,7 +214,8 @@ _TELLING = {
 }
 
 
-def _row(task: str) -> _Official:
+def row_of(task: str) -> Official:
+    """Return how a task's published checkpoints become a model; SettingError where the task is unknown."""
     name = _ALIASES.get(task, task)
     if name not in _TASKS:
         known = sorted([*_TASKS, *_ALIASES])
@@ -218,7 +223,7 @@ def _row(task: str) -> _Official:
     return _TASKS[name]
 
 
-def _config(row: _Official, state: State, source: str, overrides: dict[str, Any]) -> Any:
+def _config(row: Official, state: State, source: str, overrides: dict[str, Any]) -> Any:
     unknown = [name for name in overrides if name not in row.config.model_fields]
     if unknown:
         raise SettingError(
@@ -334,8 +339,6 @@ def _with_queues(state: State, config: RetrievalConfig | ClipConfig) -> dict[str
 
 
 _NEW_FOR_RETRIEVAL = ("vision_proj", "text_proj", "itm_head", "temp")
-
-
 _CLIP_PATCHES = "vision_model.embeddings.patch_embedding.weight"
 _CLIP_POSITIONS = "{}_model{}.embeddings.position_embedding.weight"
 
@@ -384,7 +387,7 @@ def _clip_complete(state: State, config: ClipConfig) -> dict[str, Tensor]:
 _ALIASES = {"clip": "retrieval-clip", "deit": "classification", "segmenter": "segmentation"}
 
 _TASKS = {
-    "caption": _Official(
+    "caption": Official(
         CaptionConfig,
         BlipCaption,
         lambda state: _blip_config(state, "text_decoder.bert"),
@@ -392,7 +395,7 @@ _TASKS = {
         dict,
         lambda _key: False,
     ),
-    "classification": _Official(
+    "classification": Official(
         ClassifierConfig,
         build_classifier,
         classifier_sizes,
@@ -401,7 +404,7 @@ _TASKS = {
         lambda key: key.startswith("head"),
         implied=named_sizes,
     ),
-    "nlvr": _Official(
+    "nlvr": Official(
         NlvrConfig,
         BlipNlvr,
         _nlvr_config,
@@ -409,7 +412,7 @@ _TASKS = {
         _twinned,
         lambda key: "merge_layer" in key or key.startswith("cls_head."),
     ),
-    "retrieval": _Official(
+    "retrieval": Official(
         RetrievalConfig,
         BlipRetrieval,
         _retrieval_config,
@@ -417,7 +420,7 @@ _TASKS = {
         _untwinned,
         lambda key: key.startswith(_NEW_FOR_RETRIEVAL) or key.split(".")[0].endswith("_m"),
     ),
-    "retrieval-clip": _Official(
+    "retrieval-clip": Official(
         ClipConfig,
         ClipRetrieval,
         _clip_config,
@@ -427,7 +430,7 @@ _TASKS = {
         fixed_scale=lambda _unit: False,  # the published code divides by the root of what is kept, as libraries do
         export=to_openai,
     ),
-    "segmentation": _Official(
+    "segmentation": Official(
         SegmenterConfig,
         Segmenter,
         segmenter_sizes,
@@ -435,7 +438,7 @@ _TASKS = {
         as_encoder,
         lambda key: key.startswith(("decoder.", "encoder.head.")),
     ),
-    "vqa": _Official(
+    "vqa": Official(
         VqaConfig,
         BlipVqa,
         _vqa_config,

@@ -1,4 +1,4 @@
-"""Reading what others published: a file of tensors, or a model in transformers' layout, here or on the hub."""
+"""Reading what others published: a file of tensors, or a model in the layout of another library, here or on the hub."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
+from upop.checkpoints.description import check_digests, is_folder, read_description
+from upop.checkpoints.foreign import recognised
 from upop.checkpoints.hub import local_path
 from upop.checkpoints.hugging_face import counterpart_for
 from upop.checkpoints.read import read_weights
@@ -33,12 +35,19 @@ class Published:
 
 
 def read_published(path: str | Path, *, strict: bool = True) -> Published:
-    """Return what is in a `.pth` or `.safetensors` file, a folder in transformers' layout, or a model of the hub.
+    """Return what is in a `.pth` or `.safetensors` file, a model of the hub, or a folder of another library.
+
+    These are transformers', timm's and open_clip's.
 
     Raises:
         CheckpointError: there is no such thing, it is damaged, carries more than tensors, or is no model of ours.
     """
     path = local_path(path)
+    other = recognised(path) if path.is_dir() and not is_transformers_folder(path) else None
+    if other is not None:
+        if is_folder(path):
+            check_digests(path, read_description(path), strict=strict)
+        return Published(read_weights(other.weights), other.sizes, other.task, other.kind)
     if not is_transformers_folder(path):
         return Published(read_weights(path))
     theirs = load_transformers(path, strict=strict).float()

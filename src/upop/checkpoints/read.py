@@ -24,10 +24,11 @@ from upop.values import shortened
 _OBJECT = re.compile(r"GLOBAL ([\w.]+)")
 
 
-def read_weights(path: str | Path) -> dict[str, Tensor]:
+def read_weights(path: str | Path, *, mapped: bool = False) -> dict[str, Tensor]:
     """Return the tensors of a `.pth` or `.safetensors` file, on the CPU.
 
-    A `.pth` holds `{"model": state_dict}`, as published, or a bare state dict.
+    A `.pth` holds `{"model": state_dict}`, as published, or a bare state dict. With `mapped`, where the format allows
+    it, numbers are read off the disk when they are looked at: for someone who asks for shapes alone.
 
     Raises:
         CheckpointError: there is no such file, it is no checkpoint, or it carries anything else than tensors
@@ -46,7 +47,8 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns of old formats, which are read all the same
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            lazily = mapped and zipfile.is_zipfile(path)
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=lazily)
     except Exception as error:  # torch raises whatever its parsers meet: struct.error, AssertionError, KeyError, ...
         refused = _OBJECT.search(str(error)) if isinstance(error, pickle.UnpicklingError) else None
         if refused:

@@ -13,7 +13,7 @@ from upop.checkpoints.sizes import join_plans
 from upop.pruning import Plan, find_units
 from upop.pruning.masks import unwrapped
 
-_PLAN = "upop_plan"
+_PLAN, _PREPARATION = "upop_plan", "upop_preparation"
 
 
 class Pruner(pruning.Pruner):
@@ -99,6 +99,18 @@ def set_plan(model: nn.Module, plan: Plan | None) -> None:
     """Have a model that was loaded carry the plan that was saved with it."""
     if plan is not None:
         setattr(model, _PLAN, plan)
+
+
+def preparation_of(model: nn.Module) -> Mapping[str, Any] | None:
+    """Return how a model's inputs are prepared, by the names of a task's settings, if that was noted on it."""
+    found = getattr(model, _PREPARATION, None)
+    return found if isinstance(found, Mapping) else None
+
+
+def set_preparation(model: nn.Module, preparation: Mapping[str, Any] | None) -> None:
+    """Note on a model how its inputs are prepared, so that `save` writes it."""
+    if preparation is not None:
+        setattr(model, _PREPARATION, dict(preparation))
 
 
 def _record(model: nn.Module, plan: Plan) -> None:

@@ -135,6 +135,12 @@ def build(description: Mapping[str, Any], source: str) -> nn.Module:
     return model
 
 
+def usual(name: str, argument: str) -> Any:
+    """Return the value of an argument with which timm builds a model if it is not given; None where that is unknown."""
+    reference = _build(name, {})
+    return None if reference is None or argument not in _ARGUMENTS else _read(_ARGUMENTS[argument], reference)
+
+
 def drop_path_rate(model: nn.Module) -> float | None:
     """Return the rate at which a model of timm drops the paths of its last block; None if it keeps none."""
     rate = _read(_ARGUMENTS["drop_path_rate"], model)

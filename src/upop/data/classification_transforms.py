@@ -18,11 +18,12 @@ from torch import Tensor
 
 from upop.data.transforms import ImageTransform, resized_crop
 from upop.errors import SettingError
+from upop.preparation import IMAGENET_MEAN, IMAGENET_STD, Pictures
 
 POLICY = "rand-m9-mstd0.5-inc1"
 """RandAugment as DeiT is trained with."""
 
-Interpolation = Literal["bicubic", "bilinear", "random"]
+CropInterpolation = Literal["bicubic", "bilinear", "random"]
 Erasing = Literal["const", "rand", "pixel"]
 MixMode = Literal["batch", "pair", "elem"]
 
@@ -42,16 +43,21 @@ class Augmentation:
 
     policy: str | None = POLICY
     color_jitter: float = 0.4
-    interpolation: Interpolation = "bicubic"
+    interpolation: CropInterpolation = "bicubic"
     erasing: float = 0.25
     erasing_mode: Erasing = "pixel"
     erasing_count: int = 1
 
 
-def train_transform(image_size: int, augmentation: Augmentation) -> ImageTransform:
+IMAGENET = Pictures(IMAGENET_MEAN, IMAGENET_STD, resize="crop", crop_ratio=0.875)
+"""As DeiT is evaluated."""
+_CROP_MODES = {"squash": "squash", "crop": "center", "pad": "border"}
+
+
+def train_transform(image_size: int, augmentation: Augmentation, pictures: Pictures = IMAGENET) -> ImageTransform:
     """Return the transform of training: a random crop (8 to 100 % of the area) and flip, then the augmentation.
 
-    Colours are normalised by ImageNet's mean and deviation, here and in evaluation.
+    `pictures` says how colours are normalised.
 
     Raises:
         SettingError: timm knows no such policy.
@@ -66,6 +72,8 @@ def train_transform(image_size: int, augmentation: Augmentation) -> ImageTransfo
             re_prob=augmentation.erasing,
             re_mode=augmentation.erasing_mode,
             re_count=augmentation.erasing_count,
+            mean=pictures.mean,
+            std=pictures.std,
         )
     except Exception as error:  # timm asserts, or fails to look a name up
         raise SettingError(
@@ -110,11 +118,22 @@ class _Crop(RandomResizedCropAndInterpolation):
         )
 
 
-def eval_transform(image_size: int, crop_ratio: float) -> ImageTransform:
-    """Return the transform of evaluation: the short side becomes image_size / crop_ratio, the middle is cut out."""
+def eval_transform(image_size: int, pictures: Pictures = IMAGENET) -> ImageTransform:
+    """Return the transform of evaluation: the short side becomes image_size / crop_ratio, the middle is cut out.
+
+    Unless `pictures` asks for another way to resize.
+    """
     return cast(
         ImageTransform,
-        create_transform(input_size=image_size, is_training=False, interpolation="bicubic", crop_pct=crop_ratio),
+        create_transform(
+            input_size=image_size,
+            is_training=False,
+            interpolation=pictures.interpolation,
+            mean=pictures.mean,
+            std=pictures.std,
+            crop_pct=image_size / (pictures.resized_to(image_size) + 0.5),  # which timm rounds down
+            crop_mode=_CROP_MODES[pictures.resize],
+        ),
     )
 
 

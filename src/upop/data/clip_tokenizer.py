@@ -19,16 +19,19 @@ import huggingface_hub
 import torch
 from torch import Tensor
 from transformers import CLIPTokenizer as LibraryTokenizer
+from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from upop.data.retrieval import RetrievalCollator
 from upop.data.tokenizer import load_tokenizer
 from upop.errors import DataError
+from upop.reading import read_object
 
 BEGIN, END = "<|startoftext|>", "<|endoftext|>"
 PADDING = 0
 """As published; what stands behind the last word is never looked at."""
 
+_WHOLE, _ADVICE = "tokenizer.json", "Fetch or write it again."
 _BYTE_PAIRS = ("vocab.json", "merges.txt")
 _MERGES = 49152 - 256 - 2
 """How many of the list's merges OpenAI uses."""
@@ -82,8 +85,8 @@ class ClipCollator(RetrievalCollator):
 def load_clip_tokenizer(path_or_name: str | Path) -> ClipTokenizer:
     """Load a tokenizer from disk, or by its name on the hub.
 
-    On disk it is a folder with CLIP's vocab.json and merges.txt, OpenAI's own file (bpe_simple_vocab_16e6.txt.gz), or a
-    folder with a BERT vocabulary.
+    On disk it is a folder with CLIP's vocab.json and merges.txt, or tokenizer.json, which transformers writes alone;
+    OpenAI's own file (bpe_simple_vocab_16e6.txt.gz); or a folder with a BERT vocabulary.
 
     Raises:
         DataError: there is none, or its two last words are not made to begin and to end a text.
@@ -94,12 +97,15 @@ def load_clip_tokenizer(path_or_name: str | Path) -> ClipTokenizer:
         return _byte_pairs(str(folder), local=True)
     if folder.name.endswith(".txt.gz") and folder.is_file():
         return _merge_list(folder)
+    if _model_type(folder) not in (None, "WordPiece"):
+        return _whole_file(folder)
     if folder.is_dir():
         return _bert(load_tokenizer(folder), name)
     if isinstance(path_or_name, Path) or folder.exists() or name.startswith((".", "~", "/")) or name.count("/") != 1:
         raise DataError(
             f"The tokenizer {name!r} was asked for, and there is no such folder. Name one that holds "
-            f"{' and '.join(_BYTE_PAIRS)} (or vocab.txt), or a name of the hub, such as openai/clip-vit-large-patch14."
+            f"{' and '.join(_BYTE_PAIRS)}, or {_WHOLE} (or vocab.txt), or a name of the hub, such as "
+            "openai/clip-vit-large-patch14."
         )
     return _from_hub(name)
 
@@ -127,6 +133,32 @@ def _byte_pairs(name: str, *, local: bool) -> ClipTokenizer:
     except Exception as error:  # each of the many parsers below has its own errors
         raise DataError(f"The CLIP tokenizer in {name!r} cannot be read: {error}.") from error
     return _checked(library, BEGIN, END, name)
+
+
+def _model_type(folder: Path) -> str | None:
+    """Return what kind of tokenizer a folder's tokenizer.json holds; None where there is none."""
+    if not (folder / _WHOLE).is_file():
+        return None
+    model = read_object(folder / _WHOLE, DataError, _ADVICE).get("model")
+    return str(model.get("type")) if isinstance(model, dict) else "unknown"
+
+
+def _whole_file(folder: Path) -> ClipTokenizer:
+    """Read a tokenizer.json as it is, however it splits texts; tokenizer_config.json may name its two last words."""
+    told = folder / "tokenizer_config.json"
+    names = read_object(told, DataError, _ADVICE) if told.is_file() else {}
+    try:
+        library = PreTrainedTokenizerFast(tokenizer_file=str(folder / _WHOLE))
+    except Exception as error:  # the parser below has its own errors
+        raise DataError(f"The tokenizer {folder / _WHOLE} cannot be read: {error}. {_ADVICE}") from error
+    begin, end = (_word(names.get(name), usual) for name, usual in (("bos_token", BEGIN), ("eos_token", END)))
+    return _checked(library, begin, end, str(folder))
+
+
+def _word(told: Any, usual: str) -> str:
+    """Return a special word as tokenizer_config.json has it: a text, or an object with its content."""
+    word = told.get("content") if isinstance(told, dict) else told
+    return word if isinstance(word, str) else usual
 
 
 def _merge_list(file: Path) -> ClipTokenizer:

@@ -14,13 +14,16 @@ from torch import Tensor
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tvf
 
+from upop.preparation import IMAGENET_MEAN, IMAGENET_STD, Deviation, Mean
+
 IGNORED = 255
 """The label of pixels that belong to no class; they count neither in training nor in evaluation."""
 
 Normalization = Literal["vit", "deit"]
-STATISTICS: dict[Normalization, tuple[tuple[float, ...], tuple[float, ...]]] = {
+Statistics = tuple[Mean, Deviation]
+STATISTICS: dict[Normalization, Statistics] = {
     "vit": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),  # of the published ViT checkpoints, all published runs here among them
-    "deit": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "deit": (IMAGENET_MEAN, IMAGENET_STD),
 }
 """Mean and standard deviation of red, green and blue, by the published name."""
 
@@ -49,18 +52,16 @@ def scaled_size(height: int, width: int, short: int) -> tuple[int, int]:
 class Normalise:
     """What evaluation does: pictures keep their size, for the model's windows slide over any."""
 
-    normalization: Normalization = "vit"
+    statistics: Statistics = STATISTICS["vit"]
 
     def __call__(self, picture: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """The picture normalised; the labels as they are."""
-        mean, std = (torch.tensor(values).view(3, 1, 1) for values in STATISTICS[self.normalization])
+        mean, std = (torch.tensor(values).view(3, 1, 1) for values in self.statistics)
         return picture.float().div_(255.0).sub_(mean).div_(std), labels
 
     def undo(self, picture: Tensor) -> Tensor:
         """The picture as bytes, from a normalised one."""
-        mean, std = (
-            torch.tensor(values, device=picture.device).view(3, 1, 1) for values in STATISTICS[self.normalization]
-        )
+        mean, std = (torch.tensor(values, device=picture.device).view(3, 1, 1) for values in self.statistics)
         return picture.mul(std).add(mean).mul(255).round().clamp(0, 255).byte()
 
 
@@ -72,13 +73,13 @@ class TrainCrop:
         image_size: what the short side is brought to, before the ratio.
         crop_size: side of the square crop.
         augment: False takes the top left corner of the picture at ratio 1 as it is: generated classes are colours.
-        normalization: by its published name.
+        statistics: mean and deviation that colours are normalised by.
     """
 
     image_size: int
     crop_size: int
     augment: bool = True
-    normalization: Normalization = "vit"
+    statistics: Statistics = STATISTICS["vit"]
 
     def __call__(self, picture: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """A crop of the picture, and the labels of its pixels."""
@@ -90,7 +91,7 @@ class TrainCrop:
             if torch.rand(()) < 0.5:
                 picture, labels = picture.flip(2), labels.flip(1)
             picture = photometric_jitter(picture)
-        picture, labels = Normalise(self.normalization)(picture, labels)
+        picture, labels = Normalise(self.statistics)(picture, labels)
         # Filled up after normalising, so the filling is of the mean colour, as published.
         padding = [0, 0, self.crop_size - labels.shape[1], self.crop_size - labels.shape[0]]
         return tvf.pad(picture, padding), tvf.pad(labels[None], padding, fill=IGNORED)[0]

@@ -11,10 +11,11 @@ from torch import Tensor
 from torchvision.transforms import RandomResizedCrop, v2
 from torchvision.transforms.v2 import functional as tvf
 
+from upop.preparation import CLIP_MEAN, CLIP_STD, PUBLISHED, Pictures
+
 ImageTransform = Callable[[Image.Image], Tensor]
 
-MEAN = (0.48145466, 0.4578275, 0.40821073)
-STD = (0.26862954, 0.26130258, 0.27577711)
+MEAN, STD = CLIP_MEAN, CLIP_STD
 CROP_SCALE = (0.5, 1.0)
 _CROP_RATIO = [3 / 4, 4 / 3]
 
@@ -23,23 +24,23 @@ RANDAUGMENT_LEVEL = 5
 _LEVELS = 10
 _FILL = (128, 128, 128)
 
-_BICUBIC = v2.InterpolationMode.BICUBIC
+_BICUBIC, _BILINEAR = v2.InterpolationMode.BICUBIC, v2.InterpolationMode.BILINEAR
 
 
-def eval_transform(image_size: int) -> ImageTransform:
-    """The transform of evaluation: resize to image_size x image_size pixels (bicubic) and normalise."""
-    return _Finish(image_size)
+def eval_transform(image_size: int, pictures: Pictures = PUBLISHED) -> ImageTransform:
+    """The transform of evaluation: resize to image_size x image_size pixels (as published, bicubic) and normalise."""
+    return _Finish(image_size, pictures)
 
 
-def train_transform(image_size: int, augment: bool = True) -> ImageTransform:
+def train_transform(image_size: int, augment: bool = True, pictures: Pictures = PUBLISHED) -> ImageTransform:
     """The transform of training: random crop of half to all of the area, random flip, RandAugment, normalise.
 
     Without `augment` it is the evaluation's: generated pictures must keep their counts and positions. All
     chance comes from torch's generator.
     """
     if not augment:
-        return eval_transform(image_size)
-    return _Train(image_size)
+        return eval_transform(image_size, pictures)
+    return _Train(image_size, pictures)
 
 
 def resized_crop(
@@ -66,14 +67,16 @@ def resized_crop(
 class _Train:
     """A random crop and flip, RandAugment, `_Finish`; plain classes, as v2's generic ones cost more than the work."""
 
-    def __init__(self, image_size: int) -> None:
+    def __init__(self, image_size: int, pictures: Pictures) -> None:
         self.image_size = image_size
         self.augment = RandAugment()
-        self.finish = _Finish(image_size)
+        self.finish = _Finish(image_size, pictures)
+        # Tensors know these two alone.
+        self.interpolation = _BILINEAR if pictures.interpolation == "bilinear" else _BICUBIC
 
     def __call__(self, image: Image.Image) -> Tensor:
         crop = RandomResizedCrop.get_params(image, list(CROP_SCALE), _CROP_RATIO)
-        picture = resized_crop(image, crop, (self.image_size, self.image_size), _BICUBIC)
+        picture = resized_crop(image, crop, (self.image_size, self.image_size), self.interpolation)
         if torch.rand(()) < 0.5:
             picture = tvf.horizontal_flip(picture)
         return self.finish(self.augment(picture))
@@ -82,18 +85,35 @@ class _Train:
 class _Finish:
     """Resizes where needed, and normalises."""
 
-    def __init__(self, image_size: int) -> None:
+    def __init__(self, image_size: int, pictures: Pictures) -> None:
         self.image_size = image_size
-        self.mean = torch.tensor(MEAN).view(3, 1, 1)
-        self.std = torch.tensor(STD).view(3, 1, 1)
+        self.pictures = pictures
+        self.mean = torch.tensor(pictures.mean).view(3, 1, 1)
+        self.std = torch.tensor(pictures.std).view(3, 1, 1)
 
     def __call__(self, image: Image.Image) -> Tensor:
         side = self.image_size
         if image.size != (side, side):
-            image = tvf.resize(image, [side, side], interpolation=_BICUBIC, antialias=True)
+            size = _size(image, self.pictures.resized_to(side), self.pictures)
+            if size != [image.height, image.width]:
+                way = v2.InterpolationMode(self.pictures.interpolation)
+                image = tvf.resize(image, size, interpolation=way, antialias=True)
+            if size != [side, side]:
+                image = tvf.center_crop(image, [side, side])  # where it is smaller, black is added
         # As bytes into planes of colours: arithmetic on colours that lie side by side takes twice the time.
         tensor: Tensor = tvf.pil_to_tensor(image).contiguous()
         return tensor.float().div_(255.0).sub_(self.mean).div_(self.std)
+
+
+def _size(image: Image.Image, side: int, pictures: Pictures) -> list[int]:
+    """Return the height and width that a picture is resized to."""
+    if pictures.resize == "squash":
+        return [side, side]
+    short, long = sorted(image.size)
+    # Rounded as the libraries do whose checkpoints ask for it: torchvision down, open_clip to the nearest.
+    other = int(side * long / short) if pictures.resize == "crop" else max(1, round(side * short / long))
+    is_short_high = (image.height == short) == (pictures.resize == "crop")
+    return [side, other] if is_short_high else [other, side]
 
 
 class RandAugment:

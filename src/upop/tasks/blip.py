@@ -10,6 +10,7 @@ from pydantic import Field
 from torch import nn
 
 from upop.data.tokenizer import load_tokenizer
+from upop.errors import SettingError
 from upop.models.blip import BlipConfig, checkpoint_last_blocks, enlarge_weights
 from upop.settings import TOKENIZER, LanguageSettings
 from upop.tasks.published import SIZES, PublishedTask
@@ -42,6 +43,27 @@ class BlipTask(PublishedTask[BlipSettingsT]):
         model = self.model(config)
         enlarge_weights(model, settings.init_scale)
         return self._prepared(model, settings)
+
+    def load(self, path: Path, settings: BlipSettingsT) -> nn.Module:
+        """Return the model in a checkpoint; its own tokenizer may leave words of the vocabulary unused.
+
+        Raises:
+            SettingError: the tokenizer is another model's.
+        """
+        model = super().load(path, settings)
+        known: int = model.config.vocab_size  # type: ignore[union-attr, assignment]
+        words = len(self.tokenizer(settings))
+        if words > known or (words < known and Path(settings.tokenizer) != path):
+            # [DEC] and [ENC], the last two words, would be others than the model learned.
+            raise SettingError(
+                f"The model has {known} words, and the tokenizer {settings.tokenizer!r} {words}. Set tokenizer to the "
+                "one that the model was trained with."
+            )
+        return model
+
+    def tokenizer(self, settings: BlipSettingsT) -> Any:
+        """Return BERT's tokenizer."""
+        return blip_tokenizer(settings.tokenizer)
 
     def _prepared(self, model: nn.Module, settings: BlipSettingsT) -> nn.Module:
         if settings.vit_grad_ckpt:

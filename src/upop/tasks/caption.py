@@ -31,6 +31,11 @@ _SAMPLING_PENALTY = 1.1
 class CaptionSettings(BlipSettings):
     """Settings of configs/caption_coco.yaml; the defaults are the published ones."""
 
+    recorded: ClassVar[tuple[str, ...]] = (
+        *BlipSettings.recorded,
+        *("prompt", "max_length", "min_length", "num_beams", "sample", "top_p", "repetition_penalty"),
+    )
+
     image_root: Path = Field(Path("datasets/vision/coco"), description="folder of the pictures")
     coco_gt_root: Path = Field(
         Path("annotation/coco_gt"),
@@ -85,10 +90,12 @@ class CaptionTask(BlipTask[CaptionSettings]):
         file = settings.ann_root / f"coco_karpathy_{self.splits[split]}.json"
         size, outside = settings.image_size, settings.allow_outside
         if split == "train":
-            transform = train_transform(size, settings.augment)
+            transform = train_transform(size, settings.augment, settings.pictures)
             return CaptionTrainDataset(file, settings.image_root, transform, prompt=settings.prompt, outside=outside)
         truth = settings.coco_gt_root / f"coco_karpathy_{self.splits[split]}_gt.json"
-        return CaptionEvalDataset(file, settings.image_root, eval_transform(size), truth, outside=outside)
+        return CaptionEvalDataset(
+            file, settings.image_root, eval_transform(size, settings.pictures), truth, outside=outside
+        )
 
     def collate(self, settings: CaptionSettings) -> Callable[[list[Any]], Batch]:
         """Return what stacks pictures and tokenizes captions."""

@@ -19,8 +19,8 @@ from upop.data.classification import ImageCollator, ImageFolderDataset, Repeated
 from upop.data.classification_transforms import (
     POLICY,
     Augmentation,
+    CropInterpolation,
     Erasing,
-    Interpolation,
     Mixing,
     MixMode,
     eval_transform,
@@ -30,7 +30,8 @@ from upop.errors import CheckpointError, SettingError
 from upop.examples import Album, Answer, Example
 from upop.models.blip import enlarge_weights
 from upop.models.classifier import DEIT_SMALL, ClassifierConfig, build_classifier, replace_head
-from upop.settings import RunSettings
+from upop.preparation import IMAGENET_MEAN, IMAGENET_STD, Deviation, Mean, Resize
+from upop.settings import PictureSettings, RunSettings
 from upop.tasks.examples import untransformed
 from upop.tasks.published import SIZES, PublishedTask
 from upop.training.task import Batch
@@ -39,19 +40,22 @@ from upop.values import told
 _TOP = 5
 
 
-class ClassificationSettings(RunSettings):
+class ClassificationSettings(PictureSettings):
     """Settings of configs/classification.yaml; the defaults are the published ones."""
 
     data_path: Path = Field(Path("datasets/vision/imagenet"), description="folder of train/CLASS/* and val/CLASS/*")
     architecture: str = Field(DEIT_SMALL, description="timm's name of a vision transformer")
     classes: int | None = Field(None, ge=1, description="as many as there are class folders, if not given")
     image_size: int = Field(224, gt=0)
+    mean: Mean = IMAGENET_MEAN
+    std: Deviation = IMAGENET_STD
+    resize: Resize = "crop"
     crop_ratio: float = Field(0.875, gt=0, le=1, description="share of a picture's short side that evaluation looks at")
 
     # How DeiT's training varies pictures; `augment: false` leaves all of it out but the mixing.
     auto_augment: str | None = Field(POLICY, description="timm's name of a policy")
     color_jitter: float = Field(0.4, ge=0, description="where there is no policy")
-    train_interpolation: Interpolation = "bicubic"
+    train_interpolation: CropInterpolation = "bicubic"
     reprob: float = Field(0.25, ge=0, le=1, description="probability that a rectangle is erased")
     remode: Erasing = "pixel"
     recount: int = Field(1, ge=1)
@@ -128,6 +132,9 @@ class ClassificationTask(PublishedTask[ClassificationSettings]):
         enlarge_weights(model, settings.init_scale)
         return model
 
+    def _at_size(self, model: nn.Module, settings: ClassificationSettings, source: str) -> nn.Module:
+        return model  # `adapt` brings it to the run's size, with the run's drop-out
+
     def adapt(
         self, model: nn.Module, settings: ClassificationSettings, *, training: bool
     ) -> tuple[nn.Module, Sequence[str]]:
@@ -168,9 +175,9 @@ class ClassificationTask(PublishedTask[ClassificationSettings]):
                 settings.remode,
                 settings.recount,
             )
-            transform = train_transform(settings.image_size, augmentation)
+            transform = train_transform(settings.image_size, augmentation, settings.pictures)
         else:
-            transform = eval_transform(settings.image_size, settings.crop_ratio)
+            transform = eval_transform(settings.image_size, settings.pictures)
         records = ImageFolderDataset(
             settings.data_path,
             split,

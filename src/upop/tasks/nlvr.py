@@ -46,11 +46,11 @@ class NlvrTask(BlipTask[NlvrSettings]):
     def dataset(self, settings: NlvrSettings, split: str) -> Dataset[Any]:
         """Return the pairs of a split; pictures are swapped at random in training only."""
         training = split == "train"
-        size = settings.image_size
+        size, how = settings.image_size, settings.pictures
         return NlvrDataset(
             settings.ann_root / f"nlvr_{self.splits[split]}.json",
             settings.image_root,
-            train_transform(size, settings.augment) if training else eval_transform(size),
+            train_transform(size, settings.augment, how) if training else eval_transform(size, how),
             swap=training,
             outside=settings.allow_outside,
         )

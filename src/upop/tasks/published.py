@@ -10,7 +10,10 @@ from torch import nn
 
 from upop.checkpoints import WEIGHTS, is_folder, load
 from upop.checkpoints.description import check_digests, read_description
+from upop.checkpoints.foreign import recognised
+from upop.checkpoints.inputs import said_by
 from upop.checkpoints.official import load_official, start_from
+from upop.checkpoints.resizing import resized
 from upop.checkpoints.transformers_models import is_transformers_folder
 from upop.errors import CheckpointError
 from upop.models import MODELS, kind_of
@@ -35,10 +38,11 @@ class PublishedTask(Task[PublishedSettingsT]):
 
     def load(self, path: Path, settings: PublishedSettingsT) -> nn.Module:
         """Return the model in one of our folders, in a published file, or in a folder of transformers."""
-        if is_folder(path) and not is_transformers_folder(path):
+        if is_folder(path) and not is_transformers_folder(path) and recognised(path) is None:
             model = load(path)
             if not self._is_mine(kind_of(model)):
                 raise CheckpointError(f"{path} holds a {type(model).__name__}, which is no model for {self.name}.")
+            model = self._at_size(model, settings, str(path))
         else:
             model = load_official(self.name, path, **self.sizes(settings))
         return self._prepared(model, settings)
@@ -48,15 +52,22 @@ class PublishedTask(Task[PublishedSettingsT]):
 
         From a folder of another task's model, the towers that both have are taken.
         """
-        if is_transformers_folder(path) or not is_folder(path):
+        foreign = path.is_dir() and (is_transformers_folder(path) or recognised(path) is not None)
+        if foreign and said_by(path).task == self.name:
+            return self.load(path, settings), ()
+        if foreign or not is_folder(path):
             model = self.build(settings)
-            return model, start_from(self.name, path, model, any_towers=is_transformers_folder(path))
+            return model, start_from(self.name, path, model, any_towers=foreign)
         description = read_description(path)
         if self._is_mine(description.model):
             return self.load(path, settings), ()
         check_digests(path, description)
         model = self.build(settings)
         return model, start_from(self.name, path / WEIGHTS, model, any_towers=True)
+
+    def _at_size(self, model: nn.Module, settings: PublishedSettingsT, source: str) -> nn.Module:
+        """Return a model of ours for pictures of the settings' size."""
+        return resized(model, settings.image_size, source)
 
     def _is_mine(self, kind: str | None) -> bool:
         return kind is not None and kind in MODELS and MODELS[kind][1] is self.config

@@ -6,12 +6,12 @@ from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeVar, cast
+from typing import Any, ClassVar, Literal, Self, TypeVar, cast
 
 import torch
 from accelerate import Accelerator
 from accelerate.data_loader import prepare_data_loader
-from pydantic import Field, model_validator
+from pydantic import Field, ModelWrapValidatorHandler, model_validator
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -45,6 +45,8 @@ class RetrievalSettings(LanguageSettings):
         "flickr": {"image_root": "datasets/vision/flickr", "interval": 50, "max_epoch": 12},
     }
 
+    of_model: ClassVar[Mapping[str, str]] = {"image_size": "image_size", "queue_size": "queue_size"}
+
     dataset: Literal["coco", "flickr"] = Field("coco", description="whose annotation files, and whose defaults")
     image_root: Path = Field(Path("datasets/vision/coco"), description="folder of the pictures")
     init_lr: float = Field(1e-5, gt=0, description="highest learning rate")
@@ -52,12 +54,15 @@ class RetrievalSettings(LanguageSettings):
     queue_size: int = Field(57600, ge=1, description="features of earlier batches that a batch is compared with")
     alpha: float = Field(0.4, ge=0, le=1, description="weight of the soft targets, reached after the first epoch")
 
-    @model_validator(mode="before")
+    @model_validator(mode="wrap")
     @classmethod
-    def _of_data_set(cls, values: Any) -> Any:
-        if isinstance(values, dict):
-            return {**cls.published.get(str(values.get("dataset", "coco")), {}), **values}
-        return values
+    def _of_data_set(cls, values: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        if not isinstance(values, dict):
+            return handler(values)
+        usual = cls.published.get(str(values.get("dataset", "coco")), {})
+        made = handler({**usual, **values})
+        made.model_fields_set.difference_update(set(usual) - set(values))  # nobody gave these
+        return made
 
     def alpha_at(self, epoch: float) -> float:
         """Return the weight of the soft targets after `epoch` epochs: it grows over the first one."""
@@ -135,12 +140,12 @@ class RetrievalTask(Task[RetrievalSettingsT]):
         size, outside = settings.image_size, settings.allow_outside
         if split == "train":
             records = RetrievalPairs(
-                file, settings.image_root, train_transform(size, settings.augment), outside=outside
+                file, settings.image_root, train_transform(size, settings.augment, settings.pictures), outside=outside
             )
             # Every process has its own batch.
             check_queue(settings.queue_size, min(settings.batch_size_train, len(records)) * processes())
             return records
-        return RetrievalGallery(file, settings.image_root, eval_transform(size), outside=outside)
+        return RetrievalGallery(file, settings.image_root, eval_transform(size, settings.pictures), outside=outside)
 
     def collect(
         self, accelerator: Accelerator, model: nn.Module, loader: Any, settings: RetrievalSettingsT

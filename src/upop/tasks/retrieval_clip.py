@@ -27,10 +27,12 @@ TOKENIZER = "pretrained/clip-vit-large-patch14-336"
 class ClipRetrievalSettings(RetrievalSettings):
     """Settings of configs/retrieval_{coco,flickr}_clip.yaml; the defaults are the published ones."""
 
+    of_model: ClassVar[Mapping[str, str]] = {**RetrievalSettings.of_model, "model.max_positions": "max_positions"}
+
     image_size: int = Field(336, gt=0)
     tokenizer: str = Field(
         TOKENIZER,
-        description="folder with CLIP's vocab.json and merges.txt, OpenAI's bpe_simple_vocab file, or hub name",
+        description="folder with CLIP's vocab.json and merges.txt or tokenizer.json, OpenAI's own file, or hub name",
     )
     weight_decay: float = Field(0.2, ge=0)
     w_sp_attn: float = Field(
@@ -60,6 +62,10 @@ class ClipRetrievalTask(RetrievalTask[ClipRetrievalSettings], PublishedTask[Clip
         """Return what stacks pictures and tokenizes captions."""
         length = settings.model.get("max_positions", ClipConfig.model_fields["max_positions"].default)
         return ClipCollator(clip_tokenizer(settings.tokenizer), length)
+
+    def tokenizer(self, settings: ClipRetrievalSettings) -> Any:
+        """Return CLIP's tokenizer."""
+        return clip_tokenizer(settings.tokenizer).library
 
     def inputs(self, batch: Batch) -> dict[str, Any]:
         """Return pictures and tokens."""

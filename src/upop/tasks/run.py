@@ -27,6 +27,7 @@ from upop.report.results import ModelResult, Results, machine, results_table
 from upop.report.shares import UnitShare
 from upop.settings import RunSettings
 from upop.tasks.examples import write_examples
+from upop.tasks.inputs import record, resolved
 from upop.tasks.story import story_of
 from upop.training.bad_images import BadImage, BadImages, counted
 from upop.training.batch import find_batch_size
@@ -78,6 +79,12 @@ class Run:
         self._resumed = self._checkpoint_to_resume()
         if self._resumed is None:
             self.folder.check()
+        if settings.pretrained:
+            self.settings, notes = resolved(task, settings, self.checkpoint())
+            settings = self.settings
+            for note in notes:
+                self.say(note)
+        self.folder.preparation, self.folder.tokenizer = record(task, settings), task.tokenizer(settings)
         self._held_out = task.evaluated(settings)
         if verb == "evaluate" and not self._held_out:
             raise SettingError("The settings leave nothing to evaluate on: no split has a file. Name one.")

@@ -16,11 +16,19 @@ from torch.utils.data import Dataset
 from torchvision.transforms.v2 import functional as tvf
 
 from upop.data.segmentation import FOLDER, SegmentationDataset, class_names, collate_segments
-from upop.data.segmentation_transforms import IGNORED, Normalise, Normalization, TrainCrop
+from upop.data.segmentation_transforms import (
+    IGNORED,
+    STATISTICS,
+    Normalise,
+    Normalization,
+    Statistics,
+    TrainCrop,
+)
 from upop.errors import SettingError
 from upop.examples import Album, Answer, Example
 from upop.models.blip import enlarge_weights
 from upop.models.segmenter import BACKBONES, Segmenter, SegmenterConfig
+from upop.preparation import Deviation, Mean
 from upop.report.blends import blended, write_blends
 from upop.settings import RunSettings
 from upop.tasks.examples import untransformed
@@ -42,6 +50,11 @@ def _dataset_root() -> Path:
 class SegmentationSettings(RunSettings):
     """Settings of configs/segmentation.yaml; the defaults are the published ones."""
 
+    recorded: ClassVar[tuple[str, ...]] = (
+        *("image_size", "crop_size", "window_size", "window_stride", "mean", "std", "classes"),
+    )
+    of_model: ClassVar[Mapping[str, str]] = {"image_size": "image_size", "classes": "classes"}
+
     dataset_root: Path = Field(
         default_factory=_dataset_root, description=f"folder of data sets, with {FOLDER}; DATASET if not given"
     )
@@ -57,6 +70,10 @@ class SegmentationSettings(RunSettings):
     decoder: Literal["mask_transformer", "linear"] = "mask_transformer"
     classes: int = Field(150, ge=1, le=254)
     normalization: Normalization = Field("vit", description="mean and deviation of colours: vit (0.5), deit (ImageNet)")
+    mean: Mean | None = Field(
+        None, description="of red, green and blue, from 0 to 1; that of normalization if not given"
+    )
+    std: Deviation | None = Field(None, description="their deviation; that of normalization if not given")
 
     image_size: int = Field(512, gt=0, description="what short sides of pictures are brought to")
     crop_size: int | None = Field(None, gt=0, description="side of training crops; image_size if not given")
@@ -87,6 +104,21 @@ class SegmentationSettings(RunSettings):
         if isinstance(self.blend, int) and self.blend < 0:
             raise ValueError(f"blend ({self.blend}) is a number of pictures, or all")
         return self
+
+    @model_validator(mode="before")
+    @classmethod
+    def _named_statistics(cls, values: Any) -> Any:
+        """Take mean and deviation from the name that was given, so that a checkpoint's own do not beat it."""
+        if not isinstance(values, dict) or values.get("normalization") not in list(STATISTICS):
+            return values
+        named = dict(zip(("mean", "std"), STATISTICS[values["normalization"]], strict=True))
+        return {**values, **{name: value for name, value in named.items() if values.get(name) is None}}
+
+    @property
+    def statistics(self) -> Statistics:
+        """Mean and deviation that colours are normalised by."""
+        mean, std = STATISTICS[self.normalization]
+        return self.mean or mean, self.std or std
 
     @property
     def crop(self) -> int:
@@ -139,9 +171,9 @@ class SegmentationTask(PublishedTask[SegmentationSettings]):
     def dataset(self, settings: SegmentationSettings, split: str) -> Dataset[Any]:
         """Return the pictures of a split; training sees crops, evaluation whole pictures."""
         transform = (
-            TrainCrop(settings.image_size, settings.crop, settings.augment, settings.normalization)
+            TrainCrop(settings.image_size, settings.crop, settings.augment, settings.statistics)
             if split == "train"
-            else Normalise(settings.normalization)
+            else Normalise(settings.statistics)
         )
         class_names(settings.root, settings.classes)  # which says now if it does not fit
         return SegmentationDataset(
@@ -264,7 +296,7 @@ class SegmentationTask(PublishedTask[SegmentationSettings]):
         return {"confusion": torch.stack([confusion(found, labels, settings.classes) for found, labels in pairs])}
 
     def _write_blends(self, batch: Batch, maps: list[Tensor], settings: SegmentationSettings) -> None:
-        normalise = Normalise(settings.normalization)
+        normalise = Normalise(settings.statistics)
         numbers = batch["numbers"].tolist()
         for number, name, image, found, labels in zip(
             numbers, batch["names"], batch["images"], maps, batch["labels"], strict=True
@@ -272,6 +304,9 @@ class SegmentationTask(PublishedTask[SegmentationSettings]):
             if settings.blend == "all" or number < settings.blend:
                 path = settings.output_dir / "blended" / f"{name}.png"
                 write_blends(path, normalise.undo(image), found, labels, settings.classes)
+
+    def _at_size(self, model: nn.Module, settings: SegmentationSettings, source: str) -> nn.Module:
+        return model  # which takes windows of any size
 
     def _prepared(self, model: nn.Module, settings: SegmentationSettings) -> nn.Module:
         found = cast(Segmenter, model).config.classes

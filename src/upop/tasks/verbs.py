@@ -31,6 +31,7 @@ def train(task: Task[Any], settings: RunSettings) -> Results | None:
         PreemptedError: the run was asked to end (SIGTERM), and can be resumed.
     """
     with Preemption() as preemption, Run(task, settings, "train") as run:
+        settings = run.settings
         if settings.pretrained:
             model, lacking = task.start(run.checkpoint(), settings)
             if lacking:
@@ -63,6 +64,7 @@ def compress(task: Task[Any], settings: RunSettings) -> Results | None:
     """
     check_epochs(settings)
     with Preemption() as preemption, Run(task, settings, "compress") as run:
+        settings = run.settings
         model = run.pretrained(training=True)
         run.settle(model)
         dense_model = copy.deepcopy(model)

@@ -37,6 +37,8 @@ _ANSWERS, _ANSWER_TOKENS = 47, 5
 class VqaSettings(BlipSettings):
     """Settings of configs/vqa.yaml; the defaults are the published ones."""
 
+    recorded: ClassVar[tuple[str, ...]] = (*BlipSettings.recorded, "inference", "k_test")
+
     vqa_root: Path = Field(Path("datasets/vision/VQA/Images/mscoco"), description="folder of VQAv2's pictures")
     vg_root: Path = Field(Path("datasets/vision/visual-genome"), description="folder of Visual Genome's pictures")
     train_files: tuple[str, ...] = Field(
@@ -82,9 +84,9 @@ class VqaTask(BlipTask[VqaSettings]):
         roots, outside = {"vqa": settings.vqa_root, "vg": settings.vg_root}, settings.allow_outside
         if split != "train":
             file = settings.ann_root / f"{settings.val_file if split == 'val' else settings.test_file}.json"
-            return VqaDataset(file, roots, eval_transform(settings.image_size), outside=outside)
+            return VqaDataset(file, roots, eval_transform(settings.image_size, settings.pictures), outside=outside)
         files = [settings.ann_root / f"{name}.json" for name in settings.train_files]
-        transform = train_transform(settings.image_size, settings.augment)
+        transform = train_transform(settings.image_size, settings.augment, settings.pictures)
         records = VqaTrainingDataset(files, roots, transform, outside=outside)
         if settings.inference == "rank":
             _check_candidates(records, settings.answer_list)

@@ -17,11 +17,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from upop.checkpoints import save
+from upop.checkpoints.recording import set_preparation
 from upop.checkpoints.write import write_weights
 from upop.errors import RunFolderError
 from upop.files import remove_folder, remove_parts, replacing_file, write_text
 from upop.ownership import wrote_page, wrote_picture
 from upop.pruning import Plan
+from upop.pruning.masks import unwrapped
 from upop.reading import read_json, read_lines, read_object
 from upop.settings import RunSettings
 from upop.shared_folder import SharedFolder
@@ -63,6 +65,8 @@ class RunFolder:
         self._started = time.monotonic()
         self.listeners: list[Callable[[Mapping[str, Any]], None]] = []  # are told every row of metrics.jsonl
         self.checkpoints = Checkpoints(path / "checkpoints", keep)
+        self.preparation: Mapping[str, Any] | None = None
+        self.tokenizer: Any = None
         self._lock: FolderLock | None = None
         if main:
             _check_writable(path)
@@ -218,7 +222,8 @@ class RunFolder:
     def save_model(self, name: str, model: nn.Module, plan: Plan | None) -> Path:
         """Write a checkpoint folder ("best" or "last")."""
         if self._main:
-            save(model, self.path / name, plan)
+            set_preparation(unwrapped(model), self.preparation)
+            save(model, self.path / name, plan, tokenizer=self.tokenizer)
         return self.path / name
 
     def _clear(self) -> None:

@@ -71,6 +71,10 @@ class Task(ABC, Generic[SettingsT]):
     def collate(self, settings: SettingsT) -> Callable[[list[Any]], Batch]:
         """Return what makes a batch of records; it must be picklable."""
 
+    def tokenizer(self, settings: SettingsT) -> Any:
+        """Return transformers' tokenizer of the texts, which checkpoints keep; None for tasks without texts."""
+        return None
+
     @abstractmethod
     def inputs(self, batch: Batch) -> dict[str, Any]:
         """Return the keyword arguments of the model's forward pass."""

@@ -1,0 +1,212 @@
+"""Folders with models of timm and open_clip, as their libraries write them for the hub, or `upop.save` does.
+
+Their tensors have the names of the published checkpoints, so that they become models of ours the same way; a model that
+computes something else than ours is refused.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+
+from upop.checkpoints import processors, timm_models
+from upop.checkpoints.description import FILE, is_folder, read_description
+from upop.errors import CheckpointError, nearest
+from upop.reading import read_object
+
+_SAVED = "model.safetensors"
+_TIMM, _OPEN_CLIP = "config.json", "open_clip_config.json"
+_ADVICE = "Fetch or write it again."
+_WEIGHTS = {_TIMM: (_SAVED, "pytorch_model.bin"), _OPEN_CLIP: ("open_clip_model.safetensors", _SAVED)}
+_NOT_OURS = "Compress it as the model that it is (upop.Pruner)."
+
+
+@dataclass(frozen=True)
+class Foreign:
+    """A model of another library in a folder.
+
+    Attributes:
+        task: whose models it is one of.
+        kind: what messages call it.
+        file: that describes it.
+        weights: file of its tensors.
+        sizes: fields of our configuration that it says.
+        pictures: how it says that pictures are prepared, by the names of our settings.
+    """
+
+    task: str
+    kind: str
+    file: Path
+    weights: Path
+    sizes: Mapping[str, Any]
+    pictures: Mapping[str, Any]
+
+
+def recognised(folder: Path) -> Foreign | None:
+    """Return what a folder with a model of timm or open_clip holds; None for any other.
+
+    Raises:
+        CheckpointError: it is damaged, or its model is none that ours compute.
+    """
+    if is_folder(folder):
+        description = read_description(folder)
+        file = folder / FILE
+        if isinstance(description.timm, dict):
+            held = description.timm
+            return _timm(file, folder / _SAVED, held.get("architecture"), held.get("arguments"), {})
+        if isinstance(description.open_clip, dict):
+            held = description.open_clip
+            return _open_clip(file, folder / _SAVED, held.get("arguments"), held.get("preprocess"))
+        return None
+    if (folder / _OPEN_CLIP).is_file():
+        content = read_object(folder / _OPEN_CLIP, CheckpointError, _ADVICE)
+        return _open_clip(
+            folder / _OPEN_CLIP,
+            _weights(folder, _OPEN_CLIP),
+            content.get("model_cfg"),
+            content.get("preprocess_cfg") or {},
+        )
+    if not (folder / _TIMM).is_file():
+        return None
+    content = read_object(folder / _TIMM, CheckpointError, _ADVICE)
+    if not isinstance(content.get("architecture"), str) or not isinstance(content.get("pretrained_cfg"), dict):
+        return None
+    arguments = {"num_classes": content.get("num_classes"), **(content.get("model_args") or {})}
+    file = folder / _TIMM
+    return _timm(file, _weights(folder, _TIMM), content["architecture"], arguments, content["pretrained_cfg"])
+
+
+def _weights(folder: Path, kind: str) -> Path:
+    names = _WEIGHTS[kind]
+    return next((folder / name for name in names if (folder / name).is_file()), folder / names[0])
+
+
+def _timm(file: Path, weights: Path, name: Any, arguments: Any, pictures: Mapping[str, Any]) -> Foreign:
+    if not isinstance(name, str) or not timm.is_model(name) or not isinstance(arguments, Mapping):
+        raise CheckpointError(
+            f"{file} describes timm's {name!r} with {arguments!r}, which timm {timm.__version__} does not have"
+            f"{nearest(str(name), timm.list_models())}. {_ADVICE}"
+        )
+    other = {
+        argument: value
+        for argument, value in arguments.items()
+        if argument not in _TIMM_SIZES and value is not None and value != timm_models.usual(name, argument)
+    }
+    if other:
+        first, value = next(iter(other.items()))
+        raise CheckpointError(f"{file}: {name} has {first}={value!r}, and upop's own classifier has not. {_NOT_OURS}")
+    given = {argument: value for argument, value in arguments.items() if value is not None}
+    sizes: dict[str, Any] = {"architecture": name}
+    for argument, field in _TIMM_SIZES.items():
+        if argument in given and field is not None:
+            sizes[field] = _one(given[argument])
+    if "mlp_ratio" in given:
+        width = given.get("embed_dim") or timm_models.usual(name, "embed_dim")
+        sizes["vision_mlp"] = int(float(given["mlp_ratio"]) * int(width))
+    usual = timm.get_pretrained_cfg(name)
+    told = processors.from_timm(pictures or (usual.to_dict() if usual else {}))
+    sizes.setdefault("image_size", told.get("image_size", 224))
+    return Foreign("classification", f"timm {name}", file, weights, sizes, told)
+
+
+def _open_clip(file: Path, weights: Path, model: Any, pictures: Any) -> Foreign:
+    if not isinstance(model, Mapping) or not all(isinstance(model.get(f"{tower}_cfg"), Mapping) for tower in _TOWERS):
+        raise CheckpointError(f"{file} describes no model of open_clip: {str(model)[:100]}. {_ADVICE}")
+    same = {"quick_gelu": (False, True), "custom_text": (False, False)}
+    towers = {tower: dict(model[f"{tower}_cfg"]) for tower in _TOWERS}
+    found = {name: (model.get(name, usual), ours) for name, (usual, ours) in same.items()}
+    for tower, settings in towers.items():
+        found |= {f"{tower}_cfg.{name}": (settings.get(name, ours), ours) for name, ours in _PLAIN[tower].items()}
+    for name, (value, ours) in found.items():
+        if value != ours and (value or ours):
+            raise CheckpointError(f"{file}: the model has {name}={value!r}, and upop's own CLIP {ours!r}. {_NOT_OURS}")
+    try:
+        sizes = {field: read(towers[tower]) for tower in _TOWERS for field, read in _OPEN_CLIP_SIZES[tower].items()}
+        sizes["embed_dim"] = int(model["embed_dim"])
+    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        raise CheckpointError(f"{file} says sizes that cannot be read: {error!r}. {_ADVICE}") from error
+    told = processors.from_open_clip(pictures) if isinstance(pictures, Mapping) else {}
+    return Foreign("retrieval-clip", "CLIP of open_clip", file, weights, sizes, told)
+
+
+def _one(value: Any) -> Any:
+    """Return the side of a square."""
+    return value[0] if isinstance(value, (list, tuple)) and len(set(value)) == 1 else value
+
+
+_TIMM_SIZES: Mapping[str, str | None] = {
+    "num_classes": "classes",
+    "img_size": "image_size",
+    "patch_size": "patch_size",
+    "embed_dim": "vision_width",
+    "depth": "vision_depth",
+    "num_heads": "vision_heads",
+    "mlp_ratio": None,
+    "drop_path_rate": None,  # a run says its own
+}
+"""Argument of timm -> field of ClassifierConfig."""
+_TOWERS = ("vision", "text")
+_BLOCKS: dict[str, Any] = {
+    "ls_init_value": None,
+    "act_kwargs": None,
+    "norm_kwargs": None,
+    "qk_norm": False,
+    "scaled_cosine_attn": False,
+    "scale_heads": False,
+    "scale_attn_inner": False,
+    "scale_attn": False,
+    "scale_fc": False,
+}
+_PLAIN: Mapping[str, Mapping[str, Any]] = {
+    "vision": {
+        **_BLOCKS,
+        "attentional_pool": False,
+        "no_ln_pre": False,
+        "pos_embed_type": "learnable",
+        "final_ln_after_pool": False,
+        "pool_type": "tok",
+        "timm_model_name": None,
+    },
+    "text": {
+        **_BLOCKS,
+        "embed_cls": False,
+        "no_causal_mask": False,
+        "final_ln_after_pool": False,
+        "pool_type": "argmax",
+        "proj_bias": False,
+        "proj_type": "linear",
+        "hf_model_name": None,
+        "hf_config": None,
+    },
+}
+"""Settings of open_clip's towers -> what our CLIP has built in."""
+
+
+def _hidden(settings: Mapping[str, Any], width: int) -> int:
+    return math.floor(int(settings.get("width", width)) * float(settings.get("mlp_ratio", 4.0)))
+
+
+# What is not said has open_clip's own default.
+_OPEN_CLIP_SIZES: Mapping[str, Mapping[str, Callable[[Mapping[str, Any]], int]]] = {
+    "vision": {
+        "image_size": lambda told: int(_one(told.get("image_size", 224))),
+        "patch_size": lambda told: int(_one(told.get("patch_size", 16))),
+        "vision_width": lambda told: int(told.get("width", 768)),
+        "vision_depth": lambda told: int(told.get("layers", 12)),
+        "vision_heads": lambda told: int(told.get("width", 768)) // int(told.get("head_width", 64)),
+        "vision_mlp": lambda told: _hidden(told, 768),
+    },
+    "text": {
+        "vocab_size": lambda told: int(told.get("vocab_size", 49408)),
+        "max_positions": lambda told: int(told.get("context_length", 77)),
+        "text_width": lambda told: int(told.get("width", 512)),
+        "text_depth": lambda told: int(told.get("layers", 12)),
+        "text_heads": lambda told: int(told.get("heads", 8)),
+        "text_mlp": lambda told: _hidden(told, 512),
+    },
+}

@@ -1,0 +1,114 @@
+"""What a checkpoint says of its inputs: sizes and colours of pictures, and the tokenizer that lies beside its weights.
+
+It says so in what its library writes: `upop.json`, transformers' config.json and processors, timm's and open_clip's
+configurations; a published file in the shapes of its tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import transformers
+
+from upop.checkpoints import foreign, processors
+from upop.checkpoints.description import is_folder, read_description
+from upop.checkpoints.fit import expecting_shapes
+from upop.checkpoints.hugging_face import counterpart_named
+from upop.checkpoints.official import row_of, task_of, task_of_config
+from upop.checkpoints.read import read_outline, read_weights
+from upop.checkpoints.transformers_models import is_transformers_folder, read_config
+from upop.checkpoints.vit_sizes import vit_sizes
+from upop.errors import CheckpointError
+from upop.models import MODELS
+
+_TOKENIZERS = (("tokenizer.json",), ("vocab.txt",), ("vocab.json", "merges.txt"))
+_TOWERS = ("visual_encoder.", "encoder.", "")
+
+
+@dataclass(frozen=True)
+class Said:
+    """What a checkpoint says of its inputs.
+
+    Attributes:
+        settings: those of the run that wrote it, and pictures' by their names in `PictureSettings`.
+        sizes: fields of the model's configuration.
+        task: whose settings and sizes they are; None where that is not known.
+        tokenizer: the folder, if one lies beside the weights.
+        notes: what a person should know of it.
+    """
+
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    sizes: Mapping[str, Any] = field(default_factory=dict)
+    task: str | None = None
+    tokenizer: Path | None = None
+    notes: tuple[str, ...] = ()
+
+
+def said_by(path: Path) -> Said:
+    """Return what a checkpoint says of its inputs.
+
+    Args:
+        path: a published file, a folder of ours, or one that transformers, timm or open_clip wrote.
+
+    Raises:
+        CheckpointError: there is none, or what it says cannot be read, or contradicts itself.
+    """
+    if not path.is_dir():
+        task, sizes = _told_by_shapes(path)
+        return Said({}, sizes, task)
+    said, sizes, task = _of_library(path)
+    if is_folder(path):
+        description = read_description(path)
+        record = description.preparation or {}
+        task = record.get("task") or task
+        said |= {name: value for name, value in record.items() if name != "task"}
+        if description.model in MODELS:
+            sizes = description.config or {}
+            task = task or task_of_config(MODELS[description.model][1])
+    notes = []
+    pictures, model = said.get("image_size"), sizes.get("image_size")
+    if task != "segmentation" and None not in (pictures, model) and pictures != model:
+        notes.append(
+            f"{path}: pictures are prepared with {pictures} pixels, but the model sees {model}, which is used."
+        )
+        said["image_size"] = model
+    tokenizer = path if any(all((path / name).is_file() for name in names) for names in _TOKENIZERS) else None
+    return Said(said, sizes, task, tokenizer, tuple(notes))
+
+
+def _of_library(path: Path) -> tuple[dict[str, Any], dict[str, Any], str | None]:
+    """Return settings, sizes and task of a folder in another library's layout; nothing of one that is in none."""
+    if is_transformers_folder(path):
+        said = processors.from_transformers(path)
+        row = counterpart_named(_class_of(path))
+        try:
+            config = getattr(transformers, row.kind).config_class.from_pretrained(path, local_files_only=True)
+            sizes = row.sizes(config)
+        except Exception as error:  # configurations check what they hold in ways of their own
+            raise CheckpointError(f"{path / 'config.json'} cannot be read: {error}. Fetch it again.") from error
+        return said, sizes, row.task
+    found = foreign.recognised(path)
+    return ({}, {}, None) if found is None else (dict(found.pictures), dict(found.sizes), found.task)
+
+
+def _class_of(path: Path) -> str:
+    names = read_config(path).get("architectures")
+    return str(names[0]) if isinstance(names, list) and names else "model without a name"
+
+
+def _told_by_shapes(path: Path) -> tuple[str | None, dict[str, Any]]:
+    """Return the task whose model a published file holds, and the sizes that its shapes tell."""
+    state = read_outline(path) if path.suffix == ".safetensors" else read_weights(path, mapped=True)
+    with expecting_shapes(str(path)):
+        try:
+            task = task_of(state, str(path))
+            return task, row_of(task).read_config(state)
+        except (CheckpointError, KeyError):  # of no task, as what BLIP was pre-trained to be; loading says if it fits
+            pass
+        for tower in _TOWERS:
+            if f"{tower}pos_embed" in state and f"{tower}patch_embed.proj.weight" in state:
+                return None, vit_sizes(state, tower)
+    return None, {}

@@ -1,0 +1,33 @@
+"""Models of ours for pictures of another size than they were made for."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+from torch import nn
+
+from upop.checkpoints.fit import expecting_shapes, fit
+from upop.checkpoints.official import row_of, task_for
+from upop.checkpoints.recording import plan_of, preparation_of, set_plan, set_preparation
+from upop.values import told
+
+
+def resized(model: nn.Module, image_size: int, source: str) -> nn.Module:
+    """Return one of upop's own models for pictures of another size: its position embeddings are resized.
+
+    Raises:
+        CheckpointError: they cannot be.
+        SettingError: no such model can be built.
+    """
+    row, found = row_of(task_for(model)), cast(Any, model.config)
+    if found.image_size == image_size:
+        return model
+    plan, preparation = plan_of(model), preparation_of(model)
+    with told(f"{source} cannot take pictures of {image_size} pixels"):
+        config = row.config(**{**found.model_dump(), "image_size": image_size})
+    with expecting_shapes(source):
+        state = row.adapt(model.state_dict(), config)
+    model = fit(row.model(config), state, source, lambda _unit: False).eval()
+    set_plan(model, plan)
+    set_preparation(model, preparation)
+    return model
