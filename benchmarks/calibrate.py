@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import copy
 import itertools
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from rich.table import Table
 
 from dense_tasks import FOLDER, DenseTask, one_of
 from upop import calibrate, count_parameters
+from upop.files import write_json
 from upop.pruning import plan_by_magnitude, shrink
 from upop.report.results import machine
 from upop.training.loaders import make_loader, to_device
@@ -96,7 +96,7 @@ def main() -> None:
     for name in arguments.tasks:
         results[name] = run(name, arguments)
         content = {"machine": machine(arguments.device), "batches": arguments.batches, "tasks": results}
-        arguments.out.write_text(json.dumps(content, indent=1) + "\n")  # what was measured outlives what comes next
+        write_json(arguments.out, content)  # what was measured outlives what comes next
     Console(width=200).print(show(results, arguments.ratios))
 
 

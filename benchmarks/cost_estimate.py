@@ -16,7 +16,6 @@ peak that the maker states. Write benchmarks/results/costs.json and costs.md:
 from __future__ import annotations
 
 import argparse
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -29,6 +28,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from upop.files import write_json, write_table
 from upop.models.blip import checkpoint_last_blocks
 from upop.models.clip import ClipConfig, ClipRetrieval
 from upop.pruning.costs import count_macs
@@ -330,9 +330,8 @@ def main() -> None:
         "data": {name: asdict(data) for name, data in DATA.items()},
         "recipes": rows,
     }
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    (arguments.out / f"{NAME}.json").write_text(json.dumps(content, indent=1) + "\n")
-    (arguments.out / f"{NAME}.md").write_text(table(rows))
+    write_json(arguments.out / f"{NAME}.json", content)
+    write_table(arguments.out / f"{NAME}.md", table(rows))
 
 
 if __name__ == "__main__":

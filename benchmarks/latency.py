@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import shlex
 import statistics
 import sys
@@ -32,7 +31,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 import upop
-from upop.files import replacing_file
+from upop.files import write_json
 from upop.models.caption import BlipCaption, CaptionConfig
 from upop.models.clip import ClipConfig, ClipRetrieval
 from upop.pruning import budget
@@ -205,7 +204,6 @@ def main() -> None:
         "dtype": options.dtype,
         "rows": [],
     }
-    options.out.mkdir(parents=True, exist_ok=True)
     for name in options.models:
         for batch in options.batches:
             for mode in options.modes:
@@ -213,8 +211,7 @@ def main() -> None:
                 row = measure(name, batch, mode == "compiled", options.repeats, options.device, dtype)
                 content["rows"].append(row)
                 # After every row, so that a run that is stopped leaves what it measured.
-                with replacing_file(options.out / f"latency_{slug}.json") as part:
-                    part.write_text(json.dumps(content, indent=1) + "\n")
+                write_json(options.out / f"latency_{slug}.json", content)
     Console(width=110).print(table(content["rows"]))
 
 

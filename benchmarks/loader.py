@@ -51,7 +51,7 @@ from upop.data.classification_transforms import train_transform as classificatio
 from upop.data.segmentation import SegmentationDataset
 from upop.data.segmentation_transforms import IGNORED, RESIZE_RATIO, STATISTICS, TrainCrop, scaled_size
 from upop.data.transforms import CROP_SCALE, MEAN, STD, RandAugment, eval_transform, train_transform
-from upop.files import replacing_file
+from upop.files import write_json
 from upop.report.results import machine
 from upop.training.loaders import SeededDataset
 
@@ -283,9 +283,7 @@ def main(arguments: list[str] | None = None) -> None:
         "pictures": pictures,
         "ways": found,
     }
-    options.out.mkdir(parents=True, exist_ok=True)
-    with replacing_file(options.out / f"loader_{slug}.json") as part:
-        part.write_text(json.dumps(content, indent=1) + "\n")
+    write_json(options.out / f"loader_{slug}.json", content)
 
 
 if __name__ == "__main__":

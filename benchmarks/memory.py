@@ -33,7 +33,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from upop.files import replacing_file, write_text
+from upop.files import write_json, write_table
 from upop.models.caption import BlipCaption, CaptionConfig
 from upop.models.checkpointing import checkpoint_blocks
 from upop.models.classifier import ClassifierConfig, build_classifier
@@ -223,7 +223,6 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
-    options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / "memory.json"
     before: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
     known: dict[str, Any] = before.get("models", {})
@@ -244,9 +243,8 @@ def main(arguments: list[str] | None = None) -> None:
             "measured": "checked: the same bytes with real tensors on the CPU, and with fake ones, for few records",
             "models": models,
         }
-        with replacing_file(path) as part:
-            part.write_text(json.dumps(content, indent=1) + "\n")
-        write_text(options.out / "memory.md", table(models))
+        write_json(path, content)
+        write_table(options.out / "memory.md", table(models))
         print(table({name: known[name]}), flush=True)
 
 

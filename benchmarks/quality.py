@@ -35,6 +35,10 @@ from quality_methods import DEFAULT, LEVERS, METHODS, Bench, compress
 from quality_tables import aggregate, figure, tables
 from quality_torch_pruning import UnsupportedError
 from upop import count_macs, count_parameters
+from upop.errors import SettingError
+from upop.files import write_json, write_text
+from upop.pruning.json_text import parse_json
+from upop.report.figures import save_figure
 from upop.report.results import machine
 
 RESULTS = Path(__file__).parent / "results"
@@ -109,9 +113,15 @@ class Store:
         text = path.read_text() if path.is_file() else ""
         # A line that was cut off when the machine stopped is measured again.
         whole = text[: text.rfind("\n") + 1]
+        try:
+            self.rows: list[dict[str, Any]] = [parse_json(line) for line in whole.splitlines()]
+            self.missing([])
+        except (ValueError, KeyError, TypeError) as error:
+            raise SettingError(f"{path} holds no measured cells ({error!r}). Name another --folder.") from error
+        if text and not whole:
+            raise SettingError(f"{path} holds no measured cells. Name another --folder.")
         if whole != text:
-            path.write_text(whole)
-        self.rows: list[dict[str, Any]] = [json.loads(line) for line in whole.splitlines()]
+            write_text(path, whole, replace=True)
 
     def missing(self, cells: Sequence[Cell]) -> list[Cell]:
         """Return the cells that have no row."""
@@ -259,7 +269,6 @@ def main(given: Sequence[str] | None = None) -> None:
         *(["val"] if arguments.split == "val" else []),
         place,
     ]
-    arguments.out.mkdir(parents=True, exist_ok=True)
     content = {
         "machine": machine(arguments.device),
         "split": arguments.split,
@@ -268,14 +277,14 @@ def main(given: Sequence[str] | None = None) -> None:
         "test_records": dict.fromkeys(GENERATING, arguments.test_records),
         "groups": groups,
     }
-    (arguments.out / f"{'_'.join(filter(None, parts))}.json").write_text(json.dumps(content, indent=1) + "\n")
+    write_json(arguments.out / f"{'_'.join(filter(None, parts))}.json", content)
     console = Console(width=190)
     for table in tables(groups, methods, DEFAULT):
         console.print(table)
     if arguments.figure:
         # One of another size in every point only fills the picture.
         drawn = [name for name in methods if arguments.levers or METHODS[name].cost is None]
-        figure(groups, drawn, arguments.middle).savefig(arguments.figure, dpi=150, facecolor="white")
+        save_figure(figure(groups, drawn, arguments.middle), arguments.figure)
     if failed:
         raise SystemExit(f"{failed} cells failed; the same command tries them again.")
 

@@ -19,7 +19,6 @@ timed. On CUDA the states lie on the device for both.
 from __future__ import annotations
 
 import argparse
-import json
 import shlex
 import statistics
 import sys
@@ -36,7 +35,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from upop.data.retrieval import TEXT_TOKENS
-from upop.files import replacing_file
+from upop.files import write_json
 from upop.models.rerank import candidates, match_pairs
 from upop.models.retrieval import BlipRetrieval, RetrievalConfig
 from upop.report.results import machine, times
@@ -191,9 +190,7 @@ def main(arguments: list[str] | None = None) -> None:
     slug = "-".join("".join(c if c.isalnum() else " " for c in str(about["device"]).lower()).split())
     settings = {name: getattr(options, name) for name in ("model", "images", "candidates", "batch", "repeats")}
     content = {"machine": about, "command": shlex.join(["python", *sys.argv]), **settings, **found}
-    options.out.mkdir(parents=True, exist_ok=True)
-    with replacing_file(options.out / f"rerank_{slug}.json") as part:
-        part.write_text(json.dumps(content, indent=1) + "\n")
+    write_json(options.out / f"rerank_{slug}.json", content)
 
 
 def _wait(device: torch.device) -> None:

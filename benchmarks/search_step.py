@@ -49,7 +49,7 @@ from torch.nn.functional import cross_entropy
 from torch.profiler import ProfilerActivity, profile
 
 import upop
-from upop.files import replacing_file
+from upop.files import write_json
 from upop.models.nlvr import BlipNlvr, NlvrConfig
 from upop.pruning.costs import call
 from upop.pruning.pruner import Progress
@@ -293,9 +293,7 @@ def main() -> None:
         "interval": options.interval,
         "models": rows,
     }
-    options.out.mkdir(parents=True, exist_ok=True)
-    with replacing_file(options.out / f"search_step_{slug}.json") as part:
-        part.write_text(json.dumps(content, indent=1) + "\n")
+    write_json(options.out / f"search_step_{slug}.json", content)
 
 
 def _wait(device: torch.device) -> None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +24,7 @@ from torch import Tensor, nn
 
 import upop
 from upop.data.shapes.write import write_shapes
+from upop.files import make_folder, replacing_file, write_json
 from upop.pruning.budget import progress, standardise
 from upop.pruning.masks import Masks
 from upop.settings import read_settings
@@ -276,9 +276,10 @@ def main() -> None:
         "kept": kept_figure(found),
         "error": error_figure(found, differences),
     }
-    arguments.out.mkdir(parents=True, exist_ok=True)
+    make_folder(arguments.out)
     for name, figure in figures.items():
-        figure.savefig(arguments.out / f"{name}.svg", facecolor="white", metadata={"Date": None})
+        with replacing_file(arguments.out / f"{name}.svg", _is_drawn) as part:
+            figure.savefig(part, format="svg", facecolor="white", metadata={"Date": None})
     kept = {
         f"{modality} {kind}": found.pruner.kept_share(modality, kind)
         for modality in ("vision", "text")
@@ -298,7 +299,11 @@ def main() -> None:
         "change_by_cutting": dict(found.apart),
         "change_by_last_cut": differences,
     }
-    (arguments.out / "figures.json").write_text(json.dumps(numbers, indent=1) + "\n")
+    write_json(arguments.out / "figures.json", numbers)
+
+
+def _is_drawn(path: Path) -> bool:
+    return b"Matplotlib" in path.read_bytes()[:2048]
 
 
 if __name__ == "__main__":

@@ -540,10 +540,12 @@ def test_processes_are_told_apart(tmp_path: Path) -> None:
 
 
 def test_a_shared_folder_is_refused_with_anything_of_others_but_logs(tmp_path: Path) -> None:
-    run = SharedFolder(tmp_path / "run", "run")
+    run = SharedFolder(tmp_path / "run", "run", ["examples", "best"])
     run.check()  # nothing is there
-    (tmp_path / "run" / "empty").mkdir(parents=True)
+    (tmp_path / "run" / "best").mkdir(parents=True)
     (tmp_path / "run" / "slurm-1.out").write_text("started")
+    (tmp_path / "run" / "another run").mkdir()
+    (tmp_path / "run" / "another run" / "thesis.tex").write_text("three years of work")
     run.check()
     (tmp_path / "run" / "examples").mkdir()
     (tmp_path / "run" / "examples" / "mine.py").write_text("code")
@@ -557,7 +559,9 @@ def test_a_shared_folder_is_refused_with_anything_of_others_but_logs(tmp_path: P
 
 
 def test_a_claimed_name_is_ours_until_it_is_removed(tmp_path: Path) -> None:
-    run = SharedFolder(tmp_path, "run", lambda name, path: name == "report.html" and path.read_text() == "ours")
+    run = SharedFolder(
+        tmp_path, "run", ["best", "figures"], lambda name, path: name == "report.html" and path.read_text() == "ours"
+    )
     run.claim("settings.yaml").write_text("a: 1")
     run.claim("figures/kept.png").parent.mkdir()
     (tmp_path / "figures" / "kept.png").write_text("")

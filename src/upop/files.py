@@ -13,7 +13,7 @@ import os
 import shutil
 import stat
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from upop.ownership import (
     Kind,
     State,
     contents,
+    has_fields,
     identity_of,
     marker_of,
     read_marker,
@@ -132,6 +133,15 @@ def replacing_folder(
                 _swap_folder(fresh, place, before)
 
 
+def check_folder(folder: Path, kind: Kind, *, overwrite: bool = False) -> None:
+    """Refuse what `replacing_folder` would refuse to replace, before anything is read or computed.
+
+    Raises:
+        RunFolderError: `folder` holds what upop did not write; the message says what.
+    """
+    refuse_foreign_folder(real_folder(folder), kind, overwrite=overwrite)
+
+
 def make_folder(folder: Path) -> None:
     """Make a folder, and those above it, where there are none.
 
@@ -151,6 +161,25 @@ def write_text(path: Path, text: str, replace: bool | Callable[[Path], bool] = F
     make_folder(path.parent)
     with replacing_file(path, replace) as part:
         part.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a JSON file of measurements; its folder is made. An older file with the same fields is replaced.
+
+    Raises:
+        RunFolderError: there is another file of that name, or it cannot be written.
+    """
+    write_text(path, json.dumps(content, indent=1) + "\n", has_fields(content))
+
+
+def write_table(path: Path, text: str) -> None:
+    """Write a table in Markdown; its folder is made. An older table with the same columns is replaced.
+
+    Raises:
+        RunFolderError: there is another file of that name, or it cannot be written.
+    """
+    columns = text.encode().partition(b"\n")[0]
+    write_text(path, text, lambda older: older.read_bytes().partition(b"\n")[0] == columns)
 
 
 def rewrite_text(folder: Path, name: str, text: str) -> None:

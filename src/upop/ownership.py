@@ -254,8 +254,14 @@ def identity_of(path: Path) -> tuple[int, int, int]:
 
 def wrote_archive(path: Path) -> bool:
     """Whether a file is an archive of tensors that upop wrote."""
-    # torch puts the name of the file that it wrote before those of the records, in the first one's header.
-    return _head(path, 30 + len(ARCHIVE) + 1)[30:] == f"{ARCHIVE}/".encode()
+    # torch puts the name of the file that it wrote before those of the records, behind 30 bytes of the first one.
+    return bool(_ARCHIVE.match(_head(path, 512)[30:]))
+
+
+def has_fields(names: Iterable[str]) -> Callable[[Path], bool]:
+    """Return what tells whether a file holds a JSON object with these fields."""
+    wanted = set(names)
+    return lambda path: isinstance(found := _json(path), dict) and wanted <= set(found)
 
 
 def wrote_page(path: Path) -> bool:
@@ -272,6 +278,7 @@ def wrote_picture(path: Path) -> bool:
 
 SOFTWARE = "upop"
 """What the PNG files of upop say that they were written with."""
+_ARCHIVE = re.compile(rb"written-by-upop/|\.[^/]+\.\d+/")  # the second as upop 0.1 called them
 _PAGE = b'<meta name="generator" content="upop">'
 _PAGE_BEFORE = b"""<!doctype html>
 <html lang="en">
@@ -291,7 +298,10 @@ def shown(names: Iterable[str]) -> str:
 
 
 def _head(path: Path, size: int) -> bytes:
+    """Return the first bytes of a regular file; of all else none, for a pipe would have to be waited for."""
     try:
+        if not stat.S_ISREG(os.lstat(path).st_mode):
+            return b""
         with path.open("rb") as file:
             return file.read(size)
     except OSError:
@@ -414,10 +424,19 @@ def _data_names(folder: Path) -> list[str] | None:
     return ["shapes.json"] if isinstance(found, dict) and {"version", "task", "seed", "size"} <= set(found) else None
 
 
+def _demo_names(folder: Path) -> list[str] | None:
+    if _data_names(folder / "data") is None:
+        return None
+    found = [path.name for path in folder.iterdir()]
+    known = {"data", "upop", "magnitude", "examples", "results.json", "report.html"}
+    return ["results.json", "report.html"] if known.issuperset(found) else None
+
+
 _EARLIER: Mapping[Kind, Callable[[Path], list[str] | None]] = {
     "model": _model_names,
     "graphs": _graph_names,
     "examples": _example_names,
     "run": _run_names,
     "data": _data_names,
+    "demo": _demo_names,
 }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 
 from upop.errors import RunFolderError
@@ -23,19 +23,27 @@ class SharedFolder:
     Args:
         path: of the folder.
         kind: what it is.
+        folders: names of the folders in it that upop writes in; others are none of its business.
         recognised: whether a file is upop's though it was never claimed, by its name, relative to the folder, and by
             what is in it.
     """
 
     def __init__(
-        self, path: Path, kind: Kind, recognised: Callable[[str, Path], bool] = lambda _name, _path: False
+        self,
+        path: Path,
+        kind: Kind,
+        folders: Collection[str] = (),
+        recognised: Callable[[str, Path], bool] = lambda _name, _path: False,
     ) -> None:
         self.path = path
         self._kind: Kind = kind
+        self._folders = folders
         self._recognised = recognised
 
     def check(self) -> None:
-        """Refuse a folder that holds what upop did not write, but for files that end in .log, .out or .err.
+        """Refuse a folder that holds what upop did not write.
+
+        Let be are files that end in .log, .out or .err, and folders of other names than upop's.
 
         Raises:
             RunFolderError: it does; the message says what.
@@ -123,19 +131,19 @@ class SharedFolder:
             if path.name == MARKER or PART.fullmatch(path.name) or (stat.S_ISREG(mode) and path.suffix in _LOGS):
                 continue
             if stat.S_ISDIR(mode):
-                foreign += self._foreign_in(path, ours)
+                foreign += self._foreign_in(path, ours) if path.name in self._folders else []
             elif path.name not in (ours or ()) and not self._is_recognised(path.name):
                 foreign.append(path.name)
         return foreign
 
     def _foreign_in(self, folder: Path, ours: frozenset[str] | None) -> list[str]:
         """Return what is not upop's in a folder in this one, by relative names; folders alone are nothing."""
-        if ours is None:
-            return [f"{folder.name}/"] if any(folder.iterdir()) else []
         if (read_marker(folder) or unmarked(folder)) is not None:
             found = contents(folder)
             foreign = [*found.foreign, *found.changed] if found.kind in ("model", "examples") else []
             return [f"{folder.name}/{name}" for name in foreign]
+        if ours is None:
+            return [f"{folder.name}/"] if any(folder.iterdir()) else []
         names = [f"{folder.name}/{name}" for name in walk(folder)[0]]
         parts = [name for name in names if any(PART.fullmatch(part) for part in Path(name).parts)]
         return [name for name in names if name not in (*ours, *parts) and not self._is_recognised(name)]

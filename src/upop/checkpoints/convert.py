@@ -22,7 +22,9 @@ from upop.checkpoints.read import read_weights
 from upop.checkpoints.sizes import resize
 from upop.checkpoints.transformers_models import architectures, is_transformers_folder, read_config
 from upop.errors import VerificationError
+from upop.files import check_folder
 from upop.models import kind_of
+from upop.ownership import refuse_foreign_file, wrote_archive
 from upop.pruning import survey
 from upop.pruning.costs import evaluating
 
@@ -70,9 +72,22 @@ def write_model(model: nn.Module, target: str | Path, form: Form, *, overwrite: 
         VerificationError: the outputs differ.
         RunFolderError: something of that name is not upop's, or it cannot be written; nothing was changed.
     """
+    check_target(target, form, overwrite=overwrite)
     if form == "official":
         return save_official(task_for(model), model, target, overwrite=overwrite)
     return save(to_transformers(model) if form == "hugging-face" else model, target, overwrite=overwrite)
+
+
+def check_target(target: str | Path, form: Form, *, overwrite: bool = False) -> None:
+    """Refuse what `write_model` would refuse to replace, before anything is read or computed.
+
+    Raises:
+        RunFolderError: something of that name is not upop's; the message says what.
+    """
+    if form == "official":
+        refuse_foreign_file(Path(target), overwrite or wrote_archive)
+    else:
+        check_folder(Path(target), "model", overwrite=overwrite)
 
 
 @torch.no_grad()

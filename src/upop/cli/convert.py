@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from upop.checkpoints.convert import read_model, write_model
+from upop.checkpoints.convert import check_target, read_model, write_model
 from upop.cli import options as o
 from upop.plain import as_text
 from upop.pruning import count_parameters
@@ -30,7 +30,7 @@ Source = Annotated[
 
 def convert(
     source: Source,
-    target: Annotated[Path, typer.Argument(help="File (.pth) or folder to write; an older one is replaced.")],
+    target: Annotated[Path, typer.Argument(help="File (.pth) or folder to write; an older one of upop is replaced.")],
     to: Annotated[
         Form | None,
         typer.Option(help="What to write. [default: official for a .pth, else upop]"),
@@ -38,6 +38,7 @@ def convert(
     task: Annotated[
         str | None, typer.Option(help="Whose model a published file holds; told by its tensors if not given.")
     ] = None,
+    overwrite: o.Overwrite = False,
     assign: o.Set = None,
 ) -> None:
     """Write a BLIP, CLIP, DeiT or Segmenter model, dense or compressed, in another form; its outputs stay the same.
@@ -46,8 +47,9 @@ def convert(
     widths before pruning, where they are not the published ones.
     """
     form = to or (Form.official if target.suffix == ".pth" else Form.upop)
+    check_target(target, form.value, overwrite=overwrite)
     model = read_model(source, task, **o.overrides({}, assign))
-    write_model(model, target, form.value)
+    write_model(model, target, form.value, overwrite=overwrite)
     console = Console(soft_wrap=True, highlight=False)
     size = f"{count_parameters(model) / 1e6:.1f} M parameters"
     console.print(as_text(f"{source} -> {target}: {type(model).__name__}, {size}"))

@@ -16,11 +16,13 @@ from upop.cli import options as o
 from upop.cli.report import PAGE
 from upop.cli.shapes import write_with_progress
 from upop.examples import Examples
+from upop.ownership import wrote_page
 from upop.plain import as_text
 from upop.report.page import write_comparison_page
 from upop.report.results import results_table
 from upop.report.run import read_run
 from upop.settings import read_settings
+from upop.shared_folder import SharedFolder
 from upop.tasks import find_task
 from upop.tasks.examples import write_examples
 from upop.tasks.run import Metrics, measure
@@ -46,6 +48,9 @@ def demo(
     """
     assert output_dir is not None
     console = Console()
+    folder = SharedFolder(output_dir, "demo", ("examples",), lambda name, path: name == PAGE and wrote_page(path))
+    folder.check()
+    page, table = folder.claim(PAGE), folder.claim("results.json")
     task = find_task(_TASK)
     # On few cores the threads of so small a model only wait for the processes that decode the pictures.
     workers = read_settings(task.settings, CONFIG, {}).num_workers
@@ -75,13 +80,12 @@ def demo(
         models[compressed_name(settings)] = (load(run / "best"), measured[compressed_name(settings)])
     console.rule("together")
     together = measure(task, models, torch.device("cpu"), settings.latency_batch)
-    together.write_json(output_dir / "results.json")
+    together.write_json(table, overwrite=True)
     shown = {name: model for name, (model, _) in models.items()}
     records = task.dataset(settings, "test")
     console.print(answers_table(write_examples(task, shown, records, settings, "test", output_dir / "examples")))
     console.print(results_table(together))
-    page = output_dir / PAGE
-    write_comparison_page([read_run(output_dir / method) for method in _METHODS], page)
+    write_comparison_page([read_run(output_dir / method) for method in _METHODS], page, overwrite=True)
     console.print(as_text(f"What was kept, how it went and what is answered, as a page for a browser: {page}"))
     console.print(as_text(f"The compressed model: {output_dir}/upop/best, for upop.load or upop evaluate"))
 

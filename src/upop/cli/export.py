@@ -13,6 +13,7 @@ from upop.checkpoints.convert import read_model
 from upop.checkpoints.export import export as export_model
 from upop.cli import options as o
 from upop.errors import CheckpointError
+from upop.files import check_folder
 from upop.plain import as_text
 from upop.reading import read_object
 
@@ -29,15 +30,17 @@ def export(
         str,
         typer.Argument(metavar="MODEL", help="A folder of ours or of transformers, a published .pth, or a hub name."),
     ],
-    out: Annotated[Path, typer.Option(help="Folder to write; an older one is replaced.")],
+    out: Annotated[Path, typer.Option(help="Folder to write; older graphs of upop are replaced.")],
     format: Annotated[GraphFormat, typer.Option(help="Files for onnxruntime, or for torch.export.")] = GraphFormat.onnx,
     task: Annotated[
         str | None, typer.Option(help="Whose model a published file holds; told by its tensors if not given.")
     ] = None,
+    overwrite: o.Overwrite = False,
     assign: o.Set = None,
 ) -> None:
     """Write a model, dense or compressed, for onnxruntime or torch.export, checked to compute the same there."""
-    export_model(read_model(source, task, **o.overrides({}, assign)), out, format.value)
+    check_folder(out, "graphs", overwrite=overwrite)
+    export_model(read_model(source, task, **o.overrides({}, assign)), out, format.value, overwrite=overwrite)
     console = Console(soft_wrap=True, highlight=False)
     for name, graph in read_object(out / "export.json", CheckpointError, "Export the model again.")["graphs"].items():
         axes = ", ".join(f"{key} {tuple(value)}".replace("'", "") for key, value in graph["inputs"].items())

@@ -152,6 +152,14 @@ AllowOutside = Annotated[
         help="Pictures may lie outside of their folder: by absolute paths, .. or links.",
     ),
 ]
+Overwrite = Annotated[
+    bool,
+    typer.Option(
+        "--overwrite",
+        help="Also replace a file that upop did not write, or a folder of upop that was changed since; never a folder "
+        "that holds anything else.",
+    ),
+]
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any other setting; repeatable.")]
 
 

@@ -24,6 +24,9 @@ def report(
         Path | None,
         typer.Option(help=f"File to write; RUN/{PAGE} if not given, with --compare ./{COMPARISON}."),
     ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a file of that name that is no report, too.")
+    ] = False,
 ) -> None:
     """Write one HTML file of a run: results, what every layer keeps, curves, examples, settings.
 
@@ -34,10 +37,10 @@ def report(
     found = [read_run(path) for path in runs]
     if compare:
         to = out if out is not None else COMPARISON
-        write_comparison_page(found, to)
+        write_comparison_page(found, to, overwrite=overwrite)
     else:
         to = out if out is not None else runs[0] / PAGE
-        write_run_page(found[0], to)
+        write_run_page(found[0], to, overwrite=overwrite)
     console = Console(highlight=False, soft_wrap=True)
     for run in found:
         for note in run.missing:

@@ -21,7 +21,7 @@ from upop.checkpoints.recording import set_preparation
 from upop.checkpoints.write import write_weights
 from upop.errors import RunFolderError
 from upop.files import remove_folder, remove_parts, replacing_file, write_text
-from upop.ownership import wrote_page, wrote_picture
+from upop.ownership import wrote_archive, wrote_page, wrote_picture
 from upop.pruning import Plan
 from upop.pruning.masks import unwrapped
 from upop.reading import read_json, read_lines, read_object
@@ -35,6 +35,7 @@ from upop.training.lock import FolderLock
 _BAD_IMAGES = "bad_images.json"
 _RESTORE = "It was written by this run; restore it."
 _PAGE = "report.html"
+_FOLDERS = ("best", "last", "examples", "checkpoints", "figures", "result", "blended", "trackers")
 _CHECKPOINT = re.compile(r"checkpoints/step-\d{8,12}\.pt")
 _SPARE_BYTES = 50 * 2**20
 
@@ -60,7 +61,7 @@ class RunFolder:
     def __init__(self, path: Path, main: bool, keep: int = 2, say: Callable[[str], None] = print) -> None:
         self.path = path
         self._main = main
-        self._shared = SharedFolder(path, "run", _is_of_runs)
+        self._shared = SharedFolder(path, "run", _FOLDERS, _is_of_runs)
         self._metrics = path / "metrics.jsonl"
         self._started = time.monotonic()
         self.listeners: list[Callable[[Mapping[str, Any]], None]] = []  # are told every row of metrics.jsonl
@@ -83,13 +84,21 @@ class RunFolder:
         return time.monotonic() - self._started
 
     def check(self) -> None:
-        """Refuse a folder that holds what upop did not write.
+        """Refuse a folder that holds a run which has not ended, or what upop did not write.
 
         Raises:
             RunFolderError: it does; the message says what.
         """
-        if self._main:
-            self._shared.check()
+        if not self._main:
+            return
+        results = self.path / "results.json"
+        if self.checkpoints.exist() and not results.exists():
+            raise RunFolderError(
+                f"{self.path} holds a run that has not ended, and this one would replace it. Go on with it (--resume, "
+                "and the command that it was started with), choose another --output-dir, or remove the folder "
+                f"{self.path / 'checkpoints'}."
+            )
+        self._shared.check()
 
     def claim(self, name: str) -> Path:
         """Return the path of a file of the run, to be written with `replace=True`; only the main process may.
@@ -227,13 +236,6 @@ class RunFolder:
         return self.path / name
 
     def _clear(self) -> None:
-        results = self.path / "results.json"
-        if self.checkpoints.exist() and not results.exists():
-            raise RunFolderError(
-                f"{self.path} holds a run that has not ended, and this one would replace it. Go on with it (--resume, "
-                "and the command that it was started with), choose another --output-dir, or remove the folder "
-                f"{self.path / 'checkpoints'}."
-            )
         self._remove_parts()
         self.checkpoints.remove()
         self._shared.remove([_BAD_IMAGES, "results.json", "plan.json", "scores.safetensors", _PAGE])
@@ -252,13 +254,10 @@ class RunFolder:
 
 
 def _is_of_runs(name: str, path: Path) -> bool:
-    """Whether a file that was not claimed is the run's: a checkpoint, a report, a picture of a task, its lock."""
-    if name == _PAGE:
-        return wrote_page(path)
-    if name.startswith("blended/"):
-        return wrote_picture(path)
-    # Evaluations of the run lie beside it: no run writes there, nor removes anything.
-    return name == LOCK or name.startswith("evaluations/") or bool(_CHECKPOINT.fullmatch(name))
+    """Whether a file that was not claimed is upop's: a checkpoint, a lock, or by content a page, a picture, weights."""
+    if name == LOCK or _CHECKPOINT.fullmatch(name):
+        return True
+    return wrote_page(path) or wrote_picture(path) or wrote_archive(path)
 
 
 def _versions(task: str, verb: str) -> dict[str, Any]:
