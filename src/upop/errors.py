@@ -47,6 +47,10 @@ class TrainingError(UPopError, RuntimeError):
     """Training cannot go on: the loss or the gradients stay non-finite."""
 
 
+class LostProcessError(TrainingError):
+    """Another process of the run has ended, so that this one cannot go on; the cause is there, not here."""
+
+
 class OutOfMemoryError(UPopError, MemoryError):
     """A step does not fit into memory; the message names the batch, and the settings that make it smaller."""
 
@@ -64,6 +68,7 @@ __all__ = [
     "DataError",
     "DeviceError",
     "LayoutError",
+    "LostProcessError",
     "OutOfMemoryError",
     "PlanError",
     "PreemptedError",

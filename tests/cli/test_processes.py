@@ -12,7 +12,7 @@ import typer
 
 from upop.cli import processes
 from upop.cli.app import main
-from upop.errors import DataError, TrainingError
+from upop.errors import DataError, LostProcessError
 
 RESET = "[/pytorch/gloo/transport/tcp/pair.cc:545] Read error [127.0.0.1]:4: Connection reset by peer. This is typical."
 
@@ -33,7 +33,7 @@ def raising(error: BaseException) -> Callable[[], None]:
 
 
 def test_a_lost_process_is_not_told_as_the_cause(torchrun: None) -> None:
-    with pytest.raises(TrainingError, match=r"without it: .* Connection reset by peer\. The cause stands in") as raised:
+    with pytest.raises(LostProcessError, match=r"without it: .* reset by peer\. The cause stands in") as raised:
         processes.recorded(raising(RuntimeError(RESET)))
     assert "typical" not in str(raised.value)
 

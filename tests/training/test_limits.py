@@ -20,6 +20,7 @@ import torch
 
 import runs
 from together import FORKS
+from training.test_resume import no_leftovers
 from upop.cli.app import main
 
 MIB = 2**20
@@ -116,7 +117,7 @@ def finish(verb: str, config: Path, folder: Path, told: Path) -> None:
     process.join(300)
     assert process.exitcode == 0, told.read_text()
     assert "goes on after step" in told.read_text()
-    assert not list(folder.rglob(".*")) and not (folder / "run.lock").exists()
+    no_leftovers(folder)
 
 
 @pytest.mark.parametrize("verb", ["train", "compress"])

@@ -23,6 +23,7 @@ from tiers import mostly_slow
 from together import FORKS
 from upop.cli.app import main
 from upop.errors import CheckpointError, RunFolderError, SettingError
+from upop.ownership import MARKER
 from upop.settings import read_settings
 from upop.tasks import find_task
 from upop.tasks.verbs import compress, train
@@ -103,7 +104,8 @@ def assert_same(one: dict[str, Any], two: dict[str, Any]) -> None:
 
 def no_leftovers(folder: Path) -> None:
     """Nothing half-written is left of what kills interrupted."""
-    assert not list(folder.rglob(".*"))
+    assert not [path for path in folder.rglob(".*") if path.name != MARKER]
+    assert not (folder / "run.lock").exists()
 
 
 @pytest.fixture(scope="module")

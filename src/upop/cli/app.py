@@ -19,10 +19,10 @@ from upop.cli.export import export
 from upop.cli.help import Command, Group
 from upop.cli.inspect import inspect
 from upop.cli.misuse import say_misused
-from upop.cli.processes import place, recorded
+from upop.cli.processes import place, recorded, wait_for_launcher
 from upop.cli.recipes import recipes, run
 from upop.cli.report import report
-from upop.errors import PreemptedError, SettingError, UPopError
+from upop.errors import LostProcessError, PreemptedError, SettingError, UPopError
 from upop.plain import as_text, plain
 from upop.tasks import TASKS, find_task
 from upop.tasks.verbs import compress as run_compress
@@ -225,6 +225,8 @@ def main(command: typer.Typer = app) -> None:
         sys.exit(say_misused(error))
     except UPopError as error:
         _say(type(error).__name__, _message(error))
+        if isinstance(error, LostProcessError):
+            wait_for_launcher()
         sys.exit(PreemptedError.exit_code if isinstance(error, PreemptedError) else 1)
     except OSError as error:  # a disk that is full or gone, a name that no file can have, a place without permission
         if isinstance(error, BrokenPipeError):  # what the output was piped to has ended

@@ -6,9 +6,10 @@ import os
 import time
 from collections.abc import Callable
 
-from upop.errors import TrainingError
+from upop.errors import LostProcessError
+from upop.training.lost import lost_process
 
-# Longer than torchrun takes to notice a process that died, so that the first one to die is the one that it names.
+# Longer than torchrun takes to notice a process that died.
 _GRACE_SECONDS = 5
 
 
@@ -20,7 +21,7 @@ def under_torchrun() -> bool:
 def place() -> str:
     """Return which of several processes this is, in words: " (rank 1 of 8)"; nothing where there is one."""
     world = os.environ.get("WORLD_SIZE", "1")
-    return f" (rank {os.environ.get('RANK', '0')} of {world})" if under_torchrun() and world != "1" else ""
+    return f" (rank {os.environ.get('RANK', '0')} of {world})" if world != "1" else ""
 
 
 def recorded(command: Callable[[], object]) -> object:
@@ -31,7 +32,7 @@ def recorded(command: Callable[[], object]) -> object:
     A command that has succeeded leaves the group of processes, whose threads may else abort a process that exits.
 
     Raises:
-        TrainingError: another process has ended, so that this one cannot go on; that is not the cause.
+        LostProcessError: another process has ended, so that this one cannot go on; that is not the cause.
     """
     if not under_torchrun():
         return command()
@@ -41,20 +42,22 @@ def recorded(command: Callable[[], object]) -> object:
         try:
             return command()
         except RuntimeError as error:
-            if not _is_of_another(error):
+            lost = error if isinstance(error, LostProcessError) else lost_process(error)
+            if lost is None:
                 raise
-            return error
+            return lost
 
     found = record(guarded)()
-    if not isinstance(found, RuntimeError):
-        _leave_group()
-        return found
-    time.sleep(_GRACE_SECONDS)
-    raise TrainingError(
-        "Another process of this run has ended or fallen silent, and this one cannot go on without it: "
-        f"{str(found).splitlines()[0].partition('. ')[0]}. The cause stands in that process's own message and under "
-        "'Root Cause' in the report of the torchrun that started it."
-    ) from found
+    if isinstance(found, LostProcessError):
+        raise found
+    _leave_group()
+    return found
+
+
+def wait_for_launcher() -> None:
+    """Wait until torchrun has noticed a process that died, so that the first one to die is the one that it names."""
+    if under_torchrun():
+        time.sleep(_GRACE_SECONDS)
 
 
 def _leave_group() -> None:
@@ -62,13 +65,3 @@ def _leave_group() -> None:
 
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-def _is_of_another(error: RuntimeError) -> bool:
-    """Whether an error says that the connection to another process broke."""
-    from torch.distributed import DistBackendError, DistNetworkError
-
-    broken = ("closed by peer", "reset by peer", "Broken pipe", "Timed out waiting", "Application timeout")
-    return isinstance(error, DistBackendError | DistNetworkError) or (
-        "gloo" in str(error) and any(words in str(error) for words in broken)
-    )

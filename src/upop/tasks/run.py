@@ -39,6 +39,7 @@ from upop.training.identity import changes, content_digest, identity_of
 from upop.training.limits import explained_limit
 from upop.training.loaders import SeededDataset, end_workers, make_loader
 from upop.training.loop import Loop
+from upop.training.lost import lost_process
 from upop.training.memory import explained_memory
 from upop.training.preemption import Preemption
 from upop.training.progress import RunProgress
@@ -120,7 +121,9 @@ class Run:
                 end_workers(loader)
         finally:
             self.folder.close()
-        explained = None if error is None else explained_limit(error, self._kept)
+        if error is None:
+            return
+        explained = lost_process(error, self._kept) or explained_limit(error, self._kept)
         if explained is not None:
             raise explained from error
 
