@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -178,3 +179,20 @@ def test_names_mean_nothing_to_the_terminal() -> None:
     assert r"[/] [bold red]x[/bold red] [link=http://a]b[/link] :smile: \x1b[31m\u202e" in text
     assert r"[/blue]\x1b]8;;http://a\x07" in text
     assert "\x1b]8" not in text and "\u202e" not in text
+
+
+@pytest.mark.parametrize("width", [80, 100, 200])
+def test_the_table_fits_the_terminal_and_no_word_is_cut(width: int) -> None:
+    names, metrics = ("dense", "UPop 2x", "magnitude 2x"), ("TR@1", "TR@5", "IR@1", "IR@5", "r_mean")
+    scores = {split: dict.fromkeys(metrics, 81.25) for split in ("val", "test")}
+    models = [
+        ModelResult(name=name, metrics=scores, parameters=size, gmacs=size / 1e8, latency_ms=size / 1e5)
+        for name, size in zip(names, (1_270_000, 730_000, 1_400_000), strict=True)
+    ]
+    stream = io.StringIO()  # no terminal, as a pipe is none
+    Console(file=stream, width=width).print(results_table(Results(models=tuple(models), shown=metrics)))
+    printed = stream.getvalue()
+    assert max(map(len, printed.splitlines())) <= width
+    assert "…" not in printed
+    words = set(re.sub(r"[^\x20-\x7e]", " ", printed).split())
+    assert {*metrics, "UPop", "magnitude", "parameters", "latency", "0.730", "(1.74x", "smaller)", "slower)"} <= words

@@ -217,8 +217,10 @@ def main(command: typer.Typer = app) -> None:
     """
     sys.argv[1:] = o.with_resume_value(sys.argv[1:])
     format_as_before, warnings.formatwarning = warnings.formatwarning, _warning
+    called = Path(sys.argv[0]).name
+    name = "python -m upop" if called == "__main__.py" else called
     try:
-        code = recorded(lambda: command(standalone_mode=False))
+        code = recorded(lambda: command(prog_name=name, standalone_mode=False))
         sys.stdout.flush()
         sys.exit(code if isinstance(code, int) else 0)
     except typer.TyperException as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Any
 
 import typer
@@ -18,8 +19,9 @@ def say_misused(error: typer.TyperException) -> int:
         print(error.format_message())
         return 0
     print(plain(f"Error: {_message(error, context)}"), file=sys.stderr)
-    if context is not None:
-        print(f"{context.get_usage()}\nTry '{context.command_path} --help'.", file=sys.stderr)
+    usage = f"{context.get_usage()}\n" if context is not None else ""
+    path = context.command_path if context is not None else Path(sys.argv[0]).name
+    print(f"{usage}Try '{path} --help'.", file=sys.stderr)
     return error.exit_code
 
 

@@ -12,12 +12,11 @@ from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-from rich.table import Table
 
 from upop.errors import DataError, nearest
 from upop.files import replacing_file
-from upop.plain import as_text
 from upop.reading import read_object
+from upop.report.terminal import FittingTable
 from upop.values import problems
 
 _LEAST, _MOST = 1e-15, 1e15  # of numbers that are divided by each other
@@ -208,22 +207,17 @@ def table_cells(results: Results) -> dict[str, dict[str, Cell]]:
     return table
 
 
-def results_table(results: Results) -> Table:
+def results_table(results: Results) -> FittingTable:
     """Return a table for the terminal: a row per model, each number beside its gain over the dense one."""
     title = "Compressed models beside the dense one" if len(results.models) > 1 else "Results"
-    table = Table(title=title, title_justify="left", header_style="bold")
-    table.add_column("model", no_wrap=True)
     cells = table_cells(results)
-    headers = list(next(iter(cells.values())))
-    for header in headers:
-        table.add_column(as_text(header), justify="right")
-    notes = [latency_note(results) if LATENCY in headers else "", left_out_note(results)]
-    if any(notes):
-        table.caption = as_text("\n".join(note for note in notes if note))
-    for name, row in cells.items():
-        texts = (f"{cell.text} ({cell.gain})" if cell.gain else cell.text for cell in row.values())
-        table.add_row(as_text(name), *map(as_text, texts))
-    return table
+    rows = {
+        name: {header: f"{cell.text} ({cell.gain})" if cell.gain else cell.text for header, cell in row.items()}
+        for name, row in cells.items()
+    }
+    timed = any(LATENCY in row for row in cells.values())
+    notes = (latency_note(results) if timed else "", left_out_note(results))
+    return FittingTable(title, "model", rows, "\n".join(note for note in notes if note))
 
 
 def left_out_note(results: Results) -> str:
