@@ -101,6 +101,10 @@ HARM: dict[str, tuple[Callable[[State], object], str]] = {
     "unexpected": (lambda state: state.update({"mlp.extra": torch.ones(3)}), r"unknown mlp\.extra"),
     "NaN": (_spoilt(math.nan), r"(mlp|intermediate)\S*weight holds numbers that are not finite"),
     "infinite": (_spoilt(-math.inf), r"(mlp|intermediate)\S*weight holds numbers that are not finite"),
+    "kind": (
+        lambda state: state.update({first(state): state[first(state)].int()}),
+        r"(mlp|intermediate)\S*weight holds no floating-point",
+    ),
     "shape": (_shorter, r"(norm|ln_)\S* has shape \(\d+,\), the model \(\d+,\)"),
 }
 
@@ -324,6 +328,18 @@ HUGE: dict[str, tuple[Callable[[], nn.Module], str, Callable[[dict[str, Any]], A
         )
     },
 }
+
+
+def of_tables() -> nn.Module:
+    sizes = {"dim": 16, "n_layers": 1, "n_heads": 2, "hidden_dim": 24, "vocab_size": 40, "max_position_embeddings": 9}
+    return transformers.DistilBertModel(transformers.DistilBertConfig(**sizes, sinusoidal_pos_embds=True))
+
+
+HUGE["a table of positions"] = (
+    of_tables,
+    "config.json",
+    lambda told: told.update(max_position_embeddings=2**40),
+)
 
 
 @pytest.mark.parametrize("what", HUGE)

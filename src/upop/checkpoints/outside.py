@@ -6,6 +6,7 @@ second lock, for what a library may do that no check here thought of.
 
 from __future__ import annotations
 
+import math
 import re
 import threading
 from collections.abc import Iterator, Mapping
@@ -16,6 +17,7 @@ from typing import Any
 import huggingface_hub.constants
 import timm
 import transformers.dynamic_module_utils
+from torch import Tensor
 
 from upop.errors import CheckpointError
 from upop.values import shortened
@@ -44,6 +46,19 @@ _LEFT_OUT = {
 _LAYERS = re.compile(r"layers?$|^depths?$|^(num|n)_\w*(layer|block|stage)")
 _ENTRIES = re.compile(r"^(num|n)_\w*(label|head|expert|class|channel)")
 _ALWAYS = 2**12
+# Models that compute a table of positions number by number, whatever it is put into, and what says how long it is.
+_TABLES = {
+    "autoformer",
+    "distilbert",
+    "flaubert",
+    "informer",
+    "marian",
+    "pegasus",
+    "roformer",
+    "time_series_transformer",
+    "xlm",
+}
+_POSITIONS = re.compile(r"position|context_length|prediction_length|lags_sequence")
 # What `timm.create_model` hands on to the model's own class; everything else says where weights or settings come from.
 _TIMM_ARGUMENTS = {
     "act_layer",
@@ -100,10 +115,19 @@ def sealed() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Held:
-    """How much the weights of a folder are: the number of tensors, and of the numbers in them."""
+    """How much the weights of a folder are: the number of tensors, of the numbers in them, and their longest axis."""
 
     tensors: int
     numbers: int
+    longest: int
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor]) -> Held:
+        """Look at tensors, with or without their content."""
+        shapes = [value.shape for value in tensors.values()]
+        return cls(
+            len(shapes), sum(map(math.prod, shapes)), max((max(shape, default=0) for shape in shapes), default=0)
+        )
 
 
 def checked_config(config: Mapping[str, Any], source: str, held: Held | None = None) -> dict[str, Any]:
@@ -118,6 +142,10 @@ def checked_config(config: Mapping[str, Any], source: str, held: Held | None = N
         CheckpointError: it asks for weights or a model of another place, for a quantization that upop does not read,
             or for more than the weights hold.
     """
+    if held is not None and config.get("model_type") in _TABLES:
+        for name, value in config.items():
+            if _POSITIONS.search(name):
+                _refuse_more(name, value, max(held.longest, _ALWAYS), source, held)
     return {name: _checked(name, value, source, held) for name, value in config.items() if _is_kept(name)}
 
 
@@ -155,14 +183,19 @@ def _checked(name: str, value: Any, source: str, held: Held | None) -> Any:
         raise CheckpointError(
             f"{source} names other weights, {shortened(value)}. Give a folder with model.safetensors."
         )
-    if held is not None and isinstance(value, int):
-        most = held.tensors if _LAYERS.search(name) else held.numbers if _ENTRIES.search(name) else value
-        if value > max(most, _ALWAYS):
+    if held is not None and (_LAYERS.search(name) or _ENTRIES.search(name)):
+        most = held.tensors if _LAYERS.search(name) else held.numbers
+        _refuse_more(name, value, max(most, _ALWAYS), source, held)
+    return value
+
+
+def _refuse_more(name: str, value: Any, most: int, source: str, held: Held) -> None:
+    for each in value if isinstance(value, list) else [value]:
+        if isinstance(each, int) and each > most:
             raise CheckpointError(
                 f"{source} asks for {name}={shortened(value)}, and the weights are {held.tensors} tensors of "
                 f"{held.numbers} numbers. Was it damaged? Fetch or write it again."
             )
-    return value
 
 
 def _check_timm_arguments(arguments: Mapping[str, Any], source: str) -> None:

@@ -97,8 +97,7 @@ def load_transformers(
     """
     told, files = read_config(folder), weight_files(folder)
     held = {name: value for file in files for name, value in read_outline(file).items()}
-    numbers = sum(value.numel() for value in held.values())
-    told = checked_config(told, str(folder / _CONFIG), Held(len(held), numbers))
+    told = checked_config(told, str(folder / _CONFIG), Held.of(held))
     found = _class_of(folder, told, kind, strict=strict)
     register()
     with sealed(), allowing_gaps(), _explained(folder, found):  # gaps are listed below
@@ -114,7 +113,7 @@ def load_transformers(
             output_loading_info=True,
         )
     model: PreTrainedModel = loaded[0]
-    _check_loaded(model, loaded[1], folder, strict=strict)
+    _check_loaded(model, loaded[1], held, folder, strict=strict)
     model.eval()
     return model
 
@@ -231,7 +230,9 @@ def _check_sizes(kind: type[PreTrainedModel], config: Any, held: Mapping[str, Te
         )
 
 
-def _check_loaded(model: PreTrainedModel, info: Mapping[str, Any], folder: Path, *, strict: bool) -> None:
+def _check_loaded(
+    model: PreTrainedModel, info: Mapping[str, Any], held: Mapping[str, Tensor], folder: Path, *, strict: bool
+) -> None:
     """Refuse weights that are missing, unexpected, of another shape or not finite.
 
     transformers knows which are tied, and which of those that older versions saved are computed now.
@@ -241,6 +242,11 @@ def _check_loaded(model: PreTrainedModel, info: Mapping[str, Any], folder: Path,
     problems += [
         f"{name} has shape {tuple(found)}, the model {tuple(mine)}"
         for name, found, mine in sorted(info["mismatched_keys"])
+    ]
+    problems += [
+        f"{name} holds no floating-point numbers"
+        for name, value in held.items()
+        if name.endswith(".weight") and not value.is_floating_point()
     ]
     problems += [f"{name} {said}" for name, value in model.state_dict().items() if (said := not_finite(value))]
     if not problems:
