@@ -110,6 +110,7 @@ def test_a_changed_file_is_replaced_only_if_that_is_meant(tmp_path: Path) -> Non
     with pytest.raises(RunFolderError, match=r"changed since upop wrote them: weights.*--overwrite"):
         write_model(tmp_path / "model")
     write_model(tmp_path / "model", overwrite=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]  # nothing of the older one stays beside
     assert (tmp_path / "model" / "weights").read_text() == "new"
 
 

@@ -264,7 +264,7 @@ def _discard(held: Path, target: Path) -> None:
         try:
             if not target.exists():
                 _rename_new(old, target)
-            elif (found := contents(old)).foreign or found.changed:
+            elif contents(old).foreign:
                 return  # it came between two looks: nothing of others is removed
         except OSError:
             return
