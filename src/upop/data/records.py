@@ -105,7 +105,9 @@ def read_records(file: str | Path) -> list[Record]:
     try:
         values = parse_json(text)
     except ValueError as error:
-        raise DataError(f"The annotation file {file} is not JSON: {error}. It may be cut off.") from error
+        lines = str(error).startswith("Extra data")
+        advice = "Put what its lines hold into one list: [..., ...]." if lines else "It may be cut off."
+        raise DataError(f"The annotation file {file} is not JSON: {error}. {advice}") from error
     if not isinstance(values, list):
         raise DataError(f"The annotation file {file} must hold a list of records, not {shown(values)}.")
     if not values:
