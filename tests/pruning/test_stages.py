@@ -32,7 +32,7 @@ from pruning.families import (
 from upop.models.blip import checkpoint_last_blocks
 from upop.models.clip import ClipConfig, ClipRetrieval
 from upop.pruning import budget
-from upop.pruning.correction import RIDGE
+from upop.pruning.correction import RIDGES
 
 both = pytest.mark.parametrize("case", [VIT, NLVR], ids=lambda case: case.name)
 
@@ -161,12 +161,13 @@ def test_corrected_readers_are_the_nearest_to_the_old_ones(case: Family) -> None
     kept = pruner.masks[unit.name].bool()
     assert not inputs[:, :-1][:, ~kept].any()
     new, old = (each.get_submodule(reader) for each in (model, dense))
-    pull = RIDGE * inputs[:, :-1].square().sum(0)[kept].mean() * (new.weight - old.weight)[:, kept]
+    pull = inputs[:, :-1].square().sum(0)[kept].mean() * (new.weight - old.weight)[:, kept]
     pull = torch.cat([pull, pull.new_zeros(len(pull), 1)], 1).detach()
     force = ((wanted - found).t() @ inputs)[:, [*kept.tolist(), True]]
     assert (wanted - found).abs().max() > 1e-3
     assert pull.abs().max() > 1e-6
-    torch.testing.assert_close(force, pull, rtol=1e-6, atol=1e-9 * float(inputs.norm() * wanted.norm()))
+    near = 1e-9 * float(inputs.norm() * wanted.norm())
+    assert any(torch.allclose(force, ridge * pull, rtol=1e-6, atol=near) for ridge in RIDGES)
 
 
 @both
@@ -199,9 +200,10 @@ def test_readers_of_momentum_copies_are_corrected_too() -> None:
     for parameter, twin in model.momentum_pairs():
         torch.testing.assert_close(twin, parameter, rtol=1e-12, atol=0)
     changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
-    copied = {part.tensor for unit in pruner.units for part in unit.slices if part.follows and not part.produces}
+    helped = [unit for unit in pruner.units if pruner.corrections[unit.name] < 1]
+    copied = {part.tensor for unit in helped for part in unit.slices if part.follows and not part.produces}
     assert changed >= copied
-    assert len(copied) == len(pruner.units)
+    assert len(copied) == len(helped) > len(pruner.units) / 2
 
 
 def note(seen: list[StorageWeakRef], _module: nn.Module, args: tuple[Tensor]) -> None:
@@ -249,16 +251,16 @@ def test_compiled_models_are_corrected_and_run_compiled_all_the_other_steps() ->
     torch._dynamo.reset()
     model, plain, counting = VIT.build(), VIT.build(), Counting()
     compiled: Any = torch.compile(model, backend=counting, fullgraph=True)
-    pruner, expected = upop.Pruner(compiled, 0.5, 8, 4), upop.Pruner(plain, 0.5, 8, 4)
+    pruner, expected = upop.Pruner(compiled, 0.5, 12, 6), upop.Pruner(plain, 0.5, 12, 6)
     runs = []
-    for step in range(8):
+    for step in range(12):
         before = counting.runs
         for net, search in ((compiled, pruner), (plain, expected)):
             net.zero_grad()
             loss_of(net(**VIT.inputs(4, seed=step))).backward()
             search.step()
         runs.append(counting.runs - before)
-    assert runs == [1, 1, 0, 0] * 2  # the last two steps of a stage are looked at
+    assert runs == [1, 1, 0, 0, 0, 0] * 2  # the last four steps of a stage are looked at
     before = counting.runs
     assert difference(outputs_of(compiled, VIT.inputs()), outputs_of(plain, VIT.inputs())) < 1e-12
     assert counting.runs == before + 1
@@ -295,6 +297,8 @@ def test_copies_of_a_model_that_is_looked_at_are_not() -> None:
     assert hooks
     for twin in (copy.deepcopy(model), model):
         loss_of(twin(**VIT.inputs())).backward()
+        if twin is model:
+            pruner.step()
         assert bool(pruner.state_dict()["moments"]) is (twin is model)
     assert all(callable(pickle.loads(pickle.dumps(hook))) for hook in hooks)
 

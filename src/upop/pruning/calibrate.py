@@ -14,11 +14,12 @@ from torch import Tensor, nn
 
 from upop.pruning import budget
 from upop.pruning.choice import check_ratio, check_whole, chosen, refuse_frozen
-from upop.pruning.correction import RIDGE, Moments, affine, corrected, readers
+from upop.pruning.correction import Change, Choice, warn_of_none
 from upop.pruning.costs import Cost, call, entry_costs, evaluating
 from upop.pruning.errors import SettingError, StepError
 from upop.pruning.layouts import find_units
 from upop.pruning.masks import refuse_masked, unwrapped
+from upop.pruning.moments import PARTS, Moments, readers
 from upop.pruning.plan import Plan
 from upop.pruning.scores import RowScores, Score, Scoring, scoring
 from upop.pruning.sharded import refuse_sharded
@@ -36,7 +37,7 @@ def calibrate(
     loss: Loss | None = None,
     stages: int = 8,
     correct: bool = True,
-    ridge: float = RIDGE,
+    ridge: float | None = None,
     cost: Cost = "params",
     align: int = 1,
     score: str | Score = "absolute",
@@ -60,7 +61,10 @@ def calibrate(
             would move without it, by the gradients of random projections of them.
         stages: in so many equal parts the cost is removed; scores and corrections are made anew for each.
         correct: False only cuts.
-        ridge: how strongly the corrected weights are held to the old ones, as a share of the inputs' mean square.
+        ridge: how strongly corrected weights are held to the old ones, as a share of the inputs' mean square. By
+            default it is decided for each layer, by how well weights that are corrected for one half of the batches do
+            on the other half: where they would do no better than the old ones, a layer is not corrected. A number
+            holds for all layers, whether it helps them or not.
         cost: what an entry costs; see `Pruner`.
         align: kept sizes are multiples of this.
         score: what a batch adds to the scores: "absolute", "squared", or a function; see `Pruner`.
@@ -83,8 +87,10 @@ def calibrate(
         raise SettingError("calibrate() needs batches to learn from, and there was none. Give 8 to 64.")
     ratio = check_ratio(ratio)
     check_whole("stages", stages)
-    if not ridge > 0:
-        raise SettingError(f"ridge must be above 0, or the weights are not determined; found {ridge!r}.")
+    if ridge is not None and not ridge > 0:
+        raise SettingError(
+            f"ridge must be above 0, or the weights are not determined; found {ridge!r}. Without it, it is chosen."
+        )
     scorer = scoring(score)
     dense = chosen(find_units(model), include, exclude)
     refuse_frozen(model, dense)
@@ -96,6 +102,7 @@ def calibrate(
     names = {unit.name for unit in dense}
     kept = {unit.name: torch.arange(unit.size) for unit in dense}
     undo: list[Edit] = []
+    choices: list[Choice] = []
     try:
         for stage in range(1, stages + 1):
             units = [unit for unit in find_units(model) if unit.name in names]
@@ -105,18 +112,18 @@ def calibrate(
             # What the loss would lose is comparable as it is; standardised, what ranks first depends on the tails.
             marked = budget.select(units, scores, costs, share, align, standardised=False).marked
             plan = Plan.of(units, {name: (~gone).nonzero().flatten().tolist() for name, gone in marked.items()})
-            before = {unit.name: list(map(affine, readers(model, unit))) for unit in units if unit.name in inputs}
-            undo += cut(model, units, plan)
             for unit in units:
-                entries = torch.tensor(plan[unit.name])
-                if unit.name in inputs and len(entries) < unit.size:
-                    columns = unit.online[-1].index(entries, unit.size)
-                    for reader, weights in zip(readers(model, unit), before[unit.name], strict=True):
-                        undo += _correct(reader, columns, inputs[unit.name], weights, ridge)
+                if unit.name in inputs and marked[unit.name].any():
+                    layers = readers(model, unit)
+                    undo += [edit.apply() for layer in layers for edit in _copies(layer)]
+                    kept_now, gone = ((marked[unit.name] == is_gone).nonzero().flatten() for is_gone in (False, True))
+                    choices.append(Change(unit, kept_now, gone, inputs[unit.name]).apply(layers, ridge))
+            undo += cut(model, units, plan)
             kept = {name: entries[list(plan[name])] for name, entries in kept.items()}
     except BaseException:
         restore(undo)
         raise
+    warn_of_none(choices, "Give more batches.")
     described = cost if isinstance(cost, str) else "given"
     return Plan.of(
         dense,
@@ -142,7 +149,8 @@ def _observe(
     scores = {unit.name: torch.zeros(unit.size, dtype=torch.float64) for unit in units}
     try:
         with evaluating(model):
-            for batch in batches:
+            for number, batch in enumerate(batches):
+                moments.part = number % PARTS if len(batches) >= PARTS else None
                 model.zero_grad()
                 with torch.enable_grad():
                     value = loss(model, batch)
@@ -177,13 +185,9 @@ def _own_loss(model: nn.Module, batch: Any) -> Tensor:
     return torch.stack([(value * sign).sum() for value, sign in zip(found, signs, strict=True)]).sum()
 
 
-def _correct(reader: nn.Linear, columns: Tensor, moments: Tensor, before: Tensor, ridge: float) -> list[Edit]:
-    """Give a reader that was cut to `columns` its corrected weights; see `corrected`."""
-    new = corrected(before, columns, moments, ridge, bias=reader.bias is not None)
-    kind, inputs = reader.weight, len(columns)
-    weight = nn.Parameter(new[:, :inputs].to(kind).contiguous(), requires_grad=reader.weight.requires_grad)
-    edits = [Edit(reader, "weight", weight)]
-    if reader.bias is not None:
-        bias = nn.Parameter(new[:, inputs].to(kind).contiguous(), requires_grad=reader.bias.requires_grad)
-        edits.append(Edit(reader, "bias", bias))
-    return [edit.apply() for edit in edits]
+def _copies(layer: nn.Linear) -> list[Edit]:
+    """Return what gives a layer copies of its weights, so that a change of them can be taken back."""
+    return [
+        Edit(layer, name, nn.Parameter(old.detach().clone(), requires_grad=old.requires_grad))
+        for name, old in layer.named_parameters(recurse=False)
+    ]

@@ -1,228 +1,230 @@
 """Least-squares correction: the layers that read what was cut make up for it with what stays.
 
 What a removed entry gave to the layer that reads it is partly in the entries that stay. From the second moments of that
-layer's inputs follow the weights that bring its outputs closest to what they were, without any gradient.
+layer's inputs follows the change of the weights that stays closest to what went, without any gradient. How strongly it
+is held to no change at all is decided layer by layer, by what each part of the samples says of the change that the
+other part would have made; where it would not have helped on samples that it was not made from, there is none.
 """
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable, Iterable, Mapping
+import math
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
+from upop.pruning.moments import PARTS, Moments, readers
 from upop.pruning.scores import accumulator
 from upop.pruning.sharded import is_sharded_tensor, many_processes
-from upop.pruning.units import Unit, owner_of
+from upop.pruning.units import Unit
 
-RIDGE = 1e-3
-"""How strongly corrected weights are held to the old ones, as a share of the inputs' mean square."""
-_IDLE = 0.01
-"""Weight of tokens that the loss does not depend on."""
-_TOKENS = 8192
-"""Most tokens of a forward pass that are looked at, at even distances."""
-
-
-def readers(model: nn.Module, unit: Unit) -> list[nn.Linear]:
-    """Return the layer that reads the unit's axis and then its momentum copies, if it is a plain linear layer."""
-    reader = unit.online[-1]
-    copies = [part for part in unit.slices if part.follows and not part.produces and part.dim == 1]
-    modules = [owner_of(model, part.tensor)[0] for part in (reader, *copies) if part.tensor.endswith(".weight")]
-    plain = reader.dim == 1 and modules and all(type(each).forward is nn.Linear.forward for each in modules)
-    return [each for each in modules if isinstance(each, nn.Linear)] if plain else []
+RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
+"""How strongly a change may be held to none, as a share of the inputs' mean square."""
+_FIRST = 1.0
+"""The one of them that is tried first."""
+_OUTPUTS = 64
+"""Most outputs, or random sums of them, that are looked at to choose among these."""
+_LEAST = 0.01
+"""Share of what is lost that a change must make up for on samples that it was not made from."""
 
 
-class _Uncompiled:
-    """Has what `torch.compile` made run as it was written while anyone looks: it would not see their hooks."""
-
-    def __init__(self) -> None:
-        self._users = 0
-        self._stance: Any = None
-
-    def enter(self) -> None:
-        if not self._users:
-            self._stance = torch.compiler.set_stance("force_eager")
-        self._users += 1
-
-    def leave(self) -> None:
-        self._users -= 1
-        if not self._users:
-            self._stance.__exit__(None, None, None)
-
-
-_uncompiled = _Uncompiled()
-
-
-class Moments:
-    """Second moments of what the readers of some units are given, summed up as gradients come back.
-
-    Tokens that the loss does not depend on (padding, all but the class token in a last layer) say little of what the
-    layer is for: they only steady the fit. Forward passes without gradients are not looked at.
+@dataclass(frozen=True)
+class Choice:
+    """What was decided for a layer.
 
     Attributes:
-        values: unit's name -> the sum of `x x^T`, with a 1 behind each x, [n + 1, n + 1]; float64 where x is, else
-            float32.
+        ridge: how strongly the change is held to none; None makes none.
+        left: share of the square of what the layer loses that is left, on samples that the change was not made from;
+            1 without a change, and where nothing is known.
     """
 
-    def __init__(self) -> None:
-        self.values: dict[str, Tensor] = {}
-        self._hooks: dict[str, RemovableHandle] = {}
-        self._leave: Callable[[], Any] = lambda: None
-
-    def watch(self, model: nn.Module, units: Iterable[Unit]) -> None:
-        """Look at forward passes from now on, at what the readers of `units` are given, and at nothing else.
-
-        As long as anything is looked at, compiled code runs as it was written.
-        """
-        wanted = {unit.name: layers[0] for unit in units if (layers := readers(model, unit))}
-        if set(wanted) != set(self._hooks):
-            self.release()
-            self._hooks = {name: layer.register_forward_hook(_Look(self, name)) for name, layer in wanted.items()}
-            if self._hooks:
-                _uncompiled.enter()
-                self._leave = weakref.finalize(self, _uncompiled.leave)
-
-    def release(self) -> None:
-        """Look no longer; no trace is left on the model."""
-        for hook in self._hooks.values():
-            hook.remove()
-        self._hooks.clear()
-        self._leave()
-
-    def correct(
-        self, model: nn.Module, units: Iterable[Unit], live: Mapping[str, Tensor], gone: Mapping[str, Tensor]
-    ) -> None:
-        """Correct the readers of units that lose `live` entries, by what all processes saw; then forget it.
-
-        Args:
-            model: masked, not cut; it may be sharded over processes. All of them call this at the same time.
-            units: of the model.
-            live: per unit, [size], bool: what there was when the moments were taken.
-            gone: per unit, [size], bool: what is masked from now on.
-        """
-        for unit in units:
-            layers = readers(model, unit)
-            if not layers or not (gone[unit.name] & live[unit.name]).any():
-                continue
-            moments = self.values.get(unit.name)
-            if moments is None:  # this process did not come by
-                weight, size = layers[0].weight, layers[0].in_features + 1
-                moments = torch.zeros(size, size, dtype=accumulator(weight), device=weight.device)
-            if many_processes():
-                torch.distributed.all_reduce(moments)
-            if moments[-1, -1] > 0:  # the number of tokens
-                correct_in_place(model, unit, (~gone[unit.name]).nonzero().flatten(), moments)
-        self.values.clear()
-
-    def add(self, name: str, inputs: Tensor, gradient: Tensor) -> None:
-        """Add what the reader of a unit was given, [..., n], where the loss had a gradient to its outputs."""
-        rows, slopes = inputs.flatten(0, -2), gradient.flatten(0, -2)
-        apart = -(-len(rows) // _TOKENS)
-        rows, slopes = rows[::apart], slopes[::apart]
-        rows = rows if rows.dtype == torch.float64 else rows.float()
-        rows = torch.cat([rows, rows.new_ones(len(rows), 1)], dim=1)
-        idle = (slopes == 0).all(1, keepdim=True)
-        product = rows.t() @ torch.where(idle, _IDLE * rows, rows)
-        product = torch.where(product.isfinite().all(), product, 0.0)
-        self.values[name] = self.values[name] + product if name in self.values else product
+    ridge: float | None
+    left: float = 1.0
 
 
-class _Look:
-    """The hook on a reader; copied or pickled with a model it does nothing any more."""
-
-    def __init__(self, moments: Moments | None = None, name: str = "") -> None:
-        self._moments, self._name = moments, name
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        del module
-        moments, name = self._moments, self._name
-        if moments is None or not output.requires_grad:
-            return
-        # Saved as autograd saves tensors, so that checkpointing keeps none of them, and offloading works.
-        held = _Held.apply(args[0].detach(), torch.empty((), requires_grad=True))
-
-        def look(gradient: Tensor) -> None:
-            (inputs,) = held.grad_fn.saved_tensors
-            moments.add(name, inputs, gradient)
-
-        output.register_hook(look)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Look:
-        return _Look()
-
-    def __reduce__(self) -> tuple[type[_Look], tuple[()]]:
-        return _Look, ()
-
-
-class _Held(torch.autograd.Function):
-    """Holds a tensor as other functions hold what their backward passes need."""
-
-    @staticmethod
-    def forward(ctx: Any, value: Tensor, anchor: Tensor) -> Tensor:
-        ctx.save_for_backward(value)
-        return anchor.clone()
-
-
-def affine(layer: nn.Linear) -> Tensor:
-    """Return a layer's weights with its bias as the last column, [outputs, inputs + 1], in float64 on its device.
-
-    Of a layer that is sharded over processes it is the outputs that this process holds.
-    """
-    weight = _precise(_held(layer.weight))
-    bias = weight.new_zeros(len(weight)) if layer.bias is None else _precise(_held(layer.bias))
-    return torch.cat([weight, bias.unsqueeze(1)], dim=1)
-
-
-def corrected(before: Tensor, columns: Tensor, moments: Tensor, ridge: float, *, bias: bool) -> Tensor:
-    """Return the W' that minimises `sum |W x - W' x'|^2 + r |W' - W|^2` over the inputs that `moments` is of.
+def correct_readers(
+    moments: Moments, model: nn.Module, units: Iterable[Unit], live: Mapping[str, Tensor], gone: Mapping[str, Tensor]
+) -> dict[str, Choice]:
+    """Correct the readers of units that lose `live` entries, by what all processes saw.
 
     Args:
-        before: W, [outputs, n + 1], its bias last.
-        columns: the inputs that stay: x' of x.
-        moments: [n + 1, n + 1]; see `Moments`.
-        ridge: r, as a share of the mean square of the inputs that stay; the bias is free.
-        bias: whether the layer has one.
+        moments: of their inputs.
+        model: masked, not cut; it may be sharded over processes. All of them call this at the same time.
+        units: of the model.
+        live: per unit, [size], bool: what there is.
+        gone: per unit, [size], bool: what is masked from now on.
 
     Returns:
-        [outputs, columns], with the bias behind them if there is one; float64.
+        What was decided for each unit that loses something and whose reader can be corrected.
     """
-    inputs = len(columns)
-    columns = columns.to(before.device)
-    if bias:
-        columns = torch.cat([columns, columns.new_tensor([len(moments) - 1])])
-    moments = _precise(moments).to(before.device)
-    squares = moments[columns][:, columns]
+    chosen: dict[str, Choice] = {}
+    for unit in units:
+        layers, lost = readers(model, unit), gone[unit.name] & live[unit.name]
+        if not layers or not lost.any():
+            continue
+        seen = moments.values.get(unit.name)
+        if seen is None:  # this process did not come by
+            weight, size = layers[0].weight, layers[0].in_features + 1
+            seen = torch.zeros(PARTS, size, size, dtype=accumulator(weight), device=weight.device)
+        if many_processes():
+            seen = seen.clone()
+            torch.distributed.all_reduce(seen)
+        change = Change(unit, (~gone[unit.name]).nonzero().flatten(), lost.nonzero().flatten(), seen)
+        chosen[unit.name] = change.apply(layers)
+    return chosen
+
+
+class Change:
+    """What the readers of a unit do about the entries that it loses.
+
+    Args:
+        unit: not cut yet.
+        kept: the entries that stay.
+        lost: those that go and are missed.
+        moments: [PARTS, n + 1, n + 1]; see `Moments`.
+    """
+
+    def __init__(self, unit: Unit, kept: Tensor, lost: Tensor, moments: Tensor) -> None:
+        self.columns, self._lost = (unit.online[-1].index(entries, unit.size) for entries in (kept, lost))
+        self._moments = moments.cpu() if moments.device.type == "mps" else moments
+
+    def choose(self, layer: nn.Linear) -> Choice:
+        """Decide how strongly the change of a layer that reads the unit is held to none."""
+        lost = self._weights(layer)
+        if lost.shape[1] > _OUTPUTS:  # sums with random signs have the outputs' sum of squares
+            draws = torch.Generator().manual_seed(0)
+            signs = torch.randint(2, (lost.shape[1], _OUTPUTS), generator=draws)
+            lost = lost @ ((2 * signs - 1).to(lost) / math.sqrt(_OUTPUTS))
+        trial = _Trial(self._moments, *self._places(layer), lost, _meeting(layer.weight))
+        if not bool((trial.nothing > 0).all()):
+            return Choice(None)
+        # A first guess, and then those beside the best one so far, as long as they are better.
+        best = RIDGES.index(_FIRST)
+        left = {best: trial.left(RIDGES[best])}
+        for step in (-1, 1):
+            while 0 <= best + step < len(RIDGES) and best + step not in left:
+                left[best + step] = trial.left(RIDGES[best + step])
+                if left[best + step] >= left[best]:
+                    break
+                best += step
+        return Choice(RIDGES[best], left[best]) if left[best] <= 1 - _LEAST else Choice(None)
+
+    def solve(self, layer: nn.Linear, ridge: float) -> Tensor:
+        """Return what is added to the weights of `columns`, and to the bias, [columns (+ 1), outputs]; float64."""
+        columns, gone = self._places(layer)
+        moments = _precise(self._moments.sum(0).to(columns.device))
+        squares, shared = moments[columns][:, columns], moments[columns][:, gone] @ self._weights(layer)
+        return _ridge(squares, shared, ridge, len(self.columns))
+
+    @torch.no_grad()
+    def apply(self, layers: list[nn.Linear], ridge: float | None = None) -> Choice:
+        """Change the weights of layers, none of which is cut yet; the columns of entries that go stay as they are.
+
+        Layers sharded over processes otherwise than by their outputs (as `fully_shard` does) are left alone.
+
+        Args:
+            layers: the reader, and its momentum copies.
+            ridge: None decides by the moments.
+        """
+        layers = [layer for layer in layers if _by_outputs(layer.weight)]
+        if not layers:
+            return Choice(None)
+        choice = self.choose(layers[0]) if ridge is None else Choice(ridge)
+        if choice.ridge is None:
+            return choice
+        for layer in layers:
+            held = _held(layer.weight)
+            if not len(held):  # of a sharded layer another process has all outputs
+                continue
+            change = self.solve(layer, choice.ridge)
+            if not change.isfinite().all():
+                return Choice(None)
+            held[:, self.columns.to(held.device)] += change[: len(self.columns)].t().to(held)
+            if layer.bias is not None:
+                _held(layer.bias).add_(change[-1].to(held))
+        return choice
+
+    def _weights(self, layer: nn.Linear) -> Tensor:
+        """Return the weights of what goes, [lost, outputs]; float64."""
+        weight = _precise(_held(layer.weight))
+        return weight[:, self._lost.to(weight.device)].t()
+
+    def _places(self, layer: nn.Linear) -> tuple[Tensor, Tensor]:
+        """Return where the moments of what stays (with the 1 of the bias, if there is one) and of what goes lie."""
+        device = _precise(_held(layer.weight)[:0]).device
+        columns = self.columns.to(device)
+        if layer.bias is not None:
+            columns = torch.cat([columns, columns.new_tensor([self._moments.shape[-1] - 1])])
+        return columns, self._lost.to(device)
+
+
+class _Trial:
+    """What changes made from one part of the samples leave of the loss on the other.
+
+    Attributes:
+        nothing: squares of what is lost without a change, [PARTS].
+    """
+
+    def __init__(self, moments: Tensor, columns: Tensor, gone: Tensor, lost: Tensor, meeting: str | None) -> None:
+        self._inputs = int((columns < moments.shape[-1] - 1).sum())
+        self._meeting = meeting
+        kind = torch.float64 if moments.dtype == torch.float64 else torch.float32  # enough to choose by
+        lost = lost.to(kind)
+        self._squares, self._shared, self.nothing = [], [], lost.new_zeros(PARTS)
+        for part, seen in enumerate(moments.to(lost.device, kind)):
+            ours = seen[columns]
+            self._squares.append(ours[:, columns])
+            self._shared.append(ours[:, gone] @ lost)
+            self.nothing[part] = (lost * (seen[gone][:, gone] @ lost)).sum()
+        self.nothing = self._sum(self.nothing)
+
+    def left(self, ridge: float) -> float:
+        """Return the share of the squares that is left; inf where a part is no better off than without a change."""
+        found = torch.empty_like(self.nothing)
+        for part, other in enumerate(reversed(range(PARTS))):
+            change = _ridge(self._squares[other], self._shared[other], ridge, self._inputs)
+            found[part] = (change * (self._squares[part] @ change - 2 * self._shared[part])).sum()
+        found = self._sum(found)
+        return 1 + float(found.sum() / self.nothing.sum()) if bool((found < 0).all()) else math.inf
+
+    def _sum(self, values: Tensor) -> Tensor:
+        """Return the sum over the processes that hold the outputs of a sharded layer."""
+        if self._meeting is None:
+            return values
+        together = values.to(self._meeting)
+        torch.distributed.all_reduce(together)
+        return together.to(values.device)
+
+
+def _ridge(squares: Tensor, shared: Tensor, ridge: float, inputs: int) -> Tensor:
+    """Return the D that minimises `sum |x_lost lost - x D|^2 + r |D|^2`, NaN where it is not determined.
+
+    Args:
+        squares: the sum of `x x^T`, [n, n].
+        shared: that of `x (x_lost lost)^T`, [n, outputs].
+        ridge: r as a share of the mean square of an input; what comes after `inputs` is free (the bias).
+        inputs: how many of the n are held.
+    """
     held = torch.zeros_like(squares.diagonal())
     held[:inputs] = ridge * squares.diagonal()[:inputs].mean().clamp_min(torch.finfo(torch.float32).tiny)
-    aim = before @ moments[:, columns] + before[:, columns] * held
-    solution: Tensor = torch.linalg.solve(squares + held.diag(), aim.t())
-    return solution.t()
+    factor, failed = torch.linalg.cholesky_ex(squares + held.diag())
+    found = torch.cholesky_solve(shared, factor)
+    return torch.where(failed == 0, found, torch.nan)
 
 
-@torch.no_grad()
-def correct_in_place(model: nn.Module, unit: Unit, kept: Tensor, moments: Tensor, ridge: float = RIDGE) -> None:
-    """Correct the layers that read a unit, none of which is cut yet, for the loss of all but the `kept` entries.
+def _by_outputs(weight: Tensor) -> bool:
+    placements: Any = getattr(weight, "placements", ())
+    return all(part.is_replicate() or part.is_shard(0) for part in placements)
 
-    The columns of the entries that go are left as they are. Layers sharded over processes otherwise than by their
-    outputs (as `fully_shard` does) are left alone.
-    """
-    columns = unit.online[-1].index(kept, unit.size)
-    for layer in readers(model, unit):
-        weight, bias = layer.weight, layer.bias
-        placements: Any = getattr(weight, "placements", ())
-        if not all(part.is_replicate() or part.is_shard(0) for part in placements):
-            continue
-        before = affine(layer)
-        if not len(before):  # of a sharded layer another process has all outputs
-            continue
-        new = corrected(before, columns, moments, ridge, bias=bias is not None)
-        held = _held(weight)
-        held[:, columns.to(held.device)] = new[:, : len(columns)].to(held)
-        if bias is not None:
-            _held(bias).copy_(new[:, len(columns)])
+
+def _meeting(weight: Tensor) -> str | None:
+    """Return the kind of device by which the processes speak that share a weight, or None where it is not sharded."""
+    mesh: Any = getattr(weight, "device_mesh", None)
+    return None if mesh is None else str(mesh.device_type)
 
 
 def _held(tensor: Tensor) -> Tensor:
@@ -233,4 +235,20 @@ def _held(tensor: Tensor) -> Tensor:
 
 def _precise(tensor: Tensor) -> Tensor:
     """Return a tensor in float64; on the CPU where its device has no such numbers."""
-    return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()
+    return (tensor.cpu() if tensor.device.type == "mps" else tensor.detach()).double()
+
+
+def warn_of_none(choices: Iterable[Choice], told: str) -> None:
+    """Warn where every layer that lost inputs was left as it was.
+
+    Args:
+        choices: what was decided, for all layers in all stages.
+        told: what to do about it.
+    """
+    decided = list(choices)
+    if decided and all(choice.ridge is None for choice in decided):
+        warnings.warn(
+            "The correction changed nothing: no layer that lost inputs could make up for it on samples that the change "
+            f"was not made from. {told} The cut itself is not affected.",
+            stacklevel=6,
+        )

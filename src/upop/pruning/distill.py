@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import inspect
 import weakref
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from upop.pruning.again import autocast, precision_now, random_numbers_kept, repeated
 from upop.pruning.errors import LayoutError, SettingError, StepError, some_of
 from upop.pruning.layouts import find_units
 from upop.pruning.masks import unwrapped
@@ -149,9 +149,7 @@ class Distillation:
         if not self._running or not isinstance(output, Tensor):
             return
         self._seen.setdefault(name, []).append(output if output.requires_grad else None)
-        kind = output.device.type
-        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-            self._precision = kind, torch.get_autocast_dtype(kind)
+        self._precision = precision_now(output.device.type) or self._precision
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _teach(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -162,11 +160,11 @@ class Distillation:
         device = next(module.parameters()).device
         if next(self.teacher.parameters()).device != device:
             self.teacher.to(device)
-        args, kwargs = self._repeated(args, kwargs)
+        args, kwargs = repeated(self._model, args, kwargs, self.teacher)
         self._masks = [value for key, value in _named(self.teacher, args, kwargs) if _may_mask(key, value)]
         self._teaching = True
         try:
-            with torch.no_grad(), _random_numbers_kept(device), _autocast(device, self._precision):
+            with torch.no_grad(), random_numbers_kept(device), autocast(device, self._precision):
                 taught = self.teacher(*args, **kwargs)
             self._keep(output, taught)
         finally:
@@ -225,16 +223,6 @@ class Distillation:
             yield from (value for value in calls if value is not None)
         if (logits := _logits_of(output)) is not None:
             yield logits
-
-    def _repeated(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Return the arguments with which the teacher computes what the model did, its random choices included."""
-        told = getattr(self._model, "for_teacher", None)
-        changed: Mapping[str, Any] = told() if callable(told) else {}
-        if not changed:
-            return args, kwargs
-        bound = inspect.signature(self.teacher.forward).bind(*args, **kwargs)
-        bound.arguments.update(changed)
-        return bound.args, bound.kwargs
 
     def _mask(self, shape: torch.Size) -> Tensor | None:
         """Return which tokens count, of features or logits [B, T, ...]; None if that is not known."""
@@ -381,18 +369,3 @@ def _named(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> I
 def _may_mask(name: str, value: Any) -> bool:
     """Return whether an argument says which tokens are padding."""
     return name.endswith("mask") and isinstance(value, Tensor) and value.dim() == 2 and not value.is_floating_point()
-
-
-@contextmanager
-def _random_numbers_kept(device: torch.device) -> Iterator[None]:
-    """Put the generators of the CPU and of `device` back to where they were."""
-    with torch.random.fork_rng([device.index or 0] if device.type == "cuda" else []):
-        yield
-
-
-def _autocast(device: torch.device, precision: tuple[str, torch.dtype] | None) -> AbstractContextManager[Any]:
-    """Return the context in which the model ran, which may have been set inside of its own forward."""
-    if precision is not None:
-        return torch.autocast(precision[0], precision[1])
-    known = torch.amp.is_autocast_available(device.type)
-    return torch.autocast(device.type, enabled=False) if known else nullcontext()

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 from upop.pruning import budget
 from upop.pruning.choice import check_ratio, check_whole, chosen, refuse_frozen
-from upop.pruning.correction import Moments
+from upop.pruning.correction import Choice, correct_readers, warn_of_none
 from upop.pruning.costs import Cost, entry_costs
 from upop.pruning.errors import LayoutError, SettingError, StepError, some_of
 from upop.pruning.layouts import find_units
 from upop.pruning.masks import Masks, unwrapped
+from upop.pruning.moments import PARTS, Moments
 from upop.pruning.plan import Plan
 from upop.pruning.scores import RowScores, Score, accumulator, scoring
 from upop.pruning.sharded import refuse_flattened, refuse_sharded
@@ -27,8 +28,8 @@ Progress = Literal["stages", "soft"]
 _STAGES = 8
 _INTERVAL = 50
 """Between updates of a soft search."""
-_LOOKS = 2
-"""Steps at the end of a stage whose inputs the correction is made for."""
+_LOOKS = 4
+"""Most steps of a stage, its last ones, that the correction looks at."""
 
 
 class Pruner:
@@ -56,8 +57,11 @@ class Pruner:
             share of the cost at every stage. Best with few steps: a tenth of all training steps, and 16 at least.
             "soft", the published search: masks fall from 1 to 0 all the time, and entries may come back. It is the
             default with cost="reference" and with score="signed".
-        correct: at every stage, the layers that read what goes are corrected by least squares over the inputs of the
-            last two steps, so that their outputs change least; it needs n^2 numbers for a layer of n inputs.
+        correct: at every stage, the layers that read what goes are corrected by least squares, so that their outputs
+            change least, over what was seen in the last four steps of this stage and of those before. These batches
+            are run again in evaluation mode, without drop-out, padding is left out, and how much a layer changes is
+            decided by how well that does on samples that it was not made from: where it would not help, the layer
+            stays as it is. It needs 2 n^2 numbers for a layer of n inputs. The model must be called as a module.
         include: names or patterns (`fnmatch`) of the units to prune; default all.
         exclude: names or patterns of units to leave alone.
         example: inputs for one forward pass; needed by cost="flops" alone.
@@ -110,7 +114,8 @@ class Pruner:
         self._masks = Masks(self.model, self.units)
         self._rows = RowScores(self._scoring.rows)
         self._correct = correct and self.progress == "stages"
-        self._moments = Moments()
+        self._moments = Moments(again=True)
+        self._choices: list[dict[str, Choice]] = []  # of the stages so far
         self._watch()
         self._scores = {
             unit.name: torch.zeros(
@@ -163,6 +168,13 @@ class Pruner:
         """The mask per unit, shape [size], entries in [0, 1]."""
         return {name: mask.clone() for name, mask in self._masks.values.items()}
 
+    @property
+    def corrections(self) -> dict[str, float]:
+        """What the correction of the last stage leaves of the square of what a unit's reader lost, on samples that it
+        was not made from, per unit that lost something; 1 where the reader was left alone. Empty at first.
+        """
+        return {name: choice.left for name, choice in self._choices[-1].items()} if self._choices else {}
+
     def mask_sum(self, kind: Kind) -> float:
         """Return the sum of all mask entries of a kind: what the published loss weighs as its sparsity term."""
         return float(sum(self._masks.values[unit.name].sum() for unit in self.units if unit.kind == kind))
@@ -190,6 +202,8 @@ class Pruner:
         rows = self._rows.of({name: (tensor_of(self.model, name), dim) for name, dim in producers.items()})
         added = {unit.name: self._entry_scores(unit, rows) for unit in self.units}
         self._rows.forget()
+        self._moments.part = self._done % PARTS if self.steps > 1 else None
+        self._moments.look_again(self.model)
         self._scored |= {name for name, value in added.items() if value is not None}
         if all(value is None for value in added.values()):
             raise StepError(
@@ -212,6 +226,7 @@ class Pruner:
         """Let a step pass without scores, where the training loop threw its gradients away."""
         self._check_running()
         self._rows.forget()
+        self._moments.forget()
         self._skipped += 1
         self._advance()
 
@@ -390,7 +405,10 @@ class Pruner:
         share = self.ratio * (step + 1) / self.steps
         selection = budget.select(self.units, scores, self.costs, share, self.align, standardised=False)
         if self._correct:
-            self._moments.correct(self.model, self.units, live, selection.marked)
+            self._choices.append(correct_readers(self._moments, self.model, self.units, live, selection.marked))
+            if step == self.steps - 1:
+                seen = (choice for stage in self._choices for choice in stage.values())
+                warn_of_none(seen, "Search over more steps, or with larger batches.")
         self._masks.set({name: torch.where(gone, 0.0, 1.0) for name, gone in selection.marked.items()})
         self.threshold = selection.threshold
         self._stale.fill_(True)

@@ -1,0 +1,54 @@
+"""What it takes to run a model again on what it was given: the same precision, and random numbers put back."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+
+
+@contextmanager
+def random_numbers_kept(device: torch.device) -> Iterator[None]:
+    """Put the generators of the CPU and of `device` back to where they were."""
+    with torch.random.fork_rng([device.index or 0] if device.type == "cuda" else []):
+        yield
+
+
+def precision_now(kind: str) -> tuple[str, torch.dtype] | None:
+    """Return the kind of device and the precision of the autocast that is on, or None where none is."""
+    on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return (kind, torch.get_autocast_dtype(kind)) if on else None
+
+
+def autocast(device: torch.device, precision: tuple[str, torch.dtype] | None) -> AbstractContextManager[Any]:
+    """Return the context of `precision`, which `precision_now` gave; without one autocast is off."""
+    if precision is not None:
+        return torch.autocast(precision[0], precision[1])
+    known = torch.amp.is_autocast_available(device.type)
+    return torch.autocast(device.type, enabled=False) if known else nullcontext()
+
+
+def repeated(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], like: nn.Module | None = None
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the arguments with which the model's last forward pass is repeated, its random choices included.
+
+    A model whose forward pass draws something has a method `for_teacher`, which returns what it drew as arguments.
+
+    Args:
+        model: it ran.
+        args: what it was given.
+        kwargs: by name.
+        like: the copy that is to be given them, `model` itself by default.
+    """
+    told = getattr(model, "for_teacher", None)
+    changed: Mapping[str, Any] = told() if callable(told) else {}
+    if not changed:
+        return args, kwargs
+    bound = inspect.signature((like or model).forward).bind(*args, **kwargs)
+    bound.arguments.update(changed)
+    return bound.args, bound.kwargs

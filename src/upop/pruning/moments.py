@@ -1,0 +1,297 @@
+"""What the layers that read a unit are given: second moments, of two parts of what a model saw, kept apart.
+
+Tokens of a sequence resemble each other, so what holds for some of them says little of others. Whole batches go to one
+part or the other, and each part tells how well what was learnt from the other does.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.hooks import RemovableHandle
+
+from upop.pruning.again import autocast, precision_now, random_numbers_kept, repeated
+from upop.pruning.costs import evaluating
+from upop.pruning.errors import StepError
+from upop.pruning.sharded import reshard
+from upop.pruning.units import Unit, owner_of
+
+PARTS = 2
+_TOKENS = 8192
+"""Most tokens of a forward pass that are looked at, at even distances."""
+
+
+def readers(model: nn.Module, unit: Unit) -> list[nn.Linear]:
+    """Return the layer that reads the unit's axis and then its momentum copies, if it is a plain linear layer."""
+    reader = unit.online[-1]
+    copies = [part for part in unit.slices if part.follows and not part.produces and part.dim == 1]
+    modules = [owner_of(model, part.tensor)[0] for part in (reader, *copies) if part.tensor.endswith(".weight")]
+    plain = reader.dim == 1 and modules and all(type(each).forward is nn.Linear.forward for each in modules)
+    return [each for each in modules if isinstance(each, nn.Linear)] if plain else []
+
+
+class _Uncompiled:
+    """Has what `torch.compile` made run as it was written while anyone looks: it would not see their hooks."""
+
+    def __init__(self) -> None:
+        self._users = 0
+        self._stance: Any = None
+
+    def enter(self) -> None:
+        if not self._users:
+            self._stance = torch.compiler.set_stance("force_eager")
+        self._users += 1
+
+    def leave(self) -> None:
+        self._users -= 1
+        if not self._users:
+            self._stance.__exit__(None, None, None)
+
+
+_uncompiled = _Uncompiled()
+
+
+class Moments:
+    """Second moments of what the readers of some units are given, without padding and, where asked, without drop-out.
+
+    Tokens that the loss does not depend on (padding, all but the class token in a last layer) are left out. Forward
+    passes without gradients are not looked at.
+
+    Args:
+        again: the model trains, with drop-out and the like: its forward pass only tells which tokens matter, and
+            `look_again` takes the moments from a second pass in evaluation mode. Otherwise they are taken at once.
+
+    Attributes:
+        values: unit's name -> the sums of `x x^T`, with a 1 behind each x, [PARTS, n + 1, n + 1]; float64 where x is,
+            else float32.
+        part: which part the next batch belongs to; None gives half of its samples to each.
+    """
+
+    def __init__(self, *, again: bool = False) -> None:
+        self.values: dict[str, Tensor] = {}
+        self.part: int | None = None
+        self._again = again
+        self._hooks: dict[str, RemovableHandle] = {}
+        self._root: list[RemovableHandle] = []
+        self._leave: Callable[[], Any] = lambda: None
+        self._passes: list[_Pass] = []
+        self._running = self._clean = False
+        self._calls: dict[str, list[Tensor | None]] = {}  # by unit, which rows of each call matter to the loss
+        self._unhooked: dict[str, list[int]] = {}  # calls that a checkpoint made without gradients
+        self._counts: dict[str, int] = {}  # by unit, calls of a second pass so far
+
+    def watch(self, model: nn.Module, units: Iterable[Unit]) -> None:
+        """Look at forward passes from now on, at what the readers of `units` are given, and at nothing else.
+
+        As long as anything is looked at, compiled code runs as it was written.
+        """
+        wanted = {unit.name: layers[0] for unit in units if (layers := readers(model, unit))}
+        if set(wanted) == set(self._hooks):
+            return
+        self.release()
+        self._hooks = {name: layer.register_forward_hook(_Look(self, name)) for name, layer in wanted.items()}
+        if self._hooks:
+            if self._again:
+                self._root = [
+                    model.register_forward_pre_hook(_Begin(self), with_kwargs=True),
+                    model.register_forward_hook(_End(self)),
+                ]
+            _uncompiled.enter()
+            self._leave = weakref.finalize(self, _uncompiled.leave)
+
+    def release(self) -> None:
+        """Look no longer; no trace is left on the model."""
+        for hook in (*self._hooks.values(), *self._root):
+            hook.remove()
+        self._hooks.clear()
+        self._root.clear()
+        self.forget()
+        self._leave()
+
+    def forget(self) -> None:
+        """Forget the forward passes since the last step, but not the moments."""
+        self._passes.clear()
+        self._calls.clear()
+        self._unhooked.clear()
+        self._running = False
+
+    @torch.no_grad()
+    def look_again(self, model: nn.Module) -> None:
+        """Take the moments of the forward passes since the last call, in evaluation mode; buffers stay as they are.
+
+        Raises:
+            StepError: the model does not take in evaluation mode what it took in training.
+        """
+        passes = self._passes.copy()
+        buffers = list(_buffers(model)) if passes else []
+        device = next(model.parameters()).device
+        self._clean, self._counts = True, {}
+        try:
+            for each in passes:
+                with evaluating(model), random_numbers_kept(device), autocast(device, each.precision):
+                    model(*each.args, **each.kwargs)
+        except Exception as error:
+            raise StepError(
+                f"The correction looks at {type(model).__name__} in evaluation mode, where its forward pass failed on "
+                f"the arguments that it was given in training ({type(error).__name__}: {error}). Give "
+                "Pruner(correct=False)."
+            ) from error
+        finally:
+            self._clean = False
+            for module, name, buffer, old in buffers:
+                module._buffers[name] = buffer.copy_(old)
+            self.forget()
+            if passes:
+                reshard(model)
+
+    def add(self, name: str, inputs: Tensor, counts: Tensor) -> None:
+        """Add what the reader of a unit was given, [..., n], of those rows where `counts`, [rows], is True."""
+        rows = inputs.detach().flatten(0, -2)
+        apart = -(-len(rows) // _TOKENS)
+        parts = self._parts(inputs)[::apart]
+        rows, counts = rows[::apart], counts.flatten()[::apart]
+        rows = rows if rows.dtype == torch.float64 else rows.float()
+        rows = torch.cat([rows, rows.new_ones(len(rows), 1)], dim=1)
+        if name not in self.values:
+            self.values[name] = rows.new_zeros(PARTS, rows.shape[1], rows.shape[1])
+        for part in range(PARTS) if self.part is None else [self.part]:
+            # Weighed, not picked: picking waits for the device.
+            weight = (counts & (parts == part)).to(rows)
+            product = rows.t() @ (rows * weight.unsqueeze(1))
+            self.values[name][part] += torch.where(product.isfinite().all(), product, 0.0)
+
+    def _parts(self, inputs: Tensor) -> Tensor:
+        """Return the part of every row."""
+        count = inputs.numel() // inputs.shape[-1]
+        if self.part is not None:
+            return torch.full((count,), self.part, device=inputs.device)
+        first = -(-len(inputs) // PARTS) * (count // len(inputs))  # rows of the first samples
+        return torch.arange(count, device=inputs.device) // first
+
+    def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Note what the model is given, if it is to learn from it."""
+        self._running = torch.is_grad_enabled() and not self._clean
+        if self._running:
+            args, kwargs = tree_map(
+                lambda value: value.detach() if isinstance(value, Tensor) else value, (args, kwargs)
+            )
+            kinds = [value.device.type for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
+            self._passes.append(_Pass(args, kwargs, precision_now(kinds[0]) if kinds else None))
+
+    def end(self, model: nn.Module) -> None:
+        """Note how the model chose at random in the pass that ends, if it tells."""
+        if self._running:
+            last = self._passes[-1]
+            last.args, last.kwargs = repeated(model, last.args, last.kwargs)
+        self._running = False
+
+    def see(self, name: str, inputs: Tensor, output: Tensor) -> None:
+        """See one call of a reader."""
+        if self._clean:
+            number = self._counts.get(name, 0)
+            self._counts[name] = number + 1
+            calls = self._calls.get(name, [])
+            counts = calls[number] if number < len(calls) else None
+            if counts is not None and counts.numel() == inputs.numel() // inputs.shape[-1]:
+                self.add(name, inputs, counts)
+        elif not self._again:
+            if output.requires_grad:
+                self._see_now(name, inputs, output)
+        elif self._running:
+            calls = self._calls.setdefault(name, [])
+            calls.append(None)
+            if output.requires_grad:
+                output.register_hook(self._noting(name, len(calls) - 1))
+            else:
+                self._unhooked.setdefault(name, []).append(len(calls) - 1)
+        elif output.requires_grad and self._unhooked.get(name):  # a checkpoint computes it again, the last call first
+            output.register_hook(self._noting(name, self._unhooked[name].pop()))
+
+    def _noting(self, name: str, number: int) -> Callable[[Tensor], None]:
+        calls = self._calls[name]
+
+        def note(gradient: Tensor) -> None:
+            calls[number] = (gradient != 0).any(-1).flatten()
+
+        return note
+
+    def _see_now(self, name: str, inputs: Tensor, output: Tensor) -> None:
+        # Saved as autograd saves tensors, so that checkpointing keeps none of them, and offloading works.
+        held = _Held.apply(inputs.detach(), torch.empty((), requires_grad=True))
+
+        def look(gradient: Tensor) -> None:
+            (saved,) = held.grad_fn.saved_tensors
+            self.add(name, saved, (gradient != 0).any(-1))
+
+        output.register_hook(look)
+
+
+def _buffers(model: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor, Tensor]]:
+    """Yield every buffer with the module that holds it, its name there, and a copy."""
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            yield module, name, buffer, buffer.clone()
+
+
+@dataclass
+class _Pass:
+    """A forward pass: what the model was given, and the precision of autocast."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    precision: tuple[str, torch.dtype] | None
+
+
+class _Hook:
+    """A hook that tells its `Moments`; copied or pickled with a model it does nothing any more."""
+
+    def __init__(self, moments: Moments | None = None, name: str = "") -> None:
+        self._moments, self._name = moments, name
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return type(self)()
+
+    def __reduce__(self) -> tuple[type[Self], tuple[()]]:
+        return type(self), ()
+
+
+class _Look(_Hook):
+    """The hook on a reader."""
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        del module
+        if self._moments is not None:
+            self._moments.see(self._name, args[0], output)
+
+
+class _Begin(_Hook):
+    """The hook before the model's forward pass."""
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        del module
+        if self._moments is not None:
+            self._moments.begin(args, kwargs)
+
+
+class _End(_Hook):
+    """The hook after the model's forward pass."""
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        del args, output
+        if self._moments is not None:
+            self._moments.end(module)
+
+
+class _Held(torch.autograd.Function):
+    """Holds a tensor as other functions hold what their backward passes need."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, anchor: Tensor) -> Tensor:
+        ctx.save_for_backward(value)
+        return anchor.clone()

@@ -1,0 +1,185 @@
+"""The correction of layers that read what goes: never worse on samples that it did not see, however few it saw."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import BertConfig, BertModel
+
+import upop
+from pruning.families import loss_of
+from upop.errors import StepError
+
+WIDTH, HIDDEN, WORDS = 16, 96, 60
+MLP = "encoder.layer.0.intermediate"
+
+Cut = tuple[nn.Module, upop.Plan]
+
+
+def encoder(dropout: float = 0.0) -> nn.Module:
+    """A BERT whose hidden neurons are many beside its width, so that they resemble each other as in trained models."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": WIDTH, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": HIDDEN}
+    drops = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
+    model = BertModel(BertConfig(vocab_size=WORDS, **sizes, **drops), add_pooling_layer=False)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                parameter.normal_(std=0.3)
+    return model
+
+
+def sentences(count: int, seed: int, length: int = 6) -> dict[str, Tensor]:
+    """Sentences of few different words each, so that their tokens resemble each other, and padding behind them."""
+    draws = torch.Generator().manual_seed(seed)
+    own = torch.randint(1, WORDS, (count, 2), generator=draws)
+    ids = own.gather(1, torch.randint(2, (count, length), generator=draws))
+    lengths = torch.randint(2, length + 1, (count, 1), generator=draws)
+    mask = (torch.arange(length) < lengths).long()
+    return {"input_ids": ids * mask, "attention_mask": mask}
+
+
+def loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    states = model(**batch).last_hidden_state
+    return loss_of((states * batch["attention_mask"].unsqueeze(-1)).sum(1))
+
+
+def pairs(model: nn.Module, dense: nn.Module, reader: str, batch: dict[str, Tensor], columns: Tensor) -> list[Tensor]:
+    """What a layer of the dense model gives, and what that of `model` makes of the `columns` of the same inputs."""
+    seen: list[Tensor] = []
+    hook = dense.get_submodule(reader).register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    with torch.no_grad():
+        dense.eval()(**batch)
+        hook.remove()
+        inputs = seen[0][batch["attention_mask"].bool()]
+        new, old = model.get_submodule(reader), dense.get_submodule(reader)
+        return [old(inputs), nn.functional.linear(inputs[:, columns], new.weight, new.bias)]
+
+
+def off(model: nn.Module, plan: upop.Plan, dense: nn.Module, unit: upop.Unit, batch: dict[str, Tensor]) -> float:
+    """Mean square of what a cut unit's reader is off, on what it is given in the dense model."""
+    part = unit.online[-1]
+    columns = part.index(torch.tensor(plan[unit.name]), unit.size)
+    wanted, found = pairs(model, dense, part.tensor.removesuffix(".weight"), batch, columns)
+    return float((wanted - found).square().mean())
+
+
+def calibrated(dense: nn.Module, unit: str, batches: list[dict[str, Tensor]], **settings: Any) -> Cut:
+    model = copy.deepcopy(dense)
+    return model, upop.calibrate(model, batches, 0.5, loss=loss, stages=1, include=unit, **settings)
+
+
+def searched(dense: nn.Module, unit: str, batches: list[dict[str, Tensor]], **settings: Any) -> Cut:
+    model = copy.deepcopy(dense)
+    pruner = upop.Pruner(model, 0.5, len(batches), len(batches), include=unit, **settings)
+    take(model, pruner, batches)
+    return pruner.shrink(), pruner.plan()
+
+
+def take(model: nn.Module, pruner: upop.Pruner, batches: list[dict[str, Tensor]]) -> None:
+    for batch in batches:
+        model.zero_grad()
+        loss(model, batch).backward()
+        pruner.step()
+
+
+@pytest.mark.filterwarnings("ignore:The correction changed nothing")
+@pytest.mark.parametrize("cut", [calibrated, searched], ids=["calibrate", "Pruner"])
+@pytest.mark.parametrize("count", [1, 2, 4, 8])
+def test_with_fewer_tokens_than_inputs_it_never_hurts(count: int, cut: Callable[..., Cut]) -> None:
+    dense, held_out = encoder(), sentences(200, seed=99)
+    batches = [sentences(count, seed=seed) for seed in range(2)]
+    assert sum(int(batch["attention_mask"].sum()) for batch in batches) < HIDDEN
+    for unit in upop.find_units(dense):
+        errors = [
+            off(*cut(dense, unit.name, batches, correct=correct), dense, unit, held_out) for correct in (True, False)
+        ]
+        assert errors[0] <= errors[1] * 1.000001, unit.name
+
+
+@pytest.mark.filterwarnings("ignore:The correction changed nothing")
+@pytest.mark.parametrize(("count", "weak_hurts", "helps"), [(1, True, False), (2, True, True), (32, False, True)])
+def test_how_strongly_it_holds_to_the_old_weights_follows_from_the_data(
+    count: int, weak_hurts: bool, helps: bool
+) -> None:
+    """A ridge of 1e-3 for all layers, which was the default once, fits noise where little was seen."""
+    dense, held_out, name = encoder(), sentences(200, seed=99), "encoder.layer.1.attention.self"
+    unit = next(unit for unit in upop.find_units(dense) if unit.name == name)
+    batches = [sentences(count, seed=seed) for seed in range(2)]
+    settings: list[dict[str, Any]] = [{"ridge": 1e-3}, {}, {"correct": False}]
+    weak, chosen, nothing = (off(*calibrated(dense, name, batches, **each), dense, unit, held_out) for each in settings)
+    assert (weak > 1.2 * nothing) is weak_hurts
+    assert (chosen < 0.5 * nothing) is helps
+    assert chosen < weak or not weak_hurts
+
+
+def test_it_looks_at_the_model_without_dropout_and_padding_and_leaves_no_trace() -> None:
+    """The moments of a model in training mode are those that it has in evaluation mode, of the tokens that count."""
+    model, batches = encoder(dropout=0.3), [sentences(4, seed=seed) for seed in range(3)]
+    model.register_buffer("calls", torch.zeros(()))
+    model.register_forward_pre_hook(lambda module, _: setattr(module, "calls", module.calls + 1))
+    expected = torch.zeros(2, HIDDEN + 1, HIDDEN + 1)
+    for number, batch in enumerate(batches):
+        seen: list[Tensor] = []
+        hook = model.get_submodule(f"{MLP.rpartition('.')[0]}.output.dense").register_forward_pre_hook(
+            lambda _, args, seen=seen: seen.append(args[0])
+        )
+        with torch.no_grad():
+            model.eval()(**batch)
+        hook.remove()
+        rows = seen[0][batch["attention_mask"].bool()]
+        rows = torch.cat([rows, torch.ones(len(rows), 1)], 1)
+        expected[number % 2] += rows.t() @ rows  # sentences of one batch stay together
+    drawn = []
+    for correct in (True, False):
+        twin = copy.deepcopy(model).train()
+        pruner = upop.Pruner(twin, 0.5, 4, 4, correct=correct)
+        twin.calls.zero_()
+        torch.manual_seed(1)
+        take(twin, pruner, batches)
+        drawn.append(torch.rand(1))
+        assert all(module.training for module in twin.modules())
+        assert twin.calls == len(batches)
+        moments = pruner.state_dict()["moments"]
+        if correct:
+            torch.testing.assert_close(moments[MLP], expected, rtol=1e-4, atol=1e-4)
+        else:
+            assert not moments
+        pruner.remove()
+        assert not any(layer._forward_hooks for layer in twin.modules())
+    assert torch.equal(*drawn)
+
+
+def test_it_says_when_nothing_could_be_corrected() -> None:
+    model = encoder()
+    pruner = upop.Pruner(model, 0.5, 1, 1)
+    before = copy.deepcopy(model.state_dict())
+    assert not pruner.corrections
+    with pytest.warns(UserWarning, match=r"The correction changed nothing: .* Search over more steps") as caught:
+        take(model, pruner, [sentences(1, seed=0)])
+    assert caught[0].filename == __file__
+    assert set(pruner.corrections.values()) == {1.0}
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_model_that_cannot_be_looked_at_in_evaluation_mode_says_what_to_do() -> None:
+    class OnlyTrained(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.encoder = encoder()
+
+        def forward(self, batch: dict[str, Tensor]) -> Tensor:
+            if not self.training:
+                raise KeyError("targets")
+            return loss(self.encoder, batch)
+
+    model = OnlyTrained().train()
+    pruner = upop.Pruner(model, 0.5, 2, 2)
+    model(sentences(4, seed=0)).backward()
+    with pytest.raises(StepError, match=r"in evaluation mode.*KeyError: 'targets'.*Pruner\(correct=False\)"):
+        pruner.step()
