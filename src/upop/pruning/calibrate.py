@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from upop.pruning import budget
 from upop.pruning.choice import check_ratio, check_whole, chosen, refuse_frozen
-from upop.pruning.correction import Change, Choice, warn_of_none
+from upop.pruning.correction import Change, Choice
 from upop.pruning.costs import Cost, call, entry_costs, evaluating
 from upop.pruning.errors import SettingError, StepError
 from upop.pruning.layouts import find_units
@@ -24,6 +24,7 @@ from upop.pruning.plan import Plan
 from upop.pruning.scores import RowScores, Score, Scoring, scoring
 from upop.pruning.sharded import refuse_sharded
 from upop.pruning.shrink import Edit, cut, refuse_shared, restore, tensors_of
+from upop.pruning.told import warn_of_none
 from upop.pruning.units import Unit, tensor_of
 
 Loss = Callable[[nn.Module, Any], Tensor]
@@ -123,7 +124,7 @@ def calibrate(
     except BaseException:
         restore(undo)
         raise
-    warn_of_none(choices, "Give more batches.")
+    warn_of_none([choice.ridge is not None for choice in choices], "Give more batches.", stacklevel=3)
     described = cost if isinstance(cost, str) else "given"
     return Plan.of(
         dense,

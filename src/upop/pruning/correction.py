@@ -9,7 +9,6 @@ other part would have made; where it would not have helped on samples that it wa
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -236,19 +235,3 @@ def _held(tensor: Tensor) -> Tensor:
 def _precise(tensor: Tensor) -> Tensor:
     """Return a tensor in float64; on the CPU where its device has no such numbers."""
     return (tensor.cpu() if tensor.device.type == "mps" else tensor.detach()).double()
-
-
-def warn_of_none(choices: Iterable[Choice], told: str) -> None:
-    """Warn where every layer that lost inputs was left as it was.
-
-    Args:
-        choices: what was decided, for all layers in all stages.
-        told: what to do about it.
-    """
-    decided = list(choices)
-    if decided and all(choice.ridge is None for choice in decided):
-        warnings.warn(
-            "The correction changed nothing: no layer that lost inputs could make up for it on samples that the change "
-            f"was not made from. {told} The cut itself is not affected.",
-            stacklevel=6,
-        )

@@ -132,6 +132,9 @@ class Moments:
         buffers = list(_buffers(model)) if passes else []
         device = next(model.parameters()).device
         self._clean, self._counts = True, {}
+        # torch's own encoder has kernels for evaluation that pass by its layers, and by whoever looks at them.
+        fast = torch.backends.mha.get_fastpath_enabled()
+        torch.backends.mha.set_fastpath_enabled(False)
         try:
             for each in passes:
                 with evaluating(model), random_numbers_kept(device), autocast(device, each.precision):
@@ -143,6 +146,7 @@ class Moments:
                 "Pruner(correct=False)."
             ) from error
         finally:
+            torch.backends.mha.set_fastpath_enabled(fast)
             self._clean = False
             for module, name, buffer, old in buffers:
                 module._buffers[name] = buffer.copy_(old)

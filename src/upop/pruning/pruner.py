@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -12,9 +11,9 @@ from torch import Tensor, nn
 
 from upop.pruning import budget
 from upop.pruning.choice import check_ratio, check_whole, chosen, refuse_frozen
-from upop.pruning.correction import Choice, correct_readers, warn_of_none
+from upop.pruning.correction import Choice, correct_readers
 from upop.pruning.costs import Cost, entry_costs
-from upop.pruning.errors import LayoutError, SettingError, StepError, some_of
+from upop.pruning.errors import LayoutError, SettingError, StepError
 from upop.pruning.layouts import find_units
 from upop.pruning.masks import Masks, unwrapped
 from upop.pruning.moments import PARTS, Moments
@@ -22,6 +21,7 @@ from upop.pruning.plan import Plan
 from upop.pruning.scores import RowScores, Score, accumulator, scoring
 from upop.pruning.sharded import refuse_flattened, refuse_sharded
 from upop.pruning.shrink import compare, cut, outputs_of, precision_of, refuse_shared, restore
+from upop.pruning.told import warn_of_none, warn_of_skipped, warn_of_unscored
 from upop.pruning.units import Kind, Unit, tensor_of
 
 Progress = Literal["stages", "soft"]
@@ -407,8 +407,8 @@ class Pruner:
         if self._correct:
             self._choices.append(correct_readers(self._moments, self.model, self.units, live, selection.marked))
             if step == self.steps - 1:
-                seen = (choice for stage in self._choices for choice in stage.values())
-                warn_of_none(seen, "Search over more steps, or with larger batches.")
+                done = [choice.ridge is not None for stage in self._choices for choice in stage.values()]
+                warn_of_none(done, "Search over more steps, or with larger batches.", stacklevel=6)
         self._masks.set({name: torch.where(gone, 0.0, 1.0) for name, gone in selection.marked.items()})
         self.threshold = selection.threshold
         self._stale.fill_(True)
@@ -429,10 +429,7 @@ class Pruner:
         self._warn_unscored(step)
         if self.skipped_steps > self._warned:
             self._warned = self.skipped_steps
-            warnings.warn(
-                f"{self._warned} of {step + 1} search steps had gradients that are not finite and added no scores.",
-                stacklevel=5,  # the caller of step(): no_grad adds a frame
-            )
+            warn_of_skipped(self._warned, step + 1)
 
     def _warn_unscored(self, step: int) -> None:
         """Say once which units the loss did not depend on so far, when masks move for the second time or the last."""
@@ -442,12 +439,7 @@ class Pruner:
         unscored = [name for name in unscored if not self._scores[name].any()]  # one that was resumed has scores
         if unscored:
             self._warned_unscored = True
-            warnings.warn(
-                f"{len(unscored)} of {len(self.units)} units had no gradient in {step + 1} search steps, so nothing is "
-                f"known of what they are worth, and most of their entries go ({some_of(unscored)}). Give a loss that "
-                "depends on them, or exclude them.",
-                stacklevel=6,  # the caller of step(): no_grad adds a frame
-            )
+            warn_of_unscored(unscored, len(self.units), step + 1)
 
     def _check_running(self) -> None:
         if self.finished:

@@ -1,0 +1,42 @@
+"""What a search or a cut without training warns of: it goes on, but the user should know."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+
+from upop.pruning.errors import some_of
+
+
+def warn_of_skipped(skipped: int, steps: int) -> None:
+    """Say how many of so many steps added no scores."""
+    warnings.warn(
+        f"{skipped} of {steps} search steps had gradients that are not finite and added no scores.",
+        stacklevel=6,  # the caller of step(): no_grad adds a frame
+    )
+
+
+def warn_of_unscored(unscored: list[str], units: int, steps: int) -> None:
+    """Say which of so many units the loss did not depend on in so many steps."""
+    warnings.warn(
+        f"{len(unscored)} of {units} units had no gradient in {steps} search steps, so nothing is known of what they "
+        f"are worth, and most of their entries go ({some_of(unscored)}). Give a loss that depends on them, or exclude "
+        "them.",
+        stacklevel=7,  # the caller of step(): no_grad adds a frame
+    )
+
+
+def warn_of_none(corrected: Sequence[bool], advice: str, *, stacklevel: int) -> None:
+    """Warn where layers lost inputs, in one stage or several, and all of them were left as they were.
+
+    Args:
+        corrected: whether it was corrected, for each of them.
+        advice: what to do about it.
+        stacklevel: of the user's call.
+    """
+    if corrected and not any(corrected):
+        warnings.warn(
+            "The correction changed nothing: no layer that lost inputs could make up for it on samples that the change "
+            f"was not made from. {advice} The cut itself is not affected.",
+            stacklevel=stacklevel,
+        )
