@@ -123,18 +123,20 @@ def test_it_looks_at_the_model_without_dropout_and_padding_and_leaves_no_trace()
     model, batches = encoder(dropout=0.3), [sentences(4, seed=seed) for seed in range(3)]
     model.register_buffer("calls", torch.zeros(()))
     model.register_forward_pre_hook(lambda module, _: setattr(module, "calls", module.calls + 1))
-    expected = torch.zeros(2, HIDDEN + 1, HIDDEN + 1)
+    expected, usual = torch.zeros(2, HIDDEN + 1, HIDDEN + 1), None
+    reader = model.get_submodule(f"{MLP.rpartition('.')[0]}.output.dense")
     for number, batch in enumerate(batches):
-        seen: list[Tensor] = []
-        hook = model.get_submodule(f"{MLP.rpartition('.')[0]}.output.dense").register_forward_pre_hook(
-            lambda _, args, seen=seen: seen.append(args[0])
-        )
+        seen: list[tuple[Tensor, Tensor]] = []
+        hook = reader.register_forward_hook(lambda _, args, output, seen=seen: seen.append((args[0], output)))
         with torch.no_grad():
             model.eval()(**batch)
         hook.remove()
-        rows = seen[0][batch["attention_mask"].bool()]
+        rows, outputs = (states[batch["attention_mask"].bool()] for states in seen[0])
         rows = torch.cat([rows, torch.ones(len(rows), 1)], 1)
-        expected[number % 2] += rows.t() @ rows  # sentences of one batch stay together
+        squares = outputs.square().sum(1)
+        usual = squares.log().mean().exp() if usual is None else usual
+        # Sentences of one batch stay together, and no token counts more for being large.
+        expected[number % 2] += rows.t() @ (rows * (usual / squares).clamp_max(1).unsqueeze(1))
     drawn = []
     for correct in (True, False):
         twin = copy.deepcopy(model).train()

@@ -12,6 +12,7 @@ from upop.checkpoints.quantizer import mark, refuse_quantized
 from upop.checkpoints.sizes import join_plans
 from upop.pruning import Plan, find_units
 from upop.pruning.masks import unwrapped
+from upop.pruning.slips import check_model
 
 _PLAN, _PREPARATION = "upop_plan", "upop_preparation"
 
@@ -64,6 +65,7 @@ def shrink(model: nn.Module, plan: Plan | Mapping[str, Any], *, verify: Any = No
         LayoutError: a tensor to be cut is shared with a part of the model that is not.
         VerificationError: the outputs differ. In every case the model is left as it was.
     """
+    check_model(model, "shrink()")
     whole = unwrapped(model)
     if not isinstance(plan, Plan):
         plan = Plan.of(find_units(whole), plan)
@@ -78,6 +80,7 @@ def calibrate(model: nn.Module, batches: Iterable[Any], ratio: float, **options:
 
     The model then carries the plan, as after `Pruner.shrink`.
     """
+    check_model(model, "calibrate()")
     whole = unwrapped(model)
     refuse_quantized(whole)
     plan = pruning.calibrate(model, batches, ratio, **options)

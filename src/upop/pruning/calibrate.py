@@ -7,6 +7,7 @@ of the cut; the layers that read what was cut are corrected over the same batche
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from upop.pruning.plan import Plan
 from upop.pruning.scores import RowScores, Score, Scoring, scoring
 from upop.pruning.sharded import refuse_sharded
 from upop.pruning.shrink import Edit, cut, refuse_shared, restore, tensors_of
+from upop.pruning.slips import check_loss, check_model, listed, refuse_inference_mode, scalar, tried
 from upop.pruning.told import warn_of_none
 from upop.pruning.units import Unit, tensor_of
 
@@ -81,12 +83,13 @@ def calibrate(
         LayoutError: the model has no unit, or a unit's weights are frozen, shared, masked or sharded.
         StepError: the loss has no gradient, or one that is not finite; the model is as it was.
     """
+    check_model(model, "calibrate()")
+    refuse_inference_mode("calibrate()")
+    ratio = check_ratio(ratio)
     model = unwrapped(model)
     refuse_sharded(model, "calibrate()")
-    batches = list(batches)
-    if not batches:
-        raise SettingError("calibrate() needs batches to learn from, and there was none. Give 8 to 64.")
-    ratio = check_ratio(ratio)
+    batches = listed(batches)
+    check_loss(loss, batches)
     check_whole("stages", stages)
     if ridge is not None and not ridge > 0:
         raise SettingError(
@@ -142,6 +145,7 @@ def _observe(
     model: nn.Module, units: list[Unit], batches: list[Any], loss: Loss, scorer: Scoring, correct: bool
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Return scores [size] (high ones go first), and second moments [n + 1, n + 1] of what the readers are given."""
+    told = "The model" if loss is _own_loss else "loss(model, batch)"
     parameters = {part.tensor: (tensor_of(model, part.tensor), part.dim) for unit in units for part in unit.producers}
     rows = RowScores(scorer.rows)
     moments = Moments()
@@ -154,10 +158,7 @@ def _observe(
                 moments.part = number % PARTS if len(batches) >= PARTS else None
                 model.zero_grad()
                 with torch.enable_grad():
-                    value = loss(model, batch)
-                if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
-                    raise StepError("loss(model, batch) must return a scalar tensor with a gradient. It did not.")
-                value.backward()
+                    scalar(tried(partial(loss, model, batch), told, batch)).backward()
                 found = rows.of(parameters)
                 if not found:
                     raise StepError("The loss gave no gradient to any weight that could go. Is it of this model?")

@@ -19,10 +19,13 @@ from upop.pruning.again import autocast, precision_now, random_numbers_kept, rep
 from upop.pruning.errors import LayoutError, SettingError, StepError, some_of
 from upop.pruning.layouts import find_units
 from upop.pruning.masks import unwrapped
+from upop.pruning.slips import check_model
 from upop.pruning.units import tensor_of
 
 _FLOOR = 1e-6
 """Least mean square that a difference is divided by."""
+_HIGHEST = 1e4
+"""A first loss that no trained teacher gives; a model that returns nothing like it differs by a few times its size."""
 
 
 def distill(
@@ -62,6 +65,8 @@ def distill(
         SettingError: a weight or the temperature is out of range, or the teacher shares weights with the model.
         LayoutError: the teacher is of another architecture, or has no norms on its residual stream.
     """
+    check_model(model, "distill()")
+    check_model(teacher, "distill(), for its teacher,")
     return Distillation(model, teacher, features=features, logits=logits, temperature=temperature)
 
 
@@ -208,14 +213,31 @@ class Distillation:
                 parts.append(self._logits * _divergence(own, aim.detach(), self._temperature, mask))
         if self._told or not parts:
             return
+        loss = torch.stack(parts).sum()
+        if not self._passes:
+            self._refuse_exploding(float(loss.detach()))  # once, since it waits for the device
         self._passes += 1
         number = self._passes
         # By the number and weakly, since the loss holds the graph that holds the hook.
         held = weakref.ref(self)
-        loss = torch.stack(parts).sum()
         anchor = next(value for value in self._anchors(output) if value.requires_grad)
         anchor.register_hook(lambda _: _drop(held(), number))
         self._pending[number] = loss
+
+    def _refuse_exploding(self, loss: float) -> None:
+        """Raise a `StepError` if the first loss shows that the teacher cannot teach."""
+        if loss < _HIGHEST:  # it is neither that high nor NaN
+            return
+        terms = {
+            name: [float(term.detach()) for term in calls if term is not None] for name, calls in self._found.items()
+        }
+        bad = [name for name, values in terms.items() if not all(value < _HIGHEST for value in values)]
+        where = f" at {some_of(bad, 3)}" if bad else ""
+        raise StepError(
+            f"The first loss to the teacher, {type(self.teacher).__name__}, is {loss:.3g}{where}: what it gives is not "
+            "finite, or so near to 0 that any difference is large beside it. Its initialisation is degenerate, or its "
+            "weights are not those that were trained: load them, or leave the teacher out."
+        )
 
     def _anchors(self, output: Any) -> Iterator[Tensor]:
         """Yield tensors that a backward pass of the model goes through."""

@@ -19,7 +19,7 @@ from torch.utils.hooks import RemovableHandle
 from upop.pruning.again import autocast, precision_now, random_numbers_kept, repeated
 from upop.pruning.costs import evaluating
 from upop.pruning.errors import StepError
-from upop.pruning.sharded import reshard
+from upop.pruning.sharded import many_processes, reshard
 from upop.pruning.units import Unit, owner_of
 
 PARTS = 2
@@ -69,19 +69,22 @@ class Moments:
 
     Attributes:
         values: unit's name -> the sums of `x x^T`, with a 1 behind each x, [PARTS, n + 1, n + 1]; float64 where x is,
-            else float32.
+            else float32. Tokens whose outputs are larger than usual count for so much less.
+        sizes: unit's name -> the sum of logarithms of the squares of its reader's outputs, over the tokens that were
+            seen first, and how many they were, [2]: what is usual.
         part: which part the next batch belongs to; None gives half of its samples to each.
     """
 
     def __init__(self, *, again: bool = False) -> None:
         self.values: dict[str, Tensor] = {}
+        self.sizes: dict[str, Tensor] = {}
         self.part: int | None = None
         self._again = again
         self._hooks: dict[str, RemovableHandle] = {}
         self._root: list[RemovableHandle] = []
         self._leave: Callable[[], Any] = lambda: None
         self._passes: list[_Pass] = []
-        self._running = self._clean = False
+        self._running = self._clean = self._sizing = False
         self._calls: dict[str, list[Tensor | None]] = {}  # by unit, which rows of each call matter to the loss
         self._unhooked: dict[str, list[int]] = {}  # calls that a checkpoint made without gradients
         self._counts: dict[str, int] = {}  # by unit, calls of a second pass so far
@@ -129,16 +132,21 @@ class Moments:
             StepError: the model does not take in evaluation mode what it took in training.
         """
         passes = self._passes.copy()
+        self._sizing = bool(passes) and not self.sizes
         buffers = list(_buffers(model)) if passes else []
         device = next(model.parameters()).device
-        self._clean, self._counts = True, {}
+        self._clean = True
         # torch's own encoder has kernels for evaluation that pass by its layers, and by whoever looks at them.
         fast = torch.backends.mha.get_fastpath_enabled()
         torch.backends.mha.set_fastpath_enabled(False)
         try:
-            for each in passes:
-                with evaluating(model), random_numbers_kept(device), autocast(device, each.precision):
-                    model(*each.args, **each.kwargs)
+            for _ in range(2 if self._sizing else 1):
+                self._counts = {}
+                for each in passes:
+                    with evaluating(model), random_numbers_kept(device), autocast(device, each.precision):
+                        model(*each.args, **each.kwargs)
+                if self._sizing:
+                    self._agree(device)
         except Exception as error:
             raise StepError(
                 f"The correction looks at {type(model).__name__} in evaluation mode, where its forward pass failed on "
@@ -147,27 +155,52 @@ class Moments:
             ) from error
         finally:
             torch.backends.mha.set_fastpath_enabled(fast)
-            self._clean = False
+            self._clean = self._sizing = False
             for module, name, buffer, old in buffers:
                 module._buffers[name] = buffer.copy_(old)
             self.forget()
             if passes:
                 reshard(model)
 
-    def add(self, name: str, inputs: Tensor, counts: Tensor) -> None:
-        """Add what the reader of a unit was given, [..., n], of those rows where `counts`, [rows], is True."""
+    def _agree(self, device: torch.device) -> None:
+        """Add up over all processes how large outputs are."""
+        self._sizing = False
+        names = list(self._hooks)
+        nothing = torch.zeros(2, dtype=torch.float64 if device.type != "mps" else torch.float32, device=device)
+        if many_processes():
+            sums = torch.stack([self.sizes.get(name, nothing).to(nothing) for name in names])
+            torch.distributed.all_reduce(sums)
+            self.sizes = {name: row for name, row in zip(names, sums, strict=True) if row[1] > 0}
+
+    def add(self, name: str, inputs: Tensor, counts: Tensor, squares: Tensor) -> None:
+        """Add what the reader of a unit was given, [..., n].
+
+        Args:
+            name: of the unit.
+            inputs: [..., n].
+            counts: where rows are not padding, bool, [rows].
+            squares: sum of squares of the reader's outputs, [rows].
+        """
+        if self._sizing or name not in self.sizes:
+            logs = squares.clamp_min(torch.finfo(squares.dtype).tiny).log() * counts
+            size = torch.stack([logs.sum(), counts.sum()])
+            self.sizes[name] = self.sizes[name] + size if name in self.sizes else size
+        if self._sizing:
+            return
+        total, number = self.sizes[name]
+        # Some tokens are thousands of times as large as others and say as little: no token counts more for being large.
+        weights = counts * ((total / number.clamp_min(1)).exp() / squares).clamp_max(1).nan_to_num(0.0)
         rows = inputs.detach().flatten(0, -2)
         apart = -(-len(rows) // _TOKENS)
         parts = self._parts(inputs)[::apart]
-        rows, counts = rows[::apart], counts.flatten()[::apart]
+        rows, weights = rows[::apart], weights[::apart]
         rows = rows if rows.dtype == torch.float64 else rows.float()
         rows = torch.cat([rows, rows.new_ones(len(rows), 1)], dim=1)
         if name not in self.values:
             self.values[name] = rows.new_zeros(PARTS, rows.shape[1], rows.shape[1])
         for part in range(PARTS) if self.part is None else [self.part]:
             # Weighed, not picked: picking waits for the device.
-            weight = (counts & (parts == part)).to(rows)
-            product = rows.t() @ (rows * weight.unsqueeze(1))
+            product = rows.t() @ (rows * (weights * (parts == part)).to(rows).unsqueeze(1))
             self.values[name][part] += torch.where(product.isfinite().all(), product, 0.0)
 
     def _parts(self, inputs: Tensor) -> Tensor:
@@ -203,7 +236,7 @@ class Moments:
             calls = self._calls.get(name, [])
             counts = calls[number] if number < len(calls) else None
             if counts is not None and counts.numel() == inputs.numel() // inputs.shape[-1]:
-                self.add(name, inputs, counts)
+                self.add(name, inputs, counts, _squares(output))
         elif not self._again:
             if output.requires_grad:
                 self._see_now(name, inputs, output)
@@ -228,12 +261,19 @@ class Moments:
     def _see_now(self, name: str, inputs: Tensor, output: Tensor) -> None:
         # Saved as autograd saves tensors, so that checkpointing keeps none of them, and offloading works.
         held = _Held.apply(inputs.detach(), torch.empty((), requires_grad=True))
+        squares = _squares(output)
 
         def look(gradient: Tensor) -> None:
             (saved,) = held.grad_fn.saved_tensors
-            self.add(name, saved, (gradient != 0).any(-1))
+            self.add(name, saved, (gradient != 0).any(-1).flatten(), squares)
 
         output.register_hook(look)
+
+
+def _squares(outputs: Tensor) -> Tensor:
+    """Return the sum of squares of every row of outputs, [rows]; float64 where they are, else float32."""
+    outputs = outputs.detach().flatten(0, -2)
+    return (outputs if outputs.dtype == torch.float64 else outputs.float()).square().sum(1)
 
 
 def _buffers(model: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor, Tensor]]:

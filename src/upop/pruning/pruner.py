@@ -21,6 +21,7 @@ from upop.pruning.plan import Plan
 from upop.pruning.scores import RowScores, Score, accumulator, scoring
 from upop.pruning.sharded import refuse_flattened, refuse_sharded
 from upop.pruning.shrink import compare, cut, outputs_of, precision_of, refuse_shared, restore
+from upop.pruning.slips import check_model
 from upop.pruning.told import warn_of_none, warn_of_skipped, warn_of_unscored
 from upop.pruning.units import Kind, Unit, tensor_of
 
@@ -58,10 +59,9 @@ class Pruner:
             "soft", the published search: masks fall from 1 to 0 all the time, and entries may come back. It is the
             default with cost="reference" and with score="signed".
         correct: at every stage, the layers that read what goes are corrected by least squares, so that their outputs
-            change least, over what was seen in the last four steps of this stage and of those before. These batches
-            are run again in evaluation mode, without drop-out, padding is left out, and how much a layer changes is
-            decided by how well that does on samples that it was not made from: where it would not help, the layer
-            stays as it is. It needs 2 n^2 numbers for a layer of n inputs. The model must be called as a module.
+            change least, over the last four steps of this stage and of those before, run again in evaluation mode. How
+            much a layer changes follows from how well that does on samples that it was not made from: it stays as it
+            is where it would not help. It needs 2 n^2 numbers for n inputs, and a model that is called as a module.
         include: names or patterns (`fnmatch`) of the units to prune; default all.
         exclude: names or patterns of units to leave alone.
         example: inputs for one forward pass; needed by cost="flops" alone.
@@ -89,6 +89,7 @@ class Pruner:
         example: Any = None,
         update_first_step: bool = True,
     ) -> None:
+        check_model(model, "Pruner")
         ratio = check_ratio(ratio)
         if progress not in (None, "stages", "soft"):
             raise SettingError(f'progress is "stages" or "soft"; found {progress!r}.')
@@ -170,9 +171,7 @@ class Pruner:
 
     @property
     def corrections(self) -> dict[str, float]:
-        """What the correction of the last stage leaves of the square of what a unit's reader lost, on samples that it
-        was not made from, per unit that lost something; 1 where the reader was left alone. Empty at first.
-        """
+        """What the last stage's correction leaves of the square of what a unit's reader lost, on other samples."""
         return {name: choice.left for name, choice in self._choices[-1].items()} if self._choices else {}
 
     def mask_sum(self, kind: Kind) -> float:
@@ -319,6 +318,7 @@ class Pruner:
             "threshold": self.threshold,
             "stale": bool(self._stale),
             "moments": {name: value.clone() for name, value in self._moments.values.items()},
+            "sizes": {name: value.clone() for name, value in self._moments.sizes.items()},
             "settings": {
                 "ratio": self.ratio,
                 "steps": self.steps,
@@ -353,6 +353,7 @@ class Pruner:
         self.threshold = state.get("threshold")
         self._stale.fill_(state["stale"])
         self._moments.values = {name: value.clone() for name, value in state["moments"].items()}
+        self._moments.sizes = {name: value.clone() for name, value in state["sizes"].items()}
         self._look()
 
     def _attach(self) -> None:
@@ -367,14 +368,10 @@ class Pruner:
         self._rows.watch((tensor_of(self.model, p.tensor), p.dim) for unit in self.units for p in unit.producers)
 
     def _entry_scores(self, unit: Unit, rows: Mapping[str, Tensor]) -> Tensor | None:
-        total: Tensor | None = None
-        for part in unit.producers:
-            if part.tensor not in rows:
-                continue
-            score = part.reduce(rows[part.tensor])
-            total = score if total is None else total + score
-        if total is None:
+        given = [part.reduce(rows[part.tensor]) for part in unit.producers if part.tensor in rows]
+        if not given:
             return None
+        total = sum(given[1:], given[0])
         if self.progress == "soft":
             total = total / self._masks.values[unit.name].to(total.device, total.dtype, non_blocking=True)
         return self._scoring.added(total)
@@ -406,8 +403,8 @@ class Pruner:
         selection = budget.select(self.units, scores, self.costs, share, self.align, standardised=False)
         if self._correct:
             self._choices.append(correct_readers(self._moments, self.model, self.units, live, selection.marked))
+            done = [choice.ridge is not None for stage in self._choices for choice in stage.values()]
             if step == self.steps - 1:
-                done = [choice.ridge is not None for stage in self._choices for choice in stage.values()]
                 warn_of_none(done, "Search over more steps, or with larger batches.", stacklevel=6)
         self._masks.set({name: torch.where(gone, 0.0, 1.0) for name, gone in selection.marked.items()})
         self.threshold = selection.threshold
@@ -433,11 +430,9 @@ class Pruner:
 
     def _warn_unscored(self, step: int) -> None:
         """Say once which units the loss did not depend on so far, when masks move for the second time or the last."""
-        if self._warned_unscored or (step == 0 and self.steps > 1):
-            return
-        unscored = [unit.name for unit in self.units if unit.name not in self._scored]
-        unscored = [name for name in unscored if not self._scores[name].any()]  # one that was resumed has scores
-        if unscored:
+        names = [unit.name for unit in self.units if unit.name not in self._scored]
+        unscored = [name for name in names if not self._scores[name].any()]  # one that was resumed has scores
+        if unscored and not self._warned_unscored and (step or self.steps == 1):
             self._warned_unscored = True
             warn_of_unscored(unscored, len(self.units), step + 1)
 
