@@ -95,4 +95,5 @@ def quality(model: nn.Module, tokenizer: Any, pairs: list[Pair]) -> float:
 def _ranks(values: Tensor) -> Tensor:
     """Return the rank of every value, those of equal ones averaged, [n]."""
     _, which, counts = values.double().unique(sorted=True, return_inverse=True, return_counts=True)
-    return (counts.cumsum(0) - (counts - 1) / 2)[which]
+    ranks: Tensor = (counts.cumsum(0) - (counts - 1) / 2)[which]
+    return ranks

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -158,13 +159,20 @@ def test_it_looks_at_the_model_without_dropout_and_padding_and_leaves_no_trace()
 
 
 def test_it_says_when_nothing_could_be_corrected() -> None:
+    """One batch alone tells nothing of others."""
     model = encoder()
-    pruner = upop.Pruner(model, 0.5, 1, 1)
+    pruner = upop.Pruner(model, 0.5, 8, 8)
     before = copy.deepcopy(model.state_dict())
     assert not pruner.corrections
-    with pytest.warns(UserWarning, match=r"The correction changed nothing: .* Search over more steps") as caught:
-        take(model, pruner, [sentences(1, seed=0)])
-    assert caught[0].filename == __file__
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(7):
+            pruner.skip()
+        take(model, pruner, [sentences(4, seed=0)])
+    (told,) = [each for each in caught if "correction" in str(each.message)]
+    assert str(told.message).startswith("The correction changed nothing: no layer that lost inputs could make up")
+    assert "Search over more steps" in str(told.message)
+    assert told.filename == __file__
     assert set(pruner.corrections.values()) == {1.0}
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 

@@ -161,6 +161,9 @@ def test_corrected_readers_are_the_nearest_to_the_old_ones(case: Family) -> None
     kept = pruner.masks[unit.name].bool()
     assert not inputs[:, :-1][:, ~kept].any()
     new, old = (each.get_submodule(reader) for each in (model, dense))
+    squares = wanted.square().sum(1)
+    weight = (squares.log().mean().exp() / squares).clamp_max(1).sqrt().unsqueeze(1)  # none counts more for being large
+    inputs, wanted, found = inputs * weight, wanted * weight, found * weight
     pull = inputs[:, :-1].square().sum(0)[kept].mean() * (new.weight - old.weight)[:, kept]
     pull = torch.cat([pull, pull.new_zeros(len(pull), 1)], 1).detach()
     force = ((wanted - found).t() @ inputs)[:, [*kept.tolist(), True]]

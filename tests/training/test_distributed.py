@@ -44,7 +44,7 @@ def assert_alike(one: Path, two: Path) -> None:
 def one(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A run of one process, and the settings by which each of two takes half of every batch."""
     folder = tmp_path_factory.mktemp("one")
-    # Shorter batches have less padding, which has a small say in the correction. As long as the model is its teacher,
+    # The correction lets rounding grow. As long as the model is its teacher,
     # what this one adds to gradients is noise, which Adam makes as large as any.
     config = runs.make_task("nlvr", folder, correct=False, distill=0.0)
     compress_task("nlvr", config, {"output_dir": folder / "one", "max_epoch": 1})

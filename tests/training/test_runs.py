@@ -201,7 +201,7 @@ def test_the_dense_model_teaches(config: Path, compressed: Path, tmp_path: Path)
 @pytest.mark.slow
 @pytest.mark.parametrize("method", [{"method": "reference"}, {"correct": False}], ids=str)
 def test_accumulated_gradients_give_the_same_search(config: Path, tmp_path: Path, method: dict[str, Any]) -> None:
-    """But for the correction, which looks at padding too, of which shorter batches have less."""
+    """But for the correction, which lets rounding grow."""
     for name, portions in (("one", {}), ("two", {"batch_size_train": 8, "accumulate": 2})):
         compress(*runs.nlvr(config, output_dir=tmp_path / name, max_epoch=1, **method, **portions))
     first, second = (Plan.from_json((tmp_path / name / "plan.json").read_text()) for name in ("one", "two"))

@@ -128,11 +128,9 @@ class Pruner:
         }
         self._skipped = torch.zeros((), dtype=torch.long)
         self._stale = torch.zeros((), dtype=torch.bool)  # whether the scores are of a stage that has ended
-        self._warned = 0
+        self._warned, self._warned_unscored = 0, False
         self._scored: set[str] = set()  # units that had a gradient at some step
-        self._warned_unscored = False
-        self._done = 0
-        self._attached = True
+        self._done, self._attached = 0, True
         self.threshold: float | None = None
         self._look()
 
@@ -403,8 +401,8 @@ class Pruner:
         selection = budget.select(self.units, scores, self.costs, share, self.align, standardised=False)
         if self._correct:
             self._choices.append(correct_readers(self._moments, self.model, self.units, live, selection.marked))
-            done = [choice.ridge is not None for stage in self._choices for choice in stage.values()]
-            if step == self.steps - 1:
+            if step == self.steps - 1 >= _STAGES - 1:  # fewer are a trial
+                done = [choice.ridge is not None for stage in self._choices for choice in stage.values()]
                 warn_of_none(done, "Search over more steps, or with larger batches.", stacklevel=6)
         self._masks.set({name: torch.where(gone, 0.0, 1.0) for name, gone in selection.marked.items()})
         self.threshold = selection.threshold
@@ -430,8 +428,7 @@ class Pruner:
 
     def _warn_unscored(self, step: int) -> None:
         """Say once which units the loss did not depend on so far, when masks move for the second time or the last."""
-        names = [unit.name for unit in self.units if unit.name not in self._scored]
-        unscored = [name for name in names if not self._scores[name].any()]  # one that was resumed has scores
+        unscored = [name for name, score in self._scores.items() if name not in self._scored and not score.any()]
         if unscored and not self._warned_unscored and (step or self.steps == 1):
             self._warned_unscored = True
             warn_of_unscored(unscored, len(self.units), step + 1)
