@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 
 import upop
 from upop.checkpoints.convert import read_model
+from upop.checkpoints.inputs import said_by
 from upop.errors import CheckpointError
 from upop.models.caption import BlipCaption, CaptionConfig
 
@@ -433,7 +434,7 @@ def put(content: Any, place: tuple[Any, ...], value: Any) -> Any:
     return content
 
 
-def _fuzz(folder: Path, name: str, every: int) -> list[str]:
+def _fuzz(folder: Path, name: str, every: int, load: Callable[[Path], object] = upop.load) -> list[str]:
     path = folder / name
     told = json.loads(path.read_text())
     raw, turn = [], 0
@@ -444,11 +445,12 @@ def _fuzz(folder: Path, name: str, every: int) -> list[str]:
                 continue
             path.write_text(json.dumps(put(told, place, value)))
             try:
-                upop.load(folder)
+                load(folder)
             except upop.errors.UPopError as error:
                 assert len(str(error)) < 5000
             except BaseException as error:
                 raw.append(f"{place} = {value!r}: {type(error).__name__}: {error}")
+    path.write_text(json.dumps(told))
     return raw
 
 
@@ -462,3 +464,42 @@ def test_values_of_other_kinds_are_errors_of_ours(name: str, every: int, tmp_pat
     assert _fuzz(folder, "upop.json", every) == []
     if name == "transformers":
         assert _fuzz(upop.save(model, tmp_path / "n"), "config.json", every) == []
+
+
+def _of_timm_for_the_hub(place: Path) -> tuple[str, str]:
+    place.mkdir()
+    save_file(of_timm().state_dict(), place / "model.safetensors")
+    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2}
+    pictures = {"input_size": [3, 32, 32], "mean": [0.5] * 3, "std": [0.5] * 3, "crop_pct": 0.9}
+    told = {"architecture": "vit_tiny_patch16_224", "num_classes": 4, "model_args": sizes, "pretrained_cfg": pictures}
+    (place / "config.json").write_text(json.dumps(told))
+    return "config.json", "classification"
+
+
+def _of_open_clip_for_the_hub(place: Path) -> tuple[str, str]:
+    place.mkdir()
+    save_file(of_open_clip().state_dict(), place / "open_clip_model.safetensors")
+    vision = {"image_size": 16, "patch_size": 8, "width": 16, "layers": 1, "head_width": 8}
+    text = {"context_length": 6, "vocab_size": 40, "width": 16, "heads": 2, "layers": 1}
+    model = {"embed_dim": 8, "quick_gelu": True, "vision_cfg": vision, "text_cfg": text}
+    told = {"model_cfg": model, "preprocess_cfg": {"size": 16, "mean": [0.5] * 3, "std": [0.5] * 3}}
+    (place / "open_clip_config.json").write_text(json.dumps(told))
+    return "open_clip_config.json", "retrieval-clip"
+
+
+def _of_transformers_for_the_hub(place: Path) -> tuple[str, str]:
+    of_transformers().save_pretrained(place)  # type: ignore[operator]
+    return "config.json", "classification"
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("write", [_of_timm_for_the_hub, _of_open_clip_for_the_hub, _of_transformers_for_the_hub])
+@pytest.mark.parametrize("every", [43, pytest.param(1, marks=pytest.mark.slow)])
+def test_values_of_other_kinds_in_folders_of_the_hub(
+    write: Callable[[Path], tuple[str, str]], every: int, tmp_path: Path
+) -> None:
+    name, task = write(tmp_path / "m")
+    assert said_by(tmp_path / "m").task == task
+    assert isinstance(upop.load_official(task, tmp_path / "m"), nn.Module)
+    for read in (said_by, lambda place: upop.load_official(task, place)):
+        assert _fuzz(tmp_path / "m", name, every, read) == []

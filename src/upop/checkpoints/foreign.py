@@ -18,6 +18,7 @@ from upop.checkpoints import processors, timm_models
 from upop.checkpoints.description import FILE, is_folder, read_description
 from upop.errors import CheckpointError, nearest
 from upop.reading import read_object
+from upop.values import shortened
 
 _SAVED = "model.safetensors"
 _TIMM, _OPEN_CLIP = "config.json", "open_clip_config.json"
@@ -76,8 +77,11 @@ def recognised(folder: Path) -> Foreign | None:
     content = read_object(folder / _TIMM, CheckpointError, _ADVICE)
     if not isinstance(content.get("architecture"), str) or not isinstance(content.get("pretrained_cfg"), dict):
         return None
-    arguments = {"num_classes": content.get("num_classes"), **(content.get("model_args") or {})}
     file = folder / _TIMM
+    given = content.get("model_args") or {}
+    if not isinstance(given, dict):
+        raise CheckpointError(f"{file}: model_args should be an object, found {shortened(given)}. {_ADVICE}")
+    arguments = {"num_classes": content.get("num_classes"), **given}
     return _timm(file, _weights(folder, _TIMM), content["architecture"], arguments, content["pretrained_cfg"])
 
 
@@ -92,6 +96,7 @@ def _timm(file: Path, weights: Path, name: Any, arguments: Any, pictures: Mappin
             f"{file} describes timm's {name!r} with {arguments!r}, which timm {timm.__version__} does not have"
             f"{nearest(str(name), timm.list_models())}. {_ADVICE}"
         )
+    timm_models.checked_arguments(arguments, str(file), "arguments")
     other = {
         argument: value
         for argument, value in arguments.items()

@@ -19,7 +19,7 @@ from upop.checkpoints.fit import expecting_shapes
 from upop.checkpoints.hugging_face import counterpart_named
 from upop.checkpoints.official import row_of, task_of, task_of_config
 from upop.checkpoints.read import read_outline, read_weights
-from upop.checkpoints.transformers_models import is_transformers_folder, read_config
+from upop.checkpoints.transformers_models import architectures, config_of, is_transformers_folder, read_config
 from upop.checkpoints.vit_sizes import vit_sizes
 from upop.errors import CheckpointError
 from upop.models import MODELS
@@ -85,8 +85,9 @@ def _of_library(path: Path) -> tuple[dict[str, Any], dict[str, Any], str | None]
         said = processors.from_transformers(path)
         row = counterpart_named(_class_of(path))
         try:
-            config = getattr(transformers, row.kind).config_class.from_pretrained(path, local_files_only=True)
-            sizes = row.sizes(config)
+            sizes = row.sizes(config_of(path, getattr(transformers, row.kind)))
+        except CheckpointError:
+            raise
         except Exception as error:  # configurations check what they hold in ways of their own
             raise CheckpointError(f"{path / 'config.json'} cannot be read: {error}. Fetch it again.") from error
         return said, sizes, row.task
@@ -95,8 +96,7 @@ def _of_library(path: Path) -> tuple[dict[str, Any], dict[str, Any], str | None]
 
 
 def _class_of(path: Path) -> str:
-    names = read_config(path).get("architectures")
-    return str(names[0]) if isinstance(names, list) and names else "model without a name"
+    return (architectures(path, read_config(path)) or ["model without a name"])[0]
 
 
 def _told_by_shapes(path: Path) -> tuple[str | None, dict[str, Any]]:

@@ -142,7 +142,7 @@ def checked_config(config: Mapping[str, Any], source: str, held: Held | None = N
         CheckpointError: it asks for weights or a model of another place, for a quantization that upop does not read,
             or for more than the weights hold.
     """
-    if held is not None and config.get("model_type") in _TABLES:
+    if held is not None and any(config.get("model_type") == kind for kind in _TABLES):
         for name, value in config.items():
             if _POSITIONS.search(name):
                 _refuse_more(name, value, max(held.longest, _ALWAYS), source, held)

@@ -123,8 +123,7 @@ def build(description: Mapping[str, Any], source: str) -> nn.Module:
             f"{source} asks for {name} with {unknown[0]}={shortened(told.arguments[unknown[0]])}, which upop does not "
             "set. Was it written by a later upop? Update upop."
         )
-    with read_from(source, "timm.arguments"):
-        arguments = _Arguments.model_validate(told.arguments).model_dump(exclude_unset=True)
+    arguments = checked_arguments(told.arguments, source, "timm.arguments")
     try:
         with sealed():
             model: nn.Module = timm.create_model(name, pretrained=False, **arguments)
@@ -133,6 +132,19 @@ def build(description: Mapping[str, Any], source: str) -> nn.Module:
             f"{source}: timm cannot build {name} with {arguments}: {error or type(error).__name__}."
         ) from error
     return model
+
+
+def checked_arguments(arguments: Any, source: str, part: str) -> dict[str, Any]:
+    """Return the arguments of timm that `build` knows, from what a file says of them.
+
+    Raises:
+        CheckpointError: they are no mapping, or a value is of another kind.
+    """
+    if not isinstance(arguments, Mapping):
+        raise CheckpointError(f"{source} is damaged: {part} should be an object, found {shortened(arguments)}.")
+    known = {name: value for name, value in arguments.items() if name in _ARGUMENTS}
+    with read_from(source, part):
+        return _Arguments.model_validate(known).model_dump(exclude_unset=True)
 
 
 def usual(name: str, argument: str) -> Any:

@@ -95,9 +95,7 @@ def load_transformers(
         CheckpointError: a file is missing or damaged, transformers has no such class, or the weights do not fit it;
             what does not is listed.
     """
-    told, files = read_config(folder), weight_files(folder)
-    held = {name: value for file in files for name, value in read_outline(file).items()}
-    told = checked_config(told, str(folder / _CONFIG), Held.of(held))
+    told, held = _read(folder)
     found = _class_of(folder, told, kind, strict=strict)
     register()
     with sealed(), allowing_gaps(), _explained(folder, found):  # gaps are listed below
@@ -116,6 +114,24 @@ def load_transformers(
     _check_loaded(model, loaded[1], held, folder, strict=strict)
     model.eval()
     return model
+
+
+def config_of(folder: Path, kind: type[PreTrainedModel]) -> Any:
+    """Return the configuration of a class that a folder of transformers holds.
+
+    Raises:
+        CheckpointError: a file is missing or damaged, or it is none of that class.
+    """
+    told, _ = _read(folder)
+    with sealed(), _explained(folder, kind):
+        return kind.config_class.from_dict(told)  # type: ignore[union-attr]
+
+
+def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return what config.json says, checked, and the weights without their content."""
+    told, files = read_config(folder), weight_files(folder)
+    held = {name: value for file in files for name, value in read_outline(file).items()}
+    return checked_config(told, str(folder / _CONFIG), Held.of(held)), held
 
 
 def weight_files(folder: Path) -> list[Path]:
