@@ -85,7 +85,6 @@ class Run:
             settings = self.settings
             for note in notes:
                 self.say(note)
-        self.folder.preparation, self.folder.tokenizer = record(task, settings), task.tokenizer(settings)
         self._held_out = task.evaluated(settings)
         if verb == "evaluate" and not self._held_out:
             raise SettingError("The settings leave nothing to evaluate on: no split has a file. Name one.")
@@ -95,6 +94,7 @@ class Run:
         for loader in self.loaders.values():
             for note in getattr(records_of(loader), "notes", ()):
                 self.say(note)
+        self.folder.preparation, self.folder.tokenizer = record(task, settings), task.tokenizer(settings)
         self._prepared |= {split: self.accelerator.prepare(self.loaders[split]) for split in self._held_out}
         self._told_rate = False
         self._identity = None if verb == "evaluate" else self._same_as_before()
