@@ -51,6 +51,7 @@ def test_run_folder_holds_everything(compressed: Path) -> None:
         "checkpoints/step-00000012.pt",
         "checkpoints/step-00000016.pt",
         *(f"{name}/{file}" for name in ("best", "last") for file in ("model.safetensors", "upop.json", "README.md")),
+        *(f"{name}/{file}" for name in ("best", "last") for file in ("tokenizer.json", "tokenizer_config.json")),
         "examples/examples.json",
         # Eight of the pairs of the test split.
         *(f"examples/{number}-{side}.png" for number in range(0, runs.HELD_OUT, runs.HELD_OUT // 8) for side in (0, 1)),
