@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal, Self, cast
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from pydantic import Field, model_validator
+from pydantic import Field, ModelWrapValidatorHandler, model_validator
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from torchvision.transforms.v2 import functional as tvf
@@ -105,14 +105,18 @@ class SegmentationSettings(RunSettings):
             raise ValueError(f"blend ({self.blend}) is a number of pictures, or all")
         return self
 
-    @model_validator(mode="before")
+    @model_validator(mode="wrap")
     @classmethod
-    def _named_statistics(cls, values: Any) -> Any:
-        """Take mean and deviation from the name that was given, so that a checkpoint's own do not beat it."""
-        if not isinstance(values, dict) or values.get("normalization") not in list(STATISTICS):
-            return values
-        named = dict(zip(("mean", "std"), STATISTICS[values["normalization"]], strict=True))
-        return {**values, **{name: value for name, value in named.items() if values.get(name) is None}}
+    def _named_statistics(cls, values: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        """Take mean and deviation from the name; if that was given, a checkpoint's own do not beat it."""
+        if not isinstance(values, dict) or values.get("normalization", "vit") not in list(STATISTICS):
+            return handler(values)
+        named = dict(zip(("mean", "std"), STATISTICS[values.get("normalization", "vit")], strict=True))
+        filled = {name: value for name, value in named.items() if values.get(name) is None}
+        made = handler({**values, **filled})
+        if "normalization" not in values:
+            made.model_fields_set.difference_update(filled)
+        return made
 
     @property
     def statistics(self) -> Statistics:
