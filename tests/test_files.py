@@ -585,3 +585,14 @@ def test_a_claimed_name_is_ours_until_it_is_removed(tmp_path: Path) -> None:
     with pytest.raises(RunFolderError, match=r"settings\.yaml is there already"):
         run.claim("settings.yaml")
     assert (tmp_path / "notes.txt").read_text() == (tmp_path / "settings.yaml").read_text() == "mine"
+
+
+def test_files_that_a_library_made_for_us_go_and_those_beside_them_stay(tmp_path: Path) -> None:
+    (tmp_path / "upop").mkdir()
+    (tmp_path / "upop" / "events.mine").write_text("mine")
+    shared = SharedFolder(tmp_path, "trackers")
+    before = shared.glob("upop/events.*")
+    (tmp_path / "upop" / "events.ours").write_text("ours")
+    shared.own(shared.glob("upop/events.*") - before)
+    shared.remove(shared.glob("upop/events.*"))
+    assert names(tmp_path) == [MARKER, "upop", "upop/events.mine"]
