@@ -20,8 +20,8 @@ from upop.tasks import TASKS
 SCRIPT = Path(__file__).parents[2] / "compress_nlvr.py"
 
 
-def assert_alike(one: Path, two: Path) -> None:
-    """The same plan, numbers, losses and weights in two run folders."""
+def assert_alike(one: Path, two: Path, *, corrected: bool = False) -> None:
+    """The same plan, numbers, losses and weights in two run folders; weights up to what docs/gpus.md says."""
     plans = [Plan.from_json((folder / "plan.json").read_text()) for folder in (one, two)]
     assert dict(plans[0]) == dict(plans[1])
     first, second = (json.loads((folder / "results.json").read_text())["models"] for folder in (one, two))
@@ -30,14 +30,17 @@ def assert_alike(one: Path, two: Path) -> None:
             assert other["metrics"][split] == pytest.approx(metrics, rel=1e-6)
     for row, other in zip(runs.rows(one), runs.rows(two), strict=True):
         assert row["step"] == other["step"]
-        assert other.get("loss", 0.0) == pytest.approx(row.get("loss", 0.0), rel=1e-5)
+        assert other.get("loss", 0.0) == pytest.approx(row.get("loss", 0.0), rel=1e-4 if corrected else 1e-5)
         assert other.get("kept") == row.get("kept")
         assert other.get("lr") == row.get("lr")
     for name in ("best", "last"):
         weights, others = (load_file(folder / name / "model.safetensors") for folder in (one, two))
         # What is added to all keys cancels in the softmax, so its gradient is noise, which Adam makes as large as any.
         for key in (key for key in weights if not key.endswith(("qkv.bias", "key.bias"))):
-            torch.testing.assert_close(others[key], weights[key], rtol=1e-5, atol=2e-6, msg=key)
+            if corrected and weights[key].is_floating_point():
+                assert (others[key] - weights[key]).norm() <= 0.01 * weights[key].norm(), key
+            else:
+                torch.testing.assert_close(others[key], weights[key], rtol=1e-5, atol=2e-6, msg=key)
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +59,15 @@ def test_two_processes_are_one(one: tuple[Path, Path], tmp_path: Path) -> None:
     alone, two = one
     run_together(compress_task, "nlvr", two, {"output_dir": tmp_path / "two", "max_epoch": 1})
     assert_alike(alone, tmp_path / "two")
+
+
+def test_two_processes_are_one_with_a_teacher_and_corrected_layers(tmp_path: Path) -> None:
+    """As compressions are by default: the plan, the metrics and the losses are the same."""
+    config = runs.make_task("nlvr", tmp_path)
+    compress_task("nlvr", config, {"output_dir": tmp_path / "one"})
+    half = {"batch_size_train": 8, "batch_size_test": 24, "output_dir": tmp_path / "two"}
+    run_together(compress_task, "nlvr", config, half)
+    assert_alike(tmp_path / "one", tmp_path / "two", corrected=True)
 
 
 @pytest.mark.slow

@@ -62,6 +62,23 @@ def test_a_run_whose_process_dies_goes_on_by_itself(tmp_path: Path) -> None:
     assert_alike(tmp_path / "one", tmp_path / "two")
 
 
+def test_a_process_that_is_killed_ends_the_other_with_our_message(tmp_path: Path) -> None:
+    """The only traceback is the launcher's own, and the run goes on from what was saved."""
+    config = runs.edited(runs.make_data(tmp_path), {"checkpoint_minutes": 0, "batch_size_train": 8})
+    flags = ("--epochs", "40", "--config", config, "--output_dir", tmp_path / "run")
+    launcher = torchrun(SCRIPT, "--ratio", "0.5", *flags)
+    kill_after_steps(launcher, tmp_path / "run", rank=1, rows=3)
+    told, _ = launcher.communicate(timeout=120)
+    assert launcher.returncode == 1
+    words = " ".join(told.split())
+    message = re.search(r"Error \(rank 0 of 2\): (LostProcessError: Another process of this run|PreemptedError)", words)
+    assert message, told
+    if "LostProcessError" in message[0]:
+        assert re.search(r"with --resume goes on from step \d+", words)
+    assert "upop" not in "".join(re.findall(r'File "[^"]*"', told))
+    assert any((tmp_path / "run" / "checkpoints").iterdir())
+
+
 @pytest.mark.slow
 def test_an_error_of_one_process_ends_the_run_and_is_its_cause(tmp_path: Path) -> None:
     """A broken picture is met by one of two processes; the other one waits for it in vain."""
