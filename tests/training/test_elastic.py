@@ -65,8 +65,8 @@ def test_a_run_whose_process_dies_goes_on_by_itself(tmp_path: Path) -> None:
 def test_a_process_that_is_killed_ends_the_other_with_our_message(tmp_path: Path) -> None:
     """The only traceback is the launcher's own, and the run goes on from what was saved."""
     config = runs.edited(runs.make_data(tmp_path), {"checkpoint_minutes": 0, "batch_size_train": 8})
-    flags = ("--epochs", "40", "--config", config, "--output_dir", tmp_path / "run")
-    launcher = torchrun(SCRIPT, "--ratio", "0.5", *flags)
+    flags = ("--epoch", "20", "--config", config, "--output_dir", tmp_path / "run")
+    launcher = torchrun(SCRIPT, "--p", "0.5", *flags)
     kill_after_steps(launcher, tmp_path / "run", rank=1, rows=3)
     told, _ = launcher.communicate(timeout=120)
     assert launcher.returncode == 1
