@@ -27,6 +27,7 @@ from upop.tasks import find_task
 from upop.tasks.examples import write_examples
 from upop.tasks.run import Metrics, measure
 from upop.tasks.verbs import compress, compressed_name
+from upop.training.devices import make_accelerator
 
 CONFIG = Path("configs/shapes/nlvr.yaml")
 DENSE = Path("assets/shapes-nlvr")
@@ -53,7 +54,11 @@ def demo(
     page, table = folder.claim(PAGE), folder.claim("results.json")
     task = find_task(_TASK)
     # On few cores the threads of so small a model only wait for the processes that decode the pictures.
-    workers = read_settings(task.settings, CONFIG, {}).num_workers
+    asked = o.overrides({"ratio": ratio if p is None else p, "device": device})
+    # Whether they can be used is known before any picture is drawn.
+    checked = read_settings(task.settings, CONFIG, asked, {"ratio": "from --ratio", "device": "from --device"})
+    make_accelerator(checked)
+    workers = checked.num_workers
     torch.set_num_threads(max(1, (os.cpu_count() or 1) - workers))
     data = write_with_progress(_TASK, output_dir / "data", seed=_SEED, size=_SIZE)
     shared: dict[str, Any] = {
@@ -61,8 +66,7 @@ def demo(
         "ann_root": data.annotation,
         "tokenizer": str(data.tokenizer),
         "pretrained": str(DENSE),
-        "device": device,
-        "ratio": ratio if p is None else p,
+        **asked,
     }
     models: dict[str, tuple[nn.Module, Metrics]] = {}
     for method in _METHODS:

@@ -1,4 +1,4 @@
-"""Tables for the terminal that fit it: they turn around where they are too wide, and no word of theirs is cut."""
+"""Tables for the terminal that fit it: they turn around where they are too wide, and nothing in them is cut."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class FittingTable:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """Give the table that fits."""
         wide = self._drawn(self.rows)
-        needed = Measurement.get(console, options.update(max_width=10_000), wide).minimum
+        needed = Measurement.get(console, options.update(max_width=10_000), wide).maximum
         if needed <= options.max_width:
             yield wide
         else:
