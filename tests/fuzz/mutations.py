@@ -347,8 +347,12 @@ def safetensors_file(draw: Draw, data: bytes) -> bytes:
         written = json_file(draw, header)
         return struct.pack("<Q", len(written)) + written + body
     names = [name for name in header if name != "__metadata__"]
+    whole = list(names)
     for _ in range(draw.choice((1, 1, 2, 4))):
-        entry = header[draw.choice(names)]
+        if not whole:
+            break
+        name = whole.pop(draw.randrange(len(whole)))  # each tensor is changed once
+        entry = header[name]
         begin, end = entry["data_offsets"]
         match draw.randrange(8):
             case 0:
@@ -396,7 +400,6 @@ def safetensors_file(draw: Draw, data: bytes) -> bytes:
             case 4:
                 entry["data_offsets"] = header[draw.choice(names)]["data_offsets"]
             case 5:
-                name = draw.choice(names)
                 header[f"{name}{draw.choice(('x', '.weight', *KEYS))}"] = header.pop(name)
                 names = [each for each in header if each != "__metadata__"]
             case 6:

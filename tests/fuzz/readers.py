@@ -795,7 +795,7 @@ def _plans(folder: Path) -> Case:
     good = json.loads(plan.to_json())
 
     def case(draw: Draw) -> None:
-        text = m.json_file(draw, good).decode("utf-8", draw.choice(("surrogatepass", "replace")))
+        text = m.json_file(draw, good).decode("utf-8", draw.choice(("surrogateescape", "replace")))
         found = upop.Plan.from_json(text)
         found.check(model)
         found.to_json()

@@ -125,7 +125,7 @@ def _with_shared(state: dict[str, Tensor], notes: Mapping[str, str]) -> dict[str
 def _reading_safetensors(path: Path) -> Iterator[None]:
     try:
         yield
-    except (SafetensorError, OSError, KeyError) as error:
+    except (SafetensorError, OSError, KeyError, MemoryError) as error:
         raise CheckpointError(f"{path} is no readable safetensors file: {error}. Fetch or write it again.") from error
 
 

@@ -16,9 +16,11 @@ from typing import Any, TypeVar
 
 from upop.data.images import Bounds
 from upop.errors import DataError, nearest
+from upop.pruning.errors import some_of
 from upop.reading import LARGEST_DATA, parse_json, read_text, reason
 
 _SHOWN = 60
+_LONGEST_NAME = 300
 Records = TypeVar("Records")
 
 
@@ -38,8 +40,9 @@ class Record:
         """The field of that name; DataError where there is none."""
         if name not in self.fields:
             known = [key for key in self.fields if isinstance(key, str)]
-            found = f"it has {', '.join(map(repr, known))}" if known else "it is empty"
-            raise self.error(f"the field {name!r} is missing{nearest(name, known)}; {found}.")
+            found = f"it has {some_of([_named(key) for key in known])}" if known else "it is empty"
+            near = nearest(name, [key for key in known if len(key) <= _LONGEST_NAME])
+            raise self.error(f"the field {name!r} is missing{near}; {found}.")
         return self.fields[name]
 
     def text(self, name: str) -> str:
@@ -83,6 +86,11 @@ def _half(value: object) -> str:
         except UnicodeEncodeError:
             return " and has no halves of characters"
     return ""
+
+
+def _named(name: str) -> str:
+    """A name in quotes, cut where no name goes on, for a message."""
+    return repr(name) if len(name) <= _LONGEST_NAME else f"{name[:_LONGEST_NAME]!r}..."
 
 
 def shown(value: object) -> str:
@@ -152,14 +160,14 @@ def check_images(root: str | Path, images: Iterable[tuple[Record, str]], *, outs
         return
     image, (record, problem) = next(iter(wrong.items()))
     if not root.is_dir():
-        raise record.error(f"the image root {root} is no folder, so the image {image!r} cannot be found in it.")
+        raise record.error(f"the image root {root} is no folder, so the image {_named(image)} cannot be found in it.")
     rest = ""
     if len(wrong) > 1:
         missing = all(found == _MISSING for _, found in wrong.values())
         rest = f" {len(wrong)} images of this file are {'missing' if missing else 'not files under it'} in all."
     allowed = "Correct the path, or allow it with --allow-outside (allow_outside: true)."
     advice = allowed if problem.endswith(_OUTSIDE) else "Check the image root."
-    raise record.error(f"the image {image!r} {problem} the image root {root}.{rest} {advice}")
+    raise record.error(f"the image {_named(image)} {problem} the image root {root}.{rest} {advice}")
 
 
 _MISSING, _OUTSIDE = "does not exist under", "outside of"
