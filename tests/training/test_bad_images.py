@@ -14,10 +14,11 @@ import runs
 from tiers import mostly_slow
 from together import run_together
 from training.bad_images_ranks import refused_alike, tolerant
-from upop.errors import BadImageError, DataError
+from upop.errors import BadImageError, DataError, RunFolderError
 from upop.settings import read_settings
 from upop.tasks import TASKS, find_task
 from upop.tasks.verbs import compress, evaluate_checkpoint, train
+from upop.training.folder import RunFolder
 
 _ANNOTATED = {
     "caption": "coco_karpathy_test.json",
@@ -220,3 +221,19 @@ def test_two_processes_score_as_one(task: str, tmp_path: Path) -> None:
     assert one["left_out"] == two["left_out"] and one["left_out"]
     for split, metrics in one["models"][0]["metrics"].items():
         assert two["models"][0]["metrics"][split] == pytest.approx(metrics, rel=1e-6)
+
+
+@pytest.mark.parametrize("text", ["{", "{}", "[1]", '[{"image": "a.png"}]', "[" * 9999])
+def test_a_damaged_list_of_unreadable_files_is_named(tmp_path: Path, text: str) -> None:
+    folder = RunFolder(tmp_path / "run", main=True)
+    try:
+        assert folder.bad_images() == []
+        (tmp_path / "run" / "bad_images.json").write_text(text)
+        with pytest.raises(RunFolderError, match=r"bad_images\.json .*restore it"):
+            folder.bad_images()
+        assert folder.metrics() == []
+        (tmp_path / "run" / "metrics.jsonl").mkdir()
+        with pytest.raises(RunFolderError, match=r"metrics\.jsonl cannot be read: .*(folder|directory)"):
+            folder.metrics()
+    finally:
+        folder.close()

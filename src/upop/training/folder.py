@@ -24,7 +24,7 @@ from upop.files import remove_folder, remove_parts, replacing_file, write_text
 from upop.ownership import wrote_archive, wrote_page, wrote_picture
 from upop.pruning import Plan
 from upop.pruning.masks import unwrapped
-from upop.reading import read_json, read_lines, read_object
+from upop.reading import read_json, read_lines, read_object, reason
 from upop.settings import RunSettings
 from upop.shared_folder import SharedFolder
 from upop.training.checkpoints import Checkpoints
@@ -33,6 +33,7 @@ from upop.training.lock import NAME as LOCK
 from upop.training.lock import FolderLock
 
 _BAD_IMAGES = "bad_images.json"
+_BAD_IMAGE = {"image", "file", "record", "reason"}
 _RESTORE = "It was written by this run; restore it."
 _PAGE = "report.html"
 _FOLDERS = ("best", "last", "examples", "checkpoints", "figures", "result", "blended", "trackers")
@@ -187,7 +188,12 @@ class RunFolder:
 
     def metrics(self) -> list[dict[str, Any]]:
         """Return all rows of metrics.jsonl that can be read: a run does not end for those that cannot."""
-        return [row for row in read_lines(self._metrics) if isinstance(row, dict)]
+        try:
+            return [row for row in read_lines(self._metrics) if isinstance(row, dict)]
+        except FileNotFoundError:
+            return []
+        except (OSError, ValueError) as error:
+            raise RunFolderError(f"{self._metrics} cannot be read: {reason(error)}. {_RESTORE}") from error
 
     def command(self) -> str:
         """Return the command that the run was started with; "" where versions.json does not say it."""
@@ -221,7 +227,10 @@ class RunFolder:
     def bad_images(self) -> list[dict[str, Any]]:
         """Return the rows of bad_images.json; none where there is no such file."""
         path = self.path / _BAD_IMAGES
-        return list(read_json(path, RunFolderError, _RESTORE)) if path.is_file() else []
+        rows = read_json(path, RunFolderError, _RESTORE) if path.is_file() else []
+        if not isinstance(rows, list) or not all(isinstance(row, dict) and set(row) == _BAD_IMAGE for row in rows):
+            raise RunFolderError(f"{path} is damaged: it is no list of unreadable files. {_RESTORE}")
+        return rows
 
     def save_files(self, files: Mapping[str, Any]) -> None:
         """Write JSON files under result/."""
