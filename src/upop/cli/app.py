@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
 from enum import StrEnum
@@ -232,6 +233,7 @@ def main(command: typer.Typer = app) -> None:
         sys.exit(PreemptedError.exit_code if isinstance(error, PreemptedError) else 1)
     except OSError as error:  # a disk that is full or gone, a name that no file can have, a place without permission
         if isinstance(error, BrokenPipeError):  # what the output was piped to has ended
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter tells of it as it exits
             sys.exit(1)
         _say(type(error).__name__, f"{error.strerror or error}: {error.filename}" if error.filename else str(error))
         sys.exit(1)
