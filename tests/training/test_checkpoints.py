@@ -173,7 +173,7 @@ def test_a_file_that_cannot_be_written_leaves_the_older_ones(two: Checkpoints, t
     assert newest_step(two) == 2
     blocked = tmp_path / "file"
     blocked.write_text("")
-    with pytest.raises(RunFolderError, match="cannot be made"):
+    with pytest.raises(RunFolderError, match=r"cannot be written: Not a directory"):
         Checkpoints(blocked / "checkpoints", 2).write(1, state(1))
 
 
