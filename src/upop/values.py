@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, fie
 from upop.errors import SettingError
 
 _SHOWN = 100
+_LONGEST_TOLD = 1000
 _LARGEST = 2**53  # what a float still tells apart
 _LONGEST, _LONGEST_NAME = 4000, 255  # bytes of a path, and of a name in it, that Linux takes
 
@@ -74,13 +75,18 @@ def problems(error: ValidationError, source: Callable[[str], str | None] | None 
             shown = "nothing" if part["type"] == "missing" else shortened(part["input"])
             place = source(str(part["loc"][0])) if source is not None else None
             told = f", {place}" if place else ""
-            lines.append(f"{'.'.join(map(str, part['loc']))}: {message}; found {shown}{told}")
+            lines.append(f"{_cut('.'.join(map(str, part['loc'])))}: {_cut(message)}; found {shown}{told}")
         else:  # a contradiction, which names its fields
             named = dict.fromkeys(re.findall(r"\w+", message))
             places = {name: source(name) for name in named} if source is not None else {}
             told = "; ".join(f"{name}: {place}" for name, place in places.items() if place)
-            lines.append(message + (f" ({told})" if told else ""))
+            lines.append(_cut(message) + (f" ({told})" if told else ""))
     return lines
+
+
+def _cut(text: str) -> str:
+    """Names come from files too, and may be of any length."""
+    return text if len(text) <= _LONGEST_TOLD else f"{text[:_LONGEST_TOLD]}..."
 
 
 def shortened(value: Any) -> str:

@@ -100,6 +100,7 @@ def test_what_is_no_tokenizer(tmp_path: Path) -> None:
     ("content", "problem"),
     [
         (gzip.compress(bytes(2**25)), "more than"),  # some kilobytes, which unpack to 32 megabytes
+        (gzip.compress(b"version\na b") + bytes(2**25), "more than"),  # padding, skipped byte by byte
         (gzip.compress(b"version\na b\nq r s"), "no list of merges of two"),
         (gzip.compress(b"version\nab cd\na b"), "build on each other"),
         (gzip.compress(b""), "cannot be read"),

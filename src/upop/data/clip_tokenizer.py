@@ -8,6 +8,7 @@ vocabulary with [DEC] and [ENC], as generated data has it.
 from __future__ import annotations
 
 import gzip
+import io
 import os
 import zlib
 from collections.abc import Sequence
@@ -25,7 +26,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 from upop.data.retrieval import RetrievalCollator
 from upop.data.tokenizer import load_tokenizer
 from upop.errors import DataError
-from upop.reading import read_object
+from upop.reading import read_bytes, read_object
 
 BEGIN, END = "<|startoftext|>", "<|endoftext|>"
 PADDING = 0
@@ -164,7 +165,8 @@ def _word(told: Any, usual: str) -> str:
 def _merge_list(file: Path) -> ClipTokenizer:
     """Read OpenAI's list of merges; the words are the bytes, the bytes that end a word, what merges make, and two."""
     try:
-        with gzip.open(file) as packed:
+        # Padding after the packed text is skipped byte by byte: gigabytes of it would take hours.
+        with gzip.open(io.BytesIO(read_bytes(file, _LARGEST_MERGES))) as packed:
             content = packed.read(_LARGEST_MERGES + 1)  # a few bytes can unpack to gigabytes
         if len(content) > _LARGEST_MERGES:
             raise ValueError(f"it holds more than {_LARGEST_MERGES} bytes")

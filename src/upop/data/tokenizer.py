@@ -10,6 +10,7 @@ import huggingface_hub
 from transformers import BertTokenizer
 
 from upop.errors import DataError, nearest
+from upop.values import shortened
 
 BEGIN = "[DEC]"
 """Starts a text to be generated; the tokenizer's bos token."""
@@ -72,6 +73,12 @@ def _from_folder(folder: Path) -> Any:
         raise DataError(
             f"The tokenizer in {str(folder)!r} is no BERT vocabulary: it lacks {', '.join(missing)}. "
             "Fetch the vocab.txt of bert-base-uncased, or name another folder."
+        )
+    longest = tokenizer.model_max_length
+    if isinstance(longest, bool) or not isinstance(longest, int | float):
+        raise DataError(
+            f"The tokenizer in {str(folder)!r} cannot be read: model_max_length must be a number, not "
+            f"{shortened(longest)}. Correct its tokenizer_config.json."
         )
     return tokenizer
 
