@@ -6,9 +6,13 @@ model without pickle, `export` writes it for other runtimes, `load_official` rea
 Importing it lets transformers reload compressed models by itself.
 """
 
-from upop.checkpoints import Pruner, calibrate, load, load_into, load_official, save, shrink
-from upop.checkpoints.export import export
-from upop.pruning import Plan, Unit, count_macs, count_parameters, distill, find_units, gather, skeleton, survey
+from upop.starting import watch_start
+
+watch_start()  # before what takes seconds to import
+
+from upop.checkpoints import Pruner, calibrate, load, load_into, load_official, save, shrink  # noqa: E402
+from upop.checkpoints.export import export  # noqa: E402
+from upop.pruning import Plan, Unit, count_macs, count_parameters, distill, find_units, gather, skeleton, survey  # noqa: E402
 
 __version__ = "0.1.0"
 

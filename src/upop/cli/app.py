@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 import warnings
@@ -17,7 +18,7 @@ from upop.cli import options as o
 from upop.cli.convert import convert
 from upop.cli.demo import demo
 from upop.cli.export import export
-from upop.cli.help import Command, Group
+from upop.cli.help import Command, Group, InterruptedCommandError
 from upop.cli.inspect import inspect
 from upop.cli.misuse import say_misused
 from upop.cli.processes import place, recorded, wait_for_launcher
@@ -25,6 +26,7 @@ from upop.cli.recipes import recipes, run
 from upop.cli.report import report
 from upop.errors import LostProcessError, PreemptedError, SettingError, UPopError
 from upop.plain import as_text, plain
+from upop.starting import INTERRUPTED, end_watch
 from upop.tasks import TASKS, find_task
 from upop.tasks.verbs import compress as run_compress
 from upop.tasks.verbs import evaluate_checkpoint
@@ -214,8 +216,13 @@ def _global(
 def main(command: typer.Typer = app) -> None:
     """Run a command; an error of ours ends it with a message and exit code 1, without a traceback.
 
-    A command line that cannot be understood exits with 2; a run that was asked to end and can be resumed, with 75.
+    A command line that cannot be understood exits with 2; a run that was asked to end and can be resumed, with 75; a
+    command that Ctrl-C ended, with 130.
     """
+    end_watch()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a letter that the terminal's encoding lacks is written out
+            stream.reconfigure(errors="backslashreplace")
     sys.argv[1:] = o.with_resume_value(sys.argv[1:])
     format_as_before, warnings.formatwarning = warnings.formatwarning, _warning
     called = Path(sys.argv[0]).name
@@ -226,6 +233,9 @@ def main(command: typer.Typer = app) -> None:
         sys.exit(code if isinstance(code, int) else 0)
     except typer.TyperException as error:
         sys.exit(say_misused(error))
+    except (InterruptedCommandError, KeyboardInterrupt) as error:
+        print(plain(str(error) or "Interrupted (Ctrl-C)."), file=sys.stderr)
+        sys.exit(INTERRUPTED)
     except UPopError as error:
         _say(type(error).__name__, _message(error))
         if isinstance(error, LostProcessError):

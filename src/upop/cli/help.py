@@ -16,8 +16,19 @@ _COLUMN = 26
 """Where the meaning of a flag begins; it stands on a line of its own below a longer flag."""
 
 
+class InterruptedCommandError(Exception):
+    """Ctrl-C ended a command; the message, if there is one, says where it stood."""
+
+
 class Command(TyperCommand):
     """A command of ours."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command; an interrupt comes through as an error that keeps its words, which typer would drop."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as error:
+            raise InterruptedCommandError(*error.args) from error
 
     def collect_usage_pieces(self, ctx: Any) -> list[str]:
         """Return what stands after the command's name in its usage."""

@@ -27,7 +27,8 @@ File = Annotated[Path, typer.Option("--recipes", help="YAML file of recipes.")]
 def recipes(file: File = RECIPES) -> None:
     """List every published run."""
     table = Table(title="Published runs", title_justify="left")
-    for heading in ("name", "ratio", "epochs", "the paper's result"):
+    table.add_column("name", no_wrap=True)
+    for heading in ("ratio", "epochs", "the paper's result"):
         table.add_column(heading)
     for script, rows in groupby(read_recipes(file).values(), key=lambda recipe: recipe.script):
         table.add_section()

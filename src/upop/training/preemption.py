@@ -1,4 +1,4 @@
-"""SIGTERM, which a cluster sends before it takes a machine away: the run saves where it stands, and ends."""
+"""SIGTERM, which a cluster sends before it takes a machine, and Ctrl-C: the run saves where it stands, and ends."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ _UNTOLD, _ANSWERING, _ENDED = range(3)
 _PATIENCE_SECONDS = 5
 # What the main process does about a signal that its workers, which got it too, see; they share the memory.
 _doing = torch.full((), _ENDED, dtype=torch.uint8).share_memory_()
-_MESSAGE = "The run was asked to end (SIGTERM). "
+_TERMINATED = "The run was asked to end (SIGTERM). "
+_INTERRUPTED = "The run was interrupted (Ctrl-C). "
 
 
 class _AskedToEnd(BaseException):
@@ -29,32 +30,44 @@ class _AskedToEnd(BaseException):
 class Preemption:
     """Answers SIGTERM while it is entered: by `PreemptedError`, at once, or after the step within `deferred`.
 
+    It answers Ctrl-C by `KeyboardInterrupt` in the same way, in a run of one process (torchrun ends several), and where
+    nobody else handles it. Pressed a second time, Ctrl-C does not wait for the step.
+
     Attributes:
-        asked: whether the signal came.
+        asked: whether a signal came.
     """
 
     def __init__(self) -> None:
         self.asked = False
         self._deferred = False
-        self._before: Any = None
+        self._interrupted = False
+        self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Self:
-        """Take the signal over; only a main thread can."""
+        """Take the signals over; only a main thread can."""
         _doing.fill_(_UNTOLD)
         if threading.current_thread() is threading.main_thread():
-            self._before = signal.signal(signal.SIGTERM, self._answer)
+            self._before[signal.SIGTERM] = signal.signal(signal.SIGTERM, self._answer)
+            alone = os.environ.get("WORLD_SIZE", "1") == "1"
+            if alone and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+                self._before[signal.SIGINT] = signal.signal(signal.SIGINT, self._answer_ctrl_c)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Give the signal back; what it raised, or what a library made of that, becomes a `PreemptedError`."""
+        """Give the signals back; what SIGTERM raised, or what a library made of that, becomes a `PreemptedError`.
+
+        An interrupt that says nothing is given words.
+        """
         _doing.fill_(_ENDED)
-        if self._before is not None:
-            signal.signal(signal.SIGTERM, self._before)
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
         if error is not None:
             raised = (error, error.__cause__, error.__context__)
-            if any(isinstance(part, _AskedToEnd) for part in raised):
+            silent = any(isinstance(part, KeyboardInterrupt) and not part.args for part in raised)
+            self._interrupted |= silent
+            if silent or any(isinstance(part, _AskedToEnd) for part in raised):
                 self.leave()
 
     @contextmanager
@@ -69,12 +82,12 @@ class Preemption:
             self.leave()
 
     def leave(self, saved: str = "") -> None:
-        """Raise `PreemptedError`, with what was saved, in words."""
-        raise PreemptedError(
-            _MESSAGE
-            + (saved or "What was saved before is there; the work since then is done again.")
-            + " The same command with --resume auto goes on."
-        )
+        """Raise `PreemptedError`, or after Ctrl-C `KeyboardInterrupt`, with what was saved, in words."""
+        told = saved or "What was saved before is there; the work since then is done again."
+        told += " The same command with --resume auto goes on."
+        if self._interrupted:
+            raise KeyboardInterrupt(_INTERRUPTED + told)
+        raise PreemptedError(_TERMINATED + told)
 
     def _answer(self, number: int, frame: FrameType | None) -> None:
         del number, frame
@@ -82,6 +95,12 @@ class Preemption:
         _doing.fill_(_ANSWERING)
         if not self._deferred:
             raise _AskedToEnd
+
+    def _answer_ctrl_c(self, number: int, frame: FrameType | None) -> None:
+        del number, frame
+        again, self.asked, self._interrupted = self._interrupted, True, True
+        if again or not self._deferred:
+            raise KeyboardInterrupt
 
 
 def prepare_worker(worker: int) -> None:
