@@ -96,9 +96,7 @@ def command_problems(words: list[str]) -> Iterator[str]:
     for flag in _FLAG.findall(" ".join(words)):
         if flag not in options(command):
             yield f"{' '.join(used)} has no {flag}"
-    takes_a_task = any(
-        parameter.name == "task" for parameter in command.params if parameter.param_type_name != "option"
-    )
+    arguments = [parameter.name for parameter in command.params if parameter.param_type_name == "argument"]
     if "task" in arguments and words and words[0].isascii() and words[0].islower() and words[0] not in TASKS:
         yield f"no task {words[0]}"
 
