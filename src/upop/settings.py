@@ -232,6 +232,17 @@ class RunSettings(Checked):
         """Epochs after the published search."""
         return self.all_epochs - self.search_epochs
 
+    @property
+    def data_folders(self) -> dict[str, Path]:
+        """Setting -> folder, of the settings that say where data lie."""
+        names = [name for name in type(self).model_fields if name.endswith("_root") or name == "data_path"]
+        return {name: Path(getattr(self, name)) for name in names}
+
+    def is_default(self, name: str) -> bool:
+        """Whether a setting was not given, or as it would be anyway."""
+        usual = type(self).model_fields[name].get_default(call_default_factory=True)
+        return name not in self.model_fields_set or getattr(self, name) == usual
+
     def to_yaml(self) -> str:
         """Return the settings as resolved, in the form that `read_settings` takes."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)

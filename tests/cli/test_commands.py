@@ -235,4 +235,42 @@ def test_missing_data_is_named_where_nothing_is_set_up(
     code, text = upop_command("train", "nlvr", "--output-dir", tmp_path / "run")
     assert code == 1
     assert "nlvr_train.json" in text
+    assert f"ann_root is annotation, the default, looked for in {tmp_path}; give another with --set ann_root=" in text
     assert "Traceback" not in text
+
+
+@pytest.mark.parametrize(
+    ("task", "flags", "told"),
+    [
+        ("classification", (), "data_path is datasets/vision/imagenet, the default, looked for in"),
+        ("classification", ("--data-path", "mine"), "data_path is mine, looked for in"),
+        ("segmentation", (), "dataset_root is datasets/vision, the default, looked for in"),
+        ("retrieval", ("--set", "ann_root=mine"), "ann_root is mine, looked for in"),
+    ],
+)
+def test_missing_data_is_told_with_the_setting_that_names_its_folder(
+    upop_command: Callable[..., tuple[int, str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    task: str,
+    flags: tuple[str, ...],
+    told: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("DATASET", raising=False)
+    code, text = upop_command("train", task, "--output-dir", tmp_path / "run", *flags)
+    assert code == 1
+    assert f"{told} {tmp_path}" in text
+
+
+def test_missing_pictures_of_a_data_set_are_told_with_its_default(
+    upop_command: Callable[..., tuple[int, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = runs.make_task("retrieval", tmp_path)
+    settings = yaml.safe_load(config.read_text())
+    del settings["image_root"]
+    config.write_text(yaml.safe_dump(settings | {"ann_root": str(Path(settings["ann_root"]).resolve())}))
+    monkeypatch.chdir(tmp_path)
+    code, text = upop_command("train", "retrieval", "--config", config, "--output-dir", tmp_path / "run")
+    assert code == 1
+    assert f"image_root is datasets/vision/coco, the default, looked for in {tmp_path}" in text

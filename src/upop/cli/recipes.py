@@ -16,7 +16,7 @@ from upop.cli import options as o
 from upop.errors import UPopError
 from upop.plain import as_text
 from upop.recipes import RECIPES, Recipe, find_recipe, read_recipes
-from upop.settings import RunSettings
+from upop.settings import LanguageSettings, RunSettings
 from upop.tasks import find_task
 from upop.tasks.verbs import compress, evaluate_checkpoint
 from upop.training.task import Task
@@ -112,7 +112,8 @@ def _explain(recipe: Recipe, task: Task[Any], settings: RunSettings, *, evaluate
     fetched = is_remote(pretrained) or is_hub_name(pretrained)
     if fetched:
         console.print(as_text(f"  fetched  {pretrained}"))
-    needs = [*(() if fetched else (Path(pretrained),)), *_data(settings)]
+    tokenizer = [Path(settings.tokenizer)] if isinstance(settings, LanguageSettings) else []
+    needs = [*(() if fetched else (Path(pretrained),)), *settings.data_folders.values(), *tokenizer]
     for path in dict.fromkeys(needs):
         console.print(as_text(f"  {'found  ' if path.exists() else 'missing'}  {path}"))
     try:
@@ -145,9 +146,3 @@ def _cutting(settings: RunSettings) -> str:
 
 def _command(recipe: Recipe, *, evaluate: bool) -> str:
     return recipe.evaluation if evaluate else recipe.command
-
-
-def _data(settings: RunSettings) -> list[Path]:
-    fields = type(settings).model_fields
-    places = [name for name in fields if name.endswith("_root") or name in ("data_path", "tokenizer")]
-    return [Path(getattr(settings, name)) for name in places]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -80,6 +81,19 @@ class TolerantDataset(Noted, SeededDataset):
         return self.records.without(self.left_out) if self.left_out else self.records  # type: ignore[attr-defined]
 
 
+def _missing_folders(settings: RunSettings, complaint: str) -> str:
+    """Return which settings name the missing folders that a complaint about data is about, and where they were sought.
+
+    Nobody need have chosen them.
+    """
+    return "".join(
+        f" {name} is {folder}{', the default' if settings.is_default(name) else ''}"
+        f"{'' if folder.is_absolute() else f', looked for in {Path.cwd()}'}; give another with --set {name}=FOLDER."
+        for name, folder in settings.data_folders.items()
+        if str(folder) in complaint and not folder.exists()
+    )
+
+
 def make_loader(
     task: Task[Any], settings: RunSettings, split: str, bad_images: BadImages | None = None
 ) -> DataLoader[Any]:
@@ -93,7 +107,12 @@ def make_loader(
             loader with `upop.training.bad_images.readable`.
     """
     training = split == "train"
-    read, seed, tolerated = task.dataset(settings, split), settings.seed, settings.skip_bad_images
+    try:
+        read = task.dataset(settings, split)
+    except DataError as error:
+        error.args = (f"{error}{_missing_folders(settings, str(error))}",)
+        raise
+    seed, tolerated = settings.seed, settings.skip_bad_images
     records = (
         TolerantDataset(read, seed, BadImages(tolerated) if bad_images is None else bad_images, training=training)
         if tolerated
