@@ -314,13 +314,13 @@ def _() -> str:
 
 
 def seen(make: Mistake) -> str:
-    """Make a mistake, and return what one sees of it."""
+    """Make a mistake, and return what one sees of it, as it were in a folder that is called `/home/you/work`."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
             told = make()
         except upop.errors.UPopError as error:
-            return f"{type(error).__name__}: {error}"
+            return f"{type(error).__name__}: {error}".replace(str(Path.cwd()), "/home/you/work")
     if told is not None:
         return str(told)
     ours = [warning for warning in caught if issubclass(warning.category, UserWarning)]
