@@ -266,7 +266,7 @@ def test_rows_that_were_lost_are_told_and_done_without(nlvr: tuple[Path, dict[st
         found = outcome(folder)
         assert_same({**found, "rows": []}, {**expected, "rows": []})
         assert found["rows"][-1] == expected["rows"][-1]
-        assert "p: 0.5" in (folder / "settings.yaml").read_text()
+        assert "ratio: 0.5" in (folder / "settings.yaml").read_text()
         assert json.loads((folder / "versions.json").read_text())["verb"] == "compress"
 
 
