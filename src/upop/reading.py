@@ -7,9 +7,11 @@ end), or fail with an error that names no file.
 from __future__ import annotations
 
 import codecs
+import io
 import os
 import stat
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,21 @@ _LONGEST_LINE = 2**20
 _UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
+@contextmanager
+def regular_file(path: str | Path) -> Iterator[io.BufferedReader]:
+    """Give an open file, if it is a regular one: a named pipe would be waited for, and a device has no end.
+
+    Raises:
+        OSError: there is no such file, or it cannot be opened.
+        ValueError: it is something else than a file.
+    """
+    # Opening a named pipe would wait for somebody who writes to it.
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    with os.fdopen(descriptor, "rb") as file:
+        _check_regular(os.fstat(descriptor).st_mode)
+        yield file
+
+
 def read_bytes(path: Path, largest: int = LARGEST) -> bytes:
     """Return what a regular file holds.
 
@@ -31,17 +48,14 @@ def read_bytes(path: Path, largest: int = LARGEST) -> bytes:
         OSError: there is no such file, or it cannot be read.
         ValueError: it is something else than a file, or larger than `largest` bytes.
     """
-    # Opening a named pipe would wait for somebody who writes to it.
-    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
-    with os.fdopen(descriptor, "rb") as file:
-        check_regular(os.fstat(descriptor).st_mode)
+    with regular_file(path) as file:
         content = file.read(largest + 1)
     if len(content) > largest:
         raise ValueError(f"it has more than {largest:,} bytes")
     return content
 
 
-def check_regular(mode: int) -> None:
+def _check_regular(mode: int) -> None:
     """Raise ValueError, which says what it is, where `mode` (`st_mode`) is not that of a regular file."""
     if stat.S_ISREG(mode):
         return
@@ -129,7 +143,6 @@ __all__ = [
     "LARGEST",
     "LARGEST_DATA",
     "LONGEST_NUMBER",
-    "check_regular",
     "parse_json",
     "read_bytes",
     "read_json",
@@ -137,4 +150,5 @@ __all__ = [
     "read_object",
     "read_text",
     "reason",
+    "regular_file",
 ]

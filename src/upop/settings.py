@@ -205,6 +205,11 @@ class RunSettings(Checked):
         return self
 
     @property
+    def listed_folders(self) -> tuple[Path, ...]:
+        """Folders in which every picture is data: a run in one of them would train on what it wrote."""
+        return ()
+
+    @property
     def teaching(self) -> float:
         """The weight of what the dense model teaches, in a compression."""
         return (_TEACHING if self.method == "upop" else 0.0) if self.distill is None else self.distill

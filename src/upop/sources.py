@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from upop.reading import regular_file
+
 READ_WHOLE = 128 * 2**20
 """Bytes of pictures up to which a data set is compared by content; a larger one by names and sizes."""
 
@@ -84,8 +86,9 @@ def file_digest(path: Path) -> str:
 
     Raises:
         OSError: it cannot be read.
+        ValueError: it is something else than a file.
     """
-    with path.open("rb") as file:
+    with regular_file(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -100,7 +103,7 @@ def _stat(path: Path) -> tuple[int, int]:
 def _content(path: Path) -> str:
     try:
         return file_digest(path)
-    except OSError:
+    except (OSError, ValueError):
         return "cannot be read"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import builtins
 import json
+import os
 import shutil
 import socket
 from collections.abc import Callable, Iterator, Mapping
@@ -20,6 +21,7 @@ from torch import nn
 
 import upop
 from upop.checkpoints.convert import read_model
+from upop.checkpoints.foreign import recognised
 from upop.errors import CheckpointError
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
@@ -258,3 +260,24 @@ def test_a_device_is_no_file_of_weights(tmp_path: Path) -> None:
     (folder / "model.safetensors").symlink_to("/dev/zero")
     with pytest.raises(CheckpointError, match="nothing was found there"):
         upop.load_into(Net(), folder)
+
+
+def test_a_pipe_beside_the_weights_is_not_waited_for(tmp_path: Path) -> None:
+    folder = upop.save(Net(), tmp_path / "m")
+    os.mkfifo(folder / "more.safetensors")
+    (folder / "endless.safetensors").symlink_to("/dev/zero")
+    assert type(upop.load_into(Net(), folder)) is Net
+
+
+@pytest.mark.parametrize("library", ["timm", "open_clip"])
+def test_pickles_in_folders_for_the_hub_are_not_opened(library: str, tmp_path: Path) -> None:
+    if library == "timm":
+        name, told = "config.json", {"architecture": "vit_tiny_patch16_224", "pretrained_cfg": {}}
+    else:
+        name, told = "open_clip_config.json", {"model_cfg": {"embed_dim": 8, "vision_cfg": {}, "text_cfg": {}}}
+    (tmp_path / name).write_text(json.dumps(told))
+    torch.save(Net().state_dict(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(
+        CheckpointError, match=r"holds no .*model\.safetensors, and pickles such as 'pytorch_model\.bin"
+    ):
+        recognised(tmp_path)

@@ -75,6 +75,15 @@ def test_accuracy_is_that_of_the_likeliest_classes(config: Path, tmp_path: Path)
         assert found[f"acc@{cut}"] == pytest.approx(100 * sum(place < cut for place in places) / len(places))
 
 
+@pytest.mark.parametrize("place", ["train", "val/run", "link"])
+def test_a_run_among_its_pictures_is_refused(place: str, config: Path, few: Path) -> None:
+    (few / "link").symlink_to("train")
+    before = sorted(few.rglob("*"))
+    with pytest.raises(SettingError, match=r"output_dir=.* lies in .*few.*Choose another"):
+        train(TASK, settings_of(config, data_path=few, output_dir=few / place))
+    assert sorted(few.rglob("*")) == before
+
+
 def test_what_is_not_a_number_is_no_right_answer(config: Path) -> None:
     predictions = TASK.predict(
         lambda images: torch.full((len(images), 12), float("nan")),  # type: ignore[arg-type]

@@ -147,3 +147,16 @@ def test_every_task_says_what_it_reads(name: str, tmp_path: Path) -> None:
         assert all(path.is_file() and not Path(picture).is_absolute() for picture, path in read.pictures.items())
         assert all(path.is_file() for path in read.annotations)
         assert read.annotations or name in ("classification", "segmentation")
+
+
+@pytest.mark.parametrize("kind", ["a named pipe", "a device"])
+def test_what_is_no_file_is_not_read_for_its_digest(kind: str, tmp_path: Path) -> None:
+    picture = tmp_path / "0.png"
+    if kind == "a device":
+        picture.symlink_to("/dev/zero")
+    else:
+        os.mkfifo(picture)
+    found = digests_of(Sources((), {"0.png": picture}))  # without an end, or for ever, if it were read
+    assert found["pictures"] == 1
+    with pytest.raises(ValueError, match=f"it is {kind}, not a file"):
+        sources.file_digest(picture)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ from pydantic import ConfigDict, Field, ValidationError
 
 from upop.errors import CheckpointError
 from upop.reading import read_object
+from upop.sources import file_digest
 from upop.values import Checked, problems, shortened
 
 _PRINTED = r"^[^\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]{1,1000}$"
@@ -91,11 +91,7 @@ def read_from(source: str, part: str = "") -> Iterator[None]:
 
 def digests(folder: Path) -> dict[str, str]:
     """Return the SHA-256 digests of the files of weights in a folder, by their names."""
-    found = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        with path.open("rb") as file:
-            found[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
-    return found
+    return {path.name: file_digest(path) for path in sorted(folder.glob("*.safetensors")) if path.is_file()}
 
 
 def check_digests(folder: Path, description: Description, *, strict: bool = True) -> None:

@@ -23,7 +23,7 @@ from upop.values import shortened
 _SAVED = "model.safetensors"
 _TIMM, _OPEN_CLIP = "config.json", "open_clip_config.json"
 _ADVICE = "Fetch or write it again."
-_WEIGHTS = {_TIMM: (_SAVED, "pytorch_model.bin"), _OPEN_CLIP: ("open_clip_model.safetensors", _SAVED)}
+_WEIGHTS = {_TIMM: (_SAVED,), _OPEN_CLIP: ("open_clip_model.safetensors", _SAVED)}
 _NOT_OURS = "Compress it as the model that it is (upop.Pruner)."
 
 
@@ -86,8 +86,17 @@ def recognised(folder: Path) -> Foreign | None:
 
 
 def _weights(folder: Path, kind: str) -> Path:
+    """Return the file of weights of a folder; pickles, which both libraries write too, are none."""
     names = _WEIGHTS[kind]
-    return next((folder / name for name in names if (folder / name).is_file()), folder / names[0])
+    found = next((folder / name for name in names if (folder / name).is_file()), None)
+    if found is None:
+        pickled = next((path.name for path in sorted(folder.glob("*.bin"))), None)
+        raise CheckpointError(
+            f"{folder} holds no {' or '.join(names)}"
+            f"{f', and pickles such as {shortened(pickled)} are not read of a folder' if pickled else ''}. Write its "
+            "weights again, as safetensors."
+        )
+    return found
 
 
 def _timm(file: Path, weights: Path, name: Any, arguments: Any, pictures: Mapping[str, Any]) -> Foreign:

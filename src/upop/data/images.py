@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from upop.errors import BadImageError, DataError
-from upop.reading import check_regular
+from upop.reading import regular_file
 
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "DIB", "TIFF", "PPM", "AVIF", "JPEG2000")
 """What Pillow calls the kinds of pictures that are opened."""
@@ -56,13 +56,10 @@ def opened(path: str | Path) -> Iterator[Image.Image]:
         OSError, ValueError: it is no regular file, none of the kinds of `FORMATS`, or beyond the bounds.
         Exception: what Pillow's decoders raise, here or where the picture is used.
     """
-    # Opening a named pipe would wait for somebody who writes to it.
-    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
-    with os.fdopen(descriptor, "rb") as file:
-        status = os.fstat(descriptor)
-        check_regular(status.st_mode)
-        if status.st_size > _MOST_BYTES:
-            raise ValueError(f"it has {status.st_size:,} bytes, and {_MOST_BYTES:,} are the most")
+    with regular_file(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > _MOST_BYTES:
+            raise ValueError(f"it has {size:,} bytes, and {_MOST_BYTES:,} are the most")
         try:
             image = Image.open(file, formats=_formats())
         except UnidentifiedImageError:

@@ -83,6 +83,11 @@ class ClassificationSettings(PictureSettings):
     num_workers: int = Field(10, ge=0)
     seed: int = Field(0, ge=0)
 
+    @property
+    def listed_folders(self) -> tuple[Path, ...]:
+        """The splits' folders, each folder in which is a class."""
+        return tuple(self.data_path / split for split in ClassificationTask.splits.values())
+
     def mixing(self, classes: int) -> Mixing | None:
         """Return how training pictures are mixed, if they are."""
         mixing = Mixing(

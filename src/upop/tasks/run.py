@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -51,6 +52,17 @@ Metrics = dict[str, dict[str, float]]
 """Split (its published name) -> metric -> value in percent."""
 
 
+def _refuse_among_data(settings: RunSettings) -> None:
+    """Refuse an `output_dir` in which what the run writes would be taken for data, before it is made."""
+    place = Path(os.path.realpath(settings.output_dir))
+    for folder in settings.listed_folders:
+        if place.is_relative_to(os.path.realpath(folder)):
+            raise SettingError(
+                f"output_dir={settings.output_dir} lies in {folder}, where all pictures and folders are data. "
+                "Nothing was written. Choose another --output-dir."
+            )
+
+
 class Run:
     """One run: its accelerator, folder, data and console; and what all verbs do at their start and end.
 
@@ -66,6 +78,7 @@ class Run:
             self.settings = settings = self._beside(settings)
         self._prepared: dict[str, Any] = {}
         check_trackers(settings.trackers)
+        _refuse_among_data(settings)
         self.folder = RunFolder(settings.output_dir, self._main, settings.keep_checkpoints, say=self.say)
         try:
             self._begin(settings)

@@ -140,6 +140,11 @@ class SegmentationSettings(RunSettings):
         """Folder of ADE20K's pictures and annotations."""
         return self.dataset_root / FOLDER
 
+    @property
+    def listed_folders(self) -> tuple[Path, ...]:
+        """The folders of pictures and of label maps."""
+        return (self.root / "images", self.root / "annotations")
+
 
 class SegmentationTask(PublishedTask[SegmentationSettings]):
     """Segmentation of scenes."""
