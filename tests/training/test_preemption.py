@@ -67,6 +67,11 @@ def test_an_interrupt_between_steps_is_at_once_and_says_how_to_go_on() -> None:
         pytest.fail("it went on")
 
 
+def test_a_run_that_goes_on_by_itself_is_told_no_flag() -> None:
+    with pytest.raises(KeyboardInterrupt, match=r"The same command goes on\.$"), Preemption(auto=True):
+        signal.raise_signal(signal.SIGINT)
+
+
 def test_an_interrupt_lets_the_step_end_and_a_second_one_does_not() -> None:
     stepped = []
     told = pytest.raises(KeyboardInterrupt, match=r"Ctrl-C.*--resume auto")

@@ -30,7 +30,7 @@ def train(task: Task[Any], settings: RunSettings) -> Results | None:
         UPopError: settings, data, checkpoint, device or run folder are not usable; before any long work.
         PreemptedError: the run was asked to end (SIGTERM), and can be resumed.
     """
-    with Preemption() as preemption, Run(task, settings, "train") as run:
+    with Preemption(settings.resume == "auto") as preemption, Run(task, settings, "train") as run:
         settings = run.settings
         if settings.pretrained:
             model, lacking = task.start(run.checkpoint(), settings)
@@ -63,7 +63,7 @@ def compress(task: Task[Any], settings: RunSettings) -> Results | None:
         PreemptedError: the run was asked to end (SIGTERM), and can be resumed.
     """
     check_epochs(settings)
-    with Preemption() as preemption, Run(task, settings, "compress") as run:
+    with Preemption(settings.resume == "auto") as preemption, Run(task, settings, "compress") as run:
         settings = run.settings
         model = run.pretrained(training=True)
         run.settle(model)

@@ -33,12 +33,16 @@ class Preemption:
     It answers Ctrl-C by `KeyboardInterrupt` in the same way, in a run of one process (torchrun ends several), and where
     nobody else handles it. Pressed a second time, Ctrl-C does not wait for the step.
 
+    Args:
+        auto: whether the run goes on by itself when it is started again, so that no flag is recommended.
+
     Attributes:
         asked: whether a signal came.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, auto: bool = False) -> None:
         self.asked = False
+        self._auto = auto
         self._deferred = False
         self._interrupted = False
         self._before: dict[signal.Signals, Any] = {}
@@ -84,7 +88,7 @@ class Preemption:
     def leave(self, saved: str = "") -> None:
         """Raise `PreemptedError`, or after Ctrl-C `KeyboardInterrupt`, with what was saved, in words."""
         told = saved or "What was saved before is there; the work since then is done again."
-        told += " The same command with --resume auto goes on."
+        told += f" The same command {'' if self._auto else 'with --resume auto '}goes on."
         if self._interrupted:
             raise KeyboardInterrupt(_INTERRUPTED + told)
         raise PreemptedError(_TERMINATED + told)
