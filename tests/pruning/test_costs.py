@@ -144,6 +144,8 @@ def test_errors_of_costs(cost: object, fragments: list[str]) -> None:
 
 def test_a_unit_that_the_example_does_not_run_is_named() -> None:
     class Partly(nn.Module):
+        __module__ = "timm"  # read by its modules, as models of libraries are; others hold what runs alone
+
         def __init__(self) -> None:
             super().__init__()
             self.used, self.unused = VIT.build(), VIT.build()

@@ -209,7 +209,7 @@ def test_a_failing_constructor_leaves_no_trace(family: Family) -> None:
     first.remove()
 
 
-def test_a_layer_with_a_forward_of_its_own_is_left_alone(family: Family) -> None:
+def test_a_layer_with_a_forward_of_its_own_is_left_alone_or_proved(family: Family) -> None:
     model = family.build()
     last = upop.find_units(model)[-1]
     layer = model.get_submodule(last.producers[0].tensor.rpartition(".")[0])
@@ -220,8 +220,12 @@ def test_a_layer_with_a_forward_of_its_own_is_left_alone(family: Family) -> None
 
     layer.__class__ = Odd
     found = upop.pruning.survey(model)
-    assert last.name not in {unit.name for unit in found.units}
-    assert any("is a Odd, whose forward is not that of torch.nn.Linear" in part.reason for part in found.skipped)
+    units = {unit.name: unit for unit in found.units}
+    if last.name in units:  # read off what the model computes, which is linear all the same
+        assert units[last.name].proved
+    else:
+        reason = "is a Odd, whose forward is not that of torch.nn.Linear"
+        assert any(reason in part.reason for part in found.skipped)
 
 
 def reference_gradients(

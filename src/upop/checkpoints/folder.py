@@ -39,7 +39,7 @@ from upop.checkpoints.write import write_weights
 from upop.errors import CheckpointError, LayoutError, PlanError, nearest
 from upop.files import replacing_folder
 from upop.models import MODELS, kind_of
-from upop.pruning import Plan, Unit, count_parameters, survey
+from upop.pruning import Plan, Survey, Unit, count_parameters, remember, survey
 from upop.pruning.errors import some_of
 from upop.pruning.masks import refuse_masked, unwrapped
 from upop.pruning.sharded import refuse_sharded
@@ -168,6 +168,9 @@ def load_into(model: nn.Module, folder: str | Path, *, strict: bool = True) -> n
         state = load_transformers(folder, type(model), strict=strict).state_dict()
     else:
         state = read_weights(folder / WEIGHTS)
+    plan = _plan(description, folder)
+    if plan is not None and plan.slices:
+        remember(model, Survey(tuple(plan.units(model)), ()))
     try:
         fit(model, state, str(folder), lambda _unit: False, strict=strict)
     except CheckpointError as error:
@@ -176,7 +179,7 @@ def load_into(model: nn.Module, folder: str | Path, *, strict: bool = True) -> n
             "it was compressed."
         ) from error
     check_digests(folder, description, strict=strict)
-    set_plan(model, _plan(description, folder))
+    set_plan(model, plan)
     set_preparation(model, description.preparation)
     if isinstance(model, PreTrainedModel):
         mark(model)

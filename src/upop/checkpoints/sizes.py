@@ -93,11 +93,12 @@ def join_plans(first: Plan | None, second: Plan) -> Plan:
             kept[name] = tuple(first.kept[name][entry] for entry in entries)
         else:  # not cut before, or another layer had this name then
             kept[name], sizes[name] = entries, second.sizes[name]
-    return Plan(kept, sizes, second.settings)
+    return Plan(kept, sizes, second.settings, {**first.slices, **second.slices})
 
 
 def plan_for(plan: Plan, units: Iterable[Unit]) -> Plan:
     """Return the part of a plan that is about units as they are: others went when whole layers were dropped."""
     present = {unit.name: unit.size for unit in units}
     kept = {name: entries for name, entries in plan.kept.items() if present.get(name) == len(entries)}
-    return Plan(kept, {name: plan.sizes[name] for name in kept}, plan.settings)
+    slices = {name: unit for name, unit in plan.slices.items() if name in kept}
+    return Plan(kept, {name: plan.sizes[name] for name in kept}, plan.settings, slices)

@@ -3,7 +3,7 @@
 from upop.pruning.calibrate import calibrate
 from upop.pruning.costs import count_macs, count_parameters
 from upop.pruning.distill import Distillation, distill
-from upop.pruning.layouts import LAYOUTS, Layout, Survey, find_units, survey
+from upop.pruning.layouts import LAYOUTS, Layout, Survey, find_units, remember, survey
 from upop.pruning.magnitude import plan_by_magnitude
 from upop.pruning.plan import Plan
 from upop.pruning.pruner import Pruner
@@ -32,6 +32,7 @@ __all__ = [
     "find_units",
     "gather",
     "plan_by_magnitude",
+    "remember",
     "shrink",
     "skeleton",
     "survey",

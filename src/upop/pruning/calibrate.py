@@ -18,7 +18,7 @@ from upop.pruning.choice import check_ratio, check_whole, chosen, refuse_frozen
 from upop.pruning.correction import Change, Choice
 from upop.pruning.costs import Cost, call, entry_costs, evaluating
 from upop.pruning.errors import SettingError, StepError
-from upop.pruning.layouts import find_units
+from upop.pruning.layouts import find_units, units_to_search
 from upop.pruning.masks import refuse_masked, unwrapped
 from upop.pruning.moments import PARTS, Moments, readers
 from upop.pruning.plan import Plan
@@ -73,7 +73,7 @@ def calibrate(
         score: what a batch adds to the scores: "absolute", "squared", or a function; see `Pruner`.
         include: names or patterns of the units to cut; default all.
         exclude: names or patterns of units to leave alone.
-        example: inputs for one forward pass; needed by cost="flops" alone.
+        example: inputs for one forward pass, for cost="flops" and to read a model with classes of one's own (`survey`).
 
     Returns:
         What every unit kept, in the entries of the dense model.
@@ -96,7 +96,7 @@ def calibrate(
             f"ridge must be above 0, or the weights are not determined; found {ridge!r}. Without it, it is chosen."
         )
     scorer = scoring(score)
-    dense = chosen(find_units(model), include, exclude)
+    dense = chosen(units_to_search(model, example), include, exclude)
     refuse_frozen(model, dense)
     refuse_masked(model, dense)
     refuse_shared(model, dense)

@@ -17,9 +17,17 @@ from upop.pruning.units import Unit, tensor_of
 def chosen(units: list[Unit], include: str | Sequence[str] | None, exclude: str | Sequence[str] | None) -> list[Unit]:
     """Return the units that `include` names (all where it is None) and `exclude` does not.
 
+    Units of one entry (attention whose heads all share keys and values) are no part of it.
+
     Raises:
         SettingError: a pattern matches nothing, or nothing is left.
     """
+    units = [unit for unit in units if unit.size > 1]  # nothing of the others can go: they are no part of a budget
+    if not units:
+        raise SettingError(
+            "Every unit of the model has one entry alone (one group of heads that share keys and values), and each "
+            "keeps its last one, so nothing can go."
+        )
     names = [unit.name for unit in units]
     keep = set(_matches(names, include, "include")) if include is not None else set(names)
     keep -= set(_matches(names, exclude, "exclude")) if exclude is not None else set()

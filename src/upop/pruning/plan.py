@@ -13,7 +13,7 @@ from torch import nn
 from upop.pruning.errors import PlanError, nearest
 from upop.pruning.json_text import parse_json
 from upop.pruning.layouts import find_units
-from upop.pruning.units import Unit
+from upop.pruning.units import Unit, tensor_of
 
 _VERSION = 1
 
@@ -26,11 +26,14 @@ class Plan(Mapping[str, tuple[int, ...]]):
         kept: unit name -> kept entries, ascending, never empty.
         sizes: unit name -> number of entries before pruning.
         settings: how the plan came about (ratio, cost, ...); JSON values, for people to read.
+        slices: unit name -> the unit as `Unit.to_json` writes it, of units that were read off what a model computes: a
+            model is cut by them without being read again.
     """
 
     kept: Mapping[str, tuple[int, ...]]
     sizes: Mapping[str, int]
     settings: Mapping[str, Any] = field(default_factory=dict)
+    slices: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
     def __getitem__(self, unit: str) -> tuple[int, ...]:
         """The entries that the unit keeps."""
@@ -54,12 +57,14 @@ class Plan(Mapping[str, tuple[int, ...]]):
                 f"The plan names {unknown[0]!r}, which is no unit of the model{nearest(unknown[0], list(sizes))}."
             )
         indices = {name: tuple(sorted(int(entry) for entry in entries)) for name, entries in kept.items()}
-        return cls(indices, {name: sizes[name] for name in indices}, settings)
+        slices = {unit.name: unit.to_json() for unit in units if unit.proved and unit.name in indices}
+        return cls(indices, {name: sizes[name] for name in indices}, settings, slices)
 
     def to_json(self) -> str:
         """Return the plan as JSON text."""
         units = {name: {"size": self.sizes[name], "kept": list(kept)} for name, kept in self.kept.items()}
-        return json.dumps({"version": _VERSION, "settings": dict(self.settings), "units": units}, indent=1)
+        content = {"version": _VERSION, "settings": dict(self.settings), "units": units}
+        return json.dumps(content | ({"slices": dict(self.slices)} if self.slices else {}), indent=1)
 
     @classmethod
     def from_json(cls, text: str) -> Plan:
@@ -75,11 +80,30 @@ class Plan(Mapping[str, tuple[int, ...]]):
             kept = {name: tuple(_entry(entry) for entry in unit["kept"]) for name, unit in units.items()}
             sizes = {name: _entry(unit["size"]) for name, unit in units.items()}
             settings = dict(content.get("settings", {}))
+            slices = dict(content.get("slices", {}))
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise PlanError(f"Expected a plan as Plan.to_json writes it, found {text[:60]!r}: {error!r}.") from error
         if isinstance(version, bool) or version != _VERSION:
             raise PlanError(f"The plan has version {version!r}; this upop reads version {_VERSION}. Update upop.")
-        return cls(kept, sizes, settings)
+        return cls(kept, sizes, settings, slices)
+
+    def units(self, model: nn.Module) -> list[Unit]:
+        """Return the units that the plan was made of, where it holds their slices; else those that the model has.
+
+        Raises:
+            PlanError: the slices are damaged, or the model has no such tensors.
+        """
+        if not self.slices or not set(self.kept) <= set(self.slices):
+            return find_units(model)
+        from upop.pruning.axes import SWAPS
+
+        try:
+            return [Unit.from_json(content, model, SWAPS) for content in self.slices.values()]
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise PlanError(
+                f"The slices of the plan do not fit {type(model).__name__}: {error!r}. Give the model that it was made "
+                "for, in its dense form."
+            ) from error
 
     def check(self, model: nn.Module) -> list[Unit]:
         """Return the units of `model` that the plan speaks of, in forward order.
@@ -88,7 +112,7 @@ class Plan(Mapping[str, tuple[int, ...]]):
             PlanError: a unit is unknown or of another size, or its indices are empty, repeated or out of range;
                 every such unit is listed.
         """
-        units = {unit.name: unit for unit in find_units(model)}
+        units = {unit.name: unit for unit in self.units(model)}
         wrong = []
         for name, kept in self.kept.items():
             unit = units.get(name)
@@ -96,6 +120,8 @@ class Plan(Mapping[str, tuple[int, ...]]):
                 wrong.append(f"{name}: no such unit{nearest(name, list(units))}")
             elif unit.size != self.sizes[name]:
                 wrong.append(f"{name}: the plan is for {self.sizes[name]} entries, the model has {unit.size}")
+            elif (misfit := _misfit(model, unit)) is not None:
+                wrong.append(f"{name}: {misfit}")
             elif not kept:
                 wrong.append(f"{name}: nothing would be left; keep at least one entry")
             elif list(kept) != sorted(set(kept)):
@@ -106,6 +132,18 @@ class Plan(Mapping[str, tuple[int, ...]]):
             more = f" (and {len(wrong) - 5} more)" if len(wrong) > 5 else ""
             raise PlanError(f"The plan does not fit {type(model).__name__}: " + "; ".join(wrong[:5]) + more + ".")
         return [unit for name, unit in units.items() if name in self.kept]
+
+
+def _misfit(model: nn.Module, unit: Unit) -> str | None:
+    """Say which tensor of a model a unit does not fit."""
+    for part in unit.slices:
+        try:
+            length = tensor_of(model, part.tensor).shape[part.dim]
+        except (AttributeError, IndexError):
+            return f"the model has no tensor {part.tensor} with a dimension {part.dim}"
+        if length != part.length(unit.size):
+            return f"{part.tensor} has {length} along dimension {part.dim}, the plan is for {part.length(unit.size)}"
+    return None
 
 
 def _entry(value: Any) -> int:

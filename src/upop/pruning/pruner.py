@@ -14,7 +14,7 @@ from upop.pruning.choice import check_ratio, check_whole, chosen, refuse_frozen
 from upop.pruning.correction import Choice, correct_readers
 from upop.pruning.costs import Cost, entry_costs
 from upop.pruning.errors import LayoutError, SettingError, StepError
-from upop.pruning.layouts import find_units
+from upop.pruning.layouts import find_units, units_to_search
 from upop.pruning.masks import Masks, unwrapped
 from upop.pruning.moments import PARTS, Moments
 from upop.pruning.plan import Plan
@@ -64,7 +64,7 @@ class Pruner:
             is where it would not help. It needs 2 n^2 numbers for n inputs, and a model that is called as a module.
         include: names or patterns (`fnmatch`) of the units to prune; default all.
         exclude: names or patterns of units to leave alone.
-        example: inputs for one forward pass; needed by cost="flops" alone.
+        example: inputs for one forward pass, for cost="flops" and to read a model with classes of one's own (`survey`).
         update_first_step: False leaves the masks alone at step 0, as published for DeiT and Segmenter.
 
     Raises:
@@ -105,7 +105,7 @@ class Pruner:
         refuse_flattened(self.model)
         self.ratio, self.steps, self.interval = ratio, steps, interval
         self.cost, self.align, self.update_first_step = cost, align, update_first_step
-        self.units: list[Unit] = chosen(find_units(self.model), include, exclude)
+        self.units: list[Unit] = chosen(units_to_search(self.model, example), include, exclude)
         self.score = score or ("signed" if self.progress == "soft" else "absolute")
         self._scoring = scoring(self.score)
         refuse_frozen(self.model, self.units)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
@@ -16,7 +15,7 @@ from upop.pruning.errors import LayoutError, VerificationError
 from upop.pruning.masks import Masks, refuse_masked, unwrapped
 from upop.pruning.plan import Plan
 from upop.pruning.sharded import refuse_sharded
-from upop.pruning.units import Slice, Unit, owner_of, tensor_of
+from upop.pruning.units import Unit, has_number, number_of, owner_of, set_number, tensor_of
 
 # Largest allowed difference of an output, relative to its largest entry, by the precision of the weights.
 _TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 5e-3}
@@ -32,8 +31,8 @@ class Edit:
 
     def apply(self) -> Edit:
         """Do it; return what takes it back."""
-        old = getattr(self.module, self.name)
-        setattr(self.module, self.name, self.new)
+        old = number_of(self.module, self.name)
+        set_number(self.module, self.name, self.new)
         return Edit(self.module, self.name, old)
 
 
@@ -79,21 +78,20 @@ def shrink(model: nn.Module, plan: Plan | Mapping[str, Any], *, verify: Any = No
     return whole
 
 
-def cut(model: nn.Module, units: list[Unit], plan: Plan, *, fold: bool = True) -> list[Edit]:
+def cut(model: nn.Module, units: list[Unit], plan: Mapping[str, Sequence[int]], *, fold: bool = True) -> list[Edit]:
     """Apply the surgery; return the edits that take it back. Nothing is changed if building a layer fails."""
     refuse_shared(model, units)
+    going = [unit for unit in units if len(plan[unit.name]) < unit.size]
     edits: list[Edit] = []
-    for unit in units:
-        kept = plan[unit.name]
-        if len(kept) == unit.size:
-            continue
-        for part in unit.slices:
-            edits += _cut_slice(model, unit, part, torch.tensor(kept), edits, fold)
+    tensors = dict.fromkeys(part.tensor for unit in going for part in unit.slices)
+    for tensor in tensors:
+        edits += _cut_tensor(model, tensor, going, plan, fold)
+    for unit in going:
+        edits += [Edit(model.get_submodule(swap.module), "__class__", swap.kind) for swap in unit.swaps]
         for attribute in unit.attributes:
             module = model.get_submodule(attribute.module)
-            if hasattr(module, attribute.name):
-                edits.append(Edit(module, attribute.name, attribute.value(len(kept))))
-        edits += [Edit(model.get_submodule(swap.module), "__class__", swap.kind) for swap in unit.swaps]
+            if has_number(module, attribute.name):
+                edits.append(Edit(module, attribute.name, attribute.value(len(plan[unit.name]))))
     return [edit.apply() for edit in edits]
 
 
@@ -103,20 +101,33 @@ def restore(undo: list[Edit]) -> None:
         edit.apply()
 
 
-def _cut_slice(model: nn.Module, unit: Unit, part: Slice, kept: Tensor, pending: list[Edit], fold: bool) -> list[Edit]:
-    module, leaf = owner_of(model, part.tensor)
-    # A tensor can carry the axes of two units, so build on what is already decided for it.
-    old = next((e.new for e in reversed(pending) if e.module is module and e.name == leaf), getattr(module, leaf))
-    kept = kept.to(old.device)
+def _cut_tensor(
+    model: nn.Module, name: str, units: list[Unit], plan: Mapping[str, Sequence[int]], fold: bool
+) -> list[Edit]:
+    """Cut one tensor along all axes that units cut it along."""
+    module, leaf = owner_of(model, name)
+    old = tensor_of(model, name)
+    stays: dict[int, Tensor] = {}
+    new = old.detach()
     with torch.no_grad():
-        new = old.detach().index_select(part.dim, part.index(kept, unit.size))
-        if fold and part.query_groups:
-            new.narrow(part.dim, 0, part.query_rows(len(kept))).mul_(math.sqrt(len(kept) / unit.size))
+        for unit, part in ((each, part) for each in units for part in each.slices if part.tensor == name):
+            kept = torch.tensor(plan[unit.name], device="cpu")  # models may be built with another device as the default
+            here = torch.zeros(old.shape[part.dim], dtype=torch.bool, device="cpu")
+            here[part.index(kept, unit.size)] = True
+            stays[part.dim] = stays.get(part.dim, torch.ones_like(here)) & here
+            if fold and part.query_groups and part.power:
+                new = new.clone() if new.data_ptr() == old.data_ptr() else new
+                rows = new.narrow(part.dim, part.gaps[0] if part.gaps else 0, part.query_rows(unit.size))
+                rows.mul_((len(kept) / unit.size) ** part.power)
+        for dim, here in stays.items():
+            new = new.index_select(dim, here.nonzero().flatten().to(old.device))
     if isinstance(old, nn.Parameter):
         new = nn.Parameter(new, requires_grad=old.requires_grad)
     edits = [Edit(module, leaf, new)]
-    width = _width_attribute(module, part.dim) if leaf == "weight" else None
-    return [*edits, Edit(module, width, new.shape[part.dim])] if width else edits
+    for dim in stays if leaf == "weight" else ():
+        width = _width_attribute(module, dim)
+        edits += [Edit(module, width, new.shape[dim])] if width else []
+    return edits
 
 
 def _width_attribute(module: nn.Module, dim: int) -> str | None:

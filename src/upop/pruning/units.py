@@ -7,8 +7,9 @@ a new row in `layouts.py` and nothing else.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +39,9 @@ class Slice:
         silent: which of the `outer` groups are cut, but neither masked nor scored (the gate of a gated MLP).
         direct: True where the library reads the tensor itself, so that masks must scale it in place of its layer's
             forward (packed projections, fused kernels, layers that are no `nn.Linear`).
+        gaps: rows of something else before each of the `outer` groups, and behind the last one; () where the unit's
+            axis is all there is.
+        power: queries are multiplied by (kept / size) ** power at the cut, for the softmax scale that follows the size.
     """
 
     tensor: str
@@ -49,6 +53,8 @@ class Slice:
     follows: bool = False
     silent: tuple[int, ...] = ()
     direct: bool = False
+    gaps: tuple[int, ...] = ()
+    power: float = 0.5
 
     @property
     def inners(self) -> tuple[int, ...]:
@@ -57,31 +63,46 @@ class Slice:
 
     def length(self, size: int) -> int:
         """Return the length of the tensor along `dim` when the unit has `size` entries."""
-        return size * sum(self.inners)
+        return size * sum(self.inners) + sum(self.gaps)
 
     def query_rows(self, size: int) -> int:
         """Return how many of the first rows are queries when the unit has `size` entries."""
         return size * sum(self.inners[: self.query_groups])
 
+    def entries(self, size: int) -> Tensor:
+        """Return the entry that every position along `dim` belongs to, [length], int64; -1 in gaps."""
+        gaps = self.gaps or (0,) * (self.outer + 1)
+        with torch.device("cpu"):  # models may be built with another one as the default
+            parts = [torch.full((gaps[0],), -1)]
+            for inner, gap in zip(self.inners, gaps[1:], strict=True):
+                parts += [torch.arange(size).repeat_interleave(inner), torch.full((gap,), -1)]
+            return torch.cat(parts)
+
     def index(self, kept: Tensor, size: int) -> Tensor:
-        """Return the positions along `dim` that belong to the `kept` entries (int64, ascending per group)."""
-        entries = torch.arange(self.length(size), device=kept.device).split([size * inner for inner in self.inners])
-        return torch.cat([group.view(size, -1)[kept].flatten() for group in entries])
+        """Return the positions along `dim` that stay with the `kept` entries (int64, ascending per group)."""
+        stays = torch.ones(size + 1, dtype=torch.bool, device="cpu")  # the last one for gaps
+        stays[:-1] = False
+        stays[kept.cpu()] = True
+        return stays[self.entries(size)].nonzero().flatten().to(kept.device)
 
     def expand(self, entries: Tensor) -> Tensor:
-        """Repeat one value per entry, shape [size], to one value per row, shape [length]; silent rows get 1."""
-        ones = torch.ones_like(entries)
-        groups = [ones if group in self.silent else entries for group in range(self.outer)]
-        return torch.cat([group.repeat_interleave(inner) for group, inner in zip(groups, self.inners, strict=True)])
+        """Repeat one value per entry, [size], to one value per row, [length]; silent rows and gaps get 1."""
+        ones, gaps = torch.ones_like(entries), self.gaps or (0,) * (self.outer + 1)
+        parts = [entries.new_ones(gaps[0])]
+        for group, (inner, gap) in enumerate(zip(self.inners, gaps[1:], strict=True)):
+            parts += [(ones if group in self.silent else entries).repeat_interleave(inner), entries.new_ones(gap)]
+        return torch.cat(parts)
 
     def reduce(self, rows: Tensor, *, silent: bool = False) -> Tensor:
         """Sum one value per row, shape [length], to one value per entry, shape [size]; silent rows only if asked."""
-        if isinstance(self.inner, int) and (silent or not self.silent):
+        if isinstance(self.inner, int) and not self.gaps and (silent or not self.silent):
             return rows.view(self.outer, -1, self.inner).sum(dim=(0, 2))
-        size = len(rows) // self.length(1)
-        groups = rows.split([size * inner for inner in self.inners])
+        size = (len(rows) - sum(self.gaps)) // sum(self.inners)
+        gaps = self.gaps or (0,) * (self.outer + 1)
+        lengths = [each for inner, gap in zip(self.inners, gaps[1:], strict=True) for each in (size * inner, gap)]
+        groups = rows[gaps[0] :].split(lengths)
         counted = [
-            part.view(size, -1).sum(1) for group, part in enumerate(groups) if silent or group not in self.silent
+            part.view(size, -1).sum(1) for group, part in enumerate(groups[::2]) if silent or group not in self.silent
         ]
         return torch.stack(counted).sum(0)
 
@@ -113,6 +134,8 @@ class Swap:
 
     module: str
     kind: type[nn.Module]
+    how: str = ""
+    """Under which name `Unit.to_json` writes the class down; "" where it cannot be made again from the module's."""
 
 
 @dataclass(frozen=True)
@@ -131,6 +154,7 @@ class Unit:
         swaps: the classes to take on with the cut.
         entry: what one entry is: a "dimension" of every head, a whole "head", a key-value "group" of heads with all
             queries that share it, or a "neuron" of an MLP.
+        proved: whether it was read off what the model computes, and proved on numbers (see `survey`).
     """
 
     name: str
@@ -142,11 +166,43 @@ class Unit:
     attributes: tuple[Attribute, ...] = ()
     swaps: tuple[Swap, ...] = ()
     entry: Entry = "dimension"
+    proved: bool = False
+
+    def to_json(self) -> dict[str, Any] | None:
+        """Return the unit as JSON values; None where a class that it swaps has no name."""
+        if any(not swap.how for swap in self.swaps):
+            return None
+        content = {field.name: getattr(self, field.name) for field in fields(self)}
+        content["slices"] = [_without_defaults(part) for part in self.slices]
+        content["attributes"] = [_without_defaults(part) for part in self.attributes]
+        content["swaps"] = [{"module": swap.module, "how": swap.how} for swap in self.swaps]
+        return content
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any], model: nn.Module, swaps: Mapping[str, Swapped]) -> Unit:
+        """Return a unit that `to_json` wrote.
+
+        Args:
+            content: JSON values.
+            model: in which the modules lie whose classes are swapped.
+            swaps: how a class is made of a module's, by name.
+
+        Raises:
+            AttributeError, KeyError, TypeError, ValueError: it is something else, or the model has no such module.
+        """
+        values = dict(content)
+        slices = tuple(Slice(**{**part, **_tuples(part)}) for part in values["slices"])
+        attributes = tuple(Attribute(**part) for part in values["attributes"])
+        made = tuple(
+            Swap(each["module"], swaps[each["how"]](type(model.get_submodule(each["module"]))), each["how"])
+            for each in values["swaps"]
+        )
+        return cls(**{**values, "slices": slices, "attributes": attributes, "swaps": made})
 
     @property
     def width(self) -> int:
         """How many columns of the layer that consumes the axis belong to one entry."""
-        return self.online[-1].length(1)
+        return sum(self.online[-1].inners)
 
     @property
     def producers(self) -> tuple[Slice, ...]:
@@ -157,6 +213,23 @@ class Unit:
     def online(self) -> tuple[Slice, ...]:
         """The slices that are no momentum copy's: what an entry costs."""
         return tuple(part for part in self.slices if not part.follows)
+
+
+Swapped = Callable[[type[nn.Module]], type[nn.Module]]
+
+
+def _without_defaults(record: Slice | Attribute) -> dict[str, Any]:
+    """Return a record as JSON values, those left out that are as they are by default."""
+    found = {each.name: (getattr(record, each.name), each.default) for each in fields(record)}
+    return {
+        name: list(value) if isinstance(value, tuple) else value
+        for name, (value, default) in found.items()
+        if value != default
+    }
+
+
+def _tuples(part: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: tuple(value) for name, value in part.items() if isinstance(value, list)}
 
 
 @dataclass(frozen=True)
@@ -185,3 +258,42 @@ def owner_of(model: nn.Module, tensor: str) -> tuple[nn.Module, str]:
     """Return the module that holds the parameter `tensor`, and the parameter's name inside it."""
     path, _, leaf = tensor.rpartition(".")
     return model.get_submodule(path), leaf
+
+
+_ABSENT = object()
+
+
+def number_of(module: nn.Module, name: str) -> Any:
+    """Return what a module keeps under a name: an attribute, or "attribute[key][key]" for a part of what it holds."""
+    attribute, *keys = _path(name)
+    value: Any = getattr(module, attribute, {}) if keys else getattr(module, attribute)
+    for key in keys:
+        value = value.get(key, _ABSENT) if isinstance(value, Mapping) else value[int(key)]
+    return value
+
+
+def has_number(module: nn.Module, name: str) -> bool:
+    """Whether a module keeps something under a name, or may be given it."""
+    return "[" in name or hasattr(module, name)
+
+
+def set_number(module: nn.Module, name: str, value: Any) -> None:
+    """Set what a module keeps under a name of `number_of`; lists and mappings are replaced, never changed in place."""
+    attribute, *keys = _path(name)
+    setattr(module, attribute, _replaced(getattr(module, attribute, {}), keys, value) if keys else value)
+
+
+def _path(name: str) -> list[str]:
+    return [part.removesuffix("]") for part in name.split("[")]
+
+
+def _replaced(held: Any, keys: list[str], value: Any) -> Any:
+    if not keys:
+        return value
+    key, *rest = keys
+    if isinstance(held, Mapping):
+        others = {each: number for each, number in held.items() if each != key}
+        new = _replaced(held.get(key), rest, value)
+        return others if new is _ABSENT else {**others, key: new}
+    place = int(key)
+    return type(held)([*held[:place], _replaced(held[place], rest, value), *held[place + 1 :]])

@@ -9,8 +9,10 @@ To support another family, add a row to `LAYOUTS` (and a case to tests/pruning/r
 from __future__ import annotations
 
 import re
+import weakref
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import nn
 
@@ -20,9 +22,10 @@ from upop.pruning.layouts.mlp import read_mlps
 from upop.pruning.layouts.packed import read_encoder_layer, read_multihead
 from upop.pruning.layouts.reading import NotPrunableError, is_projection, library_of, true_class
 from upop.pruning.layouts.rows import LAYOUTS, Layout, layout_of
-from upop.pruning.units import Skipped, Unit
+from upop.pruning.masks import unwrapped
+from upop.pruning.units import Skipped, Unit, tensor_of
 
-__all__ = ["LAYOUTS", "Layout", "Survey", "find_units", "survey"]
+__all__ = ["LAYOUTS", "Layout", "Survey", "find_units", "remember", "survey", "units_to_search"]
 
 _ATTENTION = re.compile(r"[Aa]tt(entio)?n|[A-Z]SA$|XCA$|DeltaNet")
 _MLP = re.compile(r"mlp|ffn|feed_?forward", re.IGNORECASE)
@@ -36,8 +39,8 @@ class Survey:
     skipped: tuple[Skipped, ...]
 
 
-def find_units(model: nn.Module) -> list[Unit]:
-    """Return every unit of `model` that can be pruned, in forward order.
+def find_units(model: nn.Module, example: Any = None) -> list[Unit]:
+    """Return every unit of `model` that can be pruned, in forward order; see `survey` for `example`.
 
     A model that keeps momentum copies of its own modules names them in an attribute `momentum_twins`, a mapping from
     a module's name to its copy's: the copies make no units, and are cut with the modules that they copy.
@@ -45,7 +48,7 @@ def find_units(model: nn.Module) -> list[Unit]:
     Raises:
         LayoutError: the model has none; the message lists what was looked at and why it was left alone.
     """
-    found = survey(model)
+    found = survey(model, example)
     if not found.units:
         seen = "; ".join(f"{part.name}: {part.reason}" for part in found.skipped[:5])
         raise LayoutError(
@@ -58,8 +61,90 @@ def find_units(model: nn.Module) -> list[Unit]:
     return list(found.units)
 
 
-def survey(model: nn.Module) -> Survey:
-    """Look at every module of `model` once; return the units and what was skipped."""
+_read_before: weakref.WeakKeyDictionary[nn.Module, Survey] = weakref.WeakKeyDictionary()
+
+
+def survey(model: nn.Module, example: Any = None) -> Survey:
+    """Return the units of `model` and what was skipped.
+
+    With an example, units are read off what the model computes: its forward runs once without numbers, every axis is
+    followed through the tensor operations that really happen, whatever the Python around them, and every unit is
+    proved on numbers. What was found is remembered for this model. Without one, a model that was read before is not
+    looked at again; one with classes of one's own is tried on inputs that its layers ask for; of the others, modules
+    whose names and forwards are known are looked at.
+
+    Args:
+        model: left as it is; wrappers of DDP and torch.compile are looked through.
+        example: what a call of the model is given: a tensor, a tuple of arguments, a mapping of keyword arguments, or
+            a function that is given the model.
+
+    Raises:
+        LayoutError: the model cannot be run with the example.
+    """
+    model = unwrapped(model)
+    found = _remembered(model) if example is None else None
+    if found is not None:
+        return found
+    if example is None and is_of_ones_own(model):
+        from upop.pruning.axes import example_for
+
+        example = example_for(model)
+    if example is not None:
+        from upop.pruning.axes import read
+
+        units, skipped = read(model, example)
+        twins: Mapping[str, str] = getattr(model, "momentum_twins", {})
+        own = [unit for unit in units if not unit.name.startswith(tuple(f"{copy}." for copy in twins.values()))]
+        remember(model, Survey(tuple(_with_twins(unit, twins) for unit in own), tuple(skipped)))
+    found = _remembered(model)
+    return _look(model) if found is None else found
+
+
+_LIBRARIES = {"timm", "torch", "torchvision", "transformers", "open_clip", "upop", "peft"}
+"""Whose models have known names and forwards."""
+
+
+def units_to_search(model: nn.Module, example: Any) -> list[Unit]:
+    """Return the units of a model; those of one with classes of one's own are read with the example, if there is one.
+
+    Raises:
+        LayoutError: the model has none, or cannot be run with the example.
+    """
+    return find_units(model, example if is_of_ones_own(model) else None)
+
+
+def is_of_ones_own(model: nn.Module) -> bool:
+    """Whether a model has classes of no library whose models are read without an example."""
+    return any(library_of(module) not in _LIBRARIES for module in unwrapped(model).modules())
+
+
+def remember(model: nn.Module, found: Survey) -> None:
+    """Have `survey` give these units for a model from now on, as long as its tensors have the shapes that they cut."""
+    _read_before[model] = found
+
+
+def _remembered(model: nn.Module) -> Survey | None:
+    """Return what was found of a model before, its units at today's sizes; None where its tensors are others."""
+    found = _read_before.get(model)
+    if found is None:
+        return None
+    units = []
+    for unit in found.units:
+        sizes = set()
+        for part in unit.slices:
+            try:
+                length = tensor_of(model, part.tensor).shape[part.dim]
+            except (AttributeError, IndexError):
+                return None
+            sizes.add(divmod(length - sum(part.gaps), sum(part.inners)))
+        if len(sizes) != 1 or any(rest for _, rest in sizes):
+            return None
+        units.append(replace(unit, size=sizes.pop()[0]))
+    return Survey(tuple(units), found.skipped)
+
+
+def _look(model: nn.Module) -> Survey:
+    """Look at every module of `model` once, at its names and at what its forward says."""
     units: list[Unit] = []
     skipped: list[Skipped] = []
     twins: Mapping[str, str] = getattr(model, "momentum_twins", {})

@@ -17,6 +17,8 @@ from upop.pruning.layouts.elements import is_neutral
 from upop.pruning.layouts.heads import Level, Trace, trace
 from upop.pruning.layouts.reading import (
     NotPrunableError,
+    has_foreign_forward,
+    hooks_of_accelerate,
     is_projection,
     join,
     layer_at,
@@ -105,7 +107,10 @@ class Attention:
     def __init__(self, model: nn.Module, name: str, module: nn.Module, row: Layout) -> None:
         self.model, self.name, self.module, self.row = model, name, module, row
         found, methods = source_of(module), live_methods(module)
-        if found is None or methods is None or "forward" in module.__dict__:
+        hooked = hooks_of_accelerate(module)
+        if hooked is not None:
+            raise NotPrunableError(f"it {hooked}")
+        if found is None or methods is None or has_foreign_forward(module):
             raise NotPrunableError("the source of its forward is not there to be read")
         self.source: Source = found
         self.makers = [join(name, maker) for maker in row.makers]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -33,7 +35,12 @@ class NarrowMultiheadAttention(nn.MultiheadAttention):
         average_attn_weights: bool = True,
         is_causal: bool = False,  # noqa: ARG002 - a hint; torch demands the mask beside it
     ) -> tuple[Tensor, Tensor | None]:
-        """Attend; shapes as in `torch.nn.MultiheadAttention`: [tokens, batch, width], or as batch_first says."""
+        """Attend; shapes as in `torch.nn.MultiheadAttention`: [tokens, batch, width], or as batch_first says.
+
+        torch's encoder hands sequences of several lengths on as nested tensors, which come back as such.
+        """
+        if query.is_nested:
+            return self._nested(query, need_weights=need_weights, attn_mask=attn_mask)
         batched = query.dim() == 3
         if not batched:
             query, key, value = (tensor.unsqueeze(0) for tensor in (query, key, value))
@@ -63,6 +70,18 @@ class NarrowMultiheadAttention(nn.MultiheadAttention):
         if not batched:
             return result.squeeze(0), None if weights is None else weights.squeeze(0)
         return (result if self.batch_first else result.transpose(0, 1)), weights
+
+    def _nested(self, tokens: Tensor, **options: Any) -> tuple[Tensor, Tensor | None]:
+        """Attend within sequences of several lengths."""
+        lengths = [len(each) for each in tokens.unbind()]
+        padded = tokens.to_padded_tensor(0.0)
+        places = torch.arange(padded.shape[1], device=padded.device)
+        padding = places[None] >= torch.tensor(lengths, device=padded.device)[:, None]
+        padded = padded if self.batch_first else padded.transpose(0, 1)
+        found, weights = self(padded, padded, padded, key_padding_mask=padding, **options)
+        found = found if self.batch_first else found.transpose(0, 1)
+        parts = [each[:length] for each, length in zip(found, lengths, strict=True)]
+        return torch.nested.as_nested_tensor(parts), weights
 
     def _reset_parameters(self) -> None:
         """Give the projections fresh weights, as torch does; transformers calls it when it has read a file.

@@ -37,7 +37,14 @@ def true_class(module: nn.Module) -> type:
 
 def forward_of(module: nn.Module) -> object:
     """Return the forward that runs when the module is called, as its library wrote it."""
-    return module.__dict__.get("forward", getattr(true_class(module), "forward", None))
+    own = getattr(true_class(module), "forward", None)
+    given = module.__dict__.get("forward", own)
+    return own if getattr(given, "__func__", None) is own else given
+
+
+def has_foreign_forward(module: nn.Module) -> bool:
+    """Whether something put another forward on the module than its class has; hooks that were taken off leave that."""
+    return forward_of(module) is not getattr(true_class(module), "forward", None)
 
 
 def library_of(module: nn.Module) -> str:
@@ -93,10 +100,14 @@ def layer_at(model: nn.Module, name: str) -> nn.Module:
 
 def _obstacle(layer: nn.Module) -> str | None:
     """Say why a layer that was, or stands for, a linear one cannot be cut."""
+    hooked = hooks_of_accelerate(layer)
+    if hooked is not None:
+        return hooked
+    computed = computed_tensor(layer)
+    if computed is not None:
+        return computed
     if any(name in layer._modules for name in _WRAPPED):
         return f"is wrapped by an adapter ({type(layer).__name__}); merge it into the weights first"
-    if "parametrizations" in layer._modules and hasattr(layer, "in_features"):
-        return "is parametrized; remove the parametrization first"
     quantized = any(word in type(layer).__name__ for word in ("4bit", "8bit", "QuantLinear", "QLinear", "Quantized"))
     quantized |= hasattr(layer, "in_features") and ".quantized." in f"{type(layer).__module__}."  # torch's own
     weight = layer._parameters.get("weight")
@@ -112,6 +123,30 @@ def _obstacle(layer: nn.Module) -> str | None:
     return None
 
 
+def computed_tensor(module: nn.Module) -> str | None:
+    """Say what to do where a weight or bias is no parameter, but computed from others at every call."""
+    if "parametrizations" in module._modules:
+        return "is parametrized; remove the parametrization first"
+    for leaf in ("weight", "bias"):
+        if leaf not in module._parameters and {f"{leaf}_orig", f"{leaf}_g"} & module._parameters.keys():
+            return (
+                f"has a {leaf} that is computed from other tensors (torch.nn.utils.prune, weight_norm or "
+                "spectral_norm); make it a parameter first: torch.nn.utils.prune.remove, remove_weight_norm or "
+                "remove_spectral_norm"
+            )
+    return None
+
+
+def hooks_of_accelerate(module: nn.Module) -> str | None:
+    """Say what to do where Accelerate spread a model over devices, by a forward of its own on every module."""
+    if not hasattr(module, "_hf_hook"):
+        return None
+    return (
+        "carries hooks of Accelerate, which spread the model over devices (device_map) or offload it; call "
+        "accelerate.hooks.remove_hook_from_submodules(model) and put it on one device, or shard it by fully_shard"
+    )
+
+
 def _has_linears_forward(layer: nn.Module) -> bool:
     return forward_of(layer) is nn.Linear.forward
 
@@ -121,7 +156,7 @@ _linear: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary(
 
 def _computes_linearly(layer: nn.Linear) -> bool:
     """Whether a layer with a forward of its own computes what torch's does: it is tried with small weights."""
-    if "forward" in layer.__dict__:
+    if has_foreign_forward(layer):
         return False
     if layer not in _linear:
         _linear[layer] = _try_linear(layer)

@@ -1,0 +1,7 @@
+"""Reading units off what a model computes: trace, follow, group, settle, prove."""
+
+from upop.pruning.axes.examples import example_for
+from upop.pruning.axes.reader import read
+from upop.pruning.axes.settle import SWAPS
+
+__all__ = ["SWAPS", "example_for", "read"]

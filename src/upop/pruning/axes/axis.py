@@ -1,0 +1,338 @@
+"""Labelled axes: what one dimension of a tensor is made of, and which axes have to be cut together.
+
+A dimension of a tensor is a row-major list of factors. A factor is an `Axis`, which began as a dimension of a parameter
+or as a part of one, or a plain number: tokens, batches, constants. Axes that an operation ties are united; an axis that
+is split by a reshape becomes a product, one that is sliced or concatenated becomes a row of parts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import pairwise
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Factor = "Axis | int"
+Dim = tuple["Axis | int", ...]
+"""The factors of one dimension, outermost first; a dimension of size 1 has none."""
+
+
+class Axis:
+    """One axis, or a set of axes that were found to be one (union-find).
+
+    Attributes:
+        size: its length.
+        parts: what it was refined to; empty for a whole.
+        joined: how the parts make the axis: one inside the other, or one behind the other.
+        fixed: why it cannot be cut; None where it can.
+        marks: what was seen of it: "dimension" (contracted between activations), "head" (a batch of such a product).
+    """
+
+    def __init__(self, size: int, parts: Sequence[Axis] = (), joined: Literal["product", "row"] = "product") -> None:
+        self.size, self.parts, self.joined = size, tuple(parts), joined
+        self.fixed: str | None = None
+        self.marks: set[str] = set()
+        self.row: tuple[Axis, ...] = ()  # of a number of parts: the parts that it tells apart
+        self._united: Axis | None = None
+
+    @property
+    def root(self) -> Axis:
+        """The axis that stands for all that it was united with."""
+        axis = self
+        while axis._united is not None:
+            axis = axis._united
+        if axis is not self:
+            self._united = axis
+        return axis
+
+    def factors(self) -> Iterator[Axis]:
+        """Yield the axes that this one is a product of, outermost first; itself where it is none."""
+        root = self.root
+        if root.parts and root.joined == "product":
+            for part in root.parts:
+                yield from part.factors()
+        else:
+            yield root
+
+    def leaves(self) -> Iterator[Axis]:
+        """Yield the parts that have no parts."""
+        root = self.root
+        if not root.parts:
+            yield root
+        for part in root.parts:
+            yield from part.leaves()
+
+    def fix(self, reason: str) -> None:
+        """Keep the axis from being cut, with all its parts; the first reason stays."""
+        for leaf in self.leaves():
+            leaf.fixed = leaf.fixed or reason
+
+    def mark(self, mark: str) -> None:
+        """Take note of something about all its parts."""
+        for leaf in self.leaves():
+            leaf.marks.add(mark)
+
+    def refine(self, sizes: Sequence[int], joined: Literal["product", "row"]) -> None:
+        """Give a whole axis parts of these sizes."""
+        root = self.root
+        assert not root.parts
+        root.parts, root.joined = tuple(Axis(size) for size in sizes), joined
+        for part in root.parts:
+            part.fixed, part.marks = root.fixed, set(root.marks)
+
+    def entries(self, of: Axis) -> Tensor:
+        """Return which entry of the axis `of` each position belongs to, [size], int64; -1 where none."""
+        root = self.root
+        if root is of:
+            return torch.arange(self.size)
+        if not root.parts:
+            return torch.full((self.size,), -1)
+        found = [part.entries(of) for part in root.parts]
+        if root.joined == "row":
+            return torch.cat(found)
+        result = torch.full([len(part) for part in found], -1)
+        for place, part in enumerate(found):
+            if (part >= 0).any():
+                shape = [-1 if each == place else 1 for each in range(len(found))]
+                result = torch.where(part.view(shape) >= 0, part.view(shape), result)
+        return result.flatten()
+
+
+def factors_of(dim: Dim) -> list[Axis | int]:
+    """Return the factors of a dimension as they stand now, those of size 1 left out."""
+    found: list[Axis | int] = []
+    for factor in dim:
+        found += factor.factors() if isinstance(factor, Axis) else [factor]
+    return [factor for factor in found if size_of(factor) != 1]
+
+
+def size_of(factor: Axis | int) -> int:
+    """Return the length of a factor."""
+    return factor.size if isinstance(factor, Axis) else factor
+
+
+def length(dim: Dim) -> int:
+    """Return the length of a dimension."""
+    return math.prod(map(size_of, dim))
+
+
+def axes_in(dims: Iterable[Dim]) -> Iterator[Axis]:
+    """Yield the axes in some dimensions."""
+    for dim in dims:
+        for factor in dim:
+            if isinstance(factor, Axis):
+                yield factor
+
+
+def fix(dim: Dim, reason: str) -> None:
+    """Keep every axis of a dimension from being cut."""
+    for axis in axes_in([dim]):
+        axis.fix(reason)
+
+
+def split(factor: Axis | int, outer: int) -> tuple[Axis | int, Axis | int] | None:
+    """Split a factor into one of size `outer` and the rest inside it; None where it does not come apart so."""
+    size = size_of(factor)
+    if size % outer:
+        return None
+    if not isinstance(factor, Axis):
+        return outer, size // outer
+    root = factor.root
+    if not root.parts:
+        root.refine((outer, size // outer), "product")
+    if root.joined == "row":
+        _turn_row_into_product(root, outer)
+    if root.joined == "product" and len(root.parts) == 2 and root.parts[0].size == outer:
+        return root.parts[0], root.parts[1]
+    return None
+
+
+def _turn_row_into_product(root: Axis, outer: int) -> None:
+    """Make a row of equal parts a product: the same entries of all parts belong together from now on."""
+    if len(root.parts) != outer or len({part.size for part in root.parts}) > 1:
+        return
+    row = first, *others = root.parts
+    for other in others:
+        unite(first, other)
+    number = Axis(outer)
+    number.fix("its parts are told apart by their places")
+    number.row = row
+    root.parts, root.joined = (number, first), "product"
+
+
+def regroup(dims: Sequence[Dim], sizes: Sequence[int]) -> list[Dim]:
+    """Return the dimensions that a reshape to `sizes` makes of `dims`; what is cut in the middle is fixed."""
+    rest = [factor for dim in dims for factor in factors_of(dim)]
+    if 0 in sizes:
+        return [(size,) for size in sizes]
+    found: list[Dim] = []
+    for number, size in enumerate(sizes):
+        taken: list[Axis | int] = []
+        left = size
+        while left > 1 and rest:
+            factor = rest.pop(0)
+            whole = size_of(factor)
+            if left % whole == 0:
+                taken.append(factor)
+                left //= whole
+                continue
+            parts = split(factor, left)
+            if parts is None:
+                reason = "a reshape cuts it in the middle"
+                for each in (*taken, factor, *rest):
+                    fix((each,), reason)
+                done = found[:number]
+                return [*done, *((each,) if each > 1 else () for each in sizes[number:])]
+            taken.append(parts[0])
+            rest.insert(0, parts[1])
+            left = 1
+        found.append(tuple(taken))
+    return found
+
+
+def unite(one: Axis, other: Axis) -> None:
+    """Make one axis of two of the same size."""
+    a, b = one.root, other.root
+    if a is b:
+        return
+    if a.parts and b.parts:
+        _unite_parts(a, b)
+        return
+    if b.parts:
+        a, b = b, a
+    reason, marks = b.fixed, b.marks
+    b._united = a
+    if reason:
+        a.fix(reason)
+    for mark in marks:
+        a.mark(mark)
+
+
+def _unite_parts(a: Axis, b: Axis) -> None:
+    if a.joined == "product" and b.joined == "product":
+        b_parts = b.parts
+        tie(tuple(a.factors()), tuple(x for part in b_parts for x in part.factors()), "axes of other parts meet")
+        return
+    if a.joined == "row" and b.joined == "row":
+        ends_a, ends_b = _ends(a), _ends(b)
+        if ends_a != ends_b:
+            _cut_row(a, ends_b)
+            _cut_row(b, ends_a)
+        if _ends(a) == _ends(b):
+            for x, y in zip(a.parts, b.parts, strict=True):
+                unite(x, y)
+            b._united = a
+            return
+    else:
+        row, product = (a, b) if a.joined == "row" else (b, a)
+        _turn_row_into_product(row, product.parts[0].size)
+        if row.joined == "product":
+            _unite_parts(row, product)
+            return
+    for axis in (a, b):
+        axis.fix("it meets an axis that has other parts")
+
+
+def _ends(row: Axis) -> list[int]:
+    total, ends = 0, []
+    for part in row.parts:
+        total += part.size
+        ends.append(total)
+    return ends
+
+
+def _cut_row(row: Axis, ends: Sequence[int]) -> None:
+    """Split the parts of a row that are wholes where `ends` says."""
+    parts: list[Axis] = []
+    start = 0
+    for part in row.parts:
+        inside = [end - start for end in ends if start < end < start + part.size]
+        if inside and not part.root.parts:
+            places = [0, *inside, part.size]
+            part.refine([b - a for a, b in pairwise(places)], "row")
+        if part.root.parts and part.root.joined == "row":
+            parts += part.root.parts
+        else:
+            parts.append(part)
+        start += part.size
+    row.parts = tuple(parts)
+
+
+def tie(one: Dim, other: Dim, reason: str) -> None:
+    """Tie two dimensions of the same length: their axes are one; an axis that meets a plain number is fixed."""
+    first, second = factors_of(one), factors_of(other)
+    while first and second:
+        a, b = first.pop(0), second.pop(0)
+        if size_of(a) != size_of(b):
+            large, small = (a, b) if size_of(a) > size_of(b) else (b, a)
+            rest = first if large is a else second
+            parts = split(large, size_of(small))
+            if parts is None:
+                for factor in (a, b, *first, *second):
+                    fix((factor,), "it meets an axis that has other parts")
+                return
+            rest.insert(0, parts[1])
+            a, b = parts[0], small
+        if isinstance(a, Axis) and isinstance(b, Axis):
+            unite(a, b)
+        else:
+            fix((a, b), reason)
+
+
+def cut_out(dim: Dim, start: int, stop: int) -> Dim:
+    """Return what a slice of a dimension is made of."""
+    size = length(dim)
+    if (start, stop) == (0, size):
+        return dim
+    factors = factors_of(dim)
+    if stop - start <= 0:
+        return (0,)
+    if not factors:
+        return ()
+    first = factors[0]
+    inner = size // size_of(first)
+    if len(factors) > 1:
+        if start % inner or stop % inner:
+            fix(dim, "a slice cuts it in the middle")
+            return (stop - start,) if stop - start > 1 else ()
+        return (*cut_out((first,), start // inner, stop // inner), *factors[1:])
+    if not isinstance(first, Axis):
+        return (stop - start,) if stop - start > 1 else ()
+    root = first.root
+    if not root.parts:
+        places = sorted({0, start, stop, size})
+        root.refine([b - a for a, b in pairwise(places)], "row")
+    _cut_row(root, [start, stop])
+    ends = [0, *_ends(root)]
+    if start in ends and stop in ends:
+        inside = root.parts[ends.index(start) : ends.index(stop)]
+        if len(inside) == 1:
+            return (inside[0],)
+        return (Axis(stop - start, inside, "row"),)
+    fix(dim, "a slice cuts it in the middle")
+    return (stop - start,)
+
+
+def concatenate(dims: Sequence[Dim]) -> Dim:
+    """Return what a concatenation along some dimensions is made of."""
+    dims = [dim for dim in dims if length(dim)]
+    if not any(True for _ in axes_in(dims)):
+        return (sum(map(length, dims)),)
+    parts = []
+    for dim in dims:
+        factors = factors_of(dim)
+        if len(factors) == 1 and isinstance(factors[0], Axis):
+            parts.append(factors[0])
+            continue
+        made = [factor if isinstance(factor, Axis) else _plain(factor) for factor in factors]
+        parts.append(Axis(length(dim), made, "product") if made else _plain(1))
+    return (Axis(sum(part.size for part in parts), parts, "row"),)
+
+
+def _plain(size: int) -> Axis:
+    axis = Axis(size)
+    axis.fix("it lies beside something that is no axis")
+    return axis

@@ -1,0 +1,246 @@
+"""From groups to units: which of the axes that could go are offered, and how their slices are written down."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from upop.pruning.axes.axis import Axis
+from upop.pruning.axes.groups import Group, Part
+from upop.pruning.axes.trace import Trace
+from upop.pruning.layouts.reading import computed_tensor, hooks_of_accelerate, modality_of
+from upop.pruning.units import Entry, Kind, Slice, Unit
+
+HEADS = ("head", "group")
+_BOTTLENECK = 8
+"""An MLP whose hidden width is the residual stream's divided by this, or less, is an adapter or a gate."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A unit that still has to be proved.
+
+    Attributes:
+        unit: as far as it is known.
+        axis: what it cuts.
+        holder: the module that holds all its layers.
+    """
+
+    unit: Unit
+    axis: Axis
+    holder: str
+
+
+class NotCuttableError(Exception):
+    """A group makes no unit; carries the reason."""
+
+
+def candidate(model: nn.Module, trace: Trace, group: Group) -> Candidate:
+    """Return the unit that a group makes.
+
+    Raises:
+        NotCuttableError: it makes none, with the reason.
+    """
+    if group.axis.fixed:
+        raise NotCuttableError(group.axis.fixed)
+    if not group.takers:
+        raise NotCuttableError("no weight sums over it")
+    attention = bool(group.axis.marks & {"dimension", "head"})
+    if "residual" in group.axis.marks:
+        raise NotCuttableError("it is the residual stream")
+    if not attention:
+        _check_block(trace, group)
+    for part in group.parts:
+        owner = part.use.name.rpartition(".")[0]
+        module = model.get_submodule(owner)
+        reason = hooks_of_accelerate(module) or computed_tensor(module)
+        if reason:
+            raise NotCuttableError(f"{owner} {reason}")
+    slices = [_slice(model, trace, group, part) for part in _ordered(group)]
+    makers = group.makers
+    names = [part.use.name for part in (*makers, *group.takers)]
+    holder = _common([name.rpartition(".")[0] for name in names])
+    entry: Entry = "neuron"
+    if attention:
+        most = max(max(part.inners) for part in slices if part.produces)
+        least = min(min(part.inners) for part in slices if part.produces)
+        entry = "dimension" if "dimension" in group.axis.marks else "head" if most == least else "group"
+    heads = slices[0].outer if entry == "dimension" else 1
+    if slices[0].query_groups:
+        heads = slices[0].query_groups
+    name = _attention_name(model, makers) if attention else _mlp_name(model, holder, makers, names)
+    modality = modality_of(model, name)
+    kind: Kind = "attention" if attention else "mlp"
+    unit = Unit(name, kind, modality, group.axis.size, heads, tuple(slices), entry=entry)
+    return Candidate(unit, group.axis, holder)
+
+
+def _check_block(trace: Trace, group: Group) -> None:
+    """Refuse what is no block of a residual stream: heads, projections, gates, adapters."""
+    inputs = _reached(trace, group.axis, "produces", "consumes")
+    outputs = _reached(trace, group.axis, "consumes", "produces")
+    shared = inputs & outputs
+    width = sum(axis.size for axis in shared or inputs)
+    alone = not any(
+        "residual" in leaf.marks for use in trace.uses.values() for axis in use.axes for leaf in axis.leaves()
+    )
+    if not shared and not alone and width != sum(axis.size for axis in outputs):
+        raise NotCuttableError("it is no block of a residual stream: what it reads is not what it adds to")
+    if group.axis.size * _BOTTLENECK <= width:
+        raise NotCuttableError(f"it is an adapter or a gate: {group.axis.size} neurons for a width of {width}")
+
+
+def _reached(trace: Trace, axis: Axis, by: str, to: str) -> set[Axis]:
+    """Return the axes at the other sides of the weights beside an axis, and on through those that can be cut."""
+    seen, pending, found = {axis}, [axis], set()
+    while pending:
+        here = pending.pop()
+        for use in trace.uses.values():
+            at = [
+                dim for dim, each in enumerate(use.axes) if by in use.roles.get(dim, ()) and here in set(each.leaves())
+            ]
+            if not at:
+                continue
+            for dim, each in enumerate(use.axes):
+                if dim in at or to not in use.roles.get(dim, ()):
+                    continue
+                for leaf in each.leaves():
+                    if leaf in seen:
+                        continue
+                    seen.add(leaf)
+                    if leaf.fixed or "residual" in leaf.marks:
+                        found.add(leaf)
+                    else:
+                        pending.append(leaf)
+    return found
+
+
+def _ordered(group: Group) -> list[Part]:
+    """Return the parts: what makes the axis first, what follows it, and one that takes it last."""
+    others = [part for part in group.parts if part not in group.makers and part not in group.takers]
+    makers = sorted(group.makers, key=lambda part: part.gates)
+    takers = [part for part in group.takers if part not in makers]
+    biases = {part.use.name.rpartition(".")[0]: part for part in others if part.use.name.endswith("bias")}
+    ordered: list[Part] = []
+    for part in makers:
+        ordered.append(part)
+        bias = biases.pop(part.use.name.rpartition(".")[0], None)
+        if bias is not None:
+            ordered.append(bias)
+    rest = [part for part in others if not any(part is each for each in ordered)]
+    return [*ordered, *rest, *takers]
+
+
+def _slice(model: nn.Module, trace: Trace, group: Group, part: Part) -> Slice:
+    size = group.axis.size
+    gaps, inners = _blocks(part.entries, size)
+    makes = bool(part.roles & {"produces", "added"})
+    gated = part.gates or _bias_of_gate(group, part)
+    inner: int | tuple[int, ...] = inners[0] if len(set(inners)) == 1 else tuple(inners)
+    queries = 0
+    if "dimension" in group.axis.marks and makes:
+        queries = _queries(trace, part, inners)
+    is_parameter = part.use.name in dict(model.named_parameters())
+    return Slice(
+        part.use.name,
+        part.dim,
+        len(inners),
+        inner,
+        produces=makes and not gated and is_parameter,
+        query_groups=queries,
+        direct=part.use.direct and makes,
+        gaps=tuple(gaps) if any(gaps) else (),
+        silent=(),
+    )
+
+
+def _bias_of_gate(group: Group, part: Part) -> bool:
+    layer = part.use.name.rpartition(".")[0]
+    return "added" in part.roles and any(
+        each.gates and each.use.name.rpartition(".")[0] == layer for each in group.makers
+    )
+
+
+def _queries(trace: Trace, part: Part, inners: list[int]) -> int:
+    """Return how many of the first blocks of a tensor are queries."""
+    flags = trace.query_rows(part.use, part.dim)
+    if flags is None or not flags.any():
+        return 0
+    positions = (part.entries == 0).nonzero().flatten()
+    starts = positions[:: inners[0]] if len(set(inners)) == 1 else positions
+    are = [bool(flags[start]) for start in starts.tolist()]
+    count = sum(are)
+    return count if all(are[:count]) else -1
+
+
+def _blocks(entries: Tensor, size: int) -> tuple[list[int], list[int]]:
+    """Return the gaps around the blocks of a tensor that hold every entry once, and each block's rows per entry."""
+    values = entries.tolist()
+    gaps, inners, at = [0], [], 0
+    while at < len(values):
+        if values[at] < 0:
+            gaps[-1] += 1
+            at += 1
+            continue
+        inner = 1
+        while at + inner < len(values) and values[at + inner] == values[at]:
+            inner += 1
+        expected = torch.arange(size).repeat_interleave(inner).tolist()
+        if values[at : at + size * inner] != expected:
+            raise NotCuttableError("its entries lie in no regular order")
+        inners.append(inner)
+        gaps.append(0)
+        at += size * inner
+    return gaps, inners
+
+
+def _common(paths: list[str]) -> str:
+    parts = [path.split(".") for path in paths]
+    shared = []
+    for level in zip(*parts, strict=False):
+        if len(set(level)) > 1:
+            break
+        shared.append(level[0])
+    return ".".join(shared)
+
+
+def _attention_name(model: nn.Module, makers: list[Part]) -> str:
+    """Return the name of the module that holds all layers which make queries, keys and values."""
+    layers = []
+    for part in makers:
+        layer = part.use.name.rpartition(".")[0]
+        alone = not any(True for _ in model.get_submodule(layer).children())
+        layers.append(layer.rpartition(".")[0] if alone else layer)
+    return _common(layers)
+
+
+def _mlp_name(model: nn.Module, holder: str, makers: list[Part], tensors: list[str]) -> str:
+    """Return an MLP's name: that of the module that holds nothing else, or of the part that makes its axis."""
+    first = makers[0].use.name.rpartition(".")[0]
+    if first == holder:
+        return first
+    child, _, rest = first.removeprefix(f"{holder}.").partition(".")
+    below = f"{holder}.{child}" if holder else child
+    if rest:
+        return below
+    inside = (name for name, parameter in model.get_submodule(holder).named_parameters(holder) if parameter.dim() > 1)
+    return holder if holder and all(name in tensors for name in inside) else below
+
+
+def named_apart(candidates: list[Candidate]) -> list[Candidate]:
+    """Return the candidates with names that differ: where several share one, each has that of its first layer."""
+    count = Counter((each.unit.name, each.unit.entry in HEADS) for each in candidates)
+    taken: Counter[tuple[str, bool]] = Counter()
+    result = []
+    for each in candidates:
+        name, of_heads = each.unit.name, each.unit.entry in HEADS
+        if count[name, of_heads] > 1 and each.unit.kind == "mlp":
+            name = each.unit.slices[0].tensor.rpartition(".")[0]
+        taken[name, of_heads] += 1
+        if taken[name, of_heads] > 1:
+            name = f"{name}[{taken[name, of_heads]}]"
+        result.append(replace(each, unit=replace(each.unit, name=name)))
+    return result

@@ -1,0 +1,86 @@
+"""From followed axes to groups: what can be cut, and which slices of which tensors go together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from upop.pruning.axes.axis import Axis
+from upop.pruning.axes.trace import Trace, Use
+
+
+@dataclass(eq=False)
+class Part:
+    """One dimension of one tensor that carries a group's axis.
+
+    Attributes:
+        use: the tensor.
+        dim: its dimension.
+        entries: which entry each position belongs to, [length]; -1 where none.
+        roles: what the tensor does with the axis.
+        gates: whether it only gates what the others make.
+    """
+
+    use: Use
+    dim: int
+    entries: Tensor
+    roles: set[str]
+    gates: bool
+
+
+@dataclass(eq=False)
+class Group:
+    """Axes that can be cut together, entry by entry.
+
+    Attributes:
+        axis: the axis.
+        parts: all that carries it.
+        above: axes outside it in the same tensors (heads, around their dimensions).
+    """
+
+    axis: Axis
+    parts: list[Part] = field(default_factory=list)
+    above: set[int] = field(default_factory=set)
+
+    @property
+    def makers(self) -> list[Part]:
+        """The parts whose rows open the axis."""
+        return [part for part in self.parts if "produces" in part.roles]
+
+    @property
+    def takers(self) -> list[Part]:
+        """The parts that sum over the axis."""
+        return [part for part in self.parts if "consumes" in part.roles]
+
+
+def groups(trace: Trace) -> dict[Axis, Group]:
+    """Return every axis of the model's parameters that something produces, fixed or not."""
+    found: dict[Axis, Group] = {}
+    for use in trace.uses.values():
+        for dim, axis in enumerate(use.axes):
+            roles = use.roles.get(dim, set())
+            seen: set[Axis] = set()
+            for leaf, above in _leaves(axis.root, frozenset()):
+                if leaf.size < 2 or leaf in seen:
+                    continue
+                seen.add(leaf)
+                group = found.setdefault(leaf, Group(leaf))
+                entries = axis.entries(leaf)
+                gates = (use.name, leaf) in {(name, each.root) for name, each in trace.gates}
+                group.parts.append(Part(use, dim, entries, roles, gates))
+                group.above |= {id(each) for each in above}
+    return {axis: group for axis, group in found.items() if group.makers}
+
+
+def _leaves(axis: Axis, above: frozenset[Axis]) -> Iterator[tuple[Axis, frozenset[Axis]]]:
+    root = axis.root
+    if not root.parts:
+        yield root, above
+        return
+    outer = above
+    for part in root.parts:
+        yield from _leaves(part, outer)
+        if root.joined == "product":
+            outer = outer | frozenset(part.leaves())

@@ -1,0 +1,334 @@
+"""Rules for what is done number by number, and for what moves numbers without changing them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from upop.pruning.axes.axis import Axis, Dim, axes_in, concatenate, cut_out, factors_of, fix, length, regroup, tie
+from upop.pruning.axes.rule import CONSTANT, like, past_of, rule, tensors_in, unknown
+from upop.pruning.axes.trace import Label, Trace
+
+
+@rule(
+    *("arange", "zeros", "ones", "full", "empty", "new_zeros", "new_ones", "new_full", "new_empty", "scalar_tensor"),
+    *("eye", "linspace", "_local_scalar_dense", "rand", "randn", "randint", "sym_size", "is_nonzero", "equal"),
+    *("empty_strided", "new_empty_strided", "_fused_sdp_choice", "is_same_size", "lift_fresh", "detach_", "item"),
+    *("randperm", "bernoulli_p", "_assert_async", "_assert_scalar", "resize"),
+)
+def _nothing(trace: Trace, args: Any, kwargs: Any, result: Any, name: str) -> None:
+    """Makes new numbers, or looks without taking."""
+
+
+# -- number by number ---------------------------------------------------------------------------------------------
+
+
+_LINEAR = {
+    *("add", "sub", "mul", "div", "neg", "clone", "detach", "alias", "_to_copy", "to", "copy", "rsub", "lerp"),
+    *("where", "masked_fill", "addcmul", "contiguous", "lift_fresh_copy", "dropout", "native_dropout", "view_as_real"),
+}
+_PRODUCTS = {"mul", "addcmul"}
+
+
+@rule(
+    *("zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like", "bernoulli", "native_dropout"),
+    *("_to_copy", "clone", "detach", "alias", "lift_fresh_copy", "copy", "masked_fill", "where", "dropout", "fill"),
+    *("zero", "nan_to_num", "_conj", "conj", "to", "contiguous", "isin", "isfinite", "isnan", "isinf", "glu_jvp"),
+    *("hardswish", "hardsigmoid", "hardtanh", "silu", "gelu", "relu", "relu6", "leaky_relu", "elu", "mish", "softplus"),
+    *("pow", "square", "prelu", "_prelu_kernel", "celu", "selu", "logical_not", "bitwise_not", "type_as", "normal"),
+)
+def elementwise(trace: Trace, args: Any, kwargs: Any, result: Any, name: str) -> None:
+    """Tie what meets, dimension by dimension from the last one on."""
+    base = name.removesuffix("_").removesuffix("_like") if name.endswith("_") else name
+    inputs = tensors_in((args, kwargs))
+    outputs = tensors_in(result)
+    if not outputs:
+        return
+    if not inputs:
+        return
+    if base == "copy" and len(inputs) > 1 and not any(axes_in(trace.label(inputs[0]).dims)):
+        inputs = inputs[1:]  # numbers are put where there were none
+    labels = [trace.label(tensor) for tensor in inputs]
+    rank = max(outputs[0].dim(), *(len(label.dims) for label in labels))
+    dims: list[Dim] = []
+    for place in range(-rank, 0):
+        meeting = [
+            (label, label.dims[place])
+            for label in labels
+            if -place <= len(label.dims) and length(label.dims[place]) > 1
+        ]
+        if not meeting:
+            dims.append(())
+            continue
+        for (_, one), (_, other) in pairwise(meeting):
+            tie(one, other, CONSTANT)
+        dims.append(next((dim for _, dim in meeting if any(True for _ in axes_in([dim]))), meeting[0][1]))
+        for label, _ in meeting:
+            added = base in ("add", "sub", "addcmul", "rsub") and len(meeting) > 1
+            trace.note(label, place, "added" if added else "follows")
+    live = [label for label in labels if label.live]
+    if not live:
+        sources = frozenset().union(*(label.sources for label in labels))
+        past = past_of(labels)
+        made = Label(dims, sources, True, any(label.parameter for label in labels), past)
+    else:
+        made = _merged(trace, live, dims, base)
+        made.past = past_of(labels)
+        made.attends = next((label.attends for label in labels if label.attends), ())
+        made.places = tuple(place for label in live for place in label.places)
+    for output in outputs:
+        if tuple(output.shape) == tuple(length(dim) for dim in dims):
+            trace.set(output, made)
+
+
+def _merged(trace: Trace, live: list[Label], dims: list[Dim], name: str) -> Label:
+    """Return the label of what activations give together; where one gates another, it is the gate that is silent."""
+    linear = name in _LINEAR or all(not label.linear for label in live)
+    sources = frozenset().union(*(label.sources for label in live))
+    if name in ("add", "sub") and len(live) == 2:
+        own = [trace.bits(label.sources) for label in live]
+        if own[0] != own[1] and any(own[at] and own[at] & live[1 - at].past == own[at] for at in (0, 1)):
+            for axis in axes_in(dims):
+                axis.mark("residual")
+    if name in _PRODUCTS and len(live) == 2 and live[0].sources != live[1].sources:
+        first, second = live
+        gate, value = (first, second) if second.linear and not first.linear else (second, first)
+        if gate.linear and not value.linear:
+            gate, value = value, gate
+        for source in gate.sources - value.sources:
+            trace.gates.update((source, leaf) for axis in axes_in(dims) for leaf in axis.leaves())
+        return Label(dims, value.sources, value.linear)
+    return Label(dims, sources, all(label.linear for label in live) and linear)
+
+
+# -- moving -------------------------------------------------------------------------------------------------------
+
+
+@rule("view", "_unsafe_view", "reshape", "_reshape_alias", "unflatten", "flatten")
+def _view(trace: Trace, args: Any, kwargs: Any, result: Any, name: str) -> None:
+    label = trace.label(args[0])
+    if args[0].dtype != result.dtype and args[0].shape != result.shape:
+        return unknown(trace, args, kwargs, result, name)
+    trace.set(result, like(label, regroup(label.dims, tuple(result.shape))))
+    return None
+
+
+@rule("as_strided")
+def _as_strided(trace: Trace, args: Any, kwargs: Any, result: Any, name: str) -> None:
+    if tuple(result.shape) == tuple(args[0].shape) and result.stride() == args[0].stride():
+        trace.set(result, trace.label(args[0]))
+    else:
+        unknown(trace, args, kwargs, result, name)
+
+
+@rule("permute")
+def _permute(trace: Trace, args: Any, kwargs: Any, result: Any, name: str) -> None:
+    label = trace.label(args[0])
+    trace.set(result, like(label, [label.dims[place] for place in args[1]]))
+
+
+@rule("transpose", "t", "numpy_T")
+def _transpose(trace: Trace, args: Any, kwargs: Any, result: Any, name: str) -> None:
+    label = trace.label(args[0])
+    dims = list(label.dims)
+    if len(dims) > 1:
+        a, b = args[1:3] if len(args) > 2 else (0, 1)
+        dims[a], dims[b] = dims[b], dims[a]
+    trace.set(result, like(label, dims))
+
+
+@rule("expand")
+def _expand(trace: Trace, args: Any, kwargs: Any, result: Any, name: str) -> None:
+    label = trace.label(args[0])
+    new = result.dim() - len(label.dims)
+    dims: list[Dim] = []
+    for place, size in enumerate(result.shape):
+        old = label.dims[place - new] if place >= new else ()
+        # What is the same everywhere fits any axis; where its number is written out, the run of a cut copy tells.
+        dims.append(old if length(old) == size else (Axis(size),))
+    trace.set(result, like(label, dims))
+
+
+@rule("unsqueeze")
+def _unsqueeze(trace: Trace, args: Any, kwargs: Any, result: Any, name: str) -> None:
+    label = trace.label(args[0])
+    dims = list(label.dims)
+    dims.insert(args[1] % result.dim(), ())
+    trace.set(result, like(label, dims))
+
+
+@rule("squeeze")
+def _squeeze(trace: Trace, args: Any, kwargs: Any, result: Any, name: str) -> None:
+    label = trace.label(args[0])
+    rank = len(label.dims)
+    given = args[1] if len(args) > 1 else range(rank)
+    places = (
+        {place % rank for place in (given if isinstance(given, list | tuple | range) else [given])} if rank else set()
+    )
+    dims = [dim for place, dim in enumerate(label.dims) if not (place in places and args[0].shape[place] == 1)]
+    trace.set(result, like(label, dims))
+
+
+@rule("slice")
+def _slice(trace: Trace, args: Any, kwargs: Any, result: Any, name: str) -> None:
+    label = trace.label(args[0])
+    dim = args[1] if len(args) > 1 else kwargs.get("dim", 0)
+    size = args[0].shape[dim]
+    step = args[4] if len(args) > 4 else kwargs.get("step", 1)
+    start = args[2] if len(args) > 2 else kwargs.get("start")
+    stop = args[3] if len(args) > 3 else kwargs.get("end")
+    start, stop, step = slice(start, stop, step).indices(size)
+    dims = list(label.dims)
+    if step == 1:
+        dims[dim] = cut_out(dims[dim], start, max(start, stop))
+    else:
+        fix(dims[dim], "a slice takes every few of it")
+        dims[dim] = (result.shape[dim],)
+    trace.set(result, like(label, dims))
+
+
+@rule("select")
+def _select(trace: Trace, args: Any, kwargs: Any, result: Any, name: str) -> None:
+    label = trace.label(args[0])
+    dims = list(label.dims)
+    rank = len(dims)
+    dim = dims.pop(args[1] % rank)
+    trace.set(result, _taken(label, dims, dim, args[2]))
+
+
+def _taken(label: Label, dims: Sequence[Dim], dim: Dim, place: int) -> Label:
+    """Return what is left of a tensor when one entry of a dimension is taken by its place."""
+    fix(dim, "an entry of it is taken by its place")
+    axes = list(axes_in([tuple(factors_of(dim))]))
+    places = (*label.places, (axes[0], place % length(dim))) if len(axes) == 1 else label.places
+    return replace(label, dims=list(dims), places=places)
+
+
+@rule("unbind")
+def _unbind(trace: Trace, args: Any, kwargs: Any, result: Any, name: str) -> None:
+    label = trace.label(args[0])
+    dim = (args[1] if len(args) > 1 else kwargs.get("dim", 0)) % len(label.dims)
+    dims = list(label.dims)
+    taken = dims.pop(dim)
+    for place, each in enumerate(result):
+        trace.set(each, _taken(label, dims, taken, place))
+
+
+@rule("split", "split_with_sizes", "chunk", "unsafe_split", "unsafe_chunk", "split_copy", "split_with_sizes_copy")
+def _split(trace: Trace, args: Any, kwargs: Any, result: Any, name: str) -> None:
+    label = trace.label(args[0])
+    dim = (args[2] if len(args) > 2 else kwargs.get("dim", 0)) % len(label.dims)
+    start = 0
+    for each in result:
+        dims = list(label.dims)
+        stop = start + each.shape[dim]
+        dims[dim] = cut_out(dims[dim], start, stop)
+        start = stop
+        trace.set(each, like(label, dims))
+
+
+@rule("cat", "concat")
+def _cat(trace: Trace, args: Any, kwargs: Any, result: Any, name: str) -> None:
+    tensors = [tensor for tensor in args[0] if not (tensor.dim() == 1 and tensor.shape[0] == 0)]
+    labels = trace.labels(tensors)
+    rank = result.dim()
+    dim = (args[1] if len(args) > 1 else kwargs.get("dim", 0)) % rank
+    _join(trace, labels, dim, result, lambda: concatenate([label.dims[dim] for label in labels]))
+
+
+@rule("stack")
+def _stack(trace: Trace, args: Any, kwargs: Any, result: Any, name: str) -> None:
+    labels = [trace.label(tensor) for tensor in args[0]]
+    dim = (args[1] if len(args) > 1 else kwargs.get("dim", 0)) % result.dim()
+    widened = [like(label, [*label.dims[:dim], (), *label.dims[dim:]]) for label in labels]
+    _join(trace, widened, dim, result, lambda: (len(labels),) if len(labels) > 1 else ())
+
+
+def _join(trace: Trace, labels: list[Label], dim: int, result: Tensor, along: Callable[[], Dim]) -> None:
+    dims: list[Dim] = []
+    for place in range(result.dim()):
+        if place == dim:
+            dims.append(along())
+            continue
+        for one, other in pairwise(labels):
+            tie(one.dims[place], other.dims[place], CONSTANT)
+        for label in labels:
+            trace.note(label, place, "added")
+        with_axes = [label.dims[place] for label in labels if any(True for _ in axes_in([label.dims[place]]))]
+        dims.append(with_axes[0] if with_axes else labels[0].dims[place])
+    live = [label for label in labels if not label.parameter]
+    sources = frozenset().union(*(label.sources for label in live or labels))
+    made = Label(dims, sources, all(label.linear for label in labels), not live, past_of(labels))
+    made.places = tuple(place for label in labels for place in label.places)
+    trace.set(result, made)
+
+
+@rule("repeat")
+def _repeat(trace: Trace, args: Any, kwargs: Any, result: Any, name: str) -> None:
+    label = trace.label(args[0])
+    new = result.dim() - len(label.dims)
+    dims: list[Dim] = []
+    for place, times in enumerate(args[1]):
+        old = label.dims[place - new] if place >= new else ()
+        dims.append((*((times,) if times > 1 else ()), *old))
+    trace.set(result, like(label, dims))
+
+
+@rule("roll", "flip", "rot90")
+def _roll(trace: Trace, args: Any, kwargs: Any, result: Any, name: str) -> None:
+    label = trace.label(args[0])
+    given = (args[2] if len(args) > 2 else kwargs.get("dims", [])) if name == "roll" else args[1]
+    dims = list(label.dims)
+    for place in [given] if isinstance(given, int) else given or range(len(dims)):
+        fix(dims[place], f"{name} moves it")
+        dims[place] = (length(dims[place]),) if length(dims[place]) > 1 else ()
+    trace.set(result, like(label, dims))
+
+
+@rule("constant_pad_nd", "pad")
+def _pad(trace: Trace, args: Any, kwargs: Any, result: Any, name: str) -> None:
+    label = trace.label(args[0])
+    dims = list(label.dims)
+    for place, size in enumerate(result.shape):
+        if size != args[0].shape[place]:
+            fix(dims[place], "it is padded")
+            dims[place] = (size,) if size > 1 else ()
+    trace.set(result, like(label, dims))
+
+
+@rule("embedding", "index_select", "gather", "index", "_unsafe_index", "take", "index_put", "scatter", "scatter_add")
+def _index(trace: Trace, args: Any, kwargs: Any, result: Any, name: str) -> None:
+    label = trace.label(args[0])
+    if name == "embedding":
+        fix(label.dims[0], "its entries are looked up")
+        trace.note(label, 1, "produces")
+        trace.set(result, Label([*trace.label(args[1]).dims, label.dims[1]], label.sources, past=label.past))
+        return
+    if name == "index_select":
+        dims = list(label.dims)
+        place = args[1] % len(dims)
+        fix(dims[place], "its entries are chosen by number")
+        dims[place] = (result.shape[place],) if result.shape[place] > 1 else ()
+        trace.set(result, like(label, dims))
+        return
+    if name in ("index", "_unsafe_index"):
+        indices = list(args[1]) + [None] * (len(label.dims) - len(args[1]))
+        places = [place for place, index in enumerate(indices) if index is not None]
+        boolean = any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in indices)
+        if not boolean and places:
+            for place in places:
+                fix(label.dims[place], "its entries are chosen by number")
+            rank = max(indices[place].dim() for place in places)
+            apart = places != list(range(places[0], places[-1] + 1))
+            at = 0 if apart else places[0]
+            kept = [dim for place, dim in enumerate(label.dims) if place not in places]
+            shape = tuple(result.shape[at : at + rank])
+            dims = [*kept[:at], *((size,) if size > 1 else () for size in shape), *kept[at:]]
+            trace.set(result, like(label, dims))
+            return
+    unknown(trace, args, kwargs, result, name)

@@ -1,0 +1,117 @@
+"""Forwards that take a width of their input for the width of what is cut: the same forwards, told the true one.
+
+Many write `B, N, C = x.shape` and then `.reshape(B, N, C)` of the heads, or `qkv[..., :C]`. A module that is cut and
+has such a forward takes on a class whose forward runs under a mode of torch that puts the width that is there in the
+place of the one that was, in the few calls that were seen to need it. It works under torch.compile and torch.export.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+WIDTHS = "cut_widths"
+"""Attribute of a narrow module: "view.rank.dim.old" or "part.rank.dim.old" -> new."""
+
+_SHAPED = (Tensor.view, Tensor.reshape, torch.reshape)
+_SPLIT = (Tensor.split, torch.split, torch.functional.split)
+
+
+class _Widths(TorchFunctionMode):
+    """Puts new widths in the place of old ones."""
+
+    def __init__(self, widths: Mapping[str, int]) -> None:
+        super().__init__()
+        self._widths: dict[tuple[str, int, int], dict[int, int]] = {}
+        for key, new in widths.items():
+            kind, rank, dim, old = key.split(".")
+            self._widths.setdefault((kind, int(rank), int(dim)), {})[int(old)] = new
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        del types
+        kwargs = kwargs or {}
+        if func in _SHAPED and len(args) > 1:
+            return func(args[0], self._shape(args[0], args[1:] if isinstance(args[1], int) else args[1]))
+        if func in _SPLIT and len(args) > 1:
+            dim = args[2] if len(args) > 2 else kwargs.get("dim", 0)
+            return func(args[0], self._sizes(args[0], args[1], dim), dim)
+        if func is Tensor.__getitem__:
+            return func(args[0], self._index(args[0], args[1]))
+        return func(*args, **kwargs)
+
+    def _shape(self, tensor: Tensor, sizes: Any) -> list[Any]:
+        wanted = list(sizes)
+        if -1 not in wanted and math.prod(wanted) != tensor.numel():
+            for place, size in enumerate(wanted):
+                wanted[place] = self._widths.get(("view", len(wanted), place), {}).get(size, size)
+        return wanted
+
+    def _ratio(self, tensor: Tensor, dim: int) -> tuple[int, int] | None:
+        """Return the old and new length of a dimension that was cut."""
+        rank = tensor.dim()
+        found = self._widths.get(("part", rank, dim % rank), {})
+        return next(((old, new) for old, new in found.items() if new == tensor.shape[dim]), None)
+
+    def _sizes(self, tensor: Tensor, sizes: Any, dim: int) -> Any:
+        ratio = self._ratio(tensor, dim)
+        if ratio is None:
+            return sizes
+        old, new = ratio
+        if isinstance(sizes, int):
+            return sizes * new // old
+        return [size * new // old for size in sizes] if sum(sizes) == old else sizes
+
+    def _index(self, tensor: Tensor, index: Any) -> Any:
+        places = index if isinstance(index, tuple) else (index,)
+        if not any(isinstance(each, slice) for each in places):
+            return index
+        used = sum(each is not None and each is not Ellipsis for each in places)
+        found, dim = [], 0
+        for each in places:
+            if each is Ellipsis:
+                dim += tensor.dim() - used
+            elif each is not None:
+                ratio = self._ratio(tensor, dim) if isinstance(each, slice) and dim < tensor.dim() else None
+                if ratio is not None:
+                    old, new = ratio
+                    start, stop = (None if end is None else end * new // old for end in (each.start, each.stop))
+                    each = slice(start, stop, each.step)
+                dim += 1
+            found.append(each)
+        return tuple(found)
+
+
+class Narrow:
+    """Mixed into the class of a module whose forward insists on a width that was cut."""
+
+    uncut_class: type[nn.Module]
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        """Run the forward of the class as it is, with the widths that are there."""
+        with _Widths(self.__dict__[WIDTHS]):
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+
+    def __reduce__(self: Any) -> Any:
+        """Copy and pickle by the class as it was: no module holds the narrow one."""
+        return _revived, (self.uncut_class,), self.__dict__
+
+
+def _revived(kind: type[nn.Module]) -> nn.Module:
+    return narrow_class(kind).__new__(narrow_class(kind))
+
+
+_classes: dict[type[nn.Module], type[nn.Module]] = {}
+
+
+def narrow_class(kind: type[nn.Module]) -> type[nn.Module]:
+    """Return the class that a module of class `kind` takes on when it is cut and its forward names a width."""
+    if kind not in _classes:
+        _classes[kind] = type(f"Narrow{kind.__name__}", (Narrow, kind), {"uncut_class": kind})
+    return _classes[kind]

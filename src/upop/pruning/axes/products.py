@@ -1,0 +1,308 @@
+"""Rules for sums, products, attention and normalisation: what ties axes, and what sums over them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+from upop.pruning.axes.axis import Dim, axes_in, cut_out, fix, length, regroup, tie
+from upop.pruning.axes.moving import elementwise
+from upop.pruning.axes.rule import CONSTANT, like, past_of, rule, tensors_in, unknown
+from upop.pruning.axes.trace import Label, Trace
+
+# -- sums ---------------------------------------------------------------------------------------------------------
+
+
+@rule(
+    *("mean", "amax", "amin", "max", "min", "argmax", "argmin", "var", "std", "var_mean", "std_mean", "logsumexp"),
+    *("sum", "prod", "any", "all", "linalg_vector_norm", "norm", "median", "count_nonzero", "nansum"),
+)
+def _reduce(trace: Trace, args: Any, kwargs: Any, result: Any, name: str) -> None:
+    label = trace.label(args[0])
+    outputs = tensors_in(result)
+    rank = len(label.dims)
+    place = 2 if name in ("linalg_vector_norm", "norm") else 1
+    given = args[place] if len(args) > place else kwargs.get("dim")
+    if name in ("max", "min") and isinstance(given, Tensor):
+        return elementwise(trace, args, kwargs, result, name)
+    places = {each % rank for each in ([given] if isinstance(given, int) else given or range(rank))} if rank else set()
+    for each in places:
+        if name not in ("sum", "linalg_vector_norm", "norm", "nansum"):
+            fix(label.dims[each], f"{name} is taken over it")
+        else:
+            trace.note(label, each, "consumes")
+    kept = len(outputs[0].shape) == rank
+    dims = [dim if at not in places else () for at, dim in enumerate(label.dims) if kept or at not in places]
+    for output in outputs:
+        trace.set(output, replace(label, dims=list(dims), linear=name == "sum" and label.linear))
+    return None
+
+
+@rule(
+    "_softmax",
+    "_log_softmax",
+    "_safe_softmax",
+    "softmax",
+    "cumsum",
+    "cumprod",
+    "sort",
+    "topk",
+    "argsort",
+    "logcumsumexp",
+)
+def _along(trace: Trace, args: Any, kwargs: Any, result: Any, name: str) -> None:
+    label = trace.label(args[0])
+    place = 2 if name == "topk" else 1
+    given = args[place] if len(args) > place else kwargs.get("dim", -1)
+    dims = list(label.dims)
+    fix(dims[given], f"{name.strip('_')} is taken over it")
+    for output in tensors_in(result):
+        here = list(dims)
+        here[given] = (output.shape[given],) if output.shape[given] > 1 else ()
+        trace.set(output, replace(label, dims=here, linear=False))
+
+
+# -- products -----------------------------------------------------------------------------------------------------
+
+
+@rule("mm", "bmm", "addmm", "baddbmm", "mv", "addmv", "dot", "matmul", "linear")
+def _product(trace: Trace, args: Any, kwargs: Any, result: Any, name: str) -> None:
+    added, (left, right) = (args[0], args[1:3]) if name in ("addmm", "baddbmm", "addmv") else (None, args[:2])
+    if name == "linear":
+        added, right = (args[2] if len(args) > 2 else kwargs.get("bias")), right
+    a, b = trace.label(left), trace.label(right)
+    b_dims = list(b.dims)
+    if name == "linear":
+        b_dims = [b_dims[1], b_dims[0]]
+    inner_b = -2 if len(b_dims) > 1 else -1
+    _contract(trace, a, a.dims[-1], b, b_dims[inner_b])
+    dims: list[Dim] = list(a.dims[:-1])
+    if len(b_dims) > 1:
+        dims.append(b_dims[-1])
+    if name in ("bmm", "baddbmm"):
+        tie(a.dims[0], b.dims[0], CONSTANT)
+        if not any(True for _ in axes_in([dims[0]])):
+            dims[0] = b.dims[0]
+        _batched(trace, a, b, [dims[0]])
+    own = len(dims) - (len(b_dims) > 1)
+    made = _produced(trace, a, dims[:own], b, dims[own:], dims, a.dims[-1])
+    if added is not None:
+        extra = trace.label(added)
+        for place in range(-len(extra.dims), 0):
+            if length(extra.dims[place]) > 1:
+                tie(extra.dims[place], made.dims[place], CONSTANT)
+                trace.note(extra, place, "added")
+    trace.set(result, made)
+
+
+def _contract(trace: Trace, a: Label, a_dim: Dim, b: Label, b_dim: Dim) -> None:
+    """Sum over a dimension of two tensors."""
+    if a.live and b.live:
+        trace.queries(a, a_dim)
+    tie(a_dim, b_dim, "it is multiplied with numbers of that shape which are no parameters")
+    for label, dim in ((a, a_dim), (b, b_dim)):
+        if label.parameter:
+            place = next(place for place, each in enumerate(label.dims) if each is dim or each == dim)
+            trace.note(label, place, "consumes")
+    if a.live and b.live:
+        for axis in axes_in([a_dim, b_dim]):
+            axis.mark("dimension")
+
+
+def _batched(trace: Trace, a: Label, b: Label, dims: Sequence[Dim]) -> None:
+    if a.parameter == b.parameter:
+        for axis in axes_in(dims):
+            axis.mark("head")
+
+
+def _produced(
+    trace: Trace, a: Label, a_dims: Sequence[Dim], b: Label, b_dims: Sequence[Dim], dims: list[Dim], over: Dim
+) -> Label:
+    """Return the label of a product, whose dimensions come from one side or the other; `over` was summed over."""
+    for label, outer in ((a, a_dims), (b, b_dims)):
+        if label.parameter:
+            for place, dim in enumerate(label.dims):
+                if any(dim == each for each in outer):
+                    trace.note(label, place, "produces")
+    past = a.past | b.past
+    if a.parameter != b.parameter:
+        weight = a if a.parameter else b
+        return Label(dims, weight.sources, past=past, attends=a.attends or b.attends)
+    if a.parameter:
+        return Label(dims, a.sources | b.sources, parameter=True, past=past)
+    summed = over if any(True for _ in axes_in([over])) else a.attends or b.attends
+    if any(True for _ in axes_in(dims[-1:])):
+        trace.pair(summed, dims[-1])
+    return Label(dims, a.sources | b.sources, a.linear and b.linear, past=past, attends=summed)
+
+
+@rule("convolution", "_convolution", "conv2d", "conv1d", "conv3d", "mkldnn_convolution")
+def _convolution(trace: Trace, args: Any, kwargs: Any, result: Any, name: str) -> None:
+    inputs, weight, bias = args[:3]
+    transposed, groups = args[6], args[8]
+    x, w = trace.label(inputs), trace.label(weight)
+    channels = x.dims[1]
+    rows, columns = (w.dims[1], w.dims[0]) if transposed else (w.dims[0], w.dims[1])
+    if groups == 1:
+        _contract(trace, x, channels, w, columns)
+        made: Dim = rows
+        trace.note(w, 1 if transposed else 0, "produces")
+    elif transposed:
+        return unknown(trace, args, kwargs, result, name)
+    else:
+        outer = regroup([rows], (groups, length(rows) // groups))
+        inner = regroup([channels], (groups, length(channels) // groups))
+        tie(outer[0], inner[0], CONSTANT)
+        tie(inner[1], columns, CONSTANT)
+        trace.note(w, 0, "follows" if length(channels) == groups else "produces")
+        if length(channels) != groups:
+            trace.note(w, 1, "consumes")
+        made = (*outer[0], *outer[1])
+    if isinstance(bias, Tensor):
+        tie(trace.label(bias).dims[0], made, CONSTANT)
+        trace.note(trace.label(bias), 0, "added")
+    for dim in x.dims[2:]:
+        fix(dim, "a convolution moves over it")
+    spatial: list[Dim] = [(size,) if size > 1 else () for size in result.shape[2:]]
+    sources = x.sources if groups > 1 and length(channels) == groups else w.sources
+    trace.set(result, Label([x.dims[0], made, *spatial], sources, past=x.past | w.past))
+    return None
+
+
+@rule(
+    *("_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_efficient_attention"),
+    *(
+        "_scaled_dot_product_flash_attention",
+        "_scaled_dot_product_cudnn_attention",
+        "_scaled_dot_product_attention_math",
+    ),
+    *("_scaled_dot_product_fused_attention_overrideable", "scaled_dot_product_attention"),
+)
+def _attention(trace: Trace, args: Any, kwargs: Any, result: Any, name: str) -> None:
+    labels = [trace.label(each) for each in args[:3]]
+    queries, keys, values = labels
+    mask = kwargs.get("attn_mask", kwargs.get("attn_bias"))
+    mask = next((each for each in args[3:] if isinstance(each, Tensor)), mask)
+    _contract(trace, queries, queries.dims[-1], keys, keys.dims[-1])
+    for axis in axes_in([queries.dims[-1], values.dims[-1]]):
+        axis.mark("dimension")
+    rank = len(queries.dims)
+    for place in range(rank - 2):
+        if length(queries.dims[place]) != length(keys.dims[place]):  # torch's own grouped queries
+            heads, groups = length(queries.dims[place]), length(keys.dims[place])
+            tie(queries.dims[place], (*keys.dims[place], heads // groups), CONSTANT)
+        else:
+            tie(queries.dims[place], keys.dims[place], CONSTANT)
+        tie(keys.dims[place], values.dims[place], CONSTANT)
+        if isinstance(mask, Tensor):
+            dims = trace.label(mask).dims
+            at = place - rank
+            if -at <= len(dims) and length(dims[at]) > 1:
+                tie(dims[at], queries.dims[place], CONSTANT)
+                trace.note(trace.label(mask), at, "follows")
+    for axis in axes_in([queries.dims[place] for place in range(1, rank - 2)] if rank > 3 else []):
+        axis.mark("head")
+    output = result[0] if isinstance(result, tuple) else result
+    trace.pair(queries.dims[-1], values.dims[-1])
+    trace.set(output, Label([*queries.dims[:-1], values.dims[-1]], values.sources, False, past=past_of(labels)))
+
+
+# -- normalisation ------------------------------------------------------------------------------------------------
+
+
+@rule("native_layer_norm", "layer_norm", "_fused_rms_norm", "rms_norm")
+def _layer_norm(trace: Trace, args: Any, kwargs: Any, result: Any, name: str) -> None:
+    label = trace.label(args[0])
+    outputs = tensors_in(result)
+    count = len(args[1])
+    for dim in label.dims[-count:]:
+        fix(dim, "it is normalised over")
+    for each in args[2:4]:
+        if isinstance(each, Tensor):
+            own = trace.label(each)
+            for place in range(-count, 0):
+                tie(own.dims[place], label.dims[place], CONSTANT)
+                trace.note(own, place, "added")
+    trace.set(outputs[0], replace(label, dims=list(label.dims), linear=False))
+
+
+@rule(
+    "native_batch_norm",
+    "_native_batch_norm_legit_no_training",
+    "_native_batch_norm_legit",
+    "cudnn_batch_norm",
+    "_batch_norm_with_update",
+    "_batch_norm_no_update",
+    "batch_norm",
+)
+def _batch_norm(trace: Trace, args: Any, kwargs: Any, result: Any, name: str) -> None:
+    label = trace.label(args[0])
+    outputs = tensors_in(result)
+    for each in args[1:5]:
+        if isinstance(each, Tensor):
+            own = trace.label(each)
+            if id(each) in trace.buffers:
+                use = trace.use(trace.buffers[id(each)], each)
+                tie((use.axes[0],), label.dims[1], CONSTANT)
+                use.note(0, "follows")
+            else:
+                tie(own.dims[0], label.dims[1], CONSTANT)
+                trace.note(own, 0, "added")
+    trace.set(outputs[0], replace(label, dims=list(label.dims), linear=False))
+
+
+@rule("native_group_norm", "group_norm")
+def _group_norm(trace: Trace, args: Any, kwargs: Any, result: Any, name: str) -> None:
+    label = trace.label(args[0])
+    groups = args[6]
+    parts = regroup([label.dims[1]], (groups, length(label.dims[1]) // groups))
+    fix(parts[1], "it is normalised over")
+    for each in args[1:3]:
+        if isinstance(each, Tensor):
+            own = trace.label(each)
+            tie(own.dims[0], label.dims[1], CONSTANT)
+            trace.note(own, 0, "added")
+    trace.set(tensors_in(result)[0], replace(label, dims=list(label.dims), linear=False))
+
+
+@rule("glu")
+def _glu(trace: Trace, args: Any, kwargs: Any, result: Any, name: str) -> None:
+    label = trace.label(args[0])
+    dim = (args[1] if len(args) > 1 else kwargs.get("dim", -1)) % len(label.dims)
+    half = result.shape[dim]
+    one, other = cut_out(label.dims[dim], 0, half), cut_out(label.dims[dim], half, 2 * half)
+    tie(one, other, CONSTANT)
+    dims = list(label.dims)
+    dims[dim] = one
+    trace.set(result, like(label, dims))
+
+
+@rule(
+    "max_pool2d_with_indices",
+    "avg_pool2d",
+    "_adaptive_avg_pool2d",
+    "adaptive_max_pool2d",
+    "upsample_bilinear2d",
+    "upsample_bicubic2d",
+    "upsample_nearest2d",
+    "_upsample_bilinear2d_aa",
+    "_upsample_bicubic2d_aa",
+    "avg_pool1d",
+    "im2col",
+    "max_pool3d_with_indices",
+    "reflection_pad2d",
+    "grid_sampler_2d",
+    "upsample_linear1d",
+)
+def _over_places(trace: Trace, args: Any, kwargs: Any, result: Any, name: str) -> None:
+    label = trace.label(args[0])
+    kept = 1 if name == "im2col" else 2
+    for dim in label.dims[kept:] if name != "im2col" else label.dims[1:]:
+        fix(dim, f"{name} moves over it")
+    for output in tensors_in(result):
+        dims: list[Dim] = list(label.dims[:kept])
+        if name != "im2col" and output.dim() == len(label.dims):
+            trace.set(output, like(label, [*dims, *((size,) if size > 1 else () for size in output.shape[2:])]))

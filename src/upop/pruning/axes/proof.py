@@ -1,0 +1,179 @@
+"""The proof: what is masked and what is cut compute the same, on numbers."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from upop.pruning.axes.candidates import Candidate
+from upop.pruning.costs import call, evaluating
+from upop.pruning.shrink import cut, restore, tensors_of
+from upop.pruning.units import Attribute, Unit, tensor_of
+
+_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
+_POWERS = (0.5, 0.0, 1.0, 0.25)
+"""Of softmax scales that follow the size of a head: 1 / sqrt(size), fixed, 1 / size, and queries that are keys too."""
+
+
+class Bench:
+    """A copy of a model with numbers, on which units are masked and cut, and put back.
+
+    Args:
+        model: the copy.
+        example: what it is given.
+    """
+
+    def __init__(self, model: nn.Module, example: Any) -> None:
+        self._model = model
+        dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+
+        def as_precise(value: Any) -> Any:
+            return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+        self._example = tree_map(as_precise, example)
+
+    def outputs(self) -> list[tuple[str, Tensor]]:
+        """Return all tensors that a call gives."""
+        with evaluating(self._model), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            return [(place, value.detach().clone()) for place, value in tensors_of(call(self._model, self._example))]
+
+    def difference(self, units: Sequence[Unit], plan: Mapping[str, Sequence[int]]) -> tuple[float, str]:
+        """Return how far the cut model is from the masked one, relative to its largest output, and what was raised."""
+        with self._masked(units, plan):
+            expected = self.outputs()
+        undo = cut(self._model, list(units), plan)
+        try:
+            found = self.outputs()
+        except Exception as error:
+            return float("inf"), f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
+        finally:
+            restore(undo)
+        if [place for place, _ in expected] != [place for place, _ in found]:
+            return float("inf"), "it gives other outputs"
+        worst = 0.0
+        for (place, one), (_, other) in zip(expected, found, strict=True):
+            if one.shape != other.shape:
+                return float("inf"), f"{place} has shape {tuple(other.shape)}, expected {tuple(one.shape)}"
+            if not one.numel():
+                continue
+            finite = one.isfinite()
+            if not bool((finite == other.isfinite()).all()):
+                return float("inf"), f"{place} is not finite"
+            scale = one[finite].abs().max().clamp_min(1e-12) if bool(finite.any()) else torch.ones(())
+            tolerance = _TOLERANCE.get(one.dtype, 1e-2)
+            worst = max(
+                worst, float((one - other)[finite].abs().max() / scale / tolerance) if bool(finite.any()) else 0
+            )
+        return worst, f"the cut model differs by {worst * 1e-9:.1e}"
+
+    @contextmanager
+    def _masked(self, units: Sequence[Unit], plan: Mapping[str, Sequence[int]]) -> Iterator[None]:
+        held: dict[str, Tensor] = {}
+        try:
+            with torch.no_grad():
+                for unit in units:
+                    keep = torch.zeros(unit.size)
+                    keep[list(plan[unit.name])] = 1
+                    for part in unit.producers:
+                        tensor = tensor_of(self._model, part.tensor)
+                        held.setdefault(part.tensor, tensor.detach().clone())
+                        rows = part.expand(keep).to(tensor.dtype)
+                        tensor.mul_(rows.view([-1 if at == part.dim else 1 for at in range(tensor.dim())]))
+            yield
+        finally:
+            with torch.no_grad():
+                for name, value in held.items():
+                    tensor_of(self._model, name).copy_(value)
+
+
+def at_random(units: Sequence[Unit], seed: int) -> dict[str, list[int]]:
+    """Return entries to keep of every unit, at random sizes."""
+    draw = random.Random(seed)
+    plan = {}
+    for unit in units:
+        most = unit.size - 1
+        kept = draw.randint(max(1, unit.size // 4), max(1, most))
+        plan[unit.name] = sorted(draw.sample(range(unit.size), kept))
+    return plan
+
+
+def prove(bench: Bench, candidates: list[Candidate], found: dict[str, str]) -> list[Candidate]:
+    """Return the candidates that compute what they should: all together, and by halves only where that fails.
+
+    Args:
+        bench: where it is tried.
+        candidates: to be proved.
+        found: why a candidate was left out, by its unit's name; added to.
+    """
+    if not candidates:
+        return []
+    worst, reason = 0.0, ""
+    for seed in (0, 1):
+        units = [each.unit for each in candidates]
+        worst, reason = bench.difference(units, at_random(units, seed))
+        if not worst <= 1:
+            break
+    if worst <= 1:
+        return candidates
+    if len(candidates) == 1:
+        found[candidates[0].unit.name] = reason
+        return []
+    half = len(candidates) // 2
+    return prove(bench, candidates[:half], found) + prove(bench, candidates[half:], found)
+
+
+def scaled(bench: Bench, model: nn.Module, candidates: list[Candidate]) -> list[Candidate]:
+    """Find how the softmax scale of every kind of attention follows the size of its heads."""
+    known: dict[Any, tuple[float, bool]] = {}
+    result = []
+    for each in candidates:
+        if each.unit.entry != "dimension":
+            result.append(each)
+            continue
+        holder = model.get_submodule(each.holder)
+        key = (type(holder), tuple(part.query_groups for part in each.unit.slices), len(each.unit.attributes))
+        if key not in known:
+            known[key] = (0.5, False)
+            for numbers in (True, False):
+                for power in _POWERS:
+                    tried = _powered(model, each, power, numbers)
+                    if tried is None:
+                        continue
+                    worst, _ = bench.difference([tried.unit], at_random([tried.unit], 2))
+                    if worst <= 1:
+                        known[key] = (power, numbers)
+                        break
+                else:
+                    continue
+                break
+        power, numbers = known[key]
+        result.append(_powered(model, each, power, numbers) or _powered(model, each, power, False) or each)
+    return result
+
+
+def _powered(model: nn.Module, candidate: Candidate, power: float, numbers: bool) -> Candidate | None:
+    """Return a candidate whose queries are scaled so, with the scales that its modules keep set again if asked."""
+    unit = candidate.unit
+    scales: list[Attribute] = []
+    if numbers:
+        module = model.get_submodule(candidate.holder)
+        scales = [
+            Attribute(candidate.holder, name, None)
+            for name, value in vars(module).items()
+            if isinstance(value, float) and abs(value * unit.size**0.5 - 1) < 1e-6
+        ]
+        if not scales:
+            return None
+    if power and any(part.query_groups < 0 or any(part.gaps[1:-1]) for part in unit.slices):
+        return None  # queries that lie elsewhere, or a part of the dimensions alone
+    slices = tuple(replace(part, power=power, query_groups=max(0, part.query_groups)) for part in unit.slices)
+    unit = replace(unit, slices=slices, attributes=(*unit.attributes, *scales))
+    return replace(candidate, unit=unit)

@@ -1,0 +1,101 @@
+"""From a model and an example to its units: trace, follow, group, settle, prove."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from upop.pruning.axes.axis import Axis
+from upop.pruning.axes.candidates import Candidate, NotCuttableError, candidate, named_apart
+from upop.pruning.axes.copies import Shapes, numbered
+from upop.pruning.axes.groups import Group, groups
+from upop.pruning.axes.proof import Bench, prove, scaled
+from upop.pruning.axes.settle import settle
+from upop.pruning.axes.trace import Trace
+from upop.pruning.costs import call
+from upop.pruning.shrink import tensors_of
+from upop.pruning.units import Skipped, Unit
+
+
+def read(model: nn.Module, example: Any) -> tuple[list[Unit], list[Skipped]]:
+    """Return the units of a model, each proved on numbers, and what was left alone with the reason.
+
+    Args:
+        model: left as it is, its random state included.
+        example: what a call of it is given.
+    """
+    with torch.random.fork_rng(devices=[]):
+        return _read(model, example)
+
+
+def _read(model: nn.Module, example: Any) -> tuple[list[Unit], list[Skipped]]:
+    shapes = Shapes(model, example)
+    trace = traced(shapes)
+    found = groups(trace)
+    chosen: list[Candidate] = []
+    skipped: list[Skipped] = []
+    for group in _wanted(found):
+        try:
+            chosen.append(candidate(model, trace, group))
+        except NotCuttableError as reason:
+            skipped.append(Skipped(group.makers[0].use.name.rpartition(".")[0], str(reason)))
+    chosen = named_apart(chosen)
+    bench: Bench | None = None
+    proved: list[Candidate] = []
+    lost: list[tuple[str, str]] = []
+    for pending in _rounds(chosen):
+        taken = {(part.tensor, part.dim) for each in proved for part in each.unit.slices}
+        pending = [
+            each
+            for each in pending
+            if not any((part.tensor, part.dim) in taken for part in each.unit.slices if not part.gaps)
+        ]
+        if pending:
+            pending, reasons = settle(model, shapes, trace, pending)
+            bench = bench or Bench(numbered(model), example)
+            proved += prove(bench, scaled(bench, model, pending), reasons)
+            lost += reasons.items()
+    names = {each.unit.name for each in proved}
+    skipped += [Skipped(name, reason) for name, reason in lost if name not in names]
+    order = {name: place for place, name in enumerate(trace.uses)}
+    units = sorted(
+        (replace(each.unit, proved=True) for each in proved),
+        key=lambda unit: min(order[part.tensor] for part in unit.slices),
+    )
+    return units, skipped
+
+
+def traced(shapes: Shapes) -> Trace:
+    """Run a model once, without numbers, and follow its axes."""
+    twin = shapes.copy()
+    trace = Trace(twin)
+    with shapes.running(), torch.no_grad(), trace.running():
+        result = call(twin, shapes.example)
+    trace.finish([each for _, each in tensors_of(result)])
+    return trace
+
+
+def _rounds(chosen: list[Candidate]) -> Iterator[list[Candidate]]:
+    """Yield what is tried together: dimensions and neurons first, then heads; where one axis is inside another, one."""
+    yield [each for each in chosen if each.unit.entry in ("dimension", "neuron")]
+    heads = sorted(
+        (each for each in chosen if each.unit.entry in ("group", "head")), key=lambda each: -len(each.unit.slices)
+    )
+    while heads:
+        taken: set[tuple[str, int]] = set()
+        now: list[Candidate] = []
+        later: list[Candidate] = []
+        for each in heads:
+            axes = {(part.tensor, part.dim) for part in each.unit.slices}
+            (later if axes & taken else now).append(each)
+            taken |= axes
+        yield now
+        heads = later
+
+
+def _wanted(found: dict[Axis, Group]) -> list[Group]:
+    return list(found.values())

@@ -1,0 +1,54 @@
+"""Rules: what a kind of tensor operation does to axes. What all rules share, and where they are found by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from upop.pruning.axes.axis import Dim, fix
+from upop.pruning.axes.trace import Label, Trace
+
+Rule = Callable[[Trace, tuple[Any, ...], dict[str, Any], Any, str], None]
+RULES: dict[str, Rule] = {}
+"""By the name of the operation, as ATen calls it."""
+
+CONSTANT = "it meets numbers of that shape which are no parameters"
+
+
+def rule(*names: str) -> Callable[[Rule], Rule]:
+    """Register the rule for operations."""
+
+    def register(rule: Rule) -> Rule:
+        RULES.update(dict.fromkeys(names, rule))
+        return rule
+
+    return register
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """Return the tensors among arguments or results."""
+    return [each for each in tree_leaves(value) if isinstance(each, Tensor)]
+
+
+def like(label: Label, dims: Sequence[Dim]) -> Label:
+    """Return a label with other dimensions."""
+    return replace(label, dims=list(dims))
+
+
+def unknown(trace: Trace, args: Any, kwargs: Any, result: Any, name: str) -> None:
+    """Fix all that goes into an operation that no rule follows."""
+    for tensor in tensors_in((args, kwargs)):
+        for dim in trace.label(tensor).dims:
+            fix(dim, f"no rule follows it through {name}")
+
+
+def past_of(labels: Sequence[Label]) -> int:
+    """Return the parameters that some tensors come from, as bits."""
+    past = 0
+    for label in labels:
+        past |= label.past
+    return past

@@ -1,0 +1,22 @@
+"""What every tensor operation does to axes: one short rule for each kind of operation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from upop.pruning.axes import products  # noqa: F401 - its rules are registered
+from upop.pruning.axes.moving import elementwise
+from upop.pruning.axes.rule import RULES, unknown
+from upop.pruning.axes.trace import Trace
+
+
+def follow(trace: Trace, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+    """Label what an operation gave, and tie what it ties."""
+    name = func.overloadpacket._qualified_op_name.removeprefix("aten::")
+    rule = RULES.get(name) or RULES.get(name.removesuffix("_"))
+    if rule is None:
+        tags = getattr(func, "tags", ())
+        rule = elementwise if torch.Tag.pointwise in tags else unknown
+    rule(trace, args, kwargs, result, name)

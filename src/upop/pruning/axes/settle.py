@@ -1,0 +1,335 @@
+"""What a module keeps about a size: found by cutting, and by looking where the forward goes another way than it should.
+
+A copy without numbers is cut and run. The first operation whose shape is not the one that follows from the dense run
+names the module that insists; the whole numbers that it keeps are tried, one by one and two by two, and what makes the
+run go on longer is kept.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from upop.pruning.axes.axis import Axis, Dim, axes_in
+from upop.pruning.axes.candidates import Candidate
+from upop.pruning.axes.copies import Shapes
+from upop.pruning.axes.multihead import narrow_multihead
+from upop.pruning.axes.narrow import WIDTHS, Narrow, narrow_class
+from upop.pruning.axes.trace import Step, Trace, watching
+from upop.pruning.costs import call
+from upop.pruning.shrink import cut
+from upop.pruning.units import Attribute, Swap, Swapped
+
+NARROW, MULTIHEAD = "widths", "multihead"
+SWAPS: dict[str, Swapped] = {NARROW: narrow_class, MULTIHEAD: narrow_multihead}
+"""How a module's class becomes one that can be cut, by the name under which units write it down."""
+_LEVELS = 3
+"""How many modules around an operation may keep the number that it takes: the one that runs, and those around it."""
+_MOST_TRIED = 8
+_FEW = 8
+"""Longest list that a module may keep its numbers in."""
+_NEAR = 3
+"""How many operations further on the one may be that a call was made for: a reshape first copies."""
+_KINDS = {
+    **dict.fromkeys(("view", "_unsafe_view", "reshape", "_reshape_alias"), "view"),
+    **dict.fromkeys(("split", "split_with_sizes", "slice", "unsafe_split", "split_with_sizes_copy"), "part"),
+}
+_COPIES = {"clone", "_to_copy", "contiguous", "detach", "alias", "lift_fresh"}
+"""Whether a tensor is copied depends on how it lies in memory, which a cut may change."""
+
+
+class _Off(BaseException):
+    """The run goes another way; no `except Exception` of a forward is to hear of it."""
+
+
+@dataclass(frozen=True)
+class Stop:
+    """Where a cut model goes wrong.
+
+    Attributes:
+        at: how many operations went as they should.
+        reason: what was raised, or which shape came out.
+    """
+
+    at: int
+    reason: str
+
+
+class _Follower(TorchDispatchMode):
+    """Compares the shapes of a run with those that follow from the dense one."""
+
+    def __init__(self, steps: list[Step], sizes: Mapping[Axis, int], skipped: frozenset[str]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._steps, self._sizes, self._skipped = steps, sizes, skipped
+        self.at = 0
+        self.off = ""
+        self.stack: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        del types
+        result = func(*args, **(kwargs or {}))
+        outputs = [each for each in tree_leaves(result) if isinstance(each, Tensor)]
+        name = _plain_name(func.overloadpacket._qualified_op_name)
+        if not outputs or name in _COPIES or _inside(self.stack[-1] if self.stack else "", self._skipped):
+            return result
+        while self.at < len(self._steps) and (
+            _inside(self._steps[self.at].module, self._skipped) or _plain_name(self._steps[self.at].name) in _COPIES
+        ):
+            self.at += 1
+        shapes = tuple(tuple(each.shape) for each in outputs)
+        if self.at >= len(self._steps):
+            self.off = f"it goes on with {name}"
+            raise _Off
+        step = self._steps[self.at]
+        expected = tuple(
+            shape if dims is None else tuple(now(dim, self._sizes) for dim in dims)
+            for shape, dims in zip(shapes, step.dims, strict=False)
+        )
+        if name != _plain_name(step.name) or shapes != expected:
+            self.off = f"{name} gives {shapes}, where {step.name} should give {expected}"
+            raise _Off
+        self.at += 1
+        return result
+
+
+def _plain_name(name: str) -> str:
+    name = name.removeprefix("aten::")
+    return "view" if _KINDS.get(name) == "view" else name
+
+
+def _inside(module: str, paths: Iterable[str]) -> bool:
+    return any(module == path or module.startswith(f"{path}.") for path in paths)
+
+
+def now(dim: Dim, sizes: Mapping[Axis, int]) -> int:
+    """Return the length of a dimension when axes have other sizes."""
+    total = 1
+    for factor in dim:
+        total *= _now(factor, sizes) if isinstance(factor, Axis) else factor
+    return total
+
+
+def _now(axis: Axis, sizes: Mapping[Axis, int]) -> int:
+    root = axis.root
+    if not root.parts:
+        return sizes.get(root, root.size)
+    lengths = [_now(part, sizes) for part in root.parts]
+    total = 1
+    for each in lengths:
+        total *= each
+    return sum(lengths) if root.joined == "row" else total
+
+
+def smaller(candidates: Iterable[Candidate]) -> dict[str, tuple[int, ...]]:
+    """Return entries to keep of every unit: about two thirds of them, no two sizes of a model alike where it can be."""
+    plan = {}
+    for each in candidates:
+        size = each.unit.size
+        kept = max(1, size - max(1, round(size / 3)))
+        plan[each.unit.name] = tuple(range(size - kept, size))
+    return plan
+
+
+def stop_of(shapes: Shapes, trace: Trace, candidates: list[Candidate]) -> Stop | None:
+    """Cut a copy and run it; return where it goes wrong, or None."""
+    plan = smaller(candidates)
+    sizes = {each.axis.root: len(plan[each.unit.name]) for each in candidates}
+    skipped = frozenset(
+        swap.module for each in candidates for swap in each.unit.swaps if not issubclass(swap.kind, Narrow)
+    )
+    model = shapes.copy()
+    cut(model, [each.unit for each in candidates], plan, fold=False)
+    follower = _Follower(trace.steps, sizes, skipped)
+    with shapes.running():
+        try:
+            with torch.no_grad(), watching(model, follower.stack), follower:
+                call(model, shapes.example)
+        except _Off:
+            return Stop(follower.at, follower.off)
+        except Exception as error:
+            return Stop(follower.at, follower.off or f"{type(error).__name__}: {str(error).splitlines()[0][:200]}")
+    return Stop(follower.at, follower.off) if follower.off else None
+
+
+@dataclass(frozen=True)
+class _Remedy:
+    """A change that lets a forward go on: numbers to set again, and classes to take on."""
+
+    attributes: tuple[Attribute, ...] = ()
+    swaps: tuple[Swap, ...] = ()
+
+
+def settle(
+    model: nn.Module, shapes: Shapes, trace: Trace, candidates: list[Candidate]
+) -> tuple[list[Candidate], dict[str, str]]:
+    """Find what has to be set again for every unit; return those that can be cut, and why the others cannot."""
+    lost: dict[str, str] = {}
+    while candidates:
+        stop = stop_of(shapes, trace, candidates)
+        if stop is None:
+            break
+        involved = _involved(trace, candidates, stop.at)
+        better = None
+        for remedy in _remedies(model, trace, involved, stop.at):
+            tried = _with(model, candidates, remedy, involved)
+            after = stop_of(shapes, trace, tried)
+            if after is None or after.at > stop.at:
+                better = tried
+                break
+        if better is not None:
+            candidates = better
+            continue
+        line = trace.steps[min(stop.at, len(trace.steps) - 1)].line
+        names = [each.unit.name for each in involved] or [each.unit.name for each in candidates]
+        for name in names:
+            lost[name] = f"{line or 'its forward'} insists on a size: {stop.reason}"
+        candidates = [each for each in candidates if each.unit.name not in names]
+    return candidates, lost
+
+
+def _involved(trace: Trace, candidates: list[Candidate], at: int) -> list[Candidate]:
+    """Return the candidates whose axes are in the operation where a run goes wrong, or else in one shortly before."""
+    by_axis = {each.axis.root: each for each in candidates}
+    for step in itertools.chain(trace.steps[at : at + 1], reversed(trace.steps[max(0, at - 8) : at])):
+        found = {
+            leaf: by_axis[leaf]
+            for dims in (*step.dims, step.given)
+            for axis in axes_in(dims or ())
+            for leaf in axis.leaves()
+            if leaf in by_axis
+        }
+        if found:
+            return list(found.values())
+    return []
+
+
+def _remedies(model: nn.Module, trace: Trace, involved: list[Candidate], at: int) -> Iterator[_Remedy]:
+    if at >= len(trace.steps):
+        return
+    step = trace.steps[at]
+    around = list(_around(step.module))[:_LEVELS]
+    numbers = dict.fromkeys(
+        Attribute(path, name, value // each.unit.size)
+        for path in around
+        for name, value in kept_numbers(model.get_submodule(path))
+        for each in involved
+        if value > 0
+        and value % each.unit.size == 0
+        and Attribute(path, name, value // each.unit.size) not in each.unit.attributes
+    )
+    tried = list(numbers)[:_MOST_TRIED]
+    yield from (_Remedy((number,)) for number in tried)
+    for path in around:
+        module = model.get_submodule(path)
+        if isinstance(module, nn.MultiheadAttention):
+            yield _Remedy((Attribute(path, "head_dim"),), (Swap(path, narrow_multihead(type(module)), MULTIHEAD),))
+        for near in trace.steps[at : at + _NEAR]:
+            widths = tuple(_widths(near, path, involved))
+            if widths:
+                yield _Remedy(widths, (Swap(path, narrow_class(type(module)), NARROW),))
+    yield from map(_Remedy, itertools.combinations(tried, 2))
+
+
+def _widths(step: Step, path: str, involved: list[Candidate]) -> Iterator[Attribute]:
+    """Yield the widths that a call may name that reshapes or takes apart a tensor which carries a unit's axis."""
+    kind = _KINDS.get(step.name.removeprefix("aten::"))
+    dims = step.dims[0] if kind == "view" else step.given
+    if kind is None or dims is None:
+        return
+    for place, dim in enumerate(dims):
+        for each in involved:
+            whole = now(dim, {})
+            if now(dim, {each.axis.root: 0}) == 0 and whole > 1:
+                yield Attribute(path, f"{WIDTHS}[{kind}.{len(dims)}.{place}.{whole}]", whole // each.unit.size)
+
+
+def _around(module: str) -> Iterator[str]:
+    """Yield the names of a module and of those around it, from the inside out; the model itself comes last."""
+    while module:
+        yield module
+        module = module.rpartition(".")[0]
+    yield ""
+
+
+def kept_numbers(module: nn.Module) -> Iterator[tuple[str, int]]:
+    """Yield the whole numbers that a module keeps, with the names under which `number_of` finds them."""
+    for name, value in vars(module).items():
+        if name not in _OF_MODULES:
+            yield from _numbers_in(name, value, 2)
+
+
+_OF_MODULES = frozenset(vars(nn.Module()))
+
+
+def _numbers_in(name: str, value: Any, depth: int) -> Iterator[tuple[str, int]]:
+    if type(value) is int:
+        yield name, value
+    elif depth and type(value) in (list, tuple, torch.Size) and len(value) <= _FEW:
+        for place, each in enumerate(value):
+            yield from _numbers_in(f"{name}[{place}]", each, depth - 1)
+    elif depth and type(value) is dict and len(value) <= _FEW:
+        for key, each in value.items():
+            if isinstance(key, str) and not set(key) & set("[]"):
+                yield from _numbers_in(f"{name}[{key}]", each, depth - 1)
+
+
+def _with(model: nn.Module, candidates: list[Candidate], remedy: _Remedy, involved: list[Candidate]) -> list[Candidate]:
+    """Return the candidates with what was found for some of them, and for all that lie in modules of the same class."""
+    result = []
+    for each in candidates:
+        attributes, swaps = list(each.unit.attributes), list(each.unit.swaps)
+        for attribute in remedy.attributes:
+            for path in _alike(model, attribute.module, each, involved):
+                mine = replace(attribute, module=path)
+                value = dict(kept_numbers(model.get_submodule(path))).get(attribute.name)
+                assert attribute.factor is not None
+                if (
+                    value == attribute.factor * each.unit.size or attribute.name.startswith(WIDTHS)
+                ) and mine not in attributes:
+                    attributes.append(mine)
+        for swap in remedy.swaps:
+            for path in _alike(model, swap.module, each, involved):
+                if all(other.module != path for other in swaps):
+                    swaps.append(replace(swap, module=path))
+        result.append(replace(each, unit=replace(each.unit, attributes=tuple(attributes), swaps=tuple(swaps))))
+    return result
+
+
+def _alike(model: nn.Module, path: str, candidate: Candidate, involved: list[Candidate]) -> list[str]:
+    """Return the modules that are to a candidate what the one at `path` is to one of those involved."""
+    module = model.get_submodule(path)
+    found = []
+    for other in involved:
+        if other.unit.kind != candidate.unit.kind or other.unit.entry != candidate.unit.entry:
+            continue
+        if other.unit.name == candidate.unit.name:
+            found.append(path)
+            continue
+        twin = _moved(path, other.holder, candidate.holder)
+        if twin is None:
+            continue
+        try:
+            if type(model.get_submodule(twin)) is type(module):
+                found.append(twin)
+        except AttributeError:
+            continue
+    return list(dict.fromkeys(found))
+
+
+def _moved(path: str, holder: str, other: str) -> str | None:
+    """Return where a module lies beside `other`, as `path` lies beside `holder`."""
+    if path == holder:
+        return other
+    if path.startswith(f"{holder}."):
+        return other + path.removeprefix(holder)
+    if holder.startswith(f"{path}."):
+        depth = holder.removeprefix(f"{path}.").count(".") + 1
+        return ".".join(other.split(".")[:-depth])
+    return None

@@ -1,0 +1,317 @@
+"""Running a forward once and following every axis through the tensor operations that really happen."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakIdKeyDictionary
+
+from upop.pruning.axes.axis import Axis, Dim, axes_in, factors_of, fix, length, tie
+
+
+@dataclass
+class Label:
+    """What is known of one tensor while its model runs.
+
+    Attributes:
+        dims: the factors of every dimension.
+        sources: the parameters whose rows it comes from, through what is done number by number.
+        linear: whether it is 0 where they are, and in proportion to them.
+        parameter: whether it is a parameter, or a view of one.
+        past: all parameters that it comes from, as bits.
+        attends: of scores, what queries and keys were contracted over.
+        places: what was taken by its place on the way: (axis, place).
+    """
+
+    dims: list[Dim]
+    sources: frozenset[str] = frozenset()
+    linear: bool = True
+    parameter: bool = False
+    past: int = 0
+    attends: Dim = ()
+    places: tuple[tuple[Axis, int], ...] = ()
+
+    @property
+    def live(self) -> bool:
+        """Whether it is an activation that carries an axis."""
+        return not self.parameter and any(True for _ in axes_in(self.dims))
+
+
+@dataclass
+class Use:
+    """What a parameter was seen to do with its axes.
+
+    Attributes:
+        axes: one for each dimension.
+        roles: dimension -> "produces" (it opens the axis), "consumes" (the axis is summed over), "follows" (it is
+            one number per entry: a bias, a scale), "added" (it follows, and is not 0 where the axis is).
+        direct: whether anything but its own module's `nn.Linear.forward` read it.
+    """
+
+    name: str
+    axes: list[Axis]
+    roles: dict[int, set[str]] = field(default_factory=dict)
+    direct: bool = False
+
+    def note(self, dim: int, role: str) -> None:
+        """Take note of a role."""
+        self.roles.setdefault(dim, set()).add(role)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One operation of a forward.
+
+    Attributes:
+        name: of the operation, as ATen calls it.
+        module: the dotted name of the module that was running.
+        dims: of each tensor that came out; None where nothing is known of it.
+        given: of the first tensor that went in.
+        line: the user's file and line.
+    """
+
+    name: str
+    module: str
+    dims: tuple[tuple[Dim, ...] | None, ...]
+    given: tuple[Dim, ...] | None
+    line: str
+
+
+class Trace(TorchDispatchMode):
+    """Follows the axes of a model's parameters while it is the active dispatch mode.
+
+    Args:
+        model: whose parameters open axes.
+
+    Attributes:
+        uses: parameter's name -> what it was seen to do.
+        steps: all operations, in order.
+        gates: parameters that only gate what others make.
+        modules: the dotted names of the modules that ran, with the classes' own calls.
+    """
+
+    def __init__(self, model: nn.Module, *, lines: bool = True) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._lines = lines
+        self.uses: dict[str, Use] = {}
+        self.steps: list[Step] = []
+        self.gates: set[tuple[str, Axis]] = set()
+        self.stack: list[str] = []
+        self._labels: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        self._names = {module: name for name, module in model.named_modules()}
+        self._parameters: dict[int, str] = {}
+        self.buffers: dict[int, str] = {}
+        for name, parameter in model.named_parameters():
+            self._parameters.setdefault(id(parameter), name)
+        for name, buffer in model.named_buffers():
+            self.buffers.setdefault(id(buffer), name)
+        self._model = model
+        self._bits: dict[str, int] = {}
+        self._pairs: list[tuple[Dim, Dim]] = []
+        self._queries: dict[tuple[str, int], Tensor] = {}
+
+    # -- what rules use -------------------------------------------------------------------------------------------
+
+    def label(self, tensor: Tensor) -> Label:
+        """Return what is known of a tensor; one that nothing is known of is plain numbers."""
+        found: Label | None = self._labels.get(tensor)
+        if found is None:
+            name = self._parameters.get(id(tensor))
+            if name is not None:
+                axes = self.use(name, tensor).axes
+                found = Label([(axis,) for axis in axes], frozenset([name]), parameter=True, past=self.bits([name]))
+            else:
+                found = Label([(size,) if size != 1 else () for size in tensor.shape])
+            self._labels[tensor] = found
+        return found
+
+    def labels(self, tensors: Iterable[Tensor]) -> list[Label]:
+        """Return what is known of tensors that meet: a buffer that meets an axis as it is follows it."""
+        tensors = list(tensors)
+        found = [self.label(tensor) for tensor in tensors]
+        if any(True for label in found for _ in axes_in(label.dims)):
+            for place, tensor in enumerate(tensors):
+                name = self.buffers.get(id(tensor))
+                if name is not None:
+                    axes = self.use(name, tensor).axes
+                    found[place] = Label([(axis,) for axis in axes], frozenset([name]), parameter=True)
+        return found
+
+    def use(self, name: str, tensor: Tensor) -> Use:
+        """Return the record of a parameter (or of a buffer that follows an axis)."""
+        if name not in self.uses:
+            self.uses[name] = Use(name, [Axis(size) for size in tensor.shape])
+        return self.uses[name]
+
+    def set(self, tensor: Tensor, label: Label) -> None:
+        """Remember what a tensor is made of."""
+        if tuple(length(dim) for dim in label.dims) != tuple(tensor.shape):
+            for dim in label.dims:
+                fix(dim, "its shape was lost")
+            label = Label([(size,) if size != 1 else () for size in tensor.shape])
+        self._labels[tensor] = label
+
+    def bits(self, names: Iterable[str]) -> int:
+        """Return some parameters as bits."""
+        found = 0
+        for name in names:
+            found |= self._bits.setdefault(name, 1 << len(self._bits))
+        return found
+
+    def pair(self, one: Dim, other: Dim) -> None:
+        """Take note that queries and keys of `one` attend to values of `other`."""
+        self._pairs.append((one, other))
+
+    def queries(self, label: Label, dim: Dim) -> None:
+        """Take note that a tensor is queries, whose dimensions are `dim`; before they are tied to those of keys."""
+        with unset_fake_temporarily():  # these numbers are wanted
+            self._add_queries(label, list(axes_in([tuple(factors_of(dim))])))
+
+    def _add_queries(self, label: Label, wanted: list[Axis]) -> None:
+        for name in label.sources:
+            for dim, axis in enumerate(self.uses[name].axes):
+                rows = _rows(axis, wanted)
+                for taken, place in label.places:
+                    at = axis.entries(taken.root)
+                    if (at >= 0).any():
+                        rows &= at == place
+                if rows.any():
+                    before = self._queries.get((name, dim), torch.zeros_like(rows))
+                    self._queries[name, dim] = before | rows
+        for taken, place in label.places:
+            chosen = taken.root.row[place : place + 1]
+            for use in self.uses.values():
+                if len(use.axes) == 1 and any(use.axes[0] is part for part in chosen):  # a bias of its own
+                    self._queries[use.name, 0] = _rows(use.axes[0], wanted)
+
+    def query_rows(self, use: Use, dim: int) -> Tensor | None:
+        """Return which positions along a dimension of a parameter are queries; None where nothing is known."""
+        found = self._queries.get((use.name, dim))
+        if found is None and len(use.axes) == 1:  # a bias: its layer's weight tells
+            layer = use.name.rpartition(".")[0]
+            found = next((rows for (name, _), rows in self._queries.items() if name.rpartition(".")[0] == layer), None)
+        return found if found is not None and len(found) == use.axes[dim].size else None
+
+    def finish(self, outputs: Iterable[Tensor]) -> None:
+        """Fix what leaves the model, and tie the values of an attention to its queries and keys."""
+        for tensor in outputs:
+            for dim in self.label(tensor).dims:
+                fix(dim, "it leaves the model")
+        for one, other in self._pairs:
+            if length(one) == length(other):
+                tie(one, other, "queries and values have other sizes")
+
+    def note(self, label: Label, dim: int, role: str) -> None:
+        """Take note of what a parameter's dimension is used for."""
+        dim %= max(1, len(label.dims))
+        for name in label.sources if label.parameter else ():
+            axes = self.uses[name].axes
+            for place, axis in enumerate(axes):
+                if set(axis.leaves()) & {leaf for f in label.dims[dim] if isinstance(f, Axis) for leaf in f.leaves()}:
+                    self.uses[name].note(place, role)
+
+    # -- running --------------------------------------------------------------------------------------------------
+
+    def __torch_dispatch__(
+        self, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run an operation, and the rule for it."""
+        from upop.pruning.axes.rules import follow
+
+        del types
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        outputs = [each for each in tree_leaves(result) if isinstance(each, Tensor)]
+        if not outputs:
+            return result  # it was asked something
+        self._note_reading(args, kwargs)
+        follow(self, func, args, kwargs, result)
+        self.steps.append(
+            Step(
+                func.overloadpacket._qualified_op_name,
+                self.stack[-1] if self.stack else "",
+                tuple(self._known(each) for each in outputs),
+                next((self._known(each) for each in tree_leaves(args) if isinstance(each, Tensor)), None),
+                user_line() if self._lines else "",
+            )
+        )
+        return result
+
+    def _known(self, tensor: Tensor) -> tuple[Dim, ...] | None:
+        found = self._labels.get(tensor)
+        return None if found is None else tuple(found.dims)
+
+    def _note_reading(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        for each in tree_leaves((args, kwargs)):
+            name = self._parameters.get(id(each)) if isinstance(each, Tensor) else None
+            if name is not None:
+                owner = self._model.get_submodule(name.rpartition(".")[0])
+                inside = bool(self.stack) and self._names[owner] == self.stack[-1]
+                plain = isinstance(owner, nn.Linear) and type(owner).forward is nn.Linear.forward
+                if not (inside and plain and "forward" not in owner.__dict__):
+                    self.use(name, each).direct = True
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Follow everything that runs inside, knowing which module is running."""
+        with watching(self._model, self.stack), self:
+            yield
+
+    def survivors(self) -> Iterator[Label]:
+        """Yield what is known of tensors that something still holds: they were kept, where nobody follows them."""
+        for tensor, label in list(self._labels.items()):
+            if id(tensor) not in self._parameters:
+                yield label
+
+
+def _rows(axis: Axis, wanted: Iterable[Axis]) -> Tensor:
+    """Return which positions of an axis carry one of some others, [size]."""
+    rows = torch.zeros(axis.size, dtype=torch.bool)
+    for leaf in wanted:
+        rows |= axis.entries(leaf.root) >= 0
+    return rows
+
+
+@contextmanager
+def watching(model: nn.Module, stack: list[str]) -> Iterator[None]:
+    """Keep the dotted names of the modules that are running in `stack`, the innermost last; the model is left alone."""
+    names = {module: name for name, module in model.named_modules()}
+
+    def enter(module: nn.Module, args: Any) -> None:
+        del args
+        stack.append(names.get(module, stack[-1] if stack else ""))
+
+    def leave(module: nn.Module, args: Any, output: Any) -> None:
+        del module, args, output
+        if stack:
+            stack.pop()
+
+    hooks = nn.modules.module
+    handles = [hooks.register_module_forward_pre_hook(enter), hooks.register_module_forward_hook(leave)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def user_line() -> str:
+    """Return the file and line outside of torch and this library that is running."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        file = frame.f_code.co_filename
+        if "/torch/" not in file and "/upop/pruning/" not in file and not file.startswith("<"):
+            return f"{file}:{frame.f_lineno}"
+        if frame.f_back is None:
+            break
+        frame = frame.f_back
+    return ""

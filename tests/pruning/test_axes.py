@@ -1,0 +1,419 @@
+"""Units that are read off what a model computes: whatever is handed out, masking it and cutting it give the same."""
+
+from __future__ import annotations
+
+import copy
+import math
+import random
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import upop
+from upop.errors import LayoutError, PlanError
+from upop.pruning.units import Unit, tensor_of
+
+WIDTH, HEADS = 24, 3
+
+
+class Residual(nn.Module):
+    """Two pre-norm blocks around what is tested, and a head."""
+
+    def __init__(self, inner: Callable[[], nn.Module]) -> None:
+        super().__init__()
+        self.embed = nn.Linear(6, WIDTH)
+        self.norms = nn.ModuleList(nn.LayerNorm(WIDTH) for _ in range(2))
+        self.parts = nn.ModuleList(inner() for _ in range(2))
+        self.head = nn.Linear(WIDTH, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        for norm, part in zip(self.norms, self.parts, strict=True):
+            x = x + part(norm(x))
+        return self.head(x.mean(1))
+
+
+def built(inner: Callable[[], nn.Module], seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    model = Residual(inner).double().eval()
+    for parameter in model.parameters():
+        if parameter.dim() == 1:
+            nn.init.normal_(parameter, 0.5, 0.3)
+    return model
+
+
+EXAMPLE = torch.randn(2, 7, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+def difference(model: nn.Module, units: Sequence[Unit], seed: int) -> float:
+    """Cut a copy at random; return how far it is from one whose rows are zero, relative to the largest output.
+
+    Rows are set to zero here, not by the library.
+    """
+    if not units:
+        return 0.0
+    draw = random.Random(seed)
+    plan = {unit.name: sorted(draw.sample(range(unit.size), draw.randint(1, max(1, unit.size - 1)))) for unit in units}
+    masked, cut = copy.deepcopy(model), copy.deepcopy(model)
+    with torch.no_grad():
+        for unit in units:
+            keep = torch.zeros(unit.size, dtype=torch.float64)
+            keep[plan[unit.name]] = 1
+            for part in unit.producers:
+                tensor = tensor_of(masked, part.tensor)
+                shape = [-1 if dim == part.dim else 1 for dim in range(tensor.dim())]
+                tensor.mul_(part.expand(keep).view(shape))
+        expected = masked(EXAMPLE)
+        upop.shrink(cut, upop.Plan.of(list(units), plan))
+        found = cut(EXAMPLE)
+    return float((expected - found).abs().max() / expected.abs().max())
+
+
+# -- every combination of ways to write an attention or an MLP --
+
+
+class Written(nn.Module):
+    """An attention, written in one of many ways."""
+
+    def __init__(self, way: dict[str, Any]) -> None:
+        super().__init__()
+        self.way, self.n, self.size = way, HEADS, WIDTH // HEADS
+        keys = self.size if way["groups"] == "one" else WIDTH
+        if way["layers"] == "fused":
+            self.first = nn.Linear(WIDTH, 3 * WIDTH, bias=way["bias"])
+        elif way["layers"] == "queries apart":
+            self.first, self.second = nn.Linear(WIDTH, WIDTH, bias=way["bias"]), nn.Linear(WIDTH, 2 * WIDTH)
+        else:
+            self.first = nn.Linear(WIDTH, WIDTH, bias=way["bias"])
+            self.second, self.third = nn.Linear(WIDTH, keys), nn.Linear(WIDTH, keys)
+        self.last = nn.Linear(WIDTH, WIDTH)
+        self.norm = nn.LayerNorm(self.size) if way["norm"] == "layer norm" else None
+        self.temperature = nn.Parameter(torch.rand(HEADS, 1, 1)) if way["scale"] == "per head" else None
+        self.scale = self.size**-0.5
+
+    def kinds(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        if self.way["layers"] == "fused":
+            made, order = self.first(x), self.way["order"]
+            if self.way["split"] == "view":
+                shape = (*x.shape[:2], self.n, -1, 3) if self.way["last"] else (*x.shape[:2], 3, self.n, self.size)
+                parts = list(made.view(shape).unbind(-1 if self.way["last"] else 2))
+            elif self.way["split"] == "slice":
+                parts = [made[..., at * WIDTH : (at + 1) * WIDTH] for at in range(3)]
+            else:
+                parts = list(made.chunk(3, -1))
+            return parts[order[0]], parts[order[1]], parts[order[2]]
+        if self.way["layers"] == "queries apart":
+            keys, values = self.second(x).chunk(2, dim=-1)
+            return self.first(x), keys, values
+        return self.first(x), self.second(x), self.third(x)
+
+    def heads(self, x: Tensor) -> Tensor:
+        if x.dim() == 4:
+            return x.transpose(1, 2)
+        if x.shape[-1] == self.size and self.way["groups"] == "one":
+            return x.unsqueeze(1)
+        if self.way["view"] == "unflatten":
+            return x.unflatten(-1, (self.n, -1)).transpose(1, 2)
+        if self.way["view"] == "sizes":
+            return x.reshape(x.shape[0], x.shape[1], self.n, self.size).permute(0, 2, 1, 3)
+        return x.view(x.shape[0], x.shape[1], self.n, -1).transpose(1, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        queries, keys, values = map(self.heads, self.kinds(x))
+        if self.norm is not None:
+            queries, keys = self.norm(queries), self.norm(keys)
+        elif self.way["norm"] == "normalize":
+            queries, keys = F.normalize(queries, dim=-1), F.normalize(keys, dim=-1)
+        elif self.way["norm"] == "rotary":
+            queries, keys = turned(queries), turned(keys)
+        if self.way["scale"] == "sdpa" and self.way["groups"] == "all":
+            found = F.scaled_dot_product_attention(queries, keys, values, is_causal=self.way["mask"])
+        else:
+            scores = queries @ keys.transpose(-2, -1)
+            scores = {
+                "kept": lambda: scores * self.scale,
+                "size": lambda: scores / math.sqrt(queries.shape[-1]),
+                "one over": lambda: scores / queries.shape[-1],
+                "per head": lambda: scores * self.temperature,
+            }.get(self.way["scale"], lambda: scores * 0.3)()
+            if self.way["mask"]:
+                later = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).triu(1)
+                scores = scores.masked_fill(later, -1e9)
+            found = scores.softmax(-1) @ values
+        joined = found.transpose(1, 2)
+        joined = joined.reshape(x.shape) if self.way["join"] == "input" else joined.flatten(2)
+        return self.last(joined)
+
+
+def turned(x: Tensor) -> Tensor:
+    half = x.shape[-1] // 2
+    angles = torch.arange(x.shape[-2])[:, None] * 0.5 ** torch.arange(half, dtype=x.dtype)
+    one, other = x[..., :half], x[..., half:]
+    return torch.cat([one * angles.cos() - other * angles.sin(), one * angles.sin() + other * angles.cos()], -1)
+
+
+WAYS = st.fixed_dictionaries(
+    {
+        "layers": st.sampled_from(["fused", "queries apart", "three"]),
+        "order": st.permutations([0, 1, 2]),
+        "split": st.sampled_from(["view", "slice", "chunk"]),
+        "last": st.booleans(),
+        "view": st.sampled_from(["unflatten", "sizes", "rest"]),
+        "groups": st.sampled_from(["all", "one"]),
+        "norm": st.sampled_from(["none", "none", "layer norm", "normalize", "rotary"]),
+        "scale": st.sampled_from(["sdpa", "kept", "size", "one over", "per head", "number"]),
+        "mask": st.booleans(),
+        "join": st.sampled_from(["input", "flatten"]),
+        "bias": st.booleans(),
+    }
+)
+
+
+@settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@given(way=WAYS)
+def test_whatever_way_an_attention_is_written(way: dict[str, Any]) -> None:
+    check_ways(way)
+
+
+@pytest.mark.slow
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(way=WAYS)
+def test_many_ways_to_write_an_attention(way: dict[str, Any]) -> None:
+    check_ways(way)
+
+
+def check_ways(way: dict[str, Any]) -> None:
+    model = built(lambda: Written(way))
+    for seed in range(2):
+        assert difference(model, upop.survey(model, EXAMPLE).units, seed) < 1e-9, way
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "squared": lambda x: F.relu(x).square(),
+    "quick": lambda x: x * torch.sigmoid(1.702 * x),
+    "sigmoid": torch.sigmoid,
+    "plus one": lambda x: F.elu(x) + 1,
+    "roll": lambda x: torch.roll(F.relu(x), 1, -1),
+    "softmax": lambda x: x.softmax(-1),
+    "centred": lambda x: x - x.mean(-1, keepdim=True),
+}
+
+
+class Neurons(nn.Module):
+    """An MLP, written in one of many ways."""
+
+    def __init__(self, way: dict[str, Any]) -> None:
+        super().__init__()
+        self.way = way
+        self.up = nn.Linear(WIDTH, 40 * (2 if way["gate"] == "halves" else 1))
+        self.gate = nn.Linear(WIDTH, 40) if way["gate"] == "layer" else None
+        self.middle = nn.Linear(40, 40) if way["deep"] else None
+        self.down = nn.Linear(40, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        activation = ACTIVATIONS[self.way["activation"]]
+        hidden = self.up(x)
+        if self.way["gate"] == "halves":
+            one, other = hidden.chunk(2, -1) if self.way["chunk"] else (hidden[..., :40], hidden[..., 40:])
+            hidden = activation(one) * other
+        elif self.gate is not None:
+            hidden = activation(self.gate(x)) * hidden
+        else:
+            hidden = activation(hidden)
+        if self.middle is not None:
+            hidden = F.relu(self.middle(hidden))
+        return self.down(hidden)
+
+
+@settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    way=st.fixed_dictionaries(
+        {
+            "activation": st.sampled_from(sorted(ACTIVATIONS)),
+            "gate": st.sampled_from(["none", "halves", "layer"]),
+            "chunk": st.booleans(),
+            "deep": st.booleans(),
+        }
+    )
+)
+def test_whatever_way_an_mlp_is_written(way: dict[str, Any]) -> None:
+    model = built(lambda: Neurons(way))
+    for seed in range(2):
+        assert difference(model, upop.survey(model, EXAMPLE).units, seed) < 1e-9, way
+
+
+# -- ways that have to be found ---------------------------------------------------------------------------------------
+
+
+class SplitByWidth(nn.Module):
+    """Takes the width of its heads from its input, as GPTs in many repositories do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.both, self.out = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.n_head, self.n_embd = HEADS, WIDTH
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, tokens, width = x.size()
+        queries, keys, values = (
+            part.view(batch, tokens, self.n_head, width // self.n_head).transpose(1, 2)
+            for part in self.both(x).split(self.n_embd, dim=2)
+        )
+        found = F.scaled_dot_product_attention(queries, keys, values, is_causal=True)
+        return self.out(found.transpose(1, 2).contiguous().view(batch, tokens, width))
+
+
+class Louder(nn.MultiheadAttention):
+    """torch's own, with something before and something after."""
+
+    def __init__(self) -> None:
+        super().__init__(WIDTH, HEADS, batch_first=True)
+        self.gain = nn.Parameter(torch.tensor(2.0))
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        return torch.tanh(super().forward(x, x, x * self.gain, need_weights=False)[0])
+
+
+class Experts(nn.Module):
+    """Two MLPs, mixed by a gate."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(WIDTH, 2)
+        self.experts = nn.ModuleList(
+            nn.Sequential(nn.Linear(WIDTH, 40), nn.GELU(), nn.Linear(40, WIDTH)) for _ in range(2)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        shares = self.gate(x).softmax(-1)
+        return sum(shares[..., at : at + 1] * expert(x) for at, expert in enumerate(self.experts))  # type: ignore[return-value]
+
+
+class Pointwise(nn.Module):
+    """An MLP of convolutions, one of them over the neighbours of each channel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Conv1d(WIDTH, 40, 1), nn.Conv1d(40, WIDTH, 1)
+        self.around = nn.Conv1d(40, 40, 3, padding=1, groups=40)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.relu(self.around(F.gelu(self.up(x.transpose(1, 2)))))).transpose(1, 2)
+
+
+@pytest.mark.parametrize(
+    ("inner", "entry", "count"),
+    [
+        (SplitByWidth, "dimension", 2),
+        (Louder, "dimension", 2),
+        (Experts, "neuron", 4),
+        (Pointwise, "neuron", 2),
+        (lambda: Neurons({"activation": "gelu", "gate": "none", "chunk": True, "deep": True}), "neuron", 4),
+    ],
+)
+def test_what_is_found(inner: Callable[[], nn.Module], entry: str, count: int) -> None:
+    model = built(inner)
+    units = upop.survey(model, EXAMPLE).units
+    assert [unit.entry for unit in units] == [entry] * count
+    assert len({unit.name for unit in units}) == count
+    assert all(difference(model, units, seed) < 1e-9 for seed in range(3))
+
+
+class Kept(nn.Module):
+    """Something else uses what is inside."""
+
+    def __init__(self, use: str) -> None:
+        super().__init__()
+        self.up, self.down, self.use = nn.Linear(WIDTH, 40), nn.Linear(40, WIDTH), use
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = F.relu(self.up(x))
+        if self.use == "sorted":
+            hidden = hidden.sort(-1).values
+        if self.use == "table":
+            hidden = hidden * torch.linspace(0, 1, 40, dtype=x.dtype)
+        if self.use == "norm":
+            hidden = F.layer_norm(hidden, (40,))
+        return self.down(hidden)
+
+
+@pytest.mark.parametrize("use", ["sorted", "table", "norm"])
+def test_what_is_left_alone_says_why(use: str) -> None:
+    found = upop.survey(built(lambda: Kept(use)), EXAMPLE)
+    assert not found.units
+    assert any(part.name.startswith("parts.0") and part.reason for part in found.skipped)
+
+
+def test_reading_changes_nothing() -> None:
+    model = built(SplitByWidth)
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    kinds = [type(module) for module in model.modules()]
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    upop.survey(model, EXAMPLE)
+    assert torch.equal(before, torch.get_rng_state())
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in state.items())
+    assert kinds == [type(module) for module in model.modules()]
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_an_example_that_does_not_run_is_refused() -> None:
+    with pytest.raises(LayoutError, match="cannot be run with the example"):
+        upop.survey(built(SplitByWidth), torch.randn(2, 7, 5, dtype=torch.float64))
+
+
+def test_the_pruner_takes_an_example() -> None:
+    model = built(SplitByWidth).train()
+    pruner = upop.Pruner(model, ratio=0.4, steps=8, example=EXAMPLE)
+    for _ in range(8):
+        model(EXAMPLE).square().mean().backward()
+        pruner.step()
+        model.zero_grad()
+    assert pruner.shrink(verify=EXAMPLE) is model
+    assert upop.count_parameters(model) < upop.count_parameters(built(SplitByWidth))
+
+
+def test_a_cut_model_is_loaded_by_the_slices_of_its_plan(tmp_path: Path) -> None:
+    model = built(SplitByWidth)
+    upop.shrink(
+        model, {unit.name: range(0, unit.size, 2) for unit in upop.survey(model, EXAMPLE).units}, verify=EXAMPLE
+    )
+    upop.save(model, tmp_path / "model")
+    again = upop.load_into(built(SplitByWidth, seed=3), tmp_path / "model")
+    assert torch.equal(model(EXAMPLE), again(EXAMPLE))
+
+
+def test_a_copy_is_cut_by_the_plan_alone() -> None:
+    model, average = built(SplitByWidth), built(SplitByWidth)
+    units = upop.survey(model, EXAMPLE).units
+    plan = upop.Plan.from_json(upop.Plan.of(list(units), {unit.name: [0, 2] for unit in units}).to_json())
+    assert torch.equal(upop.shrink(model, plan)(EXAMPLE), upop.shrink(average, plan)(EXAMPLE))
+
+
+def test_slices_that_do_not_fit_are_refused() -> None:
+    model = built(SplitByWidth)
+    plan = upop.Plan.of(list(upop.survey(model, EXAMPLE).units), {"parts.0": [0, 2]})
+    with pytest.raises(PlanError, match=r"(does|do) not fit"):
+        upop.shrink(built(Experts), plan)
+
+
+def test_a_forward_that_names_a_width_compiles_exports_and_travels() -> None:
+    model = built(SplitByWidth)
+    upop.shrink(model, {unit.name: range(5) for unit in upop.survey(model, EXAMPLE).units}, verify=EXAMPLE)
+    expected = model(EXAMPLE)
+    compiled = torch.compile(copy.deepcopy(model), fullgraph=True, backend="eager")
+    assert torch.allclose(compiled(EXAMPLE), expected)
+    exported = torch.export.export(model, (EXAMPLE,)).module()
+    assert torch.allclose(exported(EXAMPLE), expected)
+
+
+def test_a_model_of_ones_own_needs_no_example_where_one_can_be_made() -> None:
+    assert [unit.entry for unit in upop.find_units(built(SplitByWidth))] == ["dimension", "dimension"]
