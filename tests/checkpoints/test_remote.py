@@ -68,3 +68,8 @@ def test_a_digest_in_the_name_is_checked(served: tuple[Path, str]) -> None:
 def test_what_is_not_there_is_named(served: tuple[Path, str]) -> None:
     with pytest.raises(CheckpointError, match=r"nothing\.pth cannot be fetched .*404.*give its path"):
         local_path(f"{served[1]}/nothing.pth")
+
+
+def test_what_is_no_address_is_said() -> None:
+    with pytest.raises(CheckpointError, match=r"https://\[bad is no address"):
+        local_path("https://[bad")

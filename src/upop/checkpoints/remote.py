@@ -10,6 +10,7 @@ from urllib.parse import urlparse
 from torch.hub import download_url_to_file, get_dir
 
 from upop.errors import CheckpointError
+from upop.files import is_file
 
 _DIGEST = re.compile(r"-([0-9a-f]{8,})\.")  # of the file, in the names of torch's and DeiT's checkpoints
 
@@ -26,16 +27,19 @@ def local_path(source: str) -> Path:
     checked against it.
 
     Raises:
-        CheckpointError: it cannot be fetched, or what came is not what its name says.
+        CheckpointError: it is no address, cannot be fetched, or what came is not what its name says.
     """
     if not is_remote(source):
         return Path(source)
-    name = Path(urlparse(source).path).name
+    try:
+        name = Path(urlparse(source).path).name
+    except ValueError as error:
+        raise CheckpointError(f"{source} is no address: {error}. Check it.") from error
     digest = _DIGEST.search(name)
     # Without a digest, files of the same name from different places are told apart by where they come from.
     origin = "" if digest else f"{hashlib.sha256(source.encode()).hexdigest()[:8]}-"
     path = Path(get_dir()) / "checkpoints" / f"{origin}{name}"
-    if path.is_file():
+    if is_file(path):
         return path
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
