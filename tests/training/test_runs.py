@@ -108,6 +108,20 @@ def test_an_evaluation_stays_out_of_the_run_that_it_evaluates(config: Path, comp
     assert {path.name for path in alone.iterdir()} == {path.name for path in (run / "best").iterdir()} | {"evaluations"}
 
 
+@pytest.mark.parametrize("name", ["results.json", "settings.yaml", "versions.json", "checkpoints/mine.pt"])
+def test_an_evaluation_adds_nothing_to_a_folder_of_others(name: str, config: Path, tmp_path: Path) -> None:
+    """Names that runs use too make no run of it."""
+    path = tmp_path / "theirs" / name
+    path.parent.mkdir(parents=True)
+    path.write_text("mine")
+    before = {found: found.stat().st_mtime_ns for found in path.parents[1].rglob("*") if found.is_file()}
+    with pytest.raises(RunFolderError, match=name.partition("/")[0]):
+        evaluate_checkpoint(
+            *runs.nlvr(config, pretrained=str(config.with_name("dense")), output_dir=tmp_path / "theirs")
+        )
+    assert {found: found.stat().st_mtime_ns for found in path.parents[1].rglob("*") if found.is_file()} == before
+
+
 def test_an_evaluation_of_a_run_that_goes_on_lets_it_go_on(config: Path, compressed: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(compressed, run)

@@ -12,12 +12,14 @@ from typing import Any
 
 from upop.errors import DataError
 from upop.files import write_text
+from upop.ownership import read_marker, unmarked
 from upop.reading import read_object
 from upop.settings import RunSettings
 
 FOLDER = "evaluations"
 _PARTS = ("best", "last", "checkpoints", "figures", "examples", "result", "trackers", FOLDER)  # of a run
-_SIGNS = ("versions.json", "settings.yaml", "metrics.jsonl", "results.json", "upop.json", "model.safetensors")
+_SIGNS = ("versions.json", "settings.yaml", "metrics.jsonl", "results.json", "upop.json")
+_MODEL = "model.safetensors"
 _DIGITS = 10
 
 
@@ -73,9 +75,10 @@ def _owner(folder: Path) -> Path | None:
         return folder.parent
     if _verb(folder) == "evaluate":
         return None
-    if any((folder / name).exists() for name in _SIGNS) or any((folder / "checkpoints").glob("*.pt")):
-        return folder
-    return None
+    held = any((folder / name).exists() for name in _SIGNS) or any((folder / "checkpoints").glob("*.pt"))
+    # Beside what somebody else wrote under such names nothing is written: the folder is refused, as any other is.
+    ours = held and (read_marker(folder) or unmarked(folder)) is not None
+    return folder if ours or (folder / _MODEL).is_file() else None
 
 
 def _verb(folder: Path) -> str:
