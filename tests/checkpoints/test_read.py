@@ -118,6 +118,12 @@ def test_paths_that_hold_no_file(tmp_path: Path) -> None:
         read_weights(tmp_path / "missing.pth")
     with pytest.raises(CheckpointError, match="a folder was found"):
         read_weights(tmp_path)
+    (tmp_path / "best").mkdir()
+    for path in (tmp_path, tmp_path / "last"):
+        with pytest.raises(CheckpointError, match=r"or .*best, which a run of ours left there"):
+            read_weights(path)
+    with pytest.raises(CheckpointError, match=r"\.safetensors file\.$"):
+        read_weights(tmp_path / "best")
 
 
 @pytest.mark.parametrize("content", [[1, 2], torch.ones(3), {}, {"model": {}}, {"epoch": 3}, {"model": {"a": 1}}, "x"])

@@ -84,6 +84,7 @@ def test_upop_alone_is_help(ended: Ended) -> None:
         ("compress nlvr --seed=x", "found 'x'."),
         ("compress nlvr --device gpu", "'gpu' is not one of 'auto', 'cuda', 'mps', 'cpu'."),
         ("compress nlvr --ratio 50%", "write 0.5 for 50 %"),
+        ("inspect deit_tiny_patch16_224 --ratio 50%", "write 0.5 for 50 %"),
         ("compress nlvr --ratio 2x", "write 0.5 for 2x smaller"),
         ("compress", f"Missing argument 'TASK'. What to learn: {', '.join(TASKS)}."),
         ("compress nlvr --ratio", "requires an argument"),

@@ -152,5 +152,6 @@ def _refuse_packed(path: Path) -> None:
 
 
 def _run_folder_hint(path: Path) -> str:
-    best = path.parent / "best"
-    return f", or {best}, which a run of ours left there" if best.is_dir() else ""
+    places = (folder / "best" for folder in (path, path.parent))
+    best = next((place for place in places if place.is_dir() and place != path), None)
+    return f", or {best}, which a run of ours left there" if best is not None else ""

@@ -47,7 +47,14 @@ def inspect(
         str | None, typer.Option(help="Whose model a published file holds; told by its tensors if not given.")
     ] = None,
     ratio: Annotated[
-        float | None, typer.Option("--ratio", "--p", help="Also show what is left when this share of the cost goes.")
+        float | None,
+        typer.Option(
+            "--ratio",
+            "--p",
+            parser=o.as_ratio,
+            metavar="<float>",
+            help="Also show what is left when this share of the cost goes.",
+        ),
     ] = None,
     align: Annotated[int, typer.Option(help="Kept sizes are multiples of this.")] = 1,
     assign: o.Set = None,
