@@ -340,12 +340,14 @@ class Kept(nn.Module):
             hidden = hidden.sort(-1).values
         if self.use == "table":
             hidden = hidden * torch.linspace(0, 1, 40, dtype=x.dtype)
+        if self.use == "kept":
+            self.last = hidden
         if self.use == "norm":
             hidden = F.layer_norm(hidden, (40,))
         return self.down(hidden)
 
 
-@pytest.mark.parametrize("use", ["sorted", "table", "norm"])
+@pytest.mark.parametrize("use", ["sorted", "table", "norm", "kept"])
 def test_what_is_left_alone_says_why(use: str) -> None:
     found = upop.survey(built(lambda: Kept(use)), EXAMPLE)
     assert not found.units

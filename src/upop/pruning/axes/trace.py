@@ -206,6 +206,9 @@ class Trace(TorchDispatchMode):
         for tensor in outputs:
             for dim in self.label(tensor).dims:
                 fix(dim, "it leaves the model")
+        for label in self.kept():
+            for dim in label.dims:
+                fix(dim, "a module keeps it after the call")
         for one, other in self._pairs:
             if length(one) == length(other):
                 tie(one, other, "queries and values have other sizes")
@@ -266,11 +269,13 @@ class Trace(TorchDispatchMode):
         with watching(self._model, self.stack), self:
             yield
 
-    def survivors(self) -> Iterator[Label]:
-        """Yield what is known of tensors that something still holds: they were kept, where nobody follows them."""
-        for tensor, label in list(self._labels.items()):
-            if id(tensor) not in self._parameters:
-                yield label
+    def kept(self) -> Iterator[Label]:
+        """Yield what is known of tensors that modules keep as attributes: what becomes of them, nobody follows."""
+        for module in self._model.modules():
+            for name, value in vars(module).items():
+                if name not in ("_parameters", "_buffers", "_modules"):
+                    found = (self._labels.get(each) for each in tree_leaves(value) if isinstance(each, Tensor))
+                    yield from (label for label in found if label is not None)
 
 
 def _rows(axis: Axis, wanted: Iterable[Axis]) -> Tensor:
