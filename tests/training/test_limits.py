@@ -5,6 +5,7 @@ It ends with an error of ours, which says what is kept, and goes on with --resum
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
 import os
 import resource
@@ -22,6 +23,7 @@ import runs
 from together import FORKS
 from training.test_resume import no_leftovers
 from upop.cli.app import main
+from upop.training.limits import explained_limit
 
 MIB = 2**20
 
@@ -81,7 +83,8 @@ def wait_for(process: Any, folder: Path, steps: int) -> None:
 def check_end(process: Any, told: Path, reason: str) -> str:
     """The process ends with our error, and says what is kept."""
     process.join(120)
-    text = " ".join(told.read_text().split())
+    with told.open() as file:
+        text = " ".join(file.read(100_000).split())  # a process that runs wild may have said much more
     assert process.exitcode == 1, text
     assert "Traceback" not in text
     assert "Error: RunFolderError:" in text, text
@@ -151,10 +154,25 @@ def test_a_limit_of_files_sizes(config: Path, tmp_path: Path) -> None:
 
 def test_a_limit_of_descriptors(config: Path, tmp_path: Path) -> None:
     run, told = tmp_path / "run", tmp_path / "told"
-    process = start("train", config, run, told, "--set", "num_workers=2")
+    process = start("train", config, run, told, "--set", "num_workers=0")
     wait_for(process, run, 2)
     taken = max(int(path.name) for path in Path(f"/proc/{process.pid}/fd").iterdir())
     resource.prlimit(process.pid, resource.RLIMIT_NOFILE, (taken - 2, 1024))  # those above it stay open
     text = check_end(process, told, "Too many open files")
     assert "ulimit -n" in text and "goes on from step" in text
     finish("train", config, run, told)
+
+
+def test_a_worker_without_descriptors_ends_and_says_why() -> None:
+    code = (
+        "import errno, sys\n"
+        "from upop.training.limits import end_without_descriptors\n"
+        "end_without_descriptors()\n"
+        "try:\n    raise OSError(errno.EMFILE, 'none left')\n"
+        "except OSError:\n    sys.excepthook(*sys.exc_info())  # as Python's thread does that hands descriptors over\n"
+        "print('still here')\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert (ended.returncode, ended.stdout) == (errno.EMFILE, "")
+    said = RuntimeError(f"DataLoader worker (pid 3) exited unexpectedly with exit code {ended.returncode}.")
+    assert "ulimit -n" in str(explained_limit(said, lambda: "Step 3 is kept."))

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import os
+import sys
 from collections.abc import Callable
+from types import TracebackType
 
 from upop.errors import RunFolderError, UPopError
 
@@ -21,7 +23,27 @@ _TODO = {
     errno.ESTALE: "Check the network's file system, or choose another --output-dir.",
 }
 # What libraries make of it: workers hand tensors over by descriptors, and get none when there are too many.
-_WORDS = {"ancdata": errno.EMFILE, **{os.strerror(number): number for number in _TODO}}
+_WORDS = {
+    "ancdata": errno.EMFILE,
+    f"exit code {errno.EMFILE}": errno.EMFILE,
+    **{os.strerror(number): number for number in _TODO},
+}
+
+
+def end_without_descriptors() -> None:
+    """Have this process, which makes batches, end when it gets no more descriptors; its exit code says so.
+
+    Python's thread that hands descriptors over would print the error and try again, without end, while the main process
+    waits for a batch.
+    """
+    before = sys.excepthook
+
+    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+            os._exit(errno.EMFILE)
+        before(kind, error, trace)
+
+    sys.excepthook = hook
 
 
 def explained_limit(error: BaseException, kept: Callable[[], str]) -> UPopError | None:
@@ -58,5 +80,5 @@ def _number(error: BaseException) -> int | None:
         if before is None or any(before is other for other in seen):
             break
         error = before
-    told = str(seen[0])
-    return next((number for words, number in _WORDS.items() if words in told), None)
+    told = [str(each) for each in seen]
+    return next((number for words, number in _WORDS.items() if any(words in text for text in told)), None)

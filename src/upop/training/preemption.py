@@ -14,6 +14,7 @@ from typing import Any, Self
 import torch
 
 from upop.errors import PreemptedError
+from upop.training.limits import end_without_descriptors
 
 _UNTOLD, _ANSWERING, _ENDED = range(3)
 _PATIENCE_SECONDS = 5
@@ -116,6 +117,7 @@ def prepare_worker(worker: int) -> None:
     del worker
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _answer_in_worker)
+    end_without_descriptors()
 
 
 def _answer_in_worker(number: int, frame: FrameType | None) -> None:
