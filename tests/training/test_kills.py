@@ -94,7 +94,7 @@ class Killed:
         number = signal.SIGTERM if self.draw.random() < 0.25 else signal.SIGKILL
         os.kill(process.pid, number)
         process.join()
-        # A process that is asked to end before the run has begun does as any process; one may end just before the signal.
+        # A process that is asked to end before the run has begun does as any; one may end just before the signal.
         asked = (PreemptedError.exit_code,) if number == signal.SIGTERM else ()
         assert process.exitcode in (-number, 0, *asked)
         self.sent[number] += process.exitcode != 0
