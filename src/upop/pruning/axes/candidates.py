@@ -138,7 +138,6 @@ def _slice(model: nn.Module, trace: Trace, group: Group, part: Part) -> Slice:
     size = group.axis.size
     gaps, inners = _blocks(part.entries, size)
     makes = bool(part.roles & {"produces", "added"})
-    gated = part.gates or _bias_of_gate(group, part)
     inner: int | tuple[int, ...] = inners[0] if len(set(inners)) == 1 else tuple(inners)
     queries = 0
     if "dimension" in group.axis.marks and makes:
@@ -149,18 +148,11 @@ def _slice(model: nn.Module, trace: Trace, group: Group, part: Part) -> Slice:
         part.dim,
         len(inners),
         inner,
-        produces=makes and not gated and is_parameter,
+        produces=makes and not part.gates and is_parameter,
         query_groups=queries,
         direct=part.use.direct and makes,
         gaps=tuple(gaps) if any(gaps) else (),
         silent=(),
-    )
-
-
-def _bias_of_gate(group: Group, part: Part) -> bool:
-    layer = part.use.name.rpartition(".")[0]
-    return "added" in part.roles and any(
-        each.gates and each.use.name.rpartition(".")[0] == layer for each in group.makers
     )
 
 

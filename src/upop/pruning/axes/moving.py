@@ -78,6 +78,8 @@ def elementwise(trace: Trace, args: Any, kwargs: Any, result: Any, name: str) ->
         made = Label(dims, sources, True, any(label.parameter for label in labels), past)
     else:
         made = _merged(trace, live, dims, base)
+        if base in ("add", "sub"):
+            made.sources = made.sources.union(*(label.sources for label in labels if label.parameter))
         made.past = past_of(labels)
         made.attends = next((label.attends for label in labels if label.attends), ())
         made.places = tuple(place for label in live for place in label.places)

@@ -95,6 +95,7 @@ def _product(trace: Trace, args: Any, kwargs: Any, result: Any, name: str) -> No
             if length(extra.dims[place]) > 1:
                 tie(extra.dims[place], made.dims[place], CONSTANT)
                 trace.note(extra, place, "added")
+        made = replace(made, sources=made.sources | extra.sources, past=made.past | extra.past)
     trace.set(result, made)
 
 
@@ -161,14 +162,16 @@ def _convolution(trace: Trace, args: Any, kwargs: Any, result: Any, name: str) -
         if length(channels) != groups:
             trace.note(w, 1, "consumes")
         made = (*outer[0], *outer[1])
+    sources, past = x.sources if groups > 1 and length(channels) == groups else w.sources, x.past | w.past
     if isinstance(bias, Tensor):
-        tie(trace.label(bias).dims[0], made, CONSTANT)
-        trace.note(trace.label(bias), 0, "added")
+        extra = trace.label(bias)
+        tie(extra.dims[0], made, CONSTANT)
+        trace.note(extra, 0, "added")
+        sources, past = sources | extra.sources, past | extra.past
     for dim in x.dims[2:]:
         fix(dim, "a convolution moves over it")
     spatial: list[Dim] = [(size,) if size > 1 else () for size in result.shape[2:]]
-    sources = x.sources if groups > 1 and length(channels) == groups else w.sources
-    trace.set(result, Label([x.dims[0], made, *spatial], sources, past=x.past | w.past))
+    trace.set(result, Label([x.dims[0], made, *spatial], sources, past=past))
     return None
 
 

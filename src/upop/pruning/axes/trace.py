@@ -181,24 +181,18 @@ class Trace(TorchDispatchMode):
             for dim, axis in enumerate(self.uses[name].axes):
                 rows = _rows(axis, wanted)
                 for taken, place in label.places:
-                    at = axis.entries(taken.root)
-                    if (at >= 0).any():
+                    row, at = taken.root.row, axis.entries(taken.root)
+                    if any(axis is part for part in row):  # a bias that was put together of several
+                        rows &= axis is row[place]
+                    elif (at >= 0).any():
                         rows &= at == place
                 if rows.any():
                     before = self._queries.get((name, dim), torch.zeros_like(rows))
                     self._queries[name, dim] = before | rows
-        for taken, place in label.places:
-            chosen = taken.root.row[place : place + 1]
-            for use in self.uses.values():
-                if len(use.axes) == 1 and any(use.axes[0] is part for part in chosen):  # a bias of its own
-                    self._queries[use.name, 0] = _rows(use.axes[0], wanted)
 
     def query_rows(self, use: Use, dim: int) -> Tensor | None:
         """Return which positions along a dimension of a parameter are queries; None where nothing is known."""
         found = self._queries.get((use.name, dim))
-        if found is None and len(use.axes) == 1:  # a bias: its layer's weight tells
-            layer = use.name.rpartition(".")[0]
-            found = next((rows for (name, _), rows in self._queries.items() if name.rpartition(".")[0] == layer), None)
         return found if found is not None and len(found) == use.axes[dim].size else None
 
     def finish(self, outputs: Iterable[Tensor]) -> None:
