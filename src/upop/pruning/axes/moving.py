@@ -74,8 +74,8 @@ def elementwise(trace: Trace, args: Any, kwargs: Any, result: Any, name: str) ->
     live = [label for label in labels if label.live]
     if not live:
         sources = frozenset().union(*(label.sources for label in labels))
-        past = past_of(labels)
-        made = Label(dims, sources, True, any(label.parameter for label in labels), past)
+        past, computed = past_of(labels), any(label.past and not label.parameter for label in labels)
+        made = Label(dims, sources, True, not computed and any(label.parameter for label in labels), past)
     else:
         made = _merged(trace, live, dims, base)
         if base in ("add", "sub"):

@@ -7,8 +7,10 @@ place of the one that was, in the few calls that were seen to need it. It works 
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Mapping
+import operator
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -47,11 +49,9 @@ class _Widths(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def _shape(self, tensor: Tensor, sizes: Any) -> list[Any]:
-        wanted = list(sizes)
-        if -1 not in wanted and math.prod(wanted) != tensor.numel():
-            for place, size in enumerate(wanted):
-                wanted[place] = self._widths.get(("view", len(wanted), place), {}).get(size, size)
-        return wanted
+        rank = len(sizes)
+        cut = [self._widths.get(("view", rank, place), {}).get(size, size) for place, size in enumerate(sizes)]
+        return cut if _fits(tensor, cut) else list(sizes)
 
     def _ratio(self, tensor: Tensor, dim: int) -> tuple[int, int] | None:
         """Return the old and new length of a dimension that was cut."""
@@ -86,6 +86,16 @@ class _Widths(TorchFunctionMode):
                 dim += 1
             found.append(each)
         return tuple(found)
+
+
+def _fits(tensor: Tensor, sizes: Sequence[Any]) -> bool:
+    """Whether a tensor can be viewed so; what -1 stands for has to begin and to end where its dimensions do."""
+    known = math.prod(size for size in sizes if size != -1)
+    if -1 not in sizes or not known or tensor.numel() % known:
+        return bool(known == tensor.numel())
+    start = math.prod(sizes[: list(sizes).index(-1)])
+    ends = list(itertools.accumulate(tensor.shape, operator.mul, initial=1))
+    return all(any(end == each for each in ends) for end in (start, start * (tensor.numel() // known)))
 
 
 class Narrow:

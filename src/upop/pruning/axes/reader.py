@@ -7,7 +7,8 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from upop.pruning.axes.axis import Axis
 from upop.pruning.axes.candidates import Candidate, NotCuttableError, candidate, named_apart
@@ -73,6 +74,7 @@ def traced(shapes: Shapes) -> Trace:
     """Run a model once, without numbers, and follow its axes."""
     twin = shapes.copy()
     trace = Trace(twin)
+    trace.given(each for each in tree_leaves(shapes.example) if isinstance(each, Tensor))
     with shapes.running(), torch.no_grad(), trace.running():
         result = call(twin, shapes.example)
     trace.finish([each for _, each in tensors_of(result)])

@@ -27,7 +27,7 @@ class Label:
         sources: the parameters whose rows it comes from, through what is done number by number.
         linear: whether it is 0 where they are, and in proportion to them.
         parameter: whether it is a parameter, or a view of one.
-        past: all parameters that it comes from, as bits.
+        past: all parameters that it comes from, as bits; what the model is given is one more.
         attends: of scores, what queries and keys were contracted over.
         places: what was taken by its place on the way: (axis, place).
     """
@@ -130,7 +130,7 @@ class Trace(TorchDispatchMode):
                 axes = self.use(name, tensor).axes
                 found = Label([(axis,) for axis in axes], frozenset([name]), parameter=True, past=self.bits([name]))
             else:
-                found = Label([(size,) if size != 1 else () for size in tensor.shape])
+                found = Label(plain(tensor))
             self._labels[tensor] = found
         return found
 
@@ -157,8 +157,13 @@ class Trace(TorchDispatchMode):
         if tuple(length(dim) for dim in label.dims) != tuple(tensor.shape):
             for dim in label.dims:
                 fix(dim, "its shape was lost")
-            label = Label([(size,) if size != 1 else () for size in tensor.shape])
+            label = Label(plain(tensor), past=label.past)
         self._labels[tensor] = label
+
+    def given(self, tensors: Iterable[Tensor]) -> None:
+        """Take note of what the model is given: what comes of it is no parameter."""
+        for tensor in tensors:
+            self._labels[tensor] = Label(plain(tensor), past=self.bits([""]))
 
     def bits(self, names: Iterable[str]) -> int:
         """Return some parameters as bits."""
@@ -241,7 +246,18 @@ class Trace(TorchDispatchMode):
                 user_line() if self._lines else "",
             )
         )
+        self._take_over(args, kwargs, outputs)
         return result
+
+    def _take_over(self, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Iterable[Tensor]) -> None:
+        """Remember where that comes from of which no rule says what it is."""
+        new = [each for each in outputs if each not in self._labels]
+        if new:
+            past = 0
+            for each in tree_leaves((args, kwargs)):
+                past |= self.label(each).past if isinstance(each, Tensor) else 0
+            for each in new:
+                self._labels[each] = Label(plain(each), past=past)
 
     def _known(self, tensor: Tensor) -> tuple[Dim, ...] | None:
         found = self._labels.get(tensor)
@@ -270,6 +286,11 @@ class Trace(TorchDispatchMode):
                 if name not in ("_parameters", "_buffers", "_modules"):
                     found = (self._labels.get(each) for each in tree_leaves(value) if isinstance(each, Tensor))
                     yield from (label for label in found if label is not None)
+
+
+def plain(tensor: Tensor) -> list[Dim]:
+    """Return the dimensions of numbers that nothing is known of."""
+    return [(size,) if size != 1 else () for size in tensor.shape]
 
 
 def _rows(axis: Axis, wanted: Iterable[Axis]) -> Tensor:

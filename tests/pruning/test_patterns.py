@@ -1,0 +1,84 @@
+"""What vision transformers do to their axes, each in a small module: what is handed out is cut as it is masked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import upop
+from pruning.test_axes import EXAMPLE, HEADS, WIDTH, built, difference
+
+SIZE = WIDTH // HEADS
+
+
+class JoinedBias(nn.Module):
+    """Queries and values have a bias and keys have none, as in BEiT."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.both, self.out = nn.Linear(WIDTH, 3 * WIDTH, bias=False), nn.Linear(WIDTH, WIDTH)
+        self.one, self.other = nn.Parameter(torch.rand(WIDTH)), nn.Parameter(torch.rand(WIDTH))
+        self.register_buffer("none", torch.zeros(WIDTH, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = torch.cat((self.one, self.none, self.other))
+        parts = F.linear(x, self.both.weight, bias).reshape(*x.shape[:2], 3, HEADS, -1).permute(2, 0, 3, 1, 4)
+        found = F.scaled_dot_product_attention(*parts.unbind(0))
+        return self.out(found.transpose(1, 2).flatten(2))
+
+
+class FewerKeys(nn.Module):
+    """Keys of every other token, their number left open in a shape that names the width of the input, as in Twins."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.queries, self.both = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 2 * WIDTH)
+        self.out = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, tokens, width = x.shape
+        queries = self.queries(x).reshape(batch, tokens, HEADS, width // HEADS).transpose(1, 2)
+        both = self.both(x[:, ::2]).reshape(batch, -1, 2, HEADS, width // HEADS).permute(2, 0, 3, 1, 4)
+        found = F.scaled_dot_product_attention(queries, *both.unbind(0))
+        return self.out(found.transpose(1, 2).reshape(batch, tokens, width))
+
+
+@pytest.mark.parametrize(
+    ("inner", "entry", "count"),
+    [(JoinedBias, "dimension", 2), (FewerKeys, "dimension", 2)],
+)
+def test_what_is_found(inner: Callable[[], nn.Module], entry: str, count: int) -> None:
+    model = built(inner)
+    units = upop.survey(model, EXAMPLE).units
+    assert [unit.entry for unit in units] == [entry] * count
+    assert all(difference(model, units, seed) < 1e-9 for seed in range(3))
+
+
+class Placed(nn.Module):
+    """Places are added to what was computed without a weight: what comes of it is no weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.places = nn.Parameter(torch.rand(7, 6))
+        self.queries, self.keys, self.values = (nn.Linear(6, WIDTH) for _ in range(3))
+        self.out = nn.Linear(WIDTH, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.flip(1) + self.places
+        queries, keys, values = (
+            layer(x).unflatten(-1, (HEADS, -1)).transpose(1, 2) for layer in (self.queries, self.keys, self.values)
+        )
+        found = (queries @ keys.transpose(-2, -1) * SIZE**-0.5).softmax(-1) @ values
+        return self.out(found.transpose(1, 2).flatten(2)) + x
+
+
+def test_what_is_computed_from_the_input_is_no_weight() -> None:
+    torch.manual_seed(0)
+    model = Placed().double().eval()
+    units = upop.survey(model, EXAMPLE).units
+    assert [(unit.kind, unit.entry) for unit in units] == [("attention", "dimension")]
+    assert difference(model, units, 0) < 1e-9
