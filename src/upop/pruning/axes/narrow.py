@@ -7,9 +7,7 @@ place of the one that was, in the few calls that were seen to need it. It works 
 
 from __future__ import annotations
 
-import itertools
 import math
-import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -90,12 +88,12 @@ class _Widths(TorchFunctionMode):
 
 def _fits(tensor: Tensor, sizes: Sequence[Any]) -> bool:
     """Whether a tensor can be viewed so; what -1 stands for has to begin and to end where its dimensions do."""
-    known = math.prod(size for size in sizes if size != -1)
+    known = math.prod([size for size in sizes if size != -1])
     if -1 not in sizes or not known or tensor.numel() % known:
         return bool(known == tensor.numel())
     start = math.prod(sizes[: list(sizes).index(-1)])
-    ends = list(itertools.accumulate(tensor.shape, operator.mul, initial=1))
-    return all(any(end == each for each in ends) for end in (start, start * (tensor.numel() // known)))
+    ends = [math.prod(tensor.shape[:place]) for place in range(tensor.dim() + 1)]
+    return start in ends and start * (tensor.numel() // known) in ends
 
 
 class Narrow:
