@@ -12,6 +12,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from upop.errors import SettingError, nearest
 from upop.packaged import located
 from upop.preparation import CLIP_MEAN, CLIP_STD, Deviation, Interpolation, Mean, Pictures, Resize
+from upop.pruning.align import Align, check_align, read_align
 from upop.pruning.choice import is_ratio, meant
 from upop.values import Checked, problems
 from upop.yaml_files import key_lines, read_yaml
@@ -122,8 +123,10 @@ class RunSettings(Checked):
         "(if not given: 5 for method upop, else 0); above 0 it takes a forward pass of that model at every step",
     )
     cost: Literal["params", "flops", "reference"] = "params"
-    align: int | None = Field(
-        None, ge=1, description="kept sizes are multiples of this; by default what suits the device: 8 on CUDA, else 1"
+    align: Align | None = Field(
+        None,
+        description="kept channels are multiples of this, or by kind: attention=8,mlp=128; by default what suits the "
+        "device: 8 on CUDA, else 1",
     )
     interval: int = Field(50, ge=1, description="method reference moves the masks every so many search steps")
     w_sp_attn: float = Field(4.8e-3, ge=0, description="weight of the sparsity term; moves only the logged loss")
@@ -183,6 +186,14 @@ class RunSettings(Checked):
         if not is_ratio(number):
             raise ValueError(f"Input should be a number strictly between 0 and 1{meant(value)}")
         return number
+
+    @field_validator("align", mode="before")
+    @classmethod
+    def _is_an_alignment(cls, value: Any) -> Any:
+        try:
+            return None if value is None else read_align(value) if isinstance(value, str) else check_align(value)
+        except SettingError as error:
+            raise ValueError(str(error).removeprefix("align ").partition("; found")[0]) from None
 
     @model_validator(mode="before")
     @classmethod

@@ -26,5 +26,5 @@ def test_kept_sizes_suit_the_device(device: str, given: dict[str, object], expec
 
 
 def test_an_alignment_of_nothing_is_refused() -> None:
-    with pytest.raises(SettingError, match=r"align: .*greater than or equal to 1; found 0"):
+    with pytest.raises(SettingError, match=r"align: .*whole number of at least 1; found 0"):
         read_settings(RunSettings, None, {"align": 0})

@@ -18,6 +18,7 @@ from upop.checkpoints.hub import is_hub_name
 from upop.errors import CheckpointError
 from upop.files import rewrite_text
 from upop.plain import one_line, plain
+from upop.pruning.align import told_align
 from upop.reading import read_object
 
 FILE = "README.md"
@@ -152,7 +153,7 @@ def _made(description: Mapping[str, Any], base: str | None, parameters: int | No
     if "cost" in settings:
         facts["what the cost counts"] = _cell(str(settings["cost"]))
     if settings.get("align", 1) != 1:
-        facts["kept sizes are multiples of"] = str(settings["align"])
+        facts["kept sizes are multiples of"] = _cell(told_align(settings["align"]))
     if "steps" in settings:
         facts["search steps"] = f"{settings['steps']:,}"
     if parameters is not None:

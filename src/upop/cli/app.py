@@ -136,7 +136,7 @@ def compress(
     grad_checkpointing: o.GradCheckpointing = None,
     trackers: o.Tracker = None,
     cost: Annotated[str | None, typer.Option(help="What the budget counts: params, flops or reference.")] = None,
-    align: Annotated[int | None, typer.Option(help="Kept sizes are multiples of this.")] = None,
+    align: o.Align = None,
     interval: o.Interval = None,
     method: o.Method = None,
     w_sp_attn: o.SparsityAttention = None,

@@ -26,6 +26,7 @@ from upop.errors import CheckpointError, SettingError, nearest
 from upop.models import MODELS, kind_of
 from upop.plain import as_text
 from upop.pruning import survey
+from upop.pruning.align import read_align
 from upop.report.inspection import Inspection, after_budget, inspect_model
 from upop.report.results import number
 from upop.report.shares import Panel
@@ -56,7 +57,7 @@ def inspect(
             help="Also show what is left when this share of the cost goes.",
         ),
     ] = None,
-    align: Annotated[int, typer.Option(help="Kept sizes are multiples of this.")] = 1,
+    align: o.Align = None,
     assign: o.Set = None,
 ) -> None:
     """Show a model's units, parameters and GMACs per modality, and preview a budget."""
@@ -71,7 +72,7 @@ def inspect(
         inputs, found = None, inspect_model(model, None, _dense_sizes(model))
     smaller = None
     if ratio is not None and found.panels:
-        shrunken, plan = after_budget(model, ratio, align)
+        shrunken, plan = after_budget(model, ratio, read_align(align or "1"))
         smaller = inspect_model(shrunken, inputs, plan.sizes)
     console = Console(highlight=False)
     console.print(as_text(f"{source}: {type(model).__name__}"))

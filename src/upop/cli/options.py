@@ -119,6 +119,10 @@ EpochsSearch = Annotated[int | None, typer.Option("--epochs-search", help="Epoch
 SearchRate = Annotated[
     float | None, typer.Option("--lr-search", help="Learning rate of the search, with --method reference.")
 ]
+Align = Annotated[
+    str | None,
+    typer.Option(metavar="N", help="Kept channels are multiples of this; or by kind: attention=8,mlp=128."),
+]
 Resume = Annotated[
     ResumeWhen | None,
     typer.Option(

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from upop.pruning.align import Align, entries_in_block, told_align
 from upop.pruning.errors import SettingError
 from upop.pruning.units import Unit
 
@@ -65,14 +66,14 @@ def select(
     scores: Mapping[str, Tensor],
     costs: Mapping[str, float],
     share: float,
-    align: int = 1,
+    align: Align = 1,
     *,
     standardised: bool = True,
 ) -> Selection:
     """Mark the entries with the highest (standardised) scores until their cost is nearest to `share` of the total.
 
-    Entries are ranked in blocks: within a unit, the entries sorted by score are grouped by `align`, so that what
-    stays is always a multiple of it; the first block takes the remainder of the unit's size. The last block of
+    Entries are ranked in blocks: within a unit, the entries sorted by score are grouped, so that the channels that
+    stay are always a multiple of `align`; the first block takes the remainder of the unit's size. The last block of
     each unit (its lowest scores) is never marked, and is left out of the walk, so the budget holds all the same.
 
     Args:
@@ -80,7 +81,7 @@ def select(
         scores: accumulated scores per unit, shape [size].
         costs: cost of one entry per unit.
         share: share of the total cost to be marked, in [0, 1).
-        align: block size in entries; 1 ranks single entries.
+        align: channels in a block; 1 ranks single entries. An entry that is a head has many channels.
         standardised: whether attention and MLP scores are each standardised, as published; else they are compared as
             they are.
     """
@@ -88,11 +89,12 @@ def select(
     orders, means, block_costs, lengths = [], [], [], []
     for unit in units:
         values, order = ranked[unit.name].sort(descending=True, stable=True)
-        sizes = _removable_blocks(unit.size, align)
+        block = entries_in_block(unit, align)
+        sizes = _removable_blocks(unit.size, block)
         removable = sum(sizes)
         orders.append(order[:removable])
         lengths.append(torch.tensor(sizes, dtype=torch.long))
-        means.append(values[:removable] if align == 1 else _block_means(values[:removable], sizes))
+        means.append(values[:removable] if block == 1 else _block_means(values[:removable], sizes))
         block_costs.append(lengths[-1].double() * costs[unit.name])
     flat_means = torch.cat(means)
     walk = flat_means.argsort(descending=True, stable=True)
@@ -133,20 +135,24 @@ def select_as_published(
     return Selection(marked, float(threshold), float(cost))
 
 
-def check_reachable(units: Sequence[Unit], costs: Mapping[str, float], ratio: float, align: int = 1) -> None:
+def check_reachable(units: Sequence[Unit], costs: Mapping[str, float], ratio: float, align: Align = 1) -> None:
     """Raise unless `ratio` of the total cost can go while every unit keeps its last block.
 
     Raises:
-        SettingError: it cannot; the message says the largest ratio that can.
+        SettingError: it cannot; the message says the largest ratio that can, and which units an `align` leaves whole.
     """
     total = sum(costs[unit.name] * unit.size for unit in units)
-    removable = sum(costs[unit.name] * sum(_removable_blocks(unit.size, align)) for unit in units)
+    blocks = {unit.name: entries_in_block(unit, align) for unit in units}
+    removable = sum(costs[unit.name] * sum(_removable_blocks(unit.size, blocks[unit.name])) for unit in units)
     if ratio * total > removable:
-        block = "entry" if align == 1 else f"block of {align} entries"
+        largest = max(blocks.values())
+        block = "entry" if largest == 1 else f"block of {largest} entries" if align == largest else "block"
+        whole = [unit.name for unit in units if unit.size < 2 * blocks[unit.name]]
+        stay = f" (with align={told_align(align)}, {len(whole)} of them stay whole)" if whole and largest > 1 else ""
         raise SettingError(
-            f"ratio={ratio} cannot be reached: every one of the {len(units)} units keeps at least one {block}, "
+            f"ratio={ratio} cannot be reached: every one of the {len(units)} units keeps at least one {block}{stay}, "
             f"so at most {math.floor(removable / total * 1e4) / 1e4} of the cost can go. "
-            "Ask for less" + (", or for a smaller align." if align > 1 else ".")
+            "Ask for less" + (", or for a smaller align." if largest > 1 else ".")
         )
 
 
@@ -157,9 +163,9 @@ def _block_means(values: Tensor, sizes: list[int]) -> Tensor:
     return torch.stack([block.mean() for block in torch.split(values, sizes)]).cummin(0).values
 
 
-def _removable_blocks(size: int, align: int) -> list[int]:
+def _removable_blocks(size: int, block: int) -> list[int]:
     """Return the sizes of a unit's blocks that may go, first to go first, without the one that always stays."""
-    whole, rest = divmod(size, align)
+    whole, rest = divmod(size, block)
     if whole == 0:
         return []  # smaller than one block: it stays as it is
-    return ([rest] if rest else []) + [align] * (whole - 1)
+    return ([rest] if rest else []) + [block] * (whole - 1)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from upop.pruning import budget
+from upop.pruning.align import Align, check_align
 from upop.pruning.choice import check_ratio, check_whole, chosen, refuse_frozen
 from upop.pruning.correction import Change, Choice
 from upop.pruning.costs import Cost, call, entry_costs, evaluating
@@ -42,7 +43,7 @@ def calibrate(
     correct: bool = True,
     ridge: float | None = None,
     cost: Cost = "params",
-    align: int = 1,
+    align: Align = 1,
     score: str | Score = "absolute",
     include: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] | None = None,
@@ -69,7 +70,7 @@ def calibrate(
             on the other half: where they would do no better than the old ones, a layer is not corrected. A number
             holds for all layers, whether it helps them or not.
         cost: what an entry costs; see `Pruner`.
-        align: kept sizes are multiples of this.
+        align: kept channels are multiples of this; see `Pruner`.
         score: what a batch adds to the scores: "absolute", "squared", or a function; see `Pruner`.
         include: names or patterns of the units to cut; default all.
         exclude: names or patterns of units to leave alone.
@@ -85,7 +86,7 @@ def calibrate(
     """
     check_model(model, "calibrate()")
     refuse_inference_mode("calibrate()")
-    ratio = check_ratio(ratio)
+    ratio, align = check_ratio(ratio), check_align(align)
     model = unwrapped(model)
     refuse_sharded(model, "calibrate()")
     batches = listed(batches)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from upop.pruning import budget
+from upop.pruning.align import Align, check_align
 from upop.pruning.choice import check_ratio
 from upop.pruning.costs import Cost, entry_costs
 from upop.pruning.layouts import find_units
@@ -17,7 +18,7 @@ from upop.pruning.units import Unit, tensor_of
 
 
 def plan_by_magnitude(
-    model: nn.Module, ratio: float, *, cost: Cost = "params", align: int = 1, example: Any = None
+    model: nn.Module, ratio: float, *, cost: Cost = "params", align: Align = 1, example: Any = None
 ) -> Plan:
     """Return the plan that removes the entries with the smallest L2 norm of all weights they own.
 
@@ -28,7 +29,7 @@ def plan_by_magnitude(
         SettingError: a setting is out of range, or the ratio cannot be reached.
         LayoutError: the model has no unit, or its weights are sharded over processes.
     """
-    ratio = check_ratio(ratio)
+    ratio, align = check_ratio(ratio), check_align(align)
     refuse_sharded(model, "plan_by_magnitude()")
     units = find_units(model)
     costs = entry_costs(model, units, cost, example)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from upop.pruning import budget
+from upop.pruning.align import Align, check_align
 from upop.pruning.choice import check_ratio, check_whole, chosen, refuse_frozen
 from upop.pruning.correction import Choice, correct_readers
 from upop.pruning.costs import Cost, entry_costs
@@ -49,7 +50,7 @@ class Pruner:
             at every 50th step (step 0 included) in a "soft" search.
         cost: what the budget counts: "params" (default), "flops", "reference" (the published weights, and the
             published way to set the threshold), a mapping from unit names or patterns, or a function of a unit.
-        align: kept sizes are multiples of this (8 suits tensor cores); scores are ranked in blocks of so many.
+        align: kept channels are multiples of this (8 suits tensor cores); {"mlp": 128} says it by kind of unit.
         score: what a step adds to the scores, of which high ones go first: "absolute" (default; minus the magnitude of
             the first-order change of the loss without an entry), "squared" (minus its square), "signed" (default of
             a "soft" search), or a function (weight, its gradient) -> one number per row. It must be homogeneous of
@@ -80,7 +81,7 @@ class Pruner:
         interval: int | None = None,
         *,
         cost: Cost = "params",
-        align: int = 1,
+        align: Align = 1,
         score: str | Score | None = None,
         progress: Progress | None = None,
         correct: bool = True,
@@ -95,7 +96,7 @@ class Pruner:
             raise SettingError(f'progress is "stages" or "soft"; found {progress!r}.')
         self.progress: Progress = progress or ("soft" if cost == "reference" or score == "signed" else "stages")
         check_whole("steps", steps)
-        check_whole("align", align)
+        align = check_align(align)
         if interval is None:
             interval = _INTERVAL if self.progress == "soft" else -(-steps // _STAGES)
         check_whole("interval", interval)
@@ -118,12 +119,9 @@ class Pruner:
         self._moments = Moments(again=True)
         self._choices: list[dict[str, Choice]] = []  # of the stages so far
         self._watch()
+        made_by = {unit.name: tensor_of(self.model, unit.producers[0].tensor) for unit in self.units}
         self._scores = {
-            unit.name: torch.zeros(
-                unit.size,
-                dtype=accumulator(tensor_of(self.model, unit.producers[0].tensor)),
-                device=tensor_of(self.model, unit.producers[0].tensor).device,
-            )
+            unit.name: made_by[unit.name].new_zeros(unit.size, dtype=accumulator(made_by[unit.name]))
             for unit in self.units
         }
         self._skipped = torch.zeros((), dtype=torch.long)

@@ -10,8 +10,8 @@ from typing import Any
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from upop.errors import SettingError
 from upop.pruning import Plan, Skipped, Unit, shrink, survey
+from upop.pruning.align import Align, check_align, entries_in_block
 from upop.pruning.choice import check_ratio
 from upop.pruning.costs import call, entry_costs, evaluating
 from upop.report.shares import Panel, UnitShare, panels
@@ -105,7 +105,7 @@ def inspect_model(model: nn.Module, inputs: Any = None, dense: Mapping[str, int]
     return Inspection(tuple(panels(shares)), parts, found.skipped, by_unit)
 
 
-def after_budget(model: nn.Module, ratio: float, align: int = 1) -> tuple[nn.Module, Plan]:
+def after_budget(model: nn.Module, ratio: float, align: Align = 1) -> tuple[nn.Module, Plan]:
     """Return a copy of a model in which every unit has lost the same share of its entries, and the plan of that.
 
     A search spends the same budget unevenly. How many parameters are left does not depend on that (but for rounding),
@@ -114,14 +114,12 @@ def after_budget(model: nn.Module, ratio: float, align: int = 1) -> tuple[nn.Mod
     Args:
         model: the model; it is left alone.
         ratio: share of the units' cost to remove, in (0, 1).
-        align: kept sizes are multiples of this, where units are that large.
+        align: kept channels are multiples of this, where units are that large.
 
     Raises:
         SettingError: the ratio or `align` is out of range.
     """
-    ratio = check_ratio(ratio)
-    if align < 1:
-        raise SettingError(f"align must be a whole number of at least 1; found {align!r}.")
+    ratio, align = check_ratio(ratio), check_align(align)
     smaller = copy.deepcopy(model)
     units = list(survey(smaller).units)
     kept = {unit.name: range(_kept(unit, ratio, align)) for unit in units}
@@ -129,9 +127,10 @@ def after_budget(model: nn.Module, ratio: float, align: int = 1) -> tuple[nn.Mod
     return (shrink(smaller, plan) if units else smaller), plan
 
 
-def _kept(unit: Unit, ratio: float, align: int) -> int:
-    step = align if unit.size > align else 1
-    return min(unit.size, max(step, round(unit.size * (1 - ratio) / step) * step))
+def _kept(unit: Unit, ratio: float, align: Align) -> int:
+    block = entries_in_block(unit, align)
+    blocks = max(1, round(unit.size * (1 - ratio) / block))
+    return min(unit.size, blocks * block)
 
 
 class _Modalities:

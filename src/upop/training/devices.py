@@ -14,6 +14,7 @@ from accelerate.utils import DataLoaderConfiguration, InitProcessGroupKwargs, br
 from torch import Tensor
 
 from upop.errors import DeviceError, UPopError
+from upop.pruning.align import Align
 from upop.settings import RunSettings
 
 # How long processes wait for one that works alone: it may fetch a checkpoint, or score captions. One that dies is
@@ -104,7 +105,7 @@ class _Alone:
         return value
 
 
-def align_for(device: torch.device, settings: RunSettings) -> int:
+def align_for(device: torch.device, settings: RunSettings) -> Align:
     """Return what kept sizes are multiples of: as set, or what runs fast on the device where the model is made."""
     if settings.align is not None:
         return settings.align
