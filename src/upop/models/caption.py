@@ -14,6 +14,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from upop.models.blip import LABEL_SMOOTHING, BlipConfig, build_text_decoder, build_vision_encoder
+from upop.models.sizes import some_images, some_words
 
 PAD = 0
 
@@ -37,6 +38,11 @@ class BlipCaption(nn.Module):
     def begin(self) -> int:
         """The number of [DEC], which takes the first place of every text: last but one of the vocabulary."""
         return self.config.vocab_size - 2
+
+    @property
+    def dummy_inputs(self) -> dict[str, Tensor]:
+        """A small call, off which `upop.survey` reads the model."""
+        return {"images": some_images(self.config), **some_words(self.config)}
 
     def forward(self, images: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Return logits of each place's next word, [B, T, vocab_size].

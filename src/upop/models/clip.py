@@ -17,7 +17,7 @@ from transformers import CLIPConfig as _LibraryConfig
 from transformers import CLIPModel
 
 from upop.models.contrast import MomentumContrast
-from upop.models.sizes import ModelConfig, check_heads, check_patches
+from upop.models.sizes import ModelConfig, check_heads, check_patches, some_images, some_words
 
 
 class ClipConfig(ModelConfig):
@@ -86,6 +86,13 @@ class ClipRetrieval(MomentumContrast):
         self.logit_scale = clip.logit_scale
         self.copy_to_momentum()
         self.add_queues(config.embed_dim, config.queue_size)
+
+    @property
+    def dummy_inputs(self) -> dict[str, Tensor]:
+        """A small call, off which `upop.survey` reads the model."""
+        words = some_words(self.config)["input_ids"]
+        words[:, -1] = self.config.vocab_size - 1
+        return {"images": some_images(self.config), "input_ids": words}
 
     def remake_queues(self, size: int) -> None:
         """Start the queues afresh, with room for `size` features."""

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers.models.blip.modeling_blip_text import BlipTextModel, BlipTextSelfAttention
 
 from upop.models.blip import BlipConfig, build_vision_encoder, keep_position_ids, text_config
+from upop.models.sizes import some_images, some_words
 
 
 class NlvrConfig(BlipConfig):
@@ -78,6 +79,11 @@ class BlipNlvr(nn.Module):
             layer.crossattention.apply(self.text_encoder._init_weights)
         width = config.text_width
         self.cls_head = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 2))
+
+    @property
+    def dummy_inputs(self) -> dict[str, Tensor]:
+        """A small call, off which `upop.survey` reads the model."""
+        return {"images": some_images(self.config, 4), **some_words(self.config)}
 
     def encode(self, images: Tensor, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
         """Return picture states [2B, N, vision_width] and text states [B, T, text_width]; see `forward`."""

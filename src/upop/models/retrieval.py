@@ -24,6 +24,7 @@ from upop.models.contrast import (
     gather_texts,
     gather_with_gradients,
 )
+from upop.models.sizes import some_images, some_words
 
 
 class RetrievalConfig(BlipConfig):
@@ -100,6 +101,11 @@ class BlipRetrieval(MomentumContrast):
         self.add_queues(config.embed_dim, config.queue_size)
         self._told = False
         self._drawn: dict[str, Any] = {}
+
+    @property
+    def dummy_inputs(self) -> dict[str, Tensor]:
+        """A small call, off which `upop.survey` reads the model."""
+        return {"images": some_images(self.config), **some_words(self.config)}
 
     def remake_queues(self, size: int) -> None:
         """Start the queues afresh, with room for `size` features."""

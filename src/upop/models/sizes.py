@@ -1,15 +1,18 @@
-"""What the configurations of all models check alike."""
+"""What the configurations of all models check alike, and small inputs of their sizes."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from pydantic import ValidationInfo, field_validator
+from torch import Tensor
 
 from upop.values import Checked
 
 _MOST = 2**24
 _MOST_LAYERS = 2**12
+_WORDS = 5
 
 
 class ModelConfig(Checked):
@@ -38,3 +41,14 @@ def check_patches(config: ModelConfig) -> None:
     size, patch = getattr(config, "image_size"), getattr(config, "patch_size")  # noqa: B009 - of any configuration
     if patch and size < patch:
         raise ValueError(f"image_size ({size}) is below patch_size ({patch})")
+
+
+def some_images(config: Any, count: int = 2) -> Tensor:
+    """Return noise in the place of pictures, [count, 3, S, S], of the size that a configuration says."""
+    return torch.randn(count, 3, config.image_size, config.image_size)
+
+
+def some_words(config: Any, kind: str = "input") -> dict[str, Tensor]:
+    """Return two texts of a few words and what says where they have any, [2, T] each."""
+    ids = torch.randint(config.vocab_size, (2, min(_WORDS, config.max_positions)))
+    return {f"{kind}_ids": ids, "attention_mask" if kind == "input" else f"{kind}_mask": torch.ones_like(ids)}

@@ -21,6 +21,7 @@ from upop.models.blip import (
     keep_position_ids,
     text_config,
 )
+from upop.models.sizes import some_images, some_words
 
 NUM_BEAMS = 3
 MAX_TOKENS = 10
@@ -56,6 +57,12 @@ class BlipVqa(nn.Module):
         self.text_decoder = build_text_decoder(config.model_copy(update={"vision_width": config.text_width}))
         for layer in self.text_decoder.bert.encoder.layer:
             layer.crossattention.__class__ = _MaskedCrossAttention
+
+    @property
+    def dummy_inputs(self) -> dict[str, Tensor]:
+        """A small call, off which `upop.survey` reads the model."""
+        texts = some_words(self.config, "question") | some_words(self.config, "answer")
+        return {"images": some_images(self.config), **texts, "answer_counts": torch.ones(2, dtype=torch.long)}
 
     def encode(self, images: Tensor, question_ids: Tensor, question_mask: Tensor) -> tuple[Tensor, Tensor]:
         """Return picture states [B, N, vision_width] and question states [B, T, text_width]; see `forward`."""

@@ -10,11 +10,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._pytree import tree_map
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
 
 from upop.pruning.costs import call
 from upop.pruning.errors import LayoutError
+
+_MOST_COPIED = 500_000_000
+"""Parameters of the largest model of which copies with numbers are made because a forward asks for them."""
+_MOST_COUNTED = 2**24
+"""Entries of the largest tensor of whole numbers that is kept as it is."""
 
 
 def copied(model: nn.Module, change: Callable[[Tensor], Tensor]) -> nn.Module:
@@ -37,16 +43,21 @@ class Shapes:
         example: what a call of it is given.
         numbers: whether numbers may be had where a forward asks for them.
 
+    Attributes:
+        read: the names of the parameters that a call reads.
+
     Raises:
         LayoutError: the model cannot be run with the example.
     """
 
     def __init__(self, model: nn.Module, example: Any, *, numbers: bool = True) -> None:
         self._model, self._given = model, example
+        self.read: set[str] = set()
         self.mode: FakeTensorMode | None = FakeTensorMode(allow_non_fake_inputs=True)
         self.example = self._example()
         error = self._raises()
-        if error is not None and numbers:  # what depends on numbers has no shape without them
+        small = sum(each.numel() for each in model.parameters()) <= _MOST_COPIED
+        if error is not None and numbers and small:  # what depends on numbers has no shape without them
             self.mode = None
             self.example = self._example()
             error = self._raises()
@@ -61,25 +72,99 @@ class Shapes:
         mode = self.mode
         if mode is None:
             return self._given
-        return tree_map(lambda each: mode.from_tensor(each) if isinstance(each, Tensor) else each, self._given)
+        return tree_map(
+            lambda each: mode.from_tensor(each) if isinstance(each, Tensor) and not _counts(each) else each,
+            self._given,
+        )
 
     def _raises(self) -> Exception | None:
+        twin = self.copy()
+        reading = _Reading(twin)
         try:
-            with self.running(), torch.no_grad():
-                call(self.copy(), self.example)
+            with self.running(), torch.no_grad(), reading:
+                call(twin, self.example)
         except Exception as error:
             return error
+        self.read = reading.read
         return None
 
     def copy(self) -> nn.Module:
         """Return a copy."""
-        return copied(self._model, torch.clone if self.mode is None else self.mode.from_tensor)
+        return copied(self._model, self._copied)
+
+    def _copied(self, tensor: Tensor) -> Tensor:
+        if self.mode is None:
+            return with_memory(tensor).clone()
+        if not tensor.is_meta:
+            return tensor.clone() if _counts(tensor) else self.mode.from_tensor(tensor)
+        with self.mode:  # on the device that the example is on
+            return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
 
     @contextmanager
     def running(self) -> Iterator[None]:
         """Run things in this world."""
-        with written_out(), self.mode or nullcontext():
+        with written_out(), self.mode or nullcontext(), _Counting(self.mode) if self.mode else nullcontext():
             yield
+
+
+def _counts(tensor: Tensor) -> bool:
+    """Whether a tensor has whole numbers or truth values, which say how a forward goes on: words, places, masks."""
+    return not isinstance(tensor, FakeTensor) and _could_count(tensor) and not tensor.is_meta
+
+
+def _could_count(tensor: Tensor) -> bool:
+    return not (tensor.is_floating_point() or tensor.is_complex()) and tensor.numel() <= _MOST_COUNTED
+
+
+class _Counting(TorchDispatchMode):
+    """Computes whole numbers that follow from such alone, in a world without numbers."""
+
+    def __init__(self, mode: FakeTensorMode) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._mode = mode
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        del types
+        kwargs = kwargs or {}
+        known = [_counts(each) for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)]
+        if not all(known):
+            for written, value in zip(func._schema.arguments, args, strict=False):
+                if written.is_write and isinstance(value, Tensor) and _counts(value):
+                    raise NotImplementedError(f"{func} writes what has no numbers into whole numbers")
+            return func(*args, **kwargs)
+        if not known:
+            made = func(*args, **kwargs)
+            if not all(_could_count(each) for each in tree_leaves(made) if isinstance(each, Tensor)):
+                return made
+        with unset_fake_temporarily():
+            found = func(*args, **kwargs)
+        return tree_map(
+            lambda each: each if not isinstance(each, Tensor) or _counts(each) else self._mode.from_tensor(each), found
+        )
+
+
+class _Reading(TorchDispatchMode):
+    """Takes note of the parameters that operations are given."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._names: dict[int, list[str]] = {}
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            self._names.setdefault(id(parameter), []).append(name)
+        self.read: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        del types
+        for each in tree_leaves((args, kwargs)):
+            self.read.update(self._names.get(id(each), ()))
+        return func(*args, **(kwargs or {}))
+
+
+def with_memory(tensor: Tensor) -> Tensor:
+    """Return a tensor of the meta device on the CPU, with numbers that may be divided by; any other as it is."""
+    if not tensor.is_meta:
+        return tensor
+    return torch.zeros_like(tensor, device="cpu") + tensor.is_floating_point()
 
 
 @contextmanager
@@ -103,8 +188,8 @@ def numbered(model: nn.Module, dtype: torch.dtype = torch.float64) -> nn.Module:
 
     def change(tensor: Tensor) -> Tensor:
         if not tensor.is_floating_point():
-            return tensor.clone()
-        return tensor.to(dtype, copy=True)
+            return with_memory(tensor).clone()
+        return with_memory(tensor).to(dtype, copy=True)
 
     twin = copied(model, change)
     for parameter in twin.parameters():

@@ -1,66 +1,205 @@
-"""Examples for models that come without one: the shapes that their layers ask for, tried until one runs."""
+"""Examples for models that come without one: what they say of their inputs, or what their layers ask for, tried.
+
+What runs is a good example: units are proved on numbers, whatever the numbers. Where one call does not reach all
+weights, calls that reach others are made after it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import inspect
+import itertools
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
+from torch.utils._pytree import register_pytree_node
 
 from upop.pruning.axes.copies import Shapes
+from upop.pruning.axes.inputs import BATCH, channels_of, described, image_sizes, placed, words
+from upop.pruning.costs import call
 from upop.pruning.errors import LayoutError
 
-_BATCH, _TOKENS = 2, 5
-_LARGEST = 300_000_000
-"""Parameters of a model that is read without being asked to: a proof takes a copy of it in float64."""
-_MOST = 12
-"""How many shapes are tried."""
+_TOKENS = 5
+_MOST, _MORE = 24, 6
+"""How many inputs are tried, and how many more once some ran."""
+_WRAPPED = 2
+"""How many models in a wrapper are asked what it may be given."""
+_GIVEN = ("dummy_inputs", "example_input_array")
+"""Where models keep an example: those of transformers and upop, those of Lightning."""
+
+
+@dataclass(frozen=True)
+class Calls:
+    """An example of several calls: of a model, or of modules in it; give it to `call` as a function of the model.
+
+    Attributes:
+        paths: the dotted names of the modules; "" is the model.
+        inputs: what each of them is given.
+    """
+
+    paths: tuple[str, ...]
+    inputs: tuple[Any, ...]
+
+    def __call__(self, model: nn.Module) -> list[Any]:
+        """Make the calls, and return what each gives."""
+        return [call(model.get_submodule(path), given) for path, given in zip(self.paths, self.inputs, strict=True)]
+
+
+register_pytree_node(
+    Calls, lambda calls: (list(calls.inputs), calls.paths), lambda inputs, paths: Calls(paths, tuple(inputs))
+)
 
 
 def example_for(model: nn.Module) -> Any:
-    """Return something that a call of the model can be given, [2, ...]; None where nothing runs, or the model is large.
+    """Return something that a call of the model can be given, small, on its device and in its precision.
 
-    What runs is a good example: units are proved on numbers, whatever the numbers.
+    Raises:
+        LayoutError: nothing that was tried runs; the message says what to give.
     """
-    if sum(each.numel() for each in model.parameters()) > _LARGEST:
-        return None
-    for number, example in enumerate(_shapes(model)):
-        if number == _MOST:
-            return None
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        torch.manual_seed(0)
+        return _found(model)
+
+
+def _found(model: nn.Module) -> Any:
+    twins: Mapping[str, str] = getattr(model, "momentum_twins", {})
+    left = {name for name in _weights(model) if not name.startswith(tuple(f"{twin}." for twin in twins.values()))}
+    taken: list[tuple[str, Any]] = []
+    error: LayoutError | None = None
+    tries = _MOST
+    for path, given in _tried(model, left, taken):
+        if tries == 0:
+            break
+        tries -= 1
+        example = placed(model, given)
         try:
-            Shapes(model, example, numbers=False)
-        except LayoutError:
+            shapes = Shapes(model, example if not path else Calls((path,), (example,)))
+        except LayoutError as failure:
+            error = error or failure
             continue
-        return example
-    return None
+        if not taken:
+            tries = min(tries, _MORE)
+        if left & shapes.read or not taken:
+            taken.append((path, example))
+        left -= shapes.read
+        if not left:
+            break
+    if not taken:
+        raise LayoutError(_advice(model, error)) from error
+    if len(taken) == 1 and not taken[0][0]:
+        return taken[0][1]
+    return Calls(tuple(path for path, _ in taken), tuple(example for _, example in taken))
 
 
-def _shapes(model: nn.Module) -> Iterator[Tensor]:
+def _weights(model: nn.Module) -> Iterator[str]:
+    """Yield the names of the matrices that a call should reach; those of embeddings are read where there are words."""
+    for path, module in model.named_modules():
+        for name, parameter in module.named_parameters(path, recurse=False):
+            if not isinstance(module, nn.Embedding) and sum(size > 1 for size in parameter.shape) > 1:
+                yield name
+
+
+def _tried(model: nn.Module, left: set[str], taken: list[Any]) -> Iterator[tuple[str, Any]]:
+    """Yield inputs, the likeliest first, with the name of the module that they are for.
+
+    Args:
+        model: the model.
+        left: names of weights that nothing reached so far; a module in it is called alone where all of its are among
+            them.
+        taken: what ran so far.
+    """
+    for given in _said(model):
+        yield "", given
+    parts = [(path, part) for path, part in model.named_modules() if path and _speaks(part)]
+    for _, part in parts[:_WRAPPED] if not _speaks(model) else []:
+        for given in _said(part):  # a wrapper may hand on what it is given
+            if not taken:
+                yield "", given
+    for given in _by_layers(model) if not taken else []:
+        if not taken:
+            yield "", given
+    if hasattr(model, "main_input_name") or type(model).forward is nn.Module.forward:
+        for path, part in parts:
+            inside = {f"{path}.{name}" for name in _weights(part)}
+            for given in itertools.chain(_said(part), _by_layers(part)):
+                if not inside or not inside <= left:
+                    break
+                yield path, given
+
+
+def _speaks(module: nn.Module) -> bool:
+    """Whether a module is a model of a library, which says what its inputs are."""
+    return any(hasattr(module, name) for name in ("main_input_name", "default_cfg", *_GIVEN))
+
+
+def _said(model: nn.Module) -> Iterator[Any]:
+    """Yield what a model gives as its inputs, and what fits what it says of them."""
+    if hasattr(model, "main_input_name"):  # transformers' dummy inputs are words alone
+        yield from described(model)
+    for name in _GIVEN:
+        try:
+            given = getattr(model, name, None)
+        except Exception:  # a property of a library, which may not be meant for this model
+            continue
+        if given is not None:
+            yield given
+    if not hasattr(model, "main_input_name"):
+        yield from described(model)
+
+
+def _by_layers(model: nn.Module) -> Iterator[Any]:
     """Yield inputs by the layers: images for a convolution, indices for an embedding, tokens for a linear layer."""
     layers = list(model.modules())
     first = next((each for each in layers if isinstance(each, nn.Conv2d | nn.Embedding | nn.Linear)), None)
-    dtype = next((each.dtype for each in model.parameters() if each.is_floating_point()), torch.float32)
-    if isinstance(first, nn.Conv2d):
-        for size in _image_sizes(model):
-            yield torch.randn(_BATCH, first.in_channels, size, size, dtype=dtype)
-    if any(isinstance(each, nn.Embedding) for each in layers):
+    count = max(1, _required(model))
+    embeds = any(isinstance(each, nn.Embedding) for each in layers)
+    if isinstance(first, nn.Conv2d) or hasattr(model, "default_cfg"):
+        channels = first.in_channels if isinstance(first, nn.Conv2d) else channels_of(model)
+        for size in image_sizes(model):
+            image = torch.randn(BATCH, channels, size, size)
+            yield (image, *(words(model) if embeds else image for _ in range(count - 1)))
+    if embeds:
         for length in (_TOKENS, 2 * _TOKENS, *_positions(model)):
-            yield torch.zeros(_BATCH, length, dtype=torch.long)
-    widths = dict.fromkeys(each.in_features for each in layers if isinstance(each, nn.Linear))
-    widths |= dict.fromkeys(each.embed_dim for each in layers if isinstance(each, nn.MultiheadAttention))
+            yield (torch.zeros(BATCH, length, dtype=torch.long),) * count
+    widths = dict.fromkeys(each.embed_dim for each in layers if isinstance(each, nn.MultiheadAttention))
+    widths |= dict.fromkeys(each.in_features for each in layers if isinstance(each, nn.Linear))
     for width in widths:
-        yield torch.randn(_BATCH, _TOKENS, width, dtype=dtype)
-        yield torch.randn(_BATCH, width, dtype=dtype)
+        yield tuple(torch.randn(BATCH, _TOKENS, width) for _ in range(count))
+        yield tuple(torch.randn(BATCH, width) for _ in range(count))
 
 
-def _image_sizes(model: nn.Module) -> Iterator[int]:
-    """Yield sizes of square images: what a model says of itself, and common ones."""
-    held = (getattr(model, "default_cfg", None) or {}).get("input_size", (0, 0, 0))[-1]
-    yield from dict.fromkeys(size for size in (held, 32, 64, 224) if size)
+def _required(model: nn.Module) -> int:
+    """Return how many arguments a call must be given."""
+    try:
+        parameters = inspect.signature(model.forward).parameters.values()
+    except (TypeError, ValueError):
+        return 1
+    by_place = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return sum(each.kind in by_place and each.default is inspect.Parameter.empty for each in parameters)
 
 
 def _positions(model: nn.Module) -> Iterator[int]:
     """Yield lengths of tables of positions: some models take sequences of that length alone."""
     tables = [each for each in model.parameters() if each.dim() >= 2]
     yield from dict.fromkeys(each.shape[-2] for each in tables if 1 < each.shape[-2] <= 1024)
+
+
+def _advice(model: nn.Module, error: LayoutError | None) -> str:
+    """Say what to give."""
+    try:
+        needed = [
+            name
+            for name, each in inspect.signature(model.forward).parameters.items()
+            if each.default is inspect.Parameter.empty and each.kind is not inspect.Parameter.VAR_KEYWORD
+        ]
+    except (TypeError, ValueError):
+        needed = []
+    shown = ", ".join(f'"{name}": ...' for name in needed if name not in ("args", "kwargs")) or '"images": ...'
+    seen = f" The first of those that were tried: {error}" if error is not None else ""
+    return (
+        f"{type(model).__name__} is read off one call of it, and no inputs are known for it. Give one batch of what it "
+        f"takes, for instance upop.survey(model, example={{{shown}}}); Pruner and calibrate take `example` as well."
+        f"{seen}"
+    )

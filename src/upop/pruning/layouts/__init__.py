@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 import weakref
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -88,7 +89,8 @@ def survey(model: nn.Module, example: Any = None) -> Survey:
     if example is None and is_of_ones_own(model):
         from upop.pruning.axes import example_for
 
-        example = example_for(model)
+        with suppress(LayoutError):
+            example = example_for(model)
     if example is not None:
         from upop.pruning.axes import read
 

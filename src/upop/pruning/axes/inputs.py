@@ -1,0 +1,194 @@
+"""What models of libraries say of their inputs: by a configuration, by sizes that they keep, by their forward's names.
+
+Nothing here decides what is cut: inputs are tried, and units are read off what the model computes with them.
+"""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from upop.pruning.axes.copies import Shapes
+from upop.pruning.errors import LayoutError
+
+BATCH, _WORDS = 2, 7
+_MOST_IMAGES = 8
+_SMALL, _COMMON = 64, (32, 224)
+_SIZES = ("img_size", "image_size")
+_CHANNELS = ("num_channels", "in_channels", "in_chans")
+_PLACES = ("image_token_id", "image_token_index")
+_LOW, _HIGH = 5, 90
+"""Words lie between the special ones, which come first, and the end of a small vocabulary."""
+
+Inputs = dict[str, Any]
+
+
+def words(model: nn.Module, length: int = _WORDS) -> Tensor:
+    """Return numbers of words, [2, length]."""
+    tables = [each.num_embeddings for each in model.modules() if isinstance(each, nn.Embedding)]
+    vocabulary = max(tables, default=_HIGH)
+    high = min(_HIGH, vocabulary)
+    return torch.randint(min(_LOW, high - 1), high, (BATCH, length))
+
+
+def image_sizes(model: nn.Module) -> Iterator[int]:
+    """Yield sizes of square images, the likeliest first: small ones, if not all that a model says of itself are."""
+    said = [size for owner in _owners(model) for size in _said(owner)]
+    smaller = [size for size in said if size <= _SMALL]
+    yield from dict.fromkeys((*smaller[:1], _SMALL, *said, *_COMMON))
+
+
+def _owners(model: nn.Module) -> Iterator[Any]:
+    """Yield what may keep sizes of inputs: configurations, and modules."""
+    yield from _configurations(getattr(model, "config", None))
+    yield from model.modules()
+
+
+def _configurations(config: Any) -> list[Any]:
+    """Return a configuration and those in it."""
+    if config is None or not hasattr(config, "__dict__"):
+        return []
+    inside = [value for value in vars(config).values() if hasattr(value, "to_dict")]
+    return [config, *(each for value in inside for each in _configurations(value))]
+
+
+def _said(owner: Any) -> Iterator[int]:
+    values = [getattr(owner, name, None) for name in _SIZES] if not isinstance(owner, Mapping) else []
+    held = getattr(owner, "default_cfg", None)
+    values += [held.get("input_size")] if isinstance(held, Mapping) else []
+    for value in values:
+        while isinstance(value, list | tuple) and value:
+            value = value[-1]
+        if type(value) is int and value > 0:
+            yield value
+
+
+def described(model: nn.Module) -> Iterator[Any]:
+    """Yield inputs by the names of the forward's arguments: words, images, sounds, and what goes along with them."""
+    try:
+        names = set(inspect.signature(model.forward).parameters)
+    except (TypeError, ValueError):
+        return
+    if {"image", "text"} <= names:  # open_clip
+        for size in image_sizes(model):
+            lengths = (getattr(owner, "context_length", 0) for owner in model.modules())
+            length = next((each for each in lengths if type(each) is int and each), _WORDS)
+            yield {"image": torch.randn(BATCH, 3, size, size), "text": words(model, length)}
+    texts: Inputs = {name: words(model) for name in ("input_ids", "decoder_input_ids") if name in names}
+    images = list(itertools.islice(_images(model, names), _MOST_IMAGES)) if "pixel_values" in names else []
+    sounds = list(_sounds(model, names))
+    for seen in images:
+        yield {**_with_places(model, names, texts, seen), **seen}
+    for heard in sounds:
+        yield {**texts, **heard}
+    for seen in images if texts else []:
+        yield {**{name: value for name, value in texts.items() if name != "input_ids"}, **seen}
+    for heard in sounds if texts else []:
+        yield {**{name: value for name, value in texts.items() if name != "input_ids"}, **heard}
+    if texts:
+        yield texts
+
+
+def _number(model: nn.Module, names: tuple[str, ...], otherwise: int) -> int:
+    """Return a number that a configuration or a module says, the outermost first."""
+    for owner in _owners(model):
+        for name in names:
+            value = getattr(owner, name, None)
+            if type(value) is int and value > 0:
+                return value
+    return otherwise
+
+
+def channels_of(model: nn.Module) -> int:
+    """Return how many channels a model says that its images have."""
+    return _number(model, _CHANNELS, 3)
+
+
+def _images(model: nn.Module, names: set[str]) -> Iterator[Inputs]:
+    """Yield images in the shapes that models take them in."""
+    channels = channels_of(model)
+    patch = _number(model, ("patch_size",), 16)
+    if "image_grid_thw" in names:  # patches of all images in a row, and the grids that they make
+        side = 2 * _number(model, ("spatial_merge_size",), 1)
+        values = channels * _number(model, ("temporal_patch_size",), 1) * patch**2
+        grid = torch.tensor([[1, side, side]] * BATCH)
+        yield {"pixel_values": torch.randn(BATCH * side**2, values), "image_grid_thw": grid}
+    if "spatial_shapes" in names:  # patches of each image
+        side = 4
+        yield {
+            "pixel_values": torch.randn(BATCH, side**2, channels * patch**2),
+            "pixel_attention_mask": torch.ones(BATCH, side**2, dtype=torch.long),
+            "spatial_shapes": torch.tensor([[side, side]] * BATCH),
+        }
+    frames = _number(model, ("num_frames",), 0)
+    for size in image_sizes(model):
+        if frames:
+            yield {"pixel_values": torch.randn(BATCH, frames, channels, size, size)}
+        image = torch.randn(BATCH, channels, size, size)
+        points = {"input_points": size * torch.rand(BATCH, 1, 3, 2)} if "input_points" in names else {}
+        yield {"pixel_values": image, **points}
+        if points or "input_ids" in names:
+            yield {"pixel_values": image.unsqueeze(1)}  # several images for each text
+
+
+def _sounds(model: nn.Module, names: set[str]) -> Iterator[Inputs]:
+    """Yield sounds: waves, or their spectra."""
+    bins = _number(model, ("num_mel_bins", "input_feat_per_channel", "feature_size"), 80)
+    if "input_values" in names:
+        for length in (1200, 4000):
+            yield {"input_values": torch.randn(BATCH, length)}
+        yield {"input_values": torch.randn(BATCH, _number(model, ("max_length",), 64), bins)}
+    if "input_features" in names:
+        length = 2 * _number(model, ("max_source_positions",), 32)
+        yield {"input_features": torch.randn(BATCH, bins, length)}
+        yield {"input_features": torch.randn(BATCH, min(length, 64), bins)}
+        yield {"input_features": torch.randn(BATCH, 1, length, bins)}
+
+
+def _with_places(model: nn.Module, names: set[str], texts: Inputs, seen: Inputs) -> Inputs:
+    """Return texts in which some words stand for the pieces of an image, where a model wants them to."""
+    place = _number(model, _PLACES, 0)
+    pieces = _pieces(model, seen) if place and "input_ids" in texts else 0
+    if not pieces:
+        return texts
+    ids = torch.cat([torch.full((BATCH, pieces), place), texts["input_ids"]], 1)
+    more: Inputs = {"attention_mask": torch.ones_like(ids)} if "attention_mask" in names else {}
+    if "mm_token_type_ids" in names:
+        more["mm_token_type_ids"] = (ids == place).int()
+    return {**texts, "input_ids": ids, **more}
+
+
+def _pieces(model: nn.Module, seen: Inputs) -> int:
+    """Return how many pieces a model makes of one image; a copy of it is asked, without numbers."""
+    counted: list[int] = []
+
+    def asked(twin: Any) -> None:
+        found = twin.get_image_features(**placed(model, seen))
+        found = getattr(found, "pooler_output", found)
+        parts = [each for each in tree_leaves(found) if isinstance(each, Tensor)]
+        counted.append(sum(each.numel() // each.shape[-1] for each in parts) // BATCH)
+
+    if hasattr(model, "get_image_features"):
+        with suppress(LayoutError):
+            Shapes(model, asked)
+    return counted[-1] if counted else 0
+
+
+def placed(model: nn.Module, example: Any) -> Any:
+    """Return an example on the model's device and in its precision."""
+    own = next((each for each in model.parameters() if each.is_floating_point()), torch.empty(0))
+    device = torch.device("cpu") if own.is_meta else own.device
+
+    def place(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        return value.to(device, own.dtype if value.is_floating_point() else None)
+
+    return tree_map(place, example)
