@@ -71,7 +71,7 @@ def candidate(model: nn.Module, trace: Trace, group: Group) -> Candidate:
     heads = slices[0].outer if entry == "dimension" else 1
     if slices[0].query_groups:
         heads = slices[0].query_groups
-    name = _attention_name(model, makers) if attention else _mlp_name(model, holder, makers, names)
+    name = _attention_name(model, makers, holder) if attention else _mlp_name(model, holder, makers, names)
     modality = modality_of(model, name)
     kind: Kind = "attention" if attention else "mlp"
     unit = Unit(name, kind, modality, group.axis.size, heads, tuple(slices), entry=entry)
@@ -199,13 +199,13 @@ def _common(paths: list[str]) -> str:
     return ".".join(shared)
 
 
-def _attention_name(model: nn.Module, makers: list[Part]) -> str:
-    """Return the name of the module that holds all layers which make queries, keys and values."""
+def _attention_name(model: nn.Module, makers: list[Part], holder: str) -> str:
+    """Return the name of the module that holds all layers which make queries, keys and values, or their weights."""
     layers = []
     for part in makers:
         layer = part.use.name.rpartition(".")[0]
         alone = not any(True for _ in model.get_submodule(layer).children())
-        layers.append(layer.rpartition(".")[0] if alone else layer)
+        layers.append(layer.rpartition(".")[0] if alone and layer != holder else layer)
     return _common(layers)
 
 

@@ -35,6 +35,12 @@ def copied(model: nn.Module, change: Callable[[Tensor], Tensor]) -> nn.Module:
     return copy.deepcopy(model, memo).eval()
 
 
+def told(error: Exception) -> str:
+    """Return what was raised, in one line; an assertion may have nothing to say."""
+    first = next(iter(str(error).splitlines()), "")
+    return f"{type(error).__name__}: {first[:200]}" if first else type(error).__name__
+
+
 class Shapes:
     """A world in which tensors have shapes and no numbers; or numbers, where a forward asks for them.
 
@@ -62,9 +68,8 @@ class Shapes:
             self.example = self._example()
             error = self._raises()
         if error is not None:
-            first = (str(error).splitlines() or [""])[0]
             raise LayoutError(
-                f"{type(model).__name__} cannot be run with the example: {type(error).__name__}: {first[:300]}. "
+                f"{type(model).__name__} cannot be run with the example: {told(error)}. "
                 "Give what a call of the model takes: a tensor, a tuple of arguments, or a mapping of keywords."
             ) from error
 

@@ -182,7 +182,7 @@ def _convolution(trace: Trace, args: Any, kwargs: Any, result: Any, name: str) -
         "_scaled_dot_product_cudnn_attention",
         "_scaled_dot_product_attention_math",
     ),
-    *("_scaled_dot_product_fused_attention_overrideable", "scaled_dot_product_attention"),
+    *("_scaled_dot_product_fused_attention_overrideable", "scaled_dot_product_attention", "flex_attention"),
 )
 def _attention(trace: Trace, args: Any, kwargs: Any, result: Any, name: str) -> None:
     labels = [trace.label(each) for each in args[:3]]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from upop.pruning.axes.candidates import Candidate
+from upop.pruning.axes.copies import told
 from upop.pruning.costs import call, evaluating
 from upop.pruning.shrink import cut, restore, tensors_of
 from upop.pruning.units import Attribute, Unit, tensor_of
@@ -53,7 +54,7 @@ class Bench:
         try:
             found = self.outputs()
         except Exception as error:
-            return float("inf"), f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
+            return float("inf"), told(error)
         finally:
             restore(undo)
         if [place for place, _ in expected] != [place for place, _ in found]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -19,7 +19,7 @@ from upop.pruning.axes.settle import settle
 from upop.pruning.axes.trace import Trace
 from upop.pruning.costs import call
 from upop.pruning.shrink import tensors_of
-from upop.pruning.units import Skipped, Unit
+from upop.pruning.units import Skipped, Slice, Unit
 
 
 def read(model: nn.Module, example: Any) -> tuple[list[Unit], list[Skipped]]:
@@ -49,12 +49,11 @@ def _read(model: nn.Module, example: Any) -> tuple[list[Unit], list[Skipped]]:
     proved: list[Candidate] = []
     lost: list[tuple[str, str]] = []
     for pending in _rounds(chosen):
-        taken = {(part.tensor, part.dim) for each in proved for part in each.unit.slices}
-        pending = [
-            each
-            for each in pending
-            if not any((part.tensor, part.dim) in taken for part in each.unit.slices if not part.gaps)
-        ]
+        taken: dict[str, list[tuple[Slice, int]]] = {}
+        for each in proved:
+            for part in each.unit.slices:
+                taken.setdefault(part.tensor, []).append((part, each.unit.size))
+        pending = [each for each in pending if not _overlaps(each.unit, taken)]
         if pending:
             pending, reasons = settle(model, shapes, trace, pending)
             bench = bench or Bench(numbered(model), example)
@@ -79,6 +78,20 @@ def traced(shapes: Shapes) -> Trace:
         result = call(twin, shapes.example)
     trace.finish([each for _, each in tensors_of(result)])
     return trace
+
+
+def _overlaps(unit: Unit, proved: Mapping[str, list[tuple[Slice, int]]]) -> bool:
+    """Whether a unit cuts rows that another one cuts, or rows of one tensor along two dimensions, as heads and theirs.
+
+    `proved` gives the slices of each tensor and the size of their unit.
+    """
+    for part in unit.slices:
+        for other, size in proved.get(part.tensor, ()):
+            if part.dim != other.dim and part.produces and other.produces:
+                return True
+            if part.dim == other.dim and bool(((part.entries(unit.size) >= 0) & (other.entries(size) >= 0)).any()):
+                return True
+    return False
 
 
 def _rounds(chosen: list[Candidate]) -> Iterator[list[Candidate]]:

@@ -19,10 +19,10 @@ from torch.utils._pytree import tree_leaves
 
 from upop.pruning.axes.axis import Axis, Dim, axes_in
 from upop.pruning.axes.candidates import Candidate
-from upop.pruning.axes.copies import Shapes
+from upop.pruning.axes.copies import Shapes, told
 from upop.pruning.axes.multihead import narrow_multihead
 from upop.pruning.axes.narrow import WIDTHS, Narrow, narrow_class
-from upop.pruning.axes.trace import Step, Trace, watching
+from upop.pruning.axes.trace import Step, Trace, name_of, watching
 from upop.pruning.costs import call
 from upop.pruning.shrink import cut
 from upop.pruning.units import Attribute, Swap, Swapped
@@ -65,6 +65,8 @@ class Stop:
 class _Follower(TorchDispatchMode):
     """Compares the shapes of a run with those that follow from the dense one."""
 
+    supports_higher_order_operators = True
+
     def __init__(self, steps: list[Step], sizes: Mapping[Axis, int], skipped: frozenset[str]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._steps, self._sizes, self._skipped = steps, sizes, skipped
@@ -76,7 +78,7 @@ class _Follower(TorchDispatchMode):
         del types
         result = func(*args, **(kwargs or {}))
         outputs = [each for each in tree_leaves(result) if isinstance(each, Tensor)]
-        name = _plain_name(func.overloadpacket._qualified_op_name)
+        name = _plain_name(name_of(func))
         if not outputs or name in _COPIES or _inside(self.stack[-1] if self.stack else "", self._skipped):
             return result
         while self.at < len(self._steps) and (
@@ -154,7 +156,7 @@ def stop_of(shapes: Shapes, trace: Trace, candidates: list[Candidate]) -> Stop |
         except _Off:
             return Stop(follower.at, follower.off)
         except Exception as error:
-            return Stop(follower.at, follower.off or f"{type(error).__name__}: {str(error).splitlines()[0][:200]}")
+            return Stop(follower.at, follower.off or told(error))
     return Stop(follower.at, follower.off) if follower.off else None
 
 

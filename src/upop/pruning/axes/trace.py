@@ -99,6 +99,8 @@ class Trace(TorchDispatchMode):
         modules: the dotted names of the modules that ran, with the classes' own calls.
     """
 
+    supports_higher_order_operators = True  # flex attention is one
+
     def __init__(self, model: nn.Module, *, lines: bool = True) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._lines = lines
@@ -239,7 +241,7 @@ class Trace(TorchDispatchMode):
         follow(self, func, args, kwargs, result)
         self.steps.append(
             Step(
-                func.overloadpacket._qualified_op_name,
+                name_of(func),
                 self.stack[-1] if self.stack else "",
                 tuple(self._known(each) for each in outputs),
                 next((self._known(each) for each in tree_leaves(args) if isinstance(each, Tensor)), None),
@@ -286,6 +288,12 @@ class Trace(TorchDispatchMode):
                 if name not in ("_parameters", "_buffers", "_modules"):
                     found = (self._labels.get(each) for each in tree_leaves(value) if isinstance(each, Tensor))
                     yield from (label for label in found if label is not None)
+
+
+def name_of(operation: Any) -> str:
+    """Return the name of an operation, as ATen calls it; those that run others inside have their own."""
+    packet = getattr(operation, "overloadpacket", None)
+    return str(operation.name() if packet is None else packet._qualified_op_name)
 
 
 def plain(tensor: Tensor) -> list[Dim]:
