@@ -10,7 +10,7 @@ unexport PYTHONDONTWRITEBYTECODE
 # Two processes of one thread each; what a file's tests share is made once.
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
-.PHONY: demo test test-all lint model clean
+.PHONY: demo test test-all lint gpu model clean
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -32,6 +32,9 @@ lint: $(VENV)/installed  ## ruff, and mypy in strict mode
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+gpu:  ## right, fast, lean and how good on the GPU of this machine, with the torch, timm and transformers that it has
+	PYTHONPATH=src $(PYTHON) benchmarks/gpu/run.py
 
 model: $(VENV)/installed  ## train the demo's dense model again, from nothing
 	PATH="$(abspath $(BIN)):$$PATH" bash assets/train_shapes_nlvr.sh

@@ -22,8 +22,8 @@ from rich.table import Table
 from dense_tasks import FOLDER, DenseTask, one_of
 from upop import calibrate, count_parameters
 from upop.files import write_json
+from upop.machine import machine
 from upop.pruning import plan_by_magnitude, shrink
-from upop.report.results import machine
 from upop.training.loaders import make_loader, to_device
 
 RESULTS = Path(__file__).parent / "results"

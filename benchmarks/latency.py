@@ -14,7 +14,6 @@ variants of a model take turns in one process (dense, 2x, ... dense, 2x, ...), a
 from __future__ import annotations
 
 import argparse
-import copy
 import shlex
 import statistics
 import sys
@@ -28,21 +27,16 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, profile
 
 import upop
+from random_cut import attention_kernel, compressed
 from upop.files import write_json
+from upop.machine import machine
 from upop.models.caption import BlipCaption, CaptionConfig
 from upop.models.clip import ClipConfig, ClipRetrieval
-from upop.pruning import budget
-from upop.pruning.costs import entry_costs
-from upop.report.results import machine
 
 RESULTS = Path(__file__).parent / "results"
 TARGET = 0.9
-LEVELS = 0.7
-"""How far the layers' levels of scores lie apart, in standard deviations of the scores of one layer."""
-_KERNELS = ("flash", "efficient", "cudnn", "math")
 
 
 class _ClipFeatures(nn.Module):
@@ -86,19 +80,6 @@ def blip_b() -> tuple[nn.Module, Callable[[int], Any]]:
 MODELS = {"deit-s": deit_s, "clip-b16": clip_b16, "blip-b": blip_b}
 VARIANTS = {"dense": None, "2x": (0.5, 1), "2x align 8": (0.5, 8), "4x": (0.75, 1), "4x align 8": (0.75, 8)}
 """Name -> (share of the parameters to remove, what kept sizes are multiples of)."""
-
-
-def compressed(model: nn.Module, ratio: float, align: int) -> nn.Module:
-    """Return a copy of `model` that keeps what a search could have kept."""
-    model = copy.deepcopy(model)
-    units = upop.find_units(model)
-    generator = torch.Generator().manual_seed(0)
-    scores = {
-        unit.name: torch.randn(unit.size, generator=generator) + LEVELS * torch.randn(1, generator=generator)
-        for unit in units
-    }
-    marked = budget.select(units, scores, entry_costs(model, units, "params"), ratio, align).marked
-    return upop.shrink(model, {name: (~gone).nonzero().flatten().tolist() for name, gone in marked.items()})
 
 
 def measure(
@@ -145,19 +126,6 @@ def measure(
             for variant in runs
         },
     }
-
-
-def attention_kernel(model: nn.Module, inputs: Any) -> str:
-    """Return the name of the attention function that a forward pass really ran."""
-    on_cuda = next(model.parameters()).is_cuda
-    kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_cuda else [])]
-    with torch.inference_mode(), profile(activities=kinds) as profiler:
-        model(**inputs)
-    ran = [event.key for event in profiler.key_averages()]
-    names = [
-        key for key in ran if "attention" in key and any(kernel in key for kernel in _KERNELS) and "backward" not in key
-    ]
-    return ", ".join(sorted(set(names))) or "none of torch's"
 
 
 def table(rows: list[dict[str, Any]]) -> Table:

@@ -52,7 +52,7 @@ from upop.data.segmentation import SegmentationDataset
 from upop.data.segmentation_transforms import IGNORED, RESIZE_RATIO, STATISTICS, TrainCrop, scaled_size
 from upop.data.transforms import CROP_SCALE, MEAN, STD, RandAugment, eval_transform, train_transform
 from upop.files import write_json
-from upop.report.results import machine
+from upop.machine import machine
 from upop.training.loaders import SeededDataset
 
 RESULTS = Path(__file__).parent / "results"

@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from upop.files import write_json, write_table
+from upop.machine import machine
 from upop.models.caption import BlipCaption, CaptionConfig
 from upop.models.checkpointing import checkpoint_blocks
 from upop.models.classifier import ClassifierConfig, build_classifier
@@ -42,7 +43,6 @@ from upop.models.nlvr import BlipNlvr, NlvrConfig
 from upop.models.retrieval import BlipRetrieval, RetrievalConfig
 from upop.models.segmenter import Segmenter, SegmenterConfig
 from upop.models.vqa import BlipVqa, VqaConfig
-from upop.report.results import machine
 from upop.settings import read_settings
 from upop.tasks import find_task
 from upop.training.memory import peak_bytes

@@ -37,9 +37,9 @@ from quality_torch_pruning import UnsupportedError
 from upop import count_macs, count_parameters
 from upop.errors import SettingError
 from upop.files import write_json, write_text
+from upop.machine import machine
 from upop.pruning.json_text import parse_json
 from upop.report.figures import save_figure
-from upop.report.results import machine
 
 RESULTS = Path(__file__).parent / "results"
 TASKS = ("classification", "vqa", "nlvr", "caption", "retrieval-clip")

@@ -36,9 +36,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from upop.data.retrieval import TEXT_TOKENS
 from upop.files import write_json
+from upop.machine import machine
 from upop.models.rerank import candidates, match_pairs
 from upop.models.retrieval import BlipRetrieval, RetrievalConfig
-from upop.report.results import machine, times
+from upop.report.results import times
 
 RESULTS = Path(__file__).parent / "results"
 CAPTIONS = 5

@@ -50,10 +50,10 @@ from torch.profiler import ProfilerActivity, profile
 
 import upop
 from upop.files import write_json
+from upop.machine import machine
 from upop.models.nlvr import BlipNlvr, NlvrConfig
 from upop.pruning.costs import call
 from upop.pruning.pruner import Progress
-from upop.report.results import machine
 
 RESULTS = Path(__file__).parent / "results"
 TARGET = 1.02

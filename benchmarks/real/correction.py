@@ -29,7 +29,7 @@ if __name__ == "__main__":
 
 import upop
 from real import minilm, smollm2
-from upop.report.results import machine
+from upop.machine import machine
 
 RESULTS = Path(__file__).parents[1] / "results"
 _PAIRS = 16

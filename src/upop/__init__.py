@@ -3,16 +3,39 @@
 The public API: `Pruner` and `shrink` compress a model inside any training loop, `calibrate` does it without training,
 `distill` has the dense model teach, `find_units` says what can go, `save`, `load` and `load_into` keep a compressed
 model without pickle, `export` writes it for other runtimes, `load_official` reads the published checkpoints.
-Importing it lets transformers reload compressed models by itself.
+Importing it lets transformers reload compressed models by itself. Where a library is missing that files need, the
+method is there all the same, beside torch alone.
 """
+
+from typing import Any
 
 from upop.starting import watch_start
 
 watch_start()  # before what takes seconds to import
 
-from upop.checkpoints import Pruner, calibrate, load, load_into, load_official, save, shrink  # noqa: E402
-from upop.checkpoints.export import export  # noqa: E402
-from upop.pruning import Plan, Unit, count_macs, count_parameters, distill, find_units, gather, skeleton, survey  # noqa: E402
+from upop.pruning import (  # noqa: E402
+    Plan,
+    Pruner,
+    Unit,
+    calibrate,
+    count_macs,
+    count_parameters,
+    distill,
+    find_units,
+    gather,
+    shrink,
+    skeleton,
+    survey,
+)
+
+_missing: str | None = None
+try:
+    from upop.checkpoints import Pruner, calibrate, load, load_into, load_official, save, shrink
+    from upop.checkpoints.export import export
+except ModuleNotFoundError as error:
+    _missing = error.name
+    if _missing is None or _missing.partition(".")[0] == "upop":
+        raise
 
 __version__ = "0.1.0"
 
@@ -35,3 +58,11 @@ __all__ = [
     "skeleton",
     "survey",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in __all__:
+        raise ImportError(
+            f"upop.{name} needs {_missing}, which is not installed. pip install {_missing}", name=_missing
+        )
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

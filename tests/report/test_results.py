@@ -14,7 +14,8 @@ from pydantic import ValidationError
 from rich.console import Console
 
 from upop.errors import DataError, RunFolderError
-from upop.report import ModelResult, Results, machine, results_table
+from upop.machine import machine
+from upop.report import ModelResult, Results, results_table
 from upop.report.results import GMACS, LATENCY, PARAMETERS, number, table_cells, times
 
 DENSE = ModelResult(

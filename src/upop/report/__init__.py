@@ -2,7 +2,7 @@
 
 from upop.report.figures import history_figure, kept_share_figure, save_figure
 from upop.report.latency import measure_latency
-from upop.report.results import ModelResult, Results, machine, results_table
+from upop.report.results import ModelResult, Results, results_table
 from upop.report.shares import UnitShare
 
 __all__ = [
@@ -11,7 +11,6 @@ __all__ = [
     "UnitShare",
     "history_figure",
     "kept_share_figure",
-    "machine",
     "measure_latency",
     "results_table",
     "save_figure",

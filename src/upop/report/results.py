@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from upop.errors import DataError, nearest
@@ -232,20 +229,6 @@ def latency_note(results: Results) -> str:
     return f"Latency: median, measured side by side, batch {results.batch_size}, {device}"
 
 
-def machine(device: torch.device | str = "cpu") -> dict[str, str | int]:
-    """Describe where something was measured: processor, cores, threads, device, torch and Python."""
-    place = torch.device(device)
-    processor = _processor()
-    return {
-        "cpu": processor,
-        "cores": os.cpu_count() or 1,
-        "threads": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name(place) if place.type == "cuda" else processor,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
-
-
 def number(value: float) -> str:
     """Return a number with three or four digits that count: 0.0123, 1.23, 12.3, 259.5, 1,234."""
     if value >= 999.95:
@@ -273,12 +256,3 @@ def _factor(value: float | None, factor: float | None, word: str) -> Cell:
         return Cell(value, number(value))
     told = times(factor, word)
     return Cell(value, number(value), told, factor > 1 if " " in told else None)
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:  # not Linux
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()

@@ -20,11 +20,12 @@ from upop.checkpoints.card import write_card
 from upop.checkpoints.hub import local_path
 from upop.errors import CheckpointError, DataError, SettingError
 from upop.files import make_folder
+from upop.machine import machine
 from upop.models.checkpointing import checkpoint_blocks
 from upop.pruning import Plan, find_units
 from upop.report.figures import history_figure, kept_share_figure, save_figure
 from upop.report.latency import measure_latency
-from upop.report.results import ModelResult, Results, machine, results_table
+from upop.report.results import ModelResult, Results, results_table
 from upop.report.shares import UnitShare
 from upop.settings import RunSettings
 from upop.tasks.examples import write_examples
