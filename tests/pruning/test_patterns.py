@@ -47,9 +47,46 @@ class FewerKeys(nn.Module):
         return self.out(found.transpose(1, 2).reshape(batch, tokens, width))
 
 
+class Latent(nn.Module):
+    """One learnt token looks at all others, as the attention pools of SigLIP do."""
+
+    def __init__(self, fused: bool) -> None:
+        super().__init__()
+        self.latent, self.fused = nn.Parameter(torch.rand(1, 1, WIDTH)), fused
+        self.queries, self.both = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 2 * WIDTH)
+        self.out = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        queries = self.queries(self.latent.expand(len(x), -1, -1)).unflatten(-1, (HEADS, -1)).transpose(1, 2)
+        keys, values = self.both(x).reshape(*x.shape[:2], 2, HEADS, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        if self.fused:
+            found = F.scaled_dot_product_attention(queries, keys, values)
+        else:
+            found = (queries @ keys.transpose(-2, -1) / queries.shape[-1] ** 0.5).softmax(-1) @ values
+        return self.out(found.transpose(1, 2).flatten(2))
+
+
+class ByHead(nn.Module):
+    """Queries, keys and values of a head lie side by side, as in LeViT, TinyViT and GPT-NeoX."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.both, self.out = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = self.both(x).unflatten(-1, (HEADS, -1)).transpose(1, 2).chunk(3, -1)
+        return self.out(F.scaled_dot_product_attention(*parts).transpose(1, 2).flatten(2))
+
+
 @pytest.mark.parametrize(
     ("inner", "entry", "count"),
-    [(JoinedBias, "dimension", 2), (FewerKeys, "dimension", 2)],
+    [
+        (ByHead, "dimension", 2),
+        (JoinedBias, "dimension", 2),
+        (FewerKeys, "dimension", 2),
+        (lambda: Latent(True), "dimension", 2),
+        (lambda: Latent(False), "dimension", 2),
+    ],
 )
 def test_what_is_found(inner: Callable[[], nn.Module], entry: str, count: int) -> None:
     model = built(inner)

@@ -150,8 +150,9 @@ def _cut(model: nn.Module, state: Mapping[str, Tensor], source: str) -> tuple[Se
 def scale_queries(model: nn.Module, unit: Unit, kept: int, factor: float) -> None:
     """Multiply the query rows and biases of an attention unit, as it stands with `kept` entries, by `factor`."""
     for part in unit.slices:
-        if part.query_groups:
-            model.get_parameter(part.tensor).narrow(part.dim, 0, part.query_rows(kept)).mul_(factor)
+        tensor = model.get_parameter(part.tensor)
+        rows = part.query_rows(kept).to(tensor.device)
+        tensor.index_copy_(part.dim, rows, tensor.index_select(part.dim, rows) * factor)
 
 
 def load_strictly(

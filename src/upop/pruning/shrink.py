@@ -115,10 +115,10 @@ def _cut_tensor(
             here = torch.zeros(old.shape[part.dim], dtype=torch.bool, device="cpu")
             here[part.index(kept, unit.size)] = True
             stays[part.dim] = stays.get(part.dim, torch.ones_like(here)) & here
-            if fold and part.query_groups and part.power:
-                new = new.clone() if new.data_ptr() == old.data_ptr() else new
-                rows = new.narrow(part.dim, part.gaps[0] if part.gaps else 0, part.query_rows(unit.size))
-                rows.mul_((len(kept) / unit.size) ** part.power)
+            if fold and part.power:
+                rows = part.query_rows(unit.size).to(old.device)
+                queries = new.index_select(part.dim, rows) * (len(kept) / unit.size) ** part.power
+                new = new.index_copy(part.dim, rows, queries) if len(rows) else new
         for dim, here in stays.items():
             new = new.index_select(dim, here.nonzero().flatten().to(old.device))
     if isinstance(old, nn.Parameter):

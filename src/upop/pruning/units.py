@@ -8,7 +8,7 @@ a new row in `layouts.py` and nothing else.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 import torch
@@ -42,6 +42,7 @@ class Slice:
         gaps: rows of something else before each of the `outer` groups, and behind the last one; () where the unit's
             axis is all there is.
         power: queries are multiplied by (kept / size) ** power at the cut, for the softmax scale that follows the size.
+        queries: which of the `outer` groups are queries, where they are not the first `query_groups`.
     """
 
     tensor: str
@@ -55,6 +56,7 @@ class Slice:
     direct: bool = False
     gaps: tuple[int, ...] = ()
     power: float = 0.5
+    queries: tuple[int, ...] = ()
 
     @property
     def inners(self) -> tuple[int, ...]:
@@ -65,9 +67,11 @@ class Slice:
         """Return the length of the tensor along `dim` when the unit has `size` entries."""
         return size * sum(self.inners) + sum(self.gaps)
 
-    def query_rows(self, size: int) -> int:
-        """Return how many of the first rows are queries when the unit has `size` entries."""
-        return size * sum(self.inners[: self.query_groups])
+    def query_rows(self, size: int) -> Tensor:
+        """Return the positions along `dim` that are queries when the unit has `size` entries, int64."""
+        queries = self.queries or tuple(range(self.query_groups))
+        others = replace(self, silent=tuple(group for group in range(self.outer) if group not in queries))
+        return (others.expand(torch.zeros(size, device="cpu")) == 0).nonzero().flatten()
 
     def entries(self, size: int) -> Tensor:
         """Return the entry that every position along `dim` belongs to, [length], int64; -1 in gaps."""

@@ -69,8 +69,8 @@ def candidate(model: nn.Module, trace: Trace, group: Group) -> Candidate:
         least = min(min(part.inners) for part in slices if part.produces)
         entry = "dimension" if "dimension" in group.axis.marks else "head" if most == least else "group"
     heads = slices[0].outer if entry == "dimension" else 1
-    if slices[0].query_groups:
-        heads = slices[0].query_groups
+    if slices[0].queries or slices[0].query_groups:
+        heads = len(slices[0].queries) or slices[0].query_groups
     name = _attention_name(model, makers, holder) if attention else _mlp_name(model, holder, makers, names)
     modality = modality_of(model, name)
     kind: Kind = "attention" if attention else "mlp"
@@ -139,9 +139,10 @@ def _slice(model: nn.Module, trace: Trace, group: Group, part: Part) -> Slice:
     gaps, inners = _blocks(part.entries, size)
     makes = bool(part.roles & {"produces", "added"})
     inner: int | tuple[int, ...] = inners[0] if len(set(inners)) == 1 else tuple(inners)
-    queries = 0
-    if "dimension" in group.axis.marks and makes:
+    queries: tuple[int, ...] = ()
+    if "dimension" in group.axis.marks:
         queries = _queries(trace, part, inners)
+    first = queries == tuple(range(len(queries)))
     is_parameter = part.use.name in dict(model.named_parameters())
     return Slice(
         part.use.name,
@@ -149,23 +150,21 @@ def _slice(model: nn.Module, trace: Trace, group: Group, part: Part) -> Slice:
         len(inners),
         inner,
         produces=makes and not part.gates and is_parameter,
-        query_groups=queries,
+        query_groups=len(queries) if first else 0,
         direct=part.use.direct and makes,
         gaps=tuple(gaps) if any(gaps) else (),
-        silent=(),
+        queries=() if first else queries,
     )
 
 
-def _queries(trace: Trace, part: Part, inners: list[int]) -> int:
-    """Return how many of the first blocks of a tensor are queries."""
+def _queries(trace: Trace, part: Part, inners: list[int]) -> tuple[int, ...]:
+    """Return which of the blocks of a tensor are queries."""
     flags = trace.query_rows(part.use, part.dim)
     if flags is None or not flags.any():
-        return 0
+        return ()
     positions = (part.entries == 0).nonzero().flatten()
     starts = positions[:: inners[0]] if len(set(inners)) == 1 else positions
-    are = [bool(flags[start]) for start in starts.tolist()]
-    count = sum(are)
-    return count if all(are[:count]) else -1
+    return tuple(block for block, start in enumerate(starts.tolist()) if flags[start])
 
 
 def _blocks(entries: Tensor, size: int) -> tuple[list[int], list[int]]:

@@ -76,6 +76,7 @@ def elementwise(trace: Trace, args: Any, kwargs: Any, result: Any, name: str) ->
         sources = frozenset().union(*(label.sources for label in labels))
         past, computed = past_of(labels), any(label.past and not label.parameter for label in labels)
         made = Label(dims, sources, True, not computed and any(label.parameter for label in labels), past)
+        made.latent = any(label.latent for label in labels)
     else:
         made = _merged(trace, live, dims, base)
         if base in ("add", "sub"):

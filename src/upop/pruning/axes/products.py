@@ -74,6 +74,8 @@ def _product(trace: Trace, args: Any, kwargs: Any, result: Any, name: str) -> No
     if name == "linear":
         added, right = (args[2] if len(args) > 2 else kwargs.get("bias")), right
     a, b = trace.label(left), trace.label(right)
+    if name in ("bmm", "baddbmm"):
+        a, b = (replace(each, parameter=each.parameter and not each.latent) for each in (a, b))
     b_dims = list(b.dims)
     if name == "linear":
         b_dims = [b_dims[1], b_dims[0]]
@@ -133,7 +135,7 @@ def _produced(
         weight = a if a.parameter else b
         return Label(dims, weight.sources, past=past, attends=a.attends or b.attends)
     if a.parameter:
-        return Label(dims, a.sources | b.sources, parameter=True, past=past)
+        return Label(dims, a.sources | b.sources, parameter=True, past=past, latent=True)
     summed = over if any(True for _ in axes_in([over])) else a.attends or b.attends
     if any(True for _ in axes_in(dims[-1:])):
         trace.pair(summed, dims[-1])
@@ -185,7 +187,7 @@ def _convolution(trace: Trace, args: Any, kwargs: Any, result: Any, name: str) -
     *("_scaled_dot_product_fused_attention_overrideable", "scaled_dot_product_attention", "flex_attention"),
 )
 def _attention(trace: Trace, args: Any, kwargs: Any, result: Any, name: str) -> None:
-    labels = [trace.label(each) for each in args[:3]]
+    labels = [replace(trace.label(each), parameter=False) for each in args[:3]]
     queries, keys, values = labels
     mask = kwargs.get("attn_mask", kwargs.get("attn_bias"))
     mask = next((each for each in args[3:] if isinstance(each, Tensor)), mask)

@@ -140,7 +140,8 @@ def scaled(bench: Bench, model: nn.Module, candidates: list[Candidate]) -> list[
             result.append(each)
             continue
         holder = model.get_submodule(each.holder)
-        key = (type(holder), tuple(part.query_groups for part in each.unit.slices), len(each.unit.attributes))
+        queries = tuple((part.query_groups, part.queries) for part in each.unit.slices)
+        key = (type(holder), queries, len(each.unit.attributes))
         if key not in known:
             known[key] = (0.5, False)
             for numbers in (True, False):
@@ -173,8 +174,6 @@ def _powered(model: nn.Module, candidate: Candidate, power: float, numbers: bool
         ]
         if not scales:
             return None
-    if power and any(part.query_groups < 0 or any(part.gaps[1:-1]) for part in unit.slices):
-        return None  # queries that lie elsewhere, or a part of the dimensions alone
-    slices = tuple(replace(part, power=power, query_groups=max(0, part.query_groups)) for part in unit.slices)
+    slices = tuple(replace(part, power=power) for part in unit.slices)
     unit = replace(unit, slices=slices, attributes=(*unit.attributes, *scales))
     return replace(candidate, unit=unit)

@@ -29,6 +29,7 @@ class Label:
         parameter: whether it is a parameter, or a view of one.
         past: all parameters that it comes from, as bits; what the model is given is one more.
         attends: of scores, what queries and keys were contracted over.
+        latent: whether it is a product of parameters: a weight, or queries that are learnt.
         places: what was taken by its place on the way: (axis, place).
     """
 
@@ -38,6 +39,7 @@ class Label:
     parameter: bool = False
     past: int = 0
     attends: Dim = ()
+    latent: bool = False
     places: tuple[tuple[Axis, int], ...] = ()
 
     @property
