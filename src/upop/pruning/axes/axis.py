@@ -168,8 +168,10 @@ def regroup(dims: Sequence[Dim], sizes: Sequence[int]) -> list[Dim]:
     rest = [factor for dim in dims for factor in factors_of(dim)]
     if 0 in sizes:
         return [(size,) for size in sizes]
+    wanted = list(sizes)
     found: list[Dim] = []
-    for number, size in enumerate(sizes):
+    while wanted:
+        size = wanted.pop(0)
         taken: list[Axis | int] = []
         left = size
         while left > 1 and rest:
@@ -181,16 +183,28 @@ def regroup(dims: Sequence[Dim], sizes: Sequence[int]) -> list[Dim]:
                 continue
             parts = split(factor, left)
             if parts is None:
-                reason = "a reshape cuts it in the middle"
-                for each in (*taken, factor, *rest):
-                    fix((each,), reason)
-                done = found[:number]
-                return [*done, *((each,) if each > 1 else () for each in sizes[number:])]
+                found += _lost([*taken, factor], rest, size, wanted)
+                break
             taken.append(parts[0])
             rest.insert(0, parts[1])
             left = 1
-        found.append(tuple(taken))
+        else:
+            found.append(tuple(taken))
     return found
+
+
+def _lost(factors: list[Axis | int], rest: list[Axis | int], size: int, wanted: list[int]) -> list[Dim]:
+    """Return plain dimensions, from one of `size` on to where old and new dimensions end at the same place again."""
+    found, have, made = [size], math.prod(map(size_of, factors)), size
+    while have != made:
+        if have < made:
+            factors.append(rest.pop(0))
+            have *= size_of(factors[-1])
+        else:
+            found.append(wanted.pop(0))
+            made *= found[-1]
+    fix(tuple(factors), "a reshape cuts it in the middle")
+    return [(each,) if each > 1 else () for each in found]
 
 
 def unite(one: Axis, other: Axis) -> None:
@@ -319,6 +333,8 @@ def cut_out(dim: Dim, start: int, stop: int) -> Dim:
 def concatenate(dims: Sequence[Dim]) -> Dim:
     """Return what a concatenation along some dimensions is made of."""
     dims = [dim for dim in dims if length(dim)]
+    if len(dims) == 1:
+        return dims[0]
     if not any(True for _ in axes_in(dims)):
         return (sum(map(length, dims)),)
     parts = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -11,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from upop.pruning.axes.mode import Mode
 from upop.pruning.costs import call
 from upop.pruning.errors import LayoutError
 
@@ -121,19 +122,19 @@ def _could_count(tensor: Tensor) -> bool:
     return not (tensor.is_floating_point() or tensor.is_complex()) and tensor.numel() <= _MOST_COUNTED
 
 
-class _Counting(TorchDispatchMode):
+class _Counting(Mode):
     """Computes whole numbers that follow from such alone, in a world without numbers."""
 
     def __init__(self, mode: FakeTensorMode) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self._mode = mode
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        del types
-        kwargs = kwargs or {}
+    def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run an operation, with numbers where it has some."""
         known = [_counts(each) for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)]
         if not all(known):
-            for written, value in zip(func._schema.arguments, args, strict=False):
+            written_to = getattr(func, "_schema", None)  # operators of higher order write nothing
+            for written, value in zip(written_to.arguments if written_to else (), args, strict=False):
                 if written.is_write and isinstance(value, Tensor) and _counts(value):
                     raise NotImplementedError(f"{func} writes what has no numbers into whole numbers")
             return func(*args, **kwargs)
@@ -148,21 +149,21 @@ class _Counting(TorchDispatchMode):
         )
 
 
-class _Reading(TorchDispatchMode):
+class _Reading(Mode):
     """Takes note of the parameters that operations are given."""
 
     def __init__(self, model: nn.Module) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self._names: dict[int, list[str]] = {}
         for name, parameter in model.named_parameters(remove_duplicate=False):
             self._names.setdefault(id(parameter), []).append(name)
         self.read: set[str] = set()
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        del types
+    def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run an operation."""
         for each in tree_leaves((args, kwargs)):
             self.read.update(self._names.get(id(each), ()))
-        return func(*args, **(kwargs or {}))
+        return func(*args, **kwargs)
 
 
 def with_memory(tensor: Tensor) -> Tensor:
@@ -200,7 +201,7 @@ def numbered(model: nn.Module, dtype: torch.dtype = torch.float64) -> nn.Module:
     for parameter in twin.parameters():
         if parameter.is_floating_point():
             noise = torch.randn(parameter.shape, generator=generator, dtype=dtype)
-            fan = max(1, parameter[0].numel()) if parameter.dim() > 1 else 1
+            fan = max(1, math.prod(parameter.shape[1:]))
             spread = fan**-0.5 if parameter.dim() > 1 else 0.3
             with torch.no_grad():
                 parameter.mul_(0.5).add_(spread * noise)

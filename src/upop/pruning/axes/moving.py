@@ -233,6 +233,10 @@ def _split(trace: Trace, args: Any, kwargs: Any, result: Any, name: str) -> None
         dims[dim] = cut_out(dims[dim], start, stop)
         start = stop
         trace.set(each, like(label, dims))
+    sizes = {each.shape[dim] for each in result}
+    if name in ("split", "chunk") and len(sizes) == 1:  # whatever is cut, they have to stay alike
+        for one, other in pairwise(result):
+            trace.pair(trace.label(one).dims[dim], trace.label(other).dims[dim])
 
 
 @rule("cat", "concat")

@@ -15,6 +15,8 @@ from upop.pruning.axes.trace import Label, Trace
 
 # -- sums ---------------------------------------------------------------------------------------------------------
 
+_SUMS = ("sum", "linalg_vector_norm", "norm", "nansum")
+
 
 @rule(
     *("mean", "amax", "amin", "max", "min", "argmax", "argmin", "var", "std", "var_mean", "std_mean", "logsumexp"),
@@ -30,14 +32,15 @@ def _reduce(trace: Trace, args: Any, kwargs: Any, result: Any, name: str) -> Non
         return elementwise(trace, args, kwargs, result, name)
     places = {each % rank for each in ([given] if isinstance(given, int) else given or range(rank))} if rank else set()
     for each in places:
-        if name not in ("sum", "linalg_vector_norm", "norm", "nansum"):
+        if name not in _SUMS:
             fix(label.dims[each], f"{name} is taken over it")
         else:
             trace.note(label, each, "consumes")
     kept = len(outputs[0].shape) == rank
     dims = [dim if at not in places else () for at, dim in enumerate(label.dims) if kept or at not in places]
     for output in outputs:
-        trace.set(output, replace(label, dims=list(dims), linear=name == "sum" and label.linear))
+        own = label.parameter and name in _SUMS  # a token that is learnt is one until its mean is taken
+        trace.set(output, replace(label, dims=list(dims), linear=name == "sum" and label.linear, parameter=own))
     return None
 
 
@@ -136,10 +139,15 @@ def _produced(
         return Label(dims, weight.sources, past=past, attends=a.attends or b.attends)
     if a.parameter:
         return Label(dims, a.sources | b.sources, parameter=True, past=past, latent=True)
-    summed = over if any(True for _ in axes_in([over])) else a.attends or b.attends
-    if any(True for _ in axes_in(dims[-1:])):
+    summed = over if _free(over) else a.attends or b.attends
+    if _free(dims[-1]):
         trace.pair(summed, dims[-1])
     return Label(dims, a.sources | b.sources, a.linear and b.linear, past=past, attends=summed)
+
+
+def _free(dim: Dim) -> bool:
+    """Whether a dimension carries an axis that can be cut: not tokens, which a table of positions made one."""
+    return any(not leaf.fixed for axis in axes_in([dim]) for leaf in axis.leaves())
 
 
 @rule("convolution", "_convolution", "conv2d", "conv1d", "conv3d", "mkldnn_convolution")
@@ -231,7 +239,7 @@ def _layer_norm(trace: Trace, args: Any, kwargs: Any, result: Any, name: str) ->
             for place in range(-count, 0):
                 tie(own.dims[place], label.dims[place], CONSTANT)
                 trace.note(own, place, "added")
-    trace.set(outputs[0], replace(label, dims=list(label.dims), linear=False))
+    trace.set(outputs[0], replace(label, dims=list(label.dims), linear=False, parameter=False))
 
 
 @rule(

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_map
 
 from upop.pruning.axes.candidates import Candidate
 from upop.pruning.axes.copies import told
+from upop.pruning.axes.mode import Mode
 from upop.pruning.costs import call, evaluating
 from upop.pruning.shrink import cut, restore, tensors_of
 from upop.pruning.units import Attribute, Unit, tensor_of
@@ -21,6 +22,33 @@ from upop.pruning.units import Attribute, Unit, tensor_of
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 _POWERS = (0.5, 0.0, 1.0, 0.25)
 """Of softmax scales that follow the size of a head: 1 / sqrt(size), fixed, 1 / size, and queries that are keys too."""
+
+
+class _Precise(Mode):
+    """Has what a forward asks for in some precision of its own in the precision of its weights.
+
+    Many compute a norm or a softmax in float32 whatever the weights are, or fail where these are more precise.
+    """
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self._dtype = dtype
+
+    def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run an operation in the precision."""
+        asked = kwargs.get("dtype")
+        if asked is not None and asked.is_floating_point:
+            kwargs = {**kwargs, "dtype": self._dtype}
+        return func(*args, **kwargs)
+
+    def __enter__(self) -> Any:
+        self._default = torch.get_default_dtype()
+        torch.set_default_dtype(self._dtype)
+        return super().__enter__()  # type: ignore[no-untyped-call]
+
+    def __exit__(self, *raised: Any) -> None:
+        super().__exit__(*raised)  # type: ignore[no-untyped-call]
+        torch.set_default_dtype(self._default)
 
 
 class Bench:
@@ -33,16 +61,17 @@ class Bench:
 
     def __init__(self, model: nn.Module, example: Any) -> None:
         self._model = model
-        dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+        self._dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
 
         def as_precise(value: Any) -> Any:
-            return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+            return value.to(self._dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
 
         self._example = tree_map(as_precise, example)
 
     def outputs(self) -> list[tuple[str, Tensor]]:
         """Return all tensors that a call gives."""
-        with evaluating(self._model), torch.random.fork_rng(devices=[]):
+        eager = torch.compiler.set_stance("force_eager")
+        with evaluating(self._model), torch.random.fork_rng(devices=[]), eager, _Precise(self._dtype):
             torch.manual_seed(0)
             return [(place, value.detach().clone()) for place, value in tensors_of(call(self._model, self._example))]
 

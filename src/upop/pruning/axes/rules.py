@@ -7,14 +7,15 @@ from typing import Any
 import torch
 
 from upop.pruning.axes import products  # noqa: F401 - its rules are registered
+from upop.pruning.axes.mode import name_of
 from upop.pruning.axes.moving import elementwise
 from upop.pruning.axes.rule import RULES, unknown
-from upop.pruning.axes.trace import Trace, name_of
+from upop.pruning.axes.trace import Trace
 
 
 def follow(trace: Trace, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
     """Label what an operation gave, and tie what it ties."""
-    name = name_of(func).removeprefix("aten::")
+    name = name_of(func)
     rule = RULES.get(name) or RULES.get(name.removesuffix("_"))
     if rule is None:
         tags = getattr(func, "tags", ())

@@ -14,15 +14,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from upop.pruning.axes.axis import Axis, Dim, axes_in
 from upop.pruning.axes.candidates import Candidate
 from upop.pruning.axes.copies import Shapes, told
+from upop.pruning.axes.mode import Mode, name_of
 from upop.pruning.axes.multihead import narrow_multihead
 from upop.pruning.axes.narrow import WIDTHS, Narrow, narrow_class
-from upop.pruning.axes.trace import Step, Trace, name_of, watching
+from upop.pruning.axes.trace import Step, Trace, watching
 from upop.pruning.costs import call
 from upop.pruning.shrink import cut
 from upop.pruning.units import Attribute, Swap, Swapped
@@ -62,21 +62,19 @@ class Stop:
     reason: str
 
 
-class _Follower(TorchDispatchMode):
+class _Follower(Mode):
     """Compares the shapes of a run with those that follow from the dense one."""
 
-    supports_higher_order_operators = True
-
     def __init__(self, steps: list[Step], sizes: Mapping[Axis, int], skipped: frozenset[str]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self._steps, self._sizes, self._skipped = steps, sizes, skipped
         self.at = 0
         self.off = ""
         self.stack: list[str] = []
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        del types
-        result = func(*args, **(kwargs or {}))
+    def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run an operation, and compare what it gives."""
+        result = func(*args, **kwargs)
         outputs = [each for each in tree_leaves(result) if isinstance(each, Tensor)]
         name = _plain_name(name_of(func))
         if not outputs or name in _COPIES or _inside(self.stack[-1] if self.stack else "", self._skipped):
@@ -102,7 +100,6 @@ class _Follower(TorchDispatchMode):
 
 
 def _plain_name(name: str) -> str:
-    name = name.removeprefix("aten::")
     return "view" if _KINDS.get(name) == "view" else name
 
 
@@ -241,7 +238,7 @@ def _remedies(model: nn.Module, trace: Trace, involved: list[Candidate], at: int
 
 def _widths(step: Step, path: str, involved: list[Candidate]) -> Iterator[Attribute]:
     """Yield the widths that a call may name that reshapes or takes apart a tensor which carries a unit's axis."""
-    kind = _KINDS.get(step.name.removeprefix("aten::"))
+    kind = _KINDS.get(step.name)
     dims = step.dims[0] if kind == "view" else step.given
     if kind is None or dims is None:
         return

@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
 from upop.pruning.axes.axis import Axis, Dim, axes_in, factors_of, fix, length, tie
+from upop.pruning.axes.mode import Mode, name_of
+from upop.pruning.errors import LayoutError
 
 
 @dataclass
@@ -88,7 +89,7 @@ class Step:
     line: str
 
 
-class Trace(TorchDispatchMode):
+class Trace(Mode):
     """Follows the axes of a model's parameters while it is the active dispatch mode.
 
     Args:
@@ -101,10 +102,8 @@ class Trace(TorchDispatchMode):
         modules: the dotted names of the modules that ran, with the classes' own calls.
     """
 
-    supports_higher_order_operators = True  # flex attention is one
-
     def __init__(self, model: nn.Module, *, lines: bool = True) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self._lines = lines
         self.uses: dict[str, Use] = {}
         self.steps: list[Step] = []
@@ -177,7 +176,7 @@ class Trace(TorchDispatchMode):
         return found
 
     def pair(self, one: Dim, other: Dim) -> None:
-        """Take note that queries and keys of `one` attend to values of `other`."""
+        """Take note of axes to be tied once the model has run: until then, queries are told apart from keys."""
         self._pairs.append((one, other))
 
     def queries(self, label: Label, dim: Dim) -> None:
@@ -227,16 +226,17 @@ class Trace(TorchDispatchMode):
 
     # -- running --------------------------------------------------------------------------------------------------
 
-    def __torch_dispatch__(
-        self, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
+    def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run an operation, and the rule for it."""
         from upop.pruning.axes.rules import follow
 
-        del types
-        kwargs = kwargs or {}
         result = func(*args, **kwargs)
         outputs = [each for each in tree_leaves(result) if isinstance(each, Tensor)]
+        if any(each.is_nested for each in outputs):
+            raise LayoutError(
+                f"{type(self._model).__name__} computes with nested tensors of torch, whose axes cannot be followed. "
+                "Give an example for which it does without, or pad."
+            )
         if not outputs:
             return result  # it was asked something
         self._note_reading(args, kwargs)
@@ -290,12 +290,6 @@ class Trace(TorchDispatchMode):
                 if name not in ("_parameters", "_buffers", "_modules"):
                     found = (self._labels.get(each) for each in tree_leaves(value) if isinstance(each, Tensor))
                     yield from (label for label in found if label is not None)
-
-
-def name_of(operation: Any) -> str:
-    """Return the name of an operation, as ATen calls it; those that run others inside have their own."""
-    packet = getattr(operation, "overloadpacket", None)
-    return str(operation.name() if packet is None else packet._qualified_op_name)
 
 
 def plain(tensor: Tensor) -> list[Dim]:

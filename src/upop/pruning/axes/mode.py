@@ -1,0 +1,37 @@
+"""What all dispatch modes of the reader share: which operations they are given."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
+from torch.utils._pytree import tree_leaves
+
+
+class Mode(TorchDispatchMode):
+    """Is given every operation, those of higher order whole.
+
+    Tensors that are made of others (nested ones, say) do theirs first, which come as operations on those.
+    """
+
+    supports_higher_order_operators = True
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run an operation."""
+        del types
+        if any(is_traceable_wrapper_subclass(each) for each in tree_leaves((args, kwargs))):
+            return NotImplemented
+        return self.run(func, args, kwargs or {})
+
+    def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run an operation that is given plain tensors; return what it gives."""
+        raise NotImplementedError
+
+
+def name_of(func: Any) -> str:
+    """Return what an operation is called, without its namespace."""
+    packet = getattr(func, "overloadpacket", None)
+    return str(func.name() if packet is None else packet._qualified_op_name).removeprefix("aten::")
