@@ -93,7 +93,9 @@ def join_plans(first: Plan | None, second: Plan) -> Plan:
             kept[name] = tuple(first.kept[name][entry] for entry in entries)
         else:  # not cut before, or another layer had this name then
             kept[name], sizes[name] = entries, second.sizes[name]
-    return Plan(kept, sizes, second.settings, {**first.slices, **second.slices})
+    # What is written of a unit is of its first cut, as its indices are.
+    slices = {name: (first if sizes.get(name) == first.sizes.get(name) else second).slices.get(name) for name in kept}
+    return Plan(kept, sizes, second.settings, {name: unit for name, unit in slices.items() if unit is not None})
 
 
 def plan_for(plan: Plan, units: Iterable[Unit]) -> Plan:

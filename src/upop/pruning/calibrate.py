@@ -19,6 +19,7 @@ from upop.pruning.choice import check_ratio, check_whole, chosen, refuse_frozen
 from upop.pruning.correction import Change, Choice
 from upop.pruning.costs import Cost, call, entry_costs, evaluating
 from upop.pruning.errors import SettingError, StepError
+from upop.pruning.known import remember_cut
 from upop.pruning.layouts import find_units, units_to_search
 from upop.pruning.masks import refuse_masked, unwrapped
 from upop.pruning.moments import PARTS, Moments, readers
@@ -124,6 +125,7 @@ def calibrate(
                     kept_now, gone = ((marked[unit.name] == is_gone).nonzero().flatten() for is_gone in (False, True))
                     choices.append(Change(unit, kept_now, gone, inputs[unit.name]).apply(layers, ridge))
             undo += cut(model, units, plan)
+            remember_cut(model, units, plan)
             kept = {name: entries[list(plan[name])] for name, entries in kept.items()}
     except BaseException:
         restore(undo)

@@ -12,8 +12,10 @@ from torch import nn
 
 from upop.pruning.errors import PlanError, nearest
 from upop.pruning.json_text import parse_json
+from upop.pruning.known import sized
 from upop.pruning.layouts import find_units
 from upop.pruning.units import Unit, tensor_of
+from upop.pruning.written import as_json, from_json
 
 _VERSION = 1
 
@@ -26,8 +28,7 @@ class Plan(Mapping[str, tuple[int, ...]]):
         kept: unit name -> kept entries, ascending, never empty.
         sizes: unit name -> number of entries before pruning.
         settings: how the plan came about (ratio, cost, ...); JSON values, for people to read.
-        slices: unit name -> the unit as `Unit.to_json` writes it, of units that were read off what a model computes: a
-            model is cut by them without being read again.
+        slices: unit name -> all that a cut takes, as JSON values: a model is cut by them and not read again.
     """
 
     kept: Mapping[str, tuple[int, ...]]
@@ -57,7 +58,8 @@ class Plan(Mapping[str, tuple[int, ...]]):
                 f"The plan names {unknown[0]!r}, which is no unit of the model{nearest(unknown[0], list(sizes))}."
             )
         indices = {name: tuple(sorted(int(entry) for entry in entries)) for name, entries in kept.items()}
-        slices = {unit.name: unit.to_json() for unit in units if unit.proved and unit.name in indices}
+        written = {unit.name: as_json(unit) for unit in units if unit.name in indices}
+        slices = {name: unit for name, unit in written.items() if unit is not None}
         return cls(indices, {name: sizes[name] for name in indices}, settings, slices)
 
     def to_json(self) -> str:
@@ -98,10 +100,10 @@ class Plan(Mapping[str, tuple[int, ...]]):
         from upop.pruning.axes import SWAPS
 
         try:
-            return [Unit.from_json(content, model, SWAPS) for content in self.slices.values()]
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            return [from_json(content, model, SWAPS) for content in self.slices.values()]
+        except ValueError as error:
             raise PlanError(
-                f"The slices of the plan do not fit {type(model).__name__}: {error!r}. Give the model that it was made "
+                f"The slices of the plan do not fit {type(model).__name__}: {error}. Give the model that it was made "
                 "for, in its dense form."
             ) from error
 
@@ -116,10 +118,13 @@ class Plan(Mapping[str, tuple[int, ...]]):
         wrong = []
         for name, kept in self.kept.items():
             unit = units.get(name)
+            now = None if unit is None else sized(model, unit)
             if unit is None:
                 wrong.append(f"{name}: no such unit{nearest(name, list(units))}")
+            elif now is not None and now.size != self.sizes[name]:
+                wrong.append(f"{name}: the plan is for {self.sizes[name]} entries, the model has {now.size}")
             elif unit.size != self.sizes[name]:
-                wrong.append(f"{name}: the plan is for {self.sizes[name]} entries, the model has {unit.size}")
+                wrong.append(f"{name}: the plan is for {self.sizes[name]} entries, its slices for {unit.size}")
             elif (misfit := _misfit(model, unit)) is not None:
                 wrong.append(f"{name}: {misfit}")
             elif not kept:

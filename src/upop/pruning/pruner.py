@@ -15,6 +15,7 @@ from upop.pruning.choice import check_ratio, check_whole, chosen, refuse_frozen
 from upop.pruning.correction import Choice, correct_readers
 from upop.pruning.costs import Cost, entry_costs
 from upop.pruning.errors import LayoutError, SettingError, StepError
+from upop.pruning.known import remember_cut
 from upop.pruning.layouts import find_units, units_to_search
 from upop.pruning.masks import Masks, unwrapped
 from upop.pruning.moments import PARTS, Moments
@@ -272,6 +273,7 @@ class Pruner:
             restore(undo)
             self._attach()
             raise
+        remember_cut(self.model, self.units, plan)
         return self.model
 
     def move_to(self, model: nn.Module) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from upop.pruning.costs import call, evaluating
 from upop.pruning.errors import LayoutError, VerificationError
+from upop.pruning.known import remember_cut
 from upop.pruning.masks import Masks, refuse_masked, unwrapped
 from upop.pruning.plan import Plan
 from upop.pruning.sharded import refuse_sharded
@@ -75,6 +76,7 @@ def shrink(model: nn.Module, plan: Plan | Mapping[str, Any], *, verify: Any = No
     except BaseException:
         restore(undo)
         raise
+    remember_cut(model, units, plan)
     return whole
 
 

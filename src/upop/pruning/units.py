@@ -8,7 +8,7 @@ a new row in `layouts.py` and nothing else.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -139,7 +139,7 @@ class Swap:
     module: str
     kind: type[nn.Module]
     how: str = ""
-    """Under which name `Unit.to_json` writes the class down; "" where it cannot be made again from the module's."""
+    """Under which name a plan writes the class down; "" where it cannot be made again from the module's."""
 
 
 @dataclass(frozen=True)
@@ -172,37 +172,6 @@ class Unit:
     entry: Entry = "dimension"
     proved: bool = False
 
-    def to_json(self) -> dict[str, Any] | None:
-        """Return the unit as JSON values; None where a class that it swaps has no name."""
-        if any(not swap.how for swap in self.swaps):
-            return None
-        content = {field.name: getattr(self, field.name) for field in fields(self)}
-        content["slices"] = [_without_defaults(part) for part in self.slices]
-        content["attributes"] = [_without_defaults(part) for part in self.attributes]
-        content["swaps"] = [{"module": swap.module, "how": swap.how} for swap in self.swaps]
-        return content
-
-    @classmethod
-    def from_json(cls, content: Mapping[str, Any], model: nn.Module, swaps: Mapping[str, Swapped]) -> Unit:
-        """Return a unit that `to_json` wrote.
-
-        Args:
-            content: JSON values.
-            model: in which the modules lie whose classes are swapped.
-            swaps: how a class is made of a module's, by name.
-
-        Raises:
-            AttributeError, KeyError, TypeError, ValueError: it is something else, or the model has no such module.
-        """
-        values = dict(content)
-        slices = tuple(Slice(**{**part, **_tuples(part)}) for part in values["slices"])
-        attributes = tuple(Attribute(**part) for part in values["attributes"])
-        made = tuple(
-            Swap(each["module"], swaps[each["how"]](type(model.get_submodule(each["module"]))), each["how"])
-            for each in values["swaps"]
-        )
-        return cls(**{**values, "slices": slices, "attributes": attributes, "swaps": made})
-
     @property
     def width(self) -> int:
         """How many columns of the layer that consumes the axis belong to one entry."""
@@ -220,20 +189,6 @@ class Unit:
 
 
 Swapped = Callable[[type[nn.Module]], type[nn.Module]]
-
-
-def _without_defaults(record: Slice | Attribute) -> dict[str, Any]:
-    """Return a record as JSON values, those left out that are as they are by default."""
-    found = {each.name: (getattr(record, each.name), each.default) for each in fields(record)}
-    return {
-        name: list(value) if isinstance(value, tuple) else value
-        for name, (value, default) in found.items()
-        if value != default
-    }
-
-
-def _tuples(part: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: tuple(value) for name, value in part.items() if isinstance(value, list)}
 
 
 @dataclass(frozen=True)

@@ -9,35 +9,27 @@ To support another family, add a row to `LAYOUTS` (and a case to tests/pruning/r
 from __future__ import annotations
 
 import re
-import weakref
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
 from upop.pruning.errors import LayoutError
+from upop.pruning.known import Survey, remember, remembered
 from upop.pruning.layouts.entries import read_attention
 from upop.pruning.layouts.mlp import read_mlps
 from upop.pruning.layouts.packed import read_encoder_layer, read_multihead
 from upop.pruning.layouts.reading import NotPrunableError, is_projection, library_of, true_class
 from upop.pruning.layouts.rows import LAYOUTS, Layout, layout_of
 from upop.pruning.masks import unwrapped
-from upop.pruning.units import Skipped, Unit, tensor_of
+from upop.pruning.units import Skipped, Unit
 
 __all__ = ["LAYOUTS", "Layout", "Survey", "find_units", "remember", "survey", "units_to_search"]
 
 _ATTENTION = re.compile(r"[Aa]tt(entio)?n|[A-Z]SA$|XCA$|DeltaNet")
 _MLP = re.compile(r"mlp|ffn|feed_?forward", re.IGNORECASE)
-
-
-@dataclass(frozen=True)
-class Survey:
-    """What `survey` found: the units, in forward order, and what was left alone and why."""
-
-    units: tuple[Unit, ...]
-    skipped: tuple[Skipped, ...]
 
 
 def find_units(model: nn.Module, example: Any = None) -> list[Unit]:
@@ -62,9 +54,6 @@ def find_units(model: nn.Module, example: Any = None) -> list[Unit]:
     return list(found.units)
 
 
-_read_before: weakref.WeakKeyDictionary[nn.Module, Survey] = weakref.WeakKeyDictionary()
-
-
 def survey(model: nn.Module, example: Any = None) -> Survey:
     """Return the units of `model` and what was skipped.
 
@@ -83,7 +72,7 @@ def survey(model: nn.Module, example: Any = None) -> Survey:
         LayoutError: the model cannot be run with the example.
     """
     model = unwrapped(model)
-    found = _remembered(model) if example is None else None
+    found = remembered(model) if example is None else None
     if found is not None:
         return found
     if example is None and is_of_ones_own(model):
@@ -98,7 +87,7 @@ def survey(model: nn.Module, example: Any = None) -> Survey:
         twins: Mapping[str, str] = getattr(model, "momentum_twins", {})
         own = [unit for unit in units if not unit.name.startswith(tuple(f"{copy}." for copy in twins.values()))]
         remember(model, Survey(tuple(_with_twins(unit, twins) for unit in own), tuple(skipped)))
-    found = _remembered(model)
+    found = remembered(model)
     return _look(model) if found is None else found
 
 
@@ -118,31 +107,6 @@ def units_to_search(model: nn.Module, example: Any) -> list[Unit]:
 def is_of_ones_own(model: nn.Module) -> bool:
     """Whether a model has classes of no library whose models are read without an example."""
     return any(library_of(module) not in _LIBRARIES for module in unwrapped(model).modules())
-
-
-def remember(model: nn.Module, found: Survey) -> None:
-    """Have `survey` give these units for a model from now on, as long as its tensors have the shapes that they cut."""
-    _read_before[model] = found
-
-
-def _remembered(model: nn.Module) -> Survey | None:
-    """Return what was found of a model before, its units at today's sizes; None where its tensors are others."""
-    found = _read_before.get(model)
-    if found is None:
-        return None
-    units = []
-    for unit in found.units:
-        sizes = set()
-        for part in unit.slices:
-            try:
-                length = tensor_of(model, part.tensor).shape[part.dim]
-            except (AttributeError, IndexError):
-                return None
-            sizes.add(divmod(length - sum(part.gaps), sum(part.inners)))
-        if len(sizes) != 1 or any(rest for _, rest in sizes):
-            return None
-        units.append(replace(unit, size=sizes.pop()[0]))
-    return Survey(tuple(units), found.skipped)
 
 
 def _look(model: nn.Module) -> Survey:
