@@ -31,13 +31,16 @@ from torch.utils.flop_counter import FlopCounterMode
 from upop.files import write_json, write_table
 from upop.models.blip import checkpoint_last_blocks
 from upop.models.clip import ClipConfig, ClipRetrieval
+from upop.packaged import located
 from upop.pruning.costs import count_macs
+from upop.published_data import PUBLISHED_DATA, published_data
 from upop.recipes import Recipe, read_recipes
 from upop.report.inspection import after_budget
 from upop.settings import RunSettings, read_settings
 from upop.tasks import find_task
 from upop.tasks.blip import BlipTask
 from upop.training.task import Task
+from upop.yaml_files import read_yaml
 
 RESULTS = Path(__file__).parent / "results"
 NAME = "costs"
@@ -49,42 +52,6 @@ UTILISATION = 0.35
 GPUS = {"A100": 312e12, "H100 SXM": 989e12}
 """The makers' dense bfloat16 peaks, in floating-point operations per second."""
 
-
-@dataclass(frozen=True)
-class DataSet:
-    """How many records a published data set has.
-
-    Attributes:
-        train: what an epoch of training goes through (pairs, captions, questions, pictures).
-        val: what is evaluated after every epoch (pictures, for captioning and retrieval).
-        test: what is evaluated once for every model at the end, beside `val`.
-        source: where the numbers are published.
-        texts: captions per picture of `val` and `test`, where these are queries too.
-    """
-
-    train: int
-    val: int
-    test: int
-    source: str
-    texts: int = 0
-
-
-_KARPATHY = "Karpathy and Fei-Fei 2015 (splits); Lin et al. 2014 (COCO): 113,287 pictures with 566,747 captions"
-DATA = {
-    "nlvr": DataSet(86_373, 6_982, 6_967, "Suhr et al. 2019: train, dev, test-P"),
-    "caption": DataSet(566_747, 5_000, 5_000, _KARPATHY),
-    # Visual Genome's count is a round one, and of all its questions; vg_qa.json may hold fewer.
-    "vqa": DataSet(
-        443_757 + 214_354 + 1_700_000,
-        0,
-        447_793,
-        "Goyal et al. 2017 (VQAv2: train, val, test); Krishna et al. 2017 (Visual Genome: 1.7 million questions)",
-    ),
-    "coco": DataSet(566_747, 5_000, 5_000, _KARPATHY, texts=5),
-    "flickr": DataSet(145_000, 1_014, 1_000, "Young et al. 2014 (Flickr30K), splits of Karpathy and Fei-Fei", texts=5),
-    "classification": DataSet(1_281_167, 50_000, 0, "Russakovsky et al. 2015 (ImageNet-1k)"),
-    "segmentation": DataSet(20_210, 2_000, 0, "Zhou et al. 2017 (ADE20K, scene parsing)"),
-}
 
 # What is assumed where the data decides.
 _BATCH = 4  # records that a step is counted on; losses over pairs need several
@@ -101,7 +68,7 @@ class Work:
     Attributes:
         forward: of one forward pass of the published size; half as many multiply-adds.
         train: of a loss and its backward pass.
-        evaluate: of one evaluated record, in the units of `DataSet.val`.
+        evaluate: of one evaluated record, in the units of `PublishedData.val`.
     """
 
     forward: float
@@ -215,7 +182,7 @@ def evaluation(task: Task[Any], settings: Any, model: Any) -> float:
 def _retrieval_evaluation(task: Task[Any], settings: Any, model: Any, example: Mapping[str, Tensor]) -> float:
     """Return the operations per picture: it and its texts are encoded, and their candidates re-ranked."""
     words = {name: value for name, value in example.items() if name != "images"}
-    texts = DATA[settings.dataset].texts
+    texts = published_data(task.name, settings).texts
     image = operations(model, lambda model: model.encode_image(example["images"]), backward=False)
     text = operations(model, lambda model: model.encode_text(**words), backward=False)
     total = image + texts * text
@@ -248,14 +215,9 @@ def work(task: Task[Any], settings: RunSettings, p: float | None) -> Work:
         return Work(forward, train, evaluation(task, settings, model))
 
 
-def data_set(recipe: Recipe, settings: Any) -> DataSet:
-    """Return the published counts of a recipe's data."""
-    return DATA[settings.dataset if recipe.task.startswith("retrieval") else recipe.task]
-
-
 def cost(recipe: Recipe, settings: RunSettings, dense: Work, compressed: Work) -> Cost:
     """Return what a recipe costs: search on the dense model, retraining on the cut one, and every evaluation."""
-    data = data_set(recipe, settings)
+    data = published_data(recipe.task, settings)
     searched, retrained = settings.search_epochs, settings.retraining_epochs
     evaluated = (searched * dense.evaluate + retrained * compressed.evaluate) * data.val
     evaluated += (dense.evaluate + compressed.evaluate) * (data.val + data.test)
@@ -327,7 +289,7 @@ def main() -> None:
         "utilisation": UTILISATION,
         "peak_flops": GPUS,
         "align": ALIGN,
-        "data": {name: asdict(data) for name, data in DATA.items()},
+        "data": read_yaml(located(PUBLISHED_DATA), "The file of published data sets"),
         "recipes": rows,
     }
     write_json(arguments.out / f"{NAME}.json", content)

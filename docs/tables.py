@@ -22,10 +22,13 @@ sys.path.append(str(Path(__file__).parent))
 import quality_markdown as quality
 
 import upop
+from upop.published_data import PUBLISHED_DATA
+from upop.recipes import read_recipes
 from upop.report.results import times
 from upop.settings import RunSettings
 from upop.tasks import TASKS
 from upop.tasks.blip import BlipSettings
+from upop.yaml_files import read_yaml
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -73,6 +76,25 @@ def models(file: str, first: str, *columns: Column) -> str:
         [first, *(heading for heading, _ in columns)],
         [[_PUBLISHED[_ORDER.index(name)], *(value(rows[name]) for _, value in columns)] for name in names],
     )
+
+
+def published_runs() -> str:
+    """Return what the published runs need, cost and reach."""
+    costs = {row["name"]: row for row in read("costs")["recipes"]}
+    rows = []
+    for recipe in read_recipes().values():
+        hours = costs[recipe.name]["gpu_hours"]["A100"]
+        rows.append([recipe.name, f"`{recipe.pretrained}`", f"{hours:.2g}", recipe.paper or "-"])
+    return markdown(["run", "dense checkpoint", "A100 hours, estimated", "the paper's result"], rows)
+
+
+def published_counts() -> str:
+    """Return how many records the published data sets have."""
+    rows = read_yaml(ROOT / PUBLISHED_DATA, "The file of published data sets")
+    counts = [
+        [name, *(f"{row[split]:,}" for split in ("train", "val", "test")), row["source"]] for name, row in rows.items()
+    ]
+    return markdown(["data", "training", "validation", "test", "source"], counts)
 
 
 def demo() -> str:
@@ -371,6 +393,8 @@ TABLES: dict[str, Callable[[], str]] = {
         for name, task in TASKS.items()
     },
     "costs": lambda: (RESULTS / "costs.md").read_text(),
+    "published-runs": published_runs,
+    "published-data": published_counts,
 }
 """Name -> what makes the table."""
 

@@ -15,6 +15,7 @@ from rich.console import Console
 
 from upop import __version__
 from upop.cli import options as o
+from upop.cli.check import check
 from upop.cli.convert import convert
 from upop.cli.demo import demo
 from upop.cli.export import export
@@ -42,6 +43,7 @@ app = typer.Typer(
 )
 data = typer.Typer(cls=Group, no_args_is_help=True, rich_markup_mode=None, help="Make data sets.")
 app.add_typer(data, name="data")
+app.command(cls=Command, epilog="Example: upop check coco-caption-2x")(check)
 app.command(cls=Command, epilog="Example: upop demo --output-dir output/demo")(demo)
 app.command(cls=Command, epilog="Example: upop convert model_base_caption.pth blip-caption --to hugging-face")(convert)
 app.command(cls=Command, epilog="Example: upop export output/caption-2x/best --out output/caption-2x/onnx")(export)

@@ -1,0 +1,89 @@
+"""`upop check`: whether the data and the checkpoint of a published run are there and whole, before it is started."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from upop.cli import options as o
+from upop.errors import SettingError
+from upop.plain import as_text
+from upop.published_data import published_data
+from upop.recipes import RECIPES, find_recipe, read_recipes
+from upop.tasks import find_task
+from upop.tasks.check import Finding
+from upop.tasks.check import check as look
+
+_STYLES = {"right": "green", "wrong": "red", "unknown": "yellow"}
+
+
+def _how_many(text: str) -> int | None:
+    if text == "all":
+        return None
+    if not text.isascii() or not text.isdigit():
+        raise SettingError(f"--decode takes a number of images, or all; found {text!r}.")
+    return int(text)
+
+
+def check(
+    context: typer.Context,
+    name: Annotated[
+        str,
+        typer.Argument(
+            metavar="NAME",
+            help="Name of a published run; `upop recipes` lists them.",
+            autocompletion=o.starting_with(read_recipes),
+        ),
+    ],
+    only_evaluate: Annotated[
+        bool, typer.Option("--evaluate", help="What an evaluation of the published compressed checkpoint needs.")
+    ] = False,
+    decode: Annotated[str, typer.Option(help="How many images of every split to decode, or all.")] = "64",
+    any_count: Annotated[bool, typer.Option("--any-count", help="Other numbers of records are right, too.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON in place of a table.")] = False,
+    pretrained: o.Pretrained = None,
+    allow_outside: o.AllowOutside = None,
+    file: Annotated[Path, typer.Option("--recipes", help="YAML file of recipes.")] = RECIPES,
+    assign: o.Set = None,
+) -> None:
+    """Check the data, the checkpoint and the tokenizer of a published run; exit code 1 if something is wrong."""
+    recipe = find_recipe(name, file)
+    task = find_task(recipe.task)
+    count = _how_many(decode)
+    beneath: dict[str, Any] = dict(recipe.overrides)
+    if only_evaluate:
+        beneath["pretrained"] = str(recipe.output_dir / recipe.compressed)
+    sources = dict.fromkeys(beneath, f"from the recipe {name}")
+    settings = o.read(context, task.settings, recipe.config, assign, beneath=beneath, sources=sources)
+    counts = None if any_count else published_data(recipe.task, settings)
+    findings: list[Finding] = []
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        bar = progress.add_task("images", total=None)
+
+        def advance(done: int, total: int) -> None:
+            progress.update(bar, completed=done, total=total)
+
+        findings += look(task, settings, counts, decoded=count, evaluate=only_evaluate, advance=advance)
+    if as_json:
+        print(json.dumps({"run": name, "findings": [asdict(finding) for finding in findings]}, indent=1))
+    else:
+        Console(highlight=False).print(_table(name, findings))
+    if any(finding.state == "wrong" for finding in findings):
+        raise typer.Exit(1)
+
+
+def _table(name: str, findings: list[Finding]) -> Table:
+    table = Table(title=f"What {name} needs", title_justify="left", show_lines=True)
+    for heading in ("part", "is", "found"):
+        table.add_column(heading)
+    for finding in findings:
+        table.add_row(as_text(finding.part), as_text(finding.state, _STYLES[finding.state]), as_text(finding.told))
+    return table
