@@ -78,9 +78,54 @@ class ByHead(nn.Module):
         return self.out(F.scaled_dot_product_attention(*parts).transpose(1, 2).flatten(2))
 
 
+class Pooled(nn.Module):
+    """Queries are added to what attention gives, as in MViT: no residual stream, for no weight has summed over them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.both, self.out, self.heads = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH), HEADS
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = self.both(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        found = parts[0] + F.scaled_dot_product_attention(*parts.unbind(0))
+        return self.out(found.transpose(1, 2).flatten(2))
+
+
+class Outlook(nn.Module):
+    """Weights of a window's places are computed, not compared, as in VOLO; what lies in heads is theirs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.values, self.scores = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, HEADS * 9)
+        self.out = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        values = F.unfold(self.values(x).transpose(1, 2).unsqueeze(2), (1, 3), padding=(0, 1))
+        values = values.unflatten(1, (HEADS, -1, 3)).permute(0, 1, 4, 3, 2)
+        scores = self.scores(x).unflatten(-1, (HEADS, 3, 3)).transpose(1, 2).softmax(-1)
+        found = (scores @ values).permute(0, 1, 4, 3, 2).flatten(1, 3)
+        return self.out(F.fold(found, (1, x.shape[1]), (1, 3), padding=(0, 1)).squeeze(2).transpose(1, 2))
+
+
+class Mixing(nn.Module):
+    """An MLP that adds to each neuron what a convolution makes of its neighbours."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(WIDTH, 40), nn.Linear(40, WIDTH)
+        self.around = nn.Conv1d(40, 40, 3, padding=1, groups=40)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.up(x)
+        return self.down(F.gelu(x + self.around(x.transpose(1, 2)).transpose(1, 2)))
+
+
 @pytest.mark.parametrize(
     ("inner", "entry", "count"),
     [
+        (Pooled, "head", 2),
+        (Outlook, "dimension", 2),
+        (Mixing, "neuron", 2),
         (ByHead, "dimension", 2),
         (JoinedBias, "dimension", 2),
         (FewerKeys, "dimension", 2),
@@ -119,3 +164,22 @@ def test_what_is_computed_from_the_input_is_no_weight() -> None:
     units = upop.survey(model, EXAMPLE).units
     assert [(unit.kind, unit.entry) for unit in units] == [("attention", "dimension")]
     assert difference(model, units, 0) < 1e-9
+
+
+class Raised(nn.Module):
+    """Its activation is not 0 at 0, as StarReLU of MetaFormer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down, self.shift = nn.Linear(WIDTH, 40), nn.Linear(40, WIDTH), nn.Parameter(torch.ones(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.relu(self.up(x)).square() + self.shift)
+
+
+def test_what_is_not_zero_where_its_entries_are_is_named() -> None:
+    survey = upop.survey(built(Raised), EXAMPLE)
+    reasons = {skipped.name: skipped.reason for skipped in survey.skipped}
+    assert not survey.units
+    assert "add is not 0 where its entries are 0" in reasons["parts.0"]
+    assert __file__ in reasons["parts.1"]

@@ -48,7 +48,7 @@ def candidate(model: nn.Module, trace: Trace, group: Group) -> Candidate:
         raise NotCuttableError(group.axis.fixed)
     if not group.takers:
         raise NotCuttableError("no weight sums over it")
-    attention = bool(group.axis.marks & {"dimension", "head"})
+    attention = group.attends
     if "residual" in group.axis.marks:
         raise NotCuttableError("it is the residual stream")
     if not attention:
@@ -67,7 +67,8 @@ def candidate(model: nn.Module, trace: Trace, group: Group) -> Candidate:
     if attention:
         most = max(max(part.inners) for part in slices if part.produces)
         least = min(min(part.inners) for part in slices if part.produces)
-        entry = "dimension" if "dimension" in group.axis.marks else "head" if most == least else "group"
+        dimension = group.inside_heads or "dimension" in group.axis.marks
+        entry = "dimension" if dimension else "head" if most == least else "group"
     heads = slices[0].outer if entry == "dimension" else 1
     if slices[0].queries or slices[0].query_groups:
         heads = len(slices[0].queries) or slices[0].query_groups

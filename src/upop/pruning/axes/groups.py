@@ -42,7 +42,17 @@ class Group:
 
     axis: Axis
     parts: list[Part] = field(default_factory=list)
-    above: set[int] = field(default_factory=set)
+    above: set[Axis] = field(default_factory=set)
+
+    @property
+    def attends(self) -> bool:
+        """Whether it is of an attention: what is contracted between activations, heads, or what lies inside heads."""
+        return bool(self.axis.marks & {"dimension", "head"}) or self.inside_heads
+
+    @property
+    def inside_heads(self) -> bool:
+        """Whether an entry is a dimension of all heads."""
+        return any("head" in axis.marks for axis in self.above)
 
     @property
     def makers(self) -> list[Part]:
@@ -70,7 +80,7 @@ def groups(trace: Trace) -> dict[Axis, Group]:
                 entries = axis.entries(leaf)
                 gates = (use.name, leaf) in {(name, each.root) for name, each in trace.gates}
                 group.parts.append(Part(use, dim, entries, roles, gates))
-                group.above |= {id(each) for each in above}
+                group.above |= above
     return {axis: group for axis, group in found.items() if group.makers}
 
 

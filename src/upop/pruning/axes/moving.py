@@ -95,9 +95,10 @@ def _merged(trace: Trace, live: list[Label], dims: list[Dim], name: str) -> Labe
     sources = frozenset().union(*(label.sources for label in live))
     if name in ("add", "sub") and len(live) == 2:
         own = [trace.bits(label.sources) for label in live]
-        if own[0] != own[1] and any(own[at] and own[at] & live[1 - at].past == own[at] for at in (0, 1)):
-            for axis in axes_in(dims):
-                axis.mark("residual")
+        again = own[0] != own[1] and any(own[at] and own[at] & live[1 - at].past == own[at] for at in (0, 1))
+        for leaf in {leaf for axis in axes_in(dims) for leaf in axis.leaves()} if again else ():
+            if trace.summed(leaf, past_of(live)):
+                leaf.mark("residual")
     if name in _PRODUCTS and len(live) == 2 and live[0].sources != live[1].sources:
         first, second = live
         gate, value = (first, second) if second.linear and not first.linear else (second, first)

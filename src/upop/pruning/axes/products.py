@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -304,7 +305,6 @@ def _glu(trace: Trace, args: Any, kwargs: Any, result: Any, name: str) -> None:
     "_upsample_bilinear2d_aa",
     "_upsample_bicubic2d_aa",
     "avg_pool1d",
-    "im2col",
     "max_pool3d_with_indices",
     "reflection_pad2d",
     "grid_sampler_2d",
@@ -312,10 +312,25 @@ def _glu(trace: Trace, args: Any, kwargs: Any, result: Any, name: str) -> None:
 )
 def _over_places(trace: Trace, args: Any, kwargs: Any, result: Any, name: str) -> None:
     label = trace.label(args[0])
-    kept = 1 if name == "im2col" else 2
-    for dim in label.dims[kept:] if name != "im2col" else label.dims[1:]:
+    for dim in label.dims[2:]:
         fix(dim, f"{name} moves over it")
     for output in tensors_in(result):
-        dims: list[Dim] = list(label.dims[:kept])
-        if name != "im2col" and output.dim() == len(label.dims):
-            trace.set(output, like(label, [*dims, *((size,) if size > 1 else () for size in output.shape[2:])]))
+        if output.dim() == len(label.dims):
+            trace.set(
+                output, like(label, [*label.dims[:2], *((size,) if size > 1 else () for size in output.shape[2:])])
+            )
+
+
+@rule("im2col", "col2im")
+def _windows(trace: Trace, args: Any, kwargs: Any, result: Any, name: str) -> None:
+    """Channels with the places of a window inside them, and the other way round."""
+    label = trace.label(args[0])
+    for dim in label.dims[2:]:
+        fix(dim, f"{name} moves over it")
+    channels, window = label.dims[1], math.prod(args[1] if name == "im2col" else args[2])
+    if name == "im2col":
+        made: Dim = (*channels, window)
+    else:
+        made, rest = regroup([channels], (length(channels) // window, window))
+        fix(rest, f"{name} sums over it")
+    trace.set(result, like(label, [label.dims[0], made, *((size,) if size > 1 else () for size in result.shape[2:])]))

@@ -77,7 +77,7 @@ class Bench:
 
     def difference(self, units: Sequence[Unit], plan: Mapping[str, Sequence[int]]) -> tuple[float, str]:
         """Return how far the cut model is from the masked one, relative to its largest output, and what was raised."""
-        with self._masked(units, plan):
+        with self.masked(units, plan):
             expected = self.outputs()
         undo = cut(self._model, list(units), plan)
         try:
@@ -105,7 +105,8 @@ class Bench:
         return worst, f"the cut model differs by {worst * 1e-9:.1e}"
 
     @contextmanager
-    def _masked(self, units: Sequence[Unit], plan: Mapping[str, Sequence[int]]) -> Iterator[None]:
+    def masked(self, units: Sequence[Unit], plan: Mapping[str, Sequence[int]]) -> Iterator[None]:
+        """Have the entries that a plan does not keep be 0."""
         held: dict[str, Tensor] = {}
         try:
             with torch.no_grad():

@@ -15,6 +15,7 @@ from upop.pruning.axes.candidates import Candidate, NotCuttableError, candidate,
 from upop.pruning.axes.copies import Shapes, numbered
 from upop.pruning.axes.groups import Group, groups
 from upop.pruning.axes.proof import Bench, prove, scaled
+from upop.pruning.axes.reasons import tell
 from upop.pruning.axes.settle import settle
 from upop.pruning.axes.trace import Trace
 from upop.pruning.costs import call
@@ -57,8 +58,11 @@ def _read(model: nn.Module, example: Any) -> tuple[list[Unit], list[Skipped]]:
         if pending:
             pending, reasons = settle(model, shapes, trace, pending)
             bench = bench or Bench(numbered(model), example)
-            proved += prove(bench, scaled(bench, model, pending), reasons)
-            lost += reasons.items()
+            pending = scaled(bench, model, pending)
+            wrong: dict[str, str] = {}
+            proved += prove(bench, pending, wrong)
+            tell(bench, model, trace, pending, wrong)
+            lost += (reasons | wrong).items()
     names = {each.unit.name for each in proved}
     skipped += [Skipped(name, reason) for name, reason in lost if name not in names]
     order = {name: place for place, name in enumerate(trace.uses)}

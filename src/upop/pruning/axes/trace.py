@@ -175,6 +175,15 @@ class Trace(Mode):
             found |= self._bits.setdefault(name, 1 << len(self._bits))
         return found
 
+    def summed(self, leaf: Axis, past: int) -> bool:
+        """Whether one of some parameters, given as bits, sums over an axis."""
+        return any(
+            "consumes" in use.roles.get(dim, ()) and leaf in set(axis.leaves())
+            for name, use in self.uses.items()
+            if self.bits([name]) & past
+            for dim, axis in enumerate(use.axes)
+        )
+
     def pair(self, one: Dim, other: Dim) -> None:
         """Take note of axes to be tied once the model has run: until then, queries are told apart from keys."""
         self._pairs.append((one, other))

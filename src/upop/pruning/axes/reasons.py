@@ -1,0 +1,84 @@
+"""Why a unit is not cut that could not be proved: the operation that makes something of its zeros."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from upop.pruning.axes.axis import Axis, Dim, length
+from upop.pruning.axes.candidates import Candidate
+from upop.pruning.axes.copies import written_out
+from upop.pruning.axes.mode import name_of
+from upop.pruning.axes.proof import Bench
+from upop.pruning.axes.settle import COPIES, plain_name
+from upop.pruning.axes.trace import Step, Trace
+
+
+class _Zeros(TorchDispatchMode):
+    """Looks for the first operation that is given zeros along an axis and gives something else."""
+
+    def __init__(self, steps: Sequence[Step], axis: Axis, gone: Tensor) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._steps = [step for step in steps if plain_name(step.name) not in COPIES]
+        self._axis, self._gone = axis.root, gone
+        self._at = 0
+        self.found: Step | None = None
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        del types
+        result = func(*args, **(kwargs or {}))
+        outputs = [each for each in tree_leaves(result) if isinstance(each, Tensor)]
+        name = plain_name(name_of(func))
+        if not outputs or name in COPIES or self.found or self._at >= len(self._steps):
+            return result
+        step = self._steps[self._at]
+        self._at = self._at + 1 if plain_name(step.name) == name else len(self._steps)
+        first = next((each for each in tree_leaves(args) if isinstance(each, Tensor)), None)
+        if first is not None and self._zero(first, step.given) and self._zero(outputs[0], step.dims[0]) is False:
+            self.found = step
+        return result
+
+    def _zero(self, tensor: Tensor, dims: Sequence[Dim] | None) -> bool | None:
+        """Whether the entries that are masked are 0; None where a tensor does not carry the axis."""
+        if dims is None or tuple(map(length, dims)) != tuple(tensor.shape):
+            return None
+        for place, dim in enumerate(dims):
+            parts = [each if isinstance(each, Axis) else Axis(each) for each in dim]
+            gone = torch.isin(Axis(length(dim), parts).entries(self._axis), self._gone) if parts else None
+            if gone is not None and gone.any():
+                return not bool(tensor.index_select(place, gone.nonzero().flatten()).any())
+        return None
+
+
+def tell(bench: Bench, model: nn.Module, trace: Trace, candidates: list[Candidate], wrong: dict[str, str]) -> None:
+    """Say of every unit that was not proved which operation makes something else than 0 of its masked entries.
+
+    Args:
+        bench: on which the units were tried.
+        model: the model.
+        trace: its operations.
+        candidates: what was tried; one of each kind of block is looked into.
+        wrong: by the unit's name, what was seen; added to.
+    """
+    known: dict[tuple[type[nn.Module], str, int], str] = {}
+    for each in candidates:
+        if each.unit.name in wrong:
+            kind = type(model.get_submodule(each.holder)), each.unit.entry, len(each.unit.slices)
+            if kind not in known:
+                known[kind] = _what_forbids(bench, trace, each)
+            wrong[each.unit.name] += known[kind]
+
+
+def _what_forbids(bench: Bench, trace: Trace, candidate: Candidate) -> str:
+    unit = candidate.unit
+    kept = max(1, unit.size // 2)
+    zeros = _Zeros(trace.steps, candidate.axis, torch.arange(kept, unit.size))
+    with bench.masked([unit], {unit.name: range(kept)}), written_out(), zeros:
+        bench.outputs()
+    step = zeros.found
+    return f"; {plain_name(step.name)} is not 0 where its entries are 0 ({step.line})" if step else ""
