@@ -70,17 +70,18 @@ def elementwise(trace: Trace, args: Any, kwargs: Any, result: Any, name: str) ->
         dims.append(next((dim for _, dim in meeting if any(True for _ in axes_in([dim]))), meeting[0][1]))
         for label, _ in meeting:
             added = base in ("add", "sub", "addcmul", "rsub") and len(meeting) > 1
-            trace.note(label, place, "added" if added else "follows")
+            if not label.latent:
+                trace.note(label, place, "added" if added else "follows")
     live = [label for label in labels if label.live]
+    given = any(label.past and not label.parameter for label in labels)
     if not live:
         sources = frozenset().union(*(label.sources for label in labels))
-        past, computed = past_of(labels), any(label.past and not label.parameter for label in labels)
-        made = Label(dims, sources, True, not computed and any(label.parameter for label in labels), past)
-        made.latent = any(label.latent for label in labels)
+        made = Label(dims, sources, True, not given and any(label.parameter for label in labels), past_of(labels))
     else:
         made = _merged(trace, live, dims, base)
         if base in ("add", "sub"):
             made.sources = made.sources.union(*(label.sources for label in labels if label.parameter))
+        made.latent = made.parameter = not given
         made.past = past_of(labels)
         made.attends = next((label.attends for label in labels if label.attends), ())
         made.places = tuple(place for label in live for place in label.places)

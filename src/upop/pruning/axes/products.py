@@ -78,8 +78,10 @@ def _product(trace: Trace, args: Any, kwargs: Any, result: Any, name: str) -> No
     if name == "linear":
         added, right = (args[2] if len(args) > 2 else kwargs.get("bias")), right
     a, b = trace.label(left), trace.label(right)
-    if name in ("bmm", "baddbmm"):
-        a, b = (replace(each, parameter=each.parameter and not each.latent) for each in (a, b))
+    if name in ("bmm", "baddbmm") or (a.parameter and b.parameter and (a.latent or b.latent)):
+        a, b = _activation(a), _activation(b)
+    else:  # what is computed of parameters and meets an activation is its weight
+        a, b = (replace(each, latent=False) for each in (a, b))
     b_dims = list(b.dims)
     if name == "linear":
         b_dims = [b_dims[1], b_dims[0]]
@@ -103,6 +105,11 @@ def _product(trace: Trace, args: Any, kwargs: Any, result: Any, name: str) -> No
                 trace.note(extra, place, "added")
         made = replace(made, sources=made.sources | extra.sources, past=made.past | extra.past)
     trace.set(result, made)
+
+
+def _activation(label: Label) -> Label:
+    """Return what is known of learned tokens that went through a layer, as of any others."""
+    return replace(label, parameter=False, latent=False) if label.latent else label
 
 
 def _contract(trace: Trace, a: Label, a_dim: Dim, b: Label, b_dim: Dim) -> None:
@@ -130,7 +137,7 @@ def _produced(
 ) -> Label:
     """Return the label of a product, whose dimensions come from one side or the other; `over` was summed over."""
     for label, outer in ((a, a_dims), (b, b_dims)):
-        if label.parameter:
+        if label.parameter and (label is b or not b.parameter):  # what goes through a layer opens nothing
             for place, dim in enumerate(label.dims):
                 if any(dim == each for each in outer):
                     trace.note(label, place, "produces")
@@ -139,16 +146,12 @@ def _produced(
         weight = a if a.parameter else b
         return Label(dims, weight.sources, past=past, attends=a.attends or b.attends)
     if a.parameter:
-        return Label(dims, a.sources | b.sources, parameter=True, past=past, latent=True)
-    summed = over if _free(over) else a.attends or b.attends
-    if _free(dims[-1]):
+        return Label(dims, a.sources | b.sources, parameter=True, latent=True, past=past)
+    summed = a.attends or b.attends or over
+    if trace.opens(a.sources | b.sources, dims[-1:]):
         trace.pair(summed, dims[-1])
+        summed = ()  # these are no scores
     return Label(dims, a.sources | b.sources, a.linear and b.linear, past=past, attends=summed)
-
-
-def _free(dim: Dim) -> bool:
-    """Whether a dimension carries an axis that can be cut: not tokens, which a table of positions made one."""
-    return any(not leaf.fixed for axis in axes_in([dim]) for leaf in axis.leaves())
 
 
 @rule("convolution", "_convolution", "conv2d", "conv1d", "conv3d", "mkldnn_convolution")
@@ -196,7 +199,7 @@ def _convolution(trace: Trace, args: Any, kwargs: Any, result: Any, name: str) -
     *("_scaled_dot_product_fused_attention_overrideable", "scaled_dot_product_attention", "flex_attention"),
 )
 def _attention(trace: Trace, args: Any, kwargs: Any, result: Any, name: str) -> None:
-    labels = [replace(trace.label(each), parameter=False) for each in args[:3]]
+    labels = [replace(trace.label(each), parameter=False, latent=False) for each in args[:3]]
     queries, keys, values = labels
     mask = kwargs.get("attn_mask", kwargs.get("attn_bias"))
     mask = next((each for each in args[3:] if isinstance(each, Tensor)), mask)

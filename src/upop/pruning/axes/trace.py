@@ -27,10 +27,10 @@ class Label:
         dims: the factors of every dimension.
         sources: the parameters whose rows it comes from, through what is done number by number.
         linear: whether it is 0 where they are, and in proportion to them.
-        parameter: whether it is a parameter, or a view of one.
+        parameter: whether it is a parameter, or made of parameters alone.
         past: all parameters that it comes from, as bits; what the model is given is one more.
         attends: of scores, what queries and keys were contracted over.
-        latent: whether it is a product of parameters: a weight, or queries that are learnt.
+        latent: whether it is a product of parameters alone: a weight, or learned tokens on their way.
         places: what was taken by its place on the way: (axis, place).
     """
 
@@ -45,8 +45,8 @@ class Label:
 
     @property
     def live(self) -> bool:
-        """Whether it is an activation that carries an axis."""
-        return not self.parameter and any(True for _ in axes_in(self.dims))
+        """Whether it is an activation that carries an axis, or may be one."""
+        return (self.latent or not self.parameter) and any(True for _ in axes_in(self.dims))
 
 
 @dataclass
@@ -187,6 +187,16 @@ class Trace(Mode):
     def pair(self, one: Dim, other: Dim) -> None:
         """Take note of axes to be tied once the model has run: until then, queries are told apart from keys."""
         self._pairs.append((one, other))
+
+    def opens(self, names: Iterable[str], dims: Iterable[Dim]) -> bool:
+        """Whether one of some parameters was seen to produce an axis in `dims`: they are no tokens."""
+        leaves = {leaf for axis in axes_in(dims) for leaf in axis.leaves()}
+        uses = [self.uses[name] for name in names]
+        return any(
+            "produces" in use.roles.get(dim, ()) and not leaves.isdisjoint(axis.leaves())
+            for use in uses
+            for dim, axis in enumerate(use.axes)
+        )
 
     def queries(self, label: Label, dim: Dim) -> None:
         """Take note that a tensor is queries, whose dimensions are `dim`; before they are tied to those of keys."""

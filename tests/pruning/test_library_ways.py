@@ -1,0 +1,66 @@
+"""Patterns of the models of libraries, in modules of one's own: units are found, and cut right."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import upop
+from pruning.test_axes import EXAMPLE, HEADS, WIDTH, built, difference
+
+
+def check(inner: Callable[[], nn.Module], entries: list[str]) -> nn.Module:
+    """Check that the units of two such parts have these entries, and that each is cut right."""
+    model = built(inner)
+    units = upop.survey(model, EXAMPLE).units
+    assert [unit.entry for unit in units] == entries
+    assert len({unit.name for unit in units}) == len(units)
+    assert max(difference(model, units, seed) for seed in range(2)) < 1e-9
+    return model
+
+
+def heads_of(x: Tensor) -> Tensor:
+    return x.unflatten(-1, (HEADS, -1)).transpose(1, 2)
+
+
+class Latents(nn.Module):
+    """Learned tokens attend to the input, as in pools, Q-Formers and decoders of DETR."""
+
+    def __init__(self, pool: bool) -> None:
+        super().__init__()
+        self.latents, self.norm = nn.Parameter(torch.randn(1, 3, WIDTH)), nn.LayerNorm(WIDTH)
+        self.queries, self.keys, self.values, self.out = (nn.Linear(WIDTH, WIDTH) for _ in range(4))
+        self.pool = nn.MultiheadAttention(WIDTH, HEADS, batch_first=True) if pool else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        latents = self.norm(self.latents.expand(len(x), -1, -1))
+        if self.pool is not None:
+            return self.pool(latents, x, x)[0].mean(1, keepdim=True)  # type: ignore[no-any-return]
+        queries, keys, values = heads_of(self.queries(latents)), heads_of(self.keys(x)), heads_of(self.values(x))
+        found = (queries @ keys.transpose(-2, -1) * 0.3).softmax(-1) @ values
+        return self.out(found.transpose(1, 2).flatten(2)).mean(1, keepdim=True)  # type: ignore[no-any-return]
+
+
+class Decoder(nn.Module):
+    """Learned tokens attend to each other before they have seen anything."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.latents, self.first, self.second = nn.Parameter(torch.randn(3, WIDTH)), Latents(False), Latents(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.latents[None].expand(len(x), -1, -1)
+        tokens = tokens + self.first(tokens)
+        return self.second(torch.cat([tokens, x], 1))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("pool", [False, True])
+def test_learned_tokens_attend(pool: bool) -> None:
+    check(lambda: Latents(pool), ["dimension"] * 2)
+
+
+def test_learned_tokens_attend_to_each_other() -> None:
+    check(Decoder, ["dimension"] * 4)
