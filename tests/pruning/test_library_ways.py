@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 
 import pytest
 import torch
@@ -64,3 +65,44 @@ def test_learned_tokens_attend(pool: bool) -> None:
 
 def test_learned_tokens_attend_to_each_other() -> None:
     check(Decoder, ["dimension"] * 4)
+
+
+@lru_cache
+def places(count: int) -> Tensor:
+    return torch.linspace(-1, 1, count, dtype=torch.float64)
+
+
+class Placed(nn.Module):
+    """Adds a table that a function keeps for the next call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(WIDTH, 40), nn.Linear(40, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(torch.relu(self.up(x + places(x.shape[1])[:, None])))  # type: ignore[no-any-return]
+
+
+def test_what_functions_keep_has_numbers_after_reading() -> None:
+    places.cache_clear()
+    model = check(Placed, ["neuron"] * 2)
+    assert torch.isfinite(model(EXAMPLE)).all()
+    assert torch.equal(places(EXAMPLE.shape[1]), torch.linspace(-1, 1, EXAMPLE.shape[1], dtype=torch.float64))
+
+
+class Single(nn.Module):
+    """Computes in float32 alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(WIDTH, 40), nn.Linear(40, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.up(x)
+        least = torch.full((), torch.finfo(hidden.dtype).min, dtype=torch.float32)
+        return self.down(torch.relu(torch.max(hidden, least)))  # type: ignore[no-any-return]
+
+
+def test_a_forward_that_computes_in_float32_alone() -> None:
+    units = upop.survey(built(Single).float(), EXAMPLE.float()).units
+    assert [unit.entry for unit in units] == ["neuron"] * 2

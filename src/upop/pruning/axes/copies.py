@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import functools
+import gc
 import logging
 import math
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -109,7 +112,8 @@ class Shapes:
     @contextmanager
     def running(self) -> Iterator[None]:
         """Run things in this world."""
-        with written_out(), self.mode or nullcontext(), _Counting(self.mode) if self.mode else nullcontext():
+        mode = self.mode
+        with written_out(), forgetting(), mode or nullcontext(), _Counting(mode) if mode else nullcontext():
             yield
 
 
@@ -171,6 +175,37 @@ def with_memory(tensor: Tensor) -> Tensor:
     if not tensor.is_meta:
         return tensor
     return torch.zeros_like(tensor, device="cpu") + tensor.is_floating_point()
+
+
+@contextmanager
+def forgetting() -> Iterator[None]:
+    """Let functions with a cache (`lru_cache`) forget tensors of other runs: some have no numbers, or other ones."""
+    _forget()
+    try:
+        yield
+    finally:
+        _forget()
+
+
+def _forget() -> None:
+    caches = _caches(len(sys.modules))
+    for each, misses in caches.items():
+        if each.cache_info().misses != misses:  # it holds something that was not looked at
+            if any(isinstance(held, Tensor) for held in tree_leaves(gc.get_referents(each))):
+                each.cache_clear()
+            caches[each] = each.cache_info().misses
+
+
+@functools.lru_cache(1)
+def _caches(_modules: int) -> dict[Any, int]:
+    """Return all functions with a cache, found again when there are more modules."""
+    frozen = gc.get_freeze_count()  # a process that is to be forked may have put its objects aside
+    if frozen:
+        gc.unfreeze()
+    found = {each: 0 for each in gc.get_objects() if type(each) is functools._lru_cache_wrapper}
+    if frozen:
+        gc.freeze()
+    return found
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from upop.pruning.axes.candidates import Candidate
-from upop.pruning.axes.copies import told
+from upop.pruning.axes.copies import forgetting, told
 from upop.pruning.axes.mode import Mode
 from upop.pruning.costs import call, evaluating
 from upop.pruning.shrink import cut, restore, tensors_of
@@ -71,7 +71,7 @@ class Bench:
     def outputs(self) -> list[tuple[str, Tensor]]:
         """Return all tensors that a call gives."""
         eager = torch.compiler.set_stance("force_eager")
-        with evaluating(self._model), torch.random.fork_rng(devices=[]), eager, _Precise(self._dtype):
+        with forgetting(), evaluating(self._model), torch.random.fork_rng(devices=[]), eager, _Precise(self._dtype):
             torch.manual_seed(0)
             return [(place, value.detach().clone()) for place, value in tensors_of(call(self._model, self._example))]
 
