@@ -10,6 +10,7 @@ from upop.pruning.pruner import Pruner
 from upop.pruning.scores import SCORES
 from upop.pruning.sharded import gather, skeleton
 from upop.pruning.shrink import shrink
+from upop.pruning.stated import UnitSpec
 from upop.pruning.units import Attribute, Skipped, Slice, Swap, Unit
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "Survey",
     "Swap",
     "Unit",
+    "UnitSpec",
     "calibrate",
     "count_macs",
     "count_parameters",

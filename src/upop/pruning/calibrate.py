@@ -28,6 +28,7 @@ from upop.pruning.scores import RowScores, Score, Scoring, scoring
 from upop.pruning.sharded import refuse_sharded
 from upop.pruning.shrink import Edit, cut, refuse_shared, restore, tensors_of
 from upop.pruning.slips import check_loss, check_model, listed, refuse_inference_mode, scalar, tried
+from upop.pruning.stated import Stated
 from upop.pruning.told import warn_of_none
 from upop.pruning.units import Unit, tensor_of
 
@@ -49,6 +50,7 @@ def calibrate(
     include: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] | None = None,
     example: Any = None,
+    units: Sequence[Stated] = (),
 ) -> Plan:
     """Cut `model` with a few batches and no training; it is changed in place, and physically smaller afterwards.
 
@@ -76,6 +78,7 @@ def calibrate(
         include: names or patterns of the units to cut; default all.
         exclude: names or patterns of units to leave alone.
         example: inputs for one forward pass, for cost="flops" and to read a model with classes of one's own (`survey`).
+        units: what is known of units beside (`upop.UnitSpec`); see `Pruner`.
 
     Returns:
         What every unit kept, in the entries of the dense model.
@@ -98,7 +101,7 @@ def calibrate(
             f"ridge must be above 0, or the weights are not determined; found {ridge!r}. Without it, it is chosen."
         )
     scorer = scoring(score)
-    dense = chosen(units_to_search(model, example), include, exclude)
+    dense = chosen(units_to_search(model, example, units), include, exclude)
     refuse_frozen(model, dense)
     refuse_masked(model, dense)
     refuse_shared(model, dense)
@@ -111,21 +114,21 @@ def calibrate(
     choices: list[Choice] = []
     try:
         for stage in range(1, stages + 1):
-            units = [unit for unit in find_units(model) if unit.name in names]
-            left = sum(costs[unit.name] * unit.size for unit in units)
+            stand = [unit for unit in find_units(model) if unit.name in names]
+            left = sum(costs[unit.name] * unit.size for unit in stand)
             share = max(0.0, 1 - whole * (1 - ratio * stage / stages) / left)
-            scores, inputs = _observe(model, units, batches, loss or _own_loss, scorer, correct)
+            scores, inputs = _observe(model, stand, batches, loss or _own_loss, scorer, correct)
             # What the loss would lose is comparable as it is; standardised, what ranks first depends on the tails.
-            marked = budget.select(units, scores, costs, share, align, standardised=False).marked
-            plan = Plan.of(units, {name: (~gone).nonzero().flatten().tolist() for name, gone in marked.items()})
-            for unit in units:
+            marked = budget.select(stand, scores, costs, share, align, standardised=False).marked
+            plan = Plan.of(stand, {name: (~gone).nonzero().flatten().tolist() for name, gone in marked.items()})
+            for unit in stand:
                 if unit.name in inputs and marked[unit.name].any():
                     layers = readers(model, unit)
                     undo += [edit.apply() for layer in layers for edit in _copies(layer)]
                     kept_now, gone = ((marked[unit.name] == is_gone).nonzero().flatten() for is_gone in (False, True))
                     choices.append(Change(unit, kept_now, gone, inputs[unit.name]).apply(layers, ridge))
-            undo += cut(model, units, plan)
-            remember_cut(model, units, plan)
+            undo += cut(model, stand, plan)
+            remember_cut(model, stand, plan)
             kept = {name: entries[list(plan[name])] for name, entries in kept.items()}
     except BaseException:
         restore(undo)

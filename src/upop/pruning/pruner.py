@@ -20,10 +20,11 @@ from upop.pruning.layouts import find_units, units_to_search
 from upop.pruning.masks import Masks, unwrapped
 from upop.pruning.moments import PARTS, Moments
 from upop.pruning.plan import Plan
-from upop.pruning.scores import RowScores, Score, accumulator, scoring
+from upop.pruning.scores import RowScores, Score, scoring
 from upop.pruning.sharded import refuse_flattened, refuse_sharded
 from upop.pruning.shrink import compare, cut, outputs_of, precision_of, refuse_shared, restore
 from upop.pruning.slips import check_model
+from upop.pruning.stated import Stated
 from upop.pruning.told import warn_of_none, warn_of_skipped, warn_of_unscored
 from upop.pruning.units import Kind, Unit, tensor_of
 
@@ -67,6 +68,7 @@ class Pruner:
         include: names or patterns (`fnmatch`) of the units to prune; default all.
         exclude: names or patterns of units to leave alone.
         example: inputs for one forward pass, for cost="flops" and to read a model with classes of one's own (`survey`).
+        units: what is known of units beside (`upop.UnitSpec`): proved like the others, before those that cut the same.
         update_first_step: False leaves the masks alone at step 0, as published for DeiT and Segmenter.
 
     Raises:
@@ -89,6 +91,7 @@ class Pruner:
         include: str | Sequence[str] | None = None,
         exclude: str | Sequence[str] | None = None,
         example: Any = None,
+        units: Sequence[Stated] = (),
         update_first_step: bool = True,
     ) -> None:
         check_model(model, "Pruner")
@@ -107,7 +110,7 @@ class Pruner:
         refuse_flattened(self.model)
         self.ratio, self.steps, self.interval = ratio, steps, interval
         self.cost, self.align, self.update_first_step = cost, align, update_first_step
-        self.units: list[Unit] = chosen(units_to_search(self.model, example), include, exclude)
+        self.units: list[Unit] = chosen(units_to_search(self.model, example, units), include, exclude)
         self.score = score or ("signed" if self.progress == "soft" else "absolute")
         self._scoring = scoring(self.score)
         refuse_frozen(self.model, self.units)
@@ -120,11 +123,7 @@ class Pruner:
         self._moments = Moments(again=True)
         self._choices: list[dict[str, Choice]] = []  # of the stages so far
         self._watch()
-        made_by = {unit.name: tensor_of(self.model, unit.producers[0].tensor) for unit in self.units}
-        self._scores = {
-            unit.name: made_by[unit.name].new_zeros(unit.size, dtype=accumulator(made_by[unit.name]))
-            for unit in self.units
-        }
+        self._scores = {name: torch.zeros_like(mask) for name, mask in self._masks.values.items()}
         self._skipped = torch.zeros((), dtype=torch.long)
         self._stale = torch.zeros((), dtype=torch.bool)  # whether the scores are of a stage that has ended
         self._warned, self._warned_unscored = 0, False

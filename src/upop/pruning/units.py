@@ -122,6 +122,13 @@ class Attribute:
     name: str
     factor: int | None = 1
 
+    def __str__(self) -> str:
+        """Return the attribute and what it becomes."""
+        name = f"{self.module}.{self.name}" if self.module else self.name
+        if self.factor is None:
+            return f"{name} = kept ** -0.5"
+        return f"{name} = {'' if self.factor == 1 else f'{self.factor} x '}kept"
+
     def value(self, kept: int) -> int | float:
         """Return the attribute's value for `kept` entries."""
         return kept**-0.5 if self.factor is None else self.factor * kept
@@ -172,6 +179,25 @@ class Unit:
     entry: Entry = "dimension"
     proved: bool = False
 
+    def __str__(self) -> str:
+        """Return what goes together and why, over several lines, for people."""
+        lines = [f"{self.name or 'the model'}: {self.kind} ({self.modality}), {_entries(self)}"]
+        last = self.online[-1:]
+        for heading, parts in (
+            ("made by", self.producers),
+            ("cut with it", [part for part in self.online if not part.produces and part not in last and not part.dim]),
+            ("consumed by", [part for part in self.online if not part.produces and (part in last or part.dim)]),
+            ("copied in", [part for part in self.slices if part.follows]),
+        ):
+            lines += [
+                f"  {heading if number == 0 else '':<13}{part.tensor}, {_layout(part, self.size)}"
+                for number, part in enumerate(parts)
+            ]
+        lines += [f"  {'set again':<13}{number}" for number in self.attributes]
+        lines += [f"  {'class':<13}{swap.module or 'the model'} becomes a {swap.kind.__name__}" for swap in self.swaps]
+        how = "masked and cut, the model computes the same on random numbers" if self.proved else "no"
+        return "\n".join([*lines, f"  {'proved':<13}{how}"])
+
     @property
     def width(self) -> int:
         """How many columns of the layer that consumes the axis belong to one entry."""
@@ -186,6 +212,23 @@ class Unit:
     def online(self) -> tuple[Slice, ...]:
         """The slices that are no momentum copy's: what an entry costs."""
         return tuple(part for part in self.slices if not part.follows)
+
+
+def _entries(unit: Unit) -> str:
+    called = {"dimension": "dimensions", "head": "heads", "group": "groups of heads", "neuron": "neurons"}
+    heads = f" of each of {unit.heads} heads" if unit.entry == "dimension" else ""
+    return f"{unit.size} {called[unit.entry]}{heads}"
+
+
+def _layout(part: Slice, size: int) -> str:
+    """Say where a tensor has a unit's entries: "dimension 0 as 12 x 64 x 1"."""
+    inner = str(part.inner) if isinstance(part.inner, int) else f"({', '.join(map(str, part.inner))})"
+    told = f"dimension {part.dim} as {part.outer} x {size} x {inner}"
+    if part.gaps:
+        told += f", beside {sum(part.gaps)} of others"
+    if part.power and (part.queries or part.query_groups > 0):
+        told += f"; queries times (kept / {size}) ** {part.power:g}"
+    return told
 
 
 Swapped = Callable[[type[nn.Module]], type[nn.Module]]

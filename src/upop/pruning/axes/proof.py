@@ -20,7 +20,7 @@ from upop.pruning.shrink import cut, restore, tensors_of
 from upop.pruning.units import Attribute, Unit, tensor_of
 
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
-_POWERS = (0.5, 0.0, 1.0, 0.25)
+POWERS = (0.5, 0.0, 1.0, 0.25)
 """Of softmax scales that follow the size of a head: 1 / sqrt(size), fixed, 1 / size, and queries that are keys too."""
 
 
@@ -74,6 +74,17 @@ class Bench:
         with forgetting(), evaluating(self._model), torch.random.fork_rng(devices=[]), eager, _Precise(self._dtype):
             torch.manual_seed(0)
             return [(place, value.detach().clone()) for place, value in tensors_of(call(self._model, self._example))]
+
+    def called(self) -> set[str]:
+        """Return the names of the modules that a run calls."""
+        seen: set[str] = set()
+        names = {module: name for name, module in self._model.named_modules()}
+        handle = nn.modules.module.register_module_forward_pre_hook(lambda module, _: seen.add(names.get(module, "")))
+        try:
+            self.outputs()
+        finally:
+            handle.remove()
+        return seen
 
     def difference(self, units: Sequence[Unit], plan: Mapping[str, Sequence[int]]) -> tuple[float, str]:
         """Return how far the cut model is from the masked one, relative to its largest output, and what was raised."""
@@ -175,7 +186,7 @@ def scaled(bench: Bench, model: nn.Module, candidates: list[Candidate]) -> list[
         if key not in known:
             known[key] = (0.5, False)
             for numbers in (True, False):
-                for power in _POWERS:
+                for power in POWERS:
                     tried = _powered(model, each, power, numbers)
                     if tried is None:
                         continue

@@ -9,7 +9,7 @@ To support another family, add a row to `LAYOUTS` (and a case to tests/pruning/r
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
@@ -24,6 +24,7 @@ from upop.pruning.layouts.packed import read_encoder_layer, read_multihead
 from upop.pruning.layouts.reading import NotPrunableError, is_projection, library_of, true_class
 from upop.pruning.layouts.rows import LAYOUTS, Layout, layout_of
 from upop.pruning.masks import unwrapped
+from upop.pruning.stated import Stated
 from upop.pruning.units import Skipped, Unit
 
 __all__ = ["LAYOUTS", "Layout", "Survey", "find_units", "remember", "survey", "units_to_search"]
@@ -32,8 +33,8 @@ _ATTENTION = re.compile(r"[Aa]tt(entio)?n|[A-Z]SA$|XCA$|DeltaNet")
 _MLP = re.compile(r"mlp|ffn|feed_?forward", re.IGNORECASE)
 
 
-def find_units(model: nn.Module, example: Any = None) -> list[Unit]:
-    """Return every unit of `model` that can be pruned, in forward order; see `survey` for `example`.
+def find_units(model: nn.Module, example: Any = None, units: Sequence[Stated] = ()) -> list[Unit]:
+    """Return every unit of `model` that can be pruned, in forward order; see `survey` for `example` and `units`.
 
     A model that keeps momentum copies of its own modules names them in an attribute `momentum_twins`, a mapping from
     a module's name to its copy's: the copies make no units, and are cut with the modules that they copy.
@@ -41,7 +42,7 @@ def find_units(model: nn.Module, example: Any = None) -> list[Unit]:
     Raises:
         LayoutError: the model has none; the message lists what was looked at and why it was left alone.
     """
-    found = survey(model, example)
+    found = survey(model, example, units)
     if not found.units:
         seen = "; ".join(f"{part.name}: {part.reason}" for part in found.skipped[:5])
         raise LayoutError(
@@ -54,7 +55,7 @@ def find_units(model: nn.Module, example: Any = None) -> list[Unit]:
     return list(found.units)
 
 
-def survey(model: nn.Module, example: Any = None) -> Survey:
+def survey(model: nn.Module, example: Any = None, units: Sequence[Stated] = ()) -> Survey:
     """Return the units of `model` and what was skipped.
 
     With an example, units are read off what the model computes: its forward runs once without numbers, every axis is
@@ -67,11 +68,20 @@ def survey(model: nn.Module, example: Any = None) -> Survey:
         model: left as it is; wrappers of DDP and torch.compile are looked through.
         example: what a call of the model is given: a tensor, a tuple of arguments, a mapping of keyword arguments, or
             a function that is given the model.
+        units: what is known of units beside (`upop.UnitSpec`); they are proved like the others, and stand before those
+            that cut the same.
 
     Raises:
-        LayoutError: the model cannot be run with the example.
+        LayoutError: the model cannot be run with the example, or what `units` states does not hold.
+        SettingError: what `units` states does not fit the model.
     """
     model = unwrapped(model)
+    if units:
+        from upop.pruning.axes import example_for, with_stated
+
+        read = survey(model, example)
+        remember(model, with_stated(model, units, example_for(model) if example is None else example, read))
+        return survey(model)
     found = remembered(model) if example is None else None
     if found is not None:
         return found
@@ -81,11 +91,11 @@ def survey(model: nn.Module, example: Any = None) -> Survey:
         with suppress(LayoutError):
             example = example_for(model)
     if example is not None:
-        from upop.pruning.axes import read
+        from upop.pruning import axes
 
-        units, skipped = read(model, example)
+        proved, skipped = axes.read(model, example)
         twins: Mapping[str, str] = getattr(model, "momentum_twins", {})
-        own = [unit for unit in units if not unit.name.startswith(tuple(f"{copy}." for copy in twins.values()))]
+        own = [unit for unit in proved if not unit.name.startswith(tuple(f"{copy}." for copy in twins.values()))]
         remember(model, Survey(tuple(_with_twins(unit, twins) for unit in own), tuple(skipped)))
     found = remembered(model)
     return _look(model) if found is None else found
@@ -95,13 +105,13 @@ _LIBRARIES = {"timm", "torch", "torchvision", "transformers", "open_clip", "upop
 """Whose models have known names and forwards."""
 
 
-def units_to_search(model: nn.Module, example: Any) -> list[Unit]:
+def units_to_search(model: nn.Module, example: Any, units: Sequence[Stated] = ()) -> list[Unit]:
     """Return the units of a model; those of one with classes of one's own are read with the example, if there is one.
 
     Raises:
         LayoutError: the model has none, or cannot be run with the example.
     """
-    return find_units(model, example if is_of_ones_own(model) else None)
+    return find_units(model, example if units or is_of_ones_own(model) else None, units)
 
 
 def is_of_ones_own(model: nn.Module) -> bool:
