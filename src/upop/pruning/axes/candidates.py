@@ -12,7 +12,7 @@ from upop.pruning.axes.axis import Axis
 from upop.pruning.axes.groups import Group, Part
 from upop.pruning.axes.trace import Trace
 from upop.pruning.layouts.reading import computed_tensor, hooks_of_accelerate, modality_of
-from upop.pruning.units import Entry, Kind, Slice, Unit
+from upop.pruning.units import Entry, Kind, Slice, Unit, tensor_of
 
 HEADS = ("head", "group")
 _BOTTLENECK = 8
@@ -85,9 +85,7 @@ def _check_block(trace: Trace, group: Group) -> None:
     outputs = _reached(trace, group.axis, "consumes", "produces")
     shared = inputs & outputs
     width = sum(axis.size for axis in shared or inputs)
-    alone = not any(
-        "residual" in leaf.marks for use in trace.uses.values() for axis in use.axes for leaf in axis.leaves()
-    )
+    alone = not any("residual" in leaf.marks for leaf in trace.carriers)
     if not shared and not alone and width != sum(axis.size for axis in outputs):
         raise NotCuttableError("it is no block of a residual stream: what it reads is not what it adds to")
     if group.axis.size * _BOTTLENECK <= width:
@@ -99,7 +97,7 @@ def _reached(trace: Trace, axis: Axis, by: str, to: str) -> set[Axis]:
     seen, pending, found = {axis}, [axis], set()
     while pending:
         here = pending.pop()
-        for use in trace.uses.values():
+        for use in trace.carriers.get(here, []):
             at = [
                 dim for dim, each in enumerate(use.axes) if by in use.roles.get(dim, ()) and here in set(each.leaves())
             ]
@@ -144,7 +142,7 @@ def _slice(model: nn.Module, trace: Trace, group: Group, part: Part) -> Slice:
     if "dimension" in group.axis.marks:
         queries = _queries(trace, part, inners)
     first = queries == tuple(range(len(queries)))
-    is_parameter = part.use.name in dict(model.named_parameters())
+    is_parameter = isinstance(tensor_of(model, part.use.name), nn.Parameter)
     return Slice(
         part.use.name,
         part.dim,

@@ -27,16 +27,20 @@ _MOST_COUNTED = 2**24
 """Entries of the largest tensor of whole numbers that is kept as it is."""
 
 
-def copied(model: nn.Module, change: Callable[[Tensor], Tensor]) -> nn.Module:
-    """Return a copy of a model whose parameters and buffers went through `change`; the model is left alone."""
-    memo: dict[int, Any] = {}
+def changed(model: nn.Module, change: Callable[[Tensor], Tensor]) -> dict[int, Tensor]:
+    """Return what `change` makes of a model's parameters and buffers, by the identities of these."""
+    found: dict[int, Tensor] = {}
     for parameter in model.parameters():
-        if id(parameter) not in memo:
-            memo[id(parameter)] = nn.Parameter(change(parameter.detach()), requires_grad=False)
+        found[id(parameter)] = nn.Parameter(change(parameter), requires_grad=False)
     for buffer in model.buffers():
-        if id(buffer) not in memo:
-            memo[id(buffer)] = change(buffer.detach())
-    return copy.deepcopy(model, memo).eval()
+        if id(buffer) not in found:
+            found[id(buffer)] = change(buffer)
+    return found
+
+
+def copied(model: nn.Module, tensors: dict[int, Tensor]) -> nn.Module:
+    """Return a copy of a model that holds other tensors, of `changed`; the model is left alone."""
+    return copy.deepcopy(model, dict(tensors)).eval()
 
 
 def told(error: Exception) -> str:
@@ -62,6 +66,7 @@ class Shapes:
 
     def __init__(self, model: nn.Module, example: Any, *, numbers: bool = True) -> None:
         self._model, self._given = model, example
+        self._tensors: dict[int, Tensor] = {}
         self.read: set[str] = set()
         self.mode: FakeTensorMode | None = FakeTensorMode(allow_non_fake_inputs=True)
         self.example = self._example()
@@ -98,10 +103,16 @@ class Shapes:
         return None
 
     def copy(self) -> nn.Module:
-        """Return a copy."""
-        return copied(self._model, self._copied)
+        """Return a copy; all copies hold the same tensors where these have no numbers that a run could change."""
+        if self.mode is None:
+            return copied(self._model, changed(self._model, self._copied))
+        self._tensors = self._tensors or changed(self._model, self._copied)
+        shared = (FakeTensor, nn.Parameter)
+        own = {key: each if isinstance(each, shared) else each.clone() for key, each in self._tensors.items()}
+        return copied(self._model, own)
 
     def _copied(self, tensor: Tensor) -> Tensor:
+        tensor = tensor.detach()
         if self.mode is None:
             return with_memory(tensor).clone()
         if not tensor.is_meta:
@@ -230,14 +241,12 @@ def numbered(model: nn.Module, dtype: torch.dtype = torch.float64) -> nn.Module:
     def change(tensor: Tensor) -> Tensor:
         if not tensor.is_floating_point():
             return with_memory(tensor).clone()
-        return with_memory(tensor).to(dtype, copy=True)
+        tensor, parameter = with_memory(tensor), isinstance(tensor, nn.Parameter)
+        if not parameter:
+            return tensor.to(dtype, copy=True)
+        noise = torch.randn(tensor.shape, generator=generator)  # float64 would take four times as long to draw
+        noise *= max(1, math.prod(tensor.shape[1:])) ** -0.5 if tensor.dim() > 1 else 0.3
+        return noise.to(tensor.device).add_(tensor, alpha=0.5).to(dtype)
 
-    twin = copied(model, change)
-    for parameter in twin.parameters():
-        if parameter.is_floating_point():
-            noise = torch.randn(parameter.shape, generator=generator, dtype=dtype)
-            fan = max(1, math.prod(parameter.shape[1:]))
-            spread = fan**-0.5 if parameter.dim() > 1 else 0.3
-            with torch.no_grad():
-                parameter.mul_(0.5).add_(spread * noise)
-    return twin
+    with torch.no_grad():
+        return copied(model, changed(model, change))

@@ -68,6 +68,7 @@ class Group:
 def groups(trace: Trace) -> dict[Axis, Group]:
     """Return every axis of the model's parameters that something produces, fixed or not."""
     found: dict[Axis, Group] = {}
+    gates = {(name, axis.root) for name, axis in trace.gates}
     for use in trace.uses.values():
         for dim, axis in enumerate(use.axes):
             roles = use.roles.get(dim, set())
@@ -78,8 +79,7 @@ def groups(trace: Trace) -> dict[Axis, Group]:
                 seen.add(leaf)
                 group = found.setdefault(leaf, Group(leaf))
                 entries = axis.entries(leaf)
-                gates = (use.name, leaf) in {(name, each.root) for name, each in trace.gates}
-                group.parts.append(Part(use, dim, entries, roles, gates))
+                group.parts.append(Part(use, dim, entries, roles, (use.name, leaf) in gates))
                 group.above |= above
     return {axis: group for axis, group in found.items() if group.makers}
 

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -233,6 +234,15 @@ class Trace(Mode):
         for one, other in self._pairs:
             if length(one) == length(other):
                 tie(one, other, "queries and values have other sizes")
+
+    @cached_property
+    def carriers(self) -> dict[Axis, list[Use]]:
+        """What carries each axis that has no parts, once the run is over."""
+        found: dict[Axis, list[Use]] = {}
+        for use in self.uses.values():
+            for leaf in dict.fromkeys(leaf for axis in use.axes for leaf in axis.leaves()):
+                found.setdefault(leaf, []).append(use)
+        return found
 
     def note(self, label: Label, dim: int, role: str) -> None:
         """Take note of what a parameter's dimension is used for."""
