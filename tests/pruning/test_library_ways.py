@@ -7,6 +7,7 @@ from functools import lru_cache
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import upop
@@ -106,3 +107,58 @@ class Single(nn.Module):
 def test_a_forward_that_computes_in_float32_alone() -> None:
     units = upop.survey(built(Single).float(), EXAMPLE.float()).units
     assert [unit.entry for unit in units] == ["neuron"] * 2
+
+
+class Experts(nn.Module):
+    """Experts whose weights lie in one tensor; each token goes through the two that a router chooses."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.way, self.router = way, nn.Linear(WIDTH, 4)
+        self.up = nn.Parameter(torch.randn(4, 32, WIDTH) / 5)
+        self.down = nn.Parameter(torch.randn(4, WIDTH, 16) / 4)
+
+    def gated(self, hidden: Tensor) -> Tensor:
+        if self.way == "in turn":
+            return F.silu(hidden[..., ::2]) * hidden[..., 1::2]
+        gate, up = hidden.chunk(2, -1)
+        return F.silu(gate) * up
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.flatten(0, 1)
+        shares, chosen = self.router(tokens).softmax(-1).topk(2)
+        if self.way == "chosen":  # a product for every token with its own weights
+            hidden = self.gated(
+                torch.bmm(self.up[chosen.flatten()], tokens.repeat_interleave(2, 0)[:, :, None])[..., 0]
+            )
+            found = torch.bmm(self.down[chosen.flatten()], hidden[:, :, None])[..., 0].unflatten(0, (-1, 2))
+            return (found * shares[:, :, None]).sum(1).view_as(x)
+        if self.way == "all":
+            hidden = self.gated(torch.einsum("th,eih->tei", tokens, self.up))
+            found = torch.einsum("tei,ehi->teh", hidden, self.down)
+            return (found * torch.zeros_like(found[..., 0]).scatter(1, chosen, shares)[..., None]).sum(1).view_as(x)
+        found = torch.zeros_like(tokens)
+        for expert in (F.one_hot(chosen, 4).sum((0, 1)) > 0).nonzero()[:, 0]:
+            at, place = torch.where(chosen == expert)
+            made = F.linear(self.gated(F.linear(tokens[at], self.up[expert])), self.down[expert])
+            found.index_add_(0, at, made * shares[at, place, None])
+        return found.view_as(x)
+
+
+@pytest.mark.parametrize("way", ["loop", "in turn", "chosen", "all"])
+def test_experts_in_one_tensor(way: str) -> None:
+    model = check(lambda: Experts(way), ["neuron"] * 2)
+    assert [part.tensor for part in upop.survey(model, EXAMPLE).units[0].slices] == ["parts.0.up", "parts.0.down"]
+
+
+def test_experts_are_pruned_while_training() -> None:
+    model = built(lambda: Experts("loop")).train()
+    pruner = upop.Pruner(model, ratio=0.4, steps=6, example=EXAMPLE)
+    for _ in range(6):
+        model(EXAMPLE).square().mean().backward()
+        pruner.step()
+        model.zero_grad()
+    pruner.shrink(verify=EXAMPLE)
+    kept = [part.up.shape[1] // 2 for part in model.parts]
+    assert sum(kept) == 2 * 16 - round(0.4 * 32)
+    assert [part.down.shape[2] for part in model.parts] == kept

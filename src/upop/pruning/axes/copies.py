@@ -14,8 +14,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
-from torch.utils._pytree import tree_leaves, tree_map
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+    unset_fake_temporarily,
+)
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from upop.pruning.axes.mode import Mode
 from upop.pruning.costs import call
@@ -138,7 +144,10 @@ def _could_count(tensor: Tensor) -> bool:
 
 
 class _Counting(Mode):
-    """Computes whole numbers that follow from such alone, in a world without numbers."""
+    """Computes whole numbers in a world without numbers: as they are, or, where they follow from others, made up.
+
+    So a forward goes on that chooses experts, say, by what it computes: it chooses the same in a copy that is cut.
+    """
 
     def __init__(self, mode: FakeTensorMode) -> None:
         super().__init__()
@@ -152,16 +161,42 @@ class _Counting(Mode):
             for written, value in zip(written_to.arguments if written_to else (), args, strict=False):
                 if written.is_write and isinstance(value, Tensor) and _counts(value):
                     raise NotImplementedError(f"{func} writes what has no numbers into whole numbers")
-            return func(*args, **kwargs)
+            return self._without(func, args, kwargs)
         if not known:
             made = func(*args, **kwargs)
             if not all(_could_count(each) for each in tree_leaves(made) if isinstance(each, Tensor)):
                 return made
+        return self._with(func, args, kwargs)
+
+    def _with(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         with unset_fake_temporarily():
             found = func(*args, **kwargs)
         return tree_map(
             lambda each: each if not isinstance(each, Tensor) or _counts(each) else self._mode.from_tensor(each), found
         )
+
+    def _without(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        try:
+            made = func(*args, **kwargs)
+        except (DataDependentOutputException, DynamicOutputShapeException):
+            return self._with(func, *self._made_up(args, kwargs))
+        leaves, form = tree_flatten(made)
+        if not any(isinstance(each, FakeTensor) and _could_count(each) for each in leaves):
+            return made
+        others = tree_leaves(self._with(func, *self._made_up(args, kwargs)))
+        return tree_unflatten(
+            [b if isinstance(b, Tensor) and _counts(b) else a for a, b in zip(leaves, others, strict=True)], form
+        )
+
+    def _made_up(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        with unset_fake_temporarily():
+            drawn = torch.Generator().manual_seed(0)
+            return tree_map(
+                lambda each: (
+                    torch.rand(each.shape, generator=drawn).to(each.dtype) if isinstance(each, FakeTensor) else each
+                ),
+                (args, kwargs),
+            )
 
 
 class _Reading(Mode):

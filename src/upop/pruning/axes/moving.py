@@ -191,6 +191,9 @@ def _slice(trace: Trace, args: Any, kwargs: Any, result: Any, name: str) -> None
     dims = list(label.dims)
     if step == 1:
         dims[dim] = cut_out(dims[dim], start, max(start, stop))
+    elif size % step == 0 and start < step and stop > size - step + start:  # one of every `step` that lie together
+        dims[dim], among = regroup([dims[dim]], (size // step, step))
+        fix(among, "an entry of it is taken by its place")
     else:
         fix(dims[dim], "a slice takes every few of it")
         dims[dim] = (result.shape[dim],)
@@ -248,6 +251,22 @@ def _cat(trace: Trace, args: Any, kwargs: Any, result: Any, name: str) -> None:
     rank = result.dim()
     dim = (args[1] if len(args) > 1 else kwargs.get("dim", 0)) % rank
     _join(trace, labels, dim, result, lambda: concatenate([label.dims[dim] for label in labels]))
+
+
+@rule("index_add", "index_copy")
+def _add_at(trace: Trace, args: Any, kwargs: Any, result: Any, name: str) -> None:
+    """Adds some rows to others: what an expert made to that of its tokens."""
+    target, source = trace.labels([args[0], args[3]])
+    dim = args[1] % len(target.dims)
+    dims = [one if place == dim else _met(one, source.dims[place]) for place, one in enumerate(target.dims)]
+    made = _merged(trace, [label for label in (target, source) if label.live], dims, "add")
+    made.past = past_of([target, source])
+    trace.set(result, made)
+
+
+def _met(one: Dim, other: Dim) -> Dim:
+    tie(one, other, CONSTANT)
+    return one if any(True for _ in axes_in([one])) else other
 
 
 @rule("stack")

@@ -107,6 +107,19 @@ def _product(trace: Trace, args: Any, kwargs: Any, result: Any, name: str) -> No
     trace.set(result, made)
 
 
+@rule("_grouped_mm", "transformers::grouped_mm_fallback")
+def _grouped_product(trace: Trace, args: Any, kwargs: Any, result: Any, name: str) -> None:
+    """Multiplies tokens, sorted by their experts, with the weights of those, [experts, in, out]."""
+    tokens, weights = trace.label(args[0]), trace.label(args[1])
+    if len(tokens.dims) != 2 or len(weights.dims) != 3:
+        return unknown(trace, args, kwargs, result, name)
+    fix(weights.dims[0], "its entries are chosen by number")
+    _contract(trace, tokens, tokens.dims[1], weights, weights.dims[1])
+    dims = [tokens.dims[0], weights.dims[2]]
+    trace.set(result, _produced(trace, tokens, dims[:1], weights, dims[1:], dims, tokens.dims[1]))
+    return None
+
+
 def _activation(label: Label) -> Label:
     """Return what is known of learned tokens that went through a layer, as of any others."""
     return replace(label, parameter=False, latent=False) if label.latent else label
