@@ -42,6 +42,11 @@ def refuse_frozen(model: nn.Module, units: list[Unit]) -> None:
         raise LayoutError(
             f"{type(model).__name__} is on the meta device and has no weights to score. Load its weights first."
         )
+    if any(tensor_of(model, part.tensor).is_inference() for unit in units for part in unit.producers):
+        raise LayoutError(
+            f"{type(model).__name__} was built in torch.inference_mode(), and its weights get no gradient. Use a copy "
+            "made outside of it: copy.deepcopy(model)."
+        )
     frozen = [
         unit.name for unit in units if not any(tensor_of(model, part.tensor).requires_grad for part in unit.producers)
     ]

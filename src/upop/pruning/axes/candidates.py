@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from upop.pruning.axes.axis import Axis
 from upop.pruning.axes.groups import Group, Part
+from upop.pruning.axes.obstacles import obstacle
 from upop.pruning.axes.trace import Trace
-from upop.pruning.layouts.reading import computed_tensor, hooks_of_accelerate, modality_of
+from upop.pruning.layouts.reading import modality_of
 from upop.pruning.units import Entry, Kind, Slice, Unit, tensor_of
 
 HEADS = ("head", "group")
@@ -46,6 +47,10 @@ def candidate(model: nn.Module, trace: Trace, group: Group) -> Candidate:
     """
     if group.axis.fixed:
         raise NotCuttableError(group.axis.fixed)
+    for part in group.parts:
+        reason = obstacle(model, part.use.name.rpartition(".")[0])
+        if reason:
+            raise NotCuttableError(reason)
     if not group.takers:
         raise NotCuttableError("no weight sums over it")
     attention = group.attends
@@ -53,12 +58,7 @@ def candidate(model: nn.Module, trace: Trace, group: Group) -> Candidate:
         raise NotCuttableError("it is the residual stream")
     if not attention:
         _check_block(trace, group)
-    for part in group.parts:
-        owner = part.use.name.rpartition(".")[0]
-        module = model.get_submodule(owner)
-        reason = hooks_of_accelerate(module) or computed_tensor(module)
-        if reason:
-            raise NotCuttableError(f"{owner} {reason}")
+    _check_alone(model, group)
     slices = [_slice(model, trace, group, part) for part in _ordered(group)]
     makers = group.makers
     names = [part.use.name for part in (*makers, *group.takers)]
@@ -77,6 +77,17 @@ def candidate(model: nn.Module, trace: Trace, group: Group) -> Candidate:
     kind: Kind = "attention" if attention else "mlp"
     unit = Unit(name, kind, modality, group.axis.size, heads, tuple(slices), entry=entry)
     return Candidate(unit, group.axis, holder)
+
+
+def _check_alone(model: nn.Module, group: Group) -> None:
+    """Refuse tensors that modules share: each would have to be masked and cut in all of them."""
+    named: dict[int, list[str]] = {}
+    for path, module in model.named_modules():
+        for leaf, parameter in module.named_parameters(path, recurse=False):
+            named.setdefault(id(parameter), []).append(leaf)
+    for names in named.values():
+        if len(names) > 1 and any(part.use.name in names for part in group.parts):
+            raise NotCuttableError(f"{names[0]} and {names[1]} are one tensor; untie them, by a copy for one of them")
 
 
 def _check_block(trace: Trace, group: Group) -> None:

@@ -26,6 +26,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflat
 from upop.pruning.axes.mode import Mode
 from upop.pruning.costs import call
 from upop.pruning.errors import LayoutError
+from upop.pruning.sharded import is_sharded_tensor, sharded_modules, unsharded_class
 
 _MOST_COPIED = 500_000_000
 """Parameters of the largest model of which copies with numbers are made because a forward asks for them."""
@@ -33,20 +34,87 @@ _MOST_COUNTED = 2**24
 """Entries of the largest tensor of whole numbers that is kept as it is."""
 
 
-def changed(model: nn.Module, change: Callable[[Tensor], Tensor]) -> dict[int, Tensor]:
-    """Return what `change` makes of a model's parameters and buffers, by the identities of these."""
-    found: dict[int, Tensor] = {}
-    for parameter in model.parameters():
-        found[id(parameter)] = nn.Parameter(change(parameter), requires_grad=False)
+def changed(model: nn.Module, change: Callable[[Tensor], Tensor]) -> dict[int, Any]:
+    """Return what `change` makes of a model's tensors, by the identities of these.
+
+    Of parameters that are sharded over processes, `change` is given whole ones on the meta device.
+
+    Raises:
+        LayoutError: a lazy layer has no weights yet.
+    """
+    found: dict[int, Any] = {}
+    for name, parameter in model.named_parameters():
+        if nn.parameter.is_lazy(parameter):
+            raise LayoutError(f"{name} is of a lazy layer and has no shape yet. Call the model once with a batch.")
+        whole: Tensor = parameter
+        if is_sharded_tensor(parameter):
+            whole = nn.Parameter(torch.empty(parameter.shape, dtype=parameter.dtype, device="meta"))
+        found[id(parameter)] = nn.Parameter(change(whole), requires_grad=False)
     for buffer in model.buffers():
         if id(buffer) not in found:
             found[id(buffer)] = change(buffer)
+    for module in model.modules():
+        for value in tree_leaves([each for name, each in vars(module).items() if name not in _OF_MODULES]):
+            if isinstance(value, Tensor) and not value.is_leaf and id(value) not in found:  # torch copies none of these
+                found[id(value)] = change(value.detach())
     return found
 
 
-def copied(model: nn.Module, tensors: dict[int, Tensor]) -> nn.Module:
-    """Return a copy of a model that holds other tensors, of `changed`; the model is left alone."""
-    return copy.deepcopy(model, dict(tensors)).eval()
+_OF_MODULES = ("_parameters", "_buffers", "_modules")
+
+
+def copied(model: nn.Module, tensors: dict[int, Any]) -> nn.Module:
+    """Return a copy of a model that holds other tensors, of `changed`; the model is left alone.
+
+    Of a model that is sharded over processes it is a plain one. What cannot be copied (locks, open files) is shared,
+    and added to `tensors`.
+
+    Raises:
+        LayoutError: the model cannot be copied.
+    """
+    with _unsharded(model):
+        try:
+            return copy.deepcopy(model, dict(tensors)).eval()
+        except Exception:
+            _share(model, tensors)
+        try:
+            return copy.deepcopy(model, dict(tensors)).eval()
+        except Exception as error:
+            raise LayoutError(f"{type(model).__name__} cannot be copied to try things on: {told(error)}.") from error
+
+
+def _share(model: nn.Module, memo: dict[int, Any]) -> None:
+    """Have a copy share what modules keep that cannot be copied."""
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if name not in _OF_MODULES:
+                try:
+                    copy.deepcopy(value, dict(memo))
+                except Exception:
+                    memo[id(value)] = value
+
+
+@contextmanager
+def _unsharded(model: nn.Module) -> Iterator[None]:
+    """Have the modules that `fully_shard` was called on be what they were, without its hooks."""
+    held = [(module, type(module), {name: vars(module)[name] for name in _HOOKS}) for module in sharded_modules(model)]
+    try:
+        for module, kind, hooks in held:
+            module.__class__ = unsharded_class(kind)
+            for name, each in hooks.items():
+                vars(module)[name] = type(each)((key, hook) for key, hook in each.items() if not _shards(hook))
+        yield
+    finally:
+        for module, kind, hooks in held:
+            module.__class__ = kind
+            vars(module).update(hooks)
+
+
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks")
+
+
+def _shards(hook: Any) -> bool:
+    return type(getattr(hook, "__self__", None)).__module__.startswith("torch.distributed.")
 
 
 def told(error: Exception) -> str:

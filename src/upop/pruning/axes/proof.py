@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_map
 
 from upop.pruning.axes.candidates import Candidate
 from upop.pruning.axes.copies import forgetting, told
-from upop.pruning.axes.mode import Mode
+from upop.pruning.axes.mode import Mode, name_of
 from upop.pruning.costs import call, evaluating
 from upop.pruning.shrink import cut, restore, tensors_of
 from upop.pruning.units import Attribute, Unit, tensor_of
@@ -36,10 +36,18 @@ class _Precise(Mode):
 
     def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run an operation in the precision."""
+        written = name_of(func).endswith("_")
+        kept = args[:1] if written else ()
+        args = (*kept, *tree_map(self._raised, args[len(kept) :]))
         asked = kwargs.get("dtype")
         if asked is not None and asked.is_floating_point:
             kwargs = {**kwargs, "dtype": self._dtype}
         return func(*args, **kwargs)
+
+    def _raised(self, value: Any) -> Any:
+        if isinstance(value, Tensor) and value.is_floating_point() and value.dtype.itemsize < self._dtype.itemsize:
+            return value.to(self._dtype)
+        return value
 
     def __enter__(self) -> Any:
         self._default = torch.get_default_dtype()
@@ -103,8 +111,11 @@ class Bench:
 
     def difference(self, units: Sequence[Unit], plan: Mapping[str, Sequence[int]]) -> tuple[float, str]:
         """Return how far the cut model is from the masked one, relative to its largest output, and what was raised."""
-        with self.masked(units, plan):
-            expected = self.outputs()
+        try:
+            with self.masked(units, plan):
+                expected = self.outputs()
+        except Exception as error:
+            return float("inf"), told(error)
         undo = cut(self._model, list(units), plan)
         try:
             found = self.outputs()

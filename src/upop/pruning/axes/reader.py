@@ -12,13 +12,15 @@ from torch.utils._pytree import tree_leaves
 
 from upop.pruning.axes.axis import Axis
 from upop.pruning.axes.candidates import Candidate, NotCuttableError, candidate, named_apart
-from upop.pruning.axes.copies import Shapes, numbered
+from upop.pruning.axes.copies import Shapes, numbered, told
 from upop.pruning.axes.groups import Group, groups
+from upop.pruning.axes.obstacles import obstacle, obstacles
 from upop.pruning.axes.proof import Bench, prove, scaled
 from upop.pruning.axes.reasons import tell
 from upop.pruning.axes.settle import settle
 from upop.pruning.axes.trace import Trace
 from upop.pruning.costs import call
+from upop.pruning.errors import LayoutError
 from upop.pruning.shrink import tensors_of
 from upop.pruning.units import Skipped, Slice, Unit
 
@@ -57,12 +59,15 @@ def _read(model: nn.Module, example: Any) -> tuple[list[Unit], list[Skipped]]:
         pending = [each for each in pending if not _overlaps(each.unit, taken)]
         if pending:
             pending, reasons = settle(model, shapes, trace, pending)
-            bench = bench or Bench(numbered(model), example)
+            bench = bench or _bench(model, example)
             pending = scaled(bench, model, pending)
             wrong: dict[str, str] = {}
             proved += prove(bench, pending, wrong)
             tell(bench, model, trace, pending, wrong)
             lost += (reasons | wrong).items()
+    barred = obstacles(model)
+    skipped = [each for each in skipped if each.reason not in barred.values()]
+    skipped = [*(Skipped(name, reason.removeprefix(f"{name} ")) for name, reason in barred.items()), *skipped]
     names = {each.unit.name for each in proved}
     skipped += [Skipped(name, reason) for name, reason in lost if name not in names]
     order = {name: place for place, name in enumerate(trace.uses)}
@@ -73,13 +78,27 @@ def _read(model: nn.Module, example: Any) -> tuple[list[Unit], list[Skipped]]:
     return units, skipped
 
 
+def _bench(model: nn.Module, example: Any) -> Bench:
+    """Return where units are proved: in float64, or in float32 where a model has parts that know nothing else."""
+    bench = Bench(numbered(model), example)
+    try:
+        bench.outputs()
+    except Exception:
+        return Bench(numbered(model, torch.float32), example)
+    return bench
+
+
 def traced(shapes: Shapes) -> Trace:
     """Run a model once, without numbers, and follow its axes."""
     twin = shapes.copy()
     trace = Trace(twin)
     trace.given(each for each in tree_leaves(shapes.example) if isinstance(each, Tensor))
-    with shapes.running(), torch.no_grad(), trace.running():
-        result = call(twin, shapes.example)
+    try:
+        with shapes.running(), torch.no_grad(), trace.running():
+            result = call(twin, shapes.example)
+    except Exception as error:
+        kind = type(twin).__name__
+        raise LayoutError(obstacle(twin, "") or f"{kind} runs, but cannot be followed: {told(error)}.") from error
     trace.finish([each for _, each in tensors_of(result)])
     return trace
 

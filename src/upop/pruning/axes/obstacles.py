@@ -1,0 +1,58 @@
+"""What keeps a layer's tensors from being cut, whatever the model computes: each with what to do about it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+def obstacle(model: nn.Module, path: str) -> str | None:
+    """Say why nothing of the own tensors of the module at a path can be cut, and what to do; None where it can."""
+    path = path.partition(".parametrizations")[0]
+    reason = _obstacle(model.get_submodule(path) if path else model)
+    return f"{path or type(model).__name__} {reason}" if reason else None
+
+
+def obstacles(model: nn.Module) -> dict[str, str]:
+    """Return the modules with weights of their own of which nothing can be cut, each with the reason."""
+    found = {}
+    for path, module in model.named_modules():
+        held = getattr(module, "weight", None)
+        holds = "parametrizations" in module._modules or callable(held) or _holds_itself(module)
+        if holds or any(parameter.dim() > 1 for parameter in module.parameters(recurse=False)):
+            name = path.partition(".parametrizations")[0]
+            reason = obstacle(model, name)
+            if reason:
+                found[name] = reason
+    return found
+
+
+def _obstacle(module: nn.Module) -> str | None:
+    if isinstance(module, torch.jit.ScriptModule):
+        return "is TorchScript, whose tensors stay as they are; give the model that it was made of"
+    if "parametrizations" in module._modules:
+        return "is parametrized; call torch.nn.utils.parametrize.remove_parametrizations first"
+    if hasattr(module, "_hf_hook"):
+        return (
+            "carries hooks of Accelerate, which spread the model over devices (device_map) or offload it; call "
+            "accelerate.hooks.remove_hook_from_submodules(model) and put it on one device, or shard it by fully_shard"
+        )
+    if _holds_itself(module):
+        return "has a forward in place of its class's that holds the module itself; make it one by types.MethodType"
+    for leaf in ("weight", "bias"):
+        if leaf not in module._parameters and {f"{leaf}_orig", f"{leaf}_g"} & module._parameters.keys():
+            return (
+                f"has a {leaf} that is computed from other tensors (torch.nn.utils.prune, weight_norm or "
+                "spectral_norm); make it a parameter first: torch.nn.utils.prune.remove, remove_weight_norm or "
+                "remove_spectral_norm"
+            )
+    weight = getattr(module, "weight", None)
+    if callable(weight) or (isinstance(weight, Tensor) and not (weight.is_floating_point() or weight.is_complex())):
+        return "has quantised weights; prune the model before it is quantised"
+    return None
+
+
+def _holds_itself(module: nn.Module) -> bool:
+    """Whether its forward is a function around the module, so that a copy of it would run the module."""
+    cells = getattr(vars(module).get("forward"), "__closure__", None) or ()
+    return any(cell.cell_contents is module for cell in cells)
