@@ -120,9 +120,28 @@ class Mixing(nn.Module):
         return self.down(F.gelu(x + self.around(x.transpose(1, 2)).transpose(1, 2)))
 
 
+class Parted(nn.Module):
+    """Some heads' values go through one convolution, the others' through another, as in CoAt."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.both, self.out = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.sizes = [WIDTH // HEADS, 2 * WIDTH // HEADS]
+        self.around = nn.ModuleList(nn.Conv1d(size, size, 3, padding=1, groups=size) for size in self.sizes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        queries, keys, values = self.both(x).unflatten(-1, (3, HEADS, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        parts = values.transpose(-2, -1).flatten(1, 2).split(self.sizes, dim=1)
+        near = torch.cat([conv(part) for conv, part in zip(self.around, parts, strict=True)], dim=1)
+        near = near.unflatten(1, (HEADS, -1)).transpose(-2, -1)
+        found = queries @ (keys.softmax(2).transpose(-2, -1) @ values) + queries * near
+        return self.out(found.transpose(1, 2).flatten(2))
+
+
 @pytest.mark.parametrize(
     ("inner", "entry", "count"),
     [
+        (Parted, "dimension", 2),
         (Pooled, "head", 2),
         (Outlook, "dimension", 2),
         (Mixing, "neuron", 2),

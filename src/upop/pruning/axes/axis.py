@@ -337,15 +337,16 @@ def concatenate(dims: Sequence[Dim]) -> Dim:
         return dims[0]
     if not any(True for _ in axes_in(dims)):
         return (sum(map(length, dims)),)
-    parts = []
-    for dim in dims:
-        factors = factors_of(dim)
-        if len(factors) == 1 and isinstance(factors[0], Axis):
-            parts.append(factors[0])
-            continue
-        made = [factor if isinstance(factor, Axis) else _plain(factor) for factor in factors]
-        parts.append(Axis(length(dim), made, "product") if made else _plain(1))
-    return (Axis(sum(part.size for part in parts), parts, "row"),)
+    parts: list[Axis] = []
+    common: list[Axis | int] = []
+    lists = [factors_of(dim) for dim in dims]
+    while max(map(len, lists)) > 1 and all(factors and factors[-1] == lists[0][-1] for factors in lists):
+        common.insert(0, lists[0][-1])  # it lies inside all of them
+        lists = [factors[:-1] for factors in lists]
+    for factors in lists:
+        made = [factor if isinstance(factor, Axis) else _plain(factor) for factor in factors] or [Axis(1)]
+        parts.append(made[0] if len(made) == 1 else Axis(length(tuple(factors)), made, "product"))
+    return (Axis(sum(part.size for part in parts), parts, "row"), *common)
 
 
 def _plain(size: int) -> Axis:
