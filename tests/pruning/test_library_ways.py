@@ -148,7 +148,9 @@ class Experts(nn.Module):
 @pytest.mark.parametrize("way", ["loop", "in turn", "chosen", "all"])
 def test_experts_in_one_tensor(way: str) -> None:
     model = check(lambda: Experts(way), ["neuron"] * 2)
-    assert [part.tensor for part in upop.survey(model, EXAMPLE).units[0].slices] == ["parts.0.up", "parts.0.down"]
+    up, down = upop.survey(model, EXAMPLE).units[0].slices
+    assert (up.tensor, down.tensor) == ("parts.0.up", "parts.0.down")
+    assert up.silent == (() if way == "in turn" else (0,))  # what only gates is neither masked nor scored
 
 
 def test_experts_are_pruned_while_training() -> None:

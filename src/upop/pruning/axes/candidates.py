@@ -151,7 +151,7 @@ def _slice(model: nn.Module, trace: Trace, group: Group, part: Part) -> Slice:
     inner: int | tuple[int, ...] = inners[0] if len(set(inners)) == 1 else tuple(inners)
     queries: tuple[int, ...] = ()
     if "dimension" in group.axis.marks:
-        queries = _queries(trace, part, inners)
+        queries = _flagged(trace.query_rows(part.use, part.dim), part, inners)
     first = queries == tuple(range(len(queries)))
     is_parameter = isinstance(tensor_of(model, part.use.name), nn.Parameter)
     return Slice(
@@ -164,12 +164,12 @@ def _slice(model: nn.Module, trace: Trace, group: Group, part: Part) -> Slice:
         direct=part.use.direct and makes,
         gaps=tuple(gaps) if any(gaps) else (),
         queries=() if first else queries,
+        silent=_flagged(trace.silent_rows(part.use, part.dim), part, inners) if makes else (),
     )
 
 
-def _queries(trace: Trace, part: Part, inners: list[int]) -> tuple[int, ...]:
-    """Return which of the blocks of a tensor are queries."""
-    flags = trace.query_rows(part.use, part.dim)
+def _flagged(flags: Tensor | None, part: Part, inners: list[int]) -> tuple[int, ...]:
+    """Return which of the blocks of a tensor are flagged."""
     if flags is None or not flags.any():
         return ()
     positions = (part.entries == 0).nonzero().flatten()

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from upop.pruning.axes.axis import Axis, Dim, axes_in, concatenate, cut_out, factors_of, fix, length, regroup, tie
 from upop.pruning.axes.rule import CONSTANT, like, past_of, rule, tensors_in, unknown
-from upop.pruning.axes.trace import Label, Trace
+from upop.pruning.axes.trace import Label, Rows, Trace
 
 
 @rule(
@@ -54,6 +54,7 @@ def elementwise(trace: Trace, args: Any, kwargs: Any, result: Any, name: str) ->
     if base == "copy" and len(inputs) > 1 and not any(axes_in(trace.label(inputs[0]).dims)):
         inputs = inputs[1:]  # numbers are put where there were none
     labels = [trace.label(tensor) for tensor in inputs]
+    rows = _rows_that_meet(trace, labels) if base in _PRODUCTS else []
     rank = max(outputs[0].dim(), *(len(label.dims) for label in labels))
     dims: list[Dim] = []
     for place in range(-rank, 0):
@@ -78,7 +79,7 @@ def elementwise(trace: Trace, args: Any, kwargs: Any, result: Any, name: str) ->
         sources = frozenset().union(*(label.sources for label in labels))
         made = Label(dims, sources, True, not given and any(label.parameter for label in labels), past_of(labels))
     else:
-        made = _merged(trace, live, dims, base)
+        made = _merged(trace, live, dims, base, rows)
         if base in ("add", "sub"):
             made.sources = made.sources.union(*(label.sources for label in labels if label.parameter))
         made.latent = made.parameter = not given
@@ -90,7 +91,15 @@ def elementwise(trace: Trace, args: Any, kwargs: Any, result: Any, name: str) ->
             trace.set(output, made)
 
 
-def _merged(trace: Trace, live: list[Label], dims: list[Dim], name: str) -> Label:
+def _rows_that_meet(trace: Trace, labels: list[Label]) -> list[Rows]:
+    """Return the rows that two activations come from that share parameters, as the halves of a gated MLP do."""
+    live = [label for label in labels if label.live]
+    if len(live) != 2 or live[0].sources.isdisjoint(live[1].sources):
+        return []
+    return [trace.rows(label, label.dims) for label in live]
+
+
+def _merged(trace: Trace, live: list[Label], dims: list[Dim], name: str, rows: Sequence[Rows] = ()) -> Label:
     """Return the label of what activations give together; where one gates another, it is the gate that is silent."""
     linear = name in _LINEAR or all(not label.linear for label in live)
     sources = frozenset().union(*(label.sources for label in live))
@@ -100,14 +109,14 @@ def _merged(trace: Trace, live: list[Label], dims: list[Dim], name: str) -> Labe
         for leaf in {leaf for axis in axes_in(dims) for leaf in axis.leaves()} if again else ():
             if trace.summed(leaf, past_of(live)):
                 leaf.mark("residual")
-    if name in _PRODUCTS and len(live) == 2 and live[0].sources != live[1].sources:
-        first, second = live
-        gate, value = (first, second) if second.linear and not first.linear else (second, first)
-        if gate.linear and not value.linear:
+    if name in _PRODUCTS and len(live) == 2:
+        gate, value = (0, 1) if live[1].linear and not live[0].linear else (1, 0)
+        if live[gate].linear and not live[value].linear:
             gate, value = value, gate
-        for source in gate.sources - value.sources:
+        for source in live[gate].sources - live[value].sources:
             trace.gates.update((source, leaf) for axis in axes_in(dims) for leaf in axis.leaves())
-        return Label(dims, value.sources, value.linear)
+        if (rows and trace.gate(rows[gate], rows[value])) or live[0].sources != live[1].sources:
+            return Label(dims, live[value].sources, live[value].linear)
     return Label(dims, sources, all(label.linear for label in live) and linear)
 
 

@@ -304,6 +304,7 @@ def _glu(trace: Trace, args: Any, kwargs: Any, result: Any, name: str) -> None:
     dim = (args[1] if len(args) > 1 else kwargs.get("dim", -1)) % len(label.dims)
     half = result.shape[dim]
     one, other = cut_out(label.dims[dim], 0, half), cut_out(label.dims[dim], half, 2 * half)
+    trace.gate(trace.rows(label, [other]), trace.rows(label, [one]))
     tie(one, other, CONSTANT)
     dims = list(label.dims)
     dims[dim] = one

@@ -19,6 +19,9 @@ from upop.pruning.axes.axis import Axis, Dim, axes_in, factors_of, fix, length, 
 from upop.pruning.axes.mode import Mode, name_of
 from upop.pruning.errors import LayoutError
 
+Rows = dict[tuple[str, int], Tensor]
+"""Positions along dimensions of parameters: (parameter's name, dimension) -> [length], bool."""
+
 
 @dataclass
 class Label:
@@ -122,6 +125,7 @@ class Trace(Mode):
         self._bits: dict[str, int] = {}
         self._pairs: list[tuple[Dim, Dim]] = []
         self._queries: dict[tuple[str, int], Tensor] = {}
+        self._silent: dict[tuple[str, int], Tensor] = {}
 
     # -- what rules use -------------------------------------------------------------------------------------------
 
@@ -202,26 +206,42 @@ class Trace(Mode):
     def queries(self, label: Label, dim: Dim) -> None:
         """Take note that a tensor is queries, whose dimensions are `dim`; before they are tied to those of keys."""
         with unset_fake_temporarily():  # these numbers are wanted
-            self._add_queries(label, list(axes_in([tuple(factors_of(dim))])))
+            for key, rows in self.rows(label, [dim]).items():
+                self._queries[key] = self._queries.get(key, torch.zeros_like(rows)) | rows
 
-    def _add_queries(self, label: Label, wanted: list[Axis]) -> None:
-        for name in label.sources:
-            for dim, axis in enumerate(self.uses[name].axes):
-                rows = _rows(axis, wanted)
-                for taken, place in label.places:
-                    row, at = taken.root.row, axis.entries(taken.root)
-                    if any(axis is part for part in row):  # a bias that was put together of several
-                        rows &= axis is row[place]
-                    elif (at >= 0).any():
-                        rows &= at == place
-                if rows.any():
-                    before = self._queries.get((name, dim), torch.zeros_like(rows))
-                    self._queries[name, dim] = before | rows
+    def gate(self, gate: Rows, value: Rows) -> bool:
+        """Take note of rows of parameters that only gate what other rows of theirs make; return whether there are."""
+        with unset_fake_temporarily():
+            alone = {key: rows & ~value[key] for key, rows in gate.items() if key in value}
+            for key, rows in alone.items():
+                self._silent[key] = self._silent.get(key, torch.zeros_like(rows)) | rows
+            return any(bool(rows.any()) for rows in alone.values())
+
+    def rows(self, label: Label, dims: Iterable[Dim]) -> Rows:
+        """Return which rows of its parameters what is in some dimensions of a tensor comes from, where it is known."""
+        found = {}
+        with unset_fake_temporarily():
+            wanted = list(axes_in([tuple(factors_of(dim)) for dim in dims]))
+            for name in label.sources:
+                for dim, axis in enumerate(self.uses[name].axes):
+                    rows = _rows(axis, wanted)
+                    for taken, place in label.places:
+                        row, at = taken.root.row, axis.entries(taken.root)
+                        if any(axis is part for part in row):  # a bias that was put together of several
+                            rows &= axis is row[place]
+                        elif (at >= 0).any():
+                            rows &= at == place
+                    if rows.any():
+                        found[name, dim] = rows
+        return found
 
     def query_rows(self, use: Use, dim: int) -> Tensor | None:
         """Return which positions along a dimension of a parameter are queries; None where nothing is known."""
-        found = self._queries.get((use.name, dim))
-        return found if found is not None and len(found) == use.axes[dim].size else None
+        return self._queries.get((use.name, dim))
+
+    def silent_rows(self, use: Use, dim: int) -> Tensor | None:
+        """Return which positions along a dimension of a parameter only gate others; None where nothing is known."""
+        return self._silent.get((use.name, dim))
 
     def finish(self, outputs: Iterable[Tensor]) -> None:
         """Fix what leaves the model, and tie the values of an attention to its queries and keys."""
