@@ -138,6 +138,44 @@ class Parted(nn.Module):
         return self.out(found.transpose(1, 2).flatten(2))
 
 
+class Modulated(nn.Module):
+    """Two axes of one size and a few gates come out of one layer, and a list says where each ends, as in FocalNet."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.all, self.sizes = nn.Linear(WIDTH, 2 * WIDTH + 2), [WIDTH, WIDTH, 2]
+        self.mix, self.out = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        values, context, gates = self.all(x).split(self.sizes, dim=-1)
+        context = F.gelu(context) * gates[..., :1] + context.mean(1, keepdim=True) * gates[..., 1:]
+        return self.out(values * self.mix(context))
+
+
+class AllInOne(nn.Module):
+    """Neurons, queries, keys and values come out of one layer; one list of sizes ends all of them; heads are normed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads, self.size, self.sizes = HEADS, SIZE, [40, WIDTH, WIDTH, WIDTH]
+        self.all, self.out, self.down = nn.Linear(WIDTH, sum(self.sizes)), nn.Linear(WIDTH, WIDTH), nn.Linear(40, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden, *parts = self.all(x).split(self.sizes, dim=-1)
+        queries, keys, values = (part.view(*x.shape[:2], self.heads, self.size).transpose(1, 2) for part in parts)
+        queries, keys = F.layer_norm(queries, (self.size,)), F.layer_norm(keys, (self.size,))
+        found = F.scaled_dot_product_attention(queries, keys, values)
+        return self.out(found.transpose(1, 2).flatten(2)) + self.down(F.gelu(hidden))
+
+
+@pytest.mark.parametrize("inner", [Modulated, AllInOne])
+def test_units_side_by_side_in_one_layer_are_cut_with_each_other_and_without(inner: Callable[[], nn.Module]) -> None:
+    model = built(inner)
+    units = upop.survey(model, EXAMPLE).units
+    assert len(units) == 4
+    assert all(difference(model, chosen, 0) < 1e-9 for chosen in (units, *([unit] for unit in units)))
+
+
 @pytest.mark.parametrize(
     ("inner", "entry", "count"),
     [

@@ -153,18 +153,19 @@ def _slice(model: nn.Module, trace: Trace, group: Group, part: Part) -> Slice:
     if "dimension" in group.axis.marks:
         queries = _flagged(trace.query_rows(part.use, part.dim), part, inners)
     first = queries == tuple(range(len(queries)))
+    mlp = not group.attends  # in an attention, what gates one thing may make another
     is_parameter = isinstance(tensor_of(model, part.use.name), nn.Parameter)
     return Slice(
         part.use.name,
         part.dim,
         len(inners),
         inner,
-        produces=makes and not part.gates and is_parameter,
+        produces=makes and not (mlp and part.gates) and is_parameter,
         query_groups=len(queries) if first else 0,
         direct=part.use.direct and makes,
         gaps=tuple(gaps) if any(gaps) else (),
         queries=() if first else queries,
-        silent=_flagged(trace.silent_rows(part.use, part.dim), part, inners) if makes else (),
+        silent=_flagged(trace.silent_rows(part.use, part.dim), part, inners) if makes and mlp else (),
     )
 
 

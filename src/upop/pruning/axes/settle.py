@@ -8,6 +8,7 @@ run go on longer is kept.
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -133,11 +134,13 @@ def _now(axis: Axis, sizes: Mapping[Axis, int]) -> int:
 
 
 def smaller(candidates: Iterable[Candidate]) -> dict[str, tuple[int, ...]]:
-    """Return entries to keep of every unit: about two thirds of them, no two sizes of a model alike where it can be."""
-    plan = {}
+    """Return entries to keep of every unit: about two thirds of them, and other numbers for units side by side."""
+    plan: dict[str, tuple[int, ...]] = {}
+    beside = Counter[tuple[str, int]]()
     for each in candidates:
         size = each.unit.size
-        kept = max(1, size - max(1, round(size / 3)))
+        kept = max(1, size - max(1, round(size / 3)) - beside[each.holder, size])
+        beside[each.holder, size] += 1
         plan[each.unit.name] = tuple(range(size - kept, size))
     return plan
 
@@ -165,9 +168,9 @@ def stop_of(shapes: Shapes, trace: Trace, candidates: list[Candidate]) -> Stop |
 
 @dataclass(frozen=True)
 class _Remedy:
-    """A change that lets a forward go on: numbers to set again, and classes to take on."""
+    """A change that lets a forward go on: numbers to set again, each for some candidates, and classes to take on."""
 
-    attributes: tuple[Attribute, ...] = ()
+    attributes: tuple[tuple[Attribute, tuple[Candidate, ...]], ...] = ()
     swaps: tuple[Swap, ...] = ()
 
 
@@ -220,25 +223,28 @@ def _remedies(model: nn.Module, trace: Trace, involved: list[Candidate], at: int
         return
     step = trace.steps[at]
     around = list(_around(step.module))[:_LEVELS]
-    numbers = dict.fromkeys(
-        Attribute(path, name, value // each.unit.size)
-        for path in around
-        for name, value in kept_numbers(model.get_submodule(path))
-        for each in involved
-        if value > 0
-        and value % each.unit.size == 0
-        and Attribute(path, name, value // each.unit.size) not in each.unit.attributes
-    )
-    tried = list(numbers)[:_MOST_TRIED]
+    numbers: dict[Attribute, tuple[Candidate, ...]] = {}
+    for path in around:
+        for name, value in kept_numbers(model.get_submodule(path)):
+            for each in involved:
+                number = Attribute(path, name, value // each.unit.size)
+                if value > 0 and value % each.unit.size == 0 and number not in each.unit.attributes:
+                    numbers[number] = (*numbers.get(number, ()), each)
+    tried = list(numbers.items())[:_MOST_TRIED]
     yield from (_Remedy((number,)) for number in tried)
     for path in around:
         module = model.get_submodule(path)
         if isinstance(module, nn.MultiheadAttention):
-            yield _Remedy((Attribute(path, "head_dim"),), (Swap(path, narrow_multihead(type(module)), MULTIHEAD),))
+            head_dim = Attribute(path, "head_dim"), tuple(involved)
+            yield _Remedy((head_dim,), (Swap(path, narrow_multihead(type(module)), MULTIHEAD),))
         for near in trace.steps[at : at + _NEAR]:
-            widths = tuple(_widths(near, path, involved))
+            widths = tuple((width, tuple(involved)) for width in _widths(near, path, involved))
             if widths:
                 yield _Remedy(widths, (Swap(path, narrow_class(type(module)), NARROW),))
+    for _, alike in itertools.groupby(tried, lambda each: (each[0].module, each[0].name.split("[")[0], each[0].factor)):
+        yield _Remedy(tuple(alike))  # equal numbers of one list
+    alone = [(number, (each,)) for number, owners in tried for each in owners][:_MOST_TRIED]
+    yield from map(_Remedy, itertools.combinations(alone, 2))
     yield from map(_Remedy, itertools.combinations(tried, 2))
 
 
@@ -290,8 +296,8 @@ def _with(model: nn.Module, candidates: list[Candidate], remedy: _Remedy, involv
     result = []
     for each in candidates:
         attributes, swaps = list(each.unit.attributes), list(each.unit.swaps)
-        for attribute in remedy.attributes:
-            for path in _alike(model, attribute.module, each, involved):
+        for attribute, owners in remedy.attributes:
+            for path in _alike(model, attribute.module, each, owners):
                 mine = replace(attribute, module=path)
                 value = dict(kept_numbers(model.get_submodule(path))).get(attribute.name)
                 assert attribute.factor is not None
@@ -307,7 +313,7 @@ def _with(model: nn.Module, candidates: list[Candidate], remedy: _Remedy, involv
     return result
 
 
-def _alike(model: nn.Module, path: str, candidate: Candidate, involved: list[Candidate]) -> list[str]:
+def _alike(model: nn.Module, path: str, candidate: Candidate, involved: Iterable[Candidate]) -> list[str]:
     """Return the modules that are to a candidate what the one at `path` is to one of those involved."""
     module = model.get_submodule(path)
     found = []
@@ -318,7 +324,7 @@ def _alike(model: nn.Module, path: str, candidate: Candidate, involved: list[Can
             found.append(path)
             continue
         twin = _moved(path, other.holder, candidate.holder)
-        if twin is None:
+        if twin is None or _places(other) != _places(candidate):
             continue
         try:
             if type(model.get_submodule(twin)) is type(module):
@@ -326,6 +332,12 @@ def _alike(model: nn.Module, path: str, candidate: Candidate, involved: list[Can
         except AttributeError:
             continue
     return list(dict.fromkeys(found))
+
+
+def _places(candidate: Candidate) -> set[tuple[str, int, tuple[bool, ...]]]:
+    """Return where a candidate's slices lie: the tensors beside its holder, and whether something lies around them."""
+    slices = candidate.unit.slices
+    return {(part.tensor.removeprefix(candidate.holder), part.dim, tuple(map(bool, part.gaps))) for part in slices}
 
 
 def _moved(path: str, holder: str, other: str) -> str | None:
