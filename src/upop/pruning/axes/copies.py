@@ -27,6 +27,7 @@ from upop.pruning.axes.mode import Mode
 from upop.pruning.costs import call
 from upop.pruning.errors import LayoutError
 from upop.pruning.sharded import is_sharded_tensor, sharded_modules, unsharded_class
+from upop.pruning.units import tensor_of
 
 _MOST_COPIED = 500_000_000
 """Parameters of the largest model of which copies with numbers are made because a forward asks for them."""
@@ -133,6 +134,7 @@ class Shapes:
 
     Attributes:
         read: the names of the parameters that a call reads.
+        silent: the names of parameters that are 0 in every copy with numbers.
 
     Raises:
         LayoutError: the model cannot be run with the example.
@@ -142,6 +144,7 @@ class Shapes:
         self._model, self._given = model, example
         self._tensors: dict[int, Tensor] = {}
         self.read: set[str] = set()
+        self.silent: set[str] = set()
         self.mode: FakeTensorMode | None = FakeTensorMode(allow_non_fake_inputs=True)
         self.example = self._example()
         error = self._raises()
@@ -179,7 +182,10 @@ class Shapes:
     def copy(self) -> nn.Module:
         """Return a copy; all copies hold the same tensors where these have no numbers that a run could change."""
         if self.mode is None:
-            return copied(self._model, changed(self._model, self._copied))
+            twin = copied(self._model, changed(self._model, self._copied))
+            for name in self.silent:
+                tensor_of(twin, name).detach().zero_()
+            return twin
         self._tensors = self._tensors or changed(self._model, self._copied)
         shared = (FakeTensor, nn.Parameter)
         own = {key: each if isinstance(each, shared) else each.clone() for key, each in self._tensors.items()}

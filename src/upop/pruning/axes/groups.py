@@ -68,7 +68,8 @@ class Group:
 def groups(trace: Trace) -> dict[Axis, Group]:
     """Return every axis of the model's parameters that something produces, fixed or not."""
     found: dict[Axis, Group] = {}
-    gates = {(name, axis.root) for name, axis in trace.gates}
+    gating, added = ({(name, axis.root) for name, axis in pairs} for pairs in (trace.gates, trace.added))
+    gates = gating - added
     for use in trace.uses.values():
         for dim, axis in enumerate(use.axes):
             roles = use.roles.get(dim, set())

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from upop.pruning.axes.axis import Axis, Dim, axes_in, concatenate, cut_out, factors_of, fix, length, regroup, tie
-from upop.pruning.axes.rule import CONSTANT, like, past_of, rule, tensors_in, unknown
+from upop.pruning.axes.rule import CONSTANT, attends_of, like, past_of, rule, tensors_in, unknown
 from upop.pruning.axes.trace import Label, Rows, Trace
 
 
@@ -78,14 +78,15 @@ def elementwise(trace: Trace, args: Any, kwargs: Any, result: Any, name: str) ->
     if not live:
         sources = frozenset().union(*(label.sources for label in labels))
         made = Label(dims, sources, True, not given and any(label.parameter for label in labels), past_of(labels))
+        made.latent = made.parameter and any(label.latent for label in labels)
     else:
         made = _merged(trace, live, dims, base, rows)
         if base in ("add", "sub"):
             made.sources = made.sources.union(*(label.sources for label in labels if label.parameter))
         made.latent = made.parameter = not given
         made.past = past_of(labels)
-        made.attends = next((label.attends for label in labels if label.attends), ())
         made.places = tuple(place for label in live for place in label.places)
+    made.attends = attends_of(labels)
     for output in outputs:
         if tuple(output.shape) == tuple(length(dim) for dim in dims):
             trace.set(output, made)
@@ -104,9 +105,11 @@ def _merged(trace: Trace, live: list[Label], dims: list[Dim], name: str, rows: S
     linear = name in _LINEAR or all(not label.linear for label in live)
     sources = frozenset().union(*(label.sources for label in live))
     if name in ("add", "sub") and len(live) == 2:
+        leaves = {leaf for axis in axes_in(dims) for leaf in axis.leaves()}
+        trace.added.update((source, leaf) for leaf in leaves for source in sources)
         own = [trace.bits(label.sources) for label in live]
         again = own[0] != own[1] and any(own[at] and own[at] & live[1 - at].past == own[at] for at in (0, 1))
-        for leaf in {leaf for axis in axes_in(dims) for leaf in axis.leaves()} if again else ():
+        for leaf in leaves if again else ():
             if trace.summed(leaf, past_of(live)):
                 leaf.mark("residual")
     if name in _PRODUCTS and len(live) == 2:
@@ -154,6 +157,15 @@ def _transpose(trace: Trace, args: Any, kwargs: Any, result: Any, name: str) -> 
         a, b = args[1:3] if len(args) > 2 else (0, 1)
         dims[a], dims[b] = dims[b], dims[a]
     trace.set(result, like(label, dims))
+
+
+@rule("view_as_complex", "view_as_real")
+def _pairs(trace: Trace, args: Any, kwargs: Any, result: Any, name: str) -> None:
+    label = trace.label(args[0])
+    dims = list(label.dims)
+    if name == "view_as_complex":
+        fix(dims.pop(), "real and imaginary parts are told apart by their places")
+    trace.set(result, like(label, dims if name == "view_as_complex" else [*dims, (2,)]))
 
 
 @rule("expand")
@@ -302,6 +314,7 @@ def _join(trace: Trace, labels: list[Label], dim: int, result: Tensor, along: Ca
     sources = frozenset().union(*(label.sources for label in live or labels))
     made = Label(dims, sources, all(label.linear for label in labels), not live, past_of(labels))
     made.places = tuple(place for label in labels for place in label.places)
+    made.attends = attends_of(labels)
     trace.set(result, made)
 
 
@@ -338,7 +351,31 @@ def _pad(trace: Trace, args: Any, kwargs: Any, result: Any, name: str) -> None:
     trace.set(result, like(label, dims))
 
 
-@rule("embedding", "index_select", "gather", "index", "_unsafe_index", "take", "index_put", "scatter", "scatter_add")
+@rule("index_add", "index_copy", "index_put", "_index_put_impl", "scatter", "scatter_add", "scatter_reduce")
+def _put(trace: Trace, args: Any, kwargs: Any, result: Any, name: str) -> None:
+    """Puts or adds rows where numbers say: what comes after these rows meets."""
+    label = trace.label(args[0])
+    new = trace.label([each for each in args[1:] if isinstance(each, Tensor)][-1])
+    if name.startswith(("index_add", "index_copy")):
+        chosen = args[1] % len(label.dims) + 1
+    elif "index_put" in name and all(each is not None and each.dtype != torch.bool for each in args[1]):
+        chosen = len(args[1])
+    else:
+        return unknown(trace, args, kwargs, result, name)
+    dims = list(label.dims)
+    for place in range(-len(dims), 0):
+        known = -place <= len(new.dims)
+        if place < chosen - len(dims):
+            fix(dims[place], "its entries are chosen by number")
+            fix(new.dims[place] if known else (), "its entries are chosen by number")
+        elif known and length(new.dims[place]) > 1:
+            tie(dims[place], new.dims[place], CONSTANT)
+            dims[place] = new.dims[place]
+    trace.set(result, Label(dims, label.sources | new.sources, past=past_of([label, new])))
+    return None
+
+
+@rule("embedding", "index_select", "gather", "index", "_unsafe_index", "take")
 def _index(trace: Trace, args: Any, kwargs: Any, result: Any, name: str) -> None:
     label = trace.label(args[0])
     if name == "embedding":

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 WIDTHS = "cut_widths"
-"""Attribute of a narrow module: "view.rank.dim.old" or "part.rank.dim.old" -> new."""
+"""Attribute of a narrow module: "view.rank.dim.old", "expand.rank.dim.old" or "part.rank.dim.old" -> new."""
 
 _SHAPED = (Tensor.view, Tensor.reshape, torch.reshape)
+_UNFLATTEN = (Tensor.unflatten, torch.unflatten)
 _SPLIT = (Tensor.split, torch.split, torch.functional.split)
 
 
@@ -37,7 +38,11 @@ class _Widths(TorchFunctionMode):
     ) -> Any:
         del types
         kwargs = kwargs or {}
-        if func in _SHAPED and len(args) > 1:
+        if func is Tensor.expand and len(args) > 1:
+            return func(args[0], self._expanded(args[0], args[1:] if isinstance(args[1], int) else args[1]))
+        if func in _UNFLATTEN and len(args) > 2:
+            return func(*args[:2], self._parts(*args[:3]))
+        if func in _SHAPED and len(args) > 1 and not isinstance(args[1], torch.dtype):
             return func(args[0], self._shape(args[0], args[1:] if isinstance(args[1], int) else args[1]))
         if func in _SPLIT and len(args) > 1:
             dim = args[2] if len(args) > 2 else kwargs.get("dim", 0)
@@ -50,6 +55,17 @@ class _Widths(TorchFunctionMode):
         rank = len(sizes)
         cut = [self._widths.get(("view", rank, place), {}).get(size, size) for place, size in enumerate(sizes)]
         return cut if _fits(tensor, cut) else list(sizes)
+
+    def _parts(self, tensor: Tensor, dim: int, sizes: Sequence[int]) -> Sequence[int]:
+        dim, rank = dim % tensor.dim(), tensor.dim() - 1 + len(sizes)
+        cut = [self._widths.get(("view", rank, dim + place), {}).get(size, size) for place, size in enumerate(sizes)]
+        return cut if -1 in cut or math.prod(cut) == tensor.shape[dim] else sizes
+
+    def _expanded(self, tensor: Tensor, sizes: Any) -> list[Any]:
+        known, rank = tuple(tensor.shape), len(sizes)
+        here = [1] * (rank - len(known)) + list(known)
+        cut = [self._widths.get(("expand", rank, place), {}).get(size, size) for place, size in enumerate(sizes)]
+        return [new if here[place] in (1, new) else sizes[place] for place, new in enumerate(cut)]
 
     def _ratio(self, tensor: Tensor, dim: int) -> tuple[int, int] | None:
         """Return the old and new length of a dimension that was cut."""

@@ -156,13 +156,18 @@ def _produced(
                     trace.note(label, place, "produces")
     past = a.past | b.past
     if a.parameter != b.parameter:
-        weight = a if a.parameter else b
-        return Label(dims, weight.sources, past=past, attends=a.attends or b.attends)
+        weight, given, rest = (a, b, b_dims) if a.parameter else (b, a, a_dims)
+        if trace.opens(given.sources, rest):  # it is summed over another axis: what made this one still does
+            return Label(dims, weight.sources | given.sources, given.linear, past=past, attends=given.attends)
+        return Label(dims, weight.sources, past=past, attends=given.attends)
     if a.parameter:
         return Label(dims, a.sources | b.sources, parameter=True, latent=True, past=past)
     summed = a.attends or b.attends or over
-    if trace.opens(a.sources | b.sources, dims[-1:]):
-        trace.pair(summed, dims[-1])
+    values = a_dims[-1:] if b.attends and not a.attends else b_dims[-1:]
+    if trace.opens(a.sources | b.sources, values):
+        trace.pair(summed, values[0])
+        for axis in axes_in(values) if a.attends or b.attends else ():
+            axis.mark("dimension")
         summed = ()  # these are no scores
     return Label(dims, a.sources | b.sources, a.linear and b.linear, past=past, attends=summed)
 
@@ -195,10 +200,17 @@ def _convolution(trace: Trace, args: Any, kwargs: Any, result: Any, name: str) -
         tie(extra.dims[0], made, CONSTANT)
         trace.note(extra, 0, "added")
         sources, past = sources | extra.sources, past | extra.past
-    for dim in x.dims[2:]:
+    spatial: list[Dim] = []
+    for place, dim in enumerate(x.dims[2:]):
+        if weight.shape[2 + place] == 1 and result.shape[2 + place] == inputs.shape[2 + place]:
+            spatial.append(dim)
+            continue
         fix(dim, "a convolution moves over it")
-    spatial: list[Dim] = [(size,) if size > 1 else () for size in result.shape[2:]]
-    trace.set(result, Label([x.dims[0], made, *spatial], sources, past=past))
+        spatial.append((result.shape[2 + place],) if result.shape[2 + place] > 1 else ())
+    mixes = trace.opens(x.sources, spatial)  # what made these axes still does
+    sources |= x.sources if mixes else frozenset()
+    linear = not mixes or (x.linear and bias is None)
+    trace.set(result, Label([x.dims[0], made, *spatial], sources, linear, past=past, attends=x.attends))
     return None
 
 
@@ -295,7 +307,10 @@ def _group_norm(trace: Trace, args: Any, kwargs: Any, result: Any, name: str) ->
             own = trace.label(each)
             tie(own.dims[0], label.dims[1], CONSTANT)
             trace.note(own, 0, "added")
-    trace.set(tensors_in(result)[0], replace(label, dims=list(label.dims), linear=False))
+    outputs = tensors_in(result)
+    trace.set(outputs[0], replace(label, dims=list(label.dims), linear=False))
+    for each in outputs[1:]:
+        trace.set(each, Label([label.dims[0], parts[0]]))
 
 
 @rule("glu")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -10,10 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from upop.pruning.axes.axis import Axis
 from upop.pruning.axes.candidates import Candidate, NotCuttableError, candidate, named_apart
 from upop.pruning.axes.copies import Shapes, numbered, told
-from upop.pruning.axes.groups import Group, groups
+from upop.pruning.axes.groups import groups
 from upop.pruning.axes.obstacles import obstacle, obstacles
 from upop.pruning.axes.proof import Bench, prove, scaled
 from upop.pruning.axes.reasons import tell
@@ -38,33 +37,26 @@ def read(model: nn.Module, example: Any) -> tuple[list[Unit], list[Skipped]]:
 
 def _read(model: nn.Module, example: Any) -> tuple[list[Unit], list[Skipped]]:
     shapes = Shapes(model, example)
-    trace = traced(shapes)
-    found = groups(trace)
-    chosen: list[Candidate] = []
-    skipped: list[Skipped] = []
-    for group in _wanted(found):
-        try:
-            chosen.append(candidate(model, trace, group))
-        except NotCuttableError as reason:
-            skipped.append(Skipped(group.makers[0].use.name.rpartition(".")[0], str(reason)))
-    chosen = named_apart(chosen)
+    trace, chosen, skipped = _looked(model, shapes)
+    if shapes.mode is None:  # numbers say where the forward goes, and a cut must not change them
+        shapes.silent = {part.tensor for each in chosen for part in each.unit.slices if not part.produces}
+        trace, chosen, skipped = _looked(model, shapes)
     bench: Bench | None = None
     proved: list[Candidate] = []
     lost: list[tuple[str, str]] = []
     for pending in _rounds(chosen):
-        taken: dict[str, list[tuple[Slice, int]]] = {}
-        for each in proved:
-            for part in each.unit.slices:
-                taken.setdefault(part.tensor, []).append((part, each.unit.size))
-        pending = [each for each in pending if not _overlaps(each.unit, taken)]
+        rivals = _rivals(pending, proved)
+        pending = [each for each in pending if _more(each, rivals[each.unit.name])]
         if pending:
             pending, reasons = settle(model, shapes, trace, pending)
             bench = bench or _bench(model, example)
             pending = scaled(bench, model, pending)
             wrong: dict[str, str] = {}
-            proved += prove(bench, pending, wrong)
+            better = prove(bench, pending, wrong)
             tell(bench, model, trace, pending, wrong)
             lost += (reasons | wrong).items()
+            beaten = {id(rival) for each in better for rival in rivals[each.unit.name]}
+            proved = [each for each in proved if id(each) not in beaten] + better
     barred = obstacles(model)
     skipped = [each for each in skipped if each.reason not in barred.values()]
     skipped = [*(Skipped(name, reason.removeprefix(f"{name} ")) for name, reason in barred.items()), *skipped]
@@ -88,6 +80,19 @@ def _bench(model: nn.Module, example: Any) -> Bench:
     return bench
 
 
+def _looked(model: nn.Module, shapes: Shapes) -> tuple[Trace, list[Candidate], list[Skipped]]:
+    """Return a trace, what may be cut by it, and what not with the reason."""
+    trace = traced(shapes)
+    chosen: list[Candidate] = []
+    skipped: list[Skipped] = []
+    for group in groups(trace).values():
+        try:
+            chosen.append(candidate(model, trace, group))
+        except NotCuttableError as reason:
+            skipped.append(Skipped(group.makers[0].use.name.rpartition(".")[0], str(reason)))
+    return trace, named_apart(chosen), skipped
+
+
 def traced(shapes: Shapes) -> Trace:
     """Run a model once, without numbers, and follow its axes."""
     twin = shapes.copy()
@@ -103,18 +108,34 @@ def traced(shapes: Shapes) -> Trace:
     return trace
 
 
-def _overlaps(unit: Unit, proved: Mapping[str, list[tuple[Slice, int]]]) -> bool:
-    """Whether a unit cuts rows that another one cuts, or rows of one tensor along two dimensions, as heads and theirs.
+def _rivals(pending: Iterable[Candidate], proved: Iterable[Candidate]) -> dict[str, list[Candidate]]:
+    """Return, by name, whose rows each one cuts too, or whose tensors along another dimension, as heads and theirs."""
+    taken: dict[str, list[tuple[Slice, Candidate]]] = {}
+    for each in proved:
+        for part in each.unit.slices:
+            taken.setdefault(part.tensor, []).append((part, each))
+    found: dict[str, list[Candidate]] = {}
+    for each in pending:
+        met: dict[int, Candidate] = {}
+        for part in each.unit.slices:
+            for other, rival in taken.get(part.tensor, ()):
+                if id(rival) not in met and _meet(part, each.unit.size, other, rival.unit.size):
+                    met[id(rival)] = rival
+        found[each.unit.name] = list(met.values())
+    return found
 
-    `proved` gives the slices of each tensor and the size of their unit.
-    """
-    for part in unit.slices:
-        for other, size in proved.get(part.tensor, ()):
-            if part.dim != other.dim and part.produces and other.produces:
-                return True
-            if part.dim == other.dim and bool(((part.entries(unit.size) >= 0) & (other.entries(size) >= 0)).any()):
-                return True
-    return False
+
+def _meet(one: Slice, size: int, other: Slice, other_size: int) -> bool:
+    if one.dim != other.dim:
+        return one.produces and other.produces
+    return bool(((one.entries(size) >= 0) & (other.entries(other_size) >= 0)).any())
+
+
+def _more(candidate: Candidate, rivals: list[Candidate]) -> bool:
+    """Whether heads take rows from a layer that is left out by the dimensions which they would replace."""
+    covered = {part.tensor for each in rivals for part in each.unit.slices}
+    left_out = (part for part in candidate.unit.producers if part.tensor not in covered)
+    return not rivals or any(max(part.inners) > 1 for part in left_out)
 
 
 def _rounds(chosen: list[Candidate]) -> Iterator[list[Candidate]]:
@@ -133,7 +154,3 @@ def _rounds(chosen: list[Candidate]) -> Iterator[list[Candidate]]:
             taken |= axes
         yield now
         heads = later
-
-
-def _wanted(found: dict[Axis, Group]) -> list[Group]:
-    return list(found.values())

@@ -52,3 +52,8 @@ def past_of(labels: Sequence[Label]) -> int:
     for label in labels:
         past |= label.past
     return past
+
+
+def attends_of(labels: Sequence[Label]) -> Dim:
+    """Return what queries and keys were contracted over, of scores among some tensors."""
+    return next((label.attends for label in labels if label.attends), ())

@@ -40,6 +40,7 @@ _NEAR = 3
 """How many operations further on the one may be that a call was made for: a reshape first copies."""
 _KINDS = {
     **dict.fromkeys(("view", "_unsafe_view", "reshape", "_reshape_alias"), "view"),
+    "expand": "expand",
     **dict.fromkeys(("split", "split_with_sizes", "slice", "unsafe_split", "split_with_sizes_copy"), "part"),
 }
 COPIES = {"clone", "_to_copy", "contiguous", "detach", "alias", "lift_fresh"}
@@ -232,6 +233,8 @@ def _remedies(model: nn.Module, trace: Trace, involved: list[Candidate], at: int
                     numbers[number] = (*numbers.get(number, ()), each)
     tried = list(numbers.items())[:_MOST_TRIED]
     yield from (_Remedy((number,)) for number in tried)
+    lists = itertools.groupby(tried, key=lambda number: (number.module, number.name.partition("[")[0]))
+    yield from (_Remedy(together) for _, each in lists if len(together := tuple(each)) > 1)
     for path in around:
         module = model.get_submodule(path)
         if isinstance(module, nn.MultiheadAttention):
@@ -251,7 +254,7 @@ def _remedies(model: nn.Module, trace: Trace, involved: list[Candidate], at: int
 def _widths(step: Step, path: str, involved: list[Candidate]) -> Iterator[Attribute]:
     """Yield the widths that a call may name that reshapes or takes apart a tensor which carries a unit's axis."""
     kind = _KINDS.get(step.name)
-    dims = step.dims[0] if kind == "view" else step.given
+    dims = step.given if kind == "part" else step.dims[0]
     if kind is None or dims is None:
         return
     for place, dim in enumerate(dims):

@@ -102,7 +102,8 @@ class Trace(Mode):
     Attributes:
         uses: parameter's name -> what it was seen to do.
         steps: all operations, in order.
-        gates: parameters that only gate what others make.
+        gates: parameters that gate what others make.
+        added: parameters whose rows are added to those of others: what they make is there without any gate.
         modules: the dotted names of the modules that ran, with the classes' own calls.
     """
 
@@ -112,6 +113,7 @@ class Trace(Mode):
         self.uses: dict[str, Use] = {}
         self.steps: list[Step] = []
         self.gates: set[tuple[str, Axis]] = set()
+        self.added: set[tuple[str, Axis]] = set()
         self.stack: list[str] = []
         self._labels: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self._names = {module: name for name, module in model.named_modules()}

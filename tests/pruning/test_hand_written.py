@@ -1,0 +1,324 @@
+"""Modules as people write them by hand: what they are cut along, and that the cut computes what masking does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import upop
+from pruning.test_axes import EXAMPLE, HEADS, WIDTH, built, difference
+
+SIZE = WIDTH // HEADS
+HIDDEN = 40
+
+
+class Attention(nn.Module):
+    """Four layers, and heads by view; what differs is in `attend`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.out = (nn.Linear(WIDTH, WIDTH) for _ in range(4))
+        self.more()
+
+    def more(self) -> None: ...
+
+    def split(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (HEADS, -1)).transpose(1, 2)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1) @ v
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.attend(*(self.split(f(x)) for f in (self.q, self.k, self.v))).transpose(1, 2).flatten(2))
+
+
+class OneHead(nn.Module):
+    """One of the heads of Karpathy's first GPT."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.key, self.query, self.value = (nn.Linear(WIDTH, SIZE, bias=False) for _ in range(3))
+        self.register_buffer("tril", torch.tril(torch.ones(16, 16)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        keys = self.key(x)
+        scores = self.query(x) @ keys.transpose(-2, -1) * keys.shape[-1] ** -0.5
+        later = self.get_buffer("tril")[: x.shape[1], : x.shape[1]] == 0
+        return scores.masked_fill(later, float("-inf")).softmax(-1) @ self.value(x)
+
+
+class HeadsInAList(nn.Module):
+    """Heads that are modules, whose outputs are joined."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads, self.proj = nn.ModuleList(OneHead() for _ in range(HEADS)), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(torch.cat([head(x) for head in self.heads], dim=-1))
+
+
+class WeightsByHead(nn.Module):
+    """Weights of three dimensions and products by einsum, as in flax."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (nn.Parameter(torch.randn(WIDTH, HEADS, SIZE) * WIDTH**-0.5) for _ in range(3))
+        self.out = nn.Parameter(torch.randn(HEADS, SIZE, WIDTH) * WIDTH**-0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (torch.einsum("btm,mhd->bthd", x, weight) for weight in (self.q, self.k, self.v))
+        scores = torch.einsum("bqhd,bkhd->bhqk", q, k) * q.shape[-1] ** -0.5
+        return torch.einsum("bqhd,hdm->bqm", torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), v), self.out)
+
+
+class Complex(Attention):
+    """Rotary positions by complex numbers, as in Llama's own code; two heads of keys and values would do as well."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        angles = torch.outer(
+            torch.arange(q.shape[2], dtype=q.dtype), 0.5 ** torch.arange(q.shape[-1] // 2, dtype=q.dtype)
+        )
+        turn = torch.polar(torch.ones_like(angles), angles)
+        q, k = (
+            torch.view_as_real(torch.view_as_complex(each.reshape(*each.shape[:-1], -1, 2)) * turn).flatten(3)
+            for each in (q, k)
+        )
+        return F.scaled_dot_product_attention(q, k, v)
+
+
+class Talking(Attention):
+    """Heads that are mixed before and after the softmax."""
+
+    def more(self) -> None:
+        self.before, self.after = nn.Parameter(torch.randn(HEADS, HEADS)), nn.Conv2d(HEADS, HEADS, 1)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        scores = torch.einsum("bhij,hg->bgij", q @ k.mT * q.shape[-1] ** -0.5, self.before)
+        return self.after(scores.softmax(-1)) @ v
+
+
+class Sinks(Attention):
+    """One logit per head that takes what no key deserves."""
+
+    def more(self) -> None:
+        self.sinks = nn.Parameter(torch.randn(HEADS))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        scores = q @ k.mT * q.shape[-1] ** -0.5
+        sinks = self.sinks.view(1, -1, 1, 1).expand(len(q), -1, q.shape[2], -1)
+        return torch.cat([scores, sinks], -1).softmax(-1)[..., :-1] @ v
+
+
+class NormedByHead(Attention):
+    """A norm over every head of what comes out."""
+
+    def more(self) -> None:
+        self.norm = nn.GroupNorm(HEADS, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (self.split(f(x)) for f in (self.q, self.k, self.v))
+        joined = self.attend(q, k, v).transpose(1, 2).flatten(2)
+        return self.out(self.norm(joined.flatten(0, 1)).view_as(joined))
+
+
+class Positions(Attention):
+    """Content and positions side by side in every head: the scale follows the size of both."""
+
+    def more(self) -> None:
+        self.at_q, self.at_k = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k = (
+            torch.cat([self.split(a(x)), self.split(b(x))], -1) for a, b in ((self.q, self.at_q), (self.k, self.at_k))
+        )
+        return self.out(self.attend(q, k, self.split(self.v(x))).transpose(1, 2).flatten(2))
+
+
+class OverChannels(nn.Module):
+    """One head over all channels, channels first, values on the left: autoencoders for diffusion."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.out = (nn.Conv1d(WIDTH, WIDTH, 1) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (layer(x.transpose(1, 2)) for layer in (self.q, self.k, self.v))
+        scores = torch.bmm(q.transpose(1, 2), k) * q.shape[1] ** -0.5
+        return self.out(torch.bmm(v, scores.softmax(2).transpose(1, 2))).transpose(1, 2)
+
+
+class Beside(nn.Module):
+    """Attention and MLP out of one layer, and into one layer, with the sizes in a tuple."""
+
+    def __init__(self, joined: bool) -> None:
+        super().__init__()
+        self.sizes, self.joined = (WIDTH, WIDTH, WIDTH, HIDDEN), joined
+        self.first = nn.Linear(WIDTH, 3 * WIDTH + HIDDEN, bias=False)
+        self.last = (
+            nn.Linear(WIDTH + HIDDEN, WIDTH)
+            if joined
+            else nn.ModuleList([nn.Linear(WIDTH, WIDTH), nn.Linear(HIDDEN, WIDTH)])
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        *parts, hidden = self.first(x).split(self.sizes, dim=-1)
+        q, k, v = (each.unflatten(-1, (HEADS, -1)).transpose(1, 2) for each in parts)
+        found, hidden = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2), F.gelu(hidden)
+        if self.joined:
+            return self.last(torch.cat([found, hidden], -1))
+        one, other = self.last
+        return one(found) + other(hidden)
+
+
+class Flexible(Attention):
+    """Flex attention, with a score that follows the distance."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        from torch.nn.attention.flex_attention import flex_attention
+
+        def nearer(score: Tensor, batch: Tensor, head: Tensor, i: Tensor, j: Tensor) -> Tensor:
+            return score + (i - j) * 0.1
+
+        return flex_attention(q, k, v, score_mod=nearer)
+
+
+@pytest.mark.parametrize(
+    ("inner", "found"),
+    [
+        (HeadsInAList, {("attention", "dimension"): 2 * HEADS}),
+        (WeightsByHead, {("attention", "dimension"): 2}),
+        (Complex, {("attention", "head"): 2}),
+        (Talking, {("attention", "dimension"): 2}),
+        (Sinks, {("attention", "dimension"): 2}),
+        (NormedByHead, {("attention", "head"): 2}),
+        (Positions, {("attention", "head"): 2}),
+        (OverChannels, {("attention", "dimension"): 2}),
+        (lambda: Beside(True), {("attention", "dimension"): 2, ("mlp", "neuron"): 2}),
+        (lambda: Beside(False), {("attention", "dimension"): 2, ("mlp", "neuron"): 2}),
+    ],
+)
+def test_attentions(inner: Callable[[], nn.Module], found: dict[tuple[str, str], int]) -> None:
+    check(inner, found)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_flex_attention() -> None:
+    check(Flexible, {("attention", "dimension"): 2})
+
+
+def check(inner: Callable[[], nn.Module], expected: dict[tuple[str, str], int]) -> None:
+    model = built(inner)
+    units = upop.survey(model, EXAMPLE).units
+    found = [(unit.kind, unit.entry) for unit in units]
+    assert {each: found.count(each) for each in found} == expected
+    assert len({unit.name for unit in units}) == len(units)
+    assert all(difference(model, units, seed) < 1e-9 for seed in range(2))
+
+
+class Neurons(nn.Module):
+    """Two layers, and what is between them."""
+
+    def __init__(self, up: int = HIDDEN) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(WIDTH, up), nn.Linear(HIDDEN, WIDTH)
+        self.more()
+
+    def more(self) -> None: ...
+
+    def inside(self, x: Tensor, hidden: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.inside(x, self.up(x)))
+
+
+class Interleaved(Neurons):
+    """Gates and values beside each other, row by row."""
+
+    def __init__(self) -> None:
+        super().__init__(2 * HIDDEN)
+
+    def inside(self, x: Tensor, hidden: Tensor) -> Tensor:
+        return F.silu(hidden[..., ::2]) * (hidden[..., 1::2] + 1)
+
+
+class OverTokens(Neurons):
+    """Half of the neurons gate the others by what a layer over the tokens makes of them."""
+
+    def __init__(self) -> None:
+        super().__init__(2 * HIDDEN)
+
+    def more(self) -> None:
+        self.tokens = nn.Conv1d(7, 7, 1)
+
+    def inside(self, x: Tensor, hidden: Tensor) -> Tensor:
+        one, other = F.gelu(hidden).chunk(2, -1)
+        return one * self.tokens(other)
+
+
+class Modulated(Neurons):
+    """Scaled and shifted by another layer, as FiLM does."""
+
+    def more(self) -> None:
+        self.film = nn.Linear(WIDTH, 2 * HIDDEN)
+
+    def inside(self, x: Tensor, hidden: Tensor) -> Tensor:
+        scale, shift = self.film(x.mean(1, keepdim=True)).chunk(2, -1)
+        return F.gelu(hidden * (1 + scale) + shift)
+
+
+class Routed(nn.Module):
+    """Experts that see the tokens that a gate sends them: how many, numbers say."""
+
+    def __init__(self, add: str) -> None:
+        super().__init__()
+        self.add, self.gate = add, nn.Linear(WIDTH, 3)
+        self.experts = nn.ModuleList(
+            nn.Sequential(nn.Linear(WIDTH, HIDDEN), nn.GELU(), nn.Linear(HIDDEN, WIDTH)) for _ in range(3)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = x.flatten(0, 1)
+        shares, chosen = self.gate(flat).softmax(-1).topk(2)
+        found = torch.zeros_like(flat)
+        for number, expert in enumerate(self.experts):
+            tokens, place = torch.where(chosen == number)
+            made = expert(flat[tokens]) * shares[tokens, place, None]
+            if self.add == "index_add":
+                found.index_add_(0, tokens, made)
+            else:
+                found[tokens] += made
+        return found.view_as(x)
+
+
+@pytest.mark.parametrize(
+    ("inner", "count"),
+    [
+        (Interleaved, 2),
+        (OverTokens, 2),
+        (Modulated, 2),
+        (lambda: Routed("index_add"), 6),
+        (lambda: Routed("index_put"), 6),
+    ],
+)
+def test_mlps(inner: Callable[[], nn.Module], count: int) -> None:
+    check(inner, {("mlp", "neuron"): count})
+
+
+class Particular(Neurons):
+    """Insists on its width, without a word."""
+
+    def inside(self, x: Tensor, hidden: Tensor) -> Tensor:
+        assert hidden.shape[-1] == HIDDEN
+        return F.relu(hidden)
+
+
+def test_an_assertion_is_a_reason() -> None:
+    found = upop.survey(built(Particular), EXAMPLE)
+    assert not found.units
+    assert any("AssertionError" in part.reason and "test_hand_written.py" in part.reason for part in found.skipped)
