@@ -56,6 +56,7 @@ class Description(Read):
     versions: dict[str, str] | None = None
     weights: dict[str, str] | None = None
     preparation: dict[str, Any] | None = None
+    units: dict[str, dict[str, Any]] | None = None
 
 
 def read_description(folder: Path) -> Description:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,8 @@ from upop.checkpoints.hub import is_hub_name, local_path
 from upop.checkpoints.quantizer import mark
 from upop.checkpoints.read import read_outline, read_weights
 from upop.checkpoints.recording import plan_of, preparation_of, set_plan, set_preparation
-from upop.checkpoints.sizes import plan_for
+from upop.checkpoints.renamed import named_as_today, units_of, units_today, with_names
+from upop.checkpoints.sizes import dense_skeleton, plan_for
 from upop.checkpoints.transformers_models import is_transformers_folder, load_transformers, misfit
 from upop.checkpoints.write import write_weights
 from upop.errors import CheckpointError, LayoutError, PlanError, nearest
@@ -43,6 +45,7 @@ from upop.pruning import Plan, Survey, Unit, count_parameters, remember, survey
 from upop.pruning.errors import some_of
 from upop.pruning.masks import refuse_masked, unwrapped
 from upop.pruning.sharded import refuse_sharded
+from upop.pruning.written import as_json
 from upop.values import problems
 
 WEIGHTS = "model.safetensors"
@@ -93,7 +96,8 @@ def save(
         "timm": None if kind or in_transformers else timm_models.describe(model, plan),
         "open_clip": None if kind or in_transformers else open_clip_models.describe(model, plan),
         "layout": {unit.name: _unit(unit, dense.get(unit.name)) for unit in units},
-        "plan": json.loads(plan.to_json()) if plan is not None else None,
+        "units": _written(units, dense, plan),
+        "plan": json.loads(replace(plan, slices={}).to_json()) if plan is not None else None,
         "preparation": preparation_of(model),
         "versions": {name: metadata.version(name) for name in ("upop", "torch", "timm", "transformers")},
     }
@@ -134,15 +138,26 @@ def load(folder: str | Path, model: nn.Module | None = None, *, strict: bool = T
     plan = _plan(description, folder)
     if description.transformers:
         model = load_transformers(folder, description.kind, strict=strict)
+        if description.units:
+            dense = dense_skeleton(model)
+            _tell_units(dense, description, folder)
+            remember(model, survey(dense))
     else:
         source, held = str(folder), read_outline(folder / WEIGHTS)
         # Of our own models, whose configuration has one number for all layers, it is known what there was before.
         sizes = {name: unit.of for name, unit in (description.layout or {}).items() if description.model and unit.of}
-        model = build_to_fit(lambda: _dense(description, folder), held, source, dense=sizes, strict=strict)
+
+        def build() -> nn.Module:
+            return _tell_units(_dense(description, folder), description, folder)
+
+        model = build_to_fit(build, held, source, dense=sizes, strict=strict)
         state = read_weights(folder / WEIGHTS)
         model = fit(_as_precise(model, state), state, source, lambda _unit: False, strict=strict)
     check_digests(folder, description, strict=strict)
-    _check_layout(model, plan, description.layout or {}, folder)
+    layout = description.layout or {}
+    names = units_today(model, {**layout, **({} if plan is None else plan.kept)})
+    plan = None if plan is None else with_names(plan, names)
+    _check_layout(model, plan, {names.get(name, name): unit for name, unit in layout.items()}, folder)
     set_plan(model, plan)
     set_preparation(model, description.preparation)
     return model.eval()
@@ -167,10 +182,9 @@ def load_into(model: nn.Module, folder: str | Path, *, strict: bool = True) -> n
     if isinstance(model, PreTrainedModel) and description.transformers is not False:
         state = load_transformers(folder, type(model), strict=strict).state_dict()
     else:
-        state = read_weights(folder / WEIGHTS)
+        state = named_as_today(model, read_weights(folder / WEIGHTS))
     plan = _plan(description, folder)
-    if plan is not None and plan.slices:
-        remember(model, Survey(tuple(plan.units(model)), ()))
+    _tell_units(model, description, folder)
     try:
         fit(model, state, str(folder), lambda _unit: False, strict=strict)
     except CheckpointError as error:
@@ -179,7 +193,7 @@ def load_into(model: nn.Module, folder: str | Path, *, strict: bool = True) -> n
             "it was compressed."
         ) from error
     check_digests(folder, description, strict=strict)
-    set_plan(model, plan)
+    set_plan(model, None if plan is None else with_names(plan, units_today(model, plan.kept)))
     set_preparation(model, description.preparation)
     if isinstance(model, PreTrainedModel):
         mark(model)
@@ -263,9 +277,44 @@ def _unit(unit: Unit, dense: int | None) -> dict[str, Any]:
     return {"kind": unit.kind, "modality": unit.modality, "heads": unit.heads, "entries": unit.size, "of": dense}
 
 
+def _written(units: Sequence[Unit], dense: Mapping[str, int], plan: Plan | None) -> dict[str, Any]:
+    """Return unit -> all that a cut of the dense model takes, of those of which it is known."""
+    known = {} if plan is None else dict(plan.slices)
+    for unit in units:
+        # What lies between a unit's rows may have been cut, too: then only the plan knows how it was before.
+        if unit.name not in known and not any(part.gaps for part in unit.slices):
+            known[unit.name] = as_json(replace(unit, size=dense.get(unit.name) or unit.size))
+    return {unit.name: known[unit.name] for unit in units if known.get(unit.name) is not None}
+
+
+def _tell_units(model: nn.Module, description: Description, folder: Path) -> nn.Module:
+    """Have `survey` give the units of a dense model that its folder tells, if all are told; return the model.
+
+    Raises:
+        CheckpointError: what is told is no unit of the model.
+    """
+    told = description.units or (description.plan or {}).get("slices") or {}
+    if not isinstance(told, Mapping) or not set(description.layout or {}) <= set(told):
+        return model
+    try:
+        units = units_of(model, told)
+    except ValueError as error:
+        raise CheckpointError(
+            f"{folder / DESCRIPTION} does not fit {type(model).__name__}: {error}. It is of a {description.kind}: "
+            "was it damaged, or is the dense model another one?"
+        ) from error
+    if units:
+        remember(model, Survey(tuple(units.values()), ()))
+    return model
+
+
 def _plan(description: Description, folder: Path) -> Plan | None:
     try:
-        return None if description.plan is None else Plan.from_json(json.dumps(description.plan))
+        if description.plan is None:
+            return None
+        plan = Plan.from_json(json.dumps(description.plan))
+        told = description.units or plan.slices
+        return replace(plan, slices={name: told[name] for name in plan.kept if name in told})
     except PlanError as error:
         raise CheckpointError(f"{folder / DESCRIPTION} has a plan that cannot be read. {error}") from error
 

@@ -8,7 +8,7 @@ Ours makes layers smaller and quantizes nothing. It is registered when upop is i
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from importlib import metadata
@@ -25,10 +25,12 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from upop.checkpoints.fit import listed
+from upop.checkpoints.renamed import outermost, placed, units_today
 from upop.checkpoints.sizes import Sizes, dense_skeleton, resize, sizes_from_json, sizes_of
 from upop.errors import CheckpointError, SettingError
 from upop.models import kind_of
 from upop.pruning import survey
+from upop.pruning.written import as_json, renamed
 
 METHOD = "upop"
 _FORMAT = 1
@@ -54,6 +56,7 @@ class UpopConfig(QuantizationConfigMixin):
 
     Args:
         kept: unit -> [kept entries, entries of the dense model]; units that lost none are left out.
+        units: unit -> all that a cut of it takes, as `upop.json` has it; older records have none.
         format: of this record.
         upop_version: that wrote it.
 
@@ -62,7 +65,12 @@ class UpopConfig(QuantizationConfigMixin):
     """
 
     def __init__(
-        self, kept: Mapping[str, Any] | None = None, format: int = _FORMAT, upop_version: str = "", **_other: Any
+        self,
+        kept: Mapping[str, Any] | None = None,
+        format: int = _FORMAT,
+        upop_version: str = "",
+        units: Mapping[str, Any] | None = None,
+        **_other: Any,
     ) -> None:
         if format != _FORMAT:
             raise CheckpointError(
@@ -73,6 +81,11 @@ class UpopConfig(QuantizationConfigMixin):
         self.format = format
         self.upop_version = upop_version or metadata.version("upop")
         self.kept = sizes_from_json(kept, "The model's quantization_config")
+        if not isinstance(units, Mapping | None):
+            raise CheckpointError(
+                "The model's quantization_config should say of every unit how it is cut. Write it again."
+            )
+        self.units = dict(units or {})
 
 
 class UpopQuantizer(HfQuantizer):
@@ -90,14 +103,13 @@ class UpopQuantizer(HfQuantizer):
             )
 
     def _process_model_before_weight_loading(self, model: Any, **_kwargs: Any) -> Any:
-        self.quantization_config.kept = named_as_in(model, self.quantization_config.kept)
-        resize(model, self.quantization_config.kept)
+        cut_as_recorded(model, self.quantization_config)
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **_kwargs: Any) -> Any:
         # It is an ordinary model with smaller layers: it may be cast, trained, compiled and quantized like any other.
         if not _gaps.get():
-            _refuse_gaps(model, self.quantization_config.kept)
+            _refuse_gaps(model, self.quantization_config)
         record = self.quantization_config.to_dict()
         self.remove_quantization_config(model)  # type: ignore[no-untyped-call]
         for module in model.modules():
@@ -134,9 +146,12 @@ def mark(model: nn.Module) -> None:
         SettingError: the model is quantized by another method.
     """
     refuse_quantized(model)
-    for name, whole in () if kind_of(model) else _outermost(model):
+    for name, whole in () if kind_of(model) else outermost(model):
         try:
-            sizes = sizes_of(whole, dense_skeleton(whole))
+            dense = dense_skeleton(whole)
+            sizes = sizes_of(whole, dense)
+            written = {unit.name: as_json(unit) for unit in survey(dense).units if unit.name in sizes}
+            units = {name: content for name, content in written.items() if content is not None}
         except Exception as error:  # constructors raise what they like
             warnings.warn(
                 f"{name or type(whole).__name__} is not what its configuration builds ({error}), so from_pretrained "
@@ -144,10 +159,12 @@ def mark(model: nn.Module) -> None:
                 stacklevel=2,
             )
             continue
-        _set(whole.config, sizes)
+        _set(whole.config, sizes, units)
         for prefix, part in _own_configs(whole):
             start = f"{prefix}."
-            _set(part.config, {n.removeprefix(start): kept for n, kept in sizes.items() if n.startswith(start)})
+            own = {name for name in sizes if name.startswith(start)}
+            inside = {name.removeprefix(start): renamed(units[name], _without(start)) for name in own & units.keys()}
+            _set(part.config, {name.removeprefix(start): sizes[name] for name in own}, inside)
 
 
 def recorded(config: Any) -> Sizes:
@@ -164,7 +181,7 @@ def recorded(config: Any) -> Sizes:
 
 def refuse_quantized(model: nn.Module) -> None:
     """Raise a `SettingError` if a transformers model in `model` is quantized by another method."""
-    for name, part in _outermost(model):
+    for name, part in outermost(model):
         record = getattr(part.config, "quantization_config", None)
         if record is not None and _method(record) != METHOD:
             raise SettingError(
@@ -173,7 +190,7 @@ def refuse_quantized(model: nn.Module) -> None:
             )
 
 
-def _refuse_gaps(model: PreTrainedModel, kept: Sizes) -> None:
+def _refuse_gaps(model: PreTrainedModel, record: UpopConfig) -> None:
     """Refuse a compressed model with random numbers where its file has none.
 
     A class that the file is not of may have a head of its own; the layers that were cut have to be there.
@@ -181,7 +198,9 @@ def _refuse_gaps(model: PreTrainedModel, kept: Sizes) -> None:
     marked = {name: bool(getattr(value, _LOADED, False)) for name, value in model.named_parameters()}
     missing = [name for name, loaded in marked.items() if not loaded] if any(marked.values()) else []
     if type(model).__name__ not in (getattr(model.config, "architectures", None) or ()):
-        cut = {part.tensor for unit in survey(model).units if unit.name in kept for part in unit.slices}
+        cut = {part["tensor"] for unit in record.units.values() for part in unit["slices"]}
+        if not cut:
+            cut = {part.tensor for unit in survey(model).units if unit.name in record.kept for part in unit.slices}
         missing = [name for name in missing if name in cut]
     if missing:
         raise CheckpointError(
@@ -211,19 +230,15 @@ def _method(record: Any) -> str:
     return str(getattr(method, "value", method))
 
 
-def _set(config: Any, sizes: Sizes) -> None:
+def _set(config: Any, sizes: Sizes, units: Mapping[str, Any]) -> None:
     if sizes:
-        config.quantization_config = UpopConfig(sizes).to_dict()
+        config.quantization_config = UpopConfig(sizes, units=units).to_dict()
     elif hasattr(config, "quantization_config") and _method(config.quantization_config) == METHOD:
         del config.quantization_config
 
 
-def _outermost(model: nn.Module) -> Iterator[tuple[str, PreTrainedModel]]:
-    found: list[str] = []
-    for name, module in model.named_modules():
-        if isinstance(module, PreTrainedModel) and not any(not up or name.startswith(f"{up}.") for up in found):
-            found.append(name)
-            yield name, module
+def _without(start: str) -> Callable[[str], str]:
+    return lambda path: path.removeprefix(start)
 
 
 def _own_configs(whole: PreTrainedModel) -> Iterator[tuple[str, PreTrainedModel]]:
@@ -239,25 +254,74 @@ def _own_configs(whole: PreTrainedModel) -> Iterator[tuple[str, PreTrainedModel]
             yield using[0]
 
 
-def named_as_in(model: PreTrainedModel, sizes: Sizes) -> Sizes:
-    """Return the sizes under the names that the units have in `model`, a model with the same base or a part of it.
+def cut_as_recorded(model: PreTrainedModel, record: UpopConfig) -> None:
+    """Cut a dense model as its configuration says, and have the record name the units as they are called in it.
+
+    Raises:
+        CheckpointError, PlanError: the record is damaged, or is of a model that this one is not.
+    """
+    units = _placed(model, record)
+    if units is None:
+        record.kept, record.units = _named_as_in(model, record.kept), {}
+    else:
+        record.kept = {new["name"]: record.kept[name] for name, new in units.items()}
+        record.units = {new["name"]: new for new in units.values()}
+    resize(model, record.kept, record.units)
+
+
+def _placed(model: PreTrainedModel, record: UpopConfig) -> dict[str, dict[str, Any]] | None:
+    """Return unit -> its JSON under the model's names, of what the model has; None where the record does not say it.
 
     A model with a head names the units of its base with a prefix, the base alone does not.
     """
+    prefix = f"{model.base_model_prefix}."
+    found = {}
+    for name in record.kept:
+        try:
+            content = record.units[name]
+            here = placed(model, content, (lambda path: prefix + path, lambda path: path.removeprefix(prefix)))
+        except KeyError:
+            return None
+        except (AttributeError, TypeError) as error:
+            raise CheckpointError(
+                f"The model's quantization_config says of {name} what is no unit ({error!r}). Write the model again."
+            ) from None
+        if here is not None:
+            found[name] = here
+        elif _belongs(model, name):
+            return None  # its modules have other names now
+    return found
+
+
+def _named_as_in(model: PreTrainedModel, sizes: Sizes) -> Sizes:
+    """Return the sizes under the names that the units have in `model`, a model with the same base or a part of it."""
     units = {unit.name for unit in survey(model).units}
     prefix = f"{model.base_model_prefix}."
+    other = units_today(model, [form for name in sizes for form in _forms(name, prefix)])
     named: Sizes = {}
     for name, kept in sizes.items():
-        candidates = (name, prefix + name, name.removeprefix(prefix))
+        candidates = [other.get(form, form) for form in _forms(name, prefix)]
         found = next((candidate for candidate in candidates if candidate in units), None)
-        near = next((candidate for candidate in candidates if hasattr(model, candidate.partition(".")[0])), None)
         if found is not None:
             named[found] = kept
-        elif near is not None and not _is_dropped(model, near):
+        elif _belongs(model, name):
             named[name] = kept  # no unit, where one should be: `resize` says so
-        # else it belongs to a part that this class does not have, such as the decoder of a model for retrieval, or to a
-        # layer that was dropped after the cut
     return named
+
+
+def _forms(name: str, prefix: str) -> tuple[str, str, str]:
+    return name, prefix + name, name.removeprefix(prefix)
+
+
+def _belongs(model: PreTrainedModel, name: str) -> bool:
+    """Whether a unit of this name should be in a model.
+
+    It may be of a part that its class does not have, such as the decoder of a model for retrieval, or of a layer that
+    was dropped after the cut.
+    """
+    forms = _forms(name, f"{model.base_model_prefix}.")
+    near = next((form for form in forms if hasattr(model, form.partition(".")[0])), None)
+    return near is not None and not _is_dropped(model, near)
 
 
 def _is_dropped(model: nn.Module, name: str) -> bool:

@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 from upop.checkpoints.blank import outline
 from upop.checkpoints.fit import kept_sizes
 from upop.errors import CheckpointError, PlanError, nearest
-from upop.pruning import Plan, Unit, find_units, shrink, survey
+from upop.pruning import Plan, Unit, find_units, remember, shrink, survey
+from upop.pruning.known import remembered
 from upop.values import shortened
 
 Sizes = dict[str, tuple[int, int]]
@@ -21,8 +22,15 @@ Sizes = dict[str, tuple[int, int]]
 
 
 def dense_skeleton(model: PreTrainedModel) -> nn.Module:
-    """Return the dense model that `model` was cut from, as its configuration describes it, without weights."""
-    return outline(lambda: type(model)(copy.deepcopy(model.config)))
+    """Return the dense model that `model` was cut from, as its configuration describes it, without weights.
+
+    What is known of the units of `model` is known of it.
+    """
+    dense = outline(lambda: type(model)(copy.deepcopy(model.config)))
+    found = remembered(model)
+    if found is not None:
+        remember(dense, found)
+    return dense
 
 
 def sizes_of(model: nn.Module, dense: nn.Module) -> Sizes:
@@ -36,13 +44,25 @@ def sizes_of(model: nn.Module, dense: nn.Module) -> Sizes:
     return {unit.name: (kept[unit.name], unit.size) for unit in units if kept.get(unit.name, unit.size) < unit.size}
 
 
-def resize(model: nn.Module, sizes: Mapping[str, tuple[int, int]]) -> None:
+def resize(
+    model: nn.Module, sizes: Mapping[str, tuple[int, int]], written: Mapping[str, Mapping[str, Any]] | None = None
+) -> None:
     """Cut a dense model to sizes, whichever entries go: its weights are to be replaced.
+
+    Args:
+        model: the dense model.
+        sizes: unit -> (kept entries, entries of the dense model).
+        written: unit -> all that a cut of it takes, as JSON values; without it the units are found.
 
     Raises:
         PlanError: the model has no such unit, or one of another size.
     """
     if not sizes:
+        return
+    if written:
+        kept = {name: tuple(range(left)) for name, (left, _) in sizes.items()}
+        plan = Plan(kept, {name: size for name, (_, size) in sizes.items()}, slices=written)
+        shrink(model, plan, fold=False)
         return
     units = {unit.name: unit for unit in find_units(model)}
     wrong = [

@@ -18,9 +18,9 @@ from upop.checkpoints.blank import outline
 from upop.checkpoints.fit import AT_MOST, BESIDE, kept_sizes, listed, not_finite
 from upop.checkpoints.likeness import cut_shapes
 from upop.checkpoints.outside import Held, checked_config, sealed
-from upop.checkpoints.quantizer import UpopConfig, allowing_gaps, named_as_in, register
+from upop.checkpoints.quantizer import UpopConfig, allowing_gaps, cut_as_recorded, register
 from upop.checkpoints.read import read_outline, shared_tensors
-from upop.checkpoints.sizes import dense_skeleton, resize
+from upop.checkpoints.sizes import dense_skeleton
 from upop.errors import CheckpointError, UPopError
 from upop.pruning import survey
 from upop.reading import read_object
@@ -233,7 +233,7 @@ def _check_sizes(kind: type[PreTrainedModel], config: Any, held: Mapping[str, Te
     model: Any = outline(lambda: kind(copy.deepcopy(config)), len(held), str(folder))
     record = getattr(config, "quantization_config", None)
     if record is not None:
-        resize(model, named_as_in(model, UpopConfig(**_record(record)).kept))
+        cut_as_recorded(model, UpopConfig(**_record(record)))
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
     tensors = {**dict(model.named_buffers()), **model.state_dict()}
     asked = sum(value.numel() for name, value in tensors.items() if name not in tied)

@@ -144,7 +144,7 @@ def read_multihead(model: nn.Module, name: str, module: nn.MultiheadAttention) -
         heads,
         (*slices, columns_of(model, output, outer=heads)),
         (Attribute(name, "head_dim"),),
-        (Swap(name, NarrowMultiheadAttention),),
+        (Swap(name, NarrowMultiheadAttention, "multihead"),),
     )
     return checked(model, unit)
 

@@ -1,0 +1,141 @@
+"""Names that modules had: what transformers called otherwise when a folder was written, and what stands in its place.
+
+transformers keeps for every kind of model how the tensors of older checkpoints are called today; a name of a unit is
+mapped by the tensors that it holds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, WeightTransform
+
+from upop.pruning import Plan, Unit, survey
+from upop.pruning.axes import SWAPS
+from upop.pruning.units import tensor_of
+from upop.pruning.written import from_json, renamed
+
+Renaming = Callable[[str], str]
+
+
+def outermost(model: nn.Module) -> Iterator[tuple[str, PreTrainedModel]]:
+    """Yield the transformers models in a model that lie in no other one, with their names."""
+    found: list[str] = []
+    for name, module in model.named_modules():
+        if isinstance(module, PreTrainedModel) and not any(not up or name.startswith(f"{up}.") for up in found):
+            found.append(name)
+            yield name, module
+
+
+def todays(model: nn.Module) -> Renaming:
+    """Return what gives the name that a tensor of an older folder has in a model of today."""
+    return _renaming({name: _renames(part) for name, part in outermost(model)})
+
+
+def formers(model: nn.Module) -> Renaming:
+    """Return what gives the name that a tensor of a model had in older folders."""
+    return _renaming(
+        {name: [each.reverse_transform() for each in _renames(part)[::-1]] for name, part in outermost(model)}
+    )
+
+
+def named_as_today(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return tensors under the names that they have in a model of today, those that it has not under their own."""
+    mine, today = model.state_dict().keys(), todays(model)
+    names = {name: name if name in mine else today(name) for name in state}
+    return {names[name] if names[name] in mine else name: value for name, value in state.items()}
+
+
+def placed(model: nn.Module, content: Mapping[str, Any], changes: Iterable[Renaming] = ()) -> dict[str, Any] | None:
+    """Return the JSON of a unit under the names that its tensors have in a model; None where the model lacks them.
+
+    Args:
+        model: with these tensors, maybe under other names.
+        content: as it was written.
+        changes: how names may differ, beside what transformers renamed.
+    """
+    today = todays(model)
+    for change in (_same, *changes):
+        for candidate in (renamed(content, change), renamed(renamed(content, change), today)):
+            if all(_has(model, part["tensor"]) for part in candidate["slices"]):
+                return candidate
+    return None
+
+
+def units_of(model: nn.Module, told: Mapping[str, Any]) -> dict[str, Unit] | None:
+    """Return the units that a folder tells, by the names that they have there; None where the model lacks tensors.
+
+    Raises:
+        ValueError: what is told is no unit; the message says why.
+    """
+    found = {}
+    for name, content in told.items():
+        try:
+            here = placed(model, content)
+        except (AttributeError, KeyError, TypeError) as error:
+            raise ValueError(f"what it says of {name} is no unit ({error!r})") from None
+        if here is None:
+            return None
+        found[name] = from_json(here, model, SWAPS)
+    return found
+
+
+def units_today(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
+    """Return older name -> today's, of the units of a model that have another name now."""
+    units = survey(model).units
+    mine = {unit.name for unit in units}
+    wanted = [name for name in names if name not in mine]
+    if not wanted:
+        return {}
+    former = formers(model)
+    made = {unit.name: former(unit.producers[0].tensor) for unit in units}
+    found: dict[str, str] = {}
+    for name in sorted(wanted, key=len, reverse=True):  # what holds others last
+        inside = [each for each, tensor in made.items() if tensor.startswith(f"{name}.") and each not in found.values()]
+        if len(inside) == 1:
+            found[name] = inside[0]
+    return found
+
+
+def with_names(plan: Plan, names: Mapping[str, str]) -> Plan:
+    """Return a plan under other names of units."""
+
+    def change(held: Mapping[str, Any]) -> dict[str, Any]:
+        return {names.get(name, name): value for name, value in held.items()}
+
+    return replace(plan, kept=change(plan.kept), sizes=change(plan.sizes), slices=change(plan.slices))
+
+
+def _same(name: str) -> str:
+    return name
+
+
+def _has(model: nn.Module, tensor: Any) -> bool:
+    try:
+        tensor_of(model, tensor)
+    except AttributeError:
+        return False
+    return True
+
+
+def _renames(model: PreTrainedModel) -> list[WeightTransform]:
+    return [each for each in get_model_conversion_mapping(model) if isinstance(each, WeightRenaming)]
+
+
+def _renaming(rules: Mapping[str, Sequence[WeightTransform]]) -> Renaming:
+    def change(name: str) -> str:
+        for path, transforms in rules.items():
+            start = f"{path}." if path else ""
+            if name.startswith(start):
+                rest = name.removeprefix(start)
+                for transform in transforms:
+                    rest = transform.rename_source_key(rest)[0]
+                return start + rest
+        return name
+
+    return change
