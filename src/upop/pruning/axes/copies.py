@@ -8,7 +8,7 @@ import gc
 import logging
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -294,7 +294,7 @@ def with_memory(tensor: Tensor) -> Tensor:
     """Return a tensor of the meta device on the CPU, with numbers that may be divided by; any other as it is."""
     if not tensor.is_meta:
         return tensor
-    return torch.zeros_like(tensor, device="cpu") + tensor.is_floating_point()
+    return torch.full_like(tensor, tensor.is_floating_point() or tensor.dtype == torch.bool, device="cpu")
 
 
 @contextmanager
@@ -343,19 +343,30 @@ def written_out() -> Iterator[None]:
         log.disabled = told
 
 
-def numbered(model: nn.Module, dtype: torch.dtype = torch.float64) -> nn.Module:
-    """Return a copy with random numbers where the model's own could hide a difference, in `dtype`."""
+def numbered(model: nn.Module, dtype: torch.dtype = torch.float64, without: Collection[str] = ()) -> nn.Module:
+    """Return a copy with random numbers where the model's own could hide a difference, in `dtype`.
+
+    Args:
+        model: of which it is a copy.
+        dtype: of all parameters and buffers that are no whole numbers.
+        without: parameters that nothing reads; they take no memory.
+    """
     generator = torch.Generator().manual_seed(0)
+    left_out = {id(model.get_parameter(name)) for name in without}
 
     def change(tensor: Tensor) -> Tensor:
         if not tensor.is_floating_point():
             return with_memory(tensor).clone()
-        tensor, parameter = with_memory(tensor), isinstance(tensor, nn.Parameter)
-        if not parameter:
-            return tensor.to(dtype, copy=True)
+        if id(tensor) in left_out:
+            device = "cpu" if tensor.is_meta else tensor.device
+            return torch.zeros((), dtype=dtype, device=device).expand(tensor.shape)
+        if not isinstance(tensor, nn.Parameter):
+            return with_memory(tensor).to(dtype, copy=True)
         noise = torch.randn(tensor.shape, generator=generator)  # float64 would take four times as long to draw
         noise *= max(1, math.prod(tensor.shape[1:])) ** -0.5 if tensor.dim() > 1 else 0.3
-        return noise.to(tensor.device).add_(tensor, alpha=0.5).to(dtype)
+        if not tensor.is_meta:
+            return noise.to(tensor.device).add_(tensor, alpha=0.5).to(dtype)
+        return (noise if tensor.dim() > 1 else noise + 0.5).to(dtype)
 
     with torch.no_grad():
         return copied(model, changed(model, change))

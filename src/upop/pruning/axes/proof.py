@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from upop.pruning.axes.candidates import Candidate
-from upop.pruning.axes.copies import forgetting, told
+from upop.pruning.axes.copies import forgetting, told, with_memory
+from upop.pruning.axes.kinds import rest
 from upop.pruning.axes.mode import Mode, name_of
 from upop.pruning.costs import call, evaluating
 from upop.pruning.shrink import cut, restore, tensors_of
@@ -65,22 +66,33 @@ class Bench:
     Args:
         model: the copy.
         example: what it is given.
+        idle: what is known of modules that are to be idle (see `kinds`).
+
+    Attributes:
+        broken: what was raised where nothing was cut; "" so far.
     """
 
-    def __init__(self, model: nn.Module, example: Any) -> None:
+    def __init__(self, model: nn.Module, example: Any, idle: Mapping[str, Sequence[Any]] | None = None) -> None:
         self._model, self._given, self._ran = model, example, False
+        self.idle, self.broken = idle or {}, ""
+        self._resting = rest(model, self.idle)
         self._fit()
 
     def _fit(self) -> None:
         self._dtype = next((p.dtype for p in self._model.parameters() if p.is_floating_point()), torch.float32)
 
         def as_precise(value: Any) -> Any:
-            return value.to(self._dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+            if not isinstance(value, Tensor):
+                return value
+            return with_memory(value).to(self._dtype if value.is_floating_point() else value.dtype)
 
         self._example = tree_map(as_precise, self._given)
 
     def outputs(self) -> list[tuple[str, Tensor]]:
-        """Return all tensors that a call gives, in float32 where an operation takes no float64."""
+        """Return all tensors that a call gives, and all that modules which are idle are given.
+
+        They are in float32 where an operation takes no float64.
+        """
         try:
             found = self._outputs()
         except Exception:
@@ -93,10 +105,14 @@ class Bench:
         return found
 
     def _outputs(self) -> list[tuple[str, Tensor]]:
+        for each in self._resting:
+            each.start(self._dtype)
         eager = torch.compiler.set_stance("force_eager")
         with forgetting(), evaluating(self._model), torch.random.fork_rng(devices=[]), eager, _Precise(self._dtype):
             torch.manual_seed(0)
-            return [(place, value.detach().clone()) for place, value in tensors_of(call(self._model, self._example))]
+            found = tensors_of(call(self._model, self._example))
+            given = [(place, value) for each in self._resting for place, value in each.given]
+            return [*given, *((place, value.detach().clone()) for place, value in found)]
 
     def called(self) -> set[str]:
         """Return the names of the modules that a run calls."""
@@ -115,7 +131,8 @@ class Bench:
             with self.masked(units, plan):
                 expected = self.outputs()
         except Exception as error:
-            return float("inf"), told(error)
+            self.broken = told(error)
+            return float("inf"), self.broken
         undo = cut(self._model, list(units), plan)
         try:
             found = self.outputs()
@@ -173,19 +190,20 @@ def at_random(units: Sequence[Unit], seed: int) -> dict[str, list[int]]:
     return plan
 
 
-def prove(bench: Bench, candidates: list[Candidate], found: dict[str, str]) -> list[Candidate]:
+def prove(bench: Bench, candidates: list[Candidate], found: dict[str, str], *, beside: bool = True) -> list[Candidate]:
     """Return the candidates that compute what they should: all together, every other one, the others; else by halves.
 
     Args:
         bench: where it is tried.
         candidates: to be proved.
         found: why a candidate was left out, by its unit's name; added to.
+        beside: whether each is also cut beside others that stay whole.
     """
     if not candidates:
         return []
     worst, reason = 0.0, ""
     units = [each.unit for each in candidates]
-    for seed, some in enumerate((units, units[::2], units[1::2])):  # each is cut beside others that stay whole, too
+    for seed, some in enumerate((units, units[::2], units[1::2]) if beside else (units,)):
         if some and worst <= 1:
             worst, reason = bench.difference(some, at_random(some, seed))
     if worst <= 1:
@@ -194,7 +212,7 @@ def prove(bench: Bench, candidates: list[Candidate], found: dict[str, str]) -> l
         found[candidates[0].unit.name] = reason
         return []
     half = len(candidates) // 2
-    return prove(bench, candidates[:half], found) + prove(bench, candidates[half:], found)
+    return prove(bench, candidates[:half], found, beside=beside) + prove(bench, candidates[half:], found, beside=beside)
 
 
 def scaled(bench: Bench, model: nn.Module, candidates: list[Candidate]) -> list[Candidate]:

@@ -11,13 +11,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from upop.pruning.axes.candidates import Candidate, NotCuttableError, candidate, named_apart
-from upop.pruning.axes.copies import Shapes, numbered, told
+from upop.pruning.axes.copies import Shapes, told
 from upop.pruning.axes.groups import groups
 from upop.pruning.axes.obstacles import obstacle, obstacles
-from upop.pruning.axes.proof import Bench, prove, scaled
-from upop.pruning.axes.reasons import tell
-from upop.pruning.axes.settle import settle
 from upop.pruning.axes.trace import Trace
+from upop.pruning.axes.tried import Proof
 from upop.pruning.costs import call
 from upop.pruning.errors import LayoutError
 from upop.pruning.shrink import tensors_of
@@ -41,20 +39,16 @@ def _read(model: nn.Module, example: Any) -> tuple[list[Unit], list[Skipped]]:
     if shapes.mode is None:  # numbers say where the forward goes, and a cut must not change them
         shapes.silent = {part.tensor for each in chosen for part in each.unit.slices if not part.produces}
         trace, chosen, skipped = _looked(model, shapes)
-    bench: Bench | None = None
+    proof = Proof(model, example, shapes, trace)
     proved: list[Candidate] = []
     lost: list[tuple[str, str]] = []
     for pending in _rounds(chosen):
         rivals = _rivals(pending, proved)
         pending = [each for each in pending if _more(each, rivals[each.unit.name])]
         if pending:
-            pending, reasons = settle(model, shapes, trace, pending)
-            bench = bench or _bench(model, example)
-            pending = scaled(bench, model, pending)
             wrong: dict[str, str] = {}
-            better = prove(bench, pending, wrong)
-            tell(bench, model, trace, pending, wrong)
-            lost += (reasons | wrong).items()
+            better = proof.of(pending, wrong)
+            lost += wrong.items()
             beaten = {id(rival) for each in better for rival in rivals[each.unit.name]}
             proved = [each for each in proved if id(each) not in beaten] + better
     barred = obstacles(model)
@@ -68,16 +62,6 @@ def _read(model: nn.Module, example: Any) -> tuple[list[Unit], list[Skipped]]:
         key=lambda unit: min(order[part.tensor] for part in unit.slices),
     )
     return units, skipped
-
-
-def _bench(model: nn.Module, example: Any) -> Bench:
-    """Return where units are proved: in float64, or in float32 where a model has parts that know nothing else."""
-    bench = Bench(numbered(model), example)
-    try:
-        bench.outputs()
-    except Exception:
-        return Bench(numbered(model, torch.float32), example)
-    return bench
 
 
 def _looked(model: nn.Module, shapes: Shapes) -> tuple[Trace, list[Candidate], list[Skipped]]:

@@ -15,7 +15,7 @@ from upop.pruning.axes.candidates import Candidate
 from upop.pruning.axes.copies import written_out
 from upop.pruning.axes.mode import name_of
 from upop.pruning.axes.proof import Bench
-from upop.pruning.axes.settle import COPIES, plain_name
+from upop.pruning.axes.settle import COPIES, around, plain_name
 from upop.pruning.axes.trace import Step, Trace
 
 
@@ -77,7 +77,8 @@ def tell(bench: Bench, model: nn.Module, trace: Trace, candidates: list[Candidat
 def _what_forbids(bench: Bench, trace: Trace, candidate: Candidate) -> str:
     unit = candidate.unit
     kept = max(1, unit.size // 2)
-    zeros = _Zeros(trace.steps, candidate.axis, torch.arange(kept, unit.size))
+    steps = [step for step in trace.steps if not any(path in bench.idle for path in around(step.module))]
+    zeros = _Zeros(steps, candidate.axis, torch.arange(kept, unit.size))
     with bench.masked([unit], {unit.name: range(kept)}), written_out(), zeros:
         bench.outputs()
     step = zeros.found

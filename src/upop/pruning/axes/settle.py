@@ -135,13 +135,13 @@ def _now(axis: Axis, sizes: Mapping[Axis, int]) -> int:
 
 
 def smaller(candidates: Iterable[Candidate]) -> dict[str, tuple[int, ...]]:
-    """Return entries to keep of every unit: about two thirds of them, and other numbers for units side by side."""
+    """Return entries to keep of every unit: two thirds of them or less, and another number for each."""
     plan: dict[str, tuple[int, ...]] = {}
-    beside = Counter[tuple[str, int]]()
+    beside = Counter[int]()
     for each in candidates:
         size = each.unit.size
-        kept = max(1, size - max(1, round(size / 3)) - beside[each.holder, size])
-        beside[each.holder, size] += 1
+        kept = max(1, size - max(1, round(size / 3)) - beside[size] % max(1, size // 3))
+        beside[size] += 1
         plan[each.unit.name] = tuple(range(size - kept, size))
     return plan
 
@@ -223,9 +223,9 @@ def _remedies(model: nn.Module, trace: Trace, involved: list[Candidate], at: int
     if at >= len(trace.steps):
         return
     step = trace.steps[at]
-    around = list(_around(step.module))[:_LEVELS]
+    near = list(around(step.module))[:_LEVELS]
     numbers: dict[Attribute, tuple[Candidate, ...]] = {}
-    for path in around:
+    for path in near:
         for name, value in kept_numbers(model.get_submodule(path)):
             for each in involved:
                 number = Attribute(path, name, value // each.unit.size)
@@ -233,15 +233,15 @@ def _remedies(model: nn.Module, trace: Trace, involved: list[Candidate], at: int
                     numbers[number] = (*numbers.get(number, ()), each)
     tried = list(numbers.items())[:_MOST_TRIED]
     yield from (_Remedy((number,)) for number in tried)
-    lists = itertools.groupby(tried, key=lambda number: (number.module, number.name.partition("[")[0]))
+    lists = itertools.groupby(tried, key=lambda each: (each[0].module, each[0].name.partition("[")[0]))
     yield from (_Remedy(together) for _, each in lists if len(together := tuple(each)) > 1)
-    for path in around:
+    for path in near:
         module = model.get_submodule(path)
         if isinstance(module, nn.MultiheadAttention):
             head_dim = Attribute(path, "head_dim"), tuple(involved)
             yield _Remedy((head_dim,), (Swap(path, narrow_multihead(type(module)), MULTIHEAD),))
-        for near in trace.steps[at : at + _NEAR]:
-            widths = tuple((width, tuple(involved)) for width in _widths(near, path, involved))
+        for after in trace.steps[at : at + _NEAR]:
+            widths = tuple((width, tuple(involved)) for width in _widths(after, path, involved))
             if widths:
                 yield _Remedy(widths, (Swap(path, narrow_class(type(module)), NARROW),))
     for _, alike in itertools.groupby(tried, lambda each: (each[0].module, each[0].name.split("[")[0], each[0].factor)):
@@ -264,7 +264,7 @@ def _widths(step: Step, path: str, involved: list[Candidate]) -> Iterator[Attrib
                 yield Attribute(path, f"{WIDTHS}[{kind}.{len(dims)}.{place}.{whole}]", whole // each.unit.size)
 
 
-def _around(module: str) -> Iterator[str]:
+def around(module: str) -> Iterator[str]:
     """Yield the names of a module and of those around it, from the inside out; the model itself comes last."""
     while module:
         yield module
@@ -295,61 +295,19 @@ def _numbers_in(name: str, value: Any, depth: int) -> Iterator[tuple[str, int]]:
 
 
 def _with(model: nn.Module, candidates: list[Candidate], remedy: _Remedy, involved: list[Candidate]) -> list[Candidate]:
-    """Return the candidates with what was found for some of them, and for all that lie in modules of the same class."""
+    """Return the candidates with what was found for some of them."""
     result = []
     for each in candidates:
         attributes, swaps = list(each.unit.attributes), list(each.unit.swaps)
         for attribute, owners in remedy.attributes:
-            for path in _alike(model, attribute.module, each, owners):
-                mine = replace(attribute, module=path)
-                value = dict(kept_numbers(model.get_submodule(path))).get(attribute.name)
+            if each in owners:
+                value = dict(kept_numbers(model.get_submodule(attribute.module))).get(attribute.name)
                 assert attribute.factor is not None
                 if (
                     value == attribute.factor * each.unit.size or attribute.name.startswith(WIDTHS)
-                ) and mine not in attributes:
-                    attributes.append(mine)
-        for swap in remedy.swaps:
-            for path in _alike(model, swap.module, each, involved):
-                if all(other.module != path for other in swaps):
-                    swaps.append(replace(swap, module=path))
+                ) and attribute not in attributes:
+                    attributes.append(attribute)
+        if each in involved:
+            swaps += [swap for swap in remedy.swaps if all(other.module != swap.module for other in swaps)]
         result.append(replace(each, unit=replace(each.unit, attributes=tuple(attributes), swaps=tuple(swaps))))
     return result
-
-
-def _alike(model: nn.Module, path: str, candidate: Candidate, involved: Iterable[Candidate]) -> list[str]:
-    """Return the modules that are to a candidate what the one at `path` is to one of those involved."""
-    module = model.get_submodule(path)
-    found = []
-    for other in involved:
-        if other.unit.kind != candidate.unit.kind or other.unit.entry != candidate.unit.entry:
-            continue
-        if other.unit.name == candidate.unit.name:
-            found.append(path)
-            continue
-        twin = _moved(path, other.holder, candidate.holder)
-        if twin is None or _places(other) != _places(candidate):
-            continue
-        try:
-            if type(model.get_submodule(twin)) is type(module):
-                found.append(twin)
-        except AttributeError:
-            continue
-    return list(dict.fromkeys(found))
-
-
-def _places(candidate: Candidate) -> set[tuple[str, int, tuple[bool, ...]]]:
-    """Return where a candidate's slices lie: the tensors beside its holder, and whether something lies around them."""
-    slices = candidate.unit.slices
-    return {(part.tensor.removeprefix(candidate.holder), part.dim, tuple(map(bool, part.gaps))) for part in slices}
-
-
-def _moved(path: str, holder: str, other: str) -> str | None:
-    """Return where a module lies beside `other`, as `path` lies beside `holder`."""
-    if path == holder:
-        return other
-    if path.startswith(f"{holder}."):
-        return other + path.removeprefix(holder)
-    if holder.startswith(f"{path}."):
-        depth = holder.removeprefix(f"{path}.").count(".") + 1
-        return ".".join(other.split(".")[:-depth])
-    return None

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.flop_counter import flop_registry
 from torch.utils.weak import WeakIdKeyDictionary
 
 from upop.pruning.axes.axis import Axis, Dim, axes_in, factors_of, fix, length, tie
@@ -82,15 +83,30 @@ class Step:
         name: of the operation, as ATen calls it.
         module: the dotted name of the module that was running.
         dims: of each tensor that came out; None where nothing is known of it.
-        given: of the first tensor that went in.
+        inputs: of each tensor that went in.
+        numbers: the plain numbers that went in.
         line: the user's file and line.
     """
 
     name: str
     module: str
     dims: tuple[tuple[Dim, ...] | None, ...]
-    given: tuple[Dim, ...] | None
+    inputs: tuple[tuple[Dim, ...] | None, ...]
+    numbers: tuple[int | float, ...]
     line: str
+
+    @property
+    def given(self) -> tuple[Dim, ...] | None:
+        """Of the first tensor that went in."""
+        return self.inputs[0] if self.inputs else None
+
+
+@dataclass(frozen=True)
+class Made:
+    """What is remembered of a tensor that a module gave."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
 
 
 class Trace(Mode):
@@ -104,7 +120,9 @@ class Trace(Mode):
         steps: all operations, in order.
         gates: parameters that gate what others make.
         added: parameters whose rows are added to those of others: what they make is there without any gate.
-        modules: the dotted names of the modules that ran, with the classes' own calls.
+        gave: module's name -> what each of its calls gave; every tensor is a `Made`.
+        readers: parameter's name -> the modules that were running when it was read.
+        multiply_adds: of all products.
     """
 
     def __init__(self, model: nn.Module, *, lines: bool = True) -> None:
@@ -115,6 +133,9 @@ class Trace(Mode):
         self.gates: set[tuple[str, Axis]] = set()
         self.added: set[tuple[str, Axis]] = set()
         self.stack: list[str] = []
+        self.gave: dict[str, list[Any]] = {}
+        self.readers: dict[str, set[str]] = {}
+        self.multiply_adds = 0
         self._labels: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self._names = {module: name for name, module in model.named_modules()}
         self._parameters: dict[int, str] = {}
@@ -291,13 +312,17 @@ class Trace(Mode):
         if not outputs:
             return result  # it was asked something
         self._note_reading(args, kwargs)
+        counted = flop_registry.get(getattr(func, "overloadpacket", None))
+        self.multiply_adds += counted(*args, **kwargs, out_val=result) // 2 if counted else 0
         follow(self, func, args, kwargs, result)
+        given = tree_leaves(args)
         self.steps.append(
             Step(
                 name_of(func),
                 self.stack[-1] if self.stack else "",
                 tuple(self._known(each) for each in outputs),
-                next((self._known(each) for each in tree_leaves(args) if isinstance(each, Tensor)), None),
+                tuple(self._known(each) for each in given if isinstance(each, Tensor)),
+                tuple(each for each in given if isinstance(each, int | float)),
                 user_line() if self._lines else "",
             )
         )
@@ -322,6 +347,7 @@ class Trace(Mode):
         for each in tree_leaves((args, kwargs)):
             name = self._parameters.get(id(each)) if isinstance(each, Tensor) else None
             if name is not None:
+                self.readers.setdefault(name, set()).add(self.stack[-1] if self.stack else "")
                 owner = self._model.get_submodule(name.rpartition(".")[0])
                 inside = bool(self.stack) and self._names[owner] == self.stack[-1]
                 plain = isinstance(owner, nn.Linear) and type(owner).forward is nn.Linear.forward
@@ -331,7 +357,7 @@ class Trace(Mode):
     @contextmanager
     def running(self) -> Iterator[None]:
         """Follow everything that runs inside, knowing which module is running."""
-        with watching(self._model, self.stack), self:
+        with watching(self._model, self.stack, self.gave), self:
             yield
 
     def kept(self) -> Iterator[Label]:
@@ -357,8 +383,11 @@ def _rows(axis: Axis, wanted: Iterable[Axis]) -> Tensor:
 
 
 @contextmanager
-def watching(model: nn.Module, stack: list[str]) -> Iterator[None]:
-    """Keep the dotted names of the modules that are running in `stack`, the innermost last; the model is left alone."""
+def watching(model: nn.Module, stack: list[str], gave: dict[str, list[Any]] | None = None) -> Iterator[None]:
+    """Keep the dotted names of the modules that are running in `stack`, the innermost last; the model is left alone.
+
+    What the modules give is put into `gave`.
+    """
     names = {module: name for name, module in model.named_modules()}
 
     def enter(module: nn.Module, args: Any) -> None:
@@ -366,9 +395,11 @@ def watching(model: nn.Module, stack: list[str]) -> Iterator[None]:
         stack.append(names.get(module, stack[-1] if stack else ""))
 
     def leave(module: nn.Module, args: Any, output: Any) -> None:
-        del module, args, output
+        del args
         if stack:
             stack.pop()
+        if gave is not None and module in names:
+            gave.setdefault(names[module], []).append(tree_map(_made, output))
 
     hooks = nn.modules.module
     handles = [hooks.register_module_forward_pre_hook(enter), hooks.register_module_forward_hook(leave)]
@@ -377,6 +408,10 @@ def watching(model: nn.Module, stack: list[str]) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _made(value: Any) -> Any:
+    return Made(tuple(value.shape), value.dtype) if isinstance(value, Tensor) else value
 
 
 def user_line() -> str:

@@ -1,0 +1,102 @@
+"""What makes units of candidates: numbers are settled and all is proved, for one of each kind first, then for all."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from upop.pruning.axes.candidates import Candidate
+from upop.pruning.axes.copies import Shapes, numbered
+from upop.pruning.axes.kinds import idle, kinds, twin, unread
+from upop.pruning.axes.proof import Bench, prove, scaled
+from upop.pruning.axes.reasons import tell
+from upop.pruning.axes.settle import settle
+from upop.pruning.axes.trace import Trace
+
+MOST_MEMORY = 6 * 2**30
+"""Bytes that the numbers of a proof may take, with what is cut of them."""
+MOST_MULTIPLY_ADDS = 50_000_000_000
+"""Of one run of a model that is proved as a whole: about a second of one core in float64."""
+
+
+class Proof:
+    """Tries candidates of one model.
+
+    One of each kind is settled and proved at several sizes, while all that has no part in it is idle. What was found is
+    taken over by the others; that all of them together have the shapes that they should is seen without numbers, and
+    that they compute what they should is seen once more, with numbers, where the model is small enough.
+
+    Args:
+        model: left as it is.
+        example: what a call of it is given.
+        shapes: the world without numbers.
+        trace: what a run in it did.
+    """
+
+    def __init__(self, model: nn.Module, example: Any, shapes: Shapes, trace: Trace) -> None:
+        self._model, self._example, self._shapes, self._trace = model, example, shapes, trace
+
+    def of(self, candidates: list[Candidate], wrong: dict[str, str]) -> list[Candidate]:
+        """Return the candidates that are proved; `wrong` is told why the others are not, by their units' names."""
+        found = kinds(self._model, self._trace, candidates)
+        tried = self._settled([each for each, *_ in found], wrong)
+        proved = {each.unit.name: each for each in self._proved(tried, wrong)}
+        everyone = []
+        for first, *others in found:
+            best = proved.get(first.unit.name)
+            if best is not None:
+                everyone += [best, *(twin(self._model, best, each) for each in others)]
+            else:
+                wrong.update({each.unit.name: wrong[first.unit.name] for each in others})
+        if len(everyone) == len(proved):
+            return everyone
+        everyone = self._settled(everyone, wrong)
+        bench = self._bench(everyone) if self._trace.multiply_adds <= MOST_MULTIPLY_ADDS else None
+        return everyone if bench is None else self._checked(bench, everyone, wrong, beside=False)
+
+    def _settled(self, candidates: list[Candidate], wrong: dict[str, str]) -> list[Candidate]:
+        settled, reasons = settle(self._model, self._shapes, self._trace, candidates)
+        wrong.update(reasons)
+        return settled
+
+    def _proved(self, candidates: list[Candidate], wrong: dict[str, str], *, resting: bool = True) -> list[Candidate]:
+        """Return those of some candidates of different kinds that are proved."""
+        if not candidates:
+            return []
+        bench = self._bench(candidates, resting=resting)
+        if bench is None and len(candidates) > 1 and resting:
+            half = len(candidates) // 2
+            return self._proved(candidates[:half], wrong) + self._proved(candidates[half:], wrong)
+        if bench is None:
+            reason = f"its proof would take more than {MOST_MEMORY / 2**30:.0f} GiB of memory"
+            wrong.update({each.unit.name: reason for each in candidates})
+            return []
+        reasons: dict[str, str] = {}
+        found = self._checked(bench, scaled(bench, self._model, candidates), reasons)
+        if bench.broken and bench.idle:  # something is asked of what is idle
+            return self._proved(candidates, wrong, resting=False)
+        wrong.update(reasons)
+        return found
+
+    def _checked(
+        self, bench: Bench, candidates: list[Candidate], wrong: dict[str, str], *, beside: bool = True
+    ) -> list[Candidate]:
+        reasons: dict[str, str] = {}
+        found = prove(bench, candidates, reasons, beside=beside)
+        tell(bench, self._model, self._trace, candidates, reasons)
+        wrong.update(reasons)
+        return found
+
+    def _bench(self, candidates: list[Candidate], *, resting: bool = True) -> Bench | None:
+        """Return a copy with the numbers that some candidates need; None where they are too many."""
+        model, trace = self._model, self._trace
+        fixed = resting and self._shapes.mode is not None  # else what runs depends on numbers
+        still = idle(model, trace, candidates) if fixed else {}
+        without = unread(model, trace, still) if fixed else set()
+        count = sum(each.numel() for name, each in model.named_parameters() if name not in without)
+        for dtype in (torch.float64, torch.float32):
+            if 2 * dtype.itemsize * count <= MOST_MEMORY:
+                return Bench(numbered(model, dtype, without), self._example, still)
+        return None
