@@ -244,8 +244,6 @@ def _remedies(model: nn.Module, trace: Trace, involved: list[Candidate], at: int
             widths = tuple((width, tuple(involved)) for width in _widths(after, path, involved))
             if widths:
                 yield _Remedy(widths, (Swap(path, narrow_class(type(module)), NARROW),))
-    for _, alike in itertools.groupby(tried, lambda each: (each[0].module, each[0].name.split("[")[0], each[0].factor)):
-        yield _Remedy(tuple(alike))  # equal numbers of one list
     alone = [(number, (each,)) for number, owners in tried for each in owners][:_MOST_TRIED]
     yield from map(_Remedy, itertools.combinations(alone, 2))
     yield from map(_Remedy, itertools.combinations(tried, 2))
