@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect as signatures
+import json
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,6 +29,7 @@ from upop.models import MODELS, kind_of
 from upop.plain import as_text
 from upop.pruning import survey
 from upop.pruning.align import read_align
+from upop.pruning.coverage import Coverage
 from upop.report.inspection import Inspection, after_budget, inspect_model
 from upop.report.results import number
 from upop.report.shares import Panel
@@ -58,9 +61,12 @@ def inspect(
         ),
     ] = None,
     align: o.Align = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Write it as JSON, with every unit and every reason.")
+    ] = False,
     assign: o.Set = None,
 ) -> None:
-    """Show a model's units, parameters and GMACs per modality, and preview a budget."""
+    """Show a model's units, parameters and GMACs per modality, what is covered, and preview a budget."""
     model = read_any(source, task, o.overrides({}, assign))
     inputs, note = example_of(model)
     try:
@@ -74,6 +80,9 @@ def inspect(
     if ratio is not None and found.panels:
         shrunken, plan = after_budget(model, ratio, read_align(align or "1"))
         smaller = inspect_model(shrunken, inputs, plan.sizes)
+    if as_json:
+        typer.echo(json.dumps(_content(model, found, smaller, note), indent=1))
+        return
     console = Console(highlight=False)
     console.print(as_text(f"{source}: {type(model).__name__}"))
     if found.panels:
@@ -81,6 +90,7 @@ def inspect(
     else:
         console.print("Nothing of it can be pruned.")
     console.print(_parts_table(found, smaller, ratio if found.panels else None))
+    console.print(_coverage_table(found.coverage))
     console.print(as_text(f"GMACs: {note}"), soft_wrap=True)
     if smaller is not None:
         console.print(
@@ -193,6 +203,50 @@ def _units_table(found: Inspection, smaller: Inspection | None) -> Table:
             number(count / 1e6),
         )
     return table
+
+
+def _coverage_table(covered: Coverage) -> Table:
+    table = Table(title="Coverage", title_justify="left")
+    table.add_column("where")
+    for heading in ("parameters (M)", "share", "GMACs", "share"):
+        table.add_column(heading, justify="right")
+    shares = covered.shares
+    whole = sum(each.parameters for each in shares.values())
+    run = sum(each.macs or 0 for each in shares.values())
+    told = {
+        "units": "in units",
+        "left alone": "left alone, with a reason",
+        "outside": "outside: embeddings, heads",
+    }
+    for place, each in shares.items():
+        macs = None if each.macs is None else number(each.macs / 1e9)
+        table.add_row(
+            told[place],
+            number(each.parameters / 1e6),
+            f"{100 * each.parameters / max(1, whole):.1f} %",
+            macs or "-",
+            "-" if each.macs is None else f"{100 * each.macs / max(1, run):.1f} %",
+        )
+    return table
+
+
+def _content(model: nn.Module, found: Inspection, smaller: Inspection | None, note: str) -> dict[str, Any]:
+    """Return what is shown as JSON values."""
+    return {
+        "class": type(model).__name__,
+        "parameters": found.parameters,
+        "macs": found.macs,
+        "note": note,
+        "parts": [asdict(part) for part in found.parts],
+        "units": [
+            {**asdict(unit), "parameters": found.unit_parameters[unit.name]}
+            for panel in found.panels
+            for unit in panel.layers
+        ],
+        "coverage": found.coverage.to_json(),
+        "skipped": [asdict(part) for part in found.skipped],
+        "after": None if smaller is None else {"parameters": smaller.parameters, "macs": smaller.macs},
+    }
 
 
 def _entries(panel: Panel) -> str:

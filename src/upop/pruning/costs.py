@@ -94,17 +94,47 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 def count_macs(model: nn.Module, inputs: Any) -> int:
     """Return the multiply-adds of all matrix products and convolutions in one forward pass (evaluation mode)."""
+    return sum(_counted(model, inputs, lambda counter: {"": int(counter.get_total_flops())}).values()) // 2
+
+
+def macs_by_module(model: nn.Module, inputs: Any) -> dict[str, int]:
+    """Return dotted name of a module -> multiply-adds that it does itself, not in a module below it, in one pass."""
+    root = type(model).__name__
+    totals = {
+        path.removeprefix(root).removeprefix("."): total
+        for path, total in _counted(model, inputs, _by_path).items()
+        if path == root or path.startswith(f"{root}.")
+    }
+    own = dict(totals)
+    for path, total in totals.items():
+        parent = path
+        while parent:
+            parent = parent.rpartition(".")[0]
+            if parent in own:
+                own[parent] -= total
+                break
+    return {path: count // 2 for path, count in own.items()}
+
+
+def _by_path(counter: FlopCounterMode) -> dict[str, int]:
+    return {path: sum(counts.values()) for path, counts in counter.get_flop_counts().items()}
+
+
+def _counted(model: nn.Module, inputs: Any, read: Callable[[FlopCounterMode], dict[str, int]]) -> dict[str, int]:
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    fast = torch.backends.mha.get_fastpath_enabled()
     try:
+        torch.backends.mha.set_fastpath_enabled(False)  # it does a layer in one operation, which is not counted
         # torch's counter asks every input of a module for its history, and a view of a weight that is trained has none.
         for parameter in trained:
             parameter.requires_grad_(False)
         with evaluating(model), FlopCounterMode(display=False) as counter:
             call(model, inputs)
     finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
         for parameter in trained:
             parameter.requires_grad_(True)
-    return int(counter.get_total_flops()) // 2
+    return read(counter)
 
 
 def count_parameters(model: nn.Module) -> int:

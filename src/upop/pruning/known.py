@@ -4,38 +4,82 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from upop.pruning.costs import macs_by_module
+from upop.pruning.coverage import Coverage, coverage
+from upop.pruning.errors import LayoutError
 from upop.pruning.units import Skipped, Slice, Unit, tensor_of
 
 
 @dataclass(frozen=True)
 class Survey:
-    """What `survey` found: the units, in forward order, and what was left alone and why."""
+    """What `survey` found: the units, in forward order, and what was left alone and why.
+
+    Attributes:
+        units: in forward order.
+        skipped: what looks prunable and is left alone, and why.
+        source: the model, and what a call of it is given.
+    """
 
     units: tuple[Unit, ...]
     skipped: tuple[Skipped, ...]
+    source: tuple[nn.Module, Any] | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def coverage(self) -> Coverage:
+        """The shares of the model's parameters in units, left alone and outside; of multiply-adds with an example.
+
+        Raises:
+            LayoutError: it is not known of which model the survey is.
+        """
+        if self.source is None:
+            raise LayoutError("A survey that upop.survey did not return is of no model. Call upop.survey(model).")
+        model, example = self.source
+        return coverage(model, self.units, self.skipped, _macs(model, example))
+
+    def of(self, model: nn.Module, example: Any = None) -> Survey:
+        """Return the survey with the model that it is of, and what a call of it is given."""
+        example = self.source[1] if example is None and self.source is not None else example
+        return replace(self, source=(model, example))
+
+
+def _macs(model: nn.Module, example: Any) -> Mapping[str, int] | None:
+    """Return the multiply-adds of each module without computing them; None where there is no example that runs so."""
+    if example is None:
+        return None
+    from upop.pruning.axes.copies import Shapes
+
+    try:
+        shapes = Shapes(model, example, numbers=False)
+        with shapes.running():
+            return macs_by_module(shapes.copy(), shapes.example)
+    except Exception:  # the model's own: it is counted where it can be
+        return None
 
 
 _MOST = 3
 """How many sizes of one model are remembered: it may be cut, and put back."""
-_known: weakref.WeakKeyDictionary[nn.Module, list[Survey]] = weakref.WeakKeyDictionary()
+_known: weakref.WeakKeyDictionary[nn.Module, list[tuple[Survey, Any]]] = weakref.WeakKeyDictionary()
+"""Model -> surveys that do not hold it, and what a call of it is given."""
 
 
 def remember(model: nn.Module, found: Survey) -> None:
     """Have `survey` give these units for a model from now on, as long as its tensors have the shapes that they cut."""
-    _known[model] = [found, *_known.get(model, [])][:_MOST]
+    example = None if found.source is None else found.source[1]
+    _known[model] = [(replace(found, source=None), example), *_known.get(model, [])][:_MOST]
 
 
 def remembered(model: nn.Module) -> Survey | None:
     """Return what was found of a model before, its units at today's sizes; None where its tensors are others."""
-    for found in _known.get(model, []):
+    for found, example in _known.get(model, []):
         units = [sized(model, unit) for unit in found.units]
         if None not in units:
-            return replace(found, units=tuple(unit for unit in units if unit is not None))
+            return replace(found, units=tuple(unit for unit in units if unit is not None)).of(model, example)
     return None
 
 
@@ -48,7 +92,7 @@ def remember_cut(model: nn.Module, units: Iterable[Unit], plan: Mapping[str, Seq
         plan: what they keep.
     """
     cut = {unit.name: unit for unit in units}
-    for found in _known.get(model, [])[:1]:
+    for found, example in _known.get(model, [])[:1]:
         before = [cut.get(unit.name, unit) for unit in found.units]
         if not any(part.gaps for unit in before for part in unit.slices):
             continue
@@ -67,7 +111,7 @@ def remember_cut(model: nn.Module, units: Iterable[Unit], plan: Mapping[str, Seq
             )
             for unit in before
         ]
-        remember(model, replace(found, units=tuple(after)))
+        remember(model, replace(found, units=tuple(after)).of(model, example))
 
 
 def _with_gaps(part: Slice, size: int, stays: Tensor | None) -> Slice:

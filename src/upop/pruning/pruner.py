@@ -25,7 +25,7 @@ from upop.pruning.sharded import refuse_flattened, refuse_sharded
 from upop.pruning.shrink import compare, cut, outputs_of, precision_of, refuse_shared, restore
 from upop.pruning.slips import check_model
 from upop.pruning.stated import Stated
-from upop.pruning.told import warn_of_none, warn_of_skipped, warn_of_unscored
+from upop.pruning.told import warn_of_none, warn_of_skipped, warn_of_uncovered, warn_of_unscored
 from upop.pruning.units import Kind, Unit, tensor_of
 
 Progress = Literal["stages", "soft"]
@@ -111,6 +111,7 @@ class Pruner:
         self.ratio, self.steps, self.interval = ratio, steps, interval
         self.cost, self.align, self.update_first_step = cost, align, update_first_step
         self.units: list[Unit] = chosen(units_to_search(self.model, example, units), include, exclude)
+        warn_of_uncovered(self.model)
         self.score = score or ("signed" if self.progress == "soft" else "absolute")
         self._scoring = scoring(self.score)
         refuse_frozen(self.model, self.units)

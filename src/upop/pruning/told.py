@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Sequence
 
+from torch import nn
+
+from upop.pruning.coverage import coverage
 from upop.pruning.errors import some_of
+from upop.pruning.layouts import survey
 
 
 def warn_of_skipped(skipped: int, steps: int) -> None:
@@ -40,3 +45,22 @@ def warn_of_none(corrected: Sequence[bool], advice: str, *, stacklevel: int) -> 
             f"was not made from. {advice} The cut itself is not affected.",
             stacklevel=stacklevel,
         )
+
+
+_COVERED = 0.6
+
+
+def warn_of_uncovered(model: nn.Module) -> None:
+    """Warn where less than 60 % of the parameters of a model's blocks are in units."""
+    found = survey(model)
+    covered = coverage(model, found.units, found.skipped)
+    if covered.of_blocks >= _COVERED:
+        return
+    reason, _ = Counter(covered.reasons.values()).most_common(1)[0]
+    first = next(name for name, each in covered.reasons.items() if each == reason)
+    warnings.warn(
+        f"{100 * covered.of_blocks:.0f} % of the parameters in the blocks of this {type(model).__name__} are in units; "
+        f"the others stay whole ({len(covered.reasons)} weights, such as {first}: {reason}). "
+        "upop.survey(model).coverage.reasons has every reason, and units=[upop.UnitSpec(...)] states what you know.",
+        stacklevel=3,
+    )

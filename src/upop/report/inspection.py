@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from upop.pruning import Plan, Skipped, Unit, shrink, survey
 from upop.pruning.align import Align, check_align, entries_in_block
 from upop.pruning.choice import check_ratio
-from upop.pruning.costs import call, entry_costs, evaluating
+from upop.pruning.costs import entry_costs, macs_by_module
+from upop.pruning.coverage import Coverage, coverage
 from upop.report.shares import Panel, UnitShare, panels
 
 SHARED = "shared"
@@ -46,12 +46,14 @@ class Inspection:
         parts: one per modality.
         skipped: what looks prunable and is left alone, and why.
         unit_parameters: parameters that go with the entries of each unit.
+        coverage: what is in units, left alone, and outside.
     """
 
     panels: tuple[Panel, ...]
     parts: tuple[Part, ...]
     skipped: tuple[Skipped, ...]
     unit_parameters: Mapping[str, int]
+    coverage: Coverage
 
     @property
     def parameters(self) -> int:
@@ -86,7 +88,8 @@ def inspect_model(model: nn.Module, inputs: Any = None, dense: Mapping[str, int]
             parameters[modality] = parameters.get(modality, 0) + parameter.numel()
     costs = entry_costs(model, found.units, "params") if found.units else {}
     by_unit = {unit.name: round(costs[unit.name] * unit.size) for unit in found.units}
-    macs = _macs(model, inputs, where) if inputs is not None else {}
+    own = macs_by_module(model, inputs) if inputs is not None else None
+    macs = _macs(own, where) if own is not None else {}
     held = {name for counts in (parameters, macs) for name, count in counts.items() if count}
     order = sorted(held, key=lambda name: (name == SHARED, name != "vision", name))
     parts = tuple(
@@ -102,7 +105,8 @@ def inspect_model(model: nn.Module, inputs: Any = None, dense: Mapping[str, int]
         UnitShare(unit.name, unit.modality, unit.kind, max(unit.size, (dense or {}).get(unit.name, 0)), unit.size)
         for unit in found.units
     ]
-    return Inspection(tuple(panels(shares)), parts, found.skipped, by_unit)
+    covered = coverage(model, found.units, found.skipped, own)
+    return Inspection(tuple(panels(shares)), parts, found.skipped, by_unit, covered)
 
 
 def after_budget(model: nn.Module, ratio: float, align: Align = 1) -> tuple[nn.Module, Plan]:
@@ -153,21 +157,9 @@ class _Modalities:
         return next(iter(found)) if len(found) == 1 else SHARED
 
 
-def _macs(model: nn.Module, inputs: Any, where: _Modalities) -> dict[str, int]:
-    with evaluating(model), FlopCounterMode(display=False) as counter:
-        call(model, inputs)
-    totals = {path: sum(counts.values()) for path, counts in counter.get_flop_counts().items() if path != "Global"}
-    own = dict(totals)
-    for path, total in totals.items():
-        parent = path.rpartition(".")[0]
-        while parent and parent not in own:
-            parent = parent.rpartition(".")[0]
-        if parent:
-            own[parent] -= total
-    root = type(model).__name__
+def _macs(own: Mapping[str, int], where: _Modalities) -> dict[str, int]:
     result: dict[str, int] = {}
     for path, count in own.items():
-        if path == root or path.startswith(f"{root}."):
-            modality = where.of(path.removeprefix(root).removeprefix("."))
-            result[modality] = result.get(modality, 0) + count // 2
+        modality = where.of(path)
+        result[modality] = result.get(modality, 0) + count
     return result

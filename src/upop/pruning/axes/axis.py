@@ -28,7 +28,8 @@ class Axis:
         parts: what it was refined to; empty for a whole.
         joined: how the parts make the axis: one inside the other, or one behind the other.
         fixed: why it cannot be cut; None where it can.
-        marks: what was seen of it: "dimension" (contracted between activations), "head" (a batch of such a product).
+        marks: what was seen of it: "dimension" (contracted between activations), "head" (a batch of such a product),
+            "bent" (not in proportion any more to what made it, where a weight sums over it).
     """
 
     def __init__(self, size: int, parts: Sequence[Axis] = (), joined: Literal["product", "row"] = "product") -> None:

@@ -92,6 +92,9 @@ def _check_alone(model: nn.Module, group: Group) -> None:
 
 def _check_block(trace: Trace, group: Group) -> None:
     """Refuse what is no block of a residual stream: heads, projections, gates, adapters."""
+    layers = [*group.makers, *group.takers]
+    if "bent" not in group.axis.marks and len(layers) == 2 and all(len(part.use.axes) == 2 for part in layers):
+        raise NotCuttableError("it is a low-rank factor: nothing but a product lies between its two layers")
     inputs = _reached(trace, group.axis, "produces", "consumes")
     outputs = _reached(trace, group.axis, "consumes", "produces")
     shared = inputs & outputs

@@ -130,8 +130,10 @@ def _contract(trace: Trace, a: Label, a_dim: Dim, b: Label, b_dim: Dim) -> None:
     if a.live and b.live:
         trace.queries(a, a_dim)
     tie(a_dim, b_dim, "it is multiplied with numbers of that shape which are no parameters")
-    for label, dim in ((a, a_dim), (b, b_dim)):
+    for label, dim, other in ((a, a_dim, b), (b, b_dim, a)):
         if label.parameter:
+            for axis in axes_in([dim]) if not (other.parameter or other.linear) else ():
+                axis.mark("bent")
             place = next(place for place, each in enumerate(label.dims) if each is dim or each == dim)
             trace.note(label, place, "consumes")
     if a.live and b.live:

@@ -80,11 +80,12 @@ def survey(model: nn.Module, example: Any = None, units: Sequence[Stated] = ()) 
         from upop.pruning.axes import example_for, with_stated
 
         read = survey(model, example)
-        remember(model, with_stated(model, units, example_for(model) if example is None else example, read))
+        example = example_for(model) if example is None else example
+        remember(model, with_stated(model, units, example, read).of(model, example))
         return survey(model)
     found = remembered(model) if example is None else None
     if found is not None:
-        return found
+        return found.of(model)
     if example is None and is_of_ones_own(model):
         from upop.pruning.axes import example_for
 
@@ -96,9 +97,9 @@ def survey(model: nn.Module, example: Any = None, units: Sequence[Stated] = ()) 
         proved, skipped = axes.read(model, example)
         twins: Mapping[str, str] = getattr(model, "momentum_twins", {})
         own = [unit for unit in proved if not unit.name.startswith(tuple(f"{copy}." for copy in twins.values()))]
-        remember(model, Survey(tuple(_with_twins(unit, twins) for unit in own), tuple(skipped)))
+        remember(model, Survey(tuple(_with_twins(unit, twins) for unit in own), tuple(skipped)).of(model, example))
     found = remembered(model)
-    return _look(model) if found is None else found
+    return (_look(model) if found is None else found).of(model, example)
 
 
 _LIBRARIES = {"timm", "torch", "torchvision", "transformers", "open_clip", "upop", "peft"}

@@ -1,0 +1,171 @@
+"""How much of a model units are: shares of its parameters and of its multiply-adds, and why the rest is left alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import nn
+
+from upop.pruning.units import Skipped, Unit
+
+Where = Literal["units", "left alone", "outside"]
+PLACES: tuple[Where, ...] = ("units", "left alone", "outside")
+"""In units; in blocks, and left alone with a reason; outside of blocks: embeddings, heads, norms."""
+
+UNKNOWN = "nothing that could go was found in it"
+
+
+@dataclass(frozen=True)
+class Share:
+    """What lies in one of the three places.
+
+    Attributes:
+        parameters: how many; shared tensors are counted once, momentum copies not at all.
+        macs: multiply-adds of one forward pass; None where none was run.
+    """
+
+    parameters: int
+    macs: int | None = None
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """Where all of a model's parameters are.
+
+    Attributes:
+        shares: by place.
+        where: tensor -> its place.
+        reasons: weight matrix that is left alone -> why.
+    """
+
+    shares: Mapping[Where, Share]
+    where: Mapping[str, Where]
+    reasons: Mapping[str, str]
+
+    @property
+    def of_blocks(self) -> float:
+        """Return the share of the blocks' parameters that is in units; 1 where there are no blocks."""
+        units, left = (self.shares[place].parameters for place in PLACES[:2])
+        return units / (units + left) if units + left else 1.0
+
+    def __str__(self) -> str:
+        """Return the shares, a line for each place."""
+        counts = [self.shares[place] for place in PLACES]
+        lines = []
+        for place, share in zip(PLACES, counts, strict=True):
+            line = f"{place:<12}{_percent(share.parameters, [each.parameters for each in counts]):>6} of the parameters"
+            if share.macs is not None:
+                line += f"{_percent(share.macs, [each.macs or 0 for each in counts]):>8} of the multiply-adds"
+            lines.append(line)
+        return "\n".join(lines)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the shares and the reasons as JSON values."""
+        counts = {place: self.shares[place] for place in PLACES}
+        return {
+            "shares": {
+                place.replace(" ", "_"): {"parameters": share.parameters, "macs": share.macs}
+                for place, share in counts.items()
+            },
+            "of_blocks": self.of_blocks,
+            "left_alone": dict(self.reasons),
+        }
+
+
+def coverage(
+    model: nn.Module, units: Iterable[Unit], skipped: Iterable[Skipped], macs: Mapping[str, int] | None = None
+) -> Coverage:
+    """Return where a model's parameters are; every weight matrix is in exactly one place.
+
+    A matrix that no unit cuts is left alone if it lies in a block (one of several modules of a class beside each other,
+    with at least two weight matrices each), or, in a model without such, if `skipped` speaks of it. It is outside where
+    it is an embedding, a table, a head, or anything else. Biases are where their layer's matrix is, norms outside.
+
+    Args:
+        model: the model.
+        units: its units.
+        skipped: what was left alone, and why.
+        macs: dotted name of a module -> multiply-adds that it does itself, not in a module below it.
+    """
+    copies = tuple(f"{copy}." for copy in getattr(model, "momentum_twins", {}).values())
+    named = {name: each for name, each in model.named_parameters() if not name.startswith(copies)}
+    cut = {part.tensor for unit in units for part in unit.online}
+    blocks = _blocks(model)
+    told = {each.name: each.reason for each in skipped}
+    where: dict[str, Where] = {}
+    reasons: dict[str, str] = {}
+    for name, parameter in named.items():
+        layer = name.rpartition(".")[0]
+        if name in cut:
+            where[name] = "units"
+        elif parameter.dim() > 1 and not isinstance(model.get_submodule(layer), nn.Embedding):
+            inside = any(f"{layer}.".startswith(block) for block in blocks)
+            reason = _reason(layer, told, blocks)
+            said = reason is not None and reason not in _OF_HEADS
+            if (said and not blocks) or (inside and (said or name.endswith("weight"))):
+                where[name], reasons[name] = "left alone", reason or UNKNOWN
+    beside = {name.rpartition(".")[0]: place for name, place in where.items()}
+    for name in named:
+        if name not in where:
+            where[name] = beside.get(name.rpartition(".")[0], "outside") if named[name].dim() < 2 else "outside"
+    shares = {
+        place: Share(
+            sum(named[name].numel() for name, here in where.items() if here == place),
+            None if macs is None else sum(count for path, count in macs.items() if _of(path, where, named) == place),
+        )
+        for place in PLACES
+    }
+    return Coverage(shares, where, reasons)
+
+
+_OF_HEADS = ("it leaves the model", "it is the residual stream")
+"""Reasons that say of a layer that it is none of a block."""
+
+
+def _blocks(model: nn.Module) -> tuple[str, ...]:
+    """Return the outermost repeated modules with several weight matrices, as the starts of names in them."""
+    found: list[str] = []
+    for path, module in model.named_modules():
+        if not isinstance(module, nn.ModuleList | nn.Sequential | nn.ModuleDict):
+            continue
+        large = [(name, type(child)) for name, child in module.named_children() if _matrices(child) > 1]
+        kinds = [kind for _, kind in large]
+        for name, kind in large:
+            here = f"{path}.{name}." if path else f"{name}."
+            if kinds.count(kind) > 1 and not here.startswith(tuple(found)):
+                found.append(here)
+    return tuple(found)
+
+
+def _matrices(module: nn.Module) -> int:
+    return sum(parameter.dim() > 1 for parameter in module.parameters())
+
+
+def _reason(layer: str, told: Mapping[str, str], blocks: Iterable[str]) -> str | None:
+    """Return what was said of a layer, or else of what lies nearest around it or beside it in its block."""
+    block = next((each for each in blocks if f"{layer}.".startswith(each)), "")
+    path = layer
+    while path:
+        if path in told:
+            return told[path]
+        below = next((reason for name, reason in told.items() if name.startswith(f"{path}.")), None)
+        if below is not None:
+            return below
+        path = path.rpartition(".")[0]
+        if block and not f"{path}.".startswith(block):
+            break
+    return None
+
+
+def _of(module: str, where: Mapping[str, Where], named: Mapping[str, nn.Parameter]) -> Where:
+    """Return the place of a module's own computations: that of its matrices, or of those below it."""
+    start = f"{module}." if module else ""
+    own = [where[name] for name in where if name.startswith(start) and "." not in name.removeprefix(start)]
+    below = own or [where[name] for name in where if name.startswith(start) and named[name].dim() > 1]
+    return next((place for place in PLACES if place in below), "outside")
+
+
+def _percent(count: int, all_of: list[int]) -> str:
+    return f"{100 * count / max(1, sum(all_of)):.1f} %"
