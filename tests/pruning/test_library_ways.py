@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from functools import lru_cache
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import upop
-from pruning.test_axes import EXAMPLE, HEADS, WIDTH, built, difference
+from pruning.test_axes import EXAMPLE, HEADS, WIDTH, built, difference, turned
 
 
 def check(inner: Callable[[], nn.Module], entries: list[str]) -> nn.Module:
@@ -66,6 +68,60 @@ def test_learned_tokens_attend(pool: bool) -> None:
 
 def test_learned_tokens_attend_to_each_other() -> None:
     check(Decoder, ["dimension"] * 4)
+
+
+class Fused(nn.Module):
+    """Queries of groups of heads, their keys and values in one layer, sliced by sizes of a config; rotary turns."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.way, self.size, self.groups, self.config = way, 4, 2, SimpleNamespace(heads=6)
+        self.both, self.out = nn.Linear(WIDTH, 40 if way == "groups" else 32), nn.Linear(24, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        made, last = self.both(x), self.config.heads * self.size
+        if self.way == "groups":
+            middle = last + self.groups * self.size
+            parts = [made[..., :last], made[..., last:middle], made[..., middle:]]
+            queries, keys, values = (each.unflatten(-1, (-1, self.size)).transpose(1, 2) for each in parts)
+        else:  # one head of keys and values for all
+            heads = made.unflatten(-1, (-1, self.size)).transpose(1, 2)
+            queries, keys, values = heads[:, :-2], heads[:, [-2]], heads[:, [-1]]
+        queries, keys = turned(queries), turned(keys)
+        keys, values = (each.repeat_interleave(queries.shape[1] // each.shape[1], 1) for each in (keys, values))
+        found = F.scaled_dot_product_attention(queries, keys, values)
+        return self.out(found.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+
+
+def test_groups_of_heads_in_one_layer() -> None:
+    check(lambda: Fused("groups"), ["group"] * 2)
+
+
+def test_queries_that_share_one_head_of_keys_and_values_are_not_silenced_by_zeros() -> None:
+    found = upop.survey(built(lambda: Fused("one")), EXAMPLE)
+    assert not found.units
+    assert any("is not 0 where its entries are 0" in part.reason for part in found.skipped)
+
+
+class OverHeads(nn.Module):
+    """Normalises queries over all heads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.queries, self.keys, self.values, self.out = (nn.Linear(WIDTH, WIDTH) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        queries = self.queries(x)
+        queries = queries * torch.rsqrt(queries.square().mean(-1, keepdim=True) + 1e-6)
+        found = F.scaled_dot_product_attention(heads_of(queries), heads_of(self.keys(x)), heads_of(self.values(x)))
+        return self.out(found.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+
+
+def test_what_forbids_a_cut_is_named_with_its_line() -> None:
+    found = upop.survey(built(OverHeads), EXAMPLE)
+    assert not found.units
+    reason = next(part.reason for part in found.skipped if part.name.startswith("parts.0"))
+    assert re.search(r"mean is taken over it \(mean in .*test_library_ways\.py:\d+\)", reason)
 
 
 @lru_cache

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 from typing import Literal
 
@@ -18,6 +19,19 @@ from torch import Tensor
 Factor = "Axis | int"
 Dim = tuple["Axis | int", ...]
 """The factors of one dimension, outermost first; a dimension of size 1 has none."""
+
+
+_doing = [""]
+
+
+@contextmanager
+def doing(operation: str, line: str) -> Iterator[None]:
+    """Have what is fixed inside say by which operation, and in which line of whose file."""
+    _doing.append(f" ({operation} in {line})" if line else "")
+    try:
+        yield
+    finally:
+        _doing.pop()
 
 
 class Axis:
@@ -67,9 +81,9 @@ class Axis:
             yield from part.leaves()
 
     def fix(self, reason: str) -> None:
-        """Keep the axis from being cut, with all its parts; the first reason stays."""
+        """Keep the axis from being cut, with all its parts; the first reason stays, with the operation and its line."""
         for leaf in self.leaves():
-            leaf.fixed = leaf.fixed or reason
+            leaf.fixed = leaf.fixed or reason + _doing[-1]
 
     def mark(self, mark: str) -> None:
         """Take note of something about all its parts."""
@@ -221,7 +235,8 @@ def unite(one: Axis, other: Axis) -> None:
     reason, marks = b.fixed, b.marks
     b._united = a
     if reason:
-        a.fix(reason)
+        for leaf in a.leaves():
+            leaf.fixed = leaf.fixed or reason
     for mark in marks:
         a.mark(mark)
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 
 from upop.pruning.axes.axis import Axis, Dim, axes_in, concatenate, cut_out, factors_of, fix, length, regroup, tie
 from upop.pruning.axes.rule import CONSTANT, attends_of, like, past_of, rule, tensors_in, unknown
@@ -274,22 +275,6 @@ def _cat(trace: Trace, args: Any, kwargs: Any, result: Any, name: str) -> None:
     _join(trace, labels, dim, result, lambda: concatenate([label.dims[dim] for label in labels]))
 
 
-@rule("index_add", "index_copy")
-def _add_at(trace: Trace, args: Any, kwargs: Any, result: Any, name: str) -> None:
-    """Adds some rows to others: what an expert made to that of its tokens."""
-    target, source = trace.labels([args[0], args[3]])
-    dim = args[1] % len(target.dims)
-    dims = [one if place == dim else _met(one, source.dims[place]) for place, one in enumerate(target.dims)]
-    made = _merged(trace, [label for label in (target, source) if label.live], dims, "add")
-    made.past = past_of([target, source])
-    trace.set(result, made)
-
-
-def _met(one: Dim, other: Dim) -> Dim:
-    tie(one, other, CONSTANT)
-    return one if any(True for _ in axes_in([one])) else other
-
-
 @rule("stack")
 def _stack(trace: Trace, args: Any, kwargs: Any, result: Any, name: str) -> None:
     labels = [trace.label(tensor) for tensor in args[0]]
@@ -375,6 +360,15 @@ def _put(trace: Trace, args: Any, kwargs: Any, result: Any, name: str) -> None:
     return None
 
 
+def _run(index: Tensor, size: int) -> tuple[int, int] | None:
+    """Return where numbers begin and end that are known and follow on each other; None for others."""
+    if index.dim() != 1 or not index.numel() or isinstance(index, FakeTensor) or index.dtype == torch.bool:
+        return None
+    with unset_fake_temporarily():
+        first, *others = (index % size).tolist()
+    return (first, first + len(index)) if others == list(range(first + 1, first + len(index))) else None
+
+
 @rule("embedding", "index_select", "gather", "index", "_unsafe_index", "take")
 def _index(trace: Trace, args: Any, kwargs: Any, result: Any, name: str) -> None:
     label = trace.label(args[0])
@@ -394,6 +388,13 @@ def _index(trace: Trace, args: Any, kwargs: Any, result: Any, name: str) -> None
         indices = list(args[1]) + [None] * (len(label.dims) - len(args[1]))
         places = [place for place, index in enumerate(indices) if index is not None]
         boolean = any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in indices)
+        if len(places) == 1 and not boolean:
+            dims, place = list(label.dims), places[0]
+            run = _run(indices[place], args[0].shape[place])
+            if run is not None:  # a slice, written as numbers
+                dims[place] = cut_out(dims[place], *run)
+                trace.set(result, like(label, dims))
+                return
         if not boolean and places:
             for place in places:
                 fix(label.dims[place], "its entries are chosen by number")

@@ -180,26 +180,29 @@ def settle(
 ) -> tuple[list[Candidate], dict[str, str]]:
     """Find what has to be set again for every unit; return those that can be cut, and why the others cannot."""
     lost: dict[str, str] = {}
-    while candidates:
-        stop = stop_of(shapes, trace, candidates)
-        if stop is None:
-            break
+    stop = stop_of(shapes, trace, candidates) if candidates else None
+    while candidates and stop is not None:
         involved = _involved(trace, candidates, stop.at)
-        better = None
+        ours = {each.unit.name for each in involved}
+        better, furthest = candidates, stop
         for remedy in _remedies(model, trace, involved, stop.at):
+            if better is not candidates and len(remedy.attributes) > 1 and not remedy.swaps:
+                continue  # two numbers, where one alone helped
             tried = _with(model, candidates, remedy, involved)
             after = stop_of(shapes, trace, tried)
-            if after is None or after.at > stop.at:
-                better = tried
-                break
-        if better is not None:
-            candidates = better
+            if after is None or after.at > furthest.at:
+                better, furthest = tried, after or Stop(len(trace.steps), "")
+                if after is None or not ours & {each.unit.name for each in _involved(trace, tried, after.at)}:
+                    break  # of these units, nothing more goes wrong
+        if better is not candidates:
+            candidates, stop = better, furthest if furthest.reason else None
             continue
         line = trace.steps[min(stop.at, len(trace.steps) - 1)].line
         names = [each.unit.name for each in involved] or [each.unit.name for each in candidates]
         for name in names:
             lost[name] = f"{line or 'its forward'} insists on a size: {stop.reason}"
         candidates = [each for each in candidates if each.unit.name not in names]
+        stop = stop_of(shapes, trace, candidates) if candidates else None
     return candidates, lost
 
 

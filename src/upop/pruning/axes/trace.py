@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import flop_registry
 from torch.utils.weak import WeakIdKeyDictionary
 
-from upop.pruning.axes.axis import Axis, Dim, axes_in, factors_of, fix, length, tie
+from upop.pruning.axes.axis import Axis, Dim, axes_in, doing, factors_of, fix, length, tie
 from upop.pruning.axes.mode import Mode, name_of
 from upop.pruning.errors import LayoutError
 
@@ -314,7 +314,9 @@ class Trace(Mode):
         self._note_reading(args, kwargs)
         counted = flop_registry.get(getattr(func, "overloadpacket", None))
         self.multiply_adds += counted(*args, **kwargs, out_val=result) // 2 if counted else 0
-        follow(self, func, args, kwargs, result)
+        line = user_line() if self._lines else ""
+        with doing(name_of(func), line):
+            follow(self, func, args, kwargs, result)
         given = tree_leaves(args)
         self.steps.append(
             Step(
@@ -323,7 +325,7 @@ class Trace(Mode):
                 tuple(self._known(each) for each in outputs),
                 tuple(self._known(each) for each in given if isinstance(each, Tensor)),
                 tuple(each for each in given if isinstance(each, int | float)),
-                user_line() if self._lines else "",
+                line,
             )
         )
         self._take_over(args, kwargs, outputs)
@@ -420,7 +422,7 @@ def user_line() -> str:
     while frame is not None:
         file = frame.f_code.co_filename
         if "/torch/" not in file and "/upop/pruning/" not in file and not file.startswith("<"):
-            return f"{file}:{frame.f_lineno}"
+            return f"{file.rpartition('site-packages/')[2]}:{frame.f_lineno}"
         if frame.f_back is None:
             break
         frame = frame.f_back
