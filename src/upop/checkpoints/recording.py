@@ -20,19 +20,22 @@ _PLAN, _PREPARATION = "upop_plan", "upop_preparation"
 class Pruner(pruning.Pruner):
     """`upop.pruning.Pruner`, whose model says what was cut."""
 
-    def shrink(self, verify: Any = None) -> nn.Module:
+    def shrink(self, verify: Any = True) -> nn.Module:
         """Take the masks off and cut the model for real; the same model comes back, physically smaller.
 
         The model then carries the plan, which `upop.save` writes; a transformers model also carries it in its
         configuration, so that its own `save_pretrained` and `push_to_hub` work.
 
         Args:
-            verify: inputs on which the masked and the shrunken model are compared; see `upop.shrink`.
+            verify: inputs on which the masked and the shrunken model are compared, as for `upop.shrink`. By default a
+                few samples of the first batch that the model was called with, or else the example. False cuts without
+                proof.
 
         Raises:
             StepError: the search has not finished.
             SettingError: the model is quantized.
-            VerificationError: the outputs differ; the model is left masked, as it was.
+            VerificationError: the outputs differ, the cut model cannot be run, or there is nothing to verify on; the
+                model is left masked, as it was.
         """
         plan = self.plan()
         refuse_quantized(self.model)
@@ -45,25 +48,28 @@ class Pruner(pruning.Pruner):
 Pruner.__doc__ = pruning.Pruner.__doc__
 
 
-def shrink(model: nn.Module, plan: Plan | Mapping[str, Any], *, verify: Any = None, fold: bool = True) -> nn.Module:
+def shrink(model: nn.Module, plan: Plan | Mapping[str, Any], *, verify: Any = True, fold: bool = True) -> nn.Module:
     """Cut `model` to the entries that `plan` keeps; the same object comes back, physically smaller.
 
-    The shrunken model computes what the model computes with the other entries masked to zero. Attention in every
-    library divides by the square root of its current head_dim, so the queries are multiplied by
+    The shrunken model computes what the model computes with the other entries masked to zero, which is verified.
+    Attention in every library divides by the square root of its current head_dim, so the queries are multiplied by
     sqrt(kept / original) where head dimensions go. The model then carries the plan, as after `Pruner.shrink`.
 
     Args:
         model: the dense model, without masks.
         plan: what to keep; a `Plan`, or a mapping from unit names to the entries to keep. Units not named stay.
         verify: inputs on which masked and shrunken outputs are compared (a tensor, a tuple of arguments, a mapping
-            of keyword arguments, or a function that is given the model); None compares nothing.
+            of keyword arguments, or a function that is given the model). By default those with which units were read,
+            of this model or another one of its class, or some that can be made for it. False cuts without proof, as
+            does `fold=False`; a model on the meta device has no outputs.
         fold: False leaves the queries alone, for weights that are replaced right afterwards.
 
     Raises:
         PlanError: the plan does not fit the model.
         SettingError: the model is quantized.
         LayoutError: a tensor to be cut is shared with a part of the model that is not.
-        VerificationError: the outputs differ. In every case the model is left as it was.
+        VerificationError: the outputs differ, the cut model cannot be run, or there is nothing to verify on. In every
+            case the model is left as it was.
     """
     check_model(model, "shrink()")
     whole = unwrapped(model)

@@ -25,7 +25,8 @@ class LightningCallback(Search, Callback):
         ratio: share of the units' total cost to remove, in (0, 1); 0.5 is 2x.
         interval: masks move at every `interval`-th optimizer step, and at the last one; by default eight times.
         module: name of the attribute of the LightningModule that is compressed; the whole module if not given.
-        verify: inputs on which the masked and the shrunken model are compared at the end; see `upop.shrink`.
+        verify: inputs on which the masked and the shrunken model are compared at the end; by default a few samples of
+            the first batch. False cuts without proof. See `upop.Pruner.shrink`.
         settings: any other argument of `upop.Pruner` but the model and the number of steps.
 
     Raises:
@@ -39,7 +40,7 @@ class LightningCallback(Search, Callback):
         interval: int | None = None,
         *,
         module: str | None = None,
-        verify: Any = None,
+        verify: Any = True,
         **settings: Any,
     ) -> None:
         super().__init__(ratio, interval, verify=verify, **settings)

@@ -17,14 +17,15 @@ class Search:
     Args:
         ratio: share of the units' total cost to remove, in (0, 1); 0.5 is 2x.
         interval: masks move at every `interval`-th optimizer step, and at the last one; by default eight times.
-        verify: inputs on which the masked and the shrunken model are compared at the end; see `upop.shrink`.
+        verify: inputs on which the masked and the shrunken model are compared at the end; by default a few samples of
+            the first batch. False cuts without proof. See `upop.Pruner.shrink`.
         settings: any other argument of `upop.Pruner` but the model and the number of steps.
 
     Raises:
         SettingError: the ratio is out of its range.
     """
 
-    def __init__(self, ratio: float, interval: int | None = None, *, verify: Any = None, **settings: Any) -> None:
+    def __init__(self, ratio: float, interval: int | None = None, *, verify: Any = True, **settings: Any) -> None:
         ratio = check_ratio(ratio)
         self.ratio, self.interval, self.verify, self.settings = ratio, interval, verify, settings
         self.pruner: Pruner | None = None

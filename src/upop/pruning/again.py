@@ -18,6 +18,24 @@ def random_numbers_kept(device: torch.device) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def buffers_kept(model: nn.Module) -> Iterator[None]:
+    """Put the buffers of a model back to what they were, the same tensors with the same numbers."""
+    held = [
+        (module, name, buffer, buffer.clone(), 0 if buffer.is_inference() else buffer._version)
+        for module in model.modules()
+        for name, buffer in module.named_buffers(recurse=False)
+    ]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for module, name, buffer, old, version in held:
+                if buffer.is_inference() or buffer._version != version:
+                    buffer.copy_(old)
+                module._buffers[name] = buffer
+
+
 def precision_now(kind: str) -> tuple[str, torch.dtype] | None:
     """Return the kind of device and the precision of the autocast that is on, or None where none is."""
     on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
@@ -52,3 +70,24 @@ def repeated(
     bound = inspect.signature((like or model).forward).bind(*args, **kwargs)
     bound.arguments.update(changed)
     return bound.args, bound.kwargs
+
+
+class _Uncompiled:
+    """Has what `torch.compile` made run as it was written while anyone looks: it would not see their hooks."""
+
+    def __init__(self) -> None:
+        self._users = 0
+        self._stance: Any = None
+
+    def enter(self) -> None:
+        if not self._users:
+            self._stance = torch.compiler.set_stance("force_eager")
+        self._users += 1
+
+    def leave(self) -> None:
+        self._users -= 1
+        if not self._users:
+            self._stance.__exit__(None, None, None)
+
+
+uncompiled = _Uncompiled()

@@ -6,7 +6,7 @@ of the cut; the layers that read what was cut are corrected over the same batche
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -14,23 +14,25 @@ import torch
 from torch import Tensor, nn
 
 from upop.pruning import budget
+from upop.pruning.again import buffers_kept, random_numbers_kept
 from upop.pruning.align import Align, check_align
 from upop.pruning.choice import check_ratio, check_whole, chosen, refuse_frozen
 from upop.pruning.correction import Change, Choice
 from upop.pruning.costs import Cost, call, entry_costs, evaluating
 from upop.pruning.errors import SettingError, StepError
-from upop.pruning.known import remember_cut
-from upop.pruning.layouts import find_units, units_to_search
+from upop.pruning.layouts import find_units, units_to_search, waits_for_batch
 from upop.pruning.masks import refuse_masked, unwrapped
 from upop.pruning.moments import PARTS, Moments, readers
 from upop.pruning.plan import Plan
 from upop.pruning.scores import RowScores, Score, Scoring, scoring
+from upop.pruning.seen import FirstCall, Kept, examples_of, read_first, remember_inputs
 from upop.pruning.sharded import refuse_sharded
-from upop.pruning.shrink import Edit, cut, refuse_shared, restore, tensors_of
+from upop.pruning.shrink import Edit, cut_verified, refuse_shared, restore
 from upop.pruning.slips import check_loss, check_model, listed, refuse_inference_mode, scalar, tried
 from upop.pruning.stated import Stated
 from upop.pruning.told import warn_of_none
 from upop.pruning.units import Unit, tensor_of
+from upop.pruning.verify import tensors_of
 
 Loss = Callable[[nn.Module, Any], Tensor]
 
@@ -51,6 +53,7 @@ def calibrate(
     exclude: str | Sequence[str] | None = None,
     example: Any = None,
     units: Sequence[Stated] = (),
+    verify: Any = True,
 ) -> Plan:
     """Cut `model` with a few batches and no training; it is changed in place, and physically smaller afterwards.
 
@@ -77,8 +80,11 @@ def calibrate(
         score: what a batch adds to the scores: "absolute", "squared", or a function; see `Pruner`.
         include: names or patterns of the units to cut; default all.
         exclude: names or patterns of units to leave alone.
-        example: inputs for one forward pass, for cost="flops" and to read a model with classes of one's own (`survey`).
+        example: inputs for one forward pass, for cost="flops", and to read the units of a model with classes of one's
+            own (`survey`). Without one, those of such a model are read with the first batch.
         units: what is known of units beside (`upop.UnitSpec`); see `Pruner`.
+        verify: inputs on which the masked and the cut model are compared at every stage, as for `upop.shrink`. By
+            default a few samples of the first batch. False cuts without proof.
 
     Returns:
         What every unit kept, in the entries of the dense model.
@@ -86,7 +92,8 @@ def calibrate(
     Raises:
         SettingError: a setting is out of range, there is no batch, or the ratio cannot be reached.
         LayoutError: the model has no unit, or a unit's weights are frozen, shared, masked or sharded.
-        StepError: the loss has no gradient, or one that is not finite; the model is as it was.
+        StepError: the loss has no gradient, or one that is not finite.
+        VerificationError: the outputs differ, or the cut model cannot be run. In every case the model is as it was.
     """
     check_model(model, "calibrate()")
     refuse_inference_mode("calibrate()")
@@ -101,7 +108,12 @@ def calibrate(
             f"ridge must be above 0, or the weights are not determined; found {ridge!r}. Without it, it is chosen."
         )
     scorer = scoring(score)
-    dense = chosen(units_to_search(model, example, units), include, exclude)
+    kept_call = _first_call(model, batches[0], loss)
+    if example is None and waits_for_batch(model):
+        found = read_first(kept_call.inputs(model), lambda inputs: units_to_search(model, inputs, units))
+    else:
+        found = units_to_search(model, example, units)
+    dense = chosen(found, include, exclude)
     refuse_frozen(model, dense)
     refuse_masked(model, dense)
     refuse_shared(model, dense)
@@ -127,8 +139,7 @@ def calibrate(
                     undo += [edit.apply() for layer in layers for edit in _copies(layer)]
                     kept_now, gone = ((marked[unit.name] == is_gone).nonzero().flatten() for is_gone in (False, True))
                     choices.append(Change(unit, kept_now, gone, inputs[unit.name]).apply(layers, ridge))
-            undo += cut(model, stand, plan)
-            remember_cut(model, stand, plan)
+            undo += cut_verified(model, stand, plan, verify, _inputs(model, kept_call, example))
             kept = {name: entries[list(plan[name])] for name, entries in kept.items()}
     except BaseException:
         restore(undo)
@@ -145,6 +156,29 @@ def calibrate(
         cost=described,
         align=align,
     )
+
+
+def _first_call(model: nn.Module, batch: Any, loss: Loss | None) -> Kept:
+    """Return what the model is called with for the first batch, or the loss of it if that calls parts of it alone."""
+    if loss is None:
+        kept = Kept(model, batch)
+        remember_inputs(model, kept)
+        return kept
+    first = FirstCall(model)
+    device = next(model.parameters()).device
+    try:
+        with evaluating(model), buffers_kept(model), random_numbers_kept(device):
+            tried(partial(loss, model, batch), "loss(model, batch)", batch)
+    finally:
+        first.release()
+    return first.kept or Kept(model, lambda other: loss(other, batch))
+
+
+def _inputs(model: nn.Module, kept: Kept, example: Any) -> Iterator[Any]:
+    yield from kept.inputs(model)
+    if example is not None:
+        yield example
+    yield from examples_of(model)
 
 
 def _observe(

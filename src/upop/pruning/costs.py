@@ -6,7 +6,7 @@ import fnmatch
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -66,10 +66,19 @@ def entry_costs(model: nn.Module, units: Sequence[Unit], cost: Cost, example: An
     return costs
 
 
+class Arguments(NamedTuple):
+    """What a model was called with."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
 def call(model: nn.Module, inputs: Any) -> Any:
     """Run `model` on `inputs`: a mapping is keyword arguments, a tuple or list arguments, anything else the one
     argument; a function is given the model and returns its outputs.
     """
+    if isinstance(inputs, Arguments):
+        return model(*inputs.args, **inputs.kwargs)
     if isinstance(inputs, Mapping):
         return model(**inputs)
     if isinstance(inputs, tuple | list):

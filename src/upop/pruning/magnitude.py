@@ -11,7 +11,7 @@ from upop.pruning import budget
 from upop.pruning.align import Align, check_align
 from upop.pruning.choice import check_ratio
 from upop.pruning.costs import Cost, entry_costs
-from upop.pruning.layouts import find_units
+from upop.pruning.layouts import units_to_search
 from upop.pruning.plan import Plan
 from upop.pruning.sharded import refuse_sharded
 from upop.pruning.units import Unit, tensor_of
@@ -31,7 +31,7 @@ def plan_by_magnitude(
     """
     ratio, align = check_ratio(ratio), check_align(align)
     refuse_sharded(model, "plan_by_magnitude()")
-    units = find_units(model)
+    units = units_to_search(model, example)
     costs = entry_costs(model, units, cost, example)
     budget.check_reachable(units, costs, ratio, align)
     scores = {unit.name: -_norms(model, unit) for unit in units}

@@ -7,7 +7,8 @@ part or the other, and each part tells how well what was learnt from the other d
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -16,7 +17,14 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.hooks import RemovableHandle
 
-from upop.pruning.again import autocast, precision_now, random_numbers_kept, repeated
+from upop.pruning.again import (
+    autocast,
+    buffers_kept,
+    precision_now,
+    random_numbers_kept,
+    repeated,
+    uncompiled,
+)
 from upop.pruning.costs import evaluating
 from upop.pruning.errors import StepError
 from upop.pruning.sharded import many_processes, reshard
@@ -34,27 +42,6 @@ def readers(model: nn.Module, unit: Unit) -> list[nn.Linear]:
     modules = [owner_of(model, part.tensor)[0] for part in (reader, *copies) if part.tensor.endswith(".weight")]
     plain = reader.dim == 1 and modules and all(type(each).forward is nn.Linear.forward for each in modules)
     return [each for each in modules if isinstance(each, nn.Linear)] if plain else []
-
-
-class _Uncompiled:
-    """Has what `torch.compile` made run as it was written while anyone looks: it would not see their hooks."""
-
-    def __init__(self) -> None:
-        self._users = 0
-        self._stance: Any = None
-
-    def enter(self) -> None:
-        if not self._users:
-            self._stance = torch.compiler.set_stance("force_eager")
-        self._users += 1
-
-    def leave(self) -> None:
-        self._users -= 1
-        if not self._users:
-            self._stance.__exit__(None, None, None)
-
-
-_uncompiled = _Uncompiled()
 
 
 class Moments:
@@ -105,8 +92,13 @@ class Moments:
                     model.register_forward_pre_hook(_Begin(self), with_kwargs=True),
                     model.register_forward_hook(_End(self)),
                 ]
-            _uncompiled.enter()
-            self._leave = weakref.finalize(self, _uncompiled.leave)
+            uncompiled.enter()
+            self._leave = weakref.finalize(self, uncompiled.leave)
+
+    @property
+    def looks(self) -> bool:
+        """Whether anything is looked at."""
+        return bool(self._hooks)
 
     def release(self) -> None:
         """Look no longer; no trace is left on the model."""
@@ -133,20 +125,20 @@ class Moments:
         """
         passes = self._passes.copy()
         self._sizing = bool(passes) and not self.sizes
-        buffers = list(_buffers(model)) if passes else []
         device = next(model.parameters()).device
         self._clean = True
         # torch's own encoder has kernels for evaluation that pass by its layers, and by whoever looks at them.
         fast = torch.backends.mha.get_fastpath_enabled()
         torch.backends.mha.set_fastpath_enabled(False)
         try:
-            for _ in range(2 if self._sizing else 1):
-                self._counts = {}
-                for each in passes:
-                    with evaluating(model), random_numbers_kept(device), autocast(device, each.precision):
-                        model(*each.args, **each.kwargs)
-                if self._sizing:
-                    self._agree(device)
+            with buffers_kept(model) if passes else nullcontext():
+                for _ in range(2 if self._sizing else 1):
+                    self._counts = {}
+                    for each in passes:
+                        with evaluating(model), random_numbers_kept(device), autocast(device, each.precision):
+                            model(*each.args, **each.kwargs)
+                    if self._sizing:
+                        self._agree(device)
         except Exception as error:
             raise StepError(
                 f"The correction looks at {type(model).__name__} in evaluation mode, where its forward pass failed on "
@@ -156,8 +148,6 @@ class Moments:
         finally:
             torch.backends.mha.set_fastpath_enabled(fast)
             self._clean = self._sizing = False
-            for module, name, buffer, old in buffers:
-                module._buffers[name] = buffer.copy_(old)
             self.forget()
             if passes:
                 reshard(model)
@@ -274,13 +264,6 @@ def _squares(outputs: Tensor) -> Tensor:
     """Return the sum of squares of every row of outputs, [rows]; float64 where they are, else float32."""
     outputs = outputs.detach().flatten(0, -2)
     return (outputs if outputs.dtype == torch.float64 else outputs.float()).square().sum(1)
-
-
-def _buffers(model: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor, Tensor]]:
-    """Yield every buffer with the module that holds it, its name there, and a copy."""
-    for module in model.modules():
-        for name, buffer in module.named_buffers(recurse=False):
-            yield module, name, buffer, buffer.clone()
 
 
 @dataclass

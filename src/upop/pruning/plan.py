@@ -125,8 +125,8 @@ class Plan(Mapping[str, tuple[int, ...]]):
                 wrong.append(f"{name}: the plan is for {self.sizes[name]} entries, the model has {now.size}")
             elif unit.size != self.sizes[name]:
                 wrong.append(f"{name}: the plan is for {self.sizes[name]} entries, its slices for {unit.size}")
-            elif (misfit := _misfit(model, unit)) is not None:
-                wrong.append(f"{name}: {misfit}")
+            elif (found := misfit(model, unit)) is not None:
+                wrong.append(f"{name}: {found}")
             elif not kept:
                 wrong.append(f"{name}: nothing would be left; keep at least one entry")
             elif list(kept) != sorted(set(kept)):
@@ -139,7 +139,7 @@ class Plan(Mapping[str, tuple[int, ...]]):
         return [unit for name, unit in units.items() if name in self.kept]
 
 
-def _misfit(model: nn.Module, unit: Unit) -> str | None:
+def misfit(model: nn.Module, unit: Unit) -> str | None:
     """Say which tensor of a model a unit does not fit."""
     for part in unit.slices:
         try:

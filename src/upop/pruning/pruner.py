@@ -11,22 +11,20 @@ from torch import Tensor, nn
 
 from upop.pruning import budget
 from upop.pruning.align import Align, check_align
-from upop.pruning.choice import check_ratio, check_whole, chosen, refuse_frozen
+from upop.pruning.choice import check_ratio, check_whole
 from upop.pruning.correction import Choice, correct_readers
-from upop.pruning.costs import Cost, entry_costs
-from upop.pruning.errors import LayoutError, SettingError, StepError
-from upop.pruning.known import remember_cut
-from upop.pruning.layouts import find_units, units_to_search
-from upop.pruning.masks import Masks, unwrapped
-from upop.pruning.moments import PARTS, Moments
+from upop.pruning.costs import Cost
+from upop.pruning.errors import SettingError, StepError
+from upop.pruning.moments import PARTS
 from upop.pruning.plan import Plan
-from upop.pruning.scores import RowScores, Score, scoring
-from upop.pruning.sharded import refuse_flattened, refuse_sharded
-from upop.pruning.shrink import compare, cut, outputs_of, precision_of, refuse_shared, restore
+from upop.pruning.scores import Score, scoring
+from upop.pruning.searched import Searched
+from upop.pruning.sharded import refuse_sharded
+from upop.pruning.shrink import cut_verified
 from upop.pruning.slips import check_model
 from upop.pruning.stated import Stated
-from upop.pruning.told import warn_of_none, warn_of_skipped, warn_of_uncovered, warn_of_unscored
-from upop.pruning.units import Kind, Unit, tensor_of
+from upop.pruning.told import warn_of_none, warn_of_skipped, warn_of_unscored
+from upop.pruning.units import Unit, tensor_of
 
 Progress = Literal["stages", "soft"]
 _STAGES = 8
@@ -36,7 +34,7 @@ _LOOKS = 4
 """Most steps of a stage, its last ones, that the correction looks at."""
 
 
-class Pruner:
+class Pruner(Searched):
     """Searches, during ordinary training, what can go from all modalities under one budget, and then removes it.
 
     Call `step()` once per optimizer step, between `backward()` and `optimizer.step()`; after `steps` calls the
@@ -67,13 +65,15 @@ class Pruner:
             is where it would not help. It needs 2 n^2 numbers for n inputs, and a model that is called as a module.
         include: names or patterns (`fnmatch`) of the units to prune; default all.
         exclude: names or patterns of units to leave alone.
-        example: inputs for one forward pass, for cost="flops" and to read a model with classes of one's own (`survey`).
+        example: inputs for one forward pass, for cost="flops", and to read the units of a model with classes of one's
+            own (`survey`). Without one, those of such a model are read when it is first called.
         units: what is known of units beside (`upop.UnitSpec`): proved like the others, before those that cut the same.
         update_first_step: False leaves the masks alone at step 0, as published for DeiT and Segmenter.
 
     Raises:
         SettingError: a setting is out of range, names nothing, or asks for more than can go.
-        LayoutError: the model has no unit, or a unit's weights are frozen or masked already.
+        LayoutError: the model has no unit, or a unit's weights are frozen or masked already; without an example, a
+            model with classes of one's own raises both when it is first called.
     """
 
     def __init__(
@@ -106,32 +106,18 @@ class Pruner:
         check_whole("interval", interval)
         if cost == "reference" and align != 1:
             raise SettingError(f"cost='reference' ranks single entries as published; found align={align}. Use align=1.")
-        self.model = unwrapped(model)
-        refuse_flattened(self.model)
-        self.ratio, self.steps, self.interval = ratio, steps, interval
-        self.cost, self.align, self.update_first_step = cost, align, update_first_step
-        self.units: list[Unit] = chosen(units_to_search(self.model, example, units), include, exclude)
-        warn_of_uncovered(self.model)
+        self.steps, self.interval, self.update_first_step = steps, interval, update_first_step
         self.score = score or ("signed" if self.progress == "soft" else "absolute")
         self._scoring = scoring(self.score)
-        refuse_frozen(self.model, self.units)
-        refuse_shared(self.model, self.units)
-        self.costs = entry_costs(self.model, self.units, cost, example)
-        budget.check_reachable(self.units, self.costs, ratio, align)
-        self._masks = Masks(self.model, self.units)
-        self._rows = RowScores(self._scoring.rows)
         self._correct = correct and self.progress == "stages"
-        self._moments = Moments(again=True)
         self._choices: list[dict[str, Choice]] = []  # of the stages so far
-        self._watch()
-        self._scores = {name: torch.zeros_like(mask) for name, mask in self._masks.values.items()}
         self._skipped = torch.zeros((), dtype=torch.long)
         self._stale = torch.zeros((), dtype=torch.bool)  # whether the scores are of a stage that has ended
         self._warned, self._warned_unscored = 0, False
         self._scored: set[str] = set()  # units that had a gradient at some step
-        self._done, self._attached = 0, True
+        self._done = 0
         self.threshold: float | None = None
-        self._look()
+        super().__init__(model, ratio, cost, align, (include, exclude), example, units, self._scoring)
 
     @property
     def steps_done(self) -> int:
@@ -157,32 +143,9 @@ class Pruner:
         return int(self._skipped)
 
     @property
-    def scores(self) -> dict[str, Tensor]:
-        """The accumulated scores per unit, shape [size]; in stages, of the steps since the last one that ended."""
-        return {name: score.clone() for name, score in self._scores.items()}
-
-    @property
-    def masks(self) -> dict[str, Tensor]:
-        """The mask per unit, shape [size], entries in [0, 1]."""
-        return {name: mask.clone() for name, mask in self._masks.values.items()}
-
-    @property
     def corrections(self) -> dict[str, float]:
         """What the last stage's correction leaves of the square of what a unit's reader lost, on other samples."""
         return {name: choice.left for name, choice in self._choices[-1].items()} if self._choices else {}
-
-    def mask_sum(self, kind: Kind) -> float:
-        """Return the sum of all mask entries of a kind: what the published loss weighs as its sparsity term."""
-        return float(sum(self._masks.values[unit.name].sum() for unit in self.units if unit.kind == kind))
-
-    def kept_share(self, modality: str | None = None, kind: Kind | None = None) -> float:
-        """Return the share of the cost that is unmasked now, of all units or of a modality or kind; 1 at first."""
-        kept = total = 0.0
-        for unit in self.units:
-            if (modality is None or unit.modality == modality) and (kind is None or unit.kind == kind):
-                kept += self.costs[unit.name] * int((self._masks.values[unit.name] == 1).sum())
-                total += self.costs[unit.name] * unit.size
-        return kept / total if total else 1.0
 
     @torch.no_grad()
     def step(self) -> None:
@@ -194,6 +157,7 @@ class Pruner:
             StepError: all steps were taken already, the masks are off, or no masked weight has a gradient.
         """
         self._check_running()
+        self._first.let_compiled()
         producers = {part.tensor: part.dim for unit in self.units for part in unit.producers}
         rows = self._rows.of({name: (tensor_of(self.model, name), dim) for name, dim in producers.items()})
         added = {unit.name: self._entry_scores(unit, rows) for unit in self.units}
@@ -233,7 +197,7 @@ class Pruner:
             StepError: the search has not finished, so the masks are not binary yet.
         """
         self._check_finished("plan()")
-        kept = {name: mask.nonzero().flatten().tolist() for name, mask in self._masks.values.items()}
+        kept = {name: mask.nonzero().flatten().tolist() for name, mask in self.masks.items()}
         return Plan.of(
             self.units,
             kept,
@@ -246,68 +210,37 @@ class Pruner:
             progress=self.progress,
         )
 
-    def shrink(self, verify: Any = None) -> nn.Module:
+    def shrink(self, verify: Any = True) -> nn.Module:
         """Take the masks off and cut the model for real; the same model comes back, physically smaller.
 
         Args:
             verify: inputs on which the masked and the shrunken model are compared (a tensor, a tuple of arguments,
-                a mapping of keyword arguments, or a function that is given the model).
+                a mapping of keyword arguments, or a function that is given the model). By default a few samples of the
+                first batch that the model was called with, or else the example. False cuts without proof.
 
         Raises:
             StepError: the search has not finished.
             LayoutError: the model's weights are sharded over processes: cut a copy that `upop.gather` makes.
-            VerificationError: the outputs differ; the model is left masked, as it was.
+            VerificationError: the outputs differ, the cut model cannot be run, or there is nothing to verify on; the
+                model is left masked, as it was.
         """
         plan = self.plan()
         refuse_sharded(self.model, "shrink()")
         if not self._attached:
             raise StepError("The masks were taken off already; a plan can still be applied with upop.shrink.")
-        expected = outputs_of(self.model, verify) if verify is not None else None
-        self.remove()
-        undo = []
+        self._detach()
         try:
-            undo = cut(self.model, self.units, plan)
-            if expected is not None:
-                compare(expected, outputs_of(self.model, verify), precision_of(self.model, self.units))
+            cut_verified(self.model, self.units, plan, verify, self._inputs())
         except BaseException:
-            restore(undo)
             self._attach()
             raise
-        remember_cut(self.model, self.units, plan)
+        self._first.forget()
         return self.model
-
-    def move_to(self, model: nn.Module) -> None:
-        """Go on with another copy of the model, sharded or whole: its weights are masked and scored from now on.
-
-        The masks come off the old copy and go on the new one as they stand; scores and steps stay.
-
-        Args:
-            model: with the same units; see `upop.gather` for a whole copy of a sharded model.
-
-        Raises:
-            LayoutError: it has other units, or is masked already.
-        """
-        model = unwrapped(model)
-        refuse_flattened(model)
-        found = {(unit.name, unit.size, unit.slices) for unit in find_units(model)}
-        if any((unit.name, unit.size, unit.slices) not in found for unit in self.units):
-            raise LayoutError(
-                f"This {type(model).__name__} has other units than the model that is searched. Give a copy of that one."
-            )
-        self.remove()
-        self.model = model
-        self._attach()
-
-    def remove(self) -> None:
-        """Take the masks off without cutting anything; no trace of them is left, but corrected layers stay so."""
-        if self._attached:
-            self._masks.remove()
-            self._rows.release()
-            self._moments.release()
-            self._attached = False
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything that a resumed search needs: scores, masks, and where it stands."""
+        if self._units is None and self._resumed is not None:
+            return dict(self._resumed)
         return {
             "scores": self.scores,
             "masks": self.masks,
@@ -317,16 +250,19 @@ class Pruner:
             "stale": bool(self._stale),
             "moments": {name: value.clone() for name, value in self._moments.values.items()},
             "sizes": {name: value.clone() for name, value in self._moments.sizes.items()},
-            "settings": {
-                "ratio": self.ratio,
-                "steps": self.steps,
-                "interval": self.interval,
-                "align": self.align,
-                "cost": self.cost if isinstance(self.cost, str) else "given",
-                "score": self.score if isinstance(self.score, str) else "given",
-                "progress": self.progress,
-                "correct": self._correct,
-            },
+            "settings": self._settings(),
+        }
+
+    def _settings(self) -> dict[str, Any]:
+        return {
+            "ratio": self.ratio,
+            "steps": self.steps,
+            "interval": self.interval,
+            "align": self.align,
+            "cost": self.cost if isinstance(self.cost, str) else "given",
+            "score": self.score if isinstance(self.score, str) else "given",
+            "progress": self.progress,
+            "correct": self._correct,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -335,9 +271,12 @@ class Pruner:
         Raises:
             SettingError: the state belongs to another model or to other settings.
         """
-        mine = self.state_dict()
-        if state["settings"] != mine["settings"]:
-            raise SettingError(f"The saved search has settings {state['settings']}, this one {mine['settings']}.")
+        if state["settings"] != self._settings():
+            raise SettingError(f"The saved search has settings {state['settings']}, this one {self._settings()}.")
+        self._done = int(state["steps_done"])
+        if self._units is None:
+            self._resumed = state
+            return
         shapes = {name: tuple(score.shape) for name, score in state["scores"].items()}
         if shapes != {name: tuple(score.shape) for name, score in self._scores.items()}:
             raise SettingError(
@@ -353,17 +292,6 @@ class Pruner:
         self._moments.values = {name: value.clone() for name, value in state["moments"].items()}
         self._moments.sizes = {name: value.clone() for name, value in state["sizes"].items()}
         self._look()
-
-    def _attach(self) -> None:
-        masks = self.masks
-        self._masks = Masks(self.model, self.units)
-        self._masks.set(masks)
-        self._watch()
-        self._attached = True
-        self._look()
-
-    def _watch(self) -> None:
-        self._rows.watch((tensor_of(self.model, p.tensor), p.dim) for unit in self.units for p in unit.producers)
 
     def _entry_scores(self, unit: Unit, rows: Mapping[str, Tensor]) -> Tensor | None:
         given = [part.reduce(rows[part.tensor]) for part in unit.producers if part.tensor in rows]
@@ -434,6 +362,7 @@ class Pruner:
             warn_of_unscored(unscored, len(self.units), step + 1)
 
     def _check_running(self) -> None:
+        self._refuse_unread()
         if self.finished:
             raise StepError(
                 f"All {self.steps} search steps were taken and the masks are final; step() was called once more. "
@@ -443,6 +372,7 @@ class Pruner:
             raise StepError("The masks were taken off; make a new Pruner to search again.")
 
     def _check_finished(self, what: str) -> None:
+        self._refuse_unread()
         if not self.finished:
             raise StepError(
                 f"{what} needs binary masks, and only {self._done} of {self.steps} search steps were taken; "

@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
 
-from upop.pruning.costs import call, evaluating
 from upop.pruning.errors import LayoutError, VerificationError
 from upop.pruning.known import remember_cut
 from upop.pruning.masks import Masks, refuse_masked, unwrapped
 from upop.pruning.plan import Plan
+from upop.pruning.seen import examples_of
 from upop.pruning.sharded import refuse_sharded
 from upop.pruning.units import Unit, has_number, number_of, owner_of, set_number, tensor_of
+from upop.pruning.verify import Outputs, compare, outputs_of, rounding_of
 
-# Largest allowed difference of an output, relative to its largest entry, by the precision of the weights.
-_TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 5e-3}
+_MOST_COPIED = 2**28
+"""Numbers of a model that is copied in float64, 2 GiB of it, to prove a cut on; a larger one is compared as it is."""
 
 
 @dataclass
@@ -37,24 +40,27 @@ class Edit:
         return Edit(self.module, self.name, old)
 
 
-def shrink(model: nn.Module, plan: Plan | Mapping[str, Any], *, verify: Any = None, fold: bool = True) -> nn.Module:
+def shrink(model: nn.Module, plan: Plan | Mapping[str, Any], *, verify: Any = True, fold: bool = True) -> nn.Module:
     """Cut `model` to the entries that `plan` keeps; the same object comes back, physically smaller.
 
-    The shrunken model computes what the model computes with the other entries masked to zero. Attention in every
-    library divides by the square root of its current head_dim, so the queries are multiplied by
+    The shrunken model computes what the model computes with the other entries masked to zero, which is verified.
+    Attention in every library divides by the square root of its current head_dim, so the queries are multiplied by
     sqrt(kept / original) where head dimensions go.
 
     Args:
         model: the dense model, without masks.
         plan: what to keep; a `Plan`, or a mapping from unit names to the entries to keep. Units not named stay.
         verify: inputs on which masked and shrunken outputs are compared (a tensor, a tuple of arguments, a mapping
-            of keyword arguments, or a function that is given the model); None compares nothing.
+            of keyword arguments, or a function that is given the model). By default those with which units were read,
+            of this model or another one of its class, or some that can be made for it. False cuts without proof, as
+            does `fold=False`; a model on the meta device has no outputs.
         fold: False leaves the queries alone, for weights that are replaced right afterwards.
 
     Raises:
         PlanError: the plan does not fit the model.
         LayoutError: a tensor to be cut is shared with a part of the model that is not, or sharded over processes.
-        VerificationError: the outputs differ. In every case the model is left as it was.
+        VerificationError: the outputs differ, the cut model cannot be run, or there is nothing to verify on. In every
+            case the model is left as it was.
     """
     whole, model = model, unwrapped(model)
     refuse_sharded(model, "shrink()")
@@ -64,20 +70,64 @@ def shrink(model: nn.Module, plan: Plan | Mapping[str, Any], *, verify: Any = No
         plan = Plan.of(find_units(model), plan)
     units = plan.check(model)
     refuse_masked(model, units)
-    if verify is not None and any(tensor_of(model, part.tensor).is_meta for unit in units for part in unit.slices):
-        raise LayoutError(
-            f"{type(model).__name__} is on the meta device and has no outputs to verify. Use verify=None."
-        )
-    expected = _masked_outputs(model, units, plan, verify) if verify is not None else None
-    undo = cut(model, units, plan, fold=fold)
+    if any(tensor_of(model, part.tensor).is_meta for unit in units for part in unit.slices):
+        if not any(verify is each for each in (True, False, None)):
+            raise LayoutError(
+                f"{type(model).__name__} is on the meta device and has no outputs to verify. Use verify=False."
+            )
+        verify = False
+    if fold:
+        cut_verified(model, units, plan, verify, examples_of(model))
+    else:
+        cut(model, units, plan, fold=False)
+        remember_cut(model, units, plan)
+    return whole
+
+
+def cut_verified(
+    model: nn.Module, units: list[Unit], plan: Mapping[str, Sequence[int]], verify: Any, seen: Iterable[Any]
+) -> list[Edit]:
+    """Apply the surgery, and prove it unless that is forbidden: the cut model computes what the masked one does.
+
+    Args:
+        model: without masks.
+        units: of the model.
+        plan: what they keep.
+        verify: inputs for a call; True takes the first that was seen with which the model runs, False proves nothing.
+        seen: inputs for calls.
+
+    Returns:
+        The edits that take it back.
+
+    Raises:
+        VerificationError: it does not, or nothing can be said of it; the model is whole again.
+    """
+    refuse_shared(model, units)
+    if verify is False:
+        edits = cut(model, units, plan)
+        remember_cut(model, units, plan)
+        return edits
+    inputs = seen if verify is True or verify is None else [verify]
+    if all(len(plan[unit.name]) == unit.size for unit in units):
+        return []
+    held = {module: dict(vars(module)) for module in model.modules()}
+    undo: list[Edit] = []
     try:
-        if expected is not None:
-            compare(expected, outputs_of(model, verify), precision_of(model, units))
+        example, expected = _masked_outputs(model, units, plan, inputs)
+        proved = _proved_in_float64(model, units, plan, example)
+        undo = cut(model, units, plan)
+        found = _outputs_of_cut(model, example)
+        precision = tensor_of(model, units[0].slices[0].tensor).dtype
+        rounding = partial(rounding_of, model, example, outputs=found)
+        compare(expected, found, rounding, dtype=precision, proved=proved)
     except BaseException:
         restore(undo)
+        for module, attributes in held.items():  # what a forward keeps may have the sizes of the cut
+            vars(module).clear()
+            vars(module).update(attributes)
         raise
     remember_cut(model, units, plan)
-    return whole
+    return undo
 
 
 def cut(model: nn.Module, units: list[Unit], plan: Mapping[str, Sequence[int]], *, fold: bool = True) -> list[Edit]:
@@ -163,94 +213,87 @@ def refuse_shared(model: nn.Module, units: list[Unit]) -> None:
                 )
 
 
-def _masked_outputs(model: nn.Module, units: list[Unit], plan: Plan, inputs: Any) -> list[tuple[str, Tensor]]:
+def _masked_outputs(
+    model: nn.Module, units: list[Unit], plan: Mapping[str, Sequence[int]], inputs: Iterable[Any]
+) -> tuple[Any, Outputs]:
+    """Return the first inputs that the model can be called with, and what it gives for them when it is masked."""
+    failure: Exception | None = None
+    for each in inputs:
+        try:
+            with _masked(model, units, plan):
+                return each, outputs_of(model, each)
+        except Exception as error:
+            failure = failure or error
+    if failure is None:
+        raise VerificationError(
+            f"There is nothing to verify the cut of {type(model).__name__} on: no inputs of it were seen, and none can "
+            "be made. Give verify= what a call of it takes (a tensor, a tuple of arguments, a mapping of keyword "
+            "arguments, or a function that is given the model), or verify=False to cut it without proof."
+        )
+    raise VerificationError(
+        f"The cut cannot be verified: {type(model).__name__} does not run on the inputs, before anything is cut "
+        f"({_told(failure)}). Give verify= what a call of it takes (a tensor, a tuple of arguments, a mapping of "
+        "keyword arguments, or a function that is given the model)."
+    ) from failure
+
+
+@contextmanager
+def _masked(model: nn.Module, units: list[Unit], plan: Mapping[str, Sequence[int]]) -> Iterator[None]:
     masks = Masks(model, units)
     try:
         values = {unit.name: torch.zeros(unit.size) for unit in units}
         for name, value in values.items():
             value[list(plan[name])] = 1
         masks.set(values)
-        return outputs_of(model, inputs)
+        yield
     finally:
         masks.remove()
 
 
-def precision_of(model: nn.Module, units: list[Unit]) -> torch.dtype:
-    """Return the dtype of the weights that the units cut."""
-    return tensor_of(model, units[0].slices[0].tensor).dtype if units else torch.float32
-
-
-def outputs_of(model: nn.Module, inputs: Any) -> list[tuple[str, Tensor]]:
-    """Return every floating-point tensor in the model's outputs for `inputs`, with its place in them.
-
-    Runs in evaluation mode, without gradients and without autocast, at full float32 precision.
-    """
-    precision = torch.get_float32_matmul_precision()
-    device = next(model.parameters()).device.type
-    torch.set_float32_matmul_precision("highest")
+def _outputs_of_cut(model: nn.Module, inputs: Any) -> Outputs:
     try:
-        with evaluating(model), _unpatched(model), torch.autocast(device, enabled=False):
-            return [(place, value.detach().clone()) for place, value in tensors_of(call(model, inputs))]
-    finally:
-        torch.set_float32_matmul_precision(precision)
+        return outputs_of(model, inputs)
+    except Exception as error:
+        raise VerificationError(
+            f"{type(model).__name__} runs with masks and not when it is cut ({_told(error)}). It was left as it was. "
+            "Something in it insists on a size that nothing told of: exclude the unit, and please report it."
+        ) from error
 
 
-@contextmanager
-def _unpatched(model: nn.Module) -> Iterator[None]:
-    """Give modules their own forward where Accelerate put one around it that computes in mixed precision."""
-    modules: list[Any] = [module for module in model.modules() if "_original_forward" in vars(module)]
-    patched = [(module, module.forward) for module in modules]
-    for module in modules:
-        module.forward = module._original_forward
-    try:
-        yield
-    finally:
-        for module, forward in patched:
-            module.forward = forward
+def _told(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:300]}"
 
 
-def compare(expected: list[tuple[str, Tensor]], found: list[tuple[str, Tensor]], dtype: torch.dtype) -> float:
-    """Return the largest relative difference between two lists of outputs.
+def _proved_in_float64(model: nn.Module, units: list[Unit], plan: Mapping[str, Sequence[int]], inputs: Any) -> bool:
+    """Prove the cut on a copy in float64; whether that is possible.
+
+    It is not for a model that is too large for one, or that computes in another precision whatever its weights are.
 
     Raises:
-        VerificationError: it is above the tolerance for `dtype`, or the lists do not match.
+        VerificationError: the cut copy does not compute what the masked one does.
     """
-    if not expected or [place for place, _ in expected] != [place for place, _ in found]:
-        raise VerificationError(
-            f"The model gave {len(expected)} output tensors with masks and {len(found)} without; nothing to compare. "
-            "Give inputs for which the model returns tensors."
-        )
-    tolerance = _TOLERANCE.get(dtype, 1e-5)
-    worst = 0.0
-    for (place, masked), (_, shrunk) in zip(expected, found, strict=True):
-        if masked.shape != shrunk.shape:
-            raise VerificationError(f"{place} has shape {tuple(masked.shape)} masked, {tuple(shrunk.shape)} shrunk.")
-        if not masked.numel():
-            continue
-        scale = masked.abs().max().clamp_min(torch.finfo(masked.dtype).tiny)
-        difference = float((masked - shrunk).abs().max() / scale)
-        if not difference <= tolerance:
-            raise VerificationError(
-                f"The shrunken model does not compute what the masked one does: {place} differs by {difference:.2e} "
-                f"of its largest entry, allowed are {tolerance:.0e}. The model was left as it was. "
-                "If the model draws random numbers in evaluation mode, verify with inputs that avoid it; "
-                "else its layout row is wrong: please report it."
-            )
-        worst = max(worst, difference)
-    return worst
+    from upop.pruning.axes.copies import changed, copied, forgetting
+    from upop.pruning.axes.proof import Precise
 
+    if not any(isinstance(each, Tensor) for each in tree_leaves(inputs)):
+        return False  # what a function gives to the model, nobody else can make precise
+    tensors = [*model.parameters(), *model.buffers()]
+    numbers = sum(each.numel() for each in tensors if each.is_floating_point())
+    if numbers > _MOST_COPIED or all(each.dtype == torch.float64 for each in model.parameters()):
+        return False
 
-def tensors_of(value: Any, place: str = "output") -> Iterator[tuple[str, Tensor]]:
-    """Yield every floating-point tensor in a model's outputs, with its place in them."""
-    if isinstance(value, Tensor):
-        if value.is_floating_point():
-            yield place, value
-    elif isinstance(value, Mapping):
-        for key, part in value.items():
-            yield from tensors_of(part, f"{place}[{key!r}]")
-    elif isinstance(value, tuple | list):
-        for position, part in enumerate(value):
-            yield from tensors_of(part, f"{place}[{position}]")
-    elif is_dataclass(value):
-        for part in fields(value):
-            yield from tensors_of(getattr(value, part.name), f"{place}.{part.name}")
+    def precise(value: Any) -> Any:
+        return value.to(torch.float64) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+    inputs = tree_map(precise, dict(inputs) if isinstance(inputs, Mapping) else inputs)
+    try:
+        twin = copied(model, changed(model, lambda each: precise(each).clone()))
+        with forgetting(), _masked(twin, units, plan), Precise(torch.float64):
+            expected = outputs_of(twin, inputs)
+    except Exception:
+        return False
+    cut(twin, units, plan)
+    with forgetting(), Precise(torch.float64):
+        found = _outputs_of_cut(twin, inputs)
+        compare(expected, found, partial(rounding_of, twin, inputs, outputs=found))
+    return True

@@ -17,15 +17,16 @@ from upop.pruning.axes.copies import forgetting, told, with_memory
 from upop.pruning.axes.kinds import rest
 from upop.pruning.axes.mode import Mode, name_of
 from upop.pruning.costs import call, evaluating
-from upop.pruning.shrink import cut, restore, tensors_of
+from upop.pruning.errors import VerificationError
+from upop.pruning.shrink import cut, restore
 from upop.pruning.units import Attribute, Unit, tensor_of
+from upop.pruning.verify import difference, outputs_of, refuse_unlike, rounding_of, tensors_of
 
-_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 POWERS = (0.5, 0.0, 1.0, 0.25)
 """Of softmax scales that follow the size of a head: 1 / sqrt(size), fixed, 1 / size, and queries that are keys too."""
 
 
-class _Precise(Mode):
+class Precise(Mode):
     """Has what a forward asks for in some precision of its own in the precision of its weights.
 
     Many compute a norm or a softmax in float32 whatever the weights are, or fail where these are more precise.
@@ -51,11 +52,13 @@ class _Precise(Mode):
         return value
 
     def __enter__(self) -> Any:
+        """Compute in the precision from now on."""
         self._default = torch.get_default_dtype()
         torch.set_default_dtype(self._dtype)
         return super().__enter__()  # type: ignore[no-untyped-call]
 
     def __exit__(self, *raised: Any) -> None:
+        """Compute as before."""
         super().__exit__(*raised)  # type: ignore[no-untyped-call]
         torch.set_default_dtype(self._default)
 
@@ -87,6 +90,7 @@ class Bench:
             return with_memory(value).to(self._dtype if value.is_floating_point() else value.dtype)
 
         self._example = tree_map(as_precise, self._given)
+        self._spreads: list[list[float]] = []
 
     def outputs(self) -> list[tuple[str, Tensor]]:
         """Return all tensors that a call gives, and all that modules which are idle are given.
@@ -108,7 +112,7 @@ class Bench:
         for each in self._resting:
             each.start(self._dtype)
         eager = torch.compiler.set_stance("force_eager")
-        with forgetting(), evaluating(self._model), torch.random.fork_rng(devices=[]), eager, _Precise(self._dtype):
+        with forgetting(), evaluating(self._model), torch.random.fork_rng(devices=[]), eager, Precise(self._dtype):
             torch.manual_seed(0)
             found = tensors_of(call(self._model, self._example))
             given = [(place, value) for each in self._resting for place, value in each.given]
@@ -140,23 +144,24 @@ class Bench:
             return float("inf"), told(error)
         finally:
             restore(undo)
-        if [place for place, _ in expected] != [place for place, _ in found]:
-            return float("inf"), "it gives other outputs"
-        worst = 0.0
-        for (place, one), (_, other) in zip(expected, found, strict=True):
-            if one.shape != other.shape:
-                return float("inf"), f"{place} has shape {tuple(other.shape)}, expected {tuple(one.shape)}"
-            if not one.numel():
-                continue
-            finite = one.isfinite()
-            if not bool((finite == other.isfinite()).all()):
-                return float("inf"), f"{place} is not finite"
-            scale = one[finite].abs().max().clamp_min(1e-12) if bool(finite.any()) else torch.ones(())
-            tolerance = _TOLERANCE.get(one.dtype, 1e-2)
-            worst = max(
-                worst, float((one - other)[finite].abs().max() / scale / tolerance) if bool(finite.any()) else 0
-            )
-        return worst, f"the cut model differs by {worst * 1e-9:.1e}"
+        try:
+            refuse_unlike(expected, found)
+        except VerificationError as error:
+            return float("inf"), str(error).split(". ")[0]
+        off = difference(expected, found, self._rounding)
+        return (float("inf"), f"the cut model differs by {off.size:.1e}") if off is not None else (0.0, "")
+
+    def _rounding(self) -> list[list[float]]:
+        """Return how much each output differs by rounding alone, time after time.
+
+        Raises:
+            VerificationError: two calls of the model differ.
+        """
+        if not self._spreads:
+            with forgetting(), Precise(self._dtype):
+                outputs = outputs_of(self._model, self._example)
+                self._spreads = list(rounding_of(self._model, self._example, outputs=outputs))
+        return self._spreads
 
     @contextmanager
     def masked(self, units: Sequence[Unit], plan: Mapping[str, Sequence[int]]) -> Iterator[None]:

@@ -18,8 +18,8 @@ from upop.pruning.axes.trace import Trace
 from upop.pruning.axes.tried import Proof
 from upop.pruning.costs import call
 from upop.pruning.errors import LayoutError
-from upop.pruning.shrink import tensors_of
 from upop.pruning.units import Skipped, Slice, Unit
+from upop.pruning.verify import tensors_of
 
 
 def read(model: nn.Module, example: Any) -> tuple[list[Unit], list[Skipped]]:

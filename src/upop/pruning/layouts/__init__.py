@@ -24,6 +24,7 @@ from upop.pruning.layouts.packed import read_encoder_layer, read_multihead
 from upop.pruning.layouts.reading import NotPrunableError, is_projection, library_of, true_class
 from upop.pruning.layouts.rows import LAYOUTS, Layout, layout_of
 from upop.pruning.masks import unwrapped
+from upop.pruning.seen import Kept, remember_inputs, was_made_up
 from upop.pruning.stated import Stated
 from upop.pruning.units import Skipped, Unit
 
@@ -61,8 +62,9 @@ def survey(model: nn.Module, example: Any = None, units: Sequence[Stated] = ()) 
     With an example, units are read off what the model computes: its forward runs once without numbers, every axis is
     followed through the tensor operations that really happen, whatever the Python around them, and every unit is
     proved on numbers. What was found is remembered for this model. Without one, a model that was read before is not
-    looked at again; one with classes of one's own is tried on inputs that its layers ask for; of the others, modules
-    whose names and forwards are known are looked at.
+    looked at again; one with classes of one's own is tried on inputs that its layers ask for, which may take another
+    way through its forward than true ones do (a mask that may be left out is); of the others, modules whose names and
+    forwards are known are looked at.
 
     Args:
         model: left as it is; wrappers of DDP and torch.compile are looked through.
@@ -86,7 +88,8 @@ def survey(model: nn.Module, example: Any = None, units: Sequence[Stated] = ()) 
     found = remembered(model) if example is None else None
     if found is not None:
         return found.of(model)
-    if example is None and is_of_ones_own(model):
+    guessed = example is None and is_of_ones_own(model)
+    if guessed:
         from upop.pruning.axes import example_for
 
         with suppress(LayoutError):
@@ -95,6 +98,7 @@ def survey(model: nn.Module, example: Any = None, units: Sequence[Stated] = ()) 
         from upop.pruning import axes
 
         proved, skipped = axes.read(model, example)
+        remember_inputs(model, Kept(model, example), made_up=guessed)
         twins: Mapping[str, str] = getattr(model, "momentum_twins", {})
         own = [unit for unit in proved if not unit.name.startswith(tuple(f"{copy}." for copy in twins.values()))]
         remember(model, Survey(tuple(_with_twins(unit, twins) for unit in own), tuple(skipped)).of(model, example))
@@ -118,6 +122,15 @@ def units_to_search(model: nn.Module, example: Any, units: Sequence[Stated] = ()
 def is_of_ones_own(model: nn.Module) -> bool:
     """Whether a model has classes of no library whose models are read without an example."""
     return any(library_of(module) not in _LIBRARIES for module in unwrapped(model).modules())
+
+
+def waits_for_batch(model: nn.Module) -> bool:
+    """Whether the units of a model are to be read with the first batch that it is given.
+
+    It has classes of one's own, and was not read with an example: inputs that were made for it may take another way
+    through its forward than true ones do, and another reading may follow.
+    """
+    return is_of_ones_own(model) and (remembered(model) is None or was_made_up(model))
 
 
 def _look(model: nn.Module) -> Survey:

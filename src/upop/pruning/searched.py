@@ -1,0 +1,211 @@
+"""What a search holds of its model: the units, their masks and scores, and what the model was first called with."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from upop.pruning import budget
+from upop.pruning.align import Align
+from upop.pruning.choice import chosen, refuse_frozen
+from upop.pruning.costs import Arguments, Cost, entry_costs
+from upop.pruning.errors import LayoutError, StepError
+from upop.pruning.layouts import units_to_search, waits_for_batch
+from upop.pruning.masks import Masks, unwrapped
+from upop.pruning.moments import Moments
+from upop.pruning.plan import misfit
+from upop.pruning.scores import RowScores, Scoring
+from upop.pruning.seen import FirstCall, Kept, examples_of, read_first
+from upop.pruning.sharded import refuse_flattened
+from upop.pruning.shrink import refuse_shared
+from upop.pruning.stated import Stated
+from upop.pruning.told import warn_of_uncovered
+from upop.pruning.units import Kind, Unit, tensor_of
+
+Patterns = str | Sequence[str] | None
+
+
+class Searched(ABC):
+    """A model while it is searched.
+
+    The units of a model with classes of one's own are read with the first batch that it is called with, unless an
+    example is given: what is made up could take another way through a forward.
+
+    Args:
+        model: changed in place.
+        ratio: share of the units' total cost to remove.
+        cost: what an entry costs.
+        align: kept sizes are multiples of this.
+        patterns: what to include and what to exclude.
+        example: inputs for one forward pass; None waits for some where that is needed.
+        stated: what is known of units beside.
+        scoring: how rows are scored.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        ratio: float,
+        cost: Cost,
+        align: Align,
+        patterns: tuple[Patterns, Patterns],
+        example: Any,
+        stated: Sequence[Stated],
+        scoring: Scoring,
+    ) -> None:
+        self.model = unwrapped(model)
+        refuse_flattened(self.model)
+        self.ratio, self.cost, self.align = ratio, cost, align
+        self._patterns, self._example, self._stated = patterns, example, stated
+        self._rows = RowScores(scoring.rows)
+        self._moments = Moments(again=True)
+        self._attached = True
+        self._units: list[Unit] | None = None
+        self._resumed: Mapping[str, Any] | None = None  # a state that waits for the units
+        waits = example is None and waits_for_batch(self.model)
+        if not waits:
+            self._begin(self._read(example))
+        self._first = FirstCall(self.model, self._begin_with) if waits else FirstCall(self.model, wrapper=model)
+
+    def _begin_with(self, kept: Kept, arguments: Arguments) -> None:
+        """Read the units of a model with what it is called with, before it runs."""
+        self._example = arguments
+        try:
+            self._begin(
+                read_first(kept.inputs(self.model), lambda inputs: units_to_search(self.model, inputs, self._stated))
+            )
+        finally:
+            self._example = None
+        if self._moments.looks:
+            self._moments.begin(*arguments)
+        if self._resumed is not None:
+            self.load_state_dict(self._resumed)
+
+    def _read(self, example: Any) -> list[Unit]:
+        return units_to_search(self.model, example, self._stated)
+
+    def _begin(self, units: list[Unit]) -> None:
+        """Put masks on the units that were asked for."""
+        units = chosen(units, *self._patterns)
+        warn_of_uncovered(self.model)
+        refuse_frozen(self.model, units)
+        refuse_shared(self.model, units)
+        self._costs = entry_costs(self.model, units, self.cost, self._example)
+        budget.check_reachable(units, self._costs, self.ratio, self.align)
+        self._masks = Masks(self.model, units)
+        self._units = units
+        self._watch()
+        self._scores = {name: torch.zeros_like(mask) for name, mask in self._masks.values.items()}
+        self._look()
+
+    @abstractmethod
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a saved state."""
+
+    @abstractmethod
+    def _look(self) -> None:
+        """Look at what the readers are given where that is wanted, and at no other time."""
+
+    @property
+    def units(self) -> list[Unit]:
+        """What is searched, in forward order.
+
+        Raises:
+            StepError: the model has classes of one's own, there was no example, and it has not been called yet.
+        """
+        self._refuse_unread()
+        return self._units or []
+
+    def _refuse_unread(self) -> None:
+        if self._units is None:
+            raise StepError(
+                f"The units of {type(self.model).__name__} are read with the first batch that it is given, and it has "
+                "not been called as a module since the Pruner was made: model(batch), not model.forward(batch) or a "
+                "part of it. Call it first, or give Pruner(..., example=...) what a call takes."
+            )
+
+    @property
+    def costs(self) -> dict[str, float]:
+        """What one entry of every unit costs."""
+        return {unit.name: self._costs[unit.name] for unit in self.units}
+
+    @property
+    def scores(self) -> dict[str, Tensor]:
+        """The accumulated scores per unit, shape [size]; in stages, of the steps since the last one that ended."""
+        return {unit.name: self._scores[unit.name].clone() for unit in self.units}
+
+    @property
+    def masks(self) -> dict[str, Tensor]:
+        """The mask per unit, shape [size], entries in [0, 1]."""
+        return {unit.name: self._masks.values[unit.name].clone() for unit in self.units}
+
+    def mask_sum(self, kind: Kind) -> float:
+        """Return the sum of all mask entries of a kind: what the published loss weighs as its sparsity term."""
+        return float(sum(self._masks.values[unit.name].sum() for unit in self.units if unit.kind == kind))
+
+    def kept_share(self, modality: str | None = None, kind: Kind | None = None) -> float:
+        """Return the share of the cost that is unmasked now, of all units or of a modality or kind; 1 at first."""
+        kept = total = 0.0
+        for unit in self.units:
+            if (modality is None or unit.modality == modality) and (kind is None or unit.kind == kind):
+                kept += self._costs[unit.name] * int((self._masks.values[unit.name] == 1).sum())
+                total += self._costs[unit.name] * unit.size
+        return kept / total if total else 1.0
+
+    def _inputs(self) -> Iterator[Any]:
+        """Yield what the model may be called with."""
+        if self._first.kept is not None:
+            yield from self._first.kept.inputs(self.model)
+        if self._example is not None:
+            yield self._example
+        yield from examples_of(self.model)
+
+    def move_to(self, model: nn.Module) -> None:
+        """Go on with another copy of the model, sharded or whole: its weights are masked and scored from now on.
+
+        The masks come off the old copy and go on the new one as they stand; scores and steps stay.
+
+        Args:
+            model: with the same units; see `upop.gather` for a whole copy of a sharded model.
+
+        Raises:
+            LayoutError: it has other units, or is masked already.
+        """
+        model = unwrapped(model)
+        refuse_flattened(model)
+        if any(misfit(model, unit) for unit in self.units):
+            raise LayoutError(
+                f"This {type(model).__name__} has other units than the model that is searched. Give a copy of that one."
+            )
+        self._detach()
+        self.model = model
+        self._attach()
+
+    def remove(self) -> None:
+        """Take the masks off without cutting anything; no trace of them is left, but corrected layers stay so."""
+        self._detach()
+        self._first.forget()
+
+    def _detach(self) -> None:
+        self._first.release()
+        if self._attached:
+            if self._units is not None:
+                self._masks.remove()
+            self._rows.release()
+            self._moments.release()
+            self._attached = False
+
+    def _attach(self) -> None:
+        masks = self.masks
+        self._masks = Masks(self.model, self.units)
+        self._masks.set(masks)
+        self._watch()
+        self._attached = True
+        self._look()
+
+    def _watch(self) -> None:
+        self._rows.watch((tensor_of(self.model, p.tensor), p.dim) for unit in self.units for p in unit.producers)

@@ -1,0 +1,210 @@
+"""Inputs that a model was called with: a small part of its first batch, to read units with and to verify cuts on."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
+from typing import Any, Self, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.hooks import RemovableHandle
+
+from upop.pruning.again import uncompiled
+from upop.pruning.costs import Arguments
+from upop.pruning.errors import LayoutError
+
+Found = TypeVar("Found")
+
+_FEW = 2
+"""Samples of a batch that are kept."""
+_MOST_BYTES = 2**24
+"""Of a whole batch that is kept beside its first samples, for models that do not take a part of one."""
+
+_PLAIN = (Tensor, nn.Parameter, nn.Buffer)
+
+
+class Kept:
+    """Inputs for a call of a model, in copies of their own: the first samples, and the whole batch where it is small.
+
+    Args:
+        model: the model.
+        inputs: as `call` takes them.
+    """
+
+    def __init__(self, model: nn.Module, inputs: Any) -> None:
+        self._home = _device_of(model)
+        inputs = dict(inputs) if isinstance(inputs, Mapping) else inputs
+        held = [_first_samples(inputs)]
+        size = sum(each.nbytes for each in tree_leaves(inputs) if isinstance(each, Tensor))
+        if held[0] is not inputs and size <= _MOST_BYTES:
+            held.append(inputs)
+        self._held = tree_map(lambda each: each.detach().clone() if isinstance(each, Tensor) else each, held)
+
+    def inputs(self, model: nn.Module) -> Iterator[Any]:
+        """Yield what the model may be called with, on its device and in its precision, the smallest first."""
+        device = _device_of(model)
+        dtypes = {each.dtype for each in model.parameters() if each.is_floating_point()}
+
+        def fit(value: Any) -> Any:
+            if not isinstance(value, Tensor):
+                return value
+            value = value.to(device) if value.device == self._home else value
+            return value.to(*dtypes) if value.is_floating_point() and len(dtypes) == 1 else value
+
+        for each in self._held:
+            yield tree_map(fit, each)
+
+
+def _device_of(model: nn.Module) -> torch.device:
+    return next((each.device for each in model.parameters()), torch.device("cpu"))
+
+
+def _first_samples(inputs: Any) -> Any:
+    """Return the first samples of a batch, whose size is the first dimension of its first tensor."""
+    tensors = [each for each in tree_leaves(inputs) if isinstance(each, Tensor) and each.dim()]
+    size = len(tensors[0]) if tensors else 0
+    if size <= _FEW:
+        return inputs
+
+    def is_sentences(value: Any) -> bool:
+        return isinstance(value, list) and len(value) == size and all(isinstance(each, str) for each in value)
+
+    def few(value: Any) -> Any:
+        batched = is_sentences(value) or (isinstance(value, Tensor) and value.dim() and len(value) == size)
+        return value[:_FEW] if batched else value
+
+    return tree_map(few, inputs, is_leaf=is_sentences)
+
+
+class FirstCall:
+    """Keeps a small part of what a model is first called with; looks at nothing afterwards.
+
+    Args:
+        model: the model.
+        then: is told of it before the model runs, with what was kept and with all arguments. With it, what
+            `torch.compile` made runs as it was written until then; without, a compiled call is not seen.
+        wrapper: what is called in place of the model, if anything is.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        then: Callable[[Kept, Arguments], None] | None = None,
+        *,
+        wrapper: nn.Module | None = None,
+    ) -> None:
+        self.kept: Kept | None = None
+        self._model, self._then = weakref.ref(model), then
+        called = model if wrapper is None else wrapper
+        self._hook: RemovableHandle | None = called.register_forward_pre_hook(_Look(self), with_kwargs=True)
+        self._leave: Callable[[], Any] = lambda: None
+        if then is not None:
+            uncompiled.enter()
+            self._leave = weakref.finalize(self, uncompiled.leave)
+
+    def let_compiled(self) -> None:
+        """Have compiled code run as such again, whether a call was seen or not."""
+        self._leave()
+
+    def release(self) -> None:
+        """Look no longer."""
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
+        self._leave()
+
+    def forget(self) -> None:
+        """Look no longer, and let go of what was kept."""
+        self.release()
+        self.kept = None
+
+    def see(self, arguments: Arguments) -> None:
+        """Keep a part of what the model is given, if it is given numbers."""
+        model = self._model()
+        tensors = [each for each in tree_leaves(arguments) if isinstance(each, Tensor)]
+        if self._hook is None or model is None or any(type(each) not in _PLAIN or each.is_meta for each in tensors):
+            return  # of another tool that looks at the model, with tensors of its own
+        self.release()
+        # The call may be one without gradients, in lower precision, or be counted.
+        kind = _device_of(model).type
+        with torch.inference_mode(False), torch.autocast(kind, enabled=False), _disable_current_modes():
+            self.kept = Kept(model, arguments if arguments.kwargs else arguments.args)
+            remember_inputs(model, self.kept)
+            if self._then is not None:
+                self._then(self.kept, arguments)
+
+
+class _Look:
+    """The hook of a `FirstCall`; copied or pickled with a model it does nothing any more."""
+
+    def __init__(self, first: FirstCall | None = None) -> None:
+        self._first = first
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return type(self)()
+
+    def __reduce__(self) -> tuple[type[Self], tuple[()]]:
+        return type(self), ()
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        del module
+        if self._first is not None and not torch.compiler.is_compiling():
+            self._first.see(Arguments(args, kwargs))
+
+
+def read_first(inputs: Iterable[Any], read: Callable[[Any], Found]) -> Found:
+    """Return what is read with the first inputs that serve.
+
+    Raises:
+        LayoutError: none does; of the first.
+    """
+    failure: LayoutError | None = None
+    for each in inputs:
+        try:
+            return read(each)
+        except LayoutError as error:
+            failure = failure or error
+    assert failure is not None
+    raise failure
+
+
+_of_models: weakref.WeakKeyDictionary[nn.Module, Kept] = weakref.WeakKeyDictionary()
+_of_classes: weakref.WeakKeyDictionary[type[nn.Module], Kept] = weakref.WeakKeyDictionary()
+_made_up: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+
+def remember_inputs(model: nn.Module, kept: Kept, *, made_up: bool = False) -> None:
+    """Remember what a model was called with, or read with: another one of its class may be called so too.
+
+    Args:
+        model: the model.
+        kept: the inputs.
+        made_up: whether nobody gave them.
+    """
+    _of_models[model] = kept
+    if made_up:
+        _made_up.add(model)
+    else:
+        _made_up.discard(model)
+        _of_classes[type(model)] = kept
+
+
+def was_made_up(model: nn.Module) -> bool:
+    """Whether nobody gave the inputs with which a model was read."""
+    return model in _made_up
+
+
+def examples_of(model: nn.Module) -> Iterator[Any]:
+    """Yield what a model may be called with: what it or another one of its class was given, and what can be made."""
+    from upop.pruning.axes import example_for
+
+    known = [each for each in (_of_classes.get(type(model)), _of_models.get(model)) if each is not None]
+    for each in known if was_made_up(model) else reversed(known):
+        yield from each.inputs(model)
+    if not was_made_up(model):
+        with suppress(LayoutError):
+            yield from Kept(model, example_for(model)).inputs(model)

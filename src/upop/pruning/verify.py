@@ -1,0 +1,266 @@
+"""Whether two models compute the same but for rounding, and how much that is: it is measured, never assumed.
+
+A difference is rounding if it is no larger than a few times what the very same model differs by when its sums are taken
+in another order. Where a copy in float64 fits, a cut is proved on that, and little is left to rounding.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from upop.pruning.again import buffers_kept, random_numbers_kept
+from upop.pruning.costs import call, evaluating
+from upop.pruning.errors import VerificationError
+
+Outputs = list[tuple[str, Tensor]]
+"""The floating-point tensors that a call gave, each with its place."""
+
+_TIMES = 4
+"""A difference of so many times the measured rounding is allowed: one more sample of what was sampled a few times."""
+_ORDERS = 4
+"""In how many other orders sums are taken before a difference is refused."""
+_ENDS, _ENDS_OF_PROVED, _LEAST = 4, 64, 1e-10
+"""Differences of so many units in the last place need no measurement, nor do those of 1e-10 of the outputs."""
+_LARGE = 1e-5
+"""What of the outputs may be rounding where weights are in float64: a forward may compute in float32 all the same."""
+
+
+def outputs_of(model: nn.Module, inputs: Any) -> Outputs:
+    """Return every floating-point tensor in the model's outputs for `inputs`, with its place in them.
+
+    Runs in evaluation mode, without gradients and without autocast, at full float32 precision; buffers stay as they
+    are, and random numbers are the same at every call and left as they were.
+    """
+    precision = torch.get_float32_matmul_precision()
+    device = next((each.device for each in model.parameters()), torch.device("cpu"))
+    state = random.getstate()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with ExitStack() as stack:
+            for context in (evaluating(model), _unpatched(model), buffers_kept(model), random_numbers_kept(device)):
+                stack.enter_context(context)
+            stack.enter_context(torch.autocast(device.type, enabled=False))
+            random.seed(0)
+            torch.manual_seed(0)
+            return [(place, value.detach().clone()) for place, value in tensors_of(call(model, inputs))]
+    finally:
+        random.setstate(state)
+        torch.set_float32_matmul_precision(precision)
+
+
+@contextmanager
+def _unpatched(model: nn.Module) -> Iterator[None]:
+    """Give modules their own forward where Accelerate put one around it that computes in mixed precision."""
+    modules: list[Any] = [module for module in model.modules() if "_original_forward" in vars(module)]
+    patched = [(module, module.forward) for module in modules]
+    for module in modules:
+        module.forward = module._original_forward
+    try:
+        yield
+    finally:
+        for module, forward in patched:
+            module.forward = forward
+
+
+def tensors_of(value: Any, place: str = "output") -> Iterator[tuple[str, Tensor]]:
+    """Yield every floating-point tensor in a model's outputs, with its place in them."""
+    if isinstance(value, Tensor):
+        if value.is_floating_point():
+            yield place, value
+    elif isinstance(value, Mapping):
+        for key, part in value.items():
+            yield from tensors_of(part, f"{place}[{key!r}]")
+    elif isinstance(value, tuple | list):
+        for position, part in enumerate(value):
+            yield from tensors_of(part, f"{place}[{position}]")
+    elif is_dataclass(value):
+        for part in fields(value):
+            yield from tensors_of(getattr(value, part.name), f"{place}.{part.name}")
+
+
+@dataclass(frozen=True)
+class Difference:
+    """By how much one of two outputs differs, and how much of it rounding explains, relative to its largest entry."""
+
+    place: str
+    size: float
+    explained: float
+
+
+def compare(
+    expected: Outputs,
+    found: Outputs,
+    rounding: Callable[[], Iterable[Sequence[float]]],
+    *,
+    dtype: torch.dtype | None = None,
+    proved: bool = False,
+) -> None:
+    """Raise a `VerificationError` if two lists of outputs differ, or cannot be compared; see `difference`."""
+    refuse_unlike(expected, found)
+    off = difference(expected, found, rounding, dtype=dtype, proved=proved)
+    if off is not None:
+        raise VerificationError(
+            f"The cut model does not compute what the masked one does: {off.place} differs by "
+            f"{off.size:.1e} of its largest entry, and rounding explains {off.explained:.0e}. "
+            "The model was left as it was. Exclude units to find the one that is cut wrong, and please report it."
+        )
+
+
+def difference(
+    expected: Outputs,
+    found: Outputs,
+    rounding: Callable[[], Iterable[Sequence[float]]],
+    *,
+    dtype: torch.dtype | None = None,
+    proved: bool = False,
+) -> Difference | None:
+    """Return the worst difference of two lists of outputs that are alike, or None where rounding explains all.
+
+    Args:
+        expected: what the masked model gave.
+        found: what the cut one gave.
+        rounding: how much each output differs by rounding alone, measured once more by every element; it is called
+            only where a difference is larger than a few units in the last place.
+        dtype: the precision of the weights, which may be lower than that of the outputs.
+        proved: whether the cut was proved in higher precision, so that only its run in this one is looked at.
+    """
+    differences = [_difference(one, other) for (_, one), (_, other) in zip(expected, found, strict=True)]
+    spread = [0.0] * len(differences)
+    measured: Iterator[Sequence[float]] | None = None
+    while True:
+        allowed = []
+        for (_, value), (_, scale), rounded in zip(expected, differences, spread, strict=True):
+            end = max(torch.finfo(each).eps for each in (value.dtype, dtype) if each is not None)
+            most = max(end**0.5, _LARGE) * scale  # above that, rounding would hide a wrong cut
+            free = min(_ENDS_OF_PROVED * end * scale, most) if proved else max(_ENDS * end, _LEAST) * scale
+            allowed.append(max(_TIMES * rounded, free) if proved else min(max(_TIMES * rounded, free), most))
+        worst = max(range(len(differences)), key=lambda at: differences[at][0] / max(allowed[at], 1e-300))
+        size, scale = differences[worst]
+        if size <= allowed[worst]:
+            return None
+        measured = iter(rounding()) if measured is None else measured
+        more = next(measured, None)
+        if more is None:
+            return Difference(expected[worst][0], size / scale, allowed[worst] / scale)
+        spread = [max(pair) for pair in zip(spread, more, strict=True)]
+
+
+def refuse_unlike(expected: Outputs, found: Outputs) -> None:
+    """Raise a `VerificationError` if two lists of outputs cannot be compared number by number."""
+    if not any(value.numel() for _, value in expected):
+        raise VerificationError(
+            "The model gave no floating-point tensor; nothing to compare. Give verify= inputs for which it returns "
+            "tensors, or a function: verify=lambda model: model.part(inputs)."
+        )
+    if [place for place, _ in expected] != [place for place, _ in found]:
+        raise VerificationError(
+            f"The model gave {len(expected)} output tensors with masks and {len(found)} without. "
+            "The model was left as it was."
+        )
+    if not any(bool(value.isfinite().any()) for _, value in expected):
+        raise VerificationError(
+            "No output of the masked model is a finite number; nothing to compare. Give verify= inputs for which it "
+            "gives numbers."
+        )
+    for (place, masked), (_, shrunk) in zip(expected, found, strict=True):
+        if masked.shape != shrunk.shape:
+            raise VerificationError(f"{place} has shape {tuple(masked.shape)} masked, {tuple(shrunk.shape)} shrunk.")
+        finite = masked.isfinite()
+        if not torch.equal(masked[~finite].nan_to_num(), shrunk[~finite].nan_to_num()) or not bool(
+            shrunk[finite].isfinite().all()
+        ):
+            raise VerificationError(
+                f"{place} is infinite or no number in other places when the model is cut. The model was left as it was."
+            )
+
+
+def _difference(one: Tensor, other: Tensor) -> tuple[float, float]:
+    """Return the largest difference of two tensors, and the largest entry of those that differ; in float64."""
+    unlike = (one != other) & one.isfinite()  # masks of -inf or of the smallest number are the same in both
+    a, b = (each[unlike].detach().cpu().double() for each in (one, other))
+    return (float((a - b).abs().max()), float(a.abs().maximum(b.abs()).max())) if len(a) else (0.0, 0.0)
+
+
+def rounding_of(model: nn.Module, inputs: Any, *, outputs: Outputs | None = None) -> Iterator[list[float]]:
+    """Yield how much each output of a model differs when its products are summed in another order, time after time.
+
+    Args:
+        model: not changed.
+        inputs: what it is given.
+        outputs: what it gave for them; where a second call gives something else, rounding cannot be told.
+
+    Raises:
+        VerificationError: two calls do not give the same.
+    """
+    from upop.pruning.axes.copies import written_out
+
+    if outputs is not None:
+        for (place, one), (_, again) in zip(outputs, outputs_of(model, inputs), strict=True):
+            size, scale = _difference(one, again)
+            if size > torch.finfo(one.dtype).eps ** 0.5 * scale:
+                raise VerificationError(
+                    f"Two calls of {type(model).__name__} on the same inputs differ ({place} by "
+                    f"{size / scale:.1e} of its largest entry): it draws random numbers in evaluation mode that "
+                    "torch.manual_seed does not fix, or keeps something between calls, so that no cut of it can be "
+                    "verified. The model was left as it was. Give a function of what does not, as example= or verify=: "
+                    "lambda model: model.part(inputs)."
+                )
+    with written_out():
+        plain = outputs_of(model, inputs)
+        for seed in range(_ORDERS):
+            with _OtherOrder(seed):
+                other = outputs_of(model, inputs)
+            yield [_difference(one, two)[0] for (_, one), (_, two) in zip(plain, other, strict=True)]
+
+
+class _OtherOrder(TorchDispatchMode):
+    """Takes the sums of matrix products and convolutions in another order, in two halves: the same function."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._draws = torch.Generator().manual_seed(seed)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        del types
+        kwargs = kwargs or {}
+        name = func.overloadpacket.__name__
+        if name in ("mm", "bmm"):
+            return self._product(func, *args, **kwargs)
+        if name in ("addmm", "baddbmm") and not kwargs:
+            bias, one, other = args[:3]
+            return bias + self._product(torch.matmul, one, other)
+        if name == "linear":
+            weight, *bias = args[1:]
+            product = self._product(torch.matmul, args[0], weight.transpose(-1, -2))
+            return product + bias[0] if bias and bias[0] is not None else product
+        if name.startswith("_scaled_dot_product") and not name.endswith("backward"):
+            order = self._order(args[0].shape[-1], args[0].device)
+            return func(*(each.index_select(-1, order) for each in args[:2]), *args[2:], **kwargs)
+        if name == "convolution" and args[8] == 1 and not args[6]:
+            order = self._order(args[1].shape[1], args[0].device)
+            return func(args[0].index_select(1, order), args[1].index_select(1, order), *args[2:], **kwargs)
+        return func(*args, **kwargs)
+
+    def _order(self, size: int, device: torch.device) -> Tensor:
+        return torch.randperm(size, generator=self._draws, device="cpu").to(device)
+
+    def _product(self, product: Any, one: Tensor, other: Tensor, **kwargs: Any) -> Tensor:
+        """Return a product [..., n] x [n, ...] as the sum of two, of random halves of the n."""
+        order = self._order(one.shape[-1], one.device)
+        parts = [
+            product(one.index_select(-1, half), other.index_select(-2, half), **kwargs)
+            for half in order.tensor_split(2)
+            if len(half)
+        ]
+        found: Tensor = parts[0] if parts else product(one, other, **kwargs)
+        return found + parts[1] if len(parts) > 1 else found
