@@ -62,5 +62,5 @@ def warn_of_uncovered(model: nn.Module) -> None:
         f"{100 * covered.of_blocks:.0f} % of the parameters in the blocks of this {type(model).__name__} are in units; "
         f"the others stay whole ({len(covered.reasons)} weights, such as {first}: {reason}). "
         "upop.survey(model).coverage.reasons has every reason, and units=[upop.UnitSpec(...)] states what you know.",
-        stacklevel=3,
+        stacklevel=5,
     )
