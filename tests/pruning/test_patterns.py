@@ -92,7 +92,7 @@ class Pooled(nn.Module):
 
 
 class Outlook(nn.Module):
-    """Weights of a window's places are computed, not compared, as in VOLO; what lies in heads is theirs."""
+    """Weights of a window's places are computed, not compared, as in VOLO: its heads go, with their weights."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -181,7 +181,7 @@ def test_units_side_by_side_in_one_layer_are_cut_with_each_other_and_without(inn
     [
         (Parted, "dimension", 2),
         (Pooled, "head", 2),
-        (Outlook, "dimension", 2),
+        (Outlook, "head", 2),
         (Mixing, "neuron", 2),
         (ByHead, "dimension", 2),
         (JoinedBias, "dimension", 2),

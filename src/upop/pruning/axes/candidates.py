@@ -68,7 +68,7 @@ def candidate(model: nn.Module, trace: Trace, group: Group) -> Candidate:
         most = max(max(part.inners) for part in slices if part.produces)
         least = min(min(part.inners) for part in slices if part.produces)
         dimension = group.inside_heads or "dimension" in group.axis.marks
-        entry = "dimension" if dimension else "head" if most == least else "group"
+        entry = "dimension" if dimension else "group" if most > least and most % least == 0 else "head"
     heads = slices[0].outer if entry == "dimension" else 1
     if slices[0].queries or slices[0].query_groups:
         heads = len(slices[0].queries) or slices[0].query_groups
