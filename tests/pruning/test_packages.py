@@ -2,61 +2,130 @@
 
 from __future__ import annotations
 
-import copy
-from collections import Counter
-from collections.abc import Callable
-from importlib import import_module
-from typing import Any
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import upop
-from pruning.families import uneven_plan
+from pruning.by_hand import check, difference
+from pruning.gpts import NanoChat, NanoGPT
+from pruning.packages import LIBRARIES, VITS, X_TRANSFORMERS, Case, drawn, words
+from tiers import mostly_slow
 
-SIZES = {"image_size": 64, "patch_size": 16, "num_classes": 5, "dim": 48, "depth": 2, "heads": 3, "mlp_dim": 96}
-LEVIT = {"image_size": 64, "num_classes": 5, "stages": 2, "dim": (32, 48), "depth": 1, "heads": (2, 3), "mlp_mult": 2}
-MAXVIT = {"num_classes": 5, "dim_conv_stem": 16, "dim": 16, "dim_head": 8, "depth": (1, 1), "window_size": 4}
-CVT = {f"s{stage}_{name}": value for stage in (1, 2, 3) for name, value in {"emb_dim": 16 * stage, "depth": 1}.items()}
-MOBILE = {"dims": [16, 24, 32], "channels": [8, 8, 16, 16, 24, 24, 32, 32, 40, 40, 48]}
-
-
-def of(module: str, kind: str, sizes: dict[str, Any]) -> Callable[[], nn.Module]:
-    def build() -> nn.Module:
-        torch.manual_seed(0)
-        made: nn.Module = getattr(import_module(f"vit_pytorch.{module}"), kind)(**sizes)
-        return made.double().eval()
-
-    return build
+pytestmark = pytest.mark.filterwarnings("ignore")  # of the packages
 
 
-MODELS = {
-    "vit": of("vit", "ViT", SIZES),
-    "simple_vit": of("simple_vit", "SimpleViT", SIZES),
-    "deepvit": of("deepvit", "DeepViT", SIZES),
-    "cait": of("cait", "CaiT", {**SIZES, "cls_depth": 1}),
-    "parallel_vit": of("parallel_vit", "ViT", SIZES),
-    "qk norm": of("simple_vit_with_qk_norm", "SimpleViT", SIZES),
-    "small data": of("vit_for_small_dataset", "ViT", SIZES),
-    "levit": of("levit", "LeViT", LEVIT),
-    "cvt": of("cvt", "CvT", {**CVT, "num_classes": 5, "s1_heads": 1, "s2_heads": 2, "s3_heads": 3}),
-    "max_vit": of("max_vit", "MaxViT", MAXVIT),
-    "mobile_vit": of("mobile_vit", "MobileViT", {**MOBILE, "image_size": (64, 64), "num_classes": 5}),
-}
-QUICK = ("vit", "qk norm")
+def check_case(case: Case, folder: Path) -> None:
+    torch.manual_seed(0)
+    check(case.build(), case.example(), folder, case.attentions, case.mlps)
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(each, marks=() if each in QUICK else pytest.mark.slow) for each in MODELS]
-)
-@pytest.mark.filterwarnings("ignore")  # of the package
-def test_models_of_a_package(name: str) -> None:
-    model = MODELS[name]()
-    example = torch.randn(2, 3, 64, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    units = upop.survey(model, example).units
-    kinds = Counter(unit.kind for unit in units)
-    assert kinds["attention"] and kinds["mlp"]
-    cut = copy.deepcopy(model)
-    upop.shrink(cut, upop.Plan.of(list(units), uneven_plan(units, 1)), verify=example)
-    assert upop.count_parameters(cut) < upop.count_parameters(model)
+@pytest.mark.parametrize("name", mostly_slow(VITS, "vit", "xcit", "vit_nd"))
+def test_vit_pytorch(name: str, tmp_path: Path) -> None:
+    check_case(VITS[name], tmp_path)
+
+
+@pytest.mark.parametrize("name", mostly_slow(X_TRANSFORMERS, "grouped", "captions"))
+def test_x_transformers(name: str, tmp_path: Path) -> None:
+    pytest.importorskip("x_transformers", reason="x-transformers is not installed: pip install 'upop[dev]'")
+    check_case(X_TRANSFORMERS[name], tmp_path)
+
+
+@pytest.mark.parametrize("name", mostly_slow(LIBRARIES, "torchvision ViT", "transformer"))
+def test_libraries(name: str, tmp_path: Path) -> None:
+    check_case(LIBRARIES[name], tmp_path)
+
+
+def test_tensors_made_of_tensors_are_refused_by_name() -> None:
+    from vit_pytorch.na_vit_nested_tensor import NaViT
+
+    sizes = {"image_size": 64, "patch_size": 16, "num_classes": 5, "dim": 48, "depth": 1, "heads": 3, "mlp_dim": 96}
+    with pytest.raises(upop.errors.LayoutError, match="nested tensors"):
+        upop.survey(NaViT(**sizes), ([torch.randn(3, 64, 64), torch.randn(3, 32, 32)],))
+
+
+# -- hand-written GPTs ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_gpt_in_the_style_of_nanogpt(fused: bool, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    units, _, _ = check(NanoGPT(fused=fused).double(), words(), tmp_path, 2, 2)
+    assert [unit.entry for unit in units] == ["dimension", "neuron"] * 2
+
+
+@pytest.mark.parametrize(("groups", "repeated", "entry"), [(4, False, "group"), (4, True, "group"), (8, False, "head")])
+def test_a_gpt_in_the_style_of_nanochat(groups: int, repeated: bool, entry: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    units, _, _ = check(NanoChat(groups=groups, repeated=repeated).double(), words(), tmp_path, 2, 2)
+    assert [unit.entry for unit in units if unit.kind == "attention"] == [entry] * 2
+
+
+# -- OpenAI's ---------------------------------------------------------------------------------------------------------
+# Whisper and CLIP compute their norms in float32, and cannot be had in float64.
+
+
+@pytest.fixture
+def precise(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Have the norms of both packages take float64."""
+    for package in ("whisper.model", "clip.model"):
+        kind = pytest.importorskip(package, reason=f"{package} does not import: pip install 'upop[dev]'").LayerNorm
+        monkeypatch.setattr(kind, "forward", nn.LayerNorm.forward)
+    yield
+
+
+def whisper() -> nn.Module:
+    from whisper.model import ModelDimensions, Whisper
+
+    torch.manual_seed(0)
+    model = Whisper(ModelDimensions(8, 16, 48, 3, 2, 60, 14, 48, 3, 2))
+    nn.init.normal_(model.decoder.positional_embedding)  # the package leaves what was in memory
+    return model
+
+
+def heard() -> tuple[Tensor, Tensor]:
+    return drawn(8, 32), words(7, 60)
+
+
+@pytest.mark.usefixtures("precise")
+def test_whisper(tmp_path: Path) -> None:
+    units, masked, cut = check(whisper().double(), heard(), tmp_path, 6, 4)
+    assert sum("cross_attn" in unit.name for unit in units) == 2
+    told = []
+    for model in (masked, cut):
+        # As whisper decodes: hooks keep the keys and values of what was said before.
+        sound, text = model.embed_audio(heard()[0]), heard()[1]
+        cache, hooks = model.install_kv_cache_hooks()
+        with torch.no_grad():
+            told.append([model.decoder(text[:, at : at + 1], sound, kv_cache=cache) for at in range(text.shape[1])])
+        for hook in hooks:
+            hook.remove()
+        whole = model(*heard())
+        assert difference([torch.cat(told[-1], 1)], [whole]) < 1e-10
+    assert difference(*told) < 1e-10
+
+
+def test_whisper_as_it_is() -> None:
+    sound, text = heard()
+    units = upop.survey(whisper(), (sound.float(), text)).units
+    assert sorted(unit.kind for unit in units) == ["attention"] * 6 + ["mlp"] * 4
+
+
+@pytest.mark.usefixtures("precise")
+@pytest.mark.parametrize(("layers", "attentions", "mlps"), [(2, 4, 4), ((1, 1, 1, 1), 2, 2)])
+def test_clip(layers: int | tuple[int, ...], attentions: int, mlps: int, tmp_path: Path) -> None:
+    from clip.model import CLIP
+
+    torch.manual_seed(0)
+    transformer = isinstance(layers, int)
+    model = CLIP(32, 32, layers, 128 if transformer else 8, 8 if transformer else None, 10, 60, 48, 3, 2)
+    said = words(10, 58)
+    said[:, -2] = 59
+    units, masked, cut = check(model.double(), (drawn(3, 32, 32), said), tmp_path, attentions, mlps)
+    assert len({unit.name.startswith("visual.") for unit in units}) == 1 + transformer
+    for encode in ("encode_image", "encode_text"):
+        given = drawn(3, 32, 32) if encode == "encode_image" else said
+        assert difference([getattr(masked, encode)(given)], [getattr(cut, encode)(given)]) < 1e-10

@@ -74,6 +74,11 @@ def remember(model: nn.Module, found: Survey) -> None:
     _known[model] = [(replace(found, source=None), example), *_known.get(model, [])][:_MOST]
 
 
+def is_known(model: nn.Module) -> bool:
+    """Whether anything was found of a model, at whatever sizes."""
+    return model in _known
+
+
 def remembered(model: nn.Module) -> Survey | None:
     """Return what was found of a model before, its units at today's sizes; None where its tensors are others."""
     for found, example in _known.get(model, []):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from upop.pruning.errors import LayoutError, VerificationError
-from upop.pruning.known import remember_cut
+from upop.pruning.known import Survey, is_known, remember, remember_cut
 from upop.pruning.masks import Masks, refuse_masked, unwrapped
 from upop.pruning.plan import Plan
 from upop.pruning.seen import examples_of
@@ -76,10 +76,14 @@ def shrink(model: nn.Module, plan: Plan | Mapping[str, Any], *, verify: Any = Tr
                 f"{type(model).__name__} is on the meta device and has no outputs to verify. Use verify=False."
             )
         verify = False
+    unknown = plan.units(model) if plan.slices and not is_known(model) else []
     if fold:
         cut_verified(model, units, plan, verify, examples_of(model))
     else:
         cut(model, units, plan, fold=False)
+        remember_cut(model, units, plan)
+    if unknown:  # a copy of a model that was read is not looked at again
+        remember(model, Survey(tuple(unknown), ()))
         remember_cut(model, units, plan)
     return whole
 

@@ -52,7 +52,7 @@ class Group:
     @property
     def inside_heads(self) -> bool:
         """Whether an entry is a dimension of all heads."""
-        return any("head" in axis.marks for axis in self.above)
+        return "head" not in self.axis.marks and any("head" in axis.marks for axis in self.above)
 
     @property
     def makers(self) -> list[Part]:

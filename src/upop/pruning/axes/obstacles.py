@@ -2,36 +2,47 @@
 
 from __future__ import annotations
 
+import inspect
+
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList
 
 
 def obstacle(model: nn.Module, path: str) -> str | None:
     """Say why nothing of the own tensors of the module at a path can be cut, and what to do; None where it can."""
-    path = path.partition(".parametrizations")[0]
     reason = _obstacle(model.get_submodule(path) if path else model)
     return f"{path or type(model).__name__} {reason}" if reason else None
 
 
-def obstacles(model: nn.Module) -> dict[str, str]:
-    """Return the modules with weights of their own of which nothing can be cut, each with the reason."""
+def obstacles(model: nn.Module, cut: set[str]) -> dict[str, str]:
+    """Return the modules with weights of their own of which nothing is cut, each with the reason.
+
+    Args:
+        model: the model.
+        cut: the names of all tensors that are cut: parametrized ones may be, where the proof holds.
+    """
     found = {}
     for path, module in model.named_modules():
-        held = getattr(module, "weight", None)
-        holds = "parametrizations" in module._modules or callable(held) or _holds_itself(module)
-        if holds or any(parameter.dim() > 1 for parameter in module.parameters(recurse=False)):
-            name = path.partition(".parametrizations")[0]
-            reason = obstacle(model, name)
-            if reason:
-                found[name] = reason
+        reason = None
+        if isinstance(module, ParametrizationList):
+            if not any(name.startswith(f"{path}.") for name in cut):
+                path = path.partition(".parametrizations")[0]
+                reason = f"{path} is parametrized; call torch.nn.utils.parametrize.remove_parametrizations first"
+        elif any(parameter.dim() > 1 for parameter in module.parameters(recurse=False)) or _is_special(module):
+            reason = obstacle(model, path)
+        if reason:
+            found[path] = reason
     return found
+
+
+def _is_special(module: nn.Module) -> bool:
+    return _holds_itself(module) or inspect.ismethod(getattr(module, "weight", None))  # packed, by torch.ao
 
 
 def _obstacle(module: nn.Module) -> str | None:
     if isinstance(module, torch.jit.ScriptModule):
         return "is TorchScript, whose tensors stay as they are; give the model that it was made of"
-    if "parametrizations" in module._modules:
-        return "is parametrized; call torch.nn.utils.parametrize.remove_parametrizations first"
     if hasattr(module, "_hf_hook"):
         return (
             "carries hooks of Accelerate, which spread the model over devices (device_map) or offload it; call "
@@ -47,7 +58,9 @@ def _obstacle(module: nn.Module) -> str | None:
                 "remove_spectral_norm"
             )
     weight = getattr(module, "weight", None)
-    if callable(weight) or (isinstance(weight, Tensor) and not (weight.is_floating_point() or weight.is_complex())):
+    if inspect.ismethod(weight) or (
+        isinstance(weight, Tensor) and not (weight.is_floating_point() or weight.is_complex())
+    ):
         return "has quantised weights; prune the model before it is quantised"
     return None
 

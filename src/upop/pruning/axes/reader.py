@@ -51,7 +51,7 @@ def _read(model: nn.Module, example: Any) -> tuple[list[Unit], list[Skipped]]:
             lost += wrong.items()
             beaten = {id(rival) for each in better for rival in rivals[each.unit.name]}
             proved = [each for each in proved if id(each) not in beaten] + better
-    barred = obstacles(model)
+    barred = obstacles(model, {part.tensor for each in proved for part in each.unit.slices})
     skipped = [each for each in skipped if each.reason not in barred.values()]
     skipped = [*(Skipped(name, reason.removeprefix(f"{name} ")) for name, reason in barred.items()), *skipped]
     names = {each.unit.name for each in proved}
@@ -85,6 +85,8 @@ def traced(shapes: Shapes) -> Trace:
     try:
         with shapes.running(), torch.no_grad(), trace.running():
             result = call(twin, shapes.example)
+    except LayoutError:
+        raise
     except Exception as error:
         kind = type(twin).__name__
         raise LayoutError(obstacle(twin, "") or f"{kind} runs, but cannot be followed: {told(error)}.") from error

@@ -214,7 +214,8 @@ class Trace(Mode):
 
     def pair(self, one: Dim, other: Dim) -> None:
         """Take note of axes to be tied once the model has run: until then, queries are told apart from keys."""
-        self._pairs.append((one, other))
+        if any(True for _ in axes_in([one])) and any(True for _ in axes_in([other])):
+            self._pairs.append((one, other))
 
     def opens(self, names: Iterable[str], dims: Iterable[Dim]) -> bool:
         """Whether one of some parameters was seen to produce an axis in `dims`: they are no tokens."""
