@@ -43,6 +43,7 @@ class Axis:
         joined: how the parts make the axis: one inside the other, or one behind the other.
         fixed: why it cannot be cut; None where it can.
         marks: what was seen of it: "dimension" (contracted between activations), "head" (a batch of such a product),
+            "attends" (what such a product made was summed with values), "residual" (a stream that blocks add to),
             "bent" (not in proportion any more to what made it, where a weight sums over it).
     """
 

@@ -51,7 +51,7 @@ def candidate(model: nn.Module, trace: Trace, group: Group) -> Candidate:
         reason = obstacle(model, part.use.name.rpartition(".")[0])
         if reason:
             raise NotCuttableError(reason)
-    if not group.takers and "dimension" not in group.axis.marks:
+    if not group.takers and not {"dimension", "attends"} <= group.axis.marks:
         raise NotCuttableError("no weight sums over it")
     attention = group.attends
     if "residual" in group.axis.marks:

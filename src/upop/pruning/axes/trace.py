@@ -216,6 +216,8 @@ class Trace(Mode):
         """Take note of axes to be tied once the model has run: until then, queries are told apart from keys."""
         if any(True for _ in axes_in([one])) and any(True for _ in axes_in([other])):
             self._pairs.append((one, other))
+            for axis in axes_in([one]):
+                axis.mark("attends")
 
     def opens(self, names: Iterable[str], dims: Iterable[Dim]) -> bool:
         """Whether one of some parameters was seen to produce an axis in `dims`: they are no tokens."""
