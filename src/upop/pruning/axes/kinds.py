@@ -118,20 +118,21 @@ class Idle:
         gave: for each of its calls, what it gave.
 
     Attributes:
+        path: the name.
         given: the tensors that it was given since `start`.
     """
 
     def __init__(self, path: str, gave: Sequence[Any]) -> None:
-        self._path, self._gave = path, gave
+        self.path, self._gave = path, gave
 
     def start(self, dtype: torch.dtype) -> None:
         """Begin a run of the model in a precision."""
         self._calls, self._dtype = 0, dtype
-        self.given: list[tuple[str, Tensor]] = []
+        self.given: list[Tensor] = []
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Take note of what is given, and give random numbers, the same in every run."""
-        generator = torch.Generator().manual_seed(zlib.crc32(f"{self._path} {self._calls}".encode()))
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{self.path} {self._calls}".encode()))
         tensors = [each for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)]
         device = next((each.device for each in tensors), torch.device("cpu"))
 
@@ -143,9 +144,7 @@ class Idle:
             return torch.randn(each.shape, generator=generator).to(device, self._dtype)
 
         with _disable_current_modes():  # it is no operation of the model
-            self.given += [
-                (f"what {self._path} is given", each.detach().clone()) for each in tensors if each.is_floating_point()
-            ]
+            self.given += [each.detach().clone() for each in tensors if each.is_floating_point()]
             gave = self._gave[self._calls % len(self._gave)]
             self._calls += 1
             return tree_map(made, gave)

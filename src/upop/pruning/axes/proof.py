@@ -108,15 +108,19 @@ class Bench:
         self._ran = True
         return found
 
-    def _outputs(self) -> list[tuple[str, Tensor]]:
+    def _run(self, model: nn.Module) -> Any:
+        """Return what a call gives, and what modules that are idle are given."""
         for each in self._resting:
             each.start(self._dtype)
+        found = call(model, self._example)
+        given = {f"to {each.path}": each.given for each in self._resting}
+        return {**given, "from the model": found} if given else found
+
+    def _outputs(self) -> list[tuple[str, Tensor]]:
         eager = torch.compiler.set_stance("force_eager")
         with forgetting(), evaluating(self._model), torch.random.fork_rng(devices=[]), eager, Precise(self._dtype):
             torch.manual_seed(0)
-            found = tensors_of(call(self._model, self._example))
-            given = [(place, value) for each in self._resting for place, value in each.given]
-            return [*given, *((place, value.detach().clone()) for place, value in found)]
+            return [(place, value.detach().clone()) for place, value in tensors_of(self._run(self._model))]
 
     def called(self) -> set[str]:
         """Return the names of the modules that a run calls."""
@@ -159,8 +163,8 @@ class Bench:
         """
         if not self._spreads:
             with forgetting(), Precise(self._dtype):
-                outputs = outputs_of(self._model, self._example)
-                self._spreads = list(rounding_of(self._model, self._example, outputs=outputs))
+                outputs = outputs_of(self._model, self._run)
+                self._spreads = list(rounding_of(self._model, self._run, outputs=outputs))
         return self._spreads
 
     @contextmanager

@@ -236,8 +236,9 @@ def _remedies(model: nn.Module, trace: Trace, involved: list[Candidate], at: int
                     numbers[number] = (*numbers.get(number, ()), each)
     tried = list(numbers.items())[:_MOST_TRIED]
     yield from (_Remedy((number,)) for number in tried)
-    lists = itertools.groupby(tried, key=lambda each: (each[0].module, each[0].name.partition("[")[0]))
-    yield from (_Remedy(together) for _, each in lists if len(together := tuple(each)) > 1)
+    for _, alike in itertools.groupby(tried, lambda each: (each[0].module, each[0].name.split("[")[0])):
+        ordered = sorted(alike, key=lambda each: -(each[0].factor or 0))
+        yield _Remedy(tuple({each[0].name: each for each in ordered}.values()))  # each number is the longest axis's
     for path in near:
         module = model.get_submodule(path)
         if isinstance(module, nn.MultiheadAttention):
