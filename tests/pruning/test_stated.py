@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -180,6 +181,21 @@ def test_a_search_a_plan_and_a_folder_hold_what_was_stated(tmp_path: Path) -> No
     again = upop.load_into(Net(Gated, Gated, Experts), upop.save(model, tmp_path / "small"))
     with torch.no_grad():
         assert torch.equal(again(INPUTS), model.eval()(INPUTS))
+
+
+def test_a_copy_is_cut_by_the_plan_and_saved(tmp_path: Path) -> None:
+    model = Net(Gated, Gated).eval()
+    twin = copy.deepcopy(model)
+    units = upop.find_units(model, INPUTS, [GATED])
+    plan = upop.Plan.of(units, {"blocks.0": range(6), "blocks.1": range(3, 24)})
+    upop.shrink(twin, plan, verify=INPUTS)
+    again = upop.load(upop.save(copy.deepcopy(twin), tmp_path / "small"), Net(Gated, Gated))
+    with torch.no_grad():
+        assert torch.equal(again(INPUTS), twin(INPUTS))
+    other = copy.deepcopy(model)
+    pruner = upop.Pruner(model, 0.5, 2, example=INPUTS, units=[GATED], correct=False)
+    pruner.move_to(other)
+    pruner.remove()
 
 
 def test_calibration_takes_units_too() -> None:

@@ -43,6 +43,7 @@ from upop.files import replacing_folder
 from upop.models import MODELS, kind_of
 from upop.pruning import Plan, Survey, Unit, count_parameters, remember, survey
 from upop.pruning.errors import some_of
+from upop.pruning.known import sized
 from upop.pruning.masks import refuse_masked, unwrapped
 from upop.pruning.sharded import refuse_sharded
 from upop.pruning.written import as_json
@@ -78,8 +79,9 @@ def save(
     """
     folder, model = Path(folder), unwrapped(model)
     refuse_sharded(model, "save()")
-    units = survey(model).units
-    plan = _still_true(plan if plan is not None else plan_of(model), units, model)
+    plan = plan if plan is not None else plan_of(model)
+    units = _units(model, plan)
+    plan = _still_true(plan, units, model)
     kind = kind_of(model)
     _refuse_meta(model)
     _warn_masked(model, units)
@@ -223,6 +225,23 @@ def _refuse_meta(model: nn.Module) -> None:
         raise LayoutError(
             f"{type(model).__name__} is on the meta device and has no weights to save. Load its weights first."
         )
+
+
+def _units(model: nn.Module, plan: Plan | None) -> tuple[Unit, ...]:
+    """Return the units of a model, those of its plan among them: a copy of a model was never surveyed itself."""
+    found = survey(model)
+    names = {unit.name for unit in found.units}
+    told = {} if plan is None else {name: unit for name, unit in plan.slices.items() if name not in names}
+    try:
+        known = units_of(model, told)
+    except ValueError:
+        known = None
+    here = {name: sized(model, unit) for name, unit in (known or {}).items()}
+    kept = {} if plan is None else plan.kept
+    more = [unit for name, unit in here.items() if unit is not None and unit.size == len(kept.get(name, ()))]
+    if more:
+        remember(model, replace(found, units=(*found.units, *more)))
+    return (*found.units, *more)
 
 
 def _still_true(plan: Plan | None, units: Sequence[Unit], model: nn.Module) -> Plan | None:

@@ -144,19 +144,15 @@ def _matrices(module: nn.Module) -> int:
 
 
 def _reason(layer: str, told: Mapping[str, str], blocks: Iterable[str]) -> str | None:
-    """Return what was said of a layer, or else of what lies nearest around it or beside it in its block."""
+    """Return what was said of a layer, of what it lies in, or else of a layer beside it in the same module."""
     block = next((each for each in blocks if f"{layer}.".startswith(each)), "")
+    beside = f"{layer.rpartition('.')[0]}."
     path = layer
-    while path:
+    while path and f"{path}.".startswith(block):
         if path in told:
             return told[path]
-        below = next((reason for name, reason in told.items() if name.startswith(f"{path}.")), None)
-        if below is not None:
-            return below
         path = path.rpartition(".")[0]
-        if block and not f"{path}.".startswith(block):
-            break
-    return None
+    return next((reason for name, reason in told.items() if len(beside) > 1 and name.startswith(beside)), None)
 
 
 def _of(module: str, where: Mapping[str, Where], named: Mapping[str, nn.Parameter]) -> Where:

@@ -88,6 +88,14 @@ def remembered(model: nn.Module) -> Survey | None:
     return None
 
 
+def know_as(model: nn.Module, other: nn.Module) -> None:
+    """Remember of a copy of a model what was read or stated of it with its example, if nothing else is known."""
+    found = remembered(other)
+    alike = len(list(model.modules())) == len(list(other.modules()))
+    if found is not None and alike and remembered(model) is None:
+        remember(model, found)
+
+
 def remember_cut(model: nn.Module, units: Iterable[Unit], plan: Mapping[str, Sequence[int]]) -> None:
     """After a cut, remember what lies between the rows of units: it may have been another unit's, and is smaller now.
 

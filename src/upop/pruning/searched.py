@@ -14,6 +14,7 @@ from upop.pruning.align import Align
 from upop.pruning.choice import chosen, refuse_frozen
 from upop.pruning.costs import Arguments, Cost, entry_costs
 from upop.pruning.errors import LayoutError, StepError
+from upop.pruning.known import know_as
 from upop.pruning.layouts import units_to_search, waits_for_batch
 from upop.pruning.masks import Masks, unwrapped
 from upop.pruning.moments import Moments
@@ -181,6 +182,7 @@ class Searched(ABC):
             raise LayoutError(
                 f"This {type(model).__name__} has other units than the model that is searched. Give a copy of that one."
             )
+        know_as(model, self.model)
         self._detach()
         self.model = model
         self._attach()
