@@ -172,8 +172,8 @@ class Masks:
 
     def __init__(self, model: nn.Module, units: Iterable[Unit]) -> None:
         self._units = {unit.name: unit for unit in units}
-        # Per unit: the modules that carry its mask, the masked tensor of each, and its slice.
-        self._layers: dict[str, list[tuple[nn.Module, str, Slice]]] = {}
+        # Per module that carries masks, and masked tensor of it: the units, and their slices.
+        self._layers: dict[tuple[nn.Module, str], list[tuple[str, Slice]]] = {}
         scaled: dict[nn.Module, dict[str, int]] = {}
         masked: dict[nn.Module, _Scaled] = {}
         for unit in self._units.values():
@@ -187,8 +187,8 @@ class Masks:
                     masked[module] = None
                 else:
                     continue
-                self._layers.setdefault(unit.name, []).append((module, leaf, part))
-        for module, leaf, part in (layer for layers in self._layers.values() for layer in layers):
+                self._layers.setdefault((module, leaf), []).append((unit.name, part))
+        for (module, leaf), ((_, part), *_) in self._layers.items():
             tensor = module._parameters[leaf]
             assert tensor is not None
             rows = torch.ones(tensor.shape[part.dim], dtype=tensor.dtype, device=tensor.device)
@@ -211,14 +211,15 @@ class Masks:
         """Set the masks of the named units; each has shape [size]."""
         for name, value in values.items():
             self._values[name].copy_(value)
-            all_ones = bool((self._values[name] == 1).all())
-            for module, leaf, part in self._layers[name]:
-                getattr(module, _BUFFER + leaf).copy_(part.expand(self._values[name]))
-                setattr(module, _ALL_ONES + leaf, all_ones)
+        for (module, leaf), parts in self._layers.items():
+            if any(name in values for name, _ in parts):
+                rows = [part.expand(self._values[name]) for name, part in parts]
+                getattr(module, _BUFFER + leaf).copy_(torch.stack(rows).prod(0))  # units may lie side by side in it
+                setattr(module, _ALL_ONES + leaf, all(bool((each == 1).all()) for each in rows))
 
     def remove(self) -> None:
         """Take the masks off; the layers are what they were, with whatever their weights are now."""
-        for module, leaf, _ in (layer for layers in self._layers.values() for layer in layers):
+        for module, leaf in self._layers:
             module.__class__ = _unmasked_class(type(module))
             delattr(module, _BUFFER + leaf)
             delattr(module, _ALL_ONES + leaf)
