@@ -201,6 +201,48 @@ class Experts(nn.Module):
         return found.view_as(x)
 
 
+class Halves(nn.Module):
+    """A gated MLP whose two halves are made by one layer."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.way, self.both, self.down = way, nn.Linear(WIDTH, 80), nn.Linear(40, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.way == "glu":
+            return self.down(F.glu(self.both(x)))  # type: ignore[no-any-return]
+        one, other = self.both(x).chunk(2, -1)
+        return self.down(F.silu(one) * other)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(("way", "silent"), [("glu", 1), ("chunk", 0)])
+def test_the_half_that_only_gates_is_silent(way: str, silent: int) -> None:
+    model = check(lambda: Halves(way), ["neuron"] * 2)
+    assert [part.silent for part in upop.survey(model, EXAMPLE).units[0].producers] == [(silent,)] * 2
+
+
+class Grouped(Experts):
+    """Experts in one product, whose kernel takes float32 alone, and sizes in multiples of 16 bytes alone."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.flatten(0, 1)
+        shares, chosen = self.router(tokens).softmax(-1).max(-1)
+        order = chosen.argsort(stable=True)
+        ends = F.one_hot(chosen, 4).sum(0).cumsum(0).int()
+        hidden = torch._grouped_mm(tokens[order], self.up.transpose(1, 2), offs=ends)
+        found = torch._grouped_mm(self.gated(hidden), self.down.transpose(1, 2), offs=ends)
+        return (torch.zeros_like(tokens).index_add(0, order, found) * shares[:, None]).view_as(x)
+
+
+@pytest.mark.skipif(not hasattr(F, "grouped_mm"), reason="this version of torch has no kernel for it on a CPU")
+def test_experts_in_one_product() -> None:
+    units = upop.survey(built(lambda: Grouped("halves")).float(), EXAMPLE.float()).units
+    assert [(unit.entry, unit.size) for unit in units] == [("neuron", 16)] * 2
+    model = built(lambda: Grouped("halves")).float()
+    upop.shrink(model, upop.Plan.of(list(units), {unit.name: range(8) for unit in units}), verify=EXAMPLE.float())
+    assert [part.down.shape[2] for part in model.parts] == [8, 8]
+
+
 @pytest.mark.parametrize("way", ["loop", "in turn", "chosen", "all"])
 def test_experts_in_one_tensor(way: str) -> None:
     model = check(lambda: Experts(way), ["neuron"] * 2)

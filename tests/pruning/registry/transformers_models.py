@@ -17,6 +17,7 @@ from pruning.registry.tiny_configs import tiny_config
 def _build(kind: str, head: str, **overrides: Any) -> nn.Module:
     config = tiny_config(kind, **overrides)
     config._attn_implementation = "eager"
+    config._experts_implementation = "eager"  # a kernel takes no float64, and sizes in multiples of 16 bytes alone
     model = getattr(transformers, head)
     result = model.from_config(config) if head.startswith("Auto") else model(config)
     assert isinstance(result, nn.Module)
@@ -132,6 +133,20 @@ _FLORENCE = {
     "num_heads": [2, 2, 4, 4],
     "num_groups": [2, 2, 4, 4],
 }
+_LATENT = {
+    "head_dim": 4,
+    "qk_rope_head_dim": 4,
+    "qk_nope_head_dim": 8,
+    "qk_head_dim": 12,
+    "v_head_dim": 8,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "num_key_value_heads": 4,
+    "n_group": 2,
+    "topk_group": 1,
+    "num_experts_per_tok": 2,
+    "first_k_dense_replace": 1,
+}
 _WINDOWS = {"depths": [2, 2], "num_heads": [2, 4], "patch_size": 4, "window_size": 4}
 
 TRANSFORMERS: tuple[Architecture, ...] = (
@@ -184,6 +199,8 @@ TRANSFORMERS: tuple[Architecture, ...] = (
     ),
     _row("florence2", "AutoModelForImageTextToText", _picture_in_text(2), vision_config=_FLORENCE),
     _row("gptj", "AutoModelForCausalLM", generates=True, rotary_dim=4),
+    *(_row(kind, "AutoModelForCausalLM", generates=True) for kind in ("mixtral", "qwen3_moe", "gpt_oss")),
+    _row("deepseek_v3", "AutoModelForCausalLM", generates=True, **_LATENT),
     _row("imagegpt", "ImageGPTForCausalImageModeling"),
     _row("swin", inputs=_pixels, **_WINDOWS),
     _row("donut-swin", inputs=_pixels, **_WINDOWS),

@@ -44,7 +44,7 @@ class Axis:
         fixed: why it cannot be cut; None where it can.
         marks: what was seen of it: "dimension" (contracted between activations), "head" (a batch of such a product),
             "attends" (what such a product made was summed with values), "residual" (a stream that blocks add to),
-            "bent" (not in proportion any more to what made it, where a weight sums over it).
+            "bent" (gated, or not in proportion any more to what made it, where a weight sums over it).
     """
 
     def __init__(self, size: int, parts: Sequence[Axis] = (), joined: Literal["product", "row"] = "product") -> None:

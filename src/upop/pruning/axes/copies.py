@@ -23,7 +23,7 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
-from upop.pruning.axes.mode import Mode
+from upop.pruning.axes.mode import Mode, defined
 from upop.pruning.costs import call
 from upop.pruning.errors import LayoutError
 from upop.pruning.sharded import is_sharded_tensor, sharded_modules, unsharded_class
@@ -229,11 +229,12 @@ class _Counting(Mode):
 
     def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run an operation, with numbers where it has some."""
+        schema = getattr(func, "_schema", None)  # operators of higher order write nothing
+        func = defined(func)
         known = [_counts(each) for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)]
         if not all(known):
-            written_to = getattr(func, "_schema", None)  # operators of higher order write nothing
-            for written, value in zip(written_to.arguments if written_to else (), args, strict=False):
-                if written.is_write and isinstance(value, Tensor) and _counts(value):
+            for argument, value in zip(schema.arguments if schema else (), args, strict=False):
+                if argument.is_write and isinstance(value, Tensor) and _counts(value):
                     raise NotImplementedError(f"{func} writes what has no numbers into whole numbers")
             return self._without(func, args, kwargs)
         if not known:

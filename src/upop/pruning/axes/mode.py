@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
@@ -35,3 +37,20 @@ def name_of(func: Any) -> str:
     """Return what an operation is called, without its namespace."""
     packet = getattr(func, "overloadpacket", None)
     return str(func.name() if packet is None else packet._qualified_op_name).removeprefix("aten::")
+
+
+def defined(func: Any) -> Any:
+    """Return an operation as it is defined, where its kernel asks for more than that: precision, or how tensors lie."""
+    return _grouped_product if name_of(func) == "_grouped_mm" else func
+
+
+def _grouped_product(tokens: Tensor, weights: Tensor, offs: Tensor, *_: Any, **__: Any) -> Tensor:
+    """Multiply tokens, sorted by their experts, with the weights of those, [experts, in, out]; `offs` are the ends."""
+    if isinstance(tokens, FakeTensor) or isinstance(offs, FakeTensor):
+        return tokens @ weights[0]
+    found = tokens.new_zeros(len(tokens), weights.shape[2])
+    start = 0
+    for expert, stop in enumerate(offs.tolist()):
+        found[start:stop] = tokens[start:stop] @ weights[expert]
+        start = stop
+    return found

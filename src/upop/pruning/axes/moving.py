@@ -120,6 +120,8 @@ def _merged(trace: Trace, live: list[Label], dims: list[Dim], name: str, rows: S
         for source in live[gate].sources - live[value].sources:
             trace.gates.update((source, leaf) for axis in axes_in(dims) for leaf in axis.leaves())
         if (rows and trace.gate(rows[gate], rows[value])) or live[0].sources != live[1].sources:
+            for axis in axes_in(dims):
+                axis.mark("bent")
             return Label(dims, live[value].sources, live[value].linear)
     return Label(dims, sources, all(label.linear for label in live) and linear)
 

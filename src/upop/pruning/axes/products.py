@@ -323,6 +323,8 @@ def _glu(trace: Trace, args: Any, kwargs: Any, result: Any, name: str) -> None:
     one, other = cut_out(label.dims[dim], 0, half), cut_out(label.dims[dim], half, 2 * half)
     trace.gate(trace.rows(label, [other]), trace.rows(label, [one]))
     tie(one, other, CONSTANT)
+    for axis in axes_in([one]):
+        axis.mark("bent")
     dims = list(label.dims)
     dims[dim] = one
     trace.set(result, like(label, dims))

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_map
 from upop.pruning.axes.candidates import Candidate
 from upop.pruning.axes.copies import forgetting, told, with_memory
 from upop.pruning.axes.kinds import rest
-from upop.pruning.axes.mode import Mode, name_of
+from upop.pruning.axes.mode import Mode, defined, name_of
 from upop.pruning.costs import call, evaluating
 from upop.pruning.errors import VerificationError
 from upop.pruning.shrink import cut, restore
@@ -44,7 +44,7 @@ class Precise(Mode):
         asked = kwargs.get("dtype")
         if asked is not None and asked.is_floating_point:
             kwargs = {**kwargs, "dtype": self._dtype}
-        return func(*args, **kwargs)
+        return defined(func)(*args, **kwargs)
 
     def _raised(self, value: Any) -> Any:
         if isinstance(value, Tensor) and value.is_floating_point() and value.dtype.itemsize < self._dtype.itemsize:
