@@ -100,7 +100,6 @@ def _no_reader(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
 
     def forbid() -> None:
         monkeypatch.setattr("upop.pruning.axes.read", refused)
-        monkeypatch.setattr("upop.pruning.layouts._look", refused, raising=False)
 
     return forbid
 

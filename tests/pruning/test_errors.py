@@ -119,7 +119,7 @@ def test_include_and_exclude_choose_units() -> None:
 def test_a_model_without_units(call: Any) -> None:
     refused(
         LayoutError,
-        ["No prunable unit", "Sequential", "q_proj/k_proj/v_proj"],
+        ["No prunable unit", "Sequential", "It holds no attention or MLP"],
         lambda: call(nn.Sequential(nn.ReLU())),
     )
 
@@ -149,8 +149,8 @@ def test_attention_that_cannot_be_cut_is_skipped_with_the_reason() -> None:
         img_size=16, patch_size=8, embed_dim=24, depth=1, num_heads=3, scale_attn_norm=True
     )
     found = upop.pruning.survey(model)
-    assert [unit.kind for unit in found.units] == ["mlp"]
-    assert [(part.name, "norm (LayerNorm)" in part.reason) for part in found.skipped] == [("blocks.0.attn", True)]
+    assert [unit.kind for unit in found.units if unit.entry != "head"] == ["mlp"]
+    assert any(part.name.startswith("blocks.0.attn") and "normalised" in part.reason for part in found.skipped)
 
 
 def test_where_dimensions_cannot_go_heads_do() -> None:

@@ -3,7 +3,7 @@
 from upop.pruning.calibrate import calibrate
 from upop.pruning.costs import count_macs, count_parameters
 from upop.pruning.distill import Distillation, distill
-from upop.pruning.layouts import LAYOUTS, Layout, Survey, find_units, remember, survey
+from upop.pruning.known import Survey, remember
 from upop.pruning.magnitude import plan_by_magnitude
 from upop.pruning.plan import Plan
 from upop.pruning.pruner import Pruner
@@ -11,14 +11,13 @@ from upop.pruning.scores import SCORES
 from upop.pruning.sharded import gather, skeleton
 from upop.pruning.shrink import shrink
 from upop.pruning.stated import UnitSpec
+from upop.pruning.surveys import find_units, survey
 from upop.pruning.units import Attribute, Skipped, Slice, Swap, Unit
 
 __all__ = [
-    "LAYOUTS",
     "SCORES",
     "Attribute",
     "Distillation",
-    "Layout",
     "Plan",
     "Pruner",
     "Skipped",

@@ -20,7 +20,6 @@ from upop.pruning.choice import check_ratio, check_whole, chosen, refuse_frozen
 from upop.pruning.correction import Change, Choice
 from upop.pruning.costs import Cost, call, entry_costs, evaluating
 from upop.pruning.errors import SettingError, StepError
-from upop.pruning.layouts import find_units, units_to_search, waits_for_batch
 from upop.pruning.masks import refuse_masked, unwrapped
 from upop.pruning.moments import PARTS, Moments, readers
 from upop.pruning.plan import Plan
@@ -30,6 +29,7 @@ from upop.pruning.sharded import refuse_sharded
 from upop.pruning.shrink import Edit, cut_verified, refuse_shared, restore
 from upop.pruning.slips import check_loss, check_model, listed, refuse_inference_mode, scalar, tried
 from upop.pruning.stated import Stated
+from upop.pruning.surveys import find_units, units_to_search, waits_for_batch
 from upop.pruning.told import warn_of_none
 from upop.pruning.units import Unit, tensor_of
 from upop.pruning.verify import tensors_of

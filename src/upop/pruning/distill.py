@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from upop.pruning.again import autocast, precision_now, random_numbers_kept, repeated
 from upop.pruning.errors import LayoutError, SettingError, StepError, some_of
-from upop.pruning.layouts import find_units
 from upop.pruning.masks import unwrapped
 from upop.pruning.slips import check_model
+from upop.pruning.surveys import find_units
 from upop.pruning.units import tensor_of
 
 _FLOOR = 1e-6

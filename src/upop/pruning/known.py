@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections import OrderedDict
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from upop.pruning.alike import likeness
 from upop.pruning.costs import macs_by_module
 from upop.pruning.coverage import Coverage, coverage
 from upop.pruning.errors import LayoutError
@@ -64,6 +66,9 @@ def _macs(model: nn.Module, example: Any) -> Mapping[str, int] | None:
 
 _MOST = 3
 """How many sizes of one model are remembered: it may be cut, and put back."""
+_MOST_KINDS = 64
+"""How many kinds of models are remembered beside the models themselves."""
+_of_kinds: OrderedDict[Hashable, tuple[Survey, Any]] = OrderedDict()
 _known: weakref.WeakKeyDictionary[nn.Module, list[tuple[Survey, Any]]] = weakref.WeakKeyDictionary()
 """Model -> surveys that do not hold it, and what a call of it is given."""
 
@@ -94,6 +99,24 @@ def know_as(model: nn.Module, other: nn.Module) -> None:
     alike = len(list(model.modules())) == len(list(other.modules()))
     if found is not None and alike and remembered(model) is None:
         remember(model, found)
+
+
+def remember_kind(model: nn.Module, found: Survey) -> None:
+    """Have `known_of_kind` give these units for models that differ from this one in their weights alone."""
+    kind = likeness(model)
+    if kind is not None:
+        _of_kinds[kind] = replace(found, source=None), None if found.source is None else found.source[1]
+        while len(_of_kinds) > _MOST_KINDS:
+            _of_kinds.popitem(last=False)
+
+
+def known_of_kind(model: nn.Module) -> Survey | None:
+    """Return what was read of a model that differs from this one in its weights alone; None if none was read."""
+    kind = likeness(model) if _of_kinds else None
+    if kind is None or kind not in _of_kinds:
+        return None
+    found, example = _of_kinds[kind]
+    return found.of(model, example)
 
 
 def remember_cut(model: nn.Module, units: Iterable[Unit], plan: Mapping[str, Sequence[int]]) -> None:

@@ -11,9 +11,9 @@ from upop.pruning import budget
 from upop.pruning.align import Align, check_align
 from upop.pruning.choice import check_ratio
 from upop.pruning.costs import Cost, entry_costs
-from upop.pruning.layouts import units_to_search
 from upop.pruning.plan import Plan
 from upop.pruning.sharded import refuse_sharded
+from upop.pruning.surveys import units_to_search
 from upop.pruning.units import Unit, tensor_of
 
 

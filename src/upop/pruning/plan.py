@@ -13,7 +13,7 @@ from torch import nn
 from upop.pruning.errors import PlanError, nearest
 from upop.pruning.json_text import parse_json
 from upop.pruning.known import sized
-from upop.pruning.layouts import find_units
+from upop.pruning.surveys import find_units
 from upop.pruning.units import Unit, tensor_of
 from upop.pruning.written import as_json, from_json
 

@@ -15,7 +15,6 @@ from upop.pruning.choice import chosen, refuse_frozen
 from upop.pruning.costs import Arguments, Cost, entry_costs
 from upop.pruning.errors import LayoutError, StepError
 from upop.pruning.known import know_as
-from upop.pruning.layouts import units_to_search, waits_for_batch
 from upop.pruning.masks import Masks, unwrapped
 from upop.pruning.moments import Moments
 from upop.pruning.plan import misfit
@@ -24,6 +23,7 @@ from upop.pruning.seen import FirstCall, Kept, examples_of, read_first
 from upop.pruning.sharded import refuse_flattened
 from upop.pruning.shrink import refuse_shared
 from upop.pruning.stated import Stated
+from upop.pruning.surveys import units_to_search, waits_for_batch
 from upop.pruning.told import warn_of_uncovered
 from upop.pruning.units import Kind, Unit, tensor_of
 

@@ -65,7 +65,7 @@ def shrink(model: nn.Module, plan: Plan | Mapping[str, Any], *, verify: Any = Tr
     whole, model = model, unwrapped(model)
     refuse_sharded(model, "shrink()")
     if not isinstance(plan, Plan):
-        from upop.pruning.layouts import find_units
+        from upop.pruning.surveys import find_units
 
         plan = Plan.of(find_units(model), plan)
     units = plan.check(model)

@@ -10,7 +10,7 @@ from torch import nn
 
 from upop.pruning.coverage import coverage
 from upop.pruning.errors import some_of
-from upop.pruning.layouts import survey
+from upop.pruning.surveys import survey
 
 
 def warn_of_skipped(skipped: int, steps: int) -> None:

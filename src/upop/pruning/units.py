@@ -1,8 +1,7 @@
 """What can be removed from a model, as plain records.
 
 A unit is one axis that several tensors share: the head dimensions of an attention, the hidden neurons of an
-MLP. Everything the method does (mask, score, cost, cut) is a loop over these records, so a new model family is
-a new row in `layouts.py` and nothing else.
+MLP. Everything the method does (mask, score, cost, cut) is a loop over these records.
 """
 
 from __future__ import annotations

@@ -12,8 +12,8 @@ from upop.pruning.axes.axis import Axis
 from upop.pruning.axes.groups import Group, Part
 from upop.pruning.axes.obstacles import obstacle
 from upop.pruning.axes.trace import Trace
-from upop.pruning.layouts.reading import modality_of
 from upop.pruning.units import Entry, Kind, Slice, Unit, tensor_of
+from upop.pruning.words import modality_of
 
 HEADS = ("head", "group")
 _BOTTLENECK = 8
@@ -45,6 +45,8 @@ def candidate(model: nn.Module, trace: Trace, group: Group) -> Candidate:
     Raises:
         NotCuttableError: it makes none, with the reason.
     """
+    if "residual" in group.axis.marks:
+        raise NotCuttableError("it is the residual stream")
     if group.axis.fixed:
         raise NotCuttableError(group.axis.fixed)
     for part in group.parts:
@@ -54,12 +56,10 @@ def candidate(model: nn.Module, trace: Trace, group: Group) -> Candidate:
     if not group.takers and not {"dimension", "attends"} <= group.axis.marks:
         raise NotCuttableError("no weight sums over it")
     attention = group.attends
-    if "residual" in group.axis.marks:
-        raise NotCuttableError("it is the residual stream")
     if not attention:
         _check_block(trace, group)
     _check_alone(model, group)
-    slices = [_slice(model, trace, group, part) for part in _ordered(group)]
+    slices = _read_alike([_slice(model, trace, group, part) for part in _ordered(group)])
     makers = group.makers
     names = [part.use.name for part in (*makers, *group.takers)]
     holder = _common([name.rpartition(".")[0] for name in names])
@@ -88,6 +88,15 @@ def _check_alone(model: nn.Module, group: Group) -> None:
     for names in named.values():
         if len(names) > 1 and any(part.use.name in names for part in group.parts):
             raise NotCuttableError(f"{names[0]} and {names[1]} are one tensor; untie them, by a copy for one of them")
+
+
+def _read_alike(slices: list[Slice]) -> list[Slice]:
+    """Have all tensors of a layer masked in one way: themselves, if anything beside the layer reads one of them."""
+    direct = {part.tensor.rpartition(".")[0] for part in slices if part.direct}
+    return [
+        replace(part, direct=True) if part.produces and part.tensor.rpartition(".")[0] in direct else part
+        for part in slices
+    ]
 
 
 def _check_block(trace: Trace, group: Group) -> None:

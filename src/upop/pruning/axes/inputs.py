@@ -23,6 +23,7 @@ _MOST_IMAGES = 8
 _SMALL, _COMMON = 64, (32, 224)
 _SIZES = ("img_size", "image_size")
 _CHANNELS = ("num_channels", "in_channels", "in_chans")
+_PICTURES = ("pixel_values", "images", "image")
 _PLACES = ("image_token_id", "image_token_index")
 _LOW, _HIGH = 5, 90
 """Words lie between the special ones, which come first, and the end of a small vocabulary."""
@@ -32,9 +33,9 @@ Inputs = dict[str, Any]
 
 def words(model: nn.Module, length: int = _WORDS) -> Tensor:
     """Return numbers of words, [2, length]."""
+    said = [getattr(each, "vocab_size", None) for each in _configurations(getattr(model, "config", None))]
     tables = [each.num_embeddings for each in model.modules() if isinstance(each, nn.Embedding)]
-    vocabulary = max(tables, default=_HIGH)
-    high = min(_HIGH, vocabulary)
+    high = min(_HIGH, *([each for each in said if type(each) is int and each > 0] or tables[:1]))
     return torch.randint(min(_LOW, high - 1), high, (BATCH, length))
 
 
@@ -73,16 +74,21 @@ def _said(owner: Any) -> Iterator[int]:
 def described(model: nn.Module) -> Iterator[Any]:
     """Yield inputs by the names of the forward's arguments: words, images, sounds, and what goes along with them."""
     try:
-        names = set(inspect.signature(model.forward).parameters)
+        asked = inspect.signature(model.forward).parameters
     except (TypeError, ValueError):
         return
-    if {"image", "text"} <= names:  # open_clip
-        for size in image_sizes(model):
-            lengths = (getattr(owner, "context_length", 0) for owner in model.modules())
-            length = next((each for each in lengths if type(each) is int and each), _WORDS)
-            yield {"image": torch.randn(BATCH, 3, size, size), "text": words(model, length)}
+    names = set(asked)
     texts: Inputs = {name: words(model) for name in ("input_ids", "decoder_input_ids") if name in names}
-    images = list(itertools.islice(_images(model, names), _MOST_IMAGES)) if "pixel_values" in names else []
+    if {"image", "text"} <= names:  # open_clip
+        lengths = (getattr(owner, "context_length", 0) for owner in model.modules())
+        texts["text"] = words(model, next((each for each in lengths if type(each) is int and each), _WORDS))
+    if texts:
+        needed = [name for name, each in asked.items() if "mask" in name and each.default is inspect.Parameter.empty]
+        texts |= {name: torch.ones_like(next(iter(texts.values()))) for name in needed}
+    pictures = next((name for name in _PICTURES if name in names), None)
+    images = list(itertools.islice(_images(model, names), _MOST_IMAGES)) if pictures else []
+    if pictures:
+        images = [{pictures: seen.pop("pixel_values"), **seen} for seen in images]
     sounds = list(_sounds(model, names))
     for seen in images:
         yield {**_with_places(model, names, texts, seen), **seen}

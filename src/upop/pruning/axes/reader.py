@@ -29,7 +29,8 @@ def read(model: nn.Module, example: Any) -> tuple[list[Unit], list[Skipped]]:
         model: left as it is, its random state included.
         example: what a call of it is given.
     """
-    with torch.random.fork_rng(devices=[]):
+    home = next((each.device for each in model.parameters() if not each.is_meta), torch.device("cpu"))
+    with torch.random.fork_rng(devices=[]), home:  # a model may be read while another one is built on the meta device
         return _read(model, example)
 
 
@@ -56,10 +57,10 @@ def _read(model: nn.Module, example: Any) -> tuple[list[Unit], list[Skipped]]:
     skipped = [*(Skipped(name, reason.removeprefix(f"{name} ")) for name, reason in barred.items()), *skipped]
     names = {each.unit.name for each in proved}
     skipped += [Skipped(name, reason) for name, reason in lost if name not in names]
-    order = {name: place for place, name in enumerate(trace.uses)}
+    places = {name: place for place, (name, _) in enumerate(model.named_parameters(remove_duplicate=False))}
     units = sorted(
         (replace(each.unit, proved=True) for each in proved),
-        key=lambda unit: min(order[part.tensor] for part in unit.slices),
+        key=lambda unit: min(places[part.tensor] for part in unit.producers),
     )
     return units, skipped
 

@@ -15,9 +15,9 @@ from upop.pruning.axes.proof import POWERS, Bench, at_random
 from upop.pruning.axes.settle import kept_numbers
 from upop.pruning.errors import LayoutError
 from upop.pruning.known import Survey
-from upop.pruning.layouts.reading import modality_of
 from upop.pruning.stated import Meant, Stated, meant, positions
 from upop.pruning.units import Attribute, Slice, Unit
+from upop.pruning.words import modality_of
 
 _MOST_TRIED = 6
 """How many numbers that a module keeps are tried, one by one and two by two."""

@@ -1,9 +1,8 @@
-"""What is read off a forward and what is left alone: rules that the registry of architectures does not reach."""
+"""What `survey` gives and what it leaves alone: blocks written by hand, layers that stand for others, whole models."""
 
 from __future__ import annotations
 
 import copy
-import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -19,12 +18,6 @@ from pruning.families import VIT, randomise, uneven_plan
 from upop.pruning.errors import LayoutError
 
 ATTENTION = "blocks.0.attn"
-
-
-@pytest.fixture(autouse=True)
-def classes_of_a_known_library(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have the classes of this file read as those of a library are, by their modules and forwards."""
-    monkeypatch.setattr("upop.pruning.layouts.is_of_ones_own", lambda _model: False)
 
 
 def vit(**settings: Any) -> nn.Module:
@@ -47,8 +40,12 @@ def llama() -> nn.Module:
 WORDS = {"input_ids": torch.randint(0, 50, (2, 6), generator=torch.Generator().manual_seed(0))}
 
 
-def reasons(model: nn.Module) -> dict[str, str]:
-    return {part.name: part.reason for part in upop.survey(model).skipped}
+TOKENS = torch.randn(3, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+SEQUENCES = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+def reasons(model: nn.Module, example: Any = None) -> dict[str, str]:
+    return {part.name: part.reason for part in upop.survey(model, example).skipped}
 
 
 class Block(nn.Module):
@@ -103,26 +100,9 @@ class Shifted(Block):
         return self.fc2(self.act(self.fc1(x)) + 1)
 
 
-class Sometimes(Block):
-    def forward(self, x: Tensor) -> Tensor:
-        hidden = self.fc1(x)
-        if x.mean() > 0:
-            hidden = self.norm(hidden)
-        return self.fc2(hidden)
-
-
-class Looped(Block):
-    def forward(self, x: Tensor) -> Tensor:
-        hidden = self.fc1(x)
-        for _ in range(2):
-            x = self.fc2(hidden)
-            hidden = self.gate(x)
-        return x
-
-
 class PastTheLayer(Block):
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.linear(x, self.fc1.weight) + self.fc1(x))
+        return self.fc2(self.act(F.linear(x, self.fc1.weight) + self.fc1(x)))
 
 
 class TwoReaders(Block):
@@ -135,37 +115,35 @@ class TwoReaders(Block):
         return self.fc2(hidden) + self.other(hidden)
 
 
-@pytest.mark.parametrize("kind", [Plain, Gated, Clamped])
+@pytest.mark.parametrize("kind", [Plain, Gated, Clamped, PastTheLayer, TwoReaders])
 def test_mlps_that_can_be_followed(kind: type[Block]) -> None:
     torch.manual_seed(0)
     model = kind().double().eval()
-    (unit,) = upop.find_units(model)
+    (unit,) = upop.find_units(model, TOKENS)
     assert (unit.kind, unit.size, unit.entry) == ("mlp", 12, "neuron")
-    # The linear half is masked; a gate goes along.
-    assert {part.tensor for part in unit.producers} == {"fc1.weight", "fc1.bias"}
-    upop.shrink(model, {unit.name: [0, 3, 4, 11]}, verify=torch.randn(3, 8, dtype=torch.float64))
+    upop.shrink(model, {unit.name: [0, 3, 4, 11]}, verify=TOKENS)
     assert model.fc1.out_features == model.fc2.in_features == 4
+
+
+def test_the_linear_half_of_a_gated_mlp_is_masked() -> None:
+    (unit,) = upop.find_units(Gated().double().eval(), TOKENS)
+    assert {part.tensor for part in unit.producers} == {"fc1.weight", "fc1.bias"}
 
 
 @pytest.mark.parametrize(
     ("kind", "reason"),
     [
-        (Normed, "norm (LayerNorm)"),
-        (Moved, "its activation moves 0"),
-        (Kept, "it is what the module returns"),
-        (Shifted, "it is used in"),
-        (Sometimes, "norm (LayerNorm)"),
-        (Looped, "it is made in a loop"),
-        (PastTheLayer, "its weight is read directly"),
-        (TwoReaders, "its hidden axis cannot be followed"),
+        (Normed, "it is normalised over"),
+        (Moved, "sigmoid is not 0 where its entries are 0"),
+        (Kept, "it leaves the model"),
+        (Shifted, "add is not 0 where its entries are 0"),
     ],
 )
 def test_mlps_that_cannot(kind: type[Block], reason: str) -> None:
-    kind.__name__ = f"{kind.__name__}Mlp"
-    model = nn.Sequential(kind())
-    assert reason in reasons(model)["0"]
-    with pytest.raises(LayoutError, match="Looked at 1 places"):
-        upop.find_units(model)
+    model = kind().double().eval()
+    assert reason in reasons(model, TOKENS)["fc1"]
+    with pytest.raises(LayoutError, match="Looked at 2 places"):
+        upop.find_units(model, TOKENS)
 
 
 class Learned(nn.Module):
@@ -180,19 +158,12 @@ class Learned(nn.Module):
         return self.slope * x.relu() ** 2 + self.shift
 
 
-Learned.__module__ = "timm.models"  # only known libraries are trusted
-
-
-class PlainMlp(Plain):
-    pass
-
-
 def test_activations_that_may_come_to_move_0_are_not_trusted() -> None:
-    model = PlainMlp()
+    model = Plain().eval()
     model.act = Learned(learned=True)  # type: ignore[assignment]
-    assert "its activation moves 0" in reasons(nn.Sequential(model))["0"]
+    assert "add is not 0 where its entries are 0" in reasons(model, TOKENS.float())["fc1"]
     model.act = Learned(learned=False)  # type: ignore[assignment]
-    assert len(upop.find_units(nn.Sequential(model))) == 1
+    assert len(upop.find_units(model, TOKENS.float())) == 1
 
 
 class Attention(nn.Module):
@@ -236,16 +207,6 @@ class OfItsParent(Straight):
         return super().forward(x.reshape(-1, x.shape[1], 8)).reshape(x.shape)
 
 
-class AcrossDimensions(Attention):
-    def forward(self, x: Tensor) -> Tensor:
-        b, n, _ = x.shape
-        q = self.q_proj(x).view(b, n, self.num_heads, self.head_dim).permute(0, 2, 3, 1)
-        k = self.k_proj(x).view(b, n, self.num_heads, self.head_dim).permute(0, 2, 3, 1)
-        v = self.v_proj(x).view(b, n, self.num_heads, self.head_dim).permute(0, 2, 3, 1)
-        attended = F.scaled_dot_product_attention(q, k, v)
-        return self.out_proj(attended.permute(0, 3, 1, 2).reshape(b, n, -1))
-
-
 class WithAGate(Attention):
     def forward(self, x: Tensor) -> Tensor:
         b, n, _ = x.shape
@@ -283,57 +244,24 @@ class OddFunction(Attention):
         return self.out_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, n, -1))
 
 
-class DimensionsFirst(Attention):
-    def forward(self, x: Tensor) -> Tensor:
-        b, n, _ = x.shape
-        q = self.q_proj(x).view(b, n, self.head_dim, self.num_heads).transpose(1, 3)
-        k = self.k_proj(x).view(b, n, self.head_dim, self.num_heads).transpose(1, 3)
-        v = self.v_proj(x).view(b, n, self.head_dim, self.num_heads).transpose(1, 3)
-        return self.out_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 3).reshape(b, n, -1))
-
-
-@pytest.mark.parametrize("kind", [Straight, OfItsInput, OfItsParent])
+@pytest.mark.parametrize("kind", [Straight, OfItsInput, OfItsParent, WithAGate, ScaledByDimension, ScaledByHead])
 def test_attention_that_can_be_followed(kind: type[Attention]) -> None:
     torch.manual_seed(0)
     model = kind().double().eval()
-    (unit,) = upop.find_units(model)
+    (unit,) = upop.find_units(model, SEQUENCES)
     assert (unit.entry, unit.size, unit.heads) == ("dimension", 4, 2)
-    inputs = torch.randn(2, 5, 8, dtype=torch.float64)
-    upop.shrink(model, {unit.name: [1, 2, 3]}, verify=inputs)
-    assert model.head_dim == 3
-    assert isinstance(model, kind)  # a subclass, where the library's own forward insists on the width
+    upop.shrink(model, {unit.name: [1, 2, 3]}, verify=SEQUENCES)
+    assert model.q_proj.out_features == 6
+    assert isinstance(model, kind)  # a subclass, where the forward insists on the width
     twin = copy.deepcopy(model)
-    upop.shrink(model, {unit.name: [0]}, verify=inputs)
-    assert not torch.equal(twin(inputs), model(inputs))
+    upop.shrink(model, {unit.name: [0]}, verify=SEQUENCES)
+    assert not torch.equal(twin(SEQUENCES), model(SEQUENCES))
 
 
-def test_models_with_heads_of_another_width_are_copied_and_pickled() -> None:
-    torch.manual_seed(0)
-    model = timm.create_model(
-        "swinv2_tiny_window8_256", img_size=32, embed_dim=24, depths=(2,), num_heads=(3,), window_size=4
-    ).eval()
-    upop.shrink(model, uneven_plan(upop.find_units(model)))
-    assert type(model.layers[0].blocks[0].attn) is not timm.models.swin_transformer_v2.WindowAttention
-    inputs = torch.randn(1, 3, 32, 32)
-    for again in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert type(again.layers[0].blocks[0].attn) is type(model.layers[0].blocks[0].attn)
-        with torch.no_grad():
-            assert torch.equal(again(inputs), model(inputs))
-
-
-@pytest.mark.parametrize(
-    ("kind", "reason"),
-    [
-        (AcrossDimensions, "touches its dimensions"),
-        (WithAGate, "touches its dimensions"),
-        (ScaledByDimension, "touches its dimensions"),
-        (ScaledByHead, "touches its dimensions"),
-        (OddFunction, "torch.cumsum()"),
-        (DimensionsFirst, "dimensions before heads"),
-    ],
-)
-def test_attention_that_cannot(kind: type[Attention], reason: str) -> None:
-    assert reason in reasons(nn.Sequential(kind()))["0"]
+def test_attention_that_cannot() -> None:
+    found = upop.survey(OddFunction().double().eval(), SEQUENCES)
+    assert not found.units
+    assert any(part.name == "q_proj" and "cumsum is taken over it" in part.reason for part in found.skipped)
 
 
 def test_key_value_groups_go_with_the_queries_that_share_them() -> None:
@@ -364,31 +292,16 @@ def test_scores_of_groups_and_gates_are_autograds() -> None:
     pruner.remove()
 
 
-def wrapped(layer: nn.Linear) -> nn.Module:
-    """Put a layer into the shape that adapters have."""
-    around = nn.Module()
-    around.base_layer, around.lora_A = layer, nn.ModuleDict()
-    around.in_features, around.out_features = layer.in_features, layer.out_features
-    return around
-
-
 def as_integers(layer: nn.Linear) -> nn.Module:
     layer.weight = nn.Parameter(layer.weight.to(torch.int8), requires_grad=False)
-    return layer
-
-
-def by_name(layer: nn.Linear) -> nn.Module:
-    layer.__class__ = type("Linear4bit", (nn.Linear,), {})
     return layer
 
 
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (wrapped, "is wrapped by an adapter"),
-        (as_integers, "is quantized (Linear); prune before quantizing"),
-        (by_name, "is quantized (Linear4bit)"),
-        (torch.nn.utils.parametrizations.weight_norm, "is parametrized; remove the parametrization first"),
+        (as_integers, "has quantised weights; prune the model before it is quantised"),
+        (torch.nn.utils.parametrizations.weight_norm, "is parametrized"),
     ],
 )
 def test_layers_that_stand_for_others_are_left_alone(change: Callable[[nn.Module], nn.Module], reason: str) -> None:
@@ -396,16 +309,17 @@ def test_layers_that_stand_for_others_are_left_alone(change: Callable[[nn.Module
     model.blocks[0].attn.proj = change(model.blocks[0].attn.proj)
     model.blocks[0].mlp.fc2 = change(model.blocks[0].mlp.fc2)
     found = reasons(model)
-    assert reason in found[ATTENTION]
-    assert reason in found["blocks.0.mlp"]
+    assert reason in found[f"{ATTENTION}.proj"]
+    assert reason in found["blocks.0.mlp.fc2"]
     with pytest.raises(LayoutError, match="No prunable unit"):
         upop.find_units(model)
 
 
-def test_layers_that_are_no_linear_ones_are_named() -> None:
+def test_models_that_cannot_be_run_say_why() -> None:
     model = llama()
-    model.layers[0].self_attn.k_proj = nn.Bilinear(2, 2, 2)  # as packed weights of a quantizing library would be
-    assert reasons(model)["layers.0.self_attn"] == "k_proj is a Bilinear, which is no linear layer"
+    model.layers[0].self_attn.k_proj = nn.Bilinear(2, 2, 2)
+    with pytest.raises(LayoutError, match=r"missing 1 required positional argument"):
+        upop.survey(model)
 
 
 class ByHand(nn.Linear):
@@ -451,15 +365,17 @@ def test_linear_layers_of_another_class_that_compute_the_same(bias: bool) -> Non
 @pytest.mark.parametrize("kind", [Doubled, WithMore])
 def test_linear_layers_of_another_class_that_compute_more(kind: type[nn.Linear]) -> None:
     model = vit()
-    model.blocks[0].mlp.fc1 = kind(24, 96)
-    assert f"is a {kind.__name__}, whose forward is not that of torch.nn.Linear" in reasons(model)["blocks.0.mlp"]
+    model.blocks[0].mlp.fc1 = kind(24, 96).double()
+    units = upop.find_units(model)
+    assert [unit.name for unit in units] == [ATTENTION, "blocks.0.mlp"]
+    upop.shrink(model, uneven_plan(units), verify=torch.randn(2, 3, 16, 16, dtype=torch.float64))
 
 
 def test_a_forward_put_in_place_of_the_layers_own() -> None:
     model = vit()
     layer = model.blocks[0].mlp.fc1
     layer.forward = lambda x: F.linear(x, layer.weight, layer.bias) * 2
-    assert "whose forward is not that of torch.nn.Linear" in reasons(model)["blocks.0.mlp"]
+    assert "has a forward in place of its class's" in reasons(model)["blocks.0.mlp.fc1"]
 
 
 def test_a_module_under_two_names_is_cut_once() -> None:
@@ -480,14 +396,39 @@ def test_models_without_weights_cannot_be_searched_but_cut() -> None:
     assert model.blocks[0].mlp.fc1.weight.shape == (2, 24)
 
 
-def test_learned_angles_leave_the_heads_alone() -> None:
-    model = timm.create_model(
-        "vit_small_patch16_rope_mixed_224", img_size=32, patch_size=8, embed_dim=24, depth=1, num_heads=3
-    )
-    assert "head by head" in reasons(model)[ATTENTION]
-
-
 def test_units_come_in_the_order_of_the_forward() -> None:
     names = [unit.name for unit in upop.find_units(llama())]
     assert names == [f"layers.{layer}.{part}" for layer in (0, 1) for part in ("self_attn", "mlp")]
     assert [unit.name for unit in upop.find_units(VIT.build())][:2] == [ATTENTION, "blocks.0.mlp"]
+
+
+def test_survey_changes_nothing() -> None:
+    torch.manual_seed(0)
+    model = vit(norm_layer=nn.LayerNorm, drop_path_rate=0.1, attn_drop_rate=0.1).train()
+    model.patch_embed.norm = nn.BatchNorm1d(4).double()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    modes = [module.training for module in model.modules()]
+    hooks = [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()]
+    kept = [dict(vars(module)) for module in model.modules()]
+    state = torch.get_rng_state()
+    upop.survey(model)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert [module.training for module in model.modules()] == modes
+    assert [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()] == hooks
+    assert [dict(vars(module)) for module in model.modules()] == kept
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+def test_models_that_differ_in_their_weights_alone_are_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    first = upop.find_units(vit(qkv_bias=False))
+    read = []
+    monkeypatch.setattr("upop.pruning.axes.read", lambda *_: read.append(1) or ([], []))
+    again = vit(qkv_bias=False)
+    randomise(again, 1)
+    assert upop.find_units(again) == first
+    assert not read
+    for other in (vit(qkv_bias=True), vit(qkv_bias=False).float(), vit(qkv_bias=False)):
+        other.blocks[0].mlp.register_forward_hook(lambda *_: None)
+        upop.survey(other)
+    assert len(read) == 3

@@ -1,0 +1,91 @@
+"""Whether two models are the same but for their weights: then what was read of the one holds of the other."""
+
+from __future__ import annotations
+
+import enum
+import types
+from collections.abc import Hashable, Iterator, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_MOST_BYTES = 2**16
+"""Of a buffer whose content is compared."""
+_OWN = frozenset(vars(nn.Module())) - {"training"}
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_PLAIN = (int, float, complex, str, bytes, bool, type(None), torch.dtype, torch.device, torch.layout, enum.Enum)
+_CODE = (type, types.FunctionType, types.BuiltinFunctionType, types.MethodDescriptorType)
+
+
+class _OtherError(Exception):
+    """Something that cannot be compared."""
+
+
+def likeness(model: nn.Module) -> Hashable | None:
+    """Return what two models have in common that differ in their weights alone; None where that cannot be said.
+
+    It holds the classes of all modules, all that they keep beside their weights, and their tensors' shapes; a model
+    with hooks, or one that keeps things of unknown kinds, is like no other.
+    """
+    try:
+        return tuple(_parts(model))
+    except (_OtherError, RecursionError):
+        return None
+
+
+def _parts(model: nn.Module) -> Iterator[Hashable]:
+    numbers: dict[int, int] = {}
+
+    def number(thing: object) -> int:
+        """What is shared within a model is shared in the other."""
+        return numbers.setdefault(id(thing), len(numbers))
+
+    for name, module in model.named_modules(remove_duplicate=False):
+        if any(module.__dict__.get(hooks) for hooks in _HOOKS):
+            raise _OtherError
+        yield name, type(module), type(module).forward, number(module)
+        for key, value in sorted(vars(module).items()):
+            if key not in _OWN and key != "training":
+                yield key, _plain(value)
+        for key, parameter in module._parameters.items():
+            yield key, None if parameter is None else (number(parameter), *_shape(parameter))
+        for key, buffer in module._buffers.items():
+            yield key, None if buffer is None else (number(buffer), *_shape(buffer), _content(buffer))
+
+
+def _shape(tensor: Tensor) -> tuple[Hashable, ...]:
+    if type(tensor) not in (Tensor, nn.Parameter, nn.Buffer):
+        raise _OtherError
+    return tuple(tensor.shape), tensor.dtype, tensor.device.type
+
+
+def _content(buffer: Tensor) -> bytes | None:
+    """Return the numbers of a buffer that may say how a forward goes on."""
+    if buffer.is_meta or buffer.is_floating_point() or buffer.is_complex():
+        return None
+    if buffer.nbytes > _MOST_BYTES:
+        raise _OtherError
+    return buffer.cpu().contiguous().numpy().tobytes()
+
+
+def _plain(value: Any) -> Hashable:
+    """Return something that compares as a value does.
+
+    Raises:
+        _OtherError: nothing is known of values of its kind.
+    """
+    if isinstance(value, (*_PLAIN, *_CODE)):
+        return type(value), value
+    if isinstance(value, list | tuple):
+        return type(value), *map(_plain, value)
+    if isinstance(value, set | frozenset):
+        return type(value), frozenset(map(_plain, value))
+    if isinstance(value, Mapping):
+        return type(value), *((_plain(key), _plain(each)) for key, each in value.items())
+    if isinstance(value, partial):
+        return partial, _plain(value.func), _plain(value.args), _plain(value.keywords)
+    if hasattr(value, "to_dict") or hasattr(value, "model_dump"):  # configurations of transformers, and of pydantic
+        return type(value), _plain(vars(value))
+    raise _OtherError
