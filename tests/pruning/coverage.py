@@ -82,7 +82,7 @@ def examine(architecture: Architecture) -> Examined:
         upop.shrink(model, plan)
         for (way, context), expected in zip(architecture.ways(model), masked, strict=True):
             with context:
-                compare(expected, _run(model, inputs), partial(rounding_of, model, inputs))
+                compare(expected, _run(model, inputs), partial(rounding_of, partial(_run, model, inputs)))
             assert way
         _check_metadata(model)
         assert [unit.size for unit in upop.find_units(model)] == [len(plan[unit.name]) for unit in units]
@@ -171,7 +171,7 @@ def _check_loading(architecture: Architecture, model: nn.Module, inputs: Inputs,
     with tempfile.TemporaryDirectory() as folder:
         upop.save(model, Path(folder) / "saved")
         loaded = upop.load(Path(folder) / "saved", architecture.build(dtype))
-    compare(expected, _run(loaded, inputs), partial(rounding_of, loaded, inputs))
+    compare(expected, _run(loaded, inputs), partial(rounding_of, partial(_run, loaded, inputs)))
     if architecture.generates:
         texts = [_generated(each, inputs, cached) for each in (model, loaded) for cached in (True, False)]
         assert all(torch.equal(text, texts[0]) for text in texts)

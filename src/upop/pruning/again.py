@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import random
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -16,6 +17,19 @@ def random_numbers_kept(device: torch.device) -> Iterator[None]:
     """Put the generators of the CPU and of `device` back to where they were."""
     with torch.random.fork_rng([device.index or 0] if device.type == "cuda" else []):
         yield
+
+
+@contextmanager
+def drawing_the_same(device: torch.device) -> Iterator[None]:
+    """Have torch and Python draw the same random numbers every time, and put them back to where they were."""
+    state = random.getstate()
+    try:
+        with random_numbers_kept(device):
+            random.seed(0)
+            torch.manual_seed(0)
+            yield
+    finally:
+        random.setstate(state)
 
 
 @contextmanager

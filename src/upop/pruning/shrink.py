@@ -122,7 +122,7 @@ def cut_verified(
         undo = cut(model, units, plan)
         found = _outputs_of_cut(model, example)
         precision = tensor_of(model, units[0].slices[0].tensor).dtype
-        rounding = partial(rounding_of, model, example, outputs=found)
+        rounding = partial(rounding_of, partial(outputs_of, model, example), outputs=found)
         compare(expected, found, rounding, dtype=precision, proved=proved)
     except BaseException:
         restore(undo)
@@ -299,5 +299,5 @@ def _proved_in_float64(model: nn.Module, units: list[Unit], plan: Mapping[str, S
     cut(twin, units, plan)
     with forgetting(), Precise(torch.float64):
         found = _outputs_of_cut(twin, inputs)
-        compare(expected, found, partial(rounding_of, twin, inputs, outputs=found))
+        compare(expected, found, partial(rounding_of, partial(outputs_of, twin, inputs), outputs=found))
     return True

@@ -6,7 +6,6 @@ in another order. Where a copy in float64 fits, a cut is proved on that, and lit
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields, is_dataclass
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from upop.pruning.again import buffers_kept, random_numbers_kept
+from upop.pruning.again import buffers_kept, drawing_the_same
 from upop.pruning.costs import call, evaluating
 from upop.pruning.errors import VerificationError
 
@@ -41,18 +40,14 @@ def outputs_of(model: nn.Module, inputs: Any) -> Outputs:
     """
     precision = torch.get_float32_matmul_precision()
     device = next((each.device for each in model.parameters()), torch.device("cpu"))
-    state = random.getstate()
     torch.set_float32_matmul_precision("highest")
     try:
         with ExitStack() as stack:
-            for context in (evaluating(model), _unpatched(model), buffers_kept(model), random_numbers_kept(device)):
+            for context in (evaluating(model), _unpatched(model), buffers_kept(model), drawing_the_same(device)):
                 stack.enter_context(context)
             stack.enter_context(torch.autocast(device.type, enabled=False))
-            random.seed(0)
-            torch.manual_seed(0)
             return [(place, value.detach().clone()) for place, value in tensors_of(call(model, inputs))]
     finally:
-        random.setstate(state)
         torch.set_float32_matmul_precision(precision)
 
 
@@ -189,13 +184,12 @@ def _difference(one: Tensor, other: Tensor) -> tuple[float, float]:
     return (float((a - b).abs().max()), float(a.abs().maximum(b.abs()).max())) if len(a) else (0.0, 0.0)
 
 
-def rounding_of(model: nn.Module, inputs: Any, *, outputs: Outputs | None = None) -> Iterator[list[float]]:
+def rounding_of(run: Callable[[], Outputs], *, outputs: Outputs | None = None) -> Iterator[list[float]]:
     """Yield how much each output of a model differs when its products are summed in another order, time after time.
 
     Args:
-        model: not changed.
-        inputs: what it is given.
-        outputs: what it gave for them; where a second call gives something else, rounding cannot be told.
+        run: gives the outputs of a call.
+        outputs: what it gave; where a second call gives something else, rounding cannot be told.
 
     Raises:
         VerificationError: two calls do not give the same.
@@ -203,21 +197,21 @@ def rounding_of(model: nn.Module, inputs: Any, *, outputs: Outputs | None = None
     from upop.pruning.axes.copies import written_out
 
     if outputs is not None:
-        for (place, one), (_, again) in zip(outputs, outputs_of(model, inputs), strict=True):
+        for (place, one), (_, again) in zip(outputs, run(), strict=True):
             size, scale = _difference(one, again)
             if size > torch.finfo(one.dtype).eps ** 0.5 * scale:
                 raise VerificationError(
-                    f"Two calls of {type(model).__name__} on the same inputs differ ({place} by "
+                    f"Two calls of the model on the same inputs differ ({place} by "
                     f"{size / scale:.1e} of its largest entry): it draws random numbers in evaluation mode that "
                     "torch.manual_seed does not fix, or keeps something between calls, so that no cut of it can be "
                     "verified. The model was left as it was. Give a function of what does not, as example= or verify=: "
                     "lambda model: model.part(inputs)."
                 )
     with written_out():
-        plain = outputs_of(model, inputs)
+        plain = run()
         for seed in range(_ORDERS):
             with _OtherOrder(seed):
-                other = outputs_of(model, inputs)
+                other = run()
             yield [_difference(one, two)[0] for (_, one), (_, two) in zip(plain, other, strict=True)]
 
 

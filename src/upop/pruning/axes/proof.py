@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from upop.pruning.again import drawing_the_same
 from upop.pruning.axes.candidates import Candidate
 from upop.pruning.axes.copies import forgetting, told, with_memory
 from upop.pruning.axes.kinds import rest
@@ -20,7 +21,7 @@ from upop.pruning.costs import call, evaluating
 from upop.pruning.errors import VerificationError
 from upop.pruning.shrink import cut, restore
 from upop.pruning.units import Attribute, Unit, tensor_of
-from upop.pruning.verify import difference, outputs_of, refuse_unlike, rounding_of, tensors_of
+from upop.pruning.verify import difference, refuse_unlike, rounding_of, tensors_of
 
 POWERS = (0.5, 0.0, 1.0, 0.25)
 """Of softmax scales that follow the size of a head: 1 / sqrt(size), fixed, 1 / size, and queries that are keys too."""
@@ -118,8 +119,8 @@ class Bench:
 
     def _outputs(self) -> list[tuple[str, Tensor]]:
         eager = torch.compiler.set_stance("force_eager")
-        with forgetting(), evaluating(self._model), torch.random.fork_rng(devices=[]), eager, Precise(self._dtype):
-            torch.manual_seed(0)
+        device = next((each.device for each in self._model.parameters()), torch.device("cpu"))
+        with forgetting(), evaluating(self._model), drawing_the_same(device), eager, Precise(self._dtype):
             return [(place, value.detach().clone()) for place, value in tensors_of(self._run(self._model))]
 
     def called(self) -> set[str]:
@@ -162,9 +163,7 @@ class Bench:
             VerificationError: two calls of the model differ.
         """
         if not self._spreads:
-            with forgetting(), Precise(self._dtype):
-                outputs = outputs_of(self._model, self._run)
-                self._spreads = list(rounding_of(self._model, self._run, outputs=outputs))
+            self._spreads = list(rounding_of(self.outputs, outputs=self.outputs()))
         return self._spreads
 
     @contextmanager
