@@ -43,6 +43,8 @@ def _is_special(module: nn.Module) -> bool:
 def _obstacle(module: nn.Module) -> str | None:
     if isinstance(module, torch.jit.ScriptModule):
         return "is TorchScript, whose tensors stay as they are; give the model that it was made of"
+    if "parametrizations" in module._modules:  # where a bias lies beside, masks would have to reach both
+        return "is parametrized; call torch.nn.utils.parametrize.remove_parametrizations first"
     if hasattr(module, "_hf_hook"):
         return (
             "carries hooks of Accelerate, which spread the model over devices (device_map) or offload it; call "
