@@ -206,9 +206,14 @@ class Halves(nn.Module):
 
     def __init__(self, way: str) -> None:
         super().__init__()
-        self.way, self.both, self.down = way, nn.Linear(WIDTH, 80), nn.Linear(40, WIDTH)
+        self.way, self.down = way, nn.Linear(40, WIDTH)
+        self.both = nn.Linear(WIDTH, 80) if way != "tanh" else nn.Identity()
+        self.gate, self.up = (nn.Linear(WIDTH, 40), nn.Linear(WIDTH, 40)) if way == "tanh" else (None, None)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.gate is not None and self.up is not None:  # as T5 writes GELU
+            gate = self.gate(x)
+            return self.down(0.5 * gate * (1 + torch.tanh(gate + 0.04 * gate**3)) * self.up(x))  # type: ignore[no-any-return]
         if self.way == "glu":
             return self.down(F.glu(self.both(x)))  # type: ignore[no-any-return]
         one, other = self.both(x).chunk(2, -1)
@@ -219,6 +224,14 @@ class Halves(nn.Module):
 def test_the_half_that_only_gates_is_silent(way: str, silent: int) -> None:
     model = check(lambda: Halves(way), ["neuron"] * 2)
     assert [part.silent for part in upop.survey(model, EXAMPLE).units[0].producers] == [(silent,)] * 2
+
+
+def test_a_layer_that_only_gates_is_no_producer() -> None:
+    model = check(lambda: Halves("tanh"), ["neuron"] * 2)
+    assert {part.tensor for part in upop.survey(model, EXAMPLE).units[0].producers} == {
+        "parts.0.up.weight",
+        "parts.0.up.bias",
+    }
 
 
 class Grouped(Experts):

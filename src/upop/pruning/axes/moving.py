@@ -105,11 +105,11 @@ def _merged(trace: Trace, live: list[Label], dims: list[Dim], name: str, rows: S
     """Return the label of what activations give together; where one gates another, it is the gate that is silent."""
     linear = name in _LINEAR or all(not label.linear for label in live)
     sources = frozenset().union(*(label.sources for label in live))
-    if name in ("add", "sub") and len(live) == 2:
+    if name in ("add", "sub") and len(live) == 2 and live[0].sources != live[1].sources:
         leaves = {leaf for axis in axes_in(dims) for leaf in axis.leaves()}
         trace.added.update((source, leaf) for leaf in leaves for source in sources)
         own = [trace.bits(label.sources) for label in live]
-        again = own[0] != own[1] and any(own[at] and own[at] & live[1 - at].past == own[at] for at in (0, 1))
+        again = any(own[at] and own[at] & live[1 - at].past == own[at] for at in (0, 1))
         for leaf in leaves if again else ():
             if trace.summed(leaf, past_of(live)):
                 leaf.mark("residual")
