@@ -10,6 +10,7 @@ import math
 import sys
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, nullcontext
+from types import CellType, FunctionType
 from typing import Any
 
 import torch
@@ -75,13 +76,43 @@ def copied(model: nn.Module, tensors: dict[int, Any]) -> nn.Module:
     """
     with _unsharded(model):
         try:
-            return copy.deepcopy(model, dict(tensors)).eval()
+            return _copy(model, dict(tensors))
         except Exception:
             _share(model, tensors)
         try:
-            return copy.deepcopy(model, dict(tensors)).eval()
+            return _copy(model, dict(tensors))
         except Exception as error:
             raise LayoutError(f"{type(model).__name__} cannot be copied to try things on: {told(error)}.") from error
+
+
+def _copy(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    """Return a copy whose hooks keep what they gather for themselves: they run, being part of what it computes."""
+    twin: nn.Module = copy.deepcopy(model, memo)
+    for module in twin.modules():
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            for key, hook in hooks.items():
+                hooks[key] = _apart(hook, memo)
+    return twin.eval()
+
+
+def _apart(function: Any, memo: dict[int, Any]) -> Any:
+    """Return a function with its own lists, mappings and sets in the place of those that it closes over."""
+    if not isinstance(function, FunctionType) or not function.__closure__:
+        return function
+    cells = []
+    for cell in function.__closure__:
+        try:
+            held = cell.cell_contents
+        except ValueError:  # it is not set yet
+            cells.append(CellType())
+            continue
+        if id(held) not in memo and isinstance(held, list | dict | set):
+            memo[id(held)] = copy.copy(held)
+        cells.append(CellType(memo.get(id(held), held)))
+    code, given = function.__code__, (function.__globals__, function.__name__, function.__defaults__)
+    apart = FunctionType(code, *given, tuple(cells))
+    apart.__kwdefaults__ = function.__kwdefaults__
+    return apart
 
 
 def _share(model: nn.Module, memo: dict[int, Any]) -> None:
