@@ -159,9 +159,10 @@ def _produced(
     past = a.past | b.past
     if a.parameter != b.parameter:
         weight, given, rest = (a, b, b_dims) if a.parameter else (b, a, a_dims)
+        attends = given.attends if any("head" in axis.marks for axis in axes_in([over])) else ()  # heads are mixed
         if trace.opens(given.sources, rest):  # it is summed over another axis: what made this one still does
-            return Label(dims, weight.sources | given.sources, given.linear, past=past, attends=given.attends)
-        return Label(dims, weight.sources, past=past, attends=given.attends)
+            return Label(dims, weight.sources | given.sources, given.linear, past=past, attends=attends)
+        return Label(dims, weight.sources, past=past, attends=attends)
     if a.parameter:
         return Label(dims, a.sources | b.sources, parameter=True, latent=True, past=past)
     summed = a.attends or b.attends or over
