@@ -41,7 +41,9 @@ def _reduce(trace: Trace, args: Any, kwargs: Any, result: Any, name: str) -> Non
     dims = [dim if at not in places else () for at, dim in enumerate(label.dims) if kept or at not in places]
     for output in outputs:
         own = label.parameter and name in _SUMS  # a token that is learnt is one until its mean is taken
-        trace.set(output, replace(label, dims=list(dims), linear=name == "sum" and label.linear, parameter=own))
+        trace.set(
+            output, replace(label, dims=list(dims), linear=name == "sum" and label.linear, parameter=own, attends=())
+        )
     return None
 
 
@@ -159,7 +161,7 @@ def _produced(
     past = a.past | b.past
     if a.parameter != b.parameter:
         weight, given, rest = (a, b, b_dims) if a.parameter else (b, a, a_dims)
-        attends = given.attends if any("head" in axis.marks for axis in axes_in([over])) else ()  # heads are mixed
+        attends = given.attends if any(axes_in([over])) else ()  # scores whose heads are mixed are scores
         if trace.opens(given.sources, rest):  # it is summed over another axis: what made this one still does
             return Label(dims, weight.sources | given.sources, given.linear, past=past, attends=attends)
         return Label(dims, weight.sources, past=past, attends=attends)

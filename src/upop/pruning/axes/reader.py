@@ -55,7 +55,11 @@ def _read(model: nn.Module, example: Any) -> tuple[list[Unit], list[Skipped]]:
     barred = obstacles(model, {part.tensor for each in proved for part in each.unit.slices})
     skipped = [each for each in skipped if each.reason not in barred.values()]
     skipped = [*(Skipped(name, reason.removeprefix(f"{name} ")) for name, reason in barred.items()), *skipped]
-    names = {each.unit.name for each in proved}
+    names: set[str] = set()
+    for place, each in enumerate(proved):
+        if each.unit.name in names:  # heads of one part of an attention, and dimensions of another
+            proved[place] = replace(each, unit=replace(each.unit, name=f"{each.unit.name}[{each.unit.entry}s]"))
+        names.add(proved[place].unit.name)
     skipped += [Skipped(name, reason) for name, reason in lost if name not in names]
     places = {name: place for place, (name, _) in enumerate(model.named_parameters(remove_duplicate=False))}
     units = sorted(
