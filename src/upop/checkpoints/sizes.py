@@ -15,6 +15,7 @@ from upop.checkpoints.fit import kept_sizes
 from upop.errors import CheckpointError, PlanError, nearest
 from upop.pruning import Plan, Unit, find_units, remember, shrink, survey
 from upop.pruning.known import remembered
+from upop.pruning.shrink import cut
 from upop.values import shortened
 
 Sizes = dict[str, tuple[int, int]]
@@ -62,7 +63,7 @@ def resize(
     if written:
         kept = {name: tuple(range(left)) for name, (left, _) in sizes.items()}
         plan = Plan(kept, {name: size for name, (_, size) in sizes.items()}, slices=written)
-        shrink(model, plan, fold=False)
+        cut(model, plan.check(model), plan, fold=False)  # what else the model has is not written here
         return
     units = {unit.name: unit for unit in find_units(model)}
     wrong = [
