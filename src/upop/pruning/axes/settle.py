@@ -8,9 +8,10 @@ run go on longer is kept.
 from __future__ import annotations
 
 import itertools
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -34,6 +35,8 @@ SWAPS: dict[str, Swapped] = {NARROW: narrow_class, MULTIHEAD: narrow_multihead}
 _LEVELS = 3
 """How many modules around an operation may keep the number that it takes: the one that runs, and those around it."""
 _MOST_TRIED = 8
+_ASIDE = 8
+"""How many units in a row keep different shares: what one of them keeps is not mistaken for another's number."""
 _FEW = 8
 """Longest list that a module may keep its numbers in."""
 _NEAR = 3
@@ -135,13 +138,15 @@ def _now(axis: Axis, sizes: Mapping[Axis, int]) -> int:
 
 
 def smaller(candidates: Iterable[Candidate]) -> dict[str, tuple[int, ...]]:
-    """Return entries to keep of every unit: two thirds of them or less, and another number for each."""
+    """Return entries to keep of every unit: two thirds of them or less, and another number and share for each."""
     plan: dict[str, tuple[int, ...]] = {}
-    beside = Counter[int]()
+    beside, shares = Counter[int](), deque[Fraction](maxlen=_ASIDE)
     for each in candidates:
         size = each.unit.size
         kept = max(1, size - max(1, round(size / 3)) - beside[size] % max(1, size // 3))
         beside[size] += 1
+        kept = next((less for less in range(kept, 0, -1) if Fraction(less, size) not in shares), kept)
+        shares.append(Fraction(kept, size))
         plan[each.unit.name] = tuple(range(size - kept, size))
     return plan
 
