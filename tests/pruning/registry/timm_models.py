@@ -40,7 +40,7 @@ _VISION_TRANSFORMERS = (
     *("deit_tiny_patch16_224", "deit_tiny_distilled_patch16_224", "deit3_small_patch16_224"),
     *("beit_base_patch16_224", "beitv2_base_patch16_224", "eva02_tiny_patch14_224", "eva_giant_patch14_224"),
     *("samvit_base_patch16", "flexivit_small", "cait_xxs24_224", "xcit_nano_12_p8_224"),
-    *("aimv2_large_patch14_224", "deepseek_vit_412m"),
+    *("aimv2_large_patch14_224", "deepseek_vit_412m", "vit_base_patch16_xp_224"),
 )
 _WINDOWS = {"img_size": 64, "embed_dim": 24, "depths": (2, 2), "num_heads": (3, 3), "window_size": 4}
 _FOUR = {"depths": (1, 1, 1, 1)}
@@ -74,6 +74,13 @@ TIMM: tuple[Architecture, ...] = (
     _row("visformer_tiny", 64, img_size=64, embed_dim=48, depth=(1, 1, 1), num_heads=3),
     _row("mobilevit_xxs", 64),
     _row("sam2_hiera_tiny", 64, embed_dim=24, stages=(1, 1, 2, 1), global_att_blocks=(3,)),
+    *(
+        _row(name, 64, img_size=64, embed_dim=(24, 32, 48), key_dim=8, num_heads=(2, 3, 4), depth=(1, 1, 1))
+        for name in ("levit_128s", "levit_conv_128s")
+    ),
+    _row("fastvit_sa12", 64, layers=(1, 1, 1, 1), embed_dims=(16, 32, 32, 64)),
+    _row("repvit_m0_9", 64, depth=(1, 1, 1, 1), embed_dim=(16, 24, 32, 48)),
+    _row("sequencer2d_s", 64, img_size=64, layers=(1,) * 4, embed_dims=(24,) * 4, hidden_sizes=(12,) * 4),
     _own("mixer", models.mlp_mixer.MlpMixer, 32, **_MIXER),
     _own("gmixer", models.mlp_mixer.MlpMixer, 32, **_MIXER, mlp_ratio=(1.0, 4.0), mlp_layer=models.mlp_mixer.GluMlp),
     _own(
@@ -84,6 +91,27 @@ TIMM: tuple[Architecture, ...] = (
         dims=(16, 32, 32, 32),
         token_mixers=[*[models.metaformer.SepConv] * 2, *[models.metaformer.Attention] * 2],
         norm_layers=[*[models.metaformer.LayerNorm2dNoBias] * 2, *[models.metaformer.LayerNormNoBias] * 2],
+    ),
+    _own(
+        "poolformer",
+        models.metaformer.MetaFormer,
+        64,
+        depths=(1, 1, 1, 1),
+        dims=(16, 32, 32, 32),
+        norm_layers=models.metaformer.GroupNorm1,
+        mlp_act=nn.GELU,
+        use_mlp_head=False,
+    ),
+    _own("resmlp", models.mlp_mixer.MlpMixer, 32, **_MIXER, block_layer=models.mlp_mixer.ResBlock, mlp_ratio=4.0),
+    _own(
+        "gcvit",
+        models.gcvit.GlobalContextVit,
+        64,
+        **_FOUR,
+        img_size=64,
+        embed_dim=16,
+        num_heads=(2, 2, 2, 4),
+        window_size=(4, 4, 4, 2),
     ),
     _own("focalnet", models.focalnet.FocalNet, 64, **_FOUR, embed_dim=24),
     _own(
@@ -121,5 +149,23 @@ TIMM: tuple[Architecture, ...] = (
         ),
         64,
         img_size=64,
+    ),
+    _own(
+        "coatnet",
+        partial(
+            models.maxxvit.MaxxVit,
+            models.maxxvit.MaxxVitCfg(embed_dim=(16, 32), depths=(1, 1), block_type=("C", "T"), stem_width=16),
+        ),
+        64,
+        img_size=64,
+    ),
+    _own(
+        "efficientvit_mit",
+        models.efficientvit_mit.EfficientVit,
+        64,
+        widths=(8, 16, 16, 32, 32),
+        depths=(1, 1, 1, 1, 1),
+        head_dim=8,
+        head_widths=(64, 64),
     ),
 )
