@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -218,6 +219,19 @@ def check(inner: Callable[[], nn.Module], expected: dict[tuple[str, str], int]) 
     assert {each: found.count(each) for each in found} == expected
     assert len({unit.name for unit in units}) == len(units)
     assert all(difference(model, units, seed) < 1e-9 for seed in range(2))
+
+
+@pytest.mark.parametrize("joined", [True, False])
+def test_units_that_share_layers_are_masked_saved_and_loaded(joined: bool, tmp_path: Path) -> None:
+    model = built(lambda: Beside(joined)).train()
+    pruner = upop.Pruner(model, ratio=0.4, steps=2, example=EXAMPLE)
+    for _ in range(2):
+        model(EXAMPLE).square().mean().backward()
+        pruner.step()
+        model.zero_grad()
+    pruner.shrink(verify=EXAMPLE)
+    again = upop.load_into(built(lambda: Beside(joined), seed=3), upop.save(model, tmp_path / "model"))
+    assert torch.equal(again(EXAMPLE), model.eval()(EXAMPLE))
 
 
 class Neurons(nn.Module):

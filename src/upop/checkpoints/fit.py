@@ -15,6 +15,43 @@ from torch import Tensor, nn
 from upop.checkpoints.blank import fill, frame, outline
 from upop.errors import CheckpointError, UPopError
 from upop.pruning import Plan, Unit, shrink, survey
+from upop.pruning.units import Slice
+
+_Shared = dict[tuple[str, int], list[tuple[Unit, Slice]]]
+"""(tensor, dimension) -> the units that are cut along it, and their slices."""
+
+
+def _sharing(units: Sequence[Unit]) -> _Shared:
+    found: _Shared = {}
+    for unit in units:
+        for part in unit.online:
+            found.setdefault((part.tensor, part.dim), []).append((unit, part))
+    return found
+
+
+def _rows(state: Mapping[str, Tensor], part: Slice) -> int:
+    shape = state[part.tensor].shape
+    return shape[part.dim] if part.dim < len(shape) else 0
+
+
+def _apart(unit: Unit, beside: list[tuple[Unit, Slice]], shared: _Shared, state: Mapping[str, Tensor]) -> int:
+    """Return what a unit keeps that shares tensors with others: all of these tell it together; 0 where they do not."""
+    names = [each.name for each, _ in beside]
+    left, right = [], []
+    for parts in shared.values():
+        if not {each.name for each, _ in parts} <= set(names) or parts[0][1].tensor not in state:
+            continue
+        counts = [0.0] * len(names)
+        for each, part in parts:
+            counts[names.index(each.name)] += sum(part.inners)
+        gone = parts[0][1].length(parts[0][0].size) - _rows(state, parts[0][1])
+        left.append(counts)
+        right.append(float(gone))
+    solved = torch.linalg.lstsq(torch.tensor(left).double(), torch.tensor(right).double()[:, None])
+    gone_of = solved.solution.flatten().round()
+    told = bool((torch.tensor(left).double() @ gone_of == torch.tensor(right).double()).all())
+    enough = int(torch.linalg.matrix_rank(torch.tensor(left).double())) == len(names)
+    return unit.size - int(gone_of[names.index(unit.name)]) if told and enough else 0
 
 
 def kept_sizes(units: Sequence[Unit], state: Mapping[str, Tensor], source: str) -> dict[str, int]:
@@ -23,14 +60,18 @@ def kept_sizes(units: Sequence[Unit], state: Mapping[str, Tensor], source: str) 
     Raises:
         CheckpointError: a size is no whole number of entries, or larger than the dense model's.
     """
+    shared = _sharing(units)
     sizes = {}
     for unit in units:
         part = unit.producers[0]
         if part.tensor not in state:
             continue
-        shape = state[part.tensor].shape
-        rows = shape[part.dim] if part.dim < len(shape) else 0
-        kept, rest = divmod(rows, part.length(1))
+        rows = _rows(state, part)
+        beside = shared[part.tensor, part.dim]
+        if len(beside) > 1:  # the rows of other units are gaps in this one's
+            kept, rest = _apart(unit, beside, shared, state), 0
+        else:
+            kept, rest = divmod(rows - sum(part.gaps), sum(part.inners))
         if rest or not 0 < kept <= unit.size:
             raise CheckpointError(
                 f"{source}: {part.tensor} has {rows} rows, which is no number of entries between 1 and {unit.size} "
