@@ -76,7 +76,7 @@ def shrink(model: nn.Module, plan: Plan | Mapping[str, Any], *, verify: Any = Tr
                 f"{type(model).__name__} is on the meta device and has no outputs to verify. Use verify=False."
             )
         verify = False
-    from upop.pruning.layouts import is_of_ones_own
+    from upop.pruning.surveys import is_of_ones_own
 
     # A model of a library is read by itself: a plan may leave some of its units out.
     unknown = plan.units(model) if plan.slices and not is_known(model) and is_of_ones_own(model) else []
