@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -246,6 +246,8 @@ def _masked_outputs(
 
 @contextmanager
 def _masked(model: nn.Module, units: list[Unit], plan: Mapping[str, Sequence[int]]) -> Iterator[None]:
+    """Mask the units of a model, and momentum copies with them: they are cut too, and may be part of the outputs."""
+    units = [replace(unit, slices=tuple(replace(part, follows=False) for part in unit.slices)) for unit in units]
     masks = Masks(model, units)
     try:
         values = {unit.name: torch.zeros(unit.size) for unit in units}

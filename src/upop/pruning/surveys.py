@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
@@ -79,10 +78,8 @@ def survey(model: nn.Module, example: Any = None, units: Sequence[Stated] = ()) 
         if not any(parameter.dim() > 1 for parameter in model.parameters()):
             return Survey((), ()).of(model)
         example = axes.example_for(model)
-    proved, skipped = axes.read(model, example)
-    twins: Mapping[str, str] = getattr(model, "momentum_twins", {})
-    own = [unit for unit in proved if not unit.name.startswith(tuple(f"{copy}." for copy in twins.values()))]
-    found = Survey(tuple(_with_twins(unit, twins) for unit in own), tuple(skipped)).of(model, example)
+    proved, skipped = axes.with_twins(model, example, *axes.read(model, example))
+    found = Survey(tuple(proved), tuple(skipped)).of(model, example)
     _keep(model, found, example, made_up=made_up)
     if made_up:
         remember_kind(model, found)
@@ -120,20 +117,3 @@ def waits_for_batch(model: nn.Module) -> bool:
     through its forward than true ones do, and another reading may follow.
     """
     return is_of_ones_own(model) and (remembered(model) is None or was_made_up(model))
-
-
-def _with_twins(unit: Unit, twins: Mapping[str, str]) -> Unit:
-    """Return the unit with the same axis of its momentum copy, if the model keeps one."""
-    slices = [
-        replace(part, tensor=copy + part.tensor.removeprefix(original), follows=True)
-        for original, copy in twins.items()
-        for part in unit.slices
-        if part.tensor.startswith(f"{original}.")
-    ]
-    attributes = [
-        replace(attribute, module=copy + attribute.module.removeprefix(original))
-        for original, copy in twins.items()
-        for attribute in unit.attributes
-        if attribute.module.startswith(f"{original}.")
-    ]
-    return replace(unit, slices=(*unit.slices, *slices), attributes=(*unit.attributes, *attributes))
