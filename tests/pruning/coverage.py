@@ -91,7 +91,7 @@ def examine(architecture: Architecture) -> Examined:
             single = architecture.build(torch.float32)
             upop.shrink(single, plan, verify=lambda whole: _run(whole, architecture.batch(whole, torch.float32)))
     kinds = Counter((_holder(model, unit), unit.entry) for unit in units)
-    left = sorted({_class(model.get_submodule(part.name)) for part in found.skipped})
+    left = sorted({_around(model, tensor) for tensor in found.coverage.reasons})
     return Examined({(name, entry): count for (name, entry), count in kinds.items()}, tuple(left), idle)
 
 
@@ -99,6 +99,13 @@ def _holder(model: nn.Module, unit: upop.Unit) -> str:
     """Return the class of the module which holds the unit, as its library calls it."""
     module = model.get_submodule(unit.name)
     return _class(model.get_submodule(unit.name.rpartition(".")[0]) if isinstance(module, nn.Linear) else module)
+
+
+def _around(model: nn.Module, tensor: str) -> str:
+    """Return the class of the module that holds a layer, as its library calls it."""
+    layer = tensor.rpartition(".")[0]
+    alone = not list(model.get_submodule(layer).children())
+    return _class(model.get_submodule(layer.rpartition(".")[0] if alone else layer))
 
 
 def _class(module: nn.Module) -> str:
