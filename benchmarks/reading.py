@@ -50,14 +50,14 @@ def deit() -> tuple[nn.Module, Any]:
 
 def retrieval() -> tuple[nn.Module, Any]:
     """Return BLIP for retrieval, with its momentum copies, and two pictures with a caption each."""
-    config = RetrievalConfig()
+    config = RetrievalConfig.vit("base")
     mask = torch.ones(_BATCH, _WORDS, dtype=torch.long)
     return BlipRetrieval(config), (torch.randn(_BATCH, 3, config.image_size, config.image_size), _words(), mask)
 
 
 def vqa() -> tuple[nn.Module, Any]:
     """Return BLIP for question answering, and two pictures with a question and an answer each."""
-    config = VqaConfig()
+    config = VqaConfig.vit("base")
     mask = torch.ones(_BATCH, _WORDS, dtype=torch.long)
     pictures = torch.randn(_BATCH, 3, config.image_size, config.image_size)
     return BlipVqa(config), (pictures, _words(), mask, _words(), mask, torch.ones(_BATCH, dtype=torch.long))
