@@ -116,7 +116,6 @@ VITS = dict(
         vit("simple_vit_with_patch_dropout", "SimpleViT", VIT),
         vit("simple_vit_with_register_tokens", "SimpleViT", VIT),
         vit("simple_vit_with_relative_proj_pos_bias", "SimpleViT", VIT),
-        vit("simple_vit_with_sparse_gating", "SimpleViTWithSparseGating", VIT),
         vit("simple_vit_with_specialized_cls", "SimpleViT", VIT),
         vit("simple_vit_with_hyper_connections", "SimpleViT", {**VIT, "num_residual_streams": 3}),
         vit("simple_vit_with_fft", "SimpleViT", {**VIT, "freq_patch_size": 16}),
