@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from operator import index
 from typing import Any
 
@@ -13,7 +14,7 @@ from transformers import PreTrainedModel
 from upop.checkpoints.blank import outline
 from upop.checkpoints.fit import kept_sizes
 from upop.errors import CheckpointError, PlanError, nearest
-from upop.pruning import Plan, Unit, find_units, remember, shrink, survey
+from upop.pruning import Attribute, Plan, Unit, find_units, remember, survey
 from upop.pruning.known import remembered
 from upop.pruning.shrink import cut
 from upop.values import shortened
@@ -79,8 +80,26 @@ def resize(
             f"What was kept of another model does not fit {type(model).__name__}: {'; '.join(wrong[:5])}{more}. "
             "Load the folder with the class and the configuration that it was saved with."
         )
-    chosen = list(units.values())
-    shrink(model, Plan.of(chosen, {name: range(kept) for name, (kept, _) in sizes.items()}), fold=False)
+    found = survey(model)
+    chosen = {unit.name: _natural(model, unit) for unit in units.values() if unit.name in sizes}
+    cut(model, list(chosen.values()), {name: range(left) for name, (left, _) in sizes.items()}, fold=False)
+    remember(model, replace(found, units=tuple(chosen.get(unit.name, unit) for unit in found.units)))
+
+
+def _natural(model: nn.Module, unit: Unit) -> Unit:
+    """Return a unit whose softmax scale follows the size of the heads: so are weights written that say nothing of it.
+
+    Where the scale is a number that a module keeps, and a unit of today leaves it alone, it is set again.
+    """
+    if unit.entry != "dimension" or any(part.power and (part.query_groups or part.queries) for part in unit.slices):
+        return unit
+    told = {(each.module, each.name) for each in unit.attributes}
+    scales = [
+        Attribute(unit.name, name, None)
+        for name, value in vars(model.get_submodule(unit.name)).items()
+        if isinstance(value, float) and abs(value * unit.size**0.5 - 1) < 1e-6 and (unit.name, name) not in told
+    ]
+    return replace(unit, attributes=(*unit.attributes, *scales))
 
 
 def sizes_from_json(value: Any, source: str) -> Sizes:
