@@ -119,8 +119,9 @@ def save_official(task: str, model: nn.Module, path: str | Path, *, overwrite: b
     if not isinstance(getattr(model, "config", None), row.config):
         raise CheckpointError(f"A {type(model).__name__} cannot be written as a checkpoint of {task!r}.")
     dense = {unit.name: unit.size for unit in find_units(outline(lambda: row.model(model.config)))}
+    units = find_units(model)  # of the model, whose units are known: one dimension that was left is none to read
     model = copy.deepcopy(model).cpu()
-    for unit in find_units(model):
+    for unit in units:
         if unit.size < dense[unit.name] and row.fixed_scale(unit):
             scale_queries(model, unit, unit.size, math.sqrt(dense[unit.name] / unit.size))
     make_folder(Path(path).parent)
