@@ -244,6 +244,8 @@ def _remedies(model: nn.Module, trace: Trace, involved: list[Candidate], at: int
     for _, alike in itertools.groupby(tried, lambda each: (each[0].module, each[0].name.split("[")[0])):
         ordered = sorted(alike, key=lambda each: -(each[0].factor or 0))
         yield _Remedy(tuple({each[0].name: each for each in ordered}.values()))  # each number is the longest axis's
+    for _, alike in itertools.groupby(tried, lambda each: (each[0].module, each[0].name.split("[")[0], each[0].factor)):
+        yield _Remedy(tuple(alike))  # equal numbers of one list
     for path in near:
         module = model.get_submodule(path)
         if isinstance(module, nn.MultiheadAttention):
