@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -223,9 +223,23 @@ def prove(bench: Bench, candidates: list[Candidate], found: dict[str, str], *, b
     return prove(bench, candidates[:half], found, beside=beside) + prove(bench, candidates[half:], found, beside=beside)
 
 
-def scaled(bench: Bench, model: nn.Module, candidates: list[Candidate]) -> list[Candidate]:
-    """Find how the softmax scale of every kind of attention follows the size of its heads."""
-    known: dict[Any, tuple[float, bool]] = {}
+def scaled(
+    bench: Bench,
+    model: nn.Module,
+    candidates: list[Candidate],
+    weighs: Callable[[Candidate], bool],
+    lost: dict[str, str],
+) -> list[Candidate]:
+    """Find how the softmax scale of every kind of attention follows the size of its heads.
+
+    Args:
+        bench: where it is tried.
+        model: the model itself.
+        candidates: to be proved.
+        weighs: whether an attention has a softmax, so that its scale must show.
+        lost: why a candidate was left out, by its unit's name; added to.
+    """
+    known: dict[Any, tuple[float, bool] | None] = {}
     result = []
     for each in candidates:
         if each.unit.entry != "dimension":
@@ -235,22 +249,34 @@ def scaled(bench: Bench, model: nn.Module, candidates: list[Candidate]) -> list[
         queries = tuple((part.query_groups, part.queries) for part in each.unit.slices)
         key = (type(holder), queries, len(each.unit.attributes))
         if key not in known:
-            known[key] = (0.5, False)
-            for numbers in (True, False):
-                for power in POWERS:
-                    tried = _powered(model, each, power, numbers)
-                    if tried is None:
-                        continue
-                    worst, _ = bench.difference([tried.unit], at_random([tried.unit], 2))
-                    if worst <= 1:
-                        known[key] = (power, numbers)
-                        break
-                else:
-                    continue
-                break
-        power, numbers = known[key]
+            known[key] = _scale(bench, model, each, weighs(each))
+        way = known[key]
+        if way is None:
+            lost[each.unit.name] = _UNTOLD
+            continue
+        power, numbers = way
         result.append(_powered(model, each, power, numbers) or _powered(model, each, power, False) or each)
     return result
+
+
+_UNTOLD = (
+    "its softmax scale does not show: the example has one token, or tokens that are all alike; give one with several "
+    "tokens that differ"
+)
+
+
+def _scale(bench: Bench, model: nn.Module, candidate: Candidate, weighs: bool) -> tuple[float, bool] | None:
+    """Return the power by which a scale follows the size, and whether it is a number that modules keep; None untold."""
+
+    def holds(power: float, numbers: bool) -> bool:
+        tried = _powered(model, candidate, power, numbers)
+        return tried is not None and bench.difference([tried.unit], at_random([tried.unit], 2))[0] <= 1
+
+    for numbers in (True, False):
+        for power in POWERS:
+            if holds(power, numbers):
+                return None if weighs and holds(power + 1, numbers) else (power, numbers)
+    return 0.5, False
 
 
 def _powered(model: nn.Module, candidate: Candidate, power: float, numbers: bool) -> Candidate | None:

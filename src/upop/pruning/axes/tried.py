@@ -12,7 +12,7 @@ from upop.pruning.axes.copies import Shapes, numbered
 from upop.pruning.axes.kinds import idle, kinds, twin, unread
 from upop.pruning.axes.proof import Bench, prove, scaled
 from upop.pruning.axes.reasons import tell
-from upop.pruning.axes.settle import settle
+from upop.pruning.axes.settle import around, settle
 from upop.pruning.axes.trace import Trace
 
 MOST_MEMORY = 6 * 2**30
@@ -74,7 +74,8 @@ class Proof:
             wrong.update({each.unit.name: reason for each in candidates})
             return []
         reasons: dict[str, str] = {}
-        found = self._checked(bench, scaled(bench, self._model, candidates), reasons)
+        candidates = scaled(bench, self._model, candidates, self._weighs, wrong)
+        found = self._checked(bench, candidates, reasons)
         if bench.broken and bench.idle:  # something is asked of what is idle
             return self._proved(candidates, wrong, resting=False)
         wrong.update(reasons)
@@ -88,6 +89,13 @@ class Proof:
         tell(bench, self._model, self._trace, candidates, reasons)
         wrong.update(reasons)
         return found
+
+    def _weighs(self, candidate: Candidate) -> bool:
+        """Whether a softmax runs in the module that holds a candidate's layers."""
+        return any(
+            ("softmax" in step.name or "dot_product_attention" in step.name) and candidate.holder in around(step.module)
+            for step in self._trace.steps
+        )
 
     def _bench(self, candidates: list[Candidate], *, resting: bool = True) -> Bench | None:
         """Return a copy with the numbers that some candidates need; None where they are too many."""
