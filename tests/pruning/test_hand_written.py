@@ -176,6 +176,23 @@ class Beside(nn.Module):
         return one(found) + other(hidden)
 
 
+class OneOfEveryGroup(nn.Module):
+    """Queries of a group of heads and their one key and value in one layer, group by group, widened by expand."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.groups, self.size = 2, 4
+        self.first, self.last = nn.Linear(WIDTH, 2 * 5 * 4), nn.Linear(2 * 3 * 4, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, tokens, _ = x.shape
+        made = self.first(x).view(batch, tokens, self.groups, 5, self.size).permute(0, 2, 3, 1, 4)
+        q, k, v = made.split((3, 1, 1), dim=2)
+        k, v = (each.expand(batch, self.groups, 3, tokens, self.size) for each in (k, v))
+        q, k, v = (each.reshape(batch, -1, tokens, self.size) for each in (q, k, v))
+        return self.last(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
 class Flexible(Attention):
     """Flex attention, with a score that follows the distance."""
 
@@ -199,6 +216,7 @@ class Flexible(Attention):
         (NormedByHead, {("attention", "head"): 2}),
         (Positions, {("attention", "head"): 2}),
         (OverChannels, {("attention", "dimension"): 2}),
+        (OneOfEveryGroup, {("attention", "head"): 2}),
         (lambda: Beside(True), {("attention", "dimension"): 2, ("mlp", "neuron"): 2}),
         (lambda: Beside(False), {("attention", "dimension"): 2, ("mlp", "neuron"): 2}),
     ],
