@@ -239,6 +239,52 @@ def check(inner: Callable[[], nn.Module], expected: dict[tuple[str, str], int]) 
     assert all(difference(model, units, seed) < 1e-9 for seed in range(2))
 
 
+class Turns(nn.Module):
+    """Learned angles, one for every pair of dimensions of a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.angles = nn.Parameter(torch.randn(HEADS, SIZE // 2))
+
+    def forward(self, tokens: int) -> Tensor:
+        turned = torch.arange(tokens, dtype=self.angles.dtype)[None, :, None] * self.angles[:, None]
+        return turned.repeat_interleave(2, -1)
+
+
+class Turned(Attention):
+    """Pairs turned by learned angles; the scale is a number kept, which only one of two ways to compute it takes."""
+
+    fused = True
+
+    def __init__(self, turns: Turns) -> None:
+        super().__init__()
+        self.turns, self.head_dim, self.scale = turns, SIZE, SIZE**-0.5
+
+    def split(self, x: Tensor) -> Tensor:
+        return x.view(*x.shape[:2], HEADS, self.head_dim).transpose(1, 2)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        angles = self.turns(q.shape[2])
+        q, k = (
+            each * angles.cos() + torch.stack([-each[..., 1::2], each[..., ::2]], -1).flatten(-2) * angles.sin()
+            for each in (q, k)
+        )
+        if self.fused:
+            return F.scaled_dot_product_attention(q, k, v)
+        return (q * self.scale @ k.mT).softmax(-1) @ v
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_kept_scale_follows_pairs_whichever_way_an_attention_is_computed(shared: bool) -> None:
+    turns = Turns()
+    model = built(lambda: Turned(turns if shared else Turns()))
+    units = upop.survey(model, EXAMPLE).units
+    assert [(unit.entry, unit.size) for unit in units] == [("dimension", SIZE // 2)] * (1 if shared else 2)
+    for part in model.get_submodule("parts"):
+        part.fused = False
+    assert all(difference(model, units, seed) < 1e-9 for seed in range(2))
+
+
 @pytest.mark.parametrize("joined", [True, False])
 def test_units_that_share_layers_are_masked_saved_and_loaded(joined: bool, tmp_path: Path) -> None:
     model = built(lambda: Beside(joined)).train()

@@ -114,23 +114,26 @@ class Slice:
 class Attribute:
     """A number that a module keeps about the axis, to be set again after the cut.
 
-    Its new value is `factor * kept`, or `kept ** -0.5` where `factor` is None (a softmax scale).
+    Its new value is `factor * kept`, or `(width * kept) ** -0.5` where `factor` is None: a softmax scale of heads whose
+    entries have `width` dimensions each, as pairs that are rotated together.
     """
 
     module: str
     name: str
     factor: int | None = 1
+    width: int = 1
 
     def __str__(self) -> str:
         """Return the attribute and what it becomes."""
         name = f"{self.module}.{self.name}" if self.module else self.name
         if self.factor is None:
-            return f"{name} = kept ** -0.5"
+            kept = "kept" if self.width == 1 else f"({self.width} x kept)"
+            return f"{name} = {kept} ** -0.5"
         return f"{name} = {'' if self.factor == 1 else f'{self.factor} x '}kept"
 
     def value(self, kept: int) -> int | float:
         """Return the attribute's value for `kept` entries."""
-        return kept**-0.5 if self.factor is None else self.factor * kept
+        return (self.width * kept) ** -0.5 if self.factor is None else self.factor * kept
 
 
 @dataclass(frozen=True)

@@ -127,6 +127,7 @@ def _attribute(content: Any, model: nn.Module) -> Attribute:
     name, module = _text("name", part.name), _module(model, part.module)
     if part.factor is not None:
         _whole("factor", part.factor, 1)
+    _whole("width", part.width, 1)
     if _WIDTH.fullmatch(name):
         return part
     found = _NAME.fullmatch(name)

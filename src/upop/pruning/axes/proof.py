@@ -284,14 +284,32 @@ def _powered(model: nn.Module, candidate: Candidate, power: float, numbers: bool
     unit = candidate.unit
     scales: list[Attribute] = []
     if numbers:
-        module = model.get_submodule(candidate.holder)
+        widths = _head_widths(unit)
         scales = [
-            Attribute(candidate.holder, name, None)
-            for name, value in vars(module).items()
-            if isinstance(value, float) and abs(value * unit.size**0.5 - 1) < 1e-6
+            Attribute(path, name, None, width)
+            for path in dict.fromkeys((candidate.holder, *_query_modules(candidate)))
+            for name, value in vars(model.get_submodule(path)).items()
+            for width in widths
+            if isinstance(value, float) and abs(value * (width * unit.size) ** 0.5 - 1) < 1e-6
         ]
         if not scales:
             return None
     slices = tuple(replace(part, power=power) for part in unit.slices)
     unit = replace(unit, slices=slices, attributes=(*unit.attributes, *scales))
     return replace(candidate, unit=unit)
+
+
+def _head_widths(unit: Unit) -> list[int]:
+    """Return how many dimensions of a head an entry is: 1, or 2 where pairs are rotated."""
+    queries = ((part, group) for part in unit.slices for group in part.queries or range(part.query_groups))
+    return sorted({part.inners[group] for part, group in queries}) or [1]
+
+
+def _query_modules(candidate: Candidate) -> Iterator[str]:
+    """Yield the modules around layers that make queries, inside of what holds the unit: several share one, at times."""
+    inside = f"{candidate.holder}." if candidate.holder else ""
+    for part in candidate.unit.slices:
+        path = part.tensor.rpartition(".")[0]
+        while (part.queries or part.query_groups) and path.startswith(inside) and path != candidate.holder:
+            yield path
+            path = path.rpartition(".")[0]
