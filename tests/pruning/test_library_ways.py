@@ -275,3 +275,25 @@ def test_experts_are_pruned_while_training() -> None:
     kept = [part.up.shape[1] // 2 for part in model.parts]
     assert sum(kept) == 2 * 16 - round(0.4 * 32)
     assert [part.down.shape[2] for part in model.parts] == kept
+
+
+class Padded(nn.Module):
+    """torch's encoder as it is by default, with sequences of several lengths."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(32, 4, 64, batch_first=True), 2)
+
+    def forward(self, tokens: Tensor, padding: Tensor) -> Tensor:
+        return self.encoder(tokens, src_key_padding_mask=padding)  # type: ignore[no-any-return]
+
+
+@pytest.mark.filterwarnings("ignore:.*nested tensors:UserWarning")
+def test_fused_kernels_of_torch_see_masks() -> None:
+    torch.manual_seed(0)
+    model, tokens, padding = Padded().eval(), torch.randn(2, 5, 32), torch.zeros(2, 5, dtype=torch.bool)
+    padding[0, 3:] = True
+    units = [unit for unit in upop.find_units(model) if unit.kind == "mlp"]
+    assert len(units) == 2
+    upop.shrink(model, {unit.name: range(16) for unit in units}, verify=(tokens, padding))
+    assert model.encoder.layers[0].linear1.out_features == 16

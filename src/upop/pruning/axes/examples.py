@@ -167,6 +167,9 @@ def _by_layers(model: nn.Module) -> Iterator[Any]:
     widths |= dict.fromkeys(each.in_features for each in layers if isinstance(each, nn.Linear))
     for width in widths:
         yield tuple(torch.randn(BATCH, _TOKENS, width) for _ in range(count))
+        if count > 1:  # what says which of the tokens are padding
+            padding = torch.zeros(BATCH, _TOKENS, dtype=torch.bool)
+            yield (torch.randn(BATCH, _TOKENS, width), *(padding for _ in range(count - 1)))
         yield tuple(torch.randn(BATCH, width) for _ in range(count))
 
 

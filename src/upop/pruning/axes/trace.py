@@ -62,7 +62,7 @@ class Use:
         axes: one for each dimension.
         roles: dimension -> "produces" (it opens the axis), "consumes" (the axis is summed over), "follows" (it is
             one number per entry: a bias, a scale), "added" (it follows, and is not 0 where the axis is).
-        direct: whether anything but its own module's `nn.Linear.forward` read it.
+        direct: whether anything but its own module's `nn.Linear.forward` reads it.
     """
 
     name: str
@@ -356,8 +356,13 @@ class Trace(Mode):
                 owner = self._model.get_submodule(name.rpartition(".")[0])
                 inside = bool(self.stack) and self._names[owner] == self.stack[-1]
                 plain = isinstance(owner, nn.Linear) and type(owner).forward is nn.Linear.forward
-                if not (inside and plain and "forward" not in owner.__dict__):
+                if not (inside and plain and "forward" not in owner.__dict__) or self._fused(owner):
                     self.use(name, each).direct = True
+
+    def _fused(self, layer: nn.Module) -> bool:
+        """Whether torch hands the weights of a layer to a fused kernel in evaluation, past the layer's forward."""
+        around = self._model.get_submodule(self._names[layer].rpartition(".")[0])
+        return isinstance(around, nn.TransformerEncoderLayer)
 
     @contextmanager
     def running(self) -> Iterator[None]:
