@@ -107,3 +107,28 @@ def test_a_fit_that_is_stopped_is_not_cut(classifier: Any, pictures: Any, tmp_pa
 
     with pytest.raises(StepError, match="only 2 of 6"):
         fit(classifier, pictures, tmp_path, Stop(), LightningCallback(0.5, module="model"), min_epochs=0, min_steps=0)
+
+
+def test_the_one_model_of_a_module_without_a_forward_is_compressed(pictures: Any, tmp_path: Path) -> None:
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+
+    class Own(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.layer = nn.Linear(3, 8), layer
+
+        def forward(self, pixel_values: Any, labels: Any) -> Any:
+            del labels
+            return self.layer(self.embed(pixel_values.flatten(2).mT)).square().mean()
+
+    class Step(Module):
+        def training_step(self, batch: dict[str, Any], index: int) -> Any:
+            return self.model(**batch)
+
+    search, trainer = (
+        LightningCallback(ratio=0.5),
+        pl.Trainer(max_steps=6, accelerator="cpu", logger=False, enable_checkpointing=False, default_root_dir=tmp_path),
+    )
+    trainer.callbacks.append(search)
+    trainer.fit(Step(Own()), DataLoader(pictures, batch_size=4))
+    assert layer.linear1.out_features < 16

@@ -24,7 +24,8 @@ class LightningCallback(Search, Callback):
     Args:
         ratio: share of the units' total cost to remove, in (0, 1); 0.5 is 2x.
         interval: masks move at every `interval`-th optimizer step, and at the last one; by default eight times.
-        module: name of the attribute of the LightningModule that is compressed; the whole module if not given.
+        module: name of the attribute of the LightningModule that is compressed. If not given, the whole module; or,
+            where that has no forward of its own and holds one model, this model, which is what is called.
         verify: inputs on which the masked and the shrunken model are compared at the end; by default a few samples of
             the first batch. False cuts without proof. See `upop.Pruner.shrink`.
         settings: any other argument of `upop.Pruner` but the model and the number of steps.
@@ -49,7 +50,7 @@ class LightningCallback(Search, Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put masks on the model, or go on with the search of the checkpoint that is resumed."""
-        model: Any = pl_module if self._module is None else getattr(pl_module, self._module, None)
+        model: Any = _called(pl_module) if self._module is None else getattr(pl_module, self._module, None)
         if not isinstance(model, nn.Module):
             raise SettingError(
                 f"module={self._module!r} was asked for, and {type(pl_module).__name__} has no module of this name."
@@ -73,3 +74,9 @@ class LightningCallback(Search, Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the search of a checkpoint until the fit begins."""
         self._resumed = state_dict or None
+
+
+def _called(module: LightningModule) -> nn.Module:
+    """Return what the steps of a module call: what they call instead of a module without a forward of its own."""
+    held = [each for each in module.children() if next(each.parameters(), None) is not None]
+    return held[0] if type(module).forward is LightningModule.forward and len(held) == 1 else module
