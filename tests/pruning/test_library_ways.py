@@ -297,3 +297,21 @@ def test_fused_kernels_of_torch_see_masks() -> None:
     assert len(units) == 2
     upop.shrink(model, {unit.name: range(16) for unit in units}, verify=(tokens, padding))
     assert model.encoder.layers[0].linear1.out_features == 16
+
+
+class Offset(nn.Module):
+    """What is gated is not 0 where its rows are, as in the experts of gpt-oss."""
+
+    def __init__(self, fused: bool) -> None:
+        super().__init__()
+        self.both = nn.Linear(WIDTH, 2 * 24) if fused else None
+        self.gate, self.up, self.down = nn.Linear(WIDTH, 24), nn.Linear(WIDTH, 24), nn.Linear(24, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = (self.gate(x), self.up(x)) if self.both is None else self.both(x).chunk(2, -1)
+        return self.down((up + 1) * F.silu(gate))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_gate_of_what_is_not_0_without_it_is_masked_too(fused: bool) -> None:
+    check(lambda: Offset(fused), ["neuron", "neuron"])

@@ -28,11 +28,13 @@ class Candidate:
         unit: as far as it is known.
         axis: what it cuts.
         holder: the module that holds all its layers.
+        loud: its slices where what seems to gate alone is masked, too; () where nothing does.
     """
 
     unit: Unit
     axis: Axis
     holder: str
+    loud: tuple[Slice, ...] = ()
 
 
 class NotCuttableError(Exception):
@@ -60,6 +62,7 @@ def candidate(model: nn.Module, trace: Trace, group: Group) -> Candidate:
         _check_block(trace, group)
     _check_alone(model, group)
     slices = _read_alike([_slice(model, trace, group, part) for part in _ordered(group)])
+    loud = _read_alike([_slice(model, trace, group, part, loud=True) for part in _ordered(group)])
     makers = group.makers
     names = [part.use.name for part in (*makers, *group.takers)]
     holder = _common([name.rpartition(".")[0] for name in names])
@@ -76,7 +79,7 @@ def candidate(model: nn.Module, trace: Trace, group: Group) -> Candidate:
     modality = modality_of(model, name)
     kind: Kind = "attention" if attention else "mlp"
     unit = Unit(name, kind, modality, group.axis.size, heads, tuple(slices), entry=entry)
-    return Candidate(unit, group.axis, holder)
+    return Candidate(unit, group.axis, holder, tuple(loud) if loud != slices else ())
 
 
 def _check_alone(model: nn.Module, group: Group) -> None:
@@ -156,7 +159,7 @@ def _ordered(group: Group) -> list[Part]:
     return [*ordered, *rest, *takers]
 
 
-def _slice(model: nn.Module, trace: Trace, group: Group, part: Part) -> Slice:
+def _slice(model: nn.Module, trace: Trace, group: Group, part: Part, *, loud: bool = False) -> Slice:
     size = group.axis.size
     gaps, inners = _blocks(part.entries, size)
     makes = bool(part.roles & {"produces", "added"})
@@ -165,7 +168,7 @@ def _slice(model: nn.Module, trace: Trace, group: Group, part: Part) -> Slice:
     if "dimension" in group.axis.marks:
         queries = _flagged(trace.query_rows(part.use, part.dim), part, inners)
     first = queries == tuple(range(len(queries)))
-    mlp = not group.attends  # in an attention, what gates one thing may make another
+    mlp = not group.attends and not loud  # in an attention, what gates one thing may make another
     is_parameter = isinstance(tensor_of(model, part.use.name), nn.Parameter)
     return Slice(
         part.use.name,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -43,6 +44,13 @@ class Proof:
         found = kinds(self._model, self._trace, candidates)
         tried = self._settled([each for each, *_ in found], wrong)
         proved = {each.unit.name: each for each in self._proved(tried, wrong)}
+        # A gate of what is not 0 without it, as in (a + 1) * silu(b), makes the entries together with that.
+        loud = [
+            replace(each, unit=replace(each.unit, slices=each.loud))
+            for each in tried
+            if each.loud and each.unit.name not in proved
+        ]
+        proved |= {each.unit.name: each for each in self._proved(loud, wrong)}
         everyone = []
         for first, *others in found:
             best = proved.get(first.unit.name)
