@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 
@@ -237,6 +238,47 @@ def check(inner: Callable[[], nn.Module], expected: dict[tuple[str, str], int]) 
     assert {each: found.count(each) for each in found} == expected
     assert len({unit.name for unit in units}) == len(units)
     assert all(difference(model, units, seed) < 1e-9 for seed in range(2))
+
+
+class Windows(nn.Module):
+    """Attention in windows: what is not cut, and what is, are given the same shape with one number left open."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.out = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def before(self, x: Tensor) -> Tensor:
+        return x[:, :6].reshape(len(x), 3, 2, WIDTH).reshape(-1, 2, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        windows = self.before(x)
+        batch, tokens, width = windows.shape
+        qkv = self.qkv(windows).reshape(batch, tokens, 3, HEADS, width // HEADS)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        found = (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1) @ v
+        found = self.out(found.transpose(1, 2).reshape(-1, tokens, width))
+        return F.pad(found.reshape(len(x), -1, WIDTH), (0, 0, 0, 7))[:, :7]
+
+
+class Folded(Windows):
+    """What is not cut has as many dimensions as a tensor that is, and is as long as one of which two are kept."""
+
+    def before(self, x: Tensor) -> Tensor:
+        return x[:, :2].mT.reshape(len(x), 4, 6, 2).reshape(-1, 2, WIDTH)
+
+
+@pytest.mark.parametrize(("inner", "entry", "size"), [(Windows, "dimension", SIZE), (Folded, "head", HEADS)])
+def test_what_is_not_cut_is_not_taken_for_what_is_at_any_size(
+    inner: Callable[[], nn.Module], entry: str, size: int
+) -> None:
+    model = built(inner)
+    units = upop.survey(model, EXAMPLE).units
+    assert [(unit.entry, unit.size) for unit in units] == [(entry, size)] * 2
+    for kept in range(1, size):
+        cut = copy.deepcopy(model)
+        upop.shrink(cut, upop.Plan.of(list(units), {unit.name: range(kept) for unit in units}), verify=EXAMPLE)
+    exported = torch.export.export(cut, (EXAMPLE,)).module()
+    assert torch.allclose(exported(EXAMPLE), cut(EXAMPLE))
 
 
 class Turns(nn.Module):

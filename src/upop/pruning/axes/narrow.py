@@ -16,7 +16,11 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 WIDTHS = "cut_widths"
-"""Attribute of a narrow module: "view.rank.dim.old", "expand.rank.dim.old" or "part.rank.dim.old" -> new."""
+"""Attribute of a narrow module: which calls name which width -> the new one.
+
+"part.rank.dim.old": takes apart a tensor of so many dimensions, of which one had the old length; "view" and "expand",
+with ".rank.dim.old" of what comes out, and the same of what goes in.
+"""
 
 _SHAPED = (Tensor.view, Tensor.reshape, torch.reshape)
 _UNFLATTEN = (Tensor.unflatten, torch.unflatten)
@@ -28,10 +32,17 @@ class _Widths(TorchFunctionMode):
 
     def __init__(self, widths: Mapping[str, int]) -> None:
         super().__init__()
-        self._widths: dict[tuple[str, int, int], dict[int, int]] = {}
+        self._parts: dict[tuple[int, int], dict[int, int]] = {}
+        self._named: dict[tuple[str, int, int, int, int], list[tuple[int, int, int]]] = {}
         for key, new in widths.items():
-            kind, rank, dim, old = key.split(".")
-            self._widths.setdefault((kind, int(rank), int(dim)), {})[int(old)] = new
+            kind, *numbers = key.split(".")
+            rank, dim, old, *given = map(int, numbers)
+            if kind == "part":
+                self._parts.setdefault((rank, dim), {})[old] = new
+            else:
+                given_rank, given_dim, length = given
+                here = length if length == 1 else length * new // old
+                self._named.setdefault((kind, rank, dim, old, given_rank), []).append((given_dim, here, new))
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -41,7 +52,7 @@ class _Widths(TorchFunctionMode):
         if func is Tensor.expand and len(args) > 1:
             return func(args[0], self._expanded(args[0], args[1:] if isinstance(args[1], int) else args[1]))
         if func in _UNFLATTEN and len(args) > 2:
-            return func(*args[:2], self._parts(*args[:3]))
+            return func(*args[:2], self._unflattened(*args[:3]))
         if func in _SHAPED and len(args) > 1 and not isinstance(args[1], torch.dtype):
             return func(args[0], self._shape(args[0], args[1:] if isinstance(args[1], int) else args[1]))
         if func in _SPLIT and len(args) > 1:
@@ -52,25 +63,30 @@ class _Widths(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def _shape(self, tensor: Tensor, sizes: Any) -> list[Any]:
-        rank = len(sizes)
-        cut = [self._widths.get(("view", rank, place), {}).get(size, size) for place, size in enumerate(sizes)]
+        cut = self._cut("view", tensor, sizes, 0, len(sizes))
         return cut if _fits(tensor, cut) else list(sizes)
 
-    def _parts(self, tensor: Tensor, dim: int, sizes: Sequence[int]) -> Sequence[int]:
+    def _cut(self, kind: str, tensor: Tensor, sizes: Sequence[Any], first: int, rank: int) -> list[Any]:
+        """Return sizes with the new widths that calls name which are given such a tensor, cut as it has to be."""
+        found, shape = list(sizes), tensor.shape
+        for place, size in enumerate(sizes):
+            for dim, here, new in self._named.get((kind, rank, first + place, size, len(shape)), ()):
+                if shape[dim] == here:
+                    found[place] = new
+        return found
+
+    def _unflattened(self, tensor: Tensor, dim: int, sizes: Sequence[int]) -> Sequence[int]:
         dim, rank = dim % tensor.dim(), tensor.dim() - 1 + len(sizes)
-        cut = [self._widths.get(("view", rank, dim + place), {}).get(size, size) for place, size in enumerate(sizes)]
+        cut = self._cut("view", tensor, sizes, dim, rank)
         return cut if -1 in cut or math.prod(cut) == tensor.shape[dim] else sizes
 
     def _expanded(self, tensor: Tensor, sizes: Any) -> list[Any]:
-        known, rank = tuple(tensor.shape), len(sizes)
-        here = [1] * (rank - len(known)) + list(known)
-        cut = [self._widths.get(("expand", rank, place), {}).get(size, size) for place, size in enumerate(sizes)]
-        return [new if here[place] in (1, new) else sizes[place] for place, new in enumerate(cut)]
+        return self._cut("expand", tensor, sizes, 0, len(sizes))
 
     def _ratio(self, tensor: Tensor, dim: int) -> tuple[int, int] | None:
         """Return the old and new length of a dimension that was cut."""
         rank = tensor.dim()
-        found = self._widths.get(("part", rank, dim % rank), {})
+        found = self._parts.get((rank, dim % rank), {})
         return next(((old, new) for old, new in found.items() if new == tensor.shape[dim]), None)
 
     def _sizes(self, tensor: Tensor, sizes: Any, dim: int) -> Any:

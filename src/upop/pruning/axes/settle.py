@@ -263,14 +263,43 @@ def _remedies(model: nn.Module, trace: Trace, involved: list[Candidate], at: int
 def _widths(step: Step, path: str, involved: list[Candidate]) -> Iterator[Attribute]:
     """Yield the widths that a call may name that reshapes or takes apart a tensor which carries a unit's axis."""
     kind = _KINDS.get(step.name)
-    dims = step.given if kind == "part" else step.dims[0]
-    if kind is None or dims is None:
+    dims, given = step.given if kind == "part" else step.dims[0], step.given
+    if kind is None or dims is None or given is None:
         return
     for place, dim in enumerate(dims):
         for each in involved:
             whole = now(dim, {})
             if now(dim, {each.axis.root: 0}) == 0 and whole > 1:
-                yield Attribute(path, f"{WIDTHS}[{kind}.{len(dims)}.{place}.{whole}]", whole // each.unit.size)
+                key = f"{len(dims)}.{place}.{whole}"
+                if kind != "part":
+                    whence = [at for at, other in enumerate(given) if now(other, {each.axis.root: 0}) == 0]
+                    if kind == "expand":
+                        whence = [place - len(dims) + len(given)]
+                    if not whence or whence[0] < 0:
+                        continue
+                    key += f".{len(given)}.{whence[0]}.{now(given[whence[0]], {})}"
+                yield Attribute(path, f"{WIDTHS}[{kind}.{key}]", whole // each.unit.size)
+
+
+def mistakable(trace: Trace, candidate: Candidate) -> list[int]:
+    """Return how many entries of a unit to keep so that what is not cut may be as long as what is, in named widths.
+
+    That is one entry, and as many as make the tensor that goes into another call of the kind look like one that is cut.
+    """
+    found: set[int] = set()
+    size = candidate.unit.size
+    for attribute in candidate.unit.attributes:
+        if not attribute.name.startswith(WIDTHS):
+            continue
+        found.add(1)
+        kind, *numbers = attribute.name[len(WIDTHS) + 1 : -1].split(".")
+        rank, place, old = map(int, numbers[-3:])
+        for step in trace.steps:
+            if _KINDS.get(step.name) == kind and step.given is not None and len(step.given) == rank:
+                length = now(step.given[place], {})
+                if attribute.module in around(step.module) and length * size % old == 0:
+                    found.add(length * size // old)
+    return sorted(each for each in found if 0 < each < size)[:_MOST_TRIED]
 
 
 def around(module: str) -> Iterator[str]:

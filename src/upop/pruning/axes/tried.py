@@ -13,7 +13,7 @@ from upop.pruning.axes.copies import Shapes, numbered
 from upop.pruning.axes.kinds import idle, kinds, twin, unread
 from upop.pruning.axes.proof import Bench, prove, scaled
 from upop.pruning.axes.reasons import tell
-from upop.pruning.axes.settle import around, settle
+from upop.pruning.axes.settle import around, mistakable, settle
 from upop.pruning.axes.trace import Trace
 
 MOST_MEMORY = 6 * 2**30
@@ -83,10 +83,22 @@ class Proof:
             return []
         reasons: dict[str, str] = {}
         candidates = scaled(bench, self._model, candidates, self._weighs, wrong)
-        found = self._checked(bench, candidates, reasons)
+        found = self._unmistaken(bench, self._checked(bench, candidates, reasons), reasons)
         if bench.broken and bench.idle:  # something is asked of what is idle
             return self._proved(candidates, wrong, resting=False)
         wrong.update(reasons)
+        return found
+
+    def _unmistaken(self, bench: Bench, candidates: list[Candidate], wrong: dict[str, str]) -> list[Candidate]:
+        """Return those whose forwards take no tensor for the one whose width they name, at sizes where they might."""
+        found = []
+        for each in candidates:
+            for kept in mistakable(self._trace, each):
+                if bench.difference([each.unit], {each.unit.name: range(each.unit.size - kept, each.unit.size)})[0] > 1:
+                    wrong[each.unit.name] = f"its forward names a width that something else has when {kept} are kept"
+                    break
+            else:
+                found.append(each)
         return found
 
     def _checked(
