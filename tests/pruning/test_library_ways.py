@@ -315,3 +315,25 @@ class Offset(nn.Module):
 @pytest.mark.parametrize("fused", [False, True])
 def test_a_gate_of_what_is_not_0_without_it_is_masked_too(fused: bool) -> None:
     check(lambda: Offset(fused), ["neuron", "neuron"])
+
+
+class Named(nn.Module):
+    """Its forward names the width of its tokens, so that it takes on a class when it is cut."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.out = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, tokens, width = x.shape
+        queries, keys, values = self.qkv(x).view(batch, tokens, 3, HEADS, width // HEADS).permute(2, 0, 3, 1, 4)
+        found = F.scaled_dot_product_attention(queries, keys, values)
+        return self.out(found.transpose(1, 2).reshape(batch, tokens, width))  # type: ignore[no-any-return]
+
+
+def test_a_model_that_was_cut_is_read_and_cut_once_more() -> None:
+    model = check(Named, ["dimension", "dimension"])
+    for _ in range(2):
+        units = upop.survey(model, EXAMPLE).units
+        assert len(units) == 2
+        upop.shrink(model, {unit.name: range(1, unit.size) for unit in units}, verify=EXAMPLE)

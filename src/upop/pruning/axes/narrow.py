@@ -151,7 +151,12 @@ _classes: dict[type[nn.Module], type[nn.Module]] = {}
 
 
 def narrow_class(kind: type[nn.Module]) -> type[nn.Module]:
-    """Return the class that a module of class `kind` takes on when it is cut and its forward names a width."""
+    """Return the class that a module of class `kind` takes on when it is cut and its forward names a width.
+
+    A class that was taken on so already stays: the module is cut once more.
+    """
+    if issubclass(kind, Narrow):
+        return kind
     if kind not in _classes:
         _classes[kind] = type(f"Narrow{kind.__name__}", (Narrow, kind), {"uncut_class": kind})
     return _classes[kind]
