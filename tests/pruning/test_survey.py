@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -432,3 +433,23 @@ def test_models_that_differ_in_their_weights_alone_are_read_once(monkeypatch: py
         other.blocks[0].mlp.register_forward_hook(lambda *_: None)
         upop.survey(other)
     assert len(read) == 3
+
+
+def test_units_of_dropped_layers_are_dropped_with_them(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 4}
+    model = timm.create_model("vit_tiny_patch16_224", **sizes).eval()
+    units = upop.find_units(model)
+    upop.shrink(model, {unit.name: range(unit.size // 2) for unit in units})  # as many heads as dimensions, now
+    model.blocks = model.blocks[:2]
+    left = upop.survey(model)
+    assert [(unit.name, unit.size, unit.heads) for unit in left.units] == [
+        (unit.name, unit.size // 2, unit.heads) for unit in units[:4]
+    ]
+    assert sum(share.parameters for share in left.coverage.shares.values()) == upop.count_parameters(model)
+    with pytest.warns(UserWarning, match=r"Were layers dropped"):
+        folder = upop.save(model, tmp_path / "cut")
+    again = upop.load(folder).eval()
+    images = torch.randn(1, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(again(images), model(images))

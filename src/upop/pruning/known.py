@@ -85,12 +85,23 @@ def is_known(model: nn.Module) -> bool:
 
 
 def remembered(model: nn.Module) -> Survey | None:
-    """Return what was found of a model before, its units at today's sizes; None where its tensors are others."""
+    """Return what was found of a model before, its units at today's sizes; None where its tensors are others.
+
+    Units of layers that were dropped since are no part of it.
+    """
     for found, example in _known.get(model, []):
-        units = [sized(model, unit) for unit in found.units]
-        if None not in units:
+        units = [sized(model, unit) for unit in found.units if any(_has(model, part.tensor) for part in unit.slices)]
+        if None not in units and (units or not found.units):
             return replace(found, units=tuple(unit for unit in units if unit is not None)).of(model, example)
     return None
+
+
+def _has(model: nn.Module, tensor: str) -> bool:
+    try:
+        tensor_of(model, tensor)
+    except AttributeError:
+        return False
+    return True
 
 
 def know_as(model: nn.Module, other: nn.Module) -> None:
