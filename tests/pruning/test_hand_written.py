@@ -281,6 +281,21 @@ def test_what_is_not_cut_is_not_taken_for_what_is_at_any_size(
     assert torch.allclose(exported(EXAMPLE), cut(EXAMPLE))
 
 
+class Cosine(Attention):
+    """Queries and keys of length 1, of which no scale shows."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return (10 * F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).mT).softmax(-1) @ v
+
+
+@pytest.mark.parametrize("inner", [Attention, Cosine])
+def test_dimensions_go_where_the_example_shows_what_queries_do(inner: Callable[[], nn.Module]) -> None:
+    model = built(inner)
+    assert [unit.entry for unit in upop.survey(model, EXAMPLE).units] == ["dimension"] * 2
+    one_token = upop.survey(built(inner), EXAMPLE[:, :1]).units
+    assert all(unit.entry != "dimension" for unit in one_token)
+
+
 class Turns(nn.Module):
     """Learned angles, one for every pair of dimensions of a head."""
 

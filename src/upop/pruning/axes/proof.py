@@ -166,6 +166,27 @@ class Bench:
             self._spreads = list(rounding_of(self.outputs, outputs=self.outputs()))
         return self._spreads
 
+    def asks(self, unit: Unit) -> bool:
+        """Whether queries of a unit, if it has any, matter: they do where they are normalised, so that no scale shows.
+
+        They do not where there is one token, or tokens that are all alike.
+        """
+        expected, asked = self.outputs(), False
+        held: dict[str, Tensor] = {}
+        with torch.no_grad():
+            for part in unit.producers:
+                rows = part.query_rows(unit.size)
+                if part.power and len(rows):
+                    asked, tensor = True, tensor_of(self._model, part.tensor)
+                    held.setdefault(part.tensor, tensor.detach().clone())
+                    tensor.index_copy_(part.dim, rows, -tensor.index_select(part.dim, rows))
+            try:
+                found = self.outputs()
+            finally:
+                for name, value in held.items():
+                    tensor_of(self._model, name).copy_(value)
+        return not asked or difference(expected, found, self._rounding) is not None
+
     @contextmanager
     def masked(self, units: Sequence[Unit], plan: Mapping[str, Sequence[int]]) -> Iterator[None]:
         """Have the entries that a plan does not keep be 0."""
@@ -275,7 +296,8 @@ def _scale(bench: Bench, model: nn.Module, candidate: Candidate, weighs: bool) -
     for numbers in (True, False):
         for power in POWERS:
             if holds(power, numbers):
-                return None if weighs and holds(power + 1, numbers) else (power, numbers)
+                untold = weighs and holds(power + 1, numbers) and not bench.asks(candidate.unit)
+                return None if untold else (power, numbers)
     return 0.5, False
 
 
