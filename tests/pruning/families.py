@@ -236,6 +236,8 @@ def _segmenter(**settings: Any) -> nn.Module:
 class _Clip(nn.Module):
     """transformers' CLIP, towers that differ in all; features of both, with the temperature on one of them."""
 
+    __module__ = "transformers"  # read without a batch, as models of libraries are
+
     def __init__(self) -> None:
         super().__init__()
         vision = {"hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 3, "intermediate_size": 40}

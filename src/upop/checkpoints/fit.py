@@ -13,8 +13,9 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from upop.checkpoints.blank import fill, frame, outline
+from upop.checkpoints.renamed import units_if_read
 from upop.errors import CheckpointError, UPopError
-from upop.pruning import Plan, Unit, shrink, survey
+from upop.pruning import Plan, Unit, shrink
 from upop.pruning.units import Slice
 
 _Shared = dict[tuple[str, int], list[tuple[Unit, Slice]]]
@@ -179,7 +180,7 @@ def _check_beside(blank: nn.Module, state: Mapping[str, Tensor], source: str) ->
 
 def _cut(model: nn.Module, state: Mapping[str, Tensor], source: str) -> tuple[Sequence[Unit], dict[str, int]]:
     """Cut a dense model to the shapes of `state`; return its units as they were, and what they keep."""
-    units = survey(model).units
+    units = units_if_read(model)
     sizes = kept_sizes(units, state, source)
     compressed = {unit.name: range(sizes[unit.name]) for unit in units if sizes.get(unit.name, unit.size) < unit.size}
     if compressed:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
@@ -34,7 +34,7 @@ from upop.checkpoints.hub import is_hub_name, local_path
 from upop.checkpoints.quantizer import mark
 from upop.checkpoints.read import read_outline, read_weights
 from upop.checkpoints.recording import plan_of, preparation_of, set_plan, set_preparation
-from upop.checkpoints.renamed import named_as_today, units_of, units_today, with_names
+from upop.checkpoints.renamed import named_as_today, units_if_read, units_of, units_today, with_names
 from upop.checkpoints.sizes import dense_skeleton, plan_for
 from upop.checkpoints.transformers_models import is_transformers_folder, load_transformers, misfit
 from upop.checkpoints.write import write_weights
@@ -46,6 +46,7 @@ from upop.pruning.errors import some_of
 from upop.pruning.known import sized
 from upop.pruning.masks import refuse_masked, unwrapped
 from upop.pruning.sharded import refuse_sharded
+from upop.pruning.units import has_number, number_of
 from upop.pruning.written import as_json
 from upop.values import problems
 
@@ -229,7 +230,10 @@ def _refuse_meta(model: nn.Module) -> None:
 
 def _units(model: nn.Module, plan: Plan | None) -> tuple[Unit, ...]:
     """Return the units of a model, those of its plan among them: a copy of a model was never surveyed itself."""
-    found = survey(model)
+    try:
+        found = survey(model)
+    except LayoutError:  # it cannot be run by itself, and is saved all the same
+        found = Survey((), ())
     names = {unit.name for unit in found.units}
     told = {} if plan is None else {name: unit for name, unit in plan.slices.items() if name not in names}
     try:
@@ -323,8 +327,23 @@ def _tell_units(model: nn.Module, description: Description, folder: Path) -> nn.
             "was it damaged, or is the dense model another one?"
         ) from error
     if units:
+        _check_numbers(model, units.values(), folder)
         remember(model, Survey(tuple(units.values()), ()))
     return model
+
+
+def _check_numbers(model: nn.Module, units: Iterable[Unit], folder: Path) -> None:
+    """Refuse a dense model whose modules keep other numbers about their units, heads for one, than they did."""
+    for unit in units:
+        for each in unit.attributes:
+            module = model.get_submodule(each.module)
+            found = number_of(module, each.name) if has_number(module, each.name) else None
+            if each.factor is not None and isinstance(found, int) and found != each.value(unit.size):
+                raise CheckpointError(
+                    f"{folder / DESCRIPTION} does not fit {type(model).__name__}: {each.module}.{each.name} is "
+                    f"{found}, and was {each.value(unit.size)} when {unit.name} was cut. Was the file damaged, or is "
+                    "the dense model another one?"
+                )
 
 
 def _plan(description: Description, folder: Path) -> Plan | None:
@@ -343,7 +362,7 @@ def _check_layout(model: nn.Module, plan: Plan | None, layout: Mapping[str, Unit
 
     Shapes alone tell neither heads nor which entries were kept.
     """
-    for unit in survey(model).units:
+    for unit in units_if_read(model):
         found = {"heads": unit.heads, "entries": unit.size}
         told = layout.get(unit.name)
         kept = None if plan is None else plan.kept.get(unit.name)
@@ -359,7 +378,7 @@ def _check_layout(model: nn.Module, plan: Plan | None, layout: Mapping[str, Unit
             wrong = f"says that there were {told.of} entries, and its plan {size}"
         if wrong:
             raise CheckpointError(f"{folder / DESCRIPTION} is damaged: of {unit.name} it {wrong}. Write it again.")
-    names = {unit.name for unit in survey(model).units}
+    names = {unit.name for unit in units_if_read(model)}
     unknown = [name for name in plan.kept if name not in names] if plan is not None else []
     if unknown:
         raise CheckpointError(

@@ -39,7 +39,7 @@ def describe(model: nn.Module, plan: Plan | None) -> dict[str, Any] | None:
         model: any model, dense or compressed.
         plan: how it was compressed, if that is known.
     """
-    kind = type(model).__name__
+    kind = _kind(model)
     if type(model).__module__ != "open_clip.model" or kind not in _KINDS:
         return None
     preprocess = getattr(model.visual, "preprocess_cfg", None)
@@ -227,12 +227,12 @@ class _Reader:
         blocks = [each.resblocks[0] for each in inner if hasattr(each, "resblocks")]
         return {
             "embed_dim": self._embed_dim(),
-            "vision_cfg": _TOWERS[type(visual).__name__](self),
-            "text_cfg": self._hugging_face() if type(self._text).__name__ == "HFTextEncoder" else self._words(),
-            "quick_gelu": any(type(block.mlp.gelu).__name__ == "QuickGELU" for block in blocks),
+            "vision_cfg": _TOWERS[_kind(visual)](self),
+            "text_cfg": self._hugging_face() if _kind(self._text) == "HFTextEncoder" else self._words(),
+            "quick_gelu": any(_kind(block.mlp.gelu) == "QuickGELU" for block in blocks),
             "nonscalar_logit_scale": model.logit_scale.dim() > 0,
             "init_logit_bias": None if model.logit_bias is None else 0.0,
-            "cast_dtype": "bfloat16" if any(type(each.ln_2).__name__ == "LayerNormFp32" for each in blocks) else None,
+            "cast_dtype": "bfloat16" if any(_kind(each.ln_2) == "LayerNormFp32" for each in blocks) else None,
             "output_dict": bool(model.output_dict),
         }
 
@@ -330,13 +330,13 @@ class _Reader:
             "hf_config": json.loads(json.dumps(config, default=str)),
             "hf_model_pretrained": False,
             "hf_pooler_type": pooler,
-            "hf_proj_type": projections[type(text.proj).__name__],
+            "hf_proj_type": projections[_kind(text.proj)],
             "output_tokens": bool(text.output_tokens),
         }
 
     def _blocks(self, transformer: Any, prefix: str) -> dict[str, Any]:
         block = transformer.resblocks[0]
-        own = type(block).__name__ == "CustomResidualAttentionBlock"
+        own = _kind(block) == "CustomResidualAttentionBlock"
         width = block.ln_1.normalized_shape[0]
         approximate = getattr(block.mlp.gelu, "approximate", "none")
         return {
@@ -389,7 +389,7 @@ def _is_fixed(visual: Any) -> bool:
 
 
 def _starts(module: nn.Module, part: str, kind: str) -> bool:
-    return type(getattr(module, part, None)).__name__.startswith(kind)
+    return _kind(getattr(module, part, None)).startswith(kind)
 
 
 def _masks_are_alike(model: nn.Module) -> bool:
@@ -400,3 +400,8 @@ def _masks_are_alike(model: nn.Module) -> bool:
 
 def _causal(mask: Tensor) -> Tensor:
     return torch.full(mask.shape, float("-inf")).triu_(1)
+
+
+def _kind(module: Any) -> str:
+    """Return the name of a module's class, as it was before a cut gave it another one."""
+    return str(getattr(type(module), "uncut_class", type(module)).__name__)

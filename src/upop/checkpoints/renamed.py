@@ -17,6 +17,7 @@ from transformers.core_model_loading import WeightRenaming, WeightTransform
 
 from upop.pruning import Plan, Unit, survey
 from upop.pruning.axes import SWAPS
+from upop.pruning.errors import LayoutError
 from upop.pruning.units import tensor_of
 from upop.pruning.written import from_json, renamed
 
@@ -85,9 +86,17 @@ def units_of(model: nn.Module, told: Mapping[str, Any]) -> dict[str, Unit] | Non
     return found
 
 
+def units_if_read(model: nn.Module) -> tuple[Unit, ...]:
+    """Return the units of a model; none of one that cannot be run by itself, and that nothing is known of."""
+    try:
+        return survey(model).units
+    except LayoutError:
+        return ()
+
+
 def units_today(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
     """Return older name -> today's, of the units of a model that have another name now."""
-    units = survey(model).units
+    units = units_if_read(model)
     mine = {unit.name for unit in units}
     wanted = [name for name in names if name not in mine]
     if not wanted:
