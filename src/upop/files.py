@@ -48,7 +48,7 @@ _NOT_SO = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP)  # this 
 _OWNER = "owner.json"
 _PROBE_BYTES = 2**20
 _SPACE = "Free some space or choose another place."
-_TODO = {
+_ADVICE = {
     errno.ENOSPC: _SPACE,
     errno.EDQUOT: _SPACE,
     errno.EFBIG: "Raise the limit of a file's size (ulimit -f), or choose another place.",
@@ -399,7 +399,7 @@ def _explained(path: Path, *, kept: bool) -> Iterator[None]:
         if found is None:
             raise
         left = "What was there before is kept." if kept else "Nothing of it was left behind."
-        todo = _TODO.get(found.errno or 0, "Choose another place.")
+        todo = _ADVICE.get(found.errno or 0, "Choose another place.")
         reason = found.strerror or str(found)
         raise RunFolderError(f"{path} cannot be written: {reason}. {left} {todo}") from error
 

@@ -170,8 +170,8 @@ def _check_metadata(model: nn.Module) -> None:
     for name, layer in model.named_modules():
         if isinstance(layer, nn.Linear):
             assert (layer.out_features, layer.in_features) == tuple(layer.weight.shape), name
-        elif isinstance(layer, nn.Conv2d) and layer.groups == 1:
-            assert (layer.out_channels, layer.in_channels) == tuple(layer.weight.shape[:2]), name
+        elif isinstance(layer, nn.Conv2d):
+            assert (layer.out_channels, layer.in_channels // layer.groups) == tuple(layer.weight.shape[:2]), name
 
 
 def _check_loading(architecture: Architecture, model: nn.Module, inputs: Inputs, dtype: torch.dtype) -> None:

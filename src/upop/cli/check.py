@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -13,10 +12,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from upop.cli import options as o
+from upop.cli.recipes import File, RecipeName, settings_of
 from upop.errors import SettingError
 from upop.plain import as_text
 from upop.published_data import published_data
-from upop.recipes import RECIPES, find_recipe, read_recipes
+from upop.recipes import RECIPES, find_recipe
 from upop.tasks import find_task
 from upop.tasks.check import Finding
 from upop.tasks.check import check as look
@@ -34,14 +34,7 @@ def _how_many(text: str) -> int | None:
 
 def check(
     context: typer.Context,
-    name: Annotated[
-        str,
-        typer.Argument(
-            metavar="NAME",
-            help="Name of a published run; `upop recipes` lists them.",
-            autocompletion=o.starting_with(read_recipes),
-        ),
-    ],
+    name: RecipeName,
     only_evaluate: Annotated[
         bool, typer.Option("--evaluate", help="What an evaluation of the published compressed checkpoint needs.")
     ] = False,
@@ -50,18 +43,14 @@ def check(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON in place of a table.")] = False,
     pretrained: o.Pretrained = None,
     allow_outside: o.AllowOutside = None,
-    file: Annotated[Path, typer.Option("--recipes", help="YAML file of recipes.")] = RECIPES,
+    file: File = RECIPES,
     assign: o.Set = None,
 ) -> None:
     """Check the data, the checkpoint and the tokenizer of a published run; exit code 1 if something is wrong."""
     recipe = find_recipe(name, file)
     task = find_task(recipe.task)
     count = _how_many(decode)
-    beneath: dict[str, Any] = dict(recipe.overrides)
-    if only_evaluate:
-        beneath["pretrained"] = str(recipe.output_dir / recipe.compressed)
-    sources = dict.fromkeys(beneath, f"from the recipe {name}")
-    settings = o.read(context, task.settings, recipe.config, assign, beneath=beneath, sources=sources)
+    settings = settings_of(context, recipe, assign, evaluate=only_evaluate)
     counts = None if any_count else published_data(recipe.task, settings)
     findings: list[Finding] = []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())

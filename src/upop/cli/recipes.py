@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Annotated, Any
@@ -22,6 +23,14 @@ from upop.tasks.verbs import compress, evaluate_checkpoint
 from upop.training.task import Task
 
 File = Annotated[Path, typer.Option("--recipes", help="YAML file of recipes.")]
+RecipeName = Annotated[
+    str,
+    typer.Argument(
+        metavar="NAME",
+        help="Name of a recipe; `upop recipes` lists them.",
+        autocompletion=o.starting_with(read_recipes),
+    ),
+]
 
 
 def recipes(file: File = RECIPES) -> None:
@@ -51,14 +60,7 @@ def recipes(file: File = RECIPES) -> None:
 
 def run(
     context: typer.Context,
-    name: Annotated[
-        str,
-        typer.Argument(
-            metavar="NAME",
-            help="Name of a recipe; `upop recipes` lists them.",
-            autocompletion=o.starting_with(read_recipes),
-        ),
-    ],
+    name: RecipeName,
     dry_run: Annotated[bool, typer.Option("--dry-run", "--dry_run", help="Only say what would be done.")] = False,
     only_evaluate: Annotated[
         bool, typer.Option("--evaluate", help="Evaluate the published compressed checkpoint.")
@@ -79,23 +81,40 @@ def run(
     """Start a published run. Under torchrun it runs on all processes, like every command."""
     recipe = find_recipe(name, file)
     task = find_task(recipe.task)
-    beneath: dict[str, Any] = dict(recipe.overrides)
-    if only_evaluate:
-        beneath["pretrained"] = str(recipe.output_dir / recipe.compressed)
-    settings = o.read(
-        context,
-        task.settings,
-        recipe.config,
-        assign,
-        also=o.sharding(fsdp),
-        beneath=beneath,
-        sources=dict.fromkeys(beneath, f"from the recipe {name}"),
-    )
+    settings = settings_of(context, recipe, assign, evaluate=only_evaluate, also=o.sharding(fsdp))
     verb = evaluate_checkpoint if only_evaluate else compress
     if dry_run:
         _explain(recipe, task, settings, evaluate=only_evaluate)
     else:
         verb(task, settings)
+
+
+def settings_of(
+    context: typer.Context,
+    recipe: Recipe,
+    assign: Sequence[str] | None,
+    *,
+    evaluate: bool,
+    also: Mapping[str, Any] | None = None,
+) -> RunSettings:
+    """Return the settings of a published run, under the flags of the command.
+
+    Args:
+        context: of the command.
+        recipe: of the run.
+        assign: of `--set`.
+        evaluate: whether its published compressed checkpoint is evaluated.
+        also: settings that other parameters stand for.
+
+    Raises:
+        SettingError: a setting cannot be used; the message says where it is from.
+    """
+    beneath: dict[str, Any] = dict(recipe.overrides)
+    if evaluate:
+        beneath["pretrained"] = str(recipe.output_dir / recipe.compressed)
+    sources = dict.fromkeys(beneath, f"from the recipe {recipe.name}")
+    kind = find_task(recipe.task).settings
+    return o.read(context, kind, recipe.config, assign, also=also, beneath=beneath, sources=sources)
 
 
 def _explain(recipe: Recipe, task: Task[Any], settings: RunSettings, *, evaluate: bool) -> None:

@@ -151,7 +151,9 @@ def cut(model: nn.Module, units: list[Unit], plan: Mapping[str, Sequence[int]], 
             module = model.get_submodule(attribute.module)
             if has_number(module, attribute.name):
                 edits.append(Edit(module, attribute.name, attribute.value(len(plan[unit.name]))))
-    return [edit.apply() for edit in edits]
+    undo = [edit.apply() for edit in edits]
+    layers = dict.fromkeys(owner_of(model, tensor)[0] for tensor in tensors)
+    return undo + [edit.apply() for layer in layers for edit in _channels(layer)]
 
 
 def restore(undo: list[Edit]) -> None:
@@ -193,10 +195,23 @@ def _width_attribute(module: nn.Module, dim: int) -> str | None:
     """Return the name under which a layer keeps the length of its weight along `dim`, or None."""
     if isinstance(module, nn.Linear):
         return ("out_features", "in_features")[dim]
-    if isinstance(module, nn.Conv2d):
-        return ("out_channels", "in_channels")[dim]
     # transformers' Conv1D, whose weight is that of a linear layer transposed
     return ("nx", "nf")[dim] if hasattr(module, "nf") else None
+
+
+def _channels(layer: nn.Module) -> list[Edit]:
+    """Return the edits after which a convolution or a norm that was cut says of itself how many channels it has."""
+    weight = layer._parameters.get("weight")
+    if weight is None:
+        return []
+    widths: dict[str, int] = {}
+    if isinstance(layer, nn.modules.conv._ConvNd):
+        first, second = weight.shape[0], weight.shape[1] * layer.groups
+        into, out = (first, second) if layer.transposed else (second, first)
+        widths = {"in_channels": into, "out_channels": out}
+    elif isinstance(layer, nn.modules.batchnorm._NormBase):
+        widths = {"num_features": len(weight)}
+    return [Edit(layer, name, width) for name, width in widths.items() if getattr(layer, name) != width]
 
 
 def refuse_shared(model: nn.Module, units: list[Unit]) -> None:

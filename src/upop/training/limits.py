@@ -12,7 +12,7 @@ from upop.errors import RunFolderError, UPopError
 
 _SPACE = "Free some space, or choose another --output-dir."
 _FILES = "Raise the limit of open files (ulimit -n), or take fewer workers (--set num_workers=...)."
-_TODO = {
+_ADVICE = {
     errno.ENOSPC: _SPACE,
     errno.EDQUOT: _SPACE,
     errno.EROFS: "Make the file system writable again, or choose another --output-dir.",
@@ -26,7 +26,7 @@ _TODO = {
 _WORDS = {
     "ancdata": errno.EMFILE,
     f"exit code {errno.EMFILE}": errno.EMFILE,
-    **{os.strerror(number): number for number in _TODO},
+    **{os.strerror(number): number for number in _ADVICE},
 }
 
 
@@ -59,9 +59,9 @@ def explained_limit(error: BaseException, kept: Callable[[], str]) -> UPopError 
     told = str(error).strip()
     if not isinstance(error, RunFolderError):
         name = getattr(error, "filename", None)
-        told = f"{os.strerror(number)}{f': {name}' if name else ''}. {_TODO[number]}"
-    elif "ulimit" in _TODO[number] and "ulimit" not in told:
-        told = f"{told} {_TODO[number]}"
+        told = f"{os.strerror(number)}{f': {name}' if name else ''}. {_ADVICE[number]}"
+    elif "ulimit" in _ADVICE[number] and "ulimit" not in told:
+        told = f"{told} {_ADVICE[number]}"
     try:
         left = kept()
     except OSError:  # the limit is still there
@@ -73,7 +73,7 @@ def _number(error: BaseException) -> int | None:
     """Return the number of the system's error that is behind an error; None if there is none, or another."""
     seen: list[BaseException] = []
     while True:
-        if isinstance(error, OSError) and error.errno in _TODO:
+        if isinstance(error, OSError) and error.errno in _ADVICE:
             return error.errno
         seen.append(error)
         before = error.__cause__ or error.__context__
