@@ -98,8 +98,9 @@ def examine(architecture: Architecture) -> Examined:
 
 def _holder(model: nn.Module, unit: upop.Unit) -> str:
     """Return the class of the module which holds the unit, as its library calls it."""
-    module = model.get_submodule(unit.name)
-    return _class(model.get_submodule(unit.name.rpartition(".")[0]) if isinstance(module, nn.Linear) else module)
+    name = unit.name.partition("[")[0]  # several units of one module are numbered
+    module = model.get_submodule(name)
+    return _class(model.get_submodule(name.rpartition(".")[0]) if isinstance(module, nn.Linear) else module)
 
 
 def _around(model: nn.Module, tensor: str) -> str:

@@ -240,3 +240,27 @@ def test_what_is_not_zero_where_its_entries_are_is_named() -> None:
     assert not survey.units
     assert "add is not 0 where its entries are 0" in reasons["parts.0"]
     assert __file__ in reasons["parts.1"]
+
+
+class Grouped(nn.Module):
+    """A convolution in groups between two layers, as in Visformer: neurons lie in groups, and both could go."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Conv2d(8, 24, 1), nn.Conv2d(24, 8, 1)
+        self.between = nn.Sequential(nn.Conv2d(24, 24, 3, padding=1, groups=4), nn.BatchNorm2d(24))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(F.gelu(self.between(F.gelu(self.up(x)))))
+
+
+@pytest.mark.parametrize("kept", [1, 2, 3])
+def test_of_nested_axes_one_is_cut_and_the_layers_say_their_channels(kept: int) -> None:
+    torch.manual_seed(0)
+    model, example = Grouped().double().eval(), torch.randn(2, 8, 6, 6, dtype=torch.float64)
+    [unit] = upop.find_units(model, example)
+    upop.shrink(model, {unit.name: range(kept)}, verify=example)
+    assert [again.size for again in upop.find_units(model)] == [kept]
+    between, norm = model.between
+    assert (between.in_channels, between.out_channels, between.groups) == (6 * kept, 6 * kept, kept)
+    assert norm.num_features == 6 * kept

@@ -130,8 +130,16 @@ def _more(candidate: Candidate, rivals: list[Candidate]) -> bool:
 
 
 def _rounds(chosen: list[Candidate]) -> Iterator[list[Candidate]]:
-    """Yield what is tried together: dimensions and neurons first, then heads; where one axis is inside another, one."""
-    yield [each for each in chosen if each.unit.entry in ("dimension", "neuron")]
+    """Yield what is tried together: dimensions and neurons first, then heads; where one axis is inside another, one.
+
+    What a unit with nested axes keeps could not be told from the shapes of its tensors.
+    """
+    flat = [each for each in chosen if each.unit.entry in ("dimension", "neuron")]
+    met = _rivals(flat, flat)
+    place = {id(each): (-len(each.unit.slices), at) for at, each in enumerate(flat)}
+    inner = {id(e) for e in flat if any(place[id(other)] < place[id(e)] for other in met[e.unit.name])}
+    yield [each for each in flat if id(each) not in inner]
+    yield [each for each in flat if id(each) in inner]
     heads = sorted(
         (each for each in chosen if each.unit.entry in ("group", "head")), key=lambda each: -len(each.unit.slices)
     )
