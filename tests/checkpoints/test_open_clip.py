@@ -65,7 +65,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "mixed precision": lambda: compressed(clip, cast_dtype=torch.bfloat16),
     "no square": lambda: compressed(clip, {"image_size": (32, 16), "patch_dropout": 0.5}, {"pool_type": "eos"}),
     "fixed positions": lambda: compressed(clip, {"pos_embed_type": "sin_cos_2d"}),
-    "blocks of its own": lambda: compressed(clip, {"scale_fc": True}, {"scale_attn": True}),
+    "blocks of its own": lambda: compressed(clip, {"qk_norm": True, "scale_fc": True}, {"scale_heads": True}),
     "ResNet": lambda: compressed(clip, {"layers": [1, 1, 1, 1], "width": 16, "head_width": 16}),
     "CustomTextCLIP": lambda: compressed(custom),
     "SigLIP": lambda: compressed(custom, {"pool_type": "avg", "no_ln_pre": True}, SIGLIP, init_logit_bias=-10.0),

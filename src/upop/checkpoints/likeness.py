@@ -24,7 +24,7 @@ _FREE_VALUES = (
     "name_or_path",
 )
 # Under what layers keep the lengths of their weights.
-_WIDTHS = ("in_features", "out_features", "in_channels", "out_channels", "nx", "nf")
+_WIDTHS = ("in_features", "out_features", "in_channels", "out_channels", "num_features", "nx", "nf")
 
 
 def same_but_for_sizes(model: nn.Module, dense: nn.Module) -> bool:

@@ -249,7 +249,7 @@ class _Reader:
         return {
             **self._blocks(visual.transformer, "visual."),
             "width": visual.conv1.out_channels,
-            "head_width": visual.conv1.out_channels // visual.transformer.resblocks[0].attn.num_heads,
+            "head_width": visual.conv1.out_channels // self._heads(visual.transformer, "visual."),
             "patch_size": _one(visual.patch_size),
             "image_size": _one(visual.image_size),
             "patch_dropout": float(getattr(visual.patch_dropout, "prob", 0.0)),
@@ -307,7 +307,7 @@ class _Reader:
             "context_length": text.context_length,
             "vocab_size": text.vocab_size,
             "width": text.token_embedding.embedding_dim,
-            "heads": text.transformer.resblocks[0].attn.num_heads,
+            "heads": self._heads(text.transformer, self._text_name),
             "embed_cls": alone and text.cls_emb is not None,
             **({"pad_id": text.pad_id, "output_tokens": bool(text.output_tokens)} if alone else {}),
             "eos_id": text.eos_id if alone else text.text_eos_id,
@@ -348,6 +348,14 @@ class _Reader:
             **({"act_kwargs": {"approximate": approximate}} if approximate != "none" else {}),
             **({"norm_kwargs": {"eps": block.ln_1.eps}} if block.ln_1.eps != _USUAL_EPS else {}),
         }
+
+    def _heads(self, transformer: Any, prefix: str) -> int:
+        """Return the heads of the dense attentions: of those whose heads were cut, as many as the plan says."""
+        name, planned = f"{prefix}transformer.resblocks.0.attn", self._plan
+        unit = {} if planned is None else planned.slices.get(name, {})
+        if planned is not None and unit.get("entry") == "head":
+            return planned.sizes[name]
+        return int(transformer.resblocks[0].attn.num_heads)
 
     def _hidden(self, transformer: Any, prefix: str) -> int:
         """Return the hidden size of the dense MLPs; where it is not known, one from which all can be cut."""
