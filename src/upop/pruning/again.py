@@ -87,7 +87,11 @@ def repeated(
 
 
 class _Uncompiled:
-    """Has what `torch.compile` made run as it was written while anyone looks: it would not see their hooks."""
+    """Has what `torch.compile` made run as it was written while anyone looks: it would not see their hooks.
+
+    Those who look may begin and end in any order, also within each other: a Pruner that is collected while a cut is
+    verified must not leave what the verification found when it began.
+    """
 
     def __init__(self) -> None:
         self._users = 0
@@ -102,6 +106,14 @@ class _Uncompiled:
         self._users -= 1
         if not self._users:
             self._stance.__exit__(None, None, None)
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        self.enter()
+        try:
+            yield
+        finally:
+            self.leave()
 
 
 uncompiled = _Uncompiled()

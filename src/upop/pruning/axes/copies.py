@@ -24,6 +24,7 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
+from upop.pruning.again import uncompiled
 from upop.pruning.axes.mode import Mode, defined
 from upop.pruning.costs import call
 from upop.pruning.errors import LayoutError
@@ -368,7 +369,7 @@ def written_out() -> Iterator[None]:
     log.disabled = True  # what a forward cannot do without numbers is tried with them
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with torch.compiler.set_stance("force_eager"):
+        with uncompiled():
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)

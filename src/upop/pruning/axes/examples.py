@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import register_pytree_node
 
-from upop.pruning.axes.copies import Shapes
+from upop.pruning.axes.copies import Shapes, told
 from upop.pruning.axes.inputs import BATCH, channels_of, described, image_sizes, placed, words
 from upop.pruning.costs import call
 from upop.pruning.errors import LayoutError
@@ -60,7 +60,13 @@ def example_for(model: nn.Module) -> Any:
     """
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.manual_seed(0)
-        return _found(model)
+        try:
+            return _found(model)
+        except (RuntimeError, MemoryError) as error:
+            if "allocate" not in str(error) and isinstance(error, RuntimeError):
+                raise
+            # Inputs as large as the model says cannot be made.
+            raise LayoutError(_advice(model, LayoutError(told(error)))) from error
 
 
 def _found(model: nn.Module) -> Any:

@@ -25,6 +25,8 @@ _SIZES = ("img_size", "image_size")
 _CHANNELS = ("num_channels", "in_channels", "in_chans")
 _PICTURES = ("pixel_values", "images", "image")
 _PLACES = ("image_token_id", "image_token_index")
+_LARGEST = 4096
+"""Sides of the largest images that are made up, and the longest sequences: what a damaged file says may be more."""
 _LOW, _HIGH = 5, 90
 """Words lie between the special ones, which come first, and the end of a small vocabulary."""
 
@@ -67,7 +69,7 @@ def _said(owner: Any) -> Iterator[int]:
     for value in values:
         while isinstance(value, list | tuple) and value:
             value = value[-1]
-        if type(value) is int and value > 0:
+        if type(value) is int and 0 < value <= _LARGEST:
             yield value
 
 
@@ -114,7 +116,7 @@ def _number(model: nn.Module, names: tuple[str, ...], otherwise: int) -> int:
 
 def channels_of(model: nn.Module) -> int:
     """Return how many channels a model says that its images have."""
-    return _number(model, _CHANNELS, 3)
+    return min(_LARGEST, _number(model, _CHANNELS, 3))
 
 
 def _images(model: nn.Module, names: set[str]) -> Iterator[Inputs]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from upop.pruning.again import drawing_the_same
+from upop.pruning.again import drawing_the_same, uncompiled
 from upop.pruning.axes.candidates import Candidate
 from upop.pruning.axes.copies import forgetting, told, with_memory
 from upop.pruning.axes.kinds import rest
@@ -118,9 +118,8 @@ class Bench:
         return {**given, "from the model": found} if given else found
 
     def _outputs(self) -> list[tuple[str, Tensor]]:
-        eager = torch.compiler.set_stance("force_eager")
         device = next((each.device for each in self._model.parameters()), torch.device("cpu"))
-        with forgetting(), evaluating(self._model), drawing_the_same(device), eager, Precise(self._dtype):
+        with forgetting(), evaluating(self._model), drawing_the_same(device), uncompiled(), Precise(self._dtype):
             return [(place, value.detach().clone()) for place, value in tensors_of(self._run(self._model))]
 
     def called(self) -> set[str]:

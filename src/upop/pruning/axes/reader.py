@@ -61,12 +61,24 @@ def _read(model: nn.Module, example: Any) -> tuple[list[Unit], list[Skipped]]:
             proved[place] = replace(each, unit=replace(each.unit, name=f"{each.unit.name}[{each.unit.entry}s]"))
         names.add(proved[place].unit.name)
     skipped += [Skipped(name, reason) for name, reason in lost if name not in names]
+    cut = {part.tensor for each in proved for part in each.unit.slices}
+    skipped = [each for each in skipped if not _whole(model, each.name, cut)]
     places = {name: place for place, (name, _) in enumerate(model.named_parameters(remove_duplicate=False))}
     units = sorted(
         (replace(each.unit, proved=True) for each in proved),
         key=lambda unit: min(places[part.tensor] for part in unit.producers),
     )
     return units, skipped
+
+
+def _whole(model: nn.Module, name: str, cut: set[str]) -> bool:
+    """Whether all weights of a layer are cut: then what else of it could not go is no news."""
+    try:
+        layer = model.get_submodule(name)
+    except AttributeError:
+        return False
+    weights = [key for key, each in layer.named_parameters(name, remove_duplicate=False) if each.dim() > 1]
+    return bool(weights) and cut.issuperset(weights)
 
 
 def _looked(model: nn.Module, shapes: Shapes) -> tuple[Trace, list[Candidate], list[Skipped]]:
