@@ -303,15 +303,17 @@ def _() -> str:
 @mistake("Going on with the old optimizer")
 def _() -> str:
     model = tiny()
-    optimizer = torch.optim.AdamW(model.parameters())
-    searched(model).shrink(verify=IMAGES)
-    before = {name: value.clone() for name, value in model.named_parameters()}
-    optimizer.zero_grad()
+    optimizer = torch.optim.AdamW(model.parameters(), foreach=False)
     backward(model)
     optimizer.step()
-    changed = [name for name, value in model.named_parameters() if not torch.equal(value, before[name])]
-    cut = [name for name in before if "qkv" in name or "fc1" in name]
-    return f"trained: {len(changed)} of {len(before)} parameters; of those that were cut: {len({*cut} & {*changed})}"
+    searched(model).shrink(verify=IMAGES)
+    optimizer.zero_grad()
+    backward(model)
+    try:
+        optimizer.step()
+    except RuntimeError as error:
+        return f"RuntimeError: {error}"
+    return "nothing"
 
 
 def seen(make: Mistake) -> str:

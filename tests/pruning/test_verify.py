@@ -63,11 +63,11 @@ def misplaced(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have one layer lose other columns than it should: a wrong cut."""
     right = SURGERY._cut_tensor
 
-    def wrong(model: nn.Module, name: str, units: Any, plan: Any, fold: bool) -> Any:
+    def wrong(model: nn.Module, name: str, units: Any, plan: Any, *how: bool) -> Any:
         if name in ("blocks.0.down.weight", "inner.blocks.0.mlp.fc2.weight"):
             shifted = {unit.name: [(entry + 1) % unit.size for entry in plan[unit.name]] for unit in units}
-            return right(model, name, units, shifted, fold)
-        return right(model, name, units, plan, fold)
+            return right(model, name, units, shifted, *how)
+        return right(model, name, units, plan, *how)
 
     monkeypatch.setattr(SURGERY, "_cut_tensor", wrong)
 

@@ -26,7 +26,7 @@ from upop.pruning.plan import Plan
 from upop.pruning.scores import RowScores, Score, Scoring, scoring
 from upop.pruning.seen import FirstCall, Kept, examples_of, read_first, remember_inputs
 from upop.pruning.sharded import refuse_sharded
-from upop.pruning.shrink import Edit, cut_verified, refuse_shared, restore
+from upop.pruning.shrink import Assignment, Exchange, cut_verified, refuse_shared, restore
 from upop.pruning.slips import check_loss, check_model, listed, refuse_inference_mode, scalar, tried
 from upop.pruning.stated import Stated
 from upop.pruning.surveys import find_units, units_to_search, waits_for_batch
@@ -122,7 +122,7 @@ def calibrate(
     whole = sum(costs[unit.name] * unit.size for unit in dense)
     names = {unit.name for unit in dense}
     kept = {unit.name: torch.arange(unit.size) for unit in dense}
-    undo: list[Edit] = []
+    undo: list[Assignment] = []
     choices: list[Choice] = []
     try:
         for stage in range(1, stages + 1):
@@ -227,9 +227,6 @@ def _own_loss(model: nn.Module, batch: Any) -> Tensor:
     return torch.stack([(value * sign).sum() for value, sign in zip(found, signs, strict=True)]).sum()
 
 
-def _copies(layer: nn.Linear) -> list[Edit]:
+def _copies(layer: nn.Linear) -> list[Exchange]:
     """Return what gives a layer copies of its weights, so that a change of them can be taken back."""
-    return [
-        Edit(layer, name, nn.Parameter(old.detach().clone(), requires_grad=old.requires_grad))
-        for name, old in layer.named_parameters(recurse=False)
-    ]
+    return [Exchange(old, old.detach().clone(), old.grad) for old in layer.parameters(recurse=False)]

@@ -18,6 +18,7 @@ from upop.pruning.masks import Masks, refuse_masked, unwrapped
 from upop.pruning.plan import Plan
 from upop.pruning.seen import examples_of
 from upop.pruning.sharded import refuse_sharded
+from upop.pruning.slicing import slicing
 from upop.pruning.units import Unit, has_number, number_of, owner_of, set_number, tensor_of
 from upop.pruning.verify import Outputs, compare, outputs_of, rounding_of
 
@@ -38,6 +39,37 @@ class Edit:
         old = number_of(self.module, self.name)
         set_number(self.module, self.name, self.new)
         return Edit(self.module, self.name, old)
+
+
+@dataclass
+class Exchange:
+    """Other numbers for a parameter, of whatever shape; what optimizers, averages and hooks hold stays the same object.
+
+    Attributes:
+        parameter: whose numbers and gradient are exchanged.
+        data: the numbers that it gets.
+        gradient: of their shape, or None.
+    """
+
+    parameter: nn.Parameter
+    data: Tensor
+    gradient: Tensor | None
+
+    def apply(self) -> Exchange:
+        """Do it; return what takes it back."""
+        parameter = self.parameter
+        back = Exchange(parameter, parameter.data, parameter.grad)
+        parameter.grad = None
+        # The graph of the last loss may be alive, and with it what autograd noted of the parameter's shape: that is
+        # only made anew for numbers of another precision.
+        other = torch.float16 if parameter.dtype != torch.float16 else torch.float32
+        parameter.data = torch.empty(0, dtype=other, device=parameter.device)
+        parameter.data = self.data
+        parameter.grad = self.gradient
+        return back
+
+
+Assignment = Edit | Exchange
 
 
 def shrink(model: nn.Module, plan: Plan | Mapping[str, Any], *, verify: Any = True, fold: bool = True) -> nn.Module:
@@ -93,7 +125,7 @@ def shrink(model: nn.Module, plan: Plan | Mapping[str, Any], *, verify: Any = Tr
 
 def cut_verified(
     model: nn.Module, units: list[Unit], plan: Mapping[str, Sequence[int]], verify: Any, seen: Iterable[Any]
-) -> list[Edit]:
+) -> list[Assignment]:
     """Apply the surgery, and prove it unless that is forbidden: the cut model computes what the masked one does.
 
     Args:
@@ -118,7 +150,7 @@ def cut_verified(
     if all(len(plan[unit.name]) == unit.size for unit in units):
         return []
     held = {module: dict(vars(module)) for module in model.modules()}
-    undo: list[Edit] = []
+    undo: list[Assignment] = []
     try:
         example, expected = _masked_outputs(model, units, plan, inputs)
         proved = _proved_in_float64(model, units, plan, example)
@@ -137,14 +169,31 @@ def cut_verified(
     return undo
 
 
-def cut(model: nn.Module, units: list[Unit], plan: Mapping[str, Sequence[int]], *, fold: bool = True) -> list[Edit]:
-    """Apply the surgery; return the edits that take it back. Nothing is changed if building a layer fails."""
+def cut(
+    model: nn.Module,
+    units: list[Unit],
+    plan: Mapping[str, Sequence[int]],
+    *,
+    fold: bool = True,
+    anew: bool = False,
+) -> list[Assignment]:
+    """Apply the surgery; return the edits that take it back. Nothing is changed if building a layer fails.
+
+    Every parameter stays the same object, with fewer numbers and as much of its gradient.
+
+    Args:
+        model: without masks.
+        units: of the model.
+        plan: what they keep.
+        fold: whether queries are multiplied for a softmax scale that follows the size.
+        anew: give the model parameters of its own in place of those that it shares with others.
+    """
     refuse_shared(model, units)
     going = [unit for unit in units if len(plan[unit.name]) < unit.size]
-    edits: list[Edit] = []
+    edits: list[Assignment] = []
     tensors = dict.fromkeys(part.tensor for unit in going for part in unit.slices)
     for tensor in tensors:
-        edits += _cut_tensor(model, tensor, going, plan, fold)
+        edits += _cut_tensor(model, tensor, going, plan, fold, anew)
     for unit in going:
         edits += [Edit(model.get_submodule(swap.module), "__class__", swap.kind) for swap in unit.swaps]
         for attribute in unit.attributes:
@@ -156,36 +205,26 @@ def cut(model: nn.Module, units: list[Unit], plan: Mapping[str, Sequence[int]], 
     return undo + [edit.apply() for layer in layers for edit in _channels(layer)]
 
 
-def restore(undo: list[Edit]) -> None:
+def restore(undo: list[Assignment]) -> None:
     """Take back what `cut` did."""
     for edit in reversed(undo):
         edit.apply()
 
 
 def _cut_tensor(
-    model: nn.Module, name: str, units: list[Unit], plan: Mapping[str, Sequence[int]], fold: bool
-) -> list[Edit]:
+    model: nn.Module, name: str, units: list[Unit], plan: Mapping[str, Sequence[int]], fold: bool, anew: bool = False
+) -> list[Assignment]:
     """Cut one tensor along all axes that units cut it along."""
     module, leaf = owner_of(model, name)
     old = tensor_of(model, name)
-    stays: dict[int, Tensor] = {}
-    new = old.detach()
-    with torch.no_grad():
-        for unit, part in ((each, part) for each in units for part in each.slices if part.tensor == name):
-            kept = torch.tensor(plan[unit.name], device="cpu")  # models may be built with another device as the default
-            here = torch.zeros(old.shape[part.dim], dtype=torch.bool, device="cpu")
-            here[part.index(kept, unit.size)] = True
-            stays[part.dim] = stays.get(part.dim, torch.ones_like(here)) & here
-            if fold and part.power:
-                rows = part.query_rows(unit.size).to(old.device)
-                queries = new.index_select(part.dim, rows) * (len(kept) / unit.size) ** part.power
-                new = new.index_copy(part.dim, rows, queries) if len(rows) else new
-        for dim, here in stays.items():
-            new = new.index_select(dim, here.nonzero().flatten().to(old.device))
-    if isinstance(old, nn.Parameter):
-        new = nn.Parameter(new, requires_grad=old.requires_grad)
-    edits = [Edit(module, leaf, new)]
-    for dim in stays if leaf == "weight" else ():
+    left = slicing(old, name, units, plan, fold)
+    new = left.of(old, 1)
+    edits: list[Assignment]
+    if isinstance(old, nn.Parameter) and not anew and not old.is_inference():  # those can be trained nowhere
+        edits = [Exchange(old, new, None if old.grad is None else left.of(old.grad, -1))]
+    else:
+        edits = [Edit(module, leaf, nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new)]
+    for dim in left.kept if leaf == "weight" else ():
         width = _width_attribute(module, dim)
         edits += [Edit(module, width, new.shape[dim])] if width else []
     return edits

@@ -159,7 +159,8 @@ def stop_of(shapes: Shapes, trace: Trace, candidates: list[Candidate]) -> Stop |
         swap.module for each in candidates for swap in each.unit.swaps if not issubclass(swap.kind, Narrow)
     )
     model = shapes.copy()
-    cut(model, [each.unit for each in candidates], plan, fold=False)
+    # All copies without numbers hold the same parameters.
+    cut(model, [each.unit for each in candidates], plan, fold=False, anew=True)
     follower = _Follower(trace.steps, sizes, skipped)
     with shapes.running():
         try:

@@ -1,0 +1,81 @@
+"""What an optimizer keeps of weights that are cut: it is cut with them, so that training goes on where it was."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from upop.pruning.errors import some_of
+from upop.pruning.slicing import Slicing
+
+_DEGREES = {
+    "exp_avg": -1,
+    "exp_avg_diff": -1,
+    "momentum_buffer": -1,
+    "exp_inf": -1,
+    "grad_avg": -1,
+    "exp_avg_sq": -2,
+    "max_exp_avg_sq": -2,
+    "square_avg": -2,
+    "sum": -2,
+}
+"""How what an optimizer of torch keeps grows with the gradient's inverse: a query that the cut multiplies by c has
+gradients that are divided by c from then on. What has another name is taken as it is."""
+
+
+class HasState(Protocol):
+    """A `torch.optim.Optimizer`, or a wrapper of one."""
+
+    @property
+    def state(self) -> Any:
+        """What is kept of every parameter, by name."""
+        ...
+
+
+def cut_optimizer(optimizer: HasState, cuts: Mapping[Tensor, Slicing]) -> None:
+    """Cut what an optimizer keeps of weights as the weights were cut; it stays valid, and goes on where it was.
+
+        cuts = {tensor_of(model, name): left for name, left in slicings(model, units, plan).items()}
+        shrink(model, plan)  # every parameter stays the same object
+        cut_optimizer(optimizer, cuts)
+
+    Tensors of a weight's old shape are cut like it: averages of gradients and of their squares, momentum, copies of
+    the weight in higher precision. Numbers (how many steps there were) stay. Where an optimizer keeps anything else of
+    a weight (rows and columns alone as Adafactor does, numbers in 8 bits), all that it keeps of this weight is dropped,
+    with a warning, and it begins anew at the next step. What is cut already, and weights of which nothing is kept
+    yet, are left alone.
+
+    Args:
+        optimizer: made before the cut; of any of its parameter groups.
+        cuts: parameter -> what the cut left of it.
+    """
+    dropped: list[str] = []
+    for parameter, left in cuts.items():
+        state = optimizer.state.get(parameter)
+        if not state:
+            continue
+        kept = [each for each in tree_leaves(dict(state)) if isinstance(each, Tensor) and each.numel() > 1]
+        if all(each.shape == left.shape and each.is_floating_point() for each in kept):
+            for name, value in state.items():
+                state[name] = _cut(name, value, left)
+        elif any(each.shape != left.after for each in kept):
+            del optimizer.state[parameter]
+            dropped.append("x".join(map(str, left.shape)))
+    if dropped:
+        warnings.warn(
+            f"{type(optimizer).__name__} keeps of {len(dropped)} weights what cannot be cut with them (of shapes "
+            f"{some_of(list(dict.fromkeys(dropped)), 3)}): it begins anew with these.",
+            stacklevel=2,
+        )
+
+
+def _cut(name: str, value: Any, left: Slicing) -> Any:
+    if isinstance(value, Tensor) and value.numel() > 1:
+        return left.of(value, _DEGREES.get(name, 0))
+    if isinstance(value, list | tuple):
+        return type(value)(_cut(name, each, left) for each in value)
+    return value
