@@ -103,8 +103,8 @@ def _() -> None:
 @mistake("Pruning a model that is being pruned")
 def _() -> None:
     model = tiny()
-    upop.Pruner(model, ratio=0.5, steps=10)
-    upop.Pruner(model, ratio=0.5, steps=10)
+    first = upop.Pruner(model, ratio=0.5, steps=10)
+    upop.Pruner(model, ratio=first.ratio, steps=10)
 
 
 @mistake("Writing the ratio as a percentage")

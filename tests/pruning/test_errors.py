@@ -15,6 +15,7 @@ from pruning.families import (
     NLVR,
     VIT,
     Family,
+    difference,
     finished_pruner,
     loss_of,
     outputs_of,
@@ -230,8 +231,6 @@ def test_steps_at_the_wrong_moment() -> None:
     assert pruner.steps_done == 0
     loss_of(model(**inputs)).backward()
     pruner.step()
-    for call, name in ((pruner.plan, "plan()"), (pruner.shrink, "")):
-        refused(StepError, [name, "binary masks", "1 of 2 search steps", "remaining steps"], call)
     pruner.step()
     refused(StepError, ["All 2 search steps were taken", "shrink()"], pruner.step)
     refused(StepError, ["All 2 search steps were taken"], pruner.skip)
@@ -245,15 +244,27 @@ def test_steps_after_the_masks_were_taken_off() -> None:
     refused(StepError, ["taken off", "new Pruner"], pruner.step)
 
 
-def test_shrinking_too_early_leaves_the_search_whole() -> None:
+def test_a_soft_search_cannot_be_cut_too_early() -> None:
     model, inputs = VIT.build(), VIT.inputs()
-    pruner = upop.Pruner(model, 0.5, 2, 1)
-    with pytest.raises(StepError):
-        pruner.shrink(verify=inputs)
+    pruner = upop.Pruner(model, 0.5, 2, 1, progress="soft")
+    for call, name in ((pruner.plan, "plan()"), (pruner.shrink, "")):
+        refused(StepError, [name, "binary masks", "0 of 2 steps", "remaining steps"], call)
     for _ in range(2):
         loss_of(model(**inputs)).backward()
         pruner.step()
     pruner.shrink(verify=inputs)
+
+
+def test_a_search_in_stages_can_be_cut_at_any_time() -> None:
+    model, inputs = VIT.build(), VIT.inputs()
+    pruner = upop.Pruner(model, 0.5, 2, 1)
+    loss_of(model(**inputs)).backward()
+    pruner.step()
+    plan, masked = pruner.plan(), outputs_of(model, inputs)
+    with pytest.warns(UserWarning, match="after 1 of 2 steps: 25% of the cost goes"):
+        pruner.shrink(verify=inputs)
+    assert difference(outputs_of(model, inputs), masked) < 1e-10
+    assert 0.25 < sum(map(len, plan.values())) / sum(plan.sizes.values()) < 1
 
 
 class Tied(nn.Module):

@@ -184,6 +184,8 @@ def test_masks_keep_no_more_for_the_backward_pass() -> None:
     def kept() -> int:
         own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
         own |= {buffer.untyped_storage().data_ptr() for buffer in model.buffers()}
+        masks = [each for module in model.modules() for each in vars(module).values() if isinstance(each, Tensor)]
+        own |= {mask.untyped_storage().data_ptr() for mask in masks}
         sizes: dict[int, int] = {}
         held: list[Tensor] = []
 

@@ -5,6 +5,7 @@ from upop.pruning.costs import count_macs, count_parameters
 from upop.pruning.distill import Distillation, distill
 from upop.pruning.known import Survey, remember
 from upop.pruning.magnitude import plan_by_magnitude
+from upop.pruning.masks import unmask
 from upop.pruning.plan import Plan
 from upop.pruning.pruner import Pruner
 from upop.pruning.scores import SCORES
@@ -37,4 +38,5 @@ __all__ = [
     "shrink",
     "skeleton",
     "survey",
+    "unmask",
 ]

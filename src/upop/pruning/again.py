@@ -50,6 +50,13 @@ def buffers_kept(model: nn.Module) -> Iterator[None]:
                 module._buffers[name] = buffer
 
 
+def is_transformed() -> bool:
+    """Whether torch.func or forward-mode differentiation transforms what runs now."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+
+
 def precision_now(kind: str) -> tuple[str, torch.dtype] | None:
     """Return the kind of device and the precision of the autocast that is on, or None where none is."""
     on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)

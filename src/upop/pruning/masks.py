@@ -5,26 +5,28 @@ masked layer multiplies its weight, not its activations, and computes that produ
 rather than keeping it: attaching masks costs no activation memory and no copy of the weights.
 
 Parameters stay the same objects under the same names, so an optimizer made before or after attaching works, and
-so do data parallelism, gradient accumulation, clipping, autocast and torch.compile.
+so do data parallelism, gradient accumulation, clipping, autocast, second derivatives, torch.func and torch.compile.
 """
 
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
+from upop.pruning.again import is_transformed
 from upop.pruning.errors import LayoutError
 from upop.pruning.sharded import unsharded_class
 from upop.pruning.units import Slice, Unit, owner_of, tensor_of
 
-# A masked module's buffer and flag, each followed by the name of the tensor that it masks.
-_BUFFER = "_upop_row_mask_"
+# A masked module's mask and flag, each followed by the name of the tensor that it masks. The mask is no buffer:
+# averages of weights pair the buffers of a model with those of a copy that may have been made before.
+_MASK = "_upop_row_mask_"
 _ALL_ONES = "_upop_all_ones_"
 
 
@@ -55,10 +57,17 @@ class _MaskedProduct(torch.autograd.Function):
         return F.linear(inputs, *_scaled(weight, bias, rows, inputs.dtype))
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         inputs, weight, rows = ctx.saved_tensors
         need_inputs, need_weight, need_bias = ctx.needs_input_grad[:3]
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # it will be derived again
+            factors, flat = rows.unsqueeze(1), grad.flatten(0, -2)
+            return (
+                grad @ (weight * factors).to(grad.dtype) if need_inputs else None,
+                (flat.t() @ inputs.flatten(0, -2)).to(weight.dtype) * factors if need_weight else None,
+                flat.sum(0).to(weight.dtype) * rows if need_bias else None,
+                None,
+            )
         few = _tokens(inputs) < 2 * weight.shape[1]
         flat = grad.reshape(-1, grad.shape[-1])
         if few:
@@ -114,8 +123,23 @@ class _MaskedForward(_Masked):
         if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind) and inputs.dtype != torch.float64:
             # Autocast does not reach into a custom function, so what F.linear would be given is given here.
             inputs = inputs.to(torch.get_autocast_dtype(kind))
-        result: Tensor = _MaskedProduct.apply(inputs, self.weight, self.bias, getattr(self, _BUFFER + "weight"))
+        rows = _rows_of(self, "weight", self.weight)
+        if is_transformed():
+            weight, bias = self.weight * rows.unsqueeze(1), None if self.bias is None else self.bias * rows
+            return F.linear(inputs, weight.to(inputs.dtype), None if bias is None else bias.to(inputs.dtype))
+        result: Tensor = _MaskedProduct.apply(inputs, self.weight, self.bias, rows)
         return result
+
+
+def _rows_of(module: nn.Module, leaf: str, tensor: Tensor) -> Tensor:
+    """Return a module's mask where its tensor is, and in its precision: the model may have moved."""
+    rows: Tensor = getattr(module, _MASK + leaf)
+    if rows.device == tensor.device and rows.dtype == tensor.dtype:
+        return rows
+    moved = rows.to(tensor.device, tensor.dtype)
+    if not (moved.is_meta or torch.compiler.is_compiling()):
+        setattr(module, _MASK + leaf, moved)
+    return moved
 
 
 def _scaled_tensor(leaf: str, dim: int) -> property:
@@ -126,7 +150,7 @@ def _scaled_tensor(leaf: str, dim: int) -> property:
         assert tensor is not None
         if getattr(self, _ALL_ONES + leaf):
             return tensor
-        rows: Tensor = getattr(self, _BUFFER + leaf)
+        rows = _rows_of(self, leaf, tensor)
         return tensor * rows.view([-1 if axis == dim else 1 for axis in range(tensor.dim())])
 
     return property(read)
@@ -159,8 +183,9 @@ def _unmasked_class(kind: type[nn.Module]) -> type[nn.Module]:
 class Masks:
     """The masks of some units of a model, attached to it until `remove` is called.
 
-    A masked module changes its class for the time being and gains a buffer that is not saved; `remove` takes both
-    away, and nothing else of the model was touched.
+    A masked module changes its class for the time being and gains a mask that is not saved; `remove` takes both
+    away, and nothing else of the model was touched. Copies of the model have masks of their own, as they stood then;
+    `unmask`, or another cut or search, takes them off.
 
     Args:
         model: the model, changed in place.
@@ -171,6 +196,7 @@ class Masks:
     """
 
     def __init__(self, model: nn.Module, units: Iterable[Unit]) -> None:
+        unmask(model)
         self._units = {unit.name: unit for unit in units}
         # Per module that carries masks, and masked tensor of it: the units, and their slices.
         self._layers: dict[tuple[nn.Module, str], list[tuple[str, Slice]]] = {}
@@ -192,10 +218,11 @@ class Masks:
             tensor = module._parameters[leaf]
             assert tensor is not None
             rows = torch.ones(tensor.shape[part.dim], dtype=tensor.dtype, device=tensor.device)
-            module.register_buffer(_BUFFER + leaf, rows, persistent=False)
+            setattr(module, _MASK + leaf, rows)
             setattr(module, _ALL_ONES + leaf, True)
         for module, kind in masked.items():
             module.__class__ = _masked_class(type(module), kind)
+            _holders[module] = weakref.ref(self)
         self._values = {
             unit.name: torch.ones(unit.size, dtype=_precise(tensor_of(model, unit.producers[0].tensor)))
             for unit in self._units.values()
@@ -214,17 +241,45 @@ class Masks:
         for (module, leaf), parts in self._layers.items():
             if any(name in values for name, _ in parts):
                 rows = [part.expand(self._values[name]) for name, part in parts]
-                getattr(module, _BUFFER + leaf).copy_(torch.stack(rows).prod(0))  # units may lie side by side in it
+                getattr(module, _MASK + leaf).copy_(torch.stack(rows).prod(0))  # units may lie side by side in it
                 setattr(module, _ALL_ONES + leaf, all(bool((each == 1).all()) for each in rows))
 
     def remove(self) -> None:
         """Take the masks off; the layers are what they were, with whatever their weights are now."""
-        for module, leaf in self._layers:
-            module.__class__ = _unmasked_class(type(module))
-            delattr(module, _BUFFER + leaf)
-            delattr(module, _ALL_ONES + leaf)
+        for module in dict.fromkeys(module for module, _ in self._layers):
+            _unmask(module)
         self._layers = {}
         _scratch.memory.clear()
+
+
+_holders: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Masks]] = weakref.WeakKeyDictionary()
+"""Whose masks a module has; a copy of it has some that nobody holds."""
+
+
+def unmask(model: nn.Module) -> nn.Module:
+    """Take the masks off a copy of a model that is searched; the weights of the copy are whole, as they are.
+
+    Masks that a `Pruner` holds stay: its `remove` takes them off.
+
+    Args:
+        model: the copy, changed in place; a model without masks stays as it is.
+
+    Returns:
+        The model that was given.
+    """
+    for module in model.modules():
+        if isinstance(module, _Masked):
+            holder = _holders.get(module)
+            if holder is None or holder() is None:
+                _unmask(module)
+    return model
+
+
+def _unmask(module: nn.Module) -> None:
+    module.__class__ = _unmasked_class(type(module))
+    for name in [each for each in vars(module) if each.startswith((_MASK, _ALL_ONES))]:
+        delattr(module, name)
+    _holders.pop(module, None)
 
 
 def _precise(weight: Tensor) -> torch.dtype:

@@ -7,7 +7,7 @@ part or the other, and each part tells how well what was learnt from the other d
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Self
@@ -20,6 +20,7 @@ from torch.utils.hooks import RemovableHandle
 from upop.pruning.again import (
     autocast,
     buffers_kept,
+    is_transformed,
     precision_now,
     random_numbers_kept,
     repeated,
@@ -72,6 +73,7 @@ class Moments:
         self._leave: Callable[[], Any] = lambda: None
         self._passes: list[_Pass] = []
         self._running = self._clean = self._sizing = False
+        self._agreed = False  # whether the processes know how large outputs are
         self._calls: dict[str, list[Tensor | None]] = {}  # by unit, which rows of each call matter to the loss
         self._unhooked: dict[str, list[int]] = {}  # calls that a checkpoint made without gradients
         self._counts: dict[str, int] = {}  # by unit, calls of a second pass so far
@@ -109,6 +111,12 @@ class Moments:
         self.forget()
         self._leave()
 
+    def resume(self, values: Mapping[str, Tensor], sizes: Mapping[str, Tensor]) -> None:
+        """Go on from what was kept of earlier passes."""
+        self.values = {name: value.clone() for name, value in values.items()}
+        self.sizes = {name: value.clone() for name, value in sizes.items()}
+        self._agreed = bool(sizes)
+
     def forget(self) -> None:
         """Forget the forward passes since the last step, but not the moments."""
         self._passes.clear()
@@ -124,7 +132,7 @@ class Moments:
             StepError: the model does not take in evaluation mode what it took in training.
         """
         passes = self._passes.copy()
-        self._sizing = bool(passes) and not self.sizes
+        self._sizing = bool(passes) and not self._agreed
         device = next(model.parameters()).device
         self._clean = True
         # torch's own encoder has kernels for evaluation that pass by its layers, and by whoever looks at them.
@@ -154,7 +162,7 @@ class Moments:
 
     def _agree(self, device: torch.device) -> None:
         """Add up over all processes how large outputs are."""
-        self._sizing = False
+        self._sizing, self._agreed = False, True
         names = list(self._hooks)
         nothing = torch.zeros(2, dtype=torch.float64 if device.type != "mps" else torch.float32, device=device)
         if many_processes():
@@ -171,6 +179,9 @@ class Moments:
             counts: where rows are not padding, bool, [rows].
             squares: sum of squares of the reader's outputs, [rows].
         """
+        for held in (self.values, self.sizes):  # a search may be resumed on another device
+            if name in held:
+                held[name] = held[name].to(inputs.device)
         if self._sizing or name not in self.sizes:
             logs = squares.clamp_min(torch.finfo(squares.dtype).tiny).log() * counts
             size = torch.stack([logs.sum(), counts.sum()])
@@ -203,7 +214,7 @@ class Moments:
 
     def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Note what the model is given, if it is to learn from it."""
-        self._running = torch.is_grad_enabled() and not self._clean
+        self._running = torch.is_grad_enabled() and not self._clean and not is_transformed()
         if self._running:
             args, kwargs = tree_map(
                 lambda value: value.detach() if isinstance(value, Tensor) else value, (args, kwargs)

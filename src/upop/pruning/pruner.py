@@ -17,13 +17,13 @@ from upop.pruning.costs import Cost
 from upop.pruning.errors import SettingError, StepError
 from upop.pruning.moments import PARTS
 from upop.pruning.plan import Plan
-from upop.pruning.scores import Score, scoring
+from upop.pruning.scores import Score, agreed, scoring
 from upop.pruning.searched import Searched
 from upop.pruning.sharded import refuse_sharded
 from upop.pruning.shrink import cut_verified
 from upop.pruning.slips import check_model
 from upop.pruning.stated import Stated
-from upop.pruning.told import warn_of_none, warn_of_skipped, warn_of_unscored
+from upop.pruning.told import warn_of_early_end, warn_of_none, warn_of_skipped, warn_of_unscored
 from upop.pruning.units import Unit, tensor_of
 
 Progress = Literal["stages", "soft"]
@@ -38,8 +38,8 @@ class Pruner(Searched):
     """Searches, during ordinary training, what can go from all modalities under one budget, and then removes it.
 
     Call `step()` once per optimizer step, between `backward()` and `optimizer.step()`; after `steps` calls the
-    masks are exactly 0 or 1, and `shrink()` cuts the layers for real. Then train on, with a new optimizer: one learning
-    rate schedule over both phases serves best.
+    masks are exactly 0 or 1, and `shrink()` cuts the layers for real. Then train on: one learning rate schedule over
+    both phases serves best.
 
     Args:
         model: a timm, transformers or upop model; wrappers of DDP and torch.compile are looked through, and it may be
@@ -170,12 +170,13 @@ class Pruner(Searched):
                 "step() found no gradient on any masked weight. Call it after loss.backward() and before "
                 "optimizer.step() and zero_grad()."
             )
-        finite = torch.stack([value.isfinite().all() for value in added.values() if value is not None]).all()
+        flags = [value.isfinite().all() for value in added.values() if value is not None]
+        finite = torch.stack([flag.to(flags[0].device) for flag in flags]).all()  # a model may be spread over devices
         for name, value in added.items():
             if value is not None:
                 # The model may have moved to another device since the search began.
                 score, stale = self._scores[name].to(value.device), self._stale.to(value.device)
-                self._scores[name] = torch.where(finite, value + torch.where(stale, 0.0, score), score)
+                self._scores[name] = torch.where(finite.to(value.device), value + torch.where(stale, 0.0, score), score)
         # Counted on the device: reading it here would wait for the whole step.
         self._skipped = self._skipped.to(finite.device) + (~finite).long()
         self._stale = self._stale.to(finite.device) & ~finite
@@ -191,12 +192,12 @@ class Pruner(Searched):
         self._advance()
 
     def plan(self) -> Plan:
-        """Return what is kept, unit by unit.
+        """Return what is kept, unit by unit; before the search has finished, what it has reached by now.
 
         Raises:
-            StepError: the search has not finished, so the masks are not binary yet.
+            StepError: a soft search has not finished, so that its masks are not binary yet.
         """
-        self._check_finished("plan()")
+        self._check_binary("plan()")
         kept = {name: mask.nonzero().flatten().tolist() for name, mask in self.masks.items()}
         return Plan.of(
             self.units,
@@ -208,6 +209,7 @@ class Pruner(Searched):
             align=self.align,
             score=self.score if isinstance(self.score, str) else "given",
             progress=self.progress,
+            **({} if self.finished else {"steps_done": self._done}),
         )
 
     def shrink(self, verify: Any = True) -> nn.Module:
@@ -219,7 +221,7 @@ class Pruner(Searched):
                 first batch that the model was called with, or else the example. False cuts without proof.
 
         Raises:
-            StepError: the search has not finished.
+            StepError: a soft search has not finished.
             LayoutError: the model's weights are sharded over processes: cut a copy that `upop.gather` makes.
             VerificationError: the outputs differ, the cut model cannot be run, or there is nothing to verify on; the
                 model is left masked, as it was.
@@ -228,6 +230,8 @@ class Pruner(Searched):
         refuse_sharded(self.model, "shrink()")
         if not self._attached:
             raise StepError("The masks were taken off already; a plan can still be applied with upop.shrink.")
+        if not self.finished:
+            warn_of_early_end(self._done, self.steps, self.current_ratio, self.ratio)
         self._detach()
         try:
             cut_verified(self.model, self.units, plan, verify, self._inputs())
@@ -289,25 +293,33 @@ class Pruner(Searched):
         self._skipped.fill_(int(state["skipped_steps"]))
         self.threshold = state.get("threshold")
         self._stale.fill_(state["stale"])
-        self._moments.values = {name: value.clone() for name, value in state["moments"].items()}
-        self._moments.sizes = {name: value.clone() for name, value in state["sizes"].items()}
+        self._moments.resume(state["moments"], state["sizes"])
+        if self.finished:
+            self._rows.release()
         self._look()
 
     def _entry_scores(self, unit: Unit, rows: Mapping[str, Tensor]) -> Tensor | None:
         given = [part.reduce(rows[part.tensor]) for part in unit.producers if part.tensor in rows]
         if not given:
             return None
-        total = sum(given[1:], given[0])
+        total = sum((each.to(given[0].device) for each in given[1:]), given[0])
         if self.progress == "soft":
             total = total / self._masks.values[unit.name].to(total.device, total.dtype, non_blocking=True)
         return self._scoring.added(total)
 
     def _advance(self) -> None:
         if self._due(self._done):
+            self._scores = agreed(self._scores)
             (self._update if self.progress == "soft" else self._end_stage)(self._done)
             self._warn(self._done)
         self._done += 1
         self._look()
+        if self.finished:  # nothing is scored any more, however long the cut is waited for
+            self._rows.release()
+
+    def _watch(self) -> None:
+        if not self.finished:
+            super()._watch()
 
     def _due(self, step: int) -> bool:
         if self.progress == "soft":
@@ -371,10 +383,10 @@ class Pruner(Searched):
         if not self._attached:
             raise StepError("The masks were taken off; make a new Pruner to search again.")
 
-    def _check_finished(self, what: str) -> None:
+    def _check_binary(self, what: str) -> None:
         self._refuse_unread()
-        if not self.finished:
+        if not self.finished and self.progress == "soft":
             raise StepError(
-                f"{what} needs binary masks, and only {self._done} of {self.steps} search steps were taken; "
-                "cutting now would break the model. Take the remaining steps first."
+                f"{what} needs binary masks, and only {self._done} of {self.steps} steps of the soft search were "
+                "taken; cutting now would break the model. Take the remaining steps first."
             )

@@ -65,6 +65,23 @@ def accumulator(tensor: Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
+def agreed(scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the scores that the first process has: what follows from them is then the same everywhere.
+
+    Gradients that were averaged may differ in a last bit, which is enough for another choice.
+
+    Args:
+        scores: by unit, [size]; all processes call this at the same time, with the same units.
+    """
+    if not many_processes():
+        return dict(scores)
+    device = next((each.device for each in scores.values() if each.device.type != "cpu"), torch.device("cpu"))
+    flat = torch.cat([each.to(device) for each in scores.values()])
+    torch.distributed.broadcast(flat, 0)
+    parts = flat.split([len(each) for each in scores.values()])
+    return {name: part.to(old) for part, (name, old) in zip(parts, scores.items(), strict=True)}
+
+
 @dataclass(frozen=True)
 class _Taken:
     """A score, and what it was taken from."""

@@ -174,7 +174,7 @@ class Searched(ABC):
             model: with the same units; see `upop.gather` for a whole copy of a sharded model.
 
         Raises:
-            LayoutError: it has other units, or is masked already.
+            LayoutError: it has other units, or another Pruner holds it; the search goes on with the old copy.
         """
         model = unwrapped(model)
         refuse_flattened(model)
@@ -182,10 +182,11 @@ class Searched(ABC):
             raise LayoutError(
                 f"This {type(model).__name__} has other units than the model that is searched. Give a copy of that one."
             )
+        masks = None if model is self.model else Masks(model, self.units)  # refused before the old one is let go
         know_as(model, self.model)
         self._detach()
         self.model = model
-        self._attach()
+        self._attach(masks)
 
     def remove(self) -> None:
         """Take the masks off without cutting anything; no trace of them is left, but corrected layers stay so."""
@@ -201,9 +202,9 @@ class Searched(ABC):
             self._moments.release()
             self._attached = False
 
-    def _attach(self) -> None:
+    def _attach(self, fresh: Masks | None = None) -> None:
         masks = self.masks
-        self._masks = Masks(self.model, self.units)
+        self._masks = fresh or Masks(self.model, self.units)
         self._masks.set(masks)
         self._watch()
         self._attached = True

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.hooks import RemovableHandle
 
-from upop.pruning.again import uncompiled
+from upop.pruning.again import is_transformed, uncompiled
 from upop.pruning.costs import Arguments
 from upop.pruning.errors import LayoutError
 
@@ -152,7 +152,7 @@ class _Look:
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         del module
-        if self._first is not None and not torch.compiler.is_compiling():
+        if self._first is not None and not torch.compiler.is_compiling() and not is_transformed():
             self._first.see(Arguments(args, kwargs))
 
 

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from upop.pruning.errors import LayoutError, VerificationError
 from upop.pruning.known import Survey, is_known, remember, remember_cut
-from upop.pruning.masks import Masks, refuse_masked, unwrapped
+from upop.pruning.masks import Masks, refuse_masked, unmask, unwrapped
 from upop.pruning.plan import Plan
 from upop.pruning.seen import examples_of
 from upop.pruning.sharded import refuse_sharded
@@ -101,7 +101,7 @@ def shrink(model: nn.Module, plan: Plan | Mapping[str, Any], *, verify: Any = Tr
 
         plan = Plan.of(find_units(model), plan)
     units = plan.check(model)
-    refuse_masked(model, units)
+    refuse_masked(unmask(model), units)
     if any(tensor_of(model, part.tensor).is_meta for unit in units for part in unit.slices):
         if not any(verify is each for each in (True, False, None)):
             raise LayoutError(

@@ -21,6 +21,15 @@ def warn_of_skipped(skipped: int, steps: int) -> None:
     )
 
 
+def warn_of_early_end(done: int, steps: int, reached: float, ratio: float) -> None:
+    """Say that a search is cut before its last step."""
+    warnings.warn(
+        f"The search is cut after {done} of {steps} steps: {reached:.0%} of the cost goes, and {ratio:.0%} was asked "
+        "for.",
+        stacklevel=5,
+    )
+
+
 def warn_of_unscored(unscored: list[str], units: int, steps: int) -> None:
     """Say which of so many units the loss did not depend on in so many steps."""
     warnings.warn(

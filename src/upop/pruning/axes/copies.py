@@ -28,6 +28,7 @@ from upop.pruning.again import uncompiled
 from upop.pruning.axes.mode import Mode, defined
 from upop.pruning.costs import call
 from upop.pruning.errors import LayoutError
+from upop.pruning.masks import unmask
 from upop.pruning.sharded import is_sharded_tensor, sharded_modules, unsharded_class
 from upop.pruning.units import tensor_of
 
@@ -89,6 +90,7 @@ def copied(model: nn.Module, tensors: dict[int, Any]) -> nn.Module:
 def _copy(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
     """Return a copy whose hooks keep what they gather for themselves: they run, being part of what it computes."""
     twin: nn.Module = copy.deepcopy(model, memo)
+    unmask(twin)
     for module in twin.modules():
         for hooks in (module._forward_pre_hooks, module._forward_hooks):
             for key, hook in hooks.items():
