@@ -27,6 +27,7 @@ from upop.pruning import (  # noqa: E402
     shrink,
     skeleton,
     survey,
+    unmask,
 )
 
 _missing: str | None = None
@@ -38,9 +39,12 @@ except ModuleNotFoundError as error:
     if _missing is None or _missing.partition(".")[0] == "upop":
         raise
 
+from upop.compression import Compression  # noqa: E402
+
 __version__ = "0.1.0"
 
 __all__ = [
+    "Compression",
     "Plan",
     "Pruner",
     "Unit",
@@ -59,6 +63,7 @@ __all__ = [
     "shrink",
     "skeleton",
     "survey",
+    "unmask",
 ]
 
 

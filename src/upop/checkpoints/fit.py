@@ -103,7 +103,7 @@ def fit(
     Raises:
         CheckpointError: keys or shapes do not fit; they are listed.
     """
-    units, sizes = _cut(model, state, source)
+    units, sizes = cut_to_fit(model, state, source)
     fill(model)
     fitting = compare(model, state, source, strict=strict)
     model.load_state_dict(fitting, strict=False)
@@ -138,7 +138,7 @@ def build_to_fit(
     """
     blank = outline(build, len(state), source)
     _check_beside(blank, state, source)
-    units, _ = _cut(blank, state, source)
+    units, _ = cut_to_fit(blank, state, source)
     for unit in units:
         size = (dense or {}).get(unit.name, unit.size)
         if size != unit.size:
@@ -178,7 +178,7 @@ def _check_beside(blank: nn.Module, state: Mapping[str, Tensor], source: str) ->
         )
 
 
-def _cut(model: nn.Module, state: Mapping[str, Tensor], source: str) -> tuple[Sequence[Unit], dict[str, int]]:
+def cut_to_fit(model: nn.Module, state: Mapping[str, Tensor], source: str) -> tuple[Sequence[Unit], dict[str, int]]:
     """Cut a dense model to the shapes of `state`; return its units as they were, and what they keep."""
     units = units_if_read(model)
     sizes = kept_sizes(units, state, source)

@@ -12,9 +12,10 @@ from upop.checkpoints.quantizer import mark, refuse_quantized
 from upop.checkpoints.sizes import join_plans
 from upop.pruning import Plan, find_units
 from upop.pruning.masks import unwrapped
+from upop.pruning.plan import plan_of, set_plan
 from upop.pruning.slips import check_model
 
-_PLAN, _PREPARATION = "upop_plan", "upop_preparation"
+_PREPARATION = "upop_preparation"
 
 
 class Pruner(pruning.Pruner):
@@ -32,7 +33,7 @@ class Pruner(pruning.Pruner):
                 proof.
 
         Raises:
-            StepError: the search has not finished.
+            StepError: a soft search has not finished.
             SettingError: the model is quantized.
             VerificationError: the outputs differ, the cut model cannot be run, or there is nothing to verify on; the
                 model is left masked, as it was.
@@ -96,18 +97,6 @@ def calibrate(model: nn.Module, batches: Iterable[Any], ratio: float, **options:
 
 # All about its arguments is written where the method is.
 calibrate.__doc__ = pruning.calibrate.__doc__
-
-
-def plan_of(model: nn.Module) -> Plan | None:
-    """Return what was cut from a model by `Pruner.shrink` or `shrink`, or by the process that saved it, if known."""
-    plan = getattr(model, _PLAN, None)
-    return plan if isinstance(plan, Plan) else None
-
-
-def set_plan(model: nn.Module, plan: Plan | None) -> None:
-    """Have a model that was loaded carry the plan that was saved with it."""
-    if plan is not None:
-        setattr(model, _PLAN, plan)
 
 
 def preparation_of(model: nn.Module) -> Mapping[str, Any] | None:

@@ -8,7 +8,8 @@ from torch import nn
 
 from upop.checkpoints.fit import expecting_shapes, fit
 from upop.checkpoints.official import row_of, task_for
-from upop.checkpoints.recording import plan_of, preparation_of, set_plan, set_preparation
+from upop.checkpoints.recording import preparation_of, set_preparation
+from upop.pruning.plan import plan_of, set_plan
 from upop.values import told
 
 

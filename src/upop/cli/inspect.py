@@ -20,7 +20,6 @@ from transformers import PreTrainedModel
 from upop.checkpoints import is_folder, load, load_official, read_weights
 from upop.checkpoints.hub import is_hub_name, local_path
 from upop.checkpoints.official import task_of
-from upop.checkpoints.recording import plan_of
 from upop.checkpoints.sizes import dense_skeleton
 from upop.checkpoints.transformers_models import is_transformers_folder, load_transformers
 from upop.cli import options as o
@@ -30,6 +29,7 @@ from upop.plain import as_text
 from upop.pruning import survey
 from upop.pruning.align import read_align
 from upop.pruning.coverage import Coverage
+from upop.pruning.plan import plan_of
 from upop.report.inspection import Inspection, after_budget, inspect_model
 from upop.report.results import number
 from upop.report.shares import Panel

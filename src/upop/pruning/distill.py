@@ -104,12 +104,17 @@ class Distillation:
         self._told: str | None = None  # why the last forward pass had nothing to compare
         self._handles = [
             self._model.register_forward_pre_hook(_Hook(self, "_begin"), with_kwargs=True),
-            self._model.register_forward_hook(_Hook(self, "_teach"), with_kwargs=True),
+            # Before others, which may add to the model's loss what is found here.
+            self._model.register_forward_hook(_Hook(self, "_teach"), with_kwargs=True, prepend=True),
         ]
         for name in self.norms:
             for owner, method in ((self._model, "_see"), (self.teacher, "_compare")):
                 hook = _Hook(self, method, name)
                 self._handles.append(owner.get_submodule(name).register_forward_hook(hook))
+
+    def begin(self) -> None:
+        """See the forward pass that has just begun, where this was made by a hook that runs before it."""
+        self._begin(self._model, (), {})
 
     def loss(self) -> Tensor:
         """Return how far the model is from its teacher, a scalar: the mean over its forward passes since the last call.

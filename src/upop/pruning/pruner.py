@@ -39,7 +39,7 @@ class Pruner(Searched):
 
     Call `step()` once per optimizer step, between `backward()` and `optimizer.step()`; after `steps` calls the
     masks are exactly 0 or 1, and `shrink()` cuts the layers for real. Then train on: one learning rate schedule over
-    both phases serves best.
+    both phases serves best. `upop.Compression` does all of it, with a teacher, and cuts the optimizer's state too.
 
     Args:
         model: a timm, transformers or upop model; wrappers of DDP and torch.compile are looked through, and it may be

@@ -121,6 +121,11 @@ class Searched(ABC):
         self._refuse_unread()
         return self._units or []
 
+    @property
+    def is_read(self) -> bool:
+        """Whether the units are known; those of a model with classes of one's own may wait for its first call."""
+        return self._units is not None
+
     def _refuse_unread(self) -> None:
         if self._units is None:
             raise StepError(

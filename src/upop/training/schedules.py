@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from upop.compression import search_steps
 from upop.errors import SettingError
 from upop.settings import RunSettings
 
@@ -13,8 +14,6 @@ Schedule = Callable[[int], float]
 _POWER = 0.9  # of the published polynomial schedule
 _WARMUP = 0.05
 """Share of all steps in which the rate climbs, where search and retraining have one schedule."""
-_FEWEST = 16
-"""Steps of a search; with fewer, the scores say too little. Short runs give it a third of all steps instead."""
 
 
 @dataclass(frozen=True)
@@ -49,8 +48,9 @@ def phases(settings: RunSettings, steps_per_epoch: int) -> Phases:
     if settings.method == "reference":
         return Phases(settings.search_epochs * steps_per_epoch, settings.search_epochs, settings.retraining_epochs)
     total = epochs * steps_per_epoch
-    steps = max(round(settings.search_share * total), min(_FEWEST, total // 3), 1)
-    steps = min(steps, total - steps_per_epoch)  # one epoch at least is left to retrain
+    steps = min(
+        search_steps(total, settings.search_share), total - steps_per_epoch
+    )  # one epoch at least is left to retrain
     searched = math.ceil(steps / steps_per_epoch)
     return Phases(steps, searched, epochs - searched)
 

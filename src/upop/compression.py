@@ -1,0 +1,377 @@
+"""`Compression`: the one object that a training loop holds, from the dense model to the one that is smaller."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from upop.errors import LayoutError, SettingError, StepError
+from upop.pruning import Distillation, Plan, distill
+from upop.pruning.choice import check_ratio, check_whole
+from upop.pruning.known import know_as, sized
+from upop.pruning.masks import unwrapped
+from upop.pruning.optimizers import cut_optimizer
+from upop.pruning.plan import set_plan
+from upop.pruning.replicas import rebuild_replicas
+from upop.pruning.seen import FirstCall
+from upop.pruning.sharded import refuse_sharded
+from upop.pruning.slicing import slicings
+from upop.pruning.slips import check_model
+from upop.pruning.units import tensor_of
+
+try:
+    from upop.checkpoints import Pruner, shrink
+except ModuleNotFoundError as missing:  # beside torch alone
+    if (missing.name or "upop").partition(".")[0] == "upop":
+        raise
+    from upop.pruning import Pruner, shrink  # type: ignore[assignment]
+
+SHARE = 0.1
+"""Of all steps that the search takes, by default."""
+_FEWEST = 16
+"""Steps of a search; with fewer, the scores say too little. Short runs give it a third of all steps instead."""
+
+
+def search_steps(steps: int, share: float = SHARE) -> int:
+    """Return how many of a training's optimizer steps search."""
+    return min(steps, max(round(share * steps), min(_FEWEST, steps // 3), 1))
+
+
+class Compression:
+    """Compresses a model while it is trained: searches what can go, cuts it, and has the dense model teach.
+
+        compression = upop.Compression(model, ratio=0.5, steps=total_steps)
+        for batch in loader:
+            loss = compression.loss(criterion(model, batch))
+            loss.backward()
+            compression.step(optimizer)
+            scheduler.step()
+            optimizer.zero_grad()
+
+    The model, the optimizer, the scheduler, and wrappers of DDP, Accelerate and torch.compile stay the same objects: a
+    cut makes parameters smaller in place, and the optimizer's state with them. As a context manager it ends with its
+    block: what was reached by then is cut; after an exception the masks come off, and no trace of it is left.
+
+    Args:
+        model: the dense model, trained on the task; wrappers are looked through. It is called as a module.
+        ratio: share of the prunable parameters to remove, in (0, 1); 0.5 is 2x.
+        steps: optimizer steps of the whole training.
+        teacher: the dense model that teaches. By default a copy of `model` as it is now, if it has norms whose outputs
+            can be compared; False has none, and a step then takes less time.
+        share: of all steps that the search takes; 16 at least, or a third of a shorter training.
+        averages: moving averages of the model, cut along with it: modules, or what holds one as `module`
+            (`AveragedModel`, timm's `ModelEmaV3`).
+        verify: inputs on which the masked and the cut model are compared, as for `upop.Pruner.shrink`; by default a few
+            samples of the first batch. False cuts without proof.
+        distill: options of `upop.distill`: features, logits, temperature.
+        resume: a state of `state_dict` to go on from, as with `load_state_dict`. With one that was taken after the cut
+            the model may be the one that was cut; then give the dense model as `teacher`, or False.
+        settings: any other argument of `upop.Pruner`: align, cost, score, include, exclude, example, units, ...
+
+    Attributes:
+        model: as it was given.
+        pruner: of the search; None in a training that is resumed after the cut.
+        distillation: the teacher at work, or None.
+
+    Raises:
+        SettingError: a setting is out of range.
+        LayoutError: the model has nothing that can go, or its weights are sharded over processes.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        ratio: float,
+        steps: int,
+        *,
+        teacher: nn.Module | bool | None = None,
+        share: float = SHARE,
+        averages: Any = (),
+        verify: Any = True,
+        distill: Mapping[str, Any] | None = None,
+        resume: Mapping[str, Any] | None = None,
+        **settings: Any,
+    ) -> None:
+        check_model(model, "Compression")
+        ratio = check_ratio(ratio)
+        check_whole("steps", steps)
+        if not 0 < share <= 1:
+            raise SettingError(f"share={share!r} was asked for. Give the share of all steps that search, in (0, 1].")
+        refuse_sharded(unwrapped(model), "Compression")
+        self.model, self.steps = model, steps
+        self._verify, self._options, self._insists = verify, dict(distill or {}), teacher is not None
+        self._averages = [_averaged(each) for each in (averages if isinstance(averages, Sequence) else [averages])]
+        self._done, self._passed, self._closed = 0, False, False
+        self._teacher = teacher if isinstance(teacher, nn.Module) else None
+        self.distillation: Distillation | None = None
+        self._first: FirstCall | None = None
+        self._plan = _cut_by(unwrapped(model), resume)
+        if self._plan is not None and self._teacher is None and teacher is not False:
+            raise SettingError(
+                f"This {type(unwrapped(model)).__name__} is cut already, and cannot teach itself. Give the dense "
+                "model, Compression(..., teacher=dense_model), or teacher=False."
+            )
+        if self._teacher is None and teacher is not False:
+            self._teacher = copy.deepcopy(unwrapped(model))
+        self.pruner = None if self._plan else Pruner(model, ratio, search_steps(steps, share), **settings)
+        try:
+            if self._teacher is not None and (self.pruner is None or self.pruner.is_read):
+                self._teach()
+            elif self._teacher is not None:  # as soon as the units are read, which the Pruner's own look does first
+                self._first = FirstCall(unwrapped(model), lambda *_: self._teach(now=True))
+            if resume is not None and self._plan is None:
+                self.load_state_dict(resume)
+            elif resume is not None:
+                self._done = int(resume["steps_done"])
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def searching(self) -> bool:
+        """Whether the model is still to be cut."""
+        return self._plan is None and not self._closed
+
+    @property
+    def steps_done(self) -> int:
+        """How many steps were taken, in the search and after it."""
+        return self._done
+
+    def loss(self, loss: Tensor) -> Tensor:
+        """Return the task's loss and what the teacher adds to it, of the forward passes since the last call.
+
+        Call it before `backward()`; with gradient accumulation, for every part of a batch.
+
+        Args:
+            loss: of the task, a scalar.
+
+        Raises:
+            StepError: there was no forward pass that the teacher could see, or it was ended by `finish` or `close`.
+        """
+        self._check_open("loss()")
+        self._passed = True
+        return loss if self.distillation is None else loss + self.distillation.loss()
+
+    def step(self, optimizer: Any, *, scaler: Any = None) -> None:
+        """Take an optimizer step, and do what compresses around it.
+
+        While it searches, this step's scores are added, and masks move when that is due; with the last step of the
+        search the model is cut, and the optimizer's state with it. Inside of `accelerator.accumulate` nothing happens
+        until the gradients are whole. Gradients may be clipped before.
+
+        Args:
+            optimizer: of the model's parameters, made before or after this object; a list or tuple of several.
+            scaler: the GradScaler that scaled the loss; it takes the step, and is updated.
+
+        Raises:
+            StepError: there are no gradients, `loss` was left out, or it was ended by `finish` or `close`.
+            VerificationError: the cut model does not compute what the masked one did; it is left masked.
+        """
+        optimizers = list(optimizer) if isinstance(optimizer, list | tuple) else [optimizer]
+        if not all(_has_whole_gradients(each) for each in optimizers):
+            return
+        self.before_step(optimizers, scaler)
+        for each in optimizers:
+            if scaler is None:
+                each.step()
+            else:
+                scaler.step(each)
+        if scaler is not None:
+            scaler.update()
+        self.after_step(optimizers)
+
+    def before_step(self, optimizers: Iterable[Any] = (), scaler: Any = None) -> None:
+        """Do what `step` does before the optimizer's step, where another library's loop takes that."""
+        self._check_open("step()")
+        if self.distillation is not None and not self._passed:
+            raise StepError(
+                "step() found that the teacher's part of the loss is missing. Give the task's loss to loss() before "
+                "backward(): compression.loss(task_loss).backward(); or do without: Compression(..., teacher=False)."
+            )
+        self._passed = False
+        if self.searching and self.pruner is not None:
+            for each in optimizers:
+                _unscale(each, scaler)
+            self.pruner.step()
+
+    def after_step(self, optimizers: Iterable[Any]) -> None:
+        """Do what `step` does after the optimizer's step, where another library's loop takes that."""
+        self._done += 1
+        if self.searching and self.pruner is not None and self.pruner.finished:
+            self._cut(self.pruner, optimizers)
+
+    def finish(self, *optimizers: torch.optim.Optimizer) -> nn.Module:
+        """Cut to what was reached by now, if that is still to be done, and let the teacher go.
+
+        Args:
+            optimizers: whose state is cut too, where training goes on.
+
+        Returns:
+            The model, as it was given.
+
+        Raises:
+            VerificationError: the cut model does not compute what the masked one did; it is left masked.
+        """
+        if self.searching and self.pruner is not None and self.pruner.steps_done:
+            self._cut(self.pruner, optimizers)
+        self.close()
+        return self.model
+
+    def close(self) -> None:
+        """Leave no hook, mask or teacher behind; a model that is not cut yet has all of its weights again."""
+        if self.searching and self.pruner is not None:
+            self.pruner.remove()
+        self._closed = True
+        if self._first is not None:
+            self._first.forget()
+        if self.distillation is not None:
+            self.distillation.remove()
+        self.distillation = self._teacher = None
+
+    def __enter__(self) -> Self:
+        """Return itself."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """End it with `finish`, or with `close` if the block raised."""
+        try:
+            if kind is None:
+                self.finish()
+        finally:
+            self.close()
+
+    def plan(self) -> Plan:
+        """Return what every unit keeps; before the cut, what it would keep if it came now.
+
+        Raises:
+            StepError: the masks of a "soft" search are not binary yet.
+        """
+        if self._plan is not None:
+            return self._plan
+        assert self.pruner is not None
+        return self.pruner.plan()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed training needs beside the model's weights and the optimizer's state."""
+        plan = None if self._plan is None else self._plan.to_json()
+        search = self.pruner.state_dict() if self.searching and self.pruner is not None else None
+        return {"steps_done": self._done, "plan": plan, "pruner": search}
+
+    def load_state_dict(self, state: Mapping[str, Any], *optimizers: torch.optim.Optimizer) -> None:
+        """Go on from a state of `state_dict`; load the model's weights and the optimizer's state after it.
+
+        Where the cut was made already, the model is cut here, so that the weights fit.
+
+        Args:
+            state: of a compression of the same dense model, with the same settings.
+            optimizers: of the model.
+
+        Raises:
+            SettingError: the state belongs to another model or to other settings.
+            StepError: this training has cut its model already, or was ended.
+        """
+        self._check_open("load_state_dict()")
+        if not self.searching or self.pruner is None:
+            raise StepError(
+                "load_state_dict() belongs at the beginning, and the model is cut. Begin with the dense one."
+            )
+        self._done = int(state["steps_done"])
+        if state["plan"] is None:
+            self.pruner.load_state_dict(state["pruner"])
+            return
+        plan = Plan.from_json(state["plan"])
+        self.pruner.remove()
+        with self._following(plan, optimizers):
+            shrink(self.model, plan, verify=False)
+
+    def _teach(self, *, now: bool = False) -> None:
+        """Have the teacher see the model's forward passes from now on, or the one that begins."""
+        assert self._teacher is not None
+        know_as(self._teacher, unwrapped(self.model))
+        try:
+            self.distillation = distill(self.model, self._teacher, **self._options)
+        except LayoutError as error:
+            if self._insists:
+                raise
+            self._teacher = None
+            warnings.warn(f"No teacher: {error} Give teacher=False where that is meant.", stacklevel=4)
+            return
+        if now:
+            self.distillation.begin()
+
+    def _cut(self, pruner: Pruner, optimizers: Iterable[Any]) -> None:
+        """Cut the model, and what is as large as its parameters."""
+        plan = pruner.plan()
+        with self._following(plan, optimizers):
+            pruner.shrink(verify=self._verify)
+
+    @contextmanager
+    def _following(self, plan: Plan, optimizers: Iterable[Any]) -> Iterator[None]:
+        """Have all that is as large as the parameters follow the cut that is made in the block."""
+        model = unwrapped(self.model)
+        left = slicings(model, plan.check(model), plan)
+        cuts = {tensor_of(model, name): slicing for name, slicing in left.items()}
+        yield
+        self._plan = plan
+        for each in optimizers:
+            cut_optimizer(inner_optimizer(each), cuts)
+        for average in self._averages:
+            know_as(average, model)
+            shrink(average, plan, verify=False)
+        rebuild_replicas(model)
+
+    def _check_open(self, what: str) -> None:
+        if self._closed:
+            raise StepError(f"{what} came after finish() or close(), or outside of the `with` block. Make a new one.")
+
+
+def _cut_by(model: nn.Module, resume: Mapping[str, Any] | None) -> Plan | None:
+    """Return the plan of a state that a training is resumed from, if the model was cut by it already."""
+    if resume is None or resume["plan"] is None:
+        return None
+    plan = Plan.from_json(resume["plan"])
+    sizes = {unit.name: sized(model, unit) for unit in plan.units(model)}
+    if any(unit is None or unit.size != len(plan[name]) for name, unit in sizes.items()):
+        return None
+    set_plan(model, plan)
+    return plan
+
+
+def _averaged(average: Any) -> nn.Module:
+    model = getattr(average, "module", average)
+    check_model(model, "averages=")
+    return unwrapped(model)
+
+
+def _has_whole_gradients(optimizer: Any) -> bool:
+    """Whether an optimizer of Accelerate would take its step now; all others would."""
+    state = getattr(optimizer, "gradient_state", None)
+    return state is None or bool(state.sync_gradients)
+
+
+def inner_optimizer(optimizer: Any) -> torch.optim.Optimizer:
+    """Return the optimizer inside Accelerate's wrapper."""
+    held = getattr(optimizer, "optimizer", None)
+    inner: torch.optim.Optimizer = held if isinstance(held, torch.optim.Optimizer) else optimizer
+    return inner
+
+
+def _unscale(optimizer: Any, scaler: Any) -> None:
+    """Take the scale of a GradScaler, given or Accelerate's, off the gradients."""
+    scaler = getattr(optimizer, "scaler", None) if scaler is None else scaler
+    if scaler is None:
+        return
+    try:
+        scaler.unscale_(inner_optimizer(optimizer))
+    except RuntimeError as error:
+        if "already been called" not in str(error):  # for clipping
+            raise

@@ -1,0 +1,78 @@
+"""What the callbacks share: a compression that begins and ends with a training loop of another library."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from upop.checkpoints.fit import cut_to_fit
+from upop.compression import Compression
+from upop.errors import SettingError
+from upop.pruning.choice import check_ratio
+
+
+class Compressing:
+    """The settings of a compression, and the `upop.Compression` once the loop has begun.
+
+    Args:
+        ratio: share of the prunable parameters to remove, in (0, 1); 0.5 is 2x.
+        settings: any other argument of `upop.Compression` but the model and the number of steps: teacher, share, align,
+            verify, ...
+
+    Attributes:
+        compression: of the last training that began, or None.
+
+    Raises:
+        SettingError: the ratio is out of its range.
+    """
+
+    def __init__(self, ratio: float, **settings: Any) -> None:
+        self.ratio, self.settings = check_ratio(ratio), settings
+        self.compression: Compression | None = None
+        self._fitting: RemovableHandle | None = None
+        self._dense: nn.Module | None = None
+
+    def begin(self, model: nn.Module, steps: float, state: Mapping[str, Any] | None = None) -> Compression:
+        """Compress a model in a loop of so many optimizer steps.
+
+        Args:
+            model: the dense model, or one that `expect` has cut.
+            steps: of the whole training.
+            state: of the compression of which the checkpoint is that the training goes on from.
+
+        Raises:
+            SettingError: the number of steps is not known, or a setting is out of range.
+            LayoutError: the model has nothing that can go.
+        """
+        if not 0 < steps < float("inf"):
+            raise SettingError(
+                f"A compression needs to know how many optimizer steps it has, and the loop says {steps}. "
+                "Give it a number of steps (max_steps)."
+            )
+        settings = dict(self.settings)
+        if self._fitting is not None:
+            self._fitting.remove()
+        if self._dense is not None and not isinstance(settings.get("teacher"), nn.Module | bool):
+            settings["teacher"] = self._dense
+        self._dense = None
+        self.compression = Compression(model, self.ratio, int(steps), resume=state, **settings)
+        return self.compression
+
+    def expect(self, model: nn.Module) -> None:
+        """Cut the dense model when weights are loaded into it that are of one that was cut already.
+
+        Libraries load a checkpoint's weights before they say that a training begins.
+        """
+        self._fitting = model.register_load_state_dict_pre_hook(self._fit)
+
+    def _fit(self, model: nn.Module, state: Mapping[str, Tensor], prefix: str, *_: Any) -> None:
+        own = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+        mine = dict(model.named_parameters())
+        if all(own[name].shape == each.shape for name, each in mine.items() if name in own):
+            return
+        self._dense = copy.deepcopy(model)
+        cut_to_fit(model, own, "The checkpoint")

@@ -1,0 +1,39 @@
+"""Data parallelism after a cut: its wrappers average gradients by the sizes that parameters had when it began."""
+
+from __future__ import annotations
+
+import gc
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from upop.pruning.masks import unwrapped
+
+
+def rebuild_replicas(model: nn.Module) -> None:
+    """Have every DDP wrapper of a model, whoever holds it, average the gradients of its parameters as they are now.
+
+    Every process has to call it, with its own copy. Nothing happens where there is no such wrapper.
+
+    Args:
+        model: the model inside; its parameters are the same objects as before.
+    """
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return
+    # A training loop may hold nothing but the wrapper, and hand on the model inside; so it is looked for.
+    for wrapper in [each for each in gc.get_objects() if issubclass(type(each), DistributedDataParallel)]:
+        if unwrapped(wrapper) is model:
+            _rebuild(wrapper)
+
+
+def _rebuild(wrapper: DistributedDataParallel) -> None:
+    """Make the part anew that keeps buckets of gradients and hooks on parameters, as unpickling a wrapper does."""
+    parameters, sparse = wrapper._build_params_for_reducer()  # type: ignore[no-untyped-call]
+    names = wrapper._build_debug_param_to_name_mapping(parameters)  # type: ignore[no-untyped-call]
+    hooks = wrapper._comm_hooks
+    wrapper.reducer = None
+    wrapper._ddp_init_helper(parameters, sparse, names, wrapper.static_graph)  # type: ignore[no-untyped-call]
+    wrapper._comm_hooks = []
+    for hook, state in hooks:
+        wrapper.register_comm_hook(state, hook)

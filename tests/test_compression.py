@@ -1,0 +1,274 @@
+"""`upop.Compression`: one object, the loop of README, and everything that a user holds stays what it is."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+from torch.utils.data import DataLoader
+
+import upop
+from pruning.families import FAMILIES, difference, loss_of, outputs_of
+from upop.errors import LayoutError, SettingError, StepError
+from upop.pruning.masks import Masks
+
+VIT = next(family for family in FAMILIES if family.name == "vit-fused")
+STEPS = 12
+
+
+def batch(step: int) -> dict[str, Tensor]:
+    return VIT.inputs(4, seed=step)
+
+
+def trained(
+    model: nn.Module, compression: upop.Compression, optimizer: Any, steps: range = range(STEPS)
+) -> list[float]:
+    """The loop of README; returns its losses."""
+    losses = []
+    for step in steps:
+        loss = compression.loss(loss_of(model(**batch(step))))
+        loss.backward()
+        compression.step(optimizer)
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    return losses
+
+
+def traces(model: nn.Module) -> list[str]:
+    """What a compression might leave behind."""
+    held = [name for name, module in model.named_modules() if module._forward_hooks or module._forward_pre_hooks]
+    held += [name for name, _ in model.named_buffers() if "upop" in name]
+    return held + [name for name, value in model.named_parameters() if value._post_accumulate_grad_hooks]
+
+
+def test_the_loop_of_readme_keeps_every_object() -> None:
+    model = VIT.build()
+    average = AveragedModel(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
+    parameters, dense = dict(model.named_parameters()), upop.count_parameters(model)
+    compression = upop.Compression(model, ratio=0.5, steps=STEPS, averages=average)
+    searching = []
+    for step in range(STEPS):
+        loss = compression.loss(loss_of(model(**batch(step))))
+        loss.backward()
+        compression.step(optimizer)
+        scheduler.step()
+        optimizer.zero_grad()
+        average.update_parameters(model)
+        searching.append(compression.searching)
+    assert searching == [True] * 3 + [False] * 9  # a third of a short training
+    assert compression.finish() is model
+    assert dict(model.named_parameters()).keys() == parameters.keys()
+    assert all(value is parameters[name] for name, value in model.named_parameters())
+    assert all(state["exp_avg"].shape == each.shape for each, state in optimizer.state.items())
+    assert all(float(state["step"]) == STEPS for state in optimizer.state.values())
+    assert upop.count_parameters(model) == upop.count_parameters(average.module) < 0.7 * dense
+    assert traces(model) == []
+    assert {name: len(kept) for name, kept in compression.plan().items()} == {
+        unit.name: unit.size for unit in upop.find_units(model)
+    }
+
+
+def test_it_is_the_search_the_teacher_and_the_cut_by_hand() -> None:
+    model, other = VIT.build(), VIT.build()
+    compression = upop.Compression(model, 0.5, STEPS)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    losses = trained(model, compression, optimizer)
+
+    teaching = upop.distill(other, copy.deepcopy(other))
+    pruner = upop.Pruner(other, 0.5, 4)
+    second, expected = torch.optim.SGD(other.parameters(), lr=0.05), []
+    for step in range(STEPS):
+        loss = loss_of(other(**batch(step))) + teaching.loss()
+        second.zero_grad()
+        loss.backward()
+        if not pruner.finished:
+            pruner.step()
+        second.step()
+        if step == 3:
+            pruner.shrink()
+        expected.append(float(loss.detach()))
+    assert losses == expected
+    assert compression.plan() == pruner.plan()
+    assert difference(outputs_of(model, batch(0)), outputs_of(other, batch(0))) == 0
+
+
+@pytest.mark.parametrize("stopped", [2, 7])
+def test_a_resumed_training_ends_with_the_same_numbers(stopped: int) -> None:
+    def begun() -> tuple[nn.Module, upop.Compression, Any]:
+        model = VIT.build()
+        return model, upop.Compression(model, 0.5, STEPS), torch.optim.AdamW(model.parameters(), lr=1e-2)
+
+    model, compression, optimizer = begun()
+    trained(model, compression, optimizer, range(stopped))
+    saved = copy.deepcopy((compression.state_dict(), model.state_dict(), optimizer.state_dict()))
+    trained(model, compression, optimizer, range(stopped, STEPS))
+
+    other, resumed, second = begun()
+    resumed.load_state_dict(saved[0], second)
+    weights = {name: value for name, value in saved[1].items() if "upop" not in name}
+    other.load_state_dict(weights)
+    second.load_state_dict(saved[2])
+    trained(other, resumed, second, range(stopped, STEPS))
+    assert resumed.steps_done == compression.steps_done == STEPS
+    assert resumed.plan() == compression.plan()
+    assert difference(outputs_of(other, batch(0)), outputs_of(model, batch(0))) == 0
+
+
+def test_a_block_that_raises_leaves_nothing_behind() -> None:
+    model = VIT.build()
+    expected = outputs_of(model, batch(0))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    with pytest.raises(ZeroDivisionError), upop.Compression(model, 0.5, 30, correct=False) as compression:
+        trained(model, compression, optimizer, range(5))
+        raise ZeroDivisionError
+    assert traces(model) == []
+    assert difference(outputs_of(model, batch(0)), expected) == 0
+    with pytest.raises(StepError, match="came after finish"):
+        compression.step(optimizer)
+
+
+def test_a_block_that_ends_early_cuts_what_was_reached() -> None:
+    model = VIT.build()
+    dense = upop.count_parameters(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    with upop.Compression(model, 0.5, 90) as compression:  # sixteen steps search, in eight stages
+        trained(model, compression, optimizer, range(8))
+        half = compression.plan()
+    assert traces(model) == []
+    assert 0.7 * dense < upop.count_parameters(model) < 0.9 * dense
+    assert compression.plan() == half
+
+
+def test_a_loop_that_leaves_the_teacher_out_is_told() -> None:
+    model = VIT.build()
+    compression = upop.Compression(model, 0.5, STEPS)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    loss_of(model(**batch(0))).backward()
+    with pytest.raises(StepError, match=r"compression\.loss\(task_loss\)"):
+        compression.step(optimizer)
+    compression.close()
+    without = upop.Compression(model, 0.5, STEPS, teacher=False)
+    model.zero_grad()
+    loss_of(model(**batch(0))).backward()
+    without.step(optimizer)
+    assert without.distillation is None and without.steps_done == 1
+
+
+def test_settings_that_make_no_sense_are_refused() -> None:
+    model: Any = VIT.build()
+    for settings, told in (
+        ({"share": 0}, "in \\(0, 1\\]"),
+        ({"ratio": 2}, "strictly between"),
+        ({"steps": 0}, "steps"),
+    ):
+        with pytest.raises(SettingError, match=told):
+            upop.Compression(model, **{"ratio": 0.5, "steps": STEPS, **settings})
+    with pytest.raises(SettingError, match="shares weights"):
+        upop.Compression(model, 0.5, STEPS, teacher=model)
+    assert traces(model) == []
+
+
+class Own(nn.Module):
+    """A model of a class of one's own, whose units are read with the first batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm = nn.Linear(6, 8), nn.LayerNorm(8)
+        self.up, self.down, self.head = nn.Linear(8, 16), nn.Linear(16, 8), nn.Linear(8, 3)
+
+    def forward(self, values: Tensor) -> Tensor:
+        values = self.first(values)
+        values = values + self.down(torch.relu(self.up(values)))
+        return self.head(self.norm(values))  # type: ignore[no-any-return]
+
+
+def test_a_model_that_is_read_with_its_first_batch_has_a_teacher_at_once() -> None:
+    torch.manual_seed(0)
+    model, values = Own(), torch.randn(4, 6)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    compression = upop.Compression(model, 0.5, 6)
+    for _ in range(6):
+        compression.loss(model(values).square().mean()).backward()
+        assert compression.distillation is not None
+        compression.step(optimizer)
+        optimizer.zero_grad()
+    assert model.up.out_features == 8
+    assert upop.count_parameters(compression.finish()) < upop.count_parameters(Own())
+
+
+def test_a_model_that_nobody_can_teach_goes_without() -> None:
+    model = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 6))
+    with pytest.warns(UserWarning, match="No teacher: .* teacher=False"):
+        compression = upop.Compression(model, 0.5, 6)
+    assert compression.distillation is None
+    compression.close()
+    with pytest.raises(LayoutError, match="no layer norms"):
+        upop.Compression(model, 0.5, 6, teacher=True)
+    assert traces(model) == []
+
+
+def test_scaled_gradients() -> None:
+    found = []
+    for scale in (1.0, 1024.0):
+        model = VIT.build(torch.float32)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        compression = upop.Compression(model, 0.5, 6)
+        for step in range(6):
+            loss = compression.loss(loss_of(model(**VIT.inputs(4, torch.float32, step))))
+            scaler.scale(loss).backward()
+            if step == 1:  # as for clipping
+                scaler.unscale_(optimizer)
+            compression.step(optimizer, scaler=scaler)
+            optimizer.zero_grad()
+        found.append((compression.plan(), outputs_of(model, VIT.inputs(2, torch.float32))))
+    assert found[0][0] == found[1][0]
+    assert difference(found[0][1], found[1][1]) < 1e-5
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # the compiler's own
+def test_compiled_models_go_on_compiled() -> None:
+    torch._dynamo.reset()
+    model, plain = VIT.build(), VIT.build()
+    compiled: Any = torch.compile(model, backend="eager")
+    losses = []
+    for net, inner in ((compiled, model), (plain, plain)):
+        compression = upop.Compression(net, 0.5, 6)
+        losses.append(trained(net, compression, torch.optim.SGD(inner.parameters(), lr=0.05), range(6)))
+        compression.finish()
+    assert losses[0] == pytest.approx(losses[1], rel=1e-9)
+    torch._dynamo.reset()
+
+
+def test_accelerate_accumulates() -> None:
+    AcceleratorState._reset_state(True)
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+    model = VIT.build()
+    own = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    wrapped, optimizer, loader = accelerator.prepare(model, own, DataLoader([batch(step) for step in range(12)], None))
+    compression = upop.Compression(wrapped, 0.5, 6)
+    for each in loader:
+        with accelerator.accumulate(wrapped):
+            accelerator.backward(compression.loss(loss_of(wrapped(**each))))
+            compression.step(optimizer)
+            optimizer.zero_grad()
+    assert compression.steps_done == 6 and not compression.searching
+    assert all(state["exp_avg"].shape == each.shape for each, state in own.state.items())
+    AcceleratorState._reset_state(True)
+
+
+def test_masks_of_another_search_are_refused_at_once() -> None:
+    model = VIT.build()
+    masks = Masks(model, upop.find_units(model))
+    with warnings.catch_warnings(), pytest.raises(LayoutError, match="masked"):
+        upop.Compression(model, 0.5, 6)
+    masks.remove()
