@@ -1,4 +1,4 @@
-"""The callback for Lightning: search, resume, cut, and clear refusals."""
+"""The callback for Lightning: one fit, the same as a loop by hand, that resumes, and clear refusals."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import upop
-from upop.errors import SettingError, StepError
+from upop.errors import SettingError
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -34,7 +34,7 @@ class Module(pl.LightningModule):
         return self.model(**batch).loss
 
     def configure_optimizers(self) -> Any:
-        return torch.optim.SGD(self.parameters(), lr=0.05)
+        return torch.optim.AdamW(self.parameters(), lr=1e-2)
 
 
 def fit(model: Any, data: Any, folder: Path, *callbacks: Any, ckpt: str | None = None, **settings: Any) -> None:
@@ -51,44 +51,50 @@ def fit(model: Any, data: Any, folder: Path, *callbacks: Any, ckpt: str | None =
 
 def by_hand(model: Any, data: Any, clip: float, accumulate: int) -> upop.Plan:
     model.train()
-    pruner = upop.Pruner(model, 0.5, 6, 2)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    compression = upop.Compression(model, 0.5, 6)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     batches = [batch for _ in range(accumulate) for batch in DataLoader(data, batch_size=4)]
     for start in range(0, 6 * accumulate, accumulate):
         for batch in batches[start : start + accumulate]:
-            (model(**batch).loss / accumulate).backward()
-        pruner.step()
+            (compression.loss(model(**batch).loss) / accumulate).backward()
+        compression.before_step()  # Lightning calls before it clips
         nn.utils.clip_grad_norm_(model.parameters(), clip)
         optimizer.step()
+        compression.after_step([optimizer])
         optimizer.zero_grad()
-    return pruner.plan()
+    return compression.plan()
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_the_plan_is_that_of_a_loop_by_hand(classifier: Any, pictures: Any, tmp_path: Path, accumulate: int) -> None:
-    expected = by_hand(copy.deepcopy(classifier), pictures, 0.05, accumulate)
+def test_it_is_the_loop_by_hand(classifier: Any, pictures: Any, tmp_path: Path, accumulate: int) -> None:
+    model = copy.deepcopy(classifier)
+    expected = by_hand(model, pictures, 0.05, accumulate)
     dense = upop.count_parameters(classifier)
     images = pictures[0]["pixel_values"].unsqueeze(0)
-    search = LightningCallback(ratio=0.5, interval=2, module="model", verify={"pixel_values": images})
-    fit(classifier, pictures, tmp_path, search, gradient_clip_val=0.05, accumulate_grad_batches=accumulate)
-    assert search.pruner is not None
-    assert search.pruner.plan() == expected
+    callback = LightningCallback(ratio=0.5, module="model", verify={"pixel_values": images})
+    fit(classifier, pictures, tmp_path, callback, gradient_clip_val=0.05, accumulate_grad_batches=accumulate)
+    assert callback.compression is not None
+    assert callback.compression.plan() == expected
     assert upop.count_parameters(classifier) < 0.7 * dense
-    fit(classifier, pictures, tmp_path)  # the smaller model trains on
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(classifier.state_dict()[name], value, rtol=1e-4, atol=1e-6)
     again = upop.load(upop.save(classifier, tmp_path / "out"))
     with torch.no_grad():
         assert torch.equal(again(images).logits, classifier.eval()(images).logits)
 
 
-def test_a_search_goes_on_from_a_checkpoint(classifier: Any, pictures: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("share", [0.3, 0.9], ids=["after the cut", "before the cut"])
+def test_it_goes_on_from_a_checkpoint(classifier: Any, pictures: Any, tmp_path: Path, share: float) -> None:
     other = copy.deepcopy(classifier)
-    whole, resumed = (LightningCallback(0.5, 2, module="model") for _ in range(2))
+    whole, resumed = (LightningCallback(0.5, module="model", share=share) for _ in range(2))
     keep = pl.callbacks.ModelCheckpoint(dirpath=tmp_path, filename="{step}", every_n_train_steps=6, save_top_k=-1)
     # After a whole epoch, since Lightning begins an epoch anew that was broken off.
     fit(classifier, pictures, tmp_path, whole, keep, enable_checkpointing=True, max_steps=12)
     fit(other, pictures, tmp_path, resumed, ckpt=str(tmp_path / "step=6.ckpt"), max_steps=12)
-    assert whole.pruner is not None and resumed.pruner is not None
-    assert resumed.pruner.plan() == whole.pruner.plan()
+    assert whole.compression is not None and resumed.compression is not None
+    assert resumed.compression.plan() == whole.compression.plan()
+    for name, value in classifier.state_dict().items():
+        torch.testing.assert_close(other.state_dict()[name], value, rtol=1e-5, atol=1e-6)
 
 
 def test_what_makes_no_sense_is_refused(classifier: Any, pictures: Any, tmp_path: Path) -> None:
@@ -100,13 +106,26 @@ def test_what_makes_no_sense_is_refused(classifier: Any, pictures: Any, tmp_path
         fit(classifier, pictures, tmp_path, LightningCallback(0.5, module="model"), max_steps=-1, max_epochs=-1)
 
 
-def test_a_fit_that_is_stopped_is_not_cut(classifier: Any, pictures: Any, tmp_path: Path) -> None:
+def test_a_fit_that_is_stopped_leaves_what_was_reached(classifier: Any, pictures: Any, tmp_path: Path) -> None:
     class Stop(pl.Callback):
         def on_train_batch_end(self, trainer: Any, *_rest: Any) -> None:
-            trainer.should_stop = trainer.global_step >= 2
+            trainer.should_stop = trainer.global_step >= 1
 
-    with pytest.raises(StepError, match="only 2 of 6"):
-        fit(classifier, pictures, tmp_path, Stop(), LightningCallback(0.5, module="model"), min_epochs=0, min_steps=0)
+    dense = upop.count_parameters(classifier)
+    fit(classifier, pictures, tmp_path, Stop(), LightningCallback(0.5, module="model"), min_epochs=0, min_steps=0)
+    assert 0.6 * dense < upop.count_parameters(classifier) < dense
+
+
+def test_a_fit_that_fails_leaves_no_masks(classifier: Any, pictures: Any, tmp_path: Path) -> None:
+    class Fail(pl.Callback):
+        def on_train_batch_end(self, *_: Any) -> None:
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fit(classifier, pictures, tmp_path, LightningCallback(0.5, module="model"), Fail())
+    pruner = upop.Pruner(classifier, 0.5, 4)  # refused where masks are left
+    pruner.remove()
+    assert not any(module._forward_hooks for module in classifier.modules())
 
 
 def test_the_one_model_of_a_module_without_a_forward_is_compressed(pictures: Any, tmp_path: Path) -> None:
@@ -125,10 +144,10 @@ def test_the_one_model_of_a_module_without_a_forward_is_compressed(pictures: Any
         def training_step(self, batch: dict[str, Any], index: int) -> Any:
             return self.model(**batch)
 
-    search, trainer = (
+    callback, trainer = (
         LightningCallback(ratio=0.5),
         pl.Trainer(max_steps=6, accelerator="cpu", logger=False, enable_checkpointing=False, default_root_dir=tmp_path),
     )
-    trainer.callbacks.append(search)
+    trainer.callbacks.append(callback)
     trainer.fit(Step(Own()), DataLoader(pictures, batch_size=4))
     assert layer.linear1.out_features < 16

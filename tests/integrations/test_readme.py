@@ -27,7 +27,8 @@ def test_a_loop_of_ones_own(classifier: Any, pictures: Any, tmp_path: Path, monk
     names = {
         "model": classifier,
         "dense_model": copy.deepcopy(classifier),
-        "lr": 1e-3,
+        "optimizer": (optimizer := torch.optim.AdamW(classifier.parameters(), 1e-3)),
+        "scheduler": torch.optim.lr_scheduler.ConstantLR(optimizer),
         "criterion": lambda model, batch: model(**batch).loss,
         "loader": loader,
         "total_steps": len(loader),
@@ -35,6 +36,7 @@ def test_a_loop_of_ones_own(classifier: Any, pictures: Any, tmp_path: Path, monk
     }
     dense = upop.count_parameters(classifier)
     exec(block("criterion(model, batch)"), names)
+    assert names["model"] is classifier
     small = names["plan"], names["model"].state_dict()
     exec(block("upop.load_into("), names)
     assert upop.count_parameters(names["model"]) < 0.7 * dense
@@ -45,7 +47,7 @@ def test_trainer(classifier: Any, pictures: Any, tmp_path: Path, monkeypatch: py
     monkeypatch.chdir(tmp_path)
     dense = upop.count_parameters(classifier)
     args = TrainingArguments("run", max_steps=4, report_to="none", save_strategy="no", use_cpu=True, disable_tqdm=True)
-    names = {"upop": upop, "model": classifier, "search_args": args, "args": args, "data": pictures}
+    names = {"upop": upop, "model": classifier, "args": args, "data": pictures}
     exec(block("TrainerCallback"), names)
     assert upop.count_parameters(classifier) < 0.7 * dense
     again = AutoModelForImageClassification.from_pretrained(tmp_path / "out")
@@ -72,7 +74,7 @@ def test_accelerate(classifier: Any, pictures: Any, monkeypatch: pytest.MonkeyPa
         "model": classifier,
         "optimizer": torch.optim.AdamW(classifier.parameters()),
         "loader": DataLoader(pictures, batch_size=4),
-        "search_steps": 3,
+        "total_steps": 3,
     }
     exec(block("Accelerator"), names)
     assert upop.count_parameters(names["model"]) < 0.7 * dense

@@ -36,7 +36,6 @@ with and without a cache (BLIP, Florence-2 and XGLM did not); the cut model was 
 - *Dimensions* of all heads go where they can. Where rotary embeddings, norms or tables tie them together, whole *heads*
   go, or *groups*: the heads that share keys and values. *Neurons* are those of MLPs.
 - What looks prunable and is left alone is listed with the reason by `upop.survey(model)`, and here by its class.
-- Rows were written at different times: some are older than the reader of today, which may cut more of what they name.
 - An architecture that is not listed is read by the same rules: `upop.find_units(model)` says what it found, and
   `upop.shrink(model, plan, verify=inputs)` proves the cut on your inputs, as it does on others without them.
 

@@ -12,7 +12,8 @@ from typing import Any
 
 import transformers
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import CONFIG_MAPPING, PreTrainedModel
+from transformers.models.auto import modeling_auto
 
 from upop.checkpoints.blank import outline
 from upop.checkpoints.fit import AT_MOST, BESIDE, kept_sizes, listed, not_finite
@@ -99,7 +100,7 @@ def load_transformers(
     found = _class_of(folder, told, kind, strict=strict)
     register()
     with sealed(), allowing_gaps(), _explained(folder, found):  # gaps are listed below
-        config = found.config_class.from_dict(told)  # type: ignore[union-attr]
+        config = _config_class(found, told).from_dict(told)
         _check_sizes(found, config, held, folder)
         loaded: Any = found.from_pretrained(
             folder,
@@ -124,7 +125,7 @@ def config_of(folder: Path, kind: type[PreTrainedModel]) -> Any:
     """
     told, _ = _read(folder)
     with sealed(), _explained(folder, kind):
-        return kind.config_class.from_dict(told)  # type: ignore[union-attr]
+        return _config_class(kind, told).from_dict(told)
 
 
 def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -211,7 +212,7 @@ def _class_of(
             f"{transformers.__version__} does not have. Load it with its own class: YourModel.from_pretrained"
             f"({str(folder)!r}); after `import upop` that works for compressed models too."
         )
-    expected = getattr(found.config_class, "model_type", None)
+    expected = _config_class(found, config).model_type
     wrong = ""
     if named and found.__name__ not in named:
         wrong = f"holds a {' or '.join(named)}"
@@ -223,6 +224,19 @@ def _class_of(
             raise CheckpointError(f"{said} Load it as what it is, or fetch it again.")
         warnings.warn(said, stacklevel=4)
     return found
+
+
+def _config_class(kind: type[PreTrainedModel], config: Mapping[str, Any]) -> type[Any]:
+    """Return the class of a model's configurations; transformers builds some models of others' configurations, too."""
+    named = config.get("model_type")
+    pairs = (value for name, value in vars(modeling_auto).items() if name.endswith("_MAPPING_NAMES"))
+    if isinstance(named, str) and named in CONFIG_MAPPING:
+        for pair in pairs:
+            built = pair.get(named, ())
+            if kind.__name__ in ((built,) if isinstance(built, str) else built):
+                return CONFIG_MAPPING[named]
+    own: type[Any] = kind.config_class  # type: ignore[assignment]
+    return own
 
 
 def _check_sizes(kind: type[PreTrainedModel], config: Any, held: Mapping[str, Tensor], folder: Path) -> None:

@@ -56,23 +56,24 @@ class Compressing:
         settings = dict(self.settings)
         if self._fitting is not None:
             self._fitting.remove()
-        if self._dense is not None and not isinstance(settings.get("teacher"), nn.Module | bool):
+        if state is not None and self._dense is not None and not isinstance(settings.get("teacher"), nn.Module | bool):
             settings["teacher"] = self._dense
         self._dense = None
         self.compression = Compression(model, self.ratio, int(steps), resume=state, **settings)
         return self.compression
 
     def expect(self, model: nn.Module) -> None:
-        """Cut the dense model when weights are loaded into it that are of one that was cut already.
+        """Keep the dense model when weights are loaded into it, and cut it if they are of one that was cut already.
 
-        Libraries load a checkpoint's weights before they say that a training begins.
+        Libraries load the weights of a checkpoint that is resumed before they say that a training begins.
         """
         self._fitting = model.register_load_state_dict_pre_hook(self._fit)
 
     def _fit(self, model: nn.Module, state: Mapping[str, Tensor], prefix: str, *_: Any) -> None:
+        if self._dense is None:
+            self._dense = copy.deepcopy(model)
         own = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
         mine = dict(model.named_parameters())
         if all(own[name].shape == each.shape for name, each in mine.items() if name in own):
             return
-        self._dense = copy.deepcopy(model)
         cut_to_fit(model, own, "The checkpoint")

@@ -29,11 +29,11 @@ def rebuild_replicas(model: nn.Module) -> None:
 
 def _rebuild(wrapper: DistributedDataParallel) -> None:
     """Make the part anew that keeps buckets of gradients and hooks on parameters, as unpickling a wrapper does."""
-    parameters, sparse = wrapper._build_params_for_reducer()  # type: ignore[no-untyped-call]
-    names = wrapper._build_debug_param_to_name_mapping(parameters)  # type: ignore[no-untyped-call]
+    parameters, sparse = wrapper._build_params_for_reducer()
+    names = wrapper._build_debug_param_to_name_mapping(parameters)
     hooks = wrapper._comm_hooks
-    wrapper.reducer = None
-    wrapper._ddp_init_helper(parameters, sparse, names, wrapper.static_graph)  # type: ignore[no-untyped-call]
+    del wrapper.reducer  # takes its hooks off the parameters
+    wrapper._ddp_init_helper(parameters, sparse, names, wrapper.static_graph)
     wrapper._comm_hooks = []
     for hook, state in hooks:
         wrapper.register_comm_hook(state, hook)
