@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import statistics
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -203,6 +204,28 @@ def calibrate_ranking() -> str:
     )
 
 
+def real(model: str) -> str:
+    """Return the table of the ways to cut a pretrained model, mean and standard deviation over seeds."""
+    cells = read(f"real_compare_{model}_cpu")["cells"]
+    dense = next(cell for cell in cells if cell["way"] == "dense")
+    cut = [cell for cell in cells if cell["way"] != "dense"]
+    ratios = sorted({cell["ratio"] for cell in cut})
+
+    def value(way: str, ratio: float) -> str:
+        found = [cell["quality"] for cell in cut if (cell["way"], cell["ratio"]) == (way, ratio)]
+        if not found or None in found:
+            return "-"
+        if len(found) == 1:
+            return f"{found[0]:.1f}"
+        return f"{statistics.mean(found):.1f} ± {statistics.stdev(found):.1f} ({len(found)})"
+
+    ways = dict.fromkeys(cell["way"] for cell in sorted(cut, key=lambda cell: not cell["way"].startswith("upop")))
+    return markdown(
+        [f"{dense['metric']}, dense {dense['quality']:.1f}", *(f"{100 * ratio:g} % removed" for ratio in ratios)],
+        [[way, *(value(way, ratio) for ratio in ratios)] for way in ways],
+    )
+
+
 def quality_short() -> str:
     """Return the table of all methods at 4x and 2x, at equal parameters and the middle budget."""
     return markdown(*quality.short(read("quality_cpu"), ["4x", "2x"]))
@@ -382,6 +405,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "memory": lambda: (RESULTS / "memory.md").read_text(),
     "calibrate": calibrate,
     "log-calibrate": calibrate_ranking,
+    "real-minilm": lambda: real("minilm"),
+    "real-smollm2": lambda: real("smollm2"),
     "api": api,
     "log-search-step": search_steps,
     "log-demo": demos,

@@ -1,0 +1,231 @@
+"""Other ways to choose what goes and to make up for it, from their papers, for benchmarks/real/compare.py.
+
+A way is a score per entry (low ones go first), how entries of different units are compared, and what the layers that
+read them do about it. All of them see the dense model once, over the same batches, and lose the same cost.
+
+- magnitude: L2 norms of all weights of an entry (`upop.pruning.plan_by_magnitude`).
+- first-order: |sum of gradient times weight| of each batch, one ranking of all entries, one cut.
+- Wanda, structured (arXiv 2306.11695 in the form of arXiv 2312.11983): the norm of an input times the norm of the
+  weights that read it, the same share of every unit.
+- FLAP (arXiv 2312.11983): the variance of an input times the squared norm of the weights that read it, standardised
+  by unit, one ranking; the mean of what goes is added to the bias of the layer that reads it.
+- variance: that of an input alone, standardised by unit, one ranking, and the same shift by the mean.
+- closed form (as CORP does, without labels): the energy that an input gives to the outputs, the same share of every
+  unit, and a ridge regression of what goes on what stays, with a bias.
+- depth: whole layers whose outputs resemble their inputs most (arXiv 2403.03853).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import upop
+from upop.pruning import budget
+from upop.pruning.moments import readers
+from upop.pruning.scores import signed
+from upop.pruning.units import Unit, tensor_of
+
+Kept = dict[str, list[int]]
+_RIDGE = 1e-2
+"""Of the mean square of an input; that of the closed form."""
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What one pass over the batches shows of the dense model.
+
+    Attributes:
+        first_order: unit's name -> sum over the batches of |gradient times weight| of every entry, [size].
+        moments: unit's name -> mean of `x x^T` of what its reader is given, with a 1 behind x, [n + 1, n + 1]; float64.
+        likeness: mean cosine of what every layer of the stack is given and what it returns, [layers].
+    """
+
+    first_order: dict[str, Tensor]
+    moments: dict[str, Tensor]
+    likeness: Tensor
+
+    @classmethod
+    def of(
+        cls,
+        model: nn.Module,
+        units: list[Unit],
+        batches: Iterable[Any],
+        loss: Callable[[nn.Module, Any], Tensor],
+        counted: Callable[[Any], Tensor],
+        stack: Iterable[nn.Module],
+    ) -> Seen:
+        """Look at a model.
+
+        Args:
+            model: the dense one, in evaluation mode.
+            units: of the model.
+            batches: to look at.
+            loss: (model, batch) -> loss.
+            counted: batch -> which tokens are no padding, bool, [tokens].
+            stack: the layers of a decoder, whose outputs are compared with their inputs.
+        """
+        now = torch.empty(0, dtype=torch.bool)
+        moments: dict[str, Tensor] = {}
+        first_order = {unit.name: torch.zeros(unit.size, dtype=torch.float64) for unit in units}
+        likeness: dict[int, list[Tensor]] = {}
+
+        def look(name: str, inputs: Tensor) -> None:
+            rows = inputs.detach().flatten(0, -2)[now]
+            rows = torch.cat([rows, rows.new_ones(len(rows), 1)], 1)
+            product = (rows.t() @ rows).double()
+            moments[name] = moments[name] + product if name in moments else product
+
+        def compare(number: int, inputs: Tensor, output: Any) -> None:
+            states = output[0] if isinstance(output, tuple) else output
+            likeness.setdefault(number, []).append(F.cosine_similarity(inputs, states, dim=-1).mean().detach())
+
+        hooks = [
+            readers(model, unit)[0].register_forward_pre_hook(lambda _, args, name=unit.name: look(name, args[0]))
+            for unit in units
+        ]
+        hooks += [
+            layer.register_forward_hook(lambda _, args, out, number=number: compare(number, args[0], out))
+            for number, layer in enumerate(stack)
+        ]
+        for batch in batches:
+            now = counted(batch)
+            model.zero_grad()
+            loss(model, batch).backward()
+            for unit in units:
+                parts = [(part, tensor_of(model, part.tensor)) for part in unit.producers]
+                rows = [part.reduce(_signed(weight.detach(), weight.grad)) for part, weight in parts]
+                first_order[unit.name] += torch.stack(rows).sum(0).abs().double()
+        model.zero_grad()
+        for hook in hooks:
+            hook.remove()
+        tokens = {name: float(each[-1, -1]) for name, each in moments.items()}
+        means = [torch.stack(likeness[number]).mean() for number in sorted(likeness)]
+        return cls(
+            first_order,
+            {name: each / tokens[name] for name, each in moments.items()},
+            torch.stack(means) if means else torch.empty(0),
+        )
+
+
+def _signed(weight: Tensor, gradient: Tensor | None) -> Tensor:
+    assert gradient is not None
+    return signed(weight.unsqueeze(1), gradient.unsqueeze(1)) if weight.dim() == 1 else signed(weight, gradient)
+
+
+@dataclass(frozen=True)
+class Way:
+    """A way to cut.
+
+    Attributes:
+        score: (moments [n + 1, n + 1] of what a unit's reader is given, its weight [outputs, n]) -> a score for each of
+            the n; None is the first-order score of the entries.
+        compared: "raw" scores of all units in one ranking, "standardised" in each unit first, or a "uniform" share of
+            every unit.
+        makes_up: "mean" adds to the bias, "ridge" solves for what stays, None does nothing.
+        mlp_alone: attention stays whole.
+    """
+
+    score: Callable[[Tensor, Tensor], Tensor] | None
+    compared: Literal["raw", "standardised", "uniform"]
+    makes_up: Literal["mean", "ridge"] | None = None
+    mlp_alone: bool = False
+
+
+def _variance(moments: Tensor) -> Tensor:
+    variance: Tensor = moments.diagonal()[:-1] - moments[-1, :-1].square()
+    return variance
+
+
+def _wanda(moments: Tensor, weight: Tensor) -> Tensor:
+    norms: Tensor = weight.norm(dim=0)
+    return moments.diagonal()[:-1].sqrt() * norms
+
+
+def _flap(moments: Tensor, weight: Tensor) -> Tensor:
+    return _variance(moments) * weight.square().sum(0)
+
+
+def _variances(moments: Tensor, weight: Tensor) -> Tensor:
+    del weight
+    return _variance(moments)
+
+
+def _energy(moments: Tensor, weight: Tensor) -> Tensor:
+    return moments.diagonal()[:-1] * weight.square().sum(0)
+
+
+WAYS: dict[str, Way] = {
+    "first-order, one cut": Way(None, "raw"),
+    "Wanda, structured": Way(_wanda, "uniform"),
+    "Wanda, structured, MLPs alone": Way(_wanda, "uniform", mlp_alone=True),
+    "FLAP": Way(_flap, "standardised", "mean"),
+    "FLAP, MLPs alone": Way(_flap, "standardised", "mean", mlp_alone=True),
+    "variance, mean shift": Way(_variances, "standardised", "mean"),
+    "closed form": Way(_energy, "uniform", "ridge"),
+}
+
+
+def kept_by(way: Way, model: nn.Module, units: list[Unit], costs: dict[str, float], seen: Seen, ratio: float) -> Kept:
+    """Return what a way keeps of every unit when `ratio` of the cost of all units goes."""
+    ranked = [unit for unit in units if unit.kind == "mlp" or not way.mlp_alone]
+    scores = {}
+    for unit in ranked:
+        if way.score is None:
+            score = seen.first_order[unit.name]
+        else:
+            weight = readers(model, unit)[0].weight.detach().double()
+            score = unit.online[-1].reduce(way.score(seen.moments[unit.name], weight))
+        if way.compared == "standardised":
+            score = (score - score.mean()) / score.std()
+        elif way.compared == "uniform":
+            score = (score.argsort().argsort() + 0.5) / unit.size
+        scores[unit.name] = -score
+    whole, here = (sum(costs[unit.name] * unit.size for unit in which) for which in (units, ranked))
+    marked = budget.select(ranked, scores, costs, ratio * whole / here, standardised=False).marked
+    return {name: (~gone).nonzero().flatten().tolist() for name, gone in marked.items()}
+
+
+@torch.no_grad()
+def cut(model: nn.Module, units: list[Unit], kept: Kept, seen: Seen | None, makes_up: str | None) -> nn.Module:
+    """Return a smaller copy of a model, whose layers make up for what goes as a way says."""
+    small = copy.deepcopy(model)
+    for unit in units:
+        if unit.name not in kept or makes_up is None:
+            continue
+        assert seen is not None
+        layer, moments = readers(small, unit)[0], seen.moments[unit.name]
+        stay = torch.tensor(kept[unit.name])
+        go = torch.tensor(sorted(set(range(unit.size)) - set(kept[unit.name])), dtype=torch.long)
+        ours, theirs = (unit.online[-1].index(each, unit.size) for each in (stay, go))
+        lost = layer.weight.double()[:, theirs].t()
+        if makes_up == "mean":
+            shift = moments[-1, theirs] @ lost
+        else:
+            places = torch.cat([ours, ours.new_tensor([len(moments) - 1])])
+            held = torch.zeros(len(places), dtype=torch.float64)
+            held[:-1] = _RIDGE * moments.diagonal()[ours].mean()
+            change = torch.linalg.solve(moments[places][:, places] + held.diag(), moments[places][:, theirs] @ lost)
+            layer.weight[:, ours] += change[:-1].t().to(layer.weight)
+            shift = change[-1]
+        old = layer.bias if layer.bias is not None else torch.zeros(layer.out_features)
+        layer.bias = nn.Parameter((old + shift.to(old)).detach().to(layer.weight))
+    return upop.shrink(small, kept)
+
+
+def without_layers(model: nn.Module, stack: str, seen: Seen, ratio: float) -> nn.Module:
+    """Return a copy without the share of the layers of a stack whose outputs resemble their inputs most."""
+    small: Any = copy.deepcopy(model)
+    order = seen.likeness.argsort()  # the least like their inputs first
+    stay = sorted(order[: len(order) - round(ratio * len(order))].tolist())
+    parent, _, name = stack.rpartition(".")
+    setattr(small.get_submodule(parent), name, nn.ModuleList(small.get_submodule(stack)[n] for n in stay))
+    small.config.num_hidden_layers = len(stay)
+    whole: nn.Module = small
+    return whole
