@@ -41,6 +41,7 @@ from upop.pruning.costs import entry_costs
 
 RESULTS = Path(__file__).parents[1] / "results"
 OURS = "upop, calibrate"
+ONCE = "upop, calibrate in one cut"
 DEPTH = "depth by similarity"
 TORCH_PRUNING = {"Torch-Pruning L2": False, "Torch-Pruning Taylor": True}
 RATIOS = (0.1, 0.2, 0.3, 0.5)
@@ -161,7 +162,7 @@ def compressed(
 
     Args:
         subject: the model.
-        way: "upop, calibrate", "magnitude", one of `TORCH_PRUNING`, of `WAYS`, or depth.
+        way: `OURS`, `ONCE` (one stage), "magnitude", one of `TORCH_PRUNING`, of `WAYS`, or depth.
         ratio: share of the prunable parameters that goes.
         seed: which samples are seen.
         batches: how many of them.
@@ -170,9 +171,10 @@ def compressed(
     Raises:
         UnsupportedError: the way cannot cut this model.
     """
-    if way == OURS:
+    if way in (OURS, ONCE):
         model = copy.deepcopy(subject.model)
-        upop.calibrate(model, subject.batches(seed, batches), ratio, loss=subject.loss)
+        options: dict[str, Any] = {"stages": 1} if way == ONCE else {}
+        upop.calibrate(model, subject.batches(seed, batches), ratio, loss=subject.loss, **options)
         return model
     if way == DEPTH:
         return without_layers(subject.model, subject.stack, seen(), ratio)
@@ -207,7 +209,7 @@ def recover(subject: Subject, model: nn.Module, steps: int, seed: int) -> None:
 def ways(subject: Subject) -> list[str]:
     """Return the ways that are compared on a model, the cheapest first."""
     others = [way for way in WAYS if subject.stack or not WAYS[way].mlp_alone]
-    return ["magnitude", *others, *([DEPTH] if subject.stack else []), OURS, *TORCH_PRUNING]
+    return ["magnitude", *others, *([DEPTH] if subject.stack else []), ONCE, OURS, *TORCH_PRUNING]
 
 
 def measured(
