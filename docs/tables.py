@@ -406,7 +406,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "calibrate": calibrate,
     "log-calibrate": calibrate_ranking,
     "real-minilm": lambda: real("minilm"),
-    "real-smollm2": lambda: real("smollm2"),
     "api": api,
     "log-search-step": search_steps,
     "log-demo": demos,
