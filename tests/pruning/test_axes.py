@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -94,6 +95,7 @@ class Written(nn.Module):
             self.first = nn.Linear(WIDTH, WIDTH, bias=way["bias"])
             self.second, self.third = nn.Linear(WIDTH, keys), nn.Linear(WIDTH, keys)
         self.last = nn.Linear(WIDTH, WIDTH)
+        self.gate = nn.Linear(WIDTH, WIDTH if way["gate"] == "values" else HEADS) if way["gate"] != "none" else None
         self.norm = nn.LayerNorm(self.size) if way["norm"] == "layer norm" else None
         self.temperature = nn.Parameter(torch.rand(HEADS, 1, 1)) if way["scale"] == "per head" else None
         self.scale = self.size**-0.5
@@ -121,12 +123,25 @@ class Written(nn.Module):
             return x.unsqueeze(1)
         if self.way["view"] == "unflatten":
             return x.unflatten(-1, (self.n, -1)).transpose(1, 2)
+        if self.way["view"] == "number":
+            return in_heads(x)
+        if self.way["view"] == "slices":
+            parts = [x[..., at * self.size : (at + 1) * self.size] for at in range(self.n)]
+            return torch.stack(parts, 1)
+        if self.way["view"] == "einops":
+            return rearrange(x, "b t (h d) -> b h t d", h=self.n)
         if self.way["view"] == "sizes":
             return x.reshape(x.shape[0], x.shape[1], self.n, self.size).permute(0, 2, 1, 3)
         return x.view(x.shape[0], x.shape[1], self.n, -1).transpose(1, 2)
 
     def forward(self, x: Tensor) -> Tensor:
         queries, keys, values = map(self.heads, self.kinds(x))
+        if self.way["cache"]:  # keys and values come in two pieces
+            before, after = map(self.kinds, x.split([3, x.shape[1] - 3], 1))
+            keys, values = (
+                torch.cat([self.heads(old), self.heads(new)], -2)
+                for old, new in zip(before[1:], after[1:], strict=True)
+            )
         if self.norm is not None:
             queries, keys = self.norm(queries), self.norm(keys)
         elif self.way["norm"] == "normalize":
@@ -134,22 +149,42 @@ class Written(nn.Module):
         elif self.way["norm"] == "rotary":
             queries, keys = turned(queries), turned(keys)
         if self.way["scale"] == "sdpa" and self.way["groups"] == "all":
-            found = F.scaled_dot_product_attention(queries, keys, values, is_causal=self.way["mask"])
+            found = F.scaled_dot_product_attention(queries, keys, values, self.mask(x, HEADS))
         else:
-            scores = queries @ keys.transpose(-2, -1)
+            quarter = queries.shape[-1] ** -0.25 if self.way["scale"] == "both" else 1.0
+            scores = torch.einsum("bhid,bhjd->bhij", queries * quarter, (keys * quarter).expand_as(queries))
             scores = {
                 "kept": lambda: scores * self.scale,
                 "size": lambda: scores / math.sqrt(queries.shape[-1]),
                 "one over": lambda: scores / queries.shape[-1],
                 "per head": lambda: scores * self.temperature,
+                "both": lambda: scores,
             }.get(self.way["scale"], lambda: scores * 0.3)()
-            if self.way["mask"]:
-                later = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).triu(1)
-                scores = scores.masked_fill(later, -1e9)
-            found = scores.softmax(-1) @ values
+            mask = self.mask(x, HEADS)
+            found = (scores if mask is None else scores + mask).softmax(-1) @ values
+        if self.gate is not None and self.way["gate"] == "heads":
+            found = found * self.gate(x).sigmoid().transpose(1, 2).unsqueeze(-1)
         joined = found.transpose(1, 2)
         joined = joined.reshape(x.shape) if self.way["join"] == "input" else joined.flatten(2)
+        if self.gate is not None and self.way["gate"] == "values":
+            joined = joined * F.silu(self.gate(x))
         return self.last(joined)
+
+    def mask(self, x: Tensor, heads: int) -> Tensor | None:
+        """Return what is added to scores, [heads or 1, queries, keys]."""
+        places = torch.arange(x.shape[1])
+        apart = places[:, None] - places
+        if self.way["mask"] == "causal":
+            return torch.zeros(apart.shape, dtype=x.dtype).masked_fill(apart < 0, -1e9)
+        if self.way["mask"] == "window":
+            return torch.zeros(apart.shape, dtype=x.dtype).masked_fill(apart.abs() > 2, -1e9)
+        if self.way["mask"] == "slopes":
+            return -apart.abs() * 0.5 ** torch.arange(heads, dtype=x.dtype)[:, None, None]
+        return None
+
+
+def in_heads(x: Tensor) -> Tensor:
+    return x.view(x.shape[0], x.shape[1], HEADS, -1).transpose(1, 2)
 
 
 def turned(x: Tensor) -> Tensor:
@@ -165,18 +200,20 @@ WAYS = st.fixed_dictionaries(
         "order": st.permutations([0, 1, 2]),
         "split": st.sampled_from(["view", "slice", "chunk"]),
         "last": st.booleans(),
-        "view": st.sampled_from(["unflatten", "sizes", "rest"]),
+        "view": st.sampled_from(["unflatten", "sizes", "rest", "number", "slices", "einops"]),
         "groups": st.sampled_from(["all", "one"]),
         "norm": st.sampled_from(["none", "none", "layer norm", "normalize", "rotary"]),
-        "scale": st.sampled_from(["sdpa", "kept", "size", "one over", "per head", "number"]),
-        "mask": st.booleans(),
+        "scale": st.sampled_from(["sdpa", "kept", "size", "one over", "per head", "number", "both"]),
+        "mask": st.sampled_from(["none", "causal", "window", "slopes"]),
+        "gate": st.sampled_from(["none", "none", "values", "heads"]),
+        "cache": st.booleans(),
         "join": st.sampled_from(["input", "flatten"]),
         "bias": st.booleans(),
     }
 )
 
 
-@settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=6, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 @given(way=WAYS)
 def test_whatever_way_an_attention_is_written(way: dict[str, Any]) -> None:
     check_ways(way)
@@ -309,9 +346,71 @@ class Pointwise(nn.Module):
         return self.down(F.relu(self.around(F.gelu(self.up(x.transpose(1, 2)))))).transpose(1, 2)
 
 
+class HeadsInTurn(nn.Module):
+    """Attends head by head: each takes its dimensions from all, and puts what it finds in their place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.three = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(3))
+        self.out, self.size = nn.Linear(WIDTH, WIDTH), WIDTH // HEADS
+
+    def forward(self, x: Tensor) -> Tensor:
+        queries, keys, values = (layer(x) for layer in self.three)
+        found = torch.zeros_like(values)
+        for start in range(0, WIDTH, self.size):
+            one, two, three = (each[:, :, start : start + self.size] for each in (queries, keys, values))
+            found[:, :, start : start + self.size] = F.scaled_dot_product_attention(one, two, three)
+        return self.out(found)
+
+
+class NormedHeads(nn.Module):
+    """Norms over heads, whose number stands in a function: whole heads go."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.three = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(3))
+        self.out, self.norm = nn.Linear(WIDTH, WIDTH), nn.RMSNorm(WIDTH // HEADS)
+        self.register_buffer("turns", torch.arange(7.0)[:, None] * 0.3 ** torch.arange(WIDTH // HEADS))
+
+    def forward(self, x: Tensor) -> Tensor:
+        queries, keys, values = (in_heads(layer(x)) for layer in self.three)
+        queries, keys = (self.norm(each) * self.turns[: x.shape[1]].cos() for each in (queries, keys))
+        return self.out(F.scaled_dot_product_attention(queries, keys, values).transpose(1, 2).reshape(*x.shape[:2], -1))
+
+
+class Crossed(nn.Module):
+    """Every neuron is a product of one of each half, in torch's bilinear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.other, self.down = nn.Linear(WIDTH, 9), nn.Linear(WIDTH, 10), nn.Bilinear(9, 10, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.relu(self.one(x)), F.relu(self.other(x)))
+
+
+class Around(nn.Module):
+    """Keys and values of the neighbours of each token, by Tensor.unfold."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.three = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(3))
+        self.out = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        queries, keys, values = (in_heads(layer(x)) for layer in self.three)
+        keys, values = (F.pad(each, (0, 0, 1, 1)).unfold(2, 3, 1) for each in (keys, values))
+        scores = torch.einsum("bhid,bhidw->bhiw", queries, keys) * queries.shape[-1] ** -0.5
+        return self.out(torch.einsum("bhiw,bhidw->bhid", scores.softmax(-1), values).transpose(1, 2).flatten(2))
+
+
 @pytest.mark.parametrize(
     ("inner", "entry", "count"),
     [
+        (HeadsInTurn, "dimension", 2),
+        (NormedHeads, "head", 2),
+        (Crossed, "neuron", 4),
+        (Around, "dimension", 2),
         (SplitByWidth, "dimension", 2),
         (Louder, "dimension", 2),
         (Experts, "neuron", 4),

@@ -114,9 +114,7 @@ def _merged(trace: Trace, live: list[Label], dims: list[Dim], name: str, rows: S
             if trace.summed(leaf, past_of(live)):
                 leaf.mark("residual")
     if name in _PRODUCTS and len(live) == 2:
-        gate, value = (0, 1) if live[1].linear and not live[0].linear else (1, 0)
-        if live[gate].linear and not live[value].linear:
-            gate, value = value, gate
+        gate, value = (0, 1) if _gates(trace, *live) else (1, 0)
         for source in live[gate].sources - live[value].sources:
             trace.gates.update((source, leaf) for axis in axes_in(dims) for leaf in axis.leaves())
         if (rows and trace.gate(rows[gate], rows[value])) or live[0].sources != live[1].sources:
@@ -124,6 +122,14 @@ def _merged(trace: Trace, live: list[Label], dims: list[Dim], name: str, rows: S
                 axis.mark("bent")
             return Label(dims, live[value].sources, live[value].linear)
     return Label(dims, sources, all(label.linear for label in live) and linear)
+
+
+def _gates(trace: Trace, one: Label, other: Label) -> bool:
+    """Whether the first of two activations gates the second: it is the one with a bend, or is computed of the other."""
+    if one.linear != other.linear:
+        return other.linear
+    made, makes = trace.bits(one.sources), trace.bits(other.sources)
+    return bool(makes) and one.past & makes == makes and other.past & made != made
 
 
 # -- moving -------------------------------------------------------------------------------------------------------
@@ -214,6 +220,7 @@ def _slice(trace: Trace, args: Any, kwargs: Any, result: Any, name: str) -> None
     start, stop, step = slice(start, stop, step).indices(size)
     dims = list(label.dims)
     if step == 1:
+        trace.slices(label, dims[dim])
         dims[dim] = cut_out(dims[dim], start, max(start, stop))
     elif size % step == 0 and start < step and stop > size - step + start:  # one of every `step` that lie together
         dims[dim], among = regroup([dims[dim]], (size // step, step))
@@ -222,6 +229,16 @@ def _slice(trace: Trace, args: Any, kwargs: Any, result: Any, name: str) -> None
         fix(dims[dim], "a slice takes every few of it")
         dims[dim] = (result.shape[dim],)
     trace.set(result, like(label, dims))
+
+
+@rule("unfold")
+def _unfold(trace: Trace, args: Any, kwargs: Any, result: Any, name: str) -> None:
+    label = trace.label(args[0])
+    dims = list(label.dims)
+    place = args[1] % len(dims)
+    fix(dims[place], "windows of it are taken")
+    dims[place] = (result.shape[place],) if result.shape[place] > 1 else ()
+    trace.set(result, like(label, [*dims, (args[2],) if args[2] > 1 else ()]))
 
 
 @rule("select")

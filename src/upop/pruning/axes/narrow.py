@@ -25,6 +25,7 @@ with ".rank.dim.old" of what comes out, and the same of what goes in.
 _SHAPED = (Tensor.view, Tensor.reshape, torch.reshape)
 _UNFLATTEN = (Tensor.unflatten, torch.unflatten)
 _SPLIT = (Tensor.split, torch.split, torch.functional.split)
+_INDEXED = (Tensor.__getitem__, Tensor.__setitem__)
 
 
 class _Widths(TorchFunctionMode):
@@ -58,8 +59,8 @@ class _Widths(TorchFunctionMode):
         if func in _SPLIT and len(args) > 1:
             dim = args[2] if len(args) > 2 else kwargs.get("dim", 0)
             return func(args[0], self._sizes(args[0], args[1], dim), dim)
-        if func is Tensor.__getitem__:
-            return func(args[0], self._index(args[0], args[1]))
+        if func in _INDEXED:
+            return func(args[0], self._index(args[0], args[1]), *args[2:])
         return func(*args, **kwargs)
 
     def _shape(self, tensor: Tensor, sizes: Any) -> list[Any]:
@@ -115,17 +116,24 @@ class _Widths(TorchFunctionMode):
                     each = slice(start, stop, each.step)
                 dim += 1
             found.append(each)
-        return tuple(found)
+        return tuple(found) if isinstance(index, tuple) else found[0]  # torch goes another way with a slice alone
 
 
 def _fits(tensor: Tensor, sizes: Sequence[Any]) -> bool:
-    """Whether a tensor can be viewed so; what -1 stands for has to begin and to end where its dimensions do."""
+    """Whether a tensor can be viewed so; what -1 stands for is whole dimensions, or what is left of one."""
     known = math.prod([size for size in sizes if size != -1])
     if -1 not in sizes or not known or tensor.numel() % known:
         return bool(known == tensor.numel())
+    rest = tensor.numel() // known
     start = math.prod(sizes[: list(sizes).index(-1)])
-    ends = [math.prod(tensor.shape[:place]) for place in range(tensor.dim() + 1)]
-    return start in ends and start * (tensor.numel() // known) in ends
+    ends = _ends(tensor.shape)
+    whole = start in ends and start * rest in ends
+    return whole or ends <= _ends([rest if size == -1 else size for size in sizes])
+
+
+def _ends(sizes: Sequence[int]) -> set[int]:
+    """Return after how many entries the dimensions of a shape end, counted in those outside it."""
+    return {math.prod(sizes[:place]) for place in range(len(sizes) + 1)}
 
 
 class Narrow:

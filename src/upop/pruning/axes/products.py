@@ -122,6 +122,22 @@ def _grouped_product(trace: Trace, args: Any, kwargs: Any, result: Any, name: st
     return None
 
 
+@rule("_trilinear")
+def _bilinear(trace: Trace, args: Any, kwargs: Any, result: Any, name: str) -> None:
+    """Sums over two inputs and a weight, [out, in, in], as torch.nn.Bilinear does."""
+    one, weight, other = (trace.label(each) for each in args[:3])
+    if not weight.parameter or [list(each) for each in args[3:7]] != [[1, 3], [0], [1, 2], [2, 3]]:
+        return unknown(trace, args, kwargs, result, name)
+    for label, place in ((one, 1), (other, 2)):
+        for axis in axes_in(label.dims[-1:]):
+            axis.mark("bent")
+        _contract(trace, label, label.dims[-1], weight, weight.dims[place])
+    trace.note(weight, 0, "produces")
+    past = past_of([one, weight, other])
+    trace.set(result, Label([*one.dims[:-1], weight.dims[0]], weight.sources, past=past))
+    return None
+
+
 def _activation(label: Label) -> Label:
     """Return what is known of learned tokens that went through a layer, as of any others."""
     return replace(label, parameter=False, latent=False) if label.latent else label

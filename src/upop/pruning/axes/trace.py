@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -147,6 +148,7 @@ class Trace(Mode):
         self._model = model
         self._bits: dict[str, int] = {}
         self._pairs: list[tuple[Dim, Dim]] = []
+        self._sliced: dict[Axis, None] = {}
         self._queries: dict[tuple[str, int], Tensor] = {}
         self._silent: dict[tuple[str, int], Tensor] = {}
 
@@ -219,6 +221,12 @@ class Trace(Mode):
             for axis in axes_in([one]):
                 axis.mark("attends")
 
+    def slices(self, label: Label, dim: Dim) -> None:
+        """Take note that an activation is sliced along a dimension: equal slices of all of it are to stay alike."""
+        factors = factors_of(dim)
+        if label.live and len(factors) == 1 and isinstance(factors[0], Axis):
+            self._sliced[factors[0].root] = None
+
     def opens(self, names: Iterable[str], dims: Iterable[Dim]) -> bool:
         """Whether one of some parameters was seen to produce an axis in `dims`: they are no tokens."""
         leaves = {leaf for axis in axes_in(dims) for leaf in axis.leaves()}
@@ -277,6 +285,10 @@ class Trace(Mode):
         for label in self.kept():
             for dim in label.dims:
                 fix(dim, "a module keeps it after the call")
+        for whole in self._sliced:
+            row = whole.root
+            if row.joined == "row" and len({part.size for part in row.parts}) == 1:
+                self._pairs += [((one,), (other,)) for one, other in pairwise(row.parts)]
         for one, other in self._pairs:
             if length(one) == length(other):
                 tie(one, other, "queries and values have other sizes")
