@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
 import upop
 from pruning.families import BY_NAME, FAMILIES
@@ -27,6 +28,14 @@ def test_parts_add_up_to_the_whole(name: str) -> None:
         assert held[unit.modality].prunable >= found.unit_parameters[unit.name]
     assert all(part.prunable <= part.parameters for part in found.parts)
     assert sum(part.prunable for part in found.parts) == sum(found.unit_parameters.values())
+
+
+def test_weights_between_two_units_are_counted_once() -> None:
+    model = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 8))
+    found = inspect_model(model)
+    assert len(found.unit_parameters) == 2
+    assert sum(part.prunable for part in found.parts) == upop.count_parameters(model) - 8  # the last bias stays
+    assert sum(found.unit_parameters.values()) == upop.count_parameters(model) - 8 + 32 * 32
 
 
 def test_towers_are_told_apart() -> None:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from upop.pruning import Plan, Skipped, Unit, shrink, survey
 from upop.pruning.align import Align, check_align, entries_in_block
 from upop.pruning.choice import check_ratio
 from upop.pruning.costs import entry_costs, macs_by_module
 from upop.pruning.coverage import Coverage, coverage
+from upop.pruning.units import tensor_of
 from upop.report.shares import Panel, UnitShare, panels
 
 SHARED = "shared"
@@ -96,7 +99,7 @@ def inspect_model(model: nn.Module, inputs: Any = None, dense: Mapping[str, int]
         Part(
             modality,
             parameters.get(modality, 0),
-            sum(by_unit[unit.name] for unit in found.units if unit.modality == modality),
+            _prunable(model, [unit for unit in found.units if unit.modality == modality]),
             macs.get(modality, 0) if inputs is not None else None,
         )
         for modality in order
@@ -107,6 +110,24 @@ def inspect_model(model: nn.Module, inputs: Any = None, dense: Mapping[str, int]
     ]
     covered = coverage(model, found.units, found.skipped, own)
     return Inspection(tuple(panels(shares)), parts, found.skipped, by_unit, covered)
+
+
+def _prunable(model: nn.Module, units: Sequence[Unit]) -> int:
+    """Return how many parameters go with the entries of some units: a weight between two of them is counted once."""
+    cut: dict[str, dict[int, Tensor]] = {}
+    for unit in units:
+        for part in unit.slices:
+            inside = part.entries(unit.size) >= 0
+            dims = cut.setdefault(part.tensor, {})
+            dims[part.dim] = inside | dims.get(part.dim, torch.zeros_like(inside))
+    names = {id(each): name for name, each in model.named_parameters()}
+    count = 0
+    for name, dims in cut.items():
+        tensor = tensor_of(model, name)
+        if names.get(id(tensor)) == name:
+            rest = (size - int(dims[at].sum()) if at in dims else size for at, size in enumerate(tensor.shape))
+            count += tensor.numel() - math.prod(rest)
+    return count
 
 
 def after_budget(model: nn.Module, ratio: float, align: Align = 1) -> tuple[nn.Module, Plan]:
