@@ -213,6 +213,17 @@ class RunSettings(Checked):
     def _method(self) -> Self:
         if self.method == "upop" and self.cost == "reference":
             raise ValueError("cost: reference is the budget of the published search; it takes method: reference")
+        if self.method != "upop":
+            changed = [
+                name
+                for name in ("search_share", "score", "correct")
+                if getattr(self, name) != type(self).model_fields[name].default
+            ]
+            if changed:
+                raise ValueError(
+                    f"method: {self.method} has no use for {' and '.join(changed)}, which method upop takes; leave "
+                    f"{'them' if len(changed) > 1 else 'it'} out, or take method: upop"
+                )
         return self
 
     @property

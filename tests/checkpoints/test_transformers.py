@@ -232,6 +232,19 @@ def test_layers_that_were_dropped_after_a_cut(tmp_path: Path) -> None:
     assert bit_equal(upop.load(folder), model, inputs)
 
 
+def test_layers_that_are_dropped_and_still_counted_are_told_of_when_the_model_is_saved(tmp_path: Path) -> None:
+    model, inputs = compressed("llama")
+    model.model.layers = model.model.layers[:1]
+    inputs["use_cache"] = False
+    with pytest.warns(UserWarning) as told:
+        folder = upop.save(model, tmp_path / "a")
+    assert any("model.config say how many" in str(each.message) and "layers.1." in str(each.message) for each in told)
+    other = MODELS["llama"][0]().eval()
+    other.model.layers = other.model.layers[:1]
+    upop.load_into(other, folder)
+    assert bit_equal(other, model, inputs)
+
+
 def test_cutting_leaves_the_random_states(tmp_path: Path) -> None:
     sizes = {"conv_dim": (8, 8), "conv_stride": (5, 2), "conv_kernel": (10, 3), "num_feat_extract_layers": 2}
     shared = {name: TEXT[name] for name in ("hidden_size", "num_hidden_layers", "intermediate_size")}

@@ -92,3 +92,11 @@ def test_training_and_the_published_recipe_warm_up_only_where_they_are_told_to()
     assert falling(settings(), 1.0, 10, 10)(0) == 1.0
     assert compression_rates(settings(method="reference"), 1.0, 10)[1](0) == 1.0
     assert compression_rates(settings(method="reference", warmup_steps=4), 1.0, 10)[1](0) == 0.25
+
+
+@pytest.mark.parametrize("given", [{"search_share": 0.2}, {"score": "squared"}, {"correct": False}], ids=str)
+def test_what_another_method_takes_is_refused(given: dict[str, Any]) -> None:
+    settings(**given)
+    for method in ("reference", "magnitude"):
+        with pytest.raises(ValueError, match=f"method: {method} has no use for {next(iter(given))}"):
+            settings(method=method, **given)

@@ -71,6 +71,9 @@ def misfit(model: PreTrainedModel) -> str | None:
             return f"{name} is no part of it"
         if list(value.shape) != shapes[name]:
             return f"{name} has shape {tuple(value.shape)}, it makes {tuple(shapes[name])}"
+    absent = next((name for name in dense.state_dict() if name not in mine), None)
+    if absent is not None:
+        return f"it makes {absent}, which is not there; if layers were dropped, have model.config say how many are left"
     tied = getattr(model, "all_tied_weights_keys", None) or {}
     for name, first in shared_tensors(mine).items():
         if not {name, first} & {*tied, *tied.values()}:
