@@ -24,6 +24,7 @@ from pruning.families import BY_NAME, NLVR, VIT, Family, finished_pruner, loss_o
 from together import run_together
 from upop.errors import LayoutError, SettingError, StepError
 from upop.models.checkpointing import checkpoint_blocks
+from upop.pruning.distill import _difference
 
 CASES = [BY_NAME[name] for name in ("vit-registers", "nlvr", "segmenter", "clip", "vqa", "caption")]
 WORDS = {"input_ids": torch.randint(1, 60, (3, 7), generator=torch.Generator().manual_seed(0))}
@@ -386,3 +387,20 @@ def test_nothing_to_compare() -> None:
     retrieval_model(**clip_pairs(), ids=torch.arange(4))
     with pytest.raises(StepError, match=r"ClipRetrieval returns Tensor, not logits"):
         distill.loss()
+
+
+def test_differences_are_not_kept_in_float32() -> None:
+    aim = torch.randn(4, 5, 8, dtype=torch.bfloat16)
+    own = (aim + torch.randn_like(aim)).requires_grad_()
+    mask = torch.tensor([[True] * 3 + [False] * 2] * 4)
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda each: kept.append(each) or each, lambda each: each):
+        loss = _difference(own, aim, mask)
+    assert not [each for each in kept if each.dtype == torch.float32 and each.shape == own.shape]
+    loss.backward()
+    one, other = own.detach().float().requires_grad_(), aim.float()
+    expected = ((one - other)[:, :3].square().mean((1, 2)) / other[:, :3].square().mean((1, 2))).mean()
+    expected.backward()
+    assert own.grad is not None and one.grad is not None
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(own.grad.float(), one.grad, rtol=1e-2, atol=1e-5)

@@ -39,7 +39,8 @@ def distill(
 
     It helps most where training is short and data few; where the loss says enough by itself it may add nothing. It
     costs one forward pass of the dense model at every step, about half again the time of a step, and the memory of its
-    weights, but none for gradients or an optimizer.
+    weights and of what its norms give (in the precision they compute in, until the backward pass: two outputs of
+    [B, T, width] per layer of a transformer), but none for gradients or an optimizer.
 
     What is compared are the outputs of the norms on the residual stream: of all of them that the loss depends on, by
     mean square, sample by sample, as a share of the teacher's. The teacher runs after each forward pass of `model` that
@@ -354,15 +355,31 @@ def _difference(own: Tensor, aim: Tensor, mask: Tensor | None) -> Tensor:
         aim: the same, without.
         mask: which tokens count, [B, ...]; None is all of them.
     """
-    own, aim = _precise(own), _precise(aim)
+    size = _precise(aim).square()
+    weight = None if mask is None else mask.unsqueeze(-1)
     count: Tensor | int = aim[0].numel()
-    apart, size = (own - aim).square(), aim.square()
-    if mask is not None:
+    if weight is not None:
         # Weighed, not picked: picking waits for the device.
-        weight = mask.unsqueeze(-1)
-        apart, size = apart * weight, size * weight
+        size = size * weight
         count = (weight.flatten(1).sum(1) * aim.shape[-1]).clamp_min(1)
-    return (apart.flatten(1).sum(1) / count / (size.flatten(1).sum(1) / count).clamp_min(_FLOOR)).mean()
+    apart: Tensor = _SquaresApart.apply(own, aim, weight)
+    return (apart / count / (size.flatten(1).sum(1) / count).clamp_min(_FLOOR)).mean()
+
+
+class _SquaresApart(torch.autograd.Function):
+    """Sum of squares of `own - aim` per sample, [B], which keeps both as they are and no difference in float32."""
+
+    @staticmethod
+    def forward(ctx: Any, own: Tensor, aim: Tensor, weight: Tensor | None) -> Tensor:
+        ctx.save_for_backward(own, aim, weight)
+        squares = (_precise(own) - _precise(aim)).square()
+        return (squares if weight is None else squares * weight).flatten(1).sum(1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        own, aim, weight = ctx.saved_tensors
+        apart = (_precise(own) - _precise(aim)) * (2 * grad).view(-1, *[1] * (own.dim() - 1))
+        return (apart if weight is None else apart * weight).to(own.dtype), None, None
 
 
 def _divergence(own: Tensor, aim: Tensor, temperature: float, mask: Tensor | None) -> Tensor:
