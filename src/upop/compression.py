@@ -327,7 +327,7 @@ class Compression:
         for average in self._averages:
             know_as(average, model)
             shrink(average, plan, verify=False)
-        rebuild_replicas(model)
+        rebuild_replicas(self.model)
 
     def _check_open(self, what: str) -> None:
         if self._closed:

@@ -36,10 +36,28 @@ def search(inputs: dict[str, Tensor], rank: int | None, progress: Any) -> dict[s
     return result
 
 
-def run(rank: int, folder: str, progress: str) -> None:
+def compress(inputs: dict[str, Tensor], rank: int | None, steps: int) -> dict[str, Any]:
+    """Compress in a few steps, most of them after the cut, with the wrapper and the optimizer of the dense model."""
+    model: nn.Module = NLVR.build()
+    wrapped = model if rank is None else nn.parallel.DistributedDataParallel(model)
+    optimizer = torch.optim.SGD(wrapped.parameters(), lr=1e-2, momentum=0.9)
+    compression = upop.Compression(wrapped, 0.5, steps, correct=False)
+    if rank is not None:
+        inputs = rows_of(inputs, 4, slice(2 * rank, 2 * rank + 2))
+    for _ in range(steps):
+        compression.loss(loss_of(wrapped(**inputs))).backward()
+        compression.step(optimizer)
+        optimizer.zero_grad()
+    compression.finish()
+    plan = {name: list(kept) for name, kept in compression.plan().items()}
+    return {"plan": plan, "weights": dict(model.state_dict())}
+
+
+def run(rank: int, folder: str, work: Any, how: Any) -> None:
+    """Do one rank's part of `search` or `compress`, and leave what came of it in a file."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2, timeout=LIMIT)
     try:
-        torch.save(search(NLVR.inputs(4), rank, progress), Path(folder) / f"rank{rank}.pt")
+        torch.save(work(NLVR.inputs(4), rank, how), Path(folder) / f"rank{rank}.pt")
     finally:
         dist.destroy_process_group()

@@ -365,24 +365,39 @@ def test_a_model_may_be_built_and_cut_on_the_meta_device() -> None:
     }
 
 
-@modes
-def test_two_ranks_search_as_one_process_does(progress: str, tmp_path: Path) -> None:
-    expected = ranks.search(NLVR.inputs(4), None, progress)
-    other = FORKS.Process(target=ranks.run, args=(1, str(tmp_path), progress))
+def in_two_ranks(work: Any, how: Any, folder: Path) -> list[dict[str, Any]]:
+    """Return what came of both ranks' work."""
+    other = FORKS.Process(target=ranks.run, args=(1, str(folder), work, how))
     other.start()
     try:
-        ranks.run(0, str(tmp_path), progress)
+        ranks.run(0, str(folder), work, how)
         other.join(timeout=60)
         assert other.exitcode == 0
     finally:
         other.kill()
-    results = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
+    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
+
+
+@modes
+def test_two_ranks_search_as_one_process_does(progress: str, tmp_path: Path) -> None:
+    expected = ranks.search(NLVR.inputs(4), None, progress)
+    results = in_two_ranks(ranks.search, progress, tmp_path)
     for found in results:
         assert found["plan"] == expected["plan"]
         for name, score in expected["scores"].items():
             torch.testing.assert_close(found["scores"][name], score, rtol=1e-10, atol=1e-12)
             assert torch.equal(found["masks"][name], expected["masks"][name])
             assert torch.equal(found["scores"][name], results[0]["scores"][name])
+        for name, weight in expected["weights"].items():
+            torch.testing.assert_close(found["weights"][name], weight, rtol=1e-9, atol=1e-11)
+            assert torch.equal(found["weights"][name], results[0]["weights"][name])
+
+
+def test_two_ranks_are_compressed_as_one_process_is_and_train_on_in_their_wrapper(tmp_path: Path) -> None:
+    expected = ranks.compress(NLVR.inputs(4), None, 6)
+    results = in_two_ranks(ranks.compress, 6, tmp_path)
+    for found in results:
+        assert found["plan"] == expected["plan"]
         for name, weight in expected["weights"].items():
             torch.testing.assert_close(found["weights"][name], weight, rtol=1e-9, atol=1e-11)
             assert torch.equal(found["weights"][name], results[0]["weights"][name])

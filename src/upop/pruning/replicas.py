@@ -17,13 +17,16 @@ def rebuild_replicas(model: nn.Module) -> None:
     Every process has to call it, with its own copy. Nothing happens where there is no such wrapper.
 
     Args:
-        model: the model inside; its parameters are the same objects as before.
+        model: the model, or its wrapper; the parameters inside are the same objects as before.
     """
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return
-    # A training loop may hold nothing but the wrapper, and hand on the model inside; so it is looked for.
-    for wrapper in [each for each in gc.get_objects() if issubclass(type(each), DistributedDataParallel)]:
-        if unwrapped(wrapper) is model:
+    inner = unwrapped(model)
+    # A training loop may hold the wrapper, and hand on the model inside; so it is looked for.
+    held = [*model.modules(), *gc.get_objects()]
+    wrappers = {id(each): each for each in held if issubclass(type(each), DistributedDataParallel)}
+    for wrapper in wrappers.values():
+        if unwrapped(wrapper) is inner:
             _rebuild(wrapper)
 
 
