@@ -57,18 +57,6 @@ def is_transformed() -> bool:
     return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
 
 
-@contextmanager
-def attributes_kept(model: nn.Module) -> Iterator[None]:
-    """Have every module keep what it kept before, and nothing else."""
-    held = {module: dict(vars(module)) for module in model.modules()}
-    try:
-        yield
-    finally:
-        for module, attributes in held.items():
-            vars(module).clear()
-            vars(module).update(attributes)
-
-
 def precision_now(kind: str) -> tuple[str, torch.dtype] | None:
     """Return the kind of device and the precision of the autocast that is on, or None where none is."""
     on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)

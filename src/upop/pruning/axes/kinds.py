@@ -7,12 +7,15 @@ their axes was seen gives random numbers, and what it is given is looked at, as 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from torch import nn
-from torch.utils._pytree import tree_leaves
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._pytree import tree_leaves, tree_map
 
 from upop.pruning.axes.axis import Axis, axes_in
 from upop.pruning.axes.candidates import Candidate
@@ -81,15 +84,9 @@ def twin(model: nn.Module, tried: Candidate, other: Candidate) -> Candidate:
     return replace(other, unit=replace(other.unit, slices=slices, attributes=attributes, swaps=swaps))
 
 
-def places(trace: Trace, candidates: Sequence[Candidate]) -> set[int]:
-    """Return the places of the operations that take or give an axis of some candidates."""
-    found = _carrying(trace.steps, {each.axis.root for each in candidates})
-    return {at for each in found.values() for at in each}
-
-
 def idle(model: nn.Module, trace: Trace, candidates: Sequence[Candidate]) -> dict[str, list[Any]]:
     """Return the outermost modules that have weights and no part in what some candidates cut, and what they gave."""
-    steps = places(trace, candidates)
+    steps = {at for places in _carrying(trace.steps, {e.axis.root for e in candidates}).values() for at in places}
     owners = [part.tensor.rpartition(".")[0] for each in candidates for part in each.unit.slices]
     busy = {path for inner in (*(trace.steps[at].module for at in steps), *owners) for path in around(inner)}
     found: dict[str, list[Any]] = {}
@@ -111,3 +108,52 @@ def unread(model: nn.Module, trace: Trace, idle: Iterable[str]) -> set[str]:
         for name, _ in model.named_parameters()
         if all(any(path in still for path in around(reader)) for reader in trace.readers.get(name, ()))
     }
+
+
+class Idle:
+    """The forward of a module that is idle.
+
+    Args:
+        path: its dotted name.
+        gave: for each of its calls, what it gave.
+
+    Attributes:
+        path: the name.
+        given: the tensors that it was given since `start`.
+    """
+
+    def __init__(self, path: str, gave: Sequence[Any]) -> None:
+        self.path, self._gave = path, gave
+
+    def start(self, dtype: torch.dtype) -> None:
+        """Begin a run of the model in a precision."""
+        self._calls, self._dtype = 0, dtype
+        self.given: list[Tensor] = []
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Take note of what is given, and give random numbers, the same in every run."""
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{self.path} {self._calls}".encode()))
+        tensors = [each for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)]
+        device = next((each.device for each in tensors), torch.device("cpu"))
+
+        def made(each: Any) -> Any:
+            if not isinstance(each, Made):
+                return each
+            if not each.dtype.is_floating_point:
+                return torch.ones(each.shape, dtype=each.dtype, device=device)
+            return torch.randn(each.shape, generator=generator).to(device, self._dtype)
+
+        with _disable_current_modes():  # it is no operation of the model
+            self.given += [each.detach().clone() for each in tensors if each.is_floating_point()]
+            gave = self._gave[self._calls % len(self._gave)]
+            self._calls += 1
+            return tree_map(made, gave)
+
+
+def rest(model: nn.Module, idle: Mapping[str, Sequence[Any]]) -> list[Idle]:
+    """Have modules of a copy be idle."""
+    found = []
+    for path, gave in idle.items():
+        found.append(Idle(path, gave))
+        model.get_submodule(path).forward = found[-1]
+    return found

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_map
 from upop.pruning.again import drawing_the_same, uncompiled
 from upop.pruning.axes.candidates import Candidate
 from upop.pruning.axes.copies import forgetting, told, with_memory
-from upop.pruning.axes.idle import rest
+from upop.pruning.axes.kinds import rest
 from upop.pruning.axes.mode import Mode, defined, name_of
 from upop.pruning.costs import call, evaluating
 from upop.pruning.errors import VerificationError

@@ -35,12 +35,8 @@ def read(model: nn.Module, example: Any) -> tuple[list[Unit], list[Skipped]]:
 
 
 def _read(model: nn.Module, example: Any) -> tuple[list[Unit], list[Skipped]]:
-    try:
-        shapes = Shapes(model, example, run=False)
-        trace, chosen, skipped = _looked(model, shapes)
-    except LayoutError:  # it asks for numbers, or does not run at all
-        shapes = Shapes(model, example)
-        trace, chosen, skipped = _looked(model, shapes)
+    shapes = Shapes(model, example)
+    trace, chosen, skipped = _looked(model, shapes)
     if shapes.mode is None:  # numbers say where the forward goes, and a cut must not change them
         shapes.silent = {part.tensor for each in chosen for part in each.unit.slices if not part.produces}
         trace, chosen, skipped = _looked(model, shapes)

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from upop.pruning.axes.axis import Axis, Dim, length
 from upop.pruning.axes.candidates import Candidate
 from upop.pruning.axes.copies import written_out
-from upop.pruning.axes.mode import name_of, tensors_in
+from upop.pruning.axes.mode import name_of
 from upop.pruning.axes.proof import Bench
 from upop.pruning.axes.settle import COPIES, around, plain_name
 from upop.pruning.axes.trace import Step, Trace
@@ -31,13 +32,13 @@ class _Zeros(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         del types
         result = func(*args, **(kwargs or {}))
-        outputs = tensors_in(result)
+        outputs = [each for each in tree_leaves(result) if isinstance(each, Tensor)]
         name = plain_name(name_of(func))
         if not outputs or name in COPIES or self.found or self._at >= len(self._steps):
             return result
         step = self._steps[self._at]
         self._at = self._at + 1 if plain_name(step.name) == name else len(self._steps)
-        first = next(iter(tensors_in(args)), None)
+        first = next((each for each in tree_leaves(args) if isinstance(each, Tensor)), None)
         if first is not None and self._zero(first, step.given) and self._zero(outputs[0], step.dims[0]) is False:
             self.found = step
         return result

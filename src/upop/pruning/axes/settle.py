@@ -15,19 +15,18 @@ from fractions import Fraction
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
-from upop.pruning.again import attributes_kept
 from upop.pruning.axes.axis import Axis, Dim, axes_in
 from upop.pruning.axes.candidates import Candidate
 from upop.pruning.axes.copies import Shapes, told
-from upop.pruning.axes.idle import rest
-from upop.pruning.axes.mode import Mode, name_of, tensors_in
+from upop.pruning.axes.mode import Mode, name_of
 from upop.pruning.axes.multihead import narrow_multihead
 from upop.pruning.axes.narrow import WIDTHS, Narrow, narrow_class
 from upop.pruning.axes.trace import Step, Trace, watching
 from upop.pruning.costs import call
-from upop.pruning.shrink import cut, restore
+from upop.pruning.shrink import cut
 from upop.pruning.units import Attribute, Swap, Swapped
 
 NARROW, MULTIHEAD = "widths", "multihead"
@@ -71,9 +70,9 @@ class Stop:
 class _Follower(Mode):
     """Compares the shapes of a run with those that follow from the dense one."""
 
-    def __init__(self, steps: list[Step], sizes: Mapping[Axis, int], skipped: frozenset[str], last: int) -> None:
+    def __init__(self, steps: list[Step], sizes: Mapping[Axis, int], skipped: frozenset[str]) -> None:
         super().__init__()
-        self._steps, self._sizes, self._skipped, self._last = steps, sizes, skipped, last
+        self._steps, self._sizes, self._skipped = steps, sizes, skipped
         self.at = 0
         self.off = ""
         self.stack: list[str] = []
@@ -81,7 +80,7 @@ class _Follower(Mode):
     def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run an operation, and compare what it gives."""
         result = func(*args, **kwargs)
-        outputs = tensors_in(result)
+        outputs = [each for each in tree_leaves(result) if isinstance(each, Tensor)]
         name = plain_name(name_of(func))
         if not outputs or name in COPIES or _inside(self.stack[-1] if self.stack else "", self._skipped):
             return result
@@ -89,8 +88,6 @@ class _Follower(Mode):
             _inside(self._steps[self.at].module, self._skipped) or plain_name(self._steps[self.at].name) in COPIES
         ):
             self.at += 1
-        if self.at > self._last:
-            raise _Off
         shapes = tuple(tuple(each.shape) for each in outputs)
         if self.at >= len(self._steps):
             self.off = f"it goes on with {name}"
@@ -154,44 +151,26 @@ def smaller(candidates: Iterable[Candidate]) -> dict[str, tuple[int, ...]]:
     return plan
 
 
-class Trials:
-    """Cuts one copy without numbers again and again, and runs it as far as what is cut may matter.
-
-    Args:
-        shapes: the world without numbers.
-        trace: what a run of the model did.
-        still: what is known of modules that are to be idle (see `kinds`).
-        last: the place of the last operation of which the shape is compared.
-    """
-
-    def __init__(self, shapes: Shapes, trace: Trace, still: Mapping[str, Sequence[Any]], last: int) -> None:
-        self.trace = trace
-        self._shapes, self._still, self._last = shapes, still, last
-        self._model = shapes.copy()
-        self._resting = rest(self._model, still)
-
-    def stop(self, candidates: list[Candidate]) -> Stop | None:
-        """Cut the copy and run it; return where it goes wrong, or None."""
-        plan = smaller(candidates)
-        sizes = {each.axis.root: len(plan[each.unit.name]) for each in candidates}
-        swaps = (swap for each in candidates for swap in each.unit.swaps if not issubclass(swap.kind, Narrow))
-        skipped = frozenset((*self._still, *(swap.module for swap in swaps)))
-        follower = _Follower(self.trace.steps, sizes, skipped, self._last)
-        for each in self._resting:
-            each.start(None)
-        with attributes_kept(self._model):
-            # All copies without numbers hold the same parameters.
-            undo = cut(self._model, [each.unit for each in candidates], plan, fold=False, anew=True)
-            try:
-                with self._shapes.running(), torch.no_grad(), watching(self._model, follower.stack), follower:
-                    call(self._model, self._shapes.example)
-            except _Off:
-                pass
-            except Exception as error:
-                follower.off = follower.off or told(error)
-            finally:
-                restore(undo)
-        return Stop(follower.at, follower.off) if follower.off else None
+def stop_of(shapes: Shapes, trace: Trace, candidates: list[Candidate]) -> Stop | None:
+    """Cut a copy and run it; return where it goes wrong, or None."""
+    plan = smaller(candidates)
+    sizes = {each.axis.root: len(plan[each.unit.name]) for each in candidates}
+    skipped = frozenset(
+        swap.module for each in candidates for swap in each.unit.swaps if not issubclass(swap.kind, Narrow)
+    )
+    model = shapes.copy()
+    # All copies without numbers hold the same parameters.
+    cut(model, [each.unit for each in candidates], plan, fold=False, anew=True)
+    follower = _Follower(trace.steps, sizes, skipped)
+    with shapes.running():
+        try:
+            with torch.no_grad(), watching(model, follower.stack), follower:
+                call(model, shapes.example)
+        except _Off:
+            return Stop(follower.at, follower.off)
+        except Exception as error:
+            return Stop(follower.at, follower.off or told(error))
+    return Stop(follower.at, follower.off) if follower.off else None
 
 
 @dataclass(frozen=True)
@@ -202,11 +181,12 @@ class _Remedy:
     swaps: tuple[Swap, ...] = ()
 
 
-def settle(model: nn.Module, trials: Trials, candidates: list[Candidate]) -> tuple[list[Candidate], dict[str, str]]:
+def settle(
+    model: nn.Module, shapes: Shapes, trace: Trace, candidates: list[Candidate]
+) -> tuple[list[Candidate], dict[str, str]]:
     """Find what has to be set again for every unit; return those that can be cut, and why the others cannot."""
     lost: dict[str, str] = {}
-    trace = trials.trace
-    stop = trials.stop(candidates) if candidates else None
+    stop = stop_of(shapes, trace, candidates) if candidates else None
     while candidates and stop is not None:
         involved = _involved(trace, candidates, stop.at)
         ours = {each.unit.name for each in involved}
@@ -215,7 +195,7 @@ def settle(model: nn.Module, trials: Trials, candidates: list[Candidate]) -> tup
             if better is not candidates and len(remedy.attributes) > 1 and not remedy.swaps:
                 continue  # two numbers, where one alone helped
             tried = _with(model, candidates, remedy, involved)
-            after = trials.stop(tried)
+            after = stop_of(shapes, trace, tried)
             if after is None or after.at > furthest.at:
                 better, furthest = tried, after or Stop(len(trace.steps), "")
                 if after is None or not ours & {each.unit.name for each in _involved(trace, tried, after.at)}:
@@ -228,7 +208,7 @@ def settle(model: nn.Module, trials: Trials, candidates: list[Candidate]) -> tup
         for name in names:
             lost[name] = f"{line or 'its forward'} insists on a size: {stop.reason}"
         candidates = [each for each in candidates if each.unit.name not in names]
-        stop = trials.stop(candidates) if candidates else None
+        stop = stop_of(shapes, trace, candidates) if candidates else None
     return candidates, lost
 
 

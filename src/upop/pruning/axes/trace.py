@@ -18,7 +18,7 @@ from torch.utils.flop_counter import flop_registry
 from torch.utils.weak import WeakIdKeyDictionary
 
 from upop.pruning.axes.axis import Axis, Dim, axes_in, doing, factors_of, fix, length, tie
-from upop.pruning.axes.mode import Mode, leaves_in, name_of, tensors_in
+from upop.pruning.axes.mode import Mode, name_of
 from upop.pruning.errors import LayoutError
 
 Rows = dict[tuple[str, int], Tensor]
@@ -318,7 +318,7 @@ class Trace(Mode):
         from upop.pruning.axes.rules import follow
 
         result = func(*args, **kwargs)
-        outputs = tensors_in(result)
+        outputs = [each for each in tree_leaves(result) if isinstance(each, Tensor)]
         if any(each.is_nested for each in outputs):
             raise LayoutError(
                 f"{type(self._model).__name__} computes with nested tensors of torch, whose axes cannot be followed. "
@@ -332,7 +332,7 @@ class Trace(Mode):
         line = user_line() if self._lines else ""
         with doing(name_of(func), line):
             follow(self, func, args, kwargs, result)
-        given = leaves_in(args)
+        given = tree_leaves(args)
         self.steps.append(
             Step(
                 name_of(func),
@@ -351,8 +351,8 @@ class Trace(Mode):
         new = [each for each in outputs if each not in self._labels]
         if new:
             past = 0
-            for each in tensors_in((args, kwargs)):
-                past |= self.label(each).past
+            for each in tree_leaves((args, kwargs)):
+                past |= self.label(each).past if isinstance(each, Tensor) else 0
             for each in new:
                 self._labels[each] = Label(plain(each), past=past)
 
@@ -361,8 +361,8 @@ class Trace(Mode):
         return None if found is None else tuple(found.dims)
 
     def _note_reading(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        for each in tensors_in((args, kwargs)):
-            name = self._parameters.get(id(each))
+        for each in tree_leaves((args, kwargs)):
+            name = self._parameters.get(id(each)) if isinstance(each, Tensor) else None
             if name is not None:
                 self.readers.setdefault(name, set()).add(self.stack[-1] if self.stack else "")
                 owner = self._model.get_submodule(name.rpartition(".")[0])

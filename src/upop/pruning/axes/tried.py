@@ -10,10 +10,10 @@ from torch import nn
 
 from upop.pruning.axes.candidates import Candidate
 from upop.pruning.axes.copies import Shapes, numbered
-from upop.pruning.axes.kinds import idle, kinds, places, twin, unread
-from upop.pruning.axes.proof import Bench, at_random, prove, scaled
+from upop.pruning.axes.kinds import idle, kinds, twin, unread
+from upop.pruning.axes.proof import Bench, prove, scaled
 from upop.pruning.axes.reasons import tell
-from upop.pruning.axes.settle import Trials, around, mistakable, settle
+from upop.pruning.axes.settle import around, mistakable, settle
 from upop.pruning.axes.trace import Trace
 
 MOST_MEMORY = 6 * 2**30
@@ -26,8 +26,8 @@ class Proof:
     """Tries candidates of one model.
 
     One of each kind is settled and proved at several sizes, while all that has no part in it is idle. What was found is
-    taken over by the others. That all of them together compute what they should is seen once more, with numbers, where
-    the model is small enough; else, or if they do not, that they have the shapes that they should is seen without.
+    taken over by the others; that all of them together have the shapes that they should is seen without numbers, and
+    that they compute what they should is seen once more, with numbers, where the model is small enough.
 
     Args:
         model: left as it is.
@@ -60,25 +60,12 @@ class Proof:
                 wrong.update({each.unit.name: wrong[first.unit.name] for each in others})
         if len(everyone) == len(proved):
             return everyone
-        bench = self._bench(everyone) if self._trace.multiply_adds <= MOST_MULTIPLY_ADDS else None
-        units = [each.unit for each in everyone]
-        if bench is not None and bench.difference(units, at_random(units, 0))[0] <= 1:
-            return everyone
         everyone = self._settled(everyone, wrong)
+        bench = self._bench(everyone) if self._trace.multiply_adds <= MOST_MULTIPLY_ADDS else None
         return everyone if bench is None else self._checked(bench, everyone, wrong, beside=False)
 
-    def _still(self, candidates: list[Candidate]) -> dict[str, list[Any]]:
-        """Return what may be idle while some candidates are tried; nothing where what runs depends on numbers."""
-        return {} if self._shapes.mode is None else idle(self._model, self._trace, candidates)
-
     def _settled(self, candidates: list[Candidate], wrong: dict[str, str]) -> list[Candidate]:
-        still = self._still(candidates)
-        trials = Trials(self._shapes, self._trace, still, max(places(self._trace, candidates), default=0))
-        settled, reasons = settle(self._model, trials, candidates)
-        if reasons and still and trials.stop([]) is not None:  # something is asked of what is idle
-            settled, reasons = settle(
-                self._model, Trials(self._shapes, self._trace, {}, len(self._trace.steps)), candidates
-            )
+        settled, reasons = settle(self._model, self._shapes, self._trace, candidates)
         wrong.update(reasons)
         return settled
 
@@ -133,8 +120,9 @@ class Proof:
     def _bench(self, candidates: list[Candidate], *, resting: bool = True) -> Bench | None:
         """Return a copy with the numbers that some candidates need; None where they are too many."""
         model, trace = self._model, self._trace
-        still = self._still(candidates) if resting else {}
-        without = unread(model, trace, still) if resting and self._shapes.mode is not None else set()
+        fixed = resting and self._shapes.mode is not None  # else what runs depends on numbers
+        still = idle(model, trace, candidates) if fixed else {}
+        without = unread(model, trace, still) if fixed else set()
         count = sum(each.numel() for name, each in model.named_parameters() if name not in without)
         for dtype in (torch.float64, torch.float32):
             if 2 * dtype.itemsize * count <= MOST_MEMORY:
