@@ -361,6 +361,7 @@ def _peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
+@pytest.mark.slow
 def test_a_dense_model_far_larger_than_its_file_takes_no_memory(tmp_path: Path) -> None:
     model = BlipCaption(CaptionConfig(**{**BLIP, "vision_mlp": 3 * 2**20})).eval()  # 1.2 GB in two layers
     units = {unit.name: [5, 9] for unit in upop.find_units(model) if unit.name.startswith("visual") and unit.size > 99}

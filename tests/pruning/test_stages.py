@@ -251,6 +251,7 @@ class Counting:
 
 
 def test_compiled_models_are_corrected_and_run_compiled_all_the_other_steps() -> None:
+    gc.collect()  # searches that other tests let go of, and that still look
     torch._dynamo.reset()
     model, plain, counting = VIT.build(), VIT.build(), Counting()
     compiled: Any = torch.compile(model, backend=counting, fullgraph=True)
@@ -271,6 +272,7 @@ def test_compiled_models_are_corrected_and_run_compiled_all_the_other_steps() ->
 
 
 def test_compiled_code_runs_again_once_nobody_looks() -> None:
+    gc.collect()
     torch._dynamo.reset()
     counting, layer = Counting(), nn.Linear(2, 2)
     compiled = torch.compile(layer, backend=counting)
