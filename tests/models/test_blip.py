@@ -37,6 +37,7 @@ def test_the_published_parameters() -> None:
     assert upop.count_parameters(full_size("base")[0]) / 1e6 == pytest.approx(259.5, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_vit_large_has_units_of_its_own_sizes() -> None:
     units = upop.find_units(full_size("large")[0])
     assert {(unit.modality, unit.kind, unit.size, unit.heads) for unit in units} == {
