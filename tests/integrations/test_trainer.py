@@ -105,7 +105,7 @@ def _kept(found: Any, seen: list[Any]) -> Any:
 @pytest.mark.parametrize("step", [1, 4])
 def test_it_goes_on_from_a_checkpoint_before_and_after_the_cut(pictures: Any, tmp_path: Path, step: int) -> None:
     model, other, third = clip(), clip(), clip()
-    whole, resumed = TrainerCallback(ratio=0.5), TrainerCallback(ratio=0.5)
+    whole, resumed = TrainerCallback(ratio=0.5), TrainerCallback(ratio=0.5, teacher=True)
     saving = {"save_strategy": "steps", "save_steps": step, "optim": "adamw_torch", "learning_rate": 1e-2}
     trainer(model, pictures, tmp_path, whole, **saving).train()
     checkpoint = tmp_path / f"checkpoint-{step}"

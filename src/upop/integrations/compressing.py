@@ -56,8 +56,8 @@ class Compressing:
         settings = dict(self.settings)
         if self._fitting is not None:
             self._fitting.remove()
-        if state is not None and self._dense is not None and not isinstance(settings.get("teacher"), nn.Module | bool):
-            settings["teacher"] = self._dense
+        if state is not None and self._dense is not None and settings.get("teacher") in (None, True):
+            settings["teacher"] = self._dense  # the model has the checkpoint's weights by now
         self._dense = None
         self.compression = Compression(model, self.ratio, int(steps), resume=state, **settings)
         return self.compression
