@@ -5,6 +5,8 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import upop
+
 _ALONE = """
 import sys
 sys.modules["pydantic"] = None  # as if it were not installed
@@ -33,3 +35,9 @@ def test_the_method_works_with_torch_alone_and_files_say_what_is_missing() -> No
     assert save == "upop.save needs pydantic, which is not installed. pip install pydantic"
     assert load == "upop.load needs pydantic, which is not installed. pip install pydantic"
     assert other == "module 'upop' has no attribute 'prune'"
+
+
+def test_there_is_one_pruner_and_one_way_to_cut() -> None:
+    assert upop.Pruner is upop.pruning.Pruner
+    assert upop.shrink is upop.pruning.shrink
+    assert upop.calibrate is upop.pruning.calibrate

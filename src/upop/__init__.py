@@ -32,7 +32,7 @@ from upop.pruning import (  # noqa: E402
 
 _missing: str | None = None
 try:
-    from upop.checkpoints import Pruner, calibrate, load, load_into, load_official, save, shrink
+    from upop.checkpoints import load, load_into, load_official, save
     from upop.checkpoints.export import export
 except ModuleNotFoundError as error:
     _missing = error.name

@@ -13,25 +13,18 @@ import torch
 from torch import Tensor, nn
 
 from upop.errors import LayoutError, SettingError, StepError
-from upop.pruning import Distillation, Plan, distill
+from upop.pruning import Distillation, Plan, Pruner, distill, shrink
+from upop.pruning.carried import set_plan
 from upop.pruning.choice import check_ratio, check_whole
 from upop.pruning.known import know_as, sized
 from upop.pruning.masks import unwrapped
 from upop.pruning.optimizers import cut_optimizer
-from upop.pruning.plan import set_plan
 from upop.pruning.replicas import rebuild_replicas
 from upop.pruning.seen import FirstCall
 from upop.pruning.sharded import refuse_sharded
 from upop.pruning.slicing import slicings
 from upop.pruning.slips import check_model
 from upop.pruning.units import tensor_of
-
-try:
-    from upop.checkpoints import Pruner, shrink
-except ModuleNotFoundError as missing:  # beside torch alone
-    if (missing.name or "upop").partition(".")[0] == "upop":
-        raise
-    from upop.pruning import Pruner, shrink  # type: ignore[assignment]
 
 SHARE = 0.1
 """Of all steps that the search takes, by default."""

@@ -5,14 +5,11 @@ from upop.checkpoints.folder import WEIGHTS, load, load_into, save
 from upop.checkpoints.official import load_official, save_official
 from upop.checkpoints.quantizer import register
 from upop.checkpoints.read import read_weights
-from upop.checkpoints.recording import Pruner, calibrate, shrink
 
 register()
 
 __all__ = [
     "WEIGHTS",
-    "Pruner",
-    "calibrate",
     "is_folder",
     "load",
     "load_into",
@@ -20,5 +17,4 @@ __all__ = [
     "read_weights",
     "save",
     "save_official",
-    "shrink",
 ]

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from upop.checkpoints.blank import fill, frame, outline
 from upop.checkpoints.renamed import units_if_read
 from upop.errors import CheckpointError, UPopError
-from upop.pruning import Plan, Unit, shrink
+from upop.pruning import Plan, Unit
+from upop.pruning.shrink import apply_plan
 from upop.pruning.units import Slice
 
 _Shared = dict[tuple[str, int], list[tuple[Unit, Slice]]]
@@ -184,7 +185,7 @@ def cut_to_fit(model: nn.Module, state: Mapping[str, Tensor], source: str) -> tu
     sizes = kept_sizes(units, state, source)
     compressed = {unit.name: range(sizes[unit.name]) for unit in units if sizes.get(unit.name, unit.size) < unit.size}
     if compressed:
-        shrink(model, Plan.of(list(units), compressed), fold=False)
+        apply_plan(model, Plan.of(list(units), compressed), fold=False)
     return units, sizes
 
 

@@ -31,9 +31,9 @@ from upop.checkpoints.description import (
 )
 from upop.checkpoints.fit import build_to_fit, fit
 from upop.checkpoints.hub import is_hub_name, local_path
+from upop.checkpoints.preparation import preparation_of, set_preparation
 from upop.checkpoints.quantizer import mark
 from upop.checkpoints.read import read_outline, read_weights
-from upop.checkpoints.recording import preparation_of, set_preparation
 from upop.checkpoints.renamed import named_as_today, units_if_read, units_of, units_today, with_names
 from upop.checkpoints.sizes import dense_skeleton, plan_for
 from upop.checkpoints.transformers_models import is_transformers_folder, load_transformers, misfit
@@ -42,10 +42,10 @@ from upop.errors import CheckpointError, LayoutError, PlanError, nearest
 from upop.files import replacing_folder
 from upop.models import MODELS, kind_of
 from upop.pruning import Plan, Survey, Unit, count_parameters, remember, survey
+from upop.pruning.carried import plan_of, set_plan
 from upop.pruning.errors import some_of
 from upop.pruning.known import sized
 from upop.pruning.masks import refuse_masked, unwrapped
-from upop.pruning.plan import plan_of, set_plan
 from upop.pruning.sharded import refuse_sharded
 from upop.pruning.units import has_number, number_of
 from upop.pruning.written import as_json

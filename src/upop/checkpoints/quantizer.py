@@ -30,6 +30,7 @@ from upop.checkpoints.sizes import Sizes, dense_skeleton, resize, sizes_from_jso
 from upop.errors import CheckpointError, SettingError
 from upop.models import kind_of
 from upop.pruning import survey
+from upop.pruning.carried import Record, keep_record
 from upop.pruning.written import as_json, renamed
 
 METHOD = "upop"
@@ -130,7 +131,8 @@ class UpopQuantizer(HfQuantizer):
 
 
 def register() -> None:
-    """Make compressed models known to transformers; calling it again does nothing."""
+    """Make compressed models known to transformers, and cuts known to its models; again, it does nothing."""
+    keep_record(Record(refuse_quantized, mark))
     if METHOD not in AUTO_QUANTIZER_MAPPING:
         register_quantization_config(METHOD)(UpopConfig)
         register_quantizer(METHOD)(UpopQuantizer)

@@ -122,22 +122,6 @@ def sizes_from_json(value: Any, source: str) -> Sizes:
     return sizes
 
 
-def join_plans(first: Plan | None, second: Plan) -> Plan:
-    """Return one plan for two cuts, the second of a model that the first one had cut already."""
-    if first is None:
-        return second
-    kept = dict(first.kept)
-    sizes = dict(first.sizes)
-    for name, entries in second.kept.items():
-        if name in kept and len(kept[name]) == second.sizes[name]:
-            kept[name] = tuple(first.kept[name][entry] for entry in entries)
-        else:  # not cut before, or another layer had this name then
-            kept[name], sizes[name] = entries, second.sizes[name]
-    # What is written of a unit is of its first cut, as its indices are.
-    slices = {name: (first if sizes.get(name) == first.sizes.get(name) else second).slices.get(name) for name in kept}
-    return Plan(kept, sizes, second.settings, {name: unit for name, unit in slices.items() if unit is not None})
-
-
 def plan_for(plan: Plan, units: Iterable[Unit]) -> Plan:
     """Return the part of a plan that is about units as they are: others went when whole layers were dropped."""
     present = {unit.name: unit.size for unit in units}

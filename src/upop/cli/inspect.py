@@ -28,8 +28,8 @@ from upop.models import MODELS, kind_of
 from upop.plain import as_text
 from upop.pruning import survey
 from upop.pruning.align import read_align
+from upop.pruning.carried import plan_of
 from upop.pruning.coverage import Coverage
-from upop.pruning.plan import plan_of
 from upop.report.inspection import Inspection, after_budget, inspect_model
 from upop.report.results import number
 from upop.report.shares import Panel

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from upop.pruning import budget
 from upop.pruning.again import buffers_kept, random_numbers_kept
 from upop.pruning.align import Align, check_align
+from upop.pruning.carried import record_cut, refuse_unrecordable
 from upop.pruning.choice import check_ratio, check_whole, chosen, refuse_frozen
 from upop.pruning.correction import Change, Choice
 from upop.pruning.costs import Cost, call, entry_costs, evaluating
@@ -57,6 +58,8 @@ def calibrate(
 ) -> Plan:
     """Cut `model` with a few batches and no training; it is changed in place, and physically smaller afterwards.
 
+    It then carries the plan, as after `upop.shrink`.
+
     An entry matters as much as the loss of the batches would change without it, by its first-order term: the sum over
     the batches of the absolute gradient of the loss to its mask. Use this where there is no time or data to train, and
     `Pruner` where there is: the first is done in seconds to minutes, the second loses less.
@@ -90,7 +93,8 @@ def calibrate(
         What every unit kept, in the entries of the dense model.
 
     Raises:
-        SettingError: a setting is out of range, there is no batch, or the ratio cannot be reached.
+        SettingError: a setting is out of range, there is no batch, the ratio cannot be reached, or the model is
+            quantized.
         LayoutError: the model has no unit, or a unit's weights are frozen, shared, masked or sharded.
         StepError: the loss has no gradient, or one that is not finite.
         VerificationError: the outputs differ, or the cut model cannot be run. In every case the model is as it was.
@@ -100,6 +104,7 @@ def calibrate(
     ratio, align = check_ratio(ratio), check_align(align)
     model = unwrapped(model)
     refuse_sharded(model, "calibrate()")
+    refuse_unrecordable(model)
     batches = listed(batches)
     check_loss(loss, batches)
     check_whole("stages", stages)
@@ -146,7 +151,7 @@ def calibrate(
         raise
     warn_of_none([choice.ridge is not None for choice in choices], "Give more batches.", stacklevel=3)
     described = cost if isinstance(cost, str) else "given"
-    return Plan.of(
+    plan = Plan.of(
         dense,
         {name: entries.tolist() for name, entries in kept.items()},
         method="calibrate",
@@ -156,6 +161,8 @@ def calibrate(
         cost=described,
         align=align,
     )
+    record_cut(model, plan)
+    return plan
 
 
 def _first_call(model: nn.Module, batch: Any, loss: Loss | None) -> Kept:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from upop.pruning import budget
 from upop.pruning.align import Align, check_align
+from upop.pruning.carried import record_cut, refuse_unrecordable
 from upop.pruning.choice import check_ratio, check_whole
 from upop.pruning.correction import Choice, correct_readers
 from upop.pruning.costs import Cost
@@ -215,6 +216,9 @@ class Pruner(Searched):
     def shrink(self, verify: Any = True) -> nn.Module:
         """Take the masks off and cut the model for real; the same model comes back, physically smaller.
 
+        The model then carries the plan, which `upop.save` writes; a transformers model also carries it in its
+        configuration, so that its own `save_pretrained` and `push_to_hub` work.
+
         Args:
             verify: inputs on which the masked and the shrunken model are compared (a tensor, a tuple of arguments,
                 a mapping of keyword arguments, or a function that is given the model). By default a few samples of the
@@ -222,12 +226,14 @@ class Pruner(Searched):
 
         Raises:
             StepError: a soft search has not finished.
+            SettingError: the model is quantized.
             LayoutError: the model's weights are sharded over processes: cut a copy that `upop.gather` makes.
             VerificationError: the outputs differ, the cut model cannot be run, or there is nothing to verify on; the
                 model is left masked, as it was.
         """
         plan = self.plan()
         refuse_sharded(self.model, "shrink()")
+        refuse_unrecordable(self.model)
         if not self._attached:
             raise StepError("The masks were taken off already; a plan can still be applied with upop.shrink.")
         if not self.finished:
@@ -239,6 +245,7 @@ class Pruner(Searched):
             self._attach()
             raise
         self._first.forget()
+        record_cut(self.model, plan)
         return self.model
 
     def state_dict(self) -> dict[str, Any]:

@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from upop.pruning import Plan, Skipped, Unit, shrink, survey
+from upop.pruning import Plan, Skipped, Unit, survey
 from upop.pruning.align import Align, check_align, entries_in_block
 from upop.pruning.choice import check_ratio
 from upop.pruning.costs import entry_costs, macs_by_module
 from upop.pruning.coverage import Coverage, coverage
+from upop.pruning.shrink import apply_plan
 from upop.pruning.units import tensor_of
 from upop.report.shares import Panel, UnitShare, panels
 
@@ -149,7 +150,9 @@ def after_budget(model: nn.Module, ratio: float, align: Align = 1) -> tuple[nn.M
     units = list(survey(smaller).units)
     kept = {unit.name: range(_kept(unit, ratio, align)) for unit in units}
     plan = Plan.of(units, kept, ratio=ratio, align=align)
-    return (shrink(smaller, plan, verify=False) if units else smaller), plan
+    if units:
+        apply_plan(smaller, plan, verify=False)
+    return smaller, plan
 
 
 def _kept(unit: Unit, ratio: float, align: Align) -> int:
