@@ -338,7 +338,8 @@ class Pruner(Searched):
     def _look(self) -> None:
         """Look at what the readers are given in the last steps of a stage, and at no other time."""
         soon = any(self._due(step) for step in range(self._done, min(self._done + _LOOKS, self.steps)))
-        self._moments.watch(self.model, self.units if soon and self._attached and self._correct else [])
+        watched = self.units if soon and self._attached and self._correct else []
+        self._moments.watch(self.model, watched, self._wrapper())
 
     def _end_stage(self, step: int) -> None:
         """Mask what has the highest scores for good, and have the layers that read it make up for it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -58,7 +59,7 @@ class Searched(ABC):
         stated: Sequence[Stated],
         scoring: Scoring,
     ) -> None:
-        self.model = unwrapped(model)
+        self.model, self._wrapper = unwrapped(model), weakref.ref(model)
         refuse_flattened(self.model)
         self.ratio, self.cost, self.align = ratio, cost, align
         self._patterns, self._example, self._stated = patterns, example, stated
@@ -181,7 +182,7 @@ class Searched(ABC):
         Raises:
             LayoutError: it has other units, or another Pruner holds it; the search goes on with the old copy.
         """
-        model = unwrapped(model)
+        wrapper, model = weakref.ref(model), unwrapped(model)
         refuse_flattened(model)
         if any(misfit(model, unit) for unit in self.units):
             raise LayoutError(
@@ -190,7 +191,7 @@ class Searched(ABC):
         masks = None if model is self.model else Masks(model, self.units)  # refused before the old one is let go
         know_as(model, self.model)
         self._detach()
-        self.model = model
+        self.model, self._wrapper = model, wrapper
         self._attach(masks)
 
     def remove(self) -> None:
