@@ -35,7 +35,7 @@ from upop.checkpoints.preparation import preparation_of, set_preparation
 from upop.checkpoints.quantizer import mark
 from upop.checkpoints.read import read_outline, read_weights
 from upop.checkpoints.renamed import named_as_today, units_if_read, units_of, units_today, with_names
-from upop.checkpoints.sizes import dense_skeleton, plan_for
+from upop.checkpoints.sizes import dense_skeleton, plan_for, sizes_before
 from upop.checkpoints.transformers_models import is_transformers_folder, load_transformers, misfit
 from upop.checkpoints.write import write_weights
 from upop.errors import CheckpointError, LayoutError, PlanError, nearest
@@ -87,7 +87,7 @@ def save(
     kind = kind_of(model)
     _refuse_meta(model)
     _warn_masked(model, units)
-    dense = _dense_sizes(model, plan)
+    dense = _dense_sizes(model, units, plan)
     in_transformers = isinstance(model, PreTrainedModel) and _is_its_own(model)
     if in_transformers:
         mark(model)
@@ -288,13 +288,13 @@ def _is_its_own(model: PreTrainedModel) -> bool:
     return why is None
 
 
-def _dense_sizes(model: nn.Module, plan: Plan | None) -> Mapping[str, int]:
+def _dense_sizes(model: nn.Module, units: Sequence[Unit], plan: Plan | None) -> Mapping[str, int]:
     """Return unit -> entries before it was cut, as far as that is known."""
     kind = kind_of(model)
     if kind is None:
         return plan.sizes if plan is not None else {}
     build, _ = MODELS[kind]
-    return {unit.name: unit.size for unit in survey(outline(lambda: build(model.config))).units}
+    return sizes_before(units, outline(lambda: build(model.config)))
 
 
 def _unit(unit: Unit, dense: int | None) -> dict[str, Any]:

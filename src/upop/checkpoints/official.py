@@ -22,6 +22,7 @@ from upop.checkpoints.fit import build_to_fit, expecting_shapes, fit, load_stric
 from upop.checkpoints.hugging_face import with_copies
 from upop.checkpoints.published import read_published
 from upop.checkpoints.segmenter_layout import as_encoder, segmenter_sizes, with_positions
+from upop.checkpoints.sizes import sizes_before
 from upop.checkpoints.vit_sizes import HEAD_DIM, State, count_layers, vit_sizes
 from upop.errors import CheckpointError, SettingError, nearest
 from upop.files import make_folder, replacing_file
@@ -118,8 +119,8 @@ def save_official(task: str, model: nn.Module, path: str | Path, *, overwrite: b
     row = row_of(task)
     if not isinstance(getattr(model, "config", None), row.config):
         raise CheckpointError(f"A {type(model).__name__} cannot be written as a checkpoint of {task!r}.")
-    dense = {unit.name: unit.size for unit in find_units(outline(lambda: row.model(model.config)))}
-    units = find_units(model)  # of the model, whose units are known: one dimension that was left is none to read
+    units = find_units(model)
+    dense = sizes_before(units, outline(lambda: row.model(model.config)))
     model = copy.deepcopy(model).cpu()
     for unit in units:
         if unit.size < dense[unit.name] and row.fixed_scale(unit):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from operator import index
 from typing import Any
@@ -15,7 +15,7 @@ from upop.checkpoints.blank import outline
 from upop.checkpoints.fit import kept_sizes
 from upop.errors import CheckpointError, PlanError, nearest
 from upop.pruning import Attribute, Plan, Unit, find_units, remember, survey
-from upop.pruning.known import remembered
+from upop.pruning.known import remembered, sized
 from upop.pruning.shrink import cut
 from upop.values import shortened
 
@@ -84,6 +84,16 @@ def resize(
     chosen = {unit.name: _natural(model, unit) for unit in units.values() if unit.name in sizes}
     cut(model, list(chosen.values()), {name: range(left) for name, (left, _) in sizes.items()}, fold=False)
     remember(model, replace(found, units=tuple(chosen.get(unit.name, unit) for unit in found.units)))
+
+
+def sizes_before(units: Sequence[Unit], dense: nn.Module) -> dict[str, int]:
+    """Return unit -> entries in the dense model, of the units of a model that may be cut.
+
+    The dense model is read only where the lengths of its tensors do not say it.
+    """
+    whole = {unit.name: sized(dense, unit) for unit in units if not any(part.gaps for part in unit.slices)}
+    found = {name: unit.size for name, unit in whole.items() if unit is not None}
+    return found if len(found) == len(units) else {unit.name: unit.size for unit in survey(dense).units}
 
 
 def _natural(model: nn.Module, unit: Unit) -> Unit:

@@ -103,21 +103,25 @@ def _find_plan(
     """Return what the method keeps of the model, which is cut, and so is its average."""
     settings, device = run.settings, run.accelerator.device
     pruner = _pruner(run.task, settings, model, planned.search_steps)
-    if "dense" not in loop.notes:
-        loop.notes["dense"] = run.evaluate(model)
-    run.say("dense  " + run.told(loop.notes["dense"]))
-    verified = run.task.inputs(to_device(first_records(run.loaders["train"], _VERIFIED_RECORDS), device))
-    if pruner is not None:
-        loop.run(model, "search", planned.search, schedule, pruner, average=average, teacher=teacher)
-        plan = pruner.plan()
-        run.folder.save_scores(pruner.scores)
-        pruner.shrink(verify=verified)
-    else:
-        example = run.task.example(model, 1)
-        plan = plan_by_magnitude(
-            model, settings.ratio, cost=settings.cost, align=align_for(device, settings), example=example
-        )
-        shrink(model, plan, verify=verified)
+    try:
+        if "dense" not in loop.notes:
+            loop.notes["dense"] = run.evaluate(model)
+        run.say("dense  " + run.told(loop.notes["dense"]))
+        verified = run.task.inputs(to_device(first_records(run.loaders["train"], _VERIFIED_RECORDS), device))
+        if pruner is not None:
+            loop.run(model, "search", planned.search, schedule, pruner, average=average, teacher=teacher)
+            plan = pruner.plan()
+            run.folder.save_scores(pruner.scores)
+            pruner.shrink(verify=verified)
+        else:
+            example = run.task.example(model, 1)
+            plan = plan_by_magnitude(
+                model, settings.ratio, cost=settings.cost, align=align_for(device, settings), example=example
+            )
+            shrink(model, plan, verify=verified)
+    finally:  # a run that ends early leaves no hook on the model, and no code uncompiled
+        if pruner is not None:
+            pruner.remove()
     if average is not None:
         shrink(average.module, plan, verify=verified)
         if settings.method == "upop" and settings.correct:
