@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from upop.checkpoints.blank import fill, frame, outline
 from upop.checkpoints.renamed import units_if_read
 from upop.errors import CheckpointError, UPopError
-from upop.pruning import Plan, Unit
+from upop.pruning import Plan, Skipped, Survey, Unit, remember, survey
 from upop.pruning.shrink import apply_plan
 from upop.pruning.units import Slice
 
@@ -139,7 +139,9 @@ def build_to_fit(
     """
     blank = outline(build, len(state), source)
     _check_beside(blank, state, source)
-    units, _ = cut_to_fit(blank, state, source)
+    units = units_if_read(blank)
+    skipped = survey(blank).skipped if units else ()
+    cut_to_fit(blank, state, source)
     for unit in units:
         size = (dense or {}).get(unit.name, unit.size)
         if size != unit.size:
@@ -151,14 +153,21 @@ def build_to_fit(
     if strict:
         compare(blank, state, source)
     if strict or all(name in state and state[name].shape == value.shape for name, value in known.items()):
-        return frame(build, len(state), source)
+        return _read_as(frame(build, len(state), source), units, skipped)
     held, asked = (sum(value.numel() for value in tensors.values()) for tensors in (state, known))
     if asked > AT_MOST * held + BESIDE:
         raise CheckpointError(
             f"{source} describes a model of {asked:,} numbers, and holds {held:,}. That is no model of which some "
             "weights are missing."
         )
-    return build()
+    return _read_as(build(), units, skipped)
+
+
+def _read_as(model: nn.Module, units: Sequence[Unit], skipped: Sequence[Skipped]) -> nn.Module:
+    """Have a model not be read again of which a copy without numbers was read; return it."""
+    if units:
+        remember(model, Survey(tuple(units), tuple(skipped)))
+    return model
 
 
 _LONGEST_LINE = 300
