@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -85,33 +86,91 @@ def select(
         standardised: whether attention and MLP scores are each standardised, as published; else they are compared as
             they are.
     """
+    ranking = rank(units, scores, align, standardised=standardised)
+    spent = torch.cat([torch.zeros(1, dtype=torch.float64), ranking.costs(costs).cumsum(0)])
+    total = sum(costs[unit.name] * unit.size for unit in units)
+    return ranking.selection(int((spent - share * total).abs().argmin()), costs)
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """The blocks of all units in the order in which they go.
+
+    Attributes:
+        units: the units.
+        orders: per unit, its entries that may go, those with the highest scores first.
+        lengths: per unit, how many of these are in each of its blocks.
+        means: the mean score of every block, unit by unit.
+        walk: places in `means`, in the order in which blocks go.
+    """
+
+    units: Sequence[Unit]
+    orders: Sequence[Tensor]
+    lengths: Sequence[Tensor]
+    means: Tensor
+    walk: Tensor
+
+    @cached_property
+    def _owners(self) -> Tensor:
+        """The place of the unit of every block."""
+        return torch.arange(len(self.units)).repeat_interleave(torch.tensor([len(each) for each in self.lengths]))
+
+    def costs(self, costs: Mapping[str, float]) -> Tensor:
+        """Return what each block costs, in the order in which they go."""
+        entry = torch.tensor([costs[unit.name] for unit in self.units], dtype=torch.float64)
+        return (torch.cat(list(self.lengths)).double() * entry[self._owners])[self.walk]
+
+    def kept(self, count: int) -> dict[str, int]:
+        """Return how many entries every unit keeps when so many blocks go."""
+        gone = self.walk[:count]
+        lost = torch.zeros(len(self.units), dtype=torch.long)
+        lost.index_add_(0, self._owners[gone], torch.cat(list(self.lengths))[gone])
+        return {unit.name: unit.size - int(number) for unit, number in zip(self.units, lost, strict=True)}
+
+    def last(self, count: int) -> list[tuple[str, list[int]]]:
+        """Return, where so many blocks go, units and the lengths of their blocks that go, the last to go first.
+
+        Units that lost blocks last come first. Blocks whose score is infinite went before, and are left out.
+        """
+        lengths, found = torch.cat(list(self.lengths)), dict[str, list[int]]()
+        for place in self.walk[:count].flip(0).tolist():
+            if math.isfinite(self.means[place]):
+                found.setdefault(self.units[int(self._owners[place])].name, []).append(int(lengths[place]))
+        return list(found.items())
+
+    def selection(self, count: int, costs: Mapping[str, float], back: Mapping[str, int] | None = None) -> Selection:
+        """Return what goes where so many blocks do, but for the last ones of some units, which stay."""
+        chosen = torch.zeros(len(self.walk), dtype=torch.bool)
+        chosen[self.walk[:count]] = True
+        marked = {}
+        picks = chosen.split([len(length) for length in self.lengths])
+        for unit, order, length, picked in zip(self.units, self.orders, self.lengths, picks, strict=True):
+            stays = (back or {}).get(unit.name, 0)
+            picked = picked & (picked.cumsum(0) <= picked.sum() - stays)
+            gone = torch.zeros(unit.size, dtype=torch.bool)
+            gone[order[picked.repeat_interleave(length)]] = True
+            marked[unit.name] = gone
+        threshold = float(self.means[self.walk[count]]) if count < len(self.walk) else -math.inf
+        spent = sum(costs[unit.name] * int(marked[unit.name].sum()) for unit in self.units)
+        return Selection(marked, threshold, float(spent))
+
+
+def rank(
+    units: Sequence[Unit], scores: Mapping[str, Tensor], align: Align = 1, *, standardised: bool = True
+) -> Ranking:
+    """Return all blocks of entries that may go, those with the highest (standardised) scores first; see `select`."""
     ranked = standardise(units, scores) if standardised else {name: s.double().cpu() for name, s in scores.items()}
-    orders, means, block_costs, lengths = [], [], [], []
+    orders, means, lengths = [], [], []
     for unit in units:
         values, order = ranked[unit.name].sort(descending=True, stable=True)
-        block = entries_in_block(unit, align)
-        sizes = _removable_blocks(unit.size, block)
+        sizes = removable_blocks(unit, align)
         removable = sum(sizes)
         orders.append(order[:removable])
         lengths.append(torch.tensor(sizes, dtype=torch.long))
-        means.append(values[:removable] if block == 1 else _block_means(values[:removable], sizes))
-        block_costs.append(lengths[-1].double() * costs[unit.name])
+        single = entries_in_block(unit, align) == 1
+        means.append(values[:removable] if single else _block_means(values[:removable], sizes))
     flat_means = torch.cat(means)
-    walk = flat_means.argsort(descending=True, stable=True)
-    spent = torch.cat([torch.zeros(1, dtype=torch.float64), torch.cat(block_costs)[walk].cumsum(0)])
-    total = sum(costs[unit.name] * unit.size for unit in units)
-    count = int((spent - share * total).abs().argmin())
-    chosen = torch.zeros(len(walk), dtype=torch.bool)
-    chosen[walk[:count]] = True
-    marked = {}
-    for unit, order, length, picked in zip(
-        units, orders, lengths, chosen.split([len(length) for length in lengths]), strict=True
-    ):
-        gone = torch.zeros(unit.size, dtype=torch.bool)
-        gone[order[picked.repeat_interleave(length)]] = True
-        marked[unit.name] = gone
-    threshold = float(flat_means[walk[count]]) if count < len(walk) else -math.inf
-    return Selection(marked, threshold, float(spent[count]))
+    return Ranking(units, orders, lengths, flat_means, flat_means.argsort(descending=True, stable=True))
 
 
 def select_as_published(
@@ -143,7 +202,7 @@ def check_reachable(units: Sequence[Unit], costs: Mapping[str, float], ratio: fl
     """
     total = sum(costs[unit.name] * unit.size for unit in units)
     blocks = {unit.name: entries_in_block(unit, align) for unit in units}
-    removable = sum(costs[unit.name] * sum(_removable_blocks(unit.size, blocks[unit.name])) for unit in units)
+    removable = sum(costs[unit.name] * sum(removable_blocks(unit, align)) for unit in units)
     if ratio * total > removable:
         largest = max(blocks.values())
         block = "entry" if largest == 1 else f"block of {largest} entries" if align == largest else "block"
@@ -163,9 +222,10 @@ def _block_means(values: Tensor, sizes: list[int]) -> Tensor:
     return torch.stack([block.mean() for block in torch.split(values, sizes)]).cummin(0).values
 
 
-def _removable_blocks(size: int, block: int) -> list[int]:
+def removable_blocks(unit: Unit, align: Align) -> list[int]:
     """Return the sizes of a unit's blocks that may go, first to go first, without the one that always stays."""
-    whole, rest = divmod(size, block)
+    block = entries_in_block(unit, align)
+    whole, rest = divmod(unit.size, block)
     if whole == 0:
         return []  # smaller than one block: it stays as it is
     return ([rest] if rest else []) + [block] * (whole - 1)

@@ -13,14 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from upop.pruning import budget
 from upop.pruning.again import buffers_kept, random_numbers_kept
 from upop.pruning.align import Align, check_align
 from upop.pruning.carried import record_cut, refuse_unrecordable
-from upop.pruning.choice import check_ratio, check_whole, chosen, refuse_frozen
+from upop.pruning.choice import check_whole, chosen, refuse_frozen
 from upop.pruning.correction import Change, Choice
 from upop.pruning.costs import Cost, call, entry_costs, evaluating
 from upop.pruning.errors import SettingError, StepError
+from upop.pruning.goal import Goal
 from upop.pruning.masks import refuse_masked, unwrapped
 from upop.pruning.moments import PARTS, Moments, readers
 from upop.pruning.plan import Plan
@@ -31,6 +31,7 @@ from upop.pruning.shrink import Assignment, Exchange, cut_verified, refuse_share
 from upop.pruning.slips import check_loss, check_model, listed, refuse_inference_mode, scalar, tried
 from upop.pruning.stated import Stated
 from upop.pruning.surveys import find_units, units_to_search, waits_for_batch
+from upop.pruning.targets import Target
 from upop.pruning.told import warn_of_none
 from upop.pruning.units import Unit, tensor_of
 from upop.pruning.verify import tensors_of
@@ -41,8 +42,9 @@ Loss = Callable[[nn.Module, Any], Tensor]
 def calibrate(
     model: nn.Module,
     batches: Iterable[Any],
-    ratio: float,
+    ratio: float | None = None,
     *,
+    target: Target | None = None,
     loss: Loss | None = None,
     stages: int = 8,
     correct: bool = True,
@@ -69,6 +71,8 @@ def calibrate(
         batches: 8 to 64 of them, of the kind that the model will see; they are kept in a list. Each is what `loss`
             takes, or without it a tensor, a tuple of arguments or a mapping of keyword arguments of the model.
         ratio: share of the prunable cost to remove, in (0, 1).
+        target: in place of a ratio, what is left of the whole model, as for `Pruner`; the forward pass of "macs" and
+            "cache" is that of `example`, or else of the first batch, where the model is called with it.
         loss: (model, batch) -> the mean loss of the batch, a scalar. By default the `loss` that the model's outputs
             carry (as transformers' do when they are given labels); or else an entry matters as much as the outputs
             would move without it, by the gradients of random projections of them.
@@ -93,15 +97,15 @@ def calibrate(
         What every unit kept, in the entries of the dense model.
 
     Raises:
-        SettingError: a setting is out of range, there is no batch, the ratio cannot be reached, or the model is
-            quantized.
+        SettingError: a setting is out of range, there is no batch, the ratio or the target cannot be reached, or the
+            model is quantized.
         LayoutError: the model has no unit, or a unit's weights are frozen, shared, masked or sharded.
         StepError: the loss has no gradient, or one that is not finite.
         VerificationError: the outputs differ, or the cut model cannot be run. In every case the model is as it was.
     """
     check_model(model, "calibrate()")
     refuse_inference_mode("calibrate()")
-    ratio, align = check_ratio(ratio), check_align(align)
+    goal, align = Goal(ratio, target), check_align(align)
     model = unwrapped(model)
     refuse_sharded(model, "calibrate()")
     refuse_unrecordable(model)
@@ -123,8 +127,7 @@ def calibrate(
     refuse_masked(model, dense)
     refuse_shared(model, dense)
     costs = entry_costs(model, dense, cost, example)
-    budget.check_reachable(dense, costs, ratio, align)
-    whole = sum(costs[unit.name] * unit.size for unit in dense)
+    goal.begin(model, dense, costs, align, batches[0] if example is None and loss is None else example)
     names = {unit.name for unit in dense}
     kept = {unit.name: torch.arange(unit.size) for unit in dense}
     undo: list[Assignment] = []
@@ -132,11 +135,9 @@ def calibrate(
     try:
         for stage in range(1, stages + 1):
             stand = [unit for unit in find_units(model) if unit.name in names]
-            left = sum(costs[unit.name] * unit.size for unit in stand)
-            share = max(0.0, 1 - whole * (1 - ratio * stage / stages) / left)
             scores, inputs = _observe(model, stand, batches, loss or _own_loss, scorer, correct)
             # What the loss would lose is comparable as it is; standardised, what ranks first depends on the tails.
-            marked = budget.select(stand, scores, costs, share, align, standardised=False).marked
+            marked = goal.select(stand, scores, costs, stage / stages, align, standardised=False).marked
             plan = Plan.of(stand, {name: (~gone).nonzero().flatten().tolist() for name, gone in marked.items()})
             for unit in stand:
                 if unit.name in inputs and marked[unit.name].any():
@@ -155,7 +156,7 @@ def calibrate(
         dense,
         {name: entries.tolist() for name, entries in kept.items()},
         method="calibrate",
-        ratio=ratio,
+        **goal.told({name: len(entries) for name, entries in kept.items()}),
         stages=stages,
         correct=correct,
         cost=described,

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from upop.pruning import budget
 from upop.pruning.align import Align
 from upop.pruning.choice import chosen, refuse_frozen
 from upop.pruning.costs import Arguments, Cost, entry_costs
 from upop.pruning.errors import LayoutError, StepError
+from upop.pruning.goal import Goal
 from upop.pruning.known import know_as
 from upop.pruning.masks import Masks, unwrapped
 from upop.pruning.moments import Moments
@@ -39,7 +39,7 @@ class Searched(ABC):
 
     Args:
         model: changed in place.
-        ratio: share of the units' total cost to remove.
+        goal: what is asked for.
         cost: what an entry costs.
         align: kept sizes are multiples of this.
         patterns: what to include and what to exclude.
@@ -51,7 +51,7 @@ class Searched(ABC):
     def __init__(
         self,
         model: nn.Module,
-        ratio: float,
+        goal: Goal,
         cost: Cost,
         align: Align,
         patterns: tuple[Patterns, Patterns],
@@ -61,7 +61,7 @@ class Searched(ABC):
     ) -> None:
         self.model, self._wrapper = unwrapped(model), weakref.ref(model)
         refuse_flattened(self.model)
-        self.ratio, self.cost, self.align = ratio, cost, align
+        self.cost, self.align, self._goal = cost, align, goal
         self._patterns, self._example, self._stated = patterns, example, stated
         self._rows = RowScores(scoring.rows)
         self._moments = Moments(again=True)
@@ -97,7 +97,7 @@ class Searched(ABC):
         refuse_frozen(self.model, units)
         refuse_shared(self.model, units)
         self._costs = entry_costs(self.model, units, self.cost, self._example)
-        budget.check_reachable(units, self._costs, self.ratio, self.align)
+        self._goal.begin(self.model, units, self._costs, self.align, self._example)
         self._masks = Masks(self.model, units)
         self._units = units
         self._watch()
@@ -121,6 +121,11 @@ class Searched(ABC):
         """
         self._refuse_unread()
         return self._units or []
+
+    @property
+    def ratio(self) -> float | None:
+        """The share of the cost that is to go; None where a target was given."""
+        return self._goal.ratio
 
     @property
     def is_read(self) -> bool:
