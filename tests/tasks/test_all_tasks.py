@@ -16,6 +16,7 @@ from torch import Tensor
 import runs
 import upop
 from report.pages import Page, check_alone
+from tiers import mostly_slow
 from upop.checkpoints import save_official
 from upop.checkpoints.convert import write_model
 from upop.errors import CheckpointError
@@ -55,7 +56,7 @@ class Runs:
         return results.model_dump(mode="json")["models"][0]
 
 
-@pytest.fixture(scope="module", params=sorted(TASKS))
+@pytest.fixture(scope="module", params=mostly_slow(sorted(TASKS), "caption", "classification", "segmentation"))
 def done(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     torch.set_num_threads(1)
     return Runs(request.param, tmp_path_factory.mktemp(request.param))

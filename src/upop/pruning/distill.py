@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from upop.pruning.again import autocast, precision_now, random_numbers_kept, repeated
 from upop.pruning.errors import LayoutError, SettingError, StepError, some_of
+from upop.pruning.known import know_as
 from upop.pruning.masks import unwrapped
 from upop.pruning.slips import check_model
 from upop.pruning.surveys import find_units
@@ -91,6 +92,7 @@ class Distillation:
             raise SettingError(f"temperature must be above 0; found {temperature!r}.")
         self._model, self.teacher = unwrapped(model), unwrapped(teacher)
         _refuse_shared_weights(self._model, self.teacher)
+        know_as(self.teacher, self._model)
         self._features, self._logits, self._temperature = features, logits, temperature
         self.norms: tuple[str, ...] = tuple(_residual_norms(self.teacher))
         _refuse_other_architecture(self._model, self.teacher, self.norms)
