@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from upop.checkpoints.clip_names import from_openai, to_openai
+from upop.models.coop import CoOp, ends_of
 from upop.models.crossget import CrossGetClip, CrossGetConfig, Encoded
 from upop.tokens.flow import Flow
 from upop.tokens.matching import Match, cosine, match, merge, removable
@@ -93,37 +94,34 @@ def test_decisions_weights_and_merged_tokens_are_the_recorded_ones(
 # CLIP.
 
 
-def build(folder: Path, variant: str, weights: str = "weights") -> CrossGetClip:
-    config = config_of(folder)
-    removed = {
-        "v": (config["rv"], 0),
-        "l": (0, config["rl"]),
-        "vl": (config["rv"], config["rl"]),
-        "clamp": (50, 50),
-    }.get(variant, (0, 0))
+def clip_sizes(config: Mapping[str, Any]) -> dict[str, Any]:
     width, text = config["vision_width"], config["text_width"]
-    model = CrossGetClip(
-        CrossGetConfig(
-            image_size=config["image_size"],
-            patch_size=config["patch_size"],
-            vision_width=width,
-            vision_depth=config["layers"],
-            vision_heads=config["vision_heads"],
-            vision_mlp=4 * width,
-            text_width=text,
-            text_depth=config["layers"],
-            text_heads=config["text_heads"],
-            text_mlp=4 * text,
-            vocab_size=config["vocab"],
-            max_positions=config["context"],
-            embed_dim=config["embed_dim"],
-            cross=variant != "none",
-            rv=removed[0],
-            rl=removed[1],
-            merge_padding=True,
-        )
-    ).double()
-    state = from_openai(read(folder, weights))
+    return {
+        "image_size": config["image_size"],
+        "patch_size": config["patch_size"],
+        "vision_width": width,
+        "vision_depth": config["layers"],
+        "vision_heads": config["vision_heads"],
+        "vision_mlp": 4 * width,
+        "text_width": text,
+        "text_depth": config["layers"],
+        "text_heads": config["text_heads"],
+        "text_mlp": 4 * text,
+        "vocab_size": config["vocab"],
+        "max_positions": config["context"],
+        "embed_dim": config["embed_dim"],
+        "rl": 0,
+        "merge_padding": True,
+    }
+
+
+def build(folder: Path, variant: str) -> CrossGetClip:
+    config = config_of(folder)
+    removed = {"v": ("rv",), "l": ("rl",), "vl": ("rv", "rl")}.get(variant, ())
+    counts = {name: 50 if variant == "clamp" else config[name] if name in removed else 0 for name in ("rv", "rl")}
+    sizes = {**clip_sizes(config), "cross": variant != "none", **counts}
+    model = CrossGetClip(CrossGetConfig(**sizes)).double()
+    state = from_openai(read(folder, "weights"))
     if variant == "none":
         state = {key: value for key, value in state.items() if "cross_" not in key}
     model.load_state_dict({key: value.double() for key, value in state.items()})
@@ -256,3 +254,62 @@ def test_clip_trains_as_recorded(folder: Path) -> None:
         batch = pairs(folder, 0)
         close(model.encode_image(batch["images"]).features, final["image_features"], 1e-9, "image features")
         close(model.encode_text(batch["input_ids"]).features, final["text_features"], 1e-9, "text features")
+
+
+# CoOp.
+
+
+def coop(folder: Path, variant: str) -> CoOp:
+    """The recorded model; embeddings of the prompts' words are those of the recorded table."""
+    config, inputs = config_of(folder), read(folder, "inputs")
+    state = {key: value.double() for key, value in from_openai(read(folder, "weights")).items()}
+    words = state.pop("text_model.embeddings.token_embedding.weight")
+    if variant == "none":
+        state = {key: value for key, value in state.items() if "cross_" not in key}
+    prompts, count = inputs["tokenized_prompts"].long(), config["n_ctx"]
+    sizes = clip_sizes({**config, "context": prompts.shape[1]})
+    sizes |= {"cross": variant != "none", "rv": config["rv"] if variant == "v" else 0}
+    model = CoOp(
+        CrossGetConfig(**sizes),
+        words[prompts[:, :1]],
+        words[prompts[:, 1 + count :]],
+        prompts.argmax(1),
+        inputs["ctx"].double(),
+        config["name_lens"] if config["position"] == "middle" else None,
+    ).double()
+    model.clip.load_state_dict(state)
+    for name, each in model.named_parameters():
+        each.requires_grad_(name in model.trained)
+    if config["position"] == "end":
+        assert torch.equal(ends_of(model.suffix, 1 + count), prompts.argmax(1))
+    return model
+
+
+@pytest.mark.parametrize("variant", ["none", "cross", "v"])
+@pytest.mark.parametrize("folder", sets("coop"), ids=lambda folder: folder.name)
+def test_coop_has_the_recorded_logits_losses_and_gradients(folder: Path, variant: str) -> None:
+    model, inputs = coop(folder, variant), read(folder, "inputs")
+    images, labels = inputs["image"].double(), inputs["label"].long()
+    recorded = within(read(folder, "out"), f"f64/{variant}/")
+    close(model(images), recorded["eval/logits"], 1e-10, "logits")
+    if "eval/prompts" in recorded:
+        positions = model.clip.text_model.embeddings.position_embedding.weight
+        found = model.prompts()
+        if not torch.allclose(found, recorded["eval/prompts"]):
+            found = found + positions
+        close(found, recorded["eval/prompts"], 1e-10, "prompts")
+    if variant == "none":
+        return
+    losses = model(images, labels)
+    close(losses.classes, recorded["train/loss_ce"], 1e-10, "loss_ce")
+    close(losses.cross, recorded["train/loss_cross"], 1e-10, "loss_cross")
+    close(losses.total(), recorded["train/loss"], 1e-10, "loss")
+    close(stacked(model.clip.encode_image(images)), recorded["train/image_cross"], 1e-10, "image cross tokens")
+    losses.total().backward()
+    names = {
+        "prompt_learner.ctx": "context",
+        "image_encoder.transformer.cross_image": "clip.vision_model.encoder.cross_image",
+        "text_encoder.transformer.cross_text": "clip.text_model.encoder.cross_text",
+    }
+    for name, gradient in within(recorded, "grad/").items():
+        close(model.trained[names[name]].grad, gradient, 1e-10, name)

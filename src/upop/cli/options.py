@@ -217,7 +217,7 @@ def read(
     Raises:
         SettingError: a setting cannot be used; the message says where it is from.
     """
-    named = {*OLDER, *(name for task in TASKS.values() for name in task.settings.model_fields)}
+    named = {*OLDER, *kind.model_fields, *(name for task in TASKS.values() for name in task.settings.model_fields)}
     flags = {name: value for name, value in context.params.items() if name in named and value not in ((), [])}
     given = current_names(overrides(flags)) | overrides(also or {}) | dict.fromkeys(nothing)
     assigned = current_names(overrides({}, assignments))

@@ -9,6 +9,7 @@ from typing import Any
 from upop.models.caption import BlipCaption, CaptionConfig
 from upop.models.classifier import ClassifierConfig, build_classifier
 from upop.models.clip import ClipConfig, ClipRetrieval
+from upop.models.crossget import CrossGetClip, CrossGetConfig
 from upop.models.nlvr import BlipNlvr, NlvrConfig
 from upop.models.retrieval import BlipRetrieval, RetrievalConfig
 from upop.models.segmenter import Segmenter, SegmenterConfig
@@ -20,6 +21,7 @@ MODELS: dict[str, tuple[Callable[[Any], Any], type[Any]]] = {
     "blip-retrieval": (BlipRetrieval, RetrievalConfig),
     "blip-vqa": (BlipVqa, VqaConfig),
     "classifier": (build_classifier, ClassifierConfig),
+    "clip-crossget": (CrossGetClip, CrossGetConfig),
     "clip-retrieval": (ClipRetrieval, ClipConfig),
     "segmenter": (Segmenter, SegmenterConfig),
 }

@@ -17,8 +17,9 @@ from transformers import CLIPModel
 from upop.models.clip import ClipSizes, library_config
 from upop.models.sizes import some_images, some_words
 from upop.tokens.flow import Flow, flow_of
-from upop.tokens.layer import Merger, Place, Site, set_merging
+from upop.tokens.layer import Merger, Place, Site, place_of, set_merging
 from upop.tokens.losses import cross_loss, layer_by_layer, matching_loss
+from upop.tokens.matching import removable
 
 _LARGEST_SCALE = 4.6052
 """Of the logarithm of what similarities are multiplied with."""
@@ -90,9 +91,8 @@ class CrossGetClip(nn.Module):
     def set_removed(self, rv: int, rl: int) -> None:
         """Set how many image and text tokens every layer removes; weights stay as they are."""
         config = self.config = self.config.model_copy(update={"rv": rv, "rl": rl})
-        self._vision = _merging(self.vision_model, "cross_image" if config.cross else None, rv)
-        self._text = _merging(self.text_model, "cross_text" if config.cross else None, rl)
-        self._text.causal, self._text.merge_padding = True, config.merge_padding
+        _merge(self.vision_model, Merger((rv,) * config.vision_depth))
+        _merge(self.text_model, Merger((rl,) * config.text_depth, causal=True, merge_padding=config.merge_padding))
 
     @property
     def dummy_inputs(self) -> dict[str, Tensor]:
@@ -105,15 +105,22 @@ class CrossGetClip(nn.Module):
         """Return what becomes of images [B, 3, S, S]."""
         tower: Any = self.vision_model
         states = tower.pre_layrnorm(tower.embeddings(images))
-        states, flow = _through(tower, self._vision, self._vision.start(states))
+        states, flow = _through(tower, states, "cross_image")
         features = self.visual_projection(tower.post_layernorm(states[:, 0]))
         return Encoded(features, _projected(flow, tower.pre_layrnorm, self.visual_projection), flow)
 
     def encode_text(self, input_ids: Tensor) -> Encoded:
         """Return what becomes of texts, token numbers [B, T]; each ends with the last word of the vocabulary."""
+        embeddings: Any = self.text_model.embeddings
+        if self.config.rl:  # how many tokens go depends on how many there are, which is no matter of a batch
+            input_ids = F.pad(input_ids, (0, max(0, self.config.max_positions - input_ids.shape[1])))
+        return self.encode_words(embeddings.token_embedding(input_ids), input_ids.argmax(1))
+
+    def encode_words(self, words: Tensor, ends: Tensor) -> Encoded:
+        """Return what becomes of texts, given as vectors without positions [B, T, C] and where each ends [B]."""
         tower: Any = self.text_model
-        states = tower.embeddings(input_ids)
-        states, flow = _through(tower, self._text, self._text.start(states, input_ids.argmax(1)))
+        states = words + tower.embeddings.position_embedding.weight[: words.shape[1]]
+        states, flow = _through(tower, states, "cross_text", ends)
         assert flow.guide is not None
         ends = states.gather(1, flow.guide[:, None, None].expand(-1, 1, states.shape[2])).squeeze(1)
         features = self.text_projection(tower.final_layer_norm(ends))
@@ -141,31 +148,20 @@ class CrossGetClip(nn.Module):
         return CrossLosses(contrastive, cross_loss(*crosses))
 
 
-def _merging(tower: Any, cross: str | None, removed: int) -> Merger:
-    """Have the layers of one of transformers' towers merge; returns how they do."""
-    encoder = tower.encoder
-    merger = Merger((removed,) * len(encoder.layers))
-    if cross is not None:
-        merger.cross = _Held(encoder, cross)
-    for number, layer in enumerate(encoder.layers):
-        set_merging(layer, Place(merger, Site(), number == 0))
-    return merger
+def _merge(tower: Any, merger: Merger) -> None:
+    """Have the layers of one of transformers' towers merge."""
+    for number, layer in enumerate(tower.encoder.layers):
+        set_merging(layer, Place(merger, Site(), number))
 
 
-class _Held:
-    """A parameter of a module, as it is at the moment: copies of the module have copies of both."""
-
-    def __init__(self, module: nn.Module, name: str) -> None:
-        self._module, self._name = module, name
-
-    def __call__(self) -> Tensor:
-        """The parameter."""
-        found: Tensor = getattr(self._module, self._name)
-        return found
-
-
-def _through(tower: Any, merger: Merger, states: Tensor) -> tuple[Tensor, Flow]:
-    for layer in tower.encoder.layers:
+def _through(tower: Any, states: Tensor, cross: str, ends: Tensor | None = None) -> tuple[Tensor, Flow]:
+    """Run the layers of a tower; `cross` names its cross tokens, and a text has `ends`."""
+    layers = tower.encoder.layers
+    place = place_of(layers[0])
+    assert place is not None
+    merger = place.merger
+    states = merger.start(states, ends, getattr(tower.encoder, cross, None))
+    for layer in layers:
         states = layer(states, None, is_causal=merger.causal)
     flow = flow_of(states, merger)
     assert flow is not None
@@ -178,3 +174,33 @@ def _projected(flow: Flow, norm: nn.LayerNorm, projection: nn.Linear) -> list[Te
     return [
         F.linear(F.layer_norm(each, width, weight, bias, norm.eps), projection.weight.detach()) for each in flow.crosses
     ]
+
+
+def published_macs(config: CrossGetConfig) -> int:
+    """Return the multiply-adds of one pair as the published logs count them: norms and the matching among them."""
+    sizes, embed = config, config.embed_dim
+    patches = (sizes.image_size // sizes.patch_size) ** 2
+    extra = 1 if sizes.cross else 0
+    first = patches + 1 + extra
+    layers, _ = _published_layers(
+        first, sizes.vision_width, sizes.vision_mlp, sizes.vision_depth, sizes.rv, protected=2
+    )
+    width = sizes.vision_width
+    image = patches * width * 3 * sizes.patch_size**2 + 5 * first * width + layers + 5 * width + width * embed
+    layers, left = _published_layers(
+        sizes.max_positions + extra, sizes.text_width, sizes.text_mlp, sizes.text_depth, sizes.rl, protected=3
+    )
+    text = layers + 5 * left * sizes.text_width + embed * sizes.text_width
+    return image + text + embed
+
+
+def _published_layers(tokens: int, width: int, mlp: int, depth: int, asked: int, *, protected: int) -> tuple[int, int]:
+    """Return the multiply-adds of a tower's layers, and how many tokens are left."""
+    total = 0
+    for _ in range(depth):
+        left = tokens - removable(tokens, protected, asked)
+        matching = tokens**2 * width + tokens * width if asked else 0
+        attention = 4 * tokens * width**2 + 2 * tokens**2 * width
+        total += 5 * (tokens + left) * width + attention + matching + 2 * left * width * mlp
+        tokens = left
+    return total, tokens

@@ -55,7 +55,6 @@ class Merger:
         weighted: importance weighs the merged tokens, as published; else they are means.
         causal: tokens see those before them alone; the mask is made anew for the tokens that are left.
         merge_padding: tokens behind the guiding one are like others, as published; else they go first, without a trace.
-        cross: returns the cross tokens, [1, layers, C]; None if there are none.
     """
 
     removed: tuple[int, ...]
@@ -65,32 +64,32 @@ class Merger:
     weighted: bool = True
     causal: bool = False
     merge_padding: bool = True
-    cross: Callable[[], Tensor] | None = None
 
-    def start(self, tokens: Tensor, guide: Tensor | None = None) -> Tensor:
+    def start(self, tokens: Tensor, guide: Tensor | None = None, cross: Tensor | None = None) -> Tensor:
         """Return the tokens that the first layer takes, [B, T, C]: with a cross token behind them, if there are any.
 
         Args:
             tokens: [B, T, C].
             guide: where a text ends, [B].
+            cross: the cross tokens of all layers, [1, layers, C].
         """
         size = None
         if not self.merge_padding and guide is not None and any(self.removed):
             places = torch.arange(tokens.shape[1], device=tokens.device)
             exact = torch.float64 if tokens.dtype == torch.float64 else torch.float32
             size = (places <= guide.unsqueeze(1)).to(exact)
-        if self.cross is not None:
+        if cross is not None:
             first = tokens[:, 0] if guide is None else _row(tokens, guide)
             tokens = torch.cat([tokens, first.unsqueeze(1)], 1)
             size = None if size is None else F.pad(size, (0, 1), value=1.0)
-        return carry(tokens, Flow(self, size=size, guide=guide))
+        return carry(tokens, Flow(self, size=size, guide=guide, cross=cross))
 
     def enter(self, tokens: Tensor, flow: Flow) -> tuple[Tensor, Flow]:
         """Return what a layer takes in the place of its tokens: the last one becomes the layer's cross token."""
-        if self.cross is None:
+        if flow.cross is None:
             return tokens, flow
         carrier = tokens[:, -1] if flow.guide is None else _row(tokens, flow.guide)
-        cross = carrier.detach() + self.cross()[:, flow.layer]
+        cross = carrier.detach() + flow.cross[:, flow.layer]
         tokens = torch.cat([tokens[:, :-1], cross.unsqueeze(1)], 1)
         return tokens, replace(flow, crosses=(*flow.crosses, cross))
 
@@ -98,7 +97,7 @@ class Merger:
         """Return which tokens neither go nor take others in, [B, T] or [T], and how many of each row."""
         places = torch.arange(tokens.shape[1], device=tokens.device)
         kept, count = places < self.prefix, self.prefix
-        if self.cross is not None:
+        if flow.cross is not None:
             kept, count = kept | (places == tokens.shape[1] - 1), count + 1
         if flow.guide is not None:
             kept, count = kept | (places == flow.guide.unsqueeze(1)), count + 1
@@ -278,7 +277,7 @@ class LayerPass:
         """Return how much each token matters, [B, T]; `keys` has those of all heads side by side, [B, T, C]."""
         assert self._queries is not None
         merger, guide = self.merger, self.flow.guide
-        place = -1 if merger.cross is not None else 0 if merger.prefix else None
+        place = -1 if self.flow.cross is not None else 0 if merger.prefix else None
         if merger.guidance == "attention":
             attended = self._attention().mean(1)
             if place is None:
@@ -315,11 +314,11 @@ class _Mode(TorchFunctionMode):
 
 @dataclass(eq=False)
 class Place:
-    """What a layer that merges keeps: its encoder's `Merger`, where it merges, and whether it is the first."""
+    """What a layer that merges keeps: its encoder's `Merger`, where it merges, and its number there."""
 
     merger: Merger
     site: Site
-    first: bool
+    number: int
 
 
 _PLACE = "_upop_merging"
@@ -362,7 +361,9 @@ def _run(layer: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], k
     name = None if args else next(each for each, value in kwargs.items() if isinstance(value, Tensor))
     tokens: Tensor = args[0] if name is None else kwargs[name]
     flow = flow_of(tokens, place.merger)
-    if flow is None and not place.first:
+    if flow is not None and flow.layer != place.number:
+        flow = None
+    if flow is None and place.number:
         raise LayoutError(
             f"A {type(layer).__name__} that merges tokens was given others than the layer before it returned, so that "
             "their sizes are not known. Hand on what it returns as it is (gradient checkpointing: use_reentrant=False)."
