@@ -6,13 +6,12 @@ also from what, on what data, and what was measured. What is not known is left o
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-from huggingface_hub import ModelCardData
 
 from upop.checkpoints.hub import is_hub_name
 from upop.errors import CheckpointError
@@ -117,15 +116,16 @@ def card(
 
 def _front_matter(description: Mapping[str, Any], base: str | None, story: Story | None) -> str:
     libraries = [name for name in ("timm", "transformers", "open_clip") if description.get(name)]
-    data = ModelCardData(
+    data = {
         # The library whose own functions load the folder; timm's do not read smaller layers.
-        library_name="transformers" if description["transformers"] else "upop",
-        tags=[*dict.fromkeys(["upop", "pruning", "compression", *([story.task] if story else []), *libraries])],
-        base_model=base if base is not None and is_hub_name(base) else None,
-        pipeline_tag=story.pipeline if story is not None else None,
-        metrics=[*story.metrics] or None if story is not None else None,
-    )
-    return f"---\n{data.to_yaml()}\n---"
+        "library_name": "transformers" if description["transformers"] else "upop",
+        "tags": [*dict.fromkeys(["upop", "pruning", "compression", *([story.task] if story else []), *libraries])],
+        "base_model": base if base is not None and is_hub_name(base) else None,
+        "pipeline_tag": story.pipeline if story is not None else None,
+        "metrics": [*story.metrics] if story is not None else None,
+    }
+    lines = [f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in data.items() if value]  # is YAML too
+    return "\n".join(["---", *lines, "---"])
 
 
 def _opening(description: Mapping[str, Any], kind: str, base: str | None, story: Story | None) -> str:

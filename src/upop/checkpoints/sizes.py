@@ -6,10 +6,9 @@ import copy
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from operator import index
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
-from transformers import PreTrainedModel
 
 from upop.checkpoints.blank import outline
 from upop.checkpoints.fit import kept_sizes
@@ -18,6 +17,9 @@ from upop.pruning import Attribute, Plan, Unit, find_units, remember, survey
 from upop.pruning.known import remembered, sized
 from upop.pruning.shrink import cut
 from upop.values import shortened
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 Sizes = dict[str, tuple[int, int]]
 """Unit -> (kept entries, entries of the dense model), of the units that lost some."""

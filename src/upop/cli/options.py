@@ -13,7 +13,6 @@ import typer
 from upop.errors import SettingError
 from upop.pruning.choice import meant
 from upop.settings import OLDER, RunSettings, current_names, read_settings
-from upop.tasks import TASKS
 from upop.yaml_files import parse_yaml
 
 S = TypeVar("S", bound=RunSettings)
@@ -167,16 +166,6 @@ Overwrite = Annotated[
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any other setting; repeatable.")]
 
 
-def with_resume_value(arguments: Sequence[str]) -> list[str]:
-    """Return command-line arguments with the value that a `--resume` without one stands for."""
-    completed = []
-    for place, argument in enumerate(arguments):
-        completed.append(argument)
-        if argument == "--resume" and (place + 1 == len(arguments) or arguments[place + 1].startswith("-")):
-            completed.append(ResumeWhen.must.value)
-    return completed
-
-
 _SETS: Mapping[str, tuple[str, ...]] = {
     **OLDER,
     "fsdp": ("sharding",),
@@ -217,6 +206,8 @@ def read(
     Raises:
         SettingError: a setting cannot be used; the message says where it is from.
     """
+    from upop.tasks import TASKS
+
     named = {*OLDER, *kind.model_fields, *(name for task in TASKS.values() for name in task.settings.model_fields)}
     flags = {name: value for name, value in context.params.items() if name in named and value not in ((), [])}
     given = current_names(overrides(flags)) | overrides(also or {}) | dict.fromkeys(nothing)

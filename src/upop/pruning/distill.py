@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 
 from upop.pruning.again import autocast, precision_now, random_numbers_kept, repeated
 from upop.pruning.errors import LayoutError, SettingError, StepError, some_of
@@ -149,7 +150,8 @@ class Distillation:
         self._forget()
 
     # Where the model is compiled, what `_see` does is traced with it, and the rest stays outside.
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    # torch.compiler.disable would import the compiler, which takes seconds, as soon as this class is made.
+    @_disable_dynamo
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         del args, kwargs
         if module is self._model:
@@ -164,7 +166,7 @@ class Distillation:
         self._seen.setdefault(name, []).append(output if output.requires_grad else None)
         self._precision = precision_now(output.device.type) or self._precision
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @_disable_dynamo
     def _teach(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Run the teacher on what the model was given, and keep the loss of this pass."""
         if module is not self._model or not self._running:
