@@ -18,6 +18,7 @@ from upop.errors import CheckpointError
 from upop.files import rewrite_text
 from upop.plain import one_line, plain
 from upop.pruning.align import told_align
+from upop.pruning.goal import told_reached
 from upop.reading import read_object
 
 FILE = "README.md"
@@ -150,7 +151,11 @@ def _made(description: Mapping[str, Any], base: str | None, parameters: int | No
         facts["dense model"] = _code(base)
     if "ratio" in settings:
         facts["share of the prunable cost removed"] = f"{settings['ratio']:g}"
-    if "cost" in settings:
+    if "target" in settings:
+        facts["what was to be left of the whole model"] = _cell(str(settings["target"]))
+    if "reached" in settings:
+        facts["left of the whole model"] = _cell(told_reached(settings))
+    if "cost" in settings and "target" not in settings:
         facts["what the cost counts"] = _cell(str(settings["cost"]))
     if settings.get("align", 1) != 1:
         facts["kept sizes are multiples of"] = _cell(told_align(settings["align"]))

@@ -28,6 +28,7 @@ from upop.pruning import survey
 from upop.pruning.align import read_align
 from upop.pruning.carried import plan_of
 from upop.pruning.coverage import Coverage
+from upop.pruning.goal import Goal
 from upop.report.inspection import Inspection, after_budget, inspect_model
 from upop.report.results import number
 from upop.report.shares import Panel
@@ -60,6 +61,7 @@ def inspect(
             help="Also show what is left when this share of the cost goes.",
         ),
     ] = None,
+    target: o.Target = None,
     align: o.Align = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Write it as JSON, with every unit and every reason.")
@@ -77,8 +79,9 @@ def inspect(
         note = f"not counted: the model takes other inputs ({' '.join(str(error).split())[:120]})"
         inputs, found = None, inspect_model(model, None, _dense_sizes(model))
     smaller = None
-    if ratio is not None and found.panels:
-        shrunken, plan = after_budget(model, ratio, read_align(align or "1"))
+    goal = Goal(ratio, target) if ratio is not None or target is not None else None
+    if goal is not None and found.panels:
+        shrunken, plan = after_budget(model, goal, read_align(align or "1"), inputs)
         smaller = inspect_model(shrunken, inputs, plan.sizes)
     if as_json:
         typer.echo(json.dumps(_content(model, found, smaller, note), indent=1))
@@ -89,7 +92,7 @@ def inspect(
         console.print(_units_table(found, smaller))
     else:
         console.print("Nothing of it can be pruned.")
-    console.print(_parts_table(found, smaller, ratio if found.panels else None))
+    console.print(_parts_table(found, smaller, goal if found.panels else None))
     console.print(_coverage_table(found.coverage))
     console.print(as_text(f"GMACs: {note}"), soft_wrap=True)
     if smaller is not None:
@@ -268,10 +271,11 @@ def _range(values: Any) -> str:
     return str(listed[0]) if listed[0] == listed[-1] else f"{listed[0]} to {listed[-1]}"
 
 
-def _parts_table(found: Inspection, smaller: Inspection | None, ratio: float | None) -> Table:
-    title = (
-        "Sizes" if ratio is None else f"Sizes, and what is left after {100 * ratio:g} % of the prunable parameters go"
-    )
+def _parts_table(found: Inspection, smaller: Inspection | None, goal: Goal | None) -> Table:
+    title = "Sizes"
+    if goal is not None and smaller is not None:
+        asked = f"with {goal}" if goal.ratio is None else f"after {100 * goal.ratio:g} % of the prunable parameters go"
+        title += f", and what is left {asked} ({found.parameters / smaller.parameters:.3g}x of the whole model)"
     table = Table(title=title, title_justify="left")
     table.add_column("modality")
     for heading in ("parameters (M)", "prunable (M)", "GMACs"):

@@ -89,6 +89,14 @@ OldRatio = Annotated[float | None, typer.Option("--p", parser=as_ratio, metavar=
 PublishedRatio = Annotated[
     float | None, typer.Option("--p", "--ratio", parser=as_ratio, metavar="<float>", help=_RATIO)
 ]
+Target = Annotated[
+    str | None,
+    typer.Option(
+        metavar="KIND=LEFT",
+        help="In place of --ratio, what is left of the whole model: params=0.5 (or 12M, 40MB@float16), macs=2x, or "
+        "both with a comma.",
+    ),
+]
 Epochs = Annotated[
     int | None, typer.Option("--epochs", help="All epochs, those of the search too. [default: the config's]")
 ]

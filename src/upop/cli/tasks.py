@@ -57,6 +57,7 @@ def compress(
     config: o.Config = None,
     ratio: o.Ratio = None,
     p: o.OldRatio = None,
+    target: o.Target = None,
     epochs: o.Epochs = None,
     epoch: o.OldEpoch = None,
     pretrained: o.Pretrained = None,

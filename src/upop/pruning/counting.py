@@ -246,16 +246,8 @@ def _learnt(
             finally:
                 restore(undo)
 
-        try:
-            terms = _followed([unit.name for unit in units if unit.size > 1], run)
-            quantity = Quantity(units, terms)
-            draw = random.Random(0)
-            kept = {unit.name: draw.randint(1, unit.size) for unit in units}
-            lost = {unit.name: unit.size - kept[unit.name] for unit in units}
-            true = sum(formula(values) for formula, values in run(lost))
-        except _OtherwiseError:
-            true, quantity, kept = -1, Quantity(units, ()), {}
-    if quantity.at(kept) != true:
+        quantity = _confirmed(units, run, 0) or _confirmed(units, run, 1)
+    if quantity is None:
         raise LayoutError(
             f"The {what} of {type(model).__name__} cannot be told before it is cut: its forward goes on otherwise "
             "where layers are smaller. Give a target in params, or a ratio with cost='flops'."
@@ -267,13 +259,35 @@ class _OtherwiseError(Exception):
     """A model that is cut does other operations."""
 
 
-def _followed(units: Sequence[str], run: Callable[[Sizes], Seen]) -> list[Term]:
+def _confirmed(units: Sequence[Unit], run: Callable[[Sizes], Seen], least: int) -> Quantity | None:
+    """Return what a forward counts, if that holds for the whole model and for an uneven cut.
+
+    Args:
+        units: of the model.
+        run: a forward where units have lost so many entries.
+        least: how many every unit has lost in all runs: a module that is cut may do what a whole one does in another
+            way.
+    """
+    moving = [unit for unit in units if unit.size > 1 + least]
+    base = {unit.name: min(least, unit.size - 1) for unit in units}
+    draw = random.Random(0)
+    lost = {unit.name: draw.randint(base[unit.name], unit.size - 1) for unit in units}
+    try:
+        quantity = Quantity(units, _followed([unit.name for unit in moving], run, base))
+        foretold = [quantity.whole, quantity.at({unit.name: unit.size - lost[unit.name] for unit in units})]
+        counted = [sum(formula(values) for formula, values in run(each)) for each in ({}, lost)]
+    except _OtherwiseError:
+        return None
+    return quantity if foretold == counted else None
+
+
+def _followed(units: Sequence[str], run: Callable[[Sizes], Seen], base: Sizes) -> list[Term]:
     """Return what a forward counts, with the unit that every length follows."""
-    dense = [(formula, *tree_flatten(values)) for formula, values in run({})]
+    dense = [(formula, *tree_flatten(values)) for formula, values in run(base)]
     bits = max(1, (len(units) - 1).bit_length())
     codes = {name: [at >> bit & 1 for bit in range(bits)] for at, name in enumerate(units)}
     halves = [[name for name in units if codes[name][bit] == side] for bit in range(bits) for side in (0, 1)]
-    deltas = [_deltas(dense, run(dict.fromkeys(half, 1))) for half in halves]
+    deltas = [_deltas(dense, run(_more(base, half))) for half in halves]
     places = [(at, place) for at, (_, values, _) in enumerate(dense) for place in range(len(values))]
     steps: dict[tuple[int, int], tuple[tuple[str, int], ...]] = {}
     unclear: dict[tuple[int, int], list[str]] = {}
@@ -286,17 +300,23 @@ def _followed(units: Sequence[str], run: Callable[[Sizes], Seen]) -> list[Term]:
             steps[key] = ((told[0], sum(pairs[0])),)
         else:  # several units lie in it, side by side
             unclear[key] = told
-    alone = {name: _deltas(dense, run({name: 1})) for name in dict.fromkeys(chain(*unclear.values()))}
+    alone = {name: _deltas(dense, run(_more(base, [name]))) for name in dict.fromkeys(chain(*unclear.values()))}
     for key, names in unclear.items():
         steps[key] = tuple((name, alone[name][key]) for name in names if key in alone[name])
     return [
-        Term(formula, tuple(_length(value, steps.get((at, place), ())) for place, value in enumerate(values)), form)
+        Term(
+            formula, tuple(_length(value, steps.get((at, place), ()), base) for place, value in enumerate(values)), form
+        )
         for at, (formula, values, form) in enumerate(dense)
     ]
 
 
-def _length(value: Any, steps: tuple[tuple[str, int], ...]) -> Any:
-    return Length(value, steps) if steps else value
+def _more(base: Sizes, units: Iterable[str]) -> Sizes:
+    return {**base, **{name: base[name] + 1 for name in units}}
+
+
+def _length(value: Any, steps: tuple[tuple[str, int], ...], base: Sizes) -> Any:
+    return Length(value + sum(step * base[name] for name, step in steps), steps) if steps else value
 
 
 def _deltas(dense: Sequence[tuple[Any, list[Any], TreeSpec]], seen: Seen) -> dict[tuple[int, int], int]:

@@ -13,7 +13,7 @@ from upop.pruning import budget
 from upop.pruning.align import Align, entries_in_block, told_align
 from upop.pruning.budget import Ranking, Selection
 from upop.pruning.choice import check_ratio
-from upop.pruning.counting import Quantity, Sizes
+from upop.pruning.counting import Quantity, Sizes, parameters_of
 from upop.pruning.errors import SettingError
 from upop.pruning.targets import Limit, Target, quantity_of, read_target, told_target
 from upop.pruning.units import Unit
@@ -63,6 +63,7 @@ class Goal:
         self.limits = () if target is None else read_target(target)
         self._bounds: tuple[Bound, ...] = ()
         self._whole = 0.0
+        self._parameters: Quantity | None = None
 
     def __str__(self) -> str:
         """Return what is asked for."""
@@ -82,6 +83,7 @@ class Goal:
             LayoutError: what is asked for cannot be told before the model is cut.
         """
         self._whole = sum(costs[unit.name] * unit.size for unit in units)
+        self._parameters = parameters_of(model, units)
         if self.ratio is not None:
             budget.check_reachable(units, costs, self.ratio, align)
             return
@@ -120,6 +122,15 @@ class Goal:
         share = self.ratio * part if left == self._whole else max(0.0, 1 - self._whole * (1 - self.ratio * part) / left)
         return budget.select(units, scores, costs, share, align, standardised=standardised)
 
+    def share(self, sizes: Callable[[float], Sizes]) -> float:
+        """Return the smallest share with which sizes that fall with it keep within all limits, to 1e-6."""
+        low, high = 0.0, 1.0
+        while high - low > 1e-6:
+            middle = (low + high) / 2
+            enough = all(bound.quantity.at(sizes(middle)) <= bound.most for bound in self._bounds)
+            low, high = (low, middle) if enough else (middle, high)
+        return high
+
     def _select_to(self, ranking: Ranking, costs: Mapping[str, float], part: float) -> Selection:
         """Return what goes first until all limits hold, less what may stay all the same."""
         most = [bound.after(part) for bound in self._bounds]
@@ -153,17 +164,26 @@ class Goal:
         return back
 
     def told(self, kept: Sizes) -> dict[str, Any]:
-        """Return what was asked for, and what a cut to these sizes makes of what a target counts, for a plan."""
+        """Return, for a plan, what was asked for, and what a cut to these sizes leaves of the whole model."""
+        counted: dict[str, tuple[str, Quantity, dict[str, str]]] = {}
+        if self._parameters is not None:
+            counted["params"] = ("parameters", self._parameters, {})
+        for bound in self._bounds:
+            kind = "bytes" if bound.limit.in_bytes else bound.limit.kind
+            counted[kind] = (bound.limit.words, bound.quantity, {"asked": bound.limit.asked})
         reached = {
-            bound.limit.kind: {
-                "asked": bound.limit.asked,
-                "of": bound.limit.words,
-                "dense": bound.quantity.whole,
-                "left": bound.quantity.at(kept),
-            }
-            for bound in self._bounds
+            kind: {"of": words, "dense": quantity.whole, "left": quantity.at(kept), **asked}
+            for kind, (words, quantity, asked) in counted.items()
         }
         return self.settings() | ({"reached": reached} if reached else {})
+
+
+def told_reached(settings: Mapping[str, Any]) -> str:
+    """Return what a plan's settings say is left of the whole model: "731,234 of 1,270,000 parameters (1.74x)"."""
+    return ", ".join(
+        f"{each['left']:,} of {each['dense']:,} {each['of']} ({each['dense'] / max(1, each['left']):.3g}x)"
+        for each in settings.get("reached", {}).values()
+    )
 
 
 def _check_reachable(bound: Bound, units: Sequence[Unit], align: Align) -> None:
