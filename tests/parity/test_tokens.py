@@ -16,11 +16,15 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.testing import assert_close
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
+from upop.checkpoints import read_weights
 from upop.checkpoints.clip_names import from_openai, to_openai
 from upop.models.coop import CoOp, ends_of
 from upop.models.crossget import CrossGetClip, CrossGetConfig, Encoded
-from upop.tokens.flow import Flow
+from upop.models.llava import add_cross_tokens, from_published, llava_losses
+from upop.tokens.flow import Flow, flow_of
+from upop.tokens.layer import place_of
 from upop.tokens.matching import Match, cosine, match, merge, removable
 
 PARITY = Path(os.environ.get("UPOP_TOKENS_PARITY", Path(__file__).parent / "data_tokens"))
@@ -293,11 +297,7 @@ def test_coop_has_the_recorded_logits_losses_and_gradients(folder: Path, variant
     recorded = within(read(folder, "out"), f"f64/{variant}/")
     close(model(images), recorded["eval/logits"], 1e-10, "logits")
     if "eval/prompts" in recorded:
-        positions = model.clip.text_model.embeddings.position_embedding.weight
-        found = model.prompts()
-        if not torch.allclose(found, recorded["eval/prompts"]):
-            found = found + positions
-        close(found, recorded["eval/prompts"], 1e-10, "prompts")
+        close(model.prompts(), recorded["eval/prompts"], 1e-10, "prompts")
     if variant == "none":
         return
     losses = model(images, labels)
@@ -313,3 +313,109 @@ def test_coop_has_the_recorded_logits_losses_and_gradients(folder: Path, variant
     }
     for name, gradient in within(recorded, "grad/").items():
         close(model.trained[names[name]].grad, gradient, 1e-10, name)
+
+
+# LLaVA.
+
+
+def llava(folder: Path) -> LlavaForConditionalGeneration:
+    """The recorded model as transformers has it."""
+    config, weights = config_of(folder), read(folder, "weights")
+    layer = "model.vision_tower.vision_tower.vision_model.encoder.layers.0"
+    vision = {
+        "image_size": config["image_size"],
+        "patch_size": config["patch_size"],
+        "hidden_size": config["vision_width"],
+        "num_attention_heads": config["vision_heads"],
+        "num_hidden_layers": config["vision_layers"],
+        "intermediate_size": weights[f"{layer}.mlp.fc1.weight"].shape[0],
+    }
+    text = {
+        "hidden_size": config["width"],
+        "num_attention_heads": config["heads"],
+        "num_key_value_heads": config["heads"],
+        "num_hidden_layers": config["layers"],
+        "vocab_size": config["vocab"],
+        "intermediate_size": weights["model.layers.0.mlp.gate_proj.weight"].shape[0],
+    }
+    used = set(read(folder, "inputs")["input_ids"].flatten().tolist())
+    place = min(set(range(3, config["vocab"])) - used)
+    model = LlavaForConditionalGeneration(
+        LlavaConfig(vision_config=CLIPVisionConfig(**vision), text_config=LlamaConfig(**text), image_token_index=place)
+    ).eval()
+    model.load_state_dict(from_published(weights))
+    assert add_cross_tokens(model, read_weights(folder / "cross_tokens.bin"), config["r"])
+    return model
+
+
+def prompts(folder: Path, model: LlavaForConditionalGeneration, limit: int | None = None) -> dict[str, Tensor]:
+    """The recorded texts, with as many places as there are visual tokens in that of the image."""
+    inputs = read(folder, "inputs")
+    count, place = model.config.image_seq_length, model.config.image_token_id
+
+    def spread(rows: Tensor, at: int) -> Tensor:
+        image = inputs["input_ids"][: len(rows), : rows.shape[1]] == -200
+        made = [
+            torch.cat([row[: int(where)], torch.full((count,), at), row[int(where) + 1 :]])
+            for row, where in zip(rows, image.int().argmax(1), strict=True)
+        ]
+        return torch.stack(made)
+
+    rows = 1 if limit else len(inputs["input_ids"])
+    given = {name: inputs[name][:rows, :limit].long() for name in ("input_ids", "attention_mask", "labels")}
+    filled = {"input_ids": place, "attention_mask": 1, "labels": -100}
+    return {"pixel_values": inputs["image"][:rows]} | {name: spread(given[name], filled[name]) for name in given}
+
+
+@pytest.mark.parametrize("folder", sets("llava"), ids=lambda folder: folder.name)
+def test_llava_vision_tower_gives_the_recorded_visual_tokens(folder: Path) -> None:
+    model, recorded = llava(folder).double(), within(read(folder, "out"), "f64/")
+    tower = model.model.vision_tower
+    outputs = layers_of(tower)
+    images = read(folder, "inputs")["image"].double()
+    with torch.no_grad():
+        found = model.model.get_image_features(images, return_dict=True)
+    close(found.hidden_states[-2][:, 1:], recorded["image_features"], 1e-10, "features")
+    close(torch.stack(list(found.pooler_output)), recorded["projected"], 1e-10, "projected")
+    place = place_of(tower.encoder.layers[0])
+    assert place is not None
+    flow = flow_of(outputs[-1], place.merger)
+    assert flow is not None
+    check_layers(flow, outputs, within(recorded, "vision/"), None, 1e-10)
+
+
+@pytest.mark.parametrize("folder", sets("llava"), ids=lambda folder: folder.name)
+def test_llava_speaks_as_recorded(folder: Path) -> None:
+    model, recorded = llava(folder), within(read(folder, "out"), "lm/")
+    batch = prompts(folder, model)
+    with torch.no_grad():
+        found = model(**batch)
+    seen = batch["attention_mask"].bool()
+    close(found.logits[seen], recorded["eval/logits"][seen], 1e-4, "logits")
+    close(found.loss, recorded["eval/loss"], 1e-4, "loss")
+    start = prompts(folder, model, 8)
+    del start["labels"]
+    for beams in (1, 3):
+        said = model.generate(
+            **start, num_beams=beams, max_new_tokens=6, min_new_tokens=6, do_sample=False, pad_token_id=0
+        )
+        assert said[0, start["input_ids"].shape[1] :].tolist() == recorded[f"generate/beams{beams}"][0, 8:].tolist()
+
+
+@pytest.mark.parametrize("folder", sets("llava"), ids=lambda folder: folder.name)
+def test_llava_has_the_recorded_losses_and_gradients(folder: Path) -> None:
+    model, recorded = llava(folder).train(), within(read(folder, "out"), "lm/")
+    for name, each in model.model.vision_tower.named_parameters():
+        each.requires_grad_("cross_image" in name)
+    losses = llava_losses(model, **prompts(folder, model))
+    close(losses.cross, recorded["train/loss_kd"], 1e-4, "loss_kd")
+    close(losses.total(), recorded["train/loss"], 1e-4, "loss")
+    losses.total().backward()
+    cross_image, cross_text = model.model.vision_tower.encoder.cross_image, model.model.language_model.cross_text
+    gradients = from_published(within(recorded, "grad/"))
+    named = dict(model.named_parameters())
+    for name, gradient in gradients.items():
+        close(named[name].grad, gradient, 1e-4, name)
+    close(cross_text.grad, recorded["grad/model.cross_text"], 1e-4, "cross_text")
+    vision = "model.vision_tower.vision_tower.vision_model.encoder.cross_image"
+    close(cross_image.grad, recorded[f"grad/{vision}"], 1e-4, "cross_image")

@@ -32,7 +32,8 @@ def clip_sizes(state: State) -> dict[str, Any]:
     """Return the fields of a CLIP's configuration that a checkpoint's shapes tell; KeyError names a missing tensor."""
     state = _clip_named(state)
     patches, projection = state[_CLIP_PATCHES], state["visual_projection.weight"]
-    words = state["text_model.embeddings.token_embedding.weight"]
+    positions = state[_CLIP_POSITIONS.format("text", "")]
+    words = state.get("text_model.embeddings.token_embedding.weight")  # CoOp's files have none
     width, patch = patches.shape[0], patches.shape[-1]
     queue = {"queue_size": state["image_queue"].shape[1]} if "image_queue" in state else {}
     return {
@@ -42,13 +43,13 @@ def clip_sizes(state: State) -> dict[str, Any]:
         "vision_depth": count_layers(state, r"vision_model\.encoder\.layers\.(\d+)\."),
         "vision_heads": max(1, width // HEAD_DIM),
         "vision_mlp": 4 * width,
-        "text_width": words.shape[1],
+        "text_width": positions.shape[1],
         "text_depth": count_layers(state, r"text_model\.encoder\.layers\.(\d+)\."),
-        "text_heads": max(1, words.shape[1] // HEAD_DIM),
-        "text_mlp": 4 * words.shape[1],
-        "vocab_size": words.shape[0],
-        "max_positions": state[_CLIP_POSITIONS.format("text", "")].shape[0],
+        "text_heads": max(1, positions.shape[1] // HEAD_DIM),
+        "text_mlp": 4 * positions.shape[1],
+        "max_positions": positions.shape[0],
         "embed_dim": projection.shape[0],
+        **({} if words is None else {"vocab_size": words.shape[0]}),
         **queue,
     }
 

@@ -57,6 +57,10 @@ class Flow:
         size, guide, cross = (None if each is None else each.to(device) for each in held)
         return replace(self, size=size, guide=guide, cross=cross)
 
+    def with_cross(self, cross: Tensor) -> Flow:
+        """Return it with the cross token that goes into this layer, [B, C]."""
+        return replace(self, crosses=(*self.crosses, cross))
+
     def after(self, size: Tensor | None, found: Match | None) -> Flow:
         """Return what the next layer starts with."""
         guide = self.guide

@@ -9,7 +9,7 @@ reads queries and keys there, and merges the sum.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from upop.pruning.errors import LayoutError
 from upop.tokens.flow import Flow, carry, flow_of
-from upop.tokens.matching import Match, cosine, match, merge, removable
+from upop.tokens.matching import Match, cosine, exactly, match, merge, removable
 
 Guidance = Literal["query", "attention"]
 
@@ -91,7 +91,7 @@ class Merger:
         carrier = tokens[:, -1] if flow.guide is None else _row(tokens, flow.guide)
         cross = carrier.detach() + flow.cross[:, flow.layer]
         tokens = torch.cat([tokens[:, :-1], cross.unsqueeze(1)], 1)
-        return tokens, replace(flow, crosses=(*flow.crosses, cross))
+        return tokens, flow.with_cross(cross)
 
     def protected(self, tokens: Tensor, flow: Flow) -> tuple[Tensor, int]:
         """Return which tokens neither go nor take others in, [B, T] or [T], and how many of each row."""
@@ -259,7 +259,7 @@ class LayerPass:
             return tokens
         assert self._keys is not None
         size = self.flow.sizes(tokens)
-        with torch.no_grad(), torch.autocast(tokens.device.type, enabled=False):
+        with torch.no_grad(), exactly(tokens):
             keys = self._keys if self._keys.dtype == torch.float64 else self._keys.float()
             joined = keys.transpose(1, 2).flatten(2)
             self.found = match(

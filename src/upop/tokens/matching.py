@@ -7,6 +7,7 @@ device, on the batch, or on how a library sorts. Places follow from comparisons,
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -55,7 +56,7 @@ def match(
         empty: tokens of no content (padding), [B, T]; they go first, and never into one that has any.
         weighted: whether importance weighs the merged tokens; the weights are 1 otherwise.
     """
-    with torch.autocast(keys.device.type, enabled=False):
+    with exactly(keys):
         keys = keys if keys.dtype == torch.float64 else keys.float()
         importance = importance.to(keys.dtype)
         batch, tokens, _ = keys.shape
@@ -88,7 +89,7 @@ def merge(tokens: Tensor, size: Tensor, found: Match) -> tuple[Tensor, Tensor]:
         size: how many tokens each stands for, [B, T]; 0 for one without content.
         found: by `match`.
     """
-    with torch.autocast(tokens.device.type, enabled=False):
+    with exactly(tokens):
         exact = size.dtype
         states = tokens.to(exact)
         given, own = found.weight.to(exact).unbind(2)
@@ -103,6 +104,11 @@ def merge(tokens: Tensor, size: Tensor, found: Match) -> tuple[Tensor, Tensor]:
         # A token without content keeps its state, which nothing reads.
         merged = torch.where(merged_size.unsqueeze(2) > 0, summed / merged_size.clamp_min(1).unsqueeze(2), kept)
         return merged.to(tokens.dtype), merged_size
+
+
+def exactly(tokens: Tensor) -> AbstractContextManager[None]:
+    """Return a context without autocast: decisions are the same in training and in evaluation."""
+    return nullcontext() if tokens.is_meta else torch.autocast(tokens.device.type, enabled=False)
 
 
 def unmerge(tokens: Tensor, found: Match) -> Tensor:
