@@ -9,6 +9,7 @@ from torch import nn
 
 import upop
 from pruning.families import BY_NAME, FAMILIES
+from tiers import mostly_slow
 from upop.errors import SettingError
 from upop.pruning.goal import Goal
 from upop.report.inspection import SHARED, after_budget, inspect_model
@@ -16,7 +17,7 @@ from upop.report.inspection import SHARED, after_budget, inspect_model
 NAMES = [family.name for family in FAMILIES[:12]]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", mostly_slow(NAMES, "vit-fused", "vit-registers", "segmenter", "clip"))
 def test_parts_add_up_to_the_whole(name: str) -> None:
     family = BY_NAME[name]
     model, inputs = family.build(torch.float32), family.inputs(1, torch.float32)
