@@ -134,6 +134,11 @@ class RunSettings(Checked):
         description="kept channels are multiples of this, or by kind: attention=8,mlp=128; by default what suits the "
         "device: 8 on CUDA, else 1",
     )
+    uniform: Literal["tower"] | None = Field(
+        None,
+        description="tower: all layers of a tower keep equally many heads and neurons, where the model's configuration "
+        "can say it, so that libraries load the result without upop",
+    )
     interval: int = Field(50, ge=1, description="method reference moves the masks every so many search steps")
     w_sp_attn: float = Field(4.8e-3, ge=0, description="weight of the sparsity term; moves only the logged loss")
     w_sp_mlp: float = Field(2e-4, ge=0)

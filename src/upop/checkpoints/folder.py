@@ -92,6 +92,7 @@ def save(
     in_transformers = is_pretrained(model) and _is_its_own(model)
     if in_transformers:
         owners.mark(model)
+    plain = plan is not None and in_transformers and owners.is_plain(model)
     description = {
         "format": FORMAT,
         "model": kind,
@@ -100,8 +101,8 @@ def save(
         "transformers": in_transformers,
         **owners.describe(model if kind is None and not in_transformers else None, plan),
         "layout": {unit.name: _unit(unit, dense.get(unit.name)) for unit in units},
-        "units": _written(units, dense, plan),
-        "plan": json.loads(replace(plan, slices={}).to_json()) if plan is not None else None,
+        "units": _written(units, {} if plain else dense, None if plain else plan),
+        "plan": json.loads((plan if plain else replace(plan, slices={})).to_json()) if plan is not None else None,
         "preparation": preparation_of(model),
         "versions": owners.versions(),
     }
@@ -319,19 +320,30 @@ def _tell_units(model: nn.Module, description: Description, folder: Path) -> nn.
     Raises:
         CheckpointError: what is told is no unit of the model.
     """
-    told = description.units or (description.plan or {}).get("slices") or {}
-    if not isinstance(told, Mapping) or not set(description.layout or {}) <= set(told):
+    # Of a plain model, the plan tells the units of the dense form, and the rest those of the smaller one.
+    forms = [each for each in (description.units, (description.plan or {}).get("slices")) if each]
+    if (
+        not all(isinstance(each, Mapping) for each in forms)
+        or not forms
+        or not set(description.layout or {}) <= set(forms[0])
+    ):
         return model
-    try:
-        units = units_of(model, told)
-    except ValueError as error:
-        raise CheckpointError(
-            f"{folder / DESCRIPTION} does not fit {type(model).__name__}: {error}. It is of a {description.kind}: "
-            "was it damaged, or is the dense model another one?"
-        ) from error
-    if units:
-        _check_numbers(model, units.values(), folder)
-        remember(model, Survey(tuple(units.values()), ()))
+    for told in forms:
+        try:
+            units = units_of(model, told)
+            _check_numbers(model, (units or {}).values(), folder)
+        except (ValueError, CheckpointError) as error:
+            if told is not forms[-1]:
+                continue
+            if isinstance(error, CheckpointError):
+                raise
+            raise CheckpointError(
+                f"{folder / DESCRIPTION} does not fit {type(model).__name__}: {error}. It is of a {description.kind}: "
+                "was it damaged, or is the dense model another one?"
+            ) from error
+        if units:
+            remember(model, Survey(tuple(units.values()), ()))
+        break
     return model
 
 
@@ -354,7 +366,7 @@ def _plan(description: Description, folder: Path) -> Plan | None:
         if description.plan is None:
             return None
         plan = Plan.from_json(json.dumps(description.plan))
-        told = description.units or plan.slices
+        told = plan.slices or description.units or {}
         return replace(plan, slices={name: told[name] for name in plan.kept if name in told})
     except PlanError as error:
         raise CheckpointError(f"{folder / DESCRIPTION} has a plan that cannot be read. {error}") from error

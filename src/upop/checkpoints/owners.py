@@ -70,6 +70,13 @@ def mark(model: nn.Module) -> None:
     quantizer.mark(model)
 
 
+def is_plain(model: PreTrainedModel) -> bool:
+    """Whether a transformers model's configuration says all of its sizes by its own numbers."""
+    from upop.checkpoints import quantizer
+
+    return not quantizer.recorded(model.config)
+
+
 def versions() -> dict[str, str]:
     """Return the versions of upop, and of the libraries that a model may be of, as far as they are installed."""
     found = {name: installed_version(name) for name in ("upop", "torch", "timm", "transformers")}

@@ -48,6 +48,18 @@ def describe(model: nn.Module, plan: Plan | None) -> dict[str, Any] | None:
         model: any model, dense or compressed.
         plan: how it was compressed, if that is known.
     """
+    told = named(model, plan)
+    if told is None:
+        return None
+    name, arguments = told
+    built = _build(name, arguments)
+    if built is None or not same_but_for_sizes(model, built):
+        return None
+    return {"architecture": name, "arguments": arguments}
+
+
+def named(model: nn.Module, plan: Plan | None) -> tuple[str, dict[str, Any]] | None:
+    """Return the name of a model of timm, and the arguments that seem to build its dense form; None for others."""
     settings = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None)
     name = settings.get("architecture") if isinstance(settings, Mapping) else getattr(settings, "architecture", None)
     if not isinstance(name, str) or not timm.is_model(name) or type(model).__module__.partition(".")[0] != "timm":
@@ -68,10 +80,7 @@ def describe(model: nn.Module, plan: Plan | None) -> dict[str, Any] | None:
             del arguments["mlp_ratio"]
         else:
             arguments["mlp_ratio"] = (hidden + 0.5) / _read(_ARGUMENTS["embed_dim"], model)
-    built = _build(name, arguments)
-    if built is None or not same_but_for_sizes(model, built):
-        return None
-    return {"architecture": name, "arguments": arguments}
+    return name, arguments
 
 
 class _Arguments(Read):

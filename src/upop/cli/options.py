@@ -130,6 +130,14 @@ Align = Annotated[
     str | None,
     typer.Option(metavar="N", help="Kept channels are multiples of this; or by kind: attention=8,mlp=128."),
 ]
+Uniform = Annotated[
+    str | None,
+    typer.Option(
+        metavar="tower",
+        help="All layers of a tower keep equally many heads and neurons: libraries load the result without upop.",
+        autocompletion=starting_with(lambda: ("tower",)),
+    ),
+]
 Resume = Annotated[
     ResumeWhen | None,
     typer.Option(

@@ -73,6 +73,7 @@ def compress(
     trackers: o.Tracker = None,
     cost: Annotated[str | None, typer.Option(help="What the budget counts: params, flops or reference.")] = None,
     align: o.Align = None,
+    uniform: o.Uniform = None,
     interval: o.Interval = None,
     method: o.Method = None,
     w_sp_attn: o.SparsityAttention = None,

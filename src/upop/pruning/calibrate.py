@@ -33,6 +33,7 @@ from upop.pruning.stated import Stated
 from upop.pruning.surveys import find_units, units_to_search, waits_for_batch
 from upop.pruning.targets import Target
 from upop.pruning.told import warn_of_none
+from upop.pruning.uniform import Uniform, check_uniform, to_keep_alike
 from upop.pruning.units import Unit, tensor_of
 from upop.pruning.verify import tensors_of
 
@@ -57,6 +58,7 @@ def calibrate(
     example: Any = None,
     units: Sequence[Stated] = (),
     verify: Any = True,
+    uniform: Uniform | None = None,
 ) -> Plan:
     """Cut `model` with a few batches and no training; it is changed in place, and physically smaller afterwards.
 
@@ -92,6 +94,7 @@ def calibrate(
         units: what is known of units beside (`upop.UnitSpec`); see `Pruner`.
         verify: inputs on which the masked and the cut model are compared at every stage, as for `upop.shrink`. By
             default a few samples of the first batch. False cuts without proof.
+        uniform: "tower" has all layers of a tower keep equally many; see `Pruner`.
 
     Returns:
         What every unit kept, in the entries of the dense model.
@@ -112,6 +115,7 @@ def calibrate(
     batches = listed(batches)
     check_loss(loss, batches)
     check_whole("stages", stages)
+    check_uniform(uniform)
     if ridge is not None and not ridge > 0:
         raise SettingError(
             f"ridge must be above 0, or the weights are not determined; found {ridge!r}. Without it, it is chosen."
@@ -122,12 +126,12 @@ def calibrate(
         found = read_first(kept_call.inputs(model), lambda inputs: units_to_search(model, inputs, units))
     else:
         found = units_to_search(model, example, units)
-    dense = chosen(found, include, exclude)
+    dense, towers = to_keep_alike(model, chosen(found, include, exclude), uniform, found)
     refuse_frozen(model, dense)
     refuse_masked(model, dense)
     refuse_shared(model, dense)
     costs = entry_costs(model, dense, cost, example)
-    goal.begin(model, dense, costs, align, batches[0] if example is None and loss is None else example)
+    goal.begin(model, dense, costs, align, batches[0] if example is None and loss is None else example, towers)
     names = {unit.name for unit in dense}
     kept = {unit.name: torch.arange(unit.size) for unit in dense}
     undo: list[Assignment] = []
@@ -161,6 +165,7 @@ def calibrate(
         correct=correct,
         cost=described,
         align=align,
+        **({"uniform": uniform} if uniform else {}),
     )
     record_cut(model, plan)
     return plan

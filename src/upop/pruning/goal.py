@@ -16,6 +16,7 @@ from upop.pruning.choice import check_ratio
 from upop.pruning.counting import Quantity, Sizes, parameters_of
 from upop.pruning.errors import SettingError
 from upop.pruning.targets import Limit, Target, quantity_of, read_target, told_target
+from upop.pruning.uniform import Tower, removable_blocks, together
 from upop.pruning.units import Unit
 
 _TOLERANCE = 0.01
@@ -64,6 +65,7 @@ class Goal:
         self._bounds: tuple[Bound, ...] = ()
         self._whole = 0.0
         self._parameters: Quantity | None = None
+        self._towers: Sequence[Tower] = ()
 
     def __str__(self) -> str:
         """Return what is asked for."""
@@ -74,9 +76,15 @@ class Goal:
         return {"ratio": self.ratio} if self.ratio is not None else {"target": told_target(self.limits)}
 
     def begin(
-        self, model: nn.Module, units: Sequence[Unit], costs: Mapping[str, float], align: Align, example: Any
+        self,
+        model: nn.Module,
+        units: Sequence[Unit],
+        costs: Mapping[str, float],
+        align: Align,
+        example: Any,
+        towers: Sequence[Tower] = (),
     ) -> None:
-        """Learn what it means for a model.
+        """Learn what it means for a model, and which of its units keep equally many entries.
 
         Raises:
             SettingError: it cannot be reached; the message says how far one can go, and what would go further.
@@ -84,8 +92,9 @@ class Goal:
         """
         self._whole = sum(costs[unit.name] * unit.size for unit in units)
         self._parameters = parameters_of(model, units)
+        self._towers = towers
         if self.ratio is not None:
-            budget.check_reachable(units, costs, self.ratio, align)
+            budget.check_reachable(units, costs, self.ratio, align, towers)
             return
         found = [(limit, quantity_of(limit, model, units, example)) for limit in self.limits]
         self._bounds = tuple(Bound(limit, each, limit.most(each.whole)) for limit, each in found)
@@ -93,7 +102,7 @@ class Goal:
             have = " and ".join(f"{bound.quantity.whole:,} {bound.limit.words}" for bound in self._bounds)
             raise SettingError(f"Nothing has to go for {self}: the model has {have}. Ask for less than that.")
         for bound in self._bounds:
-            _check_reachable(bound, units, align)
+            _check_reachable(bound, units, align, towers)
 
     def select(
         self,
@@ -116,11 +125,11 @@ class Goal:
             standardised: as for `budget.select`.
         """
         if self.ratio is None:
-            ranking = budget.rank(units, scores, align, standardised=standardised)
+            ranking = budget.rank(units, scores, align, standardised=standardised, towers=self._towers)
             return self._select_to(ranking, costs, part)
         left = sum(costs[unit.name] * unit.size for unit in units)
         share = self.ratio * part if left == self._whole else max(0.0, 1 - self._whole * (1 - self.ratio * part) / left)
-        return budget.select(units, scores, costs, share, align, standardised=standardised)
+        return budget.select(units, scores, costs, share, align, standardised=standardised, towers=self._towers)
 
     def share(self, sizes: Callable[[float], Sizes]) -> float:
         """Return the smallest share with which sizes that fall with it keep within all limits, to 1e-6."""
@@ -152,13 +161,13 @@ class Goal:
         """Return of how many blocks each unit is given back: the last that went, where the limits hold without them."""
         kept = dict(ranking.kept(count))
         back: dict[str, int] = {}
-        for name, sizes in ranking.last(count):  # sizes of the unit's blocks that go, the last one first
+        for names, sizes in ranking.last(count):  # sizes of the units' blocks that go, the last one first
             low, high = 0, len(sizes)
             while low < high:
                 middle = (low + high + 1) // 2
-                enough = holds({**kept, name: kept[name] + sum(sizes[:middle])})
+                enough = holds({**kept, **{name: kept[name] + sum(sizes[:middle]) for name in names}})
                 low, high = (middle, high) if enough else (low, middle - 1)
-            if low:
+            for name in names if low else ():
                 back[name] = low
                 kept[name] += sum(sizes[:low])
         return back
@@ -186,10 +195,11 @@ def told_reached(settings: Mapping[str, Any]) -> str:
     )
 
 
-def _check_reachable(bound: Bound, units: Sequence[Unit], align: Align) -> None:
+def _check_reachable(bound: Bound, units: Sequence[Unit], align: Align, towers: Sequence[Tower]) -> None:
     """Raise unless a limit can be reached, and within the tolerance."""
     dense = bound.quantity.whole
-    least = {unit.name: unit.size - sum(budget.removable_blocks(unit, align)) for unit in units}
+    groups = [(group, removable_blocks(group[0], align, tower)) for group, tower in together(units, towers)]
+    least = {unit.name: unit.size - sum(blocks) for group, blocks in groups for unit in group}
     floor = bound.quantity.at(least)
     words, limit = bound.limit.words, bound.limit
     wider = [f"a smaller align than {told_align(align)}"] if align != 1 else []
@@ -203,9 +213,9 @@ def _check_reachable(bound: Bound, units: Sequence[Unit], align: Align) -> None:
             "and biases are in no unit, and stay."
         )
     finest = [
-        dense - bound.quantity.at({unit.name: unit.size - blocks[-1]})
-        for unit in units
-        if (blocks := budget.removable_blocks(unit, align))
+        dense - bound.quantity.at({unit.name: unit.size - blocks[-1] for unit in group})
+        for group, blocks in groups
+        if blocks
     ]
     if min((each for each in finest if each), default=0) > _TOLERANCE * dense:
         raise SettingError(

@@ -14,6 +14,7 @@ from upop.pruning.plan import Plan
 from upop.pruning.sharded import refuse_sharded
 from upop.pruning.surveys import units_to_search
 from upop.pruning.targets import Target
+from upop.pruning.uniform import Uniform, check_uniform, to_keep_alike
 from upop.pruning.units import Unit, tensor_of
 
 
@@ -25,6 +26,7 @@ def plan_by_magnitude(
     cost: Cost = "params",
     align: Align = 1,
     example: Any = None,
+    uniform: Uniform | None = None,
 ) -> Plan:
     """Return the plan that removes the entries with the smallest L2 norm of all weights they own.
 
@@ -37,14 +39,16 @@ def plan_by_magnitude(
     """
     goal, align = Goal(ratio, target), check_align(align)
     refuse_sharded(model, "plan_by_magnitude()")
-    units = units_to_search(model, example)
+    check_uniform(uniform)
+    units, towers = to_keep_alike(model, units_to_search(model, example), uniform)
     costs = entry_costs(model, units, cost, example)
-    goal.begin(model, units, costs, align, example)
+    goal.begin(model, units, costs, align, example, towers)
     scores = {unit.name: -_norms(model, unit) for unit in units}
     marked = goal.select(units, scores, costs, 1.0, align).marked
     kept = {name: (~gone).nonzero().flatten().tolist() for name, gone in marked.items()}
     described = cost if isinstance(cost, str) else "given"
     told = goal.told({name: len(entries) for name, entries in kept.items()})
+    told |= {"uniform": uniform} if uniform else {}
     return Plan.of(units, kept, method="magnitude", **told, cost=described, align=align)
 
 

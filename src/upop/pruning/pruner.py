@@ -27,6 +27,7 @@ from upop.pruning.slips import check_model
 from upop.pruning.stated import Stated
 from upop.pruning.targets import Target
 from upop.pruning.told import warn_of_early_end, warn_of_none, warn_of_skipped, warn_of_unscored
+from upop.pruning.uniform import Uniform, check_uniform
 from upop.pruning.units import Unit, tensor_of
 
 Progress = Literal["stages", "soft"]
@@ -75,6 +76,9 @@ class Pruner(Searched):
             own (`survey`). Without one, those of such a model are read when it is first called.
         units: what is known of units beside (`upop.UnitSpec`): proved like the others, before those that cut the same.
         update_first_step: False leaves the masks alone at step 0, as published for DeiT and Segmenter.
+        uniform: "tower" has all layers of a tower keep equally many heads (or key-value groups) and equally many
+            neurons, as far as the model's configuration has numbers for them; which ones differ by layer. What is
+            saved is then an ordinary model of its library, for which upop need not be installed.
 
     Raises:
         SettingError: a setting is out of range, names nothing, or asks for more than can go.
@@ -100,6 +104,7 @@ class Pruner(Searched):
         example: Any = None,
         units: Sequence[Stated] = (),
         update_first_step: bool = True,
+        uniform: Uniform | None = None,
     ) -> None:
         check_model(model, "Pruner")
         goal = Goal(ratio, target)
@@ -115,6 +120,9 @@ class Pruner(Searched):
             raise SettingError("cost='reference' is the budget of the published search, which takes a ratio.")
         if cost == "reference" and align != 1:
             raise SettingError(f"cost='reference' ranks single entries as published; found align={align}. Use align=1.")
+        check_uniform(uniform)
+        if cost == "reference" and uniform:
+            raise SettingError(f"cost='reference' ranks single entries as published; found uniform={uniform!r}.")
         self.steps, self.interval, self.update_first_step = steps, interval, update_first_step
         self.score = score or ("signed" if self.progress == "soft" else "absolute")
         self._scoring = scoring(self.score)
@@ -126,7 +134,7 @@ class Pruner(Searched):
         self._scored: set[str] = set()  # units that had a gradient at some step
         self._done = 0
         self.threshold: float | None = None
-        super().__init__(model, goal, cost, align, (include, exclude), example, units, self._scoring)
+        super().__init__(model, goal, cost, align, (include, exclude), example, units, self._scoring, uniform)
 
     @property
     def steps_done(self) -> int:
@@ -220,6 +228,7 @@ class Pruner(Searched):
             align=self.align,
             score=self.score if isinstance(self.score, str) else "given",
             progress=self.progress,
+            **({"uniform": self.uniform} if self.uniform else {}),
             **({} if self.finished else {"steps_done": self._done}),
         )
 
@@ -285,6 +294,7 @@ class Pruner(Searched):
             "score": self.score if isinstance(self.score, str) else "given",
             "progress": self.progress,
             "correct": self._correct,
+            **({"uniform": self.uniform} if self.uniform else {}),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

@@ -26,6 +26,7 @@ from upop.pruning.shrink import refuse_shared
 from upop.pruning.stated import Stated
 from upop.pruning.surveys import units_to_search, waits_for_batch
 from upop.pruning.told import warn_of_uncovered
+from upop.pruning.uniform import Uniform, to_keep_alike
 from upop.pruning.units import Kind, Unit, tensor_of
 
 Patterns = str | Sequence[str] | None
@@ -46,6 +47,7 @@ class Searched(ABC):
         example: inputs for one forward pass; None waits for some where that is needed.
         stated: what is known of units beside.
         scoring: how rows are scored.
+        uniform: whether the layers of a tower keep equally many entries.
     """
 
     def __init__(
@@ -58,10 +60,11 @@ class Searched(ABC):
         example: Any,
         stated: Sequence[Stated],
         scoring: Scoring,
+        uniform: Uniform | None = None,
     ) -> None:
         self.model, self._wrapper = unwrapped(model), weakref.ref(model)
         refuse_flattened(self.model)
-        self.cost, self.align, self._goal = cost, align, goal
+        self.cost, self.align, self._goal, self.uniform = cost, align, goal, uniform
         self._patterns, self._example, self._stated = patterns, example, stated
         self._rows = RowScores(scoring.rows)
         self._moments = Moments(again=True)
@@ -92,12 +95,12 @@ class Searched(ABC):
 
     def _begin(self, units: list[Unit]) -> None:
         """Put masks on the units that were asked for."""
-        units = chosen(units, *self._patterns)
+        units, self._towers = to_keep_alike(self.model, chosen(units, *self._patterns), self.uniform, units)
         warn_of_uncovered(self.model)
         refuse_frozen(self.model, units)
         refuse_shared(self.model, units)
         self._costs = entry_costs(self.model, units, self.cost, self._example)
-        self._goal.begin(self.model, units, self._costs, self.align, self._example)
+        self._goal.begin(self.model, units, self._costs, self.align, self._example, self._towers)
         self._masks = Masks(self.model, units)
         self._units = units
         self._watch()

@@ -118,7 +118,12 @@ def _find_plan(
         else:
             example = run.task.example(model, 1)
             plan = plan_by_magnitude(
-                model, **settings.budget, cost=settings.cost, align=align_for(device, settings), example=example
+                model,
+                **settings.budget,
+                cost=settings.cost,
+                align=align_for(device, settings),
+                example=example,
+                uniform=settings.uniform,
             )
             shrink(model, plan, verify=verified)
     finally:  # a run that ends early leaves no hook on the model, and no code uncompiled
@@ -167,6 +172,7 @@ def _pruner(task: Task[Any], settings: RunSettings, model: nn.Module, steps: int
         "cost": settings.cost,
         "align": align_for(next(model.parameters()).device, settings),
         "example": task.example(model, 1),
+        "uniform": settings.uniform,
     }
     if settings.method == "upop":
         return Pruner(model, steps=steps, progress="stages", score=settings.score, correct=settings.correct, **shared)
