@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 import transformers
 from torch import Tensor
@@ -124,3 +125,19 @@ def test_what_differs_by_layer_gets_a_record_as_before() -> None:
     upop.shrink(model, {"layers.0.mlp": range(20), "layers.1.mlp": range(24)})
     assert model.config.intermediate_size == 48
     assert model.config.quantization_config["kept"] == {"layers.0.mlp": (20, 48), "layers.1.mlp": (24, 48)}
+
+
+def test_timm_builds_it_from_its_folder(tmp_path: Path) -> None:
+    made = {"img_size": 32, "embed_dim": 24, "depth": 2, "num_heads": 2, "num_classes": 4}
+    model: Any = timm.create_model("vit_tiny_patch16_224", **made).eval()
+    randomise(model)
+    upop.shrink(model, {f"blocks.{layer}.mlp": range(layer, 41 + layer) for layer in range(2)})
+    upop.save(model, tmp_path / "model")
+    plain: Any = timm.create_model(f"local-dir:{tmp_path / 'model'}", pretrained=True).eval()
+    pictures = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    assert plain.blocks[0].mlp.fc1.out_features == 41
+    for other in (plain, upop.load(tmp_path / "model")):
+        torch.testing.assert_close(other(pictures), model(pictures))
+    upop.shrink(model, {"blocks.0.mlp": range(40)})
+    upop.save(model, tmp_path / "uneven")
+    assert not (tmp_path / "uneven" / "config.json").exists()

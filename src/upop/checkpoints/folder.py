@@ -93,13 +93,15 @@ def save(
     if in_transformers:
         owners.mark(model)
     plain = plan is not None and in_transformers and owners.is_plain(model)
+    built = owners.describe(model if kind is None and not in_transformers else None, plan)
+    in_timm = owners.plain_timm(model, built, plan)
     description = {
         "format": FORMAT,
         "model": kind,
         "class": f"{type(model).__module__}.{type(model).__qualname__}",
         "config": model.config.model_dump() if kind else None,  # type: ignore[union-attr, operator]
         "transformers": in_transformers,
-        **owners.describe(model if kind is None and not in_transformers else None, plan),
+        **built,
         "layout": {unit.name: _unit(unit, dense.get(unit.name)) for unit in units},
         "units": _written(units, {} if plain else dense, None if plain else plan),
         "plan": json.loads((plan if plain else replace(plan, slices={})).to_json()) if plan is not None else None,
@@ -111,6 +113,8 @@ def save(
             model.save_pretrained(fresh)  # type: ignore[operator]
         else:
             write_weights(model.state_dict(), fresh / WEIGHTS)
+            if in_timm is not None:
+                (fresh / "config.json").write_text(json.dumps(in_timm, indent=1))
         if tokenizer is not None:
             tokenizer.save_pretrained(fresh)
         description["weights"] = digests(fresh)

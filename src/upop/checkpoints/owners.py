@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,15 @@ def describe(model: nn.Module | None, plan: Plan | None) -> dict[str, Any]:
 
         found["open_clip"] = open_clip_models.describe(model, plan)
     return found
+
+
+def plain_timm(model: nn.Module, described: Mapping[str, Any], plan: Plan | None) -> dict[str, Any] | None:
+    """Return config.json in timm's form for a cut model that timm builds by itself; None for any other."""
+    if plan is None or described["timm"] is None:
+        return None
+    from upop.checkpoints import plain
+
+    return plain.plain_timm(model, described["timm"])
 
 
 def build(description: Description, source: str) -> nn.Module | None:
@@ -70,11 +80,11 @@ def mark(model: nn.Module) -> None:
     quantizer.mark(model)
 
 
-def is_plain(model: PreTrainedModel) -> bool:
+def is_plain(model: nn.Module) -> bool:
     """Whether a transformers model's configuration says all of its sizes by its own numbers."""
     from upop.checkpoints import quantizer
 
-    return not quantizer.recorded(model.config)
+    return not quantizer.recorded(getattr(model, "config", None))
 
 
 def versions() -> dict[str, str]:

@@ -9,22 +9,24 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import timm
 import torch
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
 
-from upop.checkpoints import timm_models
-from upop.checkpoints.blank import frame
+from upop.checkpoints.blank import frame, outline
+from upop.checkpoints.fit import kept_sizes
 from upop.checkpoints.outside import QUANTIZED_HERE
-from upop.checkpoints.sayable import Builder, Change, said, speeches
+from upop.checkpoints.sayable import Builder, Change, changed, said, speeches
+from upop.libraries import is_pretrained
 from upop.models import MODELS, kind_of
-from upop.pruning import Unit, uniform
-from upop.pruning.known import forget
+from upop.pruning import Unit, survey, uniform
+from upop.pruning.known import forget, know_as
 from upop.pruning.seen import examples_of
 from upop.pruning.verify import Outputs, difference, outputs_of, refuse_unlike, rounding_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _RECORD = "quantization_config"
 
@@ -54,6 +56,8 @@ def of_timm(name: str, arguments: Mapping[str, Any]) -> Builder:
         arguments: of `timm.create_model` for the dense model.
     """
 
+    import timm
+
     def build(settings: Mapping[str, Any]) -> nn.Module:
         given = {name: value for name, value in settings.items() if value is not None}
         built: nn.Module = timm.create_model(name, pretrained=False, **given)
@@ -76,8 +80,12 @@ def builder_of(model: nn.Module) -> Builder | None:
             lambda settings: config(**settings),
             config.__name__,
         )
-    if isinstance(model, PreTrainedModel):
+    if is_pretrained(model):
         return of_transformers(model)
+    if type(model).__module__.partition(".")[0] != "timm":
+        return None
+    from upop.checkpoints import timm_models
+
     told = timm_models.named(model, None)
     return None if told is None else of_timm(*told)
 
@@ -107,7 +115,7 @@ def _method(record: Any) -> Any:
 
 
 def _parts(config: Any) -> list[Any]:
-    inside = [value for value in vars(config).values() if isinstance(value, PreTrainedConfig)]
+    inside = [value for value in vars(config).values() if hasattr(value, "model_type") and hasattr(value, "to_dict")]
     return [config, *(part for value in inside for part in _parts(value))]
 
 
@@ -157,6 +165,36 @@ def become_plain(
     return why
 
 
+def plain_timm(model: nn.Module, described: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return config.json in timm's form for a cut model that timm builds by itself; None where it does not.
+
+    Args:
+        model: cut.
+        described: how timm builds its dense form, as `timm_models.describe` says it.
+    """
+    from upop.checkpoints import timm_models
+
+    name = described["architecture"]
+    builder = of_timm(name, described["arguments"])
+    dense = outline(lambda: builder.build(builder.settings))
+    know_as(dense, model)
+    units = survey(dense).units
+    kept = kept_sizes(units, model.state_dict(), type(model).__name__)
+    change = said(dense, units, kept, builder) if alike(dense, units, kept) else ""
+    if isinstance(change, str):
+        return None
+    arguments = {key: value for key, value in changed(builder.settings, change).items() if value is not None}
+    plain = frame(lambda: builder.build(arguments))
+    if _shapes_of(plain) != _shapes_of(model):
+        return None
+    plain.load_state_dict(model.state_dict(), assign=True)
+    return timm_models.hub_config(plain, name, arguments) if differing(model, plain) is None else None
+
+
+def _shapes_of(model: nn.Module) -> dict[str, torch.Size]:
+    return {name: value.shape for name, value in model.state_dict().items()}
+
+
 def with_fields(config: Any, change: Change) -> Any:
     """Return a configuration with fields set, itself."""
     for path, value in change.items():
@@ -202,6 +240,12 @@ def _compared(model: nn.Module, plain: nn.Module) -> tuple[Any, Outputs] | str:
         why = _differing(plain, example, expected)
         return (example, expected) if why is None else why
     return "nothing is known that the model can be called with, so that the two could be compared"
+
+
+def differing(model: nn.Module, other: nn.Module) -> str | None:
+    """Say in what a model does not compute what another one does, on inputs that the first takes."""
+    found = _compared(model, other)
+    return found if isinstance(found, str) else None
 
 
 def _differing(model: nn.Module, example: Any, expected: Outputs) -> str | None:

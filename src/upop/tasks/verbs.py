@@ -9,6 +9,7 @@ from typing import Any
 from timm.utils.model_ema import ModelEmaV3
 from torch import nn
 
+import upop.checkpoints.speaking  # noqa: F401 - a search with uniform="tower" asks libraries
 from upop.pruning import Plan, Pruner, count_parameters, plan_by_magnitude, shrink
 from upop.pruning.goal import told_reached
 from upop.report.results import Results
