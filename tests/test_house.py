@@ -9,10 +9,9 @@ SOURCE = Path(__file__).parents[1] / "src" / "upop"
 # Which rooms a room may use; what is not listed here (errors, files, settings) serves all but the method.
 ALLOWED = {
     "pruning": set(),
-    "tokens": {"pruning"},
-    "models": {"pruning", "tokens"},
+    "models": {"pruning"},
     "data": {"pruning"},
-    "checkpoints": {"pruning", "models", "tokens"},
+    "checkpoints": {"pruning", "models"},
     "report": {"pruning"},
     "training": {"pruning", "checkpoints"},
     "integrations": {"pruning", "checkpoints"},

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 import upop
 from checkpoints.older import MODELS, Tower, first_of
-from tiers import mostly_slow
 from upop.errors import CheckpointError
 
 FOLDERS = Path(__file__).parent / "data" / "older"
@@ -45,7 +44,7 @@ def test_there_are_folders_of_every_kind() -> None:
     assert set(NAMES) == set(MODELS)
 
 
-@pytest.mark.parametrize("name", mostly_slow(NAMES, *(name for name in NAMES if name != "blip_nlvr")))
+@pytest.mark.parametrize("name", NAMES)
 def test_an_older_folder_loads_and_is_written_anew(name: str, tmp_path: Path) -> None:
     model = loaded(FOLDERS / name, name)
     assert_same(model, name)

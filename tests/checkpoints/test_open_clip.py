@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 import upop
 from pruning.families import randomise, uneven_plan
-from tiers import mostly_slow
 from together import run_script
 from upop.errors import CheckpointError
 
@@ -77,7 +76,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-@pytest.mark.parametrize("name", mostly_slow(MODELS, "CLIP", "SigLIP", "no square"))
+@pytest.mark.parametrize("name", MODELS)
 def test_it_comes_back_by_itself(name: str, tmp_path: Path) -> None:
     model = MODELS[name]()
     folder = upop.save(model, tmp_path / "out")
@@ -151,10 +150,7 @@ def other_projection(model: Any) -> None:
     model.visual.conv1 = nn.Conv2d(3, 24, 8, 8, bias=True)
 
 
-@pytest.mark.parametrize(
-    "change",
-    mostly_slow([changed_mask, changed_norm, changed_activation, other_projection], changed_mask, changed_norm),
-)
+@pytest.mark.parametrize("change", [changed_mask, changed_norm, changed_activation, other_projection])
 def test_where_its_modules_do_not_say_all_the_dense_model_is_asked_for(
     change: Callable[[Any], None], tmp_path: Path
 ) -> None:

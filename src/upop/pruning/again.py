@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import inspect
 import random
-import weakref
-from collections.abc import Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -58,6 +58,33 @@ def is_transformed() -> bool:
     return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
 
 
+def snapshot(model: nn.Module) -> Callable[[], None]:
+    """Return what has every module keep again what it keeps now, in the same lists and mappings, and nothing else."""
+    held: dict[int, tuple[Any, Any]] = {}
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if name not in _HOOKS:
+                _hold(value, held)
+        held[id(vars(module))] = vars(module), dict(vars(module))
+
+    def put_back() -> None:
+        for container, content in held.values():
+            container.clear()
+            (container.extend if isinstance(container, list | deque) else container.update)(content)
+
+    return put_back
+
+
+def _hold(container: Any, held: dict[int, tuple[Any, Any]]) -> None:
+    if isinstance(container, dict | list | set | deque) and id(container) not in held:
+        held[id(container)] = container, container.copy()
+        for each in container.values() if isinstance(container, dict) else container:
+            _hold(each, held)
+
+
+_HOOKS = vars(nn.Module()).keys() - {"_parameters", "_buffers", "_modules"}
+
+
 def precision_now(kind: str) -> tuple[str, torch.dtype] | None:
     """Return the kind of device and the precision of the autocast that is on, or None where none is."""
     on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
@@ -94,35 +121,8 @@ def repeated(
     return bound.args, bound.kwargs
 
 
-class AsWritten:
-    """Has the modules of one model run as they were written, though `torch.compile` compiled them: all others stay.
-
-    Args:
-        model: in its wrappers, as far as they are known.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        changed: list[tuple[weakref.ref[nn.Module], str, Any]] = []
-        for module in list(model.modules()):
-            inner = module._modules.get("_orig_mod")
-            if inner is not None and "forward" in vars(module):  # a wrapper of torch.compile
-                changed.append((weakref.ref(module), "forward", vars(module)["forward"]))
-                vars(module)["forward"] = inner.__call__
-            if getattr(module, "_compiled_call_impl", None) is not None:  # of module.compile()
-                changed.append((weakref.ref(module), "_compiled_call_impl", vars(module)["_compiled_call_impl"]))
-                vars(module)["_compiled_call_impl"] = None
-        self.end = weakref.finalize(self, self._put_back, changed)
-
-    @staticmethod
-    def _put_back(changed: list[tuple[weakref.ref[nn.Module], str, Any]]) -> None:
-        for reference, name, value in changed:
-            module = reference()
-            if module is not None:
-                vars(module)[name] = value
-
-
 class _Uncompiled:
-    """Has everything that `torch.compile` made run as it was written while anyone looks: it would not see their hooks.
+    """Has what `torch.compile` made run as it was written while anyone looks: it would not see their hooks.
 
     Those who look may begin and end in any order, also within each other: a Pruner that is collected while a cut is
     verified must not leave what the verification found when it began.

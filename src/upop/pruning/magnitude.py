@@ -7,26 +7,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from upop.pruning import budget
 from upop.pruning.align import Align, check_align
+from upop.pruning.choice import check_ratio
 from upop.pruning.costs import Cost, entry_costs
-from upop.pruning.goal import Goal
 from upop.pruning.plan import Plan
 from upop.pruning.sharded import refuse_sharded
 from upop.pruning.surveys import units_to_search
-from upop.pruning.targets import Target
-from upop.pruning.uniform import Uniform, check_uniform, to_keep_alike
 from upop.pruning.units import Unit, tensor_of
 
 
 def plan_by_magnitude(
-    model: nn.Module,
-    ratio: float | None = None,
-    *,
-    target: Target | None = None,
-    cost: Cost = "params",
-    align: Align = 1,
-    example: Any = None,
-    uniform: Uniform | None = None,
+    model: nn.Module, ratio: float, *, cost: Cost = "params", align: Align = 1, example: Any = None
 ) -> Plan:
     """Return the plan that removes the entries with the smallest L2 norm of all weights they own.
 
@@ -34,22 +26,19 @@ def plan_by_magnitude(
     differ in the scores alone. Arguments are those of `Pruner`.
 
     Raises:
-        SettingError: a setting is out of range, or the ratio or the target cannot be reached.
+        SettingError: a setting is out of range, or the ratio cannot be reached.
         LayoutError: the model has no unit, or its weights are sharded over processes.
     """
-    goal, align = Goal(ratio, target), check_align(align)
+    ratio, align = check_ratio(ratio), check_align(align)
     refuse_sharded(model, "plan_by_magnitude()")
-    check_uniform(uniform)
-    units, towers = to_keep_alike(model, units_to_search(model, example), uniform)
+    units = units_to_search(model, example)
     costs = entry_costs(model, units, cost, example)
-    goal.begin(model, units, costs, align, example, towers)
+    budget.check_reachable(units, costs, ratio, align)
     scores = {unit.name: -_norms(model, unit) for unit in units}
-    marked = goal.select(units, scores, costs, 1.0, align).marked
+    marked = budget.select(units, scores, costs, ratio, align).marked
     kept = {name: (~gone).nonzero().flatten().tolist() for name, gone in marked.items()}
     described = cost if isinstance(cost, str) else "given"
-    told = goal.told({name: len(entries) for name, entries in kept.items()})
-    told |= {"uniform": uniform} if uniform else {}
-    return Plan.of(units, kept, method="magnitude", **told, cost=described, align=align)
+    return Plan.of(units, kept, method="magnitude", ratio=ratio, cost=described, align=align)
 
 
 @torch.no_grad()

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from upop.pruning.again import buffers_kept, drawing_the_same
 from upop.pruning.costs import call, evaluating
@@ -131,16 +132,19 @@ def difference(
     spread = [0.0] * len(differences)
     measured: Iterator[Sequence[float]] | None = None
     while True:
-        allowed = []
+        allowed, mosts = [], []
         for (_, value), (_, scale), rounded in zip(expected, differences, spread, strict=True):
             end = max(torch.finfo(each).eps for each in (value.dtype, dtype) if each is not None)
             most = max(end**0.5, _LARGE) * scale  # above that, rounding would hide a wrong cut
             free = min(_ENDS_OF_PROVED * end * scale, most) if proved else max(_ENDS * end, _LEAST) * scale
             allowed.append(max(_TIMES * rounded, free) if proved else min(max(_TIMES * rounded, free), most))
+            mosts.append(float("inf") if proved else most)
         worst = max(range(len(differences)), key=lambda at: differences[at][0] / max(allowed[at], 1e-300))
         size, scale = differences[worst]
         if size <= allowed[worst]:
             return None
+        if size > mosts[worst]:  # whatever is measured
+            return Difference(expected[worst][0], size / scale, mosts[worst] / scale)
         measured = iter(rounding()) if measured is None else measured
         more = next(measured, None)
         if more is None:
@@ -160,7 +164,7 @@ def refuse_unlike(expected: Outputs, found: Outputs) -> None:
             f"The model gave {len(expected)} output tensors with masks and {len(found)} without. "
             "The model was left as it was."
         )
-    if not any(bool(value.isfinite().any()) for _, value in expected):
+    if not any(_is_finite(value) or bool(value.isfinite().any()) for _, value in expected):
         raise VerificationError(
             "No output of the masked model is a finite number; nothing to compare. Give verify= inputs for which it "
             "gives numbers."
@@ -168,6 +172,8 @@ def refuse_unlike(expected: Outputs, found: Outputs) -> None:
     for (place, masked), (_, shrunk) in zip(expected, found, strict=True):
         if masked.shape != shrunk.shape:
             raise VerificationError(f"{place} has shape {tuple(masked.shape)} masked, {tuple(shrunk.shape)} shrunk.")
+        if _is_finite(masked) and _is_finite(shrunk):
+            continue
         finite = masked.isfinite()
         if not torch.equal(masked[~finite].nan_to_num(), shrunk[~finite].nan_to_num()) or not bool(
             shrunk[finite].isfinite().all()
@@ -177,8 +183,15 @@ def refuse_unlike(expected: Outputs, found: Outputs) -> None:
             )
 
 
+def _is_finite(tensor: Tensor) -> bool:
+    """Whether all of a tensor is finite; where its sum is, nothing needs to be looked at."""
+    return bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())
+
+
 def _difference(one: Tensor, other: Tensor) -> tuple[float, float]:
     """Return the largest difference of two tensors, and the largest entry of those that differ; in float64."""
+    if torch.equal(one, other):
+        return 0.0, 0.0
     unlike = (one != other) & one.isfinite()  # masks of -inf or of the smallest number are the same in both
     a, b = (each[unlike].detach().cpu().double() for each in (one, other))
     return (float((a - b).abs().max()), float(a.abs().maximum(b.abs()).max())) if len(a) else (0.0, 0.0)
@@ -208,11 +221,49 @@ def rounding_of(run: Callable[[], Outputs], *, outputs: Outputs | None = None) -
                     "lambda model: model.part(inputs)."
                 )
     with written_out():
-        plain = run()
+        with _Lowered() as lowered:
+            plain = run()
+        least = [lowered.end * _largest(value) for _, value in plain]
         for seed in range(_ORDERS):
             with _OtherOrder(seed):
                 other = run()
-            yield [_difference(one, two)[0] for (_, one), (_, two) in zip(plain, other, strict=True)]
+            yield [
+                max(_difference(one, two)[0], end) for (_, one), (_, two), end in zip(plain, other, least, strict=True)
+            ]
+
+
+def _largest(tensor: Tensor) -> float:
+    entries = tensor[tensor.isfinite()]
+    return float(entries.abs().max()) if len(entries) else 0.0
+
+
+class _Lowered(TorchDispatchMode):
+    """Sees to which precision numbers are rounded on the way, whatever that of what goes in and comes out.
+
+    Attributes:
+        end: the unit in the last place of the lowest one; 0 where none is rounded.
+    """
+
+    end = 0.0
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        del types
+        result = func(*args, **(kwargs or {}))
+        precise = min((_end(each) for each in tree_leaves(args) if _is_float(each)), default=1.0)
+        ends = [_end(each) for each in tree_leaves(result) if _is_float(each)]
+        self.end = max([self.end, *(end for end in ends if end > precise)])
+        return result
+
+
+def _is_float(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
+def _end(tensor: Tensor) -> float:
+    return torch.finfo(tensor.dtype).eps
 
 
 class _OtherOrder(TorchDispatchMode):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -41,13 +42,19 @@ class NotCuttableError(Exception):
     """A group makes no unit; carries the reason."""
 
 
-def candidate(model: nn.Module, trace: Trace, group: Group) -> Candidate:
+def candidate(model: nn.Module, trace: Trace, group: Group, shared: Sequence[Sequence[str]] = ()) -> Candidate:
     """Return the unit that a group makes.
+
+    Args:
+        model: that was read.
+        trace: what a run of it did.
+        group: of that trace.
+        shared: the names of its shared tensors (`shared_tensors`).
 
     Raises:
         NotCuttableError: it makes none, with the reason.
     """
-    if "residual" in group.axis.marks:
+    if "residual" in group.axis.marks and not _is_inner(trace, group.axis):
         raise NotCuttableError("it is the residual stream")
     if group.axis.fixed:
         raise NotCuttableError(group.axis.fixed)
@@ -60,7 +67,9 @@ def candidate(model: nn.Module, trace: Trace, group: Group) -> Candidate:
     attention = group.attends
     if not attention:
         _check_block(trace, group)
-    _check_alone(model, group)
+    for first, second, *others in shared:
+        if any(part.use.name in (first, second, *others) for part in group.parts):
+            raise NotCuttableError(f"{first} and {second} are one tensor; untie them, by a copy for one of them")
     slices = _read_alike([_slice(model, trace, group, part) for part in _ordered(group)])
     loud = _read_alike([_slice(model, trace, group, part, loud=True) for part in _ordered(group)])
     makers = group.makers
@@ -82,15 +91,13 @@ def candidate(model: nn.Module, trace: Trace, group: Group) -> Candidate:
     return Candidate(unit, group.axis, holder, tuple(loud) if loud != slices else ())
 
 
-def _check_alone(model: nn.Module, group: Group) -> None:
-    """Refuse tensors that modules share: each would have to be masked and cut in all of them."""
+def shared_tensors(model: nn.Module) -> list[list[str]]:
+    """Return the names of tensors that modules share: each would have to be masked and cut in all of them."""
     named: dict[int, list[str]] = {}
     for path, module in model.named_modules():
-        for leaf, parameter in module.named_parameters(path, recurse=False):
-            named.setdefault(id(parameter), []).append(leaf)
-    for names in named.values():
-        if len(names) > 1 and any(part.use.name in names for part in group.parts):
-            raise NotCuttableError(f"{names[0]} and {names[1]} are one tensor; untie them, by a copy for one of them")
+        for name, parameter in module.named_parameters(path, recurse=False):
+            named.setdefault(id(parameter), []).append(name)
+    return [names for names in named.values() if len(names) > 1]
 
 
 def _read_alike(slices: list[Slice]) -> list[Slice]:
@@ -116,6 +123,13 @@ def _check_block(trace: Trace, group: Group) -> None:
         raise NotCuttableError("it is no block of a residual stream: what it reads is not what it adds to")
     if group.axis.size * _BOTTLENECK <= width:
         raise NotCuttableError(f"it is an adapter or a gate: {group.axis.size} neurons for a width of {width}")
+
+
+def _is_inner(trace: Trace, axis: Axis) -> bool:
+    """Whether what is added up on an axis comes from another stream and all goes back to it, as the state of a scan."""
+    made_of = _reached(trace, axis, "produces", "consumes")
+    outer = made_of == _reached(trace, axis, "consumes", "produces")
+    return outer and any("residual" in leaf.marks for leaf in made_of)
 
 
 def _reached(trace: Trace, axis: Axis, by: str, to: str) -> set[Axis]:

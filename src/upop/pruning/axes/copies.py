@@ -9,7 +9,7 @@ import logging
 import math
 import sys
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from types import CellType, FunctionType
 from typing import Any
 
@@ -25,7 +25,7 @@ from torch._subclasses.fake_tensor import (
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from upop.pruning.again import uncompiled
-from upop.pruning.axes.mode import Mode, defined
+from upop.pruning.axes.mode import Mode, defined, leaves_in, tensors_in
 from upop.pruning.costs import call
 from upop.pruning.errors import LayoutError
 from upop.pruning.masks import unmask
@@ -34,6 +34,8 @@ from upop.pruning.units import tensor_of
 
 _MOST_COPIED = 500_000_000
 """Parameters of the largest model of which copies with numbers are made because a forward asks for them."""
+_MOST_DRAWN = 2**22
+"""Random numbers that are drawn for a copy; every tensor has them from another place on, a larger one over again."""
 _MOST_COUNTED = 2**24
 """Entries of the largest tensor of whole numbers that is kept as it is."""
 
@@ -58,7 +60,7 @@ def changed(model: nn.Module, change: Callable[[Tensor], Tensor]) -> dict[int, A
         if id(buffer) not in found:
             found[id(buffer)] = change(buffer)
     for module in model.modules():
-        for value in tree_leaves([each for name, each in vars(module).items() if name not in _OF_MODULES]):
+        for value in leaves_in([each for name, each in vars(module).items() if name not in _OF_MODULES]):
             if isinstance(value, Tensor) and not value.is_leaf and id(value) not in found:  # torch copies none of these
                 found[id(value)] = change(value.detach())
     return found
@@ -88,33 +90,41 @@ def copied(model: nn.Module, tensors: dict[int, Any]) -> nn.Module:
 
 
 def _copy(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
-    """Return a copy whose hooks keep what they gather for themselves: they run, being part of what it computes."""
+    """Return a copy whose functions (hooks, or lambdas that modules keep) run it, and gather for themselves."""
     twin: nn.Module = copy.deepcopy(model, memo)
     unmask(twin)
     for module in twin.modules():
-        for hooks in (module._forward_pre_hooks, module._forward_hooks):
-            for key, hook in hooks.items():
-                hooks[key] = _apart(hook, memo)
+        kept: list[dict[Any, Any]] = [module._forward_pre_hooks, module._forward_hooks, vars(module)]
+        for held in kept:
+            for name, function in held.items():
+                held[name] = _apart(function, memo)
     return twin.eval()
 
 
 def _apart(function: Any, memo: dict[int, Any]) -> Any:
-    """Return a function with its own lists, mappings and sets in the place of those that it closes over."""
-    if not isinstance(function, FunctionType) or not function.__closure__:
+    """Return a function that closes over what is in the copy, and over its own lists, mappings and sets."""
+    if not isinstance(function, FunctionType) or not (function.__closure__ or function.__defaults__):
         return function
-    cells = []
-    for cell in function.__closure__:
-        try:
-            held = cell.cell_contents
-        except ValueError:  # it is not set yet
-            cells.append(CellType())
-            continue
+    if id(function) in memo:
+        return memo[id(function)]
+
+    def own(held: Any) -> Any:
         if id(held) not in memo and isinstance(held, list | dict | set):
-            memo[id(held)] = copy.copy(held)
-        cells.append(CellType(memo.get(id(held), held)))
-    code, given = function.__code__, (function.__globals__, function.__name__, function.__defaults__)
-    apart = FunctionType(code, *given, tuple(cells))
+            try:
+                memo[id(held)] = copy.deepcopy(held, memo)
+            except Exception:
+                memo[id(held)] = copy.copy(held)
+        return _apart(memo.get(id(held), held), memo)
+
+    cells = tuple(CellType() for _ in function.__closure__ or ())
+    code, given = function.__code__, (function.__globals__, function.__name__)
+    apart = FunctionType(code, *given, None, cells)
+    memo[id(function)] = memo[id(apart)] = apart
+    apart.__defaults__ = tuple(map(own, function.__defaults__ or ())) or None
     apart.__kwdefaults__ = function.__kwdefaults__
+    for cell, old in zip(cells, function.__closure__ or (), strict=True):
+        with suppress(ValueError):  # it is not set yet
+            cell.cell_contents = own(old.cell_contents)
     return apart
 
 
@@ -165,6 +175,7 @@ class Shapes:
         model: of which `copy` makes copies.
         example: what a call of it is given.
         numbers: whether numbers may be had where a forward asks for them.
+        run: False takes it for granted that a call needs none.
 
     Attributes:
         read: the names of the parameters that a call reads.
@@ -174,16 +185,15 @@ class Shapes:
         LayoutError: the model cannot be run with the example.
     """
 
-    def __init__(self, model: nn.Module, example: Any, *, numbers: bool = True) -> None:
+    def __init__(self, model: nn.Module, example: Any, *, numbers: bool = True, run: bool = True) -> None:
         self._model, self._given = model, example
         self._tensors: dict[int, Tensor] = {}
         self.read: set[str] = set()
         self.silent: set[str] = set()
         self.mode: FakeTensorMode | None = FakeTensorMode(allow_non_fake_inputs=True)
         self.example = self._example()
-        error = self._raises()
-        small = sum(each.numel() for each in model.parameters()) <= _MOST_COPIED
-        if error is not None and numbers and small:  # what depends on numbers has no shape without them
+        error = self._raises() if run else None
+        if error is not None and numbers and _is_small(model):  # what depends on numbers has no shape without them
             self.mode = None
             self.example = self._example()
             error = self._raises()
@@ -242,6 +252,10 @@ class Shapes:
             yield
 
 
+def _is_small(model: nn.Module) -> bool:
+    return sum(each.numel() for each in model.parameters() if not nn.parameter.is_lazy(each)) <= _MOST_COPIED
+
+
 def _counts(tensor: Tensor) -> bool:
     """Whether a tensor has whole numbers or truth values, which say how a forward goes on: words, places, masks."""
     return not isinstance(tensor, FakeTensor) and _could_count(tensor) and not tensor.is_meta
@@ -265,7 +279,7 @@ class _Counting(Mode):
         """Run an operation, with numbers where it has some."""
         schema = getattr(func, "_schema", None)  # operators of higher order write nothing
         func = defined(func)
-        known = [_counts(each) for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)]
+        known = [_counts(each) for each in tensors_in((args, kwargs))]
         if not all(known):
             for argument, value in zip(schema.arguments if schema else (), args, strict=False):
                 if argument.is_write and isinstance(value, Tensor) and _counts(value):
@@ -273,7 +287,7 @@ class _Counting(Mode):
             return self._without(func, args, kwargs)
         if not known:
             made = func(*args, **kwargs)
-            if not all(_could_count(each) for each in tree_leaves(made) if isinstance(each, Tensor)):
+            if not all(_could_count(each) for each in tensors_in(made)):
                 return made
         return self._with(func, args, kwargs)
 
@@ -320,7 +334,7 @@ class _Reading(Mode):
 
     def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run an operation."""
-        for each in tree_leaves((args, kwargs)):
+        for each in tensors_in((args, kwargs)):
             self.read.update(self._names.get(id(each), ()))
         return func(*args, **kwargs)
 
@@ -346,7 +360,7 @@ def _forget() -> None:
     caches = _caches(len(sys.modules))
     for each, misses in caches.items():
         if each.cache_info().misses != misses:  # it holds something that was not looked at
-            if any(isinstance(held, Tensor) for held in tree_leaves(gc.get_referents(each))):
+            if any(isinstance(held, Tensor) for held in leaves_in(gc.get_referents(each))):
                 each.cache_clear()
             caches[each] = each.cache_info().misses
 
@@ -378,6 +392,13 @@ def written_out() -> Iterator[None]:
         log.disabled = told
 
 
+def _drawn(pool: Tensor, like: Tensor, generator: torch.Generator) -> Tensor:
+    """Return numbers of a pool, from a random place on and round it: to draw anew takes most of the time of a copy."""
+    start = int(torch.randint(len(pool), (), generator=generator))
+    times = (start + like.numel()) // len(pool) + 1
+    return pool.repeat(times)[start : start + like.numel()].view(like.shape)
+
+
 def numbered(model: nn.Module, dtype: torch.dtype = torch.float64, without: Collection[str] = ()) -> nn.Module:
     """Return a copy with random numbers where the model's own could hide a difference, in `dtype`.
 
@@ -387,6 +408,8 @@ def numbered(model: nn.Module, dtype: torch.dtype = torch.float64, without: Coll
         without: parameters that nothing reads; they take no memory.
     """
     generator = torch.Generator().manual_seed(0)
+    sizes = [each.numel() for each in model.parameters()]
+    pool = torch.randn(min(_MOST_DRAWN, max(sizes, default=1)), generator=generator)
     left_out = {id(model.get_parameter(name)) for name in without}
 
     def change(tensor: Tensor) -> Tensor:
@@ -397,7 +420,7 @@ def numbered(model: nn.Module, dtype: torch.dtype = torch.float64, without: Coll
             return torch.zeros((), dtype=dtype, device=device).expand(tensor.shape)
         if not isinstance(tensor, nn.Parameter):
             return with_memory(tensor).to(dtype, copy=True)
-        noise = torch.randn(tensor.shape, generator=generator)  # float64 would take four times as long to draw
+        noise = _drawn(pool, tensor, generator)
         noise *= max(1, math.prod(tensor.shape[1:])) ** -0.5 if tensor.dim() > 1 else 0.3
         if not tensor.is_meta:
             return noise.to(tensor.device).add_(tensor, alpha=0.5).to(dtype)

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from upop.pruning.axes.axis import Axis
-from upop.pruning.axes.trace import Trace, Use
+from upop.pruning.axes.label import Use
+from upop.pruning.axes.trace import Trace
 
 
 @dataclass(eq=False)

@@ -7,20 +7,17 @@ their axes was seen gives random numbers, and what it is given is looked at, as 
 
 from __future__ import annotations
 
-import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-from torch.utils._python_dispatch import _disable_current_modes
-from torch.utils._pytree import tree_leaves, tree_map
+from torch import nn
+from torch.utils._pytree import tree_leaves
 
-from upop.pruning.axes.axis import Axis, axes_in
 from upop.pruning.axes.candidates import Candidate
+from upop.pruning.axes.label import Made, Step
 from upop.pruning.axes.settle import SWAPS, around, now
-from upop.pruning.axes.trace import Made, Step, Trace
+from upop.pruning.axes.trace import Trace
 from upop.pruning.units import Swap
 
 
@@ -31,26 +28,15 @@ def kinds(model: nn.Module, trace: Trace, candidates: Sequence[Candidate]) -> li
         for path in around(step.module):
             if path in near:
                 near[path].append(at)
-    carrying = _carrying(trace.steps, {each.axis.root for each in candidates})
     found: dict[Any, list[Candidate]] = {}
     for each in candidates:
-        steps = sorted({*near[each.holder], *carrying[each.axis.root]})
+        steps = sorted({*near[each.holder], *trace.carrying.get(each.axis.root, ())})
         done = tuple(_done(trace.steps[at], each.holder) for at in steps)
         unit = each.unit
         slices = tuple(replace(part, tensor=_beside(part.tensor, each.holder)) for part in unit.slices)
         classes = tuple(map(type, model.get_submodule(each.holder).modules()))
         found.setdefault((unit.kind, unit.entry, unit.size, unit.heads, slices, classes, done), []).append(each)
     return list(found.values())
-
-
-def _carrying(steps: Sequence[Step], axes: set[Axis]) -> dict[Axis, list[int]]:
-    """Return the places of the operations that take or give each of some axes."""
-    found: dict[Axis, list[int]] = {axis: [] for axis in axes}
-    for at, step in enumerate(steps):
-        here = {leaf for dims in (*step.dims, *step.inputs) for axis in axes_in(dims or ()) for leaf in axis.leaves()}
-        for axis in here & axes:
-            found[axis].append(at)
-    return found
 
 
 def _done(step: Step, holder: str) -> tuple[Any, ...]:
@@ -86,7 +72,7 @@ def twin(model: nn.Module, tried: Candidate, other: Candidate) -> Candidate:
 
 def idle(model: nn.Module, trace: Trace, candidates: Sequence[Candidate]) -> dict[str, list[Any]]:
     """Return the outermost modules that have weights and no part in what some candidates cut, and what they gave."""
-    steps = {at for places in _carrying(trace.steps, {e.axis.root for e in candidates}).values() for at in places}
+    steps = {at for each in candidates for at in trace.carrying.get(each.axis.root, ())}
     owners = [part.tensor.rpartition(".")[0] for each in candidates for part in each.unit.slices]
     busy = {path for inner in (*(trace.steps[at].module for at in steps), *owners) for path in around(inner)}
     found: dict[str, list[Any]] = {}
@@ -108,52 +94,3 @@ def unread(model: nn.Module, trace: Trace, idle: Iterable[str]) -> set[str]:
         for name, _ in model.named_parameters()
         if all(any(path in still for path in around(reader)) for reader in trace.readers.get(name, ()))
     }
-
-
-class Idle:
-    """The forward of a module that is idle.
-
-    Args:
-        path: its dotted name.
-        gave: for each of its calls, what it gave.
-
-    Attributes:
-        path: the name.
-        given: the tensors that it was given since `start`.
-    """
-
-    def __init__(self, path: str, gave: Sequence[Any]) -> None:
-        self.path, self._gave = path, gave
-
-    def start(self, dtype: torch.dtype) -> None:
-        """Begin a run of the model in a precision."""
-        self._calls, self._dtype = 0, dtype
-        self.given: list[Tensor] = []
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Take note of what is given, and give random numbers, the same in every run."""
-        generator = torch.Generator().manual_seed(zlib.crc32(f"{self.path} {self._calls}".encode()))
-        tensors = [each for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)]
-        device = next((each.device for each in tensors), torch.device("cpu"))
-
-        def made(each: Any) -> Any:
-            if not isinstance(each, Made):
-                return each
-            if not each.dtype.is_floating_point:
-                return torch.ones(each.shape, dtype=each.dtype, device=device)
-            return torch.randn(each.shape, generator=generator).to(device, self._dtype)
-
-        with _disable_current_modes():  # it is no operation of the model
-            self.given += [each.detach().clone() for each in tensors if each.is_floating_point()]
-            gave = self._gave[self._calls % len(self._gave)]
-            self._calls += 1
-            return tree_map(made, gave)
-
-
-def rest(model: nn.Module, idle: Mapping[str, Sequence[Any]]) -> list[Idle]:
-    """Have modules of a copy be idle."""
-    found = []
-    for path, gave in idle.items():
-        found.append(Idle(path, gave))
-        model.get_submodule(path).forward = found[-1]
-    return found

@@ -12,18 +12,35 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 
 from upop.pruning.axes.axis import Axis, Dim, axes_in, concatenate, cut_out, factors_of, fix, length, regroup, tie
-from upop.pruning.axes.rule import CONSTANT, attends_of, like, past_of, rule, tensors_in, unknown
-from upop.pruning.axes.trace import Label, Rows, Trace
+from upop.pruning.axes.label import Label, Rows, plain
+from upop.pruning.axes.mode import tensors_in
+from upop.pruning.axes.rule import CONSTANT, attends_of, like, past_of, rule, unknown
+from upop.pruning.axes.trace import Trace
 
 
 @rule(
-    *("arange", "zeros", "ones", "full", "empty", "new_zeros", "new_ones", "new_full", "new_empty", "scalar_tensor"),
-    *("eye", "linspace", "_local_scalar_dense", "rand", "randn", "randint", "sym_size", "is_nonzero", "equal"),
+    *(
+        "arange",
+        "eye",
+        "linspace",
+        "_local_scalar_dense",
+        "rand",
+        "randn",
+        "randint",
+        "sym_size",
+        "is_nonzero",
+        "equal",
+    ),
     *("empty_strided", "new_empty_strided", "_fused_sdp_choice", "is_same_size", "lift_fresh", "detach_", "item"),
     *("randperm", "bernoulli_p", "_assert_async", "_assert_scalar", "resize"),
 )
 def _nothing(trace: Trace, args: Any, kwargs: Any, result: Any, name: str) -> None:
     """Makes new numbers, or looks without taking."""
+
+
+@rule("zeros", "ones", "full", "empty", "new_zeros", "new_ones", "new_full", "new_empty", "scalar_tensor")
+def _blank(trace: Trace, args: Any, kwargs: Any, result: Any, name: str) -> None:
+    trace.set(result, Label(plain(result), blank=True))
 
 
 # -- number by number ---------------------------------------------------------------------------------------------
@@ -59,11 +76,7 @@ def elementwise(trace: Trace, args: Any, kwargs: Any, result: Any, name: str) ->
     rank = max(outputs[0].dim(), *(len(label.dims) for label in labels))
     dims: list[Dim] = []
     for place in range(-rank, 0):
-        meeting = [
-            (label, label.dims[place])
-            for label in labels
-            if -place <= len(label.dims) and length(label.dims[place]) > 1
-        ]
+        meeting = _meeting(labels, place)
         if not meeting:
             dims.append(())
             continue
@@ -87,10 +100,16 @@ def elementwise(trace: Trace, args: Any, kwargs: Any, result: Any, name: str) ->
         made.latent = made.parameter = not given
         made.past = past_of(labels)
         made.places = tuple(place for label in live for place in label.places)
-    made.attends = attends_of(labels)
+    made.attends, made.blank = attends_of(labels), all(label.blank for label in labels)
     for output in outputs:
         if tuple(output.shape) == tuple(length(dim) for dim in dims):
             trace.set(output, made)
+
+
+def _meeting(labels: Sequence[Label], place: int) -> list[tuple[Label, Dim]]:
+    """Return what meets at a place, counted from the last one; what is blank fits anything."""
+    found = [(each, each.dims[place]) for each in labels if -place <= len(each.dims) and length(each.dims[place]) > 1]
+    return [(label, dim) for label, dim in found if not label.blank] or found
 
 
 def _rows_that_meet(trace: Trace, labels: list[Label]) -> list[Rows]:
@@ -308,8 +327,8 @@ def _join(trace: Trace, labels: list[Label], dim: int, result: Tensor, along: Ca
         if place == dim:
             dims.append(along())
             continue
-        for one, other in pairwise(labels):
-            tie(one.dims[place], other.dims[place], CONSTANT)
+        for (_, one), (_, other) in pairwise(_meeting(labels, place - result.dim())):
+            tie(one, other, CONSTANT)
         for label in labels:
             trace.note(label, place, "added")
         with_axes = [label.dims[place] for label in labels if any(True for _ in axes_in([label.dims[place]]))]

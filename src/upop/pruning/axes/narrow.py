@@ -18,13 +18,14 @@ from torch.overrides import TorchFunctionMode
 WIDTHS = "cut_widths"
 """Attribute of a narrow module: which calls name which width -> the new one.
 
-"part.rank.dim.old": takes apart a tensor of so many dimensions, of which one had the old length; "view" and "expand",
-with ".rank.dim.old" of what comes out, and the same of what goes in.
+"part.rank.dim.old": takes apart a tensor of so many dimensions, of which one had the old length;
+"piece.rank.dim.old.place.count": the same, into a list of so many lengths, of which one was the old one;
+"view" and "expand", with ".rank.dim.old" of what comes out, and the same of what goes in.
 """
 
 _SHAPED = (Tensor.view, Tensor.reshape, torch.reshape)
 _UNFLATTEN = (Tensor.unflatten, torch.unflatten)
-_SPLIT = (Tensor.split, torch.split, torch.functional.split)
+_SPLIT = (Tensor.split, torch.split, torch.functional.split, Tensor.split_with_sizes, torch.split_with_sizes)
 _INDEXED = (Tensor.__getitem__, Tensor.__setitem__)
 
 
@@ -34,12 +35,15 @@ class _Widths(TorchFunctionMode):
     def __init__(self, widths: Mapping[str, int]) -> None:
         super().__init__()
         self._parts: dict[tuple[int, int], dict[int, int]] = {}
+        self._pieces: dict[tuple[int, ...], int] = {}
         self._named: dict[tuple[str, int, int, int, int], list[tuple[int, int, int]]] = {}
         for key, new in widths.items():
             kind, *numbers = key.split(".")
             rank, dim, old, *given = map(int, numbers)
             if kind == "part":
                 self._parts.setdefault((rank, dim), {})[old] = new
+            elif kind == "piece":
+                self._pieces[rank, dim, old, *given] = new
             else:
                 given_rank, given_dim, length = given
                 here = length if length == 1 else length * new // old
@@ -88,12 +92,14 @@ class _Widths(TorchFunctionMode):
         """Return the old and new length of a dimension that was cut."""
         rank = tensor.dim()
         found = self._parts.get((rank, dim % rank), {})
-        for old, new in found.items():  # not next(...), which torch.compile of torch 2.6 does not know
-            if new == tensor.shape[dim]:
-                return old, new
-        return None
+        return next(((old, new) for old, new in found.items() if new == tensor.shape[dim]), None)
 
     def _sizes(self, tensor: Tensor, sizes: Any, dim: int) -> Any:
+        if not isinstance(sizes, int):
+            rank, count = (tensor.dim(), dim % tensor.dim()), len(sizes)
+            cut = [self._pieces.get((*rank, old, place, count), old) for place, old in enumerate(sizes)]
+            if sum(sizes) != tensor.shape[dim] == sum(cut):
+                return cut
         ratio = self._ratio(tensor, dim)
         if ratio is None:
             return sizes

@@ -10,9 +10,11 @@ from typing import Any
 from torch import Tensor
 
 from upop.pruning.axes.axis import Dim, axes_in, cut_out, fix, length, regroup, tie
+from upop.pruning.axes.label import Label
+from upop.pruning.axes.mode import tensors_in
 from upop.pruning.axes.moving import elementwise
-from upop.pruning.axes.rule import CONSTANT, like, past_of, rule, tensors_in, unknown
-from upop.pruning.axes.trace import Label, Trace
+from upop.pruning.axes.rule import CONSTANT, like, past_of, rule, unknown
+from upop.pruning.axes.trace import Trace
 
 # -- sums ---------------------------------------------------------------------------------------------------------
 

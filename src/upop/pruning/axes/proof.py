@@ -15,13 +15,13 @@ from torch.utils._pytree import tree_map
 from upop.pruning.again import drawing_the_same, uncompiled
 from upop.pruning.axes.candidates import Candidate
 from upop.pruning.axes.copies import forgetting, told, with_memory
-from upop.pruning.axes.kinds import rest
-from upop.pruning.axes.mode import Mode, defined, name_of
+from upop.pruning.axes.idle import Idle, resting
+from upop.pruning.axes.mode import Mode, defined, name_of, tensors_in
 from upop.pruning.costs import call, evaluating
 from upop.pruning.errors import VerificationError
 from upop.pruning.shrink import cut, restore
 from upop.pruning.units import Attribute, Unit, tensor_of
-from upop.pruning.verify import difference, refuse_unlike, rounding_of, tensors_of
+from upop.pruning.verify import Outputs, difference, refuse_unlike, rounding_of, tensors_of
 
 POWERS = (0.5, 0.0, 1.0, 0.25)
 """Of softmax scales that follow the size of a head: 1 / sqrt(size), fixed, 1 / size, and queries that are keys too."""
@@ -41,7 +41,8 @@ class Precise(Mode):
         """Run an operation in the precision."""
         written = name_of(func).endswith("_")
         kept = args[:1] if written else ()
-        args = (*kept, *tree_map(self._raised, args[len(kept) :]))
+        if any(self._raised(each) is not each for each in tensors_in(args)):
+            args = (*kept, *tree_map(self._raised, args[len(kept) :]))
         asked = kwargs.get("dtype")
         if asked is not None and asked.is_floating_point:
             kwargs = {**kwargs, "dtype": self._dtype}
@@ -70,17 +71,37 @@ class Bench:
     Args:
         model: the copy.
         example: what it is given.
-        idle: what is known of modules that are to be idle (see `kinds`).
+        idle: what is known of the modules that are to be idle while units of some names are tried (see `kinds`).
 
     Attributes:
-        broken: what was raised where nothing was cut; "" so far.
+        misses: whether something was raised where nothing was cut and modules were idle: something is asked of them.
     """
 
-    def __init__(self, model: nn.Module, example: Any, idle: Mapping[str, Sequence[Any]] | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        example: Any,
+        idle: Callable[[frozenset[str]], Mapping[str, Sequence[Any]]] | None = None,
+    ) -> None:
         self._model, self._given, self._ran = model, example, False
-        self.idle, self.broken = idle or {}, ""
-        self._resting = rest(model, self.idle)
+        self._idle, self._idling = idle, dict[str, Idle]()
+        self._rests: dict[frozenset[str], list[Idle]] = {}
+        self._resting: list[Idle] = []
+        self._known: tuple[Any, Outputs] = (None, [])
+        self.misses = False
         self._fit()
+
+    @contextmanager
+    def trying(self, units: Sequence[Unit]) -> Iterator[list[str]]:
+        """Have all that has no part in some units be idle; give the names of those modules."""
+        names = frozenset(unit.name for unit in units)
+        if names not in self._rests:
+            idle = self._idle(names) if self._idle is not None else {}
+            self._rests[names] = [self._idling.setdefault(path, Idle(path, gave)) for path, gave in idle.items()]
+        self._resting = self._rests[names]
+        with resting(self._model, self._resting):
+            yield [each.path for each in self._resting]
+        self._resting = []
 
     def _fit(self) -> None:
         self._dtype = next((p.dtype for p in self._model.parameters() if p.is_floating_point()), torch.float32)
@@ -91,7 +112,7 @@ class Bench:
             return with_memory(value).to(self._dtype if value.is_floating_point() else value.dtype)
 
         self._example = tree_map(as_precise, self._given)
-        self._spreads: list[list[float]] = []
+        self._spreads: dict[tuple[str, ...], list[list[float]]] = {}
 
     def outputs(self) -> list[tuple[str, Tensor]]:
         """Return all tensors that a call gives, and all that modules which are idle are given.
@@ -135,25 +156,33 @@ class Bench:
 
     def difference(self, units: Sequence[Unit], plan: Mapping[str, Sequence[int]]) -> tuple[float, str]:
         """Return how far the cut model is from the masked one, relative to its largest output, and what was raised."""
-        try:
+        with self.trying(units):
+            try:
+                expected = self._masked_outputs(units, plan)
+            except Exception as error:
+                self.misses |= bool(self._resting)
+                return float("inf"), told(error)
+            undo = cut(self._model, list(units), plan)
+            try:
+                found = self.outputs()
+            except Exception as error:
+                return float("inf"), told(error)
+            finally:
+                restore(undo)
+            try:
+                refuse_unlike(expected, found)
+            except VerificationError as error:
+                return float("inf"), str(error).split(". ")[0]
+            off = difference(expected, found, self._rounding)
+            return (float("inf"), f"the cut model differs by {off.size:.1e}") if off is not None else (0.0, "")
+
+    def _masked_outputs(self, units: Sequence[Unit], plan: Mapping[str, Sequence[int]]) -> Outputs:
+        """Return what the masked model gives; it is known where the same was asked last, of another way to cut it."""
+        key = [(tuple(plan[unit.name]), replace(part, power=0.0)) for unit in units for part in unit.producers]
+        if self._known[0] != key:
             with self.masked(units, plan):
-                expected = self.outputs()
-        except Exception as error:
-            self.broken = told(error)
-            return float("inf"), self.broken
-        undo = cut(self._model, list(units), plan)
-        try:
-            found = self.outputs()
-        except Exception as error:
-            return float("inf"), told(error)
-        finally:
-            restore(undo)
-        try:
-            refuse_unlike(expected, found)
-        except VerificationError as error:
-            return float("inf"), str(error).split(". ")[0]
-        off = difference(expected, found, self._rounding)
-        return (float("inf"), f"the cut model differs by {off.size:.1e}") if off is not None else (0.0, "")
+                self._known = key, self.outputs()
+        return self._known[1]
 
     def _rounding(self) -> list[list[float]]:
         """Return how much each output differs by rounding alone, time after time.
@@ -161,15 +190,20 @@ class Bench:
         Raises:
             VerificationError: two calls of the model differ.
         """
-        if not self._spreads:
-            self._spreads = list(rounding_of(self.outputs, outputs=self.outputs()))
-        return self._spreads
+        key = tuple(each.path for each in self._resting)
+        if key not in self._spreads:
+            self._spreads[key] = list(rounding_of(self.outputs, outputs=self.outputs()))
+        return self._spreads[key]
 
     def asks(self, unit: Unit) -> bool:
         """Whether queries of a unit, if it has any, matter: they do where they are normalised, so that no scale shows.
 
         They do not where there is one token, or tokens that are all alike.
         """
+        with self.trying([unit]):
+            return self._asks(unit)
+
+    def _asks(self, unit: Unit) -> bool:
         expected, asked = self.outputs(), False
         held: dict[str, Tensor] = {}
         with torch.no_grad():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -10,11 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from upop.pruning.axes.candidates import Candidate, NotCuttableError, candidate, named_apart
+from upop.pruning.axes.candidates import Candidate, NotCuttableError, candidate, named_apart, shared_tensors
 from upop.pruning.axes.copies import Shapes, told
 from upop.pruning.axes.groups import groups
 from upop.pruning.axes.obstacles import obstacle, obstacles
-from upop.pruning.axes.trace import Trace
+from upop.pruning.axes.trace import Trace, WrittenError
 from upop.pruning.axes.tried import Proof
 from upop.pruning.costs import call
 from upop.pruning.errors import LayoutError
@@ -30,13 +31,19 @@ def read(model: nn.Module, example: Any) -> tuple[list[Unit], list[Skipped]]:
         example: what a call of it is given.
     """
     home = next((each.device for each in model.parameters() if not each.is_meta), torch.device("cpu"))
-    with torch.random.fork_rng(devices=[]), home:  # a model may be read while another one is built on the meta device
+    # A model may be read while another one is built on the meta device; a default device makes every call slower.
+    at_home = nullcontext() if home == torch.get_default_device() else home
+    with torch.random.fork_rng(devices=[]), at_home:
         return _read(model, example)
 
 
 def _read(model: nn.Module, example: Any) -> tuple[list[Unit], list[Skipped]]:
-    shapes = Shapes(model, example)
-    trace, chosen, skipped = _looked(model, shapes)
+    try:
+        shapes = Shapes(model, example, run=False)
+        trace, chosen, skipped = _looked(model, shapes)
+    except LayoutError:  # it asks for numbers, or does not run at all
+        shapes = Shapes(model, example)
+        trace, chosen, skipped = _looked(model, shapes)
     if shapes.mode is None:  # numbers say where the forward goes, and a cut must not change them
         shapes.silent = {part.tensor for each in chosen for part in each.unit.slices if not part.produces}
         trace, chosen, skipped = _looked(model, shapes)
@@ -84,31 +91,37 @@ def _whole(model: nn.Module, name: str, cut: set[str]) -> bool:
 def _looked(model: nn.Module, shapes: Shapes) -> tuple[Trace, list[Candidate], list[Skipped]]:
     """Return a trace, what may be cut by it, and what not with the reason."""
     trace = traced(shapes)
+    shared = shared_tensors(model)
     chosen: list[Candidate] = []
     skipped: list[Skipped] = []
     for group in groups(trace).values():
         try:
-            chosen.append(candidate(model, trace, group))
+            chosen.append(candidate(model, trace, group, shared))
         except NotCuttableError as reason:
             skipped.append(Skipped(group.makers[0].use.name.rpartition(".")[0], str(reason)))
     return trace, named_apart(chosen), skipped
 
 
 def traced(shapes: Shapes) -> Trace:
-    """Run a model once, without numbers, and follow its axes."""
-    twin = shapes.copy()
-    trace = Trace(twin)
-    trace.given(each for each in tree_leaves(shapes.example) if isinstance(each, Tensor))
-    try:
-        with shapes.running(), torch.no_grad(), trace.running():
-            result = call(twin, shapes.example)
-    except LayoutError:
-        raise
-    except Exception as error:
-        kind = type(twin).__name__
-        raise LayoutError(obstacle(twin, "") or f"{kind} runs, but cannot be followed: {told(error)}.") from error
-    trace.finish([each for _, each in tensors_of(result)])
-    return trace
+    """Run a model once, without numbers, and follow its axes; again where a buffer turns out to be written to."""
+    written: set[str] = set()
+    while True:
+        twin = shapes.copy()
+        trace = Trace(twin, written)
+        trace.given(each for each in tree_leaves(shapes.example) if isinstance(each, Tensor))
+        try:
+            with shapes.running(), torch.no_grad(), trace.running():
+                result = call(twin, shapes.example)
+        except LayoutError:
+            raise
+        except WrittenError as found:
+            written.add(found.name)
+            continue
+        except Exception as error:
+            kind = type(twin).__name__
+            raise LayoutError(obstacle(twin, "") or f"{kind} runs, but cannot be followed: {told(error)}.") from error
+        trace.finish([each for _, each in tensors_of(result)])
+        return trace
 
 
 def _rivals(pending: Iterable[Candidate], proved: Iterable[Candidate]) -> dict[str, list[Candidate]]:

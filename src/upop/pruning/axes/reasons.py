@@ -8,15 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from upop.pruning.axes.axis import Axis, Dim, length
 from upop.pruning.axes.candidates import Candidate
 from upop.pruning.axes.copies import written_out
-from upop.pruning.axes.mode import name_of
+from upop.pruning.axes.label import Step
+from upop.pruning.axes.mode import name_of, tensors_in
 from upop.pruning.axes.proof import Bench
 from upop.pruning.axes.settle import COPIES, around, plain_name
-from upop.pruning.axes.trace import Step, Trace
+from upop.pruning.axes.trace import Trace
 
 
 class _Zeros(TorchDispatchMode):
@@ -32,13 +32,13 @@ class _Zeros(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         del types
         result = func(*args, **(kwargs or {}))
-        outputs = [each for each in tree_leaves(result) if isinstance(each, Tensor)]
+        outputs = tensors_in(result)
         name = plain_name(name_of(func))
         if not outputs or name in COPIES or self.found or self._at >= len(self._steps):
             return result
         step = self._steps[self._at]
         self._at = self._at + 1 if plain_name(step.name) == name else len(self._steps)
-        first = next((each for each in tree_leaves(args) if isinstance(each, Tensor)), None)
+        first = next(iter(tensors_in(args)), None)
         if first is not None and self._zero(first, step.given) and self._zero(outputs[0], step.dims[0]) is False:
             self.found = step
         return result
@@ -77,9 +77,10 @@ def tell(bench: Bench, model: nn.Module, trace: Trace, candidates: list[Candidat
 def _what_forbids(bench: Bench, trace: Trace, candidate: Candidate) -> str:
     unit = candidate.unit
     kept = max(1, unit.size // 2)
-    steps = [step for step in trace.steps if not any(path in bench.idle for path in around(step.module))]
-    zeros = _Zeros(steps, candidate.axis, torch.arange(kept, unit.size))
-    with bench.masked([unit], {unit.name: range(kept)}), written_out(), zeros:
-        bench.outputs()
+    with bench.trying([unit]) as resting:
+        steps = [step for step in trace.steps if not any(path in resting for path in around(step.module))]
+        zeros = _Zeros(steps, candidate.axis, torch.arange(kept, unit.size))
+        with bench.masked([unit], {unit.name: range(kept)}), written_out(), zeros:
+            bench.outputs()
     step = zeros.found
     return f"; {plain_name(step.name)} is not 0 where its entries are 0 ({step.line})" if step else ""

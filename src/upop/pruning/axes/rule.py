@@ -6,11 +6,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from torch import Tensor
-from torch.utils._pytree import tree_leaves
-
 from upop.pruning.axes.axis import Dim, fix
-from upop.pruning.axes.trace import Label, Trace
+from upop.pruning.axes.label import Label
+from upop.pruning.axes.mode import tensors_in
+from upop.pruning.axes.trace import Trace
 
 Rule = Callable[[Trace, tuple[Any, ...], dict[str, Any], Any, str], None]
 RULES: dict[str, Rule] = {}
@@ -27,11 +26,6 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
         return rule
 
     return register
-
-
-def tensors_in(value: Any) -> list[Tensor]:
-    """Return the tensors among arguments or results."""
-    return [each for each in tree_leaves(value) if isinstance(each, Tensor)]
 
 
 def like(label: Label, dims: Sequence[Dim]) -> Label:

@@ -10,23 +10,27 @@ from __future__ import annotations
 import itertools
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 
+from upop.pruning.again import snapshot
 from upop.pruning.axes.axis import Axis, Dim, axes_in
 from upop.pruning.axes.candidates import Candidate
 from upop.pruning.axes.copies import Shapes, told
-from upop.pruning.axes.mode import Mode, name_of
+from upop.pruning.axes.idle import Idle, resting
+from upop.pruning.axes.label import Step
+from upop.pruning.axes.mode import Mode, name_of, tensors_in
 from upop.pruning.axes.multihead import narrow_multihead
 from upop.pruning.axes.narrow import WIDTHS, Narrow, narrow_class
-from upop.pruning.axes.trace import Step, Trace, watching
+from upop.pruning.axes.trace import Trace, watching
 from upop.pruning.costs import call
-from upop.pruning.shrink import cut
+from upop.pruning.shrink import cut, restore
 from upop.pruning.units import Attribute, Swap, Swapped
 
 NARROW, MULTIHEAD = "widths", "multihead"
@@ -70,9 +74,9 @@ class Stop:
 class _Follower(Mode):
     """Compares the shapes of a run with those that follow from the dense one."""
 
-    def __init__(self, steps: list[Step], sizes: Mapping[Axis, int], skipped: frozenset[str]) -> None:
+    def __init__(self, steps: list[Step], sizes: Mapping[Axis, int], skipped: frozenset[str], last: int) -> None:
         super().__init__()
-        self._steps, self._sizes, self._skipped = steps, sizes, skipped
+        self._steps, self._sizes, self._skipped, self._last = steps, sizes, skipped, last
         self.at = 0
         self.off = ""
         self.stack: list[str] = []
@@ -80,14 +84,13 @@ class _Follower(Mode):
     def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run an operation, and compare what it gives."""
         result = func(*args, **kwargs)
-        outputs = [each for each in tree_leaves(result) if isinstance(each, Tensor)]
+        outputs = tensors_in(result)
         name = plain_name(name_of(func))
         if not outputs or name in COPIES or _inside(self.stack[-1] if self.stack else "", self._skipped):
             return result
-        while self.at < len(self._steps) and (
-            _inside(self._steps[self.at].module, self._skipped) or plain_name(self._steps[self.at].name) in COPIES
-        ):
-            self.at += 1
+        self.go_on()
+        if self.at > self._last:
+            raise _Off
         shapes = tuple(tuple(each.shape) for each in outputs)
         if self.at >= len(self._steps):
             self.off = f"it goes on with {name}"
@@ -102,6 +105,13 @@ class _Follower(Mode):
             raise _Off
         self.at += 1
         return result
+
+    def go_on(self) -> None:
+        """Go past what is not looked at, to the next operation that is."""
+        while self.at < len(self._steps) and (
+            _inside(self._steps[self.at].module, self._skipped) or plain_name(self._steps[self.at].name) in COPIES
+        ):
+            self.at += 1
 
 
 def plain_name(name: str) -> str:
@@ -151,26 +161,67 @@ def smaller(candidates: Iterable[Candidate]) -> dict[str, tuple[int, ...]]:
     return plan
 
 
-def stop_of(shapes: Shapes, trace: Trace, candidates: list[Candidate]) -> Stop | None:
-    """Cut a copy and run it; return where it goes wrong, or None."""
-    plan = smaller(candidates)
-    sizes = {each.axis.root: len(plan[each.unit.name]) for each in candidates}
-    skipped = frozenset(
-        swap.module for each in candidates for swap in each.unit.swaps if not issubclass(swap.kind, Narrow)
-    )
-    model = shapes.copy()
-    # All copies without numbers hold the same parameters.
-    cut(model, [each.unit for each in candidates], plan, fold=False, anew=True)
-    follower = _Follower(trace.steps, sizes, skipped)
-    with shapes.running():
-        try:
-            with torch.no_grad(), watching(model, follower.stack), follower:
-                call(model, shapes.example)
-        except _Off:
-            return Stop(follower.at, follower.off)
-        except Exception as error:
-            return Stop(follower.at, follower.off or told(error))
-    return Stop(follower.at, follower.off) if follower.off else None
+class Trials:
+    """Cuts a copy without numbers again and again, and runs it as far as what is cut may matter.
+
+    Args:
+        shapes: the world without numbers.
+        trace: what a run of the model did.
+        still: what is known of modules that are to be idle (see `kinds`).
+        candidates: the run ends where nothing of them is left. Without any, every trial has a copy of its own and runs
+            to the end.
+    """
+
+    def __init__(
+        self,
+        shapes: Shapes,
+        trace: Trace,
+        still: Mapping[str, Sequence[Any]] | None = None,
+        candidates: Iterable[Candidate] = (),
+    ) -> None:
+        self.trace, self._shapes = trace, shapes
+        carrying = [at for each in candidates for at in trace.carrying.get(each.axis.root, ())]
+        self._last = max(carrying, default=len(trace.steps))
+        self._again = shapes.copy() if carrying else None
+        self._idle = [Idle(path, gave, shapes.mode) for path, gave in (still or {}).items()]
+
+    def stop(self, candidates: list[Candidate]) -> Stop | None:
+        """Cut the copy and run it; return where it goes wrong, or None."""
+        plan = smaller(candidates)
+        sizes = {each.axis.root: len(plan[each.unit.name]) for each in candidates}
+        swaps = (swap for each in candidates for swap in each.unit.swaps if not issubclass(swap.kind, Narrow))
+        skipped = frozenset((*(each.path for each in self._idle), *(swap.module for swap in swaps)))
+        follower = _Follower(self.trace.steps, sizes, skipped, self._last)
+        model = self._shapes.copy() if self._again is None else self._again
+        for each in self._idle:
+            each.start(torch.float32)
+        with _put_back(model), resting(model, self._idle):
+            # All copies without numbers hold the same parameters.
+            undo = cut(model, [each.unit for each in candidates], plan, fold=False, anew=True)
+            try:
+                with self._shapes.running(), torch.no_grad(), watching(model, follower.stack), follower:
+                    call(model, self._shapes.example)
+            except _Off:
+                pass
+            except Exception as error:
+                follower.go_on()
+                follower.off = follower.off or told(error)
+            finally:
+                restore(undo)
+        return Stop(follower.at, follower.off) if follower.off else None
+
+
+@contextmanager
+def _put_back(model: nn.Module) -> Iterator[None]:
+    """Have a copy be as it was, whatever a run of it kept."""
+    put_back = snapshot(model)
+    numbers = [(each, each.clone()) for each in model.buffers() if not isinstance(each, FakeTensor)]
+    try:
+        yield
+    finally:
+        put_back()
+        for buffer, before in numbers:
+            buffer.copy_(before)
 
 
 @dataclass(frozen=True)
@@ -181,21 +232,20 @@ class _Remedy:
     swaps: tuple[Swap, ...] = ()
 
 
-def settle(
-    model: nn.Module, shapes: Shapes, trace: Trace, candidates: list[Candidate]
-) -> tuple[list[Candidate], dict[str, str]]:
+def settle(model: nn.Module, trials: Trials, candidates: list[Candidate]) -> tuple[list[Candidate], dict[str, str]]:
     """Find what has to be set again for every unit; return those that can be cut, and why the others cannot."""
     lost: dict[str, str] = {}
-    stop = stop_of(shapes, trace, candidates) if candidates else None
+    trace = trials.trace
+    stop = trials.stop(candidates) if candidates else None
     while candidates and stop is not None:
         involved = _involved(trace, candidates, stop.at)
         ours = {each.unit.name for each in involved}
         better, furthest = candidates, stop
-        for remedy in _remedies(model, trace, involved, stop.at):
+        for remedy in dict.fromkeys(_remedies(model, trace, involved, stop.at)):  # some come twice
             if better is not candidates and len(remedy.attributes) > 1 and not remedy.swaps:
                 continue  # two numbers, where one alone helped
             tried = _with(model, candidates, remedy, involved)
-            after = stop_of(shapes, trace, tried)
+            after = trials.stop(tried)
             if after is None or after.at > furthest.at:
                 better, furthest = tried, after or Stop(len(trace.steps), "")
                 if after is None or not ours & {each.unit.name for each in _involved(trace, tried, after.at)}:
@@ -208,7 +258,7 @@ def settle(
         for name in names:
             lost[name] = f"{line or 'its forward'} insists on a size: {stop.reason}"
         candidates = [each for each in candidates if each.unit.name not in names]
-        stop = stop_of(shapes, trace, candidates) if candidates else None
+        stop = trials.stop(candidates) if candidates else None
     return candidates, lost
 
 
@@ -253,7 +303,7 @@ def _remedies(model: nn.Module, trace: Trace, involved: list[Candidate], at: int
             head_dim = Attribute(path, "head_dim"), tuple(involved)
             yield _Remedy((head_dim,), (Swap(path, narrow_multihead(type(module)), MULTIHEAD),))
         for after in trace.steps[at : at + _NEAR]:
-            widths = tuple((width, tuple(involved)) for width in _widths(after, path, involved))
+            widths = tuple(_widths(after, path, involved))
             if widths:
                 yield _Remedy(widths, (Swap(path, narrow_class(type(module)), NARROW),))
     alone = [(number, (each,)) for number, owners in tried for each in owners][:_MOST_TRIED]
@@ -261,25 +311,31 @@ def _remedies(model: nn.Module, trace: Trace, involved: list[Candidate], at: int
     yield from map(_Remedy, itertools.combinations(tried, 2))
 
 
-def _widths(step: Step, path: str, involved: list[Candidate]) -> Iterator[Attribute]:
+def _widths(step: Step, path: str, involved: list[Candidate]) -> Iterator[tuple[Attribute, tuple[Candidate, ...]]]:
     """Yield the widths that a call may name that reshapes or takes apart a tensor which carries a unit's axis."""
     kind = _KINDS.get(step.name)
     dims, given = step.given if kind == "part" else step.dims[0], step.given
     if kind is None or dims is None or given is None:
         return
-    for place, dim in enumerate(dims):
-        for each in involved:
-            whole = now(dim, {})
-            if now(dim, {each.axis.root: 0}) == 0 and whole > 1:
-                key = f"{len(dims)}.{place}.{whole}"
-                if kind != "part":
-                    whence = [at for at, other in enumerate(given) if now(other, {each.axis.root: 0}) == 0]
-                    if kind == "expand":
-                        whence = [place - len(dims) + len(given)]
-                    if not whence or whence[0] < 0:
-                        continue
-                    key += f".{len(given)}.{whence[0]}.{now(given[whence[0]], {})}"
-                yield Attribute(path, f"{WIDTHS}[{kind}.{key}]", whole // each.unit.size)
+    for place, each in itertools.product(range(len(dims)), involved):
+        whole, others = now(dims[place], {}), now(dims[place], {each.axis.root: 0})
+        key = f"{len(dims)}.{place}.{whole}"
+        if kind == "part" and 0 < others < whole:  # it lies beside other axes
+            for at, out in enumerate(step.dims):
+                piece = now(out[place], {}) if out is not None else 0
+                if out is not None and piece and now(out[place], {each.axis.root: 0}) == 0:
+                    piece_key = f"piece.{len(dims)}.{place}.{piece}.{at}.{len(step.dims)}"
+                    yield Attribute(path, f"{WIDTHS}[{piece_key}]", piece // each.unit.size), (each,)
+        if others or whole == 1:
+            continue
+        if kind != "part":
+            whence = [at for at, other in enumerate(given) if now(other, {each.axis.root: 0}) == 0]
+            if kind == "expand":
+                whence = [place - len(dims) + len(given)]
+            if not whence or whence[0] < 0:
+                continue
+            key += f".{len(given)}.{whence[0]}.{now(given[whence[0]], {})}"
+        yield Attribute(path, f"{WIDTHS}[{kind}.{key}]", whole // each.unit.size), (each,)
 
 
 def mistakable(trace: Trace, candidate: Candidate) -> list[int]:
@@ -294,7 +350,7 @@ def mistakable(trace: Trace, candidate: Candidate) -> list[int]:
             continue
         found.add(1)
         kind, *numbers = attribute.name[len(WIDTHS) + 1 : -1].split(".")
-        rank, place, old = map(int, numbers[-3:])
+        rank, place, old = map(int, numbers[:3] if kind == "piece" else numbers[-3:])
         for step in trace.steps:
             if _KINDS.get(step.name) == kind and step.given is not None and len(step.given) == rank:
                 length = now(step.given[place], {})

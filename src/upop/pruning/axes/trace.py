@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
 from typing import Any
@@ -18,96 +17,21 @@ from torch.utils.flop_counter import flop_registry
 from torch.utils.weak import WeakIdKeyDictionary
 
 from upop.pruning.axes.axis import Axis, Dim, axes_in, doing, factors_of, fix, length, tie
-from upop.pruning.axes.mode import Mode, name_of
+from upop.pruning.axes.label import Label, Made, Rows, Step, Use, plain
+from upop.pruning.axes.mode import Mode, leaves_in, name_of, tensors_in
 from upop.pruning.errors import LayoutError
 
-Rows = dict[tuple[str, int], Tensor]
-"""Positions along dimensions of parameters: (parameter's name, dimension) -> [length], bool."""
 
-
-@dataclass
-class Label:
-    """What is known of one tensor while its model runs.
+class WrittenError(BaseException):
+    """A buffer is written to that was taken for numbers that stay; no `except Exception` of a forward is to hear of it.
 
     Attributes:
-        dims: the factors of every dimension.
-        sources: the parameters whose rows it comes from, through what is done number by number.
-        linear: whether it is 0 where they are, and in proportion to them.
-        parameter: whether it is a parameter, or made of parameters alone.
-        past: all parameters that it comes from, as bits; what the model is given is one more.
-        attends: of scores, what queries and keys were contracted over.
-        latent: whether it is a product of parameters alone: a weight, or learned tokens on their way.
-        places: what was taken by its place on the way: (axis, place).
+        name: of the buffer.
     """
 
-    dims: list[Dim]
-    sources: frozenset[str] = frozenset()
-    linear: bool = True
-    parameter: bool = False
-    past: int = 0
-    attends: Dim = ()
-    latent: bool = False
-    places: tuple[tuple[Axis, int], ...] = ()
-
-    @property
-    def live(self) -> bool:
-        """Whether it is an activation that carries an axis, or may be one."""
-        return (self.latent or not self.parameter) and any(True for _ in axes_in(self.dims))
-
-
-@dataclass
-class Use:
-    """What a parameter was seen to do with its axes.
-
-    Attributes:
-        axes: one for each dimension.
-        roles: dimension -> "produces" (it opens the axis), "consumes" (the axis is summed over), "follows" (it is
-            one number per entry: a bias, a scale), "added" (it follows, and is not 0 where the axis is).
-        direct: whether anything but its own module's `nn.Linear.forward` reads it.
-    """
-
-    name: str
-    axes: list[Axis]
-    roles: dict[int, set[str]] = field(default_factory=dict)
-    direct: bool = False
-
-    def note(self, dim: int, role: str) -> None:
-        """Take note of a role."""
-        self.roles.setdefault(dim, set()).add(role)
-
-
-@dataclass(frozen=True)
-class Step:
-    """One operation of a forward.
-
-    Attributes:
-        name: of the operation, as ATen calls it.
-        module: the dotted name of the module that was running.
-        dims: of each tensor that came out; None where nothing is known of it.
-        inputs: of each tensor that went in.
-        numbers: the plain numbers that went in.
-        line: the user's file and line.
-    """
-
-    name: str
-    module: str
-    dims: tuple[tuple[Dim, ...] | None, ...]
-    inputs: tuple[tuple[Dim, ...] | None, ...]
-    numbers: tuple[int | float, ...]
-    line: str
-
-    @property
-    def given(self) -> tuple[Dim, ...] | None:
-        """Of the first tensor that went in."""
-        return self.inputs[0] if self.inputs else None
-
-
-@dataclass(frozen=True)
-class Made:
-    """What is remembered of a tensor that a module gave."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.name = name
 
 
 class Trace(Mode):
@@ -115,6 +39,7 @@ class Trace(Mode):
 
     Args:
         model: whose parameters open axes.
+        written: its buffers that are written to, as caches of keys and values are: they carry what is put there.
 
     Attributes:
         uses: parameter's name -> what it was seen to do.
@@ -126,9 +51,9 @@ class Trace(Mode):
         multiply_adds: of all products.
     """
 
-    def __init__(self, model: nn.Module, *, lines: bool = True) -> None:
+    def __init__(self, model: nn.Module, written: Collection[str] = ()) -> None:
         super().__init__()
-        self._lines = lines
+        self._written = written
         self.uses: dict[str, Use] = {}
         self.steps: list[Step] = []
         self.gates: set[tuple[str, Axis]] = set()
@@ -145,6 +70,7 @@ class Trace(Mode):
             self._parameters.setdefault(id(parameter), name)
         for name, buffer in model.named_buffers():
             self.buffers.setdefault(id(buffer), name)
+        self._kept = {_storage(each): name for name, each in model.named_buffers() if each.is_floating_point()}
         self._model = model
         self._bits: dict[str, int] = {}
         self._pairs: list[tuple[Dim, Dim]] = []
@@ -162,6 +88,9 @@ class Trace(Mode):
             if name is not None:
                 axes = self.use(name, tensor).axes
                 found = Label([(axis,) for axis in axes], frozenset([name]), parameter=True, past=self.bits([name]))
+            elif self.buffers.get(id(tensor)) in self._written:
+                name = self.buffers[id(tensor)]
+                found = Label([(axis,) for axis in self.use(name, tensor).axes], frozenset([name]))
             else:
                 found = Label(plain(tensor))
             self._labels[tensor] = found
@@ -174,7 +103,7 @@ class Trace(Mode):
         if any(True for label in found for _ in axes_in(label.dims)):
             for place, tensor in enumerate(tensors):
                 name = self.buffers.get(id(tensor))
-                if name is not None:
+                if name is not None and name not in self._written:
                     axes = self.use(name, tensor).axes
                     found[place] = Label([(axis,) for axis in axes], frozenset([name]), parameter=True)
         return found
@@ -302,6 +231,16 @@ class Trace(Mode):
                 found.setdefault(leaf, []).append(use)
         return found
 
+    @cached_property
+    def carrying(self) -> dict[Axis, list[int]]:
+        """The places of the steps that take or give each axis that has no parts, once the run is over."""
+        found: dict[Axis, list[int]] = {}
+        for at, step in enumerate(self.steps):
+            dims = (*step.dims, *step.inputs)
+            for leaf in {leaf for each in dims for axis in axes_in(each or ()) for leaf in axis.leaves()}:
+                found.setdefault(leaf, []).append(at)
+        return found
+
     def note(self, label: Label, dim: int, role: str) -> None:
         """Take note of what a parameter's dimension is used for."""
         dim %= max(1, len(label.dims))
@@ -318,7 +257,7 @@ class Trace(Mode):
         from upop.pruning.axes.rules import follow
 
         result = func(*args, **kwargs)
-        outputs = [each for each in tree_leaves(result) if isinstance(each, Tensor)]
+        outputs = tensors_in(result)
         if any(each.is_nested for each in outputs):
             raise LayoutError(
                 f"{type(self._model).__name__} computes with nested tensors of torch, whose axes cannot be followed. "
@@ -327,12 +266,17 @@ class Trace(Mode):
         if not outputs:
             return result  # it was asked something
         self._note_reading(args, kwargs)
+        if name_of(func) in _WRITES:
+            name = self._kept.get(_storage(args[0]), "")
+            put = [dim for each in tensors_in(args[1:]) for dim in self.label(each).dims]
+            if name and name not in self._written and any(True for _ in axes_in(put)):
+                raise WrittenError(name)
         counted = flop_registry.get(getattr(func, "overloadpacket", None))
         self.multiply_adds += counted(*args, **kwargs, out_val=result) // 2 if counted else 0
-        line = user_line() if self._lines else ""
+        line = user_line()
         with doing(name_of(func), line):
             follow(self, func, args, kwargs, result)
-        given = tree_leaves(args)
+        given = leaves_in(args)
         self.steps.append(
             Step(
                 name_of(func),
@@ -351,18 +295,18 @@ class Trace(Mode):
         new = [each for each in outputs if each not in self._labels]
         if new:
             past = 0
-            for each in tree_leaves((args, kwargs)):
-                past |= self.label(each).past if isinstance(each, Tensor) else 0
+            for each in tensors_in((args, kwargs)):
+                past |= self.label(each).past
             for each in new:
                 self._labels[each] = Label(plain(each), past=past)
 
     def _known(self, tensor: Tensor) -> tuple[Dim, ...] | None:
         found = self._labels.get(tensor)
-        return None if found is None else tuple(found.dims)
+        return None if found is None or found.blank else tuple(found.dims)
 
     def _note_reading(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        for each in tree_leaves((args, kwargs)):
-            name = self._parameters.get(id(each)) if isinstance(each, Tensor) else None
+        for each in tensors_in((args, kwargs)):
+            name = self._parameters.get(id(each))
             if name is not None:
                 self.readers.setdefault(name, set()).add(self.stack[-1] if self.stack else "")
                 owner = self._model.get_submodule(name.rpartition(".")[0])
@@ -391,9 +335,12 @@ class Trace(Mode):
                     yield from (label for label in found if label is not None)
 
 
-def plain(tensor: Tensor) -> list[Dim]:
-    """Return the dimensions of numbers that nothing is known of."""
-    return [(size,) if size != 1 else () for size in tensor.shape]
+_WRITES = {"copy_", "index_put_", "index_copy_", "index_add_", "scatter_", "masked_scatter_", "_index_put_impl_"}
+
+
+def _storage(tensor: Tensor) -> int:
+    """Return what a tensor shares with its views."""
+    return int(tensor.untyped_storage()._cdata)
 
 
 def _rows(axis: Axis, wanted: Iterable[Axis]) -> Tensor:

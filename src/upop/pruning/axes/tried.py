@@ -11,9 +11,9 @@ from torch import nn
 from upop.pruning.axes.candidates import Candidate
 from upop.pruning.axes.copies import Shapes, numbered
 from upop.pruning.axes.kinds import idle, kinds, twin, unread
-from upop.pruning.axes.proof import Bench, prove, scaled
+from upop.pruning.axes.proof import Bench, at_random, prove, scaled
 from upop.pruning.axes.reasons import tell
-from upop.pruning.axes.settle import around, mistakable, settle
+from upop.pruning.axes.settle import Trials, around, mistakable, settle
 from upop.pruning.axes.trace import Trace
 
 MOST_MEMORY = 6 * 2**30
@@ -26,8 +26,8 @@ class Proof:
     """Tries candidates of one model.
 
     One of each kind is settled and proved at several sizes, while all that has no part in it is idle. What was found is
-    taken over by the others; that all of them together have the shapes that they should is seen without numbers, and
-    that they compute what they should is seen once more, with numbers, where the model is small enough.
+    taken over by the others. That all of them together compute what they should is seen once more, with numbers, where
+    the model is small enough; else, or if they do not, that they have the shapes that they should is seen without.
 
     Args:
         model: left as it is.
@@ -60,12 +60,25 @@ class Proof:
                 wrong.update({each.unit.name: wrong[first.unit.name] for each in others})
         if len(everyone) == len(proved):
             return everyone
-        everyone = self._settled(everyone, wrong)
-        bench = self._bench(everyone) if self._trace.multiply_adds <= MOST_MULTIPLY_ADDS else None
-        return everyone if bench is None else self._checked(bench, everyone, wrong, beside=False)
+        small = self._trace.multiply_adds <= MOST_MULTIPLY_ADDS
+        units = [each.unit for each in everyone]
+        for resting in (True, False) if small else ():
+            bench = self._bench(everyone, resting=resting)
+            if bench is None or bench.difference(units, at_random(units, 0))[0] <= 1:
+                break
+            if not bench.misses:
+                return self._checked(bench, self._settled(everyone, wrong), wrong, beside=False)
+        return everyone if small and bench is not None else self._settled(everyone, wrong)
+
+    def _still(self, candidates: list[Candidate]) -> dict[str, list[Any]]:
+        """Return what may be idle while some candidates are tried; nothing where what runs depends on numbers."""
+        return {} if self._shapes.mode is None else idle(self._model, self._trace, candidates)
 
     def _settled(self, candidates: list[Candidate], wrong: dict[str, str]) -> list[Candidate]:
-        settled, reasons = settle(self._model, self._shapes, self._trace, candidates)
+        trials = Trials(self._shapes, self._trace, self._still(candidates), candidates)
+        settled, reasons = settle(self._model, trials, candidates)
+        if reasons and trials.stop([]) is not None:  # something is asked of what is idle, or is kept between calls
+            settled, reasons = settle(self._model, Trials(self._shapes, self._trace), candidates)
         wrong.update(reasons)
         return settled
 
@@ -84,7 +97,7 @@ class Proof:
         reasons: dict[str, str] = {}
         candidates = scaled(bench, self._model, candidates, self._weighs, wrong)
         found = self._unmistaken(bench, self._checked(bench, candidates, reasons), reasons)
-        if bench.broken and bench.idle:  # something is asked of what is idle
+        if bench.misses:
             return self._proved(candidates, wrong, resting=False)
         wrong.update(reasons)
         return found
@@ -106,7 +119,8 @@ class Proof:
     ) -> list[Candidate]:
         reasons: dict[str, str] = {}
         found = prove(bench, candidates, reasons, beside=beside)
-        tell(bench, self._model, self._trace, candidates, reasons)
+        if not bench.misses:
+            tell(bench, self._model, self._trace, candidates, reasons)
         wrong.update(reasons)
         return found
 
@@ -120,11 +134,15 @@ class Proof:
     def _bench(self, candidates: list[Candidate], *, resting: bool = True) -> Bench | None:
         """Return a copy with the numbers that some candidates need; None where they are too many."""
         model, trace = self._model, self._trace
-        fixed = resting and self._shapes.mode is not None  # else what runs depends on numbers
-        still = idle(model, trace, candidates) if fixed else {}
-        without = unread(model, trace, still) if fixed else set()
+        still = self._still(candidates) if resting else {}
+        without = unread(model, trace, still) if resting and self._shapes.mode is not None else set()
         count = sum(each.numel() for name, each in model.named_parameters() if name not in without)
+        named = {each.unit.name: each for each in candidates}
+
+        def rests(names: frozenset[str]) -> dict[str, list[Any]]:
+            return self._still([named[name] for name in names])
+
         for dtype in (torch.float64, torch.float32):
             if 2 * dtype.itemsize * count <= MOST_MEMORY:
-                return Bench(numbered(model, dtype, without), self._example, still)
+                return Bench(numbered(model, dtype, without), self._example, rests if resting else None)
         return None

@@ -1,0 +1,130 @@
+"""More modules as people write them: caches, scans, functions that modules keep, one layer for several things."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import upop
+from pruning.test_axes import EXAMPLE, HEADS, WIDTH, built
+from pruning.test_hand_written import HIDDEN, SIZE, check
+
+
+class Lambda(nn.Module):
+    """Its forward is a function that it keeps, around its layers, as in minGPT."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mlp = nn.ModuleDict({"up": nn.Linear(WIDTH, HIDDEN), "act": nn.GELU(), "down": nn.Linear(HIDDEN, WIDTH)})
+        layers = self.mlp
+        self.run = lambda x, up=layers["up"]: layers["down"](layers["act"](up(x)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.run(x)
+
+
+class Parallel(nn.Module):
+    """One layer makes queries, keys, values and neurons, which are taken apart by their numbers; one takes them all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.into, self.out = nn.Linear(WIDTH, 3 * WIDTH + HIDDEN), nn.Linear(WIDTH + HIDDEN, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        *kinds, hidden = self.into(x).split([WIDTH, WIDTH, WIDTH, HIDDEN], dim=-1)
+        q, k, v = (each.view(*x.shape[:2], HEADS, SIZE).transpose(1, 2) for each in kinds)
+        attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(x.shape)
+        return self.out(torch.cat([attended, F.gelu(hidden)], -1))
+
+
+class Cached(nn.Module):
+    """Puts keys and values into buffers, and reads them there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.out = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.register_buffer("keys", torch.zeros(4, 16, HEADS, SIZE))
+        self.register_buffer("values", torch.zeros(4, 16, HEADS, SIZE))
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, length, _ = x.shape
+        q, k, v = self.qkv(x).view(batch, length, 3, HEADS, SIZE).unbind(2)
+        self.keys[:batch, :length], self.values[:batch, :length] = k, v
+        held = (each[:batch, :length].transpose(1, 2) for each in (self.keys, self.values))
+        return self.out(F.scaled_dot_product_attention(q.transpose(1, 2), *held).transpose(1, 2).reshape(x.shape))
+
+
+class Scan(nn.Module):
+    """A state space whose state begins at zero and is added up, as in Mamba."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.into, self.out = nn.Linear(WIDTH, 2 * HIDDEN), nn.Linear(HIDDEN, WIDTH)
+        self.along = nn.Conv1d(HIDDEN, HIDDEN, 4, groups=HIDDEN, padding=3)
+        self.told, self.step = nn.Linear(HIDDEN, 4 + 2 * 8), nn.Linear(4, HIDDEN)
+        self.decay, self.past = nn.Parameter(torch.rand(HIDDEN, 8)), nn.Parameter(torch.rand(HIDDEN))
+
+    def forward(self, x: Tensor) -> Tensor:
+        u, gate = self.into(x).chunk(2, -1)
+        u = F.silu(self.along(u.mT)[..., : x.shape[1]].mT)
+        step, read, write = self.told(u).split([4, 8, 8], -1)
+        step = F.softplus(self.step(step))
+        state, found = x.new_zeros(x.shape[0], u.shape[-1], 8), []
+        for at in range(x.shape[1]):
+            kept = torch.exp(-step[:, at, :, None] * self.decay.exp()) * state
+            state = kept + (step * u)[:, at, :, None] * write[:, at, None]
+            found.append((state * read[:, at, None]).sum(-1))
+        return self.out((torch.stack(found, 1) + u * self.past) * F.silu(gate))
+
+
+class Inside(nn.Module):
+    """A residual stream of its own, inside the other one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.middle, self.down = (
+            nn.Linear(WIDTH, HIDDEN),
+            nn.Linear(HIDDEN, HIDDEN),
+            nn.Linear(HIDDEN, WIDTH),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = F.relu(self.up(x))
+        return self.down(hidden + F.relu(self.middle(hidden)))
+
+
+@pytest.mark.parametrize(
+    ("inner", "found"),
+    [
+        (Lambda, {("mlp", "neuron"): 2}),
+        (Parallel, {("attention", "dimension"): 2, ("mlp", "neuron"): 2}),
+        (Cached, {("attention", "dimension"): 2}),
+        (Scan, {("mlp", "neuron"): 2}),
+        (Inside, {("mlp", "neuron"): 2}),
+    ],
+)
+def test_modules(inner: Callable[[], nn.Module], found: dict[tuple[str, str], int]) -> None:
+    check(inner, found)
+
+
+class Single(nn.Module):
+    """Attends in float32 whatever the weights are, with a sum of large numbers that cancel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.out = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (each.unflatten(-1, (HEADS, -1)).transpose(1, 2).float() for each in self.qkv(x).chunk(3, -1))
+        return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2).to(x.dtype))
+
+
+def test_rounding_is_that_of_the_lowest_precision_on_the_way() -> None:
+    model = built(Single)
+    units = upop.survey(model, EXAMPLE).units
+    assert [unit.entry for unit in units] == ["dimension"] * 2
+    upop.shrink(model, {unit.name: range(3) for unit in units})
