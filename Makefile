@@ -10,7 +10,7 @@ unexport PYTHONDONTWRITEBYTECODE
 # Two processes of one thread each; what a file's tests share is made once.
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
-.PHONY: demo test test-all lint gpu model clean
+.PHONY: demo test test-all lint docs gpu model clean
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -32,6 +32,10 @@ lint: $(VENV)/installed  ## ruff, and mypy in strict mode
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: $(VENV)/installed  ## the site of the documentation, with pages made from docstrings, in output/site
+	$(BIN)/pip install --quiet --no-compile -e '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 gpu:  ## right, fast, lean and how good on the GPU of this machine, with the torch, timm and transformers that it has
 	PYTHONPATH=src $(PYTHON) benchmarks/gpu/run.py

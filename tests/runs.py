@@ -116,15 +116,23 @@ def write_settings(file: Path, roots: Mapping[str, Any], **settings: Any) -> Pat
     return file
 
 
+_saved: dict[str, tempfile.TemporaryDirectory[str]] = {}
+"""Task and configuration -> its dense model in a folder."""
+
+
 def save_random(task: Task[Any], config: Path) -> None:
     """Save a dense model of random weights, biases and norms where the settings in `config` look for it."""
     torch.manual_seed(7)
     settings = read_settings(task.settings, config, {})
-    model = task.build(settings)
-    for name, parameter in model.named_parameters():
-        if name != "temp":
-            nn.init.normal_(parameter, std=0.15)
-    upop.save(model, str(settings.pretrained))
+    model: Any = task.build(settings)
+    kind = f"{task.name} {model.config.model_dump_json()}"
+    if kind not in _saved:  # its units are found but once in a process
+        for name, parameter in model.named_parameters():
+            if name != "temp":
+                nn.init.normal_(parameter, std=0.15)
+        _saved[kind] = tempfile.TemporaryDirectory()  # goes with the process
+        upop.save(model, Path(_saved[kind].name) / "dense")
+    shutil.copytree(Path(_saved[kind].name) / "dense", str(settings.pretrained))
     blip_tokenizer.cache_clear()  # so that a test which spoils the files meets them as a new process would
 
 

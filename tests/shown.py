@@ -16,7 +16,7 @@ from typer.main import get_command
 from documents import ROOT, words
 from upop.cli import published_deit, published_segmenter
 from upop.cli.app import app
-from upop.cli.options import with_resume_value
+from upop.cli.arguments import with_resume_value
 from upop.cli.published import blip_command
 
 OTHER_FLAGS = {"compress_deit.py": published_deit.app, "compress_segmenter.py": published_segmenter.app}

@@ -6,7 +6,6 @@ import os
 import signal
 import stat
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,6 +14,7 @@ import pytest
 import torch
 
 import upop.files
+from together import run_code, start_code
 from upop.errors import RunFolderError
 from upop.files import remove_folder, remove_parts, replacing_file, replacing_folder, rewrite_text, write_text
 from upop.ownership import MARKER
@@ -347,7 +347,7 @@ try:
         torch.save({"model": torch.ones(2_000_000)}, part)
 except RunFolderError as error:
     del held
-    print(error)
+    Path(sys.argv[4]).write_text(str(error))
 """
 
 
@@ -360,10 +360,9 @@ except RunFolderError as error:
     ],
 )
 def test_limits_are_told(limit: str, value: int, told: str, tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", _LIMITED, tmp_path, limit, str(value)], capture_output=True, text=True, check=True
-    )
-    assert pytest.raises(RunFolderError, match=told).matches(RunFolderError(done.stdout)), done.stdout
+    said = tmp_path.with_name(f"{tmp_path.name}-said")
+    assert run_code(_LIMITED, tmp_path, limit, value, said) == 0
+    assert pytest.raises(RunFolderError, match=told).matches(RunFolderError(said.read_text())), said.read_text()
     assert names(tmp_path) == []
 
 
@@ -438,7 +437,7 @@ def test_permissions_are_those_of_the_umask(mask: int, tmp_path: Path) -> None:
 # What killed processes leave -------------------------------------------------------------------------------------
 
 _KILLED = """
-import os, signal, sys
+import os, signal, sys, time
 from pathlib import Path
 from upop.files import replacing_file, replacing_folder
 folder = Path(sys.argv[1])
@@ -447,9 +446,9 @@ with replacing_file(folder / "step.pt") as part, replacing_folder(folder / "mode
     (fresh / "weights").write_text("half")
     if sys.argv[2] == "aside":
         (folder / "model").rename(fresh.with_name("old"))
-    print("ready", flush=True)
+    (folder / sys.argv[2]).touch()
     if sys.argv[2] == "wait":
-        sys.stdin.readline()
+        time.sleep(60)
     os.kill(os.getpid(), signal.SIGKILL)
 """
 
@@ -467,7 +466,8 @@ def test_what_a_killed_process_left_goes_and_nothing_else(tmp_path: Path) -> Non
     (tmp_path / "below").mkdir()
     before = contents(tmp_path)
     for folder in (tmp_path, tmp_path / "below"):
-        subprocess.run([sys.executable, "-c", _KILLED, folder, "now"], stdout=subprocess.DEVNULL, check=False)
+        assert run_code(_KILLED, folder, "now") == -signal.SIGKILL
+        (folder / "now").unlink()
     assert len(parts(tmp_path)) == 3
     remove_parts(tmp_path)
     assert len(parts(tmp_path / "below")) == 2  # of another folder
@@ -476,25 +476,28 @@ def test_what_a_killed_process_left_goes_and_nothing_else(tmp_path: Path) -> Non
 
 
 def test_what_a_living_process_writes_is_left_alone(tmp_path: Path) -> None:
-    with subprocess.Popen(
-        [sys.executable, "-c", _KILLED, tmp_path, "wait"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-    ) as process:
-        assert process.stdout is not None
-        process.stdout.readline()
+    process = start_code(_KILLED, tmp_path, "wait")
+    try:
+        while process.is_alive() and not (tmp_path / "wait").exists():
+            time.sleep(0.01)
         remove_parts(tmp_path)
         with replacing_file(tmp_path / "own") as part:
             part.write_text("")
             remove_parts(tmp_path)
+        assert process.is_alive()
         assert len(parts(tmp_path)) == 2
+    finally:
         process.kill()
+        process.join()
     remove_parts(tmp_path)
-    assert names(tmp_path) == ["own"]
+    assert names(tmp_path) == ["own", "wait"]
 
 
 def test_what_was_moved_aside_when_its_process_was_killed_comes_back(tmp_path: Path) -> None:
     write_model(tmp_path / "model", "old")
     before = contents(tmp_path)
-    subprocess.run([sys.executable, "-c", _KILLED, tmp_path, "aside"], stdout=subprocess.DEVNULL, check=False)
+    assert run_code(_KILLED, tmp_path, "aside") == -signal.SIGKILL
+    (tmp_path / "aside").unlink()
     assert not (tmp_path / "model").exists()
     write_text(tmp_path / "page", "")
     remove_parts(tmp_path)
@@ -503,9 +506,10 @@ def test_what_was_moved_aside_when_its_process_was_killed_comes_back(tmp_path: P
 
 
 _FORKS = """
-import os, sys
+import os, sys, warnings
 from pathlib import Path
 from upop.files import replacing_file
+warnings.simplefilter("ignore")  # of threads in a process that forks
 with replacing_file(Path(sys.argv[1])) as part:
     part.write_text("whole")
     if not (child := os.fork()):
@@ -515,7 +519,7 @@ with replacing_file(Path(sys.argv[1])) as part:
 
 
 def test_a_forked_process_removes_nothing_of_its_parent(tmp_path: Path) -> None:
-    subprocess.run([sys.executable, "-W", "ignore", "-c", _FORKS, tmp_path / "file"], check=True)
+    assert run_code(_FORKS, tmp_path / "file") == 0
     assert (tmp_path / "file").read_text() == "whole"
     assert names(tmp_path) == ["file"]
 

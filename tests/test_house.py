@@ -9,9 +9,10 @@ SOURCE = Path(__file__).parents[1] / "src" / "upop"
 # Which rooms a room may use; what is not listed here (errors, files, settings) serves all but the method.
 ALLOWED = {
     "pruning": set(),
-    "models": {"pruning"},
+    "tokens": {"pruning"},
+    "models": {"pruning", "tokens"},
     "data": {"pruning"},
-    "checkpoints": {"pruning", "models"},
+    "checkpoints": {"pruning", "models", "tokens"},
     "report": {"pruning"},
     "training": {"pruning", "checkpoints"},
     "integrations": {"pruning", "checkpoints"},

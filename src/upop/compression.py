@@ -13,25 +13,20 @@ import torch
 from torch import Tensor, nn
 
 from upop.errors import LayoutError, SettingError, StepError
-from upop.pruning import Distillation, Plan, distill
-from upop.pruning.choice import check_ratio, check_whole
+from upop.pruning import Distillation, Plan, Pruner, distill, shrink
+from upop.pruning.carried import set_plan
+from upop.pruning.choice import check_whole
+from upop.pruning.goal import Goal
 from upop.pruning.known import know_as, sized
 from upop.pruning.masks import unwrapped
 from upop.pruning.optimizers import cut_optimizer
-from upop.pruning.plan import set_plan
 from upop.pruning.replicas import rebuild_replicas
 from upop.pruning.seen import FirstCall
 from upop.pruning.sharded import refuse_sharded
 from upop.pruning.slicing import slicings
 from upop.pruning.slips import check_model
+from upop.pruning.targets import Target
 from upop.pruning.units import tensor_of
-
-try:
-    from upop.checkpoints import Pruner, shrink
-except ModuleNotFoundError as missing:  # beside torch alone
-    if (missing.name or "upop").partition(".")[0] == "upop":
-        raise
-    from upop.pruning import Pruner, shrink  # type: ignore[assignment]
 
 SHARE = 0.1
 """Of all steps that the search takes, by default."""
@@ -61,8 +56,10 @@ class Compression:
 
     Args:
         model: the dense model, trained on the task; wrappers are looked through. It is called as a module.
-        ratio: share of the prunable parameters to remove, in (0, 1); 0.5 is 2x.
+        ratio: share of the prunable parameters to remove, in (0, 1); 0.5 is half of what can go.
         steps: optimizer steps of the whole training.
+        target: in place of a ratio, what is left of the whole model: {"params": 0.5}, {"params": "40MB@float16"},
+            {"params": 0.5, "macs": "2x"}; see `upop.Pruner`.
         teacher: the dense model that teaches. By default a copy of `model` as it is now, if it has norms whose outputs
             can be compared; False has none, and a step then takes less time.
         share: of all steps that the search takes; 16 at least, or a third of a shorter training.
@@ -88,9 +85,10 @@ class Compression:
     def __init__(
         self,
         model: nn.Module,
-        ratio: float,
-        steps: int,
+        ratio: float | None = None,
+        steps: int | None = None,
         *,
+        target: Target | None = None,
         teacher: nn.Module | bool | None = None,
         share: float = SHARE,
         averages: Any = (),
@@ -100,8 +98,8 @@ class Compression:
         **settings: Any,
     ) -> None:
         check_model(model, "Compression")
-        ratio = check_ratio(ratio)
-        check_whole("steps", steps)
+        Goal(ratio, target)  # refused before the model is copied
+        steps = check_whole("steps", steps)
         if not 0 < share <= 1:
             raise SettingError(f"share={share!r} was asked for. Give the share of all steps that search, in (0, 1].")
         refuse_sharded(unwrapped(model), "Compression")
@@ -120,7 +118,9 @@ class Compression:
             )
         if self._teacher is None and teacher is not False:
             self._teacher = copy.deepcopy(unwrapped(model))
-        self.pruner = None if self._plan else Pruner(model, ratio, search_steps(steps, share), **settings)
+        self.pruner = (
+            None if self._plan else Pruner(model, ratio, search_steps(steps, share), target=target, **settings)
+        )
         try:
             if self._teacher is not None and (self.pruner is None or self.pruner.is_read):
                 self._teach()

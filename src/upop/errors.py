@@ -35,6 +35,10 @@ class CheckpointError(UPopError, ValueError):
     """A checkpoint cannot be read, carries more than tensors, or does not fit the model."""
 
 
+class MissingLibraryError(UPopError, ModuleNotFoundError):
+    """A library that this needs is not installed; the message has the command that installs it."""
+
+
 class DeviceError(UPopError, RuntimeError):
     """The asked-for device or number of processes is not there."""
 
@@ -69,6 +73,7 @@ __all__ = [
     "DeviceError",
     "LayoutError",
     "LostProcessError",
+    "MissingLibraryError",
     "OutOfMemoryError",
     "PlanError",
     "PreemptedError",

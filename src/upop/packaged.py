@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
+import sys
 from functools import cache
 from pathlib import Path
 
-from rich.console import Console
-
 from upop.errors import nearest
-from upop.plain import as_text
+from upop.plain import plain
 
 _PACKAGE = Path(__file__).parent
 _FOLDERS = ("configs", "assets")
@@ -52,4 +51,4 @@ def _exists(path: Path) -> bool:
 def _say(path: Path, found: Path) -> None:
     if os.environ.get("RANK", "0") == "0":
         told = f"{path} is not in this folder; the one of the installed upop is used: {found}"
-        Console(stderr=True, soft_wrap=True).print(as_text(told))
+        sys.stderr.write(f"{plain(told)}\n")

@@ -7,8 +7,10 @@ the screen, marks that turn the direction of writing, and halves of characters t
 from __future__ import annotations
 
 import re
+from typing import TYPE_CHECKING
 
-from rich.text import Text
+if TYPE_CHECKING:
+    from rich.text import Text
 
 _HIDDEN = re.compile(
     "["
@@ -32,4 +34,6 @@ def one_line(text: object) -> str:
 
 def as_text(text: object, style: str = "") -> Text:
     """Return a plain text for rich, to which nothing in it is markup, a link or a name of an emoji."""
+    from rich.text import Text
+
     return Text(plain(text), style=style)

@@ -14,6 +14,7 @@ from upop.packaged import located
 from upop.preparation import CLIP_MEAN, CLIP_STD, Deviation, Interpolation, Mean, Pictures, Resize
 from upop.pruning.align import Align, check_align, read_align
 from upop.pruning.choice import is_ratio, meant
+from upop.pruning.targets import read_target, told_target
 from upop.values import Checked, problems
 from upop.yaml_files import key_lines, read_yaml
 
@@ -103,6 +104,11 @@ class RunSettings(Checked):
 
     # The method.
     ratio: float = Field(0.5, description="share of the prunable cost to remove; 0.5 is 2x, 0.75 is 4x")
+    target: str | None = Field(
+        None,
+        description="in place of ratio: what is left of the whole model, as in params=0.5 (or 12M, 40MB@float16), "
+        "macs=2x, or both",
+    )
     method: Literal["upop", "reference", "magnitude"] = Field(
         "upop",
         description="reference: the search as published; magnitude: one cut by weight norm. All take equal steps",
@@ -127,6 +133,11 @@ class RunSettings(Checked):
         None,
         description="kept channels are multiples of this, or by kind: attention=8,mlp=128; by default what suits the "
         "device: 8 on CUDA, else 1",
+    )
+    uniform: Literal["tower"] | None = Field(
+        None,
+        description="tower: all layers of a tower keep equally many heads and neurons, where the model's configuration "
+        "can say it, so that libraries load the result without upop",
     )
     interval: int = Field(50, ge=1, description="method reference moves the masks every so many search steps")
     w_sp_attn: float = Field(4.8e-3, ge=0, description="weight of the sparsity term; moves only the logged loss")
@@ -187,6 +198,14 @@ class RunSettings(Checked):
             raise ValueError(f"Input should be a number strictly between 0 and 1{meant(value)}")
         return number
 
+    @field_validator("target", mode="before")
+    @classmethod
+    def _is_a_target(cls, value: Any) -> Any:
+        try:
+            return None if value is None else told_target(read_target(value))
+        except SettingError as error:
+            raise ValueError(str(error).removeprefix("target ")) from None
+
     @field_validator("align", mode="before")
     @classmethod
     def _is_an_alignment(cls, value: Any) -> Any:
@@ -211,6 +230,10 @@ class RunSettings(Checked):
 
     @model_validator(mode="after")
     def _method(self) -> Self:
+        if self.target is not None and not self.is_default("ratio"):
+            raise ValueError(f"ratio ({self.ratio:g}) and target ({self.target}) are both given; leave one of them out")
+        if self.target is not None and self.cost == "reference":
+            raise ValueError("cost: reference is the budget of the published search, which takes a ratio and no target")
         if self.method == "upop" and self.cost == "reference":
             raise ValueError("cost: reference is the budget of the published search; it takes method: reference")
         if self.method != "upop":
@@ -230,6 +253,11 @@ class RunSettings(Checked):
     def listed_folders(self) -> tuple[Path, ...]:
         """Folders in which every picture is data: a run in one of them would train on what it wrote."""
         return ()
+
+    @property
+    def budget(self) -> dict[str, Any]:
+        """What a compression is asked for, as arguments of `upop.Compression` and the like."""
+        return {"ratio": self.ratio} if self.target is None else {"target": self.target}
 
     @property
     def teaching(self) -> float:
@@ -272,7 +300,8 @@ class RunSettings(Checked):
 
     def to_yaml(self) -> str:
         """Return the settings as resolved, in the form that `read_settings` takes."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+        unused = {"ratio"} if self.target is not None else {"target"}
+        return yaml.safe_dump(self.model_dump(mode="json", exclude=unused), sort_keys=False)
 
 
 class PictureSettings(RunSettings):
@@ -326,6 +355,14 @@ def read_settings(
     in_file, given = current_names(written), current_names(overrides)
     if {"max_epoch", "epochs_search"} & given.keys():  # more particular than what the file says of all epochs
         in_file.pop("epochs", None)
+    if {"ratio", "target"} <= given.keys():
+        raise SettingError(
+            f"ratio ({given['ratio']}) and target ({given['target']}) are both given. Leave one of them out: ratio is "
+            "the share of the prunable cost that goes, target is what is left of the whole model."
+        )
+    for one, other in (("ratio", "target"), ("target", "ratio")):
+        if one in given:
+            in_file.pop(other, None)
     values = in_file | given
     named = in_file.get("batch_size_train", AUTO)
     if values.get("batch_size_train") == AUTO and named != AUTO:  # the file's number is what a step keeps to

@@ -172,3 +172,35 @@ def test_cells_are_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     trained, cut_alone = (json.loads(out.read_text())["cells"][number] for number in (-1, 1))
     assert trained["quality"] != cut_alone["quality"]
     assert trained["removed"] == cut_alone["removed"]
+
+
+def test_a_saliency_model_agrees_with_itself_alone(tmp_path: Path) -> None:
+    from PIL import Image
+    from transformers import Dinov2Config, Dinov2Model
+
+    from real import dinov2
+
+    for number in range(6):
+        pixels = torch.randint(256, (60 + number, 80, 3), generator=torch.Generator().manual_seed(number))
+        Image.fromarray(pixels.byte().numpy()).save(tmp_path / f"{number}.png")
+    photographs = dinov2.photographs(tmp_path)
+    assert {name: len(found) for name, found in photographs.items()} == {"train": 4, "dev": 1, "test": 1}
+    images = dinov2.crops(photographs["test"], 2, seed=0)
+    assert images.shape == (2, 3, dinov2.SIZE, dinov2.SIZE)
+    assert images.equal(dinov2.crops(photographs["test"], 2, seed=0))
+    torch.manual_seed(0)
+    config = Dinov2Config(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, patch_size=56, image_size=224)
+    model = dinov2.Saliency(Dinov2Model(config)).eval()
+    maps = dinov2.maps(model, images)
+    assert dinov2.agreement(model, images, maps) == pytest.approx(100, abs=1e-3)
+    other = dinov2.Saliency(Dinov2Model(config)).eval()
+    assert dinov2.agreement(other, images, maps) < 90
+    dinov2.loss(model, (images, maps)).backward()
+    assert {unit.kind for unit in upop.find_units(model, example=images)} == {"attention", "mlp"}
+
+
+def test_too_few_photographs_are_refused(tmp_path: Path) -> None:
+    from real import dinov2
+
+    with pytest.raises(SystemExit, match="0 images; six at least"):
+        dinov2.photographs(tmp_path)

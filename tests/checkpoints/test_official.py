@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,9 @@ from upop.tasks.vqa import VqaSettings
 DATA = Path(__file__).parents[1] / "parity" / "data"
 EXTRAS = DATA / "extras"
 SIZES = {"vision_heads": 3, "text_heads": 4, "vision_mlp": 40, "text_mlp": 56}
+
+
+SMALL = partial(nlvr, vision_depth=1, text_depth=1, merge_from=0)
 
 
 @pytest.fixture
@@ -70,7 +74,9 @@ def test_a_compressed_file_computes_what_was_searched(tmp_path: Path, seed: int,
     assert difference(outputs_of(found.double(), inputs), outputs_of(model, inputs)) < 1e-5
 
 
-def test_positions_are_resized_on_request(dense: Path) -> None:
+def test_positions_are_resized_on_request(tmp_path: Path) -> None:
+    dense = tmp_path / "dense.pth"
+    torch.save({"model": SMALL().state_dict()}, dense)
     model = upop.load_official("nlvr", dense, **SIZES, image_size=24)
     state = torch.load(dense, weights_only=True)["model"]["visual_encoder.pos_embed"]
     assert torch.equal(model.visual_encoder.pos_embed, resize_positions(state, 10))
@@ -153,7 +159,7 @@ def test_projections_that_disagree_are_listed(dense: Path) -> None:
 
 
 def test_the_wrong_number_of_heads_is_noticed_for_compressed_files(tmp_path: Path) -> None:
-    model = NLVR.build(torch.float32)
+    model = SMALL()
     upop.shrink(model, {unit.name: range(5) for unit in upop.find_units(model)})
     torch.save({"model": model.state_dict()}, tmp_path / "x.pth")
     with pytest.raises(CheckpointError, match="rows, which is no number of entries"):
@@ -219,6 +225,7 @@ def test_starting_leaves_out_other_heads_but_not_stray_keys(tmp_path: Path) -> N
 def test_starting_from_a_folder_of_another_task_takes_the_towers_that_both_have(tmp_path: Path) -> None:
     config = NLVR.build(torch.float32).config.model_dump(exclude={"merge_from"})
     config |= {"vision_width": config["text_width"], "vision_heads": config["text_heads"]}
+    config |= {"vision_depth": 1, "text_depth": 1}
     captioner = BlipCaption(CaptionConfig(**config))
     upop.save(captioner, tmp_path / "captioner")
     sizes = {key: value for key, value in config.items() if key not in ("image_size", "vocab_size")}
@@ -245,10 +252,10 @@ def test_twins_become_single_cross_attentions(tmp_path: Path) -> None:
     source = nlvr(merge_from=0).eval()
     for layer in source.text_encoder.encoder.layer:
         layer.crossattention.output.dense1.weight.data.zero_()  # only the first picture says anything
-    upop.save(source, tmp_path / "nlvr")
+    torch.save({"model": source.state_dict()}, tmp_path / "nlvr.pth")
     sizes = source.config.model_dump(exclude={"merge_from"})
     model = BlipVqa(VqaConfig(**sizes)).to(torch.float32).eval()
-    lacking = start_from("vqa", tmp_path / "nlvr" / "model.safetensors", model, any_towers=True)
+    lacking = start_from("vqa", tmp_path / "nlvr.pth", model, any_towers=True)
     assert {key.split(".")[0] for key in lacking} == {"text_decoder"}
     images, ids = torch.randn(4, 3, sizes["image_size"], sizes["image_size"]), torch.randint(5, 50, (2, 7))
     expected = source.float().encode(images, ids, torch.ones_like(ids))[1]

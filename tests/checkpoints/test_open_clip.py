@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import upop
 from pruning.families import randomise, uneven_plan
+from tiers import mostly_slow
 from together import run_script
 from upop.errors import CheckpointError
 
@@ -76,7 +77,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", mostly_slow(MODELS, "CLIP", "SigLIP", "no square"))
 def test_it_comes_back_by_itself(name: str, tmp_path: Path) -> None:
     model = MODELS[name]()
     folder = upop.save(model, tmp_path / "out")
@@ -150,7 +151,10 @@ def other_projection(model: Any) -> None:
     model.visual.conv1 = nn.Conv2d(3, 24, 8, 8, bias=True)
 
 
-@pytest.mark.parametrize("change", [changed_mask, changed_norm, changed_activation, other_projection])
+@pytest.mark.parametrize(
+    "change",
+    mostly_slow([changed_mask, changed_norm, changed_activation, other_projection], changed_mask, changed_norm),
+)
 def test_where_its_modules_do_not_say_all_the_dense_model_is_asked_for(
     change: Callable[[Any], None], tmp_path: Path
 ) -> None:

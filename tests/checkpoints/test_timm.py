@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,16 +27,19 @@ def compressed(name: str, **settings: Any) -> nn.Module:
     return upop.shrink(model, uneven_plan(upop.find_units(model), 2), verify=torch.randn(1, 3, 32, 32))
 
 
+slow = partial(pytest.param, marks=pytest.mark.slow)
+
+
 @pytest.mark.parametrize(
     ("name", "settings"),
     [
         ("vit_tiny_patch16_224", TINY),
-        ("vit_tiny_patch16_224", {**TINY, **WIDTH, "mlp_ratio": 6.0, "drop_path_rate": 0.1}),
+        slow("vit_tiny_patch16_224", {**TINY, **WIDTH, "mlp_ratio": 6.0, "drop_path_rate": 0.1}),
         ("vit_tiny_patch16_224", {**TINY, "global_pool": "avg", "class_token": False, "patch_size": 8}),
         ("vit_tiny_patch16_224", {**TINY, "init_values": 0.1, "reg_tokens": 2, "dynamic_img_size": True}),
-        ("deit_tiny_distilled_patch16_224", TINY),
-        ("deit3_small_patch16_224", {**TINY, **WIDTH}),
-        ("vit_base_patch16_siglip_224", {"img_size": 32, "depth": 1, "num_classes": 0, **WIDTH}),
+        slow("deit_tiny_distilled_patch16_224", TINY),
+        slow("deit3_small_patch16_224", {**TINY, **WIDTH}),
+        slow("vit_base_patch16_siglip_224", {"img_size": 32, "depth": 1, "num_classes": 0, **WIDTH}),
         ("test_convnext", {"num_classes": 5}),  # MLPs of convolutions
     ],
 )

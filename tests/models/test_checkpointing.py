@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import runs
 import upop
+from tiers import mostly_slow
 from upop.errors import SettingError
 from upop.models.checkpointing import checkpoint_blocks
 from upop.settings import RunSettings, read_settings
@@ -49,7 +50,7 @@ def _double(value: Any) -> Any:
     return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
-@pytest.fixture(scope="module", params=sorted(TASKS))
+@pytest.fixture(scope="module", params=mostly_slow(sorted(TASKS), "caption", "classification"))
 def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Trained:
     torch.set_num_threads(1)
     return Trained(request.param, tmp_path_factory.mktemp(request.param))

@@ -11,6 +11,7 @@ import torch
 
 import upop
 from pruning.families import randomise
+from tiers import mostly_slow
 from upop.errors import CheckpointError, SettingError
 from upop.models.classifier import ClassifierConfig, architecture_sizes, build_classifier, replace_head
 from upop.pruning import count_macs, find_units, shrink
@@ -146,7 +147,7 @@ def test_a_named_architecture_tells_the_heads_of_a_checkpoint(tmp_path: Path) ->
 @pytest.mark.parametrize(
     "architecture", ["deit_small_distilled_patch16_224", "deit3_small_patch16_224", "vit_base_patch16_siglip_224"]
 )
-@pytest.mark.parametrize("size", [32, 48])
+@pytest.mark.parametrize("size", mostly_slow([32, 48], 48))
 def test_positions_are_resized_whatever_stands_before_them(tmp_path: Path, architecture: str, size: int) -> None:
     """Two tokens, one that has no position, and none."""
     sizes = {**{name: value for name, value in SIZES.items() if name != "classes"}, "architecture": architecture}

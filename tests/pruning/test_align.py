@@ -13,6 +13,7 @@ import upop
 from upop.cli.app import app
 from upop.errors import SettingError
 from upop.pruning import plan_by_magnitude
+from upop.pruning.goal import Goal
 from upop.report.inspection import after_budget
 from upop.settings import RunSettings, read_settings
 
@@ -79,7 +80,7 @@ def test_a_kind_has_an_alignment_of_its_own() -> None:
     assert set(kept_sizes(pruner.plan(), "mlp")) <= {64, 128, 160}
     assert pruner.state_dict()["settings"]["align"] == {"mlp": 64}
     assert upop.Plan.from_json(pruner.plan().to_json()).settings["align"] == {"mlp": 64}
-    _, preview = after_budget(llama(), 0.4, {"mlp": 64, "attention": 64})
+    _, preview = after_budget(llama(), Goal(0.4, None), {"mlp": 64, "attention": 64})
     assert set(kept_sizes(preview, "mlp")) == {128}
     assert set(kept_sizes(preview, "attention")) == {4}  # of 16 rows each
 

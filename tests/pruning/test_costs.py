@@ -12,24 +12,27 @@ from torch import nn
 import upop
 from pruning.families import NLVR, VIT, Family, nlvr
 from pruning.registry import ARCHITECTURES
+from tiers import mostly_slow
 from upop.models.nlvr import BlipNlvr, NlvrConfig
 from upop.pruning.costs import entry_costs
 from upop.pruning.errors import SettingError
 
 
-def test_the_papers_numbers_for_vit_base() -> None:
+@pytest.mark.parametrize("depth", mostly_slow([1, 12], 1))
+def test_the_papers_numbers_for_vit_base(depth: int) -> None:
+    small = {"image_size": 32, "vocab_size": 64} if depth == 1 else {}
     with torch.device("meta"):
-        model = BlipNlvr(NlvrConfig())
+        model = BlipNlvr(NlvrConfig(vision_depth=depth, text_depth=depth, **small))
     units = upop.find_units(model)
     costs = entry_costs(model, units, "params")
     assert {(unit.kind, costs[unit.name]) for unit in units} == {("attention", 36_900.0), ("mlp", 1_537.0)}
     assert costs[units[0].name] / costs[units[1].name] == pytest.approx(24.008, abs=5e-4)
-    assert len(units) == 24 + 12 * 4
+    assert len(units) == 2 * depth + 4 * depth
 
 
 def test_the_numbers_hold_for_timms_vit_too() -> None:
     with torch.device("meta"):
-        model = timm.create_model("vit_base_patch16_224")
+        model = timm.create_model("vit_base_patch16_224", depth=1)
     assert set(entry_costs(model, upop.find_units(model), "params").values()) == {36_900.0, 1_537.0}
 
 

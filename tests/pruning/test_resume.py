@@ -156,7 +156,7 @@ def test_a_plan_survives_json() -> None:
     assert again == plan
     assert dict(again) == dict(plan)
     assert list(again) == [unit.name for unit in pruner.units]
-    how = {"score": "absolute", "progress": "stages"}
+    how = {"score": "absolute", "progress": "stages", "reached": plan.settings["reached"]}
     assert again.settings == {"ratio": 0.5, "steps": 2, "interval": 1, "cost": "params", "align": 2, **how}
     assert json.loads(plan.to_json())["version"] == 1
     given = finished_pruner(VIT.build(), VIT.inputs(), cost=lambda unit: 1.0).plan()

@@ -251,7 +251,6 @@ class Counting:
 
 
 def test_compiled_models_are_corrected_and_run_compiled_all_the_other_steps() -> None:
-    gc.collect()  # searches that other tests let go of, and that still look
     torch._dynamo.reset()
     model, plain, counting = VIT.build(), VIT.build(), Counting()
     compiled: Any = torch.compile(model, backend=counting, fullgraph=True)
@@ -271,27 +270,51 @@ def test_compiled_models_are_corrected_and_run_compiled_all_the_other_steps() ->
     torch._dynamo.reset()
 
 
-def test_compiled_code_runs_again_once_nobody_looks() -> None:
-    gc.collect()
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # of torch.compile, which looks for it everywhere
+@pytest.mark.parametrize("way", ["known wrapper", "unknown wrapper", "in place", "a block in place"])
+def test_what_is_compiled_is_looked_at_and_other_compiled_code_stays_compiled(way: str) -> None:
     torch._dynamo.reset()
-    counting, layer = Counting(), nn.Linear(2, 2)
-    compiled = torch.compile(layer, backend=counting)
+    counting, others = Counting(), Counting()
+    model, plain, other = VIT.build(), VIT.build(), torch.compile(nn.Linear(2, 2), backend=others)
+    called: Any = model
+    if way == "in place":
+        model.compile(backend=counting)
+    elif way == "a block in place":
+        model.blocks[0].compile(backend=counting)
+    else:
+        called = torch.compile(model, backend=counting)
+    pruner = upop.Pruner(model if way == "unknown wrapper" else called, 0.5, 8, 4)  # every step is looked at
+    expected = upop.Pruner(plain, 0.5, 8, 4)
+    for step in range(8):
+        for net, search in ((called, pruner), (plain, expected)):
+            net.zero_grad()
+            loss_of(net(**VIT.inputs(4, seed=step))).backward()
+            search.step()
+        if way != "unknown wrapper":
+            other(torch.ones(1, 2))
+            assert others.runs == step + 1
+            assert counting.runs == 0
+    assert pruner.corrections.keys() == expected.corrections.keys()
+    if way == "unknown wrapper":  # it was seen by the second step
+        assert counting.runs == 1
+    else:
+        assert difference(outputs_of(model, VIT.inputs()), outputs_of(plain, VIT.inputs())) < 1e-12
+    pruner.remove()
+    before = counting.runs, others.runs
+    outputs_of(called, VIT.inputs()), other(torch.ones(1, 2))
+    assert counting.runs > before[0]
+    assert others.runs == before[1] + 1
+    torch._dynamo.reset()
 
-    def runs() -> bool:
-        before = counting.runs
-        compiled(torch.ones(1, 2))
-        return counting.runs > before
 
-    assert runs()
-    one, two = (upop.Pruner(VIT.build(), 0.5, 4, 1) for _ in range(2))  # each stage is looked at whole
-    assert not runs()
-    one.remove()
-    assert not runs()
-    two.remove()
-    assert runs()
-    upop.Pruner(VIT.build(), 0.5, 4, 1)
+def test_nothing_is_left_of_a_search_that_was_let_go_of() -> None:
+    torch._dynamo.reset()
+    counting, model = Counting(), VIT.build()
+    compiled = torch.compile(model, backend=counting)
+    upop.Pruner(compiled, 0.5, 4, 1)
     gc.collect()
-    assert runs()  # nothing is left of it or its model
+    compiled(**VIT.inputs())
+    assert counting.runs == 1
     torch._dynamo.reset()
 
 

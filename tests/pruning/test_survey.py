@@ -423,14 +423,21 @@ def test_survey_changes_nothing() -> None:
 
 def test_models_that_differ_in_their_weights_alone_are_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
     first = upop.find_units(vit(qkv_bias=False))
+    shares = upop.survey(vit(qkv_bias=False)).coverage
     read = []
     monkeypatch.setattr("upop.pruning.axes.read", lambda *_: read.append(1) or ([], []))
     again = vit(qkv_bias=False)
     randomise(again, 1)
     assert upop.find_units(again) == first
+    for precision in (torch.float32, torch.bfloat16):  # units are proved in float64, whatever the weights are in
+        other = vit(qkv_bias=False).to(precision)
+        assert upop.find_units(other) == first
+        assert upop.survey(other).coverage == shares
     assert not read
-    for other in (vit(qkv_bias=True), vit(qkv_bias=False).float(), vit(qkv_bias=False)):
-        other.blocks[0].mlp.register_forward_hook(lambda *_: None)
+    hooked, mixed = vit(qkv_bias=False), vit(qkv_bias=False)
+    hooked.blocks[0].mlp.register_forward_hook(lambda *_: None)
+    mixed.blocks[0].mlp.bfloat16()
+    for other in (vit(qkv_bias=True), hooked, mixed):
         upop.survey(other)
     assert len(read) == 3
 

@@ -32,7 +32,6 @@ from together import FORKS
 from upop.models.blip import checkpoint_last_blocks
 
 Scores = dict[str, Tensor]
-modes = pytest.mark.parametrize("progress", ["stages", "soft"])
 both = pytest.mark.parametrize("case", [VIT, NLVR], ids=lambda case: case.name)
 
 
@@ -246,7 +245,7 @@ def test_compiled_models_notice_that_masks_are_gone() -> None:
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("count", [None, 1, 2])
+@pytest.mark.parametrize("count", mostly_slow([None, 1, 2], 2))
 def test_gradient_checkpointing_gives_the_same_gradients(count: int | None) -> None:
     inputs, found = NLVR.inputs(), []
     for checkpointed in (False, True):
@@ -378,7 +377,7 @@ def in_two_ranks(work: Any, how: Any, folder: Path) -> list[dict[str, Any]]:
     return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
 
 
-@modes
+@pytest.mark.parametrize("progress", mostly_slow(["stages", "soft"], "stages"))
 def test_two_ranks_search_as_one_process_does(progress: str, tmp_path: Path) -> None:
     expected = ranks.search(NLVR.inputs(4), None, progress)
     results = in_two_ranks(ranks.search, progress, tmp_path)

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import pytest
+import timm
 import torch
 from torch import nn
 
 import upop
 from pruning.families import BY_NAME, FAMILIES
+from tiers import mostly_slow
 from upop.errors import SettingError
+from upop.pruning.goal import Goal
 from upop.report.inspection import SHARED, after_budget, inspect_model
 
 NAMES = [family.name for family in FAMILIES[:12]]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", mostly_slow(NAMES, "vit-fused", "vit-registers", "segmenter", "clip"))
 def test_parts_add_up_to_the_whole(name: str) -> None:
     family = BY_NAME[name]
     model, inputs = family.build(torch.float32), family.inputs(1, torch.float32)
@@ -55,7 +58,7 @@ def test_a_budget_takes_its_share_and_leaves_the_model_alone(ratio: float) -> No
     family = BY_NAME["vit-fused"]
     model, inputs = family.build(torch.float32), family.inputs(1, torch.float32)
     before = inspect_model(model, inputs)
-    smaller, plan = after_budget(model, ratio)
+    smaller, plan = after_budget(model, Goal(ratio, None))
     after = inspect_model(smaller, inputs, plan.sizes)
     share = 1 - sum(part.prunable for part in after.parts) / sum(part.prunable for part in before.parts)
     assert share == pytest.approx(ratio, abs=0.03)
@@ -68,8 +71,21 @@ def test_a_budget_takes_its_share_and_leaves_the_model_alone(ratio: float) -> No
 
 def test_sizes_are_aligned_where_units_are_large_enough() -> None:
     model = BY_NAME["nlvr"].build(torch.float32)
-    _, plan = after_budget(model, 0.4, align=8)
+    _, plan = after_budget(model, Goal(0.4, None), align=8)
     assert {len(kept) % 8 for name, kept in plan.items() if plan.sizes[name] > 8} == {0}
     for ratio, align, message in ((1.0, 1, "strictly between"), (0.5, 0, "align must be")):
         with pytest.raises(SettingError, match=message):
-            after_budget(model, ratio, align)
+            after_budget(model, Goal(ratio, None), align)
+
+
+def test_a_target_for_the_whole_model_is_previewed_as_it_will_be() -> None:
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2).eval()
+    images = torch.zeros(1, 3, 32, 32)
+    dense, goal = inspect_model(model, images), Goal(None, {"params": 0.7, "macs": "2x"})
+    smaller, plan = after_budget(model, goal, example=images)
+    found = inspect_model(smaller, images)
+    assert dense.macs is not None
+    assert found.macs is not None
+    assert 0.495 < found.macs / dense.macs <= 0.5  # which takes more than the parameters do
+    assert plan.settings["reached"]["params"]["left"] == found.parameters < 0.7 * dense.parameters
+    assert plan.settings["reached"]["macs"]["left"] == found.macs

@@ -1,18 +1,16 @@
 """Checkpoints: the published files, and our own folders."""
 
-from upop.checkpoints.description import is_folder
-from upop.checkpoints.folder import WEIGHTS, load, load_into, save
-from upop.checkpoints.official import load_official, save_official
-from upop.checkpoints.quantizer import register
-from upop.checkpoints.read import read_weights
-from upop.checkpoints.recording import Pruner, calibrate, shrink
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-register()
+if TYPE_CHECKING:
+    from upop.checkpoints.description import is_folder
+    from upop.checkpoints.folder import WEIGHTS, load, load_into, save
+    from upop.checkpoints.official import load_official, save_official
+    from upop.checkpoints.read import read_weights
 
 __all__ = [
     "WEIGHTS",
-    "Pruner",
-    "calibrate",
     "is_folder",
     "load",
     "load_into",
@@ -20,5 +18,18 @@ __all__ = [
     "read_weights",
     "save",
     "save_official",
-    "shrink",
 ]
+_PLACES = {
+    "folder": ("WEIGHTS", "load", "load_into", "save"),
+    "description": ("is_folder",),
+    "official": ("load_official", "save_official"),
+    "read": ("read_weights",),
+}
+
+
+def __getattr__(name: str) -> Any:
+    place = next((place for place, names in _PLACES.items() if name in names), None)
+    if place is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    found = globals()[name] = getattr(import_module(f"{__name__}.{place}"), name)
+    return found

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import random
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import (
@@ -26,12 +26,14 @@ _PARTS_PER_TENSOR, _PARTS_BESIDE = 8, 4096
 @contextmanager
 def drawing_nothing() -> Iterator[None]:
     """Leave the random states of torch, NumPy and Python as they were: constructors draw weights that are replaced."""
-    numpy, python = np.random.get_state(), random.getstate()
+    numpy, python = sys.modules.get("numpy"), random.getstate()  # whoever has not imported it draws nothing of it
+    before = None if numpy is None else numpy.random.get_state()
     try:
         with torch.random.fork_rng(devices=[]):
             yield
     finally:
-        np.random.set_state(numpy)
+        if numpy is not None:
+            numpy.random.set_state(before)
         random.setstate(python)
 
 

@@ -22,6 +22,8 @@ _TENSORS = (
     ("positional_embedding", "text_model.embeddings.position_embedding.weight"),
     ("token_embedding.weight", "text_model.embeddings.token_embedding.weight"),
     ("text_projection", "text_projection.weight"),
+    ("visual.transformer.cross_image", "vision_model.encoder.cross_image"),  # CrossGET's
+    ("transformer.cross_text", "text_model.encoder.cross_text"),
     *(
         (f"{theirs}.{kind}", f"{ours}.{kind}")
         for theirs, ours in (

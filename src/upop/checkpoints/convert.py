@@ -11,6 +11,7 @@ import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from upop.checkpoints.config_json import is_transformers_folder, read_config
 from upop.checkpoints.description import is_folder
 from upop.checkpoints.fit import kept_sizes, load_strictly
 from upop.checkpoints.folder import load, save
@@ -20,7 +21,7 @@ from upop.checkpoints.official import load_official, save_official, task_for, ta
 from upop.checkpoints.quantizer import mark
 from upop.checkpoints.read import read_weights
 from upop.checkpoints.sizes import resize
-from upop.checkpoints.transformers_models import architectures, is_transformers_folder, read_config
+from upop.checkpoints.transformers_models import architectures
 from upop.errors import VerificationError
 from upop.files import check_folder
 from upop.models import kind_of

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from upop.checkpoints.blank import fill, frame, outline
 from upop.checkpoints.renamed import units_if_read
 from upop.errors import CheckpointError, UPopError
-from upop.pruning import Plan, Unit, shrink
+from upop.pruning import Plan, Skipped, Survey, Unit, remember, survey
+from upop.pruning.shrink import apply_plan
 from upop.pruning.units import Slice
 
 _Shared = dict[tuple[str, int], list[tuple[Unit, Slice]]]
@@ -138,7 +139,9 @@ def build_to_fit(
     """
     blank = outline(build, len(state), source)
     _check_beside(blank, state, source)
-    units, _ = cut_to_fit(blank, state, source)
+    units = units_if_read(blank)
+    skipped = survey(blank).skipped if units else ()
+    cut_to_fit(blank, state, source)
     for unit in units:
         size = (dense or {}).get(unit.name, unit.size)
         if size != unit.size:
@@ -150,14 +153,21 @@ def build_to_fit(
     if strict:
         compare(blank, state, source)
     if strict or all(name in state and state[name].shape == value.shape for name, value in known.items()):
-        return frame(build, len(state), source)
+        return _read_as(frame(build, len(state), source), units, skipped)
     held, asked = (sum(value.numel() for value in tensors.values()) for tensors in (state, known))
     if asked > AT_MOST * held + BESIDE:
         raise CheckpointError(
             f"{source} describes a model of {asked:,} numbers, and holds {held:,}. That is no model of which some "
             "weights are missing."
         )
-    return build()
+    return _read_as(build(), units, skipped)
+
+
+def _read_as(model: nn.Module, units: Sequence[Unit], skipped: Sequence[Skipped]) -> nn.Module:
+    """Have a model not be read again of which a copy without numbers was read; return it."""
+    if units:
+        remember(model, Survey(tuple(units), tuple(skipped)))
+    return model
 
 
 _LONGEST_LINE = 300
@@ -184,7 +194,7 @@ def cut_to_fit(model: nn.Module, state: Mapping[str, Tensor], source: str) -> tu
     sizes = kept_sizes(units, state, source)
     compressed = {unit.name: range(sizes[unit.name]) for unit in units if sizes.get(unit.name, unit.size) < unit.size}
     if compressed:
-        shrink(model, Plan.of(list(units), compressed), fold=False)
+        apply_plan(model, Plan.of(list(units), compressed), fold=False)
     return units, sizes
 
 

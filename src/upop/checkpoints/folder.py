@@ -9,16 +9,15 @@ import json
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
-from upop.checkpoints import card, open_clip_models, timm_models
+from upop.checkpoints import card, owners
 from upop.checkpoints.blank import outline
+from upop.checkpoints.config_json import is_transformers_folder
 from upop.checkpoints.description import FILE as DESCRIPTION
 from upop.checkpoints.description import (
     FORMAT,
@@ -31,25 +30,27 @@ from upop.checkpoints.description import (
 )
 from upop.checkpoints.fit import build_to_fit, fit
 from upop.checkpoints.hub import is_hub_name, local_path
-from upop.checkpoints.quantizer import mark
+from upop.checkpoints.preparation import preparation_of, set_preparation
 from upop.checkpoints.read import read_outline, read_weights
-from upop.checkpoints.recording import preparation_of, set_preparation
 from upop.checkpoints.renamed import named_as_today, units_if_read, units_of, units_today, with_names
-from upop.checkpoints.sizes import dense_skeleton, plan_for
-from upop.checkpoints.transformers_models import is_transformers_folder, load_transformers, misfit
+from upop.checkpoints.sizes import dense_skeleton, plan_for, sizes_before
 from upop.checkpoints.write import write_weights
 from upop.errors import CheckpointError, LayoutError, PlanError, nearest
 from upop.files import replacing_folder
+from upop.libraries import is_pretrained
 from upop.models import MODELS, kind_of
 from upop.pruning import Plan, Survey, Unit, count_parameters, remember, survey
+from upop.pruning.carried import plan_of, set_plan
 from upop.pruning.errors import some_of
 from upop.pruning.known import sized
 from upop.pruning.masks import refuse_masked, unwrapped
-from upop.pruning.plan import plan_of, set_plan
 from upop.pruning.sharded import refuse_sharded
 from upop.pruning.units import has_number, number_of
 from upop.pruning.written import as_json
 from upop.values import problems
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 WEIGHTS = "model.safetensors"
 
@@ -87,29 +88,33 @@ def save(
     kind = kind_of(model)
     _refuse_meta(model)
     _warn_masked(model, units)
-    dense = _dense_sizes(model, plan)
-    in_transformers = isinstance(model, PreTrainedModel) and _is_its_own(model)
+    dense = _dense_sizes(model, units, plan)
+    in_transformers = is_pretrained(model) and _is_its_own(model)
     if in_transformers:
-        mark(model)
+        owners.mark(model)
+    plain = plan is not None and in_transformers and owners.is_plain(model)
+    built = owners.describe(model if kind is None and not in_transformers else None, plan)
+    in_timm = owners.plain_timm(model, built, plan)
     description = {
         "format": FORMAT,
         "model": kind,
         "class": f"{type(model).__module__}.{type(model).__qualname__}",
         "config": model.config.model_dump() if kind else None,  # type: ignore[union-attr, operator]
         "transformers": in_transformers,
-        "timm": None if kind or in_transformers else timm_models.describe(model, plan),
-        "open_clip": None if kind or in_transformers else open_clip_models.describe(model, plan),
+        **built,
         "layout": {unit.name: _unit(unit, dense.get(unit.name)) for unit in units},
-        "units": _written(units, dense, plan),
-        "plan": json.loads(replace(plan, slices={}).to_json()) if plan is not None else None,
+        "units": _written(units, {} if plain else dense, None if plain else plan),
+        "plan": json.loads((plan if plain else replace(plan, slices={})).to_json()) if plan is not None else None,
         "preparation": preparation_of(model),
-        "versions": {name: metadata.version(name) for name in ("upop", "torch", "timm", "transformers")},
+        "versions": owners.versions(),
     }
     with replacing_folder(folder, "model", overwrite=overwrite) as fresh:
         if in_transformers:
             model.save_pretrained(fresh)  # type: ignore[operator]
         else:
             write_weights(model.state_dict(), fresh / WEIGHTS)
+            if in_timm is not None:
+                (fresh / "config.json").write_text(json.dumps(in_timm, indent=1))
         if tokenizer is not None:
             tokenizer.save_pretrained(fresh)
         description["weights"] = digests(fresh)
@@ -137,11 +142,11 @@ def load(folder: str | Path, model: nn.Module | None = None, *, strict: bool = T
         return load_into(model, folder, strict=strict)
     folder = local_path(folder)
     if not is_folder(folder) and is_transformers_folder(folder):
-        return load_transformers(folder, strict=strict)
+        return owners.load_transformers(folder, strict=strict)
     description = read_description(folder)
     plan = _plan(description, folder)
     if description.transformers:
-        model = load_transformers(folder, description.kind, strict=strict)
+        model = owners.load_transformers(folder, description.kind, strict=strict)
         if description.units:
             dense = dense_skeleton(model)
             _tell_units(dense, description, folder)
@@ -183,8 +188,8 @@ def load_into(model: nn.Module, folder: str | Path, *, strict: bool = True) -> n
     model = unwrapped(model)
     description = read_description(folder)
     _check_class(model, description, folder, strict=strict)
-    if isinstance(model, PreTrainedModel) and description.transformers is not False:
-        state = load_transformers(folder, type(model), strict=strict).state_dict()
+    if is_pretrained(model) and description.transformers is not False:
+        state = owners.load_transformers(folder, type(model), strict=strict).state_dict()
     else:
         state = named_as_today(model, read_weights(folder / WEIGHTS))
     plan = _plan(description, folder)
@@ -199,8 +204,8 @@ def load_into(model: nn.Module, folder: str | Path, *, strict: bool = True) -> n
     check_digests(folder, description, strict=strict)
     set_plan(model, None if plan is None else with_names(plan, units_today(model, plan.kept)))
     set_preparation(model, description.preparation)
-    if isinstance(model, PreTrainedModel):
-        mark(model)
+    if is_pretrained(model):
+        owners.mark(model)
     return whole.eval()
 
 
@@ -277,6 +282,8 @@ def _warn_masked(model: nn.Module, units: Sequence[Unit]) -> None:
 
 def _is_its_own(model: PreTrainedModel) -> bool:
     """Whether transformers can load the model again; if not, it is saved as any other model."""
+    from upop.checkpoints.transformers_models import misfit
+
     why = misfit(model)
     if why is not None:
         warnings.warn(
@@ -288,13 +295,13 @@ def _is_its_own(model: PreTrainedModel) -> bool:
     return why is None
 
 
-def _dense_sizes(model: nn.Module, plan: Plan | None) -> Mapping[str, int]:
+def _dense_sizes(model: nn.Module, units: Sequence[Unit], plan: Plan | None) -> Mapping[str, int]:
     """Return unit -> entries before it was cut, as far as that is known."""
     kind = kind_of(model)
     if kind is None:
         return plan.sizes if plan is not None else {}
     build, _ = MODELS[kind]
-    return {unit.name: unit.size for unit in survey(outline(lambda: build(model.config))).units}
+    return sizes_before(units, outline(lambda: build(model.config)))
 
 
 def _unit(unit: Unit, dense: int | None) -> dict[str, Any]:
@@ -317,19 +324,30 @@ def _tell_units(model: nn.Module, description: Description, folder: Path) -> nn.
     Raises:
         CheckpointError: what is told is no unit of the model.
     """
-    told = description.units or (description.plan or {}).get("slices") or {}
-    if not isinstance(told, Mapping) or not set(description.layout or {}) <= set(told):
+    # Of a plain model, the plan tells the units of the dense form, and the rest those of the smaller one.
+    forms = [each for each in (description.units, (description.plan or {}).get("slices")) if each]
+    if (
+        not all(isinstance(each, Mapping) for each in forms)
+        or not forms
+        or not set(description.layout or {}) <= set(forms[0])
+    ):
         return model
-    try:
-        units = units_of(model, told)
-    except ValueError as error:
-        raise CheckpointError(
-            f"{folder / DESCRIPTION} does not fit {type(model).__name__}: {error}. It is of a {description.kind}: "
-            "was it damaged, or is the dense model another one?"
-        ) from error
-    if units:
-        _check_numbers(model, units.values(), folder)
-        remember(model, Survey(tuple(units.values()), ()))
+    for told in forms:
+        try:
+            units = units_of(model, told)
+            _check_numbers(model, (units or {}).values(), folder)
+        except (ValueError, CheckpointError) as error:
+            if told is not forms[-1]:
+                continue
+            if isinstance(error, CheckpointError):
+                raise
+            raise CheckpointError(
+                f"{folder / DESCRIPTION} does not fit {type(model).__name__}: {error}. It is of a {description.kind}: "
+                "was it damaged, or is the dense model another one?"
+            ) from error
+        if units:
+            remember(model, Survey(tuple(units.values()), ()))
+        break
     return model
 
 
@@ -352,7 +370,7 @@ def _plan(description: Description, folder: Path) -> Plan | None:
         if description.plan is None:
             return None
         plan = Plan.from_json(json.dumps(description.plan))
-        told = description.units or plan.slices
+        told = plan.slices or description.units or {}
         return replace(plan, slices={name: told[name] for name in plan.kept if name in told})
     except PlanError as error:
         raise CheckpointError(f"{folder / DESCRIPTION} has a plan that cannot be read. {error}") from error
@@ -391,11 +409,10 @@ def _check_layout(model: nn.Module, plan: Plan | None, layout: Mapping[str, Unit
 
 def _dense(description: Description, folder: Path) -> nn.Module:
     """Return the dense model that a folder describes, with fresh weights."""
-    if description.timm is not None:
-        return timm_models.build(description.timm, str(folder / DESCRIPTION))
-    if description.open_clip is not None:
-        return open_clip_models.build(description.open_clip, str(folder / DESCRIPTION))
-    if description.model not in MODELS:
+    dense = owners.build(description, str(folder / DESCRIPTION))
+    if dense is not None:
+        return dense
+    if description.model is None or description.model not in MODELS:
         raise CheckpointError(
             f"{folder} holds a {description.kind}, which upop cannot build by name. "
             "Build the dense model and call upop.load_into(model, folder), or upop.load(folder, model)."

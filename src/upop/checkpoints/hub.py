@@ -5,11 +5,10 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-import huggingface_hub
-
 from upop.checkpoints import remote
 from upop.checkpoints.remote import is_remote
-from upop.errors import CheckpointError
+from upop.errors import CheckpointError, MissingLibraryError
+from upop.libraries import naming_missing
 from upop.packaged import located
 
 _NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
@@ -37,6 +36,8 @@ def local_path(name: str | Path) -> Path:
         raise CheckpointError(f"{name} was asked for: {error.strerror}. Check the path.") from error
     try:
         return Path(_snapshot(str(name), offline=True))
+    except MissingLibraryError:
+        raise
     except Exception:  # not fetched before, or only in part
         pass
     try:
@@ -56,6 +57,8 @@ def is_hub_name(name: str) -> bool:
 
 
 def _snapshot(name: str, *, offline: bool) -> str:
+    with naming_missing():
+        import huggingface_hub
     return huggingface_hub.snapshot_download(
         name, allow_patterns=list(_FILES), local_files_only=offline, etag_timeout=10
     )

@@ -14,12 +14,13 @@ from typing import Any
 import transformers
 
 from upop.checkpoints import foreign, processors
+from upop.checkpoints.config_json import is_transformers_folder, read_config
 from upop.checkpoints.description import is_folder, read_description
 from upop.checkpoints.fit import expecting_shapes
 from upop.checkpoints.hugging_face import counterpart_named
 from upop.checkpoints.official import row_of, task_of, task_of_config
 from upop.checkpoints.read import read_outline, read_weights
-from upop.checkpoints.transformers_models import architectures, config_of, is_transformers_folder, read_config
+from upop.checkpoints.transformers_models import architectures, config_of
 from upop.checkpoints.vit_sizes import vit_sizes
 from upop.errors import CheckpointError
 from upop.models import MODELS

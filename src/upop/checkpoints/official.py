@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from upop.checkpoints.blank import outline
 from upop.checkpoints.classifier_layout import classifier_sizes, named_sizes
 from upop.checkpoints.classifier_layout import with_positions as classifier_positions
-from upop.checkpoints.clip_names import from_openai, is_openai, to_openai, weights_only
+from upop.checkpoints.clip_layout import clip_complete, clip_sizes, crossget_start, crossget_state, with_queues
+from upop.checkpoints.clip_names import to_openai
 from upop.checkpoints.fit import build_to_fit, expecting_shapes, fit, load_strictly, resize_positions, scale_queries
-from upop.checkpoints.hugging_face import with_copies
 from upop.checkpoints.published import read_published
 from upop.checkpoints.segmenter_layout import as_encoder, segmenter_sizes, with_positions
+from upop.checkpoints.sizes import sizes_before
 from upop.checkpoints.vit_sizes import HEAD_DIM, State, count_layers, vit_sizes
 from upop.errors import CheckpointError, SettingError, nearest
 from upop.files import make_folder, replacing_file
@@ -29,7 +30,7 @@ from upop.models.blip import BlipConfig
 from upop.models.caption import BlipCaption, CaptionConfig
 from upop.models.classifier import ClassifierConfig, build_classifier
 from upop.models.clip import ClipConfig, ClipRetrieval
-from upop.models.contrast import fresh_queues
+from upop.models.crossget import CrossGetClip, CrossGetConfig
 from upop.models.nlvr import BlipNlvr, NlvrConfig
 from upop.models.retrieval import BlipRetrieval, RetrievalConfig
 from upop.models.segmenter import Segmenter, SegmenterConfig
@@ -118,8 +119,8 @@ def save_official(task: str, model: nn.Module, path: str | Path, *, overwrite: b
     row = row_of(task)
     if not isinstance(getattr(model, "config", None), row.config):
         raise CheckpointError(f"A {type(model).__name__} cannot be written as a checkpoint of {task!r}.")
-    dense = {unit.name: unit.size for unit in find_units(outline(lambda: row.model(model.config)))}
-    units = find_units(model)  # of the model, whose units are known: one dimension that was left is none to read
+    units = find_units(model)
+    dense = sizes_before(units, outline(lambda: row.model(model.config)))
     model = copy.deepcopy(model).cpu()
     for unit in units:
         if unit.size < dense[unit.name] and row.fixed_scale(unit):
@@ -209,6 +210,7 @@ _TELLING = {
     "retrieval": ("visual_encoder", "text_encoder", "itm_head"),
     "vqa": ("visual_encoder", "text_encoder", "text_decoder"),
     "caption": ("visual_encoder", "text_decoder"),
+    "retrieval-crossget": ("visual.transformer.cross_image",),
     "retrieval-clip": ("visual.conv1.weight",),
     "segmentation": ("encoder", "decoder"),
     "classification": ("patch_embed.proj.weight", "head"),
@@ -330,62 +332,17 @@ def _retrieval_config(state: State) -> dict[str, Any]:
 
 def _requeued(state: State, config: RetrievalConfig) -> dict[str, Tensor]:
     """Resize positions; start queues afresh that are missing or have another size."""
-    return _with_queues(_resized(state, config), config)
-
-
-def _with_queues(state: State, config: RetrievalConfig | ClipConfig) -> dict[str, Tensor]:
-    fresh = fresh_queues(config.embed_dim, config.queue_size)
-    fits = all(key in state and state[key].shape == value.shape for key, value in fresh.items())
-    return {**state, **({} if fits else fresh)}
+    return with_queues(_resized(state, config), config)
 
 
 _NEW_FOR_RETRIEVAL = ("vision_proj", "text_proj", "itm_head", "temp")
-_CLIP_PATCHES = "vision_model.embeddings.patch_embedding.weight"
-_CLIP_POSITIONS = "{}_model{}.embeddings.position_embedding.weight"
-
-
-def _clip_named(state: State) -> dict[str, Tensor]:
-    state = weights_only(state)
-    return from_openai(state) if is_openai(state) else state
-
-
-def _clip_config(state: State) -> dict[str, Any]:
-    state = _clip_named(state)
-    patches, projection = state[_CLIP_PATCHES], state["visual_projection.weight"]
-    words = state["text_model.embeddings.token_embedding.weight"]
-    width, patch = patches.shape[0], patches.shape[-1]
-    queue = {"queue_size": state["image_queue"].shape[1]} if "image_queue" in state else {}
-    return {
-        "patch_size": patch,
-        "image_size": math.isqrt(state[_CLIP_POSITIONS.format("vision", "")].shape[0] - 1) * patch,
-        "vision_width": width,
-        "vision_depth": count_layers(state, r"vision_model\.encoder\.layers\.(\d+)\."),
-        "vision_heads": max(1, width // HEAD_DIM),
-        "vision_mlp": 4 * width,
-        "text_width": words.shape[1],
-        "text_depth": count_layers(state, r"text_model\.encoder\.layers\.(\d+)\."),
-        "text_heads": max(1, words.shape[1] // HEAD_DIM),
-        "text_mlp": 4 * words.shape[1],
-        "vocab_size": words.shape[0],
-        "max_positions": state[_CLIP_POSITIONS.format("text", "")].shape[0],
-        "embed_dim": projection.shape[0],
-        **queue,
-    }
-
-
-def _clip_complete(state: State, config: ClipConfig) -> dict[str, Tensor]:
-    """Return CLIP's tensors with what plain CLIP lacks: momentum copies start as copies, queues afresh."""
-    state = _clip_named(state)
-    state = with_copies(state, ClipRetrieval.momentum_twins)
-    tokens = 1 + (config.image_size // config.patch_size) ** 2
-    for key in (_CLIP_POSITIONS.format("vision", twin) for twin in ("", "_m")):
-        if key in state:
-            state[key] = resize_positions(state[key].unsqueeze(0), tokens).squeeze(0)
-    return _with_queues(state, config)
-
-
 # A model's name, where a task's checkpoints are known by it.
-_ALIASES = {"clip": "retrieval-clip", "deit": "classification", "segmenter": "segmentation"}
+_ALIASES = {
+    "clip": "retrieval-clip",
+    "crossget": "retrieval-crossget",
+    "deit": "classification",
+    "segmenter": "segmentation",
+}
 
 _TASKS = {
     "caption": Official(
@@ -424,11 +381,21 @@ _TASKS = {
     "retrieval-clip": Official(
         ClipConfig,
         ClipRetrieval,
-        _clip_config,
-        _clip_complete,
+        clip_sizes,
+        clip_complete,
         dict,
         lambda _key: False,
         fixed_scale=lambda _unit: False,  # the published code divides by the root of what is kept, as libraries do
+        export=to_openai,
+    ),
+    "retrieval-crossget": Official(
+        CrossGetConfig,
+        CrossGetClip,
+        clip_sizes,
+        crossget_state,
+        crossget_start,
+        lambda _key: False,
+        fixed_scale=lambda _unit: False,
         export=to_openai,
     ),
     "segmentation": Official(

@@ -12,14 +12,14 @@ import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import huggingface_hub.constants
-import timm
-import transformers.dynamic_module_utils
 from torch import Tensor
 
 from upop.errors import CheckpointError
+from upop.libraries import installed_version
 from upop.values import shortened
 
 QUANTIZED_HERE = "upop"
@@ -98,7 +98,7 @@ def sealed() -> Iterator[None]:
     These are settings of the process: other threads cannot fetch anything from the hub meanwhile.
     """
     global _inside, _before
-    hub, code = huggingface_hub.constants, transformers.dynamic_module_utils
+    hub, code = huggingface_hub.constants, _code()
     with _lock:
         if not _inside:
             _before = hub.HF_HUB_OFFLINE, code.TIME_OUT_REMOTE_CODE
@@ -111,6 +111,18 @@ def sealed() -> Iterator[None]:
             _inside -= 1
             if not _inside:
                 hub.HF_HUB_OFFLINE, code.TIME_OUT_REMOTE_CODE = _before
+
+
+def _code() -> Any:
+    """Return the module of transformers that asks whether code may run; beside timm alone, one that is asked nothing.
+
+    Without transformers there is none of its code to run.
+    """
+    try:
+        import transformers.dynamic_module_utils
+    except ModuleNotFoundError:
+        return SimpleNamespace(TIME_OUT_REMOTE_CODE=0)
+    return transformers.dynamic_module_utils
 
 
 @dataclass(frozen=True)
@@ -151,7 +163,11 @@ def checked_config(config: Mapping[str, Any], source: str, held: Held | None = N
 
 def is_timm_name(name: object) -> bool:
     """Whether this is the name of a model that timm builds by itself: no folder, no name on the hub."""
-    return isinstance(name, str) and bool(_TIMM_NAME.fullmatch(name)) and timm.is_model(name)
+    if not isinstance(name, str) or not _TIMM_NAME.fullmatch(name) or installed_version("timm") is None:
+        return False
+    import timm
+
+    return bool(timm.is_model(name))
 
 
 def _is_kept(name: str) -> bool:
@@ -176,8 +192,9 @@ def _checked(name: str, value: Any, source: str, held: Held | None) -> Any:
         )
     if name in ("backbone", "architecture", "timm_model_name") and value is not None and not is_timm_name(value):
         raise CheckpointError(
-            f"{source} asks for the {name} {shortened(value)}, which is no model that timm {timm.__version__} builds "
-            "by itself. Nothing is fetched for a folder: give one that describes its backbone (backbone_config)."
+            f"{source} asks for the {name} {shortened(value)}, which is no model that timm "
+            f"{installed_version('timm')} builds by itself. Nothing is fetched for a folder: give one that "
+            "describes its backbone (backbone_config)."
         )
     if name == "transformers_weights" and value is not None:
         raise CheckpointError(

@@ -9,12 +9,13 @@ from typing import Any
 
 from torch import Tensor
 
+from upop.checkpoints.config_json import is_transformers_folder
 from upop.checkpoints.description import check_digests, is_folder, read_description
 from upop.checkpoints.foreign import recognised
 from upop.checkpoints.hub import local_path
 from upop.checkpoints.hugging_face import counterpart_for
 from upop.checkpoints.read import read_weights
-from upop.checkpoints.transformers_models import is_transformers_folder, load_transformers
+from upop.checkpoints.transformers_models import load_transformers
 
 
 @dataclass(frozen=True)

@@ -25,11 +25,13 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from upop.checkpoints.fit import listed
+from upop.checkpoints.plain import alike, become_plain
 from upop.checkpoints.renamed import outermost, placed, units_today
 from upop.checkpoints.sizes import Sizes, dense_skeleton, resize, sizes_from_json, sizes_of
 from upop.errors import CheckpointError, SettingError
 from upop.models import kind_of
 from upop.pruning import survey
+from upop.pruning.carried import Record, keep_record
 from upop.pruning.written import as_json, renamed
 
 METHOD = "upop"
@@ -130,7 +132,8 @@ class UpopQuantizer(HfQuantizer):
 
 
 def register() -> None:
-    """Make compressed models known to transformers; calling it again does nothing."""
+    """Make compressed models known to transformers, and cuts known to its models; again, it does nothing."""
+    keep_record(Record(refuse_quantized, mark))
     if METHOD not in AUTO_QUANTIZER_MAPPING:
         register_quantization_config(METHOD)(UpopConfig)
         register_quantizer(METHOD)(UpopQuantizer)
@@ -139,6 +142,8 @@ def register() -> None:
 def mark(model: nn.Module) -> None:
     """Write into the configuration of every transformers model in `model` how much it keeps.
 
+    Where all layers of its towers keep equally many, and the configuration's own numbers can say it, they do: the model
+    is then an ordinary one of its class. Else the configuration gets a record, which transformers reads with upop.
     Towers that have a configuration of their own get their own record, so that they can be saved and loaded alone.
     A model that its configuration does not describe is left as it is, with a warning.
 
@@ -150,6 +155,8 @@ def mark(model: nn.Module) -> None:
         try:
             dense = dense_skeleton(whole)
             sizes = sizes_of(whole, dense)
+            if _is_plain(whole, dense, sizes):
+                continue
             written = {unit.name: as_json(unit) for unit in survey(dense).units if unit.name in sizes}
             units = {name: content for name, content in written.items() if content is not None}
         except Exception as error:  # constructors raise what they like
@@ -165,6 +172,13 @@ def mark(model: nn.Module) -> None:
             own = {name for name in sizes if name.startswith(start)}
             inside = {name.removeprefix(start): renamed(units[name], _without(start)) for name in own & units.keys()}
             _set(part.config, {name.removeprefix(start): sizes[name] for name in own}, inside)
+
+
+def _is_plain(model: PreTrainedModel, dense: nn.Module, sizes: Sizes) -> bool:
+    """Whether a cut model could be made an ordinary one of its class; it is then."""
+    units = survey(dense).units if sizes else ()
+    kept = {name: size for name, (size, _) in sizes.items()}
+    return bool(sizes) and alike(dense, units, kept) and become_plain(model, dense, units, kept) is None
 
 
 def recorded(config: Any) -> Sizes:

@@ -60,7 +60,7 @@ def read_weights(path: str | Path, *, mapped: bool = False) -> dict[str, Tensor]
             f"{path} is no checkpoint that torch can read, or was cut short ({type(error).__name__}). "
             "Fetch or write it again."
         ) from error
-    state = content.get("model", content) if isinstance(content, Mapping) else None
+    state = content.get("model", content.get("state_dict", content)) if isinstance(content, Mapping) else None
     if (
         not isinstance(state, Mapping)
         or not state

@@ -8,18 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
-from transformers import PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightRenaming, WeightTransform
 
+from upop.libraries import is_pretrained
 from upop.pruning import Plan, Unit, survey
 from upop.pruning.axes import SWAPS
 from upop.pruning.errors import LayoutError
 from upop.pruning.units import tensor_of
 from upop.pruning.written import from_json, renamed
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+    from transformers.core_model_loading import WeightTransform
 
 Renaming = Callable[[str], str]
 
@@ -28,7 +30,7 @@ def outermost(model: nn.Module) -> Iterator[tuple[str, PreTrainedModel]]:
     """Yield the transformers models in a model that lie in no other one, with their names."""
     found: list[str] = []
     for name, module in model.named_modules():
-        if isinstance(module, PreTrainedModel) and not any(not up or name.startswith(f"{up}.") for up in found):
+        if is_pretrained(module) and not any(not up or name.startswith(f"{up}.") for up in found):
             found.append(name)
             yield name, module
 
@@ -133,6 +135,11 @@ def _has(model: nn.Module, tensor: Any) -> bool:
 
 
 def _renames(model: PreTrainedModel) -> list[WeightTransform]:
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightRenaming
+    except ModuleNotFoundError:  # before transformers 5, which keeps its renamings elsewhere and writes the old names
+        return []
     return [each for each in get_model_conversion_mapping(model) if isinstance(each, WeightRenaming)]
 
 

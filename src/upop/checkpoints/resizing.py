@@ -8,8 +8,8 @@ from torch import nn
 
 from upop.checkpoints.fit import expecting_shapes, fit
 from upop.checkpoints.official import row_of, task_for
-from upop.checkpoints.recording import preparation_of, set_preparation
-from upop.pruning.plan import plan_of, set_plan
+from upop.checkpoints.preparation import preparation_of, set_preparation
+from upop.pruning.carried import plan_of, set_plan
 from upop.values import told
 
 

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from operator import index
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
-from transformers import PreTrainedModel
 
 from upop.checkpoints.blank import outline
 from upop.checkpoints.fit import kept_sizes
 from upop.errors import CheckpointError, PlanError, nearest
 from upop.pruning import Attribute, Plan, Unit, find_units, remember, survey
-from upop.pruning.known import remembered
+from upop.pruning.known import remembered, sized
 from upop.pruning.shrink import cut
 from upop.values import shortened
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 Sizes = dict[str, tuple[int, int]]
 """Unit -> (kept entries, entries of the dense model), of the units that lost some."""
@@ -86,6 +88,16 @@ def resize(
     remember(model, replace(found, units=tuple(chosen.get(unit.name, unit) for unit in found.units)))
 
 
+def sizes_before(units: Sequence[Unit], dense: nn.Module) -> dict[str, int]:
+    """Return unit -> entries in the dense model, of the units of a model that may be cut.
+
+    The dense model is read only where the lengths of its tensors do not say it.
+    """
+    whole = {unit.name: sized(dense, unit) for unit in units if not any(part.gaps for part in unit.slices)}
+    found = {name: unit.size for name, unit in whole.items() if unit is not None}
+    return found if len(found) == len(units) else {unit.name: unit.size for unit in survey(dense).units}
+
+
 def _natural(model: nn.Module, unit: Unit) -> Unit:
     """Return a unit whose softmax scale follows the size of the heads: so are weights written that say nothing of it.
 
@@ -120,22 +132,6 @@ def sizes_from_json(value: Any, source: str) -> Sizes:
             "Write the model again."
         )
     return sizes
-
-
-def join_plans(first: Plan | None, second: Plan) -> Plan:
-    """Return one plan for two cuts, the second of a model that the first one had cut already."""
-    if first is None:
-        return second
-    kept = dict(first.kept)
-    sizes = dict(first.sizes)
-    for name, entries in second.kept.items():
-        if name in kept and len(kept[name]) == second.sizes[name]:
-            kept[name] = tuple(first.kept[name][entry] for entry in entries)
-        else:  # not cut before, or another layer had this name then
-            kept[name], sizes[name] = entries, second.sizes[name]
-    # What is written of a unit is of its first cut, as its indices are.
-    slices = {name: (first if sizes.get(name) == first.sizes.get(name) else second).slices.get(name) for name in kept}
-    return Plan(kept, sizes, second.settings, {name: unit for name, unit in slices.items() if unit is not None})
 
 
 def plan_for(plan: Plan, units: Iterable[Unit]) -> Plan:

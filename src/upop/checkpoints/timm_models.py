@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import timm
 from pydantic import ConfigDict, Field
@@ -48,6 +48,18 @@ def describe(model: nn.Module, plan: Plan | None) -> dict[str, Any] | None:
         model: any model, dense or compressed.
         plan: how it was compressed, if that is known.
     """
+    told = named(model, plan)
+    if told is None:
+        return None
+    name, arguments = told
+    built = _build(name, arguments)
+    if built is None or not same_but_for_sizes(model, built):
+        return None
+    return {"architecture": name, "arguments": arguments}
+
+
+def named(model: nn.Module, plan: Plan | None) -> tuple[str, dict[str, Any]] | None:
+    """Return the name of a model of timm, and the arguments that seem to build its dense form; None for others."""
     settings = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None)
     name = settings.get("architecture") if isinstance(settings, Mapping) else getattr(settings, "architecture", None)
     if not isinstance(name, str) or not timm.is_model(name) or type(model).__module__.partition(".")[0] != "timm":
@@ -68,10 +80,43 @@ def describe(model: nn.Module, plan: Plan | None) -> dict[str, Any] | None:
             del arguments["mlp_ratio"]
         else:
             arguments["mlp_ratio"] = (hidden + 0.5) / _read(_ARGUMENTS["embed_dim"], model)
-    built = _build(name, arguments)
-    if built is None or not same_but_for_sizes(model, built):
-        return None
-    return {"architecture": name, "arguments": arguments}
+    return name, arguments
+
+
+def hub_config(model: nn.Module, name: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Return config.json in timm's own form, by which `timm.create_model("local-dir:FOLDER", pretrained=True)` builds.
+
+    Args:
+        model: that the arguments build, with its weights beside.
+        name: of the architecture.
+        arguments: of `timm.create_model`.
+    """
+    settings: Any = model.pretrained_cfg
+    told = dict(settings if isinstance(settings, Mapping) else settings.to_dict())
+    plain = {key: value for key, value in told.items() if isinstance(value, bool | int | float | str | list | tuple)}
+    of_source = (
+        "architecture",
+        "url",
+        "file",
+        "hf_hub_id",
+        "hf_hub_filename",
+        "source",
+        "label_offset",
+        "test_input_size",
+    )
+    kept = {key: value for key, value in plain.items() if key not in of_source}
+    size = _read(_ARGUMENTS["img_size"], model)
+    channels = _read(_ARGUMENTS["in_chans"], model)
+    if size and channels:
+        kept["input_size"] = [channels, *size]
+    classes = int(cast(Any, model).num_classes)
+    return {
+        "architecture": name,
+        "num_classes": classes,
+        "num_features": cast(Any, model).num_features,
+        "model_args": dict(arguments),
+        "pretrained_cfg": {**kept, "num_classes": classes, "custom_load": False},
+    }
 
 
 class _Arguments(Read):

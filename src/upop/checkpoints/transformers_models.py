@@ -16,6 +16,8 @@ from transformers import CONFIG_MAPPING, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
 from upop.checkpoints.blank import outline
+from upop.checkpoints.config_json import FILE as _CONFIG
+from upop.checkpoints.config_json import read_config
 from upop.checkpoints.fit import AT_MOST, BESIDE, kept_sizes, listed, not_finite
 from upop.checkpoints.likeness import cut_shapes
 from upop.checkpoints.outside import Held, checked_config, sealed
@@ -27,31 +29,10 @@ from upop.pruning import survey
 from upop.reading import read_object
 from upop.values import shortened
 
-_CONFIG = "config.json"
 _ADAPTER = "adapter_config.json"
 _PARTS_OF_PROCESSES = "shard-*-model-*.safetensors"  # transformers takes them before any other file
 _FILE_NAME = re.compile(r"[\w-][\w.-]*\.safetensors")
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
-
-
-def is_transformers_folder(path: Path) -> bool:
-    """Whether `path` is a folder in transformers' layout: a config.json that names its kind of model."""
-    if not (path / _CONFIG).is_file():
-        return False
-    try:
-        return "model_type" in read_config(path)
-    except CheckpointError:
-        return True  # reading it tells what is wrong
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """Return what a folder's config.json says.
-
-    Raises:
-        CheckpointError: it cannot be read.
-    """
-    # Python writes numbers that JSON does not have, and so does transformers.
-    return read_object(folder / _CONFIG, CheckpointError, "Fetch or write it again.", nan=True)
 
 
 def misfit(model: PreTrainedModel) -> str | None:

@@ -1,1 +1,14 @@
-"""The command line: `upop`, and the published scripts."""
+"""Commands: one module each, imported when it is called."""
+
+import sys
+
+from upop.libraries import missing
+
+
+def main() -> None:
+    """Run `upop`; without the libraries of the command line, say how they are installed, with exit code 1."""
+    try:
+        from upop.cli.app import main as run
+    except ModuleNotFoundError as error:
+        sys.exit(str(missing(error, "The command upop")))
+    run()

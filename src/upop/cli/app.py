@@ -11,30 +11,74 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from upop import __version__
-from upop.cli import options as o
-from upop.cli.check import check
-from upop.cli.convert import convert
-from upop.cli.demo import demo
-from upop.cli.export import export
+from upop.cli.arguments import with_resume_value
 from upop.cli.help import Command, Group, InterruptedCommandError
-from upop.cli.inspect import inspect
+from upop.cli.later import Later, LaterGroup
 from upop.cli.misuse import say_misused
 from upop.cli.processes import place, recorded, wait_for_launcher
-from upop.cli.recipes import recipes, run
-from upop.cli.report import report
-from upop.errors import LostProcessError, PreemptedError, SettingError, UPopError
 from upop.plain import as_text, plain
 from upop.starting import INTERRUPTED, end_watch
-from upop.tasks import TASKS, find_task
-from upop.tasks.verbs import compress as run_compress
-from upop.tasks.verbs import evaluate_checkpoint
-from upop.tasks.verbs import train as run_train
+
+
+class _Commands(LaterGroup):
+    """The commands of upop: each is a line here, and a module that its call imports."""
+
+    later = {  # noqa: RUF012 - nothing changes it
+        "check": Later(
+            "upop.cli.check",
+            "Check the data, the checkpoint and the tokenizer of a published run; exit code 1 if something is wrong",
+            "upop check coco-caption-2x",
+        ),
+        "demo": Later(
+            "upop.cli.demo",
+            "Compress a small model that says whether sentences about two pictures are true, and show what it lost",
+            "upop demo --output-dir output/demo",
+        ),
+        "convert": Later(
+            "upop.cli.convert",
+            "Write a BLIP, CLIP, DeiT or Segmenter model, dense or compressed, in another form; its outputs stay the "
+            "same",
+            "upop convert model_base_caption.pth blip-caption --to hugging-face",
+        ),
+        "export": Later(
+            "upop.cli.export",
+            "Write a model, dense or compressed, for onnxruntime or torch.export, checked to compute the same there",
+            "upop export output/caption-2x/best --out output/caption-2x/onnx",
+        ),
+        "inspect": Later(
+            "upop.cli.inspect",
+            "Show a model's units, parameters and GMACs per modality, what is covered, and preview a budget",
+            "upop inspect deit_small_patch16_224 --ratio 0.5",
+        ),
+        "recipes": Later("upop.cli.recipes", "List every published run", "upop recipes"),
+        "report": Later(
+            "upop.cli.report",
+            "Write one HTML file of a run: results, what every layer keeps, curves, examples, settings",
+            "upop report output/caption-2x",
+        ),
+        "run": Later("upop.cli.recipes", "Start a published run", "upop run nlvr2-2x --dry-run"),
+        "train": Later(
+            "upop.cli.tasks",
+            "Train or fine-tune a dense model",
+            "upop train nlvr --config configs/shapes/nlvr.yaml --output-dir output/dense",
+        ),
+        "compress": Later(
+            "upop.cli.tasks",
+            "Search, shrink, retrain and evaluate",
+            "upop compress nlvr --config configs/nlvr.yaml --ratio 0.75 --epochs 46 --output-dir output/4x",
+        ),
+        "evaluate": Later(
+            "upop.cli.tasks",
+            "Evaluate a checkpoint, dense or compressed",
+            "upop evaluate nlvr --config configs/nlvr.yaml --pretrained output/nlvr-2x/best",
+        ),
+    }
+
 
 app = typer.Typer(
-    cls=Group,
+    cls=_Commands,
     no_args_is_help=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
@@ -43,21 +87,6 @@ app = typer.Typer(
 )
 data = typer.Typer(cls=Group, no_args_is_help=True, rich_markup_mode=None, help="Make data sets.")
 app.add_typer(data, name="data")
-app.command(cls=Command, epilog="Example: upop check coco-caption-2x")(check)
-app.command(cls=Command, epilog="Example: upop demo --output-dir output/demo")(demo)
-app.command(cls=Command, epilog="Example: upop convert model_base_caption.pth blip-caption --to hugging-face")(convert)
-app.command(cls=Command, epilog="Example: upop export output/caption-2x/best --out output/caption-2x/onnx")(export)
-app.command(cls=Command, epilog="Example: upop inspect deit_small_patch16_224 --ratio 0.5")(inspect)
-app.command(cls=Command, epilog="Example: upop recipes")(recipes)
-app.command(cls=Command, epilog="Example: upop report output/caption-2x")(report)
-app.command(cls=Command, epilog="Example: upop run nlvr2-2x --dry-run")(run)
-
-TaskName = Annotated[
-    str,
-    typer.Argument(
-        metavar="TASK", help=f"What to learn: {', '.join(TASKS)}.", autocompletion=o.starting_with(lambda: TASKS)
-    ),
-]
 
 
 class ShapesTask(StrEnum):
@@ -83,108 +112,6 @@ def _version(asked: bool) -> None:
     if asked:
         print(f"upop {__version__}")
         raise typer.Exit
-
-
-@app.command(cls=Command, epilog="Example: upop train nlvr --config configs/shapes/nlvr.yaml --output-dir output/dense")
-def train(
-    context: typer.Context,
-    task: TaskName,
-    config: o.Config = None,
-    pretrained: o.Pretrained = None,
-    architecture: o.Architecture = None,
-    data_path: o.DataPath = None,
-    output_dir: o.OutputDir = None,
-    epochs: Annotated[int | None, typer.Option("--epochs", help="Epochs of training.")] = None,
-    epoch: o.OldEpoch = None,
-    device: o.DeviceName = None,
-    fsdp: o.Fsdp = None,
-    seed: o.Seed = None,
-    amp: o.Amp = None,
-    batch_size_train: o.BatchSize = None,
-    grad_checkpointing: o.GradCheckpointing = None,
-    trackers: o.Tracker = None,
-    resume: o.Resume = None,
-    allow_changes: o.AllowChanges = None,
-    skip_bad_images: o.SkipBadImages = None,
-    allow_outside: o.AllowOutside = None,
-    assign: o.Set = None,
-) -> None:
-    """Train or fine-tune a dense model."""
-    found = find_task(task)
-    run_train(found, o.read(context, found.settings, config, assign, also=o.sharding(fsdp)))
-
-
-@app.command(
-    cls=Command,
-    epilog="Example: upop compress nlvr --config configs/nlvr.yaml --ratio 0.75 --epochs 46 --output-dir output/4x",
-)
-def compress(
-    context: typer.Context,
-    task: TaskName,
-    config: o.Config = None,
-    ratio: o.Ratio = None,
-    p: o.OldRatio = None,
-    epochs: o.Epochs = None,
-    epoch: o.OldEpoch = None,
-    pretrained: o.Pretrained = None,
-    architecture: o.Architecture = None,
-    data_path: o.DataPath = None,
-    output_dir: o.OutputDir = None,
-    device: o.DeviceName = None,
-    fsdp: o.Fsdp = None,
-    seed: o.Seed = None,
-    amp: o.Amp = None,
-    batch_size_train: o.BatchSize = None,
-    grad_checkpointing: o.GradCheckpointing = None,
-    trackers: o.Tracker = None,
-    cost: Annotated[str | None, typer.Option(help="What the budget counts: params, flops or reference.")] = None,
-    align: o.Align = None,
-    interval: o.Interval = None,
-    method: o.Method = None,
-    w_sp_attn: o.SparsityAttention = None,
-    w_sp_mlp: o.SparsityMlp = None,
-    resume: o.Resume = None,
-    allow_changes: o.AllowChanges = None,
-    skip_bad_images: o.SkipBadImages = None,
-    allow_outside: o.AllowOutside = None,
-    assign: o.Set = None,
-) -> None:
-    """Search, shrink, retrain and evaluate."""
-    found = find_task(task)
-    settings = o.read(context, found.settings, config, assign, also=o.sharding(fsdp))
-    if interval is not None and settings.method != "reference":
-        raise SettingError(
-            f"--interval {interval} says how often the published search moves its masks, and the method is "
-            f"{settings.method}, which has no use for it. Leave it out, or add --method reference."
-        )
-    if epoch is not None:
-        _note(
-            f"--epoch {epoch}, as in the published commands, is {epoch} epochs of search and {epoch} of retraining; "
-            f"--epochs {2 * epoch} says the same."
-        )
-    run_compress(found, settings)
-
-
-@app.command(
-    cls=Command, epilog="Example: upop evaluate nlvr --config configs/nlvr.yaml --pretrained output/nlvr-2x/best"
-)
-def evaluate(
-    context: typer.Context,
-    task: TaskName,
-    config: o.Config = None,
-    pretrained: o.Pretrained = None,
-    architecture: o.Architecture = None,
-    data_path: o.DataPath = None,
-    output_dir: o.OutputDir = None,
-    device: o.DeviceName = None,
-    amp: o.Amp = None,
-    skip_bad_images: o.SkipBadImages = None,
-    allow_outside: o.AllowOutside = None,
-    assign: o.Set = None,
-) -> None:
-    """Evaluate a checkpoint, dense or compressed."""
-    found = find_task(task)
-    evaluate_checkpoint(found, o.read(context, found.settings, config, assign))
 
 
 @data.command(
@@ -225,7 +152,7 @@ def main(command: typer.Typer = app) -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a letter that the terminal's encoding lacks is written out
             stream.reconfigure(errors="backslashreplace")
-    sys.argv[1:] = o.with_resume_value(sys.argv[1:])
+    sys.argv[1:] = with_resume_value(sys.argv[1:])
     format_as_before, warnings.formatwarning = warnings.formatwarning, _warning
     called = Path(sys.argv[0]).name
     name = "python -m upop" if called == "__main__.py" else called
@@ -238,26 +165,37 @@ def main(command: typer.Typer = app) -> None:
     except (InterruptedCommandError, KeyboardInterrupt) as error:
         print(plain(str(error) or "Interrupted (Ctrl-C)."), file=sys.stderr)
         sys.exit(INTERRUPTED)
-    except UPopError as error:
-        _say(type(error).__name__, _message(error))
-        if isinstance(error, LostProcessError):
-            wait_for_launcher()
-        sys.exit(PreemptedError.exit_code if isinstance(error, PreemptedError) else 1)
-    except OSError as error:  # a disk that is full or gone, a name that no file can have, a place without permission
-        if isinstance(error, BrokenPipeError):  # what the output was piped to has ended
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter tells of it as it exits
-            sys.exit(1)
-        _say(type(error).__name__, f"{error.strerror or error}: {error.filename}" if error.filename else str(error))
-        sys.exit(1)
+    except Exception as error:
+        sys.exit(_failed(error))
     finally:
         warnings.formatwarning = format_as_before
 
 
-def _note(message: str) -> None:
-    Console(stderr=True, soft_wrap=True).print(as_text(f"Note: {message}"))
+def _failed(error: Exception) -> int:
+    """Tell of an error that a user can do something about, and return the exit code; raise any other one."""
+    from upop.errors import LostProcessError, PreemptedError, UPopError
+    from upop.libraries import missing
+
+    if isinstance(error, ModuleNotFoundError):
+        error = missing(error, "This command")
+    if isinstance(error, UPopError):
+        _say(type(error).__name__, _message(error))
+        if isinstance(error, LostProcessError):
+            wait_for_launcher()
+        return PreemptedError.exit_code if isinstance(error, PreemptedError) else 1
+    if not isinstance(error, OSError):
+        raise error
+    # A disk that is full or gone, a name that no file can have, a place without permission.
+    if isinstance(error, BrokenPipeError):  # what the output was piped to has ended
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter tells of it as it exits
+        return 1
+    _say(type(error).__name__, f"{error.strerror or error}: {error.filename}" if error.filename else str(error))
+    return 1
 
 
 def _say(kind: str, message: str) -> None:
+    from rich.console import Console
+
     Console(stderr=True).print(f"[bold red]Error{place()}:[/bold red] {kind}:", end=" ")
     Console(stderr=True, soft_wrap=True).print(as_text(message))
 
@@ -270,7 +208,7 @@ def _warning(
     return f"{category.__name__}: {plain(message)}\n"
 
 
-def _message(error: UPopError) -> str:
+def _message(error: Exception) -> str:
     # A worker process sends its error with a traceback around it; a person needs the error alone.
     text = str(error)
     return text.rpartition(f"{type(error).__name__}: ")[2].strip() if text.startswith("Caught ") else text.strip()

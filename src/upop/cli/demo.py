@@ -26,7 +26,7 @@ from upop.shared_folder import SharedFolder
 from upop.tasks import find_task
 from upop.tasks.examples import write_examples
 from upop.tasks.run import Metrics, measure
-from upop.tasks.verbs import compress, compressed_name
+from upop.tasks.verbs import compress, method_name
 from upop.training.devices import make_accelerator
 
 CONFIG = Path("configs/shapes/nlvr.yaml")
@@ -40,6 +40,7 @@ def demo(
     output_dir: o.OutputDir = Path("output/demo"),
     device: o.DeviceName = None,
     ratio: o.Ratio = None,
+    target: o.Target = None,
     p: o.OldRatio = None,
 ) -> None:
     """Compress a small model that says whether sentences about two pictures are true, and show what it lost.
@@ -54,9 +55,9 @@ def demo(
     page, table = folder.claim(PAGE), folder.claim("results.json")
     task = find_task(_TASK)
     # On few cores the threads of so small a model only wait for the processes that decode the pictures.
-    asked = o.overrides({"ratio": ratio if p is None else p, "device": device})
+    asked = o.overrides({"ratio": ratio if p is None else p, "target": target, "device": device})
     # Whether they can be used is known before any picture is drawn.
-    checked = read_settings(task.settings, CONFIG, asked, {"ratio": "from --ratio", "device": "from --device"})
+    checked = read_settings(task.settings, CONFIG, asked, {name: f"from --{name}" for name in asked})
     make_accelerator(checked)
     workers = checked.num_workers
     torch.set_num_threads(max(1, (os.cpu_count() or 1) - workers))
@@ -75,13 +76,14 @@ def demo(
         given = {**shared, "method": method, "output_dir": run}
         given["resume"] = "no" if (run / "results.json").exists() else "auto"
         settings = read_settings(task.settings, CONFIG, o.overrides(given))
-        console.rule(as_text(f"{compressed_name(settings)} -> {run}"))
+        console.rule(as_text(f"{method_name(settings)} -> {run}"))
         results = compress(task, settings)
         if results is None:
             return
         measured = {model.name: {split: dict(of) for split, of in model.metrics.items()} for model in results.models}
         models.setdefault("dense", (load(DENSE), measured["dense"]))
-        models[compressed_name(settings)] = (load(run / "best"), measured[compressed_name(settings)])
+        name = results.models[-1].name
+        models[name] = (load(run / "best"), measured[name])
     console.rule("together")
     together = measure(task, models, torch.device("cpu"), settings.latency_batch)
     together.write_json(table, overwrite=True)

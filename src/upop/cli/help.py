@@ -42,6 +42,10 @@ class Command(TyperCommand):
 class Group(TyperGroup):
     """A group of commands."""
 
+    def summary(self, name: str) -> str:
+        """Return what the list of commands says of one."""
+        return _first_sentence(self.commands[name])
+
     def get_help(self, ctx: Any) -> str:
         """Return the help."""
         return _help(self, ctx)
@@ -53,11 +57,7 @@ def _help(command: Command | Group, context: typer.Context) -> str:
         record = parameter.get_help_record(context)
         if record is not None:
             records[parameter.param_type_name].append(record)
-    commands = [
-        (name, _first_sentence(other))
-        for name, other in (getattr(command, "commands", None) or {}).items()
-        if not other.hidden
-    ]
+    commands = [(name, command.summary(name)) for name in command.commands] if isinstance(command, Group) else []
     parts = [
         command.get_usage(context),
         "\n\n".join(_wrapped(" ".join(text.split()), "  ") for text in _paragraphs(command.help)),

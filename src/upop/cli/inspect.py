@@ -7,33 +7,34 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import timm
 import torch
 import typer
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
-from upop.checkpoints import is_folder, load, load_official, read_weights
+from upop.checkpoints import is_folder, load, read_weights
+from upop.checkpoints.config_json import is_transformers_folder
 from upop.checkpoints.hub import is_hub_name, local_path
-from upop.checkpoints.official import task_of
 from upop.checkpoints.sizes import dense_skeleton
-from upop.checkpoints.transformers_models import is_transformers_folder, load_transformers
 from upop.cli import options as o
 from upop.errors import CheckpointError, SettingError, nearest
+from upop.libraries import is_pretrained
 from upop.models import MODELS, kind_of
 from upop.plain import as_text
 from upop.pruning import survey
 from upop.pruning.align import read_align
+from upop.pruning.carried import plan_of
 from upop.pruning.coverage import Coverage
-from upop.pruning.plan import plan_of
+from upop.pruning.goal import Goal
 from upop.report.inspection import Inspection, after_budget, inspect_model
 from upop.report.results import number
 from upop.report.shares import Panel
-from upop.tasks import TASKS
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _MOST_WORDS = 128  # of the text that multiply-adds are counted for, where the model takes more
 _SHOWN_REASONS = 5
@@ -60,6 +61,7 @@ def inspect(
             help="Also show what is left when this share of the cost goes.",
         ),
     ] = None,
+    target: o.Target = None,
     align: o.Align = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Write it as JSON, with every unit and every reason.")
@@ -77,8 +79,9 @@ def inspect(
         note = f"not counted: the model takes other inputs ({' '.join(str(error).split())[:120]})"
         inputs, found = None, inspect_model(model, None, _dense_sizes(model))
     smaller = None
-    if ratio is not None and found.panels:
-        shrunken, plan = after_budget(model, ratio, read_align(align or "1"))
+    goal = Goal(ratio, target) if ratio is not None or target is not None else None
+    if goal is not None and found.panels:
+        shrunken, plan = after_budget(model, goal, read_align(align or "1"), inputs)
         smaller = inspect_model(shrunken, inputs, plan.sizes)
     if as_json:
         typer.echo(json.dumps(_content(model, found, smaller, note), indent=1))
@@ -89,7 +92,7 @@ def inspect(
         console.print(_units_table(found, smaller))
     else:
         console.print("Nothing of it can be pruned.")
-    console.print(_parts_table(found, smaller, ratio if found.panels else None))
+    console.print(_parts_table(found, smaller, goal if found.panels else None))
     console.print(_coverage_table(found.coverage))
     console.print(as_text(f"GMACs: {note}"), soft_wrap=True)
     if smaller is not None:
@@ -113,6 +116,8 @@ def read_any(source: str, task: str | None, overrides: Mapping[str, Any]) -> nn.
         CheckpointError: it is nothing that upop can read; a misspelt name of timm gets the nearest one.
     """
     if not Path(source).exists() and not is_hub_name(source) and not Path(source).suffix:
+        import timm
+
         if timm.is_model(source):
             try:
                 return timm.create_model(source, pretrained=False, **overrides).eval()
@@ -126,16 +131,23 @@ def read_any(source: str, task: str | None, overrides: Mapping[str, Any]) -> nn.
     if is_folder(path):
         return load(path)
     if is_transformers_folder(path):
+        from upop.checkpoints.transformers_models import load_transformers
+
         return load_transformers(path, strict=False)  # sizes are shown, which no weight that is left out changes
+    from upop.checkpoints.official import load_official, task_of
+
     return load_official(task or task_of(read_weights(path), str(path)), path, **overrides)
 
 
 def example_of(model: nn.Module) -> tuple[Any, str]:
     """Return inputs for one forward pass of one record, and what they are, in words; (None, why) if unknown."""
-    for task in TASKS.values():
-        if getattr(task, "config", None) is type(getattr(model, "config", None)):
-            return task.example(model, 1), "of one record of the published size"
-    if isinstance(model, PreTrainedModel):
+    if kind_of(model) is not None:
+        from upop.tasks import TASKS
+
+        for task in TASKS.values():
+            if getattr(task, "config", None) is type(model.config):
+                return task.example(model, 1), "of one record of the published size"
+    if is_pretrained(model):
         return _transformers_example(model)
     settings = getattr(model, "pretrained_cfg", None)
     if isinstance(settings, Mapping):
@@ -182,7 +194,7 @@ def _dense_sizes(model: nn.Module) -> dict[str, int]:
         built, _ = MODELS[kind]
         with torch.device("meta"):
             return {unit.name: unit.size for unit in survey(built(model.config)).units}
-    if isinstance(model, PreTrainedModel):
+    if is_pretrained(model):
         return {unit.name: unit.size for unit in survey(dense_skeleton(model)).units}
     return dict(plan.sizes) if plan is not None else {}
 
@@ -259,10 +271,11 @@ def _range(values: Any) -> str:
     return str(listed[0]) if listed[0] == listed[-1] else f"{listed[0]} to {listed[-1]}"
 
 
-def _parts_table(found: Inspection, smaller: Inspection | None, ratio: float | None) -> Table:
-    title = (
-        "Sizes" if ratio is None else f"Sizes, and what is left after {100 * ratio:g} % of the prunable parameters go"
-    )
+def _parts_table(found: Inspection, smaller: Inspection | None, goal: Goal | None) -> Table:
+    title = "Sizes"
+    if goal is not None and smaller is not None:
+        asked = f"with {goal}" if goal.ratio is None else f"after {100 * goal.ratio:g} % of the prunable parameters go"
+        title += f", and what is left {asked} ({found.parameters / smaller.parameters:.3g}x of the whole model)"
     table = Table(title=title, title_justify="left")
     table.add_column("modality")
     for heading in ("parameters (M)", "prunable (M)", "GMACs"):

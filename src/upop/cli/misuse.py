@@ -8,7 +8,6 @@ from typing import Any
 
 import typer
 
-from upop.errors import nearest
 from upop.plain import plain
 
 
@@ -26,6 +25,8 @@ def say_misused(error: typer.TyperException) -> int:
 
 
 def _message(error: typer.TyperException, context: typer.Context | None) -> str:
+    from upop.errors import nearest
+
     message = error.format_message().replace("Value error, ", "").rstrip(".")
     parameter: Any = getattr(error, "param", None)
     unknown = getattr(error, "option_name", None)

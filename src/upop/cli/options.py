@@ -13,7 +13,6 @@ import typer
 from upop.errors import SettingError
 from upop.pruning.choice import meant
 from upop.settings import OLDER, RunSettings, current_names, read_settings
-from upop.tasks import TASKS
 from upop.yaml_files import parse_yaml
 
 S = TypeVar("S", bound=RunSettings)
@@ -90,6 +89,14 @@ OldRatio = Annotated[float | None, typer.Option("--p", parser=as_ratio, metavar=
 PublishedRatio = Annotated[
     float | None, typer.Option("--p", "--ratio", parser=as_ratio, metavar="<float>", help=_RATIO)
 ]
+Target = Annotated[
+    str | None,
+    typer.Option(
+        metavar="KIND=LEFT",
+        help="In place of --ratio, what is left of the whole model: params=0.5 (or 12M, 40MB@float16), macs=2x, or "
+        "both with a comma.",
+    ),
+]
 Epochs = Annotated[
     int | None, typer.Option("--epochs", help="All epochs, those of the search too. [default: the config's]")
 ]
@@ -122,6 +129,14 @@ SearchRate = Annotated[
 Align = Annotated[
     str | None,
     typer.Option(metavar="N", help="Kept channels are multiples of this; or by kind: attention=8,mlp=128."),
+]
+Uniform = Annotated[
+    str | None,
+    typer.Option(
+        metavar="tower",
+        help="All layers of a tower keep equally many heads and neurons: libraries load the result without upop.",
+        autocompletion=starting_with(lambda: ("tower",)),
+    ),
 ]
 Resume = Annotated[
     ResumeWhen | None,
@@ -167,16 +182,6 @@ Overwrite = Annotated[
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any other setting; repeatable.")]
 
 
-def with_resume_value(arguments: Sequence[str]) -> list[str]:
-    """Return command-line arguments with the value that a `--resume` without one stands for."""
-    completed = []
-    for place, argument in enumerate(arguments):
-        completed.append(argument)
-        if argument == "--resume" and (place + 1 == len(arguments) or arguments[place + 1].startswith("-")):
-            completed.append(ResumeWhen.must.value)
-    return completed
-
-
 _SETS: Mapping[str, tuple[str, ...]] = {
     **OLDER,
     "fsdp": ("sharding",),
@@ -217,7 +222,9 @@ def read(
     Raises:
         SettingError: a setting cannot be used; the message says where it is from.
     """
-    named = {*OLDER, *(name for task in TASKS.values() for name in task.settings.model_fields)}
+    from upop.tasks import TASKS
+
+    named = {*OLDER, *kind.model_fields, *(name for task in TASKS.values() for name in task.settings.model_fields)}
     flags = {name: value for name, value in context.params.items() if name in named and value not in ((), [])}
     given = current_names(overrides(flags)) | overrides(also or {}) | dict.fromkeys(nothing)
     assigned = current_names(overrides({}, assignments))

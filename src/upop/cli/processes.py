@@ -6,9 +6,6 @@ import os
 import time
 from collections.abc import Callable
 
-from upop.errors import LostProcessError
-from upop.training.lost import lost_process
-
 # Longer than torchrun takes to notice a process that died.
 _GRACE_SECONDS = 5
 
@@ -37,6 +34,9 @@ def recorded(command: Callable[[], object]) -> object:
     if not under_torchrun():
         return command()
     from torch.distributed.elastic.multiprocessing.errors import record
+
+    from upop.errors import LostProcessError
+    from upop.training.lost import lost_process
 
     def guarded() -> object:
         try:

@@ -12,26 +12,26 @@ from torch.utils.hooks import RemovableHandle
 from upop.checkpoints.fit import cut_to_fit
 from upop.compression import Compression
 from upop.errors import SettingError
-from upop.pruning.choice import check_ratio
+from upop.pruning.goal import Goal
 
 
 class Compressing:
     """The settings of a compression, and the `upop.Compression` once the loop has begun.
 
     Args:
-        ratio: share of the prunable parameters to remove, in (0, 1); 0.5 is 2x.
-        settings: any other argument of `upop.Compression` but the model and the number of steps: teacher, share, align,
-            verify, ...
+        ratio: share of the prunable parameters to remove, in (0, 1).
+        settings: any other argument of `upop.Compression` but the model and the number of steps: target (in place of a
+            ratio), teacher, share, align, verify, ...
 
     Attributes:
         compression: of the last training that began, or None.
 
     Raises:
-        SettingError: the ratio is out of its range.
+        SettingError: the ratio or the target is out of its range.
     """
 
-    def __init__(self, ratio: float, **settings: Any) -> None:
-        self.ratio, self.settings = check_ratio(ratio), settings
+    def __init__(self, ratio: float | None = None, **settings: Any) -> None:
+        self.ratio, self.settings = Goal(ratio, settings.get("target")).ratio, settings
         self.compression: Compression | None = None
         self._fitting: RemovableHandle | None = None
         self._dense: nn.Module | None = None

@@ -24,16 +24,17 @@ class LightningCallback(Compressing, Callback):
     reached by then; one that fails leaves a model without masks.
 
     Args:
-        ratio: share of the prunable parameters to remove, in (0, 1); 0.5 is 2x.
+        ratio: share of the prunable parameters to remove, in (0, 1).
         module: name of the attribute of the LightningModule that is compressed. If not given, the whole module; or,
             where that has no forward of its own and holds one model, this model, which is what is called.
-        settings: any other argument of `upop.Compression` but the model and the number of steps.
+        settings: any other argument of `upop.Compression` but the model and the number of steps; target (what is left
+            of the whole model) may take the place of the ratio.
 
     Raises:
         SettingError: the ratio is out of its range; at the start of the fit, a setting that makes no sense.
     """
 
-    def __init__(self, ratio: float, *, module: str | None = None, **settings: Any) -> None:
+    def __init__(self, ratio: float | None = None, *, module: str | None = None, **settings: Any) -> None:
         super().__init__(ratio, **settings)
         self._module = module
         self._resumed: dict[str, Any] | None = None

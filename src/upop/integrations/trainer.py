@@ -31,14 +31,15 @@ class TrainerCallback(Compressing, transformers.TrainerCallback):
     leaves what was reached by then. Scores are of gradients as the optimizer gets them, clipped ones included.
 
     Args:
-        ratio: share of the prunable parameters to remove, in (0, 1); 0.5 is 2x.
-        settings: any other argument of `upop.Compression` but the model and the number of steps.
+        ratio: share of the prunable parameters to remove, in (0, 1).
+        settings: any other argument of `upop.Compression` but the model and the number of steps; target (what is left
+            of the whole model) may take the place of the ratio.
 
     Raises:
         SettingError: the ratio is out of its range; at the start of the training, a setting that makes no sense.
     """
 
-    def __init__(self, ratio: float, **settings: Any) -> None:
+    def __init__(self, ratio: float | None = None, **settings: Any) -> None:
         super().__init__(ratio, **settings)
         self._adding: RemovableHandle | None = None
         self._parts = 1.0

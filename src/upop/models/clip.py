@@ -20,8 +20,8 @@ from upop.models.contrast import MomentumContrast
 from upop.models.sizes import ModelConfig, check_heads, check_patches, some_images, some_words
 
 
-class ClipConfig(ModelConfig):
-    """Sizes of a CLIP model before pruning. The defaults are those of ViT-L/14 at 336 pixels."""
+class ClipSizes(ModelConfig):
+    """Sizes of CLIP's towers before pruning. The defaults are those of ViT-L/14 at 336 pixels."""
 
     image_size: int = Field(336, gt=0, description="side of the square input pictures, in pixels")
     patch_size: int = Field(14, gt=0)
@@ -36,8 +36,6 @@ class ClipConfig(ModelConfig):
     vocab_size: int = Field(49408, gt=0, description="the last word ends a text, the one before it begins it")
     max_positions: int = Field(77, gt=0)
     embed_dim: int = Field(768, gt=0, description="of the features that are compared")
-    queue_size: int = Field(57600, gt=0, description="features of earlier batches that a batch is compared with")
-    momentum: float = Field(0.995, ge=0, lt=1, description="share of itself that a momentum copy keeps at a step")
 
     @model_validator(mode="after")
     def _heads(self) -> Self:
@@ -46,7 +44,14 @@ class ClipConfig(ModelConfig):
         return self
 
 
-def library_config(config: ClipConfig) -> Any:
+class ClipConfig(ClipSizes):
+    """Sizes of a CLIP model with momentum copies and queues."""
+
+    queue_size: int = Field(57600, gt=0, description="features of earlier batches that a batch is compared with")
+    momentum: float = Field(0.995, ge=0, lt=1, description="share of itself that a momentum copy keeps at a step")
+
+
+def library_config(config: ClipSizes) -> Any:
     """Return transformers' configuration of the two towers and their projections."""
     vision = {"image_size": config.image_size, "patch_size": config.patch_size}
     text = {

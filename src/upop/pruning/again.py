@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import random
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -121,8 +122,35 @@ def repeated(
     return bound.args, bound.kwargs
 
 
+class AsWritten:
+    """Has the modules of one model run as they were written, though `torch.compile` compiled them: all others stay.
+
+    Args:
+        model: in its wrappers, as far as they are known.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        changed: list[tuple[weakref.ref[nn.Module], str, Any]] = []
+        for module in list(model.modules()):
+            inner = module._modules.get("_orig_mod")
+            if inner is not None and "forward" in vars(module):  # a wrapper of torch.compile
+                changed.append((weakref.ref(module), "forward", vars(module)["forward"]))
+                vars(module)["forward"] = inner.__call__
+            if getattr(module, "_compiled_call_impl", None) is not None:  # of module.compile()
+                changed.append((weakref.ref(module), "_compiled_call_impl", vars(module)["_compiled_call_impl"]))
+                vars(module)["_compiled_call_impl"] = None
+        self.end = weakref.finalize(self, self._put_back, changed)
+
+    @staticmethod
+    def _put_back(changed: list[tuple[weakref.ref[nn.Module], str, Any]]) -> None:
+        for reference, name, value in changed:
+            module = reference()
+            if module is not None:
+                vars(module)[name] = value
+
+
 class _Uncompiled:
-    """Has what `torch.compile` made run as it was written while anyone looks: it would not see their hooks.
+    """Has everything that `torch.compile` made run as it was written while anyone looks: it would not see their hooks.
 
     Those who look may begin and end in any order, also within each other: a Pruner that is collected while a cut is
     verified must not leave what the verification found when it began.

@@ -27,7 +27,8 @@ def likeness(model: nn.Module) -> Hashable | None:
     """Return what two models have in common that differ in their weights alone; None where that cannot be said.
 
     It holds the classes of all modules, all that they keep beside their weights, and their tensors' shapes; a model
-    with hooks, or one that keeps things of unknown kinds, is like no other.
+    with hooks, or one that keeps things of unknown kinds, is like no other. In which precision all weights are does not
+    matter: units are proved in float64.
     """
     try:
         return tuple(_parts(model))
@@ -37,6 +38,8 @@ def likeness(model: nn.Module) -> Hashable | None:
 
 def _parts(model: nn.Module) -> Iterator[Hashable]:
     numbers: dict[int, int] = {}
+    parameters = [each for each in model.parameters() if each.is_floating_point()]
+    plain = parameters[0].dtype if len({each.dtype for each in parameters}) == 1 else None
 
     def number(thing: object) -> int:
         """What is shared within a model is shared in the other."""
@@ -50,15 +53,16 @@ def _parts(model: nn.Module) -> Iterator[Hashable]:
             if key not in _OWN and key != "training":
                 yield key, _plain(value)
         for key, parameter in module._parameters.items():
-            yield key, None if parameter is None else (number(parameter), *_shape(parameter))
+            yield key, None if parameter is None else (number(parameter), *_shape(parameter, plain))
         for key, buffer in module._buffers.items():
-            yield key, None if buffer is None else (number(buffer), *_shape(buffer), _content(buffer))
+            yield key, None if buffer is None else (number(buffer), *_shape(buffer, plain), _content(buffer))
 
 
-def _shape(tensor: Tensor) -> tuple[Hashable, ...]:
+def _shape(tensor: Tensor, plain: torch.dtype | None) -> tuple[Hashable, ...]:
+    """Return a tensor's shape, precision (None is that of all weights) and kind of device."""
     if type(tensor) not in (Tensor, nn.Parameter, nn.Buffer):
         raise _OtherError
-    return tuple(tensor.shape), tensor.dtype, tensor.device.type
+    return tuple(tensor.shape), None if tensor.dtype == plain else tensor.dtype, tensor.device.type
 
 
 def _content(buffer: Tensor) -> bytes | None:

@@ -13,13 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from upop.pruning import budget
 from upop.pruning.again import buffers_kept, random_numbers_kept
 from upop.pruning.align import Align, check_align
-from upop.pruning.choice import check_ratio, check_whole, chosen, refuse_frozen
+from upop.pruning.carried import record_cut, refuse_unrecordable
+from upop.pruning.choice import check_whole, chosen, refuse_frozen
 from upop.pruning.correction import Change, Choice
 from upop.pruning.costs import Cost, call, entry_costs, evaluating
 from upop.pruning.errors import SettingError, StepError
+from upop.pruning.goal import Goal
 from upop.pruning.masks import refuse_masked, unwrapped
 from upop.pruning.moments import PARTS, Moments, readers
 from upop.pruning.plan import Plan
@@ -30,7 +31,9 @@ from upop.pruning.shrink import Assignment, Exchange, cut_verified, refuse_share
 from upop.pruning.slips import check_loss, check_model, listed, refuse_inference_mode, scalar, tried
 from upop.pruning.stated import Stated
 from upop.pruning.surveys import find_units, units_to_search, waits_for_batch
+from upop.pruning.targets import Target
 from upop.pruning.told import warn_of_none
+from upop.pruning.uniform import Uniform, check_uniform, to_keep_alike
 from upop.pruning.units import Unit, tensor_of
 from upop.pruning.verify import tensors_of
 
@@ -40,8 +43,9 @@ Loss = Callable[[nn.Module, Any], Tensor]
 def calibrate(
     model: nn.Module,
     batches: Iterable[Any],
-    ratio: float,
+    ratio: float | None = None,
     *,
+    target: Target | None = None,
     loss: Loss | None = None,
     stages: int = 8,
     correct: bool = True,
@@ -54,8 +58,11 @@ def calibrate(
     example: Any = None,
     units: Sequence[Stated] = (),
     verify: Any = True,
+    uniform: Uniform | None = None,
 ) -> Plan:
     """Cut `model` with a few batches and no training; it is changed in place, and physically smaller afterwards.
+
+    It then carries the plan, as after `upop.shrink`.
 
     An entry matters as much as the loss of the batches would change without it, by its first-order term: the sum over
     the batches of the absolute gradient of the loss to its mask. Use this where there is no time or data to train, and
@@ -66,6 +73,8 @@ def calibrate(
         batches: 8 to 64 of them, of the kind that the model will see; they are kept in a list. Each is what `loss`
             takes, or without it a tensor, a tuple of arguments or a mapping of keyword arguments of the model.
         ratio: share of the prunable cost to remove, in (0, 1).
+        target: in place of a ratio, what is left of the whole model, as for `Pruner`; the forward pass of "macs" and
+            "cache" is that of `example`, or else of the first batch, where the model is called with it.
         loss: (model, batch) -> the mean loss of the batch, a scalar. By default the `loss` that the model's outputs
             carry (as transformers' do when they are given labels); or else an entry matters as much as the outputs
             would move without it, by the gradients of random projections of them.
@@ -85,24 +94,28 @@ def calibrate(
         units: what is known of units beside (`upop.UnitSpec`); see `Pruner`.
         verify: inputs on which the masked and the cut model are compared at every stage, as for `upop.shrink`. By
             default a few samples of the first batch. False cuts without proof.
+        uniform: "tower" has all layers of a tower keep equally many; see `Pruner`.
 
     Returns:
         What every unit kept, in the entries of the dense model.
 
     Raises:
-        SettingError: a setting is out of range, there is no batch, or the ratio cannot be reached.
+        SettingError: a setting is out of range, there is no batch, the ratio or the target cannot be reached, or the
+            model is quantized.
         LayoutError: the model has no unit, or a unit's weights are frozen, shared, masked or sharded.
         StepError: the loss has no gradient, or one that is not finite.
         VerificationError: the outputs differ, or the cut model cannot be run. In every case the model is as it was.
     """
     check_model(model, "calibrate()")
     refuse_inference_mode("calibrate()")
-    ratio, align = check_ratio(ratio), check_align(align)
+    goal, align = Goal(ratio, target), check_align(align)
     model = unwrapped(model)
     refuse_sharded(model, "calibrate()")
+    refuse_unrecordable(model)
     batches = listed(batches)
     check_loss(loss, batches)
     check_whole("stages", stages)
+    check_uniform(uniform)
     if ridge is not None and not ridge > 0:
         raise SettingError(
             f"ridge must be above 0, or the weights are not determined; found {ridge!r}. Without it, it is chosen."
@@ -113,13 +126,12 @@ def calibrate(
         found = read_first(kept_call.inputs(model), lambda inputs: units_to_search(model, inputs, units))
     else:
         found = units_to_search(model, example, units)
-    dense = chosen(found, include, exclude)
+    dense, towers = to_keep_alike(model, chosen(found, include, exclude), uniform, found)
     refuse_frozen(model, dense)
     refuse_masked(model, dense)
     refuse_shared(model, dense)
     costs = entry_costs(model, dense, cost, example)
-    budget.check_reachable(dense, costs, ratio, align)
-    whole = sum(costs[unit.name] * unit.size for unit in dense)
+    goal.begin(model, dense, costs, align, batches[0] if example is None and loss is None else example, towers)
     names = {unit.name for unit in dense}
     kept = {unit.name: torch.arange(unit.size) for unit in dense}
     undo: list[Assignment] = []
@@ -127,11 +139,9 @@ def calibrate(
     try:
         for stage in range(1, stages + 1):
             stand = [unit for unit in find_units(model) if unit.name in names]
-            left = sum(costs[unit.name] * unit.size for unit in stand)
-            share = max(0.0, 1 - whole * (1 - ratio * stage / stages) / left)
             scores, inputs = _observe(model, stand, batches, loss or _own_loss, scorer, correct)
             # What the loss would lose is comparable as it is; standardised, what ranks first depends on the tails.
-            marked = budget.select(stand, scores, costs, share, align, standardised=False).marked
+            marked = goal.select(stand, scores, costs, stage / stages, align, standardised=False).marked
             plan = Plan.of(stand, {name: (~gone).nonzero().flatten().tolist() for name, gone in marked.items()})
             for unit in stand:
                 if unit.name in inputs and marked[unit.name].any():
@@ -146,16 +156,19 @@ def calibrate(
         raise
     warn_of_none([choice.ridge is not None for choice in choices], "Give more batches.", stacklevel=3)
     described = cost if isinstance(cost, str) else "given"
-    return Plan.of(
+    plan = Plan.of(
         dense,
         {name: entries.tolist() for name, entries in kept.items()},
         method="calibrate",
-        ratio=ratio,
+        **goal.told({name: len(entries) for name, entries in kept.items()}),
         stages=stages,
         correct=correct,
         cost=described,
         align=align,
+        **({"uniform": uniform} if uniform else {}),
     )
+    record_cut(model, plan)
+    return plan
 
 
 def _first_call(model: nn.Module, batch: Any, loss: Loss | None) -> Kept:

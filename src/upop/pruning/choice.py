@@ -57,12 +57,17 @@ def refuse_frozen(model: nn.Module, units: list[Unit]) -> None:
         )
 
 
-def check_whole(name: str, value: object) -> None:
-    """Raise a `SettingError` unless a setting is a whole number of at least 1."""
+def check_whole(name: str, value: object) -> int:
+    """Return a setting, if it is a whole number of at least 1.
+
+    Raises:
+        SettingError: it is something else.
+    """
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         whole = isinstance(value, float) and value.is_integer() and value >= 1
         more = f": write {int(value)}" if whole else ""  # type: ignore[call-overload]
         raise SettingError(f"{name} must be a whole number of at least 1; found {value!r}{more}.")
+    return value
 
 
 def check_ratio(value: object) -> float:

@@ -6,17 +6,19 @@ import fnmatch
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from upop.pruning.errors import SettingError, nearest
 from upop.pruning.sharded import reshard
 from upop.pruning.units import Unit, tensor_of
 
 Cost = str | Mapping[str, float] | Callable[[Unit], float]
+
+if TYPE_CHECKING:
+    from torch.utils.flop_counter import FlopCounterMode
 
 COSTS = ("params", "flops", "reference")
 # The published implementation's cost of an attention entry, where an MLP entry costs 1.
@@ -137,13 +139,24 @@ def _counted(model: nn.Module, inputs: Any, read: Callable[[FlopCounterMode], di
         # torch's counter asks every input of a module for its history, and a view of a weight that is trained has none.
         for parameter in trained:
             parameter.requires_grad_(False)
-        with evaluating(model), FlopCounterMode(display=False) as counter:
+        with evaluating(model), _counter() as counter:
             call(model, inputs)
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
         for parameter in trained:
             parameter.requires_grad_(True)
     return read(counter)
+
+
+def _counter() -> FlopCounterMode:
+    """Return torch's counter, which also counts attention on CPUs: before torch 2.15 it has no formula for that."""
+    from torch.utils import flop_counter  # it imports Triton
+
+    attention = torch.ops.aten._scaled_dot_product_flash_attention
+    on_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    known = flop_counter.flop_registry
+    more = {} if on_cpu in known else {on_cpu: known[attention]}
+    return flop_counter.FlopCounterMode(display=False, custom_mapping=more)
 
 
 def count_parameters(model: nn.Module) -> int:

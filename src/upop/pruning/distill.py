@@ -14,9 +14,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 
 from upop.pruning.again import autocast, precision_now, random_numbers_kept, repeated
 from upop.pruning.errors import LayoutError, SettingError, StepError, some_of
+from upop.pruning.known import know_as
 from upop.pruning.masks import unwrapped
 from upop.pruning.slips import check_model
 from upop.pruning.surveys import find_units
@@ -91,6 +93,7 @@ class Distillation:
             raise SettingError(f"temperature must be above 0; found {temperature!r}.")
         self._model, self.teacher = unwrapped(model), unwrapped(teacher)
         _refuse_shared_weights(self._model, self.teacher)
+        know_as(self.teacher, self._model)
         self._features, self._logits, self._temperature = features, logits, temperature
         self.norms: tuple[str, ...] = tuple(_residual_norms(self.teacher))
         _refuse_other_architecture(self._model, self.teacher, self.norms)
@@ -147,7 +150,8 @@ class Distillation:
         self._forget()
 
     # Where the model is compiled, what `_see` does is traced with it, and the rest stays outside.
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    # torch.compiler.disable would import the compiler, which takes seconds, as soon as this class is made.
+    @_disable_dynamo
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         del args, kwargs
         if module is self._model:
@@ -162,7 +166,7 @@ class Distillation:
         self._seen.setdefault(name, []).append(output if output.requires_grad else None)
         self._precision = precision_now(output.device.type) or self._precision
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @_disable_dynamo
     def _teach(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Run the teacher on what the model was given, and keep the loss of this pass."""
         if module is not self._model or not self._running:

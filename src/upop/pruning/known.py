@@ -79,6 +79,11 @@ def remember(model: nn.Module, found: Survey) -> None:
     _known[model] = [(replace(found, source=None), example), *_known.get(model, [])][:_MOST]
 
 
+def forget(model: nn.Module) -> None:
+    """Have `survey` read a model again."""
+    _known.pop(model, None)
+
+
 def is_known(model: nn.Module) -> bool:
     """Whether anything was found of a model, at whatever sizes."""
     return model in _known

@@ -7,18 +7,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from upop.pruning import budget
 from upop.pruning.align import Align, check_align
-from upop.pruning.choice import check_ratio
 from upop.pruning.costs import Cost, entry_costs
+from upop.pruning.goal import Goal
 from upop.pruning.plan import Plan
 from upop.pruning.sharded import refuse_sharded
 from upop.pruning.surveys import units_to_search
+from upop.pruning.targets import Target
+from upop.pruning.uniform import Uniform, check_uniform, to_keep_alike
 from upop.pruning.units import Unit, tensor_of
 
 
 def plan_by_magnitude(
-    model: nn.Module, ratio: float, *, cost: Cost = "params", align: Align = 1, example: Any = None
+    model: nn.Module,
+    ratio: float | None = None,
+    *,
+    target: Target | None = None,
+    cost: Cost = "params",
+    align: Align = 1,
+    example: Any = None,
+    uniform: Uniform | None = None,
 ) -> Plan:
     """Return the plan that removes the entries with the smallest L2 norm of all weights they own.
 
@@ -26,19 +34,22 @@ def plan_by_magnitude(
     differ in the scores alone. Arguments are those of `Pruner`.
 
     Raises:
-        SettingError: a setting is out of range, or the ratio cannot be reached.
+        SettingError: a setting is out of range, or the ratio or the target cannot be reached.
         LayoutError: the model has no unit, or its weights are sharded over processes.
     """
-    ratio, align = check_ratio(ratio), check_align(align)
+    goal, align = Goal(ratio, target), check_align(align)
     refuse_sharded(model, "plan_by_magnitude()")
-    units = units_to_search(model, example)
+    check_uniform(uniform)
+    units, towers = to_keep_alike(model, units_to_search(model, example), uniform)
     costs = entry_costs(model, units, cost, example)
-    budget.check_reachable(units, costs, ratio, align)
+    goal.begin(model, units, costs, align, example, towers)
     scores = {unit.name: -_norms(model, unit) for unit in units}
-    marked = budget.select(units, scores, costs, ratio, align).marked
+    marked = goal.select(units, scores, costs, 1.0, align).marked
     kept = {name: (~gone).nonzero().flatten().tolist() for name, gone in marked.items()}
     described = cost if isinstance(cost, str) else "given"
-    return Plan.of(units, kept, method="magnitude", ratio=ratio, cost=described, align=align)
+    told = goal.told({name: len(entries) for name, entries in kept.items()})
+    told |= {"uniform": uniform} if uniform else {}
+    return Plan.of(units, kept, method="magnitude", **told, cost=described, align=align)
 
 
 @torch.no_grad()

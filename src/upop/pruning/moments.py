@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.hooks import RemovableHandle
 
 from upop.pruning.again import (
+    AsWritten,
     autocast,
     buffers_kept,
     is_transformed,
@@ -70,7 +71,11 @@ class Moments:
         self._again = again
         self._hooks: dict[str, RemovableHandle] = {}
         self._root: list[RemovableHandle] = []
+        self._unhook: Callable[[], Any] = lambda: None
+        self._as_written: AsWritten | None = None
         self._leave: Callable[[], Any] = lambda: None
+        self._touched = False  # whether any hook was called since the last step
+        self._passed_by = False  # whether code that was compiled elsewhere ran the model without its hooks
         self._passes: list[_Pass] = []
         self._running = self._clean = self._sizing = False
         self._agreed = False  # whether the processes know how large outputs are
@@ -78,10 +83,16 @@ class Moments:
         self._unhooked: dict[str, list[int]] = {}  # calls that a checkpoint made without gradients
         self._counts: dict[str, int] = {}  # by unit, calls of a second pass so far
 
-    def watch(self, model: nn.Module, units: Iterable[Unit]) -> None:
+    def watch(self, model: nn.Module, units: Iterable[Unit], wrapper: nn.Module | None = None) -> None:
         """Look at forward passes from now on, at what the readers of `units` are given, and at nothing else.
 
-        As long as anything is looked at, compiled code runs as it was written.
+        As long as anything is looked at, the model runs as it was written where it, or a part of it, was compiled.
+        Other compiled code does so only once it was found to run the model past its hooks.
+
+        Args:
+            model: the model.
+            units: whose readers are looked at.
+            wrapper: what is called in place of the model, if anything is.
         """
         wanted = {unit.name: layers[0] for unit in units if (layers := readers(model, unit))}
         if set(wanted) == set(self._hooks):
@@ -94,8 +105,15 @@ class Moments:
                     model.register_forward_pre_hook(_Begin(self), with_kwargs=True),
                     model.register_forward_hook(_End(self)),
                 ]
-            uncompiled.enter()
-            self._leave = weakref.finalize(self, uncompiled.leave)
+            self._unhook = weakref.finalize(self, _remove, [*self._hooks.values(), *self._root])
+            self._as_written = AsWritten(model if wrapper is None else wrapper)
+            self._touched = False
+            if self._passed_by:
+                self._look_into_all()
+
+    def _look_into_all(self) -> None:
+        uncompiled.enter()
+        self._leave = weakref.finalize(self, uncompiled.leave)
 
     @property
     def looks(self) -> bool:
@@ -104,11 +122,13 @@ class Moments:
 
     def release(self) -> None:
         """Look no longer; no trace is left on the model."""
-        for hook in (*self._hooks.values(), *self._root):
-            hook.remove()
+        self._unhook()
         self._hooks.clear()
         self._root.clear()
         self.forget()
+        if self._as_written is not None:
+            self._as_written.end()
+            self._as_written = None
         self._leave()
 
     def resume(self, values: Mapping[str, Tensor], sizes: Mapping[str, Tensor]) -> None:
@@ -122,7 +142,7 @@ class Moments:
         self._passes.clear()
         self._calls.clear()
         self._unhooked.clear()
-        self._running = False
+        self._running = self._touched = False
 
     @torch.no_grad()
     def look_again(self, model: nn.Module) -> None:
@@ -131,6 +151,9 @@ class Moments:
         Raises:
             StepError: the model does not take in evaluation mode what it took in training.
         """
+        if self._hooks and not self._touched and not self._passed_by:  # by a wrapper, or a function, unknown to us
+            self._passed_by = True
+            self._look_into_all()
         passes = self._passes.copy()
         self._sizing = bool(passes) and not self._agreed
         device = next(model.parameters()).device
@@ -231,6 +254,7 @@ class Moments:
 
     def see(self, name: str, inputs: Tensor, output: Tensor) -> None:
         """See one call of a reader."""
+        self._touched = True
         if self._clean:
             number = self._counts.get(name, 0)
             self._counts[name] = number + 1
@@ -286,11 +310,20 @@ class _Pass:
     precision: tuple[str, torch.dtype] | None
 
 
+def _remove(hooks: list[RemovableHandle]) -> None:
+    for hook in hooks:
+        hook.remove()
+
+
 class _Hook:
-    """A hook that tells its `Moments`; copied or pickled with a model it does nothing any more."""
+    """A hook that tells its `Moments` as long as anyone holds them; a copy, or a pickled one, does nothing any more."""
 
     def __init__(self, moments: Moments | None = None, name: str = "") -> None:
-        self._moments, self._name = moments, name
+        self._moments, self._name = None if moments is None else weakref.ref(moments), name
+
+    def _told(self) -> Moments | None:
+        """Return who is to be told; code that is being compiled tells nobody."""
+        return None if self._moments is None or torch.compiler.is_compiling() else self._moments()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         return type(self)()
@@ -304,8 +337,9 @@ class _Look(_Hook):
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         del module
-        if self._moments is not None:
-            self._moments.see(self._name, args[0], output)
+        moments = self._told()
+        if moments is not None:
+            moments.see(self._name, args[0], output)
 
 
 class _Begin(_Hook):
@@ -313,8 +347,9 @@ class _Begin(_Hook):
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         del module
-        if self._moments is not None:
-            self._moments.begin(args, kwargs)
+        moments = self._told()
+        if moments is not None:
+            moments.begin(args, kwargs)
 
 
 class _End(_Hook):
@@ -322,8 +357,9 @@ class _End(_Hook):
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         del args, output
-        if self._moments is not None:
-            self._moments.end(module)
+        moments = self._told()
+        if moments is not None:
+            moments.end(module)
 
 
 class _Held(torch.autograd.Function):

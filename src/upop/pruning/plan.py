@@ -155,18 +155,3 @@ def _entry(value: Any) -> int:
     if isinstance(value, bool):
         raise TypeError("true and false are no numbers")
     return index(value)
-
-
-_PLAN = "upop_plan"
-
-
-def plan_of(model: nn.Module) -> Plan | None:
-    """Return what was cut from a model, in this process or by the one that saved it, if it is known."""
-    plan = getattr(model, _PLAN, None)
-    return plan if isinstance(plan, Plan) else None
-
-
-def set_plan(model: nn.Module, plan: Plan | None) -> None:
-    """Have a model carry the plan that it was cut by."""
-    if plan is not None:
-        setattr(model, _PLAN, plan)

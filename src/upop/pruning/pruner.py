@@ -11,10 +11,12 @@ from torch import Tensor, nn
 
 from upop.pruning import budget
 from upop.pruning.align import Align, check_align
-from upop.pruning.choice import check_ratio, check_whole
+from upop.pruning.carried import record_cut, refuse_unrecordable
+from upop.pruning.choice import check_whole
 from upop.pruning.correction import Choice, correct_readers
 from upop.pruning.costs import Cost
 from upop.pruning.errors import SettingError, StepError
+from upop.pruning.goal import Goal
 from upop.pruning.moments import PARTS
 from upop.pruning.plan import Plan
 from upop.pruning.scores import Score, agreed, scoring
@@ -23,7 +25,9 @@ from upop.pruning.sharded import refuse_sharded
 from upop.pruning.shrink import cut_verified
 from upop.pruning.slips import check_model
 from upop.pruning.stated import Stated
+from upop.pruning.targets import Target
 from upop.pruning.told import warn_of_early_end, warn_of_none, warn_of_skipped, warn_of_unscored
+from upop.pruning.uniform import Uniform, check_uniform
 from upop.pruning.units import Unit, tensor_of
 
 Progress = Literal["stages", "soft"]
@@ -46,6 +50,9 @@ class Pruner(Searched):
             sharded by `fully_shard`, before this or later.
         ratio: share of the units' total cost to remove, in (0, 1); 0.5 is the paper's 2x, 0.75 its 4x.
         steps: number of times that `step` will be called.
+        target: in place of a ratio, what is left of the whole model: {"params": 0.5}, {"params": "12M", "macs": "2x"},
+            "params=40MB@float16"; several hold all at once. "macs" are multiply-adds of a forward pass over `example`,
+            "cache" is the bytes of keys and values that a decoder keeps after it. Every stage goes as far towards it.
         interval: masks move at every `interval`-th step and at the last one; by default eight times in "stages", and
             at every 50th step (step 0 included) in a "soft" search.
         cost: what the budget counts: "params" (default), "flops", "reference" (the published weights, and the
@@ -69,6 +76,9 @@ class Pruner(Searched):
             own (`survey`). Without one, those of such a model are read when it is first called.
         units: what is known of units beside (`upop.UnitSpec`): proved like the others, before those that cut the same.
         update_first_step: False leaves the masks alone at step 0, as published for DeiT and Segmenter.
+        uniform: "tower" has all layers of a tower keep equally many heads (or key-value groups) and equally many
+            neurons, as far as the model's configuration has numbers for them; which ones differ by layer. What is
+            saved is then an ordinary model of its library, for which upop need not be installed.
 
     Raises:
         SettingError: a setting is out of range, names nothing, or asks for more than can go.
@@ -79,10 +89,11 @@ class Pruner(Searched):
     def __init__(
         self,
         model: nn.Module,
-        ratio: float,
-        steps: int,
+        ratio: float | None = None,
+        steps: int | None = None,
         interval: int | None = None,
         *,
+        target: Target | None = None,
         cost: Cost = "params",
         align: Align = 1,
         score: str | Score | None = None,
@@ -93,19 +104,25 @@ class Pruner(Searched):
         example: Any = None,
         units: Sequence[Stated] = (),
         update_first_step: bool = True,
+        uniform: Uniform | None = None,
     ) -> None:
         check_model(model, "Pruner")
-        ratio = check_ratio(ratio)
+        goal = Goal(ratio, target)
         if progress not in (None, "stages", "soft"):
             raise SettingError(f'progress is "stages" or "soft"; found {progress!r}.')
         self.progress: Progress = progress or ("soft" if cost == "reference" or score == "signed" else "stages")
-        check_whole("steps", steps)
+        steps = check_whole("steps", steps)
         align = check_align(align)
         if interval is None:
             interval = _INTERVAL if self.progress == "soft" else -(-steps // _STAGES)
         check_whole("interval", interval)
+        if cost == "reference" and target is not None:
+            raise SettingError("cost='reference' is the budget of the published search, which takes a ratio.")
         if cost == "reference" and align != 1:
             raise SettingError(f"cost='reference' ranks single entries as published; found align={align}. Use align=1.")
+        check_uniform(uniform)
+        if cost == "reference" and uniform:
+            raise SettingError(f"cost='reference' ranks single entries as published; found uniform={uniform!r}.")
         self.steps, self.interval, self.update_first_step = steps, interval, update_first_step
         self.score = score or ("signed" if self.progress == "soft" else "absolute")
         self._scoring = scoring(self.score)
@@ -117,7 +134,7 @@ class Pruner(Searched):
         self._scored: set[str] = set()  # units that had a gradient at some step
         self._done = 0
         self.threshold: float | None = None
-        super().__init__(model, ratio, cost, align, (include, exclude), example, units, self._scoring)
+        super().__init__(model, goal, cost, align, (include, exclude), example, units, self._scoring, uniform)
 
     @property
     def steps_done(self) -> int:
@@ -132,6 +149,8 @@ class Pruner(Searched):
     @property
     def current_ratio(self) -> float:
         """The share of the cost that is being masked after the last step taken (p_t of a soft search); 0 at first."""
+        if self.ratio is None:
+            return 1 - self.kept_share() if self.is_read else 0.0
         if self.progress == "soft":
             return budget.progress(self._done - 1, self.steps, self.ratio) if self._done else 0.0
         masked = self.steps if self.finished else self._done - self._done % self.interval
@@ -202,18 +221,22 @@ class Pruner(Searched):
         return Plan.of(
             self.units,
             kept,
-            ratio=self.ratio,
+            **self._goal.told({name: len(entries) for name, entries in kept.items()}),
             steps=self.steps,
             interval=self.interval,
             cost=self.cost if isinstance(self.cost, str) else "given",
             align=self.align,
             score=self.score if isinstance(self.score, str) else "given",
             progress=self.progress,
+            **({"uniform": self.uniform} if self.uniform else {}),
             **({} if self.finished else {"steps_done": self._done}),
         )
 
     def shrink(self, verify: Any = True) -> nn.Module:
         """Take the masks off and cut the model for real; the same model comes back, physically smaller.
+
+        The model then carries the plan, which `upop.save` writes; a transformers model also carries it in its
+        configuration, so that its own `save_pretrained` and `push_to_hub` work.
 
         Args:
             verify: inputs on which the masked and the shrunken model are compared (a tensor, a tuple of arguments,
@@ -222,16 +245,19 @@ class Pruner(Searched):
 
         Raises:
             StepError: a soft search has not finished.
+            SettingError: the model is quantized.
             LayoutError: the model's weights are sharded over processes: cut a copy that `upop.gather` makes.
             VerificationError: the outputs differ, the cut model cannot be run, or there is nothing to verify on; the
                 model is left masked, as it was.
         """
         plan = self.plan()
         refuse_sharded(self.model, "shrink()")
+        refuse_unrecordable(self.model)
         if not self._attached:
             raise StepError("The masks were taken off already; a plan can still be applied with upop.shrink.")
         if not self.finished:
-            warn_of_early_end(self._done, self.steps, self.current_ratio, self.ratio)
+            asked = str(self._goal) if self.ratio is None else f"{self.ratio:.0%}"
+            warn_of_early_end(self._done, self.steps, self.current_ratio, asked)
         self._detach()
         try:
             cut_verified(self.model, self.units, plan, verify, self._inputs())
@@ -239,6 +265,7 @@ class Pruner(Searched):
             self._attach()
             raise
         self._first.forget()
+        record_cut(self.model, plan)
         return self.model
 
     def state_dict(self) -> dict[str, Any]:
@@ -259,7 +286,7 @@ class Pruner(Searched):
 
     def _settings(self) -> dict[str, Any]:
         return {
-            "ratio": self.ratio,
+            **self._goal.settings(),
             "steps": self.steps,
             "interval": self.interval,
             "align": self.align,
@@ -267,6 +294,7 @@ class Pruner(Searched):
             "score": self.score if isinstance(self.score, str) else "given",
             "progress": self.progress,
             "correct": self._correct,
+            **({"uniform": self.uniform} if self.uniform else {}),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -331,14 +359,15 @@ class Pruner(Searched):
     def _look(self) -> None:
         """Look at what the readers are given in the last steps of a stage, and at no other time."""
         soon = any(self._due(step) for step in range(self._done, min(self._done + _LOOKS, self.steps)))
-        self._moments.watch(self.model, self.units if soon and self._attached and self._correct else [])
+        watched = self.units if soon and self._attached and self._correct else []
+        self._moments.watch(self.model, watched, self._wrapper())
 
     def _end_stage(self, step: int) -> None:
         """Mask what has the highest scores for good, and have the layers that read it make up for it."""
         live = {name: mask == 1 for name, mask in self._masks.values.items()}
         scores = {name: score.cpu().masked_fill(~live[name], math.inf) for name, score in self._scores.items()}
-        share = self.ratio * (step + 1) / self.steps
-        selection = budget.select(self.units, scores, self.costs, share, self.align, standardised=False)
+        part = (step + 1) / self.steps
+        selection = self._goal.select(self.units, scores, self.costs, part, self.align, standardised=False)
         if self._correct:
             self._choices.append(correct_readers(self._moments, self.model, self.units, live, selection.marked))
             if step == self.steps - 1 >= _STAGES - 1:  # fewer are a trial
@@ -350,13 +379,14 @@ class Pruner(Searched):
 
     def _update(self, step: int) -> None:
         """Rank by all scores so far, and set the masks to what the published schedule has them at."""
-        share = budget.progress(step, self.steps, self.ratio)
+        whole = self.ratio or 1.0
+        share = budget.progress(step, self.steps, whole)
         if self.cost == "reference":
             selection = budget.select_as_published(self.units, self._scores, self.costs, share)
         else:
-            selection = budget.select(self.units, self._scores, self.costs, share, self.align)
+            selection = self._goal.select(self.units, self._scores, self.costs, share / whole, self.align)
         # Rounded to float32 whatever the model's precision, as the published masks are.
-        value = torch.tensor(1 - share / self.ratio, dtype=torch.float32)
+        value = torch.tensor(1 - share / whole, dtype=torch.float32)
         self._masks.set({name: torch.where(gone, value, 1.0) for name, gone in selection.marked.items()})
         self.threshold = selection.threshold
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -9,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from upop.pruning import budget
 from upop.pruning.align import Align
 from upop.pruning.choice import chosen, refuse_frozen
 from upop.pruning.costs import Arguments, Cost, entry_costs
 from upop.pruning.errors import LayoutError, StepError
+from upop.pruning.goal import Goal
 from upop.pruning.known import know_as
 from upop.pruning.masks import Masks, unwrapped
 from upop.pruning.moments import Moments
@@ -25,6 +26,7 @@ from upop.pruning.shrink import refuse_shared
 from upop.pruning.stated import Stated
 from upop.pruning.surveys import units_to_search, waits_for_batch
 from upop.pruning.told import warn_of_uncovered
+from upop.pruning.uniform import Uniform, to_keep_alike
 from upop.pruning.units import Kind, Unit, tensor_of
 
 Patterns = str | Sequence[str] | None
@@ -38,29 +40,31 @@ class Searched(ABC):
 
     Args:
         model: changed in place.
-        ratio: share of the units' total cost to remove.
+        goal: what is asked for.
         cost: what an entry costs.
         align: kept sizes are multiples of this.
         patterns: what to include and what to exclude.
         example: inputs for one forward pass; None waits for some where that is needed.
         stated: what is known of units beside.
         scoring: how rows are scored.
+        uniform: whether the layers of a tower keep equally many entries.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        ratio: float,
+        goal: Goal,
         cost: Cost,
         align: Align,
         patterns: tuple[Patterns, Patterns],
         example: Any,
         stated: Sequence[Stated],
         scoring: Scoring,
+        uniform: Uniform | None = None,
     ) -> None:
-        self.model = unwrapped(model)
+        self.model, self._wrapper = unwrapped(model), weakref.ref(model)
         refuse_flattened(self.model)
-        self.ratio, self.cost, self.align = ratio, cost, align
+        self.cost, self.align, self._goal, self.uniform = cost, align, goal, uniform
         self._patterns, self._example, self._stated = patterns, example, stated
         self._rows = RowScores(scoring.rows)
         self._moments = Moments(again=True)
@@ -91,12 +95,12 @@ class Searched(ABC):
 
     def _begin(self, units: list[Unit]) -> None:
         """Put masks on the units that were asked for."""
-        units = chosen(units, *self._patterns)
+        units, self._towers = to_keep_alike(self.model, chosen(units, *self._patterns), self.uniform, units)
         warn_of_uncovered(self.model)
         refuse_frozen(self.model, units)
         refuse_shared(self.model, units)
         self._costs = entry_costs(self.model, units, self.cost, self._example)
-        budget.check_reachable(units, self._costs, self.ratio, self.align)
+        self._goal.begin(self.model, units, self._costs, self.align, self._example, self._towers)
         self._masks = Masks(self.model, units)
         self._units = units
         self._watch()
@@ -120,6 +124,11 @@ class Searched(ABC):
         """
         self._refuse_unread()
         return self._units or []
+
+    @property
+    def ratio(self) -> float | None:
+        """The share of the cost that is to go; None where a target was given."""
+        return self._goal.ratio
 
     @property
     def is_read(self) -> bool:
@@ -181,7 +190,7 @@ class Searched(ABC):
         Raises:
             LayoutError: it has other units, or another Pruner holds it; the search goes on with the old copy.
         """
-        model = unwrapped(model)
+        wrapper, model = weakref.ref(model), unwrapped(model)
         refuse_flattened(model)
         if any(misfit(model, unit) for unit in self.units):
             raise LayoutError(
@@ -190,7 +199,7 @@ class Searched(ABC):
         masks = None if model is self.model else Masks(model, self.units)  # refused before the old one is let go
         know_as(model, self.model)
         self._detach()
-        self.model = model
+        self.model, self._wrapper = model, wrapper
         self._attach(masks)
 
     def remove(self) -> None:

@@ -46,17 +46,21 @@ class Kept:
 
     def inputs(self, model: nn.Module) -> Iterator[Any]:
         """Yield what the model may be called with, on its device and in its precision, the smallest first."""
-        device = _device_of(model)
-        dtypes = {each.dtype for each in model.parameters() if each.is_floating_point()}
-
-        def fit(value: Any) -> Any:
-            if not isinstance(value, Tensor):
-                return value
-            value = value.to(device) if value.device == self._home else value
-            return value.to(*dtypes) if value.is_floating_point() and len(dtypes) == 1 else value
-
         for each in self._held:
-            yield tree_map(fit, each)
+            yield fitted(each, model, self._home)
+
+
+def fitted(inputs: Any, model: nn.Module, home: torch.device | None = None) -> Any:
+    """Return inputs in the precision of a model's weights, if these have one; what is at `home` goes to its device."""
+    dtypes = {each.dtype for each in model.parameters() if each.is_floating_point()}
+
+    def fit(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        value = value.to(_device_of(model)) if value.device == home else value
+        return value.to(*dtypes) if value.is_floating_point() and len(dtypes) == 1 else value
+
+    return tree_map(fit, inputs)
 
 
 def _device_of(model: nn.Module) -> torch.device:

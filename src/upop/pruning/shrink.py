@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from upop.pruning.again import snapshot
+from upop.pruning.carried import record_cut, refuse_unrecordable
 from upop.pruning.errors import LayoutError, VerificationError
 from upop.pruning.known import Survey, is_known, remember, remember_cut
 from upop.pruning.masks import Masks, refuse_masked, unmask, unwrapped
@@ -20,6 +21,7 @@ from upop.pruning.plan import Plan
 from upop.pruning.seen import examples_of
 from upop.pruning.sharded import refuse_sharded
 from upop.pruning.slicing import slicing
+from upop.pruning.slips import check_model
 from upop.pruning.units import Unit, has_number, number_of, owner_of, set_number, tensor_of
 from upop.pruning.verify import Outputs, compare, outputs_of, rounding_of
 
@@ -78,7 +80,8 @@ def shrink(model: nn.Module, plan: Plan | Mapping[str, Any], *, verify: Any = Tr
 
     The shrunken model computes what the model computes with the other entries masked to zero, which is verified.
     Attention in every library divides by the square root of its current head_dim, so the queries are multiplied by
-    sqrt(kept / original) where head dimensions go.
+    sqrt(kept / original) where head dimensions go. The model then carries the plan, which `upop.save` writes; a
+    transformers model also carries it in its configuration, so that its own `save_pretrained` and `push_to_hub` work.
 
     Args:
         model: the dense model, without masks.
@@ -91,16 +94,27 @@ def shrink(model: nn.Module, plan: Plan | Mapping[str, Any], *, verify: Any = Tr
 
     Raises:
         PlanError: the plan does not fit the model.
+        SettingError: the model is quantized.
         LayoutError: a tensor to be cut is shared with a part of the model that is not, or sharded over processes.
         VerificationError: the outputs differ, the cut model cannot be run, or there is nothing to verify on. In every
             case the model is left as it was.
     """
-    whole, model = model, unwrapped(model)
-    refuse_sharded(model, "shrink()")
+    check_model(model, "shrink()")
+    whole = unwrapped(model)
+    refuse_sharded(whole, "shrink()")
+    refuse_unrecordable(whole)
     if not isinstance(plan, Plan):
         from upop.pruning.surveys import find_units
 
-        plan = Plan.of(find_units(model), plan)
+        plan = Plan.of(find_units(whole), plan)
+    apply_plan(whole, plan, verify=verify, fold=fold)
+    record_cut(whole, plan)
+    return model
+
+
+def apply_plan(model: nn.Module, plan: Plan, *, verify: Any = True, fold: bool = True) -> None:
+    """Cut as `shrink` does, but a model that is no wrapper, which then carries nothing of it."""
+    refuse_sharded(model, "shrink()")
     units = plan.check(model)
     refuse_masked(unmask(model), units)
     if any(tensor_of(model, part.tensor).is_meta for unit in units for part in unit.slices):
@@ -121,7 +135,6 @@ def shrink(model: nn.Module, plan: Plan | Mapping[str, Any], *, verify: Any = Tr
     if unknown:  # a copy of a model that was read is not looked at again
         remember(model, Survey(tuple(unknown), ()))
         remember_cut(model, units, plan)
-    return whole
 
 
 def cut_verified(

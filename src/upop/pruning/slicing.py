@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from upop.pruning.units import Unit, tensor_of
 
@@ -40,6 +41,8 @@ class Slicing:
                 gradient, -2 for what grows with its square, 0 for what depends on neither.
         """
         new = tensor.detach()
+        if new.is_meta or isinstance(new, FakeTensor):
+            return new.new_empty(self.after)  # it has no numbers to choose from
         if degree:
             for dim, positions, factor in self.scaled:
                 rows = positions.to(new.device)

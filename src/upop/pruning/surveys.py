@@ -10,7 +10,7 @@ from torch import nn
 from upop.pruning.errors import LayoutError
 from upop.pruning.known import Survey, known_of_kind, remember, remember_kind, remembered
 from upop.pruning.masks import unwrapped
-from upop.pruning.seen import Kept, remember_inputs, was_made_up
+from upop.pruning.seen import Kept, fitted, remember_inputs, was_made_up
 from upop.pruning.stated import Stated
 from upop.pruning.units import Unit
 from upop.pruning.words import library_of
@@ -41,8 +41,8 @@ def survey(model: nn.Module, example: Any = None, units: Sequence[Stated] = ()) 
 
     Units are read off what the model computes: its forward runs once without numbers, every axis is followed through
     the tensor operations that really happen, whatever the Python around them, and every unit is proved on numbers.
-    What was found is remembered for this model, and for those that differ from it in their weights alone: they are not
-    read again without an example.
+    What was found is remembered for this model, and for those that differ from it in their weights and their precision
+    alone: they are not read again without an example.
 
     Args:
         model: left as it is, the random state too; wrappers of DDP and torch.compile are looked through.
@@ -73,6 +73,7 @@ def survey(model: nn.Module, example: Any = None, units: Sequence[Stated] = ()) 
         found = known_of_kind(model)
         if found is not None:
             _, example = found.source or (model, None)
+            found = found.of(model, fitted(example, model))
             _keep(model, found, example, made_up=True)
             return found
         if not any(parameter.dim() > 1 for parameter in model.parameters()):

@@ -21,11 +21,10 @@ def warn_of_skipped(skipped: int, steps: int) -> None:
     )
 
 
-def warn_of_early_end(done: int, steps: int, reached: float, ratio: float) -> None:
+def warn_of_early_end(done: int, steps: int, reached: float, asked: str) -> None:
     """Say that a search is cut before its last step."""
     warnings.warn(
-        f"The search is cut after {done} of {steps} steps: {reached:.0%} of the cost goes, and {ratio:.0%} was asked "
-        "for.",
+        f"The search is cut after {done} of {steps} steps: {reached:.0%} of the cost goes, and {asked} was asked for.",
         stacklevel=5,
     )
 

@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from upop.pruning import Plan, Skipped, Unit, shrink, survey
+from upop.pruning import Plan, Skipped, Unit, survey
 from upop.pruning.align import Align, check_align, entries_in_block
-from upop.pruning.choice import check_ratio
 from upop.pruning.costs import entry_costs, macs_by_module
 from upop.pruning.coverage import Coverage, coverage
+from upop.pruning.goal import Goal
+from upop.pruning.shrink import apply_plan
 from upop.pruning.units import tensor_of
 from upop.report.shares import Panel, UnitShare, panels
 
@@ -130,7 +131,7 @@ def _prunable(model: nn.Module, units: Sequence[Unit]) -> int:
     return count
 
 
-def after_budget(model: nn.Module, ratio: float, align: Align = 1) -> tuple[nn.Module, Plan]:
+def after_budget(model: nn.Module, goal: Goal, align: Align = 1, example: Any = None) -> tuple[nn.Module, Plan]:
     """Return a copy of a model in which every unit has lost the same share of its entries, and the plan of that.
 
     A search spends the same budget unevenly. How many parameters are left does not depend on that (but for rounding),
@@ -138,18 +139,26 @@ def after_budget(model: nn.Module, ratio: float, align: Align = 1) -> tuple[nn.M
 
     Args:
         model: the model; it is left alone.
-        ratio: share of the units' cost to remove, in (0, 1).
+        goal: the share of the units' cost to remove, or what is to be left of the whole model.
         align: kept channels are multiples of this, where units are that large.
+        example: inputs of the forward pass that a goal counts.
 
     Raises:
-        SettingError: the ratio or `align` is out of range.
+        SettingError: `align` is out of range, or the goal cannot be reached.
     """
-    ratio, align = check_ratio(ratio), check_align(align)
+    align = check_align(align)
     smaller = copy.deepcopy(model)
     units = list(survey(smaller).units)
+    ratio = goal.ratio
+    if ratio is None:
+        goal.begin(smaller, units, entry_costs(smaller, units, "params"), align, example)
+        ratio = goal.share(lambda share: {unit.name: _kept(unit, share, align) for unit in units})
     kept = {unit.name: range(_kept(unit, ratio, align)) for unit in units}
-    plan = Plan.of(units, kept, ratio=ratio, align=align)
-    return (shrink(smaller, plan, verify=False) if units else smaller), plan
+    told = goal.told({name: len(entries) for name, entries in kept.items()})
+    plan = Plan.of(units, kept, **told, align=align)
+    if units:
+        apply_plan(smaller, plan, verify=False)
+    return smaller, plan
 
 
 def _kept(unit: Unit, ratio: float, align: Align) -> int:

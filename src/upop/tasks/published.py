@@ -9,12 +9,12 @@ from typing import Any, ClassVar, TypeVar
 from torch import nn
 
 from upop.checkpoints import WEIGHTS, is_folder, load
+from upop.checkpoints.config_json import is_transformers_folder
 from upop.checkpoints.description import check_digests, read_description
 from upop.checkpoints.foreign import recognised
 from upop.checkpoints.inputs import said_by
 from upop.checkpoints.official import load_official, start_from
 from upop.checkpoints.resizing import resized
-from upop.checkpoints.transformers_models import is_transformers_folder
 from upop.errors import CheckpointError
 from upop.models import MODELS, kind_of
 from upop.settings import RunSettings

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from upop.data.clip_tokenizer import ClipCollator, ClipTokenizer, load_clip_tokenizer
 from upop.errors import SettingError
-from upop.models.clip import ClipConfig, ClipRetrieval
+from upop.models.clip import ClipConfig, ClipRetrieval, ClipSizes
 from upop.settings import RunSettings
 from upop.tasks.published import SIZES, PublishedTask
 from upop.tasks.recall import CUTS, RetrievalSettings, RetrievalTask
@@ -45,7 +45,7 @@ class ClipRetrievalTask(RetrievalTask[ClipRetrievalSettings], PublishedTask[Clip
 
     name: ClassVar[str] = "retrieval-clip"
     settings: ClassVar[type[RunSettings]] = ClipRetrievalSettings
-    config: ClassVar[type[ClipConfig]] = ClipConfig
+    config: ClassVar[type[ClipSizes]] = ClipConfig
 
     def sizes(self, settings: ClipRetrievalSettings) -> dict[str, Any]:
         """Return the sizes of the dense model that the settings decide, that of the queue among them."""
@@ -55,8 +55,8 @@ class ClipRetrievalTask(RetrievalTask[ClipRetrievalSettings], PublishedTask[Clip
         """Return the model with fresh weights; its vocabulary is the tokenizer's."""
         sizes = {"vocab_size": len(clip_tokenizer(settings.tokenizer)), **self.sizes(settings)}
         with told(SIZES):
-            config = ClipConfig(**sizes)
-        return self._prepared(ClipRetrieval(config), settings)
+            model = self._built(sizes)
+        return self._prepared(model, settings)
 
     def collate(self, settings: ClipRetrievalSettings) -> ClipCollator:
         """Return what stacks pictures and tokenizes captions."""
@@ -97,17 +97,26 @@ class ClipRetrievalTask(RetrievalTask[ClipRetrievalSettings], PublishedTask[Clip
         return {"images": images, "input_ids": words}
 
     def _prepared(self, model: nn.Module, settings: ClipRetrievalSettings) -> nn.Module:
-        assert isinstance(model, ClipRetrieval)
+        config = cast(ClipRetrieval, model).config
         words = len(clip_tokenizer(settings.tokenizer))
-        if words != model.config.vocab_size:
+        if words != config.vocab_size:
             # The model would look for the end of every text at the wrong word, and find it nowhere.
             raise SettingError(
-                f"The model has {model.config.vocab_size} words, and the tokenizer {settings.tokenizer!r} {words}. "
+                f"The model has {config.vocab_size} words, and the tokenizer {settings.tokenizer!r} {words}. "
                 "Set tokenizer to the one that the model was trained with."
             )
+        self._settle(model, settings)
+        return super()._prepared(model, settings)
+
+    def _built(self, sizes: dict[str, Any]) -> nn.Module:
+        """Return a model of these sizes with fresh weights."""
+        return ClipRetrieval(ClipConfig(**sizes))
+
+    def _settle(self, model: nn.Module, settings: ClipRetrievalSettings) -> None:
+        """Give a model what the settings say beside its sizes."""
+        assert isinstance(model, ClipRetrieval)
         if model.config.queue_size != settings.queue_size:
             model.remake_queues(settings.queue_size)
-        return super()._prepared(model, settings)
 
 
 @cache

@@ -9,7 +9,9 @@ from typing import Any
 from timm.utils.model_ema import ModelEmaV3
 from torch import nn
 
-from upop.pruning import Plan, Pruner, plan_by_magnitude, shrink
+import upop.checkpoints.speaking  # noqa: F401 - a search with uniform="tower" asks libraries
+from upop.pruning import Plan, Pruner, count_parameters, plan_by_magnitude, shrink
+from upop.pruning.goal import told_reached
 from upop.report.results import Results
 from upop.settings import RunSettings
 from upop.tasks.run import Run
@@ -87,7 +89,8 @@ def compress(task: Task[Any], settings: RunSettings) -> Results | None:
             keep = run.keep_best(loop, model, plan)
             loop.run(model, "retrain", planned.retrain, retraining, after_epoch=keep, average=average, teacher=teacher)
             model, metrics = run.best(model)
-        models = {"dense": (dense_model, loop.notes["dense"]), compressed_name(settings): (model, metrics)}
+        name = compressed_name(settings, dense_model, model)
+        models = {"dense": (dense_model, loop.notes["dense"]), name: (model, metrics)}
         return run.finish(models, plan)
 
 
@@ -103,21 +106,30 @@ def _find_plan(
     """Return what the method keeps of the model, which is cut, and so is its average."""
     settings, device = run.settings, run.accelerator.device
     pruner = _pruner(run.task, settings, model, planned.search_steps)
-    if "dense" not in loop.notes:
-        loop.notes["dense"] = run.evaluate(model)
-    run.say("dense  " + run.told(loop.notes["dense"]))
-    verified = run.task.inputs(to_device(first_records(run.loaders["train"], _VERIFIED_RECORDS), device))
-    if pruner is not None:
-        loop.run(model, "search", planned.search, schedule, pruner, average=average, teacher=teacher)
-        plan = pruner.plan()
-        run.folder.save_scores(pruner.scores)
-        pruner.shrink(verify=verified)
-    else:
-        example = run.task.example(model, 1)
-        plan = plan_by_magnitude(
-            model, settings.ratio, cost=settings.cost, align=align_for(device, settings), example=example
-        )
-        shrink(model, plan, verify=verified)
+    try:
+        if "dense" not in loop.notes:
+            loop.notes["dense"] = run.evaluate(model)
+        run.say("dense  " + run.told(loop.notes["dense"]))
+        verified = run.task.inputs(to_device(first_records(run.loaders["train"], _VERIFIED_RECORDS), device))
+        if pruner is not None:
+            loop.run(model, "search", planned.search, schedule, pruner, average=average, teacher=teacher)
+            plan = pruner.plan()
+            run.folder.save_scores(pruner.scores)
+            pruner.shrink(verify=verified)
+        else:
+            example = run.task.example(model, 1)
+            plan = plan_by_magnitude(
+                model,
+                **settings.budget,
+                cost=settings.cost,
+                align=align_for(device, settings),
+                example=example,
+                uniform=settings.uniform,
+            )
+            shrink(model, plan, verify=verified)
+    finally:  # a run that ends early leaves no hook on the model, and no code uncompiled
+        if pruner is not None:
+            pruner.remove()
     if average is not None:
         shrink(average.module, plan, verify=verified)
         if settings.method == "upop" and settings.correct:
@@ -126,7 +138,8 @@ def _find_plan(
     run.folder.save_model("last", model, plan)
     # After a search, its last evaluation has told how good this very function is.
     told = run.told_of(model) if pruner is None else ""
-    run.say(f"cut for real, and it computes what the masked model did{told}")
+    left = told_reached(plan.settings)
+    run.say(f"cut for real, and it computes what the masked model did: {left}{told}")
     return plan
 
 
@@ -142,30 +155,33 @@ def evaluate_checkpoint(task: Task[Any], settings: RunSettings) -> Results | Non
         return run.finish({Path(str(settings.pretrained)).name: (model, metrics)})
 
 
-def compressed_name(settings: RunSettings) -> str:
-    """Return what the tables call the compressed model: "UPop 2x", "reference 2x", "magnitude 4x"."""
-    method = {"upop": "UPop"}.get(settings.method, settings.method)
-    return f"{method} {1 / (1 - settings.ratio):.3g}x"
+def compressed_name(settings: RunSettings, dense: nn.Module, model: nn.Module) -> str:
+    """Return what the tables call the compressed model, by how many times fewer parameters the whole of it has."""
+    return f"{method_name(settings)} {count_parameters(dense) / count_parameters(model):.3g}x"
+
+
+def method_name(settings: RunSettings) -> str:
+    """Return what people call the method of a run: "UPop", "reference", "magnitude"."""
+    return {"upop": "UPop"}.get(settings.method, settings.method)
 
 
 def _pruner(task: Task[Any], settings: RunSettings, model: nn.Module, steps: int) -> Pruner | None:
     if settings.method == "magnitude":
         return None
     shared: dict[str, Any] = {
+        **settings.budget,
         "cost": settings.cost,
         "align": align_for(next(model.parameters()).device, settings),
         "example": task.example(model, 1),
+        "uniform": settings.uniform,
     }
     if settings.method == "upop":
-        return Pruner(
-            model, settings.ratio, steps, progress="stages", score=settings.score, correct=settings.correct, **shared
-        )
+        return Pruner(model, steps=steps, progress="stages", score=settings.score, correct=settings.correct, **shared)
     first = task.update_first_step
     return Pruner(
         model,
-        settings.ratio,
-        steps,
-        settings.interval,
+        steps=steps,
+        interval=settings.interval,
         progress="soft",
         score="signed",
         update_first_step=first,

@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from upop.checkpoints import save
-from upop.checkpoints.recording import set_preparation
+from upop.checkpoints.preparation import set_preparation
 from upop.checkpoints.write import write_weights
 from upop.errors import RunFolderError
 from upop.files import remove_folder, remove_parts, replacing_file, write_text

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -161,9 +161,6 @@ class Loop:
             wrapped, optimizer = self._accelerator.prepare(model, own)
         else:
             wrapped, optimizer = sharding.module, self._accelerator.prepare(own)
-        if teacher is not None:
-            taught = model if sharding is None else sharding.module
-            self._distillation = distill(taught, teacher, features=self._settings.teaching)
         if resumed is not None:
             load_whole_optimizer_state(own, resumed["optimizer"])
         else:
@@ -178,22 +175,33 @@ class Loop:
             with whole(torch.device("cpu")):
                 self._save(model, state, pruner, average)
 
-        if resumed is not None and place.batch in (0, len(self._train)):
-            self._restore_randomness()
-        while place.epoch < epochs:
-            self._train_epoch(wrapped, optimizer, f"{place.epoch + 1}/{epochs}", schedule, pruner, average, save)
-            with whole():
-                self._evaluate(model, f"{place.epoch + 1}/{epochs}", pruner, average, after_epoch)
-            place.epoch, place.batch = place.epoch + 1, 0
-            place.epochs += 1
-            save()
-        if self._distillation is not None:
-            self._distillation.remove()
-            self._distillation = None
+        with self._taught(model if sharding is None else sharding.module, teacher):
+            if resumed is not None and place.batch in (0, len(self._train)):
+                self._restore_randomness()
+            while place.epoch < epochs:
+                self._train_epoch(wrapped, optimizer, f"{place.epoch + 1}/{epochs}", schedule, pruner, average, save)
+                with whole():
+                    self._evaluate(model, f"{place.epoch + 1}/{epochs}", pruner, average, after_epoch)
+                place.epoch, place.batch = place.epoch + 1, 0
+                place.epochs += 1
+                save()
         if sharding is not None:
             sharding.finish()
         self._phases.append(phase)
         self._accelerator.free_memory()
+
+    @contextmanager
+    def _taught(self, model: nn.Module, teacher: nn.Module | None) -> Iterator[None]:
+        """Have the teacher's features in the loss; however the phase ends, no hook is left."""
+        if teacher is None:
+            yield
+            return
+        self._distillation = distill(model, teacher, features=self._settings.teaching)
+        try:
+            yield
+        finally:
+            self._distillation.remove()
+            self._distillation = None
 
     def _train_epoch(
         self,

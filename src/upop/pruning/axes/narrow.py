@@ -92,7 +92,10 @@ class _Widths(TorchFunctionMode):
         """Return the old and new length of a dimension that was cut."""
         rank = tensor.dim()
         found = self._parts.get((rank, dim % rank), {})
-        return next(((old, new) for old, new in found.items() if new == tensor.shape[dim]), None)
+        for old, new in found.items():  # not next(...), which torch.compile of torch 2.6 does not know
+            if new == tensor.shape[dim]:
+                return old, new
+        return None
 
     def _sizes(self, tensor: Tensor, sizes: Any, dim: int) -> Any:
         if not isinstance(sizes, int):

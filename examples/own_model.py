@@ -1,0 +1,50 @@
+"""A model written by hand: what can go, what stays and why, and what a cut leaves."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import upop
+
+
+class Block(nn.Module):
+    """Attention and a gated MLP, as one would write them."""
+
+    def __init__(self, hidden_size: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm = nn.RMSNorm(hidden_size)
+        self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
+        self.out = nn.Linear(hidden_size, hidden_size)
+        self.gate = nn.Linear(hidden_size, 2 * hidden_size)
+        self.up = nn.Linear(hidden_size, 2 * hidden_size)
+        self.down = nn.Linear(2 * hidden_size, hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return hidden states [batch, tokens, hidden] of the same shape."""
+        q, k, v = self.qkv(self.norm(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        x = x + self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(-2))
+        return x + self.down(F.silu(self.gate(x)) * self.up(x))
+
+
+def main() -> None:
+    """Look at the model, and cut it."""
+    torch.manual_seed(0)
+    model = nn.Sequential(Block(64, 4), Block(64, 4), nn.Linear(64, 10))
+    example = torch.randn(2, 16, 64)
+
+    found = upop.survey(model, example=example)
+    for unit in found.units:
+        print(f"{unit.name}: {unit.size} to choose from ({unit.kind})")
+    for skipped in found.skipped:
+        print(f"{skipped.name} stays: {skipped.reason}")
+
+    # Your own indices, here every other entry; `upop.Compression` and `upop.calibrate` choose them by importance.
+    plan = {unit.name: range(0, unit.size, 2) for unit in found.units}
+    before = upop.count_parameters(model)
+    upop.shrink(model, plan, verify=example)
+    print(f"{before:,} parameters before, {upop.count_parameters(model):,} now")
+
+
+if __name__ == "__main__":
+    main()

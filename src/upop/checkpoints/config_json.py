@@ -1,0 +1,31 @@
+"""`config.json` of transformers, read without it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from upop.errors import CheckpointError
+from upop.reading import read_object
+
+FILE = "config.json"
+
+
+def is_transformers_folder(path: Path) -> bool:
+    """Whether `path` is a folder in transformers' layout: a config.json that names its kind of model."""
+    if not (path / FILE).is_file():
+        return False
+    try:
+        return "model_type" in read_config(path)
+    except CheckpointError:
+        return True  # reading it tells what is wrong
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Return what a folder's config.json says.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    # Python writes numbers that JSON does not have, and so does transformers.
+    return read_object(folder / FILE, CheckpointError, "Fetch or write it again.", nan=True)

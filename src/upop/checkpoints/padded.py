@@ -1,0 +1,166 @@
+"""A cut model with zeros up to the widest layer of every tower: an ordinary model that computes the same.
+
+What goes this way is only the part of the gain that lies between the layers of a tower. Sizes that no number of the
+configuration says are padded to those of the dense model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from upop.checkpoints import owners
+from upop.checkpoints.blank import fill, frame, outline
+from upop.checkpoints.fit import kept_sizes
+from upop.checkpoints.plain import differing, of_timm, of_transformers, with_fields, without_record
+from upop.checkpoints.sayable import Builder, Change, changed, speeches
+from upop.checkpoints.sizes import dense_skeleton
+from upop.errors import SettingError, VerificationError
+from upop.libraries import is_pretrained
+from upop.pruning import Unit, count_parameters, survey
+from upop.pruning.carried import plan_of
+from upop.pruning.known import know_as, sized
+from upop.pruning.slicing import Slicing, slicings
+
+
+@dataclass(frozen=True)
+class Padded:
+    """A padded model, and what it costs.
+
+    Attributes:
+        model: an ordinary model of its library.
+        settings: arguments of `timm.create_model` beside the name, for a model of timm.
+        dense: parameters of the dense model.
+        cut: of the cut one.
+        parameters: of the padded one.
+        whole: units that are padded to the size of the dense model, since no configuration says theirs.
+    """
+
+    model: nn.Module
+    settings: Mapping[str, Any]
+    dense: int
+    cut: int
+    parameters: int
+    whole: tuple[str, ...]
+
+    @property
+    def left(self) -> float:
+        """The share of the parameters that the cut removed which the padded model does without, too."""
+        return (self.dense - self.parameters) / (self.dense - self.cut) if self.dense > self.cut else 1.0
+
+    def told(self) -> str:
+        """Return what is left of the gain, as a sentence."""
+        whole = f"; {len(self.whole)} units are as large as before, for no configuration says their sizes"
+        return (
+            f"{self.parameters:,} parameters; {self.cut:,} before the padding, {self.dense:,} when dense: "
+            f"{self.left:.0%} of the gain is left{whole if self.whole else ''}"
+        )
+
+
+@torch.no_grad()
+def pad(model: nn.Module) -> Padded:
+    """Return a cut model of transformers or timm as an ordinary one, padded with zeros; it is checked on numbers.
+
+    Args:
+        model: cut; it is left as it is.
+
+    Raises:
+        SettingError: neither library builds such a model.
+        VerificationError: the padded model computes something else.
+    """
+    builder, dense = padding_builder(model)
+    units = survey(dense).units
+    kept = kept_sizes(units, model.state_dict(), type(model).__name__)
+    sizes, change = widest(dense, units, kept, builder)
+    wide = _wide(model, builder, change)
+    _copy(model, wide, units, kept, sizes)
+    know_as(wide, model)
+    why = differing(model, wide)
+    if why is not None:
+        raise VerificationError(
+            f"The padded {type(model).__name__} does not compute what the cut one does: {why}. Nothing was written; "
+            "please report it."
+        )
+    whole = tuple(unit.name for unit in units if kept.get(unit.name, unit.size) < sizes[unit.name] == unit.size)
+    settings = {name: value for name, value in changed(builder.settings, change).items() if value is not None}
+    return Padded(
+        wide.eval(), settings, count_parameters(dense), count_parameters(model), count_parameters(wide), whole
+    )
+
+
+def padding_builder(model: nn.Module) -> tuple[Builder, nn.Module]:
+    """Return how the library of a cut model builds its dense form, and that form without memory.
+
+    Raises:
+        SettingError: none does.
+    """
+    if is_pretrained(model):
+        return of_transformers(model), dense_skeleton(model)
+    described = owners.describe(model, plan_of(model))["timm"]
+    if described is None:
+        raise SettingError(
+            f"A {type(model).__name__} cannot be padded: neither transformers nor timm builds it from a configuration. "
+            "Ways that are left: `upop export --to onnx` or `--to torch-export`, or upop.load where it is used."
+        )
+    builder = of_timm(described["architecture"], described["arguments"])
+    dense = outline(lambda: builder.build(builder.settings))
+    know_as(dense, model)
+    return builder, dense
+
+
+def widest(
+    dense: nn.Module, units: Sequence[Unit], kept: Mapping[str, int], builder: Builder
+) -> tuple[dict[str, int], Change]:
+    """Return to how many entries every unit is padded, and what to change in the dense configuration for that."""
+    sizes = {unit.name: unit.size for unit in units}
+    change: dict[Any, Any] = {}
+    for speech in speeches(dense, units, builder):
+        whole = sizes[speech.units[0]]
+        most = max(kept.get(name, whole) for name in speech.units)
+        size = most if speech.sizes is None else min((each for each in speech.sizes if each >= most), default=whole)
+        if size < whole:
+            sizes |= dict.fromkeys(speech.units, size)
+            change |= speech.change(size)
+    return sizes, change
+
+
+def _wide(model: nn.Module, builder: Builder, change: Change) -> nn.Module:
+    if not is_pretrained(model):
+        return fill(frame(lambda: builder.build(changed(builder.settings, change))))
+    config = with_fields(without_record(model.config), change)
+    kind: Any = getattr(type(model), "uncut_class", type(model))
+    return fill(frame(lambda: kind(config)))
+
+
+def _copy(
+    model: nn.Module, wide: nn.Module, units: Sequence[Unit], kept: Mapping[str, int], sizes: Mapping[str, int]
+) -> None:
+    """Copy the tensors of a cut model into a wider one, with zeros around them.
+
+    Where softmax scales follow the size of a head, queries are multiplied by what the wider head divides by too much.
+    """
+    here = [sized(wide, replace(unit, size=sizes[unit.name])) for unit in units]
+    if None in here:
+        here = list(survey(wide).units)
+    grown = [unit for unit in here if unit is not None]
+    places = slicings(wide, grown, {unit.name: range(kept.get(unit.name, unit.size)) for unit in grown})
+    mine = model.state_dict()
+    buffers = dict(model.named_buffers())
+    for name, theirs in (*wide.named_parameters(), *wide.named_buffers()):
+        if name not in mine:  # a buffer that is computed, not saved
+            theirs.data = theirs.data.to(buffers[name].device, buffers[name].dtype) if name in buffers else theirs.data
+            continue
+        value = mine[name]
+        place = places.get(name, Slicing(value.shape, {}))
+        for dim, positions in place.kept.items():
+            shape = list(value.shape)
+            shape[dim] = place.shape[dim]
+            value = value.new_zeros(shape).index_copy_(dim, positions.to(value.device), value)
+        for dim, positions, factor in place.scaled:
+            rows = positions.to(value.device)
+            value = value.index_copy(dim, rows, value.index_select(dim, rows) / factor)
+        theirs.data = value.clone()

@@ -1,0 +1,250 @@
+"""What the configuration of a model can say of its sizes: found by trying, field by field, what a field changes.
+
+A field that held a size of the dense model is given a smaller one, the class is built without memory, and the shapes of
+all its tensors are compared: the field speaks of those units that became so small, if nothing else changed. No class is
+known here; the names of fields alone say what is worth trying.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from upop.checkpoints.blank import outline
+from upop.checkpoints.likeness import cut_shapes
+from upop.pruning import Unit
+from upop.pruning.units import tensor_of
+
+Path = tuple[str, ...]
+"""Where a field is: the names of the parts that hold it, and its own."""
+Change = Mapping[Path, Any]
+Speaker = Callable[[int], Change]
+"""The number of kept entries -> what the fields become."""
+
+_HEADS = re.compile(r"(?:^|_)(?:num_attention_heads|attention_heads|num_heads|n_heads?|num_query_heads)$")
+_SHARED_HEADS = re.compile(r"(?:^|_)(?:num_key_value_heads|num_kv_heads|n_head_kv|n_kv_heads?)$")
+_OF_A_HEAD = ("head_dim", "attn_head_dim", "attention_head_dim", "d_kv", "kv_channels", "head_size")
+_RATIO = re.compile(r"(?:^|_)(?:mlp|ffn|ff|expansion)_(?:ratio|mult|expansion)$|^expansion_factor$")
+_WIDTH = re.compile(r"(?:^|_)(?:intermediate_size|ffn_dim|ffn_hidden_size|d_ff|n_inner|mlp_dim|hidden_dim|mlp_size)$")
+
+
+@dataclass(frozen=True)
+class Speech:
+    """A way to say how many entries some units keep.
+
+    Attributes:
+        units: their names.
+        change: what the fields become.
+        sizes: the numbers that can be said; None for all.
+    """
+
+    units: tuple[str, ...]
+    change: Speaker
+    sizes: frozenset[int] | None
+
+
+@dataclass(frozen=True)
+class Builder:
+    """How a library makes models from settings.
+
+    Attributes:
+        settings: of the dense model, as nested mappings.
+        build: settings -> the model; whatever it raises says that there is none.
+        check: settings -> nothing; it raises for settings that are none, without building a model.
+        by: what people call the settings.
+        more: fields that the settings may have though they do not show them.
+    """
+
+    settings: Mapping[str, Any]
+    build: Callable[[Mapping[str, Any]], nn.Module]
+    check: Callable[[Mapping[str, Any]], Any]
+    by: str
+    more: tuple[str, ...] = ()
+
+    def outline(self, change: Change) -> nn.Module | None:
+        """Return the model of changed settings without memory; None where there is none."""
+        try:
+            return outline(lambda: self.build(changed(self.settings, change)))
+        except Exception:  # constructors raise what they like
+            return None
+
+    def takes(self, change: Change) -> bool:
+        """Whether the settings may be changed so."""
+        try:
+            self.check(changed(self.settings, change))
+        except Exception:  # as above
+            return False
+        return True
+
+
+def changed(settings: Mapping[str, Any], change: Change) -> dict[str, Any]:
+    """Return nested settings with some fields set."""
+    result = copy.deepcopy(dict(settings))
+    for path, value in change.items():
+        place = result
+        for part in path[:-1]:
+            place = place[part]
+        place[path[-1]] = value
+    return result
+
+
+def speeches(dense: nn.Module, units: Sequence[Unit], builder: Builder) -> list[Speech]:
+    """Return all ways in which a configuration can say how much units of a model keep, each unit in one at most.
+
+    Args:
+        dense: the dense model, with or without memory.
+        units: its units.
+        builder: what makes such models.
+    """
+    found: list[Speech] = []
+    told: set[str] = set()
+    tried: dict[tuple[Any, ...], tuple[str, ...]] = {}
+    for unit in units:
+        if unit.name in told:
+            continue
+        for change in _candidates(dense, unit, builder):
+            probe = _probe(unit, change, builder)
+            if probe is None:
+                continue
+            key = probe, *sorted(change(probe).items())
+            if key not in tried:
+                tried[key] = _follow(dense, units, builder.outline(change(probe)), probe)
+            names = tried[key]
+            if unit.name in names and told.isdisjoint(names):
+                found.append(Speech(names, change, _sizes(unit, change, builder)))
+                told.update(names)
+                break
+    return found
+
+
+def said(dense: nn.Module, units: Sequence[Unit], kept: Mapping[str, int], builder: Builder) -> Change | str:
+    """Return what to change in a configuration for a cut model; where it cannot say it, which units it cannot say.
+
+    Args:
+        dense: the dense model.
+        units: its units.
+        kept: how many entries each keeps.
+        builder: what makes such models.
+    """
+    change: dict[Path, Any] = {}
+    small = {unit.name for unit in units if kept.get(unit.name, unit.size) < unit.size}
+    size_of = {unit.name: unit.size for unit in units}
+    for speech in speeches(dense, units, builder) if small else ():
+        if small.isdisjoint(speech.units):
+            continue
+        counts = {kept.get(name, size_of[name]) for name in speech.units}
+        if len(counts) > 1:
+            return (
+                f"{speech.units[0]} and {len(speech.units) - 1} more follow one number of {builder.by}, and keep "
+                f"{', '.join(map(str, sorted(counts)))} entries"
+            )
+        (count,) = counts
+        if speech.sizes is not None and count not in speech.sizes:
+            return f"{builder.by} does not take {count} of {size_of[speech.units[0]]} for {speech.units[0]}"
+        change |= speech.change(count)
+        small -= set(speech.units)
+    if small:
+        first = next(unit.name for unit in units if unit.name in small)
+        more = f" and {len(small) - 1} more" if len(small) > 1 else ""
+        return f"{builder.by} has no number for what {first}{more} keeps"
+    return change
+
+
+def _follow(dense: nn.Module, units: Sequence[Unit], built: nn.Module | None, kept: int) -> tuple[str, ...]:
+    """Return the units that became `kept` entries large, if nothing else of the model changed; else none."""
+    if built is None:
+        return ()
+    shapes = _shapes(built)
+    names = tuple(
+        unit.name
+        for unit in units
+        if kept < unit.size
+        and all(part.tensor in shapes and shapes[part.tensor][part.dim] == part.length(kept) for part in unit.slices)
+    )
+    wanted = cut_shapes(dense, [unit for unit in units if unit.name in names], dict.fromkeys(names, kept))
+    return names if names and wanted == shapes else ()
+
+
+def _shapes(model: nn.Module) -> dict[str, list[int]]:
+    return {name: list(value.shape) for name, value in {**dict(model.named_buffers()), **model.state_dict()}.items()}
+
+
+def _probe(unit: Unit, change: Speaker, builder: Builder) -> int | None:
+    """Return a smaller size that the configuration takes."""
+    if unit.entry == "neuron":
+        tried = [unit.size - 1, unit.size // 2]
+    else:
+        tried = [unit.size // 2, *range(unit.size - 1, 0, -1)]
+    return next((size for size in tried if 0 < size < unit.size and builder.takes(change(size))), None)
+
+
+def _sizes(unit: Unit, change: Speaker, builder: Builder) -> frozenset[int] | None:
+    if unit.entry == "neuron" and builder.takes(change(unit.size - 1)):
+        return None  # else a ratio of whole numbers alone
+    return frozenset(size for size in range(1, unit.size + 1) if builder.takes(change(size)))
+
+
+def _candidates(dense: nn.Module, unit: Unit, builder: Builder) -> Iterator[Speaker]:
+    for path, fields in _nodes(builder.settings):
+        here = {**dict.fromkeys(builder.more if not path else ()), **fields}
+        yield from _widths(dense, unit, path, here) if unit.kind == "mlp" else _heads(unit, path, here)
+
+
+def _nodes(settings: Mapping[str, Any], path: Path = ()) -> Iterator[tuple[Path, Mapping[str, Any]]]:
+    """Yield the parts of nested settings, those inside first: a model in a model has a part of its own."""
+    for name, value in settings.items():
+        if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
+            yield from _nodes(value, (*path, name))
+    yield path, settings
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _widths(dense: nn.Module, unit: Unit, path: Path, fields: Mapping[str, Any]) -> Iterator[Speaker]:
+    first = unit.producers[0]
+    shape = tensor_of(dense, first.tensor).shape
+    width = shape[1 - first.dim] if len(shape) == 2 else 1  # what ratios are of
+    for name, value in fields.items():
+        if (_is_number(value) and value == unit.size) or (value is None and _WIDTH.search(name)):
+            yield partial(_number, (*path, name))
+        elif _RATIO.search(name) and (value is None or isinstance(value, int | float)):
+            yield partial(_ratio, (*path, name), width)
+
+
+def _heads(unit: Unit, path: Path, fields: Mapping[str, Any]) -> Iterator[Speaker]:
+    heads = [name for name, value in fields.items() if _HEADS.search(name) and _is_number(value)]
+    named = [name for name in _OF_A_HEAD if name in fields]
+    inner = min(size for part in unit.producers for size in part.inners)
+    if unit.entry == "dimension":
+        for name in named or (_OF_A_HEAD[:1] if heads else ()):
+            yield partial(_times, {(*path, name): inner}, {})
+        return
+    shared = {(*path, name): 1 for name, value in fields.items() if _SHARED_HEADS.search(name) and value == unit.size}
+    for name in heads:
+        each, rest = divmod(fields[name], unit.size)
+        if each and not rest:
+            numbers = {(*path, name): each, **shared}
+            for of_a_head in named or _OF_A_HEAD[:1]:
+                yield partial(_times, numbers, {(*path, of_a_head): inner})
+            yield partial(_times, numbers, {})
+
+
+def _number(place: Path, kept: int) -> Change:
+    return {place: kept}
+
+
+def _ratio(place: Path, width: int, kept: int) -> Change:
+    # Libraries round down; half an entry more stays right whatever is lost in the product.
+    return {place: kept // width if kept % width == 0 else (kept + 0.5) / width}
+
+
+def _times(numbers: Mapping[Path, int], fixed: Change, kept: int) -> Change:
+    return {**{place: number * kept for place, number in numbers.items()}, **fixed}

@@ -1,0 +1,123 @@
+"""`upop train`, `compress` and `evaluate`: what every task can do."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from upop.cli import options as o
+from upop.errors import SettingError
+from upop.plain import as_text
+from upop.tasks import TASKS, find_task
+from upop.tasks.verbs import compress as run_compress
+from upop.tasks.verbs import evaluate_checkpoint
+from upop.tasks.verbs import train as run_train
+
+TaskName = Annotated[
+    str,
+    typer.Argument(
+        metavar="TASK", help=f"What to learn: {', '.join(TASKS)}.", autocompletion=o.starting_with(lambda: TASKS)
+    ),
+]
+
+
+def train(
+    context: typer.Context,
+    task: TaskName,
+    config: o.Config = None,
+    pretrained: o.Pretrained = None,
+    architecture: o.Architecture = None,
+    data_path: o.DataPath = None,
+    output_dir: o.OutputDir = None,
+    epochs: Annotated[int | None, typer.Option("--epochs", help="Epochs of training.")] = None,
+    epoch: o.OldEpoch = None,
+    device: o.DeviceName = None,
+    fsdp: o.Fsdp = None,
+    seed: o.Seed = None,
+    amp: o.Amp = None,
+    batch_size_train: o.BatchSize = None,
+    grad_checkpointing: o.GradCheckpointing = None,
+    trackers: o.Tracker = None,
+    resume: o.Resume = None,
+    allow_changes: o.AllowChanges = None,
+    skip_bad_images: o.SkipBadImages = None,
+    allow_outside: o.AllowOutside = None,
+    assign: o.Set = None,
+) -> None:
+    """Train or fine-tune a dense model."""
+    found = find_task(task)
+    run_train(found, o.read(context, found.settings, config, assign, also=o.sharding(fsdp)))
+
+
+def compress(
+    context: typer.Context,
+    task: TaskName,
+    config: o.Config = None,
+    ratio: o.Ratio = None,
+    p: o.OldRatio = None,
+    target: o.Target = None,
+    epochs: o.Epochs = None,
+    epoch: o.OldEpoch = None,
+    pretrained: o.Pretrained = None,
+    architecture: o.Architecture = None,
+    data_path: o.DataPath = None,
+    output_dir: o.OutputDir = None,
+    device: o.DeviceName = None,
+    fsdp: o.Fsdp = None,
+    seed: o.Seed = None,
+    amp: o.Amp = None,
+    batch_size_train: o.BatchSize = None,
+    grad_checkpointing: o.GradCheckpointing = None,
+    trackers: o.Tracker = None,
+    cost: Annotated[str | None, typer.Option(help="What the budget counts: params, flops or reference.")] = None,
+    align: o.Align = None,
+    uniform: o.Uniform = None,
+    interval: o.Interval = None,
+    method: o.Method = None,
+    w_sp_attn: o.SparsityAttention = None,
+    w_sp_mlp: o.SparsityMlp = None,
+    resume: o.Resume = None,
+    allow_changes: o.AllowChanges = None,
+    skip_bad_images: o.SkipBadImages = None,
+    allow_outside: o.AllowOutside = None,
+    assign: o.Set = None,
+) -> None:
+    """Search, shrink, retrain and evaluate."""
+    found = find_task(task)
+    settings = o.read(context, found.settings, config, assign, also=o.sharding(fsdp))
+    if interval is not None and settings.method != "reference":
+        raise SettingError(
+            f"--interval {interval} says how often the published search moves its masks, and the method is "
+            f"{settings.method}, which has no use for it. Leave it out, or add --method reference."
+        )
+    if epoch is not None:
+        _note(
+            f"--epoch {epoch}, as in the published commands, is {epoch} epochs of search and {epoch} of retraining; "
+            f"--epochs {2 * epoch} says the same."
+        )
+    run_compress(found, settings)
+
+
+def evaluate(
+    context: typer.Context,
+    task: TaskName,
+    config: o.Config = None,
+    pretrained: o.Pretrained = None,
+    architecture: o.Architecture = None,
+    data_path: o.DataPath = None,
+    output_dir: o.OutputDir = None,
+    device: o.DeviceName = None,
+    amp: o.Amp = None,
+    skip_bad_images: o.SkipBadImages = None,
+    allow_outside: o.AllowOutside = None,
+    assign: o.Set = None,
+) -> None:
+    """Evaluate a checkpoint, dense or compressed."""
+    found = find_task(task)
+    evaluate_checkpoint(found, o.read(context, found.settings, config, assign))
+
+
+def _note(message: str) -> None:
+    Console(stderr=True, soft_wrap=True).print(as_text(f"Note: {message}"))

@@ -1,0 +1,131 @@
+"""Libraries that upop uses where they are installed: which extra brings each, and what is said where one is missing."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib import import_module, metadata
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, TypeGuard
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+EXTRAS: Mapping[str, str] = {
+    "transformers": "hf",
+    "huggingface_hub": "hf",
+    "timm": "timm",
+    "rich": "cli",
+    "typer": "cli",
+    "yaml": "cli",
+    "PIL": "tasks",
+    "accelerate": "tasks",
+    "jinja2": "tasks",
+    "matplotlib": "tasks",
+    "torchmetrics": "tasks",
+    "torchvision": "tasks",
+    "onnx": "export",
+    "onnxruntime": "export",
+    "onnxscript": "export",
+    "openvino": "export",
+    "lightning": "integrations",
+    "pycocoevalcap": "coco",
+    "tensorboard": "tensorboard",
+}
+"""Module -> the extra of upop that brings it."""
+_PACKAGES = {"open_clip": "open_clip_torch", "yaml": "pyyaml"}
+"""Module -> the package that holds it, where that has another name."""
+_MODELS = "transformers.modeling_utils"
+
+
+@contextmanager
+def naming_missing() -> Iterator[None]:
+    """Make the import of a library that is not installed an error that says which command installs it.
+
+    Raises:
+        MissingLibraryError: a library other than upop was imported in this block, and is not installed.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise missing(error) from None
+
+
+def missing(error: ModuleNotFoundError, user: str = "This") -> ModuleNotFoundError:
+    """Return the error to raise in the place of one of Python's: what is missing, and which command installs it.
+
+    Args:
+        error: what an import raised. An error about a module of upop, or that names none, is returned as it is.
+        user: what needs the library, as the subject of a sentence.
+    """
+    from upop.errors import MissingLibraryError
+
+    name = (error.name or "upop").partition(".")[0]
+    if name == "upop" or isinstance(error, MissingLibraryError):
+        return error
+    extra = EXTRAS.get(name)
+    package = f"'upop[{extra}]'" if extra is not None else _PACKAGES.get(name, name)
+    return MissingLibraryError(f"{user} needs {name}, which is not installed. Run: pip install {package}", name=name)
+
+
+def installed_version(name: str) -> str | None:
+    """Return the version of a package, or None where it is not installed."""
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def is_pretrained(model: object) -> TypeGuard[PreTrainedModel]:
+    """Whether a model is one of transformers, which is not imported for it: nothing is where it never was."""
+    models = sys.modules.get(_MODELS)
+    return models is not None and isinstance(model, models.PreTrainedModel)
+
+
+def on_import_of_transformers(module: str) -> None:
+    """Import a module of ours as soon as transformers' models are, now if they are already."""
+    if _MODELS in sys.modules:
+        import_module(module)
+    else:
+        sys.meta_path.insert(0, _Expecting(module))
+
+
+class _Expecting(MetaPathFinder):
+    """Waits for the import of transformers' models, and goes on to import a module of ours."""
+
+    def __init__(self, module: str) -> None:
+        self._module = module
+
+    def find_spec(self, name: str, path: Any = None, target: ModuleType | None = None) -> ModuleSpec | None:
+        """Return how transformers' models are imported; None for every other module."""
+        del path, target
+        if name != _MODELS:
+            return None
+        sys.meta_path.remove(self)
+        spec = find_spec(name)
+        if spec is not None and spec.loader is not None:
+            spec.loader = _AndThen(spec.loader, self._module)
+        return spec
+
+
+class _AndThen(Loader):
+    """Loads what another loader does, and then a module of ours."""
+
+    def __init__(self, loader: Loader, module: str) -> None:
+        self._loader, self._module = loader, module
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._loader, name)
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        """Return the module to fill."""
+        return self._loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        """Fill the module, and import ours."""
+        self._loader.exec_module(module)
+        import_module(self._module)

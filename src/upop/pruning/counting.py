@@ -1,0 +1,334 @@
+"""What a model counts once it is cut, told from the sizes that its units keep: parameters, multiply-adds, its cache.
+
+Nothing is cut to tell it. Every length of a tensor is a whole number less so much for every entry that a unit loses,
+and what is counted is a formula of such lengths. Parameters say theirs themselves. Those of the operations of a forward
+are learnt: it runs a few times without numbers, each time with an entry less in half of the units, so that the runs in
+which a length changes spell the unit that it follows; and what is foretold of a last, uneven cut has to hold exactly.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
+
+from upop.pruning.costs import Arguments, call, evaluating
+from upop.pruning.errors import LayoutError, SettingError
+from upop.pruning.shrink import cut, restore
+from upop.pruning.units import Unit, tensor_of
+
+Sizes = Mapping[str, int]
+"""Unit -> how many entries it keeps, or loses."""
+
+
+@dataclass(frozen=True)
+class Length:
+    """A length of a tensor: `whole`, and `steps` less for every entry that a unit loses."""
+
+    whole: int
+    steps: tuple[tuple[str, int], ...] = ()
+
+    def at(self, lost: Sizes) -> int:
+        """Return the length where units have lost so many entries."""
+        return self.whole - sum(step * lost.get(unit, 0) for unit, step in self.steps)
+
+
+@dataclass(frozen=True)
+class Term:
+    """One thing that is counted, so many times over.
+
+    Attributes:
+        formula: how, from values as `form` nests them; lengths stand there as whole numbers.
+        values: the lengths, and what else it is given.
+        form: how the values are nested.
+        times: how often.
+    """
+
+    formula: Callable[[Any], int]
+    values: tuple[Any, ...]
+    form: TreeSpec
+    times: int = 1
+
+    def at(self, lost: Sizes) -> int:
+        """Return what it counts where units have lost so many entries."""
+        values = [each.at(lost) if isinstance(each, Length) else each for each in self.values]
+        return self.times * self.formula(tree_unflatten(values, self.form))
+
+
+class Quantity:
+    """A count of a whole model, as a function of what its units keep.
+
+    Args:
+        units: of the model.
+        terms: what is summed.
+
+    Attributes:
+        whole: the count of the model as it is.
+    """
+
+    def __init__(self, units: Sequence[Unit], terms: Iterable[Term]) -> None:
+        self._sizes = {unit.name: unit.size for unit in units}
+        moving: dict[Any, int] = {}
+        self._fixed = 0
+        for each in terms:
+            if any(isinstance(value, Length) and value.steps for value in each.values):
+                key = (each.formula, each.form, each.values)
+                moving[key] = moving.get(key, 0) + each.times
+            else:
+                self._fixed += each.at({})
+        self._terms = [Term(formula, values, form, times) for (formula, form, values), times in moving.items()]
+        self.whole = self.at(self._sizes)
+
+    def at(self, kept: Sizes) -> int:
+        """Return the count where units keep so many entries; those that are not named keep all."""
+        lost = {name: self._sizes[name] - count for name, count in kept.items() if name in self._sizes}
+        return self._fixed + sum(term.at(lost) for term in self._terms)
+
+
+def parameters_of(model: nn.Module, units: Sequence[Unit], bytes_of: Callable[[Tensor], int] | None = None) -> Quantity:
+    """Return how many parameters a model has, shared ones counted once and momentum copies not at all.
+
+    Args:
+        model: masked or not, sharded or whole.
+        units: of it.
+        bytes_of: how many bytes one number of a parameter takes: then bytes are counted.
+    """
+    steps: dict[str, dict[int, list[tuple[str, int]]]] = {}
+    for unit in units:
+        for part in unit.slices:
+            steps.setdefault(part.tensor, {}).setdefault(part.dim, []).append((unit.name, sum(part.inners)))
+    copies = tuple(f"{twin}." for twin in getattr(model, "momentum_twins", {}).values())
+    where = {id(tensor_of(model, name)): name for name in steps}
+    terms = []
+    for name, parameter in model.named_parameters():
+        if not name.startswith(copies):
+            dims = steps.get(where.get(id(parameter), ""), {})
+            lengths = tuple(Length(length, tuple(dims.get(dim, ()))) for dim, length in enumerate(parameter.shape))
+            form = tree_flatten(list(lengths))[1]
+            terms.append(Term(_product, lengths, form, 1 if bytes_of is None else bytes_of(parameter)))
+    return Quantity(units, terms)
+
+
+def multiply_adds_of(model: nn.Module, units: Sequence[Unit], example: Any) -> Quantity:
+    """Return the multiply-adds of all matrix products and convolutions in one forward pass in evaluation mode.
+
+    Args:
+        model: left as it is.
+        units: of it.
+        example: inputs of the pass, as `call` takes them.
+
+    Raises:
+        LayoutError: it does other things when it is cut, so that this cannot be told before.
+    """
+    return _learnt(model, units, example, _operations, "multiply-adds")
+
+
+def cache_of(model: nn.Module, units: Sequence[Unit], example: Any) -> Quantity:
+    """Return the bytes that a decoder's cache of keys and values takes after one forward pass.
+
+    Args:
+        model: left as it is.
+        units: of it.
+        example: keyword arguments of the pass; `use_cache=True` is added to them.
+
+    Raises:
+        SettingError: the model gives no cache.
+        LayoutError: as `multiply_adds_of`.
+    """
+    if isinstance(example, Arguments):
+        example = Arguments(example.args, {**example.kwargs, "use_cache": True})
+    elif isinstance(example, Mapping):
+        example = {**example, "use_cache": True}
+    found = _learnt(model, units, example, _cached, "bytes of the cache")
+    if not found.whole:
+        raise SettingError(
+            f"A target for the cache was given, and {type(model).__name__} gives none for the example. "
+            "Give example= the keyword arguments of a call of a decoder, as in example={'input_ids': ...}."
+        )
+    return found
+
+
+Seen = list[tuple[Callable[[Any], int], Any]]
+"""What is counted in a run: formulas, and what they are given, with the shapes of tensors in their place."""
+
+
+def _operations(model: nn.Module, example: Any) -> Seen:
+    seen: Seen = []
+
+    def noted(formula: Callable[..., Any]) -> Callable[..., int]:
+        def count(*args: Any, out_val: Any = None, **kwargs: Any) -> int:
+            seen.append((_FORMULAS.setdefault(formula, _Counted(formula)), _shapes((args, kwargs, out_val))))
+            return 0
+
+        count._get_raw = True  # type: ignore[attr-defined]  # torch's counter gives it the tensors themselves
+        return count
+
+    mapping = {operation: noted(formula) for operation, formula in flop_registry.items()}
+    with evaluating(model), FlopCounterMode(display=False, custom_mapping=mapping):
+        call(model, example)
+    return seen
+
+
+def _cached(model: nn.Module, example: Any) -> Seen:
+    with evaluating(model):
+        outputs = call(model, example)
+    named = dict(outputs.items()) if isinstance(outputs, Mapping) else {}
+    held = next((named[name] for name in ("cache", "past_key_values") if name in named), None)
+    seen: set[int] = set()
+    found: list[Tensor] = []
+
+    def walk(value: Any) -> None:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, Mapping | list | tuple):
+            for each in value.values() if isinstance(value, Mapping) else value:
+                walk(each)
+        elif hasattr(value, "__dict__") and id(value) not in seen:
+            seen.add(id(value))
+            walk(vars(value))
+
+    walk(held)
+    # Tensors of no dimension, or of one, count positions.
+    return [(_product, [*each.shape, each.element_size()]) for each in found if each.dim() > 1]
+
+
+class _Counted:
+    """A formula of torch's counter: multiply-adds of an operation, from the shapes that it was given."""
+
+    def __init__(self, formula: Callable[..., Any]) -> None:
+        self._formula = formula
+
+    def __call__(self, given: Any) -> int:
+        args, kwargs, out = given
+        return int(self._formula(*args, **kwargs, out_val=out)) // 2
+
+
+_FORMULAS: dict[Callable[..., Any], _Counted] = {}
+
+
+def _shapes(values: Any) -> Any:
+    return tree_map(lambda each: tuple(each.shape) if isinstance(each, Tensor) else each, values)
+
+
+def _product(lengths: Sequence[int]) -> int:
+    count = 1
+    for each in lengths:
+        count *= each
+    return count
+
+
+def _learnt(
+    model: nn.Module,
+    units: Sequence[Unit],
+    example: Any,
+    observe: Callable[[nn.Module, Any], Seen],
+    what: str,
+) -> Quantity:
+    from upop.pruning.axes.copies import Shapes
+
+    with torch.random.fork_rng(devices=[]):
+        shapes = Shapes(model, example)
+        twin = shapes.copy()
+
+        def run(lost: Sizes) -> Seen:
+            going = [unit for unit in units if lost.get(unit.name)]
+            undo = cut(twin, going, {unit.name: range(unit.size - lost[unit.name]) for unit in going}, fold=False)
+            try:
+                with shapes.running(), torch.no_grad():
+                    return observe(twin, shapes.example)
+            finally:
+                restore(undo)
+
+        quantity = _confirmed(units, run, 0) or _confirmed(units, run, 1)
+    if quantity is None:
+        raise LayoutError(
+            f"The {what} of {type(model).__name__} cannot be told before it is cut: its forward goes on otherwise "
+            "where layers are smaller. Give a target in params, or a ratio with cost='flops'."
+        )
+    return quantity
+
+
+class _OtherwiseError(Exception):
+    """A model that is cut does other operations."""
+
+
+def _confirmed(units: Sequence[Unit], run: Callable[[Sizes], Seen], least: int) -> Quantity | None:
+    """Return what a forward counts, if that holds for the whole model and for an uneven cut.
+
+    Args:
+        units: of the model.
+        run: a forward where units have lost so many entries.
+        least: how many every unit has lost in all runs: a module that is cut may do what a whole one does in another
+            way.
+    """
+    moving = [unit for unit in units if unit.size > 1 + least]
+    base = {unit.name: min(least, unit.size - 1) for unit in units}
+    draw = random.Random(0)
+    lost = {unit.name: draw.randint(base[unit.name], unit.size - 1) for unit in units}
+    try:
+        quantity = Quantity(units, _followed([unit.name for unit in moving], run, base))
+        foretold = [quantity.whole, quantity.at({unit.name: unit.size - lost[unit.name] for unit in units})]
+        counted = [sum(formula(values) for formula, values in run(each)) for each in ({}, lost)]
+    except _OtherwiseError:
+        return None
+    return quantity if foretold == counted else None
+
+
+def _followed(units: Sequence[str], run: Callable[[Sizes], Seen], base: Sizes) -> list[Term]:
+    """Return what a forward counts, with the unit that every length follows."""
+    dense = [(formula, *tree_flatten(values)) for formula, values in run(base)]
+    bits = max(1, (len(units) - 1).bit_length())
+    codes = {name: [at >> bit & 1 for bit in range(bits)] for at, name in enumerate(units)}
+    halves = [[name for name in units if codes[name][bit] == side] for bit in range(bits) for side in (0, 1)]
+    deltas = [_deltas(dense, run(_more(base, half))) for half in halves]
+    places = [(at, place) for at, (_, values, _) in enumerate(dense) for place in range(len(values))]
+    steps: dict[tuple[int, int], tuple[tuple[str, int], ...]] = {}
+    unclear: dict[tuple[int, int], list[str]] = {}
+    for key in places:
+        pairs = [(deltas[2 * bit].get(key, 0), deltas[2 * bit + 1].get(key, 0)) for bit in range(bits)]
+        if not any(map(any, pairs)):
+            continue
+        told = [name for name in units if all(pair[side] for pair, side in zip(pairs, codes[name], strict=True))]
+        if len(told) == 1 and all(0 in pair and sum(pair) == sum(pairs[0]) for pair in pairs):
+            steps[key] = ((told[0], sum(pairs[0])),)
+        else:  # several units lie in it, side by side
+            unclear[key] = told
+    alone = {name: _deltas(dense, run(_more(base, [name]))) for name in dict.fromkeys(chain(*unclear.values()))}
+    for key, names in unclear.items():
+        steps[key] = tuple((name, alone[name][key]) for name in names if key in alone[name])
+    return [
+        Term(
+            formula, tuple(_length(value, steps.get((at, place), ()), base) for place, value in enumerate(values)), form
+        )
+        for at, (formula, values, form) in enumerate(dense)
+    ]
+
+
+def _more(base: Sizes, units: Iterable[str]) -> Sizes:
+    return {**base, **{name: base[name] + 1 for name in units}}
+
+
+def _length(value: Any, steps: tuple[tuple[str, int], ...], base: Sizes) -> Any:
+    return Length(value + sum(step * base[name] for name, step in steps), steps) if steps else value
+
+
+def _deltas(dense: Sequence[tuple[Any, list[Any], TreeSpec]], seen: Seen) -> dict[tuple[int, int], int]:
+    """Return by how much whole numbers of a run are smaller than those of the first one, by their places."""
+    if len(seen) != len(dense):
+        raise _OtherwiseError
+    found = {}
+    for at, ((formula, values, form), (other, given)) in enumerate(zip(dense, seen, strict=True)):
+        now, now_form = tree_flatten(given)
+        if formula is not other or form != now_form:
+            raise _OtherwiseError
+        for place, (before, after) in enumerate(zip(values, now, strict=True)):
+            if type(before) is int and before != after:
+                found[at, place] = before - after
+    return found

@@ -1,0 +1,226 @@
+"""What a compression is asked for, a share of the cost or a target for the whole model; and what has to go for it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from upop.pruning import budget
+from upop.pruning.align import Align, entries_in_block, told_align
+from upop.pruning.budget import Ranking, Selection
+from upop.pruning.choice import check_ratio
+from upop.pruning.counting import Quantity, Sizes, parameters_of
+from upop.pruning.errors import SettingError
+from upop.pruning.targets import Limit, Target, quantity_of, read_target, told_target
+from upop.pruning.uniform import Tower, removable_blocks, together
+from upop.pruning.units import Unit
+
+_TOLERANCE = 0.01
+"""A target is reached within this share of the dense model's count."""
+
+
+@dataclass(frozen=True)
+class Bound:
+    """A limit of a target for one model.
+
+    Attributes:
+        limit: as it was asked.
+        quantity: what it counts.
+        most: what the whole model may count.
+    """
+
+    limit: Limit
+    quantity: Quantity
+    most: float
+
+    def after(self, part: float) -> float:
+        """Return what the model may count when a part of the way is gone, in [0, 1]."""
+        return self.quantity.whole - part * (self.quantity.whole - self.most)
+
+
+class Goal:
+    """What a compression is asked for.
+
+    Args:
+        ratio: share of the units' cost to remove, in (0, 1), or
+        target: what is left of the whole model.
+
+    Raises:
+        SettingError: neither or both are given, or one cannot be read.
+    """
+
+    def __init__(self, ratio: float | None, target: Target | None) -> None:
+        if (ratio is None) == (target is None):
+            told = "neither of them was given" if ratio is None else f"found ratio={ratio!r} and target={target!r}"
+            raise SettingError(
+                f"Give either ratio=, the share of the prunable cost that goes, or target=, what is left of the whole "
+                f"model, as in target={{'params': 0.5}}; {told}."
+            )
+        self.ratio = None if ratio is None else check_ratio(ratio)
+        self.limits = () if target is None else read_target(target)
+        self._bounds: tuple[Bound, ...] = ()
+        self._whole = 0.0
+        self._parameters: Quantity | None = None
+        self._towers: Sequence[Tower] = ()
+
+    def __str__(self) -> str:
+        """Return what is asked for."""
+        return f"ratio={self.ratio:g}" if self.ratio is not None else told_target(self.limits)
+
+    def settings(self) -> dict[str, Any]:
+        """Return it as settings of a plan, or of a search that is resumed."""
+        return {"ratio": self.ratio} if self.ratio is not None else {"target": told_target(self.limits)}
+
+    def begin(
+        self,
+        model: nn.Module,
+        units: Sequence[Unit],
+        costs: Mapping[str, float],
+        align: Align,
+        example: Any,
+        towers: Sequence[Tower] = (),
+    ) -> None:
+        """Learn what it means for a model, and which of its units keep equally many entries.
+
+        Raises:
+            SettingError: it cannot be reached; the message says how far one can go, and what would go further.
+            LayoutError: what is asked for cannot be told before the model is cut.
+        """
+        self._whole = sum(costs[unit.name] * unit.size for unit in units)
+        self._parameters = parameters_of(model, units)
+        self._towers = towers
+        if self.ratio is not None:
+            budget.check_reachable(units, costs, self.ratio, align, towers)
+            return
+        found = [(limit, quantity_of(limit, model, units, example)) for limit in self.limits]
+        self._bounds = tuple(Bound(limit, each, limit.most(each.whole)) for limit, each in found)
+        if all(bound.most >= bound.quantity.whole for bound in self._bounds):
+            have = " and ".join(f"{bound.quantity.whole:,} {bound.limit.words}" for bound in self._bounds)
+            raise SettingError(f"Nothing has to go for {self}: the model has {have}. Ask for less than that.")
+        for bound in self._bounds:
+            _check_reachable(bound, units, align, towers)
+
+    def select(
+        self,
+        units: Sequence[Unit],
+        scores: Mapping[str, Tensor],
+        costs: Mapping[str, float],
+        part: float,
+        align: Align = 1,
+        *,
+        standardised: bool = True,
+    ) -> Selection:
+        """Return what goes when a part of the way is to be gone, with the highest scores first.
+
+        Args:
+            units: those of `begin`, as large as they are now.
+            scores: per unit, shape [size].
+            costs: of one entry.
+            part: of the way to what is asked for, in (0, 1].
+            align: kept channels are multiples of this.
+            standardised: as for `budget.select`.
+        """
+        if self.ratio is None:
+            ranking = budget.rank(units, scores, align, standardised=standardised, towers=self._towers)
+            return self._select_to(ranking, costs, part)
+        left = sum(costs[unit.name] * unit.size for unit in units)
+        share = self.ratio * part if left == self._whole else max(0.0, 1 - self._whole * (1 - self.ratio * part) / left)
+        return budget.select(units, scores, costs, share, align, standardised=standardised, towers=self._towers)
+
+    def share(self, sizes: Callable[[float], Sizes]) -> float:
+        """Return the smallest share with which sizes that fall with it keep within all limits, to 1e-6."""
+        low, high = 0.0, 1.0
+        while high - low > 1e-6:
+            middle = (low + high) / 2
+            enough = all(bound.quantity.at(sizes(middle)) <= bound.most for bound in self._bounds)
+            low, high = (low, middle) if enough else (middle, high)
+        return high
+
+    def _select_to(self, ranking: Ranking, costs: Mapping[str, float], part: float) -> Selection:
+        """Return what goes first until all limits hold, less what may stay all the same."""
+        most = [bound.after(part) for bound in self._bounds]
+
+        def holds(kept: Sizes) -> bool:
+            # Binary fractions of a limit need not be whole numbers.
+            return all(
+                bound.quantity.at(kept) <= limit + 1e-9 * bound.quantity.whole
+                for bound, limit in zip(self._bounds, most, strict=True)
+            )
+
+        low, high = 0, len(ranking.walk)
+        while low < high:
+            middle = (low + high) // 2
+            low, high = (low, middle) if holds(ranking.kept(middle)) else (middle + 1, high)
+        return ranking.selection(low, costs, self._stay(ranking, low, holds))
+
+    def _stay(self, ranking: Ranking, count: int, holds: Callable[[Sizes], bool]) -> dict[str, int]:
+        """Return of how many blocks each unit is given back: the last that went, where the limits hold without them."""
+        kept = dict(ranking.kept(count))
+        back: dict[str, int] = {}
+        for names, sizes in ranking.last(count):  # sizes of the units' blocks that go, the last one first
+            low, high = 0, len(sizes)
+            while low < high:
+                middle = (low + high + 1) // 2
+                enough = holds({**kept, **{name: kept[name] + sum(sizes[:middle]) for name in names}})
+                low, high = (middle, high) if enough else (low, middle - 1)
+            for name in names if low else ():
+                back[name] = low
+                kept[name] += sum(sizes[:low])
+        return back
+
+    def told(self, kept: Sizes) -> dict[str, Any]:
+        """Return, for a plan, what was asked for, and what a cut to these sizes leaves of the whole model."""
+        counted: dict[str, tuple[str, Quantity, dict[str, str]]] = {}
+        if self._parameters is not None:
+            counted["params"] = ("parameters", self._parameters, {})
+        for bound in self._bounds:
+            kind = "bytes" if bound.limit.in_bytes else bound.limit.kind
+            counted[kind] = (bound.limit.words, bound.quantity, {"asked": bound.limit.asked})
+        reached = {
+            kind: {"of": words, "dense": quantity.whole, "left": quantity.at(kept), **asked}
+            for kind, (words, quantity, asked) in counted.items()
+        }
+        return self.settings() | ({"reached": reached} if reached else {})
+
+
+def told_reached(settings: Mapping[str, Any]) -> str:
+    """Return what a plan's settings say is left of the whole model: "731,234 of 1,270,000 parameters (1.74x)"."""
+    return ", ".join(
+        f"{each['left']:,} of {each['dense']:,} {each['of']} ({each['dense'] / max(1, each['left']):.3g}x)"
+        for each in settings.get("reached", {}).values()
+    )
+
+
+def _check_reachable(bound: Bound, units: Sequence[Unit], align: Align, towers: Sequence[Tower]) -> None:
+    """Raise unless a limit can be reached, and within the tolerance."""
+    dense = bound.quantity.whole
+    groups = [(group, removable_blocks(group[0], align, tower)) for group, tower in together(units, towers)]
+    least = {unit.name: unit.size - sum(blocks) for group, blocks in groups for unit in group}
+    floor = bound.quantity.at(least)
+    words, limit = bound.limit.words, bound.limit
+    wider = [f"a smaller align than {told_align(align)}"] if align != 1 else []
+    wider += ["more units, where include= or exclude= leaves some out"]
+    if floor > bound.most:
+        needed = math.ceil(1e4 * floor / dense) / 1e4
+        raise SettingError(
+            f"target {limit} cannot be reached: that is {bound.most:,.0f} {words}, and with one entry or block left "
+            f"in each of the {len(units)} units the model still has {floor:,} of {dense:,}. Ask for "
+            f"{limit.kind}={needed:g} or more. What would go further: {', or '.join(wider)}. Embeddings, heads, norms "
+            "and biases are in no unit, and stay."
+        )
+    finest = [
+        dense - bound.quantity.at({unit.name: unit.size - blocks[-1] for unit in group})
+        for group, blocks in groups
+        if blocks
+    ]
+    if min((each for each in finest if each), default=0) > _TOLERANCE * dense:
+        raise SettingError(
+            f"target {limit} cannot be reached within 1 %: the smallest part that can go, "
+            f"{max(entries_in_block(unit, align) for unit in units)} entries of a unit, has "
+            f"{100 * min(each for each in finest if each) / dense:.1f} % of the {words}. Give a smaller align, or a "
+            "ratio."
+        )

@@ -1,0 +1,167 @@
+"""Towers: layers that keep equally many entries, so that an ordinary configuration says the sizes of all of them.
+
+Which entries they keep differs by layer. What belongs to one tower is told by how layers are held (the same place in
+one list of blocks) and by what their units cut; a library that builds models from configurations may know more: which
+sizes follow one of its numbers, and which follow none (`register`).
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from torch import nn
+
+from upop.pruning.align import Align, entries_in_block
+from upop.pruning.errors import SettingError, some_of
+from upop.pruning.units import Slice, Unit, tensor_of
+
+Uniform = Literal["tower"]
+
+
+@dataclass(frozen=True)
+class Tower:
+    """Units of one size that keep equally many entries.
+
+    Attributes:
+        units: their names.
+        sizes: how many entries they may keep, where not every number will do; None where it will.
+    """
+
+    units: tuple[str, ...]
+    sizes: frozenset[int] | None = None
+
+
+@dataclass(frozen=True)
+class Said:
+    """What the configuration of a model can say.
+
+    Attributes:
+        towers: the units whose sizes follow one number of it.
+        by: what people call the configuration.
+    """
+
+    towers: tuple[Tower, ...]
+    by: str
+
+
+Reader = Callable[[nn.Module, Sequence[Unit]], Said | None]
+_readers: list[Reader] = []
+
+
+def register(reader: Reader) -> None:
+    """Have a library say what its configurations can; it returns None for models that are not its own."""
+    if reader not in _readers:
+        _readers.append(reader)
+
+
+def check_uniform(uniform: Uniform | None) -> None:
+    """Raise a `SettingError` unless a setting is "tower" or None."""
+    if uniform not in ("tower", None):
+        raise SettingError(
+            'uniform is "tower" (all layers of a tower keep equally many heads and neurons) or None; found '
+            f"{uniform!r}."
+        )
+
+
+def apart(model: nn.Module, units: Sequence[Unit]) -> list[tuple[str, ...]]:
+    """Return the towers that a model has by its structure alone, as names of units, in forward order.
+
+    They are units of one kind and size at the same place in the blocks of one list, whose tensors have the same shapes.
+    """
+    found: dict[Hashable, list[str]] = {}
+    for unit in units:
+        tensors = tuple((tensor_of(model, part.tensor).shape, _layout(part)) for part in unit.slices)
+        key = (_place(model, unit.name), unit.kind, unit.entry, unit.size, unit.heads, tensors)
+        found.setdefault(key, []).append(unit.name)
+    return [tuple(names) for names in found.values()]
+
+
+def _layout(part: Slice) -> Slice:
+    return replace(part, tensor="")
+
+
+def _place(model: nn.Module, name: str) -> tuple[str, ...]:
+    """Return the path of a module without its places in lists of modules."""
+    parts: list[str] = []
+    here: nn.Module | None = model
+    for part in name.split(".") if name else ():
+        parts.append("*" if isinstance(here, nn.ModuleList | nn.Sequential) else part)
+        here = here._modules.get(part) if here is not None else None
+    return tuple(parts)
+
+
+def to_keep_alike(
+    model: nn.Module, units: Sequence[Unit], uniform: Uniform | None, every: Sequence[Unit] | None = None
+) -> tuple[list[Unit], tuple[Tower, ...]]:
+    """Return which of the chosen units are searched, and which of them keep equally many entries.
+
+    Args:
+        model: the dense model.
+        units: those that were chosen.
+        uniform: None searches them all, each for itself.
+        every: all units of the model, the chosen ones among them.
+
+    Raises:
+        SettingError: the model's configuration has no number for any of them; the message says what could be done.
+    """
+    if uniform is None:
+        return list(units), ()
+    every = units if every is None else every
+    said = next((found for reader in _readers if (found := reader(model, every)) is not None), None)
+    if said is None:
+        return list(units), tuple(Tower(names) for names in apart(model, units))
+    names = {unit.name for unit in units}
+    towers = tuple(tower for tower in said.towers if names.issuperset(tower.units))
+    inside = {name for tower in towers for name in tower.units}
+    lacking = [unit.name for unit in units if unit.name not in inside]
+    broken = sorted(name for tower in said.towers if tower not in towers for name in tower.units if name in names)
+    if not towers:
+        could = [unit.name for unit in every if any(unit.name in tower.units for tower in said.towers)]
+        raise SettingError(
+            f"uniform='tower' was asked for, and {said.by} has no number for the sizes of {some_of(lacking, 4)}. "
+            + (
+                f"It has numbers for {some_of(could, 4)}: include all of these, or leave uniform out."
+                if could
+                else "Leave uniform out: the cut model then loads with upop, and `upop export --to padded` or "
+                "`--to onnx` makes it plain."
+            )
+        )
+    if lacking:
+        why = "one number of it goes for more layers than were chosen" if broken else "it has no number for their sizes"
+        warnings.warn(
+            f"uniform='tower' leaves {len(lacking)} of {len(units)} units alone, so that {said.by} can say what is "
+            f"kept: {why} ({some_of(lacking, 4)}). They are no part of the budget.",
+            stacklevel=5,
+        )
+    return [unit for unit in units if unit.name in inside], towers
+
+
+def together(units: Sequence[Unit], towers: Sequence[Tower]) -> list[tuple[list[Unit], Tower | None]]:
+    """Return the units that are ranked as one, with their tower; a unit in none is ranked alone."""
+    towers_of = {name: tower for tower in towers for name in tower.units}
+    found: dict[Hashable, tuple[list[Unit], Tower | None]] = {}
+    for unit in units:
+        tower = towers_of.get(unit.name)
+        found.setdefault(tower or unit.name, ([], tower))[0].append(unit)
+    return list(found.values())
+
+
+def removable_blocks(unit: Unit, align: Align, tower: Tower | None = None) -> list[int]:
+    """Return how many entries of a unit go together, first to go first, without those that always stay."""
+    block = entries_in_block(unit, align)
+    whole, rest = divmod(unit.size, block)
+    if whole == 0:
+        return []  # smaller than one block: it stays as it is
+    blocks = ([rest] if rest else []) + [block] * (whole - 1)
+    if tower is None or tower.sizes is None:
+        return blocks
+    joined, left, gone = [], unit.size, 0
+    for each in blocks:
+        left, gone = left - each, gone + each
+        if left in tower.sizes:
+            joined.append(gone)
+            gone = 0
+    return joined

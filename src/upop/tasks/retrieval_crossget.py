@@ -1,0 +1,99 @@
+"""Retrieval (Flickr30K, COCO) with CLIP and CrossGET: the towers merge tokens, led by cross tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal, cast
+
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from upop.models.clip import ClipSizes
+from upop.models.crossget import CrossGetClip, CrossGetConfig, CrossLosses, published_macs
+from upop.pruning import count_macs, count_parameters
+from upop.settings import RunSettings
+from upop.tasks.recall import RetrievalSettings
+from upop.tasks.retrieval_clip import ClipRetrievalSettings, ClipRetrievalTask
+from upop.training.task import Batch
+
+_CROSS_SHARE = 0.5
+"""Of the cross loss in the loss of training, as published."""
+
+
+class CrossGetSettings(ClipRetrievalSettings):
+    """Settings of configs/retrieval_flickr_crossget.yaml; the defaults are the published ones."""
+
+    published: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        name: {**values, "max_epoch": 12} for name, values in RetrievalSettings.published.items()
+    }
+
+    of_model: ClassVar[Mapping[str, str]] = {"image_size": "image_size", "model.max_positions": "max_positions"}
+
+    dataset: Literal["coco", "flickr"] = Field("flickr", description="whose annotation files, and whose defaults")
+    image_size: int = Field(224, gt=0)
+    batch_size_train: int = Field(64, ge=1, description="records per process and forward pass")
+    batch_size_test: int = Field(128, ge=1, description="pictures per process and forward pass")
+    weight_decay: float = Field(0.05, ge=0)
+    warmup_steps: int | None = Field(0, ge=0, description="linear warm-up")
+    reduce: Literal["ours", "none"] = Field("ours", description="whether tokens are merged; none is plain CLIP")
+    rv: int = Field(16, ge=0, description="image tokens removed per layer")
+    rl: int = Field(0, ge=0, description="text tokens removed per layer")
+    merge_padding: bool = Field(
+        False, description="merge padding like words, as published, though what follows a text then changes its feature"
+    )
+
+
+class CrossGetTask(ClipRetrievalTask):
+    """Pictures found by texts, and texts by pictures, with CLIP and fewer tokens."""
+
+    name: ClassVar[str] = "retrieval-crossget"
+    settings: ClassVar[type[RunSettings]] = CrossGetSettings
+    config: ClassVar[type[ClipSizes]] = CrossGetConfig
+
+    def sizes(self, settings: ClipRetrievalSettings) -> dict[str, Any]:
+        """Return what the settings say of the model: its sizes, and how many tokens its layers remove."""
+        assert isinstance(settings, CrossGetSettings)
+        merges = settings.reduce == "ours"
+        removed = {"rv": settings.rv, "rl": settings.rl} if merges else {"rv": 0, "rl": 0}
+        return {
+            "image_size": settings.image_size,
+            "cross": merges,
+            "merge_padding": settings.merge_padding,
+            **removed,
+            **settings.model,
+        }
+
+    def loss(self, model: nn.Module, batch: Batch, settings: ClipRetrievalSettings, epoch: float) -> Tensor:
+        """Return half the contrastive and half the cross loss; of a plain CLIP, the contrastive one."""
+        losses: CrossLosses = model(images=batch["images"], input_ids=batch["input_ids"], ids=batch["ids"])
+        if cast(CrossGetSettings, settings).reduce == "none":
+            return losses.contrastive
+        return (1 - _CROSS_SHARE) * losses.contrastive + _CROSS_SHARE * losses.cross
+
+    def predict(self, model: nn.Module, batch: Batch, settings: ClipRetrievalSettings) -> dict[str, Tensor]:
+        """Return normalised features of pictures, [B, D]."""
+        return {"features": F.normalize(cast(CrossGetClip, model).encode_image(batch["images"]).features, dim=-1)}
+
+    def text_features(self, model: nn.Module, words: Mapping[str, Tensor]) -> Tensor:
+        """Return normalised features of texts, [B, D]."""
+        return F.normalize(cast(CrossGetClip, model).encode_text(words["input_ids"]).features, dim=-1)
+
+    def counts(self, model: nn.Module) -> dict[str, Any]:
+        """Return the sizes of the model, beside the published way of counting its multiply-adds."""
+        assert isinstance(model, CrossGetClip)
+        parameters = count_parameters(model)
+        return {
+            "parameters": parameters,
+            "gmacs": count_macs(model, self.example(model, 1)) / 1e9,
+            "published_parameters": parameters,
+            "published_gmacs": published_macs(model.config) / 1e9,
+        }
+
+    def _built(self, sizes: dict[str, Any]) -> nn.Module:
+        return CrossGetClip(CrossGetConfig(**sizes))
+
+    def _settle(self, model: nn.Module, settings: ClipRetrievalSettings) -> None:
+        """Set how many tokens go, which no checkpoint of the published code tells."""
+        sizes = self.sizes(settings)
+        cast(CrossGetClip, model).set_removed(sizes["rv"], sizes["rl"])

@@ -1,0 +1,1 @@
+"""Fewer tokens: complete-graph matching and merging, cross tokens, for encoders of any library (CrossGET)."""

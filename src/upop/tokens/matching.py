@@ -1,0 +1,173 @@
+"""Complete-graph matching of tokens: which go, and which take them in (CrossGET, arXiv 2305.17455, section 3.2).
+
+Every token may be merged into every other. Ties are the rule here (two tokens that are nearest to each other are
+equally far from each other), so they are broken by position, the lower one first: decisions do not depend on the
+device, on the batch, or on how a library sorts. Places follow from comparisons, which every compiler and exporter has.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Match:
+    """What becomes of the tokens of a batch, r' of T removed in every row.
+
+    Attributes:
+        source: positions of the tokens that go, in the order of choice, [B, r'].
+        kept: positions of those that stay, ascending, [B, T - r'].
+        target: where each source goes, as a place in `kept`, [B, r'].
+        weight: of source and target in the merged token, [B, r', 2]; they sum to 2.
+    """
+
+    source: Tensor
+    kept: Tensor
+    target: Tensor
+    weight: Tensor
+
+
+def removable(tokens: int, protected: int, asked: int) -> int:
+    """Return how many of `tokens` go, of which `protected` may not: as asked, and at most half of the free ones."""
+    return max(0, min(asked, (tokens - protected) // 2))
+
+
+@torch.no_grad()
+def match(
+    keys: Tensor,
+    importance: Tensor,
+    remove: int,
+    protected: Tensor,
+    *,
+    empty: Tensor | None = None,
+    weighted: bool = True,
+) -> Match:
+    """Choose the tokens that go, those whose nearest lower-ranked token is nearest and that matter least.
+
+    Args:
+        keys: what similarity is the cosine of, [B, T, C]; computed in float32 at least.
+        importance: how much each token matters, [B, T].
+        remove: tokens to remove from each row; see `removable`.
+        protected: tokens that neither go nor take others in, [B, T] or [T], of bool.
+        empty: tokens of no content (padding), [B, T]; they go first, and never into one that has any.
+        weighted: whether importance weighs the merged tokens; the weights are 1 otherwise.
+    """
+    with exactly(keys):
+        keys = keys if keys.dtype == torch.float64 else keys.float()
+        importance = importance.to(keys.dtype)
+        batch, tokens, _ = keys.shape
+        positions = torch.arange(tokens, device=keys.device)
+        similarity = _cosines(keys).masked_fill(_barred(positions, protected, empty), -torch.inf)
+        rank = _ranks(-similarity.amax(-1))
+        reach = similarity.masked_fill(rank.unsqueeze(1) <= rank.unsqueeze(2), -torch.inf).amax(-1)
+        cost = importance - reach
+        if empty is not None:
+            cost = cost.masked_fill(empty & ~protected, -torch.inf)
+        order = _inverse(_ranks(cost))
+        source, rest = order[:, :remove], order[:, remove:]
+        among = similarity.gather(1, source.unsqueeze(2).expand(batch, remove, tokens))
+        among = among.gather(2, rest.unsqueeze(1).expand(batch, remove, tokens - remove))
+        target = rest.gather(1, among.argmax(2))
+        weight = keys.new_ones(batch, remove, 2)
+        if weighted:
+            pair = torch.stack([importance.gather(1, source), importance.gather(1, target)], 2)
+            weight = 2 * pair.softmax(2)
+            if empty is not None:  # what has no content adds none
+                weight = torch.where(empty.gather(1, source).unsqueeze(2), torch.ones_like(weight), weight)
+        return Match(source, _placed(rest, source), _place(target, source), weight)
+
+
+def merge(tokens: Tensor, size: Tensor, found: Match) -> tuple[Tensor, Tensor]:
+    """Return the merged tokens [B, T - r', C] and their sizes [B, T - r']; gradients go through both.
+
+    Args:
+        tokens: [B, T, C].
+        size: how many tokens each stands for, [B, T]; 0 for one without content.
+        found: by `match`.
+    """
+    with exactly(tokens):
+        exact = size.dtype
+        states = tokens.to(exact)
+        given, own = found.weight.to(exact).unbind(2)
+        # Row b, column a: whether source a goes into kept token b. A product adds in the same order everywhere.
+        places = torch.arange(found.kept.shape[1], device=tokens.device)
+        joins = (places.unsqueeze(1) == found.target.unsqueeze(1)).to(exact)
+        kept_size, source_size = size.gather(1, found.kept), size.gather(1, found.source)
+        kept, sources = _rows(states, found.kept), _rows(states, found.source)
+        share = kept_size * (1 + (joins @ (own - 1).unsqueeze(2)).squeeze(2))
+        summed = share.unsqueeze(2) * kept + joins @ ((given * source_size).unsqueeze(2) * sources)
+        merged_size = kept_size + (joins @ source_size.unsqueeze(2)).squeeze(2)
+        # A token without content keeps its state, which nothing reads.
+        merged = torch.where(merged_size.unsqueeze(2) > 0, summed / merged_size.clamp_min(1).unsqueeze(2), kept)
+        return merged.to(tokens.dtype), merged_size
+
+
+def exactly(tokens: Tensor) -> AbstractContextManager[None]:
+    """Return a context without autocast: decisions are the same in training and in evaluation."""
+    return nullcontext() if tokens.is_meta else torch.autocast(tokens.device.type, enabled=False)
+
+
+def unmerge(tokens: Tensor, found: Match) -> Tensor:
+    """Return tokens at all T places from before a merging, [B, T, C]: what was merged stands at each of its places."""
+    total = found.kept.shape[1] + found.source.shape[1]
+    shape = (tokens.shape[0], total, tokens.shape[2])
+    places = torch.cat([found.kept, found.source], 1).unsqueeze(2).expand(shape)
+    return torch.zeros(shape, dtype=tokens.dtype, device=tokens.device).scatter(
+        1, places, torch.cat([tokens, _rows(tokens, found.target)], 1)
+    )
+
+
+def cosine(keys: Tensor, guide: Tensor) -> Tensor:
+    """Return the cosine of each token's key with the guide, [B, T], of keys [B, T, C] and a guide [B, C]."""
+    return (_unit(keys) @ _unit(guide).unsqueeze(2)).squeeze(2)
+
+
+def _unit(vectors: Tensor) -> Tensor:
+    length: Tensor = vectors.norm(dim=-1, keepdim=True)
+    return vectors / length.clamp_min(torch.finfo(vectors.dtype).tiny)
+
+
+def _cosines(keys: Tensor) -> Tensor:
+    """Return the cosines of all pairs, [B, T, T], symmetric to the last bit, whatever the product rounds."""
+    unit = _unit(keys)
+    upper = (unit @ unit.transpose(1, 2)).triu(1)
+    return upper + upper.transpose(1, 2)
+
+
+def _barred(positions: Tensor, protected: Tensor, empty: Tensor | None) -> Tensor:
+    """Return which pairs may not be merged, [B, T, T] or [1, T, T]."""
+    barred = protected.unsqueeze(-1) | protected.unsqueeze(-2) | (positions.unsqueeze(0) == positions.unsqueeze(1))
+    if empty is not None:
+        barred = barred | (empty.unsqueeze(2) != empty.unsqueeze(1))
+    return barred
+
+
+def _ranks(values: Tensor) -> Tensor:
+    """Return each value's place in ascending order, [B, T]; equal ones in the order of their positions."""
+    positions = torch.arange(values.shape[1], device=values.device)
+    mine, others = values.unsqueeze(2), values.unsqueeze(1)
+    before = (others < mine) | ((others == mine) & (positions.unsqueeze(0) < positions.unsqueeze(1)))
+    return before.sum(2)
+
+
+def _inverse(permutation: Tensor) -> Tensor:
+    positions = torch.arange(permutation.shape[1], device=permutation.device)
+    return torch.zeros_like(permutation).scatter(1, permutation, positions.expand_as(permutation))
+
+
+def _place(positions: Tensor, source: Tensor) -> Tensor:
+    """Return where kept positions stand once the sources are gone, [B, n]."""
+    return positions - (source.unsqueeze(1) < positions.unsqueeze(2)).sum(2)
+
+
+def _placed(rest: Tensor, source: Tensor) -> Tensor:
+    """Return kept positions in ascending order."""
+    return torch.zeros_like(rest).scatter(1, _place(rest, source), rest)
+
+
+def _rows(tokens: Tensor, positions: Tensor) -> Tensor:
+    return tokens.gather(1, positions.unsqueeze(2).expand(*positions.shape, tokens.shape[2]))
