@@ -3,7 +3,7 @@
 The public API: `Compression` compresses a model while it is trained; `Pruner` and `shrink` do so inside any other
 loop, `calibrate` does it without training, `distill` has the dense model teach, `find_units` says what can go, `save`,
 `load` and `load_into` keep a compressed model without pickle, `export` writes it for other runtimes, `load_official`
-reads the published checkpoints.
+reads the published checkpoints; `merge_tokens` has image encoders do with fewer tokens.
 
 Nothing is imported before it is asked for. Once both are imported, in whichever order, transformers reloads compressed
 models by itself. Where a library is missing that files need, the method is there all the same, beside torch alone.
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
         survey,
         unmask,
     )
+    from upop.tokens.encoders import merge_tokens
 
 __version__ = "0.1.0"
 
@@ -54,6 +55,7 @@ __all__ = [
     "load",
     "load_into",
     "load_official",
+    "merge_tokens",
     "save",
     "shrink",
     "skeleton",
@@ -63,6 +65,7 @@ __all__ = [
 _PLACES = {
     "Compression": "upop.compression",
     "export": "upop.checkpoints.export",
+    "merge_tokens": "upop.tokens.encoders",
     **dict.fromkeys(("load", "load_into", "load_official", "save"), "upop.checkpoints"),
 }
 """Where the names are that do not belong to the method."""

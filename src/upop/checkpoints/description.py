@@ -57,6 +57,7 @@ class Description(Read):
     weights: dict[str, str] | None = None
     preparation: dict[str, Any] | None = None
     units: dict[str, dict[str, Any]] | None = None
+    tokens: list[list[int]] | None = None
 
 
 def read_description(folder: Path) -> Description:

@@ -35,7 +35,7 @@ from upop.checkpoints.read import read_outline, read_weights
 from upop.checkpoints.renamed import named_as_today, units_if_read, units_of, units_today, with_names
 from upop.checkpoints.sizes import dense_skeleton, plan_for, sizes_before
 from upop.checkpoints.write import write_weights
-from upop.errors import CheckpointError, LayoutError, PlanError, nearest
+from upop.errors import CheckpointError, LayoutError, PlanError, SettingError, nearest
 from upop.files import replacing_folder
 from upop.libraries import is_pretrained
 from upop.models import MODELS, kind_of
@@ -47,6 +47,7 @@ from upop.pruning.masks import refuse_masked, unwrapped
 from upop.pruning.sharded import refuse_sharded
 from upop.pruning.units import has_number, number_of
 from upop.pruning.written import as_json
+from upop.tokens.encoders import merge_again, removed_tokens
 from upop.values import problems
 
 if TYPE_CHECKING:
@@ -106,6 +107,7 @@ def save(
         "units": _written(units, {} if plain else dense, None if plain else plan),
         "plan": json.loads((plan if plain else replace(plan, slices={})).to_json()) if plan is not None else None,
         "preparation": preparation_of(model),
+        "tokens": removed_tokens(model),
         "versions": owners.versions(),
     }
     with replacing_folder(folder, "model", overwrite=overwrite) as fresh:
@@ -169,7 +171,7 @@ def load(folder: str | Path, model: nn.Module | None = None, *, strict: bool = T
     _check_layout(model, plan, {names.get(name, name): unit for name, unit in layout.items()}, folder)
     set_plan(model, plan)
     set_preparation(model, description.preparation)
-    return model.eval()
+    return _merging(model, description, folder).eval()
 
 
 def load_into(model: nn.Module, folder: str | Path, *, strict: bool = True) -> nn.Module:
@@ -206,7 +208,18 @@ def load_into(model: nn.Module, folder: str | Path, *, strict: bool = True) -> n
     set_preparation(model, description.preparation)
     if is_pretrained(model):
         owners.mark(model)
+    _merging(model, description, folder)
     return whole.eval()
+
+
+def _merging(model: nn.Module, description: Description, folder: Path) -> nn.Module:
+    """Have a model merge tokens as its description says; it is found anew where."""
+    if description.tokens:
+        try:
+            return merge_again(model, description.tokens)
+        except (LayoutError, SettingError) as error:
+            raise CheckpointError(f"{folder} holds a model that merged tokens, and this one cannot: {error}") from error
+    return model
 
 
 def _check_class(model: nn.Module, description: Description, folder: Path, *, strict: bool) -> None:

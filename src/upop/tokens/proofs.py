@@ -1,0 +1,152 @@
+"""Whether the tokens of an encoder may be merged, on numbers: their places may decide nothing from its first layer on.
+
+Merging takes tokens for a set. A layer does too, if tokens in another order give the same, in that order: relative
+positions, windows and rotations of queries and keys do not. What reads the encoder must not read by place either: its
+outputs stay, or come in the other order. Weights that are zero are filled with noise for that, so that tables which
+training is yet to fill count.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from upop.pruning.costs import call, evaluating
+from upop.pruning.errors import LayoutError
+from upop.tokens.reading import Encoder, Found
+
+_NOISE = 0.1
+_TOLERANCE = {torch.float64: 1e-8, torch.float32: 2e-3}
+_COARSE = 5e-2
+"""Largest difference, relative to the largest number, that another order of summation makes."""
+
+
+def prefix_of(model: nn.Module, example: Any, encoder: Encoder) -> int:
+    """Return how many first tokens are no part of the image: what they start as does not depend on it.
+
+    Raises:
+        LayoutError: such tokens stand elsewhere.
+    """
+    other = tree_map(
+        lambda leaf: torch.randn_like(leaf) if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf, example
+    )
+    with evaluating(model):
+        changed = _tokens_with(model, other, encoder.layers[0])
+    if changed.shape != encoder.tokens.shape:
+        raise LayoutError("how many tokens there are depends on what the image shows")
+    fixed = (changed == encoder.tokens).all(2).all(0)
+    count = int((~fixed).int().argmax()) if not fixed.all() else len(fixed)
+    if count == len(fixed) or fixed[count:].any():
+        raise LayoutError("tokens that do not depend on the image stand among those that do")
+    return count
+
+
+def check_layers(encoder: Encoder, prefix: int) -> None:
+    """Raise a `LayoutError` where a layer computes something else with tokens in another order."""
+    order = _order(encoder.tokens.shape[1], prefix, encoder.tokens.device)
+    for found in encoder.layers:
+        layer = copy.deepcopy(found.call.module)
+        with evaluating(layer):
+            for parameter in layer.parameters():
+                parameter.add_(_NOISE * torch.randn_like(parameter))
+            plain, mixed = (_run(layer, found, each) for each in (None, order))
+        if not _alike(plain[:, order], mixed):
+            raise LayoutError(
+                f"{found.call.path} computes with the places of its tokens (windows, relative or rotary positions, a "
+                "mask): those of merged tokens would be lost"
+            )
+
+
+def check_readers(model: nn.Module, example: Any, encoder: Encoder, prefix: int) -> None:
+    """Raise a `LayoutError` where what reads the encoder computes something else with its tokens in another order."""
+    count = encoder.tokens.shape[1]
+    order = _order(count, prefix, encoder.tokens.device)
+    last = encoder.layers[-1].call.module
+
+    def mix(_layer: nn.Module, _args: Any, output: Any) -> Any:
+        if isinstance(output, Tensor):
+            return output[:, order]
+        return type(output)([output[0][:, order], *output[1:]])
+
+    with evaluating(model), _filled(model):
+        plain = _outputs(model, example)
+        handle = last.register_forward_hook(mix)
+        try:
+            mixed = _outputs(model, example)
+        finally:
+            handle.remove()
+    for one, other in zip(plain, mixed, strict=True):
+        if not any(_alike(each, other) for each in (one, *_reordered(one, order, prefix))):
+            raise LayoutError("what reads its tokens takes them by their places (a grid, or a part of it)")
+
+
+def _reordered(output: Tensor, order: Tensor, prefix: int) -> Iterator[Tensor]:
+    """Yield an output in the other order along the axes that may be those of tokens, the first ones left out or not."""
+    for left in range(prefix + 1):
+        kept = order[left:] - left
+        for axis, size in enumerate(output.shape):
+            if size == len(kept):
+                yield output.index_select(axis, kept)
+
+
+def _order(tokens: int, prefix: int, device: torch.device) -> Tensor:
+    mixed = prefix + torch.randperm(tokens - prefix, device=device)
+    return torch.cat([torch.arange(prefix, device=device), mixed])
+
+
+def _run(layer: nn.Module, found: Found, order: Tensor | None) -> Tensor:
+    tokens = found.call.tokens
+
+    def mixed(leaf: Any) -> Any:
+        return leaf[:, order] if isinstance(leaf, Tensor) and leaf is tokens and order is not None else leaf
+
+    args, kwargs = tree_map(mixed, found.call.args), tree_map(mixed, found.call.kwargs)
+    return next(each for each in tree_leaves(layer(*args, **kwargs)) if isinstance(each, Tensor))
+
+
+def _tokens_with(model: nn.Module, example: Any, found: Found) -> Tensor:
+    seen: list[Tensor] = []
+
+    def hook(_layer: nn.Module, args: Any, kwargs: Any) -> None:
+        seen.append(next(each for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)))
+
+    handle = found.call.module.register_forward_pre_hook(hook, with_kwargs=True)
+    try:
+        call(model, example)
+    finally:
+        handle.remove()
+    return seen[0]
+
+
+def _outputs(model: nn.Module, example: Any) -> list[Tensor]:
+    found = call(model, example)
+    leaves = tree_leaves(dict(found) if hasattr(found, "keys") else found)
+    return [each for each in leaves if isinstance(each, Tensor) and each.is_floating_point()]
+
+
+def _alike(one: Tensor, other: Tensor) -> bool:
+    if one.shape != other.shape:
+        return False
+    most = _TOLERANCE.get(one.dtype, _COARSE)
+    return bool((one - other).abs().amax() <= most * one.abs().amax())
+
+
+@contextmanager
+def _filled(model: nn.Module) -> Iterator[None]:
+    """Have weights that are zero hold noise."""
+    empty = [each for each in model.parameters() if not each.any()]
+    try:
+        with torch.no_grad():
+            for each in empty:
+                each.normal_(std=_NOISE)
+        yield
+    finally:
+        with torch.no_grad():
+            for each in empty:
+                each.zero_()

@@ -1,0 +1,257 @@
+"""`merge_tokens` on encoders of several libraries: what merges, what is refused, and what stays as it was."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+import transformers
+from torch import Tensor, nn
+
+import upop
+from tiers import mostly_slow
+from upop.errors import LayoutError, SettingError
+from upop.models.checkpointing import checkpoint_blocks
+from upop.models.segmenter import Segmenter, SegmenterConfig
+from upop.pruning import plan_by_magnitude, shrink
+from upop.tokens.encoders import removed_tokens
+
+TINY = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 64, "image_size": 32}
+VISION = {**TINY, "patch_size": 8}
+
+
+def from_timm(name: str, **given: Any) -> nn.Module:
+    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 4, "num_classes": 5, **given}
+    return timm.create_model(name, **sizes)
+
+
+def open_clip_tower() -> nn.Module:
+    open_clip = pytest.importorskip("open_clip")
+    vision = open_clip.CLIPVisionCfg(layers=3, width=64, patch_size=8, image_size=32)
+    return open_clip.model.CLIP(32, vision, open_clip.CLIPTextCfg(width=32, layers=2, heads=2, vocab_size=99))
+
+
+def clip() -> nn.Module:
+    text = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    words = {"vocab_size": 99, "bos_token_id": 97, "eos_token_id": 98, "pad_token_id": 0}
+    return transformers.CLIPModel(transformers.CLIPConfig(vision_config=VISION, text_config={**text, **words}))
+
+
+def of(kind: str) -> nn.Module:
+    return getattr(transformers, kind)(
+        getattr(transformers, kind.partition("For")[0].removesuffix("Model") + "Config")(**VISION)
+    )
+
+
+MERGING: dict[str, tuple[Callable[[], nn.Module], int]] = {
+    "timm vit": (lambda: from_timm("vit_tiny_patch16_224"), 17),
+    "timm deit": (lambda: from_timm("deit_tiny_distilled_patch16_224"), 18),
+    "timm siglip": (lambda: from_timm("vit_base_patch16_siglip_224"), 16),
+    "timm dinov2": (lambda: from_timm("vit_small_patch14_reg4_dinov2"), 21),
+    "timm post-norm": (
+        lambda: from_timm("vit_tiny_patch16_224", block_fn=timm.models.vision_transformer.ResPostBlock),
+        17,
+    ),
+    "open_clip": (open_clip_tower, 17),
+    "transformers vit": (lambda: of("ViTForImageClassification"), 17),
+    "transformers deit": (lambda: of("DeiTForImageClassification"), 18),
+    "transformers clip": (clip, 17),
+    "transformers siglip": (lambda: of("SiglipVisionModel"), 16),
+    "transformers blip": (lambda: of("BlipVisionModel"), 17),
+}
+REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "relative tables": (lambda: from_timm("beit_base_patch16_224"), "places of its tokens"),
+    "rotary positions": (lambda: from_timm("eva02_tiny_patch14_224"), "places of its tokens"),
+    "windows": (
+        lambda: timm.create_model(
+            "swin_tiny_patch4_window7_224", img_size=56, embed_dim=12, depths=(1, 1), num_heads=(1, 2)
+        ),
+        "No image encoder",
+    ),
+    "a grid": (
+        lambda: Segmenter(
+            SegmenterConfig(
+                image_size=32,
+                patch_size=8,
+                vision_width=32,
+                vision_depth=2,
+                vision_heads=2,
+                vision_mlp=64,
+                classes=3,
+                decoder="linear",
+            )
+        ),
+        "places|does not run",
+    ),
+}
+
+
+def made(build: Callable[[], nn.Module]) -> nn.Module:
+    torch.manual_seed(0)
+    return build().eval()
+
+
+def lengths(model: nn.Module, example: Any) -> list[int]:
+    """How many tokens every merging layer returned in a call."""
+    found: list[int] = []
+
+    def hook(_layer: nn.Module, _args: Any, output: Any) -> None:
+        found.append((output if isinstance(output, Tensor) else output[0]).shape[1])
+
+    layers = [each for each in model.modules() if "_upop_merging" in vars(each)]
+    handles = [each.register_forward_hook(hook) for each in layers]
+    with torch.no_grad():
+        upop.pruning.costs.call(model, example)
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+@pytest.mark.parametrize("name", MERGING)
+def test_encoders_of_libraries_merge_and_are_themselves_again(name: str) -> None:
+    build, tokens = MERGING[name]
+    model = made(build)
+    example = upop.pruning.axes.examples.example_for(model)
+    with torch.no_grad():
+        before = upop.pruning.costs.call(model, example)
+    assert upop.merge_tokens(model, 3, example=example) is model
+    assert removed_tokens(model) == [[3, 3, 3]]
+    assert lengths(model, example) == [tokens - 3, tokens - 6, tokens - 9]
+    upop.merge_tokens(model, 0)
+    assert removed_tokens(model) is None
+    with torch.no_grad():
+        after = upop.pruning.costs.call(model, example)
+    torch.testing.assert_close(after, before)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_models_that_need_the_places_of_tokens_are_refused_and_left_alone(name: str) -> None:
+    build, reason = REFUSED[name]
+    model = made(build)
+    state = copy.deepcopy(model.state_dict())
+    with pytest.raises(LayoutError, match=reason):
+        upop.merge_tokens(model, 2)
+    assert removed_tokens(model) is None
+    assert not any("_upop_merging" in vars(each) for each in model.modules())
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("attention", ["fused", "plain", "packed"])
+def test_merging_equal_tokens_changes_nothing(attention: str) -> None:
+    """What is alike attends and is attended to as one token of its size, to the last digits."""
+    model = made(open_clip_tower if attention == "packed" else lambda: from_timm("vit_tiny_patch16_224")).double()
+    tower: Any = model.visual if attention == "packed" else model
+    for block in tower.blocks if attention == "plain" else ():
+        block.attn.fused_attn = False
+    positions = tower.positional_embedding if attention == "packed" else tower.pos_embed
+    with torch.no_grad():
+        positions[..., 1:, :] = positions[..., 1:2, :]
+    image = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    image[..., 8:] = image[..., :8].repeat(1, 1, 1, 3)  # four equal columns of patches
+    with torch.no_grad():
+        wanted = tower(image)
+        upop.merge_tokens(tower, [6, 3, 3], example=image)
+        found = tower(image)
+    torch.testing.assert_close(found, wanted)
+
+
+def test_each_layer_removes_its_own_number_or_all_together_a_share() -> None:
+    model = made(MERGING["timm vit"][0])
+    image = torch.randn(2, 3, 32, 32)
+    dense = upop.count_macs(model, image)
+    upop.merge_tokens(model, [0, 5, 1])
+    assert lengths(model, image) == [17, 12, 11]
+    upop.merge_tokens(model, 0.3)
+    (removed,) = removed_tokens(model) or [[]]
+    assert len(set(removed)) == 1
+    assert upop.count_macs(model, image) < 0.8 * dense
+    plain = made(MERGING["timm vit"][0])
+    with torch.no_grad():
+        assert torch.equal(upop.merge_tokens(copy.deepcopy(plain), [0, 0, 0])(image), plain(image))
+
+
+@pytest.mark.parametrize(
+    ("vision", "told"),
+    [
+        (9, "leaves nothing to merge.*At most"),
+        ([1, 2], "3 layers"),
+        (0.9, "merging can save"),
+        (1.5, "between 0 and 1"),
+    ],
+)
+def test_what_cannot_be_removed_is_refused(vision: Any, told: str) -> None:
+    model = made(lambda: from_timm("vit_tiny_patch16_224", depth=3, img_size=16))
+    with pytest.raises(SettingError, match=told):
+        upop.merge_tokens(model, vision)
+    assert removed_tokens(model) is None
+
+
+@pytest.mark.parametrize("name", ["timm vit", "transformers vit"])
+def test_training_goes_through_merging_and_checkpointing_changes_no_gradient(name: str) -> None:
+    def gradients(model: nn.Module) -> list[Tensor]:
+        upop.merge_tokens(model, 3).train()
+        output = model(torch.linspace(-1, 1, 2 * 3 * 32 * 32).view(2, 3, 32, 32))
+        (output if isinstance(output, Tensor) else output.logits).square().sum().backward()
+        return [each.grad for each in model.parameters() if each.grad is not None]
+
+    plain, saving = made(MERGING[name][0]), made(MERGING[name][0])
+    if name == "timm vit":
+        saving.set_grad_checkpointing()  # type: ignore[operator]
+    else:
+        checkpoint_blocks(saving)
+    wanted = gradients(plain)
+    assert len(wanted) == len(list(plain.parameters()))
+    torch.testing.assert_close(gradients(saving), wanted)
+
+
+@pytest.mark.parametrize("name", mostly_slow(["timm vit", "transformers vit"], "transformers vit"))
+def test_a_saved_model_merges_when_it_is_loaded(name: str, tmp_path: Path) -> None:
+    model = upop.merge_tokens(made(MERGING[name][0]), [3, 2, 1])
+    image = torch.randn(2, 3, 32, 32)
+    loaded = upop.load(upop.save(model, tmp_path / "model"))
+    assert removed_tokens(loaded) == [[3, 2, 1]]
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(image), model(image))
+
+
+def test_a_cut_model_merges_like_any_other() -> None:
+    model = made(MERGING["timm vit"][0])
+    image = torch.randn(2, 3, 32, 32)
+    shrink(model, plan_by_magnitude(model, 0.5), verify=image)
+    cut = upop.count_macs(model, image)
+    upop.merge_tokens(model, 3)
+    assert lengths(model, image) == [14, 11, 8]
+    assert upop.count_macs(model, image) < cut
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["timm vit", "transformers siglip"])
+def test_a_merging_model_is_exported_with_any_batch(name: str, tmp_path: Path) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    model = upop.merge_tokens(made(MERGING[name][0]), 3)
+    file = tmp_path / "model.onnx"
+    sizes = ({0: torch.export.Dim("batch", min=1, max=64)},)
+    torch.onnx.export(model, (torch.randn(2, 3, 32, 32),), file, dynamo=True, dynamic_shapes=sizes, verbose=False)
+    session = onnxruntime.InferenceSession(file)
+    for batch in (1, 5):
+        image = torch.randn(batch, 3, 32, 32)
+        found = session.run(None, {session.get_inputs()[0].name: image.numpy()})[0]
+        with torch.no_grad():
+            wanted = model(image)
+        wanted = wanted if isinstance(wanted, Tensor) else wanted[0]
+        torch.testing.assert_close(torch.from_numpy(found), wanted, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_a_merging_model_compiles_whole() -> None:
+    model = upop.merge_tokens(made(MERGING["timm vit"][0]), 3)
+    image = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        found = torch.compile(model, fullgraph=True, backend="aot_eager")(image)
+        torch.testing.assert_close(found, model(image))
