@@ -14,12 +14,16 @@ import typer
 from typer.main import get_command
 
 from documents import ROOT, words
-from upop.cli import published_deit, published_segmenter
+from upop.cli import published_crossget, published_deit, published_segmenter
 from upop.cli.app import app
 from upop.cli.arguments import with_resume_value
 from upop.cli.published import blip_command
 
-OTHER_FLAGS = {"compress_deit.py": published_deit.app, "compress_segmenter.py": published_segmenter.app}
+OTHER_FLAGS = {
+    "compress_deit.py": published_deit.app,
+    "compress_segmenter.py": published_segmenter.app,
+    "train_retrieval_clip.py": published_crossget.app,
+}
 """The published scripts whose flags are not BLIP's."""
 LAUNCHERS = ("-m torch.distributed.run", "torchrun")
 
@@ -36,7 +40,7 @@ def check(line: str) -> None:
             parse(app, rest)
         case ["python", "-m", "torch.distributed.run", *rest] | ["torchrun", *rest]:
             _check_launched(rest)
-        case ["python", script, *rest] if script.startswith("compress_"):
+        case ["python", script, *rest] if script.startswith("compress_") or script in OTHER_FLAGS:
             check_published(script, rest)
         case ["python", "-c", code]:
             exec(compile(code, "shown", "exec"), {})

@@ -10,7 +10,7 @@ import pytest
 from typer.main import get_command
 
 from upop import __version__
-from upop.cli import published_deit, published_segmenter
+from upop.cli import published_crossget, published_deit, published_segmenter
 from upop.cli.app import app, main
 from upop.cli.published import blip_command
 from upop.tasks import TASKS
@@ -20,6 +20,7 @@ PUBLISHED = {
     "compress_nlvr.py": blip_command("nlvr", "./configs/nlvr.yaml"),
     "compress_deit.py": published_deit.app,
     "compress_segmenter.py": published_segmenter.app,
+    "train_retrieval_clip.py": published_crossget.app,
 }
 
 
