@@ -9,14 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
+import transformers
 from torch import Tensor, nn
+from typer.testing import CliRunner
 
 import runs
 import upop
 from pruning.families import randomise
 from tiers import mostly_slow
-from upop.checkpoints.export import graphs_of
+from upop.checkpoints.graphs import own_graphs
+from upop.cli.app import app
 from upop.errors import SettingError, VerificationError
 from upop.models.caption import BlipCaption, CaptionConfig
 from upop.models.classifier import ClassifierConfig, build_classifier
@@ -57,6 +61,19 @@ def compressed(name: str) -> nn.Module:
     return upop.shrink(model, kept).eval()
 
 
+class Determinant(nn.Module):
+    """Computes what ONNX has no operation for."""
+
+    def __init__(self, *, asked: bool = False) -> None:
+        super().__init__()
+        self.layer, self.asked = nn.Linear(4, 4), asked
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.asked and x.shape[-1] != 1234:
+            raise ValueError("no such input is known")
+        return torch.linalg.eigvalsh(self.layer(x).unsqueeze(-1) @ self.layer(x).unsqueeze(-2))
+
+
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Any], tuple[nn.Module, Path]]:
     """Export a model, once in each format; return it and its folder."""
@@ -85,7 +102,7 @@ def test_graphs_compute_what_the_model_does(
     model, folder = exported(name, format)
     described = json.loads((folder / "export.json").read_text())
     assert described["format"] == format
-    assert set(described["graphs"]) == set(graphs_of(model))
+    assert set(described["graphs"]) == set(own_graphs(model) or ())
     for graph in described["graphs"].values():
         assert (folder / graph["file"]).stat().st_size > 0
         assert graph["largest_difference"] <= 1e-4
@@ -118,8 +135,12 @@ def test_a_caption_is_written_word_by_word_outside_torch(
 def test_what_cannot_be_exported_is_said(tmp_path: Path) -> None:
     with pytest.raises(SettingError, match=r"'onxx' is not known \(did you mean 'onnx'"):
         upop.export(compressed("nlvr"), tmp_path / "out", "onxx")  # type: ignore[arg-type]
-    with pytest.raises(SettingError, match=r"A Linear cannot be exported by upop, which knows .* blip-caption"):
-        upop.export(nn.Linear(2, 2), tmp_path / "out")
+    with pytest.raises(SettingError, match="quantize='int8' is done by onnxruntime, and the format is 'torch-export'"):
+        upop.export(compressed("nlvr"), tmp_path / "out", "torch-export", quantize="int8")
+    with pytest.raises(SettingError, match=r"read off one call of it.*upop\.export\(model, folder, example="):
+        upop.export(Determinant(asked=True), tmp_path / "out")
+    with pytest.raises(SettingError, match=r"x has shape \(1, 4\).* Give a batch of 2 or more"):
+        upop.export(Determinant(), tmp_path / "out", example=torch.ones(1, 4))
     assert not any(tmp_path.iterdir())
 
 
@@ -139,3 +160,112 @@ def test_a_graph_that_computes_something_else_is_not_written(tmp_path: Path, mon
     with pytest.raises(VerificationError, match="graph 'image' does not compute what the model does"):
         upop.export(model, tmp_path / "out", "torch-export")
     assert not any(tmp_path.iterdir())
+
+
+def of_library(name: str) -> nn.Module:
+    """A tiny model of a library, of which a part of every unit is cut."""
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
+    sizes |= {"intermediate_size": 48}
+    model: nn.Module
+    if name == "torch":
+        layer = nn.TransformerEncoderLayer(16, 4, 32, batch_first=True)
+        model = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False)
+    elif name == "timm":
+        model = timm.create_model("vit_tiny_patch16_224", depth=1, img_size=32)
+    elif name == "llama":
+        config = transformers.LlamaConfig(**sizes, num_key_value_heads=2, vocab_size=60, pad_token_id=0)
+        model = transformers.LlamaForCausalLM(config)
+    elif name == "t5":
+        config = transformers.T5Config(d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4, vocab_size=60)
+        model = transformers.T5ForConditionalGeneration(config)
+    else:
+        vision = {**sizes, "image_size": 32, "patch_size": 16}
+        text = {**sizes, "vocab_size": 60, "bos_token_id": 0, "eos_token_id": 59}
+        model = transformers.CLIPModel(transformers.CLIPConfig(text_config=text, vision_config=vision))
+    units = upop.find_units(model.eval())
+    return upop.shrink(model, {unit.name: range(0, unit.size, 2 + place % 2) for place, unit in enumerate(units)})
+
+
+INPUTS = {
+    "torch": {"src": ["batch", "tokens", 16]},
+    "timm": {"x": ["batch", 3, 32, 32]},
+    "llama": {"input_ids": ["batch", "tokens"], "attention_mask": ["batch", "tokens"]},
+    "t5": {
+        "input_ids": ["batch", "tokens"],
+        "decoder_input_ids": ["batch", "decoder_input_ids_1"],
+        "attention_mask": ["batch", "tokens"],
+    },
+    "clip": {
+        "input_ids": ["batch", "tokens"],
+        "pixel_values": ["batch", 3, 32, 32],
+        "attention_mask": ["batch", "tokens"],
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "format"),
+    mostly_slow(
+        [(name, format) for name in INPUTS for format in ("onnx", "openvino", "torch-export")],
+        *(("llama", "onnx"), ("torch", "openvino")),
+    ),
+)
+def test_a_model_of_any_library_computes_the_same_elsewhere(name: str, format: Any, tmp_path: Path) -> None:
+    pytest.importorskip("openvino", reason="the extra `export` is not installed")
+    folder = upop.export(of_library(name), tmp_path / "out", format)
+    graph = json.loads((folder / "export.json").read_text())["graphs"]["model"]
+    assert graph["inputs"] == INPUTS[name]
+    assert graph["largest_difference"] <= 1e-4  # in batches of 1 and 3, and texts of 9 words; it was traced with others
+
+
+def test_a_model_of_ones_own_runs_in_onnxruntime_in_any_batch_and_in_whole_numbers(tmp_path: Path) -> None:
+    runtime = pytest.importorskip("onnxruntime", reason="the extra `export` is not installed")
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 8)).eval()
+    example = torch.randn(2, 5, 64)
+    upop.shrink(model, {upop.find_units(model, example=example)[0].name: range(128)})
+    samples = [torch.randn(1, 4, 64) for _ in range(16)]
+    folders = {
+        "float": upop.export(model, tmp_path / "float", example=example),
+        "dynamic": upop.export(model, tmp_path / "dynamic", example=example, quantize="int8"),
+        "static": upop.export(model, tmp_path / "static", example=example, quantize="int8", samples=samples),
+    }
+    x = torch.randn(7, 3, 64)
+    expected = model(x).detach()
+    for kind, folder in folders.items():
+        session = runtime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
+        found = torch.from_numpy(session.run(None, {"input": x.numpy()})[0])
+        off = float((found - expected).abs().max() / expected.abs().max())
+        assert off < (1e-5 if kind == "float" else 0.1)
+        assert kind == "float" or off > 1e-5  # it does compute with whole numbers
+        held = json.loads((folder / "export.json").read_text())["graphs"]["model"]
+        if kind != "float":
+            before, after = held["quantized"]["bytes"]
+            assert after < before / 2
+            assert held["quantized"]["difference"] < 0.1
+        assert [path.name for path in folder.glob("*.onnx*")] == ["model.onnx"]
+
+
+def test_an_operation_that_onnx_lacks_is_refused_and_torch_export_takes_it(tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime", reason="the extra `export` is not installed")
+    with pytest.raises(
+        SettingError, match=r"ONNX, which has no operation for aten\.\S+\. Write it with .*torch-export"
+    ):
+        upop.export(Determinant(), tmp_path / "out", example=torch.randn(2, 4))
+    assert not any(tmp_path.iterdir())
+    assert (
+        upop.export(Determinant(), tmp_path / "out", "torch-export", example=torch.randn(2, 4)) / "model.pt2"
+    ).is_file()
+
+
+def test_the_command_writes_a_saved_model_of_transformers(tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime", reason="the extra `export` is not installed")
+    upop.save(of_library("llama"), tmp_path / "small")
+    words = ["export", str(tmp_path / "small"), "--out", str(tmp_path / "out"), "--quantize", "int8"]
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 0, done.exception
+    assert "model(input_ids (batch, tokens), attention_mask (batch, tokens)) -> logits; largest" in done.output
+    assert "int8: " in done.output
+    done = CliRunner().invoke(app, [*words[:4], "--samples", "4", "--overwrite"])
+    assert "--samples are records of a task" in str(done.exception)

@@ -1,73 +1,41 @@
-"""Leaving for other runtimes: ONNX files and torch.export programs, checked against the model that they come from.
+"""Leaving for other runtimes: ONNX, OpenVINO and torch.export programs, checked against the model that they come from.
 
-A model becomes one graph or a few (a captioner: the picture's encoder, and the decoder that is called for every word),
-each with a batch of any size and, where there are texts, texts of any length.
+A model of upop's own tasks becomes the graphs that its task calls; any other one a graph of one call of it.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
+import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
+from upop.checkpoints.any_graph import AnyGraph, graph_of_any
+from upop.checkpoints.graphs import FEWEST_TOKENS, Graph, own_graphs
 from upop.errors import SettingError, VerificationError, nearest
 from upop.files import replacing_folder
+from upop.libraries import naming_missing
 from upop.models import kind_of
 from upop.pruning.costs import evaluating
 
-Format = Literal["onnx", "torch-export"]
-_SUFFIXES = {"onnx": "onnx", "torch-export": "pt2"}
+Format = Literal["onnx", "openvino", "torch-export"]
+Quantization = Literal["int8"]
+_SUFFIXES = {"onnx": "onnx", "openvino": "xml", "torch-export": "pt2"}
 _TOLERANCE = 1e-4
 """Largest allowed difference from the model's own outputs, relative to the largest entry."""
 _DESCRIPTION = "export.json"
 _OTHER_BATCHES = (1, 3)
 """Batches that an exported graph is checked with: others than it was traced with."""
-_TRACED_BATCH, _TRACED_TOKENS, _OTHER_TOKENS = 2, 6, 9
-_FEWEST_TOKENS = 3
-"""Of a text that a graph takes, padding included: tracing takes lengths of 1 and 2 for something special."""
-
-
-@dataclass(frozen=True)
-class Graph:
-    """One function of a model, as it is exported.
-
-    Attributes:
-        forward: (model, *inputs) -> a tensor or a tuple of tensors.
-        inputs: name -> the axes of the input: a name (such as "batch" and "tokens") where any size will do, or a size.
-        outputs: the names of the outputs.
-        words: how many there are to draw token numbers from.
-        positions: the most tokens of a text.
-    """
-
-    forward: Callable[..., Tensor | tuple[Tensor, ...]]
-    inputs: Mapping[str, tuple[str | int, ...]]
-    outputs: tuple[str, ...]
-    words: int = 0
-    positions: int = 0
-
-    def draw(self, batch: int, tokens: int) -> tuple[Tensor, ...]:
-        """Return random inputs: token numbers, masks that end early in the last row, and numbers of -2 to 2."""
-        generator = torch.Generator().manual_seed(batch)
-        drawn = []
-        for name, axes in self.inputs.items():
-            shape = [(batch if axis == "batch" else tokens) if isinstance(axis, str) else axis for axis in axes]
-            if name.endswith("mask"):
-                mask = torch.ones(shape, dtype=torch.long)
-                mask[-1, tokens // 2 + 1 :] = 0
-                drawn.append(mask)
-            elif name.endswith("ids"):
-                drawn.append(torch.randint(1, self.words, shape, generator=generator))
-            else:
-                drawn.append(torch.rand(shape, generator=generator) * 4 - 2)
-        return tuple(drawn)
+_OTHER_TOKENS = 9
+_LACKING = re.compile(r"No ONNX function found for <OpOverload\(op='([\w.]+)'")
 
 
 class _Module(nn.Module):
@@ -82,25 +50,41 @@ class _Module(nn.Module):
         return self._graph.forward(self.model, *inputs)
 
 
-def export(model: nn.Module, folder: str | Path, format: Format = "onnx", *, overwrite: bool = False) -> Path:
+def export(
+    model: nn.Module,
+    folder: str | Path,
+    format: Format = "onnx",
+    *,
+    example: Any = None,
+    quantize: Quantization | None = None,
+    samples: Sequence[Any] | None = None,
+    overwrite: bool = False,
+) -> Path:
     """Write a model, dense or compressed, as graphs for other runtimes, each checked against the model.
 
-    The folder holds `<graph>.onnx` or `<graph>.pt2` for every graph, and `export.json`, which says what goes in and
-    comes out, and by how much the outputs differ. It is written beside and renamed; only a folder that `export` wrote,
-    and that holds nothing else, is replaced. In other places:
+    The folder holds `<graph>.onnx`, `<graph>.xml` or `<graph>.pt2` for every graph, and `export.json`, which says what
+    goes in and comes out, and by how much the outputs differ. A model of any library becomes the graph `model`, of one
+    call of it, without the cache of a decoder; batch and length are free where its code lets them be. The folder is
+    written beside and renamed; only one that `export` wrote, and that holds nothing else, is replaced. In other places:
 
         upop.export(upop.load("output/caption-2x/best"), "out")
         encoder = onnxruntime.InferenceSession("out/vision.onnx")
 
     Args:
-        model: one of upop's models, on the CPU.
+        model: of upop, transformers, timm, open_clip, or one's own, on the CPU; what is not in float32 is written so.
         folder: where to write.
-        format: "onnx" (needs the extra `export`: onnx, onnxscript, onnxruntime) or "torch-export".
+        format: "onnx" or "openvino" (with the extra `export`), or "torch-export".
+        example: one batch of what the model takes, if it is none of upop's own: a tensor, a tuple of tensors, or a
+            mapping of keyword arguments. By default what its units were read with.
+        quantize: "int8" has onnxruntime turn the weights of linear layers into whole numbers, and their inputs as they
+            come; with `samples` it measures the range of the inputs on those beforehand.
+        samples: batches of what the graph takes, as `example`; for a model with one graph.
         overwrite: whether a folder that `save` or `export` wrote may be replaced though its files were changed since.
 
     Raises:
-        SettingError: the format is unknown, its libraries are missing, or upop knows no graphs of such a model.
-        VerificationError: an exported graph computes something else; nothing was written.
+        SettingError: the format is unknown, the model cannot be traced, or the format lacks one of its operations.
+        MissingLibraryError: a library of the format is not installed.
+        VerificationError: an exported graph computes something else. In every case nothing was written.
         RunFolderError: the folder holds what upop did not write, or cannot be written; nothing was changed.
     """
     if format not in get_args(Format):
@@ -108,11 +92,20 @@ def export(model: nn.Module, folder: str | Path, format: Format = "onnx", *, ove
             f"format={format!r} is not known{nearest(format, get_args(Format))}; "
             f"there is {' and '.join(get_args(Format))}."
         )
-    graphs = graphs_of(model)
-    write = _onnx_writer() if format == "onnx" else _write_program
+    write = _WRITERS[format]()
+    shrink = None if quantize is None else _quantizer(quantize, format)
+    if any(value.is_floating_point() and value.dtype != torch.float32 for value in model.state_dict().values()):
+        model = copy.deepcopy(model).float()
+    with evaluating(model), _quiet():
+        graphs = own_graphs(model) or {"model": graph_of_any(model, example)}
+    if samples is not None and (quantize is None or len(graphs) > 1):
+        raise SettingError(
+            f"samples are for quantize='int8' of a model with one graph; this {type(model).__name__} has "
+            f"{', '.join(graphs)}. Leave them out: the ranges of inputs are then measured as they come."
+        )
     folder = Path(folder)
-    described: dict[str, Any] = {"format": format, "model": kind_of(model), "graphs": {}}
-    with evaluating(model), replacing_folder(folder, "graphs", overwrite=overwrite) as fresh, _quiet():
+    described: dict[str, Any] = {"format": format, "model": kind_of(model) or type(model).__name__, "graphs": {}}
+    with replacing_folder(folder, "graphs", overwrite=overwrite) as fresh, evaluating(model), _quiet():
         for name, graph in graphs.items():
             file = fresh / f"{name}.{_SUFFIXES[format]}"
             run = write(_Module(model, graph), graph, file)
@@ -121,65 +114,42 @@ def export(model: nn.Module, folder: str | Path, format: Format = "onnx", *, ove
                 "file": file.name,
                 "inputs": {key: list(axes) for key, axes in graph.inputs.items()},
                 "outputs": list(graph.outputs),
-                **({"tokens": [_FEWEST_TOKENS, graph.positions]} if graph.positions else {}),
+                **({"tokens": [FEWEST_TOKENS, graph.positions]} if graph.positions else {}),
                 "largest_difference": difference,
             }
+            if shrink is not None:
+                described["graphs"][name]["quantized"] = shrink(model, graph, file, samples)
         (fresh / _DESCRIPTION).write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
     return folder
 
 
-def graphs_of(model: nn.Module) -> dict[str, Graph]:
-    """Return the graphs that a model is exported as, by name.
-
-    Raises:
-        SettingError: upop knows none; the message says what it knows.
-    """
-    kind = kind_of(model)
-    if kind not in _GRAPHS:
-        raise SettingError(
-            f"A {type(model).__name__} cannot be exported by upop, which knows the graphs of {', '.join(_GRAPHS)}. "
-            "Use torch.onnx.export or torch.export.export: a compressed model is an ordinary one to them."
-        )
-    return _GRAPHS[kind](cast(Any, model).config)
-
-
 _Runner = Callable[[Sequence[Tensor]], Sequence[Tensor]]
-
-
-def _dynamic(graph: Graph) -> tuple[dict[int, Any], ...]:
-    # One symbol per name, so that the file tells which axes go together.
-    names = {axis for axes in graph.inputs.values() for axis in axes if isinstance(axis, str)}
-    texts = {"min": _FEWEST_TOKENS, "max": graph.positions}
-    sizes = {name: torch.export.Dim(name, **({} if name == "batch" else texts)) for name in names}
-    return tuple(
-        {place: sizes[axis] for place, axis in enumerate(axes) if isinstance(axis, str)}
-        for axes in graph.inputs.values()
-    )
-
-
-def _program(module: nn.Module, graph: Graph) -> torch.export.ExportedProgram:
-    inputs = graph.draw(_TRACED_BATCH, _TRACED_TOKENS)
-    return torch.export.export(module, inputs, dynamic_shapes={"inputs": _dynamic(graph)})
+_Writer = Callable[[nn.Module, Graph, Path], _Runner]
 
 
 def _write_program(module: nn.Module, graph: Graph, file: Path) -> _Runner:
-    torch.export.save(_program(module, graph), file)
+    torch.export.save(graph.program(module), file)
     read = torch.export.load(file).module()
     return lambda inputs: _tensors(read(*inputs))
 
 
-def _onnx_writer() -> Callable[[nn.Module, Graph, Path], _Runner]:
-    try:
-        import onnxruntime
-        import onnxscript  # noqa: F401 - torch's exporter needs it
-    except ImportError as error:
-        raise SettingError(
-            f"format='onnx' needs {error.name}, which is not installed. Run pip install 'upop[export]'."
-        ) from None
+def _onnx_writer() -> _Writer:
+    with naming_missing():
+        import onnx  # noqa: F401 - torch's exporter needs it, and onnxscript
+        import onnxruntime  # noqa: F401 - to check what is written
+        import onnxscript  # noqa: F401
 
     def write(module: nn.Module, graph: Graph, file: Path) -> _Runner:
+        _write_onnx(module, graph, file)
+        return _onnx_runner(graph, file)
+
+    return write
+
+
+def _write_onnx(module: nn.Module, graph: Graph, file: Path) -> None:
+    try:
         torch.onnx.export(
-            _program(module, graph),
+            graph.program(module),
             (),
             file,
             dynamo=True,
@@ -188,16 +158,124 @@ def _onnx_writer() -> Callable[[nn.Module, Graph, Path], _Runner]:
             output_names=list(graph.outputs),
             verbose=False,
         )
-        session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
-        return lambda inputs: [
-            torch.from_numpy(value)
-            for value in session.run(
-                list(graph.outputs),
-                {name: value.numpy() for name, value in zip(graph.inputs, inputs, strict=True)},
-            )
-        ]
+    except torch.onnx.errors.OnnxExporterError as error:
+        raise _lacking(error, type(module.model).__name__) from error
+    if isinstance(graph, AnyGraph):
+        _name_axes(file, graph.symbols)
+
+
+def _lacking(error: BaseException, model: str) -> SettingError:
+    """Say which operation ONNX lacks, as far as torch's exporter tells."""
+    said: list[str] = []
+    cause: BaseException | None = error
+    while cause is not None:
+        said.append(str(cause))
+        cause = cause.__cause__
+    found = next((match[1] for text in said for match in [_LACKING.search(text)] if match), None)
+    why = f"has no operation for {found}" if found else f"cannot say it: {' '.join(said[-1].split())[:200]}"
+    return SettingError(
+        f"This {model} cannot be written as ONNX, which {why}. Write it with format='torch-export' "
+        "(--to torch-export), or do without what computes it."
+    )
+
+
+def _onnx_runner(graph: Graph, file: Path) -> _Runner:
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+    taken = {each.name for each in session.get_inputs()}  # of an input that nothing depends on there is none
+    return lambda inputs: [
+        torch.from_numpy(value)
+        for value in session.run(
+            list(graph.outputs),
+            {name: value.numpy() for name, value in zip(graph.inputs, inputs, strict=True) if name in taken},
+        )
+    ]
+
+
+def _name_axes(file: Path, symbols: Mapping[str, str]) -> None:
+    """Have a file call the sizes of axes batch and tokens, as export.json does."""
+    import onnx
+
+    held = onnx.load(file, load_external_data=False)
+    for value in (*held.graph.input, *held.graph.output, *held.graph.value_info):
+        for size in value.type.tensor_type.shape.dim:
+            if size.dim_param in symbols:
+                size.dim_param = symbols[size.dim_param]
+    onnx.save(held, file)
+
+
+def _openvino_writer() -> _Writer:
+    with naming_missing():
+        import openvino
+    to_onnx = _onnx_writer()
+
+    def write(module: nn.Module, graph: Graph, file: Path) -> _Runner:
+        between = file.with_suffix(".onnx")
+        to_onnx(module, graph, between)
+        openvino.save_model(openvino.convert_model(between), file, compress_to_fp16=False)
+        for part in (between, between.with_name(f"{between.name}.data")):
+            part.unlink(missing_ok=True)
+        compiled = openvino.Core().compile_model(file, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+        taken = {name for each in compiled.inputs for name in each.names}
+
+        def run(inputs: Sequence[Tensor]) -> Sequence[Tensor]:
+            given = {name: value.numpy() for name, value in zip(graph.inputs, inputs, strict=True) if name in taken}
+            found = compiled(given)
+            return [torch.from_numpy(found[name].copy()) for name in graph.outputs]
+
+        return run
 
     return write
+
+
+_WRITERS: Mapping[str, Callable[[], _Writer]] = {
+    "onnx": _onnx_writer,
+    "openvino": _openvino_writer,
+    "torch-export": lambda: _write_program,
+}
+
+
+def _quantizer(quantize: str, format: str) -> Callable[[nn.Module, Graph, Path, Sequence[Any] | None], dict[str, Any]]:
+    """Return what turns a graph that was written and checked into whole numbers, and says what that costs."""
+    if quantize not in get_args(Quantization):
+        raise SettingError(f"quantize={quantize!r} is not known; there is int8.")
+    if format != "onnx":
+        raise SettingError(f"quantize='int8' is done by onnxruntime, and the format is {format!r}. Take format='onnx'.")
+    from upop.checkpoints.int8 import quantized
+
+    def shrink(model: nn.Module, graph: Graph, file: Path, samples: Sequence[Any] | None) -> dict[str, Any]:
+        before = file.stat().st_size
+        inputs = None if samples is None else [_as_inputs(graph, sample) for sample in samples]
+        quantized(file, inputs)
+        drawn = inputs[0] if inputs else graph.draw(_OTHER_BATCHES[-1], _OTHER_TOKENS)
+        expected, found = _tensors(graph.forward(model, *drawn)), _onnx_runner(graph, file)(drawn)
+        return {
+            "to": quantize,
+            "ranges": "of inputs as they come" if inputs is None else f"of {len(inputs)} samples",
+            "bytes": [before, file.stat().st_size],
+            "difference": max(_distance(wanted, got) for wanted, got in zip(expected, found, strict=True)),
+        }
+
+    return shrink
+
+
+def _as_inputs(graph: Graph, sample: Any) -> tuple[Tensor, ...]:
+    if isinstance(sample, Mapping):
+        absent = [name for name in graph.inputs if name not in sample]
+        if absent:
+            raise SettingError(f"A sample has no {absent[0]}; the graph takes {', '.join(graph.inputs)}.")
+        return tuple(sample[name] for name in graph.inputs)
+    return tuple(sample) if isinstance(sample, tuple | list) else (sample,)
+
+
+def _distance(wanted: Tensor, got: Tensor) -> float:
+    if wanted.shape != got.shape:
+        return float("inf")
+    if not wanted.is_floating_point():
+        return 0.0 if torch.equal(wanted, got) else float("inf")
+    largest = wanted.abs().max()
+    return float((wanted - got).abs().max() / largest) if largest > 0 else float((wanted - got).abs().max())
 
 
 def _difference(model: nn.Module, graph: Graph, run: _Runner, name: str, batch: int) -> float:
@@ -205,9 +283,7 @@ def _difference(model: nn.Module, graph: Graph, run: _Runner, name: str, batch: 
     expected, found = _tensors(graph.forward(model, *inputs)), run(inputs)
     worst = 0.0
     for output, wanted, got in zip(graph.outputs, expected, found, strict=True):
-        difference = (
-            float((wanted - got).abs().max() / wanted.abs().max()) if wanted.shape == got.shape else float("inf")
-        )
+        difference = _distance(wanted, got)
         if not difference <= _TOLERANCE:
             raise VerificationError(
                 f"The exported graph {name!r} does not compute what the model does: {output} {tuple(got.shape)} "
@@ -233,116 +309,3 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logging.disable(level)
-
-
-# Inputs of the graphs ------------------------------------------------------------------------------------------------
-
-_TEXT: tuple[str | int, ...] = ("batch", "tokens")
-
-
-def _picture(config: Any) -> tuple[str | int, ...]:
-    return ("batch", 3, config.image_size, config.image_size)
-
-
-def _sizes(config: Any) -> tuple[int, int]:
-    return config.vocab_size, config.max_positions
-
-
-def _states(config: Any) -> tuple[str | int, ...]:
-    return ("batch", 1 + (config.image_size // config.patch_size) ** 2, config.vision_width)
-
-
-def _caption(config: Any) -> dict[str, Graph]:
-    words = {"input_ids": _TEXT, "attention_mask": _TEXT}
-    return {
-        "vision": Graph(lambda model, images: model.visual_encoder(images), {"images": _picture(config)}, ("states",)),
-        "decoder": Graph(
-            lambda model, ids, mask, states: (
-                model.text_decoder(ids, attention_mask=mask, encoder_hidden_states=states, use_cache=False).logits
-            ),
-            {**words, "states": _states(config)},
-            ("logits",),
-            *_sizes(config),
-        ),
-    }
-
-
-def _vqa(config: Any) -> dict[str, Graph]:
-    question = {"question_ids": _TEXT, "question_mask": _TEXT}
-    return {
-        "question": Graph(
-            lambda model, *inputs: model.encode(*inputs)[1],
-            {"images": _picture(config), **question},
-            ("states",),
-            *_sizes(config),
-        ),
-        "decoder": Graph(
-            lambda model, *inputs: model.decode(*inputs),
-            {
-                "answer_ids": ("batch", "answer_tokens"),
-                "answer_mask": ("batch", "answer_tokens"),
-                "states": (*_TEXT, config.text_width),
-                "question_mask": _TEXT,
-            },
-            ("logits",),
-            *_sizes(config),
-        ),
-    }
-
-
-def _nlvr(config: Any) -> dict[str, Graph]:
-    return {
-        "model": Graph(
-            lambda model, first, second, ids, mask: model(torch.cat([first, second]), ids, mask),
-            {"images0": _picture(config), "images1": _picture(config), "input_ids": _TEXT, "attention_mask": _TEXT},
-            ("logits",),
-            *_sizes(config),
-        )
-    }
-
-
-def _retrieval(config: Any) -> dict[str, Graph]:
-    words = {"input_ids": _TEXT, "attention_mask": _TEXT}
-    return {
-        "image": Graph(
-            lambda model, images: model.encode_image(images), {"images": _picture(config)}, ("states", "features")
-        ),
-        "text": Graph(lambda model, *words: model.encode_text(*words)[1], words, ("features",), *_sizes(config)),
-        "match": Graph(
-            lambda model, *inputs: model.match(*inputs),
-            {"states": _states(config), **words},
-            ("logits",),
-            *_sizes(config),
-        ),
-    }
-
-
-def _clip(config: Any) -> dict[str, Graph]:
-    return {
-        "image": Graph(
-            lambda model, images: nn.functional.normalize(model.encode_image(images), dim=-1),
-            {"images": _picture(config)},
-            ("features",),
-        ),
-        "text": Graph(
-            lambda model, ids: nn.functional.normalize(model.encode_text(ids), dim=-1),
-            {"input_ids": _TEXT},
-            ("features",),
-            *_sizes(config),
-        ),
-    }
-
-
-def _pictures_alone(config: Any) -> dict[str, Graph]:
-    return {"model": Graph(lambda model, images: model(images), {"images": _picture(config)}, ("logits",))}
-
-
-_GRAPHS: dict[str, Callable[[Any], dict[str, Graph]]] = {
-    "blip-caption": _caption,
-    "blip-vqa": _vqa,
-    "blip-nlvr": _nlvr,
-    "blip-retrieval": _retrieval,
-    "clip-retrieval": _clip,
-    "classifier": _pictures_alone,
-    "segmenter": _pictures_alone,
-}

@@ -44,7 +44,7 @@ class _Commands(LaterGroup):
         ),
         "export": Later(
             "upop.cli.export",
-            "Write a model, dense or compressed, for onnxruntime or torch.export, checked to compute the same there",
+            "Write a model, dense or compressed, for another runtime, checked to compute the same there",
             "upop export output/caption-2x/best --out output/caption-2x/onnx",
         ),
         "inspect": Later(

@@ -1,52 +1,179 @@
-"""`upop export`: a model as graphs for other runtimes."""
+"""`upop export`: a model for other runtimes."""
 
 from __future__ import annotations
 
-from enum import StrEnum
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
-from upop.checkpoints.convert import read_model
-from upop.checkpoints.export import export as export_model
+from upop.checkpoints.config_json import is_transformers_folder, read_config
+from upop.checkpoints.hub import is_hub_name, local_path
 from upop.cli import options as o
-from upop.errors import CheckpointError
+from upop.errors import CheckpointError, SettingError
 from upop.files import check_folder
+from upop.ownership import Kind
 from upop.plain import as_text
 from upop.reading import read_object
 
+if TYPE_CHECKING:
+    from torch import nn
 
-class GraphFormat(StrEnum):
-    """What graphs are written as."""
 
-    onnx = "onnx"
-    torch_export = "torch-export"
+@dataclass(frozen=True)
+class Asked:
+    """What a command line asks of a target, beside the model."""
+
+    out: Path
+    overwrite: bool = False
+    quantize: Any = None
+    samples: Sequence[Any] | None = None
+
+
+@dataclass(frozen=True)
+class Target:
+    """Something that a model can be written as.
+
+    Attributes:
+        summary: what the help says of it.
+        write: writes a model.
+        kind: of the folder, as `upop.files` knows it.
+    """
+
+    summary: str
+    write: Callable[[nn.Module, Asked], None]
+    kind: Kind = "graphs"
+
+
+def _graphs(format: Any) -> Callable[[nn.Module, Asked], None]:
+    def write(model: nn.Module, asked: Asked) -> None:
+        from upop.checkpoints.export import export as export_model
+
+        export_model(
+            model, asked.out, format, quantize=asked.quantize, samples=asked.samples, overwrite=asked.overwrite
+        )
+        _say(asked.out)
+
+    return write
+
+
+TARGETS: Mapping[str, Target] = {
+    "onnx": Target("ONNX files, for onnxruntime and others", _graphs("onnx")),
+    "openvino": Target("OpenVINO's files", _graphs("openvino")),
+    "torch-export": Target("programs of torch.export", _graphs("torch-export")),
+}
+"""What `--to` takes. A new target is a line here, and a function that writes a model."""
+
+
+def _target(name: str) -> str:
+    if name not in TARGETS:
+        raise typer.BadParameter(f"{name!r} is not one of {', '.join(map(repr, TARGETS))}")
+    return name
 
 
 def export(
     source: Annotated[
         str,
-        typer.Argument(metavar="MODEL", help="A folder of ours or of transformers, a published .pth, or a hub name."),
+        typer.Argument(
+            metavar="MODEL", help="A folder of ours or of transformers, a published .pth, a name of timm or of the hub."
+        ),
     ],
-    out: Annotated[Path, typer.Option(help="Folder to write; older graphs of upop are replaced.")],
-    format: Annotated[GraphFormat, typer.Option(help="Files for onnxruntime, or for torch.export.")] = GraphFormat.onnx,
+    out: Annotated[Path, typer.Option(help="Folder to write; an older one of the same kind is replaced.")],
+    to: Annotated[
+        str,
+        typer.Option(
+            "--to",
+            "--format",
+            parser=_target,
+            metavar="<target>",
+            help=f"What to write: {'; '.join(f'{name}: {each.summary}' for name, each in TARGETS.items())}.",
+            autocompletion=o.starting_with(lambda: TARGETS),
+        ),
+    ] = "onnx",
+    quantize: Annotated[
+        str | None, typer.Option(metavar="int8", help="Weights and inputs of linear layers as whole numbers (onnx).")
+    ] = None,
+    samples: Annotated[
+        int | None,
+        typer.Option(
+            help="With --quantize and --config: measure ranges on so many of the task's records, not as inputs come."
+        ),
+    ] = None,
+    config: Annotated[Path | None, typer.Option(help="YAML file of the task's settings, for --samples.")] = None,
     task: Annotated[
         str | None, typer.Option(help="Whose model a published file holds; told by its tensors if not given.")
     ] = None,
     overwrite: o.Overwrite = False,
     assign: o.Set = None,
 ) -> None:
-    """Write a model, dense or compressed, for onnxruntime or torch.export, checked to compute the same there."""
-    check_folder(out, "graphs", overwrite=overwrite)
-    export_model(read_model(source, task, **o.overrides({}, assign)), out, format.value, overwrite=overwrite)
+    """Write a model, dense or compressed, for another runtime, checked to compute the same there.
+
+    Models of upop's tasks become the graphs that their task calls; any other one a graph of one call of it.
+    """
+    target = TARGETS[to]
+    if samples is not None and (quantize is None or config is None):
+        raise SettingError("--samples are records of a task, for --quantize int8. Give --quantize and --config, too.")
+    check_folder(out, target.kind, overwrite=overwrite)
+    model = read_exportable(source, task, o.overrides({}, assign))
+    records = None if samples is None or config is None else _records(model, config, samples)
+    target.write(model, Asked(out, overwrite, quantize, records))
+
+
+def read_exportable(source: str, task: str | None, overrides: Mapping[str, Any]) -> nn.Module:
+    """Return the model that a command line names, as one of upop's own where it is one of them.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    if not Path(source).exists() and not is_hub_name(source) and not Path(source).suffix:
+        from upop.cli.inspect import read_any
+
+        return read_any(source, task, overrides)
+    from upop.checkpoints import is_folder, load
+
+    path = local_path(source)
+    if is_transformers_folder(path) and not _is_counterpart(path):
+        return load(path)
+    if is_folder(path) and not is_transformers_folder(path):
+        return load(path)
+    from upop.checkpoints.convert import read_model
+
+    return read_model(path, task, **overrides)
+
+
+def _is_counterpart(path: Path) -> bool:
+    """Whether a folder of transformers holds a class that stands for a model of upop's own."""
+    from upop.checkpoints.hugging_face import COUNTERPARTS
+    from upop.checkpoints.transformers_models import architectures
+
+    return any(row.kind in architectures(path, read_config(path))[:1] for row in COUNTERPARTS)
+
+
+def _records(model: nn.Module, config: Path, count: int) -> list[tuple[Any, ...]]:
+    """Return the inputs of a task's first held-out records, one by one."""
+    from upop.checkpoints.official import task_for
+    from upop.settings import read_settings
+    from upop.tasks import find_task
+
+    task = find_task(task_for(model))
+    settings = read_settings(task.settings, config, {})
+    held: Any = task.dataset(settings, task.evaluated(settings)[0])
+    chosen = [held[place] for place in range(min(count, len(held)))]
+    inputs = task.inputs(task.collate(settings)(chosen))
+    return [tuple(value[place : place + 1] for value in inputs.values()) for place in range(len(chosen))]
+
+
+def _say(out: Path) -> None:
+    """Print which graphs were written."""
     console = Console(soft_wrap=True, highlight=False)
     for name, graph in read_object(out / "export.json", CheckpointError, "Export the model again.")["graphs"].items():
         axes = ", ".join(f"{key} {tuple(value)}".replace("'", "") for key, value in graph["inputs"].items())
-        console.print(
-            as_text(
-                f"{out / graph['file']}: {name}({axes}) -> {', '.join(graph['outputs'])}; "
-                f"largest difference {graph['largest_difference']:.1e}"
-            )
-        )
+        said = f"largest difference {graph['largest_difference']:.1e}"
+        small = graph.get("quantized")
+        if small is not None:
+            before, after = (size / 1e6 for size in small["bytes"])
+            said += f"; {small['to']}: {before:.1f} -> {after:.1f} MB, difference {small['difference']:.1e}"
+        console.print(as_text(f"{out / graph['file']}: {name}({axes}) -> {', '.join(graph['outputs'])}; {said}"))

@@ -1,0 +1,232 @@
+"""One graph for a model of any library: one call of it, whose batch and lengths may be others."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from upop.checkpoints.graphs import Graph
+from upop.errors import LayoutError, SettingError
+from upop.libraries import is_pretrained
+from upop.pruning import survey
+from upop.pruning.axes.examples import Calls, example_for
+from upop.pruning.costs import evaluating
+
+_MASK = "attention_mask"
+_LEFT_OUT = ("past_key_values", "encoder_past_key_values", "cache_params")
+"""Outputs that are for the next call alone."""
+_MOST = 2**31
+
+
+@dataclass(frozen=True)
+class AnyGraph(Graph):
+    """A graph that was traced already.
+
+    Attributes:
+        traced: as torch.export gives it.
+        example: the inputs that it was traced with.
+        symbols: torch's name of a size -> ours.
+        ranges: our name -> the least and the largest size.
+    """
+
+    traced: Any = None
+    example: tuple[Tensor, ...] = ()
+    symbols: Mapping[str, str] = field(default_factory=dict)
+    ranges: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+
+    def draw(self, batch: int, tokens: int) -> tuple[Tensor, ...]:
+        """Return inputs like those of the example, of other sizes."""
+        generator = torch.Generator().manual_seed(batch)
+        drawn = []
+        for (name, axes), value in zip(self.inputs.items(), self.example, strict=True):
+            for place, axis in enumerate(axes):
+                if isinstance(axis, str):
+                    least, most = self.ranges[axis]
+                    size = batch if axis == "batch" else min(max(tokens, least), most)
+                    value = value.index_select(place, torch.arange(size) % value.shape[place])
+            if value.is_floating_point():
+                value = value + 0.1 * torch.randn(value.shape, generator=generator)
+            elif name == _MASK and value.dim() == 2:
+                value[-1, value.shape[1] // 2 + 1 :] = 0  # the last text is shorter
+            drawn.append(value)
+        return tuple(drawn)
+
+    def program(self, module: nn.Module) -> torch.export.ExportedProgram:
+        """Return the graph as torch.export traced it."""
+        del module
+        traced: torch.export.ExportedProgram = self.traced
+        return traced
+
+
+class _OneCall(nn.Module):
+    """A model that is called by place, and gives tensors alone."""
+
+    def __init__(self, model: nn.Module, names: tuple[str, ...], fixed: Mapping[str, Any], *, by_name: bool) -> None:
+        super().__init__()
+        self.model = model
+        self._names, self._fixed, self._by_name = names, dict(fixed), by_name
+
+    def called(self, *inputs: Tensor) -> Any:
+        """Return what the model gives."""
+        if self._by_name:
+            return self.model(**dict(zip(self._names, inputs, strict=True)), **self._fixed)
+        return self.model(*inputs)
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        return tuple(value for _, value in _tensors(self.called(*inputs)))
+
+
+def graph_of_any(model: nn.Module, example: Any = None) -> AnyGraph:
+    """Return the graph of one call of a model.
+
+    Args:
+        model: of any library, on the CPU, in evaluation mode and in float32.
+        example: what it is called with: a tensor, a tuple, or a mapping of keyword arguments, with a batch of at least
+            2; by default what its units were read with, or what can be made up for it.
+
+    Raises:
+        SettingError: no call of the whole model is known, or torch.export cannot trace it; the message says why, and
+            what is left to do.
+    """
+    names, inputs, fixed, by_name = _call(model, example)
+    module = _OneCall(model, names, fixed, by_name=by_name).eval()
+    try:
+        with evaluating(model):
+            outputs = tuple(name for name, _ in _tensors(module.called(*inputs)))
+            traced = _traced(module, inputs)
+    except Exception as error:  # a model's own, or one of the many of torch.export
+        said = " ".join(str(error).split())[:300]
+        raise SettingError(
+            f"torch.export cannot trace this {type(model).__name__}: {type(error).__name__}: {said} Give `example`, "
+            "one batch of what it takes, if it was called with the wrong inputs; otherwise run it in PyTorch "
+            "(torch.compile works on compressed models as on others)."
+        ) from error
+    axes, symbols, ranges = _axes(traced, names)
+    return AnyGraph(
+        lambda model, *given: _OneCall(model, names, fixed, by_name=by_name)(*given),
+        axes,
+        outputs,
+        traced=traced,
+        example=inputs,
+        symbols=symbols,
+        ranges=ranges,
+    )
+
+
+def _call(model: nn.Module, example: Any) -> tuple[tuple[str, ...], tuple[Tensor, ...], dict[str, Any], bool]:
+    """Return names and values of a call's tensors, its other arguments, and whether it is made by keyword."""
+    asked = inspect.signature(model.forward).parameters
+    if example is None:
+        example = _known(model)
+    if isinstance(example, Mapping):
+        given, by_name = dict(example), True
+    else:
+        values = example if isinstance(example, tuple | list) else (example,)
+        given, by_name = dict(zip(_places(asked), values, strict=False)), False
+    tensors = {name: value for name, value in given.items() if isinstance(value, Tensor)}
+    fixed = {name: value for name, value in given.items() if name not in tensors}
+    if is_pretrained(model):
+        ids = tensors.get("input_ids")
+        if _MASK in asked and ids is not None:
+            tensors.setdefault(_MASK, torch.ones_like(ids))
+        fixed |= {"use_cache": False} if by_name and "use_cache" in asked else {}
+    if not tensors or (fixed and not by_name):
+        raise SettingError(
+            f"A graph of a {type(model).__name__} takes tensors alone, and its example has {list(given)}. Give a "
+            "mapping of keyword arguments, or a tuple of tensors."
+        )
+    small = next((name for name, value in tensors.items() if value.dim() == 0 or value.shape[0] < 2), None)
+    if small is not None:
+        raise SettingError(
+            f"The example's {small} has shape {tuple(tensors[small].shape)}: tracing takes a batch of 1 for something "
+            "special. Give a batch of 2 or more."
+        )
+    return tuple(tensors), tuple(value.detach().clone() for value in tensors.values()), fixed, by_name
+
+
+def _known(model: nn.Module) -> Any:
+    try:
+        found = survey(model).source
+        example = found[1] if found is not None and found[1] is not None else example_for(model)
+    except LayoutError as error:
+        raise SettingError(f"{error} For a graph: upop.export(model, folder, example=...).") from error
+    if isinstance(example, Calls) or callable(example):
+        raise SettingError(
+            f"No single call of a {type(model).__name__} is known that runs all of it. Give one: "
+            "upop.export(model, folder, example=...)."
+        )
+    return example
+
+
+def _traced(module: nn.Module, inputs: tuple[Tensor, ...]) -> torch.export.ExportedProgram:
+    """Trace a call with any batch and lengths; what the model's code ties to a number stays that number."""
+    auto = torch.export.Dim.AUTO
+    lengths = [{} if value.dim() > 3 else dict.fromkeys(range(1, min(2, value.dim())), auto) for value in inputs]
+    alike = len({value.shape[0] for value in inputs}) == 1
+
+    def traced(batch: Any) -> torch.export.ExportedProgram:
+        free = tuple({0: batch, **each} for each in lengths)
+        return torch.export.export(module, inputs, dynamic_shapes={"inputs": free}, strict=False)
+
+    if alike:
+        try:
+            return traced(torch.export.Dim("batch"))  # one size for all inputs
+        except Exception:  # the model's code may not leave it free
+            pass
+    return traced(auto)
+
+
+def _places(asked: Mapping[str, inspect.Parameter]) -> Iterator[str]:
+    """Yield names for arguments that are given by place, without end."""
+    by_place = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    yield from (name for name, each in asked.items() if each.kind in by_place)
+    count = 0
+    while True:
+        yield f"input{count}"
+        count += 1
+
+
+def _tensors(outputs: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors that a call gave, with their names."""
+    if isinstance(outputs, Tensor):
+        yield name or "output", outputs
+    elif isinstance(outputs, Mapping):
+        for key, value in outputs.items():
+            if key not in _LEFT_OUT:
+                yield from _tensors(value, f"{name}.{key}" if name else str(key))
+    elif isinstance(outputs, tuple | list):
+        for place, value in enumerate(outputs):
+            yield from _tensors(value, f"{name or 'output'}.{place}")
+
+
+def _axes(
+    traced: torch.export.ExportedProgram, names: tuple[str, ...]
+) -> tuple[dict[str, tuple[str | int, ...]], dict[str, str], dict[str, tuple[int, int]]]:
+    """Return the axes of the inputs, torch's names of their sizes with ours, and the sizes that they may have."""
+    placeholders = {node.name: node for node in traced.graph.nodes if node.op == "placeholder"}
+    shapes = [placeholders[name].meta["val"].shape for name in traced.graph_signature.user_inputs]
+    symbols: dict[str, str] = {}
+    axes: dict[str, tuple[str | int, ...]] = {}
+    for name, shape in zip(names, shapes, strict=True):
+        sizes: list[str | int] = []
+        for place, size in enumerate(shape):
+            known: Any = size if isinstance(size, int) else size.node.expr
+            if isinstance(size, int) or known.is_number:  # free to begin with, and then tied to a number
+                sizes.append(int(known))
+            else:
+                usual = "batch" if place == 0 else "tokens"
+                free = usual if usual not in symbols.values() else f"{name}_{place}"
+                sizes.append(symbols.setdefault(str(size), free))
+        axes[name] = tuple(sizes)
+    found = {str(key): _range(value) for key, value in traced.range_constraints.items()}
+    return axes, symbols, {name: found.get(symbol, (2, _MOST)) for symbol, name in symbols.items()}
+
+
+def _range(value: Any) -> tuple[int, int]:
+    upper = value.upper
+    return int(value.lower), int(upper) if upper.is_finite and upper < _MOST else _MOST

@@ -1,0 +1,191 @@
+"""What a model becomes outside of PyTorch: functions of tensors, with the axes that may have any size.
+
+A model of upop's own tasks becomes one graph or a few (a captioner: the picture's encoder, and the decoder that is
+called for every word), each with a batch of any size and, where there are texts, texts of any length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from upop.models import kind_of
+
+TRACED_BATCH, TRACED_TOKENS = 2, 6
+FEWEST_TOKENS = 3
+"""Of a text that a graph takes, padding included: tracing takes lengths of 1 and 2 for something special."""
+
+
+@dataclass(frozen=True)
+class Graph:
+    """One function of a model, as it is exported.
+
+    Attributes:
+        forward: (model, *inputs) -> a tensor or a tuple of tensors.
+        inputs: name -> the axes of the input: a name (such as "batch" and "tokens") where any size will do, or a size.
+        outputs: the names of the outputs.
+        words: how many there are to draw token numbers from.
+        positions: the most tokens of a text.
+    """
+
+    forward: Callable[..., Tensor | tuple[Tensor, ...]]
+    inputs: Mapping[str, tuple[str | int, ...]]
+    outputs: tuple[str, ...]
+    words: int = 0
+    positions: int = 0
+
+    def draw(self, batch: int, tokens: int) -> tuple[Tensor, ...]:
+        """Return random inputs: token numbers, masks that end early in the last row, and numbers of -2 to 2."""
+        generator = torch.Generator().manual_seed(batch)
+        drawn = []
+        for name, axes in self.inputs.items():
+            shape = [(batch if axis == "batch" else tokens) if isinstance(axis, str) else axis for axis in axes]
+            if name.endswith("mask"):
+                mask = torch.ones(shape, dtype=torch.long)
+                mask[-1, tokens // 2 + 1 :] = 0
+                drawn.append(mask)
+            elif name.endswith("ids"):
+                drawn.append(torch.randint(1, self.words, shape, generator=generator))
+            else:
+                drawn.append(torch.rand(shape, generator=generator) * 4 - 2)
+        return tuple(drawn)
+
+    def program(self, module: nn.Module) -> torch.export.ExportedProgram:
+        """Return the graph as torch.export traces it.
+
+        Args:
+            module: that calls `forward` with a tuple `inputs`.
+        """
+        # One symbol per name, so that the file tells which axes go together.
+        names = {axis for axes in self.inputs.values() for axis in axes if isinstance(axis, str)}
+        texts = {"min": FEWEST_TOKENS, "max": self.positions}
+        sizes = {name: torch.export.Dim(name, **({} if name == "batch" else texts)) for name in names}
+        dynamic = tuple(
+            {place: sizes[axis] for place, axis in enumerate(axes) if isinstance(axis, str)}
+            for axes in self.inputs.values()
+        )
+        inputs = self.draw(TRACED_BATCH, TRACED_TOKENS)
+        return torch.export.export(module, inputs, dynamic_shapes={"inputs": dynamic})
+
+
+def own_graphs(model: nn.Module) -> dict[str, Graph] | None:
+    """Return the graphs of a model of upop's own tasks, by name; None for any other model."""
+    kind = kind_of(model)
+    return _GRAPHS[kind](cast(Any, model).config) if kind in _GRAPHS else None
+
+
+# Inputs of the graphs ------------------------------------------------------------------------------------------------
+
+_TEXT: tuple[str | int, ...] = ("batch", "tokens")
+
+
+def _picture(config: Any) -> tuple[str | int, ...]:
+    return ("batch", 3, config.image_size, config.image_size)
+
+
+def _sizes(config: Any) -> tuple[int, int]:
+    return config.vocab_size, config.max_positions
+
+
+def _states(config: Any) -> tuple[str | int, ...]:
+    return ("batch", 1 + (config.image_size // config.patch_size) ** 2, config.vision_width)
+
+
+def _caption(config: Any) -> dict[str, Graph]:
+    words = {"input_ids": _TEXT, "attention_mask": _TEXT}
+    return {
+        "vision": Graph(lambda model, images: model.visual_encoder(images), {"images": _picture(config)}, ("states",)),
+        "decoder": Graph(
+            lambda model, ids, mask, states: (
+                model.text_decoder(ids, attention_mask=mask, encoder_hidden_states=states, use_cache=False).logits
+            ),
+            {**words, "states": _states(config)},
+            ("logits",),
+            *_sizes(config),
+        ),
+    }
+
+
+def _vqa(config: Any) -> dict[str, Graph]:
+    question = {"question_ids": _TEXT, "question_mask": _TEXT}
+    return {
+        "question": Graph(
+            lambda model, *inputs: model.encode(*inputs)[1],
+            {"images": _picture(config), **question},
+            ("states",),
+            *_sizes(config),
+        ),
+        "decoder": Graph(
+            lambda model, *inputs: model.decode(*inputs),
+            {
+                "answer_ids": ("batch", "answer_tokens"),
+                "answer_mask": ("batch", "answer_tokens"),
+                "states": (*_TEXT, config.text_width),
+                "question_mask": _TEXT,
+            },
+            ("logits",),
+            *_sizes(config),
+        ),
+    }
+
+
+def _nlvr(config: Any) -> dict[str, Graph]:
+    return {
+        "model": Graph(
+            lambda model, first, second, ids, mask: model(torch.cat([first, second]), ids, mask),
+            {"images0": _picture(config), "images1": _picture(config), "input_ids": _TEXT, "attention_mask": _TEXT},
+            ("logits",),
+            *_sizes(config),
+        )
+    }
+
+
+def _retrieval(config: Any) -> dict[str, Graph]:
+    words = {"input_ids": _TEXT, "attention_mask": _TEXT}
+    return {
+        "image": Graph(
+            lambda model, images: model.encode_image(images), {"images": _picture(config)}, ("states", "features")
+        ),
+        "text": Graph(lambda model, *words: model.encode_text(*words)[1], words, ("features",), *_sizes(config)),
+        "match": Graph(
+            lambda model, *inputs: model.match(*inputs),
+            {"states": _states(config), **words},
+            ("logits",),
+            *_sizes(config),
+        ),
+    }
+
+
+def _clip(config: Any) -> dict[str, Graph]:
+    return {
+        "image": Graph(
+            lambda model, images: nn.functional.normalize(model.encode_image(images), dim=-1),
+            {"images": _picture(config)},
+            ("features",),
+        ),
+        "text": Graph(
+            lambda model, ids: nn.functional.normalize(model.encode_text(ids), dim=-1),
+            {"input_ids": _TEXT},
+            ("features",),
+            *_sizes(config),
+        ),
+    }
+
+
+def _pictures_alone(config: Any) -> dict[str, Graph]:
+    return {"model": Graph(lambda model, images: model(images), {"images": _picture(config)}, ("logits",))}
+
+
+_GRAPHS: dict[str, Callable[[Any], dict[str, Graph]]] = {
+    "blip-caption": _caption,
+    "blip-vqa": _vqa,
+    "blip-nlvr": _nlvr,
+    "blip-retrieval": _retrieval,
+    "clip-retrieval": _clip,
+    "classifier": _pictures_alone,
+    "segmenter": _pictures_alone,
+}
