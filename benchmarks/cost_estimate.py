@@ -33,6 +33,7 @@ from upop.models.blip import checkpoint_last_blocks
 from upop.models.clip import ClipConfig, ClipRetrieval
 from upop.packaged import located
 from upop.pruning.costs import count_macs
+from upop.pruning.goal import Goal
 from upop.published_data import PUBLISHED_DATA, published_data
 from upop.recipes import Recipe, read_recipes
 from upop.report.inspection import after_budget
@@ -200,7 +201,7 @@ def work(task: Task[Any], settings: RunSettings, p: float | None) -> Work:
     with torch.device("meta"):
         model = build(task, settings)
     if p is not None:
-        model, _ = after_budget(model, p, ALIGN)
+        model, _ = after_budget(model, Goal(p, None), ALIGN)
     # Fake tensors, since transformers looks into masks that are on the meta device.
     with FakeTensorMode(allow_non_fake_inputs=True):
         model.to_empty(device="cpu")

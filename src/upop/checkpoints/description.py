@@ -36,7 +36,7 @@ class UnitLayout(Read):
     kind: str
     modality: str | None = None
     heads: int | None = None
-    entries: int = Field(ge=1)
+    entries: int = Field(ge=0)
     of: int | None = Field(None, ge=1)
 
 

@@ -37,7 +37,7 @@ def _rows(state: Mapping[str, Tensor], part: Slice) -> int:
 
 
 def _apart(unit: Unit, beside: list[tuple[Unit, Slice]], shared: _Shared, state: Mapping[str, Tensor]) -> int:
-    """Return what a unit keeps that shares tensors with others: all of these tell it together; 0 where they do not."""
+    """Return what a unit keeps that shares tensors with others: all of these tell it together; -1 where they do not."""
     names = [each.name for each, _ in beside]
     left, right = [], []
     for parts in shared.values():
@@ -53,7 +53,7 @@ def _apart(unit: Unit, beside: list[tuple[Unit, Slice]], shared: _Shared, state:
     gone_of = solved.solution.flatten().round()
     told = bool((torch.tensor(left).double() @ gone_of == torch.tensor(right).double()).all())
     enough = int(torch.linalg.matrix_rank(torch.tensor(left).double())) == len(names)
-    return unit.size - int(gone_of[names.index(unit.name)]) if told and enough else 0
+    return unit.size - int(gone_of[names.index(unit.name)]) if told and enough else -1
 
 
 def kept_sizes(units: Sequence[Unit], state: Mapping[str, Tensor], source: str) -> dict[str, int]:
@@ -74,9 +74,9 @@ def kept_sizes(units: Sequence[Unit], state: Mapping[str, Tensor], source: str) 
             kept, rest = _apart(unit, beside, shared, state), 0
         else:
             kept, rest = divmod(rows - sum(part.gaps), sum(part.inners))
-        if rest or not 0 < kept <= unit.size:
+        if rest or not 0 <= kept <= unit.size:
             raise CheckpointError(
-                f"{source}: {part.tensor} has {rows} rows, which is no number of entries between 1 and {unit.size} "
+                f"{source}: {part.tensor} has {rows} rows, which is no number of entries up to {unit.size} "
                 f"for {unit.heads} heads. Was it made for a model of other sizes?"
             )
         sizes[unit.name] = kept
@@ -109,7 +109,7 @@ def fit(
     fitting = compare(model, state, source, strict=strict)
     model.load_state_dict(fitting, strict=False)
     for unit in units:
-        if unit.name in sizes and sizes[unit.name] < unit.size and fixed_scale(unit):
+        if 0 < sizes.get(unit.name, 0) < unit.size and fixed_scale(unit):
             scale_queries(model, unit, sizes[unit.name], math.sqrt(sizes[unit.name] / unit.size))
     return model
 

@@ -404,7 +404,7 @@ def _check_layout(model: nn.Module, plan: Plan | None, layout: Mapping[str, Unit
             wrong = f"says {told.model_dump(include=set(found))}, and the weights {found}"
         elif kept is not None and (len(kept) != unit.size or list(kept) != sorted(set(kept))):
             wrong = f"has a plan of {len(kept)} entries, ascending and each once, for the {unit.size} of the weights"
-        elif kept is not None and not 0 <= kept[0] <= kept[-1] < size:
+        elif kept and not 0 <= kept[0] <= kept[-1] < size:
             wrong = f"has a plan of entries {kept[0]} to {kept[-1]} of {size}"
         elif kept is not None and told is not None and told.of not in (size, None):
             wrong = f"says that there were {told.of} entries, and its plan {size}"

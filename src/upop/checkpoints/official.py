@@ -123,7 +123,7 @@ def save_official(task: str, model: nn.Module, path: str | Path, *, overwrite: b
     dense = sizes_before(units, outline(lambda: row.model(model.config)))
     model = copy.deepcopy(model).cpu()
     for unit in units:
-        if unit.size < dense[unit.name] and row.fixed_scale(unit):
+        if 0 < unit.size < dense[unit.name] and row.fixed_scale(unit):
             scale_queries(model, unit, unit.size, math.sqrt(dense[unit.name] / unit.size))
     make_folder(Path(path).parent)
     with replacing_file(Path(path), overwrite or wrote_archive) as part:

@@ -123,8 +123,8 @@ def sizes_from_json(value: Any, source: str) -> Sizes:
     try:
         sizes = {str(name): (index(kept), index(size)) for name, (kept, size) in value.items()}
     except (AttributeError, TypeError, ValueError):
-        sizes = {"": (0, 0)}
-    wrong = next((name for name, (kept, size) in sizes.items() if not 0 < kept <= size), None)
+        sizes = {"": (1, 0)}
+    wrong = next((name for name, (kept, size) in sizes.items() if not 0 <= kept <= size), None)
     if wrong is not None:
         found = f"{wrong}: {value[wrong]}" if wrong else shortened(value)
         raise CheckpointError(

@@ -152,7 +152,7 @@ def remember_cut(model: nn.Module, units: Iterable[Unit], plan: Mapping[str, Seq
         for unit in cut.values():
             for part in unit.slices:
                 here = torch.zeros(part.length(unit.size), dtype=torch.bool, device="cpu")
-                here[part.index(torch.tensor(plan[unit.name], device="cpu"), unit.size)] = True
+                here[part.index(torch.tensor(plan[unit.name], dtype=torch.long, device="cpu"), unit.size)] = True
                 place = part.tensor, part.dim
                 stays[place] = stays.get(place, torch.ones_like(here)) & here
         after = [
@@ -188,4 +188,4 @@ def sized(model: nn.Module, unit: Unit) -> Unit | None:
     if len(sizes) != 1:
         return None
     size, rest = sizes.pop()
-    return None if rest or size < 1 else replace(unit, size=size)
+    return None if rest or size < 0 else replace(unit, size=size)

@@ -25,7 +25,7 @@ class Plan(Mapping[str, tuple[int, ...]]):
     """Kept indices per unit; a mapping from unit names to ascending tuples of entries.
 
     Attributes:
-        kept: unit name -> kept entries, ascending, never empty.
+        kept: unit name -> kept entries, ascending; none where the whole branch goes.
         sizes: unit name -> number of entries before pruning.
         settings: how the plan came about (ratio, cost, ...); JSON values, for people to read.
         slices: unit name -> all that a cut takes, as JSON values: a model is cut by them and not read again.
@@ -111,7 +111,7 @@ class Plan(Mapping[str, tuple[int, ...]]):
         """Return the units of `model` that the plan speaks of, in forward order.
 
         Raises:
-            PlanError: a unit is unknown or of another size, or its indices are empty, repeated or out of range;
+            PlanError: a unit is unknown or of another size, or its indices are repeated or out of range;
                 every such unit is listed.
         """
         units = {unit.name: unit for unit in self.units(model)}
@@ -127,11 +127,9 @@ class Plan(Mapping[str, tuple[int, ...]]):
                 wrong.append(f"{name}: the plan is for {self.sizes[name]} entries, its slices for {unit.size}")
             elif (found := misfit(model, unit)) is not None:
                 wrong.append(f"{name}: {found}")
-            elif not kept:
-                wrong.append(f"{name}: nothing would be left; keep at least one entry")
             elif list(kept) != sorted(set(kept)):
                 wrong.append(f"{name}: indices must be ascending, without repeats")
-            elif kept[0] < 0 or kept[-1] >= unit.size:
+            elif kept and (kept[0] < 0 or kept[-1] >= unit.size):
                 wrong.append(f"{name}: indices must lie in 0..{unit.size - 1}, found {kept[0]}..{kept[-1]}")
         if wrong:
             more = f" (and {len(wrong) - 5} more)" if len(wrong) > 5 else ""

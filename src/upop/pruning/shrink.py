@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from upop.pruning.again import snapshot
 from upop.pruning.carried import record_cut, refuse_unrecordable
+from upop.pruning.empty import empty_class
 from upop.pruning.errors import LayoutError, VerificationError
 from upop.pruning.known import Survey, is_known, remember, remember_cut
 from upop.pruning.masks import Masks, refuse_masked, unmask, unwrapped
@@ -208,6 +209,7 @@ def cut(
         edits += _cut_tensor(model, tensor, going, plan, fold, anew)
     for unit in going:
         edits += [Edit(model.get_submodule(swap.module), "__class__", swap.kind) for swap in unit.swaps]
+        edits += _emptied(model, unit) if not len(plan[unit.name]) else []
         for attribute in unit.attributes:
             module = model.get_submodule(attribute.module)
             if has_number(module, attribute.name):
@@ -215,6 +217,14 @@ def cut(
     undo = [edit.apply() for edit in edits]
     layers = dict.fromkeys(owner_of(model, tensor)[0] for tensor in tensors)
     return undo + [edit.apply() for layer in layers for edit in _channels(layer)]
+
+
+def _emptied(model: nn.Module, unit: Unit) -> list[Edit]:
+    """Return the edits with which the module that holds an attention runs when nothing of it is left."""
+    holder = dict(model.named_modules(remove_duplicate=False)).get(unit.name)
+    if holder is None or unit.kind != "attention" or unit.swaps:
+        return []
+    return [Edit(holder, "__class__", empty_class(type(holder)))]
 
 
 def restore(undo: list[Assignment]) -> None:

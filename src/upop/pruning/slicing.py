@@ -73,7 +73,9 @@ def slicing(tensor: Tensor, name: str, units: Iterable[Unit], plan: Mapping[str,
     stays: dict[int, Tensor] = {}
     scaled: list[tuple[int, Tensor, float]] = []
     for unit, part in ((each, part) for each in units for part in each.slices if part.tensor == name):
-        kept = torch.tensor(plan[unit.name], device="cpu")  # models may be built with another device as the default
+        kept = torch.tensor(
+            plan[unit.name], dtype=torch.long, device="cpu"
+        )  # models may be built with another device as the default
         here = torch.zeros(tensor.shape[part.dim], dtype=torch.bool, device="cpu")
         here[part.index(kept, unit.size)] = True
         stays[part.dim] = stays.get(part.dim, torch.ones_like(here)) & here

@@ -133,7 +133,9 @@ class Attribute:
 
     def value(self, kept: int) -> int | float:
         """Return the attribute's value for `kept` entries."""
-        return (self.width * kept) ** -0.5 if self.factor is None else self.factor * kept
+        if self.factor is not None:
+            return self.factor * kept
+        return (self.width * kept) ** -0.5 if kept else 1.0  # where nothing is left, nothing is scaled
 
 
 @dataclass(frozen=True)

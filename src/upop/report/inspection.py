@@ -90,8 +90,9 @@ def inspect_model(model: nn.Module, inputs: Any = None, dense: Mapping[str, int]
         if not name.startswith(copies):
             modality = where.of(name)
             parameters[modality] = parameters.get(modality, 0) + parameter.numel()
-    costs = entry_costs(model, found.units, "params") if found.units else {}
-    by_unit = {unit.name: round(costs[unit.name] * unit.size) for unit in found.units}
+    left = [unit for unit in found.units if unit.size]  # nothing may be left of a branch
+    costs = entry_costs(model, left, "params") if left else {}
+    by_unit = {unit.name: round(costs.get(unit.name, 0) * unit.size) for unit in found.units}
     own = macs_by_module(model, inputs) if inputs is not None else None
     macs = _macs(own, where) if own is not None else {}
     held = {name for counts in (parameters, macs) for name, count in counts.items() if count}

@@ -1,0 +1,72 @@
+"""Attention of which nothing is left: what reads it gives its bias, whatever it is given.
+
+Layers without rows or columns compute that by themselves. Only a length that a forward leaves open, as in
+`view(batch, tokens, -1, head_dim)`, cannot be told for a tensor without numbers: it is what the tensor has there, as of
+its tokens, or else 1, as of its heads, of which nothing is left when the tensor is read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor, nn, reshape
+from torch.overrides import TorchFunctionMode
+
+_SHAPED = (Tensor.view, Tensor.reshape, reshape)
+
+
+class _Open(TorchFunctionMode):
+    """Tells the open length of a shape that has another length of 0."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        del types
+        if func in _SHAPED and len(args) > 1 and isinstance(args[0], Tensor) and not args[0].numel():
+            sizes = args[1:] if isinstance(args[1], int) else args[1]
+            if isinstance(sizes, tuple | list) and -1 in sizes and 0 in sizes:
+                return func(args[0], _told(args[0].shape, list(sizes)))
+        return func(*args, **(kwargs or {}))
+
+
+def _told(shape: Sequence[int], sizes: list[Any]) -> list[Any]:
+    open_at = sizes.index(-1)
+    if open_at < len(shape) and list(shape[:open_at]) == sizes[:open_at]:
+        sizes[open_at] = shape[open_at] or 1
+    return sizes
+
+
+class Empty:
+    """Mixed into the class of a module that holds an attention of which nothing is left."""
+
+    uncut_class: type[nn.Module]
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        """Run the forward of the class as it is, with a length in the place of one that cannot be told."""
+        with _Open():
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+
+    def __reduce__(self: Any) -> Any:
+        """Copy and pickle by the class as it was: no module holds the one that is mixed."""
+        return _revived, (self.uncut_class,), self.__dict__
+
+
+def _revived(kind: type[nn.Module]) -> nn.Module:
+    made = empty_class(kind)
+    return made.__new__(made)
+
+
+_classes: dict[type[nn.Module], type[nn.Module]] = {}
+
+
+def empty_class(kind: type[nn.Module]) -> type[nn.Module]:
+    """Return the class that a module of class `kind` takes on when nothing is left of its attention.
+
+    A class that a module took on for a cut already stays: that one knows the lengths itself.
+    """
+    if "uncut_class" in kind.__dict__:
+        return kind
+    if kind not in _classes:
+        _classes[kind] = type(f"Empty{kind.__name__}", (Empty, kind), {"uncut_class": kind})
+    return _classes[kind]

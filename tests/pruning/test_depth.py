@@ -1,0 +1,139 @@
+"""A branch of which nothing is left: what is cut computes what is masked, its bias stays, and files keep it."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
+
+import upop
+from pruning.families import randomise
+from upop.errors import VerificationError
+from upop.pruning.masks import Masks
+
+SIZES: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 30}
+ENDS = {"bos_token_id": 0, "eos_token_id": 1}
+WORDS = torch.arange(2, 10).view(2, 4)
+
+
+def vit() -> nn.Module:
+    return timm.create_model("vit_tiny_patch16_224", img_size=32, embed_dim=24, depth=2, num_heads=3)
+
+
+def bert() -> nn.Module:
+    return BertModel(BertConfig(**SIZES, intermediate_size=24))
+
+
+def llama() -> nn.Module:
+    return LlamaForCausalLM(LlamaConfig(**SIZES, **ENDS, num_key_value_heads=2, intermediate_size=24))
+
+
+def opt() -> nn.Module:
+    sizes = {"word_embed_proj_dim": 16, "ffn_dim": 24, "max_position_embeddings": 32}
+    return OPTForCausalLM(OPTConfig(**SIZES, **ENDS, **sizes))
+
+
+PICTURES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+def outputs(model: nn.Module) -> Tensor:
+    inputs = PICTURES if "patch_embed.proj.weight" in dict(model.named_parameters()) else WORDS
+    with torch.no_grad():
+        found = model(inputs.to(next(model.parameters()).dtype) if inputs is PICTURES else inputs)
+    return found if isinstance(found, Tensor) else found[0]
+
+
+def masked(model: nn.Module, plan: dict[str, list[int]]) -> Tensor:
+    masks = Masks(model, upop.find_units(model))
+    for name, kept in plan.items():
+        value = torch.zeros_like(masks.values[name])
+        value[kept] = 1
+        masks.set({name: value})
+    found = outputs(model)
+    masks.remove()
+    return found
+
+
+@pytest.mark.parametrize("build", [vit, bert, llama, opt])
+def test_branches_go_whole_and_what_is_left_is_exact_in_files_too(
+    build: Callable[[], nn.Module], tmp_path: Path
+) -> None:
+    model = build().eval().double()
+    randomise(model)
+    units = upop.find_units(model)
+    # the attention of the first layer, the MLP of the second, and a part of another one
+    plan = {units[0].name: [], units[-1].name: [], units[1].name: [0, 2]}
+    expected = masked(model, plan)
+    upop.shrink(model, plan)
+    torch.testing.assert_close(outputs(model), expected)
+    assert [unit.size for unit in upop.find_units(model)] == [0, 2, units[2].size, 0]
+    assert not any(tensor.numel() for part in units[0].slices for tensor in [_weight(model, part)] if tensor.dim() > 1)
+    assert upop.Plan.from_json(upop.Plan.of(units, plan).to_json())[units[0].name] == ()
+    again = upop.load(upop.save(model, tmp_path / "saved"))
+    assert torch.equal(outputs(again.double()), outputs(model))
+    assert torch.equal(outputs(copy.deepcopy(model)), outputs(model))
+    assert torch.equal(outputs(pickle.loads(pickle.dumps(model))), outputs(model))
+    if isinstance(model, BertModel):
+        model.save_pretrained(tmp_path / "plain")
+        plain = BertModel.from_pretrained(tmp_path / "plain", dtype=torch.float64).eval()
+        assert torch.equal(outputs(plain), outputs(model))
+
+
+def _weight(model: nn.Module, part: upop.Slice) -> Tensor:
+    return model.get_parameter(part.tensor)
+
+
+@pytest.mark.parametrize("build", [llama, opt])
+def test_a_decoder_without_its_first_attention_counts_its_tokens_in_the_cache(build: Callable[[], Any]) -> None:
+    model = build().eval()
+    randomise(model)
+    upop.shrink(model, {upop.find_units(model)[0].name: []})
+    given: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False, "min_new_tokens": 5}
+    # one token after the other, and all of them anew for each
+    found = [model.generate(WORDS, use_cache=cached, **given) for cached in (True, False)]
+    assert torch.equal(*found)
+
+
+def test_an_empty_branch_trains_on_and_is_no_part_of_another_search() -> None:
+    model = vit()
+    units = upop.find_units(model)
+    upop.shrink(model, {units[0].name: [], units[1].name: []})
+    bias = model.blocks[0].mlp.fc2.bias
+    model(PICTURES).square().mean().backward()
+    assert bias.grad is not None
+    assert bias.grad.abs().max() > 0
+    pruner = upop.Pruner(model, 0.5, 1)
+    assert [unit.name for unit in pruner.units] == [unit.name for unit in units[2:]]
+    pruner.step()
+    pruner.shrink()
+    assert [unit.size for unit in upop.find_units(model)][:2] == [0, 0]
+
+
+class Split(nn.Module):
+    """Takes queries, keys and values apart by their size, which names no number of parts where it is 0."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.out, self.size = nn.Linear(16, 48), nn.Linear(16, 16), 16
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        query, key, value = self.qkv(tokens).split(self.size, dim=-1)
+        attention = (query @ key.transpose(-1, -2) / max(1, self.size) ** 0.5).softmax(-1)
+        return tokens + self.out(attention @ value)
+
+
+def test_an_attention_that_cannot_run_empty_is_left_whole() -> None:
+    model, tokens = Split(), torch.randn(2, 5, 16)
+    (unit,) = upop.find_units(model, tokens)
+    with pytest.raises(VerificationError, match="runs with masks and not when it is cut"):
+        upop.shrink(model, {unit.name: []})
+    assert model(tokens).shape == tokens.shape
+    assert (type(model), model.size, tuple(model.qkv.weight.shape)) == (Split, 16, (48, 16))
