@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
+import upop
+from upop.errors import SettingError
 from upop.models.checkpointing import checkpoint_blocks
 from upop.models.crossget import CrossGetClip, CrossGetConfig
 
@@ -114,6 +116,11 @@ def test_an_image_is_encoded_alike_alone_and_in_a_batch() -> None:
         together = model.encode_image(images()).features
         alone = torch.cat([model.encode_image(each.unsqueeze(0)).features for each in images()])
     torch.testing.assert_close(alone, together)
+
+
+def test_another_way_of_merging_is_refused_where_there_is_one() -> None:
+    with pytest.raises(SettingError, match="merges tokens already"):
+        upop.merge_tokens(tiny(rv=0, rl=0), 2)
 
 
 @pytest.mark.slow

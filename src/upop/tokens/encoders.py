@@ -12,6 +12,7 @@ from torch import nn
 from upop.pruning.axes.examples import example_for
 from upop.pruning.costs import call, evaluating
 from upop.pruning.errors import LayoutError, SettingError
+from upop.pruning.masks import unwrapped
 from upop.tokens.layer import Merger, Place, place_of, set_merging
 from upop.tokens.matching import removable
 from upop.tokens.proofs import check_layers, check_readers, prefix_of
@@ -41,31 +42,30 @@ def merge_tokens(model: nn.Module, vision: int | float | Sequence[int], *, examp
             (windows, relative or rotary positions, grids). The message says which. The model is as it was.
         SettingError: so many tokens are not there to be removed.
     """
-    _take_off(model)
-    if isinstance(vision, int) and vision == 0:
-        return model
-    return _merge(model, example, lambda _number, found: _removed(found, vision))
+    inner = unwrapped(model)
+    _take_off(inner)
+    if not (isinstance(vision, int) and vision == 0):
+        _merge(inner, example, lambda _number, found: _removed(found, vision))
+    return model
 
 
 def merge_again(model: nn.Module, removed: Sequence[Sequence[int]]) -> nn.Module:
     """Have a model merge as `removed_tokens` said of it; everything is found and proved anew.
 
     Raises:
-        LayoutError: as `merge_tokens`; or the model has not so many encoders.
-        SettingError: as `merge_tokens`.
+        LayoutError: as `merge_tokens`.
+        SettingError: as `merge_tokens`; or the model has more encoders.
     """
 
     def again(number: int, found: _Proved) -> tuple[int, ...]:
-        if number >= len(removed):
-            raise LayoutError(f"tokens of {len(removed)} image encoders were merged, and the model has more of them")
-        return _removed(found, removed[number])
+        return _removed(found, removed[number] if number < len(removed) else ())
 
     return _merge(model, None, again)
 
 
 def removed_tokens(model: nn.Module) -> list[list[int]] | None:
     """Return what every layer of every image encoder removes; None where `merge_tokens` changed nothing."""
-    return getattr(model, _NAME, None)
+    return getattr(unwrapped(model), _NAME, None)
 
 
 @dataclass(frozen=True)
@@ -82,6 +82,11 @@ class _Proved:
 
 
 def _merge(model: nn.Module, example: Any, plan: Callable[[int, _Proved], tuple[int, ...]]) -> nn.Module:
+    if any(place_of(each) is not None for each in model.modules()):
+        raise SettingError(
+            f"This {type(model).__name__} merges tokens already, led by cross tokens. Set how many by its set_removed, "
+            "or by --rv and --rl."
+        )
     example = example_for(model) if example is None else example
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)  # another image than that of an example, which is made up with 0
