@@ -21,6 +21,9 @@ from upop.errors import SettingError
 class CheckpointedBlock(Block):
     """A block of timm's vision transformer that does so while it is trained."""
 
+    wraps_forward = True
+    """What is computed again is all that stands below it; see `upop.tokens.layer.set_merging`."""
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The block's output."""
         if not (self.training and torch.is_grad_enabled()):

@@ -343,7 +343,12 @@ def set_merging(layer: nn.Module, place: Place | None) -> None:
 
 
 def _merging(base: type[nn.Module]) -> type[nn.Module]:
-    if base not in _classes:
+    if base not in _classes and base.__dict__.get("wraps_forward"):
+        # What it computes again in the backward pass is then the merging layer, not the layer in it.
+        inner = _merging(base.__mro__[1])
+        names: dict[str, Any] = {"__module__": base.__module__, "__qualname__": base.__qualname__}
+        _classes[base] = type(base.__name__, (base, inner), names)
+    elif base not in _classes:
 
         def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
             return _run(self, base.forward, args, kwargs)
