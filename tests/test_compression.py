@@ -123,6 +123,31 @@ def test_a_resumed_training_ends_with_the_same_numbers(stopped: int) -> None:
     assert difference(outputs_of(other, batch(0)), outputs_of(model, batch(0))) == 0
 
 
+@pytest.mark.filterwarnings("ignore:1 of 5 search steps had gradients that are not finite")
+def test_a_loop_of_ones_own_throws_a_step_away_and_goes_on_with_a_copy() -> None:
+    """The search takes as many steps as it is told; the copy is cut, and the first model is dense and free."""
+    model = VIT.build()
+    dense = upop.count_parameters(model)
+    compression = upop.Compression(model, 0.5, STEPS, search=5, correct=False)
+    trained(model, compression, torch.optim.SGD(model.parameters(), lr=0.01), range(2))
+    other = upop.unmask(copy.deepcopy(model))
+    compression.move_to(other)
+    assert traces(model) == []
+    optimizer = torch.optim.SGD(other.parameters(), lr=0.01)
+    trained(other, compression, optimizer, range(2, 4))
+    compression.loss(loss_of(other(**batch(4)))).backward()
+    compression.skip_step()
+    assert compression.is_due
+    compression.after_step([optimizer])
+    assert not compression.is_due
+    trained(other, compression, optimizer, range(5, STEPS))
+    assert compression.pruner is not None
+    assert compression.pruner.skipped_steps == 1
+    assert upop.count_parameters(other) < upop.count_parameters(model) == dense
+    with pytest.raises(SettingError, match="from 1 to steps=12"):
+        upop.Compression(VIT.build(), 0.5, STEPS, search=13)
+
+
 def test_a_block_that_raises_leaves_nothing_behind() -> None:
     model = VIT.build()
     expected = outputs_of(model, batch(0))

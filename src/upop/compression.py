@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from upop.errors import LayoutError, SettingError, StepError
 from upop.pruning import Distillation, Plan, Pruner, distill, shrink
-from upop.pruning.carried import set_plan
+from upop.pruning.carried import plan_of, set_plan
 from upop.pruning.choice import check_whole
 from upop.pruning.goal import Goal
 from upop.pruning.known import know_as, sized
@@ -63,6 +63,7 @@ class Compression:
         teacher: the dense model that teaches. By default a copy of `model` as it is now, if it has norms whose outputs
             can be compared; False has none, and a step then takes less time.
         share: of all steps that the search takes; 16 at least, or a third of a shorter training.
+        search: steps that the search takes, where `share` is not to say it.
         averages: moving averages of the model, cut along with it: modules, or what holds one as `module`
             (`AveragedModel`, timm's `ModelEmaV3`).
         verify: inputs on which the masked and the cut model are compared, as for `upop.Pruner.shrink`; by default a few
@@ -91,6 +92,7 @@ class Compression:
         target: Target | None = None,
         teacher: nn.Module | bool | None = None,
         share: float = SHARE,
+        search: int | None = None,
         averages: Any = (),
         verify: Any = True,
         distill: Mapping[str, Any] | None = None,
@@ -102,6 +104,9 @@ class Compression:
         steps = check_whole("steps", steps)
         if not 0 < share <= 1:
             raise SettingError(f"share={share!r} was asked for. Give the share of all steps that search, in (0, 1].")
+        searched = search_steps(steps, share) if search is None else search
+        if not 0 < searched <= steps:
+            raise SettingError(f"search={search!r} was asked for. Give a number of steps from 1 to steps={steps}.")
         refuse_sharded(unwrapped(model), "Compression")
         self.model, self.steps = model, steps
         self._verify, self._options, self._insists = verify, dict(distill or {}), teacher is not None
@@ -118,9 +123,7 @@ class Compression:
             )
         if self._teacher is None and teacher is not False:
             self._teacher = copy.deepcopy(unwrapped(model))
-        self.pruner = (
-            None if self._plan else Pruner(model, ratio, search_steps(steps, share), target=target, **settings)
-        )
+        self.pruner = None if self._plan else Pruner(model, ratio, searched, target=target, **settings)
         try:
             if self._teacher is not None and (self.pruner is None or self.pruner.is_read):
                 self._teach()
@@ -138,6 +141,11 @@ class Compression:
     def searching(self) -> bool:
         """Whether the model is still to be cut."""
         return self._plan is None and not self._closed
+
+    @property
+    def is_due(self) -> bool:
+        """Whether the search has taken its last step, so that `after_step` cuts the model."""
+        return self.searching and self.pruner is not None and self.pruner.finished
 
     @property
     def steps_done(self) -> int:
@@ -204,8 +212,32 @@ class Compression:
     def after_step(self, optimizers: Iterable[Any]) -> None:
         """Do what `step` does after the optimizer's step, where another library's loop takes that."""
         self._done += 1
-        if self.searching and self.pruner is not None and self.pruner.finished:
+        if self.is_due and self.pruner is not None:
             self._cut(self.pruner, optimizers)
+
+    def skip_step(self) -> None:
+        """Do what `before_step` does where a loop of one's own throws the gradients away: none of them is scored."""
+        self._check_open("skip_step()")
+        self._passed = False
+        if self.searching and self.pruner is not None:
+            self.pruner.skip()
+
+    def move_to(self, model: nn.Module) -> None:
+        """Go on with another copy of the model, as it stands; it may be sharded until the model is to be cut.
+
+        Args:
+            model: a copy without masks, whose weights are trained from now on; see `upop.Pruner.move_to`.
+
+        Raises:
+            LayoutError: it has other units, or another search holds it.
+        """
+        self._check_open("move_to()")
+        if self.searching and self.pruner is not None:
+            self.pruner.move_to(model)
+        self.model = model
+        if self.distillation is not None:
+            self.distillation.remove()
+            self._teach()
 
     def finish(self, *optimizers: torch.optim.Optimizer) -> nn.Module:
         """Cut to what was reached by now, if that is still to be done, and let the teacher go.
@@ -342,7 +374,8 @@ def _cut_by(model: nn.Module, resume: Mapping[str, Any] | None) -> Plan | None:
     sizes = {unit.name: sized(model, unit) for unit in plan.units(model)}
     if any(unit is None or unit.size != len(plan[name]) for name, unit in sizes.items()):
         return None
-    set_plan(model, plan)
+    if plan_of(model) is None:
+        set_plan(model, plan)
     return plan
 
 

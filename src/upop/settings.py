@@ -334,7 +334,12 @@ class LanguageSettings(PictureSettings):
 
 
 def read_settings(
-    kind: type[S], path: Path | None, overrides: Mapping[str, Any], sources: Mapping[str, str] | None = None
+    kind: type[S],
+    path: Path | None,
+    overrides: Mapping[str, Any],
+    sources: Mapping[str, str] | None = None,
+    *,
+    published: bool = False,
 ) -> S:
     """Return settings of a kind from a YAML file and overrides, which beat it; older names of settings are read too.
 
@@ -343,6 +348,7 @@ def read_settings(
         path: of the file.
         overrides: setting -> value.
         sources: setting -> where its value in `overrides` is from, for messages: "from --ratio".
+        published: whether the published method, and the published budget with it, is what is done by default.
 
     A file such as configs/nlvr.yaml that is not in the working directory is the package's own.
 
@@ -364,6 +370,9 @@ def read_settings(
         if one in given:
             in_file.pop(other, None)
     values = in_file | given
+    if published and values.setdefault("method", "reference") == "reference":
+        # The published budget is a share of the cost, over single entries.
+        values.setdefault("cost", "reference" if not values.get("target") and not values.get("uniform") else "params")
     named = in_file.get("batch_size_train", AUTO)
     if values.get("batch_size_train") == AUTO and named != AUTO:  # the file's number is what a step keeps to
         values |= {"batch_size_train": named, "batch_size_auto": True}

@@ -38,7 +38,7 @@ def test_published_pair_of_commands(config: Path, tmp_path: Path, root_script: C
     folder = tmp_path / "2x"
     code, text = root_script(*command, *flags, *ignored, "--output_dir", folder)
     assert code == 0, text
-    assert re.search(r"UPop 1\.\d+x", text)
+    assert re.search(r"reference 1\.\d+x", text)
     # A published file holds {"model": state dict}; ours has the same layout.
     from upop.checkpoints import read_weights
 

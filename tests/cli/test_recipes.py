@@ -35,7 +35,7 @@ def test_the_list_names_every_recipe() -> None:
 
 
 def resolved(recipe: Recipe) -> RunSettings:
-    return read_settings(find_task(recipe.task).settings, recipe.config, recipe.overrides)
+    return read_settings(find_task(recipe.task).settings, recipe.config, recipe.overrides, published=True)
 
 
 def asked_for(command: str, monkeypatch: pytest.MonkeyPatch) -> tuple[str, str, RunSettings]:
@@ -75,7 +75,7 @@ def test_a_dry_run_says_everything_and_does_nothing(
     result = runner.invoke(app, asked)
     assert result.exit_code == 0, result.output
     assert recipe.command in result.output
-    assert f"search in the first 10 % of {recipe.epochs} epochs" in result.output
+    assert f"search for {recipe.searched} epochs at a constant learning rate" in result.output
     assert f"max_epoch: {recipe.retraining}" in result.output
     assert "missing" in result.output
     assert not (tmp_path / "out").exists()
@@ -96,6 +96,7 @@ def test_run_starts_what_the_recipe_says_and_flags_beat_it(monkeypatch: pytest.M
     ("method", "says"),
     [
         ("reference", "search for 15 epochs at a constant learning rate, masking up to 50 % of the cost; cut; retrain"),
+        ("upop", "search in the first 10 % of 30 epochs, masking 50 % of the cost stage by stage; cut; go on training"),
         ("magnitude", "cut the smallest weights, 50 % of the cost; retrain for 30 epochs"),
     ],
 )
@@ -119,17 +120,33 @@ def test_epochs_of_a_command_are_all_and_keep_the_published_share(monkeypatch: p
     started: list[RunSettings] = []
     monkeypatch.setattr(recipes, "compress", lambda _, settings: started.append(settings))
     for words in (["nlvr2-2x", "--set", "epochs=10"], ["ade20k-p0.1", "--set", "epochs=10"]):
-        result = runner.invoke(app, ["run", *words, "--method", "reference"])
+        result = runner.invoke(app, ["run", *words])
         assert result.exit_code == 0, result.output
     assert [(s.search_epochs, s.retraining_epochs, s.all_epochs) for s in started] == [(5, 5, 10), (2, 8, 10)]
 
 
 @pytest.mark.parametrize("task", ["nlvr", "classification", "segmentation"])
-def test_published_commands_take_the_published_method(task: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_published_commands_do_what_was_published_and_take_the_better_method(
+    task: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     recipe = next(recipe for recipe in ALL if recipe.task == task)
-    expected = resolved(recipe)
-    _, _, settings = asked_for(f"{recipe.command} --method reference", monkeypatch)
-    assert settings == expected.model_copy(update={"method": "reference"})
+    settings = asked_for(recipe.command, monkeypatch)[2]
+    assert (settings.method, settings.cost, settings.teaching) == ("reference", "reference", 0.0)
+    kind = find_task(recipe.task).settings
+    for method in ("upop", "magnitude"):
+        settings = asked_for(f"{recipe.command} --method {method}", monkeypatch)[2]
+        assert settings == read_settings(kind, recipe.config, {**recipe.overrides, "method": method})
+        assert settings.cost == "params"
+
+
+def test_a_config_file_may_choose_the_method_of_a_published_run(tmp_path: Path) -> None:
+    kind = find_task("nlvr").settings
+    for text, expected in (("method: upop", ("upop", "params")), ("cost: params", ("reference", "params"))):
+        file = tmp_path / "config.yaml"
+        file.write_text(text)
+        settings = read_settings(kind, file, {}, published=True)
+        assert (settings.method, settings.cost) == expected
+    assert read_settings(kind, None, {}).method == "upop"
 
 
 def test_an_unknown_recipe_names_the_nearest() -> None:

@@ -100,7 +100,7 @@ def test_the_published_command(config: Path, dense: Path, tmp_path: Path, heads:
     folder = tmp_path / "4x"
     done = CliRunner().invoke(command, [*flags, "--output_dir", str(folder)])
     assert done.exit_code == 0, done.output
-    assert re.search(r"UPop [1-3](\.\d+)?x", done.output)
+    assert re.search(r"reference [1-3](\.\d+)?x", done.output)
     assert yaml.safe_load((folder / "settings.yaml").read_text())["init_lr"] == 2e-3
     compressed = save_official("retrieval-clip", upop.load(folder / "best"), tmp_path / "compressed.pth")
     assert upop.count_parameters(upop.load_official("retrieval-clip", compressed, **heads)) < upop.count_parameters(

@@ -29,7 +29,7 @@ def state(step: int) -> dict[str, Any]:
         "model": {"weight": torch.arange(200.0) + step},
         "optimizer": {"state": {0: {"step": torch.tensor(3.0)}}, "param_groups": [{"lr": 0.1, "params": [0]}]},
         "average": None,
-        "pruner": {"scores": torch.ones(3)},
+        "compression": {"pruner": {"scores": torch.ones(3)}},
         "randomness": [random_state(torch.device("cpu"))],
         "metrics": 120,
         "seconds": 1.5,

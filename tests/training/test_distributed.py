@@ -74,7 +74,7 @@ def test_two_processes_are_one_with_a_teacher_and_corrected_layers(tmp_path: Pat
 def test_two_nodes_are_one(one: tuple[Path, Path], tmp_path: Path) -> None:
     """Started by two launchers that meet, and sharing the weights too."""
     alone, two = one
-    flags = ("--epoch", "1", "--config", two, "--output_dir", tmp_path / "nodes", "--fsdp")
+    flags = ("--method", "upop", "--epoch", "1", "--config", two, "--output_dir", tmp_path / "nodes", "--fsdp")
     flags += ("--set", "grad_checkpointing=true")  # which changes no number
     meeting = ("--nnodes=2", "--nproc_per_node=1", "--master_addr=127.0.0.1", f"--master_port={free_port()}")
     nodes = [torchrun(SCRIPT, "--p", "0.5", *flags, how=(*meeting, f"--node_rank={node}")) for node in range(2)]

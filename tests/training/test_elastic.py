@@ -54,7 +54,9 @@ def test_a_run_whose_process_dies_goes_on_by_itself(tmp_path: Path) -> None:
     compress(*runs.nlvr(config, output_dir=tmp_path / "one", max_epoch=1))
     two = runs.edited(config, {"batch_size_train": 8, "batch_size_test": 24, "checkpoint_minutes": 0})
     flags = ("--epoch", "1", "--config", two, "--output_dir", tmp_path / "two", "--fsdp", "--resume", "auto")
-    launcher = torchrun(SCRIPT, "--p", "0.5", *flags, how=("--standalone", "--nproc_per_node=2", "--max-restarts=3"))
+    launcher = torchrun(
+        SCRIPT, "--p", "0.5", "--method", "upop", *flags, how=("--standalone", "--nproc_per_node=2", "--max-restarts=3")
+    )
     kill_after_steps(launcher, tmp_path / "two", rank=1, rows=3)
     told = finish(launcher)
     assert re.search(r"failed \(exitcode: -9\) local_rank: 1", told)
@@ -66,7 +68,7 @@ def test_a_process_that_is_killed_ends_the_other_with_our_message(tmp_path: Path
     """The only traceback is the launcher's own, and the run goes on from what was saved."""
     config = runs.edited(runs.make_data(tmp_path), {"checkpoint_minutes": 0, "batch_size_train": 8})
     flags = ("--epoch", "20", "--config", config, "--output_dir", tmp_path / "run")
-    launcher = torchrun(SCRIPT, "--p", "0.5", *flags)
+    launcher = torchrun(SCRIPT, "--p", "0.5", "--method", "upop", *flags)
     kill_after_steps(launcher, tmp_path / "run", rank=1, rows=3)
     told, _ = launcher.communicate(timeout=120)
     assert launcher.returncode == 1
@@ -91,7 +93,7 @@ def test_an_error_of_one_process_ends_the_run_and_is_its_cause(tmp_path: Path) -
     broken = next((tmp_path / "data").rglob(Path(last["images"][0]).name))
     broken.write_bytes(b"no picture")
     flags = ("--epoch", "1", "--config", config, "--output_dir", tmp_path / "run")
-    launcher = torchrun(SCRIPT, "--p", "0.5", *flags)
+    launcher = torchrun(SCRIPT, "--p", "0.5", "--method", "upop", *flags)
     began = time.monotonic()
     told, _ = launcher.communicate(timeout=120)
     assert launcher.returncode == 1

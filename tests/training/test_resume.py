@@ -27,6 +27,7 @@ from upop.ownership import MARKER
 from upop.settings import read_settings
 from upop.tasks import find_task
 from upop.tasks.verbs import compress, train
+from upop.training.checkpoints import Checkpoints
 
 
 def _run(verb: str, task: str, config: Path, settings: Mapping[str, Any], kill_at: int | None = None) -> None:
@@ -284,6 +285,21 @@ def test_what_cannot_be_resumed_says_why(nlvr: tuple[Path, dict[str, Any]], tmp_
     assert "ratio was 0.5 and is 0.75" in str(caught.value)
     with pytest.raises(SettingError, match=r"a step took 16 records .* takes 8"):
         compress(*runs.nlvr(config, output_dir=folder, resume="auto", batch_size_train=8))
+
+
+def test_a_compression_that_an_earlier_version_began_is_refused(
+    nlvr: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    config, _ = nlvr
+    folder = ended_run(config, tmp_path / "run")
+    checkpoints = Checkpoints(folder / "checkpoints", keep=3)
+    found = checkpoints.newest(whole=True)
+    assert found is not None
+    content = found[1]
+    content["notes"] |= {"plan": content.pop("compression")["plan"]}
+    checkpoints.write(content["place"]["steps"], {**content, "pruner": None})
+    with pytest.raises(CheckpointError, match=r"begun by an earlier upop.*another --output-dir"):
+        compress(*runs.nlvr(config, output_dir=folder, resume="must"))
 
 
 @pytest.mark.parametrize("kill_at", mostly_slow([24, 30], 30))

@@ -104,11 +104,21 @@ OldEpoch = Annotated[int | None, typer.Option("--epoch", hidden=True)]
 PublishedEpoch = Annotated[
     int | None, typer.Option("--epoch", help="Epochs of the search, and as many of retraining: half of all epochs.")
 ]
+_METHODS = starting_with(lambda: ("upop", "reference", "magnitude"))
 Method = Annotated[
     str | None,
     typer.Option(
         help="upop, reference (the search as published), or magnitude: one cut by weight norm. [default: upop]",
-        autocompletion=starting_with(lambda: ("upop", "reference", "magnitude")),
+        autocompletion=_METHODS,
+    ),
+]
+PublishedMethod = Annotated[
+    str | None,
+    typer.Option(
+        "--method",
+        help="reference (the search as published, with its constants), upop (better: what `upop compress` does by "
+        "default), or magnitude: one cut by weight norm. [default: reference]",
+        autocompletion=_METHODS,
     ),
 ]
 SparsityAttention = Annotated[
@@ -206,6 +216,7 @@ def read(
     nothing: Sequence[str] = (),
     beneath: Mapping[str, Any] | None = None,
     sources: Mapping[str, str] | None = None,
+    published: bool = False,
 ) -> S:
     """Return the settings of a command: those of a file, under those of its flags, under `--set` assignments.
 
@@ -218,6 +229,7 @@ def read(
         nothing: settings that flags set to null.
         beneath: settings that beat the file's and no flag.
         sources: where settings of `also` and `beneath` are from, if not from flags.
+        published: whether the command does what was published, unless a method is given.
 
     Raises:
         SettingError: a setting cannot be used; the message says where it is from.
@@ -230,7 +242,8 @@ def read(
     assigned = current_names(overrides({}, assignments))
     told = {**(sources or {}), **{name: place for name in given if (place := _flag(context, name))}}
     told |= {name: f"from --set {name}" for name in assigned}
-    return read_settings(kind, config, {**current_names(beneath or {}), **given, **assigned}, told)
+    values = {**current_names(beneath or {}), **given, **assigned}
+    return read_settings(kind, config, values, told, published=published)
 
 
 def _flag(context: typer.Context, setting: str) -> str | None:

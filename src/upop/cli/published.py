@@ -42,7 +42,7 @@ def blip_command(task: str, config: str) -> typer.Typer:
         w_sp_mlp: o.SparsityMlp = None,
         epoch: o.PublishedEpoch = None,
         ratio: o.PublishedRatio = None,
-        method: o.Method = None,
+        method: o.PublishedMethod = None,
         amp: o.Amp = None,
         init_lr: Annotated[float | None, typer.Option("--lr", help="Highest learning rate.")] = None,
         world_size: Annotated[int | None, typer.Option("--world_size", help=_IGNORED)] = None,
@@ -60,7 +60,7 @@ def blip_command(task: str, config: str) -> typer.Typer:
             raise SettingError("--use_ceph reads from a private storage system that upop does not know. Leave it out.")
         found = find_task(task)
         verb = evaluate_checkpoint if only_evaluate else compress
-        verb(found, o.read(context, found.settings, config, assign, also=o.sharding(fsdp)))
+        verb(found, o.read(context, found.settings, config, assign, also=o.sharding(fsdp), published=not only_evaluate))
 
     return app
 

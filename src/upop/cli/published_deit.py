@@ -47,7 +47,7 @@ def command(
     ] = None,
     output_dir: o.OutputDir = Path("output/classification"),
     ratio: o.PublishedRatio = None,
-    method: o.Method = None,
+    method: o.PublishedMethod = None,
     interval: o.Interval = None,
     w_sp_attn: o.SparsityAttention = None,
     w_sp_mlp: o.SparsityMlp = None,
@@ -128,7 +128,9 @@ def command(
         also["repeats"] = _REPEATS if repeated_aug else 1
     off = {"auto_augment": auto_augment == "none", "ema_decay": model_ema is False}
     nothing = [name for name, is_off in off.items() if is_off]
-    settings = o.read(context, ClassificationSettings, config, assign, also=also, nothing=nothing)
+    settings = o.read(
+        context, ClassificationSettings, config, assign, also=also, nothing=nothing, published=not evaluate
+    )
     verb = evaluate_checkpoint if evaluate else compress
     verb(find_task(TASK), settings)
 

@@ -49,7 +49,7 @@ def command(
     search_lr: o.SearchRate = None,
     init_lr: Annotated[float | None, typer.Option("-lr", "--learning-rate", help="Highest learning rate.")] = None,
     ratio: o.PublishedRatio = None,
-    method: o.Method = None,
+    method: o.PublishedMethod = None,
     interval: o.Interval = None,
     w_sp_attn: o.SparsityAttention = None,
     w_sp_mlp: o.SparsityMlp = None,
@@ -92,6 +92,7 @@ def command(
         assign,
         also=also,
         sources={"dataset_root": "from the environment variable DATASET"},
+        published=not evaluate,
     )
     verb = evaluate_checkpoint if evaluate else compress
     verb(find_task(TASK), settings)

@@ -53,7 +53,7 @@ def recipes(file: File = RECIPES) -> None:
     console.print(table)
     console.print(
         "epochs: of search + retraining as published; the methods upop and magnitude take as many in all.\n"
-        "Start one with `upop run NAME`, as published with `--method reference`.",
+        "`upop run NAME` does what was published; `--method upop` is what `upop compress` does by default, and better.",
         highlight=False,
     )
 
@@ -71,14 +71,14 @@ def run(
     fsdp: o.Fsdp = None,
     seed: o.Seed = None,
     amp: o.Amp = None,
-    method: o.Method = None,
+    method: o.PublishedMethod = None,
     resume: o.Resume = None,
     skip_bad_images: o.SkipBadImages = None,
     allow_outside: o.AllowOutside = None,
     file: File = RECIPES,
     assign: o.Set = None,
 ) -> None:
-    """Start a published run. Under torchrun it runs on all processes, like every command."""
+    """Start a published run, as published; `--method upop` is better. Under torchrun it runs on all processes."""
     recipe = find_recipe(name, file)
     task = find_task(recipe.task)
     settings = settings_of(context, recipe, assign, evaluate=only_evaluate, also=o.sharding(fsdp))
@@ -114,7 +114,9 @@ def settings_of(
         beneath["pretrained"] = str(recipe.output_dir / recipe.compressed)
     sources = dict.fromkeys(beneath, f"from the recipe {recipe.name}")
     kind = find_task(recipe.task).settings
-    return o.read(context, kind, recipe.config, assign, also=also, beneath=beneath, sources=sources)
+    return o.read(
+        context, kind, recipe.config, assign, also=also, beneath=beneath, sources=sources, published=not evaluate
+    )
 
 
 def _explain(recipe: Recipe, task: Task[Any], settings: RunSettings, *, evaluate: bool) -> None:
@@ -159,7 +161,7 @@ def _cutting(settings: RunSettings) -> str:
         )
     return (
         f"search in the first {100 * settings.search_share:g} % of {epochs} epochs, masking {share} stage by stage; "
-        "cut as the epoch ends; retrain in the other epochs, under one learning rate schedule"
+        "cut; go on training, under one learning rate schedule"
     )
 
 

@@ -343,18 +343,16 @@ class Run:
         name = self.task.metric
         return "  ".join(f"{split} {name} {scores[name]:.2f}" for split, scores in metrics.items() if name in scores)
 
-    def keep_best(
-        self, loop: Loop, model: nn.Module, plan: Plan | None
-    ) -> Callable[[nn.Module, dict[str, float]], None]:
+    def keep_best(self, loop: Loop, model: nn.Module) -> Callable[[nn.Module, dict[str, float]], None]:
         """Return what saves `model` as "last" after every epoch, and the better of it and its average as "best"."""
 
         def after_epoch(candidate: nn.Module, scores: dict[str, float]) -> None:
             if candidate is model:
-                self.folder.save_model("last", model, plan)
+                self.folder.save_model("last", model)
             value = scores.get(self.task.metric)
             if value is None or value > loop.notes.get("best", -math.inf):
                 loop.notes["best"] = value
-                self.folder.save_model("best", candidate, plan)
+                self.folder.save_model("best", candidate)
 
         return after_epoch
 

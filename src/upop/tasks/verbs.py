@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +12,17 @@ from timm.utils.model_ema import ModelEmaV3
 from torch import nn
 
 import upop.checkpoints.speaking  # noqa: F401 - a search with uniform="tower" asks libraries
-from upop.pruning import Plan, Pruner, count_parameters, plan_by_magnitude, shrink
+from upop.compression import Compression
+from upop.pruning import count_parameters, plan_by_magnitude, shrink
 from upop.pruning.goal import told_reached
 from upop.report.results import Results
 from upop.settings import RunSettings
 from upop.tasks.run import Run
 from upop.training.devices import align_for
 from upop.training.loaders import first_records, to_device
-from upop.training.loop import Loop
+from upop.training.loop import Loop, fitting
 from upop.training.preemption import Preemption
-from upop.training.schedules import Phases, Schedule, check_epochs, compression_rates, falling, phases
+from upop.training.schedules import Phases, check_epochs, compression_rates, falling, phases
 from upop.training.task import Task
 
 _VERIFIED_RECORDS = 4
@@ -48,7 +51,7 @@ def train(task: Task[Any], settings: RunSettings) -> Results | None:
         with run.training(settings.training_epochs, preemption) as loop:
             average = _average(settings, model.to(run.accelerator.device))
             schedule = falling(settings, run.first_rate(loop), settings.training_epochs, loop.steps_per_epoch)
-            keep = run.keep_best(loop, model, None)
+            keep = run.keep_best(loop, model)
             loop.run(model, "train", settings.training_epochs, schedule, after_epoch=keep, average=average)
             model, metrics = run.best(model)
         return run.finish({"dense": (model, metrics)})
@@ -70,77 +73,93 @@ def compress(task: Task[Any], settings: RunSettings) -> Results | None:
         model = run.pretrained(training=True)
         run.settle(model)
         dense_model = copy.deepcopy(model)
-        teacher = dense_model if settings.teaching else None
-        epochs = settings.all_epochs
-        with run.training(epochs, preemption) as loop:
-            # Made before anything long runs: it checks the settings of the method against the model.
+        with run.training(settings.all_epochs, preemption) as loop:
             average = _average(settings, model.to(run.accelerator.device))
             planned = phases(settings, loop.steps_per_epoch)
             searching, retraining = compression_rates(settings, run.first_rate(loop), loop.steps_per_epoch)
-            if "plan" in loop.notes:  # resumed after the cut
-                plan = Plan.from_json(loop.notes["plan"])
-                # Verified when it was cut; its weights come with the state of the loop.
-                shrink(model, plan, verify=False)
-                if average is not None:
-                    shrink(average.module, plan, verify=False)
-            else:
-                plan = _find_plan(run, loop, model, average, teacher, planned, searching)
-                loop.notes["plan"] = plan.to_json()
-            keep = run.keep_best(loop, model, plan)
-            loop.run(model, "retrain", planned.retrain, retraining, after_epoch=keep, average=average, teacher=teacher)
+            # Made before anything long runs: it checks the settings of the method against the model.
+            with _compression(run, loop, model, dense_model, average, planned) as compression:
+                _evaluate_dense(run, loop, model)
+                cut = partial(_keep_cut, run, model, average, compression)
+                loop.run(model, "search", planned.search, searching, compression, cut, average=average)
+                keep = run.keep_best(loop, model)
+                loop.run(model, "retrain", planned.retrain, retraining, compression, cut, keep, average)
+                plan = compression.plan()
             model, metrics = run.best(model)
         name = compressed_name(settings, dense_model, model)
         models = {"dense": (dense_model, loop.notes["dense"]), name: (model, metrics)}
         return run.finish(models, plan)
 
 
-def _find_plan(
-    run: Run,
-    loop: Loop,
-    model: nn.Module,
-    average: ModelEmaV3 | None,
-    teacher: nn.Module | None,
-    planned: Phases,
-    schedule: Schedule,
-) -> Plan:
-    """Return what the method keeps of the model, which is cut, and so is its average."""
-    settings, device = run.settings, run.accelerator.device
-    pruner = _pruner(run.task, settings, model, planned.search_steps)
-    try:
-        if "dense" not in loop.notes:
-            loop.notes["dense"] = run.evaluate(model)
+def _compression(
+    run: Run, loop: Loop, model: nn.Module, dense_model: nn.Module, average: ModelEmaV3 | None, planned: Phases
+) -> Compression:
+    """Return what compresses the model as the method does; what the weights alone decide to cut is cut already."""
+    task, settings, device = run.task, run.settings, run.accelerator.device
+    averages = [] if average is None else [average]
+    verified = task.inputs(to_device(first_records(run.loaders["train"], _VERIFIED_RECORDS), device))
+    state, going_on = loop.compression_state, loop.compression_state is not None
+    shared: dict[str, Any] = {
+        "cost": settings.cost,
+        "align": align_for(device, settings),
+        "example": task.example(model, 1),
+        "uniform": settings.uniform,
+        **settings.budget,
+    }
+    if settings.method == "magnitude" and state is None:
+        _evaluate_dense(run, loop, model)
+        plan = plan_by_magnitude(model, **shared)
+        for each in (model, *(average.module for average in averages)):
+            shrink(each, plan, verify=verified)
+        state = {"steps_done": 0, "plan": plan.to_json(), "pruner": None}
+    with fitting() if going_on else nullcontext():
+        compression = Compression(
+            model,
+            steps=settings.all_epochs * loop.steps_per_epoch,
+            search=planned.search_steps or None,
+            teacher=dense_model if settings.teaching else False,
+            distill={"features": settings.teaching},
+            averages=averages,
+            verify=verified,
+            resume=state,
+            **shared,
+            **_search_settings(task, settings),
+        )
+    if settings.method == "magnitude" and not going_on:
+        _keep_cut(run, model, None, compression, run.told_of(model))
+    return compression
+
+
+def _search_settings(task: Task[Any], settings: RunSettings) -> dict[str, Any]:
+    """Return how the method searches."""
+    if settings.method == "upop":
+        return {"progress": "stages", "score": settings.score, "correct": settings.correct}
+    if settings.method == "reference":
+        first = task.update_first_step
+        return {"progress": "soft", "score": "signed", "interval": settings.interval, "update_first_step": first}
+    return {}
+
+
+def _evaluate_dense(run: Run, loop: Loop, model: nn.Module) -> None:
+    """Note how good the dense model is, once in a run."""
+    if "dense" not in loop.notes:
+        loop.notes["dense"] = run.evaluate(model)
         run.say("dense  " + run.told(loop.notes["dense"]))
-        verified = run.task.inputs(to_device(first_records(run.loaders["train"], _VERIFIED_RECORDS), device))
-        if pruner is not None:
-            loop.run(model, "search", planned.search, schedule, pruner, average=average, teacher=teacher)
-            plan = pruner.plan()
-            run.folder.save_scores(pruner.scores)
-            pruner.shrink(verify=verified)
-        else:
-            example = run.task.example(model, 1)
-            plan = plan_by_magnitude(
-                model,
-                **settings.budget,
-                cost=settings.cost,
-                align=align_for(device, settings),
-                example=example,
-                uniform=settings.uniform,
-            )
-            shrink(model, plan, verify=verified)
-    finally:  # a run that ends early leaves no hook on the model, and no code uncompiled
-        if pruner is not None:
-            pruner.remove()
-    if average is not None:
-        shrink(average.module, plan, verify=verified)
-        if settings.method == "upop" and settings.correct:
-            average.set(model)  # what it remembers are layers from before they were corrected
+
+
+def _keep_cut(
+    run: Run, model: nn.Module, average: ModelEmaV3 | None, compression: Compression, before_retraining: str = ""
+) -> None:
+    """Write down what was cut, as soon as it is."""
+    if average is not None and run.settings.method == "upop" and run.settings.correct:
+        average.set(model)  # what it remembers are layers from before they were corrected
+    if compression.pruner is not None:
+        run.folder.save_scores(compression.pruner.scores)
+    plan = compression.plan()
     run.folder.save_plan(plan)
-    run.folder.save_model("last", model, plan)
-    # After a search, its last evaluation has told how good this very function is.
-    told = run.told_of(model) if pruner is None else ""
+    run.folder.save_model("last", model)
     left = told_reached(plan.settings)
-    run.say(f"cut for real, and it computes what the masked model did: {left}{told}")
-    return plan
+    run.say(f"cut for real, and it computes what the masked model did: {left}{before_retraining}")
 
 
 def evaluate_checkpoint(task: Task[Any], settings: RunSettings) -> Results | None:
@@ -163,30 +182,6 @@ def compressed_name(settings: RunSettings, dense: nn.Module, model: nn.Module) -
 def method_name(settings: RunSettings) -> str:
     """Return what people call the method of a run: "UPop", "reference", "magnitude"."""
     return {"upop": "UPop"}.get(settings.method, settings.method)
-
-
-def _pruner(task: Task[Any], settings: RunSettings, model: nn.Module, steps: int) -> Pruner | None:
-    if settings.method == "magnitude":
-        return None
-    shared: dict[str, Any] = {
-        **settings.budget,
-        "cost": settings.cost,
-        "align": align_for(next(model.parameters()).device, settings),
-        "example": task.example(model, 1),
-        "uniform": settings.uniform,
-    }
-    if settings.method == "upop":
-        return Pruner(model, steps=steps, progress="stages", score=settings.score, correct=settings.correct, **shared)
-    first = task.update_first_step
-    return Pruner(
-        model,
-        steps=steps,
-        interval=settings.interval,
-        progress="soft",
-        score="signed",
-        update_first_step=first,
-        **shared,
-    )
 
 
 def _average(settings: RunSettings, model: nn.Module) -> ModelEmaV3 | None:

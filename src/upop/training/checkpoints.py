@@ -221,6 +221,8 @@ def check_whole(content: Mapping[str, Any]) -> None:
     """
     for name, kinds in _FIELDS.items():
         _typed(content, name, kinds)
+    earlier = "pruner" in content and "compression" not in content  # of dense training alone they can be gone on from
+    _typed(content, "pruner" if earlier else "compression", (dict, _NONE))
     for name in ("records_per_step", "accumulate", "batches"):
         if content[name] < 1:
             raise ValueError(f"{name} is {content[name]}")
@@ -256,7 +258,6 @@ _FIELDS: dict[str, _Kinds] = {
     "model": dict,
     "optimizer": dict,
     "average": (dict, _NONE),
-    "pruner": (dict, _NONE),
     "randomness": list,
     "metrics": int,
     "seconds": (int, float),

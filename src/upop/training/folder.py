@@ -237,11 +237,11 @@ class RunFolder:
         for name, content in files.items():
             self._write(f"result/{name}", json.dumps(content))
 
-    def save_model(self, name: str, model: nn.Module, plan: Plan | None) -> Path:
+    def save_model(self, name: str, model: nn.Module) -> Path:
         """Write a checkpoint folder ("best" or "last")."""
         if self._main:
             set_preparation(unwrapped(model), self.preparation)
-            save(model, self.path / name, plan, tokenizer=self.tokenizer)
+            save(model, self.path / name, tokenizer=self.tokenizer)
         return self.path / name
 
     def _clear(self) -> None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -17,8 +17,9 @@ from accelerate.utils import gather_object
 from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
 
+from upop.compression import Compression
 from upop.errors import CheckpointError, SettingError, TrainingError
-from upop.pruning import Distillation, Pruner, distill
+from upop.pruning import Pruner
 from upop.settings import RunSettings, current_names
 from upop.training.bad_images import readable
 from upop.training.checkpoints import Place
@@ -31,19 +32,20 @@ from upop.training.preemption import Preemption
 from upop.training.progress import RunProgress
 from upop.training.randomness import random_state, restore_random_state
 from upop.training.schedules import Schedule
-from upop.training.sharding import (
-    Sharding,
-    average_unsharded,
-    clip,
-    load_whole_optimizer_state,
-    split_groups,
-    total_norm,
-    whole_optimizer_state,
-)
+from upop.training.sharding import average_unsharded, clip, total_norm
 from upop.training.task import Task
+from upop.training.trained import Trained
 from upop.training.watch import LoaderWatch
 
 State = Mapping[str, Any]
+
+
+class _Stepped(NamedTuple):
+    """What came of a step: the mean loss, whether a checkpoint is due, and whether the run is asked to end."""
+
+    loss: float
+    due: bool
+    asked: bool
 
 
 class Loop:
@@ -82,18 +84,17 @@ class Loop:
         self._accelerator, self._task, self._settings = accelerator, task, settings
         self._folder = folder
         self._train, self._val = train, val
-        self._sharded = settings.sharding == "fsdp"
         self._preemption = preemption
         self._watch = LoaderWatch(settings.num_workers)
         self.progress = RunProgress(0, main=False)
         self._place = Place()
         self._phases: list[str] = []  # that have ended
-        self._distillation: Distillation | None = None
         self._resumed = resumed
         self.notes: dict[str, Any] = {}
         self._saved_at = time.monotonic()
         if resumed is not None:
             self._check(resumed)
+            _refuse_older(resumed)
             self._phases = list(resumed["phases"])
             self.notes = dict(resumed["notes"])
             self._place = Place(**resumed["place"])
@@ -116,6 +117,11 @@ class Loop:
         return size * self._settings.accumulate
 
     @property
+    def compression_state(self) -> State | None:
+        """What the checkpoint that the run goes on from holds of a `Compression`; only until the run goes on."""
+        return None if self._resumed is None else self._resumed.get("compression")
+
+    @property
     def steps(self) -> int:
         """Optimizer steps that were taken, in all phases."""
         return self._place.steps
@@ -126,23 +132,23 @@ class Loop:
         phase: str,
         epochs: int,
         schedule: Schedule,
-        pruner: Pruner | None = None,
+        compression: Compression | None = None,
+        after_cut: Callable[[], None] = lambda: None,
         after_epoch: Callable[[nn.Module, dict[str, float]], None] | None = None,
         average: ModelEmaV3 | None = None,
-        teacher: nn.Module | None = None,
     ) -> None:
         """Train `model` for `epochs`, with evaluation after each; of a resumed run, what is left of that.
 
         Args:
             model: the model, on the CPU or its device; it is moved, and comes back unwrapped and on the device.
-            phase: name for logs: "train", "search" or "retrain".
+            phase: name for logs: "train" or "retrain"; steps that search a model are called "search".
             epochs: how many; 0 does nothing.
             schedule: learning rate by optimizer step of this phase.
-            pruner: in the search, steps along with the optimizer until it has finished; the rest of the epoch trains
-                under the final masks.
+            compression: of the model and its average, made anew or from `compression_state`.
+            after_cut: called as soon as the model was cut.
             after_epoch: is given the model and the metrics of every epoch's evaluation; then the average and its own.
-            average: follows the weights, step by step. Outside the search, where it carries no masks, it is evaluated.
-            teacher: the dense model, if the settings have a weight for the distance of the features from its own.
+                Nothing is told of a model that is still to be cut.
+            average: follows the weights, step by step. It is evaluated where nothing is searched.
 
         Raises:
             TrainingError: too many steps in a row had a loss or gradients that are not finite.
@@ -153,102 +159,89 @@ class Loop:
             return
         resumed = self._resumed
         if resumed is not None:
-            self._restore(resumed, model, pruner, average)
-        sharding = Sharding(model, self._accelerator.device, pruner, average) if self._sharded else None
-        own = self._task.optimizer(model if sharding is None else sharding.module, self._settings)
-        split_groups(own)
-        if sharding is None:
-            wrapped, optimizer = self._accelerator.prepare(model, own)
-        else:
-            wrapped, optimizer = sharding.module, self._accelerator.prepare(own)
+            with fitting():
+                model.load_state_dict(resumed["model"])
+                if average is not None:
+                    average.module.load_state_dict(resumed["average"])
+            self.progress.start_at(self._place.steps)
+        trained = Trained(self._accelerator, self._task, self._settings, model, compression, average)
         if resumed is not None:
-            load_whole_optimizer_state(own, resumed["optimizer"])
+            trained.load_optimizer(resumed["optimizer"])
         else:
-            self._place.phase, self._place.epoch, self._place.batch, self._place.phase_steps = phase, 0, 0, 0
+            self._place.phase = "search" if compression is not None and compression.searching else phase
+            self._place.epoch, self._place.batch, self._place.phase_steps = 0, 0, 0
         place = self._place
 
-        def whole(device: torch.device = self._accelerator.device) -> AbstractContextManager[None]:
-            return nullcontext() if sharding is None else sharding.whole(device)
-
         def save() -> None:
-            state = whole_optimizer_state(own, keep=self._accelerator.is_main_process)
-            with whole(torch.device("cpu")):
-                self._save(model, state, pruner, average)
+            state = trained.optimizer_state()
+            with trained.whole(torch.device("cpu")):
+                self._save(model, state, compression, average)
 
-        with self._taught(model if sharding is None else sharding.module, teacher):
-            if resumed is not None and place.batch in (0, len(self._train)):
-                self._restore_randomness()
-            while place.epoch < epochs:
-                self._train_epoch(wrapped, optimizer, f"{place.epoch + 1}/{epochs}", schedule, pruner, average, save)
-                with whole():
-                    self._evaluate(model, f"{place.epoch + 1}/{epochs}", pruner, average, after_epoch)
-                place.epoch, place.batch = place.epoch + 1, 0
-                place.epochs += 1
-                save()
-        if sharding is not None:
-            sharding.finish()
+        def cut() -> None:
+            after_cut()
+            place.phase = phase
+
+        if resumed is not None and place.batch in (0, len(self._train)):
+            self._restore_randomness()
+        while place.epoch < epochs:
+            told = f"{place.epoch + 1}/{epochs}"
+            self._train_epoch(trained, told, schedule, compression, cut, average, save)
+            with trained.whole():
+                self._evaluate(model, told, compression, average, after_epoch)
+            place.epoch, place.batch = place.epoch + 1, 0
+            place.epochs += 1
+            save()
+        trained.finish()
         self._phases.append(phase)
-        self._accelerator.free_memory()
-
-    @contextmanager
-    def _taught(self, model: nn.Module, teacher: nn.Module | None) -> Iterator[None]:
-        """Have the teacher's features in the loss; however the phase ends, no hook is left."""
-        if teacher is None:
-            yield
-            return
-        self._distillation = distill(model, teacher, features=self._settings.teaching)
-        try:
-            yield
-        finally:
-            self._distillation.remove()
-            self._distillation = None
 
     def _train_epoch(
         self,
-        model: nn.Module,
-        optimizer: Any,
+        trained: Trained,
         told: str,
         schedule: Schedule,
-        pruner: Pruner | None,
+        compression: Compression | None,
+        cut: Callable[[], None],
         average: ModelEmaV3 | None,
         save: Callable[[], None],
     ) -> None:
         place, settings = self._place, self._settings
         if place.batch == len(self._train):  # the checkpoint is of the moment before the evaluation
             return
-        model.train()
-        due = asked = False
-        mean = torch.zeros(())
+        trained.model.train()
         losses: list[Tensor] = []  # of the forward passes of a step
         with self._preemption.deferred():
             for batch in self._watch.batches(self._batches(), place.phase):
-                with self._accelerator.accumulate(model):
+                stepped: _Stepped | None = None
+                phase, searching = place.phase, _search_of(compression)
+                with self._accelerator.accumulate(trained.model):
                     rate = schedule(place.phase_steps)
-                    for group in optimizer.param_groups:
+                    for group in trained.optimizer.param_groups:
                         group["lr"] = rate
                     with autocast(self._accelerator, settings):
-                        loss = self._task.loss(model, batch, settings, place.epoch + place.batch / len(self._train))
-                    if self._distillation is not None:
-                        loss = loss + self._distillation.loss()
+                        loss = self._task.loss(
+                            trained.model, batch, settings, place.epoch + place.batch / len(self._train)
+                        )
+                    if compression is not None:
+                        loss = compression.loss(loss)
                     self._accelerator.backward(loss)
                     losses.append(loss.detach())
                     if self._accelerator.sync_gradients:
-                        mean, due, asked = self._step(model, optimizer, torch.stack(losses).mean(), pruner)
+                        stepped = self._step(trained, torch.stack(losses).mean(), compression, cut)
                         losses.clear()
-                    optimizer.zero_grad()
+                    trained.optimizer.zero_grad()
                 place.batch += 1
-                if self._accelerator.sync_gradients:
+                if stepped is not None:
                     if average is not None:
-                        average.update(self._accelerator.unwrap_model(model))
+                        average.update(self._accelerator.unwrap_model(trained.model))
                     place.phase_steps += 1
                     place.steps += 1
-                    self._log(mean, rate, pruner)
-                    self.progress.advance(f"{place.phase} {told}")
+                    self._log(phase, stepped.loss, rate, searching)
+                    self.progress.advance(f"{phase} {told}")
                     if waiting := self._watch.warning():
                         self.progress.say(waiting, "yellow")
-                    if due or asked or (place.batch == len(self._train) and self._val is not None):
+                    if stepped.due or stepped.asked or (place.batch == len(self._train) and self._val is not None):
                         save()
-                    if asked:
+                    if stepped.asked:
                         self._preemption.leave(f"A checkpoint was written after step {place.steps}.")
 
     def _batches(self) -> Iterator[Any]:
@@ -270,11 +263,12 @@ class Loop:
         self,
         model: nn.Module,
         told: str,
-        pruner: Pruner | None,
+        compression: Compression | None,
         average: ModelEmaV3 | None,
         after_epoch: Callable[[nn.Module, dict[str, float]], None] | None,
     ) -> None:
-        place, settings = self._place, self._settings
+        place, settings, pruner = self._place, self._settings, _search_of(compression)
+        after_epoch = after_epoch if pruner is None else None
         if self._val is None:
             if after_epoch is not None:
                 after_epoch(model, {})
@@ -291,49 +285,55 @@ class Loop:
             if after_epoch is not None:
                 after_epoch(candidate, scores)
 
-    def _step(self, model: nn.Module, optimizer: Any, loss: Tensor, pruner: Pruner | None) -> tuple[Tensor, bool, bool]:
-        """Take a step if it is finite; return the mean loss, whether a checkpoint is due, and the run is to end."""
+    def _step(
+        self, trained: Trained, loss: Tensor, compression: Compression | None, cut: Callable[[], None]
+    ) -> _Stepped:
+        """Take a step if it is finite."""
         place = self._place
-        searching = None if pruner is None or pruner.finished else pruner
-        parameters = list(model.parameters())
-        if self._sharded:
-            average_unsharded(model)
+        parameters = list(trained.model.parameters())
+        if self._settings.sharding == "fsdp":
+            average_unsharded(trained.model)
         norm = total_norm(parameters)
         waited = time.monotonic() - self._saved_at >= 60 * self._settings.checkpoint_minutes
         # All ranks see the same averaged gradients, but each its own loss, clock and signals: they must decide alike.
         votes = torch.stack([loss.float(), *loss.new_tensor([waited, self._preemption.asked]).float()])
         votes = self._accelerator.reduce(votes, "mean")
-        finite, due, asked = torch.isfinite(norm) & torch.isfinite(votes[0]), votes[1] > 0, votes[2] > 0
-        if bool(finite):
+        finite = torch.isfinite(norm) & torch.isfinite(votes[0])
+        # Read at once: it is the one moment of a step at which the device is waited for.
+        mean, due, asked, good = torch.cat([votes, finite.to(votes).view(1)]).tolist()
+        stepped = _Stepped(mean, due > 0, asked > 0)
+        if good:
             place.bad_in_a_row = 0
-            if searching is not None:
-                searching.step()
+            if compression is not None:
+                compression.before_step()
             if self._settings.clip_grad is not None:
                 clip(parameters, self._settings.clip_grad, norm)
-            optimizer.step()
-            return votes[0], bool(due), bool(asked)
-        place.bad_steps += 1
-        place.bad_in_a_row += 1
-        if searching is not None:
-            searching.skip()
-        self.progress.say(f"step {place.steps}: loss or gradients are not finite; the step is skipped", "yellow")
-        if place.bad_in_a_row >= self._settings.max_bad_steps:
-            raise TrainingError(
-                f"{place.bad_in_a_row} steps in a row (up to step {place.steps}) had a loss or gradients that are not "
-                f"finite, max_bad_steps is {self._settings.max_bad_steps}. Lower init_lr, set clip_grad, or check the "
-                f"data. What was computed before is in {self._folder.path}."
-            )
-        return votes[0], bool(due), bool(asked)
+            trained.optimizer.step()
+        else:
+            place.bad_steps += 1
+            place.bad_in_a_row += 1
+            if compression is not None:
+                compression.skip_step()
+            self.progress.say(f"step {place.steps}: loss or gradients are not finite; the step is skipped", "yellow")
+            if place.bad_in_a_row >= self._settings.max_bad_steps:
+                raise TrainingError(
+                    f"{place.bad_in_a_row} steps in a row (up to step {place.steps}) had a loss or gradients that are "
+                    f"not finite, max_bad_steps is {self._settings.max_bad_steps}. Lower init_lr, set clip_grad, or "
+                    f"check the data. What was computed before is in {self._folder.path}."
+                )
+        if compression is not None:
+            trained.end_step(compression, cut)
+        return stepped
 
-    def _log(self, loss: Tensor, rate: float, pruner: Pruner | None) -> None:
+    def _log(self, phase: str, loss: float, rate: float, pruner: Pruner | None) -> None:
         place = self._place
         if place.steps % self._settings.log_every and place.steps != 1:
             return
         row: dict[str, Any] = {
-            "phase": place.phase,
+            "phase": phase,
             "epoch": place.epoch,
             "step": place.steps,
-            "loss": float(loss),
+            "loss": loss,
             "lr": rate,
             "seconds": round(self._folder.seconds, 3),
         }
@@ -349,7 +349,9 @@ class Loop:
                 row["loss_sparsity"] = self._settings.w_sp_attn * attention + self._settings.w_sp_mlp * mlp
         self._folder.log(row)
 
-    def _save(self, model: nn.Module, optimizer: State, pruner: Pruner | None, average: ModelEmaV3 | None) -> None:
+    def _save(
+        self, model: nn.Module, optimizer: State, compression: Compression | None, average: ModelEmaV3 | None
+    ) -> None:
         """Write a checkpoint; the random numbers of every process are in it."""
         randomness = gather_object([random_state(self._accelerator.device)])
         if self._accelerator.is_main_process:
@@ -368,27 +370,13 @@ class Loop:
                     "model": model.state_dict(),
                     "optimizer": optimizer,
                     "average": None if average is None else average.module.state_dict(),
-                    "pruner": None if pruner is None else pruner.state_dict(),
+                    "compression": None if compression is None else compression.state_dict(),
                     "randomness": randomness,
                     "metrics": self._folder.metrics_size(),
                     "seconds": self._folder.seconds,
                 },
             )
         self._saved_at = time.monotonic()
-
-    def _restore(self, state: State, model: nn.Module, pruner: Pruner | None, average: ModelEmaV3 | None) -> None:
-        try:
-            model.load_state_dict(state["model"])
-            if average is not None:
-                average.module.load_state_dict(state["average"])
-            if pruner is not None:
-                pruner.load_state_dict(state["pruner"])
-        except (RuntimeError, SettingError, LookupError, TypeError, ValueError, AttributeError) as error:
-            raise CheckpointError(
-                f"The checkpoint to resume from does not fit the model: {error} Has the file in pretrained changed, or "
-                "the data that decides the model's sizes?"
-            ) from error
-        self.progress.start_at(self._place.steps)
 
     def _restore_randomness(self) -> None:
         assert self._resumed is not None
@@ -423,3 +411,30 @@ class Loop:
                 + "\n  ".join(differing)
                 + "\nGive the command that it was started with, or another --output-dir."
             )
+
+
+def _search_of(compression: Compression | None) -> Pruner | None:
+    """Return what searches the model, until it is cut."""
+    return compression.pruner if compression is not None and compression.searching else None
+
+
+@contextmanager
+def fitting() -> Iterator[None]:
+    """Explain what fails in the block, where the state of a run is given to a model that it may not be of."""
+    try:
+        yield
+    except (RuntimeError, SettingError, LookupError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(
+            f"The checkpoint to resume from does not fit the model: {error} Has the file in pretrained changed, or "
+            "the data that decides the model's sizes?"
+        ) from error
+
+
+def _refuse_older(state: State) -> None:
+    """Refuse a compression that an earlier upop began: it cut at the end of an epoch, for another optimizer."""
+    if "compression" not in state and (state.get("pruner") is not None or "plan" in state["notes"]):
+        raise CheckpointError(
+            "The run was begun by an earlier upop, which cut a model at the end of an epoch; this one cuts it in the "
+            "middle of a training, and cannot go on with that. Let the version that began it end it, or begin it anew "
+            "in another --output-dir."
+        )

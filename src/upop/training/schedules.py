@@ -21,9 +21,9 @@ class Phases:
     """How a compression shares out its steps.
 
     Attributes:
-        search_steps: in which masks move; what is left of the last epoch of the search trains under the final ones.
-        search: epochs before the cut.
-        retrain: epochs after it.
+        search_steps: in which masks move; the model is cut after the last of them.
+        search: epochs of a search that is a training of its own, as published; else it is the beginning of `retrain`.
+        retrain: all other epochs.
     """
 
     search_steps: int
@@ -35,8 +35,8 @@ def check_epochs(settings: RunSettings) -> None:
     """Raise a `SettingError` if a compression has too few epochs to search and to retrain."""
     if settings.all_epochs < 2 and settings.method != "magnitude":
         raise SettingError(
-            f"epochs: {settings.all_epochs} is too few for method {settings.method}, which cuts the model as an epoch "
-            "ends and retrains for one epoch at least. Give 2 or more (--epochs 2)."
+            f"epochs: {settings.all_epochs} is too few for method {settings.method}, which searches, cuts the model, "
+            "and retrains it for one epoch at least. Give 2 or more (--epochs 2)."
         )
 
 
@@ -51,8 +51,7 @@ def phases(settings: RunSettings, steps_per_epoch: int) -> Phases:
     steps = min(
         search_steps(total, settings.search_share), total - steps_per_epoch
     )  # one epoch at least is left to retrain
-    searched = math.ceil(steps / steps_per_epoch)
-    return Phases(steps, searched, epochs - searched)
+    return Phases(steps, 0, epochs)
 
 
 def first_rate(settings: RunSettings, records: int) -> float:
@@ -61,17 +60,17 @@ def first_rate(settings: RunSettings, records: int) -> float:
 
 
 def compression_rates(settings: RunSettings, highest: float, steps_per_epoch: int) -> tuple[Schedule, Schedule]:
-    """Return the schedules of search and retraining.
+    """Return the schedules of a search that is a training of its own, and of the other epochs.
 
-    The published recipe searches at a constant rate, and lets that of retraining fall; other methods have one schedule
-    over both, which warms up and falls once.
+    The published recipe searches at a constant rate, and lets that of retraining fall; other methods have one training,
+    whose rate warms up and falls once.
     """
     planned = phases(settings, steps_per_epoch)
     if settings.method == "reference":
         rate = highest if settings.search_lr is None else settings.search_lr
         return lambda _step: rate, falling(settings, highest, planned.retrain, steps_per_epoch)
-    whole = falling(settings, highest, planned.search + planned.retrain, steps_per_epoch, warmup=_WARMUP)
-    return whole, lambda step: whole(planned.search * steps_per_epoch + step)
+    whole = falling(settings, highest, planned.retrain, steps_per_epoch, warmup=_WARMUP)
+    return whole, whole
 
 
 def falling(settings: RunSettings, highest: float, epochs: int, steps_per_epoch: int, warmup: float = 0.0) -> Schedule:

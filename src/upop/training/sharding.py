@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -21,10 +21,18 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from upop.errors import LayoutError
-from upop.pruning import Pruner
+from upop.pruning import unmask
 from upop.pruning.sharded import gather_into, is_sharded_tensor
 
 State = Mapping[str, Any]
+
+
+class Search(Protocol):
+    """What follows the weights from one copy of a model to another."""
+
+    def move_to(self, model: nn.Module) -> None:
+        """Go on with another copy of the model."""
+        ...
 
 
 class Sharding:
@@ -33,7 +41,7 @@ class Sharding:
     Args:
         model: the model, with its masks if it has any; it waits on the CPU from now on.
         device: where this process computes.
-        pruner: searches the model; it moves to the copy.
+        search: what searches or teaches the model, a `Pruner` or a `Compression`; it moves to the copy.
         average: moving average of the model; its module is shared out too.
 
     Attributes:
@@ -44,14 +52,12 @@ class Sharding:
     """
 
     def __init__(
-        self, model: nn.Module, device: torch.device, pruner: Pruner | None, average: ModelEmaV3 | None
+        self, model: nn.Module, device: torch.device, search: Search | None, average: ModelEmaV3 | None
     ) -> None:
-        self._model, self._device, self._pruner, self._average = model, device, pruner, average
-        if pruner is not None:
-            pruner.remove()
+        self._model, self._device, self._search, self._average = model, device, search, average
         self.module = sharded_copy(model, device)
-        if pruner is not None:
-            pruner.move_to(self.module)
+        if search is not None:
+            search.move_to(self.module)
         if average is not None:
             self._whole_average = average.module
             average.module = self._sharded_average = sharded_copy(average.module, device)
@@ -67,8 +73,8 @@ class Sharding:
         """
         self.finish(device)
         yield
-        if self._pruner is not None:
-            self._pruner.move_to(self.module)
+        if self._search is not None:
+            self._search.move_to(self.module)
         self._model.to("cpu")
         if self._average is not None:
             self._whole_average.to("cpu")
@@ -78,8 +84,8 @@ class Sharding:
         """Give the weights back to the model and its average; all processes call it together."""
         device = self._device if device is None else device
         gather_into(self._model, self.module)
-        if self._pruner is not None:
-            self._pruner.move_to(self._model)
+        if self._search is not None:
+            self._search.move_to(self._model)
         self._model.to(device)
         if self._average is not None:
             gather_into(self._whole_average, self._sharded_average)
@@ -95,7 +101,7 @@ def sharded_copy(model: nn.Module, device: torch.device) -> nn.Module:
     Raises:
         LayoutError: two of these parts share a weight.
     """
-    twin = copy.deepcopy(model.to("cpu"))
+    twin = unmask(copy.deepcopy(model.to("cpu")))
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     kept = set(_unsharded(twin))
     for parameter in kept:
@@ -204,6 +210,32 @@ def whole_optimizer_state(optimizer: torch.optim.Optimizer, *, keep: bool = True
         number: {key: whole(value) for key, value in each.items()} for number, each in state["state"].items()
     }
     return state
+
+
+class HeldState:
+    """What an optimizer keeps of sharded weights, as if it were one of the whole model's: so it can be cut with them.
+
+    Args:
+        optimizer: of the copy; all processes come here together.
+        module: the copy.
+        model: the whole model, with parameters of the same names.
+
+    Attributes:
+        state: parameter of the whole model -> what is kept of it, whole and on the CPU.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, module: nn.Module, model: nn.Module) -> None:
+        names = {parameter: name for name, parameter in module.named_parameters()}
+        whole = dict(model.named_parameters())
+        order = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        self._content = whole_optimizer_state(optimizer)
+        self._order = [whole[names[parameter]] for parameter in order]
+        self.state = {self._order[number]: kept for number, kept in self._content["state"].items()}
+
+    def content(self) -> dict[str, Any]:
+        """Return it in the form of `whole_optimizer_state`."""
+        numbers = {parameter: number for number, parameter in enumerate(self._order)}
+        return self._content | {"state": {numbers[parameter]: kept for parameter, kept in self.state.items()}}
 
 
 def load_whole_optimizer_state(optimizer: torch.optim.Optimizer, state: State) -> None:
