@@ -147,6 +147,9 @@ def test_a_config_file_may_choose_the_method_of_a_published_run(tmp_path: Path) 
         settings = read_settings(kind, file, {}, published=True)
         assert (settings.method, settings.cost) == expected
     assert read_settings(kind, None, {}).method == "upop"
+    file.write_text("correct: false")
+    with pytest.raises(SettingError, match=r"method: reference has no use for correct.* or take method: upop"):
+        read_settings(kind, file, {}, published=True)
 
 
 def test_an_unknown_recipe_names_the_nearest() -> None:

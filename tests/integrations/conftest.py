@@ -33,8 +33,7 @@ def pictures() -> Pictures:
     return Pictures()
 
 
-@pytest.fixture
-def classifier() -> Any:
+def tiny_classifier() -> Any:
     """A ViT of transformers, with random biases and norms."""
     torch.manual_seed(1)
     config = transformers.ViTConfig(
@@ -52,6 +51,12 @@ def classifier() -> Any:
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.2)
     return model
+
+
+@pytest.fixture
+def classifier() -> Any:
+    """A ViT of transformers, with random biases and norms."""
+    return tiny_classifier()
 
 
 def sizes(model: nn.Module) -> list[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,8 @@ from accelerate.state import AcceleratorState
 from torch.utils.data import DataLoader
 
 import upop
+from integrations import ranks
+from together import run_together
 
 
 @pytest.fixture
@@ -63,3 +66,16 @@ def test_compiled_before_the_search_and_after_the_cut(classifier: Any, pictures:
         torch._dynamo.reset()
         again = torch.compile(classifier, backend="aot_eager")(pixel_values=images).logits
         torch.testing.assert_close(again, masked, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_two_processes_on_accelerate_are_one(tmp_path: Path) -> None:
+    """Each sees half of every batch; gradients are averaged before the cut and after it."""
+    run_together(ranks.compress, tmp_path, processes=1)
+    run_together(ranks.compress, tmp_path)
+    one, *two = (torch.load(tmp_path / f"{name}.pt") for name in ("1-0", "2-0", "2-1"))
+    for each in two:
+        assert each["plan"] == one["plan"]
+        assert each["weights"].keys() == one["weights"].keys()
+        for name, value in one["weights"].items():
+            torch.testing.assert_close(each["weights"][name], value, rtol=1e-4, atol=1e-6)

@@ -8,10 +8,15 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils.data import Dataset
 from transformers import (
     AutoModelForImageClassification,
     CLIPConfig,
     CLIPForImageClassification,
+    Seq2SeqTrainer,
+    Seq2SeqTrainingArguments,
+    T5Config,
+    T5ForConditionalGeneration,
     Trainer,
     TrainingArguments,
 )
@@ -22,8 +27,9 @@ from upop.errors import CheckpointError, SettingError, StepError
 from upop.integrations import TrainerCallback
 
 
-def arguments(folder: Path, **settings: Any) -> TrainingArguments:
-    usual = {
+def usual(folder: Path) -> dict[str, Any]:
+    return {
+        "output_dir": str(folder),
         "per_device_train_batch_size": 4,
         "max_steps": 6,
         "learning_rate": 0.05,
@@ -36,7 +42,10 @@ def arguments(folder: Path, **settings: Any) -> TrainingArguments:
         "lr_scheduler_type": "constant",
         "max_grad_norm": 0.0,
     }
-    return TrainingArguments(output_dir=str(folder), **{**usual, **settings})
+
+
+def arguments(folder: Path, **settings: Any) -> TrainingArguments:
+    return TrainingArguments(**{**usual(folder), **settings})
 
 
 def trainer(model: Any, data: Any, folder: Path, *callbacks: Any, **settings: Any) -> Trainer:
@@ -117,6 +126,91 @@ def test_it_goes_on_from_a_checkpoint_before_and_after_the_cut(pictures: Any, tm
     (checkpoint / "upop_compression.pt").unlink()
     with pytest.raises(CheckpointError, match=r"upop_compression\.pt is missing"):
         trainer(third, pictures, tmp_path, TrainerCallback(0.5)).train(resume_from_checkpoint=str(checkpoint))
+
+
+def test_it_goes_on_in_the_middle_of_a_stage(pictures: Any, tmp_path: Path) -> None:
+    """Eight steps search, in stages of two with `interval=2`; the checkpoint is of the third."""
+    model, other = clip(), clip()
+    settings: dict[str, Any] = {"ratio": 0.5, "search": 8, "interval": 2}
+    whole, resumed = TrainerCallback(**settings), TrainerCallback(**settings, teacher=True)
+    saving = {"save_strategy": "steps", "save_steps": 3, "max_steps": 10, "optim": "adamw_torch"}
+    trainer(model, pictures, tmp_path, whole, learning_rate=1e-2, **saving).train()
+    state = torch.load(tmp_path / "checkpoint-3" / "upop_compression.pt", weights_only=True)
+    assert state["pruner"]["steps_done"] == 3 and not state["pruner"]["stale"]
+    second = trainer(other, pictures, tmp_path, resumed, learning_rate=1e-2, **saving)
+    second.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert whole.compression is not None and resumed.compression is not None
+    assert resumed.compression.plan() == whole.compression.plan()
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(other.state_dict()[name], value, rtol=1e-5, atol=1e-6)
+
+
+WAYS: dict[str, dict[str, Any]] = {
+    "reentrant": {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
+    "not reentrant": {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}},
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True")  # of the pictures' own embedding
+def test_trainings_that_compute_activations_again_end_as_plain_ones(pictures: Any, tmp_path: Path, way: str) -> None:
+    model, other = clip(), clip()
+    plain, second = TrainerCallback(ratio=0.5), TrainerCallback(ratio=0.5)
+    trainer(model, pictures, tmp_path / "plain", plain).train()
+    trainer(other, pictures, tmp_path / "other", second, **WAYS[way]).train()
+    assert plain.compression is not None and second.compression is not None
+    assert second.compression.plan() == plain.compression.plan()
+    assert [unit.size for unit in upop.find_units(other)] == [len(each) for each in second.compression.plan().values()]
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(other.state_dict()[name], value, rtol=1e-3, atol=1e-5)
+
+
+class Sentences(Dataset[dict[str, list[int]]]):
+    """Sixteen pairs of five words each."""
+
+    def __len__(self) -> int:
+        return 16
+
+    def __getitem__(self, index: int) -> dict[str, list[int]]:
+        generator = torch.Generator().manual_seed(index)
+        words, labels = torch.randint(2, 40, (2, 5), generator=generator).tolist()
+        return {"input_ids": words, "attention_mask": [1] * 5, "labels": labels}
+
+
+def test_a_translator_is_trained_by_its_own_trainer(tmp_path: Path) -> None:
+    """With generation in its evaluation, before and after the cut."""
+    torch.manual_seed(0)
+    config = T5Config(
+        vocab_size=40,
+        d_model=16,
+        d_kv=8,
+        d_ff=32,
+        num_layers=1,
+        num_heads=2,
+        decoder_start_token_id=0,
+        dropout_rate=0.0,
+    )
+    model = T5ForConditionalGeneration(config)
+    dense = upop.count_parameters(model)
+    callback = TrainerCallback(ratio=0.5)
+    given = {**usual(tmp_path), "predict_with_generate": True, "generation_max_length": 6}
+    one = Seq2SeqTrainer(
+        model=model,
+        args=Seq2SeqTrainingArguments(**given, eval_strategy="steps", eval_steps=2),
+        train_dataset=Sentences(),
+        eval_dataset=Sentences(),
+        callbacks=[callback],
+    )
+    one.train()
+    assert callback.compression is not None and not callback.compression.searching
+    assert upop.count_parameters(model) < dense
+    assert any("decoder" in name for name in callback.compression.plan())
+    assert len(one.predict(Sentences()).predictions) == 16
+    one.save_model(str(tmp_path / "out"))
+    again = T5ForConditionalGeneration.from_pretrained(tmp_path / "out")
+    words = torch.tensor([Sentences()[0]["input_ids"]])
+    assert torch.equal(again.generate(words, max_length=6), model.eval().generate(words, max_length=6))
 
 
 def test_the_best_model_is_one_that_was_cut(pictures: Any, tmp_path: Path) -> None:
