@@ -250,38 +250,83 @@ class Neurons(nn.Module):
     def __init__(self, way: dict[str, Any]) -> None:
         super().__init__()
         self.way = way
-        self.up = nn.Linear(WIDTH, 40 * (2 if way["gate"] == "halves" else 1))
-        self.gate = nn.Linear(WIDTH, 40) if way["gate"] == "layer" else None
-        self.middle = nn.Linear(40, 40) if way["deep"] else None
-        self.down = nn.Linear(40, WIDTH)
+        wide = 40 * (2 if way["gate"] in ("halves", "pairs") else 1)
+        self.layers = nn.ModuleDict({"up": nn.Linear(WIDTH, wide)})
+        if way["gate"] in ("layer", "film"):
+            self.layers["gate"] = nn.Linear(WIDTH, 40)
+        if way["deep"] != "no":
+            self.layers["middle"] = nn.Linear(40, 40)
+        self.norm = nn.BatchNorm1d(40) if way["norm"] == "batch" else None
+        self.along = nn.Conv1d(40, 40, 3, padding=1, groups=40) if way["norm"] == "depthwise" else None
+        self.gain = nn.Parameter(torch.rand(40)) if way["norm"] == "gain" else None
+        self.down = nn.Parameter(torch.randn(WIDTH, 40) / 6)
+        self.back = nn.Parameter(torch.rand(WIDTH))
+
+    def last(self, hidden: Tensor) -> Tensor:
+        return F.linear(hidden, self.down, self.back) if self.way["whole"] else hidden @ self.down.t()
+
+    def gated(self, x: Tensor, hidden: Tensor) -> Tensor:
+        activation, gate = ACTIVATIONS[self.way["activation"]], self.way["gate"]
+        if gate == "halves":
+            one, other = hidden.chunk(2, -1) if self.way["chunk"] else (hidden[..., :40], hidden[..., 40:])
+            return activation(one) * other
+        if gate == "pairs":
+            one, other = hidden.unflatten(-1, (40, 2)).unbind(-1)
+            return activation(one) * other
+        if gate == "layer":
+            return activation(self.layers["gate"](x)) * hidden
+        if gate == "film":
+            return activation(hidden) * (1 + self.layers["gate"](x.mean(1, keepdim=True)))
+        return activation(hidden)
+
+    def summed(self, hidden: Tensor) -> Tensor:
+        """Return running means over the tokens, from zero on."""
+        state, found = hidden.new_zeros(hidden.shape[0], hidden.shape[-1]), []
+        for at in range(hidden.shape[1]):
+            state = 0.5 * state + hidden[:, at]
+            found.append(state)
+        return torch.stack(found, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        activation = ACTIVATIONS[self.way["activation"]]
-        hidden = self.up(x)
-        if self.way["gate"] == "halves":
-            one, other = hidden.chunk(2, -1) if self.way["chunk"] else (hidden[..., :40], hidden[..., 40:])
-            hidden = activation(one) * other
-        elif self.gate is not None:
-            hidden = activation(self.gate(x)) * hidden
-        else:
-            hidden = activation(hidden)
-        if self.middle is not None:
-            hidden = F.relu(self.middle(hidden))
-        return self.down(hidden)
+        hidden = self.gated(x, self.layers["up"](x))
+        if self.norm is not None:
+            hidden = self.norm(hidden.mT).mT
+        if self.along is not None:
+            hidden = self.along(hidden.mT).mT
+        hidden = hidden if self.gain is None else hidden * self.gain
+        if self.way["deep"] != "no":
+            more = F.relu(self.layers["middle"](hidden))
+            hidden = hidden + more if self.way["deep"] == "added" else more
+        return self.last(self.summed(hidden) if self.way["scan"] else hidden)
 
 
-@settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
-@given(
-    way=st.fixed_dictionaries(
-        {
-            "activation": st.sampled_from(sorted(ACTIVATIONS)),
-            "gate": st.sampled_from(["none", "halves", "layer"]),
-            "chunk": st.booleans(),
-            "deep": st.booleans(),
-        }
-    )
+MLP_WAYS = st.fixed_dictionaries(
+    {
+        "activation": st.sampled_from(sorted(ACTIVATIONS)),
+        "gate": st.sampled_from(["none", "halves", "pairs", "layer", "film"]),
+        "chunk": st.booleans(),
+        "deep": st.sampled_from(["no", "yes", "added"]),
+        "norm": st.sampled_from(["none", "batch", "depthwise", "gain"]),
+        "scan": st.booleans(),
+        "whole": st.booleans(),
+    }
 )
+
+
+@settings(max_examples=8, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@given(way=MLP_WAYS)
 def test_whatever_way_an_mlp_is_written(way: dict[str, Any]) -> None:
+    check_mlp(way)
+
+
+@pytest.mark.slow
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(way=MLP_WAYS)
+def test_many_ways_to_write_an_mlp(way: dict[str, Any]) -> None:
+    check_mlp(way)
+
+
+def check_mlp(way: dict[str, Any]) -> None:
     model = built(lambda: Neurons(way))
     for seed in range(2):
         assert difference(model, upop.survey(model, EXAMPLE).units, seed) < 1e-9, way

@@ -162,8 +162,9 @@ def _by_layers(model: nn.Module) -> Iterator[Any]:
     count = max(1, _required(model))
     embeds = any(isinstance(each, nn.Embedding) for each in layers)
     if isinstance(first, nn.Conv2d) or hasattr(model, "default_cfg"):
-        channels = first.in_channels if isinstance(first, nn.Conv2d) else channels_of(model)
-        for size in image_sizes(model):
+        own = first.in_channels if isinstance(first, nn.Conv2d) else channels_of(model)
+        said = channels_of(model) if hasattr(model, "default_cfg") else own  # the first layer may take patches of them
+        for channels, size in itertools.product(dict.fromkeys((own, said)), image_sizes(model)):
             image = torch.randn(BATCH, channels, size, size)
             yield (image, *(words(model) if embeds else image for _ in range(count - 1)))
     if embeds:

@@ -24,6 +24,10 @@ _SMALL, _COMMON = 64, (32, 224)
 _SIZES = ("img_size", "image_size")
 _CHANNELS = ("num_channels", "in_channels", "in_chans")
 _PICTURES = ("pixel_values", "images", "image")
+_TEXTS = ("input_ids", "decoder_input_ids", "qformer_input_ids")
+_FEATURES = {"visual_feats": "visual_feat_dim", "visual_pos": "visual_pos_dim", "visual_embeds": "visual_embedding_dim"}
+"""What was seen in an image, region by region, and the number that says how long one is."""
+_REGIONS = 3
 _PLACES = ("image_token_id", "image_token_index")
 _LARGEST = 4096
 """Sides of the largest images that are made up, and the longest sequences: what a damaged file says may be more."""
@@ -80,7 +84,7 @@ def described(model: nn.Module) -> Iterator[Any]:
     except (TypeError, ValueError):
         return
     names = set(asked)
-    texts: Inputs = {name: words(model) for name in ("input_ids", "decoder_input_ids") if name in names}
+    texts: Inputs = {name: words(model) for name in _TEXTS if name in names}
     if {"image", "text"} <= names:  # open_clip
         lengths = (getattr(owner, "context_length", 0) for owner in model.modules())
         texts["text"] = words(model, next((each for each in lengths if type(each) is int and each), _WORDS))
@@ -102,6 +106,18 @@ def described(model: nn.Module) -> Iterator[Any]:
         yield {**{name: value for name, value in texts.items() if name != "input_ids"}, **heard}
     if texts:
         yield texts
+        yield from ({**texts, **seen} for seen in _regions(model, names))
+
+
+def _regions(model: nn.Module, names: set[str]) -> Iterator[Inputs]:
+    """Yield where the words stand on a page, and what was seen in the regions of an image."""
+    if "bbox" in names:
+        places = torch.arange(_WORDS)[:, None] + torch.tensor([0, 0, 1, 1])
+        yield {"bbox": places.expand(BATCH, -1, -1)}
+    sizes = {name: _number(model, (said,), 0) for name, said in _FEATURES.items() if name in names}
+    features = {name: torch.randn(BATCH, _REGIONS, size) for name, size in sizes.items() if size}
+    if features:
+        yield features
 
 
 def _number(model: nn.Module, names: tuple[str, ...], otherwise: int) -> int:
@@ -116,7 +132,9 @@ def _number(model: nn.Module, names: tuple[str, ...], otherwise: int) -> int:
 
 def channels_of(model: nn.Module) -> int:
     """Return how many channels a model says that its images have."""
-    return min(_LARGEST, _number(model, _CHANNELS, 3))
+    held = getattr(model, "default_cfg", None)
+    said = held.get("input_size") if isinstance(held, Mapping) else None
+    return min(_LARGEST, _number(model, _CHANNELS, said[0] if said and type(said[0]) is int else 3))
 
 
 def _images(model: nn.Module, names: set[str]) -> Iterator[Inputs]:
@@ -153,6 +171,7 @@ def _sounds(model: nn.Module, names: set[str]) -> Iterator[Inputs]:
         for length in (1200, 4000):
             yield {"input_values": torch.randn(BATCH, length)}
         yield {"input_values": torch.randn(BATCH, _number(model, ("max_length",), 64), bins)}
+        yield {"input_values": torch.randn(BATCH, _number(model, ("audio_channels",), 1), 1200)}
     if "input_features" in names:
         length = 2 * _number(model, ("max_source_positions",), 32)
         yield {"input_features": torch.randn(BATCH, bins, length)}
