@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 
 from pruning.registry import ARCHITECTURES, Architecture
@@ -42,6 +45,45 @@ def test_all_layers_of_a_librarys_model_run(architecture: Architecture) -> None:
     example = example_for(model)
     assert torch.equal(torch.get_rng_state(), state)
     assert layers_that_run(model, architecture.batch(model, torch.float32)) <= layers_that_run(model, example)
+
+
+_SIZES = {"num_attention_heads": 2, "num_hidden_layers": 1, "intermediate_size": 32, "vocab_size": 99}
+_PAIR = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+
+
+def _bros() -> nn.Module:
+    return transformers.BrosModel(transformers.BrosConfig(hidden_size=128, **_SIZES))
+
+
+def _lxmert() -> nn.Module:
+    sizes = {"num_attention_heads": 2, "intermediate_size": 32, "l_layers": 1, "x_layers": 1, "r_layers": 1}
+    sizes |= {"visual_feat_dim": 16, "visual_pos_dim": 4, "hidden_size": 32, "vocab_size": 99}
+    return transformers.LxmertModel(transformers.LxmertConfig(**sizes))
+
+
+def _encodec() -> nn.Module:
+    sizes = {"num_filters": 8, "hidden_size": 16, "codebook_size": 16, "upsampling_ratios": [4, 2]}
+    return transformers.EncodecModel(transformers.EncodecConfig(**sizes, num_residual_layers=1, num_lstm_layers=1))
+
+
+def _instruct_blip() -> nn.Module:
+    text = {"model_type": "opt", "hidden_size": 32, "ffn_dim": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text |= {"vocab_size": 99, "word_embed_proj_dim": 32, "max_position_embeddings": 64}
+    config = transformers.InstructBlipConfig(
+        vision_config={**_PAIR, "image_size": 32, "patch_size": 16},
+        qformer_config={**_PAIR, "vocab_size": 99, "encoder_hidden_size": 32},
+        text_config=text,
+        num_query_tokens=4,
+        image_token_index=98,
+    )
+    return transformers.InstructBlipForConditionalGeneration(config)
+
+
+@pytest.mark.parametrize("make", [_bros, _lxmert, _encodec, _instruct_blip], ids=lambda make: make.__name__)
+def test_boxes_regions_sounds_and_second_texts_are_made_up(make: Callable[[], nn.Module]) -> None:
+    model = make().eval()
+    with torch.no_grad():
+        assert call(model, example_for(model)) is not None
 
 
 class OfTwo(nn.Module):
