@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from upop.checkpoints.hub import is_hub_name
+from upop.checkpoints.runtimes import runtimes
 from upop.errors import CheckpointError
 from upop.files import rewrite_text
 from upop.plain import one_line, plain
@@ -110,6 +111,7 @@ def card(
     parts += ["## How it was made", _made(description, base, parameters, story)]
     parts += ["## What it keeps", _kept(description["layout"])]
     parts += ["## How to load it", _loading(description, kind, story)]
+    parts += ["## Where it runs", _table(["with", "runs", "how"], runtimes(description))]
     versions = ", ".join(_cell(f"{library} {version}") for library, version in description["versions"].items())
     parts += ["## Credit", f"Written with {versions}. The method is that of UPop (ICML 2023):", _PAPER]
     return "\n\n".join(parts) + "\n"
@@ -197,12 +199,16 @@ def _loading(description: Mapping[str, Any], kind: str, story: Story | None) -> 
     place = '"path/to/this/folder"'
     lines = ["import upop", ""]
     if description["transformers"]:
-        lines = [
-            "import upop  # lets transformers read layers of odd sizes",
-            f"from transformers import {kind}",
-            "",
-            f"model = {kind}.from_pretrained({place})",
-        ]
+        lines = (
+            []
+            if description.get("plain")
+            else [
+                "import upop  # lets transformers read layers of odd sizes",
+            ]
+        )
+        lines += [f"from transformers import {kind}", "", f"model = {kind}.from_pretrained({place})"]
+    elif description.get("timm") and description.get("plain"):
+        lines = ["import timm", "", 'model = timm.create_model("local-dir:path/to/this/folder", pretrained=True)']
     elif description["model"] or description.get("timm") or description.get("open_clip"):
         what = "an ordinary timm model" if description.get("timm") else "an ordinary module"
         lines.append(f"model = upop.load({place})  # {what}, in evaluation mode")

@@ -103,6 +103,7 @@ def save(
         "config": model.config.model_dump() if kind else None,  # type: ignore[union-attr, operator]
         "transformers": in_transformers,
         **built,
+        "plain": plain or in_timm is not None,
         "layout": {unit.name: _unit(unit, dense.get(unit.name)) for unit in units},
         "units": _written(units, {} if plain else dense, None if plain else plan),
         "plan": json.loads((plan if plain else replace(plan, slices={})).to_json()) if plan is not None else None,

@@ -40,6 +40,13 @@ def plain_timm(model: nn.Module, described: Mapping[str, Any], plan: Plan | None
     return plain.plain_timm(model, described["timm"])
 
 
+def timm_config(model: nn.Module, name: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what `timm_models.hub_config` does."""
+    from upop.checkpoints import timm_models
+
+    return timm_models.hub_config(model, name, arguments)
+
+
 def build(description: Description, source: str) -> nn.Module | None:
     """Return the dense model that `describe` described, with fresh weights; None for one of another library.
 

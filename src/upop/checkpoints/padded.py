@@ -37,7 +37,7 @@ class Padded:
         dense: parameters of the dense model.
         cut: of the cut one.
         parameters: of the padded one.
-        whole: units that are padded to the size of the dense model, since no configuration says theirs.
+        whole: units that are padded to the size of the dense model, since the configuration has no number for theirs.
     """
 
     model: nn.Module
@@ -54,7 +54,7 @@ class Padded:
 
     def told(self) -> str:
         """Return what is left of the gain, as a sentence."""
-        whole = f"; {len(self.whole)} units are as large as before, for no configuration says their sizes"
+        whole = f"; {len(self.whole)} units are as large as before, for the configuration has no number for their sizes"
         return (
             f"{self.parameters:,} parameters; {self.cut:,} before the padding, {self.dense:,} when dense: "
             f"{self.left:.0%} of the gain is left{whole if self.whole else ''}"
@@ -75,7 +75,7 @@ def pad(model: nn.Module) -> Padded:
     builder, dense = padding_builder(model)
     units = survey(dense).units
     kept = kept_sizes(units, model.state_dict(), type(model).__name__)
-    sizes, change = widest(dense, units, kept, builder)
+    sizes, change, said = widest(dense, units, kept, builder)
     wide = _wide(model, builder, change)
     _copy(model, wide, units, kept, sizes)
     know_as(wide, model)
@@ -85,7 +85,7 @@ def pad(model: nn.Module) -> Padded:
             f"The padded {type(model).__name__} does not compute what the cut one does: {why}. Nothing was written; "
             "please report it."
         )
-    whole = tuple(unit.name for unit in units if kept.get(unit.name, unit.size) < sizes[unit.name] == unit.size)
+    whole = tuple(unit.name for unit in units if kept.get(unit.name, unit.size) < unit.size and unit.name not in said)
     settings = {name: value for name, value in changed(builder.settings, change).items() if value is not None}
     return Padded(
         wide.eval(), settings, count_parameters(dense), count_parameters(model), count_parameters(wide), whole
@@ -114,18 +114,22 @@ def padding_builder(model: nn.Module) -> tuple[Builder, nn.Module]:
 
 def widest(
     dense: nn.Module, units: Sequence[Unit], kept: Mapping[str, int], builder: Builder
-) -> tuple[dict[str, int], Change]:
-    """Return to how many entries every unit is padded, and what to change in the dense configuration for that."""
+) -> tuple[dict[str, int], Change, set[str]]:
+    """Return to how many entries every unit is padded, what to change in the dense configuration for that, and of which
+    units it has a number.
+    """
     sizes = {unit.name: unit.size for unit in units}
     change: dict[Any, Any] = {}
+    said: set[str] = set()
     for speech in speeches(dense, units, builder):
+        said.update(speech.units)
         whole = sizes[speech.units[0]]
         most = max(kept.get(name, whole) for name in speech.units)
         size = most if speech.sizes is None else min((each for each in speech.sizes if each >= most), default=whole)
         if size < whole:
             sizes |= dict.fromkeys(speech.units, size)
             change |= speech.change(size)
-    return sizes, change
+    return sizes, change, said
 
 
 def _wide(model: nn.Module, builder: Builder, change: Change) -> nn.Module:

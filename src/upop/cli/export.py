@@ -41,11 +41,13 @@ class Target:
         summary: what the help says of it.
         write: writes a model.
         kind: of the folder, as `upop.files` knows it.
+        own: whether a model of transformers that stands for one of upop's own is read as that.
     """
 
     summary: str
     write: Callable[[nn.Module, Asked], None]
     kind: Kind = "graphs"
+    own: bool = True
 
 
 def _graphs(format: Any) -> Callable[[nn.Module, Asked], None]:
@@ -60,10 +62,26 @@ def _graphs(format: Any) -> Callable[[nn.Module, Asked], None]:
     return write
 
 
+def _without_upop(format: Any) -> Callable[[nn.Module, Asked], None]:
+    def write(model: nn.Module, asked: Asked) -> None:
+        from upop.checkpoints.plain_export import write_plain
+
+        if asked.quantize is not None:
+            raise SettingError(f"--quantize is for --to onnx; --to {format} writes a model. Leave it out.")
+        told = write_plain(model, asked.out, format, overwrite=asked.overwrite)
+        Console(soft_wrap=True, highlight=False).print(as_text(f"{asked.out}: {told}"))
+
+    return write
+
+
 TARGETS: Mapping[str, Target] = {
     "onnx": Target("ONNX files, for onnxruntime and others", _graphs("onnx")),
     "openvino": Target("OpenVINO's files", _graphs("openvino")),
     "torch-export": Target("programs of torch.export", _graphs("torch-export")),
+    "padded": Target("an ordinary model, with zeros up to the widest layer", _without_upop("padded"), "model", False),
+    "nemotron-nas": Target(
+        "a decoder for vLLM, llama.cpp, MLX, layer by layer", _without_upop("nemotron-nas"), "model", False
+    ),
 }
 """What `--to` takes. A new target is a line here, and a function that writes a model."""
 
@@ -117,13 +135,13 @@ def export(
     if samples is not None and (quantize is None or config is None):
         raise SettingError("--samples are records of a task, for --quantize int8. Give --quantize and --config, too.")
     check_folder(out, target.kind, overwrite=overwrite)
-    model = read_exportable(source, task, o.overrides({}, assign))
+    model = read_exportable(source, task, o.overrides({}, assign), own=target.own)
     records = None if samples is None or config is None else _records(model, config, samples)
     target.write(model, Asked(out, overwrite, quantize, records))
 
 
-def read_exportable(source: str, task: str | None, overrides: Mapping[str, Any]) -> nn.Module:
-    """Return the model that a command line names, as one of upop's own where it is one of them.
+def read_exportable(source: str, task: str | None, overrides: Mapping[str, Any], *, own: bool = True) -> nn.Module:
+    """Return the model that a command line names, as one of upop's own where it is one of them and `own` asks for it.
 
     Raises:
         CheckpointError: it cannot be read.
@@ -135,7 +153,7 @@ def read_exportable(source: str, task: str | None, overrides: Mapping[str, Any])
     from upop.checkpoints import is_folder, load
 
     path = local_path(source)
-    if is_transformers_folder(path) and not _is_counterpart(path):
+    if is_transformers_folder(path) and not (own and _is_counterpart(path)):
         return load(path)
     if is_folder(path) and not is_transformers_folder(path):
         return load(path)

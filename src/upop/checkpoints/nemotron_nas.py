@@ -1,0 +1,282 @@
+"""A decoder like Llama's in the form of DeciLM (`nemotron-nas`), whose layers may differ in two numbers.
+
+`block_configs` says of every layer how many query heads share a key and value head (`n_heads_in_group`), and how wide
+its MLP is (`ffn_mult`: two thirds of it times the width of the stream, rounded up to a multiple of 256). All layers
+have as many query heads as the dense model: those that were cut come back as zeros, keys and values stay cut.
+The format is that of NVIDIA's Llama-Nemotron models, as vLLM, llama.cpp and MLX read it.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from upop.checkpoints.plain import differing, without_record
+from upop.errors import SettingError, VerificationError
+from upop.libraries import is_pretrained
+from upop.pruning import count_parameters
+from upop.pruning.known import know_as
+
+CODE = "configuration_decilm.py"
+_MULTIPLE = 256
+_LAYER = re.compile(r"model\.layers\.(\d+)\.(self_attn|mlp)\.(\w+)\.(weight|bias)")
+_OTHER = re.compile(
+    r"model\.(embed_tokens|norm|layers\.\d+\.(input_layernorm|post_attention_layernorm))\.weight|lm_head\.weight"
+)
+_WAYS = (
+    "Ways that are left: `upop export --to padded` (an ordinary model of its library), `--to onnx`, or upop.load where "
+    "it is used."
+)
+
+
+@dataclass(frozen=True)
+class Converted:
+    """A model in the form of DeciLM.
+
+    Attributes:
+        state: tensors, by the names of Llama's.
+        config: what config.json says.
+        parameters: how many there are.
+        cut: how many the cut model has.
+    """
+
+    state: Mapping[str, Tensor]
+    config: Mapping[str, Any]
+    parameters: int
+    cut: int
+
+    def told(self) -> str:
+        """Return what it costs, as a sentence."""
+        return (
+            f"{self.parameters:,} parameters, {self.cut:,} before: MLPs are padded to multiples of {_MULTIPLE}, and "
+            "query heads that were cut are zeros; keys, values and their cache stay as small as they are"
+        )
+
+
+@torch.no_grad()
+def convert(model: nn.Module) -> Converted:
+    """Return a cut decoder in the form of DeciLM; a network that is built from it is checked to compute the same.
+
+    Args:
+        model: of transformers, with the layers of Llama.
+
+    Raises:
+        SettingError: it is no such decoder; the message says what can take it.
+        VerificationError: the network computes something else.
+    """
+    state, config = _checked(model)
+    heads, hidden = int(config.num_attention_heads), int(config.hidden_size)
+    size = hidden // heads
+    written: dict[str, Tensor] = {}
+    blocks, layers = [], {}
+    for layer in range(int(config.num_hidden_layers)):
+        parts = {
+            f"{match[2]}.{match[3]}.{match[4]}": value
+            for name, value in state.items()
+            if (match := _LAYER.fullmatch(name)) and int(match[1]) == layer
+        }
+        groups = len(parts["self_attn.k_proj.weight"]) // size
+        shared = next(each for each in range(groups, heads + 1) if heads % each == 0)
+        width = math.ceil(len(parts["mlp.gate_proj.weight"]) / _MULTIPLE) * _MULTIPLE
+        for name, value in {**_attention(parts, heads, groups, shared, size), **_mlp(parts, width)}.items():
+            written[f"model.layers.{layer}.{name}"] = value
+        blocks.append(_block(heads // shared, _multiplier(width, hidden)))
+        layers[str(layer)] = {"num_key_value_heads": shared, "intermediate_size": width}
+    written |= {name: value for name, value in state.items() if _OTHER.fullmatch(name)}
+    if config.tie_word_embeddings:
+        written.pop("lm_head.weight", None)
+    described = _described(config, blocks, layers, any(name.endswith("q_proj.bias") for name in written))
+    other = network(described)
+    other.load_state_dict(written, strict=False, assign=True)
+    other.tie_weights()
+    other.eval()
+    know_as(other, model)
+    why = differing(model, other)
+    if why is not None:
+        raise VerificationError(
+            f"A DeciLM with the weights of this {type(model).__name__} does not compute the same: {why}. It has more "
+            f"than Llama's layers; nothing was written. {_WAYS}"
+        )
+    return Converted(written, described, sum(each.numel() for each in written.values()), count_parameters(model))
+
+
+def width_of(multiplier: float, hidden: int) -> int:
+    """Return how wide the MLP of a layer is, as readers of the format compute it from `ffn_mult`."""
+    width = int(2 * multiplier * hidden / 3)
+    return width if width % _MULTIPLE == 0 else width + _MULTIPLE - width % _MULTIPLE
+
+
+def network(described: Mapping[str, Any]) -> Any:
+    """Return the network that a config.json of the format describes, with fresh weights, of transformers' Llama layers.
+
+    Args:
+        described: what config.json says.
+    """
+    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+    own = ("block_configs", "per_layer_config", "model_type", "architectures", "auto_map", "rope_scaling", "rope_theta")
+    shared = {name: value for name, value in described.items() if name not in own}
+
+    def config(block: Mapping[str, Any]) -> LlamaConfig:
+        groups = described["num_attention_heads"] // block["attention"]["n_heads_in_group"]
+        width = width_of(block["ffn"]["ffn_mult"], described["hidden_size"])
+        built = LlamaConfig(**{**shared, "num_key_value_heads": groups, "intermediate_size": width})
+        built._attn_implementation = "eager"
+        return built
+
+    model: Any = LlamaForCausalLM(config(described["block_configs"][0]))
+    for layer, block in enumerate(described["block_configs"]):
+        model.model.layers[layer] = LlamaDecoderLayer(config(block), layer)
+    return model
+
+
+def code() -> str:
+    """Return the module beside the weights by which transformers reads the configuration."""
+    return _CODE
+
+
+def _checked(model: nn.Module) -> tuple[Mapping[str, Tensor], Any]:
+    """Return the tensors and the dense configuration of a model that has the layers of Llama."""
+    state = model.state_dict()
+    others = [name for name in state if not _LAYER.fullmatch(name) and not _OTHER.fullmatch(name)]
+    if not is_pretrained(model) or others or "model.layers.0.mlp.gate_proj.weight" not in state:
+        has = f" it has {others[0]}, for one" if others else " it has none of its layers"
+        raise SettingError(
+            f"nemotron-nas takes decoders with the layers of Llama alone, and a {type(model).__name__} is none:{has}. "
+            + _WAYS
+        )
+    config = without_record(model.config)
+    heads, hidden = config.num_attention_heads, config.hidden_size
+    size = getattr(config, "head_dim", None) or hidden // heads
+    if size * heads != hidden:
+        raise SettingError(
+            f"nemotron-nas has heads of hidden_size / num_attention_heads dimensions, and this {type(model).__name__} "
+            f"has {heads} of {size} for a width of {hidden}. " + _WAYS
+        )
+    return state, config
+
+
+def _attention(parts: Mapping[str, Tensor], heads: int, groups: int, shared: int, size: int) -> dict[str, Tensor]:
+    """Return the tensors of an attention with all query heads, in `shared` groups of which the first hold weights."""
+    found = {}
+    each = len(parts["self_attn.q_proj.weight"]) // size // groups  # query heads that are left of a group
+    for name, value in parts.items():
+        if not name.startswith("self_attn."):
+            continue
+        dim = 1 if name == "self_attn.o_proj.weight" else 0
+        if name == "self_attn.o_proj.bias":
+            found[name] = value
+            continue
+        wide, had = (heads // shared, each) if ".q_proj" in name or ".o_proj" in name else (1, 1)
+        rows = value.movedim(dim, 0)
+        grown = rows.new_zeros(shared, wide, size, *rows.shape[1:])
+        grown[:groups, :had] = rows.reshape(groups, had, size, *rows.shape[1:])
+        found[name] = grown.flatten(0, 2).movedim(0, dim).contiguous()
+    if "self_attn.q_proj.bias" in found:  # the format has one switch for the biases of all four
+        out = found["self_attn.o_proj.weight"]
+        found.setdefault("self_attn.o_proj.bias", out.new_zeros(len(out)))
+    return found
+
+
+def _mlp(parts: Mapping[str, Tensor], width: int) -> dict[str, Tensor]:
+    found = {}
+    for name, value in parts.items():
+        if name.startswith("mlp."):
+            dim = 1 if name == "mlp.down_proj.weight" else 0
+            shape = list(value.shape)
+            if name != "mlp.down_proj.bias":
+                shape[dim] = width
+            found[name] = value.new_zeros(shape)
+            found[name].narrow(dim, 0, value.shape[dim]).copy_(value)
+    return found
+
+
+def _multiplier(width: int, hidden: int) -> float:
+    """Return the `ffn_mult` of a width; in six decimals, which some readers round it to."""
+    multiplier = round(3 * (width - 0.5) / (2 * hidden), 6)
+    if width_of(multiplier, hidden) != width:
+        raise SettingError(f"nemotron-nas has no ffn_mult for an MLP of {width} in a stream of {hidden}. {_WAYS}")
+    return multiplier
+
+
+def _block(in_group: int, multiplier: float) -> dict[str, Any]:
+    return {
+        "attention": {
+            "n_heads_in_group": in_group,
+            "no_op": False,
+            "num_sink_tokens": None,
+            "replace_with_linear": False,
+            "sparsify": None,
+            "unshifted_sink": False,
+            "use_prefill_window_in_sink_attention": False,
+            "window_length": None,
+        },
+        "ffn": {"ffn_mult": multiplier, "no_op": False, "replace_with_linear": False, "sparsify": None},
+    }
+
+
+def _described(config: Any, blocks: list[dict[str, Any]], layers: Mapping[str, Any], biased: bool) -> dict[str, Any]:
+    told = config.to_dict()
+    names = (
+        *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "hidden_act", "rms_norm_eps"),
+        *(
+            "max_position_embeddings",
+            "initializer_range",
+            "tie_word_embeddings",
+            "mlp_bias",
+            "rope_parameters",
+            "dtype",
+        ),
+        *("bos_token_id", "eos_token_id", "pad_token_id", "use_cache"),
+    )
+    rope = dict(told.get("rope_parameters") or {})
+    theta = rope.pop("rope_theta", told.get("rope_theta", 10000.0))
+    return {
+        **{name: told[name] for name in names if name in told},
+        "architectures": ["DeciLMForCausalLM"],
+        "model_type": "nemotron-nas",
+        "auto_map": {"AutoConfig": f"{CODE.removesuffix('.py')}.DeciLMConfig"},
+        "attention_bias": biased,
+        "head_dim": config.hidden_size // config.num_attention_heads,
+        "rope_theta": theta,
+        "rope_scaling": rope if rope.get("rope_type", "default") != "default" else None,
+        "num_key_value_heads": max(each["num_key_value_heads"] for each in layers.values()),
+        "intermediate_size": max(each["intermediate_size"] for each in layers.values()),
+        "block_configs": blocks,
+        "per_layer_config": layers,
+    }
+
+
+_CODE = '''"""The configuration of a decoder whose layers differ, as DeciLM has it; written by upop."""
+
+from transformers import LlamaConfig
+
+
+class Block(dict):
+    """What `block_configs` says of a layer, by names."""
+
+    def __getattr__(self, name):
+        try:
+            value = self[name]
+        except KeyError:
+            raise AttributeError(name) from None
+        return Block(value) if isinstance(value, dict) else value
+
+
+class DeciLMConfig(LlamaConfig):
+    """Llama's configuration, with `block_configs`: `n_heads_in_group` and `ffn_mult` of every layer."""
+
+    model_type = "nemotron-nas"
+
+    def __init__(self, block_configs=(), per_layer_config=None, **settings):
+        # per_layer_config is for people and programs that read the file: block_configs say the same.
+        super().__init__(**settings)
+        self.block_configs = [Block(each) for each in block_configs]
+'''

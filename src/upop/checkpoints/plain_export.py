@@ -1,0 +1,90 @@
+"""Writing a cut model for programs that know no upop: padded to an ordinary model, or in the form of nemotron-nas."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from torch import nn
+
+from upop.checkpoints import nemotron_nas, owners
+from upop.checkpoints.convert import to_transformers
+from upop.checkpoints.folder import WEIGHTS
+from upop.checkpoints.padded import pad
+from upop.checkpoints.runtimes import SERVERS
+from upop.checkpoints.write import write_weights
+from upop.files import check_folder, replacing_folder
+from upop.libraries import is_pretrained
+from upop.models import kind_of
+from upop.pruning.carried import plan_of
+from upop.pruning.masks import unwrapped
+
+PlainFormat = Literal["padded", "nemotron-nas"]
+
+_CARD = "README.md"
+
+
+def write_plain(model: nn.Module, folder: str | Path, format: PlainFormat, *, overwrite: bool = False) -> str:
+    """Write a cut model as one that needs no upop, checked to compute the same; return what is left of the gain.
+
+    The folder holds the weights, `config.json` and a model card. It is written beside and renamed; only a folder that
+    upop wrote as a model, and that holds nothing else, is replaced.
+
+    Args:
+        model: of transformers or timm, or one of upop's that transformers has a class for.
+        folder: where to write.
+        format: "padded", or "nemotron-nas" for decoders like Llama's.
+        overwrite: whether a folder of upop may be replaced though its files were changed since.
+
+    Raises:
+        SettingError: the format cannot take the model; the message says what can.
+        VerificationError: what would be written computes something else; nothing was.
+        RunFolderError: the folder holds what upop did not write, or cannot be written; nothing was changed.
+    """
+    folder = Path(folder)
+    check_folder(folder, "model", overwrite=overwrite)
+    model = unwrapped(model)
+    model = to_transformers(model) if kind_of(model) else model
+    if format == "nemotron-nas":
+        written = nemotron_nas.convert(model)
+        with replacing_folder(folder, "model", overwrite=overwrite) as fresh:
+            write_weights(written.state, fresh / WEIGHTS)
+            (fresh / "config.json").write_text(json.dumps(written.config, indent=1) + "\n", encoding="utf-8")
+            (fresh / nemotron_nas.CODE).write_text(nemotron_nas.code(), encoding="utf-8")
+            rows = [
+                ("vLLM, TensorRT-LLM, MLX, llama.cpp's converter, optimum-intel", "as DeciLM (nemotron-nas)"),
+                ("vLLM", "with `--trust-remote-code`: `configuration_decilm.py` here reads the configuration"),
+                ("SGLang", "as above; some of its versions want equally many groups in all layers"),
+                ("transformers", "no: it has no such class. `upop export --to padded` writes one that it has"),
+            ]
+            _write_card(fresh, type(model).__name__, written.told(), rows)
+        return written.told()
+    found = pad(model)
+    with replacing_folder(folder, "model", overwrite=overwrite) as fresh:
+        if is_pretrained(found.model):
+            found.model.save_pretrained(fresh)
+            rows = [
+                ("transformers", "`from_pretrained(FOLDER)`, without upop"),
+                (SERVERS, "as others of its class, where they take the class with these sizes"),
+            ]
+        else:
+            write_weights(found.model.state_dict(), fresh / WEIGHTS)
+            name = owners.describe(model, plan_of(model))["timm"]["architecture"]
+            config = owners.timm_config(found.model, name, found.settings)
+            (fresh / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+            rows = [("timm", '`timm.create_model("local-dir:FOLDER", pretrained=True)`, without upop')]
+        _write_card(fresh, type(model).__name__, found.told(), rows)
+    return found.told()
+
+
+def _write_card(folder: Path, kind: str, told: str, rows: Sequence[tuple[str, str]]) -> None:
+    table = "\n".join(f"| {' | '.join(row)} |" for row in [("with", "how"), ("---", "---"), *rows])
+    text = (
+        "---\ntags:\n- upop\n- pruning\n- compression\n---\n\n"
+        f"# {kind}, compressed, for programs without upop\n\n{told[0].upper()}{told[1:]}. Some weights are zeros that "
+        "bring layers to sizes which the configuration can say; it computes what the cut model did.\n\n"
+        f"## Where it runs\n\n{table}\n"
+    )
+    (folder / _CARD).write_text(text, encoding="utf-8")

@@ -1,0 +1,178 @@
+"""Cut models whose layers differ, written for programs without upop: padded with zeros, and as nemotron-nas."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, ViTConfig, ViTModel
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+import upop
+from pruning.families import randomise
+from upop.checkpoints.plain_export import write_plain
+from upop.cli.app import app, main
+from upop.errors import RunFolderError, SettingError
+
+WORDS = torch.tensor([[1, 5, 9, 3, 7], [2, 7, 4, 8, 6]])
+KEPT = {"model.layers.0.self_attn": [2], "model.layers.1.self_attn": [0, 1, 3], "model.layers.2.self_attn": [1, 3]}
+
+
+def llama(**kept: Any) -> LlamaForCausalLM:
+    """Return a decoder of 8 heads in 4 groups, whose layers keep 1, 3 and 2 groups, and 200, 300 and 400 neurons."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        intermediate_size=500,
+        vocab_size=20,
+        max_position_embeddings=32,
+    )
+    model: LlamaForCausalLM = LlamaForCausalLM(config).eval()
+    randomise(model)
+    neurons = {f"model.layers.{layer}.mlp": range(layer, 200 + 101 * layer) for layer in range(3)}
+    upop.shrink(model, {**KEPT, **neurons, **kept})
+    return model
+
+
+@torch.no_grad()
+def logits(model: Any) -> Tensor:
+    found: Tensor = model(input_ids=WORDS).logits
+    return found
+
+
+def test_padded_decoder_loads_as_an_ordinary_one(tmp_path: Path) -> None:
+    model = llama()
+    told = write_plain(model, tmp_path / "padded", "padded")
+    config = json.loads((tmp_path / "padded" / "config.json").read_text())
+    # Three groups are six heads, which do not divide a width of 64: the next that do are all four.
+    assert (config["num_key_value_heads"], config["intermediate_size"]) == (4, 400)
+    assert "quantization_config" not in config
+    assert not (tmp_path / "padded" / "upop.json").exists()
+    plain = LlamaForCausalLM.from_pretrained(tmp_path / "padded").eval()
+    torch.testing.assert_close(logits(plain), logits(model), rtol=1e-4, atol=1e-5)
+    assert f"{sum(each.numel() for each in plain.parameters()):,} parameters" in told
+    assert "of the gain is left" in told
+    assert "from_pretrained" in (tmp_path / "padded" / "README.md").read_text()
+
+
+def test_padding_within_heads_keeps_what_softmax_divides_by(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    model: Any = ViTModel(ViTConfig(**sizes, image_size=16, patch_size=8)).eval()
+    randomise(model)
+    upop.shrink(model, {"layers.0.attention": [0, 3, 5], "layers.1.attention": range(6), "layers.1.mlp": range(30)})
+    told = write_plain(model, tmp_path / "padded", "padded")
+    plain = ViTModel.from_pretrained(tmp_path / "padded").eval()
+    assert plain.config.head_dim == 6
+    pictures = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(plain(pictures)[0], model(pictures)[0], rtol=1e-4, atol=1e-5)
+    assert "no number" not in told
+
+
+def test_padded_timm_model_is_built_by_timm(tmp_path: Path) -> None:
+    made = {"img_size": 32, "embed_dim": 24, "depth": 2, "num_heads": 2, "num_classes": 4}
+    model: Any = timm.create_model("vit_tiny_patch16_224", **made).eval()
+    randomise(model)
+    upop.shrink(model, {"blocks.0.mlp": range(41), "blocks.1.mlp": range(5, 30), "blocks.1.attn": range(5)})
+    upop.save(model, tmp_path / "cut")
+    app(["export", str(tmp_path / "cut"), "--to", "padded", "--out", str(tmp_path / "plain")], standalone_mode=False)
+    plain: Any = timm.create_model(f"local-dir:{tmp_path / 'plain'}", pretrained=True).eval()
+    pictures = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    assert plain.blocks[1].mlp.fc1.out_features == 41
+    torch.testing.assert_close(plain(pictures), model(pictures), rtol=1e-4, atol=1e-5)
+
+
+def equal_network(folder: Path) -> Any:
+    """Build what config.json describes, layer by layer, of Llama's layers, and read its weights."""
+    told = json.loads((folder / "config.json").read_text())
+    assert (told["architectures"], told["model_type"]) == (["DeciLMForCausalLM"], "nemotron-nas")
+    names = ("vocab_size", "hidden_size", "num_attention_heads", "num_hidden_layers", "rms_norm_eps", "rope_theta")
+    shared = {name: told[name] for name in (*names, "attention_bias", "max_position_embeddings", "tie_word_embeddings")}
+
+    def config(block: dict[str, Any]) -> LlamaConfig:
+        width = int(2 * block["ffn"]["ffn_mult"] * told["hidden_size"] / 3)
+        groups, rest = divmod(told["num_attention_heads"], block["attention"]["n_heads_in_group"])
+        assert not rest
+        assert not block["attention"]["no_op"]
+        assert not block["ffn"]["no_op"]
+        made = LlamaConfig(**shared, num_key_value_heads=groups, intermediate_size=-(-width // 256) * 256)
+        made._attn_implementation = "eager"
+        return made
+
+    blocks = told["block_configs"]
+    model: Any = LlamaForCausalLM(config(blocks[0])).eval()
+    for layer, block in enumerate(blocks):
+        model.model.layers[layer] = LlamaDecoderLayer(config(block), layer).eval()
+    model.load_state_dict(load_file(folder / "model.safetensors"), strict=True)
+    return model
+
+
+def test_nemotron_nas_is_read_into_an_equal_network(tmp_path: Path) -> None:
+    model = llama()
+    upop.save(model, tmp_path / "cut")
+    app(
+        ["export", str(tmp_path / "cut"), "--to", "nemotron-nas", "--out", str(tmp_path / "deci")],
+        standalone_mode=False,
+    )
+    torch.testing.assert_close(logits(equal_network(tmp_path / "deci")), logits(model), rtol=1e-4, atol=1e-5)
+    told = json.loads((tmp_path / "deci" / "config.json").read_text())
+    assert [block["attention"]["n_heads_in_group"] for block in told["block_configs"]] == [8, 2, 4]
+    assert told["per_layer_config"] == {
+        "0": {"num_key_value_heads": 1, "intermediate_size": 256},
+        "1": {"num_key_value_heads": 4, "intermediate_size": 512},
+        "2": {"num_key_value_heads": 2, "intermediate_size": 512},
+    }
+    held = load_file(tmp_path / "deci" / "model.safetensors")
+    assert held["model.layers.0.self_attn.k_proj.weight"].shape == (8, 64)  # keys and values stay cut
+    assert "vLLM" in (tmp_path / "deci" / "README.md").read_text()
+
+
+def test_the_configuration_beside_it_is_read_by_names(tmp_path: Path) -> None:
+    write_plain(llama(), tmp_path / "deci", "nemotron-nas")
+    place = tmp_path / "deci" / "configuration_decilm.py"
+    spec = importlib.util.spec_from_file_location("configuration_decilm", place)
+    assert spec is not None
+    assert spec.loader is not None
+    module: Any = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    config = module.DeciLMConfig.from_dict(json.loads((tmp_path / "deci" / "config.json").read_text()))
+    assert config.block_configs[1].attention.n_heads_in_group == 2
+    assert not config.block_configs[0].ffn.no_op
+    assert not hasattr(config.block_configs[0].ffn, "intermediate_size")
+    assert json.loads(config.to_json_string())["block_configs"][0]["ffn"]["ffn_mult"] > 0
+
+
+def test_what_a_form_cannot_take_is_refused_with_what_can(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 48}
+    bert = BertModel(BertConfig(**sizes, vocab_size=20)).eval()
+    with pytest.raises(SettingError, match=r"layers of Llama alone, and a BertModel is none.*--to padded"):
+        write_plain(bert, tmp_path / "out", "nemotron-nas")
+    with pytest.raises(SettingError, match=r"neither transformers nor timm builds it.*--to onnx"):
+        write_plain(torch.nn.Linear(2, 2), tmp_path / "out", "padded")
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("all of it")
+    with pytest.raises(RunFolderError, match=r"thesis\.txt"):
+        write_plain(bert, tmp_path / "mine", "padded")
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "all of it"
+    upop.save(bert, tmp_path / "bert")
+    monkeypatch.setattr(
+        "sys.argv", ["upop", "export", str(tmp_path / "bert"), "--to", "nemotron-nas", "--out", str(tmp_path / "out")]
+    )
+    with pytest.raises(SystemExit, match="1"):
+        main()
+    assert "--to padded" in " ".join(capsys.readouterr().err.split())
