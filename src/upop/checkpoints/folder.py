@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,6 +34,7 @@ from upop.checkpoints.preparation import preparation_of, set_preparation
 from upop.checkpoints.read import read_outline, read_weights
 from upop.checkpoints.renamed import named_as_today, units_if_read, units_of, units_today, with_names
 from upop.checkpoints.sizes import dense_skeleton, plan_for, sizes_before
+from upop.checkpoints.told_units import tell_units
 from upop.checkpoints.write import write_weights
 from upop.errors import CheckpointError, LayoutError, PlanError, SettingError, nearest
 from upop.files import replacing_folder
@@ -45,7 +46,6 @@ from upop.pruning.errors import some_of
 from upop.pruning.known import sized
 from upop.pruning.masks import refuse_masked, unwrapped
 from upop.pruning.sharded import refuse_sharded
-from upop.pruning.units import has_number, number_of
 from upop.pruning.written import as_json
 from upop.tokens.encoders import merge_again, removed_tokens
 from upop.values import problems
@@ -152,7 +152,7 @@ def load(folder: str | Path, model: nn.Module | None = None, *, strict: bool = T
         model = owners.load_transformers(folder, description.kind, strict=strict)
         if description.units:
             dense = dense_skeleton(model)
-            _tell_units(dense, description, folder)
+            tell_units(dense, description, folder)
             remember(model, survey(dense))
     else:
         source, held = str(folder), read_outline(folder / WEIGHTS)
@@ -160,7 +160,7 @@ def load(folder: str | Path, model: nn.Module | None = None, *, strict: bool = T
         sizes = {name: unit.of for name, unit in (description.layout or {}).items() if description.model and unit.of}
 
         def build() -> nn.Module:
-            return _tell_units(_dense(description, folder), description, folder)
+            return tell_units(_dense(description, folder), description, folder)
 
         model = build_to_fit(build, held, source, dense=sizes, strict=strict)
         state = read_weights(folder / WEIGHTS)
@@ -196,7 +196,7 @@ def load_into(model: nn.Module, folder: str | Path, *, strict: bool = True) -> n
     else:
         state = named_as_today(model, read_weights(folder / WEIGHTS))
     plan = _plan(description, folder)
-    _tell_units(model, description, folder)
+    tell_units(model, description, folder)
     try:
         fit(model, state, str(folder), lambda _unit: False, strict=strict)
     except CheckpointError as error:
@@ -330,53 +330,6 @@ def _written(units: Sequence[Unit], dense: Mapping[str, int], plan: Plan | None)
         if unit.name not in known and not any(part.gaps for part in unit.slices):
             known[unit.name] = as_json(replace(unit, size=dense.get(unit.name) or unit.size))
     return {unit.name: known[unit.name] for unit in units if known.get(unit.name) is not None}
-
-
-def _tell_units(model: nn.Module, description: Description, folder: Path) -> nn.Module:
-    """Have `survey` give the units of a dense model that its folder tells, if all are told; return the model.
-
-    Raises:
-        CheckpointError: what is told is no unit of the model.
-    """
-    # Of a plain model, the plan tells the units of the dense form, and the rest those of the smaller one.
-    forms = [each for each in (description.units, (description.plan or {}).get("slices")) if each]
-    if (
-        not all(isinstance(each, Mapping) for each in forms)
-        or not forms
-        or not set(description.layout or {}) <= set(forms[0])
-    ):
-        return model
-    for told in forms:
-        try:
-            units = units_of(model, told)
-            _check_numbers(model, (units or {}).values(), folder)
-        except (ValueError, CheckpointError) as error:
-            if told is not forms[-1]:
-                continue
-            if isinstance(error, CheckpointError):
-                raise
-            raise CheckpointError(
-                f"{folder / DESCRIPTION} does not fit {type(model).__name__}: {error}. It is of a {description.kind}: "
-                "was it damaged, or is the dense model another one?"
-            ) from error
-        if units:
-            remember(model, Survey(tuple(units.values()), ()))
-        break
-    return model
-
-
-def _check_numbers(model: nn.Module, units: Iterable[Unit], folder: Path) -> None:
-    """Refuse a dense model whose modules keep other numbers about their units, heads for one, than they did."""
-    for unit in units:
-        for each in unit.attributes:
-            module = model.get_submodule(each.module)
-            found = number_of(module, each.name) if has_number(module, each.name) else None
-            if each.factor is not None and isinstance(found, int) and found != each.value(unit.size):
-                raise CheckpointError(
-                    f"{folder / DESCRIPTION} does not fit {type(model).__name__}: {each.module}.{each.name} is "
-                    f"{found}, and was {each.value(unit.size)} when {unit.name} was cut. Was the file damaged, or is "
-                    "the dense model another one?"
-                )
 
 
 def _plan(description: Description, folder: Path) -> Plan | None:
