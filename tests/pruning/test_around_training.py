@@ -162,14 +162,16 @@ def test_a_search_goes_on_within_a_stage_on_another_device() -> None:
     pruner = upop.Pruner(Net(), 0.5, 8, 4, example=batch())
     take(pruner, 2)
     state = pruner.state_dict()
-    assert state["moments"]
+    assert state["seen"]["passes"]
     model = Net()
     other = upop.Pruner(model, 0.5, 8, 4, example=batch())
     model.to("meta")  # a device with other tensors, though without numbers
     other.load_state_dict(state)
+    found = list(other._moments.groups(model, other.units, True))
+    assert [name for _, seen in found for name in seen] == [unit.name for unit in other.units]
+    assert {rows.device.type for _, seen in found for each in seen.values() for rows in each.tensors()} == {"meta"}
     model(batch().to("meta")).square().mean().backward()
     other.step()
-    assert {each.device.type for each in other._moments.values.values()} == {"meta"}
 
 
 def test_a_model_that_is_spread_over_devices_is_scored() -> None:

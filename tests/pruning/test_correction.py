@@ -14,6 +14,7 @@ from transformers import BertConfig, BertModel
 
 import upop
 from pruning.families import loss_of
+from upop.pruning.correction import RIDGES
 from upop.pruning.errors import LayoutError
 
 WIDTH, HIDDEN, WORDS = 16, 96, 60
@@ -119,43 +120,59 @@ def test_how_strongly_it_holds_to_the_old_weights_follows_from_the_data(
     assert chosen < weak or not weak_hurts
 
 
+def kept_outputs(seen: list[tuple[Tensor, Tensor]], batches: list[dict[str, Tensor]]) -> tuple[Tensor, Tensor]:
+    """What a layer was given and what it gave, of the tokens that are no padding, [tokens, ...]."""
+    masks = [batch["attention_mask"].bool() for batch in batches]
+    rows, outputs = zip(*((one[mask], two[mask]) for (one, two), mask in zip(seen, masks, strict=True)), strict=True)
+    return torch.cat(rows), torch.cat(outputs)
+
+
 def test_it_looks_at_the_model_without_dropout_and_padding_and_leaves_no_trace() -> None:
-    """The moments of a model in training mode are those that it has in evaluation mode, of the tokens that count."""
+    """What a layer is given in evaluation mode, of the tokens that count, is what it is corrected for."""
     model, batches = encoder(dropout=0.3), [sentences(4, seed=seed) for seed in range(3)]
-    model.register_buffer("calls", torch.zeros(()))
-    model.register_forward_pre_hook(lambda module, _: setattr(module, "calls", module.calls + 1))
-    expected, usual = torch.zeros(2, HIDDEN + 1, HIDDEN + 1), None
-    reader = model.get_submodule(f"{MLP.rpartition('.')[0]}.output.dense")
-    for number, batch in enumerate(batches):
-        seen: list[tuple[Tensor, Tensor]] = []
-        hook = reader.register_forward_hook(lambda _, args, output, seen=seen: seen.append((args[0], output)))
-        with torch.no_grad():
-            model.eval()(**batch)
-        hook.remove()
-        rows, outputs = (states[batch["attention_mask"].bool()] for states in seen[0])
-        rows = torch.cat([rows, torch.ones(len(rows), 1)], 1)
-        squares = outputs.square().sum(1)
-        usual = squares.log().mean().exp() if usual is None else usual
-        # Sentences of one batch stay together, and no token counts more for being large.
-        expected[number % 2] += rows.t() @ (rows * (usual / squares).clamp_max(1).unsqueeze(1))
-    drawn = []
-    for correct in (True, False):
+    name = f"{MLP.rpartition('.')[0]}.output.dense"
+    drawn, old = [], model.get_submodule(name).weight.detach().clone()
+    for correct in ("auto", True, False):
         twin = copy.deepcopy(model).train()
-        pruner = upop.Pruner(twin, 0.5, 4, 4, correct=correct)
-        twin.calls.zero_()
+        twin.register_buffer("calls", torch.zeros(()))
+        pruner = upop.Pruner(twin, 0.5, 3, 3, correct=correct, include=MLP)
+        reader = twin.get_submodule(name)
+        seen: list[tuple[Tensor, Tensor]] = []
+        hook = reader.register_forward_hook(lambda _, args, output, seen=seen: seen.append((args[0], output.detach())))
+        twin.register_forward_pre_hook(lambda module, _: setattr(module, "calls", module.calls + 1))
         torch.manual_seed(1)
         take(twin, pruner, batches)
         drawn.append(torch.rand(1))
+        hook.remove()
         assert all(module.training for module in twin.modules())
         assert twin.calls == len(batches)
-        moments = pruner.state_dict()["moments"]
+        change, moved = reader.weight.detach() - old, pruner.masks[MLP] == 0
         if correct:
-            torch.testing.assert_close(moments[MLP], expected, rtol=1e-4, atol=1e-4)
+            with torch.no_grad():  # only the layer itself was changed, which is looked at by what it is given
+                expected = [copy.deepcopy(model).eval() for _ in batches]
+                clean: list[tuple[Tensor, Tensor]] = []
+                for each, given in zip(expected, batches, strict=True):
+                    each.get_submodule(name).register_forward_hook(
+                        lambda _, args, output, clean=clean: clean.append((args[0], output))
+                    )
+                    each(**given)
+            (rows, outputs), (_, noisy) = kept_outputs(clean, batches), kept_outputs(seen[:1], batches[:1])
+            usual = noisy.square().sum(1).log().mean().exp()
+            weights = (usual / outputs.square().sum(1)).clamp_max(1).sqrt().unsqueeze(1)
+            rows = torch.cat([rows, torch.ones(len(rows), 1)], 1).double() * weights
+            stays = torch.cat([~moved, torch.tensor([True])]).nonzero().flatten()
+            ours, aim = rows[:, stays], rows[:, :-1][:, moved] @ old.double()[:, moved].t()
+            force = (
+                ours[:, :-1].square().sum(0).mean() * torch.cat([torch.ones(len(stays) - 1), torch.zeros(1)])
+            ).double()
+            found = [torch.linalg.solve(ours.t() @ ours + (r * force).diag(), ours.t() @ aim)[:-1].t() for r in RIDGES]
+            assert any(torch.allclose(change[:, ~moved], each.float(), rtol=1e-3, atol=1e-4) for each in found)
+            assert change.abs().max() > 1e-2
         else:
-            assert not moments
+            assert not change.any()
         pruner.remove()
         assert not any(layer._forward_hooks for layer in twin.modules())
-    assert torch.equal(*drawn)
+    assert drawn[0] == drawn[1] == drawn[2]
 
 
 def test_it_says_when_nothing_could_be_corrected() -> None:

@@ -404,3 +404,29 @@ def test_differences_are_not_kept_in_float32() -> None:
     assert own.grad is not None and one.grad is not None
     torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(own.grad.float(), one.grad, rtol=1e-2, atol=1e-5)
+
+
+def test_fewer_norms_are_compared_where_that_is_asked_for() -> None:
+    model, teacher = pair()
+    everything = upop.distill(model, copy.deepcopy(teacher)).norms
+    some = upop.distill(model, copy.deepcopy(teacher), layers=2)
+    assert some.norms == everything[::-1][::2][::-1]
+    assert some.norms[-1] == everything[-1]
+    model.train()
+    loss_of(model(**VIT.inputs()))
+    assert some.loss() > 0
+    with pytest.raises(SettingError, match="layers must be a whole number of at least 1; found 0"):
+        upop.distill(model, teacher, layers=0)
+
+
+def test_a_teacher_computes_in_the_models_precision() -> None:
+    """In bfloat16 it takes half of the memory, and says the same as one that was converted by hand."""
+    losses = []
+    for by_hand in (False, True):
+        model, teacher = pair()
+        model.to(torch.bfloat16)
+        taught = upop.distill(model.train(), teacher.to(torch.bfloat16) if by_hand else teacher)
+        model(VIT.inputs()["x"].to(torch.bfloat16))
+        losses.append(taught.loss())
+        assert {each.dtype for each in teacher.parameters()} == {torch.bfloat16}
+    assert torch.equal(*losses)

@@ -52,7 +52,7 @@ def test_a_resumed_search_ends_in_the_same_bits(stop: int, cost: str, case: Fami
     resumed = upop.Pruner(second, 0.5, STEPS, 2, cost=cost)
     resumed.load_state_dict(saved["search"])
     assert resumed.steps_done == stop
-    assert bool(saved["search"]["moments"]) == (cost == "params")  # stops are amid stages
+    assert bool(saved["search"]["seen"]["passes"]) == (cost == "params")  # stops are amid stages
     assert resumed.current_ratio == pruner.current_ratio
     assert resumed.threshold == pruner.threshold
     assert torch.equal(outputs_of(second, case.inputs()), outputs_of(first, case.inputs()))

@@ -7,6 +7,7 @@ of the cut; the layers that read what was cut are corrected over the same batche
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -16,18 +17,21 @@ from torch import Tensor, nn
 from upop.pruning.again import buffers_kept, random_numbers_kept
 from upop.pruning.align import Align, check_align
 from upop.pruning.carried import record_cut, refuse_unrecordable
-from upop.pruning.choice import check_whole, chosen, refuse_frozen
-from upop.pruning.correction import Change, Choice
+from upop.pruning.choice import check_correct, check_whole, chosen, refuse_frozen
+from upop.pruning.correction import Choice, correct_readers
 from upop.pruning.costs import Cost, call, entry_costs, evaluating
+from upop.pruning.dense import Dense
 from upop.pruning.errors import SettingError, StepError
 from upop.pruning.goal import Goal
+from upop.pruning.least_squares import PARTS, moments_bytes
 from upop.pruning.masks import refuse_masked, unwrapped
-from upop.pruning.moments import PARTS, Moments, readers
+from upop.pruning.moments import Correct, Moments, allowed_bytes, readers
 from upop.pruning.plan import Plan
-from upop.pruning.scores import RowScores, Score, Scoring, scoring
+from upop.pruning.recompute import recomputing
+from upop.pruning.scores import FreedRows, Score, Scoring, accumulator, scoring
 from upop.pruning.seen import FirstCall, Kept, examples_of, read_first, remember_inputs
 from upop.pruning.sharded import refuse_sharded
-from upop.pruning.shrink import Assignment, Exchange, cut_verified, refuse_shared, restore
+from upop.pruning.shrink import Assignment, cut_verified, refuse_shared, restore
 from upop.pruning.slips import check_loss, check_model, listed, refuse_inference_mode, scalar, tried
 from upop.pruning.stated import Stated
 from upop.pruning.surveys import find_units, units_to_search, waits_for_batch
@@ -48,7 +52,7 @@ def calibrate(
     target: Target | None = None,
     loss: Loss | None = None,
     stages: int = 8,
-    correct: bool = True,
+    correct: Correct = "auto",
     ridge: float | None = None,
     cost: Cost = "params",
     align: Align = 1,
@@ -68,6 +72,11 @@ def calibrate(
     the batches of the absolute gradient of the loss to its mask. Use this where there is no time or data to train, and
     `Pruner` where there is: the first is done in seconds to minutes, the second loses less.
 
+    It holds little beside the model: gradients become scores, and are freed, as they come; where activations are many
+    (a sixteenth of the weights' bytes, and 256 MiB of a small model), those of layers in a row are computed again in
+    the backward pass; and what it takes to put the model back is on the CPU, or of a large model there in a temporary
+    file.
+
     Args:
         model: the dense model, without masks. It is evaluated, not trained: no drop-out, and buffers stay.
         batches: 8 to 64 of them, of the kind that the model will see; they are kept in a list. Each is what `loss`
@@ -79,7 +88,9 @@ def calibrate(
             carry (as transformers' do when they are given labels); or else an entry matters as much as the outputs
             would move without it, by the gradients of random projections of them.
         stages: in so many equal parts the cost is removed; scores and corrections are made anew for each.
-        correct: False only cuts.
+        correct: False only cuts. "auto" holds at most a quarter of the weights' bytes on the model's device for the
+            correction (on the CPU 256 MiB where that is more): the rest waits on the CPU, or the model runs once more
+            for every few layers. True holds what all layers are given at once, at most 2 n^2 numbers for n inputs.
         ridge: how strongly corrected weights are held to the old ones, as a share of the inputs' mean square. By
             default it is decided for each layer, by how well weights that are corrected for one half of the batches do
             on the other half: where they would do no better than the old ones, a layer is not corrected. A number
@@ -116,6 +127,7 @@ def calibrate(
     check_loss(loss, batches)
     check_whole("stages", stages)
     check_uniform(uniform)
+    check_correct(correct)
     if ridge is not None and not ridge > 0:
         raise SettingError(
             f"ridge must be above 0, or the weights are not determined; found {ridge!r}. Without it, it is chosen."
@@ -136,24 +148,27 @@ def calibrate(
     kept = {unit.name: torch.arange(unit.size) for unit in dense}
     undo: list[Assignment] = []
     choices: list[Choice] = []
+    before = Dense(model, dense)
+    observing = _Observing(model, batches, loss or _own_loss, scorer, correct)
     try:
         for stage in range(1, stages + 1):
             stand = [unit for unit in find_units(model) if unit.name in names]
-            scores, inputs = _observe(model, stand, batches, loss or _own_loss, scorer, correct)
-            # What the loss would lose is comparable as it is; standardised, what ranks first depends on the tails.
-            marked = goal.select(stand, scores, costs, stage / stages, align, standardised=False).marked
+            with observing.of(stand) as (scores, moments):
+                # What the loss would lose is comparable as it is; standardised, what ranks first depends on the tails.
+                marked = goal.select(stand, scores, costs, stage / stages, align, standardised=False).marked
+                if correct:
+                    live = {name: torch.ones_like(gone) for name, gone in marked.items()}
+                    changed = correct_readers(moments, model, stand, live, marked, correct, ridge)
+                    choices += changed.values()
             plan = Plan.of(stand, {name: (~gone).nonzero().flatten().tolist() for name, gone in marked.items()})
-            for unit in stand:
-                if unit.name in inputs and marked[unit.name].any():
-                    layers = readers(model, unit)
-                    undo += [edit.apply() for layer in layers for edit in _copies(layer)]
-                    kept_now, gone = ((marked[unit.name] == is_gone).nonzero().flatten() for is_gone in (False, True))
-                    choices.append(Change(unit, kept_now, gone, inputs[unit.name]).apply(layers, ridge))
-            undo += cut_verified(model, stand, plan, verify, _inputs(model, kept_call, example))
+            undo += cut_verified(model, stand, plan, verify, _inputs(model, kept_call, example), dense=before)
             kept = {name: entries[list(plan[name])] for name, entries in kept.items()}
     except BaseException:
         restore(undo)
+        before.restore()
         raise
+    finally:
+        before.forget()
     warn_of_none([choice.ridge is not None for choice in choices], "Give more batches.", stacklevel=3)
     described = cost if isinstance(cost, str) else "given"
     plan = Plan.of(
@@ -162,7 +177,7 @@ def calibrate(
         method="calibrate",
         **goal.told({name: len(entries) for name, entries in kept.items()}),
         stages=stages,
-        correct=correct,
+        correct=bool(correct),
         cost=described,
         align=align,
         **({"uniform": uniform} if uniform else {}),
@@ -194,36 +209,87 @@ def _inputs(model: nn.Module, kept: Kept, example: Any) -> Iterator[Any]:
     yield from examples_of(model)
 
 
-def _observe(
-    model: nn.Module, units: list[Unit], batches: list[Any], loss: Loss, scorer: Scoring, correct: bool
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Return scores [size] (high ones go first), and second moments [n + 1, n + 1] of what the readers are given."""
-    told = "The model" if loss is _own_loss else "loss(model, batch)"
-    parameters = {part.tensor: (tensor_of(model, part.tensor), part.dim) for unit in units for part in unit.producers}
-    rows = RowScores(scorer.rows)
-    moments = Moments()
-    if correct:
-        moments.watch(model, units)
-    scores = {unit.name: torch.zeros(unit.size, dtype=torch.float64) for unit in units}
-    try:
-        with evaluating(model):
-            for number, batch in enumerate(batches):
-                moments.part = number % PARTS if len(batches) >= PARTS else None
-                model.zero_grad()
-                with torch.enable_grad():
-                    scalar(tried(partial(loss, model, batch), told, batch)).backward()
-                found = rows.of(parameters)
-                if not found:
-                    raise StepError("The loss gave no gradient to any weight that could go. Is it of this model?")
-                for unit in units:
-                    given = [part.reduce(found[part.tensor]) for part in unit.producers if part.tensor in found]
-                    scores[unit.name] += scorer.added(sum(given, torch.zeros(unit.size))).double().cpu()
-    finally:
-        moments.release()
-        model.zero_grad()
-    if not all(bool(score.isfinite().all()) for score in scores.values()):
-        raise StepError("The loss of a batch, or a gradient, is not finite. Check the batches, and use float32.")
-    return scores, moments.values
+class _Observing:
+    """Looks at a model over all batches.
+
+    Args:
+        model: the model.
+        batches: of `loss`.
+        loss: (model, batch) -> loss.
+        scorer: how gradients become scores.
+        correct: whether layers will be corrected, and with how much memory.
+    """
+
+    def __init__(self, model: nn.Module, batches: list[Any], loss: Loss, scorer: Scoring, correct: Correct) -> None:
+        self._model, self._batches, self._loss, self._scorer = model, batches, loss, scorer
+        self._correct = correct
+        self._thrifty = True  # until the model is seen not to allow it
+
+    @contextmanager
+    def of(self, units: list[Unit]) -> Iterator[tuple[dict[str, Tensor], Moments]]:
+        """Yield scores [size] (high ones go first), and what the readers of the units are given.
+
+        Raises:
+            StepError: a loss has no gradient, or one that is not finite.
+        """
+        model = self._model
+        sizes = [layers[0].in_features for unit in units if (layers := readers(model, unit))]
+        kind = accumulator(next(model.parameters()))
+        fits = sum(moments_bytes(size, kind) for size in sizes) <= allowed_bytes(model, self._correct)
+        moments = Moments(at_once=fits, alone=len(self._batches) < PARTS)
+        parameters = {
+            part.tensor: (tensor_of(model, part.tensor), part.dim) for unit in units for part in unit.producers
+        }
+        rows = FreedRows(self._scorer.rows, parameters, model.parameters())
+        try:
+            with evaluating(model):
+                try:
+                    with recomputing(model) if self._thrifty else nullcontext():
+                        scores = self._scores(units, rows, moments)
+                except Exception as error:
+                    if not self._thrifty or isinstance(error, torch.OutOfMemoryError | MemoryError):
+                        raise
+                    self._thrifty = False  # what was wrong otherwise comes up again
+                    moments.release()
+                    moments = Moments(at_once=fits, alone=len(self._batches) < PARTS)
+                    scores = self._scores(units, rows, moments)
+            rows.release()
+            model.zero_grad()
+            if not all(bool(score.isfinite().all()) for score in scores.values()):
+                raise StepError(
+                    "The loss of a batch, or a gradient, is not finite. Check the batches, and use float32."
+                )
+            yield scores, moments
+        finally:
+            rows.release()
+            moments.release()
+            model.zero_grad()
+
+    def _scores(self, units: list[Unit], rows: FreedRows, moments: Moments) -> dict[str, Tensor]:
+        scores = {unit.name: torch.zeros(unit.size, dtype=torch.float64) for unit in units}
+        if self._correct:
+            moments.watch(self._model, units, told=True)
+        for number, batch in enumerate(self._batches):
+            moments.step = number
+            self._model.zero_grad()
+            found = rows.of(partial(self._run, batch, moments))
+            if not found:
+                raise StepError("The loss gave no gradient to any weight that could go. Is it of this model?")
+            for unit in units:
+                given = [part.reduce(found[part.tensor]) for part in unit.producers if part.tensor in found]
+                scores[unit.name] += self._scorer.added(sum(given, torch.zeros(unit.size))).double().cpu()
+        return scores
+
+    def _run(self, batch: Any, moments: Moments) -> Tensor:
+        alone = self._loss is _own_loss
+        moments.forget(moments.step)
+        if self._correct:
+            moments.expect(self._model, batch, function=call if alone else self._loss)
+        told = "The model" if alone else "loss(model, batch)"
+        with torch.enable_grad():
+            found = scalar(tried(partial(self._loss, self._model, batch), told, batch))
+        moments.end()
+        return found
 
 
 def _own_loss(model: nn.Module, batch: Any) -> Tensor:
@@ -238,8 +304,3 @@ def _own_loss(model: nn.Module, batch: Any) -> Tensor:
     if not found:
         raise StepError("The model's outputs have no gradient. Give calibrate() a loss.")
     return torch.stack([(value * sign).sum() for value, sign in zip(found, signs, strict=True)]).sum()
-
-
-def _copies(layer: nn.Linear) -> list[Exchange]:
-    """Return what gives a layer copies of its weights, so that a change of them can be taken back."""
-    return [Exchange(old, old.detach().clone(), old.grad) for old in layer.parameters(recurse=False)]

@@ -6,7 +6,7 @@ import fnmatch
 import re
 from collections.abc import Iterable, Sequence
 from numbers import Real
-from typing import TypeGuard
+from typing import Literal, TypeGuard
 
 from torch import nn
 
@@ -34,6 +34,19 @@ def chosen(units: list[Unit], include: str | Sequence[str] | None, exclude: str 
     if not keep:
         raise SettingError(f"include={include!r} and exclude={exclude!r} leave none of the {len(names)} units.")
     return [unit for unit in units if unit.name in keep]
+
+
+def check_correct(correct: object) -> bool | Literal["auto"]:
+    """Return whether layers are corrected, and with how much memory.
+
+    Raises:
+        SettingError: it is something else.
+    """
+    if isinstance(correct, bool):
+        return correct
+    if correct != "auto":
+        raise SettingError(f'correct is True, False or "auto"; found {correct!r}.')
+    return "auto"
 
 
 def refuse_frozen(model: nn.Module, units: list[Unit]) -> None:

@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from upop.pruning.moments import PARTS, Moments, readers
+from upop.pruning.least_squares import PARTS, ReaderInputs, Rows, Squares, precision
+from upop.pruning.moments import Correct, Moments, readers
 from upop.pruning.scores import accumulator
-from upop.pruning.sharded import is_sharded_tensor, many_processes
+from upop.pruning.sharded import is_sharded_tensor
 from upop.pruning.units import Unit
 
 RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
@@ -46,35 +47,42 @@ class Choice:
 
 
 def correct_readers(
-    moments: Moments, model: nn.Module, units: Iterable[Unit], live: Mapping[str, Tensor], gone: Mapping[str, Tensor]
+    moments: Moments,
+    model: nn.Module,
+    units: Iterable[Unit],
+    live: Mapping[str, Tensor],
+    gone: Mapping[str, Tensor],
+    correct: Correct = "auto",
+    ridge: float | None = None,
 ) -> dict[str, Choice]:
     """Correct the readers of units that lose `live` entries, by what all processes saw.
 
     Args:
-        moments: of their inputs.
-        model: masked, not cut; it may be sharded over processes. All of them call this at the same time.
-        units: of the model.
+        moments: it looked at the model.
+        model: masked or not, and not cut; it may be sharded over processes. All of them call this at the same time.
+        units: of the model, in forward order.
         live: per unit, [size], bool: what there is.
-        gone: per unit, [size], bool: what is masked from now on.
+        gone: per unit, [size], bool: what is to go.
+        correct: how much memory may be used; see `allowed_bytes`.
+        ridge: how strongly all changes are held to none; None decides it for each.
 
     Returns:
         What was decided for each unit that loses something and whose reader can be corrected.
     """
+    losing = [unit for unit in units if (gone[unit.name] & live[unit.name]).any() and readers(model, unit)]
     chosen: dict[str, Choice] = {}
-    for unit in units:
-        layers, lost = readers(model, unit), gone[unit.name] & live[unit.name]
-        if not layers or not lost.any():
-            continue
-        seen = moments.values.get(unit.name)
-        if seen is None:  # this process did not come by
-            weight, size = layers[0].weight, layers[0].in_features + 1
-            seen = torch.zeros(PARTS, size, size, dtype=accumulator(weight), device=weight.device)
-        if many_processes():
-            seen = seen.clone()
-            torch.distributed.all_reduce(seen)
-        change = Change(unit, (~gone[unit.name]).nonzero().flatten(), lost.nonzero().flatten(), seen)
-        chosen[unit.name] = change.apply(layers)
-    return chosen
+    for group, seen in moments.groups(model, losing, correct) if losing else ():
+        for unit in group:
+            layers = readers(model, unit)
+            weight = layers[0].weight
+            inputs = seen.pop(unit.name, None)  # None where this process did not come by
+            if inputs is None:
+                inputs = ReaderInputs(layers[0].in_features, accumulator(weight))
+            inputs.add_up(_held(weight).device)
+            lost = gone[unit.name] & live[unit.name]
+            kept = (~gone[unit.name]).nonzero().flatten()
+            chosen[unit.name] = Change(unit, kept, lost.nonzero().flatten(), inputs).apply(layers, ridge)
+    return {unit.name: chosen[unit.name] for unit in losing}
 
 
 class Change:
@@ -84,21 +92,21 @@ class Change:
         unit: not cut yet.
         kept: the entries that stay.
         lost: those that go and are missed.
-        moments: [PARTS, n + 1, n + 1]; see `Moments`.
+        inputs: what the reader is given.
     """
 
-    def __init__(self, unit: Unit, kept: Tensor, lost: Tensor, moments: Tensor) -> None:
+    def __init__(self, unit: Unit, kept: Tensor, lost: Tensor, inputs: ReaderInputs) -> None:
         self.columns, self._lost = (unit.online[-1].index(entries, unit.size) for entries in (kept, lost))
-        self._moments = moments.cpu() if moments.device.type == "mps" else moments
+        self._inputs = inputs
 
     def choose(self, layer: nn.Linear) -> Choice:
         """Decide how strongly the change of a layer that reads the unit is held to none."""
-        lost = self._weights(layer)
+        lost = self._weights(layer, accumulator(layer.weight))  # enough to choose by
         if lost.shape[1] > _OUTPUTS:  # sums with random signs have the outputs' sum of squares
             draws = torch.Generator().manual_seed(0)
             signs = torch.randint(2, (lost.shape[1], _OUTPUTS), generator=draws)
             lost = lost @ ((2 * signs - 1).to(lost) / math.sqrt(_OUTPUTS))
-        trial = _Trial(self._moments, *self._places(layer), lost, _meeting(layer.weight))
+        trial = _Trial([self._problem(layer, part, lost) for part in range(PARTS)], _meeting(layer.weight))
         if not bool((trial.nothing > 0).all()):
             return Choice(None)
         # A first guess, and then those beside the best one so far, as long as they are better.
@@ -113,11 +121,15 @@ class Change:
         return Choice(RIDGES[best], left[best]) if left[best] <= 1 - _LEAST else Choice(None)
 
     def solve(self, layer: nn.Linear, ridge: float) -> Tensor:
-        """Return what is added to the weights of `columns`, and to the bias, [columns (+ 1), outputs]; float64."""
-        columns, gone = self._places(layer)
-        moments = _precise(self._moments.sum(0).to(columns.device))
-        squares, shared = moments[columns][:, columns], moments[columns][:, gone] @ self._weights(layer)
-        return _ridge(squares, shared, ridge, len(self.columns))
+        """Return what is added to the weights of `columns`, and to the bias, [columns (+ 1), outputs].
+
+        It is computed in float32 where that is as good, else in float64.
+        """
+        kind = precision(len(self.columns), ridge, layer.weight.dtype)
+        found = self._problem(layer, None, self._weights(layer, kind)).solve(ridge)
+        if kind == torch.float64 or bool(found.isfinite().all()):
+            return found
+        return self._problem(layer, None, self._weights(layer, torch.float64)).solve(ridge)
 
     @torch.no_grad()
     def apply(self, layers: list[nn.Linear], ridge: float | None = None) -> Choice:
@@ -127,7 +139,7 @@ class Change:
 
         Args:
             layers: the reader, and its momentum copies.
-            ridge: None decides by the moments.
+            ridge: None decides by what was seen.
         """
         layers = [layer for layer in layers if _by_outputs(layer.weight)]
         if not layers:
@@ -147,18 +159,15 @@ class Change:
                 _held(layer.bias).add_(change[-1].to(held))
         return choice
 
-    def _weights(self, layer: nn.Linear) -> Tensor:
-        """Return the weights of what goes, [lost, outputs]; float64."""
-        weight = _precise(_held(layer.weight))
-        return weight[:, self._lost.to(weight.device)].t()
+    def _weights(self, layer: nn.Linear, kind: torch.dtype) -> Tensor:
+        """Return the weights of what goes, [lost, outputs], in a precision and on a device that has it."""
+        weight = _held(layer.weight)
+        weight = weight.cpu() if weight.device.type == "mps" else weight
+        return weight[:, self._lost.to(weight.device)].t().to(kind)
 
-    def _places(self, layer: nn.Linear) -> tuple[Tensor, Tensor]:
-        """Return where the moments of what stays (with the 1 of the bias, if there is one) and of what goes lie."""
-        device = _precise(_held(layer.weight)[:0]).device
-        columns = self.columns.to(device)
-        if layer.bias is not None:
-            columns = torch.cat([columns, columns.new_tensor([self._moments.shape[-1] - 1])])
-        return columns, self._lost.to(device)
+    def _problem(self, layer: nn.Linear, part: int | None, lost: Tensor) -> Squares | Rows:
+        kept, gone = (places.to(lost.device) for places in (self.columns, self._lost))
+        return self._inputs.problem(part, kept, gone, lost, bias=layer.bias is not None)
 
 
 class _Trial:
@@ -168,26 +177,16 @@ class _Trial:
         nothing: squares of what is lost without a change, [PARTS].
     """
 
-    def __init__(self, moments: Tensor, columns: Tensor, gone: Tensor, lost: Tensor, meeting: str | None) -> None:
-        self._inputs = int((columns < moments.shape[-1] - 1).sum())
-        self._meeting = meeting
-        kind = torch.float64 if moments.dtype == torch.float64 else torch.float32  # enough to choose by
-        lost = lost.to(kind)
-        self._squares, self._shared, self.nothing = [], [], lost.new_zeros(PARTS)
-        for part, seen in enumerate(moments.to(lost.device, kind)):
-            ours = seen[columns]
-            self._squares.append(ours[:, columns])
-            self._shared.append(ours[:, gone] @ lost)
-            self.nothing[part] = (lost * (seen[gone][:, gone] @ lost)).sum()
-        self.nothing = self._sum(self.nothing)
+    def __init__(self, problems: list[Squares | Rows], meeting: str | None) -> None:
+        self._problems, self._meeting = problems, meeting
+        self.nothing = self._sum(torch.stack([each.nothing for each in problems]))
 
     def left(self, ridge: float) -> float:
         """Return the share of the squares that is left; inf where a part is no better off than without a change."""
-        found = torch.empty_like(self.nothing)
-        for part, other in enumerate(reversed(range(PARTS))):
-            change = _ridge(self._squares[other], self._shared[other], ridge, self._inputs)
-            found[part] = (change * (self._squares[part] @ change - 2 * self._shared[part])).sum()
-        found = self._sum(found)
+        gains = [
+            ours.gain(other.solve(ridge)) for ours, other in zip(self._problems, self._problems[::-1], strict=True)
+        ]
+        found = self._sum(torch.stack(gains))
         return 1 + float(found.sum() / self.nothing.sum()) if bool((found < 0).all()) else math.inf
 
     def _sum(self, values: Tensor) -> Tensor:
@@ -197,22 +196,6 @@ class _Trial:
         together = values.to(self._meeting)
         torch.distributed.all_reduce(together)
         return together.to(values.device)
-
-
-def _ridge(squares: Tensor, shared: Tensor, ridge: float, inputs: int) -> Tensor:
-    """Return the D that minimises `sum |x_lost lost - x D|^2 + r |D|^2`, NaN where it is not determined.
-
-    Args:
-        squares: the sum of `x x^T`, [n, n].
-        shared: that of `x (x_lost lost)^T`, [n, outputs].
-        ridge: r as a share of the mean square of an input; what comes after `inputs` is free (the bias).
-        inputs: how many of the n are held.
-    """
-    held = torch.zeros_like(squares.diagonal())
-    held[:inputs] = ridge * squares.diagonal()[:inputs].mean().clamp_min(torch.finfo(torch.float32).tiny)
-    factor, failed = torch.linalg.cholesky_ex(squares + held.diag())
-    found = torch.cholesky_solve(shared, factor)
-    return torch.where(failed == 0, found, torch.nan)
 
 
 def _by_outputs(weight: Tensor) -> bool:
@@ -230,8 +213,3 @@ def _held(tensor: Tensor) -> Tensor:
     """Return what this process holds of a tensor: all of it, if it is not sharded."""
     local: Tensor = tensor.detach()
     return local.to_local() if is_sharded_tensor(local) else local  # type: ignore[attr-defined]
-
-
-def _precise(tensor: Tensor) -> Tensor:
-    """Return a tensor in float64; on the CPU where its device has no such numbers."""
-    return (tensor.cpu() if tensor.device.type == "mps" else tensor.detach()).double()

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 
 from upop.pruning.again import autocast, precision_now, random_numbers_kept, repeated
+from upop.pruning.choice import check_whole
 from upop.pruning.errors import LayoutError, SettingError, StepError, some_of
 from upop.pruning.known import know_as
 from upop.pruning.masks import unwrapped
@@ -31,7 +32,13 @@ _HIGHEST = 1e4
 
 
 def distill(
-    model: nn.Module, teacher: nn.Module, *, features: float = 5.0, logits: float = 0.0, temperature: float = 2.0
+    model: nn.Module,
+    teacher: nn.Module,
+    *,
+    features: float = 5.0,
+    logits: float = 0.0,
+    temperature: float = 2.0,
+    layers: int = 1,
 ) -> Distillation:
     """Have `teacher` see every batch that `model` is trained on, and say how far `model` is from it.
 
@@ -42,7 +49,8 @@ def distill(
     It helps most where training is short and data few; where the loss says enough by itself it may add nothing. It
     costs one forward pass of the dense model at every step, about half again the time of a step, and the memory of its
     weights and of what its norms give (in the precision they compute in, until the backward pass: two outputs of
-    [B, T, width] per layer of a transformer), but none for gradients or an optimizer.
+    [B, T, width] per layer of a transformer; fewer with `layers`), but none for gradients or an optimizer. It computes
+    in the model's precision: a teacher in a wider one is converted.
 
     What is compared are the outputs of the norms on the residual stream: of all of them that the loss depends on, by
     mean square, sample by sample, as a share of the teacher's. The teacher runs after each forward pass of `model` that
@@ -63,14 +71,16 @@ def distill(
             temperature. The model returns them as a tensor, or as `.logits`; classes lie along the last axis, or along
             axis 1 of maps [B, classes, H, W].
         temperature: what logits are divided by.
+        layers: only every so many-th norm is compared, the last one among them; 1 is all of them.
 
     Raises:
-        SettingError: a weight or the temperature is out of range, or the teacher shares weights with the model.
+        SettingError: a setting is out of range, or the teacher shares weights with the model.
         LayoutError: the teacher is of another architecture, or has no norms on its residual stream.
     """
     check_model(model, "distill()")
     check_model(teacher, "distill(), for its teacher,")
-    return Distillation(model, teacher, features=features, logits=logits, temperature=temperature)
+    check_whole("layers", layers)
+    return Distillation(model, teacher, features=features, logits=logits, temperature=temperature, layers=layers)
 
 
 class Distillation:
@@ -82,7 +92,7 @@ class Distillation:
     """
 
     def __init__(
-        self, model: nn.Module, teacher: nn.Module, *, features: float, logits: float, temperature: float
+        self, model: nn.Module, teacher: nn.Module, *, features: float, logits: float, temperature: float, layers: int
     ) -> None:
         if not (features >= 0 and logits >= 0 and features + logits > 0):
             raise SettingError(
@@ -95,7 +105,7 @@ class Distillation:
         _refuse_shared_weights(self._model, self.teacher)
         know_as(self.teacher, self._model)
         self._features, self._logits, self._temperature = features, logits, temperature
-        self.norms: tuple[str, ...] = tuple(_residual_norms(self.teacher))
+        self.norms: tuple[str, ...] = tuple(_residual_norms(self.teacher))[::-1][::layers][::-1]
         _refuse_other_architecture(self._model, self.teacher, self.norms)
         self.teacher.eval().requires_grad_(False)
         self._running = self._teaching = False
@@ -175,6 +185,8 @@ class Distillation:
         device = next(module.parameters()).device
         if next(self.teacher.parameters()).device != device:
             self.teacher.to(device)
+        if not self._passes:
+            _narrow(self.teacher, self._model)
         args, kwargs = repeated(self._model, args, kwargs, self.teacher)
         self._masks = [value for key, value in _named(self.teacher, args, kwargs) if _may_mask(key, value)]
         self._teaching = True
@@ -292,6 +304,15 @@ class _Hook:
 def _drop(distillation: Distillation | None, number: int) -> None:
     if distillation is not None:
         distillation._pending.pop(number, None)
+
+
+def _narrow(teacher: nn.Module, model: nn.Module) -> None:
+    """Convert what a teacher has in a wider precision than the model has it."""
+    own = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    for name, tensor in (*teacher.named_parameters(), *teacher.named_buffers()):
+        like = own.get(name)
+        if like is not None and tensor.is_floating_point() and tensor.itemsize > like.itemsize:
+            tensor.data = tensor.data.to(like.dtype)
 
 
 def _residual_norms(teacher: nn.Module) -> Iterator[str]:

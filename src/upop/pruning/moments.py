@@ -1,40 +1,42 @@
-"""What the layers that read a unit are given: second moments, of two parts of what a model saw, kept apart.
+"""What the layers that read a unit are given, in two parts of what a model saw, kept apart.
 
 Tokens of a sequence resemble each other, so what holds for some of them says little of others. Whole batches go to one
 part or the other, and each part tells how well what was learnt from the other does.
+
+Between steps nothing is held but what the model was given in the last ones, and which tokens mattered to the loss. When
+layers are to be corrected the model runs again on these, as often as it takes to hold no more at once than is allowed.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.hooks import RemovableHandle
 
-from upop.pruning.again import (
-    AsWritten,
-    autocast,
-    buffers_kept,
-    is_transformed,
-    precision_now,
-    random_numbers_kept,
-    repeated,
-    uncompiled,
-)
+from upop.pruning.again import AsWritten, buffers_kept, is_transformed, random_numbers_kept, repeated, uncompiled
 from upop.pruning.costs import evaluating
 from upop.pruning.errors import StepError
+from upop.pruning.least_squares import PARTS, ReaderInputs, moments_bytes
+from upop.pruning.passes import Pass, device_of, logs_of, noting, squares_of
+from upop.pruning.scores import accumulator
 from upop.pruning.sharded import many_processes, reshard
 from upop.pruning.units import Unit, owner_of
 
-PARTS = 2
+LOOKS = 4
+"""Most steps, the last ones, that are looked at."""
 _TOKENS = 8192
 """Most tokens of a forward pass that are looked at, at even distances."""
+_ENOUGH = 4
+"""Times as many tokens as a layer has inputs: with so many, of two steps, earlier steps are let go."""
+_SHARE, _SMALL = 4, 2**28
+"""One in so many bytes of the weights may be held for the correction, and so many bytes where that is more."""
+
+Correct = bool | Literal["auto"]
 
 
 def readers(model: nn.Module, unit: Unit) -> list[nn.Linear]:
@@ -46,29 +48,41 @@ def readers(model: nn.Module, unit: Unit) -> list[nn.Linear]:
     return [each for each in modules if isinstance(each, nn.Linear)] if plain else []
 
 
-class Moments:
-    """Second moments of what the readers of some units are given, without padding and, where asked, without drop-out.
+def allowed_bytes(model: nn.Module, correct: Correct) -> float:
+    """Return what may be held on the model's device for its correction: without limit if `correct` is True.
 
-    Tokens that the loss does not depend on (padding, all but the class token in a last layer) are left out. Forward
-    passes without gradients are not looked at.
+    With "auto" it is a quarter of the weights' bytes; on the CPU, where that is less, 256 MiB.
+    """
+    if correct is True:
+        return float("inf")
+    weights = sum(each.nbytes for each in model.parameters())
+    device = next(model.parameters()).device
+    return max(weights // _SHARE, _SMALL if device.type == "cpu" else 0)
+
+
+class Moments:
+    """Looks at forward passes, and tells what the readers of some units are given in them.
+
+    Tokens that the loss does not depend on (padding, all but the class token in a last layer) count nothing. Forward
+    passes without gradients are not looked at. Those with gradients only tell which tokens matter; what readers are
+    given is seen when the model runs again, in evaluation mode.
 
     Args:
-        again: the model trains, with drop-out and the like: its forward pass only tells which tokens matter, and
-            `look_again` takes the moments from a second pass in evaluation mode. Otherwise they are taken at once.
+        at_once: what readers are given is seen in the pass itself, for a model in evaluation mode: there must be room
+            for all of it.
+        alone: there is one step, or batch, in all: half of its samples belong to each part. Otherwise whole ones do.
 
     Attributes:
-        values: unit's name -> the sums of `x x^T`, with a 1 behind each x, [PARTS, n + 1, n + 1]; float64 where x is,
-            else float32. Tokens whose outputs are larger than usual count for so much less.
         sizes: unit's name -> the sum of logarithms of the squares of its reader's outputs, over the tokens that were
-            seen first, and how many they were, [2]: what is usual.
-        part: which part the next batch belongs to; None gives half of its samples to each.
+            seen first, and how many they were, [2]: tokens whose outputs are larger than usual count for less.
+        step: number of the step, or batch, that the next passes belong to.
     """
 
-    def __init__(self, *, again: bool = False) -> None:
-        self.values: dict[str, Tensor] = {}
+    def __init__(self, *, at_once: bool = False, alone: bool = False) -> None:
         self.sizes: dict[str, Tensor] = {}
-        self.part: int | None = None
-        self._again = again
+        self.step = 0
+        self._at_once, self._alone = at_once, alone
+        self._seen: dict[str, ReaderInputs] = {}
         self._hooks: dict[str, RemovableHandle] = {}
         self._root: list[RemovableHandle] = []
         self._unhook: Callable[[], Any] = lambda: None
@@ -76,14 +90,14 @@ class Moments:
         self._leave: Callable[[], Any] = lambda: None
         self._touched = False  # whether any hook was called since the last step
         self._passed_by = False  # whether code that was compiled elsewhere ran the model without its hooks
-        self._passes: list[_Pass] = []
-        self._running = self._clean = self._sizing = False
-        self._agreed = False  # whether the processes know how large outputs are
-        self._calls: dict[str, list[Tensor | None]] = {}  # by unit, which rows of each call matter to the loss
-        self._unhooked: dict[str, list[int]] = {}  # calls that a checkpoint made without gradients
-        self._counts: dict[str, int] = {}  # by unit, calls of a second pass so far
+        self._passes: list[Pass] = []
+        self._running = False
+        self._widths: dict[str, int] = {}
+        self._unhooked: dict[str, list[tuple[Pass, str, int]]] = {}  # calls that a checkpoint made without gradients
 
-    def watch(self, model: nn.Module, units: Iterable[Unit], wrapper: nn.Module | None = None) -> None:
+    def watch(
+        self, model: nn.Module, units: Iterable[Unit], wrapper: nn.Module | None = None, *, told: bool = False
+    ) -> None:
         """Look at forward passes from now on, at what the readers of `units` are given, and at nothing else.
 
         As long as anything is looked at, the model runs as it was written where it, or a part of it, was compiled.
@@ -93,14 +107,16 @@ class Moments:
             model: the model.
             units: whose readers are looked at.
             wrapper: what is called in place of the model, if anything is.
+            told: `expect` and `end` tell of passes, and calls of the model do not.
         """
         wanted = {unit.name: layers[0] for unit in units if (layers := readers(model, unit))}
         if set(wanted) == set(self._hooks):
             return
         self.release()
         self._hooks = {name: layer.register_forward_hook(_Look(self, name)) for name, layer in wanted.items()}
+        self._widths = {name: layer.in_features for name, layer in wanted.items()}
         if self._hooks:
-            if self._again:
+            if not told:
                 self._root = [
                     model.register_forward_pre_hook(_Begin(self), with_kwargs=True),
                     model.register_forward_hook(_End(self)),
@@ -114,6 +130,13 @@ class Moments:
     def _look_into_all(self) -> None:
         uncompiled.enter()
         self._leave = weakref.finalize(self, uncompiled.leave)
+
+    def advance(self, step: int) -> None:
+        """Note which step the next passes belong to."""
+        if step != self.step and self._hooks and not self._touched and not self._passed_by:
+            self._passed_by = True  # by a wrapper, or a function, unknown to us
+            self._look_into_all()
+        self.step, self._touched = step, False
 
     @property
     def looks(self) -> bool:
@@ -131,45 +154,155 @@ class Moments:
             self._as_written = None
         self._leave()
 
-    def resume(self, values: Mapping[str, Tensor], sizes: Mapping[str, Tensor]) -> None:
-        """Go on from what was kept of earlier passes."""
-        self.values = {name: value.clone() for name, value in values.items()}
-        self.sizes = {name: value.clone() for name, value in sizes.items()}
-        self._agreed = bool(sizes)
-
-    def forget(self) -> None:
-        """Forget the forward passes since the last step, but not the moments."""
-        self._passes.clear()
-        self._calls.clear()
+    def forget(self, step: int | None = None) -> None:
+        """Forget the forward passes, all of them or those of a step."""
+        self._passes = [each for each in self._passes if step is not None and each.step != step]
         self._unhooked.clear()
-        self._running = self._touched = False
+        self._running = False
 
-    @torch.no_grad()
-    def look_again(self, model: nn.Module) -> None:
-        """Take the moments of the forward passes since the last call, in evaluation mode; buffers stay as they are.
+    def begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Note what the model is given, if it is to learn from it."""
+        self._running = torch.is_grad_enabled() and not is_transformed()
+        if self._running:
+            self.expect(model, *args, **kwargs)
+
+    def expect(self, model: nn.Module, *args: Any, function: Callable[..., Any] | None = None, **kwargs: Any) -> None:
+        """Note a forward pass that begins, of the model or of what is run in its place, and let go of what is too old.
+
+        Args:
+            model: that runs.
+            args: what it is given.
+            function: (model, *args), which runs it.
+            kwargs: by name.
+        """
+        self._running = True
+        if self._root and not many_processes():
+            self._trim()
+        self._passes.append(Pass.of(model, args, kwargs, self.step, function))
+
+    def end(self, model: nn.Module | None = None) -> None:
+        """Note that the pass ends, and how the model chose at random in it, if it tells."""
+        if self._running and model is not None:
+            last = self._passes[-1]
+            last.args, last.kwargs = repeated(model, last.args, last.kwargs)
+            last.note_versions()
+        self._running = False
+
+    def _trim(self, many: bool = False) -> None:
+        """Let go of steps that are too old, or that later ones, two at least, make needless.
+
+        Args:
+            many: add up the tokens of all processes, which call this at the same time.
+        """
+        self._passes = [each for each in self._passes if each.step > self.step - LOOKS]
+        steps = sorted({each.step for each in self._passes})
+        tokens = torch.zeros(len(steps), len(self._widths), dtype=torch.long)
+        for each in self._passes:
+            tokens[steps.index(each.step)] += torch.tensor([each.tokens(name) for name in self._widths])
+        if many:
+            device = self._passes[0].home if self._passes else torch.device("cpu")
+            together = tokens.to(device)
+            torch.distributed.all_reduce(together)
+            tokens = together.cpu()
+        needed = _ENOUGH * torch.tensor(list(self._widths.values()))
+        seen = tokens.sum(0) > 0
+        for place in range(len(steps) - PARTS):
+            if bool((tokens[place + 1 :].sum(0) >= needed)[seen].all()):
+                self._passes = [each for each in self._passes if each.step > steps[place]]
+
+    def see(self, name: str, inputs: Tensor, output: Tensor) -> None:
+        """See one call of a reader."""
+        self._touched = True
+        if self._at_once:
+            if output.requires_grad:
+                self._see_now(name, inputs, output)
+        elif self._running:
+            calls = self._passes[-1].calls.setdefault(name, [])
+            calls.append(None)
+            if output.requires_grad:
+                output.register_hook(noting(self._passes[-1], name, len(calls) - 1, squares_of(output)))
+            else:
+                self._unhooked.setdefault(name, []).append((self._passes[-1], name, len(calls) - 1))
+        elif output.requires_grad and self._unhooked.get(name):  # a checkpoint computes it again, the last call first
+            output.register_hook(noting(*self._unhooked[name].pop(), squares_of(output)))
+
+    def groups(
+        self, model: nn.Module, units: list[Unit], correct: Correct
+    ) -> Iterator[tuple[list[Unit], dict[str, ReaderInputs]]]:
+        """Yield what the readers of units are given, of as many units at a time as memory is allowed for.
+
+        The last ones come first: what is done about them changes nothing of what the others are given.
+
+        Args:
+            model: that was looked at.
+            units: those that are asked for, in forward order.
+            correct: see `allowed_bytes`.
 
         Raises:
             StepError: the model does not take in evaluation mode what it took in training.
         """
-        if self._hooks and not self._touched and not self._passed_by:  # by a wrapper, or a function, unknown to us
-            self._passed_by = True
-            self._look_into_all()
-        passes = self._passes.copy()
-        self._sizing = bool(passes) and not self._agreed
-        device = next(model.parameters()).device
-        self._clean = True
+        if self._at_once:
+            yield units[::-1], self._seen
+            return
+        if self._root:
+            self._trim(many_processes())
+        self._agree(model)
+        device, allowed = device_of(model), allowed_bytes(model, correct)
+        sizes = {unit.name: self._bytes(model, unit) for unit in units}
+        # On other devices one layer is seen at a time, and the rest waits on the CPU.
+        home = torch.device("cpu") if device.type not in ("cpu", "meta") and sum(sizes.values()) > allowed else None
+        group: list[Unit] = []
+        for unit in units[::-1]:
+            if group and home is None and sum(sizes[each.name] for each in (*group, unit)) > allowed:
+                yield group, self._look(model, group, home)
+                group = []
+            group.append(unit)
+        if group:
+            yield group, self._look(model, group, home)
+
+    def _bytes(self, model: nn.Module, unit: Unit) -> int:
+        """Return what is held of a unit."""
+        weight = readers(model, unit)[0].weight
+        most = moments_bytes(weight.shape[1], accumulator(weight))
+        if many_processes():  # all of them see the same groups, however many tokens each has
+            return most
+        tokens = sum(each.tokens(unit.name) for each in self._passes)
+        return min(most, tokens * weight.shape[1] * weight.itemsize)
+
+    @torch.no_grad()
+    def _look(self, model: nn.Module, units: list[Unit], home: torch.device | None) -> dict[str, ReaderInputs]:
+        """Run the passes again in evaluation mode, and return what the readers of units are given; buffers stay."""
+        found: dict[str, ReaderInputs] = {}
+        held = [each for each in self._passes if each.is_whole]
+        steps = sorted({each.step for each in held})
+        now: list[tuple[Pass, dict[str, int]]] = []
+
+        def see(name: str, inputs: Tensor, output: Tensor) -> None:
+            each, counts = now[-1]
+            number = counts[name] = counts.get(name, -1) + 1
+            calls = each.calls.get(name, [])
+            matter = calls[number] if number < len(calls) else None
+            if matter is None or matter.numel() != inputs.numel() // inputs.shape[-1]:
+                return
+            if name not in found:
+                found[name] = ReaderInputs(inputs.shape[-1], accumulator(inputs), home)
+            part = None if self._alone else steps.index(each.step) % PARTS
+            self._add(found[name], name, inputs, matter.to(inputs.device), squares_of(output), part)
+
+        hooks = [
+            layer.register_forward_hook(lambda _, args, output, name=unit.name: see(name, args[0], output))
+            for unit in units
+            for layer in readers(model, unit)[:1]
+        ]
         # torch's own encoder has kernels for evaluation that pass by its layers, and by whoever looks at them.
         fast = torch.backends.mha.get_fastpath_enabled()
         torch.backends.mha.set_fastpath_enabled(False)
         try:
-            with buffers_kept(model) if passes else nullcontext():
-                for _ in range(2 if self._sizing else 1):
-                    self._counts = {}
-                    for each in passes:
-                        with evaluating(model), random_numbers_kept(device), autocast(device, each.precision):
-                            model(*each.args, **each.kwargs)
-                    if self._sizing:
-                        self._agree(device)
+            with buffers_kept(model) if held else nullcontext():
+                for each in held:
+                    now.append((each, {}))
+                    with evaluating(model), random_numbers_kept(device_of(model)):
+                        each.run(model)
         except Exception as error:
             raise StepError(
                 f"The correction looks at {type(model).__name__} in evaluation mode, where its forward pass failed on "
@@ -177,137 +310,78 @@ class Moments:
                 "Pruner(correct=False)."
             ) from error
         finally:
+            for hook in hooks:
+                hook.remove()
             torch.backends.mha.set_fastpath_enabled(fast)
-            self._clean = self._sizing = False
-            self.forget()
-            if passes:
+            if held:
                 reshard(model)
+        return found
 
-    def _agree(self, device: torch.device) -> None:
-        """Add up over all processes how large outputs are."""
-        self._sizing, self._agreed = False, True
-        names = list(self._hooks)
-        nothing = torch.zeros(2, dtype=torch.float64 if device.type != "mps" else torch.float32, device=device)
+    def _agree(self, model: nn.Module) -> None:
+        """Decide once what outputs are usually like, by what all processes saw first."""
+        if self.sizes:
+            return
+        nothing = torch.zeros(2, dtype=torch.float64, device="cpu")
+        first = [each.logs for each in self._passes if each.step == self._passes[0].step]
+        logs = [[each[name].to(nothing) for each in first if name in each] for name in self._hooks]
+        sums = torch.stack([sum(each, nothing) for each in logs])
         if many_processes():
-            sums = torch.stack([self.sizes.get(name, nothing).to(nothing) for name in names])
+            device = device_of(model)
+            sums = sums.to(device, torch.float32 if device.type == "mps" else None)
             torch.distributed.all_reduce(sums)
-            self.sizes = {name: row for name, row in zip(names, sums, strict=True) if row[1] > 0}
+        self.sizes = {name: row for name, row in zip(self._hooks, sums.cpu(), strict=True) if row[1] > 0}
 
-    def add(self, name: str, inputs: Tensor, counts: Tensor, squares: Tensor) -> None:
-        """Add what the reader of a unit was given, [..., n].
+    def _add(
+        self, found: ReaderInputs, name: str, inputs: Tensor, counts: Tensor, squares: Tensor, part: int | None
+    ) -> None:
+        """Add what the reader of a unit was given.
 
         Args:
+            found: to which.
             name: of the unit.
             inputs: [..., n].
-            counts: where rows are not padding, bool, [rows].
+            counts: which rows matter, bool, [rows].
             squares: sum of squares of the reader's outputs, [rows].
+            part: of the two; None gives half of the samples to each.
         """
-        for held in (self.values, self.sizes):  # a search may be resumed on another device
-            if name in held:
-                held[name] = held[name].to(inputs.device)
-        if self._sizing or name not in self.sizes:
-            logs = squares.clamp_min(torch.finfo(squares.dtype).tiny).log() * counts
-            size = torch.stack([logs.sum(), counts.sum()])
-            self.sizes[name] = self.sizes[name] + size if name in self.sizes else size
-        if self._sizing:
-            return
-        total, number = self.sizes[name]
+        if name not in self.sizes:
+            self.sizes[name] = logs_of(squares, counts)
+        total, number = self.sizes[name].to(inputs.device)
         # Some tokens are thousands of times as large as others and say as little: no token counts more for being large.
         weights = counts * ((total / number.clamp_min(1)).exp() / squares).clamp_max(1).nan_to_num(0.0)
         rows = inputs.detach().flatten(0, -2)
         apart = -(-len(rows) // _TOKENS)
-        parts = self._parts(inputs)[::apart]
-        rows, weights = rows[::apart], weights[::apart]
-        rows = rows if rows.dtype == torch.float64 else rows.float()
-        rows = torch.cat([rows, rows.new_ones(len(rows), 1)], dim=1)
-        if name not in self.values:
-            self.values[name] = rows.new_zeros(PARTS, rows.shape[1], rows.shape[1])
-        for part in range(PARTS) if self.part is None else [self.part]:
-            # Weighed, not picked: picking waits for the device.
-            product = rows.t() @ (rows * (weights * (parts == part)).to(rows).unsqueeze(1))
-            self.values[name][part] += torch.where(product.isfinite().all(), product, 0.0)
-
-    def _parts(self, inputs: Tensor) -> Tensor:
-        """Return the part of every row."""
-        count = inputs.numel() // inputs.shape[-1]
-        if self.part is not None:
-            return torch.full((count,), self.part, device=inputs.device)
-        first = -(-len(inputs) // PARTS) * (count // len(inputs))  # rows of the first samples
-        return torch.arange(count, device=inputs.device) // first
-
-    def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Note what the model is given, if it is to learn from it."""
-        self._running = torch.is_grad_enabled() and not self._clean and not is_transformed()
-        if self._running:
-            args, kwargs = tree_map(
-                lambda value: value.detach() if isinstance(value, Tensor) else value, (args, kwargs)
-            )
-            kinds = [value.device.type for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
-            self._passes.append(_Pass(args, kwargs, precision_now(kinds[0]) if kinds else None))
-
-    def end(self, model: nn.Module) -> None:
-        """Note how the model chose at random in the pass that ends, if it tells."""
-        if self._running:
-            last = self._passes[-1]
-            last.args, last.kwargs = repeated(model, last.args, last.kwargs)
-        self._running = False
-
-    def see(self, name: str, inputs: Tensor, output: Tensor) -> None:
-        """See one call of a reader."""
-        self._touched = True
-        if self._clean:
-            number = self._counts.get(name, 0)
-            self._counts[name] = number + 1
-            calls = self._calls.get(name, [])
-            counts = calls[number] if number < len(calls) else None
-            if counts is not None and counts.numel() == inputs.numel() // inputs.shape[-1]:
-                self.add(name, inputs, counts, _squares(output))
-        elif not self._again:
-            if output.requires_grad:
-                self._see_now(name, inputs, output)
-        elif self._running:
-            calls = self._calls.setdefault(name, [])
-            calls.append(None)
-            if output.requires_grad:
-                output.register_hook(self._noting(name, len(calls) - 1))
-            else:
-                self._unhooked.setdefault(name, []).append(len(calls) - 1)
-        elif output.requires_grad and self._unhooked.get(name):  # a checkpoint computes it again, the last call first
-            output.register_hook(self._noting(name, self._unhooked[name].pop()))
-
-    def _noting(self, name: str, number: int) -> Callable[[Tensor], None]:
-        calls = self._calls[name]
-
-        def note(gradient: Tensor) -> None:
-            calls[number] = (gradient != 0).any(-1).flatten()
-
-        return note
+        first = -(-len(inputs) // PARTS) * (len(rows) // len(inputs))  # rows of the first samples
+        ends = [(0, first, 0), (first, len(rows), 1)] if part is None else [(0, len(rows), part)]
+        for begin, end, which in ends:
+            if begin < end:
+                found.add(rows[begin:end:apart], weights[begin:end:apart], which)
 
     def _see_now(self, name: str, inputs: Tensor, output: Tensor) -> None:
         # Saved as autograd saves tensors, so that checkpointing keeps none of them, and offloading works.
         held = _Held.apply(inputs.detach(), torch.empty((), requires_grad=True))
-        squares = _squares(output)
+        squares, part = squares_of(output), None if self._alone else self.step % PARTS
 
         def look(gradient: Tensor) -> None:
             (saved,) = held.grad_fn.saved_tensors
-            self.add(name, saved, (gradient != 0).any(-1).flatten(), squares)
+            if name not in self._seen:
+                self._seen[name] = ReaderInputs(saved.shape[-1], accumulator(saved))
+            self._add(self._seen[name], name, saved, (gradient != 0).any(-1).flatten(), squares, part)
 
         output.register_hook(look)
 
+    def state(self) -> dict[str, Any]:
+        """Return what is held between steps, in plain tensors, numbers and containers alone.
 
-def _squares(outputs: Tensor) -> Tensor:
-    """Return the sum of squares of every row of outputs, [rows]; float64 where they are, else float32."""
-    outputs = outputs.detach().flatten(0, -2)
-    return (outputs if outputs.dtype == torch.float64 else outputs.float()).square().sum(1)
+        A pass whose arguments are more than that is left out: what is resumed does without it.
+        """
+        found = [state for each in self._passes if (state := each.state()) is not None]
+        return {"passes": found, "sizes": {name: value.clone() for name, value in self.sizes.items()}}
 
-
-@dataclass
-class _Pass:
-    """A forward pass: what the model was given, and the precision of autocast."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    precision: tuple[str, torch.dtype] | None
+    def resume(self, state: Mapping[str, Any]) -> None:
+        """Go on from a state."""
+        self.sizes = {name: value.clone() for name, value in state["sizes"].items()}
+        self._passes = [Pass.from_state(each) for each in state["passes"]]
 
 
 def _remove(hooks: list[RemovableHandle]) -> None:
@@ -346,10 +420,9 @@ class _Begin(_Hook):
     """The hook before the model's forward pass."""
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        del module
         moments = self._told()
         if moments is not None:
-            moments.begin(args, kwargs)
+            moments.begin(module, args, kwargs)
 
 
 class _End(_Hook):

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from upop.pruning import budget
 from upop.pruning.align import Align, check_align
 from upop.pruning.carried import record_cut, refuse_unrecordable
-from upop.pruning.choice import check_whole
+from upop.pruning.choice import check_correct, check_whole
 from upop.pruning.correction import Choice, correct_readers
 from upop.pruning.costs import Cost
 from upop.pruning.errors import SettingError, StepError
 from upop.pruning.goal import Goal
-from upop.pruning.moments import PARTS
+from upop.pruning.moments import LOOKS, Correct
 from upop.pruning.plan import Plan
 from upop.pruning.scores import Score, agreed, scoring
 from upop.pruning.searched import Searched
@@ -34,8 +34,6 @@ Progress = Literal["stages", "soft"]
 _STAGES = 8
 _INTERVAL = 50
 """Between updates of a soft search."""
-_LOOKS = 4
-"""Most steps of a stage, its last ones, that the correction looks at."""
 
 
 class Pruner(Searched):
@@ -67,9 +65,12 @@ class Pruner(Searched):
             "soft", the published search: masks fall from 1 to 0 all the time, and entries may come back. It is the
             default with cost="reference" and with score="signed".
         correct: at every stage, the layers that read what goes are corrected by least squares, so that their outputs
-            change least, over the last four steps of this stage and of those before, run again in evaluation mode. How
-            much a layer changes follows from how well that does on samples that it was not made from: it stays as it
-            is where it would not help. It needs 2 n^2 numbers for n inputs, and a model that is called as a module.
+            change least, over as many of the last four steps as have four tokens for every input, run again in
+            evaluation mode. How much a layer changes follows from how well that does on samples that it was not made
+            from: it stays as it is where it would not help. The model must be called as a module. Between steps only
+            their inputs are held. At the end of a stage "auto" (default) holds at most a quarter of the weights' bytes
+            on the model's device: the rest waits on the CPU; there (256 MiB are always allowed) the model runs once
+            more for every few layers. True holds what all layers are given at once, at most 2 n^2 numbers for n inputs.
         include: names or patterns (`fnmatch`) of the units to prune; default all.
         exclude: names or patterns of units to leave alone.
         example: inputs for one forward pass, for cost="flops", and to read the units of a model with classes of one's
@@ -98,7 +99,7 @@ class Pruner(Searched):
         align: Align = 1,
         score: str | Score | None = None,
         progress: Progress | None = None,
-        correct: bool = True,
+        correct: Correct = "auto",
         include: str | Sequence[str] | None = None,
         exclude: str | Sequence[str] | None = None,
         example: Any = None,
@@ -126,7 +127,7 @@ class Pruner(Searched):
         self.steps, self.interval, self.update_first_step = steps, interval, update_first_step
         self.score = score or ("signed" if self.progress == "soft" else "absolute")
         self._scoring = scoring(self.score)
-        self._correct = correct and self.progress == "stages"
+        self._correct: Correct = check_correct(correct) if self.progress == "stages" else False
         self._choices: list[dict[str, Choice]] = []  # of the stages so far
         self._skipped = torch.zeros((), dtype=torch.long)
         self._stale = torch.zeros((), dtype=torch.bool)  # whether the scores are of a stage that has ended
@@ -181,8 +182,6 @@ class Pruner(Searched):
         rows = self._rows.of({name: (tensor_of(self.model, name), dim) for name, dim in producers.items()})
         added = {unit.name: self._entry_scores(unit, rows) for unit in self.units}
         self._rows.forget()
-        self._moments.part = self._done % PARTS if self.steps > 1 else None
-        self._moments.look_again(self.model)
         self._scored |= {name for name, value in added.items() if value is not None}
         if all(value is None for value in added.values()):
             raise StepError(
@@ -206,7 +205,7 @@ class Pruner(Searched):
         """Let a step pass without scores, where the training loop threw its gradients away."""
         self._check_running()
         self._rows.forget()
-        self._moments.forget()
+        self._moments.forget(self._done)
         self._skipped += 1
         self._advance()
 
@@ -279,8 +278,7 @@ class Pruner(Searched):
             "skipped_steps": self.skipped_steps,
             "threshold": self.threshold,
             "stale": bool(self._stale),
-            "moments": {name: value.clone() for name, value in self._moments.values.items()},
-            "sizes": {name: value.clone() for name, value in self._moments.sizes.items()},
+            "seen": self._moments.state(),
             "settings": self._settings(),
         }
 
@@ -293,7 +291,7 @@ class Pruner(Searched):
             "cost": self.cost if isinstance(self.cost, str) else "given",
             "score": self.score if isinstance(self.score, str) else "given",
             "progress": self.progress,
-            "correct": self._correct,
+            "correct": bool(self._correct),
             **({"uniform": self.uniform} if self.uniform else {}),
         }
 
@@ -321,10 +319,10 @@ class Pruner(Searched):
         self._skipped.fill_(int(state["skipped_steps"]))
         self.threshold = state.get("threshold")
         self._stale.fill_(state["stale"])
-        self._moments.resume(state["moments"], state["sizes"])
         if self.finished:
             self._rows.release()
         self._look()
+        self._moments.resume(state["seen"])
 
     def _entry_scores(self, unit: Unit, rows: Mapping[str, Tensor]) -> Tensor | None:
         given = [part.reduce(rows[part.tensor]) for part in unit.producers if part.tensor in rows]
@@ -345,6 +343,9 @@ class Pruner(Searched):
         if self.finished:  # nothing is scored any more, however long the cut is waited for
             self._rows.release()
 
+    def _is_one_step(self) -> bool:
+        return self.steps == 1
+
     def _watch(self) -> None:
         if not self.finished:
             super()._watch()
@@ -358,7 +359,8 @@ class Pruner(Searched):
 
     def _look(self) -> None:
         """Look at what the readers are given in the last steps of a stage, and at no other time."""
-        soon = any(self._due(step) for step in range(self._done, min(self._done + _LOOKS, self.steps)))
+        self._moments.advance(self._done)
+        soon = any(self._due(step) for step in range(self._done, min(self._done + LOOKS, self.steps)))
         watched = self.units if soon and self._attached and self._correct else []
         self._moments.watch(self.model, watched, self._wrapper())
 
@@ -369,7 +371,8 @@ class Pruner(Searched):
         part = (step + 1) / self.steps
         selection = self._goal.select(self.units, scores, self.costs, part, self.align, standardised=False)
         if self._correct:
-            self._choices.append(correct_readers(self._moments, self.model, self.units, live, selection.marked))
+            chosen = correct_readers(self._moments, self.model, self.units, live, selection.marked, self._correct)
+            self._choices.append(chosen)
             if step == self.steps - 1 >= _STAGES - 1:  # fewer are a trial
                 done = [choice.ridge is not None for stage in self._choices for choice in stage.values()]
                 warn_of_none(done, "Search over more steps, or with larger batches.", stacklevel=6)

@@ -166,9 +166,99 @@ class RowScores:
         self._taken[parameter] = _Taken(gradient, gradient._version, rows)
 
     def _compute(self, parameter: Tensor, gradient: Tensor, dim: int) -> Tensor:
-        weight, gradient = parameter.detach(), gradient.detach()
-        if weight.dim() == 1:
-            return self._function(weight.unsqueeze(1), gradient.unsqueeze(1))
-        if dim or weight.dim() > 2:
-            weight, gradient = (value.movedim(dim, 0).flatten(1) for value in (weight, gradient))
-        return self._function(weight, gradient)
+        return _computed(self._function, parameter, gradient, dim)
+
+
+class FreedRows:
+    """Computes the scores of parameters while a backward pass runs, and frees every gradient as soon as it is there.
+
+    So no more than the gradients of one layer are held at any time. Those of other parameters are not even computed,
+    unless the model recomputes in a way (`use_reentrant=True`) that torch cannot leave any out of.
+
+    Args:
+        function: (weight [rows, columns], gradient of the same shape) -> [rows].
+        parameters: name -> a parameter, and the dimension along which its rows lie.
+        others: all parameters that may get a gradient.
+    """
+
+    def __init__(self, function: Score, parameters: Mapping[str, tuple[Tensor, int]], others: Iterable[Tensor]) -> None:
+        self._function = function
+        self._wanted = {tensor: (name, dim) for name, (tensor, dim) in parameters.items()}
+        self._found: dict[str, Tensor] = {}
+        self._came: set[Tensor] = set()
+        self._in_parts: set[Tensor] = set()  # gradients that come in several parts in one pass
+        every = dict.fromkeys([*self._wanted, *others])
+        self._hooks = [each.register_post_accumulate_grad_hook(self._take) for each in every if each.requires_grad]
+
+    def of(self, loss: Callable[[], Tensor]) -> dict[str, Tensor]:
+        """Return the scores of those parameters that the loss depends on, [rows] each.
+
+        Args:
+            loss: computes it; more than once where gradients come in parts.
+        """
+        while True:
+            parts = len(self._in_parts)
+            self._found, self._came = {}, set()
+            value = loss()
+            if _is_checkpointed_whole(value):
+                value.backward()
+            else:
+                value.backward(inputs=[each for each in self._wanted if each.requires_grad])
+            del value
+            if len(self._in_parts) == parts:
+                break
+            self._forget()  # what was freed belongs to what came later: those are held to the end from now on
+        for parameter in self._in_parts:
+            if parameter.grad is not None:
+                self._score(parameter, parameter.grad)
+        self._forget()
+        return self._found
+
+    def release(self) -> None:
+        """Take no scores and free no gradients any more."""
+        for hook in self._hooks:
+            hook.remove()
+
+    def _forget(self) -> None:
+        for parameter in self._in_parts:
+            parameter.grad = None
+
+    @torch.no_grad()
+    def _take(self, parameter: Tensor) -> None:
+        if parameter.grad is None or parameter in self._in_parts:
+            return
+        if parameter in self._came and parameter in self._wanted:
+            self._in_parts.add(parameter)
+        self._came.add(parameter)
+        self._score(parameter, parameter.grad)
+        parameter.grad = None
+
+    @torch.no_grad()
+    def _score(self, parameter: Tensor, gradient: Tensor) -> None:
+        if parameter in self._wanted:
+            name, dim = self._wanted[parameter]
+            self._found[name] = _computed(self._function, parameter, gradient, dim)
+
+
+def _is_checkpointed_whole(value: Tensor) -> bool:
+    """Whether parts of what made a value are run again in a graph of their own, which alone has their weights."""
+    waiting, known = [value.grad_fn], {value.grad_fn}
+    while waiting:
+        node = waiting.pop()
+        if node is None:
+            continue
+        if node.name() == "CheckpointFunctionBackward":
+            return True
+        fresh = {each for each, _ in node.next_functions} - known
+        known |= fresh
+        waiting += fresh
+    return False
+
+
+def _computed(function: Score, parameter: Tensor, gradient: Tensor, dim: int) -> Tensor:
+    weight, gradient = parameter.detach(), gradient.detach()
+    if weight.dim() == 1:
+        return function(weight.unsqueeze(1), gradient.unsqueeze(1))
+    if dim or weight.dim() > 2:
+        weight, gradient = (value.movedim(dim, 0).flatten(1) for value in (weight, gradient))
+    return function(weight, gradient)

@@ -67,7 +67,7 @@ class Searched(ABC):
         self.cost, self.align, self._goal, self.uniform = cost, align, goal, uniform
         self._patterns, self._example, self._stated = patterns, example, stated
         self._rows = RowScores(scoring.rows)
-        self._moments = Moments(again=True)
+        self._moments = Moments(alone=self._is_one_step())
         self._attached = True
         self._units: list[Unit] | None = None
         self._resumed: Mapping[str, Any] | None = None  # a state that waits for the units
@@ -86,7 +86,7 @@ class Searched(ABC):
         finally:
             self._example = None
         if self._moments.looks:
-            self._moments.begin(*arguments)
+            self._moments.begin(self.model, *arguments)
         if self._resumed is not None:
             self.load_state_dict(self._resumed)
 
@@ -110,6 +110,10 @@ class Searched(ABC):
     @abstractmethod
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a saved state."""
+
+    @abstractmethod
+    def _is_one_step(self) -> bool:
+        """Whether the search has one step in all."""
 
     @abstractmethod
     def _look(self) -> None:

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from upop.pruning.again import snapshot
 from upop.pruning.carried import record_cut, refuse_unrecordable
+from upop.pruning.dense import Dense
 from upop.pruning.empty import empty_class
 from upop.pruning.errors import LayoutError, VerificationError
 from upop.pruning.known import Survey, is_known, remember, remember_cut
@@ -139,7 +140,13 @@ def apply_plan(model: nn.Module, plan: Plan, *, verify: Any = True, fold: bool =
 
 
 def cut_verified(
-    model: nn.Module, units: list[Unit], plan: Mapping[str, Sequence[int]], verify: Any, seen: Iterable[Any]
+    model: nn.Module,
+    units: list[Unit],
+    plan: Mapping[str, Sequence[int]],
+    verify: Any,
+    seen: Iterable[Any],
+    *,
+    dense: Dense | None = None,
 ) -> list[Assignment]:
     """Apply the surgery, and prove it unless that is forbidden: the cut model computes what the masked one does.
 
@@ -149,16 +156,17 @@ def cut_verified(
         plan: what they keep.
         verify: inputs for a call; True takes the first that was seen with which the model runs, False proves nothing.
         seen: inputs for calls.
+        dense: what the parameters were. They are put back by who gave it, and none is held in its old size besides.
 
     Returns:
-        The edits that take it back.
+        The edits that take it back; those of parameters are left to `dense`, if it was given.
 
     Raises:
         VerificationError: it does not, or nothing can be said of it; the model is whole again.
     """
     refuse_shared(model, units)
     if verify is False:
-        edits = cut(model, units, plan)
+        edits = cut(model, units, plan, hold=dense is None)
         remember_cut(model, units, plan)
         return edits
     inputs = seen if verify is True or verify is None else [verify]
@@ -169,7 +177,7 @@ def cut_verified(
     try:
         example, expected = _masked_outputs(model, units, plan, inputs)
         proved = _proved_in_float64(model, units, plan, example)
-        undo = cut(model, units, plan)
+        undo = cut(model, units, plan, hold=dense is None)
         found = _outputs_of_cut(model, example)
         precision = tensor_of(model, units[0].slices[0].tensor).dtype
         rounding = partial(rounding_of, partial(outputs_of, model, example), outputs=found)
@@ -189,6 +197,7 @@ def cut(
     *,
     fold: bool = True,
     anew: bool = False,
+    hold: bool = True,
 ) -> list[Assignment]:
     """Apply the surgery; return the edits that take it back. Nothing is changed if building a layer fails.
 
@@ -200,13 +209,19 @@ def cut(
         plan: what they keep.
         fold: whether queries are multiplied for a softmax scale that follows the size.
         anew: give the model parameters of its own in place of those that it shares with others.
+        hold: False lets go of the numbers of a parameter as soon as it is cut; who calls has them.
     """
     refuse_shared(model, units)
     going = [unit for unit in units if len(plan[unit.name]) < unit.size]
     edits: list[Assignment] = []
     tensors = dict.fromkeys(part.tensor for unit in going for part in unit.slices)
     for tensor in tensors:
-        edits += _cut_tensor(model, tensor, going, plan, fold, anew)
+        found = _cut_tensor(model, tensor, going, plan, fold, anew)
+        if not hold:
+            for edit in [each for each in found if isinstance(each, Exchange)]:
+                edit.apply()
+                found.remove(edit)
+        edits += found
     for unit in going:
         edits += [Edit(model.get_submodule(swap.module), "__class__", swap.kind) for swap in unit.swaps]
         edits += _emptied(model, unit) if not len(plan[unit.name]) else []

@@ -1,0 +1,73 @@
+"""What a model was before it is cut, kept where it takes no memory of the model's device, to be put back."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from upop.pruning.units import Unit, owner_of
+
+_SMALL = 2**28
+"""Bytes of weights that are copied in memory, 256 MiB."""
+
+
+class Dense:
+    """The numbers of all parameters that a cut or a correction may change, and how to put them back.
+
+    They are copied to the CPU; of a model that is there, and takes more than 256 MiB, to a temporary file, if there is
+    room for it.
+
+    Args:
+        model: the dense one.
+        units: of the model, that may be cut.
+    """
+
+    def __init__(self, model: nn.Module, units: Iterable[Unit]) -> None:
+        owners = dict.fromkeys(owner_of(model, part.tensor)[0] for unit in units for part in unit.slices)
+        self._parameters = list(dict.fromkeys(each for owner in owners for each in owner.parameters(recurse=False)))
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._held: list[Tensor] | None = None
+        large = sum(each.nbytes for each in self._parameters) > _SMALL
+        if not (large and all(each.device.type == "cpu" for each in self._parameters) and self._written()):
+            self._held = [each.detach().to("cpu", copy=True) for each in self._parameters]
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Give every parameter the numbers that it had, whatever its shape is now."""
+        from upop.pruning.shrink import Exchange
+
+        held = self._held or self._read()
+        for parameter, old in zip(self._parameters, held, strict=True):
+            if parameter.shape == old.shape:
+                parameter.copy_(old)
+            else:
+                Exchange(parameter, old.to(parameter.device, copy=True), None).apply()
+
+    def forget(self) -> None:
+        """Let go of what is kept."""
+        self._held = None
+        if self._folder is not None:
+            self._folder.cleanup()
+
+    def _path(self) -> Path:
+        assert self._folder is not None
+        return Path(self._folder.name) / "dense.pt"
+
+    def _written(self) -> bool:
+        """Write all numbers to a temporary file; whether that went well."""
+        self._folder = tempfile.TemporaryDirectory(prefix="upop-", ignore_cleanup_errors=True)
+        try:
+            torch.save([each.detach() for each in self._parameters], self._path())
+        except (OSError, RuntimeError):  # no room
+            self._folder.cleanup()
+            self._folder = None
+            return False
+        return True
+
+    def _read(self) -> Any:
+        return torch.load(self._path(), mmap=True, weights_only=True)

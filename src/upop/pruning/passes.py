@@ -1,0 +1,155 @@
+"""Forward passes that may be run again: what the model was given, and which tokens mattered to the loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from upop.pruning.again import autocast, precision_now
+
+
+@dataclass
+class Pass:
+    """A forward pass that may be run again.
+
+    Attributes:
+        args: what the model was given.
+        kwargs: by name.
+        precision: kind of device and precision of the autocast that was on.
+        home: the device of the model then.
+        step: of the search, or the number of the batch.
+        function: what is run in place of the model, if anything: (model, *args).
+        calls: by unit, which rows of each call of its reader matter to the loss; None is not known.
+        logs: by unit, the sum of logarithms of the squares of its reader's outputs over these rows, and their number.
+        versions: of the tensors that were given: what has been written to since is no use.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    precision: tuple[str, torch.dtype] | None
+    home: torch.device
+    step: int
+    function: Callable[..., Any] | None = None
+    calls: dict[str, list[Tensor | None]] = field(default_factory=dict)
+    logs: dict[str, Tensor] = field(default_factory=dict)
+    versions: list[int] = field(default_factory=list)
+
+    def tokens(self, name: str) -> int:
+        """Return how many tokens the reader of a unit was given, of calls that matter."""
+        return sum(each.numel() for each in self.calls.get(name, []) if each is not None)
+
+    def run(self, model: nn.Module) -> None:
+        """Run the model again."""
+        device = device_of(model)
+
+        def here(value: Any) -> Any:  # a search may be resumed on another device
+            return value.to(device) if isinstance(value, Tensor) and value.device == self.home != device else value
+
+        args, kwargs = tree_map(here, (self.args, self.kwargs))
+        with autocast(device, self.precision):
+            if self.function is None:
+                model(*args, **kwargs)
+            else:
+                self.function(model, *args, **kwargs)
+
+    @classmethod
+    def of(
+        cls,
+        model: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        step: int,
+        function: Callable[..., Any] | None = None,
+    ) -> Pass:
+        """Return the pass that begins."""
+        args, kwargs = tree_map(lambda value: value.detach() if isinstance(value, Tensor) else value, (args, kwargs))
+        found = cls(args, kwargs, None, device_of(model), step, function)
+        given = found.tensors()
+        found.precision = precision_now(given[0].device.type) if given else None
+        found.note_versions()
+        return found
+
+    def tensors(self) -> list[Tensor]:
+        """Return all tensors that were given."""
+        return [value for value in tree_leaves((self.args, self.kwargs)) if isinstance(value, Tensor)]
+
+    def note_versions(self) -> None:
+        """Take what is given now for what was given."""
+        self.versions = self._versions()
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether nothing has been written to what was given."""
+        return self.versions == self._versions()
+
+    def _versions(self) -> list[int]:
+        return [value._version for value in self.tensors() if not value.is_inference()]
+
+    def state(self) -> dict[str, Any] | None:
+        """Return it as plain tensors, numbers and containers alone, or None where it holds more than that."""
+        if self.function is not None or not _is_plain((self.args, self.kwargs)):
+            return None
+        return {
+            "args": self.args,
+            "kwargs": self.kwargs,
+            "precision": self.precision,
+            "home": str(self.home),
+            "step": self.step,
+            "calls": {name: list(calls) for name, calls in self.calls.items()},
+            "logs": dict(self.logs),
+        }
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> Pass:
+        """Return what `state` gave; its tensors may have been read to another device."""
+        found = cls(state["args"], state["kwargs"], state["precision"], torch.device(state["home"]), state["step"])
+        found.calls = {name: list(calls) for name, calls in state["calls"].items()}
+        found.logs = dict(state["logs"])
+        given = found.tensors()
+        if given and all(value.device == given[0].device for value in given):
+            found.home = given[0].device
+        found.note_versions()
+        return found
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Return the device of a model's first weight."""
+    return next(model.parameters()).device
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return type(value) in (list, tuple) and all(map(_is_plain, value))
+    if isinstance(value, dict):
+        return type(value) is dict and all(isinstance(key, str) and _is_plain(each) for key, each in value.items())
+    return type(value) in (Tensor, str, int, float, bool, type(None))
+
+
+def noting(noted: Pass, name: str, number: int, squares: Tensor) -> Callable[[Tensor], None]:
+    """Return a hook that notes which rows of a call have a gradient, and how large the outputs are there."""
+
+    def note(gradient: Tensor) -> None:
+        matter = (gradient != 0).any(-1).flatten()
+        noted.calls[name][number] = matter
+        logs = logs_of(squares, matter)
+        noted.logs[name] = noted.logs[name].to(logs) + logs if name in noted.logs else logs
+
+    return note
+
+
+def logs_of(squares: Tensor, counts: Tensor) -> Tensor:
+    """Return the sum of logarithms of some squares, and how many they are, [2]."""
+    ends = torch.finfo(squares.dtype)
+    logs = squares.clamp(ends.tiny, ends.max).log().nan_to_num(0.0) * counts
+    return torch.stack([logs.sum(), counts.sum()])
+
+
+def squares_of(outputs: Tensor) -> Tensor:
+    """Return the sum of squares of every row of outputs, [rows]; float64 where they are, else float32."""
+    outputs = outputs.detach().flatten(0, -2)
+    return (outputs if outputs.dtype == torch.float64 else outputs.float()).square().sum(1)
