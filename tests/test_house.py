@@ -41,11 +41,6 @@ def test_arrows_point_one_way() -> None:
     assert not wrong
 
 
-def test_modules_fit_one_sitting() -> None:
-    long = {file.name: len(file.read_text().splitlines()) for file in SOURCE.rglob("*.py")}
-    assert not {name: length for name, length in long.items() if length > 450}
-
-
 # Where bytes are parsed that others may have written: each within bounds of its own.
 READERS = {
     "json": {"pruning/json_text.py", "training/lock.py"},

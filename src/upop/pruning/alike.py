@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 _MOST_BYTES = 2**16
 """Of a buffer whose content is compared."""
-_OWN = frozenset(vars(nn.Module())) - {"training"}
+_OWN = frozenset(vars(nn.Module()))
+_NOTED = frozenset({"upop_plan", "upop_preparation", "_is_accelerate_prepared"})
+"""What is noted on a model, and no forward reads: the last by Accelerate."""
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _PLAIN = (int, float, complex, str, bytes, bool, type(None), torch.dtype, torch.device, torch.layout, enum.Enum)
 _CODE = (type, types.FunctionType, types.BuiltinFunctionType, types.MethodDescriptorType)
@@ -50,7 +52,7 @@ def _parts(model: nn.Module) -> Iterator[Hashable]:
             raise _OtherError
         yield name, type(module), type(module).forward, number(module)
         for key, value in sorted(vars(module).items()):
-            if key not in _OWN and key != "training":
+            if key not in _OWN and key not in _NOTED:
                 yield key, _plain(value)
         for key, parameter in module._parameters.items():
             yield key, None if parameter is None else (number(parameter), *_shape(parameter, plain))
@@ -82,6 +84,8 @@ def _plain(value: Any) -> Hashable:
     """
     if isinstance(value, (*_PLAIN, *_CODE)):
         return type(value), value
+    if isinstance(value, Tensor):
+        return _shape(value, None), _content(value)
     if isinstance(value, list | tuple):
         return type(value), *map(_plain, value)
     if isinstance(value, set | frozenset):
