@@ -6,6 +6,7 @@ import fnmatch
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -139,7 +140,7 @@ def _counted(model: nn.Module, inputs: Any, read: Callable[[FlopCounterMode], di
         # torch's counter asks every input of a module for its history, and a view of a weight that is trained has none.
         for parameter in trained:
             parameter.requires_grad_(False)
-        with evaluating(model), _counter() as counter:
+        with evaluating(model), flop_counter() as counter:
             call(model, inputs)
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
@@ -148,15 +149,26 @@ def _counted(model: nn.Module, inputs: Any, read: Callable[[FlopCounterMode], di
     return read(counter)
 
 
-def _counter() -> FlopCounterMode:
-    """Return torch's counter, which also counts attention on CPUs: before torch 2.15 it has no formula for that."""
-    from torch.utils import flop_counter  # it imports Triton
+@cache
+def flop_formulas() -> dict[Any, Callable[..., Any]]:
+    """Return operation -> torch's formula of its FLOPs; before torch 2.15 there is none for attention on CPUs."""
+    from torch.utils.flop_counter import flop_registry  # it imports Triton
 
-    attention = torch.ops.aten._scaled_dot_product_flash_attention
-    on_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    known = flop_counter.flop_registry
-    more = {} if on_cpu in known else {on_cpu: known[attention]}
-    return flop_counter.FlopCounterMode(display=False, custom_mapping=more)
+    formula = flop_registry[torch.ops.aten._scaled_dot_product_flash_attention]
+
+    def on_cpu(*args: Any, **kwargs: Any) -> Any:
+        return formula(*args, **kwargs)
+
+    on_cpu._get_raw = True  # type: ignore[attr-defined]  # the formula takes tensors, as torch has made it do
+    return {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: on_cpu, **flop_registry}
+
+
+def flop_counter(mapping: Mapping[Any, Callable[..., Any]] | None = None) -> FlopCounterMode:
+    """Return torch's counter with the formulas that it lacks, or with others."""
+    from torch.utils.flop_counter import FlopCounterMode, flop_registry
+
+    lacking = {operation: each for operation, each in flop_formulas().items() if operation not in flop_registry}
+    return FlopCounterMode(display=False, custom_mapping=lacking if mapping is None else dict(mapping))
 
 
 def count_parameters(model: nn.Module) -> int:

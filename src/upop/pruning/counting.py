@@ -10,16 +10,15 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
-from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
-from upop.pruning.costs import Arguments, call, evaluating
+from upop.pruning.costs import Arguments, call, evaluating, flop_counter, flop_formulas
 from upop.pruning.errors import LayoutError, SettingError
 from upop.pruning.shrink import cut, restore
 from upop.pruning.units import Unit, tensor_of
@@ -75,15 +74,16 @@ class Quantity:
 
     def __init__(self, units: Sequence[Unit], terms: Iterable[Term]) -> None:
         self._sizes = {unit.name: unit.size for unit in units}
-        moving: dict[Any, int] = {}
+        moving: dict[Any, Term] = {}
         self._fixed = 0
         for each in terms:
             if any(isinstance(value, Length) and value.steps for value in each.values):
-                key = (each.formula, each.form, each.values)
-                moving[key] = moving.get(key, 0) + each.times
+                key = (each.formula, repr(each.form), each.values)  # forms have no hash in every torch
+                known = moving.get(key)
+                moving[key] = each if known is None else replace(known, times=known.times + each.times)
             else:
                 self._fixed += each.at({})
-        self._terms = [Term(formula, values, form, times) for (formula, form, values), times in moving.items()]
+        self._terms = list(moving.values())
         self.whole = self.at(self._sizes)
 
     def at(self, kept: Sizes) -> int:
@@ -170,8 +170,8 @@ def _operations(model: nn.Module, example: Any) -> Seen:
         count._get_raw = True  # type: ignore[attr-defined]  # torch's counter gives it the tensors themselves
         return count
 
-    mapping = {operation: noted(formula) for operation, formula in flop_registry.items()}
-    with evaluating(model), FlopCounterMode(display=False, custom_mapping=mapping):
+    mapping = {operation: noted(formula) for operation, formula in flop_formulas().items()}
+    with evaluating(model), flop_counter(mapping):
         call(model, example)
     return seen
 

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.utils._pytree import tree_leaves, tree_map
-from torch.utils.flop_counter import flop_registry
 from torch.utils.weak import WeakIdKeyDictionary
 
 from upop.pruning.axes.axis import Axis, Dim, axes_in, doing, factors_of, fix, length, tie
 from upop.pruning.axes.label import Label, Made, Rows, Step, Use, plain
 from upop.pruning.axes.mode import Mode, leaves_in, name_of, tensors_in
+from upop.pruning.costs import flop_formulas
 from upop.pruning.errors import LayoutError
 
 
@@ -271,7 +271,7 @@ class Trace(Mode):
             put = [dim for each in tensors_in(args[1:]) for dim in self.label(each).dims]
             if name and name not in self._written and any(True for _ in axes_in(put)):
                 raise WrittenError(name)
-        counted = flop_registry.get(getattr(func, "overloadpacket", None))
+        counted = flop_formulas().get(getattr(func, "overloadpacket", None))
         self.multiply_adds += counted(*args, **kwargs, out_val=result) // 2 if counted else 0
         line = user_line()
         with doing(name_of(func), line):
