@@ -313,6 +313,9 @@ MLP_WAYS = st.fixed_dictionaries(
 )
 
 
+PLAIN = {"activation": "gelu", "gate": "none", "deep": "no", "norm": "none", "scan": False, "whole": True}
+
+
 @settings(max_examples=8, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 @given(way=MLP_WAYS)
 def test_whatever_way_an_mlp_is_written(way: dict[str, Any]) -> None:
@@ -460,7 +463,8 @@ class Around(nn.Module):
         (Louder, "dimension", 2),
         (Experts, "neuron", 4),
         (Pointwise, "neuron", 2),
-        (lambda: Neurons({"activation": "gelu", "gate": "none", "chunk": True, "deep": True}), "neuron", 4),
+        (lambda: Neurons({**PLAIN, "deep": "yes"}), "neuron", 4),
+        (lambda: Neurons({**PLAIN, "deep": "added"}), "neuron", 2),
     ],
 )
 def test_what_is_found(inner: Callable[[], nn.Module], entry: str, count: int) -> None:
