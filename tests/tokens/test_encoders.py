@@ -15,7 +15,10 @@ from torch import Tensor, nn
 
 import upop
 from tiers import mostly_slow
+from upop.checkpoints.resizing import resized
 from upop.errors import LayoutError, SettingError
+from upop.models import MODELS
+from upop.models.caption import BlipCaption, CaptionConfig
 from upop.models.checkpointing import checkpoint_blocks
 from upop.models.segmenter import Segmenter, SegmenterConfig
 from upop.pruning import plan_by_magnitude, shrink
@@ -224,6 +227,48 @@ def test_a_cut_model_merges_like_any_other() -> None:
     upop.merge_tokens(model, 3)
     assert lengths(model, image) == [14, 11, 8]
     assert upop.count_macs(model, image) < cut
+
+
+SIZES: dict[str, Any] = {
+    "image_size": 32,
+    "patch_size": 8,
+    "vision_width": 32,
+    "vision_depth": 3,
+    "vision_heads": 2,
+    "vision_mlp": 64,
+    "text_width": 32,
+    "text_depth": 2,
+    "text_heads": 2,
+    "text_mlp": 64,
+    "vocab_size": 99,
+    "max_positions": 20,
+    "queue_size": 16,
+    "embed_dim": 16,
+    "classes": 5,
+}
+
+
+@pytest.mark.parametrize("kind", mostly_slow(["blip-caption", "blip-nlvr", "blip-retrieval", "blip-vqa"], "blip-nlvr"))
+def test_models_of_ours_see_with_fewer_tokens(kind: str) -> None:
+    build, config = MODELS[kind]
+    model = made(lambda: build(config(**{name: SIZES[name] for name in SIZES if name in config.model_fields})))
+    upop.merge_tokens(model, 3)
+    assert model.visual_encoder(torch.randn(2, 3, 32, 32)).shape == (2, 8, 32)  # type: ignore[operator]
+    larger = resized(model, 48, "a model")
+    assert larger.visual_encoder(torch.randn(2, 3, 48, 48)).shape == (2, 28, 32)  # type: ignore[operator]
+
+
+@pytest.mark.slow
+def test_a_captioner_with_half_of_its_tokens_speaks_and_is_saved(tmp_path: Path) -> None:
+    names = CaptionConfig.model_fields
+    model = made(lambda: BlipCaption(CaptionConfig(**{name: SIZES[name] for name in SIZES if name in names})))
+    upop.merge_tokens(model, [4, 4, 0])
+    image = torch.randn(2, 3, 32, 32)
+    loaded = upop.load(upop.save(model, tmp_path / "captioner"))
+    said = [each.generate(image, [5, 6], 98, max_length=9, min_length=9, num_beams=3) for each in (model, loaded)]  # type: ignore[operator]
+    assert said[0].shape == (2, 9)
+    assert torch.equal(said[0], said[1])
+    assert loaded.visual_encoder(image).shape == (2, 9, 32)  # type: ignore[operator]
 
 
 @pytest.mark.slow

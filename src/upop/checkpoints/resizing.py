@@ -10,6 +10,7 @@ from upop.checkpoints.fit import expecting_shapes, fit
 from upop.checkpoints.official import row_of, task_for
 from upop.checkpoints.preparation import preparation_of, set_preparation
 from upop.pruning.carried import plan_of, set_plan
+from upop.tokens.encoders import merge_again, removed_tokens
 from upop.values import told
 
 
@@ -23,7 +24,7 @@ def resized(model: nn.Module, image_size: int, source: str) -> nn.Module:
     row, found = row_of(task_for(model)), cast(Any, model.config)
     if found.image_size == image_size:
         return model
-    plan, preparation = plan_of(model), preparation_of(model)
+    plan, preparation, removed = plan_of(model), preparation_of(model), removed_tokens(model)
     with told(f"{source} cannot take pictures of {image_size} pixels"):
         config = row.config(**{**found.model_dump(), "image_size": image_size})
     with expecting_shapes(source):
@@ -31,4 +32,4 @@ def resized(model: nn.Module, image_size: int, source: str) -> nn.Module:
     model = fit(row.model(config), state, source, lambda _unit: False).eval()
     set_plan(model, plan)
     set_preparation(model, preparation)
-    return model
+    return model if removed is None else merge_again(model, removed)
