@@ -20,8 +20,8 @@ from pruning.families import randomise
 from pruning.registry.transformers_models import TRANSFORMERS
 
 MODELS = {each.name: each for each in TRANSFORMERS}
-QUICK = ("phi3", "clip", "vit")
-SLOW = ("llama", "qwen2", "qwen3", "mistral", "gemma", "bert", "siglip", "blip", "deit", "dinov2", "llava")
+QUICK = ("phi3", "bert", "vit")
+SLOW = ("llama", "qwen2", "qwen3", "mistral", "gemma", "clip", "siglip", "blip", "deit", "dinov2", "llava")
 FIELDS = {
     "phi3": ("num_attention_heads", "num_key_value_heads", "intermediate_size"),
     "clip": ("text_config.intermediate_size", "vision_config.intermediate_size"),
@@ -98,6 +98,9 @@ def test_transformers_loads_it_without_upop(names: tuple[str, ...], tmp_path: Pa
 def test_upop_loads_a_plain_folder_and_fills_the_dense_model_from_it(tmp_path: Path) -> None:
     model, inputs = cut_uniformly("vit")
     upop.save(model, tmp_path / "model")
+    told = (tmp_path / "model" / "README.md").read_text()
+    assert "| transformers, without upop | yes |" in told
+    assert "import upop  #" not in told
     loaded = upop.load(tmp_path / "model")
     dense = upop.load_into(MODELS["vit"].build(torch.float32), tmp_path / "model")
     for other in (loaded, dense):
@@ -120,11 +123,15 @@ def test_a_configuration_that_is_shared_with_other_models_stays_as_it_is() -> No
     assert not hasattr(one.config, "quantization_config")
 
 
-def test_what_differs_by_layer_gets_a_record_as_before() -> None:
-    model = MODELS["vit"].build(torch.float32)
+def test_what_differs_by_layer_gets_a_record_as_before(tmp_path: Path) -> None:
+    model: Any = MODELS["vit"].build(torch.float32)
     upop.shrink(model, {"layers.0.mlp": range(20), "layers.1.mlp": range(24)})
     assert model.config.intermediate_size == 48
     assert model.config.quantization_config["kept"] == {"layers.0.mlp": (20, 48), "layers.1.mlp": (24, 48)}
+    upop.save(model, tmp_path / "model")
+    told = (tmp_path / "model" / "README.md").read_text()
+    assert "| transformers, without upop | after an export | `upop export FOLDER --to padded`" in told
+    assert "import upop  # lets transformers read" in told
 
 
 def test_timm_builds_it_from_its_folder(tmp_path: Path) -> None:

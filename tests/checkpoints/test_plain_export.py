@@ -138,6 +138,20 @@ def test_nemotron_nas_is_read_into_an_equal_network(tmp_path: Path) -> None:
     assert "vLLM" in (tmp_path / "deci" / "README.md").read_text()
 
 
+def test_branches_that_went_whole_are_no_ops_of_nemotron_nas(tmp_path: Path) -> None:
+    model = llama(**{"model.layers.0.self_attn": [], "model.layers.2.mlp": []})
+    write_plain(model, tmp_path / "deci", "nemotron-nas")
+    blocks = json.loads((tmp_path / "deci" / "config.json").read_text())["block_configs"]
+    assert [(block["attention"]["no_op"], block["ffn"]["no_op"]) for block in blocks] == [
+        (True, False),
+        (False, False),
+        (False, True),
+    ]
+    held = load_file(tmp_path / "deci" / "model.safetensors")
+    assert not any(name.startswith(("model.layers.0.self_attn", "model.layers.0.input_layernorm")) for name in held)
+    assert not any(name.startswith(("model.layers.2.mlp", "model.layers.2.post_attention")) for name in held)
+
+
 def test_the_configuration_beside_it_is_read_by_names(tmp_path: Path) -> None:
     write_plain(llama(), tmp_path / "deci", "nemotron-nas")
     place = tmp_path / "deci" / "configuration_decilm.py"

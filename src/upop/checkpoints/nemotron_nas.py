@@ -82,13 +82,20 @@ def convert(model: nn.Module) -> Converted:
             if (match := _LAYER.fullmatch(name)) and int(match[1]) == layer
         }
         groups = len(parts["self_attn.k_proj.weight"]) // size
-        shared = next(each for each in range(groups, heads + 1) if heads % each == 0)
+        # What went whole is no branch any more, unless it ends with a bias: then one group of zeros carries that.
+        least = 1 if "self_attn.o_proj.bias" in parts else 0
+        shared = next((each for each in range(max(groups, least), heads + 1) if each and heads % each == 0), heads)
+        shared = shared if groups or least else 0
         width = math.ceil(len(parts["mlp.gate_proj.weight"]) / _MULTIPLE) * _MULTIPLE
-        for name, value in {**_attention(parts, heads, groups, shared, size), **_mlp(parts, width)}.items():
-            written[f"model.layers.{layer}.{name}"] = value
-        blocks.append(_block(heads // shared, _multiplier(width, hidden)))
+        width = max(width, _MULTIPLE if "mlp.down_proj.bias" in parts else 0)
+        found = _attention(parts, heads, groups, shared, size) if shared else {}
+        found |= _mlp(parts, width) if width else {}
+        norms = [*(["input_layernorm"] if shared else []), *(["post_attention_layernorm"] if width else [])]
+        found |= {f"{norm}.weight": state[f"model.layers.{layer}.{norm}.weight"] for norm in norms}
+        written |= {f"model.layers.{layer}.{name}": value for name, value in found.items()}
+        blocks.append(_block(heads // shared if shared else None, _multiplier(width, hidden) if width else None))
         layers[str(layer)] = {"num_key_value_heads": shared, "intermediate_size": width}
-    written |= {name: value for name, value in state.items() if _OTHER.fullmatch(name)}
+    written |= {name: value for name, value in state.items() if _OTHER.fullmatch(name) and "layernorm" not in name}
     if config.tie_word_embeddings:
         written.pop("lm_head.weight", None)
     described = _described(config, blocks, layers, any(name.endswith("q_proj.bias") for name in written))
@@ -125,16 +132,33 @@ def network(described: Mapping[str, Any]) -> Any:
     shared = {name: value for name, value in described.items() if name not in own}
 
     def config(block: Mapping[str, Any]) -> LlamaConfig:
-        groups = described["num_attention_heads"] // block["attention"]["n_heads_in_group"]
-        width = width_of(block["ffn"]["ffn_mult"], described["hidden_size"])
+        groups = described["num_attention_heads"] // (block["attention"]["n_heads_in_group"] or 1)
+        width = width_of(block["ffn"]["ffn_mult"] or 1.0, described["hidden_size"])
         built = LlamaConfig(**{**shared, "num_key_value_heads": groups, "intermediate_size": width})
         built._attn_implementation = "eager"
         return built
 
     model: Any = LlamaForCausalLM(config(described["block_configs"][0]))
     for layer, block in enumerate(described["block_configs"]):
-        model.model.layers[layer] = LlamaDecoderLayer(config(block), layer)
+        made: Any = LlamaDecoderLayer(config(block), layer)
+        if block["attention"]["no_op"]:
+            made.self_attn = _Nothing(beside=True)
+        if block["ffn"]["no_op"]:
+            made.mlp = _Nothing()
+        model.model.layers[layer] = made
     return model
+
+
+class _Nothing(nn.Module):
+    """A branch that adds nothing to the stream."""
+
+    def __init__(self, *, beside: bool = False) -> None:
+        super().__init__()
+        self._beside = beside
+
+    def forward(self, hidden_states: Tensor, **_others: Any) -> Any:
+        nothing = torch.zeros_like(hidden_states)
+        return (nothing, None) if self._beside else nothing
 
 
 def code() -> str:
@@ -166,7 +190,7 @@ def _checked(model: nn.Module) -> tuple[Mapping[str, Tensor], Any]:
 def _attention(parts: Mapping[str, Tensor], heads: int, groups: int, shared: int, size: int) -> dict[str, Tensor]:
     """Return the tensors of an attention with all query heads, in `shared` groups of which the first hold weights."""
     found = {}
-    each = len(parts["self_attn.q_proj.weight"]) // size // groups  # query heads that are left of a group
+    each = len(parts["self_attn.q_proj.weight"]) // size // max(1, groups)  # query heads that are left of a group
     for name, value in parts.items():
         if not name.startswith("self_attn."):
             continue
@@ -177,7 +201,8 @@ def _attention(parts: Mapping[str, Tensor], heads: int, groups: int, shared: int
         wide, had = (heads // shared, each) if ".q_proj" in name or ".o_proj" in name else (1, 1)
         rows = value.movedim(dim, 0)
         grown = rows.new_zeros(shared, wide, size, *rows.shape[1:])
-        grown[:groups, :had] = rows.reshape(groups, had, size, *rows.shape[1:])
+        if groups:
+            grown[:groups, :had] = rows.reshape(groups, had, size, *rows.shape[1:])
         found[name] = grown.flatten(0, 2).movedim(0, dim).contiguous()
     if "self_attn.q_proj.bias" in found:  # the format has one switch for the biases of all four
         out = found["self_attn.o_proj.weight"]
@@ -206,11 +231,11 @@ def _multiplier(width: int, hidden: int) -> float:
     return multiplier
 
 
-def _block(in_group: int, multiplier: float) -> dict[str, Any]:
+def _block(in_group: int | None, multiplier: float | None) -> dict[str, Any]:
     return {
         "attention": {
             "n_heads_in_group": in_group,
-            "no_op": False,
+            "no_op": in_group is None,
             "num_sink_tokens": None,
             "replace_with_linear": False,
             "sparsify": None,
@@ -218,7 +243,7 @@ def _block(in_group: int, multiplier: float) -> dict[str, Any]:
             "use_prefill_window_in_sink_attention": False,
             "window_length": None,
         },
-        "ffn": {"ffn_mult": multiplier, "no_op": False, "replace_with_linear": False, "sparsify": None},
+        "ffn": {"ffn_mult": multiplier, "no_op": multiplier is None, "replace_with_linear": False, "sparsify": None},
     }
 
 

@@ -124,7 +124,7 @@ def widest(
     for speech in speeches(dense, units, builder):
         said.update(speech.units)
         whole = sizes[speech.units[0]]
-        most = max(kept.get(name, whole) for name in speech.units)
+        most = max(1, *(kept.get(name, whole) for name in speech.units))  # of none, no library makes a layer
         size = most if speech.sizes is None else min((each for each in speech.sizes if each >= most), default=whole)
         if size < whole:
             sizes |= dict.fromkeys(speech.units, size)

@@ -120,9 +120,11 @@ def _parts(config: Any) -> list[Any]:
 
 
 def alike(dense: nn.Module, units: Sequence[Unit], kept: Mapping[str, int]) -> bool:
-    """Whether all layers of every tower of a dense model keep equally many entries, as a plain one's have to."""
+    """Whether all layers of every tower of a dense model keep equally many entries, as in a plain one, and not none."""
     sizes = {unit.name: kept.get(unit.name, unit.size) for unit in units}
-    return all(len({sizes[name] for name in names}) == 1 for names in uniform.apart(dense, units))
+    return all(sizes.values()) and all(
+        len({sizes[name] for name in names}) == 1 for names in uniform.apart(dense, units)
+    )
 
 
 def become_plain(
