@@ -109,6 +109,9 @@ class RunSettings(Checked):
         description="in place of ratio: what is left of the whole model, as in params=0.5 (or 12M, 40MB@float16), "
         "macs=2x, or both",
     )
+    profile: Path | None = Field(
+        None, description="what `upop profile` measured of the model, for a target such as latency=0.5 or latency=12ms"
+    )
     method: Literal["upop", "reference", "magnitude"] = Field(
         "upop",
         description="reference: the search as published; magnitude: one cut by weight norm. All take equal steps",
@@ -257,7 +260,13 @@ class RunSettings(Checked):
     @property
     def budget(self) -> dict[str, Any]:
         """What a compression is asked for, as arguments of `upop.Compression` and the like."""
-        return {"ratio": self.ratio} if self.target is None else {"target": self.target}
+        if self.target is None:
+            return {"ratio": self.ratio}
+        if self.profile is None:
+            return {"target": self.target}
+        from upop.profiling import read_profile
+
+        return {"target": self.target, "profile": read_profile(self.profile)}
 
     @property
     def teaching(self) -> float:

@@ -56,3 +56,19 @@ def test_inspect_previews_a_target(upop_command: Callable[..., tuple[int, str]])
     code, text = upop_command("inspect", "vit_tiny_patch16_224", *sizes, "--target", "macs=2x", "--ratio", "0.5")
     assert code != 0
     assert "Give either ratio=" in text
+
+
+def test_a_profile_is_measured_from_the_command_line(
+    upop_command: Callable[..., tuple[int, str]], tmp_path: Path
+) -> None:
+    sizes = ["--set", "depth=1", "--set", "img_size=32", "--set", "embed_dim=24", "--set", "num_heads=3"]
+    out = tmp_path / "profile.json"
+    few = ["--points", 1, "--repeats", 1, "--batch", 2, "--device", "cpu", "--out", out]
+    code, text = upop_command("profile", "vit_tiny_patch16_224", *sizes, *few)
+    assert code == 0, text
+    assert "1 x mlp of 96" in text
+    found = read_settings(NlvrSettings, written(tmp_path, f"target: latency=0.5\nprofile: {out}\n"), {})
+    assert [each.size for each in found.budget["profile"].layers] == [8, 96]
+    code, text = upop_command("profile", "vit_tiny_patch16_224", *sizes, *few, "--runtime", "onyx")
+    assert code != 0
+    assert "'onyx' is not known" in text

@@ -52,6 +52,11 @@ class _Commands(LaterGroup):
             "Show a model's units, parameters and GMACs per modality, what is covered, and preview a budget",
             "upop inspect deit_small_patch16_224 --ratio 0.5",
         ),
+        "profile": Later(
+            "upop.cli.profile",
+            "Measure what a model's layers take here, by kind and size, for --target latency=0.5 or latency=12ms",
+            "upop profile deit_small_patch16_224 --batch 16 --out profile.json",
+        ),
         "recipes": Later("upop.cli.recipes", "List every published run", "upop recipes"),
         "report": Later(
             "upop.cli.report",

@@ -23,6 +23,7 @@ from upop.pruning.costs import Cost, call, entry_costs, evaluating
 from upop.pruning.dense import Dense
 from upop.pruning.errors import SettingError, StepError
 from upop.pruning.goal import Goal
+from upop.pruning.latency import Profile
 from upop.pruning.least_squares import PARTS, moments_bytes
 from upop.pruning.masks import refuse_masked, unwrapped
 from upop.pruning.moments import Correct, Moments, allowed_bytes, readers
@@ -50,6 +51,7 @@ def calibrate(
     ratio: float | None = None,
     *,
     target: Target | None = None,
+    profile: Profile | None = None,
     loss: Loss | None = None,
     stages: int = 8,
     correct: Correct = "auto",
@@ -84,6 +86,7 @@ def calibrate(
         ratio: share of the prunable cost to remove, in (0, 1).
         target: in place of a ratio, what is left of the whole model, as for `Pruner`; the forward pass of "macs" and
             "cache" is that of `example`, or else of the first batch, where the model is called with it.
+        profile: for a target in milliseconds, as for `Pruner`.
         loss: (model, batch) -> the mean loss of the batch, a scalar. By default the `loss` that the model's outputs
             carry (as transformers' do when they are given labels); or else an entry matters as much as the outputs
             would move without it, by the gradients of random projections of them.
@@ -119,7 +122,7 @@ def calibrate(
     """
     check_model(model, "calibrate()")
     refuse_inference_mode("calibrate()")
-    goal, align = Goal(ratio, target), check_align(align)
+    goal, align = Goal(ratio, target, profile), check_align(align)
     model = unwrapped(model)
     refuse_sharded(model, "calibrate()")
     refuse_unrecordable(model)

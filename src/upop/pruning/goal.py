@@ -15,6 +15,7 @@ from upop.pruning.budget import Ranking, Selection
 from upop.pruning.choice import check_ratio
 from upop.pruning.counting import Quantity, Sizes, parameters_of
 from upop.pruning.errors import SettingError
+from upop.pruning.latency import Latency, Profile
 from upop.pruning.targets import Limit, Target, quantity_of, read_target, told_target
 from upop.pruning.uniform import Tower, removable_blocks, together
 from upop.pruning.units import Unit
@@ -34,7 +35,7 @@ class Bound:
     """
 
     limit: Limit
-    quantity: Quantity
+    quantity: Quantity | Latency
     most: float
 
     def after(self, part: float) -> float:
@@ -48,12 +49,13 @@ class Goal:
     Args:
         ratio: share of the units' cost to remove, in (0, 1), or
         target: what is left of the whole model.
+        profile: of the machine, for a target in milliseconds.
 
     Raises:
         SettingError: neither or both are given, or one cannot be read.
     """
 
-    def __init__(self, ratio: float | None, target: Target | None) -> None:
+    def __init__(self, ratio: float | None, target: Target | None, profile: Profile | None = None) -> None:
         if (ratio is None) == (target is None):
             told = "neither of them was given" if ratio is None else f"found ratio={ratio!r} and target={target!r}"
             raise SettingError(
@@ -66,6 +68,7 @@ class Goal:
         self._whole = 0.0
         self._parameters: Quantity | None = None
         self._towers: Sequence[Tower] = ()
+        self._profile = profile
 
     def __str__(self) -> str:
         """Return what is asked for."""
@@ -96,10 +99,10 @@ class Goal:
         if self.ratio is not None:
             budget.check_reachable(units, costs, self.ratio, align, towers)
             return
-        found = [(limit, quantity_of(limit, model, units, example)) for limit in self.limits]
+        found = [(limit, quantity_of(limit, model, units, example, self._profile)) for limit in self.limits]
         self._bounds = tuple(Bound(limit, each, limit.most(each.whole)) for limit, each in found)
         if all(bound.most >= bound.quantity.whole for bound in self._bounds):
-            have = " and ".join(f"{bound.quantity.whole:,} {bound.limit.words}" for bound in self._bounds)
+            have = " and ".join(f"{_number(bound.quantity.whole)} {bound.limit.words}" for bound in self._bounds)
             raise SettingError(f"Nothing has to go for {self}: the model has {have}. Ask for less than that.")
         for bound in self._bounds:
             _check_reachable(bound, units, align, towers)
@@ -116,6 +119,8 @@ class Goal:
     ) -> Selection:
         """Return what goes when a part of the way is to be gone, with the highest scores first.
 
+        With a target in milliseconds those are compared that one saves by them, as far as scores are not standardised.
+
         Args:
             units: those of `begin`, as large as they are now.
             scores: per unit, shape [size].
@@ -125,11 +130,20 @@ class Goal:
             standardised: as for `budget.select`.
         """
         if self.ratio is None:
+            if not standardised:
+                scores = self._per_millisecond(units, scores)
             ranking = budget.rank(units, scores, align, standardised=standardised, towers=self._towers)
             return self._select_to(ranking, costs, part)
         left = sum(costs[unit.name] * unit.size for unit in units)
         share = self.ratio * part if left == self._whole else max(0.0, 1 - self._whole * (1 - self.ratio * part) / left)
         return budget.select(units, scores, costs, share, align, standardised=standardised, towers=self._towers)
+
+    def _per_millisecond(self, units: Sequence[Unit], scores: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        for bound in self._bounds:
+            if isinstance(bound.quantity, Latency):
+                saved = {unit.name: bound.quantity.entry(unit) for unit in units}
+                return {name: score / saved[name] for name, score in scores.items()}
+        return scores
 
     def share(self, sizes: Callable[[float], Sizes]) -> float:
         """Return the smallest share with which sizes that fall with it keep within all limits, to 1e-6."""
@@ -174,7 +188,7 @@ class Goal:
 
     def told(self, kept: Sizes) -> dict[str, Any]:
         """Return, for a plan, what was asked for, and what a cut to these sizes leaves of the whole model."""
-        counted: dict[str, tuple[str, Quantity, dict[str, str]]] = {}
+        counted: dict[str, tuple[str, Quantity | Latency, dict[str, str]]] = {}
         if self._parameters is not None:
             counted["params"] = ("parameters", self._parameters, {})
         for bound in self._bounds:
@@ -190,9 +204,13 @@ class Goal:
 def told_reached(settings: Mapping[str, Any]) -> str:
     """Return what a plan's settings say is left of the whole model: "731,234 of 1,270,000 parameters (1.74x)"."""
     return ", ".join(
-        f"{each['left']:,} of {each['dense']:,} {each['of']} ({each['dense'] / max(1, each['left']):.3g}x)"
+        f"{_number(each['left'])} of {_number(each['dense'])} {each['of']} ({each['dense'] / (each['left'] or 1):.3g}x)"
         for each in settings.get("reached", {}).values()
     )
+
+
+def _number(count: float) -> str:
+    return f"{count:,}" if isinstance(count, int) else f"{count:,.0f}" if count >= 1000 else f"{count:.3g}"
 
 
 def _check_reachable(bound: Bound, units: Sequence[Unit], align: Align, towers: Sequence[Tower]) -> None:
@@ -207,11 +225,13 @@ def _check_reachable(bound: Bound, units: Sequence[Unit], align: Align, towers: 
     if floor > bound.most:
         needed = math.ceil(1e4 * floor / dense) / 1e4
         raise SettingError(
-            f"target {limit} cannot be reached: that is {bound.most:,.0f} {words}, and with one entry or block left "
-            f"in each of the {len(units)} units the model still has {floor:,} of {dense:,}. Ask for "
+            f"target {limit} cannot be reached: that is {_number(bound.most)} {words}, and with one entry or block "
+            f"left in each of the {len(units)} units the model still has {_number(floor)} of {_number(dense)}. Ask for "
             f"{limit.kind}={needed:g} or more. What would go further: {', or '.join(wider)}. Embeddings, heads, norms "
             "and biases are in no unit, and stay."
         )
+    if isinstance(bound.quantity, Latency):
+        return  # a device may take no note of anything smaller than its own steps
     finest = [
         dense - bound.quantity.at({unit.name: unit.size - blocks[-1] for unit in group})
         for group, blocks in groups

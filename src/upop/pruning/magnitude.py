@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from upop.pruning.align import Align, check_align
 from upop.pruning.costs import Cost, entry_costs
 from upop.pruning.goal import Goal
+from upop.pruning.latency import Profile
 from upop.pruning.plan import Plan
 from upop.pruning.sharded import refuse_sharded
 from upop.pruning.surveys import units_to_search
@@ -23,6 +24,7 @@ def plan_by_magnitude(
     ratio: float | None = None,
     *,
     target: Target | None = None,
+    profile: Profile | None = None,
     cost: Cost = "params",
     align: Align = 1,
     example: Any = None,
@@ -37,7 +39,7 @@ def plan_by_magnitude(
         SettingError: a setting is out of range, or the ratio or the target cannot be reached.
         LayoutError: the model has no unit, or its weights are sharded over processes.
     """
-    goal, align = Goal(ratio, target), check_align(align)
+    goal, align = Goal(ratio, target, profile), check_align(align)
     refuse_sharded(model, "plan_by_magnitude()")
     check_uniform(uniform)
     units, towers = to_keep_alike(model, units_to_search(model, example), uniform)

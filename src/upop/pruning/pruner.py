@@ -17,6 +17,7 @@ from upop.pruning.correction import Choice, correct_readers
 from upop.pruning.costs import Cost
 from upop.pruning.errors import SettingError, StepError
 from upop.pruning.goal import Goal
+from upop.pruning.latency import Profile
 from upop.pruning.moments import LOOKS, Correct
 from upop.pruning.plan import Plan
 from upop.pruning.scores import Score, agreed, scoring
@@ -51,6 +52,8 @@ class Pruner(Searched):
         target: in place of a ratio, what is left of the whole model: {"params": 0.5}, {"params": "12M", "macs": "2x"},
             "params=40MB@float16"; several hold all at once. "macs" are multiply-adds of a forward pass over `example`,
             "cache" is the bytes of keys and values that a decoder keeps after it. Every stage goes as far towards it.
+        profile: what was measured of the model on a machine (`upop profile`, `upop.profiling`), for a target such as
+            {"latency": 0.5} or {"latency": "12ms"}: scores are compared by the millisecond then.
         interval: masks move at every `interval`-th step and at the last one; by default eight times in "stages", and
             at every 50th step (step 0 included) in a "soft" search.
         cost: what the budget counts: "params" (default), "flops", "reference" (the published weights, and the
@@ -95,6 +98,7 @@ class Pruner(Searched):
         interval: int | None = None,
         *,
         target: Target | None = None,
+        profile: Profile | None = None,
         cost: Cost = "params",
         align: Align = 1,
         score: str | Score | None = None,
@@ -108,7 +112,7 @@ class Pruner(Searched):
         uniform: Uniform | None = None,
     ) -> None:
         check_model(model, "Pruner")
-        goal = Goal(ratio, target)
+        goal = Goal(ratio, target, profile)
         if progress not in (None, "stages", "soft"):
             raise SettingError(f'progress is "stages" or "soft"; found {progress!r}.')
         self.progress: Progress = progress or ("soft" if cost == "reference" or score == "signed" else "stages")

@@ -12,21 +12,34 @@ from torch import Tensor, nn
 
 from upop.pruning.counting import Quantity, cache_of, multiply_adds_of, parameters_of
 from upop.pruning.errors import SettingError, nearest
+from upop.pruning.latency import Latency, Profile
 from upop.pruning.units import Unit
 
 Target = str | Mapping[str, float | int | str]
 """What is to be left of the whole model: {"params": 0.5}, {"params": "12M", "macs": "2x"}, "params=40MB@float16"."""
 
-WORDS = {"params": "parameters", "macs": "multiply-adds", "cache": "bytes of the cache", "bytes": "bytes"}
+WORDS = {
+    "params": "parameters",
+    "macs": "multiply-adds",
+    "latency": "milliseconds",
+    "cache": "bytes of the cache",
+    "bytes": "bytes",
+}
 _EXAMPLES = {
     "params": '0.5, "2x", "12M" or "40MB@float16"',
     "macs": '0.5, "2x" or "2.1G"',
+    "latency": '0.5, "2x" or "12ms"',
     "cache": '0.5, "2x" or "8MB"',
 }
 KINDS = tuple(_EXAMPLES)
 _COUNTS = {"": 1, "k": 1e3, "K": 1e3, "M": 1e6, "G": 1e9, "B": 1e9, "T": 1e12}
 _BYTES = {"KB": 1e3, "kB": 1e3, "MB": 1e6, "GB": 1e9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
-_UNITS = {"params": {**_COUNTS, **_BYTES}, "macs": _COUNTS, "cache": _BYTES}
+_UNITS = {
+    "params": {**_COUNTS, **_BYTES},
+    "macs": _COUNTS,
+    "latency": {"ms": 1, "s": 1e3, "us": 1e-3},
+    "cache": _BYTES,
+}
 _DTYPES = ("float64", "float32", "float16", "bfloat16", "int8")
 _WRITTEN = re.compile(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*(%|[A-Za-z]*)\s*(?:@\s*(\w+))?\s*")
 
@@ -36,7 +49,7 @@ class Limit:
     """What is asked of one count of the whole model.
 
     Attributes:
-        kind: "params", "macs" or "cache".
+        kind: "params", "macs", "latency" or "cache".
         asked: as it was written.
         share: of the dense model's count, in (0, 1), or
         amount: a number of its own.
@@ -60,7 +73,7 @@ class Limit:
         """Return it as it was asked for."""
         return f"{self.kind}={self.asked}"
 
-    def most(self, dense: int) -> float:
+    def most(self, dense: float) -> float:
         """Return the largest count that is allowed, of a model whose count is `dense`."""
         return self.share * dense if self.share is not None else float(self.amount or 0)
 
@@ -122,15 +135,24 @@ def _limit(kind: str, value: object) -> Limit:
     )
 
 
-def quantity_of(limit: Limit, model: nn.Module, units: Sequence[Unit], example: Any) -> Quantity:
+def quantity_of(
+    limit: Limit, model: nn.Module, units: Sequence[Unit], example: Any, profile: Profile | None
+) -> Quantity | Latency:
     """Return what a limit speaks of, as a function of what units keep.
 
     Raises:
-        SettingError: it needs a forward pass, and there is no example; or the model gives no cache.
+        SettingError: it needs a forward pass or a profile, and there is none; or the model gives no cache.
         LayoutError: it cannot be told before the model is cut.
     """
     if limit.kind == "params":
         return parameters_of(model, units, _bytes_in(limit.dtype) if limit.in_bytes else None)
+    if limit.kind == "latency":
+        if profile is None:
+            raise SettingError(
+                f"target {limit} is of a machine, and no profile of it was given. Measure one, `upop profile MODEL "
+                "--out profile.json`, and give it: profile=upop.profiling.read_profile(...), or --set profile=FILE."
+            )
+        return Latency(profile, units)
     if example is None:
         raise SettingError(
             f"target {limit} is of one forward pass, and no example inputs were given. Pass example=... (a tensor, a "

@@ -1,0 +1,62 @@
+"""`upop profile`: what a model's layers take on this machine, by kind and size, for targets in milliseconds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from torch.utils._pytree import tree_map
+
+from upop.cli import options as o
+from upop.cli.inspect import example_of, read_any
+from upop.errors import SettingError
+from upop.plain import as_text
+from upop.profiling import POINTS, RUNTIMES, batch_of, profile_model, write_profile
+
+
+def profile(
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help="A folder of ours or of transformers, a published .pth, a name of timm, or a name on the hub.",
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="File to write.")] = Path("profile.json"),
+    task: Annotated[
+        str | None, typer.Option(help="Whose model a published file holds; told by its tensors if not given.")
+    ] = None,
+    device: o.DeviceName = None,
+    batch: Annotated[int, typer.Option(min=1, help="Samples in a forward pass.")] = 1,
+    runtime: Annotated[str, typer.Option(help=f"How it runs: {' or '.join(RUNTIMES)}.")] = RUNTIMES[0],
+    points: Annotated[int, typer.Option(min=1, help="Sizes that each kind of layer is measured at.")] = POINTS,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed passes for each size.")] = 15,
+    overwrite: o.Overwrite = False,
+    assign: o.Set = None,
+) -> None:
+    """Measure what a model's layers take here, by kind and size, for --target latency=0.5 or latency=12ms."""
+    model = read_any(source, task, o.overrides({}, assign))
+    inputs, note = example_of(model)
+    if inputs is None:
+        raise SettingError(f"The model cannot be timed: {note}. Use upop.profiling.profile_model(model, inputs).")
+    asked = device.value if device else "auto"
+    place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if asked == "auto" else asked)
+    inputs = tree_map(lambda each: each.to(place) if hasattr(each, "to") else each, batch_of(inputs, batch))
+    console = Console(highlight=False)
+    console.print(as_text(f"{source}: {type(model).__name__}, batch {batch}, {runtime}, {place}"))
+    found = profile_model(
+        model.to(place).eval(),
+        inputs,
+        runtime=runtime,
+        points=points,
+        repeats=repeats,
+        say=lambda line: console.print(as_text(line)),
+    )
+    write_profile(found, out, overwrite=overwrite)
+    least = found.dense - sum(each.saved[0] * len(each.units) for each in found.layers)
+    console.print(
+        as_text(f"{found.dense:.3g} ms, and {max(0.0, least):.3g} ms with one entry in every unit. Wrote {out}")
+    )

@@ -1,0 +1,126 @@
+"""Measures what layers of each kind take at some sizes, by timing the whole model with all layers of the kind cut."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import json
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from upop.errors import SettingError
+from upop.files import replacing_file
+from upop.machine import machine
+from upop.ownership import has_fields
+from upop.pruning import Unit
+from upop.pruning.latency import Layers, Profile
+from upop.pruning.plan import Plan
+from upop.pruning.shrink import apply_plan
+from upop.pruning.surveys import units_to_search
+from upop.pruning.units import tensor_of
+from upop.reading import read_object
+from upop.report.latency import measure_latency
+
+RUNTIMES = ("eager", "compile")
+POINTS = 6
+"""Sizes at which a kind of layer is measured, beside the whole one."""
+
+
+def profile_model(
+    model: nn.Module,
+    inputs: Any,
+    *,
+    runtime: str = "eager",
+    points: int = POINTS,
+    repeats: int = 15,
+    say: Callable[[str], None] | None = None,
+) -> Profile:
+    """Return what a model's layers take, by kind and size.
+
+    The dense model and each cut one take turns, so that a drift of the machine hits both alike, and what a cut saves is
+    a share of what the dense one took in the same turns. What a device takes in steps shows as far as sizes are steps.
+
+    Args:
+        model: dense; left as it is.
+        inputs: of one forward pass, on the model's device.
+        runtime: "eager", or "compile" for torch.compile.
+        points: sizes of each kind beside the whole one, down to one entry.
+        repeats: timed passes of each.
+        say: is told how it goes.
+
+    Raises:
+        SettingError: the runtime is not known.
+        LayoutError: the model has no units.
+    """
+    if runtime not in RUNTIMES:
+        raise SettingError(f"runtime={runtime!r} is not known. Use one of {', '.join(map(repr, RUNTIMES))}.")
+    made: Callable[[nn.Module], nn.Module] = torch.compile if runtime == "compile" else lambda each: each  # type: ignore[assignment]
+    units = units_to_search(model, inputs)
+    kinds: dict[Any, list[Unit]] = {}
+    for unit in units:
+        kinds.setdefault(_kind(model, unit), []).append(unit)
+    dense, found, times = made(model), [], []
+    for number, alike in enumerate(kinds.values()):
+        size = alike[0].size
+        steps = sorted({max(1, round(size * point / points)) for point in range(points)} - {size})
+        saved = []
+        for kept in steps:
+            cut = copy.deepcopy(model)
+            plan = Plan.of(units, {unit.name: range(kept) for unit in alike})
+            apply_plan(cut, plan, verify=False)
+            took = measure_latency({"dense": dense, "cut": made(cut)}, inputs, repeats=repeats, warmup=3)
+            saved.append((took["dense"] - took["cut"]) / took["dense"] / len(alike))
+            times.append(took["dense"])
+        if say is not None:
+            say(f"{number + 1} of {len(kinds)} kinds: {len(alike)} x {alike[0].kind} of {size}")
+        found.append((alike, size, steps, saved))
+    whole = statistics.median(times) if times else measure_latency({"dense": dense}, inputs, repeats=repeats)["dense"]
+    layers = [
+        Layers(tuple(unit.name for unit in alike), size, (*steps, size), (*_falling(saved, whole), 0.0))
+        for alike, size, steps, saved in found
+        if steps
+    ]
+    device = next(model.parameters()).device
+    about = {"model": type(model).__name__, "runtime": runtime, "threads": torch.get_num_threads(), **machine(device)}
+    return Profile(whole, tuple(layers), about)
+
+
+def batch_of(inputs: Any, size: int) -> Any:
+    """Return inputs of one sample, repeated to a batch."""
+    return tree_map(lambda each: torch.cat([each] * size) if isinstance(each, Tensor) else each, inputs)
+
+
+def write_profile(profile: Profile, path: Path, *, overwrite: bool = False) -> None:
+    """Write a profile as JSON.
+
+    Raises:
+        RunFolderError: there is another file of that name, or it cannot be written.
+    """
+
+    with replacing_file(path, overwrite or has_fields(("dense_ms", "layers"))) as part:
+        part.write_text(json.dumps(profile.to_json(), indent=1) + "\n", encoding="utf-8")
+
+
+def read_profile(path: Path) -> Profile:
+    """Return what `write_profile` wrote.
+
+    Raises:
+        SettingError: it is no profile.
+    """
+    return Profile.from_json(read_object(path, SettingError, "Measure the model again: upop profile MODEL."))
+
+
+def _kind(model: nn.Module, unit: Unit) -> Any:
+    shapes = tuple((part.dim, part.inners, tuple(tensor_of(model, part.tensor).shape)) for part in unit.slices)
+    return unit.modality, unit.kind, unit.entry, unit.size, unit.heads, shapes
+
+
+def _falling(saved: list[float], whole: float) -> list[float]:
+    """Return shares as milliseconds; none saves less than one that is cut less, which is noise."""
+    return [whole * each for each in itertools.accumulate(reversed([max(0.0, each) for each in saved]), max)][::-1]

@@ -1,0 +1,135 @@
+"""How long a cut model takes on one machine, foretold from a table of what layers of each kind take at some sizes."""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from upop.pruning.counting import Sizes
+from upop.pruning.errors import SettingError
+from upop.pruning.units import Unit
+
+
+@dataclass(frozen=True)
+class Layers:
+    """Units of one kind: alike in all but their place.
+
+    Attributes:
+        units: their names.
+        size: entries of each in the dense model.
+        sizes: some numbers of entries, ascending; the last one is `size`.
+        saved: milliseconds that the model takes less for each of the units that keeps so many; the last one is 0.
+    """
+
+    units: tuple[str, ...]
+    size: int
+    sizes: tuple[int, ...]
+    saved: tuple[float, ...]
+
+    def at(self, kept: int) -> float:
+        """Return what a unit saves that keeps so many entries: on a line between the sizes that were measured."""
+        kept = min(max(kept, self.sizes[0]), self.size)
+        right = max(1, bisect.bisect_left(self.sizes, kept))
+        (low, high), (before, after) = self.sizes[right - 1 : right + 1], self.saved[right - 1 : right + 1]
+        return before + (after - before) * (kept - low) / (high - low)
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What was measured of a model on a machine.
+
+    Attributes:
+        dense: milliseconds of one forward pass of the dense model.
+        layers: by kind.
+        about: of what, and where: model, device, batch, runtime, threads; for people.
+    """
+
+    dense: float
+    layers: tuple[Layers, ...]
+    about: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it as JSON values."""
+        layers = [
+            {"units": list(each.units), "size": each.size, "sizes": list(each.sizes), "saved_ms": list(each.saved)}
+            for each in self.layers
+        ]
+        return {"version": _VERSION, "dense_ms": self.dense, "about": dict(self.about), "layers": layers}
+
+    @classmethod
+    def from_json(cls, content: Any) -> Profile:
+        """Return what `to_json` gave.
+
+        Raises:
+            SettingError: it is something else.
+        """
+        try:
+            if content["version"] != _VERSION:
+                raise ValueError(f"version {content['version']!r}")
+            layers = tuple(
+                Layers(
+                    tuple(map(str, each["units"])),
+                    int(each["size"]),
+                    tuple(map(int, each["sizes"])),
+                    tuple(map(float, each["saved_ms"])),
+                )
+                for each in content["layers"]
+            )
+            found = cls(float(content["dense_ms"]), layers, dict(content["about"]))
+            wrong = [each for each in layers if not _is_table(each)]
+            if wrong or not 0 < found.dense < float("inf"):
+                raise ValueError("sizes that do not rise to the whole size, or times that do not fall")
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            raise SettingError(
+                f"This is no profile as `upop profile` writes it: {error!r}. Measure the model again."
+            ) from error
+        return found
+
+
+_VERSION = 1
+
+
+def _is_table(layers: Layers) -> bool:
+    sizes, saved = layers.sizes, layers.saved
+    rising = all(one < other for one, other in itertools.pairwise(sizes)) and sizes[-1:] == (layers.size,)
+    falling = all(one >= other for one, other in itertools.pairwise(saved)) and saved[-1:] == (0.0,)
+    return len(sizes) == len(saved) > 1 and sizes[0] > 0 and rising and falling and saved[0] < float("inf")
+
+
+class Latency:
+    """Milliseconds of a forward pass, as a function of what units keep.
+
+    Args:
+        profile: of the model.
+        units: of the model.
+
+    Attributes:
+        whole: of the dense model.
+
+    Raises:
+        SettingError: the profile is of another model.
+    """
+
+    def __init__(self, profile: Profile, units: Sequence[Unit]) -> None:
+        self._layers = {name: each for each in profile.layers for name in each.units}
+        strange = [
+            unit.name for unit in units if (each := self._layers.get(unit.name)) is None or each.size < unit.size
+        ]
+        if strange:
+            raise SettingError(
+                f"The profile is of another model ({profile.about.get('model', 'unknown')}): it does not know "
+                f"{strange[0]}, or not at this size. Measure this one: upop profile MODEL."
+            )
+        self.whole = profile.dense
+
+    def at(self, kept: Sizes) -> float:
+        """Return the milliseconds where units keep so many entries."""
+        return max(0.0, self.whole - sum(self._layers[name].at(count) for name, count in kept.items()))
+
+    def entry(self, unit: Unit) -> float:
+        """Return the milliseconds that an entry of a unit saves on average; above 0, for scores are divided by them."""
+        layers = self._layers[unit.name]
+        return max(layers.saved[0] / layers.size, 1e-9 * self.whole)
