@@ -47,13 +47,18 @@ GIB = 2**30
 
 def half_billion(layers: int = 24) -> PreTrainedModel:
     """Return a decoder with the sizes of Qwen2.5-0.5B."""
-    sizes = {"hidden_size": 896, "intermediate_size": 4864, "num_attention_heads": 14, "num_key_value_heads": 2}
+    sizes: dict[str, Any] = {
+        "hidden_size": 896,
+        "intermediate_size": 4864,
+        "num_attention_heads": 14,
+        "num_key_value_heads": 2,
+    }
     return Qwen2ForCausalLM(Qwen2Config(**sizes, num_hidden_layers=layers, vocab_size=151936, tie_word_embeddings=True))
 
 
 def seven_billion(layers: int = 32) -> PreTrainedModel:
     """Return a decoder with the sizes of Llama-2-7B."""
-    sizes = {"hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32}
+    sizes: dict[str, Any] = {"hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32}
     return LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=layers, vocab_size=32000))
 
 
@@ -171,6 +176,7 @@ def main() -> None:
         else partial(measured, given.layers or 24, given.batches, given.tokens or 64, given.stages, given.ratio)
     )
     name = "traced, 7 B" if given.trace else "measured, 0.5 B"
+    content = {key: content.get(key) for key in ("measured, 0.5 B", "traced, 7 B")}
     content[name] = {"command": shlex.join(["python", *sys.argv]), **run()}
     print(json.dumps(content[name], indent=1))
     write_json(given.out, {"machine": machine("cpu"), **content})

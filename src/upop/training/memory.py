@@ -134,7 +134,7 @@ class _Alive(TorchDispatchMode):
         before = {id(part.untyped_storage()) for part in tree_leaves((args, kwargs)) if isinstance(part, Tensor)}
         result = func(*args, **(kwargs or {}))
         for part in tree_leaves(result):
-            if isinstance(part, Tensor) and id(part.untyped_storage()) not in before:
+            if isinstance(part, Tensor) and not part.is_meta and id(part.untyped_storage()) not in before:
                 self._follow(part.untyped_storage())
         return result
 
