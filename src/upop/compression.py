@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from upop.errors import LayoutError, SettingError, StepError
 from upop.pruning import Distillation, Plan, Pruner, distill, shrink
 from upop.pruning.carried import plan_of, set_plan
 from upop.pruning.choice import check_whole
+from upop.pruning.duplicates import duplicate
 from upop.pruning.goal import Goal
 from upop.pruning.known import know_as, sized
 from upop.pruning.masks import unwrapped
@@ -122,7 +122,7 @@ class Compression:
                 "model, Compression(..., teacher=dense_model), or teacher=False."
             )
         if self._teacher is None and teacher is not False:
-            self._teacher = copy.deepcopy(unwrapped(model))
+            self._teacher = duplicate(unwrapped(model))
         self.pruner = None if self._plan else Pruner(model, ratio, searched, target=target, **settings)
         try:
             if self._teacher is not None and (self.pruner is None or self.pruner.is_read):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import upop
 from pruning.test_axes import EXAMPLE, HEADS, WIDTH, built
 from pruning.test_hand_written import HIDDEN, SIZE, check
+from upop.pruning.duplicates import duplicate
 
 
 class Lambda(nn.Module):
@@ -109,6 +110,16 @@ class Inside(nn.Module):
 )
 def test_modules(inner: Callable[[], nn.Module], found: dict[tuple[str, str], int]) -> None:
     check(inner, found)
+
+
+def test_a_teacher_runs_its_own_layers() -> None:
+    model = built(Lambda)
+    before = model(EXAMPLE)
+    teacher = duplicate(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    assert torch.equal(teacher(EXAMPLE), before)
 
 
 class Single(nn.Module):

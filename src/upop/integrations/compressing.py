@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch.utils.hooks import RemovableHandle
 from upop.checkpoints.fit import cut_to_fit
 from upop.compression import Compression
 from upop.errors import SettingError
+from upop.pruning.duplicates import duplicate
 from upop.pruning.goal import Goal
 
 
@@ -71,7 +71,7 @@ class Compressing:
 
     def _fit(self, model: nn.Module, state: Mapping[str, Tensor], prefix: str, *_: Any) -> None:
         if self._dense is None:
-            self._dense = copy.deepcopy(model)
+            self._dense = duplicate(model)
         own = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
         mine = dict(model.named_parameters())
         if all(own[name].shape == each.shape for name, each in mine.items() if name in own):

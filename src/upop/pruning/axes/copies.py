@@ -9,8 +9,7 @@ import logging
 import math
 import sys
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager, nullcontext, suppress
-from types import CellType, FunctionType
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -27,6 +26,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflat
 from upop.pruning.again import uncompiled
 from upop.pruning.axes.mode import Mode, defined, leaves_in, tensors_in
 from upop.pruning.costs import call
+from upop.pruning.duplicates import duplicate
 from upop.pruning.errors import LayoutError
 from upop.pruning.masks import unmask
 from upop.pruning.sharded import is_sharded_tensor, sharded_modules, unsharded_class
@@ -90,42 +90,9 @@ def copied(model: nn.Module, tensors: dict[int, Any]) -> nn.Module:
 
 
 def _copy(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
-    """Return a copy whose functions (hooks, or lambdas that modules keep) run it, and gather for themselves."""
-    twin: nn.Module = copy.deepcopy(model, memo)
+    twin = duplicate(model, memo)
     unmask(twin)
-    for module in twin.modules():
-        kept: list[dict[Any, Any]] = [module._forward_pre_hooks, module._forward_hooks, vars(module)]
-        for held in kept:
-            for name, function in held.items():
-                held[name] = _apart(function, memo)
     return twin.eval()
-
-
-def _apart(function: Any, memo: dict[int, Any]) -> Any:
-    """Return a function that closes over what is in the copy, and over its own lists, mappings and sets."""
-    if not isinstance(function, FunctionType) or not (function.__closure__ or function.__defaults__):
-        return function
-    if id(function) in memo:
-        return memo[id(function)]
-
-    def own(held: Any) -> Any:
-        if id(held) not in memo and isinstance(held, list | dict | set):
-            try:
-                memo[id(held)] = copy.deepcopy(held, memo)
-            except Exception:
-                memo[id(held)] = copy.copy(held)
-        return _apart(memo.get(id(held), held), memo)
-
-    cells = tuple(CellType() for _ in function.__closure__ or ())
-    code, given = function.__code__, (function.__globals__, function.__name__)
-    apart = FunctionType(code, *given, None, cells)
-    memo[id(function)] = memo[id(apart)] = apart
-    apart.__defaults__ = tuple(map(own, function.__defaults__ or ())) or None
-    apart.__kwdefaults__ = function.__kwdefaults__
-    for cell, old in zip(cells, function.__closure__ or (), strict=True):
-        with suppress(ValueError):  # it is not set yet
-            cell.cell_contents = own(old.cell_contents)
-    return apart
 
 
 def _share(model: nn.Module, memo: dict[int, Any]) -> None:

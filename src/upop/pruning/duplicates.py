@@ -1,0 +1,66 @@
+"""Copies of a model that run themselves: functions that modules keep are copied with what they close over."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import suppress
+from types import CellType, FunctionType
+from typing import Any
+
+from torch import nn
+
+
+def duplicate(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
+    """Return a copy whose functions (hooks, or lambdas that modules keep) run it, and gather for themselves.
+
+    `copy.deepcopy` leaves functions as they are: those of the copy would run layers of the model.
+
+    Args:
+        model: left as it is.
+        memo: what stands for what, by identity, as of `copy.deepcopy`; added to.
+    """
+    memo = {} if memo is None else memo
+    twin: nn.Module = copy.deepcopy(model, memo)
+    for module in twin.modules():
+        kept: list[dict[Any, Any]] = [module._forward_pre_hooks, module._forward_hooks, vars(module)]
+        for held in kept:
+            for name, function in held.items():
+                held[name] = _apart(function, memo)
+    return twin
+
+
+def _apart(function: Any, memo: dict[int, Any]) -> Any:
+    """Return a function that closes over what is in the copy, and over its own lists, mappings and sets."""
+    if not isinstance(function, FunctionType):
+        return function
+    if id(function) in memo:
+        return memo[id(function)]
+    if not any(id(each) in memo or isinstance(each, list | dict | set | FunctionType) for each in _held(function)):
+        return function
+
+    def own(held: Any) -> Any:
+        if id(held) not in memo and isinstance(held, list | dict | set):
+            try:
+                memo[id(held)] = copy.deepcopy(held, memo)
+            except Exception:
+                memo[id(held)] = copy.copy(held)
+        return _apart(memo.get(id(held), held), memo)
+
+    cells = tuple(CellType() for _ in function.__closure__ or ())
+    code, given = function.__code__, (function.__globals__, function.__name__)
+    apart = FunctionType(code, *given, None, cells)
+    memo[id(function)] = memo[id(apart)] = apart
+    apart.__defaults__ = tuple(map(own, function.__defaults__ or ())) or None
+    apart.__kwdefaults__ = function.__kwdefaults__
+    for cell, old in zip(cells, function.__closure__ or (), strict=True):
+        with suppress(ValueError):  # it is not set yet
+            cell.cell_contents = own(old.cell_contents)
+    return apart
+
+
+def _held(function: FunctionType) -> Iterator[Any]:
+    yield from function.__defaults__ or ()
+    for cell in function.__closure__ or ():
+        with suppress(ValueError):
+            yield cell.cell_contents
