@@ -22,8 +22,14 @@ def rebuild_replicas(model: nn.Module) -> None:
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return
     inner = unwrapped(model)
-    # A training loop may hold the wrapper, and hand on the model inside; so it is looked for.
+    # A training loop may hold the wrapper, and hand on the model inside; so it is looked for, also among objects that
+    # a process has put aside, which are not listed.
+    frozen = gc.get_freeze_count()
+    if frozen:
+        gc.unfreeze()
     held = [*model.modules(), *gc.get_objects()]
+    if frozen:
+        gc.freeze()
     wrappers = {id(each): each for each in held if issubclass(type(each), DistributedDataParallel)}
     for wrapper in wrappers.values():
         if unwrapped(wrapper) is inner:
