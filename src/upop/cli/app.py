@@ -63,7 +63,11 @@ class _Commands(LaterGroup):
             "Write one HTML file of a run: results, what every layer keeps, curves, examples, settings",
             "upop report output/caption-2x",
         ),
-        "run": Later("upop.cli.recipes", "Start a published run", "upop run nlvr2-2x --dry-run"),
+        "run": Later(
+            "upop.cli.recipes",
+            "Start a published run, as published; `--method upop` is better",
+            "upop run nlvr2-2x --dry-run",
+        ),
         "train": Later(
             "upop.cli.tasks",
             "Train or fine-tune a dense model",
