@@ -7,8 +7,8 @@ BIN := $(VENV)/bin
 # imported.
 unexport PYTHONDONTWRITEBYTECODE
 
-# Two processes of one thread each; what a file's tests share is made once.
-PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+# Two processes of one thread each; what a file's tests share is made once, and the longest files begin first.
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo test test-all lint docs gpu model clean
 

@@ -47,6 +47,19 @@ def root_script(ended: Callable[..., tuple[int, str]]) -> Callable[..., tuple[in
     return run
 
 
+# Files of long tests, which begin first, so that none is still running when all the others are done.
+_LONGEST = (
+    *("training/test_resume.py", "training/test_distributed.py", "training/test_runs.py", "tasks/test_all_tasks.py"),
+    *("training/test_limits.py", "fuzz/test_fuzz.py", "pruning/test_coverage.py", "tasks/test_retrieval.py"),
+    *("checkpoints/test_convert.py", "pruning/test_training.py", "test_installed.py", "parity/test_recorded.py"),
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the longest files first."""
+    items.sort(key=lambda item: not item.path.as_posix().endswith(_LONGEST))
+
+
 def pytest_collection_finish() -> None:
     """Everything is imported now."""
     importlib.import_module("unburdened")
