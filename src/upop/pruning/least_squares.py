@@ -56,6 +56,7 @@ class Rows:
     def __init__(self, rows: Tensor, aims: Tensor, ones: Tensor | None) -> None:
         self._rows, self._aims, self._ones = rows, aims, ones
         self.nothing = aims.square().sum()
+        self._products: Tensor | None = None
 
     def solve(self, ridge: float) -> Tensor:
         """Return D, as `Squares.solve`: what is free is left out by taking away the weighted mean."""
@@ -65,7 +66,9 @@ class Rows:
         if ones is not None:
             means = [(ones @ each) / ones.square().sum().clamp_min(force.new_tensor(1e-30)) for each in (rows, aims)]
             rows, aims = (each - ones.outer(mean) for each, mean in zip((rows, aims), means, strict=True))
-        held = rows @ rows.t()
+        if self._products is None:  # the same for every ridge
+            self._products = rows @ rows.t()
+        held = self._products.clone()
         held.diagonal().add_(force)
         found = rows.t() @ _solved(held, aims)
         return found if means is None else torch.cat([found, (means[1] - means[0] @ found).unsqueeze(0)])
