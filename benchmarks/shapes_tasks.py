@@ -54,8 +54,9 @@ def run(name: str, arguments: argparse.Namespace) -> None:
             more = {**common, "pretrained": str(dense), "p": ratio, "method": method, "output_dir": place}
             task, chosen = settings_of(name, arguments.folder, arguments.compress_records, **more)
             before, after = _rows(compress, task, chosen)
-            models.setdefault("dense", (load(dense), before["metrics"]))
-            models[compressed_name(chosen)] = (load(place / "best"), after["metrics"])
+            whole, small = load(dense), load(place / "best")
+            models.setdefault("dense", (whole, before["metrics"]))
+            models[compressed_name(chosen, whole, small)] = (small, after["metrics"])
     together = measure(task, models, torch.device("cpu"), chosen.latency_batch)
     Console().print(results_table(together))
     together.write_json(arguments.out / f"shapes_{name}_cpu.json")

@@ -50,6 +50,7 @@ class Search:
         plan: what it keeps.
         batch: the model's inputs for comparisons.
         steps: how many steps it took.
+        ratio: the share of the cost that it was asked for.
         asked: p_t after every step.
         marked: the share of the cost that was marked after every step.
         masks: unit -> one row per step, [steps, size].
@@ -61,6 +62,7 @@ class Search:
     plan: upop.Plan
     batch: dict[str, Tensor]
     steps: int
+    ratio: float
     asked: list[float] = field(default_factory=list)
     marked: list[float] = field(default_factory=list)
     masks: dict[str, list[Tensor]] = field(default_factory=dict)
@@ -80,7 +82,7 @@ def search(ratio: float, records: int, interval: int, folder: Path) -> Search:
     probe = task.inputs(first_records(loader, _PROBED))
     steps = len(loader)
     pruner = upop.Pruner(model, ratio, steps, interval, progress="soft")
-    found = Search(model, pruner, upop.Plan({}, {}), probe, steps)
+    found = Search(model, pruner, upop.Plan({}, {}), probe, steps, ratio)
     optimizer = task.optimizer(model, settings)
     for step, batch in enumerate(loader):
         model.train()
@@ -168,7 +170,7 @@ def schedule_figure(found: Search) -> Figure:
     axes.step(
         steps, [100 * share for share in found.marked], where="post", color=_COLOURS["vision"], label="marked (by cost)"
     )
-    axes.axhline(100 * found.pruner.ratio, color=_INK, linestyle=":", linewidth=1)
+    axes.axhline(100 * found.ratio, color=_INK, linestyle=":", linewidth=1)
     axes.set(xlabel="search step", ylabel="share of the cost (%)", ylim=(0, None))
     axes.legend(frameon=False, loc="lower right")
     return figure
@@ -286,12 +288,12 @@ def main() -> None:
         for kind in ("attention", "mlp")
     }
     numbers = {
-        "ratio": found.pruner.ratio,
+        "ratio": found.ratio,
         "steps": found.steps,
         "interval": found.pruner.interval,
-        "half_asked_after": next(step for step, share in enumerate(found.asked, 1) if share >= found.pruner.ratio / 2),
+        "half_asked_after": next(step for step, share in enumerate(found.asked, 1) if share >= found.ratio / 2),
         "asked_matches_formula": all(
-            share == progress(step, found.steps, found.pruner.ratio) for step, share in enumerate(found.asked)
+            share == progress(step, found.steps, found.ratio) for step, share in enumerate(found.asked)
         ),
         "marked_at_the_end": found.marked[-1],
         "entry_costs": {unit.name: found.pruner.costs[unit.name] for unit in found.pruner.units if ".0." in unit.name},

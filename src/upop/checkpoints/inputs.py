@@ -66,7 +66,7 @@ def said_by(path: Path) -> Said:
         record = description.preparation or {}
         task = record.get("task") or task
         said |= {name: value for name, value in record.items() if name != "task"}
-        if description.model in MODELS:
+        if description.model is not None and description.model in MODELS:
             sizes = description.config or {}
             task = task or task_of_config(MODELS[description.model][1])
     notes = []
