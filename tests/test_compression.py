@@ -123,6 +123,39 @@ def test_a_resumed_training_ends_with_the_same_numbers(stopped: int) -> None:
     assert difference(outputs_of(other, batch(0)), outputs_of(model, batch(0))) == 0
 
 
+def test_a_model_of_ones_own_resumes_in_the_middle_of_a_stage() -> None:
+    """Both the state and the pass that the units are read before are held, that one in its own precision."""
+
+    def begun() -> tuple[nn.Module, upop.Compression, Any]:
+        torch.manual_seed(0)
+        model = Own()
+        compression = upop.Compression(model, 0.5, 8, search=4, interval=4, teacher=False)
+        return model, compression, torch.optim.AdamW(model.parameters(), lr=1e-2)
+
+    def train(model: nn.Module, compression: upop.Compression, optimizer: Any, steps: range) -> None:
+        for step in steps:
+            data = torch.randn(4, 3, 6, generator=torch.Generator().manual_seed(step))
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = model(data).square().mean()
+            compression.loss(loss).backward()
+            compression.step(optimizer)
+            optimizer.zero_grad()
+
+    model, compression, optimizer = begun()
+    train(model, compression, optimizer, range(2))
+    saved = copy.deepcopy((compression.state_dict(), model.state_dict(), optimizer.state_dict()))
+    held = saved[0]["pruner"]["seen"]["passes"]
+    assert [each["precision"] for each in held] == [("cpu", torch.bfloat16)] * 2
+    train(model, compression, optimizer, range(2, 8))
+    other, resumed, second = begun()
+    resumed.load_state_dict(saved[0], second)
+    other.load_state_dict(saved[1])
+    second.load_state_dict(saved[2])
+    train(other, resumed, second, range(2, 8))
+    assert resumed.plan() == compression.plan()
+    assert all(torch.equal(value, other.state_dict()[name]) for name, value in model.state_dict().items())
+
+
 @pytest.mark.filterwarnings("ignore:1 of 5 search steps had gradients that are not finite")
 def test_a_loop_of_ones_own_throws_a_step_away_and_goes_on_with_a_copy() -> None:
     """The search takes as many steps as it is told; the copy is cut, and the first model is dense and free."""

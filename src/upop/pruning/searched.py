@@ -74,7 +74,10 @@ class Searched(ABC):
         waits = example is None and waits_for_batch(self.model)
         if not waits:
             self._begin(self._read(example))
-        self._first = FirstCall(self.model, self._begin_with) if waits else FirstCall(self.model, wrapper=model)
+        if waits:
+            self._first = FirstCall(self.model, self._begin_with, self._note)
+        else:
+            self._first = FirstCall(self.model, wrapper=model)
 
     def _begin_with(self, kept: Kept, arguments: Arguments) -> None:
         """Read the units of a model with what it is called with, before it runs."""
@@ -85,10 +88,13 @@ class Searched(ABC):
             )
         finally:
             self._example = None
+        if self._resumed is not None:  # before this pass is noted: what is held becomes what the state holds
+            self.load_state_dict(self._resumed)
+
+    def _note(self, arguments: Arguments) -> None:
+        """Look at the pass that the units were read before."""
         if self._moments.looks:
             self._moments.begin(self.model, *arguments)
-        if self._resumed is not None:
-            self.load_state_dict(self._resumed)
 
     def _read(self, example: Any) -> list[Unit]:
         return units_to_search(self.model, example, self._stated)

@@ -91,6 +91,7 @@ class FirstCall:
         model: the model.
         then: is told of it before the model runs, with what was kept and with all arguments. With it, what
             `torch.compile` made runs as it was written until then; without, a compiled call is not seen.
+        last: is told of it after that, with all arguments, in the precision and the modes of the call itself.
         wrapper: what is called in place of the model, if anything is.
     """
 
@@ -98,11 +99,12 @@ class FirstCall:
         self,
         model: nn.Module,
         then: Callable[[Kept, Arguments], None] | None = None,
+        last: Callable[[Arguments], None] | None = None,
         *,
         wrapper: nn.Module | None = None,
     ) -> None:
         self.kept: Kept | None = None
-        self._model, self._then = weakref.ref(model), then
+        self._model, self._then, self._last = weakref.ref(model), then, last
         called = model if wrapper is None else wrapper
         self._hook: RemovableHandle | None = called.register_forward_pre_hook(_Look(self), with_kwargs=True)
         self._leave: Callable[[], Any] = lambda: None
@@ -140,6 +142,8 @@ class FirstCall:
             remember_inputs(model, self.kept)
             if self._then is not None:
                 self._then(self.kept, arguments)
+        if self._last is not None:
+            self._last(arguments)
 
 
 class _Look:
