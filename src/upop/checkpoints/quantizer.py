@@ -7,6 +7,7 @@ Ours makes layers smaller and quantizes nothing. It is registered when upop is i
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -14,7 +15,8 @@ from contextvars import ContextVar
 from importlib import metadata
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.quantizers.auto import (
     AUTO_QUANTIZER_MAPPING,
@@ -24,6 +26,7 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from upop.checkpoints.blank import outline
 from upop.checkpoints.fit import listed
 from upop.checkpoints.plain import alike, become_plain
 from upop.checkpoints.renamed import outermost, placed, units_today
@@ -32,10 +35,12 @@ from upop.errors import CheckpointError, SettingError
 from upop.models import kind_of
 from upop.pruning import survey
 from upop.pruning.carried import Record, keep_record
+from upop.pruning.words import true_class
 from upop.pruning.written import as_json, renamed
 
 METHOD = "upop"
 _FORMAT = 1
+_ORDINARY = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _LOADED = "_is_hf_initialized"  # what transformers notes on parameters that it has read, or tied to such
 _ALIGNMENT = 64  # bytes; where torch puts fresh tensors
 
@@ -147,10 +152,15 @@ def mark(model: nn.Module) -> None:
     Towers that have a configuration of their own get their own record, so that they can be saved and loaded alone.
     A model that its configuration does not describe is left as it is, with a warning.
 
+    What is left in it of a quantization that was undone, as of weights that were read from a GGUF file, goes.
+
     Raises:
         SettingError: the model is quantized by another method.
     """
     refuse_quantized(model)
+    for _, part in outermost(model):
+        if _other_method(part) is not None:
+            _forget_quantization(part)
     for name, whole in () if kind_of(model) else outermost(model):
         try:
             dense = dense_skeleton(whole)
@@ -194,14 +204,50 @@ def recorded(config: Any) -> Sizes:
 
 
 def refuse_quantized(model: nn.Module) -> None:
-    """Raise a `SettingError` if a transformers model in `model` is quantized by another method."""
+    """Raise a `SettingError` if a transformers model in `model` is quantized by another method.
+
+    Weights that were unpacked when they were read, as those of GGUF files are, are not: only the record is left.
+    """
     for name, part in outermost(model):
-        record = getattr(part.config, "quantization_config", None)
-        if record is not None and _method(record) != METHOD:
+        method = _other_method(part)
+        if method is not None and not _is_as_built(part):
             raise SettingError(
-                f"{name or type(part).__name__} has a quantization_config of kind {_method(record)!r}, and a "
+                f"{name or type(part).__name__} has a quantization_config of kind {method!r}, and a "
                 "configuration holds one alone. Compress first, save, and quantize what was loaded."
             )
+
+
+def _other_method(part: PreTrainedModel) -> str | None:
+    """Return the method that a model was quantized by, as its configuration or what it was read with says."""
+    record = getattr(part.config, "quantization_config", None)
+    if record is None:
+        record = getattr(getattr(part, "hf_quantizer", None), "quantization_config", None)
+    method = METHOD if record is None else _method(record)
+    return None if method == METHOD else method
+
+
+def _is_as_built(part: PreTrainedModel) -> bool:
+    """Whether a model, cut or not, has the modules that its class builds, and ordinary numbers in them."""
+    kind: Any = true_class(part)
+    built: nn.Module = outline(lambda: kind(copy.deepcopy(part.config)))
+    expected, found = built.state_dict(), part.state_dict()
+    return (
+        [(name, true_class(module)) for name, module in part.named_modules()]
+        == [(name, type(module)) for name, module in built.named_modules()]
+        and found.keys() == expected.keys()
+        and all(
+            type(value) is Tensor and (value.dtype == expected[name].dtype or value.dtype in _ORDINARY)
+            for name, value in found.items()
+        )
+    )
+
+
+def _forget_quantization(part: PreTrainedModel) -> None:
+    reader = getattr(part, "hf_quantizer", None)
+    if reader is not None:
+        reader.remove_quantization_config(part)
+    if getattr(part.config, "quantization_config", None) is not None:
+        del part.config.quantization_config
 
 
 def _refuse_gaps(model: PreTrainedModel, record: UpopConfig) -> None:
