@@ -249,7 +249,9 @@ def test_positions_that_older_versions_saved_may_be_there(tmp_path: Path) -> Non
 
 def compressed(place: Path) -> tuple[Any, Path]:
     model: Any = of_transformers()
-    upop.shrink(model, {unit.name: range(unit.size // 2) for unit in upop.find_units(model)})
+    # Layers of different sizes: where all are alike, it is an ordinary model, which transformers loads in its own way.
+    kept = {unit.name: range(unit.size // 2 + at % 3) for at, unit in enumerate(upop.find_units(model))}
+    upop.shrink(model, kept)
     model.save_pretrained(place)
     return model, place
 

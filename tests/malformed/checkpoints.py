@@ -84,7 +84,7 @@ FILES: dict[str, Callable[[State], bytes]] = {
     "model is a list": lambda s: saved({"model": list(s.items())}),
     "model is a text": lambda _s: saved({"model": "model.pth"}),
     "numbers beside tensors": lambda s: saved({"model": {**s, "epoch": 5}}),
-    "another name for the model": lambda s: saved({"state_dict": s, "epoch": 5}),
+    "another name for the model": lambda s: saved({"weights": s, "epoch": 5}),
     "only an optimizer": lambda _s: saved({"optimizer": {"state": {}, "param_groups": []}}),
     "keys are numbers": lambda s: saved({"model": dict(enumerate(s.values()))}),
     "a safetensors file under its name": lambda s: safetensors(s),

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_map
 
 from upop.pruning.again import drawing_the_same, uncompiled
 from upop.pruning.axes.candidates import Candidate
-from upop.pruning.axes.copies import forgetting, told, with_memory
+from upop.pruning.axes.copies import forgetting, told, with_memory, written_out
 from upop.pruning.axes.idle import Idle, resting
 from upop.pruning.axes.mode import Mode, defined, name_of, tensors_in
 from upop.pruning.costs import call, evaluating
@@ -140,7 +140,8 @@ class Bench:
 
     def _outputs(self) -> list[tuple[str, Tensor]]:
         device = next((each.device for each in self._model.parameters()), torch.device("cpu"))
-        with forgetting(), evaluating(self._model), drawing_the_same(device), uncompiled(), Precise(self._dtype):
+        plainly = written_out() if self._resting else uncompiled()  # torch's fused encoder passes by its own layers
+        with forgetting(), evaluating(self._model), drawing_the_same(device), plainly, Precise(self._dtype):
             return [(place, value.detach().clone()) for place, value in tensors_of(self._run(self._model))]
 
     def called(self) -> set[str]:
