@@ -225,7 +225,7 @@ def test_the_published_pair_of_commands(config: Path, tmp_path: Path) -> None:
     flags += ["--world_size", 1, "--dist_url", "env://", "--pin-mem", "--num_workers", 0, "--opt", "adamw"]
     done = invoke(*shared, "--finetune", dense, *flags, "--output_dir", tmp_path / "run")
     assert done.exit_code == 0, done.output
-    assert re.search(r"UPop 1\.[1-3]\d?x", done.output)
+    assert re.search(r"reference 1\.[1-3]\d?x", done.output)
     given = read_settings(ClassificationSettings, tmp_path / "run" / "settings.yaml", {})
     assert (given.repeats, given.auto_augment, given.mixup, given.batch_size_test) == (1, None, 0.2, 24)
     compressed = save_official("deit", upop.load(tmp_path / "run" / "best"), tmp_path / "compressed.pth")

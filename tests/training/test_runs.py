@@ -326,7 +326,7 @@ def test_too_many_bad_steps_stop_the_run(config: Path, tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match=r"3 steps in a row.*Lower init_lr") as held:
         compress(task, settings)
     # The error holds all that the run made, and yet nothing looks at the model any more, nor masks it.
-    assert "_find_plan" in [entry.name for entry in held.traceback]
+    assert "_train_epoch" in [entry.name for entry in held.traceback]
     modules = list(task.model.modules())
     assert not any(each._forward_hooks or each._forward_pre_hooks for each in modules)
     assert upop.Pruner(task.model, 0.5, 8).current_ratio == 0

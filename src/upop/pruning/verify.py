@@ -198,6 +198,20 @@ def _difference(one: Tensor, other: Tensor) -> tuple[float, float]:
     return (float((a - b).abs().max()), float(a.abs().maximum(b.abs()).max())) if len(a) else (0.0, 0.0)
 
 
+def refuse_unsteady(outputs: Outputs, again: Outputs) -> None:
+    """Raise a `VerificationError` if two calls of the same model do not give the same."""
+    for (place, one), (_, other) in zip(outputs, again, strict=True):
+        size, scale = _difference(one, other)
+        if size > torch.finfo(one.dtype).eps ** 0.5 * scale:
+            raise VerificationError(
+                f"Two calls of the model on the same inputs differ ({place} by "
+                f"{size / scale:.1e} of its largest entry): it draws random numbers in evaluation mode that "
+                "torch.manual_seed does not fix, or keeps something between calls, so that no cut of it can be "
+                "verified. The model was left as it was. Give a function of what does not, as example= or verify=: "
+                "lambda model: model.part(inputs)."
+            )
+
+
 def rounding_of(run: Callable[[], Outputs], *, outputs: Outputs | None = None) -> Iterator[list[float]]:
     """Yield how much each output of a model differs when its products are summed in another order, time after time.
 
@@ -211,16 +225,7 @@ def rounding_of(run: Callable[[], Outputs], *, outputs: Outputs | None = None) -
     from upop.pruning.axes.copies import written_out
 
     if outputs is not None:
-        for (place, one), (_, again) in zip(outputs, run(), strict=True):
-            size, scale = _difference(one, again)
-            if size > torch.finfo(one.dtype).eps ** 0.5 * scale:
-                raise VerificationError(
-                    f"Two calls of the model on the same inputs differ ({place} by "
-                    f"{size / scale:.1e} of its largest entry): it draws random numbers in evaluation mode that "
-                    "torch.manual_seed does not fix, or keeps something between calls, so that no cut of it can be "
-                    "verified. The model was left as it was. Give a function of what does not, as example= or verify=: "
-                    "lambda model: model.part(inputs)."
-                )
+        refuse_unsteady(outputs, run())
     with written_out():
         with _Lowered() as lowered:
             plain = run()

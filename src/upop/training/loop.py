@@ -18,7 +18,7 @@ from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
 
 from upop.compression import Compression
-from upop.errors import CheckpointError, SettingError, TrainingError
+from upop.errors import CheckpointError, SettingError, TrainingError, VerificationError
 from upop.pruning import Pruner
 from upop.settings import RunSettings, current_names
 from upop.training.bad_images import readable
@@ -273,7 +273,9 @@ class Loop:
             if after_epoch is not None:
                 after_epoch(model, {})
             return
-        candidates = {"": model} if average is None or pruner is not None else {"": model, "average": average.module}
+        candidates = {"": model}
+        if average is not None and place.phase != "search":
+            candidates["average"] = average.module
         for name, candidate in candidates.items():
             scores = evaluate(self._accelerator, self._task, settings, candidate, self._val)[0]
             split = self._task.splits["val"]
@@ -322,7 +324,16 @@ class Loop:
                     f"check the data. What was computed before is in {self._folder.path}."
                 )
         if compression is not None:
-            trained.end_step(compression, cut)
+            try:
+                trained.end_step(compression, cut)
+            except VerificationError as error:
+                if good:
+                    raise
+                raise TrainingError(
+                    f"The search ended at step {place.steps}, whose loss or gradients are not finite, and the model "
+                    "could not be cut. Lower init_lr, set clip_grad, or check the data. "
+                    f"What was computed before is in {self._folder.path}."
+                ) from error
         return stepped
 
     def _log(self, phase: str, loss: float, rate: float, pruner: Pruner | None) -> None:

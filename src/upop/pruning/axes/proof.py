@@ -21,7 +21,7 @@ from upop.pruning.costs import call, evaluating
 from upop.pruning.errors import VerificationError
 from upop.pruning.shrink import cut, restore
 from upop.pruning.units import Attribute, Unit, tensor_of
-from upop.pruning.verify import Outputs, difference, refuse_unlike, rounding_of, tensors_of
+from upop.pruning.verify import Outputs, difference, refuse_unlike, refuse_unsteady, rounding_of, tensors_of
 
 POWERS = (0.5, 0.0, 1.0, 0.25)
 """Of softmax scales that follow the size of a head: 1 / sqrt(size), fixed, 1 / size, and queries that are keys too."""
@@ -87,6 +87,7 @@ class Bench:
         self._idle, self._idling = idle, dict[str, Idle]()
         self._rests: dict[frozenset[str], list[Idle]] = {}
         self._resting: list[Idle] = []
+        self._steady = False  # whether two calls are known to give the same
         self._known: tuple[Any, Outputs] = (None, [])
         self.misses = False
         self._fit()
@@ -175,6 +176,9 @@ class Bench:
             except VerificationError as error:
                 return float("inf"), str(error).split(". ")[0]
             off = difference(expected, found, self._rounding)
+            if off is not None and not self._steady:
+                refuse_unsteady(self.outputs(), self.outputs())
+                self._steady = True
             return (float("inf"), f"the cut model differs by {off.size:.1e}") if off is not None else (0.0, "")
 
     def _masked_outputs(self, units: Sequence[Unit], plan: Mapping[str, Sequence[int]]) -> Outputs:
