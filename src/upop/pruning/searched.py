@@ -208,9 +208,11 @@ class Searched(ABC):
             )
         masks = None if model is self.model else Masks(model, self.units)  # refused before the old one is let go
         know_as(model, self.model)
+        seen = self._moments.state()  # the stage's passes count for its correction, wherever it ends
         self._detach()
         self.model, self._wrapper = model, wrapper
         self._attach(masks)
+        self._moments.resume(seen)
 
     def remove(self) -> None:
         """Take the masks off without cutting anything; no trace of them is left, but corrected layers stay so."""
