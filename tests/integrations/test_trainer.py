@@ -106,6 +106,26 @@ def test_it_is_the_loop_by_hand(classifier: Any, pictures: Any, tmp_path: Path, 
         torch.testing.assert_close(classifier.state_dict()[name], value, **near)
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # of torch.compile, which looks for it everywhere
+def test_a_model_that_the_trainer_compiles_is_corrected_from_the_first_step_on(pictures: Any, tmp_path: Path) -> None:
+    torch._dynamo.reset()
+    found = []
+    for settings in ({}, {"torch_compile": True, "torch_compile_backend": "eager"}):
+        model, callback = clip(), TrainerCallback(ratio=0.5, search=1, teacher=False)
+        one = trainer(model, pictures, tmp_path, callback, max_steps=2, **settings)
+        one.train()
+        assert (one.model_wrapped is model) is not bool(settings)
+        assert callback.compression is not None and callback.compression.pruner is not None
+        found.append((callback.compression.plan(), callback.compression.pruner.corrections, model.state_dict()))
+    (plan, corrections, weights), (compiled_plan, compiled_corrections, compiled_weights) = found
+    assert min(corrections.values()) < 1
+    assert compiled_corrections == pytest.approx(corrections)
+    assert compiled_plan == plan
+    for name, value in weights.items():
+        torch.testing.assert_close(compiled_weights[name], value, rtol=1e-5, atol=1e-6)
+    torch._dynamo.reset()
+
+
 def _kept(found: Any, seen: list[Any]) -> Any:
     seen.append([{name: value.clone() for name, value in batch.items()} for batch in found[0]])
     return found

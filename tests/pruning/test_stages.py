@@ -271,7 +271,7 @@ def test_compiled_models_are_corrected_and_run_compiled_all_the_other_steps() ->
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # of torch.compile, which looks for it everywhere
-@pytest.mark.parametrize("way", ["known wrapper", "unknown wrapper", "in place", "a block in place"])
+@pytest.mark.parametrize("way", ["known wrapper", "unknown wrapper", "in place", "a block in place", "a function"])
 def test_what_is_compiled_is_looked_at_and_other_compiled_code_stays_compiled(way: str) -> None:
     torch._dynamo.reset()
     counting, others = Counting(), Counting()
@@ -281,21 +281,24 @@ def test_what_is_compiled_is_looked_at_and_other_compiled_code_stays_compiled(wa
         model.compile(backend=counting)
     elif way == "a block in place":
         model.blocks[0].compile(backend=counting)
+    elif way == "a function":
+        called = torch.compile(lambda **inputs: model(**inputs), backend=counting)
+        called.zero_grad = model.zero_grad
     else:
         called = torch.compile(model, backend=counting)
-    pruner = upop.Pruner(model if way == "unknown wrapper" else called, 0.5, 8, 4)  # every step is looked at
+    pruner = upop.Pruner(called if way == "known wrapper" else model, 0.5, 8, 4)  # every step is looked at
     expected = upop.Pruner(plain, 0.5, 8, 4)
     for step in range(8):
         for net, search in ((called, pruner), (plain, expected)):
             net.zero_grad()
             loss_of(net(**VIT.inputs(4, seed=step))).backward()
             search.step()
-        if way != "unknown wrapper":
+        if way != "a function":
             other(torch.ones(1, 2))
             assert others.runs == step + 1
             assert counting.runs == 0
     assert pruner.corrections.keys() == expected.corrections.keys()
-    if way == "unknown wrapper":  # it was seen by the second step
+    if way == "a function":  # it was seen by the second step
         assert counting.runs == 1
     else:
         assert difference(outputs_of(model, VIT.inputs()), outputs_of(plain, VIT.inputs())) < 1e-12

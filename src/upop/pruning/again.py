@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 import inspect
 import random
+import sys
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -122,8 +124,24 @@ def repeated(
     return bound.args, bound.kwargs
 
 
+Kind = TypeVar("Kind")
+
+
+def held_anywhere(kind: type[Kind]) -> list[Kind]:
+    """Return all objects of a class that anyone holds, also those that the process has put aside (`gc.freeze`)."""
+    frozen = gc.get_freeze_count()
+    if frozen:
+        gc.unfreeze()
+    held = gc.get_objects()
+    if frozen:
+        gc.freeze()
+    return [each for each in held if issubclass(type(each), kind)]  # others may answer to isinstance with code
+
+
 class AsWritten:
     """Has the modules of one model run as they were written, though `torch.compile` compiled them: all others stay.
+
+    Wrappers are found whoever holds them: a training loop may call one of its own, and hand on the model inside.
 
     Args:
         model: in its wrappers, as far as they are known.
@@ -131,7 +149,7 @@ class AsWritten:
 
     def __init__(self, model: nn.Module) -> None:
         changed: list[tuple[weakref.ref[nn.Module], str, Any]] = []
-        for module in list(model.modules()):
+        for module in {*model.modules(), *_compilers_of(model)}:
             inner = module._modules.get("_orig_mod")
             if inner is not None and "forward" in vars(module):  # a wrapper of torch.compile
                 changed.append((weakref.ref(module), "forward", vars(module)["forward"]))
@@ -147,6 +165,15 @@ class AsWritten:
             module = reference()
             if module is not None:
                 vars(module)[name] = value
+
+
+def _compilers_of(model: nn.Module) -> Iterator[nn.Module]:
+    """Yield the wrappers of torch.compile around a model or a part of it."""
+    loaded = sys.modules.get("torch._dynamo.eval_frame")  # without it nothing was compiled
+    parts = set(model.modules())
+    for wrapper in [] if loaded is None else held_anywhere(loaded.OptimizedModule):
+        if not parts.isdisjoint(wrapper.modules()):
+            yield wrapper
 
 
 class _Uncompiled:

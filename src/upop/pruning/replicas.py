@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import gc
-
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from upop.pruning.again import held_anywhere
 from upop.pruning.masks import unwrapped
 
 
@@ -22,15 +21,9 @@ def rebuild_replicas(model: nn.Module) -> None:
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return
     inner = unwrapped(model)
-    # A training loop may hold the wrapper, and hand on the model inside; so it is looked for, also among objects that
-    # a process has put aside, which are not listed.
-    frozen = gc.get_freeze_count()
-    if frozen:
-        gc.unfreeze()
-    held = [*model.modules(), *gc.get_objects()]
-    if frozen:
-        gc.freeze()
-    wrappers = {id(each): each for each in held if issubclass(type(each), DistributedDataParallel)}
+    # A training loop may hold the wrapper, and hand on the model inside.
+    own = [each for each in model.modules() if isinstance(each, DistributedDataParallel)]
+    wrappers = {id(each): each for each in (*own, *held_anywhere(DistributedDataParallel))}
     for wrapper in wrappers.values():
         if unwrapped(wrapper) is inner:
             _rebuild(wrapper)
