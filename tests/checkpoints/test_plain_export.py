@@ -190,3 +190,22 @@ def test_what_a_form_cannot_take_is_refused_with_what_can(
     with pytest.raises(SystemExit, match="1"):
         main()
     assert "--to padded" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize("to", ["padded", "nemotron-nas"])
+def test_a_tokenizer_goes_with_its_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, to: str) -> None:
+    upop.save(llama(), tmp_path / "cut")
+    for name in ("tokenizer.json", "chat_template.jinja", "diary.txt"):
+        (tmp_path / "cut" / name).write_text(name)
+    before = (tmp_path / "cut" / "generation_config.json").read_bytes()
+    monkeypatch.setattr("sys.argv", ["upop", "export", str(tmp_path / "cut"), "--to", to, "--out", str(tmp_path / to)])
+    with pytest.raises(SystemExit) as done:
+        main()
+    assert not done.value.code
+    assert (tmp_path / to / "tokenizer.json").read_text() == "tokenizer.json"
+    assert (tmp_path / to / "chat_template.jinja").exists()
+    assert (tmp_path / to / "generation_config.json").exists()
+    assert not (tmp_path / to / "diary.txt").exists()
+    assert (tmp_path / "cut" / "generation_config.json").read_bytes() == before
+    write_plain(llama(), tmp_path / to, "padded")  # what was copied is upop's, and is replaced with the rest
+    assert not (tmp_path / to / "tokenizer.json").exists()

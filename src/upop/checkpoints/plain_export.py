@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -24,9 +25,22 @@ from upop.pruning.masks import unwrapped
 PlainFormat = Literal["padded", "nemotron-nas"]
 
 _CARD = "README.md"
+_BESIDE = (
+    *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model", "special_tokens_map.json"),
+    *("added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja", "chat_template.json"),
+    *("generation_config.json", "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json"),
+)
+"""What transformers keeps beside a model's weights, and servers look for there: tokenizers and the like."""
 
 
-def write_plain(model: nn.Module, folder: str | Path, format: PlainFormat, *, overwrite: bool = False) -> str:
+def write_plain(
+    model: nn.Module,
+    folder: str | Path,
+    format: PlainFormat,
+    *,
+    beside: Path | None = None,
+    overwrite: bool = False,
+) -> str:
     """Write a cut model as one that needs no upop, checked to compute the same; return what is left of the gain.
 
     The folder holds the weights, `config.json` and a model card. It is written beside and renamed; only a folder that
@@ -36,6 +50,7 @@ def write_plain(model: nn.Module, folder: str | Path, format: PlainFormat, *, ov
         model: of transformers or timm, or one of upop's that transformers has a class for.
         folder: where to write.
         format: "padded", or "nemotron-nas" for decoders like Llama's.
+        beside: the model's own folder; its tokenizer, chat template and the like are copied.
         overwrite: whether a folder of upop may be replaced though its files were changed since.
 
     Raises:
@@ -59,6 +74,7 @@ def write_plain(model: nn.Module, folder: str | Path, format: PlainFormat, *, ov
                 ("SGLang", "as above; some of its versions want equally many groups in all layers"),
                 ("transformers", "no: it has no such class. `upop export --to padded` writes one that it has"),
             ]
+            _copy_beside(beside, fresh)
             _write_card(fresh, type(model).__name__, written.told(), rows)
         return written.told()
     found = pad(model)
@@ -75,8 +91,17 @@ def write_plain(model: nn.Module, folder: str | Path, format: PlainFormat, *, ov
             config = owners.timm_config(found.model, name, found.settings)
             (fresh / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
             rows = [("timm", '`timm.create_model("local-dir:FOLDER", pretrained=True)`, without upop')]
+        _copy_beside(beside, fresh)
         _write_card(fresh, type(model).__name__, found.told(), rows)
     return found.told()
+
+
+def _copy_beside(source: Path | None, folder: Path) -> None:
+    if source is None:
+        return
+    for name in _BESIDE:
+        if (source / name).is_file() and not (folder / name).exists():
+            shutil.copyfile(source / name, folder / name)
 
 
 def _write_card(folder: Path, kind: str, told: str, rows: Sequence[tuple[str, str]]) -> None:

@@ -29,6 +29,7 @@ class Asked:
 
     out: Path
     overwrite: bool = False
+    source: Path | None = None
     quantize: Any = None
     samples: Sequence[Any] | None = None
 
@@ -68,7 +69,7 @@ def _without_upop(format: Any) -> Callable[[nn.Module, Asked], None]:
 
         if asked.quantize is not None:
             raise SettingError(f"--quantize is for --to onnx; --to {format} writes a model. Leave it out.")
-        told = write_plain(model, asked.out, format, overwrite=asked.overwrite)
+        told = write_plain(model, asked.out, format, beside=asked.source, overwrite=asked.overwrite)
         Console(soft_wrap=True, highlight=False).print(as_text(f"{asked.out}: {told}"))
 
     return write
@@ -137,7 +138,8 @@ def export(
     check_folder(out, target.kind, overwrite=overwrite)
     model = read_exportable(source, task, o.overrides({}, assign), own=target.own)
     records = None if samples is None or config is None else _records(model, config, samples)
-    target.write(model, Asked(out, overwrite, quantize, records))
+    place = local_path(source) if Path(source).exists() or is_hub_name(source) else None
+    target.write(model, Asked(out, overwrite, place, quantize, records))
 
 
 def read_exportable(source: str, task: str | None, overrides: Mapping[str, Any], *, own: bool = True) -> nn.Module:
