@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -248,6 +249,34 @@ class Own(nn.Module):
         values = self.first(values)
         values = values + self.down(torch.relu(self.up(values)))
         return self.head(self.norm(values))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("converted", [False, True], ids=["as it is", "converted"])
+def test_a_masked_model_trains_after_an_evaluation_in_inference_mode(converted: bool) -> None:
+    """What is kept of masks is made there for the first time; memory of a thread, so a thread of its own looks."""
+
+    def run() -> float:
+        torch.manual_seed(0)
+        model, values = Own(), torch.randn(40, 6)
+        pruner = upop.Pruner(model, 0.5, 2, 1, example=values, correct=False)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        for step in range(2):
+            if step and converted:
+                model.double()
+            data = values.to(model.head.weight.dtype)
+            with torch.inference_mode():
+                model(data)
+            model(data).square().mean().backward()
+            pruner.step()
+            optimizer.step()
+            optimizer.zero_grad()
+            with torch.inference_mode():
+                model(data)
+        model(data).square().mean().backward()
+        return float(pruner.kept_share())
+
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(run).result() < 0.6
 
 
 def test_a_model_that_is_read_with_its_first_batch_has_a_teacher_at_once() -> None:

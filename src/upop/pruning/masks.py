@@ -13,6 +13,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -103,7 +104,8 @@ def _scratch_like(factor: Tensor) -> Tensor | None:
         return None
     held = _scratch.memory
     if factor.dtype not in held or held[factor.dtype].numel() < factor.numel():
-        held[factor.dtype] = factor.new_empty(factor.numel())
+        with torch.inference_mode(False):  # it outlives an evaluation in inference mode
+            held[factor.dtype] = torch.empty(factor.numel(), dtype=factor.dtype, device=factor.device)
     return held[factor.dtype][: factor.numel()].view(factor.shape)
 
 
@@ -136,7 +138,8 @@ def _rows_of(module: nn.Module, leaf: str, tensor: Tensor) -> Tensor:
     rows: Tensor = getattr(module, _MASK + leaf)
     if rows.device == tensor.device and rows.dtype == tensor.dtype:
         return rows
-    moved = rows.to(tensor.device, tensor.dtype)
+    with nullcontext() if torch.compiler.is_compiling() else torch.inference_mode(False):  # it is kept
+        moved = rows.to(tensor.device, tensor.dtype)
     if not (moved.is_meta or torch.compiler.is_compiling()):
         setattr(module, _MASK + leaf, moved)
     return moved
