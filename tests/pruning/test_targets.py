@@ -212,7 +212,7 @@ def test_bytes_are_those_of_the_precision_asked_for() -> None:
         ({"target": "params=90M"}, "Nothing has to go"),
         ({"target": "params=0.5", "cost": "reference"}, "takes a ratio"),
         ({"target": "params=0.01"}, r"the model still has [\d,]+ of [\d,]+\. Ask for params=0\.\d+ or more\."),
-        ({"target": "params=0.9", "align": 16}, "cannot be reached within 1 %"),
+        ({"target": "params=0.93", "align": 16}, r"cannot be reached within 1 %.*Ask for params=0\.8933 or 0\.9467,"),
     ],
 )
 def test_what_cannot_be_reached_is_refused_before_training(settings: dict[str, Any], said: str) -> None:
@@ -234,3 +234,22 @@ def test_what_is_told_as_the_least_can_be_asked_for() -> None:
 def test_a_cache_is_asked_of_a_model_that_has_one() -> None:
     with pytest.raises(SettingError, match="gives none for the example"):
         upop.Pruner(VIT.build(), steps=1, target={"cache": 0.5}, example=tuple(VIT.inputs(2).values()))
+
+
+@pytest.mark.parametrize("uniform", [None, "tower"])
+def test_a_whole_number_of_groups_may_be_asked_of_a_small_cache(uniform: Any) -> None:
+    batches = [{"input_ids": WORDS, "labels": WORDS}]
+
+    def cut(target: str) -> float:
+        reached = upop.calibrate(llama(), batches, target=target, stages=1, uniform=uniform).settings["reached"]
+        share: float = reached["cache"]["left"] / reached["cache"]["dense"]
+        return share
+
+    assert cut("cache=0.5") == 0.5
+    with pytest.raises(SettingError, match="cannot be reached within 1 %") as refused:
+        cut("cache=0.7")
+    for near in str(refused.value).split("Ask for cache=")[1].split(",")[0].split(" or "):
+        assert cut(f"cache={near}") == pytest.approx(float(near), abs=1e-4)
+    if uniform:
+        with pytest.raises(SettingError, match='What would go further: no uniform="tower"'):
+            cut("params=0.01")

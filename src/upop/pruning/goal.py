@@ -213,6 +213,11 @@ def _number(count: float) -> str:
     return f"{count:,}" if isinstance(count, int) else f"{count:,.0f}" if count >= 1000 else f"{count:.3g}"
 
 
+def _share(count: float, dense: float) -> float:
+    """Return a share that can be asked for, in four decimals, where a count is to be reached."""
+    return math.ceil(1e4 * count / dense - 1e-9) / 1e4
+
+
 def _check_reachable(bound: Bound, units: Sequence[Unit], align: Align, towers: Sequence[Tower]) -> None:
     """Raise unless a limit can be reached, and within the tolerance."""
     dense = bound.quantity.whole
@@ -221,9 +226,10 @@ def _check_reachable(bound: Bound, units: Sequence[Unit], align: Align, towers: 
     floor = bound.quantity.at(least)
     words, limit = bound.limit.words, bound.limit
     wider = [f"a smaller align than {told_align(align)}"] if align != 1 else []
+    wider += ['no uniform="tower"'] if towers else []
     wider += ["more units, where include= or exclude= leaves some out"]
     if floor > bound.most:
-        needed = math.ceil(1e4 * floor / dense) / 1e4
+        needed = _share(floor, dense)
         raise SettingError(
             f"target {limit} cannot be reached: that is {_number(bound.most)} {words}, and with one entry or block "
             f"left in each of the {len(units)} units the model still has {_number(floor)} of {_number(dense)}. Ask for "
@@ -232,15 +238,41 @@ def _check_reachable(bound: Bound, units: Sequence[Unit], align: Align, towers: 
         )
     if isinstance(bound.quantity, Latency):
         return  # a device may take no note of anything smaller than its own steps
-    finest = [
+    finest = {
         dense - bound.quantity.at({unit.name: unit.size - blocks[-1] for unit in group})
         for group, blocks in groups
         if blocks
-    ]
-    if min((each for each in finest if each), default=0) > _TOLERANCE * dense:
-        raise SettingError(
-            f"target {limit} cannot be reached within 1 %: the smallest part that can go, "
-            f"{max(entries_in_block(unit, align) for unit in units)} entries of a unit, has "
-            f"{100 * min(each for each in finest if each) / dense:.1f} % of the {words}. Give a smaller align, or a "
-            "ratio."
-        )
+    } - {0}
+    smallest = min(finest, default=0)
+    if smallest <= _TOLERANCE * dense:
+        return
+    counts = _reachable(bound, groups)
+    below = max((each for each in counts if each <= bound.most + 1e-9 * dense), default=-math.inf)
+    if bound.most - below <= _TOLERANCE * dense:
+        return
+    entries = max(entries_in_block(unit, align) for unit in units)
+    above = min((each for each in counts if bound.most < each < dense), default=-math.inf)
+    near = " or ".join(f"{_share(each, dense):g}" for each in (below, above) if each > 0)
+    raise SettingError(
+        f"target {limit} cannot be reached within 1 %: the smallest part that can go, {entries} "
+        f"entr{'y' if entries == 1 else 'ies'} of {'every unit of a tower' if towers else 'a unit'}, has "
+        f"{100 * smallest / dense:.1f} % of the {words}. "
+        + (f"Ask for {limit.kind}={near}, or give" if near else "Give")
+        + " a smaller align, or a ratio."
+    )
+
+
+def _reachable(bound: Bound, groups: Sequence[tuple[Sequence[Unit], Sequence[int]]]) -> list[float]:
+    """Return all counts that a cut can leave, where parts are few or alike, as groups of heads are in a cache."""
+    dense = bound.quantity.whole
+
+    def without(group: Sequence[Unit], entries: int) -> float:
+        return bound.quantity.at({unit.name: unit.size - entries for unit in group})
+
+    counted = [(group, blocks) for group, blocks in groups if blocks and without(group, blocks[-1]) < dense]
+    if len(counted) == 1:
+        ((group, blocks),) = counted
+        return [without(group, sum(blocks[:gone])) for gone in range(len(blocks) + 1)]
+    steps = {dense - without(group, block) for group, blocks in counted for block in set(blocks)}
+    total = sum(len(blocks) for _, blocks in counted)
+    return [dense - gone * step for step in steps for gone in range(total + 1)] if len(steps) == 1 else []
