@@ -11,7 +11,6 @@ from typing import Literal
 from torch import nn
 
 from upop.checkpoints import nemotron_nas, owners
-from upop.checkpoints.convert import to_transformers
 from upop.checkpoints.folder import WEIGHTS
 from upop.checkpoints.padded import pad
 from upop.checkpoints.runtimes import SERVERS
@@ -61,7 +60,10 @@ def write_plain(
     folder = Path(folder)
     check_folder(folder, "model", overwrite=overwrite)
     model = unwrapped(model)
-    model = to_transformers(model) if kind_of(model) else model
+    if kind_of(model):
+        from upop.checkpoints.convert import to_transformers  # takes timm, which models of transformers do not
+
+        model = to_transformers(model)
     if format == "nemotron-nas":
         written = nemotron_nas.convert(model)
         with replacing_folder(folder, "model", overwrite=overwrite) as fresh:

@@ -166,7 +166,10 @@ def read_exportable(source: str, task: str | None, overrides: Mapping[str, Any],
 
 def _is_counterpart(path: Path) -> bool:
     """Whether a folder of transformers holds a class that stands for a model of upop's own."""
-    from upop.checkpoints.hugging_face import COUNTERPARTS
+    try:
+        from upop.checkpoints.hugging_face import COUNTERPARTS
+    except ModuleNotFoundError:  # without timm there are no models of upop's own
+        return False
     from upop.checkpoints.transformers_models import architectures
 
     return any(row.kind in architectures(path, read_config(path))[:1] for row in COUNTERPARTS)
