@@ -32,7 +32,8 @@ def end_watch() -> None:
 
 def _is_command() -> bool:
     started = sys.argv[0] if sys.argv else ""
-    if started != "-m":  # as Python calls a module whose packages it is importing
+    # Python calls a module "-m" as long as it imports its packages, and by its file then.
+    if started != "-m" and Path(started).name != "__main__.py":
         return Path(started).name in ("upop", "upop.exe")
     words = sys.orig_argv
     return "-m" in words and words[words.index("-m") + 1 :][:1] == ["upop"]

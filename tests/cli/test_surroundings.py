@@ -107,11 +107,11 @@ def interrupted(process: subprocess.Popen[str]) -> tuple[int, str]:
 
 
 def test_ctrl_c_while_a_command_starts_is_a_sentence(slow_torch: Path) -> None:
-    code, err = interrupted(begin("-m", "upop", "recipes", first=slow_torch))
+    code, err = interrupted(begin("-m", "upop", "inspect", "deit_small_patch16_224", first=slow_torch))
     assert code == 130
     assert err == "Interrupted (Ctrl-C) while upop was starting; nothing was begun.\n"
 
 
 def test_a_program_that_imports_the_package_keeps_its_own_interrupts(slow_torch: Path) -> None:
-    program = "try:\n    import upop\nexcept KeyboardInterrupt:\n    raise SystemExit(7)"
+    program = "try:\n    import upop\n    upop.Pruner\nexcept KeyboardInterrupt:\n    raise SystemExit(7)"
     assert interrupted(begin("-c", program, first=slow_torch)) == (7, "")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -83,10 +84,15 @@ class Slice:
 
     def index(self, kept: Tensor, size: int) -> Tensor:
         """Return the positions along `dim` that stay with the `kept` entries (int64, ascending per group)."""
-        stays = torch.ones(size + 1, dtype=torch.bool, device="cpu")  # the last one for gaps
-        stays[:-1] = False
-        stays[kept.cpu()] = True
-        return stays[self.entries(size)].nonzero().flatten().to(kept.device)
+        gaps, kept = self.gaps or (0,) * (self.outer + 1), kept.unique()
+        whole = partial(torch.arange, device=kept.device)
+        start, parts = gaps[0], [whole(gaps[0])]
+        for inner, gap in zip(self.inners, gaps[1:], strict=True):
+            parts.append((start + kept.unsqueeze(1) * inner + whole(inner)).flatten())
+            start += size * inner
+            parts.append(whole(start, start + gap))
+            start += gap
+        return torch.cat(parts)
 
     def expand(self, entries: Tensor) -> Tensor:
         """Repeat one value per entry, [size], to one value per row, [length]; silent rows and gaps get 1."""
