@@ -77,6 +77,8 @@ def test_a_process_that_is_killed_ends_the_other_with_our_message(tmp_path: Path
     assert message, told
     if "LostProcessError" in message[0]:
         assert re.search(r"with --resume goes on from step \d+", words)
+    # A signal may come while Python lets go of the lock of an import, which ignores what is raised, and says so.
+    told = re.sub(r"Exception ignored in:[^\n]*\nTraceback[^\n]*\n(?: [^\n]*\n)*[^\n]*\n?", "", told)
     assert "upop" not in "".join(re.findall(r'File "[^"]*"', told))
     assert any((tmp_path / "run" / "checkpoints").iterdir())
 
