@@ -130,7 +130,10 @@ def test_killed_at_random_moments(nlvr: tuple[Path, dict[str, Any]], tmp_path: P
     draw, killed = random.Random(0), 0
     for _ in range(kills):
         process = start("nlvr", config, tmp_path / "run")
-        process.join(timeout=draw.uniform(0.2, 4))
+        metrics, rows = tmp_path / "run" / "metrics.jsonl", draw.randrange(6)
+        while process.is_alive() and not (metrics.exists() and metrics.read_text().count("\n") >= rows):
+            time.sleep(0.01)
+        process.join(timeout=draw.uniform(0, 0.3))
         if process.is_alive():
             process.kill()
             killed += 1
