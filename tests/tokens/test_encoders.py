@@ -297,3 +297,18 @@ def test_a_merging_model_compiles_whole() -> None:
     with torch.no_grad():
         found = torch.compile(model, fullgraph=True, backend="aot_eager")(image)
         torch.testing.assert_close(found, model(image))
+
+
+def test_numbers_fit_the_images_that_a_model_takes_and_not_the_small_one_that_is_made_up(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 8, "num_attention_heads": 2, "mlp_ratio": 2}
+    model = transformers.Dinov2Model(transformers.Dinov2Config(**sizes, image_size=126, patch_size=14)).eval()
+    images = torch.randn(2, 3, 126, 126)
+    upop.merge_tokens(model, vision=8)  # more than the 16 tokens of 64 pixels allow
+    with torch.no_grad():
+        found = model(images).last_hidden_state
+        assert found.shape[1] == 82 - 8 * 8
+        again: Any = upop.load(upop.save(model, tmp_path / "merged"))
+        assert torch.equal(again(images).last_hidden_state, found)
+    with pytest.raises(SettingError, match="leaves nothing to merge"):
+        upop.merge_tokens(model, vision=40)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
 
 from upop.pruning.axes.examples import example_for
+from upop.pruning.axes.inputs import own_image_size
 from upop.pruning.costs import call, evaluating
 from upop.pruning.errors import LayoutError, SettingError
 from upop.pruning.masks import unwrapped
@@ -58,7 +60,8 @@ def merge_again(model: nn.Module, removed: Sequence[Sequence[int]]) -> nn.Module
     """
 
     def again(number: int, found: _Proved) -> tuple[int, ...]:
-        return _removed(found, removed[number] if number < len(removed) else ())
+        # Counts were looked at when they were asked for; images may have another size here.
+        return _listed(found, removed[number] if number < len(removed) else ())
 
     return _merge(model, None, again)
 
@@ -70,15 +73,11 @@ def removed_tokens(model: nn.Module) -> list[list[int]] | None:
 
 @dataclass(frozen=True)
 class _Proved:
-    """An encoder whose tokens may be merged, but for so many first ones."""
+    """An encoder whose tokens may be merged, but for so many first ones; `tokens` is how many its first layer takes."""
 
     encoder: Encoder
     prefix: int
-
-    @property
-    def tokens(self) -> int:
-        """How many its first layer takes."""
-        return self.encoder.tokens.shape[1]
+    tokens: int
 
 
 def _merge(model: nn.Module, example: Any, plan: Callable[[int, _Proved], tuple[int, ...]]) -> nn.Module:
@@ -87,7 +86,7 @@ def _merge(model: nn.Module, example: Any, plan: Callable[[int, _Proved], tuple[
             f"This {type(model).__name__} merges tokens already, led by cross tokens. Set how many by its set_removed, "
             "or by --rv and --rl."
         )
-    example = example_for(model) if example is None else example
+    made_up, example = example is None, example_for(model) if example is None else example
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)  # another image than that of an example, which is made up with 0
         found = [_proved(model, example, each) for each in encoders(model, example) if each.inputs == {"pixels"}]
@@ -97,6 +96,8 @@ def _merge(model: nn.Module, example: Any, plan: Callable[[int, _Proved], tuple[
             "with attention among all tokens of an image, each given what the one before it returned. Windows of "
             "tokens and grids are none."
         )
+    if made_up:
+        found = _as_large(model, example, found)
     # All are planned before any is changed.
     plans = [(each, plan(number, each)) for number, each in enumerate(found)]
     for each, removed in plans:
@@ -130,20 +131,64 @@ def _proved(model: nn.Module, example: Any, encoder: Encoder) -> _Proved:
             f"The tokens of the encoder {encoder.layers[0].call.path} to {encoder.layers[-1].call.path} cannot be "
             f"merged: {error}."
         ) from None
-    return _Proved(encoder, prefix)
+    return _Proved(encoder, prefix, encoder.tokens.shape[1])
 
 
-def _removed(found: _Proved, asked: int | float | Sequence[int]) -> tuple[int, ...]:
+def _as_large(model: nn.Module, example: Any, found: list[_Proved]) -> list[_Proved]:
+    """Return encoders with as many tokens as they take of the images that the model says it takes.
+
+    What is made up for a model that takes images of any size is a small one.
+    """
+    size = own_image_size(model) or 0
+
+    def enlarged(value: Any) -> Any:
+        is_small = isinstance(value, Tensor) and value.dim() > 3 and value.shape[-2] == value.shape[-1] < size
+        return torch.randn(*value.shape[:-2], size, size).to(value) if is_small else value
+
+    large = tree_map(enlarged, example)
+    if all(one is other for one, other in zip(tree_leaves(large), tree_leaves(example), strict=True)):
+        return found
+    counts: dict[str, int] = {}
+
+    def note(path: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        tokens = next(each for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor))
+        counts.setdefault(path, tokens.shape[1])
+
+    first = [each.encoder.layers[0].call for each in found]
+    hooks = [
+        each.module.register_forward_pre_hook(
+            lambda _, args, kwargs, path=each.path: note(path, args, kwargs), with_kwargs=True
+        )
+        for each in first
+    ]
+    try:
+        with evaluating(model), torch.no_grad(), torch.random.fork_rng(devices=[]):
+            call(model, large)
+    except Exception:  # it takes images of that one size alone, whatever it says of itself
+        return found
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return [replace(each, tokens=counts.get(at.path, each.tokens)) for each, at in zip(found, first, strict=True)]
+
+
+def _listed(found: _Proved, asked: int | Sequence[int]) -> tuple[int, ...]:
+    """Return one number for each layer."""
     depth = len(found.encoder.layers)
-    if isinstance(asked, float):
-        return _within(found, asked)
     removed = tuple(asked) if isinstance(asked, Sequence) else (asked,) * depth
     if len(removed) != depth or min(removed) < 0:
         raise SettingError(
             f"vision={list(removed)} was asked for, and the encoder has {depth} layers. Give one number for all, or "
             f"{depth} numbers of 0 or more."
         )
-    counts = _counts(found, removed)
+    return removed
+
+
+def _removed(found: _Proved, asked: int | float | Sequence[int]) -> tuple[int, ...]:
+    if isinstance(asked, float):
+        return _within(found, asked)
+    removed = _listed(found, asked)
+    counts, depth = _counts(found, removed), len(removed)
     for layer, (tokens, wanted) in enumerate(zip(counts, removed, strict=False)):
         if wanted and not removable(tokens, found.prefix, wanted):
             raise SettingError(

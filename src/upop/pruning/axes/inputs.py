@@ -45,6 +45,11 @@ def words(model: nn.Module, length: int = _WORDS) -> Tensor:
     return torch.randint(min(_LOW, high - 1), high, (BATCH, length))
 
 
+def own_image_size(model: nn.Module) -> int | None:
+    """Return the side of the images that a model says it takes, in pixels; None where it says nothing."""
+    return next((size for owner in _owners(model) for size in _said(owner)), None)
+
+
 def image_sizes(model: nn.Module) -> Iterator[int]:
     """Yield sizes of square images, the likeliest first: small ones, if not all that a model says of itself are."""
     said = [size for owner in _owners(model) for size in _said(owner)]
