@@ -34,6 +34,10 @@ EXTRAS: Mapping[str, str] = {
     "openvino": "export",
     "lightning": "integrations",
     "pycocoevalcap": "coco",
+    "datasets": "data",
+    "pyarrow": "data",
+    "peft": "chat",
+    "bitsandbytes": "chat",
     "tensorboard": "tensorboard",
 }
 """Module -> the extra of upop that brings it."""

@@ -63,7 +63,34 @@ Pretrained = Annotated[
 DataPath = Annotated[
     Path | None, typer.Option("--data-path", "--data_path", help="Folder of train/CLASS/* and val/CLASS/*.")
 ]
-Architecture = Annotated[str | None, typer.Option("--model", help="timm's name of a vision transformer.")]
+Architecture = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        help="What to start from, as --pretrained; with classification, timm's name of a vision transformer.",
+    ),
+]
+Data = Annotated[
+    str | None,
+    typer.Option(
+        "--data",
+        metavar="FILE",
+        help="Rows: .jsonl, .json, .parquet, .csv or .tar files, a folder of images, or a name on the hub.",
+    ),
+]
+ValData = Annotated[
+    str | None,
+    typer.Option("--val-data", "--val_data", metavar="FILE", help="Rows to evaluate on; else a share of --data."),
+]
+ImageRoot = Annotated[
+    Path | None,
+    typer.Option("--image-root", "--image_root", help="Where images' paths start. [default: the file's folder]"),
+]
+ColumnNames = Annotated[
+    list[str] | None,
+    typer.Option("--column", metavar="WHAT=NAME", help="Which column is what, as in answer=reply; repeatable."),
+]
+RowCount = Annotated[int | None, typer.Option("--rows", metavar="N", help="Take the first N rows of --data alone.")]
 OutputDir = Annotated[Path | None, typer.Option("--output-dir", "--output_dir", help="Run folder.")]
 DeviceName = Annotated[Device | None, typer.Option(help="Where to compute; torchrun decides about processes.")]
 Fsdp = Annotated[
@@ -202,6 +229,8 @@ _SETS: Mapping[str, tuple[str, ...]] = {
     "checkpoint": ("pretrained", "resume"),
     "model_ema": ("ema_decay",),
     "repeated_aug": ("repeats",),
+    "column": ("columns",),
+    "architecture": ("architecture", "pretrained"),
 }
 """Parameters of commands that are called otherwise than the settings that they stand for."""
 
@@ -238,12 +267,40 @@ def read(
 
     named = {*OLDER, *kind.model_fields, *(name for task in TASKS.values() for name in task.settings.model_fields)}
     flags = {name: value for name, value in context.params.items() if name in named and value not in ((), [])}
+    flags = _model_flag(kind, flags)
     given = current_names(overrides(flags)) | overrides(also or {}) | dict.fromkeys(nothing)
     assigned = current_names(overrides({}, assignments))
     told = {**(sources or {}), **{name: place for name in given if (place := _flag(context, name))}}
     told |= {name: f"from --set {name}" for name in assigned}
     values = {**current_names(beneath or {}), **given, **assigned}
     return read_settings(kind, config, values, told, published=published)
+
+
+def _model_flag(kind: type[RunSettings], flags: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the flags with --model as what it stands for: an architecture, or else where the model lies."""
+    model = flags.get("architecture")
+    if model is None or "architecture" in kind.model_fields:
+        return dict(flags)
+    if flags.get("pretrained") is not None:
+        raise SettingError(
+            f"--model {model} and --pretrained {flags['pretrained']} both say what to start from. Leave one out."
+        )
+    return {name: value for name, value in flags.items() if name != "architecture"} | {"pretrained": model}
+
+
+def columns(assignments: Sequence[str] | None) -> dict[str, dict[str, str] | None]:
+    """Return the setting that `--column WHAT=NAME` stands for.
+
+    Raises:
+        SettingError: one of them is not WHAT=NAME.
+    """
+    found = {}
+    for each in assignments or ():
+        role, equals, column = each.partition("=")
+        if not (role and equals and column):
+            raise SettingError(f"--column takes WHAT=NAME, such as --column answer=reply; found {each!r}.")
+        found[role.strip()] = column.strip()
+    return {"columns": found or None}
 
 
 def _flag(context: typer.Context, setting: str) -> str | None:

@@ -11,6 +11,7 @@ from upop.cli import options as o
 from upop.errors import SettingError
 from upop.plain import as_text
 from upop.tasks import TASKS, find_task
+from upop.tasks.row_settings import RowSettings
 from upop.tasks.verbs import compress as run_compress
 from upop.tasks.verbs import evaluate_checkpoint
 from upop.tasks.verbs import train as run_train
@@ -30,6 +31,11 @@ def train(
     pretrained: o.Pretrained = None,
     architecture: o.Architecture = None,
     data_path: o.DataPath = None,
+    data: o.Data = None,
+    val_data: o.ValData = None,
+    image_root: o.ImageRoot = None,
+    column: o.ColumnNames = None,
+    rows: o.RowCount = None,
     output_dir: o.OutputDir = None,
     epochs: Annotated[int | None, typer.Option("--epochs", help="Epochs of training.")] = None,
     epoch: o.OldEpoch = None,
@@ -48,7 +54,7 @@ def train(
 ) -> None:
     """Train or fine-tune a dense model."""
     found = find_task(task)
-    run_train(found, o.read(context, found.settings, config, assign, also=o.sharding(fsdp)))
+    run_train(found, o.read(context, found.settings, config, assign, also={**o.sharding(fsdp), **o.columns(column)}))
 
 
 def compress(
@@ -63,6 +69,11 @@ def compress(
     pretrained: o.Pretrained = None,
     architecture: o.Architecture = None,
     data_path: o.DataPath = None,
+    data: o.Data = None,
+    val_data: o.ValData = None,
+    image_root: o.ImageRoot = None,
+    column: o.ColumnNames = None,
+    rows: o.RowCount = None,
     output_dir: o.OutputDir = None,
     device: o.DeviceName = None,
     fsdp: o.Fsdp = None,
@@ -86,7 +97,7 @@ def compress(
 ) -> None:
     """Search, shrink, retrain and evaluate."""
     found = find_task(task)
-    settings = o.read(context, found.settings, config, assign, also=o.sharding(fsdp))
+    settings = o.read(context, found.settings, config, assign, also={**o.sharding(fsdp), **o.columns(column)})
     if interval is not None and settings.method != "reference":
         raise SettingError(
             f"--interval {interval} says how often the published search moves its masks, and the method is "
@@ -107,6 +118,11 @@ def evaluate(
     pretrained: o.Pretrained = None,
     architecture: o.Architecture = None,
     data_path: o.DataPath = None,
+    data: o.Data = None,
+    val_data: o.ValData = None,
+    image_root: o.ImageRoot = None,
+    column: o.ColumnNames = None,
+    rows: o.RowCount = None,
     output_dir: o.OutputDir = None,
     device: o.DeviceName = None,
     amp: o.Amp = None,
@@ -116,7 +132,8 @@ def evaluate(
 ) -> None:
     """Evaluate a checkpoint, dense or compressed."""
     found = find_task(task)
-    evaluate_checkpoint(found, o.read(context, found.settings, config, assign))
+    settings = o.read(context, found.settings, config, assign, also=o.columns(column))
+    evaluate_checkpoint(found, settings.as_evaluated() if isinstance(settings, RowSettings) else settings)
 
 
 def _note(message: str) -> None:

@@ -7,6 +7,7 @@ more pixels than memory has.
 
 from __future__ import annotations
 
+import io
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -49,15 +50,18 @@ _TURNS = {
 
 
 @contextmanager
-def opened(path: str | Path) -> Iterator[Image.Image]:
+def opened(source: str | Path | bytes) -> Iterator[Image.Image]:
     """Give a picture whose header has been read; its pixels are read on demand.
+
+    Args:
+        source: the file, or what such a file holds.
 
     Raises:
         OSError, ValueError: it is no regular file, none of the kinds of `FORMATS`, or beyond the bounds.
         Exception: what Pillow's decoders raise, here or where the picture is used.
     """
-    with regular_file(path) as file:
-        size = os.fstat(file.fileno()).st_size
+    with io.BytesIO(source) if isinstance(source, bytes) else regular_file(source) as file:
+        size = len(source) if isinstance(source, bytes) else os.fstat(file.fileno()).st_size
         if size > _MOST_BYTES:
             raise ValueError(f"it has {size:,} bytes, and {_MOST_BYTES:,} are the most")
         try:
@@ -92,10 +96,7 @@ def open_image(path: str | Path, *, file: Path, number: int, upright: bool = Tru
         BadImageError: it cannot be read; the message names the image and the record of the file that asks for it.
     """
     try:
-        with opened(path) as image:
-            picture = _as_rgb(image)
-            turn = _TURNS.get(_orientation(image)) if upright else None
-            return picture if turn is None else picture.transpose(turn)
+        return read_rgb(path, upright=upright)
     except Exception as error:  # a broken file makes the decoders raise nearly anything
         reason = str(error) or type(error).__name__
         raise BadImageError(
@@ -106,6 +107,14 @@ def open_image(path: str | Path, *, file: Path, number: int, upright: bool = Tru
             number,
             reason,
         ) from error
+
+
+def read_rgb(source: str | Path | bytes, *, upright: bool = True) -> Image.Image:
+    """Return an image as `open_image` does; what is wrong with one is whatever the decoders raise."""
+    with opened(source) as image:
+        found = _as_rgb(image)
+        turn = _TURNS.get(_orientation(image)) if upright else None
+        return found if turn is None else found.transpose(turn)
 
 
 def _as_rgb(image: Image.Image) -> Image.Image:

@@ -12,7 +12,7 @@ import os
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from upop.data.images import Bounds
 from upop.errors import DataError, nearest
@@ -22,6 +22,13 @@ from upop.reading import LARGEST_DATA, parse_json, read_text, reason
 _SHOWN = 60
 _LONGEST_NAME = 300
 Records = TypeVar("Records")
+
+
+class Placed(Protocol):
+    """What knows where in a file it stands."""
+
+    def error(self, problem: str) -> DataError:
+        """The error that it has the problem."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +142,7 @@ def _near(file: Path) -> str:
         return f", nor does the folder {file.parent}" if not file.parent.exists() else ""
 
 
-def check_images(root: str | Path, images: Iterable[tuple[Record, str]], *, outside: bool = False) -> None:
+def check_images(root: str | Path, images: Iterable[tuple[Placed, str]], *, outside: bool = False) -> None:
     """Check that every image is a file under `root`; DataError names the first that is not and counts them all.
 
     Folders are listed once each, which is far faster than asking for each image where there are many.
@@ -148,7 +155,7 @@ def check_images(root: str | Path, images: Iterable[tuple[Record, str]], *, outs
     root = Path(root)
     bounds = Bounds(root, outside=outside)
     listings: dict[str, frozenset[str]] = {}
-    wrong: dict[str, tuple[Record, str]] = {}
+    wrong: dict[str, tuple[Placed, str]] = {}
     for record, image in images:
         folder, name = os.path.split(image)
         if folder not in listings:

@@ -25,7 +25,7 @@ class VerificationError(UPopError, RuntimeError):
     """The shrunken model does not compute what the masked one does; the model was left as it was."""
 
 
-def some_of(names: "list[str]", most: int = 8) -> str:
+def some_of(names: "list[str] | tuple[str, ...]", most: int = 8) -> str:
     """Return the first names in a row, and how many there are beside them."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more

@@ -1,0 +1,101 @@
+"""Which column of a table is what: the image, the question, the answer, as told or by the names that people give."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from upop.data.tables import Table
+from upop.errors import DataError, SettingError, nearest
+from upop.pruning.errors import some_of
+
+ROLES: Mapping[str, tuple[str, ...]] = {
+    "messages": ("messages", "conversations", "conversation", "chat"),
+    "image": (
+        *("image", "images", "img", "picture", "photo", "image_path", "image_file", "file_name", "filename"),
+        *("filepath", "jpg", "jpeg", "png", "webp"),
+    ),
+    "question": ("question", "query", "prompt", "instruction", "problem"),
+    "answer": ("answer", "answers", "response", "output", "completion", "solution"),
+    "caption": ("caption", "captions", "text", "txt", "sentences", "sentence", "description", "alt_text"),
+    "label": ("label", "labels", "class", "category", "cls", "target"),
+    "text": ("text", "content", "document"),
+}
+"""What a column may be -> the names that it usually has, likeliest first."""
+
+KINDS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "messages": (("messages",), ("image",)),
+    "question": (("question", "answer"), ("image",)),
+    "caption": (("image", "caption"), ()),
+    "label": (("image", "label"), ()),
+    "text": (("text",), ()),
+}
+"""Kind of sample -> the columns that it needs, and those that it may have."""
+
+
+@dataclass(frozen=True)
+class Columns:
+    """The kind of a table's samples, and which column is what: role -> column."""
+
+    kind: str
+    named: Mapping[str, str]
+
+
+def find_columns(table: Table, kinds: Sequence[str], told: Mapping[str, str]) -> Columns:
+    """Return the first of the kinds whose columns a table has.
+
+    Args:
+        table: the rows.
+        kinds: that will do, of `KINDS`, likeliest first.
+        told: role -> column, where somebody says it.
+
+    Raises:
+        SettingError: a role is not known, or none of the kinds has it.
+        DataError: a column that was told is not there, or no kind has all of its columns; the message has those that
+            are there, and the nearest names.
+    """
+    roles = {role for kind in kinds for part in KINDS[kind] for role in part}
+    for role, column in told.items():
+        if role not in roles:
+            near = nearest(role, sorted(roles))
+            raise SettingError(
+                f"--column {role}={column}: {role!r} is nothing that a row has here{near}; known are "
+                f"{', '.join(sorted(roles))}."
+            )
+        if column not in table.columns:
+            raise DataError(
+                f"{table.source} has no column {column!r} (--column {role}={column})"
+                f"{nearest(column, table.columns)}; it has {some_of(table.columns, 20)}."
+            )
+    for kind in kinds:
+        needed, allowed = KINDS[kind]
+        if not set(told) <= {*needed, *allowed}:
+            continue
+        named = {role: told.get(role) or _usual(table, role) for role in (*needed, *allowed)}
+        found = {role: column for role, column in named.items() if column is not None}
+        if all(role in found for role in needed):
+            return Columns(kind, found)
+    raise DataError(_missing(table, kinds, told))
+
+
+def _usual(table: Table, role: str) -> str | None:
+    lower = {column.lower(): column for column in reversed(table.columns)}
+    return next((lower[name] for name in ROLES[role] if name in lower), None)
+
+
+def _missing(table: Table, kinds: Sequence[str], told: Mapping[str, str]) -> str:
+    """Return what no kind of sample finds, with the columns that are nearest to it."""
+    ways = []
+    for kind in kinds:
+        needed, allowed = KINDS[kind]
+        if not set(told) <= {*needed, *allowed}:
+            continue
+        lacking = [role for role in needed if role not in told and _usual(table, role) is None]
+        near = {role: found for role in lacking if (found := nearest(role, table.columns))}
+        hint = "".join(f"; {role}{found}" for role, found in near.items())
+        ways.append(f"{' + '.join(needed)} (lacks {', '.join(lacking)}{hint})")
+    wanted = "\n  ".join(ways) or f"none of these kinds has all of {', '.join(told)}: {', '.join(kinds)}"
+    return (
+        f"{table.source} has the columns {some_of(table.columns, 20)}, and its rows are taken for no kind of sample:\n"
+        f"  {wanted}\nSay which column is what, as in --column answer=NAME."
+    )
