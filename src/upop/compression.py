@@ -15,18 +15,18 @@ from upop.errors import LayoutError, SettingError, StepError
 from upop.pruning import Distillation, Plan, Pruner, distill, shrink
 from upop.pruning.carried import plan_of, set_plan
 from upop.pruning.choice import check_whole
-from upop.pruning.duplicates import duplicate
 from upop.pruning.goal import Goal
 from upop.pruning.known import know_as, sized
 from upop.pruning.masks import unwrapped
 from upop.pruning.optimizers import cut_optimizer
 from upop.pruning.replicas import rebuild_replicas
 from upop.pruning.seen import FirstCall
-from upop.pruning.sharded import refuse_sharded
+from upop.pruning.sharded import reshard
 from upop.pruning.slicing import slicings
 from upop.pruning.slips import check_model
 from upop.pruning.targets import Target
 from upop.pruning.units import tensor_of
+from upop.pruning.whole import dense_copy
 
 SHARE = 0.1
 """Of all steps that the search takes, by default."""
@@ -80,7 +80,7 @@ class Compression:
 
     Raises:
         SettingError: a setting is out of range.
-        LayoutError: the model has nothing that can go, or its weights are sharded over processes.
+        LayoutError: the model has nothing that can go.
     """
 
     def __init__(
@@ -107,7 +107,6 @@ class Compression:
         searched = search_steps(steps, share) if search is None else search
         if not 0 < searched <= steps:
             raise SettingError(f"search={search!r} was asked for. Give a number of steps from 1 to steps={steps}.")
-        refuse_sharded(unwrapped(model), "Compression")
         self.model, self.steps = model, steps
         self._verify, self._options, self._insists = verify, dict(distill or {}), teacher is not None
         self._averages = [_averaged(each) for each in (averages if isinstance(averages, Sequence) else [averages])]
@@ -122,7 +121,7 @@ class Compression:
                 "model, Compression(..., teacher=dense_model), or teacher=False."
             )
         if self._teacher is None and teacher is not False:
-            self._teacher = duplicate(unwrapped(model))
+            self._teacher = dense_copy(unwrapped(model))
         self.pruner = None if self._plan else Pruner(model, ratio, searched, target=target, **settings)
         try:
             if self._teacher is not None and (self.pruner is None or self.pruner.is_read):
@@ -350,6 +349,7 @@ class Compression:
     def _following(self, plan: Plan, optimizers: Iterable[Any]) -> Iterator[None]:
         """Have all that is as large as the parameters follow the cut that is made in the block."""
         model = unwrapped(self.model)
+        reshard(model)  # optimizers hold the shards
         left = slicings(model, plan.check(model), plan)
         cuts = {tensor_of(model, name): slicing for name, slicing in left.items()}
         yield

@@ -21,6 +21,7 @@ from pruning.families import NLVR, VIT, Family, Inputs, _pictures, _vit, loss_of
 from pruning.ranks import LIMIT
 from upop.errors import LayoutError
 from upop.pruning import plan_by_magnitude
+from upop.pruning.sharded import is_sharded_tensor
 
 STEPS = 4
 POISONED = 1
@@ -189,20 +190,23 @@ def together(case: Case, folder: Path) -> dict[str, Any]:
     found["refused"] = [
         refusal(action)
         for action in (
-            lambda: pruner.shrink(verify=inputs),
-            lambda: upop.shrink(model, pruner.plan()),
             lambda: upop.save(model, folder / "saved"),
             lambda: plan_by_magnitude(model, 0.5),
             lambda: upop.gather(model, like=model),
         )
     ]
-    whole = upop.gather(model, like)
+    whole, plan = upop.gather(model, like), pruner.plan()
     found["ties"] = len(list(whole.parameters())) == len(list(model.parameters()))
     pruner.move_to(whole)
     found["copy"] = outputs_of(whole, everything)
     pruner.shrink(verify=everything)
     found["shapes"] = shapes(whole)
     found["shrunk"] = outputs_of(whole, everything)
+    upop.shrink(model, plan, verify=everything)  # where it is, in its shards
+    found["in place"] = outputs_of(model, everything)
+    model.reshard()
+    found["gathered"] = outputs_of(upop.gather(model), everything)
+    found["parts"] = all(is_sharded_tensor(part) for part in model.parameters()), shapes(model)
     found["classes"] = all(
         kind is old or (issubclass(kind, FSDPModule) and kind.__bases__[1] is old)
         for kind, old in zip(classes, before, strict=True)
@@ -222,6 +226,52 @@ def spread_otherwise() -> dict[str, str]:
     layer.weight = nn.Parameter(weights[0])
     layer.weight.grad = weights[1]
     return {**found, "cut twice": refusal(pruner.step)}
+
+
+def compress(folder: Path) -> None:
+    """Compress a sharded model by the loop of README, each process with its part of the batch."""
+    dist.init_process_group("gloo", timeout=LIMIT)
+    torch.save(compressed(dist.get_rank(), dist.get_world_size()), folder / f"rank{dist.get_rank()}.pt")
+    dist.destroy_process_group()
+
+
+def compressed(rank: int, processes: int) -> dict[str, Any]:
+    """Return what came of a compression, in processes that share the weights, or in a model that none of them shares.
+
+    Args:
+        rank: of this process.
+        processes: how many share the weights; 0 is a plain model.
+    """
+    warnings.filterwarnings("ignore", "Converting a tensor with requires_grad", UserWarning)
+    model: Any = VIT.build()
+    if processes:
+        mesh = init_device_mesh("cpu", (processes,))
+        for block in model.blocks:
+            fully_shard(block, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+    before = dict(model.named_parameters())
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    compression = upop.Compression(model, 0.5, 9)
+    share = 4 // max(processes, 1)
+    for step in range(9):
+        inputs = {name: each[rank * share : (rank + 1) * share] for name, each in VIT.inputs(4, seed=step).items()}
+        compression.loss(loss_of(model(**inputs))).backward()
+        compression.step(optimizer)
+        optimizer.zero_grad()
+    assert compression.finish() is model
+    state = {name: optimizer.state[each]["exp_avg"] for name, each in model.named_parameters()}
+    return {
+        "same": all(before[name] is each for name, each in model.named_parameters()),
+        "sharded": {is_sharded_tensor(each) for each in (*before.values(), *state.values())},
+        "plan": {name: list(kept) for name, kept in compression.plan().items()},
+        "weights": {name: _plain(each) for name, each in model.named_parameters()},
+        "moments": {name: _plain(each) for name, each in state.items()},
+    }
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    whole: Tensor = tensor.detach()
+    return whole.full_tensor() if is_sharded_tensor(whole) else whole  # type: ignore[attr-defined]
 
 
 def run(folder: Path) -> None:

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 import upop
 from pruning import sharded_ranks
 from pruning.families import NLVR, VIT, finished_pruner, loss_of, outputs_of
 from pruning.sharded_ranks import CASES
+from pruning.wrapped import of_one_process
 from together import run_together
-from upop.errors import LayoutError
+from upop.errors import LayoutError, VerificationError
 
 Results = dict[str, tuple[dict[str, Any], list[dict[str, Any]]]]
 
@@ -56,6 +61,59 @@ def test_a_gathered_copy_is_cut_as_the_model_in_one_piece_is(case: tuple[dict[st
         torch.testing.assert_close(found["copy"], found["masked"], rtol=1e-12, atol=1e-12)
 
 
+def test_a_sharded_model_is_cut_where_it_is_and_stays_sharded(
+    case: tuple[dict[str, Any], list[dict[str, Any]]],
+) -> None:
+    expected, ranks = case
+    for found in ranks:
+        torch.testing.assert_close(found["in place"], expected["shrunk"], rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(found["gathered"], expected["shrunk"], rtol=1e-9, atol=1e-9)
+        assert found["parts"] == (True, expected["shapes"])
+
+
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_compression_of_a_sharded_model_is_that_of_a_plain_one(processes: int, tmp_path: Path) -> None:
+    expected = sharded_ranks.compressed(0, 0)
+    if processes == 1:
+        of_one_process(tmp_path)
+        ranks = [sharded_ranks.compressed(0, 1)]
+        torch.distributed.destroy_process_group()
+    else:
+        run_together(sharded_ranks.compress, tmp_path)
+        ranks = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(processes)]
+    for found in ranks:
+        assert found["same"] and found["sharded"] == {True}
+        assert found["plan"] == expected["plan"]
+        for part in ("weights", "moments"):
+            for name, value in expected[part].items():
+                torch.testing.assert_close(found[part][name], value, rtol=1e-7, atol=1e-12)
+
+
+def test_a_cut_of_a_sharded_model_that_fails_leaves_it_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    of_one_process(tmp_path)
+    model: Any = VIT.build()
+    for module in (*model.blocks, model):
+        fully_shard(module, mesh=init_device_mesh("cpu", (1,)))
+    expected, kinds = outputs_of(model, VIT.inputs()), [type(module) for module in model.modules()]
+    model.reshard()
+    parameters = dict(model.named_parameters())
+    plan = {unit.name: range(2) for unit in upop.find_units(model)}
+
+    def spoiled(*_: Any, **__: Any) -> None:
+        raise VerificationError("No.")
+
+    monkeypatch.setattr(sys.modules["upop.pruning.shrink"], "compare", spoiled)
+    with pytest.raises(VerificationError, match="No"):
+        upop.shrink(model, plan, verify=VIT.inputs())
+    assert torch.equal(outputs_of(model, VIT.inputs()), expected)
+    assert [type(module) for module in model.modules()] == kinds
+    model.reshard()
+    assert all(parameters[name] is each for name, each in model.named_parameters())
+    torch.distributed.destroy_process_group()
+
+
 def test_masks_come_off_a_sharded_model_without_a_trace(case: tuple[dict[str, Any], list[dict[str, Any]]]) -> None:
     _, ranks = case
     for found in ranks:
@@ -66,8 +124,8 @@ def test_masks_come_off_a_sharded_model_without_a_trace(case: tuple[dict[str, An
 def test_what_needs_whole_weights_says_how_to_get_them(case: tuple[dict[str, Any], list[dict[str, Any]]]) -> None:
     _, ranks = case
     for found in ranks:
-        assert len(found["refused"]) == 5
-        assert all("whole = upop.gather(model, like=...)" in message for message in found["refused"])
+        assert len(found["refused"]) == 3
+        assert all("whole = upop.gather(model)" in message for message in found["refused"])
 
 
 def test_other_ways_of_spreading_weights_are_refused(results: Results) -> None:

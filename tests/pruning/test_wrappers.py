@@ -132,7 +132,7 @@ def test_a_model_that_fully_shard_was_called_on() -> None:
         pruner.step()
         optimizer.step()
     assert len(kinds) == len(list(model.modules()))
-    whole = upop.gather(model, like=net())
+    whole = upop.gather(model)
     pruner.move_to(whole)
     pruner.shrink(verify=given())
     assert upop.count_parameters(whole) < upop.count_parameters(Net())

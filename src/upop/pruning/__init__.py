@@ -9,11 +9,12 @@ from upop.pruning.masks import unmask
 from upop.pruning.plan import Plan
 from upop.pruning.pruner import Pruner
 from upop.pruning.scores import SCORES
-from upop.pruning.sharded import gather, skeleton
+from upop.pruning.sharded import skeleton
 from upop.pruning.shrink import shrink
 from upop.pruning.stated import UnitSpec
 from upop.pruning.surveys import find_units, survey
 from upop.pruning.units import Attribute, Skipped, Slice, Swap, Unit
+from upop.pruning.whole import gather
 
 __all__ = [
     "SCORES",

@@ -21,6 +21,7 @@ from upop.pruning.choice import check_whole
 from upop.pruning.errors import LayoutError, SettingError, StepError, some_of
 from upop.pruning.known import know_as
 from upop.pruning.masks import unwrapped
+from upop.pruning.sharded import reshard
 from upop.pruning.slips import check_model
 from upop.pruning.surveys import find_units
 from upop.pruning.units import tensor_of
@@ -196,6 +197,7 @@ class Distillation:
             self._keep(output, taught)
         finally:
             self._forget()
+            reshard(self.teacher)  # without a backward pass its outermost weights would stay gathered
 
     def _compare(self, name: str, output: Any) -> None:
         """Compare what a norm of the teacher gives with what the model's gave at the same call."""

@@ -22,7 +22,6 @@ from upop.pruning.moments import LOOKS, Correct
 from upop.pruning.plan import Plan
 from upop.pruning.scores import Score, agreed, scoring
 from upop.pruning.searched import Searched
-from upop.pruning.sharded import refuse_sharded
 from upop.pruning.shrink import cut_verified
 from upop.pruning.slips import check_model
 from upop.pruning.stated import Stated
@@ -30,6 +29,7 @@ from upop.pruning.targets import Target
 from upop.pruning.told import warn_of_early_end, warn_of_none, warn_of_skipped, warn_of_unscored
 from upop.pruning.uniform import Uniform, check_uniform
 from upop.pruning.units import Unit, tensor_of
+from upop.pruning.whole import whole
 
 Progress = Literal["stages", "soft"]
 _STAGES = 8
@@ -239,7 +239,8 @@ class Pruner(Searched):
         """Take the masks off and cut the model for real; the same model comes back, physically smaller.
 
         The model then carries the plan, which `upop.save` writes; a transformers model also carries it in its
-        configuration, so that its own `save_pretrained` and `push_to_hub` work.
+        configuration, so that its own `save_pretrained` and `push_to_hub` work. One that `fully_shard` shares out is
+        gathered on the CPU for the cut, and shared out again; all processes call this together.
 
         Args:
             verify: inputs on which the masked and the shrunken model are compared (a tensor, a tuple of arguments,
@@ -249,12 +250,10 @@ class Pruner(Searched):
         Raises:
             StepError: a soft search has not finished.
             SettingError: the model is quantized.
-            LayoutError: the model's weights are sharded over processes: cut a copy that `upop.gather` makes.
             VerificationError: the outputs differ, the cut model cannot be run, or there is nothing to verify on; the
                 model is left masked, as it was.
         """
         plan = self.plan()
-        refuse_sharded(self.model, "shrink()")
         refuse_unrecordable(self.model)
         if not self._attached:
             raise StepError("The masks were taken off already; a plan can still be applied with upop.shrink.")
@@ -263,7 +262,8 @@ class Pruner(Searched):
             warn_of_early_end(self._done, self.steps, self.current_ratio, asked)
         self._detach()
         try:
-            cut_verified(self.model, self.units, plan, verify, self._inputs())
+            with whole(self.model):
+                cut_verified(self.model, self.units, plan, verify, self._inputs())
         except BaseException:
             self._attach()
             raise

@@ -47,6 +47,12 @@ def unsharded_class(kind: type) -> type | None:
     return kind.__bases__[1] if sharding is not None and kind.__bases__[0] is sharding.FSDPModule else None
 
 
+def sharded_class(kind: type, like: type) -> type:
+    """Return a class with FSDP's own in front of it, as `like` has it."""
+    content = {name: value for name, value in like.__dict__.items() if name == "__deepcopy__"}
+    return type(f"FSDP{kind.__name__}", (like.__bases__[0], kind), content)
+
+
 def reshard(model: nn.Module) -> None:
     """Free weights that a forward pass without a backward one left gathered, so that each is in its shards again."""
     for module in sharded_modules(model):
@@ -58,9 +64,8 @@ def refuse_sharded(model: nn.Module, what: str) -> None:
     if any(True for _ in sharded_modules(model)) or any(is_sharded_tensor(part) for part in model.parameters()):
         raise LayoutError(
             f"{what} needs the whole weights of a model, and those of this {type(model).__name__} are sharded over "
-            "processes by fully_shard. On all processes, make a plain copy: whole = upop.gather(model, like=...), "
-            "`like` being the same model unsharded (it may be on the meta device). Go on with that: a search by "
-            "pruner.move_to(whole) and pruner.shrink(verify=...)."
+            "processes by fully_shard. On all processes, make a plain copy, whole = upop.gather(model), and go on with "
+            "that; upop.Compression, pruner.shrink and upop.shrink take the sharded model itself."
         )
 
 
@@ -155,6 +160,15 @@ def whole_rows(held: Mapping[str, HeldRows]) -> dict[str, Tensor]:
     return found
 
 
+def through_whole(tensor: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+    """Return `function` of a sharded tensor in one piece, shared out as it was; all processes call it together."""
+    from torch.distributed.tensor import distribute_tensor
+
+    sharded: Any = tensor
+    found = function(sharded.detach().full_tensor())
+    return distribute_tensor(found, sharded.device_mesh, sharded.placements, src_data_rank=None)
+
+
 def copied(model: nn.Module, replace: Callable[[str, Tensor], Tensor]) -> nn.Module:
     """Return a deep copy of `model` with other parameters and buffers; those that are shared stay shared.
 
@@ -175,28 +189,6 @@ def skeleton(model: nn.Module) -> nn.Module:
     refuse_sharded(model, "skeleton()")
     parameters = {name for name, _ in model.named_parameters()}
     return copied(model, lambda name, old: old.to("meta") if name in parameters else old.detach().clone())
-
-
-def gather(model: nn.Module, like: nn.Module) -> nn.Module:
-    """Return a plain, whole copy of a sharded model on the CPU, without masks, on every process.
-
-    All processes call it at the same time. Tensors are gathered one by one, so a device needs room for the largest.
-
-    Args:
-        model: the sharded model (a plain one is copied as it is).
-        like: the same model, not sharded and not masked, on any device, the meta device too; it is left as it is.
-            Whatever else modules hold than parameters and buffers is copied from it.
-
-    Raises:
-        LayoutError: the two models have other parameters.
-    """
-    refuse_sharded(like, "The argument `like` of gather()")
-    kept = {name for name, buffer in like.named_buffers() if not buffer.is_meta}
-    whole = copied(
-        like, lambda name, old: old.to("cpu", copy=True) if name in kept else torch.empty_like(old, device="cpu")
-    )
-    gather_into(whole, model)
-    return whole
 
 
 @torch.no_grad()

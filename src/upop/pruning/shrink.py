@@ -26,6 +26,7 @@ from upop.pruning.slicing import slicing
 from upop.pruning.slips import check_model
 from upop.pruning.units import Unit, has_number, number_of, owner_of, set_number, tensor_of
 from upop.pruning.verify import Outputs, compare, outputs_of, rounding_of
+from upop.pruning.whole import whole
 
 _MOST_COPIED = 2**28
 """Numbers of a model that is copied in float64, 2 GiB of it, to prove a cut on; a larger one is compared as it is."""
@@ -82,8 +83,10 @@ def shrink(model: nn.Module, plan: Plan | Mapping[str, Any], *, verify: Any = Tr
 
     The shrunken model computes what the model computes with the other entries masked to zero, which is verified.
     Attention in every library divides by the square root of its current head_dim, so the queries are multiplied by
-    sqrt(kept / original) where head dimensions go. The model then carries the plan, which `upop.save` writes; a
-    transformers model also carries it in its configuration, so that its own `save_pretrained` and `push_to_hub` work.
+    sqrt(kept / original) where head dimensions go. Weights that `fully_shard` shares out are gathered on the CPU for
+    the cut, and shared out again as they were; all processes call this together. The model then carries the plan,
+    which `upop.save` writes; a transformers model also carries it in its configuration, so that its own
+    `save_pretrained` and `push_to_hub` work.
 
     Args:
         model: the dense model, without masks.
@@ -97,20 +100,20 @@ def shrink(model: nn.Module, plan: Plan | Mapping[str, Any], *, verify: Any = Tr
     Raises:
         PlanError: the plan does not fit the model.
         SettingError: the model is quantized.
-        LayoutError: a tensor to be cut is shared with a part of the model that is not, or sharded over processes.
+        LayoutError: a tensor to be cut is shared with a part of the model that is not.
         VerificationError: the outputs differ, the cut model cannot be run, or there is nothing to verify on. In every
             case the model is left as it was.
     """
     check_model(model, "shrink()")
-    whole = unwrapped(model)
-    refuse_sharded(whole, "shrink()")
-    refuse_unrecordable(whole)
+    inner = unwrapped(model)
+    refuse_unrecordable(inner)
     if not isinstance(plan, Plan):
         from upop.pruning.surveys import find_units
 
-        plan = Plan.of(find_units(whole), plan)
-    apply_plan(whole, plan, verify=verify, fold=fold)
-    record_cut(whole, plan)
+        plan = Plan.of(find_units(inner), plan)
+    with whole(inner):
+        apply_plan(inner, plan, verify=verify, fold=fold)
+    record_cut(inner, plan)
     return model
 
 

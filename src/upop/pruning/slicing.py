@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from upop.pruning.sharded import is_sharded_tensor, through_whole
 from upop.pruning.units import Unit, tensor_of
 
 
@@ -41,6 +42,8 @@ class Slicing:
                 gradient, -2 for what grows with its square, 0 for what depends on neither.
         """
         new = tensor.detach()
+        if is_sharded_tensor(new):
+            return through_whole(new, lambda full: self.of(full, degree))
         if new.is_meta or isinstance(new, FakeTensor):
             return new.new_empty(self.after)  # it has no numbers to choose from
         if degree:
