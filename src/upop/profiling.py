@@ -19,6 +19,7 @@ from upop.files import replacing_file
 from upop.machine import machine
 from upop.ownership import has_fields
 from upop.pruning import Unit
+from upop.pruning.depth import removable
 from upop.pruning.latency import Layers, Profile
 from upop.pruning.plan import Plan
 from upop.pruning.shrink import apply_plan
@@ -50,7 +51,7 @@ def profile_model(
         model: dense; left as it is.
         inputs: of one forward pass, on the model's device.
         runtime: "eager", or "compile" for torch.compile.
-        points: sizes of each kind beside the whole one, down to one entry.
+        points: sizes of each kind beside the whole one, down to one entry; and none, where the model runs without.
         repeats: timed passes of each.
         say: is told how it goes.
 
@@ -62,6 +63,10 @@ def profile_model(
         raise SettingError(f"runtime={runtime!r} is not known. Use one of {', '.join(map(repr, RUNTIMES))}.")
     made: Callable[[nn.Module], nn.Module] = torch.compile if runtime == "compile" else lambda each: each  # type: ignore[assignment]
     units = units_to_search(model, inputs)
+    try:
+        empty = removable(model, units, [inputs])
+    except SettingError:
+        empty = frozenset()
     kinds: dict[Any, list[Unit]] = {}
     for unit in units:
         kinds.setdefault(_kind(model, unit), []).append(unit)
@@ -69,6 +74,7 @@ def profile_model(
     for number, alike in enumerate(kinds.values()):
         size = alike[0].size
         steps = sorted({max(1, round(size * point / points)) for point in range(points)} - {size})
+        steps = [*([0] if empty.issuperset(unit.name for unit in alike) else []), *steps]
         saved = []
         for kept in steps:
             cut = copy.deepcopy(model)

@@ -142,6 +142,10 @@ class RunSettings(Checked):
         description="tower: all layers of a tower keep equally many heads and neurons, where the model's configuration "
         "can say it, so that libraries load the result without upop",
     )
+    depth: bool = Field(
+        False,
+        description="whole branches may go, by what all of their entries lose together; with uniform whole layers do",
+    )
     interval: int = Field(50, ge=1, description="method reference moves the masks every so many search steps")
     w_sp_attn: float = Field(4.8e-3, ge=0, description="weight of the sparsity term; moves only the logged loss")
     w_sp_mlp: float = Field(2e-4, ge=0)
@@ -242,7 +246,7 @@ class RunSettings(Checked):
         if self.method != "upop":
             changed = [
                 name
-                for name in ("search_share", "score", "correct")
+                for name in ("search_share", "score", "correct", "depth")
                 if getattr(self, name) != type(self).model_fields[name].default
             ]
             if changed:

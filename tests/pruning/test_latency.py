@@ -92,8 +92,8 @@ def test_a_profile_is_measured_kept_and_read_again(tmp_path: Path) -> None:
     said: list[str] = []
     found = profile_model(model, inputs, points=2, repeats=1, say=said.append)
     assert [(len(each.units), each.size, each.sizes) for each in found.layers] == [
-        (2, 8, (1, 4, 8)),
-        (2, 48, (1, 24, 48)),
+        (2, 8, (0, 1, 4, 8)),
+        (2, 48, (0, 1, 24, 48)),
     ]
     assert found.dense > 0
     assert len(said) == 2

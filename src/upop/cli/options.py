@@ -175,6 +175,10 @@ Uniform = Annotated[
         autocompletion=starting_with(lambda: ("tower",)),
     ),
 ]
+Depth = Annotated[
+    bool | None,
+    typer.Option("--depth", help="Whole branches may go; with --uniform whole layers do.", show_default=False),
+]
 Resume = Annotated[
     ResumeWhen | None,
     typer.Option(

@@ -56,7 +56,7 @@ def profile(
         say=lambda line: console.print(as_text(line)),
     )
     write_profile(found, out, overwrite=overwrite)
-    least = found.dense - sum(each.saved[0] * len(each.units) for each in found.layers)
+    least = found.dense - sum(each.at(1) * len(each.units) for each in found.layers)
     console.print(
         as_text(f"{found.dense:.3g} ms, and {max(0.0, least):.3g} ms with one entry in every unit. Wrote {out}")
     )

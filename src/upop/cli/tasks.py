@@ -85,6 +85,7 @@ def compress(
     cost: Annotated[str | None, typer.Option(help="What the budget counts: params, flops or reference.")] = None,
     align: o.Align = None,
     uniform: o.Uniform = None,
+    depth: o.Depth = None,
     interval: o.Interval = None,
     method: o.Method = None,
     w_sp_attn: o.SparsityAttention = None,

@@ -6,14 +6,14 @@ Section 3 of the paper. A high score means that shrinking the entry lowers the l
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Container, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from upop.pruning.align import Align, entries_in_block, told_align
+from upop.pruning.depth import NONE, Depth
 from upop.pruning.errors import SettingError
 from upop.pruning.uniform import Tower, removable_blocks, together
 from upop.pruning.units import Unit
@@ -106,47 +106,66 @@ class Ranking:
     """The blocks of all units in the order in which they go.
 
     Attributes:
-        groups: the units; those of a tower lose equally many entries, and are one group.
+        units: all of them, in forward order.
+        groups: those that lose blocks; those of a tower lose equally many entries, and are one group.
         orders: per group and unit, its entries that may go, those with the highest scores first.
         lengths: per group, how many of each unit's entries are in each of its blocks.
-        means: the mean score of every block, group by group.
+        means: the mean score of every block, group by group, and then of what goes whole.
         walk: places in `means`, in the order in which blocks go.
+        whole: the names of units that go whole, together, beside the blocks of the groups.
     """
 
+    units: Sequence[Unit]
     groups: Sequence[Sequence[Unit]]
     orders: Sequence[Sequence[Tensor]]
     lengths: Sequence[Tensor]
     means: Tensor
     walk: Tensor
+    whole: Sequence[tuple[str, ...]] = ()
+    _owners: Tensor = field(init=False)  # the place of the group of every block
+    _entries: Tensor = field(init=False)  # how many entries of each of its units every block has
 
-    @cached_property
-    def _owners(self) -> Tensor:
-        """The place of the group of every block."""
-        return torch.arange(len(self.groups)).repeat_interleave(torch.tensor([len(each) for each in self.lengths]))
+    def __post_init__(self) -> None:
+        """Note of every block whose it is."""
+        counts = torch.tensor([len(each) for each in self.lengths], dtype=torch.long)
+        object.__setattr__(self, "_owners", torch.arange(len(self.groups)).repeat_interleave(counts))
+        lengths = torch.cat(list(self.lengths)) if self.lengths else torch.zeros(0, dtype=torch.long)
+        object.__setattr__(self, "_entries", lengths)
 
     def costs(self, costs: Mapping[str, float]) -> Tensor:
         """Return what each block costs, in the order in which they go."""
         entry = torch.tensor([sum(costs[unit.name] for unit in group) for group in self.groups], dtype=torch.float64)
-        return (torch.cat(list(self.lengths)).double() * entry[self._owners])[self.walk]
+        return (self._entries.double() * entry[self._owners])[self.walk]
 
     def kept(self, count: int) -> dict[str, int]:
         """Return how many entries every unit keeps when so many blocks go."""
-        gone = self.walk[:count]
+        gone, whole = self._parts(count)
         lost = torch.zeros(len(self.groups), dtype=torch.long)
-        lost.index_add_(0, self._owners[gone], torch.cat(list(self.lengths))[gone])
-        pairs = zip(self.groups, lost.tolist(), strict=True)
-        return {unit.name: unit.size - number for group, number in pairs for unit in group}
+        lost.index_add_(0, self._owners[gone], self._entries[gone])
+        kept = {unit.name: unit.size for unit in self.units}
+        for group, number in zip(self.groups, lost.tolist(), strict=True):
+            kept.update({unit.name: unit.size - number for unit in group})
+        return kept | dict.fromkeys(whole, 0)
+
+    def _parts(self, count: int) -> tuple[Tensor, set[str]]:
+        """Return which blocks of groups go when so many do, and which units go whole beside them."""
+        gone, blocks = self.walk[:count], len(self._entries)
+        whole = [self.whole[place] for place in (gone[gone >= blocks] - blocks).tolist()]
+        return gone[gone < blocks], {name for names in whole for name in names}
 
     def last(self, count: int) -> list[tuple[tuple[str, ...], list[int]]]:
         """Return, where so many blocks go, groups and the lengths of their blocks that go, the last to go first.
 
-        Groups that lost blocks last come first. Blocks whose score is infinite went before, and are left out.
+        Groups that lost blocks last come first. Blocks whose score is infinite went before, and are left out, as are
+        units that go whole beside their blocks.
         """
-        lengths, found = torch.cat(list(self.lengths)), dict[tuple[str, ...], list[int]]()
-        for place in self.walk[:count].flip(0).tolist():
+        gone, whole = self._parts(count)
+        found: dict[tuple[str, ...], list[int]] = {}
+        for place in gone.flip(0).tolist():
             if math.isfinite(self.means[place]):
-                names = tuple(unit.name for unit in self.groups[int(self._owners[place])])
-                found.setdefault(names, []).append(int(lengths[place]))
+                group = self.groups[int(self._owners[place])]
+                names = tuple(unit.name for unit in group if unit.name not in whole)
+                found.setdefault(names, []).append(int(self._entries[place]))
         return list(found.items())
 
     def selection(self, count: int, costs: Mapping[str, float], back: Mapping[str, int] | None = None) -> Selection:
@@ -178,15 +197,16 @@ class Ranking:
     def _marked(
         self, chosen: Tensor, costs: Mapping[str, float], threshold: float, back: Mapping[str, int]
     ) -> Selection:
-        marked = {}
-        picks = chosen.split([len(length) for length in self.lengths])
+        marked = {unit.name: torch.zeros(unit.size, dtype=torch.bool) for unit in self.units}
+        *picks, whole = chosen.split([*(len(length) for length in self.lengths), len(self.whole)])
         for group, orders, length, picked in zip(self.groups, self.orders, self.lengths, picks, strict=True):
             for unit, order in zip(group, orders, strict=True):
                 going = picked & (picked.cumsum(0) <= picked.sum() - back.get(unit.name, 0))
-                gone = torch.zeros(unit.size, dtype=torch.bool)
-                gone[order[going.repeat_interleave(length)]] = True
-                marked[unit.name] = gone
-        spent = sum(costs[unit.name] * int(marked[unit.name].sum()) for group in self.groups for unit in group)
+                marked[unit.name][order[going.repeat_interleave(length)]] = True
+        for names, picked in zip(self.whole, whole.tolist(), strict=True):
+            for name in names if picked else ():
+                marked[name].fill_(True)
+        spent = sum(costs[unit.name] * int(marked[unit.name].sum()) for unit in self.units)
         return Selection(marked, threshold, float(spent))
 
 
@@ -197,22 +217,35 @@ def rank(
     *,
     standardised: bool = True,
     towers: Sequence[Tower] = (),
+    depth: Depth = NONE,
 ) -> Ranking:
-    """Return all blocks of entries that may go, those with the highest (standardised) scores first; see `select`."""
+    """Return all blocks of entries that may go, those with the highest (standardised) scores first; see `select`.
+
+    A unit that may go whole ends with a block of all that is left, which goes by what it loses for what it saves: the
+    sum of its entries' scores, over their cost and what goes beside them. Blocks that would save less for what they
+    lose than all that is left does are part of that one. So do the units of a layer of a tower, together.
+    """
     ranked = standardise(units, scores) if standardised else {name: s.double().cpu() for name, s in scores.items()}
-    found = together(units, towers)
+    gone = {unit.name for unit in units if depth and bool((ranked[unit.name] == math.inf).all())}
+    found = together([unit for unit in units if unit.name not in gone], towers)
     orders, means, lengths = [], [], []
     for group, tower in found:
         both = [ranked[unit.name].sort(descending=True, stable=True) for unit in group]
         sizes = removable_blocks(group[0], align, tower)
         removable = sum(sizes)
-        orders.append([order[:removable] for _, order in both])
-        lengths.append(torch.tensor(sizes, dtype=torch.long))
         values = torch.stack([values[:removable] for values, _ in both]).mean(0)
-        means.append(values if all(size == 1 for size in sizes) else _block_means(values, sizes))
-    flat_means = torch.cat(means)
+        values = values if all(size == 1 for size in sizes) else _block_means(values, sizes)
+        if tower is None and (group[0].name,) in depth.branches:
+            sizes, values = depth.with_rest(group[0], both[0].values, sizes, values)
+        orders.append([order[: sum(sizes)] for _, order in both])
+        lengths.append(torch.tensor(sizes, dtype=torch.long))
+        means.append(values)
+    alone = {unit.name for group, tower in found if tower is None for unit in group}
+    whole = [(names, depth.score(names, ranked)) for names in depth.branches if alone.isdisjoint(names)]
+    flat_means = torch.cat([*means, torch.tensor([score for _, score in whole], dtype=torch.float64)])
     walk = flat_means.argsort(descending=True, stable=True)
-    return Ranking([group for group, _ in found], orders, lengths, flat_means, walk)
+    groups = [group for group, _ in found]
+    return Ranking(units, groups, orders, lengths, flat_means, walk, [names for names, _ in whole])
 
 
 def select_as_published(
@@ -242,8 +275,19 @@ def check_reachable(
     ratio: float,
     align: Align = 1,
     towers: Sequence[Tower] = (),
+    whole: Container[str] = (),
+    wider: Sequence[str] = (),
 ) -> None:
     """Raise unless `ratio` of the total cost can go while every unit keeps its last block.
+
+    Args:
+        units: that are ranked.
+        costs: of an entry.
+        ratio: asked for.
+        align: kept channels are multiples of this.
+        towers: units that lose equally many.
+        whole: names of units that may go whole.
+        wider: what would let more go, in words.
 
     Raises:
         SettingError: it cannot; the message says the largest ratio that can, and which units an `align` leaves whole.
@@ -251,19 +295,20 @@ def check_reachable(
     total = sum(costs[unit.name] * unit.size for unit in units)
     blocks = {unit.name: entries_in_block(unit, align) for unit in units}
     removable = sum(
-        costs[unit.name] * sum(removable_blocks(unit, align, tower))
+        costs[unit.name] * (unit.size if unit.name in whole else sum(removable_blocks(unit, align, tower)))
         for group, tower in together(units, towers)
         for unit in group
     )
     if ratio * total > removable:
         largest = max(blocks.values())
         block = "entry" if largest == 1 else f"block of {largest} entries" if align == largest else "block"
-        whole = [unit.name for unit in units if unit.size < 2 * blocks[unit.name]]
-        stay = f" (with align={told_align(align)}, {len(whole)} of them stay whole)" if whole and largest > 1 else ""
+        stays = [unit.name for unit in units if unit.size < 2 * blocks[unit.name]]
+        stay = f" (with align={told_align(align)}, {len(stays)} of them stay whole)" if stays and largest > 1 else ""
+        wider = [*(["a smaller align"] if largest > 1 else []), *wider]
         raise SettingError(
             f"ratio={ratio} cannot be reached: every one of the {len(units)} units keeps at least one {block}{stay}, "
             f"so at most {math.floor(removable / total * 1e4) / 1e4} of the cost can go. "
-            "Ask for less" + (", or for a smaller align." if largest > 1 else ".")
+            f"Ask for less{', or for ' if wider else ''}{', or '.join(wider)}."
         )
 
 

@@ -21,6 +21,7 @@ from upop.pruning.choice import check_correct, check_whole, chosen, refuse_froze
 from upop.pruning.correction import Choice, correct_readers
 from upop.pruning.costs import Cost, call, entry_costs, evaluating
 from upop.pruning.dense import Dense
+from upop.pruning.depth import branches_of, check_depth
 from upop.pruning.errors import SettingError, StepError
 from upop.pruning.goal import Goal
 from upop.pruning.latency import Profile
@@ -65,6 +66,7 @@ def calibrate(
     units: Sequence[Stated] = (),
     verify: Any = True,
     uniform: Uniform | None = None,
+    depth: bool = False,
 ) -> Plan:
     """Cut `model` with a few batches and no training; it is changed in place, and physically smaller afterwards.
 
@@ -109,6 +111,7 @@ def calibrate(
         verify: inputs on which the masked and the cut model are compared at every stage, as for `upop.shrink`. By
             default a few samples of the first batch. False cuts without proof.
         uniform: "tower" has all layers of a tower keep equally many; see `Pruner`.
+        depth: True lets whole branches, and layers, go; see `Pruner`.
 
     Returns:
         What every unit kept, in the entries of the dense model.
@@ -130,6 +133,7 @@ def calibrate(
     check_loss(loss, batches)
     check_whole("stages", stages)
     check_uniform(uniform)
+    check_depth(depth)
     check_correct(correct)
     if ridge is not None and not ridge > 0:
         raise SettingError(
@@ -141,12 +145,17 @@ def calibrate(
         found = read_first(kept_call.inputs(model), lambda inputs: units_to_search(model, inputs, units))
     else:
         found = units_to_search(model, example, units)
-    dense, towers = to_keep_alike(model, chosen(found, include, exclude), uniform, found)
+    searched = chosen(found, include, exclude, depth=depth)
+    dense, towers, layers = to_keep_alike(model, searched, uniform, found, depth=depth)
     refuse_frozen(model, dense)
     refuse_masked(model, dense)
     refuse_shared(model, dense)
     costs = entry_costs(model, dense, cost, example)
-    goal.begin(model, dense, costs, align, batches[0] if example is None and loss is None else example, towers)
+    branches: list[tuple[str, ...]] = []
+    if depth:
+        branches = branches_of(model, dense, _inputs(model, kept_call, example), layers if uniform else None)
+    called = batches[0] if example is None and loss is None else example
+    goal.begin(model, dense, costs, align, called, towers, branches)
     names = {unit.name for unit in dense}
     kept = {unit.name: torch.arange(unit.size) for unit in dense}
     undo: list[Assignment] = []
@@ -163,9 +172,10 @@ def calibrate(
                     live = {name: torch.ones_like(gone) for name, gone in marked.items()}
                     changed = correct_readers(moments, model, stand, live, marked, correct, ridge)
                     choices += changed.values()
-            plan = Plan.of(stand, {name: (~gone).nonzero().flatten().tolist() for name, gone in marked.items()})
+            stand = [unit for unit in stand if unit.size]  # of the others nothing was left before
+            plan = Plan.of(stand, {unit.name: (~marked[unit.name]).nonzero().flatten().tolist() for unit in stand})
             undo += cut_verified(model, stand, plan, verify, _inputs(model, kept_call, example), dense=before)
-            kept = {name: entries[list(plan[name])] for name, entries in kept.items()}
+            kept |= {name: kept[name][list(entries)] for name, entries in plan.items()}
     except BaseException:
         restore(undo)
         before.restore()
@@ -184,6 +194,7 @@ def calibrate(
         cost=described,
         align=align,
         **({"uniform": uniform} if uniform else {}),
+        **({"depth": True} if depth else {}),
     )
     record_cut(model, plan)
     return plan
@@ -235,7 +246,8 @@ class _Observing:
         Raises:
             StepError: a loss has no gradient, or one that is not finite.
         """
-        model = self._model
+        model, gone = self._model, [unit for unit in units if not unit.size]
+        units = [unit for unit in units if unit.size]
         sizes = [layers[0].in_features for unit in units if (layers := readers(model, unit))]
         kind = accumulator(next(model.parameters()))
         fits = sum(moments_bytes(size, kind) for size in sizes) <= allowed_bytes(model, self._correct)
@@ -262,7 +274,7 @@ class _Observing:
                 raise StepError(
                     "The loss of a batch, or a gradient, is not finite. Check the batches, and use float32."
                 )
-            yield scores, moments
+            yield {**scores, **{unit.name: torch.zeros(0, dtype=torch.float64) for unit in gone}}, moments
         finally:
             rows.release()
             moments.release()

@@ -14,15 +14,18 @@ from upop.pruning.errors import LayoutError, SettingError, nearest, some_of
 from upop.pruning.units import Unit, tensor_of
 
 
-def chosen(units: list[Unit], include: str | Sequence[str] | None, exclude: str | Sequence[str] | None) -> list[Unit]:
+def chosen(
+    units: list[Unit], include: str | Sequence[str] | None, exclude: str | Sequence[str] | None, *, depth: bool = False
+) -> list[Unit]:
     """Return the units that `include` names (all where it is None) and `exclude` does not.
 
-    Units of one entry (attention whose heads all share keys and values) are no part of it.
+    Units of one entry (attention whose heads all share keys and values) are part of it only where they may go whole
+    (`depth`).
 
     Raises:
         SettingError: a pattern matches nothing, or nothing is left.
     """
-    units = [unit for unit in units if unit.size > 1]  # nothing of the others can go: they are no part of a budget
+    units = [unit for unit in units if unit.size > (not depth)]  # nothing of the others can go: no part of a budget
     if not units:
         raise SettingError(
             "Every unit of the model has one entry alone (one group of heads that share keys and values), and each "

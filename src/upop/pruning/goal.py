@@ -14,6 +14,7 @@ from upop.pruning.align import Align, entries_in_block, told_align
 from upop.pruning.budget import Ranking, Selection
 from upop.pruning.choice import check_ratio
 from upop.pruning.counting import Quantity, Sizes, parameters_of
+from upop.pruning.depth import NONE, Depth
 from upop.pruning.errors import SettingError
 from upop.pruning.latency import Latency, Profile
 from upop.pruning.targets import Limit, Target, quantity_of, read_target, told_target
@@ -68,6 +69,7 @@ class Goal:
         self._whole = 0.0
         self._parameters: Quantity | None = None
         self._towers: Sequence[Tower] = ()
+        self._depth = NONE
         self._profile = profile
 
     def __str__(self) -> str:
@@ -86,8 +88,18 @@ class Goal:
         align: Align,
         example: Any,
         towers: Sequence[Tower] = (),
+        branches: Sequence[tuple[str, ...]] = (),
     ) -> None:
-        """Learn what it means for a model, and which of its units keep equally many entries.
+        """Learn what it means for a model, which of its units keep equally many entries, and which may go whole.
+
+        Args:
+            model: dense.
+            units: of it, those that are searched.
+            costs: of an entry.
+            align: kept channels are multiples of this.
+            example: inputs for one forward pass.
+            towers: units that lose equally many.
+            branches: the names of units that may go whole, together.
 
         Raises:
             SettingError: it cannot be reached; the message says how far one can go, and what would go further.
@@ -96,8 +108,11 @@ class Goal:
         self._whole = sum(costs[unit.name] * unit.size for unit in units)
         self._parameters = parameters_of(model, units)
         self._towers = towers
+        reach = _Reach(units, align, towers, branches)
         if self.ratio is not None:
-            budget.check_reachable(units, costs, self.ratio, align, towers)
+            whole = {name for names in branches for name in names}
+            budget.check_reachable(units, costs, self.ratio, align, towers, whole, reach.wider()[align != 1 :])
+            self._depth = Depth(dict.fromkeys(branches, 0.0), costs)
             return
         found = [(limit, quantity_of(limit, model, units, example, self._profile)) for limit in self.limits]
         self._bounds = tuple(Bound(limit, each, limit.most(each.whole)) for limit, each in found)
@@ -105,7 +120,21 @@ class Goal:
             have = " and ".join(f"{_number(bound.quantity.whole)} {bound.limit.words}" for bound in self._bounds)
             raise SettingError(f"Nothing has to go for {self}: the model has {have}. Ask for less than that.")
         for bound in self._bounds:
-            _check_reachable(bound, units, align, towers)
+            reach.check(bound)
+        self._depth = self._priced(units, costs, branches)
+
+    def _priced(self, units: Sequence[Unit], costs: Mapping[str, float], branches: Sequence[tuple[str, ...]]) -> Depth:
+        """Return what going whole saves: milliseconds where there is a target in them, else what entries cost."""
+        latency = self._latency
+        if latency is None:
+            return Depth(dict.fromkeys(branches, 0.0), costs)
+        of = {unit.name: unit for unit in units}
+        beside = {names: sum(latency.beside(of[name]) for name in names) for names in branches}
+        return Depth(beside, {unit.name: latency.entry(unit) for unit in units})
+
+    @property
+    def _latency(self) -> Latency | None:
+        return next((bound.quantity for bound in self._bounds if isinstance(bound.quantity, Latency)), None)
 
     def select(
         self,
@@ -129,21 +158,22 @@ class Goal:
             align: kept channels are multiples of this.
             standardised: as for `budget.select`.
         """
-        if self.ratio is None:
+        if self.ratio is None or self._depth:
             if not standardised:
                 scores = self._per_millisecond(units, scores)
-            ranking = budget.rank(units, scores, align, standardised=standardised, towers=self._towers)
-            return self._select_to(ranking, costs, part)
+            ranking = budget.rank(
+                units, scores, align, standardised=standardised, towers=self._towers, depth=self._depth
+            )
+            return self._select_to(ranking, costs, self._holding(costs, part))
         left = sum(costs[unit.name] * unit.size for unit in units)
         share = self.ratio * part if left == self._whole else max(0.0, 1 - self._whole * (1 - self.ratio * part) / left)
         return budget.select(units, scores, costs, share, align, standardised=standardised, towers=self._towers)
 
     def _per_millisecond(self, units: Sequence[Unit], scores: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        for bound in self._bounds:
-            if isinstance(bound.quantity, Latency):
-                saved = {unit.name: bound.quantity.entry(unit) for unit in units}
-                return {name: score / saved[name] for name, score in scores.items()}
-        return scores
+        latency = self._latency
+        if latency is None:
+            return scores
+        return {unit.name: scores[unit.name] / latency.entry(unit) for unit in units}
 
     def share(self, sizes: Callable[[float], Sizes]) -> float:
         """Return the smallest share with which sizes that fall with it keep within all limits, to 1e-6."""
@@ -154,17 +184,19 @@ class Goal:
             low, high = (low, middle) if enough else (middle, high)
         return high
 
-    def _select_to(self, ranking: Ranking, costs: Mapping[str, float], part: float) -> Selection:
+    def _holding(self, costs: Mapping[str, float], part: float) -> Callable[[Sizes], bool]:
+        """Return whether sizes are small enough when a part of the way is to be gone."""
+        # Binary fractions of a limit need not be whole numbers.
+        if self.ratio is not None:
+            left = self._whole * (1 - self.ratio * part + 1e-9)
+            return lambda kept: sum(costs[name] * count for name, count in kept.items()) <= left
+        most = [bound.after(part) + 1e-9 * bound.quantity.whole for bound in self._bounds]
+        return lambda kept: all(
+            bound.quantity.at(kept) <= limit for bound, limit in zip(self._bounds, most, strict=True)
+        )
+
+    def _select_to(self, ranking: Ranking, costs: Mapping[str, float], holds: Callable[[Sizes], bool]) -> Selection:
         """Return what goes first until all limits hold, less what may stay all the same."""
-        most = [bound.after(part) for bound in self._bounds]
-
-        def holds(kept: Sizes) -> bool:
-            # Binary fractions of a limit need not be whole numbers.
-            return all(
-                bound.quantity.at(kept) <= limit + 1e-9 * bound.quantity.whole
-                for bound, limit in zip(self._bounds, most, strict=True)
-            )
-
         low, high = 0, len(ranking.walk)
         while low < high:
             middle = (low + high) // 2
@@ -218,48 +250,79 @@ def _share(count: float, dense: float) -> float:
     return math.ceil(1e4 * count / dense - 1e-9) / 1e4
 
 
-def _check_reachable(bound: Bound, units: Sequence[Unit], align: Align, towers: Sequence[Tower]) -> None:
-    """Raise unless a limit can be reached, and within the tolerance."""
-    dense = bound.quantity.whole
-    groups = [(group, removable_blocks(group[0], align, tower)) for group, tower in together(units, towers)]
-    least = {unit.name: unit.size - sum(blocks) for group, blocks in groups for unit in group}
-    floor = bound.quantity.at(least)
-    words, limit = bound.limit.words, bound.limit
-    wider = [f"a smaller align than {told_align(align)}"] if align != 1 else []
-    wider += ['no uniform="tower"'] if towers else []
-    wider += ["more units, where include= or exclude= leaves some out"]
-    if floor > bound.most:
-        needed = _share(floor, dense)
+@dataclass(frozen=True)
+class _Reach:
+    """How small a model can become.
+
+    Attributes:
+        units: that are searched.
+        align: kept channels are multiples of this.
+        towers: units that lose equally many.
+        branches: the names of units that may go whole, together.
+    """
+
+    units: Sequence[Unit]
+    align: Align
+    towers: Sequence[Tower]
+    branches: Sequence[tuple[str, ...]]
+
+    def wider(self, bound: Bound | None = None) -> list[str]:
+        """Return what would let more go, in words; with a limit, how far that goes."""
+        found = [f"a smaller align than {told_align(self.align)}"] if self.align != 1 else []
+        found += ['no uniform="tower"'] if self.towers else []
+        if not self.branches:
+            most = ""
+            if bound is not None:
+                least = bound.quantity.at({unit.name: 0 for unit in self.units})
+                most = f", down to {bound.limit.kind}={_share(least, bound.quantity.whole):g} if all of them do"
+            found.append(f"depth=True (whole branches may go{most})")
+        return [*found, "more units, where include= or exclude= leaves some out"]
+
+    def check(self, bound: Bound) -> None:
+        """Raise unless a limit can be reached, and within the tolerance."""
+        dense, words, limit = bound.quantity.whole, bound.limit.words, bound.limit
+        groups = [
+            (group, removable_blocks(group[0], self.align, tower)) for group, tower in together(self.units, self.towers)
+        ]
+        whole = {name for names in self.branches for name in names}
+        least = {
+            unit.name: 0 if unit.name in whole else unit.size - sum(blocks)
+            for group, blocks in groups
+            for unit in group
+        }
+        floor = bound.quantity.at(least)
+        if floor > bound.most:
+            left = "nothing" if len(whole) == len(self.units) else "one entry or block"
+            raise SettingError(
+                f"target {limit} cannot be reached: that is {_number(bound.most)} {words}, and with {left} "
+                f"left in each of the {len(self.units)} units the model still has {_number(floor)} of "
+                f"{_number(dense)}. Ask for {limit.kind}={_share(floor, dense):g} or more. What would go further: "
+                f"{', or '.join(self.wider(bound))}. Embeddings, heads, norms and biases are in no unit, and stay."
+            )
+        if isinstance(bound.quantity, Latency):
+            return  # a device may take no note of anything smaller than its own steps
+        finest = {
+            dense - bound.quantity.at({unit.name: unit.size - blocks[-1] for unit in group})
+            for group, blocks in groups
+            if blocks
+        } - {0}
+        smallest = min(finest, default=0)
+        if smallest <= _TOLERANCE * dense:
+            return
+        counts = _reachable(bound, groups)
+        below = max((each for each in counts if each <= bound.most + 1e-9 * dense), default=-math.inf)
+        if bound.most - below <= _TOLERANCE * dense:
+            return
+        entries = max(entries_in_block(unit, self.align) for unit in self.units)
+        above = min((each for each in counts if bound.most < each < dense), default=-math.inf)
+        near = " or ".join(f"{_share(each, dense):g}" for each in (below, above) if each > 0)
         raise SettingError(
-            f"target {limit} cannot be reached: that is {_number(bound.most)} {words}, and with one entry or block "
-            f"left in each of the {len(units)} units the model still has {_number(floor)} of {_number(dense)}. Ask for "
-            f"{limit.kind}={needed:g} or more. What would go further: {', or '.join(wider)}. Embeddings, heads, norms "
-            "and biases are in no unit, and stay."
+            f"target {limit} cannot be reached within 1 %: the smallest part that can go, {entries} "
+            f"entr{'y' if entries == 1 else 'ies'} of {'every unit of a tower' if self.towers else 'a unit'}, has "
+            f"{100 * smallest / dense:.1f} % of the {words}. "
+            + (f"Ask for {limit.kind}={near}, or give" if near else "Give")
+            + " a smaller align, or a ratio."
         )
-    if isinstance(bound.quantity, Latency):
-        return  # a device may take no note of anything smaller than its own steps
-    finest = {
-        dense - bound.quantity.at({unit.name: unit.size - blocks[-1] for unit in group})
-        for group, blocks in groups
-        if blocks
-    } - {0}
-    smallest = min(finest, default=0)
-    if smallest <= _TOLERANCE * dense:
-        return
-    counts = _reachable(bound, groups)
-    below = max((each for each in counts if each <= bound.most + 1e-9 * dense), default=-math.inf)
-    if bound.most - below <= _TOLERANCE * dense:
-        return
-    entries = max(entries_in_block(unit, align) for unit in units)
-    above = min((each for each in counts if bound.most < each < dense), default=-math.inf)
-    near = " or ".join(f"{_share(each, dense):g}" for each in (below, above) if each > 0)
-    raise SettingError(
-        f"target {limit} cannot be reached within 1 %: the smallest part that can go, {entries} "
-        f"entr{'y' if entries == 1 else 'ies'} of {'every unit of a tower' if towers else 'a unit'}, has "
-        f"{100 * smallest / dense:.1f} % of the {words}. "
-        + (f"Ask for {limit.kind}={near}, or give" if near else "Give")
-        + " a smaller align, or a ratio."
-    )
 
 
 def _reachable(bound: Bound, groups: Sequence[tuple[Sequence[Unit], Sequence[int]]]) -> list[float]:

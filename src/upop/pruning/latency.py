@@ -20,7 +20,8 @@ class Layers:
     Attributes:
         units: their names.
         size: entries of each in the dense model.
-        sizes: some numbers of entries, ascending; the last one is `size`.
+        sizes: some numbers of entries, ascending; the first one is 0 where the model runs without such a branch, the
+            last one is `size`.
         saved: milliseconds that the model takes less for each of the units that keeps so many; the last one is 0.
     """
 
@@ -29,9 +30,28 @@ class Layers:
     sizes: tuple[int, ...]
     saved: tuple[float, ...]
 
+    @property
+    def _least(self) -> int:
+        return self.sizes[0] or self.sizes[1]
+
+    @property
+    def entry(self) -> float:
+        """What an entry saves on average."""
+        return self.at(self._least) / self.size
+
+    @property
+    def beside(self) -> float:
+        """What a branch saves that goes whole, beside its entries."""
+        return max(0.0, self.saved[0] - self.size * self.entry)
+
     def at(self, kept: int) -> float:
-        """Return what a unit saves that keeps so many entries: on a line between the sizes that were measured."""
-        kept = min(max(kept, self.sizes[0]), self.size)
+        """Return what a unit saves that keeps so many entries: on a line between the sizes that were measured.
+
+        From the smallest one to nothing it is a step: a branch takes some time however small it is.
+        """
+        kept = min(max(kept, self._least if kept else self.sizes[0]), self.size)
+        if not kept:
+            return self.saved[0]
         right = max(1, bisect.bisect_left(self.sizes, kept))
         (low, high), (before, after) = self.sizes[right - 1 : right + 1], self.saved[right - 1 : right + 1]
         return before + (after - before) * (kept - low) / (high - low)
@@ -96,7 +116,8 @@ def _is_table(layers: Layers) -> bool:
     sizes, saved = layers.sizes, layers.saved
     rising = all(one < other for one, other in itertools.pairwise(sizes)) and sizes[-1:] == (layers.size,)
     falling = all(one >= other for one, other in itertools.pairwise(saved)) and saved[-1:] == (0.0,)
-    return len(sizes) == len(saved) > 1 and sizes[0] > 0 and rising and falling and saved[0] < float("inf")
+    enough = len(sizes) == len(saved) > 1 and sizes[0] >= 0
+    return enough and rising and falling and saved[0] < float("inf")
 
 
 class Latency:
@@ -131,5 +152,8 @@ class Latency:
 
     def entry(self, unit: Unit) -> float:
         """Return the milliseconds that an entry of a unit saves on average; above 0, for scores are divided by them."""
-        layers = self._layers[unit.name]
-        return max(layers.saved[0] / layers.size, 1e-9 * self.whole)
+        return max(self._layers[unit.name].entry, 1e-9 * self.whole)
+
+    def beside(self, unit: Unit) -> float:
+        """Return the milliseconds that a unit which goes whole saves beside those of its entries."""
+        return self._layers[unit.name].beside

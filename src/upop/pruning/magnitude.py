@@ -42,7 +42,7 @@ def plan_by_magnitude(
     goal, align = Goal(ratio, target, profile), check_align(align)
     refuse_sharded(model, "plan_by_magnitude()")
     check_uniform(uniform)
-    units, towers = to_keep_alike(model, units_to_search(model, example), uniform)
+    units, towers, _ = to_keep_alike(model, units_to_search(model, example), uniform)
     costs = entry_costs(model, units, cost, example)
     goal.begin(model, units, costs, align, example, towers)
     scores = {unit.name: -_norms(model, unit) for unit in units}

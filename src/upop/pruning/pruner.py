@@ -15,6 +15,7 @@ from upop.pruning.carried import record_cut, refuse_unrecordable
 from upop.pruning.choice import check_correct, check_whole
 from upop.pruning.correction import Choice, correct_readers
 from upop.pruning.costs import Cost
+from upop.pruning.depth import check_depth
 from upop.pruning.errors import SettingError, StepError
 from upop.pruning.goal import Goal
 from upop.pruning.latency import Profile
@@ -83,6 +84,9 @@ class Pruner(Searched):
         uniform: "tower" has all layers of a tower keep equally many heads (or key-value groups) and equally many
             neurons, as far as the model's configuration has numbers for them; which ones differ by layer. What is
             saved is then an ordinary model of its library, for which upop need not be installed.
+        depth: True lets an attention or an MLP go whole, by what all of its entries lose together for all that it
+            costs; the bias that it ends with stays. With `uniform` whole layers go, where the configuration counts
+            them, and the other ones keep equally many.
 
     Raises:
         SettingError: a setting is out of range, names nothing, or asks for more than can go.
@@ -110,6 +114,7 @@ class Pruner(Searched):
         units: Sequence[Stated] = (),
         update_first_step: bool = True,
         uniform: Uniform | None = None,
+        depth: bool = False,
     ) -> None:
         check_model(model, "Pruner")
         goal = Goal(ratio, target, profile)
@@ -126,6 +131,7 @@ class Pruner(Searched):
         if cost == "reference" and align != 1:
             raise SettingError(f"cost='reference' ranks single entries as published; found align={align}. Use align=1.")
         check_uniform(uniform)
+        check_depth(depth, self.progress)
         if cost == "reference" and uniform:
             raise SettingError(f"cost='reference' ranks single entries as published; found uniform={uniform!r}.")
         self.steps, self.interval, self.update_first_step = steps, interval, update_first_step
@@ -139,7 +145,7 @@ class Pruner(Searched):
         self._scored: set[str] = set()  # units that had a gradient at some step
         self._done = 0
         self.threshold: float | None = None
-        super().__init__(model, goal, cost, align, (include, exclude), example, units, self._scoring, uniform)
+        super().__init__(model, goal, cost, align, (include, exclude), example, units, self._scoring, uniform, depth)
 
     @property
     def steps_done(self) -> int:
@@ -232,6 +238,7 @@ class Pruner(Searched):
             score=self.score if isinstance(self.score, str) else "given",
             progress=self.progress,
             **({"uniform": self.uniform} if self.uniform else {}),
+            **({"depth": True} if self.depth else {}),
             **({} if self.finished else {"steps_done": self._done}),
         )
 
@@ -297,6 +304,7 @@ class Pruner(Searched):
             "progress": self.progress,
             "correct": bool(self._correct),
             **({"uniform": self.uniform} if self.uniform else {}),
+            **({"depth": True} if self.depth else {}),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

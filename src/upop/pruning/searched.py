@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from upop.pruning.align import Align
 from upop.pruning.choice import chosen, refuse_frozen
 from upop.pruning.costs import Arguments, Cost, entry_costs
+from upop.pruning.depth import branches_of
 from upop.pruning.errors import LayoutError, StepError
 from upop.pruning.goal import Goal
 from upop.pruning.known import know_as
@@ -48,6 +49,7 @@ class Searched(ABC):
         stated: what is known of units beside.
         scoring: how rows are scored.
         uniform: whether the layers of a tower keep equally many entries.
+        depth: whether branches may go whole.
     """
 
     def __init__(
@@ -61,10 +63,11 @@ class Searched(ABC):
         stated: Sequence[Stated],
         scoring: Scoring,
         uniform: Uniform | None = None,
+        depth: bool = False,
     ) -> None:
         self.model, self._wrapper = unwrapped(model), weakref.ref(model)
         refuse_flattened(self.model)
-        self.cost, self.align, self._goal, self.uniform = cost, align, goal, uniform
+        self.cost, self.align, self._goal, self.uniform, self.depth = cost, align, goal, uniform, depth
         self._patterns, self._example, self._stated = patterns, example, stated
         self._rows = RowScores(scoring.rows)
         self._moments = Moments(alone=self._is_one_step())
@@ -101,12 +104,17 @@ class Searched(ABC):
 
     def _begin(self, units: list[Unit]) -> None:
         """Put masks on the units that were asked for."""
-        units, self._towers = to_keep_alike(self.model, chosen(units, *self._patterns), self.uniform, units)
+        found = chosen(units, *self._patterns, depth=self.depth)
+        units, self._towers, layers = to_keep_alike(self.model, found, self.uniform, units, depth=self.depth)
         warn_of_uncovered(self.model)
         refuse_frozen(self.model, units)
         refuse_shared(self.model, units)
         self._costs = entry_costs(self.model, units, self.cost, self._example)
-        self._goal.begin(self.model, units, self._costs, self.align, self._example, self._towers)
+        branches: list[tuple[str, ...]] = []
+        if self.depth:
+            examples = examples_of(self.model) if self._example is None else [self._example]
+            branches = branches_of(self.model, units, examples, layers if self.uniform else None)
+        self._goal.begin(self.model, units, self._costs, self.align, self._example, self._towers, branches)
         self._masks = Masks(self.model, units)
         self._units = units
         self._watch()

@@ -84,6 +84,6 @@ def slicing(tensor: Tensor, name: str, units: Iterable[Unit], plan: Mapping[str,
         stays[part.dim] = stays.get(part.dim, torch.ones_like(here)) & here
         if fold and part.power:
             queries = part.query_rows(unit.size)
-            if len(queries):
+            if len(queries) and len(kept):
                 scaled.append((part.dim, queries, (len(kept) / unit.size) ** part.power))
     return Slicing(tensor.shape, {dim: here.nonzero().flatten() for dim, here in stays.items()}, tuple(scaled))

@@ -41,10 +41,12 @@ class Said:
     Attributes:
         towers: the units whose sizes follow one number of it.
         by: what people call the configuration.
+        layers: gives the names of the units of each layer that it can do without: it counts the layers of such a list.
     """
 
     towers: tuple[Tower, ...]
     by: str
+    layers: Callable[[], Sequence[tuple[str, ...]]] = tuple
 
 
 Reader = Callable[[nn.Module, Sequence[Unit]], Said | None]
@@ -93,26 +95,62 @@ def _place(model: nn.Module, name: str) -> tuple[str, ...]:
     return tuple(parts)
 
 
+def layers_of(model: nn.Module, units: Sequence[Unit]) -> list[tuple[str, ...]]:
+    """Return the names of the units of each layer: of each place in a list of blocks that are alike in their units.
+
+    Of lists in lists the outermost counts whose blocks are alike.
+    """
+    lists = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList | nn.Sequential)]
+    found: list[tuple[str, ...]] = []
+    for path in lists:  # the outer ones come first
+        start = f"{path}." if path else ""
+        inside: dict[str, list[Unit]] = {}
+        for unit in units:
+            if unit.name.startswith(start):
+                inside.setdefault(unit.name.removeprefix(start).partition(".")[0], []).append(unit)
+        within = {
+            tuple((unit.name.removeprefix(f"{start}{at}"), unit.size) for unit in own) for at, own in inside.items()
+        }
+        taken = {name for names in found for name in names}
+        if (
+            len(inside) > 1
+            and len(within) == 1
+            and not any(unit.name in taken for own in inside.values() for unit in own)
+        ):
+            found += [tuple(unit.name for unit in own) for own in inside.values()]
+    return found
+
+
 def to_keep_alike(
-    model: nn.Module, units: Sequence[Unit], uniform: Uniform | None, every: Sequence[Unit] | None = None
-) -> tuple[list[Unit], tuple[Tower, ...]]:
-    """Return which of the chosen units are searched, and which of them keep equally many entries.
+    model: nn.Module,
+    units: Sequence[Unit],
+    uniform: Uniform | None,
+    every: Sequence[Unit] | None = None,
+    *,
+    depth: bool = False,
+) -> tuple[list[Unit], tuple[Tower, ...], Sequence[tuple[str, ...]]]:
+    """Return which of the chosen units are searched, which of them keep equally many, and which may go as a layer.
 
     Args:
         model: the dense model.
         units: those that were chosen.
         uniform: None searches them all, each for itself.
         every: all units of the model, the chosen ones among them.
+        depth: whether layers may go.
 
     Raises:
         SettingError: the model's configuration has no number for any of them; the message says what could be done.
     """
     if uniform is None:
-        return list(units), ()
+        return list(units), (), ()
     every = units if every is None else every
     said = next((found for reader in _readers if (found := reader(model, every)) is not None), None)
     if said is None:
-        return list(units), tuple(Tower(names) for names in apart(model, units))
+        return (
+            list(units),
+            tuple(Tower(names) for names in apart(model, units)),
+            layers_of(model, units) if depth else (),
+        )
     names = {unit.name for unit in units}
     towers = tuple(tower for tower in said.towers if names.issuperset(tower.units))
     inside = {name for tower in towers for name in tower.units}
@@ -136,7 +174,8 @@ def to_keep_alike(
             f"kept: {why} ({some_of(lacking, 4)}). They are no part of the budget.",
             stacklevel=5,
         )
-    return [unit for unit in units if unit.name in inside], towers
+    layers = [layer for layer in (said.layers() if depth else ()) if inside.issuperset(layer)]
+    return [unit for unit in units if unit.name in inside], towers, layers
 
 
 def together(units: Sequence[Unit], towers: Sequence[Tower]) -> list[tuple[list[Unit], Tower | None]]:

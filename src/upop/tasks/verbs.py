@@ -133,7 +133,8 @@ def _compression(
 def _search_settings(task: Task[Any], settings: RunSettings) -> dict[str, Any]:
     """Return how the method searches."""
     if settings.method == "upop":
-        return {"progress": "stages", "score": settings.score, "correct": settings.correct}
+        searched = {"progress": "stages", "score": settings.score, "correct": settings.correct}
+        return searched | ({"depth": True} if settings.depth else {})
     if settings.method == "reference":
         first = task.update_first_step
         return {"progress": "soft", "score": "signed", "interval": settings.interval, "update_first_step": first}

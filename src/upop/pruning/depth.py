@@ -1,0 +1,258 @@
+"""Depth: branches that may go whole, and layers of a tower, in the same ranking and budget as their channels.
+
+A branch (an attention, an MLP) of which nothing is left gives the bias that it ends with, and costs nothing else. What
+it loses is what its channels lose together; what it saves is their cost, and on a machine the time that a branch takes
+however small it is. Its place in the ranking is the one for the other.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from upop.pruning.costs import call, evaluating
+from upop.pruning.errors import LayoutError, SettingError
+from upop.pruning.shrink import cut, restore
+from upop.pruning.units import Unit
+
+
+@dataclass(frozen=True)
+class Depth:
+    """What may go whole, and what that saves.
+
+    Attributes:
+        branches: names of units that go together -> what goes with them beside their channels.
+        entry: unit -> what one of its channels costs, as `branches` counts.
+    """
+
+    branches: Mapping[tuple[str, ...], float] = field(default_factory=dict)
+    entry: Mapping[str, float] = field(default_factory=dict)
+
+    def __bool__(self) -> bool:
+        """Whether anything may go whole."""
+        return bool(self.branches)
+
+    def score(self, names: Sequence[str], scores: Mapping[str, Tensor]) -> float:
+        """Return the score of units that go together, comparable with that of one channel.
+
+        Args:
+            names: of the units.
+            scores: per unit, [size]; of channels that went already they are infinite.
+        """
+        left = {name: scores[name][scores[name] < math.inf] for name in names}
+        costs = sum(self.entry[name] * len(each) for name, each in left.items())
+        if not costs:
+            return math.inf
+        lost = sum(self.entry[name] * float(each.sum()) for name, each in left.items())
+        # What is better gone is no better for what goes beside it.
+        return lost / (costs + (self.branches[tuple(names)] if lost < 0 else 0.0))
+
+    def with_rest(self, unit: Unit, ordered: Tensor, sizes: list[int], means: Tensor) -> tuple[list[int], Tensor]:
+        """Return the blocks of a unit that may go whole, with all that is left as the last one.
+
+        The scores that blocks lose for what they save never rise from one to the next (the lower convex hull): so
+        single blocks end where all that is left together loses least.
+
+        Args:
+            unit: the unit.
+            ordered: the scores of its channels, highest first, [size].
+            sizes: how many of them are in each block that may go, first to go first.
+            means: the mean score of each of these blocks.
+        """
+        starts = [0, *torch.tensor(sizes, dtype=torch.long).cumsum(0).tolist()]
+        rests = [self.score((unit.name,), {unit.name: ordered[start:]}) for start in starts]
+        # Where some of what would go has gone already, it goes before all that is left.
+        first = next((at for at, start in enumerate(starts) if bool((ordered[start:] < math.inf).all())), len(sizes))
+        end = min(range(first, len(starts)), key=rests.__getitem__)
+        last = min(rests[end], float(means[end - 1])) if end else rests[end]
+        return [*sizes[:end], unit.size - starts[end]], torch.cat([means[:end], means.new_tensor([last])])
+
+
+NONE = Depth()
+
+
+def check_depth(depth: object, progress: str = "stages") -> bool:
+    """Return whether branches may go whole.
+
+    Raises:
+        SettingError: it is neither True nor False, or a soft search, which weighs kinds of units apart, is to do it.
+    """
+    if not isinstance(depth, bool):
+        raise SettingError(f"depth is True (whole branches and layers may go) or False; found {depth!r}.")
+    if depth and progress == "soft":
+        raise SettingError(
+            'depth=True was asked for, and a "soft" search compares attention and MLPs each among themselves, so that '
+            'no branch has a place in its ranking. Search in stages: progress="stages", which is the default.'
+        )
+    return depth
+
+
+def branches_of(
+    model: nn.Module,
+    units: Sequence[Unit],
+    examples: Iterable[Any],
+    layers: Sequence[tuple[str, ...]] | None = None,
+) -> list[tuple[str, ...]]:
+    """Return the names of units that may go whole, together.
+
+    Args:
+        model: dense.
+        units: of it, those that are searched.
+        examples: what it may be called with.
+        layers: where whole layers alone may go, the units of each that may.
+
+    Raises:
+        SettingError: nothing may; the message says why.
+    """
+    given = list(examples)
+    found = removable(model, units, given)
+    if layers is None:
+        return [(unit.name,) for unit in units if unit.name in found]
+    may = [layer for layer in layers if found.issuperset(layer)]
+    passing = layers_passing(model, units, may, given) if may else []
+    if not passing:
+        why = (
+            "the configuration of {} counts no layers that would be left with nothing"
+            if not may
+            else "layers of {} change what passes them even where nothing is left in them, as norms behind branches do"
+        )
+        warnings.warn(
+            f"depth=True and uniform='tower' were asked for, and {why.format(type(model).__name__)}: no layer goes "
+            "whole. Without uniform, branches may.",
+            stacklevel=6,
+        )
+    return passing
+
+
+def layers_passing(
+    model: nn.Module, units: Sequence[Unit], layers: Sequence[tuple[str, ...]], examples: Iterable[Any]
+) -> list[tuple[str, ...]]:
+    """Return those layers that pass on what they are given, but for a constant, where nothing is left of their units.
+
+    Args:
+        model: dense, without masks.
+        units: of it.
+        layers: the names of the units of each.
+        examples: what the model may be called with; the first is taken with which it runs.
+    """
+    from upop.pruning.masks import Masks
+
+    of = {unit.name: unit for unit in units}
+    paths = {layer: common_path(layer) for layer in layers}
+    masks = Masks(model, [of[name] for layer in layers for name in layer])
+    try:
+        masks.set({name: torch.zeros(of[name].size) for layer in layers for name in layer})
+        seen = constants(model, list(paths.values()), examples)
+    finally:
+        masks.remove()
+    return [layer for layer in layers if seen.get(paths[layer]) is not None]
+
+
+def common_path(names: Sequence[str]) -> str:
+    """Return the dotted name of the innermost module that holds all of these."""
+    parts = [name.split(".") for name in names]
+    shared = next(
+        (at for at, level in enumerate(zip(*parts, strict=False)) if len(set(level)) > 1), min(map(len, parts))
+    )
+    return ".".join(parts[0][:shared])
+
+
+@torch.no_grad()
+def constants(model: nn.Module, paths: Sequence[str], examples: Iterable[Any]) -> dict[str, Tensor | None]:
+    """Return what each of some modules adds to the tokens that it is given: a vector, or None where it is none.
+
+    Args:
+        model: run in evaluation mode.
+        paths: of modules that are given tokens first, [..., hidden], and return them first.
+        examples: what the model may be called with; the first is taken with which it runs.
+    """
+    seen: dict[str, Tensor | None] = {}
+
+    def watch(path: str) -> Callable[..., None]:
+        def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            given = args[0] if args else next(iter(kwargs.values()), None)
+            made = output[0] if isinstance(output, tuple) and output else output
+            if isinstance(given, Tensor) and isinstance(made, Tensor) and given.shape == made.shape:
+                change = (made.double() - given.double()).flatten(0, -2)
+                size = max(1.0, float(given.abs().max())) * torch.finfo(given.dtype).eps
+                found = change.mean(0)
+                same = bool(((change - found).abs() <= 16 * size).all())
+                before = seen.get(path, found)
+                seen[path] = (
+                    found if same and before is not None and torch.allclose(before, found, atol=16 * size) else None
+                )
+            else:
+                seen[path] = None
+
+        return hook
+
+    for example in examples:
+        seen.clear()
+        hooks = [model.get_submodule(path).register_forward_hook(watch(path), with_kwargs=True) for path in paths]
+        try:
+            with evaluating(model):
+                call(model, example)
+        except Exception:  # the model's own, for inputs that were made up
+            continue
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return seen
+    return {}
+
+
+def removable(model: nn.Module, units: Sequence[Unit], examples: Iterable[Any]) -> frozenset[str]:
+    """Return the names of units of which nothing need be left: the model runs without them, cut, on an example.
+
+    Args:
+        model: dense; left as it is, and run without numbers.
+        units: of it.
+        examples: what it may be called with; the first is taken with which it runs.
+
+    Raises:
+        SettingError: there is none of them; the message says why.
+    """
+    from upop.pruning.axes.copies import Shapes
+
+    shapes: Shapes | None = None
+    for example in examples:
+        try:
+            shapes = Shapes(model, example)
+        except LayoutError:
+            continue
+        break
+    if shapes is None:
+        raise SettingError(
+            f"depth=True was asked for, and nothing is known that {type(model).__name__} can be called with, to see "
+            "whether it runs without a branch. Pass example=... (a tensor, a tuple of arguments, or a mapping)."
+        )
+    twin, world = shapes.copy(), shapes
+
+    def fails(going: Sequence[Unit]) -> Exception | None:
+        undo = cut(twin, list(going), {unit.name: () for unit in going}, fold=False)
+        try:
+            with world.running(), torch.no_grad():
+                call(twin, world.example)
+        except Exception as error:  # the model's own
+            return error
+        finally:
+            restore(undo)
+        return None
+
+    if fails(units) is None:
+        return frozenset(unit.name for unit in units)
+    why = {unit.name: fails([unit]) for unit in units}
+    found = frozenset(name for name, error in why.items() if error is None)
+    if not found:
+        name, error = next(iter(why.items()))
+        raise SettingError(
+            f"depth=True was asked for, and {type(model).__name__} runs without none of its {len(units)} branches "
+            f"({name}: {type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}). Leave depth out."
+        )
+    return found
