@@ -101,6 +101,65 @@ def load_transformers(
     return model
 
 
+def started(folder: Path, name: str, changes: Mapping[str, Any]) -> tuple[PreTrainedModel, list[str]]:
+    """Return a model to be trained that begins with the weights of a folder, and which tensors begin afresh.
+
+    Args:
+        folder: with config.json and safetensors.
+        name: of the class, one of transformers'.
+        changes: entries of config.json that are to have other values.
+
+    Raises:
+        CheckpointError: a file is missing or damaged, or the folder holds nothing of such a model.
+    """
+    told, held = _read(folder)
+    kind = getattr(transformers, name)
+    register()
+    with sealed(), allowing_gaps(), _explained(folder, kind):
+        config = _config_class(kind, told).from_dict({**told, **changes})
+        loaded: Any = kind.from_pretrained(
+            folder,
+            config=config,
+            dtype="auto",
+            local_files_only=True,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+    model, info = loaded
+    fresh = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
+    if len(fresh) == len(model.state_dict()):
+        raise CheckpointError(
+            f"{folder} holds no weight of a {name}: {listed('its tensors are', sorted(held))} Give a folder with a "
+            "model of this kind."
+        )
+    wrong = [f"{key} {said}" for key, value in held.items() if (said := not_finite(value))]
+    wrong += [f"{key} {said}" for key, value in model.state_dict().items() if (said := not_finite(value))]
+    if wrong:
+        raise CheckpointError(listed(f"{folder} does not fit {name} ({len(wrong)} of its tensors)", wrong))
+    model.eval()
+    return model, fresh
+
+
+def built(folder: Path, name: str, changes: Mapping[str, Any]) -> PreTrainedModel:
+    """Return a model with fresh weights from the config.json of a folder, in evaluation mode.
+
+    Args:
+        folder: with config.json.
+        name: of the class, one of transformers'.
+        changes: entries of config.json that are to have other values.
+
+    Raises:
+        CheckpointError: it cannot be built.
+    """
+    kind = getattr(transformers, name)
+    told = checked_config(read_config(folder), str(folder / _CONFIG))
+    with sealed(), _explained(folder, kind):
+        model: PreTrainedModel = kind(_config_class(kind, told).from_dict({**told, **changes}))
+    model.eval()
+    return model
+
+
 def config_of(folder: Path, kind: type[PreTrainedModel]) -> Any:
     """Return the configuration of a class that a folder of transformers holds.
 

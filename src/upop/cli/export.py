@@ -152,13 +152,14 @@ def read_exportable(source: str, task: str | None, overrides: Mapping[str, Any],
         from upop.cli.inspect import read_any
 
         return read_any(source, task, overrides)
-    from upop.checkpoints import is_folder, load
+    from upop.checkpoints.library import layout_of, open_model
 
     path = local_path(source)
-    if is_transformers_folder(path) and not (own and _is_counterpart(path)):
-        return load(path)
-    if is_folder(path) and not is_transformers_folder(path):
-        return load(path)
+    if is_transformers_folder(path):
+        if not (own and _is_counterpart(path)):
+            return open_model(path).model
+    elif layout_of(path) == "upop" or (layout_of(path) == "open_clip" and not own):
+        return open_model(path).model
     from upop.checkpoints.convert import read_model
 
     return read_model(path, task, **overrides)

@@ -15,9 +15,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from upop.checkpoints import is_folder, load, read_weights
-from upop.checkpoints.config_json import is_transformers_folder
+from upop.checkpoints import read_weights
 from upop.checkpoints.hub import is_hub_name, local_path
+from upop.checkpoints.library import layout_of, open_model
 from upop.checkpoints.sizes import dense_skeleton
 from upop.cli import options as o
 from upop.errors import CheckpointError, SettingError, nearest
@@ -128,12 +128,13 @@ def read_any(source: str, task: str | None, overrides: Mapping[str, Any]) -> nn.
             f"{nearest(source, timm.list_models())}."
         )
     path = local_path(source)
-    if is_folder(path):
-        return load(path)
-    if is_transformers_folder(path):
+    layout = layout_of(path)
+    if layout == "transformers":
         from upop.checkpoints.transformers_models import load_transformers
 
         return load_transformers(path, strict=False)  # sizes are shown, which no weight that is left out changes
+    if layout in ("upop", "open_clip"):
+        return open_model(path).model
     from upop.checkpoints.official import load_official, task_of
 
     return load_official(task or task_of(read_weights(path), str(path)), path, **overrides)

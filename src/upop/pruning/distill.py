@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 
@@ -20,6 +19,7 @@ from upop.pruning.again import autocast, precision_now, random_numbers_kept, rep
 from upop.pruning.choice import check_whole
 from upop.pruning.errors import LayoutError, SettingError, StepError, some_of
 from upop.pruning.known import know_as
+from upop.pruning.logits import divergence, logits_of, precise, similarities
 from upop.pruning.masks import unwrapped
 from upop.pruning.sharded import reshard
 from upop.pruning.slips import check_model
@@ -226,15 +226,15 @@ class Distillation:
                 "Else compare logits alone (features=0, logits=1)."
             )
         if self._logits:
-            own, aim = _logits_of(output), _logits_of(taught)
+            own, aim = logits_of(output), logits_of(taught)
             if own is None or aim is None or own.shape != aim.shape or not own.requires_grad:
                 self._told = (
                     f"logits={self._logits:g} was asked for, and {type(self._model).__name__} returns "
                     f"{type(output).__name__}, not logits with gradients that the teacher gives too. Use logits=0."
                 )
             else:
-                mask = self._mask(own.shape[:-1])
-                parts.append(self._logits * _divergence(own, aim.detach(), self._temperature, mask))
+                mask = None if similarities(output) is not None else self._mask(own.shape[:-1])
+                parts.append(self._logits * divergence(own, aim.detach(), self._temperature, mask))
         if self._told or not parts:
             return
         loss = torch.stack(parts).sum()
@@ -267,7 +267,7 @@ class Distillation:
         """Yield tensors that a backward pass of the model goes through."""
         for calls in self._seen.values():
             yield from (value for value in calls if value is not None)
-        if (logits := _logits_of(output)) is not None:
+        if (logits := logits_of(output)) is not None:
             yield logits
 
     def _mask(self, shape: torch.Size) -> Tensor | None:
@@ -382,7 +382,7 @@ def _difference(own: Tensor, aim: Tensor, mask: Tensor | None) -> Tensor:
         aim: the same, without.
         mask: which tokens count, [B, ...]; None is all of them.
     """
-    size = _precise(aim).square()
+    size = precise(aim).square()
     weight = None if mask is None else mask.unsqueeze(-1)
     count: Tensor | int = aim[0].numel()
     if weight is not None:
@@ -399,35 +399,14 @@ class _SquaresApart(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, own: Tensor, aim: Tensor, weight: Tensor | None) -> Tensor:
         ctx.save_for_backward(own, aim, weight)
-        squares = (_precise(own) - _precise(aim)).square()
+        squares = (precise(own) - precise(aim)).square()
         return (squares if weight is None else squares * weight).flatten(1).sum(1)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         own, aim, weight = ctx.saved_tensors
-        apart = (_precise(own) - _precise(aim)) * (2 * grad).view(-1, *[1] * (own.dim() - 1))
+        apart = (precise(own) - precise(aim)) * (2 * grad).view(-1, *[1] * (own.dim() - 1))
         return (apart if weight is None else apart * weight).to(own.dtype), None, None
-
-
-def _divergence(own: Tensor, aim: Tensor, temperature: float, mask: Tensor | None) -> Tensor:
-    """Return the mean divergence of `own` from `aim` over all places, or those of `mask`, times temperature^2."""
-    axis = 1 if own.dim() == 4 else -1
-    logs, target = (F.log_softmax(_precise(value) / temperature, dim=axis) for value in (own, aim))
-    each = F.kl_div(logs, target, reduction="none", log_target=True).sum(axis)
-    if mask is None:
-        return each.mean() * temperature**2
-    weight = mask.to(each)
-    return (each * weight).sum() / weight.sum().clamp_min(1) * temperature**2
-
-
-def _precise(value: Tensor) -> Tensor:
-    return value if value.dtype == torch.float64 else value.float()
-
-
-def _logits_of(output: Any) -> Tensor | None:
-    """Return the logits among a model's outputs."""
-    found = output if isinstance(output, Tensor) else getattr(output, "logits", None)
-    return found if isinstance(found, Tensor) and found.is_floating_point() and found.dim() > 1 else None
 
 
 def _named(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[tuple[str, Any]]:

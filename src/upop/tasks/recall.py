@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self, TypeVar, cast
+from typing import Any, ClassVar, Literal, Protocol, Self, TypeVar, cast
 
 import torch
 from accelerate import Accelerator
@@ -21,7 +21,7 @@ from upop.examples import Album, Answer, Example
 from upop.models.contrast import MomentumContrast, check_queue, processes
 from upop.models.rerank import candidates
 from upop.pruning import count_macs, count_parameters
-from upop.settings import LanguageSettings
+from upop.settings import LanguageSettings, RunSettings
 from upop.tasks.examples import spread, untransformed
 from upop.training.bad_images import counted, readable
 from upop.training.devices import alone, autocast
@@ -69,7 +69,44 @@ class RetrievalSettings(LanguageSettings):
         return self.alpha * min(1.0, epoch)
 
 
+SearchSettingsT = TypeVar("SearchSettingsT", bound=RunSettings)
 RetrievalSettingsT = TypeVar("RetrievalSettingsT", bound=RetrievalSettings)
+
+
+class Collator(Protocol):
+    """Makes batches of a retrieval task."""
+
+    def __call__(self, items: list[Any]) -> dict[str, Tensor]:
+        """The items as one batch, with `ids` [B], the numbers of the images."""
+        ...
+
+    def tokenize(self, texts: list[str]) -> dict[str, Tensor]:
+        """Texts as inputs of the model, [texts, T] each."""
+        ...
+
+
+class Gallery(Protocol):
+    """Images with all their texts; items are the images alone.
+
+    Attributes:
+        texts: of all images.
+        image_of_text: the number of each text's image, [texts].
+    """
+
+    texts: list[str]
+    image_of_text: Tensor
+
+    def __len__(self) -> int:
+        """The number of images."""
+        ...
+
+    def __getitem__(self, index: int) -> Any:
+        """The image of that number."""
+        ...
+
+    def without(self, numbers: Collection[int]) -> Gallery:
+        """The gallery but for the images of these numbers and their texts."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -97,7 +134,7 @@ class Kept:
     states: Tensor | None
 
 
-class RetrievalTask(Task[RetrievalSettingsT]):
+class Retrieval(Task[SearchSettingsT]):
     """Pictures found by texts, and texts by pictures: TR@k and IR@k, the share of queries with a right one in the
     first k (in percent), and r_mean, the mean of all six, which decides.
     """
@@ -107,22 +144,27 @@ class RetrievalTask(Task[RetrievalSettingsT]):
     splits: ClassVar[Mapping[str, str]] = {"train": "train", "val": "val", "test": "test"}
 
     @abstractmethod
-    def collate(self, settings: RetrievalSettingsT) -> RetrievalCollator:
+    def collate(self, settings: SearchSettingsT) -> Collator:
         """Return what stacks pictures and tokenizes captions."""
 
     @abstractmethod
     def text_features(self, model: nn.Module, words: Mapping[str, Tensor]) -> Tensor:
         """Return normalised features of texts (input_ids and attention_mask, [B, T]), [B, D]."""
 
-    @abstractmethod
-    def candidate_counts(self, settings: RetrievalSettingsT) -> int:
-        """Return how many candidates each query has."""
+    def candidate_counts(self, settings: SearchSettingsT) -> int:
+        """Return how many candidates each query has: as many as recall looks at."""
+        return max(CUTS)
+
+    def some_of(self, words: Mapping[str, Tensor], part: slice) -> dict[str, Tensor]:
+        """Return the inputs of some texts, without padding that all of them have."""
+        longest = int(words["attention_mask"][part].sum(1).max())
+        return {name: value[part, :longest] for name, value in words.items()}
 
     def rescore(
         self,
         accelerator: Accelerator,
         model: nn.Module,
-        settings: RetrievalSettingsT,
+        settings: SearchSettingsT,
         kept: Kept,
         words: Mapping[str, Tensor],
         found: Found,
@@ -130,30 +172,13 @@ class RetrievalTask(Task[RetrievalSettingsT]):
         """Return the candidates with better scores; without re-ranking, as they are."""
         return found
 
-    def dataset(self, settings: RetrievalSettingsT, split: str) -> Dataset[Any]:
-        """Return pairs to train on, or pictures with all their texts.
-
-        Raises:
-            SettingError: the queue is too small for the batches.
-        """
-        file = settings.ann_root / _FILES[settings.dataset].format(self.splits[split])
-        size, outside = settings.image_size, settings.allow_outside
-        if split == "train":
-            records = RetrievalPairs(
-                file, settings.image_root, train_transform(size, settings.augment, settings.pictures), outside=outside
-            )
-            # Every process has its own batch.
-            check_queue(settings.queue_size, min(settings.batch_size_train, len(records)) * processes())
-            return records
-        return RetrievalGallery(file, settings.image_root, eval_transform(size, settings.pictures), outside=outside)
-
     def collect(
-        self, accelerator: Accelerator, model: nn.Module, loader: Any, settings: RetrievalSettingsT
+        self, accelerator: Accelerator, model: nn.Module, loader: Any, settings: SearchSettingsT
     ) -> dict[str, Tensor]:
         """Return candidates and scores of every picture and text, the same on every process; see `Found`."""
         kept, image = self._encode_images(accelerator, model, loader, settings)
         kept, image = _of_counted(counted(loader), kept, image)  # known now that all were read
-        records = cast(RetrievalGallery, records_of(loader))
+        records = cast(Gallery, records_of(loader))
         words = self.collate(settings).tokenize(records.texts)
         text = self._encode_texts(accelerator, model, words, image, settings)
         count = self.candidate_counts(settings)
@@ -162,10 +187,10 @@ class RetrievalTask(Task[RetrievalSettingsT]):
         return {name: value.cpu() for name, value in vars(found).items()}
 
     def score(
-        self, predictions: Mapping[str, Tensor], records: Dataset[Any], settings: RetrievalSettingsT
+        self, predictions: Mapping[str, Tensor], records: Dataset[Any], settings: SearchSettingsT
     ) -> dict[str, float]:
         """Return TR@k, IR@k and r_mean, in percent."""
-        owner = cast(RetrievalGallery, records).image_of_text
+        owner = cast(Gallery, records).image_of_text
         texts = _by_score(predictions["texts"], predictions["text_scores"])
         images = _by_score(predictions["images"], predictions["image_scores"])
         metrics = {
@@ -175,11 +200,12 @@ class RetrievalTask(Task[RetrievalSettingsT]):
         return {**metrics, "r_mean": sum(metrics.values()) / len(metrics)}
 
     def answers(
-        self, model: nn.Module, records: Dataset[Any], numbers: Sequence[int], settings: RetrievalSettingsT
+        self, model: nn.Module, records: Dataset[Any], numbers: Sequence[int], settings: SearchSettingsT
     ) -> Mapping[str, Any]:
         """Return "texts" of every picture and "images" of every text, best first, in a part of the split."""
         device = next(model.parameters()).device
-        gallery = SeededDataset(_gallery(cast(RetrievalGallery, records), numbers)[0], settings.seed)
+        part = _gallery(cast(Gallery, records), numbers)[0]
+        gallery = SeededDataset(cast(Dataset[Any], part), settings.seed)
         loader: DataLoader[Any] = DataLoader(
             gallery, batch_size=settings.batch_size_test, collate_fn=self.collate(settings)
         )
@@ -192,11 +218,11 @@ class RetrievalTask(Task[RetrievalSettingsT]):
         found: Mapping[str, Mapping[str, Any]],
         records: Dataset[Any],
         numbers: Sequence[int],
-        settings: RetrievalSettingsT,
+        settings: SearchSettingsT,
         album: Album,
     ) -> list[Example]:
         """Return, in turn, texts with the best pictures for them, and pictures with the best text."""
-        gallery, kept = _gallery(cast(RetrievalGallery, records), numbers)
+        gallery, kept = _gallery(cast(Gallery, records), numbers)
         plain, owners = untransformed(gallery), gallery.image_of_text.tolist()
 
         def picture(place: int) -> str:
@@ -221,35 +247,14 @@ class RetrievalTask(Task[RetrievalSettingsT]):
 
     def about_examples(self, records: Dataset[Any], numbers: Sequence[int], split: str) -> str:
         """Return which records `examples` shows, and that it looks for them in a part of the split."""
-        found_in = len(_gallery(cast(RetrievalGallery, records), numbers)[1])
+        found_in = len(_gallery(cast(Gallery, records), numbers)[1])
         return (
             f"{super().about_examples(records, numbers, split)} Texts and pictures are looked for among {found_in} "
             "pictures and all their texts, which is easier than among all of the split."
         )
 
-    def counts(self, model: nn.Module) -> dict[str, Any]:
-        """Return the sizes of what is deployed, without momentum copies, beside the published way of counting.
-
-        The published parameters include the copies, and the published multiply-adds are of the loss of one pair:
-        copies, comparison with the queues, and three matchings.
-        """
-        assert isinstance(model, MomentumContrast)
-        copies = sum(copy.numel() for _, copy in model.momentum_pairs())
-        parameters = count_parameters(model)
-        training = {**self.example(model, 1), **self.published_example(model)}
-        return {
-            "parameters": parameters - copies,
-            "gmacs": count_macs(model, self.example(model, 1)) / 1e9,
-            "published_parameters": parameters,
-            "published_gmacs": count_macs(model, training) / 1e9,
-        }
-
-    def published_example(self, model: nn.Module) -> dict[str, Any]:
-        """Return what makes the example inputs of one pair those of the model's loss."""
-        return {"ids": torch.zeros(1, dtype=torch.long, device=next(model.parameters()).device)}
-
     def _encode_images(
-        self, accelerator: Accelerator, model: nn.Module, loader: Any, settings: RetrievalSettingsT
+        self, accelerator: Accelerator, model: nn.Module, loader: Any, settings: SearchSettingsT
     ) -> tuple[Kept, Tensor]:
         """Return what this process keeps, and the features of all pictures, [N, D]."""
         count = len(loader.dataset)
@@ -287,7 +292,7 @@ class RetrievalTask(Task[RetrievalSettingsT]):
         model: nn.Module,
         words: Mapping[str, Tensor],
         image: Tensor,
-        settings: RetrievalSettingsT,
+        settings: SearchSettingsT,
     ) -> Tensor:
         """Return the features of all texts, [M, D], like those of the pictures; each process encodes its share."""
         features = image.new_zeros(len(words["input_ids"]), image.shape[1])
@@ -295,11 +300,56 @@ class RetrievalTask(Task[RetrievalSettingsT]):
             accelerator.process_index :: accelerator.num_processes
         ]:
             part = slice(start, start + settings.batch_size_test)
-            longest = int(words["attention_mask"][part].sum(1).max())
-            block = {name: value[part, :longest].to(accelerator.device) for name, value in words.items()}
+            block = {name: value.to(accelerator.device) for name, value in self.some_of(words, part).items()}
             with autocast(accelerator, settings):
                 features[part] = self.text_features(model, block).to(features.dtype)
         return summed(accelerator, features)
+
+
+class RetrievalTask(Retrieval[RetrievalSettingsT]):
+    """Retrieval with the published data sets and models."""
+
+    @abstractmethod
+    def collate(self, settings: RetrievalSettingsT) -> RetrievalCollator:
+        """Return what stacks pictures and tokenizes captions."""
+
+    def dataset(self, settings: RetrievalSettingsT, split: str) -> Dataset[Any]:
+        """Return pairs to train on, or pictures with all their texts.
+
+        Raises:
+            SettingError: the queue is too small for the batches.
+        """
+        file = settings.ann_root / _FILES[settings.dataset].format(self.splits[split])
+        size, outside = settings.image_size, settings.allow_outside
+        if split == "train":
+            records = RetrievalPairs(
+                file, settings.image_root, train_transform(size, settings.augment, settings.pictures), outside=outside
+            )
+            # Every process has its own batch.
+            check_queue(settings.queue_size, min(settings.batch_size_train, len(records)) * processes())
+            return records
+        return RetrievalGallery(file, settings.image_root, eval_transform(size, settings.pictures), outside=outside)
+
+    def counts(self, model: nn.Module) -> dict[str, Any]:
+        """Return the sizes of what is deployed, without momentum copies, beside the published way of counting.
+
+        The published parameters include the copies, and the published multiply-adds are of the loss of one pair:
+        copies, comparison with the queues, and three matchings.
+        """
+        assert isinstance(model, MomentumContrast)
+        copies = sum(copy.numel() for _, copy in model.momentum_pairs())
+        parameters = count_parameters(model)
+        training = {**self.example(model, 1), **self.published_example(model)}
+        return {
+            "parameters": parameters - copies,
+            "gmacs": count_macs(model, self.example(model, 1)) / 1e9,
+            "published_parameters": parameters,
+            "published_gmacs": count_macs(model, training) / 1e9,
+        }
+
+    def published_example(self, model: nn.Module) -> dict[str, Any]:
+        """Return what makes the example inputs of one pair those of the model's loss."""
+        return {"ids": torch.zeros(1, dtype=torch.long, device=next(model.parameters()).device)}
 
 
 def _of_counted(numbers: Tensor | None, kept: Kept, features: Tensor) -> tuple[Kept, Tensor]:
@@ -322,7 +372,7 @@ def _by_score(numbers: Tensor, scores: Tensor) -> Tensor:
     return numbers.gather(1, torch.argsort(scores, dim=1, descending=True, stable=True))
 
 
-def _gallery(records: RetrievalGallery, numbers: Sequence[int]) -> tuple[RetrievalGallery, list[int]]:
+def _gallery(records: Gallery, numbers: Sequence[int]) -> tuple[Gallery, list[int]]:
     """Return a part of a gallery that has the pictures of these numbers, and the numbers of all its pictures."""
     kept = sorted({*numbers, *spread(len(records), _GALLERY)})
     return records.without(set(range(len(records))) - set(kept)), kept

@@ -16,7 +16,7 @@ from upop.errors import SettingError
 from upop.models.clip import ClipConfig, ClipRetrieval, ClipSizes
 from upop.settings import RunSettings
 from upop.tasks.published import SIZES, PublishedTask
-from upop.tasks.recall import CUTS, RetrievalSettings, RetrievalTask
+from upop.tasks.recall import RetrievalSettings, RetrievalTask
 from upop.training.task import Batch
 from upop.values import told
 
@@ -83,10 +83,6 @@ class ClipRetrievalTask(RetrievalTask[ClipRetrievalSettings], PublishedTask[Clip
     def text_features(self, model: nn.Module, words: Mapping[str, Tensor]) -> Tensor:
         """Return normalised features of texts, [B, D]."""
         return nn.functional.normalize(cast(ClipRetrieval, model).encode_text(words["input_ids"]), dim=-1)
-
-    def candidate_counts(self, settings: ClipRetrievalSettings) -> int:
-        """Return how many candidates each query has: as many as recall looks at."""
-        return max(CUTS)
 
     def example(self, model: nn.Module, batch_size: int) -> dict[str, Tensor]:
         """Return `batch_size` grey pictures and as many texts of full length (77 tokens)."""

@@ -94,7 +94,7 @@ class Run:
         self._resumed = self._checkpoint_to_resume()
         if self._resumed is None:
             self.folder.check()
-        if settings.pretrained:
+        if settings.pretrained and not task.model_prepares:
             self.settings, notes = resolved(task, settings, self.checkpoint())
             settings = self.settings
             for note in notes:
@@ -108,7 +108,8 @@ class Run:
         for loader in self.loaders.values():
             for note in getattr(records_of(loader), "notes", ()):
                 self.say(note)
-        self.folder.preparation, self.folder.tokenizer = record(task, settings), task.tokenizer(settings)
+        prepared = {"task": task.name} if task.model_prepares else record(task, settings)
+        self.folder.preparation, self.folder.tokenizer = prepared, task.tokenizer(settings)
         self._prepared |= {split: self.accelerator.prepare(self.loaders[split]) for split in self._held_out}
         self._told_rate = False
         self._identity = None if verb == "evaluate" else self._same_as_before()
@@ -340,8 +341,8 @@ class Run:
 
     def told(self, metrics: Metrics) -> str:
         """Return the deciding metric per split, in words."""
-        name = self.task.metric
-        return "  ".join(f"{split} {name} {scores[name]:.2f}" for split, scores in metrics.items() if name in scores)
+        named = ((split, self.task.deciding(scores), scores) for split, scores in metrics.items())
+        return "  ".join(f"{split} {name} {scores[name]:.2f}" for split, name, scores in named if name in scores)
 
     def keep_best(self, loop: Loop, model: nn.Module) -> Callable[[nn.Module, dict[str, float]], None]:
         """Return what saves `model` as "last" after every epoch, and the better of it and its average as "best"."""
@@ -349,7 +350,7 @@ class Run:
         def after_epoch(candidate: nn.Module, scores: dict[str, float]) -> None:
             if candidate is model:
                 self.folder.save_model("last", model)
-            value = scores.get(self.task.metric)
+            value = scores.get(self.task.deciding(scores))
             if value is None or value > loop.notes.get("best", -math.inf):
                 loop.notes["best"] = value
                 self.folder.save_model("best", candidate)
@@ -380,8 +381,10 @@ class Run:
             write_card(path / "best", story_of(self.task, self.settings, results, self.folder.command(), told))
         if rows := self.folder.metrics():
             val = self.task.splits["val"]
-            baseline = results.dense.metrics.get(val, {}).get(self.task.metric) if plan is not None else None
-            self._save_figure(history_figure(rows, metric=self.task.metric, dense=baseline), "history")
+            scores = results.dense.metrics.get(val, {})
+            name = self.task.deciding(scores)
+            baseline = scores.get(name) if plan is not None else None
+            self._save_figure(history_figure(rows, metric=name, dense=baseline), "history")
         self._progress.console.print(results_table(results))
         self._keep_examples({name: model for name, (model, _) in models.items()}, results)
         if self._verb == "evaluate" and is_beside(path):

@@ -118,7 +118,7 @@ def _compression(
             steps=settings.all_epochs * loop.steps_per_epoch,
             search=planned.search_steps or None,
             teacher=dense_model if settings.teaching else False,
-            distill={"features": settings.teaching},
+            distill=task.teaching(settings),
             averages=averages,
             verify=verified,
             resume=state,

@@ -35,6 +35,10 @@ class Task(ABC, Generic[SettingsT]):
     settings: ClassVar[type[RunSettings]]
     pipeline: ClassVar[str | None] = None
     """What the Hugging Face hub calls the task, if it has a name for it; model cards say it."""
+    model_setting: ClassVar[str] = "architecture"
+    """The setting that `--model` stands for."""
+    model_prepares: ClassVar[bool] = False
+    """Whether the model's own processor makes its inputs, which `tokenizer` returns; else settings say how."""
     update_first_step: ClassVar[bool] = True
     """Whether the search moves the masks at its very first step, as published for BLIP and CLIP."""
 
@@ -72,7 +76,10 @@ class Task(ABC, Generic[SettingsT]):
         """Return what makes a batch of records; it must be picklable."""
 
     def tokenizer(self, settings: SettingsT) -> Any:
-        """Return transformers' tokenizer of the texts, which checkpoints keep; None for tasks without texts."""
+        """Return transformers' tokenizer of the texts, or the processor that makes the model's inputs; None for none.
+
+        Checkpoints keep it: it has a method `save_pretrained(folder)`.
+        """
         return None
 
     @abstractmethod
@@ -100,6 +107,14 @@ class Task(ABC, Generic[SettingsT]):
     @abstractmethod
     def example(self, model: nn.Module, batch_size: int) -> dict[str, Tensor]:
         """Return inputs of the published size for counting GMACs and measuring latency."""
+
+    def deciding(self, scores: Mapping[str, float]) -> str:
+        """Return the metric that decides, of those that a split has: `metric`, unless a task has kinds of splits."""
+        return self.metric
+
+    def teaching(self, settings: SettingsT) -> dict[str, float]:
+        """Return how the dense model teaches, as options of `upop.distill`."""
+        return {"features": settings.teaching}
 
     def optimizer(self, model: nn.Module, settings: SettingsT) -> torch.optim.Optimizer:
         """Return the optimizer of a phase; the loop sets its learning rate at every step."""

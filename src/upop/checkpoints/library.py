@@ -1,0 +1,216 @@
+"""A model that a command line names, of whichever library: a folder, a name on the hub, or an output of ours.
+
+There is one order of asking, `layout_of`: our own description first, since such a folder may be one of transformers'
+too, then what open_clip, transformers and timm write.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import nn
+
+from upop.checkpoints.config_json import FILE as CONFIG
+from upop.checkpoints.config_json import is_transformers_folder, read_config
+from upop.checkpoints.description import is_folder, read_description
+from upop.checkpoints.folder import load
+from upop.checkpoints.hub import local_path
+from upop.errors import CheckpointError, UPopError
+from upop.libraries import naming_missing
+from upop.reading import read_object
+
+Layout = Literal["upop", "open_clip", "transformers", "timm"]
+
+OPEN_CLIP = "open_clip_config.json"
+_WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.index.json")
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A model of a library.
+
+    Attributes:
+        model: in evaluation mode, on the CPU, in the saved precision.
+        path: the folder that it was read from.
+        library: whose class it is: "open_clip", "transformers", "timm", or "upop" for one of our own or a user's.
+        fresh: names of the tensors that the folder lacks, and that start afresh.
+    """
+
+    model: nn.Module
+    path: Path
+    library: Layout
+    fresh: tuple[str, ...] = ()
+
+
+def layout_of(path: Path) -> Layout | None:
+    """Return which library's layout a folder has; None for a file, and for a folder in none of them."""
+    if is_folder(path):
+        return "upop"
+    if (path / OPEN_CLIP).is_file():
+        return "open_clip"
+    if is_transformers_folder(path):
+        return "transformers"
+    if (path / CONFIG).is_file() and isinstance(read_config(path).get("architecture"), str):
+        return "timm"
+    return None
+
+
+def open_model(
+    source: str | Path,
+    autos: Sequence[str] = (),
+    *,
+    fresh: bool = False,
+    changes: Mapping[str, Any] | None = None,
+) -> Opened:
+    """Return the model that a folder, a name on the hub, or an output of ours holds.
+
+    Args:
+        source: the folder or the name.
+        autos: names of transformers' Auto classes, in order of preference ("AutoModelForImageClassification"): a
+            transformers model must be of one of them. Without any, config.json names the class.
+        fresh: whether weights may start afresh: those of a head that the folder lacks, those that `changes` give
+            another shape, or all of them where the folder holds a config.json alone. It is for training.
+        changes: entries of config.json that are to have other values; with `fresh` only.
+
+    Raises:
+        CheckpointError: there is no such model, its layout is not known, it is of another class, or it is damaged.
+        MissingLibraryError: its library is not installed.
+    """
+    path = local_path(source)
+    layout = layout_of(path)
+    if layout == "upop":
+        description = read_description(path)
+        if not (changes and description.transformers and description.plan is None):
+            if changes:
+                raise CheckpointError(
+                    f"{path} holds a compressed model, which keeps its head. Give data that the model was trained for, "
+                    "or compress a dense model that was trained on these data."
+                )
+            model = load(path)
+            if description.transformers:
+                _check_auto(type(model).__name__, autos, path)
+            return Opened(model, path, _library_of(model))
+    if layout in ("upop", "transformers"):
+        with naming_missing():
+            return _of_transformers(path, autos, fresh=fresh, changes=changes or {})
+    if layout == "open_clip":
+        with naming_missing():
+            from upop.checkpoints import open_clip_folder
+        return Opened(open_clip_folder.load(path), path, "open_clip")
+    if layout == "timm":
+        raise CheckpointError(
+            f"{path} holds a model of timm. Such classifiers have a task of their own: upop compress classification "
+            f"--pretrained {path}."
+        )
+    if not path.exists():
+        raise CheckpointError(f"{source} was asked for, and there is no such folder. Check the path or the name.")
+    raise CheckpointError(
+        f"{path} holds no model: a folder of ours has upop.json, one of transformers config.json and safetensors, one "
+        f"of open_clip {OPEN_CLIP}. Give such a folder, or a name on the hub."
+    )
+
+
+def open_processor(path: Path) -> Any:
+    """Return the processor that lies beside a transformers model: of images and texts, or of either alone.
+
+    Nothing is fetched, and no code in the folder is run.
+
+    Args:
+        path: the folder.
+
+    Raises:
+        CheckpointError: there is none, or it cannot be read.
+    """
+    with naming_missing():
+        from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer
+
+        from upop.checkpoints.outside import sealed
+    reasons = []
+    for kind in (AutoProcessor, AutoImageProcessor, AutoTokenizer):
+        try:
+            with sealed():
+                return kind.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        except UPopError:
+            raise
+        except Exception as error:  # each class says in its own way that its files are not there
+            reasons.append(" ".join(str(error).split())[:200])
+    raise CheckpointError(
+        f"{path} holds no processor that transformers can read ({reasons[0]}). Write it beside the weights: "
+        "processor.save_pretrained(folder)."
+    )
+
+
+def _of_transformers(path: Path, autos: Sequence[str], *, fresh: bool, changes: Mapping[str, Any]) -> Opened:
+    from upop.checkpoints import transformers_models as library
+
+    config = read_config(path)
+    named = library.architectures(path, config)
+    empty = not any(True for pattern in _WEIGHTS for _ in path.glob(pattern))
+    known = _classes_of(autos)
+    if empty and fresh:
+        model = library.built(path, _named_class(known, named, config, path, autos), changes)
+        return Opened(model, path, "transformers", tuple(model.state_dict()))
+    if not autos or (set(named[:1]) & set(known.values()) and not changes):
+        return Opened(library.load_transformers(path), path, "transformers")
+    kind = _named_class(known, named, config, path, autos)
+    if not fresh:
+        raise CheckpointError(
+            f"{path} holds a {named[0] if named else 'model without a name'}, and a {kind} is needed. Train it first: "
+            "upop train takes such a folder, and has what is missing start afresh."
+        )
+    model, lacking = library.started(path, kind, changes)
+    return Opened(model, path, "transformers", tuple(lacking))
+
+
+def _classes_of(autos: Iterable[str]) -> dict[tuple[str, str], str]:
+    """Return (Auto class, type of model) -> name of the class, of all of these Auto classes."""
+    import transformers
+
+    found: dict[tuple[str, str], str] = {}
+    for auto in autos:
+        names: Mapping[str, Any] = getattr(transformers, auto)._model_mapping._model_mapping
+        for kind, name in names.items():
+            found[auto, kind] = name if isinstance(name, str) else name[0]
+    return found
+
+
+def _named_class(
+    known: Mapping[tuple[str, str], str],
+    named: Sequence[str],
+    config: Mapping[str, Any],
+    path: Path,
+    autos: Sequence[str],
+) -> str:
+    """Return the name of the class to build: the saved one where it will do, else the first Auto class's."""
+    if named and (not autos or named[0] in known.values()):
+        return named[0]
+    found = next((known[auto, kind] for auto, kind in known if kind == config.get("model_type")), None)
+    if found is None:
+        raise CheckpointError(
+            f"{path} holds a {named[0] if named else config.get('model_type')}, and transformers has no "
+            f"{' or '.join(autos)} of the type {config.get('model_type')!r}. Give a model of such a class."
+        )
+    return found
+
+
+def _check_auto(name: str, autos: Sequence[str], path: Path) -> None:
+    if autos and name not in _classes_of(autos).values():
+        raise CheckpointError(f"{path} holds a {name}, which is no {' or '.join(autos)}. Give a model of such a class.")
+
+
+def _library_of(model: nn.Module) -> Layout:
+    first = next((kind.__module__ for kind in type(model).__mro__ if not kind.__module__.startswith("upop")), "")
+    name = first.partition(".")[0]
+    return name if name in ("transformers", "open_clip", "timm") else "upop"  # type: ignore[return-value]
+
+
+def open_clip_settings(path: Path) -> dict[str, Any]:
+    """Return what an open_clip folder says of its model: "model_cfg" and "preprocess_cfg".
+
+    Raises:
+        CheckpointError: the file is damaged.
+    """
+    return read_object(path / OPEN_CLIP, CheckpointError, "Fetch or write it again.")

@@ -1,0 +1,173 @@
+"""How a library's model wants its images and texts: by its own processor, which lies beside its weights.
+
+Both libraries answer to the same three calls, `images`, `texts` and `save_pretrained`, so that a task needs to know
+neither. They are pickled to the workers that make batches.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from upop.checkpoints.config_json import is_transformers_folder, read_config
+from upop.checkpoints.description import is_folder, read_description
+from upop.checkpoints.library import OPEN_CLIP, layout_of, open_clip_settings, open_processor
+from upop.errors import CheckpointError
+from upop.libraries import naming_missing
+from upop.reading import read_object
+
+Padding = Literal["auto", "longest", "max_length"]
+
+_TEXTS = "open_clip_tokenizer.json"
+_TO_THE_END = ("siglip", "siglip2")
+"""Types of models of transformers that read a text's features at the last position, which padding must always fill."""
+_LONGEST = 512  # where a tokenizer and a configuration say nothing
+
+
+class InputProcessor(Protocol):
+    """Makes a model's inputs from images and texts."""
+
+    def images(self, images: Sequence[Image.Image]) -> dict[str, Tensor]:
+        """Return the inputs that images become, [B, ...] each, by the names of the model's arguments."""
+        ...
+
+    def texts(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        """Return the inputs that texts become, [B, T] each, by the names of the model's arguments."""
+        ...
+
+    def save_pretrained(self, folder: Path) -> Any:
+        """Write what makes it again beside a model's weights."""
+        ...
+
+
+def processor_in(path: Path, padding: Padding = "auto", length: int | None = None) -> InputProcessor:
+    """Return the processor of the model in a folder.
+
+    Args:
+        path: of transformers, of open_clip, or of ours with a model of either.
+        padding: how texts are padded: to the longest of a batch, or always to the model's length. "auto" pads to the
+            model's length what has no attention mask, and the texts of models that read them at their last position.
+        length: tokens of the longest text, where the folder is not to say it.
+
+    Raises:
+        CheckpointError: there is none, or it cannot be read.
+    """
+    layout = layout_of(path)
+    if layout == "open_clip" or (layout == "upop" and read_description(path).open_clip is not None):
+        return OpenClipProcessor(path, length)
+    return TransformersProcessor(open_processor(path), path, padding, length)
+
+
+class TransformersProcessor:
+    """The processor of a transformers model.
+
+    Args:
+        processor: of images and texts, or of either alone.
+        path: the folder that it was read from, whose config.json says how long texts may be.
+        padding: as for `processor_in`.
+        length: as for `processor_in`.
+    """
+
+    def __init__(self, processor: Any, path: Path, padding: Padding = "auto", length: int | None = None) -> None:
+        self.library = processor
+        self._path = path
+        self._image = getattr(processor, "image_processor", None if hasattr(processor, "pad_token") else processor)
+        self._text = getattr(processor, "tokenizer", processor if hasattr(processor, "pad_token") else None)
+        config = read_config(path) if is_transformers_folder(path) else {}
+        text = config.get("text_config") or config
+        limits = [getattr(self._text, "model_max_length", None), text.get("max_position_embeddings"), _LONGEST]
+        self.length = length or min(limit for limit in limits if isinstance(limit, int) and limit > 0)
+        masked = "attention_mask" in getattr(self._text, "model_input_names", ())
+        if padding == "auto":
+            padding = "longest" if masked and config.get("model_type") not in _TO_THE_END else "max_length"
+        self.padding = padding
+
+    def images(self, images: Sequence[Image.Image]) -> dict[str, Tensor]:
+        """Return what the image processor makes of RGB images."""
+        if self._image is None:
+            raise CheckpointError(f"{self._path} holds no image processor. Write one beside the weights.")
+        return dict(self._image(images=list(images), return_tensors="pt"))
+
+    def texts(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        """Return what the tokenizer makes of texts: input_ids, and what else it gives, [B, T]."""
+        if self._text is None:
+            raise CheckpointError(f"{self._path} holds no tokenizer. Write one beside the weights.")
+        return dict(
+            self._text(list(texts), padding=self.padding, truncation=True, max_length=self.length, return_tensors="pt")
+        )
+
+    def save_pretrained(self, folder: Path) -> None:
+        """Write it as transformers does."""
+        self.library.save_pretrained(folder)
+
+
+class OpenClipProcessor:
+    """The transforms and the tokenizer of an open_clip model.
+
+    Args:
+        path: a folder of open_clip, or of ours with a model of open_clip.
+        length: tokens of the longest text, where the folder is not to say it.
+
+    Raises:
+        CheckpointError: what it says cannot be read.
+    """
+
+    def __init__(self, path: Path, length: int | None = None) -> None:
+        with naming_missing():
+            from open_clip import tokenizer
+            from open_clip.transform import PreprocessCfg, image_transform_v2, merge_preprocess_dict
+        if is_folder(path):
+            held = read_description(path).open_clip or {}
+            pictures: Mapping[str, Any] = held.get("preprocess") or {}
+            text = dict(held.get("arguments", {}).get("text_cfg", {}))
+            if (path / _TEXTS).is_file():
+                text |= read_object(path / _TEXTS, CheckpointError, "Write it again.")
+        else:
+            told = open_clip_settings(path)
+            pictures, text = told.get("preprocess_cfg") or {}, dict(told.get("model_cfg", {}).get("text_cfg", {}))
+        self._texts = {name: text[name] for name in _OF_TEXTS if name in text}
+        self._texts["context_length"] = length or text.get("context_length") or 77
+        try:
+            kept = merge_preprocess_dict(PreprocessCfg(), dict(pictures))
+            self._transform = image_transform_v2(PreprocessCfg(**kept), is_train=False)
+            if self._texts.get("hf_tokenizer_name"):
+                self._tokenizer: Any = tokenizer.HFTokenizer(
+                    str(path),
+                    context_length=self._texts["context_length"],
+                    tokenizer_mode=self._texts.get("tokenizer_mode"),
+                    **self._texts.get("tokenizer_kwargs", {}),
+                    local_files_only=True,
+                )
+            else:
+                self._tokenizer = tokenizer.SimpleTokenizer(
+                    context_length=self._texts["context_length"], **self._texts.get("tokenizer_kwargs", {})
+                )
+        except Exception as error:  # whatever open_clip meets
+            place = path / OPEN_CLIP if not is_folder(path) else path
+            raise CheckpointError(
+                f"{place} says how images and texts become inputs, and open_clip cannot do so: {error}. Is the "
+                "tokenizer in the folder, and open_clip_torch new enough?"
+            ) from error
+
+    def images(self, images: Sequence[Image.Image]) -> dict[str, Tensor]:
+        """Return images [B, 3, height, width], as `image`."""
+        return {"image": torch.stack([self._transform(image) for image in images])}
+
+    def texts(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        """Return tokens [B, T], as `text`."""
+        return {"text": self._tokenizer(list(texts))}
+
+    def save_pretrained(self, folder: Path) -> None:
+        """Write how texts become tokens; how images do, the description of the model says."""
+        (Path(folder) / _TEXTS).write_text(json.dumps(self._texts, indent=1))
+        if self._texts.get("hf_tokenizer_name"):
+            self._tokenizer.save_pretrained(folder)
+
+
+_OF_TEXTS = ("hf_tokenizer_name", "tokenizer_mode", "tokenizer_kwargs", "context_length")

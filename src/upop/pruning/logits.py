@@ -1,0 +1,53 @@
+"""What a model's output says in the end, and how far that is from what a teacher says."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def divergence(own: Tensor, aim: Tensor, temperature: float, mask: Tensor | None) -> Tensor:
+    """Return the mean divergence of `own` from `aim` over all places, or those of `mask`, times temperature^2."""
+    axis = 1 if own.dim() == 4 else -1
+    logs, target = (F.log_softmax(precise(value) / temperature, dim=axis) for value in (own, aim))
+    each = F.kl_div(logs, target, reduction="none", log_target=True).sum(axis)
+    if mask is None:
+        return each.mean() * temperature**2
+    weight = mask.to(each)
+    return (each * weight).sum() / weight.sum().clamp_min(1) * temperature**2
+
+
+def precise(value: Tensor) -> Tensor:
+    """Return a value in float32 at least."""
+    return value if value.dtype == torch.float64 else value.float()
+
+
+def logits_of(output: Any) -> Tensor | None:
+    """Return the logits among a model's outputs; of a dual encoder the similarities of a batch."""
+    found = output if isinstance(output, Tensor) else getattr(output, "logits", None)
+    if isinstance(found, Tensor) and found.is_floating_point() and found.dim() > 1:
+        return found
+    return similarities(output)
+
+
+def similarities(output: Any) -> Tensor | None:
+    """Return how similar all images and texts of a batch are, by images and by texts, [2, batch, batch].
+
+    Models of transformers give them; those of open_clip the features and the scale that they come of.
+    """
+    by_image = getattr(output, "logits_per_image", None)
+    if isinstance(by_image, Tensor) and by_image.dim() == 2 and by_image.shape[0] == by_image.shape[1]:
+        return torch.stack([by_image, by_image.t()])
+    if isinstance(output, Mapping):
+        output = tuple(output.get(name) for name in ("image_features", "text_features", "logit_scale"))
+    if not isinstance(output, tuple) or len(output) < 3 or not all(isinstance(each, Tensor) for each in output[:3]):
+        return None
+    image, text, scale = output[:3]
+    if image.dim() != 2 or image.shape != text.shape or scale.numel() != 1:
+        return None
+    by_image = scale * image @ text.t()
+    return torch.stack([by_image, by_image.t()])

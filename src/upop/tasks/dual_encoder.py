@@ -1,0 +1,185 @@
+"""Dual encoders (CLIP, SigLIP, SigLIP 2, VisionTextDualEncoder, open_clip): images and texts, compared by embeddings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from accelerate import Accelerator
+from pydantic import Field, field_validator
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from upop.checkpoints.model_inputs import InputProcessor
+from upop.data.row_images import (
+    CaptionedImages,
+    CropAtRandom,
+    ImageGallery,
+    ImageSampleCollator,
+    LabelledImages,
+    unchanged,
+)
+from upop.examples import Album, Example
+from upop.models.dual import LossName, check_dual, contrast, encoded
+from upop.tasks.labelled import accuracies, labelled_examples, likeliest
+from upop.tasks.library import LibrarySettings, LibraryTask
+from upop.tasks.recall import Retrieval
+from upop.tasks.row_settings import rows_for
+from upop.training.devices import autocast
+from upop.training.evaluation import records_of
+from upop.training.task import Batch, Task
+
+_SHORT = "an image"
+
+
+class DualEncoderSettings(LibrarySettings):
+    """Settings of `upop compress dual-encoder`."""
+
+    loss: LossName = Field(
+        "auto", description="softmax, or sigmoid as in SigLIP; auto takes sigmoid where the model has a bias"
+    )
+    templates: tuple[str, ...] = Field(
+        ("a photo of a {}.",), description="sentences that class names are put into, for images with labels"
+    )
+    teach_similarity: float | None = Field(
+        None, ge=0, description="weight in the loss of how far the similarities of a batch are from the dense model's"
+    )
+    batch_size_train: int = Field(64, ge=1)
+    batch_size_test: int = Field(64, ge=1)
+
+    @field_validator("templates")
+    @classmethod
+    def _have_a_place(cls, templates: tuple[str, ...]) -> tuple[str, ...]:
+        wrong = next((each for each in templates if each.count("{}") != 1), None)
+        if wrong is not None or not templates:
+            raise ValueError(f"each template has {{}} once, where the class name goes; found {wrong!r}")
+        return templates
+
+
+class DualEncoderTask(LibraryTask[DualEncoderSettings], Retrieval[DualEncoderSettings]):
+    """Images found by texts, and texts by images; of images with labels the class, by the texts of all classes."""
+
+    name: ClassVar[str] = "dual-encoder"
+    pipeline: ClassVar[str | None] = "zero-shot-image-classification"
+    shown: ClassVar[tuple[str, ...]] = ("TR@1", "IR@1", "acc@1")
+    settings: ClassVar[type[DualEncoderSettings]] = DualEncoderSettings
+    autos: ClassVar[tuple[str, ...]] = ("AutoModelForZeroShotImageClassification", "AutoModel")
+
+    def check(self, model: nn.Module, source: str) -> None:
+        """Refuse a model that does not embed images and texts apart."""
+        check_dual(model, source)
+
+    def sample_inputs(self, processor: InputProcessor) -> dict[str, Tensor]:
+        """Return the inputs of a grey image and a short text."""
+        return {**super().sample_inputs(processor), **processor.texts([_SHORT])}
+
+    def evaluated(self, settings: DualEncoderSettings) -> tuple[str, ...]:
+        """Return the splits that there are data of."""
+        return settings.held_out
+
+    def dataset(self, settings: DualEncoderSettings, split: str) -> Dataset[Any]:
+        """Return images with a caption each to train on; images with all captions, or with labels, to evaluate on."""
+        if split == "train":
+            change = CropAtRandom("mild") if settings.augment else unchanged
+            return CaptionedImages(rows_for(settings, split, kinds=("caption",)), change)
+        rows = rows_for(settings, split, kinds=("caption", "label"))
+        return LabelledImages(rows) if rows.kind == "label" else ImageGallery(rows)
+
+    def collate(self, settings: DualEncoderSettings) -> ImageSampleCollator:
+        """Return what has the model's processor make its inputs."""
+        return ImageSampleCollator(self.processor(settings))
+
+    def loss(self, model: nn.Module, batch: Batch, settings: DualEncoderSettings, epoch: float) -> Tensor:
+        """Return the contrastive loss of a batch of all processes."""
+        return contrast(model, model(**self.inputs_of(model, batch)), settings.loss)
+
+    def inputs_of(self, model: nn.Module, batch: Batch) -> dict[str, Any]:
+        """Return what of a batch the model's forward pass takes, in its precision."""
+        return self.takes(model, self.inputs(batch))
+
+    def teaching(self, settings: DualEncoderSettings) -> dict[str, float]:
+        """Return how the dense model teaches: by features, by the similarities of a batch, or by both."""
+        similar = settings.teach_similarity
+        return {"features": settings.teaching} | ({"logits": similar} if similar else {})
+
+    def predict(self, model: nn.Module, batch: Batch, settings: DualEncoderSettings) -> dict[str, Tensor]:
+        """Return embeddings of images, [B, D], and labels [B] where there are any."""
+        features = encoded(model, "image", self.cast(model, batch)).float()
+        return {"features": features} | ({"labels": batch["labels"]} if "labels" in batch else {})
+
+    def text_features(self, model: nn.Module, words: Mapping[str, Tensor]) -> Tensor:
+        """Return embeddings of texts, [B, D]."""
+        return encoded(model, "text", words)
+
+    def some_of(self, words: Mapping[str, Tensor], part: slice) -> dict[str, Tensor]:
+        """Return the inputs of some texts; padding stays, since not every model may do without."""
+        return {name: value[part] for name, value in words.items()}
+
+    def collect(
+        self, accelerator: Accelerator, model: nn.Module, loader: Any, settings: DualEncoderSettings
+    ) -> dict[str, Tensor]:
+        """Return the candidates of all images and texts, or the likeliest classes of images with labels."""
+        samples = records_of(loader)
+        if not isinstance(samples, LabelledImages):
+            return super().collect(accelerator, model, loader, settings)
+        rows = Task.collect(self, accelerator, model, loader, settings)
+        classes = self._classes(accelerator, model, samples.names, settings).cpu()
+        return {"answers": likeliest(rows["features"] @ classes.t()), "labels": rows["labels"]}
+
+    def score(
+        self, predictions: Mapping[str, Tensor], records: Dataset[Any], settings: DualEncoderSettings
+    ) -> dict[str, float]:
+        """Return TR@k, IR@k and r_mean, or acc@k, in percent."""
+        if "answers" in predictions:
+            return accuracies(predictions)
+        return super().score(predictions, records, settings)
+
+    def deciding(self, scores: Mapping[str, float]) -> str:
+        """Return r_mean, or acc@1 of images with labels."""
+        return "acc@1" if "acc@1" in scores else self.metric
+
+    def answers(
+        self, model: nn.Module, records: Dataset[Any], numbers: Sequence[int], settings: DualEncoderSettings
+    ) -> Mapping[str, Any]:
+        """Return the best texts and images, or the likeliest classes."""
+        if not isinstance(records, LabelledImages):
+            return super().answers(model, records, numbers, settings)
+        from upop.training.devices import alone
+
+        features = Task.answers(self, model, records, numbers, settings)["features"]
+        classes = self._classes(alone(features.device), model, records.names, settings)
+        return {"answers": likeliest(features @ classes.t())}
+
+    def examples(
+        self,
+        found: Mapping[str, Mapping[str, Any]],
+        records: Dataset[Any],
+        numbers: Sequence[int],
+        settings: DualEncoderSettings,
+        album: Album,
+    ) -> list[Example]:
+        """Return texts with the best images and images with the best text, or images with the likeliest classes."""
+        if isinstance(records, LabelledImages):
+            return labelled_examples(found, records, numbers, album)
+        return super().examples(found, records, numbers, settings, album)
+
+    def about_examples(self, records: Dataset[Any], numbers: Sequence[int], split: str) -> str:
+        """Return which samples `examples` shows."""
+        if isinstance(records, LabelledImages):
+            return Task.about_examples(self, records, numbers, split)
+        return super().about_examples(records, numbers, split)
+
+    def _classes(
+        self, accelerator: Accelerator, model: nn.Module, names: Sequence[str], settings: DualEncoderSettings
+    ) -> Tensor:
+        """Return the embeddings of classes, [classes, dim]: of each the mean over all templates, of length one."""
+        collate = self.collate(settings)
+        device = accelerator.device
+        means = []
+        for name in names:
+            words = collate.tokenize([template.replace("{}", name) for template in settings.templates])
+            with torch.no_grad(), autocast(accelerator, settings):
+                rows = self.text_features(model, {key: value.to(device) for key, value in words.items()})
+            means.append(nn.functional.normalize(rows.float().mean(0), dim=-1))
+        return torch.stack(means)

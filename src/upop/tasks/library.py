@@ -1,0 +1,141 @@
+"""What the tasks share whose models are a library's own: how one is loaded, and who prepares its inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any, ClassVar, Literal, TypeVar
+
+import torch
+from PIL import Image
+from pydantic import Field
+from torch import Tensor, nn
+
+from upop.checkpoints.hub import local_path
+from upop.checkpoints.library import open_model
+from upop.checkpoints.model_inputs import InputProcessor, Padding, processor_in
+from upop.errors import SettingError
+from upop.tasks.row_settings import RowSettings
+from upop.training.task import Batch, Task
+
+_EXAMPLE = "upop_example"
+_GREY = (127, 127, 127)
+_SIDE = 64  # of the grey image that is processed to learn what a model is fed with; processors resize it
+
+
+class LibrarySettings(RowSettings):
+    """Settings of the tasks with models of transformers and open_clip."""
+
+    recorded: ClassVar[tuple[str, ...]] = ()  # the processor beside the weights says how inputs are prepared
+    of_model: ClassVar[Mapping[str, str]] = {}
+
+    precision: Literal["float32", "bfloat16"] = Field(
+        "float32", description="of the weights; bfloat16 halves their memory, and that of the optimizer"
+    )
+    augment: bool = Field(False, description="crop training images at random before the processor resizes them")
+    padding: Padding = Field(
+        "auto", description="of texts: to the longest of a batch, or always to the model's max_length"
+    )
+    max_length: int | None = Field(None, ge=1, description="tokens of the longest text; the model's own if not given")
+    init_lr: float = Field(1e-5, gt=0, description="highest learning rate")
+    schedule: Literal["epoch", "step", "polynomial"] = "step"
+    clip_grad: float | None = Field(1.0, gt=0, description="largest norm of the gradients")
+    max_epoch: int = Field(3, ge=1, description="epochs of `train`, and of retraining")
+    epochs_search: int | None = Field(1, ge=1)
+
+
+LibrarySettingsT = TypeVar("LibrarySettingsT", bound=LibrarySettings)
+
+
+class LibraryTask(Task[LibrarySettingsT]):
+    """A task with a model of transformers or open_clip, which `--model` names."""
+
+    model_setting: ClassVar[str] = "pretrained"
+    model_prepares: ClassVar[bool] = True
+    autos: ClassVar[tuple[str, ...]]
+    """Names of transformers' Auto classes whose models will do, in order of preference."""
+
+    def check(self, model: nn.Module, source: str) -> None:
+        """Refuse a model that is none for this task.
+
+        Raises:
+            CheckpointError: it is none.
+        """
+
+    def build(self, settings: LibrarySettingsT) -> nn.Module:
+        """Refuse to build a model from nothing: a folder says which one.
+
+        Raises:
+            SettingError: always.
+        """
+        raise SettingError(
+            f"{self.name} needs a model, and none was given. Give a folder or a name on the hub with --model; a folder "
+            "with a config.json and a processor, and without weights, is trained from nothing."
+        )
+
+    def load(self, path: Path, settings: LibrarySettingsT) -> nn.Module:
+        """Return the model in a folder, dense or compressed, of a library's or ours."""
+        return self._prepared(open_model(path, self.autos).model, path, settings)
+
+    def start(self, path: Path, settings: LibrarySettingsT) -> tuple[nn.Module, Sequence[str]]:
+        """Return a model to be trained, and the tensors that start afresh."""
+        opened = open_model(path, self.autos, fresh=True, changes=self.changes(path, settings))
+        return self._prepared(opened.model, path, settings), opened.fresh
+
+    def changes(self, path: Path, settings: LibrarySettingsT) -> dict[str, Any]:
+        """Return what of a folder's config.json must be otherwise for the data to train on."""
+        return {}
+
+    def tokenizer(self, settings: LibrarySettingsT) -> InputProcessor | None:
+        """Return the processor, which is kept beside the weights as a tokenizer is."""
+        return self.processor(settings) if settings.pretrained else None
+
+    def processor(self, settings: LibrarySettingsT) -> InputProcessor:
+        """Return what makes the model's inputs."""
+        if not settings.pretrained:
+            self.build(settings)
+        return _processor(str(local_path(str(settings.pretrained))), settings.padding, settings.max_length)
+
+    def inputs(self, batch: Batch) -> dict[str, Any]:
+        """Return all of a batch that its processor made."""
+        return {name: value for name, value in batch.items() if name not in ("ids", "labels")}
+
+    def cast(self, model: nn.Module, batch: Batch) -> dict[str, Any]:
+        """Return what of a batch its processor made, in the precision of the model."""
+        return {name: _cast(value, model) for name, value in self.inputs(batch).items()}
+
+    def example(self, model: nn.Module, batch_size: int) -> dict[str, Tensor]:
+        """Return a grey image and a text, or an image alone, as the model's processor makes them."""
+        device = next(model.parameters()).device
+        held: Mapping[str, Tensor] = getattr(model, _EXAMPLE)
+        return {name: _cast(value, model).to(device).repeat_interleave(batch_size, 0) for name, value in held.items()}
+
+    def sample_inputs(self, processor: InputProcessor) -> dict[str, Tensor]:
+        """Return the inputs of one sample, for `example`."""
+        return processor.images([Image.new("RGB", (_SIDE, _SIDE), _GREY)])
+
+    def _prepared(self, model: nn.Module, path: Path, settings: LibrarySettingsT) -> nn.Module:
+        """Return a model in the run's precision, with the inputs of one sample noted on it."""
+        self.check(model, str(path))
+        model = model.to(getattr(torch, settings.precision))
+        setattr(model, _EXAMPLE, self.takes(model, self.sample_inputs(self.processor(settings))))
+        return model
+
+    def takes(self, model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Return those of some inputs that the model's forward pass names, in its precision."""
+        from upop.models.dual import taken
+
+        return {name: _cast(value, model) for name, value in taken(model.forward, inputs).items()}
+
+
+def _cast(value: Any, model: nn.Module) -> Any:
+    """Return floating-point inputs in the precision of a model's weights."""
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        return value
+    return value.to(next(each.dtype for each in model.parameters() if each.is_floating_point()))
+
+
+@cache
+def _processor(path: str, padding: Padding, length: int | None) -> InputProcessor:
+    return processor_in(Path(path), padding, length)
