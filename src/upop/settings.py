@@ -304,7 +304,7 @@ class RunSettings(Checked):
     def data_folders(self) -> dict[str, Path]:
         """Setting -> folder, of the settings that say where data lie."""
         names = [name for name in type(self).model_fields if name.endswith("_root") or name == "data_path"]
-        return {name: Path(getattr(self, name)) for name in names}
+        return {name: Path(getattr(self, name)) for name in names if getattr(self, name) is not None}
 
     def is_default(self, name: str) -> bool:
         """Whether a setting was not given, or as it would be anyway."""

@@ -18,7 +18,7 @@ from tiers import mostly_slow
 from upop.errors import SettingError
 from upop.models.checkpointing import checkpoint_blocks
 from upop.settings import RunSettings, read_settings
-from upop.tasks import TASKS, find_task
+from upop.tasks import find_task
 from upop.tasks.verbs import compress
 from upop.training.loaders import first_records, make_loader
 from upop.training.memory import saved_bytes
@@ -50,7 +50,7 @@ def _double(value: Any) -> Any:
     return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
-@pytest.fixture(scope="module", params=mostly_slow(sorted(TASKS), "caption", "classification"))
+@pytest.fixture(scope="module", params=mostly_slow(sorted(runs.TINY), "caption", "classification"))
 def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Trained:
     torch.set_num_threads(1)
     return Trained(request.param, tmp_path_factory.mktemp(request.param))

@@ -26,7 +26,7 @@ from upop.pruning import Plan, find_units
 from upop.report.page import comparison_page, run_page
 from upop.report.run import read_run
 from upop.settings import RunSettings, read_settings
-from upop.tasks import TASKS, find_task
+from upop.tasks import find_task
 from upop.tasks.verbs import compress, evaluate_checkpoint, train
 
 
@@ -56,7 +56,7 @@ class Runs:
         return results.model_dump(mode="json")["models"][0]
 
 
-@pytest.fixture(scope="module", params=mostly_slow(sorted(TASKS), "caption", "classification", "segmentation"))
+@pytest.fixture(scope="module", params=mostly_slow(sorted(runs.TINY), "caption", "classification", "segmentation"))
 def done(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     torch.set_num_threads(1)
     return Runs(request.param, tmp_path_factory.mktemp(request.param))

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import typer
 
@@ -14,9 +14,6 @@ from upop.errors import SettingError
 from upop.pruning.choice import meant
 from upop.settings import OLDER, RunSettings, current_names, read_settings
 from upop.yaml_files import parse_yaml
-
-if TYPE_CHECKING:
-    from upop.training.task import Task
 
 S = TypeVar("S", bound=RunSettings)
 
@@ -229,7 +226,6 @@ Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", hel
 _SETS: Mapping[str, tuple[str, ...]] = {
     **OLDER,
     "fsdp": ("sharding",),
-    "architecture": ("architecture", "pretrained"),
     "records": ("batch_size_train",),
     "scheduler": ("schedule",),
     "finetune": ("pretrained",),
@@ -241,31 +237,6 @@ _SETS: Mapping[str, tuple[str, ...]] = {
     "architecture": ("architecture", "pretrained"),
 }
 """Parameters of commands that are called otherwise than the settings that they stand for."""
-
-
-def read_for(task: Task[Any], context: typer.Context, config: Path | None, assignments: Sequence[str] | None) -> Any:
-    """Return the settings of a command that does something with a task; see `read`.
-
-    Args:
-        task: whose settings they are; it says which setting `--model` stands for.
-        context: of the command.
-        config: the YAML file.
-        assignments: of `--set`.
-
-    Raises:
-        SettingError: a setting cannot be used; the message says where it is from.
-    """
-    model = context.params.get("architecture")
-    also: dict[str, Any] = {**sharding(context.params.get("fsdp")), **columns(context.params.get("column"))}
-    if model is not None and task.model_setting != "architecture":
-        given = context.params.get(task.model_setting)
-        if given is not None:
-            raise SettingError(
-                f"--model {model} and --{task.model_setting} {given} are one and the same. Leave one out."
-            )
-        del context.params["architecture"]
-        also[task.model_setting] = model
-    return read(context, task.settings, config, assignments, also=also)
 
 
 def read(

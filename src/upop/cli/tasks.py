@@ -54,7 +54,7 @@ def train(
 ) -> None:
     """Train or fine-tune a dense model."""
     found = find_task(task)
-    run_train(found, o.read_for(found, context, config, assign))
+    run_train(found, o.read(context, found.settings, config, assign, also={**o.sharding(fsdp), **o.columns(column)}))
 
 
 def compress(
@@ -98,7 +98,7 @@ def compress(
 ) -> None:
     """Search, shrink, retrain and evaluate."""
     found = find_task(task)
-    settings = o.read_for(found, context, config, assign)
+    settings = o.read(context, found.settings, config, assign, also={**o.sharding(fsdp), **o.columns(column)})
     if interval is not None and settings.method != "reference":
         raise SettingError(
             f"--interval {interval} says how often the published search moves its masks, and the method is "
@@ -133,7 +133,7 @@ def evaluate(
 ) -> None:
     """Evaluate a checkpoint, dense or compressed."""
     found = find_task(task)
-    settings = o.read_for(found, context, config, assign)
+    settings = o.read(context, found.settings, config, assign, also=o.columns(column))
     evaluate_checkpoint(found, settings.as_evaluated() if isinstance(settings, RowSettings) else settings)
 
 

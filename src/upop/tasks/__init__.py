@@ -5,6 +5,8 @@ from typing import Any
 from upop.errors import SettingError, nearest
 from upop.tasks.caption import CaptionTask
 from upop.tasks.classification import ClassificationTask
+from upop.tasks.dual_encoder import DualEncoderTask
+from upop.tasks.image_classification import ImageClassificationTask
 from upop.tasks.nlvr import NlvrTask
 from upop.tasks.retrieval import BlipRetrievalTask
 from upop.tasks.retrieval_clip import ClipRetrievalTask
@@ -17,6 +19,8 @@ TASKS: dict[str, Task[Any]] = {
     for task in (
         CaptionTask(),
         ClassificationTask(),
+        DualEncoderTask(),
+        ImageClassificationTask(),
         NlvrTask(),
         BlipRetrievalTask(),
         ClipRetrievalTask(),

@@ -1,4 +1,4 @@
-"""Dual encoders (CLIP, SigLIP, SigLIP 2, VisionTextDualEncoder, open_clip): images and texts, compared by embeddings."""
+"""Dual encoders (CLIP, SigLIP, SigLIP 2, VisionTextDualEncoder, open_clip): embeddings of images and of texts."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from upop.tasks.labelled import accuracies, labelled_examples, likeliest
 from upop.tasks.library import LibrarySettings, LibraryTask
 from upop.tasks.recall import Retrieval
 from upop.tasks.row_settings import rows_for
-from upop.training.devices import autocast
+from upop.training.devices import alone, autocast
 from upop.training.evaluation import records_of
 from upop.training.task import Batch, Task
 
@@ -145,8 +145,6 @@ class DualEncoderTask(LibraryTask[DualEncoderSettings], Retrieval[DualEncoderSet
         """Return the best texts and images, or the likeliest classes."""
         if not isinstance(records, LabelledImages):
             return super().answers(model, records, numbers, settings)
-        from upop.training.devices import alone
-
         features = Task.answers(self, model, records, numbers, settings)["features"]
         classes = self._classes(alone(features.device), model, records.names, settings)
         return {"answers": likeliest(features @ classes.t())}

@@ -51,7 +51,6 @@ LibrarySettingsT = TypeVar("LibrarySettingsT", bound=LibrarySettings)
 class LibraryTask(Task[LibrarySettingsT]):
     """A task with a model of transformers or open_clip, which `--model` names."""
 
-    model_setting: ClassVar[str] = "pretrained"
     model_prepares: ClassVar[bool] = True
     autos: ClassVar[tuple[str, ...]]
     """Names of transformers' Auto classes whose models will do, in order of preference."""

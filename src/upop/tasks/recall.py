@@ -295,7 +295,7 @@ class Retrieval(Task[SearchSettingsT]):
         settings: SearchSettingsT,
     ) -> Tensor:
         """Return the features of all texts, [M, D], like those of the pictures; each process encodes its share."""
-        features = image.new_zeros(len(words["input_ids"]), image.shape[1])
+        features = image.new_zeros(len(next(iter(words.values()))), image.shape[1])
         for start in range(0, len(features), settings.batch_size_test)[
             accelerator.process_index :: accelerator.num_processes
         ]:

@@ -15,11 +15,12 @@ import torch
 from matplotlib.figure import Figure
 from torch import nn
 
-from upop.checkpoints import WEIGHTS, read_weights
+from upop.checkpoints import WEIGHTS, load, read_weights
 from upop.checkpoints.card import write_card
 from upop.checkpoints.hub import local_path
 from upop.errors import CheckpointError, DataError, SettingError
 from upop.files import make_folder
+from upop.libraries import is_pretrained
 from upop.machine import machine
 from upop.models.checkpointing import checkpoint_blocks
 from upop.pruning import Plan, find_units
@@ -360,7 +361,9 @@ class Run:
     def best(self, model: nn.Module) -> tuple[nn.Module, Metrics]:
         """Return `model` with the best epoch's weights, and its metrics on all splits that were held out."""
         self.accelerator.wait_for_everyone()
-        state = read_weights(self.folder.path / "best" / WEIGHTS)
+        best = self.folder.path / "best"
+        # Files of transformers may be several, and name tensors as its older versions did.
+        state = load(best).state_dict() if is_pretrained(model) else read_weights(best / WEIGHTS)
         model.load_state_dict(state)
         return model, self.evaluate(model)
 

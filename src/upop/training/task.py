@@ -35,8 +35,6 @@ class Task(ABC, Generic[SettingsT]):
     settings: ClassVar[type[RunSettings]]
     pipeline: ClassVar[str | None] = None
     """What the Hugging Face hub calls the task, if it has a name for it; model cards say it."""
-    model_setting: ClassVar[str] = "architecture"
-    """The setting that `--model` stands for."""
     model_prepares: ClassVar[bool] = False
     """Whether the model's own processor makes its inputs, which `tokenizer` returns; else settings say how."""
     update_first_step: ClassVar[bool] = True

@@ -1,0 +1,152 @@
+"""Image classification with transformers' classifiers (ViT, Swin, DINOv2, BEiT, ConvNeXt, ...): what does it show?"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from upop.checkpoints.config_json import is_transformers_folder, read_config
+from upop.checkpoints.hub import local_path
+from upop.data.row_images import CropAtRandom, ImageSampleCollator, LabelledImages, unchanged
+from upop.errors import CheckpointError
+from upop.examples import Album, Example
+from upop.pruning.errors import some_of
+from upop.tasks.labelled import accuracies, labelled_examples, likeliest
+from upop.tasks.library import LibrarySettings, LibraryTask
+from upop.tasks.row_settings import rows_for
+from upop.training.task import Batch
+
+_UNNAMED = "LABEL_"
+"""How transformers names classes that have no names."""
+
+
+class ImageClassificationSettings(LibrarySettings):
+    """Settings of `upop compress image-classification`."""
+
+    smoothing: float = Field(0.0, ge=0, lt=1, description="label smoothing")
+    batch_size_train: int = Field(32, ge=1)
+    batch_size_test: int = Field(64, ge=1)
+
+
+class ImageClassificationTask(LibraryTask[ImageClassificationSettings]):
+    """What an image shows, one of many classes, by a classifier of transformers."""
+
+    name: ClassVar[str] = "image-classification"
+    pipeline: ClassVar[str | None] = "image-classification"
+    metric: ClassVar[str] = "acc@1"
+    shown: ClassVar[tuple[str, ...]] = ("acc@1", "acc@5")
+    splits: ClassVar[Mapping[str, str]] = {"train": "train", "val": "val", "test": "test"}
+    settings: ClassVar[type[ImageClassificationSettings]] = ImageClassificationSettings
+    autos: ClassVar[tuple[str, ...]] = ("AutoModelForImageClassification",)
+
+    def changes(self, path: Path, settings: ImageClassificationSettings) -> dict[str, Any]:
+        """Return the classes of the data, where those of the model are others: its head starts afresh for them."""
+        names = rows_for(settings, "train", kinds=("label",)).names
+        if _fitting(_classes_in(path), names):
+            return {}
+        return {
+            "id2label": {str(number): name for number, name in enumerate(names)},
+            "label2id": {name: number for number, name in enumerate(names)},
+            "num_labels": len(names),
+        }
+
+    def adapt(
+        self, model: nn.Module, settings: ImageClassificationSettings, *, training: bool
+    ) -> tuple[nn.Module, Sequence[str]]:
+        """Refuse a model that knows other classes than the data have.
+
+        Raises:
+            CheckpointError: it does.
+        """
+        split = next(iter((*(("train",) if settings.data else ()), *settings.held_out)))
+        names = rows_for(settings, split, kinds=("label",)).names
+        mine = _named(model.config.id2label)  # type: ignore[union-attr]
+        if not _fitting(mine, names):
+            raise CheckpointError(
+                f"{settings.pretrained} tells the classes {some_of(mine)} apart, and the data have {some_of(names)}. "
+                "Train it on them first (upop train image-classification), which gives it a new head, or rename the "
+                "classes of the data."
+            )
+        return model, ()
+
+    def evaluated(self, settings: ImageClassificationSettings) -> tuple[str, ...]:
+        """Return the splits that there are data of."""
+        return settings.held_out
+
+    def dataset(self, settings: ImageClassificationSettings, split: str) -> Dataset[Any]:
+        """Return images with their classes, numbered as the model numbers them."""
+        rows = rows_for(settings, split, kinds=("label",))
+        mine = _classes_in(local_path(str(settings.pretrained))) if settings.pretrained else None
+        training = rows.names if split == "train" or not settings.data else _train_names(settings)
+        names = mine if mine is not None and _has_names(mine) and _fitting(mine, training) else training
+        crops = split == "train" and settings.augment
+        return LabelledImages(rows, CropAtRandom("strong") if crops else unchanged, names)
+
+    def collate(self, settings: ImageClassificationSettings) -> ImageSampleCollator:
+        """Return what has the model's processor make its inputs."""
+        return ImageSampleCollator(self.processor(settings))
+
+    def loss(self, model: nn.Module, batch: Batch, settings: ImageClassificationSettings, epoch: float) -> Tensor:
+        """Return the cross-entropy with smoothed labels."""
+        logits = model(**self.takes(model, self.inputs(batch))).logits.float()
+        return F.cross_entropy(logits, batch["labels"], label_smoothing=settings.smoothing)
+
+    def predict(self, model: nn.Module, batch: Batch, settings: ImageClassificationSettings) -> dict[str, Tensor]:
+        """Return the likeliest classes [B, 5] (fewer where there are fewer), and labels [B]."""
+        logits = model(**self.takes(model, self.inputs(batch))).logits.float()
+        return {"answers": likeliest(logits), "labels": batch["labels"]}
+
+    def score(
+        self, predictions: Mapping[str, Tensor], records: Dataset[Any], settings: ImageClassificationSettings
+    ) -> dict[str, float]:
+        """Return acc@1 and, where there are five classes, acc@5, in percent."""
+        return accuracies(predictions)
+
+    def examples(
+        self,
+        found: Mapping[str, Mapping[str, Any]],
+        records: Dataset[Any],
+        numbers: Sequence[int],
+        settings: ImageClassificationSettings,
+        album: Album,
+    ) -> list[Example]:
+        """Return images and the likeliest classes, beside the true ones."""
+        assert isinstance(records, LabelledImages)
+        return labelled_examples(found, records, numbers, album)
+
+
+def _classes_in(path: Path) -> tuple[str, ...] | None:
+    """Return the names of the classes in a folder's config.json, by their numbers; None where it has none."""
+    if not is_transformers_folder(path):
+        return None
+    config = read_config(path)
+    named = config.get("id2label")
+    if isinstance(named, dict):
+        return _named(named)
+    count = config.get("num_labels")
+    return tuple(f"{_UNNAMED}{number}" for number in range(count)) if isinstance(count, int) else None
+
+
+def _named(labels: Mapping[Any, Any]) -> tuple[str, ...]:
+    return tuple(str(name) for _, name in sorted(labels.items(), key=lambda each: int(each[0])))
+
+
+def _has_names(classes: Sequence[str]) -> bool:
+    return not all(name == f"{_UNNAMED}{number}" for number, name in enumerate(classes))
+
+
+def _fitting(mine: Sequence[str] | None, names: Sequence[str]) -> bool:
+    """Whether a model with these classes can say those of the data: it has their names, or as many without names."""
+    if mine is None:
+        return False
+    return set(names) <= set(mine) if _has_names(mine) else len(mine) == len(names)
+
+
+def _train_names(settings: ImageClassificationSettings) -> tuple[str, ...]:
+    return rows_for(settings, "train", kinds=("label",)).names
