@@ -105,8 +105,10 @@ LEVERS: dict[str, Method] = {
     "two phases, search 25 %": Method(two_phases=True, share=0.25),
     "cost in GMACs": Method(cost="flops"),
     "calibrate first": Method("calibrate", stages=8),
+    "uniform towers": Method(pruner={"uniform": "tower"}, teacher={}),
 }
-"""The default, and what was tried in its place; all that is not about the teacher is tried without one."""
+"""The default, and what was tried in its place; all that is not about the teacher, nor about
+towers whose layers are alike, is tried without one."""
 
 
 @dataclass(frozen=True)

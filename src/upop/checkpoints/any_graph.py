@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +18,7 @@ from upop.pruning.axes.examples import Calls, example_for
 from upop.pruning.costs import evaluating
 
 _MASK = "attention_mask"
-_LEFT_OUT = ("past_key_values", "encoder_past_key_values", "cache_params")
+_LEFT_OUT = ("cache", "past_key_values", "encoder_past_key_values", "cache_params")
 """Outputs that are for the next call alone."""
 _MOST = 2**31
 
@@ -100,13 +100,8 @@ def graph_of_any(model: nn.Module, example: Any = None) -> AnyGraph:
             outputs = tuple(name for name, _ in _tensors(module.called(*inputs)))
             traced = _traced(module, inputs)
     except Exception as error:  # a model's own, or one of the many of torch.export
-        said = " ".join(str(error).split())[:300]
-        raise SettingError(
-            f"torch.export cannot trace this {type(model).__name__}: {type(error).__name__}: {said} Give `example`, "
-            "one batch of what it takes, if it was called with the wrong inputs; otherwise run it in PyTorch "
-            "(torch.compile works on compressed models as on others)."
-        ) from error
-    axes, symbols, ranges = _axes(traced, names)
+        raise untraceable(model, error) from error
+    axes, symbols, ranges = axes_of(traced, names)
     return AnyGraph(
         lambda model, *given: _OneCall(model, names, fixed, by_name=by_name)(*given),
         axes,
@@ -115,6 +110,16 @@ def graph_of_any(model: nn.Module, example: Any = None) -> AnyGraph:
         example=inputs,
         symbols=symbols,
         ranges=ranges,
+    )
+
+
+def untraceable(model: nn.Module, error: Exception) -> SettingError:
+    """Return the error to raise where torch.export, or the model under it, raised one."""
+    said = " ".join(str(error).split())[:300]
+    return SettingError(
+        f"torch.export cannot trace this {type(model).__name__}: {type(error).__name__}: {said} Give `example`, "
+        "one batch of what it takes, if it was called with the wrong inputs; otherwise run it in PyTorch "
+        "(torch.compile works on compressed models as on others)."
     )
 
 
@@ -204,10 +209,17 @@ def _tensors(outputs: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
             yield from _tensors(value, f"{name or 'output'}.{place}")
 
 
-def _axes(
-    traced: torch.export.ExportedProgram, names: tuple[str, ...]
+def axes_of(
+    traced: torch.export.ExportedProgram, names: tuple[str, ...], called: Callable[[str, int], str] | None = None
 ) -> tuple[dict[str, tuple[str | int, ...]], dict[str, str], dict[str, tuple[int, int]]]:
-    """Return the axes of the inputs, torch's names of their sizes with ours, and the sizes that they may have."""
+    """Return the axes of the inputs, torch's names of their sizes with ours, and the sizes that they may have.
+
+    Args:
+        traced: the graph.
+        names: of its inputs.
+        called: (input, place of an axis) -> its name, where a call has equal sizes under one name though torch saw
+            no tie. By default sizes that torch keeps apart have names of their own.
+    """
     placeholders = {node.name: node for node in traced.graph.nodes if node.op == "placeholder"}
     shapes = [placeholders[name].meta["val"].shape for name in traced.graph_signature.user_inputs]
     symbols: dict[str, str] = {}
@@ -219,8 +231,11 @@ def _axes(
             if isinstance(size, int) or known.is_number:  # free to begin with, and then tied to a number
                 sizes.append(int(known))
             else:
-                usual = "batch" if place == 0 else "tokens"
-                free = usual if usual not in symbols.values() else f"{name}_{place}"
+                if called is None:
+                    usual = "batch" if place == 0 else "tokens"
+                    free = usual if usual not in symbols.values() else f"{name}_{place}"
+                else:
+                    free = called(name, place)
                 sizes.append(symbols.setdefault(str(size), free))
         axes[name] = tuple(sizes)
     found = {str(key): _range(value) for key, value in traced.range_constraints.items()}

@@ -7,6 +7,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from torch.nn.modules.module import (
     register_module_module_registration_hook,
     register_module_parameter_registration_hook,
 )
+from torch.overrides import TorchFunctionMode
 
 from upop.errors import CheckpointError
 
@@ -49,7 +51,24 @@ def outline(build: Callable[[], nn.Module], tensors: int | None = None, source: 
         CheckpointError: the model has too many parts.
     """
     with drawing_nothing(), _counted(tensors, source), torch.device("meta"):
+        try:
+            return build()
+        except RuntimeError as error:
+            if "meta tensors" not in str(error):
+                raise
+    with drawing_nothing(), _counted(tensors, source), torch.device("meta"), _NumbersOfSchedules():
         return build()
+
+
+class _NumbersOfSchedules(TorchFunctionMode):
+    """Gives `torch.linspace` memory: constructors of timm before 1.0.20 read drop-path rates from it, one per layer."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Call a function of torch."""
+        del types
+        return func(*args, **{**(kwargs or {}), **({"device": "cpu"} if func is torch.linspace else {})})
 
 
 def frame(build: Callable[[], nn.Module], tensors: int | None = None, source: str = "The file") -> nn.Module:

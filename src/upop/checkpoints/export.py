@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from upop.checkpoints.any_graph import AnyGraph, graph_of_any
+from upop.checkpoints.cached_graph import graph_with_cache
 from upop.checkpoints.graphs import FEWEST_TOKENS, Graph, own_graphs
 from upop.errors import SettingError, VerificationError, nearest
 from upop.files import replacing_folder
@@ -56,6 +57,7 @@ def export(
     format: Format = "onnx",
     *,
     example: Any = None,
+    cache: bool = False,
     quantize: Quantization | None = None,
     samples: Sequence[Any] | None = None,
     overwrite: bool = False,
@@ -76,6 +78,9 @@ def export(
         format: "onnx" or "openvino" (with the extra `export`), or "torch-export".
         example: one batch of what the model takes, if it is none of upop's own: a tensor, a tuple of tensors, or a
             mapping of keyword arguments. By default what its units were read with.
+        cache: of a decoder of transformers that generates: the graph takes and gives keys and values of every layer
+            (`past_key_values.0.key` and `present.0.key`, [batch, heads, tokens, size]), so that a token costs one call
+            with that token alone. A prompt is the call with a cache of no tokens.
         quantize: "int8" has onnxruntime turn the weights of linear layers into whole numbers, and their inputs as they
             come; with `samples` it measures the range of the inputs on those beforehand.
         samples: batches of what the graph takes, as `example`; for a model with one graph.
@@ -97,7 +102,11 @@ def export(
     if any(value.is_floating_point() and value.dtype != torch.float32 for value in model.state_dict().values()):
         model = copy.deepcopy(model).float()
     with evaluating(model), _quiet():
-        graphs = own_graphs(model) or {"model": graph_of_any(model, example)}
+        graphs: Mapping[str, Graph]
+        if cache:
+            graphs = {"model": graph_with_cache(model)}
+        else:
+            graphs = own_graphs(model) or {"model": graph_of_any(model, example)}
     if samples is not None and (quantize is None or len(graphs) > 1):
         raise SettingError(
             f"samples are for quantize='int8' of a model with one graph; this {type(model).__name__} has "

@@ -12,7 +12,6 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from importlib import metadata
 from typing import Any
 
 import torch
@@ -26,6 +25,7 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+import upop
 from upop.checkpoints.blank import outline
 from upop.checkpoints.fit import listed
 from upop.checkpoints.plain import alike, become_plain
@@ -86,7 +86,7 @@ class UpopConfig(QuantizationConfigMixin):
             )
         self.quant_method: Any = METHOD  # an enumeration of transformers' own methods, in its own configurations
         self.format = format
-        self.upop_version = upop_version or metadata.version("upop")
+        self.upop_version = upop_version or upop.__version__
         self.kept = sizes_from_json(kept, "The model's quantization_config")
         if not isinstance(units, Mapping | None):
             raise CheckpointError(

@@ -30,6 +30,7 @@ class Asked:
     out: Path
     overwrite: bool = False
     source: Path | None = None
+    cache: bool = False
     quantize: Any = None
     samples: Sequence[Any] | None = None
 
@@ -56,7 +57,13 @@ def _graphs(format: Any) -> Callable[[nn.Module, Asked], None]:
         from upop.checkpoints.export import export as export_model
 
         export_model(
-            model, asked.out, format, quantize=asked.quantize, samples=asked.samples, overwrite=asked.overwrite
+            model,
+            asked.out,
+            format,
+            cache=asked.cache,
+            quantize=asked.quantize,
+            samples=asked.samples,
+            overwrite=asked.overwrite,
         )
         _say(asked.out)
 
@@ -67,8 +74,9 @@ def _without_upop(format: Any) -> Callable[[nn.Module, Asked], None]:
     def write(model: nn.Module, asked: Asked) -> None:
         from upop.checkpoints.plain_export import write_plain
 
-        if asked.quantize is not None:
-            raise SettingError(f"--quantize is for --to onnx; --to {format} writes a model. Leave it out.")
+        if asked.quantize is not None or asked.cache:
+            flag = "--cache is for graphs" if asked.quantize is None else "--quantize is for --to onnx"
+            raise SettingError(f"{flag}; --to {format} writes a model. Leave it out.")
         told = write_plain(model, asked.out, format, beside=asked.source, overwrite=asked.overwrite)
         Console(soft_wrap=True, highlight=False).print(as_text(f"{asked.out}: {told}"))
 
@@ -112,6 +120,9 @@ def export(
             autocompletion=o.starting_with(lambda: TARGETS),
         ),
     ] = "onnx",
+    cache: Annotated[
+        bool, typer.Option("--cache", help="Of a decoder that generates: keys and values go in and come out.")
+    ] = False,
     quantize: Annotated[
         str | None, typer.Option(metavar="int8", help="Weights and inputs of linear layers as whole numbers (onnx).")
     ] = None,
@@ -139,7 +150,7 @@ def export(
     model = read_exportable(source, task, o.overrides({}, assign), own=target.own)
     records = None if samples is None or config is None else _records(model, config, samples)
     place = local_path(source) if Path(source).exists() or is_hub_name(source) else None
-    target.write(model, Asked(out, overwrite, place, quantize, records))
+    target.write(model, Asked(out, overwrite, place, cache, quantize, records))
 
 
 def read_exportable(source: str, task: str | None, overrides: Mapping[str, Any], *, own: bool = True) -> nn.Module:

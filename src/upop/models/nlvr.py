@@ -7,6 +7,7 @@ a two-class head reads the first token.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -56,7 +57,7 @@ class TwinCrossAttention(nn.Module):
         self.output = _TwinOutput(config, merge)
 
     def forward(
-        self, hidden_states: Tensor, encoder_hidden_states: tuple[Tensor, Tensor], **_unused: Any
+        self, hidden_states: Tensor, encoder_hidden_states: Sequence[Tensor], **_unused: Any
     ) -> tuple[Tensor, None]:
         """Return new states [B, T, text_width] for text states and two pictures' states [B, N, vision_width]."""
         context0, _ = self.self0(hidden_states, encoder_hidden_states=encoder_hidden_states[0])
@@ -94,7 +95,7 @@ class BlipNlvr(nn.Module):
         text = self.text_encoder(
             torch.cat([first, input_ids[:, 1:]], dim=1),
             attention_mask=attention_mask,
-            encoder_hidden_states=(pairs[0], pairs[1]),
+            encoder_hidden_states=[pairs[0], pairs[1]],  # a list: transformers before 5.24 looks into no tuple
             is_decoder=False,
         )
         return image_states, text.last_hidden_state

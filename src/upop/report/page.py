@@ -9,7 +9,6 @@ import base64
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib import metadata
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image
 
+import upop
 from upop.errors import SettingError
 from upop.examples import Answer, Example
 from upop.files import write_text
@@ -200,7 +200,7 @@ def _render(template: str, **content: Any) -> str:
         lstrip_blocks=True,
     )
     environment.filters["percent"] = lambda share: f"{100 * share:.0f}"
-    environment.globals |= {"kept_share": kept_share, "ink": ink, "upop": metadata.version("upop")}
+    environment.globals |= {"kept_share": kept_share, "ink": ink, "upop": upop.__version__}
     return environment.get_template(template).render(**content)
 
 
