@@ -309,13 +309,8 @@ def _batch_norm(trace: Trace, args: Any, kwargs: Any, result: Any, name: str) ->
     for each in args[1:5]:
         if isinstance(each, Tensor):
             own = trace.label(each)
-            if id(each) in trace.buffers:
-                use = trace.use(trace.buffers[id(each)], each)
-                tie((use.axes[0],), label.dims[1], CONSTANT)
-                use.note(0, "follows")
-            else:
-                tie(own.dims[0], label.dims[1], CONSTANT)
-                trace.note(own, 0, "added")
+            tie(own.dims[0], label.dims[1], CONSTANT)
+            trace.note(own, 0, "added")
     trace.set(outputs[0], replace(label, dims=list(label.dims), linear=False))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import replace
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from upop.pruning.axes.candidates import Candidate, NotCuttableError, candidate, named_apart, shared_tensors
+from upop.pruning.axes.candidates import HEADS, Candidate, NotCuttableError, candidate, named_apart, shared_tensors
 from upop.pruning.axes.copies import Shapes, told
 from upop.pruning.axes.groups import groups
 from upop.pruning.axes.obstacles import obstacle, obstacles
@@ -157,17 +158,19 @@ def _more(candidate: Candidate, rivals: list[Candidate]) -> bool:
 def _rounds(chosen: list[Candidate]) -> Iterator[list[Candidate]]:
     """Yield what is tried together: dimensions and neurons first, then heads; where one axis is inside another, one.
 
-    What a unit with nested axes keeps could not be told from the shapes of its tensors.
+    What a unit with nested axes keeps could not be told from the shapes of its tensors. Dimensions that several
+    attentions share, by a table of positions for instance, come last: heads of each of them may go by themselves.
     """
-    flat = [each for each in chosen if each.unit.entry in ("dimension", "neuron")]
+    heads = sorted((each for each in chosen if each.unit.entry in HEADS), key=lambda each: -len(each.unit.slices))
+    flat = [each for each in chosen if each.unit.entry not in HEADS]
+    of_heads = _rivals(flat, heads)
+    joint = [each for each in flat if _apart(of_heads[each.unit.name])]
+    flat = [each for each in flat if each not in joint]
     met = _rivals(flat, flat)
     place = {id(each): (-len(each.unit.slices), at) for at, each in enumerate(flat)}
     inner = {id(e) for e in flat if any(place[id(other)] < place[id(e)] for other in met[e.unit.name])}
     yield [each for each in flat if id(each) not in inner]
     yield [each for each in flat if id(each) in inner]
-    heads = sorted(
-        (each for each in chosen if each.unit.entry in ("group", "head")), key=lambda each: -len(each.unit.slices)
-    )
     while heads:
         taken: set[tuple[str, int]] = set()
         now: list[Candidate] = []
@@ -178,3 +181,10 @@ def _rounds(chosen: list[Candidate]) -> Iterator[list[Candidate]]:
             taken |= axes
         yield now
         heads = later
+    yield joint
+
+
+def _apart(candidates: list[Candidate]) -> bool:
+    """Whether some of them have no tensor in common: they are of several attentions."""
+    tensors = [{part.tensor for part in each.unit.slices} for each in candidates]
+    return any(one.isdisjoint(other) for one, other in itertools.combinations(tensors, 2))

@@ -254,10 +254,11 @@ def settle(model: nn.Module, trials: Trials, candidates: list[Candidate]) -> tup
             candidates, stop = better, furthest if furthest.reason else None
             continue
         line = trace.steps[min(stop.at, len(trace.steps) - 1)].line
-        names = [each.unit.name for each in involved] or [each.unit.name for each in candidates]
-        for name in names:
-            lost[name] = f"{line or 'its forward'} insists on a size: {stop.reason}"
-        candidates = [each for each in candidates if each.unit.name not in names]
+        # Where the operation carries none of them, as in an assertion, it is those that do not run alone either.
+        blamed = involved or [each for each in candidates if trials.stop([each]) is not None] or candidates
+        for each in blamed:
+            lost[each.unit.name] = f"{line or 'its forward'} insists on a size: {stop.reason}"
+        candidates = [each for each in candidates if each.unit.name not in lost]
         stop = trials.stop(candidates) if candidates else None
     return candidates, lost
 

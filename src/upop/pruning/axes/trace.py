@@ -64,12 +64,8 @@ class Trace(Mode):
         self.multiply_adds = 0
         self._labels: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self._names = {module: name for name, module in model.named_modules()}
-        self._parameters: dict[int, str] = {}
-        self.buffers: dict[int, str] = {}
-        for name, parameter in model.named_parameters():
-            self._parameters.setdefault(id(parameter), name)
-        for name, buffer in model.named_buffers():
-            self.buffers.setdefault(id(buffer), name)
+        self._parameters = {id(each): name for name, each in model.named_parameters()}
+        self._held = {id(each): name for name, each in model.named_buffers()} | self._parameters
         self._kept = {_storage(each): name for name, each in model.named_buffers() if each.is_floating_point()}
         self._model = model
         self._bits: dict[str, int] = {}
@@ -84,28 +80,14 @@ class Trace(Mode):
         """Return what is known of a tensor; one that nothing is known of is plain numbers."""
         found: Label | None = self._labels.get(tensor)
         if found is None:
-            name = self._parameters.get(id(tensor))
-            if name is not None:
-                axes = self.use(name, tensor).axes
-                found = Label([(axis,) for axis in axes], frozenset([name]), parameter=True, past=self.bits([name]))
-            elif self.buffers.get(id(tensor)) in self._written:
-                name = self.buffers[id(tensor)]
-                found = Label([(axis,) for axis in self.use(name, tensor).axes], frozenset([name]))
-            else:
+            name = self._held.get(id(tensor))
+            if name is None:
                 found = Label(plain(tensor))
+            else:
+                dims: list[Dim] = [(axis,) for axis in self.use(name, tensor).axes]
+                stays = name not in self._written
+                found = Label(dims, frozenset([name]), parameter=stays, past=self.bits([name]) if stays else 0)
             self._labels[tensor] = found
-        return found
-
-    def labels(self, tensors: Iterable[Tensor]) -> list[Label]:
-        """Return what is known of tensors that meet: a buffer that meets an axis as it is follows it."""
-        tensors = list(tensors)
-        found = [self.label(tensor) for tensor in tensors]
-        if any(True for label in found for _ in axes_in(label.dims)):
-            for place, tensor in enumerate(tensors):
-                name = self.buffers.get(id(tensor))
-                if name is not None and name not in self._written:
-                    axes = self.use(name, tensor).axes
-                    found[place] = Label([(axis,) for axis in axes], frozenset([name]), parameter=True)
         return found
 
     def use(self, name: str, tensor: Tensor) -> Use:
