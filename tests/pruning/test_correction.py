@@ -194,6 +194,56 @@ def test_it_says_when_nothing_could_be_corrected() -> None:
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+@pytest.mark.parametrize("way", ["one buffer", "two buffers"])
+def test_buffers_that_a_training_writes_to_again_are_no_loss(way: str) -> None:
+    """One that is the same all along is kept from the first step on; of two in turn a stage may lose some."""
+    found = []
+    for buffers in (None, [sentences(4, seed=0) for _ in range(1 + (way == "two buffers"))]):
+        model = encoder()
+        pruner = upop.Pruner(model, 0.5, 8, 4)
+        for step in range(8):
+            given = sentences(4, seed=step)
+            if buffers:
+                held = buffers[step % len(buffers)]
+                for name, value in given.items():
+                    held[name].copy_(value)
+                given = held
+            take(model, pruner, [given])
+        found.append((pruner.corrections, model.state_dict()))
+    assert found[0][0].keys() == found[1][0].keys() and min(found[1][0].values()) < 1
+    if way == "one buffer":
+        assert all(torch.equal(value, found[1][1][name]) for name, value in found[0][1].items())
+
+
+def test_a_loss_to_buffers_is_named() -> None:
+    model, held = encoder(), [sentences(4, seed=seed) for seed in range(4)]
+    pruner = upop.Pruner(model, 0.5, 8, 8)
+    with pytest.warns(UserWarning, match="changed nothing.* of the batches .* give each step tensors of its own"):
+        for step in range(8):
+            model.zero_grad()
+            loss = model(**held[step % 4]).last_hidden_state.square().mean()
+            loss.backward()
+            if step == 7:  # all but the first were given as they are
+                for each in held:
+                    each["input_ids"].copy_(each["input_ids"].flip(0))
+            pruner.step()
+
+
+@pytest.mark.parametrize("precision", [torch.float64, torch.bfloat16])
+def test_a_model_that_is_converted_within_a_stage_is_corrected(precision: torch.dtype) -> None:
+    model = encoder()
+    pruner = upop.Pruner(model, 0.5, 4, 4, include=MLP)
+    states = torch.randn(4, 8, 24, WIDTH, generator=torch.Generator().manual_seed(0))
+    for step, given in enumerate(states):
+        if step == 2:
+            model.to(precision)
+        model.zero_grad()
+        model(inputs_embeds=given.to(model.dtype)).last_hidden_state[:, 0].square().sum().backward()
+        pruner.step()
+    assert pruner.corrections[MLP] < 1
+    assert next(pruner.shrink().parameters()).dtype == precision
+
+
 def test_a_model_that_cannot_be_looked_at_in_evaluation_mode_says_what_to_do() -> None:
     class OnlyTrained(nn.Module):
         def __init__(self) -> None:

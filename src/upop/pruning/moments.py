@@ -12,16 +12,19 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
-from typing import Any, Literal, Self
+from dataclasses import replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from upop.pruning.again import AsWritten, buffers_kept, is_transformed, random_numbers_kept, repeated, uncompiled
+from upop.pruning.compiled import any_compiled_function, in_compiled_function
 from upop.pruning.costs import evaluating
 from upop.pruning.errors import StepError
 from upop.pruning.least_squares import PARTS, ReaderInputs, moments_bytes
+from upop.pruning.looks import Begin, End, Look
 from upop.pruning.passes import Pass, device_of, logs_of, noting, squares_of
 from upop.pruning.scores import accumulator
 from upop.pruning.sharded import many_processes, reshard
@@ -89,8 +92,11 @@ class Moments:
         self._as_written: AsWritten | None = None
         self._leave: Callable[[], Any] = lambda: None
         self._touched = False  # whether any hook was called since the last step
-        self._passed_by = False  # whether code that was compiled elsewhere ran the model without its hooks
+        self._passed_by: bool | None = None  # whether code that was compiled elsewhere runs the model past its hooks
         self._passes: list[Pass] = []
+        self._reused: bool | None = None  # whether the training loop writes to what it gave in an earlier step
+        self._given: Pass | None = None  # the first one, with the loop's own tensors, until that is known
+        self._overwritten = 0
         self._running = False
         self._widths: dict[str, int] = {}
         self._unhooked: dict[str, list[tuple[Pass, str, int]]] = {}  # calls that a checkpoint made without gradients
@@ -101,7 +107,7 @@ class Moments:
         """Look at forward passes from now on, at what the readers of `units` are given, and at nothing else.
 
         As long as anything is looked at, the model runs as it was written where it, or a part of it, was compiled.
-        Other compiled code does so only once it was found to run the model past its hooks.
+        Other compiled code does so in the first step, and later if it was found to run the model.
 
         Args:
             model: the model.
@@ -113,18 +119,20 @@ class Moments:
         if set(wanted) == set(self._hooks):
             return
         self.release()
-        self._hooks = {name: layer.register_forward_hook(_Look(self, name)) for name, layer in wanted.items()}
+        self._hooks = {name: layer.register_forward_hook(Look(self, name)) for name, layer in wanted.items()}
         self._widths = {name: layer.in_features for name, layer in wanted.items()}
         if self._hooks:
             if not told:
                 self._root = [
-                    model.register_forward_pre_hook(_Begin(self), with_kwargs=True),
-                    model.register_forward_hook(_End(self)),
+                    model.register_forward_pre_hook(Begin(self), with_kwargs=True),
+                    model.register_forward_hook(End(self)),
                 ]
             self._unhook = weakref.finalize(self, _remove, [*self._hooks.values(), *self._root])
             self._as_written = AsWritten(model if wrapper is None else wrapper)
             self._touched = False
-            if self._passed_by:
+            if self._passed_by is None and not any_compiled_function():
+                self._passed_by = False
+            if self._passed_by is not False:  # in the first step, unless nothing was compiled that could run it
                 self._look_into_all()
 
     def _look_into_all(self) -> None:
@@ -133,10 +141,23 @@ class Moments:
 
     def advance(self, step: int) -> None:
         """Note which step the next passes belong to."""
-        if step != self.step and self._hooks and not self._touched and not self._passed_by:
+        if step != self.step and self._hooks and self._passed_by is None:
+            self._passed_by = False  # it was run by none of the functions that were compiled
+            self._leave()
+        elif step != self.step and self._hooks and not self._touched and not self._passed_by:
             self._passed_by = True  # by a wrapper, or a function, unknown to us
             self._look_into_all()
         self.step, self._touched = step, False
+
+    @property
+    def advice(self) -> str:
+        """What to do where there was too little to correct by."""
+        if self._overwritten:
+            return (
+                f"{self._overwritten} of the batches that were to be looked at again had been written to by then: give "
+                "each step tensors of its own."
+            )
+        return "Search over more steps, or with larger batches."
 
     @property
     def looks(self) -> bool:
@@ -178,7 +199,19 @@ class Moments:
         self._running = True
         if self._root and not many_processes():
             self._trim()
-        self._passes.append(Pass.of(model, args, kwargs, self.step, function))
+        self._passes.append(self._kept(Pass.of(model, args, kwargs, self.step, function)))
+
+    def _kept(self, found: Pass) -> Pass:
+        """Return a pass as it is held: with copies of its own where the loop writes to what it gives."""
+        if self._given is not None and self._given.step != self.step:
+            self._reused, self._given = not self._given.is_whole, None
+        if not self._reused and any(not each.is_whole for each in self._passes):
+            self._reused = True
+        if self._reused is None and self._given is None:
+            self._given = replace(found)
+        if self._reused is not False:
+            found.own()
+        return found
 
     def end(self, model: nn.Module | None = None) -> None:
         """Note that the pass ends, and how the model chose at random in it, if it tells."""
@@ -212,6 +245,8 @@ class Moments:
 
     def see(self, name: str, inputs: Tensor, output: Tensor) -> None:
         """See one call of a reader."""
+        if not self._touched and self._passed_by is None and in_compiled_function():
+            self._passed_by = True
         self._touched = True
         if self._at_once:
             if output.requires_grad:
@@ -274,6 +309,7 @@ class Moments:
         """Run the passes again in evaluation mode, and return what the readers of units are given; buffers stay."""
         found: dict[str, ReaderInputs] = {}
         held = [each for each in self._passes if each.is_whole]
+        self._overwritten += len(self._passes) - len(held)
         steps = sorted({each.step for each in held})
         now: list[tuple[Pass, dict[str, int]]] = []
 
@@ -387,52 +423,6 @@ class Moments:
 def _remove(hooks: list[RemovableHandle]) -> None:
     for hook in hooks:
         hook.remove()
-
-
-class _Hook:
-    """A hook that tells its `Moments` as long as anyone holds them; a copy, or a pickled one, does nothing any more."""
-
-    def __init__(self, moments: Moments | None = None, name: str = "") -> None:
-        self._moments, self._name = None if moments is None else weakref.ref(moments), name
-
-    def _told(self) -> Moments | None:
-        """Return who is to be told; code that is being compiled tells nobody."""
-        return None if self._moments is None or torch.compiler.is_compiling() else self._moments()
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        return type(self)()
-
-    def __reduce__(self) -> tuple[type[Self], tuple[()]]:
-        return type(self), ()
-
-
-class _Look(_Hook):
-    """The hook on a reader."""
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        del module
-        moments = self._told()
-        if moments is not None:
-            moments.see(self._name, args[0], output)
-
-
-class _Begin(_Hook):
-    """The hook before the model's forward pass."""
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        moments = self._told()
-        if moments is not None:
-            moments.begin(module, args, kwargs)
-
-
-class _End(_Hook):
-    """The hook after the model's forward pass."""
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        del args, output
-        moments = self._told()
-        if moments is not None:
-            moments.end(module)
 
 
 class _Held(torch.autograd.Function):

@@ -21,7 +21,7 @@ class Pass:
         args: what the model was given.
         kwargs: by name.
         precision: kind of device and precision of the autocast that was on.
-        home: the device of the model then.
+        home: the device of the model then, and `kind` the precision of its weights.
         step: of the search, or the number of the batch.
         function: what is run in place of the model, if anything: (model, *args).
         calls: by unit, which rows of each call of its reader matter to the loss; None is not known.
@@ -35,6 +35,7 @@ class Pass:
     home: torch.device
     step: int
     function: Callable[..., Any] | None = None
+    kind: torch.dtype = torch.float32
     calls: dict[str, list[Tensor | None]] = field(default_factory=dict)
     logs: dict[str, Tensor] = field(default_factory=dict)
     versions: list[int] = field(default_factory=list)
@@ -45,10 +46,13 @@ class Pass:
 
     def run(self, model: nn.Module) -> None:
         """Run the model again."""
-        device = device_of(model)
+        device, kind = device_of(model), precision_of(model)
 
-        def here(value: Any) -> Any:  # a search may be resumed on another device
-            return value.to(device) if isinstance(value, Tensor) and value.device == self.home != device else value
+        def here(value: Any) -> Any:  # a model may move, or be resumed elsewhere, and may be converted
+            if not isinstance(value, Tensor):
+                return value
+            value = value.to(device) if value.device == self.home != device else value
+            return value.to(kind) if value.dtype == self.kind != kind else value
 
         args, kwargs = tree_map(here, (self.args, self.kwargs))
         with autocast(device, self.precision):
@@ -68,7 +72,7 @@ class Pass:
     ) -> Pass:
         """Return the pass that begins."""
         args, kwargs = tree_map(lambda value: value.detach() if isinstance(value, Tensor) else value, (args, kwargs))
-        found = cls(args, kwargs, None, device_of(model), step, function)
+        found = cls(args, kwargs, None, device_of(model), step, function, precision_of(model))
         given = found.tensors()
         found.precision = precision_now(given[0].device.type) if given else None
         found.note_versions()
@@ -81,6 +85,13 @@ class Pass:
     def note_versions(self) -> None:
         """Take what is given now for what was given."""
         self.versions = self._versions()
+
+    def own(self) -> None:
+        """Hold copies of what was given."""
+        self.args, self.kwargs = tree_map(
+            lambda value: value.clone() if isinstance(value, Tensor) else value, (self.args, self.kwargs)
+        )
+        self.note_versions()
 
     @property
     def is_whole(self) -> bool:
@@ -100,6 +111,7 @@ class Pass:
             "precision": self.precision,
             "home": str(self.home),
             "step": self.step,
+            "kind": self.kind,
             "calls": {name: list(calls) for name, calls in self.calls.items()},
             "logs": dict(self.logs),
         }
@@ -108,6 +120,7 @@ class Pass:
     def from_state(cls, state: Mapping[str, Any]) -> Pass:
         """Return what `state` gave; its tensors may have been read to another device."""
         found = cls(state["args"], state["kwargs"], state["precision"], torch.device(state["home"]), state["step"])
+        found.kind = state.get("kind", found.kind)
         found.calls = {name: list(calls) for name, calls in state["calls"].items()}
         found.logs = dict(state["logs"])
         given = found.tensors()
@@ -120,6 +133,11 @@ class Pass:
 def device_of(model: nn.Module) -> torch.device:
     """Return the device of a model's first weight."""
     return next(model.parameters()).device
+
+
+def precision_of(model: nn.Module) -> torch.dtype:
+    """Return the precision of a model's first weight that has one."""
+    return next(each.dtype for each in model.parameters() if each.is_floating_point())
 
 
 def _is_plain(value: Any) -> bool:

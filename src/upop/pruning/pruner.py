@@ -387,7 +387,7 @@ class Pruner(Searched):
             self._choices.append(chosen)
             if step == self.steps - 1 >= _STAGES - 1:  # fewer are a trial
                 done = [choice.ridge is not None for stage in self._choices for choice in stage.values()]
-                warn_of_none(done, "Search over more steps, or with larger batches.", stacklevel=6)
+                warn_of_none(done, self._moments.advice, stacklevel=6)
         self._masks.set({name: torch.where(gone, 0.0, 1.0) for name, gone in selection.marked.items()})
         self.threshold = selection.threshold
         self._stale.fill_(True)

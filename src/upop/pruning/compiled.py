@@ -1,0 +1,43 @@
+"""What `torch.compile` made of functions: code that runs a model past its hooks, whoever holds it."""
+
+from __future__ import annotations
+
+import sys
+from types import FunctionType
+from typing import Any
+
+from torch import nn
+
+from upop.pruning.again import held_anywhere
+
+_EVAL_FRAME = "torch._dynamo.eval_frame"
+
+
+def any_compiled_function() -> bool:
+    """Whether anyone holds a function that was compiled, which may run a model; compiled modules are known as such."""
+    if _EVAL_FRAME not in sys.modules:  # without it nothing was compiled
+        return False
+    return any(
+        each.__code__.co_name == "compile_wrapper"
+        and each.__code__.co_filename == sys.modules[_EVAL_FRAME].__file__
+        and not _is_call(vars(each).get("_torchdynamo_orig_callable"))
+        for each in held_anywhere(FunctionType)
+    )
+
+
+def _is_call(function: Any) -> bool:
+    """Whether a function is the call of a module, which wrappers compile, and `module.compile()`."""
+    while hasattr(function, "__wrapped__"):
+        function = function.__wrapped__
+    calls = (nn.Module.__call__, nn.Module._call_impl)
+    return isinstance(function, nn.Module) or getattr(function, "__func__", None) in calls
+
+
+def in_compiled_function() -> bool:
+    """Whether what runs was called by a function that was compiled, and now runs as it was written."""
+    frame = sys._getframe()
+    while frame is not None:
+        if frame.f_globals.get("__name__") == _EVAL_FRAME:
+            return True
+        frame = frame.f_back  # type: ignore[assignment]
+    return False
