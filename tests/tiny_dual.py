@@ -21,7 +21,7 @@ _TOWER: dict[str, Any] = {
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
 }
-_IMAGES: dict[str, Any] = {**_TOWER, "image_size": SIDE, "patch_size": 8}
+IMAGES: dict[str, Any] = {**_TOWER, "image_size": SIDE, "patch_size": 8}
 _TEXTS: dict[str, Any] = {**_TOWER, "max_position_embeddings": WORDS, "vocab_size": len(vocabulary())}
 
 
@@ -48,14 +48,14 @@ def clip_model() -> Any:
     """A CLIP of transformers."""
     end = {"bos_token_id": 2, "eos_token_id": 3, "pad_token_id": 0}
     texts = {**_TEXTS, **end}
-    return transformers.CLIPModel(transformers.CLIPConfig(text_config=texts, vision_config=_IMAGES, projection_dim=16))
+    return transformers.CLIPModel(transformers.CLIPConfig(text_config=texts, vision_config=IMAGES, projection_dim=16))
 
 
 def siglip_model() -> Any:
     """A SigLIP of transformers."""
     end = {"bos_token_id": 2, "eos_token_id": 3, "pad_token_id": 0}
     model = transformers.SiglipModel(
-        transformers.SiglipConfig(text_config={**_TEXTS, **end}, vision_config={**_IMAGES, "attention_dropout": 0.0})
+        transformers.SiglipConfig(text_config={**_TEXTS, **end}, vision_config={**IMAGES, "attention_dropout": 0.0})
     )
     with torch.no_grad():
         model.logit_scale.fill_(2.3)
@@ -79,7 +79,7 @@ def siglip2_model() -> Any:
 
 def vit_bert_model() -> Any:
     """A VisionTextDualEncoder of a ViT and a BERT."""
-    vision = transformers.ViTConfig(**_IMAGES)
+    vision = transformers.ViTConfig(**IMAGES)
     text = transformers.BertConfig(**_TEXTS)
     config = transformers.VisionTextDualEncoderConfig.from_vision_text_configs(vision, text, projection_dim=16)
     return transformers.VisionTextDualEncoderModel(config)

@@ -176,7 +176,7 @@ def test_the_command_names_file_and_row_of_what_is_wrong_before_any_work(siglip:
 
 
 def test_what_is_no_dual_encoder_is_refused(tmp_path: Path, pairs: Path) -> None:
-    model = transformers.ViTModel(transformers.ViTConfig(**tiny_dual._IMAGES))
+    model = transformers.ViTModel(transformers.ViTConfig(**tiny_dual.IMAGES))
     model.save_pretrained(tmp_path / "vit")
     tiny_dual.image_processor("vit").save_pretrained(tmp_path / "vit")
     given = settings_of(pretrained=str(tmp_path / "vit"), test_data=str(pairs), output_dir=tmp_path / "e")
