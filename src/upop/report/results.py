@@ -16,6 +16,8 @@ from upop.reading import read_object
 from upop.report.terminal import FittingTable
 from upop.values import problems
 
+NO_PERCENT = frozenset({"loss", "perplexity"})
+"""Metrics that are no percentages."""
 _LEAST, _MOST = 1e-15, 1e15  # of numbers that are divided by each other
 
 
@@ -191,7 +193,7 @@ def table_cells(results: Results) -> dict[str, dict[str, Cell]]:
     for model in results.models:
         gains = {} if model is results.dense else results.compared(model.name)
         cells = {
-            f"{split} {metric} (%)": _points(
+            f"{split} {metric}{'' if metric in NO_PERCENT else ' (%)'}": _points(
                 model.metrics.get(split, {}).get(metric), gains.get(f"{split} {metric} points")
             )
             for split, metric in metrics

@@ -4,6 +4,7 @@ from typing import Any
 
 from upop.errors import SettingError, nearest
 from upop.tasks.caption import CaptionTask
+from upop.tasks.chat import ChatTask
 from upop.tasks.classification import ClassificationTask
 from upop.tasks.dual_encoder import DualEncoderTask
 from upop.tasks.image_classification import ImageClassificationTask
@@ -18,6 +19,7 @@ TASKS: dict[str, Task[Any]] = {
     task.name: task
     for task in (
         CaptionTask(),
+        ChatTask(),
         ClassificationTask(),
         DualEncoderTask(),
         ImageClassificationTask(),

@@ -64,6 +64,11 @@ class RowSettings(RunSettings):
             raise ValueError("streaming is asked for without rows, which says how many to take (--rows 20000)")
         return self
 
+    @property
+    def data_folders(self) -> dict[str, Path]:
+        """Setting -> folder: none, what rows lack is told of each."""
+        return {}
+
     def place(self, split: str) -> tuple[str | None, str | None]:
         """Return where the rows of "train", "val" or "test" are from, and their split; None where none are named."""
         if split == "train":

@@ -1,0 +1,364 @@
+"""Conversations as a model takes them: its own chat template and processor, and which tokens are the answers.
+
+The template renders a conversation with a mark in the place of every answer; what stands between the marks is the
+template's own, whatever it makes of an answer's text. So it is known to the letter where answers are in the text, and
+by the tokenizer's offsets which tokens they are, after images have taken the place of their marks too.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from itertools import takewhile
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from upop.data.rows import Row
+from upop.data.turns import IMAGE, Turn
+from upop.errors import CheckpointError, DataError
+from upop.reading import read_object
+
+IGNORED = -100
+"""The label of a token that is no part of an answer."""
+_MARK = re.compile("\ue000(\\d+)\ue001")
+_PER_TOKEN = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "labels")
+_PADDED_WITH = {"attention_mask": 0, "token_type_ids": 0, "mm_token_type_ids": 0, "labels": IGNORED}
+_PLAIN = {"user": "User: ", "assistant": "Assistant: ", "system": "", "tool": "Tool: "}
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A conversation with its images opened; the last turn is an answer.
+
+    Attributes:
+        row: that it is from.
+        turns: what is said; of a text alone, one answer.
+        images: in the order in which they stand in the turns.
+    """
+
+    row: Row
+    turns: tuple[Turn, ...]
+    images: tuple[Image.Image, ...]
+
+
+def conversation(row: Row, prompt: str, caption: int = 0) -> tuple[Turn, ...]:
+    """Return what is said in a row: up to the last answer.
+
+    Args:
+        row: of any kind but "label".
+        prompt: what is asked of an image that has captions.
+        caption: which of the captions answers.
+    """
+    shown = (IMAGE,) * len(row.images)
+    if row.kind == "messages":
+        last = max(number for number, turn in enumerate(row.turns) if turn.role == "assistant")
+        return row.turns[: last + 1]
+    if row.kind == "question":
+        return (Turn("user", (*shown, row.question)), Turn("assistant", (row.answer,)))
+    if row.kind == "caption":
+        return (Turn("user", (*shown, prompt)), Turn("assistant", (row.captions[caption % len(row.captions)],)))
+    return (Turn("assistant", (row.text,)),)
+
+
+class ChatFormat:
+    """Makes batches of conversations, as a model takes them.
+
+    Args:
+        processor: of transformers: of texts and images, or a tokenizer.
+        folder: the model's, whose config.json says whether it has an encoder of texts.
+        max_tokens: of a conversation, images included; what is beyond is cut off, if it is no image.
+
+    Attributes:
+        takes_images: whether the processor takes images.
+        style: "chat" (one sequence), "pair" (PaliGemma: a prompt and its answer) or "seq2seq" (Florence-2).
+    """
+
+    def __init__(self, processor: Any, folder: Path, max_tokens: int) -> None:
+        self.processor, self.max_tokens = processor, max_tokens
+        self.tokenizer = getattr(processor, "tokenizer", processor)
+        self.takes_images = hasattr(processor, "image_processor")
+        config = read_object(folder / "config.json", CheckpointError, "Fetch or write it again.", nan=True)
+        self._start = config.get("decoder_start_token_id") or (config.get("text_config") or {}).get(
+            "decoder_start_token_id"
+        )
+        self.style = "chat"
+        if config.get("is_encoder_decoder") or (config.get("text_config") or {}).get("is_encoder_decoder"):
+            self.style = "seq2seq"
+        elif type(processor).__name__ == "PaliGemmaProcessor":
+            self.style = "pair"
+        self.template = getattr(processor, "chat_template", None) or getattr(self.tokenizer, "chat_template", None)
+        if self.tokenizer.pad_token_id is None:
+            self.tokenizer.pad_token = self.tokenizer.eos_token or self.tokenizer.unk_token
+        special = {*self.tokenizer.all_special_tokens, *self.tokenizer.get_added_vocab()}
+        self._special = re.compile("|".join(re.escape(each) for each in sorted(special, key=len, reverse=True)) or "$^")
+
+    @property
+    def ends(self) -> list[int]:
+        """The tokens that end an answer."""
+        found = {self.tokenizer.eos_token_id} - {None}
+        if self.style == "chat":
+            text, ((_, stop),) = self.rendered((Turn("user", ("a",)), Turn("assistant", ("b",))))
+            known = {**self.tokenizer.get_vocab()}
+            found |= {
+                number for mark in self._special.findall(text[:stop])[-1:] if (number := known.get(mark)) is not None
+            }
+        return sorted(found)
+
+    def written(self, tokens: Tensor) -> list[str]:
+        """Return the texts of generated tokens [B, T], each up to its end."""
+        ends = set(self.ends)
+        rows = [list(takewhile(lambda token: token not in ends, row)) for row in tokens.tolist()]
+        return [text.strip() for text in self.tokenizer.batch_decode(rows, skip_special_tokens=True)]
+
+    def check(self, turns: Sequence[Turn], row: Row) -> None:
+        """Refuse a conversation that the model cannot take.
+
+        Raises:
+            DataError: it has images, or none, or several turns, and the model takes none, or one; the message says so.
+        """
+        images = sum(turn.images for turn in turns)
+        if images and not self.takes_images:
+            raise row.error(f"it has {images} images, and the model reads texts alone. Take a model that sees images.")
+        if self.style == "chat":
+            return
+        name = type(self.processor).__name__.removesuffix("Processor")
+        if not images:
+            raise row.error(f"it has no image, and a {name} needs one.")
+        if len(turns) != 2:
+            raise row.error(f"it is a conversation of {len(turns)} turns, and a {name} takes a question and an answer.")
+
+    def batch(self, samples: Sequence[Sample]) -> dict[str, Tensor]:
+        """Return the arguments of the model's forward pass, with `labels` [B, T]: the answers' tokens, others -100.
+
+        Sequences are filled up at their end. Of "seq2seq" the labels are the decoder's own, [B, answer tokens].
+
+        Raises:
+            DataError: the processor takes a sample not, or an image lies beyond `max_tokens`; the message names it.
+        """
+        if self.style == "chat":
+            return self._chat(samples)
+        texts = [turn.text for each in samples for turn in each.turns if turn.role == "user"]
+        answers = [each.turns[-1].text.strip() for each in samples]
+        images = [list(each.images) for each in samples]
+        if self.style == "pair":
+            asked = ["<image>" * len(each.images) + text for each, text in zip(samples, texts, strict=True)]
+            return self._cut(self._processed(samples, asked, images, suffix=answers), samples)
+        found = self._processed(samples, texts, [image for each in images for image in each])
+        target = self.tokenizer(
+            text=answers,
+            padding=True,
+            padding_side="right",
+            return_tensors="pt",
+            truncation=True,
+            max_length=self.max_tokens,
+        )
+        labels = target["input_ids"].masked_fill(target["attention_mask"] == 0, IGNORED)
+        filled = target["input_ids"]
+        first = torch.full_like(filled[:, :1], self._start if self._start is not None else self.tokenizer.pad_token_id)
+        return {**found, "decoder_input_ids": torch.cat([first, filled[:, :-1]], 1), "labels": labels}
+
+    def _chat(self, samples: Sequence[Sample]) -> dict[str, Tensor]:
+        rendered = [self.rendered(each.turns) for each in samples]
+        texts = [text for text, _ in rendered]
+        bos = self.tokenizer.bos_token
+        held = bool(bos) and all(text.startswith(bos) for text in texts)
+        plain = self.template is None or any(each.row.kind == "text" for each in samples)
+        special = plain or (self.takes_images and not held)
+        heard = _Heard()
+        with _listening(self.processor, self.tokenizer, heard):
+            images = [list(each.images) for each in samples]
+            found = self._processed(samples, texts, images if any(images) else None, heard, add_special_tokens=special)
+        labels = torch.full_like(found["input_ids"], IGNORED)
+        for place, (text, spans) in enumerate(rendered):
+            spans = moved(text, heard.texts[place], spans, getattr(self.processor, "image_token", None))
+            for start, end in spans:
+                offsets = heard.offsets[place]
+                answer = (offsets[:, 0] < end) & (offsets[:, 1] > start) & (offsets[:, 1] > offsets[:, 0])
+                labels[place, answer] = found["input_ids"][place, answer]
+        labels = labels.masked_fill(found["attention_mask"] == 0, IGNORED)
+        return self._cut({**found, "labels": labels}, samples)
+
+    def _processed(
+        self, samples: Sequence[Sample], texts: list[str], images: Any, heard: _Heard | None = None, **options: Any
+    ) -> dict[str, Tensor]:
+        shared = {"padding": True, "padding_side": "right", "return_tensors": "pt", **options}
+        try:
+            if not self.takes_images:
+                found = _Listener(self.tokenizer, heard or _Heard())(texts, **shared)
+            else:
+                found = self.processor(text=texts, images=images, **shared)
+        except Exception as error:  # processors check what they are given in ways of their own
+            places = " or ".join(dict.fromkeys(each.row.place for each in samples[:3]))
+            more = "" if len(samples) <= 3 else f" or one of {len(samples) - 3} more"
+            words = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise DataError(f"{places}{more}: the model's {type(self.processor).__name__} says: {words}") from error
+        return {name: value for name, value in found.items() if isinstance(value, Tensor) and name != "offset_mapping"}
+
+    def _cut(self, found: dict[str, Tensor], samples: Sequence[Sample]) -> dict[str, Tensor]:
+        """Cut conversations off at `max_tokens`; an image must not be cut."""
+        most = self.max_tokens
+        if found["input_ids"].shape[1] <= most:
+            return found
+        token = getattr(self.processor, "image_token_id", None)
+        if token is not None and bool((beyond := (found["input_ids"][:, most:] == token).any(1)).any()):
+            row = samples[int(beyond.nonzero()[0])].row
+            raise row.error(
+                f"an image of it lies beyond {most} tokens, where conversations are cut off. Set max_tokens higher, "
+                "make images smaller, or leave the row out."
+            )
+        return {name: value[:, :most] if name in _PER_TOKEN else value for name, value in found.items()}
+
+    def rendered(self, turns: Sequence[Turn]) -> tuple[str, list[tuple[int, int]]]:
+        """Return a conversation as text, with the marks of images, and where in it the answers are.
+
+        An answer ends with the mark by which the template ends a turn; where the last one has none, with the end of
+        a text, so that a model learns to stop.
+        """
+        answers = [turn.text.strip() for turn in turns if turn.role == "assistant"]
+        marked = _with_marks(turns)
+        pieces = _MARK.split(self._template(marked) if len(turns) > 1 or self.template is None else "\ue0000\ue001")
+        text, spans, end = pieces[0], [], self.tokenizer.eos_token or ""
+        for number, (which, after) in enumerate(zip(pieces[1::2], pieces[2::2], strict=True)):
+            start = len(text)
+            text += answers[int(which)]
+            ended = self._special.match(after.lstrip())
+            if ended is not None:
+                stop = len(text) + len(after) - len(after.lstrip()) + ended.end()
+            elif number == len(answers) - 1:
+                text, after = text + end, ""
+                stop = len(text)
+            else:
+                stop = len(text)
+            text += after
+            spans.append((start, stop))
+        return text, spans
+
+    def _template(self, turns: Sequence[Turn]) -> str:
+        if self.template is None:
+            mark = str(getattr(self.processor, "image_token", "<image>"))
+            end = self.tokenizer.eos_token or ""
+            said = [
+                _PLAIN[turn.role]
+                + "".join(mark if part is IMAGE else str(part) for part in turn.parts)
+                + (end if turn.role == "assistant" else "")
+                for turn in turns
+            ]
+            return said[0].removeprefix(_PLAIN["assistant"]) if len(said) == 1 else "\n".join(said)
+        messages = [{"role": turn.role, "content": self._content(turn)} for turn in turns]
+        try:
+            return str(self.processor.apply_chat_template(messages, tokenize=False))
+        except Exception as error:  # templates raise what they like, as "roles must alternate"
+            roles = ", ".join(turn.role for turn in turns)
+            raise DataError(f"The model's chat template refuses a conversation of {roles}: {error}") from error
+
+    def _content(self, turn: Turn) -> Any:
+        if not self.takes_images:
+            return turn.text
+        return [{"type": "image"} if part is IMAGE else {"type": "text", "text": part} for part in turn.parts]
+
+
+def _with_marks(turns: Sequence[Turn]) -> list[Turn]:
+    found, count = [], 0
+    for turn in turns:
+        if turn.role == "assistant":
+            turn, count = replace(turn, parts=(f"\ue000{count}\ue001",)), count + 1
+        found.append(turn)
+    return found
+
+
+def moved(text: str, expanded: str, spans: Sequence[tuple[int, int]], mark: str | None) -> list[tuple[int, int]]:
+    """Return where parts of a text are after the marks of images in it gave way to longer texts.
+
+    Args:
+        text: with marks.
+        expanded: the same with other texts in their places.
+        spans: parts of `text` without marks.
+        mark: of an image; None where there is none.
+    """
+    if text == expanded or not mark:
+        return list(spans)
+    places: list[tuple[int, int]] = []  # of pieces between marks: where in the text, where in the expanded one
+    here = there = 0
+    pieces = text.split(mark)
+    for number, piece in enumerate(pieces):
+        last = number == len(pieces) - 1
+        there = len(expanded) - len(piece) if last else expanded.index(piece, there)
+        places.append((here, there))
+        here, there = here + len(piece) + len(mark), there + len(piece)
+    found = []
+    for start, end in spans:
+        own, other = max(place for place in places if place[0] <= start)
+        found.append((start - own + other, end - own + other))
+    return found
+
+
+class _Heard:
+    """What a tokenizer was given last, and where its tokens are in that, [T, 2] for every text."""
+
+    texts: Sequence[str]
+    offsets: Tensor
+
+
+class _Listener:
+    """A tokenizer that notes what it is given and where its tokens are."""
+
+    def __init__(self, tokenizer: Any, heard: _Heard) -> None:
+        self._tokenizer, self._heard = tokenizer, heard
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tokenizer, name)
+
+    def __call__(self, text: Any = None, *args: Any, **options: Any) -> Any:
+        found = self._tokenizer(text, *args, **{**options, "return_offsets_mapping": True})
+        self._heard.texts, self._heard.offsets = text, torch.as_tensor(found.pop("offset_mapping"))
+        return found
+
+
+@contextmanager
+def _listening(processor: Any, tokenizer: Any, heard: _Heard) -> Iterator[None]:
+    """Note what the tokenizer of a processor is given, within the block."""
+    if processor is tokenizer:
+        yield
+        return
+    processor.tokenizer = _Listener(tokenizer, heard)
+    try:
+        yield
+    finally:
+        processor.tokenizer = tokenizer
+
+
+def prompts(batch: Mapping[str, Tensor], pad: int) -> dict[str, Tensor]:
+    """Return the prompts of a batch for generation: all before the last answer, filled up at their beginning.
+
+    Args:
+        batch: of `ChatFormat.batch`.
+        pad: the token that fills up.
+    """
+    labels = batch["labels"]
+    rest = {name: value for name, value in batch.items() if name not in _PER_TOKEN and name != "decoder_input_ids"}
+    if "decoder_input_ids" in batch:
+        return {**rest, **{name: batch[name] for name in _PER_TOKEN if name in batch and name != "labels"}}
+    answer = labels != IGNORED
+    width = labels.shape[1]
+    places = torch.arange(width, device=labels.device)
+    last = torch.where(answer, places, -1).amax(1)
+    others = torch.where(~answer & (places <= last[:, None]), places, -1).amax(1)  # the last one before the last answer
+    lengths = [max(1, int(each) + 1) for each in others]
+    longest = max(lengths)
+    cut: dict[str, Tensor] = {}
+    for name in _PER_TOKEN:
+        if name in batch and name != "labels":
+            filler = _PADDED_WITH.get(name, pad)
+            parts = [
+                F.pad(batch[name][row, :length], (longest - length, 0), value=filler)
+                for row, length in enumerate(lengths)
+            ]
+            cut[name] = torch.stack(parts)
+    return {**rest, **cut}

@@ -1,0 +1,367 @@
+"""Chat: models of transformers that write texts, about images or without, on conversations, questions and captions."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from pydantic import Field
+from torch import Tensor, nn
+from torch.utils.data import Dataset, Sampler
+
+from upop.checkpoints.hub import local_path
+from upop.checkpoints.library import open_model, open_processor
+from upop.data.chat import IGNORED, ChatFormat, Sample, conversation, prompts
+from upop.data.grouping import LengthSampler
+from upop.data.rows import Row, Rows
+from upop.data.turns import IMAGE, Turn
+from upop.errors import SettingError
+from upop.examples import Album, Answer, Example
+from upop.libraries import naming_missing
+from upop.settings import RunSettings
+from upop.sources import Sources
+from upop.tasks.answer_scores import answer_scores
+from upop.tasks.caption_scores import caption_scores
+from upop.tasks.row_settings import RowSettings, rows_for
+from upop.training.task import Batch, Task
+
+AUTOS = ("AutoModelForImageTextToText", "AutoModelForCausalLM", "AutoModelForSeq2SeqLM")
+"""Of transformers, whose models write texts."""
+KINDS = ("messages", "question", "caption", "text")
+"""What rows may be."""
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_FOLDER = "_upop_folder"
+"""Where a model notes which folder its processor is in; its copies have it too."""
+_IMAGE_TOKENS = 256
+"""What an image counts in the length of a conversation, where conversations of like length are batched."""
+_LETTERS_PER_TOKEN = 4
+
+
+class ChatSettings(RowSettings):
+    """Settings of `upop compress chat`."""
+
+    recorded: ClassVar[tuple[str, ...]] = ("max_tokens", "prompt")
+    of_model: ClassVar[Mapping[str, str]] = {}
+
+    prompt: str = Field("Describe the image.", min_length=1, description="what is asked of images with captions")
+    max_tokens: int = Field(2048, ge=8, description="of a conversation, images included; the rest is cut off")
+    generate: bool = Field(True, description="evaluation writes answers too, besides weighing the true ones")
+    max_new_tokens: int = Field(32, ge=1, description="of an answer that is written")
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="of weights and optimizer; auto is that in which the checkpoint is saved"
+    )
+    optimizer: Literal["adamw", "adamw8bit", "paged_adamw8bit"] = Field(
+        "adamw", description="those of 8 bits take bitsandbytes and CUDA"
+    )
+    group_by_length: bool = Field(
+        True, description="conversations of like length share a batch, so that less is filled up"
+    )
+    distill_logits: float = Field(
+        0.0, ge=0, description="weight of how far next-token probabilities are from the dense model's"
+    )
+
+    init_lr: float = Field(1e-5, gt=0, description="highest learning rate")
+    weight_decay: float = Field(0.01, ge=0)
+    clip_grad: float | None = Field(1.0, gt=0, description="largest norm of the gradients")
+    schedule: Literal["epoch", "step", "polynomial"] = "step"
+    epochs: int | None = Field(2, ge=1)
+    batch_size_train: int = Field(8, ge=1)
+    batch_size_test: int = Field(16, ge=1)
+    num_workers: int = Field(2, ge=0)
+
+
+@dataclass(frozen=True)
+class Item:
+    """A sample of a data set, and its number there."""
+
+    number: int
+    sample: Sample
+
+
+class ChatRows(Dataset[Item]):
+    """The conversations of a split.
+
+    Args:
+        rows: checked.
+        format: of the model.
+        prompt: what is asked of images with captions.
+        training: whether one of several captions is drawn; else the first answers.
+    """
+
+    def __init__(self, rows: Rows, format: ChatFormat, prompt: str, *, training: bool) -> None:
+        self.rows, self._format, self._prompt, self._training = rows, format, prompt, training
+        self.notes = rows.notes
+        for row in rows:
+            format.check(conversation(row, prompt), row)
+
+    def __len__(self) -> int:
+        """How many there are."""
+        return len(self.rows)
+
+    def __getitem__(self, number: int) -> Item:
+        """A conversation with its images opened."""
+        row = self.rows[number]
+        which = int(torch.randint(len(row.captions), ())) if self._training and len(row.captions) > 1 else 0
+        turns = conversation(row, self._prompt, which)
+        images = row.open_images()[: sum(turn.images for turn in turns)]
+        return Item(number, Sample(row, turns, tuple(images)))
+
+    def without(self, numbers: Sequence[int]) -> ChatRows:
+        """Return those but some, which cannot be read."""
+        return ChatRows(self.rows.without(set(numbers)), self._format, self._prompt, training=self._training)
+
+    def sources(self) -> Sources:
+        """Return the files behind them."""
+        return self.rows.sources()
+
+    def lengths(self) -> list[int]:
+        """Return about how many tokens every conversation has."""
+        turns = (conversation(row, self._prompt) for row in self.rows)
+        return [
+            sum(len(turn.text) // _LETTERS_PER_TOKEN + turn.images * _IMAGE_TOKENS for turn in each) for each in turns
+        ]
+
+    def truths(self, number: int) -> tuple[str, ...]:
+        """Return what is a right answer to the last question, as people gave it."""
+        row = self.rows[number]
+        return row.answers or row.captions or (conversation(row, self._prompt)[-1].text.strip(),)
+
+    def asked(self, number: int) -> str:
+        """Return what is said before the last answer, as people read it."""
+        turns = conversation(self.rows[number], self._prompt)[:-1]
+        return turns[0].text if len(turns) == 1 else "\n".join(f"{turn.role}: {turn.text}" for turn in turns)
+
+
+@dataclass(frozen=True)
+class ChatCollator:
+    """Makes a batch of conversations; a class, so that worker processes can be given it."""
+
+    format: ChatFormat
+
+    def __call__(self, items: Sequence[Item]) -> dict[str, Tensor]:
+        """The items as one batch: the model's arguments, and labels [B, T]."""
+        return self.format.batch([item.sample for item in items])
+
+
+class ChatTask(Task[ChatSettings]):
+    """What a model writes."""
+
+    name: ClassVar[str] = "chat"
+    pipeline: ClassVar[str | None] = "image-text-to-text"
+    metric: ClassVar[str] = "token_acc"
+    shown: ClassVar[tuple[str, ...]] = (
+        *("token_acc", "perplexity", "exact_match", "vqa_acc", "anls", "cider", "bleu4"),
+    )
+    splits: ClassVar[Mapping[str, str]] = {"train": "train", "val": "val", "test": "test"}
+    settings: ClassVar[type[RunSettings]] = ChatSettings
+    model_prepares: ClassVar[bool] = True
+
+    def build(self, settings: ChatSettings) -> nn.Module:
+        """There is no model without a checkpoint: its processor and template come with it."""
+        raise SettingError(
+            "Which model to train is not said. Give --model: a folder of transformers, a name on the hub, or an "
+            "output of upop."
+        )
+
+    def load(self, path: Path, settings: ChatSettings) -> nn.Module:
+        """Return the model in a folder, dense or compressed, in the precision that the settings ask for."""
+        return self._prepared(open_model(path, AUTOS).model, path, settings)
+
+    def start(self, path: Path, settings: ChatSettings) -> tuple[nn.Module, Sequence[str]]:
+        """Return a model to be trained, and the tensors that start afresh: all of a folder without weights."""
+        opened = open_model(path, AUTOS, fresh=True)
+        return self._prepared(opened.model, path, settings), opened.fresh
+
+    def _prepared(self, model: nn.Module, path: Path, settings: ChatSettings) -> nn.Module:
+        setattr(model, _FOLDER, str(path))
+        return model.to(PRECISIONS[settings.precision]) if settings.precision != "auto" else model
+
+    def dataset(self, settings: ChatSettings, split: str) -> ChatRows:
+        """Return the conversations of a split."""
+        found = _format(settings)
+        return ChatRows(rows_for(settings, split, KINDS), found, settings.prompt, training=split == "train")
+
+    def evaluated(self, settings: ChatSettings) -> tuple[str, ...]:
+        """Return the splits that are held out."""
+        return settings.held_out
+
+    def collate(self, settings: ChatSettings) -> Callable[[list[Any]], Batch]:
+        """Return what has the model's processor make batches."""
+        return ChatCollator(_format(settings))
+
+    def sampler(self, records: Dataset[Any], settings: ChatSettings) -> Sampler[int] | None:
+        """Return what batches conversations of like length."""
+        assert isinstance(records, ChatRows)
+        if not settings.group_by_length:
+            return None
+        return LengthSampler(records.lengths(), settings.batch_size_train * settings.accumulate, settings.seed)
+
+    def tokenizer(self, settings: ChatSettings) -> Any:
+        """Return the model's processor, which checkpoints keep."""
+        return _format(settings).processor
+
+    def inputs(self, batch: Batch) -> dict[str, Any]:
+        """Return all but the labels."""
+        return {name: value for name, value in batch.items() if name != "labels"}
+
+    def teaching(self, settings: ChatSettings) -> dict[str, float]:
+        """Return how the dense model teaches: by its hidden states, by its next-token probabilities, or both."""
+        return {"features": settings.teaching, "logits": settings.distill_logits}
+
+    def optimizer(self, model: nn.Module, settings: ChatSettings) -> torch.optim.Optimizer:
+        """Return AdamW, with a state of 8 bits where that is asked for."""
+        weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        rate, decay = settings.init_lr, settings.weight_decay
+        if settings.optimizer == "adamw":
+            return torch.optim.AdamW(weights, lr=rate, weight_decay=decay)
+        with naming_missing():
+            import bitsandbytes
+        kinds = {"adamw8bit": bitsandbytes.optim.AdamW8bit, "paged_adamw8bit": bitsandbytes.optim.PagedAdamW8bit}
+        found: torch.optim.Optimizer = kinds[settings.optimizer](weights, lr=rate, weight_decay=decay)
+        return found
+
+    def loss(self, model: nn.Module, batch: Batch, settings: ChatSettings, epoch: float) -> Tensor:
+        """Return the mean loss of the answers' tokens, each of which weighs the same."""
+        nll, labels, _ = weighed(model, batch)
+        return nll.sum() / (labels != IGNORED).sum().clamp(min=1)
+
+    def predict(self, model: nn.Module, batch: Batch, settings: ChatSettings) -> dict[str, Tensor]:
+        """Return of every answer its loss, tokens and how many of them are likeliest, [B] each; and what is written."""
+        nll, labels, likeliest = weighed(model, batch)
+        counted = labels != IGNORED
+        found = {
+            "nll": nll.sum(1),
+            "tokens": counted.sum(1),
+            "right": ((likeliest == labels) & counted).sum(1),
+        }
+        if settings.generate:
+            found["answers"] = write(model, batch, _format(settings), settings.max_new_tokens)
+        return found
+
+    def score(
+        self, predictions: Mapping[str, Tensor], records: Dataset[Any], settings: ChatSettings
+    ) -> dict[str, float]:
+        """Return token_acc (percent), loss, perplexity; of written answers those of `answer_scores`, or captions'."""
+        assert isinstance(records, ChatRows)
+        tokens = max(1, int(predictions["tokens"].sum()))
+        loss = float(predictions["nll"].double().sum()) / tokens
+        scores = {
+            "token_acc": 100 * int(predictions["right"].sum()) / tokens,
+            "loss": loss,
+            "perplexity": math.exp(min(loss, 30)),
+        }
+        if "answers" not in predictions or records.rows.kind == "text":
+            return scores
+        texts = _format(settings).written(predictions["answers"])
+        truths = [records.truths(number) for number in range(len(records))]
+        if records.rows.kind == "caption":
+            return scores | caption_scores(dict(enumerate(texts)), dict(enumerate(truths)))
+        return scores | answer_scores(texts, truths)
+
+    def examples(
+        self,
+        found: Mapping[str, Mapping[str, Any]],
+        records: Dataset[Any],
+        numbers: Sequence[int],
+        settings: ChatSettings,
+        album: Album,
+    ) -> list[Example]:
+        """Return images, questions and answers, beside the true ones."""
+        assert isinstance(records, ChatRows)
+        format = _format(settings)
+        texts = {name: format.written(rows["answers"]) for name, rows in found.items() if "answers" in rows}
+        shown = []
+        for place, number in enumerate(numbers):
+            truths = records.truths(number)
+            images = records[number].sample.images
+            shown.append(
+                Example(
+                    pictures=tuple(album.add(image, f"{number}-{which}") for which, image in enumerate(images)),
+                    prompt=records.asked(number),
+                    truth=Answer(text=truths[0]),
+                    answers={name: _rated(answers[place], truths) for name, answers in texts.items()},
+                )
+            )
+        return shown
+
+    def example(self, model: nn.Module, batch_size: int) -> dict[str, Tensor]:
+        """Return `batch_size` times the same question, with a grey image where the model sees images."""
+        format = chat_format(getattr(model, _FOLDER), 2**20)
+        image = (Image.new("RGB", (336, 336), "grey"),) if format.takes_images else ()
+        turns = (
+            Turn("user", (*(IMAGE for _ in image), "What is shown in the image?")),
+            Turn("assistant", ("A grey square.",)),
+        )
+        row = Row("example", 0, "an example", "question")
+        batch = format.batch([Sample(row, turns, image)] * batch_size)
+        device, kind = next(model.parameters()).device, next(model.parameters()).dtype
+        return {
+            name: value.to(device, kind if value.is_floating_point() else value.dtype)
+            for name, value in self.inputs(batch).items()
+        }
+
+
+def weighed(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the loss of every label, 0 where there is none, the labels, and the likeliest tokens, [B, K] each.
+
+    Only the places where some answer of the batch goes on are computed, where the model can leave out the others: the
+    vocabulary is wide.
+    """
+    labels = batch["labels"]
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    kind = next(model.parameters()).dtype
+    inputs = {name: value.to(kind) if value.is_floating_point() else value for name, value in inputs.items()}
+    if "decoder_input_ids" not in inputs:
+        labels = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
+        if "logits_to_keep" in inspect.signature(getattr(model, "module", model).forward).parameters:
+            kept = (labels != IGNORED).any(0).nonzero().flatten()
+            inputs["logits_to_keep"] = kept if len(kept) else torch.zeros(1, dtype=torch.long, device=labels.device)
+            labels = labels[:, inputs["logits_to_keep"]]
+    logits = model(**inputs).logits
+    nll = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED, reduction="none")
+    return nll.view_as(labels), labels, logits.argmax(-1)
+
+
+@torch.no_grad()
+def write(model: Any, batch: Batch, format: ChatFormat, most: int) -> Tensor:
+    """Return the tokens that a model answers with, [B, most], filled up with the padding token; the likeliest ones."""
+    pad = format.tokenizer.pad_token_id
+    asked = prompts(batch, pad)
+    kind = next(model.parameters()).dtype
+    asked = {name: value.to(kind) if value.is_floating_point() else value for name, value in asked.items()}
+    given = 0 if "decoder_input_ids" in batch else asked["input_ids"].shape[1]
+    found = model.generate(
+        **asked, max_new_tokens=most, do_sample=False, use_cache=True, pad_token_id=pad, eos_token_id=format.ends
+    )[:, given:]
+    return F.pad(found[:, :most], (0, most - min(most, found.shape[1])), value=pad)
+
+
+@lru_cache(maxsize=4)
+def chat_format(folder: str, max_tokens: int) -> ChatFormat:
+    """Return how conversations become batches for the model in a folder.
+
+    Raises:
+        CheckpointError: it has no processor or tokenizer, or there is no such folder.
+    """
+    return ChatFormat(open_processor(Path(folder)), Path(folder), max_tokens)
+
+
+def _format(settings: ChatSettings) -> ChatFormat:
+    if not settings.pretrained:
+        raise SettingError(
+            "Which model is not said. Give --model: a folder of transformers, a name on the hub, or an output of upop."
+        )
+    return chat_format(str(local_path(settings.pretrained)), settings.max_tokens)
+
+
+def _rated(text: str, truths: Sequence[str]) -> Answer:
+    right = answer_scores([text], [truths])["exact_match"] == 100
+    return Answer(text=text, right=right or None)

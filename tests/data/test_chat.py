@@ -1,0 +1,112 @@
+"""Conversations become batches by a model's own template and processor, and answers alone are labels."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from PIL import Image
+from torch import Tensor
+
+import upop
+import vlms
+from tiers import mostly_slow
+from upop.data.chat import IGNORED, ChatFormat, Sample, conversation, prompts
+from upop.data.rows import Rows, read_rows
+from upop.errors import DataError
+
+
+def read(folder: Path, *rows: Any) -> Rows:
+    for number in range(2):
+        Image.new("RGB", (40, 24), (90 * number, 0, 0)).save(folder / f"{number}.png")
+    file = folder / "rows.jsonl"
+    file.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    return read_rows(file)
+
+
+def batched(format: ChatFormat, rows: Rows) -> dict[str, Tensor]:
+    samples = [Sample(row, conversation(row, "Describe the image."), tuple(row.open_images())) for row in rows]
+    for sample in samples:
+        format.check(sample.turns, sample.row)
+    return format.batch(samples)
+
+
+def labelled(format: ChatFormat, batch: dict[str, Tensor]) -> list[str]:
+    return [format.tokenizer.decode(row[row != IGNORED]).strip() for row in batch["labels"]]
+
+
+def made(family: str, folder: Path) -> ChatFormat:
+    vlms.FAMILIES[family](folder)
+    return ChatFormat(transformers.AutoProcessor.from_pretrained(folder), folder, 512)
+
+
+@pytest.mark.parametrize("family", mostly_slow(sorted(vlms.FAMILIES), "smolvlm", "llama"))
+def test_answers_alone_are_labels(family: str, tmp_path: Path) -> None:
+    format = made(family, tmp_path / family)
+    image = {"image": "1.png"} if format.takes_images else {}
+    rows = read(
+        tmp_path,
+        {"question": "What colour is this?", "answer": "red", **image},
+        {"question": "What is it?", "answer": "It is a blue circle.", **image},
+    )
+    batch = batched(format, rows)
+    for text, answer in zip(labelled(format, batch), ("red", "It is a blue circle."), strict=True):
+        assert answer in text
+        rest = text.replace(answer, "").removeprefix("<s>")
+        assert rest in ("</s>", "<|end|>", "<end_of_utterance>")  # by which the model learns to stop
+    model = upop.load(tmp_path / family)
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    assert model(**inputs).logits.shape[:2] == batch["labels"].shape
+    asked = prompts(batch, format.tokenizer.pad_token_id)
+    assert "red" not in format.tokenizer.decode(asked["input_ids"][0])
+    if format.style != "seq2seq":  # what stands before the answer is the same, whatever fills up
+        place = int((batch["labels"][0] != IGNORED).nonzero()[0])
+        told = asked["input_ids"][0][asked["attention_mask"][0] == 1]
+        assert torch.equal(told, batch["input_ids"][0, :place])
+
+
+@pytest.mark.parametrize("family", mostly_slow(["llava", "smolvlm", "qwen2_5_vl", "qwen3_vl", "internvl"], "llava"))
+def test_all_answers_of_a_conversation_count(family: str, tmp_path: Path) -> None:
+    format = made(family, tmp_path / family)
+    said = [
+        {"from": "human", "value": "<image>\nWhat is it?"},
+        {"from": "gpt", "value": "a red circle"},
+        {"from": "human", "value": "Same shape?\n<image>"},
+        {"from": "gpt", "value": "yes"},
+        {"from": "human", "value": "never answered"},
+    ]
+    alone = [{"from": "human", "value": "Hello"}, {"from": "gpt", "value": "Hello there"}]
+    rows = read(tmp_path, {"conversations": said, "image": ["0.png", "1.png"]}, {"conversations": alone})
+    batch = batched(format, rows)
+    both, one = labelled(format, batch)
+    assert both.startswith("a red circle") and "yes" in both and one.startswith("Hello there")
+    assert all(word not in both + one for word in ("What", "Same", "never"))
+    asked = prompts(batch, format.tokenizer.pad_token_id)
+    text = format.tokenizer.decode(asked["input_ids"][0])
+    assert "a red circle" in text and "Same shape?" in text and "yes" not in text
+
+
+def test_a_model_without_template(tmp_path: Path) -> None:
+    vlms.llama(tmp_path / "plain", template=None)
+    format = ChatFormat(transformers.AutoProcessor.from_pretrained(tmp_path / "plain"), tmp_path / "plain", 512)
+    batch = batched(format, read(tmp_path, {"question": "What is it?", "answer": "red"}))
+    assert format.tokenizer.decode(batch["input_ids"][0]) == "<s>User: What is it?\nAssistant: red</s>"
+    assert labelled(format, batch) == ["red</s>"]
+    batch = batched(format, read(tmp_path, {"text": "It is a red circle."}))
+    assert labelled(format, batch) == ["It is a red circle.</s>"]
+
+
+def test_what_a_model_cannot_take_is_named(tmp_path: Path) -> None:
+    words, sees = made("llama", tmp_path / "a"), made("paligemma", tmp_path / "b")
+    with pytest.raises(DataError, match=r"line 1: it has 1 images, and the model reads texts alone"):
+        batched(words, read(tmp_path, {"question": "What?", "answer": "red", "image": "0.png"}))
+    with pytest.raises(DataError, match=r"line 1: it has no image, and a PaliGemma needs one"):
+        batched(sees, read(tmp_path, {"question": "What?", "answer": "red"}))
+    smol = made("smolvlm", tmp_path / "c")
+    smol.max_tokens = 20
+    with pytest.raises(DataError, match="an image of it lies beyond 20 tokens"):
+        batched(smol, read(tmp_path, {"question": "What?", "answer": "red", "image": "0.png"}))

@@ -1,0 +1,123 @@
+"""`upop compress chat` and its kin: whole runs on tiny models, and what is said of wrong inputs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from PIL import Image
+
+import upop
+import vlms
+from upop.cli import main
+from upop.errors import UPopError
+from upop.examples import Examples
+from upop.tasks import find_task
+from upop.tasks.answer_scores import anls, answer_scores
+from upop.tasks.chat import ChatSettings, chat_format
+from upop.tasks.verbs import compress, evaluate_checkpoint
+
+COLOURS = ("red", "green", "blue")
+
+
+@pytest.fixture(autouse=True)
+def forget_processors() -> None:
+    chat_format.cache_clear()
+
+
+def rows(folder: Path, *, images: bool, count: int = 12) -> Path:
+    folder.mkdir(exist_ok=True)
+    told = []
+    for number in range(count):
+        colour = COLOURS[number % 3]
+        row = {"question": "What colour is this?" if images else f"It is {colour} ?", "answer": colour}
+        if images:
+            Image.new("RGB", (32, 32), colour).save(folder / f"{number}.png")
+            row["image"] = f"{number}.png"
+        told.append(row)
+    file = folder / "rows.jsonl"
+    file.write_text("".join(f"{json.dumps(row)}\n" for row in told))
+    return file
+
+
+def settings(model: Path, data: Path, out: Path, **more: Any) -> ChatSettings:
+    quick = {"num_workers": 0, "batch_size_train": 4, "max_new_tokens": 3, "device": "cpu", "ratio": 0.3}
+    return ChatSettings(pretrained=str(model), data=str(data), output_dir=out, **{**quick, "epochs": 2, **more})
+
+
+def test_compress_load_and_evaluate(tmp_path: Path) -> None:
+    model, data = vlms.smolvlm(tmp_path / "model"), rows(tmp_path / "data", images=True)
+    results = compress(find_task("chat"), settings(model, data, tmp_path / "out"))
+    assert results is not None
+    dense, small = results.models
+    assert small.parameters < dense.parameters
+    assert {"token_acc", "perplexity", "exact_match", "anls"} <= small.metrics["val"].keys()
+    shown = Examples.read(tmp_path / "out" / "examples").records[0]
+    assert shown.pictures and shown.prompt == "What colour is this?" and shown.truth is not None
+    assert set(shown.answers) == {"dense", small.name}
+    best = tmp_path / "out" / "best"
+    one, other = upop.load(best), transformers.AutoModelForImageTextToText.from_pretrained(best)
+    batch = find_task("chat").example(mark(one, best), 1)
+    written = [each.eval().generate(**batch, max_new_tokens=4, do_sample=False) for each in (one, other)]
+    assert torch.equal(*written)
+    again = evaluate_checkpoint(find_task("chat"), settings(best, data, tmp_path / "again").as_evaluated())
+    assert again is not None and "test" in again.models[0].metrics
+
+
+def mark(model: Any, folder: Path) -> Any:
+    model._upop_folder = str(folder)
+    return model
+
+
+WRONG: list[tuple[dict[str, Any], str]] = [
+    ({"data": "rows.json"}, "did you mean 'rows.jsonl'"),
+    ({"data": None}, "rows to train on are needed"),
+    ({"pretrained": None}, "Which model is not said"),
+    ({"columns": {"answer": "reply"}}, "has no column 'reply'"),
+    ({"pretrained": "data"}, "no processor that transformers can read"),
+]
+
+
+@pytest.mark.parametrize(("changed", "said"), WRONG, ids=[said for _, said in WRONG])
+def test_wrong_inputs_are_answered(
+    changed: dict[str, Any], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    rows(Path("data"), images=False)
+    given = {"pretrained": str(vlms.llama(tmp_path / "model")), "data": "data/rows.jsonl", "output_dir": Path("out")}
+    changed = {name: f"data/{value}" if name == "data" and value else value for name, value in changed.items()}
+    with pytest.raises(UPopError, match=said):
+        compress(find_task("chat"), ChatSettings(num_workers=0, device="cpu", **{**given, **changed}))
+    assert not Path("out").exists() or not list(Path("out").glob("*.json*"))
+
+
+def test_flags_name_model_data_and_columns(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    taken: list[ChatSettings] = []
+    monkeypatch.setattr("upop.cli.tasks.evaluate_checkpoint", lambda _, settings: taken.append(settings))
+    flags = ["--model", "m", "--data", "d.jsonl", "--column", "answer=reply", "--rows", "5", "--image-root", "i"]
+    monkeypatch.setattr("sys.argv", ["upop", "evaluate", "chat", *flags])
+    with pytest.raises(SystemExit):
+        main()
+    (found,) = taken
+    assert (found.pretrained, found.test_data, found.data) == ("m", "d.jsonl", None)
+    assert (found.columns, found.rows, found.image_root) == ({"answer": "reply"}, 5, Path("i"))
+
+
+def test_scores_of_answers() -> None:
+    assert anls("Mount Fuji", ["mount fuji"]) == 1 and anls("Mount Fuji", ["mont fuji"]) == pytest.approx(0.9)
+    assert anls("red", ["green"]) == 0 and anls("", [""]) == 1
+    people = [["two"] * 3 + ["three"] * 7, ["a cat", "dog"]]
+    assert answer_scores(["2", "cat."], people)["exact_match"] == 100
+    assert answer_scores(["2", "bird"], people)["vqa_acc"] == pytest.approx(100 * (0.3 * 2 / 3 + 0.7 * 1.0) / 2)
+    assert "vqa_acc" not in answer_scores(["2"], [["2"]])
+
+
+def test_streaming_without_rows_is_refused() -> None:
+    with pytest.raises(ValueError, match="how many to take"):
+        ChatSettings(data="owner/set", streaming=True)
