@@ -269,3 +269,76 @@ def test_the_command_writes_a_saved_model_of_transformers(tmp_path: Path) -> Non
     assert "int8: " in done.output
     done = CliRunner().invoke(app, [*words[:4], "--samples", "4", "--overwrite"])
     assert "--samples are records of a task" in str(done.exception)
+
+
+def decoder() -> Any:
+    """A cut decoder whose layers keep different numbers of key-value groups and neurons."""
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"hidden_size": 32, "num_attention_heads": 8, "num_key_value_heads": 4}
+    config = transformers.LlamaConfig(**sizes, num_hidden_layers=2, intermediate_size=48, vocab_size=60, pad_token_id=0)
+    model = transformers.LlamaForCausalLM(config)
+    randomise(model, 3)
+    kept = {"layers.0.self_attn": range(3), "layers.1.self_attn": [2], "layers.0.mlp": range(20)}
+    return upop.shrink(model.eval(), {f"model.{name}": list(entries) for name, entries in kept.items()})
+
+
+def continued(run: Callable[[dict[str, Any]], dict[str, Any]], folder: Path, ids: Tensor, words: int) -> Tensor:
+    """Generate greedily with a graph that takes and gives its cache."""
+    inputs = json.loads((folder / "export.json").read_text())["graphs"]["model"]["inputs"]
+    cache = {
+        name: torch.zeros(len(ids), axes[1], 0, axes[3]).numpy() for name, axes in inputs.items() if "past" in name
+    }
+    new, count = ids, ids.shape[1]
+    for _ in range(words):
+        mask = torch.ones_like(ids)
+        positions = torch.arange(count - new.shape[1], count).expand_as(new)
+        given = {"input_ids": new, "attention_mask": mask, "position_ids": positions}
+        found = run({**{name: value.numpy() for name, value in given.items()}, **cache})
+        cache = {name.replace("present", "past_key_values"): found[name] for name in found if name != "logits"}
+        new = torch.from_numpy(found["logits"])[:, -1:].argmax(-1)
+        ids, count = torch.cat([ids, new], 1), count + 1
+    return ids
+
+
+@pytest.mark.parametrize("format", mostly_slow(["onnx", "openvino"], "onnx"))
+def test_a_cut_decoder_generates_with_its_cache_outside_torch(format: Any, tmp_path: Path) -> None:
+    runtime = pytest.importorskip("onnxruntime", reason="the extra `export` is not installed")
+    model = decoder()
+    folder = upop.export(model, tmp_path / "out", format, cache=True)
+    graph = json.loads((folder / "export.json").read_text())["graphs"]["model"]
+    assert [graph["inputs"][f"past_key_values.{layer}.key"] for layer in (0, 1)] == [
+        ["batch", heads, "past_tokens", 4] for heads in (3, 1)
+    ]
+    assert graph["largest_difference"] <= 1e-4
+    if format == "onnx":
+        session = runtime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
+        names = [output.name for output in session.get_outputs()]
+
+        def run(inputs: dict[str, Any]) -> dict[str, Any]:
+            return dict(zip(names, session.run(names, inputs), strict=True))
+    else:
+        openvino = pytest.importorskip("openvino", reason="the extra `export` is not installed")
+        compiled = openvino.Core().compile_model(folder / "model.xml", "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+
+        def run(inputs: dict[str, Any]) -> dict[str, Any]:
+            found = compiled(inputs)
+            return {name: found[name].copy() for name in graph["outputs"]}
+
+    ids = torch.tensor([[1, 5, 9, 3], [2, 7, 7, 8], [4, 4, 30, 59]])
+    expected = model.generate(ids, max_new_tokens=6, min_new_tokens=6, do_sample=False, eos_token_id=None)
+    assert torch.equal(continued(run, folder, ids, 6), expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("timm", "no model of transformers that generates"),
+        ("clip", "no model of transformers that generates"),
+        ("t5", "has an encoder"),
+    ],
+)
+def test_a_cache_is_refused_where_there_is_none(name: str, why: str, tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime", reason="the extra `export` is not installed")
+    with pytest.raises(SettingError, match=f"{why}.*Export it without"):
+        upop.export(of_library(name), tmp_path / "out", cache=True)
+    assert not any(tmp_path.iterdir())
