@@ -107,9 +107,14 @@ def read(arguments: argparse.Namespace) -> Bench:
         split: str(arguments.data / "annotation" / f"coco_karpathy_{split}.json") for split in ("train", "val", "test")
     }
     given = {
-        **{"data": places["train"], "val_data": places["val"], "test_data": places["test"]},
-        **{"image_root": arguments.data / "images" / "coco", "pretrained": str(arguments.dense)},
-        **{"device": "cpu", "num_workers": 0, "init_lr": arguments.rate},
+        "data": places["train"],
+        "val_data": places["val"],
+        "test_data": places["test"],
+        "image_root": arguments.data / "images" / "coco",
+        "pretrained": str(arguments.dense),
+        "device": "cpu",
+        "num_workers": 0,
+        "init_lr": arguments.rate,
     }
     task = find_task("dual-encoder")
     settings = read_settings(task.settings, _ROOT / "configs" / "shapes" / "dual_encoder.yaml", given)
@@ -127,9 +132,7 @@ def main() -> None:
     """Measure what is missing, and write all of it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dense", type=Path, required=True, help="folder of the dense model")
-    parser.add_argument(
-        "--data", type=Path, required=True, help="folder that `upop data shapes --task retrieval` wrote"
-    )
+    parser.add_argument("--data", type=Path, required=True, help="what `upop data shapes --task retrieval` wrote")
     parser.add_argument("--rows", type=Path, default=Path("output/benchmarks/dual_encoder.jsonl"))
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "dual_encoder_cpu.json")
     parser.add_argument("--steps", type=int, default=150, help="of recovery, those of the search included")
