@@ -15,7 +15,9 @@ from typer.testing import CliRunner
 
 import tiny_dual
 import upop
+from tasks.dual_ranks import gradients_of_half
 from tiers import mostly_slow
+from together import run_together
 from upop.checkpoints.library import open_model
 from upop.checkpoints.model_inputs import processor_in
 from upop.cli import app
@@ -229,3 +231,19 @@ def test_settings_of_memory_and_of_teaching(extra: dict[str, Any], siglip: Path,
     assert compress(TASK, settings_of(**given, **extra)) is not None
     dtype = upop.load(tmp_path / "best").dtype
     assert dtype == (torch.bfloat16 if "precision" in extra else torch.float32)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["clip", "siglip"])
+def test_two_processes_compare_the_pairs_that_one_compares(kind: str, tmp_path: Path) -> None:
+    folder = tiny_dual.save_dual(kind, tmp_path / kind)
+    model, inputs = open_model(folder, AUTOS).model, inputs_of(folder)
+    loss = contrast(model, model(**inputs))
+    loss.backward()
+    torch.save(inputs, tmp_path / "batch.pt")
+    run_together(gradients_of_half, folder, tmp_path / "batch.pt", tmp_path / "found.pt")
+    found = torch.load(tmp_path / "found.pt")
+    torch.testing.assert_close(found["loss"], loss.detach())
+    for name, each in model.named_parameters():
+        if each.grad is not None:
+            torch.testing.assert_close(found["gradients"][name], each.grad, rtol=1e-4, atol=1e-6, msg=name)
