@@ -21,6 +21,7 @@ _MASK = "attention_mask"
 _LEFT_OUT = ("cache", "past_key_values", "encoder_past_key_values", "cache_params")
 """Outputs that are for the next call alone."""
 _MOST = 2**31
+_TRIED = (2, 15)
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,17 @@ def untraceable(model: nn.Module, error: Exception) -> SettingError:
     return SettingError(
         f"torch.export cannot trace this {type(model).__name__}: {type(error).__name__}: {said} Give `example`, "
         "one batch of what it takes, if it was called with the wrong inputs; otherwise run it in PyTorch "
-        "(torch.compile works on compressed models as on others)."
+        f"(torch.compile works on compressed models as on others).{_older_torch()}"
+    )
+
+
+def _older_torch() -> str:
+    """Return what to say where torch is older than those whose torch.export was tried."""
+    known = tuple(int(part) for part in torch.__version__.split(".")[:2])
+    if known >= _TRIED:
+        return ""
+    return (
+        f" torch.export of torch 2.6 fails on most models; this is {torch.__version__}, and 2.15 was tried: update it."
     )
 
 

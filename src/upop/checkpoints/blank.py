@@ -7,7 +7,6 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +15,9 @@ from torch.nn.modules.module import (
     register_module_module_registration_hook,
     register_module_parameter_registration_hook,
 )
-from torch.overrides import TorchFunctionMode
 
 from upop.errors import CheckpointError
+from upop.meta import on_meta
 
 # Parts (modules, parameters, buffers) that a model may have for every tensor of its file, and beside: libraries build
 # some layers twice, and many layers have no weights.
@@ -50,25 +49,8 @@ def outline(build: Callable[[], nn.Module], tensors: int | None = None, source: 
     Raises:
         CheckpointError: the model has too many parts.
     """
-    with drawing_nothing(), _counted(tensors, source), torch.device("meta"):
-        try:
-            return build()
-        except RuntimeError as error:
-            if "meta tensors" not in str(error):
-                raise
-    with drawing_nothing(), _counted(tensors, source), torch.device("meta"), _NumbersOfSchedules():
-        return build()
-
-
-class _NumbersOfSchedules(TorchFunctionMode):
-    """Gives `torch.linspace` memory: constructors of timm before 1.0.20 read drop-path rates from it, one per layer."""
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        """Call a function of torch."""
-        del types
-        return func(*args, **{**(kwargs or {}), **({"device": "cpu"} if func is torch.linspace else {})})
+    with drawing_nothing(), _counted(tensors, source):
+        return on_meta(build)
 
 
 def frame(build: Callable[[], nn.Module], tensors: int | None = None, source: str = "The file") -> nn.Module:

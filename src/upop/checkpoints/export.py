@@ -18,7 +18,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from upop.checkpoints.any_graph import AnyGraph, graph_of_any
+from upop.checkpoints.any_graph import AnyGraph, graph_of_any, untraceable
 from upop.checkpoints.cached_graph import graph_with_cache
 from upop.checkpoints.graphs import FEWEST_TOKENS, Graph, own_graphs
 from upop.errors import SettingError, VerificationError, nearest
@@ -136,8 +136,15 @@ _Runner = Callable[[Sequence[Tensor]], Sequence[Tensor]]
 _Writer = Callable[[nn.Module, Graph, Path], _Runner]
 
 
+def _program(module: nn.Module, graph: Graph) -> torch.export.ExportedProgram:
+    try:
+        return graph.program(module)
+    except Exception as error:  # one of the many of torch.export
+        raise untraceable(module.model, error) from error  # type: ignore[arg-type]
+
+
 def _write_program(module: nn.Module, graph: Graph, file: Path) -> _Runner:
-    torch.export.save(graph.program(module), file)
+    torch.export.save(_program(module, graph), file)
     read = torch.export.load(file).module()
     return lambda inputs: _tensors(read(*inputs))
 
@@ -158,7 +165,7 @@ def _onnx_writer() -> _Writer:
 def _write_onnx(module: nn.Module, graph: Graph, file: Path) -> None:
     try:
         torch.onnx.export(
-            graph.program(module),
+            _program(module, graph),
             (),
             file,
             dynamo=True,

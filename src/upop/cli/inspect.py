@@ -22,6 +22,7 @@ from upop.checkpoints.sizes import dense_skeleton
 from upop.cli import options as o
 from upop.errors import CheckpointError, SettingError, nearest
 from upop.libraries import is_pretrained
+from upop.meta import on_meta
 from upop.models import MODELS, kind_of
 from upop.plain import as_text
 from upop.pruning import survey
@@ -193,8 +194,7 @@ def _dense_sizes(model: nn.Module) -> dict[str, int]:
     kind, plan = kind_of(model), plan_of(model)
     if kind is not None:
         built, _ = MODELS[kind]
-        with torch.device("meta"):
-            return {unit.name: unit.size for unit in survey(built(model.config)).units}
+        return {unit.name: unit.size for unit in survey(on_meta(lambda: built(model.config))).units}
     if is_pretrained(model):
         return {unit.name: unit.size for unit in survey(dense_skeleton(model)).units}
     return dict(plan.sizes) if plan is not None else {}

@@ -7,13 +7,13 @@ from functools import cache, partial
 from typing import Any, Self
 
 import timm
-import torch
 from pydantic import Field, model_validator
 from timm.layers.norm import LayerNorm
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from upop.errors import SettingError, nearest
+from upop.meta import on_meta
 from upop.models.sizes import ModelConfig, check_patches
 
 DEIT_SMALL = "deit_small_patch16_224"
@@ -80,8 +80,7 @@ def architecture_sizes(name: str) -> dict[str, int]:
     Raises:
         SettingError: timm has no such model, or it is of another kind, which has no such sizes.
     """
-    with torch.device("meta"):
-        model = _create(name, {})
+    model = on_meta(lambda: _create(name, {}))
     if not isinstance(model, VisionTransformer):
         raise SettingError(
             f"{name} is a {type(model).__name__}, and only the sizes of timm's VisionTransformer can be read off a "

@@ -33,7 +33,7 @@ def read(model: nn.Module, example: Any) -> tuple[list[Unit], list[Skipped]]:
     """
     home = next((each.device for each in model.parameters() if not each.is_meta), torch.device("cpu"))
     # A model may be read while another one is built on the meta device; a default device makes every call slower.
-    at_home = nullcontext() if home == torch.get_default_device() else home
+    at_home = nullcontext() if home == torch.empty(0).device else home  # before 2.7 torch tells no `with` of a device
     with torch.random.fork_rng(devices=[]), at_home:
         return _read(model, example)
 
