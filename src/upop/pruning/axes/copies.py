@@ -359,39 +359,54 @@ def written_out() -> Iterator[None]:
         log.disabled = told
 
 
-def _drawn(pool: Tensor, like: Tensor, generator: torch.Generator) -> Tensor:
+def _drawn(pool: Tensor, like: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
     """Return numbers of a pool, from a random place on and round it: to draw anew takes most of the time of a copy."""
     start = int(torch.randint(len(pool), (), generator=generator))
-    times = (start + like.numel()) // len(pool) + 1
-    return pool.repeat(times)[start : start + like.numel()].view(like.shape)
+    found = rest = torch.empty(like.numel(), dtype=dtype)
+    while len(rest):
+        part = pool[start : start + len(rest)]
+        rest[: len(part)].copy_(part)
+        rest, start = rest[len(part) :], 0
+    return found.view(like.shape)
 
 
-def numbered(model: nn.Module, dtype: torch.dtype = torch.float64, without: Collection[str] = ()) -> nn.Module:
+def numbered(
+    model: nn.Module,
+    dtype: torch.dtype = torch.float64,
+    without: Collection[str] = (),
+    cut: Collection[str] = (),
+) -> nn.Module:
     """Return a copy with random numbers where the model's own could hide a difference, in `dtype`.
 
     Args:
         model: of which it is a copy.
         dtype: of all parameters and buffers that are no whole numbers.
         without: parameters that nothing reads; they take no memory.
+        cut: tensors that are to be cut: the numbers of buffers among them may all be alike, and are changed a little.
     """
     generator = torch.Generator().manual_seed(0)
     sizes = [each.numel() for each in model.parameters()]
     pool = torch.randn(min(_MOST_DRAWN, max(sizes, default=1)), generator=generator)
     left_out = {id(model.get_parameter(name)) for name in without}
+    met = {id(each) for name, each in model.named_buffers() if name in cut}
 
     def change(tensor: Tensor) -> Tensor:
         if not tensor.is_floating_point():
             return with_memory(tensor).clone()
+        device = "cpu" if tensor.is_meta else tensor.device
         if id(tensor) in left_out:
-            device = "cpu" if tensor.is_meta else tensor.device
             return torch.zeros((), dtype=dtype, device=device).expand(tensor.shape)
         if not isinstance(tensor, nn.Parameter):
-            return with_memory(tensor).to(dtype, copy=True)
-        noise = _drawn(pool, tensor, generator)
+            held = with_memory(tensor).to(dtype, copy=True)
+            if id(tensor) in met:  # variances stay above 0, and what is infinite infinite
+                noise = 0.1 * _drawn(pool, tensor, dtype, generator).abs_().to(device)
+                held.mul_(1 + noise).add_(noise)
+            return held
+        noise = _drawn(pool, tensor, dtype, generator)
         noise *= max(1, math.prod(tensor.shape[1:])) ** -0.5 if tensor.dim() > 1 else 0.3
         if not tensor.is_meta:
-            return noise.to(tensor.device).add_(tensor, alpha=0.5).to(dtype)
-        return (noise if tensor.dim() > 1 else noise + 0.5).to(dtype)
+            return noise.to(device).add_(tensor, alpha=0.5)
+        return noise if tensor.dim() > 1 else noise + 0.5
 
     with torch.no_grad():
         return copied(model, changed(model, change))

@@ -138,11 +138,12 @@ class Proof:
         without = unread(model, trace, still) if resting and self._shapes.mode is not None else set()
         count = sum(each.numel() for name, each in model.named_parameters() if name not in without)
         named = {each.unit.name: each for each in candidates}
+        tensors = {part.tensor for each in candidates for part in each.unit.slices}
 
         def rests(names: frozenset[str]) -> dict[str, list[Any]]:
             return self._still([named[name] for name in names])
 
         for dtype in (torch.float64, torch.float32):
             if 2 * dtype.itemsize * count <= MOST_MEMORY:
-                return Bench(numbered(model, dtype, without), self._example, rests if resting else None)
+                return Bench(numbered(model, dtype, without, tensors), self._example, rests if resting else None)
         return None

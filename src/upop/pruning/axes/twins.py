@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from upop.pruning.alike import likeness
 from upop.pruning.axes.copies import numbered
 from upop.pruning.axes.proof import Bench, at_random
 from upop.pruning.units import Skipped, Unit, tensor_of
@@ -18,8 +19,9 @@ def with_twins(
 ) -> tuple[list[Unit], list[Skipped]]:
     """Return the units of a model that keeps momentum copies of its own parts: the copies are cut with what they copy.
 
-    A copy need not run when the model does. So it is put into the place of what it copies, on numbers of its own, and
-    has to compute the same masked and cut; a unit whose copy does not is left alone.
+    A copy need not run when the model does. One that differs from what it copies in its weights alone computes the
+    same, masked and cut, since units are proved whatever the weights are. Another one is put into the place of what it
+    copies, on numbers of its own, and has to compute the same; a unit whose copy does not is left alone.
 
     Args:
         model: may have an attribute `momentum_twins`: names of modules or parameters -> names of their copies.
@@ -33,7 +35,8 @@ def with_twins(
     own = [unit for unit in units if any(_moved(part.tensor, _turned(twins)) is None for part in unit.producers)]
     skipped = [part for part in skipped if _moved(part.name, _turned(twins)) is None]
     lost = {unit.name: reason for unit in own if (reason := _misfit(model, unit, twins)) is not None}
-    followed = [unit for unit in own if unit.name not in lost and any(_moved(p.tensor, twins) for p in unit.slices)]
+    others = {original: copy for original, copy in twins.items() if not _alike(model, original, copy)}
+    followed = [unit for unit in own if unit.name not in lost and any(_moved(p.tensor, others) for p in unit.slices)]
     lost |= _unproved(model, example, followed, twins)
     return (
         [_with_copies(unit, twins) for unit in own if unit.name not in lost],
@@ -66,6 +69,15 @@ def _misfit(model: nn.Module, unit: Unit, twins: Mapping[str, str]) -> str | Non
         if not same:
             return f"its momentum copy has no {copy} of the same shape"
     return None
+
+
+def _alike(model: nn.Module, original: str, copy: str) -> bool:
+    """Whether a part of a model and its copy differ in their weights alone."""
+    try:
+        kinds = [likeness(model.get_submodule(name)) for name in (original, copy)]
+    except AttributeError:  # a parameter, or nothing
+        return original in dict(model.named_parameters(remove_duplicate=False))
+    return None not in kinds and kinds[0] == kinds[1]
 
 
 def _unproved(model: nn.Module, example: Any, units: list[Unit], twins: Mapping[str, str]) -> dict[str, str]:
