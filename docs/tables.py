@@ -210,25 +210,36 @@ def calibrate_ranking() -> str:
     )
 
 
-def real(model: str) -> str:
-    """Return the table of the ways to cut a pretrained model, mean and standard deviation over seeds."""
+def real(model: str, steps: int = 0) -> str:
+    """Return the table of the ways to cut a pretrained model, mean and standard deviation over seeds.
+
+    Args:
+        model: as benchmarks/real/compare.py calls it.
+        steps: of training after the cut.
+    """
     cells = read(f"real_compare_{model}_cpu")["cells"]
     dense = next(cell for cell in cells if cell["way"] == "dense")
-    cut = [cell for cell in cells if cell["way"] != "dense"]
+    cut = [cell for cell in cells if cell.get("steps") == steps]
     ratios = sorted({cell["ratio"] for cell in cut})
+    usual = statistics.mode(cell["batches"] for cell in cut)
 
-    def value(way: str, ratio: float) -> str:
-        found = [cell["quality"] for cell in cut if (cell["way"], cell["ratio"]) == (way, ratio)]
+    def value(way: str, batches: int, ratio: float) -> str:
+        asked = way, batches, ratio
+        found = [cell["quality"] for cell in cut if (cell["way"], cell["batches"], cell["ratio"]) == asked]
         if not found or None in found:
             return "-"
         if len(found) == 1:
-            return f"{found[0]:.1f}"
-        return f"{statistics.mean(found):.1f} ± {statistics.stdev(found):.1f} ({len(found)})"
+            return f"{found[0]:,.1f}"
+        return f"{statistics.mean(found):,.1f} ± {statistics.stdev(found):.1f} ({len(found)})"
 
-    ways = dict.fromkeys(cell["way"] for cell in sorted(cut, key=lambda cell: not cell["way"].startswith("upop")))
+    def order(cell: dict[str, Any]) -> tuple[bool, bool]:
+        return not cell["way"].startswith("upop"), cell["batches"] != usual
+
+    rows = dict.fromkeys((cell["way"], cell["batches"]) for cell in sorted(cut, key=order))
+    told = {(way, batches): way + ("" if batches == usual else f", {batches} batches") for way, batches in rows}
     return markdown(
         [f"{dense['metric']}, dense {dense['quality']:.1f}", *(f"{100 * ratio:g} % removed" for ratio in ratios)],
-        [[way, *(value(way, ratio) for ratio in ratios)] for way in ways],
+        [[name, *(value(*row, ratio) for ratio in ratios)] for row, name in told.items()],
     )
 
 
