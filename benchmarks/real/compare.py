@@ -43,7 +43,8 @@ from upop.pruning.costs import entry_costs
 
 RESULTS = Path(__file__).parents[1] / "results"
 OURS = "upop, calibrate"
-ONCE = "upop, calibrate in one cut"
+STAGES = {OURS: None, "upop, calibrate in one cut": 1, "upop, calibrate in eight stages": 8}
+"""How many stages ours have; None is the default."""
 DEPTH = "depth by similarity"
 TORCH_PRUNING = {"Torch-Pruning L2": False, "Torch-Pruning Taylor": True}
 RATIOS = (0.1, 0.2, 0.3, 0.5)
@@ -194,7 +195,7 @@ def compressed(
 
     Args:
         subject: the model.
-        way: `OURS`, `ONCE` (one stage), "magnitude", one of `TORCH_PRUNING`, of `WAYS`, or depth.
+        way: one of `STAGES`, "magnitude", one of `TORCH_PRUNING`, of `WAYS`, or depth.
         ratio: share of the prunable parameters that goes.
         seed: which samples are seen.
         batches: how many of them.
@@ -203,10 +204,9 @@ def compressed(
     Raises:
         UnsupportedError: the way cannot cut this model.
     """
-    if way in (OURS, ONCE):
+    if way in STAGES:
         model = copy.deepcopy(subject.model)
-        options: dict[str, Any] = {"stages": 1} if way == ONCE else {}
-        upop.calibrate(model, subject.batches(seed, batches), ratio, loss=subject.loss, **options)
+        upop.calibrate(model, subject.batches(seed, batches), ratio, loss=subject.loss, stages=STAGES[way])
         return model
     if way == DEPTH:
         return without_layers(subject.model, subject.stack, seen(), ratio)
@@ -241,7 +241,7 @@ def recover(subject: Subject, model: nn.Module, steps: int, seed: int) -> None:
 def ways(subject: Subject) -> list[str]:
     """Return the ways that are compared on a model, the cheapest first."""
     others = [way for way in WAYS if subject.stack or not WAYS[way].mlp_alone]
-    return ["magnitude", *others, *([DEPTH] if subject.stack else []), ONCE, OURS, *TORCH_PRUNING]
+    return ["magnitude", *others, *([DEPTH] if subject.stack else []), OURS, *TORCH_PRUNING]
 
 
 def measured(

@@ -40,6 +40,17 @@ def test_the_budget_is_met_and_the_plan_fits_the_dense_model(case: Family) -> No
     assert shapes[0] == shapes[1]
 
 
+@pytest.mark.parametrize(
+    ("asked", "stages"),
+    [({"ratio": 0.2}, 1), ({"ratio": 0.5}, 3), ({"target": {"params": 0.9}}, 1), ({"target": {"params": 0.5}}, 7)],
+    ids=str,
+)
+def test_the_more_goes_the_more_stages(asked: dict[str, Any], stages: int) -> None:
+    model = VIT.build()
+    plan = upop.calibrate(model, batches(VIT, 2), **asked, loss=loss, correct=False, verify=False)
+    assert plan.settings["stages"] == stages
+
+
 @both
 def test_without_correction_it_is_the_cut_of_its_plan(case: Family) -> None:
     model, dense = case.build(), case.build()

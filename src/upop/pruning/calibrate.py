@@ -6,6 +6,7 @@ of the cut; the layers that read what was cut are corrected over the same batche
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -44,6 +45,10 @@ from upop.pruning.units import Unit, tensor_of
 from upop.pruning.verify import tensors_of
 
 Loss = Callable[[nn.Module, Any], Tensor]
+_MOST = 0.25
+"""Share of what there is that a stage takes at most, by default."""
+_NEARLY_ALL = 0.99
+"""All but the last entry of every unit is taken in as many stages as this share."""
 
 
 def calibrate(
@@ -54,7 +59,7 @@ def calibrate(
     target: Target | None = None,
     profile: Profile | None = None,
     loss: Loss | None = None,
-    stages: int = 8,
+    stages: int | None = None,
     correct: Correct = "auto",
     ridge: float | None = None,
     cost: Cost = "params",
@@ -92,7 +97,9 @@ def calibrate(
         loss: (model, batch) -> the mean loss of the batch, a scalar. By default the `loss` that the model's outputs
             carry (as transformers' do when they are given labels); or else an entry matters as much as the outputs
             would move without it, by the gradients of random projections of them.
-        stages: in so many equal parts the cost is removed; scores and corrections are made anew for each.
+        stages: in so many parts the cost is removed, each of them the same share of what there is; scores and
+            corrections are made anew for each. By default as many as it takes for no part to be more than a quarter:
+            one for a ratio of up to 0.25, three for 0.5, five for 0.75.
         correct: False only cuts. "auto" holds at most a quarter of the weights' bytes on the model's device for the
             correction (on the CPU 256 MiB where that is more): the rest waits on the CPU, or the model runs once more
             for every few layers. True holds what all layers are given at once, at most 2 n^2 numbers for n inputs.
@@ -131,7 +138,8 @@ def calibrate(
     refuse_unrecordable(model)
     batches = listed(batches)
     check_loss(loss, batches)
-    check_whole("stages", stages)
+    if stages is not None:
+        check_whole("stages", stages)
     check_uniform(uniform)
     check_depth(depth)
     check_correct(correct)
@@ -156,6 +164,7 @@ def calibrate(
         branches = branches_of(model, dense, _inputs(model, kept_call, example), layers if uniform else None)
     called = batches[0] if example is None and loss is None else example
     goal.begin(model, dense, costs, align, called, towers, branches)
+    parts = stage_parts(goal.asked_share, stages)
     names = {unit.name for unit in dense}
     kept = {unit.name: torch.arange(unit.size) for unit in dense}
     undo: list[Assignment] = []
@@ -163,11 +172,11 @@ def calibrate(
     before = Dense(model, dense)
     observing = _Observing(model, batches, loss or _own_loss, scorer, correct)
     try:
-        for stage in range(1, stages + 1):
+        for part in parts:
             stand = [unit for unit in find_units(model) if unit.name in names]
             with observing.of(stand) as (scores, moments):
                 # What the loss would lose is comparable as it is; standardised, what ranks first depends on the tails.
-                marked = goal.select(stand, scores, costs, stage / stages, align, standardised=False).marked
+                marked = goal.select(stand, scores, costs, part, align, standardised=False).marked
                 if correct:
                     live = {name: torch.ones_like(gone) for name, gone in marked.items()}
                     changed = correct_readers(moments, model, stand, live, marked, correct, ridge)
@@ -189,7 +198,7 @@ def calibrate(
         {name: entries.tolist() for name, entries in kept.items()},
         method="calibrate",
         **goal.told({name: len(entries) for name, entries in kept.items()}),
-        stages=stages,
+        stages=len(parts),
         correct=bool(correct),
         cost=described,
         align=align,
@@ -198,6 +207,21 @@ def calibrate(
     )
     record_cut(model, plan)
     return plan
+
+
+def stage_parts(share: float, stages: int | None = None) -> list[float]:
+    """Return which part of the way is gone after each stage, the last of them 1.
+
+    Every stage takes the same share of what there is.
+
+    Args:
+        share: of the cost that goes in all, in (0, 1].
+        stages: how many; by default as many as it takes for none to take more than `_MOST`.
+    """
+    share = min(share, _NEARLY_ALL)
+    if stages is None:
+        stages = max(1, math.ceil(math.log1p(-share) / math.log1p(-_MOST) - 1e-9))
+    return [(1 - (1 - share) ** (stage / stages)) / share for stage in range(1, stages)] + [1.0]
 
 
 def _first_call(model: nn.Module, batch: Any, loss: Loss | None) -> Kept:

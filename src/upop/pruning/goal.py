@@ -52,6 +52,11 @@ class Goal:
         target: what is left of the whole model.
         profile: of the machine, for a target in milliseconds.
 
+    Attributes:
+        ratio: as it was asked for, or None.
+        limits: of the target.
+        asked_share: the ratio, or how far the target goes towards all that can go, in (0, 1]; `begin` tells that.
+
     Raises:
         SettingError: neither or both are given, or one cannot be read.
     """
@@ -65,6 +70,7 @@ class Goal:
             )
         self.ratio = None if ratio is None else check_ratio(ratio)
         self.limits = () if target is None else read_target(target)
+        self.asked_share = self.ratio or 0.0
         self._bounds: tuple[Bound, ...] = ()
         self._whole = 0.0
         self._parameters: Quantity | None = None
@@ -119,8 +125,7 @@ class Goal:
         if all(bound.most >= bound.quantity.whole for bound in self._bounds):
             have = " and ".join(f"{_number(bound.quantity.whole)} {bound.limit.words}" for bound in self._bounds)
             raise SettingError(f"Nothing has to go for {self}: the model has {have}. Ask for less than that.")
-        for bound in self._bounds:
-            reach.check(bound)
+        self.asked_share = max(reach.check(bound) for bound in self._bounds)
         self._depth = self._priced(units, costs, branches)
 
     def _priced(self, units: Sequence[Unit], costs: Mapping[str, float], branches: Sequence[tuple[str, ...]]) -> Depth:
@@ -278,8 +283,8 @@ class _Reach:
             found.append(f"depth=True (whole branches may go{most})")
         return [*found, "more units, where include= or exclude= leaves some out"]
 
-    def check(self, bound: Bound) -> None:
-        """Raise unless a limit can be reached, and within the tolerance."""
+    def check(self, bound: Bound) -> float:
+        """Return how far a limit goes towards all that can go, in [0, 1], or raise unless it can be reached closely."""
         dense, words, limit = bound.quantity.whole, bound.limit.words, bound.limit
         groups = [
             (group, removable_blocks(group[0], self.align, tower)) for group, tower in together(self.units, self.towers)
@@ -299,8 +304,9 @@ class _Reach:
                 f"{_number(dense)}. Ask for {limit.kind}={_share(floor, dense):g} or more. What would go further: "
                 f"{', or '.join(self.wider(bound))}. Embeddings, heads, norms and biases are in no unit, and stay."
             )
+        asked = max(0.0, dense - bound.most) / max(dense - floor, 1e-9 * dense)
         if isinstance(bound.quantity, Latency):
-            return  # a device may take no note of anything smaller than its own steps
+            return asked  # a device may take no note of anything smaller than its own steps
         finest = {
             dense - bound.quantity.at({unit.name: unit.size - blocks[-1] for unit in group})
             for group, blocks in groups
@@ -308,11 +314,11 @@ class _Reach:
         } - {0}
         smallest = min(finest, default=0)
         if smallest <= _TOLERANCE * dense:
-            return
+            return asked
         counts = _reachable(bound, groups)
         below = max((each for each in counts if each <= bound.most + 1e-9 * dense), default=-math.inf)
         if bound.most - below <= _TOLERANCE * dense:
-            return
+            return asked
         entries = max(entries_in_block(unit, self.align) for unit in self.units)
         above = min((each for each in counts if bound.most < each < dense), default=-math.inf)
         near = " or ".join(f"{_share(each, dense):g}" for each in (below, above) if each > 0)
