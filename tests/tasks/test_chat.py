@@ -14,11 +14,12 @@ from PIL import Image
 import upop
 import vlms
 from upop.cli import main
-from upop.errors import UPopError
+from upop.errors import SettingError, UPopError
 from upop.examples import Examples
 from upop.tasks import find_task
 from upop.tasks.answer_scores import anls, answer_scores
 from upop.tasks.chat import ChatSettings, chat_format
+from upop.tasks.prune import prune, task_for, towers
 from upop.tasks.verbs import compress, evaluate_checkpoint
 
 COLOURS = ("red", "green", "blue")
@@ -121,3 +122,56 @@ def test_scores_of_answers() -> None:
 def test_streaming_without_rows_is_refused() -> None:
     with pytest.raises(ValueError, match="how many to take"):
         ChatSettings(data="owner/set", streaming=True)
+
+
+def test_prune_without_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, data = vlms.llama(tmp_path / "model"), rows(tmp_path / "data", images=False)
+    command = ["upop", "prune", str(model), "--data", str(data), "--ratio", "0.4", "--out", str(tmp_path / "small")]
+    monkeypatch.setattr("sys.argv", [*command, "--samples", "8", "--device", "cpu", "--set", "max_new_tokens=3"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    shown = capsys.readouterr().out
+    assert ended.value.code == 0 and "one-shot" in shown and "perplexity" in shown
+    small = upop.load(tmp_path / "small")
+    assert upop.count_parameters(small) < upop.count_parameters(upop.load(model))
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "small").chat_template == vlms.TURN
+    assert "one-shot" in (tmp_path / "small" / "README.md").read_text()
+    monkeypatch.setattr("sys.argv", [*command[:-1], str(tmp_path / "none"), "--dry-run"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 0 and "recovery by LoRA" in capsys.readouterr().out
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", sorted(vlms.FAMILIES))
+def test_every_family_is_pruned_saved_loaded_and_writes_the_same(family: str, tmp_path: Path) -> None:
+    model = vlms.FAMILIES[family](tmp_path / "model")
+    data = rows(tmp_path / "data", images=family != "llama")
+    task = task_for(model)
+    assert task.name == "chat"
+    results = prune(task, settings(model, data, tmp_path / "small"), samples=8)
+    dense, pruned = results.models
+    assert pruned.parameters < dense.parameters
+    one = upop.load(tmp_path / "small")
+    kind = getattr(transformers, type(one).__mro__[0].__name__)
+    other = kind.from_pretrained(tmp_path / "small").eval()
+    batch = task.example(mark(one, tmp_path / "small"), 1)
+    asked = {name: value for name, value in batch.items() if name != "decoder_input_ids"}
+    written = [each.generate(**asked, max_new_tokens=4, do_sample=False) for each in (one, other)]
+    assert torch.equal(*written)
+    again = compress(task, settings(tmp_path / "model", data, tmp_path / "out", batch_size_train=4))
+    assert again is not None and again.models[1].parameters < again.models[0].parameters
+
+
+def test_towers_are_included_by_name(tmp_path: Path) -> None:
+    model = upop.load(vlms.smolvlm(tmp_path / "model"))
+    modalities = {name: group.modality for group in upop.find_units(model) for name in [group.name]}
+    for tower, modality in (("vision", "vision"), ("text", "text")):
+        found = towers(model, [tower])
+        assert found and {modalities[name] for name in found} == {modality}
+    assert towers(model, []) is None
+    with pytest.raises(SettingError, match="its groups are of text"):
+        towers(upop.load(vlms.llama(tmp_path / "words")), ["vision"])

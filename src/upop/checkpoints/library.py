@@ -165,6 +165,22 @@ def _of_transformers(path: Path, autos: Sequence[str], *, fresh: bool, changes: 
     return Opened(model, path, "transformers", tuple(lacking))
 
 
+def class_named(path: Path) -> str:
+    """Return the name of the class of the model in a folder of transformers, or of ours."""
+    if is_folder(path):
+        return read_description(path).kind.rpartition(".")[2]
+    from upop.checkpoints import transformers_models as library
+
+    if not is_transformers_folder(path):
+        open_model(path)  # which says what is wrong
+    return (library.architectures(path, read_config(path)) or ["model without a name"])[0]
+
+
+def classes_of(autos: Iterable[str]) -> frozenset[str]:
+    """Return the names of transformers' classes that some of its Auto classes stand for."""
+    return frozenset(_classes_of(autos).values())
+
+
 def _classes_of(autos: Iterable[str]) -> dict[tuple[str, str], str]:
     """Return (Auto class, type of model) -> name of the class, of all of these Auto classes."""
     import transformers

@@ -57,6 +57,11 @@ class _Commands(LaterGroup):
             "Measure what a model's layers take here, by kind and size, for --target latency=0.5 or latency=12ms",
             "upop profile deit_small_patch16_224 --batch 16 --out profile.json",
         ),
+        "prune": Later(
+            "upop.cli.prune",
+            "Prune a model of transformers or open_clip without training, and show what it lost",
+            "upop prune HuggingFaceTB/SmolVLM-256M-Instruct --data chats.jsonl --ratio 0.25",
+        ),
         "recipes": Later("upop.cli.recipes", "List every published run", "upop recipes"),
         "report": Later(
             "upop.cli.report",

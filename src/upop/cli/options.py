@@ -292,6 +292,13 @@ def _model_flag(kind: type[RunSettings], flags: Mapping[str, Any]) -> dict[str, 
     return {name: value for name, value in flags.items() if name != "architecture"} | {"pretrained": model}
 
 
+def quiet_libraries() -> None:
+    """Keep the bars of transformers, one for every file that it reads or writes, off the screen."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+
+
 def columns(assignments: Sequence[str] | None) -> dict[str, dict[str, str] | None]:
     """Return the setting that `--column WHAT=NAME` stands for.
 

@@ -54,6 +54,7 @@ def train(
 ) -> None:
     """Train or fine-tune a dense model."""
     found = find_task(task)
+    o.quiet_libraries()
     run_train(found, o.read(context, found.settings, config, assign, also={**o.sharding(fsdp), **o.columns(column)}))
 
 
@@ -98,6 +99,7 @@ def compress(
 ) -> None:
     """Search, shrink, retrain and evaluate."""
     found = find_task(task)
+    o.quiet_libraries()
     settings = o.read(context, found.settings, config, assign, also={**o.sharding(fsdp), **o.columns(column)})
     if interval is not None and settings.method != "reference":
         raise SettingError(
@@ -133,6 +135,7 @@ def evaluate(
 ) -> None:
     """Evaluate a checkpoint, dense or compressed."""
     found = find_task(task)
+    o.quiet_libraries()
     settings = o.read(context, found.settings, config, assign, also=o.columns(column))
     evaluate_checkpoint(found, settings.as_evaluated() if isinstance(settings, RowSettings) else settings)
 

@@ -163,6 +163,7 @@ class ChatTask(Task[ChatSettings]):
     splits: ClassVar[Mapping[str, str]] = {"train": "train", "val": "val", "test": "test"}
     settings: ClassVar[type[RunSettings]] = ChatSettings
     model_prepares: ClassVar[bool] = True
+    autos: ClassVar[tuple[str, ...]] = AUTOS
 
     def build(self, settings: ChatSettings) -> nn.Module:
         """There is no model without a checkpoint: its processor and template come with it."""

@@ -13,7 +13,13 @@ from upop.training.task import Task
 
 
 def story_of(
-    task: Task[Any], settings: RunSettings, results: Results, command: str, changed: Sequence[str] = ()
+    task: Task[Any],
+    settings: RunSettings,
+    results: Results,
+    command: str,
+    changed: Sequence[str] = (),
+    *,
+    trained: bool = True,
 ) -> Story:
     """Return what a compression run knows of its model.
 
@@ -23,6 +29,7 @@ def story_of(
         results: of the run; the model is the last one.
         command: as it was typed.
         changed: what was not as it had been when the run was resumed.
+        trained: whether the model was trained after it was cut, or while it was.
     """
     cells = table_cells(results)
     columns = list(next(iter(cells.values())))
@@ -30,12 +37,15 @@ def story_of(
         f"data ({name})": str(value) for name, value in settings if isinstance(value, Path) and name != "output_dir"
     }
     epochs = settings.all_epochs
-    if settings.method == "reference":
+    if not trained:
+        facts |= {"training": "none", "seed": str(settings.seed)}
+    elif settings.method == "reference":
         facts |= {"epochs of search": str(settings.search_epochs)}
         facts |= {"epochs of retraining": str(settings.retraining_epochs)}
     else:
         facts |= {f"epochs of {'search and ' if settings.method == 'upop' else ''}retraining": str(epochs)}
-    facts |= {"method": settings.method, "seed": str(settings.seed)}
+    if trained:
+        facts |= {"method": settings.method, "seed": str(settings.seed)}
     facts |= {"changed while it was trained": "; ".join(changed)} if changed else {}
     found = {metric for split in results.models[-1].metrics.values() for metric in split}
     return Story(

@@ -1,0 +1,90 @@
+"""`upop prune`: a smaller model by one command, without training."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from upop.checkpoints.hub import local_path
+from upop.cli import options as o
+from upop.errors import SettingError
+from upop.plain import as_text
+from upop.report.results import results_table
+from upop.tasks.estimate import estimate
+from upop.tasks.prune import prune as run_prune
+from upop.tasks.prune import task_for
+from upop.tasks.row_settings import RowSettings
+from upop.training.memory import told_bytes
+
+_RATIO = 0.25
+
+
+def prune(
+    context: typer.Context,
+    source: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A folder of transformers or open_clip, a hub name, or our output.")
+    ],
+    data: o.Data = None,
+    ratio: Annotated[
+        float | None,
+        typer.Option("--ratio", parser=o.as_ratio, metavar="<float>", help="Share of what can go. [default: 0.25]"),
+    ] = None,
+    target: o.Target = None,
+    out: Annotated[Path | None, typer.Option(help="Folder to write. [default: MODEL-pruned, here]")] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Samples that say what matters.")] = 128,
+    include: Annotated[
+        list[str] | None,
+        typer.Option(help="vision, text, projector, or a pattern of groups; repeatable. [default: all]"),
+    ] = None,
+    exclude: Annotated[list[str] | None, typer.Option(help="A pattern of groups that stay whole; repeatable.")] = None,
+    val_data: o.ValData = None,
+    image_root: o.ImageRoot = None,
+    column: o.ColumnNames = None,
+    rows: o.RowCount = None,
+    batch_size_train: o.BatchSize = None,
+    uniform: o.Uniform = None,
+    round_to: Annotated[
+        str | None, typer.Option("--round-to", metavar="N", help="Kept channels are multiples of this.")
+    ] = None,
+    device: o.DeviceName = None,
+    seed: o.Seed = None,
+    allow_outside: o.AllowOutside = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what it takes of memory, and do nothing.")] = False,
+    overwrite: o.Overwrite = False,
+    assign: o.Set = None,
+) -> None:
+    """Prune a model of transformers or open_clip without training, and show what it lost."""
+    console = Console(highlight=False, soft_wrap=True)
+    o.quiet_libraries()
+    path = local_path(source)
+    task = task_for(path)
+    place = out if out is not None else Path(f"{path.name}-pruned")
+    also: dict[str, Any] = {**o.columns(column), "pretrained": source, "output_dir": place, "align": round_to}
+    beneath: dict[str, Any] = {"ratio": _RATIO} if ratio is None and target is None else {}
+    settings = o.read(context, task.settings, None, assign, also=also, beneath={"num_workers": 0, **beneath})
+    assert isinstance(settings, RowSettings)
+    if settings.method != "upop":
+        raise SettingError(f"upop prune has no method {settings.method}; upop compress {task.name} has.")
+    if dry_run:
+        console.print(as_text(estimate(task, settings).told()))
+        return
+    results = run_prune(
+        task,
+        settings,
+        samples=samples,
+        include=include or (),
+        exclude=exclude or (),
+        overwrite=overwrite,
+        command=shlex.join(["upop", *sys.argv[1:]]),
+        say=lambda line: console.print(as_text(line)),
+    )
+    console.print(results_table(results))
+    dense, pruned = (result.parameters for result in results.models)
+    size = sum(file.stat().st_size for file in place.glob("*.safetensors"))
+    console.print(as_text(f"{told_bytes(size * dense // pruned)} of weights became {told_bytes(size)}."))
+    console.print(as_text(f"Written to {place}. From Python: upop.load({str(place)!r})"))

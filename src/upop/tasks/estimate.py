@@ -1,0 +1,191 @@
+"""How much memory pruning and recovery take on one device, from a checkpoint's shapes and the longest samples.
+
+Nothing of the model is loaded. What tensors a step holds is counted by kind: weights, gradients, the optimizer's state,
+the dense model that teaches, activations, logits of answers. What kernels take for themselves is not counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from upop.checkpoints.config_json import is_transformers_folder, read_config
+from upop.checkpoints.hub import local_path
+from upop.checkpoints.read import read_outline
+from upop.errors import SettingError
+from upop.tasks.row_settings import RowSettings
+from upop.training.loaders import first_records, make_loader
+from upop.training.memory import told_bytes
+from upop.training.task import Task
+
+_HIDDEN = ("hidden_size", "d_model", "embed_dim")
+_LAYERS = ("num_hidden_layers", "depth", "encoder_layers")
+_INNER = ("intermediate_size", "encoder_ffn_dim", "mlp_dim")
+_PER_HIDDEN, _PER_INNER = 10, 4
+"""Numbers that a layer keeps for its backward pass, for each token, as multiples of its hidden and inner width."""
+_OPTIMIZER = {"adamw": None, "adamw8bit": 1, "paged_adamw8bit": 0}
+"""Bytes of each of the optimizer's two states for a weight: None is those of the weight; paged ones wait on the CPU."""
+_CORRECTED = 0.25
+
+
+@dataclass(frozen=True)
+class Tower:
+    """A stack of layers: how many, how wide, and how many tokens of a batch go through it."""
+
+    layers: int
+    hidden: int
+    inner: int
+    tokens: int
+
+    def kept(self, size: int, *, recomputed: bool) -> int:
+        """Return the bytes of activations for the backward pass; `size` is that of a number."""
+        layer = self.tokens * (_PER_HIDDEN * self.hidden + _PER_INNER * self.inner) * size
+        return self.layers * self.tokens * self.hidden * size + layer if recomputed else self.layers * layer
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What one device holds at most.
+
+    Attributes:
+        parameters: of the dense model.
+        size: bytes of a weight.
+        towers: of the model, with the tokens of a batch.
+        logits: bytes of the logits of a batch's answers, and what their loss keeps.
+        largest: bytes of the largest weight.
+        state: bytes that the optimizer keeps for a weight.
+        batch: samples in a forward pass.
+        recomputed: whether activations are computed again (grad_checkpointing).
+        teacher: whether the dense model teaches.
+    """
+
+    parameters: int
+    size: int
+    towers: tuple[Tower, ...]
+    logits: int
+    largest: int
+    state: float
+    batch: int
+    recomputed: bool
+    teacher: bool
+
+    @property
+    def weights(self) -> int:
+        """Bytes of the dense model."""
+        return self.parameters * self.size
+
+    def one_shot(self) -> int:
+        """Return the bytes of pruning without training: gradients go as they become scores."""
+        activations = sum(tower.kept(self.size, recomputed=True) for tower in self.towers)
+        return int(self.weights * (1 + _CORRECTED)) + self.largest + activations + self.logits
+
+    def recovery(self, *, adapters: bool) -> int:
+        """Return the bytes of training: of all weights, or of adapters (LoRA) beside them."""
+        activations = sum(tower.kept(self.size, recomputed=self.recomputed) for tower in self.towers)
+        trained = 0.01 if adapters else 1.0
+        learned = int(trained * self.parameters * (self.size + self.state))
+        taught = self.weights if self.teacher else 0
+        return self.weights + learned + taught + activations + self.logits
+
+    def told(self) -> str:
+        """Return it as lines for a person."""
+        kinds = {4: "float32", 2: "bfloat16"}
+        tokens = " + ".join(f"{tower.tokens:,}" for tower in self.towers)
+        again = "computed again" if self.recomputed else "kept (--grad-checkpointing computes them again)"
+        taught = ", the dense model teaching" if self.teacher else ""
+        full, adapted = (told_bytes(self.recovery(adapters=adapters)) for adapters in (False, True))
+        kind = kinds.get(self.size, f"{self.size} bytes each")
+        lines = [
+            f"{self.parameters / 1e6:,.1f} M parameters, {told_bytes(self.weights)} in {kind}",
+            f"a batch of {self.batch} has {tokens} tokens",
+            f"pruning without training (upop prune): {told_bytes(self.one_shot())}",
+            f"recovery of all weights{taught}: {full}; activations are {again}",
+            f"recovery by LoRA{taught}: {adapted}",
+            "An estimate for one device, of tensors alone; kernels and fragments take some more.",
+        ]
+        return "\n".join(lines)
+
+
+def estimate(task: Task[Any], settings: RowSettings) -> Estimate:
+    """Return how much memory the model in `pretrained` takes with batches of `data`.
+
+    Raises:
+        SettingError: no model is named, or it is none of transformers.
+        DataError: the data cannot be used.
+    """
+    if not settings.pretrained:
+        raise SettingError("Which model is not said. Give a folder or a name on the hub (--model).")
+    path = local_path(settings.pretrained)
+    if not is_transformers_folder(path):
+        raise SettingError(f"{path} is no folder of transformers, whose configuration says how wide its layers are.")
+    shapes = _shapes(path)
+    sizes = {"float32": 4, "bfloat16": 2}
+    precision = getattr(settings, "precision", "auto")
+    size = sizes.get(precision) or max(value.element_size() for value in shapes.values())
+    batch = first_records(make_loader(task, settings, "train"), settings.batch_size_train)
+    state = _OPTIMIZER[getattr(settings, "optimizer", "adamw")]
+    return Estimate(
+        parameters=sum(value.numel() for value in shapes.values()),
+        size=size,
+        towers=_towers(read_config(path), batch),
+        logits=_logits(read_config(path), batch, size),
+        largest=max(value.numel() for value in shapes.values()) * size,
+        state=2 * (size if state is None else state),
+        batch=min(settings.batch_size_train, len(next(iter(batch.values())))),
+        recomputed=settings.grad_checkpointing,
+        teacher=any(task.teaching(settings).values()),
+    )
+
+
+def _shapes(path: Path) -> dict[str, Tensor]:
+    from upop.checkpoints.transformers_models import weight_files
+
+    return {name: value for file in weight_files(path) for name, value in read_outline(file).items()}
+
+
+def _towers(config: Mapping[str, Any], batch: Mapping[str, Tensor]) -> tuple[Tower, ...]:
+    """Return the towers that a configuration describes, each with the tokens of a batch."""
+    parts = [config.get("vision_config"), config.get("text_config") or config]
+    tokens = [_patches(parts[0] or config, batch), batch["input_ids"].numel() if "input_ids" in batch else 0]
+    if "input_ids" not in batch:  # a model of images alone
+        parts, tokens = [config], tokens[:1]
+    return tuple(
+        Tower(layers, hidden, inner, count)
+        for part, count in zip(parts, tokens, strict=True)
+        if part and count
+        for layers, hidden, inner in [_widths(part)]
+    )
+
+
+def _widths(part: Mapping[str, Any]) -> tuple[int, int, int]:
+    hidden = _number(part, *_HIDDEN) or 768
+    layers = _number(part, *_LAYERS) or 12
+    return layers, hidden, _number(part, *_INNER) or 4 * hidden
+
+
+def _number(part: Mapping[str, Any], *names: str) -> int | None:
+    found = [part[name] for name in names if part.get(name) is not None]
+    value = found[0][-1] if found and isinstance(found[0], list) else found[0] if found else None
+    return value if isinstance(value, int) else None
+
+
+def _patches(part: Mapping[str, Any], batch: Mapping[str, Tensor]) -> int:
+    images = batch.get("pixel_values")
+    if images is None:
+        return 0
+    if images.dim() == 2:  # patches in a row, as Qwen's
+        return images.shape[0]
+    side = _number(part, "patch_size") or 16
+    return images.numel() // images.shape[-3] // side**2
+
+
+def _logits(config: Mapping[str, Any], batch: Mapping[str, Tensor], size: int) -> int:
+    if "labels" not in batch or batch["labels"].dim() != 2:
+        return 0
+    words = _number(config.get("text_config") or config, "vocab_size") or _number(config, "vocab_size") or 0
+    places = int((batch["labels"] >= 0).any(0).sum()) * len(batch["labels"])
+    return places * words * (size + 2 * 4)

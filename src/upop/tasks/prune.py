@@ -1,0 +1,176 @@
+"""Pruning without training: a few samples say what matters, and the layers that read the rest make up for it."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import upop.checkpoints.speaking  # noqa: F401 - a search with uniform="tower" asks libraries
+from upop.checkpoints import save
+from upop.checkpoints.card import write_card
+from upop.checkpoints.library import layout_of
+from upop.errors import CheckpointError, SettingError
+from upop.files import check_folder
+from upop.machine import machine
+from upop.pruning import calibrate, count_parameters, find_units
+from upop.report.latency import measure_latency
+from upop.report.results import ModelResult, Results
+from upop.tasks import TASKS
+from upop.tasks.row_settings import RowSettings
+from upop.tasks.story import story_of
+from upop.training.devices import align_for, make_accelerator, to_device
+from upop.training.evaluation import evaluate
+from upop.training.loaders import make_loader
+from upop.training.task import Task
+
+TOWERS = {"vision": "vision", "text": "text", "language": "text", "projector": "other", "other": "other"}
+"""What `--include` calls the parts of a model -> the modality of their groups."""
+
+
+def task_for(path: Path) -> Task[Any]:
+    """Return the task that a model is for, as its class tells: it writes texts, names classes, or embeds.
+
+    Args:
+        path: a folder of transformers, of open_clip, or an output of ours.
+
+    Raises:
+        CheckpointError: it is none of these.
+    """
+    from upop.checkpoints.library import class_named, classes_of
+
+    if layout_of(path) == "open_clip":
+        return TASKS["dual-encoder"]
+    name = class_named(path)
+    for task in (TASKS[each] for each in ("chat", "image-classification", "dual-encoder")):
+        if name in classes_of(task.autos):  # type: ignore[attr-defined]
+            return task
+    raise CheckpointError(
+        f"{path} holds a {name}, which neither writes texts nor names classes nor embeds images and texts. Use "
+        "upop.calibrate from Python, with a loss of your own."
+    )
+
+
+def towers(model: nn.Module, include: Sequence[str]) -> list[str] | None:
+    """Return the names and patterns of groups that `--include` stands for, towers by their names; None for all.
+
+    Raises:
+        SettingError: a tower has no group.
+    """
+    if not include:
+        return None
+    found: list[str] = []
+    for each in include:
+        if each not in TOWERS:
+            found.append(each)
+            continue
+        names = [unit.name for unit in find_units(model) if unit.modality == TOWERS[each]]
+        if not names:
+            there = sorted({unit.modality for unit in find_units(model)})
+            raise SettingError(f"--include {each}: the model has no group there; its groups are of {', '.join(there)}.")
+        found += names
+    return found
+
+
+def prune(
+    task: Task[Any],
+    settings: RowSettings,
+    *,
+    samples: int = 128,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    overwrite: bool = False,
+    command: str = "",
+    say: Callable[[str], None] = lambda _: None,
+) -> Results:
+    """Prune the model in `pretrained` by some samples of `data`, evaluate it before and after, and save it.
+
+    Args:
+        task: that the model is for.
+        settings: of the task; `output_dir` is the folder of the model.
+        samples: that say what matters, drawn from `data`; a share of it (`hold_out`), or val_data, is evaluated.
+        include: towers ("vision", "text", "projector"), names or patterns of groups; all if empty.
+        exclude: names or patterns of groups that stay whole.
+        overwrite: whether a folder of ours that was changed since may be replaced.
+        command: as it was typed, for the model card.
+        say: takes lines for a person.
+
+    Raises:
+        UPopError: settings, data, checkpoint, device or folder cannot be used; before any long work.
+    """
+    check_folder(settings.output_dir, "model", overwrite=overwrite)
+    accelerator = make_accelerator(settings)
+    loaders = {split: make_loader(task, settings, split) for split in ("train", *task.evaluated(settings))}
+    for loader in loaders.values():
+        for note in getattr(loader.dataset.records, "notes", ()):  # type: ignore[attr-defined]
+            say(note)
+    batches = _batches(loaders.pop("train"), samples, settings)
+    model, _ = task.adapt(task.load(_path(settings), settings), settings, training=False)
+    names = towers(model, include)
+    prepared = {split: accelerator.prepare(loader) for split, loader in loaders.items()}
+    device = accelerator.device
+    model.to(device)
+
+    def measured(name: str) -> ModelResult:
+        metrics = {
+            task.splits[split]: evaluate(accelerator, task, settings, model, loader)[0]
+            for split, loader in prepared.items()
+        }
+        example = task.example(model, settings.latency_batch)
+        return ModelResult(
+            name=name, metrics=metrics, latency_ms=measure_latency({name: model}, example)[name], **task.counts(model)
+        )
+
+    dense = measured("dense")
+    before = count_parameters(model)
+    say(f"{len(batches)} batches of {settings.batch_size_train} samples say what matters")
+    plan = calibrate(
+        model,
+        batches,
+        loss=partial(_loss, task, settings),
+        include=names,
+        exclude=list(exclude) or None,
+        align=align_for(device, settings),
+        uniform=settings.uniform,
+        cost=settings.cost,
+        example=task.example(model, 1),
+        correct=settings.correct,
+        **settings.budget,
+    )
+    pruned = measured(f"one-shot {before / count_parameters(model):.3g}x")
+    results = Results(
+        models=(dense, pruned), shown=task.shown, batch_size=settings.latency_batch, machine=machine(device)
+    )
+    save(model.cpu(), settings.output_dir, plan, tokenizer=task.tokenizer(settings), overwrite=overwrite)
+    write_card(settings.output_dir, story_of(task, settings, results, command, trained=False))
+    return results
+
+
+def _path(settings: RowSettings) -> Path:
+    from upop.checkpoints.hub import local_path
+
+    if not settings.pretrained:
+        raise SettingError("Which model to prune is not said. Give a folder or a name on the hub.")
+    return local_path(settings.pretrained)
+
+
+def _batches(loader: Any, samples: int, settings: RowSettings) -> list[Any]:
+    """Return batches of samples that are drawn from the training data, the same ones for the same seed."""
+    records, size = loader.dataset, settings.batch_size_train
+    drawn = random.Random(settings.seed).sample(range(len(records)), min(samples, len(records)))
+    return [
+        loader.collate_fn([records[number] for number in drawn[start : start + size]])
+        for start in range(0, len(drawn), size)
+    ]
+
+
+def _loss(task: Task[Any], settings: RowSettings, model: nn.Module, batch: Any) -> torch.Tensor:
+    return task.loss(model, to_device(batch, next(model.parameters()).device), settings, 0.0)
+
+
+__all__ = ["TOWERS", "prune", "task_for", "towers"]
