@@ -300,9 +300,10 @@ def _remedies(model: nn.Module, trace: Trace, involved: list[Candidate], at: int
         yield _Remedy(tuple(alike))  # equal numbers of one list
     for path in near:
         module = model.get_submodule(path)
-        if isinstance(module, nn.MultiheadAttention):
-            head_dim = Attribute(path, "head_dim"), tuple(involved)
-            yield _Remedy((head_dim,), (Swap(path, narrow_multihead(type(module)), MULTIHEAD),))
+        if path in trace.attending:
+            of_a_head = ((Attribute(path, "head_dim"), tuple(involved)),)
+            numbers_too = of_a_head if isinstance(module, nn.MultiheadAttention) else ()
+            yield _Remedy(numbers_too, (Swap(path, narrow_multihead(type(module)), MULTIHEAD),))
         for after in trace.steps[at : at + _NEAR]:
             widths = tuple(_widths(after, path, involved))
             if widths:

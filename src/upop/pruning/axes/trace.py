@@ -10,8 +10,10 @@ from itertools import pairwise
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -48,6 +50,7 @@ class Trace(Mode):
         added: parameters whose rows are added to those of others: what they make is there without any gate.
         gave: module's name -> what each of its calls gave; every tensor is a `Made`.
         readers: parameter's name -> the modules that were running when it was read.
+        attending: the modules that call torch's attention function.
         multiply_adds: of all products.
     """
 
@@ -61,6 +64,7 @@ class Trace(Mode):
         self.stack: list[str] = []
         self.gave: dict[str, list[Any]] = {}
         self.readers: dict[str, set[str]] = {}
+        self.attending: set[str] = set()
         self.multiply_adds = 0
         self._labels: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self._names = {module: name for name, module in model.named_modules()}
@@ -305,7 +309,7 @@ class Trace(Mode):
     @contextmanager
     def running(self) -> Iterator[None]:
         """Follow everything that runs inside, knowing which module is running."""
-        with watching(self._model, self.stack, self.gave), self:
+        with watching(self._model, self.stack, self.gave), _Attention(self), self:
             yield
 
     def kept(self) -> Iterator[Label]:
@@ -315,6 +319,20 @@ class Trace(Mode):
                 if name not in ("_parameters", "_buffers", "_modules"):
                     found = (self._labels.get(each) for each in tree_leaves(value) if isinstance(each, Tensor))
                     yield from (label for label in found if label is not None)
+
+
+class _Attention(TorchFunctionMode):
+    """Takes note of the modules that call torch's attention function."""
+
+    def __init__(self, trace: Trace) -> None:
+        super().__init__()
+        self._trace = trace
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        del types
+        if func is F.multi_head_attention_forward:
+            self._trace.attending.add(self._trace.stack[-1] if self._trace.stack else "")
+        return func(*args, **(kwargs or {}))
 
 
 _WRITES = {"copy_", "index_put_", "index_copy_", "index_add_", "scatter_", "masked_scatter_", "_index_put_impl_"}
