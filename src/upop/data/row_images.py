@@ -58,7 +58,7 @@ class CropAtRandom:
 
     def __call__(self, image: Image.Image) -> Image.Image:
         """The part, drawn by torch's random numbers."""
-        place = RandomResizedCrop.get_params(image, list(_AREAS[self.kind]), [3 / 4, 4 / 3])  # type: ignore[arg-type]
+        place = RandomResizedCrop.get_params(image, list(_AREAS[self.kind]), [3 / 4, 4 / 3])
         top, left, height, width = place
         part = image.crop((left, top, left + width, top + height))
         flipped = self.kind == "strong" and float(torch.rand(())) < 0.5

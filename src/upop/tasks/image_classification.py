@@ -66,7 +66,8 @@ class ImageClassificationTask(LibraryTask[ImageClassificationSettings]):
         """
         split = next(iter((*(("train",) if settings.data else ()), *settings.held_out)))
         names = rows_for(settings, split, kinds=("label",)).names
-        mine = _named(model.config.id2label)  # type: ignore[union-attr]
+        config: Any = model.config
+        mine = _named(config.id2label)
         if not _fitting(mine, names):
             raise CheckpointError(
                 f"{settings.pretrained} tells the classes {some_of(mine)} apart, and the data have {some_of(names)}. "
