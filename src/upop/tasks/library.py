@@ -16,6 +16,8 @@ from upop.checkpoints.hub import local_path
 from upop.checkpoints.library import open_model
 from upop.checkpoints.model_inputs import InputProcessor, Padding, processor_in
 from upop.errors import SettingError
+from upop.models.dual import taken
+from upop.pruning.masks import unwrapped
 from upop.tasks.row_settings import RowSettings
 from upop.training.task import Batch, Task
 
@@ -123,9 +125,7 @@ class LibraryTask(Task[LibrarySettingsT]):
 
     def takes(self, model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """Return those of some inputs that the model's forward pass names, in its precision."""
-        from upop.models.dual import taken
-
-        return {name: _cast(value, model) for name, value in taken(model.forward, inputs).items()}
+        return {name: _cast(value, model) for name, value in taken(unwrapped(model).forward, inputs).items()}
 
 
 def _cast(value: Any, model: nn.Module) -> Any:
