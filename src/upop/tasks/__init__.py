@@ -1,35 +1,80 @@
-"""The tasks, by name. A new one is one file here, and one line in the table below."""
+"""The tasks, by name. A new one is a module here, and a line in the table below.
 
-from typing import Any
+A package of its own registers a task by an entry point of the group `upop.tasks`, or by `register`; then every command
+that takes a task takes it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from importlib import import_module, metadata
+from typing import TYPE_CHECKING, Any
 
 from upop.errors import SettingError, nearest
-from upop.tasks.caption import CaptionTask
-from upop.tasks.chat import ChatTask
-from upop.tasks.classification import ClassificationTask
-from upop.tasks.dual_encoder import DualEncoderTask
-from upop.tasks.image_classification import ImageClassificationTask
-from upop.tasks.nlvr import NlvrTask
-from upop.tasks.retrieval import BlipRetrievalTask
-from upop.tasks.retrieval_clip import ClipRetrievalTask
-from upop.tasks.segmentation import SegmentationTask
-from upop.tasks.vqa import VqaTask
-from upop.training.task import Task
+from upop.libraries import naming_missing
 
-TASKS: dict[str, Task[Any]] = {
-    task.name: task
-    for task in (
-        CaptionTask(),
-        ChatTask(),
-        ClassificationTask(),
-        DualEncoderTask(),
-        ImageClassificationTask(),
-        NlvrTask(),
-        BlipRetrievalTask(),
-        ClipRetrievalTask(),
-        SegmentationTask(),
-        VqaTask(),
-    )
+if TYPE_CHECKING:
+    from upop.training.task import Task
+
+GROUP = "upop.tasks"
+"""Of the entry points by which other packages bring tasks: NAME = "their.module:TheirTask"."""
+
+_PLACES: dict[str, str] = {
+    "caption": "upop.tasks.caption:CaptionTask",
+    "classification": "upop.tasks.classification:ClassificationTask",
+    "dual-encoder": "upop.tasks.dual_encoder:DualEncoderTask",
+    "image-classification": "upop.tasks.image_classification:ImageClassificationTask",
+    "nlvr": "upop.tasks.nlvr:NlvrTask",
+    "retrieval": "upop.tasks.retrieval:BlipRetrievalTask",
+    "retrieval-clip": "upop.tasks.retrieval_clip:ClipRetrievalTask",
+    "segmentation": "upop.tasks.segmentation:SegmentationTask",
+    "vqa": "upop.tasks.vqa:VqaTask",
 }
+"""Name -> module and class, which is imported when the task is asked for."""
+
+
+class _Tasks(Mapping[str, "Task[Any]"]):
+    """Name -> task; looking one up imports it, asking for the names imports none."""
+
+    def __init__(self) -> None:
+        self._made: dict[str, Task[Any]] = {}
+
+    def __getitem__(self, name: str) -> Task[Any]:
+        if name not in self._made:
+            module, _, kind = self._places()[name].partition(":")
+            with naming_missing():
+                self._made[name] = getattr(import_module(module), kind)()
+        return self._made[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(sorted({*self._places(), *self._made}))
+
+    def __len__(self) -> int:
+        return len({*self._places(), *self._made})
+
+    def add(self, task: Task[Any]) -> None:
+        self._made[task.name] = task
+
+    def _places(self) -> dict[str, str]:
+        return {each.name: each.value for each in metadata.entry_points(group=GROUP)} | _PLACES
+
+
+_tasks = _Tasks()
+TASKS: Mapping[str, Task[Any]] = _tasks
+
+
+def register(task: Task[Any]) -> None:
+    """Make a task known by its name to the commands of this process.
+
+    Args:
+        task: an instance of a subclass of `upop.training.task.Task`.
+
+    Raises:
+        SettingError: upop has a task of this name.
+    """
+    if task.name in _PLACES:
+        raise SettingError(f"The task {task.name!r} is upop's own. Give yours another name.")
+    _tasks.add(task)
 
 
 def find_task(name: str) -> Task[Any]:
