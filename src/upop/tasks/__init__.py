@@ -21,6 +21,7 @@ GROUP = "upop.tasks"
 
 _PLACES: dict[str, str] = {
     "caption": "upop.tasks.caption:CaptionTask",
+    "chat": "upop.tasks.chat:ChatTask",
     "classification": "upop.tasks.classification:ClassificationTask",
     "dual-encoder": "upop.tasks.dual_encoder:DualEncoderTask",
     "image-classification": "upop.tasks.image_classification:ImageClassificationTask",

@@ -10,8 +10,9 @@ from typing import Any, ClassVar, Generic, TypeVar
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset, Sampler, default_collate
 
+from upop.checkpoints import load_into
 from upop.examples import Album, Example
 from upop.pruning import count_macs, count_parameters
 from upop.settings import RunSettings
@@ -44,13 +45,13 @@ class Task(ABC, Generic[SettingsT]):
     def build(self, settings: SettingsT) -> nn.Module:
         """Return the dense model with fresh weights."""
 
-    @abstractmethod
     def load(self, path: Path, settings: SettingsT) -> nn.Module:
-        """Return the model in a checkpoint of this task, dense or compressed, ours or published."""
+        """Return the model in a checkpoint of this task, dense or compressed; by default in a folder of ours."""
+        return load_into(self.build(settings), path)
 
-    @abstractmethod
     def start(self, path: Path, settings: SettingsT) -> tuple[nn.Module, Sequence[str]]:
         """Return a dense model started from a pre-trained checkpoint, and the keys that this lacks."""
+        return self.load(path, settings), ()
 
     def adapt(self, model: nn.Module, settings: SettingsT, *, training: bool) -> tuple[nn.Module, Sequence[str]]:
         """Return a loaded model made fit for the run's data, and what was changed about it, in words.
@@ -69,9 +70,9 @@ class Task(ABC, Generic[SettingsT]):
     def dataset(self, settings: SettingsT, split: str) -> Dataset[Any]:
         """Return the records of a split ("train", "val" or "test"); it is checked here, before any long work."""
 
-    @abstractmethod
     def collate(self, settings: SettingsT) -> Callable[[list[Any]], Batch]:
-        """Return what makes a batch of records; it must be picklable."""
+        """Return what makes a batch of records; it must be picklable. By default it stacks tensors and numbers."""
+        return default_collate
 
     def tokenizer(self, settings: SettingsT) -> Any:
         """Return transformers' tokenizer of the texts, or the processor that makes the model's inputs; None for none.
@@ -167,7 +168,6 @@ class Task(ABC, Generic[SettingsT]):
         batch = self.collate(settings)([records[number] for number in numbers])
         return self.predict(model, to_device(batch, next(model.parameters()).device), settings)
 
-    @abstractmethod
     def examples(
         self,
         found: Mapping[str, Mapping[str, Any]],
@@ -185,6 +185,7 @@ class Task(ABC, Generic[SettingsT]):
             settings: of the run.
             album: takes the pictures.
         """
+        return []
 
     def about_examples(self, records: Dataset[Any], numbers: Sequence[int], split: str) -> str:
         """Return which records `examples` shows, in words; `split` is the published name."""
