@@ -113,6 +113,7 @@ class ShapesTask(StrEnum):
     retrieval_flickr = "retrieval-flickr"
     classification = "classification"
     segmentation = "segmentation"
+    chat = "chat"
 
 
 class PictureFormat(StrEnum):

@@ -5,6 +5,7 @@
 `OUT/tokenizer/vocab.txt`     a small WordPiece vocabulary
 `OUT/ade20k/...`              for segmentation, in place of all these: pictures and label maps, as ADE20K lays them out
 `OUT/{train,val,test}/CLASS/` for classification: pictures, as ImageNet lays them out
+`OUT/{train,val,test}.jsonl`  for chat: questions and answers, as chat files have them
 `OUT/shapes.json`             what was asked for: a folder with the same set is kept
 """
 
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import get_args
 
 from upop.data.shapes.caption_files import CAPTION, RETRIEVAL, RETRIEVAL_FLICKR
+from upop.data.shapes.chat_files import CHAT
 from upop.data.shapes.classification_files import CLASSIFICATION
 from upop.data.shapes.draw import ImageFormat
 from upop.data.shapes.layout import ANNOTATION, TOKENIZER, SetFormat, Sink
@@ -40,6 +42,7 @@ FORMATS: dict[str, SetFormat] = {
     "retrieval-flickr": RETRIEVAL_FLICKR,
     "classification": CLASSIFICATION,
     "segmentation": SEGMENTATION,
+    "chat": CHAT,
 }
 """How the set of every task is written."""
 

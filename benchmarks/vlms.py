@@ -1,0 +1,232 @@
+"""A small SmolVLM-shaped model on generated questions: trained from nothing, then pruned, with and without recovery.
+
+    python benchmarks/vlms.py prepare output/vlms            # data, and a folder with config and processor alone
+    upop train chat --config output/vlms/train.yaml
+    python benchmarks/vlms.py prune output/vlms              # one-shot at all sizes, by tower
+    python benchmarks/vlms.py teachers output/vlms           # what teaches best at one size, three seeds
+    python benchmarks/vlms.py table output/vlms
+
+Everything is measured on the test questions, in exact answers; the rows go to benchmarks/results/vlms.json. Rows that
+are there already are kept, so a run that was stopped goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import transformers
+import yaml
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from upop.data.shapes.write import write_shapes
+from upop.settings import read_settings
+from upop.tasks import find_task
+from upop.tasks.prune import prune
+from upop.tasks.verbs import compress
+
+RESULTS = Path(__file__).parent / "results" / "vlms.json"
+TARGETS = ("params=1.25x", "params=1.5x", "params=2x", "params=4x")
+TOWERS: dict[str, tuple[str, ...]] = {"all": (), "text": ("text",)}
+TEACHERS = {
+    "nobody": {"distill": 0, "distill_logits": 0},
+    "hidden states": {"distill": 5, "distill_logits": 0},
+    "logits": {"distill": 0, "distill_logits": 1},
+    "both": {"distill": 5, "distill_logits": 1},
+}
+SIDE, PATCH = 24, 8
+MARKS = ("<image>", "<fake_token_around_image>", "<global-img>", "<end_of_utterance>", "<start>")
+TEMPLATE = (
+    "{% for message in messages %}<start>{{ message.role }}: {% for part in message.content %}{% if part.type == "
+    "'image' %}<image>{% else %}{{ part.text }}{% endif %}{% endfor %}<end_of_utterance>\n{% endfor %}"
+    "{% if add_generation_prompt %}<start>assistant: {% endif %}"
+)
+
+
+def prepare(out: Path, size: int) -> None:
+    """Write the data, a folder of the model without weights, and the settings of its training."""
+    write_shapes("chat", out / "data", seed=0, size=size, image_size=SIDE)
+    rows = [json.loads(line) for line in (out / "data" / "train.jsonl").read_text().splitlines()]
+    texts = [f"{row['question']} {row['answer']} user: assistant:" for row in rows]
+    made = Tokenizer(models.BPE(unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
+    made.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+    special = ["<pad>", "<s>", "</s>", "<unk>", *MARKS]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=special, initial_alphabet=alphabet)  # type: ignore[call-arg]
+    made.train_from_iterator(texts, trainer)
+    words = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=made, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+    images = transformers.SmolVLMImageProcessor(
+        size={"longest_edge": SIDE}, max_image_size={"longest_edge": SIDE}, do_image_splitting=False
+    )
+    tokens = (SIDE // PATCH) ** 2
+    processor = transformers.Idefics3Processor(images, words, image_seq_len=tokens, chat_template=TEMPLATE)
+    processor.save_pretrained(out / "blank")
+    vision = transformers.SmolVLMVisionConfig(
+        hidden_size=64,
+        intermediate_size=192,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        image_size=SIDE,
+        patch_size=PATCH,
+    )
+    text = transformers.LlamaConfig(
+        hidden_size=96,
+        intermediate_size=256,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        vocab_size=len(words),
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        tie_word_embeddings=True,
+    )
+    config = transformers.SmolVLMConfig(
+        vision_config=vision,
+        text_config=text,
+        scale_factor=1,
+        image_token_id=words.convert_tokens_to_ids("<image>"),
+        pad_token_id=0,
+        tie_word_embeddings=True,
+    )
+    config.architectures = ["SmolVLMForConditionalGeneration"]
+    config.save_pretrained(out / "blank")
+    settings = {
+        **_shared(out),
+        "pretrained": str(out / "blank"),
+        "output_dir": str(out / "dense"),
+        "init_lr": 1e-3,
+        "batch_size_train": 32,
+        "epochs": 10,
+        "generate": False,
+    }
+    del settings["test_data"]
+    (out / "train.yaml").write_text(yaml.safe_dump(settings))
+
+
+def _shared(out: Path) -> dict[str, Any]:
+    data = out / "data"
+    return {
+        "data": str(data / "train.jsonl"),
+        "val_data": str(data / "val.jsonl"),
+        "test_data": str(data / "test.jsonl"),
+        "batch_size_test": 64,
+        "max_new_tokens": 12,
+        "num_workers": 0,
+        "device": "cpu",
+        "examples": 0,
+    }
+
+
+def _rows() -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = json.loads(RESULTS.read_text()) if RESULTS.is_file() else []
+    return found
+
+
+def _note(row: dict[str, Any]) -> None:
+    RESULTS.write_text(json.dumps([*_rows(), row], indent=1) + "\n")
+
+
+def _known(**told: Any) -> bool:
+    return any(told.items() <= row.items() for row in _rows())
+
+
+def _measured(results: Any, **told: Any) -> None:
+    dense, small = results.models
+    _note(
+        {
+            **told,
+            "dense": dense.metrics["test"],
+            "test": small.metrics["test"],
+            "parameters": small.parameters,
+            "gmacs": small.gmacs,
+            "dense_parameters": dense.parameters,
+        }
+    )
+
+
+def one_shot(out: Path, seeds: int) -> None:
+    """Prune without training, all towers under one budget or the language tower alone."""
+    task = find_task("chat")
+    for seed in range(seeds):
+        for towers, include in TOWERS.items():
+            for target in TARGETS:
+                told = {"how": "one-shot", "towers": towers, "target": target, "seed": seed}
+                if _known(**told):
+                    continue
+                settings = _settings(out, seed, target=target, output_dir=str(out / "pruned"))
+                settings = settings.model_copy(update={"val_data": None, "hold_out": 0.0})
+                try:
+                    results = prune(task, settings, samples=256, include=include)
+                except ValueError as error:  # the language tower alone cannot reach every target
+                    _note({**told, "refused": str(error)})
+                    continue
+                _measured(results, **told)
+
+
+def teachers(out: Path, seeds: int, epochs: int, target: str) -> None:
+    """Compress with recovery, taught by the hidden states, the logits, both, or nobody."""
+    for seed in range(seeds):
+        for name, weights in TEACHERS.items():
+            told = {"how": "recovery", "teacher": name, "target": target, "epochs": epochs, "seed": seed}
+            if _known(**told):
+                continue
+            place = out / f"taught-{name.replace(' ', '-')}-{seed}"
+            settings = _settings(
+                out,
+                seed,
+                target=target,
+                epochs=epochs,
+                init_lr=5e-4,
+                batch_size_train=32,
+                rows=2000,
+                generate=True,
+                output_dir=str(place),
+                **weights,
+            )
+            _measured(compress(find_task("chat"), settings), **told)
+
+
+def _settings(out: Path, seed: int, **more: Any) -> Any:
+    given = {**_shared(out), "pretrained": str(out / "dense" / "best"), "seed": seed, **more}
+    return read_settings(find_task("chat").settings, None, given)
+
+
+def table() -> None:
+    """Print the rows as a table."""
+    for row in _rows():
+        told = {name: value for name, value in row.items() if name in ("how", "towers", "teacher", "target", "seed")}
+        if "refused" in row:
+            print(told, row["refused"][:80])
+            continue
+        print(told, f"{row['parameters'] / 1e6:.3f} M", {name: round(value, 2) for name, value in row["test"].items()})
+
+
+def main() -> None:
+    """Do what the command line asks for."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("what", choices=("prepare", "prune", "teachers", "table"))
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--size", type=int, default=4000)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--target", default="params=2x")
+    given = parser.parse_args()
+    if given.what == "prepare":
+        prepare(given.out, given.size)
+    elif given.what == "prune":
+        one_shot(given.out, given.seeds)
+    elif given.what == "teachers":
+        teachers(given.out, given.seeds, given.epochs, given.target)
+    else:
+        table()
+
+
+if __name__ == "__main__":
+    main()
