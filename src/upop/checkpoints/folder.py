@@ -85,6 +85,13 @@ def save(
     refuse_sharded(model, "save()")
     plan = plan if plan is not None else plan_of(model)
     units = _units(model, plan)
+    if any(not unit.size for unit in units) and kind_of(model) is None:
+        fewer = owners.without_layers(model, plan)
+        if isinstance(fewer, nn.Module):
+            model, plan = fewer, plan_of(fewer)
+            units = _units(model, plan)
+        elif fewer is not None:
+            warnings.warn(f"Layers of which nothing is left stay in the file: {fewer}.", stacklevel=2)
     plan = _still_true(plan, units, model)
     kind = kind_of(model)
     _refuse_meta(model)

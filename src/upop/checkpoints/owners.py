@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from upop.checkpoints.description import Description
-from upop.libraries import installed_version, naming_missing
+from upop.libraries import installed_version, is_pretrained, naming_missing
 from upop.pruning import Plan
 
 if TYPE_CHECKING:
@@ -85,6 +85,15 @@ def mark(model: nn.Module) -> None:
     from upop.checkpoints import quantizer
 
     quantizer.mark(model)
+
+
+def without_layers(model: nn.Module, plan: Plan | None) -> nn.Module | str | None:
+    """Return what `layers.without_layers` does; None for models of other libraries."""
+    if type(model).__module__.partition(".")[0] not in ("timm", "transformers") and not is_pretrained(model):
+        return None
+    from upop.checkpoints import layers
+
+    return layers.without_layers(model, plan)
 
 
 def is_plain(model: nn.Module) -> bool:

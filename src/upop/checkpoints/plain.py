@@ -64,7 +64,11 @@ def of_timm(name: str, arguments: Mapping[str, Any]) -> Builder:
         return built
 
     return Builder(
-        arguments, build, lambda _settings: None, f"timm.create_model({name!r})", ("mlp_ratio", "attn_head_dim")
+        arguments,
+        build,
+        lambda _settings: None,
+        f"timm.create_model({name!r})",
+        ("mlp_ratio", "attn_head_dim", "depth"),
     )
 
 
@@ -96,7 +100,21 @@ def read_sayable(model: nn.Module, units: Sequence[Unit]) -> uniform.Said | None
     if builder is None:
         return None
     found = speeches(model, units, builder)
-    return uniform.Said(tuple(uniform.Tower(each.units, each.sizes) for each in found), builder.by)
+    return uniform.Said(
+        tuple(uniform.Tower(each.units, each.sizes) for each in found),
+        builder.by,
+        partial(_counted_layers, model, units, builder),
+    )
+
+
+def _counted_layers(model: nn.Module, units: Sequence[Unit], builder: Builder) -> dict[str, tuple[str, ...]]:
+    from upop.checkpoints.layers import stacks  # which compares by what is here
+
+    return {
+        f"{stack.path}.{place}": names
+        for stack in stacks(model, units, builder)
+        for place, names in stack.layers.items()
+    }
 
 
 def without_record(config: Any) -> Any:

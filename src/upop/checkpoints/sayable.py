@@ -160,7 +160,7 @@ def _follow(dense: nn.Module, units: Sequence[Unit], built: nn.Module | None, ke
     """Return the units that became `kept` entries large, if nothing else of the model changed; else none."""
     if built is None:
         return ()
-    shapes = _shapes(built)
+    shapes = shapes_of(built)
     names = tuple(
         unit.name
         for unit in units
@@ -171,7 +171,8 @@ def _follow(dense: nn.Module, units: Sequence[Unit], built: nn.Module | None, ke
     return names if names and wanted == shapes else ()
 
 
-def _shapes(model: nn.Module) -> dict[str, list[int]]:
+def shapes_of(model: nn.Module) -> dict[str, list[int]]:
+    """Return the shapes of a model's tensors, buffers among them."""
     return {name: list(value.shape) for name, value in {**dict(model.named_buffers()), **model.state_dict()}.items()}
 
 
@@ -191,16 +192,16 @@ def _sizes(unit: Unit, change: Speaker, builder: Builder) -> frozenset[int] | No
 
 
 def _candidates(dense: nn.Module, unit: Unit, builder: Builder) -> Iterator[Speaker]:
-    for path, fields in _nodes(builder.settings):
+    for path, fields in nodes(builder.settings):
         here = {**dict.fromkeys(builder.more if not path else ()), **fields}
         yield from _widths(dense, unit, path, here) if unit.kind == "mlp" else _heads(unit, path, here)
 
 
-def _nodes(settings: Mapping[str, Any], path: Path = ()) -> Iterator[tuple[Path, Mapping[str, Any]]]:
+def nodes(settings: Mapping[str, Any], path: Path = ()) -> Iterator[tuple[Path, Mapping[str, Any]]]:
     """Yield the parts of nested settings, those inside first: a model in a model has a part of its own."""
     for name, value in settings.items():
         if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
-            yield from _nodes(value, (*path, name))
+            yield from nodes(value, (*path, name))
     yield path, settings
 
 

@@ -97,7 +97,7 @@ def branches_of(
     model: nn.Module,
     units: Sequence[Unit],
     examples: Iterable[Any],
-    layers: Sequence[tuple[str, ...]] | None = None,
+    layers: Mapping[str, tuple[str, ...]] | None = None,
 ) -> list[tuple[str, ...]]:
     """Return the names of units that may go whole, together.
 
@@ -105,7 +105,7 @@ def branches_of(
         model: dense.
         units: of it, those that are searched.
         examples: what it may be called with.
-        layers: where whole layers alone may go, the units of each that may.
+        layers: where whole layers alone may go, path -> the units of each that may.
 
     Raises:
         SettingError: nothing may; the message says why.
@@ -114,7 +114,7 @@ def branches_of(
     found = removable(model, units, given)
     if layers is None:
         return [(unit.name,) for unit in units if unit.name in found]
-    may = [layer for layer in layers if found.issuperset(layer)]
+    may = {path: layer for path, layer in layers.items() if found.issuperset(layer)}
     passing = layers_passing(model, units, may, given) if may else []
     if not passing:
         why = (
@@ -131,36 +131,26 @@ def branches_of(
 
 
 def layers_passing(
-    model: nn.Module, units: Sequence[Unit], layers: Sequence[tuple[str, ...]], examples: Iterable[Any]
+    model: nn.Module, units: Sequence[Unit], layers: Mapping[str, tuple[str, ...]], examples: Iterable[Any]
 ) -> list[tuple[str, ...]]:
     """Return those layers that pass on what they are given, but for a constant, where nothing is left of their units.
 
     Args:
         model: dense, without masks.
         units: of it.
-        layers: the names of the units of each.
+        layers: path -> the names of the units of each.
         examples: what the model may be called with; the first is taken with which it runs.
     """
     from upop.pruning.masks import Masks
 
-    of = {unit.name: unit for unit in units}
-    paths = {layer: common_path(layer) for layer in layers}
-    masks = Masks(model, [of[name] for layer in layers for name in layer])
+    inside = {name for layer in layers.values() for name in layer}
+    masks = Masks(model, [unit for unit in units if unit.name in inside])
     try:
-        masks.set({name: torch.zeros(of[name].size) for layer in layers for name in layer})
-        seen = constants(model, list(paths.values()), examples)
+        masks.set({name: torch.zeros_like(mask) for name, mask in masks.values.items()})
+        added = constants(model, list(layers), examples)
     finally:
         masks.remove()
-    return [layer for layer in layers if seen.get(paths[layer]) is not None]
-
-
-def common_path(names: Sequence[str]) -> str:
-    """Return the dotted name of the innermost module that holds all of these."""
-    parts = [name.split(".") for name in names]
-    shared = next(
-        (at for at, level in enumerate(zip(*parts, strict=False)) if len(set(level)) > 1), min(map(len, parts))
-    )
-    return ".".join(parts[0][:shared])
+    return [layer for path, layer in layers.items() if added.get(path) is not None]
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ sizes follow one of its numbers, and which follow none (`register`).
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -41,12 +41,12 @@ class Said:
     Attributes:
         towers: the units whose sizes follow one number of it.
         by: what people call the configuration.
-        layers: gives the names of the units of each layer that it can do without: it counts the layers of such a list.
+        layers: gives the layers that it can do without, as it counts them: path -> the names of the units inside.
     """
 
     towers: tuple[Tower, ...]
     by: str
-    layers: Callable[[], Sequence[tuple[str, ...]]] = tuple
+    layers: Callable[[], Mapping[str, tuple[str, ...]]] = dict
 
 
 Reader = Callable[[nn.Module, Sequence[Unit]], Said | None]
@@ -95,13 +95,13 @@ def _place(model: nn.Module, name: str) -> tuple[str, ...]:
     return tuple(parts)
 
 
-def layers_of(model: nn.Module, units: Sequence[Unit]) -> list[tuple[str, ...]]:
-    """Return the names of the units of each layer: of each place in a list of blocks that are alike in their units.
+def layers_of(model: nn.Module, units: Sequence[Unit]) -> dict[str, tuple[str, ...]]:
+    """Return path -> the names of the units of each layer: of each place in a list of blocks alike in their units.
 
     Of lists in lists the outermost counts whose blocks are alike.
     """
     lists = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList | nn.Sequential)]
-    found: list[tuple[str, ...]] = []
+    found: dict[str, tuple[str, ...]] = {}
     for path in lists:  # the outer ones come first
         start = f"{path}." if path else ""
         inside: dict[str, list[Unit]] = {}
@@ -111,13 +111,13 @@ def layers_of(model: nn.Module, units: Sequence[Unit]) -> list[tuple[str, ...]]:
         within = {
             tuple((unit.name.removeprefix(f"{start}{at}"), unit.size) for unit in own) for at, own in inside.items()
         }
-        taken = {name for names in found for name in names}
+        taken = {name for names in found.values() for name in names}
         if (
             len(inside) > 1
             and len(within) == 1
             and not any(unit.name in taken for own in inside.values() for unit in own)
         ):
-            found += [tuple(unit.name for unit in own) for own in inside.values()]
+            found |= {f"{start}{at}": tuple(unit.name for unit in own) for at, own in inside.items()}
     return found
 
 
@@ -128,7 +128,7 @@ def to_keep_alike(
     every: Sequence[Unit] | None = None,
     *,
     depth: bool = False,
-) -> tuple[list[Unit], tuple[Tower, ...], Sequence[tuple[str, ...]]]:
+) -> tuple[list[Unit], tuple[Tower, ...], Mapping[str, tuple[str, ...]]]:
     """Return which of the chosen units are searched, which of them keep equally many, and which may go as a layer.
 
     Args:
@@ -142,20 +142,25 @@ def to_keep_alike(
         SettingError: the model's configuration has no number for any of them; the message says what could be done.
     """
     if uniform is None:
-        return list(units), (), ()
+        return list(units), (), {}
     every = units if every is None else every
     said = next((found for reader in _readers if (found := reader(model, every)) is not None), None)
     if said is None:
         return (
             list(units),
             tuple(Tower(names) for names in apart(model, units)),
-            layers_of(model, units) if depth else (),
+            layers_of(model, units) if depth else {},
         )
     names = {unit.name for unit in units}
     towers = tuple(tower for tower in said.towers if names.issuperset(tower.units))
     inside = {name for tower in towers for name in tower.units}
+    layers = {path: layer for path, layer in (said.layers() if depth else {}).items() if names.issuperset(layer)}
+    for unit in units:  # what no number speaks of goes with its layer or stays whole
+        if unit.name not in inside and any(unit.name in layer for layer in layers.values()):
+            towers += (Tower((unit.name,), frozenset({unit.size})),)
+            inside.add(unit.name)
     lacking = [unit.name for unit in units if unit.name not in inside]
-    broken = sorted(name for tower in said.towers if tower not in towers for name in tower.units if name in names)
+    broken = [name for tower in said.towers if tower not in towers for name in tower.units if name in {*names} - inside]
     if not towers:
         could = [unit.name for unit in every if any(unit.name in tower.units for tower in said.towers)]
         raise SettingError(
@@ -174,7 +179,6 @@ def to_keep_alike(
             f"kept: {why} ({some_of(lacking, 4)}). They are no part of the budget.",
             stacklevel=5,
         )
-    layers = [layer for layer in (said.layers() if depth else ()) if inside.issuperset(layer)]
     return [unit for unit in units if unit.name in inside], towers, layers
 
 
