@@ -7,6 +7,7 @@ import itertools
 import json
 import statistics
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from upop.machine import machine
 from upop.ownership import has_fields
 from upop.pruning import Unit
 from upop.pruning.depth import removable
+from upop.pruning.known import know_as
 from upop.pruning.latency import Layers, Profile
 from upop.pruning.plan import Plan
 from upop.pruning.shrink import apply_plan
@@ -28,7 +30,7 @@ from upop.pruning.units import tensor_of
 from upop.reading import read_object
 from upop.report.latency import measure_latency
 
-RUNTIMES = ("eager", "compile")
+RUNTIMES = ("eager", "compile", "onnxruntime", "openvino")
 POINTS = 6
 """Sizes at which a kind of layer is measured, beside the whole one."""
 
@@ -50,18 +52,19 @@ def profile_model(
     Args:
         model: dense; left as it is.
         inputs: of one forward pass, on the model's device.
-        runtime: "eager", or "compile" for torch.compile.
+        runtime: "eager", "compile" for torch.compile, or "onnxruntime" and "openvino", on the CPU in float32.
         points: sizes of each kind beside the whole one, down to one entry; and none, where the model runs without.
         repeats: timed passes of each.
         say: is told how it goes.
 
     Raises:
-        SettingError: the runtime is not known.
+        SettingError: the runtime is not known, or does not take the model.
+        MissingLibraryError: the runtime is not installed.
         LayoutError: the model has no units.
     """
     if runtime not in RUNTIMES:
         raise SettingError(f"runtime={runtime!r} is not known. Use one of {', '.join(map(repr, RUNTIMES))}.")
-    made: Callable[[nn.Module], nn.Module] = torch.compile if runtime == "compile" else lambda each: each  # type: ignore[assignment]
+    made = partial(_in_runtime, inputs, runtime)
     units = units_to_search(model, inputs)
     try:
         empty = removable(model, units, [inputs])
@@ -78,6 +81,7 @@ def profile_model(
         saved = []
         for kept in steps:
             cut = copy.deepcopy(model)
+            know_as(cut, model)
             plan = Plan.of(units, {unit.name: range(kept) for unit in alike})
             apply_plan(cut, plan, verify=False)
             took = measure_latency({"dense": dense, "cut": made(cut)}, inputs, repeats=repeats, warmup=3)
@@ -95,6 +99,19 @@ def profile_model(
     device = next(model.parameters()).device
     about = {"model": type(model).__name__, "runtime": runtime, "threads": torch.get_num_threads(), **machine(device)}
     return Profile(whole, tuple(layers), about)
+
+
+def _in_runtime(inputs: Any, runtime: str, model: nn.Module) -> nn.Module:
+    if runtime == "eager":
+        return model
+    if runtime == "compile":
+        compiled: nn.Module = torch.compile(model)  # type: ignore[assignment]
+        return compiled
+    from upop.checkpoints.sessions import session  # which imports much
+
+    if any(parameter.device.type != "cpu" for parameter in model.parameters()):
+        raise SettingError(f"runtime={runtime!r} is measured on the CPU. Give device=cpu.")
+    return session(model, inputs, runtime)
 
 
 def batch_of(inputs: Any, size: int) -> Any:

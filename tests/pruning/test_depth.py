@@ -17,6 +17,7 @@ from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, O
 import upop
 from pruning.families import randomise
 from upop.errors import VerificationError
+from upop.pruning.filled import without_empty
 from upop.pruning.masks import Masks
 
 SIZES: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 30}
@@ -85,6 +86,31 @@ def test_branches_go_whole_and_what_is_left_is_exact_in_files_too(
         model.save_pretrained(tmp_path / "plain")
         plain = BertModel.from_pretrained(tmp_path / "plain", dtype=torch.float64).eval()
         assert torch.equal(outputs(plain), outputs(model))
+
+
+@pytest.mark.parametrize("build", [vit, bert, llama, opt])
+def test_a_channel_of_zeros_computes_what_no_channel_does_for_runtimes_without_empty_tensors(
+    build: Callable[[], nn.Module],
+) -> None:
+    model = build().eval().double()
+    randomise(model)
+    units = upop.find_units(model)
+    upop.shrink(model, {units[0].name: [], units[-1].name: []})
+    filled = without_empty(model, upop.find_units(model))
+    torch.testing.assert_close(outputs(filled), outputs(model))
+    assert [unit.size for unit in upop.find_units(filled)] == [1, units[1].size, units[2].size, 1]
+    assert all(parameter.numel() for parameter in filled.parameters())
+    assert without_empty(filled, upop.find_units(filled)) is filled
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("format", ["onnx", "openvino", "torch-export"])
+def test_a_model_with_empty_branches_is_exported(format: Any, tmp_path: Path) -> None:
+    model = vit().eval()
+    randomise(model)
+    units = upop.find_units(model)
+    upop.shrink(model, {units[0].name: [], units[-1].name: []})
+    upop.export(copy.deepcopy(model), tmp_path / "out", format)  # which compares the two
 
 
 def _weight(model: nn.Module, part: upop.Slice) -> Tensor:

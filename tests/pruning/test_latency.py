@@ -106,6 +106,20 @@ def test_a_profile_is_measured_kept_and_read_again(tmp_path: Path) -> None:
     assert latency.at(dict.fromkeys(whole, 1)) <= latency.at(dict.fromkeys(whole, 4)) <= found.dense
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+def test_a_profile_is_of_a_runtime(runtime: str) -> None:
+    model = VIT.build(torch.float32)
+    found = profile_model(model, VIT.inputs(1, torch.float32), points=1, repeats=1, runtime=runtime)
+    assert found.about["runtime"] == runtime
+    assert [each.sizes for each in found.layers] == [(0, 1, 8), (0, 1, 48)]
+
+
+def test_a_runtime_that_is_not_known_is_refused() -> None:
+    with pytest.raises(SettingError, match="Use one of 'eager', 'compile', 'onnxruntime', 'openvino'"):
+        profile_model(VIT.build(), VIT.inputs(1), runtime="tensorrt")
+
+
 @pytest.mark.parametrize(
     "change",
     [

@@ -20,12 +20,15 @@ from torch import Tensor, nn
 
 from upop.checkpoints.any_graph import AnyGraph, graph_of_any, untraceable
 from upop.checkpoints.cached_graph import graph_with_cache
+from upop.checkpoints.folder import units_here
 from upop.checkpoints.graphs import FEWEST_TOKENS, Graph, own_graphs
 from upop.errors import SettingError, VerificationError, nearest
 from upop.files import replacing_folder
 from upop.libraries import naming_missing
 from upop.models import kind_of
+from upop.pruning.carried import plan_of
 from upop.pruning.costs import evaluating
+from upop.pruning.filled import without_empty
 
 Format = Literal["onnx", "openvino", "torch-export"]
 Quantization = Literal["int8"]
@@ -101,6 +104,7 @@ def export(
     shrink = None if quantize is None else _quantizer(quantize, format)
     if any(value.is_floating_point() and value.dtype != torch.float32 for value in model.state_dict().values()):
         model = copy.deepcopy(model).float()
+    model = without_empty_branches(model)
     with evaluating(model), _quiet():
         graphs: Mapping[str, Graph]
         if cache:
@@ -130,6 +134,32 @@ def export(
                 described["graphs"][name]["quantized"] = shrink(model, graph, file, samples)
         (fresh / _DESCRIPTION).write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
     return folder
+
+
+def running(
+    model: nn.Module, graph: Graph, format: Format, folder: Path
+) -> Callable[[Sequence[Tensor]], Sequence[Tensor]]:
+    """Return what runs a graph in the runtime of a format: tensors of its inputs -> those of its outputs.
+
+    Args:
+        model: that the graph is of.
+        graph: of one of its functions.
+        format: as for `export`.
+        folder: for files that nothing needs afterwards.
+
+    Raises:
+        SettingError: the format lacks one of the operations.
+        MissingLibraryError: a library of the format is not installed.
+    """
+    with _quiet():
+        return _WRITERS[format]()(_Module(model, graph), graph, folder / f"model.{_SUFFIXES[format]}")
+
+
+def without_empty_branches(model: nn.Module) -> nn.Module:
+    """Return a model that computes the same and has no empty tensors, which other runtimes do not take."""
+    if all(parameter.numel() for parameter in model.parameters()):
+        return model
+    return without_empty(model, units_here(model, plan_of(model)))
 
 
 _Runner = Callable[[Sequence[Tensor]], Sequence[Tensor]]
@@ -262,7 +292,7 @@ def _quantizer(quantize: str, format: str) -> Callable[[nn.Module, Graph, Path, 
 
     def shrink(model: nn.Module, graph: Graph, file: Path, samples: Sequence[Any] | None) -> dict[str, Any]:
         before = file.stat().st_size
-        inputs = None if samples is None else [_as_inputs(graph, sample) for sample in samples]
+        inputs = None if samples is None else [as_inputs(graph, sample) for sample in samples]
         quantized(file, inputs)
         drawn = inputs[0] if inputs else graph.draw(_OTHER_BATCHES[-1], _OTHER_TOKENS)
         expected, found = _tensors(graph.forward(model, *drawn)), _onnx_runner(graph, file)(drawn)
@@ -276,7 +306,12 @@ def _quantizer(quantize: str, format: str) -> Callable[[nn.Module, Graph, Path, 
     return shrink
 
 
-def _as_inputs(graph: Graph, sample: Any) -> tuple[Tensor, ...]:
+def as_inputs(graph: Graph, sample: Any) -> tuple[Tensor, ...]:
+    """Return the tensors that a graph takes, in its order, from what a model is called with.
+
+    Raises:
+        SettingError: a mapping lacks one of them.
+    """
     if isinstance(sample, Mapping):
         absent = [name for name in graph.inputs if name not in sample]
         if absent:

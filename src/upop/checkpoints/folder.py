@@ -84,12 +84,12 @@ def save(
     folder, model = Path(folder), unwrapped(model)
     refuse_sharded(model, "save()")
     plan = plan if plan is not None else plan_of(model)
-    units = _units(model, plan)
+    units = units_here(model, plan)
     if any(not unit.size for unit in units) and kind_of(model) is None:
         fewer = owners.without_layers(model, plan)
         if isinstance(fewer, nn.Module):
             model, plan = fewer, plan_of(fewer)
-            units = _units(model, plan)
+            units = units_here(model, plan)
         elif fewer is not None:
             warnings.warn(f"Layers of which nothing is left stay in the file: {fewer}.", stacklevel=2)
     plan = _still_true(plan, units, model)
@@ -255,7 +255,7 @@ def _refuse_meta(model: nn.Module) -> None:
         )
 
 
-def _units(model: nn.Module, plan: Plan | None) -> tuple[Unit, ...]:
+def units_here(model: nn.Module, plan: Plan | None) -> tuple[Unit, ...]:
     """Return the units of a model, those of its plan among them: a copy of a model was never surveyed itself."""
     try:
         found = survey(model)

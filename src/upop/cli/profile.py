@@ -43,7 +43,8 @@ def profile(
     if inputs is None:
         raise SettingError(f"The model cannot be timed: {note}. Use upop.profiling.profile_model(model, inputs).")
     asked = device.value if device else "auto"
-    place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if asked == "auto" else asked)
+    on_gpu = torch.cuda.is_available() and runtime in ("eager", "compile")
+    place = torch.device(("cuda" if on_gpu else "cpu") if asked == "auto" else asked)
     inputs = tree_map(lambda each: each.to(place) if hasattr(each, "to") else each, batch_of(inputs, batch))
     console = Console(highlight=False)
     console.print(as_text(f"{source}: {type(model).__name__}, batch {batch}, {runtime}, {place}"))

@@ -234,7 +234,7 @@ def cut(
                 edits.append(Edit(module, attribute.name, attribute.value(len(plan[unit.name]))))
     undo = [edit.apply() for edit in edits]
     layers = dict.fromkeys(owner_of(model, tensor)[0] for tensor in tensors)
-    return undo + [edit.apply() for layer in layers for edit in _channels(layer)]
+    return undo + [edit.apply() for layer in layers for edit in channels(layer)]
 
 
 def _emptied(model: nn.Module, unit: Unit) -> list[Edit]:
@@ -265,12 +265,12 @@ def _cut_tensor(
     else:
         edits = [Edit(module, leaf, nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new)]
     for dim in left.kept if leaf == "weight" else ():
-        width = _width_attribute(module, dim)
+        width = width_attribute(module, dim)
         edits += [Edit(module, width, new.shape[dim])] if width else []
     return edits
 
 
-def _width_attribute(module: nn.Module, dim: int) -> str | None:
+def width_attribute(module: nn.Module, dim: int) -> str | None:
     """Return the name under which a layer keeps the length of its weight along `dim`, or None."""
     if isinstance(module, nn.Linear):
         return ("out_features", "in_features")[dim]
@@ -278,7 +278,7 @@ def _width_attribute(module: nn.Module, dim: int) -> str | None:
     return ("nx", "nf")[dim] if hasattr(module, "nf") else None
 
 
-def _channels(layer: nn.Module) -> list[Edit]:
+def channels(layer: nn.Module) -> list[Edit]:
     """Return the edits after which a convolution or a norm that was cut says of itself how many channels it has."""
     weight = layer._parameters.get("weight")
     if weight is None:

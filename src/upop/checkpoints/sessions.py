@@ -1,0 +1,69 @@
+"""Models in other runtimes, in this process and for a while: to be timed, or compared with what they were made from."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from upop.checkpoints.any_graph import graph_of_any
+from upop.checkpoints.export import Format, as_inputs, running, without_empty_branches
+from upop.pruning.costs import evaluating
+
+RUNTIMES: Mapping[str, Format] = {"onnxruntime": "onnx", "openvino": "openvino"}
+"""Runtime -> the format that it reads."""
+_MASK, _IDS = "attention_mask", "input_ids"
+
+
+class Session(nn.Module):
+    """One call of a model in another runtime, on the CPU; it has no parameters, and takes what the model takes.
+
+    Args:
+        run: tensors of the graph's inputs -> its outputs.
+        ordered: what a call is given -> these tensors, in their order.
+    """
+
+    def __init__(
+        self, run: Callable[[Sequence[Tensor]], Sequence[Tensor]], ordered: Callable[[Any], Sequence[Tensor]]
+    ) -> None:
+        super().__init__()
+        self._run, self._ordered = run, ordered
+
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+        """Return the outputs of a call, tensors alone."""
+        return tuple(self._run(self._ordered(kwargs if kwargs else args)))
+
+
+def session(model: nn.Module, inputs: Any, runtime: str) -> Session:
+    """Return a model in another runtime.
+
+    Args:
+        model: on the CPU, in float32; left as it is.
+        inputs: of one call: a tensor, a tuple of tensors, or a mapping of keyword arguments.
+        runtime: a name in `RUNTIMES`.
+
+    Raises:
+        SettingError: the model cannot be traced, or the runtime's format lacks one of its operations.
+        MissingLibraryError: the runtime is not installed.
+    """
+    model = without_empty_branches(model)
+    with evaluating(model), tempfile.TemporaryDirectory() as folder:
+        graph = graph_of_any(model, tree_map(_twice, inputs))
+        run = running(model, graph, RUNTIMES[runtime], Path(folder))
+
+    def ordered(given: Any) -> Sequence[Tensor]:
+        if isinstance(given, Mapping) and _MASK in graph.inputs and _MASK not in given and _IDS in given:
+            given = {**given, _MASK: torch.ones_like(given[_IDS])}
+        return as_inputs(graph, given)
+
+    return Session(run, ordered)
+
+
+def _twice(value: Any) -> Any:
+    """Return a batch of 1 as one of 2: the former is something special to whoever traces."""
+    return torch.cat([value] * 2) if isinstance(value, Tensor) and len(value) < 2 else value
