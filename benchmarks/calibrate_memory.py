@@ -138,11 +138,9 @@ def traced(layers: int, tokens: int, batches: int) -> dict[str, Any]:
                 del given
             kept, gone = torch.arange(size - size // 16), torch.arange(size - size // 16, size)
             lost = torch.empty(len(gone), 64)
-            parts = [inputs.problem(part, kept, gone, lost, bias=False) for part in range(PARTS)]
-            for each in parts:
-                each.solve(1.0)
-            del parts, each
-            inputs.problem(None, kept, gone, torch.empty(len(gone), outputs), bias=False).solve(1.0)
+            problem = inputs.problem(kept, gone, torch.device("cpu"))
+            problem.trial(lost, bias=False).gain(1.0, 0)
+            problem.solve(torch.empty(len(gone), outputs), 1.0, bias=False)
 
         peaks = {"scores": peak_bytes(scores), "correction_of_one_layer": peak_bytes(correction)}
     return {

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from upop.pruning.least_squares import PARTS, ReaderInputs, Rows, Squares, precision
+from upop.pruning.least_squares import PARTS, ReaderInputs, Rows, Squares, Trial, precision
 from upop.pruning.moments import Correct, Moments, readers
 from upop.pruning.scores import accumulator
 from upop.pruning.sharded import is_sharded_tensor
@@ -98,6 +98,7 @@ class Change:
     def __init__(self, unit: Unit, kept: Tensor, lost: Tensor, inputs: ReaderInputs) -> None:
         self.columns, self._lost = (unit.online[-1].index(entries, unit.size) for entries in (kept, lost))
         self._inputs = inputs
+        self._problem: Squares | Rows | None = None
 
     def choose(self, layer: nn.Linear) -> Choice:
         """Decide how strongly the change of a layer that reads the unit is held to none."""
@@ -106,19 +107,20 @@ class Change:
             draws = torch.Generator().manual_seed(0)
             signs = torch.randint(2, (lost.shape[1], _OUTPUTS), generator=draws)
             lost = lost @ ((2 * signs - 1).to(lost) / math.sqrt(_OUTPUTS))
-        trial = _Trial([self._problem(layer, part, lost) for part in range(PARTS)], _meeting(layer.weight))
+        trial = _Trial(self._of(layer).trial(lost, bias=layer.bias is not None), _meeting(layer.weight))
         if not bool((trial.nothing > 0).all()):
             return Choice(None)
         # A first guess, and then those beside the best one so far, as long as they are better.
         best = RIDGES.index(_FIRST)
-        left = {best: trial.left(RIDGES[best])}
+        left = {best: trial.left(RIDGES[best], trial.enough)}
         for step in (-1, 1):
             while 0 <= best + step < len(RIDGES) and best + step not in left:
-                left[best + step] = trial.left(RIDGES[best + step])
+                left[best + step] = trial.left(RIDGES[best + step], trial.enough)
                 if left[best + step] >= left[best]:
                     break
                 best += step
-        return Choice(RIDGES[best], left[best]) if left[best] <= 1 - _LEAST else Choice(None)
+        found = trial.left(RIDGES[best], PARTS)
+        return Choice(RIDGES[best], found) if found <= 1 - _LEAST else Choice(None)
 
     def solve(self, layer: nn.Linear, ridge: float) -> Tensor:
         """Return what is added to the weights of `columns`, and to the bias, [columns (+ 1), outputs].
@@ -126,10 +128,11 @@ class Change:
         It is computed in float32 where that is as good, else in float64.
         """
         kind = precision(len(self.columns), ridge, layer.weight.dtype)
-        found = self._problem(layer, None, self._weights(layer, kind)).solve(ridge)
+        bias = layer.bias is not None
+        found = self._of(layer).solve(self._weights(layer, kind), ridge, bias=bias)
         if kind == torch.float64 or bool(found.isfinite().all()):
             return found
-        return self._problem(layer, None, self._weights(layer, torch.float64)).solve(ridge)
+        return self._of(layer).solve(self._weights(layer, torch.float64), ridge, bias=bias)
 
     @torch.no_grad()
     def apply(self, layers: list[nn.Linear], ridge: float | None = None) -> Choice:
@@ -165,9 +168,13 @@ class Change:
         weight = weight.cpu() if weight.device.type == "mps" else weight
         return weight[:, self._lost.to(weight.device)].t().to(kind)
 
-    def _problem(self, layer: nn.Linear, part: int | None, lost: Tensor) -> Squares | Rows:
-        kept, gone = (places.to(lost.device) for places in (self.columns, self._lost))
-        return self._inputs.problem(part, kept, gone, lost, bias=layer.bias is not None)
+    def _of(self, layer: nn.Linear) -> Squares | Rows:
+        """Return what follows from the inputs, on the device of a layer, or near it."""
+        device = _held(layer.weight).device
+        if self._problem is None:
+            home = torch.device("cpu") if device.type == "mps" else device
+            self._problem = self._inputs.problem(self.columns, self._lost, home)
+        return self._problem
 
 
 class _Trial:
@@ -175,19 +182,26 @@ class _Trial:
 
     Attributes:
         nothing: squares of what is lost without a change, [PARTS].
+        enough: in how many parts to look to tell ridges apart.
     """
 
-    def __init__(self, problems: list[Squares | Rows], meeting: str | None) -> None:
-        self._problems, self._meeting = problems, meeting
-        self.nothing = self._sum(torch.stack([each.nothing for each in problems]))
+    def __init__(self, trial: Trial, meeting: str | None) -> None:
+        self._trial, self._meeting, self.enough = trial, meeting, trial.enough
+        self.nothing = self._sum(trial.nothing)
+        self._gains: dict[tuple[float, int], Tensor] = {}
 
-    def left(self, ridge: float) -> float:
-        """Return the share of the squares that is left; inf where a part is no better off than without a change."""
-        gains = [
-            ours.gain(other.solve(ridge)) for ours, other in zip(self._problems, self._problems[::-1], strict=True)
-        ]
-        found = self._sum(torch.stack(gains))
-        return 1 + float(found.sum() / self.nothing.sum()) if bool((found < 0).all()) else math.inf
+    def left(self, ridge: float, parts: int) -> float:
+        """Return the share of the squares that is left in the first parts; inf where one is no better off than before.
+
+        Args:
+            ridge: how strongly the change is held to none.
+            parts: how many to look at.
+        """
+        for part in range(parts):
+            if (ridge, part) not in self._gains:
+                self._gains[ridge, part] = self._sum(self._trial.gain(ridge, part))
+        found = torch.stack([self._gains[ridge, part] for part in range(parts)])
+        return 1 + float(found.sum() / self.nothing[:parts].sum()) if bool((found < 0).all()) else math.inf
 
     def _sum(self, values: Tensor) -> Tensor:
         """Return the sum over the processes that hold the outputs of a sharded layer."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -12,74 +13,142 @@ from upop.pruning.sharded import many_processes
 PARTS = 2
 _CHUNK = 4096
 """Rows that are multiplied at a time, so that few of them are held in full precision at once."""
+_MANY = 512
+"""Rows of each part, by their weights, with which one part alone tells ridges apart."""
+_BLOCKS, _BLOCK = 8, 256
+"""Blocks of columns in which products are made, and the smallest one: what is smaller is slower than its other half."""
 _ENOUGH = 1e-2
 """What rounding may do to a solution: `size / ridge` bounds the condition number, as ridges are shares of the mean."""
 
 
 class Squares:
-    """A problem given by second moments: the D that minimises `sum |y - x D|^2 + r |D|^2`.
-
-    Attributes:
-        nothing: the sum of `|y|^2`.
+    """Problems given by second moments: the D that minimises `sum |y - x D|^2 + r |D|^2`, of each part and of both.
 
     Args:
-        squares: the sum of `x x^T`, [n, n].
-        shared: that of `x y^T`, [n, outputs].
-        nothing: as above.
-        inputs: how many of the n are held; what comes after them is free (the bias).
+        moments: of x, of ones (for a bias), and of the inputs that are missed, g, in this order, [PARTS, n, n].
+        inputs: how many of the n are of x, which is held; the bias is free.
     """
 
-    def __init__(self, squares: Tensor, shared: Tensor, nothing: Tensor, inputs: int) -> None:
-        self._squares, self._shared, self.nothing, self._inputs = squares, shared, nothing, inputs
+    def __init__(self, moments: Tensor, inputs: int) -> None:
+        self._moments, self._inputs = moments, inputs
 
-    def solve(self, ridge: float) -> Tensor:
-        """Return D, [n, outputs], for r as a share of the mean square of an input; NaN where it is not determined."""
-        force = ridge * self._squares.diagonal()[: self._inputs].mean().clamp_min(torch.finfo(torch.float32).tiny)
-        held = self._squares.clone()
-        held.diagonal()[: self._inputs].add_(force)
-        return _solved(held, self._shared)
+    def trial(self, lost: Tensor, *, bias: bool) -> Trial:
+        """Return what tells how well changes do.
 
-    def gain(self, change: Tensor) -> Tensor:
-        """Return by how much D changes the sum of `|y - x D|^2`: below 0 where it helps."""
-        return (change * (self._squares @ change - 2 * self._shared)).sum()
+        Args:
+            lost: weights of what is missed, [gone, outputs]: y is their product with g.
+            bias: whether there is one to change too.
+        """
+        size, after = self._inputs + bias, self._inputs + 1
+        shared = self._moments[:, :size, after:].to(lost) @ lost
+        nothing = (lost * (self._moments[:, after:, after:].to(lost) @ lost)).sum((1, 2))
+
+        def gain(ridge: float, part: int) -> Tensor:
+            other = PARTS - 1 - part
+            change = _solved(self._held(self._moments[other, :size, :size].to(lost, copy=True), ridge), shared[other])
+            return (change * (self._moments[part, :size, :size].to(lost) @ change - 2 * shared[part])).sum()
+
+        many = bool((self._moments[:, self._inputs, self._inputs] >= _MANY).all())
+        return Trial(nothing, gain, enough=1 if many else PARTS)
+
+    def solve(self, lost: Tensor, ridge: float, *, bias: bool) -> Tensor:
+        """Return D of both parts, [inputs (+ 1), outputs], for r as a share of the mean square of an input.
+
+        It is NaN where it is not determined.
+        """
+        size, after = self._inputs + bias, self._inputs + 1
+        shared = self._moments[:, :size, after:].sum(0).to(lost) @ lost
+        return _solved(self._held(self._moments[:, :size, :size].sum(0).to(lost), ridge), shared)
+
+    def _held(self, squares: Tensor, ridge: float) -> Tensor:
+        diagonal = squares.diagonal()[: self._inputs]
+        diagonal += ridge * diagonal.mean().clamp_min(torch.finfo(torch.float32).tiny)
+        return squares
 
 
 class Rows:
-    """The same problem given by rows, fewer than inputs: it is solved in as many unknowns as there are rows.
+    """The same problems given by rows, fewer than inputs: they are solved in as many unknowns as there are rows.
 
     Args:
-        rows: x, [rows, inputs], each multiplied by the root of its weight.
-        aims: y, [rows, outputs], likewise.
-        ones: these roots, [rows], where there is a bias; else None.
+        rows: x, ones and g, [rows, n], each multiplied by the root of its weight; those of the first part come first.
+        inputs: how many of the n are of x.
+        first: how many rows belong to the first part.
     """
 
-    def __init__(self, rows: Tensor, aims: Tensor, ones: Tensor | None) -> None:
-        self._rows, self._aims, self._ones = rows, aims, ones
-        self.nothing = aims.square().sum()
-        self._products: Tensor | None = None
+    def __init__(self, rows: Tensor, inputs: int, first: int) -> None:
+        self._rows, self._ones, self._missed = rows[:, :inputs], rows[:, inputs], rows[:, inputs + 1 :]
+        self._parts = [slice(0, first), slice(first, len(rows))]
+        self._products = _gram(self._rows.t()) if len(rows) else rows.new_zeros(0, 0)
 
-    def solve(self, ridge: float) -> Tensor:
-        """Return D, as `Squares.solve`: what is free is left out by taking away the weighted mean."""
-        rows, aims, ones = self._rows, self._aims, self._ones
-        force = ridge * (rows.square().sum() / rows.shape[1]).clamp_min(torch.finfo(torch.float32).tiny)
-        means = None
-        if ones is not None:
-            means = [(ones @ each) / ones.square().sum().clamp_min(force.new_tensor(1e-30)) for each in (rows, aims)]
-            rows, aims = (each - ones.outer(mean) for each, mean in zip((rows, aims), means, strict=True))
-        if self._products is None:  # the same for every ridge
-            self._products = rows @ rows.t()
-        held = self._products.clone()
+    def trial(self, lost: Tensor, *, bias: bool) -> Trial:
+        """Return what tells how well changes do, as `Squares.trial`."""
+        aims = self._missed.to(lost) @ lost
+        nothing = torch.stack([aims[part].square().sum() for part in self._parts])
+
+        def gain(ridge: float, part: int) -> Tensor:
+            ours, other = self._parts[part], self._parts[PARTS - 1 - part]
+            change, level = self._solved(other, aims[other], ridge, bias)
+            made = self._products[ours, other].to(lost) @ change + self._ones[ours].to(lost).outer(level)
+            return (made * (made - 2 * aims[ours])).sum()
+
+        return Trial(nothing, gain, enough=PARTS)
+
+    def solve(self, lost: Tensor, ridge: float, *, bias: bool) -> Tensor:
+        """Return D of both parts, as `Squares.solve`."""
+        change, level = self._solved(slice(None), self._missed.to(lost) @ lost, ridge, bias)
+        found = self._rows.to(lost).t() @ change
+        return torch.cat([found, level.unsqueeze(0)]) if bias else found
+
+    def _solved(self, part: slice, aims: Tensor, ridge: float, bias: bool) -> tuple[Tensor, Tensor]:
+        """Return the C of `D = x^T C`, [rows, outputs], and the change of the bias, [outputs]."""
+        held = self._products[part, part].to(aims, copy=True)
+        force = ridge * (held.trace() / self._rows.shape[1]).clamp_min(torch.finfo(torch.float32).tiny)
+        if not bias:
+            held.diagonal().add_(force)
+            return _solved(held, aims), aims.new_zeros(aims.shape[1])
+        # Both the rows and the aims without their weighted means, which are multiples of `ones`.
+        ones = self._ones[part].to(aims)
+        unit = ones / ones.square().sum().clamp_min(1e-30)
+        means, products = unit @ aims, held @ unit
+        held -= ones.outer(products) + products.outer(ones) - ones.outer(ones) * (unit @ products)
         held.diagonal().add_(force)
-        found = rows.t() @ _solved(held, aims)
-        return found if means is None else torch.cat([found, (means[1] - means[0] @ found).unsqueeze(0)])
+        change = _solved(held, aims - ones.outer(means))
+        change -= unit.outer(ones @ change)
+        return change, means - products @ change
 
-    def gain(self, change: Tensor) -> Tensor:
-        """Return by how much D changes the sum of squares, as `Squares.gain`."""
-        inputs = self._rows.shape[1]
-        made = self._rows @ change[:inputs]
-        if self._ones is not None:
-            made += self._ones.outer(change[inputs])
-        return (made * (made - 2 * self._aims)).sum()
+
+@dataclass(frozen=True)
+class Trial:
+    """How well changes do that were made from one part of the rows, on the other.
+
+    Attributes:
+        nothing: the sum of `|y|^2` in each part, [PARTS].
+        gain: (ridge, part) -> by how much a change from the other part changes the sum of `|y - x D|^2` in this one,
+            below 0 where it helps.
+        enough: in how many of the parts to look to tell ridges apart: in one, where rows are many.
+    """
+
+    nothing: Tensor
+    gain: Callable[[float, int], Tensor]
+    enough: int
+
+
+def _gram(rows: Tensor, total: Tensor | None = None) -> Tensor:
+    """Return `rows^T rows`, [n, n], added to `total`: only one half is computed, and copied to the other.
+
+    Args:
+        rows: [count, n].
+        total: symmetric, [n, n]; it is changed.
+    """
+    size = rows.shape[1]
+    total = rows.new_zeros(size, size) if total is None else total
+    step = max(_BLOCK, -(-size // _BLOCKS))
+    for begin in range(0, size, step):
+        end = min(begin + step, size)
+        total[begin:end, begin:].addmm_(rows[:, begin:end].t(), rows[:, begin:])
+    for begin in range(step, size, step):
+        total[begin : begin + step, :begin] = total[:begin, begin : begin + step].t()
+    return total
 
 
 def _solved(held: Tensor, shared: Tensor) -> Tensor:
@@ -145,10 +214,12 @@ class ReaderInputs:
     def _add_products(self, rows: Tensor, weights: Tensor, part: int) -> None:
         assert self._moments is not None
         for some, counts in zip(rows.split(_CHUNK), weights.split(_CHUNK), strict=True):
-            ours = torch.cat([some.to(self._dtype), some.new_ones(len(some), 1, dtype=self._dtype)], dim=1)
             # Weighed, not picked: picking waits for the device.
-            product = ours.t() @ (ours * counts.to(ours).unsqueeze(1))
-            self._moments[part] += torch.where(product.isfinite().all(), product, 0.0).to(self._moments.device)
+            ours = _weighed(some, counts, self._dtype)
+            if self._moments.device == ours.device:
+                _gram(ours, self._moments[part])
+            else:
+                self._moments[part] += _gram(ours).to(self._moments.device)
 
     def add_up(self, device: torch.device) -> None:
         """Add up over all processes, by way of `device`."""
@@ -160,50 +231,45 @@ class ReaderInputs:
             torch.distributed.all_reduce(together)
             self._moments = together
 
-    def problem(self, part: int | None, kept: Tensor, gone: Tensor, lost: Tensor, *, bias: bool) -> Squares | Rows:
-        """Return what makes `kept` inputs give what the others gave: y is the product of what goes and its weights.
+    def problem(self, kept: Tensor, gone: Tensor, device: torch.device) -> Squares | Rows:
+        """Return what makes `kept` inputs give what the others gave, in each part of the rows and in both.
+
+        Rows are let go of; nothing is left to ask for a second time.
 
         Args:
-            part: of the rows; None is both.
-            kept: which inputs stay, [kept], int64, on the device that computes.
-            gone: which go, [gone].
-            lost: the weights of those, [gone, outputs], in the precision that computes.
-            bias: whether there is one to change too.
+            kept: which inputs stay, [kept], int64.
+            gone: which go and are missed, [gone].
+            device: that computes.
         """
-        parts = range(PARTS) if part is None else [part]
+        places = torch.cat([kept, kept.new_full((1,), self._width), gone])
         if self._moments is not None:
-            moments = sum((self._moments[each].to(lost) for each in parts[1:]), self._moments[parts[0]].to(lost))
-            return _of_moments(moments, kept, gone, lost, bias=bias)
-        held = [each for number in parts for each in self._rows[number]]
-        if sum(len(rows) for rows, _ in held) < len(kept):
-            found = list(_scaled(held, lost))
-            empty = lost.new_zeros(0, self._width), lost.new_zeros(0)
-            rows, roots = (torch.cat(each) for each in zip(*(found or [empty]), strict=True))
-            return Rows(rows[:, kept], rows[:, gone] @ lost, roots if bias else None)
-        size = len(kept) + bias
-        squares, shared, nothing = lost.new_zeros(size, size), lost.new_zeros(size, lost.shape[1]), lost.new_zeros(())
-        for rows, roots in _scaled(held, lost):
-            aims, ours = rows[:, gone] @ lost, rows[:, kept]
-            ours = torch.cat([ours, roots.unsqueeze(1)], dim=1) if bias else ours
-            squares.addmm_(ours.t(), ours)
-            shared.addmm_(ours.t(), aims)
-            nothing += aims.square().sum()
-        return Squares(squares, shared, nothing, len(kept))
+            places = places.to(self._moments.device)
+            return Squares(torch.stack([each[places][:, places].to(device) for each in self._moments]), len(kept))
+        places, held = places.to(device), self._rows
+        self._rows = [[] for _ in range(PARTS)]
+        counts = [sum(len(rows) for rows, _ in several) for several in held]
+
+        def ours() -> Iterator[tuple[int, Tensor]]:
+            for part, several in enumerate(held):
+                while several:
+                    rows, weights = several.pop(0)
+                    for some, roots in zip(rows.split(_CHUNK), weights.split(_CHUNK), strict=True):
+                        yield part, _weighed(some.to(device), roots.to(device), self._dtype)[:, places]
+
+        if sum(counts) < len(kept):
+            empty = torch.zeros(0, len(places), dtype=self._dtype, device=device)
+            return Rows(torch.cat([empty, *(some for _, some in ours())]), len(kept), counts[0])
+        moments = torch.zeros(PARTS, len(places), len(places), dtype=self._dtype, device=device)
+        for part, some in ours():
+            _gram(some, moments[part])
+        return Squares(moments, len(kept))
 
 
-def _of_moments(moments: Tensor, kept: Tensor, gone: Tensor, lost: Tensor, *, bias: bool) -> Squares:
-    places = torch.cat([kept, kept.new_tensor([moments.shape[-1] - 1])]) if bias else kept
-    shared = moments[places.unsqueeze(1), gone] @ lost
-    nothing = (lost * (moments[gone.unsqueeze(1), gone] @ lost)).sum()
-    return Squares(moments[places.unsqueeze(1), places], shared, nothing, len(kept))
-
-
-def _scaled(held: list[tuple[Tensor, Tensor]], like: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield rows multiplied by the roots of their weights, and these roots, a few at a time."""
-    for rows, weights in held:
-        for some, counts in zip(rows.split(_CHUNK), weights.split(_CHUNK), strict=True):
-            roots = counts.to(like).sqrt()
-            yield some.to(like) * roots.unsqueeze(1), roots
+def _weighed(rows: Tensor, weights: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return rows and a column of ones, [count, n + 1], multiplied by the roots of their weights; nothing overflows."""
+    roots = weights.to(dtype).sqrt().unsqueeze(1)
+    found = torch.cat([rows.to(dtype) * roots, roots], dim=1)
+    return torch.where(found.square().sum(0).isfinite().all(), found, 0.0)
 
 
 def moments_bytes(width: int, dtype: torch.dtype) -> int:
