@@ -1,17 +1,22 @@
 """What a whole compression costs beside plain fine-tuning of the dense model, of as many steps.
 
-- Measured: DeiT-S on small pictures, on this CPU. Every kind of step is taken in turn, round by round, by one thread,
-  and timed in processor time, for the machine may be busy: a step of the dense model (`plain`), of the default search
-  (masks, scores, teacher), of the training after it (cut to half of what can be cut, teacher), and of the
-  published search (`reference`: soft masks, no teacher) and the training after that. What the search does besides
-  (reading the model, the correction at the end of a stage, the verified cut) is timed by itself. A run is the sum over
-  its steps. Peak memory is that of all tensors in a step, weights, gradients and optimizer state included.
+- Measured: DeiT-S on images of `--pixels`, and a small BLIP for NLVR (`--model blip`), on this CPU. Every kind of step
+  is taken in turn, round by round, by one thread, and timed in processor time, for the machine may be busy: a step of
+  the dense model (`plain`), of the default search (masks, scores, teacher), of the training after it (cut to half of
+  what can be cut, teacher), and of the published search (`reference`: soft masks, no teacher) and the training after
+  that. What the search does besides (reading the model, the correction at the end of a stage, the verified cut) is
+  timed by itself. A run is the sum over its steps. Peak memory is that of all tensors in a step, weights, gradients and
+  optimizer state included.
+- Traced (`--trace`): DeiT-S and BLIP for NLVR at full size. The operations of products, attention and convolutions are
+  counted in a forward pass of the dense and of the cut model, those of the correction by formulas; a run is their sum.
 - Computed (`--compute`): a decoder of 8 B parameters in bfloat16. Operations are counted by formulas, of its sizes and
   of those of the correction; assumed rates of a GPU turn them into time. Memory is counted: weights, gradients, two
   moments in float32, activations of checkpointed layers; and what a search holds beside these.
 
-    OMP_NUM_THREADS=1 python benchmarks/run_cost.py
-    OMP_NUM_THREADS=1 python benchmarks/run_cost.py --compute      # adds to the file that is there
+    OMP_NUM_THREADS=1 python benchmarks/run_cost.py --pixels 224
+    OMP_NUM_THREADS=1 python benchmarks/run_cost.py --model blip   # adds to the file that is there
+    OMP_NUM_THREADS=1 python benchmarks/run_cost.py --trace
+    OMP_NUM_THREADS=1 python benchmarks/run_cost.py --compute
 """
 
 from __future__ import annotations
@@ -31,14 +36,16 @@ import timm
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import upop
 from upop.compression import search_steps
 from upop.files import write_json
 from upop.machine import machine
+from upop.models.nlvr import BlipNlvr, NlvrConfig
 from upop.pruning import plan_by_magnitude
-from upop.pruning.least_squares import PARTS, moments_bytes
+from upop.pruning.least_squares import moments_bytes
 from upop.pruning.moments import LOOKS, allowed_bytes, readers
 from upop.training.memory import peak_bytes
 
@@ -46,34 +53,60 @@ RESULTS = Path(__file__).parent / "results"
 STEPS = 1000
 """Optimizer steps of a run."""
 STAGES = 8
-_RIDGES = 4
-"""Ridges that are tried for a layer, mostly."""
 MATMUL, SOLVE = 400e12, 30e12
 """Operations per second of a large GPU: products in bfloat16, and products and Cholesky factors in float32."""
 
 Step = Callable[[], None]
+Example = tuple[nn.Module, dict[str, torch.Tensor], torch.Tensor]
 
 
-def small_deit(size: int) -> nn.Module:
-    """Return DeiT-S for pictures of `size` pixels."""
+def deit(size: int, batch: int) -> Example:
+    """Return DeiT-S for images of `size` pixels, a batch of them, and labels."""
     torch.manual_seed(0)
-    return timm.create_model("deit_small_patch16_224", img_size=size, num_classes=100).train()
+    model = timm.create_model("deit_small_patch16_224", img_size=size, num_classes=100).train()
+    return model, {"x": torch.randn(batch, 3, size, size)}, torch.randint(100, (batch,))
+
+
+def blip(size: int, batch: int) -> Example:
+    """Return BLIP for NLVR, of six layers of half the width, and pairs of images with a sentence each."""
+    torch.manual_seed(0)
+    sizes = {"image_size": size, "vision_width": 384, "vision_depth": 6, "vision_heads": 6, "text_width": 384}
+    config = NlvrConfig(**sizes, text_depth=6, text_heads=6, merge_from=3)
+    return BlipNlvr(config).train(), _pairs(config.image_size, batch), torch.randint(2, (batch,))
+
+
+def full_blip(_size: int, batch: int) -> Example:
+    """Return BLIP for NLVR with ViT-B, at its published size."""
+    config = NlvrConfig.vit("base")
+    return BlipNlvr(config).train(), _pairs(config.image_size, batch), torch.randint(2, (batch,))
+
+
+def _pairs(size: int, batch: int) -> dict[str, torch.Tensor]:
+    return {
+        "images": torch.randn(2 * batch, 3, size, size),
+        "input_ids": torch.randint(1000, 20000, (batch, 36)),
+        "attention_mask": torch.ones(batch, 36, dtype=torch.long),
+    }
+
+
+MODELS: dict[str, tuple[str, Callable[[int, int], Example]]] = {
+    "deit": ("DeiT-S", deit),
+    "blip": ("BLIP for NLVR, six layers of half the width", blip),
+}
 
 
 class Kinds:
     """A model for every kind of step.
 
     Args:
-        size: of pictures, in pixels.
-        batch: pictures.
+        example: the dense model, a batch, and its labels.
     """
 
-    def __init__(self, size: int, batch: int) -> None:
-        self._images, self._labels = torch.randn(batch, 3, size, size), torch.randint(100, (batch,))
+    def __init__(self, example: Example) -> None:
+        dense, self._inputs, self._labels = example
         self.once: dict[str, float] = {}
         self.steps: dict[str, Step] = {}
         begun = time.process_time()
-        dense = small_deit(size)
         upop.find_units(dense)
         self.once["reading"] = time.process_time() - begun
         self.steps["plain"] = self._step(dense)
@@ -103,7 +136,7 @@ class Kinds:
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)
 
         def step() -> None:
-            loss = cross_entropy(model(self._images), self._labels)
+            loss = cross_entropy(model(**self._inputs), self._labels)
             (loss if teacher is None else loss + teacher.loss()).backward()
             if pruner is not None:
                 pruner.step()
@@ -121,68 +154,115 @@ class Kinds:
         return self._step(model, upop.distill(model, copy.deepcopy(dense)) if teacher else None)
 
 
-def _stage(size: int, batch: int) -> tuple[dict[str, float], dict[str, int]]:
+def _stage(example: Example) -> tuple[dict[str, float], dict[str, int]]:
     """Return the seconds of a plain step and of the last of a stage, and the peaks of both with all that is held."""
-    images, labels = torch.randn(batch, 3, size, size), torch.randint(100, (batch,))
+    dense, inputs, labels = example
     seconds, peaks = {}, {}
     for name in ("plain", "last of a stage"):
-        model = small_deit(size)
+        model = copy.deepcopy(dense)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)
         pruner = None if name == "plain" else upop.Pruner(model, 0.5, 2 * LOOKS, LOOKS)
 
-        def step(
-            given: torch.Tensor, model: nn.Module = model, optimizer: Any = optimizer, pruner: Any = pruner
-        ) -> None:
-            cross_entropy(model(given), labels).backward()
+        def step(given: Any, model: nn.Module = model, optimizer: Any = optimizer, pruner: Any = pruner) -> None:
+            cross_entropy(model(**given), labels).backward()
             if pruner is not None:
                 pruner.step()
             optimizer.step()
             optimizer.zero_grad()
 
         for _ in range(1 if pruner is None else LOOKS - 1):
-            step(images.clone())
+            step({key: value.clone() for key, value in inputs.items()})
         held = 3 * sum(each.nbytes for each in model.parameters())  # and the moments of the optimizer
         if pruner is not None:  # the user's own batch is gone by the next step
             held += sum(each.nbytes for one in pruner._moments._passes for each in one.tensors())
         begun = time.process_time()
-        peaks[name] = held + peak_bytes(lambda step=step: step(images))  # type: ignore[misc]
+        peaks[name] = held + peak_bytes(lambda step=step: step(inputs))  # type: ignore[misc]
         seconds[name] = time.process_time() - begun
     return seconds, peaks
 
 
-def measured(size: int, batch: int, rounds: int) -> dict[str, Any]:
+def measured(name: str, size: int, batch: int, rounds: int) -> dict[str, Any]:
     """Return the seconds of all kinds of steps, and of whole runs."""
-    kinds = Kinds(size, batch)
+    words, build = MODELS[name]
+    kinds = Kinds(build(size, batch))
     seconds: dict[str, list[float]] = {name: [] for name in kinds.steps}
     names = list(kinds.steps)
     for turn in range(rounds + 1):
-        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+        for kind in names[turn % len(names) :] + names[: turn % len(names)]:
             begun = time.process_time()
-            kinds.steps[name]()
+            kinds.steps[kind]()
             if turn:
-                seconds[name].append(time.process_time() - begun)
-    ratios = {name: sum(values) / sum(seconds["plain"]) for name, values in seconds.items()}
+                seconds[kind].append(time.process_time() - begun)
+    once = kinds.once
+    del kinds
     plain = statistics.mean(seconds["plain"])
-    ends, peaks = _stage(size, batch)
-    once = {**kinds.once, "end of a stage": max(0.0, ends["last of a stage"] - ends["plain"])}
-    ends_in_steps = STAGES * once["end of a stage"] / plain
-    search = search_steps(STEPS)
-    whole = search * ratios["search"] + (STEPS - search) * ratios["recovery"] + ends_in_steps
-    whole += (once["reading"] + once["masking"] + once["cut"]) / plain
+    ends, peaks = _stage(build(size, batch))
+    once["end of a stage"] = max(0.0, ends["last of a stage"] - ends["plain"])
     return {
-        "model": f"DeiT-S, pictures of {size} pixels, batch {batch}, AdamW",
+        "model": f"{words}, images of {size} pixels, batch {batch}, AdamW",
         "timed": f"processor time of one thread, {rounds} rounds in turn; the machine was shared",
-        "steps": STEPS,
-        "steps_of_the_search": search,
         "seconds_of_a_plain_step": round(plain, 3),
-        "steps_beside_plain": {name: round(value, 3) for name, value in ratios.items()},
         "seconds_once": {name: round(value, 2) for name, value in once.items()},
-        "search_of_1000_steps_beside_plain": round(ratios["search, no teacher"] + ends_in_steps / STEPS, 3),
-        "run_beside_plain": round(whole / STEPS, 3),
-        "reference_run_beside_plain": round((ratios["reference search"] + ratios["reference recovery"]) / 2, 3),
+        **_run({name: sum(values) / sum(seconds["plain"]) for name, values in seconds.items()}, once, plain),
         "peak_bytes": peaks,
         "peak_beside_plain": round(peaks["last of a stage"] / peaks["plain"], 4),
     }
+
+
+def _run(ratios: dict[str, float], once: dict[str, float], plain: float) -> dict[str, Any]:
+    """Return what whole runs cost, from their steps beside a plain one, what is done once, and a plain step."""
+    ends = STAGES * once["end of a stage"] / plain
+    search = search_steps(STEPS)
+    whole = search * ratios["search"] + (STEPS - search) * ratios["recovery"] + ends
+    whole += (once.get("reading", 0) + once.get("masking", 0) + once.get("cut", 0)) / plain
+    return {
+        "steps": STEPS,
+        "steps_of_the_search": search,
+        "steps_beside_plain": {name: round(value, 3) for name, value in ratios.items()},
+        "search_of_1000_steps_beside_plain": round(ratios["search, no teacher"] + ends / STEPS, 3),
+        "run_beside_plain": round(whole / STEPS, 3),
+        "reference_run_beside_plain": round((ratios["reference search"] + ratios["reference recovery"]) / 2, 3),
+    }
+
+
+def traced(name: str, build: Callable[[int, int], Example], batch: int) -> dict[str, Any]:
+    """Return what a run of a model at full size costs in operations of its products."""
+    model, inputs, _ = build(224, batch)
+    units = upop.find_units(model)
+    solve: list[float] = []
+
+    def see(layer: nn.Linear, given: Any, _output: Any) -> None:
+        rows = LOOKS * min(given[0].shape[:-1].numel(), 8192)
+        solve.append(correction_operations(rows, layer.in_features, layer.out_features))
+
+    hooks = [readers(model, unit)[0].register_forward_hook(see) for unit in units]
+    counted = [_forward_operations(model, inputs)]
+    for hook in hooks:
+        hook.remove()
+    upop.shrink(model, {unit.name: range(unit.size // 2) for unit in units}, verify=False)
+    counted.append(_forward_operations(model, inputs))
+    dense, cut = counted
+    ratios = {
+        "plain": 1.0,
+        "search, no teacher": 1.0,
+        "search": 4 / 3,
+        "recovery": (3 * cut + dense) / (3 * dense),
+        "reference search": 1.0,
+        "reference recovery": cut / dense,
+    }
+    end = LOOKS * dense + sum(solve)
+    return {
+        "model": f"{name}, batch {batch}, half of every unit cut",
+        "operations_of_a_plain_step": 3 * dense,
+        "operations_of_the_end_of_a_stage": end,
+        **_run(ratios, {"end of a stage": end}, 3 * dense),
+    }
+
+
+def _forward_operations(model: nn.Module, inputs: Any) -> int:
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(**inputs)
+    return int(counter.get_total_flops())
 
 
 def computed(tokens: int, sequences: int, layers: int) -> dict[str, Any]:
@@ -208,7 +288,7 @@ def computed(tokens: int, sequences: int, layers: int) -> dict[str, Any]:
     for unit in units:
         layer = readers(model, unit)[0]
         n, outputs = layer.in_features, layer.out_features
-        solve += PARTS * _operations(rows // PARTS, n, 64, _RIDGES) + _operations(rows, n, outputs, 1)
+        solve += correction_operations(rows, n, outputs)
         held += min(rows * n * 2, moments_bytes(n, torch.float32))
         largest = max(largest, layer.weight.nbytes)
     prunable = sum(
@@ -225,7 +305,8 @@ def computed(tokens: int, sequences: int, layers: int) -> dict[str, Any]:
     training = 2 * weights + 8 * parameters + activations
     held_on_device = min(held, int(allowed_bytes(model, "auto")))
     scratch = largest + LOOKS * seen * 16
-    solving = 3 * moments_bytes(14336, torch.float32) // PARTS
+    # Moments of both parts, those of a problem, and its factor; the rows of the layer are let go of meanwhile.
+    solving = 2 * moments_bytes(14336, torch.float32)
     return {
         "model": f"Llama 3 8B sizes, {layers} layers, bfloat16, {sequences} x {tokens} tokens per step",
         "steps": STEPS,
@@ -254,16 +335,23 @@ def computed(tokens: int, sequences: int, layers: int) -> dict[str, Any]:
     }
 
 
-def _operations(rows: int, inputs: int, outputs: int, ridges: int) -> float:
-    """Return the operations of a problem of least squares, in as many unknowns as there are rows or inputs."""
+def correction_operations(rows: int, inputs: int, outputs: int) -> float:
+    """Return the operations of a layer's correction, in as many unknowns as there are rows or inputs.
+
+    Products are symmetric: of eight blocks of columns, nine sixteenths are made. Five solutions tell ridges apart (four
+    by one part of the rows, one by the other), each with 64 outputs; one more is the change.
+    """
     size = min(rows, inputs)
-    products = 2 * rows * inputs * size * (ridges if rows < inputs else 1)
-    return products + ridges * (size**3 / 3 + 2 * size**2 * outputs + 2 * rows * inputs * outputs)
+    products = 2 * rows * inputs * size * 9 / 16
+    trials = 5 * (size**3 / 3 + 4 * size**2 * 64)
+    return products + trials + size**3 / 3 + 2 * size**2 * outputs
 
 
 def main() -> None:
     """Measure or compute, and write the file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=MODELS, default="deit")
+    parser.add_argument("--trace", action="store_true")
     parser.add_argument("--compute", action="store_true")
     parser.add_argument("--pixels", type=int, default=112)
     parser.add_argument("--batch", type=int, default=16)
@@ -273,12 +361,21 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(1)
     content: dict[str, Any] = json.loads(given.out.read_text()) if given.out.is_file() else {}
-    found = computed(2048, 8, given.layers) if given.compute else measured(given.pixels, given.batch, given.rounds)
-    name = "computed" if given.compute else "measured"
-    content = {key: content.get(key) for key in ("measured", "computed")}
+    found: dict[str, Any]
+    if given.compute:
+        name, found = "computed", computed(2048, 8, given.layers)
+    elif given.trace:
+        name = "traced"
+        found = {
+            "deit": traced("DeiT-S, 224 pixels", deit, 64),
+            "blip": traced("BLIP for NLVR, 384 pixels", full_blip, 8),
+        }
+    else:
+        name, found = f"measured_{given.model}", measured(given.model, given.pixels, given.batch, given.rounds)
     content[name] = {"command": shlex.join(["python", *sys.argv]), **found}
     print(json.dumps(content[name], indent=1))
-    write_json(given.out, {"machine": machine("cpu"), **content})
+    order = ("measured_deit", "measured_blip", "traced", "computed")
+    write_json(given.out, {"machine": machine("cpu"), **{key: content[key] for key in order if key in content}})
 
 
 if __name__ == "__main__":
