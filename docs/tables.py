@@ -29,6 +29,8 @@ from upop.report.results import times
 from upop.settings import RunSettings
 from upop.tasks import TASKS
 from upop.tasks.blip import BlipSettings
+from upop.tasks.library import LibrarySettings
+from upop.tasks.row_settings import RowSettings
 from upop.yaml_files import read_yaml
 
 ROOT = Path(__file__).parents[1]
@@ -355,6 +357,12 @@ def settings(kind: type[RunSettings], *beside: type[RunSettings]) -> str:
     return markdown(["key", "default", "meaning"], rows)
 
 
+def _beside(kind: type[RunSettings]) -> tuple[type[RunSettings], ...]:
+    """Return the classes whose settings have tables of their own, nearest first."""
+    shared = [LibrarySettings, RowSettings] if issubclass(kind, RowSettings) else [BlipSettings]
+    return (*(each for each in shared if issubclass(kind, each) or each is BlipSettings), RunSettings)
+
+
 def _yaml(value: Any) -> str:
     if isinstance(value, tuple):
         return f"[{', '.join(map(str, value))}]"
@@ -430,9 +438,11 @@ TABLES: dict[str, Callable[[], str]] = {
     "settings": lambda: settings(RunSettings),
     "settings-blip": lambda: settings(BlipSettings, RunSettings),
     **{
-        f"settings-{name}": lambda task=task: settings(task.settings, BlipSettings, RunSettings)  # type: ignore[misc]
+        f"settings-{name}": lambda task=task: settings(task.settings, *_beside(task.settings))  # type: ignore[misc]
         for name, task in TASKS.items()
     },
+    "settings-rows": lambda: settings(RowSettings, RunSettings),
+    "settings-library": lambda: settings(LibrarySettings, RowSettings, RunSettings),
     "costs": lambda: (RESULTS / "costs.md").read_text(),
     "published-runs": published_runs,
     "published-data": published_counts,

@@ -42,7 +42,7 @@ class DualEncoderSettings(LibrarySettings):
     templates: tuple[str, ...] = Field(
         ("a photo of a {}.",), description="sentences that class names are put into, for images with labels"
     )
-    teach_similarity: float | None = Field(
+    distill_similarity: float | None = Field(
         None, ge=0, description="weight in the loss of how far the similarities of a batch are from the dense model's"
     )
     batch_size_train: int = Field(64, ge=1)
@@ -100,7 +100,7 @@ class DualEncoderTask(LibraryTask[DualEncoderSettings], Retrieval[DualEncoderSet
 
     def teaching(self, settings: DualEncoderSettings) -> dict[str, float]:
         """Return how the dense model teaches: by features, by the similarities of a batch, or by both."""
-        similar = settings.teach_similarity
+        similar = settings.distill_similarity
         return {"features": settings.teaching} | ({"logits": similar} if similar else {})
 
     def predict(self, model: nn.Module, batch: Batch, settings: DualEncoderSettings) -> dict[str, Tensor]:
