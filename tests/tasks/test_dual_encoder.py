@@ -225,7 +225,9 @@ def test_a_folder_without_weights_is_trained_from_nothing(siglip: Path, pairs: P
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("extra", [{"precision": "bfloat16"}, {"grad_checkpointing": True}, {"distill_similarity": 1.0}])
+@pytest.mark.parametrize(
+    "extra", [{"precision": "bfloat16"}, {"grad_checkpointing": True}, {"distill_similarity": 1.0}]
+)
 def test_settings_of_memory_and_of_teaching(extra: dict[str, Any], siglip: Path, pairs: Path, tmp_path: Path) -> None:
     given = {"data": str(pairs), "epochs": 2, "pretrained": str(siglip), "output_dir": tmp_path}
     assert compress(TASK, settings_of(**given, **extra)) is not None
