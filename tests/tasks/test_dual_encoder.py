@@ -249,3 +249,15 @@ def test_two_processes_compare_the_pairs_that_one_compares(kind: str, tmp_path: 
     for name, each in model.named_parameters():
         if each.grad is not None:
             torch.testing.assert_close(found["gradients"][name], each.grad, rtol=1e-4, atol=1e-6, msg=name)
+
+
+@pytest.mark.slow
+def test_a_run_does_without_an_image_that_cannot_be_read(siglip: Path, tmp_path: Path) -> None:
+    data = tiny_dual.write_pairs(tmp_path / "data")
+    (tmp_path / "data" / "3.png").write_bytes(b"no image")
+    given = {"val_data": str(data), "pretrained": str(siglip), "epochs": 1, "output_dir": tmp_path / "out"}
+    with pytest.raises(DataError, match=r"pairs.jsonl, line 4.*3\.png"):
+        train(TASK, settings_of(data=str(data), **given))
+    found = train(TASK, settings_of(data=str(data), **given | {"output_dir": tmp_path / "less"}, skip_bad_images=1))
+    assert found is not None
+    assert found.left_out["val"] == (1, 24)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from upop.errors import CheckpointError, SettingError, StepError
 from upop.models.contrast import gather_with_gradients
+from upop.pruning.logits import precise
 from upop.pruning.masks import unwrapped
 
 LossName = Literal["auto", "softmax", "sigmoid"]
@@ -101,7 +102,8 @@ def contrast(model: nn.Module, output: Any, kind: LossName = "auto") -> Tensor:
             f"loss: sigmoid was asked for, and {type(own).__name__} has no logit_bias, without which nearly all pairs "
             "of a batch are called right. Take loss: softmax."
         )
-    logits = scale * image.float() @ text.float().t()  # [images, texts]
+    with torch.autocast(image.device.type, enabled=False):  # scales are near 100: bfloat16 would round most of it away
+        logits = scale * image @ text.t()  # [images, texts]
     if kind == "sigmoid" or (kind == "auto" and bias is not None):
         return sigmoid_loss(logits + (bias if bias is not None else 0.0))
     return softmax_loss(logits)
@@ -133,4 +135,4 @@ def _part(output: Any, name: str) -> Any:
 
 
 def _normal(rows: Tensor) -> Tensor:
-    return F.normalize(rows, dim=-1)
+    return F.normalize(precise(rows), dim=-1)

@@ -105,7 +105,7 @@ class DualEncoderTask(LibraryTask[DualEncoderSettings], Retrieval[DualEncoderSet
 
     def predict(self, model: nn.Module, batch: Batch, settings: DualEncoderSettings) -> dict[str, Tensor]:
         """Return embeddings of images, [B, D], and labels [B] where there are any."""
-        features = encoded(model, "image", self.cast(model, batch)).float()
+        features = encoded(model, "image", self.cast(model, batch))
         return {"features": features} | ({"labels": batch["labels"]} if "labels" in batch else {})
 
     def text_features(self, model: nn.Module, words: Mapping[str, Tensor]) -> Tensor:
