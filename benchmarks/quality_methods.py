@@ -21,8 +21,7 @@ import upop
 from dense_tasks import DenseTask
 from quality_torch_pruning import UnsupportedError, plan_by_torch_pruning
 from upop.pruning import plan_by_magnitude
-from upop.pruning.costs import entry_costs
-from upop.pruning.errors import SettingError, StepError
+from upop.pruning.errors import StepError
 from upop.training.devices import to_device
 from upop.training.loaders import make_loader
 
@@ -51,7 +50,6 @@ class Method:
         normalised: scores of each step come from gradients of norm 1, so that steps with large ones do not say more.
         teacher: options of `upop.distill`; the dense model then teaches in all steps. None has no teacher.
         cost: counts this instead of the cost that the table is about.
-        of_whole: as many parameters go as a ratio of ALL units says, though not all of them are searched.
     """
 
     cut: Cut = "search"
@@ -64,7 +62,6 @@ class Method:
     normalised: bool = False
     teacher: Mapping[str, Any] | None = None
     cost: Cost | None = None
-    of_whole: bool = False
 
 
 _PUBLISHED = {"progress": "soft", "score": "signed"}
@@ -108,11 +105,8 @@ LEVERS: dict[str, Method] = {
     "two phases, search 25 %": Method(two_phases=True, share=0.25),
     "cost in GMACs": Method(cost="flops"),
     "calibrate first": Method("calibrate", stages=8),
-    "MLPs alone": Method(pruner={"include": "*mlp"}, teacher={}, of_whole=True),
-    "uniform towers": Method(pruner={"uniform": "tower"}, teacher={}, of_whole=True),
 }
-"""The default, and what was tried in its place; all that is not about the teacher, nor about
-towers whose layers are alike, is tried without one."""
+"""The default, and what was tried in its place; all that is not about the teacher is tried without one."""
 
 
 @dataclass(frozen=True)
@@ -239,11 +233,6 @@ class _Run:
         """Train for so many steps while searching, then cut."""
         method, units = self.method, upop.find_units(self.model)
         options = {**budget, **method.pruner}
-        share: float | None = ratio
-        if method.of_whole:
-            costs, dense = entry_costs(self.model, units, "params"), upop.count_parameters(self.model)
-            share = None
-            options["target"] = {"params": 1 - ratio * sum(costs[unit.name] * unit.size for unit in units) / dense}
         parts = method.updates or method.stages
         if parts:
             options["interval"] = max(1, -(-steps // parts))
@@ -251,10 +240,7 @@ class _Run:
         pruners = []
         for modality in modalities:
             names = [unit.name for unit in units if modality in (None, unit.modality)]
-            try:
-                pruners.append(upop.Pruner(self.model, share, steps, **{"include": names, **options}))
-            except SettingError as error:
-                raise UnsupportedError(str(error)) from error
+            pruners.append(upop.Pruner(self.model, ratio, steps, include=names, **options))
         self.train(0, steps, pruners)
         kept = {name: entries for pruner in pruners for name, entries in pruner.plan().items()}
         for pruner in pruners:

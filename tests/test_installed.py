@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import zipfile
 from pathlib import Path
@@ -155,3 +157,53 @@ def test_the_demo_and_a_report_in_an_empty_folder(installed: Path, tmp_path: Pat
     assert (tmp_path / "page.html").stat().st_size > 10_000
     assert (tmp_path / "output/demo/report.html").is_file()
     assert (tmp_path / "again/results.json").is_file()
+
+
+@pytest.mark.slow
+def test_a_wheel_that_pip_installs_runs_the_commands_of_the_readme(unpacked: Path, tmp_path: Path) -> None:
+    wheel = built("wheel", unpacked, tmp_path)
+    environment = tmp_path / "environment"
+    python("-m", "venv", str(environment), cwd=tmp_path)
+    scripts = environment / ("Scripts" if os.name == "nt" else "bin")
+    mine = subprocess.run(
+        [scripts / "python", "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"],
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout.strip()
+    # Its own packages come first, and then those of this environment, whose upop is the repository's.
+    (Path(mine) / "beside.pth").write_text(sysconfig.get_path("purelib"))
+    pip = [scripts / "python", "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--force-reinstall", wheel]
+    subprocess.run(pip, check=True)
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    outside = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+
+    def shown(line: str) -> str:
+        program, *words = shlex.split(line, comments=True)
+        done = subprocess.run(
+            [scripts / program, *words],
+            cwd=empty,
+            env={**outside, "COLUMNS": "200"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        assert done.returncode == 0, done.stdout
+        return done.stdout
+
+    assert str(environment) in shown('python -c "import upop; print(upop.__file__)"')
+    readme = (ROOT / "README.md").read_text().splitlines()
+    (inspect,) = [line for line in readme if line.startswith("upop inspect deit_small")]
+    assert "What can be pruned" in shown(inspect)
+    save = (
+        "import timm, upop; model = timm.create_model('vit_tiny_patch16_224', depth=1, img_size=32); "
+        "upop.shrink(model, {unit.name: range(unit.size // 2) for unit in upop.find_units(model)}); "
+        "upop.save(model, 'output/caption-2x/best')"
+    )
+    shown(f'python -c "{save}"')
+    (export,) = [line for line in readme if line.startswith("upop export output/")]
+    shown(export)
+    assert (empty / "output/caption-2x/onnx/model.onnx").is_file()
+    shown("upop data shapes --task nlvr --out data --size 40")
+    assert "BlipNlvr" in shown("upop inspect assets/shapes-nlvr")
