@@ -10,7 +10,7 @@ unexport PYTHONDONTWRITEBYTECODE
 # Two processes of one thread each; what a file's tests share is made once, and the longest files begin first.
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test test-all lint docs gpu model clean
+.PHONY: demo test test-all test-lowest lint docs gpu model clean
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -28,6 +28,17 @@ test: $(VENV)/installed  ## what every change must pass, in minutes
 test-all: $(VENV)/installed  ## every case: all architectures of docs/coverage.md, every task killed and resumed
 	$(PYTEST)
 
+# Those that do not need the extras tasks and export, whose own bounds are newer.
+LOWEST = tests/pruning/test_training.py tests/pruning/test_costs.py tests/pruning/test_calibrate.py \
+  tests/pruning/test_uniform.py tests/test_compression.py tests/checkpoints/test_timm.py \
+  tests/checkpoints/test_transformers.py tests/checkpoints/test_plain.py tests/models
+
+test-lowest:  ## the method, and loading, with the oldest libraries that pyproject.toml takes, in an environment of their own
+	$(PYTHON) -m venv $(VENV)-lowest
+	$(VENV)-lowest/bin/pip install --quiet --no-compile -c tests/lowest.txt -e '.[cli,hf,timm]' \
+	  accelerate hypothesis jinja2 matplotlib open_clip_torch packaging peft pytest pytest-xdist torchmetrics
+	OMP_NUM_THREADS=1 $(VENV)-lowest/bin/python -m pytest -n 2 --dist loadfile -m 'not slow' $(LOWEST)
+
 lint: $(VENV)/installed  ## ruff, and mypy in strict mode
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -44,4 +55,4 @@ model: $(VENV)/installed  ## train the demo's dense model again, from nothing
 	PATH="$(abspath $(BIN)):$$PATH" bash assets/train_shapes_nlvr.sh
 
 clean:
-	rm -rf $(VENV) output build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-lowest output build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -18,6 +18,7 @@ from torch import Tensor
 import upop
 from pruning.families import randomise
 from pruning.registry.transformers_models import TRANSFORMERS
+from tiers import since
 
 MODELS = {each.name: each for each in TRANSFORMERS}
 QUICK = ("phi3", "bert", "vit")
@@ -73,6 +74,7 @@ def without_upop(folders: list[Path]) -> None:
     assert not done.returncode, done.stderr[-2000:]
 
 
+@since("transformers", "5.23", "its ViT has no head_dim")
 @pytest.mark.parametrize("names", [QUICK, *(pytest.param((name,), marks=pytest.mark.slow) for name in SLOW)])
 def test_transformers_loads_it_without_upop(names: tuple[str, ...], tmp_path: Path) -> None:
     expected, folders = [], []
@@ -95,6 +97,7 @@ def test_transformers_loads_it_without_upop(names: tuple[str, ...], tmp_path: Pa
             torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-5)
 
 
+@since("transformers", "5.23", "its modules have other names")
 def test_upop_loads_a_plain_folder_and_fills_the_dense_model_from_it(tmp_path: Path) -> None:
     model, inputs = cut_uniformly("vit")
     upop.save(model, tmp_path / "model")
@@ -111,6 +114,7 @@ def test_upop_loads_a_plain_folder_and_fills_the_dense_model_from_it(tmp_path: P
     assert again.config.quantization_config["kept"] == {"layers.0.mlp": (5, again.config.intermediate_size)}
 
 
+@since("transformers", "5.23", "its modules have other names")
 def test_a_configuration_that_is_shared_with_other_models_stays_as_it_is() -> None:
     config = transformers.ViTConfig(
         hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, image_size=16, patch_size=8
@@ -123,6 +127,7 @@ def test_a_configuration_that_is_shared_with_other_models_stays_as_it_is() -> No
     assert not hasattr(one.config, "quantization_config")
 
 
+@since("transformers", "5.23", "its modules have other names")
 def test_what_differs_by_layer_gets_a_record_as_before(tmp_path: Path) -> None:
     model: Any = MODELS["vit"].build(torch.float32)
     upop.shrink(model, {"layers.0.mlp": range(20), "layers.1.mlp": range(24)})
@@ -134,6 +139,7 @@ def test_what_differs_by_layer_gets_a_record_as_before(tmp_path: Path) -> None:
     assert "import upop  # lets transformers read" in told
 
 
+@since("timm", "1.0.31", "it unpickles safetensors of a local-dir")
 def test_timm_builds_it_from_its_folder(tmp_path: Path) -> None:
     made = {"img_size": 32, "embed_dim": 24, "depth": 2, "num_heads": 2, "num_classes": 4}
     model: Any = timm.create_model("vit_tiny_patch16_224", **made).eval()

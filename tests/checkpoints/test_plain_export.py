@@ -17,6 +17,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 import upop
 from pruning.families import randomise
+from tiers import since
 from upop.checkpoints.plain_export import write_plain
 from upop.cli.app import app, main
 from upop.errors import RunFolderError, SettingError
@@ -50,6 +51,7 @@ def logits(model: Any) -> Tensor:
     return found
 
 
+@since("transformers", "5.23", "its Llama takes numbers of heads that do not divide the width")
 def test_padded_decoder_loads_as_an_ordinary_one(tmp_path: Path) -> None:
     model = llama()
     told = write_plain(model, tmp_path / "padded", "padded")
@@ -65,6 +67,7 @@ def test_padded_decoder_loads_as_an_ordinary_one(tmp_path: Path) -> None:
     assert "from_pretrained" in (tmp_path / "padded" / "README.md").read_text()
 
 
+@since("transformers", "5.23", "its modules have other names")
 def test_padding_within_heads_keeps_what_softmax_divides_by(tmp_path: Path) -> None:
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
@@ -80,6 +83,7 @@ def test_padding_within_heads_keeps_what_softmax_divides_by(tmp_path: Path) -> N
     assert "no number" not in told
 
 
+@since("timm", "1.0.31", "it unpickles safetensors of a local-dir")
 def test_padded_timm_model_is_built_by_timm(tmp_path: Path) -> None:
     made = {"img_size": 32, "embed_dim": 24, "depth": 2, "num_heads": 2, "num_classes": 4}
     model: Any = timm.create_model("vit_tiny_patch16_224", **made).eval()

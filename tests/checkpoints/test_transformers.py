@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 import upop
 from pruning.families import randomise, uneven_plan
+from tiers import since
 from upop.checkpoints.quantizer import UpopConfig, mark, recorded
 from upop.errors import CheckpointError, PlanError, SettingError
 
@@ -176,6 +177,7 @@ def test_classes_with_and_without_a_head(tmp_path: Path) -> None:
         assert torch.equal(again.bert(**inputs).last_hidden_state, states)
 
 
+@since("transformers", "5.23", "a text tower of CLIP cannot be saved alone")
 def test_a_tower_can_be_loaded_and_saved_alone(tmp_path: Path) -> None:
     model, inputs = compressed("clip")
     model.save_pretrained(tmp_path / "clip")
@@ -286,6 +288,7 @@ def test_a_pipeline_in_a_fresh_process(tmp_path: Path) -> None:
     assert found == pytest.approx(scores.tolist(), abs=2e-6)
 
 
+@since("transformers", "5.23", "it pushes in another way")
 def test_pushing_uploads_what_reloads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, inputs = compressed("bert")
     sent: dict[str, Path] = {}
@@ -365,6 +368,7 @@ def test_other_kinds_of_quantization_are_refused(tmp_path: Path) -> None:
         upop.load(tmp_path)
 
 
+@since("transformers", "5.23", "its modules have other names")
 def test_weights_that_were_unpacked_when_they_were_read_are_like_others(tmp_path: Path) -> None:
     class Reader:
         """What transformers leaves on a model that it read from a GGUF file."""
@@ -414,6 +418,7 @@ def test_what_is_missing_or_of_another_model_is_named(tmp_path: Path) -> None:
         upop.load(tmp_path / "gone")
 
 
+@since("transformers", "5.23", "its modules have other names")
 def test_a_model_that_its_configuration_does_not_describe_is_left_unmarked() -> None:
     model = vit()
     model.vit.layers[0].mlp.fc1 = nn.Linear(24, 50)
@@ -423,6 +428,7 @@ def test_a_model_that_its_configuration_does_not_describe_is_left_unmarked() -> 
     assert not hasattr(model.config, "quantization_config")
 
 
+@since("transformers", "5.23", "its modules have other names")
 def test_models_inside_other_modules_are_marked(tmp_path: Path) -> None:
     whole = nn.ModuleDict({"tower": vit(), "head": nn.Linear(3, 2)})
     with warnings.catch_warnings():

@@ -29,6 +29,8 @@ from upop.pruning.units import Slice, Unit, owner_of, tensor_of
 # averages of weights pair the buffers of a model with those of a copy that may have been made before.
 _MASK = "_upop_row_mask_"
 _ALL_ONES = "_upop_all_ones_"
+_AUTOCAST = ("cpu", "cuda")
+"""Kinds of device that torch has autocast for, whatever else there is."""
 
 
 class _Scratch(threading.local):
@@ -122,7 +124,8 @@ class _MaskedForward(_Masked):
         if getattr(self, _ALL_ONES + "weight"):
             return F.linear(inputs, self.weight, self.bias)
         kind = inputs.device.type
-        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind) and inputs.dtype != torch.float64:
+        known = kind in _AUTOCAST or torch.amp.is_autocast_available(kind)  # torch.compile of 2.6 does not trace it
+        if known and torch.is_autocast_enabled(kind) and inputs.dtype != torch.float64:
             # Autocast does not reach into a custom function, so what F.linear would be given is given here.
             inputs = inputs.to(torch.get_autocast_dtype(kind))
         rows = _rows_of(self, "weight", self.weight)
