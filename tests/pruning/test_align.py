@@ -122,3 +122,15 @@ def test_a_preview_takes_it_too(capsys: pytest.CaptureFixture[str]) -> None:
     assert ended.value.code == 0
     shown = capsys.readouterr().out
     assert "768 -> 512" in shown or "768 -> 256" in shown
+
+
+@pytest.mark.parametrize("align", ["nemotron-nas", "torchao", "tensor-cores"])
+def test_a_preset_gives_the_widths_that_a_target_wants(align: str) -> None:
+    plan = plan_by_magnitude(llama(hidden=640), 0.4, align=align)
+    multiple = {"nemotron-nas": 256, "torchao": 128, "tensor-cores": 64}[align]
+    assert all(size % multiple == 0 and 0 < size < 640 for size in kept_sizes(plan, "mlp"))
+
+
+def test_a_preset_that_there_is_not_is_named_with_the_nearest() -> None:
+    with pytest.raises(SettingError, match=r"or a preset \(.*\); found 'nemotron' \(did you mean 'nemotron-nas'\?\)"):
+        plan_by_magnitude(llama(), 0.4, align="nemotron")

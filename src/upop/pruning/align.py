@@ -14,14 +14,28 @@ Align = int | Mapping[str, int]
 """Channels that kept sizes are multiples of: of all units, or by their kind ("attention", "mlp"); 1 where none is."""
 
 KINDS: tuple[str, ...] = get_args(Kind)
+PRESETS: Mapping[str, Mapping[str, int]] = {
+    "tensor-cores": {"attention": 8, "mlp": 64},
+    "torchao": {"mlp": 128},
+    "nemotron-nas": {"mlp": 256},
+}
+"""What runs a model -> the multiples that it wants: tiles of half-precision products, groups of weights that share a
+scale in 4 bits, and MLPs that DeciLM's `ffn_mult` can say without padding."""
 
 
-def check_align(align: Align) -> Align:
-    """Return an alignment, a mapping as a dict.
+def check_align(align: Align | str) -> Align:
+    """Return an alignment, a mapping as a dict, and a name of `PRESETS` as what it stands for.
 
     Raises:
-        SettingError: it is neither a whole number of at least 1 nor a mapping of kinds to such numbers.
+        SettingError: it is neither a whole number of at least 1, nor a mapping of kinds to such numbers, nor a name.
     """
+    if isinstance(align, str):
+        if align not in PRESETS:
+            raise SettingError(
+                "align must be a whole number, one for each kind of unit as in attention=8,mlp=128, or a preset "
+                f"({', '.join(PRESETS)}); found {align!r}{nearest(align, list(PRESETS))}."
+            )
+        return dict(PRESETS[align])
     if not isinstance(align, Mapping):
         check_whole("align", align)
         return align
@@ -36,11 +50,13 @@ def check_align(align: Align) -> Align:
 
 
 def read_align(text: str) -> Align:
-    """Return what a command line says: "8", or "attention=8,mlp=128".
+    """Return what a command line says: "8", "attention=8,mlp=128", or a name of `PRESETS`.
 
     Raises:
         SettingError: it says something else.
     """
+    if text.strip()[:1].isalpha() and "=" not in text:
+        return check_align(text.strip())
     parts = [part.partition("=") for part in text.split(",")]
     try:
         if len(parts) == 1 and not parts[0][1]:

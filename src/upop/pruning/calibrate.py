@@ -63,7 +63,7 @@ def calibrate(
     correct: Correct = "auto",
     ridge: float | None = None,
     cost: Cost = "params",
-    align: Align = 1,
+    align: Align | str = 1,
     score: str | Score = "absolute",
     include: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] | None = None,

@@ -26,7 +26,7 @@ def plan_by_magnitude(
     target: Target | None = None,
     profile: Profile | None = None,
     cost: Cost = "params",
-    align: Align = 1,
+    align: Align | str = 1,
     example: Any = None,
     uniform: Uniform | None = None,
 ) -> Plan:

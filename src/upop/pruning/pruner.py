@@ -59,7 +59,8 @@ class Pruner(Searched):
             at every 50th step (step 0 included) in a "soft" search.
         cost: what the budget counts: "params" (default), "flops", "reference" (the published weights, and the
             published way to set the threshold), a mapping from unit names or patterns, or a function of a unit.
-        align: kept channels are multiples of this (8 suits tensor cores); {"mlp": 128} says it by kind of unit.
+        align: kept channels are multiples of this (8 suits tensor cores); {"mlp": 128} says it by kind of unit, and
+            "tensor-cores", "torchao" or "nemotron-nas" what these want.
         score: what a step adds to the scores, of which high ones go first: "absolute" (default; minus the magnitude of
             the first-order change of the loss without an entry), "squared" (minus its square), "signed" (default of
             a "soft" search), or a function (weight, its gradient) -> one number per row. It must be homogeneous of
@@ -104,7 +105,7 @@ class Pruner(Searched):
         target: Target | None = None,
         profile: Profile | None = None,
         cost: Cost = "params",
-        align: Align = 1,
+        align: Align | str = 1,
         score: str | Score | None = None,
         progress: Progress | None = None,
         correct: Correct = "auto",

@@ -132,7 +132,7 @@ def _prunable(model: nn.Module, units: Sequence[Unit]) -> int:
     return count
 
 
-def after_budget(model: nn.Module, goal: Goal, align: Align = 1, example: Any = None) -> tuple[nn.Module, Plan]:
+def after_budget(model: nn.Module, goal: Goal, align: Align | str = 1, example: Any = None) -> tuple[nn.Module, Plan]:
     """Return a copy of a model in which every unit has lost the same share of its entries, and the plan of that.
 
     A search spends the same budget unevenly. How many parameters are left does not depend on that (but for rounding),
