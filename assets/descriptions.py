@@ -1,4 +1,4 @@
-"""Texts about a pair of pictures in which some words are wrong and others hidden, with the answers to both.
+"""Texts about a pair of images in which some words are wrong and others hidden, with the answers to both.
 
 Two kinds: lists, which name shapes with all that can be said of them ("left top large red circle"), and facts in
 sentences ("the left image shows a circle above a red shape"). Lists put a question to nearly every word, which teaches
@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from random import Random
 
-from upop.data.shapes.scenes import COLOURS, KINDS, SIZES, Noun, Scene, Shape
+from upop.demo.scenes import COLOURS, KINDS, SIZES, Noun, Scene, Shape
 
 SIDES = ("left", "right")
 ROWS = ("top", "middle", "bottom")
@@ -104,7 +104,7 @@ def spoilt(rng: Random, fact: Fact) -> tuple[list[str], int | None]:
 
 @dataclass(frozen=True)
 class Description:
-    """A text about two pictures: token ids; per token whether it is wrong, and what was masked; whether all is true."""
+    """A text about two images: token ids; per token whether it is wrong, and what was masked; whether all is true."""
 
     ids: list[int]
     wrong: list[int]

@@ -1,8 +1,8 @@
 """Teach the small NLVR model to look, before it is asked for yes or no.
 
 One bit per sentence is too little to learn from nothing what red, above and left mean. So the model first answers,
-for freshly drawn pairs of pictures: what lies in every cell, and in which cell a patch lies (its vision alone); which
-words of a text about the pictures are wrong, and which were hidden (every word by itself); and whether the whole text
+for freshly drawn pairs of images: what lies in every cell, and in which cell a patch lies (its vision alone); which
+words of a text about the images are wrong, and which were hidden (every word by itself); and whether the whole text
 is true. Its vision, its twin cross-attention and its head then start `upop train nlvr` from something that sees.
 
     python assets/pretrain_shapes.py --config configs/shapes/nlvr.yaml --output-dir output/shapes-pretrained
@@ -23,10 +23,10 @@ from torch import Tensor, nn
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 import upop
-from upop.data.shapes.draw import draw_scene
-from upop.data.shapes.scenes import COLOURS, GRID, KINDS, SIZES, Scene, sample_palette, sample_scene
 from upop.data.tokenizer import load_tokenizer
 from upop.data.transforms import MEAN, STD
+from upop.demo.draw import draw_scene
+from upop.demo.scenes import COLOURS, GRID, KINDS, SIZES, Scene, sample_palette, sample_scene
 from upop.errors import SettingError
 from upop.settings import read_settings
 from upop.tasks import find_task
@@ -39,15 +39,15 @@ CONTENTS = 1 + len(KINDS) * len(COLOURS) * len(SIZES)
 
 
 def draw_pairs(rng: Random, count: int, image_size: int) -> tuple[list[tuple[Scene, Scene]], Tensor, Tensor]:
-    """Return pairs of scenes, pictures [count, 2, 3, S, S] (uint8), and the contents of cells [count, 2, CELLS]."""
+    """Return pairs of scenes, images [count, 2, 3, S, S] (uint8), and the contents of cells [count, 2, CELLS]."""
     pairs = []
     for _ in range(count):
         palette = sample_palette(rng)
         second = palette if rng.random() < 0.5 else sample_palette(rng)
         pairs.append((sample_scene(rng, palette), sample_scene(rng, second)))
-    pictures = [[pil_to_tensor(draw_scene(scene, image_size)) for scene in pair] for pair in pairs]
+    images = [[pil_to_tensor(draw_scene(scene, image_size)) for scene in pair] for pair in pairs]
     contents = torch.tensor([[_contents(scene) for scene in pair] for pair in pairs])
-    return pairs, torch.stack([torch.stack(pair) for pair in pictures]), contents
+    return pairs, torch.stack([torch.stack(pair) for pair in images]), contents
 
 
 def _contents(scene: Scene) -> list[int]:
@@ -79,12 +79,12 @@ class Losses(nn.Module):
         self.seen = nn.Linear(config.vision_width, CONTENTS)  # type: ignore[union-attr, arg-type]
         self.where = nn.Linear(config.vision_width, CELLS)  # type: ignore[union-attr, arg-type]
 
-    def forward(self, pictures: Tensor, contents: Tensor, texts: list[Description]) -> tuple[Tensor, float]:
+    def forward(self, images: Tensor, contents: Tensor, texts: list[Description]) -> tuple[Tensor, float]:
         """Return the summed loss, and the share of descriptions judged rightly."""
         mean, std = torch.tensor(MEAN).view(3, 1, 1), torch.tensor(STD).view(3, 1, 1)
-        images = (torch.cat([pictures[:, 0], pictures[:, 1]]).float() / 255 - mean) / std
+        pixels = (torch.cat([images[:, 0], images[:, 1]]).float() / 255 - mean) / std
         ids = _padded([text.ids for text in texts], 0)
-        patches, states = self.model.encode(images, ids, (ids > 0).long())  # type: ignore[operator]
+        patches, states = self.model.encode(pixels, ids, (ids > 0).long())  # type: ignore[operator]
         patches = patches[:, 1:]
         truth = torch.tensor([text.true for text in texts])
         judged = self.model.cls_head(states[:, 0])  # type: ignore[operator]
@@ -128,7 +128,7 @@ def main() -> None:
     model = task.build(settings)
     initialise(model)
     losses = Losses(model, len(tokenizer))
-    pairs, pictures, contents = draw_pairs(rng, SCENES, settings.image_size)
+    pairs, images, contents = draw_pairs(rng, SCENES, settings.image_size)
     optimizer = torch.optim.AdamW(losses.parameters(), lr=arguments.lr, betas=(0.9, 0.98), weight_decay=0.02)
     warmup, started, recent = 200, time.monotonic(), []
     vocabulary = tokenizer.get_vocab()
@@ -138,7 +138,7 @@ def main() -> None:
             group["lr"] = arguments.lr * min(1, (step + 1) / warmup) * cosine
         chosen = [rng.randrange(len(pairs)) for _ in range(arguments.batch_size)]
         texts = [describe(rng, pairs[index], vocabulary) for index in chosen]
-        loss, right = losses(pictures[chosen], contents[chosen], texts)
+        loss, right = losses(images[chosen], contents[chosen], texts)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(losses.parameters(), 1.0)

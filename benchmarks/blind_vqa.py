@@ -1,4 +1,4 @@
-"""What generated questions give away without their pictures: the accuracy of each question's commonest answer.
+"""What generated questions give away without their images: the accuracy of each question's commonest answer.
 
 python benchmarks/blind_vqa.py
 """
@@ -17,18 +17,18 @@ from upop.data.vqa_accuracy import answer_accuracy
 def main() -> None:
     """Count the answers of the training split, and give the commonest in validation."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--records", type=int, default=60_000, help="training records of the generated data")
+    parser.add_argument("--samples", type=int, default=60_000, help="training samples of the generated data")
     parser.add_argument("--folder", type=Path, default=Path("output/benchmarks/data"), help="of the generated data")
     arguments = parser.parse_args()
-    place = arguments.folder / f"vqa-{arguments.records}"
-    data = write_with_progress("vqa", place, seed=0, size=arguments.records)
+    place = arguments.folder / f"vqa-{arguments.samples}"
+    data = write_with_progress("vqa", place, seed=0, size=arguments.samples)
     given: dict[str, Counter[str]] = defaultdict(Counter)
-    for record in json.loads((data.annotation / "vqa_train.json").read_text()):
-        given[record["question"]].update(record["answer"])
+    for sample in json.loads((data.annotation / "vqa_train.json").read_text()):
+        given[sample["question"]].update(sample["answer"])
     commonest = {question: answers.most_common(1)[0][0] for question, answers in given.items()}
     asked = json.loads((data.annotation / "vqa_val.json").read_text())
-    scores = [answer_accuracy(commonest.get(record["question"], "yes"), record["answer"]) for record in asked]
-    print(f"accuracy without pictures: {100 * sum(scores) / len(scores):.1f} % of {len(scores)} questions")
+    scores = [answer_accuracy(commonest.get(sample["question"], "yes"), sample["answer"]) for sample in asked]
+    print(f"accuracy without images: {100 * sum(scores) / len(scores):.1f} % of {len(scores)} questions")
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from upop import calibrate, count_parameters
 from upop.files import write_json
 from upop.machine import machine
 from upop.pruning import plan_by_magnitude, shrink
-from upop.training.loaders import make_loader, to_device
+from upop.runs.loaders import make_loader, to_device
 
 RESULTS = Path(__file__).parent / "results"
 ROWS: dict[str, dict[str, Any] | None] = {

@@ -34,12 +34,12 @@ import upop
 from upop.files import write_json
 from upop.machine import machine
 from upop.pruning.costs import evaluating
-from upop.pruning.least_squares import PARTS, ReaderInputs
-from upop.pruning.moments import readers
+from upop.pruning.groups import tensor_of
+from upop.pruning.least_squares import PARTS, ConsumerInputs
+from upop.pruning.moments import consumers
 from upop.pruning.recompute import recomputing
 from upop.pruning.scores import FreedRows, scoring
-from upop.pruning.units import tensor_of
-from upop.training.memory import peak_bytes
+from upop.runs.memory import peak_bytes
 
 RESULTS = Path(__file__).parent / "results"
 GIB = 2**30
@@ -86,7 +86,7 @@ def measured(layers: int, batches: int, tokens: int, stages: int, ratio: float) 
     found: dict[str, Any] = {"batches": batches, "tokens_per_batch": tokens, "stages": stages, "ratio": ratio}
 
     empty = without_memory(half_billion, layers)
-    found["reading"] = peak_bytes(lambda: upop.survey(empty))
+    found["reading"] = peak_bytes(lambda: upop.find_prunable(empty))
 
     def run() -> None:
         model = filled(empty)
@@ -106,15 +106,15 @@ def measured(layers: int, batches: int, tokens: int, stages: int, ratio: float) 
 def traced(layers: int, tokens: int, batches: int) -> dict[str, Any]:
     """Return the peaks of a decoder of 7 B parameters: of the scores of a batch, and of one layer's correction."""
     model = without_memory(seven_billion, layers)
-    units = upop.find_units(model)
+    groups = upop.find_groups(model)
     weights = sum(each.nbytes for each in model.parameters())
-    widest = max(units, key=lambda unit: readers(model, unit)[0].in_features)
-    layer = readers(model, widest)[0]
+    widest = max(groups, key=lambda group: consumers(model, group)[0].in_features)
+    layer = consumers(model, widest)[0]
     with FakeTensorMode(allow_non_fake_inputs=True):
         model.to_empty(device="cpu")
         ids = torch.zeros(1, tokens, dtype=torch.long)
         parameters = {
-            part.tensor: (tensor_of(model, part.tensor), part.dim) for unit in units for part in unit.producers
+            part.tensor: (tensor_of(model, part.tensor), part.dim) for group in groups for part in group.producers
         }
 
         def scores() -> None:
@@ -131,16 +131,16 @@ def traced(layers: int, tokens: int, batches: int) -> dict[str, Any]:
 
         def correction() -> None:
             size, outputs = layer.in_features, layer.out_features
-            inputs = ReaderInputs(size, torch.float32)
+            inputs = ConsumerInputs(size, torch.float32)
             for number in range(batches):
                 given = torch.empty(tokens, size, dtype=torch.bfloat16)
                 inputs.add(given, torch.ones(tokens), number % PARTS)
                 del given
-            kept, gone = torch.arange(size - size // 16), torch.arange(size - size // 16, size)
-            lost = torch.empty(len(gone), 64)
-            problem = inputs.problem(kept, gone, torch.device("cpu"))
+            kept, pruned = torch.arange(size - size // 16), torch.arange(size - size // 16, size)
+            lost = torch.empty(len(pruned), 64)
+            problem = inputs.problem(kept, pruned, torch.device("cpu"))
             problem.trial(lost, bias=False).gain(1.0, 0)
-            problem.solve(torch.empty(len(gone), outputs), 1.0, bias=False)
+            problem.solve(torch.empty(len(pruned), outputs), 1.0, bias=False)
 
         peaks = {"scores": peak_bytes(scores), "correction_of_one_layer": peak_bytes(correction)}
     return {

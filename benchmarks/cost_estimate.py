@@ -2,8 +2,8 @@
 
 For every recipe the full-size model is built without memory for its weights (torch's fake tensors), and torch's counter
 adds up the floating-point operations of one training step (loss and backward pass, recomputed activations, momentum
-copies and all) and of one evaluation, per record: dense for the search, cut evenly to the recipe's ratio for the
-retraining. That, the records of the published data sets and the epochs of the recipe give the operations of the run as
+copies and all) and of one evaluation, per sample: dense for the search, cut evenly to the recipe's ratio for the
+retraining. That, the samples of the published data sets and the epochs of the recipe give the operations of the run as
 published (method: reference). Method upop takes as many epochs, most of them on the cut model, which costs less, and
 has a teacher, which costs more; neither is counted here.
 
@@ -37,15 +37,15 @@ from upop.pruning.goal import Goal
 from upop.published_data import PUBLISHED_DATA, published_data
 from upop.recipes import Recipe, read_recipes
 from upop.report.inspection import after_budget
+from upop.runs.task import Task
 from upop.settings import RunSettings, read_settings
 from upop.tasks import find_task
 from upop.tasks.blip import BlipTask
-from upop.training.task import Task
 from upop.yaml_files import read_yaml
 
 RESULTS = Path(__file__).parent / "results"
 NAME = "costs"
-ALIGN = 8
+ROUND_TO = 8
 """What kept sizes are multiples of on a GPU."""
 
 UTILISATION = 0.35
@@ -55,21 +55,21 @@ GPUS = {"A100": 312e12, "H100 SXM": 989e12}
 
 
 # What is assumed where the data decides.
-_BATCH = 4  # records that a step is counted on; losses over pairs need several
+_BATCH = 4  # samples that a step is counted on; losses over pairs need several
 _VQA_QUESTIONS, _VQA_ANSWERS = 32, 47  # in the batch that the published multiply-adds were counted on
 _ANSWER_TOKENS = 5
 _CAPTIONS = 20  # tokens of a caption at most
-_WINDOWS = 2  # of 512 pixels that cover a picture whose short side is 512, and its long side at most twice that
+_WINDOWS = 2  # of 512 pixels that cover an image whose short side is 512, and its long side at most twice that
 
 
 @dataclass(frozen=True)
 class Work:
-    """Floating-point operations of one record, in units of 1e9.
+    """Floating-point operations of one sample, in units of 1e9.
 
     Attributes:
         forward: of one forward pass of the published size; half as many multiply-adds.
         train: of a loss and its backward pass.
-        evaluate: of one evaluated record, in the units of `PublishedData.val`.
+        evaluate: of one evaluated sample, in the groups of `PublishedData.val`.
     """
 
     forward: float
@@ -84,7 +84,7 @@ class Cost:
     name: str
     p: float
     epochs: str
-    records: int
+    samples: int
     dense: Work
     compressed: Work
     search: float
@@ -132,7 +132,7 @@ def build(task: Task[Any], settings: Any) -> nn.Module:
 
 
 def training_inputs(task: Task[Any], model: nn.Module) -> tuple[dict[str, Any], int]:
-    """Return the inputs of a training step's forward pass, and how many records they are."""
+    """Return the inputs of a training step's forward pass, and how many samples they are."""
     inputs: dict[str, Any] = dict(task.example(model, _BATCH))
     count = _BATCH
     if task.name in ("retrieval", "retrieval-clip"):
@@ -149,14 +149,14 @@ def training_inputs(task: Task[Any], model: nn.Module) -> tuple[dict[str, Any], 
 
 
 def evaluation(task: Task[Any], settings: Any, model: Any) -> float:
-    """Return the operations of evaluating one record, in units of 1e9."""
+    """Return the operations of evaluating one sample, in units of 1e9."""
 
     def one(inputs: Any) -> float:
         return operations(model, inputs, backward=False)
 
     example = task.example(model, 1)
     if task.name == "caption":
-        # With its cache, a beam goes through the decoder once for every token; the picture is encoded once for all.
+        # With its cache, a beam goes through the decoder once for every token; the image is encoded once for all.
         beams = {"images": example["images"].repeat(settings.num_beams, 1, 1, 1)}
         for name in ("input_ids", "attention_mask"):
             beams[name] = torch.ones(settings.num_beams, _CAPTIONS, dtype=torch.long)
@@ -181,14 +181,14 @@ def evaluation(task: Task[Any], settings: Any, model: Any) -> float:
 
 
 def _retrieval_evaluation(task: Task[Any], settings: Any, model: Any, example: Mapping[str, Tensor]) -> float:
-    """Return the operations per picture: it and its texts are encoded, and their candidates re-ranked."""
+    """Return the operations per image: it and its texts are encoded, and their candidates re-ranked."""
     words = {name: value for name, value in example.items() if name != "images"}
     texts = published_data(task.name, settings).texts
     image = operations(model, lambda model: model.encode_image(example["images"]), backward=False)
     text = operations(model, lambda model: model.encode_text(**words), backward=False)
     total = image + texts * text
     if task.name == "retrieval":
-        # As many pairs as the pictures and the texts of a split propose; a picture's keys and values are computed once.
+        # As many pairs as the images and the texts of a split propose; an image's keys and values are computed once.
         states = torch.zeros(1, (settings.image_size // 16) ** 2 + 1, model.config.vision_width)
         count = settings.k_test
         pairs = [value.repeat(count, 1) for value in words.values()]
@@ -197,17 +197,17 @@ def _retrieval_evaluation(task: Task[Any], settings: Any, model: Any, example: M
 
 
 def work(task: Task[Any], settings: RunSettings, p: float | None) -> Work:
-    """Count one record of a task, of the dense model or of one that is cut evenly by p."""
+    """Count one sample of a task, of the dense model or of one that is cut evenly by p."""
     with torch.device("meta"):
         model = build(task, settings)
     if p is not None:
-        model, _ = after_budget(model, Goal(p, None), ALIGN)
+        model, _ = after_budget(model, Goal(p, None), ROUND_TO)
     # Fake tensors, since transformers looks into masks that are on the meta device.
     with FakeTensorMode(allow_non_fake_inputs=True):
         model.to_empty(device="cpu")
         forward = 2 * count_macs(model, task.example(model, 1)) / 1e9
         inputs, count = training_inputs(task, model)
-        # In training the towers of pictures compute anew what checkpointing did not keep. The rest need not train: the
+        # In training the towers of images compute anew what checkpointing did not keep. The rest need not train: the
         # losses of pairs then leave the queues alone, which have no numbers here.
         model.eval()
         if hasattr(model, "visual_encoder"):
@@ -228,7 +228,7 @@ def cost(recipe: Recipe, settings: RunSettings, dense: Work, compressed: Work) -
         name=recipe.name,
         p=recipe.ratio,
         epochs=f"{searched} + {retrained}",
-        records=data.train,
+        samples=data.train,
         dense=dense,
         compressed=compressed,
         search=searched * data.train * dense.train / 1e9,
@@ -258,7 +258,7 @@ def count_all(names: list[str]) -> list[Cost]:
 def table(costs: list[dict[str, Any]]) -> str:
     """Return the page: assumptions, and a row per recipe."""
     gpus = list(GPUS)
-    columns = ["recipe", "epochs", "training records", "GMACs, dense -> cut", "search (EFLOP)", "retraining (EFLOP)"]
+    columns = ["recipe", "epochs", "training samples", "GMACs, dense -> cut", "search (EFLOP)", "retraining (EFLOP)"]
     columns += ["evaluation (EFLOP)", *(f"{gpu} hours" for gpu in gpus)]
     lines = [f"| {' | '.join(columns)} |", f"|{' --- |' * len(columns)}"]
     for row in costs:
@@ -289,7 +289,7 @@ def main() -> None:
         "command": "python benchmarks/cost_estimate.py",
         "utilisation": UTILISATION,
         "peak_flops": GPUS,
-        "align": ALIGN,
+        "align": ROUND_TO,
         "data": read_yaml(located(PUBLISHED_DATA), "The file of published data sets"),
         "recipes": rows,
     }

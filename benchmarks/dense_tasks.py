@@ -14,19 +14,19 @@ from torch.utils.data import DataLoader
 
 from upop.cli.shapes import write_with_progress
 from upop.errors import CheckpointError
+from upop.runs.devices import make_accelerator
+from upop.runs.evaluation import evaluate
+from upop.runs.loaders import SeededDataset, make_loader
+from upop.runs.task import Task
 from upop.settings import read_settings
 from upop.tasks import find_task
-from upop.training.devices import make_accelerator
-from upop.training.evaluation import evaluate
-from upop.training.loaders import SeededDataset, make_loader
-from upop.training.task import Task
 
 _ROOT = Path(__file__).parents[1]
 FOLDER = Path("output/benchmarks")
 """Of data and run folders."""
 DATA = {"retrieval-clip": "retrieval"}
 """The generated set of a task, where it is not called like the task."""
-RECORDS = {"segmentation": 10_000}
+SAMPLES = {"segmentation": 10_000}
 """Of the generated set that models are compressed on, where it is another number than 20,000."""
 _FRESH = {"vqa": 10_000}
 """Size of a second set, of another seed, where the test split has no answers: its validation split is the test."""
@@ -43,19 +43,19 @@ def one_of(names: Sequence[str]) -> Callable[[str], str]:
     return name
 
 
-def settings_of(name: str, folder: Path, records: int, *, seed: int = 0, **more: Any) -> tuple[Task[Any], Any]:
-    """Return a task and its settings for the small model on `records` generated records, which are written if needed.
+def settings_of(name: str, folder: Path, samples: int, *, seed: int = 0, **more: Any) -> tuple[Task[Any], Any]:
+    """Return a task and its settings for the small model on `samples` generated samples, which are written if needed.
 
     Args:
         name: of the task.
         folder: of data and run folders.
-        records: of the training split.
+        samples: of the training split.
         seed: of the data.
         more: settings beside those of configs/shapes/.
     """
     task, kind = find_task(name), DATA.get(name, name)
-    place = folder / "data" / (f"{kind}-{records}" + (f"-seed{seed}" if seed else ""))
-    data = write_with_progress(kind, place, seed=seed, size=records)
+    place = folder / "data" / (f"{kind}-{samples}" + (f"-seed{seed}" if seed else ""))
+    data = write_with_progress(kind, place, seed=seed, size=samples)
     config = _ROOT / "configs" / "shapes" / f"{name.replace('-', '_')}.yaml"
     return task, read_settings(task.settings, config, {**data.settings, **more})
 
@@ -82,7 +82,7 @@ def prepare(name: str, folder: Path) -> None:
         CheckpointError: the dense model was not trained yet.
     """
     dense_folder(name, folder)
-    settings_of(name, folder, RECORDS.get(name, 20_000))
+    settings_of(name, folder, SAMPLES.get(name, 20_000))
     if name in _FRESH:
         _fresh_settings(name, folder)
 
@@ -101,7 +101,7 @@ class DenseTask:
         accelerator: of one process.
         model: the dense model, on its device, in training mode.
         folder: of data and run folders.
-        most: at most so many records of a held-out split are scored; None scores all.
+        most: at most so many samples of a held-out split are scored; None scores all.
     """
 
     task: Task[Any]
@@ -117,9 +117,9 @@ class DenseTask:
         cls, name: str, folder: Path = FOLDER, *, device: str = "cpu", most: int | None = None, **more: Any
     ) -> DenseTask:
         """Read a task's settings and dense model; `more` are further settings."""
-        records = RECORDS.get(name, 20_000)
+        samples = SAMPLES.get(name, 20_000)
         given: dict[str, Any] = {"pretrained": str(dense_folder(name, folder)), "num_workers": 0, "device": device}
-        task, settings = settings_of(name, folder, records, **given, **more)
+        task, settings = settings_of(name, folder, samples, **given, **more)
         accelerator = make_accelerator(settings)
         model, _ = task.adapt(task.load(Path(settings.pretrained), settings), settings, training=True)
         return cls(task, settings, accelerator, model.to(accelerator.device).train(), folder, most)
@@ -129,7 +129,7 @@ class DenseTask:
         return self.task.loss(model, batch, self.settings, 1.0)
 
     def example(self) -> dict[str, Tensor]:
-        """Return inputs of one record, for counting multiply-adds."""
+        """Return inputs of one sample, for counting multiply-adds."""
         return self.task.example(self.model, 1)
 
     def quality(self, model: nn.Module, split: str) -> float:
@@ -144,8 +144,8 @@ class DenseTask:
             loader = make_loader(self.task, _fresh_settings(name, self.folder), "val")
         else:
             loader = make_loader(self.task, settings, split)
-        records: Any = loader.dataset.records  # type: ignore[attr-defined]
-        if self.most is None or len(records) <= self.most:
+        samples: Any = loader.dataset.samples  # type: ignore[attr-defined]
+        if self.most is None or len(samples) <= self.most:
             return loader
-        fewer = SeededDataset(records.without(range(self.most, len(records))), settings.seed)
+        fewer = SeededDataset(samples.without(range(self.most, len(samples))), settings.seed)
         return DataLoader(fewer, settings.batch_size_test, collate_fn=loader.collate_fn)

@@ -27,11 +27,11 @@ from upop.files import write_json
 from upop.machine import machine
 from upop.pruning import count_macs, count_parameters, plan_by_magnitude
 from upop.reading import read_lines
+from upop.runs.devices import make_accelerator, to_device
+from upop.runs.evaluation import evaluate
+from upop.runs.loaders import make_loader
 from upop.settings import read_settings
 from upop.tasks import find_task
-from upop.training.devices import make_accelerator, to_device
-from upop.training.evaluation import evaluate
-from upop.training.loaders import make_loader
 
 _ROOT = Path(__file__).parents[1]
 REDUCTIONS = {"1.25x": 0.2, "1.5x": 1 / 3, "2x": 0.5, "4x": 0.75}

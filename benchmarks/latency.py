@@ -45,20 +45,20 @@ class _ClipFeatures(nn.Module):
     def __init__(self, config: ClipConfig) -> None:
         super().__init__()
         self.clip = ClipRetrieval(config)
-        for twin in ClipRetrieval.momentum_twins.values():
-            delattr(self.clip, twin)
+        for momentum_encoder in ClipRetrieval.momentum_encoders.values():
+            delattr(self.clip, momentum_encoder)
 
     def forward(self, images: Tensor, input_ids: Tensor) -> tuple[Tensor, Tensor]:
         return self.clip.encode_image(images), self.clip.encode_text(input_ids)
 
 
 def deit_s() -> tuple[nn.Module, Callable[[int], Any]]:
-    """Return DeiT-S, and what makes a batch of 224-pixel pictures."""
+    """Return DeiT-S, and what makes a batch of 224-pixel images."""
     return timm.create_model("deit_small_patch16_224"), lambda batch: {"x": torch.randn(batch, 3, 224, 224)}
 
 
 def clip_b16() -> tuple[nn.Module, Callable[[int], Any]]:
-    """Return CLIP ViT-B/16, and what makes a batch of 224-pixel pictures and as many texts of 77 tokens."""
+    """Return CLIP ViT-B/16, and what makes a batch of 224-pixel images and as many texts of 77 tokens."""
     sizes = {"vision_width": 768, "vision_depth": 12, "vision_heads": 12, "vision_mlp": 3072}
     text = {"text_width": 512, "text_heads": 8, "text_mlp": 2048, "embed_dim": 512}
     config = ClipConfig(image_size=224, patch_size=16, queue_size=1, **sizes, **text)
@@ -69,7 +69,7 @@ def clip_b16() -> tuple[nn.Module, Callable[[int], Any]]:
 
 
 def blip_b() -> tuple[nn.Module, Callable[[int], Any]]:
-    """Return BLIP ViT-B for captioning, and what makes a batch of 384-pixel pictures and captions of 15 tokens."""
+    """Return BLIP ViT-B for captioning, and what makes a batch of 384-pixel images and captions of 15 tokens."""
     return BlipCaption(CaptionConfig.vit("base")), lambda batch: {
         "images": torch.randn(batch, 3, 384, 384),
         "input_ids": torch.ones(batch, 15, dtype=torch.long),

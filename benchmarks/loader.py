@@ -1,19 +1,19 @@
 """What one core decodes and transforms: our data sets beside plain Pillow and torchvision.
 
-Pictures are generated: smooth colours with noise, JPEGs of `--width` x `--height` pixels, as large in bytes as COCO's
+Images are generated: smooth colours with noise, JPEGs of `--width` x `--height` pixels, as large in bytes as COCO's
 are on average (about 160 kB). Each way reads the same files and makes normalised tensors of them:
 
 - plain: `Image.open(...).convert("RGB")` and the usual transforms of torchvision (of timm for classification, whose
   training is published with them), with the same operations of RandAugment; for segmentation the usual ones on Pillow
-  pictures.
-- ours: the data sets that `make_loader` reads, draws seeded by record among the rest of what they do.
+  images.
+- ours: the data sets that `make_loader` reads, draws seeded by sample among the rest of what they do.
 
 Both take turns in one process with one thread, and what counts is the processor's time that the thread was given, so
 that neighbours on the machine do not count. A core's rate is the median over the turns. For evaluation the largest
 difference of the tensors is part of the result: it is nothing, or rounding of floats. In training both draw other
-crops, so rates are of the mean work, over all pictures and turns.
+crops, so rates are of the mean work, over all images and turns.
 
-    OMP_NUM_THREADS=1 python benchmarks/loader.py --pictures 24 --turns 10
+    OMP_NUM_THREADS=1 python benchmarks/loader.py --images 24 --turns 10
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ from upop.data.segmentation_transforms import IGNORED, RESIZE_RATIO, STATISTICS,
 from upop.data.transforms import CROP_SCALE, MEAN, STD, RandAugment, eval_transform, train_transform
 from upop.files import write_json
 from upop.machine import machine
-from upop.training.loaders import SeededDataset
+from upop.runs.loaders import SeededDataset
 
 RESULTS = Path(__file__).parent / "results"
 _QUALITY = 92
@@ -61,10 +61,10 @@ _CLASSES = 150
 _BICUBIC = transforms.InterpolationMode.BICUBIC
 
 Read = Callable[[int], Any]
-"""Number of a picture -> its tensor; where it has labels, a pair."""
+"""Number of an image -> its tensor; where it has labels, a pair."""
 
 
-def draw_picture(seed: int, width: int, height: int, noise: float) -> Image.Image:
+def draw_image(seed: int, width: int, height: int, noise: float) -> Image.Image:
     """Return smooth random colours on several scales, with `noise` (a share of their deviation) on every pixel."""
     chance = np.random.default_rng(seed)
     total = np.zeros((height, width, 3), np.float32)
@@ -79,12 +79,12 @@ def draw_picture(seed: int, width: int, height: int, noise: float) -> Image.Imag
 
 
 def write_data(folder: Path, count: int, width: int, height: int, noise: float) -> dict[str, Any]:
-    """Write the pictures in the forms that the data sets read; return what they are."""
+    """Write the images in the forms that the data sets read; return what they are."""
     sizes = []
-    records = []
+    samples = []
     for number in range(count):
         content = io.BytesIO()
-        draw_picture(number, width, height, noise).save(content, "JPEG", quality=_QUALITY)
+        draw_image(number, width, height, noise).save(content, "JPEG", quality=_QUALITY)
         sizes.append(len(content.getvalue()))
         name = f"picture_{number:04d}"
         for place in ("plain", "train/one", "images/training"):
@@ -95,48 +95,48 @@ def write_data(folder: Path, count: int, width: int, height: int, noise: float) 
         Image.fromarray(labels).resize((width, height), Image.Resampling.NEAREST).save(
             folder / "annotations" / "training" / f"{name}.png"
         )
-        records.append({"image": f"plain/{name}.jpg", "caption": "a picture of colours", "image_id": name})
-    (folder / "records.json").write_text(json.dumps(records))
+        samples.append({"image": f"plain/{name}.jpg", "caption": "a picture of colours", "image_id": name})
+    (folder / "records.json").write_text(json.dumps(samples))
     return {"count": count, "width": width, "height": height, "mean_kilobytes": statistics.mean(sizes) / 1000}
 
 
 class PlainSegmentation:
-    """The usual training transforms of segmentation on Pillow pictures."""
+    """The usual training transforms of segmentation on Pillow images."""
 
     def __init__(self, size: int) -> None:
         self.size = size
         self.jitter = transforms.ColorJitter(32 / 255, 0.5, 0.5, 0.1)
 
-    def __call__(self, picture: Image.Image, labels: Image.Image) -> tuple[Tensor, Tensor]:
+    def __call__(self, image: Image.Image, labels: Image.Image) -> tuple[Tensor, Tensor]:
         """The normalised crop, and its labels."""
         ratio = RESIZE_RATIO[0] + (RESIZE_RATIO[1] - RESIZE_RATIO[0]) * float(torch.rand(()))
-        size = list(scaled_size(picture.height, picture.width, int(self.size * ratio)))
-        picture = tvf.resize(picture, size)
+        size = list(scaled_size(image.height, image.width, int(self.size * ratio)))
+        image = tvf.resize(image, size)
         labels = tvf.resize(labels, size, transforms.InterpolationMode.NEAREST)
         padding = [0, 0, max(0, self.size - size[1]), max(0, self.size - size[0])]
-        picture, labels = tvf.pad(picture, padding), tvf.pad(labels, padding, fill=IGNORED)
-        crop = transforms.RandomCrop.get_params(picture, (self.size, self.size))
-        picture, labels = tvf.crop(picture, *crop), tvf.crop(labels, *crop)
+        image, labels = tvf.pad(image, padding), tvf.pad(labels, padding, fill=IGNORED)
+        crop = transforms.RandomCrop.get_params(image, (self.size, self.size))
+        image, labels = tvf.crop(image, *crop), tvf.crop(labels, *crop)
         if torch.rand(()) < 0.5:
-            picture, labels = tvf.hflip(picture), tvf.hflip(labels)
-        tensor = tvf.normalize(tvf.to_tensor(self.jitter(picture)), *STATISTICS["vit"])
+            image, labels = tvf.hflip(image), tvf.hflip(labels)
+        tensor = tvf.normalize(tvf.to_tensor(self.jitter(image)), *STATISTICS["vit"])
         return tensor, tvf.pil_to_tensor(labels)[0].long()
 
 
 class Ours:
-    """The pictures of one of our data sets, drawn anew in every turn."""
+    """The images of one of our data sets, drawn anew in every turn."""
 
-    def __init__(self, records: Dataset[Any]) -> None:
-        self._records = SeededDataset(records, seed=0)
+    def __init__(self, samples: Dataset[Any]) -> None:
+        self._samples = SeededDataset(samples, seed=0)
 
     def begin(self, turn: int) -> None:
         """Say which turn the next draws are for."""
-        self._records.set_epoch(turn)
+        self._samples.set_epoch(turn)
 
     def __call__(self, number: int) -> Tensor:
-        """The picture of that number."""
-        picture: Tensor = self._records[number]["image"]
-        return picture
+        """The image of that number."""
+        image: Tensor = self._samples[number]["image"]
+        return image
 
 
 def ways(folder: Path) -> dict[str, tuple[Read, Read]]:
@@ -198,7 +198,7 @@ class PlainRandAugment(RandAugment):
     """The same operations on the same draws, all of them computed by torchvision, even those that change nothing."""
 
     def __call__(self, image: Image.Image) -> Image.Image:
-        """The picture after the drawn operations."""
+        """The image after the drawn operations."""
         for _ in range(self.operations):
             number = int(torch.randint(10, ()))
             if torch.rand(()) < 0.5:
@@ -231,7 +231,7 @@ class PlainRandAugment(RandAugment):
 
 
 def measure(pair: tuple[Read, Read], count: int, turns: int, *, compared: bool) -> dict[str, Any]:
-    """Return each way's pictures per second of a core, turn by turn, and what ours gains."""
+    """Return each way's images per second of a core, turn by turn, and what ours gains."""
     names = ("plain", "ours")
     rates: dict[str, list[float]] = {name: [] for name in names}
     for turn in range(turns + 1):
@@ -255,8 +255,8 @@ def measure(pair: tuple[Read, Read], count: int, turns: int, *, compared: bool) 
 
 def main(arguments: list[str] | None = None) -> None:
     """Measure, print the table, write the JSON file."""
-    parser = argparse.ArgumentParser(description="Pictures per second and core, beside Pillow and torchvision.")
-    parser.add_argument("--pictures", type=int, default=24)
+    parser = argparse.ArgumentParser(description="Images per second and core, beside Pillow and torchvision.")
+    parser.add_argument("--images", type=int, default=24)
     parser.add_argument("--turns", type=int, default=10)
     parser.add_argument("--width", type=int, default=640)
     parser.add_argument("--height", type=int, default=480)
@@ -265,12 +265,12 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as place:
-        pictures = write_data(Path(place), options.pictures, options.width, options.height, options.noise)
+        images = write_data(Path(place), options.images, options.width, options.height, options.noise)
         found = {
-            name: measure(pair, options.pictures, options.turns, compared=name.endswith("evaluation"))
+            name: measure(pair, options.images, options.turns, compared=name.endswith("evaluation"))
             for name, pair in ways(Path(place)).items()
         }
-    table = Table("for", "plain", "ours", "times plain", title="Pictures per second and core")
+    table = Table("for", "plain", "ours", "times plain", title="Images per second and core")
     for name, result in found.items():
         rates = result["per_second_and_core"]
         table.add_row(name, f"{rates['plain']:.0f}", f"{rates['ours']:.0f}", f"{result['times_plain']:.2f}")
@@ -280,7 +280,7 @@ def main(arguments: list[str] | None = None) -> None:
     content = {
         "machine": {**about, "shared": "others computed meanwhile; processor time of one thread is counted"},
         "command": shlex.join(["python", *sys.argv]),
-        "pictures": pictures,
+        "pictures": images,
         "ways": found,
     }
     write_json(options.out / f"loader_{slug}.json", content)

@@ -1,15 +1,15 @@
-"""How much memory training takes: full-size models at their published picture sizes, and the batches that fit.
+"""How much memory training takes: full-size models at their published image sizes, and the batches that fit.
 
 - Computed, exactly: parameters, buffers (queues), gradients, what the optimizer keeps, and the moving average of the
   weights. Momentum copies are parameters without gradients.
 - Traced: forward, loss and backward of the task run with torch's fake tensors, which have shapes and sizes but no
   content, and all tensors are followed: what counts is the most bytes that they have at once, with gradients there
-  already, for 16 and for 32 records. The difference is what 16 records take; the rest is there whatever the batch. In
-  float32 and with bfloat16 autocast, with and without gradient checkpointing (of all blocks). Records are grey pictures
+  already, for 16 and for 32 samples. The difference is what 16 samples take; the rest is there whatever the batch. In
+  float32 and with bfloat16 autocast, with and without gradient checkpointing (of all blocks). Samples are grey images
   with texts of the published length; a question has one answer.
-- Measured: `--check` takes the same steps on the CPU with real tensors, on few records, and writes both numbers down.
+- Measured: `--check` takes the same steps on the CPU with real tensors, on few samples, and writes both numbers down.
 - Estimated: the batch that fits on a GPU of 24, 40 or 80 GiB: nine tenths of it, without 1 GiB for CUDA itself, hold
-  what is fixed, and records fill the rest. It is for one process; data-parallel training keeps the gradients once more.
+  what is fixed, and samples fill the rest. It is for one process; data-parallel training keeps the gradients once more.
 
 What kernels take inside is in none of them, and the operations are those of the CPU: a GPU runs other kernels for some,
 and keeps other sums and norms in float32 under autocast.
@@ -43,14 +43,14 @@ from upop.models.nlvr import BlipNlvr, NlvrConfig
 from upop.models.retrieval import BlipRetrieval, RetrievalConfig
 from upop.models.segmenter import Segmenter, SegmenterConfig
 from upop.models.vqa import BlipVqa, VqaConfig
+from upop.runs.memory import peak_bytes
 from upop.settings import read_settings
 from upop.tasks import find_task
-from upop.training.memory import peak_bytes
 
 RESULTS = Path(__file__).parent / "results"
 GIB = 2**30
 CARDS = (24, 40, 80)
-RECORDS = (16, 32)
+SAMPLES = (16, 32)
 _FILLED, _CUDA = 0.9, 1.0
 
 
@@ -61,9 +61,9 @@ class Case:
     Attributes:
         task: name of its task.
         build: makes it with fresh weights, or on the meta device.
-        image_size: side of its pictures in pixels.
-        batch: published records per process.
-        few: records of a check with real tensors.
+        image_size: side of its images in pixels.
+        batch: published samples per process.
+        few: samples of a check with real tensors.
     """
 
     task: str
@@ -90,16 +90,16 @@ WAYS = {
 }
 
 
-def training_batch(case: Case, model: nn.Module, records: int) -> dict[str, Any]:
+def training_batch(case: Case, model: nn.Module, samples: int) -> dict[str, Any]:
     """Return what the task's loss takes: its example inputs, and something to learn."""
-    inputs: dict[str, Any] = dict(find_task(case.task).example(model, records))
-    labels = torch.zeros(records, dtype=torch.long)
+    inputs: dict[str, Any] = dict(find_task(case.task).example(model, samples))
+    labels = torch.zeros(samples, dtype=torch.long)
     extra: dict[str, Callable[[], dict[str, Any]]] = {
         "nlvr": lambda: {"labels": labels},
         "caption": lambda: {"labels": inputs["input_ids"]},
-        "vqa": lambda: {"weights": torch.ones(records)},
-        "retrieval": lambda: {"ids": torch.arange(records)},
-        "retrieval-clip": lambda: {"ids": torch.arange(records)},
+        "vqa": lambda: {"weights": torch.ones(samples)},
+        "retrieval": lambda: {"ids": torch.arange(samples)},
+        "retrieval-clip": lambda: {"ids": torch.arange(samples)},
         "classification": lambda: {"images": inputs["x"], "labels": labels},
         "segmentation": lambda: {"labels": torch.zeros_like(inputs["images"][:, 0], dtype=torch.long)},
     }
@@ -124,7 +124,7 @@ def fixed_bytes(case: Case) -> dict[str, int]:
     }
 
 
-def peak(case: Case, model: nn.Module, records: int, *, amp: bool) -> int:
+def peak(case: Case, model: nn.Module, samples: int, *, amp: bool) -> int:
     """Return the most bytes of tensors at once in forward and backward, besides the model and its gradients."""
     task = find_task(case.task)
     settings = read_settings(task.settings, None, {})
@@ -133,7 +133,7 @@ def peak(case: Case, model: nn.Module, records: int, *, amp: bool) -> int:
             parameter.grad = torch.zeros_like(parameter)
 
     def step() -> None:
-        batch = training_batch(case, model, records)
+        batch = training_batch(case, model, samples)
         with torch.autocast("cpu", torch.bfloat16, enabled=amp):
             loss: Tensor = task.loss(model, batch, settings, 1.0)
         loss.backward()
@@ -142,7 +142,7 @@ def peak(case: Case, model: nn.Module, records: int, *, amp: bool) -> int:
 
 
 def traced(case: Case, counts: Sequence[int]) -> dict[str, dict[int, int]]:
-    """Return the peaks of fake steps: way -> records -> bytes."""
+    """Return the peaks of fake steps: way -> samples -> bytes."""
     with torch.device("meta"):
         model = case.build().train()
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -151,14 +151,14 @@ def traced(case: Case, counts: Sequence[int]) -> dict[str, dict[int, int]]:
 
 
 def real(case: Case, counts: Sequence[int]) -> dict[str, dict[int, int]]:
-    """Return the peaks of real steps: way -> records -> bytes."""
+    """Return the peaks of real steps: way -> samples -> bytes."""
     torch.manual_seed(0)
     return _peaks(case, case.build().train(), counts)
 
 
 def _peaks(case: Case, model: nn.Module, counts: Sequence[int]) -> dict[str, dict[int, int]]:
     if isinstance(model, BlipRetrieval):
-        model._told = True  # a warning about the batch would look at its content
+        model._described = True  # a warning about the batch would look at its content
     found: dict[str, dict[int, int]] = {}
     for name, (amp, checkpointed) in sorted(WAYS.items(), key=lambda way: way[1][1]):  # it is not taken back
         if checkpointed:
@@ -171,16 +171,16 @@ def measure(case: Case) -> dict[str, Any]:
     """Return all numbers of one model but those of a check."""
     fixed = fixed_bytes(case)
     ways: dict[str, Any] = {}
-    for name, peaks in traced(case, RECORDS).items():
-        few, more = (peaks[count] for count in RECORDS)
-        per_record = (more - few) // (RECORDS[1] - RECORDS[0])
-        found = {"per_record": per_record, "start": max(0, more - RECORDS[1] * per_record)}
+    for name, peaks in traced(case, SAMPLES).items():
+        few, more = (peaks[count] for count in SAMPLES)
+        per_sample = (more - few) // (SAMPLES[1] - SAMPLES[0])
+        found = {"per_record": per_sample, "start": max(0, more - SAMPLES[1] * per_sample)}
         ways[name] = {**found, "batch_that_fits": {str(card): fitting(fixed, found, card) for card in CARDS}}
     return {"image_size": case.image_size, "published_batch": case.batch, "fixed": fixed, "traced": ways}
 
 
 def check(case: Case) -> dict[str, Any]:
-    """Return the peaks of real and of fake steps on few records, by way."""
+    """Return the peaks of real and of fake steps on few samples, by way."""
     counts = (case.few, 2 * case.few)
     found, expected = real(case, counts), traced(case, counts)
     return {
@@ -190,14 +190,14 @@ def check(case: Case) -> dict[str, Any]:
 
 
 def fitting(fixed: dict[str, int], found: dict[str, int], card: int) -> int:
-    """Return the estimated number of records that fit on a GPU of so many GiB."""
+    """Return the estimated number of samples that fit on a GPU of so many GiB."""
     room = (_FILLED * card - _CUDA) * GIB - sum(fixed.values()) - found["start"]
     return max(0, int(room // found["per_record"]))
 
 
 def table(models: dict[str, Any]) -> str:
     """Return the results as a Markdown table."""
-    heads = "model", "pixels", "fixed (GiB)", "precision", "per record (GiB)", "published batch (GiB)"
+    heads = "model", "pixels", "fixed (GiB)", "precision", "per sample (GiB)", "published batch (GiB)"
     lines = [
         f"| {' | '.join(heads)} | batch that fits in {' / '.join(map(str, CARDS))} GiB |",
         "| --- | ---: | ---: | --- | ---: | ---: | ---: |",
@@ -218,7 +218,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Compute, measure, and write JSON and Markdown after every model."""
     parser = argparse.ArgumentParser(description="Memory of training at full size.")
     parser.add_argument("--models", nargs="+", choices=list(CASES), default=list(CASES))
-    parser.add_argument("--check", action="store_true", help="take real steps on few records, and compare")
+    parser.add_argument("--check", action="store_true", help="take real steps on few samples, and compare")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args(arguments)
@@ -238,9 +238,9 @@ def main(arguments: list[str] | None = None) -> None:
             "machine": machine("cpu"),
             "commands": commands,
             "computed": "fixed: bytes, exactly",
-            "traced": f"per_record and start: bytes of fake tensors at once in forward and backward, {RECORDS} records",
+            "traced": f"per_record and start: bytes of fake tensors at once in forward and backward, {SAMPLES} samples",
             "estimated": f"batch_that_fits: ({_FILLED} x GPU - {_CUDA:.0f} GiB - fixed - start) / per_record",
-            "measured": "checked: the same bytes with real tensors on the CPU, and with fake ones, for few records",
+            "measured": "checked: the same bytes with real tensors on the CPU, and with fake ones, for few samples",
             "models": models,
         }
         write_json(path, content)

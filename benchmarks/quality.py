@@ -3,7 +3,7 @@
 Small dense models of generated tasks (those of `benchmarks/shapes_tasks.py`; NLVR's is in assets/) are compressed by
 UPop's default, the published recipe, and other ways to choose what goes. Sizes are equal in parameters or, in a second
 set of tables, in multiply-adds; steps are equal, whatever they are used for. There is one dense model per task; the
-seeds decide the order of the training records and all draws.
+seeds decide the order of the training samples and all draws.
 
     python benchmarks/quality.py --workers 2             # go on where it was stopped; then the tables
     python benchmarks/quality.py --levers --split val    # what was tried instead of the default
@@ -11,7 +11,7 @@ seeds decide the order of the training records and all draws.
 
 Every cell is written to FOLDER/quality_cells.jsonl as soon as it is measured, and is not measured again. Choices were
 made on validation splits (--split val), results are of the test splits; VQA's test set, which has no answers, is
-replaced by the validation split of a set of another seed. Captioning and VQA score the first 500 records.
+replaced by the validation split of a set of another seed. Captioning and VQA score the first 500 samples.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ TASKS = ("classification", "vqa", "nlvr", "caption", "retrieval-clip")
 RATIOS = {"4x": 0.75, "2x": 0.5, "3x": 2 / 3, "10x": 0.9}
 """The share of the prunable cost that goes, in the order in which cells are measured."""
 GENERATING = ("caption", "vqa")
-"""Tasks whose evaluation takes long; on these --test-records holds."""
+"""Tasks whose evaluation takes long; on these --test-samples holds."""
 ONE_MODALITY = ("classification",)
 _EVALUATION = 60
 """What an evaluation and the reading of data take, in training steps; for estimates of the time left."""
@@ -64,9 +64,9 @@ class Cell:
         cost: what is equal: "params" or "flops".
         seed: of order and draws.
         split: "val" or "test".
-        batch: records per step.
-        pool: training records to draw from.
-        scored: most records of the split that are scored; None is all.
+        batch: samples per step.
+        pool: training samples to draw from.
+        scored: most samples of the split that are scored; None is all.
     """
 
     task: str
@@ -91,7 +91,7 @@ def cells_of(arguments: argparse.Namespace) -> list[Cell]:
     reductions = arguments.reductions or (["4x"] if arguments.levers else [*RATIOS])
 
     def cell(task: str, method: str, reduction: str, budget: int, cost: str, seed: int) -> Cell:
-        scored = arguments.test_records if task in GENERATING else None
+        scored = arguments.test_samples if task in GENERATING else None
         given = (arguments.split, arguments.batch, arguments.pool, scored)
         return Cell(task, method, reduction, budget, cost, seed, *given)
 
@@ -218,7 +218,7 @@ def _relevant(rows: Iterable[dict[str, Any]], arguments: argparse.Namespace) -> 
         for row in rows
         if row["method"] in names
         and (row["split"], row["batch"], row["pool"]) == setup
-        and row["scored"] in (None, arguments.test_records)
+        and row["scored"] in (None, arguments.test_samples)
     ]
 
 
@@ -240,8 +240,8 @@ def main(given: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--split", choices=["val", "test"], default="test")
     parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--pool", type=int, default=10_000, help="training records that are read and kept")
-    parser.add_argument("--test-records", type=int, default=500, help="of captioning and VQA")
+    parser.add_argument("--pool", type=int, default=10_000, help="training samples that are read and kept")
+    parser.add_argument("--test-samples", type=int, default=500, help="of captioning and VQA")
     parser.add_argument("--workers", type=int, default=1, help="processes, of one thread each")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--table", action="store_true", help="measure nothing, show what is there")
@@ -274,7 +274,7 @@ def main(given: Sequence[str] | None = None) -> None:
         "split": arguments.split,
         "batch": arguments.batch,
         "pool": arguments.pool,
-        "test_records": dict.fromkeys(GENERATING, arguments.test_records),
+        "test_records": dict.fromkeys(GENERATING, arguments.test_samples),
         "groups": groups,
     }
     write_json(arguments.out / f"{'_'.join(filter(None, parts))}.json", content)
@@ -282,7 +282,7 @@ def main(given: Sequence[str] | None = None) -> None:
     for table in tables(groups, methods, DEFAULT):
         console.print(table)
     if arguments.figure:
-        # One of another size in every point only fills the picture.
+        # One of another size in every point only fills the image.
         drawn = [name for name in methods if arguments.levers or METHODS[name].cost is None]
         save_figure(figure(groups, drawn, arguments.middle), arguments.figure)
     if failed:

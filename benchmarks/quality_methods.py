@@ -22,8 +22,8 @@ from dense_tasks import DenseTask
 from quality_torch_pruning import UnsupportedError, plan_by_torch_pruning
 from upop.pruning import plan_by_magnitude
 from upop.pruning.errors import StepError
-from upop.training.devices import to_device
-from upop.training.loaders import make_loader
+from upop.runs.devices import to_device
+from upop.runs.loaders import make_loader
 
 Cost = Literal["params", "flops", "reference"]
 Cut = Literal["search", "magnitude", "taylor", "calibrate", "torch-pruning l2", "torch-pruning taylor"]
@@ -64,7 +64,7 @@ class Method:
     cost: Cost | None = None
 
 
-_PUBLISHED = {"progress": "soft", "score": "signed"}
+_PUBLISHED = {"progress": "soft", "importance": "signed"}
 DEFAULT = "upop"
 _TAUGHT = Method(teacher={})
 METHODS: dict[str, Method] = {
@@ -80,7 +80,7 @@ METHODS: dict[str, Method] = {
     "Torch-Pruning Taylor": Method("torch-pruning taylor"),
 }
 """What the tables compare. "reference" is the published recipe with true costs, so that sizes are equal; 36:1 are the
-published ones, where an attention entry counts as 36 MLP entries."""
+published ones, where an attention channel counts as 36 MLP channels."""
 LEVERS: dict[str, Method] = {
     DEFAULT: _TAUGHT,
     "teacher, features 1": Method(teacher={"features": 1.0}),
@@ -88,9 +88,9 @@ LEVERS: dict[str, Method] = {
     "teacher, logits": Method(teacher={"features": 0.0, "logits": 1.0}),
     "teacher, both": Method(teacher={"logits": 1.0}),
     "no teacher": Method(),
-    "score squared": Method(pruner={"score": "squared"}),
-    "score signed": Method(pruner={"score": "signed", "progress": "stages"}),
-    "soft masks": Method(pruner={"score": "absolute", "progress": "soft"}, updates=20),
+    "score squared": Method(pruner={"importance": "squared"}),
+    "score signed": Method(pruner={"importance": "signed", "progress": "stages"}),
+    "soft masks": Method(pruner={"importance": "absolute", "progress": "soft"}, updates=20),
     "scores normalised per step": Method(normalised=True),
     "no correction": Method(pruner={"correct": False}),
     "no correction, 1 stage": Method(pruner={"correct": False}, stages=1),
@@ -128,15 +128,15 @@ class Compressed:
 
 @dataclass
 class Bench:
-    """A dense model, and batches of training records that are read once and dealt out in a new order for every seed."""
+    """A dense model, and batches of training samples that are read once and dealt out in a new order for every seed."""
 
     dense: DenseTask
-    records: list[Any]
+    samples: list[Any]
     collate: Callable[[list[Any]], Mapping[str, Any]]
 
     @classmethod
     def read(cls, name: str, pool: int, batch: int, **options: Any) -> Bench:
-        """Read a task with `pool` of its training records, which the same draw chooses whatever the seed of a cell."""
+        """Read a task with `pool` of its training samples, which the same draw chooses whatever the seed of a cell."""
         dense = DenseTask.read(name, batch_size_train=batch, **options)
         loader = make_loader(dense.task, dense.settings, "train")
         numbers = torch.randperm(len(loader.dataset), generator=torch.Generator().manual_seed(0))  # type: ignore[arg-type]
@@ -145,13 +145,13 @@ class Bench:
         return cls(dense, [loader.dataset[number] for number in numbers[:pool].tolist()], collate)
 
     def batches(self, seed: int) -> Iterator[dict[str, Any]]:
-        """Go through the records again and again, each time in a new order that `seed` decides."""
+        """Go through the samples again and again, each time in a new order that `seed` decides."""
         draws = torch.Generator().manual_seed(seed)
-        size = min(self.dense.settings.batch_size_train, len(self.records))
+        size = min(self.dense.settings.batch_size_train, len(self.samples))
         while True:
-            for numbers in torch.randperm(len(self.records), generator=draws).split(size):
+            for numbers in torch.randperm(len(self.samples), generator=draws).split(size):
                 if len(numbers) == size:
-                    batch = self.collate([self.records[number] for number in numbers.tolist()])
+                    batch = self.collate([self.samples[number] for number in numbers.tolist()])
                     yield to_device(batch, self.dense.accelerator.device)
 
 
@@ -180,8 +180,8 @@ def compress(bench: Bench, method: Method, ratio: float, steps: int, seed: int, 
         method: how.
         ratio: share of the prunable cost to remove.
         steps: in all, at least 3.
-        seed: of the order of the records and of all draws.
-        cost: what an entry costs, unless the method says another one.
+        seed: of the order of the samples and of all draws.
+        cost: what a channel costs, unless the method says another one.
 
     Raises:
         UnsupportedError: the method cannot cut this model.
@@ -231,18 +231,18 @@ class _Run:
 
     def search(self, steps: int, ratio: float, budget: Mapping[str, Any]) -> None:
         """Train for so many steps while searching, then cut."""
-        method, units = self.method, upop.find_units(self.model)
+        method, groups = self.method, upop.find_groups(self.model)
         options = {**budget, **method.pruner}
         parts = method.updates or method.stages
         if parts:
             options["interval"] = max(1, -(-steps // parts))
-        modalities = sorted({unit.modality for unit in units}) if method.per_modality else [None]
+        modalities = sorted({group.modality for group in groups}) if method.per_modality else [None]
         pruners = []
         for modality in modalities:
-            names = [unit.name for unit in units if modality in (None, unit.modality)]
+            names = [group.name for group in groups if modality in (None, group.modality)]
             pruners.append(upop.Pruner(self.model, ratio, steps, include=names, **options))
         self.train(0, steps, pruners)
-        kept = {name: entries for pruner in pruners for name, entries in pruner.plan().items()}
+        kept = {name: channels for pruner in pruners for name, channels in pruner.plan().items()}
         for pruner in pruners:
             pruner.remove()
         upop.shrink(self.model, kept)
@@ -303,7 +303,7 @@ class _Run:
 
     def _lesson(self) -> Tensor:
         try:
-            told: Tensor = self.teacher.loss()
+            described: Tensor = self.teacher.loss()
         except StepError as error:  # some models return no logits
             raise UnsupportedError(str(error)) from error
-        return told
+        return described

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, nn
 
 import upop
-from upop.pruning.costs import entry_costs
-from upop.pruning.units import Unit, owner_of
+from upop.pruning.costs import channel_costs
+from upop.pruning.groups import Group, owner_of
 
 _HALVINGS = 14
 _NEAR = 0.02
@@ -37,14 +37,14 @@ class UnsupportedError(Exception):
 def plan_by_torch_pruning(
     model: nn.Module, ratio: float, *, example: Mapping[str, Tensor], by_gradient: bool, cost: str
 ) -> dict[str, list[int]]:
-    """Return what Torch-Pruning keeps of every unit when about `ratio` of the cost goes.
+    """Return what Torch-Pruning keeps of every group when about `ratio` of the cost goes.
 
     Args:
         model: the dense model; with gradients where `by_gradient`.
-        ratio: share of the units' cost to remove.
+        ratio: share of the groups' cost to remove.
         example: keyword arguments of one forward pass.
         by_gradient: rate by first-order Taylor terms instead of L2 norms.
-        cost: what an entry costs.
+        cost: what a channel costs.
 
     Raises:
         UnsupportedError: Torch-Pruning is not installed, fails on this model, or cannot come near the ratio.
@@ -53,10 +53,10 @@ def plan_by_torch_pruning(
         import torch_pruning
     except ImportError as error:
         raise UnsupportedError("torch-pruning is not installed (pip install torch-pruning==1.6.1)") from error
-    units = upop.find_units(model)
-    costs = entry_costs(model, units, cost, example)
-    total = sum(costs[unit.name] * unit.size for unit in units)
-    rows = _rows(model, units)
+    groups = upop.find_groups(model)
+    costs = channel_costs(model, groups, cost, example)
+    total = sum(costs[group.name] * group.size for group in groups)
+    rows = _rows(model, groups)
     rate = torch_pruning.importance.TaylorImportance if by_gradient else torch_pruning.importance.MagnitudeImportance
     try:
         with warnings.catch_warnings():
@@ -67,17 +67,17 @@ def plan_by_torch_pruning(
                 rate(),
                 global_pruning=True,
                 ignored_layers=[m for m in model.modules() if isinstance(m, _LAYERS) and m not in rows],
-                num_heads={layer: unit.heads for layer, (unit, _) in rows.items() if unit.kind == "attention"},
+                num_heads={layer: group.heads for layer, (group, _) in rows.items() if group.kind == "attention"},
                 forward_fn=lambda model, inputs: model(**inputs),
             )
-            nearest, gone = 0.0, dict[str, set[int]]()
+            nearest, pruned = 0.0, dict[str, set[int]]()
             low, high = 0.0, 1.0
             for _ in range(_HALVINGS):
                 share = (low + high) / 2
                 marked = _marked(pruner, rows, share)
-                removed = sum(costs[unit.name] * len(marked.get(unit.name, ())) for unit in units) / total
+                removed = sum(costs[group.name] * len(marked.get(group.name, ())) for group in groups) / total
                 if abs(removed - ratio) < abs(nearest - ratio):
-                    nearest, gone = removed, marked
+                    nearest, pruned = removed, marked
                 low, high = (share, high) if removed < ratio else (low, share)
     except UnsupportedError:
         raise
@@ -85,30 +85,32 @@ def plan_by_torch_pruning(
         raise UnsupportedError(f"Torch-Pruning fails: {type(error).__name__}: {str(error)[:200]}") from error
     if abs(nearest - ratio) > _NEAR:
         raise UnsupportedError(f"Torch-Pruning removes {nearest:.3f} of the cost where {ratio:.3f} was asked for")
-    return {unit.name: [n for n in range(unit.size) if n not in gone.get(unit.name, ())] for unit in units}
+    return {group.name: [n for n in range(group.size) if n not in pruned.get(group.name, ())] for group in groups}
 
 
-def _rows(model: nn.Module, units: list[Unit]) -> dict[nn.Module, tuple[Unit, Tensor]]:
-    """Return the layers that produce a unit's entries: which unit, and to which entry each of their rows belongs."""
+def _rows(model: nn.Module, groups: list[Group]) -> dict[nn.Module, tuple[Group, Tensor]]:
+    """Return the layers that produce a group's channels: which group, and to which channel each of their rows
+    belongs.
+    """
     return {
-        owner_of(model, part.tensor)[0]: (unit, part.expand(torch.arange(unit.size)))
-        for unit in units
-        for part in unit.producers
+        owner_of(model, part.tensor)[0]: (group, part.expand(torch.arange(group.size)))
+        for group in groups
+        for part in group.producers
         if part.tensor.endswith("weight")
     }
 
 
-def _marked(pruner: Any, rows: Mapping[nn.Module, tuple[Unit, Tensor]], share: float) -> dict[str, set[int]]:
-    """Return the entries that go, by unit, when Torch-Pruning removes `share` of all channels."""
+def _marked(pruner: Any, rows: Mapping[nn.Module, tuple[Group, Tensor]], share: float) -> dict[str, set[int]]:
+    """Return the channels that go, by group, when Torch-Pruning removes `share` of all channels."""
     pruner.reset()
     pruner.per_step_pruning_ratio = pruner.iterative_pruning_ratio_scheduler(share, 1)
-    gone: dict[str, set[int]] = {}
-    for group in pruner.step(interactive=True):
-        for dependency, places in group:
+    pruned: dict[str, set[int]] = {}
+    for dependencies in pruner.step(interactive=True):
+        for dependency, places in dependencies:
             layer = dependency.target.module
             if layer in rows and pruner.DG.is_out_channel_pruning_fn(dependency.handler):
-                unit, entries = rows[layer]
-                marked = set(entries[torch.tensor(places)].tolist())
-                if gone.setdefault(unit.name, marked) != marked:
-                    raise UnsupportedError(f"Torch-Pruning cuts the layers of {unit.name} apart")
-    return gone
+                group, channels = rows[layer]
+                marked = set(channels[torch.tensor(places)].tolist())
+                if pruned.setdefault(group.name, marked) != marked:
+                    raise UnsupportedError(f"Torch-Pruning cuts the layers of {group.name} apart")
+    return pruned

@@ -9,25 +9,25 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from upop.pruning import budget, find_units, shrink
-from upop.pruning.costs import entry_costs
+from upop.pruning import budget, find_groups, shrink
+from upop.pruning.costs import channel_costs
 
 LEVELS = 0.7
 """How far the layers' levels of scores lie apart, in standard deviations of the scores of one layer."""
 _KERNELS = ("flash", "efficient", "cudnn", "math")
 
 
-def compressed(model: nn.Module, ratio: float, align: int) -> nn.Module:
+def compressed(model: nn.Module, ratio: float, round_to: int) -> nn.Module:
     """Return a copy of `model` that keeps what a search could have kept."""
     model = copy.deepcopy(model)
-    units = find_units(model)
+    groups = find_groups(model)
     generator = torch.Generator().manual_seed(0)
     scores = {
-        unit.name: torch.randn(unit.size, generator=generator) + LEVELS * torch.randn(1, generator=generator)
-        for unit in units
+        group.name: torch.randn(group.size, generator=generator) + LEVELS * torch.randn(1, generator=generator)
+        for group in groups
     }
-    marked = budget.select(units, scores, entry_costs(model, units, "params"), ratio, align).marked
-    return shrink(model, {name: (~gone).nonzero().flatten().tolist() for name, gone in marked.items()})
+    marked = budget.select(groups, scores, channel_costs(model, groups, "params"), ratio, round_to).marked
+    return shrink(model, {name: (~pruned).nonzero().flatten().tolist() for name, pruned in marked.items()})
 
 
 def attention_kernel(model: nn.Module, inputs: Any) -> str:

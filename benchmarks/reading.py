@@ -1,8 +1,9 @@
-"""How long it takes to find and prove the units of models of published sizes, and how much memory.
+"""How long it takes to find and prove the groups of models of published sizes, and how much memory.
 
 Each model is built with random weights, or none (a Llama of 8 B parameters on the meta device), and read once in a
-process of its own, by `upop.survey` with an example of two records. Libraries are imported before the clock starts.
-Beside the time that passes stands the processor time of the process, which other work on the machine hardly changes:
+process of its own, by `upop.find_prunable` with an example of two samples. Libraries are imported before the clock
+starts. Beside the time that passes stands the processor time of the process, which other work on the machine hardly
+changes:
 
     python benchmarks/reading.py --threads 2
 """
@@ -44,23 +45,23 @@ def _words() -> torch.Tensor:
 
 
 def deit() -> tuple[nn.Module, Any]:
-    """Return DeiT-S and two pictures."""
+    """Return DeiT-S and two images."""
     return timm.create_model("deit_small_patch16_224"), torch.randn(_BATCH, 3, 224, 224)
 
 
 def retrieval() -> tuple[nn.Module, Any]:
-    """Return BLIP for retrieval, with its momentum copies, and two pictures with a caption each."""
+    """Return BLIP for retrieval, with its momentum copies, and two images with a caption each."""
     config = RetrievalConfig.vit("base")
     mask = torch.ones(_BATCH, _WORDS, dtype=torch.long)
     return BlipRetrieval(config), (torch.randn(_BATCH, 3, config.image_size, config.image_size), _words(), mask)
 
 
 def vqa() -> tuple[nn.Module, Any]:
-    """Return BLIP for question answering, and two pictures with a question and an answer each."""
+    """Return BLIP for question answering, and two images with a question and an answer each."""
     config = VqaConfig.vit("base")
     mask = torch.ones(_BATCH, _WORDS, dtype=torch.long)
-    pictures = torch.randn(_BATCH, 3, config.image_size, config.image_size)
-    return BlipVqa(config), (pictures, _words(), mask, _words(), mask, torch.ones(_BATCH, dtype=torch.long))
+    images = torch.randn(_BATCH, 3, config.image_size, config.image_size)
+    return BlipVqa(config), (images, _words(), mask, _words(), mask, torch.ones(_BATCH, dtype=torch.long))
 
 
 def llama() -> tuple[nn.Module, Any]:
@@ -95,7 +96,7 @@ def measured(name: str) -> dict[str, Any]:
     model, example = MODELS[name][0]()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     passed, used = time.perf_counter(), time.process_time()
-    found = upop.survey(model, example)
+    found = upop.find_prunable(model, example)
     passed, used = time.perf_counter() - passed, time.process_time() - used
     return {
         "parameters": count_parameters(model),
@@ -104,7 +105,7 @@ def measured(name: str) -> dict[str, Any]:
         "target_seconds": MODELS[name][1],
         "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
         "peak_gib_before": before / 2**20,
-        "units": dict(Counter(f"{unit.kind}, {unit.entry}" for unit in found.units)),
+        "units": dict(Counter(f"{group.kind}, {group.channel}" for group in found.groups)),
         "left_alone": len(found.skipped),
     }
 
@@ -116,8 +117,8 @@ def table(rows: dict[str, dict[str, Any]]) -> Table:
         result.add_column(column, justify="left" if column == "model" else "right")
     for name, row in rows.items():
         numbers = (row["seconds"], row["processor_seconds"], row["target_seconds"], row["peak_gib"])
-        units = str(sum(row["units"].values()))
-        result.add_row(name, f"{row['parameters'] / 1e6:,.0f} M", *(f"{each:.1f}" for each in numbers), units)
+        groups = str(sum(row["units"].values()))
+        result.add_row(name, f"{row['parameters'] / 1e6:,.0f} M", *(f"{each:.1f}" for each in numbers), groups)
     return result
 
 

@@ -1,16 +1,16 @@
 """What re-ranking costs: our batches over many queries beside one query at a time.
 
-Pictures and captions are random; captions have 9 to 15 tokens, as COCO's do. Each picture asks for its `--candidates`
-nearest captions and each caption for its nearest pictures, and the matching head scores all of them, twice:
+Images and captions are random; captions have 9 to 15 tokens, as COCO's do. Each image asks for its `--candidates`
+nearest captions and each caption for its nearest images, and the matching head scores all of them, twice:
 
-- one query: as published. A query's candidates make one pass: a picture's states are repeated for each of its captions,
+- one query: as published. A query's candidates make one pass: an image's states are repeated for each of its captions,
   so that their keys and values are computed as often; captions are padded to 35 tokens; a pair that both directions
   propose is computed twice.
-- ours: `upop.models.rerank.match_pairs`. Every pair once, captions of one picture together, which share its keys and
+- ours: `upop.models.rerank.match_pairs`. Every pair once, captions of one image together, which share its keys and
   values, and little padding.
 
 Both take turns in one run, so that a drift of the machine hits both; the ratio is of the medians. Both give the same
-scores, and the largest difference is part of the result. Features of pictures are made beforehand in both: they are not
+scores, and the largest difference is part of the result. Features of images are made beforehand in both: they are not
 timed. On CUDA the states lie on the device for both.
 
     python benchmarks/rerank.py --images 8 --candidates 16 --repeats 3 --threads 1
@@ -68,13 +68,13 @@ MODELS: dict[str, Callable[[], RetrievalConfig]] = {
 
 @dataclass(frozen=True)
 class Search:
-    """Pictures, captions, and which of them are to be compared.
+    """Images, captions, and which of them are to be compared.
 
     Attributes:
         model: in evaluation mode, on its device.
-        states: of the pictures, [N, tokens, width].
+        states: of the images, [N, tokens, width].
         words: input_ids and attention_mask of the captions, [N * 5, 35].
-        texts: candidates of each picture, [N, k].
+        texts: candidates of each image, [N, k].
         images: candidates of each caption, [N * 5, l].
         batch: pairs per pass of ours.
     """
@@ -88,16 +88,16 @@ class Search:
 
 
 @torch.no_grad()
-def prepare(name: str, images: int, count: int, batch: int, device: torch.device) -> Search:
-    """Draw a model, pictures and captions, and find `count` candidates for each of them."""
+def prepare(name: str, image_count: int, count: int, batch: int, device: torch.device) -> Search:
+    """Draw a model, images and captions, and find `count` candidates for each of them."""
     torch.manual_seed(0)
     config = MODELS[name]()
     model = BlipRetrieval(config).to(device).eval()
-    lengths = torch.randint(SHORTEST, LONGEST + 1, (images * CAPTIONS, 1))
+    lengths = torch.randint(SHORTEST, LONGEST + 1, (image_count * CAPTIONS, 1))
     mask = (torch.arange(TEXT_TOKENS) < lengths).long()
     words = torch.randint(1, config.vocab_size - 2, mask.shape) * mask
-    pictures = torch.randn(images, 3, config.image_size, config.image_size)
-    encoded = [model.encode_image(part.to(device)) for part in pictures.split(8)]
+    images = torch.randn(image_count, 3, config.image_size, config.image_size)
+    encoded = [model.encode_image(part.to(device)) for part in images.split(8)]
     states, image = (torch.cat(parts) for parts in zip(*encoded, strict=True))
     text = model.encode_text(words.to(device), mask.to(device))[1]
     found = candidates(image, text, count)[0].cpu(), candidates(text, image, count)[0].cpu()
@@ -106,7 +106,7 @@ def prepare(name: str, images: int, count: int, batch: int, device: torch.device
 
 @torch.no_grad()
 def one_query(search: Search) -> tuple[Tensor, Tensor]:
-    """Return the logits of all candidates of pictures and of captions, a query at a time."""
+    """Return the logits of all candidates of images and of captions, a query at a time."""
     ids, mask = search.words
     by_image = [
         search.model.match(state.repeat(len(chosen), 1, 1), ids[chosen], mask[chosen])[:, 1]
@@ -169,7 +169,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Measure, print the table, write the JSON file."""
     parser = argparse.ArgumentParser(description="Re-ranking in batches beside one query at a time.")
     parser.add_argument("--model", choices=list(MODELS), default="base")
-    parser.add_argument("--images", type=int, default=8, help="pictures; each has 5 captions")
+    parser.add_argument("--images", type=int, default=8, help="images; each has 5 captions")
     parser.add_argument("--candidates", type=int, default=16, help="per query")
     parser.add_argument("--batch", type=int, default=64, help="pairs per pass of ours")
     parser.add_argument("--repeats", type=int, default=3, help="turns of both ways")

@@ -46,8 +46,8 @@ from upop.machine import machine
 from upop.models.nlvr import BlipNlvr, NlvrConfig
 from upop.pruning import plan_by_magnitude
 from upop.pruning.least_squares import moments_bytes
-from upop.pruning.moments import LOOKS, allowed_bytes, readers
-from upop.training.memory import peak_bytes
+from upop.pruning.moments import OBSERVATIONS, allowed_bytes, consumers
+from upop.runs.memory import peak_bytes
 
 RESULTS = Path(__file__).parent / "results"
 STEPS = 1000
@@ -107,7 +107,7 @@ class Kinds:
         self.once: dict[str, float] = {}
         self.steps: dict[str, Step] = {}
         begun = time.process_time()
-        upop.find_units(dense)
+        upop.find_groups(dense)
         self.once["reading"] = time.process_time() - begun
         self.steps["plain"] = self._step(dense)
         alone = copy.deepcopy(dense)
@@ -161,7 +161,7 @@ def _stage(example: Example) -> tuple[dict[str, float], dict[str, int]]:
     for name in ("plain", "last of a stage"):
         model = copy.deepcopy(dense)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)
-        pruner = None if name == "plain" else upop.Pruner(model, 0.5, 2 * LOOKS, LOOKS)
+        pruner = None if name == "plain" else upop.Pruner(model, 0.5, 2 * OBSERVATIONS, OBSERVATIONS)
 
         def step(given: Any, model: nn.Module = model, optimizer: Any = optimizer, pruner: Any = pruner) -> None:
             cross_entropy(model(**given), labels).backward()
@@ -170,7 +170,7 @@ def _stage(example: Example) -> tuple[dict[str, float], dict[str, int]]:
             optimizer.step()
             optimizer.zero_grad()
 
-        for _ in range(1 if pruner is None else LOOKS - 1):
+        for _ in range(1 if pruner is None else OBSERVATIONS - 1):
             step({key: value.clone() for key, value in inputs.items()})
         held = 3 * sum(each.nbytes for each in model.parameters())  # and the moments of the optimizer
         if pruner is not None:  # the user's own batch is gone by the next step
@@ -228,18 +228,18 @@ def _run(ratios: dict[str, float], once: dict[str, float], plain: float) -> dict
 def traced(name: str, build: Callable[[int, int], Example], batch: int) -> dict[str, Any]:
     """Return what a run of a model at full size costs in operations of its products."""
     model, inputs, _ = build(224, batch)
-    units = upop.find_units(model)
+    groups = upop.find_groups(model)
     solve: list[float] = []
 
     def see(layer: nn.Linear, given: Any, _output: Any) -> None:
-        rows = LOOKS * min(given[0].shape[:-1].numel(), 8192)
+        rows = OBSERVATIONS * min(given[0].shape[:-1].numel(), 8192)
         solve.append(correction_operations(rows, layer.in_features, layer.out_features))
 
-    hooks = [readers(model, unit)[0].register_forward_hook(see) for unit in units]
+    hooks = [consumers(model, group)[0].register_forward_hook(see) for group in groups]
     counted = [_forward_operations(model, inputs)]
     for hook in hooks:
         hook.remove()
-    upop.shrink(model, {unit.name: range(unit.size // 2) for unit in units}, verify=False)
+    upop.shrink(model, {group.name: range(group.size // 2) for group in groups}, verify=False)
     counted.append(_forward_operations(model, inputs))
     dense, cut = counted
     ratios = {
@@ -250,9 +250,9 @@ def traced(name: str, build: Callable[[int, int], Example], batch: int) -> dict[
         "reference search": 1.0,
         "reference recovery": cut / dense,
     }
-    end = LOOKS * dense + sum(solve)
+    end = OBSERVATIONS * dense + sum(solve)
     return {
-        "model": f"{name}, batch {batch}, half of every unit cut",
+        "model": f"{name}, batch {batch}, half of every group cut",
         "operations_of_a_plain_step": 3 * dense,
         "operations_of_the_end_of_a_stage": end,
         **_run(ratios, {"end of a stage": end}, 3 * dense),
@@ -276,17 +276,17 @@ def computed(tokens: int, sequences: int, layers: int) -> dict[str, Any]:
     with torch.device("meta"):
         model: Any = LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=layers, vocab_size=128256))
         model.to(torch.bfloat16)
-    units = upop.find_units(model.eval())
+    groups = upop.find_groups(model.eval())
     parameters = sum(each.numel() for each in model.parameters())
     embedding = model.get_input_embeddings().weight.numel()
     # Two operations per weight and token, and those of attention, causal.
     forward = 2.0 * (parameters - embedding) * tokens * sequences + layers * 2.0 * tokens**2 * 4096 * sequences
     weights = sum(each.nbytes for each in model.parameters())
     seen = tokens * sequences
-    rows = LOOKS * min(seen, 8192)
+    rows = OBSERVATIONS * min(seen, 8192)
     solve, held, largest = 0.0, 0, 0
-    for unit in units:
-        layer = readers(model, unit)[0]
+    for group in groups:
+        layer = consumers(model, group)[0]
         n, outputs = layer.in_features, layer.out_features
         solve += correction_operations(rows, n, outputs)
         held += min(rows * n * 2, moments_bytes(n, torch.float32))
@@ -299,12 +299,12 @@ def computed(tokens: int, sequences: int, layers: int) -> dict[str, Any]:
     cut = 1 - 0.5 * prunable / parameters
     search = search_steps(STEPS)
     plain = 3 * forward / MATMUL
-    looks = STAGES * (LOOKS * forward / MATMUL + solve / SOLVE)
+    looks = STAGES * (OBSERVATIONS * forward / MATMUL + solve / SOLVE)
     whole = search * (plain + forward / MATMUL) + looks + (STEPS - search) * (cut * plain + forward / MATMUL)
     activations = layers * seen * 4096 * 2
     training = 2 * weights + 8 * parameters + activations
     held_on_device = min(held, int(allowed_bytes(model, "auto")))
-    scratch = largest + LOOKS * seen * 16
+    scratch = largest + OBSERVATIONS * seen * 16
     # Moments of both parts, those of a problem, and its factor; the rows of the layer are let go of meanwhile.
     solving = 2 * moments_bytes(14336, torch.float32)
     return {
@@ -326,7 +326,7 @@ def computed(tokens: int, sequences: int, layers: int) -> dict[str, Any]:
             "activations that are free by then": round(activations / 2**30, 2),
             "waiting on the CPU": round(held / 2**30, 1),
             "moments of all layers, as it was": round(
-                sum(moments_bytes(readers(model, unit)[0].in_features, torch.float32) for unit in units) / 2**30, 1
+                sum(moments_bytes(consumers(model, group)[0].in_features, torch.float32) for group in groups) / 2**30, 1
             ),
         },
         "search_adds_to_the_memory_of_a_step": round(

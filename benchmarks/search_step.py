@@ -18,7 +18,7 @@ Putting masks on and taking them off between turns is not timed.
 
 Memory: the most bytes held at once in a step, weights, gradients and optimizer state included. On CUDA the
 allocator knows it (`max_memory_allocated`). On a CPU the process's resident size moves with the allocator's
-caches and the machine's load, so the profiler records every allocation and release that torch asks of its
+caches and the machine's load, so the profiler samples every allocation and release that torch asks of its
 allocator, from before the model is built, and their running sum is exact, whatever else the machine does.
 
     python benchmarks/search_step.py --models deit-s --repeats 20 --threads 1
@@ -67,7 +67,7 @@ Variant = Callable[[nn.Module, int], AbstractContextManager[Step]]
 
 
 def deit_s() -> tuple[nn.Module, Batch]:
-    """Return DeiT-S and 16 pictures of 224 pixels with their labels."""
+    """Return DeiT-S and 16 images of 224 pixels with their labels."""
     return timm.create_model("deit_small_patch16_224"), (
         torch.randn(16, 3, 224, 224),
         torch.randint(1000, (16,)),
@@ -75,7 +75,7 @@ def deit_s() -> tuple[nn.Module, Batch]:
 
 
 def blip_nlvr(pairs: int = 1) -> tuple[nn.Module, Batch]:
-    """Return full-size BLIP for NLVR and pairs of 384-pixel pictures, each with a sentence of 36 tokens."""
+    """Return full-size BLIP for NLVR and pairs of 384-pixel images, each with a sentence of 36 tokens."""
     config = NlvrConfig.vit("base")
     inputs = {
         "images": torch.randn(2 * pairs, 3, config.image_size, config.image_size),
@@ -129,9 +129,9 @@ class Activations:
         """Hook the layers of `model`; nothing is to be done between backward and the optimizer."""
         device = next(model.parameters()).device
         hooks = []
-        for unit in upop.find_units(model):
-            alpha = self._alphas.setdefault(unit.name, nn.Parameter(torch.ones(unit.size, device=device)))
-            for part in unit.producers:
+        for group in upop.find_groups(model):
+            alpha = self._alphas.setdefault(group.name, nn.Parameter(torch.ones(group.size, device=device)))
+            for part in group.producers:
                 layer, _, leaf = part.tensor.rpartition(".")
                 if leaf == "weight":
                     hooks.append(model.get_submodule(layer).register_forward_hook(self._hook(alpha, part.outer)))

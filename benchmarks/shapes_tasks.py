@@ -22,9 +22,9 @@ from rich.console import Console
 from dense_tasks import FOLDER, one_of, settings_of
 from upop.checkpoints import load
 from upop.report.results import results_table
-from upop.tasks.run import Metrics, measure
-from upop.tasks.verbs import compress, compressed_name, train
-from upop.training.task import Task
+from upop.runs.run import Metrics, measure
+from upop.runs.task import Task
+from upop.runs.verbs import compress, compressed_name, train
 
 RESULTS = Path(__file__).parent / "results"
 DENSE: dict[str, dict[str, Any]] = {
@@ -44,7 +44,7 @@ def run(name: str, arguments: argparse.Namespace) -> None:
     folder = arguments.folder / name
     common = {"device": "cpu", "resume": "auto"}
     more = {**common, "warmup_steps": 100, **DENSE[name], "output_dir": folder / "dense"}
-    _rows(train, *settings_of(name, arguments.folder, arguments.records, **more))
+    _rows(train, *settings_of(name, arguments.folder, arguments.samples, **more))
     # The end of the schedule, not the best epoch of a rising learning curve: what is compressed has been trained out.
     dense = folder / "dense" / "last"
     models: dict[str, tuple[torch.nn.Module, Metrics]] = {}
@@ -52,7 +52,7 @@ def run(name: str, arguments: argparse.Namespace) -> None:
         for ratio in RATIOS:
             place = folder / f"{method}-{ratio:g}"
             more = {**common, "pretrained": str(dense), "p": ratio, "method": method, "output_dir": place}
-            task, chosen = settings_of(name, arguments.folder, arguments.compress_records, **more)
+            task, chosen = settings_of(name, arguments.folder, arguments.compress_samples, **more)
             before, after = _rows(compress, task, chosen)
             whole, small = load(dense), load(place / "best")
             models.setdefault("dense", (whole, before["metrics"]))
@@ -75,8 +75,8 @@ def main() -> None:
     """Run the tasks that the command line names."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tasks", nargs="*", type=one_of([*DENSE]), default=[*DENSE])
-    parser.add_argument("--records", type=int, default=60_000, help="to train the dense model on")
-    parser.add_argument("--compress-records", type=int, default=20_000, help="to compress it on")
+    parser.add_argument("--samples", type=int, default=60_000, help="to train the dense model on")
+    parser.add_argument("--compress-samples", type=int, default=20_000, help="to compress it on")
     parser.add_argument("--folder", type=Path, default=FOLDER, help="data and run folders")
     parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args()

@@ -21,11 +21,11 @@ import transformers
 import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from upop.data.shapes.write import write_shapes
+from upop.demo.write import write_shapes
+from upop.runs.verbs import compress
 from upop.settings import read_settings
 from upop.tasks import find_task
 from upop.tasks.prune import prune
-from upop.tasks.verbs import compress
 
 RESULTS = Path(__file__).parent / "results" / "vlms.json"
 TARGETS = ("params=1.25x", "params=1.5x", "params=2x", "params=4x")
@@ -133,15 +133,15 @@ def _note(row: dict[str, Any]) -> None:
     RESULTS.write_text(json.dumps([*_rows(), row], indent=1) + "\n")
 
 
-def _known(**told: Any) -> bool:
-    return any(told.items() <= row.items() for row in _rows())
+def _known(**described: Any) -> bool:
+    return any(described.items() <= row.items() for row in _rows())
 
 
-def _measured(results: Any, **told: Any) -> None:
+def _measured(results: Any, **described: Any) -> None:
     dense, small = results.models
     _note(
         {
-            **told,
+            **described,
             "dense": dense.metrics["test"],
             "test": small.metrics["test"],
             "parameters": small.parameters,
@@ -157,25 +157,25 @@ def one_shot(out: Path, seeds: int) -> None:
     for seed in range(seeds):
         for towers, include in TOWERS.items():
             for target in TARGETS:
-                told = {"how": "one-shot", "towers": towers, "target": target, "seed": seed}
-                if _known(**told):
+                described = {"how": "one-shot", "towers": towers, "target": target, "seed": seed}
+                if _known(**described):
                     continue
                 settings = _settings(out, seed, target=target, output_dir=str(out / "pruned"))
                 settings = settings.model_copy(update={"val_data": None, "hold_out": 0.0})
                 try:
                     results = prune(task, settings, samples=256, include=include)
                 except ValueError as error:  # the language tower alone cannot reach every target
-                    _note({**told, "refused": str(error)})
+                    _note({**described, "refused": str(error)})
                     continue
-                _measured(results, **told)
+                _measured(results, **described)
 
 
 def teachers(out: Path, seeds: int, epochs: int, target: str) -> None:
     """Compress with recovery, taught by the hidden states, the logits, both, or nobody."""
     for seed in range(seeds):
         for name, weights in TEACHERS.items():
-            told = {"how": "recovery", "teacher": name, "target": target, "epochs": epochs, "seed": seed}
-            if _known(**told):
+            described = {"how": "recovery", "teacher": name, "target": target, "epochs": epochs, "seed": seed}
+            if _known(**described):
                 continue
             place = out / f"taught-{name.replace(' ', '-')}-{seed}"
             settings = _settings(
@@ -190,7 +190,7 @@ def teachers(out: Path, seeds: int, epochs: int, target: str) -> None:
                 output_dir=str(place),
                 **weights,
             )
-            _measured(compress(find_task("chat"), settings), **told)
+            _measured(compress(find_task("chat"), settings), **described)
 
 
 def _settings(out: Path, seed: int, **more: Any) -> Any:
@@ -201,11 +201,17 @@ def _settings(out: Path, seed: int, **more: Any) -> Any:
 def table() -> None:
     """Print the rows as a table."""
     for row in _rows():
-        told = {name: value for name, value in row.items() if name in ("how", "towers", "teacher", "target", "seed")}
+        described = {
+            name: value for name, value in row.items() if name in ("how", "towers", "teacher", "target", "seed")
+        }
         if "refused" in row:
-            print(told, row["refused"][:80])
+            print(described, row["refused"][:80])
             continue
-        print(told, f"{row['parameters'] / 1e6:.3f} M", {name: round(value, 2) for name, value in row["test"].items()})
+        print(
+            described,
+            f"{row['parameters'] / 1e6:.3f} M",
+            {name: round(value, 2) for name, value in row["test"].items()},
+        )
 
 
 def main() -> None:

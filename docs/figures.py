@@ -23,13 +23,13 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 import upop
-from upop.data.shapes.write import write_shapes
+from upop.demo.write import write_shapes
 from upop.files import make_folder, replacing_file, write_json
 from upop.pruning.budget import progress, standardise
 from upop.pruning.masks import Masks
+from upop.runs.loaders import first_samples, make_loader, set_epoch
 from upop.settings import read_settings
 from upop.tasks import find_task
-from upop.training.loaders import first_records, make_loader, set_epoch
 
 OUT = Path(__file__).parent / "figures"
 CONFIG = Path(__file__).parents[1] / "configs" / "shapes" / "nlvr.yaml"
@@ -37,7 +37,7 @@ DENSE = Path(__file__).parents[1] / "assets" / "shapes-nlvr"
 
 _COLOURS = {"vision": "#0072B2", "text": "#D55E00", "attention": "#009E73", "mlp": "#CC79A7"}
 _INK, _FAINT = "#222222", "#8a8a8a"
-_PROBED = 16  # records on which outputs are compared
+_PROBED = 16  # samples on which outputs are compared
 
 
 @dataclass
@@ -53,8 +53,8 @@ class Search:
         ratio: the share of the cost that it was asked for.
         asked: p_t after every step.
         marked: the share of the cost that was marked after every step.
-        masks: unit -> one row per step, [steps, size].
-        apart: (step, relative difference between the masked model and the one cut to its unmarked entries).
+        masks: group -> one row per step, [steps, size].
+        apart: (step, relative difference between the masked model and the one cut to its unmarked channels).
     """
 
     model: nn.Module
@@ -69,9 +69,9 @@ class Search:
     apart: list[tuple[int, float]] = field(default_factory=list)
 
 
-def search(ratio: float, records: int, interval: int, folder: Path) -> Search:
+def search(ratio: float, samples: int, interval: int, folder: Path) -> Search:
     """Search the demo's model for one epoch over generated data, and note everything that the figures show."""
-    data = write_shapes("nlvr", folder, seed=0, size=records)
+    data = write_shapes("nlvr", folder, seed=0, size=samples)
     task = find_task("nlvr")
     settings: Any = read_settings(task.settings, CONFIG, {**data.settings, "device": "cpu", "num_workers": 0})
     torch.manual_seed(settings.seed)
@@ -79,7 +79,7 @@ def search(ratio: float, records: int, interval: int, folder: Path) -> Search:
     model = copy.deepcopy(dense)
     loader = make_loader(task, settings, "train")
     set_epoch(loader, 0)
-    probe = task.inputs(first_records(loader, _PROBED))
+    probe = task.inputs(first_samples(loader, _PROBED))
     steps = len(loader)
     pruner = upop.Pruner(model, ratio, steps, interval, progress="soft")
     found = Search(model, pruner, upop.Plan({}, {}), probe, steps, ratio)
@@ -111,12 +111,12 @@ def outputs(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
 
 
 def difference(expected: Tensor, found: Tensor) -> float:
-    """Return the largest difference of two outputs, relative to the largest entry of the first."""
+    """Return the largest difference of two outputs, relative to the largest channel of the first."""
     return float((expected - found).abs().max() / expected.abs().max())
 
 
 def _apart(dense: nn.Module, model: nn.Module, pruner: upop.Pruner, inputs: dict[str, Tensor]) -> float:
-    """Return how much the outputs would jump if the marked entries were cut off now."""
+    """Return how much the outputs would jump if the marked channels were cut off now."""
     masked = outputs(model, inputs)
     cut = copy.deepcopy(dense)
     cut.load_state_dict(model.state_dict())
@@ -155,9 +155,9 @@ def _as(found: Search, dtype: torch.dtype) -> tuple[nn.Module, dict[str, Tensor]
 
 
 def _masked(model: nn.Module, found: Search, inputs: dict[str, Tensor]) -> Tensor:
-    """Return the outputs of a model whose entries are masked as the plan says."""
+    """Return the outputs of a model whose channels are masked as the plan says."""
     masked = copy.deepcopy(model)
-    masks = Masks(masked, found.pruner.units)
+    masks = Masks(masked, found.pruner.groups)
     masks.set(found.pruner.masks)
     return outputs(masked, inputs)
 
@@ -177,7 +177,7 @@ def schedule_figure(found: Search) -> Figure:
 
 
 def masks_figure(found: Search) -> Figure:
-    """Draw the mask of every entry of two units over time, the first to go at the top."""
+    """Draw the mask of every channel of two groups over time, the first to go at the top."""
     names = list(found.masks)
     first_attention = next(name for name in names if name.endswith("attn"))
     last_mlp = [name for name in names if "intermediate" in name][-1]
@@ -194,7 +194,7 @@ def masks_figure(found: Search) -> Figure:
             extent=(0, found.steps, len(values), 0),
         )
         stay = int((values[:, -1] > 0).sum())
-        axes.set_title(f"{name}\n{stay} of {len(values)} entries stay", fontsize=9, color=_INK)
+        axes.set_title(f"{name}\n{stay} of {len(values)} channels stay", fontsize=9, color=_INK)
         axes.set(xlabel="search step", ylabel="entry")
     figure.colorbar(image, ax=list(all_axes), label="mask")
     return figure
@@ -203,10 +203,10 @@ def masks_figure(found: Search) -> Figure:
 def scores_figure(found: Search) -> Figure:
     """Draw the standardised scores of the last step, by structure, with the threshold."""
     figure, axes = _axes(7, 3.2)
-    ranked = standardise(found.pruner.units, found.pruner.scores)
+    ranked = standardise(found.pruner.groups, found.pruner.scores)
     edges = torch.linspace(-4, 4, 65).tolist()
     for kind in ("attention", "mlp"):
-        values = torch.cat([ranked[unit.name] for unit in found.pruner.units if unit.kind == kind])
+        values = torch.cat([ranked[group.name] for group in found.pruner.groups if group.kind == kind])
         label = f"{'attention dimensions' if kind == 'attention' else 'MLP neurons'} ({len(values):,})"
         axes.hist(values.clamp(-4, 4), edges, density=True, color=_COLOURS[kind], alpha=0.55, label=label)
     assert found.pruner.threshold is not None
@@ -218,18 +218,18 @@ def scores_figure(found: Search) -> Figure:
 
 
 def kept_figure(found: Search) -> Figure:
-    """Draw the share of entries that every unit keeps, by structure over the layers."""
+    """Draw the share of channels that every group keeps, by structure over the layers."""
     figure, all_axes = _axes(9, 3.0, columns=2)
     for axes, kind in zip(all_axes, ("attention", "mlp"), strict=True):
         for modality in ("vision", "text"):
-            units = [unit for unit in found.pruner.units if unit.kind == kind and unit.modality == modality]
-            shares = [100 * len(found.plan[unit.name]) / unit.size for unit in units]
-            places = range(1, len(units) + 1)
+            groups = [group for group in found.pruner.groups if group.kind == kind and group.modality == modality]
+            shares = [100 * len(found.plan[group.name]) / group.size for group in groups]
+            places = range(1, len(groups) + 1)
             axes.plot(places, shares, marker="o", markersize=4, color=_COLOURS[modality], label=modality)
             axes.set_xticks(places)
         title = "attention" if kind == "attention" else "MLP"
-        axes.set(title=title, ylim=(0, 103), xlabel="unit, from input to output")
-    all_axes[0].set_ylabel("entries kept (%)")
+        axes.set(title=title, ylim=(0, 103), xlabel="group, from input to output")
+    all_axes[0].set_ylabel("channels kept (%)")
     all_axes[1].legend(frameon=False, loc="lower right")
     return figure
 
@@ -239,7 +239,7 @@ def error_figure(found: Search, differences: dict[str, float]) -> Figure:
     figure, (left, right) = _axes(9, 3.2, columns=2)
     steps, values = zip(*found.apart, strict=True)
     left.semilogy(steps, values, color=_COLOURS["vision"], marker="o", markersize=3)
-    left.set(xlabel="search step", ylabel="relative change of the outputs", title="if the marked entries were cut now")
+    left.set(xlabel="search step", ylabel="relative change of the outputs", title="if the marked channels were cut now")
     names = list(differences)
     right.barh(names, list(differences.values()), color=[_COLOURS["vision"]] * 2 + [_COLOURS["text"]] * 2)
     for place, value in enumerate(differences.values()):
@@ -261,7 +261,7 @@ def _axes(width: float, height: float, columns: int = 1) -> tuple[Figure, Any]:
 def main() -> None:
     """Search once, and write all figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--records", type=int, default=6400, help="training records; a step takes 64")
+    parser.add_argument("--samples", type=int, default=6400, help="training samples; a step takes 64")
     parser.add_argument("--interval", type=int, default=5)
     parser.add_argument("--ratio", type=float, default=0.5)
     parser.add_argument("--out", type=Path, default=OUT)
@@ -269,7 +269,7 @@ def main() -> None:
     # The same file for the same numbers: no date, and no names of parts that are drawn at random.
     matplotlib.rcParams.update({"svg.hashsalt": "upop", "svg.fonttype": "none", "font.size": 9})
     with tempfile.TemporaryDirectory() as folder:
-        found = search(arguments.ratio, arguments.records, arguments.interval, Path(folder) / "data")
+        found = search(arguments.ratio, arguments.samples, arguments.interval, Path(folder) / "data")
     differences = cut_differences(found)
     figures = {
         "schedule": schedule_figure(found),
@@ -296,7 +296,9 @@ def main() -> None:
             share == progress(step, found.steps, found.ratio) for step, share in enumerate(found.asked)
         ),
         "marked_at_the_end": found.marked[-1],
-        "entry_costs": {unit.name: found.pruner.costs[unit.name] for unit in found.pruner.units if ".0." in unit.name},
+        "entry_costs": {
+            group.name: found.pruner.costs[group.name] for group in found.pruner.groups if ".0." in group.name
+        },
         "kept": kept,
         "change_by_cutting": dict(found.apart),
         "change_by_last_cut": differences,

@@ -92,7 +92,7 @@ def published_runs() -> str:
 
 
 def published_counts() -> str:
-    """Return how many records the published data sets have."""
+    """Return how many samples the published data sets have."""
     rows = read_yaml(ROOT / PUBLISHED_DATA, "The file of published data sets")
     counts = [
         [name, *(f"{row[split]:,}" for split in ("train", "val", "test")), row["source"]] for name, row in rows.items()
@@ -179,12 +179,12 @@ def latency() -> str:
 
 
 def loader() -> str:
-    """Return the table of pictures that one core decodes and transforms in a second."""
+    """Return the table of images that one core decodes and transforms in a second."""
     rows = []
     for title, way in read("loader_amd-epyc")["ways"].items():
         rates = way["per_second_and_core"]
         rows.append([title, f"{rates['plain']:.0f}", f"{rates['ours']:.0f}", f"{way['times_plain']:.2f}"])
-    return markdown(["pictures per second and core", "plain", "ours", "ours / plain"], rows)
+    return markdown(["images per second and core", "plain", "ours", "ours / plain"], rows)
 
 
 def calibrate() -> str:
@@ -238,10 +238,10 @@ def real(model: str, steps: int = 0) -> str:
         return not cell["way"].startswith("upop"), cell["batches"] != usual
 
     rows = dict.fromkeys((cell["way"], cell["batches"]) for cell in sorted(cut, key=order))
-    told = {(way, batches): way + ("" if batches == usual else f", {batches} batches") for way, batches in rows}
+    described = {(way, batches): way + ("" if batches == usual else f", {batches} batches") for way, batches in rows}
     return markdown(
         [f"{dense['metric']}, dense {dense['quality']:.1f}", *(f"{100 * ratio:g} % removed" for ratio in ratios)],
-        [[name, *(value(*row, ratio) for ratio in ratios)] for row, name in told.items()],
+        [[name, *(value(*row, ratio) for ratio in ratios)] for row, name in described.items()],
     )
 
 
@@ -312,10 +312,10 @@ def compiled() -> str:
 
 
 _PLAIN = {
-    "image_size": "side of pictures in pixels",
+    "image_size": "side of images in pixels",
     "weight_decay": "of the optimizer",
     "min_lr": "where the learning rate ends",
-    "batch_size_test": "records per process and forward pass of evaluation",
+    "batch_size_test": "samples per process and forward pass of evaluation",
     "classes": "how many there are",
     "cost": "what the budget counts: params, flops or reference",
     "w_sp_mlp": "likewise, of MLP masks",
@@ -335,8 +335,8 @@ _PLAIN = {
     "max_epoch": "epochs of retraining (and of `train`)",
     "epochs_search": "epochs of the search",
     "interval": "masks move every so many search steps",
-    "num_workers": "processes that decode pictures",
-    "batch_size_train": "records per process and forward pass",
+    "num_workers": "processes that decode images",
+    "batch_size_train": "samples per process and forward pass",
     "init_lr": "where retraining begins",
     "dropout": "of the model, in training",
     "ema_decay": "of the moving average of the weights",

@@ -33,14 +33,14 @@ def main() -> None:
     model = nn.Sequential(Block(64, 4), Block(64, 4), nn.Linear(64, 10))
     example = torch.randn(2, 16, 64)
 
-    found = upop.survey(model, example=example)
-    for unit in found.units:
-        print(f"{unit.name}: {unit.size} to choose from ({unit.kind})")
+    found = upop.find_prunable(model, example=example)
+    for group in found.groups:
+        print(f"{group.name}: {group.size} to choose from ({group.kind})")
     for skipped in found.skipped:
         print(f"{skipped.name} stays: {skipped.reason}")
 
-    # Your own indices, here every other entry; `upop.Compression` and `upop.calibrate` choose them by importance.
-    plan = {unit.name: range(0, unit.size, 2) for unit in found.units}
+    # Your own indices, here every other channel; `upop.Compression` and `upop.calibrate` choose them by importance.
+    plan = {group.name: range(0, group.size, 2) for group in found.groups}
     before = upop.count_parameters(model)
     upop.shrink(model, plan, verify=example)
     print(f"{before:,} parameters before, {upop.count_parameters(model):,} now")

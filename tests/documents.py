@@ -50,7 +50,7 @@ def words(line: str) -> list[str]:
 
 
 def links(page: Path) -> list[str]:
-    """Return the targets of a page's links and pictures that lie in this repository, anchors kept."""
+    """Return the targets of a page's links and images that lie in this repository, anchors kept."""
     text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
     targets = re.findall(r"\]\(([^)\s]+)\)", text)
     return [target for target in targets if not re.match(r"[a-z]+:", target)]

@@ -1,4 +1,4 @@
-"""Looks at generated pictures without the code that drew them: which shapes are in which row."""
+"""Looks at generated images without the code that drew them: which shapes are in which row."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import NamedTuple
 import torch
 from PIL import Image
 
-from upop.data.shapes.draw import COLOUR_VALUES
+from upop.demo.draw import COLOUR_VALUES
 
 
 class Seen(NamedTuple):
-    """A coloured area: what shape it looks like, and its third of the picture, from the top."""
+    """A coloured area: what shape it looks like, and its third of the image, from the top."""
 
     kind: str
     colour: str
@@ -19,9 +19,9 @@ class Seen(NamedTuple):
     row: int
 
 
-def components(picture: torch.Tensor, colour: tuple[int, int, int]) -> list[list[tuple[int, int]]]:
+def components(image: torch.Tensor, colour: tuple[int, int, int]) -> list[list[tuple[int, int]]]:
     """The connected areas of about that colour, each as its (row, column) pixels."""
-    close = (picture.float() - torch.tensor(colour).float()).norm(dim=-1) < 45
+    close = (image.float() - torch.tensor(colour).float()).norm(dim=-1) < 45
     left = {(row, column) for row, column in close.nonzero().tolist()}
     found = []
     while left:
@@ -38,10 +38,10 @@ def components(picture: torch.Tensor, colour: tuple[int, int, int]) -> list[list
     return found
 
 
-def seen(picture: Image.Image) -> list[Seen]:
+def seen(image: Image.Image) -> list[Seen]:
     """Every area, read from the pixels alone; kinds and sizes are sure from 128 pixels on."""
-    side = picture.width
-    pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).view(side, side, 3)
+    side = image.width
+    pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(side, side, 3)
     areas = []
     for name, colour in COLOUR_VALUES.items():
         for area in components(pixels, colour):

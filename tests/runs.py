@@ -16,12 +16,12 @@ import yaml
 from torch import nn
 
 import upop
-from upop.data.shapes.write import Summary, write_shapes
+from upop.demo.write import Summary, write_shapes
+from upop.runs.task import Task
 from upop.settings import read_settings
 from upop.tasks import find_task
 from upop.tasks.blip import blip_tokenizer
 from upop.tasks.nlvr import NlvrSettings
-from upop.training.task import Task
 
 TOWERS: dict[str, Any] = {
     "vision_width": 24,
@@ -90,7 +90,7 @@ TINY: dict[str, dict[str, Any]] = {
 """Task -> settings of its runs, which beat those of `write_settings`; a task's generated data has its name."""
 _DATA = {"retrieval-clip": "retrieval"}
 HELD_OUT = 56
-"""Records of each split of NLVR that is not trained on: eight times seven, and no multiple of 2 x 24."""
+"""Samples of each split of NLVR that is not trained on: eight times seven, and no multiple of 2 x 24."""
 
 
 def write_settings(file: Path, roots: Mapping[str, Any], **settings: Any) -> Path:
@@ -126,7 +126,7 @@ def save_random(task: Task[Any], config: Path) -> None:
     settings = read_settings(task.settings, config, {})
     model: Any = task.build(settings)
     kind = f"{task.name} {model.config.model_dump_json()}"
-    if kind not in _saved:  # its units are found but once in a process
+    if kind not in _saved:  # its groups are found but once in a process
         for name, parameter in model.named_parameters():
             if name != "temp":
                 nn.init.normal_(parameter, std=0.15)
@@ -150,7 +150,7 @@ def _copied(name: str, folder: Path) -> Summary:
 
 
 def make_task(name: str, folder: Path, **settings: Any) -> Path:
-    """Write 64 training records over pictures of 32 pixels, a dense model with random weights, and settings for both.
+    """Write 64 training samples over images of 32 pixels, a dense model with random weights, and settings for both.
 
     Args:
         name: of the task.

@@ -74,7 +74,7 @@ def test_the_loop_of_readme_keeps_every_object() -> None:
     assert upop.count_parameters(model) == upop.count_parameters(average.module) < 0.7 * dense
     assert traces(model) == []
     assert {name: len(kept) for name, kept in compression.plan().items()} == {
-        unit.name: unit.size for unit in upop.find_units(model)
+        group.name: group.size for group in upop.find_groups(model)
     }
 
 
@@ -125,7 +125,7 @@ def test_a_resumed_training_ends_with_the_same_numbers(stopped: int) -> None:
 
 
 def test_a_model_of_ones_own_resumes_in_the_middle_of_a_stage() -> None:
-    """Both the state and the pass that the units are read before are held, that one in its own precision."""
+    """Both the state and the pass that the groups are read before are held, that one in its own precision."""
 
     def begun() -> tuple[nn.Module, upop.Compression, Any]:
         torch.manual_seed(0)
@@ -225,12 +225,12 @@ def test_a_loop_that_leaves_the_teacher_out_is_told() -> None:
 
 def test_settings_that_make_no_sense_are_refused() -> None:
     model: Any = VIT.build()
-    for settings, told in (
+    for settings, described in (
         ({"share": 0}, "in \\(0, 1\\]"),
         ({"ratio": 2}, "strictly between"),
         ({"steps": 0}, "steps"),
     ):
-        with pytest.raises(SettingError, match=told):
+        with pytest.raises(SettingError, match=described):
             upop.Compression(model, **{"ratio": 0.5, "steps": STEPS, **settings})
     with pytest.raises(SettingError, match="shares weights"):
         upop.Compression(model, 0.5, STEPS, teacher=model)
@@ -238,7 +238,7 @@ def test_settings_that_make_no_sense_are_refused() -> None:
 
 
 class Own(nn.Module):
-    """A model of a class of one's own, whose units are read with the first batch."""
+    """A model of a class of one's own, whose groups are read with the first batch."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -356,7 +356,7 @@ def test_accelerate_accumulates() -> None:
 
 def test_masks_of_another_search_are_refused_at_once() -> None:
     model = VIT.build()
-    masks = Masks(model, upop.find_units(model))
+    masks = Masks(model, upop.find_groups(model))
     with warnings.catch_warnings(), pytest.raises(LayoutError, match="masked"):
         upop.Compression(model, 0.5, 6)
     masks.remove()

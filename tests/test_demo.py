@@ -9,7 +9,7 @@ from rich.console import Console
 
 import upop
 from upop.cli.demo import CONFIG, DENSE, answers_table
-from upop.data.shapes.vocabulary import vocabulary
+from upop.demo.vocabulary import vocabulary
 from upop.examples import Answer, Example, Examples
 from upop.models.nlvr import BlipNlvr
 from upop.settings import read_settings
@@ -29,13 +29,13 @@ def test_the_carried_model_fits_the_demo() -> None:
 
 
 def test_the_table_of_answers_marks_the_wrong_ones() -> None:
-    record = Example(
+    sample = Example(
         prompt="there is a [red] circle",
         truth=Answer(text="True"),
         answers={"dense": Answer(text="True", right=True), "UPop 2x": Answer(text="False", right=False)},
     )
     console = Console(file=io.StringIO(), width=120, force_terminal=True, color_system="standard")
-    console.print(answers_table(Examples(split="test", about="", records=(record,))))
+    console.print(answers_table(Examples(split="test", about="", samples=(sample,))))
     text = console.file.getvalue()  # type: ignore[attr-defined]
     assert "[red] circle" in text
     assert "\x1b[31mFalse" in text

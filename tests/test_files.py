@@ -96,10 +96,10 @@ FOREIGN: dict[str, tuple[Callable[[Path], None], str]] = {
 @pytest.mark.parametrize("what", FOREIGN)
 def test_a_folder_with_anything_of_others_is_refused(what: str, overwrite: bool, tmp_path: Path) -> None:
     write_model(tmp_path / "model", "old")
-    add, told = FOREIGN[what]
+    add, described = FOREIGN[what]
     add(tmp_path / "model")
     before = contents(tmp_path)
-    with pytest.raises(RunFolderError, match=f"upop did not write.*: .*{told}.*Nothing was changed"):
+    with pytest.raises(RunFolderError, match=f"upop did not write.*: .*{described}.*Nothing was changed"):
         write_model(tmp_path / "model", overwrite=overwrite)
     assert contents(tmp_path) == before
 
@@ -314,8 +314,8 @@ def test_a_full_disk_is_told_whatever_the_writer_raises(small_disk: Path) -> Non
     with replacing_file(small_disk / "step.pt") as part:
         torch.save({"model": torch.ones(10)}, part)
     before = contents(small_disk)
-    told = r"step\.pt cannot be written: No space left on device\. What was there before is kept\. Free some space"
-    with pytest.raises(RunFolderError, match=told), replacing_file(small_disk / "step.pt", replace=True) as part:
+    described = r"step\.pt cannot be written: No space left on device\. What was there before is kept\. Free some space"
+    with pytest.raises(RunFolderError, match=described), replacing_file(small_disk / "step.pt", replace=True) as part:
         torch.save(tensors, part)  # a RuntimeError
     with pytest.raises(RunFolderError, match="No space left on device"):
         upop.save(torch.nn.TransformerEncoderLayer(128, 2, 1024), small_disk / "model")  # safetensors' own error
@@ -352,17 +352,17 @@ except RunFolderError as error:
 
 
 @pytest.mark.parametrize(
-    ("limit", "value", "told"),
+    ("limit", "value", "described"),
     [
         ("RLIMIT_FSIZE", 500_000, r"File too large.*ulimit -f"),
         ("RLIMIT_FSIZE", 5_000_000, r"File too large, or the disk is full.*ulimit -f"),
         ("RLIMIT_NOFILE", 64, r"Too many open files.*ulimit -n"),
     ],
 )
-def test_limits_are_told(limit: str, value: int, told: str, tmp_path: Path) -> None:
+def test_limits_are_told(limit: str, value: int, described: str, tmp_path: Path) -> None:
     said = tmp_path.with_name(f"{tmp_path.name}-said")
     assert run_code(_LIMITED, tmp_path, limit, value, said) == 0
-    assert pytest.raises(RunFolderError, match=told).matches(RunFolderError(said.read_text())), said.read_text()
+    assert pytest.raises(RunFolderError, match=described).matches(RunFolderError(said.read_text())), said.read_text()
     assert names(tmp_path) == []
 
 
@@ -372,10 +372,10 @@ def test_limits_are_told(limit: str, value: int, told: str, tmp_path: Path) -> N
 def test_a_file_of_others_is_refused_with_what_it_holds(tmp_path: Path) -> None:
     page = tmp_path / "page.html"
     page.write_text("<p>mine</p>")
-    told = r"page\.html is there already: a file of 11 bytes, which begins '<p>mine</p>', that upop did not write"
-    with pytest.raises(RunFolderError, match=told):
+    described = r"page\.html is there already: a file of 11 bytes, which begins '<p>mine</p>', that upop did not write"
+    with pytest.raises(RunFolderError, match=described):
         write_text(page, "new")
-    with pytest.raises(RunFolderError, match=told):
+    with pytest.raises(RunFolderError, match=described):
         write_text(page, "new", lambda path: "ours" in path.read_text())
     assert page.read_text() == "<p>mine</p>"
     write_text(page, "ours", replace=True)
@@ -389,8 +389,8 @@ def test_links_and_folders_are_no_files_to_replace(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "thesis.tex").write_text("three years of work")
     before = contents(tmp_path)
-    for name, told in (("link", "a link to 'victim'"), ("folder", r"a folder with thesis\.tex")):
-        with pytest.raises(RunFolderError, match=f"is to be a file, and {told} of that name"):
+    for name, described in (("link", "a link to 'victim'"), ("folder", r"a folder with thesis\.tex")):
+        with pytest.raises(RunFolderError, match=f"is to be a file, and {described} of that name"):
             write_text(tmp_path / name, "new", replace=True)
     assert contents(tmp_path) == before
 

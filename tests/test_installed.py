@@ -198,7 +198,7 @@ def test_a_wheel_that_pip_installs_runs_the_commands_of_the_readme(unpacked: Pat
     assert "What can be pruned" in shown(inspect)
     save = (
         "import timm, upop; model = timm.create_model('vit_tiny_patch16_224', depth=1, img_size=32); "
-        "upop.shrink(model, {unit.name: range(unit.size // 2) for unit in upop.find_units(model)}); "
+        "upop.shrink(model, {group.name: range(group.size // 2) for group in upop.find_groups(model)}); "
         "upop.save(model, 'output/caption-2x/best')"
     )
     shown(f'python -c "{save}"')

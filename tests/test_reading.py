@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from upop.data.caption import read_ground_truth
-from upop.data.records import read_records
+from upop.data.samples import read_samples
 from upop.data.vqa import read_answer_list
 from upop.errors import CheckpointError, DataError
 from upop.reading import DEEPEST, LONGEST_NUMBER, parse_json, read_bytes, read_json, read_lines, read_object, read_text
@@ -115,7 +115,7 @@ def test_what_is_no_json_file_is_told_by_name(
         read_json(path, CheckpointError, "Fetch it again.")
 
 
-@pytest.mark.parametrize("read", [read_records, read_ground_truth, read_answer_list])
+@pytest.mark.parametrize("read", [read_samples, read_ground_truth, read_answer_list])
 def test_readers_of_annotations_wait_for_nobody(tmp_path: Path, read: Any) -> None:
     path = tmp_path / "list.json"
     os.mkfifo(path)
@@ -126,7 +126,7 @@ def test_readers_of_annotations_wait_for_nobody(tmp_path: Path, read: Any) -> No
 def test_lines_of_json_are_told_to_be_a_list(tmp_path: Path) -> None:
     (tmp_path / "list.json").write_text('{"image": "a.png"}\n{"image": "b.png"}\n')
     with pytest.raises(DataError, match=r"Extra data: line 2 .* Put what its lines hold into one list"):
-        read_records(tmp_path / "list.json")
+        read_samples(tmp_path / "list.json")
 
 
 def test_only_as_much_is_read_as_is_allowed(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import transformers
 from PIL import Image
 from torch import nn
 
-from upop.data.shapes.vocabulary import vocabulary
+from upop.demo.vocabulary import vocabulary
 
 SIDE, WORDS = 16, 12
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (40, 40, 220), "yellow": (230, 220, 40)}

@@ -99,8 +99,8 @@ def torchrun(
 def finish(started: subprocess.Popen[str]) -> str:
     """Wait for a command that must succeed; return what it told."""
     try:
-        told = started.communicate(timeout=300)[0]
+        described = started.communicate(timeout=300)[0]
     finally:
         started.kill()  # one that hangs; nothing happens to one that has ended
-    assert started.returncode == 0, told
-    return told
+    assert started.returncode == 0, described
+    return described

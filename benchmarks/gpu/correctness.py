@@ -13,15 +13,15 @@ from torch import Tensor, nn
 from gpu.models import Batch, Model
 from gpu.sections import Measurement
 from random_cut import attention_kernel
-from upop.pruning import Pruner, find_units, shrink
-from upop.pruning.units import Unit, tensor_of
+from upop.pruning import Pruner, find_groups, shrink
+from upop.pruning.groups import Group, tensor_of
 
-SAYS = """Every unit keeps another number of entries. *Cut* is how far the outputs of the cut model lie from those of
+SAYS = """Every group keeps another number of channels. *Cut* is how far the outputs of the cut model lie from those of
 the dense model with the rows of what goes set to 0, in float32 on the CPU, as a share of the largest output; *dense*
 is how far the dense model on this device lies from itself on the CPU, which is the precision's own rounding.
 *Compiled* is the cut model under torch.compile beside itself."""
 KERNELS_SAY = """DeiT-S, all heads cut to so many dimensions of 64; *kernel* is the attention that torch chose."""
-RESUMED_SAYS = """A search stopped half-way on one device that goes on on another: how many of its entries are kept as
+RESUMED_SAYS = """A search stopped half-way on one device that goes on on another: how many of its channels are kept as
 by the search that stayed, and whether the cut that follows was verified."""
 DTYPES = ("float32", "bfloat16", "float16")
 _KEPT = (64, 56, 48, 40, 33, 32, 24, 16)
@@ -43,11 +43,13 @@ def agreement(model: Model, device: torch.device, dtype: torch.dtype, compiled: 
     torch.manual_seed(0)
     dense = model.build().eval()
     inputs = model.batch(2, torch.device("cpu"))
-    units = find_units(dense)
-    kept = {unit.name: list(range(number % 2, unit.size, 1 + (number % 3 > 0))) for number, unit in enumerate(units)}
+    groups = find_groups(dense)
+    kept = {
+        group.name: list(range(number % 2, group.size, 1 + (number % 3 > 0))) for number, group in enumerate(groups)
+    }
     masked = copy.deepcopy(dense)
-    for unit in units:
-        _silence(masked, unit, kept[unit.name])
+    for group in groups:
+        _silence(masked, group, kept[group.name])
     small = shrink(copy.deepcopy(dense), kept, verify=None).to(device, dtype)
     here = {key: value.to(device, dtype if value.is_floating_point() else None) for key, value in inputs.items()}
     expected, exact = _outputs(masked, inputs), _outputs(dense, inputs)
@@ -70,7 +72,9 @@ def kernels(model: Model, device: torch.device, dtype: torch.dtype) -> Iterator[
 
 def _kernel(model: Model, kept: int, device: torch.device, dtype: torch.dtype) -> dict[str, str]:
     dense = model.build().eval()
-    plan = {unit.name: range(max(1, unit.size * kept // 64)) for unit in find_units(dense) if unit.kind == "attention"}
+    plan = {
+        group.name: range(max(1, group.size * kept // 64)) for group in find_groups(dense) if group.kind == "attention"
+    }
     small = shrink(dense, plan, verify=None).to(device, dtype)
     return {"kernel": attention_kernel(small, model.batch(2, device, dtype))}
 
@@ -117,11 +121,11 @@ def _search(model: nn.Module, pruner: Pruner, batches: list[Batch], device: torc
         model.zero_grad()
 
 
-def _silence(model: nn.Module, unit: Unit, kept: list[int]) -> None:
+def _silence(model: nn.Module, group: Group, kept: list[int]) -> None:
     """Set the rows that make what goes to 0."""
-    mask = torch.zeros(unit.size)
+    mask = torch.zeros(group.size)
     mask[kept] = 1
-    for part in unit.producers:
+    for part in group.producers:
         tensor = tensor_of(model, part.tensor)
         shape = [-1 if dim == part.dim % tensor.dim() else 1 for dim in range(tensor.dim())]
         tensor.mul_(part.expand(mask).view(shape))

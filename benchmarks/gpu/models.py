@@ -21,7 +21,7 @@ class Model:
     Attributes:
         name: what tables call it.
         build: makes it, on the CPU in float32.
-        inputs: number of records -> keyword arguments of a forward pass.
+        inputs: number of samples -> keyword arguments of a forward pass.
         labels: how many classes its first output has; 0 where it is not trained here.
     """
 
@@ -30,9 +30,9 @@ class Model:
     inputs: Callable[[int], Batch]
     labels: int = 0
 
-    def batch(self, records: int, device: torch.device, dtype: torch.dtype = torch.float32) -> Batch:
-        """Return so many records on a device, images in `dtype`."""
-        made = self.inputs(records)
+    def batch(self, samples: int, device: torch.device, dtype: torch.dtype = torch.float32) -> Batch:
+        """Return so many samples on a device, images in `dtype`."""
+        made = self.inputs(samples)
         return {name: value.to(device, dtype if value.is_floating_point() else None) for name, value in made.items()}
 
 
@@ -78,12 +78,12 @@ def models(small: bool) -> dict[str, Model]:
             "num_hidden_layers": 2,
             "intermediate_size": 96,
         }
-        image, classes, length, vocabulary = 32, 10, 12, 100
+        side, classes, length, vocabulary = 32, 10, 12, 100
         bert, decoder = BertConfig(**texts, vocab_size=vocabulary), {**texts, "num_key_value_heads": 3, "head_dim": 16}
         tower = {**texts, "projection_dim": 32}
         seen, read = {**tower, "image_size": 32, "patch_size": 8}, {**tower, "vocab_size": vocabulary}
     else:
-        image, classes, length, vocabulary = 224, 1000, 77, 32000
+        side, classes, length, vocabulary = 224, 1000, 77, 32000
         bert = BertConfig(vocab_size=vocabulary)
         decoder = {"hidden_size": 1024, "num_attention_heads": 16, "num_key_value_heads": 8, "num_hidden_layers": 12}
         decoder |= {"intermediate_size": 4096}
@@ -94,11 +94,11 @@ def models(small: bool) -> dict[str, Model]:
     llama = LlamaConfig(**decoder, vocab_size=vocabulary)
     clip = CLIPConfig(text_config=read, vision_config=seen, projection_dim=seen.get("projection_dim", 512))
 
-    def picture(records: int) -> Tensor:
-        return torch.randn(records, 3, image, image)
+    def image(samples: int) -> Tensor:
+        return torch.randn(samples, 3, side, side)
 
-    def text(records: int) -> Tensor:
-        return torch.randint(10, vocabulary - 1, (records, length))
+    def text(samples: int) -> Tensor:
+        return torch.randint(10, vocabulary - 1, (samples, length))
 
     return {
         model.name: model
@@ -106,19 +106,19 @@ def models(small: bool) -> dict[str, Model]:
             Model(
                 "DeiT-S",
                 lambda: timm.create_model("deit_small_patch16_224", **vit),
-                lambda records: {"x": picture(records)},
+                lambda samples: {"x": image(samples)},
                 classes,
             ),
             Model(
                 "CLIP B/16",
                 lambda: _Pair(CLIPModel(clip)),
-                lambda records: {"pixel_values": picture(records), "input_ids": text(records)},
+                lambda samples: {"pixel_values": image(samples), "input_ids": text(samples)},
             ),
-            Model("BERT", lambda: BertModel(bert), lambda records: {"input_ids": text(records)}),
+            Model("BERT", lambda: BertModel(bert), lambda samples: {"input_ids": text(samples)}),
             Model(
                 "Llama, 8 of 16 key-value heads",
                 lambda: _Logits(LlamaForCausalLM(llama)),
-                lambda records: {"input_ids": text(records)},
+                lambda samples: {"input_ids": text(samples)},
             ),
         )
     }

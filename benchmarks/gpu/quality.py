@@ -1,4 +1,4 @@
-"""What is left of a small vision transformer's accuracy, by method, on pictures that are drawn on the device."""
+"""What is left of a small vision transformer's accuracy, by method, on images that are drawn on the device."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from gpu.sections import Measurement
-from upop.pruning import Pruner, count_parameters, distill, find_units, plan_by_magnitude, shrink
+from upop.pruning import Pruner, count_parameters, distill, find_groups, plan_by_magnitude, shrink
 
 SAYS = """A vision transformer tells the kind and colour of the largest shape among others, in noise (24 classes;
-pictures are drawn as they are needed, and none comes twice). Every method gets equally many steps under one schedule,
-the search counted, and equally many parameters; accuracy on 4,096 pictures, in percent."""
+images are drawn as they are needed, and none comes twice). Every method gets equally many steps under one schedule,
+the search counted, and equally many parameters; accuracy on 4,096 images, in percent."""
 COLOURS, KINDS = 6, 4
 _SHAPES = 4
 
@@ -28,13 +28,13 @@ class Size:
     """How large the experiment is.
 
     Attributes:
-        image: side of a picture in pixels.
+        image: side of an image in pixels.
         width: of the transformer.
         depth: of the transformer.
         dense: training steps of the dense model.
         steps: training steps of every compression.
-        batch: pictures per step.
-        tested: pictures that accuracy is measured on.
+        batch: images per step.
+        tested: images that accuracy is measured on.
         seeds: how many times everything is done.
     """
 
@@ -51,8 +51,8 @@ class Size:
 SMALL = Size(image=16, width=24, depth=2, dense=4, steps=16, batch=4, tested=16, seeds=1)
 
 
-def draw(records: int, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Draw pictures [records, 3, size, size] in about [-1, 1], and the class of the largest shape in each, [records].
+def draw(samples: int, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Draw images [samples, 3, size, size] in about [-1, 1], and the class of the largest shape in each, [samples].
 
     A disc, a square, a ring or a diamond in one of six colours; three smaller shapes and noise lie under it.
     """
@@ -60,20 +60,20 @@ def draw(records: int, size: int, generator: torch.Generator) -> tuple[Tensor, T
     axis = torch.linspace(-1, 1, size, device=device)
     rows, columns = torch.meshgrid(axis, axis, indexing="ij")
     palette = torch.tensor([[1, 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, 0], [1, 0, 1], [0, 1, 1]], device=device)
-    images = 0.3 * torch.randn(records, 3, size, size, device=device, generator=generator)
+    images = 0.3 * torch.randn(samples, 3, size, size, device=device, generator=generator)
 
     def drawn(*shape: int) -> Tensor:
         return torch.rand(*shape, device=device, generator=generator)
 
     for number in range(_SHAPES):
-        kind = (drawn(records) * KINDS).long()
-        colour = (drawn(records) * COLOURS).long()
-        radius = (0.3 + 0.1 * drawn(records, 1, 1)) if number == _SHAPES - 1 else 0.1 + 0.1 * drawn(records, 1, 1)
-        y, x = (1.2 * drawn(records, 1, 1) - 0.6 for _ in range(2))
+        kind = (drawn(samples) * KINDS).long()
+        colour = (drawn(samples) * COLOURS).long()
+        radius = (0.3 + 0.1 * drawn(samples, 1, 1)) if number == _SHAPES - 1 else 0.1 + 0.1 * drawn(samples, 1, 1)
+        y, x = (1.2 * drawn(samples, 1, 1) - 0.6 for _ in range(2))
         down, right = (rows - y).abs() / radius, (columns - x).abs() / radius
         far = (down.square() + right.square()).sqrt()
         inside = torch.stack([far < 1, torch.maximum(down, right) < 0.86, (far < 1) & (far > 0.6), down + right < 1.2])
-        mine = inside[kind, torch.arange(records, device=device)].unsqueeze(1)
+        mine = inside[kind, torch.arange(samples, device=device)].unsqueeze(1)
         images = torch.where(mine, 2 * palette[colour].view(-1, 3, 1, 1) - 1 + 0.1 * images, images)
     return images, kind * COLOURS + colour
 
@@ -128,7 +128,7 @@ class Bench:
 
     @torch.no_grad()
     def accuracy(self, model: nn.Module) -> float:
-        """Return the accuracy on pictures that no training saw, in percent."""
+        """Return the accuracy on images that no training saw, in percent."""
         generator, right = self._generator(2), 0
         model.eval()
         for _ in range(self.size.tested // self.size.batch):
@@ -166,7 +166,7 @@ def accuracies(size: Size, device: torch.device) -> Iterator[Measurement]:
 
     def dense() -> dict[str, float]:
         benches.extend(Bench(size, device, seed) for seed in range(size.seeds))
-        assert all(find_units(bench.dense) for bench in benches)
+        assert all(find_groups(bench.dense) for bench in benches)
         return _over(
             [
                 {"accuracy": bench.accuracy(bench.dense)} | {"parameters (k)": count_parameters(bench.dense) / 1000}

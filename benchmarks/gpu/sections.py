@@ -35,7 +35,7 @@ class Section:
     failed: list[str] = field(default_factory=list)
     seconds: float = 0.0
 
-    def run(self, measurements: Iterator[Measurement], until: float, told: Callable[[str], None]) -> None:
+    def run(self, measurements: Iterator[Measurement], until: float, described: Callable[[str], None]) -> None:
         """Measure one after the other until the clock (`time.monotonic`) says `until`; the longest so far must fit."""
         begun = time.monotonic()
         longest = 0.0
@@ -46,7 +46,7 @@ class Section:
                 left = max(0.0, until - start)
                 self.skipped.append(f"{name}: no time ({left:.0f} s left, the longest took {longest:.0f} s)")
                 continue
-            told(f"{self.title}: {name}")
+            described(f"{self.title}: {name}")
             try:
                 self.rows.append({**what, **measure()})
             except torch.OutOfMemoryError:
@@ -79,9 +79,9 @@ def markdown(about: dict[str, Any], sections: list[Section]) -> str:
             lines.append(f"| {' | '.join(columns)} |")
             lines.append(f"| {' | '.join('---:' if number else '---' for number in numbers)} |")
             lines += [f"| {' | '.join(_cell(row.get(column, '-')) for column in columns)} |" for row in section.rows]
-        for title, told in (("Left out", section.skipped), ("Failed", section.failed)):
-            if told:
-                lines += ["", f"{title}:", "", *(f"- {each}" for each in told)]
+        for title, described in (("Left out", section.skipped), ("Failed", section.failed)):
+            if described:
+                lines += ["", f"{title}:", "", *(f"- {each}" for each in described)]
     return "\n".join(lines) + "\n"
 
 

@@ -39,7 +39,7 @@ from real import dinov2, minilm, smollm2
 from real.methods import WAYS, Seen, cut, kept_by, without_layers
 from upop.machine import machine
 from upop.pruning import plan_by_magnitude
-from upop.pruning.costs import entry_costs
+from upop.pruning.costs import channel_costs
 
 RESULTS = Path(__file__).parents[1] / "results"
 OURS = "upop, calibrate"
@@ -84,25 +84,25 @@ class Subject:
     stack: str = ""
 
     @cached_property
-    def units(self) -> list[Any]:
-        """Its units."""
-        return upop.find_units(self.model)
+    def groups(self) -> list[Any]:
+        """Its groups."""
+        return upop.find_groups(self.model)
 
     @cached_property
     def costs(self) -> dict[str, float]:
-        """Parameters of an entry, by unit."""
-        return dict(entry_costs(self.model, self.units, "params", None))
+        """Parameters of a channel, by group."""
+        return dict(channel_costs(self.model, self.groups, "params", None))
 
     @cached_property
     def prunable(self) -> float:
         """Parameters that a ratio is a share of."""
-        return float(sum(self.costs[unit.name] * unit.size for unit in self.units))
+        return float(sum(self.costs[group.name] * group.size for group in self.groups))
 
     def look(self, seed: int, batches: int) -> Seen:
         """Look at the dense model."""
         stack: Any = self.model.get_submodule(self.stack) if self.stack else ()
         given = self.batches(seed, batches)
-        return Seen.of(self.model, self.units, given, self.loss, self.counted, stack)
+        return Seen.of(self.model, self.groups, given, self.loss, self.counted, stack)
 
 
 def sentences(folder: Path, every: int) -> Subject:
@@ -211,18 +211,18 @@ def compressed(
     if way == DEPTH:
         return without_layers(subject.model, subject.stack, seen(), ratio)
     if way in WAYS:
-        kept = kept_by(WAYS[way], subject.model, subject.units, subject.costs, seen(), ratio)
-        return cut(subject.model, subject.units, kept, seen(), WAYS[way].makes_up)
+        kept = kept_by(WAYS[way], subject.model, subject.groups, subject.costs, seen(), ratio)
+        return cut(subject.model, subject.groups, kept, seen(), WAYS[way].makes_up)
     if way == "magnitude":
         plan = plan_by_magnitude(subject.model, ratio)
-        return cut(subject.model, subject.units, {name: list(entries) for name, entries in plan.items()}, None, None)
+        return cut(subject.model, subject.groups, {name: list(channels) for name, channels in plan.items()}, None, None)
     model = copy.deepcopy(subject.model)
     given = subject.batches(seed, batches)
     for batch in given if TORCH_PRUNING[way] else []:
         subject.loss(model, batch).backward()
     example = given[0][0] if isinstance(given[0], tuple) else {"input_ids": given[0], "use_cache": False}
     kept = plan_by_torch_pruning(model, ratio, example=example, by_gradient=TORCH_PRUNING[way], cost="params")
-    return cut(subject.model, subject.units, kept, None, None)
+    return cut(subject.model, subject.groups, kept, None, None)
 
 
 def recover(subject: Subject, model: nn.Module, steps: int, seed: int) -> None:

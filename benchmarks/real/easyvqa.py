@@ -25,8 +25,8 @@ if __name__ == "__main__":
 import yaml
 
 from real import folder_of
-from upop.data.shapes.vocabulary import vocabulary
 from upop.data.vqa_accuracy import ANNOTATORS
+from upop.demo.vocabulary import vocabulary
 from upop.files import make_folder, write_text
 
 PACKAGE = "easy-vqa"
@@ -36,8 +36,8 @@ _VALIDATION = 10
 _TRAINING: dict[str, Any] = {"image_size": 64, "max_epoch": 3, "init_lr": 1e-3, "warmup_steps": 100}
 
 
-def records(folder: Path, split: str) -> list[dict[str, Any]]:
-    """Return the questions of the package's "train" or "test" split as records of the published format.
+def samples(folder: Path, split: str) -> list[dict[str, Any]]:
+    """Return the questions of the package's "train" or "test" split as samples of the published format.
 
     One person answered each question; the format has ten, who agree here.
 
@@ -59,7 +59,7 @@ def records(folder: Path, split: str) -> list[dict[str, Any]]:
 
 
 def write(folder: Path, out: Path) -> dict[str, int]:
-    """Write annotation files, a vocabulary and settings; return how many records each file has.
+    """Write annotation files, a vocabulary and settings; return how many samples each file has.
 
     Args:
         folder: of the package, where the images stay.
@@ -68,13 +68,13 @@ def write(folder: Path, out: Path) -> dict[str, int]:
     Raises:
         RunFolderError: a file is there that this function did not write.
     """
-    train = records(folder, "train")
-    images = sorted({record["image"] for record in train})
+    train = samples(folder, "train")
+    images = sorted({sample["image"] for sample in train})
     held = set(images[::_VALIDATION])
     files = {
-        "vqa_train": [record for record in train if record["image"] not in held],
-        "vqa_val": [record for record in train if record["image"] in held],
-        "vqa_test": records(folder, "test"),
+        "vqa_train": [sample for sample in train if sample["image"] not in held],
+        "vqa_val": [sample for sample in train if sample["image"] in held],
+        "vqa_test": samples(folder, "test"),
     }
     annotation, tokenizer = out / "annotation", out / "tokenizer"
     answers = (folder / "data" / "answers.txt").read_text(encoding="utf-8").split()
@@ -111,7 +111,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     out = parser.parse_args().out
     for name, count in write(folder_of("easy_vqa", PACKAGE), out).items():
-        print(f"{name}: {count} records")
+        print(f"{name}: {count} samples")
 
 
 if __name__ == "__main__":

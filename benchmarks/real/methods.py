@@ -1,17 +1,17 @@
 """Other ways to choose what goes and to make up for it, from their papers, for benchmarks/real/compare.py.
 
-A way is a score per entry (low ones go first), how entries of different units are compared, and what the layers that
-read them do about it. All of them see the dense model once, over the same batches, and lose the same cost.
+A way is a score per channel (low ones go first), how channels of different groups are compared, and what the layers
+that read them do about it. All of them see the dense model once, over the same batches, and lose the same cost.
 
-- magnitude: L2 norms of all weights of an entry (`upop.pruning.plan_by_magnitude`).
-- first-order: |sum of gradient times weight| of each batch, one ranking of all entries, one cut.
+- magnitude: L2 norms of all weights of a channel (`upop.pruning.plan_by_magnitude`).
+- first-order: |sum of gradient times weight| of each batch, one ranking of all channels, one cut.
 - Wanda, structured (arXiv 2306.11695 in the form of arXiv 2312.11983): the norm of an input times the norm of the
-  weights that read it, the same share of every unit.
+  weights that read it, the same share of every group.
 - FLAP (arXiv 2312.11983): the variance of an input times the squared norm of the weights that read it, standardised
-  by unit, one ranking; the mean of what goes is added to the bias of the layer that reads it.
-- variance: that of an input alone, standardised by unit, one ranking, and the same shift by the mean.
+  by group, one ranking; the mean of what goes is added to the bias of the layer that reads it.
+- variance: that of an input alone, standardised by group, one ranking, and the same shift by the mean.
 - closed form (as CORP does, without labels): the energy that an input gives to the outputs, the same share of every
-  unit, and a ridge regression of what goes on what stays, with a bias.
+  group, and a ridge regression of what goes on what stays, with a bias.
 - depth: whole layers whose outputs resemble their inputs most (arXiv 2403.03853).
 """
 
@@ -28,9 +28,9 @@ from torch import Tensor, nn
 
 import upop
 from upop.pruning import budget
-from upop.pruning.moments import readers
+from upop.pruning.groups import Group, tensor_of
+from upop.pruning.moments import consumers
 from upop.pruning.scores import signed
-from upop.pruning.units import Unit, tensor_of
 
 Kept = dict[str, list[int]]
 _RIDGE = 1e-2
@@ -42,8 +42,9 @@ class Seen:
     """What one pass over the batches shows of the dense model.
 
     Attributes:
-        first_order: unit's name -> sum over the batches of |gradient times weight| of every entry, [size].
-        moments: unit's name -> mean of `x x^T` of what its reader is given, with a 1 behind x, [n + 1, n + 1]; float64.
+        first_order: group's name -> sum over the batches of |gradient times weight| of every channel, [size].
+        moments: group's name -> mean of `x x^T` of what its reader is given, with a 1 behind x, [n + 1, n + 1];
+            float64.
         likeness: mean cosine of what every layer of the stack is given and what it returns, [layers].
     """
 
@@ -55,7 +56,7 @@ class Seen:
     def of(
         cls,
         model: nn.Module,
-        units: list[Unit],
+        groups: list[Group],
         batches: Iterable[Any],
         loss: Callable[[nn.Module, Any], Tensor],
         counted: Callable[[Any], Tensor],
@@ -65,7 +66,7 @@ class Seen:
 
         Args:
             model: the dense one, in evaluation mode.
-            units: of the model.
+            groups: of the model.
             batches: to look at.
             loss: (model, batch) -> loss.
             counted: batch -> which tokens are no padding, bool, [tokens].
@@ -73,7 +74,7 @@ class Seen:
         """
         now = torch.empty(0, dtype=torch.bool)
         moments: dict[str, Tensor] = {}
-        first_order = {unit.name: torch.zeros(unit.size, dtype=torch.float64) for unit in units}
+        first_order = {group.name: torch.zeros(group.size, dtype=torch.float64) for group in groups}
         likeness: dict[int, list[Tensor]] = {}
 
         def look(name: str, inputs: Tensor) -> None:
@@ -87,8 +88,8 @@ class Seen:
             likeness.setdefault(number, []).append(F.cosine_similarity(inputs, states, dim=-1).mean().detach())
 
         hooks = [
-            readers(model, unit)[0].register_forward_pre_hook(lambda _, args, name=unit.name: look(name, args[0]))
-            for unit in units
+            consumers(model, group)[0].register_forward_pre_hook(lambda _, args, name=group.name: look(name, args[0]))
+            for group in groups
         ]
         hooks += [
             layer.register_forward_hook(lambda _, args, out, number=number: compare(number, args[0], out))
@@ -98,10 +99,10 @@ class Seen:
             now = counted(batch)
             model.zero_grad()
             loss(model, batch).backward()
-            for unit in units:
-                parts = [(part, tensor_of(model, part.tensor)) for part in unit.producers]
+            for group in groups:
+                parts = [(part, tensor_of(model, part.tensor)) for part in group.producers]
                 rows = [part.reduce(_signed(weight.detach(), weight.grad)) for part, weight in parts]
-                first_order[unit.name] += torch.stack(rows).sum(0).abs().double()
+                first_order[group.name] += torch.stack(rows).sum(0).abs().double()
         model.zero_grad()
         for hook in hooks:
             hook.remove()
@@ -124,10 +125,10 @@ class Way:
     """A way to cut.
 
     Attributes:
-        score: (moments [n + 1, n + 1] of what a unit's reader is given, its weight [outputs, n]) -> a score for each of
-            the n; None is the first-order score of the entries.
-        compared: "raw" scores of all units in one ranking, "standardised" in each unit first, or a "uniform" share of
-            every unit.
+        score: (moments [n + 1, n + 1] of what a group's reader is given, its weight [outputs, n]) -> a score for each
+            of the n; None is the first-order score of the channels.
+        compared: "raw" scores of all groups in one ranking, "standardised" in each group first, or a "uniform" share of
+            every group.
         makes_up: "mean" adds to the bias, "ridge" solves for what stays, None does nothing.
         mlp_alone: attention stays whole.
     """
@@ -172,38 +173,38 @@ WAYS: dict[str, Way] = {
 }
 
 
-def kept_by(way: Way, model: nn.Module, units: list[Unit], costs: dict[str, float], seen: Seen, ratio: float) -> Kept:
-    """Return what a way keeps of every unit when `ratio` of the cost of all units goes."""
-    ranked = [unit for unit in units if unit.kind == "mlp" or not way.mlp_alone]
+def kept_by(way: Way, model: nn.Module, groups: list[Group], costs: dict[str, float], seen: Seen, ratio: float) -> Kept:
+    """Return what a way keeps of every group when `ratio` of the cost of all groups goes."""
+    ranked = [group for group in groups if group.kind == "mlp" or not way.mlp_alone]
     scores = {}
-    for unit in ranked:
+    for group in ranked:
         if way.score is None:
-            score = seen.first_order[unit.name]
+            score = seen.first_order[group.name]
         else:
-            weight = readers(model, unit)[0].weight.detach().double()
-            score = unit.online[-1].reduce(way.score(seen.moments[unit.name], weight))
+            weight = consumers(model, group)[0].weight.detach().double()
+            score = group.online[-1].reduce(way.score(seen.moments[group.name], weight))
         if way.compared == "standardised":
             score = (score - score.mean()) / score.std()
         elif way.compared == "uniform":
-            score = (score.argsort().argsort() + 0.5) / unit.size
-        scores[unit.name] = -score
-    whole, here = (sum(costs[unit.name] * unit.size for unit in which) for which in (units, ranked))
+            score = (score.argsort().argsort() + 0.5) / group.size
+        scores[group.name] = -score
+    whole, here = (sum(costs[group.name] * group.size for group in which) for which in (groups, ranked))
     marked = budget.select(ranked, scores, costs, ratio * whole / here, standardised=False).marked
-    return {name: (~gone).nonzero().flatten().tolist() for name, gone in marked.items()}
+    return {name: (~pruned).nonzero().flatten().tolist() for name, pruned in marked.items()}
 
 
 @torch.no_grad()
-def cut(model: nn.Module, units: list[Unit], kept: Kept, seen: Seen | None, makes_up: str | None) -> nn.Module:
+def cut(model: nn.Module, groups: list[Group], kept: Kept, seen: Seen | None, makes_up: str | None) -> nn.Module:
     """Return a smaller copy of a model, whose layers make up for what goes as a way says."""
     small = copy.deepcopy(model)
-    for unit in units:
-        if unit.name not in kept or makes_up is None:
+    for group in groups:
+        if group.name not in kept or makes_up is None:
             continue
         assert seen is not None
-        layer, moments = readers(small, unit)[0], seen.moments[unit.name]
-        stay = torch.tensor(kept[unit.name])
-        go = torch.tensor(sorted(set(range(unit.size)) - set(kept[unit.name])), dtype=torch.long)
-        ours, theirs = (unit.online[-1].index(each, unit.size) for each in (stay, go))
+        layer, moments = consumers(small, group)[0], seen.moments[group.name]
+        stay = torch.tensor(kept[group.name])
+        go = torch.tensor(sorted(set(range(group.size)) - set(kept[group.name])), dtype=torch.long)
+        ours, theirs = (group.online[-1].index(each, group.size) for each in (stay, go))
         lost = layer.weight.double()[:, theirs].t()
         if makes_up == "mean":
             shift = moments[-1, theirs] @ lost

@@ -54,18 +54,18 @@ if folder.endswith("nemotron-nas"):
     from safetensors.torch import load_file
     from transformers import LlamaConfig, LlamaForCausalLM
     from transformers.models.llama.modeling_llama import LlamaDecoderLayer
-    told = json.loads((Path(folder) / "config.json").read_text())
+    described = json.loads((Path(folder) / "config.json").read_text())
     dropped = ("model_type", "architectures", "block_configs", "per_layer_config", "auto_map")
-    shared = {name: value for name, value in told.items() if name not in dropped}
+    shared = {name: value for name, value in described.items() if name not in dropped}
     def config(block):
-        heads, width = told["num_attention_heads"], told["hidden_size"]
+        heads, width = described["num_attention_heads"], described["hidden_size"]
         narrow = -(-int(2 * block["ffn"]["ffn_mult"] * width / 3) // 256) * 256
         made = LlamaConfig(**{**shared, "num_key_value_heads": heads // block["attention"]["n_heads_in_group"],
             "intermediate_size": narrow})
         made._attn_implementation = "sdpa"
         return made
-    model = LlamaForCausalLM(config(told["block_configs"][0]))
-    for layer, block in enumerate(told["block_configs"]):
+    model = LlamaForCausalLM(config(described["block_configs"][0]))
+    for layer, block in enumerate(described["block_configs"]):
         model.model.layers[layer] = LlamaDecoderLayer(config(block), layer)
     left = model.load_state_dict(load_file(Path(folder) / "model.safetensors"), strict=False)
     assert left.missing_keys in ([], ["lm_head.weight"]) and not left.unexpected_keys, left

@@ -56,7 +56,7 @@ def measured(subject: Subject, cell: Cell) -> Cell:
     left = dense - cell["ratio"] * subject.prunable
     options: dict[str, Any] = {"uniform": "tower"} if cell["way"] == UNIFORM else {}
     if cell["way"] == MLPS:
-        options["include"] = [unit.name for unit in subject.units if unit.kind == "mlp"]
+        options["include"] = [group.name for group in subject.groups if group.kind == "mlp"]
     batches = subject.batches(cell["seed"], subject.calibration)
     target = {"params": left / dense}
     upop.calibrate(model, batches, target=target, loss=subject.loss, stages=1, **options)

@@ -1,7 +1,7 @@
 """UPop: unified and progressive pruning of vision-language transformers.
 
 The public API: `Compression` compresses a model while it is trained; `Pruner` and `shrink` do so inside any other
-loop, `calibrate` does it without training, `distill` has the dense model teach, `find_units` says what can go, `save`,
+loop, `calibrate` does it without training, `distill` has the dense model teach, `find_groups` says what can go, `save`,
 `load` and `load_into` keep a compressed model without pickle, `export` writes it for other runtimes, `load_official`
 reads the published checkpoints; `merge_tokens` has image encoders do with fewer tokens.
 
@@ -12,6 +12,7 @@ models by itself. Where a library is missing that files need, the method is ther
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from upop.deprecated import find_moved_modules
 from upop.libraries import missing, on_import_of_transformers
 from upop.starting import watch_start
 
@@ -20,19 +21,19 @@ if TYPE_CHECKING:
     from upop.checkpoints.export import export
     from upop.compression import Compression
     from upop.pruning import (
+        Group,
+        GroupSpec,
         Plan,
         Pruner,
-        Unit,
-        UnitSpec,
         calibrate,
         count_macs,
         count_parameters,
         distill,
-        find_units,
-        gather,
+        find_groups,
+        find_prunable,
+        full_copy,
+        meta_copy,
         shrink,
-        skeleton,
-        survey,
         unmask,
     )
     from upop.tokens.encoders import merge_tokens
@@ -41,25 +42,25 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Compression",
+    "Group",
+    "GroupSpec",
     "Plan",
     "Pruner",
-    "Unit",
-    "UnitSpec",
     "calibrate",
     "count_macs",
     "count_parameters",
     "distill",
     "export",
-    "find_units",
-    "gather",
+    "find_groups",
+    "find_prunable",
+    "full_copy",
     "load",
     "load_into",
     "load_official",
     "merge_tokens",
+    "meta_copy",
     "save",
     "shrink",
-    "skeleton",
-    "survey",
     "unmask",
 ]
 _PLACES = {
@@ -70,12 +71,18 @@ _PLACES = {
 }
 """Where the names are that do not belong to the method."""
 
+find_moved_modules()
 watch_start()  # before what takes seconds to import
 on_import_of_transformers("upop.checkpoints.registered")
 
 
 def __getattr__(name: str) -> Any:
     if name not in __all__:
+        from upop.pruning.deprecated import NAMES, warn_renamed
+
+        if name in NAMES:
+            warn_renamed(f"upop.{name}", f"upop.{NAMES[name]}")
+            return __getattr__(NAMES[name])
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:
         found = globals()[name] = getattr(import_module(_PLACES.get(name, "upop.pruning")), name)

@@ -16,6 +16,7 @@ from upop.pruning import Distillation, Plan, Pruner, distill, shrink
 from upop.pruning.carried import plan_of, set_plan
 from upop.pruning.choice import check_whole
 from upop.pruning.goal import Goal
+from upop.pruning.groups import tensor_of
 from upop.pruning.known import know_as, sized
 from upop.pruning.masks import unwrapped
 from upop.pruning.optimizers import cut_optimizer
@@ -25,7 +26,6 @@ from upop.pruning.sharded import reshard
 from upop.pruning.slicing import slicings
 from upop.pruning.slips import check_model
 from upop.pruning.targets import Target
-from upop.pruning.units import tensor_of
 from upop.pruning.whole import dense_copy
 
 SHARE = 0.1
@@ -71,7 +71,8 @@ class Compression:
         distill: options of `upop.distill`: features, logits, temperature.
         resume: a state of `state_dict` to go on from, as with `load_state_dict`. With one that was taken after the cut
             the model may be the one that was cut; then give the dense model as `teacher`, or False.
-        settings: any other argument of `upop.Pruner`: align, cost, score, include, exclude, example, units, ...
+        settings: any other argument of `upop.Pruner`: round_to, cost, importance, include, exclude, example, groups,
+            ...
 
     Attributes:
         model: as it was given.
@@ -126,7 +127,7 @@ class Compression:
         try:
             if self._teacher is not None and (self.pruner is None or self.pruner.is_read):
                 self._teach()
-            elif self._teacher is not None:  # as soon as the units are read, which the Pruner's own look does first
+            elif self._teacher is not None:  # as soon as the groups are read, which the Pruner's own look does first
                 self._first = FirstCall(unwrapped(model), lambda *_: self._teach(now=True))
             if resume is not None and self._plan is None:
                 self.load_state_dict(resume)
@@ -228,7 +229,7 @@ class Compression:
             model: a copy without masks, whose weights are trained from now on; see `upop.Pruner.move_to`.
 
         Raises:
-            LayoutError: it has other units, or another search holds it.
+            LayoutError: it has other groups, or another search holds it.
         """
         self._check_open("move_to()")
         if self.searching and self.pruner is not None:
@@ -281,7 +282,7 @@ class Compression:
             self.close()
 
     def plan(self) -> Plan:
-        """Return what every unit keeps; before the cut, what it would keep if it came now.
+        """Return what every group keeps; before the cut, what it would keep if it came now.
 
         Raises:
             StepError: the masks of a "soft" search are not binary yet.
@@ -371,8 +372,8 @@ def _cut_by(model: nn.Module, resume: Mapping[str, Any] | None) -> Plan | None:
     if resume is None or resume["plan"] is None:
         return None
     plan = Plan.from_json(resume["plan"])
-    sizes = {unit.name: sized(model, unit) for unit in plan.units(model)}
-    if any(unit is None or unit.size != len(plan[name]) for name, unit in sizes.items()):
+    sizes = {group.name: sized(model, group) for group in plan.groups(model)}
+    if any(group is None or group.size != len(plan[name]) for name, group in sizes.items()):
         return None
     if plan_of(model) is None:
         set_plan(model, plan)

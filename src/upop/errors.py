@@ -12,23 +12,23 @@ from upop.pruning.errors import (
 
 
 class DataError(UPopError, ValueError):
-    """An annotation file, a record or an image is missing or malformed; the message names file and record."""
+    """An annotation file, a sample or an image is missing or malformed; the message names file and sample."""
 
 
 class BadImageError(DataError):
-    """A picture or a label map cannot be read; a run may be told to do without a number of them (`skip_bad_images`).
+    """An image or a label map cannot be read; a run may be told to do without a number of them (`skip_bad_images`).
 
     Attributes:
         image: the file.
         file: the annotation file, or the folder, that asks for it.
-        record: the number of the record there.
+        sample: the number of the sample there.
         reason: what is wrong with it.
     """
 
     # One text is enough to make one, for a worker process's error is made anew from its text alone.
-    def __init__(self, message: str, image: str = "", file: str = "", record: int = -1, reason: str = "") -> None:
+    def __init__(self, message: str, image: str = "", file: str = "", sample: int = -1, reason: str = "") -> None:
         super().__init__(message)
-        self.image, self.file, self.record, self.reason = image, file, record, reason
+        self.image, self.file, self.sample, self.reason = image, file, sample, reason
 
 
 class CheckpointError(UPopError, ValueError):

@@ -1,6 +1,6 @@
-"""What a run shows of its answers: a few held-out records with their pictures, and what every model made of them.
+"""What a run shows of its answers: a few held-out samples with their images, and what every model made of them.
 
-A run keeps them in `examples/`: small pictures, and `examples.json`, which names them.
+A run keeps them in `examples/`: small images, and `examples.json`, which names them.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from upop.errors import DataError
 from upop.plain import plain
@@ -20,17 +20,20 @@ from upop.values import problems
 
 FILE = "examples.json"
 _LONGEST_SIDE = 384
-_EXACT_SIDE = 128  # pictures up to here are kept to the pixel: drawn shapes would blur
+_EXACT_SIDE = 128  # images up to here are kept to the pixel: drawn shapes would blur
 _QUALITY = 85
+_IMAGES = AliasChoices("images", "pictures")  # as files of earlier versions say it
 
 
 class Answer(BaseModel):
-    """What is true of a record, or what a model says about it."""
+    """What is true of a sample, or what a model says about it."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     text: str | None = Field(default=None, description="as people read it")
-    pictures: tuple[str, ...] = Field(default=(), description="files beside examples.json: what was found, or a map")
+    images: tuple[str, ...] = Field(
+        default=(), validation_alias=_IMAGES, description="files beside examples.json: what was found, or a map"
+    )
     note: str | None = Field(default=None, description="what else there is to say, in small print")
     right: bool | None = Field(default=None, description="None where an answer is not simply right or wrong")
 
@@ -39,18 +42,20 @@ class Answer(BaseModel):
     def _whole(cls, text: Any) -> Any:
         return _plain(text)
 
-    @field_validator("pictures")
+    @field_validator("images")
     @classmethod
     def _beside(cls, names: tuple[str, ...]) -> tuple[str, ...]:
         return _only_names(names)
 
 
 class Example(BaseModel):
-    """One record."""
+    """One sample."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    pictures: tuple[str, ...] = Field(default=(), description="what the models were shown; files beside examples.json")
+    images: tuple[str, ...] = Field(
+        default=(), validation_alias=_IMAGES, description="what the models were shown; files beside examples.json"
+    )
     prompt: str | None = Field(default=None, description="the question, the sentence, the text that is looked for")
     truth: Answer | None = Field(default=None, description="None where the data has none")
     answers: Mapping[str, Answer] = Field(description="model -> its answer; names as in results.json")
@@ -60,7 +65,7 @@ class Example(BaseModel):
     def _whole(cls, text: Any) -> Any:
         return _plain(text)
 
-    @field_validator("pictures")
+    @field_validator("images")
     @classmethod
     def _beside(cls, names: tuple[str, ...]) -> tuple[str, ...]:
         return _only_names(names)
@@ -72,11 +77,11 @@ class Examples(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     split: str = Field(description="its published name")
-    about: str = Field(description="which records these are")
-    records: tuple[Example, ...]
+    about: str = Field(description="which samples these are")
+    samples: tuple[Example, ...] = Field(validation_alias=AliasChoices("samples", "records"))
 
     def write(self, folder: Path) -> None:
-        """Write examples.json into a folder that holds the pictures."""
+        """Write examples.json into a folder that holds the images."""
         text = json.dumps(self.model_dump(mode="json", exclude_defaults=True), indent=1, ensure_ascii=False)
         (folder / FILE).write_text(text + "\n", encoding="utf-8")
 
@@ -96,7 +101,7 @@ class Examples(BaseModel):
 
 
 class Album:
-    """Keeps the pictures of examples as small files in a folder, each once.
+    """Keeps the images of examples as small files in a folder, each once.
 
     Args:
         folder: where to write; it must be there.
@@ -106,15 +111,15 @@ class Album:
         self._folder = folder
         self._files: dict[str, str] = {}
 
-    def add(self, picture: Image.Image, name: str) -> str:
-        """Write a picture and return its file's name; a name that was given before gives the file of that time.
+    def add(self, image: Image.Image, name: str) -> str:
+        """Write an image and return its file's name; a name that was given before gives the file of that time.
 
         Args:
-            picture: of any size; the file's longest side has at most 384 pixels.
-            name: tells pictures apart; letters, digits and dashes.
+            image: of any size; the file's longest side has at most 384 pixels.
+            name: tells images apart; letters, digits and dashes.
         """
         if name not in self._files:
-            small = picture.convert("RGB")
+            small = image.convert("RGB")
             small.thumbnail((_LONGEST_SIDE, _LONGEST_SIDE))
             exact = max(small.size) <= _EXACT_SIDE
             self._files[name] = f"{name}.{'png' if exact else 'jpg'}"
@@ -131,5 +136,5 @@ def _only_names(names: tuple[str, ...]) -> tuple[str, ...]:
     for name in names:
         # A folder may come from elsewhere, and a report must not show other files of this machine.
         if Path(name).name != name or "\\" in name:
-            raise ValueError(f"pictures are named by files beside examples.json; found {name!r}")
+            raise ValueError(f"images are named by files beside examples.json; found {name!r}")
     return names

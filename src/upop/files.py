@@ -194,8 +194,8 @@ def rewrite_text(folder: Path, name: str, text: str) -> None:
     write_text(folder / name, text, replace=True)
     if marker is not None:
         fresh = marker_of(folder, marker.kind).files[name]
-        told = marker.model_copy(update={"files": {**marker.files, name: fresh}})
-        write_text(folder / MARKER, told.text(), replace=True)
+        described = marker.model_copy(update={"files": {**marker.files, name: fresh}})
+        write_text(folder / MARKER, described.text(), replace=True)
 
 
 def remove_folder(folder: Path, kind: Kind) -> None:
@@ -409,8 +409,10 @@ def _of_the_system(error: Exception, folder: Path) -> OSError | None:
     if isinstance(error, OSError):
         return error
     # torch, safetensors and others have errors of their own for what the system told them, mostly without its words.
-    told = " ".join(str(error).split())
-    by_writer = type(error).__name__ == "SafetensorError" or "inline_container" in told or "PytorchStream" in told
+    described = " ".join(str(error).split())
+    by_writer = (
+        type(error).__name__ == "SafetensorError" or "inline_container" in described or "PytorchStream" in described
+    )
     if not by_writer and not isinstance(error, RuntimeError):
         return None
     try:
@@ -422,4 +424,4 @@ def _of_the_system(error: Exception, folder: Path) -> OSError | None:
         largest = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
         if largest != resource.RLIM_INFINITY:
             return OSError(errno.EFBIG, f"{os.strerror(errno.EFBIG)}, or the disk is full")
-    return OSError(errno.ENOSPC, told) if by_writer else None
+    return OSError(errno.ENOSPC, described) if by_writer else None

@@ -29,7 +29,7 @@ WHOLE: tuple[Kind, ...] = ("model", "graphs", "examples")
 MARKER = ".upop-files.json"
 PART = re.compile(r"\.upop-\w+\.part")
 """Names of the folders that files are written in before they get their places."""
-TOLD = {
+DESCRIBED = {
     "model": "a model",
     "graphs": "exported graphs",
     "examples": "a run's examples",
@@ -164,7 +164,8 @@ def refuse_foreign_folder(folder: Path, kind: Kind | None, *, overwrite: bool = 
     if mounted or _holds_working_directory(folder):
         what = "where a file system is mounted" if mounted else "the working directory, or above it"
         raise RunFolderError(
-            f"{folder} holds {TOLD[str(found.kind)]} and cannot be replaced as a whole: it is {what}. Name a folder "
+            f"{folder} holds {DESCRIBED[str(found.kind)]} and cannot be replaced as a whole: it is {what}. Name a "
+            f"folder "
             "inside it, or empty it first."
         )
     return found.state
@@ -185,20 +186,21 @@ def _refuse(folder: Path, found: Contents, kind: Kind | None, overwrite: bool) -
         )
     if found.kind not in WHOLE:
         raise RunFolderError(
-            f"{folder} is there already: it holds {TOLD[found.kind]} of upop, with "
+            f"{folder} is there already: it holds {DESCRIBED[found.kind]} of upop, with "
             f"{shown(sorted({name.partition('/')[0] for name in found.state} - {MARKER}))}, "
-            f"and {TOLD[kind]} would take its place. Nothing was changed. Name a new folder, or one inside it."
+            f"and {DESCRIBED[kind]} would take its place. Nothing was changed. Name a new folder, or one inside it."
         )
     if found.foreign:
         raise RunFolderError(
-            f"{folder} is there already: it holds {TOLD[found.kind]} that upop wrote, and beside it what upop did not "
-            f"write: {shown(found.foreign)}. Nothing was changed. Move that away, or name another folder."
+            f"{folder} is there already: it holds {DESCRIBED[found.kind]} that upop wrote, and beside it what upop did "
+            f"not write: {shown(found.foreign)}. Nothing was changed. Move that away, or name another folder."
         )
     if overwrite:
         return
     if found.kind != kind:
         raise RunFolderError(
-            f"{folder} is there already: it holds {TOLD[found.kind]} of upop, and {TOLD[kind]} would take its place. "
+            f"{folder} is there already: it holds {DESCRIBED[found.kind]} of upop, and {DESCRIBED[kind]} would take "
+            f"its place. "
             "Nothing was changed. Name another folder, or say that it is meant (overwrite=True, --overwrite)."
         )
     if found.changed:
@@ -270,7 +272,7 @@ def wrote_page(path: Path) -> bool:
     return _PAGE in head or head.startswith(_PAGE_BEFORE)
 
 
-def wrote_picture(path: Path) -> bool:
+def wrote_image(path: Path) -> bool:
     """Whether a file is a PNG that upop wrote."""
     head = _head(path, 1024)
     return head.startswith(b"\x89PNG") and b"tEXtSoftware\0" + SOFTWARE.encode() in head
@@ -396,20 +398,24 @@ def _graph_names(folder: Path) -> list[str] | None:
 
 def _example_names(folder: Path) -> list[str] | None:
     found = _json(folder / "examples.json")
-    if not isinstance(found, dict) or not {"split", "about", "records"} <= set(found):
+    if not isinstance(found, dict) or not {"split", "about"} <= set(found):
         return None
-    return ["examples.json", *_pictures(found["records"])]
+    return ["examples.json", *_images(found.get("samples", found.get("records")))]
 
 
-def _pictures(content: Any) -> list[str]:
-    """Return all names in lists that are called pictures."""
+_IMAGES = ("images", "pictures")
+"""What lists of files are called in examples.json, today and before."""
+
+
+def _images(content: Any) -> list[str]:
+    """Return all names in lists that are called images."""
     if isinstance(content, list):
-        return [name for each in content for name in _pictures(each)]
+        return [name for each in content for name in _images(each)]
     if not isinstance(content, dict):
         return []
-    own = content.get("pictures")
-    rest = [name for key, each in content.items() if key != "pictures" for name in _pictures(each)]
-    return [*(str(name) for name in own), *rest] if isinstance(own, list) else rest
+    own = [content[key] for key in _IMAGES if isinstance(content.get(key), list)]
+    rest = [name for key, each in content.items() if key not in _IMAGES for name in _images(each)]
+    return [*(str(name) for names in own for name in names), *rest]
 
 
 def _run_names(folder: Path) -> list[str] | None:

@@ -24,7 +24,7 @@ def located(path: str | Path) -> Path:
     found = _in_package(path)
     if found is None or _exists(path) or not found.exists():
         return path
-    _say(path, found)
+    _notify(path, found)
     return found
 
 
@@ -48,7 +48,7 @@ def _exists(path: Path) -> bool:
 
 
 @cache
-def _say(path: Path, found: Path) -> None:
+def _notify(path: Path, found: Path) -> None:
     if os.environ.get("RANK", "0") == "0":
-        told = f"{path} is not in this folder; the one of the installed upop is used: {found}"
-        sys.stderr.write(f"{plain(told)}\n")
+        described = f"{path} is not in this folder; the one of the installed upop is used: {found}"
+        sys.stderr.write(f"{plain(described)}\n")

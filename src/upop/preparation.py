@@ -1,4 +1,4 @@
-"""How pictures become what a model takes: in which way they are resized, and which colours become zero and one."""
+"""How images become what a model takes: in which way they are resized, and which colours become zero and one."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ IMAGENET_STD: Deviation = (0.229, 0.224, 0.225)
 
 
 @dataclass(frozen=True)
-class Pictures:
-    """How pictures are brought to a model's size and range; by default as published for BLIP and CLIP.
+class Images:
+    """How images are brought to a model's size and range; by default as published for BLIP and CLIP.
 
     Attributes:
         mean: of red, green and blue, from 0 to 1, which becomes zero.
@@ -39,8 +39,8 @@ class Pictures:
     crop_ratio: float = 1.0
 
     def resized_to(self, side: int) -> int:
-        """Return the side in pixels that pictures are resized to before `side` is cut out of their middle."""
+        """Return the side in pixels that images are resized to before `side` is cut out of their middle."""
         return int(side / self.crop_ratio + 1e-6)  # 224 / (224 / 232) is a bit below 232
 
 
-PUBLISHED = Pictures()
+PUBLISHED = Images()

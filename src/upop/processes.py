@@ -44,7 +44,7 @@ class ProcessId(BaseModel):
         started = _started(self.pid)
         return started is None or (bool(self.started) and started != self.started)
 
-    def told(self) -> str:
+    def described(self) -> str:
         """Return which process it is, in words."""
         return f"process {self.pid} on {self.host}"
 

@@ -19,14 +19,14 @@ from upop.errors import SettingError
 from upop.files import replacing_file
 from upop.machine import machine
 from upop.ownership import has_fields
-from upop.pruning import Unit
+from upop.pruning import Group
 from upop.pruning.depth import removable
+from upop.pruning.groups import tensor_of
 from upop.pruning.known import know_as
 from upop.pruning.latency import Layers, Profile
 from upop.pruning.plan import Plan
+from upop.pruning.prunable import groups_to_search
 from upop.pruning.shrink import apply_plan
-from upop.pruning.surveys import units_to_search
-from upop.pruning.units import tensor_of
 from upop.reading import read_object
 from upop.report.latency import measure_latency
 
@@ -42,7 +42,7 @@ def profile_model(
     runtime: str = "eager",
     points: int = POINTS,
     repeats: int = 15,
-    say: Callable[[str], None] | None = None,
+    notify: Callable[[str], None] | None = None,
 ) -> Profile:
     """Return what a model's layers take, by kind and size.
 
@@ -53,46 +53,46 @@ def profile_model(
         model: dense; left as it is.
         inputs: of one forward pass, on the model's device.
         runtime: "eager", "compile" for torch.compile, or "onnxruntime" and "openvino", on the CPU in float32.
-        points: sizes of each kind beside the whole one, down to one entry; and none, where the model runs without.
+        points: sizes of each kind beside the whole one, down to one channel; and none, where the model runs without.
         repeats: timed passes of each.
         say: is told how it goes.
 
     Raises:
         SettingError: the runtime is not known, or does not take the model.
         MissingLibraryError: the runtime is not installed.
-        LayoutError: the model has no units.
+        LayoutError: the model has no groups.
     """
     if runtime not in RUNTIMES:
         raise SettingError(f"runtime={runtime!r} is not known. Use one of {', '.join(map(repr, RUNTIMES))}.")
     made = partial(_in_runtime, inputs, runtime)
-    units = units_to_search(model, inputs)
+    groups = groups_to_search(model, inputs)
     try:
-        empty = removable(model, units, [inputs])
+        empty = removable(model, groups, [inputs])
     except SettingError:
         empty = frozenset()
-    kinds: dict[Any, list[Unit]] = {}
-    for unit in units:
-        kinds.setdefault(_kind(model, unit), []).append(unit)
+    kinds: dict[Any, list[Group]] = {}
+    for group in groups:
+        kinds.setdefault(_kind(model, group), []).append(group)
     dense, found, times = made(model), [], []
     for number, alike in enumerate(kinds.values()):
         size = alike[0].size
         steps = sorted({max(1, round(size * point / points)) for point in range(points)} - {size})
-        steps = [*([0] if empty.issuperset(unit.name for unit in alike) else []), *steps]
+        steps = [*([0] if empty.issuperset(group.name for group in alike) else []), *steps]
         saved = []
         for kept in steps:
             cut = copy.deepcopy(model)
             know_as(cut, model)
-            plan = Plan.of(units, {unit.name: range(kept) for unit in alike})
+            plan = Plan.of(groups, {group.name: range(kept) for group in alike})
             apply_plan(cut, plan, verify=False)
             took = measure_latency({"dense": dense, "cut": made(cut)}, inputs, repeats=repeats, warmup=3)
             saved.append((took["dense"] - took["cut"]) / took["dense"] / len(alike))
             times.append(took["dense"])
-        if say is not None:
-            say(f"{number + 1} of {len(kinds)} kinds: {len(alike)} x {alike[0].kind} of {size}")
+        if notify is not None:
+            notify(f"{number + 1} of {len(kinds)} kinds: {len(alike)} x {alike[0].kind} of {size}")
         found.append((alike, size, steps, saved))
     whole = statistics.median(times) if times else measure_latency({"dense": dense}, inputs, repeats=repeats)["dense"]
     layers = [
-        Layers(tuple(unit.name for unit in alike), size, (*steps, size), (*_falling(saved, whole), 0.0))
+        Layers(tuple(group.name for group in alike), size, (*steps, size), (*_falling(saved, whole), 0.0))
         for alike, size, steps, saved in found
         if steps
     ]
@@ -139,9 +139,9 @@ def read_profile(path: Path) -> Profile:
     return Profile.from_json(read_object(path, SettingError, "Measure the model again: upop profile MODEL."))
 
 
-def _kind(model: nn.Module, unit: Unit) -> Any:
-    shapes = tuple((part.dim, part.inners, tuple(tensor_of(model, part.tensor).shape)) for part in unit.slices)
-    return unit.modality, unit.kind, unit.entry, unit.size, unit.heads, shapes
+def _kind(model: nn.Module, group: Group) -> Any:
+    shapes = tuple((part.dim, part.inners, tuple(tensor_of(model, part.tensor).shape)) for part in group.slices)
+    return group.modality, group.kind, group.channel, group.size, group.heads, shapes
 
 
 def _falling(saved: list[float], whole: float) -> list[float]:

@@ -1,4 +1,4 @@
-"""How many records the data sets of the published runs have."""
+"""How many samples the data sets of the published runs have."""
 
 from __future__ import annotations
 

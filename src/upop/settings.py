@@ -11,10 +11,10 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from upop.errors import SettingError, nearest
 from upop.packaged import located
-from upop.preparation import CLIP_MEAN, CLIP_STD, Deviation, Interpolation, Mean, Pictures, Resize
-from upop.pruning.align import Align, check_align, read_align
+from upop.preparation import CLIP_MEAN, CLIP_STD, Deviation, Images, Interpolation, Mean, Resize
 from upop.pruning.choice import is_ratio, meant
-from upop.pruning.targets import read_target, told_target
+from upop.pruning.round_to import RoundTo, check_round_to, read_round_to
+from upop.pruning.targets import format_target, read_target
 from upop.values import Checked, problems
 from upop.yaml_files import key_lines, read_yaml
 
@@ -25,7 +25,12 @@ AUTO = "auto"
 """The value of `batch_size_train` that has the largest batch found that fits."""
 
 _TEACHING = 5.0
-OLDER: Mapping[str, tuple[str, ...]] = {"p": ("ratio",), "epoch": ("max_epoch", "epochs_search")}
+OLDER: Mapping[str, tuple[str, ...]] = {
+    "p": ("ratio",),
+    "epoch": ("max_epoch", "epochs_search"),
+    "align": ("round_to",),
+    "score": ("importance",),
+}
 """Names that settings had, as in the published commands, and what they are called now."""
 
 S = TypeVar("S", bound="RunSettings")
@@ -48,7 +53,7 @@ class RunSettings(Checked):
         description="checkpoint to start from: a published .pth (a file, or an http(s) URL), a folder of ours or of "
         "transformers, or a name on the hub",
     )
-    image_size: int = Field(384, gt=0, description="side in pixels of the pictures that the model sees")
+    image_size: int = Field(384, gt=0, description="side in pixels of the images that the model sees")
     augment: bool = Field(True, description="random crops, flips and RandAugment in training")
 
     model: dict[str, Any] = Field(default_factory=dict, description="sizes that differ from the published model's")
@@ -61,7 +66,7 @@ class RunSettings(Checked):
     )
     min_lr: float = Field(0.0, ge=0)
     lr_batch: int | None = Field(
-        None, ge=1, description="records per step that init_lr is meant for: it grows with them; else it stays"
+        None, ge=1, description="samples per step that init_lr is meant for: it grows with them; else it stays"
     )
     epochs: int | None = Field(
         None,
@@ -84,11 +89,11 @@ class RunSettings(Checked):
         "epoch", description="how the rate falls to min_lr: a cosine that moves per epoch or step, or (1 - t)^0.9"
     )
     batch_size_train: int = Field(
-        32, ge=1, description="records per process and forward pass; auto finds the largest number that fits"
+        32, ge=1, description="samples per process and forward pass; auto finds the largest number that fits"
     )
     batch_size_auto: bool = Field(
         False,
-        description="find the largest batch that fits; where batch_size_train is given too, steps keep to its records",
+        description="find the largest batch that fits; where batch_size_train is given too, steps keep to its samples",
     )
     batch_size_test: int = Field(128, ge=1)
     accumulate: int = Field(1, ge=1, description="forward passes per optimizer step")
@@ -119,7 +124,7 @@ class RunSettings(Checked):
     search_share: float = Field(
         0.1, gt=0, lt=1, description="share of all steps that the search of method upop takes; 16 at least"
     )
-    score: Literal["absolute", "squared", "signed"] | None = Field(
+    importance: Literal["absolute", "squared", "signed"] | None = Field(
         None, description="how method upop ranks first-order changes of the loss; absolute if not given"
     )
     correct: bool = Field(
@@ -132,7 +137,7 @@ class RunSettings(Checked):
         "(if not given: 5 for method upop, else 0); above 0 it takes a forward pass of that model at every step",
     )
     cost: Literal["params", "flops", "reference"] = "params"
-    align: Align | None = Field(
+    round_to: RoundTo | None = Field(
         None,
         description="kept channels are multiples of this, or by kind: attention=8,mlp=128; by default what suits the "
         "device: 8 on CUDA, else 1",
@@ -163,10 +168,10 @@ class RunSettings(Checked):
     )
     allow_outside: bool = Field(
         False,
-        description="pictures may lie outside of their folder: by absolute paths, .. or links",
+        description="images may lie outside of their folder: by absolute paths, .. or links",
     )
-    latency_batch: int = Field(1, ge=1, description="records in the batch that latency is measured with")
-    examples: int = Field(8, ge=0, description="held-out records whose pictures and answers are kept for the report")
+    latency_batch: int = Field(1, ge=1, description="samples in the batch that latency is measured with")
+    examples: int = Field(8, ge=0, description="held-out samples whose images and answers are kept for the report")
     log_every: int = Field(10, ge=1, description="steps between rows of metrics.jsonl")
     trackers: tuple[str, ...] = Field(
         (), description="where the rows of metrics.jsonl go besides: tensorboard, or any tracker that Accelerate knows"
@@ -190,7 +195,7 @@ class RunSettings(Checked):
             *("batch_size_auto", "grad_checkpointing", "trackers", "allow_changes"),
         }
     )
-    """Settings that a resumed run may change: they decide nothing about its result (records per step are compared)."""
+    """Settings that a resumed run may change: they decide nothing about its result (samples per step are compared)."""
 
     @model_validator(mode="before")
     @classmethod
@@ -209,15 +214,15 @@ class RunSettings(Checked):
     @classmethod
     def _is_a_target(cls, value: Any) -> Any:
         try:
-            return None if value is None else told_target(read_target(value))
+            return None if value is None else format_target(read_target(value))
         except SettingError as error:
             raise ValueError(str(error).removeprefix("target ")) from None
 
-    @field_validator("align", mode="before")
+    @field_validator("round_to", mode="before")
     @classmethod
-    def _is_an_alignment(cls, value: Any) -> Any:
+    def _is_a_round_to(cls, value: Any) -> Any:
         try:
-            return None if value is None else read_align(value) if isinstance(value, str) else check_align(value)
+            return None if value is None else read_round_to(value) if isinstance(value, str) else check_round_to(value)
         except SettingError as error:
             raise ValueError(str(error).removeprefix("align ").partition("; found")[0]) from None
 
@@ -246,7 +251,7 @@ class RunSettings(Checked):
         if self.method != "upop":
             changed = [
                 name
-                for name in ("search_share", "score", "correct", "depth")
+                for name in ("search_share", "importance", "correct", "depth")
                 if getattr(self, name) != type(self).model_fields[name].default
             ]
             if changed:
@@ -258,7 +263,7 @@ class RunSettings(Checked):
 
     @property
     def listed_folders(self) -> tuple[Path, ...]:
-        """Folders in which every picture is data: a run in one of them would train on what it wrote."""
+        """Folders in which every image is data: a run in one of them would train on what it wrote."""
         return ()
 
     @property
@@ -317,29 +322,29 @@ class RunSettings(Checked):
         return yaml.safe_dump(self.model_dump(mode="json", exclude=unused), sort_keys=False)
 
 
-class PictureSettings(RunSettings):
-    """Settings of the tasks that see whole pictures, all of one size."""
+class ImageSettings(RunSettings):
+    """Settings of the tasks that see whole images, all of one size."""
 
     recorded: ClassVar[tuple[str, ...]] = ("image_size", "mean", "std", "interpolation", "resize", "crop_ratio")
 
     mean: Mean = Field(CLIP_MEAN, description="of red, green and blue, from 0 to 1: what becomes zero")
     std: Deviation = Field(CLIP_STD, description="their deviation: what becomes one")
-    interpolation: Interpolation = Field("bicubic", description="how pictures are resized")
+    interpolation: Interpolation = Field("bicubic", description="how images are resized")
     resize: Resize = Field(
         "squash",
         description="squash: both sides to the model's; crop: the short side, the middle is cut out; pad: the long one",
     )
     crop_ratio: float = Field(
-        1.0, gt=0, le=1, description="share of a resized picture's side that is cut out of its middle in evaluation"
+        1.0, gt=0, le=1, description="share of a resized image's side that is cut out of its middle in evaluation"
     )
 
     @property
-    def pictures(self) -> Pictures:
-        """How pictures are brought to the model's size and range."""
-        return Pictures(self.mean, self.std, self.interpolation, self.resize, self.crop_ratio)
+    def images(self) -> Images:
+        """How images are brought to the model's size and range."""
+        return Images(self.mean, self.std, self.interpolation, self.resize, self.crop_ratio)
 
 
-class LanguageSettings(PictureSettings):
+class LanguageSettings(ImageSettings):
     """Settings of the tasks with texts, whose annotation files are published."""
 
     ann_root: Path = Field(Path("annotation"), description="folder of the annotation files")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from upop.errors import RunFolderError
 from upop.files import remove_parts, write_text
-from upop.ownership import MARKER, PART, TOLD, Kind, Marker, contents, read_marker, shown, unmarked, walk
+from upop.ownership import DESCRIBED, MARKER, PART, Kind, Marker, contents, read_marker, shown, unmarked, walk
 
 _LOGS = (".log", ".out", ".err")  # of shells and schedulers, which make them before a run begins
 
@@ -60,9 +60,11 @@ class SharedFolder:
         if marker is None:
             holds = "it holds what upop did not write"
         elif ours is None:
-            holds = f"it holds {TOLD[marker.kind]} of upop, and {TOLD[self._kind]} is to be there"
+            holds = f"it holds {DESCRIBED[marker.kind]} of upop, and {DESCRIBED[self._kind]} is to be there"
         else:
-            holds = f"beside {TOLD[self._kind]} of upop it holds what upop did not write, or what was changed since"
+            holds = (
+                f"beside {DESCRIBED[self._kind]} of upop it holds what upop did not write, or what was changed since"
+            )
         raise RunFolderError(
             f"{self.path} is there already: {holds}: {shown(foreign)}. Nothing was changed. Name a new or an empty "
             "folder, or move that away."

@@ -11,7 +11,7 @@ from typing import Any
 from upop.reading import regular_file
 
 READ_WHOLE = 128 * 2**20
-"""Bytes of pictures up to which a data set is compared by content; a larger one by names and sizes."""
+"""Bytes of images up to which a data set is compared by content; a larger one by names and sizes."""
 
 
 @dataclass(frozen=True)
@@ -20,22 +20,22 @@ class Sources:
 
     Attributes:
         annotations: files that say what there is.
-        pictures: names in the data set, and where they lie.
+        images: names in the data set, and where they lie.
     """
 
     annotations: Sequence[Path]
-    pictures: Mapping[str, Path]
+    images: Mapping[str, Path]
 
 
 def digests_of(sources: Sources) -> dict[str, Any]:
-    """Return what `differences` compares: contents of annotations; of pictures names, sizes, times and contents.
+    """Return what `differences` compares: contents of annotations; of images names, sizes, times and contents.
 
-    Contents are None of more than `READ_WHOLE` bytes of pictures.
+    Contents are None of more than `READ_WHOLE` bytes of images.
 
     Raises:
-        OSError: an annotation file cannot be read. What a run makes of pictures that cannot be is not decided here.
+        OSError: an annotation file cannot be read. What a run makes of images that cannot be is not decided here.
     """
-    found = {name: (path, *_stat(path)) for name, path in sorted(sources.pictures.items())}
+    found = {name: (path, *_stat(path)) for name, path in sorted(sources.images.items())}
     small = sum(size for _, size, _ in found.values()) <= READ_WHOLE
     pairs = found.items()
     return {
@@ -56,11 +56,11 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any], split: str) -
         now: of the data as it is.
         split: what the data set is called.
     """
-    told, notes = [], []
+    described, notes = [], []
     old, new = before["annotations"], now["annotations"]
     if sorted(old) != sorted(new):
-        told.append(f"the {split} data: it was described by {_names(old)}, and is by {_names(new)}")
-    told += [
+        described.append(f"the {split} data: it was described by {_names(old)}, and is by {_names(new)}")
+    described += [
         f"the {split} data: the annotation file {name} has another content than it had"
         for name in sorted(set(old) & set(new))
         if old[name] != new[name]
@@ -68,17 +68,15 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any], split: str) -
     by: Callable[[str], bool] = lambda name: before[name] is not None and before[name] == now[name]  # noqa: E731
     if not by("names"):
         more = f": there were {before['pictures']}, and are {now['pictures']}" if not by("pictures") else ""
-        told.append(f"the {split} data: pictures were added, removed or renamed{more}")
+        described.append(f"the {split} data: images were added, removed or renamed{more}")
     elif not by("sizes"):
-        told.append(f"the {split} data: pictures have other sizes than they had")
+        described.append(f"the {split} data: images have other sizes than they had")
     elif before["contents"] is not None and now["contents"] is not None:
         if not by("contents"):
-            told.append(f"the {split} data: pictures have another content than they had")
+            described.append(f"the {split} data: images have another content than they had")
     elif not by("times"):
-        notes.append(
-            f"the {split} data: pictures have other times than they had, and the names and sizes that they had"
-        )
-    return told, notes
+        notes.append(f"the {split} data: images have other times than they had, and the names and sizes that they had")
+    return described, notes
 
 
 def file_digest(path: Path) -> str:

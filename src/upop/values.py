@@ -52,7 +52,7 @@ class Checked(BaseModel):
 
 
 @contextmanager
-def told(what: str) -> Iterator[None]:
+def described(what: str) -> Iterator[None]:
     """Make what pydantic says of values that do not fit a SettingError that begins with `what`."""
     try:
         yield
@@ -74,13 +74,13 @@ def problems(error: ValidationError, source: Callable[[str], str | None] | None 
         if part["loc"]:
             shown = "nothing" if part["type"] == "missing" else shortened(part["input"])
             place = source(str(part["loc"][0])) if source is not None else None
-            told = f", {place}" if place else ""
-            lines.append(f"{_cut('.'.join(map(str, part['loc'])))}: {_cut(message)}; found {shown}{told}")
+            described = f", {place}" if place else ""
+            lines.append(f"{_cut('.'.join(map(str, part['loc'])))}: {_cut(message)}; found {shown}{described}")
         else:  # a contradiction, which names its fields
             named = dict.fromkeys(re.findall(r"\w+", message))
             places = {name: source(name) for name in named} if source is not None else {}
-            told = "; ".join(f"{name}: {place}" for name, place in places.items() if place)
-            lines.append(_cut(message) + (f" ({told})" if told else ""))
+            described = "; ".join(f"{name}: {place}" for name, place in places.items() if place)
+            lines.append(_cut(message) + (f" ({described})" if described else ""))
     return lines
 
 

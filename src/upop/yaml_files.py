@@ -74,8 +74,8 @@ def read_yaml(path: Path, what: str) -> Any:
     try:
         return parse_yaml(read_text(path, _LARGEST))
     except (OSError, ValueError) as error:
-        told = f"{what} {path} is not YAML that can be read: {reason(error)}. Correct the file."
-        raise SettingError(told) from error
+        described = f"{what} {path} is not YAML that can be read: {reason(error)}. Correct the file."
+        raise SettingError(described) from error
 
 
 def key_lines(path: Path) -> dict[str, int]:

@@ -54,7 +54,7 @@ def test_upop_reads_what_is_written(package: Path, tmp_path: Path) -> None:
     assert test.people[:2] == [("red",) * 10, ("no",) * 10]
     assert read_answer_list(settings.answer_list) == ("red", "yes", "no")
     seen, held = (
-        {record["image"] for record in json.loads((out / "annotation" / f"vqa_{name}.json").read_text())}
+        {sample["image"] for sample in json.loads((out / "annotation" / f"vqa_{name}.json").read_text())}
         for name in ("train", "val")
     )
     assert len(held) == 2

@@ -24,14 +24,14 @@ def _scripts(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_loading(tmp_path: Path) -> None:
     import loader
 
-    loader.main(["--pictures", "2", "--turns", "1", "--width", "96", "--height", "80", "--out", str(tmp_path)])
+    loader.main(["--images", "2", "--turns", "1", "--width", "96", "--height", "80", "--out", str(tmp_path)])
     [file] = tmp_path.glob("loader_*.json")
     found = json.loads(file.read_text())
     assert {"BLIP 384, training", "CLIP 336, training", "DeiT 224, training"} <= set(found["ways"])
     assert all(way["times_plain"] > 0 for way in found["ways"].values())
     differences = [way["largest_difference"] for name, way in found["ways"].items() if name.endswith("evaluation")]
     assert len(differences) == 2
-    assert max(differences) < 1e-5  # evaluation sees the very same pictures
+    assert max(differences) < 1e-5  # evaluation sees the very same images
     assert found["machine"]["threads"] == 1
 
 
@@ -50,9 +50,9 @@ def test_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     weights = sum(parameter.nbytes for parameter in build().parameters())
     expected = {"parameters": weights, "gradients": weights, "optimizer": 2 * weights, "average": weights}
     assert {name: model["fixed"][name] for name in expected} == expected
-    per_record = {way: found["per_record"] for way, found in model["traced"].items()}
-    assert per_record["float32"] > 2 * per_record["float32, checkpointed"]
-    assert per_record["float32"] > 1.3 * per_record["bfloat16"]
+    per_sample = {way: found["per_record"] for way, found in model["traced"].items()}
+    assert per_sample["float32"] > 2 * per_sample["float32, checkpointed"]
+    assert per_sample["float32"] > 1.3 * per_sample["bfloat16"]
     fits = model["traced"]["float32"]["batch_that_fits"]
     assert fits["24"] < fits["40"] < fits["80"]
     for found in model["checked"].values():  # real tensors take what fake ones do

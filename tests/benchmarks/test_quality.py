@@ -27,7 +27,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with a small generated set and a dense classifier of random weights."""
     import dense_tasks
 
-    monkeypatch.setitem(dense_tasks.RECORDS, "classification", SIZE)
+    monkeypatch.setitem(dense_tasks.SAMPLES, "classification", SIZE)
     task, settings = dense_tasks.settings_of("classification", tmp_path, SIZE)
     torch.manual_seed(0)
     upop.save(task.build(settings), str(tmp_path / "classification" / "dense" / "last"))
@@ -120,7 +120,7 @@ def test_tables_add_up(tmp_path: Path) -> None:
     assert ahead(column, "upop") == ("L2", 11.0, 2.0)  # what is larger is no rival
     assert ahead(column, "L2") == ("upop", -11.0, 2.0)
     [table] = tables(groups, ["upop", "L2", "larger", "other"], "upop")
-    console = Console(width=160, record=True)
+    console = Console(width=160, sample=True)
     console.print(table)
     text, styled = console.export_text(clear=False), console.export_text(styles=True)
     assert "92.0 ± 2.0  1 k, 4.00 s" in text

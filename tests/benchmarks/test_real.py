@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
 import upop
-from upop.pruning.costs import entry_costs
+from upop.pruning.costs import channel_costs
 
 ROOT = Path(__file__).parents[2]
 SIZES: dict[str, Any] = {
@@ -67,21 +67,21 @@ def loss(model: nn.Module, ids: Tensor) -> Tensor:
 def seen(model: nn.Module, stack: Any = ()) -> Any:
     from real.methods import Seen
 
-    units = upop.find_units(model)
+    groups = upop.find_groups(model)
     batches = IDS.split(2)
-    return units, Seen.of(model, units, batches, loss, lambda ids: torch.ones(ids.numel(), dtype=torch.bool), stack)
+    return groups, Seen.of(model, groups, batches, loss, lambda ids: torch.ones(ids.numel(), dtype=torch.bool), stack)
 
 
 def test_all_ways_lose_the_same() -> None:
     from real.methods import WAYS, cut, kept_by
 
     model = decoder()
-    units, looks = seen(model)
-    costs = dict(entry_costs(model, units, "params", None))
-    whole = sum(costs[unit.name] * unit.size for unit in units)
+    groups, looks = seen(model)
+    costs = dict(channel_costs(model, groups, "params", None))
+    whole = sum(costs[group.name] * group.size for group in groups)
     before = sum(each.numel() for each in model.parameters())
     for name, way in WAYS.items():
-        small = cut(model, units, kept_by(way, model, units, costs, looks, 0.25), looks, way.makes_up)
+        small = cut(model, groups, kept_by(way, model, groups, costs, looks, 0.25), looks, way.makes_up)
         biases = sum(each.numel() for name, each in small.named_parameters() if name.endswith("bias"))
         removed = before + biases - sum(each.numel() for each in small.parameters())
         assert abs(removed / whole - 0.25) <= max(costs.values()) / whole, name
@@ -91,12 +91,12 @@ def test_the_closed_form_makes_up_for_what_others_repeat() -> None:
     from real.methods import cut
 
     model = encoder()
-    units, looks = seen(model)
-    name = next(unit.name for unit in units if unit.kind == "mlp")
+    groups, looks = seen(model)
+    name = next(group.name for group in groups if group.kind == "mlp")
     kept = {name: list(range(0, 20, 2))}
     with torch.no_grad():
         whole = states(model)
-        far = [(states(cut(model, units, kept, looks, way)) - whole).abs().max() for way in (None, "mean", "ridge")]
+        far = [(states(cut(model, groups, kept, looks, way)) - whole).abs().max() for way in (None, "mean", "ridge")]
     assert far[2] < 0.2 * far[0]
     assert far[2] < 0.2 * far[1]
 
@@ -109,13 +109,13 @@ def test_what_never_changes_goes_first_and_is_in_the_bias() -> None:
     with torch.no_grad():
         layer.weight[:5] = 0
         layer.bias[:5] = 3.0
-    units, looks = seen(model)
-    unit = [unit for unit in units if unit.kind == "mlp"][1]
-    costs = dict(entry_costs(model, units, "params", None))
-    kept = kept_by(WAYS["variance, mean shift"], model, [unit], costs, looks, 0.25)
-    assert kept == {unit.name: list(range(5, 20))}
+    groups, looks = seen(model)
+    group = [group for group in groups if group.kind == "mlp"][1]
+    costs = dict(channel_costs(model, groups, "params", None))
+    kept = kept_by(WAYS["variance, mean shift"], model, [group], costs, looks, 0.25)
+    assert kept == {group.name: list(range(5, 20))}
     with torch.no_grad():
-        shifted, plain = (states(cut(model, units, kept, looks, way)) for way in ("mean", None))
+        shifted, plain = (states(cut(model, groups, kept, looks, way)) for way in ("mean", None))
         torch.testing.assert_close(shifted, states(model), atol=1e-4, rtol=1e-4)
         assert (plain - states(model)).abs().max() > 0.01
 
@@ -196,7 +196,7 @@ def test_a_saliency_model_agrees_with_itself_alone(tmp_path: Path) -> None:
     other = dinov2.Saliency(Dinov2Model(config)).eval()
     assert dinov2.agreement(other, images, maps) < 90
     dinov2.loss(model, (images, maps)).backward()
-    assert {unit.kind for unit in upop.find_units(model, example=images)} == {"attention", "mlp"}
+    assert {group.kind for group in upop.find_groups(model, example=images)} == {"attention", "mlp"}
 
 
 def test_too_few_photographs_are_refused(tmp_path: Path) -> None:

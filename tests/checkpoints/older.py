@@ -1,6 +1,6 @@
 """Writes folders as `upop.save` of the installed upop does, with inputs and outputs: `python older.py OUT NAME...`.
 
-tests/checkpoints/data/older/ was made so by upop as it was before units were read off what a model computes (commit
+tests/checkpoints/data/older/ was made so by upop as it was before groups were read off what a model computes (commit
 0c1d228), and by transformers 5.5.0 where a name ends in `_5_5`, else 5.24.0; without the model cards.
 """
 
@@ -21,7 +21,7 @@ import upop
 import upop.models
 
 WORDS = torch.tensor([[1, 5, 9, 3, 2], [1, 7, 4, 8, 2]])
-PICTURES = torch.linspace(-1, 1, 2 * 3 * 16 * 16).view(2, 3, 16, 16).sin()
+IMAGES = torch.linspace(-1, 1, 2 * 3 * 16 * 16).view(2, 3, 16, 16).sin()
 TOKENS = torch.linspace(-1, 1, 2 * 5 * 16).view(2, 5, 16).cos()
 TOWER = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
 VISION = {**TOWER, "image_size": 16, "patch_size": 8}
@@ -76,7 +76,7 @@ def _own(kind: str, **sizes: Any) -> nn.Module:
     return model
 
 
-PIXELS = {"pixel_values": PICTURES}
+PIXELS = {"pixel_values": IMAGES}
 IDS = {"input_ids": WORDS}
 MODELS: dict[str, tuple[Callable[[], nn.Module], Any]] = {
     "timm_vit": (
@@ -89,7 +89,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Any]] = {
             num_heads=2,
             num_classes=3,
         ),
-        {"x": PICTURES},
+        {"x": IMAGES},
     ),
     "bert": (lambda: transformers.BertForSequenceClassification(transformers.BertConfig(**TEXT)), IDS),
     "vit_5_5": (lambda: transformers.ViTForImageClassification(transformers.ViTConfig(**VISION)), PIXELS),
@@ -103,15 +103,15 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Any]] = {
     "tower_5_5": (Tower, PIXELS),
     "blip_nlvr": (
         lambda: _own("blip-nlvr", **BLIP, merge_from=1),
-        {"images": PICTURES.repeat(2, 1, 2, 2), "input_ids": WORDS, "attention_mask": torch.ones_like(WORDS)},
+        {"images": IMAGES.repeat(2, 1, 2, 2), "input_ids": WORDS, "attention_mask": torch.ones_like(WORDS)},
     ),
     "clip_retrieval": (
         lambda: _own("clip-retrieval", **CLIP, patch_size=8, embed_dim=8, queue_size=4),
-        {"images": PICTURES, "input_ids": WORDS},
+        {"images": IMAGES, "input_ids": WORDS},
     ),
     "classifier": (
         lambda: _own("classifier", image_size=16, classes=3, patch_size=8, **DEIT),
-        {"x": PICTURES},
+        {"x": IMAGES},
     ),
 }
 
@@ -127,9 +127,9 @@ def main() -> None:
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.normal_(std=0.3)
-        units = upop.find_units(model)
-        kept = {unit.name: range(0, unit.size, 2) for unit in units if unit.size > 1}
-        kept = {each: entries for place, (each, entries) in enumerate(kept.items()) if place != 1}
+        groups = upop.find_groups(model)
+        kept = {group.name: range(0, group.size, 2) for group in groups if group.size > 1}
+        kept = {each: channels for place, (each, channels) in enumerate(kept.items()) if place != 1}
         upop.shrink(model, kept, verify=inputs)
         upop.save(model, out / name)
         with torch.no_grad():

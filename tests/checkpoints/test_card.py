@@ -38,8 +38,8 @@ def vit() -> nn.Module:
 
 
 def halved(model: nn.Module, **about: float) -> nn.Module:
-    units = upop.find_units(model)
-    return upop.shrink(model, upop.Plan.of(units, {unit.name: range(unit.size // 2) for unit in units}, **about))
+    groups = upop.find_groups(model)
+    return upop.shrink(model, upop.Plan.of(groups, {group.name: range(group.size // 2) for group in groups}, **about))
 
 
 def code_of(text: str) -> str:

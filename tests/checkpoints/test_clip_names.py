@@ -14,7 +14,7 @@ import upop
 from models.test_clip import SIZES, both_features, clip, pairs
 from pruning.families import NLVR, difference, outputs_of, uneven_plan
 from upop.checkpoints import read_weights, save_official
-from upop.checkpoints.clip_names import from_openai, is_openai, to_openai, unit_from_openai
+from upop.checkpoints.clip_names import from_openai, group_from_openai, is_openai, to_openai
 from upop.checkpoints.fit import resize_positions
 from upop.checkpoints.official import start_from
 from upop.errors import CheckpointError, SettingError
@@ -25,7 +25,7 @@ HEADS = {name: SIZES[name] for name in ("vision_heads", "text_heads", "vision_ml
 
 def shrunken(seed: int = 0) -> nn.Module:
     model = clip(torch.float32, seed).eval()
-    return upop.shrink(model, uneven_plan(upop.find_units(model), seed))
+    return upop.shrink(model, uneven_plan(upop.find_groups(model), seed))
 
 
 def test_every_published_name_goes_there_and_back() -> None:
@@ -51,8 +51,8 @@ def test_a_compressed_model_is_written_as_published_to_the_last_bit(tmp_path: Pa
     path = save_official("retrieval-clip", model, tmp_path / "x.pth")
     state = read_weights(path)
     assert is_openai(state)
-    unit = next(unit for unit in upop.find_units(model) if unit.name == "vision_model.encoder.layers.1.self_attn")
-    assert len(state["visual.transformer.resblocks.1.attn.in_proj_weight"]) == 3 * 3 * unit.size
+    group = next(group for group in upop.find_groups(model) if group.name == "vision_model.encoder.layers.1.self_attn")
+    assert len(state["visual.transformer.resblocks.1.attn.in_proj_weight"]) == 3 * 3 * group.size
     found = upop.load_official("retrieval-clip", path, **HEADS)
     assert all(torch.equal(value, found.state_dict()[name]) for name, value in model.state_dict().items())
     inputs = pairs(dtype=torch.float32)
@@ -61,17 +61,17 @@ def test_a_compressed_model_is_written_as_published_to_the_last_bit(tmp_path: Pa
 
 def test_a_compressed_blip_is_written_with_the_published_scale(tmp_path: Path) -> None:
     model = NLVR.build(torch.float32).eval()
-    dense = {unit.name: unit.size for unit in upop.find_units(model)}
-    upop.shrink(model, uneven_plan(upop.find_units(model), 1))
+    dense = {group.name: group.size for group in upop.find_groups(model)}
+    upop.shrink(model, uneven_plan(upop.find_groups(model), 1))
     before = {name: value.clone() for name, value in model.state_dict().items()}
     path = save_official("nlvr", model, tmp_path / "x.pth")
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     written = read_weights(path)
-    unit = next(unit for unit in upop.find_units(model) if unit.kind == "attention" and unit.modality == "vision")
-    assert unit.size < dense[unit.name]
-    queries = unit.heads * unit.size
-    name = f"{unit.name}.qkv.weight"
-    ratio = math.sqrt(dense[unit.name] / unit.size)
+    group = next(group for group in upop.find_groups(model) if group.kind == "attention" and group.modality == "vision")
+    assert group.size < dense[group.name]
+    queries = group.heads * group.size
+    name = f"{group.name}.qkv.weight"
+    ratio = math.sqrt(dense[group.name] / group.size)
     torch.testing.assert_close(written[name][:queries], ratio * before[name][:queries])
     assert torch.equal(written[name][queries:], before[name][queries:])
     sizes = {"vision_heads": 3, "text_heads": 4, "vision_mlp": 40, "text_mlp": 56}
@@ -157,5 +157,5 @@ def test_what_is_no_clip_is_refused(tmp_path: Path) -> None:
         ("ln_final", "ln_final"),
     ],
 )
-def test_units_are_named_alike(published: str, ours: str) -> None:
-    assert unit_from_openai(published) == ours
+def test_groups_are_named_alike(published: str, ours: str) -> None:
+    assert group_from_openai(published) == ours

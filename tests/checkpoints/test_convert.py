@@ -118,10 +118,10 @@ def test_a_distilled_deit_has_its_own_class(tmp_path: Path) -> None:
         nn.init.normal_(parameter, std=0.3)
     folder = write_model(model, tmp_path / "theirs", "hugging-face")
     theirs: Any = transformers.DeiTForImageClassificationWithTeacher.from_pretrained(folder)
-    pictures = torch.randn(2, 3, 32, 32)
+    images = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
-        torch.testing.assert_close(theirs(pixel_values=pictures).logits, model(pictures), rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(read_model(folder)(pictures), model(pictures), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(theirs(pixel_values=images).logits, model(images), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(read_model(folder)(images), model(images), rtol=1e-5, atol=1e-5)
 
 
 def test_a_class_that_computes_something_else_is_not_written(tmp_path: Path) -> None:
@@ -166,8 +166,8 @@ def test_norms_of_transformers_are_kept(tmp_path: Path) -> None:
     ours: Any = read_model(tmp_path / "theirs")
     assert ours.config.vision_eps == 1e-5
     again: Any = upop.load(upop.save(ours, tmp_path / "ours"))
-    pictures = torch.randn(2, 3, 16, 16)
+    images = torch.randn(2, 3, 16, 16)
     states: list[Tensor] = []
     with torch.no_grad():
-        states = [again.visual_encoder(pictures), model.eval().vision_model(pictures).last_hidden_state]
+        states = [again.visual_encoder(images), model.eval().vision_model(images).last_hidden_state]
     torch.testing.assert_close(states[0], states[1], rtol=1e-5, atol=1e-6)

@@ -55,11 +55,11 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 
 
 def compressed(name: str) -> nn.Module:
-    """A model of random weights that keeps another number of entries in every unit."""
+    """A model of random weights that keeps another number of channels in every group."""
     model = MODELS[name]()
     randomise(model, 3)
-    units = upop.find_units(model)
-    kept = {unit.name: range(0, unit.size, 2 + place % 2) for place, unit in enumerate(units)}
+    groups = upop.find_groups(model)
+    kept = {group.name: range(0, group.size, 2 + place % 2) for place, group in enumerate(groups)}
     return upop.shrink(model, kept).eval()
 
 
@@ -165,7 +165,7 @@ def test_a_graph_that_computes_something_else_is_not_written(tmp_path: Path, mon
 
 
 def of_library(name: str) -> nn.Module:
-    """A tiny model of a library, of which a part of every unit is cut."""
+    """A tiny model of a library, of which a part of every group is cut."""
     torch.manual_seed(0)
     sizes: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
     sizes |= {"intermediate_size": 48}
@@ -185,8 +185,8 @@ def of_library(name: str) -> nn.Module:
         vision = {**sizes, "image_size": 32, "patch_size": 16}
         text = {**sizes, "vocab_size": 60, "bos_token_id": 0, "eos_token_id": 59}
         model = transformers.CLIPModel(transformers.CLIPConfig(text_config=text, vision_config=vision))
-    units = upop.find_units(model.eval())
-    return upop.shrink(model, {unit.name: range(0, unit.size, 2 + place % 2) for place, unit in enumerate(units)})
+    groups = upop.find_groups(model.eval())
+    return upop.shrink(model, {group.name: range(0, group.size, 2 + place % 2) for place, group in enumerate(groups)})
 
 
 INPUTS = {
@@ -226,7 +226,7 @@ def test_a_model_of_ones_own_runs_in_onnxruntime_in_any_batch_and_in_whole_numbe
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 8)).eval()
     example = torch.randn(2, 5, 64)
-    upop.shrink(model, {upop.find_units(model, example=example)[0].name: range(128)})
+    upop.shrink(model, {upop.find_groups(model, example=example)[0].name: range(128)})
     samples = [torch.randn(1, 4, 64) for _ in range(16)]
     folders = {
         "float": upop.export(model, tmp_path / "float", example=example),
@@ -281,7 +281,7 @@ def decoder() -> Any:
     model = transformers.LlamaForCausalLM(config)
     randomise(model, 3)
     kept = {"layers.0.self_attn": range(3), "layers.1.self_attn": [2], "layers.0.mlp": range(20)}
-    return upop.shrink(model.eval(), {f"model.{name}": list(entries) for name, entries in kept.items()})
+    return upop.shrink(model.eval(), {f"model.{name}": list(channels) for name, channels in kept.items()})
 
 
 def continued(run: Callable[[dict[str, Any]], dict[str, Any]], folder: Path, ids: Tensor, words: int) -> Tensor:

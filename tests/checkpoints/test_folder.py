@@ -44,9 +44,9 @@ def blip_inputs() -> dict[str, torch.Tensor]:
 
 
 def uneven(model: nn.Module) -> upop.Plan:
-    units = upop.find_units(model)
-    kept = {unit.name: range(0, unit.size, 2 + place % 3) for place, unit in enumerate(units) if place % 4}
-    return upop.Plan.of(units, kept)
+    groups = upop.find_groups(model)
+    kept = {group.name: range(0, group.size, 2 + place % 3) for place, group in enumerate(groups) if place % 4}
+    return upop.Plan.of(groups, kept)
 
 
 def test_compressed_blip_comes_back(tmp_path: Path) -> None:
@@ -136,19 +136,19 @@ def test_layers_that_were_dropped_after_a_cut(tmp_path: Path) -> None:
     model = timm.create_model(
         "vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=24, depth=3, num_heads=2, num_classes=4
     ).eval()
-    upop.shrink(model, {unit.name: range(unit.size // 2) for unit in upop.find_units(model)})
+    upop.shrink(model, {group.name: range(group.size // 2) for group in upop.find_groups(model)})
     model.blocks = model.blocks[:2]
     with pytest.warns(UserWarning, match=r"does not have.*blocks\.2\.attn.*saved without"):
         folder = upop.save(model, tmp_path / "small")
     again: Any = upop.load(folder)
-    picture = torch.randn(2, 3, 32, 32)
+    image = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
-        assert torch.equal(again(picture), model(picture))
+        assert torch.equal(again(image), model(image))
     assert {name.rpartition(".")[0] for name in again.upop_plan} == {"blocks.0", "blocks.1"}
     # Cut once more, what is left of the plan is told of the dense model.
     upop.shrink(again, {"blocks.1.mlp": [1, 3]})
-    told = json.loads((upop.save(again, tmp_path / "smaller") / "upop.json").read_text())
-    assert told["plan"]["units"]["blocks.1.mlp"] == {"size": 96, "kept": [1, 3]}
+    described = json.loads((upop.save(again, tmp_path / "smaller") / "upop.json").read_text())
+    assert described["plan"]["units"]["blocks.1.mlp"] == {"size": 96, "kept": [1, 3]}
 
 
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "deit_tiny_patch16_224"])
@@ -157,14 +157,14 @@ def test_a_backbone_of_timm_is_filled(name: str, tmp_path: Path) -> None:
         sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2, "out_indices": (0, 1)}
         return timm.create_model(name, features_only=True, **sizes).eval()  # type: ignore[no-any-return]
 
-    model, picture = build(), torch.randn(1, 3, 32, 32)
-    upop.shrink(model, {unit.name: range(unit.size // 2) for unit in upop.find_units(model)})
+    model, image = build(), torch.randn(1, 3, 32, 32)
+    upop.shrink(model, {group.name: range(group.size // 2) for group in upop.find_groups(model)})
     folder = upop.save(model, tmp_path / "backbone")
     with pytest.raises(CheckpointError, match=r"upop\.load_into"):
         upop.load(folder)
     again = upop.load_into(build(), folder)
     with torch.no_grad():
-        assert all(torch.equal(one, other) for one, other in zip(model(picture), again(picture), strict=True))
+        assert all(torch.equal(one, other) for one, other in zip(model(image), again(image), strict=True))
 
 
 def test_a_failed_save_leaves_the_older_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ import torch
 import transformers
 
 import upop
-from checkpoints.test_transformers import blip, pictures, vit
+from checkpoints.test_transformers import blip, images, vit
 from upop.checkpoints.hub import local_path
 from upop.errors import CheckpointError
 
@@ -62,8 +62,8 @@ def test_a_published_model_of_the_hub_starts_a_task(hub: CALLS) -> None:
     model: Any = upop.load_official("caption", "me/blip")
     theirs: Any = transformers.BlipForConditionalGeneration.from_pretrained("hub/me/blip")
     with torch.no_grad():
-        states = model.visual_encoder(pictures())
-        expected = theirs.vision_model(pixel_values=pictures()).last_hidden_state
+        states = model.visual_encoder(images())
+        expected = theirs.vision_model(pixel_values=images()).last_hidden_state
     torch.testing.assert_close(states, expected, rtol=1e-5, atol=1e-5)
     with pytest.raises(CheckpointError, match="BlipForConditionalGeneration, which is a model for 'caption'; asked"):
         upop.load_official("vqa", "me/blip")

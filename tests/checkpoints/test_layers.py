@@ -70,12 +70,12 @@ def outputs(model: Any) -> Tensor:
 
 
 def without(model: nn.Module, *gone: int) -> nn.Module:
-    """Cut all units of some layers to nothing."""
+    """Cut all groups of some layers to nothing."""
     model.eval()
     randomise(model)
-    units = upop.find_units(model)
-    places = [next(part for part in unit.name.split(".") if part.isdigit()) for unit in units]
-    upop.shrink(model, {unit.name: [] for unit, at in zip(units, places, strict=True) if int(at) in gone})
+    groups = upop.find_groups(model)
+    places = [next(part for part in group.name.split(".") if part.isdigit()) for group in groups]
+    upop.shrink(model, {group.name: [] for group, at in zip(groups, places, strict=True) if int(at) in gone})
     return model
 
 
@@ -132,7 +132,7 @@ def test_layers_that_are_left_may_be_of_any_size(tmp_path: Path) -> None:
     )
     upop.save(model, tmp_path / "saved")
     again = upop.load(tmp_path / "saved")
-    assert {unit.name: unit.size for unit in upop.find_units(again)} == {
+    assert {group.name: group.size for group in upop.find_groups(again)} == {
         "model.layers.0.self_attn": 2,
         "model.layers.0.mlp": 24,
         "model.layers.1.self_attn": 2,

@@ -78,7 +78,7 @@ def test_transformers_models_that_their_configuration_does_not_build(
     build: Callable[[], Any], why: str, tmp_path: Path
 ) -> None:
     model = build()
-    upop.shrink(model, uneven_plan(upop.find_units(model)), verify=PIXELS)
+    upop.shrink(model, uneven_plan(upop.find_groups(model)), verify=PIXELS)
     with pytest.warns(UserWarning, match=rf"not what its configuration builds \(.*{why}"):
         folder = upop.save(model, tmp_path / "out")
     with pytest.raises(CheckpointError, match=r"upop\.load_into"):
@@ -90,9 +90,9 @@ def test_transformers_models_that_their_configuration_does_not_build(
 
 def test_models_without_anything_to_prune_come_back_too(tmp_path: Path) -> None:
     model = timm.create_model("test_resnet").eval()
-    picture = torch.randn(1, 3, 64, 64)
+    image = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
-        assert torch.equal(upop.load(upop.save(model, tmp_path / "timm"))(picture), model(picture))
+        assert torch.equal(upop.load(upop.save(model, tmp_path / "timm"))(image), model(image))
     own = nn.Linear(3, 3)
     again = upop.load_into(nn.Linear(3, 3), upop.save(own, tmp_path / "own"))
     assert torch.equal(again.weight, own.weight)  # type: ignore[arg-type]
@@ -137,8 +137,8 @@ def weight_only(model: nn.Module) -> nn.Module:
 @pytest.mark.parametrize("quantize", [dynamic, weight_only])
 def test_quantized_layers_are_left_alone_and_named(quantize: Callable[[nn.Module], nn.Module]) -> None:
     model = quantize(llama())
-    found = upop.survey(model)
-    assert not found.units
+    found = upop.find_prunable(model)
+    assert not found.groups
     named = {part.name for part in found.skipped if "prune the model before it is quantised" in part.reason}
     assert {"model.layers.0.self_attn.q_proj", "model.layers.1.mlp.up_proj"} <= named
     with pytest.raises(LayoutError, match="prune the model before it is quantised"):
@@ -148,7 +148,7 @@ def test_quantized_layers_are_left_alone_and_named(quantize: Callable[[nn.Module
 @pytest.mark.parametrize("quantize", [dynamic, weight_only])
 def test_a_compressed_model_can_be_quantized(quantize: Callable[[nn.Module], nn.Module]) -> None:
     model = llama()
-    upop.shrink(model, uneven_plan(upop.find_units(model)))
+    upop.shrink(model, uneven_plan(upop.find_groups(model)))
     before = logits(model, WORDS)
     assert float((logits(quantize(model), WORDS) - before).abs().max()) < 0.2 * float(before.abs().max())
 
@@ -167,23 +167,23 @@ class TestAdapters:
         settings = self.peft.LoraConfig(r=2, target_modules=list(targets) or "all-linear", init_lora_weights=False)
         return self.peft.get_peft_model(model, settings).eval()
 
-    def test_factors_are_no_units_and_what_is_frozen_is_named(self) -> None:
-        found = upop.survey(self.adapted(llama(), "q_proj"))
-        assert {unit.kind for unit in found.units} == {"attention", "mlp"}
-        assert not any("lora_" in unit.name for unit in found.units)
+    def test_factors_are_no_groups_and_what_is_frozen_is_named(self) -> None:
+        found = upop.find_prunable(self.adapted(llama(), "q_proj"))
+        assert {group.kind for group in found.groups} == {"attention", "mlp"}
+        assert not any("lora_" in group.name for group in found.groups)
         # What is not wrapped is frozen: an adapter trains nothing else.
         with pytest.raises(LayoutError, match=r"frozen weights.*layers\.0\.mlp"):
             upop.Pruner(self.adapted(llama(), "q_proj"), 0.5, 2)
 
     def test_merged_they_are_pruned_as_any(self, tmp_path: Path) -> None:
         model = self.adapted(llama()).merge_and_unload()
-        upop.shrink(model, uneven_plan(upop.find_units(model)), verify=WORDS)
+        upop.shrink(model, uneven_plan(upop.find_groups(model)), verify=WORDS)
         again = transformers.AutoModelForCausalLM.from_pretrained(upop.save(model, tmp_path / "out"))
         assert torch.equal(logits(again, WORDS), logits(model, WORDS))
 
     def test_they_train_on_a_compressed_model_and_are_saved_beside_it(self, tmp_path: Path) -> None:
         model = llama()
-        upop.shrink(model, uneven_plan(upop.find_units(model)))
+        upop.shrink(model, uneven_plan(upop.find_groups(model)))
         upop.save(model, tmp_path / "base")
         adapted = self.adapted(copy.deepcopy(model))
         adapted(**WORDS, labels=WORDS["input_ids"]).loss.backward()

@@ -41,11 +41,11 @@ def dense(tmp_path: Path) -> Path:
 def published(model: torch.nn.Module, original: dict[str, int]) -> dict[str, Tensor]:
     """Return a shrunken model's weights as published: there the ViT still divides by its dense head_dim."""
     state = {key: value.clone() for key, value in model.state_dict().items()}
-    for unit in upop.find_units(model):
-        if unit.kind == "attention" and unit.modality == "vision":
-            factor = math.sqrt(original[unit.name] / unit.size)
-            for part in unit.producers:
-                state[part.tensor][: unit.heads * unit.size] *= factor
+    for group in upop.find_groups(model):
+        if group.kind == "attention" and group.modality == "vision":
+            factor = math.sqrt(original[group.name] / group.size)
+            for part in group.producers:
+                state[part.tensor][: group.heads * group.size] *= factor
     return state
 
 
@@ -60,8 +60,8 @@ def test_a_dense_file(dense: Path) -> None:
 @pytest.mark.parametrize("seed", range(3))
 def test_a_compressed_file_computes_what_was_searched(tmp_path: Path, seed: int, form: str) -> None:
     model = NLVR.build(torch.float64).eval()
-    original = {unit.name: unit.size for unit in upop.find_units(model)}
-    upop.shrink(model, uneven_plan(upop.find_units(model), seed))
+    original = {group.name: group.size for group in upop.find_groups(model)}
+    upop.shrink(model, uneven_plan(upop.find_groups(model), seed))
     state = {key: v.float() if v.is_floating_point() else v for key, v in published(model, original).items()}
     path = tmp_path / f"x.{form}"
     if form == "pth":
@@ -69,7 +69,7 @@ def test_a_compressed_file_computes_what_was_searched(tmp_path: Path, seed: int,
     else:
         save_file(state, path)
     found = upop.load_official("nlvr", path, **SIZES)
-    assert [unit.size for unit in upop.find_units(found)] == [unit.size for unit in upop.find_units(model)]
+    assert [group.size for group in upop.find_groups(found)] == [group.size for group in upop.find_groups(model)]
     inputs = NLVR.inputs()
     assert difference(outputs_of(found.double(), inputs), outputs_of(model, inputs)) < 1e-5
 
@@ -144,7 +144,7 @@ def test_shapes_that_do_not_fit_are_listed(dense: Path) -> None:
     assert "missing text_encoder.embeddings.LayerNorm.bias" in message
 
 
-def test_kept_sizes_that_are_no_number_of_entries(dense: Path) -> None:
+def test_kept_sizes_that_are_no_number_of_channels(dense: Path) -> None:
     path = changed(dense, visual_encoder_blocks_0_attn_qkv_weight=torch.ones(70, 24))
     with pytest.raises(CheckpointError, match=r"blocks\.0\.attn\.qkv\.weight has 70 rows.* up to 8 for 3 heads"):
         upop.load_official("nlvr", path, **SIZES)
@@ -160,9 +160,9 @@ def test_projections_that_disagree_are_listed(dense: Path) -> None:
 
 def test_the_wrong_number_of_heads_is_noticed_for_compressed_files(tmp_path: Path) -> None:
     model = SMALL()
-    upop.shrink(model, {unit.name: range(5) for unit in upop.find_units(model)})
+    upop.shrink(model, {group.name: range(5) for group in upop.find_groups(model)})
     torch.save({"model": model.state_dict()}, tmp_path / "x.pth")
-    with pytest.raises(CheckpointError, match="rows, which is no number of entries"):
+    with pytest.raises(CheckpointError, match="rows, which is no number of channels"):
         upop.load_official("nlvr", tmp_path / "x.pth", **{**SIZES, "text_heads": 8})
 
 
@@ -251,7 +251,7 @@ def test_starting_from_a_folder_without_a_common_tower_is_refused(tmp_path: Path
 def test_twins_become_single_cross_attentions(tmp_path: Path) -> None:
     source = nlvr(merge_from=0).eval()
     for layer in source.text_encoder.encoder.layer:
-        layer.crossattention.output.dense1.weight.data.zero_()  # only the first picture says anything
+        layer.crossattention.output.dense1.weight.data.zero_()  # only the first image says anything
     torch.save({"model": source.state_dict()}, tmp_path / "nlvr.pth")
     sizes = source.config.model_dump(exclude={"merge_from"})
     model = BlipVqa(VqaConfig(**sizes)).to(torch.float32).eval()

@@ -49,11 +49,13 @@ def test_there_are_folders_of_every_kind() -> None:
 def test_an_older_folder_loads_and_is_written_anew(name: str, tmp_path: Path) -> None:
     model = loaded(FOLDERS / name, name)
     assert_same(model, name)
-    units = {unit.name: unit.size for unit in upop.find_units(model)}
+    groups = {group.name: group.size for group in upop.find_groups(model)}
     again = upop.save(model, tmp_path / "again")
     content = json.loads((again / "upop.json").read_text())
-    assert set(content["units"]) == set(units) == set(content["layout"])
-    assert {unit: len(told["kept"]) for unit, told in content["plan"]["units"].items()}.items() <= units.items()
+    assert set(content["units"]) == set(groups) == set(content["layout"])
+    assert {
+        group: len(described["kept"]) for group, described in content["plan"]["units"].items()
+    }.items() <= groups.items()
     assert_same(loaded(again, name), name)
 
 
@@ -75,7 +77,7 @@ def test_transformers_loads_older_folders_by_itself(name: str) -> None:
     assert_same(kind.from_pretrained(FOLDERS / name).eval(), name)
     if name == "vit_5_5":
         base = transformers.ViTModel.from_pretrained(FOLDERS / name, add_pooling_layer=False)
-        sizes = {unit.name: unit.size for unit in upop.find_units(base)}
+        sizes = {group.name: group.size for group in upop.find_groups(base)}
         assert sizes["layers.0.attention"] == 4 and sizes["layers.0.mlp"] == 24
 
 
@@ -84,14 +86,14 @@ def test_a_plan_of_renamed_modules_is_carried_under_their_names_of_today() -> No
     content = json.loads((FOLDERS / "vit_5_5" / "upop.json").read_text())
     assert "vit.encoder.layer.0.attention.attention" in content["plan"]["units"]
     plan: Any = model.upop_plan
-    assert set(plan.kept) <= {unit.name for unit in upop.find_units(model)}
+    assert set(plan.kept) <= {group.name for group in upop.find_groups(model)}
     assert "vit.layers.0.attention" in plan.kept
 
 
 def test_renamed_modules_inside_a_model_of_ones_own() -> None:
     tower = upop.load_into(Tower(), FOLDERS / "tower_5_5")
     assert_same(tower, "tower_5_5")
-    assert "body.layers.1.mlp" in {unit.name for unit in upop.find_units(tower)}
+    assert "body.layers.1.mlp" in {group.name for group in upop.find_groups(tower)}
 
 
 @pytest.fixture
@@ -117,15 +119,15 @@ def test_folders_of_today_load_without_a_reader(name: str, tmp_path: Path, _no_r
 
 def test_a_plan_cuts_without_a_reader(_no_reader: Callable[[], None]) -> None:
     model = timm.create_model("vit_tiny_patch16_224", depth=1, img_size=32, num_classes=3).eval()
-    units = upop.find_units(model)
-    text = upop.Plan.of(units, {unit.name: range(0, unit.size, 2) for unit in units}).to_json()
+    groups = upop.find_groups(model)
+    text = upop.Plan.of(groups, {group.name: range(0, group.size, 2) for group in groups}).to_json()
     other, inputs = copy.deepcopy(model), torch.randn(1, 3, 32, 32)
     _no_reader()
     upop.shrink(other, upop.Plan.from_json(text), verify=inputs)
     assert other.blocks[0].mlp.fc1.out_features == 384
 
 
-UNIT = "blocks.0.mlp"
+GROUP = "blocks.0.mlp"
 
 
 @pytest.mark.parametrize(
@@ -141,21 +143,21 @@ UNIT = "blocks.0.mlp"
         ({"slices": [{"tensor": "blocks.0.mlp.fc1.weight", "dim": 7}]}, "dim should be a whole number"),
         ({"slices": [{"tensor": "blocks.0.mlp.fc1.weight", "power": "x"}]}, "power"),
         ({"slices": [{"tensor": "blocks.0.mlp.fc1.weight", "run": "x"}]}, "has no 'run'"),
-        ({"attributes": [{"module": UNIT, "name": "__class__"}]}, "is no name of a number"),
-        ({"attributes": [{"module": UNIT, "name": "forward"}]}, "is no name of a number"),
-        ({"attributes": [{"module": UNIT, "name": "_parameters[fc1]"}]}, "is no name of a number"),
-        ({"attributes": [{"module": UNIT, "name": "act"}]}, "keeps no number under 'act'"),
-        ({"attributes": [{"module": UNIT, "name": "cut_widths[view.x.1.2]"}]}, "is no name of a number"),
+        ({"attributes": [{"module": GROUP, "name": "__class__"}]}, "is no name of a number"),
+        ({"attributes": [{"module": GROUP, "name": "forward"}]}, "is no name of a number"),
+        ({"attributes": [{"module": GROUP, "name": "_parameters[fc1]"}]}, "is no name of a number"),
+        ({"attributes": [{"module": GROUP, "name": "act"}]}, "keeps no number under 'act'"),
+        ({"attributes": [{"module": GROUP, "name": "cut_widths[view.x.1.2]"}]}, "is no name of a number"),
         ({"attributes": [{"module": "os", "name": "size"}]}, "no module 'os'"),
-        ({"swaps": [{"module": UNIT, "how": "subprocess.Popen"}]}, "is no class that a module takes on"),
-        ({"swaps": [{"module": UNIT, "how": "widths"}]}, "is to be told the width"),
+        ({"swaps": [{"module": GROUP, "how": "subprocess.Popen"}]}, "is no class that a module takes on"),
+        ({"swaps": [{"module": GROUP, "how": "widths"}]}, "is to be told the width"),
     ],
 )
-def test_units_in_a_folder_lead_nowhere_else(change: dict[str, Any], fragment: str, tmp_path: Path) -> None:
+def test_groups_in_a_folder_lead_nowhere_else(change: dict[str, Any], fragment: str, tmp_path: Path) -> None:
     model = timm.create_model("vit_tiny_patch16_224", depth=1, img_size=16, embed_dim=16, num_heads=2, num_classes=3)
     folder = upop.save(model.eval(), tmp_path / "model")
     content = json.loads((folder / "upop.json").read_text())
-    content["units"][UNIT].update(change)
+    content["units"][GROUP].update(change)
     (folder / "upop.json").write_text(json.dumps(content))
     with pytest.raises(CheckpointError, match=fragment):
         upop.load(folder)

@@ -56,7 +56,7 @@ def compressed(build: Callable[..., nn.Module], *towers: dict[str, Any], **setti
     torch.manual_seed(0)
     model = build(*towers, **settings).eval()
     randomise(model)
-    return upop.shrink(model, uneven_plan(upop.find_units(model), 2), verify=inputs(model))
+    return upop.shrink(model, uneven_plan(upop.find_groups(model), 2), verify=inputs(model))
 
 
 MODELS: dict[str, Callable[[], nn.Module]] = {
@@ -84,7 +84,7 @@ def test_it_comes_back_by_itself(name: str, tmp_path: Path) -> None:
     again = upop.load(folder)
     assert type(again) is type(model)
     assert torch.equal(outputs(again, inputs(model)), outputs(model, inputs(model)))
-    sizes = [[unit.size for unit in upop.find_units(each)] for each in (again, model)]
+    sizes = [[group.size for group in upop.find_groups(each)] for each in (again, model)]
     assert sizes[0] == sizes[1]
     # What it was cut to is known too, so it can be saved again.
     saved = json.loads((upop.save(again, tmp_path / "again") / "upop.json").read_text())
@@ -103,7 +103,7 @@ def test_a_text_tower_of_transformers(tmp_path: Path) -> None:
     assert torch.equal(outputs(upop.load(folder), inputs(model)), outputs(model, inputs(model)))
 
 
-def test_a_dense_model_and_its_pictures_preparation(tmp_path: Path) -> None:
+def test_a_dense_model_and_its_images_preparation(tmp_path: Path) -> None:
     model = clip().to(torch.bfloat16)
     prepare = {"size": 32, "mean": (0.5, 0.4, 0.3), "std": (0.2, 0.2, 0.2), "interpolation": "bicubic"}
     open_clip.model.set_model_preprocess_cfg(model, prepare)  # as open_clip.create_model does
@@ -111,8 +111,8 @@ def test_a_dense_model_and_its_pictures_preparation(tmp_path: Path) -> None:
     assert {parameter.dtype for parameter in again.parameters()} == {torch.bfloat16}
     assert again.visual.preprocess_cfg == json.loads(json.dumps(prepare))
     assert again.visual.image_mean == [0.5, 0.4, 0.3]
-    picture, words = inputs(model)
-    given = picture.bfloat16(), words
+    image, words = inputs(model)
+    given = image.bfloat16(), words
     assert torch.equal(outputs(again, given), outputs(model, given))
 
 

@@ -103,9 +103,9 @@ def test_towers_of_open_clip(what: str, of_open_clip: Path, tmp_path: Path) -> N
     folder = Path(shutil.copytree(of_open_clip, tmp_path / "m"))
     changes = TOWERS[what](tmp_path / "evil")
 
-    def change(told: dict[str, Any]) -> None:
+    def change(described: dict[str, Any]) -> None:
         for tower, values in changes.items():
-            told["open_clip"]["arguments"][tower].update(values)
+            described["open_clip"]["arguments"][tower].update(values)
 
     with pytest.raises(CheckpointError, match=r"upop\.json|open_clip"):
         upop.load(edited(folder, "upop.json", change))
@@ -116,13 +116,15 @@ def test_code_that_a_configuration_names_is_passed_over(tmp_path: Path) -> None:
     state = {name: value.clone() for name, value in upop.load(folder).state_dict().items()}
     shutil.copy(evil(tmp_path / "evil") / "code.py", folder)
     code = {"AutoConfig": f"{tmp_path / 'evil'}--code.C", "AutoModelForImageClassification": "code.M"}
-    edited(folder, "config.json", lambda told: told.update(auto_map=code, _name_or_path="owner/name"))
+    edited(folder, "config.json", lambda described: described.update(auto_map=code, _name_or_path="owner/name"))
     (folder / "custom_generate").mkdir()
     shutil.copy(folder / "code.py", folder / "custom_generate" / "generate.py")
     again = upop.load(folder).state_dict()
     assert all(torch.equal(value, again[name]) for name, value in state.items())
     with pytest.raises(CheckpointError, match="does not have"):
-        upop.load(edited(folder, "config.json", lambda told: told.update(architectures=["Evil"], model_type="evil")))
+        upop.load(
+            edited(folder, "config.json", lambda described: described.update(architectures=["Evil"], model_type="evil"))
+        )
 
 
 def test_code_in_a_part_of_a_configuration_is_passed_over(tmp_path: Path) -> None:
@@ -133,7 +135,7 @@ def test_code_in_a_part_of_a_configuration_is_passed_over(tmp_path: Path) -> Non
     shutil.copy(evil(tmp_path / "evil") / "code.py", folder)
     code = {"AutoModel": "code.M", "AutoConfig": "code.C", "AutoModelForCausalLM": f"{tmp_path / 'evil'}--code.M"}
     for part in ("text_config", "vision_config"):
-        edited(folder, "config.json", lambda told, part=part: told[part].update(auto_map=code))  # type: ignore[misc]
+        edited(folder, "config.json", lambda described, part=part: described[part].update(auto_map=code))  # type: ignore[misc]
     assert type(upop.load(folder)).__name__ == "LlavaForConditionalGeneration"
 
 
@@ -143,17 +145,23 @@ def timm_wrapper() -> Any:
 
 
 ELSEWHERE: dict[str, Callable[[dict[str, Any]], Any]] = {
-    "a model of the hub": lambda told: told.update(architecture="hf-hub:owner/name"),
-    "a model in a folder": lambda told: told.update(architecture="local-dir:/somewhere"),
-    "a backbone of the hub": lambda told: told.update(backbone="owner/name"),
-    "a backbone further in": lambda told: told.update(backbone_config={"backbone": "hf-hub:owner/name"}),
-    "a file of weights": lambda told: told["model_args"].update(checkpoint_path="/somewhere/x.pth"),
-    "pretrained weights": lambda told: told["model_args"].update(pretrained=True),
-    "settings with a place": lambda told: told["model_args"].update(pretrained_cfg={"file": "/somewhere/x.pth"}),
-    "settings over settings": lambda told: told["model_args"].update(pretrained_cfg_overlay={"hf_hub_id": "a/b"}),
-    "a part that is quantized": lambda told: told.update(more={"quantization_config": {"quant_method": "gptq"}}),
-    "a quantization that is a list": lambda told: told.update(quantization_config=[1]),
-    "other weights": lambda told: told.update(transformers_weights="adapter_model.bin"),
+    "a model of the hub": lambda described: described.update(architecture="hf-hub:owner/name"),
+    "a model in a folder": lambda described: described.update(architecture="local-dir:/somewhere"),
+    "a backbone of the hub": lambda described: described.update(backbone="owner/name"),
+    "a backbone further in": lambda described: described.update(backbone_config={"backbone": "hf-hub:owner/name"}),
+    "a file of weights": lambda described: described["model_args"].update(checkpoint_path="/somewhere/x.pth"),
+    "pretrained weights": lambda described: described["model_args"].update(pretrained=True),
+    "settings with a place": lambda described: described["model_args"].update(
+        pretrained_cfg={"file": "/somewhere/x.pth"}
+    ),
+    "settings over settings": lambda described: described["model_args"].update(
+        pretrained_cfg_overlay={"hf_hub_id": "a/b"}
+    ),
+    "a part that is quantized": lambda described: described.update(
+        more={"quantization_config": {"quant_method": "gptq"}}
+    ),
+    "a quantization that is a list": lambda described: described.update(quantization_config=[1]),
+    "other weights": lambda described: described.update(transformers_weights="adapter_model.bin"),
 }
 
 
@@ -168,7 +176,7 @@ def test_backbones_and_weights_of_other_places(what: str, tmp_path: Path) -> Non
 def test_no_kernels_are_fetched_for_attention(tmp_path: Path) -> None:
     folder = of_transformers(tmp_path / "m")
     names = {"attn_implementation": "owner/kernel", "_attn_implementation": "owner/kernel"}
-    assert "/" not in str(upop.load(edited(folder, "config.json", lambda told: told.update(names))).config)  # type: ignore[union-attr]
+    assert "/" not in str(upop.load(edited(folder, "config.json", lambda described: described.update(names))).config)  # type: ignore[union-attr]
 
 
 def sharded(place: Path) -> Path:
@@ -185,7 +193,9 @@ INDICES: dict[str, Callable[[Path, Path], Any]] = {
     "a shard that is missing": lambda folder, other: _point(folder, "gone.safetensors"),
     "a number": lambda folder, other: _point(folder, 5),
     "a linked shard": lambda folder, other: _link(folder, other / "model.safetensors"),
-    "no names": lambda folder, other: edited(folder, "model.safetensors.index.json", lambda told: told.clear()),
+    "no names": lambda folder, other: edited(
+        folder, "model.safetensors.index.json", lambda described: described.clear()
+    ),
 }
 
 
@@ -272,10 +282,10 @@ def test_a_pipe_beside_the_weights_is_not_waited_for(tmp_path: Path) -> None:
 @pytest.mark.parametrize("library", ["timm", "open_clip"])
 def test_pickles_in_folders_for_the_hub_are_not_opened(library: str, tmp_path: Path) -> None:
     if library == "timm":
-        name, told = "config.json", {"architecture": "vit_tiny_patch16_224", "pretrained_cfg": {}}
+        name, described = "config.json", {"architecture": "vit_tiny_patch16_224", "pretrained_cfg": {}}
     else:
-        name, told = "open_clip_config.json", {"model_cfg": {"embed_dim": 8, "vision_cfg": {}, "text_cfg": {}}}
-    (tmp_path / name).write_text(json.dumps(told))
+        name, described = "open_clip_config.json", {"model_cfg": {"embed_dim": 8, "vision_cfg": {}, "text_cfg": {}}}
+    (tmp_path / name).write_text(json.dumps(described))
     torch.save(Net().state_dict(), tmp_path / "pytorch_model.bin")
     with pytest.raises(
         CheckpointError, match=r"holds no .*model\.safetensors, and pickles such as 'pytorch_model\.bin"

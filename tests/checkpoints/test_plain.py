@@ -46,15 +46,15 @@ assert not any(name.startswith("upop.") for name in sys.modules)
 
 
 def cut_uniformly(name: str) -> tuple[Any, dict[str, Any]]:
-    """Return a tiny model of a library, half of all units cut that uniform="tower" searches, and inputs for it."""
+    """Return a tiny model of a library, half of all groups cut that uniform="tower" searches, and inputs for it."""
     model = MODELS[name].build(torch.float32)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="uniform='tower' leaves")
         pruner = upop.Pruner(model, 0.1, 4, uniform="tower")
-    units = pruner.units
+    groups = pruner.groups
     pruner.remove()
     draws = torch.Generator().manual_seed(0)  # which half is another one in every layer
-    upop.shrink(model, {unit.name: torch.randperm(unit.size, generator=draws)[: unit.size // 2] for unit in units})
+    upop.shrink(model, {group.name: torch.randperm(group.size, generator=draws)[: group.size // 2] for group in groups})
     return model, MODELS[name].batch(model, torch.float32)
 
 
@@ -101,15 +101,15 @@ def test_transformers_loads_it_without_upop(names: tuple[str, ...], tmp_path: Pa
 def test_upop_loads_a_plain_folder_and_fills_the_dense_model_from_it(tmp_path: Path) -> None:
     model, inputs = cut_uniformly("vit")
     upop.save(model, tmp_path / "model")
-    told = (tmp_path / "model" / "README.md").read_text()
-    assert "| transformers, without upop | yes |" in told
-    assert "import upop  #" not in told
+    described = (tmp_path / "model" / "README.md").read_text()
+    assert "| transformers, without upop | yes |" in described
+    assert "import upop  #" not in described
     loaded = upop.load(tmp_path / "model")
     dense = upop.load_into(MODELS["vit"].build(torch.float32), tmp_path / "model")
     for other in (loaded, dense):
         for one, found in zip(outputs(model, inputs), outputs(other, inputs), strict=True):
             torch.testing.assert_close(found, one, rtol=1e-4, atol=1e-5)
-    assert [unit.size for unit in upop.find_units(loaded)] == [unit.size for unit in upop.find_units(model)]
+    assert [group.size for group in upop.find_groups(loaded)] == [group.size for group in upop.find_groups(model)]
     again: Any = upop.shrink(loaded, {"layers.0.mlp": range(5)})  # it may be cut again, and then is no plain one
     assert again.config.quantization_config["kept"] == {"layers.0.mlp": (5, again.config.intermediate_size)}
 
@@ -134,9 +134,9 @@ def test_what_differs_by_layer_gets_a_record_as_before(tmp_path: Path) -> None:
     assert model.config.intermediate_size == 48
     assert model.config.quantization_config["kept"] == {"layers.0.mlp": (20, 48), "layers.1.mlp": (24, 48)}
     upop.save(model, tmp_path / "model")
-    told = (tmp_path / "model" / "README.md").read_text()
-    assert "| transformers, without upop | after an export | `upop export FOLDER --to padded`" in told
-    assert "import upop  # lets transformers read" in told
+    described = (tmp_path / "model" / "README.md").read_text()
+    assert "| transformers, without upop | after an export | `upop export FOLDER --to padded`" in described
+    assert "import upop  # lets transformers read" in described
 
 
 @since("timm", "1.0.31", "it unpickles safetensors of a local-dir")
@@ -147,10 +147,10 @@ def test_timm_builds_it_from_its_folder(tmp_path: Path) -> None:
     upop.shrink(model, {f"blocks.{layer}.mlp": range(layer, 41 + layer) for layer in range(2)})
     upop.save(model, tmp_path / "model")
     plain: Any = timm.create_model(f"local-dir:{tmp_path / 'model'}", pretrained=True).eval()
-    pictures = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     assert plain.blocks[0].mlp.fc1.out_features == 41
     for other in (plain, upop.load(tmp_path / "model")):
-        torch.testing.assert_close(other(pictures), model(pictures))
+        torch.testing.assert_close(other(images), model(images))
     upop.shrink(model, {"blocks.0.mlp": range(40)})
     upop.save(model, tmp_path / "uneven")
     assert not (tmp_path / "uneven" / "config.json").exists()

@@ -54,7 +54,7 @@ def logits(model: Any) -> Tensor:
 @since("transformers", "5.23", "its Llama takes numbers of heads that do not divide the width")
 def test_padded_decoder_loads_as_an_ordinary_one(tmp_path: Path) -> None:
     model = llama()
-    told = write_plain(model, tmp_path / "padded", "padded")
+    described = write_plain(model, tmp_path / "padded", "padded")
     config = json.loads((tmp_path / "padded" / "config.json").read_text())
     # Three groups are six heads, which do not divide a width of 64: the next that do are all four.
     assert (config["num_key_value_heads"], config["intermediate_size"]) == (4, 400)
@@ -62,8 +62,8 @@ def test_padded_decoder_loads_as_an_ordinary_one(tmp_path: Path) -> None:
     assert not (tmp_path / "padded" / "upop.json").exists()
     plain = LlamaForCausalLM.from_pretrained(tmp_path / "padded").eval()
     torch.testing.assert_close(logits(plain), logits(model), rtol=1e-4, atol=1e-5)
-    assert f"{sum(each.numel() for each in plain.parameters()):,} parameters" in told
-    assert "of the gain is left" in told
+    assert f"{sum(each.numel() for each in plain.parameters()):,} parameters" in described
+    assert "of the gain is left" in described
     assert "from_pretrained" in (tmp_path / "padded" / "README.md").read_text()
 
 
@@ -74,13 +74,13 @@ def test_padding_within_heads_keeps_what_softmax_divides_by(tmp_path: Path) -> N
     model: Any = ViTModel(ViTConfig(**sizes, image_size=16, patch_size=8)).eval()
     randomise(model)
     upop.shrink(model, {"layers.0.attention": [0, 3, 5], "layers.1.attention": range(6), "layers.1.mlp": range(30)})
-    told = write_plain(model, tmp_path / "padded", "padded")
+    described = write_plain(model, tmp_path / "padded", "padded")
     plain = ViTModel.from_pretrained(tmp_path / "padded").eval()
     assert plain.config.head_dim == 6
-    pictures = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    images = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        torch.testing.assert_close(plain(pictures)[0], model(pictures)[0], rtol=1e-4, atol=1e-5)
-    assert "no number" not in told
+        torch.testing.assert_close(plain(images)[0], model(images)[0], rtol=1e-4, atol=1e-5)
+    assert "no number" not in described
 
 
 @since("timm", "1.0.31", "it unpickles safetensors of a local-dir")
@@ -92,21 +92,23 @@ def test_padded_timm_model_is_built_by_timm(tmp_path: Path) -> None:
     upop.save(model, tmp_path / "cut")
     app(["export", str(tmp_path / "cut"), "--to", "padded", "--out", str(tmp_path / "plain")], standalone_mode=False)
     plain: Any = timm.create_model(f"local-dir:{tmp_path / 'plain'}", pretrained=True).eval()
-    pictures = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     assert plain.blocks[1].mlp.fc1.out_features == 41
-    torch.testing.assert_close(plain(pictures), model(pictures), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(plain(images), model(images), rtol=1e-4, atol=1e-5)
 
 
 def equal_network(folder: Path) -> Any:
     """Build what config.json describes, layer by layer, of Llama's layers, and read its weights."""
-    told = json.loads((folder / "config.json").read_text())
-    assert (told["architectures"], told["model_type"]) == (["DeciLMForCausalLM"], "nemotron-nas")
+    described = json.loads((folder / "config.json").read_text())
+    assert (described["architectures"], described["model_type"]) == (["DeciLMForCausalLM"], "nemotron-nas")
     names = ("vocab_size", "hidden_size", "num_attention_heads", "num_hidden_layers", "rms_norm_eps", "rope_theta")
-    shared = {name: told[name] for name in (*names, "attention_bias", "max_position_embeddings", "tie_word_embeddings")}
+    shared = {
+        name: described[name] for name in (*names, "attention_bias", "max_position_embeddings", "tie_word_embeddings")
+    }
 
     def config(block: dict[str, Any]) -> LlamaConfig:
-        width = int(2 * block["ffn"]["ffn_mult"] * told["hidden_size"] / 3)
-        groups, rest = divmod(told["num_attention_heads"], block["attention"]["n_heads_in_group"])
+        width = int(2 * block["ffn"]["ffn_mult"] * described["hidden_size"] / 3)
+        groups, rest = divmod(described["num_attention_heads"], block["attention"]["n_heads_in_group"])
         assert not rest
         assert not block["attention"]["no_op"]
         assert not block["ffn"]["no_op"]
@@ -114,7 +116,7 @@ def equal_network(folder: Path) -> Any:
         made._attn_implementation = "eager"
         return made
 
-    blocks = told["block_configs"]
+    blocks = described["block_configs"]
     model: Any = LlamaForCausalLM(config(blocks[0])).eval()
     for layer, block in enumerate(blocks):
         model.model.layers[layer] = LlamaDecoderLayer(config(block), layer).eval()
@@ -130,9 +132,9 @@ def test_nemotron_nas_is_read_into_an_equal_network(tmp_path: Path) -> None:
         standalone_mode=False,
     )
     torch.testing.assert_close(logits(equal_network(tmp_path / "deci")), logits(model), rtol=1e-4, atol=1e-5)
-    told = json.loads((tmp_path / "deci" / "config.json").read_text())
-    assert [block["attention"]["n_heads_in_group"] for block in told["block_configs"]] == [8, 2, 4]
-    assert told["per_layer_config"] == {
+    described = json.loads((tmp_path / "deci" / "config.json").read_text())
+    assert [block["attention"]["n_heads_in_group"] for block in described["block_configs"]] == [8, 2, 4]
+    assert described["per_layer_config"] == {
         "0": {"num_key_value_heads": 1, "intermediate_size": 256},
         "1": {"num_key_value_heads": 4, "intermediate_size": 512},
         "2": {"num_key_value_heads": 2, "intermediate_size": 512},

@@ -167,7 +167,7 @@ def test_weights_that_were_exchanged(name: str, tmp_path: Path) -> None:
 
 def test_a_folder_without_digests_loads(tmp_path: Path) -> None:
     folder = rewritten(upop.save(of_timm(), tmp_path / "m"), lambda state: state[first(state)].mul_(2))
-    edited(folder, "upop.json", lambda told: told.pop("weights"))  # as upop 0.1.0 wrote it
+    edited(folder, "upop.json", lambda described: described.pop("weights"))  # as upop 0.1.0 wrote it
     assert type(upop.load(folder)).__name__ == "VisionTransformer"
 
 
@@ -206,10 +206,10 @@ def edited(folder: Path, name: str, change: Callable[[dict[str, Any]], Any]) -> 
 def test_a_folder_of_transformers_as_another_class(tmp_path: Path) -> None:
     model: Any = of_transformers()
     model.save_pretrained(tmp_path)
-    edited(tmp_path, "config.json", lambda told: told.update(architectures=["BertModel"]))
+    edited(tmp_path, "config.json", lambda described: described.update(architectures=["BertModel"]))
     with pytest.raises(CheckpointError, match=r"type 'vit', and was to be loaded as BertModel"):
         upop.load(tmp_path)
-    edited(tmp_path, "config.json", lambda told: told.update(architectures=["ViTModel"]))
+    edited(tmp_path, "config.json", lambda described: described.update(architectures=["ViTModel"]))
     with pytest.raises(CheckpointError, match=r"unknown classifier\.weight"):
         upop.load(tmp_path)
 
@@ -250,7 +250,7 @@ def test_positions_that_older_versions_saved_may_be_there(tmp_path: Path) -> Non
 def compressed(place: Path) -> tuple[Any, Path]:
     model: Any = of_transformers()
     # Layers of different sizes: where all are alike, it is an ordinary model, which transformers loads in its own way.
-    kept = {unit.name: range(unit.size // 2 + at % 3) for at, unit in enumerate(upop.find_units(model))}
+    kept = {group.name: range(group.size // 2 + at % 3) for at, group in enumerate(upop.find_groups(model))}
     upop.shrink(model, kept)
     model.save_pretrained(place)
     return model, place
@@ -278,7 +278,11 @@ def test_from_pretrained_of_another_class_may_start_a_head(tmp_path: Path) -> No
 
 HUGE: dict[str, tuple[Callable[[], nn.Module], str, Callable[[dict[str, Any]], Any]]] = {
     **{
-        f"our {field} of {value}": (ours, "upop.json", lambda told, f=field, v=value: told["config"].update({f: v}))
+        f"our {field} of {value}": (
+            ours,
+            "upop.json",
+            lambda described, f=field, v=value: described["config"].update({f: v}),
+        )
         for field, value in (
             ("image_size", 2**24),
             ("vision_width", 3 * 2**12),
@@ -292,7 +296,7 @@ HUGE: dict[str, tuple[Callable[[], nn.Module], str, Callable[[dict[str, Any]], A
         f"timm's {field} of {value}": (
             of_timm,
             "upop.json",
-            lambda told, f=field, v=value: told["timm"]["arguments"].update({f: v}),
+            lambda described, f=field, v=value: described["timm"]["arguments"].update({f: v}),
         )
         for field, value in (("depth", 4000), ("embed_dim", 2**20), ("img_size", 2**20), ("num_classes", 2**40))
     },
@@ -300,7 +304,7 @@ HUGE: dict[str, tuple[Callable[[], nn.Module], str, Callable[[dict[str, Any]], A
         f"open_clip's {tower} {field} of {value}": (
             of_open_clip,
             "upop.json",
-            lambda told, t=tower, f=field, v=value: told["open_clip"]["arguments"][t].update({f: v}),
+            lambda described, t=tower, f=field, v=value: described["open_clip"]["arguments"][t].update({f: v}),
         )
         for tower, field, value in (
             ("text_cfg", "context_length", 2**24),
@@ -312,13 +316,15 @@ HUGE: dict[str, tuple[Callable[[], nn.Module], str, Callable[[dict[str, Any]], A
     "fixed positions of open_clip": (
         of_open_clip,
         "upop.json",
-        lambda told: told["open_clip"]["arguments"]["vision_cfg"].update(image_size=2**20, pos_embed_type="sin_cos_2d"),
+        lambda described: described["open_clip"]["arguments"]["vision_cfg"].update(
+            image_size=2**20, pos_embed_type="sin_cos_2d"
+        ),
     ),
     **{
         f"transformers' {field} of {value}": (
             of_transformers,
             "config.json",
-            lambda told, f=field, v=value: told.update({f: v}),
+            lambda described, f=field, v=value: described.update({f: v}),
         )
         for field, value in (
             ("num_hidden_layers", 4000),
@@ -341,7 +347,7 @@ def of_tables() -> nn.Module:
 HUGE["a table of positions"] = (
     of_tables,
     "config.json",
-    lambda told: told.update(max_position_embeddings=2**40),
+    lambda described: described.update(max_position_embeddings=2**40),
 )
 
 
@@ -366,8 +372,10 @@ def _peak() -> int:
 @pytest.mark.slow
 def test_a_dense_model_far_larger_than_its_file_takes_no_memory(tmp_path: Path) -> None:
     model = BlipCaption(CaptionConfig(**{**BLIP, "vision_mlp": 3 * 2**20})).eval()  # 1.2 GB in two layers
-    units = {unit.name: [5, 9] for unit in upop.find_units(model) if unit.name.startswith("visual") and unit.size > 99}
-    folder = upop.save(upop.shrink(model, units), tmp_path / "m")
+    groups = {
+        group.name: [5, 9] for group in upop.find_groups(model) if group.name.startswith("visual") and group.size > 99
+    }
+    folder = upop.save(upop.shrink(model, groups), tmp_path / "m")
     del model
     threads = torch.get_num_threads()
     before = torch.get_rng_state()
@@ -439,21 +447,21 @@ def put(content: Any, place: tuple[Any, ...], value: Any) -> Any:
 
 def _fuzz(folder: Path, name: str, every: int, load: Callable[[Path], object] = upop.load) -> list[str]:
     path = folder / name
-    told = json.loads(path.read_text())
+    described = json.loads(path.read_text())
     raw, turn = [], 0
-    for place in places(told):
+    for place in places(described):
         for value in VALUES:
             turn += 1
             if turn % every:
                 continue
-            path.write_text(json.dumps(put(told, place, value)))
+            path.write_text(json.dumps(put(described, place, value)))
             try:
                 load(folder)
             except upop.errors.UPopError as error:
                 assert len(str(error)) < 5000
             except BaseException as error:
                 raw.append(f"{place} = {value!r}: {type(error).__name__}: {error}")
-    path.write_text(json.dumps(told))
+    path.write_text(json.dumps(described))
     return raw
 
 
@@ -462,7 +470,7 @@ def _fuzz(folder: Path, name: str, every: int, load: Callable[[Path], object] = 
 @pytest.mark.parametrize("every", [41, pytest.param(1, marks=pytest.mark.slow)])
 def test_values_of_other_kinds_are_errors_of_ours(name: str, every: int, tmp_path: Path) -> None:
     model = MODELS[name]()
-    upop.shrink(model, {unit.name: range(1, unit.size) for unit in upop.find_units(model)[:2] if unit.size > 1})
+    upop.shrink(model, {group.name: range(1, group.size) for group in upop.find_groups(model)[:2] if group.size > 1})
     folder = upop.save(model, tmp_path / "m")
     assert _fuzz(folder, "upop.json", every) == []
     if name == "transformers":
@@ -473,9 +481,14 @@ def _of_timm_for_the_hub(place: Path) -> tuple[str, str]:
     place.mkdir()
     save_file(of_timm().state_dict(), place / "model.safetensors")
     sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2}
-    pictures = {"input_size": [3, 32, 32], "mean": [0.5] * 3, "std": [0.5] * 3, "crop_pct": 0.9}
-    told = {"architecture": "vit_tiny_patch16_224", "num_classes": 4, "model_args": sizes, "pretrained_cfg": pictures}
-    (place / "config.json").write_text(json.dumps(told))
+    images = {"input_size": [3, 32, 32], "mean": [0.5] * 3, "std": [0.5] * 3, "crop_pct": 0.9}
+    described = {
+        "architecture": "vit_tiny_patch16_224",
+        "num_classes": 4,
+        "model_args": sizes,
+        "pretrained_cfg": images,
+    }
+    (place / "config.json").write_text(json.dumps(described))
     return "config.json", "classification"
 
 
@@ -485,8 +498,8 @@ def _of_open_clip_for_the_hub(place: Path) -> tuple[str, str]:
     vision = {"image_size": 16, "patch_size": 8, "width": 16, "layers": 1, "head_width": 8}
     text = {"context_length": 6, "vocab_size": 40, "width": 16, "heads": 2, "layers": 1}
     model = {"embed_dim": 8, "quick_gelu": True, "vision_cfg": vision, "text_cfg": text}
-    told = {"model_cfg": model, "preprocess_cfg": {"size": 16, "mean": [0.5] * 3, "std": [0.5] * 3}}
-    (place / "open_clip_config.json").write_text(json.dumps(told))
+    described = {"model_cfg": model, "preprocess_cfg": {"size": 16, "mean": [0.5] * 3, "std": [0.5] * 3}}
+    (place / "open_clip_config.json").write_text(json.dumps(described))
     return "open_clip_config.json", "retrieval-clip"
 
 

@@ -24,7 +24,7 @@ def compressed(name: str, **settings: Any) -> nn.Module:
     torch.manual_seed(0)
     model = timm.create_model(name, **settings).eval()
     randomise(model)
-    return upop.shrink(model, uneven_plan(upop.find_units(model), 2), verify=torch.randn(1, 3, 32, 32))
+    return upop.shrink(model, uneven_plan(upop.find_groups(model), 2), verify=torch.randn(1, 3, 32, 32))
 
 
 slow = partial(pytest.param, marks=pytest.mark.slow)
@@ -60,7 +60,7 @@ def test_it_comes_back_by_name(name: str, settings: dict[str, Any], tmp_path: Pa
 
 def test_a_model_that_has_a_module_under_several_names(tmp_path: Path) -> None:
     model = timm.create_model("coat_tiny", num_classes=5)
-    upop.shrink(model, uneven_plan(upop.find_units(model), 2))
+    upop.shrink(model, uneven_plan(upop.find_groups(model), 2))
     assert model.parallel_blocks[0].mlp4 is model.parallel_blocks[0].mlp2
     again: Any = upop.load(upop.save(model, tmp_path / "out"))
     assert again.parallel_blocks[0].mlp4 is again.parallel_blocks[0].mlp2

@@ -46,7 +46,7 @@ def words() -> Tensor:
     return torch.randint(1, 57, (2, 7), generator=torch.Generator().manual_seed(0))
 
 
-def pictures() -> Tensor:
+def images() -> Tensor:
     return torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 
 
@@ -87,12 +87,12 @@ def blip() -> PreTrainedModel:
 
 MODELS: dict[str, tuple[Callable[[], PreTrainedModel], Callable[[], dict[str, Tensor]]]] = {
     "bert": (bert, lambda: {"input_ids": words()}),
-    "vit": (vit, lambda: {"pixel_values": pictures()}),
+    "vit": (vit, lambda: {"pixel_values": images()}),
     "llama": (llama, lambda: {"input_ids": words()}),
     "gpt2": (gpt2, lambda: {"input_ids": words()}),
     "t5": (t5, lambda: {"input_ids": words(), "decoder_input_ids": words()}),
-    "clip": (clip, lambda: {"input_ids": words(), "pixel_values": pictures()}),
-    "blip": (blip, lambda: {"input_ids": words(), "pixel_values": pictures()}),
+    "clip": (clip, lambda: {"input_ids": words(), "pixel_values": images()}),
+    "blip": (blip, lambda: {"input_ids": words(), "pixel_values": images()}),
 }
 
 
@@ -109,7 +109,7 @@ def compressed(name: str, seed: int = 1) -> tuple[Any, dict[str, Tensor]]:
     randomise(model)
     model.tie_weights()
     inputs = batch()
-    upop.shrink(model, uneven_plan(upop.find_units(model), seed), verify=inputs)
+    upop.shrink(model, uneven_plan(upop.find_groups(model), seed), verify=inputs)
     return model, inputs
 
 
@@ -145,18 +145,18 @@ def test_one_folder_serves_both(name: str, tmp_path: Path) -> None:
 
 def test_a_second_cut_is_recorded_beside_the_first(tmp_path: Path) -> None:
     model, inputs = compressed("vit")
-    dense = {unit.name: unit.size for unit in upop.find_units(vit())}
-    kept = {unit.name: range(max(1, unit.size // 2)) for unit in upop.find_units(model)}
+    dense = {group.name: group.size for group in upop.find_groups(vit())}
+    kept = {group.name: range(max(1, group.size // 2)) for group in upop.find_groups(model)}
     upop.shrink(model, kept, verify=inputs)
     model.save_pretrained(tmp_path)
     again = transformers.ViTForImageClassification.from_pretrained(tmp_path)
     assert bit_equal(again, model, inputs)
-    sizes = {unit.name: unit.size for unit in upop.find_units(model)}
+    sizes = {group.name: group.size for group in upop.find_groups(model)}
     assert recorded(model.config) == {n: (sizes[n], dense[n]) for n in dense if sizes[n] < dense[n]}
     plan = upop.Plan.from_json(
         json.dumps(json.loads((upop.save(model, tmp_path / "x") / "upop.json").read_text())["plan"])
     )
-    assert {name: len(entries) for name, entries in plan.items()} == sizes
+    assert {name: len(channels) for name, channels in plan.items()} == sizes
     assert dict(plan.sizes) == dense
     fresh = vit().eval()
     randomise(fresh)
@@ -182,14 +182,14 @@ def test_a_tower_can_be_loaded_and_saved_alone(tmp_path: Path) -> None:
     model, inputs = compressed("clip")
     model.save_pretrained(tmp_path / "clip")
     model.text_model.save_pretrained(tmp_path / "text")
-    picture, text = {"pixel_values": inputs["pixel_values"]}, {"input_ids": inputs["input_ids"]}
+    image, text = {"pixel_values": inputs["pixel_values"]}, {"input_ids": inputs["input_ids"]}
     vision = transformers.CLIPVisionModel.from_pretrained(tmp_path / "clip")
-    assert bit_equal(vision, model.vision_model, picture)
+    assert bit_equal(vision, model.vision_model, image)
     with_projection = transformers.CLIPVisionModelWithProjection.from_pretrained(tmp_path / "clip")
     with torch.no_grad():
         assert torch.equal(
-            with_projection(**picture).image_embeds,
-            model.visual_projection(model.vision_model(**picture).pooler_output),
+            with_projection(**image).image_embeds,
+            model.visual_projection(model.vision_model(**image).pooler_output),
         )
     assert bit_equal(transformers.CLIPTextModel.from_pretrained(tmp_path / "text"), model.text_model, text)
 
@@ -238,9 +238,11 @@ def test_layers_that_are_dropped_and_still_counted_are_told_of_when_the_model_is
     model, inputs = compressed("llama")
     model.model.layers = model.model.layers[:1]
     inputs["use_cache"] = False
-    with pytest.warns(UserWarning) as told:
+    with pytest.warns(UserWarning) as described:
         folder = upop.save(model, tmp_path / "a")
-    assert any("model.config say how many" in str(each.message) and "layers.1." in str(each.message) for each in told)
+    assert any(
+        "model.config say how many" in str(each.message) and "layers.1." in str(each.message) for each in described
+    )
     other = MODELS["llama"][0]().eval()
     other.model.layers = other.model.layers[:1]
     upop.load_into(other, folder)
@@ -253,7 +255,7 @@ def test_cutting_leaves_the_random_states(tmp_path: Path) -> None:
     positions = {"num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2, "num_attention_heads": 4}
     model = transformers.Wav2Vec2Model(transformers.Wav2Vec2Config(**shared, **sizes, **positions)).eval()
     before = torch.get_rng_state()
-    upop.shrink(model, {upop.find_units(model)[-1].name: range(9)})
+    upop.shrink(model, {upop.find_groups(model)[-1].name: range(9)})
     upop.save(model, tmp_path / "out")
     assert torch.equal(torch.get_rng_state(), before)
 
@@ -262,8 +264,8 @@ PIPELINE = """
 import sys, torch, upop
 from transformers import pipeline
 from PIL import Image
-picture = Image.open(sys.argv[2])
-print([round(row["score"], 6) for row in pipeline("image-classification", model=sys.argv[1], top_k=3)(picture)])
+image = Image.open(sys.argv[2])
+print([round(row["score"], 6) for row in pipeline("image-classification", model=sys.argv[1], top_k=3)(image)])
 """
 
 
@@ -274,10 +276,10 @@ def test_a_pipeline_in_a_fresh_process(tmp_path: Path) -> None:
     folder = upop.save(model, tmp_path / "out")
     processor = transformers.ViTImageProcessor(size={"height": 16, "width": 16})
     processor.save_pretrained(folder)
-    picture = Image.effect_noise((16, 16), 80).convert("RGB")
-    picture.save(tmp_path / "x.png")
+    image = Image.effect_noise((16, 16), 80).convert("RGB")
+    image.save(tmp_path / "x.png")
     with torch.no_grad():
-        scores = model(**processor(picture, return_tensors="pt")).logits.softmax(-1)[0].sort(descending=True).values
+        scores = model(**processor(image, return_tensors="pt")).logits.softmax(-1)[0].sort(descending=True).values
     done = subprocess.run(
         [sys.executable, "-c", PIPELINE, str(folder), str(tmp_path / "x.png")],
         capture_output=True,
@@ -327,11 +329,11 @@ HARM: list[tuple[Callable[[dict[str, Any]], Any], type[Exception], str]] = [
         CheckpointError,
         r"layers\.0\.mlp: \[41, 40\]",
     ),
-    (lambda record: record["kept"].update({"vit.layers.0.mpl": [3, 40]}), PlanError, "no such unit.*did you mean"),
+    (lambda record: record["kept"].update({"vit.layers.0.mpl": [3, 40]}), PlanError, "no such group.*did you mean"),
     (
         lambda record: record["kept"].update({"vit.layers.1.mlp": [3, 48]}),
         PlanError,
-        "48 entries.*the model has 40",
+        "48 channels.*the model has 40",
     ),
 ]
 
@@ -438,4 +440,4 @@ def test_models_inside_other_modules_are_marked(tmp_path: Path) -> None:
     tower.save_pretrained(tmp_path)
     assert recorded(tower.config) == {"vit.layers.1.mlp": (7, 40)}
     again = transformers.ViTForImageClassification.from_pretrained(tmp_path)
-    assert bit_equal(again, tower, {"pixel_values": pictures()})
+    assert bit_equal(again, tower, {"pixel_values": images()})

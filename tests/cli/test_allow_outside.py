@@ -1,4 +1,4 @@
-"""`--allow-outside`, which every command that reads pictures has, sets the setting that every task has."""
+"""`--allow-outside`, which every command that reads images has, sets the setting that every task has."""
 
 from __future__ import annotations
 

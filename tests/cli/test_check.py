@@ -56,14 +56,14 @@ def test_what_is_whole_is_right(recipe: Path) -> None:
     assert code == 0
     assert set(found) == {"checkpoint", "tokenizer", "train", "val", "test"}
     assert all(each["state"] == "right" for each in found.values())
-    assert "BlipCaption" in found["checkpoint"]["told"]
-    assert "5 of them decoded" in found["train"]["told"]
+    assert "BlipCaption" in found["checkpoint"]["message"]
+    assert "5 of them decoded" in found["train"]["message"]
 
 
-def test_another_number_of_records_than_published_is_wrong(recipe: Path) -> None:
+def test_another_number_of_samples_than_published_is_wrong(recipe: Path) -> None:
     code, found = findings(recipe)
     assert code == 1
-    assert "the published data has 566,747 (Karpathy" in found["train"]["told"]
+    assert "the published data has 566,747 (Karpathy" in found["train"]["message"]
     assert found["checkpoint"]["state"] == "right"
 
 
@@ -72,21 +72,21 @@ def test_damaged_missing_and_empty_files_are_named(recipe: Path) -> None:
     first.write_bytes(b"")
     second.write_bytes(second.read_bytes()[:-40])
     code, found = findings(recipe, "--any-count", "--decode", "all")
-    told = " ".join(each["told"] for each in found.values())
+    message = " ".join(each["message"] for each in found.values())
     assert code == 1
-    assert f"1 empty: {first}" in told
-    assert f"1 unreadable: {second}" in told
+    assert f"1 empty: {first}" in message
+    assert f"1 unreadable: {second}" in message
     third.unlink()
     code, found = findings(recipe, "--any-count")
     assert code == 1
-    assert any(third.name in each["told"] and each["state"] == "wrong" for each in found.values())
+    assert any(third.name in each["message"] and each["state"] == "wrong" for each in found.values())
 
 
 def test_a_checkpoint_that_is_none_is_told_and_the_rest_is_looked_at(recipe: Path, tmp_path: Path) -> None:
     code, found = findings(recipe, "--any-count", "--pretrained", str(tmp_path / "nothing.pth"))
     assert code == 1
     assert found["checkpoint"]["state"] == "wrong"
-    assert "nothing.pth" in found["checkpoint"]["told"]
+    assert "nothing.pth" in found["checkpoint"]["message"]
     assert found["train"]["state"] == "right"
 
 

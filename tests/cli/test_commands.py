@@ -73,8 +73,8 @@ def test_data_shapes_writes_the_published_layout(upop_command: Callable[..., tup
     code, text = upop_command("data", "shapes", "--task", "nlvr", "--out", tmp_path / "d", "--seed", 5, "--size", 40)
     assert code == 0
     assert "40 train" in text
-    records = json.loads((tmp_path / "d" / "annotation" / "nlvr_train.json").read_text())
-    assert set(records[0]) == {"sentence", "label", "images"}
+    samples = json.loads((tmp_path / "d" / "annotation" / "nlvr_train.json").read_text())
+    assert set(samples[0]) == {"sentence", "label", "images"}
     code, text = upop_command("data", "shapes", "--out", tmp_path / "d", "--seed", 6, "--size", 40)
     assert code == 1
     assert "Traceback" not in text
@@ -110,12 +110,12 @@ def test_mistakes_in_settings(upop_command: Callable[..., tuple[int, str]], word
     assert "Traceback" not in text
 
 
-def _edit_records(change: Callable[[list[dict[str, Any]]], Any]) -> Callable[[Path], None]:
+def _edit_samples(change: Callable[[list[dict[str, Any]]], Any]) -> Callable[[Path], None]:
     def edit(data: Path) -> None:
         file = data / "annotation" / "nlvr_dev.json"
-        records = json.loads(file.read_text())
-        change(records)
-        file.write_text(json.dumps(records))
+        samples = json.loads(file.read_text())
+        change(samples)
+        file.write_text(json.dumps(samples))
 
     return edit
 
@@ -125,14 +125,14 @@ BAD_DATA: list[tuple[str, Callable[[Path], None], list[str]]] = [
     ("no file", lambda data: (data / "annotation/nlvr_dev.json").unlink(), ["nlvr_dev.json"]),
     (
         "label",
-        _edit_records(lambda r: r[17].update(label="true")),
-        ["nlvr_dev.json", "record 17", "label", "true"],
+        _edit_samples(lambda r: r[17].update(label="true")),
+        ["nlvr_dev.json", "sample 17", "label", "true"],
     ),
-    ("key", _edit_records(lambda r: r[3].pop("sentence")), ["record 3", "sentence"]),
+    ("key", _edit_samples(lambda r: r[3].pop("sentence")), ["sample 3", "sentence"]),
     (
         "image",
-        _edit_records(lambda r: r[5].update(images=["gone.png", "gone.png"])),
-        ["record 5", "gone.png"],
+        _edit_samples(lambda r: r[5].update(images=["gone.png", "gone.png"])),
+        ["sample 5", "gone.png"],
     ),
     ("tokenizer", lambda data: shutil.rmtree(data / "tokenizer"), ["tokenizer"]),
 ]
@@ -156,11 +156,11 @@ def test_bad_data_is_named_before_training(
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_truncated_picture_is_named(upop_command: Callable[..., tuple[int, str]], tmp_path: Path, workers: int) -> None:
+def test_truncated_image_is_named(upop_command: Callable[..., tuple[int, str]], tmp_path: Path, workers: int) -> None:
     config = runs.make_data(tmp_path)
-    record = json.loads((tmp_path / "data/annotation/nlvr_dev.json").read_text())[2]
-    picture = tmp_path / "data/images/NLVR2" / record["images"][0]
-    picture.write_bytes(picture.read_bytes()[:80])
+    sample = json.loads((tmp_path / "data/annotation/nlvr_dev.json").read_text())[2]
+    image = tmp_path / "data/images/NLVR2" / sample["images"][0]
+    image.write_bytes(image.read_bytes()[:80])
     code, text = upop_command(
         "evaluate",
         "nlvr",
@@ -172,9 +172,9 @@ def test_truncated_picture_is_named(upop_command: Callable[..., tuple[int, str]]
         f"num_workers={workers}",
     )
     assert code == 1
-    assert picture.name in text
+    assert image.name in text
     assert "nlvr_dev.json" in text
-    assert "record" in text
+    assert "sample" in text
     assert "Traceback" not in text
 
 
@@ -241,7 +241,7 @@ def test_missing_data_is_named_where_nothing_is_set_up(
 
 
 @pytest.mark.parametrize(
-    ("task", "flags", "told"),
+    ("task", "flags", "described"),
     [
         ("classification", (), "data_path is datasets/vision/imagenet, the default, looked for in"),
         ("classification", ("--data-path", "mine"), "data_path is mine, looked for in"),
@@ -255,16 +255,16 @@ def test_missing_data_is_told_with_the_setting_that_names_its_folder(
     monkeypatch: pytest.MonkeyPatch,
     task: str,
     flags: tuple[str, ...],
-    told: str,
+    described: str,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("DATASET", raising=False)
     code, text = upop_command("train", task, "--output-dir", tmp_path / "run", *flags)
     assert code == 1
-    assert f"{told} {tmp_path}" in text
+    assert f"{described} {tmp_path}" in text
 
 
-def test_missing_pictures_of_a_data_set_are_told_with_its_default(
+def test_missing_images_of_a_data_set_are_told_with_its_default(
     upop_command: Callable[..., tuple[int, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = runs.make_task("retrieval", tmp_path)

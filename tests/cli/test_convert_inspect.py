@@ -53,7 +53,7 @@ def test_mistakes_of_conversion_are_told(command: Command, tmp_path: Path) -> No
         (["convert", tmp_path / "nlvr" / "upop.json", tmp_path / "x"], "no checkpoint that torch can read"),
         (["inspect", "deit_smal_patch16_224"], "did you mean 'deit_small_patch16_224'"),
         (["inspect", tmp_path / "nlvr", "--ratio", "1.5"], "strictly between 0 and 1"),
-        (["inspect", tmp_path / "nlvr", "--ratio", "0.5", "--align", "0"], "align must be a whole number"),
+        (["inspect", tmp_path / "nlvr", "--ratio", "0.5", "--round-to", "0"], "round_to must be a whole number"),
     ]
     for words, said in mistakes:
         code, text = command(*words)
@@ -100,7 +100,7 @@ def test_models_of_transformers(command: Command, tmp_path: Path, build: Callabl
 
 def test_a_compressed_model_of_transformers_says_what_it_keeps(command: Command, tmp_path: Path) -> None:
     model, _ = compressed("vit")
-    sizes = [unit.size for unit in upop.find_units(model) if unit.kind == "mlp"]
+    sizes = [group.size for group in upop.find_groups(model) if group.kind == "mlp"]
     model.save_pretrained(tmp_path)
     code, text = command("inspect", tmp_path)
     assert code == 0, text
@@ -115,7 +115,7 @@ def test_a_model_of_open_clip(command: Command, tmp_path: Path) -> None:
     upop.shrink(model, {"visual.transformer.resblocks.0.mlp": range(5)})
     code, printed = command("inspect", upop.save(model, tmp_path / "clip"), "--ratio", "0.5")
     assert code == 0, printed
-    assert "5 to 96 of 96" in printed and "one picture of 32 x 32 pixels and one text of 7 tokens" in printed
+    assert "5 to 96 of 96" in printed and "one image of 32 x 32 pixels and one text of 7 tokens" in printed
 
 
 def test_a_model_that_cannot_be_pruned_is_shown_all_the_same(command: Command) -> None:

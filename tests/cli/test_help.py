@@ -45,16 +45,16 @@ def test_help_shows_flags_and_defaults_whole(
     assert code == 0
     assert max(map(len, text.splitlines())) <= 80
     words = re.split(r"[\s,]+", text)
-    told = " ".join(text.split())
+    described = " ".join(text.split())
     for parameter in node.params:
         if getattr(parameter, "hidden", False):
             continue
         assert all(flag in words for flag in parameter.opts if flag.startswith("-"))
         default = parameter.default
         if isinstance(default, str | int) and not isinstance(default, bool):
-            assert f"default: {default}" in told
+            assert f"default: {default}" in described
         for shown in re.findall(r"\[.*?\]", parameter.help or ""):
-            assert " ".join(shown.split()) in told
+            assert " ".join(shown.split()) in described
 
 
 def test_the_published_output_dir_can_be_read(ended: Ended, monkeypatch: pytest.MonkeyPatch) -> None:

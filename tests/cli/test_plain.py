@@ -16,7 +16,7 @@ from rich.console import Console
 from upop.cli.app import main
 from upop.errors import DataError
 from upop.plain import as_text, one_line, plain
-from upop.training.progress import RunProgress
+from upop.runs.progress import RunProgress
 
 ODD = "[/] [bold red]a[/bold red] [link=http://b]c[/link] :smile: \x1b]8;;http://d\x07e\x1b[2J\r\u202ef\u2066\x9b"
 WRITTEN = (
@@ -46,7 +46,7 @@ def test_a_console_shows_what_is_written() -> None:
 
 
 def test_a_run_says_what_is_written(capsys: pytest.CaptureFixture[str]) -> None:
-    RunProgress(0, main=True).say(ODD, "yellow")
+    RunProgress(0, main=True).notify(ODD, "yellow")
     assert " ".join(capsys.readouterr().out.split()) == WRITTEN
 
 
@@ -70,9 +70,9 @@ def test_errors_are_shown_as_they_are_written(
     with pytest.raises(SystemExit) as ended:
         main()
     assert ended.value.code == 1
-    told = capsys.readouterr().err
-    assert "[/] [bold red]a[/bold red] [link=http:/" in told and "c[/link] :smile:" in told
-    assert not set("\x1b\x07\r\u202e\u2066\x9b") & set(told)
+    described = capsys.readouterr().err
+    assert "[/] [bold red]a[/bold red] [link=http:/" in described and "c[/link] :smile:" in described
+    assert not set("\x1b\x07\r\u202e\u2066\x9b") & set(described)
 
 
 @pytest.mark.parametrize("words", [[ODD], ["train", "nlvr", f"--{ODD}"], ["train", "nlvr", os.fsdecode(b"\xff")]])
@@ -83,9 +83,9 @@ def test_command_lines_that_are_none_are_shown_as_they_are_written(
     with pytest.raises(SystemExit) as ended:
         main()
     assert ended.value.code == 2
-    told = capsys.readouterr().err
-    assert told.startswith("Error: ")
-    assert not set("\x1b\x07\r\u202e\u2066\x9b\udcff") & set(told)
+    described = capsys.readouterr().err
+    assert described.startswith("Error: ")
+    assert not set("\x1b\x07\r\u202e\u2066\x9b\udcff") & set(described)
 
 
 def test_warnings_and_messages_are_whole_and_plain(
@@ -125,5 +125,5 @@ def test_recipes_of_others_are_listed_as_they_are_written(
     with pytest.raises(SystemExit) as ended:
         main()
     assert ended.value.code == 0
-    told = capsys.readouterr().out
-    assert WRITTEN in told and "[/] x" in told
+    described = capsys.readouterr().out
+    assert WRITTEN in described and "[/] x" in described

@@ -66,9 +66,9 @@ def test_an_error_says_its_rank(
     torchrun: None, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     command = typer.Typer()
-    command.command()(raising(DataError("data.json, record 3: no image.")))
+    command.command()(raising(DataError("data.json, sample 3: no image.")))
     monkeypatch.setattr("sys.argv", ["upop"])
     with pytest.raises(SystemExit) as ended:
         main(command)
     assert ended.value.code == 1
-    assert "Error (rank 3 of 8): DataError: data.json, record 3: no image." in capfd.readouterr().err
+    assert "Error (rank 3 of 8): DataError: data.json, sample 3: no image." in capfd.readouterr().err

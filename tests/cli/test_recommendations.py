@@ -54,9 +54,11 @@ def messages(file: Path) -> Iterator[tuple[int, str]]:
     """Yield the texts of a module that are no docstrings, with their lines; what is filled in is a hole."""
     tree = ast.parse(file.read_text())
     parts = {id(value) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for value in node.values}
-    told = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}  # what stands alone is no message
+    described = {
+        id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)
+    }  # what stands alone is no message
     for node in ast.walk(tree):
-        if id(node) in parts | told:
+        if id(node) in parts | described:
             continue
         if isinstance(node, ast.JoinedStr):
             yield (

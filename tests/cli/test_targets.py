@@ -17,8 +17,8 @@ from upop.checkpoints.official import save_official
 from upop.cli.demo import CONFIG, DENSE
 from upop.errors import RunFolderError
 from upop.ownership import MARKER
+from upop.runs.folder import RunFolder
 from upop.tasks import find_task
-from upop.training.folder import RunFolder
 
 Command = Callable[..., tuple[int, str]]
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from upop.data.shapes import Summary, write_shapes
+from upop.demo import Summary, write_shapes
 
 
 @pytest.fixture(scope="session")

@@ -65,8 +65,8 @@ def test_answers_alone_are_labels(family: str, tmp_path: Path) -> None:
     assert "red" not in format.tokenizer.decode(asked["input_ids"][0])
     if format.style != "seq2seq":  # what stands before the answer is the same, whatever fills up
         place = int((batch["labels"][0] != IGNORED).nonzero()[0])
-        told = asked["input_ids"][0][asked["attention_mask"][0] == 1]
-        assert torch.equal(told, batch["input_ids"][0, :place])
+        described = asked["input_ids"][0][asked["attention_mask"][0] == 1]
+        assert torch.equal(described, batch["input_ids"][0, :place])
 
 
 @pytest.mark.parametrize("family", mostly_slow(["llava", "smolvlm", "qwen2_5_vl", "qwen3_vl", "internvl"], "llava"))

@@ -1,4 +1,4 @@
-"""ImageNet's folders as they are read: labels, what is wrong with them, repeated records, and mixed batches."""
+"""ImageNet's folders as they are read: labels, what is wrong with them, repeated samples, and mixed batches."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from PIL import Image
 from upop.data.classification import ImageCollator, ImageFolderDataset, RepeatedSampler, class_names
 from upop.data.classification_transforms import Augmentation, Mixing, eval_transform, train_transform
 from upop.errors import DataError, SettingError
-from upop.training.loaders import SeededDataset
+from upop.runs.loaders import SeededDataset
 
 CLASSES = ("ape", "bee", "cat")
 SIZE = 16
@@ -23,7 +23,7 @@ SIZE = 16
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    """Three classes of 5 pictures to train on and 2 to evaluate, with endings as ImageNet has them."""
+    """Three classes of 5 images to train on and 2 to evaluate, with endings as ImageNet has them."""
     generator = np.random.default_rng(0)
     for split, count in (("train", 5), ("val", 2)):
         for name in CLASSES:
@@ -41,22 +41,22 @@ def read(root: Path, split: str = "val", **more: Any) -> ImageFolderDataset:
 def test_labels_are_the_places_of_folders_by_name(root: Path) -> None:
     (root / "val" / "notes.txt").write_text("no class")
     (root / "train" / ".cache").mkdir()
-    (root / "train" / "bee" / "list.txt").write_text("no picture")
+    (root / "train" / "bee" / "list.txt").write_text("no image")
     (root / "train" / "cat" / "more").mkdir()
     (root / "train" / "cat" / "cat_0.JPEG").rename(root / "train" / "cat" / "more" / "cat_0.JPEG")
     assert class_names(root) == list(CLASSES)
-    records = read(root, "train")
-    assert Counter(records[number]["label"] for number in range(len(records))) == {0: 5, 1: 5, 2: 5}
+    samples = read(root, "train")
+    assert Counter(samples[number]["label"] for number in range(len(samples))) == {0: 5, 1: 5, 2: 5}
     item = read(root)[5]
     assert item["label"] == 2
     assert item["image"].shape == (3, SIZE, SIZE)
     assert "draw" not in item
 
 
-def test_evaluation_sees_the_middle_of_a_picture(tmp_path: Path) -> None:
-    picture = Image.new("RGB", (64, 32), (255, 255, 255))
-    picture.paste((0, 0, 0), (30, 14, 34, 18))
-    seen = eval_transform(28)(picture)
+def test_evaluation_sees_the_middle_of_a_image(tmp_path: Path) -> None:
+    image = Image.new("RGB", (64, 32), (255, 255, 255))
+    image.paste((0, 0, 0), (30, 14, 34, 18))
+    seen = eval_transform(28)(image)
     assert seen.shape == (3, 28, 28)
     dark = (seen < 0).all(0).nonzero()
     assert dark.min(0).values.tolist() == [12, 12]
@@ -69,7 +69,7 @@ def test_evaluation_sees_the_middle_of_a_picture(tmp_path: Path) -> None:
     ("harm", "said"),
     [
         (lambda root: (root / "val" / "cat" / "cat_0.JPEG").unlink(), None),
-        (lambda root: [path.unlink() for path in (root / "val" / "cat").iterdir()], r"val/cat holds no picture"),
+        (lambda root: [path.unlink() for path in (root / "val" / "cat").iterdir()], r"val/cat holds no image"),
         (lambda root: (root / "val" / "bee").rename(root / "val" / "bea"), r"lacks bee .* has besides bea"),
         (lambda root: (root / "val" / "dog").mkdir(), r"val are not those of .*train: it has besides dog \(1 in all\)"),
         (lambda root: (root / "val").rename(root / "valid"), r"val cannot be read \(did you mean 'valid'\?\)"),
@@ -101,18 +101,18 @@ def test_a_label_above_the_class_count_is_named(root: Path) -> None:
         read(root, classes=2)
 
 
-def test_a_picture_that_cannot_be_read_is_named(root: Path) -> None:
+def test_a_image_that_cannot_be_read_is_named(root: Path) -> None:
     path = root / "val" / "bee" / "bee_1.JPEG"
     path.write_bytes(path.read_bytes()[:100])
-    records = read(root)
-    assert records[2]["label"] == 1
-    with pytest.raises(DataError, match=r"record 3: the image .*bee_1\.JPEG cannot be read"):
-        records[3]
+    samples = read(root)
+    assert samples[2]["label"] == 1
+    with pytest.raises(DataError, match=r"sample 3: the image .*bee_1\.JPEG cannot be read"):
+        samples[3]
 
 
 def test_augmentation_follows_torchs_seed_alone_and_leaves_other_chance_alone(root: Path) -> None:
-    records = ImageFolderDataset(root, "train", train_transform(SIZE, Augmentation()), training=True)
-    seeded = SeededDataset(records, seed=3)
+    samples = ImageFolderDataset(root, "train", train_transform(SIZE, Augmentation()), training=True)
+    seeded = SeededDataset(samples, seed=3)
     random.seed(1)
     np.random.seed(1)
     expected = random.getstate(), np.random.get_state()[1].tolist()
@@ -120,7 +120,7 @@ def test_augmentation_follows_torchs_seed_alone_and_leaves_other_chance_alone(ro
     assert (random.getstate(), np.random.get_state()[1].tolist()) == expected
     random.seed(2)
     np.random.seed(2)
-    again, copy = seeded[4], seeded[4 + len(records)]
+    again, copy = seeded[4], seeded[4 + len(samples)]
     assert torch.equal(first["image"], again["image"])
     assert first["draw"] == again["draw"] != copy["draw"]
     assert first["label"] == copy["label"]
@@ -141,11 +141,11 @@ def test_policies_run_at_their_highest_level(policy: str) -> None:
     transform = train_transform(SIZE, Augmentation(policy=policy, erasing=0.0))
     random.seed(0)
     np.random.seed(0)
-    picture = Image.effect_noise((30, 20), 60).convert("RGB")
-    assert all(transform(picture).isfinite().all() for _ in range(120))
+    image = Image.effect_noise((30, 20), 60).convert("RGB")
+    assert all(transform(image).isfinite().all() for _ in range(120))
 
 
-def test_a_picture_without_bits_is_black() -> None:
+def test_a_image_without_bits_is_black() -> None:
     transform = train_transform(SIZE, Augmentation(policy="rand-m10-inc1", erasing=0.0))
     (policy,) = (step for step in transform.transforms if hasattr(step, "ops"))  # type: ignore[attr-defined]
     (operation,) = (each for each in policy.ops if each.name.startswith("Posterize"))
@@ -153,18 +153,18 @@ def test_a_picture_without_bits_is_black() -> None:
     assert not np.asarray(operation(Image.new("RGB", (4, 4), (200, 100, 50)))).any()
 
 
-def test_repeated_augmentation_sees_copies_of_a_third_of_the_records(root: Path) -> None:
-    records = read(root, "train")
-    sampler = RepeatedSampler(records, 3, seed=0)
+def test_repeated_augmentation_sees_copies_of_a_third_of_the_samples(root: Path) -> None:
+    samples = read(root, "train")
+    sampler = RepeatedSampler(samples, 3, seed=0)
     drawn = list(sampler)
-    assert len(drawn) == len(sampler) == len(records) == 15
+    assert len(drawn) == len(sampler) == len(samples) == 15
     assert len(set(drawn)) == 15  # copies are numbers of their own
     assert sorted(Counter(number % 15 for number in drawn).values()) == [3] * 5
     assert {number // 15 for number in drawn} == {0, 1, 2}
     assert list(sampler) == drawn
     sampler.set_epoch(1)
     assert list(sampler) != drawn
-    assert list(RepeatedSampler(records, 3, seed=1)) != drawn
+    assert list(RepeatedSampler(samples, 3, seed=1)) != drawn
 
 
 def batch(count: int) -> list[Any]:
@@ -176,8 +176,8 @@ def batch(count: int) -> list[Any]:
 
 @pytest.mark.parametrize("mode", ["batch", "pair", "elem"])
 @pytest.mark.parametrize("kind", [{"cutmix": 0.0}, {"mixup": 0.0}, {}, {"mixup": 0.0, "cutmix_minmax": (0.3, 0.6)}])
-def test_targets_say_how_much_of_each_class_a_mixed_picture_shows(mode: Any, kind: dict[str, Any]) -> None:
-    """Every pixel here tells which picture it comes from."""
+def test_targets_say_how_much_of_each_class_a_mixed_image_shows(mode: Any, kind: dict[str, Any]) -> None:
+    """Every pixel here tells which image it comes from."""
     collate = ImageCollator(Mixing(3, mode=mode, smoothing=0.0, **kind))
     mixed = collate(batch(6))
     assert mixed["labels"].tolist() == [0, 1, 2, 0, 1, 2]

@@ -1,4 +1,4 @@
-"""Which files are pictures, where they may lie, and what is never opened."""
+"""Which files are images, where they may lie, and what is never opened."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from PIL import Image
 from upop.data import images
 from upop.data.caption import CaptionEvalDataset, CaptionTrainDataset
 from upop.data.classification import ImageFolderDataset
-from upop.data.images import ENDINGS, Bounds, list_pictures, open_image
+from upop.data.images import ENDINGS, Bounds, list_images, open_image
 from upop.data.nlvr import NlvrDataset
 from upop.data.retrieval import RetrievalGallery, RetrievalPairs
 from upop.data.segmentation import SegmentationDataset
@@ -28,7 +28,7 @@ from upop.tasks import TASKS, find_task
 EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n%%EOF\n"
 
 
-def picture(path: Path, form: str | None = None, mode: str = "RGB", size: tuple[int, int] = (8, 6)) -> Path:
+def write_image(path: Path, form: str | None = None, mode: str = "RGB", size: tuple[int, int] = (8, 6)) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new(mode, size).save(path, form)
     return path
@@ -41,18 +41,18 @@ def opened(path: Path) -> Image.Image:
 def reason(path: Path) -> str:
     with pytest.raises(BadImageError) as caught:
         opened(path)
-    assert str(path) in str(caught.value) and "record 3" in str(caught.value)
+    assert str(path) in str(caught.value) and "sample 3" in str(caught.value)
     return caught.value.reason
 
 
 @pytest.mark.parametrize("form", ["JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000"])
 def test_the_content_tells_the_kind_and_not_the_name(tmp_path: Path, form: str) -> None:
-    assert opened(picture(tmp_path / "a.eps", form)).size == (8, 6)
+    assert opened(write_image(tmp_path / "a.eps", form)).size == (8, 6)
 
 
 @pytest.mark.parametrize("form", ["ICO", "PCX", "TGA", "SGI", "DDS", "PDF"])
 def test_other_kinds_are_refused_whatever_they_are_called(tmp_path: Path, form: str) -> None:
-    assert "no image of a kind that is read (JPEG, PNG" in reason(picture(tmp_path / "a.jpg", form))
+    assert "no image of a kind that is read (JPEG, PNG" in reason(write_image(tmp_path / "a.jpg", form))
 
 
 def test_no_other_program_is_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -76,17 +76,15 @@ def test_only_regular_files_are_opened(tmp_path: Path) -> None:
 
 
 def test_sizes_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert "one side is over 1000 times the other" in reason(picture(tmp_path / "a.png", size=(1, 1001)))
-    assert opened(picture(tmp_path / "b.png", size=(1000, 1))).size == (1000, 1)
+    assert "one side is over 1000 times the other" in reason(write_image(tmp_path / "a.png", size=(1, 1001)))
+    assert opened(write_image(tmp_path / "b.png", size=(1000, 1))).size == (1000, 1)
     monkeypatch.setattr(images, "MOST_PIXELS", 47)
-    assert reason(picture(tmp_path / "c.png")) == "it has 8 x 6 pixels, and 47 in all are the most"
+    assert reason(write_image(tmp_path / "c.png")) == "it has 8 x 6 pixels, and 47 in all are the most"
     monkeypatch.setattr(images, "_MOST_BYTES", 10)
     assert "and 10 are the most" in reason(tmp_path / "b.png")
 
 
-def test_a_picture_that_claims_much_is_refused_before_its_pixels(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_image_that_claims_much_is_refused_before_its_pixels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where a program took Pillow's own bound away."""
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
     buffer = io.BytesIO()
@@ -131,11 +129,11 @@ INSIDE = ("here/1.png", "5.png", "in/../in/1.png", "{}/pictures/in/1.png", "hub/
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    """A folder of pictures, one beside it, and links that leave it."""
-    picture(tmp_path / "pictures" / "in" / "1.png")
-    picture(tmp_path / "pictures" / "in" / "9.png")
-    picture(tmp_path / "2.png")
-    picture(tmp_path / "else" / "3.png")
+    """A folder of images, one beside it, and links that leave it."""
+    write_image(tmp_path / "pictures" / "in" / "1.png")
+    write_image(tmp_path / "pictures" / "in" / "9.png")
+    write_image(tmp_path / "2.png")
+    write_image(tmp_path / "else" / "3.png")
     folder = tmp_path / "pictures"
     (folder / "4.png").symlink_to(tmp_path / "2.png")
     (folder / "away").symlink_to(tmp_path / "else")
@@ -149,16 +147,14 @@ def root(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     "image", ["../2.png", "in/../../2.png", "{}/2.png", "4.png", "away/3.png", "hub/2.png", "/2.png"]
 )
-def test_pictures_outside_of_their_folder_are_refused_by_row(
-    tmp_path: Path, root: Path, reader: str, image: str
-) -> None:
+def test_images_outside_of_their_folder_are_refused_by_row(tmp_path: Path, root: Path, reader: str, image: str) -> None:
     image = image.format(tmp_path)
     file = annotated(tmp_path, reader, image)
     with pytest.raises(DataError) as caught:
         READERS[reader](file, root, False)
-    told = str(caught.value)
-    assert told.startswith(f"{file}, record 1: the image '{image}' ")
-    assert f"outside of the image root {root}" in told and "--allow-outside" in told
+    described = str(caught.value)
+    assert described.startswith(f"{file}, sample 1: the image '{image}' ")
+    assert f"outside of the image root {root}" in described and "--allow-outside" in described
     if Path(root / image).exists():
         assert len(READERS[reader](file, root, True)) == 2
 
@@ -167,7 +163,7 @@ def test_pictures_outside_of_their_folder_are_refused_by_row(
 @pytest.mark.parametrize(
     "image", ["here/1.png", "5.png", "in/../in/1.png", "{}/pictures/in/1.png", "hub/pictures/5.png"]
 )
-def test_whatever_leads_to_a_picture_inside_is_taken(tmp_path: Path, root: Path, reader: str, image: str) -> None:
+def test_whatever_leads_to_a_image_inside_is_taken(tmp_path: Path, root: Path, reader: str, image: str) -> None:
     (tmp_path / "link").symlink_to(root)
     image = image.format(tmp_path)
     for folder in (root, tmp_path / "link", Path(os.path.relpath(root))):
@@ -184,7 +180,7 @@ def test_what_is_no_file_is_told_at_the_start(tmp_path: Path, root: Path) -> Non
 def classes(folder: Path) -> Path:
     for split in ("train", "val"):
         for name in ("cat", "dog"):
-            picture(folder / split / name / "1.jpg")
+            write_image(folder / split / name / "1.jpg")
     return folder
 
 
@@ -192,36 +188,36 @@ def listed(folder: Path, **options: Any) -> ImageFolderDataset:
     return ImageFolderDataset(folder, "train", np.asarray, training=False, **options)  # type: ignore[arg-type]
 
 
-def test_pictures_of_all_common_endings_are_read(tmp_path: Path) -> None:
+def test_images_of_all_common_endings_are_read(tmp_path: Path) -> None:
     folder = classes(tmp_path)
     for ending in ENDINGS:
-        picture(folder / "train" / "cat" / f"b{ending}", "PNG")
-        picture(folder / "train" / "cat" / f"c{ending.upper()}", "PNG")
-    records = listed(folder)
-    assert len(records) == 2 + 2 * len(ENDINGS)
-    assert [records[number]["label"] for number in range(len(records))] == [0] * (len(records) - 1) + [1]
-    assert not records.notes
+        write_image(folder / "train" / "cat" / f"b{ending}", "PNG")
+        write_image(folder / "train" / "cat" / f"c{ending.upper()}", "PNG")
+    samples = listed(folder)
+    assert len(samples) == 2 + 2 * len(ENDINGS)
+    assert [samples[number]["label"] for number in range(len(samples))] == [0] * (len(samples) - 1) + [1]
+    assert not samples.notes
 
 
 def test_hidden_files_and_folders_are_no_data_at_any_depth(tmp_path: Path) -> None:
     folder = classes(tmp_path)
     for name in ("._1.jpg", ".ipynb_checkpoints/1-checkpoint.jpg", "more/.hidden/2.jpg", ".DS_Store.png"):
-        picture(folder / "train" / "cat" / name)
-    picture(folder / "train" / ".cache" / "1.jpg")
-    picture(folder / "train" / "cat" / "more" / "3.jpg")
-    records = listed(folder)
-    assert records.names == ["cat", "dog"]
-    assert len(records) == 3
-    assert not records.notes
+        write_image(folder / "train" / "cat" / name)
+    write_image(folder / "train" / ".cache" / "1.jpg")
+    write_image(folder / "train" / "cat" / "more" / "3.jpg")
+    samples = listed(folder)
+    assert samples.names == ["cat", "dog"]
+    assert len(samples) == 3
+    assert not samples.notes
 
 
 def test_files_that_are_left_out_are_counted_and_said(tmp_path: Path) -> None:
     folder = classes(tmp_path)
     for name in ("cat/a.txt", "cat/b.TXT", "dog/more/Thumbs.db", "dog/README"):
-        picture(folder / "train" / name, "PNG")
-    picture(folder / "train" / "3.jpg")
+        write_image(folder / "train" / name, "PNG")
+    write_image(folder / "train" / "3.jpg")
     beside, others = listed(folder).notes
-    assert "1 pictures beside the class folders" in beside and "train/3.jpg" in beside
+    assert "1 images beside the class folders" in beside and "train/3.jpg" in beside
     assert "4 files" in others and ".txt (1)" in others and "no ending (1)" in others and "cat/a.txt" in others
 
 
@@ -234,7 +230,7 @@ def test_links_between_folders_end(tmp_path: Path) -> None:
 
 def test_links_of_class_folders_stay_inside(tmp_path: Path) -> None:
     folder = classes(tmp_path / "data")
-    elsewhere = picture(tmp_path / "else" / "2.jpg")
+    elsewhere = write_image(tmp_path / "else" / "2.jpg")
     (folder / "train" / "cat" / "2.jpg").symlink_to(elsewhere)
     with pytest.raises(DataError, match=r"train/cat/2\.jpg is a link to .*else/2\.jpg, outside"):
         listed(folder)
@@ -249,33 +245,33 @@ def test_links_of_class_folders_stay_inside(tmp_path: Path) -> None:
 
 def test_label_maps_are_the_files_that_were_found(tmp_path: Path) -> None:
     for number, (one, other) in enumerate([("jpg", "PNG"), ("JPEG", "png"), ("gif", "Png"), ("jfif", "png")]):
-        picture(tmp_path / "images" / "training" / f"{number}.{one}", "PNG")
-        picture(tmp_path / "annotations" / "training" / f"{number}.{other}", "PNG", "L")
-    picture(tmp_path / "images" / "training" / "._0.jpg")
-    picture(tmp_path / "annotations" / "training" / ".ipynb_checkpoints" / "0.png")
+        write_image(tmp_path / "images" / "training" / f"{number}.{one}", "PNG")
+        write_image(tmp_path / "annotations" / "training" / f"{number}.{other}", "PNG", "L")
+    write_image(tmp_path / "images" / "training" / "._0.jpg")
+    write_image(tmp_path / "annotations" / "training" / ".ipynb_checkpoints" / "0.png")
     (tmp_path / "images" / "training" / "list.txt").write_text("")
-    records = SegmentationDataset(tmp_path, "training", lambda *both: both, 3)
-    assert [records[number]["labels"].unique().tolist() for number in range(len(records))] == [[255]] * 4
-    assert len(records.notes) == 1 and "list.txt" in records.notes[0]
-    picture(tmp_path / "annotations" / "training" / "0.png", "PNG", "L")
+    samples = SegmentationDataset(tmp_path, "training", lambda *both: both, 3)
+    assert [samples[number]["labels"].unique().tolist() for number in range(len(samples))] == [[255]] * 4
+    assert len(samples.notes) == 1 and "list.txt" in samples.notes[0]
+    write_image(tmp_path / "annotations" / "training" / "0.png", "PNG", "L")
     with pytest.raises(DataError, match="holds 1 names twice"):
         SegmentationDataset(tmp_path, "training", lambda *both: both, 3)
 
 
 def test_a_label_map_that_is_a_pipe_is_refused(tmp_path: Path) -> None:
-    picture(tmp_path / "images" / "training" / "1.jpg")
+    write_image(tmp_path / "images" / "training" / "1.jpg")
     (tmp_path / "annotations" / "training").mkdir(parents=True)
     os.mkfifo(tmp_path / "annotations" / "training" / "1.png")
-    records = SegmentationDataset(tmp_path, "training", lambda *both: both, 3)
+    samples = SegmentationDataset(tmp_path, "training", lambda *both: both, 3)
     with pytest.raises(BadImageError, match="a named pipe, not a file"):
-        records[0]
+        samples[0]
 
 
 def test_a_listing_is_in_the_order_of_names(tmp_path: Path) -> None:
     names = ["b/2.png", "b/10.png", "a.png", "b/c/1.png", "B/1.png"]
     for name in names:
-        picture(tmp_path / name)
-    found = list_pictures(tmp_path, Bounds(tmp_path, outside=False)).pictures
+        write_image(tmp_path / name)
+    found = list_images(tmp_path, Bounds(tmp_path, outside=False)).images
     assert [str(Path(path).relative_to(tmp_path)) for path in found] == [
         "a.png",
         "B/1.png",

@@ -1,4 +1,4 @@
-"""NLVR2 records: what a good file gives, and what every way of being broken says."""
+"""NLVR2 samples: what a good file gives, and what every way of being broken says."""
 
 import copy
 import json
@@ -14,12 +14,12 @@ from torch.utils.data import DataLoader
 
 from together import FORKS
 from upop.data.nlvr import NlvrDataset, collate_nlvr
-from upop.data.shapes import Summary
 from upop.data.tokenizer import load_tokenizer
 from upop.data.transforms import eval_transform
+from upop.demo import Summary
 from upop.errors import DataError
 
-RECORD = {"sentence": "The LEFT image is red.", "label": "True", "images": ["a/red.png", "blue.png"]}
+SAMPLE = {"sentence": "The LEFT image is red.", "label": "True", "images": ["a/red.png", "blue.png"]}
 
 
 @pytest.fixture
@@ -30,30 +30,30 @@ def root(tmp_path: Path) -> Path:
     return tmp_path / "images"
 
 
-def dataset(root: Path, records: object, *, swap: bool = False) -> NlvrDataset:
+def dataset(root: Path, samples: object, *, swap: bool = False) -> NlvrDataset:
     file = root.parent / "nlvr.json"
-    file.write_text(records if isinstance(records, str) else json.dumps(records))
+    file.write_text(samples if isinstance(samples, str) else json.dumps(samples))
     return NlvrDataset(file, root, eval_transform(8), swap=swap)
 
 
-def refusal(root: Path, records: object) -> str:
+def refusal(root: Path, samples: object) -> str:
     with pytest.raises(DataError) as caught:
-        dataset(root, records)
+        dataset(root, samples)
     assert "nlvr.json" in str(caught.value)
     return str(caught.value)
 
 
 def changed(**fields: object) -> list[dict]:
-    """Eighteen records, the last of them with these fields."""
-    return [RECORD] * 17 + [{**RECORD, **fields}]
+    """Eighteen samples, the last of them with these fields."""
+    return [SAMPLE] * 17 + [{**SAMPLE, **fields}]
 
 
 def is_red(image: torch.Tensor) -> bool:
     return bool(image[0].mean() > image[2].mean())
 
 
-def test_a_record_gives_two_images_a_clean_sentence_and_a_label(root: Path):
-    data = dataset(root, [RECORD, {**RECORD, "label": "False", "images": ["blue.png", "a/red.png"]}])
+def test_a_sample_gives_two_images_a_clean_sentence_and_a_label(root: Path):
+    data = dataset(root, [SAMPLE, {**SAMPLE, "label": "False", "images": ["blue.png", "a/red.png"]}])
     assert len(data) == 2
     item = data[0]
     assert (item["sentence"], item["label"], data[1]["label"]) == ("the left image is red", 1, 0)
@@ -65,16 +65,16 @@ def test_a_record_gives_two_images_a_clean_sentence_and_a_label(root: Path):
 
 
 def test_fields_that_nobody_asked_for_are_no_problem(root: Path):
-    assert len(dataset(root, [{**RECORD, "identifier": "dev-1", "synset": 3}])) == 1
+    assert len(dataset(root, [{**SAMPLE, "identifier": "dev-1", "synset": 3}])) == 1
 
 
 def test_a_byte_order_mark_is_no_problem(root: Path):
-    assert len(dataset(root, "\ufeff" + json.dumps([RECORD]))) == 1
+    assert len(dataset(root, "\ufeff" + json.dumps([SAMPLE]))) == 1
 
 
 def test_swapping_keeps_the_statement_about_the_images(root: Path):
     """The sentence says which image is red, so it stays true however the two images lie."""
-    data = dataset(root, [RECORD], swap=True)
+    data = dataset(root, [SAMPLE], swap=True)
     torch.manual_seed(0)
     swapped = 0
     for _ in range(200):
@@ -87,7 +87,7 @@ def test_swapping_keeps_the_statement_about_the_images(root: Path):
 
 
 def test_without_swap_nothing_is_drawn(root: Path):
-    data = dataset(root, [RECORD])
+    data = dataset(root, [SAMPLE])
     torch.manual_seed(0)
     before = torch.get_rng_state()
     assert all(is_red(data[0]["image0"]) for _ in range(20))
@@ -95,7 +95,7 @@ def test_without_swap_nothing_is_drawn(root: Path):
 
 
 def test_a_missing_file_is_named_with_a_hint(root: Path):
-    dataset(root, [RECORD])
+    dataset(root, [SAMPLE])
     with pytest.raises(DataError, match=r"nlvrr\.json does not exist \(did you mean 'nlvr\.json'\?\)"):
         NlvrDataset(root.parent / "nlvrr.json", root, eval_transform(8), swap=False)
     with pytest.raises(DataError, match=r"does not exist, nor does the folder .*annotations"):
@@ -110,13 +110,13 @@ def test_a_missing_file_is_named_with_a_hint(root: Path):
         ("", "is not JSON"),
         ('[{"sentence": "a', "is not JSON.*cut off"),
         ("[" * 100_000, "is not JSON"),
-        ("{}", r"must hold a list of records, not \{\}"),
-        ("null", "must hold a list of records, not null"),
-        ("[]", "holds no records"),
-        ("[1]", "record 0: must be an object with named fields, not 1"),
+        ("{}", r"must hold a list of samples, not \{\}"),
+        ("null", "must hold a list of samples, not null"),
+        ("[]", "holds no samples"),
+        ("[1]", "sample 0: must be an object with named fields, not 1"),
     ],
 )
-def test_a_file_that_is_no_list_of_records_is_refused(root: Path, content: str, message: str):
+def test_a_file_that_is_no_list_of_samples_is_refused(root: Path, content: str, message: str):
     with pytest.raises(DataError, match=message):
         dataset(root, content)
 
@@ -124,43 +124,43 @@ def test_a_file_that_is_no_list_of_records_is_refused(root: Path, content: str, 
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"sentence": 5}, "record 17: 'sentence' must be a text that is not empty, not 5"),
-        ({"sentence": " "}, "record 17: 'sentence' must be a text that is not empty"),
-        ({"sentence": "..."}, "record 17: 'sentence' holds no words: '...'"),
-        ({"label": True}, 'record 17: \'label\' must be the text "False" or "True", not true'),
+        ({"sentence": 5}, "sample 17: 'sentence' must be a text that is not empty, not 5"),
+        ({"sentence": " "}, "sample 17: 'sentence' must be a text that is not empty"),
+        ({"sentence": "..."}, "sample 17: 'sentence' holds no words: '...'"),
+        ({"label": True}, 'sample 17: \'label\' must be the text "False" or "True", not true'),
         ({"label": "true"}, "not \"true\" (did you mean 'True'?)"),
-        ({"label": 1}, "record 17: 'label' must be"),
+        ({"label": 1}, "sample 17: 'label' must be"),
         ({"label": None}, "not null"),
-        ({"images": "a/red.png"}, "record 17: 'images' must be a list of 2 texts, not \"a/red.png\""),
-        ({"images": ["blue.png"]}, "record 17: 'images' must be a list of 2 texts"),
-        ({"images": ["blue.png"] * 3}, "record 17: 'images' must be a list of 2 texts"),
+        ({"images": "a/red.png"}, "sample 17: 'images' must be a list of 2 texts, not \"a/red.png\""),
+        ({"images": ["blue.png"]}, "sample 17: 'images' must be a list of 2 texts"),
+        ({"images": ["blue.png"] * 3}, "sample 17: 'images' must be a list of 2 texts"),
         ({"images": ["blue.png", 3]}, "but holds 3"),
         ({"images": ["blue.png", ""]}, 'but holds ""'),
-        ({"images": ["blue.png", "nowhere.png"]}, "record 17: the image 'nowhere.png' does not exist"),
-        ({"images": ["blue.png", "b/c/red.png"]}, "record 17: the image 'b/c/red.png' does not exist"),
-        ({"images": ["blue.png", "nul\0l.png"]}, "record 17: the image"),
-        ({"images": ["blue.png", "\ud800.png"]}, "record 17: 'images' must be a list of 2 texts"),
+        ({"images": ["blue.png", "nowhere.png"]}, "sample 17: the image 'nowhere.png' does not exist"),
+        ({"images": ["blue.png", "b/c/red.png"]}, "sample 17: the image 'b/c/red.png' does not exist"),
+        ({"images": ["blue.png", "nul\0l.png"]}, "sample 17: the image"),
+        ({"images": ["blue.png", "\ud800.png"]}, "sample 17: 'images' must be a list of 2 texts"),
     ],
 )
-def test_a_broken_field_is_named_with_its_record(root: Path, fields: dict, message: str):
+def test_a_broken_field_is_named_with_its_sample(root: Path, fields: dict, message: str):
     assert message in refusal(root, changed(**fields))
 
 
 @pytest.mark.parametrize("name", ["sentence", "label", "images"])
-def test_a_missing_field_is_named_with_its_record(root: Path, name: str):
-    record = {(key + "s" if key == name else key): value for key, value in RECORD.items()}
-    message = refusal(root, [RECORD, record])
-    assert f"record 1: the field '{name}' is missing (did you mean '{name}s'?)" in message
+def test_a_missing_field_is_named_with_its_sample(root: Path, name: str):
+    sample = {(key + "s" if key == name else key): value for key, value in SAMPLE.items()}
+    message = refusal(root, [SAMPLE, sample])
+    assert f"sample 1: the field '{name}' is missing (did you mean '{name}s'?)" in message
 
 
 def test_missing_images_are_counted(root: Path):
     names = [f"{number}.png" for number in range(5)]
-    message = refusal(root, [RECORD, *({**RECORD, "images": [name, name]} for name in names)])
-    assert "record 1: the image '0.png'" in message and "5 images of this file are missing in all" in message
+    message = refusal(root, [SAMPLE, *({**SAMPLE, "images": [name, name]} for name in names)])
+    assert "sample 1: the image '0.png'" in message and "5 images of this file are missing in all" in message
 
 
 def test_a_wrong_image_root_is_said_to_be_no_folder(root: Path):
-    dataset(root, [RECORD])
+    dataset(root, [SAMPLE])
     with pytest.raises(DataError, match=r"image root .*pictures is no folder"):
         NlvrDataset(root.parent / "nlvr.json", root.parent / "pictures", eval_transform(8), swap=False)
 
@@ -170,18 +170,18 @@ def cut(content: bytes) -> bytes:
 
 
 @pytest.mark.parametrize("spoil", [cut, lambda content: b"", lambda content: b"<html>404</html>"])
-def test_an_image_that_cannot_be_read_is_named_with_its_record(generated: Summary, tmp_path: Path, spoil):
-    records = json.loads((generated.annotation / "nlvr_dev.json").read_text())[:8]
-    broken = records[4]["images"][1]
-    for name in {name for record in records for name in record["images"]}:
+def test_an_image_that_cannot_be_read_is_named_with_its_sample(generated: Summary, tmp_path: Path, spoil):
+    samples = json.loads((generated.annotation / "nlvr_dev.json").read_text())[:8]
+    broken = samples[4]["images"][1]
+    for name in {name for sample in samples for name in sample["images"]}:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(generated.image_root / name, tmp_path / name)
     (tmp_path / broken).write_bytes(spoil((tmp_path / broken).read_bytes()))
-    (tmp_path / "dev.json").write_text(json.dumps(records))
+    (tmp_path / "dev.json").write_text(json.dumps(samples))
     data = NlvrDataset(tmp_path / "dev.json", tmp_path, eval_transform(64), swap=False)
     assert data[3]
     for index in (4, 4 - len(data)):
-        with pytest.raises(DataError, match=rf"dev\.json, record 4: the image .*{Path(broken).name} cannot be read"):
+        with pytest.raises(DataError, match=rf"dev\.json, sample 4: the image .*{Path(broken).name} cannot be read"):
             data[index]
 
 
@@ -189,7 +189,7 @@ def test_an_image_that_cannot_be_read_is_named_with_its_record(generated: Summar
 def test_images_of_any_mode_become_rgb(root: Path, mode: str):
     name = "other.tif" if mode == "CMYK" else "other.png"
     Image.new("RGB", (9, 7), "white").convert(mode).save(root / name)
-    assert dataset(root, [{**RECORD, "images": [name, name]}])[0]["image0"].shape == (3, 8, 8)
+    assert dataset(root, [{**SAMPLE, "images": [name, name]}])[0]["image0"].shape == (3, 8, 8)
 
 
 JSON = st.recursive(
@@ -200,15 +200,15 @@ JSON = st.recursive(
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
-@given(name=st.sampled_from([None, *RECORD]), value=JSON)
+@given(name=st.sampled_from([None, *SAMPLE]), value=JSON)
 def test_any_json_is_read_or_refused_by_name(root: Path, name: str | None, value: object):
-    records = value if name is None else [{**copy.deepcopy(RECORD), name: value}]
+    samples = value if name is None else [{**copy.deepcopy(SAMPLE), name: value}]
     try:
-        data = dataset(root, json.dumps(records))
+        data = dataset(root, json.dumps(samples))
     except DataError as error:
         assert "nlvr.json" in str(error)
     else:
-        assert len(data) == len(records)
+        assert len(data) == len(samples)
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
@@ -247,7 +247,7 @@ def test_sentences_are_cut_to_the_number_of_tokens(generated: Summary, tokenizer
     assert collate_nlvr(tokenizer, 5)([data[0], data[1]])["input_ids"].shape == (2, 5)
 
 
-def test_the_same_seed_swaps_the_same_records(generated: Summary, tokenizer):
+def test_the_same_seed_swaps_the_same_samples(generated: Summary, tokenizer):
     data = NlvrDataset(generated.annotation / "nlvr_dev.json", generated.image_root, eval_transform(16), swap=True)
     epochs = []
     for seed in (4, 4, 5):

@@ -1,4 +1,4 @@
-"""Retrieval records: what a good file gives, and what every way of being broken says."""
+"""Retrieval samples: what a good file gives, and what every way of being broken says."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from upop.data.tokenizer import load_tokenizer
 from upop.data.transforms import eval_transform
 from upop.errors import DataError
 
-PAIR = {"image": "a/red.png", "caption": "A RED picture.", "image_id": "coco_7"}
-SHOWN = {"image": "a/red.png", "caption": ["A red picture.", "all  red!"]}
+PAIR = {"image": "a/red.png", "caption": "A RED image.", "image_id": "coco_7"}
+SHOWN = {"image": "a/red.png", "caption": ["A red image.", "all  red!"]}
 
 
 @pytest.fixture
@@ -28,24 +28,24 @@ def root(tmp_path: Path) -> Path:
     return tmp_path / "images"
 
 
-def read(kind: type[Any], root: Path, records: list[dict[str, Any]]) -> Any:
+def read(kind: type[Any], root: Path, samples: list[dict[str, Any]]) -> Any:
     file = root.parent / "records.json"
-    file.write_text(json.dumps(records))
+    file.write_text(json.dumps(samples))
     return kind(file, root, eval_transform(8))
 
 
-def refusal(kind: type[Any], root: Path, records: list[dict[str, Any]]) -> str:
+def refusal(kind: type[Any], root: Path, samples: list[dict[str, Any]]) -> str:
     with pytest.raises(DataError) as caught:
-        read(kind, root, records)
+        read(kind, root, samples)
     assert "records.json" in str(caught.value)
     return str(caught.value)
 
 
-def test_pairs_of_one_picture_share_a_number(root: Path) -> None:
+def test_pairs_of_one_image_share_a_number(root: Path) -> None:
     other = {"image": "blue.png", "caption": "blue", "image_id": "coco_9"}
     data = read(RetrievalPairs, root, [PAIR, other, {**PAIR, "caption": "all red"}])
     assert [item["number"] for item in (data[0], data[1], data[2])] == [0, 1, 0]
-    assert data[0]["caption"] == "a red picture"
+    assert data[0]["caption"] == "a red image"
     assert len(data) == 3
 
 
@@ -56,12 +56,12 @@ def test_a_whole_number_is_an_image_id_too(root: Path) -> None:
 
 def test_a_gallery_knows_whose_texts_are_whose(root: Path) -> None:
     data = read(RetrievalGallery, root, [SHOWN, {"image": "blue.png", "caption": ["blue"]}])
-    assert data.texts == ["a red picture", "all red", "blue"]
+    assert data.texts == ["a red image", "all red", "blue"]
     assert data.image_of_text.tolist() == [0, 0, 1]
     assert [data[index]["number"] for index in range(len(data))] == [0, 1]
 
 
-def test_pictures_of_other_sizes_become_one_batch(root: Path, tmp_path: Path) -> None:
+def test_images_of_other_sizes_become_one_batch(root: Path, tmp_path: Path) -> None:
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "red", "picture", "blue"]
     (tmp_path / "vocab.txt").write_text("\n".join(words))
     collate = RetrievalCollator(load_tokenizer(tmp_path), max_length=4)
@@ -78,25 +78,25 @@ def test_pictures_of_other_sizes_become_one_batch(root: Path, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"caption": []}, r"record 1: 'caption' must be a list of some texts, not \[\]"),
-        ({"caption": "red"}, "record 1: 'caption' must be a list of some texts"),
-        ({"caption": ["red", "..!"]}, "record 1: 'caption' holds no words"),
-        ({"image": "a/rad.png"}, "record 1: the image 'a/rad.png' does not exist"),
+        ({"caption": []}, r"sample 1: 'caption' must be a list of some texts, not \[\]"),
+        ({"caption": "red"}, "sample 1: 'caption' must be a list of some texts"),
+        ({"caption": ["red", "..!"]}, "sample 1: 'caption' holds no words"),
+        ({"image": "a/rad.png"}, "sample 1: the image 'a/rad.png' does not exist"),
     ],
     ids=str,
 )
-def test_broken_gallery_records(root: Path, change: dict[str, Any], message: str) -> None:
+def test_broken_gallery_samples(root: Path, change: dict[str, Any], message: str) -> None:
     assert re.search(message, refusal(RetrievalGallery, root, [SHOWN, {**SHOWN, **change}]))
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"caption": ["red"]}, "record 1: 'caption' must be a text"),
-        ({"caption": "***"}, "record 1: 'caption' holds no words"),
-        ({"image_id": None}, "record 1: 'image_id' must be a text or a whole number, not null"),
-        ({"image_id": True}, "record 1: 'image_id' must be a text or a whole number, not true"),
-        ({"image": "none.png"}, "record 1: the image 'none.png' does not exist"),
+        ({"caption": ["red"]}, "sample 1: 'caption' must be a text"),
+        ({"caption": "***"}, "sample 1: 'caption' holds no words"),
+        ({"image_id": None}, "sample 1: 'image_id' must be a text or a whole number, not null"),
+        ({"image_id": True}, "sample 1: 'image_id' must be a text or a whole number, not true"),
+        ({"image": "none.png"}, "sample 1: the image 'none.png' does not exist"),
     ],
     ids=str,
 )
@@ -104,15 +104,15 @@ def test_broken_pairs(root: Path, change: dict[str, Any], message: str) -> None:
     assert message in refusal(RetrievalPairs, root, [PAIR, {**PAIR, **change}])
 
 
-def test_a_picture_without_captions_is_named(root: Path) -> None:
+def test_a_image_without_captions_is_named(root: Path) -> None:
     message = refusal(RetrievalGallery, root, [SHOWN, {"image": "blue.png"}])
-    assert "record 1: the field 'caption' is missing" in message
+    assert "sample 1: the field 'caption' is missing" in message
 
 
-def test_a_broken_picture_is_named_when_it_is_read(root: Path) -> None:
-    (root / "blue.png").write_bytes(b"no picture")
+def test_a_broken_image_is_named_when_it_is_read(root: Path) -> None:
+    (root / "blue.png").write_bytes(b"no image")
     data = read(RetrievalGallery, root, [SHOWN, {**SHOWN, "image": "blue.png"}])
     assert data[0]["image"].shape == (3, 8, 8)
-    with pytest.raises(DataError, match=r"records\.json, record 1: the image .*blue\.png cannot be read"):
+    with pytest.raises(DataError, match=r"records\.json, sample 1: the image .*blue\.png cannot be read"):
         data[1]
     assert torch.isfinite(data[0]["image"]).all()

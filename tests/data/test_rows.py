@@ -102,8 +102,8 @@ def test_formats_of_datasets(folder: Path) -> None:
     import datasets
 
     (folder / "rows.csv").write_text("file,what\n0.png,a\n1.png,b\n")
-    told = {"image": "file", "label": "what"}
-    assert [row.label for row in read_rows(folder / "rows.csv", columns=told)] == [0, 1]
+    described = {"image": "file", "label": "what"}
+    assert [row.label for row in read_rows(folder / "rows.csv", columns=described)] == [0, 1]
     held = [{"bytes": (folder / "2.png").read_bytes(), "path": None}]
     features = datasets.Features({"images": datasets.List(datasets.Image()), "caption": datasets.Value("string")})
     datasets.Dataset.from_list([{"images": held, "caption": "c"}], features=features).to_parquet(folder / "r.parquet")

@@ -1,4 +1,4 @@
-"""ADE20K's pictures and label maps: what is read, how crops are made, and what each damaged file says."""
+"""ADE20K's images and label maps: what is read, how crops are made, and what each damaged file says."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ def save_map(path: Path, labels: Tensor) -> None:
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    """Three training pictures of other sizes, with labels 0 to 5."""
+    """Three training images of other sizes, with labels 0 to 5."""
     for number, (height, width) in enumerate([(20, 30), (33, 24), (16, 16)]):
         generator = torch.Generator().manual_seed(number)
-        picture = torch.randint(0, 256, (3, height, width), dtype=torch.uint8, generator=generator)
+        image = torch.randint(0, 256, (3, height, width), dtype=torch.uint8, generator=generator)
         path = tmp_path / "images" / "training" / f"ADE_train_{number}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        tvf.to_pil_image(picture).save(path)
+        tvf.to_pil_image(image).save(path)
         labels = torch.arange(height * width).view(height, width) % (CLASSES + 1)
         save_map(tmp_path / "annotations" / "training" / path.name, labels)
     return tmp_path
@@ -55,19 +55,19 @@ def dataset(
 
 
 def test_label_0_is_no_class_and_others_begin_at_0(root: Path) -> None:
-    records = dataset(root)
-    assert [records[number]["name"] for number in range(len(records))] == [f"ADE_train_{n}" for n in range(3)]
-    record = records[1]
-    assert record["image"].shape == (3, 33, 24)
+    samples = dataset(root)
+    assert [samples[number]["name"] for number in range(len(samples))] == [f"ADE_train_{n}" for n in range(3)]
+    sample = samples[1]
+    assert sample["image"].shape == (3, 33, 24)
     given = torch.arange(33 * 24).view(33, 24) % (CLASSES + 1)
-    assert torch.equal(record["labels"], torch.where(given == 0, IGNORED, given - 1))
-    assert record["labels"].dtype == torch.long
+    assert torch.equal(sample["labels"], torch.where(given == 0, IGNORED, given - 1))
+    assert sample["labels"].dtype == torch.long
 
 
-def test_a_record_again_is_the_same_picture(root: Path) -> None:
-    records = dataset(root)
-    assert records[4]["number"] == 1
-    assert torch.equal(records[4]["labels"], records[1]["labels"])
+def test_a_sample_again_is_the_same_image(root: Path) -> None:
+    samples = dataset(root)
+    assert samples[4]["number"] == 1
+    assert torch.equal(samples[4]["labels"], samples[1]["labels"])
 
 
 @pytest.mark.parametrize("mode", ["L", "P", "I;16"])
@@ -103,7 +103,7 @@ AT_START: list[tuple[str, Callable[[Path], None], str]] = [
         r"did you mean 'trainnig'",
     ),
     ("no root", _break("", lambda path: path.rename(path.with_name("elsewhere"))), r"No such file.*DATASET"),
-    ("empty", _break("images/training", lambda path: [each.unlink() for each in path.iterdir()]), "holds no pictures"),
+    ("empty", _break("images/training", lambda path: [each.unlink() for each in path.iterdir()]), "holds no images"),
     ("twice", _break("images/training/ADE_train_1.jpg", lambda path: path.write_bytes(b"")), "names twice"),
 ]
 ON_ACCESS: list[tuple[str, Callable[[Path], None], str]] = [
@@ -115,7 +115,7 @@ ON_ACCESS: list[tuple[str, Callable[[Path], None], str]] = [
     (
         "size",
         _break(MAP, lambda path: save_map(path, torch.ones(32, 24))),
-        r"24 x 32 pixels, and its picture .*ADE_train_1\.png 24 x 33",
+        r"24 x 32 pixels, and its image .*ADE_train_1\.png 24 x 33",
     ),
     (
         "colours",
@@ -128,7 +128,7 @@ ON_ACCESS: list[tuple[str, Callable[[Path], None], str]] = [
         r"label map .*ADE_train_1\.png cannot be read",
     ),
     (
-        "no picture",
+        "no image",
         _break("images/training/ADE_train_1.png", lambda path: path.write_text("hello")),
         r"ADE_train_1\.png cannot be read",
     ),
@@ -145,10 +145,10 @@ def test_what_is_missing_is_said_at_the_start(root: Path, harm: Callable[[Path],
 @pytest.mark.parametrize(("harm", "says"), [case[1:] for case in ON_ACCESS], ids=[case[0] for case in ON_ACCESS])
 def test_a_damaged_file_is_named(root: Path, harm: Callable[[Path], None], says: str) -> None:
     harm(root)
-    records = dataset(root)
-    assert records[0]["number"] == 0
+    samples = dataset(root)
+    assert samples[0]["number"] == 0
     with pytest.raises(DataError, match=says):
-        records[1]
+        samples[1]
 
 
 def test_names_of_classes(root: Path) -> None:
@@ -162,9 +162,9 @@ def test_names_of_classes(root: Path) -> None:
         class_names(root, 3)
 
 
-def test_pictures_of_other_sizes_come_as_lists(root: Path) -> None:
-    records = dataset(root)
-    batch = collate_segments([records[0], records[1]])
+def test_images_of_other_sizes_come_as_lists(root: Path) -> None:
+    samples = dataset(root)
+    batch = collate_segments([samples[0], samples[1]])
     assert [tuple(image.shape) for image in batch["images"]] == [(3, 20, 30), (3, 33, 24)]
     assert batch["names"] == ["ADE_train_0", "ADE_train_1"]
     crops = dataset(root, TrainCrop(24, 16))
@@ -177,19 +177,19 @@ def test_pictures_of_other_sizes_come_as_lists(root: Path) -> None:
 
 @settings(max_examples=40, deadline=None)
 @given(st.integers(0, 10**6), st.integers(9, 70), st.integers(9, 70), st.integers(8, 40))
-def test_crops_keep_picture_and_map_aligned(seed: int, height: int, width: int, side: int) -> None:
-    """A picture that is bright exactly where its label is 1 stays so, whatever is drawn."""
+def test_crops_keep_image_and_map_aligned(seed: int, height: int, width: int, side: int) -> None:
+    """An image that is bright exactly where its label is 1 stays so, whatever is drawn."""
     torch.manual_seed(seed)
     labels = torch.zeros(height, width, dtype=torch.long)
     top, left = int(torch.randint(height, ())), int(torch.randint(width, ()))
     labels[top:, left:] = 1
-    picture = (labels * 200 + 25).to(torch.uint8).expand(3, -1, -1)
-    image, cropped = TrainCrop(32, side)(picture, labels)
-    assert image.shape == (3, side, side)
+    image = (labels * 200 + 25).to(torch.uint8).expand(3, -1, -1)
+    crop, cropped = TrainCrop(32, side)(image, labels)
+    assert crop.shape == (3, side, side)
     assert cropped.shape == (side, side)
     assert set(cropped.unique().tolist()) <= {0, 1, IGNORED}
-    assert bool((image[:, cropped == IGNORED] == 0).all())  # filled up with the mean colour
-    bright, dark = image[0][cropped == 1], image[0][cropped == 0]
+    assert bool((crop[:, cropped == IGNORED] == 0).all())  # filled up with the mean colour
+    bright, dark = crop[0][cropped == 1], crop[0][cropped == 0]
     if len(bright) and len(dark):
         middle = (bright.max() + dark.min()) / 2
         # Pixels on the edge are mixed.
@@ -200,53 +200,53 @@ def test_crops_keep_picture_and_map_aligned(seed: int, height: int, width: int, 
 def test_crops_look_for_places_with_more_than_one_class() -> None:
     labels = torch.zeros(64, 64, dtype=torch.long)
     labels[:, 40:] = 1
-    picture = torch.zeros(3, 64, 64, dtype=torch.uint8)
+    image = torch.zeros(3, 64, 64, dtype=torch.uint8)
     transform = TrainCrop(64, 16)
     torch.manual_seed(0)
     shares = []
     for _ in range(60):
-        counts = transform(picture, labels)[1].unique(return_counts=True)[1].float()
+        counts = transform(image, labels)[1].unique(return_counts=True)[1].float()
         shares.append(float(counts.max() / counts.sum()))
     # Of all places of such a crop, about one in six has both classes in these shares.
     assert sum(share < LARGEST_SHARE for share in shares) > 30
 
 
-def test_without_augmentation_a_crop_is_the_picture() -> None:
-    picture = torch.randint(0, 256, (3, 24, 24), dtype=torch.uint8)
+def test_without_augmentation_a_crop_is_the_image() -> None:
+    image = torch.randint(0, 256, (3, 24, 24), dtype=torch.uint8)
     labels = torch.randint(0, 3, (24, 24))
     for seed in range(3):
         torch.manual_seed(seed)
-        image, same = TrainCrop(24, 24, augment=False)(picture, labels)
+        crop, same = TrainCrop(24, 24, augment=False)(image, labels)
         assert torch.equal(same, labels)
-        assert torch.equal(Normalise().undo(image), picture)
+        assert torch.equal(Normalise().undo(crop), image)
 
 
 def test_crops_vary_in_size_and_side() -> None:
     torch.manual_seed(0)
-    picture = torch.zeros(3, 40, 40, dtype=torch.uint8)
+    image = torch.zeros(3, 40, 40, dtype=torch.uint8)
     labels = torch.arange(1600).view(40, 40) % 200
-    drawn = {TrainCrop(40, 20)(picture, labels)[1].numpy().tobytes() for _ in range(12)}
+    drawn = {TrainCrop(40, 20)(image, labels)[1].numpy().tobytes() for _ in range(12)}
     assert len(drawn) == 12
 
 
 @pytest.mark.parametrize(("name", "grey"), [("vit", 0.0), ("deit", (0.5 - 0.485) / 0.229)])
 def test_normalisations(name, grey: float) -> None:
-    picture = torch.tensor([0, 128, 255], dtype=torch.uint8).view(3, 1, 1)
-    image, _ = Normalise(STATISTICS[name])(picture, torch.zeros(1, 1))
-    again = Normalise(STATISTICS[name]).undo(image)
-    assert torch.equal(again, picture)
+    image = torch.tensor([0, 128, 255], dtype=torch.uint8).view(3, 1, 1)
+    normalised, _ = Normalise(STATISTICS[name])(image, torch.zeros(1, 1))
+    again = Normalise(STATISTICS[name]).undo(normalised)
+    assert torch.equal(again, image)
     middle, _ = Normalise(STATISTICS[name])(torch.full((3, 1, 1), 128, dtype=torch.uint8), torch.zeros(1, 1))
     assert float(middle[0]) == pytest.approx(grey, abs=0.01)
 
 
 def test_jitter_changes_light_and_nothing_else() -> None:
     torch.manual_seed(0)
-    picture = torch.randint(0, 256, (3, 12, 12), dtype=torch.uint8)
-    grey = picture[:1].expand(3, -1, -1)
-    drawn = [photometric_jitter(picture) for _ in range(40)]
+    image = torch.randint(0, 256, (3, 12, 12), dtype=torch.uint8)
+    grey = image[:1].expand(3, -1, -1)
+    drawn = [photometric_jitter(image) for _ in range(40)]
     assert len({one.numpy().tobytes() for one in drawn}) > 30
-    assert all(one.shape == picture.shape and one.dtype == torch.uint8 for one in drawn)
-    assert any(torch.equal(one, picture) for one in drawn)  # no operation at all: one draw in 16
+    assert all(one.shape == image.shape and one.dtype == torch.uint8 for one in drawn)
+    assert any(torch.equal(one, image) for one in drawn)  # no operation at all: one draw in 16
     for _ in range(20):  # grey has neither hue nor saturation
         one = photometric_jitter(grey)
         assert int((one.int() - one[:1].int()).abs().max()) <= 1
@@ -281,9 +281,9 @@ def test_sizes_keep_proportions_and_bound_long_sides(
 
 @pytest.mark.parametrize("share", [-0.5, -0.1, 0.0, 0.07, 0.4])
 def test_hue_is_turned_as_torchvision_does(share: float) -> None:
-    picture = torch.rand(3, 40, 30, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    picture[:, :5] = picture[:1, :5]  # grey
-    picture[:, 5] = 0
+    image = torch.rand(3, 40, 30, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    image[:, :5] = image[:1, :5]  # grey
+    image[:, 5] = 0
     for row, order in enumerate([(0, 1, 2), (0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0)]):
-        picture[:, 6 + row] = torch.tensor([0.0, 0.5, 1.0], dtype=torch.float64)[list(order)].view(3, 1)
-    torch.testing.assert_close(turn_hue(picture, share), tvf.adjust_hue(picture, share), atol=1e-6, rtol=0)
+        image[:, 6 + row] = torch.tensor([0.0, 0.5, 1.0], dtype=torch.float64)[list(order)].view(3, 1)
+    torch.testing.assert_close(turn_hue(image, share), tvf.adjust_hue(image, share), atol=1e-6, rtol=0)

@@ -1,4 +1,4 @@
-"""Captions of generated pictures: true of the pixels, read back, and of their own picture alone where that matters."""
+"""Captions of generated images: true of the pixels, read back, and of their own image alone where that matters."""
 
 import itertools
 from collections import Counter
@@ -9,17 +9,17 @@ import pytest
 
 from pixels import Seen, seen
 from tiers import mostly_slow
-from upop.data.shapes.caption_files import (
+from upop.demo.caption_files import (
     CAPTION_FLAVOUR,
     FLICKR_FLAVOUR,
     RETRIEVAL_FLAVOUR,
     Captioned,
     sample_captioned,
 )
-from upop.data.shapes.captions import MAX_WORDS, describe
-from upop.data.shapes.draw import COLOUR_VALUES, draw_scene
-from upop.data.shapes.reading import describes, read_caption, read_scene
-from upop.data.shapes.scenes import GRID, Scene, Shape
+from upop.demo.captions import MAX_WORDS, describe
+from upop.demo.draw import COLOUR_VALUES, draw_scene
+from upop.demo.reading import describes, read_caption, read_scene
+from upop.demo.scenes import GRID, Scene, Shape
 from upop.errors import DataError
 
 SPLITS = ("train", "val", "test")
@@ -39,15 +39,15 @@ def looks(scene: Scene) -> Counter:
 
 
 def test_what_the_captions_tell_is_what_the_pixels_show(examples: list[Captioned]):
-    """Through the words alone: the picture is looked at, and the captions are read, by nothing that made them."""
+    """Through the words alone: the image is looked at, and the captions are read, by nothing that made them."""
     for example in examples[:60]:
         texts = [text for text, _ in example.captions]
         areas = seen(draw_scene(example.scene, 128))
         assert looks(read_scene(texts)) == Counter(areas)
         scene = Scene(tuple(Shape(area.kind, area.colour, area.size, area.row, 0) for area in areas))
         for text in texts:
-            told = read_caption(text)
-            assert told is not None and told.fits(scene) and told.number == len(areas), text
+            described = read_caption(text)
+            assert described is not None and described.fits(scene) and described.number == len(areas), text
 
 
 @pytest.mark.parametrize("flavour", [CAPTION_FLAVOUR, RETRIEVAL_FLAVOUR, FLICKR_FLAVOUR], ids=lambda f: f.task)
@@ -61,7 +61,7 @@ def test_every_caption_is_read_back_as_what_it_tells(flavour):
             assert len(text.split()) <= MAX_WORDS
 
 
-def test_every_reference_describes_its_picture_and_a_changed_colour_does_not(examples: list[Captioned]):
+def test_every_reference_describes_its_image_and_a_changed_colour_does_not(examples: list[Captioned]):
     rng = Random(0)
     for example in examples[:300]:
         texts = [text for text, _ in example.captions]
@@ -94,7 +94,7 @@ def test_every_reference_describes_its_picture_and_a_changed_colour_does_not(exa
         ("", False),
     ],
 )
-def test_what_describes_a_picture(text: str, right: bool):
+def test_what_describes_a_image(text: str, right: bool):
     references = [
         "a red circle with two blue squares",
         "a large red circle at the top, a small blue square in the middle and a small blue square at the bottom",
@@ -138,7 +138,7 @@ def test_places_and_sizes_are_told_when_asked_for():
     "flavour", mostly_slow([RETRIEVAL_FLAVOUR, FLICKR_FLAVOUR], RETRIEVAL_FLAVOUR), ids=lambda f: f.task
 )
 @pytest.mark.parametrize("split", mostly_slow(["val", "test"], "test"))
-def test_every_caption_fits_its_own_picture_only(flavour, split: str):
+def test_every_caption_fits_its_own_image_only(flavour, split: str):
     found = sample(flavour, split, 120)
     for one, two in itertools.permutations(found, 2):
         for text, caption in one.captions:
@@ -146,13 +146,13 @@ def test_every_caption_fits_its_own_picture_only(flavour, split: str):
 
 
 def seen_twice(captioned: list[Captioned]) -> int:
-    """Texts that several pictures have."""
+    """Texts that several images have."""
     texts = Counter(text for example in captioned for text in {text for text, _ in example.captions})
     return sum(number > 1 for number in texts.values())
 
 
-def test_the_law_of_one_picture_is_no_accident():
-    """Pictures drawn alike without it share captions."""
+def test_the_law_of_one_image_is_no_accident():
+    """Images drawn alike without it share captions."""
     assert seen_twice(sample(RETRIEVAL_FLAVOUR, "test", 300)) == 0
     assert seen_twice(sample(replace(RETRIEVAL_FLAVOUR, apart=False), "test", 300)) > 20
 
@@ -162,7 +162,7 @@ def test_the_law_of_one_picture_is_no_accident():
     mostly_slow([CAPTION_FLAVOUR, RETRIEVAL_FLAVOUR, FLICKR_FLAVOUR], CAPTION_FLAVOUR),
     ids=lambda f: f.task,
 )
-def test_no_picture_of_one_split_is_in_another_nor_its_mirror_image(flavour):
+def test_no_image_of_one_split_is_in_another_nor_its_mirror_image(flavour):
     shown = {}
     for split in SPLITS:
         scenes = [example.scene.content for example in sample(flavour, split, 500)]

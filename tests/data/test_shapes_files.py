@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from upop.data.shapes import Summary, write_shapes
-from upop.data.shapes.layout import held_out
+from upop.demo import Summary, write_shapes
+from upop.demo.layout import held_out
 from upop.errors import DataError, SettingError
 
 
@@ -62,7 +62,7 @@ def test_records_are_in_the_published_form(generated: Summary):
             assert record["label"] in ("True", "False")
             assert len(record["sentence"].split()) <= 14
             assert all((generated.image_root / image).is_file() for image in record["images"])
-    assert sum(path.is_file() for path in generated.image_root.rglob("*")) == generated.pictures
+    assert sum(path.is_file() for path in generated.image_root.rglob("*")) == generated.images
 
 
 def test_each_pair_has_four_different_sentences_two_of_them_true(generated: Summary):
@@ -75,7 +75,7 @@ def test_each_pair_has_four_different_sentences_two_of_them_true(generated: Summ
             assert len({record["sentence"] for record in group}) == 4
 
 
-def test_no_pair_of_pictures_comes_up_twice(generated: Summary):
+def test_no_pair_of_images_comes_up_twice(generated: Summary):
     seen = set()
     for split in generated.records:
         for pair in pairs(generated, split):
@@ -84,16 +84,16 @@ def test_no_pair_of_pictures_comes_up_twice(generated: Summary):
             seen.add(pixels)
 
 
-def test_size_and_format_of_the_pictures(tmp_path: Path):
+def test_size_and_format_of_the_images(tmp_path: Path):
     summary = write_shapes("nlvr", tmp_path / "set", seed=1, size=4, image_size=48, image_format="jpeg")
     with Image.open(summary.image_root / pairs(summary, "train")[0][0]) as image:
         assert (image.size, image.mode, image.format) == ((48, 48), "RGB", "JPEG")
 
 
-def test_progress_ends_at_the_number_of_pictures(tmp_path: Path):
+def test_progress_ends_at_the_number_of_images(tmp_path: Path):
     calls: list[tuple[int, int]] = []
     summary = write_shapes("nlvr", tmp_path / "set", seed=1, size=10, progress=lambda *call: calls.append(call))
-    assert calls[-1] == (summary.pictures, summary.pictures)
+    assert calls[-1] == (summary.images, summary.images)
     assert calls == sorted(set(calls))
 
 
@@ -101,7 +101,7 @@ def test_a_set_that_is_there_is_left_as_it_is(generated: Summary):
     before = digests(generated.folder)
     again = write_shapes("nlvr", generated.folder, seed=7, size=600)
     assert not again.written
-    assert (again.records, again.pictures) == (generated.records, generated.pictures)
+    assert (again.records, again.images) == (generated.records, generated.images)
     assert digests(generated.folder) == before
 
 

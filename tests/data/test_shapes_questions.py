@@ -1,4 +1,4 @@
-"""Questions about generated pictures: answered by the pixels, and not by their own words."""
+"""Questions about generated images: answered by the pixels, and not by their own words."""
 
 import itertools
 import re
@@ -9,10 +9,10 @@ from random import Random
 import pytest
 
 from pixels import Seen, seen
-from upop.data.shapes import questions as q
-from upop.data.shapes.draw import draw_scene
-from upop.data.shapes.scenes import COLOURS, GRID, KINDS, SIZES, Noun, Scene, Shape
-from upop.data.shapes.vqa import ANNOTATORS, FRAMES, SHARES, Asked, Example, annotate, answer_list, sample_examples
+from upop.demo import questions as q
+from upop.demo.draw import draw_scene
+from upop.demo.scenes import COLOURS, GRID, KINDS, SIZES, Noun, Scene, Shape
+from upop.demo.vqa import ANNOTATORS, FRAMES, SHARES, Asked, Example, annotate, answer_list, sample_examples
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +68,7 @@ SAYS: list[tuple[str, Callable[..., str]]] = [
 
 
 def test_answers_hold_of_the_pixels(examples: list[Example]):
-    """Reads questions and pictures anew, sharing nothing with the code that made them."""
+    """Reads questions and images anew, sharing nothing with the code that made them."""
     checked: Counter = Counter()
     for example in examples[:250]:
         see = seen(draw_scene(example.scene, 128))
@@ -133,7 +133,7 @@ def test_annotators_write_the_right_answer_in_other_words_or_a_wrong_one():
             assert len({word for each in written for word in each}) > 1
 
 
-def test_no_picture_of_one_split_is_in_another_nor_its_mirror_image():
+def test_no_image_of_one_split_is_in_another_nor_its_mirror_image():
     shown = {}
     for split in SHARES:
         scenes = [example.scene.content for example in itertools.islice(sample_examples(1, split), 400)]

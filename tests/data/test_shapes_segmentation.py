@@ -1,4 +1,4 @@
-"""Generated scenes with label maps: ADE20K's layout, maps that fit their pictures, and no scene in two splits."""
+"""Generated scenes with label maps: ADE20K's layout, maps that fit their images, and no scene in two splits."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from typer.testing import CliRunner
 from upop.cli.app import app
 from upop.data.segmentation import FOLDER, SegmentationDataset, class_names
 from upop.data.segmentation_transforms import IGNORED
-from upop.data.shapes import Summary, write_shapes
-from upop.data.shapes.draw import COLOUR_VALUES
-from upop.data.shapes.segmentation_files import CLASSES
+from upop.demo import Summary, write_shapes
+from upop.demo.draw import COLOUR_VALUES
+from upop.demo.segmentation_files import CLASSES
 
 SIZE = 60
 
@@ -34,10 +34,10 @@ def digests(folder: Path) -> dict[str, str]:
 
 
 def pairs(summary: Summary, split: str) -> list[tuple[Tensor, Tensor]]:
-    """Pictures of bytes and their labels, -1 in place of 255."""
+    """Images of bytes and their labels, -1 in place of 255."""
 
-    def as_it_is(picture: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        return picture, torch.where(labels == IGNORED, -1, labels)
+    def as_it_is(image: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        return image, torch.where(labels == IGNORED, -1, labels)
 
     records = SegmentationDataset(summary.folder / FOLDER, split, as_it_is, len(CLASSES))
     return [(record["image"], record["labels"]) for record in (records[number] for number in range(len(records)))]
@@ -48,26 +48,26 @@ def test_the_layout_is_that_of_ade20k(summary: Summary) -> None:
     assert summary.settings == {"dataset_root": str(summary.folder)}
     assert summary.records == {"training": SIZE, "validation": 50}
     for split, count in summary.records.items():
-        pictures = sorted(path.stem for path in (root / "images" / split).iterdir())
-        assert len(pictures) == count
-        assert pictures == sorted(path.stem for path in (root / "annotations" / split).glob("*.png"))
+        images = sorted(path.stem for path in (root / "images" / split).iterdir())
+        assert len(images) == count
+        assert images == sorted(path.stem for path in (root / "annotations" / split).glob("*.png"))
     with Image.open(root / "annotations" / "training" / "ADE_train_00000001.png") as labels:
         assert (labels.mode, labels.size) == ("L", (96, 96))
     assert class_names(root, 13) == list(CLASSES)
     assert not (summary.folder / "tokenizer").exists()
 
 
-def test_maps_say_what_the_pictures_show(summary: Summary) -> None:
+def test_maps_say_what_the_images_show(summary: Summary) -> None:
     shown = set()
-    for picture, labels in pairs(summary, "training"):
+    for image, labels in pairs(summary, "training"):
         for label in set(labels.unique().tolist()) - {-1, 0}:
             colour = torch.tensor(COLOUR_VALUES[CLASSES[label].split()[0]]).view(3, 1)
-            pixels = picture[:, labels == label].float()
+            pixels = image[:, labels == label].float()
             # Pixels on an edge are mixed, up to half and half.
             nearer = (pixels - colour).norm(dim=0) < (pixels - 242).norm(dim=0)
             assert float(nearer.float().mean()) > 0.9
             shown.add(label)
-        background = picture[:, labels == 0].float()
+        background = image[:, labels == 0].float()
         assert float((background.amin(0) > 225).float().mean()) > 0.95
     assert shown == set(range(1, 13))
 
@@ -103,7 +103,7 @@ def test_the_same_arguments_give_the_same_bytes_and_another_seed_others(summary:
 def test_a_smaller_set_is_the_beginning_of_a_larger_one(summary: Summary, tmp_path: Path) -> None:
     small = write_shapes("segmentation", tmp_path / "small", seed=4, size=7, image_size=96)
     files = {name: digest for name, digest in digests(small.folder).items() if name.endswith(".png")}
-    assert len(files) == 2 * small.pictures
+    assert len(files) == 2 * small.images
     assert files.items() <= digests(summary.folder).items()
 
 

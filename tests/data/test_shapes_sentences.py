@@ -11,12 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pixels import seen
-from upop.data.shapes.claims import Pair
-from upop.data.shapes.counting import NUMBER_WORDS
-from upop.data.shapes.draw import COLOUR_VALUES, draw_scene
-from upop.data.shapes.nlvr import FRAMES, Example, Statement, sample_block, sample_split
-from upop.data.shapes.scenes import DIAMETER, MAX_SHAPES, Noun, Scene, sample_scene
 from upop.data.text import clean_caption, swap_left_right
+from upop.demo.claims import Pair
+from upop.demo.counting import NUMBER_WORDS
+from upop.demo.draw import COLOUR_VALUES, draw_scene
+from upop.demo.nlvr import FRAMES, Example, Statement, sample_block, sample_split
+from upop.demo.scenes import DIAMETER, MAX_SHAPES, Noun, Scene, sample_scene
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +79,7 @@ def rows_of_colours(scene: Scene) -> list[tuple[str, int]]:
 
 
 def test_labels_hold_of_the_pixels(examples: list[Example]):
-    """Reads sentences and pictures anew, sharing nothing with the code that made them."""
+    """Reads sentences and images anew, sharing nothing with the code that made them."""
     checked: Counter = Counter()
     for example in examples[:500]:
         see = None
@@ -109,7 +109,7 @@ def opposite_label_exists(example: Example, statement: Statement) -> bool:
     return statement.claim.truth(example.pair.swapped()) is (not statement.label)
 
 
-def test_swapping_pictures_and_words_keeps_the_label(examples: list[Example]):
+def test_swapping_images_and_words_keeps_the_label(examples: list[Example]):
     """The swapped sentence is one of the phrasings of a claim that is as true of the swapped pair."""
     matters = 0
     for example in examples[:600]:
@@ -124,7 +124,7 @@ def test_swapping_pictures_and_words_keeps_the_label(examples: list[Example]):
             assert swapped in claim.phrasings()
             assert claim.truth(example.pair.swapped()) is statement.label
             matters += opposite_label_exists(example, statement)
-    assert matters > 300  # it is no empty law: many labels turn when only the pictures are swapped
+    assert matters > 300  # it is no empty law: many labels turn when only the images are swapped
 
 
 def test_true_and_false_are_as_frequent_in_every_frame_and_number_word(statements: list[Statement]):
@@ -197,7 +197,7 @@ def test_a_block_is_two_pairs_with_opposite_labels_of_the_same_kind_of_claim(see
 
 @settings(deadline=None)  # how long a draw takes depends on the machine
 @given(st.integers(0, 10**9))
-def test_shapes_never_overlap_nor_leave_the_picture(seed: int):
+def test_shapes_never_overlap_nor_leave_the_image(seed: int):
     shapes = sample_scene(Random(seed)).shapes
     assert 1 <= len(shapes) <= MAX_SHAPES
     for shape in shapes:

@@ -1,4 +1,4 @@
-"""Every generated set with texts, whatever its task: formats, same bytes, prefix law, words, and no picture twice."""
+"""Every generated set with texts, whatever its task: formats, same bytes, prefix law, words, and no image twice."""
 
 import hashlib
 import json
@@ -12,11 +12,11 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from upop.cli.app import ShapesTask, app
-from upop.data.shapes import FORMATS, Summary, write_shapes
-from upop.data.shapes.counting import NUMBER_WORDS
-from upop.data.shapes.vocabulary import WORDS
 from upop.data.text import clean_caption, clean_question
 from upop.data.tokenizer import load_tokenizer
+from upop.demo import FORMATS, Summary, write_shapes
+from upop.demo.counting import NUMBER_WORDS
+from upop.demo.vocabulary import WORDS
 from upop.errors import DataError, SettingError
 
 TASKS = tuple(task for task, layout in FORMATS.items() if layout.texts)
@@ -48,7 +48,7 @@ def of(records: Records, split: str) -> list[dict[str, Any]]:
     return found
 
 
-def images(record: dict[str, Any]) -> list[str]:
+def images_of(record: dict[str, Any]) -> list[str]:
     return record["images"] if "images" in record else [record["image"]]
 
 
@@ -78,9 +78,9 @@ def test_a_smaller_set_is_the_beginning_of_a_larger_one(sets: dict[str, Summary]
     for name, records in read(small).items():
         assert records == read(sets[task])[name][: len(records)]
     larger = digests(sets[task].folder)
-    pictures = {name: digest for name, digest in digests(small.folder).items() if name.startswith("images")}
-    assert len(pictures) == small.pictures
-    assert pictures.items() <= larger.items()
+    images = {name: digest for name, digest in digests(small.folder).items() if name.startswith("images")}
+    assert len(images) == small.images
+    assert images.items() <= larger.items()
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -89,33 +89,33 @@ def test_the_summary_tells_what_is_there(sets: dict[str, Summary], task: str):
     found = read(summary)
     assert {split: len(of(found, split)) for split in summary.records} == summary.records
     assert summary.records["train"] == SIZE
-    pictures = [path for path in (summary.folder / "images").rglob("*") if path.is_file()]
-    assert len(pictures) == summary.pictures
+    images = [path for path in (summary.folder / "images").rglob("*") if path.is_file()]
+    assert len(images) == summary.images
     for name, value in summary.settings.items():
         assert Path(value).is_dir(), name
-    with Image.open(pictures[0]) as image:
+    with Image.open(images[0]) as image:
         assert (image.size, image.mode, image.format) == ((64, 64), "RGB", "PNG")
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_every_picture_is_used_and_every_used_one_is_there(sets: dict[str, Summary], task: str):
+def test_every_image_is_used_and_every_used_one_is_there(sets: dict[str, Summary], task: str):
     summary = sets[task]
     used = set()
     for records in read(summary).values():
         for record in records:
             roots = {"vqa": "vqa_root", "vg": "vg_root", None: "image_root"}
             root = Path(summary.settings[roots[record.get("dataset")]])
-            used.update(root / image for image in images(record))
+            used.update(root / image for image in images_of(record))
     assert used == {path for path in (summary.folder / "images").rglob("*") if path.is_file()}
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_no_picture_of_one_split_is_in_another(sets: dict[str, Summary], task: str):
+def test_no_image_of_one_split_is_in_another(sets: dict[str, Summary], task: str):
     """Backgrounds and small shifts differ anyway, so this is the least; scenes are compared elsewhere."""
     where: dict[str, set[str]] = {}
     for name, records in read(sets[task]).items():
         for record in records:
-            for image in images(record):
+            for image in images_of(record):
                 where.setdefault(image, set()).add(name)
     assert all(len(splits) == 1 for splits in where.values())
 
@@ -137,7 +137,7 @@ def test_all_words_are_in_the_vocabulary(sets: dict[str, Summary], task: str):
 
 
 @pytest.mark.parametrize("task", ["caption", "vqa", "retrieval", "retrieval-flickr"])
-def test_single_pictures_have_no_left_and_right(sets: dict[str, Summary], task: str):
+def test_single_images_have_no_left_and_right(sets: dict[str, Summary], task: str):
     for records in read(sets[task]).values():
         for record in records:
             assert not {"left", "right"} & {word for text in texts(record) for word in text.split()}
@@ -156,18 +156,18 @@ def test_caption_files_are_in_the_published_form(sets: dict[str, Summary], task:
     found = read(sets[task])
     files = "flickr30k" if task == "retrieval-flickr" else "coco_karpathy"
     assert set(found) == {f"{files}_train", f"{files}_val", f"{files}_test"}
-    by_picture = Counter()
+    by_image = Counter()
     for record in of(found, "train"):
         assert list(record) == ["image", "caption", "image_id"]
         assert isinstance(record["caption"], str)
-        by_picture[record["image"]] += 1
+        by_image[record["image"]] += 1
         if files == "coco_karpathy":
             number = int(re.fullmatch(r"train2014/COCO_train2014_(\d{12})\.png", record["image"])[1])
             assert record["image_id"] == f"coco_{number}"
         else:
             assert re.fullmatch(r"flickr30k-images/\d+\.png", record["image"])
-    assert sorted(by_picture.values()) == [3] + [5] * 40
-    assert len({record["image_id"] for record in of(found, "train")}) == len(by_picture)
+    assert sorted(by_image.values()) == [3] + [5] * 40
+    assert len({record["image_id"] for record in of(found, "train")}) == len(by_image)
     for split in ("val", "test"):
         for record in of(found, split):
             assert list(record) == ["image", "caption"]
@@ -181,12 +181,14 @@ def test_ground_truth_is_in_cocos_form_and_says_the_same(sets: dict[str, Summary
         truth = json.loads(Path(sets["caption"].settings["coco_gt_root"], f"coco_karpathy_{split}_gt.json").read_text())
         assert set(truth) == {"annotations", "images"}
         assert len({entry["id"] for entry in truth["annotations"]}) == len(truth["annotations"])
-        told: dict[int, list[str]] = {entry["id"]: [] for entry in truth["images"]}
+        described: dict[int, list[str]] = {entry["id"]: [] for entry in truth["images"]}
         for entry in truth["annotations"]:
             assert set(entry) == {"image_id", "caption", "id"}
-            told[entry["image_id"]].append(entry["caption"])
+            described[entry["image_id"]].append(entry["caption"])
         records = of(read(sets["caption"]), split)
-        assert told == {int(re.search(r"(\d+)\.png$", record["image"])[1]): record["caption"] for record in records}
+        assert described == {
+            int(re.search(r"(\d+)\.png$", record["image"])[1]): record["caption"] for record in records
+        }
 
 
 def test_question_files_are_in_the_published_form(sets: dict[str, Summary]):
@@ -236,10 +238,10 @@ def test_the_command_knows_all_tasks():
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_pictures_can_be_jpeg(task: str, tmp_path: Path):
+def test_images_can_be_jpeg(task: str, tmp_path: Path):
     summary = write_shapes(task, tmp_path / "set", seed=1, size=4, image_size=32, image_format="jpeg")
     for records in read(summary).values():
-        assert all(image.endswith(".jpg") for record in records for image in images(record))
+        assert all(image.endswith(".jpg") for record in records for image in images_of(record))
 
 
 def test_a_misspelt_task_gets_a_hint(tmp_path: Path):

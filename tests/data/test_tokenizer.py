@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from upop.data.shapes import Summary
-from upop.data.shapes.vocabulary import WORDS, vocabulary
 from upop.data.tokenizer import enc_token_id, load_tokenizer
+from upop.demo import Summary
+from upop.demo.vocabulary import WORDS, vocabulary
 from upop.errors import DataError
 
 

@@ -1,4 +1,4 @@
-"""VQA records: what good files give, and what every way of being broken says."""
+"""VQA samples: what good files give, and what every way of being broken says."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ GENOME: dict[str, Any] = {"question": "what is it?", "answer": "a square", "imag
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    """A folder with a root of pictures for each source: the same name shows something else in the other."""
+    """A folder with a root of images for each source: the same name shows something else in the other."""
     for source, colour, name in (("coco", "red", "a/red.png"), ("coco", "red", "blue.png"), ("vg", "blue", "blue.png")):
         path = tmp_path / source / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -40,15 +40,15 @@ def roots(root: Path) -> dict[str, Path]:
 
 def training(root: Path, *files: object) -> VqaTrainingDataset:
     paths = []
-    for number, records in enumerate(files):
+    for number, samples in enumerate(files):
         paths.append(root / f"train{number}.json")
-        paths[-1].write_text(records if isinstance(records, str) else json.dumps(records))
+        paths[-1].write_text(samples if isinstance(samples, str) else json.dumps(samples))
     return VqaTrainingDataset(paths, roots(root), eval_transform(8))
 
 
-def asked(root: Path, records: object) -> VqaDataset:
+def asked(root: Path, samples: object) -> VqaDataset:
     file = root / "asked.json"
-    file.write_text(records if isinstance(records, str) else json.dumps(records))
+    file.write_text(samples if isinstance(samples, str) else json.dumps(samples))
     return VqaDataset(file, roots(root), eval_transform(8))
 
 
@@ -68,7 +68,7 @@ def test_a_visual_genome_answer_weighs_a_fifth(root: Path) -> None:
     assert (list(item["answers"]), list(item["weights"])) == (["a square"], [0.2])
 
 
-def test_files_follow_each_other_and_pictures_lie_under_their_own_root(root: Path) -> None:
+def test_files_follow_each_other_and_images_lie_under_their_own_root(root: Path) -> None:
     both = {**ANSWERED, "image": "blue.png"}
     data = training(root, [ANSWERED, both], [GENOME])
     assert len(data) == 3
@@ -79,7 +79,7 @@ def test_files_follow_each_other_and_pictures_lie_under_their_own_root(root: Pat
         data[3]
 
 
-def test_a_root_that_no_record_needs_may_be_missing(root: Path) -> None:
+def test_a_root_that_no_sample_needs_may_be_missing(root: Path) -> None:
     file = root / "asked.json"
     file.write_text(json.dumps([ASKED]))
     data = VqaDataset(file, {"vqa": root / "coco", "vg": root / "nowhere"}, eval_transform(8))
@@ -96,9 +96,9 @@ def test_a_file_without_answers_has_none(root: Path) -> None:
 
 def test_a_file_with_answers_has_their_types(root: Path) -> None:
     people = (TEN, ["yes"] * 6 + ["no"] * 4, ["two"] * 5 + ["3"] * 5, ["2"] * 10, [""] * 3 + ["no."] * 7)
-    records = [{**ASKED, "question_id": number, "answer": answer} for number, answer in enumerate(people)]
-    records[3]["answer_type"] = "other"  # the file knows better
-    data = asked(root, records)
+    samples = [{**ASKED, "question_id": number, "answer": answer} for number, answer in enumerate(people)]
+    samples[3]["answer_type"] = "other"  # the file knows better
+    data = asked(root, samples)
     assert data.types == ["other", "yes/no", "number", "other", "yes/no"]
     assert data.people == [tuple(answer) for answer in people]
     assert data[0]["answers"] == ()  # not for the model
@@ -130,12 +130,12 @@ def test_the_list_of_candidates(root: Path) -> None:
     [
         ("", "is not JSON"),
         ('[{"question": "a', "is not JSON.*cut off"),
-        ("{}", r"must hold a list of records, not \{\}"),
-        ("[]", "holds no records"),
-        ("[1]", "record 0: must be an object with named fields, not 1"),
+        ("{}", r"must hold a list of samples, not \{\}"),
+        ("[]", "holds no samples"),
+        ("[1]", "sample 0: must be an object with named fields, not 1"),
     ],
 )
-def test_a_file_that_is_no_list_of_records_is_refused(root: Path, kind: str, content: str, message: str) -> None:
+def test_a_file_that_is_no_list_of_samples_is_refused(root: Path, kind: str, content: str, message: str) -> None:
     with pytest.raises(DataError, match=rf"(train0|asked)\.json.*{message}"):
         training(root, content) if kind == "training" else asked(root, content)
 
@@ -156,14 +156,14 @@ BROKEN: list[tuple[dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("fields", "message"), BROKEN, ids=str)
-def test_a_broken_field_is_named_with_file_and_record(root: Path, fields: dict[str, Any], message: str) -> None:
+def test_a_broken_field_is_named_with_file_and_sample(root: Path, fields: dict[str, Any], message: str) -> None:
     for name, read in (
-        ("train1.json", lambda records: training(root, [ANSWERED], records)),
-        ("asked.json", lambda records: asked(root, records)),
+        ("train1.json", lambda samples: training(root, [ANSWERED], samples)),
+        ("asked.json", lambda samples: asked(root, samples)),
     ):
         with pytest.raises(DataError) as caught:
             read([{**ANSWERED, "question_id": 1}, {**ANSWERED, **fields}])
-        assert f"{name}, record 1: " in str(caught.value)
+        assert f"{name}, sample 1: " in str(caught.value)
         assert message in str(caught.value)
 
 
@@ -173,7 +173,7 @@ def test_a_broken_field_is_named_with_file_and_record(root: Path, fields: dict[s
         ({"question_id": "7"}, "'question_id' must be a whole number, not \"7\""),
         ({"question_id": True}, "'question_id' must be a whole number, not true"),
         ({"question_id": 1.5}, "'question_id' must be a whole number, not 1.5"),
-        ({"question_id": 1}, "'question_id' is 1, and record 0 has it too"),
+        ({"question_id": 1}, "'question_id' is 1, and sample 0 has it too"),
         ({"answer": TEN[:9]}, "'answer' must be a list of 10 texts"),
         ({"answer_type": "yesno"}, '\'answer_type\' must be the text "yes/no" or "number" or "other"'),
     ],
@@ -182,42 +182,42 @@ def test_a_broken_field_is_named_with_file_and_record(root: Path, fields: dict[s
 def test_broken_questions_to_be_answered(root: Path, fields: dict[str, Any], message: str) -> None:
     with pytest.raises(DataError) as caught:
         asked(root, [{**ANSWERED, "question_id": 1}, {**ANSWERED, **fields}])
-    assert "asked.json, record 1: " in str(caught.value)
+    assert "asked.json, sample 1: " in str(caught.value)
     assert message in str(caught.value)
 
 
 @pytest.mark.parametrize(("first", "message"), [(ANSWERED, "is missing, and the"), (ASKED, "is there, and the")])
 def test_answers_for_some_questions_only_are_refused(root: Path, first: dict[str, Any], message: str) -> None:
     other = ASKED if first is ANSWERED else ANSWERED
-    with pytest.raises(DataError, match=rf"asked\.json, record 1: the field 'answer' {message}.*for none"):
+    with pytest.raises(DataError, match=rf"asked\.json, sample 1: the field 'answer' {message}.*for none"):
         asked(root, [first, {**other, "question_id": 8}])
 
 
 @pytest.mark.parametrize("name", ["question", "image", "dataset", "answer"])
 def test_a_missing_field_is_named_with_the_nearest(root: Path, name: str) -> None:
-    record = {(key + "s" if key == name else key): value for key, value in ANSWERED.items()}
-    with pytest.raises(DataError, match=rf"record 1: the field '{name}' is missing \(did you mean '{name}s'\?\)"):
-        training(root, [ANSWERED, record])
+    sample = {(key + "s" if key == name else key): value for key, value in ANSWERED.items()}
+    with pytest.raises(DataError, match=rf"sample 1: the field '{name}' is missing \(did you mean '{name}s'\?\)"):
+        training(root, [ANSWERED, sample])
 
 
 def test_a_visual_genome_answer_is_one_text(root: Path) -> None:
-    with pytest.raises(DataError, match=r"train0\.json, record 1: 'answer' must be a text.*not \[\"a\"\]"):
+    with pytest.raises(DataError, match=r"train0\.json, sample 1: 'answer' must be a text.*not \[\"a\"\]"):
         training(root, [GENOME, {**GENOME, "answer": ["a"]}])
 
 
-def test_a_missing_picture_names_the_root_of_its_source(root: Path) -> None:
-    with pytest.raises(DataError, match=r"train0\.json, record 1: the image 'a/red\.png' does not exist .*vg\."):
+def test_a_missing_image_names_the_root_of_its_source(root: Path) -> None:
+    with pytest.raises(DataError, match=r"train0\.json, sample 1: the image 'a/red\.png' does not exist .*vg\."):
         training(root, [GENOME, {**GENOME, "image": "a/red.png"}])
     file = root / "train0.json"
-    with pytest.raises(DataError, match=r"record 0: the image root .*nowhere is no folder"):
+    with pytest.raises(DataError, match=r"sample 0: the image root .*nowhere is no folder"):
         VqaTrainingDataset([file], {"vqa": root / "coco", "vg": root / "nowhere"}, eval_transform(8))
 
 
-def test_a_picture_that_cannot_be_read_is_named_when_it_is_asked_for(root: Path) -> None:
+def test_a_image_that_cannot_be_read_is_named_when_it_is_asked_for(root: Path) -> None:
     data = training(root, [ANSWERED], [GENOME, GENOME])
-    (root / "vg" / "blue.png").write_bytes(b"no picture")
+    (root / "vg" / "blue.png").write_bytes(b"no image")
     assert data[0]
-    with pytest.raises(DataError, match=r"train1\.json, record 1: the image .*vg.blue\.png cannot be read"):
+    with pytest.raises(DataError, match=r"train1\.json, sample 1: the image .*vg.blue\.png cannot be read"):
         data[2]
 
 

@@ -15,9 +15,9 @@ from documents import ROOT, section
 from upop.cli.report import report
 from upop.errors import PreemptedError
 from upop.recipes import read_recipes
+from upop.runs.verbs import compress, evaluate_checkpoint
 from upop.settings import read_settings
 from upop.tasks import find_task
-from upop.tasks.verbs import compress, evaluate_checkpoint
 
 PAGE = ROOT / "docs" / "formats.md"
 
@@ -76,8 +76,8 @@ def test_fields_of_files_are_named(run: Path) -> None:
     assert {*found, *found["models"][0]} <= named | {"models"}
     plan = json.loads((run / "plan.json").read_text())
     named = {*code(text.partition("### plan.json")[2].partition("###")[0])}
-    unit = next(iter(plan["units"].values()))
-    assert {*plan, *plan["settings"], *unit} <= named
+    group = next(iter(plan["units"].values()))
+    assert {*plan, *plan["settings"], *group} <= named
     ours = json.loads((run / "best" / "upop.json").read_text())
     named = {*code(text.partition("### Our folder")[2].partition("###")[0])}
     assert {*ours, *next(iter(ours["layout"].values()))} <= named | {"versions"}

@@ -25,10 +25,10 @@ import runs
 import upop
 from documents import ROOT
 from upop.data.tokenizer import load_tokenizer
+from upop.runs.devices import make_accelerator
+from upop.runs.verbs import compress, evaluate_checkpoint
 from upop.settings import read_settings
 from upop.tasks import find_task
-from upop.tasks.verbs import compress, evaluate_checkpoint
-from upop.training.devices import make_accelerator
 
 PAGE = ROOT / "docs" / "mistakes.md"
 Mistake = Callable[[], Any]
@@ -114,12 +114,12 @@ def _() -> None:
 
 @mistake("Asking for more than can go")
 def _() -> None:
-    upop.Pruner(tiny(), ratio=0.9, steps=10, align=64)
+    upop.Pruner(tiny(), ratio=0.9, steps=10, round_to=64)
 
 
 @mistake("Aligning the published ranking")
 def _() -> None:
-    upop.Pruner(tiny(), ratio=0.5, steps=10, cost="reference", align=8)
+    upop.Pruner(tiny(), ratio=0.5, steps=10, cost="reference", round_to=8)
 
 
 @mistake("Counting multiply-adds without an example")
@@ -209,7 +209,7 @@ def _() -> None:
 
 @mistake("A misspelt setting")
 def _() -> None:
-    Path("mine.yaml").write_text("image_root: pictures\nbatch_size: 32\ninit_ir: 1.0e-5\n")
+    Path("mine.yaml").write_text("image_root: images\nbatch_size: 32\ninit_ir: 1.0e-5\n")
     read_settings(find_task("nlvr").settings, Path("mine.yaml"), {})
 
 
@@ -228,9 +228,9 @@ def _() -> None:
 def _() -> None:
     task, settings = _task("segmentation")
     (settings.root / "objectInfo150.txt").unlink()  # which would say how many classes there are
-    records = task.dataset(settings.model_copy(update={"classes": 2}), "val")
-    for number in range(len(records)):
-        records[number]
+    samples = task.dataset(settings.model_copy(update={"classes": 2}), "val")
+    for number in range(len(samples)):
+        samples[number]
 
 
 @mistake("A learning rate that is too high")
@@ -259,14 +259,14 @@ def _() -> None:
     compress(task, settings.model_copy(update={"resume": "must"}))
 
 
-@mistake("A picture that cannot be read")
+@mistake("An image that cannot be read")
 def _() -> None:
     task, settings = _task("caption")
-    records = task.dataset(settings, "val")
-    picture = sorted(Path("data/images").rglob("*val*.png"))[0]
-    picture.write_bytes(picture.read_bytes()[:100])
-    for number in range(len(records)):
-        records[number]
+    samples = task.dataset(settings, "val")
+    image = sorted(Path("data/images").rglob("*val*.png"))[0]
+    image.write_bytes(image.read_bytes()[:100])
+    for number in range(len(samples)):
+        samples[number]
 
 
 @mistake("Sharing weights out in one process")
@@ -310,14 +310,14 @@ def _() -> None:
 
 def seen(make: Mistake) -> str:
     """Make a mistake, and return what one sees of it, as it were in a folder that is called `/home/you/work`."""
-    with warnings.catch_warnings(record=True) as caught:
+    with warnings.catch_warnings(sample=True) as caught:
         warnings.simplefilter("always")
         try:
-            told = make()
+            described = make()
         except upop.errors.UPopError as error:
             return f"{type(error).__name__}: {error}".replace(str(Path.cwd()), "/home/you/work")
-    if told is not None:
-        return str(told)
+    if described is not None:
+        return str(described)
     ours = [warning for warning in caught if issubclass(warning.category, UserWarning)]
     return f"UserWarning: {ours[-1].message}"
 

@@ -60,14 +60,14 @@ def test_scripts_are_bash(page: Path) -> None:
 
 
 def test_examples_of_files_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every file of the guide is read by the task that its YAML file is for, with pictures of those names."""
+    """Every file of the guide is read by the task that its YAML file is for, with images of those names."""
     monkeypatch.chdir(tmp_path)
     for name, text in file_examples(GUIDE, "json").items():
         for copy in (name, *(name.replace(*other) for other in SAME_FORM if other[0] in name)):
             Path(copy).parent.mkdir(parents=True, exist_ok=True)
             Path(copy).write_text(text)
-        for picture in re.findall(r'"([^"]+\.jpg)"', text):
-            path = Path("pictures") / picture
+        for image in re.findall(r'"([^"]+\.jpg)"', text):
+            path = Path("pictures") / image
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.new("RGB", (40, 30)).save(path)
     for line in (Path(line) for block in blocks(GUIDE, "text") for line in block.splitlines()):
@@ -77,13 +77,13 @@ def test_examples_of_files_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     for name, text in file_examples(GUIDE, "yaml").items():
         task = find_task(name.removesuffix(".yaml"))
         Path(name).write_text(text)
-        # Mixing takes pictures in pairs, and there are few.
+        # Mixing takes images in pairs, and there are few.
         few = {"mixup": 0, "cutmix": 0} if task.name == "classification" else {}
         settings: Any = read_settings(task.settings, Path(name), {"image_size": 32, **few})
         for split in ("train", *task.evaluated(settings)):
-            records: Any = task.dataset(settings, split)
-            assert records[0]
-            read[task.name, split] = len(records)
+            samples: Any = task.dataset(settings, split)
+            assert samples[0]
+            read[task.name, split] = len(samples)
     published = {name for name, task in TASKS.items() if not task.model_prepares}  # the others take rows
     assert {task for task, _ in read} == published - {"retrieval-clip"}  # whose files are those of retrieval
     assert read["vqa", "train"] == 3 and read["caption", "val"] == 2

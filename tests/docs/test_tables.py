@@ -96,10 +96,10 @@ def test_the_log_says_what_the_files_say() -> None:
     assert "BLIP's retrieval by {:.0f} and {:.0f} points".format(*found) in text
     assert points("shapes_segmentation_cpu", "validation", "mIoU", "2x") > 0
     step = tables.read("search_step_amd-epyc")["models"]["blip-nlvr"]["ours"]
-    told = (
+    described = (
         f"{100 * step['time_ratio'] - 100:.1f} % and all steps together at {100 * step['time_ratio_total'] - 100:.1f} %"
     )
-    assert told in text
+    assert described in text
 
 
 def test_readme_says_what_the_files_say() -> None:
@@ -168,9 +168,9 @@ def test_the_costs_of_entries_of_a_full_size_model() -> None:
     import torch
 
     import upop
-    from upop.pruning.costs import entry_costs
+    from upop.pruning.costs import channel_costs
 
     with torch.device("meta"):
         model = timm.create_model("vit_base_patch16_224")
-    costs = entry_costs(model, upop.find_units(model), "params")
+    costs = channel_costs(model, upop.find_groups(model), "params")
     assert set(costs.values()) == {36_900.0, 1_537.0} and "in ViT-B 36,900 and 1,537" in shown("method.md")

@@ -303,7 +303,7 @@ def kinds(failures: Sequence[Failure]) -> Mapping[str, list[Failure]]:
     return found
 
 
-def told(results: Sequence[Tried]) -> str:
+def described(results: Sequence[Tried]) -> str:
     """Return what to print of results: a line each, the sum, and one failure of each kind, whole."""
     lines = [f"seed {SEED}", *map(str, results)]
     lines.append(f"{sum(found.inputs for found in results)} bad inputs in {sum(f.seconds for f in results):.0f} s")

@@ -1,4 +1,4 @@
-"""Makes bad inputs of good ones: values, texts, bytes, archives, pictures. All chance comes from the one generator."""
+"""Makes bad inputs of good ones: values, texts, bytes, archives, images. All chance comes from the one generator."""
 
 from __future__ import annotations
 
@@ -501,7 +501,7 @@ def _pickle(draw: Draw, content: bytes) -> bytes:
     return pickle.dumps({"model": {"a": called}}, protocol=draw.choice((0, 2, 4)))
 
 
-def picture_file(draw: Draw, data: bytes, size: tuple[int, int]) -> bytes:
+def image_file(draw: Draw, data: bytes, size: tuple[int, int]) -> bytes:
     """An image file: damaged, or with another width and height where its own are written, or of another kind."""
     kind = draw.random()
     if kind < 0.6:

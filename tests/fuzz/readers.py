@@ -42,9 +42,9 @@ from upop.data.tokenizer import load_tokenizer
 from upop.errors import UPopError
 from upop.report.page import comparison_page, run_page
 from upop.report.run import read_run
+from upop.runs.checkpoints import Checkpoints
 from upop.settings import read_settings
 from upop.tasks import TASKS, find_task
-from upop.training.checkpoints import Checkpoints
 
 READERS: dict[str, Reader] = {}
 """Name -> what prepares it."""
@@ -92,7 +92,7 @@ def _put(draw: Draw, path: Path, content: bytes) -> None:
 
 def _annotations(kind: str) -> Reader:
     def make(folder: Path) -> Case:
-        for name in annotations.PICTURES:
+        for name in annotations.IMAGES:
             Image.new("RGB", (8, 8)).save(folder / name)
         row, file = annotations.KINDS[kind], folder / "file.json"
 
@@ -112,60 +112,60 @@ for _kind in annotations.KINDS:
     READERS[f"annotations: {_kind}"] = _annotations(_kind)
 
 
-# Pictures.
+# Images.
 
 
-def _good_pictures() -> dict[str, bytes]:
-    """A picture in every format that Pillow writes by itself."""
-    found, picture = {}, images.picture()
+def _good_images() -> dict[str, bytes]:
+    """An image in every format that Pillow writes by itself."""
+    found, image = {}, images.image()
     Image.init()
     for form in sorted(Image.SAVE):
         for mode in ("RGB", "L", "P"):
             buffer = io.BytesIO()
             try:
-                picture.convert(mode).save(buffer, form)
-            except Exception:  # it has no such mode, needs another library, or writes no single picture
+                image.convert(mode).save(buffer, form)
+            except Exception:  # it has no such mode, needs another library, or writes no single image
                 continue
             found[f"{form} {mode}"] = buffer.getvalue()
     found |= {name: content for name, (content, _, _) in images.ODD.items()}
-    found["JPEG with notes"] = images.encoded(picture, "JPEG", exif=b"Exif\0\0MM\0*\0\0\0\x08" + bytes(40))
-    found["TIFF, packed"] = images.encoded(picture, "TIFF", compression="tiff_lzw")
+    found["JPEG with notes"] = images.encoded(image, "JPEG", exif=b"Exif\0\0MM\0*\0\0\0\x08" + bytes(40))
+    found["TIFF, packed"] = images.encoded(image, "TIFF", compression="tiff_lzw")
     return found
 
 
-def _picture(draw: Draw, good: Mapping[str, bytes]) -> bytes:
+def _image(draw: Draw, good: Mapping[str, bytes]) -> bytes:
     name = draw.choice(sorted(good))
-    return m.picture_file(draw, good[name], (images.WIDTH, images.HEIGHT))
+    return m.image_file(draw, good[name], (images.WIDTH, images.HEIGHT))
 
 
-def _shape_of(picture: Image.Image) -> Any:
-    if picture.mode != "RGB":
-        raise Wrong(f"a picture of mode {picture.mode}")
-    return np.asarray(picture).shape
+def _shape_of(image: Image.Image) -> Any:
+    if image.mode != "RGB":
+        raise Wrong(f"an image of mode {image.mode}")
+    return np.asarray(image).shape
 
 
-@reader("pictures of annotations")
+@reader("images of annotations")
 def _of_annotations(folder: Path) -> Case:
-    good = _good_pictures()
-    for name in annotations.PICTURES:
+    good = _good_images()
+    for name in annotations.IMAGES:
         (folder / name).write_bytes(images.PNG)
     kinds = [name for name in annotations.KINDS if name not in ("ground truth", "answers")]
-    records = {}
+    samples = {}
     for kind in kinds:
         file = folder / f"{kind}.json"
         file.write_text(json.dumps(annotations.KINDS[kind].content))
-        records[kind] = annotations.KINDS[kind].read(file, folder)
+        samples[kind] = annotations.KINDS[kind].read(file, folder)
 
     def case(draw: Draw) -> None:
-        _put(draw, folder / annotations.PICTURES[0], _picture(draw, good))
-        _ = records[draw.choice(kinds)][0]
+        _put(draw, folder / annotations.IMAGES[0], _image(draw, good))
+        _ = samples[draw.choice(kinds)][0]
 
     return case
 
 
-@reader("pictures of classes")
+@reader("images of classes")
 def _of_classes(folder: Path) -> Case:
-    good = _good_pictures()
+    good = _good_images()
     for split in ("train", "val"):
         for name in ("a", "b"):
             (folder / split / name).mkdir(parents=True)
@@ -175,20 +175,20 @@ def _of_classes(folder: Path) -> Case:
     def case(draw: Draw) -> None:
         shutil.rmtree(folder / "train" / "a")
         (folder / "train" / "a").mkdir()
-        _put(draw, folder / "train" / "a" / f"0{draw.choice(endings)}", _picture(draw, good))
+        _put(draw, folder / "train" / "a" / f"0{draw.choice(endings)}", _image(draw, good))
         _ = ImageFolderDataset(folder, "train", _shape_of, training=draw.random() < 0.5)[0]  # type: ignore[arg-type]
 
     return case
 
 
-@reader("pictures and maps of labels")
+@reader("images and maps of labels")
 def _of_labels(folder: Path) -> Case:
-    good = _good_pictures()
+    good = _good_images()
     for kind in ("images", "annotations"):
         (folder / kind / "training").mkdir(parents=True)
         Image.new("L", (images.WIDTH, images.HEIGHT), 1).save(folder / kind / "training" / "0.png")
     whole = (folder / "images" / "training" / "0.png").read_bytes()
-    records = SegmentationDataset(folder, "training", lambda *both: both, 3)  # type: ignore[arg-type, return-value]
+    samples = SegmentationDataset(folder, "training", lambda *both: both, 3)  # type: ignore[arg-type, return-value]
     # Maps are small numbers, of which one too many is an error as well.
     maps = {**good, **{f"map {n}": images.encoded(Image.new("L", (12, 8), n), "PNG") for n in (0, 3, 4, 255)}}
 
@@ -197,10 +197,10 @@ def _of_labels(folder: Path) -> Case:
         for kind in ("images", "annotations"):
             path = folder / kind / "training" / "0.png"
             if kind == bad:
-                _put(draw, path, _picture(draw, maps if kind == "annotations" else good))
+                _put(draw, path, _image(draw, maps if kind == "annotations" else good))
             else:
                 _restore(path, whole)
-        _ = records[0]
+        _ = samples[0]
 
     return case
 
@@ -225,18 +225,18 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]"
 
 def _called(words: list[str], kind: typer.Typer = cli.app) -> str:
     """Run a command in this process; return whether it was refused."""
-    told = io.StringIO()
+    described = io.StringIO()
     code: object = 0
     before = sys.argv
     sys.argv = ["upop", *words]
     try:
-        with contextlib.redirect_stdout(told), contextlib.redirect_stderr(told):
+        with contextlib.redirect_stdout(described), contextlib.redirect_stderr(described):
             cli.main(kind)
     except SystemExit as ended:
         code = ended.code
     finally:
         sys.argv = before
-    text = told.getvalue()
+    text = described.getvalue()
     number = code if isinstance(code, int) else int(code is not None)
     said = f"{shlex.join(words)[:500]!a} ends with {number} and says {text[-800:]!a}"
     if number not in (0, 1, 2):
@@ -431,7 +431,7 @@ def _line(draw: Draw, flags: list[str], places: Iterable[str], task: str | None)
 
 def _places(folder: Path) -> list[str]:
     """Files and folders that a command line may name."""
-    (folder / "text.txt").write_text("this is no picture, no model and no settings\n")
+    (folder / "text.txt").write_text("this is no image, no model and no settings\n")
     (folder / "empty").mkdir()
     (folder / "run").mkdir()
     (folder / "run" / "metrics.jsonl").write_text('{"loss": 1.0}\n{"lo')
@@ -509,8 +509,8 @@ def _tiny(task: str) -> nn.Module:
 
 
 def _shrunken(model: nn.Module) -> nn.Module:
-    units = upop.find_units(model)
-    return upop.shrink(model, upop.Plan.of(units, {unit.name: range(1, unit.size, 2) for unit in units}))
+    groups = upop.find_groups(model)
+    return upop.shrink(model, upop.Plan.of(groups, {group.name: range(1, group.size, 2) for group in groups}))
 
 
 def _save_tiny(task: str, folder: Path) -> Path:
@@ -790,8 +790,8 @@ def _checkpoints(folder: Path) -> Case:
 @reader("plans")
 def _plans(folder: Path) -> Case:
     model = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval()
-    units = upop.find_units(model)
-    plan = upop.Plan.of(units, {unit.name: range(0, unit.size, 2) for unit in units}, ratio=0.5, cost="params")
+    groups = upop.find_groups(model)
+    plan = upop.Plan.of(groups, {group.name: range(0, group.size, 2) for group in groups}, ratio=0.5, cost="params")
     good = json.loads(plan.to_json())
 
     def case(draw: Draw) -> None:
@@ -828,7 +828,7 @@ def _a_run(folder: Path) -> Path:
     made = folder.parent / "made"
     if (made / "run").exists():
         return Path(shutil.copytree(made / "run", folder / "run"))
-    from upop.tasks.verbs import compress
+    from upop.runs.verbs import compress
 
     config = runs.make_task("classification", made)
     task = find_task("classification")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from fuzz.engine import told, tried
+from fuzz.engine import described, tried
 from fuzz.readers import READERS
 
 COUNTS: dict[str, int] = {
@@ -47,7 +47,7 @@ def test_some_bad_inputs(tmp_path: Path) -> None:
     found = tried(dict.fromkeys(READERS, QUICK), tmp_path)
     assert sum(one.inputs for one in found) == len(QUICK) * len(READERS)
     assert sum(one.refused for one in found) > len(QUICK) * len(READERS) / 2
-    assert not any(one.failures for one in found), told(found)
+    assert not any(one.failures for one in found), described(found)
 
 
 @pytest.mark.slow
@@ -55,6 +55,6 @@ def test_some_bad_inputs(tmp_path: Path) -> None:
 def test_bad_inputs(tmp_path: Path, area: str, capsys: pytest.CaptureFixture[str]) -> None:
     found = tried(dict.fromkeys(AREAS[area], range(COUNTS[area])), tmp_path)
     with capsys.disabled():
-        print(f"\n{told(found)}" if not any(one.failures for one in found) else "")  # noqa: T201
+        print(f"\n{described(found)}" if not any(one.failures for one in found) else "")  # noqa: T201
     assert all(one.inputs == COUNTS[area] for one in found)
-    assert not any(one.failures for one in found), told(found)
+    assert not any(one.failures for one in found), described(found)

@@ -17,8 +17,8 @@ def _alone_and_repeatable() -> None:
     torch.manual_seed(0)
 
 
-class Pictures(Dataset[dict[str, Tensor]]):
-    """24 pictures of noise, of three classes."""
+class Images(Dataset[dict[str, Tensor]]):
+    """24 images of noise, of three classes."""
 
     def __len__(self) -> int:
         return 24
@@ -29,8 +29,8 @@ class Pictures(Dataset[dict[str, Tensor]]):
 
 
 @pytest.fixture
-def pictures() -> Pictures:
-    return Pictures()
+def image_set() -> Images:
+    return Images()
 
 
 def tiny_classifier() -> Any:
@@ -60,7 +60,7 @@ def classifier() -> Any:
 
 
 def sizes(model: nn.Module) -> list[int]:
-    """The entries of all units."""
+    """The channels of all groups."""
     import upop
 
-    return [unit.size for unit in upop.find_units(model)]
+    return [group.size for group in upop.find_groups(model)]

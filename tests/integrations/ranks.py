@@ -10,17 +10,17 @@ from accelerate import Accelerator
 from torch.utils.data import DataLoader
 
 import upop
-from integrations.conftest import Pictures, tiny_classifier
+from integrations.conftest import Images, tiny_classifier
 
 STEPS = 6
 
 
 def compress(folder: Path) -> None:
-    """Compress in six steps of eight pictures, over however many processes; leave the plan and weights in a file."""
+    """Compress in six steps of eight images, over however many processes; leave the plan and weights in a file."""
     accelerator = Accelerator(cpu=True)
     model: Any = tiny_classifier()
     optimizer: Any = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
-    loader: Any = DataLoader(Pictures(), batch_size=8 // accelerator.num_processes)
+    loader: Any = DataLoader(Images(), batch_size=8 // accelerator.num_processes)
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
     compression = upop.Compression(model, 0.5, STEPS, correct=False)
     for _ in range(2):

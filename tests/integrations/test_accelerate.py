@@ -27,11 +27,11 @@ def _fresh() -> Iterator[None]:
 
 @pytest.mark.usefixtures("_fresh")
 @pytest.mark.parametrize("precision", ["no", "bf16"])
-def test_a_loop_on_accelerate(classifier: Any, pictures: Any, precision: str) -> None:
+def test_a_loop_on_accelerate(classifier: Any, image_set: Any, precision: str) -> None:
     dense = upop.count_parameters(classifier)
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2, mixed_precision=precision)
     optimizer = torch.optim.AdamW(classifier.parameters(), lr=1e-3)
-    model, optimizer, loader = accelerator.prepare(classifier, optimizer, DataLoader(pictures, batch_size=4))
+    model, optimizer, loader = accelerator.prepare(classifier, optimizer, DataLoader(image_set, batch_size=4))
     pruner = upop.Pruner(model, ratio=0.5, steps=3, interval=1)
     for batch in loader:
         with accelerator.accumulate(model):
@@ -41,7 +41,7 @@ def test_a_loop_on_accelerate(classifier: Any, pictures: Any, precision: str) ->
             optimizer.step()
             optimizer.zero_grad()
     assert pruner.finished
-    images = {"pixel_values": pictures[1]["pixel_values"].unsqueeze(0)}
+    images = {"pixel_values": image_set[1]["pixel_values"].unsqueeze(0)}
     smaller = pruner.shrink(verify=images)  # in float32, though the loop computes in bfloat16
     assert smaller is accelerator.unwrap_model(model)
     assert upop.count_parameters(smaller) < 0.7 * dense
@@ -49,9 +49,9 @@ def test_a_loop_on_accelerate(classifier: Any, pictures: Any, precision: str) ->
 
 
 @pytest.mark.slow
-def test_compiled_before_the_search_and_after_the_cut(classifier: Any, pictures: Any) -> None:
+def test_compiled_before_the_search_and_after_the_cut(classifier: Any, image_set: Any) -> None:
     compiled = torch.compile(classifier, backend="aot_eager")
-    images = torch.stack([pictures[index]["pixel_values"] for index in range(4)])
+    images = torch.stack([image_set[index]["pixel_values"] for index in range(4)])
     labels = torch.tensor([0, 1, 2, 0])
     pruner = upop.Pruner(compiled, ratio=0.5, steps=2, interval=1)
     for _ in range(2):

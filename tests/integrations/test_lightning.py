@@ -66,13 +66,13 @@ def by_hand(model: Any, data: Any, clip: float, accumulate: int) -> upop.Plan:
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_it_is_the_loop_by_hand(classifier: Any, pictures: Any, tmp_path: Path, accumulate: int) -> None:
+def test_it_is_the_loop_by_hand(classifier: Any, image_set: Any, tmp_path: Path, accumulate: int) -> None:
     model = copy.deepcopy(classifier)
-    expected = by_hand(model, pictures, 0.05, accumulate)
+    expected = by_hand(model, image_set, 0.05, accumulate)
     dense = upop.count_parameters(classifier)
-    images = pictures[0]["pixel_values"].unsqueeze(0)
+    images = image_set[0]["pixel_values"].unsqueeze(0)
     callback = LightningCallback(ratio=0.5, module="model", verify={"pixel_values": images})
-    fit(classifier, pictures, tmp_path, callback, gradient_clip_val=0.05, accumulate_grad_batches=accumulate)
+    fit(classifier, image_set, tmp_path, callback, gradient_clip_val=0.05, accumulate_grad_batches=accumulate)
     assert callback.compression is not None
     assert callback.compression.plan() == expected
     assert upop.count_parameters(classifier) < 0.7 * dense
@@ -84,51 +84,51 @@ def test_it_is_the_loop_by_hand(classifier: Any, pictures: Any, tmp_path: Path, 
 
 
 @pytest.mark.parametrize("share", [0.3, 0.9], ids=["after the cut", "before the cut"])
-def test_it_goes_on_from_a_checkpoint(classifier: Any, pictures: Any, tmp_path: Path, share: float) -> None:
+def test_it_goes_on_from_a_checkpoint(classifier: Any, image_set: Any, tmp_path: Path, share: float) -> None:
     other = copy.deepcopy(classifier)
     whole, resumed = (LightningCallback(0.5, module="model", share=share) for _ in range(2))
     keep = pl.callbacks.ModelCheckpoint(dirpath=tmp_path, filename="{step}", every_n_train_steps=6, save_top_k=-1)
     # After a whole epoch, since Lightning begins an epoch anew that was broken off.
-    fit(classifier, pictures, tmp_path, whole, keep, enable_checkpointing=True, max_steps=12)
-    fit(other, pictures, tmp_path, resumed, ckpt=str(tmp_path / "step=6.ckpt"), max_steps=12)
+    fit(classifier, image_set, tmp_path, whole, keep, enable_checkpointing=True, max_steps=12)
+    fit(other, image_set, tmp_path, resumed, ckpt=str(tmp_path / "step=6.ckpt"), max_steps=12)
     assert whole.compression is not None and resumed.compression is not None
     assert resumed.compression.plan() == whole.compression.plan()
     for name, value in classifier.state_dict().items():
         torch.testing.assert_close(other.state_dict()[name], value, rtol=1e-5, atol=1e-6)
 
 
-def test_what_makes_no_sense_is_refused(classifier: Any, pictures: Any, tmp_path: Path) -> None:
+def test_what_makes_no_sense_is_refused(classifier: Any, image_set: Any, tmp_path: Path) -> None:
     with pytest.raises(SettingError, match="strictly between 0 and 1"):
         LightningCallback(ratio=0)
     with pytest.raises(SettingError, match="module='net' was asked for, and Module has no module of this name"):
-        fit(classifier, pictures, tmp_path, LightningCallback(0.5, module="net"))
+        fit(classifier, image_set, tmp_path, LightningCallback(0.5, module="net"))
     with pytest.raises(SettingError, match="how many optimizer steps"):
-        fit(classifier, pictures, tmp_path, LightningCallback(0.5, module="model"), max_steps=-1, max_epochs=-1)
+        fit(classifier, image_set, tmp_path, LightningCallback(0.5, module="model"), max_steps=-1, max_epochs=-1)
 
 
-def test_a_fit_that_is_stopped_leaves_what_was_reached(classifier: Any, pictures: Any, tmp_path: Path) -> None:
+def test_a_fit_that_is_stopped_leaves_what_was_reached(classifier: Any, image_set: Any, tmp_path: Path) -> None:
     class Stop(pl.Callback):
         def on_train_batch_end(self, trainer: Any, *_rest: Any) -> None:
             trainer.should_stop = trainer.global_step >= 1
 
     dense = upop.count_parameters(classifier)
-    fit(classifier, pictures, tmp_path, Stop(), LightningCallback(0.5, module="model"), min_epochs=0, min_steps=0)
+    fit(classifier, image_set, tmp_path, Stop(), LightningCallback(0.5, module="model"), min_epochs=0, min_steps=0)
     assert 0.6 * dense < upop.count_parameters(classifier) < dense
 
 
-def test_a_fit_that_fails_leaves_no_masks(classifier: Any, pictures: Any, tmp_path: Path) -> None:
+def test_a_fit_that_fails_leaves_no_masks(classifier: Any, image_set: Any, tmp_path: Path) -> None:
     class Fail(pl.Callback):
         def on_train_batch_end(self, *_: Any) -> None:
             raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        fit(classifier, pictures, tmp_path, LightningCallback(0.5, module="model"), Fail())
+        fit(classifier, image_set, tmp_path, LightningCallback(0.5, module="model"), Fail())
     pruner = upop.Pruner(classifier, 0.5, 4)  # refused where masks are left
     pruner.remove()
     assert not any(module._forward_hooks for module in classifier.modules())
 
 
-def test_the_one_model_of_a_module_without_a_forward_is_compressed(pictures: Any, tmp_path: Path) -> None:
+def test_the_one_model_of_a_module_without_a_forward_is_compressed(image_set: Any, tmp_path: Path) -> None:
     layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
 
     class Own(nn.Module):
@@ -149,5 +149,5 @@ def test_the_one_model_of_a_module_without_a_forward_is_compressed(pictures: Any
         pl.Trainer(max_steps=6, accelerator="cpu", logger=False, enable_checkpointing=False, default_root_dir=tmp_path),
     )
     trainer.callbacks.append(callback)
-    trainer.fit(Step(Own()), DataLoader(pictures, batch_size=4))
+    trainer.fit(Step(Own()), DataLoader(image_set, batch_size=4))
     assert layer.linear1.out_features < 16

@@ -21,9 +21,9 @@ def block(word: str) -> str:
     return found[0]
 
 
-def test_a_loop_of_ones_own(classifier: Any, pictures: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_loop_of_ones_own(classifier: Any, image_set: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    loader = [*DataLoader(pictures, batch_size=4)] * 4
+    loader = [*DataLoader(image_set, batch_size=4)] * 4
     names = {
         "model": classifier,
         "dense_model": copy.deepcopy(classifier),
@@ -43,11 +43,11 @@ def test_a_loop_of_ones_own(classifier: Any, pictures: Any, tmp_path: Path, monk
     assert all(torch.equal(value, small[1][name]) for name, value in names["model"].state_dict().items())
 
 
-def test_trainer(classifier: Any, pictures: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_trainer(classifier: Any, image_set: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     dense = upop.count_parameters(classifier)
     args = TrainingArguments("run", max_steps=4, report_to="none", save_strategy="no", use_cpu=True, disable_tqdm=True)
-    names = {"upop": upop, "model": classifier, "args": args, "data": pictures}
+    names = {"upop": upop, "model": classifier, "args": args, "data": image_set}
     exec(block("TrainerCallback"), names)
     assert upop.count_parameters(classifier) < 0.7 * dense
     again = AutoModelForImageClassification.from_pretrained(tmp_path / "out")
@@ -55,25 +55,25 @@ def test_trainer(classifier: Any, pictures: Any, tmp_path: Path, monkeypatch: py
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
-def test_lightning(classifier: Any, pictures: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lightning(classifier: Any, image_set: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("lightning", reason="the extra `integrations` is not installed")
     from integrations.test_lightning import Module
 
     monkeypatch.chdir(tmp_path)
     dense = upop.count_parameters(classifier)
-    names = {"upop": upop, "module": Module(classifier), "loader": DataLoader(pictures, batch_size=8)}
+    names = {"upop": upop, "module": Module(classifier), "loader": DataLoader(image_set, batch_size=8)}
     exec(block("LightningCallback"), names)
     assert upop.count_parameters(classifier) < 0.7 * dense
 
 
-def test_accelerate(classifier: Any, pictures: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_accelerate(classifier: Any, image_set: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     dense = upop.count_parameters(classifier)
     names = {
         "upop": upop,
         "model": classifier,
         "optimizer": torch.optim.AdamW(classifier.parameters()),
-        "loader": DataLoader(pictures, batch_size=4),
+        "loader": DataLoader(image_set, batch_size=4),
         "total_steps": 3,
     }
     exec(block("Accelerator"), names)

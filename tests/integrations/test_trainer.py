@@ -60,11 +60,11 @@ def clip() -> Any:
     return CLIPForImageClassification(config)
 
 
-def test_one_training_searches_cuts_recovers_and_reloads(classifier: Any, pictures: Any, tmp_path: Path) -> None:
+def test_one_training_searches_cuts_recovers_and_reloads(classifier: Any, image_set: Any, tmp_path: Path) -> None:
     dense = upop.count_parameters(classifier)
-    images = pictures[0]["pixel_values"].unsqueeze(0)
+    images = image_set[0]["pixel_values"].unsqueeze(0)
     callback = TrainerCallback(ratio=0.5, verify={"pixel_values": images})
-    one = trainer(classifier, pictures, tmp_path / "run", callback, optim="adamw_torch", learning_rate=1e-3)
+    one = trainer(classifier, image_set, tmp_path / "run", callback, optim="adamw_torch", learning_rate=1e-3)
     one.train()
     assert callback.compression is not None and not callback.compression.searching
     assert upop.count_parameters(classifier) < 0.7 * dense
@@ -77,11 +77,11 @@ def test_one_training_searches_cuts_recovers_and_reloads(classifier: Any, pictur
 
 
 @pytest.mark.parametrize("settings", [{}, {"accumulate": 2}, {"max_grad_norm": 0.05}, {"bf16": True}], ids=str)
-def test_it_is_the_loop_by_hand(classifier: Any, pictures: Any, tmp_path: Path, settings: dict[str, Any]) -> None:
+def test_it_is_the_loop_by_hand(classifier: Any, image_set: Any, tmp_path: Path, settings: dict[str, Any]) -> None:
     model = copy.deepcopy(classifier).train()
     accumulate, most = settings.pop("accumulate", 1), settings.get("max_grad_norm", 0.0)
     callback = TrainerCallback(ratio=0.5)
-    first = trainer(classifier, pictures, tmp_path, callback, gradient_accumulation_steps=accumulate, **settings)
+    first = trainer(classifier, image_set, tmp_path, callback, gradient_accumulation_steps=accumulate, **settings)
     seen: list[Any] = []
     taken = first.get_batch_samples
     first.get_batch_samples = lambda *a, **k: _kept(taken(*a, **k), seen)  # type: ignore[method-assign]
@@ -107,12 +107,12 @@ def test_it_is_the_loop_by_hand(classifier: Any, pictures: Any, tmp_path: Path, 
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # of torch.compile, which looks for it everywhere
-def test_a_model_that_the_trainer_compiles_is_corrected_from_the_first_step_on(pictures: Any, tmp_path: Path) -> None:
+def test_a_model_that_the_trainer_compiles_is_corrected_from_the_first_step_on(image_set: Any, tmp_path: Path) -> None:
     torch._dynamo.reset()
     found = []
     for settings in ({}, {"torch_compile": True, "torch_compile_backend": "eager"}):
         model, callback = clip(), TrainerCallback(ratio=0.5, search=1, teacher=False)
-        one = trainer(model, pictures, tmp_path, callback, max_steps=2, **settings)
+        one = trainer(model, image_set, tmp_path, callback, max_steps=2, **settings)
         one.train()
         assert (one.model_wrapped is model) is not bool(settings)
         assert callback.compression is not None and callback.compression.pruner is not None
@@ -132,32 +132,32 @@ def _kept(found: Any, seen: list[Any]) -> Any:
 
 
 @pytest.mark.parametrize("step", [1, 4])
-def test_it_goes_on_from_a_checkpoint_before_and_after_the_cut(pictures: Any, tmp_path: Path, step: int) -> None:
+def test_it_goes_on_from_a_checkpoint_before_and_after_the_cut(image_set: Any, tmp_path: Path, step: int) -> None:
     model, other, third = clip(), clip(), clip()
     whole, resumed = TrainerCallback(ratio=0.5), TrainerCallback(ratio=0.5, teacher=True)
     saving = {"save_strategy": "steps", "save_steps": step, "optim": "adamw_torch", "learning_rate": 1e-2}
-    trainer(model, pictures, tmp_path, whole, **saving).train()
+    trainer(model, image_set, tmp_path, whole, **saving).train()
     checkpoint = tmp_path / f"checkpoint-{step}"
-    trainer(other, pictures, tmp_path, resumed, **saving).train(resume_from_checkpoint=str(checkpoint))
+    trainer(other, image_set, tmp_path, resumed, **saving).train(resume_from_checkpoint=str(checkpoint))
     assert whole.compression is not None and resumed.compression is not None
     assert resumed.compression.plan() == whole.compression.plan()
     for name, value in model.state_dict().items():
         torch.testing.assert_close(other.state_dict()[name], value, rtol=1e-5, atol=1e-6)
     (checkpoint / "upop_compression.pt").unlink()
     with pytest.raises(CheckpointError, match=r"upop_compression\.pt is missing"):
-        trainer(third, pictures, tmp_path, TrainerCallback(0.5)).train(resume_from_checkpoint=str(checkpoint))
+        trainer(third, image_set, tmp_path, TrainerCallback(0.5)).train(resume_from_checkpoint=str(checkpoint))
 
 
-def test_it_goes_on_in_the_middle_of_a_stage(pictures: Any, tmp_path: Path) -> None:
+def test_it_goes_on_in_the_middle_of_a_stage(image_set: Any, tmp_path: Path) -> None:
     """Eight steps search, in stages of two with `interval=2`; the checkpoint is of the third."""
     model, other = clip(), clip()
     settings: dict[str, Any] = {"ratio": 0.5, "search": 8, "interval": 2}
     whole, resumed = TrainerCallback(**settings), TrainerCallback(**settings, teacher=True)
     saving = {"save_strategy": "steps", "save_steps": 3, "max_steps": 10, "optim": "adamw_torch"}
-    trainer(model, pictures, tmp_path, whole, learning_rate=1e-2, **saving).train()
+    trainer(model, image_set, tmp_path, whole, learning_rate=1e-2, **saving).train()
     state = torch.load(tmp_path / "checkpoint-3" / "upop_compression.pt", weights_only=True)
     assert state["pruner"]["steps_done"] == 3 and not state["pruner"]["stale"]
-    second = trainer(other, pictures, tmp_path, resumed, learning_rate=1e-2, **saving)
+    second = trainer(other, image_set, tmp_path, resumed, learning_rate=1e-2, **saving)
     second.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
     assert whole.compression is not None and resumed.compression is not None
     assert resumed.compression.plan() == whole.compression.plan()
@@ -173,17 +173,19 @@ WAYS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.filterwarnings("ignore:.gradient_checkpointing.* is deprecated:FutureWarning")
-@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True")  # of the pictures' own embedding
-def test_trainings_that_compute_activations_again_end_as_plain_ones(pictures: Any, tmp_path: Path, way: str) -> None:
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True")  # of the images' own embedding
+def test_trainings_that_compute_activations_again_end_as_plain_ones(image_set: Any, tmp_path: Path, way: str) -> None:
     """A teacher sees no norm in a block that is reentrant: its first run has no gradients."""
     model, other = clip(), clip()
     settings: dict[str, Any] = {"teacher": False} if way == "reentrant" else {}
     plain, second = TrainerCallback(ratio=0.5, **settings), TrainerCallback(ratio=0.5, **settings)
-    trainer(model, pictures, tmp_path / "plain", plain).train()
-    trainer(other, pictures, tmp_path / "other", second, **WAYS[way]).train()
+    trainer(model, image_set, tmp_path / "plain", plain).train()
+    trainer(other, image_set, tmp_path / "other", second, **WAYS[way]).train()
     assert plain.compression is not None and second.compression is not None
     assert second.compression.plan() == plain.compression.plan()
-    assert [unit.size for unit in upop.find_units(other)] == [len(each) for each in second.compression.plan().values()]
+    assert [group.size for group in upop.find_groups(other)] == [
+        len(each) for each in second.compression.plan().values()
+    ]
     for name, value in model.state_dict().items():
         torch.testing.assert_close(other.state_dict()[name], value, rtol=1e-3, atol=1e-5)
 
@@ -235,29 +237,29 @@ def test_a_translator_is_trained_by_its_own_trainer(tmp_path: Path) -> None:
     assert torch.equal(again.generate(words, max_length=6), model.eval().generate(words, max_length=6))
 
 
-def test_the_best_model_is_one_that_was_cut(pictures: Any, tmp_path: Path) -> None:
+def test_the_best_model_is_one_that_was_cut(image_set: Any, tmp_path: Path) -> None:
     model = clip()
     best = {"load_best_model_at_end": True, "save_strategy": "steps", "eval_strategy": "steps", "save_steps": 1}
     one = Trainer(
         model=model,
         args=arguments(tmp_path, **best, eval_steps=1),
-        train_dataset=pictures,
-        eval_dataset=pictures,
+        train_dataset=image_set,
+        eval_dataset=image_set,
         callbacks=[callback := TrainerCallback(0.5)],
     )
     one.train()
     assert callback.compression is not None and one.state.best_global_step > 2
-    assert [unit.size for unit in upop.find_units(model)] == [
+    assert [group.size for group in upop.find_groups(model)] == [
         len(each) for each in callback.compression.plan().values()
     ]
 
 
-def test_a_loss_of_ones_own_takes_the_teacher_in(classifier: Any, pictures: Any, tmp_path: Path) -> None:
+def test_a_loss_of_ones_own_takes_the_teacher_in(classifier: Any, image_set: Any, tmp_path: Path) -> None:
     def run(callback: TrainerCallback, loss_of: Any) -> None:
         Trainer(
             model=copy.deepcopy(classifier),
             args=arguments(tmp_path),
-            train_dataset=pictures,
+            train_dataset=image_set,
             compute_loss_func=loss_of,
             callbacks=[callback],
         ).train()
@@ -274,14 +276,14 @@ def test_a_loss_of_ones_own_takes_the_teacher_in(classifier: Any, pictures: Any,
     assert second.compression is not None and second.compression.steps_done == 6
 
 
-def test_a_training_that_is_stopped_leaves_what_was_reached(classifier: Any, pictures: Any, tmp_path: Path) -> None:
+def test_a_training_that_is_stopped_leaves_what_was_reached(classifier: Any, image_set: Any, tmp_path: Path) -> None:
     class Stop(Plain):
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             control.should_training_stop = state.global_step >= 1
 
     dense = upop.count_parameters(classifier)
     with pytest.warns(UserWarning, match="after 1 of 2 steps"):
-        trainer(classifier, pictures, tmp_path, Stop(), TrainerCallback(0.5)).train()
+        trainer(classifier, image_set, tmp_path, Stop(), TrainerCallback(0.5)).train()
     assert 0.6 * dense < upop.count_parameters(classifier) < dense
 
 

@@ -1,4 +1,4 @@
-"""What may be wrong with annotation files: every row is one file that must be refused by name, and by record."""
+"""What may be wrong with annotation files: every row is one file that must be refused by name, and by sample."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from upop.data.retrieval import RetrievalGallery, RetrievalPairs
 from upop.data.transforms import eval_transform
 from upop.data.vqa import VqaDataset, VqaTrainingDataset, read_answer_list
 
-PICTURES = ("a_1.png", "b_2.png")
-"""Pictures that exist beside the annotation file."""
+IMAGES = ("a_1.png", "b_2.png")
+"""Images that exist beside the annotation file."""
 _PLAIN = eval_transform(8)
 _NOWHERE = Path("no-ground-truth.json")
 
 
 @dataclass(frozen=True)
 class Kind:
-    """One kind of annotation file: what a valid one holds, and what reads it (file, folder of pictures)."""
+    """One kind of annotation file: what a valid one holds, and what reads it (file, folder of images)."""
 
     content: Any
     read: Callable[[Path, Path], Any]
@@ -35,8 +35,8 @@ class Kind:
 
 def _asked(extra: dict[str, Any]) -> list[dict[str, Any]]:
     return [
-        {"question_id": number, "question": "what is it?", "image": picture, "dataset": "vqa", **extra}
-        for number, picture in enumerate(PICTURES)
+        {"question_id": number, "question": "what is it?", "image": image, "dataset": "vqa", **extra}
+        for number, image in enumerate(IMAGES)
     ]
 
 
@@ -46,20 +46,20 @@ def _roots(folder: Path) -> dict[str, Path]:
 
 KINDS = {
     "nlvr": Kind(
-        [{"sentence": "a dog", "label": "True", "images": list(PICTURES)} for _ in range(2)],
+        [{"sentence": "a dog", "label": "True", "images": list(IMAGES)} for _ in range(2)],
         lambda file, root: NlvrDataset(file, root, _PLAIN, swap=False),
         texts=("sentence",),
         lists=("images",),
         others=("label",),
     ),
     "caption train": Kind(
-        [{"image": picture, "caption": "a dog", "image_id": "x"} for picture in PICTURES],
+        [{"image": image, "caption": "a dog", "image_id": "x"} for image in IMAGES],
         lambda file, root: CaptionTrainDataset(file, root, _PLAIN, prompt="a picture of "),
         paths=("image",),
         texts=("caption",),
     ),
     "caption val": Kind(
-        [{"image": picture, "caption": ["a dog", "one dog"]} for picture in PICTURES],
+        [{"image": image, "caption": ["a dog", "one dog"]} for image in IMAGES],
         lambda file, root: CaptionEvalDataset(file, root, _PLAIN, _NOWHERE),
         paths=("image",),
         lists=("caption",),
@@ -69,14 +69,14 @@ KINDS = {
         lambda file, _root: read_ground_truth(file),
     ),
     "retrieval train": Kind(
-        [{"image": picture, "caption": "a dog", "image_id": "x"} for picture in PICTURES],
+        [{"image": image, "caption": "a dog", "image_id": "x"} for image in IMAGES],
         lambda file, root: RetrievalPairs(file, root, _PLAIN),
         paths=("image",),
         texts=("caption",),
         others=("image_id",),
     ),
     "retrieval test": Kind(
-        [{"image": picture, "caption": ["a dog", "one dog"]} for picture in PICTURES],
+        [{"image": image, "caption": ["a dog", "one dog"]} for image in IMAGES],
         lambda file, root: RetrievalGallery(file, root, _PLAIN),
         paths=("image",),
         lists=("caption",),
@@ -180,7 +180,7 @@ _WRONG_LIST: dict[str, Any] = {
 }
 _WRONG: dict[str, dict[str, Any]] = {
     "nlvr label": {"lower case": "true", "boolean": True, "number": 1, "null": None, "empty": "", "other": "yes"},
-    "nlvr images": {"one": [PICTURES[0]], "three": [*PICTURES, PICTURES[0]], "missing": [PICTURES[0], "c_3.png"]},
+    "nlvr images": {"one": [IMAGES[0]], "three": [*IMAGES, IMAGES[0]], "missing": [IMAGES[0], "c_3.png"]},
     "retrieval train image_id": {"null": None, "empty": "", "float": 1.5, "boolean": True, "list": [1]},
     "vqa train dataset": {"other": "coco", "upper case": "VQA", "null": None, "number": 0},
     "vqa train answer": {"one of them a number": ["dog"] * 9 + [5], "for vqa a text": "dog"},
@@ -192,7 +192,7 @@ _WRONG: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class FieldRow:
-    """A record, the last of its file, with one field changed; `REMOVED` and `RENAMED` are no values."""
+    """A sample, the last of its file, with one field changed; `REMOVED` and `RENAMED` are no values."""
 
     kind: str
     field: str
@@ -201,13 +201,13 @@ class FieldRow:
     def content(self) -> Any:
         """The file's content with the change."""
         content = copy.deepcopy(KINDS[self.kind].content)
-        record = content[-1]
+        sample = content[-1]
         if self.value is REMOVED:
-            del record[self.field]
+            del sample[self.field]
         elif self.value is RENAMED:
-            record[self.field.capitalize()] = record.pop(self.field)
+            sample[self.field.capitalize()] = sample.pop(self.field)
         else:
-            record[self.field] = self.value
+            sample[self.field] = self.value
         return content
 
 

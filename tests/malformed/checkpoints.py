@@ -243,18 +243,18 @@ def _drop(name: str) -> Callable[[dict[str, Any]], Any]:
 
 
 def _kept(change: Callable[[list[int], int], list[Any]]) -> Callable[[dict[str, Any]], Any]:
-    """Change the kept entries of the plan's first unit; the change is given them and the unit's size."""
+    """Change the kept entries of the plan's first group; the change is given them and the group's size."""
 
     def changed(description: dict[str, Any]) -> Any:
         description = copy.deepcopy(description)
-        unit = next(iter(description["plan"]["units"].values()))
-        unit["kept"] = change(unit["kept"], unit["size"])
+        group = next(iter(description["plan"]["units"].values()))
+        group["kept"] = change(group["kept"], group["size"])
         return description
 
     return changed
 
 
-def _unit(**values: Any) -> Callable[[dict[str, Any]], Any]:
+def _group(**values: Any) -> Callable[[dict[str, Any]], Any]:
     def changed(description: dict[str, Any]) -> Any:
         description = copy.deepcopy(description)
         next(iter(description["plan"]["units"].values())).update(values)
@@ -294,18 +294,18 @@ DESCRIPTIONS: dict[str, Callable[[dict[str, Any]], Any]] = {
     "other heads": _set("config", "vision_heads", to=1),
     "a smaller MLP than is kept": _set("config", "vision_mlp", to=2),
     "another vocabulary": _set("config", "vocab_size", to=9),
-    "pictures of another size": _set("config", "image_size", to=64),
+    "images of another size": _set("config", "image_size", to=64),
     "a dropout that is NaN": _set("config", "dropout", to=float("nan")),
     "plan is a list": _set("plan", to=[]),
     "plan is a text": _set("plan", to="half"),
     "plan is empty": _set("plan", to={}),
     "plan of a later version": _set("plan", "version", to=99),
-    "units are a list": _set("plan", "units", to=[]),
-    "units are null": _set("plan", "units", to=None),
+    "groups are a list": _set("plan", "units", to=[]),
+    "groups are null": _set("plan", "units", to=None),
     "settings are a list": _set("plan", "settings", to=[1]),
-    "a unit that is a list": _set("plan", "units", to={"a": [1]}),
-    "a unit of another model": _set("plan", "units", to={"encoder.mlp": {"size": 4, "kept": [0]}}),
-    "a unit without kept": _set("plan", "units", to={"a": {"size": 4}}),
+    "a group that is a list": _set("plan", "units", to={"a": [1]}),
+    "a group of another model": _set("plan", "units", to={"encoder.mlp": {"size": 4, "kept": [0]}}),
+    "a group without kept": _set("plan", "units", to={"a": {"size": 4}}),
     "entries beyond the end": _kept(lambda kept, size: [*kept[:-1], size]),
     "entries far beyond the end": _kept(lambda kept, _size: [*kept[:-1], 10**20]),
     "entries below zero": _kept(lambda kept, _size: [-1, *kept[1:]]),
@@ -316,11 +316,11 @@ DESCRIPTIONS: dict[str, Callable[[dict[str, Any]], Any]] = {
     "entries are texts": _kept(lambda kept, _size: [str(entry) for entry in kept]),
     "entries are no whole numbers": _kept(lambda kept, _size: [entry + 0.5 for entry in kept]),
     "entries are truths": _kept(lambda _kept, _size: [False, True]),
-    "entries are null": _unit(kept=None),
-    "a size of zero": _unit(size=0),
-    "another size": _unit(size=1000),
-    "a size that is a text": _unit(size="many"),
-    "a size that is infinite": _unit(size=float("inf")),
+    "entries are null": _group(kept=None),
+    "a size of zero": _group(size=0),
+    "another size": _group(size=1000),
+    "a size that is a text": _group(size="many"),
+    "a size that is infinite": _group(size=float("inf")),
     "transformers, which it is not": _set("transformers", to=True),
     "timm's, which it is not": lambda d: {**d, "model": None, "timm": {"architecture": "vit_tiny_patch16_224"}},
     "timm is a list": lambda d: {**d, "model": None, "timm": [1]},

@@ -1,4 +1,4 @@
-"""What may be wrong with a picture or a label map, and what only looks wrong: rows of file contents."""
+"""What may be wrong with an image or a label map, and what only looks wrong: rows of file contents."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from PIL import Image
 WIDTH, HEIGHT = 12, 8
 PIXELS = np.random.default_rng(0).integers(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uint8)
 SMOOTH = np.stack([*np.indices((HEIGHT, WIDTH)), np.zeros((HEIGHT, WIDTH), dtype=int)], -1) * 20
-"""A picture that JPEG keeps: red grows downwards, green to the right."""
+"""An image that JPEG keeps: red grows downwards, green to the right."""
 
 
-def encoded(picture: Image.Image, form: str, **options: Any) -> bytes:
+def encoded(image: Image.Image, form: str, **options: Any) -> bytes:
     buffer = io.BytesIO()
-    picture.save(buffer, form, **options)
+    image.save(buffer, form, **options)
     return buffer.getvalue()
 
 
-def picture(array: Any = PIXELS) -> Image.Image:
+def image(array: Any = PIXELS) -> Image.Image:
     return Image.fromarray(np.asarray(array).astype(np.uint8))
 
 
@@ -38,8 +38,8 @@ def png_of_size(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + header + _chunk(b"IDAT", zlib.compress(bytes(64))) + _chunk(b"IEND", b"")
 
 
-PNG, JPEG, GIF = encoded(picture(), "PNG"), encoded(picture(), "JPEG"), encoded(picture(), "GIF")
-WEBP, TIFF, BMP = encoded(picture(), "WEBP"), encoded(picture(), "TIFF"), encoded(picture(), "BMP")
+PNG, JPEG, GIF = encoded(image(), "PNG"), encoded(image(), "JPEG"), encoded(image(), "GIF")
+WEBP, TIFF, BMP = encoded(image(), "WEBP"), encoded(image(), "TIFF"), encoded(image(), "BMP")
 
 
 def _flipped(data: bytes, place: int) -> bytes:
@@ -50,7 +50,7 @@ BROKEN: dict[str, bytes] = {
     "nothing": b"",
     "one byte": b"\x89",
     "zeros": bytes(2000),
-    "text": b"this is no picture\n" * 20,
+    "text": b"this is no image\n" * 20,
     "a page of a server": b"<!DOCTYPE html><html><body>404 Not Found</body></html>",
     "JSON": b'{"message": "not found"}',
     "a pointer of git-lfs": b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12345\n",
@@ -70,7 +70,7 @@ BROKEN: dict[str, bytes] = {
     "half a JPEG": JPEG[: len(JPEG) // 2],
     "JPEG of too many pixels": JPEG.replace(struct.pack(">HH", HEIGHT, WIDTH), struct.pack(">HH", 65_500, 65_500), 1),
     "half a GIF": GIF[: len(GIF) // 2],
-    "GIF without pictures": GIF[:13] + b";",
+    "GIF without images": GIF[:13] + b";",
     "half a WEBP": WEBP[: len(WEBP) // 2],
     "half a TIFF": TIFF[: len(TIFF) // 2],
     "half a BMP": BMP[: len(BMP) // 2],
@@ -78,7 +78,7 @@ BROKEN: dict[str, bytes] = {
     "numbers with a point": encoded(Image.fromarray(np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8)), "TIFF"),
     "EPS": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n",
 }
-"""What no reader may take for a picture."""
+"""What no reader may take for an image."""
 
 PLACES: dict[str, Callable[[Path], object]] = {
     "gone": lambda path: path.unlink(),
@@ -103,7 +103,7 @@ def _exif(orientation: int) -> dict[str, Any]:
 
 
 _GREY = np.repeat(SMOOTH[..., :1], 3, 2)
-_PALETTE = picture(PIXELS).quantize(16)
+_PALETTE = image(PIXELS).quantize(16)
 _TURNED: dict[int, Callable[[Any], Any]] = {
     1: lambda a: a,
     2: lambda a: a[:, ::-1],
@@ -117,19 +117,19 @@ _TURNED: dict[int, Callable[[Any], Any]] = {
 """EXIF's orientation -> how a camera held so stores what is seen."""
 
 ODD: dict[str, tuple[bytes, Any, int]] = {
-    "1 x 1": (encoded(picture(PIXELS[:1, :1]), "PNG"), PIXELS[:1, :1], 0),
-    "1 x 400": (encoded(picture(np.zeros((400, 1, 3))), "PNG"), np.zeros((400, 1, 3)), 0),
+    "1 x 1": (encoded(image(PIXELS[:1, :1]), "PNG"), PIXELS[:1, :1], 0),
+    "1 x 400": (encoded(image(np.zeros((400, 1, 3))), "PNG"), np.zeros((400, 1, 3)), 0),
     "16 bits, PNG": (_sixteen("PNG"), _GREY, 0),
     "16 bits, TIFF": (_sixteen("TIFF"), _GREY, 0),
     "16 bits, PGM": (_sixteen("PPM"), _GREY, 0),
-    "grey": (encoded(picture(SMOOTH[..., 0]), "PNG"), _GREY, 0),
+    "grey": (encoded(image(SMOOTH[..., 0]), "PNG"), _GREY, 0),
     "1 bit": (
-        encoded(picture(255 * (PIXELS[..., 0] > 99)).convert("1"), "PNG"),
+        encoded(image(255 * (PIXELS[..., 0] > 99)).convert("1"), "PNG"),
         np.repeat(255 * (PIXELS[..., :1] > 99), 3, 2),
         0,
     ),
     "grey with transparency": (
-        encoded(Image.merge("LA", (picture(SMOOTH[..., 0]), picture(PIXELS[..., 1]))), "PNG"),
+        encoded(Image.merge("LA", (image(SMOOTH[..., 0]), image(PIXELS[..., 1]))), "PNG"),
         _GREY,
         0,
     ),
@@ -146,11 +146,11 @@ ODD: dict[str, tuple[bytes, Any, int]] = {
     ),
     "RGBA": (encoded(Image.fromarray(np.dstack([PIXELS, PIXELS[..., 0]])), "PNG"), PIXELS, 0),
     "CMYK": (
-        encoded(picture(SMOOTH).convert("CMYK"), "JPEG", quality=100, subsampling=0),
+        encoded(image(SMOOTH).convert("CMYK"), "JPEG", quality=100, subsampling=0),
         SMOOTH,
         8,
     ),
-    "progressive": (encoded(picture(SMOOTH), "JPEG", quality=95, subsampling=0, progressive=True), SMOOTH, 8),
+    "progressive": (encoded(image(SMOOTH), "JPEG", quality=95, subsampling=0, progressive=True), SMOOTH, 8),
     "animation": (
         encoded(_PALETTE, "GIF", save_all=True, append_images=[_PALETTE.rotate(180)]),
         np.asarray(_PALETTE.convert("RGB")),
@@ -159,21 +159,21 @@ ODD: dict[str, tuple[bytes, Any, int]] = {
     "another ending": (BMP, PIXELS, 0),
     "bytes after the end": (PNG + b"trailing" * 20, PIXELS, 0),
     "broken notes of the camera": (
-        encoded(picture(SMOOTH), "JPEG", quality=95, subsampling=0, exif=b"Exif\0\0II*\0\x08\0\0\0\xff\xff\xff"),
+        encoded(image(SMOOTH), "JPEG", quality=95, subsampling=0, exif=b"Exif\0\0II*\0\x08\0\0\0\xff\xff\xff"),
         SMOOTH,
         8,
     ),
-    "unknown orientation": (encoded(picture(SMOOTH), "JPEG", **_exif(77)), SMOOTH, 8),
+    "unknown orientation": (encoded(image(SMOOTH), "JPEG", **_exif(77)), SMOOTH, 8),
     **{
         f"orientation {number}": (
-            encoded(picture(np.ascontiguousarray(_TURNED[number](SMOOTH))), "JPEG", **_exif(number)),
+            encoded(image(np.ascontiguousarray(_TURNED[number](SMOOTH))), "JPEG", **_exif(number)),
             SMOOTH,
             8,
         )
         for number in _TURNED
     },
 }
-"""What looks wrong and is a picture: contents, the pixels that are seen, and by how much they may differ (JPEG)."""
+"""What looks wrong and is an image: contents, the pixels that are seen, and by how much they may differ (JPEG)."""
 
 MAPS: dict[str, Callable[[], Image.Image]] = {
     "of another size": lambda: Image.new("L", (WIDTH - 1, HEIGHT), 1),

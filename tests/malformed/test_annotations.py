@@ -1,4 +1,4 @@
-"""Every annotation file that is wrong ends in a DataError that names the file, and the record where there is one."""
+"""Every annotation file that is wrong ends in a DataError that names the file, and the sample where there is one."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from upop.errors import DataError
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    for name in table.PICTURES:
+    for name in table.IMAGES:
         Image.new("RGB", (8, 8)).save(tmp_path / name)
     return tmp_path
 
@@ -69,7 +69,7 @@ def test_wrong_field(folder: Path, row: str) -> None:
     content = found.content()
     file.write_text(json.dumps(content))
     text = refused(found.kind, file)
-    assert f"record {len(content) - 1}" in text
+    assert f"sample {len(content) - 1}" in text
     assert found.field in text or found.field == "image" or "image" in text
 
 
@@ -78,7 +78,7 @@ def test_wrong_ground_truth(folder: Path, row: str) -> None:
     file = folder / "file.json"
     file.write_text(json.dumps(table.TRUTHS[row]))
     text = refused("ground truth", file)
-    assert "annotations" in text or "record 1" in text
+    assert "annotations" in text or "sample 1" in text
 
 
 @pytest.mark.parametrize("row", table.ANSWERS)
@@ -96,10 +96,10 @@ def test_a_key_there_twice_is_refused(folder: Path) -> None:
 
 def test_extra_fields_paths_from_the_root_and_above_are_no_mistake(folder: Path) -> None:
     file = folder / "file.json"
-    record = {"image": str(folder / "a_1.png"), "caption": "a dog", "image_id": "x", "more": {"deep": [1]}}
-    file.write_text(json.dumps([record, {**record, "image": f"../{folder.name}/b_2.png"}]))
-    records = table.KINDS["caption train"].read(file, folder)
-    assert [records[number]["image"].shape for number in range(2)] == [(3, 8, 8)] * 2
+    sample = {"image": str(folder / "a_1.png"), "caption": "a dog", "image_id": "x", "more": {"deep": [1]}}
+    file.write_text(json.dumps([sample, {**sample, "image": f"../{folder.name}/b_2.png"}]))
+    samples = table.KINDS["caption train"].read(file, folder)
+    assert [samples[number]["image"].shape for number in range(2)] == [(3, 8, 8)] * 2
 
 
 JSON = st.recursive(
@@ -117,7 +117,7 @@ JSON = st.recursive(
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_value_in_any_field_is_read_or_refused(folder: Path, data: st.DataObject) -> None:
-    """Also of a record that is read: what comes out of it is what went in."""
+    """Also of a sample that is read: what comes out of it is what went in."""
     kind = data.draw(st.sampled_from([name for name, row in table.KINDS.items() if row.paths or row.lists]))
     content = json.loads(json.dumps(table.KINDS[kind].content))
     field = data.draw(st.sampled_from(sorted(content[0])))
@@ -125,12 +125,12 @@ def test_any_value_in_any_field_is_read_or_refused(folder: Path, data: st.DataOb
     file = folder / "file.json"
     file.write_text(json.dumps(content))
     try:
-        records = table.KINDS[kind].read(file, folder)
+        samples = table.KINDS[kind].read(file, folder)
     except DataError as error:
-        assert "record 1" in str(error)
+        assert "sample 1" in str(error)
     else:
-        assert len(records) == 2
-        assert records[1]
+        assert len(samples) == 2
+        assert samples[1]
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -50,8 +50,8 @@ def state(tmp_path_factory: pytest.TempPathFactory) -> table.State:
 def compressed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a compressed model."""
     model = make()
-    units = upop.find_units(model)
-    plan = upop.Plan.of(units, {unit.name: range(1, unit.size, 2) for unit in units})
+    groups = upop.find_groups(model)
+    plan = upop.Plan.of(groups, {group.name: range(1, group.size, 2) for group in groups})
     return upop.save(upop.shrink(model, plan), tmp_path_factory.mktemp("folder") / "best")
 
 

@@ -30,7 +30,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Places:
     """Files and folders that rows name."""
     folder = tmp_path_factory.mktemp("commands")
     config = runs.make_data(folder)
-    (folder / "text.txt").write_text("this is no picture, no model and no settings\n")
+    (folder / "text.txt").write_text("this is no image, no model and no settings\n")
     (folder / "run").mkdir()
     (folder / "run" / "metrics.jsonl").write_text('{"loss": 1.0}\n{"lo')
     return {
@@ -63,8 +63,8 @@ def one_of_ours(code: int, text: str, name: str) -> None:
     assert code == 1
     assert "Traceback" not in text
     assert "Error: " in text
-    told = " ".join(text[text.index("Error: ") :].split())
-    assert name.lower() in told.lower()
+    described = " ".join(text[text.index("Error: ") :].split())
+    assert name.lower() in described.lower()
 
 
 @pytest.mark.parametrize("what", table.REFUSED)
@@ -145,6 +145,6 @@ def test_signals_end_a_run_without_a_traceback(places: Places, sent: int, worker
         started.join(60)
     finally:
         started.kill()
-    told = output.read_text()
-    assert started.exitcode == code, told
-    assert "Traceback" not in told
+    described = output.read_text()
+    assert started.exitcode == code, described
+    assert "Traceback" not in described

@@ -64,8 +64,8 @@ def test_settings_of_tasks_that_cannot_be_used(tmp_path: Path, what: str) -> Non
     task, text = table.OF_TASKS[what]
     file = tmp_path / "run.yaml"
     file.write_text(f"{text}\n")
-    told = refused(find_task(task).settings, file)
-    assert any(str(key) in told for key in yaml.safe_load(text))
+    described = refused(find_task(task).settings, file)
+    assert any(str(key) in described for key in yaml.safe_load(text))
 
 
 @pytest.mark.parametrize("what", table.MODELS)

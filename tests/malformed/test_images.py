@@ -1,4 +1,4 @@
-"""Every broken picture and label map ends in an error that names file and record; odd pictures show their pixels."""
+"""Every broken image and label map ends in an error that names file and sample; odd images show their pixels."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ CLASSES = 3
 def nlvr(folder: Path) -> tuple[Any, Path]:
     for name in ("0.png", "1.png"):
         (folder / name).write_bytes(table.PNG)
-    record = {"sentence": "a dog", "label": "True", "images": ["0.png", "1.png"]}
-    (folder / "nlvr.json").write_text(json.dumps([record]))
+    sample = {"sentence": "a dog", "label": "True", "images": ["0.png", "1.png"]}
+    (folder / "nlvr.json").write_text(json.dumps([sample]))
     return NlvrDataset(folder / "nlvr.json", folder, np.asarray, swap=False), folder / "1.png"  # type: ignore[arg-type]
 
 
@@ -46,8 +46,8 @@ def segmentation(folder: Path, *, maps: bool = False) -> tuple[Any, Path]:
     for kind in ("images", "annotations"):
         (folder / kind / "training").mkdir(parents=True)
         Image.new("L", (table.WIDTH, table.HEIGHT), 1).save(folder / kind / "training" / "0.png")
-    records = SegmentationDataset(folder, "training", lambda *both: both, CLASSES)
-    return records, folder / ("annotations" if maps else "images") / "training" / "0.png"
+    samples = SegmentationDataset(folder, "training", lambda *both: both, CLASSES)
+    return samples, folder / ("annotations" if maps else "images") / "training" / "0.png"
 
 
 READERS: dict[str, Callable[[Path], tuple[Any, Path]]] = {
@@ -58,44 +58,44 @@ READERS: dict[str, Callable[[Path], tuple[Any, Path]]] = {
 }
 
 
-def refused(records: Any, path: Path) -> None:
+def refused(samples: Any, path: Path) -> None:
     with pytest.raises(BadImageError) as caught:
-        records[0]
+        samples[0]
     error = caught.value
     text = str(error)
     assert path.name in text and error.image == str(path)
-    assert "record 0" in text or "label map" in text
-    assert error.record == 0
+    assert "sample 0" in text or "label map" in text
+    assert error.sample == 0
     assert error.reason and error.reason in text
     assert "again" in text  # what to do
 
 
 @pytest.mark.parametrize("reader", [name for name in READERS if name != "label map"])
 @pytest.mark.parametrize("what", table.BROKEN)
-def test_broken_pictures(tmp_path: Path, reader: str, what: str) -> None:
-    records, path = READERS[reader](tmp_path)
+def test_broken_images(tmp_path: Path, reader: str, what: str) -> None:
+    samples, path = READERS[reader](tmp_path)
     path.write_bytes(table.BROKEN[what])
-    refused(records, path)
+    refused(samples, path)
 
 
 @pytest.mark.parametrize("what", [what for what in table.BROKEN if not what.startswith("numbers")])
 def test_broken_label_maps(tmp_path: Path, what: str) -> None:
-    records, path = READERS["label map"](tmp_path)
+    samples, path = READERS["label map"](tmp_path)
     path.write_bytes(table.BROKEN[what])
-    refused(records, path)
+    refused(samples, path)
 
 
 @pytest.mark.parametrize("reader", READERS)
 @pytest.mark.parametrize("what", table.PLACES)
 def test_gone_since(tmp_path: Path, reader: str, what: str) -> None:
-    records, path = READERS[reader](tmp_path)
+    samples, path = READERS[reader](tmp_path)
     table.PLACES[what](path)
-    refused(records, path)
+    refused(samples, path)
 
 
 @pytest.mark.filterwarnings("ignore:.*EXIF:UserWarning")  # Pillow's, of the notes alone
 @pytest.mark.parametrize("what", table.ODD)
-def test_odd_pictures_show_their_pixels(tmp_path: Path, what: str) -> None:
+def test_odd_images_show_their_pixels(tmp_path: Path, what: str) -> None:
     content, wanted, tolerance = table.ODD[what]
     (tmp_path / "picture.png").write_bytes(content)
     found = open_image(tmp_path / "picture.png", file=tmp_path, number=0)
@@ -106,7 +106,7 @@ def test_odd_pictures_show_their_pixels(tmp_path: Path, what: str) -> None:
 
 
 @pytest.mark.parametrize("what", ["1 x 1", "1 x 400"])
-def test_pictures_of_any_size_are_trained_on(tmp_path: Path, what: str) -> None:
+def test_images_of_any_size_are_trained_on(tmp_path: Path, what: str) -> None:
     (tmp_path / "picture.png").write_bytes(table.ODD[what][0])
     found = open_image(tmp_path / "picture.png", file=tmp_path, number=0)
     for transform in (
@@ -123,27 +123,27 @@ def test_pictures_of_any_size_are_trained_on(tmp_path: Path, what: str) -> None:
 
 
 def test_label_maps_lie_over_the_stored_pixels(tmp_path: Path) -> None:
-    """A camera's orientation turns no picture that has a label map."""
-    records, path = segmentation(tmp_path)
+    """A camera's orientation turns no image that has a label map."""
+    samples, path = segmentation(tmp_path)
     exif = Image.Exif()
     exif[0x0112] = 6
-    table.picture().save(path, exif=exif)
-    assert (records[0]["image"].permute(1, 2, 0).numpy() == table.PIXELS).all()
+    table.image().save(path, exif=exif)
+    assert (samples[0]["image"].permute(1, 2, 0).numpy() == table.PIXELS).all()
 
 
 @pytest.mark.parametrize("what", table.MAPS)
 def test_wrong_label_maps(tmp_path: Path, what: str) -> None:
-    records, path = segmentation(tmp_path, maps=True)
+    samples, path = segmentation(tmp_path, maps=True)
     path.unlink()
     table.MAPS[what]().save(path)
     with pytest.raises(DataError) as caught:
-        records[0]
+        samples[0]
     assert str(path) in str(caught.value)
 
 
 @pytest.mark.parametrize("mode", ["L", "P", "I;16", "I"])
 def test_label_maps_of_all_kinds_of_numbers(tmp_path: Path, mode: str) -> None:
-    records, path = segmentation(tmp_path, maps=True)
+    samples, path = segmentation(tmp_path, maps=True)
     labels = np.arange(table.WIDTH * table.HEIGHT).reshape(table.HEIGHT, table.WIDTH) % (CLASSES + 1)
     kind = {"I;16": np.uint16, "I": np.int32}.get(mode, np.uint8)
     found = Image.fromarray(labels.astype(kind))
@@ -152,13 +152,13 @@ def test_label_maps_of_all_kinds_of_numbers(tmp_path: Path, mode: str) -> None:
     path.unlink()
     found.save(path, "TIFF" if mode == "I" else "PNG")
     wanted = np.where(labels == 0, IGNORED, labels - 1)
-    assert (records[0]["labels"].numpy() == wanted).all()
+    assert (samples[0]["labels"].numpy() == wanted).all()
 
 
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_a_file_that_was_cut_is_refused_or_whole(tmp_path: Path, data: st.DataObject) -> None:
-    """What is lost may be no part of the picture: then all its pixels are there."""
+    """What is lost may be no part of the image: then all its pixels are there."""
     whole = data.draw(st.sampled_from([table.PNG, table.JPEG, table.GIF, table.WEBP, table.TIFF, table.BMP]))
     path = tmp_path / "picture.png"
     path.write_bytes(whole)
@@ -167,14 +167,14 @@ def test_a_file_that_was_cut_is_refused_or_whole(tmp_path: Path, data: st.DataOb
     try:
         found = np.asarray(open_image(path, file=tmp_path, number=3))
     except BadImageError as error:
-        assert "record 3" in str(error)
+        assert "sample 3" in str(error)
     else:
         assert (found == wanted).all()
 
 
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_any_bytes_are_refused_or_a_picture(tmp_path: Path, data: st.DataObject) -> None:
+def test_any_bytes_are_refused_or_a_image(tmp_path: Path, data: st.DataObject) -> None:
     content = bytearray(data.draw(st.sampled_from([table.PNG, table.JPEG, table.GIF, table.WEBP, table.TIFF])))
     for _ in range(data.draw(st.integers(1, 4))):
         content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
@@ -183,6 +183,6 @@ def test_any_bytes_are_refused_or_a_picture(tmp_path: Path, data: st.DataObject)
     try:
         found = open_image(path, file=tmp_path, number=3)
     except BadImageError as error:
-        assert "record 3" in str(error)
+        assert "sample 3" in str(error)
     else:
         assert found.mode == "RGB"

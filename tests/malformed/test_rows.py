@@ -7,7 +7,7 @@ ROWS = {
     + len(annotations.FIELDS)
     + len(annotations.TRUTHS)
     + len(annotations.ANSWERS),
-    "pictures and label maps": len(images.BROKEN) + len(images.PLACES) + len(images.MAPS),
+    "images and label maps": len(images.BROKEN) + len(images.PLACES) + len(images.MAPS),
     "settings, sizes and recipes": sum(
         map(len, (configs.RAW, configs.SETTINGS, configs.OF_TASKS, configs.MODELS, configs.RECIPES))
     ),

@@ -38,9 +38,9 @@ def test_the_published_parameters() -> None:
 
 
 @pytest.mark.slow
-def test_vit_large_has_units_of_its_own_sizes() -> None:
-    units = upop.find_units(full_size("large")[0])
-    assert {(unit.modality, unit.kind, unit.size, unit.heads) for unit in units} == {
+def test_vit_large_has_groups_of_its_own_sizes() -> None:
+    groups = upop.find_groups(full_size("large")[0])
+    assert {(group.modality, group.kind, group.size, group.heads) for group in groups} == {
         ("vision", "attention", 64, 16),
         ("vision", "mlp", 4096, 1),
         ("text", "attention", 64, 12),
@@ -63,7 +63,7 @@ def test_padding_and_the_first_token_do_not_matter() -> None:
     assert torch.equal(inputs["input_ids"], NLVR.inputs(2)["input_ids"])  # and the caller's ids stay
 
 
-def test_samples_do_not_meet_and_pictures_have_their_own_place() -> None:
+def test_samples_do_not_meet_and_images_have_their_own_place() -> None:
     model, inputs = NLVR.build().eval(), NLVR.inputs(3)
     whole = outputs_of(model, inputs).view(3, 2)
     one = {name: value[1:2] for name, value in inputs.items()} | {"images": inputs["images"][[1, 4]]}

@@ -35,7 +35,7 @@ def tiny(seed: int = 0, end_bias: float = 4.0) -> BlipCaption:
     return model.eval()
 
 
-def pictures(count: int, seed: int = 1) -> Tensor:
+def random_images(count: int, seed: int = 1) -> Tensor:
     return torch.randn(count, 3, 32, 32, generator=torch.Generator().manual_seed(seed))
 
 
@@ -44,7 +44,7 @@ def captions(count: int) -> dict[str, Tensor]:
     words = torch.randint(9, 58, (count, 8), generator=draw)
     mask = torch.ones_like(words)
     mask[1::2, 6:] = 0
-    return {"images": pictures(count), "input_ids": words, "attention_mask": mask}
+    return {"images": random_images(count), "input_ids": words, "attention_mask": mask}
 
 
 # --- captions
@@ -61,7 +61,7 @@ def next_words(model: BlipCaption, image: Tensor, tokens: list[int], min_length:
 
 
 def plain_beam_search(model: BlipCaption, image: Tensor, max_length: int, min_length: int, beams: int) -> list[int]:
-    """One picture at a time, as the published models do: the score of a text is its mean over all its tokens."""
+    """One image at a time, as the published models do: the score of a text is its mean over all its tokens."""
     running: list[tuple[float, list[int]]] = [(0.0, [BEGIN, *PROMPT])]
     finished: list[tuple[float, list[int]]] = []
     done = False
@@ -86,7 +86,7 @@ def plain_beam_search(model: BlipCaption, image: Tensor, max_length: int, min_le
 def test_beam_search_with_its_cache_is_a_plain_one(beams: int, min_length: int, end_bias: float) -> None:
     lengths = set()
     for seed in range(3):
-        model, images = tiny(seed, end_bias), pictures(4, seed)
+        model, images = tiny(seed, end_bias), random_images(4, seed)
         found = model.generate(images, PROMPT, END, num_beams=beams, max_length=12, min_length=min_length)
         for image, row in zip(images, found.tolist(), strict=True):
             expected = plain_beam_search(model, image, 12, min_length, beams)
@@ -96,7 +96,7 @@ def test_beam_search_with_its_cache_is_a_plain_one(beams: int, min_length: int, 
 
 
 def test_one_beam_is_greedy() -> None:
-    model, images = tiny(), pictures(4)
+    model, images = tiny(), random_images(4)
     found = model.generate(images, PROMPT, END, num_beams=1, max_length=12)
     for image, row in zip(images, found.tolist(), strict=True):
         tokens = [BEGIN, *PROMPT]
@@ -106,7 +106,7 @@ def test_one_beam_is_greedy() -> None:
 
 
 def test_sampled_words_come_from_the_nucleus_and_from_the_seed() -> None:
-    model, images = tiny(end_bias=1.0), pictures(6)
+    model, images = tiny(end_bias=1.0), random_images(6)
 
     def sampled(seed: int, top_p: float) -> Tensor:
         torch.manual_seed(seed)
@@ -134,7 +134,7 @@ def test_sampled_words_come_from_the_nucleus_and_from_the_seed() -> None:
 def test_lengths_are_kept(how: dict[str, Any], shortest: int, longest: int) -> None:
     for end_bias in (-9.0, 20.0):
         found = tiny(end_bias=end_bias).generate(
-            pictures(3), PROMPT, END, max_length=longest, min_length=shortest, **how
+            random_images(3), PROMPT, END, max_length=longest, min_length=shortest, **how
         )
         assert found.shape[1] <= longest
         for row in found.tolist():
@@ -146,13 +146,13 @@ def test_lengths_are_kept(how: dict[str, Any], shortest: int, longest: int) -> N
 
 
 def test_a_caption_without_a_prompt() -> None:
-    found = tiny().generate(pictures(2), [], END, max_length=8)
+    found = tiny().generate(random_images(2), [], END, max_length=8)
     assert found[:, 0].tolist() == [BEGIN, BEGIN]
 
 
 def test_a_repeated_word_can_be_made_less_likely() -> None:
     def repeats(penalty: float) -> int:
-        found = tiny(end_bias=-9.0).generate(pictures(4), PROMPT, END, num_beams=1, repetition_penalty=penalty)
+        found = tiny(end_bias=-9.0).generate(random_images(4), PROMPT, END, num_beams=1, repetition_penalty=penalty)
         return sum(len(row) - len(set(row)) for row in found.tolist())
 
     assert repeats(5.0) < repeats(1.0)
@@ -217,7 +217,7 @@ def in_a_published_file(model: nn.Module, path: Path) -> nn.Module:
 
 def in_a_state_dict(model: nn.Module, path: Path) -> nn.Module:
     other = tiny(seed=9)
-    upop.shrink(other, {unit.name: range(unit.size) for unit in upop.find_units(model)})
+    upop.shrink(other, {group.name: range(group.size) for group in upop.find_groups(model)})
     other.load_state_dict(model.state_dict())
     return other
 
@@ -228,14 +228,14 @@ def test_word_embedding_and_output_layer_stay_one(kept: Callable[[nn.Module, Pat
     assert_tied(model)
     for cut in (False, True):
         if cut:
-            upop.shrink(model, uneven_plan(upop.find_units(model)), verify=batch)
+            upop.shrink(model, uneven_plan(upop.find_groups(model)), verify=batch)
             assert_tied(model)
         again = kept(model, tmp_path / str(cut))
         assert isinstance(again, BlipCaption)
         assert_tied(again)
         with torch.no_grad():
             torch.testing.assert_close(again(**batch), model(**batch), rtol=1e-5, atol=1e-5)
-        assert torch.equal(again.generate(pictures(3), PROMPT, END), model.generate(pictures(3), PROMPT, END))
+        assert torch.equal(again.generate(random_images(3), PROMPT, END), model.generate(random_images(3), PROMPT, END))
     # What is trained on is still one tensor.
     optimizer = torch.optim.SGD(again.parameters(), lr=0.1)
     loss_of(again.train()(**batch)).backward()
@@ -248,7 +248,7 @@ def search(model: nn.Module, pruner: upop.Pruner, steps: range) -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
     for step in steps:
         optimizer.zero_grad()
-        loss_of(model(**{**captions(2), "images": pictures(2, step).double()})).backward()
+        loss_of(model(**{**captions(2), "images": random_images(2, step).double()})).backward()
         pruner.step()
         optimizer.step()
 
@@ -256,17 +256,17 @@ def search(model: nn.Module, pruner: upop.Pruner, steps: range) -> None:
 def test_masked_captions_are_the_shrunken_ones() -> None:
     model = tiny().double()
     pruner = upop.Pruner(model, 0.5, 4, 2)
-    assert len(pruner.units) == 2 * 2 + 2 * 3  # cross-attention is a unit of its own
+    assert len(pruner.groups) == 2 * 2 + 2 * 3  # cross-attention is a group of its own
     search(model, pruner, range(4))
     asked: list[dict[str, Any]] = [{"num_beams": 3}, {"num_beams": 1}, {"sample": True}]
 
     def made() -> list[Tensor]:
         torch.manual_seed(4)
-        return [model.generate(pictures(5).double(), PROMPT, END, max_length=14, **how) for how in asked]
+        return [model.generate(random_images(5).double(), PROMPT, END, max_length=14, **how) for how in asked]
 
     masked = made()
     before = upop.count_parameters(model)
-    pruner.shrink(verify={**captions(2), "images": pictures(2).double()})
+    pruner.shrink(verify={**captions(2), "images": random_images(2).double()})
     assert upop.count_parameters(model) < before
     assert_tied(model)
     for found, expected in zip(made(), masked, strict=True):

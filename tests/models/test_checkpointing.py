@@ -17,16 +17,16 @@ import upop
 from tiers import mostly_slow
 from upop.errors import SettingError
 from upop.models.checkpointing import checkpoint_blocks
+from upop.runs.loaders import first_samples, make_loader
+from upop.runs.memory import saved_bytes
+from upop.runs.task import Task
+from upop.runs.verbs import compress
 from upop.settings import RunSettings, read_settings
 from upop.tasks import find_task
-from upop.tasks.verbs import compress
-from upop.training.loaders import first_records, make_loader
-from upop.training.memory import saved_bytes
-from upop.training.task import Task
 
 
 class Trained:
-    """A task with its tiny dense model in float64, and a batch of real records."""
+    """A task with its tiny dense model in float64, and a batch of real samples."""
 
     def __init__(self, name: str, folder: Path) -> None:
         self.task: Task[Any] = find_task(name)
@@ -36,7 +36,7 @@ class Trained:
         config = runs.make_task(name, folder, model=model, batch_size_train=6)
         self.settings: RunSettings = read_settings(self.task.settings, config, {})
         self.model = self.task.load(Path(str(self.settings.pretrained)), self.settings).double().train()
-        batch = first_records(make_loader(self.task, self.settings, "train"), 6)
+        batch = first_samples(make_loader(self.task, self.settings, "train"), 6)
         self.batch = {name: _double(value) for name, value in batch.items()}
 
     def step(self, model: nn.Module) -> Tensor:
@@ -74,7 +74,7 @@ def test_loss_and_gradients_stay_the_same(trained: Trained) -> None:
     assert any(value.abs().max() > 0 for value in gradients(plain).values())
 
 
-def test_units_scores_and_masks_stay_the_same(trained: Trained) -> None:
+def test_groups_scores_and_masks_stay_the_same(trained: Trained) -> None:
     found: list[tuple[Mapping[str, Tensor], Mapping[str, Any], nn.Module]] = []
     for checkpointed in (False, True):
         model = copy.deepcopy(trained.model)

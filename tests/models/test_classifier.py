@@ -14,7 +14,7 @@ from pruning.families import randomise
 from tiers import mostly_slow
 from upop.errors import CheckpointError, SettingError
 from upop.models.classifier import ClassifierConfig, architecture_sizes, build_classifier, replace_head
-from upop.pruning import count_macs, find_units, shrink
+from upop.pruning import count_macs, find_groups, shrink
 
 SIZES: dict[str, Any] = {
     "patch_size": 8,
@@ -60,7 +60,7 @@ def test_a_named_architecture_is_timms() -> None:
 
 def test_sizes_can_differ_from_the_architectures() -> None:
     model = tiny()
-    assert [unit.size for unit in find_units(model)] == [12, 50, 12, 50]
+    assert [group.size for group in find_groups(model)] == [12, 50, 12, 50]
     assert model(torch.zeros(2, 3, 32, 32)).shape == (2, 5)
     assert tiny(dropout=0.3).blocks[0].mlp.drop1.p == 0.3
     only_depth: Any = build_classifier(ClassifierConfig(architecture="deit_tiny_patch16_224", vision_depth=1))
@@ -100,8 +100,8 @@ def test_a_fresh_head_for_other_classes() -> None:
 
 def shrunken() -> Any:
     model = tiny()
-    units = find_units(model)
-    shrink(model, {unit.name: range(1, 4 + 3 * number) for number, unit in enumerate(units)})
+    groups = find_groups(model)
+    shrink(model, {group.name: range(1, 4 + 3 * number) for number, group in enumerate(groups)})
     return model
 
 

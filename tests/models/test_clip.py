@@ -131,7 +131,7 @@ def test_a_loss_trains_the_online_towers_and_moves_the_copies() -> None:
     model, inputs = clip().train(), pairs()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     model(**inputs, ids=torch.tensor([0, 1, 0, 2]), alpha=0.4).backward()
-    copies = set(model.momentum_twins.values())
+    copies = set(model.momentum_encoders.values())
     for name, parameter in model.named_parameters():
         is_copy = name.split(".")[0] in copies
         assert (parameter.grad is None) == is_copy, name
@@ -157,7 +157,7 @@ def test_a_loss_in_evaluation_changes_nothing() -> None:
 def test_copies_are_cut_from_their_own_weights_with_the_online_indices() -> None:
     model = clip().eval()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    plan = uneven_plan(upop.find_units(model))
+    plan = uneven_plan(upop.find_groups(model))
     assert not any("_m." in name for name in plan)
     upop.shrink(model, plan, verify=pairs())
     mlp, kept = "text_model{}.encoder.layers.1.mlp.fc1.weight", plan["text_model.encoder.layers.1.mlp"]

@@ -139,7 +139,7 @@ def test_queue_holds_the_momentum_features() -> None:
 
 
 def test_queue_smaller_than_the_batch_is_refused() -> None:
-    with pytest.raises(SettingError, match=r"queue_size is 10.*12 records.*Set queue_size to 12"):
+    with pytest.raises(SettingError, match=r"queue_size is 10.*12 samples.*Set queue_size to 12"):
         tiny().train()(**pairs(12))
 
 
@@ -181,7 +181,7 @@ def test_temperature_is_kept_in_its_range() -> None:
         assert float(model.temp.detach()) == pytest.approx(kept)
 
 
-def test_captions_of_one_picture_are_all_right_answers() -> None:
+def test_captions_of_one_image_are_all_right_answers() -> None:
     """With targets that count only the pair itself, the loss would be another."""
     model = tiny().train()
     batch = pairs(4, ids=[5, 5, 6, 7])
@@ -227,7 +227,7 @@ def test_a_partner_is_found_where_the_softmax_underflows() -> None:
     assert paired.all()
 
 
-@pytest.mark.parametrize("ids", [[3], [3, 3, 3]], ids=["batch of one", "one picture alone"])
+@pytest.mark.parametrize("ids", [[3], [3, 3, 3]], ids=["batch of one", "one image alone"])
 def test_a_batch_without_wrong_partners_adds_no_matching_loss_and_says_so_once(ids: list[int]) -> None:
     model = tiny().train()
     with pytest.warns(UserWarning, match="no wrong partner"):
@@ -293,10 +293,10 @@ def test_two_processes_are_one(tmp_path: Path) -> None:
 def test_momentum_copies_are_cut_from_their_own_weights(tmp_path: Path) -> None:
     model = tiny()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    units = upop.find_units(model)
-    assert len(units) == 2 * 2 + 2 * 3
-    assert not [unit.name for unit in units if unit.name.split(".")[0].endswith("_m")]
-    plan = {unit.name: list(range(1, 1 + unit.size // 2)) for unit in units}
+    groups = upop.find_groups(model)
+    assert len(groups) == 2 * 2 + 2 * 3
+    assert not [group.name for group in groups if group.name.split(".")[0].endswith("_m")]
+    plan = {group.name: list(range(1, 1 + group.size // 2)) for group in groups}
     batch = {name: part for name, part in pairs(2).items() if name != "ids"}
     upop.shrink(model, plan, verify=batch)
     for tower in ("visual_encoder", "visual_encoder_m"):
@@ -304,7 +304,7 @@ def test_momentum_copies_are_cut_from_their_own_weights(tmp_path: Path) -> None:
         torch.testing.assert_close(model.state_dict()[name], before[name][1:25])
     for tower in ("text_encoder", "text_encoder_m"):
         name = f"{tower}.encoder.layer.1.crossattention.self.key.weight"
-        kept = [head * 16 + entry for head in range(2) for entry in range(1, 9)]
+        kept = [head * 16 + channel for head in range(2) for channel in range(1, 9)]
         torch.testing.assert_close(model.state_dict()[name], before[name][kept])
     assert not any(copy.requires_grad for _, copy in model.momentum_pairs())
     assert [online.shape for online, _ in model.momentum_pairs()] == [copy.shape for _, copy in model.momentum_pairs()]
@@ -333,7 +333,7 @@ def test_pairs_in_batches_are_single_pairs(batch: int) -> None:
     data = pairs(9)
     lengths = torch.tensor([7, 3, 5, 7, 2, 4, 7, 6, 3])
     words = data["input_ids"], (torch.arange(7) < lengths.unsqueeze(1)).long()
-    # Pictures with one, some and all of the texts, in no order, and one without any.
+    # Images with one, some and all of the texts, in no order, and one without any.
     chosen = [(0, text) for text in range(9)] + [(3, 4)] + [(5, text) for text in (8, 1, 2)] + [(2, 2), (2, 7)]
     images, texts = torch.tensor(chosen)[torch.randperm(len(chosen))].t()
     sizes: list[int] = []

@@ -1,4 +1,4 @@
-"""Segmenter: sizes, published costs, pictures of any size, and both decoders' checkpoints."""
+"""Segmenter: sizes, published costs, images of any size, and both decoders' checkpoints."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_all_that_gets_no_gradient_says_so() -> None:
 
 @pytest.mark.parametrize("decoder", ["mask_transformer", "linear"])
 @pytest.mark.parametrize("size", [(32, 32), (37, 26), (8, 8), (3, 50), (64, 16)])
-def test_pictures_of_any_size(decoder: str, size: tuple[int, int]) -> None:
+def test_images_of_any_size(decoder: str, size: tuple[int, int]) -> None:
     model = tiny(decoder=decoder)
     images = torch.randn(2, 3, *size, dtype=torch.float64)
     with torch.no_grad():
@@ -125,12 +125,12 @@ def test_checkpoints_there_and_back(tmp_path: Path, decoder: str, seed: int | No
     """Dense, and compressed: the published code divides by the root of the dense head_dim."""
     model = tiny(torch.float32, decoder=decoder)
     if seed is not None:
-        upop.shrink(model, uneven_plan(upop.find_units(model), seed))
+        upop.shrink(model, uneven_plan(upop.find_groups(model), seed))
     path = save_official("segmentation", model, tmp_path / "x.pth")
     found = upop.load_official("segmentation", path, **HEADS)
     inputs = {"images": torch.randn(2, 3, 40, 32)}
     assert difference(outputs_of(found, inputs), outputs_of(model, inputs)) < 2e-5
-    assert [unit.size for unit in upop.find_units(found)] == [unit.size for unit in upop.find_units(model)]
+    assert [group.size for group in upop.find_groups(found)] == [group.size for group in upop.find_groups(model)]
     assert found.config.classes == 5
     again = upop.load(upop.save(found, tmp_path / "ours"))
     assert torch.equal(outputs_of(again, inputs), outputs_of(found, inputs))
@@ -142,7 +142,7 @@ def test_another_crop_size_is_asked_for(tmp_path: Path) -> None:
     found = upop.load_official("segmenter", path, **HEADS, image_size=48)
     images = {"images": torch.randn(1, 3, 48, 48)}
     assert found.encoder.pos_embed.shape == (1, 37, 24)
-    # The dense model resizes its positions for such pictures in the same way.
+    # The dense model resizes its positions for such images in the same way.
     assert difference(outputs_of(found, images), outputs_of(model, images)) < 1e-5
 
 

@@ -29,7 +29,7 @@ def tiny(seed: int = 0) -> BlipVqa:
 
 
 def questions(count: int, seed: int = 1) -> tuple[Tensor, Tensor, Tensor]:
-    """Pictures and questions of 3 to 8 tokens."""
+    """Images and questions of 3 to 8 tokens."""
     draw = torch.Generator().manual_seed(seed)
     images = torch.randn(count, 3, 32, 32, generator=draw, dtype=torch.float64)
     lengths = torch.randint(3, 9, (count, 1), generator=draw)
@@ -251,7 +251,7 @@ def test_generation_with_cache_is_that_without() -> None:
 
 
 def half(model: nn.Module) -> dict[str, list[int]]:
-    return {unit.name: list(range(1, 1 + unit.size // 2)) for unit in upop.find_units(model)}
+    return {group.name: list(range(1, 1 + group.size // 2)) for group in upop.find_groups(model)}
 
 
 def assert_tied(model: nn.Module) -> None:

@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import upop
 from conftest import parity_sets
-from upop.checkpoints.clip_names import from_openai, to_openai, unit_from_openai
+from upop.checkpoints.clip_names import from_openai, group_from_openai, to_openai
 from upop.data.caption import words_to_say
 from upop.models.caption import BlipCaption, CaptionConfig, caption_loss
 from upop.models.classifier import ClassifierConfig, build_classifier
@@ -46,7 +46,7 @@ class Case:
         verify: batch -> inputs for which masked and shrunken outputs are compared.
         keys: names of the recorded key files -> the full-size model, made on the meta device.
         interval: between updates of the masks in official_loop.
-        unit: a recorded name of a mask -> the name of the unit.
+        group: a recorded name of a mask -> the name of the group.
         in_loop: (config.json, batch, step) -> the batch as official_loop saw it, where that differs from the search.
         norms: model -> L2 norm of every parameter, under the published names.
         ranked: beginning of a recorded name -> (model in evaluation mode, batch, the number that the name ends with)
@@ -69,7 +69,7 @@ class Case:
     verify: Callable[[Batch], Any]
     keys: Mapping[str, Callable[[], nn.Module]]
     interval: int
-    unit: Callable[[str], str] = lambda name: name
+    group: Callable[[str], str] = lambda name: name
     in_loop: Callable[[Config, Batch, int], Batch] | None = None
     norms: Callable[[nn.Module], dict[str, float]] = lambda model: {
         name: float(value.detach().norm()) for name, value in model.named_parameters(remove_duplicate=False)
@@ -410,7 +410,7 @@ CASES: dict[str, Case] = {
         keys={"clip_vit_l14_336": lambda: ClipRetrieval(ClipConfig())},
         exported=lambda model: to_openai(model.state_dict()),
         interval=3,
-        unit=unit_from_openai,
+        group=group_from_openai,
         norms=_clip_norms,
         searched=lambda recorded, state: _filled(recorded.load("dense.pth"), from_openai(state)),
     ),

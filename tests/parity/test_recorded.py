@@ -90,9 +90,9 @@ def optimizer_of(model: nn.Module, kind: str, recorded: Recorded) -> torch.optim
 
 
 def recorded_masks(recorded: Recorded, expected: Tensors, prefix: str) -> Tensors:
-    """The recorded masks, or scores, by the names of our units."""
+    """The recorded masks, or scores, by the names of our groups."""
     found = {
-        recorded.case.unit(key.removeprefix(f"{prefix}/").removesuffix(".alpha")): value.flatten()
+        recorded.case.group(key.removeprefix(f"{prefix}/").removesuffix(".alpha")): value.flatten()
         for key, value in expected.items()
         if key.startswith(f"{prefix}/")
     }
@@ -104,18 +104,18 @@ def assert_scores(
     pruner: upop.Pruner, recorded: Recorded, expected: Tensors, prefix: str, steps: int, world: int = 1
 ) -> None:
     wanted = recorded_masks(recorded, expected, prefix)
-    for unit in pruner.units:
+    for group in pruner.groups:
         # The recorded gradients include the sparsity terms, a constant per step that standardising removes.
-        weight = recorded.config["w_sp_attn" if unit.kind == "attention" else "w_sp_mlp"] / world
-        assert_close(pruner.scores[unit.name] + steps * weight, wanted[unit.name], 1e-8, unit.name)
+        weight = recorded.config["w_sp_attn" if group.kind == "attention" else "w_sp_mlp"] / world
+        assert_close(pruner.scores[group.name] + steps * weight, wanted[group.name], 1e-8, group.name)
 
 
 def assert_masks(pruner: upop.Pruner, recorded: Recorded, expected: Tensors, prefix: str) -> None:
     wanted = recorded_masks(recorded, expected, prefix)
-    assert set(wanted) == {unit.name for unit in pruner.units}
-    for unit in pruner.units:
-        torch.testing.assert_close(pruner.masks[unit.name], wanted[unit.name], rtol=0, atol=1e-15)
-        assert torch.equal(pruner.masks[unit.name] == 1, wanted[unit.name] == 1)
+    assert set(wanted) == {group.name for group in pruner.groups}
+    for group in pruner.groups:
+        torch.testing.assert_close(pruner.masks[group.name], wanted[group.name], rtol=0, atol=1e-15)
+        assert torch.equal(pruner.masks[group.name] == 1, wanted[group.name] == 1)
 
 
 @pytest.mark.parametrize("kind", ["adamw", "sgd"])
@@ -188,7 +188,7 @@ def test_published_update_intervals(recorded: Recorded) -> None:
 def test_our_shrunken_model_keeps_the_searched_function(recorded: Recorded) -> None:
     final = recorded.read("search_adamw_final")
     alphas = {
-        recorded.case.unit(key.removesuffix(".alpha")): value.flatten()
+        recorded.case.group(key.removesuffix(".alpha")): value.flatten()
         for key, value in final.items()
         if key.endswith(".alpha")
     }

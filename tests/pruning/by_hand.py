@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 import upop
-from upop.pruning.units import Unit, tensor_of
+from upop.pruning.groups import Group, tensor_of
 
 
 def spread(model: nn.Module) -> nn.Module:
@@ -36,24 +36,24 @@ def called(model: nn.Module, example: Any) -> list[Tensor]:
     return tensors
 
 
-def uneven(units: Sequence[Unit], seed: int) -> dict[str, list[int]]:
-    """Return entries to keep: one, half, or any number of them."""
+def uneven(groups: Sequence[Group], seed: int) -> dict[str, list[int]]:
+    """Return channels to keep: one, half, or any number of them."""
     draw = random.Random(seed)
-    counts = {each.name: draw.choice([1, max(1, each.size // 2), draw.randint(1, each.size)]) for each in units}
-    return {each.name: sorted(draw.sample(range(each.size), counts[each.name])) for each in units}
+    counts = {each.name: draw.choice([1, max(1, each.size // 2), draw.randint(1, each.size)]) for each in groups}
+    return {each.name: sorted(draw.sample(range(each.size), counts[each.name])) for each in groups}
 
 
-def silenced(model: nn.Module, units: Sequence[Unit], plan: dict[str, list[int]]) -> nn.Module:
+def silenced(model: nn.Module, groups: Sequence[Group], plan: dict[str, list[int]]) -> nn.Module:
     """Set the rows that open what goes to zero."""
     with torch.no_grad():
-        for unit in units:
-            for part in unit.slices:
+        for group in groups:
+            for part in group.slices:
                 tensor, at = tensor_of(model, part.tensor), 0
                 gaps = part.gaps or (0,) * (part.outer + 1)
                 for block, rows in enumerate(part.inners):
                     at += gaps[block]
-                    for entry in range(unit.size):
-                        if part.produces and block not in part.silent and entry not in plan[unit.name]:
+                    for channel in range(group.size):
+                        if part.produces and block not in part.silent and channel not in plan[group.name]:
                             tensor.narrow(part.dim, at, rows).zero_()
                         at += rows
                 assert at + gaps[-1] == tensor.shape[part.dim]
@@ -61,7 +61,7 @@ def silenced(model: nn.Module, units: Sequence[Unit], plan: dict[str, list[int]]
 
 
 def difference(one: Sequence[Tensor], other: Sequence[Tensor]) -> float:
-    """Return how far outputs are apart, relative to the largest entry."""
+    """Return how far outputs are apart, relative to the largest channel."""
     assert [each.shape for each in one] == [each.shape for each in other]
     worst = 0.0
     for a, b in zip(one, other, strict=True):
@@ -74,8 +74,8 @@ def difference(one: Sequence[Tensor], other: Sequence[Tensor]) -> float:
 
 def check(
     model: nn.Module, example: Any, folder: Path, attentions: int, mlps: int, tolerance: float = 1e-10
-) -> tuple[list[Unit], nn.Module, nn.Module]:
-    """Read a model, cut it, save it and load it; return its units, the masked model and the cut one.
+) -> tuple[list[Group], nn.Module, nn.Module]:
+    """Read a model, cut it, save it and load it; return its groups, the masked model and the cut one.
 
     Args:
         model: any; its weights are changed.
@@ -83,19 +83,19 @@ def check(
         folder: to save to.
         attentions: how many attentions there have to be, at least.
         mlps: the same for MLPs.
-        tolerance: of outputs, relative to the largest entry.
+        tolerance: of outputs, relative to the largest channel.
     """
     spread(model)
-    units = list(upop.survey(model, example).units)
-    kinds = [unit.kind for unit in units]
+    groups = list(upop.find_prunable(model, example).groups)
+    kinds = [group.kind for group in groups]
     assert kinds.count("attention") >= attentions and kinds.count("mlp") >= mlps, kinds
     for seed in (0, 1):
-        plan = uneven(units, seed)
-        masked, cut = silenced(copy.deepcopy(model), units, plan), copy.deepcopy(model)
-        upop.shrink(cut, upop.Plan.of(units, plan))
+        plan = uneven(groups, seed)
+        masked, cut = silenced(copy.deepcopy(model), groups, plan), copy.deepcopy(model)
+        upop.shrink(cut, upop.Plan.of(groups, plan))
         assert difference(called(masked, example), called(cut, example)) <= tolerance
     assert upop.count_parameters(cut) < upop.count_parameters(model)
     upop.save(cut, folder / "cut")
     again = upop.load_into(copy.deepcopy(model), folder / "cut").eval()
     assert difference(called(cut, example), called(again, example)) == 0
-    return units, masked, cut
+    return groups, masked, cut

@@ -18,29 +18,29 @@ from torch import Tensor, nn
 import upop
 from pruning.families import uneven_plan
 from pruning.registry.architecture import Architecture, Inputs
+from upop.pruning.groups import tensor_of
 from upop.pruning.masks import Masks
-from upop.pruning.units import tensor_of
 from upop.pruning.verify import compare, outputs_of, rounding_of
 
 PAGE = Path(__file__).parents[2] / "docs" / "coverage.md"
 HEAD = """# Architectures
 
-Every architecture of this table was built at a tiny size with random weights, biases and norms; then entries of all its
-units were masked at random, its layers were cut to what was left, and the outputs of both models compared: in float64,
-with fused attention and step by step, and in float32 (in float32 alone where the library does not compute in float64).
-They may differ by rounding alone, which is measured with sums in another order. Most of those that write texts did so,
-with and without a cache (BLIP, Florence-2 and XGLM did not); the cut model was saved, loaded, and compared once more.
-`make test-all` does that for all of them, `make test` for some of each kind (`tests/pruning/test_coverage.py`), and
-`PYTHONPATH=tests python -m pruning.coverage` wrote this page.
+Every architecture of this table was built at a tiny size with random weights, biases and norms; then channels of all
+its groups were masked at random, its layers were cut to what was left, and the outputs of both models compared: in
+float64, with fused attention and step by step, and in float32 (in float32 alone where the library does not compute in
+float64). They may differ by rounding alone, which is measured with sums in another order. Most of those that write
+texts did so, with and without a cache (BLIP, Florence-2 and XGLM did not); the cut model was saved, loaded, and
+compared once more. `make test-all` does that for all of them, `make test` for some of each kind
+(`tests/pruning/test_coverage.py`), and `PYTHONPATH=tests python -m pruning.coverage` wrote this page.
 
 - *Dimensions* of all heads go where they can. Where rotary embeddings, norms or tables tie them together, whole *heads*
   go, or *groups*: the heads that share keys and values. *Neurons* are those of MLPs.
-- What looks prunable and is left alone is listed with the reason by `upop.survey(model)`, and here by its class.
-- An architecture that is not listed is read by the same rules: `upop.find_units(model)` says what it found, and
+- What looks prunable and is left alone is listed with the reason by `upop.find_prunable(model)`, and here by its class.
+- An architecture that is not listed is read by the same rules: `upop.find_groups(model)` says what it found, and
   `upop.shrink(model, plan, verify=inputs)` proves the cut on your inputs, as it does on others without them.
 
 """
-_ENTRIES = {"dimension": "dimensions", "head": "heads", "group": "groups", "neuron": "neurons"}
+_CHANNELS = {"dimension": "dimensions", "head": "heads", "group": "groups", "neuron": "neurons"}
 
 
 @dataclass(frozen=True)
@@ -48,21 +48,21 @@ class Examined:
     """The proof of one architecture.
 
     Attributes:
-        units: how many units, per class of the module that holds them and kind of entry.
+        groups: how many groups, per class of the module that holds them and kind of channel.
         skipped: classes that were left alone.
-        idle: units that the inputs did not run, so that nothing is proved about them.
+        idle: groups that the inputs did not run, so that nothing is proved about them.
     """
 
-    units: dict[tuple[str, str], int]
+    groups: dict[tuple[str, str], int]
     skipped: tuple[str, ...]
     idle: tuple[str, ...]
 
     def row(self, architecture: Architecture) -> str:
         """Return the architecture's line of the page."""
-        units = ", ".join(f"{kind} {_ENTRIES[entry]} ({count})" for (kind, entry), count in self.units.items())
+        groups = ", ".join(f"{kind} {_CHANNELS[channel]} ({count})" for (kind, channel), count in self.groups.items())
         verified = "yes" if not self.idle else "no"
         skipped = ", ".join(self.skipped) or "-"
-        return f"| {architecture.library} | {architecture.name} | {units} | {skipped} | {verified} |"
+        return f"| {architecture.library} | {architecture.name} | {groups} | {skipped} | {verified} |"
 
 
 def examine(architecture: Architecture) -> Examined:
@@ -75,8 +75,8 @@ def examine(architecture: Architecture) -> Examined:
     dtype = torch.float64 if architecture.exact else torch.float32
     model = architecture.build(dtype)
     inputs = architecture.batch(model, dtype)
-    found = upop.survey(model)
-    units, plan = list(found.units), uneven_plan(found.units, 1)
+    found = upop.find_prunable(model)
+    groups, plan = list(found.groups), uneven_plan(found.groups, 1)
     with torch.random.fork_rng():
         masked, idle = _masked(architecture, model, inputs, plan)
         upop.shrink(model, plan)
@@ -85,19 +85,19 @@ def examine(architecture: Architecture) -> Examined:
                 compare(expected, _run(model, inputs), partial(rounding_of, partial(_run, model, inputs)))
             assert way
         _check_metadata(model)
-        assert [unit.size for unit in upop.find_units(model)] == [len(plan[unit.name]) for unit in units]
+        assert [group.size for group in upop.find_groups(model)] == [len(plan[group.name]) for group in groups]
         _check_loading(architecture, model, inputs, dtype)
         if architecture.exact:
             single = architecture.build(torch.float32)
             upop.shrink(single, plan, verify=lambda whole: _run(whole, architecture.batch(whole, torch.float32)))
-    kinds = Counter((_holder(model, unit), unit.entry) for unit in units)
+    kinds = Counter((_holder(model, group), group.channel) for group in groups)
     left = sorted({_around(model, tensor) for tensor in found.coverage.reasons})
-    return Examined({(name, entry): count for (name, entry), count in kinds.items()}, tuple(left), idle)
+    return Examined({(name, channel): count for (name, channel), count in kinds.items()}, tuple(left), idle)
 
 
-def _holder(model: nn.Module, unit: upop.Unit) -> str:
-    """Return the class of the module which holds the unit, as its library calls it."""
-    name = unit.name.partition("[")[0]  # several units of one module are numbered
+def _holder(model: nn.Module, group: upop.Group) -> str:
+    """Return the class of the module which holds the group, as its library calls it."""
+    name = group.name.partition("[")[0]  # several groups of one module are numbered
     module = model.get_submodule(name)
     return _class(model.get_submodule(name.rpartition(".")[0]) if isinstance(module, nn.Linear) else module)
 
@@ -122,11 +122,11 @@ def _run(model: nn.Module, inputs: Inputs) -> list[tuple[str, Tensor]]:
 def _masked(
     architecture: Architecture, model: nn.Module, inputs: Inputs, plan: dict[str, list[int]]
 ) -> tuple[list[list[tuple[str, Tensor]]], tuple[str, ...]]:
-    """Return the outputs of the masked model in every way, and the units that had no part in them."""
-    units = upop.find_units(model)
-    masks = Masks(model, units)
+    """Return the outputs of the masked model in every way, and the groups that had no part in them."""
+    groups = upop.find_groups(model)
+    masks = Masks(model, groups)
     try:
-        values = {unit.name: torch.zeros(unit.size) for unit in units}
+        values = {group.name: torch.zeros(group.size) for group in groups}
         for name, value in values.items():
             value[plan[name]] = 1
         masks.set(values)
@@ -138,7 +138,7 @@ def _masked(
         torch.manual_seed(0)
         gradient = _total(model(**inputs))
         gradient.backward()
-        idle = tuple(unit.name for unit in units if not _has_gradient(model, unit))
+        idle = tuple(group.name for group in groups if not _has_gradient(model, group))
         model.zero_grad()
         return outputs, idle
     finally:
@@ -146,7 +146,7 @@ def _masked(
 
 
 def _total(outputs: Any) -> Tensor:
-    """Return a number that depends on every output, and on each of its entries differently."""
+    """Return a number that depends on every output, and on each of its channels differently."""
     parts = []
     if isinstance(outputs, Tensor):
         if outputs.is_floating_point() and outputs.requires_grad:
@@ -161,8 +161,8 @@ def _total(outputs: Any) -> Tensor:
     return torch.stack([part.double() for part in parts]).sum() if parts else torch.zeros(())
 
 
-def _has_gradient(model: nn.Module, unit: upop.Unit) -> bool:
-    gradients = [tensor_of(model, part.tensor).grad for part in unit.producers]
+def _has_gradient(model: nn.Module, group: upop.Group) -> bool:
+    gradients = [tensor_of(model, part.tensor).grad for part in group.producers]
     return any(gradient is not None and bool((gradient != 0).any()) for gradient in gradients)
 
 
@@ -198,7 +198,7 @@ def page(rows: list[str]) -> str:
     """Return the whole page."""
     yes = sum(row.endswith("| yes |") for row in rows)
     table = [
-        "| library | architecture | units: what goes of each (how many) | left alone | verified |",
+        "| library | architecture | groups: what goes of each (how many) | left alone | verified |",
         "| --- | --- | --- | --- | --- |",
     ]
     return f"{HEAD}{yes} architectures are verified.\n\n" + "\n".join([*table, *rows]) + "\n"

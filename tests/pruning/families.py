@@ -1,6 +1,6 @@
 """Every family of models that the method must hold for: one row each, tiny, with random biases and norms.
 
-Zero biases, unit norms and equal kept sizes hide mistakes of surgery, so nothing here has them.
+Zero biases, group norms and equal kept sizes hide mistakes of surgery, so nothing here has them.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def randomise(model: nn.Module, seed: int = 0) -> None:
 
 
 def loss_of(outputs: Any) -> Tensor:
-    """Return a smooth loss that weighs every sample alike and every output entry differently."""
+    """Return a smooth loss that weighs every sample alike and every output channel differently."""
     if isinstance(outputs, tuple | list):
         return torch.stack([loss_of(part) for part in outputs]).sum()
     flat = outputs.flatten(1)
@@ -72,7 +72,7 @@ def loss_of(outputs: Any) -> Tensor:
 
 
 def rows_of(inputs: Inputs, size: int, rows: slice) -> Inputs:
-    """Return some samples of a batch of `size`; NLVR's pictures come as all first, then all second ones."""
+    """Return some samples of a batch of `size`; NLVR's images come as all first, then all second ones."""
     return {name: torch.cat([part[rows] for part in value.split(size)]) for name, value in inputs.items()}
 
 
@@ -86,20 +86,22 @@ def difference(found: Tensor, expected: Tensor) -> float:
     return float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-300))
 
 
-def uneven_plan(units: Sequence[upop.Unit], seed: int = 0) -> dict[str, list[int]]:
-    """Return random entries to keep: a single one in some units, all in others, any number in the rest."""
+def uneven_plan(groups: Sequence[upop.Group], seed: int = 0) -> dict[str, list[int]]:
+    """Return random channels to keep: a single one in some groups, all in others, any number in the rest."""
     generator = torch.Generator().manual_seed(seed)
     plan = {}
-    for number, unit in enumerate(units):
-        count = int(torch.randint(1, unit.size + 1, (), generator=generator))
-        count = {0: 1, 3: unit.size}.get((number + seed) % 5, count)
-        plan[unit.name] = sorted(torch.randperm(unit.size, generator=generator)[:count].tolist())
+    for number, group in enumerate(groups):
+        count = int(torch.randint(1, group.size + 1, (), generator=generator))
+        count = {0: 1, 3: group.size}.get((number + seed) % 5, count)
+        plan[group.name] = sorted(torch.randperm(group.size, generator=generator)[:count].tolist())
     return plan
 
 
-def random_masks(units: Sequence[upop.Unit], seed: int = 0) -> dict[str, Tensor]:
+def random_masks(groups: Sequence[upop.Group], seed: int = 0) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    return {unit.name: 0.05 + 0.9 * torch.rand(unit.size, generator=generator, dtype=torch.float64) for unit in units}
+    return {
+        group.name: 0.05 + 0.9 * torch.rand(group.size, generator=generator, dtype=torch.float64) for group in groups
+    }
 
 
 def still_pruner(model: nn.Module, masks: dict[str, Tensor] | None = None, **settings: Any) -> upop.Pruner:
@@ -134,35 +136,35 @@ def reader_and_inputs(model: nn.Module, batch: Inputs, name: str) -> tuple[Tenso
 
 
 def scaled_parameters(
-    model: nn.Module, units: Sequence[upop.Unit], masks: dict[str, Tensor], weights: dict[str, Tensor]
+    model: nn.Module, groups: Sequence[upop.Group], masks: dict[str, Tensor], weights: dict[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Return the weights with each produced row multiplied by its mask entry, written out on its own.
+    """Return the weights with each produced row multiplied by its mask channel, written out on its own.
 
-    In every family here the rows of a projection are whole runs over the unit's entries, one after the other.
+    In every family here the rows of a projection are whole runs over the group's channels, one after the other.
     """
     scaled = dict(weights)
-    for unit in units:
-        for part in unit.producers:
+    for group in groups:
+        for part in group.producers:
             weight = scaled[part.tensor]
-            rows = masks[unit.name].repeat(weight.shape[0] // unit.size)
+            rows = masks[group.name].repeat(weight.shape[0] // group.size)
             scaled[part.tensor] = weight * (rows.unsqueeze(1) if weight.dim() > 1 else rows)
     return scaled
 
 
-def masked_outputs(model: nn.Module, units: Sequence[upop.Unit], masks: dict[str, Tensor], inputs: Inputs) -> Tensor:
+def masked_outputs(model: nn.Module, groups: Sequence[upop.Group], masks: dict[str, Tensor], inputs: Inputs) -> Tensor:
     """Return what the plain model computes with masked weights."""
     weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
     same = {name: mask.to(next(iter(weights.values())).dtype) for name, mask in masks.items()}
     with torch.no_grad():
-        outputs = functional_call(model, scaled_parameters(model, units, same, weights), (), inputs)
+        outputs = functional_call(model, scaled_parameters(model, groups, same, weights), (), inputs)
     return torch.cat([part.flatten() for part in outputs]) if isinstance(outputs, tuple) else outputs.flatten()
 
 
-def binary(units: Sequence[upop.Unit], plan: dict[str, list[int]]) -> dict[str, Tensor]:
+def binary(groups: Sequence[upop.Group], plan: dict[str, list[int]]) -> dict[str, Tensor]:
     masks = {}
-    for unit in units:
-        masks[unit.name] = torch.zeros(unit.size, dtype=torch.float64)
-        masks[unit.name][plan[unit.name]] = 1
+    for group in groups:
+        masks[group.name] = torch.zeros(group.size, dtype=torch.float64)
+        masks[group.name][plan[group.name]] = 1
     return masks
 
 
@@ -227,7 +229,7 @@ def _caption() -> nn.Module:
 
 
 def _segmenter(**settings: Any) -> nn.Module:
-    """Encoder and decoder differ in all, and pictures are no multiple of the patch."""
+    """Encoder and decoder differ in all, and images are no multiple of the patch."""
     sizes = {name: value for name, value in BLIP_SIZES.items() if name.startswith(("vision", "image", "patch", "drop"))}
     decoder = {"decoder_width": 32, "decoder_depth": 2, "decoder_heads": 4, "decoder_mlp": 56, "decoder_dropout": 0.0}
     return Segmenter(SegmenterConfig(**{**sizes, **decoder, "classes": 5, "encoder_classes": 0, **settings}))
@@ -257,7 +259,7 @@ def _captioned(size: int, generator: torch.Generator) -> Inputs:
     return {"images": torch.randn(size, 3, 16, 16, generator=generator), "input_ids": ids}
 
 
-def _pictures(size: int, generator: torch.Generator) -> Inputs:
+def _images(size: int, generator: torch.Generator) -> Inputs:
     return {"x": torch.randn(size, 3, 16, 16, generator=generator)}
 
 
@@ -265,11 +267,11 @@ def _scenes(size: int, generator: torch.Generator) -> Inputs:
     return {"images": torch.randn(size, 3, 18, 13, generator=generator)}
 
 
-def _pairs(size: int, generator: torch.Generator, pictures: int = 2) -> Inputs:
+def _pairs(size: int, generator: torch.Generator, images: int = 2) -> Inputs:
     mask = torch.ones(size, 7, dtype=torch.long)
     mask[::2, 5:] = 0
     return {
-        "images": torch.randn(pictures * size, 3, 16, 16, generator=generator),
+        "images": torch.randn(images * size, 3, 16, 16, generator=generator),
         "input_ids": torch.randint(1, 58, (size, 7), generator=generator),
         "attention_mask": mask,
     }
@@ -290,19 +292,19 @@ def _questions(size: int, generator: torch.Generator) -> Inputs:
 
 
 FAMILIES = [
-    Family("vit-fused", _vit, _pictures),
-    Family("vit-eager", lambda: _eager(_vit()), _pictures),
-    Family("vit-no-bias", lambda: _vit(embed_dim=16, num_heads=2, depth=3, qkv_bias=False), _pictures),
+    Family("vit-fused", _vit, _images),
+    Family("vit-eager", lambda: _eager(_vit()), _images),
+    Family("vit-no-bias", lambda: _vit(embed_dim=16, num_heads=2, depth=3, qkv_bias=False), _images),
     Family(
         "vit-registers",
         lambda: _vit(init_values=0.5, reg_tokens=2, global_pool="avg", pre_norm=True),
-        _pictures,
+        _images,
     ),
-    Family("deit-distilled", _deit, _pictures),
+    Family("deit-distilled", _deit, _images),
     Family(
         "deit-by-name",
         lambda: timm.create_model("deit_tiny_patch16_224", img_size=16, depth=1, embed_dim=48, num_classes=3),
-        _pictures,
+        _images,
     ),
     Family("nlvr", nlvr, _pairs),
     Family("nlvr-merged-eager", lambda: _eager(nlvr(merge_from=0, vision_depth=1, text_depth=2)), _pairs),
@@ -310,7 +312,7 @@ FAMILIES = [
     Family("segmenter-linear", lambda: _segmenter(decoder="linear"), _scenes),
     Family("clip", _Clip, _captioned),
     Family("vqa", _vqa, _questions),
-    Family("caption", _caption, lambda size, generator: _pairs(size, generator, pictures=1)),
+    Family("caption", _caption, lambda size, generator: _pairs(size, generator, images=1)),
     Family("nlvr-averaged", lambda: nlvr(merge_from=9, vision_depth=1, text_depth=2, text_width=16), _pairs),
 ]
 BY_NAME = {family.name: family for family in FAMILIES}

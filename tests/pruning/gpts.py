@@ -81,23 +81,23 @@ def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class GroupedAttention(nn.Module):
     """Queries that share keys and values, which are repeated or left to torch."""
 
-    def __init__(self, width: int, heads: int, groups: int, repeated: bool) -> None:
+    def __init__(self, width: int, heads: int, kv_groups: int, repeated: bool) -> None:
         super().__init__()
-        self.heads, self.groups, self.size, self.repeated = heads, groups, width // heads, repeated
+        self.heads, self.kv_groups, self.size, self.repeated = heads, kv_groups, width // heads, repeated
         self.c_q = nn.Linear(width, heads * self.size, bias=False)
-        self.c_k = nn.Linear(width, groups * self.size, bias=False)
-        self.c_v = nn.Linear(width, groups * self.size, bias=False)
+        self.c_k = nn.Linear(width, kv_groups * self.size, bias=False)
+        self.c_v = nn.Linear(width, kv_groups * self.size, bias=False)
         self.c_proj = nn.Linear(width, width, bias=False)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         batch, length, _ = x.shape
         q = self.c_q(x).view(batch, length, self.heads, self.size)
-        k = self.c_k(x).view(batch, length, self.groups, self.size)
-        v = self.c_v(x).view(batch, length, self.groups, self.size)
+        k = self.c_k(x).view(batch, length, self.kv_groups, self.size)
+        v = self.c_v(x).view(batch, length, self.kv_groups, self.size)
         q, k = norm(turned(q, cos, sin)), norm(turned(k, cos, sin))
         q, k, v = (each.transpose(1, 2) for each in (q, k, v))
         if self.repeated:
-            k, v = (each.repeat_interleave(self.heads // self.groups, dim=1) for each in (k, v))
+            k, v = (each.repeat_interleave(self.heads // self.kv_groups, dim=1) for each in (k, v))
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=not self.repeated)
         return self.c_proj(y.transpose(1, 2).contiguous().view(batch, length, -1))
 
@@ -105,10 +105,10 @@ class GroupedAttention(nn.Module):
 class NanoChat(nn.Module):
     """Rotary positions, norms without weights, squared ReLU, grouped queries, and logits within bounds."""
 
-    def __init__(self, width: int = 64, heads: int = 8, groups: int = 4, repeated: bool = False) -> None:
+    def __init__(self, width: int = 64, heads: int = 8, kv_groups: int = 4, repeated: bool = False) -> None:
         super().__init__()
         self.wte = nn.Embedding(WORDS, width)
-        self.h = nn.ModuleList(GroupedAttention(width, heads, groups, repeated) for _ in range(2))
+        self.h = nn.ModuleList(GroupedAttention(width, heads, kv_groups, repeated) for _ in range(2))
         self.up = nn.ModuleList(nn.Linear(width, 4 * width, bias=False) for _ in range(2))
         self.down = nn.ModuleList(nn.Linear(4 * width, width, bias=False) for _ in range(2))
         self.lm_head = nn.Linear(width, WORDS, bias=False)

@@ -182,8 +182,8 @@ class Captioner(nn.Module):
         self.sees, self.tells = vision(), decoder(cross_attend=True)
 
     def forward(self, pixels: Tensor, text: Tensor) -> Tensor:
-        told: Tensor = self.tells(text, context=self.sees(pixels, return_embeddings=True))
-        return told
+        described: Tensor = self.tells(text, context=self.sees(pixels, return_embeddings=True))
+        return described
 
 
 def both() -> nn.Module:

@@ -17,7 +17,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from transformers import GPT2Config, GPT2Model
 
 import upop
-from pruning.families import NLVR, VIT, Family, Inputs, _pictures, _vit, loss_of, outputs_of, rows_of
+from pruning.families import NLVR, VIT, Family, Inputs, _images, _vit, loss_of, outputs_of, rows_of
 from pruning.ranks import LIMIT
 from upop.errors import LayoutError
 from upop.pruning import plan_by_magnitude
@@ -74,7 +74,7 @@ def own_score(weight: Tensor, gradient: Tensor) -> Tensor:
 CASES = {
     # 41 rows are no multiple of two, and an attention is sharded by itself.
     "vit": Case(
-        Family("vit", lambda: _vit(mlp_ratio=41 / 24), _pictures),
+        Family("vit", lambda: _vit(mlp_ratio=41 / 24), _images),
         lambda model: [part for block in model.blocks for part in (block.attn, block)],
         settings=lambda inputs: {"cost": "flops", "example": inputs},
     ),
@@ -85,21 +85,23 @@ CASES = {
         copies=2,
     ),
     # Rows of its weights lie along the dimension that is not sharded.
-    "gpt2": Case(Family("gpt2", Gpt, _words), lambda model: [*model.gpt.h], settings=lambda _: {"score": own_score}),
+    "gpt2": Case(
+        Family("gpt2", Gpt, _words), lambda model: [*model.gpt.h], settings=lambda _: {"importance": own_score}
+    ),
     # Masked modules are sharded by themselves, one of them reads a packed weight itself.
     "torch": Case(
         Family("torch", _encoder, _states),
         lambda model: [part for layer in model.layers for part in (layer.linear1, layer.self_attn, layer)],
         masks_first=True,
         copies=1,
-        settings=lambda _: {"score": own_score},
+        settings=lambda _: {"importance": own_score},
     ),
 }
 
 
 def spoil(model: nn.Module, pruner: upop.Pruner) -> None:
     """Put a NaN into the last row of a scored gradient."""
-    gradient = dict(model.named_parameters())[pruner.units[0].producers[0].tensor].grad
+    gradient = dict(model.named_parameters())[pruner.groups[0].producers[0].tensor].grad
     assert gradient is not None
     if isinstance(gradient, torch.distributed.tensor.DTensor):
         whole, gradient = len(gradient), gradient.to_local()
@@ -161,7 +163,7 @@ def together(case: Case, folder: Path) -> dict[str, Any]:
     model, everything = case.family.build(), case.family.inputs(4)
     rank = dist.get_rank()
     inputs = rows_of(everything, 4, slice(2 * rank, 2 * rank + 2))
-    like = upop.skeleton(model)
+    like = upop.meta_copy(model)
     before = [type(module) for module in model.modules()]
 
     def make() -> upop.Pruner:
@@ -178,7 +180,7 @@ def together(case: Case, folder: Path) -> dict[str, Any]:
     state = pruner.state_dict()
     pruner.remove()
     classes = [type(module) for module in model.modules()]
-    whole = upop.gather(model, like)
+    whole = upop.full_copy(model, like)
     found: dict[str, Any] = {"plain": (outputs_of(model, everything), outputs_of(whole, everything))}
     model.reshard()  # after a forward pass alone, for the optimizer must not be given gathered parameters
     pruner = make()  # goes on where the first one was
@@ -192,10 +194,10 @@ def together(case: Case, folder: Path) -> dict[str, Any]:
         for action in (
             lambda: upop.save(model, folder / "saved"),
             lambda: plan_by_magnitude(model, 0.5),
-            lambda: upop.gather(model, like=model),
+            lambda: upop.full_copy(model, like=model),
         )
     ]
-    whole, plan = upop.gather(model, like), pruner.plan()
+    whole, plan = upop.full_copy(model, like), pruner.plan()
     found["ties"] = len(list(whole.parameters())) == len(list(model.parameters()))
     pruner.move_to(whole)
     found["copy"] = outputs_of(whole, everything)
@@ -205,7 +207,7 @@ def together(case: Case, folder: Path) -> dict[str, Any]:
     upop.shrink(model, plan, verify=everything)  # where it is, in its shards
     found["in place"] = outputs_of(model, everything)
     model.reshard()
-    found["gathered"] = outputs_of(upop.gather(model), everything)
+    found["gathered"] = outputs_of(upop.full_copy(model), everything)
     found["parts"] = all(is_sharded_tensor(part) for part in model.parameters()), shapes(model)
     found["classes"] = all(
         kind is old or (issubclass(kind, FSDPModule) and kind.__bases__[1] is old)

@@ -167,8 +167,8 @@ def test_a_search_goes_on_within_a_stage_on_another_device() -> None:
     other = upop.Pruner(model, 0.5, 8, 4, example=batch())
     model.to("meta")  # a device with other tensors, though without numbers
     other.load_state_dict(state)
-    found = list(other._moments.groups(model, other.units, True))
-    assert [name for _, seen in found for name in seen] == [unit.name for unit in other.units]
+    found = list(other._moments.portions(model, other.groups, True))
+    assert [name for _, seen in found for name in seen] == [group.name for group in other.groups]
     assert {rows.device.type for _, seen in found for each in seen.values() for rows in each.tensors()} == {"meta"}
     model(batch().to("meta")).square().mean().backward()
     other.step()
@@ -193,10 +193,10 @@ def masked(dtype: torch.dtype = torch.float64) -> tuple[nn.Module, nn.Module]:
     torch.manual_seed(0)
     model = Net().to(dtype)
     plain = copy.deepcopy(model)
-    units = upop.find_units(model, batch(dtype=dtype))
-    masks = Masks(model, units)
+    groups = upop.find_groups(model, batch(dtype=dtype))
+    masks = Masks(model, groups)
     model._masks_of_test = masks  # type: ignore[assignment]
-    values = {unit.name: torch.rand(unit.size, dtype=dtype) for unit in units}
+    values = {group.name: torch.rand(group.size, dtype=dtype) for group in groups}
     masks.set(values)
     with torch.no_grad():
         for block, value in zip(plain.blocks, values.values(), strict=True):

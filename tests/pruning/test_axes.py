@@ -1,4 +1,4 @@
-"""Units that are read off what a model computes: whatever is handed out, masking it and cutting it give the same."""
+"""Groups that are read off what a model computes: whatever is handed out, masking it and cutting it give the same."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import upop
 from upop.errors import LayoutError, PlanError
-from upop.pruning.units import Unit, tensor_of
+from upop.pruning.groups import Group, tensor_of
 
 WIDTH, HEADS = 24, 3
 
@@ -53,26 +53,28 @@ def built(inner: Callable[[], nn.Module], seed: int = 0) -> nn.Module:
 EXAMPLE = torch.randn(2, 7, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
 
-def difference(model: nn.Module, units: Sequence[Unit], seed: int) -> float:
+def difference(model: nn.Module, groups: Sequence[Group], seed: int) -> float:
     """Cut a copy at random; return how far it is from one whose rows are zero, relative to the largest output.
 
     Rows are set to zero here, not by the library.
     """
-    if not units:
+    if not groups:
         return 0.0
     draw = random.Random(seed)
-    plan = {unit.name: sorted(draw.sample(range(unit.size), draw.randint(1, max(1, unit.size - 1)))) for unit in units}
+    plan = {
+        group.name: sorted(draw.sample(range(group.size), draw.randint(1, max(1, group.size - 1)))) for group in groups
+    }
     masked, cut = copy.deepcopy(model), copy.deepcopy(model)
     with torch.no_grad():
-        for unit in units:
-            keep = torch.zeros(unit.size, dtype=torch.float64)
-            keep[plan[unit.name]] = 1
-            for part in unit.producers:
+        for group in groups:
+            keep = torch.zeros(group.size, dtype=torch.float64)
+            keep[plan[group.name]] = 1
+            for part in group.producers:
                 tensor = tensor_of(masked, part.tensor)
                 shape = [-1 if dim == part.dim else 1 for dim in range(tensor.dim())]
                 tensor.mul_(part.expand(keep).view(shape))
         expected = masked(EXAMPLE)
-        upop.shrink(cut, upop.Plan.of(list(units), plan))
+        upop.shrink(cut, upop.Plan.of(list(groups), plan))
         found = cut(EXAMPLE)
     return float((expected - found).abs().max() / expected.abs().max())
 
@@ -229,7 +231,7 @@ def test_many_ways_to_write_an_attention(way: dict[str, Any]) -> None:
 def check_ways(way: dict[str, Any]) -> None:
     model = built(lambda: Written(way))
     for seed in range(2):
-        assert difference(model, upop.survey(model, EXAMPLE).units, seed) < 1e-9, way
+        assert difference(model, upop.find_prunable(model, EXAMPLE).groups, seed) < 1e-9, way
 
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -332,7 +334,7 @@ def test_many_ways_to_write_an_mlp(way: dict[str, Any]) -> None:
 def check_mlp(way: dict[str, Any]) -> None:
     model = built(lambda: Neurons(way))
     for seed in range(2):
-        assert difference(model, upop.survey(model, EXAMPLE).units, seed) < 1e-9, way
+        assert difference(model, upop.find_prunable(model, EXAMPLE).groups, seed) < 1e-9, way
 
 
 # -- ways that have to be found ---------------------------------------------------------------------------------------
@@ -453,7 +455,7 @@ class Around(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("inner", "entry", "count"),
+    ("inner", "channel", "count"),
     [
         (HeadsInTurn, "dimension", 2),
         (NormedHeads, "head", 2),
@@ -467,12 +469,12 @@ class Around(nn.Module):
         (lambda: Neurons({**PLAIN, "deep": "added"}), "neuron", 2),
     ],
 )
-def test_what_is_found(inner: Callable[[], nn.Module], entry: str, count: int) -> None:
+def test_what_is_found(inner: Callable[[], nn.Module], channel: str, count: int) -> None:
     model = built(inner)
-    units = upop.survey(model, EXAMPLE).units
-    assert [unit.entry for unit in units] == [entry] * count
-    assert len({unit.name for unit in units}) == count
-    assert all(difference(model, units, seed) < 1e-9 for seed in range(3))
+    groups = upop.find_prunable(model, EXAMPLE).groups
+    assert [group.channel for group in groups] == [channel] * count
+    assert len({group.name for group in groups}) == count
+    assert all(difference(model, groups, seed) < 1e-9 for seed in range(3))
 
 
 class Kept(nn.Module):
@@ -497,8 +499,8 @@ class Kept(nn.Module):
 
 @pytest.mark.parametrize("use", ["sorted", "table", "norm", "kept"])
 def test_what_is_left_alone_says_why(use: str) -> None:
-    found = upop.survey(built(lambda: Kept(use)), EXAMPLE)
-    assert not found.units
+    found = upop.find_prunable(built(lambda: Kept(use)), EXAMPLE)
+    assert not found.groups
     assert any(part.name.startswith("parts.0") and part.reason for part in found.skipped)
 
 
@@ -508,7 +510,7 @@ def test_reading_changes_nothing() -> None:
     kinds = [type(module) for module in model.modules()]
     torch.manual_seed(5)
     before = torch.get_rng_state()
-    upop.survey(model, EXAMPLE)
+    upop.find_prunable(model, EXAMPLE)
     assert torch.equal(before, torch.get_rng_state())
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in state.items())
     assert kinds == [type(module) for module in model.modules()]
@@ -517,7 +519,7 @@ def test_reading_changes_nothing() -> None:
 
 def test_an_example_that_does_not_run_is_refused() -> None:
     with pytest.raises(LayoutError, match="cannot be run with the example"):
-        upop.survey(built(SplitByWidth), torch.randn(2, 7, 5, dtype=torch.float64))
+        upop.find_prunable(built(SplitByWidth), torch.randn(2, 7, 5, dtype=torch.float64))
 
 
 def test_the_pruner_takes_an_example() -> None:
@@ -534,7 +536,9 @@ def test_the_pruner_takes_an_example() -> None:
 def test_a_cut_model_is_loaded_by_the_slices_of_its_plan(tmp_path: Path) -> None:
     model = built(SplitByWidth)
     upop.shrink(
-        model, {unit.name: range(0, unit.size, 2) for unit in upop.survey(model, EXAMPLE).units}, verify=EXAMPLE
+        model,
+        {group.name: range(0, group.size, 2) for group in upop.find_prunable(model, EXAMPLE).groups},
+        verify=EXAMPLE,
     )
     upop.save(model, tmp_path / "model")
     again = upop.load_into(built(SplitByWidth, seed=3), tmp_path / "model")
@@ -543,21 +547,21 @@ def test_a_cut_model_is_loaded_by_the_slices_of_its_plan(tmp_path: Path) -> None
 
 def test_a_copy_is_cut_by_the_plan_alone() -> None:
     model, average = built(SplitByWidth), built(SplitByWidth)
-    units = upop.survey(model, EXAMPLE).units
-    plan = upop.Plan.from_json(upop.Plan.of(list(units), {unit.name: [0, 2] for unit in units}).to_json())
+    groups = upop.find_prunable(model, EXAMPLE).groups
+    plan = upop.Plan.from_json(upop.Plan.of(list(groups), {group.name: [0, 2] for group in groups}).to_json())
     assert torch.equal(upop.shrink(model, plan)(EXAMPLE), upop.shrink(average, plan)(EXAMPLE))
 
 
 def test_slices_that_do_not_fit_are_refused() -> None:
     model = built(SplitByWidth)
-    plan = upop.Plan.of(list(upop.survey(model, EXAMPLE).units), {"parts.0": [0, 2]})
+    plan = upop.Plan.of(list(upop.find_prunable(model, EXAMPLE).groups), {"parts.0": [0, 2]})
     with pytest.raises(PlanError, match=r"(does|do) not fit"):
         upop.shrink(built(Experts), plan)
 
 
 def test_a_forward_that_names_a_width_compiles_exports_and_travels() -> None:
     model = built(SplitByWidth)
-    upop.shrink(model, {unit.name: range(5) for unit in upop.survey(model, EXAMPLE).units}, verify=EXAMPLE)
+    upop.shrink(model, {group.name: range(5) for group in upop.find_prunable(model, EXAMPLE).groups}, verify=EXAMPLE)
     expected = model(EXAMPLE)
     compiled = torch.compile(copy.deepcopy(model), fullgraph=True, backend="eager")
     assert torch.allclose(compiled(EXAMPLE), expected)
@@ -566,4 +570,4 @@ def test_a_forward_that_names_a_width_compiles_exports_and_travels() -> None:
 
 
 def test_a_model_of_ones_own_needs_no_example_where_one_can_be_made() -> None:
-    assert [unit.entry for unit in upop.find_units(built(SplitByWidth))] == ["dimension", "dimension"]
+    assert [group.channel for group in upop.find_groups(built(SplitByWidth))] == ["dimension", "dimension"]

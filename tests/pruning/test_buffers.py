@@ -90,5 +90,5 @@ class Frequencies(nn.Module):
 
 
 def test_heads_of_each_attention_go_rather_than_dimensions_that_all_of_them_share() -> None:
-    found = upop.survey(built(Frequencies), EXAMPLE)
-    assert [unit.entry for unit in found.units] == ["head"] * 4
+    found = upop.find_prunable(built(Frequencies), EXAMPLE)
+    assert [group.channel for group in found.groups] == ["head"] * 4

@@ -29,12 +29,14 @@ def batches(case: Family, count: int = 3) -> list[dict[str, Tensor]]:
 @both
 def test_the_budget_is_met_and_the_plan_fits_the_dense_model(case: Family) -> None:
     model, dense = case.build(), case.build()
-    units = upop.find_units(dense)
-    cost = {unit.name: 1.0 for unit in units}
+    groups = upop.find_groups(dense)
+    cost = {group.name: 1.0 for group in groups}
     plan = upop.calibrate(model, batches(case), 0.5, loss=loss, stages=3, cost=cost)
-    whole = sum(unit.size for unit in units)
+    whole = sum(group.size for group in groups)
     assert abs(sum(len(kept) for kept in plan.values()) / whole - 0.5) <= 1 / whole * 3
-    assert {unit.name: unit.size for unit in upop.find_units(model)} == {name: len(kept) for name, kept in plan.items()}
+    assert {group.name: group.size for group in upop.find_groups(model)} == {
+        name: len(kept) for name, kept in plan.items()
+    }
     upop.shrink(dense, plan)
     shapes = [{name: value.shape for name, value in each.state_dict().items()} for each in (model, dense)]
     assert shapes[0] == shapes[1]
@@ -64,10 +66,10 @@ def test_without_correction_it_is_the_cut_of_its_plan(case: Family) -> None:
 def test_the_corrected_layer_is_the_nearest_to_the_old_one(case: Family) -> None:
     """The error of its outputs is at right angles to its inputs, so that no other weights come nearer."""
     model, dense = case.build(), case.build()
-    unit = next(unit for unit in upop.find_units(dense) if unit.kind == "mlp")
-    reader = unit.online[-1].tensor.removesuffix(".weight")
+    group = next(group for group in upop.find_groups(dense) if group.kind == "mlp")
+    reader = group.online[-1].tensor.removesuffix(".weight")
     batch = case.inputs(64)
-    upop.calibrate(model, [batch], 0.5, loss=loss, stages=1, include=unit.name, ridge=1e-14)
+    upop.calibrate(model, [batch], 0.5, loss=loss, stages=1, include=group.name, ridge=1e-14)
     _, wanted = reader_and_inputs(dense, batch, reader)
     inputs, found = reader_and_inputs(model, batch, reader)
     error, squares = wanted - found, wanted.square().sum(1)
@@ -135,7 +137,7 @@ def test_modes_and_gradients_are_as_before() -> None:
         ({"ridge": 0.0}, "ridge must be above 0"),
         ({"include": "nothing"}, "matches none of the"),
         ({"ratio": 0.999}, "cannot be reached"),
-        ({"score": "sined"}, "did you mean 'signed'"),
+        ({"importance": "sined"}, "did you mean 'signed'"),
     ],
     ids=str,
 )

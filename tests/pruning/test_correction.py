@@ -63,22 +63,22 @@ def pairs(model: nn.Module, dense: nn.Module, reader: str, batch: dict[str, Tens
         return [old(inputs), nn.functional.linear(inputs[:, columns], new.weight, new.bias)]
 
 
-def off(model: nn.Module, plan: upop.Plan, dense: nn.Module, unit: upop.Unit, batch: dict[str, Tensor]) -> float:
-    """Mean square of what a cut unit's reader is off, on what it is given in the dense model."""
-    part = unit.online[-1]
-    columns = part.index(torch.tensor(plan[unit.name]), unit.size)
+def off(model: nn.Module, plan: upop.Plan, dense: nn.Module, group: upop.Group, batch: dict[str, Tensor]) -> float:
+    """Mean square of what a cut group's reader is off, on what it is given in the dense model."""
+    part = group.online[-1]
+    columns = part.index(torch.tensor(plan[group.name]), group.size)
     wanted, found = pairs(model, dense, part.tensor.removesuffix(".weight"), batch, columns)
     return float((wanted - found).square().mean())
 
 
-def calibrated(dense: nn.Module, unit: str, batches: list[dict[str, Tensor]], **settings: Any) -> Cut:
+def calibrated(dense: nn.Module, group: str, batches: list[dict[str, Tensor]], **settings: Any) -> Cut:
     model = copy.deepcopy(dense)
-    return model, upop.calibrate(model, batches, 0.5, loss=loss, stages=1, include=unit, **settings)
+    return model, upop.calibrate(model, batches, 0.5, loss=loss, stages=1, include=group, **settings)
 
 
-def searched(dense: nn.Module, unit: str, batches: list[dict[str, Tensor]], **settings: Any) -> Cut:
+def searched(dense: nn.Module, group: str, batches: list[dict[str, Tensor]], **settings: Any) -> Cut:
     model = copy.deepcopy(dense)
-    pruner = upop.Pruner(model, 0.5, len(batches), len(batches), include=unit, **settings)
+    pruner = upop.Pruner(model, 0.5, len(batches), len(batches), include=group, **settings)
     take(model, pruner, batches)
     return pruner.shrink(), pruner.plan()
 
@@ -97,11 +97,11 @@ def test_with_fewer_tokens_than_inputs_it_never_hurts(count: int, cut: Callable[
     dense, held_out = encoder(), sentences(200, seed=99)
     batches = [sentences(count, seed=seed) for seed in range(2)]
     assert sum(int(batch["attention_mask"].sum()) for batch in batches) < HIDDEN
-    for unit in upop.find_units(dense):
+    for group in upop.find_groups(dense):
         errors = [
-            off(*cut(dense, unit.name, batches, correct=correct), dense, unit, held_out) for correct in (True, False)
+            off(*cut(dense, group.name, batches, correct=correct), dense, group, held_out) for correct in (True, False)
         ]
-        assert errors[0] <= errors[1] * 1.000001, unit.name
+        assert errors[0] <= errors[1] * 1.000001, group.name
 
 
 @pytest.mark.filterwarnings("ignore:The correction changed nothing")
@@ -111,10 +111,12 @@ def test_how_strongly_it_holds_to_the_old_weights_follows_from_the_data(
 ) -> None:
     """A ridge of 1e-3 for all layers, which was the default once, fits noise where little was seen."""
     dense, held_out, name = encoder(), sentences(200, seed=99), "encoder.layer.1.attention.self"
-    unit = next(unit for unit in upop.find_units(dense) if unit.name == name)
+    group = next(group for group in upop.find_groups(dense) if group.name == name)
     batches = [sentences(count, seed=seed) for seed in range(2)]
     settings: list[dict[str, Any]] = [{"ridge": 1e-3}, {}, {"correct": False}]
-    weak, chosen, nothing = (off(*calibrated(dense, name, batches, **each), dense, unit, held_out) for each in settings)
+    weak, chosen, nothing = (
+        off(*calibrated(dense, name, batches, **each), dense, group, held_out) for each in settings
+    )
     assert (weak > 1.2 * nothing) is weak_hurts
     assert (chosen < 0.5 * nothing) is helps
     assert chosen < weak or not weak_hurts
@@ -186,10 +188,10 @@ def test_it_says_when_nothing_could_be_corrected() -> None:
         for _ in range(7):
             pruner.skip()
         take(model, pruner, [sentences(4, seed=0)])
-    (told,) = [each for each in caught if "correction" in str(each.message)]
-    assert str(told.message).startswith("The correction changed nothing: no layer that lost inputs could make up")
-    assert "Search over more steps" in str(told.message)
-    assert told.filename == __file__
+    (described,) = [each for each in caught if "correction" in str(each.message)]
+    assert str(described.message).startswith("The correction changed nothing: no layer that lost inputs could make up")
+    assert "Search over more steps" in str(described.message)
+    assert described.filename == __file__
     assert set(pruner.corrections.values()) == {1.0}
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
@@ -258,4 +260,4 @@ def test_a_model_that_cannot_be_looked_at_in_evaluation_mode_says_what_to_do() -
     model = OnlyTrained().train()
     upop.Pruner(model, 0.5, 2, 2)
     with pytest.raises(LayoutError, match=r"cannot be run with the example: KeyError: 'targets'"):
-        model(sentences(4, seed=0))  # its units are read with it, in evaluation mode
+        model(sentences(4, seed=0))  # its groups are read with it, in evaluation mode

@@ -1,4 +1,4 @@
-"""What an entry costs: the parameters or multiply-adds that it really takes away."""
+"""What a channel costs: the parameters or multiply-adds that it really takes away."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pruning.families import NLVR, VIT, Family, nlvr
 from pruning.registry import ARCHITECTURES
 from tiers import mostly_slow
 from upop.models.nlvr import BlipNlvr, NlvrConfig
-from upop.pruning.costs import entry_costs
+from upop.pruning.costs import channel_costs
 from upop.pruning.errors import SettingError
 
 
@@ -23,23 +23,23 @@ def test_the_papers_numbers_for_vit_base(depth: int) -> None:
     small = {"image_size": 32, "vocab_size": 64} if depth == 1 else {}
     with torch.device("meta"):
         model = BlipNlvr(NlvrConfig(vision_depth=depth, text_depth=depth, **small))
-    units = upop.find_units(model)
-    costs = entry_costs(model, units, "params")
-    assert {(unit.kind, costs[unit.name]) for unit in units} == {("attention", 36_900.0), ("mlp", 1_537.0)}
-    assert costs[units[0].name] / costs[units[1].name] == pytest.approx(24.008, abs=5e-4)
-    assert len(units) == 2 * depth + 4 * depth
+    groups = upop.find_groups(model)
+    costs = channel_costs(model, groups, "params")
+    assert {(group.kind, costs[group.name]) for group in groups} == {("attention", 36_900.0), ("mlp", 1_537.0)}
+    assert costs[groups[0].name] / costs[groups[1].name] == pytest.approx(24.008, abs=5e-4)
+    assert len(groups) == 2 * depth + 4 * depth
 
 
 def test_the_numbers_hold_for_timms_vit_too() -> None:
     with torch.device("meta"):
         model = timm.create_model("vit_base_patch16_224", depth=1)
-    assert set(entry_costs(model, upop.find_units(model), "params").values()) == {36_900.0, 1_537.0}
+    assert set(channel_costs(model, upop.find_groups(model), "params").values()) == {36_900.0, 1_537.0}
 
 
 def test_cross_attention_costs_by_its_own_key_width() -> None:
     model = nlvr()
-    costs = entry_costs(model, upop.find_units(model), "params")
-    # Per entry and head: a row and a bias of query, key and value, and a column of the output.
+    costs = channel_costs(model, upop.find_groups(model), "params")
+    # Per channel and head: a row and a bias of query, key and value, and a column of the output.
     assert costs["text_encoder.encoder.layer.0.attention.self"] == 4 * (3 * (32 + 1) + 32)
     assert costs["text_encoder.encoder.layer.0.crossattention.self1"] == 4 * ((32 + 1) + 2 * (24 + 1) + 32)
     assert costs["visual_encoder.blocks.0.attn"] == 3 * (3 * (24 + 1) + 24)
@@ -47,76 +47,76 @@ def test_cross_attention_costs_by_its_own_key_width() -> None:
     assert costs["text_encoder.encoder.layer.1.intermediate"] == 32 + 1 + 32
 
 
-def _form(unit: upop.Unit) -> tuple[object, ...]:
-    return unit.kind, unit.modality, unit.size, *(re.sub(r"\.\d+\.", ".", part.tensor) for part in unit.slices)
+def _form(group: upop.Group) -> tuple[object, ...]:
+    return group.kind, group.modality, group.size, *(re.sub(r"\.\d+\.", ".", part.tensor) for part in group.slices)
 
 
 @pytest.mark.parametrize("cost", ["params", "flops"])
-def test_an_entry_costs_what_removing_it_saves(family: Family, cost: str) -> None:
-    # One unit of each form: blocks repeat.
-    forms = {_form(unit): number for number, unit in enumerate(upop.find_units(family.build()))}
+def test_an_channel_costs_what_removing_it_saves(family: Family, cost: str) -> None:
+    # One group of each form: blocks repeat.
+    forms = {_form(group): number for number, group in enumerate(upop.find_groups(family.build()))}
     for number in forms.values():
         model, inputs = family.build(), family.inputs(3)
-        unit = upop.find_units(model)[number]
-        costs = entry_costs(model, [unit], cost, inputs)
+        group = upop.find_groups(model)[number]
+        costs = channel_costs(model, [group], cost, inputs)
 
         def size(model: nn.Module = model, inputs: dict = inputs) -> int:
             return upop.count_parameters(model) if cost == "params" else upop.count_macs(model, inputs)
 
         before = size()
-        upop.shrink(model, {unit.name: range(1, unit.size)}, verify=inputs)
-        assert before - size() == costs[unit.name], unit.name
+        upop.shrink(model, {group.name: range(1, group.size)}, verify=inputs)
+        assert before - size() == costs[group.name], group.name
 
 
 COUNTED = ("llama", "TransformerDecoder", "beit_base_patch16_224", "gpt2", "vit_giant_patch14_dinov2", "gpt_neox")
 
 
 @pytest.mark.parametrize("name", COUNTED)
-def test_multiply_adds_of_every_kind_of_entry(name: str) -> None:
+def test_multiply_adds_of_every_kind_of_channel(name: str) -> None:
     (architecture,) = (each for each in ARCHITECTURES if each.name == name)
     model = architecture.build()
     inputs = architecture.batch(model)
-    units = upop.find_units(model)
-    costs = entry_costs(model, units, "flops", inputs)
+    groups = upop.find_groups(model)
+    costs = channel_costs(model, groups, "flops", inputs)
     with architecture.ways(model)[-1][1]:
         before = upop.count_macs(model, inputs)
-    for unit in units:
+    for group in groups:
         cut = architecture.build()
-        upop.shrink(cut, {unit.name: range(1, unit.size)})
+        upop.shrink(cut, {group.name: range(1, group.size)})
         with architecture.ways(cut)[-1][1]:
-            assert before - upop.count_macs(cut, inputs) == pytest.approx(costs[unit.name])
+            assert before - upop.count_macs(cut, inputs) == pytest.approx(costs[group.name])
 
 
 def test_counting_changes_nothing() -> None:
     model, inputs = NLVR.build(), NLVR.inputs()
     model.cls_head.eval()
     modes = [module.training for module in model.modules()]
-    entry_costs(model, upop.find_units(model), "flops", inputs)
+    channel_costs(model, upop.find_groups(model), "flops", inputs)
     upop.count_macs(model, inputs)
     assert [module.training for module in model.modules()] == modes
     assert not any(module._forward_hooks for module in model.modules())
     with pytest.raises(TypeError):
-        entry_costs(model, upop.find_units(model), "flops", {"nonsense": 1})
+        channel_costs(model, upop.find_groups(model), "flops", {"nonsense": 1})
     assert not any(module._forward_hooks for module in model.modules())
     assert [module.training for module in model.modules()] == modes
 
 
 def test_reference_costs() -> None:
     for model, attention in ((NLVR.build(), 36.0), (VIT.build(), 12.0)):
-        units = upop.find_units(model)
-        costs = entry_costs(model, units, "reference")
-        assert all(costs[unit.name] == (attention if unit.kind == "attention" else 1.0) for unit in units)
+        groups = upop.find_groups(model)
+        costs = channel_costs(model, groups, "reference")
+        assert all(costs[group.name] == (attention if group.kind == "attention" else 1.0) for group in groups)
 
 
 def test_given_costs() -> None:
     model = VIT.build()
-    units = upop.find_units(model)
-    costs = entry_costs(model, units, {"*.attn": 7, "blocks.1.attn": 9, "*.mlp": 0.5})
+    groups = upop.find_groups(model)
+    costs = channel_costs(model, groups, {"*.attn": 7, "blocks.1.attn": 9, "*.mlp": 0.5})
     assert costs == {"blocks.0.attn": 7.0, "blocks.0.mlp": 0.5, "blocks.1.attn": 9.0, "blocks.1.mlp": 0.5}
-    assert entry_costs(model, units, lambda unit: 2 * unit.heads) == {
-        unit.name: 6.0 if unit.kind == "attention" else 2.0 for unit in units
+    assert channel_costs(model, groups, lambda group: 2 * group.heads) == {
+        group.name: 6.0 if group.kind == "attention" else 2.0 for group in groups
     }
-    # The budget counts what was given: attention for free-ish, so MLP entries carry it.
+    # The budget counts what was given: attention for free-ish, so MLP channels carry it.
     pruner = upop.Pruner(model, 0.5, 2, cost={"*attn": 1e-6, "*mlp": 1.0})
     assert pruner.costs["blocks.0.attn"] == 1e-6
 
@@ -128,13 +128,13 @@ def test_given_costs() -> None:
         ("latency", ["is not known", "mapping"]),
         (3, ["cost=3 is not known"]),
         ("flops", ["cost='flops'", "no example", "example="]),
-        ({"*.atn": 1, "*.mlp": 1}, ["'*.atn'", "matches no unit"]),
+        ({"*.atn": 1, "*.mlp": 1}, ["'*.atn'", "matches no group"]),
         ({"blocks.0.atn": 1, "*": 1}, ["did you mean 'blocks.0.attn'"]),
-        ({"*.attn": 1}, ["no number for unit 'blocks.0.mlp'", "exclude"]),
+        ({"*.attn": 1}, ["no number for group 'blocks.0.mlp'", "exclude"]),
         ({"*": 0}, ["must be positive", "blocks.0.attn"]),
         ({"*": -1}, ["must be positive"]),
         ({"*": float("nan")}, ["must be positive"]),
-        (lambda unit: float("inf"), ["must be positive"]),
+        (lambda group: float("inf"), ["must be positive"]),
     ],
 )
 def test_errors_of_costs(cost: object, fragments: list[str]) -> None:
@@ -146,7 +146,7 @@ def test_errors_of_costs(cost: object, fragments: list[str]) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:50 % of the parameters")
-def test_what_the_example_does_not_run_is_no_unit() -> None:
+def test_what_the_example_does_not_run_is_no_group() -> None:
     class Partly(nn.Module):
         __module__ = "timm"  # read by its modules, as models of libraries are; others hold what runs alone
 
@@ -158,4 +158,4 @@ def test_what_the_example_does_not_run_is_no_unit() -> None:
             return self.used(x)
 
     pruner = upop.Pruner(Partly(), 0.5, 2, cost="flops", example=VIT.inputs())
-    assert {unit.name.partition(".")[0] for unit in pruner.units} == {"used"}
+    assert {group.name.partition(".")[0] for group in pruner.groups} == {"used"}

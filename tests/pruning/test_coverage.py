@@ -39,7 +39,7 @@ def _quiet() -> Iterator[None]:
 )
 def test_what_is_cut_computes_what_was_masked(architecture: Architecture) -> None:
     examined = examine(architecture)
-    assert not examined.idle, "the inputs did not run these units, so nothing is proved about them"
+    assert not examined.idle, "the inputs did not run these groups, so nothing is proved about them"
     assert examined.row(architecture) in PAGE.read_text().splitlines(), (
         "docs/coverage.md is not what this run gives; write it again: PYTHONPATH=tests python -m pruning.coverage"
     )

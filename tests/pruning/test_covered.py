@@ -1,4 +1,6 @@
-"""Coverage: every weight matrix is in a unit, left alone with a reason, or outside, and it is said how much that is."""
+"""Coverage: every weight matrix is in a group, left alone with a reason, or outside, and it is said how much that
+is.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,7 @@ from pruning.test_stated import GATED, Gated, Net
 from upop.cli.app import app
 
 WORDS = torch.tensor([[1, 5, 9, 3], [2, 7, 4, 8]])
-PICTURES = torch.randn(2, 3, 32, 32)
+IMAGES = torch.randn(2, 3, 32, 32)
 SIZES: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
 
 
@@ -49,8 +51,8 @@ class One(nn.Module):
 
 
 MODELS: dict[str, tuple[Callable[[], nn.Module], Any]] = {
-    "vit": (vit, PICTURES),
-    "swin": (swin, PICTURES),
+    "vit": (vit, IMAGES),
+    "swin": (swin, IMAGES),
     "bert": (lambda: transformers.BertModel(transformers.BertConfig(**SIZES, vocab_size=16)), {"input_ids": WORDS}),
     "llama": (
         lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES, vocab_size=16)),
@@ -66,13 +68,13 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Any]] = {
 def test_every_weight_is_in_one_place(name: str) -> None:
     build, inputs = MODELS[name]
     model = build().eval()
-    found = upop.survey(model, inputs)
+    found = upop.find_prunable(model, inputs)
     covered = found.coverage
     named = dict(model.named_parameters())
     assert set(covered.where) == set(named)
     assert sum(share.parameters for share in covered.shares.values()) == upop.count_parameters(model)
     assert sum(share.macs or 0 for share in covered.shares.values()) == upop.count_macs(model, inputs)
-    cut = {part.tensor for unit in found.units for part in unit.slices}
+    cut = {part.tensor for group in found.groups for part in group.slices}
     for tensor, place in covered.where.items():
         assert place == "units" or tensor not in cut
         if named[tensor].dim() > 1:
@@ -82,7 +84,7 @@ def test_every_weight_is_in_one_place(name: str) -> None:
 
 
 def test_what_the_shares_are() -> None:
-    covered = upop.survey(vit(), PICTURES).coverage
+    covered = upop.find_prunable(vit(), IMAGES).coverage
     assert covered.of_blocks == 1 and not covered.reasons
     assert covered.where["head.weight"] == covered.where["patch_embed.proj.weight"] == "outside"
     assert covered.where["blocks.1.norm1.weight"] == "outside"
@@ -91,7 +93,7 @@ def test_what_the_shares_are() -> None:
     assert (
         lines[0].startswith("units") and lines[1] == "left alone   0.0 % of the parameters   0.0 % of the multiply-adds"
     )
-    opaque = upop.survey(Net(Gated, Gated), torch.randn(2, 6, 32)).coverage
+    opaque = upop.find_prunable(Net(Gated, Gated), torch.randn(2, 6, 32)).coverage
     assert opaque.of_blocks == 0
     assert "upop_tests::bend" in opaque.reasons["blocks.0.both.weight"]
     assert opaque.where["head.weight"] == "outside"
@@ -110,12 +112,12 @@ def test_a_search_over_little_of_a_model_warns_once_and_says_why() -> None:
 
     model = Net(Half, Half)
     inputs = torch.randn(2, 6, 32)
-    with pytest.warns(UserWarning, match=r"\d+ % of the parameters.*blocks.*upop_tests::bend.*UnitSpec") as told:
+    with pytest.warns(UserWarning, match=r"\d+ % of the parameters.*blocks.*upop_tests::bend.*GroupSpec") as described:
         upop.Pruner(model, 0.3, 2, example=inputs).remove()
-    assert len(told) == 1
+    assert len(described) == 1
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        upop.Pruner(model, 0.3, 2, example=inputs, units=[GATED]).remove()
+        upop.Pruner(model, 0.3, 2, example=inputs, groups=[GATED]).remove()
 
 
 def test_the_command_shows_it(capsys: pytest.CaptureFixture[str]) -> None:
@@ -130,7 +132,7 @@ def test_the_command_shows_it(capsys: pytest.CaptureFixture[str]) -> None:
     shares = content["coverage"]["shares"]
     assert sum(share["parameters"] for share in shares.values()) == content["parameters"]
     assert sum(share["macs"] for share in shares.values()) == content["macs"]
-    assert [unit["name"] for unit in content["units"]] == ["blocks.0.attn", "blocks.0.mlp"]
+    assert [group["name"] for group in content["units"]] == ["blocks.0.attn", "blocks.0.mlp"]
     assert content["coverage"]["of_blocks"] == 1 and content["coverage"]["left_alone"] == {}
 
 
@@ -140,8 +142,8 @@ def test_low_rank_factors_are_no_mlps() -> None:
 
     base = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES, vocab_size=16))
     model = get_peft_model(base, LoraConfig(r=16, target_modules=["q_proj", "v_proj", "down_proj"]))
-    found = upop.survey(model, {"input_ids": WORDS})
-    assert [unit.kind for unit in found.units] == ["attention", "mlp"] * 2
+    found = upop.find_prunable(model, {"input_ids": WORDS})
+    assert [group.kind for group in found.groups] == ["attention", "mlp"] * 2
     reasons = {part.name: part.reason for part in found.skipped}
     assert "low-rank" in reasons["base_model.model.model.layers.0.self_attn.q_proj.lora_A.default"]
-    assert not any("lora_A" in part.tensor for unit in found.units for part in unit.slices if part.produces)
+    assert not any("lora_A" in part.tensor for group in found.groups for part in group.slices if part.produces)

@@ -42,18 +42,18 @@ def opt() -> nn.Module:
     return OPTForCausalLM(OPTConfig(**SIZES, **ENDS, **sizes))
 
 
-PICTURES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
 
 def outputs(model: nn.Module) -> Tensor:
-    inputs = PICTURES if "patch_embed.proj.weight" in dict(model.named_parameters()) else WORDS
+    inputs = IMAGES if "patch_embed.proj.weight" in dict(model.named_parameters()) else WORDS
     with torch.no_grad():
-        found = model(inputs.to(next(model.parameters()).dtype) if inputs is PICTURES else inputs)
+        found = model(inputs.to(next(model.parameters()).dtype) if inputs is IMAGES else inputs)
     return found if isinstance(found, Tensor) else found[0]
 
 
 def masked(model: nn.Module, plan: dict[str, list[int]]) -> Tensor:
-    masks = Masks(model, upop.find_units(model))
+    masks = Masks(model, upop.find_groups(model))
     for name, kept in plan.items():
         value = torch.zeros_like(masks.values[name])
         value[kept] = 1
@@ -69,15 +69,15 @@ def test_branches_go_whole_and_what_is_left_is_exact_in_files_too(
 ) -> None:
     model = build().eval().double()
     randomise(model)
-    units = upop.find_units(model)
+    groups = upop.find_groups(model)
     # the attention of the first layer, the MLP of the second, and a part of another one
-    plan = {units[0].name: [], units[-1].name: [], units[1].name: [0, 2]}
+    plan = {groups[0].name: [], groups[-1].name: [], groups[1].name: [0, 2]}
     expected = masked(model, plan)
     upop.shrink(model, plan)
     torch.testing.assert_close(outputs(model), expected)
-    assert [unit.size for unit in upop.find_units(model)] == [0, 2, units[2].size, 0]
-    assert not any(tensor.numel() for part in units[0].slices for tensor in [_weight(model, part)] if tensor.dim() > 1)
-    assert upop.Plan.from_json(upop.Plan.of(units, plan).to_json())[units[0].name] == ()
+    assert [group.size for group in upop.find_groups(model)] == [0, 2, groups[2].size, 0]
+    assert not any(tensor.numel() for part in groups[0].slices for tensor in [_weight(model, part)] if tensor.dim() > 1)
+    assert upop.Plan.from_json(upop.Plan.of(groups, plan).to_json())[groups[0].name] == ()
     again = upop.load(upop.save(model, tmp_path / "saved"))
     assert torch.equal(outputs(again.double()), outputs(model))
     assert torch.equal(outputs(copy.deepcopy(model)), outputs(model))
@@ -94,13 +94,13 @@ def test_a_channel_of_zeros_computes_what_no_channel_does_for_runtimes_without_e
 ) -> None:
     model = build().eval().double()
     randomise(model)
-    units = upop.find_units(model)
-    upop.shrink(model, {units[0].name: [], units[-1].name: []})
-    filled = without_empty(model, upop.find_units(model))
+    groups = upop.find_groups(model)
+    upop.shrink(model, {groups[0].name: [], groups[-1].name: []})
+    filled = without_empty(model, upop.find_groups(model))
     torch.testing.assert_close(outputs(filled), outputs(model))
-    assert [unit.size for unit in upop.find_units(filled)] == [1, units[1].size, units[2].size, 1]
+    assert [group.size for group in upop.find_groups(filled)] == [1, groups[1].size, groups[2].size, 1]
     assert all(parameter.numel() for parameter in filled.parameters())
-    assert without_empty(filled, upop.find_units(filled)) is filled
+    assert without_empty(filled, upop.find_groups(filled)) is filled
 
 
 @pytest.mark.slow
@@ -108,8 +108,8 @@ def test_a_channel_of_zeros_computes_what_no_channel_does_for_runtimes_without_e
 def test_a_model_with_empty_branches_is_exported(format: Any, tmp_path: Path) -> None:
     model = vit().eval()
     randomise(model)
-    units = upop.find_units(model)
-    upop.shrink(model, {units[0].name: [], units[-1].name: []})
+    groups = upop.find_groups(model)
+    upop.shrink(model, {groups[0].name: [], groups[-1].name: []})
     upop.export(copy.deepcopy(model), tmp_path / "out", format)  # which compares the two
 
 
@@ -121,7 +121,7 @@ def _weight(model: nn.Module, part: upop.Slice) -> Tensor:
 def test_a_decoder_without_its_first_attention_counts_its_tokens_in_the_cache(build: Callable[[], Any]) -> None:
     model = build().eval()
     randomise(model)
-    upop.shrink(model, {upop.find_units(model)[0].name: []})
+    upop.shrink(model, {upop.find_groups(model)[0].name: []})
     given: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False, "min_new_tokens": 5}
     # one token after the other, and all of them anew for each
     found = [model.generate(WORDS, use_cache=cached, **given) for cached in (True, False)]
@@ -130,17 +130,17 @@ def test_a_decoder_without_its_first_attention_counts_its_tokens_in_the_cache(bu
 
 def test_an_empty_branch_trains_on_and_is_no_part_of_another_search() -> None:
     model = vit()
-    units = upop.find_units(model)
-    upop.shrink(model, {units[0].name: [], units[1].name: []})
+    groups = upop.find_groups(model)
+    upop.shrink(model, {groups[0].name: [], groups[1].name: []})
     bias = model.blocks[0].mlp.fc2.bias
-    model(PICTURES).square().mean().backward()
+    model(IMAGES).square().mean().backward()
     assert bias.grad is not None
     assert bias.grad.abs().max() > 0
     pruner = upop.Pruner(model, 0.5, 1)
-    assert [unit.name for unit in pruner.units] == [unit.name for unit in units[2:]]
+    assert [group.name for group in pruner.groups] == [group.name for group in groups[2:]]
     pruner.step()
     pruner.shrink()
-    assert [unit.size for unit in upop.find_units(model)][:2] == [0, 0]
+    assert [group.size for group in upop.find_groups(model)][:2] == [0, 0]
 
 
 class Split(nn.Module):
@@ -158,8 +158,8 @@ class Split(nn.Module):
 
 def test_an_attention_that_cannot_run_empty_is_left_whole() -> None:
     model, tokens = Split(), torch.randn(2, 5, 16)
-    (unit,) = upop.find_units(model, tokens)
+    (group,) = upop.find_groups(model, tokens)
     with pytest.raises(VerificationError, match="runs with masks and not when it is cut"):
-        upop.shrink(model, {unit.name: []})
+        upop.shrink(model, {group.name: []})
     assert model(tokens).shape == tokens.shape
     assert (type(model), model.size, tuple(model.qkv.weight.shape)) == (Split, 16, (48, 16))

@@ -18,22 +18,22 @@ from pruning.families import FAMILIES, loss_of
 from upop.errors import SettingError
 from upop.pruning import budget
 from upop.pruning.depth import Depth
+from upop.pruning.groups import Group, Slice
 from upop.pruning.latency import Layers, Profile
-from upop.pruning.units import Slice, Unit
 
 VIT = next(family for family in FAMILIES if family.name == "vit-fused")
 WORDS = torch.arange(12).view(2, 6)
 
 
-def branch(name: str, size: int) -> Unit:
-    return Unit(name, "mlp", "vision", size, 1, (Slice(f"{name}.weight"),), entry="neuron")
+def branch(name: str, size: int) -> Group:
+    return Group(name, "mlp", "vision", size, 1, (Slice(f"{name}.weight"),), channel="neuron")
 
 
 def ranked(scores: dict[str, list[float]], beside: float = 0.0) -> budget.Ranking:
-    units = [branch(name, len(values)) for name, values in scores.items()]
+    groups = [branch(name, len(values)) for name, values in scores.items()]
     depth = Depth({(name,): beside for name in scores}, dict.fromkeys(scores, 1.0))
     tensors = {name: torch.tensor(values, dtype=torch.float64) for name, values in scores.items()}
-    return budget.rank(units, tensors, standardised=False, depth=depth)
+    return budget.rank(groups, tensors, standardised=False, depth=depth)
 
 
 def test_the_last_channel_goes_in_its_turn() -> None:
@@ -90,13 +90,13 @@ def searched(model: nn.Module, inputs: Any, steps: int = 8, **given: Any) -> upo
 
 def test_a_search_empties_branches_meets_its_budget_and_what_is_cut_is_what_was_masked() -> None:
     model, inputs = VIT.build(), VIT.inputs(2)
-    units, dense = upop.find_units(model), upop.count_parameters(model)
+    groups, dense = upop.find_groups(model), upop.count_parameters(model)
     with pytest.raises(SettingError, match=r"down to params=0\.\d+ if all of them do") as refused:
         upop.Pruner(model, steps=1, target="params=0.37")
     least = float(str(refused.value).split("down to params=")[1].split(" ")[0])
     plan = searched(model, inputs, target=f"params={least + 0.02}")  # shrink() compares the two in float64
     assert least < upop.count_parameters(model) / dense <= least + 0.02
-    assert any(not plan[unit.name] for unit in units)
+    assert any(not plan[group.name] for group in groups)
     assert plan.settings["depth"] is True
 
 
@@ -139,12 +139,12 @@ def test_calibration_empties_branches_and_a_bias_makes_up_for_what_they_gave(cor
 
 def test_a_target_in_milliseconds_counts_what_a_branch_takes_however_small_it_is() -> None:
     model, inputs = VIT.build(), VIT.inputs(2)
-    units = upop.find_units(model)
+    groups = upop.find_groups(model)
     # channels save next to nothing on this machine, branches all that there is to save
-    layers = tuple(Layers((unit.name,), unit.size, (0, 1, unit.size), (2.0, 0.1, 0.0)) for unit in units)
+    layers = tuple(Layers((group.name,), group.size, (0, 1, group.size), (2.0, 0.1, 0.0)) for group in groups)
     plan = searched(model, inputs, target="latency=6ms", profile=Profile(10.0, layers))
     assert sorted(len(kept) == 0 for kept in plan.values()) == [False, False, True, True]
-    assert all(len(kept) == unit.size for unit, kept in zip(units, plan.values(), strict=True) if kept)
+    assert all(len(kept) == group.size for group, kept in zip(groups, plan.values(), strict=True) if kept)
 
 
 class Split(nn.Module):

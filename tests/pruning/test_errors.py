@@ -63,10 +63,10 @@ def test_ratio_in_another_form_is_told_how_to_write_it(written: Any, advice: str
 
 
 @pytest.mark.parametrize("ratio", [0.98, 0.999])
-def test_ratio_that_would_empty_units(ratio: float) -> None:
+def test_ratio_that_would_empty_groups(ratio: float) -> None:
     refused(
         SettingError,
-        [f"ratio={ratio}", "cannot be reached", "keeps at least one entry", "at most 0.9", "Ask for less"],
+        [f"ratio={ratio}", "cannot be reached", "keeps at least one channel", "at most 0.9", "Ask for less"],
         lambda: upop.Pruner(VIT.build(), ratio, 2),
     )
 
@@ -74,12 +74,12 @@ def test_ratio_that_would_empty_units(ratio: float) -> None:
 def test_align_that_leaves_nothing_to_remove() -> None:
     refused(
         SettingError,
-        ["block of 64 entries", "at most 0.0 ", "smaller align"],
-        lambda: upop.Pruner(VIT.build(), 0.1, 2, align=64),
+        ["block of 64 channels", "at most 0.0 ", "smaller round_to"],
+        lambda: upop.Pruner(VIT.build(), 0.1, 2, round_to=64),
     )
 
 
-@pytest.mark.parametrize("name", ["steps", "interval", "align"])
+@pytest.mark.parametrize("name", ["steps", "interval", "round_to"])
 @pytest.mark.parametrize("value", [0, -3, 1.0, 2.5, True, "10"])
 def test_whole_numbers(name: str, value: Any) -> None:
     settings = {"steps": 4, name: value}
@@ -90,36 +90,36 @@ def test_whole_numbers(name: str, value: Any) -> None:
 @pytest.mark.parametrize(
     ("settings", "fragments"),
     [
-        ({"include": "*.atn"}, ["include names '*.atn'", "none of the 4 units", "find_units"]),
+        ({"include": "*.atn"}, ["include names '*.atn'", "none of the 4 groups", "find_groups"]),
         ({"exclude": ["*.mlp", "blocks.0.atn"]}, ["exclude names", "did you mean 'blocks.0.attn'"]),
-        ({"include": "*.mlp", "exclude": "*.mlp"}, ["leave none of the 4 units"]),
+        ({"include": "*.mlp", "exclude": "*.mlp"}, ["leave none of the 4 groups"]),
         ({"include": []}, ["include=[]", "leave none"]),
         ({"include": 3}, ["include takes a name or a pattern", "found 3"]),
         ({"exclude": ["*.mlp", None]}, ["exclude takes a name or a pattern", "['*.mlp', None]"]),
-        ({"score": "sined"}, ["score='sined'", "did you mean 'signed'", "function"]),
-        ({"score": 3}, ["score=3 is not known"]),
+        ({"importance": "sined"}, ["importance='sined'", "did you mean 'signed'", "function"]),
+        ({"importance": 3}, ["importance=3 is not known"]),
         ({"progress": "hard"}, ['progress is "stages" or "soft"', "found 'hard'"]),
-        ({"cost": "reference", "align": 8}, ["cost='reference'", "align=8", "align=1"]),
+        ({"cost": "reference", "round_to": 8}, ["cost='reference'", "round_to=8", "round_to=1"]),
     ],
 )
 def test_names_that_are_unknown(settings: dict[str, Any], fragments: list[str]) -> None:
     refused(SettingError, fragments, lambda: upop.Pruner(VIT.build(), 0.5, 2, **settings))
 
 
-def test_include_and_exclude_choose_units() -> None:
+def test_include_and_exclude_choose_groups() -> None:
     model = NLVR.build()
     chosen = upop.Pruner(model, 0.3, 2, include=["visual_encoder.*", "*.intermediate"], exclude="*.blocks.0.*")
-    names = {unit.name for unit in chosen.units}
+    names = {group.name for group in chosen.groups}
     assert "visual_encoder.blocks.1.attn" in names
     assert "text_encoder.encoder.layer.1.intermediate" in names
     assert not any(".blocks.0." in name or name.endswith(("self", "self0")) for name in names)
 
 
-@pytest.mark.parametrize("call", [upop.find_units, lambda model: upop.Pruner(model, 0.5, 2)])
-def test_a_model_without_units(call: Any) -> None:
+@pytest.mark.parametrize("call", [upop.find_groups, lambda model: upop.Pruner(model, 0.5, 2)])
+def test_a_model_without_groups(call: Any) -> None:
     refused(
         LayoutError,
-        ["No prunable unit", "Sequential", "It holds no attention or MLP"],
+        ["No prunable group", "Sequential", "It holds no attention or MLP"],
         lambda: call(nn.Sequential(nn.ReLU())),
     )
 
@@ -138,7 +138,7 @@ def test_a_model_of_unknown_layout_says_what_was_looked_at() -> None:
     refused(
         LayoutError,
         ["Looked at 2 places", "0.qkv: cumsum is taken over it", "Sequential"],
-        lambda: upop.find_units(model),
+        lambda: upop.find_groups(model),
     )
 
 
@@ -148,8 +148,8 @@ def test_attention_that_cannot_be_cut_is_skipped_with_the_reason() -> None:
     model = timm.models.vision_transformer.VisionTransformer(
         img_size=16, patch_size=8, embed_dim=24, depth=1, num_heads=3, scale_attn_norm=True
     )
-    found = upop.pruning.survey(model)
-    assert [unit.kind for unit in found.units if unit.entry != "head"] == ["mlp"]
+    found = upop.pruning.find_prunable(model)
+    assert [group.kind for group in found.groups if group.channel != "head"] == ["mlp"]
     assert any(part.name.startswith("blocks.0.attn") and "normalised" in part.reason for part in found.skipped)
 
 
@@ -159,7 +159,7 @@ def test_where_dimensions_cannot_go_heads_do() -> None:
     model = timm.models.vision_transformer.VisionTransformer(
         img_size=16, patch_size=8, embed_dim=24, depth=1, num_heads=3, qk_norm=True
     )
-    assert [(unit.kind, unit.entry, unit.size) for unit in upop.find_units(model)] == [
+    assert [(group.kind, group.channel, group.size) for group in upop.find_groups(model)] == [
         ("attention", "head", 3),
         ("mlp", "neuron", 96),
     ]
@@ -168,12 +168,12 @@ def test_where_dimensions_cannot_go_heads_do() -> None:
 def test_frozen_weights() -> None:
     model = NLVR.build()
     model.visual_encoder.requires_grad_(False)
-    names = [unit.name for unit in upop.find_units(model) if unit.name.startswith("visual_encoder")]
-    fragments = ["6 units have frozen weights", f"({', '.join(names)})", "requires_grad", "exclude"]
+    names = [group.name for group in upop.find_groups(model) if group.name.startswith("visual_encoder")]
+    fragments = ["6 groups have frozen weights", f"({', '.join(names)})", "requires_grad", "exclude"]
     refused(LayoutError, fragments, lambda: upop.Pruner(model, 0.5, 2))
 
 
-def test_units_that_the_loss_does_not_depend_on_are_named_once() -> None:
+def test_groups_that_the_loss_does_not_depend_on_are_named_once() -> None:
     model = Towers()
     pruner = upop.Pruner(
         model, 0.3, 4, 1, example=lambda whole: (whole.first(**VIT.inputs()), whole.second(**VIT.inputs()))
@@ -181,7 +181,7 @@ def test_units_that_the_loss_does_not_depend_on_are_named_once() -> None:
     for step in range(4):
         loss_of(model.first(**VIT.inputs())).backward()
         if step == 1:
-            with pytest.warns(UserWarning, match=r"4 of 8 units had no gradient in 2 search steps.*second\.blocks\.0"):
+            with pytest.warns(UserWarning, match=r"4 of 8 groups had no gradient in 2 search steps.*second\.blocks\.0"):
                 pruner.step()
         else:
             pruner.step()
@@ -202,7 +202,7 @@ class Towers(nn.Module):
 
 def test_two_pruners_on_one_model() -> None:
     model = VIT.build()
-    first = still_pruner(model, random_masks(upop.find_units(model)))
+    first = still_pruner(model, random_masks(upop.find_groups(model)))
     outputs = outputs_of(model, VIT.inputs())
     refused(LayoutError, ["masked already", "remove()"], lambda: upop.Pruner(model, 0.5, 2))
     assert torch.equal(outputs_of(model, VIT.inputs()), outputs)  # the first one is still whole
@@ -281,10 +281,10 @@ class Tied(nn.Module):
 def test_shared_parameters() -> None:
     model = Tied()
     before = copy.deepcopy(model.state_dict())
-    left = [part.reason for part in upop.survey(model, VIT.inputs()).skipped]
+    left = [part.reason for part in upop.find_prunable(model, VIT.inputs()).skipped]
     assert any("second.blocks.1.mlp.fc1.weight are one tensor" in reason for reason in left)
     plan = {"first.blocks.0.attn": [0], "first.blocks.0.mlp": [0, 1]}
-    refused(PlanError, ["first.blocks.0.mlp", "no unit"], lambda: upop.shrink(model, plan))
+    refused(PlanError, ["first.blocks.0.mlp", "no group"], lambda: upop.shrink(model, plan))
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     upop.shrink(model, {"first.blocks.0.attn": [0]}, verify=VIT.inputs())
 
@@ -292,8 +292,8 @@ def test_shared_parameters() -> None:
 def test_shared_parameters_are_left_alone_by_the_search() -> None:
     model = Tied()
     pruner = finished_pruner(model, VIT.inputs(), 0.3)
-    assert any("one tensor" in part.reason for part in upop.survey(model).skipped)
-    assert not any("first.blocks.0.mlp" in part.tensor for unit in pruner.units for part in unit.slices)
+    assert any("one tensor" in part.reason for part in upop.find_prunable(model).skipped)
+    assert not any("first.blocks.0.mlp" in part.tensor for group in pruner.groups for part in group.slices)
     pruner.shrink()
 
 
@@ -353,7 +353,7 @@ def test_a_failing_verification_of_ones_own_plan_undoes_all(case: Family) -> Non
         return whole(**inputs) + len(calls)
 
     with pytest.raises(VerificationError):
-        upop.shrink(model, uneven_plan(upop.find_units(model)), verify=drifting)
+        upop.shrink(model, uneven_plan(upop.find_groups(model)), verify=drifting)
 
     def failing(whole: nn.Module) -> Tensor:
         calls.append(1)
@@ -362,15 +362,15 @@ def test_a_failing_verification_of_ones_own_plan_undoes_all(case: Family) -> Non
         return whole(**inputs)
 
     with pytest.raises(KeyboardInterrupt):
-        upop.shrink(model, uneven_plan(upop.find_units(model)), verify=failing)
+        upop.shrink(model, uneven_plan(upop.find_groups(model)), verify=failing)
     assert all(parameter is before[name] for name, parameter in model.named_parameters())
     assert {type(module) for module in model.modules()} == {type(module) for module in case.build().modules()}
-    upop.shrink(model, uneven_plan(upop.find_units(model)), verify=inputs)
+    upop.shrink(model, uneven_plan(upop.find_groups(model)), verify=inputs)
 
 
 def test_verifying_on_nothing_is_no_proof() -> None:
     model = VIT.build()
-    plan = uneven_plan(upop.find_units(model))
+    plan = uneven_plan(upop.find_groups(model))
     with pytest.raises(VerificationError, match="nothing to compare"):
         upop.shrink(model, plan, verify=lambda whole: {"count": 3})
     with pytest.raises(VerificationError, match="No output of the masked model is a finite number"):
@@ -379,7 +379,7 @@ def test_verifying_on_nothing_is_no_proof() -> None:
 
 def test_outputs_in_any_nesting_are_compared() -> None:
     model, inputs = VIT.build(), VIT.inputs()
-    plan = uneven_plan(upop.find_units(model))
+    plan = uneven_plan(upop.find_groups(model))
 
     def nested(whole: nn.Module) -> Any:
         width = whole.get_submodule("blocks.0.mlp.fc1").out_features
@@ -394,7 +394,7 @@ def test_wrapped_models_can_be_cut_by_a_plan_too() -> None:
     model, inputs = VIT.build(), VIT.inputs()
     plan = finished_pruner(copy.deepcopy(model), inputs).plan()
     upop.shrink(nn.DataParallel(model), plan, verify=inputs)
-    assert [unit.size for unit in upop.find_units(model)] == [len(kept) for kept in plan.values()]
+    assert [group.size for group in upop.find_groups(model)] == [len(kept) for kept in plan.values()]
 
 
 def test_every_error_is_also_a_built_in_one() -> None:

@@ -66,13 +66,13 @@ class Scan(nn.Module):
         super().__init__()
         self.into, self.out = nn.Linear(WIDTH, 2 * HIDDEN), nn.Linear(HIDDEN, WIDTH)
         self.along = nn.Conv1d(HIDDEN, HIDDEN, 4, groups=HIDDEN, padding=3)
-        self.told, self.step = nn.Linear(HIDDEN, 4 + 2 * 8), nn.Linear(4, HIDDEN)
+        self.described, self.step = nn.Linear(HIDDEN, 4 + 2 * 8), nn.Linear(4, HIDDEN)
         self.decay, self.past = nn.Parameter(torch.rand(HIDDEN, 8)), nn.Parameter(torch.rand(HIDDEN))
 
     def forward(self, x: Tensor) -> Tensor:
         u, gate = self.into(x).chunk(2, -1)
         u = F.silu(self.along(u.mT)[..., : x.shape[1]].mT)
-        step, read, write = self.told(u).split([4, 8, 8], -1)
+        step, read, write = self.described(u).split([4, 8, 8], -1)
         step = F.softplus(self.step(step))
         state, found = x.new_zeros(x.shape[0], u.shape[-1], 8), []
         for at in range(x.shape[1]):
@@ -136,6 +136,6 @@ class Single(nn.Module):
 
 def test_rounding_is_that_of_the_lowest_precision_on_the_way() -> None:
     model = built(Single)
-    units = upop.survey(model, EXAMPLE).units
-    assert [unit.entry for unit in units] == ["dimension"] * 2
-    upop.shrink(model, {unit.name: range(3) for unit in units})
+    groups = upop.find_prunable(model, EXAMPLE).groups
+    assert [group.channel for group in groups] == ["dimension"] * 2
+    upop.shrink(model, {group.name: range(3) for group in groups})

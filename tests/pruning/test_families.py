@@ -51,8 +51,8 @@ def assert_metadata(model: nn.Module) -> None:
             assert type(module) is nn.Linear, name
             assert (module.out_features, module.in_features) == tuple(module.weight.shape), name
             assert module.bias is None or module.bias.shape == module.weight.shape[:1], name
-    for unit in upop.find_units(model):
-        module = model.get_submodule(unit.name)
+    for group in upop.find_groups(model):
+        module = model.get_submodule(group.name)
         if hasattr(module, "qkv"):
             assert module.head_dim * module.num_heads == module.attn_dim == module.proj.in_features
             assert module.qkv.out_features == 3 * module.attn_dim
@@ -65,24 +65,24 @@ def assert_metadata(model: nn.Module) -> None:
             assert module.scale == pytest.approx(module.head_dim**-0.5)
 
 
-def test_units_come_in_forward_order_and_carry_every_axis(family: Family) -> None:
+def test_groups_come_in_forward_order_and_carry_every_axis(family: Family) -> None:
     model = family.build()
-    units = upop.find_units(model)
-    assert len({unit.name for unit in units}) == len(units)
+    groups = upop.find_groups(model)
+    assert len({group.name for group in groups}) == len(groups)
     modules = [name for name, _ in model.named_modules()]
-    assert [modules.index(unit.name) for unit in units] == sorted(modules.index(unit.name) for unit in units)
-    assert {unit.kind for unit in units} == {"attention", "mlp"}
-    for unit in units:
-        assert sum(not part.produces for part in unit.slices) == 1
-        for part in unit.slices:
-            assert model.get_parameter(part.tensor).shape[part.dim] == part.length(unit.size)
+    assert [modules.index(group.name) for group in groups] == sorted(modules.index(group.name) for group in groups)
+    assert {group.kind for group in groups} == {"attention", "mlp"}
+    for group in groups:
+        assert sum(not part.produces for part in group.slices) == 1
+        for part in group.slices:
+            assert model.get_parameter(part.tensor).shape[part.dim] == part.length(group.size)
     named = {name for name, module in model.named_modules() if hasattr(module, "qkv") or hasattr(module, "fc1")}
     named |= {
         name
         for name, _ in model.named_modules()
         if name.endswith((".self", ".self0", ".self1", ".self_attn", ".intermediate"))
     }
-    assert {unit.name for unit in units} == named
+    assert {group.name for group in groups} == named
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), PRECISIONS, ids=["float64", "float32"])
@@ -90,21 +90,22 @@ def test_units_come_in_forward_order_and_carry_every_axis(family: Family) -> Non
 def test_masked_equals_shrunk(family: Family, dtype: torch.dtype, tolerance: float, seed: int) -> None:
     model = family.build(dtype, seed).eval()
     inputs = family.inputs(3, dtype, seed)
-    units = upop.find_units(model)
-    plan = uneven_plan(units, seed)
+    groups = upop.find_groups(model)
+    plan = uneven_plan(groups, seed)
     before = outputs_of(model, inputs)
-    expected = masked_outputs(model, units, binary(units, plan), inputs)
+    expected = masked_outputs(model, groups, binary(groups, plan), inputs)
     keys, parameters = list(model.state_dict()), upop.count_parameters(model)
     assert upop.shrink(model, plan, verify=inputs) is model
     found = outputs_of(model, inputs)
     assert difference(found, expected) < tolerance
     assert difference(found, before) > 1e-3, "the plan removed nothing that matters, so the test shows nothing"
     assert list(model.state_dict()) == keys
-    assert [unit.size for unit in upop.find_units(model)] == [len(kept) for kept in plan.values()]
+    assert [group.size for group in upop.find_groups(model)] == [len(kept) for kept in plan.values()]
     assert_metadata(model)
     removed = sum(
-        (unit.size - len(plan[unit.name])) * sum(part.outer * part.inner * _others(model, part) for part in unit.slices)
-        for unit in units
+        (group.size - len(plan[group.name]))
+        * sum(part.outer * part.inner * _others(model, part) for part in group.slices)
+        for group in groups
     )
     assert parameters - upop.count_parameters(model) == removed
 
@@ -114,11 +115,11 @@ def _others(model: nn.Module, part: Any) -> int:
     return tensor.numel() // tensor.shape[part.dim]
 
 
-def test_one_entry_left_everywhere(family: Family) -> None:
+def test_one_channel_left_everywhere(family: Family) -> None:
     model = family.build().eval()
-    units = upop.find_units(model)
-    plan = {unit.name: [number % unit.size] for number, unit in enumerate(units)}
-    expected = masked_outputs(model, units, binary(units, plan), family.inputs())
+    groups = upop.find_groups(model)
+    plan = {group.name: [number % group.size] for number, group in enumerate(groups)}
+    expected = masked_outputs(model, groups, binary(groups, plan), family.inputs())
     upop.shrink(model, plan)
     assert difference(outputs_of(model, family.inputs()), expected) < 1e-10
     assert_metadata(model)
@@ -127,33 +128,33 @@ def test_one_entry_left_everywhere(family: Family) -> None:
 def test_keeping_all_changes_no_tensor(family: Family) -> None:
     model = family.build()
     before = dict(model.named_parameters())
-    upop.shrink(model, {unit.name: range(unit.size) for unit in upop.find_units(model)}, verify=family.inputs())
+    upop.shrink(model, {group.name: range(group.size) for group in upop.find_groups(model)}, verify=family.inputs())
     assert all(parameter is before[name] for name, parameter in model.named_parameters())
 
 
 def test_shrinking_twice_equals_masking_with_both(family: Family) -> None:
     model = family.build().eval()
-    units = upop.find_units(model)
-    first = uneven_plan(units, 1)
+    groups = upop.find_groups(model)
+    first = uneven_plan(groups, 1)
     dense = copy.deepcopy(model)
     upop.shrink(model, first, verify=family.inputs())
-    second = uneven_plan(upop.find_units(model), 2)
+    second = uneven_plan(upop.find_groups(model), 2)
     upop.shrink(model, second, verify=family.inputs())
-    both = {name: [first[name][entry] for entry in kept] for name, kept in second.items()}
-    expected = masked_outputs(dense, units, binary(units, both), family.inputs())
+    both = {name: [first[name][channel] for channel in kept] for name, kept in second.items()}
+    expected = masked_outputs(dense, groups, binary(groups, both), family.inputs())
     assert difference(outputs_of(model, family.inputs()), expected) < 1e-10
 
 
 def test_an_already_shrunken_model_can_be_compressed_again(family: Family) -> None:
     model = family.build()
     inputs = family.inputs()
-    upop.shrink(model, {unit.name: range(1, unit.size) for unit in upop.find_units(model)}, verify=inputs)
-    total = {unit.name: unit.size for unit in upop.find_units(model)}
+    upop.shrink(model, {group.name: range(1, group.size) for group in upop.find_groups(model)}, verify=inputs)
+    total = {group.name: group.size for group in upop.find_groups(model)}
     pruner = finished_pruner(model, inputs, 0.4)
     expected = outputs_of(model.eval(), inputs)
     pruner.shrink(verify=inputs)
     assert difference(outputs_of(model, inputs), expected) < 1e-10
-    assert sum(unit.size for unit in upop.find_units(model)) < sum(total.values())
+    assert sum(group.size for group in upop.find_groups(model)) < sum(total.values())
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -170,7 +171,7 @@ def test_attaching_changes_no_output_bit(family: Family, dtype: torch.dtype) -> 
 @pytest.mark.parametrize("progress", ["stages", "soft"])
 def test_removing_leaves_no_trace(family: Family, progress: Any) -> None:
     model = family.build()
-    model.get_submodule(upop.find_units(model)[0].name).eval()  # modes differ between modules
+    model.get_submodule(upop.find_groups(model)[0].name).eval()  # modes differ between modules
     before, outputs = trace_of(model), outputs_of(model, family.inputs())
     weights = copy.deepcopy(model.state_dict())
     pruner = upop.Pruner(model, 0.5, 3, 1, progress=progress)
@@ -200,7 +201,7 @@ def test_a_failure_while_attached_leaves_the_model_usable(family: Family) -> Non
 
 def test_a_failing_constructor_leaves_no_trace(family: Family) -> None:
     model = family.build()
-    last = upop.find_units(model)[-1].name
+    last = upop.find_groups(model)[-1].name
     first = upop.Pruner(model, 0.5, 3, include=last)
     before = trace_of(model)
     with pytest.raises(upop.pruning.errors.LayoutError, match="masked already"):
@@ -211,7 +212,7 @@ def test_a_failing_constructor_leaves_no_trace(family: Family) -> None:
 
 def test_a_layer_with_a_forward_of_its_own_is_left_alone_or_proved(family: Family) -> None:
     model = family.build()
-    last = upop.find_units(model)[-1]
+    last = upop.find_groups(model)[-1]
     layer = model.get_submodule(last.producers[0].tensor.rpartition(".")[0])
 
     class Odd(nn.Linear):
@@ -219,22 +220,22 @@ def test_a_layer_with_a_forward_of_its_own_is_left_alone_or_proved(family: Famil
             return 2 * super().forward(input)
 
     layer.__class__ = Odd
-    found = upop.pruning.survey(model)
-    units = {unit.name: unit for unit in found.units}
-    if last.name in units:  # read off what the model computes, which is linear all the same
-        assert units[last.name].proved
+    found = upop.pruning.find_prunable(model)
+    groups = {group.name: group for group in found.groups}
+    if last.name in groups:  # read off what the model computes, which is linear all the same
+        assert groups[last.name].proved
     else:
         reason = "is a Odd, whose forward is not that of torch.nn.Linear"
         assert any(reason in part.reason for part in found.skipped)
 
 
 def reference_gradients(
-    model: nn.Module, units: list[upop.Unit], masks: dict[str, Tensor], inputs: dict[str, Tensor]
+    model: nn.Module, groups: list[upop.Group], masks: dict[str, Tensor], inputs: dict[str, Tensor]
 ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
     """Return loss, weight gradients and mask gradients by autograd, with the masks as leaves."""
     weights = {name: value.detach().clone().requires_grad_() for name, value in model.named_parameters()}
     leaves = {name: mask.clone().requires_grad_() for name, mask in masks.items()}
-    loss = loss_of(functional_call(model, scaled_parameters(model, units, leaves, weights), (), inputs))
+    loss = loss_of(functional_call(model, scaled_parameters(model, groups, leaves, weights), (), inputs))
     gradients = torch.autograd.grad(loss, [*weights.values(), *leaves.values()])
     return (
         loss.detach(),
@@ -245,9 +246,9 @@ def reference_gradients(
 
 def test_gradients_and_scores_are_autograds(family: Family) -> None:
     model = family.build().train()
-    inputs, units = family.inputs(3), upop.find_units(model)
-    masks = random_masks(units)
-    loss, weights, scores = reference_gradients(model, units, masks, inputs)
+    inputs, groups = family.inputs(3), upop.find_groups(model)
+    masks = random_masks(groups)
+    loss, weights, scores = reference_gradients(model, groups, masks, inputs)
     pruner = still_pruner(model, masks)
     found = loss_of(model(**inputs))
     found.backward()
@@ -259,11 +260,11 @@ def test_gradients_and_scores_are_autograds(family: Family) -> None:
             parameter.grad, weights[name], rtol=1e-10, atol=noise, msg=lambda m, n=name: f"{n}: {m}"
         )
     pruner.step()
-    for name, score in pruner.scores.items():
-        torch.testing.assert_close(score, scores[name], rtol=1e-10, atol=1e-12, msg=name)
+    for name, importance in pruner.scores.items():
+        torch.testing.assert_close(importance, scores[name], rtol=1e-10, atol=1e-12, msg=name)
     pruner.step()  # scores add up and are never reset
-    for name, score in pruner.scores.items():
-        torch.testing.assert_close(score, 2 * scores[name], rtol=1e-10, atol=1e-12, msg=name)
+    for name, importance in pruner.scores.items():
+        torch.testing.assert_close(importance, 2 * scores[name], rtol=1e-10, atol=1e-12, msg=name)
 
 
 def test_search_then_shrink_keeps_the_searched_function(family: Family) -> None:
@@ -282,7 +283,9 @@ def test_search_then_shrink_keeps_the_searched_function(family: Family) -> None:
     plan = pruner.plan()
     assert pruner.shrink(verify=inputs) is model
     assert difference(outputs_of(model, inputs), expected) < 1e-5
-    assert {unit.name: unit.size for unit in upop.find_units(model)} == {name: len(kept) for name, kept in plan.items()}
+    assert {group.name: group.size for group in upop.find_groups(model)} == {
+        name: len(kept) for name, kept in plan.items()
+    }
     assert_metadata(model)
     loss_of(model.train()(**inputs)).backward()
     assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)
@@ -291,7 +294,7 @@ def test_search_then_shrink_keeps_the_searched_function(family: Family) -> None:
 def test_deepcopy_of_a_masked_model_is_masked_on_its_own(family: Family) -> None:
     model = family.build()
     inputs = family.inputs()
-    pruner = still_pruner(model, random_masks(upop.find_units(model)))
+    pruner = still_pruner(model, random_masks(upop.find_groups(model)))
     expected = outputs_of(model, inputs)
     twin = copy.deepcopy(model)
     pruner.remove()
@@ -308,5 +311,5 @@ def test_verify_takes_every_form_of_inputs(family: Family) -> None:
         forms.append(next(iter(inputs.values())))
     for form in forms:
         model = family.build()
-        upop.shrink(model, uneven_plan(upop.find_units(model)), verify=form)
+        upop.shrink(model, uneven_plan(upop.find_groups(model)), verify=form)
         assert model.training

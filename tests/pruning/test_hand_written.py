@@ -233,11 +233,11 @@ def test_flex_attention() -> None:
 
 def check(inner: Callable[[], nn.Module], expected: dict[tuple[str, str], int]) -> None:
     model = built(inner)
-    units = upop.survey(model, EXAMPLE).units
-    found = [(unit.kind, unit.entry) for unit in units]
+    groups = upop.find_prunable(model, EXAMPLE).groups
+    found = [(group.kind, group.channel) for group in groups]
     assert {each: found.count(each) for each in found} == expected
-    assert len({unit.name for unit in units}) == len(units)
-    assert all(difference(model, units, seed) < 1e-9 for seed in range(2))
+    assert len({group.name for group in groups}) == len(groups)
+    assert all(difference(model, groups, seed) < 1e-9 for seed in range(2))
 
 
 class Windows(nn.Module):
@@ -267,16 +267,16 @@ class Folded(Windows):
         return x[:, :2].mT.reshape(len(x), 4, 6, 2).reshape(-1, 2, WIDTH)
 
 
-@pytest.mark.parametrize(("inner", "entry", "size"), [(Windows, "dimension", SIZE), (Folded, "head", HEADS)])
+@pytest.mark.parametrize(("inner", "channel", "size"), [(Windows, "dimension", SIZE), (Folded, "head", HEADS)])
 def test_what_is_not_cut_is_not_taken_for_what_is_at_any_size(
-    inner: Callable[[], nn.Module], entry: str, size: int
+    inner: Callable[[], nn.Module], channel: str, size: int
 ) -> None:
     model = built(inner)
-    units = upop.survey(model, EXAMPLE).units
-    assert [(unit.entry, unit.size) for unit in units] == [(entry, size)] * 2
+    groups = upop.find_prunable(model, EXAMPLE).groups
+    assert [(group.channel, group.size) for group in groups] == [(channel, size)] * 2
     for kept in range(1, size):
         cut = copy.deepcopy(model)
-        upop.shrink(cut, upop.Plan.of(list(units), {unit.name: range(kept) for unit in units}), verify=EXAMPLE)
+        upop.shrink(cut, upop.Plan.of(list(groups), {group.name: range(kept) for group in groups}), verify=EXAMPLE)
     exported = torch.export.export(cut, (EXAMPLE,)).module()
     assert torch.allclose(exported(EXAMPLE), cut(EXAMPLE))
 
@@ -291,9 +291,9 @@ class Cosine(Attention):
 @pytest.mark.parametrize("inner", [Attention, Cosine])
 def test_dimensions_go_where_the_example_shows_what_queries_do(inner: Callable[[], nn.Module]) -> None:
     model = built(inner)
-    assert [unit.entry for unit in upop.survey(model, EXAMPLE).units] == ["dimension"] * 2
-    one_token = upop.survey(built(inner), EXAMPLE[:, :1]).units
-    assert all(unit.entry != "dimension" for unit in one_token)
+    assert [group.channel for group in upop.find_prunable(model, EXAMPLE).groups] == ["dimension"] * 2
+    one_token = upop.find_prunable(built(inner), EXAMPLE[:, :1]).groups
+    assert all(group.channel != "dimension" for group in one_token)
 
 
 class Turns(nn.Module):
@@ -335,15 +335,15 @@ class Turned(Attention):
 def test_a_kept_scale_follows_pairs_whichever_way_an_attention_is_computed(shared: bool) -> None:
     turns = Turns()
     model = built(lambda: Turned(turns if shared else Turns()))
-    units = upop.survey(model, EXAMPLE).units
-    assert [(unit.entry, unit.size) for unit in units] == [("dimension", SIZE // 2)] * (1 if shared else 2)
+    groups = upop.find_prunable(model, EXAMPLE).groups
+    assert [(group.channel, group.size) for group in groups] == [("dimension", SIZE // 2)] * (1 if shared else 2)
     for part in model.get_submodule("parts"):
         part.fused = False
-    assert all(difference(model, units, seed) < 1e-9 for seed in range(2))
+    assert all(difference(model, groups, seed) < 1e-9 for seed in range(2))
 
 
 @pytest.mark.parametrize("joined", [True, False])
-def test_units_that_share_layers_are_masked_saved_and_loaded(joined: bool, tmp_path: Path) -> None:
+def test_groups_that_share_layers_are_masked_saved_and_loaded(joined: bool, tmp_path: Path) -> None:
     model = built(lambda: Beside(joined)).train()
     pruner = upop.Pruner(model, ratio=0.4, steps=2, example=EXAMPLE)
     for _ in range(2):
@@ -454,6 +454,6 @@ class Particular(Neurons):
 
 
 def test_an_assertion_is_a_reason() -> None:
-    found = upop.survey(built(Particular), EXAMPLE)
-    assert not found.units
+    found = upop.find_prunable(built(Particular), EXAMPLE)
+    assert not found.groups
     assert any("AssertionError" in part.reason and "test_hand_written.py" in part.reason for part in found.skipped)

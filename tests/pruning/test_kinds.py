@@ -61,19 +61,19 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
 def test_what_is_found_of_one_layer_holds_for_its_twins(way: str) -> None:
     torch.manual_seed(0)
     model = Stack().double().eval()
-    units = upop.survey(model, IDS).units
-    assert [unit.size for unit in units] == [8, 40] * 4
+    groups = upop.find_prunable(model, IDS).groups
+    assert [group.size for group in groups] == [8, 40] * 4
     draw = random.Random(1)
-    plan = {unit.name: sorted(draw.sample(range(unit.size), draw.randint(1, unit.size - 1))) for unit in units}
-    upop.shrink(copy.deepcopy(model), upop.Plan.of(list(units), plan), verify=IDS)
+    plan = {group.name: sorted(draw.sample(range(group.size), draw.randint(1, group.size - 1))) for group in groups}
+    upop.shrink(copy.deepcopy(model), upop.Plan.of(list(groups), plan), verify=IDS)
     for at in range(4):  # every layer's own number is set again, in the layer
-        names = {(each.module, each.name) for each in units[2 * at + 1].attributes}
+        names = {(each.module, each.name) for each in groups[2 * at + 1].attributes}
         assert (f"blocks.{at}", "hidden") in names
 
 
 def test_a_number_that_is_kept_for_all_layers_forbids_that_they_are_cut_one_by_one(way: str) -> None:
-    found = upop.survey(Stack(tells=True).double(), IDS)
-    assert {unit.kind for unit in found.units} == {"attention"}
+    found = upop.find_prunable(Stack(tells=True).double(), IDS)
+    assert {group.kind for group in found.groups} == {"attention"}
 
 
 def test_the_memory_of_a_proof_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -81,10 +81,10 @@ def test_the_memory_of_a_proof_is_bounded(monkeypatch: pytest.MonkeyPatch) -> No
     one = sum(parameter.numel() for parameter in model.blocks[0].parameters())
     monkeypatch.setattr(tried, "MOST_MULTIPLY_ADDS", 0)
     monkeypatch.setattr(tried, "MOST_MEMORY", 2 * 8 * one)  # one block in float64
-    assert len(upop.survey(model, IDS).units) == 16
+    assert len(upop.find_prunable(model, IDS).groups) == 16
     monkeypatch.setattr(tried, "MOST_MEMORY", 2 * 4 * (one // 4))
-    found = upop.survey(model, IDS)
-    assert not found.units
+    found = upop.find_prunable(model, IDS)
+    assert not found.groups
     assert any("GiB of memory" in part.reason for part in found.skipped)
 
 
@@ -102,8 +102,8 @@ def test_a_model_on_the_meta_device_is_proved(on_meta: bool) -> None:
     with torch.device("meta"):
         model = LlamaForCausalLM(config)
     ids = torch.ones(2, 6, dtype=torch.long, device="meta" if on_meta else "cpu")
-    units = upop.survey(model, {"input_ids": ids}).units
-    assert [(unit.kind, unit.entry, unit.size) for unit in units] == [
+    groups = upop.find_prunable(model, {"input_ids": ids}).groups
+    assert [(group.kind, group.channel, group.size) for group in groups] == [
         ("attention", "group", 2),
         ("mlp", "neuron", 48),
     ] * 3
@@ -120,7 +120,7 @@ def test_reading_leaves_the_model_and_the_random_state_as_they_are() -> None:
     modes = [module.training for module in model.modules()]
     held = {name: set(vars(module)) for name, module in model.named_modules()}
     state, python = torch.get_rng_state(), random.getstate()
-    assert upop.survey(model, IDS).units
+    assert upop.find_prunable(model, IDS).groups
     assert torch.equal(torch.get_rng_state(), state)
     assert random.getstate() == python
     assert modes == [module.training for module in model.modules()]

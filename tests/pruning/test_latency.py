@@ -21,12 +21,12 @@ VIT = next(family for family in FAMILIES if family.name == "vit-fused")
 
 def made_up(model: nn.Module, dense: float = 10.0) -> Profile:
     """A machine on which attention takes nothing that could be saved, and neurons go in steps of 16."""
-    units = upop.find_units(model)
-    attention, mlp = ([unit for unit in units if unit.kind == kind] for kind in ("attention", "mlp"))
+    groups = upop.find_groups(model)
+    attention, mlp = ([group for group in groups if group.kind == kind] for kind in ("attention", "mlp"))
     size = mlp[0].size
     layers = (
-        Layers(tuple(unit.name for unit in attention), attention[0].size, (1, attention[0].size), (0.0, 0.0)),
-        Layers(tuple(unit.name for unit in mlp), size, (1, 16, 17, 32, 33, size), (4.0, 4.0, 2.0, 2.0, 0.0, 0.0)),
+        Layers(tuple(group.name for group in attention), attention[0].size, (1, attention[0].size), (0.0, 0.0)),
+        Layers(tuple(group.name for group in mlp), size, (1, 16, 17, 32, 33, size), (4.0, 4.0, 2.0, 2.0, 0.0, 0.0)),
     )
     return Profile(dense, layers, {"model": "made up"})
 
@@ -52,7 +52,7 @@ def test_a_search_takes_what_saves_time_and_no_more_than_it_takes() -> None:
     model = VIT.build()
     profile = made_up(model)
     plan = searched(model, target={"latency": "6ms"}, profile=profile)
-    sizes = {unit.name: unit.size for unit in upop.find_units(model)}
+    sizes = {group.name: group.size for group in upop.find_groups(model)}
     attention = [name for name in sizes if name.endswith("attn")]
     # nothing is saved by attention, so all of it stays; the neurons end on the steps of the machine
     assert {sizes[name] for name in attention} == {8}
@@ -90,8 +90,8 @@ def test_a_profile_is_measured_kept_and_read_again(tmp_path: Path) -> None:
     model, inputs = VIT.build(torch.float32), VIT.inputs(1, torch.float32)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     said: list[str] = []
-    found = profile_model(model, inputs, points=2, repeats=1, say=said.append)
-    assert [(len(each.units), each.size, each.sizes) for each in found.layers] == [
+    found = profile_model(model, inputs, points=2, repeats=1, notify=said.append)
+    assert [(len(each.groups), each.size, each.sizes) for each in found.layers] == [
         (2, 8, (0, 1, 4, 8)),
         (2, 48, (0, 1, 24, 48)),
     ]
@@ -100,8 +100,8 @@ def test_a_profile_is_measured_kept_and_read_again(tmp_path: Path) -> None:
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     write_profile(found, tmp_path / "profile.json")
     assert read_profile(tmp_path / "profile.json") == found
-    whole = {unit.name: unit.size for unit in upop.find_units(model)}
-    latency = Latency(found, upop.find_units(model))
+    whole = {group.name: group.size for group in upop.find_groups(model)}
+    latency = Latency(found, upop.find_groups(model))
     assert latency.at(whole) == latency.whole == found.dense
     assert latency.at(dict.fromkeys(whole, 1)) <= latency.at(dict.fromkeys(whole, 4)) <= found.dense
 

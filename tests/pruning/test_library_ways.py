@@ -1,4 +1,4 @@
-"""Patterns of the models of libraries, in modules of one's own: units are found, and cut right."""
+"""Patterns of the models of libraries, in modules of one's own: groups are found, and cut right."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ import upop
 from pruning.test_axes import EXAMPLE, HEADS, WIDTH, built, difference, turned
 
 
-def check(inner: Callable[[], nn.Module], entries: list[str]) -> nn.Module:
-    """Check that the units of two such parts have these entries, and that each is cut right."""
+def check(inner: Callable[[], nn.Module], channels: list[str]) -> nn.Module:
+    """Check that the groups of two such parts have these channels, and that each is cut right."""
     model = built(inner)
-    units = upop.survey(model, EXAMPLE).units
-    assert [unit.entry for unit in units] == entries
-    assert len({unit.name for unit in units}) == len(units)
-    assert max(difference(model, units, seed) for seed in range(2)) < 1e-9
+    groups = upop.find_prunable(model, EXAMPLE).groups
+    assert [group.channel for group in groups] == channels
+    assert len({group.name for group in groups}) == len(groups)
+    assert max(difference(model, groups, seed) for seed in range(2)) < 1e-9
     return model
 
 
@@ -98,9 +98,9 @@ def test_groups_of_heads_in_one_layer() -> None:
 
 
 def test_queries_that_share_one_head_of_keys_and_values_are_not_silenced_by_zeros() -> None:
-    found = upop.survey(built(lambda: Fused("one")), EXAMPLE)
-    assert not found.units
-    assert any("is not 0 where its entries are 0" in part.reason for part in found.skipped)
+    found = upop.find_prunable(built(lambda: Fused("one")), EXAMPLE)
+    assert not found.groups
+    assert any("is not 0 where its channels are 0" in part.reason for part in found.skipped)
 
 
 class OverHeads(nn.Module):
@@ -118,8 +118,8 @@ class OverHeads(nn.Module):
 
 
 def test_what_forbids_a_cut_is_named_with_its_line() -> None:
-    found = upop.survey(built(OverHeads), EXAMPLE)
-    assert not found.units
+    found = upop.find_prunable(built(OverHeads), EXAMPLE)
+    assert not found.groups
     reason = next(part.reason for part in found.skipped if part.name.startswith("parts.0"))
     assert re.search(r"mean is taken over it \(mean in .*test_library_ways\.py:\d+\)", reason)
 
@@ -161,8 +161,8 @@ class Single(nn.Module):
 
 
 def test_a_forward_that_computes_in_float32_alone() -> None:
-    units = upop.survey(built(Single).float(), EXAMPLE.float()).units
-    assert [unit.entry for unit in units] == ["neuron"] * 2
+    groups = upop.find_prunable(built(Single).float(), EXAMPLE.float()).groups
+    assert [group.channel for group in groups] == ["neuron"] * 2
 
 
 class Experts(nn.Module):
@@ -223,12 +223,12 @@ class Halves(nn.Module):
 @pytest.mark.parametrize(("way", "silent"), [("glu", 1), ("chunk", 0)])
 def test_the_half_that_only_gates_is_silent(way: str, silent: int) -> None:
     model = check(lambda: Halves(way), ["neuron"] * 2)
-    assert [part.silent for part in upop.survey(model, EXAMPLE).units[0].producers] == [(silent,)] * 2
+    assert [part.silent for part in upop.find_prunable(model, EXAMPLE).groups[0].producers] == [(silent,)] * 2
 
 
 def test_a_layer_that_only_gates_is_no_producer() -> None:
     model = check(lambda: Halves("tanh"), ["neuron"] * 2)
-    assert {part.tensor for part in upop.survey(model, EXAMPLE).units[0].producers} == {
+    assert {part.tensor for part in upop.find_prunable(model, EXAMPLE).groups[0].producers} == {
         "parts.0.up.weight",
         "parts.0.up.bias",
     }
@@ -249,17 +249,17 @@ class Grouped(Experts):
 
 @pytest.mark.skipif(not hasattr(F, "grouped_mm"), reason="this version of torch has no kernel for it on a CPU")
 def test_experts_in_one_product() -> None:
-    units = upop.survey(built(lambda: Grouped("halves")).float(), EXAMPLE.float()).units
-    assert [(unit.entry, unit.size) for unit in units] == [("neuron", 16)] * 2
+    groups = upop.find_prunable(built(lambda: Grouped("halves")).float(), EXAMPLE.float()).groups
+    assert [(group.channel, group.size) for group in groups] == [("neuron", 16)] * 2
     model = built(lambda: Grouped("halves")).float()
-    upop.shrink(model, upop.Plan.of(list(units), {unit.name: range(8) for unit in units}), verify=EXAMPLE.float())
+    upop.shrink(model, upop.Plan.of(list(groups), {group.name: range(8) for group in groups}), verify=EXAMPLE.float())
     assert [part.down.shape[2] for part in model.parts] == [8, 8]
 
 
 @pytest.mark.parametrize("way", ["loop", "in turn", "chosen", "all"])
 def test_experts_in_one_tensor(way: str) -> None:
     model = check(lambda: Experts(way), ["neuron"] * 2)
-    up, down = upop.survey(model, EXAMPLE).units[0].slices
+    up, down = upop.find_prunable(model, EXAMPLE).groups[0].slices
     assert (up.tensor, down.tensor) == ("parts.0.up", "parts.0.down")
     assert up.silent == (() if way == "in turn" else (0,))  # what only gates is neither masked nor scored
 
@@ -293,9 +293,9 @@ def test_fused_kernels_of_torch_see_masks() -> None:
     torch.manual_seed(0)
     model, tokens, padding = Padded().eval(), torch.randn(2, 5, 32), torch.zeros(2, 5, dtype=torch.bool)
     padding[0, 3:] = True
-    units = [unit for unit in upop.find_units(model) if unit.kind == "mlp"]
-    assert len(units) == 2
-    upop.shrink(model, {unit.name: range(16) for unit in units}, verify=(tokens, padding))
+    groups = [group for group in upop.find_groups(model) if group.kind == "mlp"]
+    assert len(groups) == 2
+    upop.shrink(model, {group.name: range(16) for group in groups}, verify=(tokens, padding))
     assert model.encoder.layers[0].linear1.out_features == 16
 
 
@@ -334,6 +334,6 @@ class Named(nn.Module):
 def test_a_model_that_was_cut_is_read_and_cut_once_more() -> None:
     model = check(Named, ["dimension", "dimension"])
     for _ in range(2):
-        units = upop.survey(model, EXAMPLE).units
-        assert len(units) == 2
-        upop.shrink(model, {unit.name: range(1, unit.size) for unit in units}, verify=EXAMPLE)
+        groups = upop.find_prunable(model, EXAMPLE).groups
+        assert len(groups) == 2
+        upop.shrink(model, {group.name: range(1, group.size) for group in groups}, verify=EXAMPLE)

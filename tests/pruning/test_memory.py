@@ -49,12 +49,12 @@ def test_gradients_are_freed_one_by_one_and_scores_are_those_of_whole_gradients(
         )
     seen: list[tuple[Tensor, Tensor]] = []
 
-    def score(weight: Tensor, gradient: Tensor) -> Tensor:
+    def importance(weight: Tensor, gradient: Tensor) -> Tensor:
         seen.append((weight.clone(), gradient.clone()))
         return signed(weight, gradient)
 
     reference = copy.deepcopy(model)
-    upop.calibrate(model, batches(1), 0.4, stages=1, score=score)
+    upop.calibrate(model, batches(1), 0.4, stages=1, importance=importance)
     assert max(held) == 1
     assert len(held) == len(seen)  # of the weights that could go; nothing else got a gradient
     reference(**batches(1)[0]).loss.backward()
@@ -139,10 +139,10 @@ def test_checkpoints_of_ones_own_of_either_kind_give_the_same(shared: bool) -> N
     """Old ones take no list of inputs; a layer that is shared gets its gradient in several parts from them."""
     models = [Stack(Block, again, shared) for again in (None, False, True)]
     squares = lambda weight, gradient: (weight * gradient).square().sum(1)  # noqa: E731  # not that of parts, added up
-    plans = [upop.calibrate(each, rows(), 0.4, stages=1, example=rows()[0], score=squares) for each in models]
+    plans = [upop.calibrate(each, rows(), 0.4, stages=1, example=rows()[0], importance=squares) for each in models]
     assert plans[0] == plans[1] == plans[2]
     assert sum(map(len, plans[0].values())) < sum(
-        unit.size for unit in upop.find_units(Stack(Block, None, shared), rows()[0])
+        group.size for group in upop.find_groups(Stack(Block, None, shared), rows()[0])
     )
 
 

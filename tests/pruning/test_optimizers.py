@@ -14,11 +14,11 @@ import upop
 from pruning.by_hand import uneven
 from pruning.test_verify import Net, batch, misplaced
 from upop.pruning.errors import VerificationError
+from upop.pruning.groups import tensor_of
 from upop.pruning.masks import Masks
 from upop.pruning.optimizers import cut_optimizer
 from upop.pruning.shrink import cut
 from upop.pruning.slicing import Slicing, slicings
-from upop.pruning.units import tensor_of
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adamw": lambda parameters: torch.optim.AdamW(parameters, 1e-2, amsgrad=True),
@@ -54,18 +54,18 @@ def halves(
     """Return a masked model and its optimizer after some steps, and both cut, with what the cut left."""
     torch.manual_seed(0)
     model = kind().double()
-    units = upop.find_units(model, torch.randn(2, 5, 16, dtype=torch.float64))
-    plan = uneven(units, 1)
-    masks = Masks(model, units)
-    masks.set({unit.name: torch.isin(torch.arange(unit.size), torch.tensor(plan[unit.name])) for unit in units})
+    groups = upop.find_groups(model, torch.randn(2, 5, 16, dtype=torch.float64))
+    plan = uneven(groups, 1)
+    masks = Masks(model, groups)
+    masks.set({group.name: torch.isin(torch.arange(group.size), torch.tensor(plan[group.name])) for group in groups})
     optimizer = OPTIMIZERS[name](model.parameters())
     for seed in range(3):
         train(model, optimizer, seed)
     other, going = copy.deepcopy((model, optimizer))
     masks.remove()
-    lefts = slicings(model, units, plan)
+    lefts = slicings(model, groups, plan)
     held = dict(model.named_parameters())
-    cut(model, units, plan)
+    cut(model, groups, plan)
     assert all(parameter is held[key] for key, parameter in model.named_parameters())
     cut_optimizer(optimizer, {tensor_of(model, key): left for key, left in lefts.items()})
     return other, going, model, optimizer, lefts
@@ -98,7 +98,7 @@ def test_averages_of_queries_follow_the_scale_that_is_folded_into_them() -> None
 def test_gradients_are_cut_with_the_weights_and_a_loss_that_is_still_held_does_no_harm() -> None:
     torch.manual_seed(0)
     model = Net()
-    units = upop.find_units(model, batch())
+    groups = upop.find_groups(model, batch())
     seen: list[torch.Size] = []
     weight = model.get_parameter("blocks.0.up.weight")
     weight.register_post_accumulate_grad_hook(lambda each: seen.append(each.shape))
@@ -106,7 +106,7 @@ def test_gradients_are_cut_with_the_weights_and_a_loss_that_is_still_held_does_n
     loss.backward()
     assert weight.grad is not None
     before = weight.grad.clone()
-    upop.shrink(model, {unit.name: range(0, unit.size, 2) for unit in units})
+    upop.shrink(model, {group.name: range(0, group.size, 2) for group in groups})
     assert weight is model.get_parameter("blocks.0.up.weight")
     assert torch.equal(weight.grad, before[::2])
     model.zero_grad(set_to_none=False)
@@ -119,12 +119,12 @@ def test_gradients_are_cut_with_the_weights_and_a_loss_that_is_still_held_does_n
 def test_what_cannot_be_cut_begins_anew_with_a_warning() -> None:
     torch.manual_seed(0)
     model = Net()
-    units = upop.find_units(model, batch())
+    groups = upop.find_groups(model, batch())
     optimizer = torch.optim.Adafactor(model.parameters(), 1e-2)
     model(batch()).square().mean().backward()
     optimizer.step()
-    plan = {unit.name: range(0, unit.size, 2) for unit in units}
-    cuts = {tensor_of(model, name): left for name, left in slicings(model, units, plan).items()}
+    plan = {group.name: range(0, group.size, 2) for group in groups}
+    cuts = {tensor_of(model, name): left for name, left in slicings(model, groups, plan).items()}
     upop.shrink(model, plan)
     with pytest.warns(UserWarning, match="keeps of 4 weights what cannot be cut with them"):
         cut_optimizer(optimizer, cuts)
@@ -140,12 +140,12 @@ def test_what_cannot_be_cut_begins_anew_with_a_warning() -> None:
 def test_a_cut_that_is_taken_back_leaves_parameters_and_gradients_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     model = Net()
-    units = upop.find_units(model, batch())
+    groups = upop.find_groups(model, batch())
     model(batch()).square().mean().backward()
     held = {name: (each, each.detach().clone(), each.grad) for name, each in model.named_parameters()}
     misplaced(monkeypatch)
     with pytest.raises(VerificationError):
-        upop.shrink(model, {unit.name: [0] for unit in units})
+        upop.shrink(model, {group.name: [0] for group in groups})
     for name, (parameter, numbers, gradient) in held.items():
         assert model.get_parameter(name) is parameter
         assert torch.equal(parameter, numbers)

@@ -1,4 +1,4 @@
-"""Units of models that nobody here wrote: their attentions and MLPs are found, and cut right."""
+"""Groups of models that nobody here wrote: their attentions and MLPs are found, and cut right."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_tensors_made_of_tensors_are_refused_by_name() -> None:
 
     sizes = {"image_size": 64, "patch_size": 16, "num_classes": 5, "dim": 48, "depth": 1, "heads": 3, "mlp_dim": 96}
     with pytest.raises(upop.errors.LayoutError, match="nested tensors"):
-        upop.survey(NaViT(**sizes), ([torch.randn(3, 64, 64), torch.randn(3, 32, 32)],))
+        upop.find_prunable(NaViT(**sizes), ([torch.randn(3, 64, 64), torch.randn(3, 32, 32)],))
 
 
 # -- hand-written GPTs ------------------------------------------------------------------------------------------------
@@ -53,15 +53,17 @@ def test_tensors_made_of_tensors_are_refused_by_name() -> None:
 @pytest.mark.parametrize("fused", [True, False])
 def test_a_gpt_in_the_style_of_nanogpt(fused: bool, tmp_path: Path) -> None:
     torch.manual_seed(0)
-    units, _, _ = check(NanoGPT(fused=fused).double(), words(), tmp_path, 2, 2)
-    assert [unit.entry for unit in units] == ["dimension", "neuron"] * 2
+    groups, _, _ = check(NanoGPT(fused=fused).double(), words(), tmp_path, 2, 2)
+    assert [group.channel for group in groups] == ["dimension", "neuron"] * 2
 
 
-@pytest.mark.parametrize(("groups", "repeated", "entry"), [(4, False, "group"), (4, True, "group"), (8, False, "head")])
-def test_a_gpt_in_the_style_of_nanochat(groups: int, repeated: bool, entry: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("kv_groups", "repeated", "channel"), [(4, False, "group"), (4, True, "group"), (8, False, "head")]
+)
+def test_a_gpt_in_the_style_of_nanochat(kv_groups: int, repeated: bool, channel: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
-    units, _, _ = check(NanoChat(groups=groups, repeated=repeated).double(), words(), tmp_path, 2, 2)
-    assert [unit.entry for unit in units if unit.kind == "attention"] == [entry] * 2
+    groups, _, _ = check(NanoChat(kv_groups=kv_groups, repeated=repeated).double(), words(), tmp_path, 2, 2)
+    assert [group.channel for group in groups if group.kind == "attention"] == [channel] * 2
 
 
 # -- OpenAI's ---------------------------------------------------------------------------------------------------------
@@ -92,26 +94,28 @@ def heard() -> tuple[Tensor, Tensor]:
 
 @pytest.mark.usefixtures("precise")
 def test_whisper(tmp_path: Path) -> None:
-    units, masked, cut = check(whisper().double(), heard(), tmp_path, 6, 4)
-    assert sum("cross_attn" in unit.name for unit in units) == 2
-    told = []
+    groups, masked, cut = check(whisper().double(), heard(), tmp_path, 6, 4)
+    assert sum("cross_attn" in group.name for group in groups) == 2
+    described = []
     for model in (masked, cut):
         # As whisper decodes: hooks keep the keys and values of what was said before.
         sound, text = model.embed_audio(heard()[0]), heard()[1]
         cache, hooks = model.install_kv_cache_hooks()
         with torch.no_grad():
-            told.append([model.decoder(text[:, at : at + 1], sound, kv_cache=cache) for at in range(text.shape[1])])
+            described.append(
+                [model.decoder(text[:, at : at + 1], sound, kv_cache=cache) for at in range(text.shape[1])]
+            )
         for hook in hooks:
             hook.remove()
         whole = model(*heard())
-        assert difference([torch.cat(told[-1], 1)], [whole]) < 1e-10
-    assert difference(*told) < 1e-10
+        assert difference([torch.cat(described[-1], 1)], [whole]) < 1e-10
+    assert difference(*described) < 1e-10
 
 
 def test_whisper_as_it_is() -> None:
     sound, text = heard()
-    units = upop.survey(whisper(), (sound.float(), text)).units
-    assert sorted(unit.kind for unit in units) == ["attention"] * 6 + ["mlp"] * 4
+    groups = upop.find_prunable(whisper(), (sound.float(), text)).groups
+    assert sorted(group.kind for group in groups) == ["attention"] * 6 + ["mlp"] * 4
 
 
 @pytest.mark.usefixtures("precise")
@@ -124,8 +128,8 @@ def test_clip(layers: int | tuple[int, ...], attentions: int, mlps: int, tmp_pat
     model = CLIP(32, 32, layers, 128 if transformer else 8, 8 if transformer else None, 10, 60, 48, 3, 2)
     said = words(10, 58)
     said[:, -2] = 59
-    units, masked, cut = check(model.double(), (drawn(3, 32, 32), said), tmp_path, attentions, mlps)
-    assert len({unit.name.startswith("visual.") for unit in units}) == 1 + transformer
+    groups, masked, cut = check(model.double(), (drawn(3, 32, 32), said), tmp_path, attentions, mlps)
+    assert len({group.name.startswith("visual.") for group in groups}) == 1 + transformer
     for encode in ("encode_image", "encode_text"):
         given = drawn(3, 32, 32) if encode == "encode_image" else said
         assert difference([getattr(masked, encode)(given)], [getattr(cut, encode)(given)]) < 1e-10

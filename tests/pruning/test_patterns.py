@@ -169,15 +169,15 @@ class AllInOne(nn.Module):
 
 
 @pytest.mark.parametrize("inner", [Modulated, AllInOne])
-def test_units_side_by_side_in_one_layer_are_cut_with_each_other_and_without(inner: Callable[[], nn.Module]) -> None:
+def test_groups_side_by_side_in_one_layer_are_cut_with_each_other_and_without(inner: Callable[[], nn.Module]) -> None:
     model = built(inner)
-    units = upop.survey(model, EXAMPLE).units
-    assert len(units) == 4
-    assert all(difference(model, chosen, 0) < 1e-9 for chosen in (units, *([unit] for unit in units)))
+    groups = upop.find_prunable(model, EXAMPLE).groups
+    assert len(groups) == 4
+    assert all(difference(model, chosen, 0) < 1e-9 for chosen in (groups, *([group] for group in groups)))
 
 
 @pytest.mark.parametrize(
-    ("inner", "entry", "count"),
+    ("inner", "channel", "count"),
     [
         (Parted, "dimension", 2),
         (Pooled, "head", 2),
@@ -190,11 +190,11 @@ def test_units_side_by_side_in_one_layer_are_cut_with_each_other_and_without(inn
         (lambda: Latent(False), "dimension", 2),
     ],
 )
-def test_what_is_found(inner: Callable[[], nn.Module], entry: str, count: int) -> None:
+def test_what_is_found(inner: Callable[[], nn.Module], channel: str, count: int) -> None:
     model = built(inner)
-    units = upop.survey(model, EXAMPLE).units
-    assert [unit.entry for unit in units] == [entry] * count
-    assert all(difference(model, units, seed) < 1e-9 for seed in range(3))
+    groups = upop.find_prunable(model, EXAMPLE).groups
+    assert [group.channel for group in groups] == [channel] * count
+    assert all(difference(model, groups, seed) < 1e-9 for seed in range(3))
 
 
 class Placed(nn.Module):
@@ -218,9 +218,9 @@ class Placed(nn.Module):
 def test_what_is_computed_from_the_input_is_no_weight() -> None:
     torch.manual_seed(0)
     model = Placed().double().eval()
-    units = upop.survey(model, EXAMPLE).units
-    assert [(unit.kind, unit.entry) for unit in units] == [("attention", "dimension")]
-    assert difference(model, units, 0) < 1e-9
+    groups = upop.find_prunable(model, EXAMPLE).groups
+    assert [(group.kind, group.channel) for group in groups] == [("attention", "dimension")]
+    assert difference(model, groups, 0) < 1e-9
 
 
 class Raised(nn.Module):
@@ -234,11 +234,11 @@ class Raised(nn.Module):
         return self.down(F.relu(self.up(x)).square() + self.shift)
 
 
-def test_what_is_not_zero_where_its_entries_are_is_named() -> None:
-    survey = upop.survey(built(Raised), EXAMPLE)
-    reasons = {skipped.name: skipped.reason for skipped in survey.skipped}
-    assert not survey.units
-    assert "add is not 0 where its entries are 0" in reasons["parts.0"]
+def test_what_is_not_zero_where_its_channels_are_is_named() -> None:
+    find_prunable = upop.find_prunable(built(Raised), EXAMPLE)
+    reasons = {skipped.name: skipped.reason for skipped in find_prunable.skipped}
+    assert not find_prunable.groups
+    assert "add is not 0 where its channels are 0" in reasons["parts.0"]
     assert __file__ in reasons["parts.1"]
 
 
@@ -258,9 +258,9 @@ class Grouped(nn.Module):
 def test_of_nested_axes_one_is_cut_and_the_layers_say_their_channels(kept: int) -> None:
     torch.manual_seed(0)
     model, example = Grouped().double().eval(), torch.randn(2, 8, 6, 6, dtype=torch.float64)
-    [unit] = upop.find_units(model, example)
-    upop.shrink(model, {unit.name: range(kept)}, verify=example)
-    assert [again.size for again in upop.find_units(model)] == [kept]
+    [group] = upop.find_groups(model, example)
+    upop.shrink(model, {group.name: range(kept)}, verify=example)
+    assert [again.size for again in upop.find_groups(model)] == [kept]
     between, norm = model.between
     assert (between.in_channels, between.out_channels, between.groups) == (6 * kept, 6 * kept, kept)
     assert norm.num_features == 6 * kept

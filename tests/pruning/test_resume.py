@@ -58,8 +58,8 @@ def test_a_resumed_search_ends_in_the_same_bits(stop: int, cost: str, case: Fami
     assert torch.equal(outputs_of(second, case.inputs()), outputs_of(first, case.inputs()))
     train(second, resumed, torch.optim.SGD(second.parameters(), lr=1e-2), range(stop, STEPS), case)
     assert resumed.plan() == expected.plan()
-    for name, score in expected.scores.items():
-        assert torch.equal(resumed.scores[name], score)
+    for name, importance in expected.scores.items():
+        assert torch.equal(resumed.scores[name], importance)
         assert torch.equal(resumed.masks[name], expected.masks[name])
     assert torch.equal(outputs_of(second, case.inputs()), outputs_of(whole, case.inputs()))
 
@@ -73,7 +73,7 @@ def test_a_saved_state_does_not_change_as_the_search_goes_on() -> None:
     scores, masks = copy.deepcopy(state["scores"]), copy.deepcopy(state["masks"])
     pruner.scores["text_encoder.encoder.layer.0.intermediate"].zero_()  # what is given out is a copy
     train(model, pruner, optimizer, range(1, 3))
-    assert all(torch.equal(state["scores"][name], score) for name, score in scores.items())
+    assert all(torch.equal(state["scores"][name], importance) for name, importance in scores.items())
     assert all(torch.equal(state["masks"][name], mask) for name, mask in masks.items())
     assert any(not torch.equal(pruner.masks[name], mask) for name, mask in masks.items())
 
@@ -84,10 +84,10 @@ def test_a_saved_state_does_not_change_as_the_search_goes_on() -> None:
         {"ratio": 0.4},
         {"steps": 7},
         {"interval": 3},
-        {"align": 2},
+        {"round_to": 2},
         {"cost": "reference"},
         {"progress": "soft"},
-        {"score": "squared"},
+        {"importance": "squared"},
         {"correct": False},
     ],
 )
@@ -100,9 +100,9 @@ def test_a_state_of_other_settings_is_refused(settings: dict[str, Any]) -> None:
 
 def test_a_state_of_another_model_is_refused() -> None:
     state = upop.Pruner(VIT.build(), 0.5, STEPS).state_dict()
-    with pytest.raises(SettingError, match="other units"):
+    with pytest.raises(SettingError, match="other groups"):
         upop.Pruner(NLVR.build(), 0.5, STEPS).load_state_dict(state)
-    with pytest.raises(SettingError, match="other units"):
+    with pytest.raises(SettingError, match="other groups"):
         upop.Pruner(VIT.build(), 0.5, STEPS, include="*.mlp").load_state_dict(state)
 
 
@@ -123,10 +123,10 @@ def test_a_step_that_is_not_finite_adds_nothing(value: float) -> None:
     step(True)
     assert pruner.skipped_steps == 1
     assert pruner.steps_done == 2
-    assert all(torch.equal(score, before[name]) for name, score in pruner.scores.items())
+    assert all(torch.equal(importance, before[name]) for name, importance in pruner.scores.items())
     step(False)
-    for name, score in pruner.scores.items():
-        torch.testing.assert_close(score, 2 * before[name], rtol=1e-12, atol=0)
+    for name, importance in pruner.scores.items():
+        torch.testing.assert_close(importance, 2 * before[name], rtol=1e-12, atol=0)
     with pytest.warns(UserWarning, match="1 of 4 search steps had gradients that are not finite") as caught:
         step(False)
     assert caught[0].filename == __file__  # it points at the training loop
@@ -140,7 +140,7 @@ def test_skipped_steps_pass_and_are_counted() -> None:
         warnings.simplefilter("ignore")
         pruner.skip()
         assert pruner.steps_done == pruner.skipped_steps == 1
-        assert not any(score.any() for score in pruner.scores.values())
+        assert not any(importance.any() for importance in pruner.scores.values())
         for _ in range(2):
             model.zero_grad()
             loss_of(model(**inputs)).backward()
@@ -150,16 +150,16 @@ def test_skipped_steps_pass_and_are_counted() -> None:
 
 
 def test_a_plan_survives_json() -> None:
-    pruner = finished_pruner(NLVR.build(), NLVR.inputs(), align=2)
+    pruner = finished_pruner(NLVR.build(), NLVR.inputs(), round_to=2)
     plan = pruner.plan()
     again = upop.Plan.from_json(plan.to_json())
     assert again == plan
     assert dict(again) == dict(plan)
-    assert list(again) == [unit.name for unit in pruner.units]
-    how = {"score": "absolute", "progress": "stages", "reached": plan.settings["reached"]}
-    assert again.settings == {"ratio": 0.5, "steps": 2, "interval": 1, "cost": "params", "align": 2, **how}
+    assert list(again) == [group.name for group in pruner.groups]
+    how = {"importance": "absolute", "progress": "stages", "reached": plan.settings["reached"]}
+    assert again.settings == {"ratio": 0.5, "steps": 2, "interval": 1, "cost": "params", "round_to": 2, **how}
     assert json.loads(plan.to_json())["version"] == 1
-    given = finished_pruner(VIT.build(), VIT.inputs(), cost=lambda unit: 1.0).plan()
+    given = finished_pruner(VIT.build(), VIT.inputs(), cost=lambda group: 1.0).plan()
     assert upop.Plan.from_json(given.to_json()).settings["cost"] == "given"
 
 
@@ -186,15 +186,15 @@ GOOD = {"version": 1, "settings": {}, "units": {"blocks.0.mlp": {"size": 48, "ke
         '"plan"',
         "{}",
         '{"version": 1}',
-        '{"version": 1, "units": []}',
-        '{"version": 1, "units": {"a": 3}}',
-        '{"version": 1, "units": {"a": {"size": 4}}}',
-        '{"version": 1, "units": {"a": {"size": "x", "kept": [0]}}}',
-        '{"version": 1, "units": {"a": {"size": 4, "kept": 2}}}',
-        '{"version": 1, "units": {"a": {"size": 4, "kept": [null]}}}',
-        '{"version": 1, "units": {"a": {"size": 4, "kept": [1.5]}}}',
-        '{"version": 1, "units": {"a": {"size": Infinity, "kept": [1]}}}',
-        '{"version": 1, "settings": 3, "units": {"a": {"size": 4, "kept": [1]}}}',
+        '{"version": 1, "groups": []}',
+        '{"version": 1, "groups": {"a": 3}}',
+        '{"version": 1, "groups": {"a": {"size": 4}}}',
+        '{"version": 1, "groups": {"a": {"size": "x", "kept": [0]}}}',
+        '{"version": 1, "groups": {"a": {"size": 4, "kept": 2}}}',
+        '{"version": 1, "groups": {"a": {"size": 4, "kept": [null]}}}',
+        '{"version": 1, "groups": {"a": {"size": 4, "kept": [1.5]}}}',
+        '{"version": 1, "groups": {"a": {"size": Infinity, "kept": [1]}}}',
+        '{"version": 1, "settings": 3, "groups": {"a": {"size": 4, "kept": [1]}}}',
         json.dumps(GOOD)[:-9],
     ],
 )
@@ -212,21 +212,21 @@ def test_a_plan_of_another_version(version: Any) -> None:
 def test_a_plan_that_does_not_fit_lists_all_that_is_wrong() -> None:
     model = VIT.build()
     before = dict(model.named_parameters())
-    units = {
+    groups = {
         "blocks.0.attn": {"size": 8, "kept": [1, 1]},
         "blocks.0.mpl": {"size": 48, "kept": [0]},
         "blocks.0.mlp": {"size": 40, "kept": [0]},
         "blocks.1.attn": {"size": 8, "kept": [0, 8]},
         "blocks.1.mlp": {"size": 48, "kept": [3, 2]},
     }
-    plan = upop.Plan.from_json(json.dumps({"version": 1, "units": units}))
+    plan = upop.Plan.from_json(json.dumps({"version": 1, "units": groups}))
     with pytest.raises(PlanError) as caught:
         upop.shrink(model, plan)
     for fragment in (
         "does not fit VisionTransformer",
         "blocks.0.attn: indices must be ascending, without repeats",
-        "blocks.0.mpl: no such unit (did you mean 'blocks.0.mlp'?)",
-        "blocks.0.mlp: the plan is for 40 entries, the model has 48",
+        "blocks.0.mpl: no such group (did you mean 'blocks.0.mlp'?)",
+        "blocks.0.mlp: the plan is for 40 channels, the model has 48",
         "blocks.1.attn: indices must lie in 0..7, found 0..8",
         "blocks.1.mlp: indices must be ascending",
     ):
@@ -254,13 +254,13 @@ def test_own_indices_in_any_form() -> None:
     sizes = []
     for kept in ([5, 0, 3], (0, 3, 5), {3, 5, 0}, torch.tensor([0, 3, 5]), range(3), iter([1, 2, 3])):
         model = upop.shrink(VIT.build(), {"blocks.1.attn": kept}, verify=VIT.inputs())
-        sizes.append([unit.size for unit in upop.find_units(model)])
+        sizes.append([group.size for group in upop.find_groups(model)])
     assert sizes == [[8, 48, 3, 48]] * 6
 
 
 def test_a_plan_is_tied_to_the_sizes_it_was_made_for() -> None:
     model = VIT.build()
-    plan = upop.Plan.of(upop.find_units(model), uneven_plan(upop.find_units(model)))
+    plan = upop.Plan.of(upop.find_groups(model), uneven_plan(upop.find_groups(model)))
     upop.shrink(model, plan)
     with pytest.raises(PlanError, match="the model has"):
         upop.shrink(model, plan)

@@ -67,7 +67,7 @@ def untouched(_model: Model) -> None:
 @pytest.mark.parametrize("between", [untouched, unscaled, replaced, replaced_after_freeing, another_pass])
 def test_a_score_is_of_the_gradient_as_it_stands_when_step_is_called(between: Callable[[Model], None]) -> None:
     model = Model()
-    pruner = upop.Pruner(model, 0.5, steps=3, interval=10, score="signed")
+    pruner = upop.Pruner(model, 0.5, steps=3, interval=10, importance="signed")
     backward(model)
     between(model)
     wanted = expected(model)
@@ -77,7 +77,7 @@ def test_a_score_is_of_the_gradient_as_it_stands_when_step_is_called(between: Ca
 
 def test_a_step_that_was_thrown_away_leaves_nothing_behind() -> None:
     model = Model()
-    pruner = upop.Pruner(model, 0.5, steps=5, interval=10, score="signed", update_first_step=False)
+    pruner = upop.Pruner(model, 0.5, steps=5, interval=10, importance="signed", update_first_step=False)
     backward(model)
     pruner.skip()
     model.zero_grad()
@@ -105,7 +105,7 @@ def test_nothing_is_computed_once_the_masks_are_off() -> None:
         return (weight * gradient).sum(1)
 
     model = Model()
-    pruner = upop.Pruner(model, 0.5, steps=3, score=counted)
+    pruner = upop.Pruner(model, 0.5, steps=3, importance=counted)
     backward(model)
     assert calls
     pruner.remove()

@@ -45,8 +45,8 @@ def test_scores_and_masks_are_those_of_one_process(case: tuple[dict[str, Any], l
         assert found["costs"] == expected["costs"]
         assert found["kept"] == expected["kept"]
         assert found["skipped"] == expected["skipped"] == 1
-        for name, score in expected["scores"].items():
-            torch.testing.assert_close(found["scores"][name], score, rtol=1e-9, atol=1e-11)
+        for name, importance in expected["scores"].items():
+            torch.testing.assert_close(found["scores"][name], importance, rtol=1e-9, atol=1e-11)
             assert torch.equal(found["scores"][name], ranks[0]["scores"][name])
             assert torch.equal(found["masks"][name], expected["masks"][name])
 
@@ -99,7 +99,7 @@ def test_a_cut_of_a_sharded_model_that_fails_leaves_it_as_it_was(
     expected, kinds = outputs_of(model, VIT.inputs()), [type(module) for module in model.modules()]
     model.reshard()
     parameters = dict(model.named_parameters())
-    plan = {unit.name: range(2) for unit in upop.find_units(model)}
+    plan = {group.name: range(2) for group in upop.find_groups(model)}
 
     def spoiled(*_: Any, **__: Any) -> None:
         raise VerificationError("No.")
@@ -125,7 +125,7 @@ def test_what_needs_whole_weights_says_how_to_get_them(case: tuple[dict[str, Any
     _, ranks = case
     for found in ranks:
         assert len(found["refused"]) == 3
-        assert all("whole = upop.gather(model)" in message for message in found["refused"])
+        assert all("whole = upop.full_copy(model)" in message for message in found["refused"])
 
 
 def test_other_ways_of_spreading_weights_are_refused(results: Results) -> None:
@@ -137,7 +137,7 @@ def test_other_ways_of_spreading_weights_are_refused(results: Results) -> None:
 def test_a_plain_model_is_gathered_as_it_is() -> None:
     model = VIT.build()
     pruner = upop.Pruner(model, 0.5, 4)
-    whole = upop.gather(model, upop.skeleton(VIT.build(seed=1)))
+    whole = upop.full_copy(model, upop.meta_copy(VIT.build(seed=1)))
     pruner.remove()
     assert torch.equal(outputs_of(whole, VIT.inputs()), outputs_of(model, VIT.inputs()))
     assert all(part.device.type == "cpu" for part in whole.parameters())
@@ -157,18 +157,18 @@ def test_a_search_moves_to_a_copy_and_on_from_there(progress: Any) -> None:
         here.zero_grad()
         loss_of(here(**inputs)).backward()
         pruner.step()
-    for name, score in stayed.scores.items():
-        assert torch.equal(pruner.scores[name], score)
+    for name, importance in stayed.scores.items():
+        assert torch.equal(pruner.scores[name], importance)
     assert pruner.plan() == stayed.plan()
     assert [type(module) for module in model.modules()] == [type(module) for module in VIT.build().modules()]
 
 
 def test_a_search_does_not_move_to_another_model() -> None:
     pruner = upop.Pruner(VIT.build(), 0.5, 4)
-    with pytest.raises(LayoutError, match="has other units than the model that is searched"):
+    with pytest.raises(LayoutError, match="has other groups than the model that is searched"):
         pruner.move_to(NLVR.build())
 
 
 def test_gathering_into_another_model_is_refused() -> None:
     with pytest.raises(LayoutError, match=r"34 parameters differ in name or shape \(bias, "):
-        upop.gather(torch.nn.Linear(2, 2), VIT.build())
+        upop.full_copy(torch.nn.Linear(2, 2), VIT.build())

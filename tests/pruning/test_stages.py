@@ -57,21 +57,21 @@ def gone(pruner: upop.Pruner) -> dict[str, Tensor]:
 
 
 def marked(pruner: upop.Pruner, scores: dict[str, Tensor], share: float) -> dict[str, Tensor]:
-    return budget.select(pruner.units, scores, pruner.costs, share, standardised=False).marked
+    return budget.select(pruner.groups, scores, pruner.costs, share, standardised=False).marked
 
 
-@pytest.mark.parametrize("align", [1, 3])
+@pytest.mark.parametrize("round_to", [1, 3])
 @both
-def test_masks_fall_for_good_and_by_equal_shares(case: Family, align: int) -> None:
+def test_masks_fall_for_good_and_by_equal_shares(case: Family, round_to: int) -> None:
     steps, interval, before = 7, 2, dict[str, Tensor]()
-    for step, pruner in enumerate(searched(case.build(), case, 0.5, steps, interval, align=align)):
+    for step, pruner in enumerate(searched(case.build(), case, 0.5, steps, interval, round_to=round_to)):
         masks = pruner.masks
         assert all(bool(((mask == 0) | (mask == 1)).all()) for mask in masks.values())
         assert all(bool((mask <= before[name]).all()) for name, mask in masks.items() if before)
         taken = steps if step == steps else step - step % interval
         assert pruner.current_ratio == pytest.approx(0.5 * taken / steps)
-        total = sum(pruner.costs[unit.name] * unit.size for unit in pruner.units)
-        block = align * max(pruner.costs.values())
+        total = sum(pruner.costs[group.name] * group.size for group in pruner.groups)
+        block = round_to * max(pruner.costs.values())
         assert abs((1 - pruner.kept_share()) * total - pruner.current_ratio * total) <= block / 2 * (1 + 1e-9)
         before = masks
     assert pruner.finished
@@ -85,14 +85,14 @@ def test_eight_stages_unless_told_otherwise(steps: int, stages: int) -> None:
 
 
 def test_what_means_the_published_search() -> None:
-    settings: list[dict[str, Any]] = [{"cost": "reference"}, {"score": "signed"}, {"progress": "soft"}]
+    settings: list[dict[str, Any]] = [{"cost": "reference"}, {"importance": "signed"}, {"progress": "soft"}]
     for each in settings:
         pruner = upop.Pruner(VIT.build(), 0.5, 1000, **each)
-        assert (pruner.progress, pruner.score, pruner.interval) == ("soft", "signed", 50)
+        assert (pruner.progress, pruner.importance, pruner.interval) == ("soft", "signed", 50)
     pruner = upop.Pruner(VIT.build(), 0.5, 1000)
-    assert (pruner.progress, pruner.score, pruner.interval) == ("stages", "absolute", 125)
-    assert upop.Pruner(VIT.build(), 0.5, 8, score="signed", progress="stages").progress == "stages"
-    assert upop.Pruner(VIT.build(), 0.5, 8, score="squared", progress="soft").score == "squared"
+    assert (pruner.progress, pruner.importance, pruner.interval) == ("stages", "absolute", 125)
+    assert upop.Pruner(VIT.build(), 0.5, 8, importance="signed", progress="stages").progress == "stages"
+    assert upop.Pruner(VIT.build(), 0.5, 8, importance="squared", progress="soft").importance == "squared"
 
 
 def scores_after(count: int, **settings: Any) -> dict[str, Tensor]:
@@ -101,10 +101,10 @@ def scores_after(count: int, **settings: Any) -> dict[str, Tensor]:
 
 
 def test_scores_by_name_and_of_ones_own() -> None:
-    first, second = (scores_after(count, score="signed", progress="stages") for count in (1, 2))
+    first, second = (scores_after(count, importance="signed", progress="stages") for count in (1, 2))
     changes = {name: (first[name], second[name] - first[name]) for name in first}
-    absolute, squared = scores_after(2), scores_after(2, score="squared")
-    own = scores_after(2, progress="stages", score=lambda weight, gradient: gradient.abs().sum(1))
+    absolute, squared = scores_after(2), scores_after(2, importance="squared")
+    own = scores_after(2, progress="stages", importance=lambda weight, gradient: gradient.abs().sum(1))
     for name, (one, two) in changes.items():
         torch.testing.assert_close(absolute[name], -(one.abs() + two.abs()), rtol=1e-9, atol=1e-12)
         torch.testing.assert_close(squared[name], -(one.square() + two.square()), rtol=1e-9, atol=1e-12)
@@ -128,7 +128,9 @@ def test_what_was_cut_is_what_the_last_scores_rank_first(case: Family) -> None:
     before: dict[str, Tensor] = {}
     for step, pruner in enumerate(searched(case.build(), case, 0.6, 6, 2)):
         if step and step % 2 == 0:
-            ranked = {name: score.masked_fill(before[name], torch.inf) for name, score in pruner.scores.items()}
+            ranked = {
+                name: importance.masked_fill(before[name], torch.inf) for name, importance in pruner.scores.items()
+            }
             expected = marked(pruner, ranked, pruner.current_ratio)
             assert all(torch.equal(each, expected[name]) for name, each in gone(pruner).items())
         before = gone(pruner)
@@ -149,16 +151,16 @@ def test_a_stage_without_scores_goes_by_the_last_ones() -> None:
 
 
 @both
-def test_corrected_readers_are_the_nearest_to_the_old_ones(case: Family) -> None:
+def test_corrected_consumers_are_the_nearest_to_the_old_ones(case: Family) -> None:
     """No other weights bring their outputs nearer to the old ones, for the pull that holds them to the old weights."""
     model, dense, batch = case.build(), case.build(), case.inputs(16)
-    unit = next(unit for unit in upop.find_units(dense) if unit.kind == "mlp")
-    reader = unit.online[-1].tensor.removesuffix(".weight")
-    pruner = upop.Pruner(model, 0.5, 1, include=unit.name)
+    group = next(group for group in upop.find_groups(dense) if group.kind == "mlp")
+    reader = group.online[-1].tensor.removesuffix(".weight")
+    pruner = upop.Pruner(model, 0.5, 1, include=group.name)
     take(model, pruner, batch)
     _, wanted = reader_and_inputs(dense, batch, reader)
     inputs, found = reader_and_inputs(model, batch, reader)
-    kept = pruner.masks[unit.name].bool()
+    kept = pruner.masks[group.name].bool()
     assert not inputs[:, :-1][:, ~kept].any()
     new, old = (each.get_submodule(reader) for each in (model, dense))
     squares = wanted.square().sum(1)
@@ -176,8 +178,8 @@ def test_corrected_readers_are_the_nearest_to_the_old_ones(case: Family) -> None
 @both
 def test_only_readers_change_and_without_correction_nothing_does(case: Family) -> None:
     dense = case.build()
-    units = upop.find_units(dense)
-    read = {unit.online[-1].tensor for unit in units}
+    groups = upop.find_groups(dense)
+    read = {group.online[-1].tensor for group in groups}
     read |= {name.removesuffix("weight") + "bias" for name in read}
     for correct in (True, False):
         model = case.build()
@@ -203,10 +205,10 @@ def test_readers_of_momentum_copies_are_corrected_too() -> None:
     for parameter, twin in model.momentum_pairs():
         torch.testing.assert_close(twin, parameter, rtol=1e-12, atol=0)
     changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
-    helped = [unit for unit in pruner.units if pruner.corrections[unit.name] < 1]
-    copied = {part.tensor for unit in helped for part in unit.slices if part.follows and not part.produces}
+    helped = [group for group in pruner.groups if pruner.corrections[group.name] < 1]
+    copied = {part.tensor for group in helped for part in group.slices if part.follows and not part.produces}
     assert changed >= copied
-    assert len(copied) == len(helped) > len(pruner.units) / 2
+    assert len(copied) == len(helped) > len(pruner.groups) / 2
 
 
 def note(seen: list[StorageWeakRef], _module: nn.Module, args: tuple[Tensor]) -> None:

@@ -1,4 +1,4 @@
-"""Units that a user states: of modules that the reader cannot follow, proved like the others, in few lines."""
+"""Groups that a user states: of modules that the reader cannot follow, proved like the others, in few lines."""
 
 from __future__ import annotations
 
@@ -121,24 +121,24 @@ class Net(nn.Module):
 
 
 INPUTS = torch.randn(2, 6, 32, generator=torch.Generator().manual_seed(1))
-FUSED = upop.UnitSpec(
+FUSED = upop.GroupSpec(
     Fused, rows={"qkv": "3 heads dim"}, columns={"proj": "heads dim"}, cut="dim", sizes={"heads": "heads"}
 )
-GROUPED = upop.UnitSpec(
+GROUPED = upop.GroupSpec(
     Grouped,
     rows={"qkv": "groups 2 dim + groups dim + groups dim"},
     columns={"out": "groups 2 dim"},
     cut="groups",
     sizes={"dim": "head_dim"},
 )
-GATED = upop.UnitSpec(Gated, rows={"both": "2 hidden"}, columns={"down": "hidden"}, cut="hidden")
-EXPERTS = upop.UnitSpec(
+GATED = upop.GroupSpec(Gated, rows={"both": "2 hidden"}, columns={"down": "hidden"}, cut="hidden")
+EXPERTS = upop.GroupSpec(
     Experts, rows={"up": "experts, _, hidden"}, columns={"down": "experts, hidden, _"}, cut="hidden", kind="mlp"
 )
 
 
 @pytest.mark.parametrize(
-    ("block", "spec", "size", "entry"),
+    ("block", "spec", "size", "channel"),
     [
         (Fused, FUSED, 8, "dimension"),
         (Grouped, GROUPED, 4, "group"),
@@ -148,28 +148,30 @@ EXPERTS = upop.UnitSpec(
     ids=["fused", "grouped", "gated", "experts"],
 )
 def test_what_cannot_be_followed_is_stated_in_a_few_lines(
-    block: type[nn.Module], spec: upop.UnitSpec, size: int, entry: str
+    block: type[nn.Module], spec: upop.GroupSpec, size: int, channel: str
 ) -> None:
     model = Net(block, block).eval()
-    assert upop.survey(model, INPUTS).units == ()
-    units = upop.find_units(model, INPUTS, [spec])
-    assert [(unit.name, unit.size, unit.entry) for unit in units] == [(f"blocks.{at}", size, entry) for at in (0, 1)]
+    assert upop.find_prunable(model, INPUTS).groups == ()
+    groups = upop.find_groups(model, INPUTS, [spec])
+    assert [(group.name, group.size, group.channel) for group in groups] == [
+        (f"blocks.{at}", size, channel) for at in (0, 1)
+    ]
     upop.shrink(model, {"blocks.0": range(1, size, 2), "blocks.1": range(2)}, verify=INPUTS)
-    assert [unit.size for unit in upop.find_units(model)] == [size // 2, 2]
+    assert [group.size for group in upop.find_groups(model)] == [size // 2, 2]
 
 
 def test_numbers_that_a_module_keeps_are_set_again_whether_they_are_stated_or_not() -> None:
-    stated = upop.UnitSpec(**{**vars(FUSED), "sets": {"head_dim": "dim"}})
+    stated = upop.GroupSpec(**{**vars(FUSED), "sets": {"head_dim": "dim"}})
     for spec in (FUSED, stated):
         model = Net(Fused).eval()
-        upop.find_units(model, INPUTS, [spec])
+        upop.find_groups(model, INPUTS, [spec])
         upop.shrink(model, {"blocks.0": [1, 4, 6]}, verify=INPUTS)
         assert model.blocks[0].head_dim == 3
 
 
 def test_a_search_a_plan_and_a_folder_hold_what_was_stated(tmp_path: Path) -> None:
     model = Net(Gated, Gated, Experts)
-    pruner = upop.Pruner(model, 0.5, 4, example=INPUTS, units=[GATED, EXPERTS])
+    pruner = upop.Pruner(model, 0.5, 4, example=INPUTS, groups=[GATED, EXPERTS])
     for step in range(4):
         torch.manual_seed(step)
         model(INPUTS + 0.1 * torch.randn_like(INPUTS)).square().mean().backward()
@@ -177,7 +179,9 @@ def test_a_search_a_plan_and_a_folder_hold_what_was_stated(tmp_path: Path) -> No
         model.zero_grad()
     plan = upop.Plan.from_json(pruner.plan().to_json())
     pruner.shrink(verify=INPUTS)
-    assert {name: len(kept) for name, kept in plan.items()} == {unit.name: unit.size for unit in upop.find_units(model)}
+    assert {name: len(kept) for name, kept in plan.items()} == {
+        group.name: group.size for group in upop.find_groups(model)
+    }
     again = upop.load_into(Net(Gated, Gated, Experts), upop.save(model, tmp_path / "small"))
     with torch.no_grad():
         assert torch.equal(again(INPUTS), model.eval()(INPUTS))
@@ -186,32 +190,32 @@ def test_a_search_a_plan_and_a_folder_hold_what_was_stated(tmp_path: Path) -> No
 def test_a_copy_is_cut_by_the_plan_and_saved(tmp_path: Path) -> None:
     model = Net(Gated, Gated).eval()
     twin = copy.deepcopy(model)
-    units = upop.find_units(model, INPUTS, [GATED])
-    plan = upop.Plan.of(units, {"blocks.0": range(6), "blocks.1": range(3, 24)})
+    groups = upop.find_groups(model, INPUTS, [GATED])
+    plan = upop.Plan.of(groups, {"blocks.0": range(6), "blocks.1": range(3, 24)})
     upop.shrink(twin, plan, verify=INPUTS)
     again = upop.load(upop.save(copy.deepcopy(twin), tmp_path / "small"), Net(Gated, Gated))
     with torch.no_grad():
         assert torch.equal(again(INPUTS), twin(INPUTS))
     other = copy.deepcopy(model)
-    pruner = upop.Pruner(model, 0.5, 2, example=INPUTS, units=[GATED], correct=False)
+    pruner = upop.Pruner(model, 0.5, 2, example=INPUTS, groups=[GATED], correct=False)
     pruner.move_to(other)
     pruner.remove()
 
 
-def test_calibration_takes_units_too() -> None:
+def test_calibration_takes_groups_too() -> None:
     model = Net(Gated, Gated).eval()
-    plan = upop.calibrate(model, [INPUTS, INPUTS.flip(0)], 0.5, stages=2, example=INPUTS, units=[GATED])
+    plan = upop.calibrate(model, [INPUTS, INPUTS.flip(0)], 0.5, stages=2, example=INPUTS, groups=[GATED])
     assert sum(len(kept) for kept in plan.values()) == 24
     assert model.blocks[0].down.in_features == len(plan["blocks.0"])
 
 
-def test_names_and_patterns_of_modules_do_as_well_and_units_as_they_are() -> None:
+def test_names_and_patterns_of_modules_do_as_well_and_groups_as_they_are() -> None:
     content = {key: value for key, value in vars(GATED).items() if key != "at"}
-    one = upop.find_units(Net(Gated, Gated), INPUTS, [upop.UnitSpec("blocks.1", **content)])
-    assert [unit.name for unit in one] == ["blocks.1"]
-    both = upop.find_units(Net(Gated, Gated), INPUTS, [upop.UnitSpec("blocks.*", **content)])
-    assert [unit.name for unit in both] == ["blocks.0", "blocks.1"]
-    again = upop.find_units(Net(Gated, Gated), INPUTS, both)
+    one = upop.find_groups(Net(Gated, Gated), INPUTS, [upop.GroupSpec("blocks.1", **content)])
+    assert [group.name for group in one] == ["blocks.1"]
+    both = upop.find_groups(Net(Gated, Gated), INPUTS, [upop.GroupSpec("blocks.*", **content)])
+    assert [group.name for group in both] == ["blocks.0", "blocks.1"]
+    again = upop.find_groups(Net(Gated, Gated), INPUTS, both)
     assert again == both
 
 
@@ -226,20 +230,20 @@ def test_what_is_stated_stands_before_what_is_read() -> None:
             return result
 
     model = Net(Plain, Plain)
-    assert [unit.size for unit in upop.find_units(model, INPUTS)] == [24, 24]
-    pairs = upop.UnitSpec("blocks.0", rows={"up": "pairs 2"}, columns={"down": "pairs 2"}, cut="pairs")
-    assert [(unit.name, unit.size) for unit in upop.find_units(model, INPUTS, [pairs])] == [
+    assert [group.size for group in upop.find_groups(model, INPUTS)] == [24, 24]
+    pairs = upop.GroupSpec("blocks.0", rows={"up": "pairs 2"}, columns={"down": "pairs 2"}, cut="pairs")
+    assert [(group.name, group.size) for group in upop.find_groups(model, INPUTS, [pairs])] == [
         ("blocks.0", 12),
         ("blocks.1", 24),
     ]
 
 
-def spec(**changes: Any) -> upop.UnitSpec:
-    return upop.UnitSpec(**{**vars(FUSED), **changes})
+def spec(**changes: Any) -> upop.GroupSpec:
+    return upop.GroupSpec(**{**vars(FUSED), **changes})
 
 
 @pytest.mark.parametrize(
-    ("units", "fragments"),
+    ("groups", "fragments"),
     [
         ([spec(rows={"qvk": "3 heads dim"})], ["blocks.0", "'qvk'", "did you mean 'qkv'"]),
         ([spec(rows={"qkv": "5 heads dim"})], ["blocks.0.qkv.weight has 96", "'5 heads dim'", "heads 4"]),
@@ -254,12 +258,12 @@ def spec(**changes: Any) -> upop.UnitSpec:
         ([spec(at="blocks.7")], ["of modules 'blocks.7'", "did you mean 'blocks.0'"]),
         ([spec(at=Gated)], ["of class Gated", "Net has none"]),
         ([FUSED, spec(at="blocks.0")], ["both cut blocks.0.qkv.weight along dimension 0"]),
-        (["blocks.0"], ["takes a list of upop.UnitSpec", "found str"]),
+        (["blocks.0"], ["takes a list of upop.GroupSpec", "found str"]),
     ],
 )
-def test_what_does_not_fit_is_said(units: list[Any], fragments: list[str]) -> None:
+def test_what_does_not_fit_is_said(groups: list[Any], fragments: list[str]) -> None:
     with pytest.raises(SettingError) as caught:
-        upop.survey(Net(Fused), INPUTS, units)
+        upop.find_prunable(Net(Fused), INPUTS, groups)
     assert all(fragment in str(caught.value) for fragment in fragments), str(caught.value)
 
 
@@ -268,12 +272,12 @@ def test_what_does_not_fit_is_said(units: list[Any], fragments: list[str]) -> No
     [{"rows": {"qkv": "heads 3 dim"}}, {"columns": {"proj": "dim heads"}}, {"cut": "heads", "sizes": {"heads": 8}}],
 )
 def test_what_does_not_hold_is_refused_with_the_measured_difference(changes: dict[str, Any]) -> None:
-    with pytest.raises(LayoutError, match=r"blocks\.0 cannot be cut as units says: (the cut model differs|\w+Error)"):
-        upop.survey(Net(Fused), INPUTS, [spec(**changes)])
+    with pytest.raises(LayoutError, match=r"blocks\.0 cannot be cut as groups says: (the cut model differs|\w+Error)"):
+        upop.find_prunable(Net(Fused), INPUTS, [spec(**changes)])
 
 
-def test_a_unit_is_printed_for_people() -> None:
-    fused, gated = upop.find_units(Net(Fused, Gated), INPUTS, [FUSED, GATED])
+def test_a_group_is_printed_for_people() -> None:
+    fused, gated = upop.find_groups(Net(Fused, Gated), INPUTS, [FUSED, GATED])
     lines = str(fused).splitlines()
     assert lines[0] == "blocks.0: attention (other), 8 dimensions of each of 4 heads"
     assert "made by      blocks.0.qkv.weight, dimension 0 as 12 x 8 x 1; queries times (kept / 8) ** 0.5" in lines[1]
@@ -281,4 +285,4 @@ def test_a_unit_is_printed_for_people() -> None:
     assert "set again    blocks.0.head_dim = kept" in lines[4]
     assert lines[-1].startswith("  proved")
     assert str(gated).startswith("blocks.1: mlp (other), 24 neurons\n")
-    assert repr(gated).startswith("Unit(name='blocks.1', kind='mlp'")
+    assert repr(gated).startswith("Group(name='blocks.1', kind='mlp'")

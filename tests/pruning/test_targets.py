@@ -15,7 +15,7 @@ from pruning.families import FAMILIES, loss_of
 from upop.errors import SettingError
 from upop.pruning import plan_by_magnitude
 from upop.pruning.counting import cache_of, multiply_adds_of, parameters_of
-from upop.pruning.targets import read_target, told_target
+from upop.pruning.targets import format_target, read_target
 
 VIT = next(family for family in FAMILIES if family.name == "vit-fused")
 WORDS = torch.arange(12).view(2, 6)
@@ -29,7 +29,7 @@ def llama() -> LlamaForCausalLM:
 
 
 class Mixed(nn.Module):
-    """One layer makes what two units are, side by side; a convolution lies between two units."""
+    """One layer makes what two groups are, side by side; a convolution lies between two groups."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -65,11 +65,11 @@ def cases() -> dict[str, tuple[nn.Module, Any]]:
 @pytest.mark.parametrize("name", ["vit", "mixed"])
 def test_counts_of_a_cut_model_are_told_exactly_before_it_is_cut(name: str) -> None:
     model, inputs = cases()[name]
-    units = upop.find_units(model, inputs)
-    parameters, products = parameters_of(model, units), multiply_adds_of(model, units, inputs)
+    groups = upop.find_groups(model, inputs)
+    parameters, products = parameters_of(model, groups), multiply_adds_of(model, groups, inputs)
     assert (parameters.whole, products.whole) == (upop.count_parameters(model), upop.count_macs(model, inputs))
-    plan = {unit.name: range(1 + place % unit.size) for place, unit in enumerate(units, 2)}
-    kept = {unit: len(entries) for unit, entries in plan.items()}
+    plan = {group.name: range(1 + place % group.size) for place, group in enumerate(groups, 2)}
+    kept = {group: len(channels) for group, channels in plan.items()}
     upop.shrink(model, plan)
     assert parameters.at(kept) == upop.count_parameters(model) < parameters.whole
     assert products.at(kept) == upop.count_macs(model, inputs) < products.whole
@@ -77,16 +77,16 @@ def test_counts_of_a_cut_model_are_told_exactly_before_it_is_cut(name: str) -> N
 
 def test_the_cache_of_a_decoder_is_told_in_bytes() -> None:
     model = llama()
-    units = upop.find_units(model)
-    cache = cache_of(model, units, {"input_ids": WORDS})
-    products = multiply_adds_of(model, units, {"input_ids": WORDS})
-    # keys and values of 2 layers, 12 tokens, 4 groups of 4 dimensions, in float32
+    groups = upop.find_groups(model)
+    cache = cache_of(model, groups, {"input_ids": WORDS})
+    products = multiply_adds_of(model, groups, {"input_ids": WORDS})
+    # keys and values of 2 layers, 12 tokens, 4 bundles of 4 dimensions, in float32
     assert cache.whole == 2 * 2 * 12 * 16 * 4
-    half = {unit.name: range(2) for unit in units if unit.kind == "attention"}
+    half = {group.name: range(2) for group in groups if group.kind == "attention"}
     assert cache.at(dict.fromkeys(half, 2)) == cache.whole // 2
     upop.shrink(model, half)
     assert products.at(dict.fromkeys(half, 2)) == upop.count_macs(model, {"input_ids": WORDS})
-    assert cache_of(model, upop.find_units(model), {"input_ids": WORDS}).whole == cache.whole // 2
+    assert cache_of(model, upop.find_groups(model), {"input_ids": WORDS}).whole == cache.whole // 2
 
 
 @pytest.mark.parametrize("target", [{"macs": "1.5x"}, {"params": 0.8, "macs": 0.6}])
@@ -99,20 +99,20 @@ def test_a_search_reaches_what_was_asked_of_the_whole_model(target: dict[str, An
     most = {kind: 1 / 1.5 if value == "1.5x" else value for kind, value in target.items()}
     assert all(shares[kind] <= most[kind] for kind in target)  # all hold,
     assert any(shares[kind] > most[kind] - 0.01 for kind in target)  # and no more goes than they take
-    told = {kind: (each["dense"], each["left"]) for kind, each in plan.settings["reached"].items()}
-    assert {kind: told[kind] for kind in target} == {kind: (dense[kind], left[kind]) for kind in target}
+    described = {kind: (each["dense"], each["left"]) for kind, each in plan.settings["reached"].items()}
+    assert {kind: described[kind] for kind in target} == {kind: (dense[kind], left[kind]) for kind in target}
     assert "ratio" not in plan.settings
 
 
 def test_every_stage_goes_as_far_towards_it() -> None:
     model, inputs = VIT.build(), VIT.inputs(2)
-    units, dense = upop.find_units(model), upop.count_parameters(model)
+    groups, dense = upop.find_groups(model), upop.count_parameters(model)
     pruner = upop.Pruner(model, steps=4, interval=1, target="params=0.6", example=inputs)
-    counts, gone = [], {unit.name: torch.zeros(unit.size, dtype=torch.bool) for unit in units}
+    counts, gone = [], {group.name: torch.zeros(group.size, dtype=torch.bool) for group in groups}
     for _ in range(4):
         loss_of(model(**inputs)).backward()
         pruner.step()
-        counts.append(parameters_of(model, units).at({name: int(mask.sum()) for name, mask in pruner.masks.items()}))
+        counts.append(parameters_of(model, groups).at({name: int(mask.sum()) for name, mask in pruner.masks.items()}))
         assert all(bool((mask[gone[name]] == 0).all()) for name, mask in pruner.masks.items())  # for good
         gone = {name: mask == 0 for name, mask in pruner.masks.items()}
     assert [count / dense for count in counts] == pytest.approx([0.9, 0.8, 0.7, 0.6], abs=0.005)
@@ -120,14 +120,14 @@ def test_every_stage_goes_as_far_towards_it() -> None:
     pruner.remove()
 
 
-@pytest.mark.parametrize("settings", [{"progress": "soft"}, {"align": {"mlp": 2}}])
+@pytest.mark.parametrize("settings", [{"progress": "soft"}, {"round_to": {"mlp": 2}}])
 def test_other_searches_reach_it_too(settings: dict[str, Any]) -> None:
     model, inputs = VIT.build(), VIT.inputs(2)
     dense = upop.count_parameters(model)
     searched(model, inputs, steps=3, target={"params": "1.6x"}, **settings)
     assert 1 / 1.6 - 0.03 < upop.count_parameters(model) / dense <= 1 / 1.6
-    sizes = {unit.size for unit in upop.find_units(model) if unit.kind == "mlp"}
-    assert "align" not in settings or all(size % 2 == 0 for size in sizes)
+    sizes = {group.size for group in upop.find_groups(model) if group.kind == "mlp"}
+    assert "round_to" not in settings or all(size % 2 == 0 for size in sizes)
 
 
 def test_calibration_and_a_cut_by_magnitude_take_targets() -> None:
@@ -182,7 +182,7 @@ def test_a_compression_takes_a_target_and_is_resumed_with_it() -> None:
 )
 def test_targets_are_read_as_they_are_told(target: Any, read: str) -> None:
     limits = read_target(target)
-    assert told_target(limits) == read
+    assert format_target(limits) == read
     assert read_target(read) == limits
 
 
@@ -212,7 +212,10 @@ def test_bytes_are_those_of_the_precision_asked_for() -> None:
         ({"target": "params=90M"}, "Nothing has to go"),
         ({"target": "params=0.5", "cost": "reference"}, "takes a ratio"),
         ({"target": "params=0.01"}, r"the model still has [\d,]+ of [\d,]+\. Ask for params=0\.\d+ or more\."),
-        ({"target": "params=0.93", "align": 16}, r"cannot be reached within 1 %.*Ask for params=0\.8933 or 0\.9467,"),
+        (
+            {"target": "params=0.93", "round_to": 16},
+            r"cannot be reached within 1 %.*Ask for params=0\.8933 or 0\.9467,",
+        ),
     ],
 )
 def test_what_cannot_be_reached_is_refused_before_training(settings: dict[str, Any], said: str) -> None:
@@ -228,7 +231,7 @@ def test_what_is_told_as_the_least_can_be_asked_for() -> None:
         upop.Pruner(model, steps=1, target={"macs": 0.01}, example=inputs)
     least = str(refused.value).split("Ask for macs=")[1].split(" ")[0]
     searched(model, inputs, steps=1, target={"macs": float(least)})
-    assert {unit.size for unit in upop.find_units(model)} == {1}
+    assert {group.size for group in upop.find_groups(model)} == {1}
 
 
 def test_a_cache_is_asked_of_a_model_that_has_one() -> None:
@@ -237,7 +240,7 @@ def test_a_cache_is_asked_of_a_model_that_has_one() -> None:
 
 
 @pytest.mark.parametrize("uniform", [None, "tower"])
-def test_a_whole_number_of_groups_may_be_asked_of_a_small_cache(uniform: Any) -> None:
+def test_a_whole_number_of_bundles_may_be_asked_of_a_small_cache(uniform: Any) -> None:
     batches = [{"input_ids": WORDS, "labels": WORDS}]
 
     def cut(target: str) -> float:

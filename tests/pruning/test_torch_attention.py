@@ -52,7 +52,7 @@ def test_a_call_of_torchs_function_is_cut(separate: bool, more: bool) -> None:
 
 def test_it_compiles_travels_and_is_loaded(tmp_path: Path) -> None:
     model = built(partial(Called, True))
-    upop.shrink(model, {unit.name: range(5) for unit in upop.find_units(model, EXAMPLE)})
+    upop.shrink(model, {group.name: range(5) for group in upop.find_groups(model, EXAMPLE)})
     expected = model(EXAMPLE)
     assert torch.equal(torch.compile(copy.deepcopy(model), fullgraph=True, backend="eager")(EXAMPLE), expected)
     upop.save(model, tmp_path)

@@ -36,7 +36,7 @@ both = pytest.mark.parametrize("case", [VIT, NLVR], ids=lambda case: case.name)
 
 
 def all_scores(pruner: upop.Pruner) -> Tensor:
-    return torch.cat([score.double().flatten() for score in pruner.scores.values()])
+    return torch.cat([importance.double().flatten() for importance in pruner.scores.values()])
 
 
 def halves(inputs: dict[str, Tensor]) -> list[dict[str, Tensor]]:
@@ -47,7 +47,7 @@ def halves(inputs: dict[str, Tensor]) -> list[dict[str, Tensor]]:
 @both
 def test_two_half_batches_equal_one_batch(case: Family) -> None:
     model, inputs = case.build(), case.inputs(4)
-    masks = random_masks(upop.find_units(model))
+    masks = random_masks(upop.find_groups(model))
     whole = still_pruner(model, masks)
     loss_of(model(**inputs)).backward()
     whole.step()
@@ -65,7 +65,7 @@ def test_clipping_after_step_leaves_the_scores(case: Family) -> None:
     found = []
     for clip in (False, True):
         model = case.build()
-        pruner = still_pruner(model, random_masks(upop.find_units(model)))
+        pruner = still_pruner(model, random_masks(upop.find_groups(model)))
         loss_of(model(**case.inputs())).backward()
         pruner.step()
         if clip:
@@ -103,7 +103,7 @@ def test_the_optimizer_may_be_made_before_or_after(kind: Callable[..., torch.opt
 @pytest.mark.parametrize("case", [VIT, BY_NAME["vit-eager"], BY_NAME["vit-no-bias"], NLVR], ids=lambda case: case.name)
 def test_bfloat16_autocast(case: Family) -> None:
     model, inputs = case.build(torch.float32), case.inputs(4, torch.float32)
-    masks = random_masks(upop.find_units(model))
+    masks = random_masks(upop.find_groups(model))
     exact = still_pruner(model, masks)
     outputs = model(**inputs)
     loss_of(outputs).backward()
@@ -118,7 +118,7 @@ def test_bfloat16_autocast(case: Family) -> None:
     loss.backward()
     pruner.step()
     assert all(parameter.grad.dtype == torch.float32 for parameter in model.parameters() if parameter.grad is not None)
-    assert all(score.dtype == torch.float32 for score in pruner.scores.values())
+    assert all(importance.dtype == torch.float32 for importance in pruner.scores.values())
     assert bool(all_scores(pruner).isfinite().all())
     assert pruner.skipped_steps == 0
     assert difference(rough.detach().float(), outputs.detach()) < 0.1
@@ -160,7 +160,7 @@ def test_models_in_half_precision(case: Family, dtype: torch.dtype) -> None:
         loss_of(model(**inputs).float()).backward()
         pruner.step()
     assert pruner.skipped_steps == 0
-    assert all(score.dtype == torch.float32 for score in pruner.scores.values())
+    assert all(importance.dtype == torch.float32 for importance in pruner.scores.values())
     pruner.shrink(verify=inputs)
     assert {parameter.dtype for parameter in model.parameters()} == {dtype}
 
@@ -200,7 +200,7 @@ def test_masks_keep_no_more_for_the_backward_pass() -> None:
         return sum(sizes.values())
 
     plain = kept()
-    still_pruner(model, random_masks(upop.find_units(model)))
+    still_pruner(model, random_masks(upop.find_groups(model)))
     assert kept() <= plain
 
 
@@ -236,7 +236,7 @@ def test_compiled_models_notice_that_masks_are_gone() -> None:
     model, inputs = VIT.build(), VIT.inputs()
     before = outputs_of(model, inputs)
     compiled = torch.compile(model, backend="eager", fullgraph=True)
-    pruner = still_pruner(model, random_masks(upop.find_units(model)))
+    pruner = still_pruner(model, random_masks(upop.find_groups(model)))
     masked = outputs_of(model, inputs)
     assert difference(outputs_of(compiled, inputs), masked) < 1e-12
     assert difference(masked, before) > 1e-3
@@ -252,7 +252,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(count: int | None) -> N
         model = NLVR.build().train()
         if checkpointed:
             checkpoint_last_blocks(model.visual_encoder, count)
-        pruner = still_pruner(model, random_masks(upop.find_units(model)))
+        pruner = still_pruner(model, random_masks(upop.find_groups(model)))
         loss_of(model(**inputs)).backward()
         pruner.step()
         found.append((all_scores(pruner), {name: value.grad for name, value in model.named_parameters()}))
@@ -265,7 +265,7 @@ def test_data_parallel_wrappers_are_looked_through() -> None:
     model, inputs = VIT.build(), VIT.inputs()
     wrapped = nn.DataParallel(model)
     pruner = upop.Pruner(wrapped, 0.5, 2, 1)
-    assert [unit.name for unit in pruner.units] == [unit.name for unit in upop.find_units(model)]
+    assert [group.name for group in pruner.groups] == [group.name for group in upop.find_groups(model)]
     for _ in range(2):
         wrapped.zero_grad()
         loss_of(wrapped(**inputs)).backward()
@@ -309,7 +309,7 @@ def test_frozen_towers_can_be_left_out() -> None:
     model.visual_encoder.requires_grad_(False)
     before = copy.deepcopy(model.visual_encoder.state_dict())
     pruner = upop.Pruner(model, 0.5, 3, 1, exclude="visual_encoder.*")
-    assert {unit.modality for unit in pruner.units} == {"text"}
+    assert {group.modality for group in pruner.groups} == {"text"}
     for _ in range(3):
         model.zero_grad()
         loss_of(model(**inputs)).backward()
@@ -333,19 +333,19 @@ def test_frozen_weights_stay_frozen_when_they_are_cut() -> None:
     assert {name for name, parameter in model.named_parameters() if not parameter.requires_grad} == frozen
 
 
-def test_units_that_the_loss_does_not_reach_get_no_score() -> None:
+def test_groups_that_the_loss_does_not_reach_get_no_score() -> None:
     model, inputs = NLVR.build(), NLVR.inputs()
     pruner = still_pruner(model)
     model.visual_encoder(inputs["images"]).square().mean().backward()
     pruner.step()
-    assert all(bool(pruner.scores[unit.name].any()) == (unit.modality == "vision") for unit in pruner.units)
+    assert all(bool(pruner.scores[group.name].any()) == (group.modality == "vision") for group in pruner.groups)
 
 
 def test_own_scores_and_the_published_one_agree_where_they_should() -> None:
     found = []
-    for score in ("signed", lambda weight, gradient: (weight * gradient).sum(1)):
+    for importance in ("signed", lambda weight, gradient: (weight * gradient).sum(1)):
         model = VIT.build()
-        pruner = still_pruner(model, random_masks(upop.find_units(model)), score=score)
+        pruner = still_pruner(model, random_masks(upop.find_groups(model)), importance=importance)
         loss_of(model(**VIT.inputs())).backward()
         pruner.step()
         found.append(all_scores(pruner))
@@ -355,7 +355,7 @@ def test_own_scores_and_the_published_one_agree_where_they_should() -> None:
 def test_a_model_may_be_built_and_cut_on_the_meta_device() -> None:
     with torch.device("meta"):
         model = nlvr()
-        plan = {unit.name: range(0, unit.size, 2) for unit in upop.find_units(model)}
+        plan = {group.name: range(0, group.size, 2) for group in upop.find_groups(model)}
         upop.shrink(model, plan)
     real = NLVR.build(torch.float32)
     upop.shrink(real, plan)
@@ -383,8 +383,8 @@ def test_two_ranks_search_as_one_process_does(progress: str, tmp_path: Path) -> 
     results = in_two_ranks(ranks.search, progress, tmp_path)
     for found in results:
         assert found["plan"] == expected["plan"]
-        for name, score in expected["scores"].items():
-            torch.testing.assert_close(found["scores"][name], score, rtol=1e-10, atol=1e-12)
+        for name, importance in expected["scores"].items():
+            torch.testing.assert_close(found["scores"][name], importance, rtol=1e-10, atol=1e-12)
             assert torch.equal(found["masks"][name], expected["masks"][name])
             assert torch.equal(found["scores"][name], results[0]["scores"][name])
         for name, weight in expected["weights"].items():

@@ -1,4 +1,4 @@
-"""Layers of one tower keep equally many entries, which ones differ, and the budget is met all the same."""
+"""Layers of one tower keep equally many channels, which ones differ, and the budget is met all the same."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from upop.pruning import plan_by_magnitude
 WORDS = torch.tensor([[1, 5, 9, 3], [2, 7, 4, 8]])
 
 
-def llama(groups: int = 4, layers: int = 3) -> LlamaForCausalLM:
+def llama(bundles: int = 4, layers: int = 3) -> LlamaForCausalLM:
     torch.manual_seed(0)
     config = LlamaConfig(
-        hidden_size=8 * groups,
+        hidden_size=8 * bundles,
         num_hidden_layers=layers,
-        num_attention_heads=2 * groups,
-        num_key_value_heads=groups,
+        num_attention_heads=2 * bundles,
+        num_key_value_heads=bundles,
         head_dim=4,
         intermediate_size=96,
         vocab_size=16,
@@ -67,7 +67,7 @@ class TwoTowers(nn.Module):
 def test_every_layer_keeps_equally_many_and_not_the_same() -> None:
     model = llama()
     pruner = upop.Pruner(model, 0.5, 4, uniform="tower", example=batch())
-    total = sum(pruner.costs[unit.name] * unit.size for unit in pruner.units)
+    total = sum(pruner.costs[group.name] * group.size for group in pruner.groups)
     for _ in range(4):
         model(**batch()).loss.backward()
         pruner.step()
@@ -76,19 +76,19 @@ def test_every_layer_keeps_equally_many_and_not_the_same() -> None:
     assert len(counts(plan, "self_attn")) == len(counts(plan, "mlp")) == 1
     assert counts(plan, "self_attn") <= {1, 2, 4}  # transformers' Llama takes no 6 heads for a width of 32
     assert len({kept for name, kept in plan.items() if "mlp" in name}) == 3
-    kept = sum(pruner.costs[name] * len(entries) for name, entries in plan.items())
+    kept = sum(pruner.costs[name] * len(channels) for name, channels in plan.items())
     layer = 3 * pruner.costs["model.layers.0.mlp"]
     assert abs(kept / total - 0.5) <= layer / total
     pruner.shrink()
     assert model.config.intermediate_size == counts(plan, "mlp").pop()
 
 
-@pytest.mark.parametrize("align", [1, {"mlp": 16}])
-def test_calibrate_and_magnitude_keep_alike(align: Any) -> None:
-    step = align["mlp"] if isinstance(align, dict) else 1
+@pytest.mark.parametrize("round_to", [1, {"mlp": 16}])
+def test_calibrate_and_magnitude_keep_alike(round_to: Any) -> None:
+    step = round_to["mlp"] if isinstance(round_to, dict) else 1
     for plan in (
-        upop.calibrate(llama(), [batch()] * 2, 0.4, stages=2, uniform="tower", align=align),
-        plan_by_magnitude(llama(), 0.4, uniform="tower", align=align),
+        upop.calibrate(llama(), [batch()] * 2, 0.4, stages=2, uniform="tower", round_to=round_to),
+        plan_by_magnitude(llama(), 0.4, uniform="tower", round_to=round_to),
     ):
         (neurons,) = counts(plan, "mlp")
         assert len(counts(plan, "self_attn")) == 1
@@ -115,9 +115,9 @@ def test_what_no_configuration_says_is_left_alone_and_named() -> None:
     torch.manual_seed(0)
     config = BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, vocab_size=20)
     model = BertModel(config)
-    with pytest.warns(UserWarning, match=r"leaves 2 of 4 units alone, so that BertConfig can say"):
+    with pytest.warns(UserWarning, match=r"leaves 2 of 4 groups alone, so that BertConfig can say"):
         pruner = upop.Pruner(model, 0.5, 4, uniform="tower")
-    assert {unit.kind for unit in pruner.units} == {"mlp"}
+    assert {group.kind for group in pruner.groups} == {"mlp"}
     pruner.remove()
     with pytest.raises(SettingError, match=r"BertConfig has no number for the sizes of .*attention.*intermediate"):
         upop.Pruner(model, 0.5, 4, uniform="tower", include="*attention*")
@@ -128,10 +128,10 @@ def test_what_no_configuration_says_is_left_alone_and_named() -> None:
 def test_unknown_and_contradicting_settings_are_refused() -> None:
     with pytest.raises(SettingError, match='uniform is "tower"'):
         upop.Pruner(llama(), 0.5, 4, uniform="layer")  # type: ignore[arg-type]
-    with pytest.raises(SettingError, match="ranks single entries"):
+    with pytest.raises(SettingError, match="ranks single channels"):
         upop.Pruner(llama(), 0.5, 4, uniform="tower", cost="reference")
     with pytest.raises(SettingError, match="cannot be reached"):
-        upop.Pruner(llama(), 0.9, 4, uniform="tower", align=32)
+        upop.Pruner(llama(), 0.9, 4, uniform="tower", round_to=32)
 
 
 def test_a_resumed_search_goes_on_uniformly_and_another_one_is_refused() -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import upop
 from pruning.families import VIT
 from upop.pruning.errors import LayoutError, StepError, VerificationError
-from upop.pruning.units import tensor_of
+from upop.pruning.groups import tensor_of
 
 SURGERY = importlib.import_module("upop.pruning.shrink")
 WIDTH, HIDDEN = 16, 48
@@ -63,11 +63,11 @@ def misplaced(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have one layer lose other columns than it should: a wrong cut."""
     right = SURGERY._cut_tensor
 
-    def wrong(model: nn.Module, name: str, units: Any, plan: Any, *how: bool) -> Any:
+    def wrong(model: nn.Module, name: str, groups: Any, plan: Any, *how: bool) -> Any:
         if name in ("blocks.0.down.weight", "inner.blocks.0.mlp.fc2.weight"):
-            shifted = {unit.name: [(entry + 1) % unit.size for entry in plan[unit.name]] for unit in units}
-            return right(model, name, units, shifted, *how)
-        return right(model, name, units, plan, *how)
+            shifted = {group.name: [(channel + 1) % group.size for channel in plan[group.name]] for group in groups}
+            return right(model, name, groups, shifted, *how)
+        return right(model, name, groups, plan, *how)
 
     monkeypatch.setattr(SURGERY, "_cut_tensor", wrong)
 
@@ -112,14 +112,14 @@ class Rough(nn.Module):
         return torch.sin(300 * self.inner(x))
 
 
-PICTURES = VIT.inputs(8, dtype=torch.float32)["x"]
+IMAGES = VIT.inputs(8, dtype=torch.float32)["x"]
 
 
 def rough() -> tuple[nn.Module, dict[str, list[int]]]:
     model, draw = Rough(), random.Random(0)
-    units = upop.survey(model, PICTURES).units
-    assert len(units) == 4
-    return model, {unit.name: sorted(draw.sample(range(unit.size), unit.size // 2)) for unit in units}
+    groups = upop.find_prunable(model, IMAGES).groups
+    assert len(groups) == 4
+    return model, {group.name: sorted(draw.sample(range(group.size), group.size // 2)) for group in groups}
 
 
 @pytest.mark.parametrize("copied", [True, False])
@@ -129,14 +129,14 @@ def test_rounding_beyond_any_fixed_tolerance_passes(monkeypatch: pytest.MonkeyPa
     model, plan = rough()
     with torch.no_grad():
         masked = rough()[0]
-        for unit in upop.find_units(masked):
-            keep = torch.zeros(unit.size)
-            keep[plan[unit.name]] = 1
-            for part in unit.producers:
+        for group in upop.find_groups(masked):
+            keep = torch.zeros(group.size)
+            keep[plan[group.name]] = 1
+            for part in group.producers:
                 tensor = tensor_of(masked, part.tensor)
                 tensor.mul_(part.expand(keep).view(-1, *[1] * (tensor.dim() - 1)))
-        expected = masked.eval()(PICTURES)
-        found = upop.shrink(model, plan).eval()(PICTURES)
+        expected = masked.eval()(IMAGES)
+        found = upop.shrink(model, plan).eval()(IMAGES)
     assert (found - expected).abs().max() > 1e-5 * expected.abs().max()
 
 
@@ -164,13 +164,13 @@ class Insisting(Net):
 
 def test_what_a_forward_raises_after_a_cut_is_told_and_undone() -> None:
     model, plan = Net(), {"blocks.0": range(20)}
-    upop.survey(model, batch())
+    upop.find_prunable(model, batch())
     model.__class__ = Insisting
     model.insists = True
     weights = dict(model.named_parameters())
-    with pytest.raises(VerificationError, match=r"runs with masks and not when it is cut \(RuntimeError") as told:
+    with pytest.raises(VerificationError, match=r"runs with masks and not when it is cut \(RuntimeError") as described:
         upop.shrink(model, plan, verify=batch())
-    assert isinstance(told.value.__cause__, RuntimeError)
+    assert isinstance(described.value.__cause__, RuntimeError)
     assert all(parameter is weights[name] for name, parameter in model.named_parameters())
     assert "seen" not in vars(model)
     assert model(batch()).shape == batch().shape
@@ -178,7 +178,7 @@ def test_what_a_forward_raises_after_a_cut_is_told_and_undone() -> None:
 
 def test_inputs_that_do_not_run_are_told_before_anything_is_cut() -> None:
     model = Net()
-    upop.survey(model, batch())
+    upop.find_prunable(model, batch())
     with pytest.raises(VerificationError, match="does not run on the inputs, before anything is cut"):
         upop.shrink(model, {"blocks.0": range(20)}, verify=torch.randn(2, 5, WIDTH + 1))
     assert model.blocks[0].up.out_features == HIDDEN
@@ -186,7 +186,7 @@ def test_inputs_that_do_not_run_are_told_before_anything_is_cut() -> None:
 
 def test_false_is_what_one_must_write_to_cut_without_proof(monkeypatch: pytest.MonkeyPatch) -> None:
     model, plan = Net(), {"blocks.0": range(20)}
-    upop.survey(model, batch())
+    upop.find_prunable(model, batch())
     misplaced(monkeypatch)
     with pytest.raises(VerificationError):
         upop.shrink(model, plan)
@@ -196,7 +196,7 @@ def test_false_is_what_one_must_write_to_cut_without_proof(monkeypatch: pytest.M
 
 def test_calibrate_verifies_every_stage(monkeypatch: pytest.MonkeyPatch) -> None:
     model = Net()
-    upop.survey(model, batch())
+    upop.find_prunable(model, batch())
     weights = dict(model.named_parameters())
     with monkeypatch.context() as patched:
         misplaced(patched)
@@ -210,15 +210,15 @@ def test_calibrate_verifies_every_stage(monkeypatch: pytest.MonkeyPatch) -> None
 # -- the first batch ---------------------------------------------------------------------------------------------------
 
 
-def test_units_of_ones_own_class_are_read_with_the_first_batch() -> None:
+def test_groups_of_ones_own_class_are_read_with_the_first_batch() -> None:
     model = Net()
     pruner = upop.Pruner(model, 0.4, 2, 1, correct=False)
-    asked = (lambda: pruner.units, lambda: pruner.costs, pruner.step, pruner.plan, pruner.shrink, pruner.state_dict)
+    asked = (lambda: pruner.groups, lambda: pruner.costs, pruner.step, pruner.plan, pruner.shrink, pruner.state_dict)
     for needs in asked:
         with pytest.raises(StepError, match=r"first batch .* has not been called .* example="):
             needs()
     model(batch(), mask=torch.ones(WIDTH))
-    assert {unit.name for unit in pruner.units} == {"blocks.0", "blocks.1"}
+    assert {group.name for group in pruner.groups} == {"blocks.0", "blocks.1"}
     assert not model._forward_pre_hooks
     for _ in range(2):
         model(batch()).mean().backward()
@@ -235,10 +235,10 @@ def test_the_batch_tells_of_ways_that_made_up_inputs_do_not_take() -> None:
             return outputs if mask is None else (outputs, self.blocks[0].up(x))
 
     model = Watched(depth=3)
-    assert len(upop.survey(model).units) == 3  # by made-up inputs, without a mask
+    assert len(upop.find_prunable(model).groups) == 3  # by made-up inputs, without a mask
     pruner = upop.Pruner(model, 0.4, 2, 1)
     model(batch(), torch.ones(WIDTH))
-    assert {unit.name for unit in pruner.units} == {"blocks.1", "blocks.2"}
+    assert {group.name for group in pruner.groups} == {"blocks.1", "blocks.2"}
 
 
 def test_a_search_that_waits_is_resumed_with_the_first_batch() -> None:
@@ -274,7 +274,7 @@ def test_what_cannot_be_read_is_told_at_the_first_batch() -> None:
 
     model = Plain()
     upop.Pruner(model, 0.4, 2)
-    with pytest.raises(LayoutError, match="No prunable unit"):
+    with pytest.raises(LayoutError, match="No prunable group"):
         model(batch())
 
 
@@ -309,7 +309,7 @@ class Drawing(Net):
 def test_random_numbers_are_the_same_for_both_models(way: str) -> None:
     model = Drawing()
     model.way = way
-    upop.survey(Net(), batch())
+    upop.find_prunable(Net(), batch())
     torch.manual_seed(3)
     state = torch.get_rng_state()
     upop.shrink(model, {"blocks.0": range(20)}, verify=batch()) if way == "torch" else searched(model, batch()).shrink()
@@ -328,7 +328,7 @@ def test_very_large_outputs_and_masks_of_the_smallest_number_hide_nothing(monkey
             return outputs
 
     model, plan = Scores(), {"blocks.0": range(20)}
-    upop.survey(model, batch())
+    upop.find_prunable(model, batch())
     with monkeypatch.context() as patched:
         misplaced(patched)
         with pytest.raises(VerificationError):
@@ -380,8 +380,8 @@ def test_zeros_of_an_initialisation_hide_nothing_from_the_proof(name: str, model
             return self.net(x) + self.last(x * (hidden * order.to(hidden)).sum(-1, keepdim=True))
 
     peeking = Peeking()
-    units = {unit.name: unit for unit in upop.survey(peeking, batch()).units}
-    assert list(units) == ["net.blocks.1"], name  # the other one is peeked at
+    groups = {group.name: group for group in upop.find_prunable(peeking, batch()).groups}
+    assert list(groups) == ["net.blocks.1"], name  # the other one is peeked at
     upop.shrink(peeking, {"net.blocks.1": range(20)})
 
 

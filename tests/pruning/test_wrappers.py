@@ -28,18 +28,18 @@ def check_cut(
     model: nn.Module, example: Tensor, tolerance: float = 1e-5, copies: tuple[Any, Any] | None = None
 ) -> None:
     """Cut a copy; what it computes is what one with rows set to zero by hand does."""
-    units = list(upop.survey(model, example).units)
-    plan = uneven(units, 0)
+    groups = list(upop.find_prunable(model, example).groups)
+    plan = uneven(groups, 0)
     masked, cut = copies or (copy.deepcopy(model), copy.deepcopy(model))
-    silenced(upop.pruning.masks.unwrapped(masked), units, plan)
-    assert upop.shrink(cut, upop.Plan.of(units, plan)) is cut
+    silenced(upop.pruning.masks.unwrapped(masked), groups, plan)
+    assert upop.shrink(cut, upop.Plan.of(groups, plan)) is cut
     assert difference(called(masked.eval(), example), called(cut.eval(), example)) <= tolerance
 
 
 @pytest.mark.parametrize("name", mostly_slow(WHOLE, "compiled block", "holds a lock", "inference mode"))
 def test_a_wrapped_model_is_cut(name: str) -> None:
     model = WHOLE[name]()
-    kinds = [unit.kind for unit in upop.survey(model, given()).units]
+    kinds = [group.kind for group in upop.find_prunable(model, given()).groups]
     assert sorted(kinds) == ["attention"] * 2 + ["mlp"] * (1 if name == "one module twice" else 2)
     check_cut(model, given(), copies=(WHOLE[name](), WHOLE[name]()) if name == "holds a lock" else None)
 
@@ -48,10 +48,10 @@ def test_a_wrapped_model_is_cut(name: str) -> None:
 def test_what_is_in_the_way_is_named(name: str) -> None:
     build, reason = BARRED[name]
     model = build()
-    found = upop.survey(model, given())
+    found = upop.find_prunable(model, given())
     assert any(reason in each.reason for each in found.skipped), found.skipped
-    assert len(found.units) < 4
-    if found.units and name != "hooks of Accelerate":
+    assert len(found.groups) < 4
+    if found.groups and name != "hooks of Accelerate":
         check_cut(model, given(), copies=(build(), build()))
 
 
@@ -60,26 +60,26 @@ def test_adapters_are_no_mlps(state: str) -> None:
     from pruning.wrapped import adapted
 
     model = adapted(state)
-    units = upop.survey(model, given()).units
-    assert all("lora" not in unit.name for unit in units)
+    groups = upop.find_prunable(model, given()).groups
+    assert all("lora" not in group.name for group in groups)
     check_cut(model, given())
 
 
 def test_lazy_layers_are_to_be_called_first() -> None:
     with pytest.raises(LayoutError, match="lazy layer"):
-        upop.survey(with_mlp(Lazy()), given())
+        upop.find_prunable(with_mlp(Lazy()), given())
 
 
 def test_torchscript_as_a_whole_is_refused() -> None:
     with pytest.raises(LayoutError, match="TorchScript"):
-        upop.survey(torch.jit.trace(net().eval(), given()), given())
+        upop.find_prunable(torch.jit.trace(net().eval(), given()), given())
 
 
 def test_weights_of_inference_mode_are_not_trained() -> None:
     model = WHOLE["inference mode"]()
     with pytest.raises(LayoutError, match="inference_mode"):
         upop.Pruner(model, 0.5, 2, 1, example=given())
-    assert upop.Pruner(copy.deepcopy(model), 0.5, 2, 1, example=given()).units
+    assert upop.Pruner(copy.deepcopy(model), 0.5, 2, 1, example=given()).groups
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float16, 5e-3), (torch.bfloat16, 4e-2)])
@@ -92,7 +92,7 @@ def test_batch_norms_and_the_order_in_memory(training: bool) -> None:
     model = Convolutional().to(memory_format=torch.channels_last).train(training)
     pixels = torch.randn(2, 3, 16, 16).to(memory_format=torch.channels_last)
     running = copy.deepcopy(model.norms[0].state_dict())
-    assert sorted(unit.kind for unit in upop.survey(model, pixels).units) == ["attention", "mlp", "mlp"]
+    assert sorted(group.kind for group in upop.find_prunable(model, pixels).groups) == ["attention", "mlp", "mlp"]
     assert model.training is training
     assert all(torch.equal(value, running[name]) for name, value in model.norms[0].state_dict().items())
     check_cut(model, pixels)
@@ -109,7 +109,7 @@ def process(tmp_path: Path) -> Iterator[None]:
 @pytest.mark.usefixtures("process")
 def test_a_model_under_ddp() -> None:
     model = nn.parallel.DistributedDataParallel(net())
-    assert len(upop.survey(model, given()).units) == 4
+    assert len(upop.find_prunable(model, given()).groups) == 4
     check_cut(model, given(), copies=(nn.parallel.DistributedDataParallel(net()), net()))
 
 
@@ -124,7 +124,7 @@ def test_a_model_that_fully_shard_was_called_on() -> None:
     fully_shard(model, mesh=mesh)
     kinds = [type(module) for module in model.modules()]
     pruner = upop.Pruner(model, 0.5, 2, 1, example=given())
-    assert len(pruner.units) == 4
+    assert len(pruner.groups) == 4
     optimizer = torch.optim.SGD(model.parameters(), 0.01)
     for _ in range(2):
         optimizer.zero_grad()
@@ -132,7 +132,7 @@ def test_a_model_that_fully_shard_was_called_on() -> None:
         pruner.step()
         optimizer.step()
     assert len(kinds) == len(list(model.modules()))
-    whole = upop.gather(model)
+    whole = upop.full_copy(model)
     pruner.move_to(whole)
     pruner.shrink(verify=given())
     assert upop.count_parameters(whole) < upop.count_parameters(Net())

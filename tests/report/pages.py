@@ -106,20 +106,20 @@ def results(name: str = "UPop 2x", **changes: Any) -> Results:
 
 
 def layout(layers: int = 3) -> dict[str, Any]:
-    """What upop.json says of the units of a compressed model of two modalities."""
-    units: dict[str, Any] = {}
+    """What upop.json says of the groups of a compressed model of two modalities."""
+    groups: dict[str, Any] = {}
     for layer in range(layers):
         for tower, modality in (("visual", "vision"), ("words", "text")):
             for kind, size in (("attention", 32), ("mlp", 96)):
                 kept = 1 + (7 * layer + size // 3) % size
-                units[f"{tower}.blocks.{layer}.{kind}"] = {
+                groups[f"{tower}.blocks.{layer}.{kind}"] = {
                     "kind": kind,
                     "modality": modality,
                     "heads": None,
                     "entries": kept,
                     "of": size,
                 }
-    return units
+    return groups
 
 
 def rows(steps: int = 60) -> list[dict[str, Any]]:
@@ -156,13 +156,13 @@ def write_run(folder: Path, found: Results | None = None, *, example: Example | 
     (found or results()).write_json(folder / "results.json")
     (folder / "examples").mkdir()
     album = Album(folder / "examples")
-    picture = album.add(Image.new("RGB", (40, 30), "#3366cc"), "3-0")
+    image = album.add(Image.new("RGB", (40, 30), "#3366cc"), "3-0")
     model = (found or results()).models[-1].name
     shown = example or Example(
-        pictures=(picture,),
+        images=(image,),
         prompt="is it blue?",
         truth=Answer(text="yes", note="9 of 10 people"),
         answers={"dense": Answer(text="yes", right=True), model: Answer(text="no", right=False)},
     )
-    Examples(split="test", about="1 of the 7 records of the test split.", records=(shown,)).write(folder / "examples")
+    Examples(split="test", about="1 of the 7 samples of the test split.", samples=(shown,)).write(folder / "examples")
     return folder

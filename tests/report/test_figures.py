@@ -12,15 +12,17 @@ from matplotlib.axes import Axes
 from PIL import Image
 
 from upop.errors import RunFolderError, SettingError
-from upop.report import UnitShare, history_figure, kept_share_figure, save_figure
+from upop.report import GroupShare, history_figure, kept_share_figure, save_figure
 
 
-def shares(layers: int) -> list[UnitShare]:
+def shares(layers: int) -> list[GroupShare]:
     made = []
     for layer in range(layers):
-        made.append(UnitShare(f"visual.blocks.{layer}.attn", "vision", "attention", 64, 16))
-        made.append(UnitShare(f"visual.blocks.{layer}.mlp", "vision", "mlp", 192, 192))
-    return made + [UnitShare(f"text.layer.{layer}.self", "text", "attention", 64, 1 + 31 * layer) for layer in range(2)]
+        made.append(GroupShare(f"visual.blocks.{layer}.attn", "vision", "attention", 64, 16))
+        made.append(GroupShare(f"visual.blocks.{layer}.mlp", "vision", "mlp", 192, 192))
+    return made + [
+        GroupShare(f"text.layer.{layer}.self", "text", "attention", 64, 1 + 31 * layer) for layer in range(2)
+    ]
 
 
 def texts(axes: Axes) -> list[str]:
@@ -66,8 +68,8 @@ def test_titles_give_the_share_kept_of_modality_and_structure() -> None:
     ]
     assert figure.get_suptitle() == "Half the size"
     assert [block.get_suptitle() for block in figure.subfigs] == [
-        "Vision: 81% of 768 entries kept",
-        "Text: 26% of 128 entries kept",
+        "Vision: 81% of 768 channels kept",
+        "Text: 26% of 128 channels kept",
     ]
 
 
@@ -103,7 +105,7 @@ def test_history_reads_the_metric_it_is_told() -> None:
 
 
 def test_nothing_to_draw_is_refused() -> None:
-    with pytest.raises(SettingError, match="no unit"):
+    with pytest.raises(SettingError, match="no group"):
         kept_share_figure([])
     with pytest.raises(SettingError, match="'spice' nor 'loss'"):
         history_figure([{"phase": "search", "step": 0, "accuracy": 1.0}], metric="spice")
@@ -116,10 +118,10 @@ def test_figures_are_written_at_150_dpi_on_white_without_touching_the_backend(ma
     save_figure(figure, tmp_path / "figure.png")
     assert mpl.rcParams._get_backend_or_none() == before
     assert [path.name for path in tmp_path.iterdir()] == ["figure.png"]
-    with Image.open(tmp_path / "figure.png") as picture:
-        assert picture.size == pytest.approx([150 * inches for inches in figure.get_size_inches()], abs=1)
-        assert picture.convert("RGB").getpixel((1, picture.height - 2)) == (255, 255, 255)
-        assert len(picture.convert("RGB").getcolors(1 << 20) or []) > 20
+    with Image.open(tmp_path / "figure.png") as image:
+        assert image.size == pytest.approx([150 * inches for inches in figure.get_size_inches()], abs=1)
+        assert image.convert("RGB").getpixel((1, image.height - 2)) == (255, 255, 255)
+        assert len(image.convert("RGB").getcolors(1 << 20) or []) > 20
 
 
 def test_a_figure_that_cannot_be_written_leaves_the_old_file_and_nothing_beside_it(tmp_path: Path) -> None:
@@ -134,7 +136,7 @@ def test_a_figure_that_cannot_be_written_leaves_the_old_file_and_nothing_beside_
 
 @pytest.mark.parametrize("odd", ["$x_$", "a $\\frac$ b", "\x1b[31m \u202e", "100 % _", "{}"])
 def test_names_are_no_formulas(tmp_path: Path, odd: str) -> None:
-    shares = [UnitShare(f"{odd}.{layer}.mlp", odd, "mlp", 8, 4) for layer in range(2)]
+    shares = [GroupShare(f"{odd}.{layer}.mlp", odd, "mlp", 8, 4) for layer in range(2)]
     save_figure(kept_share_figure(shares, odd), tmp_path / "kept.png")
     found = [{"phase": odd, "step": step, "split": odd, odd: 50.0} for step in (1, 2)]
     save_figure(history_figure(found, metric=odd, title=odd), tmp_path / "history.png")

@@ -24,21 +24,21 @@ def test_parts_add_up_to_the_whole(name: str) -> None:
     found = inspect_model(model, inputs)
     assert found.parameters == upop.count_parameters(model)
     assert found.macs == upop.count_macs(model, inputs)
-    units = upop.find_units(model)
-    assert sum(len(panel.layers) for panel in found.panels) == len(units)
+    groups = upop.find_groups(model)
+    assert sum(len(panel.layers) for panel in found.panels) == len(groups)
     held = {part.modality: part for part in found.parts}
-    for unit in units:
-        assert held[unit.modality].prunable >= found.unit_parameters[unit.name]
+    for group in groups:
+        assert held[group.modality].prunable >= found.group_parameters[group.name]
     assert all(part.prunable <= part.parameters for part in found.parts)
-    assert sum(part.prunable for part in found.parts) == sum(found.unit_parameters.values())
+    assert sum(part.prunable for part in found.parts) == sum(found.group_parameters.values())
 
 
-def test_weights_between_two_units_are_counted_once() -> None:
+def test_weights_between_two_groups_are_counted_once() -> None:
     model = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 8))
     found = inspect_model(model)
-    assert len(found.unit_parameters) == 2
+    assert len(found.group_parameters) == 2
     assert sum(part.prunable for part in found.parts) == upop.count_parameters(model) - 8  # the last bias stays
-    assert sum(found.unit_parameters.values()) == upop.count_parameters(model) - 8 + 32 * 32
+    assert sum(found.group_parameters.values()) == upop.count_parameters(model) - 8 + 32 * 32
 
 
 def test_towers_are_told_apart() -> None:
@@ -64,18 +64,18 @@ def test_a_budget_takes_its_share_and_leaves_the_model_alone(ratio: float) -> No
     assert share == pytest.approx(ratio, abs=0.03)
     assert after.macs is not None and before.macs is not None and after.macs < before.macs
     assert inspect_model(model, inputs) == before
-    assert {unit.size for panel in after.panels for unit in panel.layers} == {
-        unit.size for panel in before.panels for unit in panel.layers
+    assert {group.size for panel in after.panels for group in panel.layers} == {
+        group.size for panel in before.panels for group in panel.layers
     }
 
 
-def test_sizes_are_aligned_where_units_are_large_enough() -> None:
+def test_sizes_are_aligned_where_groups_are_large_enough() -> None:
     model = BY_NAME["nlvr"].build(torch.float32)
-    _, plan = after_budget(model, Goal(0.4, None), align=8)
+    _, plan = after_budget(model, Goal(0.4, None), round_to=8)
     assert {len(kept) % 8 for name, kept in plan.items() if plan.sizes[name] > 8} == {0}
-    for ratio, align, message in ((1.0, 1, "strictly between"), (0.5, 0, "align must be")):
+    for ratio, round_to, message in ((1.0, 1, "strictly between"), (0.5, 0, "round_to must be")):
         with pytest.raises(SettingError, match=message):
-            after_budget(model, Goal(ratio, None), align)
+            after_budget(model, Goal(ratio, None), round_to)
 
 
 def test_a_target_for_the_whole_model_is_previewed_as_it_will_be() -> None:

@@ -50,21 +50,21 @@ def page_notes(page: Page) -> list[str]:
     return [attributes["class"] or "" for attributes in page.named("ul") if "notes" in (attributes["class"] or "")]
 
 
-def test_a_cell_per_unit_says_what_it_keeps(tmp_path: Path) -> None:
+def test_a_cell_per_group_says_what_it_keeps(tmp_path: Path) -> None:
     page = page_of(write_run(tmp_path / "run"))
     cells = [attributes for attributes in page.named("td") if "--kept" in (attributes.get("style") or "")]
     assert len(cells) == len(layout())
-    for name, unit in layout().items():
+    for name, group in layout().items():
         (cell,) = (cell for cell in cells if f"({name})" in (cell["title"] or ""))
-        assert f"keeps {unit['entries']} of {unit['of']} " in (cell["title"] or "")
-        assert cell["style"] == f"--kept: {100 * unit['entries'] / unit['of']:.0f}%"
+        assert f"keeps {group['entries']} of {group['of']} " in (cell["title"] or "")
+        assert cell["style"] == f"--kept: {100 * group['entries'] / group['of']:.0f}%"
     shares = {
-        modality: sum(unit["entries"] for unit in layout().values() if unit["modality"] == modality)
-        / sum(unit["of"] for unit in layout().values() if unit["modality"] == modality)
+        modality: sum(group["entries"] for group in layout().values() if group["modality"] == modality)
+        / sum(group["of"] for group in layout().values() if group["modality"] == modality)
         for modality in ("vision", "text")
     }
     for modality, share in shares.items():
-        assert f"{modality} keeps {100 * share:.0f} % of 384 entries" in page.text
+        assert f"{modality} keeps {100 * share:.0f} % of 384 channels" in page.text
 
 
 def test_curves_settings_versions_examples_and_the_command_are_there(tmp_path: Path) -> None:
@@ -88,7 +88,7 @@ def test_curves_settings_versions_examples_and_the_command_are_there(tmp_path: P
 
 def test_texts_from_elsewhere_are_texts(tmp_path: Path) -> None:
     example = Example(
-        pictures=("3-0.png",),
+        images=("3-0.png",),
         prompt=HOSTILE,
         truth=Answer(text=HOSTILE, note=HOSTILE),
         answers={HOSTILE: Answer(text=HOSTILE, right=False)},
@@ -96,7 +96,7 @@ def test_texts_from_elsewhere_are_texts(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "<b>run", results(name=HOSTILE), example=example, pretrained=HOSTILE)
     versions = json.loads((folder / "versions.json").read_text())
     (folder / "versions.json").write_text(json.dumps({**versions, "command": HOSTILE, "task": HOSTILE}))
-    named = {name.replace("visual", "<i>visual"): unit for name, unit in layout().items()}
+    named = {name.replace("visual", "<i>visual"): group for name, group in layout().items()}
     (folder / "best" / "upop.json").write_text(json.dumps({"layout": named}))
     odd = [{**row, "phase": HOSTILE} for row in rows()]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in odd))
@@ -150,14 +150,14 @@ def test_a_run_that_can_go_on_says_so(tmp_path: Path) -> None:
     assert "goes on with it, with --resume" in page_of(folder).text
 
 
-def test_a_row_that_is_being_written_and_a_missing_picture_do_no_harm(tmp_path: Path) -> None:
+def test_a_row_that_is_being_written_and_a_missing_image_do_no_harm(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run")
     with (folder / "metrics.jsonl").open("a") as file:
         file.write('{"phase": "retrain", "step": 12')
     (folder / "examples" / "3-0.png").unlink()
     page = page_of(folder)
     assert "metrics.jsonl has lines that cannot be read, and are left out: 1." in page.text
-    assert "3-0.png is missing or no picture" in page.text
+    assert "3-0.png is missing or no image" in page.text
 
 
 def test_other_files_of_the_machine_are_not_shown(tmp_path: Path) -> None:
@@ -291,7 +291,7 @@ def test_several_runs_are_put_side_by_side(tmp_path: Path) -> None:
     plots = [attributes["aria-label"] or "" for attributes in page.named("div") if attributes.get("role") == "img"]
     assert "test accuracy (%) over parameters (M)" in plots[0]
     assert "a/2x: from 81.2 to 83.1" in plots[0]
-    # Records that all runs show come once, with the answers of all.
+    # Samples that all runs show come once, with the answers of all.
     assert page.text.count("is it blue?") == 1
     assert "magnitude 2x no ✗ wrong" in page.text
 
@@ -359,15 +359,15 @@ def test_what_is_no_letter_is_written_out(tmp_path: Path) -> None:
     assert WRITTEN in run_page(read_run(folder))  # of the settings, and of the phases
 
 
-def test_a_picture_that_is_a_link_or_a_pipe_is_not_shown(tmp_path: Path) -> None:
+def test_a_image_that_is_a_link_or_a_pipe_is_not_shown(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run")
     place = folder / "examples" / "3-0.png"
     elsewhere = place.rename(tmp_path / "mine.png")
     place.symlink_to(elsewhere)
-    assert "3-0.png is missing or no picture" in page_of(folder).text
+    assert "3-0.png is missing or no image" in page_of(folder).text
     place.unlink()
     os.mkfifo(place)
-    assert "3-0.png is missing or no picture" in page_of(folder).text
+    assert "3-0.png is missing or no image" in page_of(folder).text
 
 
 def timed(name: str, dense: float, small: float, **changes: Any) -> Results:

@@ -1,15 +1,15 @@
-"""Which units go into which row of bars, and under what title."""
+"""Which groups go into which row of bars, and under what title."""
 
 from __future__ import annotations
 
 import pytest
 
-from upop.pruning import Plan, Unit
-from upop.report.shares import UnitShare, kept_share, panels
+from upop.pruning import Group, Plan
+from upop.report.shares import GroupShare, kept_share, panels
 
 
-def unit(name: str, kind: str, modality: str, size: int = 8) -> Unit:
-    return Unit(name, kind, modality, size, heads=1, slices=())  # type: ignore[arg-type]
+def group(name: str, kind: str, modality: str, size: int = 8) -> Group:
+    return Group(name, kind, modality, size, heads=1, slices=())  # type: ignore[arg-type]
 
 
 def nlvr_names(depth: int) -> list[tuple[str, str, str]]:
@@ -25,9 +25,9 @@ def nlvr_names(depth: int) -> list[tuple[str, str, str]]:
     return names
 
 
-def test_a_share_counts_what_the_plan_keeps_and_a_unit_not_named_keeps_all() -> None:
-    units = [unit("blocks.0.attn", "attention", "vision"), unit("blocks.0.mlp", "mlp", "vision", 40)]
-    shares = UnitShare.of(units, Plan.of(units, {"blocks.0.attn": [1, 5]}))
+def test_a_share_counts_what_the_plan_keeps_and_a_group_not_named_keeps_all() -> None:
+    groups = [group("blocks.0.attn", "attention", "vision"), group("blocks.0.mlp", "mlp", "vision", 40)]
+    shares = GroupShare.of(groups, Plan.of(groups, {"blocks.0.attn": [1, 5]}))
     assert [(share.name, share.size, share.kept) for share in shares] == [
         ("blocks.0.attn", 8, 2),
         ("blocks.0.mlp", 40, 40),
@@ -39,7 +39,7 @@ def test_a_share_counts_what_the_plan_keeps_and_a_unit_not_named_keeps_all() -> 
 
 @pytest.mark.parametrize("depth", [1, 3, 12])
 def test_twin_cross_attentions_have_a_panel_each_with_all_their_layers(depth: int) -> None:
-    found = panels(UnitShare.of([unit(*row) for row in nlvr_names(depth)], {}))
+    found = panels(GroupShare.of([group(*row) for row in nlvr_names(depth)], {}))
     assert [(panel.modality, panel.title) for panel in found] == [
         ("vision", "Attention"),
         ("vision", "MLP"),
@@ -56,14 +56,14 @@ def test_twin_cross_attentions_have_a_panel_each_with_all_their_layers(depth: in
 
 def test_towers_of_one_modality_are_told_apart_by_name() -> None:
     names = [f"{tower}.blocks.{layer}.mlp" for tower in ("encoder", "mask_decoder") for layer in range(2)]
-    found = panels(UnitShare.of([unit(name, "mlp", "vision") for name in names], {}))
+    found = panels(GroupShare.of([group(name, "mlp", "vision") for name in names], {}))
     assert [panel.title for panel in found] == ["MLP (encoder)", "MLP (mask decoder)"]
 
 
-def test_vision_comes_first_whatever_the_order_of_the_units() -> None:
-    units = [
-        unit("a.0.mlp", "mlp", "other"),
-        unit("b.0.mlp", "mlp", "text"),
-        unit("c.0.mlp", "mlp", "vision"),
+def test_vision_comes_first_whatever_the_order_of_the_groups() -> None:
+    groups = [
+        group("a.0.mlp", "mlp", "other"),
+        group("b.0.mlp", "mlp", "text"),
+        group("c.0.mlp", "mlp", "vision"),
     ]
-    assert [panel.modality for panel in panels(UnitShare.of(units, {}))] == ["vision", "text", "other"]
+    assert [panel.modality for panel in panels(GroupShare.of(groups, {}))] == ["vision", "text", "other"]

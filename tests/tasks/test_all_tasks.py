@@ -22,12 +22,12 @@ from upop.checkpoints.convert import write_model
 from upop.errors import CheckpointError
 from upop.examples import Examples
 from upop.ownership import MARKER
-from upop.pruning import Plan, find_units
+from upop.pruning import Plan, find_groups
 from upop.report.page import comparison_page, run_page
 from upop.report.run import read_run
+from upop.runs.verbs import compress, evaluate_checkpoint, train
 from upop.settings import RunSettings, read_settings
 from upop.tasks import find_task
-from upop.tasks.verbs import compress, evaluate_checkpoint, train
 
 
 class Runs:
@@ -86,7 +86,7 @@ def test_the_search_masks_half_of_the_cost_and_the_cut_takes_it_away(done: Runs)
     assert small["parameters"] < dense["parameters"]
     assert small["gmacs"] < dense["gmacs"]
     plan = Plan.from_json((done.folder / "2x" / "plan.json").read_text())
-    kept = {unit.name: unit.size for unit in find_units(upop.load(done.best))}
+    kept = {group.name: group.size for group in find_groups(upop.load(done.best))}
     assert kept == {name: len(entries) for name, entries in plan.items()}
 
 
@@ -102,8 +102,8 @@ def test_a_checkpoint_is_evaluated_elsewhere_with_the_data_alone(
     done: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """How its inputs are prepared is in its folder, its tokenizer too."""
-    told = yaml.safe_load(done.config.read_text())
-    data = {name: value for name, value in told.items() if name.endswith(("_root", "_path", "_file", "_files"))}
+    described = yaml.safe_load(done.config.read_text())
+    data = {name: value for name, value in described.items() if name.endswith(("_root", "_path", "_file", "_files"))}
     copy = shutil.copytree(done.best, tmp_path / "model")
     monkeypatch.chdir(tmp_path)
     settings = read_settings(
@@ -153,19 +153,19 @@ def test_the_compressed_model_is_an_ordinary_one(done: Runs) -> None:
 def test_examples_show_what_the_models_answer(done: Runs) -> None:
     folder = done.folder / "2x" / "examples"
     examples = Examples.read(folder)
-    assert len(examples.records) == 8
+    assert len(examples.samples) == 8
     compressed = results(done.folder / "2x")[1]
-    told = compressed["metrics"]
-    assert told[examples.split], "a split with true answers is taken where there is one"
+    described = compressed["metrics"]
+    assert described[examples.split], "a split with true answers is taken where there is one"
     used = {"examples.json"}
-    for record in examples.records:
-        assert set(record.answers) == {"dense", compressed["name"]}
-        assert record.truth is not None
-        assert record.pictures or record.prompt
-        for answer in (record.truth, *record.answers.values()):
-            assert answer.text is not None or answer.pictures
-            used |= set(answer.pictures)
-        used |= set(record.pictures)
+    for sample in examples.samples:
+        assert set(sample.answers) == {"dense", compressed["name"]}
+        assert sample.truth is not None
+        assert sample.images or sample.prompt
+        for answer in (sample.truth, *sample.answers.values()):
+            assert answer.text is not None or answer.images
+            used |= set(answer.images)
+        used |= set(sample.images)
     assert used == {path.name for path in folder.iterdir()} - {MARKER}
 
 

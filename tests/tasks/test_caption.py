@@ -18,15 +18,15 @@ import upop
 from together import run_script
 from upop.checkpoints.official import save_official
 from upop.errors import CheckpointError, SettingError
+from upop.metrics import captions as scores
+from upop.metrics.captions import caption_scores, deciding_metric
 from upop.models.caption import BlipCaption, CaptionConfig
+from upop.runs.loaders import first_samples, make_loader
+from upop.runs.verbs import compress, evaluate_checkpoint, train
 from upop.settings import read_settings
-from upop.tasks import caption_scores as scores
 from upop.tasks import find_task
 from upop.tasks.blip import blip_tokenizer
 from upop.tasks.caption import CaptionSettings, CaptionTask
-from upop.tasks.caption_scores import caption_scores, deciding_metric
-from upop.tasks.verbs import compress, evaluate_checkpoint, train
-from upop.training.loaders import first_records, make_loader
 
 ROOT = Path(__file__).parents[2]
 TASK = find_task("caption")
@@ -44,14 +44,14 @@ def _without_the_extra() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _told_again() -> None:
-    scores._say.cache_clear()
+    scores._notify.cache_clear()
 
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """64 captions to train on, 21 pictures a split, a dense model with random weights, and the settings for all."""
+    """64 captions to train on, 21 images a split, a dense model with random weights, and the settings for all."""
     folder = tmp_path_factory.mktemp("caption")
-    # Batches of 8 do not divide 21 pictures.
+    # Batches of 8 do not divide 21 images.
     path = runs.make_task("caption", folder, batch_size_test=8, max_epoch=2, epochs_search=1)
     for split in ("val", "test"):
         file = folder / "data" / "annotation" / f"coco_karpathy_{split}.json"
@@ -102,7 +102,7 @@ def test_empty_captions_score_nothing() -> None:
 
 def test_exact_captions_tell_all_and_nothing_false() -> None:
     scene = ["a small red circle at the top and a large blue square at the bottom", "a red circle and a blue square"]
-    told = {
+    described = {
         "a red circle above a blue square": 100,
         "there is a blue square and a red circle": 100,
         "a red circle": 0,
@@ -111,7 +111,7 @@ def test_exact_captions_tell_all_and_nothing_false() -> None:
         "a a red": 0,
         "": 0,
     }
-    for text, share in told.items():
+    for text, share in described.items():
         assert caption_scores({1: text}, {1: scene})["exact"] == share, text
     both = caption_scores({1: "a red circle and a blue square", 2: "a red circle"}, {1: scene, 2: scene})
     assert both["exact"] == 50
@@ -236,9 +236,9 @@ def test_the_published_script_over_two_processes_writes_the_same_captions(
 def test_training_from_nothing_learns_and_keeps_the_best_epoch(
     config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    told = iter([2.0, 1.0])  # of the two epochs
+    described = iter([2.0, 1.0])  # of the two epochs
     score = CaptionTask.score
-    monkeypatch.setattr(CaptionTask, "score", lambda *args: {**score(*args), "bleu4": next(told, 0.0)})
+    monkeypatch.setattr(CaptionTask, "score", lambda *args: {**score(*args), "bleu4": next(described, 0.0)})
     train(TASK, settings_of(config, pretrained=None, init_scale=5.0, init_lr=1e-2, output_dir=tmp_path))
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     losses = [row["loss"] for row in rows if "loss" in row]
@@ -266,8 +266,8 @@ def test_variants_run_through(config: Path, tmp_path: Path, changes: dict[str, A
 def test_without_captions_to_compare_with_captions_are_written_all_the_same(config: Path, tmp_path: Path) -> None:
     settings = settings_of(config)
     for split in ("val", "test"):
-        records = json.loads((settings.ann_root / f"coco_karpathy_{split}.json").read_text())
-        bare = [{"image": record["image"]} for record in records[:6]]
+        samples = json.loads((settings.ann_root / f"coco_karpathy_{split}.json").read_text())
+        bare = [{"image": sample["image"]} for sample in samples[:6]]
         (tmp_path / f"coco_karpathy_{split}.json").write_text(json.dumps(bare))
     results = evaluate_checkpoint(
         TASK, settings_of(config, ann_root=tmp_path, coco_gt_root=tmp_path, output_dir=tmp_path / "run")
@@ -300,8 +300,8 @@ def test_captions_are_made_as_the_settings_say(config: Path, monkeypatch: pytest
     for changes in ({}, {"sample": True}, {"sample": True, "repetition_penalty": 1.0}, {"num_beams": 1, "top_p": 0.5}):
         settings = settings_of(config, **changes)
         model = TASK.load(Path(str(settings.pretrained)), settings)
-        found = TASK.predict(model, first_records(make_loader(TASK, settings, "val"), 3), settings)
-        assert found["words"].shape == (3, settings.max_length - 4)  # [DEC] a picture of
+        found = TASK.predict(model, first_samples(make_loader(TASK, settings, "val"), 3), settings)
+        assert found["words"].shape == (3, settings.max_length - 4)  # [DEC] an image of
     shared = {"max_length": 16, "min_length": 5}
     assert asked == [
         {**shared, "num_beams": 3, "sample": False, "top_p": 0.9, "repetition_penalty": 1.0},
@@ -314,14 +314,14 @@ def test_captions_are_made_as_the_settings_say(config: Path, monkeypatch: pytest
 def test_captions_are_known_words(config: Path) -> None:
     """What `score` gets from tokens of the given captions is a perfect score."""
     settings = settings_of(config)
-    records = TASK.dataset(settings, "val")
+    samples = TASK.dataset(settings, "val")
     tokenizer = blip_tokenizer(settings.tokenizer)
-    texts = [captions[0].lower() for captions in records.references.values()]
+    texts = [captions[0].lower() for captions in samples.references.values()]
     words = tokenizer(texts, add_special_tokens=False, padding=True, return_tensors="pt")["input_ids"]
-    predictions = {"image_ids": torch.tensor(list(records.references)), "words": words}
-    found = TASK.score(predictions, records, settings)
+    predictions = {"image_ids": torch.tensor(list(samples.references)), "words": words}
+    found = TASK.score(predictions, samples, settings)
     assert list(found.values()) == pytest.approx([100] * 6, rel=1e-5)
-    rows = TASK.files(predictions, records, settings, "val")["caption_val.json"]
+    rows = TASK.files(predictions, samples, settings, "val")["caption_val.json"]
     assert [row["caption"].replace(" ,", ",") for row in rows] == texts
 
 

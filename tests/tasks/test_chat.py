@@ -16,11 +16,11 @@ import vlms
 from upop.cli import main
 from upop.errors import SettingError, UPopError
 from upop.examples import Examples
+from upop.runs.verbs import compress, evaluate_checkpoint
 from upop.tasks import find_task
 from upop.tasks.answer_scores import anls, answer_scores
 from upop.tasks.chat import ChatSettings, chat_format
 from upop.tasks.prune import prune, task_for, towers
-from upop.tasks.verbs import compress, evaluate_checkpoint
 
 COLOURS = ("red", "green", "blue")
 
@@ -32,16 +32,16 @@ def forget_processors() -> None:
 
 def rows(folder: Path, *, images: bool, count: int = 12) -> Path:
     folder.mkdir(exist_ok=True)
-    told = []
+    described = []
     for number in range(count):
         colour = COLOURS[number % 3]
         row = {"question": "What colour is this?" if images else f"It is {colour} ?", "answer": colour}
         if images:
             Image.new("RGB", (32, 32), colour).save(folder / f"{number}.png")
             row["image"] = f"{number}.png"
-        told.append(row)
+        described.append(row)
     file = folder / "rows.jsonl"
-    file.write_text("".join(f"{json.dumps(row)}\n" for row in told))
+    file.write_text("".join(f"{json.dumps(row)}\n" for row in described))
     return file
 
 
@@ -57,8 +57,8 @@ def test_compress_load_and_evaluate(tmp_path: Path) -> None:
     dense, small = results.models
     assert small.parameters < dense.parameters
     assert {"token_acc", "perplexity", "exact_match", "anls"} <= small.metrics["val"].keys()
-    shown = Examples.read(tmp_path / "out" / "examples").records[0]
-    assert shown.pictures and shown.prompt == "What colour is this?" and shown.truth is not None
+    shown = Examples.read(tmp_path / "out" / "examples").samples[0]
+    assert shown.images and shown.prompt == "What colour is this?" and shown.truth is not None
     assert set(shown.answers) == {"dense", small.name}
     best = tmp_path / "out" / "best"
     one, other = upop.load(best), transformers.AutoModelForImageTextToText.from_pretrained(best)
@@ -168,7 +168,7 @@ def test_every_family_is_pruned_saved_loaded_and_writes_the_same(family: str, tm
 
 def test_towers_are_included_by_name(tmp_path: Path) -> None:
     model = upop.load(vlms.smolvlm(tmp_path / "model"))
-    modalities = {name: group.modality for group in upop.find_units(model) for name in [group.name]}
+    modalities = {name: group.modality for group in upop.find_groups(model) for name in [group.name]}
     for tower, modality in (("vision", "vision"), ("text", "text")):
         found = towers(model, [tower])
         assert found and {modalities[name] for name in found} == {modality}

@@ -19,14 +19,14 @@ import upop
 from upop.checkpoints import save_official
 from upop.cli import published_deit
 from upop.errors import CheckpointError, DataError, SettingError, UPopError
-from upop.pruning import Plan, find_units
+from upop.pruning import Plan, find_groups
 from upop.report.page import run_page
 from upop.report.run import read_run
+from upop.runs.loaders import first_samples, make_loader
+from upop.runs.verbs import compress, evaluate_checkpoint, train
 from upop.settings import read_settings
 from upop.tasks import find_task
 from upop.tasks.classification import ClassificationSettings
-from upop.tasks.verbs import compress, evaluate_checkpoint, train
-from upop.training.loaders import first_records, make_loader
 
 ROOT = Path(__file__).parents[2]
 TASK = find_task("classification")
@@ -40,7 +40,7 @@ def _one_thread() -> None:
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """64 pictures to train on, a dense model with random weights, and the settings for both."""
+    """64 images to train on, a dense model with random weights, and the settings for both."""
     return runs.make_task("classification", tmp_path_factory.mktemp("classification"))
 
 
@@ -63,21 +63,21 @@ def test_accuracy_is_that_of_the_likeliest_classes(config: Path, tmp_path: Path)
     results = evaluate_checkpoint(TASK, settings)
     assert results is not None
     assert set(results.models[0].metrics) == {"val", "test"}
-    records = make_loader(TASK, settings, "val").dataset
+    samples = make_loader(TASK, settings, "val").dataset
     model = upop.load(str(settings.pretrained))
     places = []
     with torch.no_grad():
-        for number in range(len(records)):
-            record = records[number]
-            order = model(record["image"].unsqueeze(0))[0].argsort(descending=True)
-            places.append(order.tolist().index(record["label"]))
+        for number in range(len(samples)):
+            sample = samples[number]
+            order = model(sample["image"].unsqueeze(0))[0].argsort(descending=True)
+            places.append(order.tolist().index(sample["label"]))
     found = results.models[0].metrics["val"]
     for cut in (1, 5):
         assert found[f"acc@{cut}"] == pytest.approx(100 * sum(place < cut for place in places) / len(places))
 
 
 @pytest.mark.parametrize("place", ["train", "val/run", "link"])
-def test_a_run_among_its_pictures_is_refused(place: str, config: Path, few: Path) -> None:
+def test_a_run_among_its_images_is_refused(place: str, config: Path, few: Path) -> None:
     (few / "link").symlink_to("train")
     before = sorted(few.rglob("*"))
     with pytest.raises(SettingError, match=r"output_dir=.* lies in .*few.*Choose another"):
@@ -143,7 +143,7 @@ def test_the_best_model_may_be_the_average_and_it_is_cut_by_the_same_plan(config
     assert results.models[1].metrics["val"]["acc@1"] == max(averages)
     plan = Plan.from_json((folder / "plan.json").read_text())
     for name in ("best", "last"):
-        kept = {unit.name: unit.size for unit in find_units(upop.load(folder / name))}
+        kept = {group.name: group.size for group in find_groups(upop.load(folder / name))}
         assert kept == {name: len(entries) for name, entries in plan.items()}
     searched = [row for row in runs.rows(folder) if row["phase"] == "search"]
     assert not any("average" in row for row in searched)  # it carries no masks
@@ -151,7 +151,7 @@ def test_the_best_model_may_be_the_average_and_it_is_cut_by_the_same_plan(config
 
 @pytest.mark.slow
 def test_workers_change_nothing(config: Path, tmp_path: Path) -> None:
-    """With augmented, repeated and mixed pictures, whose chance comes from three libraries."""
+    """With augmented, repeated and mixed images, whose chance comes from three libraries."""
     for workers in (0, 2):
         train(TASK, settings_of(config, output_dir=tmp_path / str(workers), num_workers=workers))
     losses = [[row["loss"] for row in runs.rows(tmp_path / name) if "loss" in row] for name in "02"]
@@ -160,11 +160,11 @@ def test_workers_change_nothing(config: Path, tmp_path: Path) -> None:
 
 def test_augmentation_can_be_left_out(config: Path) -> None:
     settings = settings_of(config, augment=False, repeats=1, **UNMIXED)
-    train_records, val_records = (make_loader(TASK, settings, split).dataset for split in ("train", "val"))
-    assert train_records.records.transform.transforms[0].size == val_records.records.transform.transforms[0].size
-    batch = first_records(make_loader(TASK, settings, "train"), 4)
+    train_samples, val_samples = (make_loader(TASK, settings, split).dataset for split in ("train", "val"))
+    assert train_samples.samples.transform.transforms[0].size == val_samples.samples.transform.transforms[0].size
+    batch = first_samples(make_loader(TASK, settings, "train"), 4)
     assert set(batch) == {"images", "labels"}
-    assert set(first_records(make_loader(TASK, settings_of(config), "train"), 4)) == {"images", "labels", "targets"}
+    assert set(first_samples(make_loader(TASK, settings_of(config), "train"), 4)) == {"images", "labels", "targets"}
 
 
 def test_weights_decay_but_for_biases_norms_and_positions(config: Path) -> None:
@@ -196,9 +196,7 @@ def test_a_head_for_other_classes_starts_afresh_and_this_is_said(
         evaluate_checkpoint(TASK, settings_of(config, output_dir=tmp_path / "e", **changes))
 
 
-def test_positions_follow_the_size_of_pictures(
-    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_positions_follow_the_size_of_images(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     results = compress(TASK, settings_of(config, image_size=48, drop_path=0.3, dropout=0.2, output_dir=tmp_path))
     assert results is not None
     assert "Positions are resized from 32 to 48 pixels" in " ".join(capsys.readouterr().out.split())
@@ -297,10 +295,10 @@ def test_mistakes_come_before_long_work(
 
 
 def test_a_small_set_that_is_one_odd_batch(config: Path, few: Path, tmp_path: Path) -> None:
-    pictures = sorted((few / "train").rglob("*.png"))
-    for path in pictures[: 1 - len(pictures) % 2]:
+    images = sorted((few / "train").rglob("*.png"))
+    for path in images[: 1 - len(images) % 2]:
         path.unlink()
-    with pytest.raises(SettingError, match="training pictures are one batch: mixup and cutmix take pictures in pairs"):
+    with pytest.raises(SettingError, match="training images are one batch: mixup and cutmix take images in pairs"):
         train(TASK, settings_of(config, data_path=few, output_dir=tmp_path))
     settings = settings_of(config, data_path=few, output_dir=tmp_path / "unmixed", **UNMIXED)
     assert train(TASK, settings) is not None

@@ -25,9 +25,9 @@ from upop.data.row_images import ImageGallery, LabelledImages
 from upop.data.rows import read_rows
 from upop.errors import CheckpointError, DataError, SettingError
 from upop.models.dual import contrast, embeddings, encoded, sigmoid_loss, taken
+from upop.runs.verbs import compress, evaluate_checkpoint, train
 from upop.settings import read_settings
 from upop.tasks import find_task
-from upop.tasks.verbs import compress, evaluate_checkpoint, train
 
 AUTOS = ("AutoModelForZeroShotImageClassification", "AutoModel")
 TASK = find_task("dual-encoder")
@@ -109,8 +109,8 @@ def test_the_loss_is_the_one_that_the_library_computes(kind: str, tmp_path: Path
 
 def test_the_sigmoid_loss_tells_every_pair_by_itself() -> None:
     logits = torch.tensor([[2.0, -1.0], [0.5, 3.0]])
-    told = -torch.tensor([2.0, 1.0, -0.5, 3.0]).sigmoid().log().sum() / 2
-    torch.testing.assert_close(sigmoid_loss(logits), told)
+    described = -torch.tensor([2.0, 1.0, -0.5, 3.0]).sigmoid().log().sum() / 2
+    torch.testing.assert_close(sigmoid_loss(logits), described)
 
 
 def test_recall_counts_several_captions_of_an_image_as_by_hand() -> None:
@@ -169,7 +169,7 @@ def test_images_with_labels_are_told_apart_by_sentences_of_their_classes(siglip:
 
 
 def test_the_command_names_file_and_row_of_what_is_wrong_before_any_work(siglip: Path, tmp_path: Path) -> None:
-    (tmp_path / "rows.jsonl").write_text('{"picture": "0.png", "words": "a red circle"}\n')
+    (tmp_path / "rows.jsonl").write_text('{"image": "0.png", "words": "a red circle"}\n')
     flags = ["compress", "dual-encoder", "--model", str(siglip), "--data", str(tmp_path / "rows.jsonl")]
     done = CliRunner().invoke(app.app, [*flags, "--output-dir", str(tmp_path / "out")])
     assert isinstance(done.exception, DataError)

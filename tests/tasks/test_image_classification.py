@@ -15,9 +15,9 @@ import tiny_dual
 import upop
 from tiers import mostly_slow
 from upop.errors import CheckpointError, DataError
+from upop.runs.verbs import compress, evaluate_checkpoint, train
 from upop.settings import read_settings
 from upop.tasks import find_task
-from upop.tasks.verbs import compress, evaluate_checkpoint, train
 
 TASK = find_task("image-classification")
 _TINY = tiny_dual.IMAGES

@@ -1,4 +1,4 @@
-"""How pictures and texts are prepared comes from the checkpoint or its folder, whoever wrote it, unless it is given."""
+"""How images and texts are prepared comes from the checkpoint or its folder, whoever wrote it, unless it is given."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from upop.checkpoints import save_official
 from upop.data.clip_tokenizer import load_clip_tokenizer
 from upop.data.transforms import eval_transform
 from upop.errors import CheckpointError, SettingError, UPopError
-from upop.preparation import Pictures
+from upop.preparation import Images
+from upop.runs.inputs import resolved
+from upop.runs.verbs import evaluate_checkpoint, train
 from upop.settings import RunSettings, read_settings
 from upop.tasks import find_task
-from upop.tasks.inputs import resolved
-from upop.tasks.verbs import evaluate_checkpoint, train
 
 WORDS = ["a", "b", "c", "r", "e", "d", "a</w>", "b</w>", "c</w>", "d</w>", "re", "red</w>"]
 TOWER = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}
@@ -63,8 +63,8 @@ def clip_folder(folder: Path, *, processor: dict[str, Any] | None, side: int = 3
     if processor is None:
         byte_pairs().save_pretrained(folder)
     else:
-        pictures = transformers.CLIPImageProcessor(**processor)
-        transformers.CLIPProcessor(pictures, byte_pairs()).save_pretrained(folder)
+        images = transformers.CLIPImageProcessor(**processor)
+        transformers.CLIPProcessor(images, byte_pairs()).save_pretrained(folder)
     assert not (folder / "vocab.json").exists()
     return folder
 
@@ -79,7 +79,7 @@ def resolve(task: str, path: Path, **given: Any) -> tuple[Any, list[str]]:
 
 @pytest.fixture(scope="module")
 def retrieval(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Where the generated pictures and captions are."""
+    """Where the generated images and captions are."""
     data = runs._copied("retrieval", tmp_path_factory.mktemp("data") / "data")
     roots = {name: value for name, value in data.settings.items() if name.endswith("_root")}
     return {**roots, "device": "cpu", "num_workers": 0, "batch_size_test": 16, "examples": 0}
@@ -102,9 +102,9 @@ def test_a_small_clip_of_transformers_is_evaluated_as_its_folder_says(
     assert (found.image_size, found.mean, found.std, found.interpolation) == (32, MEAN, STD, "bilinear")
     assert (found.resize, found.crop_ratio, found.tokenizer) == ("crop", 0.8, str(folder))
     library = transformers.AutoProcessor.from_pretrained(folder, local_files_only=True)
-    picture = Image.effect_noise((60, 48), 90).convert("RGB")
-    theirs = library.image_processor(picture, return_tensors="pt")["pixel_values"][0]
-    ours = eval_transform(found.image_size, found.pictures)(picture)
+    image = Image.effect_noise((60, 48), 90).convert("RGB")
+    theirs = library.image_processor(image, return_tensors="pt")["pixel_values"][0]
+    ours = eval_transform(found.image_size, found.images)(image)
     torch.testing.assert_close(ours, theirs, atol=0.05, rtol=0)
     texts = ["a red b", "c"]
     ids = task.collate(found).tokenize(texts)["input_ids"]
@@ -123,10 +123,10 @@ def test_what_is_given_beats_what_the_checkpoint_says_and_is_told(tmp_path: Path
     folder = clip_folder(tmp_path / "clip", processor={"size": {"shortest_edge": 32}, "crop_size": 32})
     found, notes = resolve("retrieval-clip", folder, image_size=48, resize="squash", tokenizer=str(folder))
     assert (found.image_size, found.resize) == (48, "squash")
-    told = "\n".join(notes)
-    assert f"image_size=48 was given, and {folder} says 32: the model's positions are resized." in told
-    assert f"resize=squash was given, and {folder} says crop: what was given is used." in told
-    assert "tokenizer" not in told
+    described = "\n".join(notes)
+    assert f"image_size=48 was given, and {folder} says 32: the model's positions are resized." in described
+    assert f"resize=squash was given, and {folder} says crop: what was given is used." in described
+    assert "tokenizer" not in described
     model = find_task("retrieval-clip").load(folder, found)
     assert model.config.image_size == 48
     same, notes = resolve("retrieval-clip", folder, image_size=32)
@@ -159,8 +159,8 @@ def blip_folder(folder: Path) -> Path:
     )
     torch.manual_seed(0)
     transformers.BlipForConditionalGeneration(config).save_pretrained(folder)
-    pictures = transformers.BlipImageProcessor(size={"height": 48, "width": 48}, image_mean=MEAN)
-    transformers.BlipProcessor(pictures, tokenizer).save_pretrained(folder)
+    images = transformers.BlipImageProcessor(size={"height": 48, "width": 48}, image_mean=MEAN)
+    transformers.BlipProcessor(images, tokenizer).save_pretrained(folder)
     return folder
 
 
@@ -202,8 +202,8 @@ def timm_saved_folder(folder: Path) -> Path:
     model = timm.create_model(
         "vit_tiny_patch16_224", num_classes=3, img_size=32, patch_size=8, embed_dim=32, depth=1, num_heads=2
     )
-    units = upop.find_units(model)
-    return upop.save(upop.shrink(model, {unit.name: range(unit.size // 2) for unit in units}), folder)
+    groups = upop.find_groups(model)
+    return upop.save(upop.shrink(model, {group.name: range(group.size // 2) for group in groups}), folder)
 
 
 @pytest.mark.parametrize(
@@ -221,8 +221,8 @@ def test_classifiers_of_other_libraries(
     data = runs._copied("classification", tmp_path / "data").settings
     for label in ("train", "val", "test"):  # as many classes as the model has
         for extra in sorted((Path(data["data_path"]) / label).iterdir())[3:]:
-            for picture in extra.iterdir():
-                picture.unlink()
+            for image in extra.iterdir():
+                image.unlink()
             extra.rmdir()
     task = find_task("classification")
     settings = settings_of(
@@ -232,12 +232,12 @@ def test_classifiers_of_other_libraries(
     assert (found.image_size, found.mean, found.interpolation, found.resize) == (32, mean, interpolation, resize)
     assert found.crop_ratio == pytest.approx(ratio)
     model = task.adapt(task.load(folder, found), found, training=False)[0].eval()
-    pictures = torch.randn(2, 3, 32, 32)
+    images = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
-        theirs = upop.load(folder)(pictures) if make is not timm_hub_folder else None
+        theirs = upop.load(folder)(images) if make is not timm_hub_folder else None
         if theirs is None:
-            theirs = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()(pictures)
-        torch.testing.assert_close(model(pictures), getattr(theirs, "logits", theirs), atol=1e-5, rtol=1e-4)
+            theirs = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()(images)
+        torch.testing.assert_close(model(images), getattr(theirs, "logits", theirs), atol=1e-5, rtol=1e-4)
     assert evaluate_checkpoint(task, settings) is not None
 
 
@@ -261,11 +261,11 @@ def open_clip_hub_folder(folder: Path, *, quick: bool = True, resize: str = "squ
 
     folder.mkdir()
     save_file(open_clip_model(quick=quick).state_dict(), folder / "open_clip_model.safetensors")
-    told = {
+    described = {
         "model_cfg": {"embed_dim": 16, "vision_cfg": VISION, "text_cfg": TEXT, "quick_gelu": quick},
         "preprocess_cfg": {"mean": MEAN, "std": STD, "interpolation": "bilinear", "resize_mode": resize},
     }
-    (folder / "open_clip_config.json").write_text(json.dumps(told))
+    (folder / "open_clip_config.json").write_text(json.dumps(described))
     byte_pairs().save_pretrained(folder)
     return folder
 
@@ -287,11 +287,11 @@ def test_clip_of_open_clip(tmp_path: Path, make: Callable[[Path], Path], retriev
     assert (found.image_size, found.mean, found.std) == (32, MEAN, STD)
     assert (found.interpolation, found.resize, found.tokenizer) == ("bilinear", "squash", str(folder))
     model, theirs = task.load(folder, found), open_clip_model()
-    pictures, ids = torch.randn(2, 3, 32, 32), task.collate(found).tokenize(["a red", "b"])["input_ids"]
+    images, ids = torch.randn(2, 3, 32, 32), task.collate(found).tokenize(["a red", "b"])["input_ids"]
     padded = torch.zeros(2, 16, dtype=torch.long)
     padded[:, : ids.shape[1]] = ids
     with torch.no_grad():
-        torch.testing.assert_close(model.encode_image(pictures), theirs.encode_image(pictures), atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(model.encode_image(images), theirs.encode_image(images), atol=1e-5, rtol=1e-4)
         torch.testing.assert_close(model.encode_text(ids), theirs.encode_text(padded), atol=1e-5, rtol=1e-4)
     given = {**retrieval, "pretrained": str(folder), "output_dir": tmp_path / "e"}
     assert evaluate_checkpoint(task, settings_of(task.name, **given)) is not None
@@ -313,13 +313,13 @@ def test_a_published_file_says_its_size_by_its_positions(tmp_path: Path) -> None
     assert any("positions are resized" in note for note in notes)
 
 
-def test_our_folder_takes_pictures_of_another_size(tmp_path: Path) -> None:
+def test_our_folder_takes_images_of_another_size(tmp_path: Path) -> None:
     config = runs.make_task("nlvr", tmp_path)
     task, settings = runs.nlvr(config, image_size=64, output_dir=tmp_path / "e")
     done = evaluate_checkpoint(task, settings)
     assert done is not None
     assert task.load(Path(str(settings.pretrained)), settings).config.image_size == 64
-    with pytest.raises(UPopError, match="cannot take pictures of 8 pixels"):
+    with pytest.raises(UPopError, match="cannot take images of 8 pixels"):
         evaluate_checkpoint(task, settings.model_copy(update={"image_size": 8}))
 
 
@@ -327,12 +327,14 @@ def test_settings_in_a_checkpoint_are_checked(tmp_path: Path) -> None:
     config = runs.make_task("nlvr", tmp_path)
     _, settings = runs.nlvr(config)
     file = Path(str(settings.pretrained)) / "upop.json"
-    told = json.loads(file.read_text())
+    described = json.loads(file.read_text())
     for wrong in ({"mean": [1, 2]}, {"std": [0, 1, 1]}, {"interpolation": "cubist"}, {"crop_ratio": 7}, {"resize": {}}):
-        file.write_text(json.dumps({**told, "preparation": {"task": "nlvr", **wrong}}))
+        file.write_text(json.dumps({**described, "preparation": {"task": "nlvr", **wrong}}))
         with pytest.raises(CheckpointError, match=f"What .* says of its inputs cannot be used:\n  {next(iter(wrong))}"):
             resolve("nlvr", file.parent)
-    file.write_text(json.dumps({**told, "preparation": {"task": "nlvr", "output_dir": "/", "ratio": 0.9, "no": 1}}))
+    file.write_text(
+        json.dumps({**described, "preparation": {"task": "nlvr", "output_dir": "/", "ratio": 0.9, "no": 1}})
+    )
     assert resolve("nlvr", file.parent)[0].ratio == 0.5  # nothing but what belongs to the inputs
 
 
@@ -340,8 +342,8 @@ def test_a_model_of_another_task_gives_what_both_have_in_common(tmp_path: Path) 
     config = runs.make_task("nlvr", tmp_path)
     _, settings = runs.nlvr(config)
     file = Path(str(settings.pretrained)) / "upop.json"
-    told = json.loads(file.read_text())
-    file.write_text(json.dumps({**told, "preparation": {"task": "nlvr", "mean": MEAN, "prompt": "no"}}))
+    described = json.loads(file.read_text())
+    file.write_text(json.dumps({**described, "preparation": {"task": "nlvr", "mean": MEAN, "prompt": "no"}}))
     found, _ = resolve("caption", file.parent)
     assert (found.image_size, found.mean, found.prompt) == (32, MEAN, "a picture of ")
     found, _ = resolve("segmentation", file.parent)
@@ -358,32 +360,32 @@ def test_a_run_from_a_foreign_model_keeps_how_its_inputs_are_prepared(
     given = {**retrieval, "max_epoch": 1, "batch_size_train": 16, "queue_size": 64, "augment": False}
     done = train(task, settings_of(task.name, **given, pretrained=str(folder), output_dir=tmp_path / "run"))
     assert done is not None
-    told = json.loads((tmp_path / "run/best/upop.json").read_text())["preparation"]
-    assert (told["image_size"], told["mean"], told["resize"]) == (32, list(MEAN), "crop")
+    described = json.loads((tmp_path / "run/best/upop.json").read_text())["preparation"]
+    assert (described["image_size"], described["mean"], described["resize"]) == (32, list(MEAN), "crop")
     again = evaluate_checkpoint(
         task, settings_of(task.name, **retrieval, pretrained=str(tmp_path / "run/best"), output_dir=tmp_path / "e")
     )
     assert again is not None
     assert again.models[0].metrics == done.models[0].metrics
     copied = upop.save(upop.load(tmp_path / "run/best"), tmp_path / "copy")
-    assert json.loads((copied / "upop.json").read_text())["preparation"] == told
+    assert json.loads((copied / "upop.json").read_text())["preparation"] == described
 
 
 @pytest.mark.parametrize(
     ("how", "expected"),
     [
         (
-            Pictures(resize="crop", crop_ratio=0.5),
+            Images(resize="crop", crop_ratio=0.5),
             lambda image: tvf.center_crop(tvf.resize(image, 16, interpolation=3), 8),
         ),
         (
-            Pictures(resize="squash", crop_ratio=0.5),
+            Images(resize="squash", crop_ratio=0.5),
             lambda image: tvf.center_crop(tvf.resize(image, [16, 16], interpolation=3), 8),
         ),
-        (Pictures(resize="pad"), lambda image: tvf.pad(tvf.resize(image, [4, 8], interpolation=3), [0, 2])),
+        (Images(resize="pad"), lambda image: tvf.pad(tvf.resize(image, [4, 8], interpolation=3), [0, 2])),
     ],
 )
-def test_ways_to_resize(how: Pictures, expected: Callable[[Image.Image], Image.Image]) -> None:
+def test_ways_to_resize(how: Images, expected: Callable[[Image.Image], Image.Image]) -> None:
     image = Image.effect_noise((40, 20), 90).convert("RGB")
     found = eval_transform(8, how)(image)
     mean, std = (torch.tensor(each).view(3, 1, 1) for each in (how.mean, how.std))
@@ -391,5 +393,5 @@ def test_ways_to_resize(how: Pictures, expected: Callable[[Image.Image], Image.I
 
 
 def test_the_side_that_is_resized_to_is_exact() -> None:
-    assert [Pictures(crop_ratio=224 / side).resized_to(224) for side in range(224, 512)] == list(range(224, 512))
-    assert Pictures(crop_ratio=0.9).resized_to(224) == 248
+    assert [Images(crop_ratio=224 / side).resized_to(224) for side in range(224, 512)] == list(range(224, 512))
+    assert Images(crop_ratio=0.9).resized_to(224) == 248

@@ -18,9 +18,9 @@ from typer.testing import CliRunner
 import upop
 from upop.cli import app
 from upop.errors import SettingError
+from upop.runs.task import Batch, Task
 from upop.settings import RunSettings
 from upop.tasks import TASKS, find_task, register
-from upop.training.task import Batch, Task
 
 
 class ParitySettings(RunSettings):
@@ -79,7 +79,7 @@ class ParityTask(Task[ParitySettings]):
     def predict(self, model: nn.Module, batch: Batch, settings: ParitySettings) -> dict[str, Tensor]:
         return {"right": model(batch["numbers"]).argmax(1) == batch["label"]}
 
-    def score(self, predictions: Mapping[str, Tensor], records: Dataset[Any], settings: Any) -> dict[str, float]:
+    def score(self, predictions: Mapping[str, Tensor], samples: Dataset[Any], settings: Any) -> dict[str, float]:
         return {"accuracy": 100 * float(predictions["right"].double().mean())}
 
     def example(self, model: nn.Module, batch_size: int) -> dict[str, Tensor]:

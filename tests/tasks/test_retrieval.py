@@ -16,15 +16,15 @@ import runs
 import upop
 from together import run_script
 from upop.checkpoints.read import read_weights
-from upop.data.shapes.write import write_shapes
+from upop.demo.write import write_shapes
 from upop.errors import CheckpointError, SettingError
 from upop.models.retrieval import BlipRetrieval, RetrievalConfig
+from upop.runs.devices import make_accelerator
+from upop.runs.loaders import first_samples, make_loader
+from upop.runs.verbs import compress, evaluate_checkpoint, train
 from upop.settings import read_settings
 from upop.tasks import find_task
 from upop.tasks.retrieval import BlipRetrievalSettings
-from upop.tasks.verbs import compress, evaluate_checkpoint, train
-from upop.training.devices import make_accelerator
-from upop.training.loaders import first_records, make_loader
 
 ROOT = Path(__file__).parents[2]
 TASK = find_task("retrieval")
@@ -107,15 +107,15 @@ def test_evaluation_is_one_query_at_a_time_in_batches(config: Path) -> None:
     settings = settings_of(config)
     model = TASK.load(Path(str(settings.pretrained)), settings)
     found = collected(settings, model)
-    records = TASK.dataset(settings, "val")
-    images = torch.stack([records[index]["image"] for index in range(len(records))])
-    words = TASK.collate(settings).tokenize(records.texts)
+    samples = TASK.dataset(settings, "val")
+    images = torch.stack([samples[index]["image"] for index in range(len(samples))])
+    words = TASK.collate(settings).tokenize(samples.texts)
     with torch.no_grad():
         compared = model.eval()(images, **words)
     similar = compared.image_features @ compared.text_features.t()
     whole = similar + compared.logits[..., 1]
     assert found["texts"].shape == (len(images), 12)
-    assert found["images"].shape == (len(records.texts), 12)
+    assert found["images"].shape == (len(samples.texts), 12)
     for names, table, scores in (
         (("texts", "text_scores"), similar, whole),
         (("images", "image_scores"), similar.t(), whole.t()),
@@ -131,9 +131,9 @@ def test_more_candidates_than_there_are_means_all(config: Path) -> None:
     settings = settings_of(config, k_test=10_000)
     model = TASK.load(Path(str(settings.pretrained)), settings)
     found = collected(settings, model)
-    records = TASK.dataset(settings, "val")
-    assert found["texts"].shape == (len(records), len(records.texts))
-    assert found["images"].shape == (len(records.texts), len(records))
+    samples = TASK.dataset(settings, "val")
+    assert found["texts"].shape == (len(samples), len(samples.texts))
+    assert found["images"].shape == (len(samples.texts), len(samples))
 
 
 def test_run_folder_and_results(config: Path, compressed: Path, tmp_path: Path) -> None:
@@ -217,7 +217,7 @@ def test_a_checkpoint_of_another_task_is_refused(config: Path, tmp_path: Path) -
 
 def test_queue_smaller_than_the_batch_is_refused_before_any_work(config: Path, tmp_path: Path) -> None:
     settings = settings_of(config, queue_size=8, output_dir=tmp_path)
-    with pytest.raises(SettingError, match=r"queue_size is 8.*16 records.*Set queue_size to 16"):
+    with pytest.raises(SettingError, match=r"queue_size is 8.*16 samples.*Set queue_size to 16"):
         train(TASK, settings)
 
 
@@ -244,7 +244,7 @@ def test_soft_targets_grow_over_the_first_epoch(config: Path) -> None:
     assert [settings.alpha_at(epoch) for epoch in (0, 0.25, 1, 3.5)] == pytest.approx([0, 0.1, 0.4, 0.4])
     # ... and the loss takes them as they are.
     model = TASK.load(Path(str(settings.pretrained)), settings).eval()
-    batch = first_records(make_loader(TASK, settings, "train"), 12)  # five captions a picture
+    batch = first_samples(make_loader(TASK, settings, "train"), 12)  # five captions an image
     losses = []
     for epoch in (0.0, 0.5):
         torch.manual_seed(1)

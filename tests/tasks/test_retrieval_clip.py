@@ -1,4 +1,4 @@
-"""Retrieval with CLIP, from generated pictures to a compressed model: the same verbs as for every task."""
+"""Retrieval with CLIP, from generated images to a compressed model: the same verbs as for every task."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from pruning.families import randomise
 from upop.checkpoints import save_official
 from upop.checkpoints.clip_names import to_openai
 from upop.cli.published import blip_command
-from upop.data.shapes.write import write_shapes
+from upop.demo.write import write_shapes
 from upop.errors import DataError, SettingError
 from upop.models.clip import ClipConfig, ClipRetrieval
+from upop.runs.evaluation import evaluate
+from upop.runs.verbs import compress, evaluate_checkpoint, train
 from upop.settings import read_settings
 from upop.tasks import find_task
 from upop.tasks.retrieval_clip import ClipRetrievalSettings, ClipRetrievalTask, clip_tokenizer
-from upop.tasks.verbs import compress, evaluate_checkpoint, train
-from upop.training.evaluation import evaluate
 
 MODEL = {name: value for name, value in SIZES.items() if name not in ("image_size", "vocab_size", "queue_size")}
 TASK = ClipRetrievalTask()
@@ -36,7 +36,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """64 pictures of 32 pixels to train on, and a YAML file of settings for a tiny model."""
+    """64 images of 32 pixels to train on, and a YAML file of settings for a tiny model."""
     folder = tmp_path_factory.mktemp("retrieval-clip")
     data = write_shapes("retrieval", folder / "data", seed=3, size=64, image_size=32)
     return runs.write_settings(
@@ -115,8 +115,8 @@ def test_the_published_command(config: Path, dense: Path, tmp_path: Path, heads:
 
 
 def test_recall_is_that_of_all_similarities(config: Path, dense: Path, tmp_path: Path) -> None:
-    from upop.training.devices import make_accelerator
-    from upop.training.loaders import make_loader
+    from upop.runs.devices import make_accelerator
+    from upop.runs.loaders import make_loader
 
     settings = settings_of(config, output_dir=tmp_path)
     model = TASK.load(dense, settings)

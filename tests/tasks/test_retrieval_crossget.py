@@ -1,4 +1,4 @@
-"""CrossGET's published command, from generated pictures to recalls: training, evaluation, checkpoints, counts."""
+"""CrossGET's published command, from generated images to recalls: training, evaluation, checkpoints, counts."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import runs
 import upop
 from upop.checkpoints import save_official
 from upop.checkpoints.clip_names import to_openai
-from upop.data.shapes.write import write_shapes
+from upop.demo.write import write_shapes
 from upop.errors import CheckpointError
 from upop.models.crossget import CrossGetClip, CrossGetConfig, published_macs
 from upop.settings import read_settings

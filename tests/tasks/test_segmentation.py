@@ -1,4 +1,4 @@
-"""Segmentation, from generated pictures to a compressed model: the same verbs as for every task."""
+"""Segmentation, from generated images to a compressed model: the same verbs as for every task."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ from upop.checkpoints import save_official
 from upop.cli import published_segmenter
 from upop.data.segmentation import FOLDER
 from upop.data.segmentation_transforms import IGNORED
-from upop.data.shapes.segmentation_files import CLASSES
-from upop.data.shapes.write import write_shapes
+from upop.demo.segmentation_files import CLASSES
+from upop.demo.write import write_shapes
 from upop.errors import DataError, RunFolderError, SettingError, UPopError
+from upop.metrics.segmentation import confusion, iou_per_class, named_ious, segmentation_scores
 from upop.models.segmenter import Segmenter, SegmenterConfig
 from upop.report.blends import blended, class_colour, write_blends
+from upop.runs.loaders import make_loader
+from upop.runs.verbs import compress, evaluate_checkpoint, train
 from upop.settings import read_settings
 from upop.tasks import find_task
 from upop.tasks.segmentation import SegmentationSettings, SegmentationTask
-from upop.tasks.segmentation_scores import confusion, iou_per_class, named_ious, segmentation_scores
-from upop.tasks.verbs import compress, evaluate_checkpoint, train
 from upop.tasks.windows import Window
-from upop.training.loaders import make_loader
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "compress_segmenter.py"
@@ -49,7 +49,7 @@ METRICS = {"mIoU", "pixel accuracy", "class accuracy"}
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """24 pictures of 32 pixels to train on, and a YAML file of settings for a tiny model."""
+    """24 images of 32 pixels to train on, and a YAML file of settings for a tiny model."""
     folder = tmp_path_factory.mktemp("segmentation")
     data = write_shapes("segmentation", folder / "data", seed=3, size=24, image_size=32)
     held_out = folder / "data" / FOLDER
@@ -99,7 +99,7 @@ def test_train_then_compress_then_evaluate(config: Path, tmp_path: Path) -> None
     assert set(before.metrics["validation"]) == METRICS
     assert after.parameters < before.parameters
     assert after.gmacs < before.gmacs
-    kept = {unit.name: unit.size for unit in upop.find_units(upop.load(folder / "best"))}
+    kept = {group.name: group.size for group in upop.find_groups(upop.load(folder / "best"))}
     assert any(name.startswith("decoder.") for name in kept)
     evaluated = settings_of(config, pretrained=str(folder / "best"), output_dir=tmp_path / "again", blend="all")
     again = evaluate_checkpoint(TASK, evaluated)
@@ -245,7 +245,7 @@ def test_the_root_script_runs(
 
 
 def test_two_processes_count_what_one_counts(config: Path, dense: Path, tmp_path: Path, model_sizes: list[str]) -> None:
-    """Seven pictures in batches of two, over two processes: the last batch is filled up, and that does not count."""
+    """Seven images in batches of two, over two processes: the last batch is filled up, and that does not count."""
     words = [
         "--dataset",
         "ade20k",
@@ -350,11 +350,11 @@ def test_several_scales_are_six_each_mirrored_too(config: Path, multiscale: bool
     assert {shape[1:] for shape in calls} == {(3, 32, 32)}
 
 
-def test_training_crops_are_augmented_and_evaluation_sees_whole_pictures(config: Path) -> None:
+def test_training_crops_are_augmented_and_evaluation_sees_whole_images(config: Path) -> None:
     drawn = settings_of(config, augment=True, crop_size=24)
-    records = make_loader(TASK, drawn, "train").dataset
-    assert records[0]["image"].shape == (3, 24, 24)
-    shapes = [tuple(record["labels"].shape) for record in (TASK.dataset(drawn, "val")[n] for n in range(3))]
+    samples = make_loader(TASK, drawn, "train").dataset
+    assert samples[0]["image"].shape == (3, 24, 24)
+    shapes = [tuple(sample["labels"].shape) for sample in (TASK.dataset(drawn, "val")[n] for n in range(3))]
     assert shapes == [(32, 32), (34, 50), (60, 20)]
     assert drawn.window == Window(24, 24)
     assert settings_of(config).window == Window(32, 24)
@@ -442,20 +442,20 @@ def test_settings_of_the_files(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_blends_show_classes_as_colours_and_leave_the_rest(tmp_path: Path) -> None:
     colours = {class_colour(label) for label in range(150)}
     assert len(colours) == 150
-    picture = torch.full((3, 4, 6), 100, dtype=torch.uint8)
+    image = torch.full((3, 4, 6), 100, dtype=torch.uint8)
     labels = torch.full((4, 6), IGNORED)
     labels[:, 3:] = 7
-    mixed = blended(picture, labels, 13)
-    assert torch.equal(mixed[:, :, :3], picture[:, :, :3])
+    mixed = blended(image, labels, 13)
+    assert torch.equal(mixed[:, :, :3], image[:, :, :3])
     wanted = 0.4 * 100 + 0.6 * torch.tensor(class_colour(7)).float()
     assert float((mixed[:, 0, 5].float() - wanted).abs().max()) <= 1
-    assert torch.equal(blended(picture, torch.full((4, 6), IGNORED), 13), picture)
-    write_blends(tmp_path / "new" / "one.png", picture, labels, labels, 13)
-    with Image.open(tmp_path / "new" / "one.png") as image:
-        assert image.size == (18, 4)
+    assert torch.equal(blended(image, torch.full((4, 6), IGNORED), 13), image)
+    write_blends(tmp_path / "new" / "one.png", image, labels, labels, 13)
+    with Image.open(tmp_path / "new" / "one.png") as written:
+        assert written.size == (18, 4)
     (tmp_path / "file").write_text("")
     with pytest.raises(RunFolderError, match="cannot be written: File exists"):
-        write_blends(tmp_path / "file" / "one.png", picture, labels, labels, 13)
+        write_blends(tmp_path / "file" / "one.png", image, labels, labels, 13)
 
 
 def test_the_linear_decoder_trains(config: Path, tmp_path: Path) -> None:

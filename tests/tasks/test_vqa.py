@@ -19,11 +19,11 @@ from upop.cli.published import blip_command
 from upop.data.vqa_accuracy import answer_accuracy, answer_type
 from upop.errors import CheckpointError, DataError, SettingError
 from upop.models.vqa import BlipVqa, VqaConfig, answer_losses
+from upop.runs.loaders import first_samples, make_loader
+from upop.runs.verbs import compress, evaluate_checkpoint, train
 from upop.settings import read_settings
 from upop.tasks import find_task
-from upop.tasks.verbs import compress, evaluate_checkpoint, train
 from upop.tasks.vqa import VqaSettings
-from upop.training.loaders import first_records, make_loader
 
 ROOT = Path(__file__).parents[2]
 TASK = find_task("vqa")
@@ -52,7 +52,7 @@ def compressed(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def records(settings: VqaSettings, name: str) -> list[dict[str, Any]]:
+def samples(settings: VqaSettings, name: str) -> list[dict[str, Any]]:
     return json.loads((settings.ann_root / f"{name}.json").read_text())
 
 
@@ -80,14 +80,14 @@ def test_the_file_for_the_server_has_one_answer_per_question(config: Path, compr
     settings = settings_of(config)
     listed = json.loads(settings.answer_list.read_text())
     rows = json.loads((compressed / "result" / "vqa_result.json").read_text())
-    assert [row["question_id"] for row in rows] == [record["question_id"] for record in records(settings, "vqa_test")]
+    assert [row["question_id"] for row in rows] == [sample["question_id"] for sample in samples(settings, "vqa_test")]
     assert all(set(row) == {"question_id", "answer"} for row in rows)
     assert all(type(row["question_id"]) is int and row["answer"] in listed for row in rows)
 
 
 def test_accuracies_are_those_of_the_answers_that_were_written(config: Path, compressed: Path) -> None:
     """Read anew from the files, question by question."""
-    asked = {record["question_id"]: record["answer"] for record in records(settings_of(config), "vqa_val")}
+    asked = {sample["question_id"]: sample["answer"] for sample in samples(settings_of(config), "vqa_val")}
     rows = json.loads((compressed / "result" / "vqa_result_val.json").read_text())
     found = json.loads((compressed / "results.json").read_text())["models"][1]["metrics"]["val"]
     every = {row["question_id"]: answer_accuracy(row["answer"], asked[row["question_id"]]) for row in rows}
@@ -122,7 +122,7 @@ def test_loss_is_the_weighted_sum_per_question(config: Path) -> None:
     settings = settings_of(config)
     model = TASK.load(Path(str(settings.pretrained)), settings).eval()
     loader = make_loader(TASK, settings, "train")
-    batch = first_records(loader, 80)  # both files
+    batch = first_samples(loader, 80)  # both files
     assert batch["answer_counts"].max() > 1
     assert batch["weights"][-16:].tolist() == pytest.approx([0.2] * 16)
     with torch.no_grad():
@@ -168,11 +168,11 @@ def with_candidates(config: Path, tmp_path: Path, candidates: list[str]) -> VqaS
 def test_a_list_that_misses_some_training_answers_says_how_many(config: Path, tmp_path: Path) -> None:
     settings = with_candidates(config, tmp_path, ["yes", "no"])
     weight: dict[str, float] = {}
-    for record in records(settings, "vqa_train"):
-        for answer in record["answer"]:
+    for sample in samples(settings, "vqa_train"):
+        for answer in sample["answer"]:
             weight[answer] = weight.get(answer, 0) + 0.1
-    for record in records(settings, "vg_qa"):
-        weight[record["answer"]] = weight.get(record["answer"], 0) + 0.2
+    for sample in samples(settings, "vg_qa"):
+        weight[sample["answer"]] = weight.get(sample["answer"], 0) + 0.2
     share = 100 * (1 - (weight["yes"] + weight["no"]) / sum(weight.values()))
     said = rf"{len(weight) - 2} of the {len(weight)} different training answers \({share:.1f} % of all by weight\)"
     with pytest.warns(UserWarning, match=said):
@@ -189,8 +189,8 @@ def test_a_list_without_any_training_answer_is_refused(config: Path, tmp_path: P
 # --- checkpoints
 
 
-def test_fine_tuning_starts_from_a_decoder_that_looked_at_pictures(config: Path, tmp_path: Path) -> None:
-    """Pre-trained with a wider vision transformer: the projections of the pictures' states have no place here."""
+def test_fine_tuning_starts_from_a_decoder_that_looked_at_images(config: Path, tmp_path: Path) -> None:
+    """Pre-trained with a wider vision transformer: the projections of the images' states have no place here."""
     settings = settings_of(config)
     state = upop.load(str(settings.pretrained)).state_dict()
     for name in [name for name in state if "text_decoder" in name and "crossattention.self." in name]:
@@ -269,7 +269,7 @@ def test_published_pair_of_commands(config: Path, tmp_path: Path) -> None:
 def test_the_published_script_over_two_processes_gives_the_same_answers(
     config: Path, compressed: Path, tmp_path: Path
 ) -> None:
-    """Every batch carries the list of candidates, which is no record of it and is not to be divided."""
+    """Every batch carries the list of candidates, which is no sample of it and is not to be divided."""
     words = ["--config", config, "--evaluate", "--output_dir", tmp_path, "--pretrained", compressed / "best"]
     run_script(ROOT / "compress_vqa.py", *words, "--set", "batch_size_test=24")
     for name in ("vqa_result.json", "vqa_result_val.json"):

@@ -1,4 +1,4 @@
-"""The sliding window: every pixel is met, overlaps are averaged, and mirrored pictures are mirrored back."""
+"""The sliding window: every pixel is met, overlaps are averaged, and mirrored images are mirrored back."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class _Pixelwise(nn.Module):
         return torch.stack([images[:, 0], images[:, 1] * 2, -images[:, 2], images.sum(1)], dim=1)
 
 
-def picture(height: int, width: int) -> Tensor:
+def random_image(height: int, width: int) -> Tensor:
     return torch.randn(3, height, width, dtype=torch.float64, generator=torch.Generator().manual_seed(height * width))
 
 
@@ -43,7 +43,7 @@ def test_windows_meet_every_pixel_and_stay_inside(size: int, stride: int, more_r
 
 
 def test_one_window_is_the_plain_forward_pass() -> None:
-    model, image = tiny(), picture(32, 32)
+    model, image = tiny(), random_image(32, 32)
     with torch.no_grad():
         found = slide(model, image, Window(32, 32), (32, 32))
         assert torch.allclose(found, model(image[None])[0].softmax(0), rtol=0, atol=1e-12)
@@ -51,7 +51,7 @@ def test_one_window_is_the_plain_forward_pass() -> None:
 
 @pytest.mark.parametrize(("size", "stride"), [(8, 8), (8, 5), (16, 3), (20, 20)])
 def test_where_pixels_are_judged_alone_windows_do_not_matter(size: int, stride: int) -> None:
-    image = picture(31, 45)
+    image = random_image(31, 45)
     found = slide(_Pixelwise(), image, Window(size, stride), (31, 45))
     assert torch.allclose(found, _Pixelwise()(image[None])[0].softmax(0), rtol=0, atol=1e-12)
 
@@ -71,7 +71,7 @@ def test_logits_are_averaged_before_they_become_probabilities() -> None:
 
 @pytest.mark.parametrize("batch", [1, 2, 5, 100])
 def test_the_batch_bounds_a_forward_pass_and_changes_nothing(batch: int) -> None:
-    image, counting = picture(30, 40), _Pixelwise()
+    image, counting = random_image(30, 40), _Pixelwise()
     found = slide(counting, image, Window(12, 9, batch), (30, 40))
     assert max(shape[0] for shape in counting.sizes) == min(batch, 15)  # 3 rows of 5
     assert sum(shape[0] for shape in counting.sizes) == 15
@@ -79,16 +79,16 @@ def test_the_batch_bounds_a_forward_pass_and_changes_nothing(batch: int) -> None
 
 
 def test_mirroring_twice_changes_nothing() -> None:
-    image = picture(20, 30)
+    image = random_image(20, 30)
     plain = slide(_Pixelwise(), image, Window(10, 7), (26, 39))
     mirrored = slide(_Pixelwise(), image.flip(2), Window(10, 7), (26, 39), flipped=True)
     assert torch.allclose(mirrored, plain)
     assert not torch.allclose(slide(_Pixelwise(), image.flip(2), Window(10, 7), (26, 39)), plain)
 
 
-def test_a_picture_below_the_window_is_enlarged() -> None:
+def test_a_image_below_the_window_is_enlarged() -> None:
     seen = _Pixelwise()
-    found = slide(seen, picture(10, 14), Window(20, 20), (10, 14))
+    found = slide(seen, random_image(10, 14), Window(20, 20), (10, 14))
     assert found.shape == (4, 10, 14)
     assert [shape[2:] for shape in seen.sizes] == [(20, 20)]
     assert seen.sizes[0][0] == 2  # 20 x 28 pixels
@@ -97,13 +97,13 @@ def test_a_picture_below_the_window_is_enlarged() -> None:
 
 def test_short_sides_are_brought_to_the_asked_for_size() -> None:
     seen = _Pixelwise()
-    found = segment(seen, [picture(40, 60), picture(25, 20)], Window(16, 16, 100), short=16)
+    found = segment(seen, [random_image(40, 60), random_image(25, 20)], Window(16, 16, 100), short=16)
     assert [one.shape[1:] for one in found] == [(40, 60), (25, 20)]
     assert [shape[0] for shape in seen.sizes] == [2, 2]  # 16 x 24 and 20 x 16 pixels
 
 
 def test_scales_and_mirror_images_are_averaged() -> None:
-    model, image = _Pixelwise(), picture(24, 24)
+    model, image = _Pixelwise(), random_image(24, 24)
     window = Window(12, 12)
     plain = [segment(model, [image], window, 24, (scale,))[0] for scale in SCALES]
     # What is said of a pixel alone is the same in the mirror.
@@ -122,5 +122,5 @@ def test_half_precision_is_averaged_in_single() -> None:
         def forward(self, images: Tensor) -> Tensor:
             return super().forward(images).bfloat16()
 
-    found = slide(Half(), picture(20, 20).float(), Window(16, 4), (20, 20))
+    found = slide(Half(), random_image(20, 20).float(), Window(16, 4), (20, 20))
     assert found.dtype == torch.float32

@@ -179,7 +179,7 @@ def test_each_layer_removes_its_own_number_or_all_together_a_share() -> None:
 
 
 @pytest.mark.parametrize(
-    ("vision", "told"),
+    ("vision", "described"),
     [
         (9, "leaves nothing to merge.*At most"),
         ([1, 2], "3 layers"),
@@ -187,9 +187,9 @@ def test_each_layer_removes_its_own_number_or_all_together_a_share() -> None:
         (1.5, "between 0 and 1"),
     ],
 )
-def test_what_cannot_be_removed_is_refused(vision: Any, told: str) -> None:
+def test_what_cannot_be_removed_is_refused(vision: Any, described: str) -> None:
     model = made(lambda: from_timm("vit_tiny_patch16_224", depth=3, img_size=16))
-    with pytest.raises(SettingError, match=told):
+    with pytest.raises(SettingError, match=described):
         upop.merge_tokens(model, vision)
     assert removed_tokens(model) is None
 

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from upop.errors import DataError
+from upop.runs.verbs import compress, evaluate_checkpoint
 from upop.settings import read_settings
 from upop.tasks import find_task
-from upop.tasks.verbs import compress, evaluate_checkpoint
 
 
 def tolerant(task: str, config: Path, overrides: dict[str, Any], verb: str = "evaluate") -> None:

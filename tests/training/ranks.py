@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 
+from upop.runs.devices import make_accelerator
+from upop.runs.evaluation import evaluate
+from upop.runs.loaders import make_loader
+from upop.runs.verbs import compress
 from upop.settings import read_settings
 from upop.tasks import find_task
-from upop.tasks.verbs import compress
-from upop.training.devices import make_accelerator
-from upop.training.evaluation import evaluate
-from upop.training.loaders import make_loader
 
 
 def compress_task(task: str, config: Path, settings: dict[str, Any]) -> None:
@@ -30,8 +30,8 @@ def predict(config: Path, task_name: str, folder: Path) -> None:
     found = {}
     for split in task.evaluated(settings):
         loader = make_loader(task, settings, split)
-        records = len(loader.dataset)  # type: ignore[arg-type]
-        assert accelerator.num_processes == 1 or records % (2 * settings.batch_size_test), "no uneven last batch"
+        samples = len(loader.dataset)  # type: ignore[arg-type]
+        assert accelerator.num_processes == 1 or samples % (2 * settings.batch_size_test), "no uneven last batch"
         found[split] = evaluate(accelerator, task, settings, model, accelerator.prepare(loader))
     if accelerator.is_main_process:
         torch.save(found, folder / f"{task_name}-{accelerator.num_processes}.pt")

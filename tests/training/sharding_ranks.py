@@ -20,7 +20,7 @@ from models import test_clip, test_retrieval
 from pruning.ranks import LIMIT
 from upop.errors import LayoutError
 from upop.models.contrast import own_rows
-from upop.training.sharding import (
+from upop.runs.sharding import (
     Sharding,
     average_unsharded,
     clip,

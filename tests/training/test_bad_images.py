@@ -1,4 +1,4 @@
-"""Runs that do without some unreadable images: scores as if those records were not there, and all files told once."""
+"""Runs that do without some unreadable images: scores as if those samples were not there, and all files told once."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from tiers import mostly_slow
 from together import run_together
 from training.bad_images_ranks import refused_alike, tolerant
 from upop.errors import BadImageError, DataError, RunFolderError
+from upop.runs.folder import RunFolder
+from upop.runs.verbs import compress, evaluate_checkpoint, train
 from upop.settings import read_settings
 from upop.tasks import find_task
-from upop.tasks.verbs import compress, evaluate_checkpoint, train
-from upop.training.folder import RunFolder
 
 _ANNOTATED = {
     "caption": "coco_karpathy_test.json",
@@ -33,13 +33,13 @@ def annotations(config: Path, name: str) -> Path:
     return Path(yaml.safe_load(config.read_text())["ann_root"]) / name
 
 
-def named(record: dict[str, Any]) -> list[str]:
-    """The images of a record."""
-    return record["images"] if "images" in record else [record["image"]]
+def named(sample: dict[str, Any]) -> list[str]:
+    """The images of a sample."""
+    return sample["images"] if "images" in sample else [sample["image"]]
 
 
-def pictures(config: Path, task: str, split: str) -> list[Path]:
-    """The picture files of a split, in order."""
+def image_files(config: Path, task: str, split: str) -> list[Path]:
+    """The image files of a split, in order."""
     settings = yaml.safe_load(config.read_text())
     if task == "classification":
         return sorted((Path(settings["data_path"]) / split).rglob("*.png"))
@@ -47,7 +47,7 @@ def pictures(config: Path, task: str, split: str) -> list[Path]:
 
 
 def shorten(config: Path) -> None:
-    """Leave 30 records in every file to evaluate on."""
+    """Leave 30 samples in every file to evaluate on."""
     for pattern in ("*_val.json", "*_dev.json", "*_test.json"):
         for file in annotations(config, "").glob(pattern):
             file.write_text(json.dumps(json.loads(file.read_text())[:30]))
@@ -60,21 +60,21 @@ def spoil(*files: Path) -> None:
 
 
 def spoiled_test(task: str, config: Path) -> tuple[list[Path], Callable[[], None]]:
-    """Spoil two images of what is evaluated; return them, and what takes their records away."""
+    """Spoil two images of what is evaluated; return them, and what takes their samples away."""
     settings = yaml.safe_load(config.read_text())
     if task in _ANNOTATED:
         file = annotations(config, _ANNOTATED[task])
-        records = json.loads(file.read_text())
-        images = [named(records[number])[-1] for number in (3, 20)]
+        samples = json.loads(file.read_text())
+        images = [named(samples[number])[-1] for number in (3, 20)]
         root = Path(settings.get("image_root") or settings["vqa_root"])
-        kept = [record for record in records if not set(named(record)) & set(images)]
+        kept = [sample for sample in samples if not set(named(sample)) & set(images)]
         return [root / image for image in images], lambda: file.write_text(json.dumps(kept)) and None
     if task == "classification":
-        found = [pictures(config, task, "test")[number] for number in (3, 20)]
+        found = [image_files(config, task, "test")[number] for number in (3, 20)]
         return found, lambda: [file.unlink() for file in found] and None
-    shown = [pictures(config, task, "validation")[number] for number in (3, 20)]
+    shown = [image_files(config, task, "validation")[number] for number in (3, 20)]
     maps = [Path(str(file).replace("/images/", "/annotations/")) for file in shown]
-    # One picture, and one label map.
+    # One image, and one label map.
     return [shown[0], maps[1]], lambda: [file.unlink() for file in (*shown, *maps)] and None
 
 
@@ -86,7 +86,7 @@ def scores(task: str, config: Path, folder: Path, **overrides: Any) -> dict[str,
 
 
 @pytest.mark.parametrize("task", mostly_slow(sorted(runs.TINY), "classification", "nlvr", "segmentation"))
-def test_scores_are_those_without_the_records(task: str, tmp_path: Path) -> None:
+def test_scores_are_those_without_the_samples(task: str, tmp_path: Path) -> None:
     config = runs.make_task(task, tmp_path)
     if task in _ANNOTATED:
         shorten(config)
@@ -116,15 +116,15 @@ def spoiled(tmp_path: Path) -> tuple[Path, list[Path]]:
     config = runs.make_task("nlvr", tmp_path, max_epoch=1)
     shorten(config)
     root = Path(yaml.safe_load(config.read_text())["image_root"])
-    train_records = json.loads(annotations(config, "nlvr_train.json").read_text())
-    dev_records = json.loads(annotations(config, "nlvr_dev.json").read_text())
-    images = train_records[4]["images"][0], train_records[5]["images"][1], dev_records[7]["images"][0]
+    train_samples = json.loads(annotations(config, "nlvr_train.json").read_text())
+    dev_samples = json.loads(annotations(config, "nlvr_dev.json").read_text())
+    images = train_samples[4]["images"][0], train_samples[5]["images"][1], dev_samples[7]["images"][0]
     bad = [root / image for image in images]
     spoil(*bad)
     return config, bad
 
 
-def test_training_goes_on_with_other_records(spoiled: tuple[Path, list[Path]], tmp_path: Path) -> None:
+def test_training_goes_on_with_other_samples(spoiled: tuple[Path, list[Path]], tmp_path: Path) -> None:
     """The next readable ones, whatever the number of workers; so that the losses are those of such a file."""
     config, bad = spoiled
     losses = {}
@@ -134,9 +134,9 @@ def test_training_goes_on_with_other_records(spoiled: tuple[Path, list[Path]], t
         rows = json.loads((tmp_path / f"{workers}" / "bad_images.json").read_text())
         assert {row["image"] for row in rows} == set(map(str, bad)) and len(rows) == 3
     file = annotations(config, "nlvr_train.json")
-    records = json.loads(file.read_text())
-    records[4] = records[5] = records[6]
-    file.write_text(json.dumps(records))
+    samples = json.loads(file.read_text())
+    samples[4] = samples[5] = samples[6]
+    file.write_text(json.dumps(samples))
     train(*runs.nlvr(config, output_dir=tmp_path / "replaced", skip_bad_images=3))
     losses[-1] = [row["loss"] for row in runs.rows(tmp_path / "replaced") if "loss" in row]
     assert losses[0] == losses[2] == losses[-1]
@@ -166,12 +166,12 @@ def test_the_first_one_stops_a_run_that_tolerates_none(
         compress(*runs.nlvr(config, output_dir=tmp_path / "run", num_workers=workers))
 
 
-def test_where_no_record_can_be_read(tmp_path: Path) -> None:
+def test_where_no_sample_can_be_read(tmp_path: Path) -> None:
     config = runs.make_task("nlvr", tmp_path)
     root = Path(yaml.safe_load(config.read_text())["image_root"])
     files = sorted(root.rglob("*.png"))
     spoil(*files)
-    with pytest.raises(DataError, match=r"No picture of the data set|can be scored|unreadable file number"):
+    with pytest.raises(DataError, match=r"No image of the data set|can be scored|unreadable file number"):
         evaluate_checkpoint(*runs.nlvr(config, output_dir=tmp_path / "run", skip_bad_images=len(files)))
 
 
@@ -199,11 +199,11 @@ def test_two_processes_are_one(spoiled: tuple[Path, list[Path]], tmp_path: Path)
     run_together(tolerant, "nlvr", two, {"output_dir": tmp_path / "two", "skip_bad_images": 3}, "compress")
     one, both = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("one", "two"))
     dev = json.loads(annotations(config, "nlvr_dev.json").read_text())
-    left_out = sum(bad[2].name == Path(image).name for record in dev for image in record["images"])
+    left_out = sum(bad[2].name == Path(image).name for sample in dev for image in sample["images"])
     assert one["left_out"] == both["left_out"] == {"dev": [left_out, 30]}
     assert [model["metrics"] for model in one["models"]] == [model["metrics"] for model in both["models"]]
-    told = [json.loads((tmp_path / name / "bad_images.json").read_text()) for name in ("one", "two")]
-    assert sorted(told[0], key=str) == sorted(told[1], key=str)
+    described = [json.loads((tmp_path / name / "bad_images.json").read_text()) for name in ("one", "two")]
+    assert sorted(described[0], key=str) == sorted(described[1], key=str)
     run_together(refused_alike, two, tmp_path / "refused")
 
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from upop.errors import CheckpointError, RunFolderError
-from upop.training.checkpoints import Checkpoints, Place, check_whole
-from upop.training.randomness import random_state
+from upop.runs.checkpoints import Checkpoints, Place, check_whole
+from upop.runs.randomness import random_state
 
 
 def state(step: int) -> dict[str, Any]:
@@ -122,12 +122,12 @@ CHANGES: list[tuple[Callable[[Any], None], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("change", "told"), CHANGES, ids=[told for _, told in CHANGES])
-def test_what_is_not_whole_is_passed_over(two: Checkpoints, change: Callable[[Any], None], told: str) -> None:
+@pytest.mark.parametrize(("change", "described"), CHANGES, ids=[described for _, described in CHANGES])
+def test_what_is_not_whole_is_passed_over(two: Checkpoints, change: Callable[[Any], None], described: str) -> None:
     content = state(3)
     change(content)
     two.write(3, content)
-    with pytest.warns(UserWarning, match=rf"step-00000003\.pt is damaged: {told}"):
+    with pytest.warns(UserWarning, match=rf"step-00000003\.pt is damaged: {described}"):
         assert newest_step(two) == 2
 
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from upop.errors import SettingError
+from upop.runs.devices import round_to_for
 from upop.settings import RunSettings, read_settings
-from upop.training.devices import align_for
 
 
 @pytest.mark.parametrize(
@@ -17,14 +17,14 @@ from upop.training.devices import align_for
         ("cpu", {}, 1),
         ("mps", {}, 1),
         ("cuda", {"cost": "reference", "method": "reference"}, 1),
-        ("cuda", {"align": 4}, 4),
-        ("cpu", {"align": 16}, 16),
+        ("cuda", {"round_to": 4}, 4),
+        ("cpu", {"round_to": 16}, 16),
     ],
 )
 def test_kept_sizes_suit_the_device(device: str, given: dict[str, object], expected: int) -> None:
-    assert align_for(torch.device(device), read_settings(RunSettings, None, given)) == expected
+    assert round_to_for(torch.device(device), read_settings(RunSettings, None, given)) == expected
 
 
 def test_an_alignment_of_nothing_is_refused() -> None:
-    with pytest.raises(SettingError, match=r"align: .*whole number of at least 1; found 0"):
-        read_settings(RunSettings, None, {"align": 0})
+    with pytest.raises(SettingError, match=r"round_to: .*whole number of at least 1; found 0"):
+        read_settings(RunSettings, None, {"round_to": 0})

@@ -50,7 +50,7 @@ def one(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     # what this one adds to gradients is noise, which Adam makes as large as any.
     config = runs.make_task("nlvr", folder, correct=False, distill=0.0)
     compress_task("nlvr", config, {"output_dir": folder / "one", "max_epoch": 1})
-    # Half the batch in each of two processes is the same global batch; the dev records are no multiple of 2 x 24.
+    # Half the batch in each of two processes is the same global batch; the dev samples are no multiple of 2 x 24.
     return folder / "one", runs.edited(config, {"batch_size_train": 8, "batch_size_test": 24})
 
 
@@ -83,7 +83,7 @@ def test_two_nodes_are_one(one: tuple[Path, Path], tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("sharding", mostly_slow(["none", "fsdp"], "none"))
-def test_two_processes_are_one_for_repeated_and_augmented_pictures(tmp_path: Path, sharding: str) -> None:
+def test_two_processes_are_one_for_repeated_and_augmented_images(tmp_path: Path, sharding: str) -> None:
     """Not for mixed ones, or with dropped paths: each process draws its own. The rate grows with the batch of both."""
     # The correction solves for weights by sums that are rounded otherwise, and lets that grow.
     alone = {"mixup": 0.0, "cutmix": 0.0, "drop_path": 0.0, "correct": False}

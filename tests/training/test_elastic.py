@@ -15,7 +15,7 @@ import pytest
 import runs
 from together import finish, torchrun
 from training.test_distributed import assert_alike
-from upop.tasks.verbs import compress
+from upop.runs.verbs import compress
 
 SCRIPT = Path(__file__).parents[2] / "compress_nlvr.py"
 
@@ -58,9 +58,9 @@ def test_a_run_whose_process_dies_goes_on_by_itself(tmp_path: Path) -> None:
         SCRIPT, "--p", "0.5", "--method", "upop", *flags, how=("--standalone", "--nproc_per_node=2", "--max-restarts=3")
     )
     kill_after_steps(launcher, tmp_path / "two", rank=1, rows=3)
-    told = finish(launcher)
-    assert re.search(r"failed \(exitcode: -9\) local_rank: 1", told)
-    assert re.search(r"goes on after step \d+", told)
+    described = finish(launcher)
+    assert re.search(r"failed \(exitcode: -9\) local_rank: 1", described)
+    assert re.search(r"goes on after step \d+", described)
     assert_alike(tmp_path / "one", tmp_path / "two")
 
 
@@ -70,38 +70,38 @@ def test_a_process_that_is_killed_ends_the_other_with_our_message(tmp_path: Path
     flags = ("--epoch", "20", "--config", config, "--output_dir", tmp_path / "run")
     launcher = torchrun(SCRIPT, "--p", "0.5", "--method", "upop", *flags)
     kill_after_steps(launcher, tmp_path / "run", rank=1, rows=3)
-    told, _ = launcher.communicate(timeout=120)
+    described, _ = launcher.communicate(timeout=120)
     assert launcher.returncode == 1
-    words = " ".join(told.split())
+    words = " ".join(described.split())
     message = re.search(r"Error \(rank 0 of 2\): (LostProcessError: Another process of this run|PreemptedError)", words)
-    assert message, told
+    assert message, described
     if "LostProcessError" in message[0]:
         assert re.search(r"with --resume goes on from step \d+", words)
     # A signal may come while Python lets go of the lock of an import, which ignores what is raised, and says so.
-    told = re.sub(r"Exception ignored in:[^\n]*\nTraceback[^\n]*\n(?: [^\n]*\n)*[^\n]*\n?", "", told)
-    assert "upop" not in "".join(re.findall(r'File "[^"]*"', told))
+    described = re.sub(r"Exception ignored in:[^\n]*\nTraceback[^\n]*\n(?: [^\n]*\n)*[^\n]*\n?", "", described)
+    assert "upop" not in "".join(re.findall(r'File "[^"]*"', described))
     assert any((tmp_path / "run" / "checkpoints").iterdir())
 
 
 @pytest.mark.slow
 def test_an_error_of_one_process_ends_the_run_and_is_its_cause(tmp_path: Path) -> None:
-    """A broken picture is met by one of two processes; the other one waits for it in vain."""
+    """A broken image is met by one of two processes; the other one waits for it in vain."""
     config = runs.make_data(tmp_path)
     annotation = tmp_path / "data/annotation/nlvr_train.json"
     *others, last = json.loads(annotation.read_text())
-    shared = [{**record, "images": others[0]["images"]} for record in others if record["images"] == last["images"]]
-    kept = [record for record in others if record["images"] != last["images"]]
+    shared = [{**sample, "images": others[0]["images"]} for sample in others if sample["images"] == last["images"]]
+    kept = [sample for sample in others if sample["images"] != last["images"]]
     annotation.write_text(json.dumps([*kept, *shared, last]))
     broken = next((tmp_path / "data").rglob(Path(last["images"][0]).name))
-    broken.write_bytes(b"no picture")
+    broken.write_bytes(b"no image")
     flags = ("--epoch", "1", "--config", config, "--output_dir", tmp_path / "run")
     launcher = torchrun(SCRIPT, "--p", "0.5", "--method", "upop", *flags)
     began = time.monotonic()
-    told, _ = launcher.communicate(timeout=120)
+    described, _ = launcher.communicate(timeout=120)
     assert launcher.returncode == 1
     assert time.monotonic() - began < 120
-    message = re.search(r"Error \(rank ([01]) of 2\): BadImageError: .*", told)
+    message = re.search(r"Error \(rank ([01]) of 2\): BadImageError: .*", described)
     assert message and broken.name in message[0]
-    cause = told.partition("Root Cause (first observed failure):")[2]
+    cause = described.partition("Root Cause (first observed failure):")[2]
     assert f"rank      : {message[1]} (local_rank: {message[1]})" in cause
     assert "BadImageError" in cause and broken.name in cause

@@ -19,10 +19,10 @@ from training.test_resume import start
 from upop import sources
 from upop.errors import SettingError
 from upop.report.run import read_run
+from upop.runs.verbs import compress
 from upop.settings import read_settings
 from upop.sources import Sources, differences, digests_of
 from upop.tasks import find_task
-from upop.tasks.verbs import compress
 
 
 @pytest.fixture(scope="module")
@@ -64,14 +64,14 @@ def _other_weight(folder: Path) -> None:
 
 def _other_label(folder: Path) -> None:
     path = folder / "data" / "annotation" / "nlvr_train.json"
-    records = json.loads(path.read_text())
-    records[0]["label"] = {"True": "False", "False": "True"}[records[0]["label"]]
-    path.write_text(json.dumps(records))
+    samples = json.loads(path.read_text())
+    samples[0]["label"] = {"True": "False", "False": "True"}[samples[0]["label"]]
+    path.write_text(json.dumps(samples))
 
 
 def _other_pixels(folder: Path) -> None:
-    record = json.loads((folder / "data" / "annotation" / "nlvr_dev.json").read_text())[0]
-    path = next((folder / "data").rglob(Path(record["images"][0]).name))
+    sample = json.loads((folder / "data" / "annotation" / "nlvr_dev.json").read_text())[0]
+    path = next((folder / "data").rglob(Path(sample["images"][0]).name))
     Image.open(path).rotate(90).save(path)
 
 
@@ -81,17 +81,19 @@ def _other_word(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "described"),
     [
         (_other_weight, ["pretrained: the files that it names have another content"]),
         (_other_label, ["the train data: the annotation file nlvr_train.json has another content"]),
-        (_other_pixels, ["data: pictures have"]),
+        (_other_pixels, ["data: images have"]),
         (_other_word, ["tokenizer: the files that it names have another content"]),
         (lambda folder: (_other_weight(folder), _other_label(folder)), ["pretrained: ", "nlvr_train.json"]),
     ],
     ids=["weights", "labels", "pixels", "words", "both"],
 )
-def test_what_is_different_is_named_and_refused(copied: Path, change: Callable[[Path], Any], told: list[str]) -> None:
+def test_what_is_different_is_named_and_refused(
+    copied: Path, change: Callable[[Path], Any], described: list[str]
+) -> None:
     change(copied)
     before = (copied / "run" / "versions.json").read_bytes()
     with pytest.raises(
@@ -99,8 +101,8 @@ def test_what_is_different_is_named_and_refused(copied: Path, change: Callable[[
     ) as caught:
         go_on(copied)
     lines = str(caught.value).splitlines()[1:-1]
-    assert all(any(words in line for line in lines) for words in told), lines
-    assert ("pretrained" in str(caught.value)) == any("pretrained" in words for words in told)
+    assert all(any(words in line for line in lines) for words in described), lines
+    assert ("pretrained" in str(caught.value)) == any("pretrained" in words for words in described)
     assert (copied / "run" / "versions.json").read_bytes() == before
 
 
@@ -126,11 +128,11 @@ def test_large_sets_go_by_names_and_sizes(tmp_path: Path, monkeypatch: pytest.Mo
     before = digests_of(Sources((), files))
     assert before["contents"] is None
     os.utime(files["a.png"], (1, 1))
-    told, notes = differences(before, digests_of(Sources((), files)), "train")
-    assert not told and "other times" in notes[0]
+    described, notes = differences(before, digests_of(Sources((), files)), "train")
+    assert not described and "other times" in notes[0]
     files["a.png"].write_bytes(b"01234567890")
     assert differences(before, digests_of(Sources((), files)), "train")[0] == [
-        "the train data: pictures have other sizes than they had"
+        "the train data: images have other sizes than they had"
     ]
     files["c.png"] = tmp_path / "c.png"
     files["c.png"].write_bytes(b"")
@@ -143,20 +145,20 @@ def test_every_task_says_what_it_reads(name: str, tmp_path: Path) -> None:
     settings = read_settings(task.settings, runs.make_task(name, tmp_path), {})
     for split in ("train", *task.evaluated(settings)):
         read = task.dataset(settings, split).sources()  # type: ignore[attr-defined]
-        assert read.pictures
-        assert all(path.is_file() and not Path(picture).is_absolute() for picture, path in read.pictures.items())
+        assert read.images
+        assert all(path.is_file() and not Path(image).is_absolute() for image, path in read.images.items())
         assert all(path.is_file() for path in read.annotations)
         assert read.annotations or name in ("classification", "segmentation")
 
 
 @pytest.mark.parametrize("kind", ["a named pipe", "a device"])
 def test_what_is_no_file_is_not_read_for_its_digest(kind: str, tmp_path: Path) -> None:
-    picture = tmp_path / "0.png"
+    image = tmp_path / "0.png"
     if kind == "a device":
-        picture.symlink_to("/dev/zero")
+        image.symlink_to("/dev/zero")
     else:
-        os.mkfifo(picture)
-    found = digests_of(Sources((), {"0.png": picture}))  # without an end, or for ever, if it were read
+        os.mkfifo(image)
+    found = digests_of(Sources((), {"0.png": image}))  # without an end, or for ever, if it were read
     assert found["pictures"] == 1
     with pytest.raises(ValueError, match=f"it is {kind}, not a file"):
-        sources.file_digest(picture)
+        sources.file_digest(image)

@@ -20,9 +20,9 @@ import torch
 import runs
 from together import FORKS
 from upop.errors import PreemptedError
+from upop.runs.verbs import compress, train
 from upop.settings import read_settings
 from upop.tasks import find_task
-from upop.tasks.verbs import compress, train
 
 KILLS = 5
 """Of each run."""
@@ -34,9 +34,9 @@ VERBS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def _run(verb: str, task: str, config: Path, settings: dict[str, Any], told: Path) -> None:
+def _run(verb: str, task: str, config: Path, settings: dict[str, Any], described: Path) -> None:
     """Run a verb in a process of its own, as a command does: one that was asked to end says so by its code."""
-    file = os.open(told, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    file = os.open(described, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(file, 1)
     os.dup2(file, 2)
     torch.set_num_threads(1)

@@ -23,7 +23,7 @@ import runs
 from together import FORKS
 from training.test_resume import no_leftovers
 from upop.cli.app import main
-from upop.training.limits import explained_limit
+from upop.runs.limits import explained_limit
 
 MIB = 2**20
 
@@ -47,11 +47,11 @@ def disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "--lazy", folder], check=True)
 
 
-def _command(verb: str, config: Path, folder: Path, told: Path, limits: dict[int, int], *words: str) -> None:
+def _command(verb: str, config: Path, folder: Path, described: Path, limits: dict[int, int], *words: str) -> None:
     """The command, in a process of its own whose output goes to a file."""
     torch.set_num_threads(1)
     multiprocessing.set_start_method("fork", force=True)  # as in a process of one's own
-    stream = told.open("w")
+    stream = described.open("w")
     for descriptor in (1, 2):
         os.dup2(stream.fileno(), descriptor)
     sys.stdout = sys.stderr = stream
@@ -64,8 +64,10 @@ def _command(verb: str, config: Path, folder: Path, told: Path, limits: dict[int
         stream.flush()
 
 
-def start(verb: str, config: Path, folder: Path, told: Path, *words: str, limits: dict[int, int] | None = None) -> Any:
-    process = FORKS.Process(target=_command, args=(verb, config, folder, told, limits or {}, *words))
+def start(
+    verb: str, config: Path, folder: Path, described: Path, *words: str, limits: dict[int, int] | None = None
+) -> Any:
+    process = FORKS.Process(target=_command, args=(verb, config, folder, described, limits or {}, *words))
     process.start()
     return process
 
@@ -80,10 +82,10 @@ def wait_for(process: Any, folder: Path, steps: int) -> None:
     pytest.fail("the run ended, or did not begin")
 
 
-def check_end(process: Any, told: Path, reason: str) -> str:
+def check_end(process: Any, described: Path, reason: str) -> str:
     """The process ends with our error, and says what is kept."""
     process.join(120)
-    with told.open() as file:
+    with described.open() as file:
         text = " ".join(file.read(100_000).split())  # a process that runs wild may have said much more
     assert process.exitcode == 1, text
     assert "Traceback" not in text
@@ -115,19 +117,19 @@ def remount(disk: Path, how: str) -> None:
     pytest.fail("the file system stays busy")
 
 
-def finish(verb: str, config: Path, folder: Path, told: Path) -> None:
-    process = start(verb, config, folder, told, "--resume")
+def finish(verb: str, config: Path, folder: Path, described: Path) -> None:
+    process = start(verb, config, folder, described, "--resume")
     process.join(300)
-    assert process.exitcode == 0, told.read_text()
-    assert "goes on after step" in told.read_text()
+    assert process.exitcode == 0, described.read_text()
+    assert "goes on after step" in described.read_text()
     no_leftovers(folder)
 
 
 @pytest.mark.parametrize("verb", ["train", "compress"])
 @pytest.mark.parametrize("kind", ["full", "read-only"])
 def test_a_disk_that_takes_no_more(config: Path, disk: Path, tmp_path: Path, verb: str, kind: str) -> None:
-    run, told = disk / "run", tmp_path / "told"
-    process = start(verb, config, run, told)
+    run, described = disk / "run", tmp_path / "told"
+    process = start(verb, config, run, described)
     wait_for(process, run, 2)
     allow: Callable[[], object]
     if kind == "full":
@@ -135,38 +137,40 @@ def test_a_disk_that_takes_no_more(config: Path, disk: Path, tmp_path: Path, ver
     else:
         remount(disk, "ro")
         allow = lambda: remount(disk, "rw")  # noqa: E731
-    text = check_end(process, told, "No space left" if kind == "full" else "Read-only file system")
+    text = check_end(process, described, "No space left" if kind == "full" else "Read-only file system")
     assert "with --resume goes on from step" in text
     allow()
-    finish(verb, config, run, told)
+    finish(verb, config, run, described)
 
 
 def test_a_limit_of_files_sizes(config: Path, tmp_path: Path) -> None:
-    run, told = tmp_path / "run", tmp_path / "told"
-    text = check_end(start("compress", config, run, told, limits={resource.RLIMIT_FSIZE: 20_000}), told, "too large")
+    run, described = tmp_path / "run", tmp_path / "told"
+    text = check_end(
+        start("compress", config, run, described, limits={resource.RLIMIT_FSIZE: 20_000}), described, "too large"
+    )
     assert "ulimit -f" in text and "No checkpoint had been written yet" in text
-    process = start("compress", config, run, told)
+    process = start("compress", config, run, described)
     wait_for(process, run, 3)
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
-    assert "goes on from step" in check_end(process, told, "too large")
-    finish("compress", config, run, told)
+    assert "goes on from step" in check_end(process, described, "too large")
+    finish("compress", config, run, described)
 
 
 def test_a_limit_of_descriptors(config: Path, tmp_path: Path) -> None:
-    run, told = tmp_path / "run", tmp_path / "told"
-    process = start("train", config, run, told, "--set", "num_workers=0")
+    run, described = tmp_path / "run", tmp_path / "told"
+    process = start("train", config, run, described, "--set", "num_workers=0")
     wait_for(process, run, 2)
     taken = max(int(path.name) for path in Path(f"/proc/{process.pid}/fd").iterdir())
     resource.prlimit(process.pid, resource.RLIMIT_NOFILE, (taken - 2, 1024))  # those above it stay open
-    text = check_end(process, told, "Too many open files")
+    text = check_end(process, described, "Too many open files")
     assert "ulimit -n" in text and "goes on from step" in text
-    finish("train", config, run, told)
+    finish("train", config, run, described)
 
 
 def test_a_worker_without_descriptors_ends_and_says_why() -> None:
     code = (
         "import errno, sys\n"
-        "from upop.training.limits import end_without_descriptors\n"
+        "from upop.runs.limits import end_without_descriptors\n"
         "end_without_descriptors()\n"
         "try:\n    raise OSError(errno.EMFILE, 'none left')\n"
         "except OSError:\n    sys.excepthook(*sys.exc_info())  # as Python's thread does that hands descriptors over\n"

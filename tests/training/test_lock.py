@@ -18,9 +18,9 @@ import pytest
 import runs
 from together import FORKS
 from upop.errors import RunFolderError
-from upop.tasks.verbs import train
-from upop.training import lock
-from upop.training.lock import FolderLock
+from upop.runs import lock
+from upop.runs.lock import FolderLock
+from upop.runs.verbs import train
 
 
 def _hold(folder: Path, ready: Any) -> None:

@@ -11,15 +11,15 @@ from torch import Tensor, nn
 
 import runs
 from upop.errors import OutOfMemoryError, SettingError
+from upop.runs import batch as batch_module
+from upop.runs.batch import find_batch_size
+from upop.runs.devices import make_accelerator
+from upop.runs.loaders import make_loader
+from upop.runs.memory import explained_memory, format_bytes, free_bytes, is_out_of_memory, peak_bytes, saved_bytes
+from upop.runs.verbs import compress, evaluate_checkpoint, train
 from upop.settings import RunSettings, read_settings
 from upop.tasks import find_task
 from upop.tasks.nlvr import NlvrTask
-from upop.tasks.verbs import compress, evaluate_checkpoint, train
-from upop.training import batch as batch_module
-from upop.training.batch import find_batch_size
-from upop.training.devices import make_accelerator
-from upop.training.loaders import make_loader
-from upop.training.memory import explained_memory, free_bytes, is_out_of_memory, peak_bytes, saved_bytes, told_bytes
 
 _ABSURD = 10**14
 
@@ -47,8 +47,8 @@ def test_the_peak_is_what_is_alive_at_once() -> None:
 def test_the_peak_of_a_step_has_gradients_and_grows_with_the_batch() -> None:
     layer = nn.Linear(300, 200)
 
-    def step(records: int) -> None:
-        layer(torch.ones(records, 300)).relu().sum().backward()
+    def step(samples: int) -> None:
+        layer(torch.ones(samples, 300)).relu().sum().backward()
         layer.zero_grad(set_to_none=True)
 
     few, more = (peak_bytes(lambda count=count: step(count)) for count in (10, 20))
@@ -86,7 +86,7 @@ def test_a_training_step_that_does_not_fit_says_what_to_change(config: Path, tmp
     message = str(error.value)
     for part in (
         "Out of memory on cpu",
-        "batches of 16 records",
+        "batches of 16 samples",
         "batch_size_train=8 with accumulate=2",
         "--batch-size auto",
         "--amp",
@@ -157,7 +157,7 @@ def test_free_memory_is_shared_by_the_processes_of_a_machine(monkeypatch: pytest
 
 @pytest.mark.parametrize(("count", "words"), [(3 * 2**29, "1.50 GiB"), (12 * 2**20, "12.00 MiB")])
 def test_bytes_are_told_in_words(count: int, words: str) -> None:
-    assert told_bytes(count) == words
+    assert format_bytes(count) == words
 
 
 def limited(monkeypatch: pytest.MonkeyPatch, free: int) -> None:
@@ -175,8 +175,8 @@ def test_the_batch_fills_the_memory_and_no_more(config: Path, tmp_path: Path, mo
     """What is predicted of a step is what a step takes, up to gradients that come while activations go."""
     small = found_batch(config, tmp_path, monkeypatch, 2**50, batch_size_train=64)
     assert small.size == 64
-    assert small.per_record > 0
-    free = int((small.fixed + 20 * small.per_record) / 0.8)
+    assert small.per_sample > 0
+    free = int((small.fixed + 20 * small.per_sample) / 0.8)
     fitting = found_batch(config, tmp_path, monkeypatch, free, batch_size_train=64)
     assert (fitting.size, fitting.accumulate) == (16, 4)
     task, settings = runs.nlvr(config)
@@ -192,14 +192,14 @@ def test_the_batch_fills_the_memory_and_no_more(config: Path, tmp_path: Path, mo
             optimizer.zero_grad()
 
     taken, weights = peak_bytes(steps), sum(parameter.nbytes for parameter in model.parameters())
-    predicted = small.fixed + 16 * small.per_record - weights  # the dense copy, which is not made here
+    predicted = small.fixed + 16 * small.per_sample - weights  # the dense copy, which is not made here
     assert taken <= predicted <= 1.1 * (taken + weights)  # gradients and all activations are not there at once
 
 
-def test_records_per_step_stay_as_named(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_samples_per_step_stay_as_named(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     one = found_batch(config, tmp_path, monkeypatch, 2**50, batch_size_train=24, accumulate=2)
     assert (one.size, one.accumulate) == (48, 1)
-    free = int((one.fixed + 14 * one.per_record) / 0.8)
+    free = int((one.fixed + 14 * one.per_sample) / 0.8)
     other = found_batch(config, tmp_path, monkeypatch, free, batch_size_train=24, accumulate=2)
     assert (other.size, other.accumulate) == (12, 4)
 
@@ -236,7 +236,7 @@ def test_finding_a_batch_leaves_the_model_and_chance_as_they_were(
     assert found.size <= settings.queue_size
 
 
-def test_pictures_that_are_mixed_come_in_pairs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_images_that_are_mixed_come_in_pairs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = runs.make_task("classification", tmp_path, batch_size_train=30)
     task = find_task("classification")
     settings = read_settings(task.settings, config, {})
@@ -244,7 +244,7 @@ def test_pictures_that_are_mixed_come_in_pairs(tmp_path: Path, monkeypatch: pyte
     loader, accelerator = make_loader(task, settings, "train"), make_accelerator(settings)
     limited(monkeypatch, 2**50)
     whole = find_batch_size(accelerator, task, settings, model, loader)
-    limited(monkeypatch, int((whole.fixed + 16 * whole.per_record) / 0.8))
+    limited(monkeypatch, int((whole.fixed + 16 * whole.per_sample) / 0.8))
     part = find_batch_size(accelerator, task, settings, model, loader)
     assert (whole.size, part.size, part.accumulate) == (30, 10, 3)  # not 15
 
@@ -253,12 +253,12 @@ def test_a_run_finds_its_batch_and_a_resumed_one_keeps_it(
     config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     one = found_batch(config, tmp_path / "other", monkeypatch, 2**50)
-    limited(monkeypatch, int((one.fixed + 9 * one.per_record) / 0.8))
+    limited(monkeypatch, int((one.fixed + 9 * one.per_sample) / 0.8))
     given = {"output_dir": tmp_path / "run", "batch_size_train": "auto", "max_epoch": 1, "examples": 0, "distill": 0.0}
     assert compress(*runs.nlvr(config, **given)) is not None
     written = (tmp_path / "run" / "settings.yaml").read_text().splitlines()
     assert {"batch_size_train: 8", "accumulate: 2", "batch_size_auto: true"} <= set(written)
-    assert "batches of 8 records, 2 of them per step" in capsys.readouterr().out
+    assert "batches of 8 samples, 2 of them per step" in capsys.readouterr().out
     assert len([row for row in runs.rows(tmp_path / "run") if "loss" in row]) == 8
     limited(monkeypatch, 2**50)  # with which 16 would fit
     assert compress(*runs.nlvr(config, **given, resume="must")) is not None
@@ -274,5 +274,5 @@ def test_without_a_named_number_the_largest_batch_is_taken(tmp_path: Path, monke
     config.write_text(yaml.safe_dump(content))
     one = found_batch(config, tmp_path, monkeypatch, 2**50, batch_size_train="auto")
     assert (one.size, one.accumulate) == (64, 1)  # all there are
-    free = int((one.fixed + 30 * one.per_record) / 0.8)
+    free = int((one.fixed + 30 * one.per_sample) / 0.8)
     assert found_batch(config, tmp_path, monkeypatch, free, batch_size_train="auto").size == 24

@@ -10,7 +10,7 @@ import pytest
 from pydantic import BaseModel, field_serializer
 
 from upop.errors import PreemptedError
-from upop.training.preemption import Preemption
+from upop.runs.preemption import Preemption
 
 
 @pytest.fixture(autouse=True)
@@ -74,8 +74,8 @@ def test_a_run_that_goes_on_by_itself_is_told_no_flag() -> None:
 
 def test_an_interrupt_lets_the_step_end_and_a_second_one_does_not() -> None:
     stepped = []
-    told = pytest.raises(KeyboardInterrupt, match=r"Ctrl-C.*--resume auto")
-    with told, Preemption() as preemption, preemption.deferred():
+    described = pytest.raises(KeyboardInterrupt, match=r"Ctrl-C.*--resume auto")
+    with described, Preemption() as preemption, preemption.deferred():
         signal.raise_signal(signal.SIGINT)
         stepped.append(preemption.asked)
         signal.raise_signal(signal.SIGINT)

@@ -24,10 +24,10 @@ from together import FORKS
 from upop.cli.app import main
 from upop.errors import CheckpointError, RunFolderError, SettingError
 from upop.ownership import MARKER
+from upop.runs.checkpoints import Checkpoints
+from upop.runs.verbs import compress, train
 from upop.settings import read_settings
 from upop.tasks import find_task
-from upop.tasks.verbs import compress, train
-from upop.training.checkpoints import Checkpoints
 
 
 def _run(verb: str, task: str, config: Path, settings: Mapping[str, Any], kill_at: int | None = None) -> None:
@@ -160,7 +160,7 @@ def test_killed_while_it_writes(nlvr: tuple[Path, dict[str, Any]], tmp_path: Pat
 
 @pytest.mark.parametrize("task", mostly_slow((name for name in sorted(runs.TINY) if name != "nlvr"), "classification"))
 def test_every_task_goes_on(task: str, tmp_path: Path) -> None:
-    """Moving averages, queues and momentum copies, momentum of SGD, mixed and repeated pictures, workers."""
+    """Moving averages, queues and momentum copies, momentum of SGD, mixed and repeated images, workers."""
     config = runs.make_task(task, tmp_path, augment=True)
     finish(task, config, tmp_path / "whole")
     for kill_at in (30, 24, 25):
@@ -293,7 +293,7 @@ def test_what_cannot_be_resumed_says_why(nlvr: tuple[Path, dict[str, Any]], tmp_
     with pytest.raises(SettingError, match=r"init_lr was 0.001 and is 0.002") as caught:
         compress(*runs.nlvr(config, output_dir=folder, resume="auto", init_lr=0.002, ratio=0.75))
     assert "ratio was 0.5 and is 0.75" in str(caught.value)
-    with pytest.raises(SettingError, match=r"a step took 16 records .* takes 8"):
+    with pytest.raises(SettingError, match=r"a step took 16 samples .* takes 8"):
         compress(*runs.nlvr(config, output_dir=folder, resume="auto", batch_size_train=8))
 
 
@@ -313,8 +313,8 @@ def test_a_compression_that_an_earlier_version_began_is_refused(
 
 
 @pytest.mark.parametrize("kill_at", mostly_slow([24, 30], 30))
-def test_the_records_of_a_step_may_come_in_other_portions(tmp_path: Path, kill_at: int) -> None:
-    """Rounding apart it is the same run: as many steps, each on the same records."""
+def test_the_samples_of_a_step_may_come_in_other_portions(tmp_path: Path, kill_at: int) -> None:
+    """Rounding apart it is the same run: as many steps, each on the same samples."""
     config = runs.make_task("nlvr", tmp_path)
     finish("nlvr", config, tmp_path / "whole")
     expected = [(row["step"], pytest.approx(row["loss"], rel=1e-4)) for row in rows_of_steps(tmp_path / "whole")]

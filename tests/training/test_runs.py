@@ -19,10 +19,10 @@ import upop
 from tiers import mostly_slow
 from upop.errors import DeviceError, RunFolderError, SettingError, TrainingError
 from upop.ownership import MARKER
-from upop.pruning import Plan, find_units
+from upop.pruning import Plan, find_groups
+from upop.runs.lock import FolderLock
+from upop.runs.verbs import compress, evaluate_checkpoint, train
 from upop.tasks.nlvr import NlvrTask
-from upop.tasks.verbs import compress, evaluate_checkpoint, train
-from upop.training.lock import FolderLock
 
 
 @pytest.fixture(scope="module")
@@ -100,9 +100,9 @@ def test_an_evaluation_stays_out_of_the_run_that_it_evaluates(config: Path, comp
         assert _content(run) == before
         names.append({path.name for path in (run / "evaluations").glob("*.json")})
     assert [len(found) for found in names] == [1, 1, 1, 1, 2, 3]
-    told = json.loads((run / "evaluations" / names[0].pop()).read_text())
-    assert told["models"][0]["metrics"] == json.loads((run / "results.json").read_text())["models"][1]["metrics"]
-    assert told["evaluation"]["pretrained"] == str(run / "best")
+    described = json.loads((run / "evaluations" / names[0].pop()).read_text())
+    assert described["models"][0]["metrics"] == json.loads((run / "results.json").read_text())["models"][1]["metrics"]
+    assert described["evaluation"]["pretrained"] == str(run / "best")
     alone = tmp_path / "model"
     shutil.copytree(run / "best", alone)
     evaluate_checkpoint(*runs.nlvr(config, pretrained=str(alone), output_dir=alone))
@@ -150,7 +150,7 @@ def test_best_is_the_best_epoch(compressed: Path) -> None:
 
 def test_plan_meets_the_budget_and_the_saved_shapes(compressed: Path) -> None:
     plan = Plan.from_json((compressed / "plan.json").read_text())
-    kept = {unit.name: unit.size for unit in find_units(upop.load(compressed / "best"))}
+    kept = {group.name: group.size for group in find_groups(upop.load(compressed / "best"))}
     assert kept == {name: len(entries) for name, entries in plan.items()}
 
 
@@ -232,11 +232,11 @@ def test_accumulated_gradients_give_the_same_search(config: Path, tmp_path: Path
         [
             {"amp": True},
             {"vit_grad_ckpt": True},
-            {"clip_grad": 0.5, "align": 8},
+            {"clip_grad": 0.5, "round_to": 8},
             {"cost": "flops"},
             {"cost": "reference", "method": "reference"},
-            {"score": "squared", "correct": False, "search_share": 0.4},
-            {"score": "signed"},
+            {"importance": "squared", "correct": False, "search_share": 0.4},
+            {"importance": "signed"},
             {"ema_decay": 0.5, "warmup_epochs": 1},
         ],
         *({"amp": True}, {"ema_decay": 0.5, "warmup_epochs": 1}),
@@ -356,7 +356,7 @@ def test_unwritable_run_folder(config: Path) -> None:
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full to play a full disk")
 def test_full_disk_while_logging(config: Path, tmp_path: Path) -> None:
-    from upop.training.folder import RunFolder
+    from upop.runs.folder import RunFolder
 
     folder = RunFolder(tmp_path, main=True)
     (tmp_path / "metrics.jsonl").symlink_to("/dev/full")

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from upop.errors import SettingError
+from upop.runs.schedules import Phases, check_epochs, compression_rates, falling, phases
 from upop.settings import RunSettings
-from upop.training.schedules import Phases, check_epochs, compression_rates, falling, phases
 
 
 def settings(**given: Any) -> RunSettings:
@@ -91,7 +91,7 @@ def test_training_and_the_published_recipe_warm_up_only_where_they_are_told_to()
     assert compression_rates(settings(method="reference", warmup_steps=4), 1.0, 10)[1](0) == 0.25
 
 
-@pytest.mark.parametrize("given", [{"search_share": 0.2}, {"score": "squared"}, {"correct": False}], ids=str)
+@pytest.mark.parametrize("given", [{"search_share": 0.2}, {"importance": "squared"}, {"correct": False}], ids=str)
 def test_what_another_method_takes_is_refused(given: dict[str, Any]) -> None:
     settings(**given)
     for method in ("reference", "magnitude"):

@@ -12,9 +12,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import runs
 from upop.errors import SettingError
+from upop.runs.trackers import check_trackers, scalars
+from upop.runs.verbs import compress, train
 from upop.tasks.nlvr import NlvrTask
-from upop.tasks.verbs import compress, train
-from upop.training.trackers import check_trackers, scalars
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +22,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return runs.make_data(tmp_path_factory.mktemp("nlvr"))
 
 
-def told(run: Path) -> dict[str, list[tuple[int, float]]]:
+def described(run: Path) -> dict[str, list[tuple[int, float]]]:
     """What the event files say: tag -> (step, value), in the order of steps."""
     events = EventAccumulator(str(run / "trackers" / "upop"), size_guidance={"scalars": 0})
     events.Reload()
@@ -40,7 +40,7 @@ def written(run: Path) -> dict[str, list[tuple[int, Any]]]:
 
 def test_tensorboard_holds_every_row(config: Path, tmp_path: Path) -> None:
     compress(*runs.nlvr(config, output_dir=tmp_path, max_epoch=1, trackers=["tensorboard"]))
-    found = told(tmp_path)
+    found = described(tmp_path)
     assert found == written(tmp_path)
     assert {"loss", "lr", "ratio", "kept/vision", "kept/text", "dev/accuracy"} <= set(found)
     assert [step for step, _ in found["loss"]] == list(range(1, 9))
@@ -65,9 +65,9 @@ def test_a_resumed_run_goes_on_without_doubles(config: Path, tmp_path: Path) -> 
     given = {"output_dir": tmp_path, "max_epoch": 3, "trackers": ["tensorboard"], "pretrained": None}
     with pytest.raises(KeyboardInterrupt):
         train(_Dies(10), runs.nlvr(config, **given)[1])
-    assert [step for step, _ in told(tmp_path)["loss"]] == list(range(1, 11))
+    assert [step for step, _ in described(tmp_path)["loss"]] == list(range(1, 11))
     train(*runs.nlvr(config, **given, resume="must"))
-    found = told(tmp_path)
+    found = described(tmp_path)
     assert [step for step, _ in found["loss"]] == list(range(1, 13))
     assert [step for step, _ in found["dev/accuracy"]] == [4, 8, 12]
     assert found == written(tmp_path)
@@ -77,7 +77,7 @@ def test_a_resumed_run_goes_on_without_doubles(config: Path, tmp_path: Path) -> 
 def test_a_new_run_in_the_folder_begins_anew(config: Path, tmp_path: Path) -> None:
     for epochs in (2, 1):
         train(*runs.nlvr(config, output_dir=tmp_path, max_epoch=epochs, trackers=["tensorboard"], pretrained=None))
-    assert [step for step, _ in told(tmp_path)["loss"]] == [1, 2, 3, 4]
+    assert [step for step, _ in described(tmp_path)["loss"]] == [1, 2, 3, 4]
 
 
 class _Memory(tracking.GeneralTracker):
@@ -116,7 +116,7 @@ def test_any_tracker_of_accelerate_is_told(config: Path, tmp_path: Path, memory:
     train(*runs.nlvr(config, output_dir=tmp_path, max_epoch=1, trackers=["memory", "tensorboard"], pretrained=None))
     assert memory.rows == [(row["step"], scalars(row)) for row in runs.rows(tmp_path)]
     assert memory.ended
-    assert told(tmp_path) == written(tmp_path)
+    assert described(tmp_path) == written(tmp_path)
 
 
 def test_trackers_are_told_of_before_any_work(config: Path, tmp_path: Path) -> None:
@@ -126,7 +126,7 @@ def test_trackers_are_told_of_before_any_work(config: Path, tmp_path: Path) -> N
 
 
 def test_a_package_that_is_missing_is_named_with_what_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("upop.training.trackers.find_spec", lambda _name: None)
+    monkeypatch.setattr("upop.runs.trackers.find_spec", lambda _name: None)
     with pytest.raises(SettingError, match=r"pip install 'upop\[tensorboard\]'"):
         check_trackers(["tensorboard"])
     with pytest.raises(SettingError, match="pip install wandb"):

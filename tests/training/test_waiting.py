@@ -13,15 +13,15 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import runs
+from upop.runs.verbs import compress, train
 from upop.tasks.nlvr import NlvrTask
-from upop.tasks.verbs import compress, train
 
 _READING = ("aten._local_scalar_dense", "aten.is_nonzero", "aten.nonzero", "aten.equal", "aten.masked_select")
 """Operations that need a tensor's numbers on the host. `Tensor.tolist` is one too, and goes by no dispatcher."""
 
 
-_OTHERS = ("/torch/optim/", "/torch/utils/data/", "/upop/data/", "/upop/training/loaders.py", "/transformers/")
-"""What reads for itself: optimizers their counters and data their records on the CPU, transformers its masks."""
+_OTHERS = ("/torch/optim/", "/torch/utils/data/", "/upop/data/", "/upop/runs/loaders.py", "/transformers/")
+"""What reads for itself: optimizers their counters and data their samples on the CPU, transformers its masks."""
 
 
 def caller() -> str | None:

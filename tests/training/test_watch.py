@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 import runs
+from upop.runs.verbs import train
+from upop.runs.watch import LoaderWatch, usable_cores
 from upop.settings import RunSettings
-from upop.tasks.verbs import train
-from upop.training.watch import LoaderWatch, usable_cores
 
 
 class Clock:
@@ -30,20 +30,20 @@ def slow(clock: Clock, seconds: list[float]) -> Iterator[int]:
 
 
 def work(watch: LoaderWatch, clock: Clock, waits: list[float], takes: float, phase: str = "train") -> list[str]:
-    told = []
+    described = []
     for _ in watch.batches(slow(clock, waits), phase):
         clock.now += takes
         if line := watch.warning():
-            told.append(line)
-    return told
+            described.append(line)
+    return described
 
 
 def test_the_share_is_waiting_by_all_time_without_the_first_batches() -> None:
     clock = Clock()
     watch = LoaderWatch(4, cores=16, window=40, clock=clock)
-    told = work(watch, clock, [50.0] * 10 + [3.0] * 45, takes=1.0)
+    described = work(watch, clock, [50.0] * 10 + [3.0] * 45, takes=1.0)
     assert watch.share == pytest.approx(0.75)
-    (line,) = told
+    (line,) = described
     assert line.startswith("waiting for data took 75 % of the last 40 batches' time: raise num_workers (now 4; this ")
     assert line.endswith("machine has 16 cores), or use faster storage")
 
@@ -86,7 +86,7 @@ def test_a_run_that_waits_says_so_and_keeps_the_share(
 ) -> None:
     """By a clock that runs while batches are made, and stands still else."""
     clock = Clock()
-    monkeypatch.setattr("upop.training.loop.LoaderWatch", lambda workers: LoaderWatch(workers, window=30, clock=clock))
+    monkeypatch.setattr("upop.runs.loop.LoaderWatch", lambda workers: LoaderWatch(workers, window=30, clock=clock))
     config = runs.make_task("classification", tmp_path, batch_size_train=2, repeats=1)
 
     class Slow(type(runs.find_task("classification"))):  # type: ignore[misc]

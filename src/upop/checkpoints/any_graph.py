@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from upop.checkpoints.graphs import Graph
 from upop.errors import LayoutError, SettingError
 from upop.libraries import is_pretrained
-from upop.pruning import survey
+from upop.pruning import find_prunable
 from upop.pruning.axes.examples import Calls, example_for
 from upop.pruning.costs import evaluating
 
@@ -88,7 +88,7 @@ def graph_of_any(model: nn.Module, example: Any = None) -> AnyGraph:
     Args:
         model: of any library, on the CPU, in evaluation mode and in float32.
         example: what it is called with: a tensor, a tuple, or a mapping of keyword arguments, with a batch of at least
-            2; by default what its units were read with, or what can be made up for it.
+            2; by default what its groups were read with, or what can be made up for it.
 
     Raises:
         SettingError: no call of the whole model is known, or torch.export cannot trace it; the message says why, and
@@ -116,9 +116,9 @@ def graph_of_any(model: nn.Module, example: Any = None) -> AnyGraph:
 
 def untraceable(model: nn.Module, error: Exception) -> SettingError:
     """Return the error to raise where torch.export, or the model under it, raised one."""
-    said = " ".join(str(error).split())[:300]
+    message = " ".join(str(error).split())[:300]
     return SettingError(
-        f"torch.export cannot trace this {type(model).__name__}: {type(error).__name__}: {said} Give `example`, "
+        f"torch.export cannot trace this {type(model).__name__}: {type(error).__name__}: {message} Give `example`, "
         "one batch of what it takes, if it was called with the wrong inputs; otherwise run it in PyTorch "
         f"(torch.compile works on compressed models as on others).{_older_torch()}"
     )
@@ -167,7 +167,7 @@ def _call(model: nn.Module, example: Any) -> tuple[tuple[str, ...], tuple[Tensor
 
 def _known(model: nn.Module) -> Any:
     try:
-        found = survey(model).source
+        found = find_prunable(model).source
         example = found[1] if found is not None and found[1] is not None else example_for(model)
     except LayoutError as error:
         raise SettingError(f"{error} For a graph: upop.export(model, folder, example=...).") from error

@@ -18,8 +18,8 @@ from upop.checkpoints.runtimes import runtimes
 from upop.errors import CheckpointError
 from upop.files import rewrite_text
 from upop.plain import one_line, plain
-from upop.pruning.align import told_align
-from upop.pruning.goal import told_reached
+from upop.pruning.goal import format_reached
+from upop.pruning.round_to import format_round_to
 from upop.reading import read_object
 
 FILE = "README.md"
@@ -156,11 +156,12 @@ def _made(description: Mapping[str, Any], base: str | None, parameters: int | No
     if "target" in settings:
         facts["what was to be left of the whole model"] = _cell(str(settings["target"]))
     if "reached" in settings:
-        facts["left of the whole model"] = _cell(told_reached(settings))
+        facts["left of the whole model"] = _cell(format_reached(settings))
     if "cost" in settings and "target" not in settings:
         facts["what the cost counts"] = _cell(str(settings["cost"]))
-    if settings.get("align", 1) != 1:
-        facts["kept sizes are multiples of"] = _cell(told_align(settings["align"]))
+    round_to = settings.get("round_to", settings.get("align", 1))  # plans of earlier versions say "align"
+    if round_to != 1:
+        facts["kept sizes are multiples of"] = _cell(format_round_to(round_to))
     if "steps" in settings:
         facts["search steps"] = f"{settings['steps']:,}"
     if parameters is not None:
@@ -170,21 +171,21 @@ def _made(description: Mapping[str, Any], base: str | None, parameters: int | No
     lines = [f"- {name}: {value}" for name, value in facts.items()]
     command = _block(story.command) if story is not None and story.command else ""
     # Everything is in upop.json, whatever is known of it here.
-    lines.append("- which entries every layer keeps: the plan in `upop.json`")
+    lines.append("- which channels every layer keeps: the plan in `upop.json`")
     return "\n".join(lines) + (f"\n\n{command}" if command else "")
 
 
 def _kept(layout: Mapping[str, Mapping[str, Any]]) -> str:
-    units = [unit for unit in layout.values() if unit["of"] is not None]
-    if not units:
-        return "Which entries of the dense model were kept was not noted when it was cut."
-    modalities = list(dict.fromkeys(unit["modality"] for unit in units))
-    kinds = [kind for kind in _KINDS if any(unit["kind"] == kind for unit in units)]
+    groups = [group for group in layout.values() if group["of"] is not None]
+    if not groups:
+        return "Which channels of the dense model were kept was not noted when it was cut."
+    modalities = list(dict.fromkeys(group["modality"] for group in groups))
+    kinds = [kind for kind in _KINDS if any(group["kind"] == kind for group in groups)]
 
     def share(modality: str | None, kind: str | None) -> str:
-        mine = [unit for unit in units if modality in (None, unit["modality"]) and kind in (None, unit["kind"])]
-        size = sum(unit["of"] for unit in mine)
-        return f"{100 * sum(unit['entries'] for unit in mine) / size:.1f} %" if size else "-"
+        mine = [group for group in groups if modality in (None, group["modality"]) and kind in (None, group["kind"])]
+        size = sum(group["of"] for group in mine)
+        return f"{100 * sum(group['entries'] for group in mine) / size:.1f} %" if size else "-"
 
     columns = [*((_KINDS[kind], kind) for kind in kinds), *([("all", None)] if len(kinds) > 1 else [])]
     rows = [[_cell(modality), *(share(modality, kind) for _, kind in columns)] for modality in modalities]

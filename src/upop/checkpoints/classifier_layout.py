@@ -37,7 +37,7 @@ def named_sizes(overrides: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def with_positions(state: State, config: ClassifierConfig) -> dict[str, Tensor]:
-    """Return the tensors with position embeddings for pictures of the configuration's size.
+    """Return the tensors with position embeddings for images of the configuration's size.
 
     A head for another number of classes is left out, for it has to start afresh.
     """

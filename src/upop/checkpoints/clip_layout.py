@@ -57,9 +57,9 @@ def clip_sizes(state: State) -> dict[str, Any]:
 def clip_complete(state: State, config: ClipConfig) -> dict[str, Tensor]:
     """Return CLIP's tensors with what plain CLIP lacks: momentum copies start as copies, queues afresh."""
     state = _clip_named(state)
-    state = with_copies(state, ClipRetrieval.momentum_twins)
+    state = with_copies(state, ClipRetrieval.momentum_encoders)
     tokens = 1 + (config.image_size // config.patch_size) ** 2
-    for key in (_CLIP_POSITIONS.format("vision", twin) for twin in ("", "_m")):
+    for key in (_CLIP_POSITIONS.format("vision", momentum_encoder) for momentum_encoder in ("", "_m")):
         if key in state:
             state[key] = resize_positions(state[key].unsqueeze(0), tokens).squeeze(0)
     return with_queues(state, config)

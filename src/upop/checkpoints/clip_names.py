@@ -51,7 +51,7 @@ _PARTS = (
 )
 _PACKED = re.compile(r"(.*\.)attn\.in_proj_(weight|bias)")
 _SPLIT = re.compile(r"(.*\.self_attn\.)([qkv])_proj\.(weight|bias)")
-_UNIT = re.compile(r"(.*resblocks\.\d+)(\.attn)?")
+_GROUP = re.compile(r"(.*resblocks\.\d+)(\.attn)?")
 
 # Numbers beside the weights: sizes in OpenAI's own files, positions in older ones of transformers.
 _NO_WEIGHTS = re.compile(r"input_resolution|context_length|vocab_size|(text|vision)_model\.embeddings\.position_ids")
@@ -104,9 +104,9 @@ def weights_only(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {key: value for key, value in state.items() if not _NO_WEIGHTS.fullmatch(key)}
 
 
-def unit_from_openai(name: str) -> str:
-    """Return the name of the unit that the published code calls so: a block (its MLP), or a block's "attn"."""
-    found = _UNIT.fullmatch(name)
+def group_from_openai(name: str) -> str:
+    """Return the name of the group that the published code calls so: a block (its MLP), or a block's "attn"."""
+    found = _GROUP.fullmatch(name)
     if found is None:
         return name
     return replaced(found[1], _BLOCKS) + (".self_attn" if found[2] else ".mlp")

@@ -26,13 +26,13 @@ from upop.errors import VerificationError
 from upop.files import check_folder
 from upop.models import kind_of
 from upop.ownership import refuse_foreign_file, wrote_archive
-from upop.pruning import survey
+from upop.pruning import find_prunable
 from upop.pruning.costs import evaluating
 
 Form = Literal["official", "upop", "hugging-face"]
 
 TOLERANCE = 1e-5
-"""Largest difference of an output that a conversion may make, relative to the output's largest entry."""
+"""Largest difference of an output that a conversion may make, relative to the output's largest channel."""
 
 
 def read_model(source: str | Path, task: str | None = None, **overrides: Any) -> nn.Module:
@@ -104,9 +104,9 @@ def to_transformers(model: nn.Module) -> PreTrainedModel:
     kind = getattr(transformers, _class_for(config, row.kind))
     theirs: PreTrainedModel = kind(config)
     state = row.export(model.state_dict())
-    units = survey(theirs).units
-    kept = kept_sizes(units, state, type(model).__name__)
-    resize(theirs, {unit.name: (kept[unit.name], unit.size) for unit in units if kept[unit.name] < unit.size})
+    groups = find_prunable(theirs).groups
+    kept = kept_sizes(groups, state, type(model).__name__)
+    resize(theirs, {group.name: (kept[group.name], group.size) for group in groups if kept[group.name] < group.size})
     load_strictly(theirs, state, type(model).__name__)
     theirs.eval().to(dtype=next(model.parameters()).dtype)
     verify_same(model, theirs)
@@ -128,7 +128,8 @@ def verify_same(model: nn.Module, theirs: PreTrainedModel) -> float:
     if not worst <= TOLERANCE:
         raise VerificationError(
             f"transformers' {type(theirs).__name__} does not compute what the {type(model).__name__} does: outputs "
-            f"differ by {worst:.1e} of their largest entry, allowed are {TOLERANCE:.0e}. The model has something that "
+            f"differ by {worst:.1e} of their largest channel, allowed are {TOLERANCE:.0e}. The model has something "
+            f"that "
             "this class does not have; nothing was written."
         )
     return worst
@@ -142,7 +143,7 @@ Outputs = list[tuple[Tensor, Tensor]]
 _BATCH, _WORDS = 2, 6
 
 
-def _pictures(config: Any, model: nn.Module, generator: torch.Generator) -> Tensor:
+def _images(config: Any, model: nn.Module, generator: torch.Generator) -> Tensor:
     shape = (_BATCH, 3, config.image_size, config.image_size)
     return torch.randn(shape, generator=generator).to(next(model.parameters()))
 
@@ -158,14 +159,14 @@ def _texts(config: Any, generator: torch.Generator, first: int) -> dict[str, Ten
 
 
 def _caption(model: Any, theirs: Any, generator: torch.Generator) -> Outputs:
-    images = _pictures(model.config, model, generator)
+    images = _images(model.config, model, generator)
     words = _texts(model.config, generator, model.config.vocab_size - 2)
     return [(model(images, **words), theirs(pixel_values=images, **words).logits)]
 
 
 def _vqa(model: Any, theirs: Any, generator: torch.Generator) -> Outputs:
     config = model.config
-    images = _pictures(config, model, generator)
+    images = _images(config, model, generator)
     question = _texts(config, generator, config.vocab_size - 1)
     # transformers' decoder looks at a question's padding too, so questions without padding are compared.
     question["attention_mask"].fill_(1)
@@ -188,7 +189,7 @@ def _decoded(theirs: Any, images: Tensor, question: Mapping[str, Tensor], decode
 
 
 def _retrieval(model: Any, theirs: Any, generator: torch.Generator) -> Outputs:
-    images = _pictures(model.config, model, generator)
+    images = _images(model.config, model, generator)
     words = _texts(model.config, generator, model.config.vocab_size - 1)
     states, image = model.encode_image(images)
     _, text = model.encode_text(**words)
@@ -200,7 +201,7 @@ def _retrieval(model: Any, theirs: Any, generator: torch.Generator) -> Outputs:
 
 
 def _clip(model: Any, theirs: Any, generator: torch.Generator) -> Outputs:
-    images = _pictures(model.config, model, generator)
+    images = _images(model.config, model, generator)
     ids = _texts(model.config, generator, model.config.vocab_size - 2)["input_ids"]
     ids[:, -1] = model.config.vocab_size - 1
     found = theirs(pixel_values=images, input_ids=ids)
@@ -209,7 +210,7 @@ def _clip(model: Any, theirs: Any, generator: torch.Generator) -> Outputs:
 
 
 def _classifier(model: Any, theirs: Any, generator: torch.Generator) -> Outputs:
-    images = _pictures(model.config, model, generator)
+    images = _images(model.config, model, generator)
     return [(model(images), theirs(pixel_values=images).logits)]
 
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pydantic import ConfigDict, Field, ValidationError
+from pydantic import AliasChoices, ConfigDict, Field, ValidationError
 
 from upop.errors import CheckpointError
 from upop.reading import read_object
@@ -30,13 +30,13 @@ class Read(Checked):
     model_config = ConfigDict(strict=True, extra="ignore", populate_by_name=True)
 
 
-class UnitLayout(Read):
-    """What every unit keeps: so many `entries` in `heads` heads, `of` so many before."""
+class GroupLayout(Read):
+    """What every group keeps: so many `channels` in `heads` heads, `of` so many before."""
 
     kind: str
     modality: str | None = None
     heads: int | None = None
-    entries: int = Field(ge=0)
+    channels: int = Field(ge=0, validation_alias=AliasChoices("channels", "entries"))
     of: int | None = Field(None, ge=1)
 
 
@@ -52,11 +52,11 @@ class Description(Read):
     transformers: bool | None = None
     timm: dict[str, Any] | None = None
     open_clip: dict[str, Any] | None = None
-    layout: dict[str, UnitLayout] | None = None
+    layout: dict[str, GroupLayout] | None = None
     versions: dict[str, str] | None = None
     weights: dict[str, str] | None = None
     preparation: dict[str, Any] | None = None
-    units: dict[str, dict[str, Any]] | None = None
+    groups: dict[str, dict[str, Any]] | None = Field(None, validation_alias=AliasChoices("groups", "units"))
     tokens: list[list[int]] | None = None
 
 
@@ -107,13 +107,13 @@ def check_digests(folder: Path, description: Description, *, strict: bool = True
     found = digests(folder)
     changed = [name for name, digest in description.weights.items() if found.get(name) != digest]
     if changed:
-        said = (
+        message = (
             f"{folder / changed[0]} is not the file that was saved: {FILE} has another SHA-256 digest for it. Was it "
             "damaged, or replaced? Copy or write the model again; strict=False loads it all the same."
         )
         if strict:
-            raise CheckpointError(said)
-        warnings.warn(said, stacklevel=3)
+            raise CheckpointError(message)
+        warnings.warn(message, stacklevel=3)
 
 
 def is_folder(path: Path) -> bool:

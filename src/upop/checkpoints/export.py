@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from upop.checkpoints.any_graph import AnyGraph, graph_of_any, untraceable
 from upop.checkpoints.cached_graph import graph_with_cache
-from upop.checkpoints.folder import units_here
+from upop.checkpoints.folder import groups_here
 from upop.checkpoints.graphs import FEWEST_TOKENS, Graph, own_graphs
 from upop.errors import SettingError, VerificationError, nearest
 from upop.files import replacing_folder
@@ -80,7 +80,7 @@ def export(
         folder: where to write.
         format: "onnx" or "openvino" (with the extra `export`), or "torch-export".
         example: one batch of what the model takes, if it is none of upop's own: a tensor, a tuple of tensors, or a
-            mapping of keyword arguments. By default what its units were read with.
+            mapping of keyword arguments. By default what its groups were read with.
         cache: of a decoder of transformers that generates: the graph takes and gives keys and values of every layer
             (`past_key_values.0.key` and `present.0.key`, [batch, heads, tokens, size]), so that a token costs one call
             with that token alone. A prompt is the call with a cache of no tokens.
@@ -159,7 +159,7 @@ def without_empty_branches(model: nn.Module) -> nn.Module:
     """Return a model that computes the same and has no empty tensors, which other runtimes do not take."""
     if all(parameter.numel() for parameter in model.parameters()):
         return model
-    return without_empty(model, units_here(model, plan_of(model)))
+    return without_empty(model, groups_here(model, plan_of(model)))
 
 
 _Runner = Callable[[Sequence[Tensor]], Sequence[Tensor]]

@@ -13,21 +13,21 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from upop.checkpoints.blank import fill, frame, outline
-from upop.checkpoints.renamed import units_if_read
+from upop.checkpoints.renamed import groups_if_read
 from upop.errors import CheckpointError, UPopError
-from upop.pruning import Plan, Skipped, Survey, Unit, remember, survey
+from upop.pruning import Group, Plan, Prunable, Skipped, find_prunable, remember
+from upop.pruning.groups import Slice
 from upop.pruning.shrink import apply_plan
-from upop.pruning.units import Slice
 
-_Shared = dict[tuple[str, int], list[tuple[Unit, Slice]]]
-"""(tensor, dimension) -> the units that are cut along it, and their slices."""
+_Shared = dict[tuple[str, int], list[tuple[Group, Slice]]]
+"""(tensor, dimension) -> the groups that are cut along it, and their slices."""
 
 
-def _sharing(units: Sequence[Unit]) -> _Shared:
+def _sharing(groups: Sequence[Group]) -> _Shared:
     found: _Shared = {}
-    for unit in units:
-        for part in unit.online:
-            found.setdefault((part.tensor, part.dim), []).append((unit, part))
+    for group in groups:
+        for part in group.online:
+            found.setdefault((part.tensor, part.dim), []).append((group, part))
     return found
 
 
@@ -36,8 +36,10 @@ def _rows(state: Mapping[str, Tensor], part: Slice) -> int:
     return shape[part.dim] if part.dim < len(shape) else 0
 
 
-def _apart(unit: Unit, beside: list[tuple[Unit, Slice]], shared: _Shared, state: Mapping[str, Tensor]) -> int:
-    """Return what a unit keeps that shares tensors with others: all of these tell it together; -1 where they do not."""
+def _apart(group: Group, beside: list[tuple[Group, Slice]], shared: _Shared, state: Mapping[str, Tensor]) -> int:
+    """Return what a group keeps that shares tensors with others: all of these tell it together; -1 where they do
+    not.
+    """
     names = [each.name for each, _ in beside]
     left, right = [], []
     for parts in shared.values():
@@ -46,40 +48,40 @@ def _apart(unit: Unit, beside: list[tuple[Unit, Slice]], shared: _Shared, state:
         counts = [0.0] * len(names)
         for each, part in parts:
             counts[names.index(each.name)] += sum(part.inners)
-        gone = parts[0][1].length(parts[0][0].size) - _rows(state, parts[0][1])
+        pruned = parts[0][1].length(parts[0][0].size) - _rows(state, parts[0][1])
         left.append(counts)
-        right.append(float(gone))
+        right.append(float(pruned))
     solved = torch.linalg.lstsq(torch.tensor(left).double(), torch.tensor(right).double()[:, None])
-    gone_of = solved.solution.flatten().round()
-    told = bool((torch.tensor(left).double() @ gone_of == torch.tensor(right).double()).all())
+    pruned_of = solved.solution.flatten().round()
+    described = bool((torch.tensor(left).double() @ pruned_of == torch.tensor(right).double()).all())
     enough = int(torch.linalg.matrix_rank(torch.tensor(left).double())) == len(names)
-    return unit.size - int(gone_of[names.index(unit.name)]) if told and enough else -1
+    return group.size - int(pruned_of[names.index(group.name)]) if described and enough else -1
 
 
-def kept_sizes(units: Sequence[Unit], state: Mapping[str, Tensor], source: str) -> dict[str, int]:
-    """Return the number of kept entries of every unit, as the shapes in `state` tell it.
+def kept_sizes(groups: Sequence[Group], state: Mapping[str, Tensor], source: str) -> dict[str, int]:
+    """Return the number of kept channels of every group, as the shapes in `state` tell it.
 
     Raises:
-        CheckpointError: a size is no whole number of entries, or larger than the dense model's.
+        CheckpointError: a size is no whole number of channels, or larger than the dense model's.
     """
-    shared = _sharing(units)
+    shared = _sharing(groups)
     sizes = {}
-    for unit in units:
-        part = unit.producers[0]
+    for group in groups:
+        part = group.producers[0]
         if part.tensor not in state:
             continue
         rows = _rows(state, part)
         beside = shared[part.tensor, part.dim]
-        if len(beside) > 1:  # the rows of other units are gaps in this one's
-            kept, rest = _apart(unit, beside, shared, state), 0
+        if len(beside) > 1:  # the rows of other groups are gaps in this one's
+            kept, rest = _apart(group, beside, shared, state), 0
         else:
             kept, rest = divmod(rows - sum(part.gaps), sum(part.inners))
-        if rest or not 0 <= kept <= unit.size:
+        if rest or not 0 <= kept <= group.size:
             raise CheckpointError(
-                f"{source}: {part.tensor} has {rows} rows, which is no number of entries up to {unit.size} "
-                f"for {unit.heads} heads. Was it made for a model of other sizes?"
+                f"{source}: {part.tensor} has {rows} rows, which is no number of channels up to {group.size} "
+                f"for {group.heads} heads. Was it made for a model of other sizes?"
             )
-        sizes[unit.name] = kept
+        sizes[group.name] = kept
     return sizes
 
 
@@ -87,7 +89,7 @@ def fit(
     model: nn.Module,
     state: Mapping[str, Tensor],
     source: str,
-    fixed_scale: Callable[[Unit], bool],
+    fixed_scale: Callable[[Group], bool],
     *,
     strict: bool = True,
 ) -> nn.Module:
@@ -97,20 +99,20 @@ def fit(
         model: the dense model.
         state: the tensors, under the model's names.
         source: where they come from, for messages.
-        fixed_scale: says of which attention units the published code keeps the softmax scale of the dense model
+        fixed_scale: says of which attention groups the published code keeps the softmax scale of the dense model
             when they are compressed; their queries are folded so that the natural scale computes the same.
         strict: False warns of what does not fit, and leaves the model's own values there.
 
     Raises:
         CheckpointError: keys or shapes do not fit; they are listed.
     """
-    units, sizes = cut_to_fit(model, state, source)
+    groups, sizes = cut_to_fit(model, state, source)
     fill(model)
     fitting = compare(model, state, source, strict=strict)
     model.load_state_dict(fitting, strict=False)
-    for unit in units:
-        if 0 < sizes.get(unit.name, 0) < unit.size and fixed_scale(unit):
-            scale_queries(model, unit, sizes[unit.name], math.sqrt(sizes[unit.name] / unit.size))
+    for group in groups:
+        if 0 < sizes.get(group.name, 0) < group.size and fixed_scale(group):
+            scale_queries(model, group, sizes[group.name], math.sqrt(sizes[group.name] / group.size))
     return model
 
 
@@ -131,7 +133,7 @@ def build_to_fit(
         build: makes the dense model.
         state: its tensors, with or without their content.
         source: where they come from, for messages.
-        dense: unit -> entries that it must have before it is cut, where that is known.
+        dense: group -> channels that it must have before it is cut, where that is known.
         strict: False lets it have parts that the tensors do not give.
 
     Raises:
@@ -139,34 +141,35 @@ def build_to_fit(
     """
     blank = outline(build, len(state), source)
     _check_beside(blank, state, source)
-    units = units_if_read(blank)
-    skipped = survey(blank).skipped if units else ()
+    groups = groups_if_read(blank)
+    skipped = find_prunable(blank).skipped if groups else ()
     cut_to_fit(blank, state, source)
-    for unit in units:
-        size = (dense or {}).get(unit.name, unit.size)
-        if size != unit.size:
+    for group in groups:
+        size = (dense or {}).get(group.name, group.size)
+        if size != group.size:
             raise CheckpointError(
-                f"{source} describes a model with {unit.size} entries in {unit.name}, and says that there were {size} "
+                f"{source} describes a model with {group.size} channels in {group.name}, and says that there were "
+                f"{size} "
                 "before it was cut. Was it damaged? Fetch or write it again."
             )
     known = blank.state_dict()
     if strict:
         compare(blank, state, source)
     if strict or all(name in state and state[name].shape == value.shape for name, value in known.items()):
-        return _read_as(frame(build, len(state), source), units, skipped)
+        return _read_as(frame(build, len(state), source), groups, skipped)
     held, asked = (sum(value.numel() for value in tensors.values()) for tensors in (state, known))
     if asked > AT_MOST * held + BESIDE:
         raise CheckpointError(
             f"{source} describes a model of {asked:,} numbers, and holds {held:,}. That is no model of which some "
             "weights are missing."
         )
-    return _read_as(build(), units, skipped)
+    return _read_as(build(), groups, skipped)
 
 
-def _read_as(model: nn.Module, units: Sequence[Unit], skipped: Sequence[Skipped]) -> nn.Module:
+def _read_as(model: nn.Module, groups: Sequence[Group], skipped: Sequence[Skipped]) -> nn.Module:
     """Have a model not be read again of which a copy without numbers was read; return it."""
-    if units:
-        remember(model, Survey(tuple(units), tuple(skipped)))
+    if groups:
+        remember(model, Prunable(tuple(groups), tuple(skipped)))
     return model
 
 
@@ -188,20 +191,22 @@ def _check_beside(blank: nn.Module, state: Mapping[str, Tensor], source: str) ->
         )
 
 
-def cut_to_fit(model: nn.Module, state: Mapping[str, Tensor], source: str) -> tuple[Sequence[Unit], dict[str, int]]:
-    """Cut a dense model to the shapes of `state`; return its units as they were, and what they keep."""
-    units = units_if_read(model)
-    sizes = kept_sizes(units, state, source)
-    compressed = {unit.name: range(sizes[unit.name]) for unit in units if sizes.get(unit.name, unit.size) < unit.size}
+def cut_to_fit(model: nn.Module, state: Mapping[str, Tensor], source: str) -> tuple[Sequence[Group], dict[str, int]]:
+    """Cut a dense model to the shapes of `state`; return its groups as they were, and what they keep."""
+    groups = groups_if_read(model)
+    sizes = kept_sizes(groups, state, source)
+    compressed = {
+        group.name: range(sizes[group.name]) for group in groups if sizes.get(group.name, group.size) < group.size
+    }
     if compressed:
-        apply_plan(model, Plan.of(list(units), compressed), fold=False)
-    return units, sizes
+        apply_plan(model, Plan.of(list(groups), compressed), fold=False)
+    return groups, sizes
 
 
 @torch.no_grad()
-def scale_queries(model: nn.Module, unit: Unit, kept: int, factor: float) -> None:
-    """Multiply the query rows and biases of an attention unit, as it stands with `kept` entries, by `factor`."""
-    for part in unit.slices:
+def scale_queries(model: nn.Module, group: Group, kept: int, factor: float) -> None:
+    """Multiply the query rows and biases of an attention group, as it stands with `kept` channels, by `factor`."""
+    for part in group.slices:
         tensor = model.get_parameter(part.tensor)
         rows = part.query_rows(kept).to(tensor.device)
         tensor.index_copy_(part.dim, rows, tensor.index_select(part.dim, rows) * factor)
@@ -250,10 +255,12 @@ def compare(
     numbers = {key: not_finite(state[key]) for key in mine if key in state and not shapes[key]}
     problems += [f"{key} {problem}" for key, problem in {**shapes, **numbers}.items() if problem]
     if problems:
-        said = listed(f"{source} does not fit {type(model).__name__} ({len(problems)} of {len(mine)} keys)", problems)
+        message = listed(
+            f"{source} does not fit {type(model).__name__} ({len(problems)} of {len(mine)} keys)", problems
+        )
         if strict:
-            raise CheckpointError(said)
-        warnings.warn(said, stacklevel=4)
+            raise CheckpointError(message)
+        warnings.warn(message, stacklevel=4)
     return {key: value for key, value in state.items() if key in mine and not shapes[key]}
 
 

@@ -18,11 +18,12 @@ from torch import Tensor, nn
 from upop.checkpoints import card, owners
 from upop.checkpoints.blank import outline
 from upop.checkpoints.config_json import is_transformers_folder
+from upop.checkpoints.described_groups import describe_groups
 from upop.checkpoints.description import FILE as DESCRIPTION
 from upop.checkpoints.description import (
     FORMAT,
     Description,
-    UnitLayout,
+    GroupLayout,
     check_digests,
     digests,
     is_folder,
@@ -32,15 +33,14 @@ from upop.checkpoints.fit import build_to_fit, fit
 from upop.checkpoints.hub import is_hub_name, local_path
 from upop.checkpoints.preparation import preparation_of, set_preparation
 from upop.checkpoints.read import read_outline, read_weights
-from upop.checkpoints.renamed import named_as_today, units_if_read, units_of, units_today, with_names
-from upop.checkpoints.sizes import dense_skeleton, plan_for, sizes_before
-from upop.checkpoints.told_units import tell_units
+from upop.checkpoints.renamed import groups_if_read, groups_of, groups_today, named_as_today, with_names
+from upop.checkpoints.sizes import dense_meta_copy, plan_for, sizes_before
 from upop.checkpoints.write import write_weights
 from upop.errors import CheckpointError, LayoutError, PlanError, SettingError, nearest
 from upop.files import replacing_folder
 from upop.libraries import is_pretrained
 from upop.models import MODELS, kind_of
-from upop.pruning import Plan, Survey, Unit, count_parameters, remember, survey
+from upop.pruning import Group, Plan, Prunable, count_parameters, find_prunable, remember
 from upop.pruning.carried import plan_of, set_plan
 from upop.pruning.errors import some_of
 from upop.pruning.known import sized
@@ -61,7 +61,7 @@ def save(
 ) -> Path:
     """Write a model, dense or compressed, so that `load` gives it back.
 
-    The folder holds `model.safetensors` and `upop.json` (how the dense model is built, what every unit keeps, the plan
+    The folder holds `model.safetensors` and `upop.json` (how the dense model is built, what every group keeps, the plan
     and versions); that of a transformers model also its `config.json`, so that transformers reads it too; that of a
     compressed model `README.md`, its model card. It is written beside and renamed: an older one of that name stays
     whole until the new one is. Only a folder that `save` wrote is replaced, and only if it holds nothing else, as the
@@ -71,32 +71,32 @@ def save(
         model: one of upop's, timm's or transformers' models, or any other model (which `load` then needs in its dense
             form).
         folder: where to write.
-        plan: which entries were kept, for the record; by default what `Pruner.shrink` or `shrink` noted on the model.
+        plan: which channels were kept, for the record; by default what `Pruner.shrink` or `shrink` noted on the model.
         tokenizer: one of transformers', to be kept beside the weights.
         overwrite: whether a folder that `save` or `export` wrote may be replaced though its files were changed since.
 
     Raises:
         RunFolderError: the folder holds what upop did not write, or cannot be written; nothing was changed.
         SettingError: it is a transformers model that is quantized by another method.
-        LayoutError: the model's weights are sharded over processes (save a copy that `upop.gather` makes), or it has
+        LayoutError: the model's weights are sharded over processes (save a copy that `upop.full_copy` makes), or it has
             none, on the meta device.
     """
     folder, model = Path(folder), unwrapped(model)
     refuse_sharded(model, "save()")
     plan = plan if plan is not None else plan_of(model)
-    units = units_here(model, plan)
-    if any(not unit.size for unit in units) and kind_of(model) is None:
+    groups = groups_here(model, plan)
+    if any(not group.size for group in groups) and kind_of(model) is None:
         fewer = owners.without_layers(model, plan)
         if isinstance(fewer, nn.Module):
             model, plan = fewer, plan_of(fewer)
-            units = units_here(model, plan)
+            groups = groups_here(model, plan)
         elif fewer is not None:
             warnings.warn(f"Layers of which nothing is left stay in the file: {fewer}.", stacklevel=2)
-    plan = _still_true(plan, units, model)
+    plan = _still_true(plan, groups, model)
     kind = kind_of(model)
     _refuse_meta(model)
-    _warn_masked(model, units)
-    dense = _dense_sizes(model, units, plan)
+    _warn_masked(model, groups)
+    dense = _dense_sizes(model, groups, plan)
     in_transformers = is_pretrained(model) and _is_its_own(model)
     if in_transformers:
         owners.mark(model)
@@ -111,8 +111,8 @@ def save(
         "transformers": in_transformers,
         **built,
         "plain": plain or in_timm is not None,
-        "layout": {unit.name: _unit(unit, dense.get(unit.name)) for unit in units},
-        "units": _written(units, {} if plain else dense, None if plain else plan),
+        "layout": {group.name: _group(group, dense.get(group.name)) for group in groups},
+        "units": _written(groups, {} if plain else dense, None if plain else plan),
         "plan": json.loads((plan if plain else replace(plan, slices={})).to_json()) if plan is not None else None,
         "preparation": preparation_of(model),
         "tokens": removed_tokens(model),
@@ -157,26 +157,26 @@ def load(folder: str | Path, model: nn.Module | None = None, *, strict: bool = T
     plan = _plan(description, folder)
     if description.transformers:
         model = owners.load_transformers(folder, description.kind, strict=strict)
-        if description.units:
-            dense = dense_skeleton(model)
-            tell_units(dense, description, folder)
-            remember(model, survey(dense))
+        if description.groups:
+            dense = dense_meta_copy(model)
+            describe_groups(dense, description, folder)
+            remember(model, find_prunable(dense))
     else:
         source, held = str(folder), read_outline(folder / WEIGHTS)
         # Of our own models, whose configuration has one number for all layers, it is known what there was before.
-        sizes = {name: unit.of for name, unit in (description.layout or {}).items() if description.model and unit.of}
+        sizes = {name: group.of for name, group in (description.layout or {}).items() if description.model and group.of}
 
         def build() -> nn.Module:
-            return tell_units(_dense(description, folder), description, folder)
+            return describe_groups(_dense(description, folder), description, folder)
 
         model = build_to_fit(build, held, source, dense=sizes, strict=strict)
         state = read_weights(folder / WEIGHTS)
-        model = fit(_as_precise(model, state), state, source, lambda _unit: False, strict=strict)
+        model = fit(_as_precise(model, state), state, source, lambda _group: False, strict=strict)
     check_digests(folder, description, strict=strict)
     layout = description.layout or {}
-    names = units_today(model, {**layout, **({} if plan is None else plan.kept)})
+    names = groups_today(model, {**layout, **({} if plan is None else plan.kept)})
     plan = None if plan is None else with_names(plan, names)
-    _check_layout(model, plan, {names.get(name, name): unit for name, unit in layout.items()}, folder)
+    _check_layout(model, plan, {names.get(name, name): group for name, group in layout.items()}, folder)
     set_plan(model, plan)
     set_preparation(model, description.preparation)
     return _merging(model, description, folder).eval()
@@ -203,16 +203,16 @@ def load_into(model: nn.Module, folder: str | Path, *, strict: bool = True) -> n
     else:
         state = named_as_today(model, read_weights(folder / WEIGHTS))
     plan = _plan(description, folder)
-    tell_units(model, description, folder)
+    describe_groups(model, description, folder)
     try:
-        fit(model, state, str(folder), lambda _unit: False, strict=strict)
+        fit(model, state, str(folder), lambda _group: False, strict=strict)
     except CheckpointError as error:
         raise CheckpointError(
             f"{error}\n{folder} holds a {description.kind}. Build that model, with the settings that it had before "
             "it was compressed."
         ) from error
     check_digests(folder, description, strict=strict)
-    set_plan(model, None if plan is None else with_names(plan, units_today(model, plan.kept)))
+    set_plan(model, None if plan is None else with_names(plan, groups_today(model, plan.kept)))
     set_preparation(model, description.preparation)
     if is_pretrained(model):
         owners.mark(model)
@@ -234,15 +234,15 @@ def _check_class(model: nn.Module, description: Description, folder: Path, *, st
     """Refuse a model of another class than the folder's; one that is derived from it will do."""
     kind = description.kind.rpartition(".")[2]
     if kind not in (each.__name__ for each in type(model).__mro__):
-        said = f"{folder} holds a {description.kind}, and was to fill a {type(model).__name__}. Build a {kind}."
+        message = f"{folder} holds a {description.kind}, and was to fill a {type(model).__name__}. Build a {kind}."
         if strict:
-            raise CheckpointError(said)
-        warnings.warn(said, stacklevel=3)
+            raise CheckpointError(message)
+        warnings.warn(message, stacklevel=3)
 
 
 def _card(model: nn.Module, description: dict[str, Any]) -> str:
     # Momentum copies, which training alone needs, are none of what the model is.
-    whole = None if getattr(model, "momentum_twins", None) else count_parameters(model)
+    whole = None if getattr(model, "momentum_encoders", None) else count_parameters(model)
     source = getattr(model, "name_or_path", None)
     on_hub = source if isinstance(source, str) and is_hub_name(source) else None
     return card.card(description, name=on_hub, parameters=whole)
@@ -255,44 +255,44 @@ def _refuse_meta(model: nn.Module) -> None:
         )
 
 
-def units_here(model: nn.Module, plan: Plan | None) -> tuple[Unit, ...]:
-    """Return the units of a model, those of its plan among them: a copy of a model was never surveyed itself."""
+def groups_here(model: nn.Module, plan: Plan | None) -> tuple[Group, ...]:
+    """Return the groups of a model, those of its plan among them: a copy of a model was never surveyed itself."""
     try:
-        found = survey(model)
+        found = find_prunable(model)
     except LayoutError:  # it cannot be run by itself, and is saved all the same
-        found = Survey((), ())
-    names = {unit.name for unit in found.units}
-    told = {} if plan is None else {name: unit for name, unit in plan.slices.items() if name not in names}
+        found = Prunable((), ())
+    names = {group.name for group in found.groups}
+    described = {} if plan is None else {name: group for name, group in plan.slices.items() if name not in names}
     try:
-        known = units_of(model, told)
+        known = groups_of(model, described)
     except ValueError:
         known = None
-    here = {name: sized(model, unit) for name, unit in (known or {}).items()}
+    here = {name: sized(model, group) for name, group in (known or {}).items()}
     kept = {} if plan is None else plan.kept
-    more = [unit for name, unit in here.items() if unit is not None and unit.size == len(kept.get(name, ()))]
+    more = [group for name, group in here.items() if group is not None and group.size == len(kept.get(name, ()))]
     if more:
-        remember(model, replace(found, units=(*found.units, *more)))
-    return (*found.units, *more)
+        remember(model, replace(found, groups=(*found.groups, *more)))
+    return (*found.groups, *more)
 
 
-def _still_true(plan: Plan | None, units: Sequence[Unit], model: nn.Module) -> Plan | None:
-    """Return the plan without units that the model does not have any more, as when layers are dropped after a cut."""
+def _still_true(plan: Plan | None, groups: Sequence[Group], model: nn.Module) -> Plan | None:
+    """Return the plan without groups that the model does not have any more, as when layers are dropped after a cut."""
     if plan is None:
         return None
-    left = plan_for(plan, units)
-    gone = [name for name in plan.kept if name not in left.kept]
-    if gone:
+    left = plan_for(plan, groups)
+    pruned = [name for name in plan.kept if name not in left.kept]
+    if pruned:
         warnings.warn(
-            f"The plan of this {type(model).__name__} names units that it does not have, or not with as many entries: "
-            f"{some_of(gone)}. Were layers dropped after it was cut? The plan is saved without them.",
+            f"The plan of this {type(model).__name__} names groups that it does not have, or not with as many "
+            f"channels: {some_of(pruned)}. Were layers dropped after it was cut? The plan is saved without them.",
             stacklevel=3,
         )
     return left
 
 
-def _warn_masked(model: nn.Module, units: Sequence[Unit]) -> None:
+def _warn_masked(model: nn.Module, groups: Sequence[Group]) -> None:
     try:
-        refuse_masked(model, list(units))
+        refuse_masked(model, list(groups))
     except LayoutError:
         warnings.warn(
             f"{type(model).__name__} is still masked, and masks are not saved: what is written is the model in full "
@@ -316,27 +316,27 @@ def _is_its_own(model: PreTrainedModel) -> bool:
     return why is None
 
 
-def _dense_sizes(model: nn.Module, units: Sequence[Unit], plan: Plan | None) -> Mapping[str, int]:
-    """Return unit -> entries before it was cut, as far as that is known."""
+def _dense_sizes(model: nn.Module, groups: Sequence[Group], plan: Plan | None) -> Mapping[str, int]:
+    """Return group -> channels before it was cut, as far as that is known."""
     kind = kind_of(model)
     if kind is None:
         return plan.sizes if plan is not None else {}
     build, _ = MODELS[kind]
-    return sizes_before(units, outline(lambda: build(model.config)))
+    return sizes_before(groups, outline(lambda: build(model.config)))
 
 
-def _unit(unit: Unit, dense: int | None) -> dict[str, Any]:
-    return {"kind": unit.kind, "modality": unit.modality, "heads": unit.heads, "entries": unit.size, "of": dense}
+def _group(group: Group, dense: int | None) -> dict[str, Any]:
+    return {"kind": group.kind, "modality": group.modality, "heads": group.heads, "entries": group.size, "of": dense}
 
 
-def _written(units: Sequence[Unit], dense: Mapping[str, int], plan: Plan | None) -> dict[str, Any]:
-    """Return unit -> all that a cut of the dense model takes, of those of which it is known."""
+def _written(groups: Sequence[Group], dense: Mapping[str, int], plan: Plan | None) -> dict[str, Any]:
+    """Return group -> all that a cut of the dense model takes, of those of which it is known."""
     known = {} if plan is None else dict(plan.slices)
-    for unit in units:
-        # What lies between a unit's rows may have been cut, too: then only the plan knows how it was before.
-        if unit.name not in known and not any(part.gaps for part in unit.slices):
-            known[unit.name] = as_json(replace(unit, size=dense.get(unit.name) or unit.size))
-    return {unit.name: known[unit.name] for unit in units if known.get(unit.name) is not None}
+    for group in groups:
+        # What lies between a group's rows may have been cut, too: then only the plan knows how it was before.
+        if group.name not in known and not any(part.gaps for part in group.slices):
+            known[group.name] = as_json(replace(group, size=dense.get(group.name) or group.size))
+    return {group.name: known[group.name] for group in groups if known.get(group.name) is not None}
 
 
 def _plan(description: Description, folder: Path) -> Plan | None:
@@ -344,38 +344,38 @@ def _plan(description: Description, folder: Path) -> Plan | None:
         if description.plan is None:
             return None
         plan = Plan.from_json(json.dumps(description.plan))
-        told = plan.slices or description.units or {}
-        return replace(plan, slices={name: told[name] for name in plan.kept if name in told})
+        described = plan.slices or description.groups or {}
+        return replace(plan, slices={name: described[name] for name in plan.kept if name in described})
     except PlanError as error:
         raise CheckpointError(f"{folder / DESCRIPTION} has a plan that cannot be read. {error}") from error
 
 
-def _check_layout(model: nn.Module, plan: Plan | None, layout: Mapping[str, UnitLayout], folder: Path) -> None:
-    """Raise CheckpointError where the units of a loaded model are not what its description and its plan say.
+def _check_layout(model: nn.Module, plan: Plan | None, layout: Mapping[str, GroupLayout], folder: Path) -> None:
+    """Raise CheckpointError where the groups of a loaded model are not what its description and its plan say.
 
-    Shapes alone tell neither heads nor which entries were kept.
+    Shapes alone tell neither heads nor which channels were kept.
     """
-    for unit in units_if_read(model):
-        found = {"heads": unit.heads, "entries": unit.size}
-        told = layout.get(unit.name)
-        kept = None if plan is None else plan.kept.get(unit.name)
-        size = 0 if plan is None else plan.sizes.get(unit.name, 0)
+    for group in groups_if_read(model):
+        found = {"heads": group.heads, "channels": group.size}
+        described = layout.get(group.name)
+        kept = None if plan is None else plan.kept.get(group.name)
+        size = 0 if plan is None else plan.sizes.get(group.name, 0)
         wrong = ""
-        if told is not None and (told.heads, told.entries) != (unit.heads, unit.size):
-            wrong = f"says {told.model_dump(include=set(found))}, and the weights {found}"
-        elif kept is not None and (len(kept) != unit.size or list(kept) != sorted(set(kept))):
-            wrong = f"has a plan of {len(kept)} entries, ascending and each once, for the {unit.size} of the weights"
+        if described is not None and (described.heads, described.channels) != (group.heads, group.size):
+            wrong = f"says {described.model_dump(include=set(found))}, and the weights {found}"
+        elif kept is not None and (len(kept) != group.size or list(kept) != sorted(set(kept))):
+            wrong = f"has a plan of {len(kept)} channels, ascending and each once, for the {group.size} of the weights"
         elif kept and not 0 <= kept[0] <= kept[-1] < size:
-            wrong = f"has a plan of entries {kept[0]} to {kept[-1]} of {size}"
-        elif kept is not None and told is not None and told.of not in (size, None):
-            wrong = f"says that there were {told.of} entries, and its plan {size}"
+            wrong = f"has a plan of channels {kept[0]} to {kept[-1]} of {size}"
+        elif kept is not None and described is not None and described.of not in (size, None):
+            wrong = f"says that there were {described.of} channels, and its plan {size}"
         if wrong:
-            raise CheckpointError(f"{folder / DESCRIPTION} is damaged: of {unit.name} it {wrong}. Write it again.")
-    names = {unit.name for unit in units_if_read(model)}
+            raise CheckpointError(f"{folder / DESCRIPTION} is damaged: of {group.name} it {wrong}. Write it again.")
+    names = {group.name for group in groups_if_read(model)}
     unknown = [name for name in plan.kept if name not in names] if plan is not None else []
     if unknown:
         raise CheckpointError(
-            f"The plan in {folder / DESCRIPTION} names {unknown[0]!r}, and the model has no such unit"
+            f"The plan in {folder / DESCRIPTION} names {unknown[0]!r}, and the model has no such group"
             f"{nearest(unknown[0], sorted(names))}. Were layers dropped after it was cut? Build that model and call "
             "upop.load_into(model, folder), which reads the weights alone."
         )
@@ -397,8 +397,10 @@ def _dense(description: Description, folder: Path) -> nn.Module:
     except CheckpointError:
         raise
     except Exception as error:  # a size that fits no other one is found by whatever computes with it
-        said = "; ".join(problems(error)) if isinstance(error, ValidationError) else str(error) or type(error).__name__
-        raise CheckpointError(f"{folder / DESCRIPTION} describes a model that cannot be built: {said}") from error
+        message = (
+            "; ".join(problems(error)) if isinstance(error, ValidationError) else str(error) or type(error).__name__
+        )
+        raise CheckpointError(f"{folder / DESCRIPTION} describes a model that cannot be built: {message}") from error
     return model
 
 

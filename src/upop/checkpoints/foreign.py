@@ -37,7 +37,7 @@ class Foreign:
         file: that describes it.
         weights: file of its tensors.
         sizes: fields of our configuration that it says.
-        pictures: how it says that pictures are prepared, by the names of our settings.
+        images: how it says that images are prepared, by the names of our settings.
     """
 
     task: str
@@ -45,7 +45,7 @@ class Foreign:
     file: Path
     weights: Path
     sizes: Mapping[str, Any]
-    pictures: Mapping[str, Any]
+    images: Mapping[str, Any]
 
 
 def recognised(folder: Path) -> Foreign | None:
@@ -99,7 +99,7 @@ def _weights(folder: Path, kind: str) -> Path:
     return found
 
 
-def _timm(file: Path, weights: Path, name: Any, arguments: Any, pictures: Mapping[str, Any]) -> Foreign:
+def _timm(file: Path, weights: Path, name: Any, arguments: Any, images: Mapping[str, Any]) -> Foreign:
     if not isinstance(name, str) or not timm.is_model(name) or not isinstance(arguments, Mapping):
         raise CheckpointError(
             f"{file} describes timm's {name!r} with {arguments!r}, which timm {timm.__version__} does not have"
@@ -123,12 +123,12 @@ def _timm(file: Path, weights: Path, name: Any, arguments: Any, pictures: Mappin
         width = given.get("embed_dim") or timm_models.usual(name, "embed_dim")
         sizes["vision_mlp"] = int(float(given["mlp_ratio"]) * int(width))
     usual = timm.get_pretrained_cfg(name)
-    told = processors.from_timm(pictures or (usual.to_dict() if usual else {}))
-    sizes.setdefault("image_size", told.get("image_size", 224))
-    return Foreign("classification", f"timm {name}", file, weights, sizes, told)
+    described = processors.from_timm(images or (usual.to_dict() if usual else {}))
+    sizes.setdefault("image_size", described.get("image_size", 224))
+    return Foreign("classification", f"timm {name}", file, weights, sizes, described)
 
 
-def _open_clip(file: Path, weights: Path, model: Any, pictures: Any) -> Foreign:
+def _open_clip(file: Path, weights: Path, model: Any, images: Any) -> Foreign:
     if not isinstance(model, Mapping) or not all(isinstance(model.get(f"{tower}_cfg"), Mapping) for tower in _TOWERS):
         raise CheckpointError(f"{file} describes no model of open_clip: {str(model)[:100]}. {_ADVICE}")
     same = {"quick_gelu": (False, True), "custom_text": (False, False)}
@@ -144,8 +144,8 @@ def _open_clip(file: Path, weights: Path, model: Any, pictures: Any) -> Foreign:
         sizes["embed_dim"] = int(model["embed_dim"])
     except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
         raise CheckpointError(f"{file} says sizes that cannot be read: {error!r}. {_ADVICE}") from error
-    told = processors.from_open_clip(pictures) if isinstance(pictures, Mapping) else {}
-    return Foreign("retrieval-clip", "CLIP of open_clip", file, weights, sizes, told)
+    described = processors.from_open_clip(images) if isinstance(images, Mapping) else {}
+    return Foreign("retrieval-clip", "CLIP of open_clip", file, weights, sizes, described)
 
 
 def _one(value: Any) -> Any:
@@ -208,19 +208,19 @@ def _hidden(settings: Mapping[str, Any], width: int) -> int:
 # What is not said has open_clip's own default.
 _OPEN_CLIP_SIZES: Mapping[str, Mapping[str, Callable[[Mapping[str, Any]], int]]] = {
     "vision": {
-        "image_size": lambda told: int(_one(told.get("image_size", 224))),
-        "patch_size": lambda told: int(_one(told.get("patch_size", 16))),
-        "vision_width": lambda told: int(told.get("width", 768)),
-        "vision_depth": lambda told: int(told.get("layers", 12)),
-        "vision_heads": lambda told: int(told.get("width", 768)) // int(told.get("head_width", 64)),
-        "vision_mlp": lambda told: _hidden(told, 768),
+        "image_size": lambda described: int(_one(described.get("image_size", 224))),
+        "patch_size": lambda described: int(_one(described.get("patch_size", 16))),
+        "vision_width": lambda described: int(described.get("width", 768)),
+        "vision_depth": lambda described: int(described.get("layers", 12)),
+        "vision_heads": lambda described: int(described.get("width", 768)) // int(described.get("head_width", 64)),
+        "vision_mlp": lambda described: _hidden(described, 768),
     },
     "text": {
-        "vocab_size": lambda told: int(told.get("vocab_size", 49408)),
-        "max_positions": lambda told: int(told.get("context_length", 77)),
-        "text_width": lambda told: int(told.get("width", 512)),
-        "text_depth": lambda told: int(told.get("layers", 12)),
-        "text_heads": lambda told: int(told.get("heads", 8)),
-        "text_mlp": lambda told: _hidden(told, 512),
+        "vocab_size": lambda described: int(described.get("vocab_size", 49408)),
+        "max_positions": lambda described: int(described.get("context_length", 77)),
+        "text_width": lambda described: int(described.get("width", 512)),
+        "text_depth": lambda described: int(described.get("layers", 12)),
+        "text_heads": lambda described: int(described.get("heads", 8)),
+        "text_mlp": lambda described: _hidden(described, 512),
     },
 }

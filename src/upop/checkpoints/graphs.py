@@ -1,6 +1,6 @@
 """What a model becomes outside of PyTorch: functions of tensors, with the axes that may have any size.
 
-A model of upop's own tasks becomes one graph or a few (a captioner: the picture's encoder, and the decoder that is
+A model of upop's own tasks becomes one graph or a few (a captioner: the image's encoder, and the decoder that is
 called for every word), each with a batch of any size and, where there are texts, texts of any length.
 """
 
@@ -83,7 +83,7 @@ def own_graphs(model: nn.Module) -> dict[str, Graph] | None:
 _TEXT: tuple[str | int, ...] = ("batch", "tokens")
 
 
-def _picture(config: Any) -> tuple[str | int, ...]:
+def _image(config: Any) -> tuple[str | int, ...]:
     return ("batch", 3, config.image_size, config.image_size)
 
 
@@ -98,7 +98,7 @@ def _states(config: Any) -> tuple[str | int, ...]:
 def _caption(config: Any) -> dict[str, Graph]:
     words = {"input_ids": _TEXT, "attention_mask": _TEXT}
     return {
-        "vision": Graph(lambda model, images: model.visual_encoder(images), {"images": _picture(config)}, ("states",)),
+        "vision": Graph(lambda model, images: model.visual_encoder(images), {"images": _image(config)}, ("states",)),
         "decoder": Graph(
             lambda model, ids, mask, states: (
                 model.text_decoder(ids, attention_mask=mask, encoder_hidden_states=states, use_cache=False).logits
@@ -115,7 +115,7 @@ def _vqa(config: Any) -> dict[str, Graph]:
     return {
         "question": Graph(
             lambda model, *inputs: model.encode(*inputs)[1],
-            {"images": _picture(config), **question},
+            {"images": _image(config), **question},
             ("states",),
             *_sizes(config),
         ),
@@ -137,7 +137,7 @@ def _nlvr(config: Any) -> dict[str, Graph]:
     return {
         "model": Graph(
             lambda model, first, second, ids, mask: model(torch.cat([first, second]), ids, mask),
-            {"images0": _picture(config), "images1": _picture(config), "input_ids": _TEXT, "attention_mask": _TEXT},
+            {"images0": _image(config), "images1": _image(config), "input_ids": _TEXT, "attention_mask": _TEXT},
             ("logits",),
             *_sizes(config),
         )
@@ -148,7 +148,7 @@ def _retrieval(config: Any) -> dict[str, Graph]:
     words = {"input_ids": _TEXT, "attention_mask": _TEXT}
     return {
         "image": Graph(
-            lambda model, images: model.encode_image(images), {"images": _picture(config)}, ("states", "features")
+            lambda model, images: model.encode_image(images), {"images": _image(config)}, ("states", "features")
         ),
         "text": Graph(lambda model, *words: model.encode_text(*words)[1], words, ("features",), *_sizes(config)),
         "match": Graph(
@@ -164,7 +164,7 @@ def _clip(config: Any) -> dict[str, Graph]:
     return {
         "image": Graph(
             lambda model, images: nn.functional.normalize(model.encode_image(images), dim=-1),
-            {"images": _picture(config)},
+            {"images": _image(config)},
             ("features",),
         ),
         "text": Graph(
@@ -176,8 +176,8 @@ def _clip(config: Any) -> dict[str, Graph]:
     }
 
 
-def _pictures_alone(config: Any) -> dict[str, Graph]:
-    return {"model": Graph(lambda model, images: model(images), {"images": _picture(config)}, ("logits",))}
+def _images_alone(config: Any) -> dict[str, Graph]:
+    return {"model": Graph(lambda model, images: model(images), {"images": _image(config)}, ("logits",))}
 
 
 _GRAPHS: dict[str, Callable[[Any], dict[str, Graph]]] = {
@@ -186,6 +186,6 @@ _GRAPHS: dict[str, Callable[[Any], dict[str, Graph]]] = {
     "blip-nlvr": _nlvr,
     "blip-retrieval": _retrieval,
     "clip-retrieval": _clip,
-    "classifier": _pictures_alone,
-    "segmenter": _pictures_alone,
+    "classifier": _images_alone,
+    "segmenter": _images_alone,
 }

@@ -188,7 +188,7 @@ def _blip_config(config: Any) -> Any:
 def _vqa_config(config: Any) -> Any:
     if config.text_width != config.vision_width:
         raise CheckpointError(
-            "transformers has no class for this BlipVqa: its BlipForQuestionAnswering wants texts as wide as pictures, "
+            "transformers has no class for this BlipVqa: its BlipForQuestionAnswering wants texts as wide as images, "
             f"and text_width is {config.text_width}, vision_width {config.vision_width}. Keep it as a folder of upop, "
             "or as a published checkpoint."
         )
@@ -216,14 +216,14 @@ def _retrieval_sizes(config: Any) -> dict[str, Any]:
 def _retrieval_read(state: State) -> dict[str, Tensor]:
     ours = _blip_read(state)
     # The temperature moves the contrastive loss alone; it starts where the published training starts it.
-    return {**with_copies(ours, BlipRetrieval.momentum_twins), "temp": torch.tensor(0.07)}
+    return {**with_copies(ours, BlipRetrieval.momentum_encoders), "temp": torch.tensor(0.07)}
 
 
-def with_copies(state: State, twins: Mapping[str, str]) -> dict[str, Tensor]:
+def with_copies(state: State, momentum_encoders: Mapping[str, str]) -> dict[str, Tensor]:
     """Return the tensors with momentum copies, where they are missing, that equal what they copy."""
     copies = {
-        twin + key.removeprefix(name): value
-        for name, twin in twins.items()
+        momentum_encoder + key.removeprefix(name): value
+        for name, momentum_encoder in momentum_encoders.items()
         for key, value in state.items()
         if key.startswith(f"{name}.")
     }

@@ -1,4 +1,4 @@
-"""What a checkpoint says of its inputs: sizes and colours of pictures, and the tokenizer that lies beside its weights.
+"""What a checkpoint says of its inputs: sizes and colours of images, and the tokenizer that lies beside its weights.
 
 It says so in what its library writes: `upop.json`, transformers' config.json and processors, timm's and open_clip's
 configurations; a published file in the shapes of its tensors.
@@ -34,7 +34,7 @@ class Said:
     """What a checkpoint says of its inputs.
 
     Attributes:
-        settings: those of the run that wrote it, and pictures' by their names in `PictureSettings`.
+        settings: those of the run that wrote it, and images' by their names in `ImageSettings`.
         sizes: fields of the model's configuration.
         task: whose settings and sizes they are; None where that is not known.
         tokenizer: the folder, if one lies beside the weights.
@@ -60,30 +60,28 @@ def said_by(path: Path) -> Said:
     if not path.is_dir():
         task, sizes = _told_by_shapes(path)
         return Said({}, sizes, task)
-    said, sizes, task = _of_library(path)
+    stated, sizes, task = _of_library(path)
     if is_folder(path):
         description = read_description(path)
         record = description.preparation or {}
         task = record.get("task") or task
-        said |= {name: value for name, value in record.items() if name != "task"}
+        stated |= {name: value for name, value in record.items() if name != "task"}
         if description.model is not None and description.model in MODELS:
             sizes = description.config or {}
             task = task or task_of_config(MODELS[description.model][1])
     notes = []
-    pictures, model = said.get("image_size"), sizes.get("image_size")
-    if task != "segmentation" and None not in (pictures, model) and pictures != model:
-        notes.append(
-            f"{path}: pictures are prepared with {pictures} pixels, but the model sees {model}, which is used."
-        )
-        said["image_size"] = model
+    images, model = stated.get("image_size"), sizes.get("image_size")
+    if task != "segmentation" and None not in (images, model) and images != model:
+        notes.append(f"{path}: images are prepared with {images} pixels, but the model sees {model}, which is used.")
+        stated["image_size"] = model
     tokenizer = path if any(all((path / name).is_file() for name in names) for names in _TOKENIZERS) else None
-    return Said(said, sizes, task, tokenizer, tuple(notes))
+    return Said(stated, sizes, task, tokenizer, tuple(notes))
 
 
 def _of_library(path: Path) -> tuple[dict[str, Any], dict[str, Any], str | None]:
     """Return settings, sizes and task of a folder in another library's layout; nothing of one that is in none."""
     if is_transformers_folder(path):
-        said = processors.from_transformers(path)
+        stated = processors.from_transformers(path)
         row = counterpart_named(_class_of(path))
         try:
             sizes = row.sizes(config_of(path, getattr(transformers, row.kind)))
@@ -91,9 +89,9 @@ def _of_library(path: Path) -> tuple[dict[str, Any], dict[str, Any], str | None]
             raise
         except Exception as error:  # configurations check what they hold in ways of their own
             raise CheckpointError(f"{path / 'config.json'} cannot be read: {error}. Fetch it again.") from error
-        return said, sizes, row.task
+        return stated, sizes, row.task
     found = foreign.recognised(path)
-    return ({}, {}, None) if found is None else (dict(found.pictures), dict(found.sizes), found.task)
+    return ({}, {}, None) if found is None else (dict(found.images), dict(found.sizes), found.task)
 
 
 def _class_of(path: Path) -> str:

@@ -21,9 +21,9 @@ from upop.checkpoints.fit import kept_sizes
 from upop.checkpoints.plain import differing, of_timm, of_transformers
 from upop.checkpoints.preparation import preparation_of, set_preparation
 from upop.checkpoints.sayable import Builder, Change, Path, changed, nodes, shapes_of
-from upop.checkpoints.sizes import dense_skeleton, resize
+from upop.checkpoints.sizes import dense_meta_copy, resize
 from upop.libraries import is_pretrained
-from upop.pruning import Plan, Survey, Unit, remember, survey
+from upop.pruning import Group, Plan, Prunable, find_prunable, remember
 from upop.pruning.carried import set_plan
 from upop.pruning.depth import constants
 from upop.pruning.known import know_as
@@ -42,7 +42,7 @@ class Stack:
 
     Attributes:
         path: of the list, from the model.
-        layers: place in it -> the names of the units there.
+        layers: place in it -> the names of the groups there.
         change: the places that stay -> what the fields become.
     """
 
@@ -66,16 +66,16 @@ class Stack:
         return rename
 
 
-def stacks(dense: nn.Module, units: Sequence[Unit], builder: Builder) -> list[Stack]:
+def stacks(dense: nn.Module, groups: Sequence[Group], builder: Builder) -> list[Stack]:
     """Return the lists of layers that a configuration counts.
 
     Args:
         dense: the dense model, with or without memory.
-        units: its units.
+        groups: its groups.
         builder: what makes such models.
     """
     lists: dict[str, dict[int, tuple[str, ...]]] = {}
-    for path, names in layers_of(dense, units).items():
+    for path, names in layers_of(dense, groups).items():
         place = path.rpartition(".")[2]
         if place.isdigit():
             lists.setdefault(path.rpartition(".")[0], {})[int(place)] = names
@@ -122,17 +122,17 @@ def without_layers(model: nn.Module, plan: Plan | None) -> nn.Module | str | Non
     Returns:
         None where nothing is left of no layer; where such a layer has to stay, why.
     """
-    told = _described(model, plan)
-    if told is None:
+    described = _described(model, plan)
+    if described is None:
         return None
-    builder, dense = told
-    units = survey(dense).units
-    kept = kept_sizes(units, model.state_dict(), type(model).__name__)
-    empty = {unit.name for unit in units if kept.get(unit.name) == 0}
-    layers = [names for names in layers_of(dense, units).values() if empty.issuperset(names)] if empty else []
+    builder, dense = described
+    groups = find_prunable(dense).groups
+    kept = kept_sizes(groups, model.state_dict(), type(model).__name__)
+    empty = {group.name for group in groups if kept.get(group.name) == 0}
+    layers = [names for names in layers_of(dense, groups).values() if empty.issuperset(names)] if empty else []
     if not layers:
         return None
-    counted = [stack for stack in stacks(dense, units, builder) if any(map(empty.issuperset, stack.layers.values()))]
+    counted = [stack for stack in stacks(dense, groups, builder) if any(map(empty.issuperset, stack.layers.values()))]
     going = [names for stack in counted for names in stack.layers.values() if empty.issuperset(names)]
     if len(going) < len(layers):
         return f"{builder.by} has no number for the layers of which nothing is left"
@@ -141,12 +141,12 @@ def without_layers(model: nn.Module, plan: Plan | None) -> nn.Module | str | Non
         stay = [place for place, names in stack.layers.items() if not empty.issuperset(names)]
         if not stay:
             return f"nothing is left of all {len(stack.layers)} layers of {stack.path}"
-        found = _without(made, builder, units, kept, stack, stay)
+        found = _without(made, builder, groups, kept, stack, stay)
         if isinstance(found, str):
             return found
         rename = stack.moved(stay)
         renames.append(rename)
-        made, builder, units = found
+        made, builder, groups = found
         kept = {new: size for name, size in kept.items() if (new := rename(name)) is not None}
     _carry(model, made, plan, renames)
     return made
@@ -157,15 +157,15 @@ def _described(model: nn.Module, plan: Plan | None) -> tuple[Builder, nn.Module]
     if removed_tokens(model) is not None:
         return None  # how many each of its layers merges is counted by their places
     if is_pretrained(model):
-        return of_transformers(model), dense_skeleton(model)
+        return of_transformers(model), dense_meta_copy(model)
     if type(model).__module__.partition(".")[0] != "timm":
         return None
     from upop.checkpoints import timm_models
 
-    told = timm_models.named(model, plan)
-    if told is None:
+    described = timm_models.named(model, plan)
+    if described is None:
         return None
-    builder = of_timm(*told)
+    builder = of_timm(*described)
     dense = outline(lambda: builder.build(builder.settings))
     know_as(dense, model)
     return builder, dense
@@ -175,12 +175,12 @@ def _described(model: nn.Module, plan: Plan | None) -> tuple[Builder, nn.Module]
 def _without(
     model: nn.Module,
     builder: Builder,
-    units: Sequence[Unit],
+    groups: Sequence[Group],
     kept: Mapping[str, int],
     stack: Stack,
     stay: Sequence[int],
-) -> tuple[nn.Module, Builder, tuple[Unit, ...]] | str:
-    """Return the model without some layers of a list, how it is built, and its dense units; else what is wrong."""
+) -> tuple[nn.Module, Builder, tuple[Group, ...]] | str:
+    """Return the model without some layers of a list, how it is built, and its dense groups; else what is wrong."""
     paths = {place: f"{stack.path}.{place}" if stack.path else str(place) for place in stack.layers}
     gone = [place for place in stack.layers if place not in stay]
     added = constants(model, [paths[place] for place in gone], examples_of(model))
@@ -189,20 +189,22 @@ def _without(
         return f"{other} changes what passes it though nothing is left of its branches: a norm comes behind them"
     rename = stack.moved(stay)
     state = {new: value for name, value in model.state_dict().items() if (new := rename(name)) is not None}
-    left = [_renamed(unit, rename) for unit in units if rename(unit.name) is not None]
-    known = tuple(unit for unit in left if unit is not None)
+    left = [_renamed(group, rename) for group in groups if rename(group.name) is not None]
+    known = tuple(group for group in left if group is not None)
     if len(known) < len(left):
-        return "a class that its units take on has no name"
+        return "a class that its groups take on has no name"
     now = {new: size for name, size in kept.items() if (new := rename(name)) is not None}
-    sizes = {unit.name: (now[unit.name], unit.size) for unit in known if now.get(unit.name, unit.size) < unit.size}
+    sizes = {
+        group.name: (now[group.name], group.size) for group in known if now.get(group.name, group.size) < group.size
+    }
     settings = changed(builder.settings, stack.change(stay))
     smaller = replace(builder, settings=settings)
     why = "what they add is a constant, and no bias before them takes it"
-    for folded in _folded(units, stack, added, paths, rename, state):
+    for folded in _folded(groups, stack, added, paths, rename, state):
         try:
             made = frame(lambda: smaller.build(settings))
-            remember(made, Survey(known, ()))
-            resize(made, sizes, {unit.name: as_json(unit) or {} for unit in known if unit.name in sizes})
+            remember(made, Prunable(known, ()))
+            resize(made, sizes, {group.name: as_json(group) or {} for group in known if group.name in sizes})
             made.load_state_dict({**state, **folded}, assign=True)
         except Exception as error:  # constructors raise what they like
             return f"{builder.by} does not take as many layers as are left ({error or type(error).__name__})"
@@ -215,7 +217,7 @@ def _without(
 
 
 def _folded(
-    units: Sequence[Unit],
+    groups: Sequence[Group],
     stack: Stack,
     added: Mapping[str, Tensor | None],
     paths: Mapping[int, str],
@@ -236,7 +238,7 @@ def _folded(
         elif bool(constant.any()):
             sums[before] = sums.get(before, torch.zeros_like(constant)) + constant
     folded: dict[str, Tensor] = {}
-    readers = {unit.name: unit.online[-1].tensor for unit in units}
+    readers = {group.name: group.online[-1].tensor for group in groups}
     for end, constant in sums.items():
         if end is not None:
             name = f"{readers[stack.layers[end][-1]].removesuffix('weight')}bias"
@@ -257,20 +259,20 @@ def _plus(tensor: Tensor, constant: Tensor) -> Tensor:
     return (tensor.double() + constant.to(tensor.device)).to(tensor.dtype)
 
 
-def _renamed(unit: Unit, rename: Callable[[str], str | None]) -> Unit | None:
-    """Return a unit under other names; None where it cannot be written down."""
+def _renamed(group: Group, rename: Callable[[str], str | None]) -> Group | None:
+    """Return a group under other names; None where it cannot be written down."""
 
     def new(name: str) -> str:
         return rename(name) or name
 
-    if as_json(unit) is None:
+    if as_json(group) is None:
         return None
     return replace(
-        unit,
-        name=new(unit.name),
-        slices=tuple(replace(part, tensor=new(part.tensor)) for part in unit.slices),
-        attributes=tuple(replace(part, module=new(part.module)) for part in unit.attributes),
-        swaps=tuple(replace(swap, module=new(swap.module)) for swap in unit.swaps),
+        group,
+        name=new(group.name),
+        slices=tuple(replace(part, tensor=new(part.tensor)) for part in group.slices),
+        attributes=tuple(replace(part, module=new(part.module)) for part in group.attributes),
+        swaps=tuple(replace(swap, module=new(swap.module)) for swap in group.swaps),
     )
 
 

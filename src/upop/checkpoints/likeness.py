@@ -9,7 +9,7 @@ from torch import nn
 
 from upop.checkpoints.fit import kept_sizes
 from upop.errors import CheckpointError
-from upop.pruning import Unit, survey
+from upop.pruning import Group, find_prunable
 
 # What training needs, or the machine decides, and no output depends on in evaluation mode.
 _FREE_CLASSES = ("Dropout", "DropPath", "Identity", "PatchDropout")
@@ -29,23 +29,23 @@ _WIDTHS = ("in_features", "out_features", "in_channels", "out_channels", "num_fe
 
 def same_but_for_sizes(model: nn.Module, dense: nn.Module) -> bool:
     """Whether cutting `dense` can give `model`: the same modules with the same settings, tensors of the same shapes."""
-    units = survey(dense).units
+    groups = find_prunable(dense).groups
     mine = model.state_dict()
     if list(mine) != list(dense.state_dict()):
         return False
     try:
-        kept = kept_sizes(units, mine, "the model")
+        kept = kept_sizes(groups, mine, "the model")
     except CheckpointError:
         return False
     # Buffers that are not saved have to be there too: a mask of attention, say.
     shapes = {name: list(value.shape) for name, value in {**dict(model.named_buffers()), **mine}.items()}
-    if shapes != cut_shapes(dense, units, kept):
+    if shapes != cut_shapes(dense, groups, kept):
         return False
     cut: set[tuple[str, str]] = set()
-    for unit in units:
-        owners = [part.tensor.rpartition(".")[0] for part in unit.slices]
+    for group in groups:
+        owners = [part.tensor.rpartition(".")[0] for part in group.slices]
         cut |= {(owner, width) for owner in owners for width in _WIDTHS}
-        cut |= {(attribute.module, attribute.name) for attribute in unit.attributes}
+        cut |= {(attribute.module, attribute.name) for attribute in group.attributes}
     pairs = zip(model.named_modules(), dense.named_modules(), strict=False)
     return all(
         ours == name and _alike(one, other) and _settings(one, ours, cut) == _settings(other, name, cut)
@@ -53,18 +53,18 @@ def same_but_for_sizes(model: nn.Module, dense: nn.Module) -> bool:
     )
 
 
-def cut_shapes(dense: nn.Module, units: Iterable[Unit], kept: Mapping[str, int]) -> dict[str, list[int]]:
-    """Return the shapes of a dense model's tensors, buffers among them, when its units keep so many entries."""
+def cut_shapes(dense: nn.Module, groups: Iterable[Group], kept: Mapping[str, int]) -> dict[str, list[int]]:
+    """Return the shapes of a dense model's tensors, buffers among them, when its groups keep so many channels."""
     shapes = {name: list(value.shape) for name, value in {**dict(dense.named_buffers()), **dense.state_dict()}.items()}
     names: dict[int, list[str]] = {}
     for name, tensor in (*dense.named_parameters(remove_duplicate=False), *dense.named_buffers(remove_duplicate=False)):
         names.setdefault(id(tensor), []).append(name)
     aliases = {name: same for same in names.values() for name in same}
-    for unit in units:
-        for part in unit.slices if unit.name in kept else ():
+    for group in groups:
+        for part in group.slices if group.name in kept else ():
             for name in aliases.get(part.tensor, ()):
                 if name in shapes:
-                    shapes[name][part.dim] = part.length(kept[unit.name])
+                    shapes[name][part.dim] = part.length(kept[group.name])
     return shapes
 
 

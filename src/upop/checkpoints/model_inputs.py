@@ -124,17 +124,20 @@ class OpenClipProcessor:
             from open_clip.transform import PreprocessCfg, image_transform_v2, merge_preprocess_dict
         if is_folder(path):
             held = read_description(path).open_clip or {}
-            pictures: Mapping[str, Any] = held.get("preprocess") or {}
+            images: Mapping[str, Any] = held.get("preprocess") or {}
             text = dict(held.get("arguments", {}).get("text_cfg", {}))
             if (path / _TEXTS).is_file():
                 text |= read_object(path / _TEXTS, CheckpointError, "Write it again.")
         else:
-            told = open_clip_settings(path)
-            pictures, text = told.get("preprocess_cfg") or {}, dict(told.get("model_cfg", {}).get("text_cfg", {}))
+            described = open_clip_settings(path)
+            images, text = (
+                described.get("preprocess_cfg") or {},
+                dict(described.get("model_cfg", {}).get("text_cfg", {})),
+            )
         self._texts = {name: text[name] for name in _OF_TEXTS if name in text}
         self._texts["context_length"] = length or text.get("context_length") or 77
         try:
-            kept = merge_preprocess_dict(PreprocessCfg(), dict(pictures))
+            kept = merge_preprocess_dict(PreprocessCfg(), dict(images))
             self._transform = image_transform_v2(PreprocessCfg(**kept), is_train=False)
             if self._texts.get("hf_tokenizer_name"):
                 self._tokenizer: Any = tokenizer.HFTokenizer(

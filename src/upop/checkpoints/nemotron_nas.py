@@ -51,7 +51,7 @@ class Converted:
     parameters: int
     cut: int
 
-    def told(self) -> str:
+    def described(self) -> str:
         """Return what it costs, as a sentence."""
         return (
             f"{self.parameters:,} parameters, {self.cut:,} before: MLPs are padded to multiples of {_MULTIPLE}, and "
@@ -248,7 +248,7 @@ def _block(in_group: int | None, multiplier: float | None) -> dict[str, Any]:
 
 
 def _described(config: Any, blocks: list[dict[str, Any]], layers: Mapping[str, Any], biased: bool) -> dict[str, Any]:
-    told = config.to_dict()
+    described = config.to_dict()
     names = (
         *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "hidden_act", "rms_norm_eps"),
         *(
@@ -261,10 +261,10 @@ def _described(config: Any, blocks: list[dict[str, Any]], layers: Mapping[str, A
         ),
         *("bos_token_id", "eos_token_id", "pad_token_id", "use_cache"),
     )
-    rope = dict(told.get("rope_parameters") or {})
-    theta = rope.pop("rope_theta", told.get("rope_theta", 10000.0))
+    rope = dict(described.get("rope_parameters") or {})
+    theta = rope.pop("rope_theta", described.get("rope_theta", 10000.0))
     return {
-        **{name: told[name] for name in names if name in told},
+        **{name: described[name] for name in names if name in described},
         "architectures": ["DeciLMForCausalLM"],
         "model_type": "nemotron-nas",
         "auto_map": {"AutoConfig": f"{CODE.removesuffix('.py')}.DeciLMConfig"},

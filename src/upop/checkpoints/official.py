@@ -36,7 +36,7 @@ from upop.models.retrieval import BlipRetrieval, RetrievalConfig
 from upop.models.segmenter import Segmenter, SegmenterConfig
 from upop.models.vqa import BlipVqa, VqaConfig
 from upop.ownership import wrote_archive
-from upop.pruning import Unit, find_units
+from upop.pruning import Group, find_groups
 from upop.values import problems
 
 
@@ -51,7 +51,7 @@ class Official:
         adapt: makes the tensors of a checkpoint those of the model (names, sizes of positions and queues).
         start: does so before, for a checkpoint of another task that a model is fine-tuned from.
         may_start_afresh: says which of the model's keys such a checkpoint may lack.
-        fixed_scale: says of which units the published code keeps the dense softmax scale after compression.
+        fixed_scale: says of which groups the published code keeps the dense softmax scale after compression.
         export: makes the tensors of a model those of a published checkpoint.
         implied: what overrides say of sizes beside themselves.
     """
@@ -62,7 +62,7 @@ class Official:
     adapt: Callable[[State, Any], dict[str, Tensor]]
     start: Callable[[State], dict[str, Tensor]]
     may_start_afresh: Callable[[str], bool]
-    fixed_scale: Callable[[Unit], bool] = lambda unit: unit.modality == "vision"
+    fixed_scale: Callable[[Group], bool] = lambda group: group.modality == "vision"
     export: Callable[[State], dict[str, Tensor]] = dict
     implied: Callable[[dict[str, Any]], dict[str, Any]] = lambda _overrides: {}
 
@@ -70,7 +70,7 @@ class Official:
 def load_official(task: str, path: str | Path, *, strict: bool = True, **overrides: Any) -> nn.Module:
     """Return the model in a published checkpoint, dense or compressed, ready to use (evaluation mode).
 
-    Sizes are read off the shapes; kept entries too. What shapes cannot tell has the published value, and can be
+    Sizes are read off the shapes; kept channels too. What shapes cannot tell has the published value, and can be
     overridden: numbers of heads (`vision_heads`, `text_heads`; width / 64 otherwise), MLP widths before pruning
     (`vision_mlp`, `text_mlp`; 4 x width otherwise), `image_size` (position embeddings are resized), dropout.
 
@@ -97,7 +97,7 @@ def load_official(task: str, path: str | Path, *, strict: bool = True, **overrid
         state = row.adapt(found.state, config)
     # The published ViT keeps dividing by the square root of its dense head_dim after compression; BERT does not, and
     # no class of transformers does.
-    fixed_scale = row.fixed_scale if found.task is None else lambda _unit: False
+    fixed_scale = row.fixed_scale if found.task is None else lambda _group: False
     model = build_to_fit(lambda: row.model(config), state, str(path), strict=strict)
     return fit(model, state, str(path), fixed_scale, strict=strict).eval()
 
@@ -119,12 +119,12 @@ def save_official(task: str, model: nn.Module, path: str | Path, *, overwrite: b
     row = row_of(task)
     if not isinstance(getattr(model, "config", None), row.config):
         raise CheckpointError(f"A {type(model).__name__} cannot be written as a checkpoint of {task!r}.")
-    units = find_units(model)
-    dense = sizes_before(units, outline(lambda: row.model(model.config)))
+    groups = find_groups(model)
+    dense = sizes_before(groups, outline(lambda: row.model(model.config)))
     model = copy.deepcopy(model).cpu()
-    for unit in units:
-        if 0 < unit.size < dense[unit.name] and row.fixed_scale(unit):
-            scale_queries(model, unit, unit.size, math.sqrt(dense[unit.name] / unit.size))
+    for group in groups:
+        if 0 < group.size < dense[group.name] and row.fixed_scale(group):
+            scale_queries(model, group, group.size, math.sqrt(dense[group.name] / group.size))
     make_folder(Path(path).parent)
     with replacing_file(Path(path), overwrite or wrote_archive) as part:
         torch.save({"model": row.export(model.state_dict())}, part)
@@ -317,7 +317,7 @@ def _vqa_config(state: State) -> dict[str, Any]:
 
 
 def _vqa_start(state: State) -> dict[str, Tensor]:
-    """Leave out the decoder's projections of another width: with ViT-L, a pre-trained one looked at the picture."""
+    """Leave out the decoder's projections of another width: with ViT-L, a pre-trained one looked at the image."""
     state = _untwinned(state)
     widths = {value.shape[1] for key, value in state.items() if key == f"{_DECODER}.word_embeddings.weight"}
     return {key: value for key, value in state.items() if not _DECODER_CROSS.fullmatch(key) or value.shape[1] in widths}
@@ -385,7 +385,7 @@ _TASKS = {
         clip_complete,
         dict,
         lambda _key: False,
-        fixed_scale=lambda _unit: False,  # the published code divides by the root of what is kept, as libraries do
+        fixed_scale=lambda _group: False,  # the published code divides by the root of what is kept, as libraries do
         export=to_openai,
     ),
     "retrieval-crossget": Official(
@@ -395,7 +395,7 @@ _TASKS = {
         crossget_state,
         crossget_start,
         lambda _key: False,
-        fixed_scale=lambda _unit: False,
+        fixed_scale=lambda _group: False,
         export=to_openai,
     ),
     "segmentation": Official(

@@ -26,8 +26,8 @@ def load(folder: Path) -> nn.Module:
         CheckpointError: the folder is damaged, holds pickles alone, or a model that upop does not build: one whose
             text tower is fetched by name, or CoCa.
     """
-    told, file = open_clip_settings(folder), folder / OPEN_CLIP
-    config = told.get("model_cfg")
+    described, file = open_clip_settings(folder), folder / OPEN_CLIP
+    config = described.get("model_cfg")
     if not isinstance(config, Mapping) or not all(isinstance(config.get(f"{t}_cfg"), Mapping) for t in _TOWERS):
         raise CheckpointError(f"{file} describes no model of open_clip: {str(config)[:100]}. Fetch or write it again.")
     text = config["text_cfg"]
@@ -46,8 +46,8 @@ def load(folder: Path) -> nn.Module:
         settings = config[f"{tower}_cfg"]
         arguments[f"{tower}_cfg"] = {name: value for name, value in settings.items() if name not in _BESIDE}
     kind = "CustomTextCLIP" if config.get("custom_text") else "CLIP"
-    described = {"class": kind, "arguments": arguments, "preprocess": told.get("preprocess_cfg") or None}
-    model = open_clip_models.build(described, str(file))
+    model_description = {"class": kind, "arguments": arguments, "preprocess": described.get("preprocess_cfg") or None}
+    model = open_clip_models.build(model_description, str(file))
     state = read_weights(weights)
     compare(model, state, str(weights))
     model.load_state_dict(state)

@@ -149,14 +149,15 @@ def build(description: Mapping[str, Any], source: str) -> nn.Module:
             f"{source} holds a model of open_clip, which is not installed here: pip install open_clip_torch."
         ) from error
     with read_from(source, "open_clip"):
-        told = _Described.model_validate(description)
-    if told.kind not in _KINDS:
+        described = _Described.model_validate(description)
+    if described.kind not in _KINDS:
         raise CheckpointError(
-            f"{source} holds open_clip's {shortened(told.kind)}; upop builds {' and '.join(_KINDS)}. Was it written "
+            f"{source} holds open_clip's {shortened(described.kind)}; upop builds {' and '.join(_KINDS)}. Was it "
+            f"written "
             "by a later upop? Update upop."
         )
-    arguments = told.arguments.model_dump(exclude_unset=True)
-    name, config = told.arguments.vision_cfg.timm_model_name, told.arguments.text_cfg.hf_config
+    arguments = described.arguments.model_dump(exclude_unset=True)
+    name, config = described.arguments.vision_cfg.timm_model_name, described.arguments.text_cfg.hf_config
     if name is not None and not is_timm_name(name):
         raise CheckpointError(
             f"{source} asks for the timm_model_name {shortened(name)}, which is no model that timm builds by itself. "
@@ -165,10 +166,10 @@ def build(description: Mapping[str, Any], source: str) -> nn.Module:
     if config is not None:
         arguments["text_cfg"]["hf_config"] = _text_config(config, source)
     try:
-        return _build(told.kind, arguments, told.preprocess)
+        return _build(described.kind, arguments, described.preprocess)
     except Exception as error:  # each class checks its arguments in its own way
         raise CheckpointError(
-            f"{source}: open_clip {open_clip.__version__} cannot build {told.kind} as described: "
+            f"{source}: open_clip {open_clip.__version__} cannot build {described.kind} as described: "
             f"{type(error).__name__}: {error}. Update open_clip_torch, or build the dense model and call "
             "upop.load_into(model, folder)."
         ) from error
@@ -208,7 +209,7 @@ def _build(kind: str, arguments: Mapping[str, Any], preprocess: Any) -> nn.Modul
             vision_cfg=clip.CLIPVisionCfg(**vision), text_cfg=clip.CLIPTextCfg(**text), **settings
         )
     if preprocess:
-        clip.set_model_preprocess_cfg(built, preprocess)  # how pictures are to be prepared, as `create_model` notes it
+        clip.set_model_preprocess_cfg(built, preprocess)  # how images are to be prepared, as `create_model` notes it
     return built
 
 
@@ -352,8 +353,8 @@ class _Reader:
     def _heads(self, transformer: Any, prefix: str) -> int:
         """Return the heads of the dense attentions: of those whose heads were cut, as many as the plan says."""
         name, planned = f"{prefix}transformer.resblocks.0.attn", self._plan
-        unit = {} if planned is None else planned.slices.get(name, {})
-        if planned is not None and unit.get("entry") == "head":
+        group = {} if planned is None else planned.slices.get(name, {})
+        if planned is not None and group.get("entry") == "head":
             return planned.sizes[name]
         return int(transformer.resblocks[0].attn.num_heads)
 

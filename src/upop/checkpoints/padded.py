@@ -18,10 +18,10 @@ from upop.checkpoints.blank import fill, frame, outline
 from upop.checkpoints.fit import kept_sizes
 from upop.checkpoints.plain import differing, of_timm, of_transformers, with_fields, without_record
 from upop.checkpoints.sayable import Builder, Change, changed, speeches
-from upop.checkpoints.sizes import dense_skeleton
+from upop.checkpoints.sizes import dense_meta_copy
 from upop.errors import SettingError, VerificationError
 from upop.libraries import is_pretrained
-from upop.pruning import Unit, count_parameters, survey
+from upop.pruning import Group, count_parameters, find_prunable
 from upop.pruning.carried import plan_of
 from upop.pruning.known import know_as, sized
 from upop.pruning.slicing import Slicing, slicings
@@ -37,7 +37,7 @@ class Padded:
         dense: parameters of the dense model.
         cut: of the cut one.
         parameters: of the padded one.
-        whole: units that are padded to the size of the dense model, since the configuration has no number for theirs.
+        whole: groups that are padded to the size of the dense model, since the configuration has no number for theirs.
     """
 
     model: nn.Module
@@ -52,9 +52,11 @@ class Padded:
         """The share of the parameters that the cut removed which the padded model does without, too."""
         return (self.dense - self.parameters) / (self.dense - self.cut) if self.dense > self.cut else 1.0
 
-    def told(self) -> str:
+    def described(self) -> str:
         """Return what is left of the gain, as a sentence."""
-        whole = f"; {len(self.whole)} units are as large as before, for the configuration has no number for their sizes"
+        whole = (
+            f"; {len(self.whole)} groups are as large as before, for the configuration has no number for their sizes"
+        )
         return (
             f"{self.parameters:,} parameters; {self.cut:,} before the padding, {self.dense:,} when dense: "
             f"{self.left:.0%} of the gain is left{whole if self.whole else ''}"
@@ -73,11 +75,11 @@ def pad(model: nn.Module) -> Padded:
         VerificationError: the padded model computes something else.
     """
     builder, dense = padding_builder(model)
-    units = survey(dense).units
-    kept = kept_sizes(units, model.state_dict(), type(model).__name__)
-    sizes, change, said = widest(dense, units, kept, builder)
+    groups = find_prunable(dense).groups
+    kept = kept_sizes(groups, model.state_dict(), type(model).__name__)
+    sizes, change, said = widest(dense, groups, kept, builder)
     wide = _wide(model, builder, change)
-    _copy(model, wide, units, kept, sizes)
+    _copy(model, wide, groups, kept, sizes)
     know_as(wide, model)
     why = differing(model, wide)
     if why is not None:
@@ -85,7 +87,9 @@ def pad(model: nn.Module) -> Padded:
             f"The padded {type(model).__name__} does not compute what the cut one does: {why}. Nothing was written; "
             "please report it."
         )
-    whole = tuple(unit.name for unit in units if kept.get(unit.name, unit.size) < unit.size and unit.name not in said)
+    whole = tuple(
+        group.name for group in groups if kept.get(group.name, group.size) < group.size and group.name not in said
+    )
     settings = {name: value for name, value in changed(builder.settings, change).items() if value is not None}
     return Padded(
         wide.eval(), settings, count_parameters(dense), count_parameters(model), count_parameters(wide), whole
@@ -99,7 +103,7 @@ def padding_builder(model: nn.Module) -> tuple[Builder, nn.Module]:
         SettingError: none does.
     """
     if is_pretrained(model):
-        return of_transformers(model), dense_skeleton(model)
+        return of_transformers(model), dense_meta_copy(model)
     described = owners.describe(model, plan_of(model))["timm"]
     if described is None:
         raise SettingError(
@@ -113,21 +117,21 @@ def padding_builder(model: nn.Module) -> tuple[Builder, nn.Module]:
 
 
 def widest(
-    dense: nn.Module, units: Sequence[Unit], kept: Mapping[str, int], builder: Builder
+    dense: nn.Module, groups: Sequence[Group], kept: Mapping[str, int], builder: Builder
 ) -> tuple[dict[str, int], Change, set[str]]:
-    """Return to how many entries every unit is padded, what to change in the dense configuration for that, and of which
-    units it has a number.
+    """Return to how many channels every group is padded, what to change in the dense configuration for that, and of
+    which groups it has a number.
     """
-    sizes = {unit.name: unit.size for unit in units}
+    sizes = {group.name: group.size for group in groups}
     change: dict[Any, Any] = {}
     said: set[str] = set()
-    for speech in speeches(dense, units, builder):
-        said.update(speech.units)
-        whole = sizes[speech.units[0]]
-        most = max(1, *(kept.get(name, whole) for name in speech.units))  # of none, no library makes a layer
+    for speech in speeches(dense, groups, builder):
+        said.update(speech.groups)
+        whole = sizes[speech.groups[0]]
+        most = max(1, *(kept.get(name, whole) for name in speech.groups))  # of none, no library makes a layer
         size = most if speech.sizes is None else min((each for each in speech.sizes if each >= most), default=whole)
         if size < whole:
-            sizes |= dict.fromkeys(speech.units, size)
+            sizes |= dict.fromkeys(speech.groups, size)
             change |= speech.change(size)
     return sizes, change, said
 
@@ -141,17 +145,17 @@ def _wide(model: nn.Module, builder: Builder, change: Change) -> nn.Module:
 
 
 def _copy(
-    model: nn.Module, wide: nn.Module, units: Sequence[Unit], kept: Mapping[str, int], sizes: Mapping[str, int]
+    model: nn.Module, wide: nn.Module, groups: Sequence[Group], kept: Mapping[str, int], sizes: Mapping[str, int]
 ) -> None:
     """Copy the tensors of a cut model into a wider one, with zeros around them.
 
     Where softmax scales follow the size of a head, queries are multiplied by what the wider head divides by too much.
     """
-    here = [sized(wide, replace(unit, size=sizes[unit.name])) for unit in units]
+    here = [sized(wide, replace(group, size=sizes[group.name])) for group in groups]
     if None in here:
-        here = list(survey(wide).units)
-    grown = [unit for unit in here if unit is not None]
-    places = slicings(wide, grown, {unit.name: range(kept.get(unit.name, unit.size)) for unit in grown})
+        here = list(find_prunable(wide).groups)
+    grown = [group for group in here if group is not None]
+    places = slicings(wide, grown, {group.name: range(kept.get(group.name, group.size)) for group in grown})
     mine = model.state_dict()
     buffers = dict(model.named_buffers())
     for name, theirs in (*wide.named_parameters(), *wide.named_buffers()):

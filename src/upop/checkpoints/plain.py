@@ -20,7 +20,7 @@ from upop.checkpoints.outside import QUANTIZED_HERE
 from upop.checkpoints.sayable import Builder, Change, changed, said, speeches
 from upop.libraries import is_pretrained
 from upop.models import MODELS, kind_of
-from upop.pruning import Unit, survey, uniform
+from upop.pruning import Group, find_prunable, uniform
 from upop.pruning.known import forget, know_as
 from upop.pruning.seen import examples_of
 from upop.pruning.verify import Outputs, difference, outputs_of, refuse_unlike, rounding_of
@@ -90,29 +90,29 @@ def builder_of(model: nn.Module) -> Builder | None:
         return None
     from upop.checkpoints import timm_models
 
-    told = timm_models.named(model, None)
-    return None if told is None else of_timm(*told)
+    described = timm_models.named(model, None)
+    return None if described is None else of_timm(*described)
 
 
-def read_sayable(model: nn.Module, units: Sequence[Unit]) -> uniform.Said | None:
-    """Return the units whose sizes the configuration of a dense model can say, by its numbers; None if it has none."""
+def read_sayable(model: nn.Module, groups: Sequence[Group]) -> uniform.Said | None:
+    """Return the groups whose sizes the configuration of a dense model can say, by its numbers; None if it has none."""
     builder = builder_of(model)
     if builder is None:
         return None
-    found = speeches(model, units, builder)
+    found = speeches(model, groups, builder)
     return uniform.Said(
-        tuple(uniform.Tower(each.units, each.sizes) for each in found),
+        tuple(uniform.Tower(each.groups, each.sizes) for each in found),
         builder.by,
-        partial(_counted_layers, model, units, builder),
+        partial(_counted_layers, model, groups, builder),
     )
 
 
-def _counted_layers(model: nn.Module, units: Sequence[Unit], builder: Builder) -> dict[str, tuple[str, ...]]:
+def _counted_layers(model: nn.Module, groups: Sequence[Group], builder: Builder) -> dict[str, tuple[str, ...]]:
     from upop.checkpoints.layers import stacks  # which compares by what is here
 
     return {
         f"{stack.path}.{place}": names
-        for stack in stacks(model, units, builder)
+        for stack in stacks(model, groups, builder)
         for place, names in stack.layers.items()
     }
 
@@ -128,8 +128,8 @@ def without_record(config: Any) -> Any:
 
 
 def _method(record: Any) -> Any:
-    told = record if isinstance(record, Mapping) else record.to_dict()
-    return told.get("quant_method")
+    described = record if isinstance(record, Mapping) else record.to_dict()
+    return described.get("quant_method")
 
 
 def _parts(config: Any) -> list[Any]:
@@ -137,16 +137,18 @@ def _parts(config: Any) -> list[Any]:
     return [config, *(part for value in inside for part in _parts(value))]
 
 
-def alike(dense: nn.Module, units: Sequence[Unit], kept: Mapping[str, int]) -> bool:
-    """Whether all layers of every tower of a dense model keep equally many entries, as in a plain one, and not none."""
-    sizes = {unit.name: kept.get(unit.name, unit.size) for unit in units}
+def alike(dense: nn.Module, groups: Sequence[Group], kept: Mapping[str, int]) -> bool:
+    """Whether all layers of every tower of a dense model keep equally many channels, as in a plain one, and not
+    none.
+    """
+    sizes = {group.name: kept.get(group.name, group.size) for group in groups}
     return all(sizes.values()) and all(
-        len({sizes[name] for name in names}) == 1 for names in uniform.apart(dense, units)
+        len({sizes[name] for name in names}) == 1 for names in uniform.apart(dense, groups)
     )
 
 
 def become_plain(
-    model: PreTrainedModel, dense: nn.Module, units: Sequence[Unit], kept: Mapping[str, int]
+    model: PreTrainedModel, dense: nn.Module, groups: Sequence[Group], kept: Mapping[str, int]
 ) -> str | None:
     """Make a cut model an ordinary one of its class, of a smaller configuration; say why it cannot be, or None.
 
@@ -155,10 +157,10 @@ def become_plain(
     Args:
         model: cut.
         dense: the dense model, with or without memory.
-        units: of the dense model.
-        kept: how many entries each unit keeps.
+        groups: of the dense model.
+        kept: how many channels each group keeps.
     """
-    change = said(dense, units, kept, of_transformers(model))
+    change = said(dense, groups, kept, of_transformers(model))
     if isinstance(change, str):
         return change
     try:
@@ -180,8 +182,8 @@ def become_plain(
             module.__class__ = kind
             vars(module).clear()
             vars(module).update(held)
-    elif any(unit.swaps for unit in units):
-        forget(model)  # the classes that its units took on are those of the uncut sizes
+    elif any(group.swaps for group in groups):
+        forget(model)  # the classes that its groups took on are those of the uncut sizes
     return why
 
 
@@ -198,9 +200,9 @@ def plain_timm(model: nn.Module, described: Mapping[str, Any]) -> dict[str, Any]
     builder = of_timm(name, described["arguments"])
     dense = outline(lambda: builder.build(builder.settings))
     know_as(dense, model)
-    units = survey(dense).units
-    kept = kept_sizes(units, model.state_dict(), type(model).__name__)
-    change = said(dense, units, kept, builder) if alike(dense, units, kept) else ""
+    groups = find_prunable(dense).groups
+    kept = kept_sizes(groups, model.state_dict(), type(model).__name__)
+    change = said(dense, groups, kept, builder) if alike(dense, groups, kept) else ""
     if isinstance(change, str):
         return None
     arguments = {key: value for key, value in changed(builder.settings, change).items() if value is not None}
@@ -278,7 +280,7 @@ def _differing(model: nn.Module, example: Any, expected: Outputs) -> str | None:
     precision = next(each.dtype for each in model.parameters() if each.is_floating_point())
     rounding = partial(rounding_of, partial(outputs_of, model, example), outputs=found)
     off = difference(expected, found, rounding, dtype=precision)
-    return None if off is None else f"its {off.place} differs by {off.size:.1e} of its largest entry"
+    return None if off is None else f"its {off.place} differs by {off.size:.1e} of its largest channel"
 
 
 def _adopt(model: PreTrainedModel, config: Any, plain: nn.Module) -> None:

@@ -77,8 +77,8 @@ def write_plain(
                 ("transformers", "no: it has no such class. `upop export --to padded` writes one that it has"),
             ]
             _copy_beside(beside, fresh)
-            _write_card(fresh, type(model).__name__, written.told(), rows)
-        return written.told()
+            _write_card(fresh, type(model).__name__, written.described(), rows)
+        return written.described()
     found = pad(model)
     with replacing_folder(folder, "model", overwrite=overwrite) as fresh:
         if is_pretrained(found.model):
@@ -94,8 +94,8 @@ def write_plain(
             (fresh / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
             rows = [("timm", '`timm.create_model("local-dir:FOLDER", pretrained=True)`, without upop')]
         _copy_beside(beside, fresh)
-        _write_card(fresh, type(model).__name__, found.told(), rows)
-    return found.told()
+        _write_card(fresh, type(model).__name__, found.described(), rows)
+    return found.described()
 
 
 def _copy_beside(source: Path | None, folder: Path) -> None:
@@ -106,11 +106,12 @@ def _copy_beside(source: Path | None, folder: Path) -> None:
             shutil.copyfile(source / name, folder / name)
 
 
-def _write_card(folder: Path, kind: str, told: str, rows: Sequence[tuple[str, str]]) -> None:
+def _write_card(folder: Path, kind: str, described: str, rows: Sequence[tuple[str, str]]) -> None:
     table = "\n".join(f"| {' | '.join(row)} |" for row in [("with", "how"), ("---", "---"), *rows])
     text = (
         "---\ntags:\n- upop\n- pruning\n- compression\n---\n\n"
-        f"# {kind}, compressed, for programs without upop\n\n{told[0].upper()}{told[1:]}. Some weights are zeros that "
+        f"# {kind}, compressed, for programs without upop\n\n{described[0].upper()}{described[1:]}. Some weights are "
+        f"zeros that "
         "bring layers to sizes which the configuration can say; it computes what the cut model did.\n\n"
         f"## Where it runs\n\n{table}\n"
     )

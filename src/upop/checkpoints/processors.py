@@ -87,7 +87,7 @@ def _geometry(config: Mapping[str, Any], file: Path) -> dict[str, Any]:
         inner = _square(crop, file) if isinstance(crop, Mapping) else int(crop)
         if inner > side:
             raise CheckpointError(
-                f"{file} cuts {inner} pixels out of pictures of {side}, which adds a border; upop does not. Set "
+                f"{file} cuts {inner} pixels out of images of {side}, which adds a border; upop does not. Set "
                 "image_size, resize and crop_ratio (--set) to what the model is to see."
             )
         return {**found, "image_size": inner, "crop_ratio": inner / side}
@@ -98,7 +98,7 @@ def _colours(config: Mapping[str, Any]) -> dict[str, Any]:
     mean, std = config.get("image_mean"), config.get("image_std")
     if config.get("do_normalize") is False:
         mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
-    # Pictures are scaled to 0 to 1 here, and by that factor there.
+    # Images are scaled to 0 to 1 here, and by that factor there.
     factor = 255 * (float(config.get("rescale_factor", 1 / 255)) if config.get("do_rescale") is not False else 1.0)
     if abs(factor - 1) < 1e-6:
         factor = 1.0
@@ -114,7 +114,7 @@ def _square(size: Mapping[str, Any], file: Path) -> int:
     height, width = size.get("height"), size.get("width")
     if height != width or not isinstance(height, int):
         raise CheckpointError(
-            f"{file} makes pictures of {dict(size)}; upop takes squares. Set image_size and resize (--set) to what the "
+            f"{file} makes images of {dict(size)}; upop takes squares. Set image_size and resize (--set) to what the "
             "model is to see."
         )
     return height

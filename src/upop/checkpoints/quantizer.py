@@ -29,11 +29,11 @@ import upop
 from upop.checkpoints.blank import outline
 from upop.checkpoints.fit import listed
 from upop.checkpoints.plain import alike, become_plain
-from upop.checkpoints.renamed import outermost, placed, units_today
-from upop.checkpoints.sizes import Sizes, dense_skeleton, resize, sizes_from_json, sizes_of
+from upop.checkpoints.renamed import groups_today, outermost, placed
+from upop.checkpoints.sizes import Sizes, dense_meta_copy, resize, sizes_from_json, sizes_of
 from upop.errors import CheckpointError, SettingError
 from upop.models import kind_of
-from upop.pruning import survey
+from upop.pruning import find_prunable
 from upop.pruning.carried import Record, keep_record
 from upop.pruning.words import true_class
 from upop.pruning.written import as_json, renamed
@@ -59,11 +59,11 @@ def allowing_gaps() -> Iterator[None]:
 
 
 class UpopConfig(QuantizationConfigMixin):
-    """The part of a transformers configuration that says how much of every unit a compressed model keeps.
+    """The part of a transformers configuration that says how much of every group a compressed model keeps.
 
     Args:
-        kept: unit -> [kept entries, entries of the dense model]; units that lost none are left out.
-        units: unit -> all that a cut of it takes, as `upop.json` has it; older records have none.
+        kept: group -> [kept channels, channels of the dense model]; groups that lost none are left out.
+        groups: group -> all that a cut of it takes, as `upop.json` has it; older records have none.
         format: of this record.
         upop_version: that wrote it.
 
@@ -76,7 +76,7 @@ class UpopConfig(QuantizationConfigMixin):
         kept: Mapping[str, Any] | None = None,
         format: int = _FORMAT,
         upop_version: str = "",
-        units: Mapping[str, Any] | None = None,
+        groups: Mapping[str, Any] | None = None,
         **_other: Any,
     ) -> None:
         if format != _FORMAT:
@@ -88,11 +88,11 @@ class UpopConfig(QuantizationConfigMixin):
         self.format = format
         self.upop_version = upop_version or upop.__version__
         self.kept = sizes_from_json(kept, "The model's quantization_config")
-        if not isinstance(units, Mapping | None):
+        if not isinstance(groups, Mapping | None):
             raise CheckpointError(
-                "The model's quantization_config should say of every unit how it is cut. Write it again."
+                "The model's quantization_config should say of every group how it is cut. Write it again."
             )
-        self.units = dict(units or {})
+        self.groups = dict(groups or {})
 
 
 class UpopQuantizer(HfQuantizer):
@@ -163,12 +163,12 @@ def mark(model: nn.Module) -> None:
             _forget_quantization(part)
     for name, whole in () if kind_of(model) else outermost(model):
         try:
-            dense = dense_skeleton(whole)
+            dense = dense_meta_copy(whole)
             sizes = sizes_of(whole, dense)
             if _is_plain(whole, dense, sizes):
                 continue
-            written = {unit.name: as_json(unit) for unit in survey(dense).units if unit.name in sizes}
-            units = {name: content for name, content in written.items() if content is not None}
+            written = {group.name: as_json(group) for group in find_prunable(dense).groups if group.name in sizes}
+            groups = {name: content for name, content in written.items() if content is not None}
         except Exception as error:  # constructors raise what they like
             warnings.warn(
                 f"{name or type(whole).__name__} is not what its configuration builds ({error}), so from_pretrained "
@@ -176,19 +176,19 @@ def mark(model: nn.Module) -> None:
                 stacklevel=2,
             )
             continue
-        _set(whole.config, sizes, units)
+        _set(whole.config, sizes, groups)
         for prefix, part in _own_configs(whole):
             start = f"{prefix}."
             own = {name for name in sizes if name.startswith(start)}
-            inside = {name.removeprefix(start): renamed(units[name], _without(start)) for name in own & units.keys()}
+            inside = {name.removeprefix(start): renamed(groups[name], _without(start)) for name in own & groups.keys()}
             _set(part.config, {name.removeprefix(start): sizes[name] for name in own}, inside)
 
 
 def _is_plain(model: PreTrainedModel, dense: nn.Module, sizes: Sizes) -> bool:
     """Whether a cut model could be made an ordinary one of its class; it is then."""
-    units = survey(dense).units if sizes else ()
+    groups = find_prunable(dense).groups if sizes else ()
     kept = {name: size for name, (size, _) in sizes.items()}
-    return bool(sizes) and alike(dense, units, kept) and become_plain(model, dense, units, kept) is None
+    return bool(sizes) and alike(dense, groups, kept) and become_plain(model, dense, groups, kept) is None
 
 
 def recorded(config: Any) -> Sizes:
@@ -258,9 +258,14 @@ def _refuse_gaps(model: PreTrainedModel, record: UpopConfig) -> None:
     marked = {name: bool(getattr(value, _LOADED, False)) for name, value in model.named_parameters()}
     missing = [name for name, loaded in marked.items() if not loaded] if any(marked.values()) else []
     if type(model).__name__ not in (getattr(model.config, "architectures", None) or ()):
-        cut = {part["tensor"] for unit in record.units.values() for part in unit["slices"]}
+        cut = {part["tensor"] for group in record.groups.values() for part in group["slices"]}
         if not cut:
-            cut = {part.tensor for unit in survey(model).units if unit.name in record.kept for part in unit.slices}
+            cut = {
+                part.tensor
+                for group in find_prunable(model).groups
+                if group.name in record.kept
+                for part in group.slices
+            }
         missing = [name for name in missing if name in cut]
     if missing:
         raise CheckpointError(
@@ -290,9 +295,9 @@ def _method(record: Any) -> str:
     return str(getattr(method, "value", method))
 
 
-def _set(config: Any, sizes: Sizes, units: Mapping[str, Any]) -> None:
+def _set(config: Any, sizes: Sizes, groups: Mapping[str, Any]) -> None:
     if sizes:
-        config.quantization_config = UpopConfig(sizes, units=units).to_dict()
+        config.quantization_config = UpopConfig(sizes, groups=groups).to_dict()
     elif hasattr(config, "quantization_config") and _method(config.quantization_config) == METHOD:
         del config.quantization_config
 
@@ -315,36 +320,36 @@ def _own_configs(whole: PreTrainedModel) -> Iterator[tuple[str, PreTrainedModel]
 
 
 def cut_as_recorded(model: PreTrainedModel, record: UpopConfig) -> None:
-    """Cut a dense model as its configuration says, and have the record name the units as they are called in it.
+    """Cut a dense model as its configuration says, and have the record name the groups as they are called in it.
 
     Raises:
         CheckpointError, PlanError: the record is damaged, or is of a model that this one is not.
     """
-    units = _placed(model, record)
-    if units is None:
-        record.kept, record.units = _named_as_in(model, record.kept), {}
+    groups = _placed(model, record)
+    if groups is None:
+        record.kept, record.groups = _named_as_in(model, record.kept), {}
     else:
-        record.kept = {new["name"]: record.kept[name] for name, new in units.items()}
-        record.units = {new["name"]: new for new in units.values()}
-    resize(model, record.kept, record.units)
+        record.kept = {new["name"]: record.kept[name] for name, new in groups.items()}
+        record.groups = {new["name"]: new for new in groups.values()}
+    resize(model, record.kept, record.groups)
 
 
 def _placed(model: PreTrainedModel, record: UpopConfig) -> dict[str, dict[str, Any]] | None:
-    """Return unit -> its JSON under the model's names, of what the model has; None where the record does not say it.
+    """Return group -> its JSON under the model's names, of what the model has; None where the record does not say it.
 
-    A model with a head names the units of its base with a prefix, the base alone does not.
+    A model with a head names the groups of its base with a prefix, the base alone does not.
     """
     prefix = f"{model.base_model_prefix}."
     found = {}
     for name in record.kept:
         try:
-            content = record.units[name]
+            content = record.groups[name]
             here = placed(model, content, (lambda path: prefix + path, lambda path: path.removeprefix(prefix)))
         except KeyError:
             return None
         except (AttributeError, TypeError) as error:
             raise CheckpointError(
-                f"The model's quantization_config says of {name} what is no unit ({error!r}). Write the model again."
+                f"The model's quantization_config says of {name} what is no group ({error!r}). Write the model again."
             ) from None
         if here is not None:
             found[name] = here
@@ -354,18 +359,18 @@ def _placed(model: PreTrainedModel, record: UpopConfig) -> dict[str, dict[str, A
 
 
 def _named_as_in(model: PreTrainedModel, sizes: Sizes) -> Sizes:
-    """Return the sizes under the names that the units have in `model`, a model with the same base or a part of it."""
-    units = {unit.name for unit in survey(model).units}
+    """Return the sizes under the names that the groups have in `model`, a model with the same base or a part of it."""
+    groups = {group.name for group in find_prunable(model).groups}
     prefix = f"{model.base_model_prefix}."
-    other = units_today(model, [form for name in sizes for form in _forms(name, prefix)])
+    other = groups_today(model, [form for name in sizes for form in _forms(name, prefix)])
     named: Sizes = {}
     for name, kept in sizes.items():
         candidates = [other.get(form, form) for form in _forms(name, prefix)]
-        found = next((candidate for candidate in candidates if candidate in units), None)
+        found = next((candidate for candidate in candidates if candidate in groups), None)
         if found is not None:
             named[found] = kept
         elif _belongs(model, name):
-            named[name] = kept  # no unit, where one should be: `resize` says so
+            named[name] = kept  # no group, where one should be: `resize` says so
     return named
 
 
@@ -374,7 +379,7 @@ def _forms(name: str, prefix: str) -> tuple[str, str, str]:
 
 
 def _belongs(model: PreTrainedModel, name: str) -> bool:
-    """Whether a unit of this name should be in a model.
+    """Whether a group of this name should be in a model.
 
     It may be of a part that its class does not have, such as the decoder of a model for retrieval, or of a layer that
     was dropped after the cut.
@@ -385,7 +390,7 @@ def _belongs(model: PreTrainedModel, name: str) -> bool:
 
 
 def _is_dropped(model: nn.Module, name: str) -> bool:
-    """Whether a unit's name leads to a layer beyond the end of its list."""
+    """Whether a group's name leads to a layer beyond the end of its list."""
     place: Any = model
     for part in name.split("."):
         if isinstance(place, nn.ModuleList) and part.isdigit() and int(part) >= len(place):

@@ -1,6 +1,6 @@
 """Names that modules had: what transformers called otherwise when a folder was written, and what stands in its place.
 
-transformers keeps for every kind of model how the tensors of older checkpoints are called today; a name of a unit is
+transformers keeps for every kind of model how the tensors of older checkpoints are called today; a name of a group is
 mapped by the tensors that it holds.
 """
 
@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from upop.libraries import is_pretrained
-from upop.pruning import Plan, Unit, survey
+from upop.pruning import Group, Plan, find_prunable
 from upop.pruning.axes import SWAPS
 from upop.pruning.errors import LayoutError
-from upop.pruning.units import tensor_of
+from upop.pruning.groups import tensor_of
 from upop.pruning.written import from_json, renamed
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def named_as_today(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, T
 
 
 def placed(model: nn.Module, content: Mapping[str, Any], changes: Iterable[Renaming] = ()) -> dict[str, Any] | None:
-    """Return the JSON of a unit under the names that its tensors have in a model; None where the model lacks them.
+    """Return the JSON of a group under the names that its tensors have in a model; None where the model lacks them.
 
     Args:
         model: with these tensors, maybe under other names.
@@ -70,41 +70,41 @@ def placed(model: nn.Module, content: Mapping[str, Any], changes: Iterable[Renam
     return None
 
 
-def units_of(model: nn.Module, told: Mapping[str, Any]) -> dict[str, Unit] | None:
-    """Return the units that a folder tells, by the names that they have there; None where the model lacks tensors.
+def groups_of(model: nn.Module, described: Mapping[str, Any]) -> dict[str, Group] | None:
+    """Return the groups that a folder tells, by the names that they have there; None where the model lacks tensors.
 
     Raises:
-        ValueError: what is told is no unit; the message says why.
+        ValueError: what is told is no group; the message says why.
     """
     found = {}
-    for name, content in told.items():
+    for name, content in described.items():
         try:
             here = placed(model, content)
         except (AttributeError, KeyError, TypeError) as error:
-            raise ValueError(f"what it says of {name} is no unit ({error!r})") from None
+            raise ValueError(f"what it says of {name} is no group ({error!r})") from None
         if here is None:
             return None
         found[name] = from_json(here, model, SWAPS)
     return found
 
 
-def units_if_read(model: nn.Module) -> tuple[Unit, ...]:
-    """Return the units of a model; none of one that cannot be run by itself, and that nothing is known of."""
+def groups_if_read(model: nn.Module) -> tuple[Group, ...]:
+    """Return the groups of a model; none of one that cannot be run by itself, and that nothing is known of."""
     try:
-        return survey(model).units
+        return find_prunable(model).groups
     except LayoutError:
         return ()
 
 
-def units_today(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
-    """Return older name -> today's, of the units of a model that have another name now."""
-    units = units_if_read(model)
-    mine = {unit.name for unit in units}
+def groups_today(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
+    """Return older name -> today's, of the groups of a model that have another name now."""
+    groups = groups_if_read(model)
+    mine = {group.name for group in groups}
     wanted = [name for name in names if name not in mine]
     if not wanted:
         return {}
     former = formers(model)
-    made = {unit.name: former(unit.producers[0].tensor) for unit in units}
+    made = {group.name: former(group.producers[0].tensor) for group in groups}
     found: dict[str, str] = {}
     for name in sorted(wanted, key=len, reverse=True):  # what holds others last
         inside = [each for each, tensor in made.items() if tensor.startswith(f"{name}.") and each not in found.values()]
@@ -114,7 +114,7 @@ def units_today(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
 
 
 def with_names(plan: Plan, names: Mapping[str, str]) -> Plan:
-    """Return a plan under other names of units."""
+    """Return a plan under other names of groups."""
 
     def change(held: Mapping[str, Any]) -> dict[str, Any]:
         return {names.get(name, name): value for name, value in held.items()}

@@ -1,8 +1,8 @@
 """What the configuration of a model can say of its sizes: found by trying, field by field, what a field changes.
 
 A field that held a size of the dense model is given a smaller one, the class is built without memory, and the shapes of
-all its tensors are compared: the field speaks of those units that became so small, if nothing else changed. No class is
-known here; the names of fields alone say what is worth trying.
+all its tensors are compared: the field speaks of those groups that became so small, if nothing else changed. No class
+is known here; the names of fields alone say what is worth trying.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from torch import nn
 
 from upop.checkpoints.blank import outline
 from upop.checkpoints.likeness import cut_shapes
-from upop.pruning import Unit
-from upop.pruning.units import tensor_of
+from upop.pruning import Group
+from upop.pruning.groups import tensor_of
 
 Path = tuple[str, ...]
 """Where a field is: the names of the parts that hold it, and its own."""
 Change = Mapping[Path, Any]
 Speaker = Callable[[int], Change]
-"""The number of kept entries -> what the fields become."""
+"""The number of kept channels -> what the fields become."""
 
 _HEADS = re.compile(r"(?:^|_)(?:num_attention_heads|attention_heads|num_heads|n_heads?|num_query_heads)$")
 _SHARED_HEADS = re.compile(r"(?:^|_)(?:num_key_value_heads|num_kv_heads|n_head_kv|n_kv_heads?)$")
@@ -36,15 +36,15 @@ _WIDTH = re.compile(r"(?:^|_)(?:intermediate_size|ffn_dim|ffn_hidden_size|d_ff|n
 
 @dataclass(frozen=True)
 class Speech:
-    """A way to say how many entries some units keep.
+    """A way to say how many channels some groups keep.
 
     Attributes:
-        units: their names.
+        groups: their names.
         change: what the fields become.
         sizes: the numbers that can be said; None for all.
     """
 
-    units: tuple[str, ...]
+    groups: tuple[str, ...]
     change: Speaker
     sizes: frozenset[int] | None
 
@@ -94,80 +94,80 @@ def changed(settings: Mapping[str, Any], change: Change) -> dict[str, Any]:
     return result
 
 
-def speeches(dense: nn.Module, units: Sequence[Unit], builder: Builder) -> list[Speech]:
-    """Return all ways in which a configuration can say how much units of a model keep, each unit in one at most.
+def speeches(dense: nn.Module, groups: Sequence[Group], builder: Builder) -> list[Speech]:
+    """Return all ways in which a configuration can say how much groups of a model keep, each group in one at most.
 
     Args:
         dense: the dense model, with or without memory.
-        units: its units.
+        groups: its groups.
         builder: what makes such models.
     """
     found: list[Speech] = []
-    told: set[str] = set()
+    described: set[str] = set()
     tried: dict[tuple[Any, ...], tuple[str, ...]] = {}
-    for unit in units:
-        if unit.name in told:
+    for group in groups:
+        if group.name in described:
             continue
-        for change in _candidates(dense, unit, builder):
-            probe = _probe(unit, change, builder)
+        for change in _candidates(dense, group, builder):
+            probe = _probe(group, change, builder)
             if probe is None:
                 continue
             key = probe, *sorted(change(probe).items())
             if key not in tried:
-                tried[key] = _follow(dense, units, builder.outline(change(probe)), probe)
+                tried[key] = _follow(dense, groups, builder.outline(change(probe)), probe)
             names = tried[key]
-            if unit.name in names and told.isdisjoint(names):
-                found.append(Speech(names, change, _sizes(unit, change, builder)))
-                told.update(names)
+            if group.name in names and described.isdisjoint(names):
+                found.append(Speech(names, change, _sizes(group, change, builder)))
+                described.update(names)
                 break
     return found
 
 
-def said(dense: nn.Module, units: Sequence[Unit], kept: Mapping[str, int], builder: Builder) -> Change | str:
-    """Return what to change in a configuration for a cut model; where it cannot say it, which units it cannot say.
+def said(dense: nn.Module, groups: Sequence[Group], kept: Mapping[str, int], builder: Builder) -> Change | str:
+    """Return what to change in a configuration for a cut model; where it cannot say it, which groups it cannot say.
 
     Args:
         dense: the dense model.
-        units: its units.
-        kept: how many entries each keeps.
+        groups: its groups.
+        kept: how many channels each keeps.
         builder: what makes such models.
     """
     change: dict[Path, Any] = {}
-    small = {unit.name for unit in units if kept.get(unit.name, unit.size) < unit.size}
-    size_of = {unit.name: unit.size for unit in units}
-    for speech in speeches(dense, units, builder) if small else ():
-        if small.isdisjoint(speech.units):
+    small = {group.name for group in groups if kept.get(group.name, group.size) < group.size}
+    size_of = {group.name: group.size for group in groups}
+    for speech in speeches(dense, groups, builder) if small else ():
+        if small.isdisjoint(speech.groups):
             continue
-        counts = {kept.get(name, size_of[name]) for name in speech.units}
+        counts = {kept.get(name, size_of[name]) for name in speech.groups}
         if len(counts) > 1:
             return (
-                f"{speech.units[0]} and {len(speech.units) - 1} more follow one number of {builder.by}, and keep "
-                f"{', '.join(map(str, sorted(counts)))} entries"
+                f"{speech.groups[0]} and {len(speech.groups) - 1} more follow one number of {builder.by}, and keep "
+                f"{', '.join(map(str, sorted(counts)))} channels"
             )
         (count,) = counts
         if speech.sizes is not None and count not in speech.sizes:
-            return f"{builder.by} does not take {count} of {size_of[speech.units[0]]} for {speech.units[0]}"
+            return f"{builder.by} does not take {count} of {size_of[speech.groups[0]]} for {speech.groups[0]}"
         change |= speech.change(count)
-        small -= set(speech.units)
+        small -= set(speech.groups)
     if small:
-        first = next(unit.name for unit in units if unit.name in small)
+        first = next(group.name for group in groups if group.name in small)
         more = f" and {len(small) - 1} more" if len(small) > 1 else ""
         return f"{builder.by} has no number for what {first}{more} keeps"
     return change
 
 
-def _follow(dense: nn.Module, units: Sequence[Unit], built: nn.Module | None, kept: int) -> tuple[str, ...]:
-    """Return the units that became `kept` entries large, if nothing else of the model changed; else none."""
+def _follow(dense: nn.Module, groups: Sequence[Group], built: nn.Module | None, kept: int) -> tuple[str, ...]:
+    """Return the groups that became `kept` channels large, if nothing else of the model changed; else none."""
     if built is None:
         return ()
     shapes = shapes_of(built)
     names = tuple(
-        unit.name
-        for unit in units
-        if kept < unit.size
-        and all(part.tensor in shapes and shapes[part.tensor][part.dim] == part.length(kept) for part in unit.slices)
+        group.name
+        for group in groups
+        if kept < group.size
+        and all(part.tensor in shapes and shapes[part.tensor][part.dim] == part.length(kept) for part in group.slices)
     )
-    wanted = cut_shapes(dense, [unit for unit in units if unit.name in names], dict.fromkeys(names, kept))
+    wanted = cut_shapes(dense, [group for group in groups if group.name in names], dict.fromkeys(names, kept))
     return names if names and wanted == shapes else ()
 
 
@@ -176,25 +176,25 @@ def shapes_of(model: nn.Module) -> dict[str, list[int]]:
     return {name: list(value.shape) for name, value in {**dict(model.named_buffers()), **model.state_dict()}.items()}
 
 
-def _probe(unit: Unit, change: Speaker, builder: Builder) -> int | None:
+def _probe(group: Group, change: Speaker, builder: Builder) -> int | None:
     """Return a smaller size that the configuration takes."""
-    if unit.entry == "neuron":
-        tried = [unit.size - 1, unit.size // 2]
+    if group.channel == "neuron":
+        tried = [group.size - 1, group.size // 2]
     else:
-        tried = [unit.size // 2, *range(unit.size - 1, 0, -1)]
-    return next((size for size in tried if 0 < size < unit.size and builder.takes(change(size))), None)
+        tried = [group.size // 2, *range(group.size - 1, 0, -1)]
+    return next((size for size in tried if 0 < size < group.size and builder.takes(change(size))), None)
 
 
-def _sizes(unit: Unit, change: Speaker, builder: Builder) -> frozenset[int] | None:
-    if unit.entry == "neuron" and builder.takes(change(unit.size - 1)):
+def _sizes(group: Group, change: Speaker, builder: Builder) -> frozenset[int] | None:
+    if group.channel == "neuron" and builder.takes(change(group.size - 1)):
         return None  # else a ratio of whole numbers alone
-    return frozenset(size for size in range(1, unit.size + 1) if builder.takes(change(size)))
+    return frozenset(size for size in range(1, group.size + 1) if builder.takes(change(size)))
 
 
-def _candidates(dense: nn.Module, unit: Unit, builder: Builder) -> Iterator[Speaker]:
+def _candidates(dense: nn.Module, group: Group, builder: Builder) -> Iterator[Speaker]:
     for path, fields in nodes(builder.settings):
         here = {**dict.fromkeys(builder.more if not path else ()), **fields}
-        yield from _widths(dense, unit, path, here) if unit.kind == "mlp" else _heads(unit, path, here)
+        yield from _widths(dense, group, path, here) if group.kind == "mlp" else _heads(group, path, here)
 
 
 def nodes(settings: Mapping[str, Any], path: Path = ()) -> Iterator[tuple[Path, Mapping[str, Any]]]:
@@ -209,28 +209,28 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _widths(dense: nn.Module, unit: Unit, path: Path, fields: Mapping[str, Any]) -> Iterator[Speaker]:
-    first = unit.producers[0]
+def _widths(dense: nn.Module, group: Group, path: Path, fields: Mapping[str, Any]) -> Iterator[Speaker]:
+    first = group.producers[0]
     shape = tensor_of(dense, first.tensor).shape
     width = shape[1 - first.dim] if len(shape) == 2 else 1  # what ratios are of
     for name, value in fields.items():
-        if (_is_number(value) and value == unit.size) or (value is None and _WIDTH.search(name)):
+        if (_is_number(value) and value == group.size) or (value is None and _WIDTH.search(name)):
             yield partial(_number, (*path, name))
         elif _RATIO.search(name) and (value is None or isinstance(value, int | float)):
             yield partial(_ratio, (*path, name), width)
 
 
-def _heads(unit: Unit, path: Path, fields: Mapping[str, Any]) -> Iterator[Speaker]:
+def _heads(group: Group, path: Path, fields: Mapping[str, Any]) -> Iterator[Speaker]:
     heads = [name for name, value in fields.items() if _HEADS.search(name) and _is_number(value)]
     named = [name for name in _OF_A_HEAD if name in fields]
-    inner = min(size for part in unit.producers for size in part.inners)
-    if unit.entry == "dimension":
+    inner = min(size for part in group.producers for size in part.inners)
+    if group.channel == "dimension":
         for name in named or (_OF_A_HEAD[:1] if heads else ()):
             yield partial(_times, {(*path, name): inner}, {})
         return
-    shared = {(*path, name): 1 for name, value in fields.items() if _SHARED_HEADS.search(name) and value == unit.size}
+    shared = {(*path, name): 1 for name, value in fields.items() if _SHARED_HEADS.search(name) and value == group.size}
     for name in heads:
-        each, rest = divmod(fields[name], unit.size)
+        each, rest = divmod(fields[name], group.size)
         if each and not rest:
             numbers = {(*path, name): each, **shared}
             for of_a_head in named or _OF_A_HEAD[:1]:
@@ -243,7 +243,7 @@ def _number(place: Path, kept: int) -> Change:
 
 
 def _ratio(place: Path, width: int, kept: int) -> Change:
-    # Libraries round down; half an entry more stays right whatever is lost in the product.
+    # Libraries round down; half a channel more stays right whatever is lost in the product.
     return {place: kept // width if kept % width == 0 else (kept + 0.5) / width}
 
 

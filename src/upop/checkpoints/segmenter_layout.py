@@ -1,4 +1,4 @@
-"""Published checkpoints of Segmenter: the sizes that their shapes tell, and positions for other sizes of pictures."""
+"""Published checkpoints of Segmenter: the sizes that their shapes tell, and positions for other sizes of images."""
 
 from __future__ import annotations
 

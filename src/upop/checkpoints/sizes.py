@@ -13,7 +13,7 @@ from torch import nn
 from upop.checkpoints.blank import outline
 from upop.checkpoints.fit import kept_sizes
 from upop.errors import CheckpointError, PlanError, nearest
-from upop.pruning import Attribute, Plan, Unit, find_units, remember, survey
+from upop.pruning import Attribute, Group, Plan, find_groups, find_prunable, remember
 from upop.pruning.known import remembered, sized
 from upop.pruning.shrink import cut
 from upop.values import shortened
@@ -22,13 +22,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Sizes = dict[str, tuple[int, int]]
-"""Unit -> (kept entries, entries of the dense model), of the units that lost some."""
+"""Group -> (kept channels, channels of the dense model), of the groups that lost some."""
 
 
-def dense_skeleton(model: PreTrainedModel) -> nn.Module:
+def dense_meta_copy(model: PreTrainedModel) -> nn.Module:
     """Return the dense model that `model` was cut from, as its configuration describes it, without weights.
 
-    What is known of the units of `model` is known of it.
+    What is known of the groups of `model` is known of it.
     """
     dense = outline(lambda: type(model)(copy.deepcopy(model.config)))
     found = remembered(model)
@@ -43,23 +43,25 @@ def sizes_of(model: nn.Module, dense: nn.Module) -> Sizes:
     Raises:
         CheckpointError: a tensor has no size that cutting `dense` can give it.
     """
-    units = survey(dense).units
-    kept = kept_sizes(units, model.state_dict(), type(model).__name__)
-    return {unit.name: (kept[unit.name], unit.size) for unit in units if kept.get(unit.name, unit.size) < unit.size}
+    groups = find_prunable(dense).groups
+    kept = kept_sizes(groups, model.state_dict(), type(model).__name__)
+    return {
+        group.name: (kept[group.name], group.size) for group in groups if kept.get(group.name, group.size) < group.size
+    }
 
 
 def resize(
     model: nn.Module, sizes: Mapping[str, tuple[int, int]], written: Mapping[str, Mapping[str, Any]] | None = None
 ) -> None:
-    """Cut a dense model to sizes, whichever entries go: its weights are to be replaced.
+    """Cut a dense model to sizes, whichever channels go: its weights are to be replaced.
 
     Args:
         model: the dense model.
-        sizes: unit -> (kept entries, entries of the dense model).
-        written: unit -> all that a cut of it takes, as JSON values; without it the units are found.
+        sizes: group -> (kept channels, channels of the dense model).
+        written: group -> all that a cut of it takes, as JSON values; without it the groups are found.
 
     Raises:
-        PlanError: the model has no such unit, or one of another size.
+        PlanError: the model has no such group, or one of another size.
     """
     if not sizes:
         return
@@ -68,13 +70,13 @@ def resize(
         plan = Plan(kept, {name: size for name, (_, size) in sizes.items()}, slices=written)
         cut(model, plan.check(model), plan, fold=False)  # what else the model has is not written here
         return
-    units = {unit.name: unit for unit in find_units(model)}
+    groups = {group.name: group for group in find_groups(model)}
     wrong = [
-        f"{name}: the model has no such unit{nearest(name, list(units))}"
-        if name not in units
-        else f"{name}: {kept} of {size} entries were kept, the model has {units[name].size}"
+        f"{name}: the model has no such group{nearest(name, list(groups))}"
+        if name not in groups
+        else f"{name}: {kept} of {size} channels were kept, the model has {groups[name].size}"
         for name, (kept, size) in sizes.items()
-        if name not in units or units[name].size != size
+        if name not in groups or groups[name].size != size
     ]
     if wrong:
         more = f" (and {len(wrong) - 5} more)" if len(wrong) > 5 else ""
@@ -82,40 +84,40 @@ def resize(
             f"What was kept of another model does not fit {type(model).__name__}: {'; '.join(wrong[:5])}{more}. "
             "Load the folder with the class and the configuration that it was saved with."
         )
-    found = survey(model)
-    chosen = {unit.name: _natural(model, unit) for unit in units.values() if unit.name in sizes}
+    found = find_prunable(model)
+    chosen = {group.name: _natural(model, group) for group in groups.values() if group.name in sizes}
     cut(model, list(chosen.values()), {name: range(left) for name, (left, _) in sizes.items()}, fold=False)
-    remember(model, replace(found, units=tuple(chosen.get(unit.name, unit) for unit in found.units)))
+    remember(model, replace(found, groups=tuple(chosen.get(group.name, group) for group in found.groups)))
 
 
-def sizes_before(units: Sequence[Unit], dense: nn.Module) -> dict[str, int]:
-    """Return unit -> entries in the dense model, of the units of a model that may be cut.
+def sizes_before(groups: Sequence[Group], dense: nn.Module) -> dict[str, int]:
+    """Return group -> channels in the dense model, of the groups of a model that may be cut.
 
     The dense model is read only where the lengths of its tensors do not say it.
     """
-    whole = {unit.name: sized(dense, unit) for unit in units if not any(part.gaps for part in unit.slices)}
-    found = {name: unit.size for name, unit in whole.items() if unit is not None}
-    return found if len(found) == len(units) else {unit.name: unit.size for unit in survey(dense).units}
+    whole = {group.name: sized(dense, group) for group in groups if not any(part.gaps for part in group.slices)}
+    found = {name: group.size for name, group in whole.items() if group is not None}
+    return found if len(found) == len(groups) else {group.name: group.size for group in find_prunable(dense).groups}
 
 
-def _natural(model: nn.Module, unit: Unit) -> Unit:
-    """Return a unit whose softmax scale follows the size of the heads: so are weights written that say nothing of it.
+def _natural(model: nn.Module, group: Group) -> Group:
+    """Return a group whose softmax scale follows the size of the heads: so are weights written that say nothing of it.
 
-    Where the scale is a number that a module keeps, and a unit of today leaves it alone, it is set again.
+    Where the scale is a number that a module keeps, and a group of today leaves it alone, it is set again.
     """
-    if unit.entry != "dimension" or any(part.power and (part.query_groups or part.queries) for part in unit.slices):
-        return unit
-    told = {(each.module, each.name) for each in unit.attributes}
+    if group.channel != "dimension" or any(part.power and (part.query_groups or part.queries) for part in group.slices):
+        return group
+    described = {(each.module, each.name) for each in group.attributes}
     scales = [
-        Attribute(unit.name, name, None)
-        for name, value in vars(model.get_submodule(unit.name)).items()
-        if isinstance(value, float) and abs(value * unit.size**0.5 - 1) < 1e-6 and (unit.name, name) not in told
+        Attribute(group.name, name, None)
+        for name, value in vars(model.get_submodule(group.name)).items()
+        if isinstance(value, float) and abs(value * group.size**0.5 - 1) < 1e-6 and (group.name, name) not in described
     ]
-    return replace(unit, attributes=(*unit.attributes, *scales))
+    return replace(group, attributes=(*group.attributes, *scales))
 
 
 def sizes_from_json(value: Any, source: str) -> Sizes:
-    """Return sizes as JSON holds them: unit -> [kept, size].
+    """Return sizes as JSON holds them: group -> [kept, size].
 
     Raises:
         CheckpointError: the value is something else.
@@ -128,15 +130,15 @@ def sizes_from_json(value: Any, source: str) -> Sizes:
     if wrong is not None:
         found = f"{wrong}: {value[wrong]}" if wrong else shortened(value)
         raise CheckpointError(
-            f"{source} should say of every unit how many entries it keeps of how many, [kept, size]; found {found}. "
+            f"{source} should say of every group how many channels it keeps of how many, [kept, size]; found {found}. "
             "Write the model again."
         )
     return sizes
 
 
-def plan_for(plan: Plan, units: Iterable[Unit]) -> Plan:
-    """Return the part of a plan that is about units as they are: others went when whole layers were dropped."""
-    present = {unit.name: unit.size for unit in units}
-    kept = {name: entries for name, entries in plan.kept.items() if present.get(name) == len(entries)}
-    slices = {name: unit for name, unit in plan.slices.items() if name in kept}
+def plan_for(plan: Plan, groups: Iterable[Group]) -> Plan:
+    """Return the part of a plan that is about groups as they are: others went when whole layers were dropped."""
+    present = {group.name: group.size for group in groups}
+    kept = {name: channels for name, channels in plan.kept.items() if present.get(name) == len(channels)}
+    slices = {name: group for name, group in plan.slices.items() if name in kept}
     return Plan(kept, {name: plan.sizes[name] for name in kept}, plan.settings, slices)

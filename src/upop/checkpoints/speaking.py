@@ -6,13 +6,13 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from upop.pruning import Unit, uniform
+from upop.pruning import Group, uniform
 
 
-def _said(model: nn.Module, units: Sequence[Unit]) -> uniform.Said | None:
+def _said(model: nn.Module, groups: Sequence[Group]) -> uniform.Said | None:
     from upop.checkpoints import plain  # which imports much
 
-    return plain.read_sayable(model, units)
+    return plain.read_sayable(model, groups)
 
 
 uniform.register(_said)

@@ -48,10 +48,10 @@ def describe(model: nn.Module, plan: Plan | None) -> dict[str, Any] | None:
         model: any model, dense or compressed.
         plan: how it was compressed, if that is known.
     """
-    told = named(model, plan)
-    if told is None:
+    described = named(model, plan)
+    if described is None:
         return None
-    name, arguments = told
+    name, arguments = described
     built = _build(name, arguments)
     if built is None or not same_but_for_sizes(model, built):
         return None
@@ -92,8 +92,10 @@ def hub_config(model: nn.Module, name: str, arguments: Mapping[str, Any]) -> dic
         arguments: of `timm.create_model`.
     """
     settings: Any = model.pretrained_cfg
-    told = dict(settings if isinstance(settings, Mapping) else settings.to_dict())
-    plain = {key: value for key, value in told.items() if isinstance(value, bool | int | float | str | list | tuple)}
+    described = dict(settings if isinstance(settings, Mapping) else settings.to_dict())
+    plain = {
+        key: value for key, value in described.items() if isinstance(value, bool | int | float | str | list | tuple)
+    }
     of_source = (
         "architecture",
         "url",
@@ -154,21 +156,22 @@ def build(description: Mapping[str, Any], source: str) -> nn.Module:
         CheckpointError: this timm has no such model, or does not take its arguments.
     """
     with read_from(source, "timm"):
-        told = _Described.model_validate(description)
-    name = told.architecture
+        described = _Described.model_validate(description)
+    name = described.architecture
     if not is_timm_name(name):
         raise CheckpointError(
             f"{source} holds timm's {shortened(name)}, which timm {timm.__version__} does not have"
             f"{nearest(name, timm.list_models())}. Update timm, or build the dense model and call "
             "upop.load_into(model, folder)."
         )
-    unknown = [argument for argument in told.arguments if argument not in _ARGUMENTS]
+    unknown = [argument for argument in described.arguments if argument not in _ARGUMENTS]
     if unknown:
         raise CheckpointError(
-            f"{source} asks for {name} with {unknown[0]}={shortened(told.arguments[unknown[0]])}, which upop does not "
+            f"{source} asks for {name} with {unknown[0]}={shortened(described.arguments[unknown[0]])}, which upop does "
+            f"not "
             "set. Was it written by a later upop? Update upop."
         )
-    arguments = checked_arguments(told.arguments, source, "timm.arguments")
+    arguments = checked_arguments(described.arguments, source, "timm.arguments")
     try:
         with sealed():
             model: nn.Module = timm.create_model(name, pretrained=False, **arguments)

@@ -23,9 +23,9 @@ from upop.checkpoints.likeness import cut_shapes
 from upop.checkpoints.outside import Held, checked_config, sealed
 from upop.checkpoints.quantizer import UpopConfig, allowing_gaps, cut_as_recorded, register
 from upop.checkpoints.read import read_outline, shared_tensors
-from upop.checkpoints.sizes import dense_skeleton
+from upop.checkpoints.sizes import dense_meta_copy
 from upop.errors import CheckpointError, UPopError
-from upop.pruning import survey
+from upop.pruning import find_prunable
 from upop.reading import read_object
 from upop.values import shortened
 
@@ -41,10 +41,10 @@ def misfit(model: PreTrainedModel) -> str | None:
     What its configuration builds must have all of its tensors, but for what is cut, and tie the same of them.
     """
     try:
-        dense = dense_skeleton(model)
-        units = survey(dense).units
+        dense = dense_meta_copy(model)
+        groups = find_prunable(dense).groups
         mine = model.state_dict()
-        shapes = cut_shapes(dense, units, kept_sizes(units, mine, type(model).__name__))
+        shapes = cut_shapes(dense, groups, kept_sizes(groups, mine, type(model).__name__))
     except Exception as error:  # constructors raise what they like
         return str(error) or type(error).__name__
     for name, value in mine.items():
@@ -80,11 +80,11 @@ def load_transformers(
         CheckpointError: a file is missing or damaged, transformers has no such class, or the weights do not fit it;
             what does not is listed.
     """
-    told, held = _read(folder)
-    found = _class_of(folder, told, kind, strict=strict)
+    described, held = _read(folder)
+    found = _class_of(folder, described, kind, strict=strict)
     register()
     with sealed(), allowing_gaps(), _explained(folder, found):  # gaps are listed below
-        config = _config_class(found, told).from_dict(told)
+        config = _config_class(found, described).from_dict(described)
         _check_sizes(found, config, held, folder)
         loaded: Any = found.from_pretrained(
             folder,
@@ -112,11 +112,11 @@ def started(folder: Path, name: str, changes: Mapping[str, Any]) -> tuple[PreTra
     Raises:
         CheckpointError: a file is missing or damaged, or the folder holds nothing of such a model.
     """
-    told, held = _read(folder)
+    described, held = _read(folder)
     kind = getattr(transformers, name)
     register()
     with sealed(), allowing_gaps(), _explained(folder, kind):
-        config = _config_class(kind, told).from_dict({**told, **changes})
+        config = _config_class(kind, described).from_dict({**described, **changes})
         loaded: Any = kind.from_pretrained(
             folder,
             config=config,
@@ -133,8 +133,8 @@ def started(folder: Path, name: str, changes: Mapping[str, Any]) -> tuple[PreTra
             f"{folder} holds no weight of a {name}: {listed('its tensors are', sorted(held))} Give a folder with a "
             "model of this kind."
         )
-    wrong = [f"{key} {said}" for key, value in held.items() if (said := not_finite(value))]
-    wrong += [f"{key} {said}" for key, value in model.state_dict().items() if (said := not_finite(value))]
+    wrong = [f"{key} {message}" for key, value in held.items() if (message := not_finite(value))]
+    wrong += [f"{key} {message}" for key, value in model.state_dict().items() if (message := not_finite(value))]
     if wrong:
         raise CheckpointError(listed(f"{folder} does not fit {name} ({len(wrong)} of its tensors)", wrong))
     model.eval()
@@ -153,9 +153,9 @@ def built(folder: Path, name: str, changes: Mapping[str, Any]) -> PreTrainedMode
         CheckpointError: it cannot be built.
     """
     kind = getattr(transformers, name)
-    told = checked_config(read_config(folder), str(folder / _CONFIG))
+    described = checked_config(read_config(folder), str(folder / _CONFIG))
     with sealed(), _explained(folder, kind):
-        model: PreTrainedModel = kind(_config_class(kind, told).from_dict({**told, **changes}))
+        model: PreTrainedModel = kind(_config_class(kind, described).from_dict({**described, **changes}))
     model.eval()
     return model
 
@@ -166,16 +166,16 @@ def config_of(folder: Path, kind: type[PreTrainedModel]) -> Any:
     Raises:
         CheckpointError: a file is missing or damaged, or it is none of that class.
     """
-    told, _ = _read(folder)
+    described, _ = _read(folder)
     with sealed(), _explained(folder, kind):
-        return _config_class(kind, told).from_dict(told)
+        return _config_class(kind, described).from_dict(described)
 
 
 def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Return what config.json says, checked, and the weights without their content."""
-    told, files = read_config(folder), weight_files(folder)
+    described, files = read_config(folder), weight_files(folder)
     held = {name: value for file in files for name, value in read_outline(file).items()}
-    return checked_config(told, str(folder / _CONFIG), Held.of(held)), held
+    return checked_config(described, str(folder / _CONFIG), Held.of(held)), held
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -262,10 +262,10 @@ def _class_of(
     elif config.get("model_type") != expected:
         wrong = f"holds a model of type {shortened(config.get('model_type'))}"
     if wrong:
-        said = f"{folder} {wrong}, and was to be loaded as {found.__name__} (of type {expected!r})."
+        message = f"{folder} {wrong}, and was to be loaded as {found.__name__} (of type {expected!r})."
         if strict:
-            raise CheckpointError(f"{said} Load it as what it is, or fetch it again.")
-        warnings.warn(said, stacklevel=4)
+            raise CheckpointError(f"{message} Load it as what it is, or fetch it again.")
+        warnings.warn(message, stacklevel=4)
     return found
 
 
@@ -321,13 +321,13 @@ def _check_loaded(
         for name, value in held.items()
         if name.endswith(".weight") and not value.is_floating_point()
     ]
-    problems += [f"{name} {said}" for name, value in model.state_dict().items() if (said := not_finite(value))]
+    problems += [f"{name} {message}" for name, value in model.state_dict().items() if (message := not_finite(value))]
     if not problems:
         return
-    said = listed(f"{folder} does not fit {type(model).__name__} ({len(problems)} of its tensors)", problems)
+    message = listed(f"{folder} does not fit {type(model).__name__} ({len(problems)} of its tensors)", problems)
     if strict:
-        raise CheckpointError(f"{said}\nstrict=False loads it all the same.")
-    warnings.warn(said, stacklevel=4)
+        raise CheckpointError(f"{message}\nstrict=False loads it all the same.")
+    warnings.warn(message, stacklevel=4)
 
 
 @contextmanager

@@ -33,7 +33,7 @@ class _Commands(LaterGroup):
         ),
         "demo": Later(
             "upop.cli.demo",
-            "Compress a small model that says whether sentences about two pictures are true, and show what it lost",
+            "Compress a small model that says whether sentences about two images are true, and show what it lost",
             "upop demo --output-dir output/demo",
         ),
         "convert": Later(
@@ -49,7 +49,7 @@ class _Commands(LaterGroup):
         ),
         "inspect": Later(
             "upop.cli.inspect",
-            "Show a model's units, parameters and GMACs per modality, what is covered, and preview a budget",
+            "Show a model's groups, parameters and GMACs per modality, what is covered, and preview a budget",
             "upop inspect deit_small_patch16_224 --ratio 0.5",
         ),
         "profile": Later(
@@ -116,8 +116,8 @@ class ShapesTask(StrEnum):
     chat = "chat"
 
 
-class PictureFormat(StrEnum):
-    """How generated pictures are written."""
+class ImageFormat(StrEnum):
+    """How generated images are written."""
 
     png = "png"
     jpeg = "jpeg"
@@ -136,13 +136,13 @@ def shapes(
     out: Annotated[Path, typer.Option(help="Folder to write; must be new, empty, or hold the same set.")],
     task: Annotated[ShapesTask, typer.Option(help="Which task's files to write.")] = ShapesTask.nlvr,
     seed: Annotated[int, typer.Option(help="Same seed, same bytes.")] = 0,
-    size: Annotated[int, typer.Option(help="Training records; other splits have a tenth, at most 1000.")] = 20000,
+    size: Annotated[int, typer.Option(help="Training samples; other splits have a tenth, at most 1000.")] = 20000,
     image_size: Annotated[int, typer.Option("--image-size", "--image_size", help="Side in pixels.")] = 64,
     image_format: Annotated[
-        PictureFormat, typer.Option("--image-format", "--image_format", help="File format.")
-    ] = PictureFormat.png,
+        ImageFormat, typer.Option("--image-format", "--image_format", help="File format.")
+    ] = ImageFormat.png,
 ) -> None:
-    """Generate pictures of coloured shapes with annotations in the published formats."""
+    """Generate images of coloured shapes with annotations in the published formats."""
     from upop.cli.shapes import write_with_progress
 
     write_with_progress(task.value, out, seed=seed, size=size, image_size=image_size, image_format=image_format.value)
@@ -194,7 +194,7 @@ def _failed(error: Exception) -> int:
     if isinstance(error, ModuleNotFoundError):
         error = missing(error, "This command")
     if isinstance(error, UPopError):
-        _say(type(error).__name__, _message(error))
+        _notify(type(error).__name__, _message(error))
         if isinstance(error, LostProcessError):
             wait_for_launcher()
         return PreemptedError.exit_code if isinstance(error, PreemptedError) else 1
@@ -204,11 +204,11 @@ def _failed(error: Exception) -> int:
     if isinstance(error, BrokenPipeError):  # what the output was piped to has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter tells of it as it exits
         return 1
-    _say(type(error).__name__, f"{error.strerror or error}: {error.filename}" if error.filename else str(error))
+    _notify(type(error).__name__, f"{error.strerror or error}: {error.filename}" if error.filename else str(error))
     return 1
 
 
-def _say(kind: str, message: str) -> None:
+def _notify(kind: str, message: str) -> None:
     from rich.console import Console
 
     Console(stderr=True).print(f"[bold red]Error{place()}:[/bold red] {kind}:", end=" ")

@@ -17,9 +17,9 @@ from upop.errors import SettingError
 from upop.plain import as_text
 from upop.published_data import published_data
 from upop.recipes import RECIPES, find_recipe
+from upop.runs.check import Finding
+from upop.runs.check import check as look
 from upop.tasks import find_task
-from upop.tasks.check import Finding
-from upop.tasks.check import check as look
 
 _STYLES = {"right": "green", "wrong": "red", "unknown": "yellow"}
 
@@ -39,7 +39,7 @@ def check(
         bool, typer.Option("--evaluate", help="What an evaluation of the published compressed checkpoint needs.")
     ] = False,
     decode: Annotated[str, typer.Option(help="How many images of every split to decode, or all.")] = "64",
-    any_count: Annotated[bool, typer.Option("--any-count", help="Other numbers of records are right, too.")] = False,
+    any_count: Annotated[bool, typer.Option("--any-count", help="Other numbers of samples are right, too.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON in place of a table.")] = False,
     pretrained: o.Pretrained = None,
     allow_outside: o.AllowOutside = None,
@@ -74,5 +74,5 @@ def _table(name: str, findings: list[Finding]) -> Table:
     for heading in ("part", "is", "found"):
         table.add_column(heading)
     for finding in findings:
-        table.add_row(as_text(finding.part), as_text(finding.state, _STYLES[finding.state]), as_text(finding.told))
+        table.add_row(as_text(finding.part), as_text(finding.state, _STYLES[finding.state]), as_text(finding.message))
     return table

@@ -1,4 +1,4 @@
-"""`upop demo`: the whole thing on generated pictures, for someone who has a few minutes and no data."""
+"""`upop demo`: the whole thing on generated images, for someone who has a few minutes and no data."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from upop.plain import as_text
 from upop.report.page import write_comparison_page
 from upop.report.results import results_table
 from upop.report.run import read_run
+from upop.runs.devices import make_accelerator
+from upop.runs.examples import write_examples
+from upop.runs.run import Metrics, measure
+from upop.runs.verbs import compress, method_name
 from upop.settings import read_settings
 from upop.shared_folder import SharedFolder
 from upop.tasks import find_task
-from upop.tasks.examples import write_examples
-from upop.tasks.run import Metrics, measure
-from upop.tasks.verbs import compress, method_name
-from upop.training.devices import make_accelerator
 
 CONFIG = Path("configs/shapes/nlvr.yaml")
 DENSE = Path("assets/shapes-nlvr")
@@ -43,9 +43,9 @@ def demo(
     target: o.Target = None,
     p: o.OldRatio = None,
 ) -> None:
-    """Compress a small model that says whether sentences about two pictures are true, and show what it lost.
+    """Compress a small model that says whether sentences about two images are true, and show what it lost.
 
-    Generates the pictures, then compresses the dense model that the package carries in two ways that take
+    Generates the images, then compresses the dense model that the package carries in two ways that take
     equally many training steps: by the method, and by one cut of the smallest weights.
     """
     assert output_dir is not None
@@ -54,9 +54,9 @@ def demo(
     folder.check()
     page, table = folder.claim(PAGE), folder.claim("results.json")
     task = find_task(_TASK)
-    # On few cores the threads of so small a model only wait for the processes that decode the pictures.
+    # On few cores the threads of so small a model only wait for the processes that decode the images.
     asked = o.overrides({"ratio": ratio if p is None else p, "target": target, "device": device})
-    # Whether they can be used is known before any picture is drawn.
+    # Whether they can be used is known before any image is drawn.
     checked = read_settings(task.settings, CONFIG, asked, {name: f"from --{name}" for name in asked})
     make_accelerator(checked)
     workers = checked.num_workers
@@ -88,8 +88,8 @@ def demo(
     together = measure(task, models, torch.device("cpu"), settings.latency_batch)
     together.write_json(table, overwrite=True)
     shown = {name: model for name, (model, _) in models.items()}
-    records = task.dataset(settings, "test")
-    console.print(answers_table(write_examples(task, shown, records, settings, "test", output_dir / "examples")))
+    samples = task.dataset(settings, "test")
+    console.print(answers_table(write_examples(task, shown, samples, settings, "test", output_dir / "examples")))
     console.print(results_table(together))
     write_comparison_page([read_run(output_dir / method) for method in _METHODS], page, overwrite=True)
     console.print(as_text(f"What was kept, how it went and what is answered, as a page for a browser: {page}"))
@@ -98,12 +98,12 @@ def demo(
 
 def answers_table(examples: Examples) -> Table:
     """Return sentences, whether they are true, and what every model says; wrong answers are red."""
-    models = list(examples.records[0].answers)
+    models = list(examples.samples[0].answers)
     table = Table("sentence", "true?", title="Some test sentences, before and after", title_justify="left")
     for model in models:
         table.add_column(as_text(model))
-    for record in examples.records:
-        said = (as_text(answer.text or "", "" if answer.right else "red") for answer in record.answers.values())
-        truth = record.truth.text if record.truth is not None else None
-        table.add_row(as_text(record.prompt or ""), as_text(truth or ""), *said)
+    for sample in examples.samples:
+        said = (as_text(answer.text or "", "" if answer.right else "red") for answer in sample.answers.values())
+        truth = sample.truth.text if sample.truth is not None else None
+        table.add_row(as_text(sample.prompt or ""), as_text(truth or ""), *said)
     return table

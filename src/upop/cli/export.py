@@ -65,7 +65,7 @@ def _graphs(format: Any) -> Callable[[nn.Module, Asked], None]:
             samples=asked.samples,
             overwrite=asked.overwrite,
         )
-        _say(asked.out)
+        _notify(asked.out)
 
     return write
 
@@ -77,8 +77,8 @@ def _without_upop(format: Any) -> Callable[[nn.Module, Asked], None]:
         if asked.quantize is not None or asked.cache:
             flag = "--cache is for graphs" if asked.quantize is None else "--quantize is for --to onnx"
             raise SettingError(f"{flag}; --to {format} writes a model. Leave it out.")
-        told = write_plain(model, asked.out, format, beside=asked.source, overwrite=asked.overwrite)
-        Console(soft_wrap=True, highlight=False).print(as_text(f"{asked.out}: {told}"))
+        described = write_plain(model, asked.out, format, beside=asked.source, overwrite=asked.overwrite)
+        Console(soft_wrap=True, highlight=False).print(as_text(f"{asked.out}: {described}"))
 
     return write
 
@@ -129,7 +129,7 @@ def export(
     samples: Annotated[
         int | None,
         typer.Option(
-            help="With --quantize and --config: measure ranges on so many of the task's records, not as inputs come."
+            help="With --quantize and --config: measure ranges on so many of the task's samples, not as inputs come."
         ),
     ] = None,
     config: Annotated[Path | None, typer.Option(help="YAML file of the task's settings, for --samples.")] = None,
@@ -145,12 +145,12 @@ def export(
     """
     target = TARGETS[to]
     if samples is not None and (quantize is None or config is None):
-        raise SettingError("--samples are records of a task, for --quantize int8. Give --quantize and --config, too.")
+        raise SettingError("--samples are samples of a task, for --quantize int8. Give --quantize and --config, too.")
     check_folder(out, target.kind, overwrite=overwrite)
     model = read_exportable(source, task, o.overrides({}, assign), own=target.own)
-    records = None if samples is None or config is None else _records(model, config, samples)
+    chosen = None if samples is None or config is None else _samples(model, config, samples)
     place = local_path(source) if Path(source).exists() or is_hub_name(source) else None
-    target.write(model, Asked(out, overwrite, place, cache, quantize, records))
+    target.write(model, Asked(out, overwrite, place, cache, quantize, chosen))
 
 
 def read_exportable(source: str, task: str | None, overrides: Mapping[str, Any], *, own: bool = True) -> nn.Module:
@@ -187,8 +187,8 @@ def _is_counterpart(path: Path) -> bool:
     return any(row.kind in architectures(path, read_config(path))[:1] for row in COUNTERPARTS)
 
 
-def _records(model: nn.Module, config: Path, count: int) -> list[tuple[Any, ...]]:
-    """Return the inputs of a task's first held-out records, one by one."""
+def _samples(model: nn.Module, config: Path, count: int) -> list[tuple[Any, ...]]:
+    """Return the inputs of a task's first held-out samples, one by one."""
     from upop.checkpoints.official import task_for
     from upop.settings import read_settings
     from upop.tasks import find_task
@@ -201,7 +201,7 @@ def _records(model: nn.Module, config: Path, count: int) -> list[tuple[Any, ...]
     return [tuple(value[place : place + 1] for value in inputs.values()) for place in range(len(chosen))]
 
 
-def _say(out: Path) -> None:
+def _notify(out: Path) -> None:
     """Print which graphs were written."""
     console = Console(soft_wrap=True, highlight=False)
     for name, graph in read_object(out / "export.json", CheckpointError, "Export the model again.")["graphs"].items():

@@ -18,18 +18,18 @@ from torch import Tensor, nn
 from upop.checkpoints import read_weights
 from upop.checkpoints.hub import is_hub_name, local_path
 from upop.checkpoints.library import layout_of, open_model
-from upop.checkpoints.sizes import dense_skeleton
+from upop.checkpoints.sizes import dense_meta_copy
 from upop.cli import options as o
 from upop.errors import CheckpointError, SettingError, nearest
 from upop.libraries import is_pretrained
 from upop.meta import on_meta
 from upop.models import MODELS, kind_of
 from upop.plain import as_text
-from upop.pruning import survey
-from upop.pruning.align import read_align
+from upop.pruning import find_prunable
 from upop.pruning.carried import plan_of
 from upop.pruning.coverage import Coverage
 from upop.pruning.goal import Goal
+from upop.pruning.round_to import read_round_to
 from upop.report.inspection import Inspection, after_budget, inspect_model
 from upop.report.results import number
 from upop.report.shares import Panel
@@ -63,13 +63,14 @@ def inspect(
         ),
     ] = None,
     target: o.Target = None,
-    align: o.Align = None,
+    round_to: o.RoundTo = None,
+    align: o.OldAlign = None,
     as_json: Annotated[
-        bool, typer.Option("--json", help="Write it as JSON, with every unit and every reason.")
+        bool, typer.Option("--json", help="Write it as JSON, with every group and every reason.")
     ] = False,
     assign: o.Set = None,
 ) -> None:
-    """Show a model's units, parameters and GMACs per modality, what is covered, and preview a budget."""
+    """Show a model's groups, parameters and GMACs per modality, what is covered, and preview a budget."""
     model = read_any(source, task, o.overrides({}, assign))
     inputs, note = example_of(model)
     try:
@@ -82,7 +83,7 @@ def inspect(
     smaller = None
     goal = Goal(ratio, target) if ratio is not None or target is not None else None
     if goal is not None and found.panels:
-        shrunken, plan = after_budget(model, goal, read_align(align or "1"), inputs)
+        shrunken, plan = after_budget(model, goal, read_round_to(round_to or align or "1"), inputs)
         smaller = inspect_model(shrunken, inputs, plan.sizes)
     if as_json:
         typer.echo(json.dumps(_content(model, found, smaller, note), indent=1))
@@ -90,7 +91,7 @@ def inspect(
     console = Console(highlight=False)
     console.print(as_text(f"{source}: {type(model).__name__}"))
     if found.panels:
-        console.print(_units_table(found, smaller))
+        console.print(_groups_table(found, smaller))
     else:
         console.print("Nothing of it can be pruned.")
     console.print(_parts_table(found, smaller, goal if found.panels else None))
@@ -98,7 +99,7 @@ def inspect(
     console.print(as_text(f"GMACs: {note}"), soft_wrap=True)
     if smaller is not None:
         console.print(
-            "The preview takes the same share from every unit. The search decides which entries go, and from where; "
+            "The preview takes the same share from every group. The search decides which channels go, and from where; "
             "what is left has as many parameters then, and about as many GMACs.",
             soft_wrap=True,
         )
@@ -142,13 +143,13 @@ def read_any(source: str, task: str | None, overrides: Mapping[str, Any]) -> nn.
 
 
 def example_of(model: nn.Module) -> tuple[Any, str]:
-    """Return inputs for one forward pass of one record, and what they are, in words; (None, why) if unknown."""
+    """Return inputs for one forward pass of one sample, and what they are, in words; (None, why) if unknown."""
     if kind_of(model) is not None:
         from upop.tasks import TASKS
 
         for task in TASKS.values():
             if getattr(task, "config", None) is type(model.config):
-                return task.example(model, 1), "of one record of the published size"
+                return task.example(model, 1), "of one sample of the published size"
     if is_pretrained(model):
         return _transformers_example(model)
     settings = getattr(model, "pretrained_cfg", None)
@@ -156,12 +157,12 @@ def example_of(model: nn.Module) -> tuple[Any, str]:
         size = tuple(settings.get("input_size", (3, 224, 224)))
         grid = getattr(getattr(model, "patch_embed", None), "img_size", None)
         size = (size[0], *grid) if grid else size
-        return torch.zeros(1, *size), f"of one picture of {size[1]} x {size[2]} pixels"
+        return torch.zeros(1, *size), f"of one image of {size[1]} x {size[2]} pixels"
     side, words = getattr(getattr(model, "visual", None), "image_size", None), getattr(model, "context_length", None)
     if side and words:  # open_clip's
         height, width = (side, side) if isinstance(side, int) else side
         inputs = (torch.zeros(1, 3, height, width), torch.zeros(1, words, dtype=torch.long))
-        return inputs, f"of one picture of {height} x {width} pixels and one text of {words} tokens"
+        return inputs, f"of one image of {height} x {width} pixels and one text of {words} tokens"
     return None, f"not counted: what a {type(model).__name__} takes is not known"
 
 
@@ -178,7 +179,7 @@ def _transformers_example(model: PreTrainedModel) -> tuple[Any, str]:
     if "pixel_values" in takes and side:
         height, width = (side, side) if isinstance(side, int) else side
         inputs["pixel_values"] = torch.zeros(1, getattr(vision, "num_channels", 3), height, width).to(model.dtype)
-        said.append(f"one picture of {height} x {width} pixels")
+        said.append(f"one image of {height} x {width} pixels")
     if "input_ids" in takes and getattr(text, "vocab_size", None):
         inputs["input_ids"] = torch.ones(1, length, dtype=torch.long)
         said.append(f"one text of {length} tokens")
@@ -190,29 +191,29 @@ def _transformers_example(model: PreTrainedModel) -> tuple[Any, str]:
 
 
 def _dense_sizes(model: nn.Module) -> dict[str, int]:
-    """Return unit -> entries before compression, as far as the model's configuration or its plan tells."""
+    """Return group -> channels before compression, as far as the model's configuration or its plan tells."""
     kind, plan = kind_of(model), plan_of(model)
     if kind is not None:
         built, _ = MODELS[kind]
-        return {unit.name: unit.size for unit in survey(on_meta(lambda: built(model.config))).units}
+        return {group.name: group.size for group in find_prunable(on_meta(lambda: built(model.config))).groups}
     if is_pretrained(model):
-        return {unit.name: unit.size for unit in survey(dense_skeleton(model)).units}
+        return {group.name: group.size for group in find_prunable(dense_meta_copy(model)).groups}
     return dict(plan.sizes) if plan is not None else {}
 
 
-def _units_table(found: Inspection, smaller: Inspection | None) -> Table:
+def _groups_table(found: Inspection, smaller: Inspection | None) -> Table:
     table = Table(title="What can be pruned", title_justify="left")
-    for heading in ("modality", "structure", "layers", "entries in a layer", "parameters (M)"):
+    for heading in ("modality", "structure", "layers", "channels in a layer", "parameters (M)"):
         table.add_column(heading, justify="left" if heading in ("modality", "structure") else "right")
     after = {panel.title + panel.modality: panel for panel in smaller.panels} if smaller is not None else {}
     for panel in found.panels:
         left = after.get(panel.title + panel.modality)
-        count = sum(found.unit_parameters[unit.name] for unit in panel.layers)
+        count = sum(found.group_parameters[group.name] for group in panel.layers)
         table.add_row(
             as_text(panel.modality),
             as_text(panel.title),
             str(len(panel.layers)),
-            _entries(panel) + (f" -> {_range(unit.kept for unit in left.layers)}" if left else ""),
+            _channels(panel) + (f" -> {_range(group.kept for group in left.layers)}" if left else ""),
             number(count / 1e6),
         )
     return table
@@ -226,15 +227,15 @@ def _coverage_table(covered: Coverage) -> Table:
     shares = covered.shares
     whole = sum(each.parameters for each in shares.values())
     run = sum(each.macs or 0 for each in shares.values())
-    told = {
-        "units": "in units",
+    described = {
+        "units": "in groups",
         "left alone": "left alone, with a reason",
         "outside": "outside: embeddings, heads",
     }
     for place, each in shares.items():
         macs = None if each.macs is None else number(each.macs / 1e9)
         table.add_row(
-            told[place],
+            described[place],
             number(each.parameters / 1e6),
             f"{100 * each.parameters / max(1, whole):.1f} %",
             macs or "-",
@@ -252,9 +253,9 @@ def _content(model: nn.Module, found: Inspection, smaller: Inspection | None, no
         "note": note,
         "parts": [asdict(part) for part in found.parts],
         "units": [
-            {**asdict(unit), "parameters": found.unit_parameters[unit.name]}
+            {**asdict(group), "parameters": found.group_parameters[group.name]}
             for panel in found.panels
-            for unit in panel.layers
+            for group in panel.layers
         ],
         "coverage": found.coverage.to_json(),
         "skipped": [asdict(part) for part in found.skipped],
@@ -262,8 +263,8 @@ def _content(model: nn.Module, found: Inspection, smaller: Inspection | None, no
     }
 
 
-def _entries(panel: Panel) -> str:
-    kept, size = _range(unit.kept for unit in panel.layers), _range(unit.size for unit in panel.layers)
+def _channels(panel: Panel) -> str:
+    kept, size = _range(group.kept for group in panel.layers), _range(group.size for group in panel.layers)
     return size if kept == size else f"{kept} of {size}"
 
 
@@ -290,7 +291,7 @@ def _parts_table(found: Inspection, smaller: Inspection | None, goal: Goal | Non
             _change(part.prunable, None if left is None else left.prunable, 1e6),
             _change(part.macs, None if left is None else left.macs, 1e9),
         )
-    whole = [_change(read(found), None if smaller is None else read(smaller), unit) for read, unit in _TOTALS]
+    whole = [_change(read(found), None if smaller is None else read(smaller), group) for read, group in _TOTALS]
     table.add_section()
     table.add_row("all", *whole)
     return table
@@ -303,7 +304,7 @@ _TOTALS: tuple[tuple[Callable[[Inspection], int | None], float], ...] = (
 )
 
 
-def _change(before: int | None, after: int | None, unit: float) -> str:
+def _change(before: int | None, after: int | None, group: float) -> str:
     if before is None:
         return "-"
-    return number(before / unit) + ("" if after is None else f" -> {number(after / unit)}")
+    return number(before / group) + ("" if after is None else f" -> {number(after / group)}")

@@ -101,7 +101,7 @@ Seed = Annotated[int | None, typer.Option(help="Seed of all random draws. [defau
 Amp = Annotated[bool | None, typer.Option("--amp", help="bfloat16 autocast.")]
 BatchSize = Annotated[
     str | None,
-    typer.Option("--batch-size", "--batch_size", help="Records per process and pass, or auto: the largest that fits."),
+    typer.Option("--batch-size", "--batch_size", help="Samples per process and pass, or auto: the largest that fits."),
 ]
 GradCheckpointing = Annotated[
     bool | None,
@@ -163,9 +163,15 @@ EpochsSearch = Annotated[int | None, typer.Option("--epochs-search", help="Epoch
 SearchRate = Annotated[
     float | None, typer.Option("--lr-search", help="Learning rate of the search, with --method reference.")
 ]
-Align = Annotated[
+OldAlign = Annotated[str | None, typer.Option("--align", hidden=True)]
+RoundTo = Annotated[
     str | None,
-    typer.Option(metavar="N", help="Kept channels are multiples of this; or by kind: attention=8,mlp=128."),
+    typer.Option(
+        "--round-to",
+        "--round_to",
+        metavar="N",
+        help="Kept channels are multiples of this; or by kind: attention=8,mlp=128.",
+    ),
 ]
 Uniform = Annotated[
     str | None,
@@ -209,7 +215,7 @@ AllowOutside = Annotated[
     typer.Option(
         "--allow-outside",
         "--allow_outside",
-        help="Pictures may lie outside of their folder: by absolute paths, .. or links.",
+        help="Images may lie outside of their folder: by absolute paths, .. or links.",
     ),
 ]
 Overwrite = Annotated[
@@ -274,10 +280,10 @@ def read(
     flags = _model_flag(kind, flags)
     given = current_names(overrides(flags)) | overrides(also or {}) | dict.fromkeys(nothing)
     assigned = current_names(overrides({}, assignments))
-    told = {**(sources or {}), **{name: place for name in given if (place := _flag(context, name))}}
-    told |= {name: f"from --set {name}" for name in assigned}
+    described = {**(sources or {}), **{name: place for name in given if (place := _flag(context, name))}}
+    described |= {name: f"from --set {name}" for name in assigned}
     values = {**current_names(beneath or {}), **given, **assigned}
-    return read_settings(kind, config, values, told, published=published)
+    return read_settings(kind, config, values, described, published=published)
 
 
 def _model_flag(kind: type[RunSettings], flags: Mapping[str, Any]) -> dict[str, Any]:

@@ -36,7 +36,7 @@ def recorded(command: Callable[[], object]) -> object:
     from torch.distributed.elastic.multiprocessing.errors import record
 
     from upop.errors import LostProcessError
-    from upop.training.lost import lost_process
+    from upop.runs.lost import lost_process
 
     def guarded() -> object:
         try:

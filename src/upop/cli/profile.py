@@ -54,10 +54,10 @@ def profile(
         runtime=runtime,
         points=points,
         repeats=repeats,
-        say=lambda line: console.print(as_text(line)),
+        notify=lambda line: console.print(as_text(line)),
     )
     write_profile(found, out, overwrite=overwrite)
-    least = found.dense - sum(each.at(1) * len(each.units) for each in found.layers)
+    least = found.dense - sum(each.at(1) * len(each.groups) for each in found.layers)
     console.print(
-        as_text(f"{found.dense:.3g} ms, and {max(0.0, least):.3g} ms with one entry in every unit. Wrote {out}")
+        as_text(f"{found.dense:.3g} ms, and {max(0.0, least):.3g} ms with one channel in every group. Wrote {out}")
     )

@@ -15,11 +15,11 @@ from upop.cli import options as o
 from upop.errors import SettingError
 from upop.plain import as_text
 from upop.report.results import results_table
+from upop.runs.memory import format_bytes
 from upop.tasks.estimate import estimate
 from upop.tasks.prune import prune as run_prune
 from upop.tasks.prune import task_for
 from upop.tasks.row_settings import RowSettings
-from upop.training.memory import told_bytes
 
 _RATIO = 0.25
 
@@ -64,14 +64,14 @@ def prune(
     path = local_path(source)
     task = task_for(path)
     place = out if out is not None else Path(f"{path.name}-pruned")
-    also: dict[str, Any] = {**o.columns(column), "pretrained": source, "output_dir": place, "align": round_to}
+    also: dict[str, Any] = {**o.columns(column), "pretrained": source, "output_dir": place, "round_to": round_to}
     beneath: dict[str, Any] = {"ratio": _RATIO} if ratio is None and target is None else {}
     settings = o.read(context, task.settings, None, assign, also=also, beneath={"num_workers": 0, **beneath})
     assert isinstance(settings, RowSettings)
     if settings.method != "upop":
         raise SettingError(f"upop prune has no method {settings.method}; upop compress {task.name} has.")
     if dry_run:
-        console.print(as_text(estimate(task, settings).told()))
+        console.print(as_text(estimate(task, settings).described()))
         return
     results = run_prune(
         task,
@@ -81,10 +81,10 @@ def prune(
         exclude=exclude or (),
         overwrite=overwrite,
         command=shlex.join(["upop", *sys.argv[1:]]),
-        say=lambda line: console.print(as_text(line)),
+        notify=lambda line: console.print(as_text(line)),
     )
     console.print(results_table(results))
     dense, pruned = (result.parameters for result in results.models)
     size = sum(file.stat().st_size for file in place.glob("*.safetensors"))
-    console.print(as_text(f"{told_bytes(size * dense // pruned)} of weights became {told_bytes(size)}."))
+    console.print(as_text(f"{format_bytes(size * dense // pruned)} of weights became {format_bytes(size)}."))
     console.print(as_text(f"Written to {place}. From Python: upop.load({str(place)!r})"))

@@ -11,8 +11,8 @@ from upop.cli import options as o
 from upop.cli.app import main
 from upop.cli.help import Command
 from upop.errors import SettingError
+from upop.runs.verbs import compress, evaluate_checkpoint
 from upop.tasks import find_task
-from upop.tasks.verbs import compress, evaluate_checkpoint
 
 _IGNORED = "Accepted and without effect: torchrun's environment decides."
 

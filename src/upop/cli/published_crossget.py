@@ -10,8 +10,8 @@ import typer
 from upop.cli import options as o
 from upop.cli.app import main
 from upop.cli.help import Command
+from upop.runs.verbs import evaluate_checkpoint, train
 from upop.tasks.retrieval_crossget import CrossGetSettings, CrossGetTask
-from upop.tasks.verbs import evaluate_checkpoint, train
 
 CONFIG = Path("configs/retrieval_flickr_crossget.yaml")
 _IGNORED = "Accepted and without effect: torchrun's environment decides."

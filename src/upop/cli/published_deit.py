@@ -14,9 +14,9 @@ from upop.cli import options as o
 from upop.cli.app import main
 from upop.cli.help import Command
 from upop.errors import SettingError
+from upop.runs.verbs import compress, evaluate_checkpoint
 from upop.tasks import find_task
 from upop.tasks.classification import ClassificationSettings
-from upop.tasks.verbs import compress, evaluate_checkpoint
 
 TASK = "classification"
 CONFIG = Path("configs/classification.yaml")
@@ -56,7 +56,7 @@ def command(
     batch_size_train: Annotated[int | None, typer.Option("--batch-size", help="Per process.")] = None,
     search_lr: o.SearchRate = None,
     init_lr: Annotated[
-        float | None, typer.Option("--lr", help="Highest learning rate, for 512 records per step.")
+        float | None, typer.Option("--lr", help="Highest learning rate, for 512 samples per step.")
     ] = None,
     min_lr: Annotated[float | None, typer.Option("--min-lr", help="Where the learning rate ends.")] = None,
     warmup_epochs: Annotated[
@@ -64,7 +64,7 @@ def command(
     ] = None,
     weight_decay: Annotated[float | None, typer.Option("--weight-decay", help="Of matrices alone.")] = None,
     clip_grad: Annotated[float | None, typer.Option("--clip-grad", help="Largest norm of gradients.")] = None,
-    image_size: Annotated[int | None, typer.Option("--input-size", help="Side of pictures, in pixels.")] = None,
+    image_size: Annotated[int | None, typer.Option("--input-size", help="Side of images, in pixels.")] = None,
     crop_ratio: Annotated[float | None, typer.Option("--eval-crop-ratio", help="Share that evaluation sees.")] = None,
     dropout: Annotated[float | None, typer.Option("--drop", help="Dropout.")] = None,
     drop_path: Annotated[float | None, typer.Option("--drop-path", help="Stochastic depth, at the last block.")] = None,
@@ -73,7 +73,7 @@ def command(
     ] = None,
     ema_decay: Annotated[float | None, typer.Option("--model-ema-decay", help="How slowly it forgets.")] = None,
     repeated_aug: Annotated[
-        bool | None, typer.Option("--repeated-aug/--no-repeated-aug", help="Three copies of a record in an epoch.")
+        bool | None, typer.Option("--repeated-aug/--no-repeated-aug", help="Three copies of a sample in an epoch.")
     ] = None,
     auto_augment: Annotated[str | None, typer.Option("--aa", help="timm's name of a policy, or none.")] = None,
     color_jitter: Annotated[float | None, typer.Option("--color-jitter", help="Where there is no policy.")] = None,
@@ -97,7 +97,7 @@ def command(
     skip_bad_images: o.SkipBadImages = None,
     allow_outside: o.AllowOutside = None,
     num_workers: Annotated[
-        int | None, typer.Option("--num_workers", "--num-workers", help="Processes that decode pictures.")
+        int | None, typer.Option("--num_workers", "--num-workers", help="Processes that decode images.")
     ] = None,
     amp: o.Amp = None,
     opt: Annotated[str, typer.Option("--opt", help="adamw, and no other.")] = "adamw",

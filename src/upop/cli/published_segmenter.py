@@ -12,9 +12,9 @@ from upop.cli import options as o
 from upop.cli.app import main
 from upop.cli.help import Command
 from upop.errors import SettingError
+from upop.runs.verbs import compress, evaluate_checkpoint
 from upop.tasks import find_task
 from upop.tasks.segmentation import SegmentationSettings
-from upop.tasks.verbs import compress, evaluate_checkpoint
 
 TASK = "segmentation"
 CONFIG = Path("configs/segmentation.yaml")
@@ -45,7 +45,7 @@ def command(
     no_resume: Annotated[bool, typer.Option("--no-resume", help="As published: the run begins anew.")] = False,
     epochs_search: o.EpochsSearch = None,
     max_epoch: Annotated[int | None, typer.Option("--epochs", help="Epochs of retraining.")] = None,
-    records: Annotated[int | None, typer.Option("--batch-size", help="Over all processes.")] = None,
+    samples: Annotated[int | None, typer.Option("--batch-size", help="Over all processes.")] = None,
     search_lr: o.SearchRate = None,
     init_lr: Annotated[float | None, typer.Option("-lr", "--learning-rate", help="Highest learning rate.")] = None,
     ratio: o.PublishedRatio = None,
@@ -82,7 +82,7 @@ def command(
     also = {
         "dataset_root": _dataset_root(),
         "pretrained": evaluate,
-        "batch_size_train": _per_process(records),
+        "batch_size_train": _per_process(samples),
         "schedule": {"cosine": "step"}.get(scheduler or "", scheduler),
     }
     settings = o.read(

@@ -17,10 +17,10 @@ from upop.cli import options as o
 from upop.errors import UPopError
 from upop.plain import as_text
 from upop.recipes import RECIPES, Recipe, find_recipe, read_recipes
+from upop.runs.task import Task
+from upop.runs.verbs import compress, evaluate_checkpoint
 from upop.settings import LanguageSettings, RunSettings
 from upop.tasks import find_task
-from upop.tasks.verbs import compress, evaluate_checkpoint
-from upop.training.task import Task
 
 File = Annotated[Path, typer.Option("--recipes", help="YAML file of recipes.")]
 RecipeName = Annotated[

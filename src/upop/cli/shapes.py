@@ -7,7 +7,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import Progress
 
-from upop.data.shapes.write import Summary, write_shapes
+from upop.demo.write import Summary, write_shapes
 from upop.plain import as_text
 
 
@@ -29,5 +29,5 @@ def write_with_progress(
         )
     counts = ", ".join(f"{count} {split}" for split, count in summary.records.items())
     verb = "Wrote" if summary.written else "Already there:"
-    console.print(as_text(f"{verb} {counts} records over {summary.pictures} pictures in {summary.folder}"))
+    console.print(as_text(f"{verb} {counts} records over {summary.images} images in {summary.folder}"))
     return summary

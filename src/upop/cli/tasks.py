@@ -10,11 +10,11 @@ from rich.console import Console
 from upop.cli import options as o
 from upop.errors import SettingError
 from upop.plain import as_text
+from upop.runs.verbs import compress as run_compress
+from upop.runs.verbs import evaluate_checkpoint
+from upop.runs.verbs import train as run_train
 from upop.tasks import TASKS, find_task
 from upop.tasks.row_settings import RowSettings
-from upop.tasks.verbs import compress as run_compress
-from upop.tasks.verbs import evaluate_checkpoint
-from upop.tasks.verbs import train as run_train
 
 TaskName = Annotated[
     str,
@@ -84,7 +84,8 @@ def compress(
     grad_checkpointing: o.GradCheckpointing = None,
     trackers: o.Tracker = None,
     cost: Annotated[str | None, typer.Option(help="What the budget counts: params, flops or reference.")] = None,
-    align: o.Align = None,
+    round_to: o.RoundTo = None,
+    align: o.OldAlign = None,
     uniform: o.Uniform = None,
     depth: o.Depth = None,
     interval: o.Interval = None,

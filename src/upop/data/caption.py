@@ -1,4 +1,4 @@
-"""COCO captions: pictures with sentences about them."""
+"""COCO captions: images with sentences about them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from upop.data.images import open_image
-from upop.data.records import Record, check_images, narrowed, read_records, shown
+from upop.data.samples import Sample, check_images, narrowed, read_samples, shown
 from upop.data.text import clean_caption
 from upop.data.transforms import ImageTransform
 from upop.errors import DataError
@@ -29,7 +29,7 @@ _NUMBER_AT_END = re.compile(r"(?<![0-9])[0-9]{1,18}$")  # more digits do not fit
 
 
 class CaptionItem(TypedDict):
-    """One picture [3, H, W]; to train on: a prompted caption; to be captioned: the picture's number."""
+    """One image [3, H, W]; to train on: a prompted caption; to be captioned: the image's number."""
 
     image: Tensor
     caption: NotRequired[str]
@@ -37,7 +37,7 @@ class CaptionItem(TypedDict):
 
 
 class CaptionBatch(TypedDict):
-    """B pictures [B, 3, H, W]; to train on: ids, mask and labels, int64 [B, T]; else image_ids, int64 [B]."""
+    """B images [B, 3, H, W]; to train on: ids, mask and labels, int64 [B, T]; else image_ids, int64 [B]."""
 
     images: Tensor
     input_ids: NotRequired[Tensor]
@@ -47,7 +47,7 @@ class CaptionBatch(TypedDict):
 
 
 class CaptionTrainDataset(Dataset[CaptionItem]):
-    """A training file's records: `[{"image": path, "caption": str}]`, one per caption.
+    """A training file's samples: `[{"image": path, "caption": str}]`, one per caption.
 
     Captions are cleaned, cut to 30 words and put after the prompt. `outside` lets images lie outside of `image_root`.
 
@@ -67,16 +67,16 @@ class CaptionTrainDataset(Dataset[CaptionItem]):
         self.file = Path(annotation_file)
         self.root = Path(image_root)
         self.transform = transform
-        records = read_records(self.file)
+        samples = read_samples(self.file)
         self._captions: list[str] = []
         self._images: list[str] = []
-        for record in records:
-            caption = clean_caption(record.text("caption"))
+        for sample in samples:
+            caption = clean_caption(sample.text("caption"))
             if not caption:
-                raise record.error(f"'caption' holds no words: {shown(record.text('caption'))}.")
+                raise sample.error(f"'caption' holds no words: {shown(sample.text('caption'))}.")
             self._captions.append(f"{prompt.rstrip()} {caption}".strip())  # a prompt's last word stays a word
-            self._images.append(record.text("image"))
-        check_images(self.root, zip(records, self._images, strict=True), outside=outside)
+            self._images.append(sample.text("image"))
+        check_images(self.root, zip(samples, self._images, strict=True), outside=outside)
 
     def __len__(self) -> int:
         """The number of captions."""
@@ -87,19 +87,19 @@ class CaptionTrainDataset(Dataset[CaptionItem]):
         return Sources((self.file,), {image: self.root / image for image in self._images})
 
     def __getitem__(self, index: int) -> CaptionItem:
-        """The record of that number, as drawn this time."""
-        picture = open_image(self.root / self._images[index], file=self.file, number=index % len(self))
-        return {"image": self.transform(picture), "caption": self._captions[index]}
+        """The sample of that number, as drawn this time."""
+        image = open_image(self.root / self._images[index], file=self.file, number=index % len(self))
+        return {"image": self.transform(image), "caption": self._captions[index]}
 
 
 class CaptionEvalDataset(Dataset[CaptionItem]):
-    """An evaluation file's records: `[{"image": path, "caption": [str, ...]}]`, one per picture.
+    """An evaluation file's samples: `[{"image": path, "caption": [str, ...]}]`, one per image.
 
-    The number of a picture is the one at the end of its file's name. The captions to compare with come from the COCO
-    ground truth where that file exists, and else from the records, which may have none (a test split).
+    The number of an image is the one at the end of its file's name. The captions to compare with come from the COCO
+    ground truth where that file exists, and else from the samples, which may have none (a test split).
 
     Attributes:
-        references: captions by picture number; empty where there are none.
+        references: captions by image number; empty where there are none.
 
     `outside` lets images lie outside of `image_root`.
 
@@ -118,23 +118,23 @@ class CaptionEvalDataset(Dataset[CaptionItem]):
         self.file = Path(annotation_file)
         self.root = Path(image_root)
         self.transform = transform
-        records = read_records(self.file)
-        self._images = [record.text("image") for record in records]
-        numbers: dict[int, Record] = {}
-        for record, image in zip(records, self._images, strict=True):
-            number = image_number(record, image)
+        samples = read_samples(self.file)
+        self._images = [sample.text("image") for sample in samples]
+        numbers: dict[int, Sample] = {}
+        for sample, image in zip(samples, self._images, strict=True):
+            number = image_number(sample, image)
             if number in numbers:
-                raise record.error(
-                    f"the image {image!r} has the number {number}, as has record {numbers[number].number}. "
+                raise sample.error(
+                    f"the image {image!r} has the number {number}, as has sample {numbers[number].number}. "
                     "Results are told apart by these numbers: name the images otherwise."
                 )
-            numbers[number] = record
+            numbers[number] = sample
         self._numbers = list(numbers)
         self.references = _references(numbers, ground_truth)
-        check_images(self.root, zip(records, self._images, strict=True), outside=outside)
+        check_images(self.root, zip(samples, self._images, strict=True), outside=outside)
 
     def __len__(self) -> int:
-        """The number of pictures."""
+        """The number of images."""
         return len(self._images)
 
     def sources(self) -> Sources:
@@ -142,34 +142,34 @@ class CaptionEvalDataset(Dataset[CaptionItem]):
         return Sources((self.file,), {image: self.root / image for image in self._images})
 
     def __getitem__(self, index: int) -> CaptionItem:
-        """The picture of that number in the file."""
-        picture = open_image(self.root / self._images[index], file=self.file, number=index % len(self))
-        return {"image": self.transform(picture), "image_id": self._numbers[index]}
+        """The image of that number in the file."""
+        image = open_image(self.root / self._images[index], file=self.file, number=index % len(self))
+        return {"image": self.transform(image), "image_id": self._numbers[index]}
 
     def without(self, numbers: Collection[int]) -> Self:
-        """Return the pictures but for those of these places in the file, and their captions, to score the rest."""
+        """Return the images but for those of these places in the file, and their captions, to score the rest."""
         result = narrowed(self, numbers, "_images", "_numbers")
         result.references = {number: self.references[number] for number in result._numbers if self.references}
         return result
 
 
-def _references(records: Mapping[int, Record], ground_truth: Path) -> dict[int, list[str]]:
+def _references(samples: Mapping[int, Sample], ground_truth: Path) -> dict[int, list[str]]:
     if ground_truth.is_file():
         known = read_ground_truth(ground_truth)
-        for number, record in records.items():
+        for number, sample in samples.items():
             if number not in known:
-                raise record.error(
+                raise sample.error(
                     f"the ground truth {ground_truth} has no caption of image {number}. "
                     "Check that both belong to the same split."
                 )
-        return {number: known[number] for number in records}
-    without = [record for record in records.values() if "caption" not in record.fields]
-    if without and len(without) < len(records):
-        raise without[0].error("it has no captions, and other records have. Add them, or leave all out.")
-    return {} if without else {number: record.texts("caption") for number, record in records.items()}
+        return {number: known[number] for number in samples}
+    without = [sample for sample in samples.values() if "caption" not in sample.fields]
+    if without and len(without) < len(samples):
+        raise without[0].error("it has no captions, and other samples have. Add them, or leave all out.")
+    return {} if without else {number: sample.texts("caption") for number, sample in samples.items()}
 
 
-def image_number(record: Record, image: str) -> int:
+def image_number(sample: Sample, image: str) -> int:
     """Return the number at the end of an image's file name: 391895 of `val2014/COCO_val2014_000000391895.jpg`.
 
     Raises:
@@ -177,7 +177,7 @@ def image_number(record: Record, image: str) -> int:
     """
     found = _NUMBER_AT_END.search(PurePosixPath(image).stem)
     if not found:
-        raise record.error(
+        raise sample.error(
             f"the image id is the number (of at most 18 digits) at the end of the file name; {image!r} has none. "
             "Name the image like COCO_val2014_000000391895.jpg."
         )
@@ -199,12 +199,12 @@ def read_ground_truth(file: Path) -> dict[int, list[str]]:
     captions: dict[int, list[str]] = {}
     for number, fields in enumerate(annotations):
         if not isinstance(fields, dict):
-            raise DataError(f"{file}, record {number}: must be an object with named fields, not {shown(fields)}.")
-        record = Record(file, number, fields)
-        image = record.get("image_id")
+            raise DataError(f"{file}, sample {number}: must be an object with named fields, not {shown(fields)}.")
+        sample = Sample(file, number, fields)
+        image = sample.get("image_id")
         if not isinstance(image, int) or isinstance(image, bool):
-            raise record.error(f"'image_id' must be a whole number, not {shown(image)}.")
-        captions.setdefault(image, []).append(record.text("caption"))
+            raise sample.error(f"'image_id' must be a whole number, not {shown(image)}.")
+        captions.setdefault(image, []).append(sample.text("caption"))
     return captions
 
 

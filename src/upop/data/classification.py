@@ -1,4 +1,4 @@
-"""ImageNet's folders: `ROOT/{train,val,test}/CLASS/*.JPEG`, where any names and any pictures will do.
+"""ImageNet's folders: `ROOT/{train,val,test}/CLASS/*.JPEG`, where any names and any images will do.
 
 The classes are the folders, numbered in the order of their names.
 """
@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from upop.data.classification_transforms import Mixing, seeded_libraries
-from upop.data.images import ENDINGS, Bounds, Listed, list_pictures, open_image, told_of_others
-from upop.data.records import narrowed
+from upop.data.images import ENDINGS, Bounds, Listed, describe_others, list_images, open_image
+from upop.data.samples import narrowed
 from upop.data.transforms import ImageTransform
 from upop.errors import DataError, nearest
 from upop.sources import Sources
@@ -30,7 +30,7 @@ _ROUND = 256
 
 
 class ImageItem(TypedDict):
-    """One record: its picture [3, S, S], the number of its class, and, in training, a seed for its batch's mixing."""
+    """One sample: its image [3, S, S], the number of its class, and, in training, a seed for its batch's mixing."""
 
     image: Tensor
     label: int
@@ -38,7 +38,7 @@ class ImageItem(TypedDict):
 
 
 class ImageBatch(TypedDict):
-    """B records: pictures [B, 3, S, S], labels int64 [B], and, where pictures are mixed, shares of classes [B, C]."""
+    """B samples: images [B, 3, S, S], labels int64 [B], and, where images are mixed, shares of classes [B, C]."""
 
     images: Tensor
     labels: Tensor
@@ -60,25 +60,25 @@ def class_names(root: str | Path) -> list[str]:
 
 
 class ImageFolderDataset(Dataset[ImageItem]):
-    """The pictures of a split, class by class, in the order of their names.
+    """The images of a split, class by class, in the order of their names.
 
     Args:
         root: the folder that holds the splits.
         split: "train", "val" or "test".
-        transform: from a picture to a tensor; chance of torch, numpy and Python follows torch's generator.
-        training: whether records carry seeds for the mixing of their batch.
+        transform: from an image to a tensor; chance of torch, numpy and Python follows torch's generator.
+        training: whether samples carry seeds for the mixing of their batch.
         classes: how many classes the model knows, at most; None does not check it.
         outside: whether links may lead outside of `root`.
 
     Files whose names begin with a dot are none of the data, nor are those in such folders. Others that do not end like
-    pictures are left out.
+    images are left out.
 
     Attributes:
         names: of the classes.
         notes: sentences about files that were left out, if any.
 
     Raises DataError, here for folders that are missing or empty, other classes than those of the training split, and
-    more of them than the model knows; on access for a picture that cannot be read.
+    more of them than the model knows; on access for an image that cannot be read.
     """
 
     def __init__(
@@ -103,51 +103,51 @@ class ImageFolderDataset(Dataset[ImageItem]):
                 "leave it out."
             )
         found = self._listed(Bounds(root, outside=outside))
-        empty = [name for name, listed in zip(self.names, found, strict=True) if not listed.pictures]
+        empty = [name for name, listed in zip(self.names, found, strict=True) if not listed.images]
         if empty:
             raise DataError(
-                f"The class folder {self.folder / empty[0]} holds no picture ({', '.join(ENDINGS)})"
+                f"The class folder {self.folder / empty[0]} holds no image ({', '.join(ENDINGS)})"
                 f"{f', and neither do {len(empty) - 1} others' if len(empty) > 1 else ''}. Fill or remove it, in all "
                 "splits alike."
             )
-        self._pictures = [(path, label) for label, listed in enumerate(found) for path in listed.pictures]
+        self._images = [(path, label) for label, listed in enumerate(found) for path in listed.images]
 
     def _listed(self, bounds: Bounds) -> list[Listed]:
-        """Return the pictures of every class; note other files, and pictures beside the classes."""
+        """Return the images of every class; note other files, and images beside the classes."""
         try:
-            beside = list_pictures(self.folder, bounds, deep=False)
-            found = [list_pictures(self.folder / name, bounds) for name in self.names]
+            beside = list_images(self.folder, bounds, deep=False)
+            found = [list_images(self.folder / name, bounds) for name in self.names]
         except OSError as error:
             raise DataError(f"{error.filename} cannot be read: {error.strerror}. Check its permissions.") from error
-        if beside.pictures:
-            count, first = len(beside.pictures), beside.pictures[0]
-            self.notes.append(f"Left out of {self.folder}: {count} pictures beside the class folders; one is {first}.")
-        if others := told_of_others(found, self.folder):
+        if beside.images:
+            count, first = len(beside.images), beside.images[0]
+            self.notes.append(f"Left out of {self.folder}: {count} images beside the class folders; one is {first}.")
+        if others := describe_others(found, self.folder):
             self.notes.append(others)
         return found
 
     def __len__(self) -> int:
-        """The number of pictures."""
-        return len(self._pictures)
+        """The number of images."""
+        return len(self._images)
 
     def sources(self) -> Sources:
         """Return the files that are read."""
-        paths = [Path(path) for path, _ in self._pictures]
+        paths = [Path(path) for path, _ in self._images]
         return Sources((), {path.relative_to(self.folder).as_posix(): path for path in paths})
 
     def __getitem__(self, index: int) -> ImageItem:
-        """The record of that number, as drawn this time."""
-        path, label = self._pictures[index]
-        picture = open_image(path, file=self.folder, number=index)
+        """The sample of that number, as drawn this time."""
+        path, label = self._images[index]
+        opened = open_image(path, file=self.folder, number=index)
         if not self.training:
-            return {"image": self.transform(picture), "label": label}
+            return {"image": self.transform(opened), "label": label}
         with seeded_libraries(int(torch.randint(_DRAWS, ()))):
-            image = self.transform(picture)
+            image = self.transform(opened)
         return {"image": image, "label": label, "draw": int(torch.randint(_DRAWS, ()))}
 
     def without(self, numbers: Collection[int]) -> Self:
-        """Return the records but for those of these numbers, to score the rest."""
-        return narrowed(self, numbers, "_pictures")
+        """Return the samples but for those of these numbers, to score the rest."""
+        return narrowed(self, numbers, "_images")
 
 
 def _folders(root: Path, split: str) -> list[str]:
@@ -158,15 +158,15 @@ def _folders(root: Path, split: str) -> list[str]:
         place = root if root.is_dir() else root.parent
         near = nearest(split if root.is_dir() else root.name, _names(place))
         raise DataError(
-            f"The folder {folder} cannot be read{near}: {error.strerror or error}. Pictures are looked for in "
+            f"The folder {folder} cannot be read{near}: {error.strerror or error}. Images are looked for in "
             f"{root}/train/CLASS, {root}/val/CLASS and, if there is one, {root}/test/CLASS."
         ) from error
     names = [entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")]
     if not names:
-        pictures = sum(entry.suffix.lower() in ENDINGS for entry in entries)
+        images = sum(entry.suffix.lower() in ENDINGS for entry in entries)
         raise DataError(
-            f"{folder} holds no folder per class; it holds {pictures} pictures. Put the pictures of each class into a "
-            "folder with the class's name (ImageNet's validation pictures come without such folders)."
+            f"{folder} holds no folder per class; it holds {images} images. Put the images of each class into a "
+            "folder with the class's name (ImageNet's validation images come without such folders)."
         )
     return names
 
@@ -182,30 +182,30 @@ def _check_same(folder: Path, found: Sequence[str], wanted: Sequence[str]) -> No
     """Labels are numbers of folders, so the folders of all splits must be the same."""
     lacking, unknown = (sorted(set(one) - set(other)) for one, other in ((wanted, found), (found, wanted)))
     if lacking or unknown:
-        told = [
+        described = [
             f"{what} {', '.join(names[:_SHOWN])}{', ...' if len(names) > _SHOWN else ''} ({len(names)} in all)"
             for what, names in (("lacks", lacking), ("has besides", unknown))
             if names
         ]
         raise DataError(
-            f"The class folders of {folder} are not those of {folder.parent / 'train'}: it {' and '.join(told)}. "
+            f"The class folders of {folder} are not those of {folder.parent / 'train'}: it {' and '.join(described)}. "
             "Every split needs the same folders."
         )
 
 
 class RepeatedSampler(Sampler[int]):
-    """Repeated augmentation: an epoch sees `repeats` copies, each drawn anew, of a part of the records, and so is as
+    """Repeated augmentation: an epoch sees `repeats` copies, each drawn anew, of a part of the samples, and so is as
     long as one that sees each of them once.
 
-    A copy of a record is the number record + copy * records. Epochs differ, and do not depend on the number of
+    A copy of a sample is the number sample + copy * samples. Epochs differ, and do not depend on the number of
     processes.
     """
 
-    def __init__(self, records: Dataset[ImageItem], repeats: int, seed: int) -> None:
-        count = len(records)  # type: ignore[arg-type]
+    def __init__(self, samples: Dataset[ImageItem], repeats: int, seed: int) -> None:
+        count = len(samples)  # type: ignore[arg-type]
         self._count, self._seed = count, seed
         rounded = _ROUND if count >= _ROUNDED_FROM else 0
-        self._library = RepeatAugSampler(records, 1, 0, num_repeats=repeats, selected_round=rounded)
+        self._library = RepeatAugSampler(samples, 1, 0, num_repeats=repeats, selected_round=rounded)
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int) -> None:
@@ -213,15 +213,15 @@ class RepeatedSampler(Sampler[int]):
         self._library.set_epoch(hash((self._seed, epoch)) & 0x7FFF_FFFF_FFFF_FFFF)
 
     def __len__(self) -> int:
-        """Records of an epoch, copies counted."""
+        """Samples of an epoch, copies counted."""
         return len(self._library)
 
     def __iter__(self) -> Iterator[int]:
         """The numbers of an epoch."""
         seen: Counter[int] = Counter()
-        for record in self._library:
-            yield record + seen[record] * self._count
-            seen[record] += 1
+        for sample in self._library:
+            yield sample + seen[sample] * self._count
+            seen[sample] += 1
 
 
 @dataclass(frozen=True)
@@ -229,7 +229,7 @@ class ImageCollator:
     """Makes a batch of items; a class, so that worker processes can be given it however they are started.
 
     Attributes:
-        mixing: mixes the pictures of batches that carry seeds; None leaves them alone.
+        mixing: mixes the images of batches that carry seeds; None leaves them alone.
     """
 
     mixing: Mixing | None = None

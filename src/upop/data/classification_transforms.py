@@ -1,4 +1,4 @@
-"""DeiT's way to vary pictures, by timm: RandAugment, random erasing, and mixing (mixup, cutmix)."""
+"""DeiT's way to vary images, by timm: RandAugment, random erasing, and mixing (mixup, cutmix)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from upop.data.transforms import ImageTransform, resized_crop
 from upop.errors import SettingError
-from upop.preparation import IMAGENET_MEAN, IMAGENET_STD, Pictures
+from upop.preparation import IMAGENET_MEAN, IMAGENET_STD, Images
 
 POLICY = "rand-m9-mstd0.5-inc1"
 """RandAugment as DeiT is trained with."""
@@ -30,7 +30,7 @@ MixMode = Literal["batch", "pair", "elem"]
 
 @dataclass(frozen=True)
 class Augmentation:
-    """How pictures are varied in training.
+    """How images are varied in training.
 
     Attributes:
         policy: timm's name of a policy, such as `POLICY`; None for colour jitter alone.
@@ -49,15 +49,15 @@ class Augmentation:
     erasing_count: int = 1
 
 
-IMAGENET = Pictures(IMAGENET_MEAN, IMAGENET_STD, resize="crop", crop_ratio=0.875)
+IMAGENET = Images(IMAGENET_MEAN, IMAGENET_STD, resize="crop", crop_ratio=0.875)
 """As DeiT is evaluated."""
 _CROP_MODES = {"squash": "squash", "crop": "center", "pad": "border"}
 
 
-def train_transform(image_size: int, augmentation: Augmentation, pictures: Pictures = IMAGENET) -> ImageTransform:
+def train_transform(image_size: int, augmentation: Augmentation, images: Images = IMAGENET) -> ImageTransform:
     """Return the transform of training: a random crop (8 to 100 % of the area) and flip, then the augmentation.
 
-    `pictures` says how colours are normalised.
+    `images` says how colours are normalised.
 
     Raises:
         SettingError: timm knows no such policy.
@@ -72,8 +72,8 @@ def train_transform(image_size: int, augmentation: Augmentation, pictures: Pictu
             re_prob=augmentation.erasing,
             re_mode=augmentation.erasing_mode,
             re_count=augmentation.erasing_count,
-            mean=pictures.mean,
-            std=pictures.std,
+            mean=images.mean,
+            std=images.std,
         )
     except Exception as error:  # timm asserts, or fails to look a name up
         raise SettingError(
@@ -90,7 +90,7 @@ def train_transform(image_size: int, augmentation: Augmentation, pictures: Pictu
 
 
 def _operations(step: Any) -> list[AugmentOp]:
-    """Return what a step of a policy may do to a picture; nothing for other steps."""
+    """Return what a step of a policy may do to an image; nothing for other steps."""
     if isinstance(step, AutoAugment):
         return [operation for part in step.policy for operation in part]
     return [operation for operation in getattr(step, "ops", ()) if isinstance(operation, AugmentOp)]
@@ -110,7 +110,7 @@ class _Crop(RandomResizedCropAndInterpolation):
     def __call__(self, image: Image.Image) -> Image.Image:
         """The crop, of the size that was asked for."""
         top, left, height, width = self.get_params(image, self.scale, self.ratio)  # type: ignore[no-untyped-call]
-        # Of a picture of a few pixels, timm draws crops that have none.
+        # Of an image of a few pixels, timm draws crops that have none.
         crop = (min(top, image.height - 1), min(left, image.width - 1), max(height, 1), max(width, 1))
         several = isinstance(self.interpolation, (tuple, list))
         return resized_crop(
@@ -118,34 +118,34 @@ class _Crop(RandomResizedCropAndInterpolation):
         )
 
 
-def eval_transform(image_size: int, pictures: Pictures = IMAGENET) -> ImageTransform:
+def eval_transform(image_size: int, images: Images = IMAGENET) -> ImageTransform:
     """Return the transform of evaluation: the short side becomes image_size / crop_ratio, the middle is cut out.
 
-    Unless `pictures` asks for another way to resize.
+    Unless `images` asks for another way to resize.
     """
     return cast(
         ImageTransform,
         create_transform(
             input_size=image_size,
             is_training=False,
-            interpolation=pictures.interpolation,
-            mean=pictures.mean,
-            std=pictures.std,
-            crop_pct=image_size / (pictures.resized_to(image_size) + 0.5),  # which timm rounds down
-            crop_mode=_CROP_MODES[pictures.resize],
+            interpolation=images.interpolation,
+            mean=images.mean,
+            std=images.std,
+            crop_pct=image_size / (images.resized_to(image_size) + 0.5),  # which timm rounds down
+            crop_mode=_CROP_MODES[images.resize],
         ),
     )
 
 
 @dataclass(frozen=True)
 class Mixing:
-    """Mixes every picture of a batch with another one of it: weighed (mixup), or a rectangle of it put in (cutmix).
+    """Mixes every image of a batch with another one of it: weighed (mixup), or a rectangle of it put in (cutmix).
 
     Attributes:
         classes: how many there are.
         mixup: alpha of the distribution of weights; 0 leaves mixup out.
         cutmix: alpha of the distribution of areas; 0 leaves cutmix out.
-        cutmix_minmax: smallest and largest side of the rectangle as shares of the picture's, instead of `cutmix`.
+        cutmix_minmax: smallest and largest side of the rectangle as shares of the image's, instead of `cutmix`.
         probability: that a batch is mixed at all.
         switch: probability of cutmix where both are there.
         mode: whether weights are drawn per batch, pair or element.
@@ -167,7 +167,7 @@ class Mixing:
         return self.mixup > 0 or self.cutmix > 0 or self.cutmix_minmax is not None
 
     def mix(self, images: Tensor, labels: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-        """Return mixed pictures and shares of classes [B, classes]; B is even, and `images` is changed.
+        """Return mixed images and shares of classes [B, classes]; B is even, and `images` is changed.
 
         Args:
             images: [B, 3, S, S].

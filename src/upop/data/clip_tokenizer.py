@@ -146,8 +146,8 @@ def _model_type(folder: Path) -> str | None:
 
 def _whole_file(folder: Path) -> ClipTokenizer:
     """Read a tokenizer.json as it is, however it splits texts; tokenizer_config.json may name its two last words."""
-    told = folder / "tokenizer_config.json"
-    names = read_object(told, DataError, _ADVICE) if told.is_file() else {}
+    described = folder / "tokenizer_config.json"
+    names = read_object(described, DataError, _ADVICE) if described.is_file() else {}
     try:
         library = PreTrainedTokenizerFast(tokenizer_file=str(folder / _WHOLE))
     except Exception as error:  # the parser below has its own errors
@@ -156,9 +156,9 @@ def _whole_file(folder: Path) -> ClipTokenizer:
     return _checked(library, begin, end, str(folder))
 
 
-def _word(told: Any, usual: str) -> str:
+def _word(described: Any, usual: str) -> str:
     """Return a special word as tokenizer_config.json has it: a text, or an object with its content."""
-    word = told.get("content") if isinstance(told, dict) else told
+    word = described.get("content") if isinstance(described, dict) else described
     return word if isinstance(word, str) else usual
 
 

@@ -41,7 +41,7 @@ class Columns:
     named: Mapping[str, str]
 
 
-def find_columns(table: Table, kinds: Sequence[str], told: Mapping[str, str]) -> Columns:
+def find_columns(table: Table, kinds: Sequence[str], described: Mapping[str, str]) -> Columns:
     """Return the first of the kinds whose columns a table has.
 
     Args:
@@ -55,7 +55,7 @@ def find_columns(table: Table, kinds: Sequence[str], told: Mapping[str, str]) ->
             are there, and the nearest names.
     """
     roles = {role for kind in kinds for part in KINDS[kind] for role in part}
-    for role, column in told.items():
+    for role, column in described.items():
         if role not in roles:
             near = nearest(role, sorted(roles))
             raise SettingError(
@@ -69,13 +69,13 @@ def find_columns(table: Table, kinds: Sequence[str], told: Mapping[str, str]) ->
             )
     for kind in kinds:
         needed, allowed = KINDS[kind]
-        if not set(told) <= {*needed, *allowed}:
+        if not set(described) <= {*needed, *allowed}:
             continue
-        named = {role: told.get(role) or _usual(table, role) for role in (*needed, *allowed)}
+        named = {role: described.get(role) or _usual(table, role) for role in (*needed, *allowed)}
         found = {role: column for role, column in named.items() if column is not None}
         if all(role in found for role in needed):
             return Columns(kind, found)
-    raise DataError(_missing(table, kinds, told))
+    raise DataError(_missing(table, kinds, described))
 
 
 def _usual(table: Table, role: str) -> str | None:
@@ -83,18 +83,18 @@ def _usual(table: Table, role: str) -> str | None:
     return next((lower[name] for name in ROLES[role] if name in lower), None)
 
 
-def _missing(table: Table, kinds: Sequence[str], told: Mapping[str, str]) -> str:
+def _missing(table: Table, kinds: Sequence[str], described: Mapping[str, str]) -> str:
     """Return what no kind of sample finds, with the columns that are nearest to it."""
     ways = []
     for kind in kinds:
         needed, allowed = KINDS[kind]
-        if not set(told) <= {*needed, *allowed}:
+        if not set(described) <= {*needed, *allowed}:
             continue
-        lacking = [role for role in needed if role not in told and _usual(table, role) is None]
+        lacking = [role for role in needed if role not in described and _usual(table, role) is None]
         near = {role: found for role in lacking if (found := nearest(role, table.columns))}
         hint = "".join(f"; {role}{found}" for role, found in near.items())
         ways.append(f"{' + '.join(needed)} (lacks {', '.join(lacking)}{hint})")
-    wanted = "\n  ".join(ways) or f"none of these kinds has all of {', '.join(told)}: {', '.join(kinds)}"
+    wanted = "\n  ".join(ways) or f"none of these kinds has all of {', '.join(described)}: {', '.join(kinds)}"
     return (
         f"{table.source} has the columns {some_of(table.columns, 20)}, and its rows are taken for no kind of sample:\n"
         f"  {wanted}\nSay which column is what, as in --column answer=NAME."

@@ -1,7 +1,7 @@
-"""Pictures as they are found and opened: which files are pictures, where they may lie, and how they become RGB.
+"""Images as they are found and opened: which files are images, where they may lie, and how they become RGB.
 
 What a file is, its first bytes say, not its name. Only the kinds of `FORMATS` are opened, from regular files, up to a
-size: no reader that starts another program (PostScript's), no pipe that would be waited for, no picture that claims
+size: no reader that starts another program (PostScript's), no pipe that would be waited for, no image that claims
 more pixels than memory has.
 """
 
@@ -23,16 +23,16 @@ from upop.errors import BadImageError, DataError
 from upop.reading import regular_file
 
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "DIB", "TIFF", "PPM", "AVIF", "JPEG2000")
-"""What Pillow calls the kinds of pictures that are opened."""
+"""What Pillow calls the kinds of images that are opened."""
 ENDINGS = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".gif", ".webp", ".bmp", ".dib", ".tif", ".tiff"),
     *(".ppm", ".pgm", ".pbm", ".pnm", ".avif", ".jp2"),
 )
-"""How the names of pictures end, in upper or lower case, where a folder is looked through."""
+"""How the names of images end, in upper or lower case, where a folder is looked through."""
 MOST_PIXELS = 89_478_485
 """From where Pillow speaks of a decompression bomb."""
 _MOST_BYTES = 2**29
-_LONGEST_SHAPE = 1000  # times its short side: a picture's short side is resized to that of the model
+_LONGEST_SHAPE = 1000  # times its short side: an image's short side is resized to that of the model
 _SHOWN = 3
 
 _SIXTEEN_BITS = ("I;16", "I;16L", "I;16B", "I;16N")
@@ -46,19 +46,19 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""EXIF's orientation -> what brings the stored picture upright."""
+"""EXIF's orientation -> what brings the stored image upright."""
 
 
 @contextmanager
 def opened(source: str | Path | bytes) -> Iterator[Image.Image]:
-    """Give a picture whose header has been read; its pixels are read on demand.
+    """Give an image whose header has been read; its pixels are read on demand.
 
     Args:
         source: the file, or what such a file holds.
 
     Raises:
         OSError, ValueError: it is no regular file, none of the kinds of `FORMATS`, or beyond the bounds.
-        Exception: what Pillow's decoders raise, here or where the picture is used.
+        Exception: what Pillow's decoders raise, here or where the image is used.
     """
     with io.BytesIO(source) if isinstance(source, bytes) else regular_file(source) as file:
         size = len(source) if isinstance(source, bytes) else os.fstat(file.fileno()).st_size
@@ -87,20 +87,20 @@ def _check_size(width: int, height: int) -> None:
 
 
 def open_image(path: str | Path, *, file: Path, number: int, upright: bool = True) -> Image.Image:
-    """Read an image as RGB of 8 bits; of an animation the first picture.
+    """Read an image as RGB of 8 bits; of an animation the first image.
 
     Of 16 bits the upper 8 are kept, and transparency is dropped. A camera that was held sideways notes so in the file
-    (EXIF): such a picture is turned upright, unless `upright` is False, which gives it as it is stored.
+    (EXIF): such an image is turned upright, unless `upright` is False, which gives it as it is stored.
 
     Raises:
-        BadImageError: it cannot be read; the message names the image and the record of the file that asks for it.
+        BadImageError: it cannot be read; the message names the image and the sample of the file that asks for it.
     """
     try:
         return read_rgb(path, upright=upright)
     except Exception as error:  # a broken file makes the decoders raise nearly anything
         reason = str(error) or type(error).__name__
         raise BadImageError(
-            f"{file}, record {number}: the image {path} cannot be read: {reason}. "
+            f"{file}, sample {number}: the image {path} cannot be read: {reason}. "
             "It may be cut off or no image at all; fetch it again.",
             str(path),
             str(file),
@@ -130,10 +130,10 @@ def _as_rgb(image: Image.Image) -> Image.Image:
 
 
 def _orientation(image: Image.Image) -> int:
-    """The EXIF orientation of a picture that has been read; 1, upright, where there is none or it is damaged."""
+    """The EXIF orientation of an image that has been read; 1, upright, where there is none or it is damaged."""
     try:
         return int(image.getexif().get(_ORIENTATION, 1))
-    except Exception:  # a picture with broken notes is still a picture
+    except Exception:  # an image with broken notes is still an image
         return 1
 
 
@@ -162,23 +162,23 @@ class Listed:
     """The files of a folder, and of those in it.
 
     Attributes:
-        pictures: those whose names end like pictures', folder by folder, in the order of their names.
+        images: those whose names end like images', folder by folder, in the order of their names.
         others: other files, ending -> how many.
         example: one of them.
     """
 
-    pictures: list[str] = field(default_factory=list)
+    images: list[str] = field(default_factory=list)
     others: Counter[str] = field(default_factory=Counter)
     example: str = ""
 
 
-def list_pictures(folder: Path, bounds: Bounds, endings: Sequence[str] = ENDINGS, *, deep: bool = True) -> Listed:
-    """Return the pictures below a folder. Names that begin with a dot are what systems and editors keep for themselves.
+def list_images(folder: Path, bounds: Bounds, endings: Sequence[str] = ENDINGS, *, deep: bool = True) -> Listed:
+    """Return the images below a folder. Names that begin with a dot are what systems and editors keep for themselves.
 
     Args:
         folder: to look through; each folder once, however many links lead to it.
         bounds: of where links may lead.
-        endings: of the names of pictures, in lower case.
+        endings: of the names of images, in lower case.
         deep: whether folders in it are looked through.
 
     Raises:
@@ -211,7 +211,7 @@ def list_pictures(folder: Path, bounds: Bounds, endings: Sequence[str] = ENDINGS
                     listed.example = min(entry.path, listed.example or entry.path)
         found.append((place, sorted(names)))
     for place, names in sorted(found):
-        listed.pictures += [os.path.join(place, name) for name in names]  # noqa: PTH118 - as above
+        listed.images += [os.path.join(place, name) for name in names]  # noqa: PTH118 - as above
     return listed
 
 
@@ -224,8 +224,8 @@ def _check_link(path: str, bounds: Bounds) -> None:
         )
 
 
-def told_of_others(listed: Sequence[Listed], place: Path, endings: Sequence[str] = ENDINGS) -> str:
-    """Return which files were left out because their names do not end like pictures', in a sentence; "" for none."""
+def describe_others(listed: Sequence[Listed], place: Path, endings: Sequence[str] = ENDINGS) -> str:
+    """Return which files were left out because their names do not end like images', in a sentence; "" for none."""
     others: Counter[str] = sum((each.others for each in listed), Counter())
     if not others:
         return ""

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from upop.data.images import open_image
-from upop.data.records import check_images, narrowed, read_records
+from upop.data.samples import check_images, narrowed, read_samples
 from upop.data.text import NLVR_WORDS, clean_caption, swap_left_right
 from upop.data.transforms import ImageTransform
 from upop.sources import Sources
@@ -21,7 +21,7 @@ LABELS = ("False", "True")
 
 
 class NlvrItem(TypedDict):
-    """One record: two images [3, H, W], the cleaned sentence, and its label: 1 (true of them) or 0."""
+    """One sample: two images [3, H, W], the cleaned sentence, and its label: 1 (true of them) or 0."""
 
     image0: Tensor
     image1: Tensor
@@ -30,7 +30,7 @@ class NlvrItem(TypedDict):
 
 
 class NlvrBatch(TypedDict):
-    """B records: images [2B, 3, H, W], first all left ones, then all right ones; the rest int64 [B, ...]."""
+    """B samples: images [2B, 3, H, W], first all left ones, then all right ones; the rest int64 [B, ...]."""
 
     images: Tensor
     input_ids: Tensor
@@ -39,7 +39,7 @@ class NlvrBatch(TypedDict):
 
 
 class NlvrDataset(Dataset[NlvrItem]):
-    """An annotation file's records: `[{"sentence": str, "label": "True"|"False", "images": [str, str]}]`.
+    """An annotation file's samples: `[{"sentence": str, "label": "True"|"False", "images": [str, str]}]`.
 
     The paths of images start from `image_root`. With `swap` (training), the two images change places with
     probability 1/2, and the words left and right in the sentence with them; chance comes from torch's
@@ -62,23 +62,23 @@ class NlvrDataset(Dataset[NlvrItem]):
         self.root = Path(image_root)
         self.transform = transform
         self.swap = swap
-        records = read_records(self.file)
+        samples = read_samples(self.file)
         self._sentences: list[str] = []
         self._labels: list[int] = []
         self._images: list[tuple[str, str]] = []
-        for record in records:
-            sentence = clean_caption(record.text("sentence"), NLVR_WORDS)
+        for sample in samples:
+            sentence = clean_caption(sample.text("sentence"), NLVR_WORDS)
             if not sentence:
-                raise record.error(f"'sentence' holds no words: {record.text('sentence')!r}.")
-            first, second = record.texts("images", 2)
+                raise sample.error(f"'sentence' holds no words: {sample.text('sentence')!r}.")
+            first, second = sample.texts("images", 2)
             self._sentences.append(sentence)
-            self._labels.append(record.one_of("label", LABELS))
+            self._labels.append(sample.one_of("label", LABELS))
             self._images.append((first, second))
-        pairs = zip(records, self._images, strict=True)
-        check_images(self.root, ((record, image) for record, images in pairs for image in images), outside=outside)
+        pairs = zip(samples, self._images, strict=True)
+        check_images(self.root, ((sample, image) for sample, images in pairs for image in images), outside=outside)
 
     def __len__(self) -> int:
-        """The number of records."""
+        """The number of samples."""
         return len(self._labels)
 
     def sources(self) -> Sources:
@@ -88,7 +88,7 @@ class NlvrDataset(Dataset[NlvrItem]):
         )
 
     def __getitem__(self, index: int) -> NlvrItem:
-        """The record of that number, as drawn this time."""
+        """The sample of that number, as drawn this time."""
         sentence, (first, second) = self._sentences[index], self._images[index]
         if self.swap and torch.rand(()) < 0.5:
             sentence, first, second = swap_left_right(sentence), second, first
@@ -100,7 +100,7 @@ class NlvrDataset(Dataset[NlvrItem]):
         }
 
     def without(self, numbers: Collection[int]) -> Self:
-        """Return the records but for those of these numbers, to score the rest."""
+        """Return the samples but for those of these numbers, to score the rest."""
         return narrowed(self, numbers, "_sentences", "_labels", "_images")
 
     def _load(self, index: int, image: str) -> Tensor:

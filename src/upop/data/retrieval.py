@@ -1,4 +1,4 @@
-"""Retrieval (COCO, Flickr30K): a picture with one caption to train on, pictures with all captions to search."""
+"""Retrieval (COCO, Flickr30K): an image with one caption to train on, images with all captions to search."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from upop.data.images import open_image
-from upop.data.records import Record, check_images, narrowed, read_records, shown
+from upop.data.samples import Sample, check_images, narrowed, read_samples, shown
 from upop.data.text import clean_caption
 from upop.data.transforms import ImageTransform
 from upop.sources import Sources
@@ -22,7 +22,7 @@ TEXT_TOKENS = 35
 
 
 class RetrievalItem(TypedDict):
-    """A picture [3, S, S] and the number of the picture; in training also one of its captions, cleaned."""
+    """An image [3, S, S] and the number of the image; in training also one of its captions, cleaned."""
 
     image: Tensor
     number: int
@@ -47,12 +47,12 @@ class RetrievalPairs(Dataset[RetrievalItem]):
         outside: bool = False,
     ) -> None:
         self.file, self.root, self.transform = Path(annotation_file), Path(image_root), transform
-        records = read_records(self.file)
-        self._images = [record.text("image") for record in records]
-        self._captions = [_cleaned(record, record.text("caption")) for record in records]
+        samples = read_samples(self.file)
+        self._images = [sample.text("image") for sample in samples]
+        self._captions = [_cleaned(sample, sample.text("caption")) for sample in samples]
         numbers: dict[str, int] = {}
-        self._numbers = [numbers.setdefault(_image_id(record), len(numbers)) for record in records]
-        check_images(self.root, zip(records, self._images, strict=True), outside=outside)
+        self._numbers = [numbers.setdefault(_image_id(sample), len(numbers)) for sample in samples]
+        check_images(self.root, zip(samples, self._images, strict=True), outside=outside)
 
     def __len__(self) -> int:
         """The number of pairs."""
@@ -73,15 +73,15 @@ class RetrievalPairs(Dataset[RetrievalItem]):
 
 
 class RetrievalGallery(Dataset[RetrievalItem]):
-    """Pictures with all their captions: `[{"image": path, "caption": [str, ...]}]`; items are the pictures alone.
+    """Images with all their captions: `[{"image": path, "caption": [str, ...]}]`; items are the images alone.
 
-    With `outside`, pictures may lie outside of `image_root`.
+    With `outside`, images may lie outside of `image_root`.
 
-    Raises DataError as `RetrievalPairs` does, and for a picture without captions.
+    Raises DataError as `RetrievalPairs` does, and for an image without captions.
 
     Attributes:
-        texts: all captions, cleaned, picture by picture.
-        image_of_text: the number of each caption's picture, [texts].
+        texts: all captions, cleaned, image by image.
+        image_of_text: the number of each caption's image, [texts].
     """
 
     def __init__(
@@ -93,15 +93,15 @@ class RetrievalGallery(Dataset[RetrievalItem]):
         outside: bool = False,
     ) -> None:
         self.file, self.root, self.transform = Path(annotation_file), Path(image_root), transform
-        records = read_records(self.file)
-        self._images = [record.text("image") for record in records]
-        captions = [[_cleaned(record, text) for text in record.texts("caption")] for record in records]
+        samples = read_samples(self.file)
+        self._images = [sample.text("image") for sample in samples]
+        captions = [[_cleaned(sample, text) for text in sample.texts("caption")] for sample in samples]
         self.texts = [text for texts in captions for text in texts]
         self.image_of_text = torch.tensor([number for number, texts in enumerate(captions) for _ in texts])
-        check_images(self.root, zip(records, self._images, strict=True), outside=outside)
+        check_images(self.root, zip(samples, self._images, strict=True), outside=outside)
 
     def __len__(self) -> int:
-        """The number of pictures."""
+        """The number of images."""
         return len(self._images)
 
     def sources(self) -> Sources:
@@ -109,13 +109,13 @@ class RetrievalGallery(Dataset[RetrievalItem]):
         return Sources((self.file,), {image: self.root / image for image in self._images})
 
     def __getitem__(self, index: int) -> RetrievalItem:
-        """The picture of that number."""
+        """The image of that number."""
         number = index % len(self)
         image = open_image(self.root / self._images[index], file=self.file, number=number)
         return {"image": self.transform(image), "number": number}
 
     def without(self, numbers: Collection[int]) -> Self:
-        """Return the gallery but for the pictures of these numbers and their texts; the rest is numbered anew."""
+        """Return the gallery but for the images of these numbers and their texts; the rest is numbered anew."""
         result = narrowed(self, numbers, "_images")
         owners = self.image_of_text.tolist()
         texts = [(text, owner) for text, owner in zip(self.texts, owners, strict=True) if owner not in numbers]
@@ -129,7 +129,7 @@ class RetrievalGallery(Dataset[RetrievalItem]):
 class RetrievalCollator:
     """Makes a batch of items; a class, so that worker processes can be given it however they are started.
 
-    The batch holds images [B, 3, S, S] and ids [B] (numbers of the pictures); of training pairs also input_ids and
+    The batch holds images [B, 3, S, S] and ids [B] (numbers of the images); of training pairs also input_ids and
     attention_mask, [B, T], padded to the longest caption.
     """
 
@@ -153,15 +153,15 @@ class RetrievalCollator:
         return {name: words[name] for name in ("input_ids", "attention_mask")}
 
 
-def _cleaned(record: Record, text: str) -> str:
+def _cleaned(sample: Sample, text: str) -> str:
     caption = clean_caption(text)
     if not caption:
-        raise record.error(f"'caption' holds no words: {shown(text)}.")
+        raise sample.error(f"'caption' holds no words: {shown(text)}.")
     return caption
 
 
-def _image_id(record: Record) -> str:
-    found = record.get("image_id")
+def _image_id(sample: Sample) -> str:
+    found = sample.get("image_id")
     if isinstance(found, bool) or not isinstance(found, str | int) or found == "":
-        raise record.error(f"'image_id' must be a text or a whole number, not {shown(found)}.")
+        raise sample.error(f"'image_id' must be a text or a whole number, not {shown(found)}.")
     return str(found)

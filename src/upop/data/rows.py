@@ -20,7 +20,7 @@ from torch.utils.data import Dataset
 
 from upop.data.columns import KINDS, Columns, find_columns
 from upop.data.images import read_rgb
-from upop.data.records import check_images, is_text, shown
+from upop.data.samples import check_images, is_text, shown
 from upop.data.tables import Table, open_table
 from upop.data.turns import Turn, read_turns
 from upop.errors import BadImageError, DataError, nearest
@@ -282,12 +282,12 @@ def read_rows(
     rows = Rows(table, found, root, outside=outside, numbers=range(len(table)))
     if found.kind == "label":
         rows.names = tuple(classes) or table.names(found.named["label"]) or _classes(rows)
-    rows.notes.append(_told(rows))
+    rows.notes.append(_described(rows))
     rows.check()
     return rows
 
 
-def _told(rows: Rows) -> str:
+def _described(rows: Rows) -> str:
     named = ", ".join(f"{role} from {column!r}" for role, column in rows.columns.named.items())
     return f"{rows.table.source}: {len(rows):,} rows, {named}"
 
@@ -348,15 +348,15 @@ def _inner(value: Any) -> Any:
 
 def _marks(turns: Any) -> int:
     """Return how many images of the row a conversation asks for, where those are not read."""
-    told: list[int] = []
+    described: list[int] = []
 
     def count(value: Any) -> None:
         if isinstance(value, str):
-            told.append(value.count("<image>"))
+            described.append(value.count("<image>"))
         elif isinstance(value, Mapping):
             kind = value.get("type")
             if kind in ("image", "image_url", "input_image"):
-                told.append(int(not any(value.get(name) for name in ("image", "image_url", "url", "path"))))
+                described.append(int(not any(value.get(name) for name in ("image", "image_url", "url", "path"))))
             for name in ("content", "value", "text"):
                 count(value.get(name))
         elif isinstance(value, list | tuple):
@@ -364,4 +364,4 @@ def _marks(turns: Any) -> int:
                 count(each)
 
     count(turns)
-    return sum(told)
+    return sum(described)

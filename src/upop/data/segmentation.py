@@ -1,4 +1,4 @@
-"""ADE20K: pictures, and a map of labels for each.
+"""ADE20K: images, and a map of labels for each.
 
 `ROOT/images/{training,validation}/NAME.jpg` and `ROOT/annotations/{training,validation}/NAME.png`: a map holds 0 where
 no class was given, and 1 to 150 else. `ROOT/objectInfo150.txt`, if it is there, names the classes.
@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms.v2 import functional as tvf
 
-from upop.data.images import ENDINGS, Bounds, list_pictures, open_image, opened, told_of_others
-from upop.data.records import narrowed
+from upop.data.images import ENDINGS, Bounds, describe_others, list_images, open_image, opened
+from upop.data.samples import narrowed
 from upop.data.segmentation_transforms import IGNORED, SegmentTransform
 from upop.errors import BadImageError, DataError, nearest
 from upop.reading import read_text, reason
@@ -29,7 +29,7 @@ _MODES = ("L", "P", "1", "I", "I;16")  # maps of numbers; P, a palette, shows ea
 
 
 class SegmentItem(TypedDict):
-    """One record: picture [3, h, w], labels int64 [h, w] (255 is no class), its number in the split, and its name."""
+    """One sample: image [3, h, w], labels int64 [h, w] (255 is no class), its number in the split, and its name."""
 
     image: Tensor
     labels: Tensor
@@ -38,7 +38,7 @@ class SegmentItem(TypedDict):
 
 
 class SegmentBatch(TypedDict):
-    """B records: tensors [B, 3, h, w] and int64 [B, h, w] where all are of one size, else lists of B tensors."""
+    """B samples: tensors [B, 3, h, w] and int64 [B, h, w] where all are of one size, else lists of B tensors."""
 
     images: Tensor | list[Tensor]
     labels: Tensor | list[Tensor]
@@ -47,15 +47,15 @@ class SegmentBatch(TypedDict):
 
 
 class SegmentationDataset(Dataset[SegmentItem]):
-    """The pictures of a split with their labels, in the order of their names.
+    """The images of a split with their labels, in the order of their names.
 
     Labels of a file are 0 (or 255) for no class, which becomes 255, and 1 to `classes`, which become 0 to classes - 1.
 
-    Files whose names begin with a dot are none of the data; others that do not end like pictures or maps are left
+    Files whose names begin with a dot are none of the data; others that do not end like images or maps are left
     out, and `notes` says which. `outside` lets links lead outside of `root`.
 
-    Raises DataError, here for folders without pictures and for pictures without a map, and on access for a file that
-    cannot be read, a map of another size than its picture, and a label above `classes`.
+    Raises DataError, here for folders without images and for images without a map, and on access for a file that
+    cannot be read, a map of another size than its image, and a label above `classes`.
     """
 
     def __init__(
@@ -71,67 +71,67 @@ class SegmentationDataset(Dataset[SegmentItem]):
         self.transform = transform
         bounds = Bounds(self.root, outside=outside)
         self.notes: list[str] = []
-        self._pictures = self._files("images", ENDINGS, "pictures", bounds)
+        self._images = self._files("images", ENDINGS, "images", bounds)
         maps = self._files("annotations", (".png",), "label maps", bounds)
         self._maps = {path.stem: path for path in maps}
-        missing = [path for path in self._pictures if path.stem not in self._maps]
+        missing = [path for path in self._images if path.stem not in self._maps]
         if missing:
             rest = f" {len(missing)} maps are missing in all." if len(missing) > 1 else ""
             raise DataError(
-                f"The picture {missing[0]} has no label map {self.root / 'annotations' / split / missing[0].stem}.png."
-                f"{rest} Fetch the annotations again, or take away the pictures without one."
+                f"The image {missing[0]} has no label map {self.root / 'annotations' / split / missing[0].stem}.png."
+                f"{rest} Fetch the annotations again, or take away the images without one."
             )
-        for files in (self._pictures, maps):
+        for files in (self._images, maps):
             twice = len(files) - len({path.stem for path in files})
             if twice:
                 raise DataError(f"{files[0].parent} holds {twice} names twice, with other endings. Keep one.")
 
     def __len__(self) -> int:
-        """The number of pictures."""
-        return len(self._pictures)
+        """The number of images."""
+        return len(self._images)
 
     def sources(self) -> Sources:
-        """Return the files that are read: pictures and maps."""
-        paths = [*self._pictures, *self._maps.values()]
+        """Return the files that are read: images and maps."""
+        paths = [*self._images, *self._maps.values()]
         return Sources((), {path.relative_to(self.root).as_posix(): path for path in paths})
 
     def __getitem__(self, index: int) -> SegmentItem:
-        """The picture of that number, as drawn this time."""
+        """The image of that number, as drawn this time."""
         number = index % len(self)
-        path = self._pictures[number]
+        path = self._images[number]
         # As stored: maps are drawn over the stored pixels.
-        picture = tvf.pil_to_tensor(open_image(path, file=path.parent, number=number, upright=False))
+        stored = tvf.pil_to_tensor(open_image(path, file=path.parent, number=number, upright=False))
         labels = self._labels(path, number)
-        if labels.shape != picture.shape[1:]:
+        if labels.shape != stored.shape[1:]:
             raise DataError(
-                f"{self._maps[path.stem]} has {labels.shape[1]} x {labels.shape[0]} pixels, and its picture "
-                f"{path} {picture.shape[2]} x {picture.shape[1]}. A map must have its picture's size."
+                f"{self._maps[path.stem]} has {labels.shape[1]} x {labels.shape[0]} pixels, and its image "
+                f"{path} {stored.shape[2]} x {stored.shape[1]}. A map must have its image's size."
             )
-        image, labels = self.transform(picture, labels)
+        image, labels = self.transform(stored, labels)
         return {"image": image, "labels": labels, "number": number, "name": path.stem}
 
     def without(self, numbers: Collection[int]) -> Self:
-        """Return the records but for those of these numbers, to score the rest."""
-        return narrowed(self, numbers, "_pictures")
+        """Return the samples but for those of these numbers, to score the rest."""
+        return narrowed(self, numbers, "_images")
 
     def _files(self, part: str, endings: tuple[str, ...], what: str, bounds: Bounds) -> list[Path]:
         folder = self.root / part / self.split
         try:
-            listed = list_pictures(folder, bounds, endings, deep=False)
+            listed = list_images(folder, bounds, endings, deep=False)
         except OSError as error:
             near = [path.name for path in folder.parent.iterdir()] if folder.parent.is_dir() else []
             raise DataError(
                 f"The folder of {what} {folder} cannot be read{nearest(folder.name, near)}: {error.strerror}. "
                 f"It is looked for below dataset_root, or the environment's DATASET, in {FOLDER}."
             ) from error
-        if not listed.pictures:
+        if not listed.images:
             raise DataError(f"The folder {folder} holds no {what} ({', '.join(endings)}).")
-        if others := told_of_others([listed], folder, endings):
+        if others := describe_others([listed], folder, endings):
             self.notes.append(others)
-        return [Path(path) for path in listed.pictures]
+        return [Path(path) for path in listed.images]
 
-    def _labels(self, picture: Path, number: int) -> Tensor:
-        path = self._maps[picture.stem]
+    def _labels(self, image_path: Path, number: int) -> Tensor:
+        path = self._maps[image_path.stem]
         try:
             with opened(path) as image:
                 image.load()  # a file that is cut off is so whatever it holds
@@ -162,7 +162,7 @@ class SegmentationDataset(Dataset[SegmentItem]):
 
 
 def collate_segments(items: Sequence[SegmentItem]) -> SegmentBatch:
-    """Make a batch: stacked where all pictures are of one size, in lists else."""
+    """Make a batch: stacked where all images are of one size, in lists else."""
     images, labels = [item["image"] for item in items], [item["labels"] for item in items]
     alike = len({image.shape for image in images}) == 1
     return {

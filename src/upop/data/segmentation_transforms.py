@@ -1,4 +1,4 @@
-"""The published transforms of Segmenter: crops of resized pictures with their label maps, and changes of their light.
+"""The published transforms of Segmenter: crops of resized images with their label maps, and changes of their light.
 
 All chance comes from torch's generator.
 """
@@ -36,11 +36,11 @@ _CONTRAST = _SATURATION = (0.5, 1.5)
 _HUE = 0.1  # of the colour circle
 
 SegmentTransform = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-"""(picture uint8 [3, H, W], labels [H, W]) -> (normalised picture float32 [3, h, w], labels int64 [h, w])."""
+"""(image uint8 [3, H, W], labels [H, W]) -> (normalised image float32 [3, h, w], labels int64 [h, w])."""
 
 
 def scaled_size(height: int, width: int, short: int) -> tuple[int, int]:
-    """Return the size in pixels, in the picture's proportions, at which its short side is `short`.
+    """Return the size in pixels, in the image's proportions, at which its short side is `short`.
 
     Unless the long side would be above 4 times `short`: then it is that, and the short side less.
     """
@@ -50,19 +50,19 @@ def scaled_size(height: int, width: int, short: int) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class Normalise:
-    """What evaluation does: pictures keep their size, for the model's windows slide over any."""
+    """What evaluation does: images keep their size, for the model's windows slide over any."""
 
     statistics: Statistics = STATISTICS["vit"]
 
-    def __call__(self, picture: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """The picture normalised; the labels as they are."""
+    def __call__(self, image: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """The image normalised; the labels as they are."""
         mean, std = (torch.tensor(values).view(3, 1, 1) for values in self.statistics)
-        return picture.float().div_(255.0).sub_(mean).div_(std), labels
+        return image.float().div_(255.0).sub_(mean).div_(std), labels
 
-    def undo(self, picture: Tensor) -> Tensor:
-        """The picture as bytes, from a normalised one."""
-        mean, std = (torch.tensor(values, device=picture.device).view(3, 1, 1) for values in self.statistics)
-        return picture.mul(std).add(mean).mul(255).round().clamp(0, 255).byte()
+    def undo(self, image: Tensor) -> Tensor:
+        """The image as bytes, from a normalised one."""
+        mean, std = (torch.tensor(values, device=image.device).view(3, 1, 1) for values in self.statistics)
+        return image.mul(std).add(mean).mul(255).round().clamp(0, 255).byte()
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class TrainCrop:
     Attributes:
         image_size: what the short side is brought to, before the ratio.
         crop_size: side of the square crop.
-        augment: False takes the top left corner of the picture at ratio 1 as it is: generated classes are colours.
+        augment: False takes the top left corner of the image at ratio 1 as it is: generated classes are colours.
         statistics: mean and deviation that colours are normalised by.
     """
 
@@ -81,30 +81,30 @@ class TrainCrop:
     augment: bool = True
     statistics: Statistics = STATISTICS["vit"]
 
-    def __call__(self, picture: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """A crop of the picture, and the labels of its pixels."""
-        picture, labels = self._resized(picture, labels)
+    def __call__(self, image: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """A crop of the image, and the labels of its pixels."""
+        image, labels = self._resized(image, labels)
         top, left = self._corner(labels)
         rows, columns = slice(top, top + self.crop_size), slice(left, left + self.crop_size)
-        picture, labels = picture[:, rows, columns], labels[rows, columns]
+        image, labels = image[:, rows, columns], labels[rows, columns]
         if self.augment:
             if torch.rand(()) < 0.5:
-                picture, labels = picture.flip(2), labels.flip(1)
-            picture = photometric_jitter(picture)
-        picture, labels = Normalise(self.statistics)(picture, labels)
+                image, labels = image.flip(2), labels.flip(1)
+            image = photometric_jitter(image)
+        image, labels = Normalise(self.statistics)(image, labels)
         # Filled up after normalising, so the filling is of the mean colour, as published.
         padding = [0, 0, self.crop_size - labels.shape[1], self.crop_size - labels.shape[0]]
-        return tvf.pad(picture, padding), tvf.pad(labels[None], padding, fill=IGNORED)[0]
+        return tvf.pad(image, padding), tvf.pad(labels[None], padding, fill=IGNORED)[0]
 
-    def _resized(self, picture: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def _resized(self, image: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         height, width = labels.shape
         ratio = _between(*RESIZE_RATIO) if self.augment else 1.0
         size = list(scaled_size(height, width, int(self.image_size * ratio)))
         if size == [height, width]:
-            return picture, labels
+            return image, labels
         # OpenCV, which the published pipeline resizes with, does not filter against aliasing.
-        picture = tvf.resize(picture, size, interpolation=v2.InterpolationMode.BILINEAR, antialias=False)
-        return picture, tvf.resize(labels[None], size, interpolation=v2.InterpolationMode.NEAREST)[0]
+        image = tvf.resize(image, size, interpolation=v2.InterpolationMode.BILINEAR, antialias=False)
+        return image, tvf.resize(labels[None], size, interpolation=v2.InterpolationMode.NEAREST)[0]
 
     def _corner(self, labels: Tensor) -> tuple[int, int]:
         """Draw the top left corner of a crop; up to ten times, until no class has more than its share."""
@@ -119,25 +119,25 @@ class TrainCrop:
         return top, left
 
 
-def photometric_jitter(picture: Tensor) -> Tensor:
-    """Change brightness, contrast, saturation and hue of a picture of bytes [3, H, W], each with probability 1/2.
+def photometric_jitter(image: Tensor) -> Tensor:
+    """Change brightness, contrast, saturation and hue of an image of bytes [3, H, W], each with probability 1/2.
 
     The published operations and their order: contrast multiplies, and comes before saturation and hue or after them.
     (torchvision's RandomPhotometricDistort also swaps colour channels.)
     """
-    image = picture.float().div_(255)
+    changed = image.float().div_(255)
     if _chance():
-        image = image.add_(_between(-_BRIGHTNESS, _BRIGHTNESS)).clamp_(0, 1)
+        changed = changed.add_(_between(-_BRIGHTNESS, _BRIGHTNESS)).clamp_(0, 1)
     contrast_first = _chance()
     if contrast_first and _chance():
-        image = image.mul_(_between(*_CONTRAST)).clamp_(0, 1)
+        changed = changed.mul_(_between(*_CONTRAST)).clamp_(0, 1)
     if _chance():
-        image = _saturate(image, _between(*_SATURATION))
+        changed = _saturate(changed, _between(*_SATURATION))
     if _chance():
-        image = turn_hue(image, _between(-_HUE, _HUE))
+        changed = turn_hue(changed, _between(-_HUE, _HUE))
     if not contrast_first and _chance():
-        image = image.mul_(_between(*_CONTRAST)).clamp_(0, 1)
-    return image.mul_(255).round_().clamp_(0, 255).byte()
+        changed = changed.mul_(_between(*_CONTRAST)).clamp_(0, 1)
+    return changed.mul_(255).round_().clamp_(0, 255).byte()
 
 
 def _saturate(image: Tensor, factor: float) -> Tensor:
@@ -149,7 +149,7 @@ def _saturate(image: Tensor, factor: float) -> Tensor:
 
 
 def turn_hue(image: Tensor, share: float) -> Tensor:
-    """Turn the hue of a picture [3, H, W] of 0 to 1 by a share of the colour circle; saturation and value stay.
+    """Turn the hue of an image [3, H, W] of 0 to 1 by a share of the colour circle; saturation and value stay.
 
     The same as torchvision's adjust_hue up to rounding, in a third of its time: that one makes all six colours that
     each pixel may get.

@@ -270,7 +270,7 @@ class _Hosted(Table):
         self.folder = files[0].parent if self._files and files else None
         self._features = data.features
         held = [name for name, feature in data.features.items() if _images(feature)]
-        with _told(source):
+        with _described(source):
             for name in held:
                 data = data.cast_column(name, undecoded(data.features[name]))
         self._data = data
@@ -314,7 +314,7 @@ class _Streamed(_Hosted):
 
     def __init__(self, source: str, data: datasets.IterableDataset, limit: int) -> None:
         self.source, self._files, self.folder = source, (), None
-        with _told(source):
+        with _described(source):
             rows = list(islice(data.decode(False), limit))
         if not rows:
             raise DataError(f"{source} holds no rows.")
@@ -392,7 +392,7 @@ def _hosted(
         given |= {"path": builder, "data_files": {split or "train": [str(file) for file in files]}}
         if kind == ".tsv":
             given["sep"] = "\t"
-    with _told(source):
+    with _described(source):
         found = datasets.load_dataset(**given)
     data = found[_split(source, list(found), split)]
     if streaming:
@@ -412,7 +412,7 @@ def _split(source: str, found: list[str], wanted: str | None) -> str:
 
 
 @contextmanager
-def _told(source: str) -> Iterator[None]:
+def _described(source: str) -> Iterator[None]:
     """Turn whatever `datasets` raises into an error that names the source, and keep its bars off the screen."""
     import datasets
 

@@ -1,4 +1,4 @@
-"""The published image transforms of BLIP and CLIP: from a picture to a normalised float tensor [3, s, s]."""
+"""The published image transforms of BLIP and CLIP: from an image to a normalised float tensor [3, s, s]."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from torchvision.transforms import RandomResizedCrop, v2
 from torchvision.transforms.v2 import functional as tvf
 
-from upop.preparation import CLIP_MEAN, CLIP_STD, PUBLISHED, Pictures
+from upop.preparation import CLIP_MEAN, CLIP_STD, PUBLISHED, Images
 
 ImageTransform = Callable[[Image.Image], Tensor]
 
@@ -27,20 +27,20 @@ _FILL = (128, 128, 128)
 _BICUBIC, _BILINEAR = v2.InterpolationMode.BICUBIC, v2.InterpolationMode.BILINEAR
 
 
-def eval_transform(image_size: int, pictures: Pictures = PUBLISHED) -> ImageTransform:
+def eval_transform(image_size: int, images: Images = PUBLISHED) -> ImageTransform:
     """The transform of evaluation: resize to image_size x image_size pixels (as published, bicubic) and normalise."""
-    return _Finish(image_size, pictures)
+    return _Finish(image_size, images)
 
 
-def train_transform(image_size: int, augment: bool = True, pictures: Pictures = PUBLISHED) -> ImageTransform:
+def train_transform(image_size: int, augment: bool = True, images: Images = PUBLISHED) -> ImageTransform:
     """The transform of training: random crop of half to all of the area, random flip, RandAugment, normalise.
 
-    Without `augment` it is the evaluation's: generated pictures must keep their counts and positions. All
+    Without `augment` it is the evaluation's: generated images must keep their counts and positions. All
     chance comes from torch's generator.
     """
     if not augment:
-        return eval_transform(image_size, pictures)
-    return _Train(image_size, pictures)
+        return eval_transform(image_size, images)
+    return _Train(image_size, images)
 
 
 def resized_crop(
@@ -54,7 +54,7 @@ def resized_crop(
     It differs by rounding: one level of 255 in some of the pixels, seldom two. Evaluation keeps to Pillow.
 
     Args:
-        image: the picture.
+        image: the image.
         crop: top, left, height and width in pixels.
         size: height and width of the result.
         interpolation: bilinear or bicubic.
@@ -67,36 +67,36 @@ def resized_crop(
 class _Train:
     """A random crop and flip, RandAugment, `_Finish`; plain classes, as v2's generic ones cost more than the work."""
 
-    def __init__(self, image_size: int, pictures: Pictures) -> None:
+    def __init__(self, image_size: int, images: Images) -> None:
         self.image_size = image_size
         self.augment = RandAugment()
-        self.finish = _Finish(image_size, pictures)
+        self.finish = _Finish(image_size, images)
         # Tensors know these two alone.
-        self.interpolation = _BILINEAR if pictures.interpolation == "bilinear" else _BICUBIC
+        self.interpolation = _BILINEAR if images.interpolation == "bilinear" else _BICUBIC
 
     def __call__(self, image: Image.Image) -> Tensor:
         crop = RandomResizedCrop.get_params(image, list(CROP_SCALE), _CROP_RATIO)
-        picture = resized_crop(image, crop, (self.image_size, self.image_size), self.interpolation)
+        cropped = resized_crop(image, crop, (self.image_size, self.image_size), self.interpolation)
         if torch.rand(()) < 0.5:
-            picture = tvf.horizontal_flip(picture)
-        return self.finish(self.augment(picture))
+            cropped = tvf.horizontal_flip(cropped)
+        return self.finish(self.augment(cropped))
 
 
 class _Finish:
     """Resizes where needed, and normalises."""
 
-    def __init__(self, image_size: int, pictures: Pictures) -> None:
+    def __init__(self, image_size: int, images: Images) -> None:
         self.image_size = image_size
-        self.pictures = pictures
-        self.mean = torch.tensor(pictures.mean).view(3, 1, 1)
-        self.std = torch.tensor(pictures.std).view(3, 1, 1)
+        self.images = images
+        self.mean = torch.tensor(images.mean).view(3, 1, 1)
+        self.std = torch.tensor(images.std).view(3, 1, 1)
 
     def __call__(self, image: Image.Image) -> Tensor:
         side = self.image_size
         if image.size != (side, side):
-            size = _size(image, self.pictures.resized_to(side), self.pictures)
+            size = _size(image, self.images.resized_to(side), self.images)
             if size != [image.height, image.width]:
-                way = v2.InterpolationMode(self.pictures.interpolation)
+                way = v2.InterpolationMode(self.images.interpolation)
                 image = tvf.resize(image, size, interpolation=way, antialias=True)
             if size != [side, side]:
                 image = tvf.center_crop(image, [side, side])  # where it is smaller, black is added
@@ -105,14 +105,14 @@ class _Finish:
         return tensor.float().div_(255.0).sub_(self.mean).div_(self.std)
 
 
-def _size(image: Image.Image, side: int, pictures: Pictures) -> list[int]:
-    """Return the height and width that a picture is resized to."""
-    if pictures.resize == "squash":
+def _size(image: Image.Image, side: int, images: Images) -> list[int]:
+    """Return the height and width that an image is resized to."""
+    if images.resize == "squash":
         return [side, side]
     short, long = sorted(image.size)
     # Rounded as the libraries do whose checkpoints ask for it: torchvision down, open_clip to the nearest.
-    other = int(side * long / short) if pictures.resize == "crop" else max(1, round(side * short / long))
-    is_short_high = (image.height == short) == (pictures.resize == "crop")
+    other = int(side * long / short) if images.resize == "crop" else max(1, round(side * short / long))
+    is_short_high = (image.height == short) == (images.resize == "crop")
     return [side, other] if is_short_high else [other, side]
 
 
@@ -129,7 +129,7 @@ class RandAugment:
         self.level = level
 
     def __call__(self, image: Image.Image) -> Image.Image:
-        """The picture after the drawn operations, of the same size."""
+        """The image after the drawn operations, of the same size."""
         for _ in range(self.operations):
             operation = _OPERATIONS[int(torch.randint(len(_OPERATIONS), ()))]
             if torch.rand(()) < 0.5:
@@ -179,7 +179,7 @@ def _move(
     return moved
 
 
-# Each takes a picture and a strength of 0 to 1.
+# Each takes an image and a strength of 0 to 1.
 _OPERATIONS: tuple[Callable[[Image.Image, float], Image.Image], ...] = (
     lambda image, _: image,
     lambda image, _: tvf.autocontrast(image),

@@ -1,4 +1,4 @@
-"""Visual question answering: questions about a picture (VQAv2, Visual Genome) and the answers that people gave."""
+"""Visual question answering: questions about an image (VQAv2, Visual Genome) and the answers that people gave."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from upop.data.images import open_image
-from upop.data.records import Record, check_images, is_text, narrowed, read_records, shown
+from upop.data.samples import Sample, check_images, is_text, narrowed, read_samples, shown
 from upop.data.text import clean_question
 from upop.data.transforms import ImageTransform
 from upop.data.vqa_accuracy import ANNOTATORS, ANSWER_TYPES, answer_type
@@ -23,14 +23,14 @@ from upop.reading import parse_json, read_text, reason
 from upop.sources import Sources
 
 SOURCES = ("vqa", "vg")
-"""What a record's "dataset" says: which root its picture lies under."""
+"""What a sample's "dataset" says: which root its image lies under."""
 QUESTION_TOKENS = 35
 VG_WEIGHT = 0.2
 """Of an answer from Visual Genome, which has one for each question."""
 
 
 class VqaItem(TypedDict):
-    """One record: an image [3, H, W], the cleaned question, and in training its answers and their weights."""
+    """One sample: an image [3, H, W], the cleaned question, and in training its answers and their weights."""
 
     image: Tensor
     question: str
@@ -38,8 +38,8 @@ class VqaItem(TypedDict):
     weights: Sequence[float]
 
 
-class _VqaRecords(Dataset[VqaItem], ABC):
-    """What training and evaluation share: pictures and questions, all checked."""
+class _VqaSamples(Dataset[VqaItem], ABC):
+    """What training and evaluation share: images and questions, all checked."""
 
     def __init__(
         self, files: Sequence[Path], roots: Mapping[str, Path], transform: ImageTransform, *, outside: bool
@@ -49,50 +49,50 @@ class _VqaRecords(Dataset[VqaItem], ABC):
         self._questions: list[str] = []
         self._places: list[tuple[Path, int, str, str]] = []
         for file in files:
-            records = read_records(file)
-            for record in records:
-                question = clean_question(record.text("question")).strip()
+            samples = read_samples(file)
+            for sample in samples:
+                question = clean_question(sample.text("question")).strip()
                 if not question:
-                    raise record.error(f"'question' holds no words: {record.text('question')!r}.")
+                    raise sample.error(f"'question' holds no words: {sample.text('question')!r}.")
                 self._questions.append(question)
-                source = SOURCES[record.one_of("dataset", SOURCES)]
-                self._places.append((record.file, record.number, source, record.text("image")))
-                self._take(record)
-            places = self._places[-len(records) :]
+                source = SOURCES[sample.one_of("dataset", SOURCES)]
+                self._places.append((sample.file, sample.number, source, sample.text("image")))
+                self._take(sample)
+            places = self._places[-len(samples) :]
             for source, root in self.roots.items():
-                pairs = zip(records, places, strict=True)
-                named = ((record, place[3]) for record, place in pairs if place[2] == source)
+                pairs = zip(samples, places, strict=True)
+                named = ((sample, place[3]) for sample, place in pairs if place[2] == source)
                 check_images(root, named, outside=outside)
 
     @abstractmethod
-    def _take(self, record: Record) -> None:
-        """Read what is asked of a record beside its picture and question."""
+    def _take(self, sample: Sample) -> None:
+        """Read what is asked of a sample beside its image and question."""
 
     def __len__(self) -> int:
-        """The number of records."""
+        """The number of samples."""
         return len(self._questions)
 
     def sources(self) -> Sources:
         """Return the files that are read."""
-        pictures = {f"{source}/{image}": self.roots[source] / image for _, _, source, image in self._places}
-        return Sources(tuple(dict.fromkeys(file for file, *_ in self._places)), pictures)
+        images = {f"{source}/{image}": self.roots[source] / image for _, _, source, image in self._places}
+        return Sources(tuple(dict.fromkeys(file for file, *_ in self._places)), images)
 
     def _image(self, index: int) -> Tensor:
         file, number, source, image = self._places[index]
         return self.transform(open_image(self.roots[source] / image, file=file, number=number))
 
 
-class VqaTrainingDataset(_VqaRecords):
-    """The records of annotation files, one after the other, with weighted answers.
+class VqaTrainingDataset(_VqaSamples):
+    """The samples of annotation files, one after the other, with weighted answers.
 
-    A record is `{"question": str, "answer": [str, ...], "image": str, "dataset": "vqa"}`, whose answers weigh as many
+    A sample is `{"question": str, "answer": [str, ...], "image": str, "dataset": "vqa"}`, whose answers weigh as many
     tenths as people gave them, or `{"question": str, "answer": str, "image": str, "dataset": "vg"}`.
 
     Args:
         files: annotation files.
-        roots: "vqa" and "vg" -> the folder that their pictures' paths start from.
-        transform: makes a tensor of a picture.
-        outside: whether pictures may lie outside of their roots.
+        roots: "vqa" and "vg" -> the folder that their images' paths start from.
+        transform: makes a tensor of an image.
+        outside: whether images may lie outside of their roots.
 
     Raises DataError, here for anything that is wrong with an annotation file or an image that is missing, and on
     access for an image that cannot be read.
@@ -104,16 +104,16 @@ class VqaTrainingDataset(_VqaRecords):
         self._answers: list[tuple[tuple[str, ...], tuple[float, ...]]] = []
         super().__init__(files, roots, transform, outside=outside)
 
-    def _take(self, record: Record) -> None:
-        if record.get("dataset") == "vg":
-            self._answers.append(((record.text("answer"),), (VG_WEIGHT,)))
+    def _take(self, sample: Sample) -> None:
+        if sample.get("dataset") == "vg":
+            self._answers.append(((sample.text("answer"),), (VG_WEIGHT,)))
             return
-        given = _people(record)
+        given = _people(sample)
         counts = Counter(given)
         self._answers.append((tuple(counts), tuple(count / len(given) for count in counts.values())))
 
     def __getitem__(self, index: int) -> VqaItem:
-        """The record of that number, as drawn this time."""
+        """The sample of that number, as drawn this time."""
         answers, weights = self._answers[index]
         return {
             "image": self._image(index),
@@ -133,18 +133,18 @@ class VqaTrainingDataset(_VqaRecords):
         return len(missing), len(weights), sum(weights[answer] for answer in missing) / sum(weights.values())
 
 
-class VqaDataset(_VqaRecords):
-    """The records of one annotation file, to be answered: `{"question_id": int, "question", "image", "dataset"}`.
+class VqaDataset(_VqaSamples):
+    """The samples of one annotation file, to be answered: `{"question_id": int, "question", "image", "dataset"}`.
 
     Where the file has answers (ten per question, as `VqaTrainingDataset` reads them) they can be scored; a field
     "answer_type" of "yes/no", "number" or "other" says the type, which is otherwise read off the answers.
 
     Attributes:
-        question_ids: of all records.
-        people: ten answers per record, or an empty list where the file has none.
-        types: the type of answer per record that has answers.
+        question_ids: of all samples.
+        people: ten answers per sample, or an empty list where the file has none.
+        types: the type of answer per sample that has answers.
 
-    Raises DataError as `VqaTrainingDataset` does, and where two records have the same question_id.
+    Raises DataError as `VqaTrainingDataset` does, and where two samples have the same question_id.
     """
 
     def __init__(
@@ -156,32 +156,32 @@ class VqaDataset(_VqaRecords):
         self._seen: dict[int, int] = {}
         super().__init__([file], roots, transform, outside=outside)
 
-    def _take(self, record: Record) -> None:
-        number = record.get("question_id")
+    def _take(self, sample: Sample) -> None:
+        number = sample.get("question_id")
         if not isinstance(number, int) or isinstance(number, bool):
-            raise record.error(f"'question_id' must be a whole number, not {shown(number)}.")
+            raise sample.error(f"'question_id' must be a whole number, not {shown(number)}.")
         if number in self._seen:
-            raise record.error(
-                f"'question_id' is {number}, and record {self._seen[number]} has it too. "
+            raise sample.error(
+                f"'question_id' is {number}, and sample {self._seen[number]} has it too. "
                 "Answers are told apart by it: give every question its own."
             )
-        self._seen[number] = record.number
+        self._seen[number] = sample.number
         self.question_ids.append(number)
-        if record.number and ("answer" in record.fields) != bool(self.people):
+        if sample.number and ("answer" in sample.fields) != bool(self.people):
             other = "have answers" if self.people else "have none"
-            raise record.error(
-                f"the field 'answer' {'is there' if 'answer' in record.fields else 'is missing'}, and the records "
+            raise sample.error(
+                f"the field 'answer' {'is there' if 'answer' in sample.fields else 'is missing'}, and the samples "
                 f"before {other}. A file has answers for all its questions, or for none."
             )
-        if "answer" in record.fields:
-            self.people.append(tuple(_people(record, ANNOTATORS)))
-            typed = "answer_type" in record.fields
+        if "answer" in sample.fields:
+            self.people.append(tuple(_people(sample, ANNOTATORS)))
+            typed = "answer_type" in sample.fields
             self.types.append(
-                ANSWER_TYPES[record.one_of("answer_type", ANSWER_TYPES)] if typed else answer_type(self.people[-1])
+                ANSWER_TYPES[sample.one_of("answer_type", ANSWER_TYPES)] if typed else answer_type(self.people[-1])
             )
 
     def __getitem__(self, index: int) -> VqaItem:
-        """The record of that number."""
+        """The sample of that number."""
         return {
             "image": self._image(index),
             "question": self._questions[index],
@@ -190,12 +190,12 @@ class VqaDataset(_VqaRecords):
         }
 
     def without(self, numbers: Collection[int]) -> Self:
-        """Return the records but for those of these numbers, to score the rest."""
+        """Return the samples but for those of these numbers, to score the rest."""
         return narrowed(self, numbers, "_questions", "_places", "question_ids", "people", "types")
 
 
-def _people(record: Record, count: int | None = None) -> list[str]:
-    value = record.get("answer")
+def _people(sample: Sample, count: int | None = None) -> list[str]:
+    value = sample.get("answer")
     wanted = "some" if count is None else str(count)
     # A person may have left an answer blank, as long as not all did.
     if (
@@ -204,7 +204,7 @@ def _people(record: Record, count: int | None = None) -> list[str]:
         or not all(isinstance(text, str) and (is_text(text) or not text.strip()) for text in value)
         or not any(text.strip() for text in value)
     ):
-        raise record.error(f"'answer' must be a list of {wanted} texts that are not all empty, not {shown(value)}.")
+        raise sample.error(f"'answer' must be a list of {wanted} texts that are not all empty, not {shown(value)}.")
     return value
 
 
@@ -218,9 +218,10 @@ def read_answer_list(file: str | Path) -> tuple[str, ...]:
     try:
         values = parse_json(read_text(file))
     except (OSError, ValueError) as error:
-        told = "does not exist" if isinstance(error, FileNotFoundError) else f"cannot be read: {reason(error)}"
+        described = "does not exist" if isinstance(error, FileNotFoundError) else f"cannot be read: {reason(error)}"
         raise DataError(
-            f"The list of candidate answers {file} {told}. Ranking needs it; set inference: generate to do without."
+            f"The list of candidate answers {file} {described}. Ranking needs it; set inference: generate to do "
+            f"without."
         ) from error
     if not isinstance(values, list) or not values:
         raise DataError(f"The list of candidate answers {file} must be a JSON list of texts, not {shown(values)}.")

@@ -21,7 +21,7 @@ class Compressing:
     Args:
         ratio: share of the prunable parameters to remove, in (0, 1).
         settings: any other argument of `upop.Compression` but the model and the number of steps: target (in place of a
-            ratio), teacher, share, align, verify, ...
+            ratio), teacher, share, round_to, verify, ...
 
     Attributes:
         compression: of the last training that began, or None.

@@ -31,7 +31,7 @@ LABEL_SMOOTHING = 0.1
 class BlipConfig(ModelConfig):
     """Sizes of a BLIP model before pruning. The defaults are those of the published ViT-B models."""
 
-    image_size: int = Field(384, gt=0, description="side of the square input pictures, in pixels")
+    image_size: int = Field(384, gt=0, description="side of the square input images, in pixels")
     patch_size: int = Field(16, gt=0)
     vision_width: int = Field(768, gt=0)
     vision_depth: int = Field(12, gt=0)
@@ -60,7 +60,7 @@ class BlipConfig(ModelConfig):
 
 
 def build_vision_encoder(config: BlipConfig) -> VisionTransformer:
-    """Return the vision transformer: pictures [B, 3, S, S] -> token states [B, 1 + (S / patch)^2, vision_width]."""
+    """Return the vision transformer: images [B, 3, S, S] -> token states [B, 1 + (S / patch)^2, vision_width]."""
     return VisionTransformer(
         img_size=config.image_size,
         patch_size=config.patch_size,
@@ -116,7 +116,7 @@ def text_config(config: BlipConfig) -> BlipTextConfig:
 
 
 def build_text_decoder(config: BlipConfig) -> TextDecoder:
-    """Return the text decoder: it attends to a picture (or question), and predicts each next word.
+    """Return the text decoder: it attends to an image (or question), and predicts each next word.
 
     Its output layer is its word embedding, one tensor under two names. Called with `labels` it gives the mean loss over
     them, with the published label smoothing.

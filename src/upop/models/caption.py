@@ -1,4 +1,4 @@
-"""BLIP for captioning (COCO): a vision transformer, and a text decoder that attends to the picture.
+"""BLIP for captioning (COCO): a vision transformer, and a text decoder that attends to the image.
 
 The decoder continues a prompt, word by word. Generation is that of transformers, with its cache of keys and values.
 """
@@ -41,7 +41,7 @@ class BlipCaption(nn.Module):
 
     @property
     def dummy_inputs(self) -> dict[str, Tensor]:
-        """A small call, off which `upop.survey` reads the model."""
+        """A small call, off which `upop.find_prunable` reads the model."""
         return {"images": some_images(self.config), **some_words(self.config)}
 
     def forward(self, images: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:

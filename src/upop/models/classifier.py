@@ -32,7 +32,7 @@ class ClassifierConfig(ModelConfig):
     """An architecture of timm, and in which sizes it differs; None is the architecture's own size."""
 
     architecture: str = Field(DEIT_SMALL, description="timm's name; `timm.list_models()` has all")
-    image_size: int = Field(224, gt=0, description="side of the square input pictures, in pixels")
+    image_size: int = Field(224, gt=0, description="side of the square input images, in pixels")
     classes: int = Field(1000, gt=0)
     patch_size: int | None = Field(None, gt=0)
     vision_width: int | None = Field(None, gt=0)
@@ -52,7 +52,7 @@ class ClassifierConfig(ModelConfig):
 
 
 def build_classifier(config: ClassifierConfig) -> nn.Module:
-    """Return the model with fresh weights: pictures [B, 3, S, S] -> logits [B, classes]. It carries its `config`.
+    """Return the model with fresh weights: images [B, 3, S, S] -> logits [B, classes]. It carries its `config`.
 
     Raises:
         SettingError: timm has no such model (the message names the nearest), or cannot build it in these sizes.

@@ -23,7 +23,7 @@ from upop.models.sizes import ModelConfig, check_heads, check_patches, some_imag
 class ClipSizes(ModelConfig):
     """Sizes of CLIP's towers before pruning. The defaults are those of ViT-L/14 at 336 pixels."""
 
-    image_size: int = Field(336, gt=0, description="side of the square input pictures, in pixels")
+    image_size: int = Field(336, gt=0, description="side of the square input images, in pixels")
     patch_size: int = Field(14, gt=0)
     vision_width: int = Field(1024, gt=0)
     vision_depth: int = Field(24, gt=0)
@@ -75,7 +75,7 @@ def library_config(config: ClipSizes) -> Any:
 class ClipRetrieval(MomentumContrast):
     """CLIP with momentum copies of its towers and projections, and queues of features."""
 
-    momentum_twins = {  # noqa: RUF012 - read-only
+    momentum_encoders = {  # noqa: RUF012 - read-only
         name: f"{name}_m" for name in ("vision_model", "text_model", "visual_projection", "text_projection")
     }
     read_across = ("text_model.final_layer_norm", "text_model_m.final_layer_norm")
@@ -85,16 +85,16 @@ class ClipRetrieval(MomentumContrast):
         super().__init__()
         self.config = config
         clip = CLIPModel(library_config(config))
-        for name, twin in self.momentum_twins.items():
+        for name, momentum_encoder in self.momentum_encoders.items():
             setattr(self, name, getattr(clip, name))
-            setattr(self, twin, copy.deepcopy(getattr(clip, name)))
+            setattr(self, momentum_encoder, copy.deepcopy(getattr(clip, name)))
         self.logit_scale = clip.logit_scale
         self.copy_to_momentum()
         self.add_queues(config.embed_dim, config.queue_size)
 
     @property
     def dummy_inputs(self) -> dict[str, Tensor]:
-        """A small call, off which `upop.survey` reads the model."""
+        """A small call, off which `upop.find_prunable` reads the model."""
         words = some_words(self.config)["input_ids"]
         words[:, -1] = self.config.vocab_size - 1
         return {"images": some_images(self.config), "input_ids": words}
@@ -105,10 +105,10 @@ class ClipRetrieval(MomentumContrast):
         self.config = self.config.model_copy(update={"queue_size": size})
 
     def encode_image(self, images: Tensor, *, momentum: bool = False) -> Tensor:
-        """Return features [B, embed_dim] of pictures [B, 3, S, S], not normalised.
+        """Return features [B, embed_dim] of images [B, 3, S, S], not normalised.
 
         Args:
-            images: the pictures.
+            images: the images.
             momentum: ask the momentum copies.
         """
         tower, projection = self._towers("vision_model", "visual_projection", momentum)
@@ -134,7 +134,7 @@ class ClipRetrieval(MomentumContrast):
     def forward(
         self, images: Tensor, input_ids: Tensor, ids: Tensor | None = None, alpha: float = 0.0
     ) -> tuple[Tensor, Tensor] | Tensor:
-        """Return the features of pictures and texts; with `ids`, return the contrastive loss of a batch of pairs.
+        """Return the features of images and texts; with `ids`, return the contrastive loss of a batch of pairs.
 
         In training mode the loss also moves the momentum copies, and fills the queues with the online features, as
         published.
@@ -142,7 +142,7 @@ class ClipRetrieval(MomentumContrast):
         Args:
             images: [B, 3, S, S].
             input_ids: token numbers of the texts, [M, T]; M is B where `ids` are given.
-            ids: number of each pair's picture, [B]; equal numbers belong together.
+            ids: number of each pair's image, [B]; equal numbers belong together.
             alpha: weight of the momentum copies' own similarities in the targets.
 
         Returns:
@@ -167,5 +167,5 @@ class ClipRetrieval(MomentumContrast):
         return {"ids": None}
 
     def _towers(self, tower: str, projection: str, momentum: bool) -> tuple[nn.Module, nn.Module]:
-        names = (self.momentum_twins[tower], self.momentum_twins[projection]) if momentum else (tower, projection)
+        names = (self.momentum_encoders[tower], self.momentum_encoders[projection]) if momentum else (tower, projection)
         return getattr(self, names[0]), getattr(self, names[1])

@@ -101,14 +101,14 @@ def draw_negatives(logits: Tensor, same: Tensor, noise: Tensor) -> tuple[Tensor,
 class MomentumContrast(nn.Module):
     """Base of models with momentum copies and queues.
 
-    A subclass sets `momentum_twins`, builds its towers and their copies, and then calls `add_queues` and
+    A subclass sets `momentum_encoders`, builds its towers and their copies, and then calls `add_queues` and
     `copy_to_momentum`.
 
     Attributes:
-        momentum_twins: name of a module or parameter -> name of its momentum copy; `upop.find_units` reads it too.
+        momentum_encoders: name of a module or parameter -> name of its momentum copy; `upop.find_groups` reads it too.
     """
 
-    momentum_twins: Mapping[str, str] = {}
+    momentum_encoders: Mapping[str, str] = {}
     image_queue: Tensor
     text_queue: Tensor
     idx_queue: Tensor
@@ -116,7 +116,7 @@ class MomentumContrast(nn.Module):
 
     def momentum_pairs(self) -> Iterator[tuple[nn.Parameter, nn.Parameter]]:
         """Yield every parameter that has a momentum copy, with the copy."""
-        for name, copy_name in self.momentum_twins.items():
+        for name, copy_name in self.momentum_encoders.items():
             online, copy = attrgetter(name)(self), attrgetter(copy_name)(self)
             if isinstance(online, nn.Parameter):
                 yield online, copy
@@ -141,7 +141,7 @@ class MomentumContrast(nn.Module):
     def add_queues(self, width: int, size: int) -> None:
         """Register `image_queue` and `text_queue` [width, size], `idx_queue` [1, size] and `ptr_queue` [1].
 
-        They start with random unit vectors that belong to no picture.
+        They start with random group vectors that belong to no image.
         """
         for name, value in fresh_queues(width, size).items():
             self.register_buffer(name, value)
@@ -179,11 +179,11 @@ class MomentumContrast(nn.Module):
         so that the number of processes makes no difference. With one process both are the same.
 
         Args:
-            image: normalised features of the pictures, [B, D]; `text` those of the texts.
+            image: normalised features of the images, [B, D]; `text` those of the texts.
             text: [B, D].
             image_m: what the momentum copies give, [B, D]; `text_m` too.
             text_m: [B, D].
-            ids: number of the picture of each pair, [B]; equal numbers belong together.
+            ids: number of the image of each pair, [B]; equal numbers belong together.
             alpha: weight of the momentum copies' own similarities in the targets.
             scale: what similarities are multiplied with (1 / temperature), a scalar.
         """
@@ -232,7 +232,7 @@ def check_queue(size: int, batch: int) -> None:
     """Raise a `SettingError` if a queue of `size` cannot take a `batch` (of all processes together)."""
     if batch > size:
         raise SettingError(
-            f"queue_size is {size}, and a batch of all processes together has {batch} records. "
+            f"queue_size is {size}, and a batch of all processes together has {batch} samples. "
             f"Set queue_size to {batch} or more, or lower batch_size_train."
         )
 

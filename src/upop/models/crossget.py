@@ -28,7 +28,7 @@ _LARGEST_SCALE = 4.6052
 class CrossGetConfig(ClipSizes):
     """Sizes of a CLIP model and how many tokens its layers remove. The defaults are those of ViT-B/16 at 224 pixels."""
 
-    image_size: int = Field(224, gt=0, description="side of the square input pictures, in pixels")
+    image_size: int = Field(224, gt=0, description="side of the square input images, in pixels")
     patch_size: int = Field(16, gt=0)
     vision_width: int = Field(768, gt=0)
     vision_depth: int = Field(12, gt=0)

@@ -1,6 +1,6 @@
-"""BLIP for visual reasoning (NLVR2): is a sentence true of a pair of pictures?
+"""BLIP for visual reasoning (NLVR2): is a sentence true of a pair of images?
 
-One vision transformer encodes both pictures; each layer of the text encoder attends to them through a twin
+One vision transformer encodes both images; each layer of the text encoder attends to them through a twin
 cross-attention, whose two results are averaged in the lower layers and merged by a linear layer in the upper ones;
 a two-class head reads the first token.
 """
@@ -48,7 +48,7 @@ class _TwinOutput(nn.Module):
 
 
 class TwinCrossAttention(nn.Module):
-    """Cross-attention to two pictures, each with its own projections; stands where BlipTextLayer has its single one."""
+    """Cross-attention to two images, each with its own projections; stands where BlipTextLayer has its single one."""
 
     def __init__(self, config: Any, layer: int, merge: bool) -> None:
         super().__init__()
@@ -59,7 +59,7 @@ class TwinCrossAttention(nn.Module):
     def forward(
         self, hidden_states: Tensor, encoder_hidden_states: Sequence[Tensor], **_unused: Any
     ) -> tuple[Tensor, None]:
-        """Return new states [B, T, text_width] for text states and two pictures' states [B, N, vision_width]."""
+        """Return new states [B, T, text_width] for text states and two images' states [B, N, vision_width]."""
         context0, _ = self.self0(hidden_states, encoder_hidden_states=encoder_hidden_states[0])
         context1, _ = self.self1(hidden_states, encoder_hidden_states=encoder_hidden_states[1])
         return self.output(context0, context1, hidden_states), None
@@ -83,11 +83,11 @@ class BlipNlvr(nn.Module):
 
     @property
     def dummy_inputs(self) -> dict[str, Tensor]:
-        """A small call, off which `upop.survey` reads the model."""
+        """A small call, off which `upop.find_prunable` reads the model."""
         return {"images": some_images(self.config, 4), **some_words(self.config)}
 
     def encode(self, images: Tensor, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Return picture states [2B, N, vision_width] and text states [B, T, text_width]; see `forward`."""
+        """Return image states [2B, N, vision_width] and text states [B, T, text_width]; see `forward`."""
         image_states = self.visual_encoder(images)
         # The first token becomes [ENC], the last word of the vocabulary, as in all published checkpoints.
         first = torch.full_like(input_ids[:, :1], self.config.vocab_size - 1)
@@ -104,7 +104,7 @@ class BlipNlvr(nn.Module):
         """Return logits [B, 2] (false, true).
 
         Args:
-            images: [2B, 3, S, S]: all first pictures, then all second ones.
+            images: [2B, 3, S, S]: all first images, then all second ones.
             input_ids: token ids of the sentences, [B, T].
             attention_mask: 1 where there is a token, 0 where there is padding, [B, T].
         """

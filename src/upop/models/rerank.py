@@ -1,7 +1,7 @@
 """Re-ranking: the candidates that features propose, compared again by the matching head, many queries at a time.
 
-The matching logit of a picture and a text is the same whichever of them asks, so every pair is computed once for both
-directions. Pairs are sorted by picture: its states are kept once, and all texts of a pass that look at it share its
+The matching logit of an image and a text is the same whichever of them asks, so every pair is computed once for both
+directions. Pairs are sorted by image: its states are kept once, and all texts of a pass that look at it share its
 keys and values, most of the work of a pair. Texts of like length go together, so that little is spent on padding.
 """
 
@@ -20,7 +20,7 @@ class Matcher(Protocol):
     """What `match_pairs` asks of a model; `upop.models.retrieval.BlipRetrieval.match` is one."""
 
     def __call__(self, image_states: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Return logits [G * n, 2] of G pictures with n texts each."""
+        """Return logits [G * n, 2] of G images with n texts each."""
         ...
 
 
@@ -53,14 +53,14 @@ def match_pairs(
     batch: int,
     device: torch.device | None = None,
 ) -> Tensor:
-    """Return the logit of "match" for pairs of a picture and a text, [P], on the CPU.
+    """Return the logit of "match" for pairs of an image and a text, [P], on the CPU.
 
     Args:
         match: the model's matching head.
-        image_states: of all pictures, [N, tokens, width]; they may lie on the CPU, and go to the device as needed.
+        image_states: of all images, [N, tokens, width]; they may lie on the CPU, and go to the device as needed.
         input_ids: of all texts, [M, T].
         attention_mask: 1 where there is a token, 0 where there is padding (at the end), [M, T].
-        images: the picture of each pair, [P], on the CPU.
+        images: the image of each pair, [P], on the CPU.
         texts: the text of each pair, [P], on the CPU.
         batch: most pairs in a pass; what bounds the memory.
         device: where to compute; where the states are if not given.
@@ -84,9 +84,9 @@ def match_pairs(
 
 
 def _rows(images: Tensor, lengths: Tensor, batch: int) -> Tensor:
-    """Return rows of pairs that have their picture in common, [rows, width], short texts first.
+    """Return rows of pairs that have their image in common, [rows, width], short texts first.
 
-    A picture's last row is filled up with its last pair.
+    An image's last row is filled up with its last pair.
     """
     order = torch.argsort(lengths, stable=True)
     order = order[torch.argsort(images[order], stable=True)]

@@ -1,7 +1,7 @@
-"""BLIP for retrieval: which texts belong to a picture, and which pictures to a text?
+"""BLIP for retrieval: which texts belong to an image, and which images to a text?
 
 Two towers give features that are compared quickly (trained by momentum contrast); for the best candidates the text
-encoder then looks at the picture through its cross-attention, and a two-class head says whether they match.
+encoder then looks at the image through its cross-attention, and a two-class head says whether they match.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class RetrievalConfig(BlipConfig):
 
 
 class Comparison(NamedTuple):
-    """What the model says of N pictures and M texts."""
+    """What the model says of N images and M texts."""
 
     image_features: Tensor
     """Normalised, [N, embed_dim]."""
@@ -55,9 +55,9 @@ class RetrievalLosses(NamedTuple):
 
 
 class SharedCrossAttention(BlipTextAttention):
-    """Cross-attention in which several texts look at one picture, whose keys and values are computed once for all.
+    """Cross-attention in which several texts look at one image, whose keys and values are computed once for all.
 
-    The texts of a picture follow each other: states [G * n, T, width] look at pictures [G, N, vision_width].
+    The texts of an image follow each other: states [G * n, T, width] look at images [G, N, vision_width].
     """
 
     def forward(
@@ -79,7 +79,7 @@ class SharedCrossAttention(BlipTextAttention):
 class BlipRetrieval(MomentumContrast):
     """BLIP for retrieval, with the parameter names of the published checkpoints."""
 
-    momentum_twins = {  # noqa: RUF012 - read-only
+    momentum_encoders = {  # noqa: RUF012 - read-only
         name: f"{name}_m" for name in ("visual_encoder", "vision_proj", "text_encoder", "text_proj")
     }
 
@@ -95,16 +95,16 @@ class BlipRetrieval(MomentumContrast):
         self.text_proj = nn.Linear(config.text_width, config.embed_dim)
         self.itm_head = nn.Linear(config.text_width, 2)
         self.temp = nn.Parameter(torch.tensor(0.07))
-        for name, twin in self.momentum_twins.items():
-            setattr(self, twin, copy.deepcopy(getattr(self, name)))
+        for name, momentum_encoder in self.momentum_encoders.items():
+            setattr(self, momentum_encoder, copy.deepcopy(getattr(self, name)))
         self.copy_to_momentum()
         self.add_queues(config.embed_dim, config.queue_size)
-        self._told = False
+        self._described = False
         self._drawn: dict[str, Any] = {}
 
     @property
     def dummy_inputs(self) -> dict[str, Tensor]:
-        """A small call, off which `upop.survey` reads the model."""
+        """A small call, off which `upop.find_prunable` reads the model."""
         return {"images": some_images(self.config), **some_words(self.config)}
 
     def remake_queues(self, size: int) -> None:
@@ -117,10 +117,10 @@ class BlipRetrieval(MomentumContrast):
         return self._drawn
 
     def encode_image(self, images: Tensor, *, momentum: bool = False) -> tuple[Tensor, Tensor]:
-        """Return states [B, tokens, vision_width] and normalised features [B, embed_dim] of pictures [B, 3, S, S].
+        """Return states [B, tokens, vision_width] and normalised features [B, embed_dim] of images [B, 3, S, S].
 
         Args:
-            images: the pictures.
+            images: the images.
             momentum: ask the momentum copies.
         """
         tower, head = self._towers("visual_encoder", "vision_proj", momentum)
@@ -130,7 +130,7 @@ class BlipRetrieval(MomentumContrast):
     def encode_text(
         self, input_ids: Tensor, attention_mask: Tensor, *, momentum: bool = False
     ) -> tuple[Tensor, Tensor]:
-        """Return states [B, T, text_width] and normalised features [B, embed_dim] of texts [B, T], without pictures.
+        """Return states [B, T, text_width] and normalised features [B, embed_dim] of texts [B, T], without images.
 
         Args:
             input_ids: token ids; the first is [CLS].
@@ -145,8 +145,8 @@ class BlipRetrieval(MomentumContrast):
         """Return the logits of no match and match, [G * n, 2].
 
         Args:
-            image_states: of G pictures, [G, tokens, vision_width].
-            input_ids: n texts for each of them, those of one picture together, [G * n, T].
+            image_states: of G images, [G, tokens, vision_width].
+            input_ids: n texts for each of them, those of one image together, [G * n, T].
             attention_mask: 1 where there is a token, 0 where there is padding, [G * n, T].
         """
         # The first token becomes [ENC], the last word of the vocabulary, as in all published checkpoints.
@@ -169,7 +169,7 @@ class BlipRetrieval(MomentumContrast):
         draws: Tensor | None = None,
         all_ranks: bool = True,
     ) -> Comparison | RetrievalLosses:
-        """Compare pictures with texts; with `ids`, return the losses of a batch of pairs.
+        """Compare images with texts; with `ids`, return the losses of a batch of pairs.
 
         In training mode the losses also clamp the temperature, move the momentum copies and fill the queues.
 
@@ -177,9 +177,9 @@ class BlipRetrieval(MomentumContrast):
             images: [B, 3, S, S].
             input_ids: token ids of the texts, [M, T]; M is B where `ids` are given.
             attention_mask: 1 where there is a token, 0 where there is padding, [M, T].
-            ids: number of each pair's picture, [B]; equal numbers belong together.
+            ids: number of each pair's image, [B]; equal numbers belong together.
             alpha: weight of the momentum copies' own similarities in the contrastive targets.
-            draws: [2 * B], the pairs (of all processes) that give each text its wrong picture, then each picture its
+            draws: [2 * B], the pairs (of all processes) that give each text its wrong image, then each image its
                 wrong text; drawn by similarity if not given.
             all_ranks: draw wrong ones from the batches of all processes. In evaluation mode processes meet only where
                 `draws` are given.
@@ -233,7 +233,7 @@ class BlipRetrieval(MomentumContrast):
     def _negatives(
         self, image: Tensor, text: Tensor, ids: Tensor, draws: Tensor | None, shared: bool
     ) -> tuple[Tensor, Tensor]:
-        """Return a wrong picture for each text and a wrong text for each picture, [2, B], and who has any, [B]."""
+        """Return a wrong image for each text and a wrong text for each image, [2, B], and who has any, [B]."""
         images, texts, numbers = (self.everyone(part) if shared else part for part in (image, text, ids))
         same = ids.unsqueeze(1) == numbers.unsqueeze(0)
         if draws is not None:
@@ -244,15 +244,15 @@ class BlipRetrieval(MomentumContrast):
             for query, keys, part in ((text, images, noise[0]), (image, texts, noise[1]))
         ]
         paired = drawn[0][1]
-        if not self._told and not paired.all():
-            self._told = True
+        if not self._described and not paired.all():
+            self._described = True
             warnings.warn(
-                "A batch holds no wrong partner for some of its pairs (a batch of one, or of one picture alone); these "
+                "A batch holds no wrong partner for some of its pairs (a batch of one, or of one image alone); these "
                 "add no matching loss. Raise batch_size_train if this is more than an exception.",
                 stacklevel=2,
             )
         return torch.stack([index for index, _ in drawn]), paired
 
     def _towers(self, tower: str, head: str, momentum: bool) -> tuple[nn.Module, nn.Module]:
-        names = (self.momentum_twins[tower], self.momentum_twins[head]) if momentum else (tower, head)
+        names = (self.momentum_encoders[tower], self.momentum_encoders[head]) if momentum else (tower, head)
         return getattr(self, names[0]), getattr(self, names[1])

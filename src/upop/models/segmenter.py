@@ -1,6 +1,6 @@
-"""Segmenter (Strudel et al., ICCV 2021): which class every pixel of a picture belongs to.
+"""Segmenter (Strudel et al., ICCV 2021): which class every pixel of an image belongs to.
 
-timm's vision transformer encodes the patches of a picture. A decoder compares each of them with a learned embedding of
+timm's vision transformer encodes the patches of an image. A decoder compares each of them with a learned embedding of
 each class, after both have met in a few more transformer blocks (or a linear layer judges each patch alone), and the
 scores of the patches are enlarged to pixels. Parameter names are those of the published checkpoints.
 """
@@ -169,7 +169,7 @@ class MaskTransformer(nn.Module):
 
 
 class Segmenter(nn.Module):
-    """A vision transformer and a decoder, for pictures of any size."""
+    """A vision transformer and a decoder, for images of any size."""
 
     def __init__(self, config: SegmenterConfig) -> None:
         super().__init__()
@@ -178,7 +178,7 @@ class Segmenter(nn.Module):
         self.decoder = MaskTransformer(config) if config.decoder == "mask_transformer" else LinearDecoder(config)
 
     def encode(self, images: Tensor) -> Tensor:
-        """Return states [B, 1 + N, vision_width] of pictures [B, 3, H, W] whose sides are multiples of the patch's.
+        """Return states [B, 1 + N, vision_width] of images [B, 3, H, W] whose sides are multiples of the patch's.
 
         The first state is the class token's, then come the patches row by row. Positions are resized where the grid of
         patches is another one than that of `config.image_size`.
@@ -193,7 +193,7 @@ class Segmenter(nn.Module):
         return states
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return logits [B, classes, H, W] of pictures [B, 3, H, W] of any size.
+        """Return logits [B, classes, H, W] of images [B, 3, H, W] of any size.
 
         Zeros are added below and at the right up to a multiple of the patch size, and the scores there left out.
         """

@@ -37,14 +37,14 @@ def check_heads(config: ModelConfig, *parts: str) -> None:
 
 
 def check_patches(config: ModelConfig) -> None:
-    """Raise ValueError if a picture is smaller than a patch of it."""
+    """Raise ValueError if an image is smaller than a patch of it."""
     size, patch = getattr(config, "image_size"), getattr(config, "patch_size")  # noqa: B009 - of any configuration
     if patch and size < patch:
         raise ValueError(f"image_size ({size}) is below patch_size ({patch})")
 
 
 def some_images(config: Any, count: int = 2) -> Tensor:
-    """Return noise in the place of pictures, [count, 3, S, S], of the size that a configuration says."""
+    """Return noise in the place of images, [count, 3, S, S], of the size that a configuration says."""
     return torch.randn(count, 3, config.image_size, config.image_size)
 
 

@@ -1,6 +1,6 @@
-"""BLIP for visual question answering: a question about a picture, answered in words.
+"""BLIP for visual question answering: a question about an image, answered in words.
 
-The vision transformer encodes the picture, a text encoder reads the question with the picture in view, and a text
+The vision transformer encodes the image, a text encoder reads the question with the image in view, and a text
 decoder with the question's states in view writes an answer, or says how likely each candidate of a list is.
 """
 
@@ -53,19 +53,19 @@ class BlipVqa(nn.Module):
         self.visual_encoder = build_vision_encoder(config)
         self.text_encoder = BlipTextModel(text_config(config), add_pooling_layer=False)
         keep_position_ids(self.text_encoder.embeddings)
-        # The decoder looks at the question's states, not at the picture's.
+        # The decoder looks at the question's states, not at the image's.
         self.text_decoder = build_text_decoder(config.model_copy(update={"vision_width": config.text_width}))
         for layer in self.text_decoder.bert.encoder.layer:
             layer.crossattention.__class__ = _MaskedCrossAttention
 
     @property
     def dummy_inputs(self) -> dict[str, Tensor]:
-        """A small call, off which `upop.survey` reads the model."""
+        """A small call, off which `upop.find_prunable` reads the model."""
         texts = some_words(self.config, "question") | some_words(self.config, "answer")
         return {"images": some_images(self.config), **texts, "answer_counts": torch.ones(2, dtype=torch.long)}
 
     def encode(self, images: Tensor, question_ids: Tensor, question_mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Return picture states [B, N, vision_width] and question states [B, T, text_width]; see `forward`."""
+        """Return image states [B, N, vision_width] and question states [B, T, text_width]; see `forward`."""
         image_states = self.visual_encoder(images)
         text = self.text_encoder(
             _with_first(question_ids, self.config.vocab_size - 1),  # [ENC], the last word of the vocabulary

@@ -1,43 +1,54 @@
 """The method: unified and progressive pruning. Knows nothing of tasks, files or commands."""
 
+from typing import Any
+
 from upop.pruning.calibrate import calibrate
 from upop.pruning.costs import count_macs, count_parameters
+from upop.pruning.deprecated import NAMES, warn_renamed
 from upop.pruning.distill import Distillation, distill
-from upop.pruning.known import Survey, remember
+from upop.pruning.groups import Attribute, Group, Skipped, Slice, Swap
+from upop.pruning.known import Prunable, remember
 from upop.pruning.magnitude import plan_by_magnitude
 from upop.pruning.masks import unmask
 from upop.pruning.plan import Plan
+from upop.pruning.prunable import find_groups, find_prunable
 from upop.pruning.pruner import Pruner
 from upop.pruning.scores import SCORES
-from upop.pruning.sharded import skeleton
+from upop.pruning.sharded import meta_copy
 from upop.pruning.shrink import shrink
-from upop.pruning.stated import UnitSpec
-from upop.pruning.surveys import find_units, survey
-from upop.pruning.units import Attribute, Skipped, Slice, Swap, Unit
-from upop.pruning.whole import gather
+from upop.pruning.stated import GroupSpec
+from upop.pruning.whole import full_copy
+
+
+def __getattr__(name: str) -> Any:
+    if name in NAMES:
+        warn_renamed(f"upop.pruning.{name}", f"upop.pruning.{NAMES[name]}")
+        return globals()[NAMES[name]]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 __all__ = [
     "SCORES",
     "Attribute",
     "Distillation",
+    "Group",
+    "GroupSpec",
     "Plan",
+    "Prunable",
     "Pruner",
     "Skipped",
     "Slice",
-    "Survey",
     "Swap",
-    "Unit",
-    "UnitSpec",
     "calibrate",
     "count_macs",
     "count_parameters",
     "distill",
-    "find_units",
-    "gather",
+    "find_groups",
+    "find_prunable",
+    "full_copy",
+    "meta_copy",
     "plan_by_magnitude",
     "remember",
     "shrink",
-    "skeleton",
-    "survey",
     "unmask",
 ]

@@ -115,8 +115,8 @@ def repeated(
         kwargs: by name.
         like: the copy that is to be given them, `model` itself by default.
     """
-    told = getattr(model, "for_teacher", None)
-    changed: Mapping[str, Any] = told() if callable(told) else {}
+    described = getattr(model, "for_teacher", None)
+    changed: Mapping[str, Any] = described() if callable(described) else {}
     if not changed:
         return args, kwargs
     bound = inspect.signature((like or model).forward).bind(*args, **kwargs)

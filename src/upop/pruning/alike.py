@@ -30,7 +30,7 @@ def likeness(model: nn.Module) -> Hashable | None:
 
     It holds the classes of all modules, all that they keep beside their weights, and their tensors' shapes; a model
     with hooks, or one that keeps things of unknown kinds, is like no other. In which precision all weights are does not
-    matter: units are proved in float64.
+    matter: groups are proved in float64.
     """
     try:
         return tuple(_parts(model))

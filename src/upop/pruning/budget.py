@@ -1,6 +1,6 @@
-"""Which entries go under one budget: standardised scores, one ranking over all modalities, one threshold.
+"""Which channels go under one budget: standardised scores, one ranking over all modalities, one threshold.
 
-Section 3 of the paper. A high score means that shrinking the entry lowers the loss most, so high scores go first.
+Section 3 of the paper. A high score means that shrinking the channel lowers the loss most, so high scores go first.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from upop.pruning.align import Align, entries_in_block, told_align
 from upop.pruning.depth import NONE, Depth
 from upop.pruning.errors import SettingError
+from upop.pruning.groups import Group
+from upop.pruning.round_to import RoundTo, channels_in_block, format_round_to
 from upop.pruning.uniform import Tower, removable_blocks, together
-from upop.pruning.units import Unit
 
 
 def progress(step: int, steps: int, ratio: float) -> float:
@@ -35,9 +35,9 @@ class Selection:
     """What a ranking decided.
 
     Attributes:
-        marked: per unit, shape [size], bool: True where the entry is to go.
-        threshold: the standardised score above which entries go.
-        cost: the summed cost of the marked entries.
+        marked: per group, shape [size], bool: True where the channel is to go.
+        threshold: the standardised score above which channels go.
+        cost: the summed cost of the marked channels.
     """
 
     marked: dict[str, Tensor]
@@ -45,14 +45,14 @@ class Selection:
     cost: float
 
 
-def standardise(units: Sequence[Unit], scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return `(s - mean) / std` over all attention entries together, and over all MLP entries together (float64).
+def standardise(groups: Sequence[Group], scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return `(s - mean) / std` over all attention channels together, and over all MLP channels together (float64).
 
     The standard deviation is the unbiased one. Where all scores of a kind are equal, they become 0.
     """
     result: dict[str, Tensor] = {}
     for kind in ("attention", "mlp"):
-        names = [unit.name for unit in units if unit.kind == kind]
+        names = [group.name for group in groups if group.kind == kind]
         if not names:
             continue
         values = torch.cat([scores[name].double().cpu() for name in names])
@@ -64,112 +64,114 @@ def standardise(units: Sequence[Unit], scores: Mapping[str, Tensor]) -> dict[str
 
 
 def select(
-    units: Sequence[Unit],
+    groups: Sequence[Group],
     scores: Mapping[str, Tensor],
     costs: Mapping[str, float],
     share: float,
-    align: Align = 1,
+    round_to: RoundTo = 1,
     *,
     standardised: bool = True,
     towers: Sequence[Tower] = (),
 ) -> Selection:
-    """Mark the entries with the highest (standardised) scores until their cost is nearest to `share` of the total.
+    """Mark the channels with the highest (standardised) scores until their cost is nearest to `share` of the total.
 
-    Entries are ranked in blocks: within a unit, the entries sorted by score are grouped, so that the channels that
-    stay are always a multiple of `align`; the first block takes the remainder of the unit's size. The last block of
-    each unit (its lowest scores) is never marked, and is left out of the walk, so the budget holds all the same.
+    Channels are ranked in blocks: within a group, the channels sorted by score are grouped, so that the channels that
+    stay are always a multiple of `round_to`; the first block takes the remainder of the group's size. The last block of
+    each group (its lowest scores) is never marked, and is left out of the walk, so the budget holds all the same.
 
-    The units of a tower lose equally many entries: their first blocks are one, and so on, with the mean of their
+    The groups of a tower lose equally many channels: their first blocks are one, and so on, with the mean of their
     scores. Such a block costs much; one that does not fit into what is left of the budget is passed over, and smaller
     ones behind it fill that up.
 
     Args:
-        units: the units to rank together.
-        scores: accumulated scores per unit, shape [size].
-        costs: cost of one entry per unit.
+        groups: the groups to rank together.
+        scores: accumulated scores per group, shape [size].
+        costs: cost of one channel per group.
         share: share of the total cost to be marked, in [0, 1).
-        align: channels in a block; 1 ranks single entries. An entry that is a head has many channels.
+        round_to: channels in a block; 1 ranks single channels. A channel that is a head has many channels.
         standardised: whether attention and MLP scores are each standardised, as published; else they are compared as
             they are.
-        towers: units that lose equally many.
+        towers: groups that lose equally many.
     """
-    ranking = rank(units, scores, align, standardised=standardised, towers=towers)
+    ranking = rank(groups, scores, round_to, standardised=standardised, towers=towers)
     if towers:
-        return ranking.filled(share * sum(costs[unit.name] * unit.size for unit in units), costs)
+        return ranking.filled(share * sum(costs[group.name] * group.size for group in groups), costs)
     spent = torch.cat([torch.zeros(1, dtype=torch.float64), ranking.costs(costs).cumsum(0)])
-    total = sum(costs[unit.name] * unit.size for unit in units)
+    total = sum(costs[group.name] * group.size for group in groups)
     return ranking.selection(int((spent - share * total).abs().argmin()), costs)
 
 
 @dataclass(frozen=True)
 class Ranking:
-    """The blocks of all units in the order in which they go.
+    """The blocks of all groups in the order in which they go.
 
     Attributes:
-        units: all of them, in forward order.
-        groups: those that lose blocks; those of a tower lose equally many entries, and are one group.
-        orders: per group and unit, its entries that may go, those with the highest scores first.
-        lengths: per group, how many of each unit's entries are in each of its blocks.
-        means: the mean score of every block, group by group, and then of what goes whole.
+        groups: all of them, in forward order.
+        bundles: those that lose blocks; those of a tower lose equally many channels, and are one bundle.
+        orders: per bundle and group, its channels that may go, those with the highest scores first.
+        lengths: per bundle, how many of each group's channels are in each of its blocks.
+        means: the mean score of every block, bundle by bundle, and then of what goes whole.
         walk: places in `means`, in the order in which blocks go.
-        whole: the names of units that go whole, together, beside the blocks of the groups.
+        whole: the names of groups that go whole, together, beside the blocks of the bundles.
     """
 
-    units: Sequence[Unit]
-    groups: Sequence[Sequence[Unit]]
+    groups: Sequence[Group]
+    bundles: Sequence[Sequence[Group]]
     orders: Sequence[Sequence[Tensor]]
     lengths: Sequence[Tensor]
     means: Tensor
     walk: Tensor
     whole: Sequence[tuple[str, ...]] = ()
-    _owners: Tensor = field(init=False)  # the place of the group of every block
-    _entries: Tensor = field(init=False)  # how many entries of each of its units every block has
+    _owners: Tensor = field(init=False)  # the place of the bundle of every block
+    _channels: Tensor = field(init=False)  # how many channels of each of its groups every block has
 
     def __post_init__(self) -> None:
         """Note of every block whose it is."""
         counts = torch.tensor([len(each) for each in self.lengths], dtype=torch.long)
-        object.__setattr__(self, "_owners", torch.arange(len(self.groups)).repeat_interleave(counts))
+        object.__setattr__(self, "_owners", torch.arange(len(self.bundles)).repeat_interleave(counts))
         lengths = torch.cat(list(self.lengths)) if self.lengths else torch.zeros(0, dtype=torch.long)
-        object.__setattr__(self, "_entries", lengths)
+        object.__setattr__(self, "_channels", lengths)
 
     def costs(self, costs: Mapping[str, float]) -> Tensor:
         """Return what each block costs, in the order in which they go."""
-        entry = torch.tensor([sum(costs[unit.name] for unit in group) for group in self.groups], dtype=torch.float64)
-        return (self._entries.double() * entry[self._owners])[self.walk]
+        channel = torch.tensor(
+            [sum(costs[group.name] for group in bundle) for bundle in self.bundles], dtype=torch.float64
+        )
+        return (self._channels.double() * channel[self._owners])[self.walk]
 
     def kept(self, count: int) -> dict[str, int]:
-        """Return how many entries every unit keeps when so many blocks go."""
-        gone, whole = self._parts(count)
-        lost = torch.zeros(len(self.groups), dtype=torch.long)
-        lost.index_add_(0, self._owners[gone], self._entries[gone])
-        kept = {unit.name: unit.size for unit in self.units}
-        for group, number in zip(self.groups, lost.tolist(), strict=True):
-            kept.update({unit.name: unit.size - number for unit in group})
+        """Return how many channels every group keeps when so many blocks go."""
+        pruned, whole = self._parts(count)
+        lost = torch.zeros(len(self.bundles), dtype=torch.long)
+        lost.index_add_(0, self._owners[pruned], self._channels[pruned])
+        kept = {group.name: group.size for group in self.groups}
+        for bundle, number in zip(self.bundles, lost.tolist(), strict=True):
+            kept.update({group.name: group.size - number for group in bundle})
         return kept | dict.fromkeys(whole, 0)
 
     def _parts(self, count: int) -> tuple[Tensor, set[str]]:
-        """Return which blocks of groups go when so many do, and which units go whole beside them."""
-        gone, blocks = self.walk[:count], len(self._entries)
-        whole = [self.whole[place] for place in (gone[gone >= blocks] - blocks).tolist()]
-        return gone[gone < blocks], {name for names in whole for name in names}
+        """Return which blocks of bundles go when so many do, and which groups go whole beside them."""
+        pruned, blocks = self.walk[:count], len(self._channels)
+        whole = [self.whole[place] for place in (pruned[pruned >= blocks] - blocks).tolist()]
+        return pruned[pruned < blocks], {name for names in whole for name in names}
 
     def last(self, count: int) -> list[tuple[tuple[str, ...], list[int]]]:
-        """Return, where so many blocks go, groups and the lengths of their blocks that go, the last to go first.
+        """Return, where so many blocks go, bundles and the lengths of their blocks that go, the last to go first.
 
         Groups that lost blocks last come first. Blocks whose score is infinite went before, and are left out, as are
-        units that go whole beside their blocks.
+        groups that go whole beside their blocks.
         """
-        gone, whole = self._parts(count)
+        pruned, whole = self._parts(count)
         found: dict[tuple[str, ...], list[int]] = {}
-        for place in gone.flip(0).tolist():
+        for place in pruned.flip(0).tolist():
             if math.isfinite(self.means[place]):
-                group = self.groups[int(self._owners[place])]
-                names = tuple(unit.name for unit in group if unit.name not in whole)
-                found.setdefault(names, []).append(int(self._entries[place]))
+                bundle = self.bundles[int(self._owners[place])]
+                names = tuple(group.name for group in bundle if group.name not in whole)
+                found.setdefault(names, []).append(int(self._channels[place]))
         return list(found.items())
 
     def selection(self, count: int, costs: Mapping[str, float], back: Mapping[str, int] | None = None) -> Selection:
-        """Return what goes where so many blocks do, but for the last ones of some units, which stay."""
+        """Return what goes where so many blocks do, but for the last ones of some groups, which stay."""
         chosen = torch.zeros(len(self.walk), dtype=torch.bool)
         chosen[self.walk[:count]] = True
         threshold = float(self.means[self.walk[count]]) if count < len(self.walk) else -math.inf
@@ -178,7 +180,7 @@ class Ranking:
     def filled(self, budget: float, costs: Mapping[str, float]) -> Selection:
         """Return what goes where blocks go in their order, as far as the budget has room for them.
 
-        Half of the smallest block may be too much. A group of which a block was passed over loses no more.
+        Half of the smallest block may be too much. A bundle of which a block was passed over loses no more.
         """
         chosen = torch.zeros(len(self.walk), dtype=torch.bool)
         each = self.costs(costs)
@@ -197,116 +199,122 @@ class Ranking:
     def _marked(
         self, chosen: Tensor, costs: Mapping[str, float], threshold: float, back: Mapping[str, int]
     ) -> Selection:
-        marked = {unit.name: torch.zeros(unit.size, dtype=torch.bool) for unit in self.units}
+        marked = {group.name: torch.zeros(group.size, dtype=torch.bool) for group in self.groups}
         *picks, whole = chosen.split([*(len(length) for length in self.lengths), len(self.whole)])
-        for group, orders, length, picked in zip(self.groups, self.orders, self.lengths, picks, strict=True):
-            for unit, order in zip(group, orders, strict=True):
-                going = picked & (picked.cumsum(0) <= picked.sum() - back.get(unit.name, 0))
-                marked[unit.name][order[going.repeat_interleave(length)]] = True
+        for bundle, orders, length, picked in zip(self.bundles, self.orders, self.lengths, picks, strict=True):
+            for group, order in zip(bundle, orders, strict=True):
+                going = picked & (picked.cumsum(0) <= picked.sum() - back.get(group.name, 0))
+                marked[group.name][order[going.repeat_interleave(length)]] = True
         for names, picked in zip(self.whole, whole.tolist(), strict=True):
             for name in names if picked else ():
                 marked[name].fill_(True)
-        spent = sum(costs[unit.name] * int(marked[unit.name].sum()) for unit in self.units)
+        spent = sum(costs[group.name] * int(marked[group.name].sum()) for group in self.groups)
         return Selection(marked, threshold, float(spent))
 
 
 def rank(
-    units: Sequence[Unit],
+    groups: Sequence[Group],
     scores: Mapping[str, Tensor],
-    align: Align = 1,
+    round_to: RoundTo = 1,
     *,
     standardised: bool = True,
     towers: Sequence[Tower] = (),
     depth: Depth = NONE,
 ) -> Ranking:
-    """Return all blocks of entries that may go, those with the highest (standardised) scores first; see `select`.
+    """Return all blocks of channels that may go, those with the highest (standardised) scores first; see `select`.
 
-    A unit that may go whole ends with a block of all that is left, which goes by what it loses for what it saves: the
-    sum of its entries' scores, over their cost and what goes beside them. Blocks that would save less for what they
-    lose than all that is left does are part of that one. So do the units of a layer of a tower, together.
+    A group that may go whole ends with a block of all that is left, which goes by what it loses for what it saves: the
+    sum of its channels' scores, over their cost and what goes beside them. Blocks that would save less for what they
+    lose than all that is left does are part of that one. So do the groups of a layer of a tower, together.
     """
-    ranked = standardise(units, scores) if standardised else {name: s.double().cpu() for name, s in scores.items()}
-    gone = {unit.name for unit in units if depth and bool((ranked[unit.name] == math.inf).all())}
-    found = together([unit for unit in units if unit.name not in gone], towers)
+    ranked = standardise(groups, scores) if standardised else {name: s.double().cpu() for name, s in scores.items()}
+    pruned = {group.name for group in groups if depth and bool((ranked[group.name] == math.inf).all())}
+    found = together([group for group in groups if group.name not in pruned], towers)
     orders, means, lengths = [], [], []
-    for group, tower in found:
-        both = [ranked[unit.name].sort(descending=True, stable=True) for unit in group]
-        sizes = removable_blocks(group[0], align, tower)
+    for bundle, tower in found:
+        both = [ranked[group.name].sort(descending=True, stable=True) for group in bundle]
+        sizes = removable_blocks(bundle[0], round_to, tower)
         removable = sum(sizes)
         values = torch.stack([values[:removable] for values, _ in both]).mean(0)
         values = values if all(size == 1 for size in sizes) else _block_means(values, sizes)
-        if tower is None and (group[0].name,) in depth.branches:
-            sizes, values = depth.with_rest(group[0], both[0].values, sizes, values)
+        if tower is None and (bundle[0].name,) in depth.branches:
+            sizes, values = depth.with_rest(bundle[0], both[0].values, sizes, values)
         orders.append([order[: sum(sizes)] for _, order in both])
         lengths.append(torch.tensor(sizes, dtype=torch.long))
         means.append(values)
-    alone = {unit.name for group, tower in found if tower is None for unit in group}
+    alone = {group.name for bundle, tower in found if tower is None for group in bundle}
     whole = [(names, depth.score(names, ranked)) for names in depth.branches if alone.isdisjoint(names)]
     flat_means = torch.cat([*means, torch.tensor([score for _, score in whole], dtype=torch.float64)])
     walk = flat_means.argsort(descending=True, stable=True)
-    groups = [group for group, _ in found]
-    return Ranking(units, groups, orders, lengths, flat_means, walk, [names for names, _ in whole])
+    bundles = [bundle for bundle, _ in found]
+    return Ranking(groups, bundles, orders, lengths, flat_means, walk, [names for names, _ in whole])
 
 
 def select_as_published(
-    units: Sequence[Unit], scores: Mapping[str, Tensor], costs: Mapping[str, float], share: float
+    groups: Sequence[Group], scores: Mapping[str, Tensor], costs: Mapping[str, float], share: float
 ) -> Selection:
-    """Mark entries as the published implementation does, so that its masks can be reproduced.
+    """Mark channels as the published implementation does, so that its masks can be reproduced.
 
     The threshold is the score at which the cumulated cost is nearest to the budget; only scores strictly above it
-    are marked, and of those each unit keeps its lowest. So the marked cost falls a little short of the budget.
+    are marked, and of those each group keeps its lowest. So the marked cost falls a little short of the budget.
     """
-    ranked = standardise(units, scores)
-    flat = torch.cat([ranked[unit.name] for unit in units])
-    entry_costs = torch.cat([torch.full((unit.size,), float(costs[unit.name])) for unit in units]).double()
+    ranked = standardise(groups, scores)
+    flat = torch.cat([ranked[group.name] for group in groups])
+    channel_costs = torch.cat([torch.full((group.size,), float(costs[group.name])) for group in groups]).double()
     ordered, order = flat.sort(descending=True)
-    nearest = (entry_costs[order].cumsum(0) - share * entry_costs.sum()).abs().argmin()
+    nearest = (channel_costs[order].cumsum(0) - share * channel_costs.sum()).abs().argmin()
     threshold = ordered[nearest]
     marked = {
-        unit.name: (ranked[unit.name] > threshold) & (ranked[unit.name] > ranked[unit.name].min()) for unit in units
+        group.name: (ranked[group.name] > threshold) & (ranked[group.name] > ranked[group.name].min())
+        for group in groups
     }
-    cost = sum(costs[name] * int(gone.sum()) for name, gone in marked.items())
+    cost = sum(costs[name] * int(pruned.sum()) for name, pruned in marked.items())
     return Selection(marked, float(threshold), float(cost))
 
 
 def check_reachable(
-    units: Sequence[Unit],
+    groups: Sequence[Group],
     costs: Mapping[str, float],
     ratio: float,
-    align: Align = 1,
+    round_to: RoundTo = 1,
     towers: Sequence[Tower] = (),
     whole: Container[str] = (),
     wider: Sequence[str] = (),
 ) -> None:
-    """Raise unless `ratio` of the total cost can go while every unit keeps its last block.
+    """Raise unless `ratio` of the total cost can go while every group keeps its last block.
 
     Args:
-        units: that are ranked.
-        costs: of an entry.
+        groups: that are ranked.
+        costs: of a channel.
         ratio: asked for.
-        align: kept channels are multiples of this.
-        towers: units that lose equally many.
-        whole: names of units that may go whole.
+        round_to: kept channels are multiples of this.
+        towers: groups that lose equally many.
+        whole: names of groups that may go whole.
         wider: what would let more go, in words.
 
     Raises:
-        SettingError: it cannot; the message says the largest ratio that can, and which units an `align` leaves whole.
+        SettingError: it cannot; the message says the largest ratio that can, and which groups an `round_to` leaves
+            whole.
     """
-    total = sum(costs[unit.name] * unit.size for unit in units)
-    blocks = {unit.name: entries_in_block(unit, align) for unit in units}
+    total = sum(costs[group.name] * group.size for group in groups)
+    blocks = {group.name: channels_in_block(group, round_to) for group in groups}
     removable = sum(
-        costs[unit.name] * (unit.size if unit.name in whole else sum(removable_blocks(unit, align, tower)))
-        for group, tower in together(units, towers)
-        for unit in group
+        costs[group.name] * (group.size if group.name in whole else sum(removable_blocks(group, round_to, tower)))
+        for bundle, tower in together(groups, towers)
+        for group in bundle
     )
     if ratio * total > removable:
         largest = max(blocks.values())
-        block = "entry" if largest == 1 else f"block of {largest} entries" if align == largest else "block"
-        stays = [unit.name for unit in units if unit.size < 2 * blocks[unit.name]]
-        stay = f" (with align={told_align(align)}, {len(stays)} of them stay whole)" if stays and largest > 1 else ""
-        wider = [*(["a smaller align"] if largest > 1 else []), *wider]
+        block = "channel" if largest == 1 else f"block of {largest} channels" if round_to == largest else "block"
+        stays = [group.name for group in groups if group.size < 2 * blocks[group.name]]
+        stay = (
+            f" (with round_to={format_round_to(round_to)}, {len(stays)} of them stay whole)"
+            if stays and largest > 1
+            else ""
+        )
+        wider = [*(["a smaller round_to"] if largest > 1 else []), *wider]
         raise SettingError(
-            f"ratio={ratio} cannot be reached: every one of the {len(units)} units keeps at least one {block}{stay}, "
+            f"ratio={ratio} cannot be reached: every one of the {len(groups)} groups keeps at least one {block}{stay}, "
             f"so at most {math.floor(removable / total * 1e4) / 1e4} of the cost can go. "
             f"Ask for less{', or for ' if wider else ''}{', or '.join(wider)}."
         )

@@ -1,6 +1,6 @@
 """Compression without training: a few batches say what matters, and the layers that read the rest make up for it.
 
-First-order terms of the loss rank all entries under one budget, as in the search, and are taken anew after every part
+First-order terms of the loss rank all channels under one budget, as in the search, and are taken anew after every part
 of the cut; the layers that read what was cut are corrected over the same batches.
 """
 
@@ -16,41 +16,43 @@ import torch
 from torch import Tensor, nn
 
 from upop.pruning.again import buffers_kept, random_numbers_kept
-from upop.pruning.align import Align, check_align
 from upop.pruning.carried import record_cut, refuse_unrecordable
 from upop.pruning.choice import check_correct, check_whole, chosen, refuse_frozen
-from upop.pruning.correction import Choice, correct_readers
-from upop.pruning.costs import Cost, call, entry_costs, evaluating
+from upop.pruning.correction import Choice, correct_consumers
+from upop.pruning.costs import Cost, call, channel_costs, evaluating
 from upop.pruning.dense import Dense
+from upop.pruning.deprecated import renamed_arguments
 from upop.pruning.depth import branches_of, check_depth
 from upop.pruning.errors import SettingError, StepError
 from upop.pruning.goal import Goal
+from upop.pruning.groups import Group, tensor_of
 from upop.pruning.latency import Profile
 from upop.pruning.least_squares import PARTS, moments_bytes
 from upop.pruning.masks import refuse_masked, unwrapped
-from upop.pruning.moments import Correct, Moments, allowed_bytes, readers
+from upop.pruning.moments import Correct, Moments, allowed_bytes, consumers
 from upop.pruning.plan import Plan
+from upop.pruning.prunable import find_groups, groups_to_search, waits_for_batch
 from upop.pruning.recompute import recomputing
-from upop.pruning.scores import FreedRows, Score, Scoring, accumulator, scoring
+from upop.pruning.round_to import RoundTo, check_round_to
+from upop.pruning.scores import FreedRows, Importance, Scoring, accumulator, scoring
 from upop.pruning.seen import FirstCall, Kept, examples_of, read_first, remember_inputs
 from upop.pruning.sharded import refuse_sharded
 from upop.pruning.shrink import Assignment, cut_verified, refuse_shared, restore
 from upop.pruning.slips import check_loss, check_model, listed, refuse_inference_mode, scalar, tried
 from upop.pruning.stated import Stated
-from upop.pruning.surveys import find_units, units_to_search, waits_for_batch
 from upop.pruning.targets import Target
-from upop.pruning.told import warn_of_none
 from upop.pruning.uniform import Uniform, check_uniform, to_keep_alike
-from upop.pruning.units import Unit, tensor_of
 from upop.pruning.verify import tensors_of
+from upop.pruning.warn import warn_of_none
 
 Loss = Callable[[nn.Module, Any], Tensor]
 _MOST = 0.25
 """Share of what there is that a stage takes at most, by default."""
 _NEARLY_ALL = 0.99
-"""All but the last entry of every unit is taken in as many stages as this share."""
+"""All but the last channel of every group is taken in as many stages as this share."""
 
 
+@renamed_arguments(align="round_to", score="importance", units="groups")
 def calibrate(
     model: nn.Module,
     batches: Iterable[Any],
@@ -63,12 +65,12 @@ def calibrate(
     correct: Correct = "auto",
     ridge: float | None = None,
     cost: Cost = "params",
-    align: Align | str = 1,
-    score: str | Score = "absolute",
+    round_to: RoundTo | str = 1,
+    importance: str | Importance = "absolute",
     include: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] | None = None,
     example: Any = None,
-    units: Sequence[Stated] = (),
+    groups: Sequence[Stated] = (),
     verify: Any = True,
     uniform: Uniform | None = None,
     depth: bool = False,
@@ -77,7 +79,7 @@ def calibrate(
 
     It then carries the plan, as after `upop.shrink`.
 
-    An entry matters as much as the loss of the batches would change without it, by its first-order term: the sum over
+    A channel matters as much as the loss of the batches would change without it, by its first-order term: the sum over
     the batches of the absolute gradient of the loss to its mask. Use this where there is no time or data to train, and
     `Pruner` where there is: the first is done in seconds to minutes, the second loses less.
 
@@ -95,7 +97,7 @@ def calibrate(
             "cache" is that of `example`, or else of the first batch, where the model is called with it.
         profile: for a target in milliseconds, as for `Pruner`.
         loss: (model, batch) -> the mean loss of the batch, a scalar. By default the `loss` that the model's outputs
-            carry (as transformers' do when they are given labels); or else an entry matters as much as the outputs
+            carry (as transformers' do when they are given labels); or else a channel matters as much as the outputs
             would move without it, by the gradients of random projections of them.
         stages: in so many parts the cost is removed, each of them the same share of what there is; scores and
             corrections are made anew for each. By default as many as it takes for no part to be more than a quarter:
@@ -107,32 +109,32 @@ def calibrate(
             default it is decided for each layer, by how well weights that are corrected for one half of the batches do
             on the other half: where they would do no better than the old ones, a layer is not corrected. A number
             holds for all layers, whether it helps them or not.
-        cost: what an entry costs; see `Pruner`.
-        align: kept channels are multiples of this; see `Pruner`.
+        cost: what a channel costs; see `Pruner`.
+        round_to: kept channels are multiples of this; see `Pruner`.
         score: what a batch adds to the scores: "absolute", "squared", or a function; see `Pruner`.
-        include: names or patterns of the units to cut; default all.
-        exclude: names or patterns of units to leave alone.
-        example: inputs for one forward pass, for cost="flops", and to read the units of a model with classes of one's
-            own (`survey`). Without one, those of such a model are read with the first batch.
-        units: what is known of units beside (`upop.UnitSpec`); see `Pruner`.
+        include: names or patterns of the groups to cut; default all.
+        exclude: names or patterns of groups to leave alone.
+        example: inputs for one forward pass, for cost="flops", and to read the groups of a model with classes of one's
+            own (`find_prunable`). Without one, those of such a model are read with the first batch.
+        groups: what is known of groups beside (`upop.GroupSpec`); see `Pruner`.
         verify: inputs on which the masked and the cut model are compared at every stage, as for `upop.shrink`. By
             default a few samples of the first batch. False cuts without proof.
         uniform: "tower" has all layers of a tower keep equally many; see `Pruner`.
         depth: True lets whole branches, and layers, go; see `Pruner`.
 
     Returns:
-        What every unit kept, in the entries of the dense model.
+        What every group kept, in the channels of the dense model.
 
     Raises:
         SettingError: a setting is out of range, there is no batch, the ratio or the target cannot be reached, or the
             model is quantized.
-        LayoutError: the model has no unit, or a unit's weights are frozen, shared, masked or sharded.
+        LayoutError: the model has no group, or a group's weights are frozen, shared, masked or sharded.
         StepError: the loss has no gradient, or one that is not finite.
         VerificationError: the outputs differ, or the cut model cannot be run. In every case the model is as it was.
     """
     check_model(model, "calibrate()")
     refuse_inference_mode("calibrate()")
-    goal, align = Goal(ratio, target, profile), check_align(align)
+    goal, round_to = Goal(ratio, target, profile), check_round_to(round_to)
     model = unwrapped(model)
     refuse_sharded(model, "calibrate()")
     refuse_unrecordable(model)
@@ -147,61 +149,61 @@ def calibrate(
         raise SettingError(
             f"ridge must be above 0, or the weights are not determined; found {ridge!r}. Without it, it is chosen."
         )
-    scorer = scoring(score)
+    scorer = scoring(importance)
     kept_call = _first_call(model, batches[0], loss)
     if example is None and waits_for_batch(model):
-        found = read_first(kept_call.inputs(model), lambda inputs: units_to_search(model, inputs, units))
+        found = read_first(kept_call.inputs(model), lambda inputs: groups_to_search(model, inputs, groups))
     else:
-        found = units_to_search(model, example, units)
+        found = groups_to_search(model, example, groups)
     searched = chosen(found, include, exclude, depth=depth)
     dense, towers, layers = to_keep_alike(model, searched, uniform, found, depth=depth)
     refuse_frozen(model, dense)
     refuse_masked(model, dense)
     refuse_shared(model, dense)
-    costs = entry_costs(model, dense, cost, example)
+    costs = channel_costs(model, dense, cost, example)
     branches: list[tuple[str, ...]] = []
     if depth:
         branches = branches_of(model, dense, _inputs(model, kept_call, example), layers if uniform else None)
     called = batches[0] if example is None and loss is None else example
-    goal.begin(model, dense, costs, align, called, towers, branches)
+    goal.begin(model, dense, costs, round_to, called, towers, branches)
     parts = stage_parts(goal.asked_share, stages)
-    names = {unit.name for unit in dense}
-    kept = {unit.name: torch.arange(unit.size) for unit in dense}
+    names = {group.name for group in dense}
+    kept = {group.name: torch.arange(group.size) for group in dense}
     undo: list[Assignment] = []
     choices: list[Choice] = []
     before = Dense(model, dense)
     observing = _Observing(model, batches, loss or _own_loss, scorer, correct)
     try:
         for part in parts:
-            stand = [unit for unit in find_units(model) if unit.name in names]
+            stand = [group for group in find_groups(model) if group.name in names]
             with observing.of(stand) as (scores, moments):
                 # What the loss would lose is comparable as it is; standardised, what ranks first depends on the tails.
-                marked = goal.select(stand, scores, costs, part, align, standardised=False).marked
+                marked = goal.select(stand, scores, costs, part, round_to, standardised=False).marked
                 if correct:
-                    live = {name: torch.ones_like(gone) for name, gone in marked.items()}
-                    changed = correct_readers(moments, model, stand, live, marked, correct, ridge)
+                    active = {name: torch.ones_like(pruned) for name, pruned in marked.items()}
+                    changed = correct_consumers(moments, model, stand, active, marked, correct, ridge)
                     choices += changed.values()
-            stand = [unit for unit in stand if unit.size]  # of the others nothing was left before
-            plan = Plan.of(stand, {unit.name: (~marked[unit.name]).nonzero().flatten().tolist() for unit in stand})
+            stand = [group for group in stand if group.size]  # of the others nothing was left before
+            plan = Plan.of(stand, {group.name: (~marked[group.name]).nonzero().flatten().tolist() for group in stand})
             undo += cut_verified(model, stand, plan, verify, _inputs(model, kept_call, example), dense=before)
-            kept |= {name: kept[name][list(entries)] for name, entries in plan.items()}
+            kept |= {name: kept[name][list(channels)] for name, channels in plan.items()}
     except BaseException:
         restore(undo)
         before.restore()
         raise
     finally:
         before.forget()
-    warn_of_none([choice.ridge is not None for choice in choices], "Give more batches.", stacklevel=3)
+    warn_of_none([choice.ridge is not None for choice in choices], "Give more batches.", stacklevel=4)
     described = cost if isinstance(cost, str) else "given"
     plan = Plan.of(
         dense,
-        {name: entries.tolist() for name, entries in kept.items()},
+        {name: channels.tolist() for name, channels in kept.items()},
         method="calibrate",
-        **goal.told({name: len(entries) for name, entries in kept.items()}),
+        **goal.described({name: len(channels) for name, channels in kept.items()}),
         stages=len(parts),
         correct=bool(correct),
         cost=described,
-        align=align,
+        round_to=round_to,
         **({"uniform": uniform} if uniform else {}),
         **({"depth": True} if depth else {}),
     )
@@ -264,59 +266,59 @@ class _Observing:
         self._thrifty = True  # until the model is seen not to allow it
 
     @contextmanager
-    def of(self, units: list[Unit]) -> Iterator[tuple[dict[str, Tensor], Moments]]:
-        """Yield scores [size] (high ones go first), and what the readers of the units are given.
+    def of(self, groups: list[Group]) -> Iterator[tuple[dict[str, Tensor], Moments]]:
+        """Yield scores [size] (high ones go first), and what the readers of the groups are given.
 
         Raises:
             StepError: a loss has no gradient, or one that is not finite.
         """
-        model, gone = self._model, [unit for unit in units if not unit.size]
-        units = [unit for unit in units if unit.size]
-        sizes = [layers[0].in_features for unit in units if (layers := readers(model, unit))]
+        model, pruned = self._model, [group for group in groups if not group.size]
+        groups = [group for group in groups if group.size]
+        sizes = [layers[0].in_features for group in groups if (layers := consumers(model, group))]
         kind = accumulator(next(model.parameters()))
         fits = sum(moments_bytes(size, kind) for size in sizes) <= allowed_bytes(model, self._correct)
         moments = Moments(at_once=fits, alone=len(self._batches) < PARTS)
         parameters = {
-            part.tensor: (tensor_of(model, part.tensor), part.dim) for unit in units for part in unit.producers
+            part.tensor: (tensor_of(model, part.tensor), part.dim) for group in groups for part in group.producers
         }
         rows = FreedRows(self._scorer.rows, parameters, model.parameters())
         try:
             with evaluating(model):
                 try:
                     with recomputing(model) if self._thrifty else nullcontext():
-                        scores = self._scores(units, rows, moments)
+                        scores = self._scores(groups, rows, moments)
                 except Exception as error:
                     if not self._thrifty or isinstance(error, torch.OutOfMemoryError | MemoryError):
                         raise
                     self._thrifty = False  # what was wrong otherwise comes up again
                     moments.release()
                     moments = Moments(at_once=fits, alone=len(self._batches) < PARTS)
-                    scores = self._scores(units, rows, moments)
+                    scores = self._scores(groups, rows, moments)
             rows.release()
             model.zero_grad()
             if not all(bool(score.isfinite().all()) for score in scores.values()):
                 raise StepError(
                     "The loss of a batch, or a gradient, is not finite. Check the batches, and use float32."
                 )
-            yield {**scores, **{unit.name: torch.zeros(0, dtype=torch.float64) for unit in gone}}, moments
+            yield {**scores, **{group.name: torch.zeros(0, dtype=torch.float64) for group in pruned}}, moments
         finally:
             rows.release()
             moments.release()
             model.zero_grad()
 
-    def _scores(self, units: list[Unit], rows: FreedRows, moments: Moments) -> dict[str, Tensor]:
-        scores = {unit.name: torch.zeros(unit.size, dtype=torch.float64) for unit in units}
+    def _scores(self, groups: list[Group], rows: FreedRows, moments: Moments) -> dict[str, Tensor]:
+        scores = {group.name: torch.zeros(group.size, dtype=torch.float64) for group in groups}
         if self._correct:
-            moments.watch(self._model, units, told=True)
+            moments.watch(self._model, groups, described=True)
         for number, batch in enumerate(self._batches):
             moments.step = number
             self._model.zero_grad()
             found = rows.of(partial(self._run, batch, moments))
             if not found:
                 raise StepError("The loss gave no gradient to any weight that could go. Is it of this model?")
-            for unit in units:
-                given = [part.reduce(found[part.tensor]) for part in unit.producers if part.tensor in found]
-                scores[unit.name] += self._scorer.added(sum(given, torch.zeros(unit.size))).double().cpu()
+            for group in groups:
+                given = [part.reduce(found[part.tensor]) for part in group.producers if part.tensor in found]
+                scores[group.name] += self._scorer.added(sum(given, torch.zeros(group.size))).double().cpu()
         return scores
 
     def _run(self, batch: Any, moments: Moments) -> Tensor:
@@ -324,9 +326,9 @@ class _Observing:
         moments.forget(moments.step)
         if self._correct:
             moments.expect(self._model, batch, function=call if alone else self._loss)
-        told = "The model" if alone else "loss(model, batch)"
+        described = "The model" if alone else "loss(model, batch)"
         with torch.enable_grad():
-            found = scalar(tried(partial(self._loss, self._model, batch), told, batch))
+            found = scalar(tried(partial(self._loss, self._model, batch), described, batch))
         moments.end()
         return found
 

@@ -65,11 +65,11 @@ def _joined(first: Plan | None, second: Plan) -> Plan:
         return second
     kept = dict(first.kept)
     sizes = dict(first.sizes)
-    for name, entries in second.kept.items():
+    for name, channels in second.kept.items():
         if name in kept and len(kept[name]) == second.sizes[name]:
-            kept[name] = tuple(first.kept[name][entry] for entry in entries)
+            kept[name] = tuple(first.kept[name][channel] for channel in channels)
         else:  # not cut before, or another layer had this name then
-            kept[name], sizes[name] = entries, second.sizes[name]
-    # What is written of a unit is of its first cut, as its indices are.
+            kept[name], sizes[name] = channels, second.sizes[name]
+    # What is written of a group is of its first cut, as its indices are.
     slices = {name: (first if sizes.get(name) == first.sizes.get(name) else second).slices.get(name) for name in kept}
-    return Plan(kept, sizes, second.settings, {name: unit for name, unit in slices.items() if unit is not None})
+    return Plan(kept, sizes, second.settings, {name: group for name, group in slices.items() if group is not None})

@@ -1,4 +1,4 @@
-"""Which units are pruned: all that a model has, or those that one names, if their weights can be scored."""
+"""Which groups are pruned: all that a model has, or those that one names, if their weights can be scored."""
 
 from __future__ import annotations
 
@@ -11,32 +11,38 @@ from typing import Literal, TypeGuard
 from torch import nn
 
 from upop.pruning.errors import LayoutError, SettingError, nearest, some_of
-from upop.pruning.units import Unit, tensor_of
+from upop.pruning.groups import Group, tensor_of
 
 
 def chosen(
-    units: list[Unit], include: str | Sequence[str] | None, exclude: str | Sequence[str] | None, *, depth: bool = False
-) -> list[Unit]:
-    """Return the units that `include` names (all where it is None) and `exclude` does not.
+    groups: list[Group],
+    include: str | Sequence[str] | None,
+    exclude: str | Sequence[str] | None,
+    *,
+    depth: bool = False,
+) -> list[Group]:
+    """Return the groups that `include` names (all where it is None) and `exclude` does not.
 
-    Units of one entry (attention whose heads all share keys and values) are part of it only where they may go whole
+    Groups of one channel (attention whose heads all share keys and values) are part of it only where they may go whole
     (`depth`).
 
     Raises:
         SettingError: a pattern matches nothing, or nothing is left.
     """
-    units = [unit for unit in units if unit.size > (not depth)]  # nothing of the others can go: no part of a budget
-    if not units:
+    groups = [
+        group for group in groups if group.size > (not depth)
+    ]  # nothing of the others can go: no part of a budget
+    if not groups:
         raise SettingError(
-            "Every unit of the model has one entry alone (one group of heads that share keys and values), and each "
+            "Every group of the model has one channel alone (one group of heads that share keys and values), and each "
             "keeps its last one, so nothing can go."
         )
-    names = [unit.name for unit in units]
+    names = [group.name for group in groups]
     keep = set(_matches(names, include, "include")) if include is not None else set(names)
     keep -= set(_matches(names, exclude, "exclude")) if exclude is not None else set()
     if not keep:
-        raise SettingError(f"include={include!r} and exclude={exclude!r} leave none of the {len(names)} units.")
-    return [unit for unit in units if unit.name in keep]
+        raise SettingError(f"include={include!r} and exclude={exclude!r} leave none of the {len(names)} groups.")
+    return [group for group in groups if group.name in keep]
 
 
 def check_correct(correct: object) -> bool | Literal["auto"]:
@@ -52,23 +58,25 @@ def check_correct(correct: object) -> bool | Literal["auto"]:
     return "auto"
 
 
-def refuse_frozen(model: nn.Module, units: list[Unit]) -> None:
-    """Raise a `LayoutError` if a unit's weights would get no gradient, or are not there."""
-    if any(tensor_of(model, part.tensor).is_meta for unit in units for part in unit.producers):
+def refuse_frozen(model: nn.Module, groups: list[Group]) -> None:
+    """Raise a `LayoutError` if a group's weights would get no gradient, or are not there."""
+    if any(tensor_of(model, part.tensor).is_meta for group in groups for part in group.producers):
         raise LayoutError(
             f"{type(model).__name__} is on the meta device and has no weights to score. Load its weights first."
         )
-    if any(tensor_of(model, part.tensor).is_inference() for unit in units for part in unit.producers):
+    if any(tensor_of(model, part.tensor).is_inference() for group in groups for part in group.producers):
         raise LayoutError(
             f"{type(model).__name__} was built in torch.inference_mode(), and its weights get no gradient. Use a copy "
             "made outside of it: copy.deepcopy(model)."
         )
     frozen = [
-        unit.name for unit in units if not any(tensor_of(model, part.tensor).requires_grad for part in unit.producers)
+        group.name
+        for group in groups
+        if not any(tensor_of(model, part.tensor).requires_grad for part in group.producers)
     ]
     if frozen:
         raise LayoutError(
-            f"{len(frozen)} units have frozen weights and so would get no score ({some_of(frozen)}). "
+            f"{len(frozen)} groups have frozen weights and so would get no score ({some_of(frozen)}). "
             "Set requires_grad on them, or exclude them."
         )
 
@@ -109,11 +117,11 @@ def meant(value: object) -> str:
     written = re.fullmatch(r"\s*(\d*[.,]?\d+)\s*(%|percent|[xX])?\s*", str(value))
     if isinstance(value, bool) or written is None:
         return ""
-    size, unit = float(written[1].replace(",", ".")), (written[2] or "").lower()
+    size, group = float(written[1].replace(",", ".")), (written[2] or "").lower()
     shares = {}
-    if unit != "x" and (unit or size > 1) and 0 < size < 100:
+    if group != "x" and (group or size > 1) and 0 < size < 100:
         shares[f"{size:g} %"] = size / 100
-    if unit in ("", "x") and 1 < size <= (100 if unit else 10):
+    if group in ("", "x") and 1 < size <= (100 if group else 10):
         shares[f"{size:g}x smaller"] = 1 - 1 / size
     if not shares and 0 < size < 1:
         return f": write {size:g}"
@@ -123,14 +131,14 @@ def meant(value: object) -> str:
 def _matches(names: list[str], patterns: str | Sequence[str], setting: str) -> list[str]:
     listed = [patterns] if isinstance(patterns, str) else patterns
     if not isinstance(listed, Iterable) or not all(isinstance(pattern, str) for pattern in listed):
-        raise SettingError(f"{setting} takes a name or a pattern of units, or a list of them; found {patterns!r}.")
+        raise SettingError(f"{setting} takes a name or a pattern of groups, or a list of them; found {patterns!r}.")
     found: list[str] = []
     for pattern in listed:
         matched = fnmatch.filter(names, pattern)
         if not matched:
             raise SettingError(
-                f"{setting} names {pattern!r}, which matches none of the {len(names)} units"
-                f"{nearest(pattern, names)}. upop.find_units(model) lists them."
+                f"{setting} names {pattern!r}, which matches none of the {len(names)} groups"
+                f"{nearest(pattern, names)}. upop.find_groups(model) lists them."
             )
         found += matched
     return found

@@ -1,9 +1,9 @@
 """Least-squares correction: the layers that read what was cut make up for it with what stays.
 
-What a removed entry gave to the layer that reads it is partly in the entries that stay. From the second moments of that
-layer's inputs follows the change of the weights that stays closest to what went, without any gradient. How strongly it
-is held to no change at all is decided layer by layer, by what each part of the samples says of the change that the
-other part would have made; where it would not have helped on samples that it was not made from, there is none.
+What a removed channel gave to the layer that reads it is partly in the channels that stay. From the second moments of
+that layer's inputs follows the change of the weights that stays closest to what went, without any gradient. How
+strongly it is held to no change at all is decided layer by layer, by what each part of the samples says of the change
+that the other part would have made; where it would not have helped on samples that it was not made from, there is none.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from upop.pruning.least_squares import PARTS, ReaderInputs, Rows, Squares, Trial, precision
-from upop.pruning.moments import Correct, Moments, readers
+from upop.pruning.groups import Group
+from upop.pruning.least_squares import PARTS, ConsumerInputs, Rows, Squares, Trial, precision
+from upop.pruning.moments import Correct, Moments, consumers
 from upop.pruning.scores import accumulator
 from upop.pruning.sharded import is_sharded_tensor
-from upop.pruning.units import Unit
 
 RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
 """How strongly a change may be held to none, as a share of the inputs' mean square."""
@@ -46,62 +46,62 @@ class Choice:
     left: float = 1.0
 
 
-def correct_readers(
+def correct_consumers(
     moments: Moments,
     model: nn.Module,
-    units: Iterable[Unit],
-    live: Mapping[str, Tensor],
-    gone: Mapping[str, Tensor],
+    groups: Iterable[Group],
+    active: Mapping[str, Tensor],
+    pruned: Mapping[str, Tensor],
     correct: Correct = "auto",
     ridge: float | None = None,
 ) -> dict[str, Choice]:
-    """Correct the readers of units that lose `live` entries, by what all processes saw.
+    """Correct the readers of groups that lose `active` channels, by what all processes saw.
 
     Args:
         moments: it looked at the model.
         model: masked or not, and not cut; it may be sharded over processes. All of them call this at the same time.
-        units: of the model, in forward order.
-        live: per unit, [size], bool: what there is.
-        gone: per unit, [size], bool: what is to go.
+        groups: of the model, in forward order.
+        live: per group, [size], bool: what there is.
+        gone: per group, [size], bool: what is to go.
         correct: how much memory may be used; see `allowed_bytes`.
         ridge: how strongly all changes are held to none; None decides it for each.
 
     Returns:
-        What was decided for each unit that loses something and whose reader can be corrected.
+        What was decided for each group that loses something and whose reader can be corrected.
     """
-    losing = [unit for unit in units if (gone[unit.name] & live[unit.name]).any() and readers(model, unit)]
+    losing = [group for group in groups if (pruned[group.name] & active[group.name]).any() and consumers(model, group)]
     chosen: dict[str, Choice] = {}
-    for group, seen in moments.groups(model, losing, correct) if losing else ():
-        for unit in group:
-            layers = readers(model, unit)
+    for portion, seen in moments.portions(model, losing, correct) if losing else ():
+        for group in portion:
+            layers = consumers(model, group)
             weight = layers[0].weight
-            inputs = seen.pop(unit.name, None)  # None where this process did not come by
+            inputs = seen.pop(group.name, None)  # None where this process did not come by
             if inputs is None:
-                inputs = ReaderInputs(layers[0].in_features, accumulator(weight))
+                inputs = ConsumerInputs(layers[0].in_features, accumulator(weight))
             inputs.add_up(_held(weight).device)
-            lost = gone[unit.name] & live[unit.name]
-            kept = (~gone[unit.name]).nonzero().flatten()
-            chosen[unit.name] = Change(unit, kept, lost.nonzero().flatten(), inputs).apply(layers, ridge)
-    return {unit.name: chosen[unit.name] for unit in losing}
+            lost = pruned[group.name] & active[group.name]
+            kept = (~pruned[group.name]).nonzero().flatten()
+            chosen[group.name] = Change(group, kept, lost.nonzero().flatten(), inputs).apply(layers, ridge)
+    return {group.name: chosen[group.name] for group in losing}
 
 
 class Change:
-    """What the readers of a unit do about the entries that it loses.
+    """What the readers of a group do about the channels that it loses.
 
     Args:
-        unit: not cut yet.
-        kept: the entries that stay.
+        group: not cut yet.
+        kept: the channels that stay.
         lost: those that go and are missed.
         inputs: what the reader is given.
     """
 
-    def __init__(self, unit: Unit, kept: Tensor, lost: Tensor, inputs: ReaderInputs) -> None:
-        self.columns, self._lost = (unit.online[-1].index(entries, unit.size) for entries in (kept, lost))
+    def __init__(self, group: Group, kept: Tensor, lost: Tensor, inputs: ConsumerInputs) -> None:
+        self.columns, self._lost = (group.online[-1].index(channels, group.size) for channels in (kept, lost))
         self._inputs = inputs
         self._problem: Squares | Rows | None = None
 
     def choose(self, layer: nn.Linear) -> Choice:
-        """Decide how strongly the change of a layer that reads the unit is held to none."""
+        """Decide how strongly the change of a layer that reads the group is held to none."""
         lost = self._weights(layer, accumulator(layer.weight))  # enough to choose by
         if lost.shape[1] > _OUTPUTS:  # sums with random signs have the outputs' sum of squares
             draws = torch.Generator().manual_seed(0)
@@ -136,7 +136,7 @@ class Change:
 
     @torch.no_grad()
     def apply(self, layers: list[nn.Linear], ridge: float | None = None) -> Choice:
-        """Change the weights of layers, none of which is cut yet; the columns of entries that go stay as they are.
+        """Change the weights of layers, none of which is cut yet; the columns of channels that go stay as they are.
 
         Layers sharded over processes otherwise than by their outputs (as `fully_shard` does) are left alone.
 

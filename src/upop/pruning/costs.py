@@ -1,4 +1,4 @@
-"""What one entry of a unit costs: in parameters, in multiply-adds, as published, or as given."""
+"""What one channel of a group costs: in parameters, in multiply-adds, as published, or as given."""
 
 from __future__ import annotations
 
@@ -13,59 +13,59 @@ import torch
 from torch import Tensor, nn
 
 from upop.pruning.errors import SettingError, nearest
+from upop.pruning.groups import Group, tensor_of
 from upop.pruning.sharded import reshard
-from upop.pruning.units import Unit, tensor_of
 
-Cost = str | Mapping[str, float] | Callable[[Unit], float]
+Cost = str | Mapping[str, float] | Callable[[Group], float]
 
 if TYPE_CHECKING:
     from torch.utils.flop_counter import FlopCounterMode
 
 COSTS = ("params", "flops", "reference")
-# The published implementation's cost of an attention entry, where an MLP entry costs 1.
+# The published implementation's cost of an attention channel, where an MLP channel costs 1.
 _PUBLISHED_ATTENTION_COST = {"vision-language": 36.0, "vision": 12.0}
 _QK = ("query", "key")  # the first two arguments of torch.nn.MultiheadAttention
 
 
-def entry_costs(model: nn.Module, units: Sequence[Unit], cost: Cost, example: Any = None) -> dict[str, float]:
-    """Return the cost of one entry for every unit.
+def channel_costs(model: nn.Module, groups: Sequence[Group], cost: Cost, example: Any = None) -> dict[str, float]:
+    """Return the cost of one channel for every group.
 
     Args:
         model: the dense model.
-        units: its units.
-        cost: "params" (parameters that the entry removes), "flops" (multiply-adds that it removes in one forward
-            pass over `example`), "reference" (attention 36 or, in a model without text units, 12; MLP 1), a mapping
-            from unit names or patterns to numbers, or a function of a unit.
+        groups: its groups.
+        cost: "params" (parameters that the channel removes), "flops" (multiply-adds that it removes in one forward
+            pass over `example`), "reference" (attention 36 or, in a model without text groups, 12; MLP 1), a mapping
+            from group names or patterns to numbers, or a function of a group.
         example: inputs for one forward pass, as `call` takes them; needed by "flops" alone.
 
     Raises:
-        SettingError: the cost is unknown, matches no unit, leaves one out, is not positive, or misses its example.
+        SettingError: the cost is unknown, matches no group, leaves one out, is not positive, or misses its example.
     """
     if callable(cost):
-        costs = {unit.name: float(cost(unit)) for unit in units}
+        costs = {group.name: float(cost(group)) for group in groups}
     elif isinstance(cost, Mapping):
-        costs = _given(units, cost)
+        costs = _given(groups, cost)
     elif cost == "params":
-        costs = {unit.name: _parameters(model, unit) for unit in units}
+        costs = {group.name: _parameters(model, group) for group in groups}
     elif cost == "flops":
         if example is None:
             raise SettingError(
                 "cost='flops' counts one forward pass, and no example inputs were given. Pass example=... "
                 "(a tensor, a tuple of arguments, or a mapping of keyword arguments)."
             )
-        costs = _multiply_adds(model, units, example)
+        costs = _multiply_adds(model, groups, example)
     elif cost == "reference":
-        family = "vision-language" if any(unit.modality == "text" for unit in units) else "vision"
+        family = "vision-language" if any(group.modality == "text" for group in groups) else "vision"
         attention = _PUBLISHED_ATTENTION_COST[family]
-        costs = {unit.name: attention if unit.kind == "attention" else 1.0 for unit in units}
+        costs = {group.name: attention if group.kind == "attention" else 1.0 for group in groups}
     else:
         raise SettingError(
             f"cost={cost!r} is not known{nearest(str(cost), COSTS)}. "
-            f"Use one of {', '.join(map(repr, COSTS))}, a mapping from units to costs, or a function of a unit."
+            f"Use one of {', '.join(map(repr, COSTS))}, a mapping from groups to costs, or a function of a group."
         )
     bad = {name: value for name, value in costs.items() if not 0 < value < float("inf")}
     if bad:
-        raise SettingError(f"Costs must be positive numbers; found {bad}. Exclude a unit that costs nothing.")
+        raise SettingError(f"Costs must be positive numbers; found {bad}. Exclude a group that costs nothing.")
     return costs
 
 
@@ -176,26 +176,26 @@ def count_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def _given(units: Sequence[Unit], cost: Mapping[str, float]) -> dict[str, float]:
-    names = [unit.name for unit in units]
+def _given(groups: Sequence[Group], cost: Mapping[str, float]) -> dict[str, float]:
+    names = [group.name for group in groups]
     for pattern in cost:
         if not fnmatch.filter(names, pattern):
-            raise SettingError(f"cost names {pattern!r}, which matches no unit{nearest(pattern, names)}.")
+            raise SettingError(f"cost names {pattern!r}, which matches no group{nearest(pattern, names)}.")
     costs = {}
     for name in names:
         matches = [value for pattern, value in cost.items() if pattern == name or fnmatch.fnmatch(name, pattern)]
         if not matches:
-            raise SettingError(f"cost gives no number for unit {name!r}. Add it, or exclude the unit.")
+            raise SettingError(f"cost gives no number for group {name!r}. Add it, or exclude the group.")
         costs[name] = float(cost.get(name, matches[0]))
     return costs
 
 
-def _parameters(model: nn.Module, unit: Unit) -> float:
-    tensors = [tensor_of(model, part.tensor) for part in unit.online]
-    return sum(tensor.numel() for tensor in tensors if isinstance(tensor, nn.Parameter)) / unit.size
+def _parameters(model: nn.Module, group: Group) -> float:
+    tensors = [tensor_of(model, part.tensor) for part in group.online]
+    return sum(tensor.numel() for tensor in tensors if isinstance(tensor, nn.Parameter)) / group.size
 
 
-def _multiply_adds(model: nn.Module, units: Sequence[Unit], example: Any) -> dict[str, float]:
+def _multiply_adds(model: nn.Module, groups: Sequence[Group], example: Any) -> dict[str, float]:
     """Count linear layers by the tokens that they see, and attention by query-key pairs."""
     calls: dict[str, list[_Call]] = {}
 
@@ -205,7 +205,7 @@ def _multiply_adds(model: nn.Module, units: Sequence[Unit], example: Any) -> dic
 
         return hook
 
-    layers = {_layer(part.tensor) for unit in units for part in unit.online if part.tensor.endswith("weight")}
+    layers = {_layer(part.tensor) for group in groups for part in group.online if part.tensor.endswith("weight")}
     hooks = [model.get_submodule(name).register_forward_hook(watch(name), with_kwargs=True) for name in layers]
     try:
         with evaluating(model):
@@ -215,10 +215,10 @@ def _multiply_adds(model: nn.Module, units: Sequence[Unit], example: Any) -> dic
             hook.remove()
         reshard(model)
     costs = {}
-    for unit in units:
-        weights = [part for part in unit.online if part.tensor.endswith("weight")]
+    for group in groups:
+        weights = [part for part in group.online if part.tensor.endswith("weight")]
         seen = [calls.get(_layer(part.tensor), []) for part in weights]
-        # Some libraries read a layer's weight without calling the layer; it sees what the others of its unit see.
+        # Some libraries read a layer's weight without calling the layer; it sees what the others of its group see.
         most = max(seen, key=len)
         linear = sum(
             tensor_of(model, part.tensor).numel()
@@ -227,13 +227,13 @@ def _multiply_adds(model: nn.Module, units: Sequence[Unit], example: Any) -> dic
         )
         seen = [of_part or most for of_part in seen]
         pairs = 0
-        if unit.kind == "attention":
+        if group.kind == "attention":
             # Every query token meets every key token of its own sequence, once for the scores and once for the values.
             keys = seen[1] if sum(part.produces for part in weights) > 1 else seen[0]
             pairs = sum(query.tokens * key.keys for query, key in zip(seen[0], keys, strict=False))
-        costs[unit.name] = linear / unit.size + 2 * unit.width * pairs
-        if not costs[unit.name]:
-            raise SettingError(f"Unit {unit.name} was not run by the example inputs. Exclude it, or give others.")
+        costs[group.name] = linear / group.size + 2 * group.width * pairs
+        if not costs[group.name]:
+            raise SettingError(f"Group {group.name} was not run by the example inputs. Exclude it, or give others.")
     return costs
 
 

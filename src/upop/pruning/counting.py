@@ -1,9 +1,10 @@
-"""What a model counts once it is cut, told from the sizes that its units keep: parameters, multiply-adds, its cache.
+"""What a model counts once it is cut, told from the sizes that its groups keep: parameters, multiply-adds, its cache.
 
-Nothing is cut to tell it. Every length of a tensor is a whole number less so much for every entry that a unit loses,
+Nothing is cut to tell it. Every length of a tensor is a whole number less so much for every channel that a group loses,
 and what is counted is a formula of such lengths. Parameters say theirs themselves. Those of the operations of a forward
-are learnt: it runs a few times without numbers, each time with an entry less in half of the units, so that the runs in
-which a length changes spell the unit that it follows; and what is foretold of a last, uneven cut has to hold exactly.
+are learnt: it runs a few times without numbers, each time with a channel less in half of the groups, so that the runs
+in which a length changes spell the group that it follows; and what is foretold of a last, uneven cut has to hold
+exactly.
 """
 
 from __future__ import annotations
@@ -20,23 +21,23 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
 
 from upop.pruning.costs import Arguments, call, evaluating, flop_counter, flop_formulas
 from upop.pruning.errors import LayoutError, SettingError
+from upop.pruning.groups import Group, tensor_of
 from upop.pruning.shrink import cut, restore
-from upop.pruning.units import Unit, tensor_of
 
 Sizes = Mapping[str, int]
-"""Unit -> how many entries it keeps, or loses."""
+"""Group -> how many channels it keeps, or loses."""
 
 
 @dataclass(frozen=True)
 class Length:
-    """A length of a tensor: `whole`, and `steps` less for every entry that a unit loses."""
+    """A length of a tensor: `whole`, and `steps` less for every channel that a group loses."""
 
     whole: int
     steps: tuple[tuple[str, int], ...] = ()
 
     def at(self, lost: Sizes) -> int:
-        """Return the length where units have lost so many entries."""
-        return self.whole - sum(step * lost.get(unit, 0) for unit, step in self.steps)
+        """Return the length where groups have lost so many channels."""
+        return self.whole - sum(step * lost.get(group, 0) for group, step in self.steps)
 
 
 @dataclass(frozen=True)
@@ -56,24 +57,24 @@ class Term:
     times: int = 1
 
     def at(self, lost: Sizes) -> int:
-        """Return what it counts where units have lost so many entries."""
+        """Return what it counts where groups have lost so many channels."""
         values = [each.at(lost) if isinstance(each, Length) else each for each in self.values]
         return self.times * self.formula(tree_unflatten(values, self.form))
 
 
 class Quantity:
-    """A count of a whole model, as a function of what its units keep.
+    """A count of a whole model, as a function of what its groups keep.
 
     Args:
-        units: of the model.
+        groups: of the model.
         terms: what is summed.
 
     Attributes:
         whole: the count of the model as it is.
     """
 
-    def __init__(self, units: Sequence[Unit], terms: Iterable[Term]) -> None:
-        self._sizes = {unit.name: unit.size for unit in units}
+    def __init__(self, groups: Sequence[Group], terms: Iterable[Term]) -> None:
+        self._sizes = {group.name: group.size for group in groups}
         moving: dict[Any, Term] = {}
         self._fixed = 0
         for each in terms:
@@ -87,24 +88,26 @@ class Quantity:
         self.whole = self.at(self._sizes)
 
     def at(self, kept: Sizes) -> int:
-        """Return the count where units keep so many entries; those that are not named keep all."""
+        """Return the count where groups keep so many channels; those that are not named keep all."""
         lost = {name: self._sizes[name] - count for name, count in kept.items() if name in self._sizes}
         return self._fixed + sum(term.at(lost) for term in self._terms)
 
 
-def parameters_of(model: nn.Module, units: Sequence[Unit], bytes_of: Callable[[Tensor], int] | None = None) -> Quantity:
+def parameters_of(
+    model: nn.Module, groups: Sequence[Group], bytes_of: Callable[[Tensor], int] | None = None
+) -> Quantity:
     """Return how many parameters a model has, shared ones counted once and momentum copies not at all.
 
     Args:
         model: masked or not, sharded or whole.
-        units: of it.
+        groups: of it.
         bytes_of: how many bytes one number of a parameter takes: then bytes are counted.
     """
     steps: dict[str, dict[int, list[tuple[str, int]]]] = {}
-    for unit in units:
-        for part in unit.slices:
-            steps.setdefault(part.tensor, {}).setdefault(part.dim, []).append((unit.name, sum(part.inners)))
-    copies = tuple(f"{twin}." for twin in getattr(model, "momentum_twins", {}).values())
+    for group in groups:
+        for part in group.slices:
+            steps.setdefault(part.tensor, {}).setdefault(part.dim, []).append((group.name, sum(part.inners)))
+    copies = tuple(f"{momentum_encoder}." for momentum_encoder in getattr(model, "momentum_encoders", {}).values())
     where = {id(tensor_of(model, name)): name for name in steps}
     terms = []
     for name, parameter in model.named_parameters():
@@ -113,29 +116,29 @@ def parameters_of(model: nn.Module, units: Sequence[Unit], bytes_of: Callable[[T
             lengths = tuple(Length(length, tuple(dims.get(dim, ()))) for dim, length in enumerate(parameter.shape))
             form = tree_flatten(list(lengths))[1]
             terms.append(Term(_product, lengths, form, 1 if bytes_of is None else bytes_of(parameter)))
-    return Quantity(units, terms)
+    return Quantity(groups, terms)
 
 
-def multiply_adds_of(model: nn.Module, units: Sequence[Unit], example: Any) -> Quantity:
+def multiply_adds_of(model: nn.Module, groups: Sequence[Group], example: Any) -> Quantity:
     """Return the multiply-adds of all matrix products and convolutions in one forward pass in evaluation mode.
 
     Args:
         model: left as it is.
-        units: of it.
+        groups: of it.
         example: inputs of the pass, as `call` takes them.
 
     Raises:
         LayoutError: it does other things when it is cut, so that this cannot be told before.
     """
-    return _learnt(model, units, example, _operations, "multiply-adds")
+    return _learnt(model, groups, example, _operations, "multiply-adds")
 
 
-def cache_of(model: nn.Module, units: Sequence[Unit], example: Any) -> Quantity:
+def cache_of(model: nn.Module, groups: Sequence[Group], example: Any) -> Quantity:
     """Return the bytes that a decoder's cache of keys and values takes after one forward pass.
 
     Args:
         model: left as it is.
-        units: of it.
+        groups: of it.
         example: keyword arguments of the pass; `use_cache=True` is added to them.
 
     Raises:
@@ -146,7 +149,7 @@ def cache_of(model: nn.Module, units: Sequence[Unit], example: Any) -> Quantity:
         example = Arguments(example.args, {**example.kwargs, "use_cache": True})
     elif isinstance(example, Mapping):
         example = {**example, "use_cache": True}
-    found = _learnt(model, units, example, _cached, "bytes of the cache")
+    found = _learnt(model, groups, example, _cached, "bytes of the cache")
     if not found.whole:
         raise SettingError(
             f"A target for the cache was given, and {type(model).__name__} gives none for the example. "
@@ -226,7 +229,7 @@ def _product(lengths: Sequence[int]) -> int:
 
 def _learnt(
     model: nn.Module,
-    units: Sequence[Unit],
+    groups: Sequence[Group],
     example: Any,
     observe: Callable[[nn.Module, Any], Seen],
     what: str,
@@ -235,18 +238,18 @@ def _learnt(
 
     with torch.random.fork_rng(devices=[]):
         shapes = Shapes(model, example)
-        twin = shapes.copy()
+        copied = shapes.copy()
 
         def run(lost: Sizes) -> Seen:
-            going = [unit for unit in units if lost.get(unit.name)]
-            undo = cut(twin, going, {unit.name: range(unit.size - lost[unit.name]) for unit in going}, fold=False)
+            going = [group for group in groups if lost.get(group.name)]
+            undo = cut(copied, going, {group.name: range(group.size - lost[group.name]) for group in going}, fold=False)
             try:
                 with shapes.running(), torch.no_grad():
-                    return observe(twin, shapes.example)
+                    return observe(copied, shapes.example)
             finally:
                 restore(undo)
 
-        quantity = _confirmed(units, run, 0) or _confirmed(units, run, 1)
+        quantity = _confirmed(groups, run, 0) or _confirmed(groups, run, 1)
     if quantity is None:
         raise LayoutError(
             f"The {what} of {type(model).__name__} cannot be told before it is cut: its forward goes on otherwise "
@@ -259,34 +262,34 @@ class _OtherwiseError(Exception):
     """A model that is cut does other operations."""
 
 
-def _confirmed(units: Sequence[Unit], run: Callable[[Sizes], Seen], least: int) -> Quantity | None:
+def _confirmed(groups: Sequence[Group], run: Callable[[Sizes], Seen], least: int) -> Quantity | None:
     """Return what a forward counts, if that holds for the whole model and for an uneven cut.
 
     Args:
-        units: of the model.
-        run: a forward where units have lost so many entries.
-        least: how many every unit has lost in all runs: a module that is cut may do what a whole one does in another
+        groups: of the model.
+        run: a forward where groups have lost so many channels.
+        least: how many every group has lost in all runs: a module that is cut may do what a whole one does in another
             way.
     """
-    moving = [unit for unit in units if unit.size > 1 + least]
-    base = {unit.name: min(least, unit.size - 1) for unit in units}
+    moving = [group for group in groups if group.size > 1 + least]
+    base = {group.name: min(least, group.size - 1) for group in groups}
     draw = random.Random(0)
-    lost = {unit.name: draw.randint(base[unit.name], unit.size - 1) for unit in units}
+    lost = {group.name: draw.randint(base[group.name], group.size - 1) for group in groups}
     try:
-        quantity = Quantity(units, _followed([unit.name for unit in moving], run, base))
-        foretold = [quantity.whole, quantity.at({unit.name: unit.size - lost[unit.name] for unit in units})]
+        quantity = Quantity(groups, _followed([group.name for group in moving], run, base))
+        foretold = [quantity.whole, quantity.at({group.name: group.size - lost[group.name] for group in groups})]
         counted = [sum(formula(values) for formula, values in run(each)) for each in ({}, lost)]
     except _OtherwiseError:
         return None
     return quantity if foretold == counted else None
 
 
-def _followed(units: Sequence[str], run: Callable[[Sizes], Seen], base: Sizes) -> list[Term]:
-    """Return what a forward counts, with the unit that every length follows."""
+def _followed(groups: Sequence[str], run: Callable[[Sizes], Seen], base: Sizes) -> list[Term]:
+    """Return what a forward counts, with the group that every length follows."""
     dense = [(formula, *tree_flatten(values)) for formula, values in run(base)]
-    bits = max(1, (len(units) - 1).bit_length())
-    codes = {name: [at >> bit & 1 for bit in range(bits)] for at, name in enumerate(units)}
-    halves = [[name for name in units if codes[name][bit] == side] for bit in range(bits) for side in (0, 1)]
+    bits = max(1, (len(groups) - 1).bit_length())
+    codes = {name: [at >> bit & 1 for bit in range(bits)] for at, name in enumerate(groups)}
+    halves = [[name for name in groups if codes[name][bit] == side] for bit in range(bits) for side in (0, 1)]
     deltas = [_deltas(dense, run(_more(base, half))) for half in halves]
     places = [(at, place) for at, (_, values, _) in enumerate(dense) for place in range(len(values))]
     steps: dict[tuple[int, int], tuple[tuple[str, int], ...]] = {}
@@ -295,11 +298,11 @@ def _followed(units: Sequence[str], run: Callable[[Sizes], Seen], base: Sizes) -
         pairs = [(deltas[2 * bit].get(key, 0), deltas[2 * bit + 1].get(key, 0)) for bit in range(bits)]
         if not any(map(any, pairs)):
             continue
-        told = [name for name in units if all(pair[side] for pair, side in zip(pairs, codes[name], strict=True))]
-        if len(told) == 1 and all(0 in pair and sum(pair) == sum(pairs[0]) for pair in pairs):
-            steps[key] = ((told[0], sum(pairs[0])),)
-        else:  # several units lie in it, side by side
-            unclear[key] = told
+        described = [name for name in groups if all(pair[side] for pair, side in zip(pairs, codes[name], strict=True))]
+        if len(described) == 1 and all(0 in pair and sum(pair) == sum(pairs[0]) for pair in pairs):
+            steps[key] = ((described[0], sum(pairs[0])),)
+        else:  # several groups lie in it, side by side
+            unclear[key] = described
     alone = {name: _deltas(dense, run(_more(base, [name]))) for name in dict.fromkeys(chain(*unclear.values()))}
     for key, names in unclear.items():
         steps[key] = tuple((name, alone[name][key]) for name in names if key in alone[name])
@@ -311,8 +314,8 @@ def _followed(units: Sequence[str], run: Callable[[Sizes], Seen], base: Sizes) -
     ]
 
 
-def _more(base: Sizes, units: Iterable[str]) -> Sizes:
-    return {**base, **{name: base[name] + 1 for name in units}}
+def _more(base: Sizes, groups: Iterable[str]) -> Sizes:
+    return {**base, **{name: base[name] + 1 for name in groups}}
 
 
 def _length(value: Any, steps: tuple[tuple[str, int], ...], base: Sizes) -> Any:

@@ -1,4 +1,4 @@
-"""How much of a model units are: shares of its parameters and of its multiply-adds, and why the rest is left alone."""
+"""How much of a model groups are: shares of its parameters and of its multiply-adds, and why the rest is left alone."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any, Literal
 
 from torch import nn
 
-from upop.pruning.units import Skipped, Unit
+from upop.pruning.groups import Group, Skipped
 
 Where = Literal["units", "left alone", "outside"]
 PLACES: tuple[Where, ...] = ("units", "left alone", "outside")
-"""In units; in blocks, and left alone with a reason; outside of blocks: embeddings, heads, norms."""
+"""In groups; in blocks, and left alone with a reason; outside of blocks: embeddings, heads, norms."""
 
 UNKNOWN = "nothing that could go was found in it"
 
@@ -46,9 +46,9 @@ class Coverage:
 
     @property
     def of_blocks(self) -> float:
-        """Return the share of the blocks' parameters that is in units; 1 where there are no blocks."""
-        units, left = (self.shares[place].parameters for place in PLACES[:2])
-        return units / (units + left) if units + left else 1.0
+        """Return the share of the blocks' parameters that is in groups; 1 where there are no blocks."""
+        groups, left = (self.shares[place].parameters for place in PLACES[:2])
+        return groups / (groups + left) if groups + left else 1.0
 
     def __str__(self) -> str:
         """Return the shares, a line for each place."""
@@ -75,25 +75,26 @@ class Coverage:
 
 
 def coverage(
-    model: nn.Module, units: Iterable[Unit], skipped: Iterable[Skipped], macs: Mapping[str, int] | None = None
+    model: nn.Module, groups: Iterable[Group], skipped: Iterable[Skipped], macs: Mapping[str, int] | None = None
 ) -> Coverage:
     """Return where a model's parameters are; every weight matrix is in exactly one place.
 
-    A matrix that no unit cuts is left alone if it lies in a block (one of several modules of a class beside each other,
-    with at least two weight matrices each), or, in a model without such, if `skipped` speaks of it. It is outside where
-    it is an embedding, a table, a head, or anything else. Biases are where their layer's matrix is, norms outside.
+    A matrix that no group cuts is left alone if it lies in a block (one of several modules of a class beside each
+    other, with at least two weight matrices each), or, in a model without such, if `skipped` speaks of it. It is
+    outside where it is an embedding, a table, a head, or anything else. Biases are where their layer's matrix is, norms
+    outside.
 
     Args:
         model: the model.
-        units: its units.
+        groups: its groups.
         skipped: what was left alone, and why.
         macs: dotted name of a module -> multiply-adds that it does itself, not in a module below it.
     """
-    copies = tuple(f"{copy}." for copy in getattr(model, "momentum_twins", {}).values())
+    copies = tuple(f"{copy}." for copy in getattr(model, "momentum_encoders", {}).values())
     named = {name: each for name, each in model.named_parameters() if not name.startswith(copies)}
-    cut = {part.tensor for unit in units for part in unit.online}
+    cut = {part.tensor for group in groups for part in group.online}
     blocks = _blocks(model)
-    told = {each.name: each.reason for each in skipped}
+    described = {each.name: each.reason for each in skipped}
     where: dict[str, Where] = {}
     reasons: dict[str, str] = {}
     for name, parameter in named.items():
@@ -102,7 +103,7 @@ def coverage(
             where[name] = "units"
         elif parameter.dim() > 1 and not isinstance(model.get_submodule(layer), nn.Embedding):
             inside = any(f"{layer}.".startswith(block) for block in blocks)
-            reason = _reason(layer, told, blocks)
+            reason = _reason(layer, described, blocks)
             said = reason is not None and reason not in _OF_HEADS
             if (said and not blocks) or (inside and (said or name.endswith("weight"))):
                 where[name], reasons[name] = "left alone", reason or UNKNOWN
@@ -143,16 +144,16 @@ def _matrices(module: nn.Module) -> int:
     return sum(parameter.dim() > 1 for parameter in module.parameters())
 
 
-def _reason(layer: str, told: Mapping[str, str], blocks: Iterable[str]) -> str | None:
+def _reason(layer: str, described: Mapping[str, str], blocks: Iterable[str]) -> str | None:
     """Return what was said of a layer, of what it lies in, or else of a layer beside it in the same module."""
     block = next((each for each in blocks if f"{layer}.".startswith(each)), "")
     beside = f"{layer.rpartition('.')[0]}."
     path = layer
     while path and f"{path}.".startswith(block):
-        if path in told:
-            return told[path]
+        if path in described:
+            return described[path]
         path = path.rpartition(".")[0]
-    return next((reason for name, reason in told.items() if len(beside) > 1 and name.startswith(beside)), None)
+    return next((reason for name, reason in described.items() if len(beside) > 1 and name.startswith(beside)), None)
 
 
 def _of(module: str, where: Mapping[str, Where], named: Mapping[str, nn.Parameter]) -> Where:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from upop.pruning.units import Unit, owner_of
+from upop.pruning.groups import Group, owner_of
 
 _SMALL = 2**28
 """Bytes of weights that are copied in memory, 256 MiB."""
@@ -24,11 +24,11 @@ class Dense:
 
     Args:
         model: the dense one.
-        units: of the model, that may be cut.
+        groups: of the model, that may be cut.
     """
 
-    def __init__(self, model: nn.Module, units: Iterable[Unit]) -> None:
-        owners = dict.fromkeys(owner_of(model, part.tensor)[0] for unit in units for part in unit.slices)
+    def __init__(self, model: nn.Module, groups: Iterable[Group]) -> None:
+        owners = dict.fromkeys(owner_of(model, part.tensor)[0] for group in groups for part in group.slices)
         self._parameters = list(dict.fromkeys(each for owner in owners for each in owner.parameters(recurse=False)))
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._held: list[Tensor] | None = None

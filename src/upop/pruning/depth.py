@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from upop.pruning.costs import call, evaluating
 from upop.pruning.errors import LayoutError, SettingError
+from upop.pruning.groups import Group
 from upop.pruning.shrink import cut, restore
-from upop.pruning.units import Unit
 
 
 @dataclass(frozen=True)
@@ -27,51 +27,51 @@ class Depth:
     """What may go whole, and what that saves.
 
     Attributes:
-        branches: names of units that go together -> what goes with them beside their channels.
-        entry: unit -> what one of its channels costs, as `branches` counts.
+        branches: names of groups that go together -> what goes with them beside their channels.
+        channel: group -> what one of its channels costs, as `branches` counts.
     """
 
     branches: Mapping[tuple[str, ...], float] = field(default_factory=dict)
-    entry: Mapping[str, float] = field(default_factory=dict)
+    channel: Mapping[str, float] = field(default_factory=dict)
 
     def __bool__(self) -> bool:
         """Whether anything may go whole."""
         return bool(self.branches)
 
     def score(self, names: Sequence[str], scores: Mapping[str, Tensor]) -> float:
-        """Return the score of units that go together, comparable with that of one channel.
+        """Return the score of groups that go together, comparable with that of one channel.
 
         Args:
-            names: of the units.
-            scores: per unit, [size]; of channels that went already they are infinite.
+            names: of the groups.
+            scores: per group, [size]; of channels that went already they are infinite.
         """
         left = {name: scores[name][scores[name] < math.inf] for name in names}
-        costs = sum(self.entry[name] * len(each) for name, each in left.items())
+        costs = sum(self.channel[name] * len(each) for name, each in left.items())
         if not costs:
             return math.inf
-        lost = sum(self.entry[name] * float(each.sum()) for name, each in left.items())
+        lost = sum(self.channel[name] * float(each.sum()) for name, each in left.items())
         # What is better gone is no better for what goes beside it.
         return lost / (costs + (self.branches[tuple(names)] if lost < 0 else 0.0))
 
-    def with_rest(self, unit: Unit, ordered: Tensor, sizes: list[int], means: Tensor) -> tuple[list[int], Tensor]:
-        """Return the blocks of a unit that may go whole, with all that is left as the last one.
+    def with_rest(self, group: Group, ordered: Tensor, sizes: list[int], means: Tensor) -> tuple[list[int], Tensor]:
+        """Return the blocks of a group that may go whole, with all that is left as the last one.
 
         The scores that blocks lose for what they save never rise from one to the next (the lower convex hull): so
         single blocks end where all that is left together loses least.
 
         Args:
-            unit: the unit.
+            group: the group.
             ordered: the scores of its channels, highest first, [size].
             sizes: how many of them are in each block that may go, first to go first.
             means: the mean score of each of these blocks.
         """
         starts = [0, *torch.tensor(sizes, dtype=torch.long).cumsum(0).tolist()]
-        rests = [self.score((unit.name,), {unit.name: ordered[start:]}) for start in starts]
+        rests = [self.score((group.name,), {group.name: ordered[start:]}) for start in starts]
         # Where some of what would go has gone already, it goes before all that is left.
         first = next((at for at, start in enumerate(starts) if bool((ordered[start:] < math.inf).all())), len(sizes))
         end = min(range(first, len(starts)), key=rests.__getitem__)
         last = min(rests[end], float(means[end - 1])) if end else rests[end]
-        return [*sizes[:end], unit.size - starts[end]], torch.cat([means[:end], means.new_tensor([last])])
+        return [*sizes[:end], group.size - starts[end]], torch.cat([means[:end], means.new_tensor([last])])
 
 
 NONE = Depth()
@@ -81,7 +81,7 @@ def check_depth(depth: object, progress: str = "stages") -> bool:
     """Return whether branches may go whole.
 
     Raises:
-        SettingError: it is neither True nor False, or a soft search, which weighs kinds of units apart, is to do it.
+        SettingError: it is neither True nor False, or a soft search, which weighs kinds of groups apart, is to do it.
     """
     if not isinstance(depth, bool):
         raise SettingError(f"depth is True (whole branches and layers may go) or False; found {depth!r}.")
@@ -95,27 +95,27 @@ def check_depth(depth: object, progress: str = "stages") -> bool:
 
 def branches_of(
     model: nn.Module,
-    units: Sequence[Unit],
+    groups: Sequence[Group],
     examples: Iterable[Any],
     layers: Mapping[str, tuple[str, ...]] | None = None,
 ) -> list[tuple[str, ...]]:
-    """Return the names of units that may go whole, together.
+    """Return the names of groups that may go whole, together.
 
     Args:
         model: dense.
-        units: of it, those that are searched.
+        groups: of it, those that are searched.
         examples: what it may be called with.
-        layers: where whole layers alone may go, path -> the units of each that may.
+        layers: where whole layers alone may go, path -> the groups of each that may.
 
     Raises:
         SettingError: nothing may; the message says why.
     """
     given = list(examples)
-    found = removable(model, units, given)
+    found = removable(model, groups, given)
     if layers is None:
-        return [(unit.name,) for unit in units if unit.name in found]
+        return [(group.name,) for group in groups if group.name in found]
     may = {path: layer for path, layer in layers.items() if found.issuperset(layer)}
-    passing = layers_passing(model, units, may, given) if may else []
+    passing = layers_passing(model, groups, may, given) if may else []
     if not passing:
         why = (
             "the configuration of {} counts no layers that would be left with nothing"
@@ -125,26 +125,26 @@ def branches_of(
         warnings.warn(
             f"depth=True and uniform='tower' were asked for, and {why.format(type(model).__name__)}: no layer goes "
             "whole. Without uniform, branches may.",
-            stacklevel=6,
+            stacklevel=7,
         )
     return passing
 
 
 def layers_passing(
-    model: nn.Module, units: Sequence[Unit], layers: Mapping[str, tuple[str, ...]], examples: Iterable[Any]
+    model: nn.Module, groups: Sequence[Group], layers: Mapping[str, tuple[str, ...]], examples: Iterable[Any]
 ) -> list[tuple[str, ...]]:
-    """Return those layers that pass on what they are given, but for a constant, where nothing is left of their units.
+    """Return those layers that pass on what they are given, but for a constant, where nothing is left of their groups.
 
     Args:
         model: dense, without masks.
-        units: of it.
-        layers: path -> the names of the units of each.
+        groups: of it.
+        layers: path -> the names of the groups of each.
         examples: what the model may be called with; the first is taken with which it runs.
     """
     from upop.pruning.masks import Masks
 
     inside = {name for layer in layers.values() for name in layer}
-    masks = Masks(model, [unit for unit in units if unit.name in inside])
+    masks = Masks(model, [group for group in groups if group.name in inside])
     try:
         masks.set({name: torch.zeros_like(mask) for name, mask in masks.values.items()})
         added = constants(model, list(layers), examples)
@@ -197,12 +197,12 @@ def constants(model: nn.Module, paths: Sequence[str], examples: Iterable[Any]) -
     return {}
 
 
-def removable(model: nn.Module, units: Sequence[Unit], examples: Iterable[Any]) -> frozenset[str]:
-    """Return the names of units of which nothing need be left: the model runs without them, cut, on an example.
+def removable(model: nn.Module, groups: Sequence[Group], examples: Iterable[Any]) -> frozenset[str]:
+    """Return the names of groups of which nothing need be left: the model runs without them, cut, on an example.
 
     Args:
         model: dense; left as it is, and run without numbers.
-        units: of it.
+        groups: of it.
         examples: what it may be called with; the first is taken with which it runs.
 
     Raises:
@@ -224,8 +224,8 @@ def removable(model: nn.Module, units: Sequence[Unit], examples: Iterable[Any]) 
         )
     twin, world = shapes.copy(), shapes
 
-    def fails(going: Sequence[Unit]) -> Exception | None:
-        undo = cut(twin, list(going), {unit.name: () for unit in going}, fold=False)
+    def fails(going: Sequence[Group]) -> Exception | None:
+        undo = cut(twin, list(going), {group.name: () for group in going}, fold=False)
         try:
             with world.running(), torch.no_grad():
                 call(twin, world.example)
@@ -235,14 +235,14 @@ def removable(model: nn.Module, units: Sequence[Unit], examples: Iterable[Any]) 
             restore(undo)
         return None
 
-    if fails(units) is None:
-        return frozenset(unit.name for unit in units)
-    why = {unit.name: fails([unit]) for unit in units}
+    if fails(groups) is None:
+        return frozenset(group.name for group in groups)
+    why = {group.name: fails([group]) for group in groups}
     found = frozenset(name for name, error in why.items() if error is None)
     if not found:
         name, error = next(iter(why.items()))
         raise SettingError(
-            f"depth=True was asked for, and {type(model).__name__} runs without none of its {len(units)} branches "
+            f"depth=True was asked for, and {type(model).__name__} runs without none of its {len(groups)} branches "
             f"({name}: {type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}). Leave depth out."
         )
     return found

@@ -18,13 +18,13 @@ from torch._compile import _disable_dynamo
 from upop.pruning.again import autocast, precision_now, random_numbers_kept, repeated
 from upop.pruning.choice import check_whole
 from upop.pruning.errors import LayoutError, SettingError, StepError, some_of
+from upop.pruning.groups import tensor_of
 from upop.pruning.known import know_as
 from upop.pruning.logits import divergence, logits_of, precise, similarities
 from upop.pruning.masks import unwrapped
+from upop.pruning.prunable import find_groups
 from upop.pruning.sharded import reshard
 from upop.pruning.slips import check_model
-from upop.pruning.surveys import find_units
-from upop.pruning.units import tensor_of
 
 _FLOOR = 1e-6
 """Least mean square that a difference is divided by."""
@@ -63,8 +63,8 @@ def distill(
     Args:
         model: a timm, transformers or upop model, before, during or after the search; wrappers of DDP and
             torch.compile are looked through (compile it after this). The same object goes on after `shrink`; a copy
-            of it, as `upop.gather` makes, needs a `distill` of its own. It must be called as a module (`model(...)`);
-            other methods, and DataParallel's copies, are not seen.
+            of it, as `upop.full_copy` makes, needs a `distill` of its own. It must be called as a module
+            (`model(...)`); other methods, and DataParallel's copies, are not seen.
         teacher: the dense model: of the same architecture, with weights of its own. It is frozen, put into evaluation
             mode, and moved to the model's device when it runs; it is no part of the model, of its parameters or files.
         features: weight of the mean difference of the norms' outputs.
@@ -116,7 +116,7 @@ class Distillation:
         self._masks: list[Tensor] = []  # arguments of the forward pass that may say what is padding
         self._pending: dict[int, Tensor] = {}  # losses of forward passes since the last loss()
         self._passes = 0
-        self._told: str | None = None  # why the last forward pass had nothing to compare
+        self._described: str | None = None  # why the last forward pass had nothing to compare
         self._handles = [
             self._model.register_forward_pre_hook(_Hook(self, "_begin"), with_kwargs=True),
             # Before others, which may add to the model's loss what is found here.
@@ -144,7 +144,7 @@ class Distillation:
             raise StepError("The teacher was taken off by remove(); make a new one with upop.distill.")
         if not self._pending:
             raise StepError(
-                self._told
+                self._described
                 or "loss() found no forward pass of the model in training mode with gradients since the last call. "
                 "Call model.train() and model(...) first, and loss() before backward(), once per step."
             )
@@ -216,11 +216,11 @@ class Distillation:
         same = [name for name, calls in self._found.items() if len(calls) == len(self._seen.get(name, []))]
         terms = [term for name in same for term in self._found[name] if term is not None]
         parts = []
-        self._told = None
+        self._described = None
         if self._features and terms:
             parts.append(self._features * torch.stack(terms).mean())
         elif self._features:
-            self._told = (
+            self._described = (
                 "The teacher has nothing to compare: none of the norms on the residual stream gave outputs of the same "
                 "shape in both models, with gradients. Is anything trained, and the teacher of the same architecture? "
                 "Else compare logits alone (features=0, logits=1)."
@@ -228,14 +228,14 @@ class Distillation:
         if self._logits:
             own, aim = logits_of(output), logits_of(taught)
             if own is None or aim is None or own.shape != aim.shape or not own.requires_grad:
-                self._told = (
+                self._described = (
                     f"logits={self._logits:g} was asked for, and {type(self._model).__name__} returns "
                     f"{type(output).__name__}, not logits with gradients that the teacher gives too. Use logits=0."
                 )
             else:
                 mask = None if similarities(output) is not None else self._mask(own.shape[:-1])
                 parts.append(self._logits * divergence(own, aim.detach(), self._temperature, mask))
-        if self._told or not parts:
+        if self._described or not parts:
             return
         loss = torch.stack(parts).sum()
         if not self._passes:
@@ -318,12 +318,12 @@ def _narrow(teacher: nn.Module, model: nn.Module) -> None:
 
 
 def _residual_norms(teacher: nn.Module) -> Iterator[str]:
-    """Yield the names of norms as wide as what units read and write.
+    """Yield the names of norms as wide as what groups read and write.
 
     Raises:
         LayoutError: there is none.
     """
-    parts = (part for unit in find_units(teacher) for part in unit.slices)
+    parts = (part for group in find_groups(teacher) for part in group.slices)
     shapes = ((tensor_of(teacher, part.tensor).shape, part.dim) for part in parts)
     widths = {shape[1 - dim] for shape, dim in shapes if len(shape) == 2}
     none = True

@@ -26,11 +26,11 @@ class _Open(TorchFunctionMode):
         if func in _SHAPED and len(args) > 1 and isinstance(args[0], Tensor) and not args[0].numel():
             sizes = args[1:] if isinstance(args[1], int) else args[1]
             if isinstance(sizes, tuple | list) and -1 in sizes and 0 in sizes:
-                return func(args[0], _told(args[0].shape, list(sizes)))
+                return func(args[0], _described(args[0].shape, list(sizes)))
         return func(*args, **(kwargs or {}))
 
 
-def _told(shape: Sequence[int], sizes: list[Any]) -> list[Any]:
+def _described(shape: Sequence[int], sizes: list[Any]) -> list[Any]:
     open_at = sizes.index(-1)
     if open_at < len(shape) and list(shape[:open_at]) == sizes[:open_at]:
         sizes[open_at] = shape[open_at] or 1

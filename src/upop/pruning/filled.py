@@ -9,35 +9,35 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from upop.pruning.known import Survey, remember
+from upop.pruning.groups import Group, Slice, has_number, owner_of, tensor_of
+from upop.pruning.known import Prunable, remember
 from upop.pruning.shrink import Edit, channels, width_attribute
-from upop.pruning.units import Slice, Unit, has_number, owner_of, tensor_of
 
 
-def without_empty(model: nn.Module, units: Sequence[Unit]) -> nn.Module:
+def without_empty(model: nn.Module, groups: Sequence[Group]) -> nn.Module:
     """Return a copy of a model in which no branch is empty, that computes the same; the model, if none of it is.
 
     Args:
         model: cut; it is left as it is.
-        units: of it, as large as they are.
+        groups: of it, as large as they are.
     """
-    empty = [unit for unit in units if not unit.size and not any(part.gaps for part in unit.slices)]
+    empty = [group for group in groups if not group.size and not any(part.gaps for part in group.slices)]
     if not empty:
         return model
     filled = copy.deepcopy(model)
-    for unit in empty:
-        for part in unit.slices:
+    for group in empty:
+        for part in group.slices:
             _widen(filled, part)
-        holder = dict(filled.named_modules(remove_duplicate=False)).get(unit.name)
+        holder = dict(filled.named_modules(remove_duplicate=False)).get(group.name)
         plain = None if holder is None else type(holder).__dict__.get("uncut_class")
-        if holder is not None and plain is not None and not unit.swaps:
+        if holder is not None and plain is not None and not group.swaps:
             holder.__class__ = plain
-        for number in unit.attributes:
+        for number in group.attributes:
             module = filled.get_submodule(number.module)
             if has_number(module, number.name):
                 Edit(module, number.name, number.value(1)).apply()
-    wide = {unit.name for unit in empty}
-    remember(filled, Survey(tuple(replace(unit, size=1) if unit.name in wide else unit for unit in units), ()))
+    wide = {group.name for group in empty}
+    remember(filled, Prunable(tuple(replace(group, size=1) if group.name in wide else group for group in groups), ()))
     return filled
 
 

@@ -10,16 +10,16 @@ from typing import Any
 from torch import Tensor, nn
 
 from upop.pruning import budget
-from upop.pruning.align import Align, entries_in_block, told_align
 from upop.pruning.budget import Ranking, Selection
 from upop.pruning.choice import check_ratio
 from upop.pruning.counting import Quantity, Sizes, parameters_of
 from upop.pruning.depth import NONE, Depth
 from upop.pruning.errors import SettingError
+from upop.pruning.groups import Group
 from upop.pruning.latency import Latency, Profile
-from upop.pruning.targets import Limit, Target, quantity_of, read_target, told_target
+from upop.pruning.round_to import RoundTo, channels_in_block, format_round_to
+from upop.pruning.targets import Limit, Target, format_target, quantity_of, read_target
 from upop.pruning.uniform import Tower, removable_blocks, together
-from upop.pruning.units import Unit
 
 _TOLERANCE = 0.01
 """A target is reached within this share of the dense model's count."""
@@ -48,7 +48,7 @@ class Goal:
     """What a compression is asked for.
 
     Args:
-        ratio: share of the units' cost to remove, in (0, 1), or
+        ratio: share of the groups' cost to remove, in (0, 1), or
         target: what is left of the whole model.
         profile: of the machine, for a target in milliseconds.
 
@@ -63,10 +63,10 @@ class Goal:
 
     def __init__(self, ratio: float | None, target: Target | None, profile: Profile | None = None) -> None:
         if (ratio is None) == (target is None):
-            told = "neither of them was given" if ratio is None else f"found ratio={ratio!r} and target={target!r}"
+            described = "neither of them was given" if ratio is None else f"found ratio={ratio!r} and target={target!r}"
             raise SettingError(
                 f"Give either ratio=, the share of the prunable cost that goes, or target=, what is left of the whole "
-                f"model, as in target={{'params': 0.5}}; {told}."
+                f"model, as in target={{'params': 0.5}}; {described}."
             )
         self.ratio = None if ratio is None else check_ratio(ratio)
         self.limits = () if target is None else read_target(target)
@@ -80,62 +80,64 @@ class Goal:
 
     def __str__(self) -> str:
         """Return what is asked for."""
-        return f"ratio={self.ratio:g}" if self.ratio is not None else told_target(self.limits)
+        return f"ratio={self.ratio:g}" if self.ratio is not None else format_target(self.limits)
 
     def settings(self) -> dict[str, Any]:
         """Return it as settings of a plan, or of a search that is resumed."""
-        return {"ratio": self.ratio} if self.ratio is not None else {"target": told_target(self.limits)}
+        return {"ratio": self.ratio} if self.ratio is not None else {"target": format_target(self.limits)}
 
     def begin(
         self,
         model: nn.Module,
-        units: Sequence[Unit],
+        groups: Sequence[Group],
         costs: Mapping[str, float],
-        align: Align,
+        round_to: RoundTo,
         example: Any,
         towers: Sequence[Tower] = (),
         branches: Sequence[tuple[str, ...]] = (),
     ) -> None:
-        """Learn what it means for a model, which of its units keep equally many entries, and which may go whole.
+        """Learn what it means for a model, which of its groups keep equally many channels, and which may go whole.
 
         Args:
             model: dense.
-            units: of it, those that are searched.
-            costs: of an entry.
-            align: kept channels are multiples of this.
+            groups: of it, those that are searched.
+            costs: of a channel.
+            round_to: kept channels are multiples of this.
             example: inputs for one forward pass.
-            towers: units that lose equally many.
-            branches: the names of units that may go whole, together.
+            towers: groups that lose equally many.
+            branches: the names of groups that may go whole, together.
 
         Raises:
             SettingError: it cannot be reached; the message says how far one can go, and what would go further.
             LayoutError: what is asked for cannot be told before the model is cut.
         """
-        self._whole = sum(costs[unit.name] * unit.size for unit in units)
-        self._parameters = parameters_of(model, units)
+        self._whole = sum(costs[group.name] * group.size for group in groups)
+        self._parameters = parameters_of(model, groups)
         self._towers = towers
-        reach = _Reach(units, align, towers, branches)
+        reach = _Reach(groups, round_to, towers, branches)
         if self.ratio is not None:
             whole = {name for names in branches for name in names}
-            budget.check_reachable(units, costs, self.ratio, align, towers, whole, reach.wider()[align != 1 :])
+            budget.check_reachable(groups, costs, self.ratio, round_to, towers, whole, reach.wider()[round_to != 1 :])
             self._depth = Depth(dict.fromkeys(branches, 0.0), costs)
             return
-        found = [(limit, quantity_of(limit, model, units, example, self._profile)) for limit in self.limits]
+        found = [(limit, quantity_of(limit, model, groups, example, self._profile)) for limit in self.limits]
         self._bounds = tuple(Bound(limit, each, limit.most(each.whole)) for limit, each in found)
         if all(bound.most >= bound.quantity.whole for bound in self._bounds):
             have = " and ".join(f"{_number(bound.quantity.whole)} {bound.limit.words}" for bound in self._bounds)
             raise SettingError(f"Nothing has to go for {self}: the model has {have}. Ask for less than that.")
         self.asked_share = max(reach.check(bound) for bound in self._bounds)
-        self._depth = self._priced(units, costs, branches)
+        self._depth = self._priced(groups, costs, branches)
 
-    def _priced(self, units: Sequence[Unit], costs: Mapping[str, float], branches: Sequence[tuple[str, ...]]) -> Depth:
-        """Return what going whole saves: milliseconds where there is a target in them, else what entries cost."""
+    def _priced(
+        self, groups: Sequence[Group], costs: Mapping[str, float], branches: Sequence[tuple[str, ...]]
+    ) -> Depth:
+        """Return what going whole saves: milliseconds where there is a target in them, else what channels cost."""
         latency = self._latency
         if latency is None:
             return Depth(dict.fromkeys(branches, 0.0), costs)
-        of = {unit.name: unit for unit in units}
+        of = {group.name: group for group in groups}
         beside = {names: sum(latency.beside(of[name]) for name in names) for names in branches}
-        return Depth(beside, {unit.name: latency.entry(unit) for unit in units})
+        return Depth(beside, {group.name: latency.channel(group) for group in groups})
 
     @property
     def _latency(self) -> Latency | None:
@@ -143,11 +145,11 @@ class Goal:
 
     def select(
         self,
-        units: Sequence[Unit],
+        groups: Sequence[Group],
         scores: Mapping[str, Tensor],
         costs: Mapping[str, float],
         part: float,
-        align: Align = 1,
+        round_to: RoundTo = 1,
         *,
         standardised: bool = True,
     ) -> Selection:
@@ -156,29 +158,29 @@ class Goal:
         With a target in milliseconds those are compared that one saves by them, as far as scores are not standardised.
 
         Args:
-            units: those of `begin`, as large as they are now.
-            scores: per unit, shape [size].
-            costs: of one entry.
+            groups: those of `begin`, as large as they are now.
+            scores: per group, shape [size].
+            costs: of one channel.
             part: of the way to what is asked for, in (0, 1].
-            align: kept channels are multiples of this.
+            round_to: kept channels are multiples of this.
             standardised: as for `budget.select`.
         """
         if self.ratio is None or self._depth:
             if not standardised:
-                scores = self._per_millisecond(units, scores)
+                scores = self._per_millisecond(groups, scores)
             ranking = budget.rank(
-                units, scores, align, standardised=standardised, towers=self._towers, depth=self._depth
+                groups, scores, round_to, standardised=standardised, towers=self._towers, depth=self._depth
             )
             return self._select_to(ranking, costs, self._holding(costs, part))
-        left = sum(costs[unit.name] * unit.size for unit in units)
+        left = sum(costs[group.name] * group.size for group in groups)
         share = self.ratio * part if left == self._whole else max(0.0, 1 - self._whole * (1 - self.ratio * part) / left)
-        return budget.select(units, scores, costs, share, align, standardised=standardised, towers=self._towers)
+        return budget.select(groups, scores, costs, share, round_to, standardised=standardised, towers=self._towers)
 
-    def _per_millisecond(self, units: Sequence[Unit], scores: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    def _per_millisecond(self, groups: Sequence[Group], scores: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         latency = self._latency
         if latency is None:
             return scores
-        return {unit.name: scores[unit.name] / latency.entry(unit) for unit in units}
+        return {group.name: scores[group.name] / latency.channel(group) for group in groups}
 
     def share(self, sizes: Callable[[float], Sizes]) -> float:
         """Return the smallest share with which sizes that fall with it keep within all limits, to 1e-6."""
@@ -209,10 +211,12 @@ class Goal:
         return ranking.selection(low, costs, self._stay(ranking, low, holds))
 
     def _stay(self, ranking: Ranking, count: int, holds: Callable[[Sizes], bool]) -> dict[str, int]:
-        """Return of how many blocks each unit is given back: the last that went, where the limits hold without them."""
+        """Return of how many blocks each group is given back: the last that went, where the limits hold without
+        them.
+        """
         kept = dict(ranking.kept(count))
         back: dict[str, int] = {}
-        for names, sizes in ranking.last(count):  # sizes of the units' blocks that go, the last one first
+        for names, sizes in ranking.last(count):  # sizes of the groups' blocks that go, the last one first
             low, high = 0, len(sizes)
             while low < high:
                 middle = (low + high + 1) // 2
@@ -223,7 +227,7 @@ class Goal:
                 kept[name] += sum(sizes[:low])
         return back
 
-    def told(self, kept: Sizes) -> dict[str, Any]:
+    def described(self, kept: Sizes) -> dict[str, Any]:
         """Return, for a plan, what was asked for, and what a cut to these sizes leaves of the whole model."""
         counted: dict[str, tuple[str, Quantity | Latency, dict[str, str]]] = {}
         if self._parameters is not None:
@@ -238,7 +242,7 @@ class Goal:
         return self.settings() | ({"reached": reached} if reached else {})
 
 
-def told_reached(settings: Mapping[str, Any]) -> str:
+def format_reached(settings: Mapping[str, Any]) -> str:
     """Return what a plan's settings say is left of the whole model: "731,234 of 1,270,000 parameters (1.74x)"."""
     return ", ".join(
         f"{_number(each['left'])} of {_number(each['dense'])} {each['of']} ({each['dense'] / (each['left'] or 1):.3g}x)"
@@ -260,88 +264,89 @@ class _Reach:
     """How small a model can become.
 
     Attributes:
-        units: that are searched.
-        align: kept channels are multiples of this.
-        towers: units that lose equally many.
-        branches: the names of units that may go whole, together.
+        groups: that are searched.
+        round_to: kept channels are multiples of this.
+        towers: groups that lose equally many.
+        branches: the names of groups that may go whole, together.
     """
 
-    units: Sequence[Unit]
-    align: Align
+    groups: Sequence[Group]
+    round_to: RoundTo
     towers: Sequence[Tower]
     branches: Sequence[tuple[str, ...]]
 
     def wider(self, bound: Bound | None = None) -> list[str]:
         """Return what would let more go, in words; with a limit, how far that goes."""
-        found = [f"a smaller align than {told_align(self.align)}"] if self.align != 1 else []
+        found = [f"a smaller round_to than {format_round_to(self.round_to)}"] if self.round_to != 1 else []
         found += ['no uniform="tower"'] if self.towers else []
         if not self.branches:
             most = ""
             if bound is not None:
-                least = bound.quantity.at({unit.name: 0 for unit in self.units})
+                least = bound.quantity.at({group.name: 0 for group in self.groups})
                 most = f", down to {bound.limit.kind}={_share(least, bound.quantity.whole):g} if all of them do"
             found.append(f"depth=True (whole branches may go{most})")
-        return [*found, "more units, where include= or exclude= leaves some out"]
+        return [*found, "more groups, where include= or exclude= leaves some out"]
 
     def check(self, bound: Bound) -> float:
         """Return how far a limit goes towards all that can go, in [0, 1], or raise unless it can be reached closely."""
         dense, words, limit = bound.quantity.whole, bound.limit.words, bound.limit
-        groups = [
-            (group, removable_blocks(group[0], self.align, tower)) for group, tower in together(self.units, self.towers)
+        bundles = [
+            (bundle, removable_blocks(bundle[0], self.round_to, tower))
+            for bundle, tower in together(self.groups, self.towers)
         ]
         whole = {name for names in self.branches for name in names}
         least = {
-            unit.name: 0 if unit.name in whole else unit.size - sum(blocks)
-            for group, blocks in groups
-            for unit in group
+            group.name: 0 if group.name in whole else group.size - sum(blocks)
+            for bundle, blocks in bundles
+            for group in bundle
         }
         floor = bound.quantity.at(least)
         if floor > bound.most:
-            left = "nothing" if len(whole) == len(self.units) else "one entry or block"
+            left = "nothing" if len(whole) == len(self.groups) else "one channel or block"
             raise SettingError(
                 f"target {limit} cannot be reached: that is {_number(bound.most)} {words}, and with {left} "
-                f"left in each of the {len(self.units)} units the model still has {_number(floor)} of "
+                f"left in each of the {len(self.groups)} groups the model still has {_number(floor)} of "
                 f"{_number(dense)}. Ask for {limit.kind}={_share(floor, dense):g} or more. What would go further: "
-                f"{', or '.join(self.wider(bound))}. Embeddings, heads, norms and biases are in no unit, and stay."
+                f"{', or '.join(self.wider(bound))}. Embeddings, heads, norms and biases are in no group, and stay."
             )
         asked = max(0.0, dense - bound.most) / max(dense - floor, 1e-9 * dense)
         if isinstance(bound.quantity, Latency):
             return asked  # a device may take no note of anything smaller than its own steps
         finest = {
-            dense - bound.quantity.at({unit.name: unit.size - blocks[-1] for unit in group})
-            for group, blocks in groups
+            dense - bound.quantity.at({group.name: group.size - blocks[-1] for group in bundle})
+            for bundle, blocks in bundles
             if blocks
         } - {0}
         smallest = min(finest, default=0)
         if smallest <= _TOLERANCE * dense:
             return asked
-        counts = _reachable(bound, groups)
+        counts = _reachable(bound, bundles)
         below = max((each for each in counts if each <= bound.most + 1e-9 * dense), default=-math.inf)
         if bound.most - below <= _TOLERANCE * dense:
             return asked
-        entries = max(entries_in_block(unit, self.align) for unit in self.units)
+        channels = max(channels_in_block(group, self.round_to) for group in self.groups)
         above = min((each for each in counts if bound.most < each < dense), default=-math.inf)
         near = " or ".join(f"{_share(each, dense):g}" for each in (below, above) if each > 0)
         raise SettingError(
-            f"target {limit} cannot be reached within 1 %: the smallest part that can go, {entries} "
-            f"entr{'y' if entries == 1 else 'ies'} of {'every unit of a tower' if self.towers else 'a unit'}, has "
+            f"target {limit} cannot be reached within 1 %: the smallest part that can go, {channels} "
+            f"entr{'y' if channels == 1 else 'ies'} of {'every group of a tower' if self.towers else 'a group'}, has "
             f"{100 * smallest / dense:.1f} % of the {words}. "
             + (f"Ask for {limit.kind}={near}, or give" if near else "Give")
-            + " a smaller align, or a ratio."
+            + " a smaller round_to, or a ratio."
         )
 
 
-def _reachable(bound: Bound, groups: Sequence[tuple[Sequence[Unit], Sequence[int]]]) -> list[float]:
+def _reachable(bound: Bound, bundles: Sequence[tuple[Sequence[Group], Sequence[int]]]) -> list[float]:
     """Return all counts that a cut can leave, where parts are few or alike, as groups of heads are in a cache."""
     dense = bound.quantity.whole
 
-    def without(group: Sequence[Unit], entries: int) -> float:
-        return bound.quantity.at({unit.name: unit.size - entries for unit in group})
+    def without(bundle: Sequence[Group], channels: int) -> float:
+        return bound.quantity.at({group.name: group.size - channels for group in bundle})
 
-    counted = [(group, blocks) for group, blocks in groups if blocks and without(group, blocks[-1]) < dense]
+    counted = [(bundle, blocks) for bundle, blocks in bundles if blocks and without(bundle, blocks[-1]) < dense]
     if len(counted) == 1:
-        ((group, blocks),) = counted
-        return [without(group, sum(blocks[:gone])) for gone in range(len(blocks) + 1)]
-    steps = {dense - without(group, block) for group, blocks in counted for block in set(blocks)}
+        ((bundle, blocks),) = counted
+        return [without(bundle, sum(blocks[:pruned])) for pruned in range(len(blocks) + 1)]
+    steps = {dense - without(bundle, block) for bundle, blocks in counted for block in set(blocks)}
     total = sum(len(blocks) for _, blocks in counted)
-    return [dense - gone * step for step in steps for gone in range(total + 1)] if len(steps) == 1 else []
+    return [dense - pruned * step for step in steps for pruned in range(total + 1)] if len(steps) == 1 else []

@@ -1,4 +1,4 @@
-"""What is known of a model's units: found once, remembered as long as its tensors have the shapes that they cut."""
+"""What is known of a model's groups: found once, remembered as long as its tensors have the shapes that they cut."""
 
 from __future__ import annotations
 
@@ -14,37 +14,41 @@ from torch import Tensor, nn
 from upop.pruning.alike import likeness
 from upop.pruning.costs import macs_by_module
 from upop.pruning.coverage import Coverage, coverage
+from upop.pruning.deprecated import renamed_attributes
 from upop.pruning.errors import LayoutError
-from upop.pruning.units import Skipped, Slice, Unit, tensor_of
+from upop.pruning.groups import Group, Skipped, Slice, tensor_of
 
 
+@renamed_attributes(units="groups")
 @dataclass(frozen=True)
-class Survey:
-    """What `survey` found: the units, in forward order, and what was left alone and why.
+class Prunable:
+    """What `find_prunable` found: the groups, in forward order, and what was left alone and why.
 
     Attributes:
-        units: in forward order.
+        groups: in forward order.
         skipped: what looks prunable and is left alone, and why.
         source: the model, and what a call of it is given.
     """
 
-    units: tuple[Unit, ...]
+    groups: tuple[Group, ...]
     skipped: tuple[Skipped, ...]
     source: tuple[nn.Module, Any] | None = field(default=None, compare=False, repr=False)
 
     @property
     def coverage(self) -> Coverage:
-        """The shares of the model's parameters in units, left alone and outside; of multiply-adds with an example.
+        """The shares of the model's parameters in groups, left alone and outside; of multiply-adds with an example.
 
         Raises:
             LayoutError: it is not known of which model the survey is.
         """
         if self.source is None:
-            raise LayoutError("A survey that upop.survey did not return is of no model. Call upop.survey(model).")
+            raise LayoutError(
+                "A survey that upop.find_prunable did not return is of no model. Call upop.find_prunable(model)."
+            )
         model, example = self.source
-        return coverage(model, self.units, self.skipped, _macs(model, example))
+        return coverage(model, self.groups, self.skipped, _macs(model, example))
 
-    def of(self, model: nn.Module, example: Any = None) -> Survey:
+    def of(self, model: nn.Module, example: Any = None) -> Prunable:
         """Return the survey with the model that it is of, and what a call of it is given."""
         example = self.source[1] if example is None and self.source is not None else example
         return replace(self, source=(model, example))
@@ -68,19 +72,21 @@ _MOST = 3
 """How many sizes of one model are remembered: it may be cut, and put back."""
 _MOST_KINDS = 64
 """How many kinds of models are remembered beside the models themselves."""
-_of_kinds: OrderedDict[Hashable, tuple[Survey, Any]] = OrderedDict()
-_known: weakref.WeakKeyDictionary[nn.Module, list[tuple[Survey, Any]]] = weakref.WeakKeyDictionary()
+_of_kinds: OrderedDict[Hashable, tuple[Prunable, Any]] = OrderedDict()
+_known: weakref.WeakKeyDictionary[nn.Module, list[tuple[Prunable, Any]]] = weakref.WeakKeyDictionary()
 """Model -> surveys that do not hold it, and what a call of it is given."""
 
 
-def remember(model: nn.Module, found: Survey) -> None:
-    """Have `survey` give these units for a model from now on, as long as its tensors have the shapes that they cut."""
+def remember(model: nn.Module, found: Prunable) -> None:
+    """Have `find_prunable` give these groups for a model from now on, as long as its tensors have the shapes that they
+    cut.
+    """
     example = None if found.source is None else found.source[1]
     _known[model] = [(replace(found, source=None), example), *_known.get(model, [])][:_MOST]
 
 
 def forget(model: nn.Module) -> None:
-    """Have `survey` read a model again."""
+    """Have `find_prunable` read a model again."""
     _known.pop(model, None)
 
 
@@ -89,15 +95,17 @@ def is_known(model: nn.Module) -> bool:
     return model in _known
 
 
-def remembered(model: nn.Module) -> Survey | None:
-    """Return what was found of a model before, its units at today's sizes; None where its tensors are others.
+def remembered(model: nn.Module) -> Prunable | None:
+    """Return what was found of a model before, its groups at today's sizes; None where its tensors are others.
 
-    Units of layers that were dropped since are no part of it.
+    Groups of layers that were dropped since are no part of it.
     """
     for found, example in _known.get(model, []):
-        units = [sized(model, unit) for unit in found.units if any(_has(model, part.tensor) for part in unit.slices)]
-        if None not in units and (units or not found.units):
-            return replace(found, units=tuple(unit for unit in units if unit is not None)).of(model, example)
+        groups = [
+            sized(model, group) for group in found.groups if any(_has(model, part.tensor) for part in group.slices)
+        ]
+        if None not in groups and (groups or not found.groups):
+            return replace(found, groups=tuple(group for group in groups if group is not None)).of(model, example)
     return None
 
 
@@ -117,8 +125,8 @@ def know_as(model: nn.Module, other: nn.Module) -> None:
         remember(model, found)
 
 
-def remember_kind(model: nn.Module, found: Survey) -> None:
-    """Have `known_of_kind` give these units for models that differ from this one in their weights alone."""
+def remember_kind(model: nn.Module, found: Prunable) -> None:
+    """Have `known_of_kind` give these groups for models that differ from this one in their weights alone."""
     kind = likeness(model)
     if kind is not None:
         _of_kinds[kind] = replace(found, source=None), None if found.source is None else found.source[1]
@@ -126,7 +134,7 @@ def remember_kind(model: nn.Module, found: Survey) -> None:
             _of_kinds.popitem(last=False)
 
 
-def known_of_kind(model: nn.Module) -> Survey | None:
+def known_of_kind(model: nn.Module) -> Prunable | None:
     """Return what was read of a model that differs from this one in its weights alone; None if none was read."""
     kind = likeness(model) if _of_kinds else None
     if kind is None or kind not in _of_kinds:
@@ -135,35 +143,35 @@ def known_of_kind(model: nn.Module) -> Survey | None:
     return found.of(model, example)
 
 
-def remember_cut(model: nn.Module, units: Iterable[Unit], plan: Mapping[str, Sequence[int]]) -> None:
-    """After a cut, remember what lies between the rows of units: it may have been another unit's, and is smaller now.
+def remember_cut(model: nn.Module, groups: Iterable[Group], plan: Mapping[str, Sequence[int]]) -> None:
+    """After a cut, remember what lies between the rows of groups: it may have been another group's, and is smaller now.
 
     Args:
         model: cut already.
-        units: those that were cut, as they were before.
+        groups: those that were cut, as they were before.
         plan: what they keep.
     """
-    cut = {unit.name: unit for unit in units}
+    cut = {group.name: group for group in groups}
     for found, example in _known.get(model, [])[:1]:
-        before = [cut.get(unit.name, unit) for unit in found.units]
-        if not any(part.gaps for unit in before for part in unit.slices):
+        before = [cut.get(group.name, group) for group in found.groups]
+        if not any(part.gaps for group in before for part in group.slices):
             continue
         stays: dict[tuple[str, int], Tensor] = {}
-        for unit in cut.values():
-            for part in unit.slices:
-                here = torch.zeros(part.length(unit.size), dtype=torch.bool, device="cpu")
-                here[part.index(torch.tensor(plan[unit.name], dtype=torch.long, device="cpu"), unit.size)] = True
+        for group in cut.values():
+            for part in group.slices:
+                here = torch.zeros(part.length(group.size), dtype=torch.bool, device="cpu")
+                here[part.index(torch.tensor(plan[group.name], dtype=torch.long, device="cpu"), group.size)] = True
                 place = part.tensor, part.dim
                 stays[place] = stays.get(place, torch.ones_like(here)) & here
         after = [
             replace(
-                unit,
-                size=len(plan[unit.name]) if unit.name in cut else unit.size,
-                slices=tuple(_with_gaps(part, unit.size, stays.get((part.tensor, part.dim))) for part in unit.slices),
+                group,
+                size=len(plan[group.name]) if group.name in cut else group.size,
+                slices=tuple(_with_gaps(part, group.size, stays.get((part.tensor, part.dim))) for part in group.slices),
             )
-            for unit in before
+            for group in before
         ]
-        remember(model, replace(found, units=tuple(after)).of(model, example))
+        remember(model, replace(found, groups=tuple(after)).of(model, example))
 
 
 def _with_gaps(part: Slice, size: int, stays: Tensor | None) -> Slice:
@@ -176,10 +184,10 @@ def _with_gaps(part: Slice, size: int, stays: Tensor | None) -> Slice:
     return replace(part, gaps=tuple(gaps))
 
 
-def sized(model: nn.Module, unit: Unit) -> Unit | None:
-    """Return a unit at the size that a model's tensors have; None where they have none that it can have."""
+def sized(model: nn.Module, group: Group) -> Group | None:
+    """Return a group at the size that a model's tensors have; None where they have none that it can have."""
     sizes = set()
-    for part in unit.slices:
+    for part in group.slices:
         try:
             length = tensor_of(model, part.tensor).shape[part.dim]
         except (AttributeError, IndexError):
@@ -188,4 +196,4 @@ def sized(model: nn.Module, unit: Unit) -> Unit | None:
     if len(sizes) != 1:
         return None
     size, rest = sizes.pop()
-    return None if rest or size < 0 else replace(unit, size=size)
+    return None if rest or size < 0 else replace(group, size=size)

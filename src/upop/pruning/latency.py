@@ -10,22 +10,22 @@ from typing import Any
 
 from upop.pruning.counting import Sizes
 from upop.pruning.errors import SettingError
-from upop.pruning.units import Unit
+from upop.pruning.groups import Group
 
 
 @dataclass(frozen=True)
 class Layers:
-    """Units of one kind: alike in all but their place.
+    """Groups of one kind: alike in all but their place.
 
     Attributes:
-        units: their names.
-        size: entries of each in the dense model.
-        sizes: some numbers of entries, ascending; the first one is 0 where the model runs without such a branch, the
+        groups: their names.
+        size: channels of each in the dense model.
+        sizes: some numbers of channels, ascending; the first one is 0 where the model runs without such a branch, the
             last one is `size`.
-        saved: milliseconds that the model takes less for each of the units that keeps so many; the last one is 0.
+        saved: milliseconds that the model takes less for each of the groups that keeps so many; the last one is 0.
     """
 
-    units: tuple[str, ...]
+    groups: tuple[str, ...]
     size: int
     sizes: tuple[int, ...]
     saved: tuple[float, ...]
@@ -35,17 +35,17 @@ class Layers:
         return self.sizes[0] or self.sizes[1]
 
     @property
-    def entry(self) -> float:
-        """What an entry saves on average."""
+    def channel(self) -> float:
+        """What a channel saves on average."""
         return self.at(self._least) / self.size
 
     @property
     def beside(self) -> float:
-        """What a branch saves that goes whole, beside its entries."""
-        return max(0.0, self.saved[0] - self.size * self.entry)
+        """What a branch saves that goes whole, beside its channels."""
+        return max(0.0, self.saved[0] - self.size * self.channel)
 
     def at(self, kept: int) -> float:
-        """Return what a unit saves that keeps so many entries: on a line between the sizes that were measured.
+        """Return what a group saves that keeps so many channels: on a line between the sizes that were measured.
 
         From the smallest one to nothing it is a step: a branch takes some time however small it is.
         """
@@ -74,7 +74,7 @@ class Profile:
     def to_json(self) -> dict[str, Any]:
         """Return it as JSON values."""
         layers = [
-            {"units": list(each.units), "size": each.size, "sizes": list(each.sizes), "saved_ms": list(each.saved)}
+            {"units": list(each.groups), "size": each.size, "sizes": list(each.sizes), "saved_ms": list(each.saved)}
             for each in self.layers
         ]
         return {"version": _VERSION, "dense_ms": self.dense, "about": dict(self.about), "layers": layers}
@@ -121,11 +121,11 @@ def _is_table(layers: Layers) -> bool:
 
 
 class Latency:
-    """Milliseconds of a forward pass, as a function of what units keep.
+    """Milliseconds of a forward pass, as a function of what groups keep.
 
     Args:
         profile: of the model.
-        units: of the model.
+        groups: of the model.
 
     Attributes:
         whole: of the dense model.
@@ -134,10 +134,10 @@ class Latency:
         SettingError: the profile is of another model.
     """
 
-    def __init__(self, profile: Profile, units: Sequence[Unit]) -> None:
-        self._layers = {name: each for each in profile.layers for name in each.units}
+    def __init__(self, profile: Profile, groups: Sequence[Group]) -> None:
+        self._layers = {name: each for each in profile.layers for name in each.groups}
         strange = [
-            unit.name for unit in units if (each := self._layers.get(unit.name)) is None or each.size < unit.size
+            group.name for group in groups if (each := self._layers.get(group.name)) is None or each.size < group.size
         ]
         if strange:
             raise SettingError(
@@ -147,13 +147,15 @@ class Latency:
         self.whole = profile.dense
 
     def at(self, kept: Sizes) -> float:
-        """Return the milliseconds where units keep so many entries."""
+        """Return the milliseconds where groups keep so many channels."""
         return max(0.0, self.whole - sum(self._layers[name].at(count) for name, count in kept.items()))
 
-    def entry(self, unit: Unit) -> float:
-        """Return the milliseconds that an entry of a unit saves on average; above 0, for scores are divided by them."""
-        return max(self._layers[unit.name].entry, 1e-9 * self.whole)
+    def channel(self, group: Group) -> float:
+        """Return the milliseconds that a channel of a group saves on average; above 0, for scores are divided by
+        them.
+        """
+        return max(self._layers[group.name].channel, 1e-9 * self.whole)
 
-    def beside(self, unit: Unit) -> float:
-        """Return the milliseconds that a unit which goes whole saves beside those of its entries."""
-        return self._layers[unit.name].beside
+    def beside(self, group: Group) -> float:
+        """Return the milliseconds that a group which goes whole saves beside those of its channels."""
+        return self._layers[group.name].beside

@@ -36,7 +36,7 @@ class Squares:
         """Return what tells how well changes do.
 
         Args:
-            lost: weights of what is missed, [gone, outputs]: y is their product with g.
+            lost: weights of what is missed, [pruned, outputs]: y is their product with g.
             bias: whether there is one to change too.
         """
         size, after = self._inputs + bias, self._inputs + 1
@@ -108,12 +108,12 @@ class Rows:
             return _solved(held, aims), aims.new_zeros(aims.shape[1])
         # Both the rows and the aims without their weighted means, which are multiples of `ones`.
         ones = self._ones[part].to(aims)
-        unit = ones / ones.square().sum().clamp_min(1e-30)
-        means, products = unit @ aims, held @ unit
-        held -= ones.outer(products) + products.outer(ones) - ones.outer(ones) * (unit @ products)
+        group = ones / ones.square().sum().clamp_min(1e-30)
+        means, products = group @ aims, held @ group
+        held -= ones.outer(products) + products.outer(ones) - ones.outer(ones) * (group @ products)
         held.diagonal().add_(force)
         change = _solved(held, aims - ones.outer(means))
-        change -= unit.outer(ones @ change)
+        change -= group.outer(ones @ change)
         return change, means - products @ change
 
 
@@ -165,7 +165,7 @@ def precision(size: int, ridge: float, given: torch.dtype) -> torch.dtype:
     return torch.float32 if enough and given != torch.float64 else torch.float64
 
 
-class ReaderInputs:
+class ConsumerInputs:
     """What a layer is given, in two parts: its rows as they are, or their second moments where these take less.
 
     Args:
@@ -231,17 +231,17 @@ class ReaderInputs:
             torch.distributed.all_reduce(together)
             self._moments = together
 
-    def problem(self, kept: Tensor, gone: Tensor, device: torch.device) -> Squares | Rows:
+    def problem(self, kept: Tensor, pruned: Tensor, device: torch.device) -> Squares | Rows:
         """Return what makes `kept` inputs give what the others gave, in each part of the rows and in both.
 
         Rows are let go of; nothing is left to ask for a second time.
 
         Args:
             kept: which inputs stay, [kept], int64.
-            gone: which go and are missed, [gone].
+            gone: which go and are missed, [pruned].
             device: that computes.
         """
-        places = torch.cat([kept, kept.new_full((1,), self._width), gone])
+        places = torch.cat([kept, kept.new_full((1,), self._width), pruned])
         if self._moments is not None:
             places = places.to(self._moments.device)
             return Squares(torch.stack([each[places][:, places].to(device) for each in self._moments]), len(kept))

@@ -31,7 +31,7 @@ class _Hook:
     def __init__(self, looking: Looking | None = None, name: str = "") -> None:
         self._looking, self._name = None if looking is None else weakref.ref(looking), name
 
-    def _told(self) -> Looking | None:
+    def _described(self) -> Looking | None:
         """Return who is to be told; code that is being compiled tells nobody."""
         return None if self._looking is None or torch.compiler.is_compiling() else self._looking()
 
@@ -48,7 +48,7 @@ class Look(_Hook):
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         """Tell of a call."""
         del module
-        looking = self._told()
+        looking = self._described()
         if looking is not None:
             looking.see(self._name, args[0], output)
 
@@ -58,7 +58,7 @@ class Begin(_Hook):
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Tell that it begins."""
-        looking = self._told()
+        looking = self._described()
         if looking is not None:
             looking.begin(module, args, kwargs)
 
@@ -69,6 +69,6 @@ class End(_Hook):
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Tell that it ends."""
         del args, output
-        looking = self._told()
+        looking = self._described()
         if looking is not None:
             looking.end(module)

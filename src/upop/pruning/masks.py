@@ -1,4 +1,4 @@
-"""Soft masks on the units of a model, in weight space.
+"""Soft masks on the groups of a model, in weight space.
 
 Scaling output j of a layer by z_j is the same as scaling row j of its weight and bias: `diag(z) (W x + b)`. So a
 masked layer multiplies its weight, not its activations, and computes that product again in the backward pass
@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 from upop.pruning.again import is_transformed
 from upop.pruning.errors import LayoutError
+from upop.pruning.groups import Group, Slice, owner_of, tensor_of
 from upop.pruning.sharded import unsharded_class
-from upop.pruning.units import Slice, Unit, owner_of, tensor_of
 
 # A masked module's mask and flag, each followed by the name of the tensor that it masks. The mask is no buffer:
 # averages of weights pair the buffers of a model with those of a copy that may have been made before.
@@ -187,7 +187,7 @@ def _unmasked_class(kind: type[nn.Module]) -> type[nn.Module]:
 
 
 class Masks:
-    """The masks of some units of a model, attached to it until `remove` is called.
+    """The masks of some groups of a model, attached to it until `remove` is called.
 
     A masked module changes its class for the time being and gains a mask that is not saved; `remove` takes both
     away, and nothing else of the model was touched. Copies of the model have masks of their own, as they stood then;
@@ -195,31 +195,31 @@ class Masks:
 
     Args:
         model: the model, changed in place.
-        units: the units to mask; all entries start at 1, so the model's function does not change.
+        groups: the groups to mask; all channels start at 1, so the model's function does not change.
 
     Raises:
-        LayoutError: a layer that produces a unit's axis is no plain linear layer, or is masked already.
+        LayoutError: a layer that produces a group's axis is no plain linear layer, or is masked already.
     """
 
-    def __init__(self, model: nn.Module, units: Iterable[Unit]) -> None:
+    def __init__(self, model: nn.Module, groups: Iterable[Group]) -> None:
         unmask(model)
-        self._units = {unit.name: unit for unit in units}
-        # Per module that carries masks, and masked tensor of it: the units, and their slices.
+        self._groups = {group.name: group for group in groups}
+        # Per module that carries masks, and masked tensor of it: the groups, and their slices.
         self._layers: dict[tuple[nn.Module, str], list[tuple[str, Slice]]] = {}
         scaled: dict[nn.Module, dict[str, int]] = {}
         masked: dict[nn.Module, _Scaled] = {}
-        for unit in self._units.values():
-            for part in unit.producers:
+        for group in self._groups.values():
+            for part in group.producers:
                 if part.direct:
-                    module, leaf = _readable(model, part.tensor, unit)
+                    module, leaf = _readable(model, part.tensor, group)
                     scaled.setdefault(module, {})[leaf] = part.dim
                     masked[module] = tuple(scaled[module].items())
                 elif part.tensor.endswith(".weight"):  # the layer's forward scales its bias too
-                    module, leaf = _maskable(model, part.tensor, unit), "weight"
+                    module, leaf = _maskable(model, part.tensor, group), "weight"
                     masked[module] = None
                 else:
                     continue
-                self._layers.setdefault((module, leaf), []).append((unit.name, part))
+                self._layers.setdefault((module, leaf), []).append((group.name, part))
         for (module, leaf), ((_, part), *_) in self._layers.items():
             tensor = module._parameters[leaf]
             assert tensor is not None
@@ -230,24 +230,24 @@ class Masks:
             module.__class__ = _masked_class(type(module), kind)
             _holders[module] = weakref.ref(self)
         self._values = {
-            unit.name: torch.ones(unit.size, dtype=_precise(tensor_of(model, unit.producers[0].tensor)))
-            for unit in self._units.values()
+            group.name: torch.ones(group.size, dtype=_precise(tensor_of(model, group.producers[0].tensor)))
+            for group in self._groups.values()
         }
 
     @property
     def values(self) -> Mapping[str, Tensor]:
-        """The mask of every unit, shape [size], on the CPU, entries in [0, 1]."""
+        """The mask of every group, shape [size], on the CPU, channels in [0, 1]."""
         return self._values
 
     @torch.no_grad()
     def set(self, values: Mapping[str, Tensor]) -> None:
-        """Set the masks of the named units; each has shape [size]."""
+        """Set the masks of the named groups; each has shape [size]."""
         for name, value in values.items():
             self._values[name].copy_(value)
         for (module, leaf), parts in self._layers.items():
             if any(name in values for name, _ in parts):
                 rows = [part.expand(self._values[name]) for name, part in parts]
-                getattr(module, _MASK + leaf).copy_(torch.stack(rows).prod(0))  # units may lie side by side in it
+                getattr(module, _MASK + leaf).copy_(torch.stack(rows).prod(0))  # groups may lie side by side in it
                 setattr(module, _ALL_ONES + leaf, all(bool((each == 1).all()) for each in rows))
 
     def remove(self) -> None:
@@ -292,27 +292,27 @@ def _precise(weight: Tensor) -> torch.dtype:
     return torch.float64 if weight.dtype == torch.float64 else torch.float32
 
 
-def _refuse_second(module: nn.Module, unit: Unit) -> None:
+def _refuse_second(module: nn.Module, group: Group) -> None:
     if isinstance(module, _Masked):
         raise LayoutError(
-            f"Unit {unit.name} is masked already: another Pruner holds this model. "
+            f"Group {group.name} is masked already: another Pruner holds this model. "
             "Call its remove() (or shrink()) before making a new one."
         )
 
 
-def _readable(model: nn.Module, tensor: str, unit: Unit) -> tuple[nn.Module, str]:
+def _readable(model: nn.Module, tensor: str, group: Group) -> tuple[nn.Module, str]:
     module, leaf = owner_of(model, tensor)
-    _refuse_second(module, unit)
+    _refuse_second(module, group)
     return module, leaf
 
 
-def _maskable(model: nn.Module, tensor: str, unit: Unit) -> nn.Linear:
+def _maskable(model: nn.Module, tensor: str, group: Group) -> nn.Linear:
     layer, _ = owner_of(model, tensor)
-    _refuse_second(layer, unit)
+    _refuse_second(layer, group)
     if not isinstance(layer, nn.Linear) or type(layer).forward is not nn.Linear.forward:
         raise LayoutError(
-            f"Unit {unit.name} cannot be masked: {tensor} belongs to a {type(layer).__name__}, "
-            "and masks need a torch.nn.Linear with its own forward. Exclude the unit."
+            f"Group {group.name} cannot be masked: {tensor} belongs to a {type(layer).__name__}, "
+            "and masks need a torch.nn.Linear with its own forward. Exclude the group."
         )
     return layer
 
@@ -328,12 +328,12 @@ def unwrapped(model: nn.Module) -> nn.Module:
             return model
 
 
-def refuse_masked(model: nn.Module, units: Iterable[Unit]) -> None:
-    """Raise a `LayoutError` if a layer of `units` still carries a mask."""
-    for unit in units:
-        for part in unit.producers:
+def refuse_masked(model: nn.Module, groups: Iterable[Group]) -> None:
+    """Raise a `LayoutError` if a layer of `groups` still carries a mask."""
+    for group in groups:
+        for part in group.producers:
             if isinstance(owner_of(model, part.tensor)[0], _Masked):
                 raise LayoutError(
-                    f"Unit {unit.name} is still masked: a Pruner holds this model. Call its shrink(), or its "
+                    f"Group {group.name} is still masked: a Pruner holds this model. Call its shrink(), or its "
                     "remove() before applying a plan."
                 )

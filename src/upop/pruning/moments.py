@@ -1,4 +1,4 @@
-"""What the layers that read a unit are given, in two parts of what a model saw, kept apart.
+"""What the layers that read a group are given, in two parts of what a model saw, kept apart.
 
 Tokens of a sequence resemble each other, so what holds for some of them says little of others. Whole batches go to one
 part or the other, and each part tells how well what was learnt from the other does.
@@ -23,14 +23,14 @@ from upop.pruning.again import AsWritten, buffers_kept, is_transformed, random_n
 from upop.pruning.compiled import any_compiled_function, in_compiled_function
 from upop.pruning.costs import evaluating
 from upop.pruning.errors import StepError
-from upop.pruning.least_squares import PARTS, ReaderInputs, moments_bytes
+from upop.pruning.groups import Group, owner_of
+from upop.pruning.least_squares import PARTS, ConsumerInputs, moments_bytes
 from upop.pruning.looks import Begin, End, Look
 from upop.pruning.passes import Pass, device_of, logs_of, noting, squares_of
 from upop.pruning.scores import accumulator
 from upop.pruning.sharded import many_processes, reshard
-from upop.pruning.units import Unit, owner_of
 
-LOOKS = 4
+OBSERVATIONS = 4
 """Most steps, the last ones, that are looked at."""
 _TOKENS = 8192
 """Most tokens of a forward pass that are looked at, at even distances."""
@@ -42,10 +42,10 @@ _SHARE, _SMALL = 4, 2**28
 Correct = bool | Literal["auto"]
 
 
-def readers(model: nn.Module, unit: Unit) -> list[nn.Linear]:
-    """Return the layer that reads the unit's axis and then its momentum copies, if it is a plain linear layer."""
-    reader = unit.online[-1]
-    copies = [part for part in unit.slices if part.follows and not part.produces and part.dim == 1]
+def consumers(model: nn.Module, group: Group) -> list[nn.Linear]:
+    """Return the layer that reads the group's axis and then its momentum copies, if it is a plain linear layer."""
+    reader = group.online[-1]
+    copies = [part for part in group.slices if part.follows and not part.produces and part.dim == 1]
     modules = [owner_of(model, part.tensor)[0] for part in (reader, *copies) if part.tensor.endswith(".weight")]
     plain = reader.dim == 1 and modules and all(type(each).forward is nn.Linear.forward for each in modules)
     return [each for each in modules if isinstance(each, nn.Linear)] if plain else []
@@ -64,7 +64,7 @@ def allowed_bytes(model: nn.Module, correct: Correct) -> float:
 
 
 class Moments:
-    """Looks at forward passes, and tells what the readers of some units are given in them.
+    """Looks at forward passes, and tells what the readers of some groups are given in them.
 
     Tokens that the loss does not depend on (padding, all but the class token in a last layer) count nothing. Forward
     passes without gradients are not looked at. Those with gradients only tell which tokens matter; what readers are
@@ -76,7 +76,7 @@ class Moments:
         alone: there is one step, or batch, in all: half of its samples belong to each part. Otherwise whole ones do.
 
     Attributes:
-        sizes: unit's name -> the sum of logarithms of the squares of its reader's outputs, over the tokens that were
+        sizes: group's name -> the sum of logarithms of the squares of its reader's outputs, over the tokens that were
             seen first, and how many they were, [2]: tokens whose outputs are larger than usual count for less.
         step: number of the step, or batch, that the next passes belong to.
     """
@@ -85,7 +85,7 @@ class Moments:
         self.sizes: dict[str, Tensor] = {}
         self.step = 0
         self._at_once, self._alone = at_once, alone
-        self._seen: dict[str, ReaderInputs] = {}
+        self._seen: dict[str, ConsumerInputs] = {}
         self._hooks: dict[str, RemovableHandle] = {}
         self._root: list[RemovableHandle] = []
         self._unhook: Callable[[], Any] = lambda: None
@@ -102,27 +102,27 @@ class Moments:
         self._unhooked: dict[str, list[tuple[Pass, str, int]]] = {}  # calls that a checkpoint made without gradients
 
     def watch(
-        self, model: nn.Module, units: Iterable[Unit], wrapper: nn.Module | None = None, *, told: bool = False
+        self, model: nn.Module, groups: Iterable[Group], wrapper: nn.Module | None = None, *, described: bool = False
     ) -> None:
-        """Look at forward passes from now on, at what the readers of `units` are given, and at nothing else.
+        """Look at forward passes from now on, at what the readers of `groups` are given, and at nothing else.
 
         As long as anything is looked at, the model runs as it was written where it, or a part of it, was compiled.
         Other compiled code does so in the first step, and later if it was found to run the model.
 
         Args:
             model: the model.
-            units: whose readers are looked at.
+            groups: whose readers are looked at.
             wrapper: what is called in place of the model, if anything is.
             told: `expect` and `end` tell of passes, and calls of the model do not.
         """
-        wanted = {unit.name: layers[0] for unit in units if (layers := readers(model, unit))}
+        wanted = {group.name: layers[0] for group in groups if (layers := consumers(model, group))}
         if set(wanted) == set(self._hooks):
             return
         self.release()
         self._hooks = {name: layer.register_forward_hook(Look(self, name)) for name, layer in wanted.items()}
         self._widths = {name: layer.in_features for name, layer in wanted.items()}
         if self._hooks:
-            if not told:
+            if not described:
                 self._root = [
                     model.register_forward_pre_hook(Begin(self), with_kwargs=True),
                     model.register_forward_hook(End(self)),
@@ -227,7 +227,7 @@ class Moments:
         Args:
             many: add up the tokens of all processes, which call this at the same time.
         """
-        self._passes = [each for each in self._passes if each.step > self.step - LOOKS]
+        self._passes = [each for each in self._passes if each.step > self.step - OBSERVATIONS]
         steps = sorted({each.step for each in self._passes})
         tokens = torch.zeros(len(steps), len(self._widths), dtype=torch.long)
         for each in self._passes:
@@ -261,53 +261,53 @@ class Moments:
         elif output.requires_grad and self._unhooked.get(name):  # a checkpoint computes it again, the last call first
             output.register_hook(noting(*self._unhooked[name].pop(), squares_of(output)))
 
-    def groups(
-        self, model: nn.Module, units: list[Unit], correct: Correct
-    ) -> Iterator[tuple[list[Unit], dict[str, ReaderInputs]]]:
-        """Yield what the readers of units are given, of as many units at a time as memory is allowed for.
+    def portions(
+        self, model: nn.Module, groups: list[Group], correct: Correct
+    ) -> Iterator[tuple[list[Group], dict[str, ConsumerInputs]]]:
+        """Yield what the readers of groups are given, of as many groups at a time as memory is allowed for.
 
         The last ones come first: what is done about them changes nothing of what the others are given.
 
         Args:
             model: that was looked at.
-            units: those that are asked for, in forward order.
+            groups: those that are asked for, in forward order.
             correct: see `allowed_bytes`.
 
         Raises:
             StepError: the model does not take in evaluation mode what it took in training.
         """
         if self._at_once:
-            yield units[::-1], self._seen
+            yield groups[::-1], self._seen
             return
         if self._root:
             self._trim(many_processes())
         self._agree(model)
         device, allowed = device_of(model), allowed_bytes(model, correct)
-        sizes = {unit.name: self._bytes(model, unit) for unit in units}
+        sizes = {group.name: self._bytes(model, group) for group in groups}
         # On other devices one layer is seen at a time, and the rest waits on the CPU.
         home = torch.device("cpu") if device.type not in ("cpu", "meta") and sum(sizes.values()) > allowed else None
-        group: list[Unit] = []
-        for unit in units[::-1]:
-            if group and home is None and sum(sizes[each.name] for each in (*group, unit)) > allowed:
-                yield group, self._look(model, group, home)
-                group = []
-            group.append(unit)
-        if group:
-            yield group, self._look(model, group, home)
+        portion: list[Group] = []
+        for group in groups[::-1]:
+            if portion and home is None and sum(sizes[each.name] for each in (*portion, group)) > allowed:
+                yield portion, self._look(model, portion, home)
+                portion = []
+            portion.append(group)
+        if portion:
+            yield portion, self._look(model, portion, home)
 
-    def _bytes(self, model: nn.Module, unit: Unit) -> int:
-        """Return what is held of a unit."""
-        weight = readers(model, unit)[0].weight
+    def _bytes(self, model: nn.Module, group: Group) -> int:
+        """Return what is held of a group."""
+        weight = consumers(model, group)[0].weight
         most = moments_bytes(weight.shape[1], accumulator(weight))
-        if many_processes():  # all of them see the same groups, however many tokens each has
+        if many_processes():  # all of them see the same portions, however many tokens each has
             return most
-        tokens = sum(each.tokens(unit.name) for each in self._passes)
+        tokens = sum(each.tokens(group.name) for each in self._passes)
         return min(most, tokens * weight.shape[1] * weight.itemsize)
 
     @torch.no_grad()
-    def _look(self, model: nn.Module, units: list[Unit], home: torch.device | None) -> dict[str, ReaderInputs]:
-        """Run the passes again in evaluation mode, and return what the readers of units are given; buffers stay."""
-        found: dict[str, ReaderInputs] = {}
+    def _look(self, model: nn.Module, groups: list[Group], home: torch.device | None) -> dict[str, ConsumerInputs]:
+        """Run the passes again in evaluation mode, and return what the readers of groups are given; buffers stay."""
+        found: dict[str, ConsumerInputs] = {}
         held = [each for each in self._passes if each.is_whole]
         self._overwritten += len(self._passes) - len(held)
         steps = sorted({each.step for each in held})
@@ -321,14 +321,14 @@ class Moments:
             if matter is None or matter.numel() != inputs.numel() // inputs.shape[-1]:
                 return
             if name not in found:
-                found[name] = ReaderInputs(inputs.shape[-1], accumulator(inputs), home)
+                found[name] = ConsumerInputs(inputs.shape[-1], accumulator(inputs), home)
             part = None if self._alone else steps.index(each.step) % PARTS
             self._add(found[name], name, inputs, matter.to(inputs.device), squares_of(output), part)
 
         hooks = [
-            layer.register_forward_hook(lambda _, args, output, name=unit.name: see(name, args[0], output))
-            for unit in units
-            for layer in readers(model, unit)[:1]
+            layer.register_forward_hook(lambda _, args, output, name=group.name: see(name, args[0], output))
+            for group in groups
+            for layer in consumers(model, group)[:1]
         ]
         # torch's own encoder has kernels for evaluation that pass by its layers, and by whoever looks at them.
         fast = torch.backends.mha.get_fastpath_enabled()
@@ -368,13 +368,13 @@ class Moments:
         self.sizes = {name: row for name, row in zip(self._hooks, sums.cpu(), strict=True) if row[1] > 0}
 
     def _add(
-        self, found: ReaderInputs, name: str, inputs: Tensor, counts: Tensor, squares: Tensor, part: int | None
+        self, found: ConsumerInputs, name: str, inputs: Tensor, counts: Tensor, squares: Tensor, part: int | None
     ) -> None:
-        """Add what the reader of a unit was given.
+        """Add what the reader of a group was given.
 
         Args:
             found: to which.
-            name: of the unit.
+            name: of the group.
             inputs: [..., n].
             counts: which rows matter, bool, [rows].
             squares: sum of squares of the reader's outputs, [rows].
@@ -401,7 +401,7 @@ class Moments:
         def look(gradient: Tensor) -> None:
             (saved,) = held.grad_fn.saved_tensors
             if name not in self._seen:
-                self._seen[name] = ReaderInputs(saved.shape[-1], accumulator(saved))
+                self._seen[name] = ConsumerInputs(saved.shape[-1], accumulator(saved))
             self._add(self._seen[name], name, saved, (gradient != 0).any(-1).flatten(), squares, part)
 
         output.register_hook(look)

@@ -39,7 +39,7 @@ class HasState(Protocol):
 def cut_optimizer(optimizer: HasState, cuts: Mapping[Tensor, Slicing]) -> None:
     """Cut what an optimizer keeps of weights as the weights were cut; it stays valid, and goes on where it was.
 
-        cuts = {tensor_of(model, name): left for name, left in slicings(model, units, plan).items()}
+        cuts = {tensor_of(model, name): left for name, left in slicings(model, groups, plan).items()}
         shrink(model, plan)  # every parameter stays the same object
         cut_optimizer(optimizer, cuts)
 

@@ -24,8 +24,8 @@ class Pass:
         home: the device of the model then, and `kind` the precision of its weights.
         step: of the search, or the number of the batch.
         function: what is run in place of the model, if anything: (model, *args).
-        calls: by unit, which rows of each call of its reader matter to the loss; None is not known.
-        logs: by unit, the sum of logarithms of the squares of its reader's outputs over these rows, and their number.
+        calls: by group, which rows of each call of its reader matter to the loss; None is not known.
+        logs: by group, the sum of logarithms of the squares of its reader's outputs over these rows, and their number.
         versions: of the tensors that were given: what has been written to since is no use.
     """
 
@@ -41,7 +41,7 @@ class Pass:
     versions: list[int] = field(default_factory=list)
 
     def tokens(self, name: str) -> int:
-        """Return how many tokens the reader of a unit was given, of calls that matter."""
+        """Return how many tokens the reader of a group was given, of calls that matter."""
         return sum(each.numel() for each in self.calls.get(name, []) if each is not None)
 
     def run(self, model: nn.Module) -> None:

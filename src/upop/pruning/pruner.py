@@ -10,26 +10,27 @@ import torch
 from torch import Tensor, nn
 
 from upop.pruning import budget
-from upop.pruning.align import Align, check_align
 from upop.pruning.carried import record_cut, refuse_unrecordable
 from upop.pruning.choice import check_correct, check_whole
-from upop.pruning.correction import Choice, correct_readers
+from upop.pruning.correction import Choice, correct_consumers
 from upop.pruning.costs import Cost
+from upop.pruning.deprecated import renamed_arguments, renamed_attributes
 from upop.pruning.depth import check_depth
 from upop.pruning.errors import SettingError, StepError
 from upop.pruning.goal import Goal
+from upop.pruning.groups import Group, tensor_of
 from upop.pruning.latency import Profile
-from upop.pruning.moments import LOOKS, Correct
+from upop.pruning.moments import OBSERVATIONS, Correct
 from upop.pruning.plan import Plan
-from upop.pruning.scores import Score, agreed, scoring
+from upop.pruning.round_to import RoundTo, check_round_to
+from upop.pruning.scores import Importance, agreed, scoring
 from upop.pruning.searched import Searched
 from upop.pruning.shrink import cut_verified
 from upop.pruning.slips import check_model
 from upop.pruning.stated import Stated
 from upop.pruning.targets import Target
-from upop.pruning.told import warn_of_early_end, warn_of_none, warn_of_skipped, warn_of_unscored
 from upop.pruning.uniform import Uniform, check_uniform
-from upop.pruning.units import Unit, tensor_of
+from upop.pruning.warn import warn_of_early_end, warn_of_none, warn_of_skipped, warn_of_unscored
 from upop.pruning.whole import whole
 
 Progress = Literal["stages", "soft"]
@@ -37,7 +38,11 @@ _STAGES = 8
 _INTERVAL = 50
 """Between updates of a soft search."""
 
+_OLDER = {"align": "round_to", "score": "importance"}
+"""Names that settings had in earlier states, and the names that they have now."""
 
+
+@renamed_attributes(align="round_to", score="importance", units="groups")
 class Pruner(Searched):
     """Searches, during ordinary training, what can go from all modalities under one budget, and then removes it.
 
@@ -48,7 +53,7 @@ class Pruner(Searched):
     Args:
         model: a timm, transformers or upop model; wrappers of DDP and torch.compile are looked through, and it may be
             sharded by `fully_shard`, before this or later.
-        ratio: share of the units' total cost to remove, in (0, 1); 0.5 is the paper's 2x, 0.75 its 4x.
+        ratio: share of the groups' total cost to remove, in (0, 1); 0.5 is the paper's 2x, 0.75 its 4x.
         steps: number of times that `step` will be called.
         target: in place of a ratio, what is left of the whole model: {"params": 0.5}, {"params": "12M", "macs": "2x"},
             "params=40MB@float16"; several hold all at once. "macs" are multiply-adds of a forward pass over `example`,
@@ -58,17 +63,18 @@ class Pruner(Searched):
         interval: masks move at every `interval`-th step and at the last one; by default eight times in "stages", and
             at every 50th step (step 0 included) in a "soft" search.
         cost: what the budget counts: "params" (default), "flops", "reference" (the published weights, and the
-            published way to set the threshold), a mapping from unit names or patterns, or a function of a unit.
-        align: kept channels are multiples of this (8 suits tensor cores); {"mlp": 128} says it by kind of unit, and
+            published way to set the threshold), a mapping from group names or patterns, or a function of a group.
+        round_to: kept channels are multiples of this (8 suits tensor cores); {"mlp": 128} says it by kind of group, and
             "tensor-cores", "torchao" or "nemotron-nas" what these want.
-        score: what a step adds to the scores, of which high ones go first: "absolute" (default; minus the magnitude of
-            the first-order change of the loss without an entry), "squared" (minus its square), "signed" (default of
-            a "soft" search), or a function (weight, its gradient) -> one number per row. It must be homogeneous of
-            degree 1 in the gradient (twice the gradient, twice the score), since soft masks are divided out after it.
+        importance: what a step adds to the scores, of which high ones go first: "absolute" (default; minus the
+            magnitude of the first-order change of the loss without a channel), "squared" (minus its square), "signed"
+            (default of a "soft" search), or a function (weight, its gradient) -> one number per row. It must be
+            homogeneous of degree 1 in the gradient (twice the gradient, twice the score), since soft masks are divided
+            out after it.
         progress: "stages" (default): what has the highest scores since the last stage is masked to 0 for good, the same
             share of the cost at every stage. Best with few steps: a tenth of all training steps, and 16 at least.
-            "soft", the published search: masks fall from 1 to 0 all the time, and entries may come back. It is the
-            default with cost="reference" and with score="signed".
+            "soft", the published search: masks fall from 1 to 0 all the time, and channels may come back. It is the
+            default with cost="reference" and with importance="signed".
         correct: at every stage, the layers that read what goes are corrected by least squares, so that their outputs
             change least, over as many of the last four steps as have four tokens for every input, run again in
             evaluation mode. How much a layer changes follows from how well that does on samples that it was not made
@@ -76,25 +82,27 @@ class Pruner(Searched):
             their inputs are held. At the end of a stage "auto" (default) holds at most a quarter of the weights' bytes
             on the model's device: the rest waits on the CPU; there (256 MiB are always allowed) the model runs once
             more for every few layers. True holds what all layers are given at once, at most 2 n^2 numbers for n inputs.
-        include: names or patterns (`fnmatch`) of the units to prune; default all.
-        exclude: names or patterns of units to leave alone.
-        example: inputs for one forward pass, for cost="flops", and to read the units of a model with classes of one's
-            own (`survey`). Without one, those of such a model are read when it is first called.
-        units: what is known of units beside (`upop.UnitSpec`): proved like the others, before those that cut the same.
+        include: names or patterns (`fnmatch`) of the groups to prune; default all.
+        exclude: names or patterns of groups to leave alone.
+        example: inputs for one forward pass, for cost="flops", and to read the groups of a model with classes of one's
+            own (`find_prunable`). Without one, those of such a model are read when it is first called.
+        groups: what is known of groups beside (`upop.GroupSpec`): proved like the others, before those that cut the
+            same.
         update_first_step: False leaves the masks alone at step 0, as published for DeiT and Segmenter.
         uniform: "tower" has all layers of a tower keep equally many heads (or key-value groups) and equally many
             neurons, as far as the model's configuration has numbers for them; which ones differ by layer. What is
             saved is then an ordinary model of its library, for which upop need not be installed.
-        depth: True lets an attention or an MLP go whole, by what all of its entries lose together for all that it
+        depth: True lets an attention or an MLP go whole, by what all of its channels lose together for all that it
             costs; the bias that it ends with stays. With `uniform` whole layers go, where the configuration counts
             them, and the other ones keep equally many.
 
     Raises:
         SettingError: a setting is out of range, names nothing, or asks for more than can go.
-        LayoutError: the model has no unit, or a unit's weights are frozen or masked already; without an example, a
+        LayoutError: the model has no group, or a group's weights are frozen or masked already; without an example, a
             model with classes of one's own raises both when it is first called.
     """
 
+    @renamed_arguments(align="round_to", score="importance", units="groups")
     def __init__(
         self,
         model: nn.Module,
@@ -105,14 +113,14 @@ class Pruner(Searched):
         target: Target | None = None,
         profile: Profile | None = None,
         cost: Cost = "params",
-        align: Align | str = 1,
-        score: str | Score | None = None,
+        round_to: RoundTo | str = 1,
+        importance: str | Importance | None = None,
         progress: Progress | None = None,
         correct: Correct = "auto",
         include: str | Sequence[str] | None = None,
         exclude: str | Sequence[str] | None = None,
         example: Any = None,
-        units: Sequence[Stated] = (),
+        groups: Sequence[Stated] = (),
         update_first_step: bool = True,
         uniform: Uniform | None = None,
         depth: bool = False,
@@ -121,32 +129,36 @@ class Pruner(Searched):
         goal = Goal(ratio, target, profile)
         if progress not in (None, "stages", "soft"):
             raise SettingError(f'progress is "stages" or "soft"; found {progress!r}.')
-        self.progress: Progress = progress or ("soft" if cost == "reference" or score == "signed" else "stages")
+        self.progress: Progress = progress or ("soft" if cost == "reference" or importance == "signed" else "stages")
         steps = check_whole("steps", steps)
-        align = check_align(align)
+        round_to = check_round_to(round_to)
         if interval is None:
             interval = _INTERVAL if self.progress == "soft" else -(-steps // _STAGES)
         check_whole("interval", interval)
         if cost == "reference" and target is not None:
             raise SettingError("cost='reference' is the budget of the published search, which takes a ratio.")
-        if cost == "reference" and align != 1:
-            raise SettingError(f"cost='reference' ranks single entries as published; found align={align}. Use align=1.")
+        if cost == "reference" and round_to != 1:
+            raise SettingError(
+                f"cost='reference' ranks single channels as published; found round_to={round_to}. Use round_to=1."
+            )
         check_uniform(uniform)
         check_depth(depth, self.progress)
         if cost == "reference" and uniform:
-            raise SettingError(f"cost='reference' ranks single entries as published; found uniform={uniform!r}.")
+            raise SettingError(f"cost='reference' ranks single channels as published; found uniform={uniform!r}.")
         self.steps, self.interval, self.update_first_step = steps, interval, update_first_step
-        self.score = score or ("signed" if self.progress == "soft" else "absolute")
-        self._scoring = scoring(self.score)
+        self.importance = importance or ("signed" if self.progress == "soft" else "absolute")
+        self._scoring = scoring(self.importance)
         self._correct: Correct = check_correct(correct) if self.progress == "stages" else False
         self._choices: list[dict[str, Choice]] = []  # of the stages so far
         self._skipped = torch.zeros((), dtype=torch.long)
         self._stale = torch.zeros((), dtype=torch.bool)  # whether the scores are of a stage that has ended
         self._warned, self._warned_unscored = 0, False
-        self._scored: set[str] = set()  # units that had a gradient at some step
+        self._scored: set[str] = set()  # groups that had a gradient at some step
         self._done = 0
         self.threshold: float | None = None
-        super().__init__(model, goal, cost, align, (include, exclude), example, units, self._scoring, uniform, depth)
+        super().__init__(
+            model, goal, cost, round_to, (include, exclude), example, groups, self._scoring, uniform, depth
+        )
 
     @property
     def steps_done(self) -> int:
@@ -175,7 +187,7 @@ class Pruner(Searched):
 
     @property
     def corrections(self) -> dict[str, float]:
-        """What the last stage's correction leaves of the square of what a unit's reader lost, on other samples."""
+        """What the last stage's correction leaves of the square of what a group's reader lost, on other samples."""
         return {name: choice.left for name, choice in self._choices[-1].items()} if self._choices else {}
 
     @torch.no_grad()
@@ -189,9 +201,9 @@ class Pruner(Searched):
         """
         self._check_running()
         self._first.let_compiled()
-        producers = {part.tensor: part.dim for unit in self.units for part in unit.producers}
+        producers = {part.tensor: part.dim for group in self.groups for part in group.producers}
         rows = self._rows.of({name: (tensor_of(self.model, name), dim) for name, dim in producers.items()})
-        added = {unit.name: self._entry_scores(unit, rows) for unit in self.units}
+        added = {group.name: self._channel_scores(group, rows) for group in self.groups}
         self._rows.forget()
         self._scored |= {name for name, value in added.items() if value is not None}
         if all(value is None for value in added.values()):
@@ -221,7 +233,7 @@ class Pruner(Searched):
         self._advance()
 
     def plan(self) -> Plan:
-        """Return what is kept, unit by unit; before the search has finished, what it has reached by now.
+        """Return what is kept, group by group; before the search has finished, what it has reached by now.
 
         Raises:
             StepError: a soft search has not finished, so that its masks are not binary yet.
@@ -229,14 +241,14 @@ class Pruner(Searched):
         self._check_binary("plan()")
         kept = {name: mask.nonzero().flatten().tolist() for name, mask in self.masks.items()}
         return Plan.of(
-            self.units,
+            self.groups,
             kept,
-            **self._goal.told({name: len(entries) for name, entries in kept.items()}),
+            **self._goal.described({name: len(channels) for name, channels in kept.items()}),
             steps=self.steps,
             interval=self.interval,
             cost=self.cost if isinstance(self.cost, str) else "given",
-            align=self.align,
-            score=self.score if isinstance(self.score, str) else "given",
+            round_to=self.round_to,
+            importance=self.importance if isinstance(self.importance, str) else "given",
             progress=self.progress,
             **({"uniform": self.uniform} if self.uniform else {}),
             **({"depth": True} if self.depth else {}),
@@ -271,7 +283,7 @@ class Pruner(Searched):
         self._detach()
         try:
             with whole(self.model):
-                cut_verified(self.model, self.units, plan, verify, self._inputs())
+                cut_verified(self.model, self.groups, plan, verify, self._inputs())
         except BaseException:
             self._attach()
             raise
@@ -281,7 +293,7 @@ class Pruner(Searched):
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything that a resumed search needs: scores, masks, and where it stands."""
-        if self._units is None and self._resumed is not None:
+        if self._groups is None and self._resumed is not None:
             return dict(self._resumed)
         return {
             "scores": self.scores,
@@ -299,9 +311,9 @@ class Pruner(Searched):
             **self._goal.settings(),
             "steps": self.steps,
             "interval": self.interval,
-            "align": self.align,
+            "round_to": self.round_to,
             "cost": self.cost if isinstance(self.cost, str) else "given",
-            "score": self.score if isinstance(self.score, str) else "given",
+            "importance": self.importance if isinstance(self.importance, str) else "given",
             "progress": self.progress,
             "correct": bool(self._correct),
             **({"uniform": self.uniform} if self.uniform else {}),
@@ -314,16 +326,17 @@ class Pruner(Searched):
         Raises:
             SettingError: the state belongs to another model or to other settings.
         """
-        if state["settings"] != self._settings():
-            raise SettingError(f"The saved search has settings {state['settings']}, this one {self._settings()}.")
+        saved = {_OLDER.get(name, name): value for name, value in state["settings"].items()}
+        if saved != self._settings():
+            raise SettingError(f"The saved search has settings {saved}, this one {self._settings()}.")
         self._done = int(state["steps_done"])
-        if self._units is None:
+        if self._groups is None:
             self._resumed = state
             return
         shapes = {name: tuple(score.shape) for name, score in state["scores"].items()}
         if shapes != {name: tuple(score.shape) for name, score in self._scores.items()}:
             raise SettingError(
-                "The saved search has other units than this model. Resume with the model it was made for."
+                "The saved search has other groups than this model. Resume with the model it was made for."
             )
         for name, score in state["scores"].items():
             self._scores[name].copy_(score)
@@ -337,13 +350,13 @@ class Pruner(Searched):
         self._look()
         self._moments.resume(state["seen"])
 
-    def _entry_scores(self, unit: Unit, rows: Mapping[str, Tensor]) -> Tensor | None:
-        given = [part.reduce(rows[part.tensor]) for part in unit.producers if part.tensor in rows]
+    def _channel_scores(self, group: Group, rows: Mapping[str, Tensor]) -> Tensor | None:
+        given = [part.reduce(rows[part.tensor]) for part in group.producers if part.tensor in rows]
         if not given:
             return None
         total = sum((each.to(given[0].device) for each in given[1:]), given[0])
         if self.progress == "soft":
-            total = total / self._masks.values[unit.name].to(total.device, total.dtype, non_blocking=True)
+            total = total / self._masks.values[group.name].to(total.device, total.dtype, non_blocking=True)
         return self._scoring.added(total)
 
     def _advance(self) -> None:
@@ -373,23 +386,23 @@ class Pruner(Searched):
     def _look(self) -> None:
         """Look at what the readers are given in the last steps of a stage, and at no other time."""
         self._moments.advance(self._done)
-        soon = any(self._due(step) for step in range(self._done, min(self._done + LOOKS, self.steps)))
-        watched = self.units if soon and self._attached and self._correct else []
+        soon = any(self._due(step) for step in range(self._done, min(self._done + OBSERVATIONS, self.steps)))
+        watched = self.groups if soon and self._attached and self._correct else []
         self._moments.watch(self.model, watched, self._wrapper())
 
     def _end_stage(self, step: int) -> None:
         """Mask what has the highest scores for good, and have the layers that read it make up for it."""
-        live = {name: mask == 1 for name, mask in self._masks.values.items()}
-        scores = {name: score.cpu().masked_fill(~live[name], math.inf) for name, score in self._scores.items()}
+        active = {name: mask == 1 for name, mask in self._masks.values.items()}
+        scores = {name: score.cpu().masked_fill(~active[name], math.inf) for name, score in self._scores.items()}
         part = (step + 1) / self.steps
-        selection = self._goal.select(self.units, scores, self.costs, part, self.align, standardised=False)
+        selection = self._goal.select(self.groups, scores, self.costs, part, self.round_to, standardised=False)
         if self._correct:
-            chosen = correct_readers(self._moments, self.model, self.units, live, selection.marked, self._correct)
+            chosen = correct_consumers(self._moments, self.model, self.groups, active, selection.marked, self._correct)
             self._choices.append(chosen)
             if step == self.steps - 1 >= _STAGES - 1:  # fewer are a trial
                 done = [choice.ridge is not None for stage in self._choices for choice in stage.values()]
                 warn_of_none(done, self._moments.advice, stacklevel=6)
-        self._masks.set({name: torch.where(gone, 0.0, 1.0) for name, gone in selection.marked.items()})
+        self._masks.set({name: torch.where(pruned, 0.0, 1.0) for name, pruned in selection.marked.items()})
         self.threshold = selection.threshold
         self._stale.fill_(True)
 
@@ -398,12 +411,12 @@ class Pruner(Searched):
         whole = self.ratio or 1.0
         share = budget.progress(step, self.steps, whole)
         if self.cost == "reference":
-            selection = budget.select_as_published(self.units, self._scores, self.costs, share)
+            selection = budget.select_as_published(self.groups, self._scores, self.costs, share)
         else:
-            selection = self._goal.select(self.units, self._scores, self.costs, share / whole, self.align)
+            selection = self._goal.select(self.groups, self._scores, self.costs, share / whole, self.round_to)
         # Rounded to float32 whatever the model's precision, as the published masks are.
         value = torch.tensor(1 - share / whole, dtype=torch.float32)
-        self._masks.set({name: torch.where(gone, value, 1.0) for name, gone in selection.marked.items()})
+        self._masks.set({name: torch.where(pruned, value, 1.0) for name, pruned in selection.marked.items()})
         self.threshold = selection.threshold
 
     def _warn(self, step: int) -> None:
@@ -413,11 +426,11 @@ class Pruner(Searched):
             warn_of_skipped(self._warned, step + 1)
 
     def _warn_unscored(self, step: int) -> None:
-        """Say once which units the loss did not depend on so far, when masks move for the second time or the last."""
+        """Say once which groups the loss did not depend on so far, when masks move for the second time or the last."""
         unscored = [name for name, score in self._scores.items() if name not in self._scored and not score.any()]
         if unscored and not self._warned_unscored and (step or self.steps == 1):
             self._warned_unscored = True
-            warn_of_unscored(unscored, len(self.units), step + 1)
+            warn_of_unscored(unscored, len(self.groups), step + 1)
 
     def _check_running(self) -> None:
         self._refuse_unread()

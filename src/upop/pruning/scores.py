@@ -12,11 +12,13 @@ from torch.utils.hooks import RemovableHandle
 from upop.pruning.errors import SettingError, nearest
 from upop.pruning.sharded import HeldRows, held_rows, is_sharded_tensor, many_processes, whole_rows
 
-Score = Callable[[Tensor, Tensor], Tensor]
+Importance = Callable[[Tensor, Tensor], Tensor]
 
 
 def signed(weight: Tensor, gradient: Tensor) -> Tensor:
-    """The published score: the gradient of the loss to the mask of each row, `sum(gradient * weight)`, shape [rows]."""
+    """The published importance: the gradient of the loss to the mask of each row, `sum(gradient * weight)`, shape
+    [rows].
+    """
     precise = accumulator(weight)
     products: Tensor = torch.linalg.vecdot(gradient.to(precise), weight.to(precise))
     return products
@@ -27,11 +29,11 @@ class Scoring:
     """How a step's gradients become scores; high ones go first.
 
     Attributes:
-        rows: (weight, gradient) -> one number per row; an entry's rows are summed up.
+        rows: (weight, gradient) -> one number per row; a channel's rows are summed up.
         added: what the step adds to the scores, [size], from these sums, [size].
     """
 
-    rows: Score
+    rows: Importance
     added: Callable[[Tensor], Tensor]
 
 
@@ -40,24 +42,25 @@ SCORES: dict[str, Scoring] = {
     "absolute": Scoring(signed, lambda sums: -sums.abs()),
     "squared": Scoring(signed, lambda sums: -sums.square()),
 }
-"""By name. The sum of an entry's rows is the first-order change of the loss without it, by this step's batch. Sums that
-keep their signs tell over many steps which entries hurt, and cancel over few; magnitudes tell which ones matter."""
+"""By name. The sum of a channel's rows is the first-order change of the loss without it, by this step's batch. Sums
+that
+keep their signs tell over many steps which channels hurt, and cancel over few; magnitudes tell which ones matter."""
 
 
-def scoring(score: str | Score) -> Scoring:
-    """Return what `score` names, or what adds up the rows of the function that it is.
+def scoring(importance: str | Importance) -> Scoring:
+    """Return what `importance` names, or what adds up the rows of the function that it is.
 
     Raises:
         SettingError: there is none of that name.
     """
-    if callable(score):
-        return Scoring(score, lambda sums: sums)
-    if score not in SCORES:
+    if callable(importance):
+        return Scoring(importance, lambda sums: sums)
+    if importance not in SCORES:
         raise SettingError(
-            f"score={score!r} is not known{nearest(str(score), list(SCORES))}. "
+            f"importance={importance!r} is not known{nearest(str(importance), list(SCORES))}. "
             f"Use one of {', '.join(map(repr, SCORES))}, or a function of (weight, gradient)."
         )
-    return SCORES[score]
+    return SCORES[importance]
 
 
 def accumulator(tensor: Tensor) -> torch.dtype:
@@ -71,7 +74,7 @@ def agreed(scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
     Gradients that were averaged may differ in a last bit, which is enough for another choice.
 
     Args:
-        scores: by unit, [size]; all processes call this at the same time, with the same units.
+        scores: by group, [size]; all processes call this at the same time, with the same groups.
     """
     if not many_processes():
         return dict(scores)
@@ -106,7 +109,7 @@ class RowScores:
         function: (weight [rows, columns], gradient of the same shape) -> [rows].
     """
 
-    def __init__(self, function: Score) -> None:
+    def __init__(self, function: Importance) -> None:
         self._function = function
         self._taken: dict[Tensor, _Taken] = {}
         self._dims: dict[Tensor, int] = {}
@@ -122,7 +125,7 @@ class RowScores:
         ]
 
     def of(self, parameters: Mapping[str, tuple[Tensor, int]]) -> dict[str, Tensor]:
-        """Return the scores of those parameters that have a gradient, [rows] each: one per entry along a dimension.
+        """Return the scores of those parameters that have a gradient, [rows] each: one per channel along a dimension.
 
         Args:
             parameters: name -> the parameter, and the dimension along which its rows lie.
@@ -181,7 +184,9 @@ class FreedRows:
         others: all parameters that may get a gradient.
     """
 
-    def __init__(self, function: Score, parameters: Mapping[str, tuple[Tensor, int]], others: Iterable[Tensor]) -> None:
+    def __init__(
+        self, function: Importance, parameters: Mapping[str, tuple[Tensor, int]], others: Iterable[Tensor]
+    ) -> None:
         self._function = function
         self._wanted = {tensor: (name, dim) for name, (tensor, dim) in parameters.items()}
         self._found: dict[str, Tensor] = {}
@@ -255,7 +260,7 @@ def _is_checkpointed_whole(value: Tensor) -> bool:
     return False
 
 
-def _computed(function: Score, parameter: Tensor, gradient: Tensor, dim: int) -> Tensor:
+def _computed(function: Importance, parameter: Tensor, gradient: Tensor, dim: int) -> Tensor:
     weight, gradient = parameter.detach(), gradient.detach()
     if weight.dim() == 1:
         return function(weight.unsqueeze(1), gradient.unsqueeze(1))

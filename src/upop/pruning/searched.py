@@ -1,4 +1,4 @@
-"""What a search holds of its model: the units, their masks and scores, and what the model was first called with."""
+"""What a search holds of its model: the groups, their masks and scores, and what the model was first called with."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from upop.pruning.align import Align
 from upop.pruning.choice import chosen, refuse_frozen
-from upop.pruning.costs import Arguments, Cost, entry_costs
+from upop.pruning.costs import Arguments, Cost, channel_costs
 from upop.pruning.depth import branches_of
 from upop.pruning.errors import LayoutError, StepError
 from upop.pruning.goal import Goal
+from upop.pruning.groups import Group, Kind, tensor_of
 from upop.pruning.known import know_as
 from upop.pruning.masks import Masks, unwrapped
 from upop.pruning.moments import Moments
 from upop.pruning.plan import misfit
+from upop.pruning.prunable import groups_to_search, waits_for_batch
+from upop.pruning.round_to import RoundTo
 from upop.pruning.scores import RowScores, Scoring
 from upop.pruning.seen import FirstCall, Kept, examples_of, read_first
 from upop.pruning.sharded import refuse_flattened
 from upop.pruning.shrink import refuse_shared
 from upop.pruning.stated import Stated
-from upop.pruning.surveys import units_to_search, waits_for_batch
-from upop.pruning.told import warn_of_uncovered
 from upop.pruning.uniform import Uniform, to_keep_alike
-from upop.pruning.units import Kind, Unit, tensor_of
+from upop.pruning.warn import warn_of_uncovered
 
 Patterns = str | Sequence[str] | None
 
@@ -36,19 +36,19 @@ Patterns = str | Sequence[str] | None
 class Searched(ABC):
     """A model while it is searched.
 
-    The units of a model with classes of one's own are read with the first batch that it is called with, unless an
+    The groups of a model with classes of one's own are read with the first batch that it is called with, unless an
     example is given: what is made up could take another way through a forward.
 
     Args:
         model: changed in place.
         goal: what is asked for.
-        cost: what an entry costs.
-        align: kept sizes are multiples of this.
+        cost: what a channel costs.
+        round_to: kept sizes are multiples of this.
         patterns: what to include and what to exclude.
         example: inputs for one forward pass; None waits for some where that is needed.
-        stated: what is known of units beside.
+        stated: what is known of groups beside.
         scoring: how rows are scored.
-        uniform: whether the layers of a tower keep equally many entries.
+        uniform: whether the layers of a tower keep equally many channels.
         depth: whether branches may go whole.
     """
 
@@ -57,7 +57,7 @@ class Searched(ABC):
         model: nn.Module,
         goal: Goal,
         cost: Cost,
-        align: Align,
+        round_to: RoundTo,
         patterns: tuple[Patterns, Patterns],
         example: Any,
         stated: Sequence[Stated],
@@ -67,13 +67,13 @@ class Searched(ABC):
     ) -> None:
         self.model, self._wrapper = unwrapped(model), weakref.ref(model)
         refuse_flattened(self.model)
-        self.cost, self.align, self._goal, self.uniform, self.depth = cost, align, goal, uniform, depth
+        self.cost, self.round_to, self._goal, self.uniform, self.depth = cost, round_to, goal, uniform, depth
         self._patterns, self._example, self._stated = patterns, example, stated
         self._rows = RowScores(scoring.rows)
         self._moments = Moments(alone=self._is_one_step())
         self._attached = True
-        self._units: list[Unit] | None = None
-        self._resumed: Mapping[str, Any] | None = None  # a state that waits for the units
+        self._groups: list[Group] | None = None
+        self._resumed: Mapping[str, Any] | None = None  # a state that waits for the groups
         waits = example is None and waits_for_batch(self.model)
         if not waits:
             self._begin(self._read(example))
@@ -83,11 +83,11 @@ class Searched(ABC):
             self._first = FirstCall(self.model, wrapper=model)
 
     def _begin_with(self, kept: Kept, arguments: Arguments) -> None:
-        """Read the units of a model with what it is called with, before it runs."""
+        """Read the groups of a model with what it is called with, before it runs."""
         self._example = arguments
         try:
             self._begin(
-                read_first(kept.inputs(self.model), lambda inputs: units_to_search(self.model, inputs, self._stated))
+                read_first(kept.inputs(self.model), lambda inputs: groups_to_search(self.model, inputs, self._stated))
             )
         finally:
             self._example = None
@@ -95,28 +95,28 @@ class Searched(ABC):
             self.load_state_dict(self._resumed)
 
     def _note(self, arguments: Arguments) -> None:
-        """Look at the pass that the units were read before."""
+        """Look at the pass that the groups were read before."""
         if self._moments.looks:
             self._moments.begin(self.model, *arguments)
 
-    def _read(self, example: Any) -> list[Unit]:
-        return units_to_search(self.model, example, self._stated)
+    def _read(self, example: Any) -> list[Group]:
+        return groups_to_search(self.model, example, self._stated)
 
-    def _begin(self, units: list[Unit]) -> None:
-        """Put masks on the units that were asked for."""
-        found = chosen(units, *self._patterns, depth=self.depth)
-        units, self._towers, layers = to_keep_alike(self.model, found, self.uniform, units, depth=self.depth)
+    def _begin(self, groups: list[Group]) -> None:
+        """Put masks on the groups that were asked for."""
+        found = chosen(groups, *self._patterns, depth=self.depth)
+        groups, self._towers, layers = to_keep_alike(self.model, found, self.uniform, groups, depth=self.depth)
         warn_of_uncovered(self.model)
-        refuse_frozen(self.model, units)
-        refuse_shared(self.model, units)
-        self._costs = entry_costs(self.model, units, self.cost, self._example)
+        refuse_frozen(self.model, groups)
+        refuse_shared(self.model, groups)
+        self._costs = channel_costs(self.model, groups, self.cost, self._example)
         branches: list[tuple[str, ...]] = []
         if self.depth:
             examples = examples_of(self.model) if self._example is None else [self._example]
-            branches = branches_of(self.model, units, examples, layers if self.uniform else None)
-        self._goal.begin(self.model, units, self._costs, self.align, self._example, self._towers, branches)
-        self._masks = Masks(self.model, units)
-        self._units = units
+            branches = branches_of(self.model, groups, examples, layers if self.uniform else None)
+        self._goal.begin(self.model, groups, self._costs, self.round_to, self._example, self._towers, branches)
+        self._masks = Masks(self.model, groups)
+        self._groups = groups
         self._watch()
         self._scores = {name: torch.zeros_like(mask) for name, mask in self._masks.values.items()}
         self._look()
@@ -134,14 +134,14 @@ class Searched(ABC):
         """Look at what the readers are given where that is wanted, and at no other time."""
 
     @property
-    def units(self) -> list[Unit]:
+    def groups(self) -> list[Group]:
         """What is searched, in forward order.
 
         Raises:
             StepError: the model has classes of one's own, there was no example, and it has not been called yet.
         """
         self._refuse_unread()
-        return self._units or []
+        return self._groups or []
 
     @property
     def ratio(self) -> float | None:
@@ -150,43 +150,43 @@ class Searched(ABC):
 
     @property
     def is_read(self) -> bool:
-        """Whether the units are known; those of a model with classes of one's own may wait for its first call."""
-        return self._units is not None
+        """Whether the groups are known; those of a model with classes of one's own may wait for its first call."""
+        return self._groups is not None
 
     def _refuse_unread(self) -> None:
-        if self._units is None:
+        if self._groups is None:
             raise StepError(
-                f"The units of {type(self.model).__name__} are read with the first batch that it is given, and it has "
+                f"The groups of {type(self.model).__name__} are read with the first batch that it is given, and it has "
                 "not been called as a module since the Pruner was made: model(batch), not model.forward(batch) or a "
                 "part of it. Call it first, or give Pruner(..., example=...) what a call takes."
             )
 
     @property
     def costs(self) -> dict[str, float]:
-        """What one entry of every unit costs."""
-        return {unit.name: self._costs[unit.name] for unit in self.units}
+        """What one channel of every group costs."""
+        return {group.name: self._costs[group.name] for group in self.groups}
 
     @property
     def scores(self) -> dict[str, Tensor]:
-        """The accumulated scores per unit, shape [size]; in stages, of the steps since the last one that ended."""
-        return {unit.name: self._scores[unit.name].clone() for unit in self.units}
+        """The accumulated scores per group, shape [size]; in stages, of the steps since the last one that ended."""
+        return {group.name: self._scores[group.name].clone() for group in self.groups}
 
     @property
     def masks(self) -> dict[str, Tensor]:
-        """The mask per unit, shape [size], entries in [0, 1]."""
-        return {unit.name: self._masks.values[unit.name].clone() for unit in self.units}
+        """The mask per group, shape [size], channels in [0, 1]."""
+        return {group.name: self._masks.values[group.name].clone() for group in self.groups}
 
     def mask_sum(self, kind: Kind) -> float:
-        """Return the sum of all mask entries of a kind: what the published loss weighs as its sparsity term."""
-        return float(sum(self._masks.values[unit.name].sum() for unit in self.units if unit.kind == kind))
+        """Return the sum of all mask channels of a kind: what the published loss weighs as its sparsity term."""
+        return float(sum(self._masks.values[group.name].sum() for group in self.groups if group.kind == kind))
 
     def kept_share(self, modality: str | None = None, kind: Kind | None = None) -> float:
-        """Return the share of the cost that is unmasked now, of all units or of a modality or kind; 1 at first."""
+        """Return the share of the cost that is unmasked now, of all groups or of a modality or kind; 1 at first."""
         kept = total = 0.0
-        for unit in self.units:
-            if (modality is None or unit.modality == modality) and (kind is None or unit.kind == kind):
-                kept += self._costs[unit.name] * int((self._masks.values[unit.name] == 1).sum())
-                total += self._costs[unit.name] * unit.size
+        for group in self.groups:
+            if (modality is None or group.modality == modality) and (kind is None or group.kind == kind):
+                kept += self._costs[group.name] * int((self._masks.values[group.name] == 1).sum())
+                total += self._costs[group.name] * group.size
         return kept / total if total else 1.0
 
     def _inputs(self) -> Iterator[Any]:
@@ -203,18 +203,19 @@ class Searched(ABC):
         The masks come off the old copy and go on the new one as they stand; scores and steps stay.
 
         Args:
-            model: with the same units; see `upop.gather` for a whole copy of a sharded model.
+            model: with the same groups; see `upop.full_copy` for a whole copy of a sharded model.
 
         Raises:
-            LayoutError: it has other units, or another Pruner holds it; the search goes on with the old copy.
+            LayoutError: it has other groups, or another Pruner holds it; the search goes on with the old copy.
         """
         wrapper, model = weakref.ref(model), unwrapped(model)
         refuse_flattened(model)
-        if any(misfit(model, unit) for unit in self.units):
+        if any(misfit(model, group) for group in self.groups):
             raise LayoutError(
-                f"This {type(model).__name__} has other units than the model that is searched. Give a copy of that one."
+                f"This {type(model).__name__} has other groups than the model that is searched. Give a copy of that "
+                f"one."
             )
-        masks = None if model is self.model else Masks(model, self.units)  # refused before the old one is let go
+        masks = None if model is self.model else Masks(model, self.groups)  # refused before the old one is let go
         know_as(model, self.model)
         seen = self._moments.state()  # the stage's passes count for its correction, wherever it ends
         self._detach()
@@ -230,7 +231,7 @@ class Searched(ABC):
     def _detach(self) -> None:
         self._first.release()
         if self._attached:
-            if self._units is not None:
+            if self._groups is not None:
                 self._masks.remove()
             self._rows.release()
             self._moments.release()
@@ -238,11 +239,11 @@ class Searched(ABC):
 
     def _attach(self, fresh: Masks | None = None) -> None:
         masks = self.masks
-        self._masks = fresh or Masks(self.model, self.units)
+        self._masks = fresh or Masks(self.model, self.groups)
         self._masks.set(masks)
         self._watch()
         self._attached = True
         self._look()
 
     def _watch(self) -> None:
-        self._rows.watch((tensor_of(self.model, p.tensor), p.dim) for unit in self.units for p in unit.producers)
+        self._rows.watch((tensor_of(self.model, p.tensor), p.dim) for group in self.groups for p in group.producers)

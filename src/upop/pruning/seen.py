@@ -1,4 +1,4 @@
-"""Inputs that a model was called with: a small part of its first batch, to read units with and to verify cuts on."""
+"""Inputs that a model was called with: a small part of its first batch, to read groups with and to verify cuts on."""
 
 from __future__ import annotations
 

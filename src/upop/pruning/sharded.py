@@ -1,8 +1,8 @@
 """Models whose weights are sharded over processes by `torch.distributed.fsdp.fully_shard` (FSDP2).
 
 Scores need whole rows: each process scores the rows that it holds, and one sum over the processes gives every process
-all of them, the very numbers that a model in one piece would give. Cutting needs whole tensors: `gather` makes a plain
-copy of the model from them, and nothing is cut while it is sharded.
+all of them, the very numbers that a model in one piece would give. Cutting needs whole tensors: `full_copy` makes a
+plain copy of the model from them, and nothing is cut while it is sharded.
 """
 
 from __future__ import annotations
@@ -64,8 +64,8 @@ def refuse_sharded(model: nn.Module, what: str) -> None:
     if any(True for _ in sharded_modules(model)) or any(is_sharded_tensor(part) for part in model.parameters()):
         raise LayoutError(
             f"{what} needs the whole weights of a model, and those of this {type(model).__name__} are sharded over "
-            "processes by fully_shard. On all processes, make a plain copy, whole = upop.gather(model), and go on with "
-            "that; upop.Compression, pruner.shrink and upop.shrink take the sharded model itself."
+            "processes by fully_shard. On all processes, make a plain copy, whole = upop.full_copy(model), and go on "
+            "with that; upop.Compression, pruner.shrink and upop.shrink take the sharded model itself."
         )
 
 
@@ -184,8 +184,10 @@ def copied(model: nn.Module, replace: Callable[[str, Tensor], Tensor]) -> nn.Mod
     return copy.deepcopy(model, memo)
 
 
-def skeleton(model: nn.Module) -> nn.Module:
-    """Return a copy of a model, not sharded yet, that takes no memory for parameters: what `gather` takes as `like`."""
+def meta_copy(model: nn.Module) -> nn.Module:
+    """Return a copy of a model, not sharded yet, that takes no memory for parameters: what `full_copy` takes as
+    `like`.
+    """
     refuse_sharded(model, "skeleton()")
     parameters = {name for name, _ in model.named_parameters()}
     return copied(model, lambda name, old: old.to("meta") if name in parameters else old.detach().clone())

@@ -17,14 +17,14 @@ from upop.pruning.carried import record_cut, refuse_unrecordable
 from upop.pruning.dense import Dense
 from upop.pruning.empty import empty_class
 from upop.pruning.errors import LayoutError, VerificationError
-from upop.pruning.known import Survey, is_known, remember, remember_cut
+from upop.pruning.groups import Group, has_number, number_of, owner_of, set_number, tensor_of
+from upop.pruning.known import Prunable, is_known, remember, remember_cut
 from upop.pruning.masks import Masks, refuse_masked, unmask, unwrapped
 from upop.pruning.plan import Plan
 from upop.pruning.seen import examples_of
 from upop.pruning.sharded import refuse_sharded
 from upop.pruning.slicing import slicing
 from upop.pruning.slips import check_model
-from upop.pruning.units import Unit, has_number, number_of, owner_of, set_number, tensor_of
 from upop.pruning.verify import Outputs, compare, outputs_of, rounding_of
 from upop.pruning.whole import whole
 
@@ -79,9 +79,9 @@ Assignment = Edit | Exchange
 
 
 def shrink(model: nn.Module, plan: Plan | Mapping[str, Any], *, verify: Any = True, fold: bool = True) -> nn.Module:
-    """Cut `model` to the entries that `plan` keeps; the same object comes back, physically smaller.
+    """Cut `model` to the channels that `plan` keeps; the same object comes back, physically smaller.
 
-    The shrunken model computes what the model computes with the other entries masked to zero, which is verified.
+    The shrunken model computes what the model computes with the other channels masked to zero, which is verified.
     Attention in every library divides by the square root of its current head_dim, so the queries are multiplied by
     sqrt(kept / original) where head dimensions go. Weights that `fully_shard` shares out are gathered on the CPU for
     the cut, and shared out again as they were; all processes call this together. The model then carries the plan,
@@ -90,9 +90,9 @@ def shrink(model: nn.Module, plan: Plan | Mapping[str, Any], *, verify: Any = Tr
 
     Args:
         model: the dense model, without masks.
-        plan: what to keep; a `Plan`, or a mapping from unit names to the entries to keep. Units not named stay.
+        plan: what to keep; a `Plan`, or a mapping from group names to the channels to keep. Groups not named stay.
         verify: inputs on which masked and shrunken outputs are compared (a tensor, a tuple of arguments, a mapping
-            of keyword arguments, or a function that is given the model). By default those with which units were read,
+            of keyword arguments, or a function that is given the model). By default those with which groups were read,
             of this model or another one of its class, or some that can be made for it. False cuts without proof, as
             does `fold=False`; a model on the meta device has no outputs.
         fold: False leaves the queries alone, for weights that are replaced right afterwards.
@@ -108,9 +108,9 @@ def shrink(model: nn.Module, plan: Plan | Mapping[str, Any], *, verify: Any = Tr
     inner = unwrapped(model)
     refuse_unrecordable(inner)
     if not isinstance(plan, Plan):
-        from upop.pruning.surveys import find_units
+        from upop.pruning.prunable import find_groups
 
-        plan = Plan.of(find_units(inner), plan)
+        plan = Plan.of(find_groups(inner), plan)
     with whole(inner):
         apply_plan(inner, plan, verify=verify, fold=fold)
     record_cut(inner, plan)
@@ -120,31 +120,31 @@ def shrink(model: nn.Module, plan: Plan | Mapping[str, Any], *, verify: Any = Tr
 def apply_plan(model: nn.Module, plan: Plan, *, verify: Any = True, fold: bool = True) -> None:
     """Cut as `shrink` does, but a model that is no wrapper, which then carries nothing of it."""
     refuse_sharded(model, "shrink()")
-    units = plan.check(model)
-    refuse_masked(unmask(model), units)
-    if any(tensor_of(model, part.tensor).is_meta for unit in units for part in unit.slices):
+    groups = plan.check(model)
+    refuse_masked(unmask(model), groups)
+    if any(tensor_of(model, part.tensor).is_meta for group in groups for part in group.slices):
         if not any(verify is each for each in (True, False, None)):
             raise LayoutError(
                 f"{type(model).__name__} is on the meta device and has no outputs to verify. Use verify=False."
             )
         verify = False
-    from upop.pruning.surveys import is_of_ones_own
+    from upop.pruning.prunable import is_of_ones_own
 
-    # A model of a library is read by itself: a plan may leave some of its units out.
-    unknown = plan.units(model) if plan.slices and not is_known(model) and is_of_ones_own(model) else []
+    # A model of a library is read by itself: a plan may leave some of its groups out.
+    unknown = plan.groups(model) if plan.slices and not is_known(model) and is_of_ones_own(model) else []
     if fold:
-        cut_verified(model, units, plan, verify, examples_of(model))
+        cut_verified(model, groups, plan, verify, examples_of(model))
     else:
-        cut(model, units, plan, fold=False)
-        remember_cut(model, units, plan)
+        cut(model, groups, plan, fold=False)
+        remember_cut(model, groups, plan)
     if unknown:  # a copy of a model that was read is not looked at again
-        remember(model, Survey(tuple(unknown), ()))
-        remember_cut(model, units, plan)
+        remember(model, Prunable(tuple(unknown), ()))
+        remember_cut(model, groups, plan)
 
 
 def cut_verified(
     model: nn.Module,
-    units: list[Unit],
+    groups: list[Group],
     plan: Mapping[str, Sequence[int]],
     verify: Any,
     seen: Iterable[Any],
@@ -155,7 +155,7 @@ def cut_verified(
 
     Args:
         model: without masks.
-        units: of the model.
+        groups: of the model.
         plan: what they keep.
         verify: inputs for a call; True takes the first that was seen with which the model runs, False proves nothing.
         seen: inputs for calls.
@@ -167,35 +167,35 @@ def cut_verified(
     Raises:
         VerificationError: it does not, or nothing can be said of it; the model is whole again.
     """
-    refuse_shared(model, units)
+    refuse_shared(model, groups)
     if verify is False:
-        edits = cut(model, units, plan, hold=dense is None)
-        remember_cut(model, units, plan)
+        edits = cut(model, groups, plan, hold=dense is None)
+        remember_cut(model, groups, plan)
         return edits
     inputs = seen if verify is True or verify is None else [verify]
-    if all(len(plan[unit.name]) == unit.size for unit in units):
+    if all(len(plan[group.name]) == group.size for group in groups):
         return []
     put_back = snapshot(model)
     undo: list[Assignment] = []
     try:
-        example, expected = _masked_outputs(model, units, plan, inputs)
-        proved = _proved_in_float64(model, units, plan, example)
-        undo = cut(model, units, plan, hold=dense is None)
+        example, expected = _masked_outputs(model, groups, plan, inputs)
+        proved = _proved_in_float64(model, groups, plan, example)
+        undo = cut(model, groups, plan, hold=dense is None)
         found = _outputs_of_cut(model, example)
-        precision = tensor_of(model, units[0].slices[0].tensor).dtype
+        precision = tensor_of(model, groups[0].slices[0].tensor).dtype
         rounding = partial(rounding_of, partial(outputs_of, model, example), outputs=found)
         compare(expected, found, rounding, dtype=precision, proved=proved)
     except BaseException:
         restore(undo)
         put_back()  # what a forward keeps may have the sizes of the cut
         raise
-    remember_cut(model, units, plan)
+    remember_cut(model, groups, plan)
     return undo
 
 
 def cut(
     model: nn.Module,
-    units: list[Unit],
+    groups: list[Group],
     plan: Mapping[str, Sequence[int]],
     *,
     fold: bool = True,
@@ -208,16 +208,16 @@ def cut(
 
     Args:
         model: without masks.
-        units: of the model.
+        groups: of the model.
         plan: what they keep.
         fold: whether queries are multiplied for a softmax scale that follows the size.
         anew: give the model parameters of its own in place of those that it shares with others.
         hold: False lets go of the numbers of a parameter as soon as it is cut; who calls has them.
     """
-    refuse_shared(model, units)
-    going = [unit for unit in units if len(plan[unit.name]) < unit.size]
+    refuse_shared(model, groups)
+    going = [group for group in groups if len(plan[group.name]) < group.size]
     edits: list[Assignment] = []
-    tensors = dict.fromkeys(part.tensor for unit in going for part in unit.slices)
+    tensors = dict.fromkeys(part.tensor for group in going for part in group.slices)
     for tensor in tensors:
         found = _cut_tensor(model, tensor, going, plan, fold, anew)
         if not hold:
@@ -225,22 +225,22 @@ def cut(
                 edit.apply()
                 found.remove(edit)
         edits += found
-    for unit in going:
-        edits += [Edit(model.get_submodule(swap.module), "__class__", swap.kind) for swap in unit.swaps]
-        edits += _emptied(model, unit) if not len(plan[unit.name]) else []
-        for attribute in unit.attributes:
+    for group in going:
+        edits += [Edit(model.get_submodule(swap.module), "__class__", swap.kind) for swap in group.swaps]
+        edits += _emptied(model, group) if not len(plan[group.name]) else []
+        for attribute in group.attributes:
             module = model.get_submodule(attribute.module)
             if has_number(module, attribute.name):
-                edits.append(Edit(module, attribute.name, attribute.value(len(plan[unit.name]))))
+                edits.append(Edit(module, attribute.name, attribute.value(len(plan[group.name]))))
     undo = [edit.apply() for edit in edits]
     layers = dict.fromkeys(owner_of(model, tensor)[0] for tensor in tensors)
     return undo + [edit.apply() for layer in layers for edit in channels(layer)]
 
 
-def _emptied(model: nn.Module, unit: Unit) -> list[Edit]:
+def _emptied(model: nn.Module, group: Group) -> list[Edit]:
     """Return the edits with which the module that holds an attention runs when nothing of it is left."""
-    holder = dict(model.named_modules(remove_duplicate=False)).get(unit.name)
-    if holder is None or unit.kind != "attention" or unit.swaps:
+    holder = dict(model.named_modules(remove_duplicate=False)).get(group.name)
+    if holder is None or group.kind != "attention" or group.swaps:
         return []
     return [Edit(holder, "__class__", empty_class(type(holder)))]
 
@@ -252,12 +252,12 @@ def restore(undo: list[Assignment]) -> None:
 
 
 def _cut_tensor(
-    model: nn.Module, name: str, units: list[Unit], plan: Mapping[str, Sequence[int]], fold: bool, anew: bool = False
+    model: nn.Module, name: str, groups: list[Group], plan: Mapping[str, Sequence[int]], fold: bool, anew: bool = False
 ) -> list[Assignment]:
-    """Cut one tensor along all axes that units cut it along."""
+    """Cut one tensor along all axes that groups cut it along."""
     module, leaf = owner_of(model, name)
     old = tensor_of(model, name)
-    left = slicing(old, name, units, plan, fold)
+    left = slicing(old, name, groups, plan, fold)
     new = left.of(old, 1)
     edits: list[Assignment]
     if isinstance(old, nn.Parameter) and not anew and not old.is_inference():  # those can be trained nowhere
@@ -293,8 +293,8 @@ def channels(layer: nn.Module) -> list[Edit]:
     return [Edit(layer, name, width) for name, width in widths.items() if getattr(layer, name) != width]
 
 
-def refuse_shared(model: nn.Module, units: list[Unit]) -> None:
-    """Raise a `LayoutError` if a tensor of `units` is also held by another module of the model.
+def refuse_shared(model: nn.Module, groups: list[Group]) -> None:
+    """Raise a `LayoutError` if a tensor of `groups` is also held by another module of the model.
 
     A module that the model reaches by several names is cut once, and is no trouble.
     """
@@ -302,26 +302,26 @@ def refuse_shared(model: nn.Module, units: list[Unit]) -> None:
     for path, module in model.named_modules():
         for leaf, tensor in module.named_parameters(recurse=False, remove_duplicate=False):
             names.setdefault(id(tensor), {})[id(module), leaf] = f"{path}.{leaf}" if path else leaf
-    for unit in units:
-        for part in unit.slices:
+    for group in groups:
+        for part in group.slices:
             module, leaf = owner_of(model, part.tensor)
             holders = names.get(id(tensor_of(model, part.tensor)), {})
             others = [name for place, name in holders.items() if place != (id(module), leaf)]
             if others:
                 raise LayoutError(
-                    f"Unit {unit.name} cannot be cut: {part.tensor} is the same tensor as {', '.join(others)}. "
-                    "Exclude the unit."
+                    f"Group {group.name} cannot be cut: {part.tensor} is the same tensor as {', '.join(others)}. "
+                    "Exclude the group."
                 )
 
 
 def _masked_outputs(
-    model: nn.Module, units: list[Unit], plan: Mapping[str, Sequence[int]], inputs: Iterable[Any]
+    model: nn.Module, groups: list[Group], plan: Mapping[str, Sequence[int]], inputs: Iterable[Any]
 ) -> tuple[Any, Outputs]:
     """Return the first inputs that the model can be called with, and what it gives for them when it is masked."""
     failure: Exception | None = None
     for each in inputs:
         try:
-            with _masked(model, units, plan):
+            with _masked(model, groups, plan):
                 return each, outputs_of(model, each)
         except Exception as error:
             failure = failure or error
@@ -333,18 +333,18 @@ def _masked_outputs(
         )
     raise VerificationError(
         f"The cut cannot be verified: {type(model).__name__} does not run on the inputs, before anything is cut "
-        f"({_told(failure)}). Give verify= what a call of it takes (a tensor, a tuple of arguments, a mapping of "
+        f"({_described(failure)}). Give verify= what a call of it takes (a tensor, a tuple of arguments, a mapping of "
         "keyword arguments, or a function that is given the model)."
     ) from failure
 
 
 @contextmanager
-def _masked(model: nn.Module, units: list[Unit], plan: Mapping[str, Sequence[int]]) -> Iterator[None]:
-    """Mask the units of a model, and momentum copies with them: they are cut too, and may be part of the outputs."""
-    units = [replace(unit, slices=tuple(replace(part, follows=False) for part in unit.slices)) for unit in units]
-    masks = Masks(model, units)
+def _masked(model: nn.Module, groups: list[Group], plan: Mapping[str, Sequence[int]]) -> Iterator[None]:
+    """Mask the groups of a model, and momentum copies with them: they are cut too, and may be part of the outputs."""
+    groups = [replace(group, slices=tuple(replace(part, follows=False) for part in group.slices)) for group in groups]
+    masks = Masks(model, groups)
     try:
-        values = {unit.name: torch.zeros(unit.size) for unit in units}
+        values = {group.name: torch.zeros(group.size) for group in groups}
         for name, value in values.items():
             value[list(plan[name])] = 1
         masks.set(values)
@@ -358,16 +358,17 @@ def _outputs_of_cut(model: nn.Module, inputs: Any) -> Outputs:
         return outputs_of(model, inputs)
     except Exception as error:
         raise VerificationError(
-            f"{type(model).__name__} runs with masks and not when it is cut ({_told(error)}). It was left as it was. "
-            "Something in it insists on a size that nothing told of: exclude the unit, and please report it."
+            f"{type(model).__name__} runs with masks and not when it is cut ({_described(error)}). It was left as it "
+            f"was. "
+            "Something in it insists on a size that nothing told of: exclude the group, and please report it."
         ) from error
 
 
-def _told(error: Exception) -> str:
+def _described(error: Exception) -> str:
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:300]}"
 
 
-def _proved_in_float64(model: nn.Module, units: list[Unit], plan: Mapping[str, Sequence[int]], inputs: Any) -> bool:
+def _proved_in_float64(model: nn.Module, groups: list[Group], plan: Mapping[str, Sequence[int]], inputs: Any) -> bool:
     """Prove the cut on a copy in float64; whether that is possible.
 
     It is not for a model that is too large for one, or that computes in another precision whatever its weights are.
@@ -391,11 +392,11 @@ def _proved_in_float64(model: nn.Module, units: list[Unit], plan: Mapping[str, S
     inputs = tree_map(precise, dict(inputs) if isinstance(inputs, Mapping) else inputs)
     try:
         twin = copied(model, changed(model, lambda each: precise(each).clone()))
-        with forgetting(), _masked(twin, units, plan), Precise(torch.float64):
+        with forgetting(), _masked(twin, groups, plan), Precise(torch.float64):
             expected = outputs_of(twin, inputs)
     except Exception:
         return False
-    cut(twin, units, plan)
+    cut(twin, groups, plan)
     with forgetting(), Precise(torch.float64):
         found = _outputs_of_cut(twin, inputs)
         compare(expected, found, partial(rounding_of, partial(outputs_of, twin, inputs), outputs=found))

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from upop.pruning.groups import Group, tensor_of
 from upop.pruning.sharded import is_sharded_tensor, through_whole
-from upop.pruning.units import Unit, tensor_of
 
 
 @dataclass(frozen=True)
@@ -56,34 +56,36 @@ class Slicing:
 
 
 def slicings(
-    model: nn.Module, units: Iterable[Unit], plan: Mapping[str, Sequence[int]], *, fold: bool = True
+    model: nn.Module, groups: Iterable[Group], plan: Mapping[str, Sequence[int]], *, fold: bool = True
 ) -> dict[str, Slicing]:
-    """Return what a cut leaves of every tensor that it changes, by their names, in the order of the units.
+    """Return what a cut leaves of every tensor that it changes, by their names, in the order of the groups.
 
     Args:
         model: not cut yet; masked or not.
-        units: of the model.
+        groups: of the model.
         plan: what they keep.
         fold: whether queries are multiplied for a softmax scale that follows the size.
     """
-    going = [unit for unit in units if len(plan[unit.name]) < unit.size]
-    names = dict.fromkeys(part.tensor for unit in going for part in unit.slices)
+    going = [group for group in groups if len(plan[group.name]) < group.size]
+    names = dict.fromkeys(part.tensor for group in going for part in group.slices)
     return {name: slicing(tensor_of(model, name), name, going, plan, fold) for name in names}
 
 
-def slicing(tensor: Tensor, name: str, units: Iterable[Unit], plan: Mapping[str, Sequence[int]], fold: bool) -> Slicing:
-    """Return what is left of one tensor, along all axes that units cut it along."""
+def slicing(
+    tensor: Tensor, name: str, groups: Iterable[Group], plan: Mapping[str, Sequence[int]], fold: bool
+) -> Slicing:
+    """Return what is left of one tensor, along all axes that groups cut it along."""
     stays: dict[int, Tensor] = {}
     scaled: list[tuple[int, Tensor, float]] = []
-    for unit, part in ((each, part) for each in units for part in each.slices if part.tensor == name):
+    for group, part in ((each, part) for each in groups for part in each.slices if part.tensor == name):
         kept = torch.tensor(
-            plan[unit.name], dtype=torch.long, device="cpu"
+            plan[group.name], dtype=torch.long, device="cpu"
         )  # models may be built with another device as the default
         here = torch.zeros(tensor.shape[part.dim], dtype=torch.bool, device="cpu")
-        here[part.index(kept, unit.size)] = True
+        here[part.index(kept, group.size)] = True
         stays[part.dim] = stays.get(part.dim, torch.ones_like(here)) & here
         if fold and part.power:
-            queries = part.query_rows(unit.size)
+            queries = part.query_rows(group.size)
             if len(queries) and len(kept):
-                scaled.append((part.dim, queries, (len(kept) / unit.size) ** part.power))
+                scaled.append((part.dim, queries, (len(kept) / group.size) ** part.power))
     return Slicing(tensor.shape, {dim: here.nonzero().flatten() for dim, here in stays.items()}, tuple(scaled))

@@ -27,24 +27,24 @@ def check_model(model: object, what: str) -> None:
     if isinstance(model, nn.Module):
         return
     if isinstance(model, str):
-        told = (
+        instead = (
             f"the text {model!r}. Load the model first, with timm.create_model({model!r}, pretrained=True), "
             f"transformers' from_pretrained({model!r}) or upop.load({model!r}), and give that."
         )
     elif isinstance(model, type):
-        told = f"the class {model.__name__}. Give an instance: model = {model.__name__}(...)."
+        instead = f"the class {model.__name__}. Give an instance: model = {model.__name__}(...)."
     elif isinstance(model, Mapping):
-        told = (
-            f"a {type(model).__name__} of {len(model)} entries. If it is a state_dict, build the model, call its "
+        instead = (
+            f"a {type(model).__name__} of {len(model)} channels. If it is a state_dict, build the model, call its "
             "load_state_dict, and give the model."
         )
     elif isinstance(model, tuple | list) and any(isinstance(part, nn.Module) for part in model):
         place = next(number for number, part in enumerate(model) if isinstance(part, nn.Module))
-        told = f"a {type(model).__name__} of {len(model)}. Its entry {place} is a model: give that one."
+        instead = f"a {type(model).__name__} of {len(model)}. Its channel {place} is a model: give that one."
     else:
         inner = next((name for name in ("model", "module") if isinstance(_held(model, name), nn.Module)), None)
-        told = f"a {type(model).__name__}" + (f". Its .{inner} is a model: give that." if inner else ".")
-    raise SettingError(f"{what} takes a model (a torch.nn.Module), and was given {told}")
+        instead = f"a {type(model).__name__}" + (f". Its .{inner} is a model: give that." if inner else ".")
+    raise SettingError(f"{what} takes a model (a torch.nn.Module), and was given {instead}")
 
 
 def _held(value: object, name: str) -> object:

@@ -1,6 +1,6 @@
-"""Units that a user states: which layers make an axis, which consume it, and what an entry is, by names and words.
+"""Groups that a user states: which layers make an axis, which consume it, and what a channel is, by names and words.
 
-    UnitSpec(MyAttention, rows={"qkv": "3 heads dim"}, columns={"proj": "heads dim"}, cut="dim", sizes={"heads": 12})
+    GroupSpec(MyAttention, rows={"qkv": "3 heads dim"}, columns={"proj": "heads dim"}, cut="dim", sizes={"heads": 12})
 
 says of every `MyAttention` that the rows of its layer `qkv` are 3 times `heads` times `dim`, the innermost last, that
 the columns of `proj` are `heads` times `dim`, and that `dim` can be cut. What is stated is proved like what is read.
@@ -15,15 +15,17 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor, nn
 
+from upop.pruning.deprecated import renamed_attributes
 from upop.pruning.errors import SettingError, nearest, some_of
-from upop.pruning.units import Attribute, Entry, Kind, Slice, Unit, number_of, tensor_of
+from upop.pruning.groups import Attribute, Channel, Group, Kind, Slice, number_of, tensor_of
 
 _ROOT = " ** -0.5"
 
 
+@renamed_attributes(entry="channel")
 @dataclass(frozen=True)
-class UnitSpec:
-    """A unit, or the units of all modules of a class, as a user knows them.
+class GroupSpec:
+    """A group, or the groups of all modules of a class, as a user knows them.
 
     A pattern says what a dimension is made of, the outermost first: words and numbers that are multiplied, and
     ` + ` between what lies side by side ("heads dim + groups dim + groups dim"). What lacks the word `cut` stays.
@@ -31,18 +33,18 @@ class UnitSpec:
     dimensions the pattern has commas between them, and `_` where one does not matter ("experts, _, hidden").
 
     Attributes:
-        at: a class, whose modules each hold such a unit; or the name of a module, or a pattern (`fnmatch`) of names, of
-            which the outermost are meant.
+        at: a class, whose modules each hold such a group; or the name of a module, or a pattern (`fnmatch`) of names,
+            of which the outermost are meant.
         rows: layer -> pattern of its rows, of the layers that make the axis; of an attention the queries come first.
         columns: layer -> pattern of its columns, of the layers that sum over the axis.
-        cut: the word of the patterns that is cut; its entries are the unit's.
+        cut: the word of the patterns that is cut; its channels are the group's.
         sizes: word -> its number, or the attribute of the module that keeps it; what lengths tell may be left out.
         also: layer -> pattern of its rows, of what has to be cut with the axis and is not masked: gates, depthwise
             convolutions, norms and scales.
         sets: attribute of the module -> what it keeps of the axis, in the same words, to be set again: "dim",
             "heads dim"; a softmax scale as "dim ** -0.5".
         kind: "attention" or "mlp"; by default an attention where some pattern has more than one word.
-        entry: what an entry is; by default told by the patterns.
+        channel: what a channel is; by default told by the patterns.
     """
 
     at: type[nn.Module] | str
@@ -53,30 +55,30 @@ class UnitSpec:
     also: Mapping[str, str] = field(default_factory=dict)
     sets: Mapping[str, str] = field(default_factory=dict)
     kind: Kind | None = None
-    entry: Entry | None = None
+    channel: Channel | None = None
 
 
-Stated = UnitSpec | Unit
-"""What `units=` takes: specs, or units with their slices."""
+Stated = GroupSpec | Group
+"""What `groups=` takes: specs, or groups with their slices."""
 
 
 @dataclass(frozen=True)
 class Meant:
-    """A unit that a user stated, in a model, still to be proved.
+    """A group that a user stated, in a model, still to be proved.
 
     Attributes:
-        unit: with queries as they are first thought to lie.
+        group: with queries as they are first thought to lie.
         holder: the dotted name of the module that it was stated of.
         queries: other ways in which the queries may lie in the slices, by the slices' places.
     """
 
-    unit: Unit
+    group: Group
     holder: str
     queries: tuple[Mapping[int, tuple[int, ...]], ...] = ()
 
 
 def meant(model: nn.Module, stated: Sequence[Stated], modality: Callable[[nn.Module, str], str]) -> list[Meant]:
-    """Return the units that are stated of a model.
+    """Return the groups that are stated of a model.
 
     Args:
         model: whose layers are named.
@@ -84,82 +86,82 @@ def meant(model: nn.Module, stated: Sequence[Stated], modality: Callable[[nn.Mod
         modality: (model, name of a module) -> "vision", "text" or "other", for reports.
 
     Raises:
-        SettingError: something does not fit: a name, a length, a word of unknown size, or an axis that two units cut.
+        SettingError: something does not fit: a name, a length, a word of unknown size, or an axis that two groups cut.
     """
     found = []
     for each in stated:
-        if isinstance(each, Unit):
+        if isinstance(each, Group):
             found.append(Meant(_checked(model, each), each.name))
-        elif isinstance(each, UnitSpec):
+        elif isinstance(each, GroupSpec):
             found += [_Reading(model, each, path).meant(modality(model, path)) for path in _places(model, each)]
         else:
-            raise SettingError(f"units takes a list of upop.UnitSpec (or of units); found {type(each).__name__}.")
+            raise SettingError(f"groups takes a list of upop.GroupSpec (or of groups); found {type(each).__name__}.")
     found = _apart(found)
     taken: dict[tuple[str, int], list[tuple[str, set[int]]]] = {}
-    for unit in (each.unit for each in found):
-        for place, here in positions(unit).items():
+    for group in (each.group for each in found):
+        for place, here in positions(group).items():
             for other, there in taken.setdefault(place, []):
                 if here & there:
                     raise SettingError(
-                        f"units has {unit.name} and {other}, which both cut {place[0]} along dimension {place[1]}. "
+                        f"groups has {group.name} and {other}, which both cut {place[0]} along dimension {place[1]}. "
                         "Leave one of them out."
                     )
-            taken[place].append((unit.name, here))
+            taken[place].append((group.name, here))
     return found
 
 
-def positions(unit: Unit) -> dict[tuple[str, int], set[int]]:
-    """Return which positions of which dimensions of which tensors a unit cuts."""
+def positions(group: Group) -> dict[tuple[str, int], set[int]]:
+    """Return which positions of which dimensions of which tensors a group cuts."""
     found: dict[tuple[str, int], set[int]] = {}
-    for part in unit.slices:
-        entries: Tensor = part.entries(unit.size)
-        found.setdefault((part.tensor, part.dim), set()).update((entries >= 0).nonzero().flatten().tolist())
+    for part in group.slices:
+        channels: Tensor = part.channels(group.size)
+        found.setdefault((part.tensor, part.dim), set()).update((channels >= 0).nonzero().flatten().tolist())
     return found
 
 
 def _apart(found: list[Meant]) -> list[Meant]:
-    """Give units of one module names that differ: those of their first layers."""
-    names = [each.unit.name for each in found]
+    """Give groups of one module names that differ: those of their first layers."""
+    names = [each.group.name for each in found]
     return [
-        replace(each, unit=replace(each.unit, name=each.unit.slices[0].tensor.rpartition(".")[0]))
-        if names.count(each.unit.name) > 1
+        replace(each, group=replace(each.group, name=each.group.slices[0].tensor.rpartition(".")[0]))
+        if names.count(each.group.name) > 1
         else each
         for each in found
     ]
 
 
-def _checked(model: nn.Module, unit: Unit) -> Unit:
-    for part in unit.slices:
+def _checked(model: nn.Module, group: Group) -> Group:
+    for part in group.slices:
         try:
             length = tensor_of(model, part.tensor).shape[part.dim]
         except (AttributeError, IndexError):
             raise SettingError(
-                f"units has {unit.name}, and {type(model).__name__} has no tensor {part.tensor} with a dimension "
+                f"groups has {group.name}, and {type(model).__name__} has no tensor {part.tensor} with a dimension "
                 f"{part.dim}{nearest(part.tensor, [name for name, _ in model.named_parameters()])}."
             ) from None
-        if length != part.length(unit.size):
+        if length != part.length(group.size):
             raise SettingError(
-                f"units has {unit.name} of {unit.size} entries, for which {part.tensor} would have "
-                f"{part.length(unit.size)} along dimension {part.dim}; it has {length}."
+                f"groups has {group.name} of {group.size} channels, for which {part.tensor} would have "
+                f"{part.length(group.size)} along dimension {part.dim}; it has {length}."
             )
-    return unit
+    return group
 
 
-def _places(model: nn.Module, spec: UnitSpec) -> list[str]:
+def _places(model: nn.Module, spec: GroupSpec) -> list[str]:
     """Return the names of the modules that a spec is of."""
     modules = dict(model.named_modules())
-    copies = tuple(f"{copy}." for copy in getattr(model, "momentum_twins", {}).values())
+    copies = tuple(f"{copy}." for copy in getattr(model, "momentum_encoders", {}).values())
     if isinstance(spec.at, str):
         matched = [spec.at] if spec.at in modules else fnmatch.filter(modules, spec.at)
         found = [path for path in matched if not any(path.startswith(f"{outer}.") for outer in matched)]
-        told = f"{spec.at!r}{nearest(spec.at, list(modules))}"
+        described = f"{spec.at!r}{nearest(spec.at, list(modules))}"
     else:
         found = [path for path, module in modules.items() if isinstance(module, spec.at)]
         kinds = sorted({type(module).__name__ for module in modules.values()})
-        told = f"of class {spec.at.__name__}{nearest(spec.at.__name__, kinds)}"
+        described = f"of class {spec.at.__name__}{nearest(spec.at.__name__, kinds)}"
     found = [path for path in found if not path.startswith(copies)]
     if not found:
-        raise SettingError(f"A UnitSpec is of modules {told}, and {type(model).__name__} has none.")
+        raise SettingError(f"A GroupSpec is of modules {described}, and {type(model).__name__} has none.")
     return found
 
 
@@ -182,10 +184,10 @@ class _Pattern:
 class _Reading:
     """Reads a spec at one module of a model."""
 
-    def __init__(self, model: nn.Module, spec: UnitSpec, path: str) -> None:
+    def __init__(self, model: nn.Module, spec: GroupSpec, path: str) -> None:
         self._model, self._spec, self._path = model, spec, path
         self._module = model.get_submodule(path)
-        self._told = f"The UnitSpec of {path or type(model).__name__}: "
+        self._described = f"The GroupSpec of {path or type(model).__name__}: "
 
     def meant(self, modality: str) -> Meant:
         spec = self._spec
@@ -195,26 +197,26 @@ class _Reading:
         for what, given in (("rows", rows), ("columns", columns)):
             if not any(spec.cut in each.words for each in given):
                 raise SettingError(
-                    f"{self._told}no pattern of {what} has the word {spec.cut!r}, which is to be cut. Say in {what} "
-                    f"which layers {'make' if what == 'rows' else 'sum over'} it."
+                    f"{self._described}no pattern of {what} has the word {spec.cut!r}, which is to be cut. Say in "
+                    f"{what} which layers {'make' if what == 'rows' else 'sum over'} it."
                 )
         every = [each for each in (*rows, *also, *columns) if spec.cut in each.words]
         sizes = self._sizes([*rows, *also, *columns])
         slices = [self._slice(each, sizes, produces=each in rows) for each in every]
         producers = [part for part in slices if part.produces]
         kind: Kind = spec.kind or ("attention" if any(len(each.words) > 1 for each in every) else "mlp")
-        entry = spec.entry or _entry(kind, producers)
-        ways = list(_queries(every, slices, spec.cut, sizes)) if entry == "dimension" else []
+        channel = spec.channel or _channel(kind, producers)
+        ways = list(_queries(every, slices, spec.cut, sizes)) if channel == "dimension" else []
         ways = list({str(way): way for way in ways}.values())
-        heads = len(next(iter(ways[0].values()))) if ways else producers[0].outer if entry == "dimension" else 1
+        heads = len(next(iter(ways[0].values()))) if ways else producers[0].outer if channel == "dimension" else 1
         attributes = tuple(self._attribute(name, text, sizes) for name, text in spec.sets.items())
         size = sizes[spec.cut]
         if size < 2:
-            raise SettingError(f"{self._told}{spec.cut} has the size {size}, so that nothing of it can go.")
+            raise SettingError(f"{self._described}{spec.cut} has the size {size}, so that nothing of it can go.")
         parts = tuple(replace(part, power=0.0) for part in slices)
         name = self._path or every[0].tensor.rpartition(".")[0]
-        unit = Unit(name, kind, modality, size, heads, parts, attributes, entry=entry, proved=True)
-        return Meant(unit, self._path, tuple(ways))
+        group = Group(name, kind, modality, size, heads, parts, attributes, channel=channel, proved=True)
+        return Meant(group, self._path, tuple(ways))
 
     def _patterns(self, name: str, text: str, *, rows: bool) -> Iterator[_Pattern]:
         """Yield what is said of the tensors of a layer, or of a tensor."""
@@ -225,7 +227,7 @@ class _Reading:
         weight = layer._parameters.get("weight")
         if weight is None:
             raise SettingError(
-                f"{self._told}its layer {name!r}, a {type(layer).__name__}, keeps no parameter called weight (a "
+                f"{self._described}its layer {name!r}, a {type(layer).__name__}, keeps no parameter called weight (a "
                 "parametrization may compute it). Name the tensor itself, with commas between its dimensions."
             )
         transposed = hasattr(layer, "nf")  # transformers' Conv1D
@@ -248,12 +250,12 @@ class _Reading:
             known = [path for path, _ in self._module.named_modules() if path]
             known += [path for path, _ in self._module.named_parameters()]
             raise SettingError(
-                f"{self._told}it has no layer and no tensor called {name!r}{nearest(name, known)}. "
+                f"{self._described}it has no layer and no tensor called {name!r}{nearest(name, known)}. "
                 f"It has {some_of(known)}."
             ) from None
         if len(dims) != len(shape):
             raise SettingError(
-                f"{self._told}{name} has the shape {tuple(shape)}, and {text!r} speaks of {len(dims)} dimensions. "
+                f"{self._described}{name} has the shape {tuple(shape)}, and {text!r} speaks of {len(dims)} dimensions. "
                 "Write a pattern for each, with commas between them, and _ where one does not matter."
             )
         yield from (self._pattern(name, name, at, part) for at, part in enumerate(dims) if part.strip() != "_")
@@ -264,12 +266,12 @@ class _Reading:
         wrong = [word for term in terms for word in term if not (word.isidentifier() or (word.isdigit() and int(word)))]
         if wrong or not all(terms):
             raise SettingError(
-                f"{self._told}{text!r} is no pattern: words and numbers with blanks between them, and + between what "
-                f"lies side by side{f'; found {wrong[0]!r}' if wrong else ''}."
+                f"{self._described}{text!r} is no pattern: words and numbers with blanks between them, and + between "
+                f"what lies side by side{f'; found {wrong[0]!r}' if wrong else ''}."
             )
         cut = self._spec.cut
         if any(term.count(cut) > 1 for term in terms):
-            raise SettingError(f"{self._told}{text!r} has {cut!r} twice in a product.")
+            raise SettingError(f"{self._described}{text!r} has {cut!r} twice in a product.")
         return _Pattern(given, tensor, dim, tensor_of(self._model, tensor).shape[dim], terms, text.strip())
 
     def _sizes(self, patterns: Sequence[_Pattern]) -> dict[str, int]:
@@ -281,7 +283,7 @@ class _Reading:
             if not known:
                 words = sorted(set().union(*(each.words for each in left)) - sizes.keys())
                 raise SettingError(
-                    f"{self._told}{left[0].tensor} has {left[0].length} for {left[0].text!r}, and the sizes of "
+                    f"{self._described}{left[0].tensor} has {left[0].length} for {left[0].text!r}, and the sizes of "
                     f"{', '.join(words)} do not follow. Give sizes={{{words[0]!r}: a number, or the attribute that "
                     "keeps it}."
                 )
@@ -300,15 +302,17 @@ class _Reading:
             try:
                 value = number_of(self._module.get_submodule(path), name)
             except (AttributeError, IndexError, KeyError, TypeError, ValueError):
-                raise SettingError(f"{self._told}it keeps nothing called {given!r}, which sizes names.") from None
+                raise SettingError(f"{self._described}it keeps nothing called {given!r}, which sizes names.") from None
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise SettingError(f"{self._told}{word} should be a whole number of at least 1; found {value!r}.")
+            raise SettingError(f"{self._described}{word} should be a whole number of at least 1; found {value!r}.")
         return value
 
     def _solved(self, pattern: _Pattern, word: str, sizes: Mapping[str, int]) -> int:
         """Return the size of the one word of a pattern that is not known."""
         if any(term.count(word) > 1 for term in pattern.terms):
-            raise SettingError(f"{self._told}give the size of {word!r}, which {pattern.text!r} multiplies by itself.")
+            raise SettingError(
+                f"{self._described}give the size of {word!r}, which {pattern.text!r} multiplies by itself."
+            )
         zero, one = (self._length(pattern, {**sizes, word: number}) for number in (0, 1))
         size, rest = divmod(pattern.length - zero, one - zero)
         if rest or size < 1:
@@ -320,11 +324,11 @@ class _Reading:
         return sum(math.prod(_value(word, sizes) for word in term) for term in pattern.terms)
 
     def _misfit(self, pattern: _Pattern, sizes: Mapping[str, int]) -> str:
-        told = ", ".join(f"{word} {sizes[word]}" for word in sorted(pattern.words & sizes.keys()))
+        described = ", ".join(f"{word} {sizes[word]}" for word in sorted(pattern.words & sizes.keys()))
         whole = "" if pattern.words - sizes.keys() else f", which makes {self._length(pattern, sizes)}"
         return (
-            f"{self._told}{pattern.tensor} has {pattern.length} along dimension {pattern.dim}, and {pattern.text!r} "
-            f"does not fit that{f' with {told}' if told else ''}{whole}."
+            f"{self._described}{pattern.tensor} has {pattern.length} along dimension {pattern.dim}, and "
+            f"{pattern.text!r} does not fit that{f' with {described}' if described else ''}{whole}."
         )
 
     def _slice(self, pattern: _Pattern, sizes: Mapping[str, int], *, produces: bool) -> Slice:
@@ -356,21 +360,21 @@ class _Reading:
         try:
             held = number_of(self._model.get_submodule(module), leaf)
         except (AttributeError, IndexError, KeyError, TypeError, ValueError):
-            raise SettingError(f"{self._told}it keeps nothing called {name!r}, which sets names.") from None
+            raise SettingError(f"{self._described}it keeps nothing called {name!r}, which sets names.") from None
         words = text.removesuffix(_ROOT).split()
         if words.count(self._spec.cut) != 1 or (text.endswith(_ROOT) and len(words) > 1):
             raise SettingError(
-                f"{self._told}{text!r} of sets should have {self._spec.cut!r} once, in a product, or be "
+                f"{self._described}{text!r} of sets should have {self._spec.cut!r} once, in a product, or be "
                 f"'{self._spec.cut}{_ROOT}'."
             )
         unknown = [word for word in words if not word.isdigit() and word not in sizes]
         if unknown:
-            raise SettingError(f"{self._told}{unknown[0]!r} of sets is a word of no pattern.")
+            raise SettingError(f"{self._described}{unknown[0]!r} of sets is a word of no pattern.")
         factor = math.prod(_value(word, sizes) for word in words if word != self._spec.cut)
         found = Attribute(module, leaf, None if text.endswith(_ROOT) else factor)
         value = found.value(sizes[self._spec.cut])
         if isinstance(held, bool) or not isinstance(held, int | float) or abs(held - value) > 1e-6 * value:
-            raise SettingError(f"{self._told}{name} is {held!r}, and {text!r} of sets makes {value:g}.")
+            raise SettingError(f"{self._described}{name} is {held!r}, and {text!r} of sets makes {value:g}.")
         return found
 
 
@@ -378,7 +382,7 @@ def _value(word: str, sizes: Mapping[str, int]) -> int:
     return int(word) if word.isdigit() else sizes[word]
 
 
-def _entry(kind: Kind, producers: Sequence[Slice]) -> Entry:
+def _channel(kind: Kind, producers: Sequence[Slice]) -> Channel:
     if kind == "mlp":
         return "neuron"
     rows = {inner for part in producers for inner in part.inners}
@@ -391,14 +395,14 @@ def _queries(
     """Yield ways in which queries may lie: in all of the first layer, or at the first place of one of its numbers."""
     first = patterns[0]
     owner = first.tensor.rpartition(".")[0]
-    makers = [(at, each) for at, (each, part) in enumerate(zip(patterns, slices, strict=True)) if part.produces]
+    producers = [(at, each) for at, (each, part) in enumerate(zip(patterns, slices, strict=True)) if part.produces]
     before = next(term[: term.index(cut)] for term in first.terms if cut in term)
     counts = [_value(word, sizes) for word in before]
     blocks = math.prod(counts)
     numbers = [(place, math.prod(counts[place + 1 :])) for place, word in enumerate(before) if word.isdigit()]
     chosen = [tuple(at for at in range(blocks) if at // inside % counts[place] == 0) for place, inside in numbers]
     for mine in (
-        [at for at, each in makers if each.given == first.given],
-        [at for at, each in makers if each.tensor.rpartition(".")[0] == owner],
+        [at for at, each in producers if each.given == first.given],
+        [at for at, each in producers if each.tensor.rpartition(".")[0] == owner],
     ):
         yield from (dict.fromkeys(mine, queries) for queries in (*chosen, tuple(range(blocks))))

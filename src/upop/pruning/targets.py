@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from upop.pruning.counting import Quantity, cache_of, multiply_adds_of, parameters_of
 from upop.pruning.errors import SettingError, nearest
+from upop.pruning.groups import Group
 from upop.pruning.latency import Latency, Profile
-from upop.pruning.units import Unit
 
 Target = str | Mapping[str, float | int | str]
 """What is to be left of the whole model: {"params": 0.5}, {"params": "12M", "macs": "2x"}, "params=40MB@float16"."""
@@ -34,7 +34,7 @@ _EXAMPLES = {
 KINDS = tuple(_EXAMPLES)
 _COUNTS = {"": 1, "k": 1e3, "K": 1e3, "M": 1e6, "G": 1e9, "B": 1e9, "T": 1e12}
 _BYTES = {"KB": 1e3, "kB": 1e3, "MB": 1e6, "GB": 1e9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
-_UNITS = {
+_GROUPS = {
     "params": {**_COUNTS, **_BYTES},
     "macs": _COUNTS,
     "latency": {"ms": 1, "s": 1e3, "us": 1e-3},
@@ -105,7 +105,7 @@ def read_target(target: object) -> tuple[Limit, ...]:
     return tuple(_limit(kind, values[kind]) for kind in KINDS if kind in values)
 
 
-def told_target(limits: Sequence[Limit]) -> str:
+def format_target(limits: Sequence[Limit]) -> str:
     """Return limits as `read_target` reads them."""
     return ",".join(map(str, limits))
 
@@ -113,20 +113,20 @@ def told_target(limits: Sequence[Limit]) -> str:
 def _limit(kind: str, value: object) -> Limit:
     found = None if isinstance(value, bool) else _WRITTEN.fullmatch(str(value))
     if found is not None:
-        number, unit, dtype = float(found[1]), found[2], found[3] or ""
-        share = {"%": number / 100, "x": 1 / number if number else 0, "X": 1 / number if number else 0}.get(unit)
-        share = number if not unit and number < 1 else share
+        number, group, dtype = float(found[1]), found[2], found[3] or ""
+        share = {"%": number / 100, "x": 1 / number if number else 0, "X": 1 / number if number else 0}.get(group)
+        share = number if not group and number < 1 else share
         asked = str(value).strip()
         if share is not None and 0 < share < 1 and not dtype:
             return Limit(kind, asked, share=share)
-        size = _UNITS[kind].get(unit)
-        in_bytes = kind == "params" and unit in _BYTES
+        size = _GROUPS[kind].get(group)
+        in_bytes = kind == "params" and group in _BYTES
         known = not dtype or (in_bytes and dtype in _DTYPES)
         if (
             share is None
             and size is not None
             and known
-            and (number > 0 if unit else number > 1 and number.is_integer())
+            and (number > 0 if group else number > 1 and number.is_integer())
         ):
             return Limit(kind, asked, amount=number * size, in_bytes=in_bytes, dtype=dtype)
     raise SettingError(
@@ -136,29 +136,29 @@ def _limit(kind: str, value: object) -> Limit:
 
 
 def quantity_of(
-    limit: Limit, model: nn.Module, units: Sequence[Unit], example: Any, profile: Profile | None
+    limit: Limit, model: nn.Module, groups: Sequence[Group], example: Any, profile: Profile | None
 ) -> Quantity | Latency:
-    """Return what a limit speaks of, as a function of what units keep.
+    """Return what a limit speaks of, as a function of what groups keep.
 
     Raises:
         SettingError: it needs a forward pass or a profile, and there is none; or the model gives no cache.
         LayoutError: it cannot be told before the model is cut.
     """
     if limit.kind == "params":
-        return parameters_of(model, units, _bytes_in(limit.dtype) if limit.in_bytes else None)
+        return parameters_of(model, groups, _bytes_in(limit.dtype) if limit.in_bytes else None)
     if limit.kind == "latency":
         if profile is None:
             raise SettingError(
                 f"target {limit} is of a machine, and no profile of it was given. Measure one, `upop profile MODEL "
                 "--out profile.json`, and give it: profile=upop.profiling.read_profile(...), or --set profile=FILE."
             )
-        return Latency(profile, units)
+        return Latency(profile, groups)
     if example is None:
         raise SettingError(
             f"target {limit} is of one forward pass, and no example inputs were given. Pass example=... (a tensor, a "
             "tuple of arguments, or a mapping of keyword arguments)."
         )
-    return (multiply_adds_of if limit.kind == "macs" else cache_of)(model, units, example)
+    return (multiply_adds_of if limit.kind == "macs" else cache_of)(model, groups, example)
 
 
 def _bytes_in(dtype: str) -> Callable[[Tensor], int]:

@@ -1,7 +1,7 @@
-"""Towers: layers that keep equally many entries, so that an ordinary configuration says the sizes of all of them.
+"""Towers: layers that keep equally many channels, so that an ordinary configuration says the sizes of all of them.
 
-Which entries they keep differs by layer. What belongs to one tower is told by how layers are held (the same place in
-one list of blocks) and by what their units cut; a library that builds models from configurations may know more: which
+Which channels they keep differs by layer. What belongs to one tower is told by how layers are held (the same place in
+one list of blocks) and by what their groups cut; a library that builds models from configurations may know more: which
 sizes follow one of its numbers, and which follow none (`register`).
 """
 
@@ -14,23 +14,23 @@ from typing import Literal
 
 from torch import nn
 
-from upop.pruning.align import Align, entries_in_block
 from upop.pruning.errors import SettingError, some_of
-from upop.pruning.units import Slice, Unit, tensor_of
+from upop.pruning.groups import Group, Slice, tensor_of
+from upop.pruning.round_to import RoundTo, channels_in_block
 
 Uniform = Literal["tower"]
 
 
 @dataclass(frozen=True)
 class Tower:
-    """Units of one size that keep equally many entries.
+    """Groups of one size that keep equally many channels.
 
     Attributes:
-        units: their names.
-        sizes: how many entries they may keep, where not every number will do; None where it will.
+        groups: their names.
+        sizes: how many channels they may keep, where not every number will do; None where it will.
     """
 
-    units: tuple[str, ...]
+    groups: tuple[str, ...]
     sizes: frozenset[int] | None = None
 
 
@@ -39,9 +39,9 @@ class Said:
     """What the configuration of a model can say.
 
     Attributes:
-        towers: the units whose sizes follow one number of it.
+        towers: the groups whose sizes follow one number of it.
         by: what people call the configuration.
-        layers: gives the layers that it can do without, as it counts them: path -> the names of the units inside.
+        layers: gives the layers that it can do without, as it counts them: path -> the names of the groups inside.
     """
 
     towers: tuple[Tower, ...]
@@ -49,7 +49,7 @@ class Said:
     layers: Callable[[], Mapping[str, tuple[str, ...]]] = dict
 
 
-Reader = Callable[[nn.Module, Sequence[Unit]], Said | None]
+Reader = Callable[[nn.Module, Sequence[Group]], Said | None]
 _readers: list[Reader] = []
 
 
@@ -68,16 +68,17 @@ def check_uniform(uniform: Uniform | None) -> None:
         )
 
 
-def apart(model: nn.Module, units: Sequence[Unit]) -> list[tuple[str, ...]]:
-    """Return the towers that a model has by its structure alone, as names of units, in forward order.
+def apart(model: nn.Module, groups: Sequence[Group]) -> list[tuple[str, ...]]:
+    """Return the towers that a model has by its structure alone, as names of groups, in forward order.
 
-    They are units of one kind and size at the same place in the blocks of one list, whose tensors have the same shapes.
+    They are groups of one kind and size at the same place in the blocks of one list, whose tensors have the same
+    shapes.
     """
     found: dict[Hashable, list[str]] = {}
-    for unit in units:
-        tensors = tuple((tensor_of(model, part.tensor).shape, _layout(part)) for part in unit.slices)
-        key = (_place(model, unit.name), unit.kind, unit.entry, unit.size, unit.heads, tensors)
-        found.setdefault(key, []).append(unit.name)
+    for group in groups:
+        tensors = tuple((tensor_of(model, part.tensor).shape, _layout(part)) for part in group.slices)
+        key = (_place(model, group.name), group.kind, group.channel, group.size, group.heads, tensors)
+        found.setdefault(key, []).append(group.name)
     return [tuple(names) for names in found.values()]
 
 
@@ -95,8 +96,8 @@ def _place(model: nn.Module, name: str) -> tuple[str, ...]:
     return tuple(parts)
 
 
-def layers_of(model: nn.Module, units: Sequence[Unit]) -> dict[str, tuple[str, ...]]:
-    """Return path -> the names of the units of each layer: of each place in a list of blocks alike in their units.
+def layers_of(model: nn.Module, groups: Sequence[Group]) -> dict[str, tuple[str, ...]]:
+    """Return path -> the names of the groups of each layer: of each place in a list of blocks alike in their groups.
 
     Of lists in lists the outermost counts whose blocks are alike.
     """
@@ -104,65 +105,67 @@ def layers_of(model: nn.Module, units: Sequence[Unit]) -> dict[str, tuple[str, .
     found: dict[str, tuple[str, ...]] = {}
     for path in lists:  # the outer ones come first
         start = f"{path}." if path else ""
-        inside: dict[str, list[Unit]] = {}
-        for unit in units:
-            if unit.name.startswith(start):
-                inside.setdefault(unit.name.removeprefix(start).partition(".")[0], []).append(unit)
+        inside: dict[str, list[Group]] = {}
+        for group in groups:
+            if group.name.startswith(start):
+                inside.setdefault(group.name.removeprefix(start).partition(".")[0], []).append(group)
         within = {
-            tuple((unit.name.removeprefix(f"{start}{at}"), unit.size) for unit in own) for at, own in inside.items()
+            tuple((group.name.removeprefix(f"{start}{at}"), group.size) for group in own) for at, own in inside.items()
         }
         taken = {name for names in found.values() for name in names}
         if (
             len(inside) > 1
             and len(within) == 1
-            and not any(unit.name in taken for own in inside.values() for unit in own)
+            and not any(group.name in taken for own in inside.values() for group in own)
         ):
-            found |= {f"{start}{at}": tuple(unit.name for unit in own) for at, own in inside.items()}
+            found |= {f"{start}{at}": tuple(group.name for group in own) for at, own in inside.items()}
     return found
 
 
 def to_keep_alike(
     model: nn.Module,
-    units: Sequence[Unit],
+    groups: Sequence[Group],
     uniform: Uniform | None,
-    every: Sequence[Unit] | None = None,
+    every: Sequence[Group] | None = None,
     *,
     depth: bool = False,
-) -> tuple[list[Unit], tuple[Tower, ...], Mapping[str, tuple[str, ...]]]:
-    """Return which of the chosen units are searched, which of them keep equally many, and which may go as a layer.
+) -> tuple[list[Group], tuple[Tower, ...], Mapping[str, tuple[str, ...]]]:
+    """Return which of the chosen groups are searched, which of them keep equally many, and which may go as a layer.
 
     Args:
         model: the dense model.
-        units: those that were chosen.
+        groups: those that were chosen.
         uniform: None searches them all, each for itself.
-        every: all units of the model, the chosen ones among them.
+        every: all groups of the model, the chosen ones among them.
         depth: whether layers may go.
 
     Raises:
         SettingError: the model's configuration has no number for any of them; the message says what could be done.
     """
     if uniform is None:
-        return list(units), (), {}
-    every = units if every is None else every
+        return list(groups), (), {}
+    every = groups if every is None else every
     said = next((found for reader in _readers if (found := reader(model, every)) is not None), None)
     if said is None:
         return (
-            list(units),
-            tuple(Tower(names) for names in apart(model, units)),
-            layers_of(model, units) if depth else {},
+            list(groups),
+            tuple(Tower(names) for names in apart(model, groups)),
+            layers_of(model, groups) if depth else {},
         )
-    names = {unit.name for unit in units}
-    towers = tuple(tower for tower in said.towers if names.issuperset(tower.units))
-    inside = {name for tower in towers for name in tower.units}
+    names = {group.name for group in groups}
+    towers = tuple(tower for tower in said.towers if names.issuperset(tower.groups))
+    inside = {name for tower in towers for name in tower.groups}
     layers = {path: layer for path, layer in (said.layers() if depth else {}).items() if names.issuperset(layer)}
-    for unit in units:  # what no number speaks of goes with its layer or stays whole
-        if unit.name not in inside and any(unit.name in layer for layer in layers.values()):
-            towers += (Tower((unit.name,), frozenset({unit.size})),)
-            inside.add(unit.name)
-    lacking = [unit.name for unit in units if unit.name not in inside]
-    broken = [name for tower in said.towers if tower not in towers for name in tower.units if name in {*names} - inside]
+    for group in groups:  # what no number speaks of goes with its layer or stays whole
+        if group.name not in inside and any(group.name in layer for layer in layers.values()):
+            towers += (Tower((group.name,), frozenset({group.size})),)
+            inside.add(group.name)
+    lacking = [group.name for group in groups if group.name not in inside]
+    broken = [
+        name for tower in said.towers if tower not in towers for name in tower.groups if name in {*names} - inside
+    ]
     if not towers:
-        could = [unit.name for unit in every if any(unit.name in tower.units for tower in said.towers)]
+        could = [group.name for group in every if any(group.name in tower.groups for tower in said.towers)]
         raise SettingError(
             f"uniform='tower' was asked for, and {said.by} has no number for the sizes of {some_of(lacking, 4)}. "
             + (
@@ -175,36 +178,36 @@ def to_keep_alike(
     if lacking:
         why = "one number of it goes for more layers than were chosen" if broken else "it has no number for their sizes"
         warnings.warn(
-            f"uniform='tower' leaves {len(lacking)} of {len(units)} units alone, so that {said.by} can say what is "
+            f"uniform='tower' leaves {len(lacking)} of {len(groups)} groups alone, so that {said.by} can say what is "
             f"kept: {why} ({some_of(lacking, 4)}). They are no part of the budget.",
-            stacklevel=5,
+            stacklevel=6,
         )
-    return [unit for unit in units if unit.name in inside], towers, layers
+    return [group for group in groups if group.name in inside], towers, layers
 
 
-def together(units: Sequence[Unit], towers: Sequence[Tower]) -> list[tuple[list[Unit], Tower | None]]:
-    """Return the units that are ranked as one, with their tower; a unit in none is ranked alone."""
-    towers_of = {name: tower for tower in towers for name in tower.units}
-    found: dict[Hashable, tuple[list[Unit], Tower | None]] = {}
-    for unit in units:
-        tower = towers_of.get(unit.name)
-        found.setdefault(tower or unit.name, ([], tower))[0].append(unit)
+def together(groups: Sequence[Group], towers: Sequence[Tower]) -> list[tuple[list[Group], Tower | None]]:
+    """Return the groups that are ranked as one, with their tower; a group in none is ranked alone."""
+    towers_of = {name: tower for tower in towers for name in tower.groups}
+    found: dict[Hashable, tuple[list[Group], Tower | None]] = {}
+    for group in groups:
+        tower = towers_of.get(group.name)
+        found.setdefault(tower or group.name, ([], tower))[0].append(group)
     return list(found.values())
 
 
-def removable_blocks(unit: Unit, align: Align, tower: Tower | None = None) -> list[int]:
-    """Return how many entries of a unit go together, first to go first, without those that always stay."""
-    block = entries_in_block(unit, align)
-    whole, rest = divmod(unit.size, block)
+def removable_blocks(group: Group, round_to: RoundTo, tower: Tower | None = None) -> list[int]:
+    """Return how many channels of a group go together, first to go first, without those that always stay."""
+    block = channels_in_block(group, round_to)
+    whole, rest = divmod(group.size, block)
     if whole == 0:
         return []  # smaller than one block: it stays as it is
     blocks = ([rest] if rest else []) + [block] * (whole - 1)
     if tower is None or tower.sizes is None:
         return blocks
-    joined, left, gone = [], unit.size, 0
+    joined, left, pruned = [], group.size, 0
     for each in blocks:
-        left, gone = left - each, gone + each
+        left, pruned = left - each, pruned + each
         if left in tower.sizes:
-            joined.append(gone)
-            gone = 0
+            joined.append(pruned)
+            pruned = 0
     return joined

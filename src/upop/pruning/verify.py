@@ -28,7 +28,7 @@ _TIMES = 4
 _ORDERS = 4
 """In how many other orders sums are taken before a difference is refused."""
 _ENDS, _ENDS_OF_PROVED, _LEAST = 4, 64, 1e-10
-"""Differences of so many units in the last place need no measurement, nor do those of 1e-10 of the outputs."""
+"""Differences of so many groups in the last place need no measurement, nor do those of 1e-10 of the outputs."""
 _LARGE = 1e-5
 """What of the outputs may be rounding where weights are in float64: a forward may compute in float32 all the same."""
 
@@ -84,7 +84,7 @@ def tensors_of(value: Any, place: str = "output") -> Iterator[tuple[str, Tensor]
 
 @dataclass(frozen=True)
 class Difference:
-    """By how much one of two outputs differs, and how much of it rounding explains, relative to its largest entry."""
+    """By how much one of two outputs differs, and how much of it rounding explains, relative to its largest channel."""
 
     place: str
     size: float
@@ -106,8 +106,8 @@ def compare(
         next(iter(rounding()), None)  # says so where two calls of the same model do not agree either
         raise VerificationError(
             f"The cut model does not compute what the masked one does: {off.place} differs by "
-            f"{off.size:.1e} of its largest entry, and rounding explains {off.explained:.0e}. "
-            "The model was left as it was. Exclude units to find the one that is cut wrong, and please report it."
+            f"{off.size:.1e} of its largest channel, and rounding explains {off.explained:.0e}. "
+            "The model was left as it was. Exclude groups to find the one that is cut wrong, and please report it."
         )
 
 
@@ -125,7 +125,7 @@ def difference(
         expected: what the masked model gave.
         found: what the cut one gave.
         rounding: how much each output differs by rounding alone, measured once more by every element; it is called
-            only where a difference is larger than a few units in the last place.
+            only where a difference is larger than a few groups in the last place.
         dtype: the precision of the weights, which may be lower than that of the outputs.
         proved: whether the cut was proved in higher precision, so that only its run in this one is looked at.
     """
@@ -190,7 +190,7 @@ def _is_finite(tensor: Tensor) -> bool:
 
 
 def _difference(one: Tensor, other: Tensor) -> tuple[float, float]:
-    """Return the largest difference of two tensors, and the largest entry of those that differ; in float64."""
+    """Return the largest difference of two tensors, and the largest channel of those that differ; in float64."""
     if torch.equal(one, other):
         return 0.0, 0.0
     unlike = (one != other) & one.isfinite()  # masks of -inf or of the smallest number are the same in both
@@ -205,7 +205,7 @@ def refuse_unsteady(outputs: Outputs, again: Outputs) -> None:
         if size > torch.finfo(one.dtype).eps ** 0.5 * scale:
             raise VerificationError(
                 f"Two calls of the model on the same inputs differ ({place} by "
-                f"{size / scale:.1e} of its largest entry): it draws random numbers in evaluation mode that "
+                f"{size / scale:.1e} of its largest channel): it draws random numbers in evaluation mode that "
                 "torch.manual_seed does not fix, or keeps something between calls, so that no cut of it can be "
                 "verified. The model was left as it was. Give a function of what does not, as example= or verify=: "
                 "lambda model: model.part(inputs)."
@@ -239,15 +239,15 @@ def rounding_of(run: Callable[[], Outputs], *, outputs: Outputs | None = None) -
 
 
 def _largest(tensor: Tensor) -> float:
-    entries = tensor[tensor.isfinite()]
-    return float(entries.abs().max()) if len(entries) else 0.0
+    channels = tensor[tensor.isfinite()]
+    return float(channels.abs().max()) if len(channels) else 0.0
 
 
 class _Lowered(TorchDispatchMode):
     """Sees to which precision numbers are rounded on the way, whatever that of what goes in and comes out.
 
     Attributes:
-        end: the unit in the last place of the lowest one; 0 where none is rounded.
+        end: the group in the last place of the lowest one; 0 where none is rounded.
     """
 
     end = 0.0

@@ -48,8 +48,8 @@ def whole(model: nn.Module) -> Iterator[None]:
     if any(unsharded_class(type(module)) is None for module in modules):
         raise LayoutError(
             f"Layers of this {type(model).__name__} are masked, and fully_shard was called on each of them: it cannot "
-            "be put together as it is. Give gather(..., like=...), the same model before it was sharded, or take the "
-            "masks off (pruner.remove()) first."
+            "be put together as it is. Give full_copy(..., like=...), the same model before it was sharded, or take "
+            "the masks off (pruner.remove()) first."
         )
     from torch.distributed._composable.contract import REGISTRY_KEY, STATE_KEY
 
@@ -98,7 +98,7 @@ def whole(model: nn.Module) -> Iterator[None]:
         raise VerificationError("The cut failed in another process, so the model is left as it was in this one too.")
 
 
-def gather(model: nn.Module, like: nn.Module | None = None) -> nn.Module:
+def full_copy(model: nn.Module, like: nn.Module | None = None) -> nn.Module:
     """Return a plain, whole copy of a sharded model on the CPU, without masks, on every process.
 
     All processes call it at the same time. Tensors are gathered one by one, so a device needs room for the largest.
@@ -115,7 +115,7 @@ def gather(model: nn.Module, like: nn.Module | None = None) -> nn.Module:
     if like is None:
         with whole(model):
             return unmask(duplicate(model)).to("cpu")
-    refuse_sharded(like, "The argument `like` of gather()")
+    refuse_sharded(like, "The argument `like` of full_copy()")
     kept = {name for name, buffer in like.named_buffers() if not buffer.is_meta}
     found = copied(
         like, lambda name, old: old.to("cpu", copy=True) if name in kept else torch.empty_like(old, device="cpu")

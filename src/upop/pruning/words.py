@@ -1,4 +1,4 @@
-"""What a person reads of a unit: which kind of input it works on, and what its module was before it was changed."""
+"""What a person reads of a group: which kind of input it works on, and what its module was before it was changed."""
 
 from __future__ import annotations
 

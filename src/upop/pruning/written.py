@@ -1,4 +1,4 @@
-"""Units as JSON: all that a cut takes, so that a plan needs no reader; and reading it, which is input from outside."""
+"""Groups as JSON: all that a cut takes, so that a plan needs no reader; and reading it, which is input from outside."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import Any, TypeVar, get_args
 
 from torch import nn
 
-from upop.pruning.units import (
+from upop.pruning.groups import (
     Attribute,
-    Entry,
+    Channel,
+    Group,
     Kind,
     Slice,
     Swap,
     Swapped,
-    Unit,
     has_number,
     number_of,
     tensor_of,
@@ -25,9 +25,11 @@ from upop.pruning.units import (
 
 T = TypeVar("T", Slice, Attribute)
 
+_KEYS = {"channel": "entry"}
+"""Fields that are called otherwise in files, which keep the keys of the first version."""
 _MODALITIES = ("vision", "text", "other")
 _MOST = 2**14
-"""Slices, attributes or classes of one unit."""
+"""Slices, attributes or classes of one group."""
 _LARGEST = 2**40
 _NAME = re.compile(r"([^\W\d]\w*)(\[[^\[\]]{1,100}\]){0,3}")
 """An attribute, or a place in a list or mapping that it holds."""
@@ -38,19 +40,19 @@ _OF_MODULES = frozenset(dir(nn.Module()))
 """What every module has is none of its numbers."""
 
 
-def as_json(unit: Unit) -> dict[str, Any] | None:
-    """Return a unit as JSON values; None where a class that it swaps has no name."""
-    if any(not swap.how for swap in unit.swaps):
+def as_json(group: Group) -> dict[str, Any] | None:
+    """Return a group as JSON values; None where a class that it swaps has no name."""
+    if any(not swap.how for swap in group.swaps):
         return None
-    content = {field.name: getattr(unit, field.name) for field in fields(unit)}
-    content["slices"] = [_without_defaults(part) for part in unit.slices]
-    content["attributes"] = [_without_defaults(part) for part in unit.attributes]
-    content["swaps"] = [{"module": swap.module, "how": swap.how} for swap in unit.swaps]
+    content = {_KEYS.get(field.name, field.name): getattr(group, field.name) for field in fields(group)}
+    content["slices"] = [_without_defaults(part) for part in group.slices]
+    content["attributes"] = [_without_defaults(part) for part in group.attributes]
+    content["swaps"] = [{"module": swap.module, "how": swap.how} for swap in group.swaps]
     return content
 
 
 def renamed(content: Mapping[str, Any], change: Callable[[str], str]) -> dict[str, Any]:
-    """Return the JSON of a unit, as `as_json` writes it, with other names of modules and tensors."""
+    """Return the JSON of a group, as `as_json` writes it, with other names of modules and tensors."""
     return {
         **content,
         "name": change(content["name"]),
@@ -62,8 +64,8 @@ def renamed(content: Mapping[str, Any], change: Callable[[str], str]) -> dict[st
     }
 
 
-def from_json(content: Any, model: nn.Module, swaps: Mapping[str, Swapped]) -> Unit:
-    """Return a unit that `as_json` wrote, if it can be one of a model.
+def from_json(content: Any, model: nn.Module, swaps: Mapping[str, Swapped]) -> Group:
+    """Return a group that `as_json` wrote, if it can be one of a model.
 
     Names lead to tensors of the model and to numbers that its modules keep, and nowhere else; no more is computed than
     the tensors are long.
@@ -76,9 +78,9 @@ def from_json(content: Any, model: nn.Module, swaps: Mapping[str, Swapped]) -> U
     Raises:
         ValueError: it is something else; the message says what is wrong.
     """
-    values = _fields_of(Unit, content)
+    values = _fields_of(Group, content)
     _one_of("kind", values["kind"], get_args(Kind))
-    _one_of("entry", values.get("entry", "dimension"), get_args(Entry))
+    _one_of("entry", values.get("channel", "dimension"), get_args(Channel))
     _one_of("modality", values["modality"], _MODALITIES)
     name = values["name"] if values["name"] == "" else _text("name", values["name"])  # "" is the model itself
     _whole("size", values["size"], 1)
@@ -88,14 +90,14 @@ def from_json(content: Any, model: nn.Module, swaps: Mapping[str, Swapped]) -> U
         "attributes": tuple(_attribute(each, model) for each in _listed("attributes", values.get("attributes", []))),
         "swaps": tuple(_swap(each, model, swaps) for each in _listed("swaps", values.get("swaps", []))),
     }
-    unit = Unit(**{**values, **made, "name": name, "proved": values.get("proved") is True})
-    if not unit.producers:
+    group = Group(**{**values, **made, "name": name, "proved": values.get("proved") is True})
+    if not group.producers:
         raise ValueError(f"{name} has no tensor that makes it")
-    told = {each.module for each in unit.attributes if _WIDTH.fullmatch(each.name)}
-    untold = [swap.module for swap in unit.swaps if swap.how == "widths" and swap.module not in told]
+    described = {each.module for each in group.attributes if _WIDTH.fullmatch(each.name)}
+    untold = [swap.module for swap in group.swaps if swap.how == "widths" and swap.module not in described]
     if untold:
         raise ValueError(f"{untold[0]} is to be told the width of {name}, and no width is there")
-    return unit
+    return group
 
 
 def _slice(content: Any, model: nn.Module) -> Slice:
@@ -164,7 +166,8 @@ def _record(kind: type[T], content: Any) -> T:
 
 
 def _fields_of(kind: type[Any], content: Any) -> Mapping[str, Any]:
-    values = _mapping(kind.__name__, content)
+    names = {key: name for name, key in _KEYS.items()}
+    values = {names.get(key, key): value for key, value in _mapping(kind.__name__, content).items()}
     known = {each.name: each.default is MISSING for each in fields(kind)}
     unknown = [str(name) for name in values if name not in known]
     if unknown:

@@ -1,14 +1,14 @@
-"""What a run leaves for people to read: pictures, tables, and the numbers behind them."""
+"""What a run leaves for people to read: images, tables, and the numbers behind them."""
 
 from upop.report.figures import history_figure, kept_share_figure, save_figure
 from upop.report.latency import measure_latency
 from upop.report.results import ModelResult, Results, results_table
-from upop.report.shares import UnitShare
+from upop.report.shares import GroupShare
 
 __all__ = [
+    "GroupShare",
     "ModelResult",
     "Results",
-    "UnitShare",
     "history_figure",
     "kept_share_figure",
     "measure_latency",

@@ -1,4 +1,4 @@
-"""Pictures with label maps laid over them: what a segmentation model saw, what it said, and what is true."""
+"""Images with label maps laid over them: what a segmentation model saw, what it said, and what is true."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torchvision.transforms.v2 import functional as tvf
 from torchvision.utils import draw_segmentation_masks
 
 from upop.files import make_folder, replacing_file
-from upop.ownership import SOFTWARE, wrote_picture
+from upop.ownership import SOFTWARE, wrote_image
 
 OPACITY = 0.6
 _GOLDEN = (5**0.5 - 1) / 2  # of the colour circle: neighbouring classes get colours far apart
@@ -25,33 +25,33 @@ def class_colour(label: int) -> tuple[int, int, int]:
     return tuple(round(255 * channel) for channel in channels)  # type: ignore[return-value]
 
 
-def blended(picture: Tensor, labels: Tensor, classes: int) -> Tensor:
-    """Return a picture of bytes [3, H, W] with its label map [H, W] laid over it; other labels show the picture."""
+def blended(image: Tensor, labels: Tensor, classes: int) -> Tensor:
+    """Return an image of bytes [3, H, W] with its label map [H, W] laid over it; other labels show the image."""
     present = [label for label in labels.unique().tolist() if 0 <= label < classes]
     if not present:
-        return picture
+        return image
     masks = torch.stack([labels == label for label in present])
-    mixed: Tensor = draw_segmentation_masks(picture, masks, OPACITY, [class_colour(label) for label in present])
+    mixed: Tensor = draw_segmentation_masks(image, masks, OPACITY, [class_colour(label) for label in present])
     return mixed
 
 
-def write_blends(path: Path, picture: Tensor, predicted: Tensor, labels: Tensor, classes: int) -> None:
-    """Write a PNG: the picture, beside it the prediction laid over it, beside that the truth.
+def write_blends(path: Path, image: Tensor, predicted: Tensor, labels: Tensor, classes: int) -> None:
+    """Write a PNG: the image, beside it the prediction laid over it, beside that the truth.
 
     Args:
         path: of the file; its folder is made.
-        picture: bytes [3, H, W].
+        image: bytes [3, H, W].
         predicted: classes [H, W].
-        labels: true classes [H, W]; pixels without one show the picture.
+        labels: true classes [H, W]; pixels without one show the image.
         classes: how many there are.
 
     Raises:
         RunFolderError: there is another file of that name, or it cannot be written.
     """
-    panels = [picture, blended(picture, predicted, classes), blended(picture, labels, classes)]
-    image = tvf.to_pil_image(torch.cat(panels, dim=2).cpu())
+    panels = [image, blended(image, predicted, classes), blended(image, labels, classes)]
+    row = tvf.to_pil_image(torch.cat(panels, dim=2).cpu())
     about = PngInfo()
     about.add_text("Software", SOFTWARE)
     make_folder(path.parent)
-    with replacing_file(path, wrote_picture) as part:
-        image.save(part, format="png", pnginfo=about)
+    with replacing_file(path, wrote_image) as part:
+        row.save(part, format="png", pnginfo=about)

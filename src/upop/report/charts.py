@@ -75,7 +75,7 @@ class Chart:
     """A plot, ready to be drawn.
 
     Attributes:
-        title: what is drawn, with its unit.
+        title: what is drawn, with its group.
         lines: the curves.
         legend: whether there are several names to tell apart.
         x: numbers below.
@@ -118,7 +118,7 @@ def chart(
     """Return a plot of all lines that have points; None if none has.
 
     Args:
-        title: what is drawn, with its unit.
+        title: what is drawn, with its group.
         lines: the curves; points that are not finite are left out.
         phases: (name, first step, last step), drawn behind them.
         x_title: what the numbers below are.

@@ -1,4 +1,4 @@
-"""The pictures of a run: what every layer keeps, and how search and retraining went.
+"""The images of a run: what every layer keeps, and how search and retraining went.
 
 They are plain matplotlib figures, made without pyplot, so no window, backend or global state is touched.
 """
@@ -18,9 +18,9 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from upop.errors import SettingError
 from upop.files import replacing_file
-from upop.ownership import SOFTWARE, wrote_picture
+from upop.ownership import SOFTWARE, wrote_image
 from upop.plain import plain
-from upop.report.shares import Panel, UnitShare, kept_share, panels
+from upop.report.shares import GroupShare, Panel, kept_share, panels
 
 Metrics = Sequence[Mapping[str, Any]]
 P = ParamSpec("P")
@@ -55,24 +55,24 @@ def save_figure(figure: Figure, path: Path, *, overwrite: bool = False) -> None:
     Raises:
         RunFolderError: there is another file of that name, or it cannot be written.
     """
-    with replacing_file(path, overwrite or wrote_picture) as part:
+    with replacing_file(path, overwrite or wrote_image) as part:
         figure.savefig(part, format="png", dpi=DPI, facecolor="white", metadata={"Software": SOFTWARE})
 
 
 @_literally
-def kept_share_figure(shares: Iterable[UnitShare], title: str = "What every layer keeps") -> Figure:
-    """Draw the share of entries kept: a block per modality, a row per structure, layers along x.
+def kept_share_figure(shares: Iterable[GroupShare], title: str = "What every layer keeps") -> Figure:
+    """Draw the share of channels kept: a block per modality, a row per structure, layers along x.
 
     Args:
-        shares: one record per unit, from `UnitShare.of(units, plan)`.
+        shares: one sample per group, from `GroupShare.of(groups, plan)`.
         title: the figure's heading.
 
     Raises:
-        SettingError: there is no unit to draw.
+        SettingError: there is no group to draw.
     """
     rows = panels(shares)
     if not rows:
-        raise SettingError("kept_share_figure was given no unit to draw.")
+        raise SettingError("kept_share_figure was given no group to draw.")
     blocks = [list(block) for _, block in groupby(rows, key=lambda panel: panel.modality)]
     layers = max(len(panel.layers) for panel in rows)
     width = min(max(5.5, 2.2 + 0.5 * layers), 13.0)
@@ -131,10 +131,10 @@ def _figure(width: float, height: float, title: str) -> Figure:
 
 def _modality_block(place: SubFigure, block: list[Panel], layers: int) -> None:
     modality = block[0].modality
-    units = [unit for panel in block for unit in panel.layers]
+    groups = [group for panel in block for group in panel.layers]
     colour = _COLOURS.get(modality, _OTHER)
-    entries = sum(unit.size for unit in units)
-    heading = f"{plain(modality.capitalize())}: {_percent(kept_share(units))} of {entries:,} entries kept"
+    channels = sum(group.size for group in groups)
+    heading = f"{plain(modality.capitalize())}: {_percent(kept_share(groups))} of {channels:,} channels kept"
     place.suptitle(heading, x=0.01, ha="left", fontsize=11, fontweight="bold", color=colour)
     for axes, panel in zip(place.subplots(len(block), 1, squeeze=False)[:, 0], block, strict=True):
         _share_panel(axes, panel, layers, colour)
@@ -142,7 +142,7 @@ def _modality_block(place: SubFigure, block: list[Panel], layers: int) -> None:
 
 def _share_panel(axes: Axes, panel: Panel, layers: int, colour: str) -> None:
     positions = range(1, len(panel.layers) + 1)
-    values = [100 * unit.share for unit in panel.layers]
+    values = [100 * group.share for group in panel.layers]
     axes.bar(positions, [100] * len(values), width=0.8, color=_TRACK)
     axes.bar(positions, values, width=0.8, color=colour)
     crowded = layers > 14

@@ -1,4 +1,4 @@
-"""What a model is made of, by modality: units, parameters and multiply-adds; and what a budget would make of it."""
+"""What a model is made of, by modality: groups, parameters and multiply-adds; and what a budget would make of it."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from upop.pruning import Plan, Skipped, Unit, survey
-from upop.pruning.align import Align, check_align, entries_in_block
-from upop.pruning.costs import entry_costs, macs_by_module
+from upop.pruning import Group, Plan, Skipped, find_prunable
+from upop.pruning.costs import channel_costs, macs_by_module
 from upop.pruning.coverage import Coverage, coverage
 from upop.pruning.goal import Goal
+from upop.pruning.groups import tensor_of
+from upop.pruning.round_to import RoundTo, channels_in_block, check_round_to
 from upop.pruning.shrink import apply_plan
-from upop.pruning.units import tensor_of
-from upop.report.shares import Panel, UnitShare, panels
+from upop.report.shares import GroupShare, Panel, panels
 
 SHARED = "shared"
 """The modality of what belongs to several: heads, projections into a common space, temperatures."""
@@ -31,7 +31,7 @@ class Part:
     Attributes:
         modality: "vision", "text", "other", or `SHARED`.
         parameters: how many; shared tensors are counted once, momentum copies not at all.
-        prunable: those of them that go with the units' entries.
+        prunable: those of them that go with the groups' channels.
         macs: multiply-adds of one forward pass; None where none was run.
     """
 
@@ -46,17 +46,17 @@ class Inspection:
     """What `inspect_model` found.
 
     Attributes:
-        panels: the units, by structure, with what they keep of the dense model's entries.
+        panels: the groups, by structure, with what they keep of the dense model's channels.
         parts: one per modality.
         skipped: what looks prunable and is left alone, and why.
-        unit_parameters: parameters that go with the entries of each unit.
-        coverage: what is in units, left alone, and outside.
+        unit_parameters: parameters that go with the channels of each group.
+        coverage: what is in groups, left alone, and outside.
     """
 
     panels: tuple[Panel, ...]
     parts: tuple[Part, ...]
     skipped: tuple[Skipped, ...]
-    unit_parameters: Mapping[str, int]
+    group_parameters: Mapping[str, int]
     coverage: Coverage
 
     @property
@@ -78,21 +78,21 @@ def inspect_model(model: nn.Module, inputs: Any = None, dense: Mapping[str, int]
         model: the model.
         inputs: for one forward pass that counts multiply-adds (a tensor, a tuple of arguments, a mapping of keyword
             arguments, or a function of the model); None counts none.
-        dense: unit -> entries of the dense model, where the model is compressed and this is known.
+        dense: group -> channels of the dense model, where the model is compressed and this is known.
 
     What the model raises for inputs that it cannot take is passed on.
     """
-    found = survey(model)
-    where = _Modalities(found.units)
+    found = find_prunable(model)
+    where = _Modalities(found.groups)
     parameters: dict[str, int] = {}
-    copies = tuple(f"{twin}." for twin in getattr(model, "momentum_twins", {}).values())
+    copies = tuple(f"{momentum_encoder}." for momentum_encoder in getattr(model, "momentum_encoders", {}).values())
     for name, parameter in model.named_parameters():
         if not name.startswith(copies):
             modality = where.of(name)
             parameters[modality] = parameters.get(modality, 0) + parameter.numel()
-    left = [unit for unit in found.units if unit.size]  # nothing may be left of a branch
-    costs = entry_costs(model, left, "params") if left else {}
-    by_unit = {unit.name: round(costs.get(unit.name, 0) * unit.size) for unit in found.units}
+    left = [group for group in found.groups if group.size]  # nothing may be left of a branch
+    costs = channel_costs(model, left, "params") if left else {}
+    by_group = {group.name: round(costs.get(group.name, 0) * group.size) for group in found.groups}
     own = macs_by_module(model, inputs) if inputs is not None else None
     macs = _macs(own, where) if own is not None else {}
     held = {name for counts in (parameters, macs) for name, count in counts.items() if count}
@@ -101,25 +101,27 @@ def inspect_model(model: nn.Module, inputs: Any = None, dense: Mapping[str, int]
         Part(
             modality,
             parameters.get(modality, 0),
-            _prunable(model, [unit for unit in found.units if unit.modality == modality]),
+            _prunable(model, [group for group in found.groups if group.modality == modality]),
             macs.get(modality, 0) if inputs is not None else None,
         )
         for modality in order
     )
     shares = [
-        UnitShare(unit.name, unit.modality, unit.kind, max(unit.size, (dense or {}).get(unit.name, 0)), unit.size)
-        for unit in found.units
+        GroupShare(
+            group.name, group.modality, group.kind, max(group.size, (dense or {}).get(group.name, 0)), group.size
+        )
+        for group in found.groups
     ]
-    covered = coverage(model, found.units, found.skipped, own)
-    return Inspection(tuple(panels(shares)), parts, found.skipped, by_unit, covered)
+    covered = coverage(model, found.groups, found.skipped, own)
+    return Inspection(tuple(panels(shares)), parts, found.skipped, by_group, covered)
 
 
-def _prunable(model: nn.Module, units: Sequence[Unit]) -> int:
-    """Return how many parameters go with the entries of some units: a weight between two of them is counted once."""
+def _prunable(model: nn.Module, groups: Sequence[Group]) -> int:
+    """Return how many parameters go with the channels of some groups: a weight between two of them is counted once."""
     cut: dict[str, dict[int, Tensor]] = {}
-    for unit in units:
-        for part in unit.slices:
-            inside = part.entries(unit.size) >= 0
+    for group in groups:
+        for part in group.slices:
+            inside = part.channels(group.size) >= 0
             dims = cut.setdefault(part.tensor, {})
             dims[part.dim] = inside | dims.get(part.dim, torch.zeros_like(inside))
     names = {id(each): name for name, each in model.named_parameters()}
@@ -132,53 +134,55 @@ def _prunable(model: nn.Module, units: Sequence[Unit]) -> int:
     return count
 
 
-def after_budget(model: nn.Module, goal: Goal, align: Align | str = 1, example: Any = None) -> tuple[nn.Module, Plan]:
-    """Return a copy of a model in which every unit has lost the same share of its entries, and the plan of that.
+def after_budget(
+    model: nn.Module, goal: Goal, round_to: RoundTo | str = 1, example: Any = None
+) -> tuple[nn.Module, Plan]:
+    """Return a copy of a model in which every group has lost the same share of its channels, and the plan of that.
 
     A search spends the same budget unevenly. How many parameters are left does not depend on that (but for rounding),
     how many multiply-adds are left does a little.
 
     Args:
         model: the model; it is left alone.
-        goal: the share of the units' cost to remove, or what is to be left of the whole model.
-        align: kept channels are multiples of this, where units are that large.
+        goal: the share of the groups' cost to remove, or what is to be left of the whole model.
+        round_to: kept channels are multiples of this, where groups are that large.
         example: inputs of the forward pass that a goal counts.
 
     Raises:
-        SettingError: `align` is out of range, or the goal cannot be reached.
+        SettingError: `round_to` is out of range, or the goal cannot be reached.
     """
-    align = check_align(align)
+    round_to = check_round_to(round_to)
     smaller = copy.deepcopy(model)
-    units = list(survey(smaller).units)
+    groups = list(find_prunable(smaller).groups)
     ratio = goal.ratio
     if ratio is None:
-        goal.begin(smaller, units, entry_costs(smaller, units, "params"), align, example)
-        ratio = goal.share(lambda share: {unit.name: _kept(unit, share, align) for unit in units})
-    kept = {unit.name: range(_kept(unit, ratio, align)) for unit in units}
-    told = goal.told({name: len(entries) for name, entries in kept.items()})
-    plan = Plan.of(units, kept, **told, align=align)
-    if units:
+        goal.begin(smaller, groups, channel_costs(smaller, groups, "params"), round_to, example)
+        ratio = goal.share(lambda share: {group.name: _kept(group, share, round_to) for group in groups})
+    kept = {group.name: range(_kept(group, ratio, round_to)) for group in groups}
+    described = goal.described({name: len(channels) for name, channels in kept.items()})
+    plan = Plan.of(groups, kept, **described, round_to=round_to)
+    if groups:
         apply_plan(smaller, plan, verify=False)
     return smaller, plan
 
 
-def _kept(unit: Unit, ratio: float, align: Align) -> int:
-    block = entries_in_block(unit, align)
-    blocks = max(1, round(unit.size * (1 - ratio) / block))
-    return min(unit.size, blocks * block)
+def _kept(group: Group, ratio: float, round_to: RoundTo) -> int:
+    block = channels_in_block(group, round_to)
+    blocks = max(1, round(group.size * (1 - ratio) / block))
+    return min(group.size, blocks * block)
 
 
 class _Modalities:
-    """Tells the modality of a module or parameter by the units that it shares the longest path with."""
+    """Tells the modality of a module or parameter by the groups that it shares the longest path with."""
 
-    def __init__(self, units: Sequence[Unit]) -> None:
+    def __init__(self, groups: Sequence[Group]) -> None:
         self._known: dict[str, set[str]] = {}
-        for unit in units:
-            path = unit.name
+        for group in groups:
+            path = group.name
             while path:
-                self._known.setdefault(path, set()).add(unit.modality)
+                self._known.setdefault(path, set()).add(group.modality)
                 path = path.rpartition(".")[0]
-        self._all = {unit.modality for unit in units}
+        self._all = {group.modality for group in groups}
 
     def of(self, name: str) -> str:
         path = name

@@ -28,13 +28,13 @@ from upop.report.charts import Chart
 from upop.report.curves import comparison_charts, run_charts
 from upop.report.results import GMACS, LATENCY, PARAMETERS, Cell, Results, latency_note, left_out_note, table_cells
 from upop.report.run import Run
-from upop.report.shares import Panel, UnitShare, kept_share, panels
+from upop.report.shares import GroupShare, Panel, kept_share, panels
 
 _STYLES = ("vision", "text")
 _FORMATS = ("PNG", "JPEG")
-_LARGEST_PICTURE = 2**23  # bytes; a run's own are small
+_LARGEST_IMAGE = 2**23  # bytes; a run's own are small
 _SIZES = {PARAMETERS: ("parameters", " M"), GMACS: ("multiply-adds", " G"), LATENCY: ("latency", " ms")}
-"""Column -> what a tile calls it, and the unit."""
+"""Column -> what a tile calls it, and the group."""
 _BRIGHT, _DEEP = 55, 76  # percent from which letters turn dark on bright cells, and light on deep ones
 _TIMES = "\N{MULTIPLICATION SIGN}"
 _WITHOUT = frozenset({"output_dir", "command"})  # differ always, or are shown by themselves
@@ -67,14 +67,14 @@ class Block:
     modality: str
     style: str
     share: float
-    entries: int
+    channels: int
     panels: tuple[Panel, ...]
     layers: int
 
 
 @dataclass(frozen=True)
-class Picture:
-    """A picture in the page."""
+class EmbeddedImage:
+    """An image in the page."""
 
     uri: str
     width: int
@@ -87,7 +87,7 @@ class Shown:
     """A part of an example: what is true, or what a model answers."""
 
     label: str
-    pictures: tuple[Picture, ...]
+    images: tuple[EmbeddedImage, ...]
     text: str | None
     note: str | None
     right: bool | None
@@ -98,13 +98,13 @@ class ShownExample:
     """One example: what was asked, and the answers."""
 
     prompt: str | None
-    pictures: tuple[Picture, ...]
+    images: tuple[EmbeddedImage, ...]
     answers: tuple[Shown, ...]
 
     @property
     def panels(self) -> bool:
-        """Whether it is pictures side by side: every answer is one picture of the same scene."""
-        return bool(self.pictures) and all(len(answer.pictures) == 1 for answer in self.answers)
+        """Whether it is images side by side: every answer is one image of the same scene."""
+        return bool(self.images) and all(len(answer.images) == 1 for answer in self.answers)
 
 
 def write_run_page(run: Run, to: Path, *, overwrite: bool = False) -> None:
@@ -221,15 +221,15 @@ def _tiles(results: Results) -> list[Tile]:
         change = "no change" if cell.better is None else f"{cell.gain} points"
         about = f"dense {before[tested[-1]].text}, {change}" if cell.gain else ""
         tiles.append(Tile(tested[-1].removesuffix(" (%)"), f"{cell.text} %", about, cell.better))
-    for name, (label, unit) in _SIZES.items():
+    for name, (label, group) in _SIZES.items():
         cell = cells.get(name, Cell(None, "-"))
         factor, _, gained = cell.gain.partition(" ")
-        change = f"{before[name].text} \N{RIGHTWARDS ARROW} {cell.text}{unit}"
+        change = f"{before[name].text} \N{RIGHTWARDS ARROW} {cell.text}{group}"
         if gained:
             what = f"{gained} {label}" if name == GMACS else gained
             tiles.append(Tile(what, factor.replace("x", _TIMES), change, cell.better))
         elif cell.value is not None:
-            tiles.append(Tile(label, f"{cell.text}{unit}", change if cell.gain else ""))
+            tiles.append(Tile(label, f"{cell.text}{group}", change if cell.gain else ""))
     return tiles
 
 
@@ -272,26 +272,26 @@ def _about(results: Sequence[Results | None], names: Sequence[str]) -> list[str]
     return [note if len(runs) == finished else f"{', '.join(runs)}: {note}" for note, runs in of.items()]
 
 
-def _blocks(shares: Sequence[UnitShare]) -> list[Block]:
+def _blocks(shares: Sequence[GroupShare]) -> list[Block]:
     blocks = []
-    for modality, group in groupby(panels(shares), key=lambda panel: panel.modality):
-        mine = tuple(group)
-        units = [unit for panel in mine for unit in panel.layers]
+    for modality, same in groupby(panels(shares), key=lambda panel: panel.modality):
+        mine = tuple(same)
+        groups = [group for panel in mine for group in panel.layers]
         style = modality if modality in _STYLES else "other"
         longest = max(len(panel.layers) for panel in mine)
-        blocks.append(Block(modality, style, kept_share(units), sum(unit.size for unit in units), mine, longest))
+        blocks.append(Block(modality, style, kept_share(groups), sum(group.size for group in groups), mine, longest))
     return blocks
 
 
 def _examples(runs: Sequence[Run]) -> list[tuple[str, list[ShownExample]]]:
-    """Return what the examples are and the examples; runs that show the same records share them."""
+    """Return what the examples are and the examples; runs that show the same samples share them."""
     merged: dict[tuple[str, tuple[Any, ...]], list[tuple[Run, Sequence[Example]]]] = {}
     for run in runs:
-        if run.examples is not None and run.examples.records:
-            asked = tuple((each.prompt, each.pictures, each.truth) for each in run.examples.records)
-            merged.setdefault((run.examples.about, asked), []).append((run, run.examples.records))
+        if run.examples is not None and run.examples.samples:
+            asked = tuple((each.prompt, each.images, each.truth) for each in run.examples.samples)
+            merged.setdefault((run.examples.about, asked), []).append((run, run.examples.samples))
     return [
-        (about, [_shown([(run, records[place]) for run, records in found]) for place in range(len(asked))])
+        (about, [_shown([(run, samples[place]) for run, samples in found]) for place in range(len(asked))])
         for (about, asked), found in merged.items()
     ]
 
@@ -299,7 +299,7 @@ def _examples(runs: Sequence[Run]) -> list[tuple[str, list[ShownExample]]]:
 def _shown(found: Sequence[tuple[Run, Example]]) -> ShownExample:
     first_run, first = found[0]
     folder = first_run.examples_folder
-    pictures = tuple(_picture(folder / name, "what the models were shown") for name in first.pictures)
+    images = tuple(_image(folder / name, "what the models were shown") for name in first.images)
     answers = [_answer("truth", first.truth, folder)] if first.truth is not None else []
     known: dict[str, Answer] = {}
     for run, example in found:
@@ -310,26 +310,26 @@ def _shown(found: Sequence[tuple[Run, Example]]) -> ShownExample:
             label = model if model not in known else f"{model} ({run.name})"
             known[label] = answer
             answers.append(_answer(label, answer, run.examples_folder))
-    return ShownExample(first.prompt, pictures, tuple(answers))
+    return ShownExample(first.prompt, images, tuple(answers))
 
 
 def _answer(label: str, answer: Answer, folder: Path) -> Shown:
     about = "what is true" if label == "truth" else f"found by {label}"
-    pictures = tuple(_picture(folder / name, about) for name in answer.pictures)
-    return Shown(label, pictures, answer.text, answer.note, answer.right)
+    images = tuple(_image(folder / name, about) for name in answer.images)
+    return Shown(label, images, answer.text, answer.note, answer.right)
 
 
-def _picture(path: Path, about: str) -> Picture:
+def _image(path: Path, about: str) -> EmbeddedImage:
     try:
         if path.is_symlink():
-            raise ValueError("a link may lead to a picture of somebody else")
-        content = read_bytes(path, _LARGEST_PICTURE)
+            raise ValueError("a link may lead to an image of somebody else")
+        content = read_bytes(path, _LARGEST_IMAGE)
         with Image.open(io.BytesIO(content), formats=_FORMATS) as image:
             kind, (width, height) = str(image.format), image.size
     except Exception:  # what decoders raise is anything; a page with a gap is better than none
-        return Picture("", 0, 0, f"{path.name} is missing or no picture")
+        return EmbeddedImage("", 0, 0, f"{path.name} is missing or no image")
     encoded = base64.b64encode(content).decode()
-    return Picture(f"data:image/{kind.lower()};base64,{encoded}", width, height, about)
+    return EmbeddedImage(f"data:image/{kind.lower()};base64,{encoded}", width, height, about)
 
 
 def _settings(settings: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -357,5 +357,5 @@ def _differing(mappings: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[st
 
 def _environment(run: Run) -> dict[str, Any]:
     machine = dict(run.results.machine) if run.results is not None else {}
-    told = {"task": run.task, "verb": run.verb, "command": run.command, "python": run.python}
-    return {**told, **run.libraries, **machine}
+    described = {"task": run.task, "verb": run.verb, "command": run.command, "python": run.python}
+    return {**described, **run.libraries, **machine}

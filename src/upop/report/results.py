@@ -47,11 +47,11 @@ class Results(BaseModel):
     models: tuple[ModelResult, ...] = Field(min_length=1)
     shown: tuple[str, ...] = Field(default=("accuracy",), description="the metrics that the table shows")
     baseline: str = Field(default="dense", description="the model that the others are compared with")
-    batch_size: int = Field(default=1, gt=0, description="records in the batch of the latency measurement")
+    batch_size: int = Field(default=1, gt=0, description="samples in the batch of the latency measurement")
     machine: Mapping[str, str | int] = Field(default_factory=dict, description="from `machine()`")
     left_out: Mapping[str, tuple[int, int]] = Field(
         default_factory=dict,
-        description="split -> how many records count in no score, since their images cannot be read, and of how many",
+        description="split -> how many samples count in no score, since their images cannot be read, and of how many",
     )
 
     @model_validator(mode="after")
@@ -127,8 +127,8 @@ class Results(BaseModel):
         try:
             return cls.model_validate(content)
         except ValidationError as error:
-            told = f"{path}: expected results as Results.write_json writes them; {problems(error)[0]}."
-            raise DataError(told) from error
+            described = f"{path}: expected results as Results.write_json writes them; {problems(error)[0]}."
+            raise DataError(described) from error
 
 
 def _holds_results(path: Path) -> bool:
@@ -220,8 +220,8 @@ def results_table(results: Results) -> FittingTable:
 
 
 def left_out_note(results: Results) -> str:
-    """Return which records the scores do not count, in words; empty where they count all."""
-    splits = [f"{few} of {total} {split} records" for split, (few, total) in results.left_out.items()]
+    """Return which samples the scores do not count, in words; empty where they count all."""
+    splits = [f"{few} of {total} {split} samples" for split, (few, total) in results.left_out.items()]
     return f"Not scored, since their images cannot be read: {', '.join(splits)}" if splits else ""
 
 
@@ -256,5 +256,5 @@ def _factor(value: float | None, factor: float | None, word: str) -> Cell:
         return Cell(None, "-")
     if factor is None:
         return Cell(value, number(value))
-    told = times(factor, word)
-    return Cell(value, number(value), told, factor > 1 if " " in told else None)
+    described = times(factor, word)
+    return Cell(value, number(value), described, factor > 1 if " " in described else None)

@@ -7,16 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
 
 from upop.errors import DataError, SettingError, nearest
 from upop.examples import FILE as EXAMPLES
 from upop.examples import Examples
 from upop.files import is_file
-from upop.pruning.units import Kind
+from upop.pruning.groups import Kind
 from upop.reading import read_lines, read_object, reason
 from upop.report.results import Results
-from upop.report.shares import UnitShare
+from upop.report.shares import GroupShare
 from upop.values import problems
 from upop.yaml_files import read_yaml
 
@@ -44,19 +44,19 @@ class _Versions(BaseModel):
     changes: tuple[_Change, ...] = ()
 
 
-class _Unit(BaseModel):
-    """A unit in the layout of upop.json."""
+class _Group(BaseModel):
+    """A group in the layout of upop.json."""
 
     kind: Kind
     modality: str
-    entries: int = Field(ge=0)
+    channels: int = Field(ge=0, validation_alias=AliasChoices("channels", "entries"))
     of: int | None = Field(ge=1)
 
 
 class _Description(BaseModel):
     """What upop.json says."""
 
-    layout: Mapping[str, _Unit] = Field(default_factory=dict)
+    layout: Mapping[str, _Group] = Field(default_factory=dict)
 
 
 class _Row(BaseModel):
@@ -90,8 +90,8 @@ class Run:
         settings: as resolved.
         rows: of metrics.jsonl.
         results: what was measured at the end.
-        shares: what every unit of the compressed model keeps.
-        examples: held-out records with the models' answers.
+        shares: what every group of the compressed model keeps.
+        examples: held-out samples with the models' answers.
         missing: sentences about what is not there, or is not as it was, or lies beside.
     """
 
@@ -104,7 +104,7 @@ class Run:
     settings: Mapping[str, Any]
     rows: tuple[Mapping[str, Any], ...]
     results: Results | None
-    shares: tuple[UnitShare, ...]
+    shares: tuple[GroupShare, ...]
     examples: Examples | None
     missing: tuple[str, ...]
 
@@ -115,7 +115,7 @@ class Run:
 
     @property
     def examples_folder(self) -> Path:
-        """Where the pictures of the examples lie."""
+        """Where the images of the examples lie."""
         return self.path / "examples"
 
     @property
@@ -250,16 +250,16 @@ def _stand(rows: tuple[Mapping[str, Any], ...]) -> str:
     return f" Its last row is of step {rows[-1]['step']:,}, phase {rows[-1]['phase']}."
 
 
-def _shares(path: Path, verb: str, pretrained: str) -> tuple[UnitShare, ...]:
-    """Return what the units of the run's compressed model keep of the dense model's entries; () for a dense one."""
+def _shares(path: Path, verb: str, pretrained: str) -> tuple[GroupShare, ...]:
+    """Return what the groups of the run's compressed model keep of the dense model's channels; () for a dense one."""
     folders = [path / name for name in _MODELS] if verb != "evaluate" else [Path(pretrained)] if pretrained else []
     for folder in folders:
         layout = _read(folder / _DESCRIPTION, _Description).layout
-        units = [
-            UnitShare(name, unit.modality, unit.kind, unit.of, unit.entries)
-            for name, unit in layout.items()
-            if unit.of is not None
+        groups = [
+            GroupShare(name, group.modality, group.kind, group.of, group.channels)
+            for name, group in layout.items()
+            if group.of is not None
         ]
-        if units:
-            return tuple(units)
+        if groups:
+            return tuple(groups)
     return ()

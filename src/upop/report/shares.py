@@ -1,4 +1,4 @@
-"""How much every unit keeps, gathered into the panels of a figure."""
+"""How much every group keeps, gathered into the panels of a figure."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from upop.pruning import Unit
-from upop.pruning.units import Kind
+from upop.pruning import Group
+from upop.pruning.groups import Kind
 
 
 @dataclass(frozen=True)
-class UnitShare:
-    """How many of a unit's entries stay.
+class GroupShare:
+    """How many of a group's channels stay.
 
     Attributes:
-        name: the unit's name.
+        name: the group's name.
         modality: "vision", "text" or "other".
         kind: "attention" or "mlp".
-        size: entries before pruning.
-        kept: entries that stay.
+        size: channels before pruning.
+        kept: channels that stay.
     """
 
     name: str
@@ -30,19 +30,19 @@ class UnitShare:
     kept: int
 
     @classmethod
-    def of(cls, units: Sequence[Unit], plan: Mapping[str, Sequence[Any]]) -> list[UnitShare]:
-        """Return one record per unit, in the given order; a unit that the plan does not name keeps all.
+    def of(cls, groups: Sequence[Group], plan: Mapping[str, Sequence[Any]]) -> list[GroupShare]:
+        """Return one sample per group, in the given order; a group that the plan does not name keeps all.
 
         Args:
-            units: the units of the dense model.
-            plan: unit name -> kept entries; an `upop.Plan`.
+            groups: the groups of the dense model.
+            plan: group name -> kept channels; an `upop.Plan`.
         """
-        kept = {unit.name: len(plan[unit.name]) if unit.name in plan else unit.size for unit in units}
-        return [cls(unit.name, unit.modality, unit.kind, unit.size, kept[unit.name]) for unit in units]
+        kept = {group.name: len(plan[group.name]) if group.name in plan else group.size for group in groups}
+        return [cls(group.name, group.modality, group.kind, group.size, kept[group.name]) for group in groups]
 
     @property
     def share(self) -> float:
-        """The share of the entries that stay, in [0, 1]."""
+        """The share of the channels that stay, in [0, 1]."""
         return self.kept / self.size
 
 
@@ -53,35 +53,35 @@ class Panel:
     Attributes:
         title: in plain words, unique within its modality: "Cross-attention 2".
         modality: "vision", "text" or "other".
-        layers: the units, from the input to the output.
+        layers: the groups, from the input to the output.
     """
 
     title: str
     modality: str
-    layers: tuple[UnitShare, ...]
+    layers: tuple[GroupShare, ...]
 
 
-def kept_share(units: Iterable[UnitShare]) -> float:
-    """Return the share of all entries of some units that stay, in [0, 1]; 1 when there are none."""
-    listed = list(units)
-    size = sum(unit.size for unit in listed)
-    return sum(unit.kept for unit in listed) / size if size else 1.0
+def kept_share(groups: Iterable[GroupShare]) -> float:
+    """Return the share of all channels of some groups that stay, in [0, 1]; 1 when there are none."""
+    listed = list(groups)
+    size = sum(group.size for group in listed)
+    return sum(group.kept for group in listed) / size if size else 1.0
 
 
-def panels(shares: Iterable[UnitShare]) -> list[Panel]:
-    """Gather units whose names differ by their layer number alone, in order of first appearance.
+def panels(shares: Iterable[GroupShare]) -> list[Panel]:
+    """Gather groups whose names differ by their layer number alone, in order of first appearance.
 
     Modalities come in the order vision, text, others.
     """
-    groups: dict[tuple[str, str, str], list[UnitShare]] = {}
-    for unit in shares:
-        groups.setdefault((unit.modality, _template(unit.name), unit.kind), []).append(unit)
+    alike: dict[tuple[str, str, str], list[GroupShare]] = {}
+    for group in shares:
+        alike.setdefault((group.modality, _template(group.name), group.kind), []).append(group)
     order = {"vision": 0, "text": 1}
     result: list[Panel] = []
-    for modality in sorted({key[0] for key in groups}, key=lambda name: (order.get(name, 2), name)):
-        mine = {key: units for key, units in groups.items() if key[0] == modality}
+    for modality in sorted({key[0] for key in alike}, key=lambda name: (order.get(name, 2), name)):
+        mine = {key: groups for key, groups in alike.items() if key[0] == modality}
         titles = _titles([(template, kind) for _, template, kind in mine])
-        result += [Panel(title, modality, tuple(units)) for title, units in zip(titles, mine.values(), strict=True)]
+        result += [Panel(title, modality, tuple(groups)) for title, groups in zip(titles, mine.values(), strict=True)]
     return result
 
 

@@ -14,7 +14,7 @@ from upop.errors import SettingError, nearest
 from upop.libraries import naming_missing
 
 if TYPE_CHECKING:
-    from upop.training.task import Task
+    from upop.runs.task import Task
 
 GROUP = "upop.tasks"
 """Of the entry points by which other packages bring tasks: NAME = "their.module:TheirTask"."""
@@ -68,7 +68,7 @@ def register(task: Task[Any]) -> None:
     """Make a task known by its name to the commands of this process.
 
     Args:
-        task: an instance of a subclass of `upop.training.task.Task`.
+        task: an instance of a subclass of `upop.runs.task.Task`.
 
     Raises:
         SettingError: upop has a task of this name.

@@ -14,7 +14,7 @@ from upop.errors import SettingError
 from upop.models.blip import BlipConfig, checkpoint_last_blocks, enlarge_weights
 from upop.settings import TOKENIZER, LanguageSettings
 from upop.tasks.published import SIZES, PublishedTask
-from upop.values import told
+from upop.values import described
 
 
 class BlipSettings(LanguageSettings):
@@ -38,7 +38,7 @@ class BlipTask(PublishedTask[BlipSettingsT]):
     def build(self, settings: BlipSettingsT) -> nn.Module:
         """Return the model with fresh weights; its vocabulary is the tokenizer's."""
         sizes = {"vocab_size": len(blip_tokenizer(settings.tokenizer)), **self.sizes(settings)}
-        with told(SIZES):
+        with described(SIZES):
             config = self.config.vit(settings.vit, **sizes)
         model = self.model(config)
         enlarge_weights(model, settings.init_scale)

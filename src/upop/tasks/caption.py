@@ -1,4 +1,4 @@
-"""Captioning (COCO) with BLIP: say what a picture shows."""
+"""Captioning (COCO) with BLIP: say what an image shows."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from upop.data.caption import CAPTION_TOKENS, CaptionCollator, CaptionEvalDatase
 from upop.data.transforms import eval_transform, train_transform
 from upop.errors import SettingError
 from upop.examples import Album, Answer, Example
+from upop.metrics.captions import caption_scores, deciding_metric
 from upop.models.blip import BlipConfig
 from upop.models.caption import PAD, BlipCaption, CaptionConfig, caption_loss
+from upop.runs.examples import untransformed
+from upop.runs.task import Batch
 from upop.settings import RunSettings
 from upop.tasks.blip import BlipSettings, BlipTask, blip_tokenizer
-from upop.tasks.caption_scores import caption_scores, deciding_metric
-from upop.tasks.examples import untransformed
-from upop.training.task import Batch
 
 _EXAMPLE_TOKENS = 15  # the caption length that the published multiply-adds were counted with
 _SAMPLING_PENALTY = 1.1
@@ -36,7 +36,7 @@ class CaptionSettings(BlipSettings):
         *("prompt", "max_length", "min_length", "num_beams", "sample", "top_p", "repetition_penalty"),
     )
 
-    image_root: Path = Field(Path("datasets/vision/coco"), description="folder of the pictures")
+    image_root: Path = Field(Path("datasets/vision/coco"), description="folder of the images")
     coco_gt_root: Path = Field(
         Path("annotation/coco_gt"),
         description="folder of coco_karpathy_{val,test}_gt.json; without them the annotation files' captions count",
@@ -74,7 +74,7 @@ class CaptionSettings(BlipSettings):
 
 
 class CaptionTask(BlipTask[CaptionSettings]):
-    """Captions of pictures."""
+    """Captions of images."""
 
     name: ClassVar[str] = "caption"
     pipeline: ClassVar[str | None] = "image-to-text"
@@ -86,23 +86,23 @@ class CaptionTask(BlipTask[CaptionSettings]):
     config: ClassVar[type[BlipConfig]] = CaptionConfig
 
     def dataset(self, settings: CaptionSettings, split: str) -> Dataset[Any]:
-        """Return a split: caption by caption to train on, picture by picture to be captioned."""
+        """Return a split: caption by caption to train on, image by image to be captioned."""
         file = settings.ann_root / f"coco_karpathy_{self.splits[split]}.json"
         size, outside = settings.image_size, settings.allow_outside
         if split == "train":
-            transform = train_transform(size, settings.augment, settings.pictures)
+            transform = train_transform(size, settings.augment, settings.images)
             return CaptionTrainDataset(file, settings.image_root, transform, prompt=settings.prompt, outside=outside)
         truth = settings.coco_gt_root / f"coco_karpathy_{self.splits[split]}_gt.json"
         return CaptionEvalDataset(
-            file, settings.image_root, eval_transform(size, settings.pictures), truth, outside=outside
+            file, settings.image_root, eval_transform(size, settings.images), truth, outside=outside
         )
 
     def collate(self, settings: CaptionSettings) -> Callable[[list[Any]], Batch]:
-        """Return what stacks pictures and tokenizes captions."""
+        """Return what stacks images and tokenizes captions."""
         return CaptionCollator(blip_tokenizer(settings.tokenizer), 1 + len(_prompt(settings)))
 
     def inputs(self, batch: Batch) -> dict[str, Any]:
-        """Return pictures and tokens."""
+        """Return images and tokens."""
         return {name: batch[name] for name in ("images", "input_ids", "attention_mask")}
 
     def loss(self, model: nn.Module, batch: Batch, settings: CaptionSettings, epoch: float) -> Tensor:
@@ -129,16 +129,16 @@ class CaptionTask(BlipTask[CaptionSettings]):
         return {"image_ids": batch["image_ids"], "words": words}
 
     def score(
-        self, predictions: Mapping[str, Tensor], records: Dataset[Any], settings: CaptionSettings
+        self, predictions: Mapping[str, Tensor], samples: Dataset[Any], settings: CaptionSettings
     ) -> dict[str, float]:
         """Return the metrics of `caption_scores`, where there are captions to compare with."""
-        assert isinstance(records, CaptionEvalDataset)
-        if not records.references:
+        assert isinstance(samples, CaptionEvalDataset)
+        if not samples.references:
             return {}
-        return caption_scores(_captions(predictions, settings), records.references)
+        return caption_scores(_captions(predictions, settings), samples.references)
 
     def files(
-        self, predictions: Mapping[str, Tensor], records: Dataset[Any], settings: CaptionSettings, split: str
+        self, predictions: Mapping[str, Tensor], samples: Dataset[Any], settings: CaptionSettings, split: str
     ) -> dict[str, Any]:
         """Return the captions in the form that COCO's evaluation server takes."""
         captions = _captions(predictions, settings)
@@ -148,21 +148,21 @@ class CaptionTask(BlipTask[CaptionSettings]):
     def examples(
         self,
         found: Mapping[str, Mapping[str, Any]],
-        records: Dataset[Any],
+        samples: Dataset[Any],
         numbers: Sequence[int],
         settings: CaptionSettings,
         album: Album,
     ) -> list[Example]:
-        """Return pictures and captions, beside the first of those that people gave."""
-        assert isinstance(records, CaptionEvalDataset)
+        """Return images and captions, beside the first of those that people gave."""
+        assert isinstance(samples, CaptionEvalDataset)
         captions = {name: _captions(rows, settings) for name, rows in found.items()}
-        shown, plain = [], untransformed(records)
+        shown, plain = [], untransformed(samples)
         for number in numbers:
             item = plain[number]
-            people = records.references.get(item["image_id"])
+            people = samples.references.get(item["image_id"])
             shown.append(
                 Example(
-                    pictures=(album.add(item["image"], str(number)),),
+                    images=(album.add(item["image"], str(number)),),
                     truth=Answer(text=people[0]) if people else None,
                     answers={name: Answer(text=texts[item["image_id"]]) for name, texts in captions.items()},
                 )
@@ -170,7 +170,7 @@ class CaptionTask(BlipTask[CaptionSettings]):
         return shown
 
     def example(self, model: nn.Module, batch_size: int) -> dict[str, Tensor]:
-        """Return `batch_size` grey pictures with captions of 15 tokens."""
+        """Return `batch_size` grey images with captions of 15 tokens."""
         config: CaptionConfig = model.config  # type: ignore[assignment]
         device = next(model.parameters()).device
         tokens = min(_EXAMPLE_TOKENS, config.max_positions)
@@ -200,6 +200,6 @@ def _prompt(settings: CaptionSettings) -> list[int]:
 
 
 def _captions(predictions: Mapping[str, Tensor], settings: CaptionSettings) -> dict[int, str]:
-    """Return the words of the captions by picture number."""
+    """Return the words of the captions by image number."""
     texts = blip_tokenizer(settings.tokenizer).batch_decode(predictions["words"], skip_special_tokens=True)
     return dict(zip(predictions["image_ids"].tolist(), map(str.strip, texts), strict=True))

@@ -26,12 +26,12 @@ from upop.data.turns import IMAGE, Turn
 from upop.errors import SettingError
 from upop.examples import Album, Answer, Example
 from upop.libraries import naming_missing
+from upop.metrics.captions import caption_scores
+from upop.runs.task import Batch, Task
 from upop.settings import RunSettings
 from upop.sources import Sources
 from upop.tasks.answer_scores import answer_scores
-from upop.tasks.caption_scores import caption_scores
 from upop.tasks.row_settings import RowSettings, rows_for
-from upop.training.task import Batch, Task
 
 AUTOS = ("AutoModelForImageTextToText", "AutoModelForCausalLM", "AutoModelForSeq2SeqLM")
 """Of transformers, whose models write texts."""
@@ -198,12 +198,12 @@ class ChatTask(Task[ChatSettings]):
         """Return what has the model's processor make batches."""
         return ChatCollator(_format(settings))
 
-    def sampler(self, records: Dataset[Any], settings: ChatSettings) -> Sampler[int] | None:
+    def sampler(self, samples: Dataset[Any], settings: ChatSettings) -> Sampler[int] | None:
         """Return what batches conversations of like length."""
-        assert isinstance(records, ChatRows)
+        assert isinstance(samples, ChatRows)
         if not settings.group_by_length:
             return None
-        return LengthSampler(records.lengths(), settings.batch_size_train * settings.accumulate, settings.seed)
+        return LengthSampler(samples.lengths(), settings.batch_size_train * settings.accumulate, settings.seed)
 
     def tokenizer(self, settings: ChatSettings) -> Any:
         """Return the model's processor, which checkpoints keep."""
@@ -248,10 +248,10 @@ class ChatTask(Task[ChatSettings]):
         return found
 
     def score(
-        self, predictions: Mapping[str, Tensor], records: Dataset[Any], settings: ChatSettings
+        self, predictions: Mapping[str, Tensor], samples: Dataset[Any], settings: ChatSettings
     ) -> dict[str, float]:
         """Return token_acc (percent), loss, perplexity; of written answers those of `answer_scores`, or captions'."""
-        assert isinstance(records, ChatRows)
+        assert isinstance(samples, ChatRows)
         tokens = max(1, int(predictions["tokens"].sum()))
         loss = float(predictions["nll"].double().sum()) / tokens
         scores = {
@@ -259,34 +259,34 @@ class ChatTask(Task[ChatSettings]):
             "loss": loss,
             "perplexity": math.exp(min(loss, 30)),
         }
-        if "answers" not in predictions or records.rows.kind == "text":
+        if "answers" not in predictions or samples.rows.kind == "text":
             return scores
         texts = _format(settings).written(predictions["answers"])
-        truths = [records.truths(number) for number in range(len(records))]
-        if records.rows.kind == "caption":
+        truths = [samples.truths(number) for number in range(len(samples))]
+        if samples.rows.kind == "caption":
             return scores | caption_scores(dict(enumerate(texts)), dict(enumerate(truths)))
         return scores | answer_scores(texts, truths)
 
     def examples(
         self,
         found: Mapping[str, Mapping[str, Any]],
-        records: Dataset[Any],
+        samples: Dataset[Any],
         numbers: Sequence[int],
         settings: ChatSettings,
         album: Album,
     ) -> list[Example]:
         """Return images, questions and answers, beside the true ones."""
-        assert isinstance(records, ChatRows)
+        assert isinstance(samples, ChatRows)
         format = _format(settings)
         texts = {name: format.written(rows["answers"]) for name, rows in found.items() if "answers" in rows}
         shown = []
         for place, number in enumerate(numbers):
-            truths = records.truths(number)
-            images = records[number].sample.images
+            truths = samples.truths(number)
+            images = samples[number].sample.images
             shown.append(
                 Example(
-                    pictures=tuple(album.add(image, f"{number}-{which}") for which, image in enumerate(images)),
-                    prompt=records.asked(number),
+                    images=tuple(album.add(image, f"{number}-{which}") for which, image in enumerate(images)),
+                    prompt=samples.asked(number),
                     truth=Answer(text=truths[0]),
                     answers={name: _rated(answers[place], truths) for name, answers in texts.items()},
                 )

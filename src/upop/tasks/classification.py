@@ -1,4 +1,4 @@
-"""Classification (ImageNet) with timm's vision transformers, DeiT-S as published: what does a picture show?"""
+"""Classification (ImageNet) with timm's vision transformers, DeiT-S as published: what does an image show?"""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ from upop.examples import Album, Answer, Example
 from upop.models.blip import enlarge_weights
 from upop.models.classifier import DEIT_SMALL, ClassifierConfig, build_classifier, replace_head
 from upop.preparation import IMAGENET_MEAN, IMAGENET_STD, Deviation, Mean, Resize
-from upop.settings import PictureSettings, RunSettings
-from upop.tasks.examples import untransformed
+from upop.runs.examples import untransformed
+from upop.runs.task import Batch
+from upop.settings import ImageSettings, RunSettings
 from upop.tasks.published import SIZES, PublishedTask
-from upop.training.task import Batch
-from upop.values import told
+from upop.values import described
 
 _TOP = 5
 
 
-class ClassificationSettings(PictureSettings):
+class ClassificationSettings(ImageSettings):
     """Settings of configs/classification.yaml; the defaults are the published ones."""
 
     data_path: Path = Field(Path("datasets/vision/imagenet"), description="folder of train/CLASS/* and val/CLASS/*")
@@ -50,16 +50,16 @@ class ClassificationSettings(PictureSettings):
     mean: Mean = IMAGENET_MEAN
     std: Deviation = IMAGENET_STD
     resize: Resize = "crop"
-    crop_ratio: float = Field(0.875, gt=0, le=1, description="share of a picture's short side that evaluation looks at")
+    crop_ratio: float = Field(0.875, gt=0, le=1, description="share of an image's short side that evaluation looks at")
 
-    # How DeiT's training varies pictures; `augment: false` leaves all of it out but the mixing.
+    # How DeiT's training varies images; `augment: false` leaves all of it out but the mixing.
     auto_augment: str | None = Field(POLICY, description="timm's name of a policy")
     color_jitter: float = Field(0.4, ge=0, description="where there is no policy")
     train_interpolation: CropInterpolation = "bicubic"
     reprob: float = Field(0.25, ge=0, le=1, description="probability that a rectangle is erased")
     remode: Erasing = "pixel"
     recount: int = Field(1, ge=1)
-    repeats: int = Field(3, ge=1, description="repeated augmentation: copies of a record in an epoch; 1 is without")
+    repeats: int = Field(3, ge=1, description="repeated augmentation: copies of a sample in an epoch; 1 is without")
     mixup: float = Field(0.8, ge=0, description="alpha; 0 is without")
     cutmix: float = Field(1.0, ge=0, description="alpha; 0 is without")
     cutmix_minmax: tuple[float, float] | None = None
@@ -89,7 +89,7 @@ class ClassificationSettings(PictureSettings):
         return tuple(self.data_path / split for split in ClassificationTask.splits.values())
 
     def mixing(self, classes: int) -> Mixing | None:
-        """Return how training pictures are mixed, if they are."""
+        """Return how training images are mixed, if they are."""
         mixing = Mixing(
             classes,
             self.mixup,
@@ -104,7 +104,7 @@ class ClassificationSettings(PictureSettings):
 
 
 class ClassificationTask(PublishedTask[ClassificationSettings]):
-    """What a picture shows, one of many classes."""
+    """What an image shows, one of many classes."""
 
     name: ClassVar[str] = "classification"
     pipeline: ClassVar[str | None] = "image-classification"
@@ -131,7 +131,7 @@ class ClassificationTask(PublishedTask[ClassificationSettings]):
     def build(self, settings: ClassificationSettings) -> nn.Module:
         """Return the model with fresh weights, for the classes of the data."""
         sizes = {"image_size": settings.image_size, "classes": _classes(settings), **self.sizes(settings)}
-        with told(SIZES):
+        with described(SIZES):
             config = ClassifierConfig(**sizes)
         model = build_classifier(config)
         enlarge_weights(model, settings.init_scale)
@@ -143,7 +143,7 @@ class ClassificationTask(PublishedTask[ClassificationSettings]):
     def adapt(
         self, model: nn.Module, settings: ClassificationSettings, *, training: bool
     ) -> tuple[nn.Module, Sequence[str]]:
-        """Return the model with a head for the data's classes, positions for its pictures, and the run's drop-out."""
+        """Return the model with a head for the data's classes, positions for its images, and the run's drop-out."""
         config: ClassifierConfig = model.config  # type: ignore[assignment]
         changes = []
         wanted = {name: getattr(settings, name) for name in ("image_size", "dropout", "drop_path")}
@@ -152,7 +152,7 @@ class ClassificationTask(PublishedTask[ClassificationSettings]):
                 changes.append(f"Positions are resized from {config.image_size} to {settings.image_size} pixels.")
             changed = config.model_copy(update=wanted)
             state = with_positions(model.state_dict(), changed)
-            model = fit(build_classifier(changed), state, str(settings.pretrained), lambda _unit: False).eval()
+            model = fit(build_classifier(changed), state, str(settings.pretrained), lambda _group: False).eval()
         classes = _classes(settings)
         if config.classes != classes:
             if not training:
@@ -169,7 +169,7 @@ class ClassificationTask(PublishedTask[ClassificationSettings]):
         return ("val", "test") if (settings.data_path / "test").is_dir() else ("val",)
 
     def dataset(self, settings: ClassificationSettings, split: str) -> Dataset[Any]:
-        """Return the pictures of a split."""
+        """Return the images of a split."""
         training = split == "train"
         if training and settings.augment:
             augmentation = Augmentation(
@@ -180,10 +180,10 @@ class ClassificationTask(PublishedTask[ClassificationSettings]):
                 settings.remode,
                 settings.recount,
             )
-            transform = train_transform(settings.image_size, augmentation, settings.pictures)
+            transform = train_transform(settings.image_size, augmentation, settings.images)
         else:
-            transform = eval_transform(settings.image_size, settings.pictures)
-        records = ImageFolderDataset(
+            transform = eval_transform(settings.image_size, settings.images)
+        samples = ImageFolderDataset(
             settings.data_path,
             split,
             transform,
@@ -191,30 +191,30 @@ class ClassificationTask(PublishedTask[ClassificationSettings]):
             classes=settings.classes,
             outside=settings.allow_outside,
         )
-        batch = min(settings.batch_size_train, len(records))
+        batch = min(settings.batch_size_train, len(samples))
         if training and batch % 2 and self.takes_pairs(settings):
-            few = f"all {len(records)} training pictures are one batch" if batch == len(records) else "it is odd"
+            few = f"all {len(samples)} training images are one batch" if batch == len(samples) else "it is odd"
             raise SettingError(
-                f"batch_size_train is {settings.batch_size_train}, and {few}: mixup and cutmix take pictures in pairs. "
+                f"batch_size_train is {settings.batch_size_train}, and {few}: mixup and cutmix take images in pairs. "
                 f"Set batch_size_train to an even number{f', such as {batch - 1}' if batch > 1 else ''}, or mixup and "
                 "cutmix to 0."
             )
-        return records
+        return samples
 
     def takes_pairs(self, settings: ClassificationSettings) -> bool:
-        """Mixup and cutmix take pictures in pairs."""
+        """Mixup and cutmix take images in pairs."""
         return settings.mixing(1) is not None
 
-    def sampler(self, records: Dataset[Any], settings: ClassificationSettings) -> Sampler[int] | None:
-        """Return repeated augmentation's choice of records."""
-        return RepeatedSampler(records, settings.repeats, settings.seed) if settings.repeats > 1 else None
+    def sampler(self, samples: Dataset[Any], settings: ClassificationSettings) -> Sampler[int] | None:
+        """Return repeated augmentation's choice of samples."""
+        return RepeatedSampler(samples, settings.repeats, settings.seed) if settings.repeats > 1 else None
 
     def collate(self, settings: ClassificationSettings) -> Callable[[list[Any]], Batch]:
-        """Return what stacks pictures, and mixes those of training."""
+        """Return what stacks images, and mixes those of training."""
         return ImageCollator(settings.mixing(_classes(settings)))
 
     def inputs(self, batch: Batch) -> dict[str, Any]:
-        """Return the pictures."""
+        """Return the images."""
         return {"x": batch["images"]}
 
     def optimizer(self, model: nn.Module, settings: ClassificationSettings) -> torch.optim.Optimizer:
@@ -224,7 +224,7 @@ class ClassificationTask(PublishedTask[ClassificationSettings]):
         return torch.optim.AdamW(groups, lr=settings.init_lr)
 
     def loss(self, model: nn.Module, batch: Batch, settings: ClassificationSettings, epoch: float) -> Tensor:
-        """Return the cross-entropy with smoothed labels, or with the shares of classes in mixed pictures."""
+        """Return the cross-entropy with smoothed labels, or with the shares of classes in mixed images."""
         logits = model(batch["images"]).float()
         if "targets" in batch:
             return F.cross_entropy(logits, batch["targets"])
@@ -236,7 +236,7 @@ class ClassificationTask(PublishedTask[ClassificationSettings]):
         return {"answers": logits.topk(min(_TOP, logits.shape[1])).indices, "labels": batch["labels"]}
 
     def score(
-        self, predictions: Mapping[str, Tensor], records: Dataset[Any], settings: ClassificationSettings
+        self, predictions: Mapping[str, Tensor], samples: Dataset[Any], settings: ClassificationSettings
     ) -> dict[str, float]:
         """Return acc@1 and, where there are five classes, acc@5, in percent."""
         answers, labels = predictions["answers"], predictions["labels"]
@@ -247,15 +247,15 @@ class ClassificationTask(PublishedTask[ClassificationSettings]):
     def examples(
         self,
         found: Mapping[str, Mapping[str, Any]],
-        records: Dataset[Any],
+        samples: Dataset[Any],
         numbers: Sequence[int],
         settings: ClassificationSettings,
         album: Album,
     ) -> list[Example]:
-        """Return pictures and the likeliest classes, beside the true ones."""
-        assert isinstance(records, ImageFolderDataset)
-        names = dict(enumerate(records.names))  # the model may know more classes than the data has
-        shown, plain = [], untransformed(records)
+        """Return images and the likeliest classes, beside the true ones."""
+        assert isinstance(samples, ImageFolderDataset)
+        names = dict(enumerate(samples.names))  # the model may know more classes than the data has
+        shown, plain = [], untransformed(samples)
         for place, number in enumerate(numbers):
             item = plain[number]
             answers = {}
@@ -265,7 +265,7 @@ class ClassificationTask(PublishedTask[ClassificationSettings]):
                 answers[model] = Answer(text=first, note=then, right=first == names[item["label"]])
             shown.append(
                 Example(
-                    pictures=(album.add(item["image"], str(number)),),
+                    images=(album.add(item["image"], str(number)),),
                     truth=Answer(text=names[item["label"]]),
                     answers=answers,
                 )
@@ -273,7 +273,7 @@ class ClassificationTask(PublishedTask[ClassificationSettings]):
         return shown
 
     def example(self, model: nn.Module, batch_size: int) -> dict[str, Tensor]:
-        """Return `batch_size` grey pictures."""
+        """Return `batch_size` grey images."""
         config: ClassifierConfig = model.config  # type: ignore[assignment]
         size, device = config.image_size, next(model.parameters()).device
         return {"x": torch.zeros(batch_size, 3, size, size, device=device)}

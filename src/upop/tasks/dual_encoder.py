@@ -22,13 +22,13 @@ from upop.data.row_images import (
 )
 from upop.examples import Album, Example
 from upop.models.dual import LossName, check_dual, contrast, encoded
+from upop.runs.devices import alone, autocast
+from upop.runs.evaluation import samples_of
+from upop.runs.task import Batch, Task
 from upop.tasks.labelled import accuracies, labelled_examples, likeliest
 from upop.tasks.library import LibrarySettings, LibraryTask
 from upop.tasks.recall import Retrieval
 from upop.tasks.row_settings import rows_for
-from upop.training.devices import alone, autocast
-from upop.training.evaluation import records_of
-from upop.training.task import Batch, Task
 
 _SHORT = "an image"
 
@@ -120,7 +120,7 @@ class DualEncoderTask(LibraryTask[DualEncoderSettings], Retrieval[DualEncoderSet
         self, accelerator: Accelerator, model: nn.Module, loader: Any, settings: DualEncoderSettings
     ) -> dict[str, Tensor]:
         """Return the candidates of all images and texts, or the likeliest classes of images with labels."""
-        samples = records_of(loader)
+        samples = samples_of(loader)
         if not isinstance(samples, LabelledImages):
             return super().collect(accelerator, model, loader, settings)
         rows = Task.collect(self, accelerator, model, loader, settings)
@@ -128,45 +128,45 @@ class DualEncoderTask(LibraryTask[DualEncoderSettings], Retrieval[DualEncoderSet
         return {"answers": likeliest(rows["features"] @ classes.t()), "labels": rows["labels"]}
 
     def score(
-        self, predictions: Mapping[str, Tensor], records: Dataset[Any], settings: DualEncoderSettings
+        self, predictions: Mapping[str, Tensor], samples: Dataset[Any], settings: DualEncoderSettings
     ) -> dict[str, float]:
         """Return TR@k, IR@k and r_mean, or acc@k, in percent."""
         if "answers" in predictions:
             return accuracies(predictions)
-        return super().score(predictions, records, settings)
+        return super().score(predictions, samples, settings)
 
     def deciding(self, scores: Mapping[str, float]) -> str:
         """Return r_mean, or acc@1 of images with labels."""
         return "acc@1" if "acc@1" in scores else self.metric
 
     def answers(
-        self, model: nn.Module, records: Dataset[Any], numbers: Sequence[int], settings: DualEncoderSettings
+        self, model: nn.Module, samples: Dataset[Any], numbers: Sequence[int], settings: DualEncoderSettings
     ) -> Mapping[str, Any]:
         """Return the best texts and images, or the likeliest classes."""
-        if not isinstance(records, LabelledImages):
-            return super().answers(model, records, numbers, settings)
-        features = Task.answers(self, model, records, numbers, settings)["features"]
-        classes = self._classes(alone(features.device), model, records.names, settings)
+        if not isinstance(samples, LabelledImages):
+            return super().answers(model, samples, numbers, settings)
+        features = Task.answers(self, model, samples, numbers, settings)["features"]
+        classes = self._classes(alone(features.device), model, samples.names, settings)
         return {"answers": likeliest(features @ classes.t())}
 
     def examples(
         self,
         found: Mapping[str, Mapping[str, Any]],
-        records: Dataset[Any],
+        samples: Dataset[Any],
         numbers: Sequence[int],
         settings: DualEncoderSettings,
         album: Album,
     ) -> list[Example]:
         """Return texts with the best images and images with the best text, or images with the likeliest classes."""
-        if isinstance(records, LabelledImages):
-            return labelled_examples(found, records, numbers, album)
-        return super().examples(found, records, numbers, settings, album)
+        if isinstance(samples, LabelledImages):
+            return labelled_examples(found, samples, numbers, album)
+        return super().examples(found, samples, numbers, settings, album)
 
-    def about_examples(self, records: Dataset[Any], numbers: Sequence[int], split: str) -> str:
+    def about_examples(self, samples: Dataset[Any], numbers: Sequence[int], split: str) -> str:
         """Return which samples `examples` shows."""
-        if isinstance(records, LabelledImages):
-            return Task.about_examples(self, records, numbers, split)
-        return super().about_examples(records, numbers, split)
+        if isinstance(samples, LabelledImages):
+            return Task.about_examples(self, samples, numbers, split)
+        return super().about_examples(samples, numbers, split)
 
     def _classes(
         self, accelerator: Accelerator, model: nn.Module, names: Sequence[str], settings: DualEncoderSettings

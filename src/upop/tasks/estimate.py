@@ -17,10 +17,10 @@ from upop.checkpoints.config_json import is_transformers_folder, read_config
 from upop.checkpoints.hub import local_path
 from upop.checkpoints.read import read_outline
 from upop.errors import SettingError
+from upop.runs.loaders import first_samples, make_loader
+from upop.runs.memory import format_bytes
+from upop.runs.task import Task
 from upop.tasks.row_settings import RowSettings
-from upop.training.loaders import first_records, make_loader
-from upop.training.memory import told_bytes
-from upop.training.task import Task
 
 _HIDDEN = ("hidden_size", "d_model", "embed_dim")
 _LAYERS = ("num_hidden_layers", "depth", "encoder_layers")
@@ -91,18 +91,18 @@ class Estimate:
         taught = self.weights if self.teacher else 0
         return self.weights + learned + taught + activations + self.logits
 
-    def told(self) -> str:
+    def described(self) -> str:
         """Return it as lines for a person."""
         kinds = {4: "float32", 2: "bfloat16"}
         tokens = " + ".join(f"{tower.tokens:,}" for tower in self.towers)
         again = "computed again" if self.recomputed else "kept (--grad-checkpointing computes them again)"
         taught = ", the dense model teaching" if self.teacher else ""
-        full, adapted = (told_bytes(self.recovery(adapters=adapters)) for adapters in (False, True))
+        full, adapted = (format_bytes(self.recovery(adapters=adapters)) for adapters in (False, True))
         kind = kinds.get(self.size, f"{self.size} bytes each")
         lines = [
-            f"{self.parameters / 1e6:,.1f} M parameters, {told_bytes(self.weights)} in {kind}",
+            f"{self.parameters / 1e6:,.1f} M parameters, {format_bytes(self.weights)} in {kind}",
             f"a batch of {self.batch} has {tokens} tokens",
-            f"pruning without training (upop prune): {told_bytes(self.one_shot())}",
+            f"pruning without training (upop prune): {format_bytes(self.one_shot())}",
             f"recovery of all weights{taught}: {full}; activations are {again}",
             f"recovery by LoRA{taught}: {adapted}",
             "An estimate for one device, of tensors alone; kernels and fragments take some more.",
@@ -126,7 +126,7 @@ def estimate(task: Task[Any], settings: RowSettings) -> Estimate:
     sizes = {"float32": 4, "bfloat16": 2}
     precision = getattr(settings, "precision", "auto")
     size = sizes.get(precision) or max(value.element_size() for value in shapes.values())
-    batch = first_records(make_loader(task, settings, "train"), settings.batch_size_train)
+    batch = first_samples(make_loader(task, settings, "train"), settings.batch_size_train)
     state = _OPTIMIZER[getattr(settings, "optimizer", "adamw")]
     return Estimate(
         parameters=sum(value.numel() for value in shapes.values()),

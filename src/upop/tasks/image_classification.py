@@ -17,10 +17,10 @@ from upop.data.row_images import CropAtRandom, ImageSampleCollator, LabelledImag
 from upop.errors import CheckpointError
 from upop.examples import Album, Example
 from upop.pruning.errors import some_of
+from upop.runs.task import Batch
 from upop.tasks.labelled import accuracies, labelled_examples, likeliest
 from upop.tasks.library import LibrarySettings, LibraryTask
 from upop.tasks.row_settings import rows_for
-from upop.training.task import Batch
 
 _UNNAMED = "LABEL_"
 """How transformers names classes that have no names."""
@@ -104,7 +104,7 @@ class ImageClassificationTask(LibraryTask[ImageClassificationSettings]):
         return {"answers": likeliest(logits), "labels": batch["labels"]}
 
     def score(
-        self, predictions: Mapping[str, Tensor], records: Dataset[Any], settings: ImageClassificationSettings
+        self, predictions: Mapping[str, Tensor], samples: Dataset[Any], settings: ImageClassificationSettings
     ) -> dict[str, float]:
         """Return acc@1 and, where there are five classes, acc@5, in percent."""
         return accuracies(predictions)
@@ -112,14 +112,14 @@ class ImageClassificationTask(LibraryTask[ImageClassificationSettings]):
     def examples(
         self,
         found: Mapping[str, Mapping[str, Any]],
-        records: Dataset[Any],
+        samples: Dataset[Any],
         numbers: Sequence[int],
         settings: ImageClassificationSettings,
         album: Album,
     ) -> list[Example]:
         """Return images and the likeliest classes, beside the true ones."""
-        assert isinstance(records, LabelledImages)
-        return labelled_examples(found, records, numbers, album)
+        assert isinstance(samples, LabelledImages)
+        return labelled_examples(found, samples, numbers, album)
 
 
 def _classes_in(path: Path) -> tuple[str, ...] | None:

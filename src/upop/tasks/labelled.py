@@ -9,7 +9,7 @@ from torch import Tensor
 
 from upop.data.row_images import LabelledImages
 from upop.examples import Album, Answer, Example
-from upop.tasks.examples import untransformed
+from upop.runs.examples import untransformed
 
 TOP = 5
 
@@ -51,5 +51,5 @@ def labelled_examples(
             then = f"then {', '.join(others[:2])}" if others else None
             answers[model] = Answer(text=first, note=then, right=first == samples.names[item["label"]])
         truth = Answer(text=samples.names[item["label"]])
-        shown.append(Example(pictures=(album.add(item["image"], str(number)),), truth=truth, answers=answers))
+        shown.append(Example(images=(album.add(item["image"], str(number)),), truth=truth, answers=answers))
     return shown

@@ -18,8 +18,8 @@ from upop.checkpoints.model_inputs import InputProcessor, Padding, processor_in
 from upop.errors import SettingError
 from upop.models.dual import taken
 from upop.pruning.masks import unwrapped
+from upop.runs.task import Batch, Task
 from upop.tasks.row_settings import RowSettings
-from upop.training.task import Batch, Task
 
 _EXAMPLE = "upop_example"
 _GREY = (127, 127, 127)

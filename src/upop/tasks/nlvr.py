@@ -1,4 +1,4 @@
-"""Visual reasoning (NLVR2) with BLIP: is the sentence true of the two pictures?"""
+"""Visual reasoning (NLVR2) with BLIP: is the sentence true of the two images?"""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from upop.data.transforms import eval_transform, train_transform
 from upop.examples import Album, Answer, Example
 from upop.models.blip import BlipConfig
 from upop.models.nlvr import BlipNlvr, NlvrConfig
+from upop.runs.examples import untransformed
+from upop.runs.task import Batch
 from upop.settings import RunSettings
 from upop.tasks.blip import BlipSettings, BlipTask, blip_tokenizer
-from upop.tasks.examples import untransformed
-from upop.training.task import Batch
 
 _EXAMPLE_TOKENS = 36  # the sentence length that the published multiply-adds were counted with
 
@@ -29,11 +29,11 @@ _EXAMPLE_TOKENS = 36  # the sentence length that the published multiply-adds wer
 class NlvrSettings(BlipSettings):
     """Settings of configs/nlvr.yaml; the defaults are the published ones."""
 
-    image_root: Path = Field(Path("datasets/vision/NLVR2"), description="folder of the pictures")
+    image_root: Path = Field(Path("datasets/vision/NLVR2"), description="folder of the images")
 
 
 class NlvrTask(BlipTask[NlvrSettings]):
-    """Visual reasoning over pairs of pictures."""
+    """Visual reasoning over pairs of images."""
 
     name: ClassVar[str] = "nlvr"
     metric: ClassVar[str] = "accuracy"
@@ -44,9 +44,9 @@ class NlvrTask(BlipTask[NlvrSettings]):
     config: ClassVar[type[BlipConfig]] = NlvrConfig
 
     def dataset(self, settings: NlvrSettings, split: str) -> Dataset[Any]:
-        """Return the pairs of a split; pictures are swapped at random in training only."""
+        """Return the pairs of a split; images are swapped at random in training only."""
         training = split == "train"
-        size, how = settings.image_size, settings.pictures
+        size, how = settings.image_size, settings.images
         return NlvrDataset(
             settings.ann_root / f"nlvr_{self.splits[split]}.json",
             settings.image_root,
@@ -56,11 +56,11 @@ class NlvrTask(BlipTask[NlvrSettings]):
         )
 
     def collate(self, settings: NlvrSettings) -> Callable[[list[Any]], Batch]:
-        """Return what stacks pictures and tokenizes sentences."""
+        """Return what stacks images and tokenizes sentences."""
         return NlvrCollator(blip_tokenizer(settings.tokenizer))
 
     def inputs(self, batch: Batch) -> dict[str, Any]:
-        """Return pictures and tokens."""
+        """Return images and tokens."""
         return {name: batch[name] for name in ("images", "input_ids", "attention_mask")}
 
     def loss(self, model: nn.Module, batch: Batch, settings: NlvrSettings, epoch: float) -> Tensor:
@@ -72,7 +72,7 @@ class NlvrTask(BlipTask[NlvrSettings]):
         return {"answers": model(**self.inputs(batch)).argmax(1), "labels": batch["labels"]}
 
     def score(
-        self, predictions: Mapping[str, Tensor], records: Dataset[Any], settings: NlvrSettings
+        self, predictions: Mapping[str, Tensor], samples: Dataset[Any], settings: NlvrSettings
     ) -> dict[str, float]:
         """Return the accuracy in percent."""
         return {"accuracy": 100 * float(binary_accuracy(predictions["answers"], predictions["labels"]))}
@@ -80,20 +80,20 @@ class NlvrTask(BlipTask[NlvrSettings]):
     def examples(
         self,
         found: Mapping[str, Mapping[str, Any]],
-        records: Dataset[Any],
+        samples: Dataset[Any],
         numbers: Sequence[int],
         settings: NlvrSettings,
         album: Album,
     ) -> list[Example]:
-        """Return pairs of pictures, sentences, and whether they are true."""
-        shown, plain = [], untransformed(records)
+        """Return pairs of images, sentences, and whether they are true."""
+        shown, plain = [], untransformed(samples)
         for place, number in enumerate(numbers):
             item = plain[number]
             said = {name: LABELS[int(rows["answers"][place])] for name, rows in found.items()}
             truth = LABELS[item["label"]]
             shown.append(
                 Example(
-                    pictures=tuple(album.add(item[f"image{side}"], f"{number}-{side}") for side in (0, 1)),
+                    images=tuple(album.add(item[f"image{side}"], f"{number}-{side}") for side in (0, 1)),
                     prompt=item["sentence"],
                     truth=Answer(text=truth),
                     answers={name: Answer(text=text, right=text == truth) for name, text in said.items()},
@@ -102,7 +102,7 @@ class NlvrTask(BlipTask[NlvrSettings]):
         return shown
 
     def example(self, model: nn.Module, batch_size: int) -> dict[str, Tensor]:
-        """Return `batch_size` pairs of grey pictures with sentences of 36 tokens."""
+        """Return `batch_size` pairs of grey images with sentences of 36 tokens."""
         config: NlvrConfig = model.config  # type: ignore[assignment]
         device = next(model.parameters()).device
         tokens = min(_EXAMPLE_TOKENS, config.max_positions)

@@ -18,16 +18,16 @@ from upop.checkpoints.library import layout_of
 from upop.errors import CheckpointError, SettingError
 from upop.files import check_folder
 from upop.machine import machine
-from upop.pruning import calibrate, count_parameters, find_units
+from upop.pruning import calibrate, count_parameters, find_groups
 from upop.report.latency import measure_latency
 from upop.report.results import ModelResult, Results
+from upop.runs.devices import make_accelerator, round_to_for, to_device
+from upop.runs.evaluation import evaluate
+from upop.runs.loaders import make_loader
+from upop.runs.story import story_of
+from upop.runs.task import Task
 from upop.tasks import TASKS
 from upop.tasks.row_settings import RowSettings
-from upop.tasks.story import story_of
-from upop.training.devices import align_for, make_accelerator, to_device
-from upop.training.evaluation import evaluate
-from upop.training.loaders import make_loader
-from upop.training.task import Task
 
 TOWERS = {"vision": "vision", "text": "text", "language": "text", "projector": "other", "other": "other"}
 """What `--include` calls the parts of a model -> the modality of their groups."""
@@ -69,9 +69,9 @@ def towers(model: nn.Module, include: Sequence[str]) -> list[str] | None:
         if each not in TOWERS:
             found.append(each)
             continue
-        names = [unit.name for unit in find_units(model) if unit.modality == TOWERS[each]]
+        names = [group.name for group in find_groups(model) if group.modality == TOWERS[each]]
         if not names:
-            there = sorted({unit.modality for unit in find_units(model)})
+            there = sorted({group.modality for group in find_groups(model)})
             raise SettingError(f"--include {each}: the model has no group there; its groups are of {', '.join(there)}.")
         found += names
     return found
@@ -86,7 +86,7 @@ def prune(
     exclude: Sequence[str] = (),
     overwrite: bool = False,
     command: str = "",
-    say: Callable[[str], None] = lambda _: None,
+    notify: Callable[[str], None] = lambda _: None,
 ) -> Results:
     """Prune the model in `pretrained` by some samples of `data`, evaluate it before and after, and save it.
 
@@ -107,8 +107,8 @@ def prune(
     accelerator = make_accelerator(settings)
     loaders = {split: make_loader(task, settings, split) for split in ("train", *task.evaluated(settings))}
     for loader in loaders.values():
-        for note in getattr(loader.dataset.records, "notes", ()):  # type: ignore[attr-defined]
-            say(note)
+        for note in getattr(loader.dataset.samples, "notes", ()):  # type: ignore[attr-defined]
+            notify(note)
     batches = _batches(loaders.pop("train"), samples, settings)
     model, _ = task.adapt(task.load(_path(settings), settings), settings, training=False)
     names = towers(model, include)
@@ -128,14 +128,14 @@ def prune(
 
     dense = measured("dense")
     before = count_parameters(model)
-    say(f"{len(batches)} batches of {settings.batch_size_train} samples say what matters")
+    notify(f"{len(batches)} batches of {settings.batch_size_train} samples say what matters")
     plan = calibrate(
         model,
         batches,
         loss=partial(_loss, task, settings),
         include=names,
         exclude=list(exclude) or None,
-        align=align_for(device, settings),
+        round_to=round_to_for(device, settings),
         uniform=settings.uniform,
         cost=settings.cost,
         example=task.example(model, 1),
@@ -161,10 +161,10 @@ def _path(settings: RowSettings) -> Path:
 
 def _batches(loader: Any, samples: int, settings: RowSettings) -> list[Any]:
     """Return batches of samples that are drawn from the training data, the same ones for the same seed."""
-    records, size = loader.dataset, settings.batch_size_train
-    drawn = random.Random(settings.seed).sample(range(len(records)), min(samples, len(records)))
+    read, size = loader.dataset, settings.batch_size_train
+    drawn = random.Random(settings.seed).sample(range(len(read)), min(samples, len(read)))
     return [
-        loader.collate_fn([records[number] for number in drawn[start : start + size]])
+        loader.collate_fn([read[number] for number in drawn[start : start + size]])
         for start in range(0, len(drawn), size)
     ]
 

@@ -17,8 +17,8 @@ from upop.checkpoints.official import load_official, start_from
 from upop.checkpoints.resizing import resized
 from upop.errors import CheckpointError
 from upop.models import MODELS, kind_of
+from upop.runs.task import Task
 from upop.settings import RunSettings
-from upop.training.task import Task
 
 SIZES = "The sizes of the model cannot be used; they are the published ones but for those under `model`"
 """How a complaint about them begins."""
@@ -66,7 +66,7 @@ class PublishedTask(Task[PublishedSettingsT]):
         return model, start_from(self.name, path / WEIGHTS, model, any_towers=True)
 
     def _at_size(self, model: nn.Module, settings: PublishedSettingsT, source: str) -> nn.Module:
-        """Return a model of ours for pictures of the settings' size."""
+        """Return a model of ours for images of the settings' size."""
         return resized(model, settings.image_size, source)
 
     def _is_mine(self, kind: str | None) -> bool:

@@ -21,19 +21,19 @@ from upop.examples import Album, Answer, Example
 from upop.models.contrast import MomentumContrast, check_queue, processes
 from upop.models.rerank import candidates
 from upop.pruning import count_macs, count_parameters
+from upop.runs.bad_images import counted, readable
+from upop.runs.devices import alone, autocast
+from upop.runs.evaluation import samples_of
+from upop.runs.examples import spread, untransformed
+from upop.runs.loaders import SeededDataset
+from upop.runs.task import Task
 from upop.settings import LanguageSettings, RunSettings
-from upop.tasks.examples import spread, untransformed
-from upop.training.bad_images import counted, readable
-from upop.training.devices import alone, autocast
-from upop.training.evaluation import records_of
-from upop.training.loaders import SeededDataset
-from upop.training.task import Task
 
 CUTS = (1, 5, 10)
 """The published recalls: at 1, 5 and 10."""
 
-_GALLERY = 40  # pictures that examples are looked for in: a whole split would take as long as an evaluation
-_SHOWN = 3  # best pictures for a text
+_GALLERY = 40  # images that examples are looked for in: a whole split would take as long as an evaluation
+_SHOWN = 3  # best images for a text
 _FILES = {"coco": "coco_karpathy_{}.json", "flickr": "flickr30k_{}.json"}
 
 
@@ -48,9 +48,9 @@ class RetrievalSettings(LanguageSettings):
     of_model: ClassVar[Mapping[str, str]] = {"image_size": "image_size", "queue_size": "queue_size"}
 
     dataset: Literal["coco", "flickr"] = Field("coco", description="whose annotation files, and whose defaults")
-    image_root: Path = Field(Path("datasets/vision/coco"), description="folder of the pictures")
+    image_root: Path = Field(Path("datasets/vision/coco"), description="folder of the images")
     init_lr: float = Field(1e-5, gt=0, description="highest learning rate")
-    batch_size_test: int = Field(64, ge=1, description="pictures per process and forward pass")
+    batch_size_test: int = Field(64, ge=1, description="images per process and forward pass")
     queue_size: int = Field(57600, ge=1, description="features of earlier batches that a batch is compared with")
     alpha: float = Field(0.4, ge=0, le=1, description="weight of the soft targets, reached after the first epoch")
 
@@ -111,10 +111,10 @@ class Gallery(Protocol):
 
 @dataclass(frozen=True)
 class Found:
-    """What features propose: for N pictures the best texts, for M texts the best pictures; on the device.
+    """What features propose: for N images the best texts, for M texts the best images; on the device.
 
     Attributes:
-        texts: candidates of each picture, best first, [N, k].
+        texts: candidates of each image, best first, [N, k].
         text_scores: their similarities.
         images: candidates of each text, [M, l].
         image_scores: their similarities.
@@ -128,14 +128,14 @@ class Found:
 
 @dataclass(frozen=True)
 class Kept:
-    """What this process keeps of the pictures that it encoded: their numbers [n], and states [n, ...] on the CPU."""
+    """What this process keeps of the images that it encoded: their numbers [n], and states [n, ...] on the CPU."""
 
     numbers: Tensor
     states: Tensor | None
 
 
 class Retrieval(Task[SearchSettingsT]):
-    """Pictures found by texts, and texts by pictures: TR@k and IR@k, the share of queries with a right one in the
+    """Images found by texts, and texts by images: TR@k and IR@k, the share of queries with a right one in the
     first k (in percent), and r_mean, the mean of all six, which decides.
     """
 
@@ -145,7 +145,7 @@ class Retrieval(Task[SearchSettingsT]):
 
     @abstractmethod
     def collate(self, settings: SearchSettingsT) -> Collator:
-        """Return what stacks pictures and tokenizes captions."""
+        """Return what stacks images and tokenizes captions."""
 
     @abstractmethod
     def text_features(self, model: nn.Module, words: Mapping[str, Tensor]) -> Tensor:
@@ -175,11 +175,11 @@ class Retrieval(Task[SearchSettingsT]):
     def collect(
         self, accelerator: Accelerator, model: nn.Module, loader: Any, settings: SearchSettingsT
     ) -> dict[str, Tensor]:
-        """Return candidates and scores of every picture and text, the same on every process; see `Found`."""
+        """Return candidates and scores of every image and text, the same on every process; see `Found`."""
         kept, image = self._encode_images(accelerator, model, loader, settings)
         kept, image = _of_counted(counted(loader), kept, image)  # known now that all were read
-        records = cast(Gallery, records_of(loader))
-        words = self.collate(settings).tokenize(records.texts)
+        samples = cast(Gallery, samples_of(loader))
+        words = self.collate(settings).tokenize(samples.texts)
         text = self._encode_texts(accelerator, model, words, image, settings)
         count = self.candidate_counts(settings)
         found = Found(*candidates(image, text, count), *candidates(text, image, count))
@@ -187,10 +187,10 @@ class Retrieval(Task[SearchSettingsT]):
         return {name: value.cpu() for name, value in vars(found).items()}
 
     def score(
-        self, predictions: Mapping[str, Tensor], records: Dataset[Any], settings: SearchSettingsT
+        self, predictions: Mapping[str, Tensor], samples: Dataset[Any], settings: SearchSettingsT
     ) -> dict[str, float]:
         """Return TR@k, IR@k and r_mean, in percent."""
-        owner = cast(Gallery, records).image_of_text
+        owner = cast(Gallery, samples).image_of_text
         texts = _by_score(predictions["texts"], predictions["text_scores"])
         images = _by_score(predictions["images"], predictions["image_scores"])
         metrics = {
@@ -200,11 +200,11 @@ class Retrieval(Task[SearchSettingsT]):
         return {**metrics, "r_mean": sum(metrics.values()) / len(metrics)}
 
     def answers(
-        self, model: nn.Module, records: Dataset[Any], numbers: Sequence[int], settings: SearchSettingsT
+        self, model: nn.Module, samples: Dataset[Any], numbers: Sequence[int], settings: SearchSettingsT
     ) -> Mapping[str, Any]:
-        """Return "texts" of every picture and "images" of every text, best first, in a part of the split."""
+        """Return "texts" of every image and "images" of every text, best first, in a part of the split."""
         device = next(model.parameters()).device
-        part = _gallery(cast(Gallery, records), numbers)[0]
+        part = _gallery(cast(Gallery, samples), numbers)[0]
         gallery = SeededDataset(cast(Dataset[Any], part), settings.seed)
         loader: DataLoader[Any] = DataLoader(
             gallery, batch_size=settings.batch_size_test, collate_fn=self.collate(settings)
@@ -216,16 +216,16 @@ class Retrieval(Task[SearchSettingsT]):
     def examples(
         self,
         found: Mapping[str, Mapping[str, Any]],
-        records: Dataset[Any],
+        samples: Dataset[Any],
         numbers: Sequence[int],
         settings: SearchSettingsT,
         album: Album,
     ) -> list[Example]:
-        """Return, in turn, texts with the best pictures for them, and pictures with the best text."""
-        gallery, kept = _gallery(cast(Gallery, records), numbers)
+        """Return, in turn, texts with the best images for them, and images with the best text."""
+        gallery, kept = _gallery(cast(Gallery, samples), numbers)
         plain, owners = untransformed(gallery), gallery.image_of_text.tolist()
 
-        def picture(place: int) -> str:
+        def image(place: int) -> str:
             return album.add(plain[place]["image"], str(kept[place]))
 
         shown = []
@@ -235,28 +235,28 @@ class Retrieval(Task[SearchSettingsT]):
             text = gallery.texts[query]
             if turn % 2 == 0:
                 best = {name: rows["images"][query].tolist() for name, rows in found.items()}
-                answers = {name: _pictures_for(places, place, picture) for name, places in best.items()}
-                shown.append(Example(prompt=text, truth=Answer(pictures=(picture(place),)), answers=answers))
+                answers = {name: _images_for(places, place, image) for name, places in best.items()}
+                shown.append(Example(prompt=text, truth=Answer(images=(image(place),)), answers=answers))
             else:
                 first = {name: int(rows["texts"][place][0]) for name, rows in found.items()}
                 answers = {
                     name: Answer(text=gallery.texts[best], right=owners[best] == place) for name, best in first.items()
                 }
-                shown.append(Example(pictures=(picture(place),), truth=Answer(text=text), answers=answers))
+                shown.append(Example(images=(image(place),), truth=Answer(text=text), answers=answers))
         return shown
 
-    def about_examples(self, records: Dataset[Any], numbers: Sequence[int], split: str) -> str:
-        """Return which records `examples` shows, and that it looks for them in a part of the split."""
-        found_in = len(_gallery(cast(Gallery, records), numbers)[1])
+    def about_examples(self, samples: Dataset[Any], numbers: Sequence[int], split: str) -> str:
+        """Return which samples `examples` shows, and that it looks for them in a part of the split."""
+        found_in = len(_gallery(cast(Gallery, samples), numbers)[1])
         return (
-            f"{super().about_examples(records, numbers, split)} Texts and pictures are looked for among {found_in} "
-            "pictures and all their texts, which is easier than among all of the split."
+            f"{super().about_examples(samples, numbers, split)} Texts and images are looked for among {found_in} "
+            "images and all their texts, which is easier than among all of the split."
         )
 
     def _encode_images(
         self, accelerator: Accelerator, model: nn.Module, loader: Any, settings: SearchSettingsT
     ) -> tuple[Kept, Tensor]:
-        """Return what this process keeps, and the features of all pictures, [N, D]."""
+        """Return what this process keeps, and the features of all images, [N, D]."""
         count = len(loader.dataset)
         features: Tensor | None = None
         states: Tensor | None = None
@@ -272,7 +272,7 @@ class Retrieval(Task[SearchSettingsT]):
                     most = len(loader) * len(batch["ids"])
                     states = torch.empty(most, *rows["states"].shape[1:], dtype=rows["states"].dtype)
             features[everyone["ids"]] = everyone["features"]
-            # Where the last batches are filled up with repeated pictures, the first to have one keeps it.
+            # Where the last batches are filled up with repeated images, the first to have one keeps it.
             size = len(batch["ids"])
             for place, number in enumerate(everyone["ids"].tolist()):
                 process, row = divmod(place, size)
@@ -294,7 +294,7 @@ class Retrieval(Task[SearchSettingsT]):
         image: Tensor,
         settings: SearchSettingsT,
     ) -> Tensor:
-        """Return the features of all texts, [M, D], like those of the pictures; each process encodes its share."""
+        """Return the features of all texts, [M, D], like those of the images; each process encodes its share."""
         features = image.new_zeros(len(next(iter(words.values()))), image.shape[1])
         for start in range(0, len(features), settings.batch_size_test)[
             accelerator.process_index :: accelerator.num_processes
@@ -311,10 +311,10 @@ class RetrievalTask(Retrieval[RetrievalSettingsT]):
 
     @abstractmethod
     def collate(self, settings: RetrievalSettingsT) -> RetrievalCollator:
-        """Return what stacks pictures and tokenizes captions."""
+        """Return what stacks images and tokenizes captions."""
 
     def dataset(self, settings: RetrievalSettingsT, split: str) -> Dataset[Any]:
-        """Return pairs to train on, or pictures with all their texts.
+        """Return pairs to train on, or images with all their texts.
 
         Raises:
             SettingError: the queue is too small for the batches.
@@ -322,13 +322,13 @@ class RetrievalTask(Retrieval[RetrievalSettingsT]):
         file = settings.ann_root / _FILES[settings.dataset].format(self.splits[split])
         size, outside = settings.image_size, settings.allow_outside
         if split == "train":
-            records = RetrievalPairs(
-                file, settings.image_root, train_transform(size, settings.augment, settings.pictures), outside=outside
+            samples = RetrievalPairs(
+                file, settings.image_root, train_transform(size, settings.augment, settings.images), outside=outside
             )
             # Every process has its own batch.
-            check_queue(settings.queue_size, min(settings.batch_size_train, len(records)) * processes())
-            return records
-        return RetrievalGallery(file, settings.image_root, eval_transform(size, settings.pictures), outside=outside)
+            check_queue(settings.queue_size, min(settings.batch_size_train, len(samples)) * processes())
+            return samples
+        return RetrievalGallery(file, settings.image_root, eval_transform(size, settings.images), outside=outside)
 
     def counts(self, model: nn.Module) -> dict[str, Any]:
         """Return the sizes of what is deployed, without momentum copies, beside the published way of counting.
@@ -353,7 +353,7 @@ class RetrievalTask(Retrieval[RetrievalSettingsT]):
 
 
 def _of_counted(numbers: Tensor | None, kept: Kept, features: Tensor) -> tuple[Kept, Tensor]:
-    """Return what is kept of the pictures with these numbers, and their features, numbered anew; of all for None."""
+    """Return what is kept of the images with these numbers, and their features, numbered anew; of all for None."""
     if numbers is None:
         return kept, features
     new = torch.full((len(features),), -1)
@@ -372,18 +372,18 @@ def _by_score(numbers: Tensor, scores: Tensor) -> Tensor:
     return numbers.gather(1, torch.argsort(scores, dim=1, descending=True, stable=True))
 
 
-def _gallery(records: Gallery, numbers: Sequence[int]) -> tuple[Gallery, list[int]]:
-    """Return a part of a gallery that has the pictures of these numbers, and the numbers of all its pictures."""
-    kept = sorted({*numbers, *spread(len(records), _GALLERY)})
-    return records.without(set(range(len(records))) - set(kept)), kept
+def _gallery(samples: Gallery, numbers: Sequence[int]) -> tuple[Gallery, list[int]]:
+    """Return a part of a gallery that has the images of these numbers, and the numbers of all its images."""
+    kept = sorted({*numbers, *spread(len(samples), _GALLERY)})
+    return samples.without(set(range(len(samples))) - set(kept)), kept
 
 
-def _pictures_for(places: list[int], right: int, picture: Callable[[int], str]) -> Answer:
-    """Return the best pictures for a text, and at which place the right one is, if not at the first."""
+def _images_for(places: list[int], right: int, image: Callable[[int], str]) -> Answer:
+    """Return the best images for a text, and at which place the right one is, if not at the first."""
     at = places.index(right) + 1 if right in places else None
     where = "the right one comes later" if at is None else f"the right one is number {at}"
-    best = tuple(picture(place) for place in places[:_SHOWN])
-    return Answer(pictures=best, note=None if at == 1 else where, right=at == 1)
+    best = tuple(image(place) for place in places[:_SHOWN])
+    return Answer(images=best, note=None if at == 1 else where, right=at == 1)
 
 
 def _recalls(name: str, right: Tensor) -> dict[str, float]:

@@ -15,11 +15,11 @@ from upop.data.retrieval import TEXT_TOKENS, RetrievalCollator
 from upop.models.blip import BlipConfig
 from upop.models.rerank import match_pairs
 from upop.models.retrieval import BlipRetrieval, RetrievalConfig, RetrievalLosses
+from upop.runs.devices import autocast
+from upop.runs.task import Batch
 from upop.settings import RunSettings
 from upop.tasks.blip import BlipSettings, BlipTask, blip_tokenizer
 from upop.tasks.recall import Found, Kept, RetrievalSettings, RetrievalTask, summed
-from upop.training.devices import autocast
-from upop.training.task import Batch
 
 
 class BlipRetrievalSettings(RetrievalSettings, BlipSettings):
@@ -39,7 +39,7 @@ class BlipRetrievalSettings(RetrievalSettings, BlipSettings):
 
 
 class BlipRetrievalTask(RetrievalTask[BlipRetrievalSettings], BlipTask[BlipRetrievalSettings]):
-    """Pictures found by texts, and texts by pictures, with BLIP."""
+    """Images found by texts, and texts by images, with BLIP."""
 
     name: ClassVar[str] = "retrieval"
     settings: ClassVar[type[RunSettings]] = BlipRetrievalSettings
@@ -53,17 +53,17 @@ class BlipRetrievalTask(RetrievalTask[BlipRetrievalSettings], BlipTask[BlipRetri
     def start(self, path: Path, settings: BlipRetrievalSettings) -> tuple[nn.Module, Sequence[str]]:
         """Return the dense model; momentum copies that the checkpoint lacks are made of what it has."""
         model, lacking = super().start(path, settings)
-        copies = {name for name in lacking if name.split(".")[0] in BlipRetrieval.momentum_twins.values()}
+        copies = {name for name in lacking if name.split(".")[0] in BlipRetrieval.momentum_encoders.values()}
         if copies:
             cast(BlipRetrieval, model).copy_to_momentum()
         return model, lacking
 
     def collate(self, settings: BlipRetrievalSettings) -> RetrievalCollator:
-        """Return what stacks pictures and tokenizes captions."""
+        """Return what stacks images and tokenizes captions."""
         return RetrievalCollator(blip_tokenizer(settings.tokenizer))
 
     def inputs(self, batch: Batch) -> dict[str, Any]:
-        """Return pictures and tokens."""
+        """Return images and tokens."""
         return {name: batch[name] for name in ("images", "input_ids", "attention_mask")}
 
     def loss(self, model: nn.Module, batch: Batch, settings: BlipRetrievalSettings, epoch: float) -> Tensor:
@@ -77,7 +77,7 @@ class BlipRetrievalTask(RetrievalTask[BlipRetrievalSettings], BlipTask[BlipRetri
         return losses.contrastive + losses.matching
 
     def predict(self, model: nn.Module, batch: Batch, settings: BlipRetrievalSettings) -> dict[str, Tensor]:
-        """Return states [B, tokens, width] and features [B, D] of pictures."""
+        """Return states [B, tokens, width] and features [B, D] of images."""
         states, features = cast(BlipRetrieval, model).encode_image(batch["images"])
         return {"states": states, "features": features}
 
@@ -100,13 +100,13 @@ class BlipRetrievalTask(RetrievalTask[BlipRetrievalSettings], BlipTask[BlipRetri
     ) -> Found:
         """Add the logit of "match" to every candidate's similarity, as published.
 
-        Each process compares the pairs of the pictures that it keeps, each pair once for both directions.
+        Each process compares the pairs of the images that it keeps, each pair once for both directions.
         """
         assert kept.states is not None
         texts, images = found.texts.cpu(), found.images.cpu()
         row_of = torch.full((len(texts),), -1)
         row_of[kept.numbers] = torch.arange(len(kept.numbers))
-        # A pair is one number: the row of its picture here, and its text.
+        # A pair is one number: the row of its image here, and its text.
         count = len(images)
         by_image = torch.arange(len(kept.numbers)).unsqueeze(1) * count + texts[kept.numbers]
         here = row_of[images] >= 0
@@ -134,7 +134,7 @@ class BlipRetrievalTask(RetrievalTask[BlipRetrievalSettings], BlipTask[BlipRetri
         )
 
     def example(self, model: nn.Module, batch_size: int) -> dict[str, Tensor]:
-        """Return `batch_size` grey pictures and as many texts of 35 tokens."""
+        """Return `batch_size` grey images and as many texts of 35 tokens."""
         config = cast(BlipRetrieval, model).config
         device = next(model.parameters()).device
         words = torch.ones(batch_size, min(TEXT_TOKENS, config.max_positions), dtype=torch.long, device=device)

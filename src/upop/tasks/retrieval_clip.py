@@ -1,4 +1,4 @@
-"""Retrieval (COCO, Flickr30K) with CLIP: pictures and texts are compared by their features alone."""
+"""Retrieval (COCO, Flickr30K) with CLIP: images and texts are compared by their features alone."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from upop.data.clip_tokenizer import ClipCollator, ClipTokenizer, load_clip_tokenizer
 from upop.errors import SettingError
 from upop.models.clip import ClipConfig, ClipRetrieval, ClipSizes
+from upop.runs.task import Batch
 from upop.settings import RunSettings
 from upop.tasks.published import SIZES, PublishedTask
 from upop.tasks.recall import RetrievalSettings, RetrievalTask
-from upop.training.task import Batch
-from upop.values import told
+from upop.values import described
 
 TOKENIZER = "pretrained/clip-vit-large-patch14-336"
 """Where CLIP's vocabulary is looked for first; on the hub it is openai's."""
@@ -41,7 +41,7 @@ class ClipRetrievalSettings(RetrievalSettings):
 
 
 class ClipRetrievalTask(RetrievalTask[ClipRetrievalSettings], PublishedTask[ClipRetrievalSettings]):
-    """Pictures found by texts, and texts by pictures, with CLIP."""
+    """Images found by texts, and texts by images, with CLIP."""
 
     name: ClassVar[str] = "retrieval-clip"
     settings: ClassVar[type[RunSettings]] = ClipRetrievalSettings
@@ -54,12 +54,12 @@ class ClipRetrievalTask(RetrievalTask[ClipRetrievalSettings], PublishedTask[Clip
     def build(self, settings: ClipRetrievalSettings) -> nn.Module:
         """Return the model with fresh weights; its vocabulary is the tokenizer's."""
         sizes = {"vocab_size": len(clip_tokenizer(settings.tokenizer)), **self.sizes(settings)}
-        with told(SIZES):
+        with described(SIZES):
             model = self._built(sizes)
         return self._prepared(model, settings)
 
     def collate(self, settings: ClipRetrievalSettings) -> ClipCollator:
-        """Return what stacks pictures and tokenizes captions."""
+        """Return what stacks images and tokenizes captions."""
         length = settings.model.get("max_positions", ClipConfig.model_fields["max_positions"].default)
         return ClipCollator(clip_tokenizer(settings.tokenizer), length)
 
@@ -68,7 +68,7 @@ class ClipRetrievalTask(RetrievalTask[ClipRetrievalSettings], PublishedTask[Clip
         return clip_tokenizer(settings.tokenizer).library
 
     def inputs(self, batch: Batch) -> dict[str, Any]:
-        """Return pictures and tokens."""
+        """Return images and tokens."""
         return {name: batch[name] for name in ("images", "input_ids")}
 
     def loss(self, model: nn.Module, batch: Batch, settings: ClipRetrievalSettings, epoch: float) -> Tensor:
@@ -77,7 +77,7 @@ class ClipRetrievalTask(RetrievalTask[ClipRetrievalSettings], PublishedTask[Clip
         return loss
 
     def predict(self, model: nn.Module, batch: Batch, settings: ClipRetrievalSettings) -> dict[str, Tensor]:
-        """Return normalised features of pictures, [B, D]."""
+        """Return normalised features of images, [B, D]."""
         return {"features": nn.functional.normalize(cast(ClipRetrieval, model).encode_image(batch["images"]), dim=-1)}
 
     def text_features(self, model: nn.Module, words: Mapping[str, Tensor]) -> Tensor:
@@ -85,7 +85,7 @@ class ClipRetrievalTask(RetrievalTask[ClipRetrievalSettings], PublishedTask[Clip
         return nn.functional.normalize(cast(ClipRetrieval, model).encode_text(words["input_ids"]), dim=-1)
 
     def example(self, model: nn.Module, batch_size: int) -> dict[str, Tensor]:
-        """Return `batch_size` grey pictures and as many texts of full length (77 tokens)."""
+        """Return `batch_size` grey images and as many texts of full length (77 tokens)."""
         config = cast(ClipRetrieval, model).config
         device = next(model.parameters()).device
         words = torch.full((batch_size, config.max_positions), config.vocab_size - 1, device=device)

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from upop.models.clip import ClipSizes
 from upop.models.crossget import CrossGetClip, CrossGetConfig, CrossLosses, published_macs
 from upop.pruning import count_macs, count_parameters
+from upop.runs.task import Batch
 from upop.settings import RunSettings
 from upop.tasks.recall import RetrievalSettings
 from upop.tasks.retrieval_clip import ClipRetrievalSettings, ClipRetrievalTask
-from upop.training.task import Batch
 
 _CROSS_SHARE = 0.5
 """Of the cross loss in the loss of training, as published."""
@@ -32,8 +32,8 @@ class CrossGetSettings(ClipRetrievalSettings):
 
     dataset: Literal["coco", "flickr"] = Field("flickr", description="whose annotation files, and whose defaults")
     image_size: int = Field(224, gt=0)
-    batch_size_train: int = Field(64, ge=1, description="records per process and forward pass")
-    batch_size_test: int = Field(128, ge=1, description="pictures per process and forward pass")
+    batch_size_train: int = Field(64, ge=1, description="samples per process and forward pass")
+    batch_size_test: int = Field(128, ge=1, description="images per process and forward pass")
     weight_decay: float = Field(0.05, ge=0)
     warmup_steps: int | None = Field(0, ge=0, description="linear warm-up")
     reduce: Literal["ours", "none"] = Field("ours", description="whether tokens are merged; none is plain CLIP")
@@ -45,7 +45,7 @@ class CrossGetSettings(ClipRetrievalSettings):
 
 
 class CrossGetTask(ClipRetrievalTask):
-    """Pictures found by texts, and texts by pictures, with CLIP and fewer tokens."""
+    """Images found by texts, and texts by images, with CLIP and fewer tokens."""
 
     name: ClassVar[str] = "retrieval-crossget"
     settings: ClassVar[type[RunSettings]] = CrossGetSettings
@@ -72,7 +72,7 @@ class CrossGetTask(ClipRetrievalTask):
         return (1 - _CROSS_SHARE) * losses.contrastive + _CROSS_SHARE * losses.cross
 
     def predict(self, model: nn.Module, batch: Batch, settings: ClipRetrievalSettings) -> dict[str, Tensor]:
-        """Return normalised features of pictures, [B, D]."""
+        """Return normalised features of images, [B, D]."""
         return {"features": F.normalize(cast(CrossGetClip, model).encode_image(batch["images"]).features, dim=-1)}
 
     def text_features(self, model: nn.Module, words: Mapping[str, Tensor]) -> Tensor:

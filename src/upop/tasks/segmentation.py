@@ -26,19 +26,19 @@ from upop.data.segmentation_transforms import (
 )
 from upop.errors import SettingError
 from upop.examples import Album, Answer, Example
+from upop.metrics.segmentation import confusion, named_ious, segmentation_scores
 from upop.models.blip import enlarge_weights
 from upop.models.segmenter import BACKBONES, Segmenter, SegmenterConfig
 from upop.preparation import Deviation, Mean
 from upop.report.blends import blended, write_blends
+from upop.runs.bad_images import LEFT_OUT, readable
+from upop.runs.devices import autocast, to_device
+from upop.runs.examples import untransformed
+from upop.runs.task import Batch
 from upop.settings import RunSettings
-from upop.tasks.examples import untransformed
 from upop.tasks.published import SIZES, PublishedTask
-from upop.tasks.segmentation_scores import confusion, named_ious, segmentation_scores
 from upop.tasks.windows import SCALES, Window, segment
-from upop.training.bad_images import LEFT_OUT, readable
-from upop.training.devices import autocast, to_device
-from upop.training.task import Batch
-from upop.values import told
+from upop.values import described
 
 _MOMENTUM = 0.9
 
@@ -75,14 +75,14 @@ class SegmentationSettings(RunSettings):
     )
     std: Deviation | None = Field(None, description="their deviation; that of normalization if not given")
 
-    image_size: int = Field(512, gt=0, description="what short sides of pictures are brought to")
+    image_size: int = Field(512, gt=0, description="what short sides of images are brought to")
     crop_size: int | None = Field(None, gt=0, description="side of training crops; image_size if not given")
     window_size: int | None = Field(None, gt=0, description="side of the sliding window; crop_size if not given")
     window_stride: int | None = Field(None, gt=0, description="how far it slides; window_size if not given")
     window_batch: int = Field(8, ge=1, description="windows in one forward pass of evaluation; bounds the memory")
     multiscale: bool = Field(False, description="evaluate at six scales from 0.5 to 1.75, each mirrored too")
     blend: int | Literal["all"] = Field(
-        0, description="pictures of an evaluation written with prediction and truth laid over them, to blended/"
+        0, description="images of an evaluation written with prediction and truth laid over them, to blended/"
     )
 
     dropout: float | None = Field(None, ge=0, lt=1, description="of the encoder; the model's own if not given")
@@ -102,7 +102,7 @@ class SegmentationSettings(RunSettings):
         if self.window.stride > self.window.size:
             raise ValueError(f"window_stride ({self.window.stride}) is above window_size ({self.window.size})")
         if isinstance(self.blend, int) and self.blend < 0:
-            raise ValueError(f"blend ({self.blend}) is a number of pictures, or all")
+            raise ValueError(f"blend ({self.blend}) is a number of images, or all")
         return self
 
     @model_validator(mode="wrap")
@@ -131,18 +131,18 @@ class SegmentationSettings(RunSettings):
 
     @property
     def window(self) -> Window:
-        """The window that slides over pictures in evaluation."""
+        """The window that slides over images in evaluation."""
         size = self.window_size or self.crop
         return Window(size, self.window_stride or size, self.window_batch)
 
     @property
     def root(self) -> Path:
-        """Folder of ADE20K's pictures and annotations."""
+        """Folder of ADE20K's images and annotations."""
         return self.dataset_root / FOLDER
 
     @property
     def listed_folders(self) -> tuple[Path, ...]:
-        """The folders of pictures and of label maps."""
+        """The folders of images and of label maps."""
         return (self.root / "images", self.root / "annotations")
 
 
@@ -167,7 +167,7 @@ class SegmentationTask(PublishedTask[SegmentationSettings]):
     def build(self, settings: SegmentationSettings) -> nn.Module:
         """Return the model with fresh weights."""
         sizes = {**BACKBONES[settings.backbone], "decoder": settings.decoder, **self.sizes(settings)}
-        with told(SIZES):
+        with described(SIZES):
             config = SegmenterConfig(**sizes)
         model = Segmenter(config)
         enlarge_weights(model, settings.init_scale)
@@ -178,7 +178,7 @@ class SegmentationTask(PublishedTask[SegmentationSettings]):
         return ("val",)
 
     def dataset(self, settings: SegmentationSettings, split: str) -> Dataset[Any]:
-        """Return the pictures of a split; training sees crops, evaluation whole pictures."""
+        """Return the images of a split; training sees crops, evaluation whole images."""
         transform = (
             TrainCrop(settings.image_size, settings.crop, settings.augment, settings.statistics)
             if split == "train"
@@ -190,7 +190,7 @@ class SegmentationTask(PublishedTask[SegmentationSettings]):
         )
 
     def collate(self, settings: SegmentationSettings) -> Callable[[list[Any]], Batch]:
-        """Return what stacks crops, and lists whole pictures."""
+        """Return what stacks crops, and lists whole images."""
         return cast(Callable[[list[Any]], Batch], collate_segments)
 
     def inputs(self, batch: Batch) -> dict[str, Any]:
@@ -214,7 +214,7 @@ class SegmentationTask(PublishedTask[SegmentationSettings]):
         )
 
     def predict(self, model: nn.Module, batch: Batch, settings: SegmentationSettings) -> dict[str, Tensor]:
-        """Return the confusion matrix of every picture, [B, classes, classes]."""
+        """Return the confusion matrix of every image, [B, classes, classes]."""
         return self._counted(batch, self._maps(model, batch, settings), settings)
 
     def collect(
@@ -232,56 +232,56 @@ class SegmentationTask(PublishedTask[SegmentationSettings]):
             counts = self._counted(batch, maps, settings)["confusion"]
             if LEFT_OUT in batch:
                 counts[batch[LEFT_OUT]] = 0
-            # Per picture, so that those that fill up the last batch of several processes are dropped.
+            # Per image, so that those that fill up the last batch of several processes are dropped.
             total += accelerator.gather_for_metrics(counts).sum(0).cpu()
         return {"confusion": total}
 
     def score(
-        self, predictions: Mapping[str, Tensor], records: Dataset[Any], settings: SegmentationSettings
+        self, predictions: Mapping[str, Tensor], samples: Dataset[Any], settings: SegmentationSettings
     ) -> dict[str, float]:
         """Return mIoU, pixel accuracy and mean class accuracy in percent."""
         return segmentation_scores(predictions["confusion"])
 
     def files(
-        self, predictions: Mapping[str, Tensor], records: Dataset[Any], settings: SegmentationSettings, split: str
+        self, predictions: Mapping[str, Tensor], samples: Dataset[Any], settings: SegmentationSettings, split: str
     ) -> dict[str, Any]:
         """Return the intersection over union of every class, in percent."""
         names = class_names(settings.root, settings.classes)
         return {f"iou_per_class_{self.splits[split]}.json": named_ious(predictions["confusion"], names)}
 
     def answers(
-        self, model: nn.Module, records: Dataset[Any], numbers: Sequence[int], settings: SegmentationSettings
+        self, model: nn.Module, samples: Dataset[Any], numbers: Sequence[int], settings: SegmentationSettings
     ) -> Mapping[str, Any]:
-        """Return "maps": the predicted classes of some pictures, [H, W] each, on the CPU."""
+        """Return "maps": the predicted classes of some images, [H, W] each, on the CPU."""
         device = next(model.parameters()).device
-        # One by one, for pictures are of any size.
-        batches = (to_device(self.collate(settings)([records[number]]), device) for number in numbers)
+        # One by one, for images are of any size.
+        batches = (to_device(self.collate(settings)([samples[number]]), device) for number in numbers)
         return {"maps": [self._maps(model, batch, settings)[0].cpu() for batch in batches]}
 
     def examples(
         self,
         found: Mapping[str, Mapping[str, Any]],
-        records: Dataset[Any],
+        samples: Dataset[Any],
         numbers: Sequence[int],
         settings: SegmentationSettings,
         album: Album,
     ) -> list[Example]:
-        """Return pictures, and the predicted and true classes laid over them."""
-        shown, plain = [], untransformed(records)
+        """Return images, and the predicted and true classes laid over them."""
+        shown, plain = [], untransformed(samples)
         for place, number in enumerate(numbers):
             item = plain[number]
-            picture, labels = item["image"], item["labels"]
+            image, labels = item["image"], item["labels"]
             maps = [rows["maps"][place] for rows in found.values()]
-            mixed = [tvf.to_pil_image(blended(picture, each, settings.classes)) for each in (labels, *maps)]
+            mixed = [tvf.to_pil_image(blended(image, each, settings.classes)) for each in (labels, *maps)]
             truth, *laid_over = [album.add(each, f"{number}-{column}") for column, each in enumerate(mixed)]
             answers = {}
             for model, file, predicted in zip(found, laid_over, maps, strict=True):
                 right = (predicted == labels).sum() / (labels != IGNORED).sum().clamp_min(1)
-                answers[model] = Answer(pictures=(file,), note=f"{100 * right:.1f} % of the pixels right")
+                answers[model] = Answer(images=(file,), note=f"{100 * right:.1f} % of the pixels right")
             shown.append(
                 Example(
-                    pictures=(album.add(tvf.to_pil_image(picture), str(number)),),
-                    truth=Answer(pictures=(truth,)),
+                    images=(album.add(tvf.to_pil_image(image), str(number)),),
+                    truth=Answer(images=(truth,)),
                     answers=answers,
                 )
             )
@@ -293,7 +293,7 @@ class SegmentationTask(PublishedTask[SegmentationSettings]):
         return {"images": torch.zeros(batch_size, 3, side, side, device=next(model.parameters()).device)}
 
     def _maps(self, model: nn.Module, batch: Batch, settings: SegmentationSettings) -> list[Tensor]:
-        """Return the predicted classes of every picture, [H, W] each."""
+        """Return the predicted classes of every image, [H, W] each."""
         scales = SCALES if settings.multiscale else (1.0,)
         probabilities = segment(
             model, list(batch["images"]), settings.window, settings.image_size, scales, flips=settings.multiscale

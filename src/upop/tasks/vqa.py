@@ -22,13 +22,13 @@ from upop.examples import Album, Answer, Example
 from upop.models.blip import BlipConfig
 from upop.models.vqa import MAX_TOKENS, BlipVqa, VqaConfig, answer_losses
 from upop.pruning import count_macs
+from upop.runs.examples import untransformed
+from upop.runs.task import Batch
 from upop.settings import RunSettings
 from upop.tasks.blip import BlipSettings, BlipTask, blip_tokenizer
-from upop.tasks.examples import untransformed
-from upop.training.task import Batch
 
 _INPUTS = ("images", "question_ids", "question_mask", "answer_ids", "answer_mask", "answer_counts")
-# The published multiply-adds are of a training batch cut to one picture: so many questions are read, and so many
+# The published multiply-adds are of a training batch cut to one image: so many questions are read, and so many
 # answers written, but all answers look at the first question, whose keys and values are computed once.
 _QUESTIONS, _QUESTION_TOKENS = 32, 14
 _ANSWERS, _ANSWER_TOKENS = 47, 5
@@ -39,8 +39,8 @@ class VqaSettings(BlipSettings):
 
     recorded: ClassVar[tuple[str, ...]] = (*BlipSettings.recorded, "inference", "k_test")
 
-    vqa_root: Path = Field(Path("datasets/vision/VQA/Images/mscoco"), description="folder of VQAv2's pictures")
-    vg_root: Path = Field(Path("datasets/vision/visual-genome"), description="folder of Visual Genome's pictures")
+    vqa_root: Path = Field(Path("datasets/vision/VQA/Images/mscoco"), description="folder of VQAv2's images")
+    vg_root: Path = Field(Path("datasets/vision/visual-genome"), description="folder of Visual Genome's images")
     train_files: tuple[str, ...] = Field(
         ("vqa_train", "vqa_val", "vg_qa"), min_length=1, description="annotation files to train on, without .json"
     )
@@ -65,7 +65,7 @@ class VqaSettings(BlipSettings):
 
 
 class VqaTask(BlipTask[VqaSettings]):
-    """Questions about pictures."""
+    """Questions about images."""
 
     name: ClassVar[str] = "vqa"
     pipeline: ClassVar[str | None] = "visual-question-answering"
@@ -84,13 +84,13 @@ class VqaTask(BlipTask[VqaSettings]):
         roots, outside = {"vqa": settings.vqa_root, "vg": settings.vg_root}, settings.allow_outside
         if split != "train":
             file = settings.ann_root / f"{settings.val_file if split == 'val' else settings.test_file}.json"
-            return VqaDataset(file, roots, eval_transform(settings.image_size, settings.pictures), outside=outside)
+            return VqaDataset(file, roots, eval_transform(settings.image_size, settings.images), outside=outside)
         files = [settings.ann_root / f"{name}.json" for name in settings.train_files]
-        transform = train_transform(settings.image_size, settings.augment, settings.pictures)
-        records = VqaTrainingDataset(files, roots, transform, outside=outside)
+        transform = train_transform(settings.image_size, settings.augment, settings.images)
+        samples = VqaTrainingDataset(files, roots, transform, outside=outside)
         if settings.inference == "rank":
-            _check_candidates(records, settings.answer_list)
-        return records
+            _check_candidates(samples, settings.answer_list)
+        return samples
 
     def evaluated(self, settings: VqaSettings) -> tuple[str, ...]:
         """Return the splits that the settings name a file for."""
@@ -98,14 +98,14 @@ class VqaTask(BlipTask[VqaSettings]):
         return tuple(split for split, file in files.items() if file is not None)
 
     def collate(self, settings: VqaSettings) -> Callable[[list[Any]], Batch]:
-        """Return what stacks pictures and tokenizes questions and answers."""
+        """Return what stacks images and tokenizes questions and answers."""
         tokenizer = blip_tokenizer(settings.tokenizer)
         if settings.inference == "generate":
             return VqaCollator(tokenizer)
         return VqaCollator(tokenizer, tokenize_answers(tokenizer, read_answer_list(settings.answer_list)))
 
     def inputs(self, batch: Batch) -> dict[str, Any]:
-        """Return pictures, questions and answers of a training batch."""
+        """Return images, questions and answers of a training batch."""
         return {name: batch[name] for name in _INPUTS}
 
     def loss(self, model: nn.Module, batch: Batch, settings: VqaSettings, epoch: float) -> Tensor:
@@ -129,49 +129,49 @@ class VqaTask(BlipTask[VqaSettings]):
         return {"answers": answers}
 
     def score(
-        self, predictions: Mapping[str, Tensor], records: Dataset[Any], settings: VqaSettings
+        self, predictions: Mapping[str, Tensor], samples: Dataset[Any], settings: VqaSettings
     ) -> dict[str, float]:
         """Return the official accuracy in percent, in all and by type of answer; nothing where there are no answers."""
-        assert isinstance(records, VqaDataset)
-        if not records.people:
+        assert isinstance(samples, VqaDataset)
+        if not samples.people:
             return {}
-        return vqa_accuracy(self._texts(predictions["answers"], settings), records.people, records.types)
+        return vqa_accuracy(self._texts(predictions["answers"], settings), samples.people, samples.types)
 
     def files(
-        self, predictions: Mapping[str, Tensor], records: Dataset[Any], settings: VqaSettings, split: str
+        self, predictions: Mapping[str, Tensor], samples: Dataset[Any], settings: VqaSettings, split: str
     ) -> dict[str, Any]:
         """Return `vqa_result.json` as the evaluation server takes it (of the validation split, `vqa_result_val.json`).
 
         It is `[{"question_id": int, "answer": str}]`.
         """
-        assert isinstance(records, VqaDataset)
+        assert isinstance(samples, VqaDataset)
         texts = self._texts(predictions["answers"], settings)
-        rows = zip(records.question_ids, texts, strict=True)
+        rows = zip(samples.question_ids, texts, strict=True)
         name = "vqa_result.json" if split == "test" else f"vqa_result_{self.splits[split]}.json"
         return {name: [{"question_id": number, "answer": text} for number, text in rows]}
 
     def examples(
         self,
         found: Mapping[str, Mapping[str, Any]],
-        records: Dataset[Any],
+        samples: Dataset[Any],
         numbers: Sequence[int],
         settings: VqaSettings,
         album: Album,
     ) -> list[Example]:
-        """Return pictures, questions and answers, beside what most people answered."""
-        assert isinstance(records, VqaDataset)
+        """Return images, questions and answers, beside what most people answered."""
+        assert isinstance(samples, VqaDataset)
         texts = {name: self._texts(rows["answers"], settings) for name, rows in found.items()}
-        shown, plain = [], untransformed(records)
+        shown, plain = [], untransformed(samples)
         for place, number in enumerate(numbers):
             item = plain[number]
-            people = records.people[number] if records.people else ()
+            people = samples.people[number] if samples.people else ()
             truth = None
             if people:
                 (text, count), *others = Counter(people).most_common()
                 truth = Answer(text=text, note=f"{count} of {ANNOTATORS} people" if others else None)
             shown.append(
                 Example(
-                    pictures=(album.add(item["image"], str(number)),),
+                    images=(album.add(item["image"], str(number)),),
                     prompt=item["question"],
                     truth=truth,
                     answers={name: _rated(answers[place], people) for name, answers in texts.items()},
@@ -187,16 +187,16 @@ class VqaTask(BlipTask[VqaSettings]):
         return [text.strip() for text in decoded]
 
     def example(self, model: nn.Module, batch_size: int) -> dict[str, Tensor]:
-        """Return `batch_size` grey pictures, each with a question of 14 tokens and an answer of 5."""
+        """Return `batch_size` grey images, each with a question of 14 tokens and an answer of 5."""
         return {
-            "images": _pictures(model, batch_size),
+            "images": _images(model, batch_size),
             **_words(model, "question", batch_size, _QUESTION_TOKENS),
             **_words(model, "answer", batch_size, _ANSWER_TOKENS),
             "answer_counts": torch.ones(batch_size, dtype=torch.long, device=next(model.parameters()).device),
         }
 
     def counts(self, model: nn.Module) -> dict[str, Any]:
-        """Return the counts of one question and answer, and as published of a batch on one picture."""
+        """Return the counts of one question and answer, and as published of a batch on one image."""
         return {**super().counts(model), "published_gmacs": count_macs(model, _published_pass) / 1e9}
 
 
@@ -204,7 +204,7 @@ def _published_pass(model: nn.Module) -> Tensor:
     assert isinstance(model, BlipVqa)
     asked = _words(model, "question", _QUESTIONS, _QUESTION_TOKENS)
     answers = _words(model, "answer", _ANSWERS, _ANSWER_TOKENS)
-    _, states = model.encode(_pictures(model, 1), **asked)
+    _, states = model.encode(_images(model, 1), **asked)
     return model.decode(**answers, states=states[:1], question_mask=asked["question_mask"][:1])
 
 
@@ -214,8 +214,8 @@ def _rated(text: str, people: Sequence[str]) -> Answer:
     return Answer(text=text, right=None if 0 < accuracy < 1 else accuracy == 1)
 
 
-def _check_candidates(records: VqaTrainingDataset, file: Path) -> None:
-    missing, all_of_them, share = records.outside(read_answer_list(file))
+def _check_candidates(samples: VqaTrainingDataset, file: Path) -> None:
+    missing, all_of_them, share = samples.outside(read_answer_list(file))
     if missing == all_of_them:
         raise DataError(
             f"None of the {all_of_them} different training answers is in {file}, so ranking could never give one of "
@@ -229,7 +229,7 @@ def _check_candidates(records: VqaTrainingDataset, file: Path) -> None:
         )
 
 
-def _pictures(model: nn.Module, count: int) -> Tensor:
+def _images(model: nn.Module, count: int) -> Tensor:
     config: VqaConfig = model.config  # type: ignore[assignment]
     return torch.zeros(count, 3, config.image_size, config.image_size, device=next(model.parameters()).device)
 

@@ -1,4 +1,4 @@
-"""Segmenting pictures of any size: a window slides over them, at one scale or several, as published for Segmenter."""
+"""Segmenting images of any size: a window slides over them, at one scale or several, as published for Segmenter."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from torch import Tensor, nn
 from upop.data.segmentation_transforms import scaled_size
 
 SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
-"""Of the published evaluation at several scales, each with the picture and its mirror image."""
+"""Of the published evaluation at several scales, each with the image and its mirror image."""
 
 
 @dataclass(frozen=True)
 class Window:
-    """A square window that slides over pictures.
+    """A square window that slides over images.
 
     Attributes:
         size: its side in pixels.
-        stride: how far apart windows begin; the last ones end where the picture does.
+        stride: how far apart windows begin; the last ones end where the image does.
         batch: windows in one forward pass; bounds the memory.
     """
 
@@ -30,7 +30,7 @@ class Window:
     batch: int = 8
 
     def places(self, height: int, width: int) -> Iterator[tuple[int, int]]:
-        """Give the top left corner of every window over a picture, which is at least as large as a window."""
+        """Give the top left corner of every window over an image, which is at least as large as a window."""
         for top in self._starts(height):
             for left in self._starts(width):
                 yield top, left
@@ -42,61 +42,61 @@ class Window:
 
 def segment(
     model: nn.Module,
-    pictures: Sequence[Tensor],
+    images: Sequence[Tensor],
     window: Window,
     short: int,
     scales: Sequence[float] = (1.0,),
     *,
     flips: bool = False,
 ) -> list[Tensor]:
-    """Return probabilities [classes, H, W] for every picture, each in its own size.
+    """Return probabilities [classes, H, W] for every image, each in its own size.
 
     Args:
-        model: pictures [B, 3, size, size] -> logits [B, classes, size, size].
-        pictures: normalised pictures [3, H, W], of any sizes.
+        model: images [B, 3, size, size] -> logits [B, classes, size, size].
+        images: normalised images [3, H, W], of any sizes.
         window: slides over them.
         short: the pixels that short sides are brought to at scale 1.
         scales: whose probabilities are averaged.
-        flips: whether those of mirrored pictures are averaged too.
+        flips: whether those of mirrored images are averaged too.
     """
     totals: list[Tensor] = []
     versions = [(scale, flip) for scale in scales for flip in ((False, True) if flips else (False,))]
     for scale, flip in versions:
         # The published code rounds the asked-for sides of a scale down.
-        resized = [_resized(one, scaled_size(one.shape[1], one.shape[2], int(short * scale))) for one in pictures]
+        resized = [_resized(one, scaled_size(one.shape[1], one.shape[2], int(short * scale))) for one in images]
         found = [
-            slide(model, picture.flip(2) if flip else picture, window, original.shape[1:], flipped=flip)
-            for picture, original in zip(resized, pictures, strict=True)
+            slide(model, image.flip(2) if flip else image, window, original.shape[1:], flipped=flip)
+            for image, original in zip(resized, images, strict=True)
         ]
         totals = [total + one for total, one in zip(totals, found, strict=True)] if totals else found
     return [total / len(versions) for total in totals]
 
 
-def slide(model: nn.Module, picture: Tensor, window: Window, size: Sequence[int], *, flipped: bool = False) -> Tensor:
-    """Return probabilities [classes, *size] for one picture [3, h, w].
+def slide(model: nn.Module, image: Tensor, window: Window, size: Sequence[int], *, flipped: bool = False) -> Tensor:
+    """Return probabilities [classes, *size] for one image [3, h, w].
 
-    Where windows overlap, logits are averaged. A picture with a side below the window's is enlarged first, in its
+    Where windows overlap, logits are averaged. An image with a side below the window's is enlarged first, in its
     proportions, until both sides reach it.
 
     Args:
-        model: pictures [B, 3, window, window] -> logits [B, classes, window, window].
-        picture: normalised.
+        model: images [B, 3, window, window] -> logits [B, classes, window, window].
+        image: normalised.
         window: slides over it.
         size: rows and columns of the result, in pixels.
-        flipped: whether the picture was mirrored; the result is mirrored back.
+        flipped: whether the image was mirrored; the result is mirrored back.
     """
-    if min(picture.shape[1:]) < window.size:
-        picture = _resized(picture, _enlarged(picture.shape[1], picture.shape[2], window.size))
-    places = list(window.places(*picture.shape[1:]))
+    if min(image.shape[1:]) < window.size:
+        image = _resized(image, _enlarged(image.shape[1], image.shape[2], window.size))
+    places = list(window.places(*image.shape[1:]))
     summed: Tensor | None = None
-    count = picture.new_zeros(picture.shape[1:], dtype=torch.float32)
+    count = image.new_zeros(image.shape[1:], dtype=torch.float32)
     for first in range(0, len(places), window.batch):
         chunk = places[first : first + window.batch]
-        crops = [picture[:, top : top + window.size, left : left + window.size] for top, left in chunk]
+        crops = [image[:, top : top + window.size, left : left + window.size] for top, left in chunk]
         logits = model(torch.stack(crops))
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if summed is None:
-            summed = logits.new_zeros(logits.shape[1], *picture.shape[1:])
+            summed = logits.new_zeros(logits.shape[1], *image.shape[1:])
         for (top, left), one in zip(chunk, logits, strict=True):
             summed[:, top : top + window.size, left : left + window.size] += one
             count[top : top + window.size, left : left + window.size] += 1
@@ -110,8 +110,8 @@ def _enlarged(height: int, width: int, side: int) -> tuple[int, int]:
     return (side, int(width / height * side)) if height < width else (int(height / width * side), side)
 
 
-def _resized(picture: Tensor, size: tuple[int, int]) -> Tensor:
+def _resized(image: Tensor, size: tuple[int, int]) -> Tensor:
     # Without a filter against aliasing: the published pipeline resizes with OpenCV, which has none.
-    if tuple(picture.shape[1:]) == size:
-        return picture
-    return F.interpolate(picture[None], size, mode="bilinear", align_corners=False)[0]
+    if tuple(image.shape[1:]) == size:
+        return image
+    return F.interpolate(image[None], size, mode="bilinear", align_corners=False)[0]

@@ -34,7 +34,7 @@ def merge_tokens(model: nn.Module, vision: int | float | Sequence[int], *, examp
         model: any model with an image encoder whose layers are modules: timm's, transformers', open_clip's, one's own.
         vision: tokens that every layer removes; or as many as there are layers, one for each; or, between 0 and 1, the
             share of the encoder's multiply-adds to remove, for which one number is found. 0 takes merging off.
-        example: inputs for one call, as `upop.survey` takes them; made up where the model says what it takes.
+        example: inputs for one call, as `upop.find_prunable` takes them; made up where the model says what it takes.
 
     Returns:
         The model.

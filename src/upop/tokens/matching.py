@@ -123,18 +123,18 @@ def unmerge(tokens: Tensor, found: Match) -> Tensor:
 
 def cosine(keys: Tensor, guide: Tensor) -> Tensor:
     """Return the cosine of each token's key with the guide, [B, T], of keys [B, T, C] and a guide [B, C]."""
-    return (_unit(keys) @ _unit(guide).unsqueeze(2)).squeeze(2)
+    return (_group(keys) @ _group(guide).unsqueeze(2)).squeeze(2)
 
 
-def _unit(vectors: Tensor) -> Tensor:
+def _group(vectors: Tensor) -> Tensor:
     length: Tensor = vectors.norm(dim=-1, keepdim=True)
     return vectors / length.clamp_min(torch.finfo(vectors.dtype).tiny)
 
 
 def _cosines(keys: Tensor) -> Tensor:
     """Return the cosines of all pairs, [B, T, T], symmetric to the last bit, whatever the product rounds."""
-    unit = _unit(keys)
-    upper = (unit @ unit.transpose(1, 2)).triu(1)
+    group = _group(keys)
+    upper = (group @ group.transpose(1, 2)).triu(1)
     return upper + upper.transpose(1, 2)
 
 

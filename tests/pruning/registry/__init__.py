@@ -1,4 +1,4 @@
-"""Every architecture that units must be found in, masked, cut, saved and loaded: one row each, tiny and random.
+"""Every architecture that groups must be found in, masked, cut, saved and loaded: one row each, tiny and random.
 
 `ARCHITECTURES` is what tests/pruning/test_coverage.py runs and docs/coverage.md shows. To add one, add a row to the
 module of its library; sizes come from rules, so that a row is mostly a name.

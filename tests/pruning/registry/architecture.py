@@ -88,8 +88,8 @@ def _timm_eager(modules: list[Any]) -> Iterator[None]:
             module.fused_attn = value
 
 
-def picture(size: int = 32, channels: int = 3, batch: int = 2) -> Callable[[nn.Module, torch.Generator], Inputs]:
-    """Return inputs of one argument: random pictures, [batch, channels, size, size], under the name `x`."""
+def image(size: int = 32, channels: int = 3, batch: int = 2) -> Callable[[nn.Module, torch.Generator], Inputs]:
+    """Return inputs of one argument: random images, [batch, channels, size, size], under the name `x`."""
 
     def make(_model: nn.Module, generator: torch.Generator) -> Inputs:
         return {"x": torch.randn(batch, channels, size, size, generator=generator)}

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.models import VisionTransformer
 
-from pruning.registry.architecture import Architecture, Inputs, picture
+from pruning.registry.architecture import Architecture, Inputs, image
 
 _TEXT = {"context_length": 7, "vocab_size": 99, "width": 24, "heads": 3, "layers": 2}
 _SIZES = {"d_model": 24, "nhead": 3, "dim_feedforward": 40}
@@ -73,9 +73,9 @@ def _siglip() -> nn.Module:
     )
 
 
-def _picture_and_words(model: nn.Module, generator: torch.Generator) -> Inputs:
+def _image_and_words(model: nn.Module, generator: torch.Generator) -> Inputs:
     words = torch.randint(5, 90, (2, 7), generator=generator)
-    return {"image": picture()(model, generator)["x"], "text": words}
+    return {"image": image()(model, generator)["x"], "text": words}
 
 
 OTHERS: tuple[Architecture, ...] = (
@@ -101,13 +101,13 @@ OTHERS: tuple[Architecture, ...] = (
             mlp_dim=40,
             num_classes=7,
         ),
-        picture(),
+        image(),
     ),
     *(
         (
-            Architecture("open_clip", "CLIP", _clip, _picture_and_words),
-            Architecture("open_clip", "CLIP, quick GELU", partial(_clip, True), _picture_and_words),
-            Architecture("open_clip", "CustomTextCLIP, as SigLIP", _siglip, _picture_and_words),
+            Architecture("open_clip", "CLIP", _clip, _image_and_words),
+            Architecture("open_clip", "CLIP, quick GELU", partial(_clip, True), _image_and_words),
+            Architecture("open_clip", "CustomTextCLIP, as SigLIP", _siglip, _image_and_words),
         )
         if importlib.util.find_spec("open_clip")
         else ()

@@ -10,18 +10,18 @@ import timm
 from timm import models
 from torch import nn
 
-from pruning.registry.architecture import Architecture, picture
+from pruning.registry.architecture import Architecture, image
 
 _PLAIN = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3}
 
 
 def _row(name: str, size: int = 32, **sizes: Any) -> Architecture:
-    return Architecture("timm", name, partial(timm.create_model, name, num_classes=7, **sizes), picture(size))
+    return Architecture("timm", name, partial(timm.create_model, name, num_classes=7, **sizes), image(size))
 
 
 def _own(name: str, make: Callable[..., nn.Module], size: int, **sizes: Any) -> Architecture:
     """A row for a class whose named models fix their sizes."""
-    return Architecture("timm", name, partial(make, num_classes=7, **sizes), picture(size))
+    return Architecture("timm", name, partial(make, num_classes=7, **sizes), image(size))
 
 
 _VISION_TRANSFORMERS = (

@@ -28,7 +28,7 @@ def _words(generator: torch.Generator, length: int = 7) -> Tensor:
     return torch.randint(5, 90, (2, length), generator=generator)
 
 
-def _picture(generator: torch.Generator, size: int = 32) -> Tensor:
+def _image(generator: torch.Generator, size: int = 32) -> Tensor:
     return torch.randn(2, 3, size, size, generator=generator)
 
 
@@ -41,23 +41,23 @@ def _both_texts(_model: nn.Module, generator: torch.Generator) -> Inputs:
 
 
 def _pixels(_model: nn.Module, generator: torch.Generator) -> Inputs:
-    return {"pixel_values": _picture(generator)}
+    return {"pixel_values": _image(generator)}
 
 
-def _picture_and_text(_model: nn.Module, generator: torch.Generator) -> Inputs:
-    return {"input_ids": _words(generator), "pixel_values": _picture(generator)}
+def _image_and_text(_model: nn.Module, generator: torch.Generator) -> Inputs:
+    return {"input_ids": _words(generator), "pixel_values": _image(generator)}
 
 
-def _picture_in_text(
-    pieces: int, picture: Callable[[torch.Generator], Inputs] = lambda generator: {"pixel_values": _picture(generator)}
+def _image_in_text(
+    pieces: int, image: Callable[[torch.Generator], Inputs] = lambda generator: {"pixel_values": _image(generator)}
 ) -> Callable[[nn.Module, torch.Generator], Inputs]:
-    """Return inputs in which some words stand for the pieces of a picture."""
+    """Return inputs in which some words stand for the pieces of an image."""
 
     def make(model: nn.Module, generator: torch.Generator) -> Inputs:
         config: Any = model.config
         word = getattr(config, "image_token_id", None) or config.image_token_index
         words = torch.cat([torch.full((2, pieces), word), _words(generator)], 1)
-        inputs = {"input_ids": words, "attention_mask": torch.ones_like(words), **picture(generator)}
+        inputs = {"input_ids": words, "attention_mask": torch.ones_like(words), **image(generator)}
         if "image_grid_thw" in inputs:
             inputs["mm_token_type_ids"] = (words == word).int()
         return inputs
@@ -65,12 +65,12 @@ def _picture_in_text(
     return make
 
 
-def _one_picture_each(generator: torch.Generator) -> Inputs:
-    return {"pixel_values": _picture(generator).unsqueeze(1)}
+def _one_image_each(generator: torch.Generator) -> Inputs:
+    return {"pixel_values": _image(generator).unsqueeze(1)}
 
 
 def _patches(generator: torch.Generator) -> Inputs:
-    """Return pictures as Qwen takes them: 4 x 4 patches of 2 frames each, and the grids."""
+    """Return images as Qwen takes them: 4 x 4 patches of 2 frames each, and the grids."""
     return {
         "pixel_values": torch.randn(2 * 16, 3 * 2 * 8 * 8, generator=generator),
         "image_grid_thw": torch.tensor([[1, 4, 4], [1, 4, 4]]),
@@ -78,7 +78,7 @@ def _patches(generator: torch.Generator) -> Inputs:
 
 
 def _flat_patches(_model: nn.Module, generator: torch.Generator) -> Inputs:
-    """Return pictures as SigLIP 2 takes them, beside texts: 4 x 4 flat patches."""
+    """Return images as SigLIP 2 takes them, beside texts: 4 x 4 flat patches."""
     return {
         "input_ids": _words(generator),
         "pixel_values": torch.randn(2, 16, 3 * 8 * 8, generator=generator),
@@ -88,7 +88,7 @@ def _flat_patches(_model: nn.Module, generator: torch.Generator) -> Inputs:
 
 
 def _points(_model: nn.Module, generator: torch.Generator) -> Inputs:
-    return {"pixel_values": _picture(generator), "input_points": 32 * torch.rand(2, 1, 3, 2, generator=generator)}
+    return {"pixel_values": _image(generator), "input_points": 32 * torch.rand(2, 1, 3, 2, generator=generator)}
 
 
 def _sound(_model: nn.Module, generator: torch.Generator) -> Inputs:
@@ -154,15 +154,15 @@ TRANSFORMERS: tuple[Architecture, ...] = (
     *(_row(kind) for kind in _ENCODERS),
     *(_row(kind, "AutoModelForCausalLM", generates=True) for kind in _DECODERS),
     *(_row(kind, "AutoModelForSeq2SeqLM", _both_texts, generates=True) for kind in _TRANSLATORS),
-    *(_row(kind, inputs=_picture_and_text) for kind in _PAIRS),
+    *(_row(kind, inputs=_image_and_text) for kind in _PAIRS),
     _row("t5", "AutoModelForSeq2SeqLM", _both_texts, generates=True, decoder_start_token_id=0),
     _row("xglm", exact=False),
-    _row("siglip", inputs=_picture_and_text, text_config={"projection_size": 32}),
+    _row("siglip", inputs=_image_and_text, text_config={"projection_size": 32}),
     _row("siglip2", inputs=_flat_patches, text_config={"projection_size": 32}, vision_config={"num_patches": 16}),
-    _row("vilt", inputs=_picture_and_text),
+    _row("vilt", inputs=_image_and_text),
     _row(
         "bridgetower",
-        inputs=_picture_and_text,
+        inputs=_image_and_text,
         hidden_size=64,
         text_config={"hidden_size": 64},
         vision_config={"hidden_size": 64},
@@ -174,30 +174,30 @@ TRANSFORMERS: tuple[Architecture, ...] = (
         vision_config={"num_pos_feats": 16, "output_channels": 32},
         prompt_encoder_config={"image_embedding_size": 4},
     ),
-    _row("git", "AutoModelForCausalLM", _picture_and_text, generates=True),
-    _row("blip", "BlipForConditionalGeneration", _picture_and_text),
-    _row("blip-2", "AutoModelForImageTextToText", _picture_in_text(5), generates=True, image_token_index=3),
-    _row("llava", "AutoModelForImageTextToText", _picture_in_text(16), generates=True),
-    _row("paligemma", "AutoModelForImageTextToText", _picture_in_text(16), generates=True),
+    _row("git", "AutoModelForCausalLM", _image_and_text, generates=True),
+    _row("blip", "BlipForConditionalGeneration", _image_and_text),
+    _row("blip-2", "AutoModelForImageTextToText", _image_in_text(5), generates=True, image_token_index=3),
+    _row("llava", "AutoModelForImageTextToText", _image_in_text(16), generates=True),
+    _row("paligemma", "AutoModelForImageTextToText", _image_in_text(16), generates=True),
     *(
-        _row(kind, "AutoModelForImageTextToText", _picture_in_text(4, _one_picture_each), generates=True)
+        _row(kind, "AutoModelForImageTextToText", _image_in_text(4, _one_image_each), generates=True)
         for kind in ("idefics3", "smolvlm")
     ),
     _row(
         "qwen2_5_vl",
         "AutoModelForImageTextToText",
-        _picture_in_text(4, _patches),
+        _image_in_text(4, _patches),
         generates=True,
         text_config={"rope_parameters": {"mrope_section": [2, 1, 1]}},
     ),
     _row(
         "qwen3_vl",
         "AutoModelForImageTextToText",
-        _picture_in_text(4, _patches),
+        _image_in_text(4, _patches),
         generates=True,
         vision_config={"deepstack_visual_indexes": [0]},
     ),
-    _row("florence2", "AutoModelForImageTextToText", _picture_in_text(2), vision_config=_FLORENCE),
+    _row("florence2", "AutoModelForImageTextToText", _image_in_text(2), vision_config=_FLORENCE),
     _row("gptj", "AutoModelForCausalLM", generates=True, rotary_dim=4),
     *(_row(kind, "AutoModelForCausalLM", generates=True) for kind in ("mixtral", "qwen3_moe", "gpt_oss")),
     _row("deepseek_v3", "AutoModelForCausalLM", generates=True, **_LATENT),

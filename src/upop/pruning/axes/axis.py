@@ -99,14 +99,14 @@ class Axis:
         for part in root.parts:
             part.fixed, part.marks = root.fixed, set(root.marks)
 
-    def entries(self, of: Axis) -> Tensor:
-        """Return which entry of the axis `of` each position belongs to, [size], int64; -1 where none."""
+    def channels(self, of: Axis) -> Tensor:
+        """Return which channel of the axis `of` each position belongs to, [size], int64; -1 where none."""
         root = self.root
         if root is of:
             return torch.arange(self.size)
         if not root.parts:
             return torch.full((self.size,), -1)
-        found = [part.entries(of) for part in root.parts]
+        found = [part.channels(of) for part in root.parts]
         if root.joined == "row":
             return torch.cat(found)
         result = torch.full([len(part) for part in found], -1)
@@ -167,7 +167,7 @@ def split(factor: Axis | int, outer: int) -> tuple[Axis | int, Axis | int] | Non
 
 
 def _turn_row_into_product(root: Axis, outer: int) -> None:
-    """Make a row of equal parts a product: the same entries of all parts belong together from now on."""
+    """Make a row of equal parts a product: the same channels of all parts belong together from now on."""
     if len(root.parts) != outer or len({part.size for part in root.parts}) > 1:
         return
     row = first, *others = root.parts

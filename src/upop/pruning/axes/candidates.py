@@ -1,4 +1,4 @@
-"""From groups to units: which of the axes that could go are offered, and how their slices are written down."""
+"""From components to groups: which of the axes that could go are offered, and how their slices are written down."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from upop.pruning.axes.axis import Axis
-from upop.pruning.axes.groups import Group, Part
+from upop.pruning.axes.components import Component, Part
 from upop.pruning.axes.obstacles import obstacle
 from upop.pruning.axes.trace import Trace
-from upop.pruning.units import Entry, Kind, Slice, Unit, tensor_of
+from upop.pruning.groups import Channel, Group, Kind, Slice, tensor_of
 from upop.pruning.words import modality_of
 
 HEADS = ("head", "group")
@@ -23,72 +23,72 @@ _BOTTLENECK = 8
 
 @dataclass(frozen=True)
 class Candidate:
-    """A unit that still has to be proved.
+    """A group that still has to be proved.
 
     Attributes:
-        unit: as far as it is known.
+        group: as far as it is known.
         axis: what it cuts.
         holder: the module that holds all its layers.
         loud: its slices where what seems to gate alone is masked, too; () where nothing does.
     """
 
-    unit: Unit
+    group: Group
     axis: Axis
     holder: str
     loud: tuple[Slice, ...] = ()
 
 
 class NotCuttableError(Exception):
-    """A group makes no unit; carries the reason."""
+    """A component makes no group; carries the reason."""
 
 
-def candidate(model: nn.Module, trace: Trace, group: Group, shared: Sequence[Sequence[str]] = ()) -> Candidate:
-    """Return the unit that a group makes.
+def candidate(model: nn.Module, trace: Trace, component: Component, shared: Sequence[Sequence[str]] = ()) -> Candidate:
+    """Return the group that a component makes.
 
     Args:
         model: that was read.
         trace: what a run of it did.
-        group: of that trace.
+        component: of that trace.
         shared: the names of its shared tensors (`shared_tensors`).
 
     Raises:
         NotCuttableError: it makes none, with the reason.
     """
-    if "residual" in group.axis.marks and not _is_inner(trace, group.axis):
+    if "residual" in component.axis.marks and not _is_inner(trace, component.axis):
         raise NotCuttableError("it is the residual stream")
-    if group.axis.fixed:
-        raise NotCuttableError(group.axis.fixed)
-    for part in group.parts:
+    if component.axis.fixed:
+        raise NotCuttableError(component.axis.fixed)
+    for part in component.parts:
         reason = obstacle(model, part.use.name.rpartition(".")[0])
         if reason:
             raise NotCuttableError(reason)
-    if not group.takers and not {"dimension", "attends"} <= group.axis.marks:
+    if not component.consumers and not {"dimension", "attends"} <= component.axis.marks:
         raise NotCuttableError("no weight sums over it")
-    attention = group.attends
+    attention = component.attends
     if not attention:
-        _check_block(trace, group)
+        _check_block(trace, component)
     for first, second, *others in shared:
-        if any(part.use.name in (first, second, *others) for part in group.parts):
+        if any(part.use.name in (first, second, *others) for part in component.parts):
             raise NotCuttableError(f"{first} and {second} are one tensor; untie them, by a copy for one of them")
-    slices = _read_alike([_slice(model, trace, group, part) for part in _ordered(group)])
-    loud = _read_alike([_slice(model, trace, group, part, loud=True) for part in _ordered(group)])
-    makers = group.makers
-    names = [part.use.name for part in (*makers, *group.takers)]
+    slices = _read_alike([_slice(model, trace, component, part) for part in _ordered(component)])
+    loud = _read_alike([_slice(model, trace, component, part, loud=True) for part in _ordered(component)])
+    producers = component.producers
+    names = [part.use.name for part in (*producers, *component.consumers)]
     holder = _common([name.rpartition(".")[0] for name in names])
-    entry: Entry = "neuron"
+    channel: Channel = "neuron"
     if attention:
         most = max(max(part.inners) for part in slices if part.produces)
         least = min(min(part.inners) for part in slices if part.produces)
-        dimension = group.inside_heads or "dimension" in group.axis.marks
-        entry = "dimension" if dimension else "group" if most > least and most % least == 0 else "head"
-    heads = slices[0].outer if entry == "dimension" else 1
+        dimension = component.inside_heads or "dimension" in component.axis.marks
+        channel = "dimension" if dimension else "group" if most > least and most % least == 0 else "head"
+    heads = slices[0].outer if channel == "dimension" else 1
     if slices[0].queries or slices[0].query_groups:
         heads = len(slices[0].queries) or slices[0].query_groups
-    name = _attention_name(model, makers, holder) if attention else _mlp_name(model, holder, makers, names)
+    name = _attention_name(model, producers, holder) if attention else _mlp_name(model, holder, producers, names)
     modality = modality_of(model, name)
     kind: Kind = "attention" if attention else "mlp"
-    unit = Unit(name, kind, modality, group.axis.size, heads, tuple(slices), entry=entry)
-    return Candidate(unit, group.axis, holder, tuple(loud) if loud != slices else ())
+    group = Group(name, kind, modality, component.axis.size, heads, tuple(slices), channel=channel)
+    return Candidate(group, component.axis, holder, tuple(loud) if loud != slices else ())
 
 
 def shared_tensors(model: nn.Module) -> list[list[str]]:
@@ -109,20 +109,20 @@ def _read_alike(slices: list[Slice]) -> list[Slice]:
     ]
 
 
-def _check_block(trace: Trace, group: Group) -> None:
+def _check_block(trace: Trace, component: Component) -> None:
     """Refuse what is no block of a residual stream: heads, projections, gates, adapters."""
-    layers = [*group.makers, *group.takers]
-    if "bent" not in group.axis.marks and len(layers) == 2 and all(len(part.use.axes) == 2 for part in layers):
+    layers = [*component.producers, *component.consumers]
+    if "bent" not in component.axis.marks and len(layers) == 2 and all(len(part.use.axes) == 2 for part in layers):
         raise NotCuttableError("it is a low-rank factor: nothing but a product lies between its two layers")
-    inputs = _reached(trace, group.axis, "produces", "consumes")
-    outputs = _reached(trace, group.axis, "consumes", "produces")
+    inputs = _reached(trace, component.axis, "produces", "consumes")
+    outputs = _reached(trace, component.axis, "consumes", "produces")
     shared = inputs & outputs
     width = sum(axis.size for axis in shared or inputs)
     alone = not any("residual" in leaf.marks for leaf in trace.carriers)
     if not shared and not alone and width != sum(axis.size for axis in outputs):
         raise NotCuttableError("it is no block of a residual stream: what it reads is not what it adds to")
-    if group.axis.size * _BOTTLENECK <= width:
-        raise NotCuttableError(f"it is an adapter or a gate: {group.axis.size} neurons for a width of {width}")
+    if component.axis.size * _BOTTLENECK <= width:
+        raise NotCuttableError(f"it is an adapter or a gate: {component.axis.size} neurons for a width of {width}")
 
 
 def _is_inner(trace: Trace, axis: Axis) -> bool:
@@ -157,32 +157,32 @@ def _reached(trace: Trace, axis: Axis, by: str, to: str) -> set[Axis]:
     return found
 
 
-def _ordered(group: Group) -> list[Part]:
+def _ordered(component: Component) -> list[Part]:
     """Return the parts: what makes the axis first, what follows it, and one that takes it last."""
-    others = [part for part in group.parts if part not in group.makers and part not in group.takers]
-    makers = sorted(group.makers, key=lambda part: part.gates)
-    takers = [part for part in group.takers if part not in makers]
+    others = [part for part in component.parts if part not in component.producers and part not in component.consumers]
+    producers = sorted(component.producers, key=lambda part: part.gates)
+    consumers = [part for part in component.consumers if part not in producers]
     biases = {part.use.name.rpartition(".")[0]: part for part in others if part.use.name.endswith("bias")}
     ordered: list[Part] = []
-    for part in makers:
+    for part in producers:
         ordered.append(part)
         bias = biases.pop(part.use.name.rpartition(".")[0], None)
         if bias is not None:
             ordered.append(bias)
     rest = [part for part in others if not any(part is each for each in ordered)]
-    return [*ordered, *rest, *takers]
+    return [*ordered, *rest, *consumers]
 
 
-def _slice(model: nn.Module, trace: Trace, group: Group, part: Part, *, loud: bool = False) -> Slice:
-    size = group.axis.size
-    gaps, inners = _blocks(part.entries, size)
+def _slice(model: nn.Module, trace: Trace, component: Component, part: Part, *, loud: bool = False) -> Slice:
+    size = component.axis.size
+    gaps, inners = _blocks(part.channels, size)
     makes = bool(part.roles & {"produces", "added"})
     inner: int | tuple[int, ...] = inners[0] if len(set(inners)) == 1 else tuple(inners)
     queries: tuple[int, ...] = ()
-    if "dimension" in group.axis.marks:
+    if "dimension" in component.axis.marks:
         queries = _flagged(trace.query_rows(part.use, part.dim), part, inners)
     first = queries == tuple(range(len(queries)))
-    mlp = not group.attends and not loud  # in an attention, what gates one thing may make another
+    mlp = not component.attends and not loud  # in an attention, what gates one thing may make another
     is_parameter = isinstance(tensor_of(model, part.use.name), nn.Parameter)
     return Slice(
         part.use.name,
@@ -202,14 +202,14 @@ def _flagged(flags: Tensor | None, part: Part, inners: list[int]) -> tuple[int, 
     """Return which of the blocks of a tensor are flagged."""
     if flags is None or not flags.any():
         return ()
-    positions = (part.entries == 0).nonzero().flatten()
+    positions = (part.channels == 0).nonzero().flatten()
     starts = positions[:: inners[0]] if len(set(inners)) == 1 else positions
     return tuple(block for block, start in enumerate(starts.tolist()) if flags[start])
 
 
-def _blocks(entries: Tensor, size: int) -> tuple[list[int], list[int]]:
-    """Return the gaps around the blocks of a tensor that hold every entry once, and each block's rows per entry."""
-    values = entries.tolist()
+def _blocks(channels: Tensor, size: int) -> tuple[list[int], list[int]]:
+    """Return the gaps around the blocks of a tensor that hold every channel once, and each block's rows per channel."""
+    values = channels.tolist()
     gaps, inners, at = [0], [], 0
     while at < len(values):
         if values[at] < 0:
@@ -221,7 +221,7 @@ def _blocks(entries: Tensor, size: int) -> tuple[list[int], list[int]]:
             inner += 1
         expected = torch.arange(size).repeat_interleave(inner).tolist()
         if values[at : at + size * inner] != expected:
-            raise NotCuttableError("its entries lie in no regular order")
+            raise NotCuttableError("its channels lie in no regular order")
         inners.append(inner)
         gaps.append(0)
         at += size * inner
@@ -238,19 +238,19 @@ def _common(paths: list[str]) -> str:
     return ".".join(shared)
 
 
-def _attention_name(model: nn.Module, makers: list[Part], holder: str) -> str:
+def _attention_name(model: nn.Module, producers: list[Part], holder: str) -> str:
     """Return the name of the module that holds all layers which make queries, keys and values, or their weights."""
     layers = []
-    for part in makers:
+    for part in producers:
         layer = part.use.name.rpartition(".")[0]
         alone = not any(True for _ in model.get_submodule(layer).children())
         layers.append(layer.rpartition(".")[0] if alone and layer != holder else layer)
     return _common(layers)
 
 
-def _mlp_name(model: nn.Module, holder: str, makers: list[Part], tensors: list[str]) -> str:
+def _mlp_name(model: nn.Module, holder: str, producers: list[Part], tensors: list[str]) -> str:
     """Return an MLP's name: that of the module that holds nothing else, or of the part that makes its axis."""
-    first = makers[0].use.name.rpartition(".")[0]
+    first = producers[0].use.name.rpartition(".")[0]
     if first == holder:
         return first
     child, _, rest = first.removeprefix(f"{holder}.").partition(".")
@@ -263,15 +263,15 @@ def _mlp_name(model: nn.Module, holder: str, makers: list[Part], tensors: list[s
 
 def named_apart(candidates: list[Candidate]) -> list[Candidate]:
     """Return the candidates with names that differ: where several share one, each has that of its first layer."""
-    count = Counter((each.unit.name, each.unit.entry in HEADS) for each in candidates)
+    count = Counter((each.group.name, each.group.channel in HEADS) for each in candidates)
     taken: Counter[tuple[str, bool]] = Counter()
     result = []
     for each in candidates:
-        name, of_heads = each.unit.name, each.unit.entry in HEADS
-        if count[name, of_heads] > 1 and each.unit.kind == "mlp":
-            name = each.unit.slices[0].tensor.rpartition(".")[0]
+        name, of_heads = each.group.name, each.group.channel in HEADS
+        if count[name, of_heads] > 1 and each.group.kind == "mlp":
+            name = each.group.slices[0].tensor.rpartition(".")[0]
         taken[name, of_heads] += 1
         if taken[name, of_heads] > 1:
             name = f"{name}[{taken[name, of_heads]}]"
-        result.append(replace(each, unit=replace(each.unit, name=name)))
+        result.append(replace(each, group=replace(each.group, name=name)))
     return result

@@ -28,16 +28,16 @@ from upop.pruning.axes.mode import Mode, defined, leaves_in, tensors_in
 from upop.pruning.costs import call
 from upop.pruning.duplicates import duplicate
 from upop.pruning.errors import LayoutError
+from upop.pruning.groups import tensor_of
 from upop.pruning.masks import unmask
 from upop.pruning.sharded import is_sharded_tensor, sharded_modules, unsharded_class
-from upop.pruning.units import tensor_of
 
 _MOST_COPIED = 500_000_000
 """Parameters of the largest model of which copies with numbers are made because a forward asks for them."""
 _MOST_DRAWN = 2**22
 """Random numbers that are drawn for a copy; every tensor has them from another place on, a larger one over again."""
 _MOST_COUNTED = 2**24
-"""Entries of the largest tensor of whole numbers that is kept as it is."""
+"""Channels of the largest tensor of whole numbers that is kept as it is."""
 
 
 def changed(model: nn.Module, change: Callable[[Tensor], Tensor]) -> dict[int, Any]:
@@ -86,7 +86,9 @@ def copied(model: nn.Module, tensors: dict[int, Any]) -> nn.Module:
         try:
             return _copy(model, dict(tensors))
         except Exception as error:
-            raise LayoutError(f"{type(model).__name__} cannot be copied to try things on: {told(error)}.") from error
+            raise LayoutError(
+                f"{type(model).__name__} cannot be copied to try things on: {message_of(error)}."
+            ) from error
 
 
 def _copy(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
@@ -129,7 +131,7 @@ def _shards(hook: Any) -> bool:
     return type(getattr(hook, "__self__", None)).__module__.startswith("torch.distributed.")
 
 
-def told(error: Exception) -> str:
+def message_of(error: Exception) -> str:
     """Return what was raised, in one line; an assertion may have nothing to say."""
     first = next(iter(str(error).splitlines()), "")
     return f"{type(error).__name__}: {first[:200]}" if first else type(error).__name__
@@ -166,7 +168,7 @@ class Shapes:
             error = self._raises()
         if error is not None:
             raise LayoutError(
-                f"{type(model).__name__} cannot be run with the example: {told(error)}. "
+                f"{type(model).__name__} cannot be run with the example: {message_of(error)}. "
                 "Give what a call of the model takes: a tensor, a tuple of arguments, or a mapping of keywords."
             ) from error
 
@@ -348,7 +350,7 @@ def _caches(_modules: int) -> dict[Any, int]:
 def written_out() -> Iterator[None]:
     """Have attention and compiled code run as they are written, not by one kernel that cannot be looked into."""
     log = logging.getLogger("torch._subclasses.fake_tensor")
-    fast, told = torch.backends.mha.get_fastpath_enabled(), log.disabled
+    fast, silent = torch.backends.mha.get_fastpath_enabled(), log.disabled
     log.disabled = True  # what a forward cannot do without numbers is tried with them
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -356,7 +358,7 @@ def written_out() -> Iterator[None]:
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
-        log.disabled = told
+        log.disabled = silent
 
 
 def _drawn(pool: Tensor, like: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:

@@ -1,6 +1,6 @@
 """Examples for models that come without one: what they say of their inputs, or what their layers ask for, tried.
 
-What runs is a good example: units are proved on numbers, whatever the numbers. Where one call does not reach all
+What runs is a good example: groups are proved on numbers, whatever the numbers. Where one call does not reach all
 weights, calls that reach others are made after it.
 """
 
@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import register_pytree_node
 
-from upop.pruning.axes.copies import Shapes, told
+from upop.pruning.axes.copies import Shapes, message_of
 from upop.pruning.axes.inputs import BATCH, channels_of, described, image_sizes, placed, words
 from upop.pruning.costs import call
 from upop.pruning.errors import LayoutError
@@ -66,12 +66,16 @@ def example_for(model: nn.Module) -> Any:
             if "allocate" not in str(error) and isinstance(error, RuntimeError):
                 raise
             # Inputs as large as the model says cannot be made.
-            raise LayoutError(_advice(model, LayoutError(told(error)))) from error
+            raise LayoutError(_advice(model, LayoutError(message_of(error)))) from error
 
 
 def _found(model: nn.Module) -> Any:
-    twins: Mapping[str, str] = getattr(model, "momentum_twins", {})
-    left = {name for name in _weights(model) if not name.startswith(tuple(f"{twin}." for twin in twins.values()))}
+    momentum_encoders: Mapping[str, str] = getattr(model, "momentum_encoders", {})
+    left = {
+        name
+        for name in _weights(model)
+        if not name.startswith(tuple(f"{momentum_encoder}." for momentum_encoder in momentum_encoders.values()))
+    }
     taken: list[tuple[str, Any]] = []
     error: LayoutError | None = None
     tries = _MOST
@@ -116,11 +120,11 @@ def _tried(model: nn.Module, left: set[str], taken: list[Any]) -> Iterator[tuple
             them.
         taken: what ran so far.
     """
-    for given in _said(model):
+    for given in _stated(model):
         yield "", given
     parts = [(path, part) for path, part in model.named_modules() if path and _speaks(part)]
     for _, part in parts[:_WRAPPED] if not _speaks(model) else []:
-        for given in _said(part):  # a wrapper may hand on what it is given
+        for given in _stated(part):  # a wrapper may hand on what it is given
             if not taken:
                 yield "", given
     for given in _by_layers(model) if not taken else []:
@@ -129,7 +133,7 @@ def _tried(model: nn.Module, left: set[str], taken: list[Any]) -> Iterator[tuple
     if hasattr(model, "main_input_name") or type(model).forward is nn.Module.forward:
         for path, part in parts:
             inside = {f"{path}.{name}" for name in _weights(part)}
-            for given in itertools.chain(_said(part), _by_layers(part)):
+            for given in itertools.chain(_stated(part), _by_layers(part)):
                 if not inside or not inside <= left:
                     break
                 yield path, given
@@ -140,7 +144,7 @@ def _speaks(module: nn.Module) -> bool:
     return any(hasattr(module, name) for name in ("main_input_name", "default_cfg", *_GIVEN))
 
 
-def _said(model: nn.Module) -> Iterator[Any]:
+def _stated(model: nn.Module) -> Iterator[Any]:
     """Yield what a model gives as its inputs, and what fits what it says of them."""
     if hasattr(model, "main_input_name"):  # transformers' dummy inputs are words alone
         yield from described(model)
@@ -163,8 +167,10 @@ def _by_layers(model: nn.Module) -> Iterator[Any]:
     embeds = any(isinstance(each, nn.Embedding) for each in layers)
     if isinstance(first, nn.Conv2d) or hasattr(model, "default_cfg"):
         own = first.in_channels if isinstance(first, nn.Conv2d) else channels_of(model)
-        said = channels_of(model) if hasattr(model, "default_cfg") else own  # the first layer may take patches of them
-        for channels, size in itertools.product(dict.fromkeys((own, said)), image_sizes(model)):
+        stated = (
+            channels_of(model) if hasattr(model, "default_cfg") else own
+        )  # the first layer may take patches of them
+        for channels, size in itertools.product(dict.fromkeys((own, stated)), image_sizes(model)):
             image = torch.randn(BATCH, channels, size, size)
             yield (image, *(words(model) if embeds else image for _ in range(count - 1)))
     if embeds:
@@ -210,6 +216,6 @@ def _advice(model: nn.Module, error: LayoutError | None) -> str:
     seen = f" The first of those that were tried: {error}" if error is not None else ""
     return (
         f"{type(model).__name__} is read off one call of it, and no inputs are known for it. Give one batch of what it "
-        f"takes, for instance upop.survey(model, example={{{shown}}}); Pruner and calibrate take `example` as well."
-        f"{seen}"
+        f"takes, for instance upop.find_prunable(model, example={{{shown}}}); Pruner and calibrate take `example` as "
+        f"well.{seen}"
     )

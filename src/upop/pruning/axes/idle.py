@@ -1,4 +1,4 @@
-"""Modules that are idle while units are tried that have no part in them."""
+"""Modules that are idle while groups are tried that have no part in them."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """What models of libraries say of their inputs: by a configuration, by sizes that they keep, by their forward's names.
 
-Nothing here decides what is cut: inputs are tried, and units are read off what the model computes with them.
+Nothing here decides what is cut: inputs are tried, and groups are read off what the model computes with them.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _MOST_IMAGES = 8
 _SMALL, _COMMON = 64, (32, 224)
 _SIZES = ("img_size", "image_size")
 _CHANNELS = ("num_channels", "in_channels", "in_chans")
-_PICTURES = ("pixel_values", "images", "image")
+_IMAGES = ("pixel_values", "images", "image")
 _TEXTS = ("input_ids", "decoder_input_ids", "qformer_input_ids")
 _FEATURES = {"visual_feats": "visual_feat_dim", "visual_pos": "visual_pos_dim", "visual_embeds": "visual_embedding_dim"}
 """What was seen in an image, region by region, and the number that says how long one is."""
@@ -39,22 +39,22 @@ Inputs = dict[str, Any]
 
 def words(model: nn.Module, length: int = _WORDS) -> Tensor:
     """Return numbers of words, [2, length]."""
-    said = [getattr(each, "vocab_size", None) for each in _configurations(getattr(model, "config", None))]
+    stated = [getattr(each, "vocab_size", None) for each in _configurations(getattr(model, "config", None))]
     tables = [each.num_embeddings for each in model.modules() if isinstance(each, nn.Embedding)]
-    high = min(_HIGH, *([each for each in said if type(each) is int and each > 0] or tables[:1]))
+    high = min(_HIGH, *([each for each in stated if type(each) is int and each > 0] or tables[:1]))
     return torch.randint(min(_LOW, high - 1), high, (BATCH, length))
 
 
 def own_image_size(model: nn.Module) -> int | None:
     """Return the side of the images that a model says it takes, in pixels; None where it says nothing."""
-    return next((size for owner in _owners(model) for size in _said(owner)), None)
+    return next((size for owner in _owners(model) for size in _stated(owner)), None)
 
 
 def image_sizes(model: nn.Module) -> Iterator[int]:
     """Yield sizes of square images, the likeliest first: small ones, if not all that a model says of itself are."""
-    said = [size for owner in _owners(model) for size in _said(owner)]
-    smaller = [size for size in said if size <= _SMALL]
-    yield from dict.fromkeys((*smaller[:1], _SMALL, *said, *_COMMON))
+    stated = [size for owner in _owners(model) for size in _stated(owner)]
+    smaller = [size for size in stated if size <= _SMALL]
+    yield from dict.fromkeys((*smaller[:1], _SMALL, *stated, *_COMMON))
 
 
 def _owners(model: nn.Module) -> Iterator[Any]:
@@ -71,7 +71,7 @@ def _configurations(config: Any) -> list[Any]:
     return [config, *(each for value in inside for each in _configurations(value))]
 
 
-def _said(owner: Any) -> Iterator[int]:
+def _stated(owner: Any) -> Iterator[int]:
     values = [getattr(owner, name, None) for name in _SIZES] if not isinstance(owner, Mapping) else []
     held = getattr(owner, "default_cfg", None)
     values += [held.get("input_size")] if isinstance(held, Mapping) else []
@@ -96,10 +96,10 @@ def described(model: nn.Module) -> Iterator[Any]:
     if texts:
         needed = [name for name, each in asked.items() if "mask" in name and each.default is inspect.Parameter.empty]
         texts |= {name: torch.ones_like(next(iter(texts.values()))) for name in needed}
-    pictures = next((name for name in _PICTURES if name in names), None)
-    images = list(itertools.islice(_images(model, names), _MOST_IMAGES)) if pictures else []
-    if pictures:
-        images = [{pictures: seen.pop("pixel_values"), **seen} for seen in images]
+    image_argument = next((name for name in _IMAGES if name in names), None)
+    images = list(itertools.islice(_images(model, names), _MOST_IMAGES)) if image_argument else []
+    if image_argument:
+        images = [{image_argument: seen.pop("pixel_values"), **seen} for seen in images]
     sounds = list(_sounds(model, names))
     for seen in images:
         yield {**_with_places(model, names, texts, seen), **seen}
@@ -119,7 +119,7 @@ def _regions(model: nn.Module, names: set[str]) -> Iterator[Inputs]:
     if "bbox" in names:
         places = torch.arange(_WORDS)[:, None] + torch.tensor([0, 0, 1, 1])
         yield {"bbox": places.expand(BATCH, -1, -1)}
-    sizes = {name: _number(model, (said,), 0) for name, said in _FEATURES.items() if name in names}
+    sizes = {name: _number(model, (stated,), 0) for name, stated in _FEATURES.items() if name in names}
     features = {name: torch.randn(BATCH, _REGIONS, size) for name, size in sizes.items() if size}
     if features:
         yield features
@@ -138,8 +138,8 @@ def _number(model: nn.Module, names: tuple[str, ...], otherwise: int) -> int:
 def channels_of(model: nn.Module) -> int:
     """Return how many channels a model says that its images have."""
     held = getattr(model, "default_cfg", None)
-    said = held.get("input_size") if isinstance(held, Mapping) else None
-    return min(_LARGEST, _number(model, _CHANNELS, said[0] if said and type(said[0]) is int else 3))
+    stated = held.get("input_size") if isinstance(held, Mapping) else None
+    return min(_LARGEST, _number(model, _CHANNELS, stated[0] if stated and type(stated[0]) is int else 3))
 
 
 def _images(model: nn.Module, names: set[str]) -> Iterator[Inputs]:

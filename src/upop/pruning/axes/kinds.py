@@ -1,6 +1,6 @@
-"""Units of one kind, of which one is tried for all, and what a model does in the place of the others.
+"""Groups of one kind, of which one is tried for all, and what a model does in the place of the others.
 
-Two units are of one kind where the same operations, on the same shapes and with the same numbers, are done in modules
+Two groups are of one kind where the same operations, on the same shapes and with the same numbers, are done in modules
 of the same classes around them. A copy on which one of each kind is tried runs nothing else: a module in which none of
 their axes was seen gives random numbers, and what it is given is looked at, as if it were an output of the model.
 """
@@ -18,7 +18,7 @@ from upop.pruning.axes.candidates import Candidate
 from upop.pruning.axes.label import Made, Step
 from upop.pruning.axes.settle import SWAPS, around, now
 from upop.pruning.axes.trace import Trace
-from upop.pruning.units import Swap
+from upop.pruning.groups import Swap
 
 
 def kinds(model: nn.Module, trace: Trace, candidates: Sequence[Candidate]) -> list[list[Candidate]]:
@@ -32,10 +32,10 @@ def kinds(model: nn.Module, trace: Trace, candidates: Sequence[Candidate]) -> li
     for each in candidates:
         steps = sorted({*near[each.holder], *trace.carrying.get(each.axis.root, ())})
         done = tuple(_done(trace.steps[at], each.holder) for at in steps)
-        unit = each.unit
-        slices = tuple(replace(part, tensor=_beside(part.tensor, each.holder)) for part in unit.slices)
+        group = each.group
+        slices = tuple(replace(part, tensor=_beside(part.tensor, each.holder)) for part in group.slices)
         classes = tuple(map(type, model.get_submodule(each.holder).modules()))
-        found.setdefault((unit.kind, unit.entry, unit.size, unit.heads, slices, classes, done), []).append(each)
+        found.setdefault((group.kind, group.channel, group.size, group.heads, slices, classes, done), []).append(each)
     return list(found.values())
 
 
@@ -62,18 +62,18 @@ def twin(model: nn.Module, tried: Candidate, other: Candidate) -> Candidate:
             return other.holder + seen[1:]
         return ".".join(other.holder.split(".")[: -len(seen)]) if seen.startswith("^") else path
 
-    unit = tried.unit
-    slices = tuple(replace(part, tensor=own.tensor) for part, own in zip(unit.slices, other.unit.slices, strict=True))
-    attributes = tuple(replace(each, module=moved(each.module)) for each in unit.attributes)
-    paths = [(moved(each.module), each.how) for each in unit.swaps]
+    group = tried.group
+    slices = tuple(replace(part, tensor=own.tensor) for part, own in zip(group.slices, other.group.slices, strict=True))
+    attributes = tuple(replace(each, module=moved(each.module)) for each in group.attributes)
+    paths = [(moved(each.module), each.how) for each in group.swaps]
     swaps = tuple(Swap(path, SWAPS[how](type(model.get_submodule(path))), how) for path, how in paths)
-    return replace(other, unit=replace(other.unit, slices=slices, attributes=attributes, swaps=swaps))
+    return replace(other, group=replace(other.group, slices=slices, attributes=attributes, swaps=swaps))
 
 
 def idle(model: nn.Module, trace: Trace, candidates: Sequence[Candidate]) -> dict[str, list[Any]]:
     """Return the outermost modules that have weights and no part in what some candidates cut, and what they gave."""
     steps = {at for each in candidates for at in trace.carrying.get(each.axis.root, ())}
-    owners = [part.tensor.rpartition(".")[0] for each in candidates for part in each.unit.slices]
+    owners = [part.tensor.rpartition(".")[0] for each in candidates for part in each.group.slices]
     busy = {path for inner in (*(trace.steps[at].module for at in steps), *owners) for path in around(inner)}
     found: dict[str, list[Any]] = {}
     for path, module in model.named_modules():

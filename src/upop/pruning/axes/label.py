@@ -41,7 +41,7 @@ class Label:
     blank: bool = False
 
     @property
-    def live(self) -> bool:
+    def active(self) -> bool:
         """Whether it is an activation that carries an axis, or may be one."""
         return (self.latent or not self.parameter) and any(True for _ in axes_in(self.dims))
 
@@ -53,7 +53,7 @@ class Use:
     Attributes:
         axes: one for each dimension.
         roles: dimension -> "produces" (it opens the axis), "consumes" (the axis is summed over), "follows" (it is
-            one number per entry: a bias, a scale), "added" (it follows, and is not 0 where the axis is).
+            one number per channel: a bias, a scale), "added" (it follows, and is not 0 where the axis is).
         direct: whether anything but its own module's `nn.Linear.forward` reads it.
     """
 

@@ -87,19 +87,19 @@ def elementwise(trace: Trace, args: Any, kwargs: Any, result: Any, name: str) ->
             added = base in ("add", "sub", "addcmul", "rsub") and len(meeting) > 1
             if not label.latent:
                 trace.note(label, place, "added" if added else "follows")
-    live = [label for label in labels if label.live]
+    active = [label for label in labels if label.active]
     given = any(label.past and not label.parameter for label in labels)
-    if not live:
+    if not active:
         sources = frozenset().union(*(label.sources for label in labels))
         made = Label(dims, sources, True, not given and any(label.parameter for label in labels), past_of(labels))
         made.latent = made.parameter and any(label.latent for label in labels)
     else:
-        made = _merged(trace, live, dims, base, rows)
+        made = _merged(trace, active, dims, base, rows)
         if base in ("add", "sub"):
             made.sources = made.sources.union(*(label.sources for label in labels if label.parameter))
         made.latent = made.parameter = not given
         made.past = past_of(labels)
-        made.places = tuple(place for label in live for place in label.places)
+        made.places = tuple(place for label in active for place in label.places)
     made.attends, made.blank = attends_of(labels), all(label.blank for label in labels)
     for output in outputs:
         if tuple(output.shape) == tuple(length(dim) for dim in dims):
@@ -114,33 +114,33 @@ def _meeting(labels: Sequence[Label], place: int) -> list[tuple[Label, Dim]]:
 
 def _rows_that_meet(trace: Trace, labels: list[Label]) -> list[Rows]:
     """Return the rows that two activations come from that share parameters, as the halves of a gated MLP do."""
-    live = [label for label in labels if label.live]
-    if len(live) != 2 or live[0].sources.isdisjoint(live[1].sources):
+    active = [label for label in labels if label.active]
+    if len(active) != 2 or active[0].sources.isdisjoint(active[1].sources):
         return []
-    return [trace.rows(label, label.dims) for label in live]
+    return [trace.rows(label, label.dims) for label in active]
 
 
-def _merged(trace: Trace, live: list[Label], dims: list[Dim], name: str, rows: Sequence[Rows] = ()) -> Label:
+def _merged(trace: Trace, active: list[Label], dims: list[Dim], name: str, rows: Sequence[Rows] = ()) -> Label:
     """Return the label of what activations give together; where one gates another, it is the gate that is silent."""
-    linear = name in _LINEAR or all(not label.linear for label in live)
-    sources = frozenset().union(*(label.sources for label in live))
-    if name in ("add", "sub") and len(live) == 2 and live[0].sources != live[1].sources:
+    linear = name in _LINEAR or all(not label.linear for label in active)
+    sources = frozenset().union(*(label.sources for label in active))
+    if name in ("add", "sub") and len(active) == 2 and active[0].sources != active[1].sources:
         leaves = {leaf for axis in axes_in(dims) for leaf in axis.leaves()}
         trace.added.update((source, leaf) for leaf in leaves for source in sources)
-        own = [trace.bits(label.sources) for label in live]
-        again = any(own[at] and own[at] & live[1 - at].past == own[at] for at in (0, 1))
+        own = [trace.bits(label.sources) for label in active]
+        again = any(own[at] and own[at] & active[1 - at].past == own[at] for at in (0, 1))
         for leaf in leaves if again else ():
-            if trace.summed(leaf, past_of(live)):
+            if trace.summed(leaf, past_of(active)):
                 leaf.mark("residual")
-    if name in _PRODUCTS and len(live) == 2:
-        gate, value = (0, 1) if _gates(trace, *live) else (1, 0)
-        for source in live[gate].sources - live[value].sources:
+    if name in _PRODUCTS and len(active) == 2:
+        gate, value = (0, 1) if _gates(trace, *active) else (1, 0)
+        for source in active[gate].sources - active[value].sources:
             trace.gates.update((source, leaf) for axis in axes_in(dims) for leaf in axis.leaves())
-        if (rows and trace.gate(rows[gate], rows[value])) or live[0].sources != live[1].sources:
+        if (rows and trace.gate(rows[gate], rows[value])) or active[0].sources != active[1].sources:
             for axis in axes_in(dims):
                 axis.mark("bent")
-            return Label(dims, live[value].sources, live[value].linear)
-    return Label(dims, sources, all(label.linear for label in live) and linear)
+            return Label(dims, active[value].sources, active[value].linear)
+    return Label(dims, sources, all(label.linear for label in active) and linear)
 
 
 def _gates(trace: Trace, one: Label, other: Label) -> bool:
@@ -243,7 +243,7 @@ def _slice(trace: Trace, args: Any, kwargs: Any, result: Any, name: str) -> None
         dims[dim] = cut_out(dims[dim], start, max(start, stop))
     elif size % step == 0 and start < step and stop > size - step + start:  # one of every `step` that lie together
         dims[dim], among = regroup([dims[dim]], (size // step, step))
-        fix(among, "an entry of it is taken by its place")
+        fix(among, "a channel of it is taken by its place")
     else:
         fix(dims[dim], "a slice takes every few of it")
         dims[dim] = (result.shape[dim],)
@@ -270,8 +270,8 @@ def _select(trace: Trace, args: Any, kwargs: Any, result: Any, name: str) -> Non
 
 
 def _taken(label: Label, dims: Sequence[Dim], dim: Dim, place: int) -> Label:
-    """Return what is left of a tensor when one entry of a dimension is taken by its place."""
-    fix(dim, "an entry of it is taken by its place")
+    """Return what is left of a tensor when one channel of a dimension is taken by its place."""
+    fix(dim, "a channel of it is taken by its place")
     axes = list(axes_in([tuple(factors_of(dim))]))
     places = (*label.places, (axes[0], place % length(dim))) if len(axes) == 1 else label.places
     return replace(label, dims=list(dims), places=places)
@@ -333,9 +333,9 @@ def _join(trace: Trace, labels: list[Label], dim: int, result: Tensor, along: Ca
             trace.note(label, place, "added")
         with_axes = [label.dims[place] for label in labels if any(True for _ in axes_in([label.dims[place]]))]
         dims.append(with_axes[0] if with_axes else labels[0].dims[place])
-    live = [label for label in labels if not label.parameter]
-    sources = frozenset().union(*(label.sources for label in live or labels))
-    made = Label(dims, sources, all(label.linear for label in labels), not live, past_of(labels))
+    active = [label for label in labels if not label.parameter]
+    sources = frozenset().union(*(label.sources for label in active or labels))
+    made = Label(dims, sources, all(label.linear for label in labels), not active, past_of(labels))
     made.places = tuple(place for label in labels for place in label.places)
     made.attends = attends_of(labels)
     trace.set(result, made)
@@ -389,8 +389,8 @@ def _put(trace: Trace, args: Any, kwargs: Any, result: Any, name: str) -> None:
     for place in range(-len(dims), 0):
         known = -place <= len(new.dims)
         if place < chosen - len(dims):
-            fix(dims[place], "its entries are chosen by number")
-            fix(new.dims[place] if known else (), "its entries are chosen by number")
+            fix(dims[place], "its channels are chosen by number")
+            fix(new.dims[place] if known else (), "its channels are chosen by number")
         elif known and length(new.dims[place]) > 1:
             tie(dims[place], new.dims[place], CONSTANT)
             dims[place] = new.dims[place]
@@ -411,14 +411,14 @@ def _run(index: Tensor, size: int) -> tuple[int, int] | None:
 def _index(trace: Trace, args: Any, kwargs: Any, result: Any, name: str) -> None:
     label = trace.label(args[0])
     if name == "embedding":
-        fix(label.dims[0], "its entries are looked up")
+        fix(label.dims[0], "its channels are looked up")
         trace.note(label, 1, "produces")
         trace.set(result, Label([*trace.label(args[1]).dims, label.dims[1]], label.sources, past=label.past))
         return
     if name == "index_select":
         dims = list(label.dims)
         place = args[1] % len(dims)
-        fix(dims[place], "its entries are chosen by number")
+        fix(dims[place], "its channels are chosen by number")
         dims[place] = (result.shape[place],) if result.shape[place] > 1 else ()
         trace.set(result, like(label, dims))
         return
@@ -435,7 +435,7 @@ def _index(trace: Trace, args: Any, kwargs: Any, result: Any, name: str) -> None
                 return
         if not boolean and places:
             for place in places:
-                fix(label.dims[place], "its entries are chosen by number")
+                fix(label.dims[place], "its channels are chosen by number")
             rank = max(indices[place].dim() for place in places)
             apart = places != list(range(places[0], places[-1] + 1))
             at = 0 if apart else places[0]

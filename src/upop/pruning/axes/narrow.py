@@ -144,7 +144,7 @@ def _fits(tensor: Tensor, sizes: Sequence[Any]) -> bool:
 
 
 def _ends(sizes: Sequence[int]) -> set[int]:
-    """Return after how many entries the dimensions of a shape end, counted in those outside it."""
+    """Return after how many channels the dimensions of a shape end, counted in those outside it."""
     return {math.prod(sizes[:place]) for place in range(len(sizes) + 1)}
 
 

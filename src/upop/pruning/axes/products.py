@@ -117,7 +117,7 @@ def _grouped_product(trace: Trace, args: Any, kwargs: Any, result: Any, name: st
     tokens, weights = trace.label(args[0]), trace.label(args[1])
     if len(tokens.dims) != 2 or len(weights.dims) != 3:
         return unknown(trace, args, kwargs, result, name)
-    fix(weights.dims[0], "its entries are chosen by number")
+    fix(weights.dims[0], "its channels are chosen by number")
     _contract(trace, tokens, tokens.dims[1], weights, weights.dims[1])
     dims = [tokens.dims[0], weights.dims[2]]
     trace.set(result, _produced(trace, tokens, dims[:1], weights, dims[1:], dims, tokens.dims[1]))
@@ -147,7 +147,7 @@ def _activation(label: Label) -> Label:
 
 def _contract(trace: Trace, a: Label, a_dim: Dim, b: Label, b_dim: Dim) -> None:
     """Sum over a dimension of two tensors."""
-    if a.live and b.live:
+    if a.active and b.active:
         trace.queries(a, a_dim)
     tie(a_dim, b_dim, "it is multiplied with numbers of that shape which are no parameters")
     for label, dim, other in ((a, a_dim, b), (b, b_dim, a)):
@@ -156,7 +156,7 @@ def _contract(trace: Trace, a: Label, a_dim: Dim, b: Label, b_dim: Dim) -> None:
                 axis.mark("bent")
             place = next(place for place, each in enumerate(label.dims) if each is dim or each == dim)
             trace.note(label, place, "consumes")
-    if a.live and b.live:
+    if a.active and b.active:
         for axis in axes_in([a_dim, b_dim]):
             axis.mark("dimension")
 

@@ -14,13 +14,13 @@ from torch.utils._pytree import tree_map
 
 from upop.pruning.again import drawing_the_same, uncompiled
 from upop.pruning.axes.candidates import Candidate
-from upop.pruning.axes.copies import forgetting, told, with_memory, written_out
+from upop.pruning.axes.copies import forgetting, message_of, with_memory, written_out
 from upop.pruning.axes.idle import Idle, resting
 from upop.pruning.axes.mode import Mode, defined, name_of, tensors_in
 from upop.pruning.costs import call, evaluating
 from upop.pruning.errors import VerificationError
+from upop.pruning.groups import Attribute, Group, tensor_of
 from upop.pruning.shrink import cut, restore
-from upop.pruning.units import Attribute, Unit, tensor_of
 from upop.pruning.verify import Outputs, difference, refuse_unlike, refuse_unsteady, rounding_of, tensors_of
 
 POWERS = (0.5, 0.0, 1.0, 0.25)
@@ -66,12 +66,12 @@ class Precise(Mode):
 
 
 class Bench:
-    """A copy of a model with numbers, on which units are masked and cut, and put back.
+    """A copy of a model with numbers, on which groups are masked and cut, and put back.
 
     Args:
         model: the copy.
         example: what it is given.
-        idle: what is known of the modules that are to be idle while units of some names are tried (see `kinds`).
+        idle: what is known of the modules that are to be idle while groups of some names are tried (see `kinds`).
 
     Attributes:
         misses: whether something was raised where nothing was cut and modules were idle: something is asked of them.
@@ -93,9 +93,9 @@ class Bench:
         self._fit()
 
     @contextmanager
-    def trying(self, units: Sequence[Unit]) -> Iterator[list[str]]:
-        """Have all that has no part in some units be idle; give the names of those modules."""
-        names = frozenset(unit.name for unit in units)
+    def trying(self, groups: Sequence[Group]) -> Iterator[list[str]]:
+        """Have all that has no part in some groups be idle; give the names of those modules."""
+        names = frozenset(group.name for group in groups)
         if names not in self._rests:
             idle = self._idle(names) if self._idle is not None else {}
             self._rests[names] = [self._idling.setdefault(path, Idle(path, gave)) for path, gave in idle.items()]
@@ -156,19 +156,19 @@ class Bench:
             handle.remove()
         return seen
 
-    def difference(self, units: Sequence[Unit], plan: Mapping[str, Sequence[int]]) -> tuple[float, str]:
+    def difference(self, groups: Sequence[Group], plan: Mapping[str, Sequence[int]]) -> tuple[float, str]:
         """Return how far the cut model is from the masked one, relative to its largest output, and what was raised."""
-        with self.trying(units):
+        with self.trying(groups):
             try:
-                expected = self._masked_outputs(units, plan)
+                expected = self._masked_outputs(groups, plan)
             except Exception as error:
                 self.misses |= bool(self._resting)
-                return float("inf"), told(error)
-            undo = cut(self._model, list(units), plan)
+                return float("inf"), message_of(error)
+            undo = cut(self._model, list(groups), plan)
             try:
                 found = self.outputs()
             except Exception as error:
-                return float("inf"), told(error)
+                return float("inf"), message_of(error)
             finally:
                 restore(undo)
             try:
@@ -181,11 +181,11 @@ class Bench:
                 self._steady = True
             return (float("inf"), f"the cut model differs by {off.size:.1e}") if off is not None else (0.0, "")
 
-    def _masked_outputs(self, units: Sequence[Unit], plan: Mapping[str, Sequence[int]]) -> Outputs:
+    def _masked_outputs(self, groups: Sequence[Group], plan: Mapping[str, Sequence[int]]) -> Outputs:
         """Return what the masked model gives; it is known where the same was asked last, of another way to cut it."""
-        key = [(tuple(plan[unit.name]), replace(part, power=0.0)) for unit in units for part in unit.producers]
+        key = [(tuple(plan[group.name]), replace(part, power=0.0)) for group in groups for part in group.producers]
         if self._known[0] != key:
-            with self.masked(units, plan):
+            with self.masked(groups, plan):
                 self._known = key, self.outputs()
         return self._known[1]
 
@@ -200,20 +200,20 @@ class Bench:
             self._spreads[key] = list(rounding_of(self.outputs, outputs=self.outputs()))
         return self._spreads[key]
 
-    def asks(self, unit: Unit) -> bool:
-        """Whether queries of a unit, if it has any, matter: they do where they are normalised, so that no scale shows.
+    def asks(self, group: Group) -> bool:
+        """Whether queries of a group, if it has any, matter: they do where they are normalised, so that no scale shows.
 
         They do not where there is one token, or tokens that are all alike.
         """
-        with self.trying([unit]):
-            return self._asks(unit)
+        with self.trying([group]):
+            return self._asks(group)
 
-    def _asks(self, unit: Unit) -> bool:
+    def _asks(self, group: Group) -> bool:
         expected, asked = self.outputs(), False
         held: dict[str, Tensor] = {}
         with torch.no_grad():
-            for part in unit.producers:
-                rows = part.query_rows(unit.size)
+            for part in group.producers:
+                rows = part.query_rows(group.size)
                 if part.power and len(rows):
                     asked, tensor = True, tensor_of(self._model, part.tensor)
                     held.setdefault(part.tensor, tensor.detach().clone())
@@ -226,15 +226,15 @@ class Bench:
         return not asked or difference(expected, found, self._rounding) is not None
 
     @contextmanager
-    def masked(self, units: Sequence[Unit], plan: Mapping[str, Sequence[int]]) -> Iterator[None]:
-        """Have the entries that a plan does not keep be 0."""
+    def masked(self, groups: Sequence[Group], plan: Mapping[str, Sequence[int]]) -> Iterator[None]:
+        """Have the channels that a plan does not keep be 0."""
         held: dict[str, Tensor] = {}
         try:
             with torch.no_grad():
-                for unit in units:
-                    keep = torch.zeros(unit.size)
-                    keep[list(plan[unit.name])] = 1
-                    for part in unit.producers:
+                for group in groups:
+                    keep = torch.zeros(group.size)
+                    keep[list(plan[group.name])] = 1
+                    for part in group.producers:
                         tensor = tensor_of(self._model, part.tensor)
                         held.setdefault(part.tensor, tensor.detach().clone())
                         rows = part.expand(keep).to(tensor.dtype)
@@ -246,14 +246,14 @@ class Bench:
                     tensor_of(self._model, name).copy_(value)
 
 
-def at_random(units: Sequence[Unit], seed: int) -> dict[str, list[int]]:
-    """Return entries to keep of every unit, at random sizes."""
+def at_random(groups: Sequence[Group], seed: int) -> dict[str, list[int]]:
+    """Return channels to keep of every group, at random sizes."""
     draw = random.Random(seed)
     plan = {}
-    for unit in units:
-        most = unit.size - 1
-        kept = draw.randint(max(1, unit.size // 4), max(1, most))
-        plan[unit.name] = sorted(draw.sample(range(unit.size), kept))
+    for group in groups:
+        most = group.size - 1
+        kept = draw.randint(max(1, group.size // 4), max(1, most))
+        plan[group.name] = sorted(draw.sample(range(group.size), kept))
     return plan
 
 
@@ -263,20 +263,20 @@ def prove(bench: Bench, candidates: list[Candidate], found: dict[str, str], *, b
     Args:
         bench: where it is tried.
         candidates: to be proved.
-        found: why a candidate was left out, by its unit's name; added to.
+        found: why a candidate was left out, by its group's name; added to.
         beside: whether each is also cut beside others that stay whole.
     """
     if not candidates:
         return []
     worst, reason = 0.0, ""
-    units = [each.unit for each in candidates]
-    for seed, some in enumerate((units, units[::2], units[1::2]) if beside else (units,)):
+    groups = [each.group for each in candidates]
+    for seed, some in enumerate((groups, groups[::2], groups[1::2]) if beside else (groups,)):
         if some and worst <= 1:
             worst, reason = bench.difference(some, at_random(some, seed))
     if worst <= 1:
         return candidates
     if len(candidates) == 1:
-        found[candidates[0].unit.name] = reason
+        found[candidates[0].group.name] = reason
         return []
     half = len(candidates) // 2
     return prove(bench, candidates[:half], found, beside=beside) + prove(bench, candidates[half:], found, beside=beside)
@@ -296,22 +296,22 @@ def scaled(
         model: the model itself.
         candidates: to be proved.
         weighs: whether an attention has a softmax, so that its scale must show.
-        lost: why a candidate was left out, by its unit's name; added to.
+        lost: why a candidate was left out, by its group's name; added to.
     """
     known: dict[Any, tuple[float, bool] | None] = {}
     result = []
     for each in candidates:
-        if each.unit.entry != "dimension":
+        if each.group.channel != "dimension":
             result.append(each)
             continue
         holder = model.get_submodule(each.holder)
-        queries = tuple((part.query_groups, part.queries) for part in each.unit.slices)
-        key = (type(holder), queries, len(each.unit.attributes))
+        queries = tuple((part.query_groups, part.queries) for part in each.group.slices)
+        key = (type(holder), queries, len(each.group.attributes))
         if key not in known:
             known[key] = _scale(bench, model, each, weighs(each))
         way = known[key]
         if way is None:
-            lost[each.unit.name] = _UNTOLD
+            lost[each.group.name] = _UNTOLD
             continue
         power, numbers = way
         result.append(_powered(model, each, power, numbers) or _powered(model, each, power, False) or each)
@@ -329,46 +329,48 @@ def _scale(bench: Bench, model: nn.Module, candidate: Candidate, weighs: bool) -
 
     def holds(power: float, numbers: bool) -> bool:
         tried = _powered(model, candidate, power, numbers)
-        return tried is not None and bench.difference([tried.unit], at_random([tried.unit], 2))[0] <= 1
+        return tried is not None and bench.difference([tried.group], at_random([tried.group], 2))[0] <= 1
 
     for numbers in (True, False):
         for power in POWERS:
             if holds(power, numbers):
-                untold = weighs and holds(power + 1, numbers) and not bench.asks(candidate.unit)
+                untold = weighs and holds(power + 1, numbers) and not bench.asks(candidate.group)
                 return None if untold else (power, numbers)
     return 0.5, False
 
 
 def _powered(model: nn.Module, candidate: Candidate, power: float, numbers: bool) -> Candidate | None:
     """Return a candidate whose queries are scaled so, with the scales that its modules keep set again if asked."""
-    unit = candidate.unit
+    group = candidate.group
     scales: list[Attribute] = []
     if numbers:
-        widths = _head_widths(unit)
+        widths = _head_widths(group)
         scales = [
             Attribute(path, name, None, width)
             for path in dict.fromkeys((candidate.holder, *_query_modules(candidate)))
             for name, value in vars(model.get_submodule(path)).items()
             for width in widths
-            if isinstance(value, float) and abs(value * (width * unit.size) ** 0.5 - 1) < 1e-6
+            if isinstance(value, float) and abs(value * (width * group.size) ** 0.5 - 1) < 1e-6
         ]
         if not scales:
             return None
-    slices = tuple(replace(part, power=power) for part in unit.slices)
-    unit = replace(unit, slices=slices, attributes=(*unit.attributes, *scales))
-    return replace(candidate, unit=unit)
+    slices = tuple(replace(part, power=power) for part in group.slices)
+    group = replace(group, slices=slices, attributes=(*group.attributes, *scales))
+    return replace(candidate, group=group)
 
 
-def _head_widths(unit: Unit) -> list[int]:
-    """Return how many dimensions of a head an entry is: 1, or 2 where pairs are rotated."""
-    queries = ((part, group) for part in unit.slices for group in part.queries or range(part.query_groups))
-    return sorted({part.inners[group] for part, group in queries}) or [1]
+def _head_widths(group: Group) -> list[int]:
+    """Return how many dimensions of a head a channel is: 1, or 2 where pairs are rotated."""
+    queries = ((part, repeat) for part in group.slices for repeat in part.queries or range(part.query_groups))
+    return sorted({part.inners[repeat] for part, repeat in queries}) or [1]
 
 
 def _query_modules(candidate: Candidate) -> Iterator[str]:
-    """Yield the modules around layers that make queries, inside of what holds the unit: several share one, at times."""
+    """Yield the modules around layers that make queries, inside of what holds the group: several share one, at
+    times.
+    """
     inside = f"{candidate.holder}." if candidate.holder else ""
-    for part in candidate.unit.slices:
+    for part in candidate.group.slices:
         path = part.tensor.rpartition(".")[0]
         while (part.queries or part.query_groups) and path.startswith(inside) and path != candidate.holder:
             yield path

@@ -1,4 +1,4 @@
-"""From a model and an example to its units: trace, follow, group, settle, prove."""
+"""From a model and an example to its groups: trace, follow, component, settle, prove."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from upop.pruning.axes.candidates import HEADS, Candidate, NotCuttableError, candidate, named_apart, shared_tensors
-from upop.pruning.axes.copies import Shapes, told
-from upop.pruning.axes.groups import groups
+from upop.pruning.axes.components import components
+from upop.pruning.axes.copies import Shapes, message_of
 from upop.pruning.axes.obstacles import obstacle, obstacles
 from upop.pruning.axes.trace import Trace, WrittenError
 from upop.pruning.axes.tried import Proof
 from upop.pruning.costs import call
 from upop.pruning.errors import LayoutError
-from upop.pruning.units import Skipped, Slice, Unit
+from upop.pruning.groups import Group, Skipped, Slice
 from upop.pruning.verify import tensors_of
 
 
-def read(model: nn.Module, example: Any) -> tuple[list[Unit], list[Skipped]]:
-    """Return the units of a model, each proved on numbers, and what was left alone with the reason.
+def read(model: nn.Module, example: Any) -> tuple[list[Group], list[Skipped]]:
+    """Return the groups of a model, each proved on numbers, and what was left alone with the reason.
 
     Args:
         model: left as it is, its random state included.
@@ -38,7 +38,7 @@ def read(model: nn.Module, example: Any) -> tuple[list[Unit], list[Skipped]]:
         return _read(model, example)
 
 
-def _read(model: nn.Module, example: Any) -> tuple[list[Unit], list[Skipped]]:
+def _read(model: nn.Module, example: Any) -> tuple[list[Group], list[Skipped]]:
     try:
         shapes = Shapes(model, example, run=False)
         trace, chosen, skipped = _looked(model, shapes)
@@ -46,37 +46,37 @@ def _read(model: nn.Module, example: Any) -> tuple[list[Unit], list[Skipped]]:
         shapes = Shapes(model, example)
         trace, chosen, skipped = _looked(model, shapes)
     if shapes.mode is None:  # numbers say where the forward goes, and a cut must not change them
-        shapes.silent = {part.tensor for each in chosen for part in each.unit.slices if not part.produces}
+        shapes.silent = {part.tensor for each in chosen for part in each.group.slices if not part.produces}
         trace, chosen, skipped = _looked(model, shapes)
     proof = Proof(model, example, shapes, trace)
     proved: list[Candidate] = []
     lost: list[tuple[str, str]] = []
     for pending in _rounds(chosen):
         rivals = _rivals(pending, proved)
-        pending = [each for each in pending if _more(each, rivals[each.unit.name])]
+        pending = [each for each in pending if _more(each, rivals[each.group.name])]
         if pending:
             wrong: dict[str, str] = {}
             better = proof.of(pending, wrong)
             lost += wrong.items()
-            beaten = {id(rival) for each in better for rival in rivals[each.unit.name]}
+            beaten = {id(rival) for each in better for rival in rivals[each.group.name]}
             proved = [each for each in proved if id(each) not in beaten] + better
-    barred = obstacles(model, {part.tensor for each in proved for part in each.unit.slices})
+    barred = obstacles(model, {part.tensor for each in proved for part in each.group.slices})
     skipped = [each for each in skipped if each.reason not in barred.values()]
     skipped = [*(Skipped(name, reason.removeprefix(f"{name} ")) for name, reason in barred.items()), *skipped]
     names: set[str] = set()
     for place, each in enumerate(proved):
-        if each.unit.name in names:  # heads of one part of an attention, and dimensions of another
-            proved[place] = replace(each, unit=replace(each.unit, name=f"{each.unit.name}[{each.unit.entry}s]"))
-        names.add(proved[place].unit.name)
+        if each.group.name in names:  # heads of one part of an attention, and dimensions of another
+            proved[place] = replace(each, group=replace(each.group, name=f"{each.group.name}[{each.group.channel}s]"))
+        names.add(proved[place].group.name)
     skipped += [Skipped(name, reason) for name, reason in lost if name not in names]
-    cut = {part.tensor for each in proved for part in each.unit.slices}
+    cut = {part.tensor for each in proved for part in each.group.slices}
     skipped = [each for each in skipped if not _whole(model, each.name, cut)]
     places = {name: place for place, (name, _) in enumerate(model.named_parameters(remove_duplicate=False))}
-    units = sorted(
-        (replace(each.unit, proved=True) for each in proved),
-        key=lambda unit: min(places[part.tensor] for part in unit.producers),
+    groups = sorted(
+        (replace(each.group, proved=True) for each in proved),
+        key=lambda group: min(places[part.tensor] for part in group.producers),
     )
-    return units, skipped
+    return groups, skipped
 
 
 def _whole(model: nn.Module, name: str, cut: set[str]) -> bool:
@@ -95,11 +95,11 @@ def _looked(model: nn.Module, shapes: Shapes) -> tuple[Trace, list[Candidate], l
     shared = shared_tensors(model)
     chosen: list[Candidate] = []
     skipped: list[Skipped] = []
-    for group in groups(trace).values():
+    for component in components(trace).values():
         try:
-            chosen.append(candidate(model, trace, group, shared))
+            chosen.append(candidate(model, trace, component, shared))
         except NotCuttableError as reason:
-            skipped.append(Skipped(group.makers[0].use.name.rpartition(".")[0], str(reason)))
+            skipped.append(Skipped(component.producers[0].use.name.rpartition(".")[0], str(reason)))
     return trace, named_apart(chosen), skipped
 
 
@@ -120,7 +120,9 @@ def traced(shapes: Shapes) -> Trace:
             continue
         except Exception as error:
             kind = type(twin).__name__
-            raise LayoutError(obstacle(twin, "") or f"{kind} runs, but cannot be followed: {told(error)}.") from error
+            raise LayoutError(
+                obstacle(twin, "") or f"{kind} runs, but cannot be followed: {message_of(error)}."
+            ) from error
         trace.finish([each for _, each in tensors_of(result)])
         return trace
 
@@ -129,46 +131,46 @@ def _rivals(pending: Iterable[Candidate], proved: Iterable[Candidate]) -> dict[s
     """Return, by name, whose rows each one cuts too, or whose tensors along another dimension, as heads and theirs."""
     taken: dict[str, list[tuple[Slice, Candidate]]] = {}
     for each in proved:
-        for part in each.unit.slices:
+        for part in each.group.slices:
             taken.setdefault(part.tensor, []).append((part, each))
     found: dict[str, list[Candidate]] = {}
     for each in pending:
         met: dict[int, Candidate] = {}
-        for part in each.unit.slices:
+        for part in each.group.slices:
             for other, rival in taken.get(part.tensor, ()):
-                if id(rival) not in met and _meet(part, each.unit.size, other, rival.unit.size):
+                if id(rival) not in met and _meet(part, each.group.size, other, rival.group.size):
                     met[id(rival)] = rival
-        found[each.unit.name] = list(met.values())
+        found[each.group.name] = list(met.values())
     return found
 
 
 def _meet(one: Slice, size: int, other: Slice, other_size: int) -> bool:
     if one.dim != other.dim:
         return one.produces and other.produces
-    return bool(((one.entries(size) >= 0) & (other.entries(other_size) >= 0)).any())
+    return bool(((one.channels(size) >= 0) & (other.channels(other_size) >= 0)).any())
 
 
 def _more(candidate: Candidate, rivals: list[Candidate]) -> bool:
     """Whether heads take rows from a layer that is left out by the dimensions which they would replace."""
-    covered = {part.tensor for each in rivals for part in each.unit.slices}
-    left_out = (part for part in candidate.unit.producers if part.tensor not in covered)
+    covered = {part.tensor for each in rivals for part in each.group.slices}
+    left_out = (part for part in candidate.group.producers if part.tensor not in covered)
     return not rivals or any(max(part.inners) > 1 for part in left_out)
 
 
 def _rounds(chosen: list[Candidate]) -> Iterator[list[Candidate]]:
     """Yield what is tried together: dimensions and neurons first, then heads; where one axis is inside another, one.
 
-    What a unit with nested axes keeps could not be told from the shapes of its tensors. Dimensions that several
+    What a group with nested axes keeps could not be told from the shapes of its tensors. Dimensions that several
     attentions share, by a table of positions for instance, come last: heads of each of them may go by themselves.
     """
-    heads = sorted((each for each in chosen if each.unit.entry in HEADS), key=lambda each: -len(each.unit.slices))
-    flat = [each for each in chosen if each.unit.entry not in HEADS]
+    heads = sorted((each for each in chosen if each.group.channel in HEADS), key=lambda each: -len(each.group.slices))
+    flat = [each for each in chosen if each.group.channel not in HEADS]
     of_heads = _rivals(flat, heads)
-    joint = [each for each in flat if _apart(of_heads[each.unit.name])]
+    joint = [each for each in flat if _apart(of_heads[each.group.name])]
     flat = [each for each in flat if each not in joint]
     met = _rivals(flat, flat)
-    place = {id(each): (-len(each.unit.slices), at) for at, each in enumerate(flat)}
-    inner = {id(e) for e in flat if any(place[id(other)] < place[id(e)] for other in met[e.unit.name])}
+    place = {id(each): (-len(each.group.slices), at) for at, each in enumerate(flat)}
+    inner = {id(e) for e in flat if any(place[id(other)] < place[id(e)] for other in met[e.group.name])}
     yield [each for each in flat if id(each) not in inner]
     yield [each for each in flat if id(each) in inner]
     while heads:
@@ -176,7 +178,7 @@ def _rounds(chosen: list[Candidate]) -> Iterator[list[Candidate]]:
         now: list[Candidate] = []
         later: list[Candidate] = []
         for each in heads:
-            axes = {(part.tensor, part.dim) for part in each.unit.slices}
+            axes = {(part.tensor, part.dim) for part in each.group.slices}
             (later if axes & taken else now).append(each)
             taken |= axes
         yield now
@@ -186,5 +188,5 @@ def _rounds(chosen: list[Candidate]) -> Iterator[list[Candidate]]:
 
 def _apart(candidates: list[Candidate]) -> bool:
     """Whether some of them have no tensor in common: they are of several attentions."""
-    tensors = [{part.tensor for part in each.unit.slices} for each in candidates]
+    tensors = [{part.tensor for part in each.group.slices} for each in candidates]
     return any(one.isdisjoint(other) for one, other in itertools.combinations(tensors, 2))

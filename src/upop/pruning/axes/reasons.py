@@ -1,4 +1,4 @@
-"""Why a unit is not cut that could not be proved: the operation that makes something of its zeros."""
+"""Why a group is not cut that could not be proved: the operation that makes something of its zeros."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from upop.pruning.axes.trace import Trace
 class _Zeros(TorchDispatchMode):
     """Looks for the first operation that is given zeros along an axis and gives something else."""
 
-    def __init__(self, steps: Sequence[Step], axis: Axis, gone: Tensor) -> None:
+    def __init__(self, steps: Sequence[Step], axis: Axis, pruned: Tensor) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._steps = [step for step in steps if plain_name(step.name) not in COPIES]
-        self._axis, self._gone = axis.root, gone
+        self._axis, self._pruned = axis.root, pruned
         self._at = 0
         self.found: Step | None = None
 
@@ -44,43 +44,43 @@ class _Zeros(TorchDispatchMode):
         return result
 
     def _zero(self, tensor: Tensor, dims: Sequence[Dim] | None) -> bool | None:
-        """Whether the entries that are masked are 0; None where a tensor does not carry the axis."""
+        """Whether the channels that are masked are 0; None where a tensor does not carry the axis."""
         if dims is None or tuple(map(length, dims)) != tuple(tensor.shape):
             return None
         for place, dim in enumerate(dims):
             parts = [each if isinstance(each, Axis) else Axis(each) for each in dim]
-            gone = torch.isin(Axis(length(dim), parts).entries(self._axis), self._gone) if parts else None
-            if gone is not None and gone.any():
-                return not bool(tensor.index_select(place, gone.nonzero().flatten()).any())
+            pruned = torch.isin(Axis(length(dim), parts).channels(self._axis), self._pruned) if parts else None
+            if pruned is not None and pruned.any():
+                return not bool(tensor.index_select(place, pruned.nonzero().flatten()).any())
         return None
 
 
 def tell(bench: Bench, model: nn.Module, trace: Trace, candidates: list[Candidate], wrong: dict[str, str]) -> None:
-    """Say of every unit that was not proved which operation makes something else than 0 of its masked entries.
+    """Say of every group that was not proved which operation makes something else than 0 of its masked channels.
 
     Args:
-        bench: on which the units were tried.
+        bench: on which the groups were tried.
         model: the model.
         trace: its operations.
         candidates: what was tried; one of each kind of block is looked into.
-        wrong: by the unit's name, what was seen; added to.
+        wrong: by the group's name, what was seen; added to.
     """
     known: dict[tuple[type[nn.Module], str, int], str] = {}
     for each in candidates:
-        if each.unit.name in wrong:
-            kind = type(model.get_submodule(each.holder)), each.unit.entry, len(each.unit.slices)
+        if each.group.name in wrong:
+            kind = type(model.get_submodule(each.holder)), each.group.channel, len(each.group.slices)
             if kind not in known:
                 known[kind] = _what_forbids(bench, trace, each)
-            wrong[each.unit.name] += known[kind]
+            wrong[each.group.name] += known[kind]
 
 
 def _what_forbids(bench: Bench, trace: Trace, candidate: Candidate) -> str:
-    unit = candidate.unit
-    kept = max(1, unit.size // 2)
-    with bench.trying([unit]) as resting:
+    group = candidate.group
+    kept = max(1, group.size // 2)
+    with bench.trying([group]) as resting:
         steps = [step for step in trace.steps if not any(path in resting for path in around(step.module))]
-        zeros = _Zeros(steps, candidate.axis, torch.arange(kept, unit.size))
-        with bench.masked([unit], {unit.name: range(kept)}), written_out(), zeros:
+        zeros = _Zeros(steps, candidate.axis, torch.arange(kept, group.size))
+        with bench.masked([group], {group.name: range(kept)}), written_out(), zeros:
             bench.outputs()
     step = zeros.found
-    return f"; {plain_name(step.name)} is not 0 where its entries are 0 ({step.line})" if step else ""
+    return f"; {plain_name(step.name)} is not 0 where its channels are 0 ({step.line})" if step else ""

@@ -22,7 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from upop.pruning.again import snapshot
 from upop.pruning.axes.axis import Axis, Dim, axes_in
 from upop.pruning.axes.candidates import Candidate
-from upop.pruning.axes.copies import Shapes, told
+from upop.pruning.axes.copies import Shapes, message_of
 from upop.pruning.axes.idle import Idle, resting
 from upop.pruning.axes.label import Step
 from upop.pruning.axes.mode import Mode, name_of, tensors_in
@@ -30,17 +30,17 @@ from upop.pruning.axes.multihead import narrow_multihead
 from upop.pruning.axes.narrow import WIDTHS, Narrow, narrow_class
 from upop.pruning.axes.trace import Trace, watching
 from upop.pruning.costs import call
+from upop.pruning.groups import Attribute, Swap, Swapped
 from upop.pruning.shrink import cut, restore
-from upop.pruning.units import Attribute, Swap, Swapped
 
 NARROW, MULTIHEAD = "widths", "multihead"
 SWAPS: dict[str, Swapped] = {NARROW: narrow_class, MULTIHEAD: narrow_multihead}
-"""How a module's class becomes one that can be cut, by the name under which units write it down."""
+"""How a module's class becomes one that can be cut, by the name under which groups write it down."""
 _LEVELS = 3
 """How many modules around an operation may keep the number that it takes: the one that runs, and those around it."""
 _MOST_TRIED = 8
 _ASIDE = 8
-"""How many units in a row keep different shares: what one of them keeps is not mistaken for another's number."""
+"""How many groups in a row keep different shares: what one of them keeps is not mistaken for another's number."""
 _FEW = 8
 """Longest list that a module may keep its numbers in."""
 _NEAR = 3
@@ -148,16 +148,16 @@ def _now(axis: Axis, sizes: Mapping[Axis, int]) -> int:
 
 
 def smaller(candidates: Iterable[Candidate]) -> dict[str, tuple[int, ...]]:
-    """Return entries to keep of every unit: two thirds of them or less, and another number and share for each."""
+    """Return channels to keep of every group: two thirds of them or less, and another number and share for each."""
     plan: dict[str, tuple[int, ...]] = {}
     beside, shares = Counter[int](), deque[Fraction](maxlen=_ASIDE)
     for each in candidates:
-        size = each.unit.size
+        size = each.group.size
         kept = max(1, size - max(1, round(size / 3)) - beside[size] % max(1, size // 3))
         beside[size] += 1
         kept = next((less for less in range(kept, 0, -1) if Fraction(less, size) not in shares), kept)
         shares.append(Fraction(kept, size))
-        plan[each.unit.name] = tuple(range(size - kept, size))
+        plan[each.group.name] = tuple(range(size - kept, size))
     return plan
 
 
@@ -188,8 +188,8 @@ class Trials:
     def stop(self, candidates: list[Candidate]) -> Stop | None:
         """Cut the copy and run it; return where it goes wrong, or None."""
         plan = smaller(candidates)
-        sizes = {each.axis.root: len(plan[each.unit.name]) for each in candidates}
-        swaps = (swap for each in candidates for swap in each.unit.swaps if not issubclass(swap.kind, Narrow))
+        sizes = {each.axis.root: len(plan[each.group.name]) for each in candidates}
+        swaps = (swap for each in candidates for swap in each.group.swaps if not issubclass(swap.kind, Narrow))
         skipped = frozenset((*(each.path for each in self._idle), *(swap.module for swap in swaps)))
         follower = _Follower(self.trace.steps, sizes, skipped, self._last)
         model = self._shapes.copy() if self._again is None else self._again
@@ -197,7 +197,7 @@ class Trials:
             each.start(torch.float32)
         with _put_back(model), resting(model, self._idle):
             # All copies without numbers hold the same parameters.
-            undo = cut(model, [each.unit for each in candidates], plan, fold=False, anew=True)
+            undo = cut(model, [each.group for each in candidates], plan, fold=False, anew=True)
             try:
                 with self._shapes.running(), torch.no_grad(), watching(model, follower.stack), follower:
                     call(model, self._shapes.example)
@@ -205,7 +205,7 @@ class Trials:
                 pass
             except Exception as error:
                 follower.go_on()
-                follower.off = follower.off or told(error)
+                follower.off = follower.off or message_of(error)
             finally:
                 restore(undo)
         return Stop(follower.at, follower.off) if follower.off else None
@@ -233,13 +233,13 @@ class _Remedy:
 
 
 def settle(model: nn.Module, trials: Trials, candidates: list[Candidate]) -> tuple[list[Candidate], dict[str, str]]:
-    """Find what has to be set again for every unit; return those that can be cut, and why the others cannot."""
+    """Find what has to be set again for every group; return those that can be cut, and why the others cannot."""
     lost: dict[str, str] = {}
     trace = trials.trace
     stop = trials.stop(candidates) if candidates else None
     while candidates and stop is not None:
         involved = _involved(trace, candidates, stop.at)
-        ours = {each.unit.name for each in involved}
+        ours = {each.group.name for each in involved}
         better, furthest = candidates, stop
         for remedy in dict.fromkeys(_remedies(model, trace, involved, stop.at)):  # some come twice
             if better is not candidates and len(remedy.attributes) > 1 and not remedy.swaps:
@@ -248,8 +248,8 @@ def settle(model: nn.Module, trials: Trials, candidates: list[Candidate]) -> tup
             after = trials.stop(tried)
             if after is None or after.at > furthest.at:
                 better, furthest = tried, after or Stop(len(trace.steps), "")
-                if after is None or not ours & {each.unit.name for each in _involved(trace, tried, after.at)}:
-                    break  # of these units, nothing more goes wrong
+                if after is None or not ours & {each.group.name for each in _involved(trace, tried, after.at)}:
+                    break  # of these groups, nothing more goes wrong
         if better is not candidates:
             candidates, stop = better, furthest if furthest.reason else None
             continue
@@ -257,8 +257,8 @@ def settle(model: nn.Module, trials: Trials, candidates: list[Candidate]) -> tup
         # Where the operation carries none of them, as in an assertion, it is those that do not run alone either.
         blamed = involved or [each for each in candidates if trials.stop([each]) is not None] or candidates
         for each in blamed:
-            lost[each.unit.name] = f"{line or 'its forward'} insists on a size: {stop.reason}"
-        candidates = [each for each in candidates if each.unit.name not in lost]
+            lost[each.group.name] = f"{line or 'its forward'} insists on a size: {stop.reason}"
+        candidates = [each for each in candidates if each.group.name not in lost]
         stop = trials.stop(candidates) if candidates else None
     return candidates, lost
 
@@ -288,8 +288,8 @@ def _remedies(model: nn.Module, trace: Trace, involved: list[Candidate], at: int
     for path in near:
         for name, value in kept_numbers(model.get_submodule(path)):
             for each in involved:
-                number = Attribute(path, name, value // each.unit.size)
-                if value > 0 and value % each.unit.size == 0 and number not in each.unit.attributes:
+                number = Attribute(path, name, value // each.group.size)
+                if value > 0 and value % each.group.size == 0 and number not in each.group.attributes:
                     numbers[number] = (*numbers.get(number, ()), each)
     tried = list(numbers.items())[:_MOST_TRIED]
     yield from (_Remedy((number,)) for number in tried)
@@ -314,7 +314,7 @@ def _remedies(model: nn.Module, trace: Trace, involved: list[Candidate], at: int
 
 
 def _widths(step: Step, path: str, involved: list[Candidate]) -> Iterator[tuple[Attribute, tuple[Candidate, ...]]]:
-    """Yield the widths that a call may name that reshapes or takes apart a tensor which carries a unit's axis."""
+    """Yield the widths that a call may name that reshapes or takes apart a tensor which carries a group's axis."""
     kind = _KINDS.get(step.name)
     dims, given = step.given if kind == "part" else step.dims[0], step.given
     if kind is None or dims is None or given is None:
@@ -327,7 +327,7 @@ def _widths(step: Step, path: str, involved: list[Candidate]) -> Iterator[tuple[
                 piece = now(out[place], {}) if out is not None else 0
                 if out is not None and piece and now(out[place], {each.axis.root: 0}) == 0:
                     piece_key = f"piece.{len(dims)}.{place}.{piece}.{at}.{len(step.dims)}"
-                    yield Attribute(path, f"{WIDTHS}[{piece_key}]", piece // each.unit.size), (each,)
+                    yield Attribute(path, f"{WIDTHS}[{piece_key}]", piece // each.group.size), (each,)
         if others or whole == 1:
             continue
         if kind != "part":
@@ -337,17 +337,18 @@ def _widths(step: Step, path: str, involved: list[Candidate]) -> Iterator[tuple[
             if not whence or whence[0] < 0:
                 continue
             key += f".{len(given)}.{whence[0]}.{now(given[whence[0]], {})}"
-        yield Attribute(path, f"{WIDTHS}[{kind}.{key}]", whole // each.unit.size), (each,)
+        yield Attribute(path, f"{WIDTHS}[{kind}.{key}]", whole // each.group.size), (each,)
 
 
 def mistakable(trace: Trace, candidate: Candidate) -> list[int]:
-    """Return how many entries of a unit to keep so that what is not cut may be as long as what is, in named widths.
+    """Return how many channels of a group to keep so that what is not cut may be as long as what is, in named widths.
 
-    That is one entry, and as many as make the tensor that goes into another call of the kind look like one that is cut.
+    That is one channel, and as many as make the tensor that goes into another call of the kind look like one that is
+    cut.
     """
     found: set[int] = set()
-    size = candidate.unit.size
-    for attribute in candidate.unit.attributes:
+    size = candidate.group.size
+    for attribute in candidate.group.attributes:
         if not attribute.name.startswith(WIDTHS):
             continue
         found.add(1)
@@ -395,16 +396,16 @@ def _with(model: nn.Module, candidates: list[Candidate], remedy: _Remedy, involv
     """Return the candidates with what was found for some of them."""
     result = []
     for each in candidates:
-        attributes, swaps = list(each.unit.attributes), list(each.unit.swaps)
+        attributes, swaps = list(each.group.attributes), list(each.group.swaps)
         for attribute, owners in remedy.attributes:
             if each in owners:
                 value = dict(kept_numbers(model.get_submodule(attribute.module))).get(attribute.name)
                 assert attribute.factor is not None
                 if (
-                    value == attribute.factor * each.unit.size or attribute.name.startswith(WIDTHS)
+                    value == attribute.factor * each.group.size or attribute.name.startswith(WIDTHS)
                 ) and attribute not in attributes:
                     attributes.append(attribute)
         if each in involved:
             swaps += [swap for swap in remedy.swaps if all(other.module != swap.module for other in swaps)]
-        result.append(replace(each, unit=replace(each.unit, attributes=tuple(attributes), swaps=tuple(swaps))))
+        result.append(replace(each, group=replace(each.group, attributes=tuple(attributes), swaps=tuple(swaps))))
     return result

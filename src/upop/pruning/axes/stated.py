@@ -10,57 +10,58 @@ from typing import Any
 import torch
 from torch import nn
 
-from upop.pruning.axes.copies import numbered, told
+from upop.pruning.axes.copies import message_of, numbered
 from upop.pruning.axes.proof import POWERS, Bench, at_random
 from upop.pruning.axes.settle import kept_numbers
 from upop.pruning.errors import LayoutError
-from upop.pruning.known import Survey
+from upop.pruning.groups import Attribute, Group, Slice
+from upop.pruning.known import Prunable
 from upop.pruning.stated import Meant, Stated, meant, positions
-from upop.pruning.units import Attribute, Slice, Unit
 from upop.pruning.words import modality_of
 
 _MOST_TRIED = 6
 """How many numbers that a module keeps are tried, one by one and two by two."""
 
 
-def with_stated(model: nn.Module, stated: Sequence[Stated], example: Any, found: Survey) -> Survey:
-    """Return what was found of a model, with the units that a user states before all that cut the same.
+def with_stated(model: nn.Module, stated: Sequence[Stated], example: Any, found: Prunable) -> Prunable:
+    """Return what was found of a model, with the groups that a user states before all that cut the same.
 
     Each is proved on numbers: what is masked and what is cut compute the same. How softmax scales follow the size is
     found by what makes the proof hold, and so are numbers that a module keeps.
 
     Raises:
         SettingError: what is stated does not fit the model.
-        LayoutError: a unit does not hold; the message has the measured difference, or what the cut model raises.
+        LayoutError: a group does not hold; the message has the measured difference, or what the cut model raises.
     """
     with torch.random.fork_rng(devices=[]):
-        units = _proved(model, meant(model, stated, modality_of), example)
+        groups = _proved(model, meant(model, stated, modality_of), example)
     taken: dict[tuple[str, int], set[int]] = {}
-    for place, here in (item for unit in units for item in positions(unit).items()):
+    for place, here in (item for group in groups for item in positions(group).items()):
         taken.setdefault(place, set()).update(here)
     left = [
-        unit
-        for unit in found.units
-        if not any(here & taken.get(place, set()) for place, here in positions(unit).items())
+        group
+        for group in found.groups
+        if not any(here & taken.get(place, set()) for place, here in positions(group).items())
     ]
-    names = [unit.name for unit in units]
-    units += [replace(unit, name=f"{unit.name}[2]") if unit.name in names else unit for unit in left]
+    names = [group.name for group in groups]
+    groups += [replace(group, name=f"{group.name}[2]") if group.name in names else group for group in left]
     order = {name: place for place, (name, _) in enumerate((*model.named_parameters(), *model.named_buffers()))}
-    units.sort(key=lambda unit: min(order.get(part.tensor, len(order)) for part in unit.slices))
+    groups.sort(key=lambda group: min(order.get(part.tensor, len(order)) for part in group.slices))
     holders = tuple(f"{name}." for name in names if name)
     skipped = tuple(each for each in found.skipped if not f"{each.name}.".startswith(holders))
-    return replace(found, units=tuple(units), skipped=skipped)
+    return replace(found, groups=tuple(groups), skipped=skipped)
 
 
-def _proved(model: nn.Module, wanted: Sequence[Meant], example: Any) -> list[Unit]:
+def _proved(model: nn.Module, wanted: Sequence[Meant], example: Any) -> list[Group]:
     bench = Bench(numbered(model), example)
     try:
         called = bench.called()
     except Exception as error:
         raise LayoutError(
-            f"{type(model).__name__} cannot be run with the example, so that nothing can be proved: {told(error)}."
+            f"{type(model).__name__} cannot be run with the example, so that nothing can be proved: "
+            f"{message_of(error)}."
         ) from error
-    units: list[Unit] = []
+    groups: list[Group] = []
     best: tuple[Any, ...] = ()
     for each in wanted:
         tried = list(_forms(model, each))
@@ -69,29 +70,29 @@ def _proved(model: nn.Module, wanted: Sequence[Meant], example: Any) -> list[Uni
         for form in tried:
             worst, reason = bench.difference([form], at_random([form], 0))
             if worst <= 1:
-                units.append(_masked_where_read(model, form, called))
+                groups.append(_masked_where_read(model, form, called))
                 best = _shape_of(form, each)
                 break
             reasons.append(reason)
         else:
-            raise LayoutError(_told(model, each, reasons))
-    worst, reason = bench.difference(units, at_random(units, 1)) if units else (0.0, "")
+            raise LayoutError(_described(model, each, reasons))
+    worst, reason = bench.difference(groups, at_random(groups, 1)) if groups else (0.0, "")
     if not worst <= 1:
-        raise LayoutError(f"What units says holds unit by unit and not together ({reason}). Leave some of them out.")
-    return units
+        raise LayoutError(f"What groups says holds group by group and not together ({reason}). Leave some of them out.")
+    return groups
 
 
-def _forms(model: nn.Module, meant: Meant) -> Iterator[Unit]:
-    """Yield a unit as it is stated, with every way in which the queries may be scaled, and numbers that are kept."""
+def _forms(model: nn.Module, meant: Meant) -> Iterator[Group]:
+    """Yield a group as it is stated, with every way in which the queries may be scaled, and numbers that are kept."""
     for more in _numbers(model, meant):
-        unit = replace(meant.unit, attributes=(*meant.unit.attributes, *more))
-        yield unit
+        group = replace(meant.group, attributes=(*meant.group.attributes, *more))
+        yield group
         for power, way in itertools.product(POWERS, meant.queries):
             if power:
                 yield replace(
-                    unit,
+                    group,
                     slices=tuple(
-                        _scaled(part, way[at], power) if at in way else part for at, part in enumerate(unit.slices)
+                        _scaled(part, way[at], power) if at in way else part for at, part in enumerate(group.slices)
                     ),
                 )
 
@@ -103,7 +104,7 @@ def _scaled(part: Slice, queries: tuple[int, ...], power: float) -> Slice:
 
 def _numbers(model: nn.Module, meant: Meant) -> Iterator[tuple[Attribute, ...]]:
     """Yield numbers that the module may have to be told, none at first."""
-    size, known = meant.unit.size, {(each.module, each.name) for each in meant.unit.attributes}
+    size, known = meant.group.size, {(each.module, each.name) for each in meant.group.attributes}
     found = [
         Attribute(meant.holder, name, value // size)
         for name, value in kept_numbers(model.get_submodule(meant.holder))
@@ -114,28 +115,28 @@ def _numbers(model: nn.Module, meant: Meant) -> Iterator[tuple[Attribute, ...]]:
         yield from itertools.combinations(found, count)
 
 
-def _shape_of(unit: Unit, meant: Meant) -> tuple[Any, ...]:
-    queries = tuple((part.queries, part.power) for part in unit.slices)
-    return queries, tuple(each.name for each in unit.attributes[len(meant.unit.attributes) :])
+def _shape_of(group: Group, meant: Meant) -> tuple[Any, ...]:
+    queries = tuple((part.queries, part.power) for part in group.slices)
+    return queries, tuple(each.name for each in group.attributes[len(meant.group.attributes) :])
 
 
-def _masked_where_read(model: nn.Module, unit: Unit, called: set[str]) -> Unit:
+def _masked_where_read(model: nn.Module, group: Group, called: set[str]) -> Group:
     """Have masks scale weights where they are kept, but for those of plain linear layers that are called as such."""
     slices = []
-    for part in unit.slices:
+    for part in group.slices:
         layer = part.tensor.rpartition(".")[0]
         module = model.get_submodule(layer)
         plain = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward and layer in called
         slices.append(replace(part, direct=part.produces and not plain))
-    return replace(unit, slices=tuple(slices))
+    return replace(group, slices=tuple(slices))
 
 
-def _told(model: nn.Module, meant: Meant, reasons: list[str]) -> str:
-    unit, module = meant.unit, model.get_submodule(meant.holder)
-    kept = dict.fromkeys(name for name, value in kept_numbers(module) if value and value % unit.size == 0)
+def _described(model: nn.Module, meant: Meant, reasons: list[str]) -> str:
+    group, module = meant.group, model.get_submodule(meant.holder)
+    kept = dict.fromkeys(name for name, value in kept_numbers(module) if value and value % group.size == 0)
     hint = f" It keeps {', '.join(kept)}: say in sets which of them follow the size." if kept else ""
     return (
-        f"{unit.name} cannot be cut as units says: {reasons[0]}, where masked and cut should compute the same.{hint} "
+        f"{group.name} cannot be cut as groups says: {reasons[0]}, where masked and cut should compute the same.{hint} "
         "Is the order of the words that of the layers, do all layers that carry the axis stand in rows, also or "
         "columns, and are the queries the first of rows?"
     )

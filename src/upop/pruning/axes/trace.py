@@ -139,7 +139,7 @@ class Trace(Mode):
     def slices(self, label: Label, dim: Dim) -> None:
         """Take note that an activation is sliced along a dimension: equal slices of all of it are to stay alike."""
         factors = factors_of(dim)
-        if label.live and len(factors) == 1 and isinstance(factors[0], Axis):
+        if label.active and len(factors) == 1 and isinstance(factors[0], Axis):
             self._sliced[factors[0].root] = None
 
     def opens(self, names: Iterable[str], dims: Iterable[Dim]) -> bool:
@@ -175,7 +175,7 @@ class Trace(Mode):
                 for dim, axis in enumerate(self.uses[name].axes):
                     rows = _rows(axis, wanted)
                     for taken, place in label.places:
-                        row, at = taken.root.row, axis.entries(taken.root)
+                        row, at = taken.root.row, axis.channels(taken.root)
                         if any(axis is part for part in row):  # a bias that was put together of several
                             rows &= axis is row[place]
                         elif (at >= 0).any():
@@ -347,7 +347,7 @@ def _rows(axis: Axis, wanted: Iterable[Axis]) -> Tensor:
     """Return which positions of an axis carry one of some others, [size]."""
     rows = torch.zeros(axis.size, dtype=torch.bool)
     for leaf in wanted:
-        rows |= axis.entries(leaf.root) >= 0
+        rows |= axis.channels(leaf.root) >= 0
     return rows
 
 

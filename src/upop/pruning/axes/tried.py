@@ -1,4 +1,4 @@
-"""What makes units of candidates: numbers are settled and all is proved, for one of each kind first, then for all."""
+"""What makes groups of candidates: numbers are settled and all is proved, for one of each kind first, then for all."""
 
 from __future__ import annotations
 
@@ -40,31 +40,31 @@ class Proof:
         self._model, self._example, self._shapes, self._trace = model, example, shapes, trace
 
     def of(self, candidates: list[Candidate], wrong: dict[str, str]) -> list[Candidate]:
-        """Return the candidates that are proved; `wrong` is told why the others are not, by their units' names."""
+        """Return the candidates that are proved; `wrong` is told why the others are not, by their groups' names."""
         found = kinds(self._model, self._trace, candidates)
         tried = self._settled([each for each, *_ in found], wrong)
-        proved = {each.unit.name: each for each in self._proved(tried, wrong)}
-        # A gate of what is not 0 without it, as in (a + 1) * silu(b), makes the entries together with that.
+        proved = {each.group.name: each for each in self._proved(tried, wrong)}
+        # A gate of what is not 0 without it, as in (a + 1) * silu(b), makes the channels together with that.
         loud = [
-            replace(each, unit=replace(each.unit, slices=each.loud))
+            replace(each, group=replace(each.group, slices=each.loud))
             for each in tried
-            if each.loud and each.unit.name not in proved
+            if each.loud and each.group.name not in proved
         ]
-        proved |= {each.unit.name: each for each in self._proved(loud, wrong)}
+        proved |= {each.group.name: each for each in self._proved(loud, wrong)}
         everyone = []
         for first, *others in found:
-            best = proved.get(first.unit.name)
+            best = proved.get(first.group.name)
             if best is not None:
                 everyone += [best, *(twin(self._model, best, each) for each in others)]
             else:
-                wrong.update({each.unit.name: wrong[first.unit.name] for each in others})
+                wrong.update({each.group.name: wrong[first.group.name] for each in others})
         if len(everyone) == len(proved):
             return everyone
         small = self._trace.multiply_adds <= MOST_MULTIPLY_ADDS
-        units = [each.unit for each in everyone]
+        groups = [each.group for each in everyone]
         for resting in (True, False) if small else ():
             bench = self._bench(everyone, resting=resting)
-            if bench is None or bench.difference(units, at_random(units, 0))[0] <= 1:
+            if bench is None or bench.difference(groups, at_random(groups, 0))[0] <= 1:
                 break
             if not bench.misses:
                 return self._checked(bench, self._settled(everyone, wrong), wrong, beside=False)
@@ -92,7 +92,7 @@ class Proof:
             return self._proved(candidates[:half], wrong) + self._proved(candidates[half:], wrong)
         if bench is None:
             reason = f"its proof would take more than {MOST_MEMORY / 2**30:.0f} GiB of memory"
-            wrong.update({each.unit.name: reason for each in candidates})
+            wrong.update({each.group.name: reason for each in candidates})
             return []
         reasons: dict[str, str] = {}
         candidates = scaled(bench, self._model, candidates, self._weighs, wrong)
@@ -107,8 +107,11 @@ class Proof:
         found = []
         for each in candidates:
             for kept in mistakable(self._trace, each):
-                if bench.difference([each.unit], {each.unit.name: range(each.unit.size - kept, each.unit.size)})[0] > 1:
-                    wrong[each.unit.name] = f"its forward names a width that something else has when {kept} are kept"
+                if (
+                    bench.difference([each.group], {each.group.name: range(each.group.size - kept, each.group.size)})[0]
+                    > 1
+                ):
+                    wrong[each.group.name] = f"its forward names a width that something else has when {kept} are kept"
                     break
             else:
                 found.append(each)
@@ -137,8 +140,8 @@ class Proof:
         still = self._still(candidates) if resting else {}
         without = unread(model, trace, still) if resting and self._shapes.mode is not None else set()
         count = sum(each.numel() for name, each in model.named_parameters() if name not in without)
-        named = {each.unit.name: each for each in candidates}
-        tensors = {part.tensor for each in candidates for part in each.unit.slices}
+        named = {each.group.name: each for each in candidates}
+        tensors = {part.tensor for each in candidates for part in each.group.slices}
 
         def rests(names: frozenset[str]) -> dict[str, list[Any]]:
             return self._still([named[name] for name in names])

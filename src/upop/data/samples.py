@@ -1,0 +1,213 @@
+"""What all readers of annotation files share: samples with checked fields, images that open or say why not.
+
+Everything is checked before any long work starts, and every error names the file, the sample (counted from 0,
+as in a JSON list), the field, what was found, and what to do.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+from upop.data.images import Bounds
+from upop.errors import DataError, nearest
+from upop.pruning.errors import some_of
+from upop.reading import LARGEST_DATA, parse_json, read_text, reason
+
+_SHOWN = 60
+_LONGEST_NAME = 300
+Samples = TypeVar("Samples")
+
+
+class Placed(Protocol):
+    """What knows where in a file it stands."""
+
+    def error(self, problem: str) -> DataError:
+        """The error that it has the problem."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One sample of an annotation file: its fields, and where it stands."""
+
+    file: Path
+    number: int
+    fields: dict[str, Any]
+
+    def error(self, problem: str) -> DataError:
+        """The error that this sample has the problem."""
+        return DataError(f"{self.file}, sample {self.number}: {problem}")
+
+    def get(self, name: str) -> Any:
+        """The field of that name; DataError where there is none."""
+        if name not in self.fields:
+            known = [key for key in self.fields if isinstance(key, str)]
+            found = f"it has {some_of([_named(key) for key in known])}" if known else "it is empty"
+            near = nearest(name, [key for key in known if len(key) <= _LONGEST_NAME])
+            raise self.error(f"the field {name!r} is missing{near}; {found}.")
+        return self.fields[name]
+
+    def text(self, name: str) -> str:
+        """The field as a text with something in it."""
+        value = self.get(name)
+        if not is_text(value):
+            raise self.error(f"{name!r} must be a text that is not empty{_half(value)}, not {shown(value)}.")
+        return str(value)
+
+    def texts(self, name: str, count: int | None = None) -> list[str]:
+        """The field as a list of texts that are not empty: of any length from 1, or of exactly `count`."""
+        value = self.get(name)
+        number = "some" if count is None else str(count)
+        if not isinstance(value, list) or not value or (count is not None and len(value) != count):
+            raise self.error(f"{name!r} must be a list of {number} texts, not {shown(value)}.")
+        for text in value:
+            if not is_text(text):
+                raise self.error(f"{name!r} must be a list of {number} texts{_half(text)}, but holds {shown(text)}.")
+        return value
+
+    def one_of(self, name: str, choices: tuple[str, ...]) -> int:
+        """The place of the field's text among the choices."""
+        value = self.get(name)
+        if not isinstance(value, str) or value not in choices:
+            wanted = " or ".join(f'"{choice}"' for choice in choices)
+            hint = nearest(value, choices) if isinstance(value, str) else ""
+            raise self.error(f"{name!r} must be the text {wanted}, not {shown(value)}{hint}.")
+        return choices.index(value)
+
+
+def is_text(value: object) -> bool:
+    """Whether a value is a text with something in it, all of whose characters are whole."""
+    return isinstance(value, str) and bool(value.strip()) and not _half(value)
+
+
+def _half(value: object) -> str:
+    """Words about a character of which there is only half (JSON's "\\ud800"), which no tokenizer takes."""
+    if isinstance(value, str) and not value.isascii():
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            return " and has no halves of characters"
+    return ""
+
+
+def _named(name: str) -> str:
+    """A name in quotes, cut where no name goes on, for a message."""
+    return repr(name) if len(name) <= _LONGEST_NAME else f"{name[:_LONGEST_NAME]!r}..."
+
+
+def shown(value: object) -> str:
+    """A value as JSON, cut to a readable length, for a message."""
+    text = json.dumps(value, default=repr)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+
+
+def read_samples(file: str | Path) -> list[Sample]:
+    """Read an annotation file: a JSON list, not empty, of objects. DataError says what else it is."""
+    file = Path(file)
+    try:
+        text = read_text(file, LARGEST_DATA)
+    except FileNotFoundError:
+        raise DataError(
+            f"The annotation file {file} does not exist{_near(file)}. Check the folder of annotations."
+        ) from None
+    except (OSError, ValueError) as error:
+        raise DataError(f"The annotation file {file} cannot be read: {reason(error)}.") from error
+    try:
+        values = parse_json(text)
+    except ValueError as error:
+        lines = str(error).startswith("Extra data")
+        advice = "Put what its lines hold into one list: [..., ...]." if lines else "It may be cut off."
+        raise DataError(f"The annotation file {file} is not JSON: {error}. {advice}") from error
+    if not isinstance(values, list):
+        raise DataError(f"The annotation file {file} must hold a list of samples, not {shown(values)}.")
+    if not values:
+        raise DataError(f"The annotation file {file} holds no samples.")
+    samples = []
+    for number, fields in enumerate(values):
+        if not isinstance(fields, dict):
+            raise DataError(f"{file}, sample {number}: must be an object with named fields, not {shown(fields)}.")
+        samples.append(Sample(file, number, fields))
+    return samples
+
+
+def _near(file: Path) -> str:
+    try:
+        return nearest(file.name, [path.name for path in file.parent.iterdir()])
+    except OSError:
+        return f", nor does the folder {file.parent}" if not file.parent.exists() else ""
+
+
+def check_images(root: str | Path, images: Iterable[tuple[Placed, str]], *, outside: bool = False) -> None:
+    """Check that every image is a file under `root`; DataError names the first that is not and counts them all.
+
+    Folders are listed once each, which is far faster than asking for each image where there are many.
+
+    Args:
+        root: the folder that the images' paths start from.
+        images: samples and what they call their image.
+        outside: whether images may lie outside of `root`: by absolute paths, by "..", or by links.
+    """
+    root = Path(root)
+    bounds = Bounds(root, outside=outside)
+    listings: dict[str, frozenset[str]] = {}
+    wrong: dict[str, tuple[Placed, str]] = {}
+    for sample, image in images:
+        folder, name = os.path.split(image)
+        if folder not in listings:
+            listings[folder] = _files_in(root / folder, bounds)
+        # A listing can be stricter than the file system (upper and lower case), so it is not the last word.
+        if name not in listings[folder] and image not in wrong and (problem := _problem(root / image, bounds)):
+            wrong[image] = sample, problem
+    if not wrong:
+        return
+    image, (sample, problem) = next(iter(wrong.items()))
+    if not root.is_dir():
+        raise sample.error(f"the image root {root} is no folder, so the image {_named(image)} cannot be found in it.")
+    rest = ""
+    if len(wrong) > 1:
+        missing = all(found == _MISSING for _, found in wrong.values())
+        rest = f" {len(wrong)} images of this file are {'missing' if missing else 'not files under it'} in all."
+    allowed = "Correct the path, or allow it with --allow-outside (allow_outside: true)."
+    advice = allowed if problem.endswith(_OUTSIDE) else "Check the image root."
+    raise sample.error(f"the image {_named(image)} {problem} the image root {root}.{rest} {advice}")
+
+
+_MISSING, _OUTSIDE = "does not exist under", "outside of"
+
+
+def _files_in(folder: Path, bounds: Bounds) -> frozenset[str]:
+    """Return the names of the regular files in a folder; none of a folder outside, and no links."""
+    try:
+        if bounds.beyond(folder):
+            return frozenset()
+        with os.scandir(folder) as entries:
+            return frozenset(entry.name for entry in entries if entry.is_file(follow_symlinks=False))
+    except (OSError, ValueError):
+        return frozenset()
+
+
+def _problem(path: Path, bounds: Bounds) -> str:
+    """Return what is wrong with where an image lies, in the words before "the image root"; nothing if nothing is."""
+    try:
+        if real := bounds.beyond(path):
+            straight = real == os.path.abspath(path)  # noqa: PTH100 - Path has nothing that takes ".." away
+            return f"lies {_OUTSIDE}" if straight else f"leads to {real}, {_OUTSIDE}"
+        if path.is_file():
+            return ""
+        return "is no file under" if path.exists() else _MISSING
+    except (OSError, ValueError):
+        return _MISSING
+
+
+def narrowed(samples: Samples, numbers: Collection[int], *lists: str) -> Samples:
+    """Return a copy of a data set whose `lists`, one entry per sample each, lack the samples of those numbers."""
+    result = copy.copy(samples)
+    for name in lists:
+        kept = [entry for number, entry in enumerate(getattr(samples, name)) if number not in numbers]
+        setattr(result, name, kept)
+    return result

@@ -1,0 +1,108 @@
+"""Reads captions of generated images back, to tell whether a model's caption is true of its image.
+
+The published files carry no scenes. But one caption of every image tells all there is to tell, and so the scene
+can be read off the references.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from upop.demo.captions import ORDERS, ROWS, Caption, Group, Mention, Order
+from upop.demo.counting import NUMBER_WORDS
+from upop.demo.scenes import COLOURS, KINDS, SIZES, Noun, Scene, Shape
+from upop.errors import DataError
+
+_START = re.compile(r"(?:there (?:is|are)|only|exactly)\s+")
+_TOTAL = re.compile(rf"({'|'.join(NUMBER_WORDS)}) shapes\s*,\s*")
+_PART = re.compile(
+    r"\s*(?:"
+    rf"(?P<number>a|{'|'.join(NUMBER_WORDS)}) (?:(?P<size>{'|'.join(SIZES)}) )?(?P<colour>{'|'.join(COLOURS)}) "
+    rf"(?P<kind>{'|'.join(KINDS)})(?P<plural>s?)\b"
+    rf"|(?:at|in) the (?P<row>{'|'.join(ROWS)})(?: row)?\b"
+    rf"|(?P<order>{'|'.join(word for words in ORDERS.values() for word in words)})\b"
+    r"|(?P<join>,|and\b|with\b))"
+)
+
+
+def read_caption(text: str) -> Caption | None:
+    """What a caption tells; None where it is none of ours (cut off, ungrammatical, or at odds with itself)."""
+    text, total = text.strip(), None
+    if found := _START.match(text):
+        text = text[found.end() :]
+    if found := _TOTAL.match(text):
+        total, text = NUMBER_WORDS.index(found[1]), text[found.end() :]
+    parts = _parts(text)
+    if parts is None:
+        return None
+    groups: list[Group] = []
+    mentions: list[Mention] = []
+    orders: set[Order] = set()
+    for name, found in parts:
+        if name == "number":
+            number = 1 if found["number"] == "a" else NUMBER_WORDS.index(found["number"])
+            if number < 1 or (number > 1) != bool(found["plural"]):
+                return None
+            mentions.append(Mention(number, Noun(found["kind"], found["colour"], found["size"])))
+        elif name != "join":
+            if mentions:
+                groups.append(Group(tuple(mentions), ROWS.index(found["row"]) if name == "row" else None))
+                mentions = []
+            if name == "order":
+                orders.add("above" if found["order"] in ORDERS["above"] else "below")
+    if mentions:
+        groups.append(Group(tuple(mentions)))
+    if len(orders) > 1:
+        return None
+    caption = Caption(tuple(groups), orders.pop() if orders else None)
+    return caption if total in (None, caption.number) else None
+
+
+def _parts(text: str) -> list[tuple[str, re.Match[str]]] | None:
+    """The parts that a caption consists of, by name; None where they do not follow one another as they must."""
+    parts: list[tuple[str, re.Match[str]]] = []
+    place, before = 0, "join"
+    while place < len(text):
+        found = _PART.match(text, place)
+        if found is None:
+            return None
+        name = next(name for name in ("number", "row", "order", "join") if found[name])
+        # Shapes follow the start, a joining word or an order; everything else follows shapes, or a row.
+        if (name == "number") != (before in ("join", "order")) or (name == "row" and before == "row"):
+            return None
+        parts.append((name, found))
+        place, before = found.end(), name
+    return None if before in ("join", "order") else parts
+
+
+def read_scene(captions: Sequence[str]) -> Scene:
+    """The scene that one of the captions tells in full; all its shapes are put in the first column.
+
+    Raises:
+        DataError: none of them tells size, colour, kind and row of every shape.
+    """
+    for caption in filter(None, map(read_caption, captions)):
+        shapes = [
+            Shape(str(mention.noun.kind), str(mention.noun.colour), mention.noun.size, group.row, 0)
+            for group in caption.groups
+            for mention in group.mentions
+            for _ in range(mention.number)
+            if group.row is not None and mention.noun.size is not None
+        ]
+        if len(shapes) == caption.number:
+            return Scene(tuple(shapes))
+    raise DataError(
+        f"None of the captions tells size, colour, kind and row of every shape: {list(captions)!r}. "
+        "Only the generated captioning set (upop data shapes --task caption) can be read."
+    )
+
+
+def describes(text: str, captions: Sequence[str]) -> bool:
+    """Whether a caption mentions every shape of the image that the captions tell of, and nothing that is false.
+
+    Raises:
+        DataError: the captions do not tell what the image shows.
+    """
+    scene, caption = read_scene(captions), read_caption(text)
+    return caption is not None and caption.number == len(scene.shapes) and caption.fits(scene)

@@ -1,0 +1,68 @@
+"""Modules that were called otherwise: their old paths are imported for one more release, with a warning."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import warnings
+from collections.abc import Sequence
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+
+MOVED = {
+    "upop.training": "upop.runs",
+    "upop.tasks.verbs": "upop.runs.verbs",
+    "upop.tasks.run": "upop.runs.run",
+    "upop.tasks.story": "upop.runs.story",
+    "upop.tasks.check": "upop.runs.check",
+    "upop.tasks.inputs": "upop.runs.inputs",
+    "upop.tasks.examples": "upop.runs.examples",
+    "upop.tasks.caption_scores": "upop.metrics.captions",
+    "upop.tasks.segmentation_scores": "upop.metrics.segmentation",
+    "upop.data.shapes": "upop.demo",
+    "upop.data.records": "upop.data.samples",
+    "upop.pruning.units": "upop.pruning.groups",
+    "upop.pruning.surveys": "upop.pruning.prunable",
+    "upop.pruning.align": "upop.pruning.round_to",
+}
+"""Old path of a module or package -> new path."""
+
+
+class _Moved(Loader):
+    """Gives the module of the new path in place of the old one."""
+
+    def __init__(self, new: str) -> None:
+        self._new = new
+        self._spec: ModuleSpec | None = None
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        """Return the module of the new path."""
+        warnings.warn(f"{spec.name} is called {self._new} now.", DeprecationWarning, stacklevel=2)
+        module = importlib.import_module(self._new)
+        self._spec = module.__spec__
+        return module
+
+    def exec_module(self, module: ModuleType) -> None:
+        """Leave the module as it is: the import system has given it the old path's spec, which it does not keep."""
+        module.__spec__ = self._spec
+
+
+class _Finder(MetaPathFinder):
+    """Finds modules by their old paths."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        """Return how a module of an old path is imported; None for all others."""
+        del path, target
+        for old, new in MOVED.items():
+            if fullname == old or fullname.startswith(f"{old}."):
+                return ModuleSpec(fullname, _Moved(new + fullname.removeprefix(old)))
+        return None
+
+
+def find_moved_modules() -> None:
+    """Have Python find modules of upop by their old paths, too."""
+    if not any(isinstance(each, _Finder) for each in sys.meta_path):
+        sys.meta_path.append(_Finder())

@@ -1,0 +1,1 @@
+"""How good answers are: captions, VQA accuracy, segmentation."""

@@ -1,0 +1,180 @@
+"""How good captions are: the metrics of COCO captioning, as far as this machine has what they need.
+
+pycocoevalcap (the extra "coco") computes what is published; its METEOR, SPICE and word splitter run on Java, and SPICE
+needs models of 300 MB that the package fetches when asked to (`python -m pycocoevalcap.spice.get_stanford_models`).
+Without the package, torchmetrics gives BLEU and ROUGE-L, whose ROUGE-L weighs precision and recall alike.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import shutil
+import subprocess
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+
+from torchmetrics.functional.text import bleu_score, rouge_score
+
+from upop.data.text import clean_caption
+from upop.demo.reading import describes, read_scene
+from upop.errors import DataError
+
+HAS_COCO = find_spec("pycocoevalcap") is not None
+"""Whether the published metrics can be computed."""
+
+_Texts = dict[int, list[str]]
+_BLEU = ("bleu1", "bleu2", "bleu3", "bleu4")
+_NO_LIMIT = 10**6
+
+
+def caption_scores(captions: Mapping[int, str], references: Mapping[int, Sequence[str]]) -> dict[str, float]:
+    """Return the metrics of captions, in percent.
+
+    Args:
+        captions: by image number.
+        references: captions that people gave, by the same numbers.
+
+    Returns:
+        bleu1 to bleu4 and rouge_l; with pycocoevalcap cider, with Java meteor, with its models spice. For generated
+        images also "exact": the share of captions that mention every shape, and say nothing false.
+    """
+    scores = _coco_scores(captions, references) if HAS_COCO else _plain_scores(captions, references)
+    return scores | _exact_share(captions, references)
+
+
+def deciding_metric() -> str:
+    """Return the metric that tells the best checkpoint: CIDEr, or BLEU-4 on machines that cannot split words for it."""
+    return "cider" if HAS_COCO and _has_java() else "bleu4"
+
+
+def _plain_scores(captions: Mapping[int, str], references: Mapping[int, Sequence[str]]) -> dict[str, float]:
+    _notify(
+        "pycocoevalcap is not installed: captions are written, and scored by BLEU and ROUGE-L from torchmetrics alone. "
+        'For CIDEr, METEOR and SPICE: pip install "upop[coco]", and Java.'
+    )
+    found = [_words(captions[number]) for number in captions]
+    given = [[_words(text) for text in references[number]] for number in captions]
+    scores = {name: float(bleu_score(found, given, n_gram=count + 1)) for count, name in enumerate(_BLEU)}
+    scores["rouge_l"] = float(rouge_score(found, given, accumulate="best", rouge_keys="rougeL")["rougeL_fmeasure"])
+    return {name: 100 * value for name, value in scores.items()}
+
+
+def _coco_scores(captions: Mapping[int, str], references: Mapping[int, Sequence[str]]) -> dict[str, float]:
+    from pycocoevalcap.bleu.bleu import Bleu
+    from pycocoevalcap.cider.cider import Cider
+    from pycocoevalcap.rouge.rouge import Rouge
+
+    found, given = _split(captions, references)
+    scores: dict[str, float] = {}
+    with contextlib.redirect_stdout(io.StringIO()):  # they print as they go
+        scores |= zip(_BLEU, Bleu(4).compute_score(given, found)[0], strict=True)
+        scores["rouge_l"] = Rouge().compute_score(given, found)[0]
+        scores["cider"] = Cider().compute_score(given, found)[0]
+        for name, score in _java_scorers().items():
+            try:
+                scores[name] = score(given, found)
+            except (OSError, ValueError, subprocess.SubprocessError) as error:
+                _notify(
+                    f"{name} could not be computed ({type(error).__name__}: {error}); the other metrics are there. "
+                    "Check that Java runs (java -version), 1.8 or later."
+                )
+    return {name: 100 * float(value) for name, value in scores.items()}
+
+
+def _java_scorers() -> dict[str, Callable[[_Texts, _Texts], float]]:
+    if not _has_java():
+        _notify("There is no Java here: METEOR and SPICE are left out, and words are split at spaces. Install Java.")
+        return {}
+    from pycocoevalcap.spice.get_stanford_models import JAR, SPICEDIR, SPICELIB
+
+    # Without both files the package would fetch them, in the middle of a run.
+    if all(Path(SPICEDIR, SPICELIB, f"{JAR}{part}.jar").is_file() for part in ("", "-models")):
+        return {"meteor": _meteor, "spice": _spice}
+    _notify(
+        "SPICE is left out, for its models are not installed. "
+        "Fetch them: python -m pycocoevalcap.spice.get_stanford_models"
+    )
+    return {"meteor": _meteor}
+
+
+def _meteor(given: _Texts, found: _Texts) -> float:
+    from pycocoevalcap.meteor.meteor import Meteor
+
+    scorer = Meteor()
+    try:
+        score: float = scorer.compute_score(given, found)[0]
+    finally:
+        # It leaves pipes open; and after a failure its destructor would wait for its own lock for ever.
+        for pipe in (scorer.meteor_p.stdin, scorer.meteor_p.stdout, scorer.meteor_p.stderr):
+            with contextlib.suppress(OSError):
+                pipe.close()
+        if scorer.lock.locked():
+            scorer.lock.release()
+    return score
+
+
+def _spice(given: _Texts, found: _Texts) -> float:
+    from pycocoevalcap.spice.spice import Spice
+
+    score: float = Spice().compute_score(given, found)[0]
+    return score
+
+
+def _split(captions: Mapping[int, str], references: Mapping[int, Sequence[str]]) -> tuple[_Texts, _Texts]:
+    """Return captions and references whose words are split by single spaces, without punctuation."""
+    # One text is one line for the splitter, whatever ends a line elsewhere.
+    texts = [" ".join(text.split()) for number in captions for text in (captions[number], *references[number])]
+    words = iter(_java_words(texts) or map(_words, texts))
+    found: _Texts = {}
+    given: _Texts = {}
+    for number in captions:
+        found[number] = [next(words)]
+        given[number] = [next(words) for _ in references[number]]
+    return found, given
+
+
+def _java_words(texts: Sequence[str]) -> list[str] | None:
+    """Return the texts as the published splitter gives them, or None where it does not run."""
+    if not _has_java():
+        return None
+    from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
+
+    problem = "some texts did not come back"
+    try:
+        split = PTBTokenizer().tokenize({number: [{"caption": text}] for number, text in enumerate(texts)})
+        if len(split) == len(texts):
+            return [split[number][0] for number in range(len(texts))]
+    except OSError as error:  # it writes into its own folder, which may not be ours to write
+        problem = str(error)
+    _notify(
+        f"The word splitter of pycocoevalcap failed ({problem}): words are split at spaces, and scores differ a bit."
+    )
+    return None
+
+
+def _has_java() -> bool:
+    return shutil.which("java") is not None
+
+
+def _words(text: str) -> str:
+    return clean_caption(text.replace(",", " "), _NO_LIMIT)
+
+
+def _exact_share(captions: Mapping[int, str], references: Mapping[int, Sequence[str]]) -> dict[str, float]:
+    try:
+        for texts in references.values():
+            read_scene(texts)
+    except DataError:
+        return {}  # no generated images: nothing tells what there is to see
+    exact = sum(describes(text, references[number]) for number, text in captions.items())
+    return {"exact": 100 * exact / len(captions)}
+
+
+@cache
+def _notify(line: str) -> None:
+    """Tell it once."""
+    logging.getLogger("upop").warning(line)

@@ -1,0 +1,126 @@
+"""Momentum copies: what follows the modules of a model is cut with them, and proved in their place."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from upop.pruning.alike import likeness
+from upop.pruning.axes.copies import numbered
+from upop.pruning.axes.proof import Bench, at_random
+from upop.pruning.groups import Group, Skipped, tensor_of
+
+
+def with_momentum_encoders(
+    model: nn.Module, example: Any, groups: list[Group], skipped: list[Skipped]
+) -> tuple[list[Group], list[Skipped]]:
+    """Return the groups of a model that keeps momentum copies of its own parts: the copies are cut with what they copy.
+
+    A copy need not run when the model does. One that differs from what it copies in its weights alone computes the
+    same, masked and cut, since groups are proved whatever the weights are. Another one is put into the place of what it
+    copies, on numbers of its own, and has to compute the same; a group whose copy does not is left alone.
+
+    Args:
+        model: may have an attribute `momentum_encoders`: names of modules or parameters -> names of their copies.
+        example: what a call of it is given.
+        groups: of all that the model computes with, copies included.
+        skipped: what was left alone.
+    """
+    momentum_encoders: Mapping[str, str] = getattr(model, "momentum_encoders", {})
+    if not momentum_encoders:
+        return groups, skipped
+    own = [
+        group
+        for group in groups
+        if any(_moved(part.tensor, _turned(momentum_encoders)) is None for part in group.producers)
+    ]
+    skipped = [part for part in skipped if _moved(part.name, _turned(momentum_encoders)) is None]
+    lost = {group.name: reason for group in own if (reason := _misfit(model, group, momentum_encoders)) is not None}
+    others = {original: copy for original, copy in momentum_encoders.items() if not _alike(model, original, copy)}
+    followed = [
+        group for group in own if group.name not in lost and any(_moved(p.tensor, others) for p in group.slices)
+    ]
+    lost |= _unproved(model, example, followed, momentum_encoders)
+    return (
+        [_with_copies(group, momentum_encoders) for group in own if group.name not in lost],
+        [*skipped, *(Skipped(name, reason) for name, reason in lost.items())],
+    )
+
+
+def _turned(momentum_encoders: Mapping[str, str]) -> dict[str, str]:
+    return {copy: original for original, copy in momentum_encoders.items()}
+
+
+def _moved(name: str, momentum_encoders: Mapping[str, str]) -> str | None:
+    """Return what a tensor or module is called in the copy of the part that holds it; None where it has no copy."""
+    for original, copy in momentum_encoders.items():
+        if name == original or name.startswith(f"{original}."):
+            return copy + name.removeprefix(original)
+    return None
+
+
+def _misfit(model: nn.Module, group: Group, momentum_encoders: Mapping[str, str]) -> str | None:
+    """Say where the copy of a group's layers is another one than they are."""
+    for part in group.slices:
+        copy = _moved(part.tensor, momentum_encoders)
+        if copy is None:
+            continue
+        try:
+            same = tensor_of(model, copy).shape == tensor_of(model, part.tensor).shape
+        except AttributeError:
+            same = False
+        if not same:
+            return f"its momentum copy has no {copy} of the same shape"
+    return None
+
+
+def _alike(model: nn.Module, original: str, copy: str) -> bool:
+    """Whether a part of a model and its copy differ in their weights alone."""
+    try:
+        kinds = [likeness(model.get_submodule(name)) for name in (original, copy)]
+    except AttributeError:  # a parameter, or nothing
+        return original in dict(model.named_parameters(remove_duplicate=False))
+    return None not in kinds and kinds[0] == kinds[1]
+
+
+def _unproved(
+    model: nn.Module, example: Any, groups: list[Group], momentum_encoders: Mapping[str, str]
+) -> dict[str, str]:
+    """Return the groups whose copies do not compute the same masked and cut, with the reason."""
+    if not groups:
+        return {}
+    momentum_encoder = numbered(model)
+    for original, copy in momentum_encoders.items():
+        owner, _, leaf = original.rpartition(".")
+        holder, _, name = copy.rpartition(".")
+        setattr(momentum_encoder.get_submodule(owner), leaf, getattr(momentum_encoder.get_submodule(holder), name))
+    bench = Bench(momentum_encoder, example)
+    if bench.difference(groups, at_random(groups, 3))[0] <= 1:
+        return {}
+    lost = {}
+    for group in groups:
+        worst, reason = bench.difference([group], at_random([group], 3))
+        if not worst <= 1:
+            lost[group.name] = f"with its momentum copy in its place, {reason}"
+    return lost
+
+
+def _with_copies(group: Group, momentum_encoders: Mapping[str, str]) -> Group:
+    """Return the group with the same axis of its momentum copy, if the model keeps one."""
+    slices = [part for part in group.slices if _moved(part.tensor, _turned(momentum_encoders)) is None]
+    copies = [
+        replace(part, tensor=copy, follows=True) for part in slices if (copy := _moved(part.tensor, momentum_encoders))
+    ]
+    attributes = [
+        replace(each, module=copy) for each in group.attributes if (copy := _moved(each.module, momentum_encoders))
+    ]
+    swaps = [replace(each, module=copy) for each in group.swaps if (copy := _moved(each.module, momentum_encoders))]
+    return replace(
+        group,
+        slices=(*slices, *copies),
+        attributes=tuple(dict.fromkeys((*group.attributes, *attributes))),
+        swaps=tuple(dict.fromkeys((*group.swaps, *swaps))),
+    )

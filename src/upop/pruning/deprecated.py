@@ -1,0 +1,86 @@
+"""Names that were called otherwise: the old ones work for one more release, with a warning that has the new one."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from functools import wraps
+from typing import Any, TypeVar
+
+F = TypeVar("F", bound=Callable[..., Any])
+C = TypeVar("C", bound=type[Any])
+
+NAMES = {
+    "Survey": "Prunable",
+    "Unit": "Group",
+    "UnitSpec": "GroupSpec",
+    "find_units": "find_groups",
+    "gather": "full_copy",
+    "skeleton": "meta_copy",
+    "survey": "find_prunable",
+}
+"""Old public name -> new public name."""
+
+
+def warn_renamed(old: str, new: str, *, stacklevel: int = 3) -> None:
+    """Warn of an old name."""
+    warnings.warn(
+        f"{old} is called {new} now; the old name goes with the next release.", DeprecationWarning, stacklevel
+    )
+
+
+def current_arguments(renamed: Mapping[str, str], given: Mapping[str, Any], *, stacklevel: int = 4) -> dict[str, Any]:
+    """Return keyword arguments under the names that they have today.
+
+    Args:
+        renamed: old name -> new name.
+        given: keyword arguments.
+        stacklevel: of the user's call.
+
+    Raises:
+        TypeError: an argument is given under both names.
+    """
+    current = dict(given)
+    for old, new in renamed.items():
+        if old in current:
+            if new in current:
+                raise TypeError(f"{old} is an older name of {new}, and both are given. Leave {old} out.")
+            warn_renamed(old, new, stacklevel=stacklevel)
+            current[new] = current.pop(old)
+    return current
+
+
+def renamed_arguments(**renamed: str) -> Callable[[F], F]:
+    """Have a function take keyword arguments under their old names, too: `renamed_arguments(old="new")`."""
+
+    def changed(function: F) -> F:
+        @wraps(function)
+        def called(*args: Any, **given: Any) -> Any:
+            if not renamed.keys().isdisjoint(given):
+                given = current_arguments(renamed, given)
+            return function(*args, **given)
+
+        return called  # type: ignore[return-value]
+
+    return changed
+
+
+def renamed_attributes(**renamed: str) -> Callable[[C], C]:
+    """Have objects of a class give attributes and methods under their old names, too; a dataclass also takes them."""
+
+    def changed(kind: C) -> C:
+        fields = getattr(kind, "__dataclass_fields__", {})
+        arguments = {old: new for old, new in renamed.items() if new in fields}
+        if arguments:
+            kind.__init__ = renamed_arguments(**arguments)(kind.__init__)
+        for old, new in renamed.items():
+
+            def get(self: Any, old: str = old, new: str = new) -> Any:
+                warn_renamed(f"{kind.__name__}.{old}", new)
+                return getattr(self, new)
+
+            get.__doc__ = f"The older name of `{new}`."
+            setattr(kind, old, property(get))
+        return kind
+
+    return changed

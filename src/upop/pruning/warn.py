@@ -1,0 +1,75 @@
+"""What a search or a cut without training warns of: it goes on, but the user should know."""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Sequence
+
+from torch import nn
+
+from upop.pruning.coverage import coverage
+from upop.pruning.errors import some_of
+from upop.pruning.prunable import find_prunable
+
+
+def warn_of_skipped(skipped: int, steps: int) -> None:
+    """Say how many of so many steps added no scores."""
+    warnings.warn(
+        f"{skipped} of {steps} search steps had gradients that are not finite and added no scores.",
+        stacklevel=6,  # the caller of step(): no_grad adds a frame
+    )
+
+
+def warn_of_early_end(done: int, steps: int, reached: float, asked: str) -> None:
+    """Say that a search is cut before its last step."""
+    warnings.warn(
+        f"The search is cut after {done} of {steps} steps: {reached:.0%} of the cost goes, and {asked} was asked for.",
+        stacklevel=5,
+    )
+
+
+def warn_of_unscored(unscored: list[str], groups: int, steps: int) -> None:
+    """Say which of so many groups the loss did not depend on in so many steps."""
+    warnings.warn(
+        f"{len(unscored)} of {groups} groups had no gradient in {steps} search steps, so nothing is known of what they "
+        f"are worth, and most of their channels go ({some_of(unscored)}). Give a loss that depends on them, or exclude "
+        "them.",
+        stacklevel=7,  # the caller of step(): no_grad adds a frame
+    )
+
+
+def warn_of_none(corrected: Sequence[bool], advice: str, *, stacklevel: int) -> None:
+    """Warn where layers lost inputs, in one stage or several, and all of them were left as they were.
+
+    Args:
+        corrected: whether it was corrected, for each of them.
+        advice: what to do about it.
+        stacklevel: of the user's call.
+    """
+    if corrected and not any(corrected):
+        warnings.warn(
+            "The correction changed nothing: no layer that lost inputs could make up for it on samples that the change "
+            f"was not made from. {advice} The cut itself is not affected.",
+            stacklevel=stacklevel,
+        )
+
+
+_COVERED = 0.6
+
+
+def warn_of_uncovered(model: nn.Module) -> None:
+    """Warn where less than 60 % of the parameters of a model's blocks are in groups."""
+    found = find_prunable(model)
+    covered = coverage(model, found.groups, found.skipped)
+    if covered.of_blocks >= _COVERED:
+        return
+    reason, _ = Counter(covered.reasons.values()).most_common(1)[0]
+    first = next(name for name, each in covered.reasons.items() if each == reason)
+    warnings.warn(
+        f"{100 * covered.of_blocks:.0f} % of the parameters in the blocks of this {type(model).__name__} are in "
+        f"groups; the others stay whole ({len(covered.reasons)} weights, such as {first}: {reason}). "
+        "upop.find_prunable(model).coverage.reasons has every reason, and groups=[upop.GroupSpec(...)] states what you "
+        "know.",
+        stacklevel=6,
+    )

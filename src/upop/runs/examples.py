@@ -1,0 +1,64 @@
+"""A few held-out samples with the answers of all models, for people to look at: the same for every task."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import Dataset
+
+from upop.examples import Album, Examples
+from upop.files import replacing_folder
+from upop.pruning.costs import evaluating
+from upop.runs.task import Task
+from upop.settings import RunSettings
+
+
+def write_examples(
+    task: Task[Any], models: Mapping[str, nn.Module], samples: Dataset[Any], settings: RunSettings, split: str, to: Path
+) -> Examples:
+    """Ask all models about `settings.examples` samples, spread evenly over a split; write images and answers.
+
+    Args:
+        task: whose models they are.
+        models: name -> model, on its device, without wrappers; one process alone may do this.
+        samples: what `task.dataset` returned for the split.
+        settings: of the run.
+        split: its published name.
+        to: the folder to write; older examples are replaced.
+
+    Raises:
+        RunFolderError: it holds what upop did not write, or it cannot be written.
+    """
+    numbers = spread(len(samples), settings.examples)  # type: ignore[arg-type]
+    found = {}
+    for name, model in models.items():
+        with evaluating(model), torch.no_grad():
+            found[name] = task.answers(model, samples, numbers, settings)
+    with replacing_folder(to, "examples") as folder:
+        shown = task.examples(found, samples, numbers, settings, Album(folder))
+        about = task.about_examples(samples, numbers, split)
+        examples = Examples(split=split, about=about, samples=tuple(shown))
+        examples.write(folder)
+    return examples
+
+
+def spread(count: int, wanted: int) -> list[int]:
+    """Return `wanted` of the numbers 0 to count - 1, at even distances from 0 on; all of them where there are fewer."""
+    wanted = min(count, wanted)
+    return [place * count // wanted for place in range(wanted)]
+
+
+def untransformed(samples: Any) -> Any:
+    """Return the same samples with their images as they are in the files: as PIL images, of any size."""
+    plain = copy.copy(samples)
+    plain.transform = _as_they_are
+    return plain
+
+
+def _as_they_are(*values: Any) -> Any:
+    return values[0] if len(values) == 1 else values

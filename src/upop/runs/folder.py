@@ -1,0 +1,296 @@
+"""The run folder: what was asked, what happened, and what came out."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from upop.checkpoints import save
+from upop.checkpoints.preparation import set_preparation
+from upop.checkpoints.write import write_weights
+from upop.errors import RunFolderError
+from upop.files import remove_folder, remove_parts, replacing_file, write_text
+from upop.ownership import wrote_archive, wrote_image, wrote_page
+from upop.pruning import Plan
+from upop.pruning.masks import unwrapped
+from upop.reading import read_json, read_lines, read_object, reason
+from upop.runs.checkpoints import Checkpoints
+from upop.runs.identity import LIBRARIES
+from upop.runs.lock import NAME as LOCK
+from upop.runs.lock import FolderLock
+from upop.settings import RunSettings
+from upop.shared_folder import SharedFolder
+
+_BAD_IMAGES = "bad_images.json"
+_BAD_IMAGE = [{"image", "file", each, "reason"} for each in ("sample", "record")]  # as earlier versions wrote it
+_RESTORE = "It was written by this run; restore it."
+_PAGE = "report.html"
+_FOLDERS = ("best", "last", "examples", "checkpoints", "figures", "result", "blended", "trackers")
+_CHECKPOINT = re.compile(r"checkpoints/step-\d{8,12}\.pt")
+_SPARE_BYTES = 50 * 2**20
+
+
+class RunFolder:
+    """Writes a run's files; only the main process does.
+
+    settings.yaml, versions.json, metrics.jsonl, plan.json, scores.safetensors, results.json, best/, last/, figures/,
+    examples/, checkpoints/, and bad_images.json where images could not be read.
+
+    It is this run's alone until it is closed.
+
+    Args:
+        path: where it is.
+        main: whether this is the main process.
+        keep: how many checkpoints to keep.
+        say: takes a line about another run that had the folder and has ended.
+
+    Raises:
+        RunFolderError: the folder cannot be made or written, another run writes there, or the disk is all but full.
+    """
+
+    def __init__(self, path: Path, main: bool, keep: int = 2, notify: Callable[[str], None] = print) -> None:
+        self.path = path
+        self._main = main
+        self._shared = SharedFolder(path, "run", _FOLDERS, _is_of_runs)
+        self._metrics = path / "metrics.jsonl"
+        self._started = time.monotonic()
+        self.listeners: list[Callable[[Mapping[str, Any]], None]] = []  # are told every row of metrics.jsonl
+        self.checkpoints = Checkpoints(path / "checkpoints", keep)
+        self.preparation: Mapping[str, Any] | None = None
+        self.tokenizer: Any = None
+        self._lock: FolderLock | None = None
+        if main:
+            _check_writable(path)
+            self._lock = FolderLock(path, notify)
+
+    def close(self) -> None:
+        """Let other runs have the folder."""
+        if self._lock is not None:
+            self._lock.release()
+
+    @property
+    def seconds(self) -> float:
+        """Seconds that the run has taken, those before it was resumed included, from the last checkpoint's on."""
+        return time.monotonic() - self._started
+
+    def check(self) -> None:
+        """Refuse a folder that holds a run which has not ended, or what upop did not write.
+
+        Raises:
+            RunFolderError: it does; the message says what.
+        """
+        if not self._main:
+            return
+        results = self.path / "results.json"
+        if self.checkpoints.exist() and not results.exists():
+            raise RunFolderError(
+                f"{self.path} holds a run that has not ended, and this one would replace it. Go on with it (--resume, "
+                "and the command that it was started with), choose another --output-dir, or remove the folder "
+                f"{self.path / 'checkpoints'}."
+            )
+        self._shared.check()
+
+    def claim(self, name: str) -> Path:
+        """Return the path of a file of the run, to be written with `replace=True`; only the main process may.
+
+        Raises:
+            RunFolderError: there is one that upop did not write.
+        """
+        return self._shared.claim(name)
+
+    def start(self, settings: RunSettings, task: str, verb: str) -> None:
+        """Write down what was asked, with which libraries; what an older run that ended left in the folder goes.
+
+        Raises:
+            RunFolderError: the folder holds a run that has not ended, or what upop did not write.
+        """
+        if self._main:
+            self.check()
+            self._clear()
+        self._write("settings.yaml", settings.to_yaml())
+        self._write_versions(_versions(task, verb))
+        self._write("metrics.jsonl", "")
+
+    def go_on(self, settings: RunSettings, task: str, verb: str, changes: Sequence[Mapping[str, Any]]) -> None:
+        """Write down again what was asked, where that was lost, and what is not as it was when the run began.
+
+        Args:
+            settings: of the run.
+            task: its name.
+            verb: what it does.
+            changes: after which step what was changed, in words.
+        """
+        if not (self.path / "settings.yaml").is_file():
+            self._write("settings.yaml", settings.to_yaml())
+        before = self.versions()
+        versions = {**(before or _versions(task, verb)), **({"changes": list(changes)} if changes else {})}
+        if versions != before:
+            self._write_versions(versions)
+
+    def write_settings(self, settings: RunSettings) -> None:
+        """Write settings.yaml anew: a batch was found."""
+        self._write("settings.yaml", settings.to_yaml())
+
+    def resume(self, metrics: int, seconds: float) -> str:
+        """Go on from a checkpoint: metrics.jsonl is cut back to as many bytes, and the clock goes on.
+
+        Returns:
+            What is wrong with metrics.jsonl, in words; "" if nothing is.
+
+        Raises:
+            RunFolderError: it cannot be written.
+        """
+        self._started -= seconds
+        if not self._main:
+            return ""
+        self._remove_parts()
+        try:
+            with self._metrics.open("a+b") as file:
+                found = file.seek(0, os.SEEK_END)
+                file.truncate(min(metrics, found))
+                if found < metrics:  # a row that is cut off would spoil the next one
+                    file.seek(0)
+                    file.truncate(file.read().rfind(b"\n") + 1)
+        except OSError as error:
+            raise RunFolderError(f"{self._metrics} cannot be written: {error.strerror or error}.") from error
+        if found >= metrics:
+            return ""
+        return (
+            f"{self._metrics} has {found} bytes, and the checkpoint says that {metrics} were written: rows of steps "
+            "before it are lost, and the run goes on without them."
+        )
+
+    def metrics_size(self) -> int:
+        """Return how many bytes metrics.jsonl has."""
+        return self._metrics.stat().st_size if self._metrics.exists() else 0
+
+    def log(self, row: dict[str, Any]) -> None:
+        """Append a row to metrics.jsonl."""
+        if self._main:
+            try:
+                with self._metrics.open("a") as file:
+                    file.write(json.dumps(row) + "\n")
+            except OSError as error:
+                raise RunFolderError(f"Could not write {self._metrics}: {error}. Free some space.") from error
+            for tell in self.listeners:
+                tell(row)
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """Return all rows of metrics.jsonl that can be read: a run does not end for those that cannot."""
+        try:
+            return [row for row in read_lines(self._metrics) if isinstance(row, dict)]
+        except FileNotFoundError:
+            return []
+        except (OSError, ValueError) as error:
+            raise RunFolderError(f"{self._metrics} cannot be read: {reason(error)}. {_RESTORE}") from error
+
+    def command(self) -> str:
+        """Return the command that the run was started with; "" where versions.json does not say it."""
+        return str(self.versions().get("command", ""))
+
+    def changes(self) -> list[dict[str, Any]]:
+        """Return what `go_on` noted: after which "step" what was "changed"."""
+        return list(self.versions().get("changes", []))
+
+    def versions(self) -> dict[str, Any]:
+        """Return what versions.json says; {} where it cannot be read."""
+        try:
+            return read_object(self.path / "versions.json", RunFolderError, _RESTORE)
+        except RunFolderError:
+            return {}
+
+    def save_plan(self, plan: Plan) -> None:
+        """Write plan.json."""
+        self._write("plan.json", plan.to_json())
+
+    def save_scores(self, scores: Mapping[str, Tensor]) -> None:
+        """Write scores.safetensors: the accumulated scores of every group, [size], as the search ended."""
+        if self._main:
+            with replacing_file(self.claim("scores.safetensors"), replace=True) as part:
+                write_weights(scores, part)
+
+    def save_bad_images(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Write bad_images.json: the unreadable image files that the run does without."""
+        self._write(_BAD_IMAGES, json.dumps(rows, indent=1))
+
+    def bad_images(self) -> list[dict[str, Any]]:
+        """Return the rows of bad_images.json; none where there is no such file."""
+        path = self.path / _BAD_IMAGES
+        rows = read_json(path, RunFolderError, _RESTORE) if path.is_file() else []
+        if not isinstance(rows, list) or not all(isinstance(row, dict) and set(row) in _BAD_IMAGE for row in rows):
+            raise RunFolderError(f"{path} is damaged: it is no list of unreadable files. {_RESTORE}")
+        return rows
+
+    def save_files(self, files: Mapping[str, Any]) -> None:
+        """Write JSON files under result/."""
+        for name, content in files.items():
+            self._write(f"result/{name}", json.dumps(content))
+
+    def save_model(self, name: str, model: nn.Module) -> Path:
+        """Write a checkpoint folder ("best" or "last")."""
+        if self._main:
+            set_preparation(unwrapped(model), self.preparation)
+            save(model, self.path / name, tokenizer=self.tokenizer)
+        return self.path / name
+
+    def _clear(self) -> None:
+        self._remove_parts()
+        self.checkpoints.remove()
+        self._shared.remove([_BAD_IMAGES, "results.json", "plan.json", "scores.safetensors", _PAGE])
+        remove_folder(self.path / "examples", "examples")
+
+    def _remove_parts(self) -> None:
+        self._shared.remove_parts()
+        remove_parts(self.path / "checkpoints")
+
+    def _write_versions(self, content: Mapping[str, Any]) -> None:
+        self._write("versions.json", json.dumps(content, indent=1))
+
+    def _write(self, name: str, text: str) -> None:
+        if self._main:
+            write_text(self.claim(name), text, replace=True)
+
+
+def _is_of_runs(name: str, path: Path) -> bool:
+    """Whether a file that was not claimed is upop's: a checkpoint, a lock, or by content a page, an image, weights."""
+    if name == LOCK or _CHECKPOINT.fullmatch(name):
+        return True
+    return wrote_page(path) or wrote_image(path) or wrote_archive(path)
+
+
+def _versions(task: str, verb: str) -> dict[str, Any]:
+    return {
+        "task": task,
+        "verb": verb,
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "python": sys.version.split()[0],
+        "libraries": {name: metadata.version(name) for name in LIBRARIES},
+    }
+
+
+def _check_writable(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path) as probe:
+            probe.write(b"upop")
+        space = os.statvfs(path)
+    except OSError as error:
+        raise RunFolderError(
+            f"The run folder {path} cannot be written: {error.strerror or error}. Choose another --output-dir."
+        ) from error
+    if space.f_bavail * space.f_frsize < _SPARE_BYTES:
+        raise RunFolderError(
+            f"The disk of the run folder {path} has {space.f_bavail * space.f_frsize // 2**20} MiB left, "
+            f"and a run needs at least {_SPARE_BYTES // 2**20}. Free some space or choose another --output-dir."
+        )

@@ -1,0 +1,174 @@
+"""Memory: how much of it a step takes, how much there is, and errors that say what to change."""
+
+from __future__ import annotations
+
+import os
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from accelerate.utils.memory import should_reduce_batch_size
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from upop.errors import OutOfMemoryError, UPopError
+from upop.settings import RunSettings
+
+_CGROUP = Path("/sys/fs/cgroup")
+_PASSES = ("batch_size_test", "rerank_batch", "rank_chunk", "window_batch")
+"""Settings that decide how much of an evaluation is in memory at once; a task has some of them."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error says that memory is used up, that of a device or of the machine."""
+    if isinstance(error, UPopError):
+        return isinstance(error, OutOfMemoryError)
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
+        isinstance(error, Exception) and should_reduce_batch_size(error)
+    )
+
+
+@contextmanager
+def explained_memory(settings: RunSettings, device: torch.device, *, evaluating: bool = False) -> Iterator[None]:
+    """Turn what torch says when memory is used up into an error that says what to change.
+
+    Raises:
+        OutOfMemoryError: memory is used up.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        killed = "is killed by signal" in str(error)  # a worker process, by the system
+        if isinstance(error, UPopError) or not (killed or is_out_of_memory(error)):
+            raise
+        advice = _workers(settings) if killed else _evaluation(settings) if evaluating else _training(settings)
+        message = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise OutOfMemoryError(
+            f"Out of memory on {device}. {advice}\nWhat was computed before is in "
+            f"{settings.output_dir}, and --resume goes on from its last checkpoint. Torch says: {message}"
+        ) from error
+
+
+def _training(settings: RunSettings) -> str:
+    size, passes = settings.batch_size_train, settings.accumulate
+    ways = []
+    if size > 1:
+        ways.append(
+            f"batch_size_train={max(1, size // 2)} with accumulate={passes * 2 if size % 2 == 0 else passes * size} "
+            "keeps the samples per step"
+        )
+    ways.append("batch_size_train=auto (--batch-size auto) finds the largest batch that fits")
+    if not settings.amp:
+        ways.append("amp (--amp) halves most activations")
+    if not settings.grad_checkpointing:
+        ways.append("grad_checkpointing (--grad-checkpointing) computes activations again instead of keeping them")
+    described = "; ".join(ways)
+    return (
+        f"Training takes batches of {size} samples (batch_size_train) and {passes} of them per step. To change: "
+        f"{described}."
+    )
+
+
+def _evaluation(settings: RunSettings) -> str:
+    values = {name: getattr(settings, name) for name in _PASSES if hasattr(settings, name)}
+    described = ", ".join(f"{name} (now {value})" for name, value in values.items())
+    amp = "" if settings.amp else "; amp (--amp) halves most activations"
+    return f"It is evaluated. To change: lower {described}, which changes no result{amp}."
+
+
+def _workers(settings: RunSettings) -> str:
+    return (
+        f"The system ended a process that decodes images. To change: lower num_workers (now {settings.num_workers}) or "
+        "batch_size_train and batch_size_test, for each worker holds two batches."
+    )
+
+
+def free_bytes(device: torch.device) -> int:
+    """Return how much memory is left for this process: of its CUDA device, or of the machine.
+
+    A container may have less than the machine, and the training processes of a machine share it.
+    """
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    left = int(psutil.virtual_memory().available)
+    try:
+        limit, used = (int((_CGROUP / name).read_text()) for name in ("memory.max", "memory.current"))
+        left = min(left, limit - used)
+    except (OSError, ValueError):  # no container, or one without a limit
+        pass
+    return left // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def format_bytes(count: int) -> str:
+    """Return a number of bytes in words: 1.50 GiB, 12.0 MiB."""
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.2f} MiB"
+
+
+def peak_bytes(step: Callable[[], object]) -> int:
+    """Return the most bytes that tensors made in `step` took at once; what kernels take for themselves is not seen."""
+    alive = _Alive()
+    with alive:
+        step()
+    return alive.peak
+
+
+class _Alive(TorchDispatchMode):
+    """Follows the storages of all tensors that are made, until they are freed."""
+
+    peak: int
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.peak = self._now = 0
+        self._storages: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        before = {id(part.untyped_storage()) for part in tree_leaves((args, kwargs)) if isinstance(part, Tensor)}
+        result = func(*args, **(kwargs or {}))
+        for part in tree_leaves(result):
+            if isinstance(part, Tensor) and not part.is_meta and id(part.untyped_storage()) not in before:
+                self._follow(part.untyped_storage())
+        return result
+
+    def _follow(self, storage: torch.UntypedStorage) -> None:
+        key, size = id(storage), storage.nbytes()
+        if key in self._storages:
+            return
+
+        def freed(_: object) -> None:
+            self._now -= size
+            self._storages.pop(key, None)
+
+        self._storages[key] = weakref.ref(storage, freed)
+        self._now += size
+        self.peak = max(self.peak, self._now)
+
+
+def saved_bytes(forward: Callable[[], object], model: nn.Module) -> int:
+    """Return how many bytes a forward pass keeps for the backward pass, besides the model's own tensors.
+
+    That is the same on every device that runs the same kernels.
+    """
+    own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    kept: dict[int, Tensor] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        place = tensor.untyped_storage().data_ptr()
+        if place not in own:
+            kept[place] = tensor  # held, so that no other tensor takes its place
+        return tensor
+
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = forward()
+    total = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+    del result
+    return total

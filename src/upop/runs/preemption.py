@@ -1,0 +1,133 @@
+"""SIGTERM, which a cluster sends before it takes a machine, and Ctrl-C: the run saves where it stands, and ends."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType, TracebackType
+from typing import Any, Self
+
+import torch
+
+from upop.errors import PreemptedError
+from upop.runs.limits import end_without_descriptors
+
+_UNTOLD, _ANSWERING, _ENDED = range(3)
+_PATIENCE_SECONDS = 5
+# What the main process does about a signal that its workers, which got it too, see; they share the memory.
+_doing = torch.full((), _ENDED, dtype=torch.uint8).share_memory_()
+_TERMINATED = "The run was asked to end (SIGTERM). "
+_INTERRUPTED = "The run was interrupted (Ctrl-C). "
+
+
+class _AskedToEnd(BaseException):
+    """What the signal raises, in the middle of anything: no Exception, or some library would take it for its own."""
+
+
+class Preemption:
+    """Answers SIGTERM while it is entered: by `PreemptedError`, at once, or after the step within `deferred`.
+
+    It answers Ctrl-C by `KeyboardInterrupt` in the same way, in a run of one process (torchrun ends several), and where
+    nobody else handles it. Pressed a second time, Ctrl-C does not wait for the step.
+
+    Args:
+        auto: whether the run goes on by itself when it is started again, so that no flag is recommended.
+
+    Attributes:
+        asked: whether a signal came.
+    """
+
+    def __init__(self, auto: bool = False) -> None:
+        self.asked = False
+        self._auto = auto
+        self._deferred = False
+        self._interrupted = False
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> Self:
+        """Take the signals over; only a main thread can."""
+        _doing.fill_(_UNTOLD)
+        if threading.current_thread() is threading.main_thread():
+            self._before[signal.SIGTERM] = signal.signal(signal.SIGTERM, self._answer)
+            alone = os.environ.get("WORLD_SIZE", "1") == "1"
+            if alone and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+                self._before[signal.SIGINT] = signal.signal(signal.SIGINT, self._answer_ctrl_c)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Give the signals back; what SIGTERM raised, or what a library made of that, becomes a `PreemptedError`.
+
+        An interrupt that says nothing is given words.
+        """
+        _doing.fill_(_ENDED)
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        if error is not None:
+            raised = (error, error.__cause__, error.__context__)
+            silent = any(isinstance(part, KeyboardInterrupt) and not part.args for part in raised)
+            self._interrupted |= silent
+            if silent or any(isinstance(part, _AskedToEnd) for part in raised):
+                self.leave()
+
+    @contextmanager
+    def deferred(self) -> Iterator[None]:
+        """Only note the signal within the block, which asks for it between steps."""
+        self._deferred = True
+        try:
+            yield
+        finally:
+            self._deferred = False
+        if self.asked:
+            self.leave()
+
+    def leave(self, saved: str = "") -> None:
+        """Raise `PreemptedError`, or after Ctrl-C `KeyboardInterrupt`, with what was saved, in words."""
+        described = saved or "What was saved before is there; the work since then is done again."
+        described += f" The same command {'' if self._auto else 'with --resume auto '}goes on."
+        if self._interrupted:
+            raise KeyboardInterrupt(_INTERRUPTED + described)
+        raise PreemptedError(_TERMINATED + described)
+
+    def _answer(self, number: int, frame: FrameType | None) -> None:
+        del number, frame
+        self.asked = True
+        _doing.fill_(_ANSWERING)
+        if not self._deferred:
+            raise _AskedToEnd
+
+    def _answer_ctrl_c(self, number: int, frame: FrameType | None) -> None:
+        del number, frame
+        again, self.asked, self._interrupted = self._interrupted, True, True
+        if again or not self._deferred:
+            raise KeyboardInterrupt
+
+
+def prepare_worker(worker: int) -> None:
+    """Have a process that makes batches outlive signals that reach all processes of a run: it may be needed to save.
+
+    Ctrl-C is the main process's, which ends its workers. SIGTERM ends a worker unless the main one got it too: that
+    may be taking its last step.
+    """
+    del worker
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, _answer_in_worker)
+    end_without_descriptors()
+
+
+def _answer_in_worker(number: int, frame: FrameType | None) -> None:
+    del frame
+    # The main process answers between two operations, and one of them may take a while.
+    for _ in range(10 * _PATIENCE_SECONDS):
+        if int(_doing) == _ANSWERING:
+            return
+        if int(_doing) == _ENDED:
+            os._exit(0)  # the main process has no more use for it
+        time.sleep(0.1)
+    signal.signal(number, signal.SIG_DFL)
+    os.kill(os.getpid(), number)

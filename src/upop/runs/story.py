@@ -1,0 +1,67 @@
+"""What a run tells about the compressed model that it made, for the model card."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from upop.checkpoints.card import Story
+from upop.report.results import LATENCY, Results, latency_note, left_out_note, table_cells
+from upop.runs.task import Task
+from upop.settings import RunSettings
+
+
+def story_of(
+    task: Task[Any],
+    settings: RunSettings,
+    results: Results,
+    command: str,
+    changed: Sequence[str] = (),
+    *,
+    trained: bool = True,
+) -> Story:
+    """Return what a compression run knows of its model.
+
+    Args:
+        task: whose model it is.
+        settings: of the run.
+        results: of the run; the model is the last one.
+        command: as it was typed.
+        changed: what was not as it had been when the run was resumed.
+        trained: whether the model was trained after it was cut, or while it was.
+    """
+    cells = table_cells(results)
+    columns = list(next(iter(cells.values())))
+    facts = {
+        f"data ({name})": str(value) for name, value in settings if isinstance(value, Path) and name != "output_dir"
+    }
+    epochs = settings.all_epochs
+    if not trained:
+        facts |= {"training": "none", "seed": str(settings.seed)}
+    elif settings.method == "reference":
+        facts |= {"epochs of search": str(settings.search_epochs)}
+        facts |= {"epochs of retraining": str(settings.retraining_epochs)}
+    else:
+        facts |= {f"epochs of {'search and ' if settings.method == 'upop' else ''}retraining": str(epochs)}
+    if trained:
+        facts |= {"method": settings.method, "seed": str(settings.seed)}
+    facts |= {"changed while it was trained": "; ".join(changed)} if changed else {}
+    found = {metric for split in results.models[-1].metrics.values() for metric in split}
+    return Story(
+        name=results.models[-1].name,
+        task=task.name,
+        pipeline=task.pipeline,
+        base=settings.pretrained,
+        facts=facts,
+        metrics=[metric for metric in results.shown if metric in found],
+        columns=columns,
+        rows=[
+            (name, [f"{cell.text} ({cell.gain})" if cell.gain else cell.text for cell in row.values()])
+            for name, row in cells.items()
+        ],
+        note=" ".join(
+            f"{note}." for note in (latency_note(results) if LATENCY in columns else "", left_out_note(results)) if note
+        ),
+        command=command,
+    )

@@ -1,0 +1,189 @@
+"""What one can do with a task: train a dense model, compress one, evaluate one. The same for every task."""
+
+from __future__ import annotations
+
+import copy
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from timm.utils.model_ema import ModelEmaV3
+from torch import nn
+
+import upop.checkpoints.speaking  # noqa: F401 - a search with uniform="tower" asks libraries
+from upop.compression import Compression
+from upop.pruning import count_parameters, plan_by_magnitude, shrink
+from upop.pruning.goal import format_reached
+from upop.report.results import Results
+from upop.runs.devices import round_to_for
+from upop.runs.loaders import first_samples, to_device
+from upop.runs.loop import Loop, fitting
+from upop.runs.preemption import Preemption
+from upop.runs.run import Run
+from upop.runs.schedules import Phases, check_epochs, compression_rates, falling, phases
+from upop.runs.task import Task
+from upop.settings import RunSettings
+
+_VERIFIED_SAMPLES = 4
+
+
+def train(task: Task[Any], settings: RunSettings) -> Results | None:
+    """Train or fine-tune a dense model; the best epoch's weights end up in `output_dir/best`.
+
+    Raises:
+        UPopError: settings, data, checkpoint, device or run folder are not usable; before any long work.
+        PreemptedError: the run was asked to end (SIGTERM), and can be resumed.
+    """
+    with Preemption(settings.resume == "auto") as preemption, Run(task, settings, "train") as run:
+        settings = run.settings
+        if settings.pretrained:
+            model, lacking = task.start(run.checkpoint(), settings)
+            if lacking:
+                run.notify(
+                    f"{settings.pretrained} lacks {len(lacking)} tensors, which start afresh: "
+                    f"{', '.join(lacking[:4])} ..."
+                )
+            model = run.adapted(model, training=True)
+        else:
+            model = task.build(settings)
+        run.settle(model)
+        with run.training(settings.training_epochs, preemption) as loop:
+            average = _average(settings, model.to(run.accelerator.device))
+            schedule = falling(settings, run.first_rate(loop), settings.training_epochs, loop.steps_per_epoch)
+            keep = run.keep_best(loop, model)
+            loop.run(model, "train", settings.training_epochs, schedule, after_epoch=keep, average=average)
+            model, metrics = run.best(model)
+        return run.finish({"dense": (model, metrics)})
+
+
+def compress(task: Task[Any], settings: RunSettings) -> Results | None:
+    """Compress the dense model in `pretrained`: search, shrink, retrain, evaluate; the result is `output_dir/best`.
+
+    With method "reference" it searches as published; with "magnitude" one cut by weight norm takes the place of the
+    search. All three take equally many steps.
+
+    Raises:
+        UPopError: settings, data, checkpoint, device or run folder are not usable; before any long work.
+        PreemptedError: the run was asked to end (SIGTERM), and can be resumed.
+    """
+    check_epochs(settings)
+    with Preemption(settings.resume == "auto") as preemption, Run(task, settings, "compress") as run:
+        settings = run.settings
+        model = run.pretrained(training=True)
+        run.settle(model)
+        dense_model = copy.deepcopy(model)
+        with run.training(settings.all_epochs, preemption) as loop:
+            average = _average(settings, model.to(run.accelerator.device))
+            planned = phases(settings, loop.steps_per_epoch)
+            searching, retraining = compression_rates(settings, run.first_rate(loop), loop.steps_per_epoch)
+            # Made before anything long runs: it checks the settings of the method against the model.
+            with _compression(run, loop, model, dense_model, average, planned) as compression:
+                _evaluate_dense(run, loop, model)
+                cut = partial(_keep_cut, run, model, average, compression)
+                loop.run(model, "search", planned.search, searching, compression, cut, average=average)
+                keep = run.keep_best(loop, model)
+                loop.run(model, "retrain", planned.retrain, retraining, compression, cut, keep, average)
+                plan = compression.plan()
+            model, metrics = run.best(model)
+        name = compressed_name(settings, dense_model, model)
+        models = {"dense": (dense_model, loop.notes["dense"]), name: (model, metrics)}
+        return run.finish(models, plan)
+
+
+def _compression(
+    run: Run, loop: Loop, model: nn.Module, dense_model: nn.Module, average: ModelEmaV3 | None, planned: Phases
+) -> Compression:
+    """Return what compresses the model as the method does; what the weights alone decide to cut is cut already."""
+    task, settings, device = run.task, run.settings, run.accelerator.device
+    averages = [] if average is None else [average]
+    verified = task.inputs(to_device(first_samples(run.loaders["train"], _VERIFIED_SAMPLES), device))
+    state, going_on = loop.compression_state, loop.compression_state is not None
+    shared: dict[str, Any] = {
+        "cost": settings.cost,
+        "round_to": round_to_for(device, settings),
+        "example": task.example(model, 1),
+        "uniform": settings.uniform,
+        **settings.budget,
+    }
+    if settings.method == "magnitude" and state is None:
+        _evaluate_dense(run, loop, model)
+        plan = plan_by_magnitude(model, **shared)
+        for each in (model, *(average.module for average in averages)):
+            shrink(each, plan, verify=verified)
+        state = {"steps_done": 0, "plan": plan.to_json(), "pruner": None}
+    with fitting() if going_on else nullcontext():
+        compression = Compression(
+            model,
+            steps=settings.all_epochs * loop.steps_per_epoch,
+            search=planned.search_steps or None,
+            teacher=dense_model if settings.teaching else False,
+            distill=task.teaching(settings),
+            averages=averages,
+            verify=verified,
+            resume=state,
+            **shared,
+            **_search_settings(task, settings),
+        )
+    if settings.method == "magnitude" and not going_on:
+        _keep_cut(run, model, None, compression, run.described_of(model))
+    return compression
+
+
+def _search_settings(task: Task[Any], settings: RunSettings) -> dict[str, Any]:
+    """Return how the method searches."""
+    if settings.method == "upop":
+        searched = {"progress": "stages", "importance": settings.importance, "correct": settings.correct}
+        return searched | ({"depth": True} if settings.depth else {})
+    if settings.method == "reference":
+        first = task.update_first_step
+        return {"progress": "soft", "importance": "signed", "interval": settings.interval, "update_first_step": first}
+    return {}
+
+
+def _evaluate_dense(run: Run, loop: Loop, model: nn.Module) -> None:
+    """Note how good the dense model is, once in a run."""
+    if "dense" not in loop.notes:
+        loop.notes["dense"] = run.evaluate(model)
+        run.notify("dense  " + run.described(loop.notes["dense"]))
+
+
+def _keep_cut(
+    run: Run, model: nn.Module, average: ModelEmaV3 | None, compression: Compression, before_retraining: str = ""
+) -> None:
+    """Write down what was cut, as soon as it is."""
+    if average is not None and run.settings.method == "upop" and run.settings.correct:
+        average.set(model)  # what it remembers are layers from before they were corrected
+    if compression.pruner is not None:
+        run.folder.save_scores(compression.pruner.scores)
+    plan = compression.plan()
+    run.folder.save_plan(plan)
+    run.folder.save_model("last", model)
+    left = format_reached(plan.settings)
+    run.notify(f"cut for real, and it computes what the masked model did: {left}{before_retraining}")
+
+
+def evaluate_checkpoint(task: Task[Any], settings: RunSettings) -> Results | None:
+    """Evaluate the checkpoint in `pretrained`, dense or compressed, on the validation and test splits.
+
+    Raises:
+        UPopError: settings, data, checkpoint, device or run folder are not usable.
+    """
+    with Run(task, settings, "evaluate") as run:
+        model = run.pretrained(training=False).to(run.accelerator.device)
+        metrics = run.evaluate(model)
+        return run.finish({Path(str(settings.pretrained)).name: (model, metrics)})
+
+
+def compressed_name(settings: RunSettings, dense: nn.Module, model: nn.Module) -> str:
+    """Return what the tables call the compressed model, by how many times fewer parameters the whole of it has."""
+    return f"{method_name(settings)} {count_parameters(dense) / count_parameters(model):.3g}x"
+
+
+def method_name(settings: RunSettings) -> str:
+    """Return what people call the method of a run: "UPop", "reference", "magnitude"."""
+    return {"upop": "UPop"}.get(settings.method, settings.method)
+
+
+def _average(settings: RunSettings, model: nn.Module) -> ModelEmaV3 | None:
+    return None if settings.ema_decay is None else ModelEmaV3(model, decay=settings.ema_decay)
