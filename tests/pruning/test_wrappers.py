@@ -136,3 +136,11 @@ def test_a_model_that_fully_shard_was_called_on() -> None:
     pruner.move_to(whole)
     pruner.shrink(verify=given())
     assert upop.count_parameters(whole) < upop.count_parameters(Net())
+
+
+def test_a_forward_around_the_method_of_its_module_is_read_as_that_of_the_copy() -> None:
+    """As `model.forward = torch.compile(model.forward)` leaves it."""
+    model = net()
+    inner = model.forward
+    model.forward = lambda x: inner(x)  # type: ignore[method-assign]
+    assert upop.survey(model, given()).units == upop.survey(net(), given()).units != ()

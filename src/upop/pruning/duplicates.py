@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import suppress
-from types import CellType, FunctionType
+from types import CellType, FunctionType, MethodType
 from typing import Any
 
 from torch import nn
@@ -36,10 +36,13 @@ def _apart(function: Any, memo: dict[int, Any]) -> Any:
         return function
     if id(function) in memo:
         return memo[id(function)]
-    if not any(id(each) in memo or isinstance(each, list | dict | set | FunctionType) for each in _held(function)):
+    kinds = (list, dict, set, FunctionType, MethodType)
+    if not any(id(each) in memo or isinstance(each, kinds) for each in _held(function)):
         return function
 
     def own(held: Any) -> Any:
+        if isinstance(held, MethodType):  # as torch.compile keeps of a module
+            return MethodType(held.__func__, memo.get(id(held.__self__), held.__self__))
         if id(held) not in memo and isinstance(held, list | dict | set):
             try:
                 memo[id(held)] = copy.deepcopy(held, memo)
