@@ -3,7 +3,8 @@
 The public API: `Compression` compresses a model while it is trained; `Pruner` and `shrink` do so inside any other
 loop, `calibrate` does it without training, `distill` has the dense model teach, `find_groups` says what can go, `save`,
 `load` and `load_into` keep a compressed model without pickle, `export` writes it for other runtimes, `load_official`
-reads the published checkpoints; `merge_tokens` has image encoders do with fewer tokens.
+reads the published checkpoints; `merge_tokens` has image encoders do with fewer tokens, `reduce_vocabulary` drops words
+that a task never uses.
 
 Nothing is imported before it is asked for. Once both are imported, in whichever order, transformers reloads compressed
 models by itself. Where a library is missing that files need, the method is there all the same, beside torch alone.
@@ -19,6 +20,7 @@ from upop.starting import watch_start
 if TYPE_CHECKING:
     from upop.checkpoints import load, load_into, load_official, save
     from upop.checkpoints.export import export
+    from upop.checkpoints.vocabulary import reduce_vocabulary
     from upop.compression import Compression
     from upop.pruning import (
         Group,
@@ -59,6 +61,7 @@ __all__ = [
     "load_official",
     "merge_tokens",
     "meta_copy",
+    "reduce_vocabulary",
     "save",
     "shrink",
     "unmask",
@@ -67,6 +70,7 @@ _PLACES = {
     "Compression": "upop.compression",
     "export": "upop.checkpoints.export",
     "merge_tokens": "upop.tokens.encoders",
+    "reduce_vocabulary": "upop.checkpoints.vocabulary",
     **dict.fromkeys(("load", "load_into", "load_official", "save"), "upop.checkpoints"),
 }
 """Where the names are that do not belong to the method."""

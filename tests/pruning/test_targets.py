@@ -225,6 +225,16 @@ def test_what_cannot_be_reached_is_refused_before_training(settings: dict[str, A
     assert {type(each) for each in model.modules()} == {type(each) for each in VIT.build().modules()}
 
 
+def test_a_refusal_names_what_would_go_further() -> None:
+    with pytest.raises(SettingError) as refused:
+        upop.Pruner(llama(), steps=1, target="params=0.01")
+    said = str(refused.value)
+    assert "depth=True (whole branches may go, down to params=0." in said
+    assert "upop.reduce_vocabulary (embeddings have 7% of the parameters)" in said
+    with pytest.raises(SettingError, match="Ask for less, or for depth=True"):
+        upop.Pruner(llama(), 0.999, 1)
+
+
 def test_what_is_told_as_the_least_can_be_asked_for() -> None:
     model, inputs = VIT.build(), VIT.inputs(2)
     with pytest.raises(SettingError) as refused:

@@ -20,6 +20,8 @@ _PRINTED = r"^[^\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]{1,1000}$"
 
 FILE = "upop.json"
 FORMAT = 1
+VOCABULARY = "upop_vocabulary"
+"""Under what a model keeps the numbers that its words had before others were dropped."""
 MOST_LAYERS = 2**12
 """Of any model that is described."""
 
@@ -58,6 +60,7 @@ class Description(Read):
     preparation: dict[str, Any] | None = None
     groups: dict[str, dict[str, Any]] | None = Field(None, validation_alias=AliasChoices("groups", "units"))
     tokens: list[list[int]] | None = None
+    vocabulary: list[int] | None = None
 
 
 def read_description(folder: Path) -> Description:

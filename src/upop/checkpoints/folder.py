@@ -22,6 +22,7 @@ from upop.checkpoints.described_groups import describe_groups
 from upop.checkpoints.description import FILE as DESCRIPTION
 from upop.checkpoints.description import (
     FORMAT,
+    VOCABULARY,
     Description,
     GroupLayout,
     check_digests,
@@ -116,6 +117,7 @@ def save(
         "plan": json.loads((plan if plain else replace(plan, slices={})).to_json()) if plan is not None else None,
         "preparation": preparation_of(model),
         "tokens": removed_tokens(model),
+        "vocabulary": getattr(model, VOCABULARY, None),
         "versions": owners.versions(),
     }
     with replacing_folder(folder, "model", overwrite=overwrite) as fresh:
@@ -179,6 +181,8 @@ def load(folder: str | Path, model: nn.Module | None = None, *, strict: bool = T
     _check_layout(model, plan, {names.get(name, name): group for name, group in layout.items()}, folder)
     set_plan(model, plan)
     set_preparation(model, description.preparation)
+    if description.vocabulary is not None:
+        setattr(model, VOCABULARY, description.vocabulary)
     return _merging(model, description, folder).eval()
 
 

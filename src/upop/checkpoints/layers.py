@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from upop.checkpoints.blank import frame, outline
+from upop.checkpoints.description import VOCABULARY
 from upop.checkpoints.fit import kept_sizes
 from upop.checkpoints.plain import differing, of_timm, of_transformers
 from upop.checkpoints.preparation import preparation_of, set_preparation
@@ -294,6 +295,8 @@ def _carry(
 ) -> None:
     """Have a model of fewer layers carry what the whole one does."""
     set_preparation(made, preparation_of(model))
+    if hasattr(model, VOCABULARY):
+        setattr(made, VOCABULARY, getattr(model, VOCABULARY))
     if plan is None:
         return
 

@@ -114,7 +114,7 @@ class Goal:
         self._whole = sum(costs[group.name] * group.size for group in groups)
         self._parameters = parameters_of(model, groups)
         self._towers = towers
-        reach = _Reach(groups, round_to, towers, branches)
+        reach = _Reach(groups, round_to, towers, branches, _share_of_words(model))
         if self.ratio is not None:
             whole = {name for names in branches for name in names}
             budget.check_reachable(groups, costs, self.ratio, round_to, towers, whole, reach.wider()[round_to != 1 :])
@@ -250,6 +250,11 @@ def format_reached(settings: Mapping[str, Any]) -> str:
     )
 
 
+def _share_of_words(model: nn.Module) -> float:
+    tables = {id(each.weight): each.weight.numel() for each in model.modules() if isinstance(each, nn.Embedding)}
+    return max(tables.values(), default=0) / max(1, sum(each.numel() for each in model.parameters()))
+
+
 def _number(count: float) -> str:
     return f"{count:,}" if isinstance(count, int) else f"{count:,.0f}" if count >= 1000 else f"{count:.3g}"
 
@@ -268,12 +273,14 @@ class _Reach:
         round_to: kept channels are multiples of this.
         towers: groups that lose equally many.
         branches: the names of groups that may go whole, together.
+        words: the share of the parameters that word embeddings have.
     """
 
     groups: Sequence[Group]
     round_to: RoundTo
     towers: Sequence[Tower]
     branches: Sequence[tuple[str, ...]]
+    words: float = 0.0
 
     def wider(self, bound: Bound | None = None) -> list[str]:
         """Return what would let more go, in words; with a limit, how far that goes."""
@@ -285,6 +292,8 @@ class _Reach:
                 least = bound.quantity.at({group.name: 0 for group in self.groups})
                 most = f", down to {bound.limit.kind}={_share(least, bound.quantity.whole):g} if all of them do"
             found.append(f"depth=True (whole branches may go{most})")
+        if bound is not None and bound.limit.kind == "params" and self.words >= _TOLERANCE:
+            found.append(f"upop.reduce_vocabulary (embeddings have {self.words:.0%} of the parameters)")
         return [*found, "more groups, where include= or exclude= leaves some out"]
 
     def check(self, bound: Bound) -> float:
