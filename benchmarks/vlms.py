@@ -51,8 +51,8 @@ def prepare(out: Path, size: int) -> None:
     rows = [json.loads(line) for line in (out / "data" / "train.jsonl").read_text().splitlines()]
     texts = [f"{row['question']} {row['answer']} user: assistant:" for row in rows]
     made = Tokenizer(models.BPE(unk_token="<unk>"))
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
-    made.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
     special = ["<pad>", "<s>", "</s>", "<unk>", *MARKS]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=special, initial_alphabet=alphabet)  # type: ignore[call-arg]
@@ -87,11 +87,12 @@ def prepare(out: Path, size: int) -> None:
         eos_token_id=2,
         tie_word_embeddings=True,
     )
-    config = transformers.SmolVLMConfig(
+    kind: Any = transformers.SmolVLMConfig
+    config = kind(
         vision_config=vision,
         text_config=text,
         scale_factor=1,
-        image_token_id=words.convert_tokens_to_ids("<image>"),
+        image_token_id=made.token_to_id("<image>"),
         pad_token_id=0,
         tie_word_embeddings=True,
     )
@@ -160,10 +161,12 @@ def one_shot(out: Path, seeds: int) -> None:
                 described = {"how": "one-shot", "towers": towers, "target": target, "seed": seed}
                 if _known(**described):
                     continue
-                settings = _settings(out, seed, target=target, output_dir=str(out / "pruned"))
+                settings = _settings(
+                    out, seed, target=target, output_dir=str(out / "pruned"), samples=256, include=include
+                )
                 settings = settings.model_copy(update={"val_data": None, "hold_out": 0.0})
                 try:
-                    results = prune(task, settings, samples=256, include=include)
+                    results = prune(task, settings)
                 except ValueError as error:  # the language tower alone cannot reach every target
                     _note({**described, "refused": str(error)})
                     continue

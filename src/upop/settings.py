@@ -117,9 +117,9 @@ class RunSettings(Checked):
     profile: Path | None = Field(
         None, description="what `upop profile` measured of the model, for a target such as latency=0.5 or latency=12ms"
     )
-    method: Literal["upop", "reference", "magnitude"] = Field(
+    method: Literal["upop", "reference", "magnitude", "one-shot"] = Field(
         "upop",
-        description="reference: the search as published; magnitude: one cut by weight norm. All take equal steps",
+        description="reference: as published; magnitude and one-shot: one cut, by weight norm or by first-order terms",
     )
     search_share: float = Field(
         0.1, gt=0, lt=1, description="share of all steps that the search of method upop takes; 16 at least"
@@ -248,7 +248,7 @@ class RunSettings(Checked):
             raise ValueError("cost: reference is the budget of the published search, which takes a ratio and no target")
         if self.method == "upop" and self.cost == "reference":
             raise ValueError("cost: reference is the budget of the published search; it takes method: reference")
-        if self.method != "upop":
+        if self.method in ("reference", "magnitude"):
             changed = [
                 name
                 for name in ("search_share", "importance", "correct", "depth")

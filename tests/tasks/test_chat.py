@@ -16,11 +16,13 @@ import vlms
 from upop.cli import main
 from upop.errors import SettingError, UPopError
 from upop.examples import Examples
+from upop.runs.loop import Loop
 from upop.runs.verbs import compress, evaluate_checkpoint
 from upop.tasks import find_task
 from upop.tasks.answer_scores import anls, answer_scores
 from upop.tasks.chat import ChatSettings, chat_format
-from upop.tasks.prune import prune, task_for, towers
+from upop.tasks.one_shot import towers
+from upop.tasks.prune import prune, task_for
 
 COLOURS = ("red", "green", "blue")
 
@@ -152,7 +154,7 @@ def test_every_family_is_pruned_saved_loaded_and_writes_the_same(family: str, tm
     data = rows(tmp_path / "data", images=family != "llama")
     task = task_for(model)
     assert task.name == "chat"
-    results = prune(task, settings(model, data, tmp_path / "small"), samples=8)
+    results = prune(task, settings(model, data, tmp_path / "small", samples=8))
     dense, pruned = results.models
     assert pruned.parameters < dense.parameters
     one = upop.load(tmp_path / "small")
@@ -175,3 +177,29 @@ def test_towers_are_included_by_name(tmp_path: Path) -> None:
     assert towers(model, []) is None
     with pytest.raises(SettingError, match="its groups are of text"):
         towers(upop.load(vlms.llama(tmp_path / "words")), ["vision"])
+
+
+def test_recovery_by_adapters_is_merged_and_resumed(tmp_path: Path) -> None:
+    model, data = vlms.llama(tmp_path / "model"), rows(tmp_path / "data", images=False)
+    described = {"method": "one-shot", "lora": 2, "samples": 8, "epochs": 2, "examples": 0, "init_lr": 1e-2}
+    whole = compress(find_task("chat"), settings(model, data, tmp_path / "whole", **described))
+    assert whole is not None
+    best = upop.load(tmp_path / "whole" / "best")
+    assert not any("lora" in name for name in best.state_dict())
+    last = upop.load(tmp_path / "whole" / "last")
+    shapes = {name: value.shape for name, value in best.state_dict().items()}
+    assert shapes == {name: value.shape for name, value in last.state_dict().items()}
+    assert upop.count_parameters(best) == whole.models[1].parameters < whole.models[0].parameters
+
+    def stopped(self: Any, model: Any, *args: Any, **more: Any) -> None:
+        evaluated(self, model, *args, **more)
+        raise KeyboardInterrupt
+
+    evaluated = Loop._evaluate
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Loop, "_evaluate", stopped)
+        compress(find_task("chat"), settings(model, data, tmp_path / "parts", **described))
+    resumed = compress(find_task("chat"), settings(model, data, tmp_path / "parts", **described, resume="must"))
+    assert resumed is not None and resumed.models[1].metrics == whole.models[1].metrics
+    again = upop.load(tmp_path / "parts" / "best").state_dict()
+    assert all(torch.equal(value, again[name]) for name, value in best.state_dict().items())

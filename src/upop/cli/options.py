@@ -90,6 +90,16 @@ ColumnNames = Annotated[
     list[str] | None,
     typer.Option("--column", metavar="WHAT=NAME", help="Which column is what, as in answer=reply; repeatable."),
 ]
+Include = Annotated[
+    list[str] | None,
+    typer.Option(help="vision, text, projector, or a pattern of groups; repeatable. [default: all]"),
+]
+Exclude = Annotated[list[str] | None, typer.Option(help="A pattern of groups that stay whole; repeatable.")]
+Samples = Annotated[int | None, typer.Option(help="Samples that say what matters. [default: 128]")]
+Lora = Annotated[
+    int | None,
+    typer.Option(metavar="RANK", help="Recover by LoRA of this rank, merged at the end; with --method one-shot."),
+]
 RowCount = Annotated[int | None, typer.Option("--rows", metavar="N", help="Take the first N rows of --data alone.")]
 OutputDir = Annotated[Path | None, typer.Option("--output-dir", "--output_dir", help="Run folder.")]
 DeviceName = Annotated[Device | None, typer.Option(help="Where to compute; torchrun decides about processes.")]
@@ -131,11 +141,11 @@ OldEpoch = Annotated[int | None, typer.Option("--epoch", hidden=True)]
 PublishedEpoch = Annotated[
     int | None, typer.Option("--epoch", help="Epochs of the search, and as many of retraining: half of all epochs.")
 ]
-_METHODS = starting_with(lambda: ("upop", "reference", "magnitude"))
+_METHODS = starting_with(lambda: ("upop", "reference", "magnitude", "one-shot"))
 Method = Annotated[
     str | None,
     typer.Option(
-        help="upop, reference (the search as published), or magnitude: one cut by weight norm. [default: upop]",
+        help="upop, one-shot (no search), reference (as published), or magnitude: by weight norm. [default: upop]",
         autocompletion=_METHODS,
     ),
 ]

@@ -8,6 +8,7 @@ by the tokenizer's offsets which tokens they are, after images have taken the pl
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -151,8 +152,10 @@ class ChatFormat:
             asked = ["<image>" * len(each.images) + text for each, text in zip(samples, texts, strict=True)]
             return self._cut(self._processed(samples, asked, images, suffix=answers), samples)
         found = self._processed(samples, texts, [image for each in images for image in each])
+        whole = self.tokenizer("a")["input_ids"][-1] == self.tokenizer.eos_token_id
+        end = "" if whole else self.tokenizer.eos_token or ""
         target = self.tokenizer(
-            text=answers,
+            text=[answer + end for answer in answers],
             padding=True,
             padding_side="right",
             return_tensors="pt",
@@ -190,10 +193,12 @@ class ChatFormat:
     ) -> dict[str, Tensor]:
         shared = {"padding": True, "padding_side": "right", "return_tensors": "pt", **options}
         try:
-            if not self.takes_images:
-                found = _Listener(self.tokenizer, heard or _Heard())(texts, **shared)
-            else:
-                found = self.processor(text=texts, images=images, **shared)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of the processor's own doings, which nobody here can change
+                if self.takes_images:
+                    found = self.processor(text=texts, images=images, **shared)
+                else:
+                    found = _Listener(self.tokenizer, heard or _Heard())(texts, **shared)
         except Exception as error:  # processors check what they are given in ways of their own
             places = " or ".join(dict.fromkeys(each.row.place for each in samples[:3]))
             more = "" if len(samples) <= 3 else f" or one of {len(samples) - 3} more"

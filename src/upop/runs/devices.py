@@ -76,7 +76,12 @@ def autocast(accelerator: Accelerator, settings: RunSettings) -> torch.autocast:
 
     Accelerate's own mixed precision would patch the model's forward for good, and a cut must be verified in float32.
     """
-    return torch.autocast(accelerator.device.type, torch.bfloat16, enabled=settings.amp)
+    return autocast_on(accelerator.device, settings)
+
+
+def autocast_on(device: torch.device, settings: RunSettings) -> torch.autocast:
+    """Return the context of forward passes on a device."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=settings.amp)
 
 
 def to_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, cast
@@ -28,6 +28,7 @@ from upop.report.figures import history_figure, kept_share_figure, save_figure
 from upop.report.latency import measure_latency
 from upop.report.results import ModelResult, Results, results_table
 from upop.report.shares import GroupShare
+from upop.runs.adapters import Adapters
 from upop.runs.bad_images import BadImage, BadImages, counted
 from upop.runs.batch import find_batch_size
 from upop.runs.devices import agreed, make_accelerator
@@ -79,6 +80,7 @@ class Run:
         if verb == "evaluate":
             self.settings = settings = self._beside(settings)
         self._prepared: dict[str, Any] = {}
+        self.adapters: Adapters | None = None
         check_trackers(settings.trackers)
         _refuse_among_data(settings)
         self.folder = RunFolder(settings.output_dir, self._main, settings.keep_checkpoints, notify=self.notify)
@@ -350,13 +352,17 @@ class Run:
 
         def after_epoch(candidate: nn.Module, scores: dict[str, float]) -> None:
             if candidate is model:
-                self.folder.save_model("last", model)
+                self._save("last", model)
             value = scores.get(self.task.deciding(scores))
             if value is None or value > loop.notes.get("best", -math.inf):
                 loop.notes["best"] = value
-                self.folder.save_model("best", candidate)
+                self._save("best", candidate)
 
         return after_epoch
+
+    def _save(self, name: str, model: nn.Module) -> None:
+        with self.adapters.merged() if self.adapters is not None else nullcontext():
+            self.folder.save_model(name, model)
 
     def best(self, model: nn.Module) -> tuple[nn.Module, Metrics]:
         """Return `model` with the best epoch's weights, and its metrics on all splits that were held out."""

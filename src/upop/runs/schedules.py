@@ -11,6 +11,8 @@ from upop.errors import SettingError
 from upop.settings import RunSettings
 
 Schedule = Callable[[int], float]
+AT_ONCE = ("magnitude", "one-shot")
+"""Methods that cut before anything is trained."""
 _POWER = 0.9  # of the published polynomial schedule
 _WARMUP = 0.05
 """Share of all steps in which the rate climbs, where search and retraining have one schedule."""
@@ -33,7 +35,7 @@ class Phases:
 
 def check_epochs(settings: RunSettings) -> None:
     """Raise a `SettingError` if a compression has too few epochs to search and to retrain."""
-    if settings.all_epochs < 2 and settings.method != "magnitude":
+    if settings.all_epochs < 2 and settings.method not in AT_ONCE:
         raise SettingError(
             f"epochs: {settings.all_epochs} is too few for method {settings.method}, which searches, cuts the model, "
             "and retrains it for one epoch at least. Give 2 or more (--epochs 2)."
@@ -43,7 +45,7 @@ def check_epochs(settings: RunSettings) -> None:
 def phases(settings: RunSettings, steps_per_epoch: int) -> Phases:
     """Return the phases of a compression; they take equally many epochs in all, whatever the method."""
     epochs = settings.all_epochs
-    if settings.method == "magnitude":
+    if settings.method in AT_ONCE:
         return Phases(0, 0, epochs)
     if settings.method == "reference":
         return Phases(settings.search_epochs * steps_per_epoch, settings.search_epochs, settings.retraining_epochs)

@@ -13,17 +13,20 @@ from torch import nn
 
 import upop.checkpoints.speaking  # noqa: F401 - a search with uniform="tower" asks libraries
 from upop.compression import Compression
-from upop.pruning import count_parameters, plan_by_magnitude, shrink
+from upop.pruning import Plan, calibrate, count_parameters, plan_by_magnitude, shrink
 from upop.pruning.goal import format_reached
 from upop.report.results import Results
+from upop.runs.adapters import Adapters
 from upop.runs.devices import round_to_for
 from upop.runs.loaders import first_samples, to_device
 from upop.runs.loop import Loop, fitting
 from upop.runs.preemption import Preemption
 from upop.runs.run import Run
-from upop.runs.schedules import Phases, check_epochs, compression_rates, falling, phases
+from upop.runs.schedules import AT_ONCE, Phases, check_epochs, compression_rates, falling, phases
 from upop.runs.task import Task
 from upop.settings import RunSettings
+from upop.tasks.one_shot import calibration_batches, loss_of, towers
+from upop.tasks.row_settings import RowSettings
 
 _VERIFIED_SAMPLES = 4
 
@@ -61,7 +64,7 @@ def compress(task: Task[Any], settings: RunSettings) -> Results | None:
     """Compress the dense model in `pretrained`: search, shrink, retrain, evaluate; the result is `output_dir/best`.
 
     With method "reference" it searches as published; with "magnitude" one cut by weight norm takes the place of the
-    search. All three take equally many steps.
+    search, with "one-shot" one by first-order terms. All take equally many steps.
 
     Raises:
         UPopError: settings, data, checkpoint, device or run folder are not usable; before any long work.
@@ -80,11 +83,15 @@ def compress(task: Task[Any], settings: RunSettings) -> Results | None:
             # Made before anything long runs: it checks the settings of the method against the model.
             with _compression(run, loop, model, dense_model, average, planned) as compression:
                 _evaluate_dense(run, loop, model)
+                if (rank := getattr(settings, "lora", None)) is not None:
+                    run.adapters = Adapters(model, rank)
                 cut = partial(_keep_cut, run, model, average, compression)
                 loop.run(model, "search", planned.search, searching, compression, cut, average=average)
                 keep = run.keep_best(loop, model)
                 loop.run(model, "retrain", planned.retrain, retraining, compression, cut, keep, average)
                 plan = compression.plan()
+            if run.adapters is not None:
+                run.adapters.merge()
             model, metrics = run.best(model)
         name = compressed_name(settings, dense_model, model)
         models = {"dense": (dense_model, loop.notes["dense"]), name: (model, metrics)}
@@ -106,11 +113,11 @@ def _compression(
         "uniform": settings.uniform,
         **settings.budget,
     }
-    if settings.method == "magnitude" and state is None:
+    if isinstance(settings, RowSettings) and settings.method != "magnitude":
+        shared |= {"include": towers(model, settings.include), "exclude": list(settings.exclude) or None}
+    if settings.method in AT_ONCE and state is None:
         _evaluate_dense(run, loop, model)
-        plan = plan_by_magnitude(model, **shared)
-        for each in (model, *(average.module for average in averages)):
-            shrink(each, plan, verify=verified)
+        plan = _cut_at_once(run, model, average, verified, shared)
         state = {"steps_done": 0, "plan": plan.to_json(), "pruner": None}
     with fitting() if going_on else nullcontext():
         compression = Compression(
@@ -125,9 +132,25 @@ def _compression(
             **shared,
             **_search_settings(task, settings),
         )
-    if settings.method == "magnitude" and not going_on:
+    if settings.method in AT_ONCE and not going_on:
         _keep_cut(run, model, None, compression, run.described_of(model))
     return compression
+
+
+def _cut_at_once(run: Run, model: nn.Module, average: ModelEmaV3 | None, verified: Any, shared: dict[str, Any]) -> Plan:
+    """Cut a model, and its average, before anything is trained."""
+    settings = run.settings
+    if settings.method == "magnitude":
+        plan = plan_by_magnitude(model, **shared)
+        shrink(model, plan, verify=verified)
+    else:
+        batches, loss = calibration_batches(run.loaders["train"], settings), loss_of(run.task, settings)
+        described = {"importance": settings.importance or "absolute", "correct": settings.correct, "verify": verified}
+        plan = calibrate(model, batches, loss=loss, **described, **shared)
+    if average is not None:
+        shrink(average.module, plan, verify=verified)
+        average.set(model)
+    return plan
 
 
 def _search_settings(task: Task[Any], settings: RunSettings) -> dict[str, Any]:

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-
-import torch
-from torch import nn
 
 import upop.checkpoints.speaking  # noqa: F401 - a search with uniform="tower" asks libraries
 from upop.checkpoints import save
@@ -18,19 +13,17 @@ from upop.checkpoints.library import layout_of
 from upop.errors import CheckpointError, SettingError
 from upop.files import check_folder
 from upop.machine import machine
-from upop.pruning import calibrate, count_parameters, find_groups
+from upop.pruning import calibrate, count_parameters
 from upop.report.latency import measure_latency
 from upop.report.results import ModelResult, Results
-from upop.runs.devices import make_accelerator, round_to_for, to_device
+from upop.runs.devices import make_accelerator, round_to_for
 from upop.runs.evaluation import evaluate
 from upop.runs.loaders import make_loader
 from upop.runs.story import story_of
 from upop.runs.task import Task
 from upop.tasks import TASKS
+from upop.tasks.one_shot import calibration_batches, loss_of, towers
 from upop.tasks.row_settings import RowSettings
-
-TOWERS = {"vision": "vision", "text": "text", "language": "text", "projector": "other", "other": "other"}
-"""What `--include` calls the parts of a model -> the modality of their groups."""
 
 
 def task_for(path: Path) -> Task[Any]:
@@ -56,34 +49,10 @@ def task_for(path: Path) -> Task[Any]:
     )
 
 
-def towers(model: nn.Module, include: Sequence[str]) -> list[str] | None:
-    """Return the names and patterns of groups that `--include` stands for, towers by their names; None for all.
-
-    Raises:
-        SettingError: a tower has no group.
-    """
-    if not include:
-        return None
-    found: list[str] = []
-    for each in include:
-        if each not in TOWERS:
-            found.append(each)
-            continue
-        names = [group.name for group in find_groups(model) if group.modality == TOWERS[each]]
-        if not names:
-            there = sorted({group.modality for group in find_groups(model)})
-            raise SettingError(f"--include {each}: the model has no group there; its groups are of {', '.join(there)}.")
-        found += names
-    return found
-
-
 def prune(
     task: Task[Any],
     settings: RowSettings,
     *,
-    samples: int = 128,
-    include: Sequence[str] = (),
-    exclude: Sequence[str] = (),
     overwrite: bool = False,
     command: str = "",
     notify: Callable[[str], None] = lambda _: None,
@@ -92,10 +61,8 @@ def prune(
 
     Args:
         task: that the model is for.
-        settings: of the task; `output_dir` is the folder of the model.
-        samples: that say what matters, drawn from `data`; a share of it (`hold_out`), or val_data, is evaluated.
-        include: towers ("vision", "text", "projector"), names or patterns of groups; all if empty.
-        exclude: names or patterns of groups that stay whole.
+        settings: of the task; `samples` of `data` say what matters, a share of it (`hold_out`), or val_data, is
+            evaluated, and `output_dir` is the folder of the model.
         overwrite: whether a folder of ours that was changed since may be replaced.
         command: as it was typed, for the model card.
         say: takes lines for a person.
@@ -109,9 +76,9 @@ def prune(
     for loader in loaders.values():
         for note in getattr(loader.dataset.samples, "notes", ()):  # type: ignore[attr-defined]
             notify(note)
-    batches = _batches(loaders.pop("train"), samples, settings)
+    batches = calibration_batches(loaders.pop("train"), settings)
     model, _ = task.adapt(task.load(_path(settings), settings), settings, training=False)
-    names = towers(model, include)
+    names = towers(model, settings.include)
     prepared = {split: accelerator.prepare(loader) for split, loader in loaders.items()}
     device = accelerator.device
     model.to(device)
@@ -132,9 +99,9 @@ def prune(
     plan = calibrate(
         model,
         batches,
-        loss=partial(_loss, task, settings),
+        loss=loss_of(task, settings),
         include=names,
-        exclude=list(exclude) or None,
+        exclude=list(settings.exclude) or None,
         round_to=round_to_for(device, settings),
         uniform=settings.uniform,
         cost=settings.cost,
@@ -157,20 +124,3 @@ def _path(settings: RowSettings) -> Path:
     if not settings.pretrained:
         raise SettingError("Which model to prune is not said. Give a folder or a name on the hub.")
     return local_path(settings.pretrained)
-
-
-def _batches(loader: Any, samples: int, settings: RowSettings) -> list[Any]:
-    """Return batches of samples that are drawn from the training data, the same ones for the same seed."""
-    read, size = loader.dataset, settings.batch_size_train
-    drawn = random.Random(settings.seed).sample(range(len(read)), min(samples, len(read)))
-    return [
-        loader.collate_fn([read[number] for number in drawn[start : start + size]])
-        for start in range(0, len(drawn), size)
-    ]
-
-
-def _loss(task: Task[Any], settings: RowSettings, model: nn.Module, batch: Any) -> torch.Tensor:
-    return task.loss(model, to_device(batch, next(model.parameters()).device), settings, 0.0)
-
-
-__all__ = ["TOWERS", "prune", "task_for", "towers"]

@@ -47,6 +47,28 @@ class RowSettings(RunSettings):
     rows: int | None = Field(None, ge=1, description="the first so many rows of `data` alone")
     streaming: bool = Field(False, description="take the first `rows` rows without fetching the others")
 
+    include: tuple[str, ...] = Field(
+        (), description="what may be pruned: vision, text, projector, or patterns of groups; all if not given"
+    )
+    exclude: tuple[str, ...] = Field((), description="patterns of groups that stay whole")
+    samples: int = Field(128, ge=1, description="training samples that method one-shot, and upop prune, rank by")
+    lora: int | None = Field(
+        None, ge=1, description="recover by adapters of this rank beside frozen weights, merged at the end (peft)"
+    )
+
+    @model_validator(mode="after")
+    def _adapts_what_is_cut(self) -> Self:
+        if self.lora is not None and self.method not in ("one-shot", "magnitude"):
+            raise ValueError(
+                f"lora ({self.lora}) trains beside weights that are frozen, and method {self.method} searches while it "
+                "trains them. Take method: one-shot, which cuts first"
+            )
+        if self.method == "magnitude" and (self.include or self.exclude):
+            raise ValueError("method: magnitude takes neither include nor exclude; method: one-shot does")
+        if self.lora is not None and self.ema_decay is not None:
+            raise ValueError("lora and ema_decay are both given; leave ema_decay out")
+        return self
+
     @field_validator("columns", mode="before")
     @classmethod
     def _are_roles(cls, value: Any) -> Any:
