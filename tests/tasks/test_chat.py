@@ -16,12 +16,12 @@ import vlms
 from upop.cli import main
 from upop.errors import SettingError, UPopError
 from upop.examples import Examples
+from upop.metrics.answers import anls, answer_scores
 from upop.runs.loop import Loop
+from upop.runs.one_shot import towers
 from upop.runs.verbs import compress, evaluate_checkpoint
 from upop.tasks import find_task
-from upop.tasks.answer_scores import anls, answer_scores
 from upop.tasks.chat import ChatSettings, chat_format
-from upop.tasks.one_shot import towers
 from upop.tasks.prune import prune, task_for
 
 COLOURS = ("red", "green", "blue")

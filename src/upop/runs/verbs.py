@@ -20,13 +20,12 @@ from upop.runs.adapters import Adapters
 from upop.runs.devices import round_to_for
 from upop.runs.loaders import first_samples, to_device
 from upop.runs.loop import Loop, fitting
+from upop.runs.one_shot import calibration_batches, loss_of, towers
 from upop.runs.preemption import Preemption
 from upop.runs.run import Run
 from upop.runs.schedules import AT_ONCE, Phases, check_epochs, compression_rates, falling, phases
 from upop.runs.task import Task
 from upop.settings import RunSettings
-from upop.tasks.one_shot import calibration_batches, loss_of, towers
-from upop.tasks.row_settings import RowSettings
 
 _VERIFIED_SAMPLES = 4
 
@@ -113,8 +112,9 @@ def _compression(
         "uniform": settings.uniform,
         **settings.budget,
     }
-    if isinstance(settings, RowSettings) and settings.method != "magnitude":
-        shared |= {"include": towers(model, settings.include), "exclude": list(settings.exclude) or None}
+    if settings.method != "magnitude":
+        include, exclude = (getattr(settings, name, ()) for name in ("include", "exclude"))
+        shared |= {"include": towers(model, include), "exclude": list(exclude) or None}
     if settings.method in AT_ONCE and state is None:
         _evaluate_dense(run, loop, model)
         plan = _cut_at_once(run, model, average, verified, shared)

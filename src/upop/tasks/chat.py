@@ -26,11 +26,11 @@ from upop.data.turns import IMAGE, Turn
 from upop.errors import SettingError
 from upop.examples import Album, Answer, Example
 from upop.libraries import naming_missing
+from upop.metrics.answers import answer_scores
 from upop.metrics.captions import caption_scores
 from upop.runs.task import Batch, Task
 from upop.settings import RunSettings
 from upop.sources import Sources
-from upop.tasks.answer_scores import answer_scores
 from upop.tasks.row_settings import RowSettings, rows_for
 
 AUTOS = ("AutoModelForImageTextToText", "AutoModelForCausalLM", "AutoModelForSeq2SeqLM")

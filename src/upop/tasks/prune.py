@@ -19,10 +19,10 @@ from upop.report.results import ModelResult, Results
 from upop.runs.devices import make_accelerator, round_to_for
 from upop.runs.evaluation import evaluate
 from upop.runs.loaders import make_loader
+from upop.runs.one_shot import calibration_batches, loss_of, towers
 from upop.runs.story import story_of
 from upop.runs.task import Task
 from upop.tasks import TASKS
-from upop.tasks.one_shot import calibration_batches, loss_of, towers
 from upop.tasks.row_settings import RowSettings
 
 
