@@ -293,6 +293,24 @@ def test_a_model_that_is_read_with_its_first_batch_has_a_teacher_at_once() -> No
     assert upop.count_parameters(compression.finish()) < upop.count_parameters(Own())
 
 
+def test_a_training_with_a_teacher_goes_on_within_a_stage_on_another_device() -> None:
+    model = VIT.build()
+    compression = upop.Compression(model, 0.5, 96)  # stages of two steps
+    trained(model, compression, torch.optim.SGD(model.parameters(), lr=0.05), range(3))
+    other = VIT.build()
+    resumed = upop.Compression(other, 0.5, 96)
+    other.to("meta")  # a device with other tensors, though without numbers
+    resumed.load_state_dict(compression.state_dict())
+    inputs = {name: value.to("meta") for name, value in batch(3).items()}
+    other(**inputs)
+    assert resumed.distillation is not None
+    resumed.distillation.loss().backward()
+    assert {each.device.type for each in resumed.distillation.teacher.parameters()} == {"meta"}
+    assert all(each.grad.is_meta for each in other.blocks[0].parameters())
+    compression.close()
+    resumed.close()
+
+
 def test_a_model_that_nobody_can_teach_goes_without() -> None:
     model = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 6))
     with pytest.warns(UserWarning, match="No teacher: .* teacher=False"):

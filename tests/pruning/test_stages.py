@@ -33,6 +33,7 @@ from upop.models.blip import checkpoint_last_blocks
 from upop.models.clip import ClipConfig, ClipRetrieval
 from upop.pruning import budget
 from upop.pruning.correction import RIDGES
+from upop.pruning.errors import SettingError
 
 both = pytest.mark.parametrize("case", [VIT, NLVR], ids=lambda case: case.name)
 
@@ -98,6 +99,12 @@ def test_what_means_the_published_search() -> None:
 def scores_after(count: int, **settings: Any) -> dict[str, Tensor]:
     steps = searched(VIT.build(), VIT, 0.5, 100, 100, **settings)
     return next(pruner for number, pruner in enumerate(steps) if number == count).scores
+
+
+def test_a_soft_search_says_that_it_corrects_nothing() -> None:
+    with pytest.raises(SettingError, match="found correct=True"):
+        upop.Pruner(VIT.build(), 0.5, 4, cost="reference", correct=True)
+    assert not upop.Pruner(VIT.build(), 0.5, 4, cost="reference").corrections
 
 
 def test_scores_by_name_and_of_ones_own() -> None:

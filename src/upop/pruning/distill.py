@@ -238,7 +238,7 @@ class Distillation:
         if self._described or not parts:
             return
         loss = torch.stack(parts).sum()
-        if not self._passes:
+        if not self._passes and not loss.is_meta:
             self._refuse_exploding(float(loss.detach()))  # once, since it waits for the device
         self._passes += 1
         number = self._passes

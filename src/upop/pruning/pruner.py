@@ -148,6 +148,8 @@ class Pruner(Searched):
         self.steps, self.interval, self.update_first_step = steps, interval, update_first_step
         self.importance = importance or ("signed" if self.progress == "soft" else "absolute")
         self._scoring = scoring(self.importance)
+        if correct is True and self.progress == "soft":
+            raise SettingError("A soft search, the published one, corrects nothing; found correct=True. Leave it out.")
         self._correct: Correct = check_correct(correct) if self.progress == "stages" else False
         self._choices: list[dict[str, Choice]] = []  # of the stages so far
         self._skipped = torch.zeros((), dtype=torch.long)
