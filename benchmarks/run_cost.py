@@ -367,15 +367,15 @@ def main() -> None:
     elif given.trace:
         name = "traced"
         found = {
-            "deit": traced("DeiT-S, 224 pixels", deit, 64),
-            "blip": traced("BLIP for NLVR, 384 pixels", full_blip, 8),
+            "deit": traced("DeiT-S, 224 pixels", deit, 16),
+            "blip": traced("BLIP for NLVR, 384 pixels", full_blip, 1),
         }
     else:
         name, found = f"measured_{given.model}", measured(given.model, given.pixels, given.batch, given.rounds)
     content[name] = {"command": shlex.join(["python", *sys.argv]), **found}
     print(json.dumps(content[name], indent=1))
     order = ("measured_deit", "measured_blip", "traced", "computed")
-    write_json(given.out, {"machine": machine("cpu"), **{key: content[key] for key in order if key in content}})
+    write_json(given.out, {"machine": machine("cpu"), **{key: content.get(key) for key in order}})
 
 
 if __name__ == "__main__":
