@@ -234,8 +234,9 @@ def real(model: str, steps: int = 0) -> str:
             return f"{found[0]:,.1f}"
         return f"{statistics.mean(found):,.1f} ± {statistics.stdev(found):.1f} ({len(found)})"
 
-    def order(cell: dict[str, Any]) -> tuple[bool, bool]:
-        return not cell["way"].startswith("upop"), cell["batches"] != usual
+    def order(cell: dict[str, Any]) -> tuple[bool, bool, bool]:
+        way = str(cell["way"])
+        return not way.startswith("upop"), way != "upop, calibrate", cell["batches"] != usual
 
     rows = dict.fromkeys((cell["way"], cell["batches"]) for cell in sorted(cut, key=order))
     described = {(way, batches): way + ("" if batches == usual else f", {batches} batches") for way, batches in rows}
@@ -431,6 +432,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "calibrate": calibrate,
     "log-calibrate": calibrate_ranking,
     "real-minilm": lambda: real("minilm"),
+    "real-smollm2": lambda: real("smollm2"),
+    "real-dinov2": lambda: real("dinov2"),
     "api": api,
     "log-search-step": search_steps,
     "log-demo": demos,

@@ -160,7 +160,7 @@ def saliency(folder: Path, every: int) -> Subject:
     """Return the vision transformer; one in `every` crops is scored."""
     model = dinov2.load()
     found = dinov2.photographs(folder)
-    scored = {split: dinov2.crops(found[split], 48, seed)[::every] for seed, split in enumerate(("dev", "test"))}
+    scored = {split: dinov2.crops(found[split], 48 // every, seed) for seed, split in enumerate(("dev", "test"))}
     dinov2.check(model, scored["test"][:1])
     dense = {split: dinov2.maps(model, images) for split, images in scored.items()}
     whole = copy.deepcopy(model)
