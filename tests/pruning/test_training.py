@@ -27,7 +27,7 @@ from pruning.families import (
     rows_of,
     still_pruner,
 )
-from tiers import mostly_slow
+from tiers import mostly_slow, since
 from together import FORKS
 from upop.models.blip import checkpoint_last_blocks
 
@@ -352,6 +352,7 @@ def test_own_scores_and_the_published_one_agree_where_they_should() -> None:
     assert difference(*found) < 1e-12
 
 
+@since("timm", "1.0.22", "it reads numbers off torch.linspace")
 def test_a_model_may_be_built_and_cut_on_the_meta_device() -> None:
     with torch.device("meta"):
         model = nlvr()
