@@ -51,8 +51,7 @@ class Pruner(Searched):
     both phases serves best. `upop.Compression` does all of it, with a teacher, and cuts the optimizer's state too.
 
     Args:
-        model: a timm, transformers or upop model; wrappers of DDP and torch.compile are looked through, and it may be
-            sharded by `fully_shard`, before this or later.
+        model: of timm, transformers, upop or one's own; in DDP, torch.compile or `fully_shard`, before this or later.
         ratio: share of the groups' total cost to remove, in (0, 1); 0.5 is the paper's 2x, 0.75 its 4x.
         steps: number of times that `step` will be called.
         target: in place of a ratio, what is left of the whole model: {"params": 0.5}, {"params": "12M", "macs": "2x"},
@@ -64,13 +63,12 @@ class Pruner(Searched):
             at every 50th step (step 0 included) in a "soft" search.
         cost: what the budget counts: "params" (default), "flops", "reference" (the published weights, and the
             published way to set the threshold), a mapping from group names or patterns, or a function of a group.
-        round_to: kept channels are multiples of this (8 suits tensor cores); {"mlp": 128} says it by kind of group, and
-            "tensor-cores", "torchao" or "nemotron-nas" what these want.
+        round_to: kept channels are multiples of this, of {"mlp": 128} by kind of group, or of a preset: "tensor-cores",
+            "torchao", "nemotron-nas".
         importance: what a step adds to the scores, of which high ones go first: "absolute" (default; minus the
             magnitude of the first-order change of the loss without a channel), "squared" (minus its square), "signed"
             (default of a "soft" search), or a function (weight, its gradient) -> one number per row. It must be
-            homogeneous of degree 1 in the gradient (twice the gradient, twice the score), since soft masks are divided
-            out after it.
+            homogeneous of degree 1 in the gradient (twice as much, twice the score): soft masks are divided out after.
         progress: "stages" (default): what has the highest scores since the last stage is masked to 0 for good, the same
             share of the cost at every stage. Best with few steps: a tenth of all training steps, and 16 at least.
             "soft", the published search: masks fall from 1 to 0 all the time, and channels may come back. It is the
@@ -86,8 +84,7 @@ class Pruner(Searched):
         exclude: names or patterns of groups to leave alone.
         example: inputs for one forward pass, for cost="flops", and to read the groups of a model with classes of one's
             own (`find_prunable`). Without one, those of such a model are read when it is first called.
-        groups: what is known of groups beside (`upop.GroupSpec`): proved like the others, before those that cut the
-            same.
+        groups: what is known beside (`upop.GroupSpec`): proved like the others, before those that cut the same.
         update_first_step: False leaves the masks alone at step 0, as published for DeiT and Segmenter.
         uniform: "tower" has all layers of a tower keep equally many heads (or key-value groups) and equally many
             neurons, as far as the model's configuration has numbers for them; which ones differ by layer. What is
