@@ -358,6 +358,28 @@ def settings(kind: type[RunSettings], *beside: type[RunSettings]) -> str:
     return markdown(["key", "default", "meaning"], rows)
 
 
+def dual_encoder() -> str:
+    """Return the table of a small dual encoder that was cut, one row per measured cell."""
+    names = {"upop": "upop", "Taylor": "first-order", "L2": "magnitude"}
+    order = ["1x", "1.25x", "1.5x", "2x", "4x"]
+    cells = sorted(
+        read("dual_encoder_cpu")["rows"],
+        key=lambda row: (order.index(row["reduction"]), row["steps"], [*names, row["method"]].index(row["method"])),
+    )
+    rows = [
+        [
+            names.get(row["method"], row["method"]),
+            row["reduction"],
+            str(row["steps"]),
+            f"{row['parameters'] / 1e6:.2f}",
+            *(f"{row[name]:.1f}" for name in ("TR@1", "IR@1", "r_mean")),
+        ]
+        for row in cells
+    ]
+    headings = ["method", "fewer prunable parameters", "steps of training", "parameters (M)", "TR@1", "IR@1", "r_mean"]
+    return markdown(headings, rows)
+
+
 def _beside(kind: type[RunSettings]) -> tuple[type[RunSettings], ...]:
     """Return the classes whose settings have tables of their own, nearest first."""
     shared = [LibrarySettings, RowSettings] if issubclass(kind, RowSettings) else [BlipSettings]
@@ -444,6 +466,7 @@ TABLES: dict[str, Callable[[], str]] = {
         f"settings-{name}": lambda task=task: settings(task.settings, *_beside(task.settings))  # type: ignore[misc]
         for name, task in TASKS.items()
     },
+    "dual-encoder": dual_encoder,
     "settings-rows": lambda: settings(RowSettings, RunSettings),
     "settings-library": lambda: settings(LibrarySettings, RowSettings, RunSettings),
     "costs": lambda: (RESULTS / "costs.md").read_text(),
