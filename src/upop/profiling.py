@@ -64,7 +64,7 @@ def profile_model(
     """
     if runtime not in RUNTIMES:
         raise SettingError(f"runtime={runtime!r} is not known. Use one of {', '.join(map(repr, RUNTIMES))}.")
-    made = partial(_in_runtime, inputs, runtime)
+    made = partial(in_runtime, inputs, runtime)
     groups = groups_to_search(model, inputs)
     try:
         empty = removable(model, groups, [inputs])
@@ -101,7 +101,13 @@ def profile_model(
     return Profile(whole, tuple(layers), about)
 
 
-def _in_runtime(inputs: Any, runtime: str, model: nn.Module) -> nn.Module:
+def in_runtime(inputs: Any, runtime: str, model: nn.Module) -> nn.Module:
+    """Return what calls a model in a runtime of `RUNTIMES`, with inputs like the given ones.
+
+    Raises:
+        SettingError: the runtime does not take the model, or not where it is.
+        MissingLibraryError: the runtime is not installed.
+    """
     if runtime == "eager":
         return model
     if runtime == "compile":
