@@ -134,7 +134,9 @@ def _version(asked: bool) -> None:
 )
 def shapes(
     out: Annotated[Path, typer.Option(help="Folder to write; must be new, empty, or hold the same set.")],
-    task: Annotated[ShapesTask, typer.Option(help="Which task's files to write.")] = ShapesTask.nlvr,
+    task: Annotated[
+        ShapesTask, typer.Option(metavar="TASK", help=f"Whose files to write: {', '.join(ShapesTask)}.")
+    ] = ShapesTask.nlvr,
     seed: Annotated[int, typer.Option(help="Same seed, same bytes.")] = 0,
     size: Annotated[int, typer.Option(help="Training samples; other splits have a tenth, at most 1000.")] = 20000,
     image_size: Annotated[int, typer.Option("--image-size", "--image_size", help="Side in pixels.")] = 64,
