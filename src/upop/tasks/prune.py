@@ -14,7 +14,6 @@ from upop.errors import CheckpointError, SettingError
 from upop.files import check_folder
 from upop.machine import machine
 from upop.pruning import calibrate, count_parameters
-from upop.report.latency import measure_latency
 from upop.report.results import ModelResult, Results
 from upop.runs.devices import make_accelerator, round_to_for
 from upop.runs.evaluation import evaluate
@@ -88,10 +87,8 @@ def prune(
             task.splits[split]: evaluate(accelerator, task, settings, model, loader)[0]
             for split, loader in prepared.items()
         }
-        example = task.example(model, settings.latency_batch)
-        return ModelResult(
-            name=name, metrics=metrics, latency_ms=measure_latency({name: model}, example)[name], **task.counts(model)
-        )
+        # Not timed: the dense model is no more once it is pruned, and times of other moments do not compare.
+        return ModelResult(name=name, metrics=metrics, **task.counts(model))
 
     dense = measured("dense")
     before = count_parameters(model)
