@@ -7,6 +7,7 @@ hold.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -143,13 +144,14 @@ def dense_copy(model: nn.Module) -> nn.Module:
         if id(state) in done:
             continue
         done.add(id(state))
-        group = state._fsdp_param_groups
+        group = _parts(state)
         together = [twin.get_submodule(other) for other, each in modules.items() if each._get_fsdp_state() is state]
         settings: dict[str, Any] = {"mesh": group[0].mesh_info.mesh} if group else {}
+        if kept:  # torch 2.6 has none that are left out
+            settings["ignored_params"] = kept
         fully_shard(
             together if len(together) > 1 else twin.get_submodule(name),
             mp_policy=state._mp_policy,
-            ignored_params=kept,
             **settings,
         )
     return twin
@@ -157,8 +159,14 @@ def dense_copy(model: nn.Module) -> nn.Module:
 
 def _shards(module: Any) -> Iterator[Any]:
     """Yield what FSDP keeps of each parameter that it shares out with a module."""
-    for group in module._get_fsdp_state()._fsdp_param_groups:
+    for group in _parts(module._get_fsdp_state()):
         yield from group.fsdp_params
+
+
+def _parts(state: Any) -> list[Any]:
+    """Return the groups of parameters of a state; torch before 2.9 has one at most, under another name."""
+    several = getattr(state, "_fsdp_param_groups", None)
+    return several if several is not None else [each for each in [state._fsdp_param_group] if each is not None]
 
 
 def _gathered(part: Any) -> tuple[Tensor, int]:
@@ -179,7 +187,8 @@ def _share_out(part: Any, given: tuple[Tensor, int]) -> None:
         return
     placement = part.fsdp_placement
     fresh = nn.Parameter(plain.detach().to(part.device).contiguous(), requires_grad=held.requires_grad)
-    part._init_sharded_param(fresh, part.device, lambda _: placement, part.mesh_info)
+    given_too = (part.mesh_info,) if "mesh_info" in inspect.signature(part._init_sharded_param).parameters else ()
+    part._init_sharded_param(fresh, part.device, lambda _: placement, *given_too)
     if part.post_forward_mesh_info:
         part._init_sharded_post_forward_param_metadata(fresh)
     part._init_extensions()
