@@ -310,7 +310,7 @@ def _() -> None:
 
 def seen(make: Mistake) -> str:
     """Make a mistake, and return what one sees of it, as it were in a folder that is called `/home/you/work`."""
-    with warnings.catch_warnings(sample=True) as caught:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
             described = make()
