@@ -229,6 +229,7 @@ WHOLE: dict[str, Callable[[], Any]] = {
     "averaged": lambda: torch.optim.swa_utils.AveragedModel(net()),
     "checkpointed": lambda: net(checkpointed=True),
     "another forward": lambda: changed(replaced),
+    "a forward around its module": lambda: changed(around_itself),
     "holds a lock": lambda: holding(threading.Lock()),
     "one module twice": lambda: tied("module"),
     "a hook": lambda: changed(lambda block: block.mlp.fc1.register_forward_hook(lambda *given: given[-1] * 2)),
@@ -265,7 +266,6 @@ BARRED: dict[str, tuple[Callable[[], Any], str]] = {
     "TorchScript": (lambda: with_mlp(torch.jit.script(MLP())), "TorchScript"),
     "quantised by torch": (lambda: changed(quantised), "before it is quantised"),
     "whole numbers": (lambda: changed(eight), "before it is quantised"),
-    "a forward around its module": (lambda: changed(around_itself), "types.MethodType"),
     "one weight twice": (lambda: tied("weight"), "are one tensor"),
 }
 """Models of which something cannot be cut, each with a part of the reason."""

@@ -37,7 +37,7 @@ def obstacles(model: nn.Module, cut: set[str]) -> dict[str, str]:
 
 
 def _is_special(module: nn.Module) -> bool:
-    return _holds_itself(module) or inspect.ismethod(getattr(module, "weight", None))  # packed, by torch.ao
+    return inspect.ismethod(getattr(module, "weight", None))  # packed, by torch.ao
 
 
 def _obstacle(module: nn.Module) -> str | None:
@@ -50,8 +50,6 @@ def _obstacle(module: nn.Module) -> str | None:
             "carries hooks of Accelerate, which spread the model over devices (device_map) or offload it; call "
             "accelerate.hooks.remove_hook_from_submodules(model) and put it on one device, or shard it by fully_shard"
         )
-    if _holds_itself(module):
-        return "has a forward in place of its class's that holds the module itself; make it one by types.MethodType"
     for leaf in ("weight", "bias"):
         if leaf not in module._parameters and {f"{leaf}_orig", f"{leaf}_g"} & module._parameters.keys():
             return (
@@ -65,9 +63,3 @@ def _obstacle(module: nn.Module) -> str | None:
     ):
         return "has quantised weights; prune the model before it is quantised"
     return None
-
-
-def _holds_itself(module: nn.Module) -> bool:
-    """Whether its forward is a function around the module, so that a copy of it would run the module."""
-    cells = getattr(vars(module).get("forward"), "__closure__", None) or ()
-    return any(cell.cell_contents is module for cell in cells)
