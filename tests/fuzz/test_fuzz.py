@@ -15,7 +15,7 @@ from fuzz.readers import READERS
 
 COUNTS: dict[str, int] = {
     "annotations: ": 900,
-    "pictures ": 1500,
+    "images ": 1500,
     "names of classes": 500,
     "settings: ": 450,
     "recipes": 500,
