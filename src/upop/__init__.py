@@ -1,10 +1,10 @@
 """UPop: unified and progressive pruning of vision-language transformers.
 
-The public API: `Compression` compresses a model while it is trained; `Pruner` and `shrink` do so inside any other
-loop, `calibrate` does it without training, `distill` has the dense model teach, `find_groups` says what can go, `save`,
-`load` and `load_into` keep a compressed model without pickle, `export` writes it for other runtimes, `load_official`
-reads the published checkpoints; `merge_tokens` has image encoders do with fewer tokens, `reduce_vocabulary` drops words
-that a task never uses.
+The public API: `Compression` compresses a model while it is trained. `Pruner` and `shrink` do so inside any other
+loop, `calibrate` prunes without training, and `distill` adds a loss against the dense model. `find_prunable` reports
+the prunable groups. `save`, `load` and `load_into` keep a compressed model without pickle, `export` writes it for other
+runtimes, and `load_official` reads the published checkpoints. `merge_tokens` merges tokens of image encoders, and
+`reduce_vocabulary` drops words that a task never uses.
 
 Nothing is imported before it is asked for. Once both are imported, in whichever order, transformers reloads compressed
 models by itself. Where a library is missing that files need, the method is there all the same, beside torch alone.

@@ -40,7 +40,7 @@ def search_steps(steps: int, share: float = SHARE) -> int:
 
 
 class Compression:
-    """Compresses a model while it is trained: searches what can go, cuts it, and has the dense model teach.
+    """Compresses a model while it is trained: searches, cuts, and distils the dense model into the smaller one.
 
         compression = upop.Compression(model, ratio=0.5, steps=total_steps)
         for batch in loader:
@@ -60,10 +60,10 @@ class Compression:
         steps: optimizer steps of the whole training.
         target: in place of a ratio, what is left of the whole model: {"params": 0.5}, {"params": "40MB@float16"},
             {"params": 0.5, "macs": "2x"}; see `upop.Pruner`.
-        teacher: the dense model that teaches. By default a copy of `model` as it is now, if it has norms whose outputs
-            can be compared; False has none, and a step then takes less time.
+        teacher: the dense model, for distillation. By default a copy of `model` as it is now, if it has norms whose
+            outputs can be compared. False trains without a teacher; a step then takes less time.
         share: of all steps that the search takes; 16 at least, or a third of a shorter training.
-        search: steps that the search takes, where `share` is not to say it.
+        search: steps that the search takes, in place of `share`.
         averages: moving averages of the model, cut along with it: modules, or what holds one as `module`
             (`AveragedModel`, timm's `ModelEmaV3`).
         verify: inputs on which the masked and the cut model are compared, as for `upop.Pruner.shrink`; by default a few
@@ -81,7 +81,7 @@ class Compression:
 
     Raises:
         SettingError: a setting is out of range.
-        LayoutError: the model has nothing that can go.
+        LayoutError: the model has no prunable group.
     """
 
     def __init__(
@@ -282,7 +282,7 @@ class Compression:
             self.close()
 
     def plan(self) -> Plan:
-        """Return what every group keeps; before the cut, what it would keep if it came now.
+        """Return the channels that every group keeps; before the cut, those that it keeps so far.
 
         Raises:
             StepError: the masks of a "soft" search are not binary yet.

@@ -64,7 +64,7 @@ def held_out(root: Path, samples: object, truth: object = None) -> CaptionEvalDa
 # --- training samples
 
 
-def test_a_training_sample_is_a_image_and_a_prompted_clean_caption(root: Path) -> None:
+def test_a_training_sample_is_an_image_and_a_prompted_clean_caption(root: Path) -> None:
     data = training(root, [DESCRIBED, {**DESCRIBED, "caption": "Blue; (or so)"}])
     assert len(data) == 2
     assert data[0]["caption"] == "a picture of a red square"

@@ -53,7 +53,7 @@ def test_labels_are_the_places_of_folders_by_name(root: Path) -> None:
     assert "draw" not in item
 
 
-def test_evaluation_sees_the_middle_of_a_image(tmp_path: Path) -> None:
+def test_evaluation_sees_the_middle_of_an_image(tmp_path: Path) -> None:
     image = Image.new("RGB", (64, 32), (255, 255, 255))
     image.paste((0, 0, 0), (30, 14, 34, 18))
     seen = eval_transform(28)(image)

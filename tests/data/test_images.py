@@ -163,7 +163,7 @@ def test_images_outside_of_their_folder_are_refused_by_row(tmp_path: Path, root:
 @pytest.mark.parametrize(
     "image", ["here/1.png", "5.png", "in/../in/1.png", "{}/pictures/in/1.png", "hub/pictures/5.png"]
 )
-def test_whatever_leads_to_a_image_inside_is_taken(tmp_path: Path, root: Path, reader: str, image: str) -> None:
+def test_whatever_leads_to_an_image_inside_is_taken(tmp_path: Path, root: Path, reader: str, image: str) -> None:
     (tmp_path / "link").symlink_to(root)
     image = image.format(tmp_path)
     for folder in (root, tmp_path / "link", Path(os.path.relpath(root))):

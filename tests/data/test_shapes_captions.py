@@ -94,7 +94,7 @@ def test_every_reference_describes_its_image_and_a_changed_colour_does_not(examp
         ("", False),
     ],
 )
-def test_what_describes_a_image(text: str, right: bool):
+def test_what_describes_an_image(text: str, right: bool):
     references = [
         "a red circle with two blue squares",
         "a large red circle at the top, a small blue square in the middle and a small blue square at the bottom",

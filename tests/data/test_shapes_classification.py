@@ -94,7 +94,7 @@ def test_the_command_writes_it(tmp_path: Path) -> None:
     assert "12 train, 120 val, 120 test" in " ".join(done.output.split())
 
 
-def test_every_class_needs_a_image(tmp_path: Path) -> None:
+def test_every_class_needs_an_image(tmp_path: Path) -> None:
     with pytest.raises(SettingError, match="at least 12, a picture for every class, not 11"):
         write_shapes("classification", tmp_path / "set", seed=1, size=11)
     assert not (tmp_path / "set").exists()

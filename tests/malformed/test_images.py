@@ -174,7 +174,7 @@ def test_a_file_that_was_cut_is_refused_or_whole(tmp_path: Path, data: st.DataOb
 
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_any_bytes_are_refused_or_a_image(tmp_path: Path, data: st.DataObject) -> None:
+def test_any_bytes_are_refused_or_an_image(tmp_path: Path, data: st.DataObject) -> None:
     content = bytearray(data.draw(st.sampled_from([table.PNG, table.JPEG, table.GIF, table.WEBP, table.TIFF])))
     for _ in range(data.draw(st.integers(1, 4))):
         content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))

@@ -205,7 +205,7 @@ def _words(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     return batch["input_ids"], batch["attention_mask"]
 
 
-# --- wrong partners
+# --- hard negatives
 
 
 def test_drawn_partners_are_wrong_and_follow_the_similarities() -> None:
@@ -228,9 +228,9 @@ def test_a_partner_is_found_where_the_softmax_underflows() -> None:
 
 
 @pytest.mark.parametrize("ids", [[3], [3, 3, 3]], ids=["batch of one", "one image alone"])
-def test_a_batch_without_wrong_partners_adds_no_matching_loss_and_says_so_once(ids: list[int]) -> None:
+def test_a_batch_without_hard_negatives_adds_no_matching_loss_and_says_so_once(ids: list[int]) -> None:
     model = tiny().train()
-    with pytest.warns(UserWarning, match="no wrong partner"):
+    with pytest.warns(UserWarning, match="no hard negative"):
         losses = model(**pairs(len(ids), ids=ids))
     assert float(losses.matching.detach()) == 0
     sum(losses).backward()
@@ -241,7 +241,7 @@ def test_a_batch_without_wrong_partners_adds_no_matching_loss_and_says_so_once(i
         model(**pairs(len(ids), ids=ids))
 
 
-def test_only_the_pairs_without_wrong_partners_are_left_out() -> None:
+def test_only_the_pairs_without_hard_negatives_are_left_out() -> None:
     """Pairs with draws of their own count as ever; a matching loss of all would differ."""
     model = tiny().train()
     batch = pairs(3)
@@ -273,7 +273,7 @@ def test_noise_is_the_same_for_any_number_of_processes(monkeypatch: pytest.Monke
 
 
 def test_two_processes_are_one(tmp_path: Path) -> None:
-    """Two gloo processes train three steps: losses, wrong partners, queues and weights are those of one process."""
+    """Two gloo processes train three steps: losses, hard negatives, queues and weights are those of one process."""
     script = Path(__file__).with_name("retrieval_ranks.py")
     for processes in (1, 2):
         run_script(script, tmp_path / f"{processes}.pt", processes=processes)

@@ -37,7 +37,7 @@ def run(folder: str) -> None:
         model = tiny().train()
         teacher = copy.deepcopy(model)
         with torch.no_grad():
-            teacher.temp.fill_(0.5)  # left to itself, it would draw other wrong partners
+            teacher.temp.fill_(0.5)  # left to itself, it would draw other hard negatives
         distill = upop.distill(nn.parallel.DistributedDataParallel(model), teacher)
         batch = pairs(6)
         # Each process pads to its own longest text.

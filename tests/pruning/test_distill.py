@@ -297,7 +297,7 @@ def test_compiled_models_are_looked_through() -> None:
 
 
 def test_two_processes_are_one(tmp_path: Path) -> None:
-    """Gradients are those of the whole batch, and the teacher sees wrong partners of the other process."""
+    """Gradients are those of the whole batch, and the teacher sees hard negatives of the other process."""
     run_together(distill_ranks.run, str(tmp_path))
     whole = distill_ranks.gradients(NLVR.inputs(4))
     ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
@@ -313,7 +313,7 @@ def test_two_processes_are_one(tmp_path: Path) -> None:
 
 
 def test_retrieval_compares_the_same_pairs() -> None:
-    """The teacher is shown the wrong partners that the model drew, and neither moves copies nor fills queues."""
+    """The teacher is shown the hard negatives that the model drew, and neither moves copies nor fills queues."""
     model = retrieval().train()
     teacher = copy.deepcopy(model)
     with torch.no_grad():

@@ -280,8 +280,8 @@ def test_a_group_is_printed_for_people() -> None:
     fused, gated = upop.find_groups(Net(Fused, Gated), INPUTS, [FUSED, GATED])
     lines = str(fused).splitlines()
     assert lines[0] == "blocks.0: attention (other), 8 dimensions of each of 4 heads"
-    assert "made by      blocks.0.qkv.weight, dimension 0 as 12 x 8 x 1; queries times (kept / 8) ** 0.5" in lines[1]
-    assert "consumed by  blocks.0.proj.weight, dimension 1 as 4 x 8 x 1" in lines[3]
+    assert "producers    blocks.0.qkv.weight, dimension 0 as 12 x 8 x 1; queries times (kept / 8) ** 0.5" in lines[1]
+    assert "consumers    blocks.0.proj.weight, dimension 1 as 4 x 8 x 1" in lines[3]
     assert "set again    blocks.0.head_dim = kept" in lines[4]
     assert lines[-1].startswith("  proved")
     assert str(gated).startswith("blocks.1: mlp (other), 24 neurons\n")

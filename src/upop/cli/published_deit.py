@@ -1,4 +1,4 @@
-"""The published command of DeiT, `compress_deit.py`, with the flags of DeiT's training: clothes over `upop compress`.
+"""The published command of DeiT, `compress_deit.py`, with the flags of DeiT's training, on top of `upop compress`.
 
 What no flag says is in the config file, which holds DeiT's usual values.
 """

@@ -1,4 +1,4 @@
-"""The published command `compress_segmenter.py`, with the published flags: thin clothes over `upop compress`."""
+"""The published command `compress_segmenter.py`, with the published flags: each sets defaults of `upop compress`."""
 
 from __future__ import annotations
 

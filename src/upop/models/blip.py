@@ -85,7 +85,8 @@ def checkpoint_last_blocks(encoder: VisionTransformer, count: int | None = None)
 def enlarge_weights(model: nn.Module, factor: float) -> None:
     """Multiply fresh matrices and embeddings of a model by `factor`.
 
-    The libraries draw them with a standard deviation of 0.02, which suits widths of 768 and leaves small models asleep.
+    The libraries draw them with a standard deviation of 0.02, which suits widths of 768; in small models activations
+    nearly vanish.
     Position embeddings of patches grow ten times more: with few training steps, where a patch lies is not learned if
     it drowns in what the patch shows.
     """

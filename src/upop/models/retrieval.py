@@ -113,7 +113,7 @@ class BlipRetrieval(MomentumContrast):
         self.config = self.config.model_copy(update={"queue_size": size})
 
     def for_teacher(self) -> dict[str, Any]:
-        """Return the wrong partners that the last loss was of, so that another model is shown the same pairs."""
+        """Return the hard negatives that the last loss drew, so that a teacher compares the same pairs."""
         return self._drawn
 
     def encode_image(self, images: Tensor, *, momentum: bool = False) -> tuple[Tensor, Tensor]:
@@ -247,7 +247,7 @@ class BlipRetrieval(MomentumContrast):
         if not self._described and not paired.all():
             self._described = True
             warnings.warn(
-                "A batch holds no wrong partner for some of its pairs (a batch of one, or of one image alone); these "
+                "A batch holds no hard negative for some of its pairs (a batch of one, or of one image alone); these "
                 "add no matching loss. Raise batch_size_train if this is more than an exception.",
                 stacklevel=2,
             )

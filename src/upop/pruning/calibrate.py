@@ -1,4 +1,4 @@
-"""Compression without training: a few batches say what matters, and the layers that read the rest make up for it.
+"""One-shot compression: calibration batches rank the channels, and a least-squares correction follows the cut.
 
 First-order terms of the loss rank all channels under one budget, as in the search, and are taken anew after every part
 of the cut; the layers that read what was cut are corrected over the same batches.

@@ -1,4 +1,4 @@
-"""Least-squares correction: the layers that read what was cut make up for it with what stays.
+"""Least-squares correction: consumers of pruned channels reconstruct their outputs from the kept ones.
 
 What a removed channel gave to the layer that reads it is partly in the channels that stay. From the second moments of
 that layer's inputs follows the change of the weights that stays closest to what went, without any gradient. How

@@ -34,18 +34,18 @@ class Slice:
         outer: how many times the axis is repeated along `dim`.
         inner: how many neighbouring rows belong to one channel; a tuple gives one number for each of the `outer`
             repeats (queries, keys and values of grouped-query attention in one tensor).
-        produces: True where the tensor produces the axis (it is masked and scored), False where it is only cut with
-            it: it consumes the axis, or gates what another tensor produces.
-        query_groups: how many of the first `outer` groups are queries; `shrink` folds the softmax scale into them.
+        produces: True where the tensor produces the axis (it is masked, and its gradients count for importance), False
+            where it is only cut: it consumes the axis, or gates what another tensor produces.
+        query_groups: how many of the first `outer` repeats are queries; `shrink` folds the softmax scale into them.
         follows: True for a tensor of a momentum copy, which is cut with the axis and otherwise left alone: it is
             neither masked, nor scored, nor counted.
-        silent: which of the `outer` groups are cut, but neither masked nor scored (the gate of a gated MLP).
+        silent: which of the `outer` repeats are cut, but neither masked nor scored (the gate of a gated MLP).
         direct: True where the library reads the tensor itself, so that masks must scale it in place of its layer's
             forward (packed projections, fused kernels, layers that are no `nn.Linear`).
-        gaps: rows of something else before each of the `outer` groups, and behind the last one; () where the group's
+        gaps: rows of something else before each of the `outer` repeats, and behind the last one; () where the group's
             axis is all there is.
         power: queries are multiplied by (kept / size) ** power at the cut, for the softmax scale that follows the size.
-        queries: which of the `outer` groups are queries, where they are not the first `query_groups`.
+        queries: which of the `outer` repeats are queries, where they are not the first `query_groups`.
     """
 
     tensor: str
@@ -63,7 +63,7 @@ class Slice:
 
     @property
     def inners(self) -> tuple[int, ...]:
-        """Rows per channel in each of the `outer` groups."""
+        """Rows per channel in each of the `outer` repeats."""
         return self.inner if isinstance(self.inner, tuple) else (self.inner,) * self.outer
 
     def length(self, size: int) -> int:
@@ -167,7 +167,7 @@ class Swap:
 @renamed_attributes(entry="channel")
 @dataclass(frozen=True)
 class Group:
-    """One axis that can be pruned, channel by channel (the mask vector of one layer in the paper).
+    """One prunable axis and all slices of tensors that are coupled along it (one mask vector zeta in the paper).
 
     Attributes:
         name: dotted name of the module that holds it, unique in the model.
@@ -181,7 +181,7 @@ class Group:
         swaps: the classes to take on with the cut.
         channel: what one channel is: a "dimension" of every head, a whole "head", a key-value "group" of heads with all
             queries that share it, or a "neuron" of an MLP.
-        proved: whether it was read off what the model computes, and proved on numbers (see `find_prunable`).
+        proved: whether masking and cutting it were compared on numbers, and agree (see `find_prunable`).
     """
 
     name: str
@@ -200,9 +200,9 @@ class Group:
         lines = [f"{self.name or 'the model'}: {self.kind} ({self.modality}), {_channels(self)}"]
         last = self.online[-1:]
         for heading, parts in (
-            ("made by", self.producers),
+            ("producers", self.producers),
             ("cut with it", [part for part in self.online if not part.produces and part not in last and not part.dim]),
-            ("consumed by", [part for part in self.online if not part.produces and (part in last or part.dim)]),
+            ("consumers", [part for part in self.online if not part.produces and (part in last or part.dim)]),
             ("copied in", [part for part in self.slices if part.follows]),
         ):
             lines += [

@@ -19,14 +19,13 @@ from upop.pruning.words import library_of
 
 @renamed_arguments(units="groups")
 def find_groups(model: nn.Module, example: Any = None, groups: Sequence[Stated] = ()) -> list[Group]:
-    """Return every group of `model` that can be pruned, in forward order; see `find_prunable` for `example` and
-    `groups`.
+    """Return the prunable groups of a model, in forward order; see `find_prunable` for the arguments.
 
-    A model that keeps momentum copies of its own modules names them in an attribute `momentum_encoders`, a mapping from
-    a module's name to its copy's: the copies make no groups, and are cut with the modules that they copy.
+    A model with momentum encoders names them in an attribute `momentum_encoders`, a mapping from the name of a module
+    to the name of its copy. The copies make no groups of their own; they are cut with the modules that they follow.
 
     Raises:
-        LayoutError: the model has none, and the message lists what was looked at and why it was left alone; or as
+        LayoutError: the model has no prunable group (the message lists what was skipped, and why); or as
             `find_prunable`.
     """
     found = find_prunable(model, example, groups)
@@ -41,25 +40,27 @@ def find_groups(model: nn.Module, example: Any = None, groups: Sequence[Stated] 
 
 @renamed_arguments(units="groups")
 def find_prunable(model: nn.Module, example: Any = None, groups: Sequence[Stated] = ()) -> Prunable:
-    """Return the groups of `model` and what was skipped.
+    """Find the prunable groups of a model, and report what was skipped and why.
 
-    Groups are read off what the model computes: its forward runs once without numbers, every axis is followed through
-    the tensor operations that really happen, whatever the Python around them, and every group is proved on numbers.
-    What was found is remembered for this model, and for those that differ from it in their weights and their precision
-    alone: they are not read again without an example.
+    The forward pass runs once on the meta device, and every axis is followed through the ATen operations that happen,
+    whatever the Python code around them. A group is returned only if it is proved: masked and cut, the model computes
+    the same on random numbers in float64. The result is cached for this model, and for models that differ from it in
+    weights and precision alone.
 
     Args:
-        model: left as it is, the random state too; wrappers of DDP and torch.compile are looked through.
-        example: what a call of the model is given: a tensor, a tuple of arguments, a mapping of keyword arguments, or
-            a function that is given the model. Without one it is made of what a library's model says of its inputs
-            (`dummy_inputs`, `config`, `default_cfg`, the names of its forward's arguments), or of what layers ask for.
-        groups: what is known of groups beside (`upop.GroupSpec`); they are proved like the others, and stand before
-            those that cut the same.
+        model: left unchanged, and the random state too; wrappers of DDP and torch.compile are looked through.
+        example: inputs of one forward pass: a tensor, a tuple of arguments, a mapping of keyword arguments, or a
+            function that is called with the model. By default they are made up from what models of libraries declare
+            (`dummy_inputs`, `config`, `default_cfg`, argument names) or from the shapes of their layers.
+        groups: groups that you state yourself (`upop.GroupSpec`). They are proved like the others, and take precedence
+            over those that cut the same axis.
+
+    Returns:
+        `groups` in forward order, `skipped` with reasons, and `coverage`.
 
     Raises:
-        LayoutError: no inputs are known that the model can be run with, it cannot be run with the example, or what
-            `groups` states does not hold.
-        SettingError: what `groups` states does not fit the model.
+        LayoutError: the model cannot be run with the example, none could be made up, or a stated group is not proved.
+        SettingError: a stated group does not fit the model.
     """
     from upop.pruning import axes
 

@@ -44,7 +44,7 @@ _OLDER = {"align": "round_to", "score": "importance"}
 
 @renamed_attributes(align="round_to", score="importance", units="groups")
 class Pruner(Searched):
-    """Searches, during ordinary training, what can go from all modalities under one budget, and then removes it.
+    """Searches during training for the channels to prune, under one budget for all modalities, and removes them.
 
     Call `step()` once per optimizer step, between `backward()` and `optimizer.step()`; after `steps` calls the
     masks are exactly 0 or 1, and `shrink()` cuts the layers for real. Then train on: one learning rate schedule over
@@ -63,18 +63,19 @@ class Pruner(Searched):
             at every 50th step (step 0 included) in a "soft" search.
         cost: what the budget counts: "params" (default), "flops", "reference" (the published weights, and the
             published way to set the threshold), a mapping from group names or patterns, or a function of a group.
-        round_to: kept channels are multiples of this, of {"mlp": 128} by kind of group, or of a preset: "tensor-cores",
-            "torchao", "nemotron-nas".
-        importance: what a step adds to the scores, of which high ones go first: "absolute" (default; minus the
-            magnitude of the first-order change of the loss without a channel), "squared" (minus its square), "signed"
-            (default of a "soft" search), or a function (weight, its gradient) -> one number per row. It must be
-            homogeneous of degree 1 in the gradient (twice as much, twice the score): soft masks are divided out after.
-        progress: "stages" (default): what has the highest scores since the last stage is masked to 0 for good, the same
-            share of the cost at every stage. Best with few steps: a tenth of all training steps, and 16 at least.
-            "soft", the published search: masks fall from 1 to 0 all the time, and channels may come back. It is the
+        round_to: kept channels are multiples of this (8 suits tensor cores); {"mlp": 128} sets it by kind of group, and
+            "tensor-cores", "torchao" and "nemotron-nas" are presets.
+        importance: how the importance of a channel is measured at each step, from the first-order (Taylor) change of
+            the loss without it: "absolute" (default) takes its magnitude, "squared" its square, "signed" (default of a
+            "soft" search) the change itself. Or a function (weight, its gradient) -> a score per row, [rows]; channels
+            with high scores are pruned first. It must be homogeneous of degree 1 in the gradient, because soft masks
+            are divided out afterwards.
+        progress: "stages" (default): each stage prunes the same share of the cost, for good: the channels that mattered
+            least since the last stage. Best with few steps: a tenth of all training steps, and at least 16.
+            "soft", the published search: masks fall from 1 to 0 gradually, and channels may come back. It is the
             default with cost="reference" and with importance="signed".
-        correct: at every stage, the layers that read what goes are corrected by least squares, so that their outputs
-            change least, over as many of the last four steps as have four tokens for every input, run again in
+        correct: at every stage, a least-squares correction of the layers that consume pruned channels keeps their
+            outputs as they were, over as many of the last four steps as have four tokens for every input, run again in
             evaluation mode. How much a layer changes follows from how well that does on samples that it was not made
             from: it stays as it is where it would not help. The model must be called as a module. Between steps only
             their inputs are held. At the end of a stage "auto" (default) holds at most a quarter of the weights' bytes
@@ -84,14 +85,15 @@ class Pruner(Searched):
         exclude: names or patterns of groups to leave alone.
         example: inputs for one forward pass, for cost="flops", and to read the groups of a model with classes of one's
             own (`find_prunable`). Without one, those of such a model are read when it is first called.
-        groups: what is known beside (`upop.GroupSpec`): proved like the others, before those that cut the same.
+        groups: groups that you state yourself (`upop.GroupSpec`). They are proved like the others, and take precedence
+            over those that cut the same axis.
         update_first_step: False leaves the masks alone at step 0, as published for DeiT and Segmenter.
         uniform: "tower" has all layers of a tower keep equally many heads (or key-value groups) and equally many
             neurons, as far as the model's configuration has numbers for them; which ones differ by layer. What is
             saved is then an ordinary model of its library, for which upop need not be installed.
-        depth: True lets an attention or an MLP go whole, by what all of its channels lose together for all that it
-            costs; the bias that it ends with stays. With `uniform` whole layers go, where the configuration counts
-            them, and the other ones keep equally many.
+        depth: True lets the search remove an attention or an MLP whole, by the importance of all of its channels
+            together per cost; its last bias stays. With `uniform` it removes whole layers, where the configuration
+            counts them, and the other layers keep equally many channels.
 
     Raises:
         SettingError: a setting is out of range, names nothing, or asks for more than can go.
@@ -181,12 +183,12 @@ class Pruner(Searched):
 
     @property
     def skipped_steps(self) -> int:
-        """How many steps added nothing to the scores because a gradient was not finite."""
+        """The number of steps that were left out because a gradient was not finite."""
         return int(self._skipped)
 
     @property
     def corrections(self) -> dict[str, float]:
-        """What the last stage's correction leaves of the square of what a group's reader lost, on other samples."""
+        """Relative squared error that the last stage's correction leaves in each consumer, on held-out samples."""
         return {name: choice.left for name, choice in self._choices[-1].items()} if self._choices else {}
 
     @torch.no_grad()
@@ -224,7 +226,7 @@ class Pruner(Searched):
 
     @torch.no_grad()
     def skip(self) -> None:
-        """Let a step pass without scores, where the training loop threw its gradients away."""
+        """Count a step without using its gradients, where the training loop threw them away."""
         self._check_running()
         self._rows.forget()
         self._moments.forget(self._done)
@@ -232,7 +234,7 @@ class Pruner(Searched):
         self._advance()
 
     def plan(self) -> Plan:
-        """Return what is kept, group by group; before the search has finished, what it has reached by now.
+        """Return the channels that each group keeps; before the search has finished, those that it keeps so far.
 
         Raises:
             StepError: a soft search has not finished, so that its masks are not binary yet.
@@ -291,7 +293,7 @@ class Pruner(Searched):
         return self.model
 
     def state_dict(self) -> dict[str, Any]:
-        """Return everything that a resumed search needs: scores, masks, and where it stands."""
+        """Return everything that a resumed search needs: scores, masks, and the step."""
         if self._groups is None and self._resumed is not None:
             return dict(self._resumed)
         return {

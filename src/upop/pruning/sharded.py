@@ -185,9 +185,7 @@ def copied(model: nn.Module, replace: Callable[[str, Tensor], Tensor]) -> nn.Mod
 
 
 def meta_copy(model: nn.Module) -> nn.Module:
-    """Return a copy of a model, not sharded yet, that takes no memory for parameters: what `full_copy` takes as
-    `like`.
-    """
+    """Return a copy of a model on the meta device, before it is sharded: the argument `like` of `full_copy`."""
     refuse_sharded(model, "skeleton()")
     parameters = {name for name, _ in model.named_parameters()}
     return copied(model, lambda name, old: old.to("meta") if name in parameters else old.detach().clone())

@@ -25,7 +25,7 @@ _ROOT = " ** -0.5"
 @renamed_attributes(entry="channel")
 @dataclass(frozen=True)
 class GroupSpec:
-    """A group, or the groups of all modules of a class, as a user knows them.
+    """A prunable group that a user states, or one for every module of a class.
 
     A pattern says what a dimension is made of, the outermost first: words and numbers that are multiplied, and
     ` + ` between what lies side by side ("heads dim + groups dim + groups dim"). What lacks the word `cut` stays.

@@ -14,26 +14,27 @@ from upop.pruning.prunable import find_prunable
 
 
 def warn_of_skipped(skipped: int, steps: int) -> None:
-    """Say how many of so many steps added no scores."""
+    """Say how many of so many steps were left out."""
     warnings.warn(
-        f"{skipped} of {steps} search steps had gradients that are not finite and added no scores.",
+        f"{skipped} of {steps} search steps had gradients that are not finite and were left out.",
         stacklevel=6,  # the caller of step(): no_grad adds a frame
     )
 
 
 def warn_of_early_end(done: int, steps: int, reached: float, asked: str) -> None:
-    """Say that a search is cut before its last step."""
+    """Warn that a search is cut before its last step."""
     warnings.warn(
-        f"The search is cut after {done} of {steps} steps: {reached:.0%} of the cost goes, and {asked} was asked for.",
+        f"The search is cut after {done} of {steps} steps: {reached:.0%} of the cost is removed, and {asked} was "
+        "asked for.",
         stacklevel=5,
     )
 
 
 def warn_of_unscored(unscored: list[str], groups: int, steps: int) -> None:
-    """Say which of so many groups the loss did not depend on in so many steps."""
+    """Warn of groups that the loss did not depend on."""
     warnings.warn(
-        f"{len(unscored)} of {groups} groups had no gradient in {steps} search steps, so nothing is known of what they "
-        f"are worth, and most of their channels go ({some_of(unscored)}). Give a loss that depends on them, or exclude "
+        f"{len(unscored)} of {groups} groups had no gradient in {steps} search steps, so their importance is unknown "
+        f"and most of their channels are pruned ({some_of(unscored)}). Give a loss that depends on them, or exclude "
         "them.",
         stacklevel=7,  # the caller of step(): no_grad adds a frame
     )

@@ -1,0 +1,80 @@
+"""Names of before the renaming: those of Python work for one release with a warning, those in files without one."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import upop
+from upop.examples import Examples
+from upop.settings import RunSettings, read_settings
+
+
+class Mlp(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide, self.back = nn.Linear(8, 32), nn.Linear(32, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.back(torch.relu(self.wide(x)))
+
+
+EXAMPLE = torch.randn(4, 8)
+
+
+def renamed(call: Callable[[], Any], new: str) -> Any:
+    with pytest.warns(DeprecationWarning, match=rf"called {new} now"):
+        return call()
+
+
+def test_public_names() -> None:
+    for old, new in (
+        ("Unit", "Group"),
+        ("UnitSpec", "GroupSpec"),
+        ("find_units", "find_groups"),
+        ("gather", "full_copy"),
+    ):
+        assert renamed(lambda old=old: getattr(upop, old), rf"upop\.{new}") is getattr(upop, new)
+    find = renamed(lambda: upop.survey, r"upop\.find_prunable")
+    found = find(Mlp(), example=EXAMPLE)
+    assert renamed(lambda: found.units, "groups") == found.groups
+    group = found.groups[0]
+    assert renamed(lambda: group.entry, "channel") == group.channel == "neuron"
+    assert renamed(lambda: group.slices[0].entries(32), "channels").tolist() == list(range(32))
+
+
+def test_arguments() -> None:
+    pruner = renamed(lambda: upop.Pruner(Mlp(), 0.5, 4, align=4, example=EXAMPLE), "round_to")
+    assert pruner.round_to == 4 and renamed(lambda: pruner.align, "round_to") == 4
+    pruner.remove()
+    pruner = renamed(lambda: upop.Pruner(Mlp(), 0.5, 4, score="squared", example=EXAMPLE), "importance")
+    assert pruner.importance == "squared"
+    with pytest.raises(TypeError, match="both are given"):
+        upop.Pruner(Mlp(), 0.5, 4, align=4, round_to=8, example=EXAMPLE)
+
+
+def test_modules() -> None:
+    folder = importlib.import_module("upop.runs.folder")
+    assert renamed(lambda: importlib.import_module("upop.training.folder"), r"upop\.runs\.folder") is folder
+    assert folder.__spec__ is not None and folder.__spec__.name == "upop.runs.folder"
+
+
+def test_settings_and_files() -> None:
+    settings = read_settings(RunSettings, None, {"align": "attention=8,mlp=128", "score": "squared"})
+    assert settings.round_to == {"attention": 8, "mlp": 128} and settings.importance == "squared"
+    shown = {"split": "s", "about": "a", "records": [{"pictures": ["a.png"], "answers": {}}]}
+    assert Examples.model_validate(shown).samples[0].images == ("a.png",)
+
+
+def test_states_of_searches() -> None:
+    pruner = upop.Pruner(Mlp(), 0.5, 4, round_to=4, example=EXAMPLE)
+    state = pruner.state_dict()
+    older = {"round_to": "align", "importance": "score"}
+    state["settings"] = {older.get(name, name): value for name, value in state["settings"].items()}
+    assert "align" in state["settings"]
+    pruner.load_state_dict(state)
