@@ -120,7 +120,7 @@ def test_tables_add_up(tmp_path: Path) -> None:
     assert ahead(column, "upop") == ("L2", 11.0, 2.0)  # what is larger is no rival
     assert ahead(column, "L2") == ("upop", -11.0, 2.0)
     [table] = tables(groups, ["upop", "L2", "larger", "other"], "upop")
-    console = Console(width=160, sample=True)
+    console = Console(width=160, record=True)
     console.print(table)
     text, styled = console.export_text(clear=False), console.export_text(styles=True)
     assert "92.0 ± 2.0  1 k, 4.00 s" in text
