@@ -57,6 +57,7 @@ class Trace(Mode):
     def __init__(self, model: nn.Module, written: Collection[str] = ()) -> None:
         super().__init__()
         self._written = written
+        self._model = model
         self.uses: dict[str, Use] = {}
         self.steps: list[Step] = []
         self.gates: set[tuple[str, Axis]] = set()
@@ -69,9 +70,8 @@ class Trace(Mode):
         self._labels: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self._names = {module: name for name, module in model.named_modules()}
         self._parameters = {id(each): name for name, each in model.named_parameters()}
-        self._held = {id(each): name for name, each in model.named_buffers()} | self._parameters
+        self._held = {id(each): name for name, each in model.named_buffers() if self._saved(name)} | self._parameters
         self._kept = {_storage(each): name for name, each in model.named_buffers() if each.is_floating_point()}
-        self._model = model
         self._bits: dict[str, int] = {}
         self._pairs: list[tuple[Dim, Dim]] = []
         self._sliced: dict[Axis, None] = {}
@@ -93,6 +93,11 @@ class Trace(Mode):
                 found = Label(dims, frozenset([name]), parameter=stays, past=self.bits([name]) if stays else 0)
             self._labels[tensor] = found
         return found
+
+    def _saved(self, name: str) -> bool:
+        """Whether a buffer may be cut: what no file holds is computed anew, in its full size, when a model is loaded."""
+        owner, _, own = name.rpartition(".")
+        return name in self._written or own not in self._model.get_submodule(owner)._non_persistent_buffers_set
 
     def use(self, name: str, tensor: Tensor) -> Use:
         """Return the record of a parameter (or of a buffer that follows an axis)."""
