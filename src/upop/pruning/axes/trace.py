@@ -95,7 +95,7 @@ class Trace(Mode):
         return found
 
     def _saved(self, name: str) -> bool:
-        """Whether a buffer may be cut: what no file holds is computed anew, in its full size, when a model is loaded."""
+        """Whether a buffer may be cut: what no file holds is computed anew in full size when a model is loaded."""
         owner, _, own = name.rpartition(".")
         return name in self._written or own not in self._model.get_submodule(owner)._non_persistent_buffers_set
 
