@@ -91,7 +91,7 @@ def measure(cell: dict[str, Any], bench: Bench, arguments: argparse.Namespace) -
     else:
         model = compress(bench, RECOVERY[cell["method"]], ratio, cell["steps"], cell["seed"], "params").model
     seconds = time.process_time() - begun
-    whole = dense.task.dataset(dense.settings, "test")
+    whole: Any = dense.task.dataset(dense.settings, "test")
     gallery = whole.without(set(range(arguments.gallery, len(whole))))
     loader = dense.accelerator.prepare(
         DataLoader(
@@ -128,9 +128,9 @@ def read(arguments: argparse.Namespace) -> Bench:
     task = find_task("dual-encoder")
     settings = read_settings(task.settings, _ROOT / "configs" / "shapes" / "dual_encoder.yaml", given)
     accelerator = make_accelerator(settings)
-    model = task.load(Path(settings.pretrained), settings).train()
+    model = task.load(Path(str(settings.pretrained)), settings).train()
     loader = make_loader(task, settings, "train")
-    numbers = torch.randperm(len(loader.dataset), generator=torch.Generator().manual_seed(0))  # type: ignore[arg-type]
+    numbers = torch.randperm(len(loader.dataset), generator=torch.Generator().manual_seed(0))
     samples = [loader.dataset[number] for number in numbers[: arguments.pool].tolist()]
     assert loader.collate_fn is not None
     held = DenseTask(task, settings, accelerator, model, arguments.dense)

@@ -55,7 +55,7 @@ def prepare(out: Path, size: int) -> None:
     made.decoder = decoders.ByteLevel()
     special = ["<pad>", "<s>", "</s>", "<unk>", *MARKS]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=special, initial_alphabet=alphabet)  # type: ignore[call-arg]
+    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=special, initial_alphabet=alphabet)
     made.train_from_iterator(texts, trainer)
     words = transformers.PreTrainedTokenizerFast(
         tokenizer_object=made, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
