@@ -130,11 +130,12 @@ def read(arguments: argparse.Namespace) -> Bench:
     accelerator = make_accelerator(settings)
     model = task.load(Path(str(settings.pretrained)), settings).train()
     loader = make_loader(task, settings, "train")
-    numbers = torch.randperm(len(loader.dataset), generator=torch.Generator().manual_seed(0))
-    samples = [loader.dataset[number] for number in numbers[: arguments.pool].tolist()]
+    dataset: Any = loader.dataset
+    numbers = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))
+    samples = [dataset[number] for number in numbers[: arguments.pool].tolist()]
     assert loader.collate_fn is not None
     held = DenseTask(task, settings, accelerator, model, arguments.dense)
-    return Bench(held, samples, lambda chosen: to_device(loader.collate_fn(chosen), accelerator.device))  # type: ignore[misc]
+    return Bench(held, samples, lambda chosen: to_device(loader.collate_fn(chosen), accelerator.device))
 
 
 def main() -> None:
