@@ -145,7 +145,7 @@ def export(
     """
     target = TARGETS[to]
     if samples is not None and (quantize is None or config is None):
-        raise SettingError("--samples are samples of a task, for --quantize int8. Give --quantize and --config, too.")
+        raise SettingError("--samples are a task's, for --quantize int8. Give --quantize and --config, too.")
     check_folder(out, target.kind, overwrite=overwrite)
     model = read_exportable(source, task, o.overrides({}, assign), own=target.own)
     chosen = None if samples is None or config is None else _samples(model, config, samples)
