@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from typer.testing import CliRunner
 
 import upop
+from upop.cli.app import app
+from upop.errors import SettingError
 from upop.examples import Examples
+from upop.runs.bad_images import BadImages
 from upop.settings import RunSettings, read_settings
 
 
@@ -58,7 +63,30 @@ def test_arguments() -> None:
         upop.Pruner(Mlp(), 0.5, 4, align=4, round_to=8, example=EXAMPLE)
 
 
-def test_modules() -> None:
+def test_momentum_encoders() -> None:
+    class Contrast(nn.Module):
+        momentum_twins = {"online": "slow"}  # noqa: RUF012 - read-only
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.online, self.slow = Mlp(), Mlp()
+
+        def forward(self, x: torch.Tensor) -> Any:
+            return self.online(x)
+
+    model = Contrast()
+    with pytest.warns(DeprecationWarning, match=r"Contrast\.momentum_encoders now") as caught:
+        found = upop.find_prunable(model, EXAMPLE)
+    assert {each.filename for each in caught} == {__file__}
+    assert [group.name for group in found.groups] == ["online"]
+    upop.shrink(model, {"online": range(20)})
+    assert model.online.wide.out_features == model.slow.wide.out_features == 20
+
+
+def test_modules(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in sys.modules if name.split(".")[:2] == ["upop", "training"]]:
+        monkeypatch.delitem(sys.modules, name)
+    renamed(lambda: importlib.import_module("upop.training"), r"upop\.runs")
     folder = importlib.import_module("upop.runs.folder")
     assert renamed(lambda: importlib.import_module("upop.training.folder"), r"upop\.runs\.folder") is folder
     assert folder.__spec__ is not None and folder.__spec__.name == "upop.runs.folder"
@@ -69,6 +97,26 @@ def test_settings_and_files() -> None:
     assert settings.round_to == {"attention": 8, "mlp": 128} and settings.importance == "squared"
     shown = {"split": "s", "about": "a", "records": [{"pictures": ["a.png"], "answers": {}}]}
     assert Examples.model_validate(shown).samples[0].images == ("a.png",)
+
+
+def test_round_to_of_settings_names_itself_once() -> None:
+    with pytest.raises(SettingError, match=r"8\.5") as caught:
+        read_settings(RunSettings, None, {"round_to": 8.5})
+    assert str(caught.value).count("round_to") == 1
+
+
+def test_flags() -> None:
+    shown = [
+        CliRunner().invoke(app, ["inspect", "vit_tiny_patch16_224", "--ratio", "0.5", flag, "64", "--json"])
+        for flag in ("--align", "--round-to")
+    ]
+    assert shown[0].exit_code == 0 and shown[0].stdout == shown[1].stdout
+
+
+def test_bad_images_of_earlier_runs() -> None:
+    images = BadImages(1)
+    images.know([{"image": "a.png", "file": "rows.json", "record": 3, "reason": "it is empty"}])
+    assert images.rows() == [{"image": "a.png", "file": "rows.json", "sample": 3, "reason": "it is empty"}]
 
 
 def test_states_of_searches() -> None:

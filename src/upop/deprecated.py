@@ -65,4 +65,5 @@ class _Finder(MetaPathFinder):
 def find_moved_modules() -> None:
     """Have Python find modules of upop by their old paths, too."""
     if not any(isinstance(each, _Finder) for each in sys.meta_path):
-        sys.meta_path.append(_Finder())
+        # First: Python's own finder would load a second copy of a module whose package is found under its old path.
+        sys.meta_path.insert(0, _Finder())

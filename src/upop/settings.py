@@ -224,7 +224,7 @@ class RunSettings(Checked):
         try:
             return None if value is None else read_round_to(value) if isinstance(value, str) else check_round_to(value)
         except SettingError as error:
-            raise ValueError(str(error).removeprefix("align ").partition("; found")[0]) from None
+            raise ValueError(str(error).removeprefix("round_to ").partition("; found")[0]) from None
 
     @model_validator(mode="before")
     @classmethod

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from torch import nn
 
 from upop.pruning.groups import Group, Skipped
+from upop.pruning.momentum import momentum_encoders
 
 Where = Literal["units", "left alone", "outside"]
 PLACES: tuple[Where, ...] = ("units", "left alone", "outside")
@@ -90,7 +91,7 @@ def coverage(
         skipped: what was left alone, and why.
         macs: dotted name of a module -> multiply-adds that it does itself, not in a module below it.
     """
-    copies = tuple(f"{copy}." for copy in getattr(model, "momentum_encoders", {}).values())
+    copies = tuple(f"{copy}." for copy in momentum_encoders(model).values())
     named = {name: each for name, each in model.named_parameters() if not name.startswith(copies)}
     cut = {part.tensor for group in groups for part in group.online}
     blocks = _blocks(model)

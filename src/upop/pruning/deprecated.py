@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable, Mapping
 from functools import wraps
@@ -27,6 +28,14 @@ def warn_renamed(old: str, new: str, *, stacklevel: int = 3) -> None:
     warnings.warn(
         f"{old} is called {new} now; the old name goes with the next release.", DeprecationWarning, stacklevel
     )
+
+
+def outside_upop() -> int:
+    """Return the `stacklevel` by which a warning of the caller's own caller names the user's line."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "upop":
+        level, frame = level + 1, frame.f_back
+    return level + 1
 
 
 def current_arguments(renamed: Mapping[str, str], given: Mapping[str, Any], *, stacklevel: int = 4) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ from upop.pruning.axes.copies import Shapes, message_of
 from upop.pruning.axes.inputs import BATCH, channels_of, described, image_sizes, placed, words
 from upop.pruning.costs import call
 from upop.pruning.errors import LayoutError
+from upop.pruning.momentum import momentum_encoders
 
 _TOKENS = 5
 _MOST, _MORE = 24, 6
@@ -70,12 +71,8 @@ def example_for(model: nn.Module) -> Any:
 
 
 def _found(model: nn.Module) -> Any:
-    momentum_encoders: Mapping[str, str] = getattr(model, "momentum_encoders", {})
-    left = {
-        name
-        for name in _weights(model)
-        if not name.startswith(tuple(f"{momentum_encoder}." for momentum_encoder in momentum_encoders.values()))
-    }
+    copies = tuple(f"{copy}." for copy in momentum_encoders(model).values())
+    left = {name for name in _weights(model) if not name.startswith(copies)}
     taken: list[tuple[str, Any]] = []
     error: LayoutError | None = None
     tries = _MOST

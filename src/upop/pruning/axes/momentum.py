@@ -12,6 +12,7 @@ from upop.pruning.alike import likeness
 from upop.pruning.axes.copies import numbered
 from upop.pruning.axes.proof import Bench, at_random
 from upop.pruning.groups import Group, Skipped, tensor_of
+from upop.pruning.momentum import momentum_encoders
 
 
 def with_momentum_encoders(
@@ -29,43 +30,39 @@ def with_momentum_encoders(
         groups: of all that the model computes with, copies included.
         skipped: what was left alone.
     """
-    momentum_encoders: Mapping[str, str] = getattr(model, "momentum_encoders", {})
-    if not momentum_encoders:
+    copies = momentum_encoders(model)
+    if not copies:
         return groups, skipped
-    own = [
-        group
-        for group in groups
-        if any(_moved(part.tensor, _turned(momentum_encoders)) is None for part in group.producers)
-    ]
-    skipped = [part for part in skipped if _moved(part.name, _turned(momentum_encoders)) is None]
-    lost = {group.name: reason for group in own if (reason := _misfit(model, group, momentum_encoders)) is not None}
-    others = {original: copy for original, copy in momentum_encoders.items() if not _alike(model, original, copy)}
+    own = [group for group in groups if any(_moved(part.tensor, _turned(copies)) is None for part in group.producers)]
+    skipped = [part for part in skipped if _moved(part.name, _turned(copies)) is None]
+    lost = {group.name: reason for group in own if (reason := _misfit(model, group, copies)) is not None}
+    others = {original: copy for original, copy in copies.items() if not _alike(model, original, copy)}
     followed = [
         group for group in own if group.name not in lost and any(_moved(p.tensor, others) for p in group.slices)
     ]
-    lost |= _unproved(model, example, followed, momentum_encoders)
+    lost |= _unproved(model, example, followed, copies)
     return (
-        [_with_copies(group, momentum_encoders) for group in own if group.name not in lost],
+        [_with_copies(group, copies) for group in own if group.name not in lost],
         [*skipped, *(Skipped(name, reason) for name, reason in lost.items())],
     )
 
 
-def _turned(momentum_encoders: Mapping[str, str]) -> dict[str, str]:
-    return {copy: original for original, copy in momentum_encoders.items()}
+def _turned(copies: Mapping[str, str]) -> dict[str, str]:
+    return {copy: original for original, copy in copies.items()}
 
 
-def _moved(name: str, momentum_encoders: Mapping[str, str]) -> str | None:
+def _moved(name: str, copies: Mapping[str, str]) -> str | None:
     """Return what a tensor or module is called in the copy of the part that holds it; None where it has no copy."""
-    for original, copy in momentum_encoders.items():
+    for original, copy in copies.items():
         if name == original or name.startswith(f"{original}."):
             return copy + name.removeprefix(original)
     return None
 
 
-def _misfit(model: nn.Module, group: Group, momentum_encoders: Mapping[str, str]) -> str | None:
+def _misfit(model: nn.Module, group: Group, copies: Mapping[str, str]) -> str | None:
     """Say where the copy of a group's layers is another one than they are."""
     for part in group.slices:
-        copy = _moved(part.tensor, momentum_encoders)
+        copy = _moved(part.tensor, copies)
         if copy is None:
             continue
         try:
@@ -86,18 +83,16 @@ def _alike(model: nn.Module, original: str, copy: str) -> bool:
     return None not in kinds and kinds[0] == kinds[1]
 
 
-def _unproved(
-    model: nn.Module, example: Any, groups: list[Group], momentum_encoders: Mapping[str, str]
-) -> dict[str, str]:
+def _unproved(model: nn.Module, example: Any, groups: list[Group], copies: Mapping[str, str]) -> dict[str, str]:
     """Return the groups whose copies do not compute the same masked and cut, with the reason."""
     if not groups:
         return {}
-    momentum_encoder = numbered(model)
-    for original, copy in momentum_encoders.items():
+    swapped = numbered(model)
+    for original, copy in copies.items():
         owner, _, leaf = original.rpartition(".")
         holder, _, name = copy.rpartition(".")
-        setattr(momentum_encoder.get_submodule(owner), leaf, getattr(momentum_encoder.get_submodule(holder), name))
-    bench = Bench(momentum_encoder, example)
+        setattr(swapped.get_submodule(owner), leaf, getattr(swapped.get_submodule(holder), name))
+    bench = Bench(swapped, example)
     if bench.difference(groups, at_random(groups, 3))[0] <= 1:
         return {}
     lost = {}
@@ -108,16 +103,12 @@ def _unproved(
     return lost
 
 
-def _with_copies(group: Group, momentum_encoders: Mapping[str, str]) -> Group:
+def _with_copies(group: Group, copy_of: Mapping[str, str]) -> Group:
     """Return the group with the same axis of its momentum copy, if the model keeps one."""
-    slices = [part for part in group.slices if _moved(part.tensor, _turned(momentum_encoders)) is None]
-    copies = [
-        replace(part, tensor=copy, follows=True) for part in slices if (copy := _moved(part.tensor, momentum_encoders))
-    ]
-    attributes = [
-        replace(each, module=copy) for each in group.attributes if (copy := _moved(each.module, momentum_encoders))
-    ]
-    swaps = [replace(each, module=copy) for each in group.swaps if (copy := _moved(each.module, momentum_encoders))]
+    slices = [part for part in group.slices if _moved(part.tensor, _turned(copy_of)) is None]
+    copies = [replace(part, tensor=copy, follows=True) for part in slices if (copy := _moved(part.tensor, copy_of))]
+    attributes = [replace(each, module=copy) for each in group.attributes if (copy := _moved(each.module, copy_of))]
+    swaps = [replace(each, module=copy) for each in group.swaps if (copy := _moved(each.module, copy_of))]
     return replace(
         group,
         slices=(*slices, *copies),
