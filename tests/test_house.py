@@ -14,7 +14,7 @@ ALLOWED = {
     "data": {"pruning"},
     "checkpoints": {"pruning", "models", "tokens"},
     "report": {"pruning"},
-    "metrics": {"data", "demo"},
+    "metrics": {"data"},
     "integrations": {"pruning", "checkpoints"},
     "runs": {"pruning", "models", "data", "checkpoints", "report"},
     "tasks": {"pruning", "models", "data", "checkpoints", "report", "metrics", "runs"},
@@ -41,6 +41,29 @@ def test_arrows_point_one_way() -> None:
                 elif target in ALLOWED and target not in allowed | {room}:
                     wrong.append(f"{file.relative_to(SOURCE)} imports {name}")
     assert not wrong
+
+
+def test_the_demo_is_imported_by_commands_alone_when_they_run() -> None:
+    wrong = []
+    for file in SOURCE.rglob("*.py"):
+        name = file.relative_to(SOURCE)
+        if name.parts[0] == "demo":
+            continue
+        tree = ast.parse(file.read_text())
+        on_import = tree.body if name.parts[0] == "cli" else [tree]
+        for statement in on_import:
+            if isinstance(statement, ast.FunctionDef | ast.ClassDef) or _of_types(statement):
+                continue
+            for node in ast.walk(statement):
+                modules = [node.module] if isinstance(node, ast.ImportFrom) else []
+                modules += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+                if any(f"{module}.".startswith("upop.demo.") for module in modules):
+                    wrong.append(f"{name}:{node.lineno}")
+    assert not wrong
+
+
+def _of_types(statement: ast.AST) -> bool:
+    return isinstance(statement, ast.If) and ast.unparse(statement.test) == "TYPE_CHECKING"
 
 
 # Where bytes are parsed that others may have written: each within bounds of its own.

@@ -17,6 +17,8 @@ import runs
 import upop
 from together import run_script
 from upop.checkpoints.official import save_official
+from upop.cli.shapes import score_captions_of_shapes
+from upop.demo.reading import exact_share
 from upop.errors import CheckpointError, SettingError
 from upop.metrics import captions as scores
 from upop.metrics.captions import caption_scores, deciding_metric
@@ -100,7 +102,7 @@ def test_empty_captions_score_nothing() -> None:
     assert set(caption_scores({1: "", 2: ""}, {1: ["a cat"], 2: ["a dog"]}).values()) == {0.0}
 
 
-def test_exact_captions_tell_all_and_nothing_false() -> None:
+def test_exact_captions_describe_all_and_nothing_false() -> None:
     scene = ["a small red circle at the top and a large blue square at the bottom", "a red circle and a blue square"]
     described = {
         "a red circle above a blue square": 100,
@@ -112,10 +114,20 @@ def test_exact_captions_tell_all_and_nothing_false() -> None:
         "": 0,
     }
     for text, share in described.items():
-        assert caption_scores({1: text}, {1: scene})["exact"] == share, text
-    both = caption_scores({1: "a red circle and a blue square", 2: "a red circle"}, {1: scene, 2: scene})
+        assert exact_share({1: text}, {1: scene})["exact"] == share, text
+    both = exact_share({1: "a red circle and a blue square", 2: "a red circle"}, {1: scene, 2: scene})
     assert both["exact"] == 50
-    assert "exact" not in caption_scores({1: scene[0], 2: "a dog"}, {1: scene, 2: ["a dog on a beach"]})
+    assert exact_share({1: scene[0], 2: "a dog"}, {1: scene, 2: ["a dog on a beach"]}) == {}
+
+
+def test_commands_score_captions_of_generated_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scores, "_MORE", [])
+    captions, references = {1: "a red circle"}, {1: ["a small red circle at the top"]}
+    assert "exact" not in caption_scores(captions, references)
+    for _ in range(2):
+        score_captions_of_shapes()
+    assert caption_scores(captions, references)["exact"] == 100
+    assert "exact" not in caption_scores(captions, {1: ["a dog on a beach"]})
 
 
 @pytest.mark.parametrize(

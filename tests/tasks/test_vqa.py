@@ -16,8 +16,9 @@ import upop
 from together import run_script
 from upop.checkpoints.official import save_official
 from upop.cli.published import blip_command
-from upop.data.vqa_accuracy import answer_accuracy, answer_type
+from upop.data.answers import answer_type
 from upop.errors import CheckpointError, DataError, SettingError
+from upop.metrics.vqa import answer_accuracy
 from upop.models.vqa import BlipVqa, VqaConfig, answer_losses
 from upop.runs.loaders import first_samples, make_loader
 from upop.runs.verbs import compress, evaluate_checkpoint, train

@@ -1,20 +1,39 @@
-"""`upop data shapes`, with a bar."""
+"""What commands do with the generated sets of shapes: write them with a progress bar, and score captions of them."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import Progress
 
-from upop.demo.write import Summary, write_shapes
 from upop.plain import as_text
+
+if TYPE_CHECKING:
+    from upop.demo import Summary
+
+
+def score_captions_of_shapes() -> None:
+    """Have captions of generated images scored by what they say, too: "exact"."""
+    from upop.metrics.captions import register_metric
+
+    register_metric(_exact_share)
+
+
+def _exact_share(captions: Mapping[int, str], references: Mapping[int, Sequence[str]]) -> dict[str, float]:
+    from upop.demo.reading import exact_share
+
+    return exact_share(captions, references)
 
 
 def write_with_progress(
     task: str, out: Path, *, seed: int, size: int, image_size: int = 64, image_format: str = "png"
 ) -> Summary:
-    """Write the generated data set and say what was written."""
+    """Write the generated data set and print what was written."""
+    from upop.demo import write_shapes
+
     console = Console()
     with Progress(console=console) as bar:
         row = bar.add_task("drawing", total=None)

@@ -8,6 +8,7 @@ import typer
 from rich.console import Console
 
 from upop.cli import options as o
+from upop.cli.shapes import score_captions_of_shapes
 from upop.errors import SettingError
 from upop.plain import as_text
 from upop.runs.verbs import compress as run_compress
@@ -54,7 +55,7 @@ def train(
 ) -> None:
     """Train or fine-tune a dense model."""
     found = find_task(task)
-    o.quiet_libraries()
+    _prepare()
     run_train(found, o.read(context, found.settings, config, assign, also={**o.sharding(fsdp), **o.columns(column)}))
 
 
@@ -104,7 +105,7 @@ def compress(
 ) -> None:
     """Search, shrink, retrain and evaluate."""
     found = find_task(task)
-    o.quiet_libraries()
+    _prepare()
     settings = o.read(context, found.settings, config, assign, also={**o.sharding(fsdp), **o.columns(column)})
     if interval is not None and settings.method != "reference":
         raise SettingError(
@@ -140,9 +141,15 @@ def evaluate(
 ) -> None:
     """Evaluate a checkpoint, dense or compressed."""
     found = find_task(task)
-    o.quiet_libraries()
+    _prepare()
     settings = o.read(context, found.settings, config, assign, also=o.columns(column))
     evaluate_checkpoint(found, settings.as_evaluated() if isinstance(settings, RowSettings) else settings)
+
+
+def _prepare() -> None:
+    """Ready the libraries, and the metric of the generated sets."""
+    o.quiet_libraries()
+    score_captions_of_shapes()
 
 
 def _note(message: str) -> None:

@@ -1,1 +1,1 @@
-"""Readers of the published annotation formats, text and image transforms, and generated data."""
+"""Readers of the published annotation formats and of rows of files; transforms of texts and images."""

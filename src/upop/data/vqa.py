@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from upop.data.answers import ANNOTATORS, ANSWER_TYPES, answer_type
 from upop.data.images import open_image
 from upop.data.samples import Sample, check_images, is_text, narrowed, read_samples, shown
 from upop.data.text import clean_question
 from upop.data.transforms import ImageTransform
-from upop.data.vqa_accuracy import ANNOTATORS, ANSWER_TYPES, answer_type
 from upop.errors import DataError
 from upop.reading import parse_json, read_text, reason
 from upop.sources import Sources

@@ -7,7 +7,7 @@ can be read off the references.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from upop.demo.captions import ORDERS, ROWS, Caption, Group, Mention, Order
 from upop.demo.counting import NUMBER_WORDS
@@ -106,3 +106,17 @@ def describes(text: str, captions: Sequence[str]) -> bool:
     """
     scene, caption = read_scene(captions), read_caption(text)
     return caption is not None and caption.number == len(scene.shapes) and caption.fits(scene)
+
+
+def exact_share(captions: Mapping[int, str], references: Mapping[int, Sequence[str]]) -> dict[str, float]:
+    """Return "exact", the share of captions that mention every shape and say nothing false, in percent.
+
+    Args:
+        captions: by image number.
+        references: of the generated set, by the same numbers; of any other, nothing is returned.
+    """
+    try:
+        exact = sum(describes(text, references[number]) for number, text in captions.items())
+    except DataError:
+        return {}
+    return {"exact": 100 * exact / len(captions)}

@@ -1,1 +1,1 @@
-"""How good answers are: captions, VQA accuracy, segmentation."""
+"""Metrics of what models give: captions, answers, VQA accuracy, recall, segmentation."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from upop.data.vqa_accuracy import answer_accuracy, normalise_answer
+from upop.data.answers import normalise_answer
+from upop.metrics.vqa import answer_accuracy
 
 _SIMILAR = 0.5
 """Below this similarity ANLS counts an answer as wrong, as published (Biten et al., 2019)."""

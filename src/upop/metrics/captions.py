@@ -20,13 +20,15 @@ from pathlib import Path
 from torchmetrics.functional.text import bleu_score, rouge_score
 
 from upop.data.text import clean_caption
-from upop.demo.reading import describes, read_scene
-from upop.errors import DataError
 
 HAS_COCO = find_spec("pycocoevalcap") is not None
 """Whether the published metrics can be computed."""
 
+Metric = Callable[[Mapping[int, str], Mapping[int, Sequence[str]]], dict[str, float]]
+"""Gives metrics of captions by image number, beside the references by the same numbers; nothing for other data."""
+
 _Texts = dict[int, list[str]]
+_MORE: list[Metric] = []
 _BLEU = ("bleu1", "bleu2", "bleu3", "bleu4")
 _NO_LIMIT = 10**6
 
@@ -39,11 +41,19 @@ def caption_scores(captions: Mapping[int, str], references: Mapping[int, Sequenc
         references: captions that people gave, by the same numbers.
 
     Returns:
-        bleu1 to bleu4 and rouge_l; with pycocoevalcap cider, with Java meteor, with its models spice. For generated
-        images also "exact": the share of captions that mention every shape, and say nothing false.
+        bleu1 to bleu4 and rouge_l; with pycocoevalcap cider, with Java meteor, with its models spice; and what
+        `register_metric` was given.
     """
     scores = _coco_scores(captions, references) if HAS_COCO else _plain_scores(captions, references)
-    return scores | _exact_share(captions, references)
+    for metric in _MORE:
+        scores |= metric(captions, references)
+    return scores
+
+
+def register_metric(metric: Metric) -> None:
+    """Have `caption_scores` give another metric, too; one that is registered already is not given twice."""
+    if metric not in _MORE:
+        _MORE.append(metric)
 
 
 def deciding_metric() -> str:
@@ -164,17 +174,7 @@ def _words(text: str) -> str:
     return clean_caption(text.replace(",", " "), _NO_LIMIT)
 
 
-def _exact_share(captions: Mapping[int, str], references: Mapping[int, Sequence[str]]) -> dict[str, float]:
-    try:
-        for texts in references.values():
-            read_scene(texts)
-    except DataError:
-        return {}  # no generated images: nothing tells what there is to see
-    exact = sum(describes(text, references[number]) for number, text in captions.items())
-    return {"exact": 100 * exact / len(captions)}
-
-
 @cache
 def _notify(line: str) -> None:
-    """Tell it once."""
+    """Warn once for each line."""
     logging.getLogger("upop").warning(line)

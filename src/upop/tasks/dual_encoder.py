@@ -27,7 +27,7 @@ from upop.runs.evaluation import samples_of
 from upop.runs.task import Batch, Task
 from upop.tasks.labelled import accuracies, labelled_examples, likeliest
 from upop.tasks.library import LibrarySettings, LibraryTask
-from upop.tasks.recall import Retrieval
+from upop.tasks.retrieval_base import Retrieval
 from upop.tasks.row_settings import rows_for
 
 _SHORT = "an image"

@@ -19,7 +19,7 @@ from upop.runs.devices import autocast
 from upop.runs.task import Batch
 from upop.settings import RunSettings
 from upop.tasks.blip import BlipSettings, BlipTask, blip_tokenizer
-from upop.tasks.recall import Found, Kept, RetrievalSettings, RetrievalTask, summed
+from upop.tasks.retrieval_base import Found, Kept, RetrievalSettings, RetrievalTask, summed
 
 
 class BlipRetrievalSettings(RetrievalSettings, BlipSettings):

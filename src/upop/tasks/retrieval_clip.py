@@ -17,7 +17,7 @@ from upop.models.clip import ClipConfig, ClipRetrieval, ClipSizes
 from upop.runs.task import Batch
 from upop.settings import RunSettings
 from upop.tasks.published import SIZES, PublishedTask
-from upop.tasks.recall import RetrievalSettings, RetrievalTask
+from upop.tasks.retrieval_base import RetrievalSettings, RetrievalTask
 from upop.values import described
 
 TOKENIZER = "pretrained/clip-vit-large-patch14-336"

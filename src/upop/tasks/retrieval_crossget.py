@@ -14,7 +14,7 @@ from upop.models.crossget import CrossGetClip, CrossGetConfig, CrossLosses, publ
 from upop.pruning import count_macs, count_parameters
 from upop.runs.task import Batch
 from upop.settings import RunSettings
-from upop.tasks.recall import RetrievalSettings
+from upop.tasks.retrieval_base import RetrievalSettings
 from upop.tasks.retrieval_clip import ClipRetrievalSettings, ClipRetrievalTask
 
 _CROSS_SHARE = 0.5

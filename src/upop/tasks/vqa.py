@@ -14,11 +14,12 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from upop.data.answers import ANNOTATORS
 from upop.data.transforms import eval_transform, train_transform
 from upop.data.vqa import VqaCollator, VqaDataset, VqaTrainingDataset, read_answer_list, tokenize_answers
-from upop.data.vqa_accuracy import ANNOTATORS, answer_accuracy, vqa_accuracy
 from upop.errors import DataError
 from upop.examples import Album, Answer, Example
+from upop.metrics.vqa import answer_accuracy, vqa_accuracy
 from upop.models.blip import BlipConfig
 from upop.models.vqa import MAX_TOKENS, BlipVqa, VqaConfig, answer_losses
 from upop.pruning import count_macs

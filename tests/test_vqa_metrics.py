@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from upop.data.vqa_accuracy import ANSWER_TYPES, answer_accuracy, answer_type, normalise_answer, vqa_accuracy
+from upop.data.answers import ANSWER_TYPES, answer_type, normalise_answer
+from upop.metrics.vqa import answer_accuracy, vqa_accuracy
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The official accuracy of visual question answering: how far an answer agrees with those of ten people.
+"""Answers of people to questions, as visual question answering compares them: normalised, and by type.
 
 Rules of https://visualqa.org/evaluation.html. Answers are normalised always; the official script leaves them as they
 are where all ten people wrote the very same, so that "two" for "2" can count as wrong there.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from functools import lru_cache
 
 ANNOTATORS = 10
@@ -54,24 +54,10 @@ def normalise_answer(answer: str) -> str:
     cleaned = text
     for mark in _MARKS:
         # Beside a space, a mark goes without a trace; between two letters a space takes its place.
-        gone = joined or f"{mark} " in text or f" {mark}" in text
-        cleaned = cleaned.replace(mark, "" if gone else " ")
+        removed = joined or f"{mark} " in text or f" {mark}" in text
+        cleaned = cleaned.replace(mark, "" if removed else " ")
     words = (_NUMBERS.get(word, word) for word in _PERIOD.sub("", cleaned).lower().split())
     return " ".join(_CONTRACTIONS.get(word, word) for word in words if word not in _ARTICLES)
-
-
-def answer_accuracy(answer: str, people: Sequence[str]) -> float:
-    """Return how right an answer is, 0 to 1.
-
-    The answer is compared with every group of all people but one: it is right as far as three of them gave it too.
-
-    Args:
-        answer: as found.
-        people: what each person answered, at least two of them.
-    """
-    agreeing = sum(normalise_answer(person) == normalise_answer(answer) for person in people)
-    others = len(people) - agreeing
-    return (agreeing * min(1.0, (agreeing - 1) / 3) + others * min(1.0, agreeing / 3)) / len(people)
 
 
 def answer_type(people: Iterable[str]) -> str:
@@ -80,24 +66,3 @@ def answer_type(people: Iterable[str]) -> str:
     if common in ("yes", "no"):
         return "yes/no"
     return "number" if _NUMBER.fullmatch(common) else "other"
-
-
-def vqa_accuracy(answers: Sequence[str], people: Sequence[Sequence[str]], types: Sequence[str]) -> dict[str, float]:
-    """Return the mean accuracy in percent, of all ("accuracy") and of each type of answer that occurs.
-
-    Args:
-        answers: one per question.
-        people: ten answers per question.
-        types: of `ANSWER_TYPES`, one per question.
-    """
-    found = [answer_accuracy(answer, wanted) for answer, wanted in zip(answers, people, strict=True)]
-    scores = {"accuracy": _percent(found)}
-    for kind in ANSWER_TYPES:
-        if kind in types:
-            name = f"accuracy_{kind.replace('/', '_')}"
-            scores[name] = _percent([value for value, its in zip(found, types, strict=True) if its == kind])
-    return scores
-
-
-def _percent(values: Sequence[float]) -> float:
-    return 100 * sum(values) / len(values)

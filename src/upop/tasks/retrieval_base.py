@@ -1,4 +1,4 @@
-"""What the retrieval tasks share: settings, data, evaluation in both directions, and recall."""
+"""What the retrieval tasks share: settings, data, and evaluation in both directions."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from upop.data.retrieval import RetrievalCollator, RetrievalGallery, RetrievalPairs
 from upop.data.transforms import eval_transform, train_transform
 from upop.examples import Album, Answer, Example
+from upop.metrics.recall import CUTS, best_first, recall_scores
 from upop.models.contrast import MomentumContrast, check_queue, processes
 from upop.models.rerank import candidates
 from upop.pruning import count_macs, count_parameters
@@ -28,9 +29,6 @@ from upop.runs.examples import spread, untransformed
 from upop.runs.loaders import SeededDataset
 from upop.runs.task import Task
 from upop.settings import LanguageSettings, RunSettings
-
-CUTS = (1, 5, 10)
-"""The published recalls: at 1, 5 and 10."""
 
 _GALLERY = 40  # images that examples are looked for in: a whole split would take as long as an evaluation
 _SHOWN = 3  # best images for a text
@@ -190,14 +188,10 @@ class Retrieval(Task[SearchSettingsT]):
         self, predictions: Mapping[str, Tensor], samples: Dataset[Any], settings: SearchSettingsT
     ) -> dict[str, float]:
         """Return TR@k, IR@k and r_mean, in percent."""
-        owner = cast(Gallery, samples).image_of_text
-        texts = _by_score(predictions["texts"], predictions["text_scores"])
-        images = _by_score(predictions["images"], predictions["image_scores"])
-        metrics = {
-            **_recalls("TR", owner[texts] == torch.arange(len(texts)).unsqueeze(1)),
-            **_recalls("IR", images == owner.unsqueeze(1)),
-        }
-        return {**metrics, "r_mean": sum(metrics.values()) / len(metrics)}
+        found = Found(**{name: predictions[name] for name in Found.__annotations__})
+        return recall_scores(
+            found.texts, found.text_scores, found.images, found.image_scores, cast(Gallery, samples).image_of_text
+        )
 
     def answers(
         self, model: nn.Module, samples: Dataset[Any], numbers: Sequence[int], settings: SearchSettingsT
@@ -211,7 +205,7 @@ class Retrieval(Task[SearchSettingsT]):
         )
         prepared = prepare_data_loader(loader, device, num_processes=1, process_index=0, put_on_device=True)
         rows = self.collect(alone(device), model, prepared, settings)
-        return {name: _by_score(rows[name], rows[f"{name.removesuffix('s')}_scores"]) for name in ("texts", "images")}
+        return {name: best_first(rows[name], rows[f"{name.removesuffix('s')}_scores"]) for name in ("texts", "images")}
 
     def examples(
         self,
@@ -368,10 +362,6 @@ def summed(accelerator: Accelerator, table: Tensor) -> Tensor:
     return cast(Tensor, accelerator.reduce(table, "sum"))
 
 
-def _by_score(numbers: Tensor, scores: Tensor) -> Tensor:
-    return numbers.gather(1, torch.argsort(scores, dim=1, descending=True, stable=True))
-
-
 def _gallery(samples: Gallery, numbers: Sequence[int]) -> tuple[Gallery, list[int]]:
     """Return a part of a gallery that has the images of these numbers, and the numbers of all its images."""
     kept = sorted({*numbers, *spread(len(samples), _GALLERY)})
@@ -384,7 +374,3 @@ def _images_for(places: list[int], right: int, image: Callable[[int], str]) -> A
     where = "the right one comes later" if at is None else f"the right one is number {at}"
     best = tuple(image(place) for place in places[:_SHOWN])
     return Answer(images=best, note=None if at == 1 else where, right=at == 1)
-
-
-def _recalls(name: str, right: Tensor) -> dict[str, float]:
-    return {f"{name}@{cut}": 100 * float(right[:, :cut].any(1).double().mean()) for cut in CUTS}

@@ -1,0 +1,38 @@
+"""Recall of image-text retrieval: TR@k and IR@k, as published for COCO and Flickr30k."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+CUTS = (1, 5, 10)
+"""The published recalls: at 1, 5 and 10."""
+
+
+def recall_scores(
+    texts: Tensor, text_scores: Tensor, images: Tensor, image_scores: Tensor, image_of_text: Tensor
+) -> dict[str, float]:
+    """Return TR@k, IR@k (the share of queries with a right candidate among the best k, in percent) and their mean.
+
+    Args:
+        texts: candidates of each image, in any order, [images, k].
+        text_scores: their similarities, [images, k].
+        images: candidates of each text, [texts, l].
+        image_scores: their similarities, [texts, l].
+        image_of_text: number of the image that each text belongs to, [texts].
+    """
+    best_texts, best_images = best_first(texts, text_scores), best_first(images, image_scores)
+    metrics = {
+        **_recalls("TR", image_of_text[best_texts] == torch.arange(len(texts)).unsqueeze(1)),
+        **_recalls("IR", best_images == image_of_text.unsqueeze(1)),
+    }
+    return {**metrics, "r_mean": sum(metrics.values()) / len(metrics)}
+
+
+def best_first(numbers: Tensor, scores: Tensor) -> Tensor:
+    """Return candidates by falling similarity, both [queries, k]; equal ones keep their order."""
+    return numbers.gather(1, torch.argsort(scores, dim=1, descending=True, stable=True))
+
+
+def _recalls(name: str, right: Tensor) -> dict[str, float]:
+    return {f"{name}@{cut}": 100 * float(right[:, :cut].any(1).double().mean()) for cut in CUTS}
