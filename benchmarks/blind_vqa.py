@@ -11,7 +11,7 @@ from collections import Counter, defaultdict
 from pathlib import Path
 
 from upop.cli.shapes import write_with_progress
-from upop.data.vqa_accuracy import answer_accuracy
+from upop.metrics.vqa import answer_accuracy
 
 
 def main() -> None:

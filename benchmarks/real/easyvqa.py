@@ -25,7 +25,7 @@ if __name__ == "__main__":
 import yaml
 
 from real import folder_of
-from upop.data.vqa_accuracy import ANNOTATORS
+from upop.data.answers import ANNOTATORS
 from upop.demo.vocabulary import vocabulary
 from upop.files import make_folder, write_text
 

@@ -20,7 +20,6 @@ MOVED = {
     "upop.tasks.examples": "upop.runs.examples",
     "upop.tasks.caption_scores": "upop.metrics.captions",
     "upop.tasks.segmentation_scores": "upop.metrics.segmentation",
-    "upop.data.vqa_accuracy": "upop.metrics.vqa",
     "upop.data.shapes": "upop.demo",
     "upop.data.records": "upop.data.samples",
     "upop.pruning.units": "upop.pruning.groups",
