@@ -242,7 +242,7 @@ Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", hel
 _SETS: Mapping[str, tuple[str, ...]] = {
     **OLDER,
     "fsdp": ("sharding",),
-    "records": ("batch_size_train",),
+    "whole_batch": ("batch_size_train",),
     "scheduler": ("schedule",),
     "finetune": ("pretrained",),
     "evaluate": ("pretrained",),

@@ -45,7 +45,7 @@ def command(
     no_resume: Annotated[bool, typer.Option("--no-resume", help="As published: the run begins anew.")] = False,
     epochs_search: o.EpochsSearch = None,
     max_epoch: Annotated[int | None, typer.Option("--epochs", help="Epochs of retraining.")] = None,
-    samples: Annotated[int | None, typer.Option("--batch-size", help="Over all processes.")] = None,
+    whole_batch: Annotated[int | None, typer.Option("--batch-size", help="Over all processes.")] = None,
     search_lr: o.SearchRate = None,
     init_lr: Annotated[float | None, typer.Option("-lr", "--learning-rate", help="Highest learning rate.")] = None,
     ratio: o.PublishedRatio = None,
@@ -82,7 +82,7 @@ def command(
     also = {
         "dataset_root": _dataset_root(),
         "pretrained": evaluate,
-        "batch_size_train": _per_process(samples),
+        "batch_size_train": _per_process(whole_batch),
         "schedule": {"cosine": "step"}.get(scheduler or "", scheduler),
     }
     settings = o.read(
