@@ -90,7 +90,7 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:
         found = globals()[name] = getattr(import_module(_PLACES.get(name, "upop.pruning")), name)
-        import_module("upop.checkpoints.speaking")
+        import_module("upop.checkpoints.uniform_sizes")
     except ModuleNotFoundError as error:
         raise missing(error, f"upop.{name}") from None
     return found

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 
 import upop
 from upop.checkpoints.convert import read_model
-from upop.checkpoints.inputs import said_by
+from upop.checkpoints.inputs import stated_inputs
 from upop.errors import CheckpointError
 from upop.models.caption import BlipCaption, CaptionConfig
 
@@ -515,7 +515,7 @@ def test_values_of_other_kinds_in_folders_of_the_hub(
     write: Callable[[Path], tuple[str, str]], every: int, tmp_path: Path
 ) -> None:
     name, task = write(tmp_path / "m")
-    assert said_by(tmp_path / "m").task == task
+    assert stated_inputs(tmp_path / "m").task == task
     assert isinstance(upop.load_official(task, tmp_path / "m"), nn.Module)
-    for read in (said_by, lambda place: upop.load_official(task, place)):
+    for read in (stated_inputs, lambda place: upop.load_official(task, place)):
         assert _fuzz(tmp_path / "m", name, every, read) == []

@@ -30,7 +30,7 @@ _TOWERS = ("visual_encoder.", "encoder.", "")
 
 
 @dataclass(frozen=True)
-class Said:
+class StatedInputs:
     """What a checkpoint says of its inputs.
 
     Attributes:
@@ -48,7 +48,7 @@ class Said:
     notes: tuple[str, ...] = ()
 
 
-def said_by(path: Path) -> Said:
+def stated_inputs(path: Path) -> StatedInputs:
     """Return what a checkpoint says of its inputs.
 
     Args:
@@ -58,8 +58,8 @@ def said_by(path: Path) -> Said:
         CheckpointError: there is none, or what it says cannot be read, or contradicts itself.
     """
     if not path.is_dir():
-        task, sizes = _told_by_shapes(path)
-        return Said({}, sizes, task)
+        task, sizes = _sizes_from_shapes(path)
+        return StatedInputs({}, sizes, task)
     stated, sizes, task = _of_library(path)
     if is_folder(path):
         description = read_description(path)
@@ -75,7 +75,7 @@ def said_by(path: Path) -> Said:
         notes.append(f"{path}: images are prepared with {images} pixels, but the model sees {model}, which is used.")
         stated["image_size"] = model
     tokenizer = path if any(all((path / name).is_file() for name in names) for names in _TOKENIZERS) else None
-    return Said(stated, sizes, task, tokenizer, tuple(notes))
+    return StatedInputs(stated, sizes, task, tokenizer, tuple(notes))
 
 
 def _of_library(path: Path) -> tuple[dict[str, Any], dict[str, Any], str | None]:
@@ -98,7 +98,7 @@ def _class_of(path: Path) -> str:
     return (architectures(path, read_config(path)) or ["model without a name"])[0]
 
 
-def _told_by_shapes(path: Path) -> tuple[str | None, dict[str, Any]]:
+def _sizes_from_shapes(path: Path) -> tuple[str | None, dict[str, Any]]:
     """Return the task whose model a published file holds, and the sizes that its shapes tell."""
     state = read_outline(path) if path.suffix == ".safetensors" else read_weights(path, mapped=True)
     with expecting_shapes(str(path)):

@@ -2,7 +2,7 @@
 
 A layer whose branches are gone adds a constant to what passes it, the biases that these ended with, where no norm comes
 behind them. So its place may go if a bias before it takes the constant. Which number of a configuration counts the
-layers of a list is found by trying, as in `sayable`; what is made is handed out only where it computes the same.
+layers of a list is found by trying, as in `size_fields`; what is made is handed out only where it computes the same.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from upop.checkpoints.description import VOCABULARY
 from upop.checkpoints.fit import kept_sizes
 from upop.checkpoints.plain import differing, of_timm, of_transformers
 from upop.checkpoints.preparation import preparation_of, set_preparation
-from upop.checkpoints.sayable import Builder, Change, Path, changed, nodes, shapes_of
+from upop.checkpoints.size_fields import Builder, Change, Path, changed, nodes, shapes_of
 from upop.checkpoints.sizes import dense_meta_copy, resize
 from upop.libraries import is_pretrained
 from upop.pruning import Group, Plan, Prunable, find_prunable, remember

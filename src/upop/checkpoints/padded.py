@@ -17,7 +17,7 @@ from upop.checkpoints import owners
 from upop.checkpoints.blank import fill, frame, outline
 from upop.checkpoints.fit import kept_sizes
 from upop.checkpoints.plain import differing, of_timm, of_transformers, with_fields, without_record
-from upop.checkpoints.sayable import Builder, Change, changed, speeches
+from upop.checkpoints.size_fields import Builder, Change, changed, size_fields
 from upop.checkpoints.sizes import dense_meta_copy
 from upop.errors import SettingError, VerificationError
 from upop.libraries import is_pretrained
@@ -125,14 +125,14 @@ def widest(
     sizes = {group.name: group.size for group in groups}
     change: dict[Any, Any] = {}
     said: set[str] = set()
-    for speech in speeches(dense, groups, builder):
-        said.update(speech.groups)
-        whole = sizes[speech.groups[0]]
-        most = max(1, *(kept.get(name, whole) for name in speech.groups))  # of none, no library makes a layer
-        size = most if speech.sizes is None else min((each for each in speech.sizes if each >= most), default=whole)
+    for field in size_fields(dense, groups, builder):
+        said.update(field.groups)
+        whole = sizes[field.groups[0]]
+        most = max(1, *(kept.get(name, whole) for name in field.groups))  # of none, no library makes a layer
+        size = most if field.sizes is None else min((each for each in field.sizes if each >= most), default=whole)
         if size < whole:
-            sizes |= dict.fromkeys(speech.groups, size)
-            change |= speech.change(size)
+            sizes |= dict.fromkeys(field.groups, size)
+            change |= field.change(size)
     return sizes, change, said
 
 

@@ -1,7 +1,7 @@
 """Plain models: what is cut alike in all layers of a tower is an ordinary model of a smaller configuration.
 
-Such a configuration is found by trying (`sayable`), and taken only where the ordinary class that it builds, with the
-cut model's weights, computes the same.
+Such a configuration is found by trial (`size_fields`). It is used only where the class that it builds, with the cut
+model's weights, computes the same.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import nn
 from upop.checkpoints.blank import frame, outline
 from upop.checkpoints.fit import kept_sizes
 from upop.checkpoints.outside import QUANTIZED_HERE
-from upop.checkpoints.sayable import Builder, Change, changed, said, speeches
+from upop.checkpoints.size_fields import Builder, Change, changed, size_fields, sized_config
 from upop.libraries import is_pretrained
 from upop.models import MODELS, kind_of
 from upop.pruning import Group, find_prunable, uniform
@@ -94,13 +94,13 @@ def builder_of(model: nn.Module) -> Builder | None:
     return None if described is None else of_timm(*described)
 
 
-def read_sayable(model: nn.Module, groups: Sequence[Group]) -> uniform.Said | None:
+def config_sizes(model: nn.Module, groups: Sequence[Group]) -> uniform.ConfigSizes | None:
     """Return the groups whose sizes the configuration of a dense model can say, by its numbers; None if it has none."""
     builder = builder_of(model)
     if builder is None:
         return None
-    found = speeches(model, groups, builder)
-    return uniform.Said(
+    found = size_fields(model, groups, builder)
+    return uniform.ConfigSizes(
         tuple(uniform.Tower(each.groups, each.sizes) for each in found),
         builder.by,
         partial(_counted_layers, model, groups, builder),
@@ -160,7 +160,7 @@ def become_plain(
         groups: of the dense model.
         kept: how many channels each group keeps.
     """
-    change = said(dense, groups, kept, of_transformers(model))
+    change = sized_config(dense, groups, kept, of_transformers(model))
     if isinstance(change, str):
         return change
     try:
@@ -202,7 +202,7 @@ def plain_timm(model: nn.Module, described: Mapping[str, Any]) -> dict[str, Any]
     know_as(dense, model)
     groups = find_prunable(dense).groups
     kept = kept_sizes(groups, model.state_dict(), type(model).__name__)
-    change = said(dense, groups, kept, builder) if alike(dense, groups, kept) else ""
+    change = sized_config(dense, groups, kept, builder) if alike(dense, groups, kept) else ""
     if isinstance(change, str):
         return None
     arguments = {key: value for key, value in changed(builder.settings, change).items() if value is not None}

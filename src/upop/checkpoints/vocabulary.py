@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from upop.checkpoints.blank import outline
 from upop.checkpoints.description import VOCABULARY
 from upop.checkpoints.plain import with_fields, without_record
-from upop.checkpoints.sayable import changed, nodes
+from upop.checkpoints.size_fields import changed, nodes
 from upop.checkpoints.smaller_tokenizer import is_fast, needed_ids, smaller_tokenizer, used_ids
 from upop.errors import LayoutError, SettingError, VerificationError
 from upop.libraries import is_pretrained

@@ -309,7 +309,7 @@ class _Observing:
     def _scores(self, groups: list[Group], rows: FreedRows, moments: Moments) -> dict[str, Tensor]:
         scores = {group.name: torch.zeros(group.size, dtype=torch.float64) for group in groups}
         if self._correct:
-            moments.watch(self._model, groups, described=True)
+            moments.observe(self._model, groups, announced=True)
         for number, batch in enumerate(self._batches):
             moments.step = number
             self._model.zero_grad()

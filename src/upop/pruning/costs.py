@@ -199,14 +199,14 @@ def _multiply_adds(model: nn.Module, groups: Sequence[Group], example: Any) -> d
     """Count linear layers by the tokens that they see, and attention by query-key pairs."""
     calls: dict[str, list[_Call]] = {}
 
-    def watch(name: str) -> Callable[..., None]:
+    def recorder(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             calls.setdefault(name, []).append(_call_of(module, args, kwargs, output))
 
         return hook
 
     layers = {_layer(part.tensor) for group in groups for part in group.online if part.tensor.endswith("weight")}
-    hooks = [model.get_submodule(name).register_forward_hook(watch(name), with_kwargs=True) for name in layers]
+    hooks = [model.get_submodule(name).register_forward_hook(recorder(name), with_kwargs=True) for name in layers]
     try:
         with evaluating(model):
             call(model, example)

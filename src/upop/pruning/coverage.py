@@ -105,8 +105,8 @@ def coverage(
         elif parameter.dim() > 1 and not isinstance(model.get_submodule(layer), nn.Embedding):
             inside = any(f"{layer}.".startswith(block) for block in blocks)
             reason = _reason(layer, described, blocks)
-            said = reason is not None and reason not in _OF_HEADS
-            if (said and not blocks) or (inside and (said or name.endswith("weight"))):
+            explained = reason is not None and reason not in _OF_HEADS
+            if (explained and not blocks) or (inside and (explained or name.endswith("weight"))):
                 where[name], reasons[name] = "left alone", reason or UNKNOWN
     beside = {name.rpartition(".")[0]: place for name, place in where.items()}
     for name in named:
@@ -146,7 +146,7 @@ def _matrices(module: nn.Module) -> int:
 
 
 def _reason(layer: str, described: Mapping[str, str], blocks: Iterable[str]) -> str | None:
-    """Return what was said of a layer, of what it lies in, or else of a layer beside it in the same module."""
+    """Return what was explained of a layer, of what it lies in, or else of a layer beside it in the same module."""
     block = next((each for each in blocks if f"{layer}.".startswith(each)), "")
     beside = f"{layer.rpartition('.')[0]}."
     path = layer

@@ -164,7 +164,7 @@ def constants(model: nn.Module, paths: Sequence[str], examples: Iterable[Any]) -
     """
     seen: dict[str, Tensor | None] = {}
 
-    def watch(path: str) -> Callable[..., None]:
+    def recorder(path: str) -> Callable[..., None]:
         def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             given = args[0] if args else next(iter(kwargs.values()), None)
             made = output[0] if isinstance(output, tuple) and output else output
@@ -184,7 +184,7 @@ def constants(model: nn.Module, paths: Sequence[str], examples: Iterable[Any]) -
 
     for example in examples:
         seen.clear()
-        hooks = [model.get_submodule(path).register_forward_hook(watch(path), with_kwargs=True) for path in paths]
+        hooks = [model.get_submodule(path).register_forward_hook(recorder(path), with_kwargs=True) for path in paths]
         try:
             with evaluating(model):
                 call(model, example)
@@ -222,13 +222,13 @@ def removable(model: nn.Module, groups: Sequence[Group], examples: Iterable[Any]
             f"depth=True was asked for, and nothing is known that {type(model).__name__} can be called with, to see "
             "whether it runs without a branch. Pass example=... (a tensor, a tuple of arguments, or a mapping)."
         )
-    twin, world = shapes.copy(), shapes
+    copied, world = shapes.copy(), shapes
 
     def fails(going: Sequence[Group]) -> Exception | None:
-        undo = cut(twin, list(going), {group.name: () for group in going}, fold=False)
+        undo = cut(copied, list(going), {group.name: () for group in going}, fold=False)
         try:
             with world.running(), torch.no_grad():
-                call(twin, world.example)
+                call(copied, world.example)
         except Exception as error:  # the model's own
             return error
         finally:

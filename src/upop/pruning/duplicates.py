@@ -21,13 +21,13 @@ def duplicate(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module
         memo: what stands for what, by identity, as of `copy.deepcopy`; added to.
     """
     memo = {} if memo is None else memo
-    twin: nn.Module = copy.deepcopy(model, memo)
-    for module in twin.modules():
+    copied: nn.Module = copy.deepcopy(model, memo)
+    for module in copied.modules():
         kept: list[dict[Any, Any]] = [module._forward_pre_hooks, module._forward_hooks, vars(module)]
         for held in kept:
             for name, function in held.items():
                 held[name] = _apart(function, memo)
-    return twin
+    return copied
 
 
 def _apart(function: Any, memo: dict[int, Any]) -> Any:

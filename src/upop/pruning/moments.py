@@ -25,7 +25,7 @@ from upop.pruning.costs import evaluating
 from upop.pruning.errors import StepError
 from upop.pruning.groups import Group, owner_of
 from upop.pruning.least_squares import PARTS, ConsumerInputs, moments_bytes
-from upop.pruning.looks import Begin, End, Look
+from upop.pruning.observers import BeginHook, EndHook, LayerHook
 from upop.pruning.passes import Pass, device_of, logs_of, noting, squares_of
 from upop.pruning.scores import accumulator
 from upop.pruning.sharded import many_processes, reshard
@@ -101,31 +101,31 @@ class Moments:
         self._widths: dict[str, int] = {}
         self._unhooked: dict[str, list[tuple[Pass, str, int]]] = {}  # calls that a checkpoint made without gradients
 
-    def watch(
-        self, model: nn.Module, groups: Iterable[Group], wrapper: nn.Module | None = None, *, described: bool = False
+    def observe(
+        self, model: nn.Module, groups: Iterable[Group], wrapper: nn.Module | None = None, *, announced: bool = False
     ) -> None:
-        """Look at forward passes from now on, at what the readers of `groups` are given, and at nothing else.
+        """Observe, in the forward passes from now on, the inputs of the consumers of `groups`, and nothing else.
 
-        As long as anything is looked at, the model runs as it was written where it, or a part of it, was compiled.
-        Other compiled code does so in the first step, and later if it was found to run the model.
+        Meanwhile the model runs eagerly, though it, or a part of it, was compiled. Other compiled code runs eagerly in
+        the first step, and later if it was found to run the model.
 
         Args:
             model: the model.
-            groups: whose readers are looked at.
+            groups: whose consumers are observed.
             wrapper: what is called in place of the model, if anything is.
-            told: `expect` and `end` tell of passes, and calls of the model do not.
+            announced: the caller announces passes by `expect` and `end`; the model gets no hooks.
         """
         wanted = {group.name: layers[0] for group in groups if (layers := consumers(model, group))}
         if set(wanted) == set(self._hooks):
             return
         self.release()
-        self._hooks = {name: layer.register_forward_hook(Look(self, name)) for name, layer in wanted.items()}
+        self._hooks = {name: layer.register_forward_hook(LayerHook(self, name)) for name, layer in wanted.items()}
         self._widths = {name: layer.in_features for name, layer in wanted.items()}
         if self._hooks:
-            if not described:
+            if not announced:
                 self._root = [
-                    model.register_forward_pre_hook(Begin(self), with_kwargs=True),
-                    model.register_forward_hook(End(self)),
+                    model.register_forward_pre_hook(BeginHook(self), with_kwargs=True),
+                    model.register_forward_hook(EndHook(self)),
                 ]
             self._unhook = weakref.finalize(self, _remove, [*self._hooks.values(), *self._root])
             self._as_written = AsWritten(model if wrapper is None else wrapper)
@@ -133,9 +133,9 @@ class Moments:
             if self._passed_by is None and not any_compiled_function():
                 self._passed_by = False
             if self._passed_by is not False:  # in the first step, unless nothing was compiled that could run it
-                self._look_into_all()
+                self._run_eagerly()
 
-    def _look_into_all(self) -> None:
+    def _run_eagerly(self) -> None:
         uncompiled.enter()
         self._leave = weakref.finalize(self, uncompiled.leave)
 
@@ -146,7 +146,7 @@ class Moments:
             self._leave()
         elif step != self.step and self._hooks and not self._touched and not self._passed_by:
             self._passed_by = True  # by a wrapper, or a function, unknown to us
-            self._look_into_all()
+            self._run_eagerly()
         self.step, self._touched = step, False
 
     @property
@@ -154,18 +154,18 @@ class Moments:
         """What to do where there was too little to correct by."""
         if self._overwritten:
             return (
-                f"{self._overwritten} of the batches that were to be looked at again had been written to by then: give "
+                f"{self._overwritten} of the batches that were to be run again were overwritten: give "
                 "each step tensors of its own."
             )
         return "Search over more steps, or with larger batches."
 
     @property
-    def looks(self) -> bool:
-        """Whether anything is looked at."""
+    def observing(self) -> bool:
+        """Whether anything is observed."""
         return bool(self._hooks)
 
     def release(self) -> None:
-        """Look no longer; no trace is left on the model."""
+        """Observe no longer, and remove all hooks from the model."""
         self._unhook()
         self._hooks.clear()
         self._root.clear()
@@ -289,11 +289,11 @@ class Moments:
         portion: list[Group] = []
         for group in groups[::-1]:
             if portion and home is None and sum(sizes[each.name] for each in (*portion, group)) > allowed:
-                yield portion, self._look(model, portion, home)
+                yield portion, self._observed_inputs(model, portion, home)
                 portion = []
             portion.append(group)
         if portion:
-            yield portion, self._look(model, portion, home)
+            yield portion, self._observed_inputs(model, portion, home)
 
     def _bytes(self, model: nn.Module, group: Group) -> int:
         """Return what is held of a group."""
@@ -305,8 +305,10 @@ class Moments:
         return min(most, tokens * weight.shape[1] * weight.itemsize)
 
     @torch.no_grad()
-    def _look(self, model: nn.Module, groups: list[Group], home: torch.device | None) -> dict[str, ConsumerInputs]:
-        """Run the passes again in evaluation mode, and return what the readers of groups are given; buffers stay."""
+    def _observed_inputs(
+        self, model: nn.Module, groups: list[Group], home: torch.device | None
+    ) -> dict[str, ConsumerInputs]:
+        """Run the passes again in evaluation mode, and return the inputs of the groups' consumers; buffers stay."""
         found: dict[str, ConsumerInputs] = {}
         held = [each for each in self._passes if each.is_whole]
         self._overwritten += len(self._passes) - len(held)

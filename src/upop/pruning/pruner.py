@@ -348,7 +348,7 @@ class Pruner(Searched):
         self._stale.fill_(state["stale"])
         if self.finished:
             self._rows.release()
-        self._look()
+        self._observe_inputs()
         self._moments.resume(state["seen"])
 
     def _channel_scores(self, group: Group, rows: Mapping[str, Tensor]) -> Tensor | None:
@@ -366,16 +366,16 @@ class Pruner(Searched):
             (self._update if self.progress == "soft" else self._end_stage)(self._done)
             self._warn(self._done)
         self._done += 1
-        self._look()
+        self._observe_inputs()
         if self.finished:  # nothing is scored any more, however long the cut is waited for
             self._rows.release()
 
     def _is_one_step(self) -> bool:
         return self.steps == 1
 
-    def _watch(self) -> None:
+    def _observe_gradients(self) -> None:
         if not self.finished:
-            super()._watch()
+            super()._observe_gradients()
 
     def _due(self, step: int) -> bool:
         if self.progress == "soft":
@@ -384,15 +384,15 @@ class Pruner(Searched):
             due = (step + 1) % self.interval == 0
         return due or step == self.steps - 1
 
-    def _look(self) -> None:
-        """Look at what the readers are given in the last steps of a stage, and at no other time."""
+    def _observe_inputs(self) -> None:
+        """Observe the inputs of consumers in the last steps of a stage alone."""
         self._moments.advance(self._done)
         soon = any(self._due(step) for step in range(self._done, min(self._done + OBSERVATIONS, self.steps)))
-        watched = self.groups if soon and self._attached and self._correct else []
-        self._moments.watch(self.model, watched, self._wrapper())
+        observed = self.groups if soon and self._attached and self._correct else []
+        self._moments.observe(self.model, observed, self._wrapper())
 
     def _end_stage(self, step: int) -> None:
-        """Mask what has the highest scores for good, and have the layers that read it make up for it."""
+        """Mask what has the highest scores for good, and correct its consumers."""
         active = {name: mask == 1 for name, mask in self._masks.values.items()}
         scores = {name: score.cpu().masked_fill(~active[name], math.inf) for name, score in self._scores.items()}
         part = (step + 1) / self.steps

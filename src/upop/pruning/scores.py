@@ -115,7 +115,7 @@ class RowScores:
         self._dims: dict[Tensor, int] = {}
         self._hooks: list[RemovableHandle] = []
 
-    def watch(self, parameters: Iterable[tuple[Tensor, int]]) -> None:
+    def observe(self, parameters: Iterable[tuple[Tensor, int]]) -> None:
         """Take scores of parameters, each along its given dimension, in the backward passes from now on."""
         self._dims.update(parameters)
         self._hooks += [

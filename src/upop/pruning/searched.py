@@ -96,7 +96,7 @@ class Searched(ABC):
 
     def _note(self, arguments: Arguments) -> None:
         """Look at the pass that the groups were read before."""
-        if self._moments.looks:
+        if self._moments.observing:
             self._moments.begin(self.model, *arguments)
 
     def _read(self, example: Any) -> list[Group]:
@@ -117,9 +117,9 @@ class Searched(ABC):
         self._goal.begin(self.model, groups, self._costs, self.round_to, self._example, self._towers, branches)
         self._masks = Masks(self.model, groups)
         self._groups = groups
-        self._watch()
+        self._observe_gradients()
         self._scores = {name: torch.zeros_like(mask) for name, mask in self._masks.values.items()}
-        self._look()
+        self._observe_inputs()
 
     @abstractmethod
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -130,8 +130,8 @@ class Searched(ABC):
         """Whether the search has one step in all."""
 
     @abstractmethod
-    def _look(self) -> None:
-        """Look at what the readers are given where that is wanted, and at no other time."""
+    def _observe_inputs(self) -> None:
+        """Observe the inputs of consumers in the steps that need them, and in no others."""
 
     @property
     def groups(self) -> list[Group]:
@@ -241,9 +241,9 @@ class Searched(ABC):
         masks = self.masks
         self._masks = fresh or Masks(self.model, self.groups)
         self._masks.set(masks)
-        self._watch()
+        self._observe_gradients()
         self._attached = True
-        self._look()
+        self._observe_inputs()
 
-    def _watch(self) -> None:
-        self._rows.watch((tensor_of(self.model, p.tensor), p.dim) for group in self.groups for p in group.producers)
+    def _observe_gradients(self) -> None:
+        self._rows.observe((tensor_of(self.model, p.tensor), p.dim) for group in self.groups for p in group.producers)

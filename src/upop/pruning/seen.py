@@ -106,7 +106,7 @@ class FirstCall:
         self.kept: Kept | None = None
         self._model, self._then, self._last = weakref.ref(model), then, last
         called = model if wrapper is None else wrapper
-        self._hook: RemovableHandle | None = called.register_forward_pre_hook(_Look(self), with_kwargs=True)
+        self._hook: RemovableHandle | None = called.register_forward_pre_hook(_FirstCallHook(self), with_kwargs=True)
         self._leave: Callable[[], Any] = lambda: None
         if then is not None:
             uncompiled.enter()
@@ -146,7 +146,7 @@ class FirstCall:
             self._last(arguments)
 
 
-class _Look:
+class _FirstCallHook:
     """The hook of a `FirstCall`; copied or pickled with a model it does nothing any more."""
 
     def __init__(self, first: FirstCall | None = None) -> None:

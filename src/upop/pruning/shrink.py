@@ -391,13 +391,13 @@ def _proved_in_float64(model: nn.Module, groups: list[Group], plan: Mapping[str,
 
     inputs = tree_map(precise, dict(inputs) if isinstance(inputs, Mapping) else inputs)
     try:
-        twin = copied(model, changed(model, lambda each: precise(each).clone()))
-        with forgetting(), _masked(twin, groups, plan), Precise(torch.float64):
-            expected = outputs_of(twin, inputs)
+        precise_copy = copied(model, changed(model, lambda each: precise(each).clone()))
+        with forgetting(), _masked(precise_copy, groups, plan), Precise(torch.float64):
+            expected = outputs_of(precise_copy, inputs)
     except Exception:
         return False
-    cut(twin, groups, plan)
+    cut(precise_copy, groups, plan)
     with forgetting(), Precise(torch.float64):
-        found = _outputs_of_cut(twin, inputs)
-        compare(expected, found, partial(rounding_of, partial(outputs_of, twin, inputs), outputs=found))
+        found = _outputs_of_cut(precise_copy, inputs)
+        compare(expected, found, partial(rounding_of, partial(outputs_of, precise_copy, inputs), outputs=found))
     return True

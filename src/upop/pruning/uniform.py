@@ -35,7 +35,7 @@ class Tower:
 
 
 @dataclass(frozen=True)
-class Said:
+class ConfigSizes:
     """What the configuration of a model can say.
 
     Attributes:
@@ -49,7 +49,7 @@ class Said:
     layers: Callable[[], Mapping[str, tuple[str, ...]]] = dict
 
 
-Reader = Callable[[nn.Module, Sequence[Group]], Said | None]
+Reader = Callable[[nn.Module, Sequence[Group]], ConfigSizes | None]
 _readers: list[Reader] = []
 
 
@@ -145,29 +145,29 @@ def to_keep_alike(
     if uniform is None:
         return list(groups), (), {}
     every = groups if every is None else every
-    said = next((found for reader in _readers if (found := reader(model, every)) is not None), None)
-    if said is None:
+    config = next((found for reader in _readers if (found := reader(model, every)) is not None), None)
+    if config is None:
         return (
             list(groups),
             tuple(Tower(names) for names in apart(model, groups)),
             layers_of(model, groups) if depth else {},
         )
     names = {group.name for group in groups}
-    towers = tuple(tower for tower in said.towers if names.issuperset(tower.groups))
+    towers = tuple(tower for tower in config.towers if names.issuperset(tower.groups))
     inside = {name for tower in towers for name in tower.groups}
-    layers = {path: layer for path, layer in (said.layers() if depth else {}).items() if names.issuperset(layer)}
+    layers = {path: layer for path, layer in (config.layers() if depth else {}).items() if names.issuperset(layer)}
     for group in groups:  # what no number speaks of goes with its layer or stays whole
         if group.name not in inside and any(group.name in layer for layer in layers.values()):
             towers += (Tower((group.name,), frozenset({group.size})),)
             inside.add(group.name)
     lacking = [group.name for group in groups if group.name not in inside]
     broken = [
-        name for tower in said.towers if tower not in towers for name in tower.groups if name in {*names} - inside
+        name for tower in config.towers if tower not in towers for name in tower.groups if name in {*names} - inside
     ]
     if not towers:
-        could = [group.name for group in every if any(group.name in tower.groups for tower in said.towers)]
+        could = [group.name for group in every if any(group.name in tower.groups for tower in config.towers)]
         raise SettingError(
-            f"uniform='tower' was asked for, and {said.by} has no number for the sizes of {some_of(lacking, 4)}. "
+            f"uniform='tower' was asked for, and {config.by} has no number for the sizes of {some_of(lacking, 4)}. "
             + (
                 f"It has numbers for {some_of(could, 4)}: include all of these, or leave uniform out."
                 if could
@@ -178,7 +178,7 @@ def to_keep_alike(
     if lacking:
         why = "one number of it goes for more layers than were chosen" if broken else "it has no number for their sizes"
         warnings.warn(
-            f"uniform='tower' leaves {len(lacking)} of {len(groups)} groups alone, so that {said.by} can say what is "
+            f"uniform='tower' leaves {len(lacking)} of {len(groups)} groups alone, so that {config.by} can say what is "
             f"kept: {why} ({some_of(lacking, 4)}). They are no part of the budget.",
             stacklevel=6,
         )

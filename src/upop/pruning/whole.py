@@ -128,15 +128,15 @@ def full_copy(model: nn.Module, like: nn.Module | None = None) -> nn.Module:
 def dense_copy(model: nn.Module) -> nn.Module:
     """Return a copy of a model as it is; it is sharded as the model is, if that is. All processes call it together."""
     with whole(model):
-        twin = duplicate(model)
+        plain = duplicate(model)
     modules = {name: module for name, module in model.named_modules() if module in set(sharded_modules(model))}
     if not modules:
-        return twin
+        return plain
     from torch.distributed.fsdp import fully_shard
 
-    kept = {part for name, part in twin.named_parameters() if not is_sharded_tensor(model.get_parameter(name))}
+    kept = {part for name, part in plain.named_parameters() if not is_sharded_tensor(model.get_parameter(name))}
     device = _device(model)
-    for part in (*kept, *twin.buffers()):
+    for part in (*kept, *plain.buffers()):
         part.data = part.data.to(device)
     done: set[int] = set()
     for name, module in reversed(modules.items()):  # what lies inside comes first
@@ -145,16 +145,16 @@ def dense_copy(model: nn.Module) -> nn.Module:
             continue
         done.add(id(state))
         group = _parts(state)
-        together = [twin.get_submodule(other) for other, each in modules.items() if each._get_fsdp_state() is state]
+        together = [plain.get_submodule(other) for other, each in modules.items() if each._get_fsdp_state() is state]
         settings: dict[str, Any] = {"mesh": group[0].mesh_info.mesh} if group else {}
         if kept:  # torch 2.6 has none that are left out
             settings["ignored_params"] = kept
         fully_shard(
-            together if len(together) > 1 else twin.get_submodule(name),
+            together if len(together) > 1 else plain.get_submodule(name),
             mp_policy=state._mp_policy,
             **settings,
         )
-    return twin
+    return plain
 
 
 def _shards(module: Any) -> Iterator[Any]:

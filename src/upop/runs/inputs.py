@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
-from upop.checkpoints.inputs import Said, said_by
+from upop.checkpoints.inputs import StatedInputs, stated_inputs
 from upop.errors import CheckpointError, DataError
 from upop.runs.task import Task
 from upop.settings import ImageSettings, RunSettings
@@ -31,7 +31,7 @@ def resolved(task: Task[Any], settings: S, path: Path) -> tuple[S, list[str]]:
     Raises:
         CheckpointError: there is none, or what it says of its inputs cannot be used.
     """
-    stated = said_by(path)
+    stated = stated_inputs(path)
     found = _of_this_task(task, settings, stated)
     given = {name: getattr(settings, name) for name in settings.model_fields_set}
     taken = {name: value for name, value in found.items() if name not in given}
@@ -67,7 +67,7 @@ def sample(task: Task[Any], settings: RunSettings) -> dict[str, Any]:
     return {"task": task.name, **{name: value for name, value in values.items() if value is not None}}
 
 
-def _of_this_task(task: Task[Any], settings: RunSettings, stated: Said) -> dict[str, Any]:
+def _of_this_task(task: Task[Any], settings: RunSettings, stated: StatedInputs) -> dict[str, Any]:
     """Return what a checkpoint says by the names of settings; of another task's, what both have in common."""
     kind = type(settings)
     names = set(kind.recorded)

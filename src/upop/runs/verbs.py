@@ -11,7 +11,7 @@ from typing import Any
 from timm.utils.model_ema import ModelEmaV3
 from torch import nn
 
-import upop.checkpoints.speaking  # noqa: F401 - a search with uniform="tower" asks libraries
+import upop.checkpoints.uniform_sizes  # noqa: F401 - registers sizes for uniform="tower"
 from upop.compression import Compression
 from upop.pruning import Plan, calibrate, count_parameters, plan_by_magnitude, shrink
 from upop.pruning.goal import format_reached

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import upop.checkpoints.speaking  # noqa: F401 - a search with uniform="tower" asks libraries
+import upop.checkpoints.uniform_sizes  # noqa: F401 - registers sizes for uniform="tower"
 from upop.checkpoints import save
 from upop.checkpoints.card import write_card
 from upop.checkpoints.library import layout_of

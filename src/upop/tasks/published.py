@@ -12,7 +12,7 @@ from upop.checkpoints import WEIGHTS, is_folder, load
 from upop.checkpoints.config_json import is_transformers_folder
 from upop.checkpoints.description import check_digests, read_description
 from upop.checkpoints.foreign import recognised
-from upop.checkpoints.inputs import said_by
+from upop.checkpoints.inputs import stated_inputs
 from upop.checkpoints.official import load_official, start_from
 from upop.checkpoints.resizing import resized
 from upop.errors import CheckpointError
@@ -53,7 +53,7 @@ class PublishedTask(Task[PublishedSettingsT]):
         From a folder of another task's model, the towers that both have are taken.
         """
         foreign = path.is_dir() and (is_transformers_folder(path) or recognised(path) is not None)
-        if foreign and said_by(path).task == self.name:
+        if foreign and stated_inputs(path).task == self.name:
             return self.load(path, settings), ()
         if foreign or not is_folder(path):
             model = self.build(settings)

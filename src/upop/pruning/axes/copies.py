@@ -92,9 +92,9 @@ def copied(model: nn.Module, tensors: dict[int, Any]) -> nn.Module:
 
 
 def _copy(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
-    twin = duplicate(model, memo)
-    unmask(twin)
-    return twin.eval()
+    duplicated = duplicate(model, memo)
+    unmask(duplicated)
+    return duplicated.eval()
 
 
 def _share(model: nn.Module, memo: dict[int, Any]) -> None:
@@ -182,11 +182,11 @@ class Shapes:
         )
 
     def _raises(self) -> Exception | None:
-        twin = self.copy()
-        reading = _Reading(twin)
+        duplicated = self.copy()
+        reading = _Reading(duplicated)
         try:
             with self.running(), torch.no_grad(), reading:
-                call(twin, self.example)
+                call(duplicated, self.example)
         except Exception as error:
             return error
         self.read = reading.read
@@ -195,10 +195,10 @@ class Shapes:
     def copy(self) -> nn.Module:
         """Return a copy; all copies hold the same tensors where these have no numbers that a run could change."""
         if self.mode is None:
-            twin = copied(self._model, changed(self._model, self._copied))
+            duplicated = copied(self._model, changed(self._model, self._copied))
             for name in self.silent:
-                tensor_of(twin, name).detach().zero_()
-            return twin
+                tensor_of(duplicated, name).detach().zero_()
+            return duplicated
         self._tensors = self._tensors or changed(self._model, self._copied)
         shared = (FakeTensor, nn.Parameter)
         own = {key: each if isinstance(each, shared) else each.clone() for key, each in self._tensors.items()}

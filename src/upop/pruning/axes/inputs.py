@@ -201,8 +201,8 @@ def _pieces(model: nn.Module, seen: Inputs) -> int:
     """Return how many pieces a model makes of one image; a copy of it is asked, without numbers."""
     counted: list[int] = []
 
-    def asked(twin: Any) -> None:
-        found = twin.get_image_features(**placed(model, seen))
+    def asked(on_meta: Any) -> None:
+        found = on_meta.get_image_features(**placed(model, seen))
         found = getattr(found, "pooler_output", found)
         parts = [each for each in tree_leaves(found) if isinstance(each, Tensor)]
         counted.append(sum(each.numel() // each.shape[-1] for each in parts) // BATCH)

@@ -53,7 +53,7 @@ def _beside(path: str, holder: str) -> str:
     return path
 
 
-def twin(model: nn.Module, tried: Candidate, other: Candidate) -> Candidate:
+def counterpart(model: nn.Module, tried: Candidate, other: Candidate) -> Candidate:
     """Return another candidate of the kind of one that was tried, with what was found for that one."""
 
     def moved(path: str) -> str:

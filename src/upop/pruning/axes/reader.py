@@ -41,13 +41,13 @@ def read(model: nn.Module, example: Any) -> tuple[list[Group], list[Skipped]]:
 def _read(model: nn.Module, example: Any) -> tuple[list[Group], list[Skipped]]:
     try:
         shapes = Shapes(model, example, run=False)
-        trace, chosen, skipped = _looked(model, shapes)
+        trace, chosen, skipped = _candidates(model, shapes)
     except LayoutError:  # it asks for numbers, or does not run at all
         shapes = Shapes(model, example)
-        trace, chosen, skipped = _looked(model, shapes)
+        trace, chosen, skipped = _candidates(model, shapes)
     if shapes.mode is None:  # numbers say where the forward goes, and a cut must not change them
         shapes.silent = {part.tensor for each in chosen for part in each.group.slices if not part.produces}
-        trace, chosen, skipped = _looked(model, shapes)
+        trace, chosen, skipped = _candidates(model, shapes)
     proof = Proof(model, example, shapes, trace)
     proved: list[Candidate] = []
     lost: list[tuple[str, str]] = []
@@ -89,7 +89,7 @@ def _whole(model: nn.Module, name: str, cut: set[str]) -> bool:
     return bool(weights) and cut.issuperset(weights)
 
 
-def _looked(model: nn.Module, shapes: Shapes) -> tuple[Trace, list[Candidate], list[Skipped]]:
+def _candidates(model: nn.Module, shapes: Shapes) -> tuple[Trace, list[Candidate], list[Skipped]]:
     """Return a trace, what may be cut by it, and what not with the reason."""
     trace = traced(shapes)
     shared = shared_tensors(model)
@@ -107,21 +107,21 @@ def traced(shapes: Shapes) -> Trace:
     """Run a model once, without numbers, and follow its axes; again where a buffer turns out to be written to."""
     written: set[str] = set()
     while True:
-        twin = shapes.copy()
-        trace = Trace(twin, written)
+        copied = shapes.copy()
+        trace = Trace(copied, written)
         trace.given(each for each in tree_leaves(shapes.example) if isinstance(each, Tensor))
         try:
             with shapes.running(), torch.no_grad(), trace.running():
-                result = call(twin, shapes.example)
+                result = call(copied, shapes.example)
         except LayoutError:
             raise
         except WrittenError as found:
             written.add(found.name)
             continue
         except Exception as error:
-            kind = type(twin).__name__
+            kind = type(copied).__name__
             raise LayoutError(
-                obstacle(twin, "") or f"{kind} runs, but cannot be followed: {message_of(error)}."
+                obstacle(copied, "") or f"{kind} runs, but cannot be followed: {message_of(error)}."
             ) from error
         trace.finish([each for _, each in tensors_of(result)])
         return trace

@@ -55,7 +55,7 @@ class _Zeros(TorchDispatchMode):
         return None
 
 
-def tell(bench: Bench, model: nn.Module, trace: Trace, candidates: list[Candidate], wrong: dict[str, str]) -> None:
+def explain(bench: Bench, model: nn.Module, trace: Trace, candidates: list[Candidate], wrong: dict[str, str]) -> None:
     """Say of every group that was not proved which operation makes something else than 0 of its masked channels.
 
     Args:

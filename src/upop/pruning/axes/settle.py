@@ -28,7 +28,7 @@ from upop.pruning.axes.label import Step
 from upop.pruning.axes.mode import Mode, name_of, tensors_in
 from upop.pruning.axes.multihead import narrow_multihead
 from upop.pruning.axes.narrow import WIDTHS, Narrow, narrow_class
-from upop.pruning.axes.trace import Trace, watching
+from upop.pruning.axes.trace import Trace, inside_modules
 from upop.pruning.costs import call
 from upop.pruning.groups import Attribute, Swap, Swapped
 from upop.pruning.shrink import cut, restore
@@ -199,7 +199,7 @@ class Trials:
             # All copies without numbers hold the same parameters.
             undo = cut(model, [each.group for each in candidates], plan, fold=False, anew=True)
             try:
-                with self._shapes.running(), torch.no_grad(), watching(model, follower.stack), follower:
+                with self._shapes.running(), torch.no_grad(), inside_modules(model, follower.stack), follower:
                     call(model, self._shapes.example)
             except _Off:
                 pass

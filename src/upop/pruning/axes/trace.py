@@ -314,7 +314,7 @@ class Trace(Mode):
     @contextmanager
     def running(self) -> Iterator[None]:
         """Follow everything that runs inside, knowing which module is running."""
-        with watching(self._model, self.stack, self.gave), _Attention(self), self:
+        with inside_modules(self._model, self.stack, self.gave), _Attention(self), self:
             yield
 
     def kept(self) -> Iterator[Label]:
@@ -357,7 +357,7 @@ def _rows(axis: Axis, wanted: Iterable[Axis]) -> Tensor:
 
 
 @contextmanager
-def watching(model: nn.Module, stack: list[str], gave: dict[str, list[Any]] | None = None) -> Iterator[None]:
+def inside_modules(model: nn.Module, stack: list[str], gave: dict[str, list[Any]] | None = None) -> Iterator[None]:
     """Keep the dotted names of the modules that are running in `stack`, the innermost last; the model is left alone.
 
     What the modules give is put into `gave`.

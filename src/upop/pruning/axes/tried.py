@@ -10,9 +10,9 @@ from torch import nn
 
 from upop.pruning.axes.candidates import Candidate
 from upop.pruning.axes.copies import Shapes, numbered
-from upop.pruning.axes.kinds import idle, kinds, twin, unread
+from upop.pruning.axes.kinds import counterpart, idle, kinds, unread
 from upop.pruning.axes.proof import Bench, at_random, prove, scaled
-from upop.pruning.axes.reasons import tell
+from upop.pruning.axes.reasons import explain
 from upop.pruning.axes.settle import Trials, around, mistakable, settle
 from upop.pruning.axes.trace import Trace
 
@@ -55,7 +55,7 @@ class Proof:
         for first, *others in found:
             best = proved.get(first.group.name)
             if best is not None:
-                everyone += [best, *(twin(self._model, best, each) for each in others)]
+                everyone += [best, *(counterpart(self._model, best, each) for each in others)]
             else:
                 wrong.update({each.group.name: wrong[first.group.name] for each in others})
         if len(everyone) == len(proved):
@@ -123,7 +123,7 @@ class Proof:
         reasons: dict[str, str] = {}
         found = prove(bench, candidates, reasons, beside=beside)
         if not bench.misses:
-            tell(bench, self._model, self._trace, candidates, reasons)
+            explain(bench, self._model, self._trace, candidates, reasons)
         wrong.update(reasons)
         return found
 

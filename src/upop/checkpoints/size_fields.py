@@ -1,8 +1,8 @@
-"""What the configuration of a model can say of its sizes: found by trying, field by field, what a field changes.
+"""Which fields of a model's configuration set the sizes of which groups: found by trial, field by field.
 
-A field that held a size of the dense model is given a smaller one, the class is built without memory, and the shapes of
-all its tensors are compared: the field speaks of those groups that became so small, if nothing else changed. No class
-is known here; the names of fields alone say what is worth trying.
+Each trial sets a field to a smaller size, builds the class on the meta device, and compares the shapes of all tensors.
+The field sets the size of the groups that became so small, if nothing else changed. No class is known here; names of
+fields decide only which trials are worth making.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from upop.pruning.groups import tensor_of
 Path = tuple[str, ...]
 """Where a field is: the names of the parts that hold it, and its own."""
 Change = Mapping[Path, Any]
-Speaker = Callable[[int], Change]
+SetSize = Callable[[int], Change]
 """The number of kept channels -> what the fields become."""
 
 _HEADS = re.compile(r"(?:^|_)(?:num_attention_heads|attention_heads|num_heads|n_heads?|num_query_heads)$")
@@ -35,17 +35,17 @@ _WIDTH = re.compile(r"(?:^|_)(?:intermediate_size|ffn_dim|ffn_hidden_size|d_ff|n
 
 
 @dataclass(frozen=True)
-class Speech:
-    """A way to say how many channels some groups keep.
+class SizeField:
+    """A field, or several together, that set how many channels some groups keep.
 
     Attributes:
         groups: their names.
         change: what the fields become.
-        sizes: the numbers that can be said; None for all.
+        sizes: the numbers of channels that it takes; None for all.
     """
 
     groups: tuple[str, ...]
-    change: Speaker
+    change: SetSize
     sizes: frozenset[int] | None
 
 
@@ -94,15 +94,15 @@ def changed(settings: Mapping[str, Any], change: Change) -> dict[str, Any]:
     return result
 
 
-def speeches(dense: nn.Module, groups: Sequence[Group], builder: Builder) -> list[Speech]:
-    """Return all ways in which a configuration can say how much groups of a model keep, each group in one at most.
+def size_fields(dense: nn.Module, groups: Sequence[Group], builder: Builder) -> list[SizeField]:
+    """Return the fields by which a configuration sets the sizes of a model's groups; each group is in one at most.
 
     Args:
         dense: the dense model, with or without memory.
         groups: its groups.
         builder: what makes such models.
     """
-    found: list[Speech] = []
+    found: list[SizeField] = []
     described: set[str] = set()
     tried: dict[tuple[Any, ...], tuple[str, ...]] = {}
     for group in groups:
@@ -117,14 +117,14 @@ def speeches(dense: nn.Module, groups: Sequence[Group], builder: Builder) -> lis
                 tried[key] = _follow(dense, groups, builder.outline(change(probe)), probe)
             names = tried[key]
             if group.name in names and described.isdisjoint(names):
-                found.append(Speech(names, change, _sizes(group, change, builder)))
+                found.append(SizeField(names, change, _sizes(group, change, builder)))
                 described.update(names)
                 break
     return found
 
 
-def said(dense: nn.Module, groups: Sequence[Group], kept: Mapping[str, int], builder: Builder) -> Change | str:
-    """Return what to change in a configuration for a cut model; where it cannot say it, which groups it cannot say.
+def sized_config(dense: nn.Module, groups: Sequence[Group], kept: Mapping[str, int], builder: Builder) -> Change | str:
+    """Return the change of a configuration that describes a cut model; or, as a text, why there is none.
 
     Args:
         dense: the dense model.
@@ -135,20 +135,20 @@ def said(dense: nn.Module, groups: Sequence[Group], kept: Mapping[str, int], bui
     change: dict[Path, Any] = {}
     small = {group.name for group in groups if kept.get(group.name, group.size) < group.size}
     size_of = {group.name: group.size for group in groups}
-    for speech in speeches(dense, groups, builder) if small else ():
-        if small.isdisjoint(speech.groups):
+    for field in size_fields(dense, groups, builder) if small else ():
+        if small.isdisjoint(field.groups):
             continue
-        counts = {kept.get(name, size_of[name]) for name in speech.groups}
+        counts = {kept.get(name, size_of[name]) for name in field.groups}
         if len(counts) > 1:
             return (
-                f"{speech.groups[0]} and {len(speech.groups) - 1} more follow one number of {builder.by}, and keep "
+                f"{field.groups[0]} and {len(field.groups) - 1} more follow one number of {builder.by}, and keep "
                 f"{', '.join(map(str, sorted(counts)))} channels"
             )
         (count,) = counts
-        if speech.sizes is not None and count not in speech.sizes:
-            return f"{builder.by} does not take {count} of {size_of[speech.groups[0]]} for {speech.groups[0]}"
-        change |= speech.change(count)
-        small -= set(speech.groups)
+        if field.sizes is not None and count not in field.sizes:
+            return f"{builder.by} does not take {count} of {size_of[field.groups[0]]} for {field.groups[0]}"
+        change |= field.change(count)
+        small -= set(field.groups)
     if small:
         first = next(group.name for group in groups if group.name in small)
         more = f" and {len(small) - 1} more" if len(small) > 1 else ""
@@ -176,7 +176,7 @@ def shapes_of(model: nn.Module) -> dict[str, list[int]]:
     return {name: list(value.shape) for name, value in {**dict(model.named_buffers()), **model.state_dict()}.items()}
 
 
-def _probe(group: Group, change: Speaker, builder: Builder) -> int | None:
+def _probe(group: Group, change: SetSize, builder: Builder) -> int | None:
     """Return a smaller size that the configuration takes."""
     if group.channel == "neuron":
         tried = [group.size - 1, group.size // 2]
@@ -185,13 +185,13 @@ def _probe(group: Group, change: Speaker, builder: Builder) -> int | None:
     return next((size for size in tried if 0 < size < group.size and builder.takes(change(size))), None)
 
 
-def _sizes(group: Group, change: Speaker, builder: Builder) -> frozenset[int] | None:
+def _sizes(group: Group, change: SetSize, builder: Builder) -> frozenset[int] | None:
     if group.channel == "neuron" and builder.takes(change(group.size - 1)):
         return None  # else a ratio of whole numbers alone
     return frozenset(size for size in range(1, group.size + 1) if builder.takes(change(size)))
 
 
-def _candidates(dense: nn.Module, group: Group, builder: Builder) -> Iterator[Speaker]:
+def _candidates(dense: nn.Module, group: Group, builder: Builder) -> Iterator[SetSize]:
     for path, fields in nodes(builder.settings):
         here = {**dict.fromkeys(builder.more if not path else ()), **fields}
         yield from _widths(dense, group, path, here) if group.kind == "mlp" else _heads(group, path, here)
@@ -209,7 +209,7 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _widths(dense: nn.Module, group: Group, path: Path, fields: Mapping[str, Any]) -> Iterator[Speaker]:
+def _widths(dense: nn.Module, group: Group, path: Path, fields: Mapping[str, Any]) -> Iterator[SetSize]:
     first = group.producers[0]
     shape = tensor_of(dense, first.tensor).shape
     width = shape[1 - first.dim] if len(shape) == 2 else 1  # what ratios are of
@@ -220,7 +220,7 @@ def _widths(dense: nn.Module, group: Group, path: Path, fields: Mapping[str, Any
             yield partial(_ratio, (*path, name), width)
 
 
-def _heads(group: Group, path: Path, fields: Mapping[str, Any]) -> Iterator[Speaker]:
+def _heads(group: Group, path: Path, fields: Mapping[str, Any]) -> Iterator[SetSize]:
     heads = [name for name, value in fields.items() if _HEADS.search(name) and _is_number(value)]
     named = [name for name in _OF_A_HEAD if name in fields]
     inner = min(size for part in group.producers for size in part.inners)
