@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
+import pickle
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -61,6 +63,26 @@ def test_arguments() -> None:
     assert pruner.importance == "squared"
     with pytest.raises(TypeError, match="both are given"):
         upop.Pruner(Mlp(), 0.5, 4, align=4, round_to=8, example=EXAMPLE)
+
+
+def test_arguments_of_plans_and_slices() -> None:
+    group = upop.find_groups(Mlp(), example=EXAMPLE)[0]
+    plan = renamed(lambda: upop.Plan.of(units=[group], kept={group.name: [1, 0]}), "groups")
+    assert plan == upop.Plan.of([group], {group.name: [0, 1]})
+    rows = renamed(lambda: group.slices[0].expand(entries=torch.arange(32)), "channels")
+    assert rows.tolist() == list(range(32))
+
+
+def test_pickles() -> None:
+    """An object that an earlier version pickled has the old names of its class, its module and its fields."""
+    group = upop.find_groups(Mlp(), example=EXAMPLE)[0]
+    written = pickle.dumps(group, protocol=0)
+    for name in (b"Group", b"channel"):
+        assert name in written
+    written = written.replace(b"cupop.pruning.groups\nGroup", b"cupop.pruning.groups\nUnit")
+    written = written.replace(b"Vchannel\n", b"Ventry\n")
+    assert renamed(lambda: pickle.loads(written), r"upop\.pruning\.groups\.Group") == group
+    assert copy.deepcopy(group) == group
 
 
 def test_momentum_encoders() -> None:

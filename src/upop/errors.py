@@ -1,5 +1,6 @@
 """All errors of the library, in one small family. Each is also the built-in error it specialises."""
 
+from upop.pruning.deprecated import renamed_arguments, renamed_attributes
 from upop.pruning.errors import (
     LayoutError,
     PlanError,
@@ -15,6 +16,7 @@ class DataError(UPopError, ValueError):
     """An annotation file, a sample or an image is missing or malformed; the message names file and sample."""
 
 
+@renamed_attributes(record="sample")
 class BadImageError(DataError):
     """An image or a label map cannot be read; a run may be told to do without a number of them (`skip_bad_images`).
 
@@ -26,6 +28,7 @@ class BadImageError(DataError):
     """
 
     # One text is enough to make one, for a worker process's error is made anew from its text alone.
+    @renamed_arguments(record="sample")
     def __init__(self, message: str, image: str = "", file: str = "", sample: int = -1, reason: str = "") -> None:
         super().__init__(message)
         self.image, self.file, self.sample, self.reason = image, file, sample, reason

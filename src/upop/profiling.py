@@ -20,6 +20,7 @@ from upop.files import replacing_file
 from upop.machine import machine
 from upop.ownership import has_fields
 from upop.pruning import Group
+from upop.pruning.deprecated import renamed_arguments
 from upop.pruning.depth import removable
 from upop.pruning.groups import tensor_of
 from upop.pruning.known import know_as
@@ -35,6 +36,7 @@ POINTS = 6
 """Sizes at which a kind of layer is measured, beside the whole one."""
 
 
+@renamed_arguments(say="notify")
 def profile_model(
     model: nn.Module,
     inputs: Any,
@@ -55,7 +57,7 @@ def profile_model(
         runtime: "eager", "compile" for torch.compile, or "onnxruntime" and "openvino", on the CPU in float32.
         points: sizes of each kind beside the whole one, down to one channel; and none, where the model runs without.
         repeats: timed passes of each.
-        say: is told how it goes.
+        notify: is told how it goes.
 
     Raises:
         SettingError: the runtime is not known, or does not take the model.

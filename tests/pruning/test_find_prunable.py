@@ -14,7 +14,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaModel
+from transformers import CLIPTextConfig, CLIPTextModel, LlamaConfig, LlamaModel
 
 import upop
 from pruning.families import VIT, randomise, uneven_plan
@@ -464,3 +464,30 @@ def test_groups_of_dropped_layers_are_dropped_with_them(tmp_path: Path) -> None:
     images = torch.randn(1, 3, 32, 32)
     with torch.no_grad():
         assert torch.equal(again(images), model(images))
+
+
+def test_layers_that_are_dropped_from_the_middle_leave_a_file_that_loads(tmp_path: Path) -> None:
+    """What follows a dropped layer has the names of others: of a layer that was empty, or that was not cut."""
+    sizes: dict[str, Any] = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 4, "num_heads": 4}
+    images = torch.randn(1, 3, 32, 32)
+    for kept, dropped in (({0: 6, 1: 0, 2: 6, 3: 6}, 1), ({2: 6}, 0)):
+        model = timm.create_model("vit_tiny_patch16_224", **sizes).eval()
+        cut = {group.name: int(group.name.split(".")[1]) for group in upop.find_groups(model)}
+        upop.shrink(model, {name: range(kept[layer]) for name, layer in cut.items() if layer in kept})
+        del model.blocks[dropped]
+        with pytest.warns(UserWarning, match=r"Were layers dropped"):
+            folder = upop.save(model, tmp_path / f"without {dropped}")
+        again = upop.load(folder)
+        with torch.no_grad():
+            assert torch.equal(again(images), model(images))
+
+
+def test_a_copy_with_as_many_heads_as_dimensions_is_saved_as_what_was_cut(tmp_path: Path) -> None:
+    """Read anew, its heads could be what was cut; the plan that it carries says that it was dimensions."""
+    tower = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+    model = CLIPTextModel(CLIPTextConfig(**tower, num_attention_heads=4, max_position_embeddings=16)).eval()
+    upop.shrink(model, {group.name: range(group.size // 2) for group in upop.find_groups(model)})
+    again = upop.load(upop.save(copy.deepcopy(model), tmp_path / "copy"))
+    ids = torch.randint(64, (1, 5))
+    with torch.no_grad():
+        assert torch.equal(again(ids).last_hidden_state, model(ids).last_hidden_state)

@@ -93,11 +93,11 @@ def save(
             groups = groups_here(model, plan)
         elif fewer is not None:
             warnings.warn(f"Layers of which nothing is left stay in the file: {fewer}.", stacklevel=2)
-    plan = _still_true(plan, groups, model)
+    told, plan = plan, _still_true(plan, groups, model)
     kind = kind_of(model)
     _refuse_meta(model)
     _warn_masked(model, groups)
-    dense = _dense_sizes(model, groups, plan)
+    dense = _dense_sizes(model, groups, told)
     in_transformers = is_pretrained(model) and _is_its_own(model)
     if in_transformers:
         owners.mark(model)
@@ -113,7 +113,7 @@ def save(
         **built,
         "plain": plain or in_timm is not None,
         "layout": {group.name: _group(group, dense.get(group.name)) for group in groups},
-        "units": _written(groups, {} if plain else dense, None if plain else plan),
+        "units": _written(model, groups, {} if plain else dense, None if plain else told),
         "plan": json.loads((plan if plain else replace(plan, slices={})).to_json()) if plan is not None else None,
         "preparation": preparation_of(model),
         "tokens": removed_tokens(model),
@@ -265,18 +265,19 @@ def groups_here(model: nn.Module, plan: Plan | None) -> tuple[Group, ...]:
         found = find_prunable(model)
     except LayoutError:  # it cannot be run by itself, and is saved all the same
         found = Prunable((), ())
-    names = {group.name for group in found.groups}
-    described = {} if plan is None else {name: group for name, group in plan.slices.items() if name not in names}
-    try:
-        known = groups_of(model, described)
-    except ValueError:
-        known = None
-    here = {name: sized(model, group) for name, group in (known or {}).items()}
     kept = {} if plan is None else plan.kept
-    more = [group for name, group in here.items() if group is not None and group.size == len(kept.get(name, ()))]
-    if more:
-        remember(model, replace(found, groups=(*found.groups, *more)))
-    return (*found.groups, *more)
+    told = {} if plan is None else {name: _told(model, plan.slices, name) for name in plan.slices}
+    true = {name: each for name, each in told.items() if each is not None and each.size == len(kept.get(name, ()))}
+    # Where a cut left as many heads as dimensions, sizes do not tell which of them a channel is; the plan does.
+    groups = tuple(
+        true[group.name] if group.name in true and _kind(true[group.name]) != _kind(group) else group
+        for group in found.groups
+    )
+    names = {group.name for group in groups}
+    groups += tuple(each for name, each in true.items() if name not in names)
+    if groups != found.groups:
+        remember(model, replace(found, groups=groups))
+    return groups
 
 
 def _still_true(plan: Plan | None, groups: Sequence[Group], model: nn.Module) -> Plan | None:
@@ -333,14 +334,35 @@ def _group(group: Group, dense: int | None) -> dict[str, Any]:
     return {"kind": group.kind, "modality": group.modality, "heads": group.heads, "entries": group.size, "of": dense}
 
 
-def _written(groups: Sequence[Group], dense: Mapping[str, int], plan: Plan | None) -> dict[str, Any]:
-    """Return group -> all that a cut of the dense model takes, of those of which it is known."""
+def _written(model: nn.Module, groups: Sequence[Group], dense: Mapping[str, int], plan: Plan | None) -> dict[str, Any]:
+    """Return group -> all that a cut of the dense model takes, of those of which it is known.
+
+    Where layers were dropped after the cut, others have their names: what the plan says of a name holds of them too if
+    it fits their tensors, and of a name that it does not have nobody knows whether the layer was cut.
+    """
     known = {} if plan is None else dict(plan.slices)
+    if plan is not None and len(plan_for(plan, groups)) < len(plan):
+        fitting = {group.name for group in groups if _told(model, known, group.name) is not None}
+        known = {name: content for name, content in known.items() if name in fitting}
+        groups = [group for group in groups if group.name in fitting]
     for group in groups:
         # What lies between a group's rows may have been cut, too: then only the plan knows how it was before.
         if group.name not in known and not any(part.gaps for part in group.slices):
             known[group.name] = as_json(replace(group, size=dense.get(group.name) or group.size))
     return {group.name: known[group.name] for group in groups if known.get(group.name) is not None}
+
+
+def _told(model: nn.Module, described: Mapping[str, Any], name: str) -> Group | None:
+    """Return a group that a plan tells, in the size that it has in a model; None where it does not fit."""
+    try:
+        found = groups_of(model, {name: described[name]}) if name in described else None
+    except ValueError:
+        return None
+    return None if found is None else sized(model, found[name])
+
+
+def _kind(group: Group) -> tuple[str, int]:
+    return group.channel, group.heads
 
 
 def _plan(description: Description, folder: Path) -> Plan | None:

@@ -1,10 +1,8 @@
 """The method: unified and progressive pruning. Knows nothing of tasks, files or commands."""
 
-from typing import Any
-
 from upop.pruning.calibrate import calibrate
 from upop.pruning.costs import count_macs, count_parameters
-from upop.pruning.deprecated import NAMES, warn_renamed
+from upop.pruning.deprecated import older_names
 from upop.pruning.distill import Distillation, distill
 from upop.pruning.groups import Attribute, Group, Skipped, Slice, Swap
 from upop.pruning.known import Prunable, remember
@@ -19,12 +17,7 @@ from upop.pruning.shrink import shrink
 from upop.pruning.stated import GroupSpec
 from upop.pruning.whole import full_copy
 
-
-def __getattr__(name: str) -> Any:
-    if name in NAMES:
-        warn_renamed(f"upop.pruning.{name}", f"upop.pruning.{NAMES[name]}")
-        return globals()[NAMES[name]]
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = older_names(__name__)
 
 
 __all__ = [

@@ -111,7 +111,7 @@ def calibrate(
             holds for all layers, whether it helps them or not.
         cost: what a channel costs; see `Pruner`.
         round_to: kept channels are multiples of this; see `Pruner`.
-        score: what a batch adds to the scores: "absolute", "squared", or a function; see `Pruner`.
+        importance: what a batch adds to the scores: "absolute", "squared", or a function; see `Pruner`.
         include: names or patterns of the groups to cut; default all.
         exclude: names or patterns of groups to leave alone.
         example: inputs for one forward pass, for cost="flops", and to read the groups of a model with classes of one's

@@ -23,6 +23,19 @@ NAMES = {
 """Old public name -> new public name."""
 
 
+def older_names(module: str) -> Callable[[str], Any]:
+    """Return the `__getattr__` of a module by which it has its names as they were: scripts and pickles ask for them."""
+
+    def get(name: str) -> Any:
+        found = vars(sys.modules[module])
+        if name in NAMES and NAMES[name] in found:
+            warn_renamed(f"{module}.{name}", f"{module}.{NAMES[name]}")
+            return found[NAMES[name]]
+        raise AttributeError(f"module {module!r} has no attribute {name!r}")
+
+    return get
+
+
 def warn_renamed(old: str, new: str, *, stacklevel: int = 3) -> None:
     """Warn of an old name."""
     warnings.warn(
@@ -75,13 +88,17 @@ def renamed_arguments(**renamed: str) -> Callable[[F], F]:
 
 
 def renamed_attributes(**renamed: str) -> Callable[[C], C]:
-    """Have objects of a class give attributes and methods under their old names, too; a dataclass also takes them."""
+    """Have objects of a class give attributes and methods under their old names, too; a dataclass also takes them.
+
+    Objects that were pickled with the old names are read without a warning, as files are.
+    """
 
     def changed(kind: C) -> C:
         fields = getattr(kind, "__dataclass_fields__", {})
         arguments = {old: new for old, new in renamed.items() if new in fields}
         if arguments:
             kind.__init__ = renamed_arguments(**arguments)(kind.__init__)
+            kind.__setstate__ = _state_of_today(arguments)
         for old, new in renamed.items():
 
             def get(self: Any, old: str = old, new: str = new) -> Any:
@@ -93,3 +110,10 @@ def renamed_attributes(**renamed: str) -> Callable[[C], C]:
         return kind
 
     return changed
+
+
+def _state_of_today(renamed: Mapping[str, str]) -> Callable[[Any, Mapping[str, Any]], None]:
+    def set_state(self: Any, state: Mapping[str, Any]) -> None:
+        self.__dict__.update({renamed.get(name, name): value for name, value in state.items()})
+
+    return set_state

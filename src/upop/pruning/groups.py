@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from upop.pruning.deprecated import renamed_attributes
+from upop.pruning.deprecated import older_names, renamed_arguments, renamed_attributes
 
 Kind = Literal["attention", "mlp"]
 Channel = Literal["dimension", "head", "group", "neuron"]
@@ -97,6 +97,7 @@ class Slice:
             start += gap
         return torch.cat(parts)
 
+    @renamed_arguments(entries="channels")
     def expand(self, channels: Tensor) -> Tensor:
         """Repeat one value per channel, [size], to one value per row, [length]; silent rows and gaps get 1."""
         ones, gaps = torch.ones_like(channels), self.gaps or (0,) * (self.outer + 1)
@@ -315,3 +316,6 @@ def _replaced(held: Any, keys: list[str], value: Any) -> Any:
         return others if new is _ABSENT else {**others, key: new}
     place = int(key)
     return type(held)([*held[:place], _replaced(held[place], rest, value), *held[place + 1 :]])
+
+
+__getattr__ = older_names(__name__)

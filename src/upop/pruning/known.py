@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from upop.pruning.alike import likeness
 from upop.pruning.costs import macs_by_module
 from upop.pruning.coverage import Coverage, coverage
-from upop.pruning.deprecated import renamed_attributes
+from upop.pruning.deprecated import older_names, renamed_attributes
 from upop.pruning.errors import LayoutError
 from upop.pruning.groups import Group, Skipped, Slice, tensor_of
 
@@ -197,3 +197,6 @@ def sized(model: nn.Module, group: Group) -> Group | None:
         return None
     size, rest = sizes.pop()
     return None if rest or size < 0 else replace(group, size=size)
+
+
+__getattr__ = older_names(__name__)

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from upop.pruning.deprecated import renamed_attributes
+from upop.pruning.deprecated import renamed_arguments, renamed_attributes
 from upop.pruning.errors import PlanError, nearest
 from upop.pruning.groups import Group, tensor_of
 from upop.pruning.json_text import parse_json
@@ -51,6 +51,7 @@ class Plan(Mapping[str, tuple[int, ...]]):
         return len(self.kept)
 
     @classmethod
+    @renamed_arguments(units="groups")
     def of(cls, groups: list[Group], kept: Mapping[str, Any], **settings: Any) -> Plan:
         """Build a plan from one's own indices: group name -> channels to keep (any iterable of integers)."""
         sizes = {group.name: group.size for group in groups}

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from upop.pruning.deprecated import renamed_arguments
+from upop.pruning.deprecated import older_names, renamed_arguments
 from upop.pruning.errors import LayoutError
 from upop.pruning.groups import Group
 from upop.pruning.known import Prunable, known_of_kind, remember, remember_kind, remembered
@@ -123,3 +123,6 @@ def waits_for_batch(model: nn.Module) -> bool:
     through its forward than true ones do, and another reading may follow.
     """
     return is_of_ones_own(model) and (remembered(model) is None or was_made_up(model))
+
+
+__getattr__ = older_names(__name__)

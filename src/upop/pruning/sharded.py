@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from upop.pruning.deprecated import older_names
 from upop.pruning.errors import LayoutError
 
 if TYPE_CHECKING:
@@ -212,3 +213,6 @@ def gather_into(whole: nn.Module, model: nn.Module) -> None:
     for name, old in (wanted | dict(whole.named_buffers())).items():
         part = held.get(name, old)
         old.copy_(part.full_tensor() if is_sharded_tensor(part) else part)
+
+
+__getattr__ = older_names(__name__)

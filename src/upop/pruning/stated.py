@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor, nn
 
-from upop.pruning.deprecated import renamed_attributes
+from upop.pruning.deprecated import older_names, renamed_attributes
 from upop.pruning.errors import SettingError, nearest, some_of
 from upop.pruning.groups import Attribute, Channel, Group, Kind, Slice, number_of, tensor_of
 
@@ -406,3 +406,6 @@ def _queries(
         [at for at, each in producers if each.tensor.rpartition(".")[0] == owner],
     ):
         yield from (dict.fromkeys(mine, queries) for queries in (*chosen, tuple(range(blocks))))
+
+
+__getattr__ = older_names(__name__)

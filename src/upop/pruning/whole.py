@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from upop.pruning.again import snapshot
+from upop.pruning.deprecated import older_names
 from upop.pruning.duplicates import duplicate
 from upop.pruning.errors import LayoutError, VerificationError
 from upop.pruning.masks import unmask
@@ -244,3 +245,6 @@ def _any(failed: bool, device: torch.device) -> bool:
     flag = torch.tensor([float(failed)], device=device)
     torch.distributed.all_reduce(flag)
     return bool(flag.item())
+
+
+__getattr__ = older_names(__name__)
