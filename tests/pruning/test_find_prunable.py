@@ -282,7 +282,7 @@ def test_key_value_groups_go_with_the_queries_that_share_them() -> None:
 
 def test_scores_of_groups_and_gates_are_autograds() -> None:
     model = llama().train()
-    pruner = upop.Pruner(model, 0.5, 4, 1, score="signed")
+    pruner = upop.Pruner(model, 0.5, 4, 1, importance="signed")
     model(**WORDS).last_hidden_state.square().sum().backward()
     pruner.step()
     (group, *_) = upop.find_groups(model)
@@ -379,7 +379,9 @@ def test_a_forward_put_in_place_of_the_layers_own() -> None:
     model = vit()
     layer = model.blocks[0].mlp.fc1
     layer.forward = lambda x: F.linear(x, layer.weight, layer.bias) * 2
-    assert "has a forward in place of its class's" in reasons(model)["blocks.0.mlp.fc1"]
+    groups = upop.find_groups(model)
+    assert [group.name for group in groups] == [ATTENTION, "blocks.0.mlp"]
+    upop.shrink(model, uneven_plan(groups), verify=torch.randn(2, 3, 16, 16, dtype=torch.float64))
 
 
 def test_a_module_under_two_names_is_cut_once() -> None:
