@@ -1,4 +1,4 @@
-"""What it takes to run a model again on what it was given: the same precision, and random numbers put back."""
+"""Runs a model again on earlier inputs: in the same precision, with the state of random generators restored."""
 
 from __future__ import annotations
 
@@ -177,7 +177,7 @@ def _compilers_of(model: nn.Module) -> Iterator[nn.Module]:
 
 
 class _Uncompiled:
-    """Has everything that `torch.compile` made run as it was written while anyone looks: it would not see their hooks.
+    """Has everything that `torch.compile` made run eagerly while anyone observes: compiled code skips their hooks.
 
     Those who look may begin and end in any order, also within each other: a Pruner that is collected while a cut is
     verified must not leave what the verification found when it began.

@@ -1,6 +1,7 @@
 """Which channels go under one budget: standardised scores, one ranking over all modalities, one threshold.
 
-Section 3 of the paper. A high score means that shrinking the channel lowers the loss most, so high scores go first.
+Section 3 of the paper. A high score means that shrinking the channel lowers the loss most, so channels with high scores
+are pruned first.
 """
 
 from __future__ import annotations
@@ -171,16 +172,16 @@ class Ranking:
         return list(found.items())
 
     def selection(self, count: int, costs: Mapping[str, float], back: Mapping[str, int] | None = None) -> Selection:
-        """Return what goes where so many blocks do, but for the last ones of some groups, which stay."""
+        """Return the selection of the first `count` blocks, without the last ones of some groups, which are kept."""
         chosen = torch.zeros(len(self.walk), dtype=torch.bool)
         chosen[self.walk[:count]] = True
         threshold = float(self.means[self.walk[count]]) if count < len(self.walk) else -math.inf
         return self._marked(chosen, costs, threshold, back or {})
 
     def filled(self, budget: float, costs: Mapping[str, float]) -> Selection:
-        """Return what goes where blocks go in their order, as far as the budget has room for them.
+        """Return the selection of blocks in their order that fits the budget.
 
-        Half of the smallest block may be too much. A bundle of which a block was passed over loses no more.
+        It may exceed the budget by half of the smallest block. A bundle of which a block was passed over loses no more.
         """
         chosen = torch.zeros(len(self.walk), dtype=torch.bool)
         each = self.costs(costs)

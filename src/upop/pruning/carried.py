@@ -1,4 +1,4 @@
-"""What a model carries since it was cut: the plan, and what its library's own files have to say of it."""
+"""What a cut model carries: its plan, and what the files of its own library record of the cut."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _PLAN = "upop_plan"
 
 @dataclass(frozen=True)
 class Record:
-    """How models of a library say in their own files that they were cut; the method knows of no library.
+    """How a library's own files record that a model was cut; the method itself knows of no library.
 
     Attributes:
         check: raises a `SettingError` where a model cannot say it; called before a model is cut.
@@ -35,7 +35,7 @@ def keep_record(record: Record) -> None:
 
 
 def refuse_unrecordable(model: nn.Module) -> None:
-    """Raise a `SettingError` if a model's own files could not say that it was cut."""
+    """Raise a `SettingError` if a model's own files could not record that it was cut."""
     for record in _records:
         record.check(model)
 

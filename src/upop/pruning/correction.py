@@ -1,9 +1,9 @@
 """Least-squares correction: consumers of pruned channels reconstruct their outputs from the kept ones.
 
-What a removed channel gave to the layer that reads it is partly in the channels that stay. From the second moments of
-that layer's inputs follows the change of the weights that stays closest to what went, without any gradient. How
-strongly it is held to no change at all is decided layer by layer, by what each part of the samples says of the change
-that the other part would have made; where it would not have helped on samples that it was not made from, there is none.
+Kept channels partly carry what a pruned channel contributed to its consumer. The second moments of the consumer's
+inputs give the change of its weights that minimises the squared error of its outputs, without any gradient. The
+strength of the ridge is chosen layer by layer by cross-validation between two parts of the samples; a layer whose
+correction does not help on samples that it was not fitted on stays as it is.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from upop.pruning.scores import accumulator
 from upop.pruning.sharded import is_sharded_tensor
 
 RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
-"""How strongly a change may be held to none, as a share of the inputs' mean square."""
+"""Strengths of the ridge that are tried, as shares of the inputs' mean square."""
 _FIRST = 1.0
-"""The one of them that is tried first."""
+"""The strength that is tried first."""
 _OUTPUTS = 64
-"""Most outputs, or random sums of them, that are looked at to choose among these."""
+"""Most outputs, or random sums of outputs, that the choice among these is based on."""
 _LEAST = 0.01
 """Share of what is lost that a change must make up for on samples that it was not made from."""
 
@@ -101,7 +101,7 @@ class Change:
         self._problem: Squares | Rows | None = None
 
     def choose(self, layer: nn.Linear) -> Choice:
-        """Decide how strongly the change of a layer that reads the group is held to none."""
+        """Choose the strength of the ridge for a consumer of the group."""
         lost = self._weights(layer, accumulator(layer.weight))  # enough to choose by
         if lost.shape[1] > _OUTPUTS:  # sums with random signs have the outputs' sum of squares
             draws = torch.Generator().manual_seed(0)

@@ -1,10 +1,9 @@
-"""What a model counts once it is cut, told from the sizes that its groups keep: parameters, multiply-adds, its cache.
+"""Parameters, multiply-adds and cache of a model once it is cut, computed from the sizes that its groups keep.
 
-Nothing is cut to tell it. Every length of a tensor is a whole number less so much for every channel that a group loses,
-and what is counted is a formula of such lengths. Parameters say theirs themselves. Those of the operations of a forward
-are learnt: it runs a few times without numbers, each time with a channel less in half of the groups, so that the runs
-in which a length changes spell the group that it follows; and what is foretold of a last, uneven cut has to hold
-exactly.
+Nothing is cut for that. Every length of a tensor is a whole number minus a step for every channel that a group loses,
+and every count is a formula of such lengths. Shapes of parameters give theirs. Those of a forward's operations are
+learnt: it runs a few times on the meta device, each time with one channel less in half of the groups. The runs in which
+a length changes encode the group that it follows. Finally, the prediction for an uneven cut must hold exactly.
 """
 
 from __future__ import annotations

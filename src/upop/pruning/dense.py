@@ -1,4 +1,4 @@
-"""What a model was before it is cut, kept where it takes no memory of the model's device, to be put back."""
+"""Keeps the dense weights off the model's device during a cut, to restore them if it fails."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Depth: branches that may go whole, and layers of a tower, in the same ranking and budget as their channels.
+"""Depth: whole branches, and whole layers of a tower, are pruned in the same ranking and budget as channels.
 
-A branch (an attention, an MLP) of which nothing is left gives the bias that it ends with, and costs nothing else. What
-it loses is what its channels lose together; what it saves is their cost, and on a machine the time that a branch takes
-however small it is. Its place in the ranking is the one for the other.
+A branch (an attention, an MLP) that is pruned whole outputs its last bias and costs nothing else. Its loss is the
+summed loss of its channels. Its saving is their cost, plus, for latency, the fixed time of a branch of any size.
+Branches are ranked by loss per saving.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from upop.pruning.shrink import cut, restore
 
 @dataclass(frozen=True)
 class Depth:
-    """What may go whole, and what that saves.
+    """Which branches may be pruned whole, and what each saves.
 
     Attributes:
-        branches: names of groups that go together -> what goes with them beside their channels.
+        branches: names of groups that are pruned together -> cost that this saves beside that of their channels.
         channel: group -> what one of its channels costs, as `branches` counts.
     """
 
@@ -35,15 +35,15 @@ class Depth:
     channel: Mapping[str, float] = field(default_factory=dict)
 
     def __bool__(self) -> bool:
-        """Whether anything may go whole."""
+        """Whether any branch may be pruned whole."""
         return bool(self.branches)
 
     def score(self, names: Sequence[str], scores: Mapping[str, Tensor]) -> float:
-        """Return the score of groups that go together, comparable with that of one channel.
+        """Return the score of groups that are pruned together, comparable with that of one channel.
 
         Args:
             names: of the groups.
-            scores: per group, [size]; of channels that went already they are infinite.
+            scores: per group, [size]; infinite for channels that are pruned already.
         """
         left = {name: scores[name][scores[name] < math.inf] for name in names}
         costs = sum(self.channel[name] * len(each) for name, each in left.items())
@@ -54,7 +54,7 @@ class Depth:
         return lost / (costs + (self.branches[tuple(names)] if lost < 0 else 0.0))
 
     def with_rest(self, group: Group, ordered: Tensor, sizes: list[int], means: Tensor) -> tuple[list[int], Tensor]:
-        """Return the blocks of a group that may go whole, with all that is left as the last one.
+        """Return the blocks of a group that may be pruned whole, with all that is left as the last one.
 
         The scores that blocks lose for what they save never rise from one to the next (the lower convex hull): so
         single blocks end where all that is left together loses least.
@@ -78,7 +78,7 @@ NONE = Depth()
 
 
 def check_depth(depth: object, progress: str = "stages") -> bool:
-    """Return whether branches may go whole.
+    """Return whether branches may be pruned whole.
 
     Raises:
         SettingError: it is neither True nor False, or a soft search, which weighs kinds of groups apart, is to do it.

@@ -1,4 +1,4 @@
-"""Distillation: the dense model teaches the one that is searched or retrained.
+"""Distillation: the dense model is the teacher of the one that is searched or retrained.
 
 The width of the residual stream is never pruned, so what the norms on it give can be compared in the dense and in the
 compressed model, layer by layer, whatever the model is called and whatever its loss is.

@@ -1,8 +1,8 @@
-"""Attention of which nothing is left: what reads it gives its bias, whatever it is given.
+"""Attention without channels: its output projection returns its bias.
 
-Layers without rows or columns compute that by themselves. Only a length that a forward leaves open, as in
-`view(batch, tokens, -1, head_dim)`, cannot be told for a tensor without numbers: it is what the tensor has there, as of
-its tokens, or else 1, as of its heads, of which nothing is left when the tensor is read.
+Linear layers without rows or columns compute that by themselves. Only an open length, as in
+`view(batch, tokens, -1, head_dim)`, cannot be inferred for an empty tensor. It is the tensor's own length at that place
+(tokens), or else 1 (heads).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _SHAPED = (Tensor.view, Tensor.reshape, reshape)
 
 
 class _Open(TorchFunctionMode):
-    """Tells the open length of a shape that has another length of 0."""
+    """Fills in the open length of a shape that has another length of 0."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -26,11 +26,11 @@ class _Open(TorchFunctionMode):
         if func in _SHAPED and len(args) > 1 and isinstance(args[0], Tensor) and not args[0].numel():
             sizes = args[1:] if isinstance(args[1], int) else args[1]
             if isinstance(sizes, tuple | list) and -1 in sizes and 0 in sizes:
-                return func(args[0], _described(args[0].shape, list(sizes)))
+                return func(args[0], _with_open_length(args[0].shape, list(sizes)))
         return func(*args, **(kwargs or {}))
 
 
-def _described(shape: Sequence[int], sizes: list[Any]) -> list[Any]:
+def _with_open_length(shape: Sequence[int], sizes: list[Any]) -> list[Any]:
     open_at = sizes.index(-1)
     if open_at < len(shape) and list(shape[:open_at]) == sizes[:open_at]:
         sizes[open_at] = shape[open_at] or 1

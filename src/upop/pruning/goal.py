@@ -1,4 +1,4 @@
-"""What a compression is asked for, a share of the cost or a target for the whole model; and what has to go for it."""
+"""The goal of a compression, a share of the cost or a target for the whole model, and the channels to prune for it."""
 
 from __future__ import annotations
 
@@ -203,7 +203,7 @@ class Goal:
         )
 
     def _select_to(self, ranking: Ranking, costs: Mapping[str, float], holds: Callable[[Sizes], bool]) -> Selection:
-        """Return what goes first until all limits hold, less what may stay all the same."""
+        """Return the selection that meets all limits, without channels that the limits leave room for."""
         low, high = 0, len(ranking.walk)
         while low < high:
             middle = (low + high) // 2
@@ -243,7 +243,7 @@ class Goal:
 
 
 def format_reached(settings: Mapping[str, Any]) -> str:
-    """Return what a plan's settings say is left of the whole model: "731,234 of 1,270,000 parameters (1.74x)"."""
+    """Return what is left of the whole model by a plan's settings: "731,234 of 1,270,000 parameters (1.74x)"."""
     return ", ".join(
         f"{_number(each['left'])} of {_number(each['dense'])} {each['of']} ({each['dense'] / (each['left'] or 1):.3g}x)"
         for each in settings.get("reached", {}).values()

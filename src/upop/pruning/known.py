@@ -1,4 +1,4 @@
-"""What is known of a model's groups: found once, remembered as long as its tensors have the shapes that they cut."""
+"""Caches the groups of a model, as long as its tensors have the shapes that the groups cut."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def remember(model: nn.Module, found: Prunable) -> None:
 
 
 def forget(model: nn.Module) -> None:
-    """Have `find_prunable` read a model again."""
+    """Drop the cached groups of a model."""
     _known.pop(model, None)
 
 

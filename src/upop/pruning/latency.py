@@ -1,4 +1,4 @@
-"""How long a cut model takes on one machine, foretold from a table of what layers of each kind take at some sizes."""
+"""Predicts the latency of a cut model on one machine, from a table of latencies of each kind of layer at some sizes."""
 
 from __future__ import annotations
 

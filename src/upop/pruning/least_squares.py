@@ -33,7 +33,7 @@ class Squares:
         self._moments, self._inputs = moments, inputs
 
     def trial(self, lost: Tensor, *, bias: bool) -> Trial:
-        """Return what tells how well changes do.
+        """Return the trial that measures how much changes reduce the error.
 
         Args:
             lost: weights of what is missed, [pruned, outputs]: y is their product with g.
@@ -81,7 +81,7 @@ class Rows:
         self._products = _gram(self._rows.t()) if len(rows) else rows.new_zeros(0, 0)
 
     def trial(self, lost: Tensor, *, bias: bool) -> Trial:
-        """Return what tells how well changes do, as `Squares.trial`."""
+        """Return the trial that measures how much changes reduce the error, as `Squares.trial`."""
         aims = self._missed.to(lost) @ lost
         nothing = torch.stack([aims[part].square().sum() for part in self._parts])
 

@@ -1,4 +1,4 @@
-"""What a model's output says in the end, and how far that is from what a teacher says."""
+"""Finds the logits in a model's output, and measures their distance from the teacher's."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The usual baseline: cut at once what has the smallest weights, without any search."""
+"""The usual baseline: magnitude pruning, which cuts the channels of the smallest weights without a search."""
 
 from __future__ import annotations
 

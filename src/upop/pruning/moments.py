@@ -1,7 +1,7 @@
-"""What the layers that read a group are given, in two parts of what a model saw, kept apart.
+"""Second moments of the inputs of consumers, in two separate parts of the samples.
 
-Tokens of a sequence resemble each other, so what holds for some of them says little of others. Whole batches go to one
-part or the other, and each part tells how well what was learnt from the other does.
+Tokens of one sequence are correlated, so a split by tokens would not validate anything. Whole batches go to one part or
+the other, and each part validates the correction that was fitted on the other.
 
 Between steps nothing is held but what the model was given in the last ones, and which tokens mattered to the loss. When
 layers are to be corrected the model runs again on these, as often as it takes to hold no more at once than is allowed.
@@ -64,15 +64,15 @@ def allowed_bytes(model: nn.Module, correct: Correct) -> float:
 
 
 class Moments:
-    """Looks at forward passes, and tells what the readers of some groups are given in them.
+    """Collects second moments of the inputs that consumers of groups get in forward passes.
 
-    Tokens that the loss does not depend on (padding, all but the class token in a last layer) count nothing. Forward
-    passes without gradients are not looked at. Those with gradients only tell which tokens matter; what readers are
-    given is seen when the model runs again, in evaluation mode.
+    Tokens without influence on the loss (padding, all but the class token in a last layer) do not count. Forward passes
+    without gradients are ignored. Passes with gradients show which tokens matter; the inputs themselves are recorded
+    when the model runs again, in evaluation mode.
 
     Args:
-        at_once: what readers are given is seen in the pass itself, for a model in evaluation mode: there must be room
-            for all of it.
+        at_once: inputs are recorded in the pass itself, for a model in evaluation mode; there must be memory for all
+            of them.
         alone: there is one step, or batch, in all: half of its samples belong to each part. Otherwise whole ones do.
 
     Attributes:
@@ -214,7 +214,7 @@ class Moments:
         return found
 
     def end(self, model: nn.Module | None = None) -> None:
-        """Note that the pass ends, and how the model chose at random in it, if it tells."""
+        """Note that the pass ends, and the random choices of the model in it, if it reports them."""
         if self._running and model is not None:
             last = self._passes[-1]
             last.args, last.kwargs = repeated(model, last.args, last.kwargs)

@@ -1,4 +1,4 @@
-"""What an optimizer keeps of weights that are cut: it is cut with them, so that training goes on where it was."""
+"""Cuts an optimizer's state (moments, averages) with its weights, so that training continues."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What of a model can be pruned: read off what it computes with an example, and proved; nothing is guessed."""
+"""Finds the prunable groups of a model: traced from one call with an example, and proved on numbers."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ _LIBRARIES = {"timm", "torch", "torchvision", "transformers", "open_clip", "upop
 
 
 def groups_to_search(model: nn.Module, example: Any, groups: Sequence[Stated] = ()) -> list[Group]:
-    """Return the groups of a model; those of one with classes of one's own are read with the example, if there is one.
+    """Return the groups of a model; one with classes of the user's own is traced with the example, if there is one.
 
     Raises:
         LayoutError: the model has none, or cannot be run with the example.
@@ -112,15 +112,15 @@ def groups_to_search(model: nn.Module, example: Any, groups: Sequence[Stated] = 
 
 
 def is_of_ones_own(model: nn.Module) -> bool:
-    """Whether a model has classes of no library whose models are read without an example."""
+    """Whether some class of a model belongs to no library whose models are traced without an example."""
     return any(library_of(module) not in _LIBRARIES for module in unwrapped(model).modules())
 
 
 def waits_for_batch(model: nn.Module) -> bool:
-    """Whether the groups of a model are to be read with the first batch that it is given.
+    """Whether the groups of a model are traced with its first batch.
 
-    It has classes of one's own, and was not read with an example: inputs that were made for it may take another way
-    through its forward than true ones do, and another reading may follow.
+    That is so for classes of the user's own without an example: inputs that were made up may take another path through
+    the forward than real ones, and give other groups.
     """
     return is_of_ones_own(model) and (remembered(model) is None or was_made_up(model))
 

@@ -1,4 +1,4 @@
-"""What a search holds of its model: the groups, their masks and scores, and what the model was first called with."""
+"""State of a search: the groups, their masks and scores, and the inputs of the first call."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ class Searched(ABC):
             self.load_state_dict(self._resumed)
 
     def _note(self, arguments: Arguments) -> None:
-        """Look at the pass that the groups were read before."""
+        """Observe the pass before which the groups were traced."""
         if self._moments.observing:
             self._moments.begin(self.model, *arguments)
 

@@ -85,13 +85,13 @@ def _first_samples(inputs: Any) -> Any:
 
 
 class FirstCall:
-    """Keeps a small part of what a model is first called with; looks at nothing afterwards.
+    """Keeps a small part of the inputs of a model's first call, and observes no later call.
 
     Args:
         model: the model.
-        then: is told of it before the model runs, with what was kept and with all arguments. With it, what
-            `torch.compile` made runs as it was written until then; without, a compiled call is not seen.
-        last: is told of it after that, with all arguments, in the precision and the modes of the call itself.
+        then: called before the model runs, with what was kept and with all arguments. With it, compiled code runs
+            eagerly until then; without it, a compiled call is not observed.
+        last: called after that, with all arguments, in the precision and the modes of the call itself.
         wrapper: what is called in place of the model, if anything is.
     """
 
@@ -113,18 +113,18 @@ class FirstCall:
             self._leave = weakref.finalize(self, uncompiled.leave)
 
     def let_compiled(self) -> None:
-        """Have compiled code run as such again, whether a call was seen or not."""
+        """Let compiled code run compiled again, whether a call was observed or not."""
         self._leave()
 
     def release(self) -> None:
-        """Look no longer."""
+        """Observe no longer."""
         if self._hook is not None:
             self._hook.remove()
             self._hook = None
         self._leave()
 
     def forget(self) -> None:
-        """Look no longer, and let go of what was kept."""
+        """Observe no longer, and drop what was kept."""
         self.release()
         self.kept = None
 

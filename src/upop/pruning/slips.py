@@ -1,4 +1,4 @@
-"""What is easily got wrong in a first call, told before any work starts: what was given, and what to write instead."""
+"""Checks for common mistakes in a first call, before any work: errors say what was given, and what to write instead."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a compressed model may count at most: of parameters, of multiply-adds, of the bytes of its cache."""
+"""Targets: the most parameters, multiply-adds, bytes of cache or milliseconds that a compressed model may have."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether two models compute the same but for rounding, and how much that is: it is measured, never assumed.
+"""Whether two models compute the same up to rounding; the size of rounding is measured, never assumed.
 
 A difference is rounding if it is no larger than a few times what the very same model differs by when its sums are taken
 in another order. Where a copy in float64 fits, a cut is proved on that, and little is left to rounding.

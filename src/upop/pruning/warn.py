@@ -1,4 +1,4 @@
-"""What a search or a cut without training warns of: it goes on, but the user should know."""
+"""Warnings of a search, or of a cut without training."""
 
 from __future__ import annotations
 

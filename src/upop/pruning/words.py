@@ -1,4 +1,4 @@
-"""What a person reads of a group: which kind of input it works on, and what its module was before it was changed."""
+"""Names of groups for people: the modality, and the class of a module before it was changed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Groups as JSON: all that a cut takes, so that a plan needs no reader; and reading it, which is input from outside."""
+"""Groups as JSON: a plan carries them, so that a cut traces nothing; reading checks them as input from outside."""
 
 from __future__ import annotations
 

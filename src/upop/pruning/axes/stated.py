@@ -75,7 +75,7 @@ def _proved(model: nn.Module, wanted: Sequence[Meant], example: Any) -> list[Gro
                 break
             reasons.append(reason)
         else:
-            raise LayoutError(_described(model, each, reasons))
+            raise LayoutError(_message(model, each, reasons))
     worst, reason = bench.difference(groups, at_random(groups, 1)) if groups else (0.0, "")
     if not worst <= 1:
         raise LayoutError(f"What groups says holds group by group and not together ({reason}). Leave some of them out.")
@@ -131,7 +131,7 @@ def _masked_where_read(model: nn.Module, group: Group, called: set[str]) -> Grou
     return replace(group, slices=tuple(slices))
 
 
-def _described(model: nn.Module, meant: Meant, reasons: list[str]) -> str:
+def _message(model: nn.Module, meant: Meant, reasons: list[str]) -> str:
     group, module = meant.group, model.get_submodule(meant.holder)
     kept = dict.fromkeys(name for name, value in kept_numbers(module) if value and value % group.size == 0)
     hint = f" It keeps {', '.join(kept)}: say in sets which of them follow the size." if kept else ""
