@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 from PIL import Image
+from tokenizers import processors
 from torch import Tensor
 
 import upop
@@ -88,6 +89,29 @@ def test_all_answers_of_a_conversation_count(family: str, tmp_path: Path) -> Non
     asked = prompts(batch, format.tokenizer.pad_token_id)
     text = format.tokenizer.decode(asked["input_ids"][0])
     assert "a red circle" in text and "Same shape?" in text and "yes" not in text
+
+
+def test_answers_are_whole_where_a_tokenizer_trims_its_offsets(tmp_path: Path) -> None:
+    format = made("llama", tmp_path / "llama")
+    format.tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
+    batch = batched(format, read(tmp_path, {"question": "What is it?", "answer": "Yes \u65e5\n\n  one\n\ntwo"}))
+    assert labelled(format, batch) == ["Yes \u65e5\n\n  one\n\ntwo<|end|>"]
+    asked = prompts(batch, format.tokenizer.pad_token_id)
+    assert format.tokenizer.decode(asked["input_ids"][0]).endswith("assistant\n")
+
+
+def test_marks_of_images_in_questions(tmp_path: Path) -> None:
+    format = made("llava", tmp_path / "llava")
+    told = {"answer": "red", "image": "0.png"}
+    rows = read(tmp_path, {"question": "What is <image> ?", **told}, {"question": "What is it?", **told})
+    ids = batched(format, rows)["input_ids"]
+    assert ((ids == format.processor.image_token_id).sum(1) == 16).all()
+    inside, before = (format.tokenizer.decode(row) for row in ids)
+    assert inside.index("What is") < inside.index("<image>") and before.index("What is") > before.index("<image>")
+    with pytest.raises(DataError, match=r"line 1: its question has 2 marks <image>, and the row's images are 1"):
+        batched(format, read(tmp_path, {"question": "<image> <image> What?", **told}))
+    with pytest.raises(DataError, match=r"line 1: a text of it has <image>, by which the model marks an image"):
+        batched(format, read(tmp_path, {"question": "What is <image> of HTML?", "answer": "a mark"}))
 
 
 def test_a_model_without_template(tmp_path: Path) -> None:

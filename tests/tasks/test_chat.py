@@ -14,7 +14,7 @@ from PIL import Image
 import upop
 import vlms
 from upop.cli import main
-from upop.errors import SettingError, UPopError
+from upop.errors import DataError, SettingError, UPopError
 from upop.examples import Examples
 from upop.metrics.answers import anls, answer_scores
 from upop.runs.loop import Loop
@@ -126,6 +126,19 @@ def test_streaming_without_rows_is_refused() -> None:
         ChatSettings(data="owner/set", streaming=True)
 
 
+def test_answers_beyond_what_is_read_are_told(tmp_path: Path) -> None:
+    model, data = vlms.llama(tmp_path / "model"), rows(tmp_path / "data", images=False)
+    short = settings(model, data, tmp_path / "none", max_tokens=8).as_evaluated()
+    with pytest.raises(DataError, match=r"line 1: its answer lies beyond max_tokens \(8\).*all other rows"):
+        evaluate_checkpoint(find_task("chat"), short)
+    with data.open("a") as file:
+        file.write(json.dumps({"question": "What is it ? " * 200, "answer": "red"}) + "\n")
+    some = settings(model, data, tmp_path / "some", max_tokens=100).as_evaluated()
+    with pytest.warns(UserWarning, match=r"1 of 13 rows \(.*line 13, and on\) have their answers beyond max_tokens"):
+        found = evaluate_checkpoint(find_task("chat"), some)
+    assert found is not None and found.models[0].metrics["test"]["perplexity"] > 1
+
+
 def test_prune_without_training(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -139,7 +152,8 @@ def test_prune_without_training(
     small = upop.load(tmp_path / "small")
     assert upop.count_parameters(small) < upop.count_parameters(upop.load(model))
     assert transformers.AutoTokenizer.from_pretrained(tmp_path / "small").chat_template == vlms.TURN
-    assert "one-shot" in (tmp_path / "small" / "README.md").read_text()
+    card = (tmp_path / "small" / "README.md").read_text()
+    assert "one-shot" in card and 'pipeline_tag: "text-generation"' in card
     monkeypatch.setattr("sys.argv", [*command[:-1], str(tmp_path / "none"), "--dry-run"])
     with pytest.raises(SystemExit) as ended:
         main()

@@ -22,7 +22,7 @@ from PIL import Image
 from torch import Tensor
 
 from upop.data.rows import Row
-from upop.data.turns import IMAGE, Turn
+from upop.data.turns import IMAGE, Turn, split_marks
 from upop.errors import CheckpointError, DataError
 from upop.reading import read_object
 
@@ -56,16 +56,27 @@ def conversation(row: Row, prompt: str, caption: int = 0) -> tuple[Turn, ...]:
         row: of any kind but "label".
         prompt: what is asked of an image that has captions.
         caption: which of the captions answers.
+
+    Raises:
+        DataError: a question has marks <image>, and not as many as the row has images.
     """
-    shown = (IMAGE,) * len(row.images)
     if row.kind == "messages":
         last = max(number for number, turn in enumerate(row.turns) if turn.role == "assistant")
         return row.turns[: last + 1]
     if row.kind == "question":
-        return (Turn("user", (*shown, row.question)), Turn("assistant", (row.answer,)))
+        return (_asked(row, row.question), Turn("assistant", (row.answer,)))
     if row.kind == "caption":
-        return (Turn("user", (*shown, prompt)), Turn("assistant", (row.captions[caption % len(row.captions)],)))
+        return (_asked(row, prompt), Turn("assistant", (row.captions[caption % len(row.captions)],)))
     return (Turn("assistant", (row.text,)),)
+
+
+def _asked(row: Row, text: str) -> Turn:
+    """Return a question, with the images of its row where its marks stand, or before it."""
+    parts = split_marks(text) if row.images else [text]
+    marks = sum(part is IMAGE for part in parts)
+    if marks and marks != len(row.images):
+        raise row.error(f"its question has {marks} marks <image>, and the row's images are {len(row.images)}.")
+    return Turn("user", tuple(parts) if marks else (*(IMAGE for _ in row.images), text))
 
 
 class ChatFormat:
@@ -122,9 +133,16 @@ class ChatFormat:
         """Refuse a conversation that the model cannot take.
 
         Raises:
-            DataError: it has images, or none, or several turns, and the model takes none, or one; the message says so.
+            DataError: it has images, or none, or several turns, and the model takes none, or one; or a text of it has
+                the model's mark of an image, which would be taken for one. The message says so.
         """
         images = sum(turn.images for turn in turns)
+        mark = getattr(self.processor, "image_token", None) if self.takes_images else None
+        if mark and any(mark in turn.text for turn in turns):
+            raise row.error(
+                f"a text of it has {mark}, by which the model marks an image, and no image is meant. Write it "
+                "differently, or leave the row out."
+            )
         if images and not self.takes_images:
             raise row.error(f"it has {images} images, and the model reads texts alone. Take a model that sees images.")
         if self.style == "chat":
@@ -183,8 +201,11 @@ class ChatFormat:
             spans = moved(text, heard.texts[place], spans, getattr(self.processor, "image_token", None))
             for start, end in spans:
                 offsets = heard.offsets[place]
-                answer = (offsets[:, 0] < end) & (offsets[:, 1] > start) & (offsets[:, 1] > offsets[:, 0])
-                labels[place, answer] = found["input_ids"][place, answer]
+                touched = (offsets[:, 0] < end) & (offsets[:, 1] > start) & (offsets[:, 1] > offsets[:, 0])
+                if len(answer := touched.nonzero().flatten()):
+                    # All tokens between: those of space alone have no width where a tokenizer trims its offsets.
+                    whole = slice(int(answer[0]), int(answer[-1]) + 1)
+                    labels[place, whole] = found["input_ids"][place, whole]
         labels = labels.masked_fill(found["attention_mask"] == 0, IGNORED)
         return self._cut({**found, "labels": labels}, samples)
 
@@ -354,6 +375,8 @@ def prompts(batch: Mapping[str, Tensor], pad: int) -> dict[str, Tensor]:
     width = labels.shape[1]
     places = torch.arange(width, device=labels.device)
     last = torch.where(answer, places, -1).amax(1)
+    # An answer that was cut off whole: all that is left was said before it.
+    last = torch.where(last < 0, (places * batch["attention_mask"]).amax(1), last)
     others = torch.where(~answer & (places <= last[:, None]), places, -1).amax(1)  # the last one before the last answer
     lengths = [max(1, int(each) + 1) for each in others]
     longest = max(lengths)

@@ -132,15 +132,21 @@ def _parts(part: Any, number: int, placed: list[Any]) -> list[Part]:
     raise ValueError(f"holds a part of type {kind!r} in turn {number}; texts and images are read")
 
 
-def _marked(text: str, placed: list[Any]) -> list[Part]:
+def split_marks(text: str) -> list[Part]:
+    """Return the pieces of a text, with images in the places of the marks <image>."""
     pieces = _MARK.split(text)
     parts: list[Part] = []
     for number, piece in enumerate(pieces):
         if number:
             parts.append(IMAGE)
-            placed.append(None)
         if piece or len(pieces) == 1:
             parts.append(piece)
+    return parts
+
+
+def _marked(text: str, placed: list[Any]) -> list[Part]:
+    parts = split_marks(text)
+    placed += [None for part in parts if part is IMAGE]
     return parts
 
 
@@ -155,4 +161,4 @@ def _check_answers(turns: Sequence[Turn]) -> None:
             raise ValueError(f"has an image in the answer of turn {number}; models answer in words")
 
 
-__all__ = ["IMAGE", "ROLES", "ImageMark", "Part", "Turn", "read_turns"]
+__all__ = ["IMAGE", "ROLES", "ImageMark", "Part", "Turn", "read_turns", "split_marks"]

@@ -51,7 +51,7 @@ def story_of(
     return Story(
         name=results.models[-1].name,
         task=task.name,
-        pipeline=task.pipeline,
+        pipeline=task.pipeline_for(settings),
         base=settings.pretrained,
         facts=facts,
         metrics=[metric for metric in results.shown if metric in found],

@@ -107,6 +107,10 @@ class Task(ABC, Generic[SettingsT]):
     def example(self, model: nn.Module, batch_size: int) -> dict[str, Tensor]:
         """Return inputs of the published size for counting GMACs and measuring latency."""
 
+    def pipeline_for(self, settings: SettingsT) -> str | None:
+        """Return what the hub calls the task of the model in the settings: `pipeline`, unless models differ in it."""
+        return self.pipeline
+
     def deciding(self, scores: Mapping[str, float]) -> str:
         """Return the metric that decides, of those that a split has: `metric`, unless a task has kinds of splits."""
         return self.metric

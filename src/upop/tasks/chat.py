@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -23,7 +24,7 @@ from upop.data.chat import IGNORED, ChatFormat, Sample, conversation, prompts
 from upop.data.grouping import LengthSampler
 from upop.data.rows import Row, Rows
 from upop.data.turns import IMAGE, Turn
-from upop.errors import SettingError
+from upop.errors import DataError, SettingError
 from upop.examples import Album, Answer, Example
 from upop.libraries import naming_missing
 from upop.metrics.answers import answer_scores
@@ -205,6 +206,10 @@ class ChatTask(Task[ChatSettings]):
             return None
         return LengthSampler(samples.lengths(), settings.batch_size_train * settings.accumulate, settings.seed)
 
+    def pipeline_for(self, settings: ChatSettings) -> str:
+        """Return what the hub calls writing about images, or writing alone."""
+        return "image-text-to-text" if _format(settings).takes_images else "text-generation"
+
     def tokenizer(self, settings: ChatSettings) -> Any:
         """Return the model's processor, which checkpoints keep."""
         return _format(settings).processor
@@ -252,7 +257,8 @@ class ChatTask(Task[ChatSettings]):
     ) -> dict[str, float]:
         """Return token_acc (percent), loss, perplexity; of written answers those of `answer_scores`, or captions'."""
         assert isinstance(samples, ChatRows)
-        tokens = max(1, int(predictions["tokens"].sum()))
+        _check_weighed(predictions["tokens"], samples, settings)
+        tokens = int(predictions["tokens"].sum())
         loss = float(predictions["nll"].double().sum()) / tokens
         scores = {
             "token_acc": 100 * int(predictions["right"].sum()) / tokens,
@@ -308,6 +314,24 @@ class ChatTask(Task[ChatSettings]):
             name: value.to(device, kind if value.is_floating_point() else value.dtype)
             for name, value in self.inputs(batch).items()
         }
+
+
+def _check_weighed(tokens: Tensor, samples: ChatRows, settings: ChatSettings) -> None:
+    """Refuse samples of whose answers no token is left, and say how many such there are among others."""
+    empty = (tokens == 0).nonzero().flatten().tolist()
+    if not empty:
+        return
+    place, most = samples.rows[empty[0]].place, f"max_tokens ({settings.max_tokens})"
+    if len(empty) == len(tokens):
+        raise DataError(
+            f"{place}: its answer lies beyond {most}, where conversations are cut off, as do those of all other rows "
+            "that are evaluated. Set max_tokens higher."
+        )
+    warnings.warn(
+        f"{len(empty)} of {len(tokens)} rows ({place}, and on) have their answers beyond {most}, where conversations "
+        "are cut off: token accuracy and perplexity are those of the others. Set max_tokens higher.",
+        stacklevel=2,
+    )
 
 
 def weighed(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
