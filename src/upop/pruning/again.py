@@ -128,14 +128,27 @@ Kind = TypeVar("Kind")
 
 
 def held_anywhere(kind: type[Kind]) -> list[Kind]:
-    """Return all objects of a class that anyone holds, also those that the process has put aside (`gc.freeze`)."""
+    """Return all objects of a class, or of its subclasses, that anyone holds. Those of static classes are not found."""
+    kinds = [kind]
+    for each in kinds:
+        kinds += [inner for inner in type.__subclasses__(each) if inner not in kinds]
+    known = set(kinds)
+    return [each for each in referring_to(*kinds) if type(each) in known]  # others may answer to isinstance with code
+
+
+def referring_to(*objects: Any) -> list[Any]:
+    """Return all that holds one of some objects, also what the process has put aside (`gc.freeze`).
+
+    `gc.get_objects` would hold the objects of all threads for a while: a tuple that another thread is building cannot
+    grow then, and the thread dies of a SystemError.
+    """
     frozen = gc.get_freeze_count()
     if frozen:
         gc.unfreeze()
-    held = gc.get_objects()
+    found = gc.get_referrers(*objects)
     if frozen:
         gc.freeze()
-    return [each for each in held if issubclass(type(each), kind)]  # others may answer to isinstance with code
+    return found
 
 
 class AsWritten:

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from upop.pruning.again import held_anywhere
+from upop.pruning.again import referring_to
 
 _EVAL_FRAME = "torch._dynamo.eval_frame"
 
@@ -18,10 +18,10 @@ def any_compiled_function() -> bool:
     if _EVAL_FRAME not in sys.modules:  # without it nothing was compiled
         return False
     return any(
-        each.__code__.co_name == "compile_wrapper"
-        and each.__code__.co_filename == sys.modules[_EVAL_FRAME].__file__
+        type(each) is FunctionType
+        and each.__code__.co_name == "compile_wrapper"
         and not _is_call(vars(each).get("_torchdynamo_orig_callable"))
-        for each in held_anywhere(FunctionType)
+        for each in referring_to(vars(sys.modules[_EVAL_FRAME]))  # its functions hold its names
     )
 
 

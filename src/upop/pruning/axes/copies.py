@@ -23,7 +23,7 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
-from upop.pruning.again import uncompiled
+from upop.pruning.again import held_anywhere, uncompiled
 from upop.pruning.axes.mode import Mode, defined, leaves_in, tensors_in
 from upop.pruning.costs import call
 from upop.pruning.duplicates import duplicate
@@ -337,13 +337,7 @@ def _forget() -> None:
 @functools.lru_cache(1)
 def _caches(_modules: int) -> dict[Any, int]:
     """Return all functions with a cache, found again when there are more modules."""
-    frozen = gc.get_freeze_count()  # a process that is to be forked may have put its objects aside
-    if frozen:
-        gc.unfreeze()
-    found = {each: 0 for each in gc.get_objects() if type(each) is functools._lru_cache_wrapper}
-    if frozen:
-        gc.freeze()
-    return found
+    return dict.fromkeys(held_anywhere(functools._lru_cache_wrapper), 0)
 
 
 @contextmanager
