@@ -95,7 +95,7 @@ Include = Annotated[
     typer.Option(help="vision, text, projector, or a pattern of groups; repeatable. [default: all]"),
 ]
 Exclude = Annotated[list[str] | None, typer.Option(help="A pattern of groups that stay whole; repeatable.")]
-Samples = Annotated[int | None, typer.Option(help="Samples that say what matters. [default: 128]")]
+Samples = Annotated[int | None, typer.Option(help="Calibration samples. [default: 128]")]
 Lora = Annotated[
     int | None,
     typer.Option(metavar="RANK", help="Recover by LoRA of this rank, merged at the end; with --method one-shot."),

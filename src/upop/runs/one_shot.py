@@ -1,4 +1,4 @@
-"""What a cut without a search takes of a run: the samples that say what matters, the loss, and which groups."""
+"""Pruning without a search, within a run: calibration samples, the loss, and the groups."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from upop.runs.task import Batch, Task
 from upop.settings import RunSettings
 
 SAMPLES = 128
-"""That say what matters, where no setting says how many."""
+"""Calibration samples, if no setting gives their number."""
 TOWERS = {"vision": "vision", "text": "text", "language": "text", "projector": "other", "other": "other"}
 """What `include` calls the parts of a model -> the modality of their groups."""
 

@@ -1,4 +1,4 @@
-"""Pruning without training: a few samples say what matters, and the layers that read the rest make up for it."""
+"""Pruning without training: calibration samples rank the channels, and consumers of pruned ones are corrected."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def prune(
 
     Args:
         task: that the model is for.
-        settings: of the task; `samples` of `data` say what matters, a share of it (`hold_out`), or val_data, is
+        settings: of the task; `samples` of `data` are for calibration, a share of it (`hold_out`), or val_data, is
             evaluated, and `output_dir` is the folder of the model.
         overwrite: whether a folder of ours that was changed since may be replaced.
         command: as it was typed, for the model card.
@@ -92,7 +92,7 @@ def prune(
 
     dense = measured("dense")
     before = count_parameters(model)
-    notify(f"{len(batches)} batches of {settings.batch_size_train} samples say what matters")
+    notify(f"calibrating on {len(batches)} batches of {settings.batch_size_train} samples")
     plan = calibrate(
         model,
         batches,
