@@ -59,7 +59,7 @@ REFUSED: dict[str, tuple[str, str]] = {
     "round_to of zero": ("compress nlvr --round-to 0", "round_to"),
     "interval of zero": ("compress nlvr --interval 0", "interval"),
     "bad images below zero": ("train nlvr --skip-bad-images=-1", "skip_bad_images"),
-    "a model for a task without": ("compress nlvr --model deit_small_patch16_224", "architecture"),
+    "a model that is nowhere": ("compress nlvr --model deit_small_patch16_224", "nothing was found there"),
     "a data path for a task without": ("compress nlvr --data-path {folder}", "data_path"),
     "unknown architecture": (
         "compress classification --data-path {folder} --model deit_smal --output-dir {folder}/r",
