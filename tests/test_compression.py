@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 
 import upop
 from pruning.families import FAMILIES, difference, loss_of, outputs_of
+from tiers import since
 from upop.errors import LayoutError, SettingError, StepError
 from upop.pruning.masks import Masks
 
@@ -341,6 +342,7 @@ def test_scaled_gradients() -> None:
     assert difference(found[0][1], found[1][1]) < 1e-5
 
 
+@since("torch", "2.15", "its compiler warns where it asks for autocast")
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # the compiler's own
 def test_compiled_models_go_on_compiled() -> None:
     torch._dynamo.reset()

@@ -12,12 +12,13 @@ from torch import nn
 import upop
 from pruning.families import NLVR, VIT, Family, nlvr
 from pruning.registry import ARCHITECTURES
-from tiers import mostly_slow
+from tiers import mostly_slow, since
 from upop.models.nlvr import BlipNlvr, NlvrConfig
 from upop.pruning.costs import channel_costs
 from upop.pruning.errors import SettingError
 
 
+@since("timm", "1.0.22", "it reads numbers off torch.linspace")
 @pytest.mark.parametrize("depth", mostly_slow([1, 12], 1))
 def test_the_papers_numbers_for_vit_base(depth: int) -> None:
     small = {"image_size": 32, "vocab_size": 64} if depth == 1 else {}
@@ -30,6 +31,7 @@ def test_the_papers_numbers_for_vit_base(depth: int) -> None:
     assert len(groups) == 2 * depth + 4 * depth
 
 
+@since("timm", "1.0.22", "it reads numbers off torch.linspace")
 def test_the_numbers_hold_for_timms_vit_too() -> None:
     with torch.device("meta"):
         model = timm.create_model("vit_base_patch16_224", depth=1)

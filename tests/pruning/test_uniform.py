@@ -100,6 +100,9 @@ def test_calibrate_and_magnitude_keep_alike(round_to: Any) -> None:
 def test_without_a_configuration_towers_are_blocks_of_one_list_and_size() -> None:
     torch.manual_seed(0)
     model = TwoTowers()
+    with torch.no_grad():
+        for parameter in model.left.parameters():
+            parameter.mul_(2)  # what is larger keeps more
     example = torch.randn(4, 16)
     plan = upop.calibrate(
         model, [example], 0.5, loss=lambda one, x: (one(x) * torch.arange(16)).square().mean(), uniform="tower"
