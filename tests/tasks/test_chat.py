@@ -154,6 +154,11 @@ def test_prune_without_training(
     assert transformers.AutoTokenizer.from_pretrained(tmp_path / "small").chat_template == vlms.TURN
     card = (tmp_path / "small" / "README.md").read_text()
     assert "one-shot" in card and 'pipeline_tag: "text-generation"' in card
+    monkeypatch.setattr("upop.tasks.prune.evaluate", lambda *_: pytest.fail("it is evaluated"))
+    monkeypatch.setattr("sys.argv", [*command[:-1], str(tmp_path / "none"), "--include", "*.nothing"])
+    with pytest.raises(SystemExit):
+        main()
+    assert "matches none of the" in "".join(capsys.readouterr())
     monkeypatch.setattr("sys.argv", [*command[:-1], str(tmp_path / "none"), "--dry-run"])
     with pytest.raises(SystemExit) as ended:
         main()

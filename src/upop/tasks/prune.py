@@ -13,7 +13,8 @@ from upop.checkpoints.library import layout_of
 from upop.errors import CheckpointError, SettingError
 from upop.files import check_folder
 from upop.machine import machine
-from upop.pruning import calibrate, count_parameters
+from upop.pruning import calibrate, count_parameters, find_groups
+from upop.pruning.choice import chosen
 from upop.report.results import ModelResult, Results
 from upop.runs.devices import make_accelerator, round_to_for
 from upop.runs.evaluation import evaluate
@@ -78,6 +79,8 @@ def prune(
     batches = calibration_batches(loaders.pop("train"), settings)
     model, _ = task.adapt(task.load(_path(settings), settings), settings, training=False)
     names = towers(model, settings.include)
+    if names or settings.exclude:  # a pattern that matches nothing is refused before the dense model is evaluated
+        chosen(find_groups(model), names, list(settings.exclude) or None)
     prepared = {split: accelerator.prepare(loader) for split, loader in loaders.items()}
     device = accelerator.device
     model.to(device)
