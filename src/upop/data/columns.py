@@ -41,21 +41,21 @@ class Columns:
     named: Mapping[str, str]
 
 
-def find_columns(table: Table, kinds: Sequence[str], described: Mapping[str, str]) -> Columns:
+def find_columns(table: Table, kinds: Sequence[str], stated: Mapping[str, str]) -> Columns:
     """Return the first of the kinds whose columns a table has.
 
     Args:
         table: the rows.
         kinds: that will do, of `KINDS`, likeliest first.
-        told: role -> column, where somebody says it.
+        stated: role -> column, as given by the user.
 
     Raises:
         SettingError: a role is not known, or none of the kinds has it.
-        DataError: a column that was told is not there, or no kind has all of its columns; the message has those that
+        DataError: a stated column is not there, or no kind has all of its columns; the message has those that
             are there, and the nearest names.
     """
     roles = {role for kind in kinds for part in KINDS[kind] for role in part}
-    for role, column in described.items():
+    for role, column in stated.items():
         if role not in roles:
             near = nearest(role, sorted(roles))
             raise SettingError(
@@ -69,13 +69,13 @@ def find_columns(table: Table, kinds: Sequence[str], described: Mapping[str, str
             )
     for kind in kinds:
         needed, allowed = KINDS[kind]
-        if not set(described) <= {*needed, *allowed}:
+        if not set(stated) <= {*needed, *allowed}:
             continue
-        named = {role: described.get(role) or _usual(table, role) for role in (*needed, *allowed)}
+        named = {role: stated.get(role) or _usual(table, role) for role in (*needed, *allowed)}
         found = {role: column for role, column in named.items() if column is not None}
         if all(role in found for role in needed):
             return Columns(kind, found)
-    raise DataError(_missing(table, kinds, described))
+    raise DataError(_missing(table, kinds, stated))
 
 
 def _usual(table: Table, role: str) -> str | None:

@@ -55,19 +55,19 @@ def correct_consumers(
     correct: Correct = "auto",
     ridge: float | None = None,
 ) -> dict[str, Choice]:
-    """Correct the readers of groups that lose `active` channels, by what all processes saw.
+    """Correct the consumers of groups that lose channels, by the inputs that all processes observed.
 
     Args:
-        moments: it looked at the model.
+        moments: observed the model.
         model: masked or not, and not cut; it may be sharded over processes. All of them call this at the same time.
         groups: of the model, in forward order.
-        live: per group, [size], bool: what there is.
-        gone: per group, [size], bool: what is to go.
+        active: per group, [size], bool: channels that are not pruned yet.
+        pruned: per group, [size], bool: channels to prune.
         correct: how much memory may be used; see `allowed_bytes`.
-        ridge: how strongly all changes are held to none; None decides it for each.
+        ridge: strength of the ridge for all layers; None chooses it for each.
 
     Returns:
-        What was decided for each group that loses something and whose reader can be corrected.
+        The choice for each group that loses channels and whose consumer can be corrected.
     """
     losing = [group for group in groups if (pruned[group.name] & active[group.name]).any() and consumers(model, group)]
     chosen: dict[str, Choice] = {}

@@ -232,14 +232,14 @@ class ConsumerInputs:
             self._moments = together
 
     def problem(self, kept: Tensor, pruned: Tensor, device: torch.device) -> Squares | Rows:
-        """Return what makes `kept` inputs give what the others gave, in each part of the rows and in both.
+        """Return the least-squares problem that reconstructs `pruned` inputs from `kept` ones, by part of the rows.
 
-        Rows are let go of; nothing is left to ask for a second time.
+        It frees the rows, so that it can be called once.
 
         Args:
-            kept: which inputs stay, [kept], int64.
-            gone: which go and are missed, [pruned].
-            device: that computes.
+            kept: indices of the kept inputs, [kept], int64.
+            pruned: indices of the pruned inputs, [pruned], int64.
+            device: where it is solved.
         """
         places = torch.cat([kept, kept.new_full((1,), self._width), pruned])
         if self._moments is not None:

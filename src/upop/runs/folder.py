@@ -53,7 +53,7 @@ class RunFolder:
         path: where it is.
         main: whether this is the main process.
         keep: how many checkpoints to keep.
-        say: takes a line about another run that had the folder and has ended.
+        notify: is called with a line about another run that had the folder and has ended.
 
     Raises:
         RunFolderError: the folder cannot be made or written, another run writes there, or the disk is all but full.

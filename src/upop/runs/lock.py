@@ -37,7 +37,7 @@ class FolderLock:
 
     Args:
         folder: to hold; it must be there.
-        say: takes a line about a lock that is watched, or taken over from a process that has ended.
+        notify: is called with a line about a lock that is watched, or taken over from a process that has ended.
 
     Raises:
         RunFolderError: another run holds the folder, or the file cannot be written or is not ours.

@@ -65,7 +65,7 @@ def prune(
             evaluated, and `output_dir` is the folder of the model.
         overwrite: whether a folder of ours that was changed since may be replaced.
         command: as it was typed, for the model card.
-        say: takes lines for a person.
+        notify: is called with lines for the user.
 
     Raises:
         UPopError: settings, data, checkpoint, device or folder cannot be used; before any long work.
