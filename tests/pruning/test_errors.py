@@ -71,7 +71,7 @@ def test_ratio_that_would_empty_groups(ratio: float) -> None:
     )
 
 
-def test_align_that_leaves_nothing_to_remove() -> None:
+def test_round_to_that_leaves_nothing_to_remove() -> None:
     refused(
         SettingError,
         ["block of 64 channels", "at most 0.0 ", "smaller round_to"],
@@ -83,7 +83,8 @@ def test_align_that_leaves_nothing_to_remove() -> None:
 @pytest.mark.parametrize("value", [0, -3, 1.0, 2.5, True, "10"])
 def test_whole_numbers(name: str, value: Any) -> None:
     settings = {"steps": 4, name: value}
-    fragments = [f"{name} must be a whole number of at least 1", f"found {value!r}"]
+    worded = name == "round_to" and isinstance(value, str)  # words are presets, or sizes by kind
+    fragments = [f"{name} must be a whole number" + ("" if worded else " of at least 1"), f"found {value!r}"]
     refused(SettingError, fragments, lambda: upop.Pruner(VIT.build(), 0.5, **settings))
 
 
