@@ -493,3 +493,14 @@ def test_a_copy_with_as_many_heads_as_dimensions_is_saved_as_what_was_cut(tmp_pa
     ids = torch.randint(64, (1, 5))
     with torch.no_grad():
         assert torch.equal(again(ids).last_hidden_state, model(ids).last_hidden_state)
+
+
+def test_a_copy_of_a_model_without_a_branch_is_saved_as_the_model_is(tmp_path: Path) -> None:
+    """An average of weights is such a copy; nothing that could be read is left of the branch."""
+    sizes: dict[str, Any] = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 4}
+    model = timm.create_model("vit_tiny_patch16_224", **sizes).eval()
+    upop.shrink(model, {"blocks.0.mlp": (), "blocks.1.attn": range(5)})
+    again = upop.load(upop.save(copy.deepcopy(model), tmp_path / "copy"))
+    images = torch.randn(1, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(again(images), model(images))

@@ -268,10 +268,12 @@ def groups_here(model: nn.Module, plan: Plan | None) -> tuple[Group, ...]:
     kept = {} if plan is None else plan.kept
     told = {} if plan is None else {name: _told(model, plan.slices, name) for name in plan.slices}
     true = {name: each for name, each in told.items() if each is not None and each.size == len(kept.get(name, ()))}
+    told_axes = {axis for each in true.values() for axis in _axes(each)}
     # Where a cut left as many heads as dimensions, sizes do not tell which of them a channel is; the plan does.
     groups = tuple(
         true[group.name] if group.name in true and _kind(true[group.name]) != _kind(group) else group
         for group in found.groups
+        if group.name in true or not told_axes.intersection(_axes(group))  # read anew, it may have another name
     )
     names = {group.name for group in groups}
     groups += tuple(each for name, each in true.items() if name not in names)
@@ -359,6 +361,10 @@ def _told(model: nn.Module, described: Mapping[str, Any], name: str) -> Group | 
     except ValueError:
         return None
     return None if found is None else sized(model, found[name])
+
+
+def _axes(group: Group) -> set[tuple[str, int]]:
+    return {(part.tensor, part.dim) for part in group.slices if not part.gaps}
 
 
 def _kind(group: Group) -> tuple[str, int]:

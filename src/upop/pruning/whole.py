@@ -173,7 +173,8 @@ def _parts(state: Any) -> list[Any]:
 def _gathered(part: Any) -> tuple[Tensor, int]:
     """Give modules a whole parameter in place of its shards; return it, and its version."""
     sharded = part.sharded_param
-    plain = nn.Parameter(sharded.detach().full_tensor().to("cpu", copy=True), requires_grad=sharded.requires_grad)
+    data = sharded.detach().full_tensor().to("cpu", copy=True).view(sharded.shape)  # empty ones come in another shape
+    plain = nn.Parameter(data, requires_grad=sharded.requires_grad)
     part._setattr_on_modules(plain)
     return plain.data, plain._version
 
@@ -187,7 +188,9 @@ def _share_out(part: Any, given: tuple[Tensor, int]) -> None:
         part._setattr_on_modules(held)
         return
     placement = part.fsdp_placement
-    fresh = nn.Parameter(plain.detach().to(part.device).contiguous(), requires_grad=held.requires_grad)
+    # Gradients are reduced in chunks, of which a branch without channels has none.
+    learns = held.requires_grad and plain.numel() > 0
+    fresh = nn.Parameter(plain.detach().to(part.device).contiguous(), requires_grad=learns)
     given_too = (part.mesh_info,) if "mesh_info" in inspect.signature(part._init_sharded_param).parameters else ()
     part._init_sharded_param(fresh, part.device, lambda _: placement, *given_too)
     if part.post_forward_mesh_info:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, asdict, fields
@@ -105,10 +104,11 @@ def _slice(content: Any, model: nn.Module) -> Slice:
     shape = _tensor(model, _text("tensor", part.tensor))
     _whole("dim", part.dim, 0, len(shape) - 1)
     length = shape[part.dim]
-    _whole("outer", part.outer, 1, length)
+    most = length or _MOST  # a copy of a model of which a branch went tells nothing
+    _whole("outer", part.outer, 1, most)
     inners = part.inner if isinstance(part.inner, tuple) else (part.inner,)
     for inner in inners:
-        _whole("inner", inner, 1, length)
+        _whole("inner", inner, 1, most)
     for gap in part.gaps:
         _whole("gaps", gap, 0, length)
     for place in (*part.silent, *part.queries):
@@ -218,7 +218,7 @@ def _tensor(model: nn.Module, name: str) -> Sequence[int]:
         shape = tensor_of(model, name).shape
     except AttributeError as error:
         raise ValueError(f"{type(model).__name__} has no tensor {name}") from error
-    if not len(shape) or not math.prod(shape):
+    if not len(shape):
         raise ValueError(f"{name} of {type(model).__name__} has no numbers to cut")
     return shape
 
