@@ -166,7 +166,7 @@ def _rounds(chosen: list[Candidate]) -> Iterator[list[Candidate]]:
     heads = sorted((each for each in chosen if each.group.channel in HEADS), key=lambda each: -len(each.group.slices))
     flat = [each for each in chosen if each.group.channel not in HEADS]
     of_heads = _rivals(flat, heads)
-    joint = [each for each in flat if _apart(of_heads[each.group.name])]
+    joint = [each for each in flat if _shared(each, of_heads[each.group.name])]
     flat = [each for each in flat if each not in joint]
     met = _rivals(flat, flat)
     place = {id(each): (-len(each.group.slices), at) for at, each in enumerate(flat)}
@@ -186,7 +186,8 @@ def _rounds(chosen: list[Candidate]) -> Iterator[list[Candidate]]:
     yield joint
 
 
-def _apart(candidates: list[Candidate]) -> bool:
-    """Whether some of them have no tensor in common: they are of several attentions."""
-    tensors = [{part.tensor for part in each.group.slices} for each in candidates]
-    return any(one.isdisjoint(other) for one, other in itertools.combinations(tensors, 2))
+def _shared(dimensions: Candidate, heads: list[Candidate]) -> bool:
+    """Whether dimensions are those of several attentions, by a tensor that is no part of the heads of any of them."""
+    tensors = [{part.tensor for part in each.group.slices} for each in heads]
+    apart = any(one.isdisjoint(other) for one, other in itertools.combinations(tensors, 2))
+    return apart and not {part.tensor for part in dimensions.group.slices} <= set().union(*tensors)
