@@ -35,6 +35,7 @@ from quality_methods import DEFAULT, LEVERS, METHODS, Bench, compress
 from quality_tables import aggregate, figure, tables
 from quality_torch_pruning import UnsupportedError
 from upop import count_macs, count_parameters
+from upop.cli.shapes import score_captions_of_shapes
 from upop.errors import SettingError
 from upop.files import write_json, write_text
 from upop.machine import machine
@@ -224,6 +225,7 @@ def _relevant(rows: Iterable[dict[str, Any]], arguments: argparse.Namespace) -> 
 
 def main(given: Sequence[str] | None = None) -> None:
     """Measure, and show the tables."""
+    score_captions_of_shapes()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tasks", nargs="*", type=one_of(TASKS), default=[*TASKS], help=f"of {', '.join(TASKS)}")
     names = f"of {', '.join(METHODS)}; with --levers of {', '.join(LEVERS)}".replace("%", "%%")

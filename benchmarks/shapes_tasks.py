@@ -21,6 +21,7 @@ from rich.console import Console
 
 from dense_tasks import FOLDER, one_of, settings_of
 from upop.checkpoints import load
+from upop.cli.shapes import score_captions_of_shapes
 from upop.report.results import results_table
 from upop.runs.run import Metrics, measure
 from upop.runs.task import Task
@@ -73,6 +74,7 @@ def _rows(verb: Callable[[Task[Any], Any], Any], task: Task[Any], settings: Any)
 
 def main() -> None:
     """Run the tasks that the command line names."""
+    score_captions_of_shapes()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tasks", nargs="*", type=one_of([*DENSE]), default=[*DENSE])
     parser.add_argument("--samples", type=int, default=60_000, help="to train the dense model on")

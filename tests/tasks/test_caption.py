@@ -41,6 +41,7 @@ def _without_the_extra() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(scores, "HAS_COCO", False)
         patch.setattr(CaptionTask, "metric", "bleu4")
+        patch.setattr(scores, "_MORE", [])  # what commands of other tests registered
         yield
 
 
@@ -206,7 +207,7 @@ def test_run_folder_and_results(config: Path, compressed: Path, tmp_path: Path) 
     model = upop.load(compressed / "best")
     assert isinstance(model, BlipCaption)
     assert set(small["metrics"]) == {"val", "test"}
-    assert set(small["metrics"]["test"]) == {"bleu1", "bleu2", "bleu3", "bleu4", "rouge_l", "exact"}
+    assert set(small["metrics"]["test"]) == {"bleu1", "bleu2", "bleu3", "bleu4", "rouge_l"}
     assert small["parameters"] == upop.count_parameters(model) < dense["parameters"]
     assert small["gmacs"] < dense["gmacs"]
     again = evaluate_checkpoint(TASK, settings_of(config, pretrained=str(compressed / "best"), output_dir=tmp_path))
@@ -332,7 +333,7 @@ def test_captions_are_known_words(config: Path) -> None:
     words = tokenizer(texts, add_special_tokens=False, padding=True, return_tensors="pt")["input_ids"]
     predictions = {"image_ids": torch.tensor(list(samples.references)), "words": words}
     found = TASK.score(predictions, samples, settings)
-    assert list(found.values()) == pytest.approx([100] * 6, rel=1e-5)
+    assert list(found.values()) == pytest.approx([100] * 5, rel=1e-5)
     rows = TASK.files(predictions, samples, settings, "val")["caption_val.json"]
     assert [row["caption"].replace(" ,", ",") for row in rows] == texts
 

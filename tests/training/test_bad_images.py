@@ -97,7 +97,7 @@ def test_scores_are_those_without_the_samples(task: str, tmp_path: Path) -> None
     found = scores(task, config, tmp_path / "found", skip_bad_images=2, num_workers=2)
     rows = json.loads((tmp_path / "found" / "bad_images.json").read_text())
     assert sorted(row["image"] for row in rows) == sorted(map(str, bad))
-    assert all(row["reason"] and row["file"] and row["record"] >= 0 for row in rows)
+    assert all(row["reason"] and row["file"] and row["sample"] >= 0 for row in rows)
     take_away()
     wanted = scores(task, config, tmp_path / "wanted")
     last = find_task(task).splits["val" if task in ("vqa", "segmentation") else "test"]

@@ -307,7 +307,7 @@ def _split(trace: Trace, args: Any, kwargs: Any, result: Any, name: str) -> None
 @rule("cat", "concat")
 def _cat(trace: Trace, args: Any, kwargs: Any, result: Any, name: str) -> None:
     tensors = [tensor for tensor in args[0] if not (tensor.dim() == 1 and tensor.shape[0] == 0)]
-    labels = [trace.label(each) for each in tensors]
+    labels = [trace.label(each, joined=True) for each in tensors]
     rank = result.dim()
     dim = (args[1] if len(args) > 1 else kwargs.get("dim", 0)) % rank
     _join(trace, labels, dim, result, lambda: concatenate([label.dims[dim] for label in labels]))

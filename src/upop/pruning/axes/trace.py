@@ -70,7 +70,7 @@ class Trace(Mode):
         self._labels: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self._names = {module: name for name, module in model.named_modules()}
         self._parameters = {id(each): name for name, each in model.named_parameters()}
-        self._held = {id(each): name for name, each in model.named_buffers() if self._saved(name)} | self._parameters
+        self._held = {id(each): name for name, each in model.named_buffers()} | self._parameters
         self._kept = {_storage(each): name for name, each in model.named_buffers() if each.is_floating_point()}
         self._bits: dict[str, int] = {}
         self._pairs: list[tuple[Dim, Dim]] = []
@@ -80,12 +80,16 @@ class Trace(Mode):
 
     # -- what rules use -------------------------------------------------------------------------------------------
 
-    def label(self, tensor: Tensor) -> Label:
-        """Return what is known of a tensor; one that nothing is known of is plain numbers."""
+    def label(self, tensor: Tensor, joined: bool = False) -> Label:
+        """Return what is known of a tensor; one that nothing is known of is plain numbers.
+
+        So is a buffer that no file holds, since it is computed anew in full size when a model is loaded, unless it is
+        joined as it is to what follows an axis, as timm does zeros for the bias of keys.
+        """
         found: Label | None = self._labels.get(tensor)
         if found is None:
             name = self._held.get(id(tensor))
-            if name is None:
+            if name is None or not (joined or self._saved(name)):
                 found = Label(plain(tensor))
             else:
                 dims: list[Dim] = [(axis,) for axis in self.use(name, tensor).axes]
@@ -95,7 +99,7 @@ class Trace(Mode):
         return found
 
     def _saved(self, name: str) -> bool:
-        """Whether a buffer may be cut: what no file holds is computed anew in full size when a model is loaded."""
+        """Whether a parameter or buffer is part of what is saved, or of what the model writes to."""
         owner, _, own = name.rpartition(".")
         return name in self._written or own not in self._model.get_submodule(owner)._non_persistent_buffers_set
 
