@@ -35,12 +35,25 @@ def test_a_loop_of_ones_own(classifier: Any, image_set: Any, tmp_path: Path, mon
         "example_inputs": loader[0],
     }
     dense = upop.count_parameters(classifier)
-    exec(block("criterion(model, batch)"), names)
+    exec(block("scheduler.step()"), names)
     assert names["model"] is classifier
     small = names["plan"], names["model"].state_dict()
     exec(block("upop.load_into("), names)
     assert upop.count_parameters(names["model"]) < 0.7 * dense
     assert all(torch.equal(value, small[1][name]) for name, value in names["model"].state_dict().items())
+
+
+def test_the_loop_that_the_page_begins_with(classifier: Any, image_set: Any) -> None:
+    dense = upop.count_parameters(classifier)
+    names = {
+        "upop": upop,
+        "model": classifier,
+        "optimizer": torch.optim.AdamW(classifier.parameters(), 1e-3),
+        "criterion": lambda model, batch: model(**batch).loss,
+        "loader": [*DataLoader(image_set, batch_size=4)] * 4,
+    }
+    exec(block("steps=len(loader)"), names)
+    assert upop.count_parameters(classifier) < 0.7 * dense
 
 
 def test_trainer(classifier: Any, image_set: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
