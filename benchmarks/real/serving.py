@@ -34,7 +34,7 @@ if __name__ == "__main__":
 
 import upop
 from real import smollm2
-from upop.checkpoints.plain_export import write_plain
+from upop.checkpoints.export.plain_models import write_plain
 from upop.files import write_json
 from upop.machine import machine
 

@@ -115,7 +115,7 @@ def in_runtime(inputs: Any, runtime: str, model: nn.Module) -> nn.Module:
     if runtime == "compile":
         compiled: nn.Module = torch.compile(model)  # type: ignore[assignment]
         return compiled
-    from upop.checkpoints.sessions import session  # which imports much
+    from upop.checkpoints.export.sessions import session  # which imports much
 
     if any(parameter.device.type != "cpu" for parameter in model.parameters()):
         raise SettingError(f"runtime={runtime!r} is measured on the CPU. Give device=cpu.")

@@ -19,7 +19,7 @@ import runs
 import upop
 from pruning.families import randomise
 from tiers import mostly_slow, since
-from upop.checkpoints.graphs import own_graphs
+from upop.checkpoints.export.graphs import own_graphs
 from upop.cli.app import app
 from upop.errors import SettingError, VerificationError
 from upop.models.caption import BlipCaption, CaptionConfig

@@ -18,7 +18,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 import upop
 from pruning.families import randomise
 from tiers import since
-from upop.checkpoints.plain_export import write_plain
+from upop.checkpoints.export.plain_models import write_plain
 from upop.cli.app import app, main
 from upop.errors import RunFolderError, SettingError
 

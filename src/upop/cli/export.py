@@ -72,7 +72,7 @@ def _graphs(format: Any) -> Callable[[nn.Module, Asked], None]:
 
 def _without_upop(format: Any) -> Callable[[nn.Module, Asked], None]:
     def write(model: nn.Module, asked: Asked) -> None:
-        from upop.checkpoints.plain_export import write_plain
+        from upop.checkpoints.export.plain_models import write_plain
 
         if asked.quantize is not None or asked.cache:
             flag = "--cache is for graphs" if asked.quantize is None else "--quantize is for --to onnx"

@@ -18,10 +18,10 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from upop.checkpoints.any_graph import AnyGraph, graph_of_any, untraceable
-from upop.checkpoints.cached_graph import graph_with_cache
+from upop.checkpoints.export.any_graph import AnyGraph, graph_of_any, untraceable
+from upop.checkpoints.export.cached_graph import graph_with_cache
+from upop.checkpoints.export.graphs import FEWEST_TOKENS, Graph, own_graphs
 from upop.checkpoints.folder import groups_here
-from upop.checkpoints.graphs import FEWEST_TOKENS, Graph, own_graphs
 from upop.errors import SettingError, VerificationError, nearest
 from upop.files import replacing_folder
 from upop.libraries import naming_missing
@@ -288,7 +288,7 @@ def _quantizer(quantize: str, format: str) -> Callable[[nn.Module, Graph, Path, 
         raise SettingError(f"quantize={quantize!r} is not known; there is int8.")
     if format != "onnx":
         raise SettingError(f"quantize='int8' is done by onnxruntime, and the format is {format!r}. Take format='onnx'.")
-    from upop.checkpoints.int8 import quantized
+    from upop.checkpoints.export.int8 import quantized
 
     def shrink(model: nn.Module, graph: Graph, file: Path, samples: Sequence[Any] | None) -> dict[str, Any]:
         before = file.stat().st_size

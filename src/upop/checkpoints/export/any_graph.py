@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from upop.checkpoints.graphs import Graph
+from upop.checkpoints.export.graphs import Graph
 from upop.errors import LayoutError, SettingError
 from upop.libraries import is_pretrained
 from upop.pruning import find_prunable

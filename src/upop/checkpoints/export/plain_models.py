@@ -10,9 +10,10 @@ from typing import Literal
 
 from torch import nn
 
-from upop.checkpoints import nemotron_nas, owners
+from upop.checkpoints import owners
+from upop.checkpoints.export import nemotron_nas
+from upop.checkpoints.export.padded import pad
 from upop.checkpoints.folder import WEIGHTS
-from upop.checkpoints.padded import pad
 from upop.checkpoints.runtimes import SERVERS
 from upop.checkpoints.write import write_weights
 from upop.files import check_folder, replacing_folder

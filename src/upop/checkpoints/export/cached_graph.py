@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from upop.checkpoints.any_graph import AnyGraph, axes_of, untraceable
+from upop.checkpoints.export.any_graph import AnyGraph, axes_of, untraceable
 from upop.errors import SettingError
 from upop.libraries import is_pretrained
 from upop.pruning.costs import evaluating

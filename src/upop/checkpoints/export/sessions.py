@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from upop.checkpoints.any_graph import graph_of_any
-from upop.checkpoints.export import Format, as_inputs, running, without_empty_branches
+from upop.checkpoints.export.any_graph import graph_of_any
+from upop.checkpoints.export.graph_files import Format, as_inputs, running, without_empty_branches
 from upop.pruning.costs import evaluating
 
 RUNTIMES: Mapping[str, Format] = {"onnxruntime": "onnx", "openvino": "openvino"}
