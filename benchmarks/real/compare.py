@@ -45,6 +45,8 @@ RESULTS = Path(__file__).parents[1] / "results"
 OURS = "upop, calibrate"
 STAGES = {OURS: None, "upop, calibrate in one cut": 1, "upop, calibrate in eight stages": 8}
 """How many stages ours have; None is the default."""
+TRAINED = "upop, Compression"
+"""Searches within the training, and is taught by the dense model: as many steps in all as others recover for."""
 DEPTH = "depth by similarity"
 TORCH_PRUNING = {"Torch-Pruning L2": False, "Torch-Pruning Taylor": True}
 RATIOS = (0.1, 0.2, 0.3, 0.5)
@@ -225,17 +227,33 @@ def compressed(
     return cut(subject.model, subject.groups, kept, None, None)
 
 
-def recover(subject: Subject, model: nn.Module, steps: int, seed: int) -> None:
-    """Train a cut model with a warm-up and a rate that falls along a cosine, on samples that `seed` decides."""
+def recover(subject: Subject, model: nn.Module, steps: int, seed: int, ratio: float | None = None) -> None:
+    """Train a model with a warm-up and a rate that falls along a cosine, on samples that `seed` decides.
+
+    Args:
+        subject: where the samples come from.
+        model: one that is cut, or a dense one.
+        steps: optimizer steps in all.
+        seed: which samples.
+        ratio: that a `Compression` cuts within these steps; None trains the model as it is.
+    """
     torch.manual_seed(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=_RATE)
+    compression = None if ratio is None else upop.Compression(model, ratio, steps)
     for step, batch in enumerate(subject.batches(seed, steps)):
         model.train()
         for group in optimizer.param_groups:
             group["lr"] = _RATE * min(1.0, (step + 1) / (_WARM_UP * steps)) * (1 + math.cos(math.pi * step / steps)) / 2
         optimizer.zero_grad()
-        subject.loss(model, batch).backward()
-        optimizer.step()
+        loss = subject.loss(model, batch)
+        if compression is None:
+            loss.backward()
+            optimizer.step()
+        else:
+            compression.loss(loss).backward()
+            compression.step(optimizer)
+    if compression is not None:
+        compression.finish()
 
 
 def ways(subject: Subject) -> list[str]:
@@ -271,13 +289,17 @@ def measured(
 
             def measure(way: str = way, ratio: float = ratio, seed: int = seed, seen: Any = seen) -> Cell:
                 try:
-                    model = compressed(subject, way, ratio, seed, batches, seen)
+                    model = (
+                        copy.deepcopy(subject.model)
+                        if way == TRAINED
+                        else compressed(subject, way, ratio, seed, batches, seen)
+                    )
                 except UnsupportedError as error:
                     return {"quality": None, "reason": str(error)}
-                removed = sum(each.numel() for each in subject.model.parameters())
-                removed -= sum(each.numel() for name, each in model.named_parameters())
                 if steps:
-                    recover(subject, model, steps, seed)
+                    recover(subject, model, steps, seed, ratio if way == TRAINED else None)
+                removed = sum(each.numel() for each in subject.model.parameters())
+                removed -= sum(each.numel() for each in model.parameters())
                 quality = round(subject.quality(model, split), 2)
                 return {"quality": quality, "removed": round(removed / subject.prunable, 4)}
 
@@ -302,7 +324,10 @@ def main() -> None:
     subject = SUBJECTS[arguments.model](arguments.data, arguments.every)
     out = arguments.out or RESULTS / f"real_compare_{arguments.model}_cpu.json"
     rows = json.loads(out.read_text())["cells"] if out.is_file() else []
-    names, batches = arguments.ways or ways(subject), arguments.batches or subject.calibration
+    names = arguments.ways or [*ways(subject), *([TRAINED] if arguments.steps else [])]
+    if TRAINED in names and not arguments.steps:
+        parser.error(f"--ways '{TRAINED}' trains. Give --steps.")
+    batches = arguments.batches or subject.calibration
     options = {"split": arguments.split, "every": arguments.every, "batches": batches, "steps": arguments.steps}
     for cell, measure in measured(subject, names, arguments.ratios, arguments.seeds, **options):
         if any(cell.items() <= row.items() for row in rows):
