@@ -205,9 +205,8 @@ class Compression:
             )
         self._passed = False
         if self.searching and self.pruner is not None:
-            for each in optimizers:
-                _unscale(each, scaler)
-            self.pruner.step()
+            scale = max((_unscaled(each, scaler) for each in optimizers), default=1.0)
+            self.pruner.step(scale=scale)
 
     def after_step(self, optimizers: Iterable[Any]) -> None:
         """Do what `step` does after the optimizer's step, where another library's loop takes that."""
@@ -399,13 +398,14 @@ def inner_optimizer(optimizer: Any) -> torch.optim.Optimizer:
     return inner
 
 
-def _unscale(optimizer: Any, scaler: Any) -> None:
-    """Take the scale of a GradScaler, given or Accelerate's, off the gradients."""
+def _unscaled(optimizer: Any, scaler: Any) -> float:
+    """Take the scale of a GradScaler, given or Accelerate's, off the gradients, and return it; 1 without one."""
     scaler = getattr(optimizer, "scaler", None) if scaler is None else scaler
     if scaler is None:
-        return
+        return 1.0
     try:
         scaler.unscale_(inner_optimizer(optimizer))
     except RuntimeError as error:
         if "already been called" not in str(error):  # for clipping
             raise
+    return float(scaler.get_scale())

@@ -333,6 +333,29 @@ def test_frozen_weights_stay_frozen_when_they_are_cut() -> None:
     assert {name for name, parameter in model.named_parameters() if not parameter.requires_grad} == frozen
 
 
+def test_weights_beside_an_adapter_are_scored_and_the_loop_does_not_notice() -> None:
+    """An adapter starts at zero: by it alone, channels would be ranked by noise."""
+    peft = pytest.importorskip("peft")
+    plain, inputs = VIT.build(), VIT.inputs()
+    layers = [name for name, module in plain.named_modules() if isinstance(module, nn.Linear)]
+    config = peft.LoraConfig(r=2, target_modules=layers, lora_dropout=0.0)
+    adapted = peft.get_peft_model(copy.deepcopy(plain), config)
+    trained = {name for name, parameter in adapted.named_parameters() if parameter.requires_grad}
+    found = []
+    for model, scale in ((plain, 1.0), (adapted, 64.0)):
+        pruner = upop.Pruner(model, 0.5, 4)
+        for _ in range(2):  # accumulated
+            (loss_of(model(**inputs)) * scale).backward()
+        assert all(name in trained or each.grad is None for name, each in model.named_parameters() if model is adapted)
+        for each in model.parameters():
+            each.grad = None if each.grad is None else each.grad / scale  # as unscale_ does
+        pruner.step(scale=scale)
+        found.append(list(pruner.scores.values()))
+        pruner.remove()
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-6)
+    assert {name for name, parameter in adapted.named_parameters() if parameter.requires_grad} == trained
+
+
 def test_groups_that_the_loss_does_not_reach_get_no_score() -> None:
     model, inputs = NLVR.build(), NLVR.inputs()
     pruner = still_pruner(model)

@@ -17,13 +17,14 @@ from torch import Tensor, nn
 
 from upop.pruning.again import buffers_kept, random_numbers_kept
 from upop.pruning.carried import record_cut, refuse_unrecordable
-from upop.pruning.choice import check_correct, check_whole, chosen, refuse_frozen
+from upop.pruning.choice import check_correct, check_whole, chosen, refuse_unscored
 from upop.pruning.correction import Choice, correct_consumers
 from upop.pruning.costs import Cost, call, channel_costs, evaluating
 from upop.pruning.dense import Dense
 from upop.pruning.deprecated import renamed_arguments
 from upop.pruning.depth import branches_of, check_depth
 from upop.pruning.errors import SettingError, StepError
+from upop.pruning.frozen import thawed
 from upop.pruning.goal import Goal
 from upop.pruning.groups import Group, tensor_of
 from upop.pruning.latency import Profile
@@ -89,7 +90,8 @@ def calibrate(
     file.
 
     Args:
-        model: the dense model, without masks. It is evaluated, not trained: no drop-out, and buffers stay.
+        model: the dense model, without masks. It is evaluated, not trained: no drop-out, and buffers stay. Frozen
+            weights are cut like others, and stay frozen.
         batches: 8 to 64 of them, of the kind that the model will see; they are kept in a list. Each is what `loss`
             takes, or without it a tensor, a tuple of arguments or a mapping of keyword arguments of the model.
         ratio: share of the prunable cost to remove, in (0, 1).
@@ -128,7 +130,7 @@ def calibrate(
     Raises:
         SettingError: a setting is out of range, there is no batch, the ratio or the target cannot be reached, or the
             model is quantized.
-        LayoutError: the model has no group, or a group's weights are frozen, shared, masked or sharded.
+        LayoutError: the model has no group, or a group's weights are shared, masked or sharded.
         StepError: the loss has no gradient, or one that is not finite.
         VerificationError: the outputs differ, or the cut model cannot be run. In every case the model is as it was.
     """
@@ -157,7 +159,7 @@ def calibrate(
         found = groups_to_search(model, example, groups)
     searched = chosen(found, include, exclude, depth=depth)
     dense, towers, layers = to_keep_alike(model, searched, uniform, found, depth=depth)
-    refuse_frozen(model, dense)
+    refuse_unscored(model, dense)
     refuse_masked(model, dense)
     refuse_shared(model, dense)
     costs = channel_costs(model, dense, cost, example)
@@ -281,9 +283,11 @@ class _Observing:
         parameters = {
             part.tensor: (tensor_of(model, part.tensor), part.dim) for group in groups for part in group.producers
         }
-        rows = FreedRows(self._scorer.rows, parameters, model.parameters())
+        weights = [tensor for tensor, _ in parameters.values()]
+        with thawed(weights):
+            rows = FreedRows(self._scorer.rows, parameters, model.parameters())
         try:
-            with evaluating(model):
+            with evaluating(model), thawed(weights):
                 try:
                     with recomputing(model) if self._thrifty else nullcontext():
                         scores = self._scores(groups, rows, moments)

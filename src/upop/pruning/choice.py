@@ -58,8 +58,8 @@ def check_correct(correct: object) -> bool | Literal["auto"]:
     return "auto"
 
 
-def refuse_frozen(model: nn.Module, groups: list[Group]) -> None:
-    """Raise a `LayoutError` if a group's weights would get no gradient, or are not there."""
+def refuse_unscored(model: nn.Module, groups: list[Group]) -> None:
+    """Raise a `LayoutError` if a group's weights can get no gradient, or are not there."""
     if any(tensor_of(model, part.tensor).is_meta for group in groups for part in group.producers):
         raise LayoutError(
             f"{type(model).__name__} is on the meta device and has no weights to score. Load its weights first."
@@ -69,6 +69,11 @@ def refuse_frozen(model: nn.Module, groups: list[Group]) -> None:
             f"{type(model).__name__} was built in torch.inference_mode(), and its weights get no gradient. Use a copy "
             "made outside of it: copy.deepcopy(model)."
         )
+
+
+def refuse_frozen(model: nn.Module, groups: list[Group]) -> None:
+    """Raise a `LayoutError` if a group cannot be scored, or training would not repair it: all producers are frozen."""
+    refuse_unscored(model, groups)
     frozen = [
         group.name
         for group in groups
@@ -76,8 +81,9 @@ def refuse_frozen(model: nn.Module, groups: list[Group]) -> None:
     ]
     if frozen:
         raise LayoutError(
-            f"{len(frozen)} groups have frozen weights and so would get no score ({some_of(frozen)}). "
-            "Set requires_grad on them, or exclude them."
+            f"{len(frozen)} groups have frozen weights, which training would not repair after a cut "
+            f"({some_of(frozen)}). Set requires_grad on them, give them adapters, exclude them, or cut without "
+            "training, upop.calibrate(model, batches, ...)."
         )
 
 

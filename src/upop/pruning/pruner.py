@@ -192,10 +192,14 @@ class Pruner(Searched):
         return {name: choice.left for name, choice in self._choices[-1].items()} if self._choices else {}
 
     @torch.no_grad()
-    def step(self) -> None:
+    def step(self, *, scale: float = 1.0) -> None:
         """Add this step's scores; move the masks when due. Call before `optimizer.step()`, once per optimizer step.
 
         A step whose scores are not finite adds nothing to them, and is counted in `skipped_steps`.
+
+        Args:
+            scale: of a GradScaler (`get_scale()`) that `unscale_` took off the optimizer's gradients. It matters only
+                for weights that are frozen beside an adapter, which no optimizer knows.
 
         Raises:
             StepError: all steps were taken already, the masks are off, or no masked weight has a gradient.
@@ -203,6 +207,8 @@ class Pruner(Searched):
         self._check_running()
         self._first.let_compiled()
         producers = {part.tensor: part.dim for group in self.groups for part in group.producers}
+        if self._rows.frozen is not None:
+            self._rows.frozen.scale = scale
         rows = self._rows.of({name: (tensor_of(self.model, name), dim) for name, dim in producers.items()})
         added = {group.name: self._channel_scores(group, rows) for group in self.groups}
         self._rows.forget()

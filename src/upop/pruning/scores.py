@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from upop.pruning.errors import SettingError, nearest
+from upop.pruning.frozen import FrozenGradients
 from upop.pruning.sharded import HeldRows, held_rows, is_sharded_tensor, many_processes, whole_rows
 
 Importance = Callable[[Tensor, Tensor], Tensor]
@@ -107,6 +108,9 @@ class RowScores:
 
     Args:
         function: (weight [rows, columns], gradient of the same shape) -> [rows].
+
+    Attributes:
+        frozen: the gradients of weights that are not trained, where they count.
     """
 
     def __init__(self, function: Importance) -> None:
@@ -114,6 +118,7 @@ class RowScores:
         self._taken: dict[Tensor, _Taken] = {}
         self._dims: dict[Tensor, int] = {}
         self._hooks: list[RemovableHandle] = []
+        self.frozen: FrozenGradients | None = None
 
     def observe(self, parameters: Iterable[tuple[Tensor, int]]) -> None:
         """Take scores of parameters, each along its given dimension, in the backward passes from now on."""
@@ -136,7 +141,8 @@ class RowScores:
         found: dict[str, Tensor] = {}
         held: dict[str, HeldRows] = {}
         for name, (parameter, dim) in parameters.items():
-            gradient = parameter.grad
+            frozen = self.frozen.of(parameter) if self.frozen is not None else None
+            gradient = parameter.grad if frozen is None else frozen
             if gradient is None:
                 continue
             taken = self._taken.get(parameter)
@@ -151,6 +157,8 @@ class RowScores:
     def forget(self) -> None:
         """Let go of the gradients of the last backward pass, so that they can be freed."""
         self._taken.clear()
+        if self.frozen is not None:
+            self.frozen.forget()
 
     def release(self) -> None:
         """Stop taking scores; no trace is left on the parameters."""
@@ -159,6 +167,9 @@ class RowScores:
         self._hooks.clear()
         self._dims.clear()
         self.forget()
+        if self.frozen is not None:
+            self.frozen.release()
+            self.frozen = None
 
     @torch.no_grad()
     def _take(self, parameter: Tensor) -> None:
