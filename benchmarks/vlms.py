@@ -36,7 +36,7 @@ TEACHERS = {
     "logits": {"distill": 0, "distill_logits": 1},
     "both": {"distill": 5, "distill_logits": 1},
 }
-SIDE, PATCH = 24, 8
+SIDE, PATCH = 48, 16
 MARKS = ("<image>", "<fake_token_around_image>", "<global-img>", "<end_of_utterance>", "<start>")
 TEMPLATE = (
     "{% for message in messages %}<start>{{ message.role }}: {% for part in message.content %}{% if part.type == "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -183,6 +184,8 @@ def test_what_a_form_cannot_take_is_refused_with_what_can(
         write_plain(bert, tmp_path / "out", "nemotron-nas")
     with pytest.raises(SettingError, match=r"neither transformers nor timm builds it.*--to onnx"):
         write_plain(torch.nn.Linear(2, 2), tmp_path / "out", "padded")
+    with pytest.raises(SettingError, match=r"'paded' is not known \(did you mean 'padded'.*upop\.export for graphs"):
+        write_plain(bert, tmp_path / "out", "paded")  # type: ignore[arg-type]
     assert not (tmp_path / "out").exists()
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("all of it")
@@ -190,12 +193,20 @@ def test_what_a_form_cannot_take_is_refused_with_what_can(
         write_plain(bert, tmp_path / "mine", "padded")
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "all of it"
     upop.save(bert, tmp_path / "bert")
-    monkeypatch.setattr(
-        "sys.argv", ["upop", "export", str(tmp_path / "bert"), "--to", "nemotron-nas", "--out", str(tmp_path / "out")]
-    )
-    with pytest.raises(SystemExit, match="1"):
-        main()
-    assert "--to padded" in " ".join(capsys.readouterr().err.split())
+    monkeypatch.setattr("upop.cli.export.read_exportable", pytest.fail)  # the weights are not read for a refusal
+    refused = {
+        "--to nemotron-nas": "a BertModel is none: it has embeddings.LayerNorm.bias, for one. .*--to padded",
+        "--to padded --cache": "--cache is for graphs",
+        "--to openvino --quantize int8": "Take format='onnx'",
+        "--quantize int4": "'int4' is not known; there is int8",
+    }
+    for words, why in refused.items():
+        monkeypatch.setattr(
+            "sys.argv", ["upop", "export", str(tmp_path / "bert"), *words.split(), "--out", str(tmp_path / "out")]
+        )
+        with pytest.raises(SystemExit, match="1"):
+            main()
+        assert re.search(why, " ".join(capsys.readouterr().err.split()))
 
 
 @pytest.mark.parametrize("to", ["padded", "nemotron-nas"])

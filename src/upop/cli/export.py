@@ -42,12 +42,14 @@ class Target:
     Attributes:
         summary: what the help says of it.
         write: writes a model.
+        check: refuses, before a model is read, what the target does not take: its source, --cache or --quantize.
         kind: of the folder, as `upop.files` knows it.
         own: whether a model of transformers that stands for one of upop's own is read as that.
     """
 
     summary: str
     write: Callable[[nn.Module, Asked], None]
+    check: Callable[[str, bool, str | None], None]
     kind: Kind = "graphs"
     own: bool = True
 
@@ -74,22 +76,59 @@ def _without_upop(format: Any) -> Callable[[nn.Module, Asked], None]:
     def write(model: nn.Module, asked: Asked) -> None:
         from upop.checkpoints.export.plain_models import write_plain
 
-        if asked.quantize is not None or asked.cache:
-            flag = "--cache is for graphs" if asked.quantize is None else "--quantize is for --to onnx"
-            raise SettingError(f"{flag}; --to {format} writes a model. Leave it out.")
         described = write_plain(model, asked.out, format, beside=asked.source, overwrite=asked.overwrite)
         Console(soft_wrap=True, highlight=False).print(as_text(f"{asked.out}: {described}"))
 
     return write
 
 
+def _graphs_take(format: str) -> Callable[[str, bool, str | None], None]:
+    def check(source: str, cache: bool, quantize: str | None) -> None:
+        del source, cache
+        from upop.checkpoints.export import check_quantize
+
+        check_quantize(quantize, format)
+
+    return check
+
+
+def _models_take(format: str) -> Callable[[str, bool, str | None], None]:
+    def check(source: str, cache: bool, quantize: str | None) -> None:
+        if quantize is not None or cache:
+            flag = "--cache is for graphs" if quantize is None else "--quantize is for --to onnx"
+            raise SettingError(f"{flag}; --to {format} writes a model. Leave it out.")
+        if format == "nemotron-nas" and Path(source).is_dir() and is_transformers_folder(Path(source)):
+            _has_layers_of_llama(Path(source))
+
+    return check
+
+
+def _has_layers_of_llama(folder: Path) -> None:
+    from upop.checkpoints.nemotron_nas import refuse_others
+    from upop.checkpoints.read import read_outline
+    from upop.checkpoints.transformers_models import architectures, weight_files
+
+    kind = next(iter(architectures(folder, read_config(folder))), "model")
+    refuse_others((name for file in weight_files(folder) for name in read_outline(file)), kind)
+
+
 TARGETS: Mapping[str, Target] = {
-    "onnx": Target("ONNX files, for onnxruntime and others", _graphs("onnx")),
-    "openvino": Target("OpenVINO's files", _graphs("openvino")),
-    "torch-export": Target("programs of torch.export", _graphs("torch-export")),
-    "padded": Target("an ordinary model, with zeros up to the widest layer", _without_upop("padded"), "model", False),
+    "onnx": Target("ONNX files, for onnxruntime and others", _graphs("onnx"), _graphs_take("onnx")),
+    "openvino": Target("OpenVINO's files", _graphs("openvino"), _graphs_take("openvino")),
+    "torch-export": Target("programs of torch.export", _graphs("torch-export"), _graphs_take("torch-export")),
+    "padded": Target(
+        "an ordinary model, with zeros up to the widest layer",
+        _without_upop("padded"),
+        _models_take("padded"),
+        "model",
+        False,
+    ),
     "nemotron-nas": Target(
-        "a decoder for vLLM, llama.cpp, MLX, layer by layer", _without_upop("nemotron-nas"), "model", False
+        "a decoder for vLLM, llama.cpp, MLX, layer by layer",
+        _without_upop("nemotron-nas"),
+        _models_take("nemotron-nas"),
+        "model",
+        False,
     ),
 }
 """What `--to` takes. A new target is a line here, and a function that writes a model."""
@@ -146,6 +185,7 @@ def export(
     target = TARGETS[to]
     if samples is not None and (quantize is None or config is None):
         raise SettingError("--samples are a task's, for --quantize int8. Give --quantize and --config, too.")
+    target.check(source, cache, quantize)
     check_folder(out, target.kind, overwrite=overwrite)
     model = read_exportable(source, task, o.overrides({}, assign), own=target.own)
     chosen = None if samples is None or config is None else _samples(model, config, samples)

@@ -97,11 +97,12 @@ def export(
     """
     if format not in get_args(Format):
         raise SettingError(
-            f"format={format!r} is not known{nearest(format, get_args(Format))}; "
-            f"there is {' and '.join(get_args(Format))}."
+            f"format={format!r} is not known{nearest(format, get_args(Format))}; there is {', '.join(get_args(Format))}"
+            " for graphs, and `upop export --to padded` or `--to nemotron-nas` for models."
         )
+    check_quantize(quantize, format)
     write = _WRITERS[format]()
-    shrink = None if quantize is None else _quantizer(quantize, format)
+    shrink = None if quantize is None else _quantizer(quantize)
     if any(value.is_floating_point() and value.dtype != torch.float32 for value in model.state_dict().values()):
         model = copy.deepcopy(model).float()
     model = without_empty_branches(model)
@@ -282,12 +283,20 @@ _WRITERS: Mapping[str, Callable[[], _Writer]] = {
 }
 
 
-def _quantizer(quantize: str, format: str) -> Callable[[nn.Module, Graph, Path, Sequence[Any] | None], dict[str, Any]]:
-    """Return what turns a graph that was written and checked into whole numbers, and says what that costs."""
-    if quantize not in get_args(Quantization):
+def check_quantize(quantize: str | None, format: str) -> None:
+    """Refuse a quantization that is none, or that a format does not take.
+
+    Raises:
+        SettingError: so it is.
+    """
+    if quantize is not None and quantize not in get_args(Quantization):
         raise SettingError(f"quantize={quantize!r} is not known; there is int8.")
-    if format != "onnx":
+    if quantize is not None and format != "onnx":
         raise SettingError(f"quantize='int8' is done by onnxruntime, and the format is {format!r}. Take format='onnx'.")
+
+
+def _quantizer(quantize: str) -> Callable[[nn.Module, Graph, Path, Sequence[Any] | None], dict[str, Any]]:
+    """Return what turns a graph that was written and checked into whole numbers, and says what that costs."""
     from upop.checkpoints.export.int8 import quantized
 
     def shrink(model: nn.Module, graph: Graph, file: Path, samples: Sequence[Any] | None) -> dict[str, Any]:

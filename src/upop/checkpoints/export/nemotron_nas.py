@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +26,7 @@ from upop.pruning.known import know_as
 CODE = "configuration_decilm.py"
 _MULTIPLE = 256
 _LAYER = re.compile(r"model\.layers\.(\d+)\.(self_attn|mlp)\.(\w+)\.(weight|bias)")
+_FIRST = "layers.0.mlp.gate_proj.weight"
 _OTHER = re.compile(
     r"model\.(embed_tokens|norm|layers\.\d+\.(input_layernorm|post_attention_layernorm))\.weight|lm_head\.weight"
 )
@@ -166,16 +167,30 @@ def code() -> str:
     return _CODE
 
 
+def refuse_others(names: Iterable[str], kind: str) -> None:
+    """Refuse a model that has no layer of Llama's, by the names of its tensors; its weights need not be read for that.
+
+    Raises:
+        SettingError: it has none; the message says what can take it.
+    """
+    names = list(names)
+    if not any(name.endswith(_FIRST) for name in names):
+        raise _none(kind, next((name for name in names if not _LAYER.fullmatch(name)), None))
+
+
+def _none(kind: str, other: str | None) -> SettingError:
+    has = f"it has {other}, for one" if other else "it has none of its layers"
+    return SettingError(
+        f"nemotron-nas takes decoders with the layers of Llama alone, and a {kind} is none: {has}. " + _WAYS
+    )
+
+
 def _checked(model: nn.Module) -> tuple[Mapping[str, Tensor], Any]:
     """Return the tensors and the dense configuration of a model that has the layers of Llama."""
     state = model.state_dict()
     others = [name for name in state if not _LAYER.fullmatch(name) and not _OTHER.fullmatch(name)]
-    if not is_pretrained(model) or others or "model.layers.0.mlp.gate_proj.weight" not in state:
-        has = f" it has {others[0]}, for one" if others else " it has none of its layers"
-        raise SettingError(
-            f"nemotron-nas takes decoders with the layers of Llama alone, and a {type(model).__name__} is none:{has}. "
-            + _WAYS
-        )
+    if not is_pretrained(model) or others or f"model.{_FIRST}" not in state:
+        raise _none(type(model).__name__, next(iter(others), None))
     config = without_record(model.config)
     heads, hidden = config.num_attention_heads, config.hidden_size
     size = getattr(config, "head_dim", None) or hidden // heads

@@ -6,7 +6,7 @@ import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from torch import nn
 
@@ -16,6 +16,7 @@ from upop.checkpoints.export.padded import pad
 from upop.checkpoints.folder import WEIGHTS
 from upop.checkpoints.runtimes import SERVERS
 from upop.checkpoints.write import write_weights
+from upop.errors import SettingError, nearest
 from upop.files import check_folder, replacing_folder
 from upop.libraries import is_pretrained
 from upop.models import kind_of
@@ -54,10 +55,15 @@ def write_plain(
         overwrite: whether a folder of upop may be replaced though its files were changed since.
 
     Raises:
-        SettingError: the format cannot take the model; the message says what can.
+        SettingError: the format is not known, or cannot take the model; the message says what can.
         VerificationError: what would be written computes something else; nothing was.
         RunFolderError: the folder holds what upop did not write, or cannot be written; nothing was changed.
     """
+    if format not in get_args(PlainFormat):
+        raise SettingError(
+            f"format={format!r} is not known{nearest(format, get_args(PlainFormat))}; there is "
+            f"{' and '.join(get_args(PlainFormat))} for models, and upop.export for graphs."
+        )
     folder = Path(folder)
     check_folder(folder, "model", overwrite=overwrite)
     model = unwrapped(model)
