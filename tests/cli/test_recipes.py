@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -105,6 +106,26 @@ def test_a_dry_run_tells_what_the_method_does(method: str, says: str) -> None:
     assert result.exit_code == 0, result.output
     assert says in result.output
     assert f"method: {method}" in result.output
+
+
+def test_a_target_takes_the_place_of_the_published_ratio(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[RunSettings] = []
+    monkeypatch.setattr(recipes, "compress", lambda _, settings: started.append(settings))
+    words = ["run", "nlvr2-2x", "--target", "params=0.6"]
+    result = runner.invoke(app, [*words, "--method", "upop"])
+    assert result.exit_code == 0, result.output
+    assert started[0].budget == {"target": "params=0.6"}
+    shown = runner.invoke(app, [*words, "--method", "upop", "--dry-run"]).output
+    assert "masking what is beyond params=0.6 stage by stage" in shown and len(started) == 1
+
+
+@pytest.mark.parametrize("module", [published_deit, published_segmenter], ids=["deit", "segmenter"])
+def test_published_commands_have_a_dry_run_too(module: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "compress", lambda *_: pytest.fail("it started"))
+    monkeypatch.setenv("DATASET", "datasets/vision")
+    result = runner.invoke(module.app, ["--dry-run"])
+    assert result.exit_code == 0, result.output
+    assert "Settings as resolved" in result.output and "at a constant learning rate, masking up to" in result.output
 
 
 def test_rows_with_the_published_names_are_read(tmp_path: Path) -> None:

@@ -133,6 +133,8 @@ WRONG: list[tuple[list[Any], dict[str, Any], str]] = [
     ([{"image": "https://a.b/c.png", "caption": "a"}], {}, "is an address"),
     ([{"image": "../0.png", "caption": "a"}], {}, "lies outside of the image root"),
     ([{"image": "0.png", "label": "cat"}], {"classes": ("bat", "dog")}, "did you mean 'bat'"),
+    ([{"image": "0.png", "label": 2}, {"image": "1.png", "label": -1}], {}, "line 2: the column 'label' holds -1"),
+    ([{"image": "0.png", "label": "cat"}, {"image": "1.png", "label": -1}], {}, "line 2: the column 'label' holds -1"),
     ([], {}, "holds no rows"),
 ]
 

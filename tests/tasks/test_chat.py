@@ -159,11 +159,31 @@ def test_prune_without_training(
     with pytest.raises(SystemExit):
         main()
     assert "matches none of the" in "".join(capsys.readouterr())
+    beyond = [word for word in command[:-1] if word not in ("--ratio", "0.4")]
+    monkeypatch.setattr("sys.argv", [*beyond, str(tmp_path / "none"), "--target", "params=0.001"])
+    with pytest.raises(SystemExit):
+        main()
+    assert "target params=0.001 cannot be reached" in "".join(capsys.readouterr())
     monkeypatch.setattr("sys.argv", [*command[:-1], str(tmp_path / "none"), "--dry-run"])
     with pytest.raises(SystemExit) as ended:
         main()
     assert ended.value.code == 0 and "recovery by LoRA" in capsys.readouterr().out
     assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize(("verb", "says"), [("train", "train for 3 epochs"), ("compress", "by the first-order terms")])
+def test_a_dry_run_says_what_it_takes_of_memory(
+    verb: str, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, data = vlms.llama(tmp_path / "model"), rows(tmp_path / "data", images=False)
+    words = [verb, "chat", "--model", str(model), "--data", str(data), "--output-dir", str(tmp_path / "out")]
+    more = ["--dry-run", "--epochs", "3", *(["--method", "one-shot"] if verb == "compress" else [])]
+    monkeypatch.setattr("sys.argv", ["upop", *words, *more])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    shown = " ".join(capsys.readouterr().out.split())
+    assert ended.value.code == 0 and says in shown and "The data can be read. Memory:" in shown
+    assert "recovery of all weights" in shown and not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow

@@ -74,7 +74,20 @@ def test_a_model_without_a_head_is_trained_and_compressed(kind: str, data: Path,
         torch.testing.assert_close(model(pixel_values=images).logits, plain(pixel_values=images).logits)
     found = evaluate_checkpoint(TASK, settings_of(test_data=str(data), pretrained=str(best), output_dir=tmp_path / "e"))
     assert found is not None
-    assert set(found.models[0].metrics["test"]) == {"acc@1"}
+    assert set(found.models[0].metrics["test"]) == {"acc@1", "loss"}
+
+
+def test_of_epochs_as_good_as_each_other_the_one_with_the_lowest_loss_is_the_best(data: Path, tmp_path: Path) -> None:
+    base, out = save_base("vit", tmp_path / "base"), tmp_path / "out"
+    # One row is held out, so that all epochs have an accuracy of 0 or of 100.
+    given = {"data": str(data), "hold_out": 0.04, "pretrained": str(base), "epochs": 5, "output_dir": out}
+    results = train(TASK, settings_of(**given, init_lr=1e-3, seed=1))
+    assert results is not None
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    scores = [(row["acc@1"], row["loss"]) for row in rows if row.get("split") == "val"]
+    best = max(scores, key=lambda each: (each[0], -each[1]))
+    assert [accuracy for accuracy, _ in scores].index(best[0]) != scores.index(best)  # an earlier epoch was as good
+    assert results.models[0].metrics["val"]["loss"] == pytest.approx(best[1])
 
 
 def test_classes_are_the_models_own_by_their_names(data: Path, tmp_path: Path) -> None:

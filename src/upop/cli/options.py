@@ -134,6 +134,7 @@ Target = Annotated[
         "both with a comma.",
     ),
 ]
+DryRun = Annotated[bool, typer.Option("--dry-run", "--dry_run", help="Only say what would be done.")]
 Epochs = Annotated[
     int | None, typer.Option("--epochs", help="All epochs, those of the search too. [default: the config's]")
 ]

@@ -9,6 +9,7 @@ import typer
 
 from upop.cli import options as o
 from upop.cli.app import main
+from upop.cli.dry import explain
 from upop.cli.help import Command
 from upop.errors import SettingError
 from upop.runs.verbs import compress, evaluate_checkpoint
@@ -34,6 +35,7 @@ def blip_command(task: str, config: str) -> typer.Typer:
         config: Annotated[Path, typer.Option(help="YAML file of settings; flags beat it.")] = Path(config),
         output_dir: o.OutputDir = Path(f"output/{task}"),
         only_evaluate: Annotated[bool, typer.Option("--evaluate", help="Only evaluate --pretrained.")] = False,
+        dry_run: o.DryRun = False,
         device: o.DeviceName = None,
         fsdp: o.Fsdp = None,
         seed: o.Seed = None,
@@ -59,8 +61,12 @@ def blip_command(task: str, config: str) -> typer.Typer:
         if use_ceph:
             raise SettingError("--use_ceph reads from a private storage system that upop does not know. Leave it out.")
         found = find_task(task)
+        settings = o.read(context, found.settings, config, assign, also=o.sharding(fsdp), published=not only_evaluate)
+        if dry_run:
+            explain(found, settings, "evaluate" if only_evaluate else "compress")
+            return
         verb = evaluate_checkpoint if only_evaluate else compress
-        verb(found, o.read(context, found.settings, config, assign, also=o.sharding(fsdp), published=not only_evaluate))
+        verb(found, settings)
 
     return app
 

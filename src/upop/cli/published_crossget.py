@@ -9,6 +9,7 @@ import typer
 
 from upop.cli import options as o
 from upop.cli.app import main
+from upop.cli.dry import explain
 from upop.cli.help import Command
 from upop.runs.verbs import evaluate_checkpoint, train
 from upop.tasks.retrieval_crossget import CrossGetSettings, CrossGetTask
@@ -28,6 +29,7 @@ def command(
     config: Annotated[Path, typer.Option(help="YAML file of settings; flags beat it.")] = CONFIG,
     output_dir: o.OutputDir = Path("output/Retrieval_flickr"),
     only_evaluate: Annotated[bool, typer.Option("--evaluate", help="Only evaluate --pretrained.")] = False,
+    dry_run: o.DryRun = False,
     device: o.DeviceName = None,
     seed: o.Seed = None,
     pretrained: o.Pretrained = None,
@@ -50,8 +52,12 @@ def command(
 ) -> None:
     """Train CLIP with fewer tokens, and evaluate it; or evaluate a checkpoint."""
     del world_size, dist_url, distributed
+    settings = o.read(context, CrossGetSettings, config, assign)
+    if dry_run:
+        explain(CrossGetTask(), settings, "evaluate" if only_evaluate else "train")
+        return
     verb = evaluate_checkpoint if only_evaluate else train
-    verb(CrossGetTask(), o.read(context, CrossGetSettings, config, assign))
+    verb(CrossGetTask(), settings)
 
 
 def run_crossget() -> None:

@@ -12,6 +12,7 @@ import typer
 
 from upop.cli import options as o
 from upop.cli.app import main
+from upop.cli.dry import explain
 from upop.cli.help import Command
 from upop.errors import SettingError
 from upop.runs.verbs import compress, evaluate_checkpoint
@@ -37,6 +38,7 @@ def command(
     architecture: o.Architecture = None,
     finetune: Annotated[str | None, typer.Option("--finetune", help="Dense checkpoint: a file, or a URL.")] = None,
     evaluate: Annotated[bool, typer.Option("--eval", help="Only evaluate --resume.")] = False,
+    dry_run: o.DryRun = False,
     checkpoint: Annotated[
         str | None,
         typer.Option(
@@ -131,6 +133,9 @@ def command(
     settings = o.read(
         context, ClassificationSettings, config, assign, also=also, nothing=nothing, published=not evaluate
     )
+    if dry_run:
+        explain(find_task(TASK), settings, "evaluate" if evaluate else "compress")
+        return
     verb = evaluate_checkpoint if evaluate else compress
     verb(find_task(TASK), settings)
 

@@ -10,6 +10,7 @@ import typer
 
 from upop.cli import options as o
 from upop.cli.app import main
+from upop.cli.dry import explain
 from upop.cli.help import Command
 from upop.errors import SettingError
 from upop.runs.verbs import compress, evaluate_checkpoint
@@ -38,6 +39,7 @@ def command(
     output_dir: Annotated[Path, typer.Option("--log-dir", help="Run folder.")] = Path("output/segmentation"),
     pretrained: o.Pretrained = None,
     evaluate: Annotated[str | None, typer.Option("--evaluate", help="Only evaluate this checkpoint.")] = None,
+    dry_run: o.DryRun = False,
     multiscale: Annotated[
         bool | None, typer.Option("--multiscale/--singlescale", help="Evaluate at six scales and mirrored, or at one.")
     ] = None,
@@ -94,6 +96,9 @@ def command(
         sources={"dataset_root": "from the environment variable DATASET"},
         published=not evaluate,
     )
+    if dry_run:
+        explain(find_task(TASK), settings, "evaluate" if evaluate else "compress")
+        return
     verb = evaluate_checkpoint if evaluate else compress
     verb(find_task(TASK), settings)
 

@@ -8,6 +8,7 @@ import typer
 from rich.console import Console
 
 from upop.cli import options as o
+from upop.cli.dry import explain
 from upop.cli.shapes import score_captions_of_shapes
 from upop.errors import SettingError
 from upop.plain import as_text
@@ -51,12 +52,17 @@ def train(
     allow_changes: o.AllowChanges = None,
     skip_bad_images: o.SkipBadImages = None,
     allow_outside: o.AllowOutside = None,
+    dry_run: o.DryRun = False,
     assign: o.Set = None,
 ) -> None:
     """Train or fine-tune a dense model."""
     found = find_task(task)
     _prepare()
-    run_train(found, o.read(context, found.settings, config, assign, also={**o.sharding(fsdp), **o.columns(column)}))
+    settings = o.read(context, found.settings, config, assign, also={**o.sharding(fsdp), **o.columns(column)})
+    if dry_run:
+        explain(found, settings, "train")
+        return
+    run_train(found, settings)
 
 
 def compress(
@@ -101,6 +107,7 @@ def compress(
     allow_changes: o.AllowChanges = None,
     skip_bad_images: o.SkipBadImages = None,
     allow_outside: o.AllowOutside = None,
+    dry_run: o.DryRun = False,
     assign: o.Set = None,
 ) -> None:
     """Search, shrink, retrain and evaluate."""
@@ -112,6 +119,9 @@ def compress(
             f"--interval {interval} says how often the published search moves its masks, and the method is "
             f"{settings.method}, which has no use for it. Leave it out, or add --method reference."
         )
+    if dry_run:
+        explain(found, settings, "compress")
+        return
     if epoch is not None:
         _note(
             f"--epoch {epoch}, as in the published commands, is {epoch} epochs of search and {epoch} of retraining; "

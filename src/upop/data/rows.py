@@ -296,8 +296,15 @@ def _classes(rows: Rows) -> tuple[str, ...]:
     """Return the names of all classes that occur: of texts in their order, of numbers up to the highest one."""
     column = rows.columns.named["label"]
     values = {number: _cell(rows.table.light(number), column) for number in rows.numbers}
+    below = next((number for number, value in values.items() if isinstance(value, int) and value < 0), None)
+    if below is not None:
+        place = rows.table.place(below)
+        raise DataError(
+            f"{place}: the column {column!r} holds {values[below]}, and class numbers begin at 0. Leave rows without a "
+            "class out, or give the class a name."
+        )
     whole = [value for value in values.values() if isinstance(value, int) and not isinstance(value, bool)]
-    if len(whole) == len(values) and min(whole) >= 0:
+    if len(whole) == len(values):
         if max(whole) >= _MOST_CLASSES:
             place = rows.table.place(next(number for number, value in values.items() if value == max(whole)))
             raise DataError(f"{place}: the column {column!r} holds {max(whole)}; class numbers end at {_MOST_CLASSES}.")

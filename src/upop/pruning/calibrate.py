@@ -7,6 +7,7 @@ of the cut; the layers that read what was cut are corrected over the same batche
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -157,17 +158,11 @@ def calibrate(
         found = read_first(kept_call.inputs(model), lambda inputs: groups_to_search(model, inputs, groups))
     else:
         found = groups_to_search(model, example, groups)
-    searched = chosen(found, include, exclude, depth=depth)
-    dense, towers, layers = to_keep_alike(model, searched, uniform, found, depth=depth)
-    refuse_unscored(model, dense)
-    refuse_masked(model, dense)
-    refuse_shared(model, dense)
-    costs = channel_costs(model, dense, cost, example)
-    branches: list[tuple[str, ...]] = []
-    if depth:
-        branches = branches_of(model, dense, _inputs(model, kept_call, example), layers if uniform else None)
     called = batches[0] if example is None and loss is None else example
-    goal.begin(model, dense, costs, round_to, called, towers, branches)
+    choice = {"include": include, "exclude": exclude, "uniform": uniform, "depth": depth, "cost": cost}
+    dense, costs = _begin(
+        goal, model, found, round_to, called, example, lambda: _inputs(model, kept_call, example), **choice
+    )
     parts = stage_parts(goal.asked_share, stages)
     names = {group.name for group in dense}
     kept = {group.name: torch.arange(group.size) for group in dense}
@@ -211,6 +206,90 @@ def calibrate(
     )
     record_cut(model, plan)
     return plan
+
+
+def check_budget(
+    model: nn.Module,
+    ratio: float | None = None,
+    *,
+    target: Target | None = None,
+    profile: Profile | None = None,
+    cost: Cost = "params",
+    round_to: RoundTo | str = 1,
+    include: str | Sequence[str] | None = None,
+    exclude: str | Sequence[str] | None = None,
+    example: Any = None,
+    uniform: Uniform | None = None,
+) -> None:
+    """Raise what `calibrate` would for a budget and a choice of groups, so that nothing long runs before it.
+
+    Args:
+        model: as of `calibrate`, as are the others.
+        ratio: share of the prunable cost to remove.
+        target: in place of a ratio.
+        profile: for a target in milliseconds.
+        cost: what a channel costs.
+        round_to: kept channels are multiples of this.
+        include: names or patterns of the groups to cut.
+        exclude: names or patterns of groups to leave alone.
+        example: inputs for one forward pass.
+        uniform: "tower" or None.
+
+    Raises:
+        SettingError: a setting is out of range, or the ratio or the target cannot be reached.
+        LayoutError: the model has no group, or a group's weights are frozen, shared, masked or sharded.
+    """
+    goal, model = Goal(ratio, target, profile), unwrapped(model)
+    check_uniform(uniform)
+    choice: dict[str, Any] = {"include": include, "exclude": exclude, "uniform": uniform, "depth": False, "cost": cost}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what stays whole; it is said when the model is cut
+        found = groups_to_search(model, example)
+        _begin(goal, model, found, check_round_to(round_to), example, example, lambda: iter(()), **choice)
+
+
+def _begin(
+    goal: Goal,
+    model: nn.Module,
+    found: list[Group],
+    round_to: RoundTo,
+    called: Any,
+    example: Any,
+    inputs: Callable[[], Iterator[Any]],
+    *,
+    include: str | Sequence[str] | None,
+    exclude: str | Sequence[str] | None,
+    uniform: Uniform | None,
+    depth: bool,
+    cost: Cost,
+) -> tuple[list[Group], Mapping[str, float]]:
+    """Tell a goal what it means for a model; return the groups that are searched, and what their channels cost.
+
+    Args:
+        goal: of the compression.
+        model: dense.
+        found: all groups of it.
+        round_to: kept channels are multiples of this.
+        called: inputs whose forward pass the goal counts.
+        example: inputs whose forward pass the cost counts.
+        inputs: gives inputs that branches are found with.
+        include: names or patterns of the groups to cut.
+        exclude: names or patterns of groups to leave alone.
+        uniform: "tower" or None.
+        depth: whether branches may go.
+        cost: what a channel costs.
+    """
+    searched = chosen(found, include, exclude, depth=depth)
+    dense, towers, layers = to_keep_alike(model, searched, uniform, found, depth=depth)
+    refuse_unscored(model, dense)
+    refuse_masked(model, dense)
+    refuse_shared(model, dense)
+    costs = channel_costs(model, dense, cost, example)
+    branches: list[tuple[str, ...]] = []
+    if depth:
+        branches = branches_of(model, dense, inputs(), layers if uniform else None)
+    goal.begin(model, dense, costs, round_to, called, towers, branches)
+    return dense, costs
 
 
 def stage_parts(share: float, stages: int | None = None) -> list[float]:

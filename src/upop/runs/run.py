@@ -348,14 +348,20 @@ class Run:
         return "  ".join(f"{split} {name} {scores[name]:.2f}" for split, name, scores in named if name in scores)
 
     def keep_best(self, loop: Loop, model: nn.Module) -> Callable[[nn.Module, dict[str, float]], None]:
-        """Return what saves `model` as "last" after every epoch, and the better of it and its average as "best"."""
+        """Return what saves `model` as "last" after every epoch, and the better of it and its average as "best".
+
+        Of epochs that are equally good, as happens with few held-out samples, the one with the lowest loss is the best,
+        and the first one where a task has no loss among its scores.
+        """
 
         def after_epoch(candidate: nn.Module, scores: dict[str, float]) -> None:
             if candidate is model:
                 self._save("last", model)
             value = scores.get(self.task.deciding(scores))
-            if value is None or value > loop.notes.get("best", -math.inf):
-                loop.notes["best"] = value
+            loss = scores.get("loss", math.inf)
+            before = (loop.notes.get("best", -math.inf), -loop.notes.get("best_loss", math.inf))
+            if value is None or (value, -loss) > before:
+                loop.notes |= {"best": value} | ({"best_loss": loss} if "loss" in scores else {})
                 self._save("best", candidate)
 
         return after_epoch

@@ -14,6 +14,7 @@ from torch import nn
 import upop.checkpoints.uniform_sizes  # noqa: F401 - registers sizes for uniform="tower"
 from upop.compression import Compression
 from upop.pruning import Plan, calibrate, count_parameters, plan_by_magnitude, shrink
+from upop.pruning.calibrate import check_budget
 from upop.pruning.goal import format_reached
 from upop.report.results import Results
 from upop.runs.adapters import Adapters
@@ -116,6 +117,7 @@ def _compression(
         include, exclude = (getattr(settings, name, ()) for name in ("include", "exclude"))
         shared |= {"include": towers(model, include), "exclude": list(exclude) or None}
     if settings.method in AT_ONCE and state is None:
+        check_budget(model, **shared)
         _evaluate_dense(run, loop, model)
         plan = _cut_at_once(run, model, average, verified, shared)
         state = {"steps_done": 0, "plan": plan.to_json(), "pruner": None}

@@ -99,15 +99,16 @@ class ImageClassificationTask(LibraryTask[ImageClassificationSettings]):
         return F.cross_entropy(logits, batch["labels"], label_smoothing=settings.smoothing)
 
     def predict(self, model: nn.Module, batch: Batch, settings: ImageClassificationSettings) -> dict[str, Tensor]:
-        """Return the likeliest classes [B, 5] (fewer where there are fewer), and labels [B]."""
+        """Return the likeliest classes [B, 5] (fewer where there are fewer), labels [B], and the loss of each, [B]."""
         logits = model(**self.takes(model, self.inputs(batch))).logits.float()
-        return {"answers": likeliest(logits), "labels": batch["labels"]}
+        nll = F.cross_entropy(logits, batch["labels"], reduction="none")
+        return {"answers": likeliest(logits), "labels": batch["labels"], "nll": nll}
 
     def score(
         self, predictions: Mapping[str, Tensor], samples: Dataset[Any], settings: ImageClassificationSettings
     ) -> dict[str, float]:
-        """Return acc@1 and, where there are five classes, acc@5, in percent."""
-        return accuracies(predictions)
+        """Return acc@1 and, where there are five classes, acc@5, in percent, and the mean loss."""
+        return {**accuracies(predictions), "loss": float(predictions["nll"].double().mean())}
 
     def examples(
         self,

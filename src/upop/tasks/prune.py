@@ -13,8 +13,8 @@ from upop.checkpoints.library import layout_of
 from upop.errors import CheckpointError, SettingError
 from upop.files import check_folder
 from upop.machine import machine
-from upop.pruning import calibrate, count_parameters, find_groups
-from upop.pruning.choice import chosen
+from upop.pruning import calibrate, count_parameters
+from upop.pruning.calibrate import check_budget
 from upop.report.results import ModelResult, Results
 from upop.runs.devices import make_accelerator, round_to_for
 from upop.runs.evaluation import evaluate
@@ -79,8 +79,16 @@ def prune(
     batches = calibration_batches(loaders.pop("train"), settings)
     model, _ = task.adapt(task.load(_path(settings), settings), settings, training=False)
     names = towers(model, settings.include)
-    if names or settings.exclude:  # a pattern that matches nothing is refused before the dense model is evaluated
-        chosen(find_groups(model), names, list(settings.exclude) or None)
+    shared: dict[str, Any] = {
+        "include": names,
+        "exclude": list(settings.exclude) or None,
+        "uniform": settings.uniform,
+        "cost": settings.cost,
+        "example": task.example(model, 1),
+        **settings.budget,
+    }
+    # Before the dense model is evaluated, which may take long.
+    check_budget(model, round_to=round_to_for(accelerator.device, settings), **shared)
     prepared = {split: accelerator.prepare(loader) for split, loader in loaders.items()}
     device = accelerator.device
     model.to(device)
@@ -100,14 +108,9 @@ def prune(
         model,
         batches,
         loss=loss_of(task, settings),
-        include=names,
-        exclude=list(settings.exclude) or None,
         round_to=round_to_for(device, settings),
-        uniform=settings.uniform,
-        cost=settings.cost,
-        example=task.example(model, 1),
         correct=settings.correct,
-        **settings.budget,
+        **{**shared, "example": task.example(model, 1)},
     )
     pruned = measured(f"one-shot {before / count_parameters(model):.3g}x")
     results = Results(
