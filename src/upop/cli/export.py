@@ -85,7 +85,7 @@ def _without_upop(format: Any) -> Callable[[nn.Module, Asked], None]:
 def _graphs_take(format: str) -> Callable[[str, bool, str | None], None]:
     def check(source: str, cache: bool, quantize: str | None) -> None:
         del source, cache
-        from upop.checkpoints.export import check_quantize
+        from upop.checkpoints.export.graph_files import check_quantize
 
         check_quantize(quantize, format)
 
@@ -104,7 +104,7 @@ def _models_take(format: str) -> Callable[[str, bool, str | None], None]:
 
 
 def _has_layers_of_llama(folder: Path) -> None:
-    from upop.checkpoints.nemotron_nas import refuse_others
+    from upop.checkpoints.export.nemotron_nas import refuse_others
     from upop.checkpoints.read import read_outline
     from upop.checkpoints.transformers_models import architectures, weight_files
 
