@@ -99,7 +99,6 @@ def test_commands_work_in_an_empty_folder(installed: Path, tmp_path: Path) -> No
         tmp_path,
         invoked("recipes"),
         invoked("run coco-caption-4x --dry-run"),
-        invoked("inspect deit_small_patch16_224 --ratio 0.5"),
         invoked("inspect assets/shapes-nlvr"),
         invoked("data shapes --task nlvr --out data --size 40"),
         # A config that nobody copied is found, and so is a mistake in its name.

@@ -29,6 +29,7 @@ def _scripts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
 
 
+@pytest.mark.slow
 def test_what_needs_no_compiler(tmp_path: Path) -> None:
     code, sections, page = report(tmp_path, "--only", "elsewhere", "kernels", "steps", "quality", "--minutes", "60")
     assert code == 0

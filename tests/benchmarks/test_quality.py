@@ -43,6 +43,7 @@ def compare(folder: Path, *more: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "quality_cells.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_resuming(folder: Path) -> None:
     methods = ["--methods", "upop", "L2", "--seeds", "1"]
     rows = compare(folder, *methods)
@@ -61,6 +62,7 @@ def test_resuming(folder: Path) -> None:
     assert len(compare(folder, *methods[:-1], "2")) == len(rows) + 4  # another seed comes on top
 
 
+@pytest.mark.slow
 def test_methods_are_of_equal_size(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = compare(folder, "--seeds", "1", "--methods", "upop", "reference", "no progress", "L2", "Taylor")
     small = [row for row in rows if row["method"] != "dense"]

@@ -131,6 +131,7 @@ def test_layers_that_do_least_go() -> None:
         torch.testing.assert_close(states(small), states(model), atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_cells_are_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from real import compare
 

@@ -26,7 +26,7 @@ KINDS = {
     "clip": "CLIPModel",
     "deit": "ViTForImageClassification",
 }
-QUICK = ("caption", "clip", "deit")
+QUICK = ("clip", "deit")
 SETS = [
     pytest.param(
         *(recorded, name),

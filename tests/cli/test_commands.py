@@ -31,6 +31,7 @@ def test_help_teaches(upop_command: Callable[..., tuple[int, str]]) -> None:
         assert "Example: upop" in text
 
 
+@pytest.mark.slow
 def test_published_pair_of_commands(config: Path, tmp_path: Path, root_script: Callable[..., tuple[int, str]]) -> None:
     command = ["compress_nlvr.py", "--config", config, "--device", "cpu"]
     flags = ["--p", "0.5", "--epoch", "1", "--w_sp_attn", "4.8e-3", "--w_sp_mlp", "2e-4", "--seed", "42"]

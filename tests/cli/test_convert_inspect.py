@@ -52,8 +52,8 @@ def test_mistakes_of_conversion_are_told(command: Command, tmp_path: Path) -> No
         (["convert", tmp_path / "gone", tmp_path / "x"], "nothing was found there"),
         (["convert", tmp_path / "nlvr" / "upop.json", tmp_path / "x"], "no checkpoint that torch can read"),
         (["inspect", "deit_smal_patch16_224"], "did you mean 'deit_small_patch16_224'"),
-        (["inspect", tmp_path / "nlvr", "--ratio", "1.5"], "strictly between 0 and 1"),
-        (["inspect", tmp_path / "nlvr", "--ratio", "0.5", "--round-to", "0"], "round_to must be a whole number"),
+        (["inspect", "nothing", "--ratio", "1.5"], "strictly between 0 and 1"),  # before a model is read
+        (["inspect", "nothing", "--ratio", "0.5", "--round-to", "0"], "round_to must be a whole number"),
     ]
     for words, said in mistakes:
         code, text = command(*words)

@@ -46,6 +46,7 @@ def fields(value: Any) -> set[str]:
     return set(value) | {name for part in value.values() for name in fields(part)} if isinstance(value, dict) else set()
 
 
+@pytest.mark.slow
 def test_every_file_of_a_run_is_named(run: Path) -> None:
     rows = re.findall(r"^\| (`.*?) \|", section(PAGE, "The run folder").partition("###")[0], flags=re.MULTILINE)
     names = [name for row in rows for name in code(row)]

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from documents import PAGES, README, ROOT, anchors, blocks, file_examples, links
+from tiers import mostly_slow
 from upop.settings import read_settings
 from upop.tasks import TASKS, find_task
 
@@ -37,7 +38,12 @@ def test_the_index_names_every_page() -> None:
     assert "docs/README.md" in links(README)
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=lambda page: page.stem)
+RUN = [page for page in PAGES if blocks(page, "python")]
+
+
+@pytest.mark.parametrize(
+    "page", mostly_slow(RUN, *(page for page in RUN if page.stem != "tokens")), ids=lambda page: page.stem
+)
 def test_python_runs_in_order(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     # One process, as torchrun would start it.

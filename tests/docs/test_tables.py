@@ -55,6 +55,7 @@ def test_costs_are_of_every_recipe_and_of_the_script_as_it_is(costs: Any) -> Non
     assert (ROOT / "benchmarks" / "results" / "costs.md").read_text() == estimate.table(costs["recipes"])
 
 
+@pytest.mark.slow
 def test_a_recipe_is_counted_as_the_file_says(costs: Any) -> None:
     estimate = script("benchmarks/cost_estimate.py")
     (found,) = estimate.count_all(["deit-small-p0.3"])
@@ -163,6 +164,7 @@ def test_the_method_says_what_the_figures_show() -> None:
     assert costs == {1161.0, 193.0} and "1,161 for an attention dimension and 193 for a neuron" in text
 
 
+@pytest.mark.slow
 def test_the_costs_of_entries_of_a_full_size_model() -> None:
     import timm
     import torch

@@ -23,6 +23,7 @@ from transformers import (
 from transformers import TrainerCallback as Plain
 
 import upop
+from tiers import mostly_slow
 from upop.errors import CheckpointError, SettingError, StepError
 from upop.integrations import TrainerCallback
 
@@ -76,7 +77,11 @@ def test_one_training_searches_cuts_recovers_and_reloads(classifier: Any, image_
         assert torch.equal(again(images).logits, classifier(images).logits)
 
 
-@pytest.mark.parametrize("settings", [{}, {"accumulate": 2}, {"max_grad_norm": 0.05}, {"bf16": True}], ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    mostly_slow([{}, {"accumulate": 2}, {"max_grad_norm": 0.05}, {"bf16": True}], {"accumulate": 2}),
+    ids=str,
+)
 def test_it_is_the_loop_by_hand(classifier: Any, image_set: Any, tmp_path: Path, settings: dict[str, Any]) -> None:
     model = copy.deepcopy(classifier).train()
     accumulate, most = settings.pop("accumulate", 1), settings.get("max_grad_norm", 0.0)
@@ -171,7 +176,7 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", mostly_slow(WAYS, "not reentrant"))
 @pytest.mark.filterwarnings("ignore:.gradient_checkpointing.* is deprecated:FutureWarning")
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True")  # of the images' own embedding
 def test_trainings_that_compute_activations_again_end_as_plain_ones(image_set: Any, tmp_path: Path, way: str) -> None:

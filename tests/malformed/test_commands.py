@@ -125,7 +125,7 @@ def in_a_terminal(words: list[str], output: Path) -> None:
 
 @pytest.mark.parametrize(
     ("sent", "workers", "code"),
-    mostly_slow([(signal.SIGINT, 0, 130), (signal.SIGINT, 2, 130), (signal.SIGTERM, 2, 75)], (signal.SIGTERM, 2, 75)),
+    mostly_slow([(signal.SIGINT, 0, 130), (signal.SIGINT, 2, 130), (signal.SIGTERM, 2, 75)], (signal.SIGINT, 0, 130)),
 )
 def test_signals_end_a_run_without_a_traceback(places: Places, sent: int, workers: int, code: int) -> None:
     """Ctrl-C, and SIGTERM that a cluster sends to all processes of a run, workers too."""

@@ -50,7 +50,7 @@ def _double(value: Any) -> Any:
     return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
-@pytest.fixture(scope="module", params=mostly_slow(sorted(runs.TINY), "caption", "classification"))
+@pytest.fixture(scope="module", params=mostly_slow(sorted(runs.TINY), "classification"))
 def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Trained:
     torch.set_num_threads(1)
     return Trained(request.param, tmp_path_factory.mktemp(request.param))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -14,6 +15,7 @@ from transformers import BertConfig, BertModel
 
 import upop
 from pruning.families import loss_of
+from tiers import mostly_slow
 from upop.pruning.correction import RIDGES
 from upop.pruning.errors import LayoutError
 
@@ -91,8 +93,10 @@ def take(model: nn.Module, pruner: upop.Pruner, batches: list[dict[str, Tensor]]
 
 
 @pytest.mark.filterwarnings("ignore:The correction changed nothing")
-@pytest.mark.parametrize("cut", [calibrated, searched], ids=["calibrate", "Pruner"])
-@pytest.mark.parametrize("count", [1, 2, 4, 8])
+@pytest.mark.parametrize(
+    ("count", "cut"),
+    mostly_slow(itertools.product([1, 2, 4, 8], [calibrated, searched]), (1, searched), (4, calibrated)),
+)
 def test_with_fewer_tokens_than_inputs_it_never_hurts(count: int, cut: Callable[..., Cut]) -> None:
     dense, held_out = encoder(), sentences(200, seed=99)
     batches = [sentences(count, seed=seed) for seed in range(2)]
@@ -105,7 +109,10 @@ def test_with_fewer_tokens_than_inputs_it_never_hurts(count: int, cut: Callable[
 
 
 @pytest.mark.filterwarnings("ignore:The correction changed nothing")
-@pytest.mark.parametrize(("count", "weak_hurts", "helps"), [(1, True, False), (2, True, True), (32, False, True)])
+@pytest.mark.parametrize(
+    ("count", "weak_hurts", "helps"),
+    mostly_slow([(1, True, False), (2, True, True), (32, False, True)], (2, True, True)),
+)
 def test_how_strongly_it_holds_to_the_old_weights_follows_from_the_data(
     count: int, weak_hurts: bool, helps: bool
 ) -> None:

@@ -21,6 +21,7 @@ from models.test_retrieval import pairs as retrieval_pairs
 from models.test_retrieval import tiny as retrieval
 from pruning import distill_ranks
 from pruning.families import BY_NAME, NLVR, VIT, Family, finished_pruner, loss_of
+from tiers import mostly_slow
 from together import run_together
 from upop.errors import LayoutError, SettingError, StepError
 from upop.models.checkpointing import checkpoint_blocks
@@ -54,7 +55,11 @@ def qwen(seed: int) -> nn.Module:
     return Qwen3ForCausalLM(Qwen3Config(vocab_size=60, num_key_value_heads=2, head_dim=8, **sizes))
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    "case",
+    mostly_slow(CASES, *(case for case in CASES if case.name in ("clip", "vit-registers"))),
+    ids=lambda case: case.name,
+)
 def test_it_is_zero_at_first_and_goes_on_through_search_and_cut(case: Family) -> None:
     model, inputs = case.build().train(), case.inputs(4)
     distill = upop.distill(model, copy.deepcopy(model))
@@ -296,6 +301,7 @@ def test_compiled_models_are_looked_through() -> None:
         (loss_of(outputs) + loss).backward()
 
 
+@pytest.mark.slow
 def test_two_processes_are_one(tmp_path: Path) -> None:
     """Gradients are those of the whole batch, and the teacher sees hard negatives of the other process."""
     run_together(distill_ranks.run, str(tmp_path))

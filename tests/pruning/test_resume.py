@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import itertools
 import json
 import warnings
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 
 import upop
 from pruning.families import BY_NAME, NLVR, VIT, Family, finished_pruner, loss_of, outputs_of, uneven_plan
+from tiers import mostly_slow
 from upop.pruning.errors import PlanError, SettingError
 
 STEPS = 6
@@ -32,9 +34,14 @@ def train(
         optimizer.step()
 
 
-@pytest.mark.parametrize("case", [NLVR, BY_NAME["vqa"]], ids=lambda case: case.name)
-@pytest.mark.parametrize("cost", ["params", "reference"])
-@pytest.mark.parametrize("stop", [1, 3, 5])
+@pytest.mark.parametrize(
+    ("stop", "cost", "case"),
+    mostly_slow(
+        itertools.product([1, 3, 5], ["params", "reference"], [NLVR, BY_NAME["vqa"]]),
+        (3, "params", NLVR),
+        (3, "reference", NLVR),
+    ),
+)
 def test_a_resumed_search_ends_in_the_same_bits(stop: int, cost: str, case: Family) -> None:
     whole = case.build()
     expected = upop.Pruner(whole, 0.5, STEPS, 2, cost=cost)

@@ -29,6 +29,7 @@ from pruning.families import (
     randomise,
     reader_and_inputs,
 )
+from tiers import mostly_slow
 from upop.models.blip import checkpoint_last_blocks
 from upop.models.clip import ClipConfig, ClipRetrieval
 from upop.pruning import budget
@@ -222,7 +223,7 @@ def note(seen: list[StorageWeakRef], _module: nn.Module, args: tuple[Tensor]) ->
     seen.append(StorageWeakRef(args[0].untyped_storage()))
 
 
-@pytest.mark.parametrize("count", [1, None])
+@pytest.mark.parametrize("count", mostly_slow([1, None], None))
 def test_checkpointed_blocks_keep_nothing_to_look_at(count: int | None) -> None:
     found, kept = [], []
     for checkpointed in (False, True):
@@ -280,7 +281,12 @@ def test_compiled_models_are_corrected_and_run_compiled_all_the_other_steps() ->
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # of torch.compile, which looks for it everywhere
-@pytest.mark.parametrize("way", ["known wrapper", "unknown wrapper", "in place", "a block in place", "a function"])
+@pytest.mark.parametrize(
+    "way",
+    mostly_slow(
+        ["known wrapper", "unknown wrapper", "in place", "a block in place", "a function"], "in place", "a function"
+    ),
+)
 def test_what_is_compiled_is_looked_at_and_other_compiled_code_stays_compiled(way: str) -> None:
     torch._dynamo.reset()
     counting, others = Counting(), Counting()

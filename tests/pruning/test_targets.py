@@ -12,6 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import upop
 from pruning.families import FAMILIES, loss_of
+from tiers import mostly_slow
 from upop.errors import SettingError
 from upop.pruning import plan_by_magnitude
 from upop.pruning.counting import cache_of, multiply_adds_of, parameters_of
@@ -249,7 +250,7 @@ def test_a_cache_is_asked_of_a_model_that_has_one() -> None:
         upop.Pruner(VIT.build(), steps=1, target={"cache": 0.5}, example=tuple(VIT.inputs(2).values()))
 
 
-@pytest.mark.parametrize("uniform", [None, "tower"])
+@pytest.mark.parametrize("uniform", mostly_slow([None, "tower"], "tower"))
 def test_a_whole_number_of_bundles_may_be_asked_of_a_small_cache(uniform: Any) -> None:
     batches = [{"input_ids": WORDS, "labels": WORDS}]
 

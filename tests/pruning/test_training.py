@@ -74,7 +74,7 @@ def test_clipping_after_step_leaves_the_scores(case: Family) -> None:
     assert torch.equal(*found)
 
 
-@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
+@pytest.mark.parametrize("kind", mostly_slow([torch.optim.SGD, torch.optim.AdamW], torch.optim.AdamW))
 def test_the_optimizer_may_be_made_before_or_after(kind: Callable[..., torch.optim.Optimizer]) -> None:
     inputs, found = NLVR.inputs(), []
     for early in (True, False):
@@ -205,7 +205,7 @@ def test_masks_keep_no_more_for_the_backward_pass() -> None:
 
 
 @pytest.mark.parametrize(
-    ("progress", "backend"), mostly_slow([("soft", "eager"), ("stages", "aot_eager")], ("stages", "aot_eager"))
+    ("progress", "backend"), mostly_slow([("soft", "eager"), ("stages", "aot_eager")], ("soft", "eager"))
 )
 def test_compiled_models_see_masks_move(progress: Any, backend: str) -> None:
     torch._dynamo.reset()
@@ -401,7 +401,8 @@ def in_two_ranks(work: Any, how: Any, folder: Path) -> list[dict[str, Any]]:
     return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
 
 
-@pytest.mark.parametrize("progress", mostly_slow(["stages", "soft"], "stages"))
+@pytest.mark.slow
+@pytest.mark.parametrize("progress", ["stages", "soft"])
 def test_two_ranks_search_as_one_process_does(progress: str, tmp_path: Path) -> None:
     expected = ranks.search(NLVR.inputs(4), None, progress)
     results = in_two_ranks(ranks.search, progress, tmp_path)

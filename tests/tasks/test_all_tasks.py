@@ -56,7 +56,7 @@ class Runs:
         return results.model_dump(mode="json")["models"][0]
 
 
-@pytest.fixture(scope="module", params=mostly_slow(sorted(runs.TINY), "caption", "classification", "segmentation"))
+@pytest.fixture(scope="module", params=mostly_slow(sorted(runs.TINY), "classification"))
 def done(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     torch.set_num_threads(1)
     return Runs(request.param, tmp_path_factory.mktemp(request.param))

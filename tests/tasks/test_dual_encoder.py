@@ -54,7 +54,7 @@ def inputs_of(folder: Path) -> dict[str, Tensor]:
     return {**processor.images(images), **processor.texts(["a red circle", "blue left of green", "no", "a"])}
 
 
-@pytest.mark.parametrize("kind", mostly_slow(tiny_dual.DUAL, "siglip", "open_clip"))
+@pytest.mark.parametrize("kind", mostly_slow(tiny_dual.DUAL, "siglip"))
 def test_a_compressed_dual_encoder_embeds_the_same_once_it_is_loaded(kind: str, pairs: Path, tmp_path: Path) -> None:
     dense = tiny_dual.save_dual(kind, tmp_path / "dense")
     given = {"data": str(pairs), "val_data": str(pairs), "epochs": 2}

@@ -289,6 +289,7 @@ def test_published_way_of_counting() -> None:
     assert counts["gmacs"] < 75
 
 
+@pytest.mark.slow
 def test_two_processes_are_one(config: Path, tmp_path: Path) -> None:
     """The published command, with half the batch in each of two processes."""
     results = []

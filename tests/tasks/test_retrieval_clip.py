@@ -94,6 +94,7 @@ def test_train_then_compress_then_evaluate(config: Path, tmp_path: Path) -> None
     assert {row["phase"] for row in rows} == {"search", "retrain"}
 
 
+@pytest.mark.slow
 def test_the_published_command(config: Path, dense: Path, tmp_path: Path, heads: dict[str, Any]) -> None:
     command = blip_command("retrieval-clip", str(config))
     flags = ["--pretrained", str(dense), "--epoch", "1", "--p", "0.75", "--lr", "2e-3", "--w_sp_attn", "1.1733e-2"]

@@ -126,6 +126,7 @@ def test_masks_stay_at_the_first_step(config: Path, dense: Path, tmp_path: Path)
     assert searched[-1]["kept"]["vision"] < 1.0
 
 
+@pytest.mark.slow
 def test_the_published_pair_of_commands(
     config: Path, dense: Path, tmp_path: Path, model_sizes: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -244,6 +245,7 @@ def test_the_root_script_runs(
     assert "dense.pth" in text
 
 
+@pytest.mark.slow
 def test_two_processes_count_what_one_counts(config: Path, dense: Path, tmp_path: Path, model_sizes: list[str]) -> None:
     """Seven images in batches of two, over two processes: the last batch is filled up, and that does not count."""
     words = [
@@ -267,6 +269,7 @@ def test_two_processes_count_what_one_counts(config: Path, dense: Path, tmp_path
         assert (tmp_path / "1" / file).read_bytes() == (tmp_path / "2" / file).read_bytes()
 
 
+@pytest.mark.slow
 def test_two_processes_train(config: Path, dense: Path, tmp_path: Path, model_sizes: list[str]) -> None:
     """Data-parallel training would stop at a parameter that gets no gradient."""
     words = ["--dataset", "ade20k", "--config", str(config), "--pretrained", str(dense), "--epochs-search", "1"]

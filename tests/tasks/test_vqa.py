@@ -249,6 +249,7 @@ def test_mistakes_in_settings(changes: dict[str, Any], message: str) -> None:
         read_settings(VqaSettings, ROOT / "configs" / "vqa.yaml", changes)
 
 
+@pytest.mark.slow
 def test_published_pair_of_commands(config: Path, tmp_path: Path) -> None:
     command = blip_command("vqa", "./configs/vqa.yaml")
     flags = ["--config", str(config), "--device", "cpu", "--seed", "42", "--set", "val_file=null"]

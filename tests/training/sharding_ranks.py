@@ -146,9 +146,9 @@ def tied() -> str:
     return ""
 
 
-def run(folder: Path) -> None:
+def run(name: str, folder: Path) -> None:
     warnings.filterwarnings("ignore", "torch.distributed.nn.functional.all_gather is deprecated", FutureWarning)
     dist.init_process_group("gloo", timeout=LIMIT)
-    results: dict[str, Any] = {name: [train(case, True), train(case, True, again_at=2)] for name, case in CASES.items()}
-    torch.save({**results, "tied": tied()}, folder / f"rank{dist.get_rank()}.pt")
+    runs = [train(CASES[name], True), train(CASES[name], True, again_at=2)]
+    torch.save({"runs": runs, "tied": tied()}, folder / f"rank{dist.get_rank()}.pt")
     dist.destroy_process_group()

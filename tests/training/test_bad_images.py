@@ -143,7 +143,7 @@ def test_training_goes_on_with_other_samples(spoiled: tuple[Path, list[Path]], t
     assert len(losses[0]) == 4
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", mostly_slow([0, 2], 0))
 def test_one_more_stops_the_run(
     spoiled: tuple[Path, list[Path]], tmp_path: Path, workers: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -157,7 +157,7 @@ def test_one_more_stops_the_run(
     assert len(json.loads((tmp_path / "run" / "bad_images.json").read_text())) == 3
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", mostly_slow([0, 2], 0))
 def test_the_first_one_stops_a_run_that_tolerates_none(
     spoiled: tuple[Path, list[Path]], tmp_path: Path, workers: int
 ) -> None:
@@ -207,7 +207,8 @@ def test_two_processes_are_one(spoiled: tuple[Path, list[Path]], tmp_path: Path)
     run_together(refused_alike, two, tmp_path / "refused")
 
 
-@pytest.mark.parametrize("task", mostly_slow(["retrieval", "segmentation"], "retrieval"))
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["retrieval", "segmentation"])
 def test_two_processes_score_as_one(task: str, tmp_path: Path) -> None:
     """The tasks that gather in their own ways."""
     config = runs.make_task(task, tmp_path)

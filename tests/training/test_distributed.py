@@ -54,6 +54,7 @@ def one(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return folder / "one", runs.edited(config, {"batch_size_train": 8, "batch_size_test": 24})
 
 
+@pytest.mark.slow
 def test_two_processes_are_one(one: tuple[Path, Path], tmp_path: Path) -> None:
     alone, two = one
     run_together(compress_task, "nlvr", two, {"output_dir": tmp_path / "two", "max_epoch": 1})
@@ -95,10 +96,13 @@ def test_two_processes_are_one_for_repeated_and_augmented_images(tmp_path: Path,
     assert_alike(tmp_path / "one", tmp_path / "two")
 
 
-def test_every_task_counts_uneven_last_batches_once(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "tasks", [("classification", "retrieval-clip"), pytest.param(tuple(runs.TINY), marks=pytest.mark.slow)], ids=len
+)
+def test_every_task_counts_uneven_last_batches_once(tmp_path: Path, tasks: tuple[str, ...]) -> None:
     uneven = {"retrieval": 7, "segmentation": 3}
     configs = {}
-    for name in runs.TINY:
+    for name in tasks:
         (tmp_path / name).mkdir()
         configs[name] = runs.make_task(name, tmp_path / name, batch_size_test=uneven.get(name, 9))
     predict_all(configs, tmp_path)

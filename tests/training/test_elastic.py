@@ -64,6 +64,7 @@ def test_a_run_whose_process_dies_goes_on_by_itself(tmp_path: Path) -> None:
     assert_alike(tmp_path / "one", tmp_path / "two")
 
 
+@pytest.mark.slow
 def test_a_process_that_is_killed_ends_the_other_with_our_message(tmp_path: Path) -> None:
     """The only traceback is the launcher's own, and the run goes on from what was saved."""
     config = runs.edited(runs.make_data(tmp_path), {"checkpoint_minutes": 0, "batch_size_train": 8})

@@ -6,6 +6,7 @@ It ends with an error of ours, which says what is kept, and goes on with --resum
 from __future__ import annotations
 
 import errno
+import itertools
 import multiprocessing
 import os
 import resource
@@ -20,6 +21,7 @@ import pytest
 import torch
 
 import runs
+from tiers import mostly_slow
 from together import FORKS
 from training.test_resume import no_leftovers
 from upop.cli.app import main
@@ -125,8 +127,10 @@ def finish(verb: str, config: Path, folder: Path, described: Path) -> None:
     no_leftovers(folder)
 
 
-@pytest.mark.parametrize("verb", ["train", "compress"])
-@pytest.mark.parametrize("kind", ["full", "read-only"])
+@pytest.mark.parametrize(
+    ("kind", "verb"),
+    mostly_slow(itertools.product(["full", "read-only"], ["train", "compress"]), ("read-only", "train")),
+)
 def test_a_disk_that_takes_no_more(config: Path, disk: Path, tmp_path: Path, verb: str, kind: str) -> None:
     run, described = disk / "run", tmp_path / "told"
     process = start(verb, config, run, described)
@@ -143,12 +147,16 @@ def test_a_disk_that_takes_no_more(config: Path, disk: Path, tmp_path: Path, ver
     finish(verb, config, run, described)
 
 
-def test_a_limit_of_files_sizes(config: Path, tmp_path: Path) -> None:
-    run, described = tmp_path / "run", tmp_path / "told"
-    text = check_end(
-        start("compress", config, run, described, limits={resource.RLIMIT_FSIZE: 20_000}), described, "too large"
-    )
+def test_a_limit_of_file_sizes_from_the_start(config: Path, tmp_path: Path) -> None:
+    described = tmp_path / "told"
+    limited = start("train", config, tmp_path / "run", described, limits={resource.RLIMIT_FSIZE: 20_000})
+    text = check_end(limited, described, "too large")
     assert "ulimit -f" in text and "No checkpoint had been written yet" in text
+
+
+@pytest.mark.slow
+def test_a_limit_of_file_sizes_in_the_middle(config: Path, tmp_path: Path) -> None:
+    run, described = tmp_path / "run", tmp_path / "told"
     process = start("compress", config, run, described)
     wait_for(process, run, 3)
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))

@@ -124,7 +124,8 @@ def ended_run(config: Path, folder: Path) -> Path:
     return Path(shutil.copytree(config.parent / "whole", folder))
 
 
-@pytest.mark.parametrize("kills", mostly_slow([2, 12], 2))
+@pytest.mark.slow
+@pytest.mark.parametrize("kills", [2, 12])
 def test_killed_at_random_moments(nlvr: tuple[Path, dict[str, Any]], tmp_path: Path, kills: int) -> None:
     config, expected = nlvr
     draw, killed = random.Random(0), 0
@@ -158,7 +159,8 @@ def test_killed_while_it_writes(nlvr: tuple[Path, dict[str, Any]], tmp_path: Pat
     no_leftovers(tmp_path / "run")
 
 
-@pytest.mark.parametrize("task", mostly_slow((name for name in sorted(runs.TINY) if name != "nlvr"), "classification"))
+@pytest.mark.slow
+@pytest.mark.parametrize("task", [name for name in sorted(runs.TINY) if name != "nlvr"])
 def test_every_task_goes_on(task: str, tmp_path: Path) -> None:
     """Moving averages, queues and momentum copies, momentum of SGD, mixed and repeated images, workers."""
     config = runs.make_task(task, tmp_path, augment=True)
@@ -183,12 +185,9 @@ def test_dense_training_and_accumulated_gradients_go_on(tmp_path: Path) -> None:
     assert_same(outcome(tmp_path / "killed"), outcome(tmp_path / "whole"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    "settings",
-    mostly_slow(
-        [{"method": "magnitude"}, {"method": "reference"}, {"method": "upop", "distill": 1.0}], {"method": "reference"}
-    ),
-    ids=str,
+    "settings", [{"method": "magnitude"}, {"method": "reference"}, {"method": "upop", "distill": 1.0}], ids=str
 )
 def test_other_methods_and_a_teacher_go_on(tmp_path: Path, settings: dict[str, Any]) -> None:
     task = "classification" if settings["method"] == "reference" else "nlvr"
