@@ -71,7 +71,7 @@ def _macs(model: nn.Module, example: Any) -> Mapping[str, int] | None:
 _MOST = 3
 """How many sizes of one model are remembered: it may be cut, and put back."""
 _MOST_KINDS = 64
-"""How many kinds of models are remembered beside the models themselves."""
+"""How many kinds of models are remembered beside the models themselves: those that were last asked for."""
 _of_kinds: OrderedDict[Hashable, tuple[Prunable, Any]] = OrderedDict()
 _known: weakref.WeakKeyDictionary[nn.Module, list[tuple[Prunable, Any]]] = weakref.WeakKeyDictionary()
 """Model -> surveys that do not hold it, and what a call of it is given."""
@@ -139,6 +139,7 @@ def known_of_kind(model: nn.Module) -> Prunable | None:
     kind = likeness(model) if _of_kinds else None
     if kind is None or kind not in _of_kinds:
         return None
+    _of_kinds.move_to_end(kind)
     found, example = _of_kinds[kind]
     return found.of(model, example)
 

@@ -41,11 +41,11 @@ class Slicing:
             degree: by which power of their factor queries are multiplied: 1 for weights, -1 for what grows with their
                 gradient, -2 for what grows with its square, 0 for what depends on neither.
         """
+        if is_sharded_tensor(tensor):
+            return through_whole(tensor.detach(), lambda full: self.of(full, degree))
+        if tensor.is_meta or isinstance(tensor, FakeTensor):
+            return tensor.new_empty(self.after)  # it has no numbers to choose from
         new = tensor.detach()
-        if is_sharded_tensor(new):
-            return through_whole(new, lambda full: self.of(full, degree))
-        if new.is_meta or isinstance(new, FakeTensor):
-            return new.new_empty(self.after)  # it has no numbers to choose from
         if degree:
             for dim, positions, factor in self.scaled:
                 rows = positions.to(new.device)

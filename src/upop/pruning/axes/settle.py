@@ -31,7 +31,7 @@ from upop.pruning.axes.narrow import WIDTHS, Narrow, narrow_class
 from upop.pruning.axes.trace import Trace, inside_modules
 from upop.pruning.costs import call
 from upop.pruning.groups import Attribute, Swap, Swapped
-from upop.pruning.shrink import cut, restore
+from upop.pruning.shrink import Assignment, cut, restore
 
 NARROW, MULTIHEAD = "widths", "multihead"
 SWAPS: dict[str, Swapped] = {NARROW: narrow_class, MULTIHEAD: narrow_multihead}
@@ -183,6 +183,7 @@ class Trials:
         carrying = [at for each in candidates for at in trace.carrying.get(each.axis.root, ())]
         self._last = max(carrying, default=len(trace.steps))
         self._again = shapes.copy() if carrying else None
+        self._last_cut: tuple[Any, list[Assignment]] = None, []
         self._idle = [Idle(path, gave, shapes.mode) for path, gave in (still or {}).items()]
 
     def stop(self, candidates: list[Candidate]) -> Stop | None:
@@ -196,8 +197,8 @@ class Trials:
         for each in self._idle:
             each.start(torch.float32)
         with _put_back(model), resting(model, self._idle):
-            # All copies without numbers hold the same parameters.
-            undo = cut(model, [each.group for each in candidates], plan, fold=False, anew=True)
+            undo = self._cut(model, candidates, plan)
+            undo_numbers = cut(model, [replace(each.group, slices=()) for each in candidates], plan, fold=False)
             try:
                 with self._shapes.running(), torch.no_grad(), inside_modules(model, follower.stack), follower:
                     call(model, self._shapes.example)
@@ -207,8 +208,24 @@ class Trials:
                 follower.go_on()
                 follower.off = follower.off or message_of(error)
             finally:
-                restore(undo)
+                restore(undo_numbers)
+                self._last_cut = self._last_cut[0], [edit.apply() for edit in reversed(undo)][::-1]
         return Stop(follower.at, follower.off) if follower.off else None
+
+    def _cut(
+        self, model: nn.Module, candidates: list[Candidate], plan: Mapping[str, Sequence[int]]
+    ) -> list[Assignment]:
+        """Cut the tensors alone; return the edits that take it back.
+
+        Most trials differ in the numbers that modules keep, and cut the same tensors, which are made once.
+        """
+        groups = [replace(each.group, attributes=(), swaps=()) for each in candidates]
+        key, again = self._last_cut
+        if key == groups and self._again is not None and self._shapes.mode is not None:
+            return [edit.apply() for edit in again]
+        self._last_cut = groups, []
+        # All copies without numbers hold the same parameters.
+        return cut(model, groups, plan, fold=False, anew=True)
 
 
 @contextmanager
