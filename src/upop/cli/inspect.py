@@ -71,6 +71,8 @@ def inspect(
     assign: o.Set = None,
 ) -> None:
     """Show a model's groups, parameters and GMACs per modality, what is covered, and preview a budget."""
+    goal = Goal(ratio, target) if ratio is not None or target is not None else None
+    rounded = read_round_to(round_to or align or "1")
     model = read_any(source, task, o.overrides({}, assign))
     inputs, note = example_of(model)
     try:
@@ -81,9 +83,8 @@ def inspect(
         note = f"not counted: the model takes other inputs ({' '.join(str(error).split())[:120]})"
         inputs, found = None, inspect_model(model, None, _dense_sizes(model))
     smaller = None
-    goal = Goal(ratio, target) if ratio is not None or target is not None else None
     if goal is not None and found.panels:
-        shrunken, plan = after_budget(model, goal, read_round_to(round_to or align or "1"), inputs)
+        shrunken, plan = after_budget(model, goal, rounded, inputs)
         smaller = inspect_model(shrunken, inputs, plan.sizes)
     if as_json:
         typer.echo(json.dumps(_content(model, found, smaller, note), indent=1))
