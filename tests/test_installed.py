@@ -117,16 +117,17 @@ def test_commands_work_in_an_empty_folder(installed: Path, tmp_path: Path) -> No
 
 
 def test_a_config_of_the_working_directory_beats_the_packaged_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.chdir(tmp_path)
     shapes = read_settings(NlvrSettings, Path("configs/shapes/nlvr.yaml"), {})
     assert shapes.image_size == 48
-    assert str(ROOT / "src/upop/configs/shapes/nlvr.yaml") in capfd.readouterr().err.replace("\n", "")
+    assert str(ROOT / "src/upop/configs/shapes/nlvr.yaml") in caplog.text
+    caplog.clear()
     Path("configs").mkdir()
     Path("configs/nlvr.yaml").write_text("max_epoch: 77\n")
     assert read_settings(NlvrSettings, Path("./configs/nlvr.yaml"), {}).max_epoch == 77
-    assert not capfd.readouterr().err
+    assert not caplog.records
 
 
 def test_only_what_is_the_packages_is_looked_for_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

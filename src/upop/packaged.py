@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import logging
 import os
-import sys
 from functools import cache
 from pathlib import Path
 
@@ -18,7 +18,7 @@ def located(path: str | Path) -> Path:
     """Return `path`, or the package's own file or folder of that name where the working directory has none.
 
     Only relative paths that begin with configs/ or assets/ are looked for in the package, as they are called in the
-    repository. Once per path, standard error says which one was taken.
+    repository. Once per path, a warning of the logger `upop` says which one was taken.
     """
     path = Path(path)
     found = _in_package(path)
@@ -50,5 +50,5 @@ def _exists(path: Path) -> bool:
 @cache
 def _notify(path: Path, found: Path) -> None:
     if os.environ.get("RANK", "0") == "0":
-        described = f"{path} is not in this folder; the one of the installed upop is used: {found}"
-        sys.stderr.write(f"{plain(described)}\n")
+        line = f"{path} is not in this folder; the one of the installed upop is used: {found}"
+        logging.getLogger("upop").warning(plain(line))

@@ -29,6 +29,7 @@ from upop.runs.checkpoints import Checkpoints
 from upop.runs.identity import LIBRARIES
 from upop.runs.lock import NAME as LOCK
 from upop.runs.lock import FolderLock
+from upop.runs.progress import LOGGER
 from upop.settings import RunSettings
 from upop.shared_folder import SharedFolder
 
@@ -59,7 +60,7 @@ class RunFolder:
         RunFolderError: the folder cannot be made or written, another run writes there, or the disk is all but full.
     """
 
-    def __init__(self, path: Path, main: bool, keep: int = 2, notify: Callable[[str], None] = print) -> None:
+    def __init__(self, path: Path, main: bool, keep: int = 2, notify: Callable[[str], None] = LOGGER.info) -> None:
         self.path = path
         self._main = main
         self._shared = SharedFolder(path, "run", _FOLDERS, _is_of_runs)

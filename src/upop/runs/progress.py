@@ -1,7 +1,12 @@
-"""What a person sees of a run while it runs: one bar with the time left for all of it, and a line per epoch."""
+"""What a run reports while it runs: a progress bar with the time left, and lines, which are log records as well.
+
+The logger `upop.runs` gets every line: at level INFO, or WARNING for what a user should look into. A level above these
+silences the lines, and handlers send them elsewhere too.
+"""
 
 from __future__ import annotations
 
+import logging
 from types import TracebackType
 from typing import Self
 
@@ -17,11 +22,16 @@ from rich.progress import (
 
 from upop.plain import as_text
 
+LOGGER = logging.getLogger("upop.runs")
+LOGGER.addHandler(logging.NullHandler())  # the console shows the lines; Python would print warnings once more
+LOGGER.setLevel(logging.INFO)
+
 
 class RunProgress:
     """A bar over all steps of all phases; silent on processes other than the main one."""
 
     def __init__(self, total: int, main: bool) -> None:
+        self._main = main
         self.console = Console(quiet=not main)
         self._bar = Progress(
             TextColumn("{task.description}"),
@@ -57,5 +67,13 @@ class RunProgress:
         self._bar.update(self._task, advance=1, description=description)
 
     def notify(self, line: str, style: str = "") -> None:
-        """Print a line above the bar, in a style of rich; nothing in the line itself is one."""
-        self.console.print(as_text(line, style))
+        """Log a line and print it above the bar, on the main process.
+
+        Args:
+            line: what to say; no markup in it is interpreted.
+            style: of rich, for the console. A line with a style is a warning.
+        """
+        level = logging.WARNING if style else logging.INFO
+        if self._main and LOGGER.isEnabledFor(level):
+            self.console.print(as_text(line, style))
+            LOGGER.log(level, line)

@@ -230,7 +230,7 @@ class Run:
         return now
 
     def notify(self, line: str, style: str = "") -> None:
-        """Print a line, on the main process, in a style of rich."""
+        """Log a line and print it above the progress bar, on the main process, in a style of rich."""
         self._progress.notify(line, style)
 
     def _tell_bad_image(self, image: BadImage) -> None:

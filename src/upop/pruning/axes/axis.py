@@ -1,8 +1,8 @@
-"""Labelled axes: what one dimension of a tensor is made of, and which axes have to be cut together.
+"""Labelled axes: what each dimension of a tensor is composed of, and which axes must be cut together.
 
-A dimension of a tensor is a row-major list of factors. A factor is an `Axis`, which began as a dimension of a parameter
-or as a part of one, or a plain number: tokens, batches, constants. Axes that an operation ties are united; an axis that
-is split by a reshape becomes a product, one that is sliced or concatenated becomes a row of parts.
+A dimension is a row-major list of factors. A factor is either an `Axis`, which starts as a dimension of a parameter or
+a part of one, or a plain number (tokens, batches, constants). Operations unite the axes that they tie together. A
+reshape turns an axis into a product of axes; slicing and concatenation turn it into a row of parts.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _doing = [""]
 
 @contextmanager
 def doing(operation: str, line: str) -> Iterator[None]:
-    """Have what is fixed inside say by which operation, and in which line of whose file."""
+    """Record the operation and the source line for every axis that is fixed inside this context."""
     _doing.append(f" ({operation} in {line})" if line else "")
     try:
         yield
@@ -39,10 +39,10 @@ class Axis:
 
     Attributes:
         size: its length.
-        parts: what it was refined to; empty for a whole.
-        joined: how the parts make the axis: one inside the other, or one behind the other.
+        parts: the smaller axes that it was split into; empty if it is whole.
+        joined: how the parts form the axis: nested ("product") or one after the other ("row").
         fixed: why it cannot be cut; None where it can.
-        marks: what was seen of it: "dimension" (contracted between activations), "head" (a batch of such a product),
+        marks: its uses, any of "dimension" (contracted between activations), "head" (a batch of such a product),
             "attends" (what such a product made was summed with values), "residual" (a stream that blocks add to),
             "bent" (gated, or not in proportion any more to what made it, where a weight sums over it).
     """
@@ -56,7 +56,7 @@ class Axis:
 
     @property
     def root(self) -> Axis:
-        """The axis that stands for all that it was united with."""
+        """The representative of the set of united axes."""
         axis = self
         while axis._united is not None:
             axis = axis._united
@@ -65,7 +65,7 @@ class Axis:
         return axis
 
     def factors(self) -> Iterator[Axis]:
-        """Yield the axes that this one is a product of, outermost first; itself where it is none."""
+        """Yield the axes whose product this axis is, outermost first; the axis itself if it is no product."""
         root = self.root
         if root.parts and root.joined == "product":
             for part in root.parts:
@@ -74,7 +74,7 @@ class Axis:
             yield root
 
     def leaves(self) -> Iterator[Axis]:
-        """Yield the parts that have no parts."""
+        """Yield the parts that are not split further."""
         root = self.root
         if not root.parts:
             yield root
@@ -82,17 +82,17 @@ class Axis:
             yield from part.leaves()
 
     def fix(self, reason: str) -> None:
-        """Keep the axis from being cut, with all its parts; the first reason stays, with the operation and its line."""
+        """Exclude the axis and its parts from pruning; the first reason is kept, with its operation and line."""
         for leaf in self.leaves():
             leaf.fixed = leaf.fixed or reason + _doing[-1]
 
     def mark(self, mark: str) -> None:
-        """Take note of something about all its parts."""
+        """Add a mark to all parts."""
         for leaf in self.leaves():
             leaf.marks.add(mark)
 
     def refine(self, sizes: Sequence[int], joined: Literal["product", "row"]) -> None:
-        """Give a whole axis parts of these sizes."""
+        """Split a whole axis into parts of these sizes."""
         root = self.root
         assert not root.parts
         root.parts, root.joined = tuple(Axis(size) for size in sizes), joined
@@ -100,7 +100,7 @@ class Axis:
             part.fixed, part.marks = root.fixed, set(root.marks)
 
     def channels(self, of: Axis) -> Tensor:
-        """Return which channel of the axis `of` each position belongs to, [size], int64; -1 where none."""
+        """Return the channel of the axis `of` at each position, [size], int64; -1 where there is none."""
         root = self.root
         if root is of:
             return torch.arange(self.size)
@@ -118,7 +118,7 @@ class Axis:
 
 
 def factors_of(dim: Dim) -> list[Axis | int]:
-    """Return the factors of a dimension as they stand now, those of size 1 left out."""
+    """Return the current factors of a dimension, without those of size 1."""
     found: list[Axis | int] = []
     for factor in dim:
         found += factor.factors() if isinstance(factor, Axis) else [factor]
@@ -136,7 +136,7 @@ def length(dim: Dim) -> int:
 
 
 def axes_in(dims: Iterable[Dim]) -> Iterator[Axis]:
-    """Yield the axes in some dimensions."""
+    """Yield the axes among the factors of the dimensions."""
     for dim in dims:
         for factor in dim:
             if isinstance(factor, Axis):
@@ -144,13 +144,13 @@ def axes_in(dims: Iterable[Dim]) -> Iterator[Axis]:
 
 
 def fix(dim: Dim, reason: str) -> None:
-    """Keep every axis of a dimension from being cut."""
+    """Exclude every axis of a dimension from pruning."""
     for axis in axes_in([dim]):
         axis.fix(reason)
 
 
 def split(factor: Axis | int, outer: int) -> tuple[Axis | int, Axis | int] | None:
-    """Split a factor into one of size `outer` and the rest inside it; None where it does not come apart so."""
+    """Split a factor into an outer one of size `outer` and an inner one; None if it does not divide that way."""
     size = size_of(factor)
     if size % outer:
         return None
@@ -167,7 +167,7 @@ def split(factor: Axis | int, outer: int) -> tuple[Axis | int, Axis | int] | Non
 
 
 def _turn_row_into_product(root: Axis, outer: int) -> None:
-    """Make a row of equal parts a product: the same channels of all parts belong together from now on."""
+    """Turn a row of equal parts into a product, which couples equal channels of all parts."""
     if len(root.parts) != outer or len({part.size for part in root.parts}) > 1:
         return
     row = first, *others = root.parts
@@ -180,7 +180,7 @@ def _turn_row_into_product(root: Axis, outer: int) -> None:
 
 
 def regroup(dims: Sequence[Dim], sizes: Sequence[int]) -> list[Dim]:
-    """Return the dimensions that a reshape to `sizes` makes of `dims`; what is cut in the middle is fixed."""
+    """Return the dimensions after a reshape of `dims` to `sizes`; axes that it splits unevenly are fixed."""
     rest = [factor for dim in dims for factor in factors_of(dim)]
     if 0 in sizes:
         return [(size,) for size in sizes]
@@ -210,7 +210,7 @@ def regroup(dims: Sequence[Dim], sizes: Sequence[int]) -> list[Dim]:
 
 
 def _lost(factors: list[Axis | int], rest: list[Axis | int], size: int, wanted: list[int]) -> list[Dim]:
-    """Return plain dimensions, from one of `size` on to where old and new dimensions end at the same place again."""
+    """Return plain dimensions from `size` up to the next place where old and new dimensions both end."""
     found, have, made = [size], math.prod(map(size_of, factors)), size
     while have != made:
         if have < made:
@@ -224,7 +224,7 @@ def _lost(factors: list[Axis | int], rest: list[Axis | int], size: int, wanted: 
 
 
 def unite(one: Axis, other: Axis) -> None:
-    """Make one axis of two of the same size."""
+    """Unite two axes of the same size."""
     a, b = one.root, other.root
     if a is b:
         return
@@ -276,7 +276,7 @@ def _ends(row: Axis) -> list[int]:
 
 
 def _cut_row(row: Axis, ends: Sequence[int]) -> None:
-    """Split the parts of a row that are wholes where `ends` says."""
+    """Split the whole parts of a row at the positions in `ends`."""
     parts: list[Axis] = []
     start = 0
     for part in row.parts:
@@ -293,7 +293,7 @@ def _cut_row(row: Axis, ends: Sequence[int]) -> None:
 
 
 def tie(one: Dim, other: Dim, reason: str) -> None:
-    """Tie two dimensions of the same length: their axes are one; an axis that meets a plain number is fixed."""
+    """Tie two dimensions of equal length: their axes unite, and an axis that meets a plain number is fixed."""
     first, second = factors_of(one), factors_of(other)
     while first and second:
         a, b = first.pop(0), second.pop(0)
@@ -314,7 +314,7 @@ def tie(one: Dim, other: Dim, reason: str) -> None:
 
 
 def cut_out(dim: Dim, start: int, stop: int) -> Dim:
-    """Return what a slice of a dimension is made of."""
+    """Return the factors of a slice of a dimension."""
     size = length(dim)
     if (start, stop) == (0, size):
         return dim
@@ -348,7 +348,7 @@ def cut_out(dim: Dim, start: int, stop: int) -> Dim:
 
 
 def concatenate(dims: Sequence[Dim]) -> Dim:
-    """Return what a concatenation along some dimensions is made of."""
+    """Return the factors of a concatenation along dimensions."""
     dims = [dim for dim in dims if length(dim)]
     if len(dims) == 1:
         return dims[0]

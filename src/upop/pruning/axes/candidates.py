@@ -1,4 +1,4 @@
-"""From components to groups: which of the axes that could go are offered, and how their slices are written down."""
+"""Turns components into candidate groups: selects prunable axes and describes their slices."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ _BOTTLENECK = 8
 
 @dataclass(frozen=True)
 class Candidate:
-    """A group that still has to be proved.
+    """A group that is not proved yet.
 
     Attributes:
-        group: as far as it is known.
-        axis: what it cuts.
+        group: with what is known so far.
+        axis: the axis that it prunes.
         holder: the module that holds all its layers.
-        loud: its slices where what seems to gate alone is masked, too; () where nothing does.
+        loud: its slices if apparent gates are masked as well; () if it has no gates.
     """
 
     group: Group
@@ -39,20 +39,20 @@ class Candidate:
 
 
 class NotCuttableError(Exception):
-    """A component makes no group; carries the reason."""
+    """A component cannot become a group; the message is the reason."""
 
 
 def candidate(model: nn.Module, trace: Trace, component: Component, shared: Sequence[Sequence[str]] = ()) -> Candidate:
-    """Return the group that a component makes.
+    """Return the group of a component.
 
     Args:
-        model: that was read.
-        trace: what a run of it did.
+        model: the traced model.
+        trace: of one run of the model.
         component: of that trace.
         shared: the names of its shared tensors (`shared_tensors`).
 
     Raises:
-        NotCuttableError: it makes none, with the reason.
+        NotCuttableError: the component cannot be pruned; the message is the reason.
     """
     if "residual" in component.axis.marks and not _is_inner(trace, component.axis):
         raise NotCuttableError("it is the residual stream")
@@ -92,7 +92,7 @@ def candidate(model: nn.Module, trace: Trace, component: Component, shared: Sequ
 
 
 def shared_tensors(model: nn.Module) -> list[list[str]]:
-    """Return the names of tensors that modules share: each would have to be masked and cut in all of them."""
+    """Return the names of tensors that several modules share; they would need a mask and a cut in each of them."""
     named: dict[int, list[str]] = {}
     for path, module in model.named_modules():
         for name, parameter in module.named_parameters(path, recurse=False):
@@ -101,7 +101,7 @@ def shared_tensors(model: nn.Module) -> list[list[str]]:
 
 
 def _read_alike(slices: list[Slice]) -> list[Slice]:
-    """Have all tensors of a layer masked in one way: themselves, if anything beside the layer reads one of them."""
+    """Mask all tensors of a layer the same way: directly, if anything besides the layer reads one of them."""
     direct = {part.tensor.rpartition(".")[0] for part in slices if part.direct}
     return [
         replace(part, direct=True) if part.produces and part.tensor.rpartition(".")[0] in direct else part
@@ -110,7 +110,7 @@ def _read_alike(slices: list[Slice]) -> list[Slice]:
 
 
 def _check_block(trace: Trace, component: Component) -> None:
-    """Refuse what is no block of a residual stream: heads, projections, gates, adapters."""
+    """Refuse axes outside residual blocks: output heads, projections, gates, adapters."""
     layers = [*component.producers, *component.consumers]
     if "bent" not in component.axis.marks and len(layers) == 2 and all(len(part.use.axes) == 2 for part in layers):
         raise NotCuttableError("it is a low-rank factor: nothing but a product lies between its two layers")
@@ -126,14 +126,14 @@ def _check_block(trace: Trace, component: Component) -> None:
 
 
 def _is_inner(trace: Trace, axis: Axis) -> bool:
-    """Whether what is added up on an axis comes from another stream and all goes back to it, as the state of a scan."""
+    """Whether an accumulated axis starts and ends in another stream, like the state of a scan."""
     made_of = _reached(trace, axis, "produces", "consumes")
     outer = made_of == _reached(trace, axis, "consumes", "produces")
     return outer and any("residual" in leaf.marks for leaf in made_of)
 
 
 def _reached(trace: Trace, axis: Axis, by: str, to: str) -> set[Axis]:
-    """Return the axes at the other sides of the weights beside an axis, and on through those that can be cut."""
+    """Return the axes across the adjacent weights, continuing through axes that can be cut."""
     seen, pending, found = {axis}, [axis], set()
     while pending:
         here = pending.pop()
@@ -158,7 +158,7 @@ def _reached(trace: Trace, axis: Axis, by: str, to: str) -> set[Axis]:
 
 
 def _ordered(component: Component) -> list[Part]:
-    """Return the parts: what makes the axis first, what follows it, and one that takes it last."""
+    """Return the parts in order: producers, followers, and one consumer last."""
     others = [part for part in component.parts if part not in component.producers and part not in component.consumers]
     producers = sorted(component.producers, key=lambda part: part.gates)
     consumers = [part for part in component.consumers if part not in producers]
@@ -199,7 +199,7 @@ def _slice(model: nn.Module, trace: Trace, component: Component, part: Part, *, 
 
 
 def _flagged(flags: Tensor | None, part: Part, inners: list[int]) -> tuple[int, ...]:
-    """Return which of the blocks of a tensor are flagged."""
+    """Return the indices of the flagged blocks of a tensor."""
     if flags is None or not flags.any():
         return ()
     positions = (part.channels == 0).nonzero().flatten()
@@ -208,7 +208,7 @@ def _flagged(flags: Tensor | None, part: Part, inners: list[int]) -> tuple[int, 
 
 
 def _blocks(channels: Tensor, size: int) -> tuple[list[int], list[int]]:
-    """Return the gaps around the blocks of a tensor that hold every channel once, and each block's rows per channel."""
+    """Return the gaps between the blocks that hold every channel once, and the rows per channel in each block."""
     values = channels.tolist()
     gaps, inners, at = [0], [], 0
     while at < len(values):
@@ -239,7 +239,7 @@ def _common(paths: list[str]) -> str:
 
 
 def _attention_name(model: nn.Module, producers: list[Part], holder: str) -> str:
-    """Return the name of the module that holds all layers which make queries, keys and values, or their weights."""
+    """Return the name of the module that holds the query, key and value projections."""
     layers = []
     for part in producers:
         layer = part.use.name.rpartition(".")[0]
@@ -249,7 +249,7 @@ def _attention_name(model: nn.Module, producers: list[Part], holder: str) -> str
 
 
 def _mlp_name(model: nn.Module, holder: str, producers: list[Part], tensors: list[str]) -> str:
-    """Return an MLP's name: that of the module that holds nothing else, or of the part that makes its axis."""
+    """Return the name of an MLP: the module that holds nothing else, or its producer."""
     first = producers[0].use.name.rpartition(".")[0]
     if first == holder:
         return first
@@ -262,7 +262,7 @@ def _mlp_name(model: nn.Module, holder: str, producers: list[Part], tensors: lis
 
 
 def named_apart(candidates: list[Candidate]) -> list[Candidate]:
-    """Return the candidates with names that differ: where several share one, each has that of its first layer."""
+    """Make names unique: candidates with the same name take that of their first layer."""
     count = Counter((each.group.name, each.group.channel in HEADS) for each in candidates)
     taken: Counter[tuple[str, bool]] = Counter()
     result = []

@@ -1,4 +1,4 @@
-"""From followed axes to components: what can be cut, and which slices of which tensors go together."""
+"""Turns traced axes into components: the tensor slices that must be pruned together."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from upop.pruning.axes.trace import Trace
 
 @dataclass(eq=False)
 class Part:
-    """One dimension of one tensor that carries a component's axis.
+    """One tensor dimension that carries the axis of a component.
 
     Attributes:
         use: the tensor.
         dim: its dimension.
-        channels: which channel each position belongs to, [length]; -1 where none.
-        roles: what the tensor does with the axis.
-        gates: whether it only gates what the others make.
+        channels: the channel at each position, [length]; -1 where there is none.
+        roles: how the tensor uses the axis.
+        gates: whether it only gates the output of other producers.
     """
 
     use: Use
@@ -33,12 +33,12 @@ class Part:
 
 @dataclass(eq=False)
 class Component:
-    """Axes that can be cut together, channel by channel.
+    """Coupled axes, pruned channel by channel.
 
     Attributes:
         axis: the axis.
-        parts: all that carries it.
-        above: axes outside it in the same tensors (heads, around their dimensions).
+        parts: all tensor dimensions that carry it.
+        above: axes that enclose it in the same tensors (heads enclose head dimensions).
     """
 
     axis: Axis
@@ -47,17 +47,17 @@ class Component:
 
     @property
     def attends(self) -> bool:
-        """Whether it is of an attention: what is contracted between activations, heads, or what lies inside heads."""
+        """Whether the axis belongs to an attention: head dimensions, heads, or anything inside heads."""
         return bool(self.axis.marks & {"dimension", "head"}) or self.inside_heads
 
     @property
     def inside_heads(self) -> bool:
-        """Whether a channel is a dimension of all heads."""
+        """Whether each channel is the same dimension in all heads."""
         return "head" not in self.axis.marks and any("head" in axis.marks for axis in self.above)
 
     @property
     def producers(self) -> list[Part]:
-        """The parts whose rows open the axis."""
+        """The parts that produce the axis."""
         return [part for part in self.parts if "produces" in part.roles]
 
     @property
@@ -67,7 +67,7 @@ class Component:
 
 
 def components(trace: Trace) -> dict[Axis, Component]:
-    """Return every axis of the model's parameters that something produces, fixed or not."""
+    """Return every produced axis among the model's parameters, fixed or not."""
     found: dict[Axis, Component] = {}
     gating, added = ({(name, axis.root) for name, axis in pairs} for pairs in (trace.gates, trace.added))
     gates = gating - added

@@ -1,4 +1,4 @@
-"""Copies of a model to try things on: one that only has shapes, and one with numbers of its own."""
+"""Copies of a model for trials: with shapes only (fake tensors), or with their own numbers."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ _MOST_COUNTED = 2**24
 
 
 def changed(model: nn.Module, change: Callable[[Tensor], Tensor]) -> dict[int, Any]:
-    """Return what `change` makes of a model's tensors, by the identities of these.
+    """Apply `change` to every tensor of a model; return the results by tensor id.
 
-    Of parameters that are sharded over processes, `change` is given whole ones on the meta device.
+    Sharded parameters are passed to `change` as full tensors on the meta device.
 
     Raises:
         LayoutError: a lazy layer has no weights yet.
@@ -70,10 +70,10 @@ _OF_MODULES = ("_parameters", "_buffers", "_modules")
 
 
 def copied(model: nn.Module, tensors: dict[int, Any]) -> nn.Module:
-    """Return a copy of a model that holds other tensors, of `changed`; the model is left alone.
+    """Return a copy of a model with the tensors of `changed`; the model is left unchanged.
 
-    Of a model that is sharded over processes it is a plain one. What cannot be copied (locks, open files) is shared,
-    and added to `tensors`.
+    A sharded model gives an unsharded copy. Objects that cannot be copied (locks, open files) are shared and added to
+    `tensors`.
 
     Raises:
         LayoutError: the model cannot be copied.
@@ -98,7 +98,7 @@ def _copy(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
 
 
 def _share(model: nn.Module, memo: dict[int, Any]) -> None:
-    """Have a copy share what modules keep that cannot be copied."""
+    """Share attributes that cannot be copied with the copy."""
     for module in model.modules():
         for name, value in vars(module).items():
             if name not in _OF_MODULES:
@@ -110,7 +110,7 @@ def _share(model: nn.Module, memo: dict[int, Any]) -> None:
 
 @contextmanager
 def _unsharded(model: nn.Module) -> Iterator[None]:
-    """Have the modules that `fully_shard` was called on be what they were, without its hooks."""
+    """Restore the classes of modules that `fully_shard` wrapped, and remove its hooks."""
     held = [(module, type(module), {name: vars(module)[name] for name in _HOOKS}) for module in sharded_modules(model)]
     try:
         for module, kind, hooks in held:
@@ -132,23 +132,23 @@ def _shards(hook: Any) -> bool:
 
 
 def message_of(error: Exception) -> str:
-    """Return what was raised, in one line; an assertion may have nothing to say."""
+    """Return an error as one line; the message of an assertion may be empty."""
     first = next(iter(str(error).splitlines()), "")
     return f"{type(error).__name__}: {first[:200]}" if first else type(error).__name__
 
 
 class Shapes:
-    """A world in which tensors have shapes and no numbers; or numbers, where a forward asks for them.
+    """Runs a model on fake tensors: with shapes only, or with numbers if its forward depends on them.
 
     Args:
-        model: of which `copy` makes copies.
+        model: the model to copy.
         example: what a call of it is given.
-        numbers: whether numbers may be had where a forward asks for them.
-        run: False takes it for granted that a call needs none.
+        numbers: whether to fall back to real numbers if the forward depends on them.
+        run: False skips the check that the forward runs without numbers.
 
     Attributes:
-        read: the names of the parameters that a call reads.
-        silent: the names of parameters that are 0 in every copy with numbers.
+        read: names of the parameters that the forward reads.
+        silent: names of parameters that are zero in every copy with numbers.
 
     Raises:
         LayoutError: the model cannot be run with the example.
@@ -193,7 +193,7 @@ class Shapes:
         return None
 
     def copy(self) -> nn.Module:
-        """Return a copy; all copies hold the same tensors where these have no numbers that a run could change."""
+        """Return a copy; fake tensors are shared by all copies, since a run cannot change them."""
         if self.mode is None:
             duplicated = copied(self._model, changed(self._model, self._copied))
             for name in self.silent:
@@ -215,7 +215,7 @@ class Shapes:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Run things in this world."""
+        """Run the block on fake tensors."""
         mode = self.mode
         with written_out(), forgetting(), mode or nullcontext(), _Counting(mode) if mode else nullcontext():
             yield
@@ -226,7 +226,7 @@ def _is_small(model: nn.Module) -> bool:
 
 
 def _counts(tensor: Tensor) -> bool:
-    """Whether a tensor has whole numbers or truth values, which say how a forward goes on: words, places, masks."""
+    """Whether a tensor holds integers or booleans that can steer the forward: token ids, positions, masks."""
     return not isinstance(tensor, FakeTensor) and _could_count(tensor) and not tensor.is_meta
 
 
@@ -235,9 +235,9 @@ def _could_count(tensor: Tensor) -> bool:
 
 
 class _Counting(Mode):
-    """Computes whole numbers in a world without numbers: as they are, or, where they follow from others, made up.
+    """Computes integers among fake tensors: real ones where known, drawn ones where they depend on fake tensors.
 
-    So a forward goes on that chooses experts, say, by what it computes: it chooses the same in a copy that is cut.
+    A forward that routes tokens to experts thus makes the same choices in the dense and in the cut copy.
     """
 
     def __init__(self, mode: FakeTensorMode) -> None:
@@ -245,7 +245,7 @@ class _Counting(Mode):
         self._mode = mode
 
     def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run an operation, with numbers where it has some."""
+        """Run an operation, on real numbers where its inputs have them."""
         schema = getattr(func, "_schema", None)  # operators of higher order write nothing
         func = defined(func)
         known = [_counts(each) for each in tensors_in((args, kwargs))]
@@ -292,7 +292,7 @@ class _Counting(Mode):
 
 
 class _Reading(Mode):
-    """Takes note of the parameters that operations are given."""
+    """Records the parameters that operations read."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -309,7 +309,7 @@ class _Reading(Mode):
 
 
 def with_memory(tensor: Tensor) -> Tensor:
-    """Return a tensor of the meta device on the CPU, with numbers that may be divided by; any other as it is."""
+    """Move a meta tensor to the CPU, filled with nonzero numbers; return any other tensor as it is."""
     if not tensor.is_meta:
         return tensor
     return torch.full_like(tensor, tensor.is_floating_point() or tensor.dtype == torch.bool, device="cpu")
@@ -317,7 +317,7 @@ def with_memory(tensor: Tensor) -> Tensor:
 
 @contextmanager
 def forgetting() -> Iterator[None]:
-    """Let functions with a cache (`lru_cache`) forget tensors of other runs: some have no numbers, or other ones."""
+    """Clear `lru_cache` functions of tensors from other runs, which may be fake or hold other numbers."""
     _forget()
     try:
         yield
@@ -336,13 +336,13 @@ def _forget() -> None:
 
 @functools.lru_cache(1)
 def _caches(_modules: int) -> dict[Any, int]:
-    """Return all functions with a cache, found again when there are more modules."""
+    """Return all cached functions; the list is rebuilt when modules are imported."""
     return dict.fromkeys(held_anywhere(functools._lru_cache_wrapper), 0)
 
 
 @contextmanager
 def written_out() -> Iterator[None]:
-    """Have attention and compiled code run as they are written, not by one kernel that cannot be looked into."""
+    """Run attention and compiled code as separate operations, not as one opaque kernel."""
     log = logging.getLogger("torch._subclasses.fake_tensor")
     fast, silent = torch.backends.mha.get_fastpath_enabled(), log.disabled
     log.disabled = True  # what a forward cannot do without numbers is tried with them
@@ -356,7 +356,7 @@ def written_out() -> Iterator[None]:
 
 
 def _drawn(pool: Tensor, like: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
-    """Return numbers of a pool, from a random place on and round it: to draw anew takes most of the time of a copy."""
+    """Return random numbers from a pool at a random offset: fresh draws would dominate the time of a copy."""
     start = int(torch.randint(len(pool), (), generator=generator))
     found = rest = torch.empty(like.numel(), dtype=dtype)
     while len(rest):
@@ -372,13 +372,13 @@ def numbered(
     without: Collection[str] = (),
     cut: Collection[str] = (),
 ) -> nn.Module:
-    """Return a copy with random numbers where the model's own could hide a difference, in `dtype`.
+    """Return a copy in `dtype`, with random numbers where the model's own could hide a difference.
 
     Args:
-        model: of which it is a copy.
-        dtype: of all parameters and buffers that are no whole numbers.
-        without: parameters that nothing reads; they take no memory.
-        cut: tensors that are to be cut: the numbers of buffers among them may all be alike, and are changed a little.
+        model: the original model.
+        dtype: of all floating-point parameters and buffers.
+        without: unused parameters, which take no memory.
+        cut: tensors to cut; buffers among them are perturbed, since their values may all be equal.
     """
     generator = torch.Generator().manual_seed(0)
     sizes = [each.numel() for each in model.parameters()]

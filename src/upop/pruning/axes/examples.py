@@ -1,7 +1,7 @@
-"""Examples for models that come without one: what they say of their inputs, or what their layers ask for, tried.
+"""Finds example inputs for a model, from its declared inputs or from the shapes of its layers.
 
-What runs is a good example: groups are proved on numbers, whatever the numbers. Where one call does not reach all
-weights, calls that reach others are made after it.
+Any input that runs will do, since groups are proved on numbers, whatever these are. If one call does not reach all
+weights, further calls are added.
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ _GIVEN = ("dummy_inputs", "example_input_array")
 
 @dataclass(frozen=True)
 class Calls:
-    """An example of several calls: of a model, or of modules in it; give it to `call` as a function of the model.
+    """An example of several calls to a model or its submodules; pass it to `call` as a function of the model.
 
     Attributes:
-        paths: the dotted names of the modules; "" is the model.
-        inputs: what each of them is given.
+        paths: dotted names of the called modules; "" is the model.
+        inputs: the inputs of each call.
     """
 
     paths: tuple[str, ...]
     inputs: tuple[Any, ...]
 
     def __call__(self, model: nn.Module) -> list[Any]:
-        """Make the calls, and return what each gives."""
+        """Make the calls and return their outputs."""
         return [call(model.get_submodule(path), given) for path, given in zip(self.paths, self.inputs, strict=True)]
 
 
@@ -54,10 +54,10 @@ register_pytree_node(
 
 
 def example_for(model: nn.Module) -> Any:
-    """Return something that a call of the model can be given, small, on its device and in its precision.
+    """Return small example inputs for the model, on its device and in its precision.
 
     Raises:
-        LayoutError: nothing that was tried runs; the message says what to give.
+        LayoutError: no attempt ran; the message says what to pass.
     """
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.manual_seed(0)
@@ -101,7 +101,7 @@ def _found(model: nn.Module) -> Any:
 
 
 def _weights(model: nn.Module) -> Iterator[str]:
-    """Yield the names of the matrices that a call should reach; those of embeddings are read where there are words."""
+    """Yield the names of the weight matrices that calls should reach; embeddings are left to token inputs."""
     for path, module in model.named_modules():
         for name, parameter in module.named_parameters(path, recurse=False):
             if not isinstance(module, nn.Embedding) and sum(size > 1 for size in parameter.shape) > 1:
@@ -109,13 +109,12 @@ def _weights(model: nn.Module) -> Iterator[str]:
 
 
 def _tried(model: nn.Module, left: set[str], taken: list[Any]) -> Iterator[tuple[str, Any]]:
-    """Yield inputs, the likeliest first, with the name of the module that they are for.
+    """Yield candidate inputs, the likeliest first, with the name of the module to call.
 
     Args:
         model: the model.
-        left: names of weights that nothing reached so far; a module in it is called alone where all of its are among
-            them.
-        taken: what ran so far.
+        left: names of weights that no call has reached; a submodule is called alone if all its weights are among them.
+        taken: calls that ran so far.
     """
     for given in _stated(model):
         yield "", given
@@ -137,12 +136,12 @@ def _tried(model: nn.Module, left: set[str], taken: list[Any]) -> Iterator[tuple
 
 
 def _speaks(module: nn.Module) -> bool:
-    """Whether a module is a model of a library, which says what its inputs are."""
+    """Whether a module is a library model that declares its inputs."""
     return any(hasattr(module, name) for name in ("main_input_name", "default_cfg", *_GIVEN))
 
 
 def _stated(model: nn.Module) -> Iterator[Any]:
-    """Yield what a model gives as its inputs, and what fits what it says of them."""
+    """Yield inputs that the model provides or declares."""
     if hasattr(model, "main_input_name"):  # transformers' dummy inputs are words alone
         yield from described(model)
     for name in _GIVEN:
@@ -157,7 +156,7 @@ def _stated(model: nn.Module) -> Iterator[Any]:
 
 
 def _by_layers(model: nn.Module) -> Iterator[Any]:
-    """Yield inputs by the layers: images for a convolution, indices for an embedding, tokens for a linear layer."""
+    """Yield inputs that fit the first layers: images for convolutions, ids for embeddings, tokens for linear layers."""
     layers = list(model.modules())
     first = next((each for each in layers if isinstance(each, nn.Conv2d | nn.Embedding | nn.Linear)), None)
     count = max(1, _required(model))
@@ -184,7 +183,7 @@ def _by_layers(model: nn.Module) -> Iterator[Any]:
 
 
 def _required(model: nn.Module) -> int:
-    """Return how many arguments a call must be given."""
+    """Return the number of required arguments of a forward."""
     try:
         parameters = inspect.signature(model.forward).parameters.values()
     except (TypeError, ValueError):
@@ -194,13 +193,13 @@ def _required(model: nn.Module) -> int:
 
 
 def _positions(model: nn.Module) -> Iterator[int]:
-    """Yield lengths of tables of positions: some models take sequences of that length alone."""
+    """Yield lengths of position tables; some models accept only sequences of that length."""
     tables = [each for each in model.parameters() if each.dim() >= 2]
     yield from dict.fromkeys(each.shape[-2] for each in tables if 1 < each.shape[-2] <= 1024)
 
 
 def _advice(model: nn.Module, error: LayoutError | None) -> str:
-    """Say what to give."""
+    """Return what to pass, as the end of an error message."""
     try:
         needed = [
             name

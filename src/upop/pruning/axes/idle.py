@@ -1,4 +1,4 @@
-"""Modules that are idle while groups are tried that have no part in them."""
+"""Replaces modules that a trial does not involve by stubs that return recorded shapes."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from upop.pruning.axes.mode import tensors_in
 
 
 class Idle:
-    """The forward of a module that is idle.
+    """The stub forward of an idle module.
 
     Args:
         path: its dotted name.
-        gave: for each of its calls, what it gave.
-        mode: in which tensors have no numbers; None where they do.
+        gave: the recorded output of each call.
+        mode: of fake tensors; None with real numbers.
 
     Attributes:
-        path: the name.
-        given: the tensors that it was given since `start`.
+        path: its dotted name.
+        given: input tensors since `start`.
     """
 
     def __init__(self, path: str, gave: Sequence[Any], mode: FakeTensorMode | None = None) -> None:
@@ -35,12 +35,12 @@ class Idle:
         self._made: dict[tuple[int, torch.dtype], Any] = {}
 
     def start(self, dtype: torch.dtype) -> None:
-        """Begin a run of the model in a precision."""
+        """Start a run of the model in a precision."""
         self._calls, self._dtype = 0, dtype
         self.given: list[Tensor] = []
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Take note of what is given, and give the same random numbers in every run."""
+        """Record the inputs, and return the same random numbers in every run."""
         tensors = tensors_in((args, kwargs))
         key = self._calls, self._dtype
         with _disable_current_modes():  # it is no operation of the model
@@ -71,7 +71,7 @@ class Idle:
 
 @contextmanager
 def resting(model: nn.Module, idle: Iterable[Idle]) -> Iterator[None]:
-    """Have modules of a copy be idle."""
+    """Replace modules of a copy by stubs within the block."""
     held = [(vars(model.get_submodule(each.path)), each) for each in idle]
     own = [attributes.get("forward") for attributes, _ in held]
     for attributes, each in held:

@@ -1,6 +1,6 @@
-"""What models of libraries say of their inputs: by a configuration, by sizes that they keep, by their forward's names.
+"""Derives inputs of library models from their configuration, stored sizes and argument names.
 
-Nothing here decides what is cut: inputs are tried, and groups are read off what the model computes with them.
+Nothing here decides what is pruned: the inputs are only tried, and groups follow from what the model computes.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ Inputs = dict[str, Any]
 
 
 def words(model: nn.Module, length: int = _WORDS) -> Tensor:
-    """Return numbers of words, [2, length]."""
+    """Return token ids, [2, length]."""
     stated = [getattr(each, "vocab_size", None) for each in _configurations(getattr(model, "config", None))]
     tables = [each.num_embeddings for each in model.modules() if isinstance(each, nn.Embedding)]
     high = min(_HIGH, *([each for each in stated if type(each) is int and each > 0] or tables[:1]))
@@ -46,25 +46,25 @@ def words(model: nn.Module, length: int = _WORDS) -> Tensor:
 
 
 def own_image_size(model: nn.Module) -> int | None:
-    """Return the side of the images that a model says it takes, in pixels; None where it says nothing."""
+    """Return the declared image size of a model, in pixels; None if it declares none."""
     return next((size for owner in _owners(model) for size in _stated(owner)), None)
 
 
 def image_sizes(model: nn.Module) -> Iterator[int]:
-    """Yield sizes of square images, the likeliest first: small ones, if not all that a model says of itself are."""
+    """Yield sizes of square images, the likeliest first; small ones come before unless the model declares sizes."""
     stated = [size for owner in _owners(model) for size in _stated(owner)]
     smaller = [size for size in stated if size <= _SMALL]
     yield from dict.fromkeys((*smaller[:1], _SMALL, *stated, *_COMMON))
 
 
 def _owners(model: nn.Module) -> Iterator[Any]:
-    """Yield what may keep sizes of inputs: configurations, and modules."""
+    """Yield objects that may store input sizes: configurations and modules."""
     yield from _configurations(getattr(model, "config", None))
     yield from model.modules()
 
 
 def _configurations(config: Any) -> list[Any]:
-    """Return a configuration and those in it."""
+    """Return a configuration and its nested configurations."""
     if config is None or not hasattr(config, "__dict__"):
         return []
     inside = [value for value in vars(config).values() if hasattr(value, "to_dict")]
@@ -83,7 +83,7 @@ def _stated(owner: Any) -> Iterator[int]:
 
 
 def described(model: nn.Module) -> Iterator[Any]:
-    """Yield inputs by the names of the forward's arguments: words, images, sounds, and what goes along with them."""
+    """Yield inputs by argument name: token ids, images, audio, and their companions such as masks."""
     try:
         asked = inspect.signature(model.forward).parameters
     except (TypeError, ValueError):
@@ -115,7 +115,7 @@ def described(model: nn.Module) -> Iterator[Any]:
 
 
 def _regions(model: nn.Module, names: set[str]) -> Iterator[Inputs]:
-    """Yield where the words stand on a page, and what was seen in the regions of an image."""
+    """Yield bounding boxes of words on a page, and features of image regions."""
     if "bbox" in names:
         places = torch.arange(_WORDS)[:, None] + torch.tensor([0, 0, 1, 1])
         yield {"bbox": places.expand(BATCH, -1, -1)}
@@ -126,7 +126,7 @@ def _regions(model: nn.Module, names: set[str]) -> Iterator[Inputs]:
 
 
 def _number(model: nn.Module, names: tuple[str, ...], otherwise: int) -> int:
-    """Return a number that a configuration or a module says, the outermost first."""
+    """Return a number stored in a configuration or a module; the outermost wins."""
     for owner in _owners(model):
         for name in names:
             value = getattr(owner, name, None)
@@ -136,14 +136,14 @@ def _number(model: nn.Module, names: tuple[str, ...], otherwise: int) -> int:
 
 
 def channels_of(model: nn.Module) -> int:
-    """Return how many channels a model says that its images have."""
+    """Return the declared number of image channels."""
     held = getattr(model, "default_cfg", None)
     stated = held.get("input_size") if isinstance(held, Mapping) else None
     return min(_LARGEST, _number(model, _CHANNELS, stated[0] if stated and type(stated[0]) is int else 3))
 
 
 def _images(model: nn.Module, names: set[str]) -> Iterator[Inputs]:
-    """Yield images in the shapes that models take them in."""
+    """Yield images in the shapes that models accept."""
     channels = channels_of(model)
     patch = _number(model, ("patch_size",), 16)
     if "image_grid_thw" in names:  # patches of all images in a row, and the grids that they make
@@ -170,7 +170,7 @@ def _images(model: nn.Module, names: set[str]) -> Iterator[Inputs]:
 
 
 def _sounds(model: nn.Module, names: set[str]) -> Iterator[Inputs]:
-    """Yield sounds: waves, or their spectra."""
+    """Yield audio: waveforms or spectrograms."""
     bins = _number(model, ("num_mel_bins", "input_feat_per_channel", "feature_size"), 80)
     if "input_values" in names:
         for length in (1200, 4000):
@@ -185,7 +185,7 @@ def _sounds(model: nn.Module, names: set[str]) -> Iterator[Inputs]:
 
 
 def _with_places(model: nn.Module, names: set[str], texts: Inputs, seen: Inputs) -> Inputs:
-    """Return texts in which some words stand for the pieces of an image, where a model wants them to."""
+    """Return texts with placeholder tokens for image patches, if the model expects them."""
     place = _number(model, _PLACES, 0)
     pieces = _pieces(model, seen) if place and "input_ids" in texts else 0
     if not pieces:
@@ -198,7 +198,7 @@ def _with_places(model: nn.Module, names: set[str], texts: Inputs, seen: Inputs)
 
 
 def _pieces(model: nn.Module, seen: Inputs) -> int:
-    """Return how many pieces a model makes of one image; a copy of it is asked, without numbers."""
+    """Return the number of image tokens per image, from a copy on fake tensors."""
     counted: list[int] = []
 
     def asked(on_meta: Any) -> None:
@@ -214,7 +214,7 @@ def _pieces(model: nn.Module, seen: Inputs) -> int:
 
 
 def placed(model: nn.Module, example: Any) -> Any:
-    """Return an example on the model's device and in its precision."""
+    """Move an example to the device and precision of the model."""
     own = next((each for each in model.parameters() if each.is_floating_point()), torch.empty(0))
     device = torch.device("cpu") if own.is_meta else own.device
 

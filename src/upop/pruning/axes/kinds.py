@@ -1,8 +1,8 @@
-"""Groups of one kind, of which one is tried for all, and what a model does in the place of the others.
+"""Groups of one kind: one of them is tried on behalf of all, while unrelated modules are stubbed.
 
-Two groups are of one kind where the same operations, on the same shapes and with the same numbers, are done in modules
-of the same classes around them. A copy on which one of each kind is tried runs nothing else: a module in which none of
-their axes was seen gives random numbers, and what it is given is looked at, as if it were an output of the model.
+Two groups are of one kind if modules of the same classes run the same operations on the same shapes and numbers. A
+trial of one group per kind runs nothing else: a module that involves none of their axes returns random numbers, and its
+inputs are compared as if they were outputs of the model.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def _done(step: Step, holder: str) -> tuple[Any, ...]:
 
 
 def _beside(path: str, holder: str) -> str:
-    """Return where something lies, as seen from a module: in it, so many levels around it, or elsewhere."""
+    """Return a path relative to a module: inside it, some levels above it, or elsewhere."""
     if path == holder or path.startswith(f"{holder}."):
         return "." + path.removeprefix(holder)
     if not path or holder.startswith(f"{path}."):
@@ -54,7 +54,7 @@ def _beside(path: str, holder: str) -> str:
 
 
 def counterpart(model: nn.Module, tried: Candidate, other: Candidate) -> Candidate:
-    """Return another candidate of the kind of one that was tried, with what was found for that one."""
+    """Transfer what was found for a tried candidate to another one of its kind."""
 
     def moved(path: str) -> str:
         seen = _beside(path, tried.holder)
@@ -71,7 +71,7 @@ def counterpart(model: nn.Module, tried: Candidate, other: Candidate) -> Candida
 
 
 def idle(model: nn.Module, trace: Trace, candidates: Sequence[Candidate]) -> dict[str, list[Any]]:
-    """Return the outermost modules that have weights and no part in what some candidates cut, and what they gave."""
+    """Return the outermost modules with weights that the candidates do not involve, with their recorded outputs."""
     steps = {at for each in candidates for at in trace.carrying.get(each.axis.root, ())}
     owners = [part.tensor.rpartition(".")[0] for each in candidates for part in each.group.slices]
     busy = {path for inner in (*(trace.steps[at].module for at in steps), *owners) for path in around(inner)}
@@ -87,7 +87,7 @@ def idle(model: nn.Module, trace: Trace, candidates: Sequence[Candidate]) -> dic
 
 
 def unread(model: nn.Module, trace: Trace, idle: Iterable[str]) -> set[str]:
-    """Return the parameters that nothing reads but modules that are idle."""
+    """Return the parameters that only idle modules read."""
     still = set(idle)
     return {
         name

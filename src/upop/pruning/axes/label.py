@@ -1,4 +1,4 @@
-"""What is known while a model runs: of tensors, of parameters, and of the operations."""
+"""Records of one traced run: what is known of tensors, parameters and operations."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ Rows = dict[tuple[str, int], Tensor]
 
 @dataclass
 class Label:
-    """What is known of one tensor while its model runs.
+    """What is known of one tensor during a traced run.
 
     Attributes:
-        dims: the factors of every dimension.
-        sources: the parameters whose rows it comes from, through what is done number by number.
-        linear: whether it is 0 where they are, and in proportion to them.
-        parameter: whether it is a parameter, or made of parameters alone.
-        past: all parameters that it comes from, as bits; what the model is given is one more.
-        attends: of scores, what queries and keys were contracted over.
-        latent: whether it is a product of parameters alone: a weight, or learned tokens on their way.
-        places: what was taken by its place on the way: (axis, place).
-        blank: whether it is the same number everywhere, so that it fits any axis; where its size is written out, the
-            run of a cut copy tells.
+        dims: the factors of each dimension.
+        sources: the parameters whose rows it comes from through elementwise operations.
+        linear: whether it is proportional to them, and so zero where they are.
+        parameter: whether it is a parameter, or computed from parameters alone.
+        past: all parameters that it depends on, as bits; the inputs of the model are one more bit.
+        attends: for attention scores, the axes over which queries and keys were contracted.
+        latent: whether it is a product of parameters alone: a merged weight, or learned tokens after a layer.
+        places: positions that were selected on the way, as (axis, position).
+        blank: whether it is constant, so that it fits any axis; if its size is hard-coded, the run of a cut copy
+            shows that.
     """
 
     dims: list[Dim]
@@ -42,19 +42,19 @@ class Label:
 
     @property
     def active(self) -> bool:
-        """Whether it is an activation that carries an axis, or may be one."""
+        """Whether it is an activation that carries, or may carry, an axis."""
         return (self.latent or not self.parameter) and any(True for _ in axes_in(self.dims))
 
 
 @dataclass
 class Use:
-    """What a parameter was seen to do with its axes.
+    """How a parameter uses its axes.
 
     Attributes:
         axes: one for each dimension.
         roles: dimension -> "produces" (it opens the axis), "consumes" (the axis is summed over), "follows" (it is
             one number per channel: a bias, a scale), "added" (it follows, and is not 0 where the axis is).
-        direct: whether anything but its own module's `nn.Linear.forward` reads it.
+        direct: whether anything besides the `nn.Linear.forward` of its own module reads it.
     """
 
     name: str
@@ -63,21 +63,21 @@ class Use:
     direct: bool = False
 
     def note(self, dim: int, role: str) -> None:
-        """Take note of a role."""
+        """Add a role."""
         self.roles.setdefault(dim, set()).add(role)
 
 
 @dataclass(frozen=True)
 class Step:
-    """One operation of a forward.
+    """One operation of the forward.
 
     Attributes:
-        name: of the operation, as ATen calls it.
-        module: the dotted name of the module that was running.
-        dims: of each tensor that came out; None where nothing is known of it.
-        inputs: of each tensor that went in.
-        numbers: the plain numbers that went in.
-        line: the user's file and line.
+        name: the name of the ATen operation.
+        module: dotted name of the running module.
+        dims: factors of each output; None for outputs that carry no axis.
+        inputs: factors of each input.
+        numbers: the plain-number arguments.
+        line: file and line of the calling code.
     """
 
     name: str
@@ -89,18 +89,18 @@ class Step:
 
     @property
     def given(self) -> tuple[Dim, ...] | None:
-        """Of the first tensor that went in."""
+        """The factors of the first input."""
         return self.inputs[0] if self.inputs else None
 
 
 @dataclass(frozen=True)
 class Made:
-    """What is remembered of a tensor that a module gave."""
+    """A recorded output tensor of a module."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
 
 
 def plain(tensor: Tensor) -> list[Dim]:
-    """Return the dimensions of numbers that nothing is known of."""
+    """Return plain dimensions, for tensors that carry no axis."""
     return [(size,) if size != 1 else () for size in tensor.shape]

@@ -1,4 +1,4 @@
-"""What all dispatch modes of the reader share: which operations they are given."""
+"""The base of all dispatch modes of the reader."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper
 
 
 class Mode(TorchDispatchMode):
-    """Is given every operation, those of higher order whole.
+    """Intercepts every operation; higher-order operations come as one.
 
-    Tensors that are made of others (nested ones, say) do theirs first, which come as operations on those.
+    Tensor subclasses (nested tensors, for instance) dispatch first, so that their operations arrive on plain tensors.
     """
 
     supports_higher_order_operators = True
@@ -27,12 +27,12 @@ class Mode(TorchDispatchMode):
         return self.run(func, args, kwargs or {})
 
     def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run an operation that is given plain tensors; return what it gives."""
+        """Run an operation on plain tensors; return its result."""
         raise NotImplementedError
 
 
 def leaves_in(value: Any) -> list[Any]:
-    """Return what lists, tuples and dicts of arguments or results hold, in order; pytree takes ten times as long."""
+    """Return the leaves of nested lists, tuples and dicts, in order; ten times as fast as pytree."""
     if isinstance(value, dict):
         value = tuple(value.values())
     if not isinstance(value, list | tuple):
@@ -52,18 +52,18 @@ def tensors_in(value: Any) -> list[Tensor]:
 
 
 def name_of(func: Any) -> str:
-    """Return what an operation is called, without its namespace."""
+    """Return the name of an operation without its namespace."""
     packet = getattr(func, "overloadpacket", None)
     return str(func.name() if packet is None else packet._qualified_op_name).removeprefix("aten::")
 
 
 def defined(func: Any) -> Any:
-    """Return an operation as it is defined, where its kernel asks for more than that: precision, or how tensors lie."""
+    """Return an operation without the restrictions of its kernel on precision and memory layout."""
     return _grouped_product if name_of(func) == "_grouped_mm" else func
 
 
 def _grouped_product(tokens: Tensor, weights: Tensor, offs: Tensor, *_: Any, **__: Any) -> Tensor:
-    """Multiply tokens, sorted by their experts, with the weights of those, [experts, in, out]; `offs` are the ends."""
+    """Multiply tokens, sorted by expert, by expert weights [experts, in, out]; `offs` are the end offsets."""
     if isinstance(tokens, FakeTensor) or isinstance(offs, FakeTensor):
         return tokens @ weights[0]
     found = tokens.new_zeros(len(tokens), weights.shape[2])

@@ -1,4 +1,4 @@
-"""Momentum copies: what follows the modules of a model is cut with them, and proved in their place."""
+"""Momentum encoders: each is cut together with the modules that it follows, and proved in their place."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from upop.pruning.momentum import momentum_encoders
 def with_momentum_encoders(
     model: nn.Module, example: Any, groups: list[Group], skipped: list[Skipped]
 ) -> tuple[list[Group], list[Skipped]]:
-    """Return the groups of a model that keeps momentum copies of its own parts: the copies are cut with what they copy.
+    """Extend the groups of a model to its momentum encoders, which are cut with the modules that they follow.
 
-    A copy need not run when the model does. One that differs from what it copies in its weights alone computes the
-    same, masked and cut, since groups are proved whatever the weights are. Another one is put into the place of what it
-    copies, on numbers of its own, and has to compute the same; a group whose copy does not is left alone.
+    A momentum encoder need not run in the forward. If it differs from its original in the weights alone, the proof
+    covers it, since groups are proved for any weights. Otherwise it runs in place of its original, with its own
+    numbers; if masked and cut outputs differ there, the group is left alone.
 
     Args:
-        model: may have an attribute `momentum_encoders`: names of modules or parameters -> names of their copies.
+        model: may have an attribute `momentum_encoders`: module or parameter name -> name of its momentum encoder.
         example: what a call of it is given.
-        groups: of all that the model computes with, copies included.
-        skipped: what was left alone.
+        groups: all groups of the model, momentum encoders included.
+        skipped: the parts that were left alone.
     """
     copies = momentum_encoders(model)
     if not copies:
@@ -52,7 +52,7 @@ def _turned(copies: Mapping[str, str]) -> dict[str, str]:
 
 
 def _moved(name: str, copies: Mapping[str, str]) -> str | None:
-    """Return what a tensor or module is called in the copy of the part that holds it; None where it has no copy."""
+    """Return the name of a tensor or module within the momentum encoder; None if it has none."""
     for original, copy in copies.items():
         if name == original or name.startswith(f"{original}."):
             return copy + name.removeprefix(original)
@@ -60,7 +60,7 @@ def _moved(name: str, copies: Mapping[str, str]) -> str | None:
 
 
 def _misfit(model: nn.Module, group: Group, copies: Mapping[str, str]) -> str | None:
-    """Say where the copy of a group's layers is another one than they are."""
+    """Describe how the momentum copy of a group differs from its layers; None if it does not."""
     for part in group.slices:
         copy = _moved(part.tensor, copies)
         if copy is None:
@@ -75,7 +75,7 @@ def _misfit(model: nn.Module, group: Group, copies: Mapping[str, str]) -> str | 
 
 
 def _alike(model: nn.Module, original: str, copy: str) -> bool:
-    """Whether a part of a model and its copy differ in their weights alone."""
+    """Whether a module and its momentum copy differ in their weights alone."""
     try:
         kinds = [likeness(model.get_submodule(name)) for name in (original, copy)]
     except AttributeError:  # a parameter, or nothing
@@ -84,7 +84,7 @@ def _alike(model: nn.Module, original: str, copy: str) -> bool:
 
 
 def _unproved(model: nn.Module, example: Any, groups: list[Group], copies: Mapping[str, str]) -> dict[str, str]:
-    """Return the groups whose copies do not compute the same masked and cut, with the reason."""
+    """Return the groups whose momentum copies fail the proof, with the reason."""
     if not groups:
         return {}
     swapped = numbered(model)
@@ -104,7 +104,7 @@ def _unproved(model: nn.Module, example: Any, groups: list[Group], copies: Mappi
 
 
 def _with_copies(group: Group, copy_of: Mapping[str, str]) -> Group:
-    """Return the group with the same axis of its momentum copy, if the model keeps one."""
+    """Return the group with the slices of its momentum copy, if there is one."""
     slices = [part for part in group.slices if _moved(part.tensor, _turned(copy_of)) is None]
     copies = [replace(part, tensor=copy, follows=True) for part in slices if (copy := _moved(part.tensor, copy_of))]
     attributes = [replace(each, module=copy) for each in group.attributes if (copy := _moved(each.module, copy_of))]

@@ -1,4 +1,4 @@
-"""Rules for what is done number by number, and for what moves numbers without changing them."""
+"""Rules for elementwise operations, and for operations that only move numbers."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from upop.pruning.axes.trace import Trace
     *("randperm", "bernoulli_p", "_assert_async", "_assert_scalar", "resize"),
 )
 def _nothing(trace: Trace, args: Any, kwargs: Any, result: Any, name: str) -> None:
-    """Makes new numbers, or looks without taking."""
+    """Creates new numbers, or reads metadata only."""
 
 
 @rule("zeros", "ones", "full", "empty", "new_zeros", "new_ones", "new_full", "new_empty", "scalar_tensor")
@@ -61,7 +61,7 @@ _PRODUCTS = {"mul", "addcmul"}
     *("pow", "square", "prelu", "_prelu_kernel", "celu", "selu", "logical_not", "bitwise_not", "type_as", "normal"),
 )
 def elementwise(trace: Trace, args: Any, kwargs: Any, result: Any, name: str) -> None:
-    """Tie what meets, dimension by dimension from the last one on."""
+    """Tie the aligned dimensions of all inputs, from the last one backwards."""
     base = name.removesuffix("_").removesuffix("_like") if name.endswith("_") else name
     inputs = tensors_in((args, kwargs))
     outputs = tensors_in(result)
@@ -107,13 +107,13 @@ def elementwise(trace: Trace, args: Any, kwargs: Any, result: Any, name: str) ->
 
 
 def _meeting(labels: Sequence[Label], place: int) -> list[tuple[Label, Dim]]:
-    """Return what meets at a place, counted from the last one; what is blank fits anything."""
+    """Return the aligned dimensions at a position, counted from the end; constants fit any axis."""
     found = [(each, each.dims[place]) for each in labels if -place <= len(each.dims) and length(each.dims[place]) > 1]
     return [(label, dim) for label, dim in found if not label.blank] or found
 
 
 def _rows_that_meet(trace: Trace, labels: list[Label]) -> list[Rows]:
-    """Return the rows that two activations come from that share parameters, as the halves of a gated MLP do."""
+    """Return the rows of shared parameters that two activations come from, such as the halves of a gated MLP."""
     active = [label for label in labels if label.active]
     if len(active) != 2 or active[0].sources.isdisjoint(active[1].sources):
         return []
@@ -121,7 +121,7 @@ def _rows_that_meet(trace: Trace, labels: list[Label]) -> list[Rows]:
 
 
 def _merged(trace: Trace, active: list[Label], dims: list[Dim], name: str, rows: Sequence[Rows] = ()) -> Label:
-    """Return the label of what activations give together; where one gates another, it is the gate that is silent."""
+    """Return the label of combined activations; a gate becomes silent."""
     linear = name in _LINEAR or all(not label.linear for label in active)
     sources = frozenset().union(*(label.sources for label in active))
     if name in ("add", "sub") and len(active) == 2 and active[0].sources != active[1].sources:
@@ -144,7 +144,7 @@ def _merged(trace: Trace, active: list[Label], dims: list[Dim], name: str, rows:
 
 
 def _gates(trace: Trace, one: Label, other: Label) -> bool:
-    """Whether the first of two activations gates the second: it is the one with a bend, or is computed of the other."""
+    """Whether the first of two activations gates the second: it is nonlinear, or computed from the other."""
     if one.linear != other.linear:
         return other.linear
     made, makes = trace.bits(one.sources), trace.bits(other.sources)
@@ -270,7 +270,7 @@ def _select(trace: Trace, args: Any, kwargs: Any, result: Any, name: str) -> Non
 
 
 def _taken(label: Label, dims: Sequence[Dim], dim: Dim, place: int) -> Label:
-    """Return what is left of a tensor when one channel of a dimension is taken by its place."""
+    """Return the label after selecting one index of a dimension."""
     fix(dim, "a channel of it is taken by its place")
     axes = list(axes_in([tuple(factors_of(dim))]))
     places = (*label.places, (axes[0], place % length(dim))) if len(axes) == 1 else label.places
@@ -376,7 +376,7 @@ def _pad(trace: Trace, args: Any, kwargs: Any, result: Any, name: str) -> None:
 
 @rule("index_add", "index_copy", "index_put", "_index_put_impl", "scatter", "scatter_add", "scatter_reduce")
 def _put(trace: Trace, args: Any, kwargs: Any, result: Any, name: str) -> None:
-    """Puts or adds rows where numbers say: what comes after these rows meets."""
+    """Scatters rows by index: the dimensions behind the indexed ones are tied."""
     label = trace.label(args[0])
     new = trace.label([each for each in args[1:] if isinstance(each, Tensor)][-1])
     if name.startswith(("index_add", "index_copy")):
@@ -399,7 +399,7 @@ def _put(trace: Trace, args: Any, kwargs: Any, result: Any, name: str) -> None:
 
 
 def _run(index: Tensor, size: int) -> tuple[int, int] | None:
-    """Return where numbers begin and end that are known and follow on each other; None for others."""
+    """Return the bounds of a run of consecutive known indices; None for any other indices."""
     if index.dim() != 1 or not index.numel() or isinstance(index, FakeTensor) or index.dtype == torch.bool:
         return None
     with unset_fake_temporarily():

@@ -1,4 +1,4 @@
-"""Heads of any width for torch.nn.MultiheadAttention, and for whatever calls torch's attention function."""
+"""Narrow heads for torch.nn.MultiheadAttention, and for callers of `F.multi_head_attention_forward`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 
 
 class _Calls(TorchFunctionMode):
-    """Computes torch's attention function with heads as wide as the weights say."""
+    """Computes torch's attention function with the head width that the weights have."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -22,35 +22,35 @@ class _Calls(TorchFunctionMode):
 
 
 class NarrowCalls:
-    """Mixed into the class of a module that calls `F.multi_head_attention_forward`, once its heads are narrower.
+    """Mixin for a module that calls `F.multi_head_attention_forward`, once its heads are narrower.
 
-    Parameters, arguments and results are those of the class as it is.
+    Parameters, arguments and results stay those of the original class.
     """
 
     uncut_class: type[nn.Module]
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        """Run the forward of the class as it is, for which torch's function computes narrow heads."""
+        """Run the original forward; torch's function computes narrow heads for it."""
         with _Calls():
             return super().forward(*args, **kwargs)  # type: ignore[misc]
 
 
 class NarrowMultihead(NarrowCalls):
-    """Mixed into the class of a `torch.nn.MultiheadAttention` whose heads are narrower."""
+    """Mixin for a `torch.nn.MultiheadAttention` with narrower heads."""
 
     # torch's encoder layers ask for this before they hand the weights to a fused kernel, which could not read them.
     _qkv_same_embed_dim = property(lambda _self: False)
 
     def forward(self: Any, query: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Attend; torch's encoder hands sequences of several lengths on as nested tensors, which come back as such."""
+        """Attend; nested tensors, which torch's encoder passes for sequences of several lengths, stay nested."""
         if query.is_nested:
             return _nested(super().forward, query, kwargs, batch_first=self.batch_first)
         return super().forward(query, *args, **kwargs)
 
     def _reset_parameters(self: Any) -> None:
-        """Give the projections fresh weights, as torch does; transformers calls it when it has read a file.
+        """Initialise the projections as torch does; transformers calls this after it has read a file.
 
-        Whole parameters are handed to torch.nn.init: transformers marks on them what it has read and is to stay.
+        torch.nn.init gets whole parameters, since transformers marks the ones that it has read and must keep.
         """
         for weight in (self.in_proj_weight, self.q_proj_weight, self.k_proj_weight, self.v_proj_weight):
             if weight is not None:
@@ -63,7 +63,7 @@ class NarrowMultihead(NarrowCalls):
 def _nested(
     forward: Callable[..., Any], query: Tensor, options: dict[str, Any], *, batch_first: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Attend within sequences of several lengths."""
+    """Attend within a batch of sequences of several lengths."""
     lengths = [len(each) for each in query.unbind()]
     padded = query.to_padded_tensor(0.0)
     places = torch.arange(padded.shape[1], device=padded.device)
@@ -103,7 +103,7 @@ def _called(
     average_attn_weights: bool = True,
     is_causal: bool = False,  # noqa: ARG001 - a hint; torch demands the mask beside it
 ) -> tuple[Tensor, Tensor | None]:
-    """Return what `F.multi_head_attention_forward` does, [tokens, batch, width]; arguments are its own."""
+    """Compute `F.multi_head_attention_forward` with its own arguments; return [tokens, batch, width]."""
     batched = query.dim() == 3
     if not batched:
         query, key, value = (tensor.unsqueeze(1) for tensor in (query, key, value))
@@ -148,7 +148,7 @@ def _called(
 
 
 def _mask(attention: Tensor | None, padding: Tensor | None, queries: Tensor, heads: int) -> Tensor | None:
-    """Return both masks as one that is added to scores, [batch or 1, heads or 1, queries, keys]."""
+    """Combine both masks into one that is added to the scores, [batch or 1, heads or 1, queries, keys]."""
     masks = []
     if attention is not None:
         attention = attention if attention.dim() == 3 else attention.unsqueeze(0)
@@ -169,7 +169,7 @@ _classes: dict[type[nn.Module], type[nn.Module]] = {}
 
 
 def narrow_multihead(kind: type[nn.Module]) -> type[nn.Module]:
-    """Return the class that a module of class `kind` takes on when it is cut and calls torch's attention function."""
+    """Return the class for a cut module of class `kind` that calls torch's attention function."""
     if issubclass(kind, NarrowCalls):
         return kind
     if kind not in _classes:
@@ -180,7 +180,7 @@ def narrow_multihead(kind: type[nn.Module]) -> type[nn.Module]:
 
 
 def _reduced(self: nn.Module) -> object:
-    """Copy and pickle by the class as it was: no module holds the narrow one."""
+    """Copy and pickle as the original class: the narrow one cannot be imported."""
     return _revived, (type(self).__dict__["uncut_class"],), self.__dict__
 
 

@@ -1,8 +1,8 @@
-"""Forwards that take a width of their input for the width of what is cut: the same forwards, told the true one.
+"""Corrects forwards that assume the width of their input is also the width of a pruned axis.
 
-Many write `B, N, C = x.shape` and then `.reshape(B, N, C)` of the heads, or `qkv[..., :C]`. A module that is cut and
-has such a forward takes on a class whose forward runs under a mode of torch that puts the width that is there in the
-place of the one that was, in the few calls that were seen to need it. It works under torch.compile and torch.export.
+Many forwards write `B, N, C = x.shape` and later `.reshape(B, N, C)` of the heads, or `qkv[..., :C]`. A cut module with
+such a forward gets a subclass that runs it under a torch function mode. The mode replaces the old width by the current
+one, in the few calls that need it. This works under torch.compile and torch.export.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _INDEXED = (Tensor.__getitem__, Tensor.__setitem__)
 
 
 class _Widths(TorchFunctionMode):
-    """Puts new widths in the place of old ones."""
+    """Replaces old widths by new ones."""
 
     def __init__(self, widths: Mapping[str, int]) -> None:
         super().__init__()
@@ -72,7 +72,7 @@ class _Widths(TorchFunctionMode):
         return cut if _fits(tensor, cut) else list(sizes)
 
     def _cut(self, kind: str, tensor: Tensor, sizes: Sequence[Any], first: int, rank: int) -> list[Any]:
-        """Return sizes with the new widths that calls name which are given such a tensor, cut as it has to be."""
+        """Return the sizes of a call with the new widths, if the call gets a cut tensor."""
         found, shape = list(sizes), tensor.shape
         for place, size in enumerate(sizes):
             for dim, here, new in self._named.get((kind, rank, first + place, size, len(shape)), ()):
@@ -89,7 +89,7 @@ class _Widths(TorchFunctionMode):
         return self._cut("expand", tensor, sizes, 0, len(sizes))
 
     def _ratio(self, tensor: Tensor, dim: int) -> tuple[int, int] | None:
-        """Return the old and new length of a dimension that was cut."""
+        """Return the old and new length of a cut dimension."""
         rank = tensor.dim()
         found = self._parts.get((rank, dim % rank), {})
         for old, new in found.items():  # not next(...), which torch.compile of torch 2.6 does not know
@@ -132,7 +132,7 @@ class _Widths(TorchFunctionMode):
 
 
 def _fits(tensor: Tensor, sizes: Sequence[Any]) -> bool:
-    """Whether a tensor can be viewed so; what -1 stands for is whole dimensions, or what is left of one."""
+    """Whether a tensor can take this shape; -1 stands for whole dimensions, or the rest of one."""
     known = math.prod([size for size in sizes if size != -1])
     if -1 not in sizes or not known or tensor.numel() % known:
         return bool(known == tensor.numel())
@@ -144,22 +144,22 @@ def _fits(tensor: Tensor, sizes: Sequence[Any]) -> bool:
 
 
 def _ends(sizes: Sequence[int]) -> set[int]:
-    """Return after how many channels the dimensions of a shape end, counted in those outside it."""
+    """Return the cumulative products of a shape, where its dimensions end."""
     return {math.prod(sizes[:place]) for place in range(len(sizes) + 1)}
 
 
 class Narrow:
-    """Mixed into the class of a module whose forward insists on a width that was cut."""
+    """Mixin for a module whose forward hard-codes a width that was cut."""
 
     uncut_class: type[nn.Module]
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        """Run the forward of the class as it is, with the widths that are there."""
+        """Run the original forward with the current widths."""
         with _Widths(self.__dict__[WIDTHS]):
             return super().forward(*args, **kwargs)  # type: ignore[misc]
 
     def __reduce__(self: Any) -> Any:
-        """Copy and pickle by the class as it was: no module holds the narrow one."""
+        """Copy and pickle as the original class: the narrow one cannot be imported."""
         return _revived, (self.uncut_class,), self.__dict__
 
 
@@ -171,9 +171,9 @@ _classes: dict[type[nn.Module], type[nn.Module]] = {}
 
 
 def narrow_class(kind: type[nn.Module]) -> type[nn.Module]:
-    """Return the class that a module of class `kind` takes on when it is cut and its forward names a width.
+    """Return the class for a cut module of class `kind` whose forward hard-codes a width.
 
-    A class that was taken on so already stays: the module is cut once more.
+    A class that is already narrow is returned as it is: the module is cut once more.
     """
     if issubclass(kind, Narrow):
         return kind

@@ -1,4 +1,4 @@
-"""What keeps a layer's tensors from being cut, whatever the model computes: each with what to do about it."""
+"""Obstacles to cutting the tensors of a layer, whatever the model computes, each with a remedy."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 
 def obstacle(model: nn.Module, path: str) -> str | None:
-    """Say why nothing of the own tensors of the module at a path can be cut, and what to do; None where it can."""
+    """Return why the own tensors of a module cannot be cut, and what to do; None if they can."""
     reason = _obstacle(model.get_submodule(path) if path else model)
     return f"{path or type(model).__name__} {reason}" if reason else None
 
 
 def obstacles(model: nn.Module, cut: set[str]) -> dict[str, str]:
-    """Return the modules with weights of their own of which nothing is cut, each with the reason.
+    """Return the modules whose own weights stay whole, each with the reason.
 
     Args:
         model: the model.
-        cut: the names of all tensors that are cut: parametrized ones may be, where the proof holds.
+        cut: names of all cut tensors; parametrized ones may be among them if their proof holds.
     """
     found = {}
     for path, module in model.named_modules():

@@ -1,4 +1,4 @@
-"""Rules for sums, products, attention and normalisation: what ties axes, and what sums over them."""
+"""Rules for operations that contract or normalise axes: sums, products, attention, norms."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def _product(trace: Trace, args: Any, kwargs: Any, result: Any, name: str) -> No
 
 @rule("_grouped_mm", "transformers::grouped_mm_fallback")
 def _grouped_product(trace: Trace, args: Any, kwargs: Any, result: Any, name: str) -> None:
-    """Multiplies tokens, sorted by their experts, with the weights of those, [experts, in, out]."""
+    """Multiplies tokens, sorted by expert, by expert weights [experts, in, out]."""
     tokens, weights = trace.label(args[0]), trace.label(args[1])
     if len(tokens.dims) != 2 or len(weights.dims) != 3:
         return unknown(trace, args, kwargs, result, name)
@@ -126,7 +126,7 @@ def _grouped_product(trace: Trace, args: Any, kwargs: Any, result: Any, name: st
 
 @rule("_trilinear")
 def _bilinear(trace: Trace, args: Any, kwargs: Any, result: Any, name: str) -> None:
-    """Sums over two inputs and a weight, [out, in, in], as torch.nn.Bilinear does."""
+    """Contracts two inputs with a weight [out, in, in], as torch.nn.Bilinear does."""
     one, weight, other = (trace.label(each) for each in args[:3])
     if not weight.parameter or [list(each) for each in args[3:7]] != [[1, 3], [0], [1, 2], [2, 3]]:
         return unknown(trace, args, kwargs, result, name)
@@ -141,12 +141,12 @@ def _bilinear(trace: Trace, args: Any, kwargs: Any, result: Any, name: str) -> N
 
 
 def _activation(label: Label) -> Label:
-    """Return what is known of learned tokens that went through a layer, as of any others."""
+    """Treat learned tokens behind a layer like any other activation."""
     return replace(label, parameter=False, latent=False) if label.latent else label
 
 
 def _contract(trace: Trace, a: Label, a_dim: Dim, b: Label, b_dim: Dim) -> None:
-    """Sum over a dimension of two tensors."""
+    """Contract a dimension of two tensors."""
     if a.active and b.active:
         trace.queries(a, a_dim)
     tie(a_dim, b_dim, "it is multiplied with numbers of that shape which are no parameters")
@@ -170,7 +170,7 @@ def _batched(trace: Trace, a: Label, b: Label, dims: Sequence[Dim]) -> None:
 def _produced(
     trace: Trace, a: Label, a_dims: Sequence[Dim], b: Label, b_dims: Sequence[Dim], dims: list[Dim], over: Dim
 ) -> Label:
-    """Return the label of a product, whose dimensions come from one side or the other; `over` was summed over."""
+    """Return the label of a product; its dimensions come from either side, and `over` was contracted."""
     for label, outer in ((a, a_dims), (b, b_dims)):
         if label.parameter and (label is b or not b.parameter):  # what goes through a layer opens nothing
             for place, dim in enumerate(label.dims):
@@ -375,7 +375,7 @@ def _over_places(trace: Trace, args: Any, kwargs: Any, result: Any, name: str) -
 
 @rule("im2col", "col2im")
 def _windows(trace: Trace, args: Any, kwargs: Any, result: Any, name: str) -> None:
-    """Channels with the places of a window inside them, and the other way round."""
+    """Unfolds windows into channels, or folds them back."""
     label = trace.label(args[0])
     for dim in label.dims[2:]:
         fix(dim, f"{name} moves over it")

@@ -1,4 +1,4 @@
-"""The proof: what is masked and what is cut compute the same, on numbers."""
+"""The proof: the masked and the cut model compute the same outputs, on random numbers."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ POWERS = (0.5, 0.0, 1.0, 0.25)
 
 
 class Precise(Mode):
-    """Has what a forward asks for in some precision of its own in the precision of its weights.
+    """Runs operations in the precision of the weights, whatever precision the forward asks for.
 
-    Many compute a norm or a softmax in float32 whatever the weights are, or fail where these are more precise.
+    Many forwards compute norms or softmax in float32, or fail if the weights are more precise than that.
     """
 
     def __init__(self, dtype: torch.dtype) -> None:
@@ -66,15 +66,15 @@ class Precise(Mode):
 
 
 class Bench:
-    """A copy of a model with numbers, on which groups are masked and cut, and put back.
+    """A copy of a model with numbers, on which groups are masked, cut and restored.
 
     Args:
         model: the copy.
-        example: what it is given.
-        idle: what is known of the modules that are to be idle while groups of some names are tried (see `kinds`).
+        example: its inputs.
+        idle: group names -> modules to stub while these groups are tried (see `kinds`).
 
     Attributes:
-        misses: whether something was raised where nothing was cut and modules were idle: something is asked of them.
+        misses: whether the uncut model failed with idle modules, so that the forward needs something of them.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class Bench:
 
     @contextmanager
     def trying(self, groups: Sequence[Group]) -> Iterator[list[str]]:
-        """Have all that has no part in some groups be idle; give the names of those modules."""
+        """Stub all modules that the groups do not involve; yield their names."""
         names = frozenset(group.name for group in groups)
         if names not in self._rests:
             idle = self._idle(names) if self._idle is not None else {}
@@ -116,9 +116,9 @@ class Bench:
         self._spreads: dict[tuple[str, ...], list[list[float]]] = {}
 
     def outputs(self) -> list[tuple[str, Tensor]]:
-        """Return all tensors that a call gives, and all that modules which are idle are given.
+        """Return all output tensors of a call, and all inputs of idle modules.
 
-        They are in float32 where an operation takes no float64.
+        They are in float32 if an operation does not support float64.
         """
         try:
             found = self._outputs()
@@ -132,7 +132,7 @@ class Bench:
         return found
 
     def _run(self, model: nn.Module) -> Any:
-        """Return what a call gives, and what modules that are idle are given."""
+        """Return the outputs of a call and the inputs of idle modules."""
         for each in self._resting:
             each.start(self._dtype)
         found = call(model, self._example)
@@ -146,7 +146,7 @@ class Bench:
             return [(place, value.detach().clone()) for place, value in tensors_of(self._run(self._model))]
 
     def called(self) -> set[str]:
-        """Return the names of the modules that a run calls."""
+        """Return the names of all modules that a run calls."""
         seen: set[str] = set()
         names = {module: name for name, module in self._model.named_modules()}
         handle = nn.modules.module.register_module_forward_pre_hook(lambda module, _: seen.add(names.get(module, "")))
@@ -157,7 +157,7 @@ class Bench:
         return seen
 
     def difference(self, groups: Sequence[Group], plan: Mapping[str, Sequence[int]]) -> tuple[float, str]:
-        """Return how far the cut model is from the masked one, relative to its largest output, and what was raised."""
+        """Return the difference of the cut from the masked model, relative to the largest output, and any error."""
         with self.trying(groups):
             try:
                 expected = self._masked_outputs(groups, plan)
@@ -182,7 +182,7 @@ class Bench:
             return (float("inf"), f"the cut model differs by {off.size:.1e}") if off is not None else (0.0, "")
 
     def _masked_outputs(self, groups: Sequence[Group], plan: Mapping[str, Sequence[int]]) -> Outputs:
-        """Return what the masked model gives; it is known where the same was asked last, of another way to cut it."""
+        """Return the outputs of the masked model, cached for repeated calls with the same masks."""
         key = [(tuple(plan[group.name]), replace(part, power=0.0)) for group in groups for part in group.producers]
         if self._known[0] != key:
             with self.masked(groups, plan):
@@ -190,7 +190,7 @@ class Bench:
         return self._known[1]
 
     def _rounding(self) -> list[list[float]]:
-        """Return how much each output differs by rounding alone, time after time.
+        """Return how much each output differs between repeated calls by rounding alone.
 
         Raises:
             VerificationError: two calls of the model differ.
@@ -201,9 +201,9 @@ class Bench:
         return self._spreads[key]
 
     def asks(self, group: Group) -> bool:
-        """Whether queries of a group, if it has any, matter: they do where they are normalised, so that no scale shows.
+        """Whether the queries of a group, if it has any, influence the output, so that their scale can be determined.
 
-        They do not where there is one token, or tokens that are all alike.
+        They do not if there is a single token, or if all tokens are equal.
         """
         with self.trying([group]):
             return self._asks(group)
@@ -227,7 +227,7 @@ class Bench:
 
     @contextmanager
     def masked(self, groups: Sequence[Group], plan: Mapping[str, Sequence[int]]) -> Iterator[None]:
-        """Have the channels that a plan does not keep be 0."""
+        """Zero the channels that a plan prunes, within the block."""
         held: dict[str, Tensor] = {}
         try:
             with torch.no_grad():
@@ -247,7 +247,7 @@ class Bench:
 
 
 def at_random(groups: Sequence[Group], seed: int) -> dict[str, list[int]]:
-    """Return channels to keep of every group, at random sizes."""
+    """Return random channels to keep for every group."""
     draw = random.Random(seed)
     plan = {}
     for group in groups:
@@ -258,13 +258,13 @@ def at_random(groups: Sequence[Group], seed: int) -> dict[str, list[int]]:
 
 
 def prove(bench: Bench, candidates: list[Candidate], found: dict[str, str], *, beside: bool = True) -> list[Candidate]:
-    """Return the candidates that compute what they should: all together, every other one, the others; else by halves.
+    """Return the candidates that pass the proof: all together, then every other one and the rest, else by bisection.
 
     Args:
-        bench: where it is tried.
-        candidates: to be proved.
-        found: why a candidate was left out, by its group's name; added to.
-        beside: whether each is also cut beside others that stay whole.
+        bench: runs the trials.
+        candidates: to prove.
+        found: group name -> why a candidate failed; filled in.
+        beside: whether each is also cut while the others stay whole.
     """
     if not candidates:
         return []
@@ -289,14 +289,14 @@ def scaled(
     weighs: Callable[[Candidate], bool],
     lost: dict[str, str],
 ) -> list[Candidate]:
-    """Find how the softmax scale of every kind of attention follows the size of its heads.
+    """Determine how the softmax scale of each kind of attention depends on its head size.
 
     Args:
-        bench: where it is tried.
-        model: the model itself.
-        candidates: to be proved.
-        weighs: whether an attention has a softmax, so that its scale must show.
-        lost: why a candidate was left out, by its group's name; added to.
+        bench: runs the trials.
+        model: the original model.
+        candidates: to prove.
+        weighs: whether an attention has a softmax, so that its scale must matter.
+        lost: group name -> why a candidate failed; filled in.
     """
     known: dict[Any, tuple[float, bool] | None] = {}
     result = []
@@ -340,7 +340,7 @@ def _scale(bench: Bench, model: nn.Module, candidate: Candidate, weighs: bool) -
 
 
 def _powered(model: nn.Module, candidate: Candidate, power: float, numbers: bool) -> Candidate | None:
-    """Return a candidate whose queries are scaled so, with the scales that its modules keep set again if asked."""
+    """Return a candidate with this scaling of queries, optionally with the stored scales reset."""
     group = candidate.group
     scales: list[Attribute] = []
     if numbers:
@@ -360,7 +360,7 @@ def _powered(model: nn.Module, candidate: Candidate, power: float, numbers: bool
 
 
 def _head_widths(group: Group) -> list[int]:
-    """Return how many dimensions of a head a channel is: 1, or 2 where pairs are rotated."""
+    """Return the head dimensions per channel: 1, or 2 if pairs are rotated together."""
     queries = ((part, repeat) for part in group.slices for repeat in part.queries or range(part.query_groups))
     return sorted({part.inners[repeat] for part, repeat in queries}) or [1]
 

@@ -1,4 +1,4 @@
-"""From a model and an example to its groups: trace, follow, component, settle, prove."""
+"""Reads the groups of a model from one example: trace, build components, settle sizes, prove."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from upop.pruning.verify import tensors_of
 
 
 def read(model: nn.Module, example: Any) -> tuple[list[Group], list[Skipped]]:
-    """Return the groups of a model, each proved on numbers, and what was left alone with the reason.
+    """Return the groups of a model, each proved on numbers, and the parts left alone with reasons.
 
     Args:
-        model: left as it is, its random state included.
-        example: what a call of it is given.
+        model: left unchanged, and so are random generators.
+        example: inputs of a call.
     """
     home = next((each.device for each in model.parameters() if not each.is_meta), torch.device("cpu"))
     # A model may be read while another one is built on the meta device; a default device makes every call slower.
@@ -80,7 +80,7 @@ def _read(model: nn.Module, example: Any) -> tuple[list[Group], list[Skipped]]:
 
 
 def _whole(model: nn.Module, name: str, cut: set[str]) -> bool:
-    """Whether all weights of a layer are cut: then what else of it could not go is no news."""
+    """Whether all weights of a layer are cut, so that its other axes need no report."""
     try:
         layer = model.get_submodule(name)
     except AttributeError:
@@ -90,7 +90,7 @@ def _whole(model: nn.Module, name: str, cut: set[str]) -> bool:
 
 
 def _candidates(model: nn.Module, shapes: Shapes) -> tuple[Trace, list[Candidate], list[Skipped]]:
-    """Return a trace, what may be cut by it, and what not with the reason."""
+    """Return the trace, the candidates, and the rejected components with reasons."""
     trace = traced(shapes)
     shared = shared_tensors(model)
     chosen: list[Candidate] = []
@@ -104,7 +104,7 @@ def _candidates(model: nn.Module, shapes: Shapes) -> tuple[Trace, list[Candidate
 
 
 def traced(shapes: Shapes) -> Trace:
-    """Run a model once, without numbers, and follow its axes; again where a buffer turns out to be written to."""
+    """Trace a model once on fake tensors; repeat it if the forward writes to a buffer."""
     written: set[str] = set()
     while True:
         copied = shapes.copy()
@@ -128,7 +128,7 @@ def traced(shapes: Shapes) -> Trace:
 
 
 def _rivals(pending: Iterable[Candidate], proved: Iterable[Candidate]) -> dict[str, list[Candidate]]:
-    """Return, by name, whose rows each one cuts too, or whose tensors along another dimension, as heads and theirs."""
+    """Return, by name, the candidates that cut the same rows, or other dimensions of the same tensors (heads)."""
     taken: dict[str, list[tuple[Slice, Candidate]]] = {}
     for each in proved:
         for part in each.group.slices:
@@ -151,17 +151,17 @@ def _meet(one: Slice, size: int, other: Slice, other_size: int) -> bool:
 
 
 def _more(candidate: Candidate, rivals: list[Candidate]) -> bool:
-    """Whether heads take rows from a layer that is left out by the dimensions which they would replace."""
+    """Whether heads also cut a layer that the head dimensions in their place would leave out."""
     covered = {part.tensor for each in rivals for part in each.group.slices}
     left_out = (part for part in candidate.group.producers if part.tensor not in covered)
     return not rivals or any(max(part.inners) > 1 for part in left_out)
 
 
 def _rounds(chosen: list[Candidate]) -> Iterator[list[Candidate]]:
-    """Yield what is tried together: dimensions and neurons first, then heads; where one axis is inside another, one.
+    """Yield candidates that are tried together: head dims and neurons first, then heads; of nested axes, only one.
 
-    What a group with nested axes keeps could not be told from the shapes of its tensors. Dimensions that several
-    attentions share, by a table of positions for instance, come last: heads of each of them may go by themselves.
+    The shapes of tensors would not reveal what a group with nested axes keeps. Head dims that several attentions
+    share (through a position table, for instance) come last, since whole heads can be pruned per attention.
     """
     heads = sorted((each for each in chosen if each.group.channel in HEADS), key=lambda each: -len(each.group.slices))
     flat = [each for each in chosen if each.group.channel not in HEADS]
@@ -187,7 +187,7 @@ def _rounds(chosen: list[Candidate]) -> Iterator[list[Candidate]]:
 
 
 def _shared(dimensions: Candidate, heads: list[Candidate]) -> bool:
-    """Whether dimensions are those of several attentions, by a tensor that is no part of the heads of any of them."""
+    """Whether several attentions share these head dims through a tensor outside their heads."""
     tensors = [{part.tensor for part in each.group.slices} for each in heads]
     apart = any(one.isdisjoint(other) for one, other in itertools.combinations(tensors, 2))
     return apart and not {part.tensor for part in dimensions.group.slices} <= set().union(*tensors)

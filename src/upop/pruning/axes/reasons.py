@@ -1,4 +1,4 @@
-"""Why a group is not cut that could not be proved: the operation that makes something of its zeros."""
+"""Explains a failed proof: finds the operation that turns masked zeros into other values."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from upop.pruning.axes.trace import Trace
 
 
 class _Zeros(TorchDispatchMode):
-    """Looks for the first operation that is given zeros along an axis and gives something else."""
+    """Finds the first operation that gets zeros along an axis and outputs nonzero values."""
 
     def __init__(self, steps: Sequence[Step], axis: Axis, pruned: Tensor) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -44,7 +44,7 @@ class _Zeros(TorchDispatchMode):
         return result
 
     def _zero(self, tensor: Tensor, dims: Sequence[Dim] | None) -> bool | None:
-        """Whether the channels that are masked are 0; None where a tensor does not carry the axis."""
+        """Whether masked channels are zero; None if the tensor does not carry the axis."""
         if dims is None or tuple(map(length, dims)) != tuple(tensor.shape):
             return None
         for place, dim in enumerate(dims):
@@ -56,14 +56,14 @@ class _Zeros(TorchDispatchMode):
 
 
 def explain(bench: Bench, model: nn.Module, trace: Trace, candidates: list[Candidate], wrong: dict[str, str]) -> None:
-    """Say of every group that was not proved which operation makes something else than 0 of its masked channels.
+    """Name, for each unproved group, the operation that makes masked channels nonzero.
 
     Args:
-        bench: on which the groups were tried.
+        bench: ran the trials.
         model: the model.
-        trace: its operations.
-        candidates: what was tried; one of each kind of block is looked into.
-        wrong: by the group's name, what was seen; added to.
+        trace: of the model.
+        candidates: that were tried; one per kind of block is examined.
+        wrong: group name -> explanation; filled in.
     """
     known: dict[tuple[type[nn.Module], str, int], str] = {}
     for each in candidates:

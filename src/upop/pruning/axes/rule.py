@@ -1,4 +1,4 @@
-"""Rules: what a kind of tensor operation does to axes. What all rules share, and where they are found by name."""
+"""The registry of rules, each of which says what a tensor operation does to axes, and their helpers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CONSTANT = "it meets numbers of that shape which are no parameters"
 
 
 def rule(*names: str) -> Callable[[Rule], Rule]:
-    """Register the rule for operations."""
+    """Register the rule for operations of these names."""
 
     def register(rule: Rule) -> Rule:
         RULES.update(dict.fromkeys(names, rule))
@@ -29,19 +29,19 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
 
 
 def like(label: Label, dims: Sequence[Dim]) -> Label:
-    """Return a label with other dimensions."""
+    """Return a label like another one, with new dimensions."""
     return replace(label, dims=list(dims))
 
 
 def unknown(trace: Trace, args: Any, kwargs: Any, result: Any, name: str) -> None:
-    """Fix all that goes into an operation that no rule follows."""
+    """Fix all inputs of an operation without a rule."""
     for tensor in tensors_in((args, kwargs)):
         for dim in trace.label(tensor).dims:
             fix(dim, f"no rule follows it through {name}")
 
 
 def past_of(labels: Sequence[Label]) -> int:
-    """Return the parameters that some tensors come from, as bits."""
+    """Return the parameters that tensors depend on, as bits."""
     past = 0
     for label in labels:
         past |= label.past
@@ -49,5 +49,5 @@ def past_of(labels: Sequence[Label]) -> int:
 
 
 def attends_of(labels: Sequence[Label]) -> Dim:
-    """Return what queries and keys were contracted over, of scores among some tensors."""
+    """Return the axes over which queries and keys were contracted, if any tensor is attention scores."""
     return next((label.attends for label in labels if label.attends), ())

@@ -14,7 +14,7 @@ from upop.pruning.axes.trace import Trace
 
 
 def follow(trace: Trace, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
-    """Label what an operation gave, and tie what it ties."""
+    """Label the outputs of an operation, and tie the axes that it couples."""
     name = name_of(func)
     rule = RULES.get(name) or RULES.get(name.removesuffix("_"))
     if rule is None:

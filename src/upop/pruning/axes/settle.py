@@ -1,8 +1,8 @@
-"""What a module keeps about a size: found by cutting, and by looking where the forward goes another way than it should.
+"""Finds sizes that modules store (head counts, widths) and that a cut must update.
 
-A copy without numbers is cut and run. The first operation whose shape is not the one that follows from the dense run
-names the module that insists; the whole numbers that it keeps are tried, one by one and two by two, and what makes the
-run go on longer is kept.
+A copy on fake tensors is cut and run. The first operation whose shape differs from the prediction of the dense trace
+points to a module with a stored size. Its integers are updated one at a time, then in pairs; an update is kept if the
+run gets further.
 """
 
 from __future__ import annotations
@@ -55,16 +55,16 @@ COPIES = {"clone", "_to_copy", "contiguous", "detach", "alias", "lift_fresh"}
 
 
 class _Off(BaseException):
-    """The run goes another way; no `except Exception` of a forward is to hear of it."""
+    """Ends a run that deviates; a BaseException, so that no `except Exception` in a forward catches it."""
 
 
 @dataclass(frozen=True)
 class Stop:
-    """Where a cut model goes wrong.
+    """Where a cut model deviates from the dense trace.
 
     Attributes:
-        at: how many operations went as they should.
-        reason: what was raised, or which shape came out.
+        at: number of operations that matched.
+        reason: the error, or the unexpected shape.
     """
 
     at: int
@@ -72,7 +72,7 @@ class Stop:
 
 
 class _Follower(Mode):
-    """Compares the shapes of a run with those that follow from the dense one."""
+    """Compares the shapes of a run with those predicted from the dense trace."""
 
     def __init__(self, steps: list[Step], sizes: Mapping[Axis, int], skipped: frozenset[str], last: int) -> None:
         super().__init__()
@@ -82,7 +82,7 @@ class _Follower(Mode):
         self.stack: list[str] = []
 
     def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run an operation, and compare what it gives."""
+        """Run an operation, and compare its outputs."""
         result = func(*args, **kwargs)
         outputs = tensors_in(result)
         name = plain_name(name_of(func))
@@ -107,7 +107,7 @@ class _Follower(Mode):
         return result
 
     def go_on(self) -> None:
-        """Go past what is not looked at, to the next operation that is."""
+        """Skip to the next operation that is compared."""
         while self.at < len(self._steps) and (
             _inside(self._steps[self.at].module, self._skipped) or plain_name(self._steps[self.at].name) in COPIES
         ):
@@ -115,12 +115,12 @@ class _Follower(Mode):
 
 
 def plain_name(name: str) -> str:
-    """Return the name of an operation; views are one operation, however they were asked for."""
+    """Return the name of an operation; all kinds of views count as one."""
     return "view" if _KINDS.get(name) == "view" else name
 
 
 def _long(shape: Sequence[int]) -> list[int]:
-    """Return the lengths above 1, sorted: where a dimension has length 1, some operations move others to its place."""
+    """Return the lengths above 1, sorted, since some operations move dimensions past those of length 1."""
     return sorted(size for size in shape if size != 1)
 
 
@@ -129,7 +129,7 @@ def _inside(module: str, paths: Iterable[str]) -> bool:
 
 
 def now(dim: Dim, sizes: Mapping[Axis, int]) -> int:
-    """Return the length of a dimension when axes have other sizes."""
+    """Return the length of a dimension for given axis sizes."""
     total = 1
     for factor in dim:
         total *= _now(factor, sizes) if isinstance(factor, Axis) else factor
@@ -148,7 +148,7 @@ def _now(axis: Axis, sizes: Mapping[Axis, int]) -> int:
 
 
 def smaller(candidates: Iterable[Candidate]) -> dict[str, tuple[int, ...]]:
-    """Return channels to keep of every group: two thirds of them or less, and another number and share for each."""
+    """Return channels to keep per group: at most two thirds, with a distinct number and share for each group."""
     plan: dict[str, tuple[int, ...]] = {}
     beside, shares = Counter[int](), deque[Fraction](maxlen=_ASIDE)
     for each in candidates:
@@ -162,14 +162,14 @@ def smaller(candidates: Iterable[Candidate]) -> dict[str, tuple[int, ...]]:
 
 
 class Trials:
-    """Cuts a copy without numbers again and again, and runs it as far as what is cut may matter.
+    """Runs trials: cuts a copy on fake tensors, and runs it as far as the cut can matter.
 
     Args:
-        shapes: the world without numbers.
-        trace: what a run of the model did.
-        still: what is known of modules that are to be idle (see `kinds`).
-        candidates: the run ends where nothing of them is left. Without any, every trial has a copy of its own and runs
-            to the end.
+        shapes: makes copies on fake tensors.
+        trace: of the dense model.
+        still: modules to stub, with their outputs (see `kinds`).
+        candidates: a run ends behind the last operation that carries one of their axes. Without candidates, each trial
+            runs a fresh copy to the end.
     """
 
     def __init__(
@@ -187,7 +187,7 @@ class Trials:
         self._idle = [Idle(path, gave, shapes.mode) for path, gave in (still or {}).items()]
 
     def stop(self, candidates: list[Candidate]) -> Stop | None:
-        """Cut the copy and run it; return where it goes wrong, or None."""
+        """Cut the copy and run it; return where it deviates, or None."""
         plan = smaller(candidates)
         sizes = {each.axis.root: len(plan[each.group.name]) for each in candidates}
         swaps = (swap for each in candidates for swap in each.group.swaps if not issubclass(swap.kind, Narrow))
@@ -230,7 +230,7 @@ class Trials:
 
 @contextmanager
 def _put_back(model: nn.Module) -> Iterator[None]:
-    """Have a copy be as it was, whatever a run of it kept."""
+    """Restore the state of a copy after a run."""
     put_back = snapshot(model)
     numbers = [(each, each.clone()) for each in model.buffers() if not isinstance(each, FakeTensor)]
     try:
@@ -243,14 +243,14 @@ def _put_back(model: nn.Module) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class _Remedy:
-    """A change that lets a forward go on: numbers to set again, each for some candidates, and classes to take on."""
+    """A possible fix: stored numbers to update, each for some candidates, and classes to swap."""
 
     attributes: tuple[tuple[Attribute, tuple[Candidate, ...]], ...] = ()
     swaps: tuple[Swap, ...] = ()
 
 
 def settle(model: nn.Module, trials: Trials, candidates: list[Candidate]) -> tuple[list[Candidate], dict[str, str]]:
-    """Find what has to be set again for every group; return those that can be cut, and why the others cannot."""
+    """Find the stored sizes of every group; return the groups that can be cut, and why the others cannot."""
     lost: dict[str, str] = {}
     trace = trials.trace
     stop = trials.stop(candidates) if candidates else None
@@ -281,7 +281,7 @@ def settle(model: nn.Module, trials: Trials, candidates: list[Candidate]) -> tup
 
 
 def _involved(trace: Trace, candidates: list[Candidate], at: int) -> list[Candidate]:
-    """Return the candidates whose axes are in the operation where a run goes wrong, or else in one shortly before."""
+    """Return the candidates whose axes appear in the deviating operation, or in one shortly before."""
     by_axis = {each.axis.root: each for each in candidates}
     for step in itertools.chain(trace.steps[at : at + 1], reversed(trace.steps[max(0, at - 8) : at])):
         found = {
@@ -331,7 +331,7 @@ def _remedies(model: nn.Module, trace: Trace, involved: list[Candidate], at: int
 
 
 def _widths(step: Step, path: str, involved: list[Candidate]) -> Iterator[tuple[Attribute, tuple[Candidate, ...]]]:
-    """Yield the widths that a call may name that reshapes or takes apart a tensor which carries a group's axis."""
+    """Yield the widths that a reshape, expand or split of a tensor with a group's axis may hard-code."""
     kind = _KINDS.get(step.name)
     dims, given = step.given if kind == "part" else step.dims[0], step.given
     if kind is None or dims is None or given is None:
@@ -358,10 +358,9 @@ def _widths(step: Step, path: str, involved: list[Candidate]) -> Iterator[tuple[
 
 
 def mistakable(trace: Trace, candidate: Candidate) -> list[int]:
-    """Return how many channels of a group to keep so that what is not cut may be as long as what is, in named widths.
+    """Return kept sizes at which an uncut tensor could be mistaken for a cut one, where a forward hard-codes widths.
 
-    That is one channel, and as many as make the tensor that goes into another call of the kind look like one that is
-    cut.
+    These are one channel, and sizes at which the input of another call of the same kind has the cut width.
     """
     found: set[int] = set()
     size = candidate.group.size
@@ -380,7 +379,7 @@ def mistakable(trace: Trace, candidate: Candidate) -> list[int]:
 
 
 def around(module: str) -> Iterator[str]:
-    """Yield the names of a module and of those around it, from the inside out; the model itself comes last."""
+    """Yield the name of a module and of its ancestors, up to the model itself."""
     while module:
         yield module
         module = module.rpartition(".")[0]
@@ -388,7 +387,7 @@ def around(module: str) -> Iterator[str]:
 
 
 def kept_numbers(module: nn.Module) -> Iterator[tuple[str, int]]:
-    """Yield the whole numbers that a module keeps, with the names under which `number_of` finds them."""
+    """Yield the integers that a module stores, with names for `number_of`."""
     for name, value in vars(module).items():
         if name not in _OF_MODULES:
             yield from _numbers_in(name, value, 2)
@@ -410,7 +409,7 @@ def _numbers_in(name: str, value: Any, depth: int) -> Iterator[tuple[str, int]]:
 
 
 def _with(model: nn.Module, candidates: list[Candidate], remedy: _Remedy, involved: list[Candidate]) -> list[Candidate]:
-    """Return the candidates with what was found for some of them."""
+    """Apply a remedy to the candidates that it concerns."""
     result = []
     for each in candidates:
         attributes, swaps = list(each.group.attributes), list(each.group.swaps)

@@ -1,4 +1,4 @@
-"""The proof of what a user states: like that of what is read, and an error that says what does not hold."""
+"""Proves groups that the user states, and reports those that do not hold."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ _MOST_TRIED = 6
 
 
 def with_stated(model: nn.Module, stated: Sequence[Stated], example: Any, found: Prunable) -> Prunable:
-    """Return what was found of a model, with the groups that a user states before all that cut the same.
+    """Add stated groups to the groups found; they take precedence over groups that cut the same channels.
 
-    Each is proved on numbers: what is masked and what is cut compute the same. How softmax scales follow the size is
-    found by what makes the proof hold, and so are numbers that a module keeps.
+    Each is proved on numbers: masked and cut outputs must agree. The dependence of softmax scales and of stored
+    numbers on the size is inferred from what makes the proof hold.
 
     Raises:
-        SettingError: what is stated does not fit the model.
-        LayoutError: a group does not hold; the message has the measured difference, or what the cut model raises.
+        SettingError: a statement does not fit the model.
+        LayoutError: a proof fails; the message has the measured difference, or the error of the cut model.
     """
     with torch.random.fork_rng(devices=[]):
         groups = _proved(model, meant(model, stated, modality_of), example)
@@ -83,7 +83,7 @@ def _proved(model: nn.Module, wanted: Sequence[Meant], example: Any) -> list[Gro
 
 
 def _forms(model: nn.Module, meant: Meant) -> Iterator[Group]:
-    """Yield a group as it is stated, with every way in which the queries may be scaled, and numbers that are kept."""
+    """Yield variants of a stated group: each scaling of queries, and each set of stored numbers."""
     for more in _numbers(model, meant):
         group = replace(meant.group, attributes=(*meant.group.attributes, *more))
         yield group
@@ -103,7 +103,7 @@ def _scaled(part: Slice, queries: tuple[int, ...], power: float) -> Slice:
 
 
 def _numbers(model: nn.Module, meant: Meant) -> Iterator[tuple[Attribute, ...]]:
-    """Yield numbers that the module may have to be told, none at first."""
+    """Yield sets of stored numbers to update, the empty set first."""
     size, known = meant.group.size, {(each.module, each.name) for each in meant.group.attributes}
     found = [
         Attribute(meant.holder, name, value // size)
@@ -121,7 +121,7 @@ def _shape_of(group: Group, meant: Meant) -> tuple[Any, ...]:
 
 
 def _masked_where_read(model: nn.Module, group: Group, called: set[str]) -> Group:
-    """Have masks scale weights where they are kept, but for those of plain linear layers that are called as such."""
+    """Mask the weights themselves, except for linear layers that are called as modules."""
     slices = []
     for part in group.slices:
         layer = part.tensor.rpartition(".")[0]

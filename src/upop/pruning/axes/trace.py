@@ -1,4 +1,4 @@
-"""Running a forward once and following every axis through the tensor operations that really happen."""
+"""Traces one forward: follows every axis through the tensor operations that run."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ from upop.pruning.errors import LayoutError
 
 
 class WrittenError(BaseException):
-    """A buffer is written to that was taken for numbers that stay; no `except Exception` of a forward is to hear of it.
+    """The forward writes to a buffer that was assumed constant; a BaseException, which forwards do not catch.
 
     Attributes:
-        name: of the buffer.
+        name: of that buffer.
     """
 
     def __init__(self, name: str) -> None:
@@ -37,21 +37,21 @@ class WrittenError(BaseException):
 
 
 class Trace(Mode):
-    """Follows the axes of a model's parameters while it is the active dispatch mode.
+    """Follows the axes of the parameters through all operations, as a dispatch mode.
 
     Args:
-        model: whose parameters open axes.
-        written: its buffers that are written to, as caches of keys and values are: they carry what is put there.
+        model: its parameters produce the axes.
+        written: buffers that the forward writes to, such as key-value caches; they carry axes.
 
     Attributes:
-        uses: parameter's name -> what it was seen to do.
+        uses: parameter name -> its uses.
         steps: all operations, in order.
-        gates: parameters that gate what others make.
-        added: parameters whose rows are added to those of others: what they make is there without any gate.
-        gave: module's name -> what each of its calls gave; every tensor is a `Made`.
-        readers: parameter's name -> the modules that were running when it was read.
-        attending: the modules that call torch's attention function.
-        multiply_adds: of all products.
+        gates: parameters that gate others.
+        added: parameters whose rows are added to those of others, so that they produce without a gate.
+        gave: module name -> the outputs of each call, with tensors as `Made`.
+        readers: parameter name -> the modules that read it.
+        attending: modules that call torch's attention function.
+        multiply_adds: of all matrix products.
     """
 
     def __init__(self, model: nn.Module, written: Collection[str] = ()) -> None:
@@ -81,10 +81,10 @@ class Trace(Mode):
     # -- what rules use -------------------------------------------------------------------------------------------
 
     def label(self, tensor: Tensor, joined: bool = False) -> Label:
-        """Return what is known of a tensor; one that nothing is known of is plain numbers.
+        """Return the label of a tensor; unknown tensors are plain numbers.
 
-        So is a buffer that no file holds, since it is computed anew in full size when a model is loaded, unless it is
-        joined as it is to what follows an axis, as timm does zeros for the bias of keys.
+        So are non-persistent buffers, which are recomputed in full size when a model is loaded, unless they are
+        concatenated to a tensor that follows an axis, as timm does with zeros for the bias of keys.
         """
         found: Label | None = self._labels.get(tensor)
         if found is None:
@@ -99,7 +99,7 @@ class Trace(Mode):
         return found
 
     def _saved(self, name: str) -> bool:
-        """Whether a parameter or buffer is part of what is saved, or of what the model writes to."""
+        """Whether a parameter or buffer is saved, or written to by the forward."""
         owner, _, own = name.rpartition(".")
         return name in self._written or own not in self._model.get_submodule(owner)._non_persistent_buffers_set
 
@@ -110,7 +110,7 @@ class Trace(Mode):
         return self.uses[name]
 
     def set(self, tensor: Tensor, label: Label) -> None:
-        """Remember what a tensor is made of."""
+        """Set the label of a tensor."""
         if tuple(length(dim) for dim in label.dims) != tuple(tensor.shape):
             for dim in label.dims:
                 fix(dim, "its shape was lost")
@@ -118,19 +118,19 @@ class Trace(Mode):
         self._labels[tensor] = label
 
     def given(self, tensors: Iterable[Tensor]) -> None:
-        """Take note of what the model is given: what comes of it is no parameter."""
+        """Label the inputs of the model: results that depend on them are no parameters."""
         for tensor in tensors:
             self._labels[tensor] = Label(plain(tensor), past=self.bits([""]))
 
     def bits(self, names: Iterable[str]) -> int:
-        """Return some parameters as bits."""
+        """Encode parameters as bits."""
         found = 0
         for name in names:
             found |= self._bits.setdefault(name, 1 << len(self._bits))
         return found
 
     def summed(self, leaf: Axis, past: int) -> bool:
-        """Whether one of some parameters, given as bits, sums over an axis."""
+        """Whether any of these parameters (bits) consumes an axis."""
         return any(
             "consumes" in use.roles.get(dim, ()) and leaf in set(axis.leaves())
             for name, use in self.uses.items()
@@ -139,20 +139,20 @@ class Trace(Mode):
         )
 
     def pair(self, one: Dim, other: Dim) -> None:
-        """Take note of axes to be tied once the model has run: until then, queries are told apart from keys."""
+        """Tie axes after the run; until then, queries and keys stay distinguishable."""
         if any(True for _ in axes_in([one])) and any(True for _ in axes_in([other])):
             self._pairs.append((one, other))
             for axis in axes_in([one]):
                 axis.mark("attends")
 
     def slices(self, label: Label, dim: Dim) -> None:
-        """Take note that an activation is sliced along a dimension: equal slices of all of it are to stay alike."""
+        """Record a slice of an activation; equal slices that cover it must keep the same channels."""
         factors = factors_of(dim)
         if label.active and len(factors) == 1 and isinstance(factors[0], Axis):
             self._sliced[factors[0].root] = None
 
     def opens(self, names: Iterable[str], dims: Iterable[Dim]) -> bool:
-        """Whether one of some parameters was seen to produce an axis in `dims`: they are no tokens."""
+        """Whether any of these parameters produces an axis in `dims`, so that it is no token axis."""
         leaves = {leaf for axis in axes_in(dims) for leaf in axis.leaves()}
         uses = [self.uses[name] for name in names]
         return any(
@@ -162,13 +162,13 @@ class Trace(Mode):
         )
 
     def queries(self, label: Label, dim: Dim) -> None:
-        """Take note that a tensor is queries, whose dimensions are `dim`; before they are tied to those of keys."""
+        """Record a tensor as queries with head dims `dim`, before they are tied to the keys."""
         with unset_fake_temporarily():  # these numbers are wanted
             for key, rows in self.rows(label, [dim]).items():
                 self._queries[key] = self._queries.get(key, torch.zeros_like(rows)) | rows
 
     def gate(self, gate: Rows, value: Rows) -> bool:
-        """Take note of rows of parameters that only gate what other rows of theirs make; return whether there are."""
+        """Record parameter rows that only gate other rows of the same parameters; return whether there are any."""
         with unset_fake_temporarily():
             alone = {key: rows & ~value[key] for key, rows in gate.items() if key in value}
             for key, rows in alone.items():
@@ -176,7 +176,7 @@ class Trace(Mode):
             return any(bool(rows.any()) for rows in alone.values())
 
     def rows(self, label: Label, dims: Iterable[Dim]) -> Rows:
-        """Return which rows of its parameters what is in some dimensions of a tensor comes from, where it is known."""
+        """Return the parameter rows that dimensions of a tensor come from, where known."""
         found = {}
         with unset_fake_temporarily():
             wanted = list(axes_in([tuple(factors_of(dim)) for dim in dims]))
@@ -194,15 +194,15 @@ class Trace(Mode):
         return found
 
     def query_rows(self, use: Use, dim: int) -> Tensor | None:
-        """Return which positions along a dimension of a parameter are queries; None where nothing is known."""
+        """Return the positions of queries along a parameter dimension; None if unknown."""
         return self._queries.get((use.name, dim))
 
     def silent_rows(self, use: Use, dim: int) -> Tensor | None:
-        """Return which positions along a dimension of a parameter only gate others; None where nothing is known."""
+        """Return the positions of gates along a parameter dimension; None if unknown."""
         return self._silent.get((use.name, dim))
 
     def finish(self, outputs: Iterable[Tensor]) -> None:
-        """Fix what leaves the model, and tie the values of an attention to its queries and keys."""
+        """Fix the axes of the outputs, and tie the values of each attention to its queries and keys."""
         for tensor in outputs:
             for dim in self.label(tensor).dims:
                 fix(dim, "it leaves the model")
@@ -219,7 +219,7 @@ class Trace(Mode):
 
     @cached_property
     def carriers(self) -> dict[Axis, list[Use]]:
-        """What carries each axis that has no parts, once the run is over."""
+        """The tensors that carry each leaf axis; valid after the run."""
         found: dict[Axis, list[Use]] = {}
         for use in self.uses.values():
             for leaf in dict.fromkeys(leaf for axis in use.axes for leaf in axis.leaves()):
@@ -228,7 +228,7 @@ class Trace(Mode):
 
     @cached_property
     def carrying(self) -> dict[Axis, list[int]]:
-        """The places of the steps that take or give each axis that has no parts, once the run is over."""
+        """The indices of the steps that involve each leaf axis; valid after the run."""
         found: dict[Axis, list[int]] = {}
         for at, step in enumerate(self.steps):
             dims = (*step.dims, *step.inputs)
@@ -237,7 +237,7 @@ class Trace(Mode):
         return found
 
     def note(self, label: Label, dim: int, role: str) -> None:
-        """Take note of what a parameter's dimension is used for."""
+        """Record the role of a parameter dimension."""
         dim %= max(1, len(label.dims))
         for name in label.sources if label.parameter else ():
             axes = self.uses[name].axes
@@ -248,7 +248,7 @@ class Trace(Mode):
     # -- running --------------------------------------------------------------------------------------------------
 
     def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run an operation, and the rule for it."""
+        """Run an operation and its rule."""
         from upop.pruning.axes.rules import follow
 
         result = func(*args, **kwargs)
@@ -286,7 +286,7 @@ class Trace(Mode):
         return result
 
     def _take_over(self, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Iterable[Tensor]) -> None:
-        """Remember where that comes from of which no rule says what it is."""
+        """Keep the origin of outputs that the rule did not label."""
         new = [each for each in outputs if each not in self._labels]
         if new:
             past = 0
@@ -311,18 +311,18 @@ class Trace(Mode):
                     self.use(name, each).direct = True
 
     def _fused(self, layer: nn.Module) -> bool:
-        """Whether torch hands the weights of a layer to a fused kernel in evaluation, past the layer's forward."""
+        """Whether torch passes the weights to a fused kernel in evaluation, bypassing the forward of the layer."""
         around = self._model.get_submodule(self._names[layer].rpartition(".")[0])
         return isinstance(around, nn.TransformerEncoderLayer)
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Follow everything that runs inside, knowing which module is running."""
+        """Trace the block, with the stack of running modules."""
         with inside_modules(self._model, self.stack, self.gave), _Attention(self), self:
             yield
 
     def kept(self) -> Iterator[Label]:
-        """Yield what is known of tensors that modules keep as attributes: what becomes of them, nobody follows."""
+        """Yield the labels of tensors that modules keep as attributes, which cannot be followed further."""
         for module in self._model.modules():
             for name, value in vars(module).items():
                 if name not in ("_parameters", "_buffers", "_modules"):
@@ -331,7 +331,7 @@ class Trace(Mode):
 
 
 class _Attention(TorchFunctionMode):
-    """Takes note of the modules that call torch's attention function."""
+    """Records the modules that call torch's attention function."""
 
     def __init__(self, trace: Trace) -> None:
         super().__init__()
@@ -348,12 +348,12 @@ _WRITES = {"copy_", "index_put_", "index_copy_", "index_add_", "scatter_", "mask
 
 
 def _storage(tensor: Tensor) -> int:
-    """Return what a tensor shares with its views."""
+    """Return the storage, which identifies a tensor and its views."""
     return int(tensor.untyped_storage()._cdata)
 
 
 def _rows(axis: Axis, wanted: Iterable[Axis]) -> Tensor:
-    """Return which positions of an axis carry one of some others, [size]."""
+    """Return which positions of an axis carry any of the given axes, [size]."""
     rows = torch.zeros(axis.size, dtype=torch.bool)
     for leaf in wanted:
         rows |= axis.channels(leaf.root) >= 0
@@ -362,9 +362,9 @@ def _rows(axis: Axis, wanted: Iterable[Axis]) -> Tensor:
 
 @contextmanager
 def inside_modules(model: nn.Module, stack: list[str], gave: dict[str, list[Any]] | None = None) -> Iterator[None]:
-    """Keep the dotted names of the modules that are running in `stack`, the innermost last; the model is left alone.
+    """Maintain `stack`, the dotted names of the running modules, innermost last; the model is left unchanged.
 
-    What the modules give is put into `gave`.
+    Outputs of modules are collected in `gave`.
     """
     names = {module: name for name, module in model.named_modules()}
 
@@ -393,7 +393,7 @@ def _made(value: Any) -> Any:
 
 
 def user_line() -> str:
-    """Return the file and line outside of torch and this library that is running."""
+    """Return the innermost file and line outside of torch and upop."""
     frame = sys._getframe(1)
     while frame is not None:
         file = frame.f_code.co_filename

@@ -1,4 +1,4 @@
-"""What makes groups of candidates: numbers are settled and all is proved, for one of each kind first, then for all."""
+"""Turns candidates into proved groups: one per kind first, then all together."""
 
 from __future__ import annotations
 
@@ -23,24 +23,24 @@ MOST_MULTIPLY_ADDS = 50_000_000_000
 
 
 class Proof:
-    """Tries candidates of one model.
+    """Proves the candidates of one model.
 
-    One of each kind is settled and proved at several sizes, while all that has no part in it is idle. What was found is
-    taken over by the others. That all of them together compute what they should is seen once more, with numbers, where
-    the model is small enough; else, or if they do not, that they have the shapes that they should is seen without.
+    One candidate of each kind is settled and proved at several sizes, with unrelated modules stubbed; the others of its
+    kind take over the result. Then all groups are proved together: on numbers if the model is small enough, otherwise
+    by their shapes alone.
 
     Args:
         model: left as it is.
         example: what a call of it is given.
-        shapes: the world without numbers.
-        trace: what a run in it did.
+        shapes: makes copies on fake tensors.
+        trace: of a run on fake tensors.
     """
 
     def __init__(self, model: nn.Module, example: Any, shapes: Shapes, trace: Trace) -> None:
         self._model, self._example, self._shapes, self._trace = model, example, shapes, trace
 
     def of(self, candidates: list[Candidate], wrong: dict[str, str]) -> list[Candidate]:
-        """Return the candidates that are proved; `wrong` is told why the others are not, by their groups' names."""
+        """Return the proved candidates; `wrong` collects the reasons for the others, by group name."""
         found = kinds(self._model, self._trace, candidates)
         tried = self._settled([each for each, *_ in found], wrong)
         proved = {each.group.name: each for each in self._proved(tried, wrong)}
@@ -71,7 +71,7 @@ class Proof:
         return everyone if small and bench is not None else self._settled(everyone, wrong)
 
     def _still(self, candidates: list[Candidate]) -> dict[str, list[Any]]:
-        """Return what may be idle while some candidates are tried; nothing where what runs depends on numbers."""
+        """Return the modules to stub in a trial; none if the forward depends on numbers."""
         return {} if self._shapes.mode is None else idle(self._model, self._trace, candidates)
 
     def _settled(self, candidates: list[Candidate], wrong: dict[str, str]) -> list[Candidate]:
@@ -83,7 +83,7 @@ class Proof:
         return settled
 
     def _proved(self, candidates: list[Candidate], wrong: dict[str, str], *, resting: bool = True) -> list[Candidate]:
-        """Return those of some candidates of different kinds that are proved."""
+        """Return the proved ones among candidates of different kinds."""
         if not candidates:
             return []
         bench = self._bench(candidates, resting=resting)
@@ -103,7 +103,7 @@ class Proof:
         return found
 
     def _unmistaken(self, bench: Bench, candidates: list[Candidate], wrong: dict[str, str]) -> list[Candidate]:
-        """Return those whose forwards take no tensor for the one whose width they name, at sizes where they might."""
+        """Return the candidates whose hard-coded widths match no other tensor, tested at sizes where they might."""
         found = []
         for each in candidates:
             for kept in mistakable(self._trace, each):
@@ -128,14 +128,14 @@ class Proof:
         return found
 
     def _weighs(self, candidate: Candidate) -> bool:
-        """Whether a softmax runs in the module that holds a candidate's layers."""
+        """Whether a softmax runs in the module that holds the layers of a candidate."""
         return any(
             ("softmax" in step.name or "dot_product_attention" in step.name) and candidate.holder in around(step.module)
             for step in self._trace.steps
         )
 
     def _bench(self, candidates: list[Candidate], *, resting: bool = True) -> Bench | None:
-        """Return a copy with the numbers that some candidates need; None where they are too many."""
+        """Return a copy with numbers for these candidates; None if it would take too much memory."""
         model, trace = self._model, self._trace
         still = self._still(candidates) if resting else {}
         without = unread(model, trace, still) if resting and self._shapes.mode is not None else set()
