@@ -1,4 +1,4 @@
-"""The method: unified and progressive pruning. Knows nothing of tasks, files or commands."""
+"""The method, unified and progressive pruning; independent of tasks, files and commands."""
 
 from upop.pruning.calibrate import calibrate
 from upop.pruning.costs import count_macs, count_parameters

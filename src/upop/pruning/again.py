@@ -1,4 +1,4 @@
-"""Runs a model again on earlier inputs: in the same precision, with the state of random generators restored."""
+"""Repeats forward passes with the same precision and the same random numbers."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from torch import nn
 
 @contextmanager
 def random_numbers_kept(device: torch.device) -> Iterator[None]:
-    """Put the generators of the CPU and of `device` back to where they were."""
+    """Restore the random generators of the CPU and of `device` after the block."""
     with torch.random.fork_rng([device.index or 0] if device.type == "cuda" else []):
         yield
 
 
 @contextmanager
 def drawing_the_same(device: torch.device) -> Iterator[None]:
-    """Have torch and Python draw the same random numbers every time, and put them back to where they were."""
+    """Seed torch and Python within the block, and restore their generators afterwards."""
     state = random.getstate()
     try:
         with random_numbers_kept(device):
@@ -38,7 +38,7 @@ def drawing_the_same(device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def buffers_kept(model: nn.Module) -> Iterator[None]:
-    """Put the buffers of a model back to what they were, the same tensors with the same numbers."""
+    """Restore the buffers of a model after the block: the same tensors with the same values."""
     held = [
         (module, name, buffer, buffer.clone(), 0 if buffer.is_inference() else buffer._version)
         for module in model.modules()
@@ -55,14 +55,14 @@ def buffers_kept(model: nn.Module) -> Iterator[None]:
 
 
 def is_transformed() -> bool:
-    """Whether torch.func or forward-mode differentiation transforms what runs now."""
+    """Whether a torch.func transform or forward-mode differentiation is active."""
     if torch.compiler.is_compiling():
         return False
     return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
 
 
 def snapshot(model: nn.Module) -> Callable[[], None]:
-    """Return what has every module keep again what it keeps now, in the same lists and mappings, and nothing else."""
+    """Return a function that restores the present attributes of every module, lists and mappings included."""
     held: dict[int, tuple[Any, Any]] = {}
     for module in model.modules():
         for name, value in vars(module).items():
@@ -89,13 +89,13 @@ _HOOKS = vars(nn.Module()).keys() - {"_parameters", "_buffers", "_modules"}
 
 
 def precision_now(kind: str) -> tuple[str, torch.dtype] | None:
-    """Return the kind of device and the precision of the autocast that is on, or None where none is."""
+    """Return the device type and dtype of the active autocast, or None."""
     on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
     return (kind, torch.get_autocast_dtype(kind)) if on else None
 
 
 def autocast(device: torch.device, precision: tuple[str, torch.dtype] | None) -> AbstractContextManager[Any]:
-    """Return the context of `precision`, which `precision_now` gave; without one autocast is off."""
+    """Return the autocast context for a result of `precision_now`; None turns autocast off."""
     if precision is not None:
         return torch.autocast(precision[0], precision[1])
     known = torch.amp.is_autocast_available(device.type)
@@ -105,15 +105,15 @@ def autocast(device: torch.device, precision: tuple[str, torch.dtype] | None) ->
 def repeated(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], like: nn.Module | None = None
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return the arguments with which the model's last forward pass is repeated, its random choices included.
+    """Return arguments that repeat the last forward pass, its random choices included.
 
-    A model whose forward pass draws something has a method `for_teacher`, which returns what it drew as arguments.
+    A model that samples in its forward has a method `for_teacher`, which returns the samples as arguments.
 
     Args:
-        model: it ran.
-        args: what it was given.
-        kwargs: by name.
-        like: the copy that is to be given them, `model` itself by default.
+        model: the model that ran.
+        args: its positional arguments.
+        kwargs: its keyword arguments.
+        like: the copy that will get the arguments; by default `model` itself.
     """
     described = getattr(model, "for_teacher", None)
     changed: Mapping[str, Any] = described() if callable(described) else {}
@@ -128,7 +128,7 @@ Kind = TypeVar("Kind")
 
 
 def held_anywhere(kind: type[Kind]) -> list[Kind]:
-    """Return all objects of a class, or of its subclasses, that anyone holds. Those of static classes are not found."""
+    """Return all live instances of a class and its subclasses; instances of static classes are not found."""
     kinds = [kind]
     for each in kinds:
         kinds += [inner for inner in type.__subclasses__(each) if inner not in kinds]
@@ -137,10 +137,10 @@ def held_anywhere(kind: type[Kind]) -> list[Kind]:
 
 
 def referring_to(*objects: Any) -> list[Any]:
-    """Return all that holds one of some objects, also what the process has put aside (`gc.freeze`).
+    """Return all referrers of the objects, including those frozen by `gc.freeze`.
 
-    `gc.get_objects` would hold the objects of all threads for a while: a tuple that another thread is building cannot
-    grow then, and the thread dies of a SystemError.
+    `gc.get_objects` would reference the objects of all threads: a tuple under construction in another thread could then
+    not grow, and that thread would fail with a SystemError.
     """
     frozen = gc.get_freeze_count()
     if frozen:
@@ -152,12 +152,12 @@ def referring_to(*objects: Any) -> list[Any]:
 
 
 class AsWritten:
-    """Has the modules of one model run as they were written, though `torch.compile` compiled them: all others stay.
+    """Runs one model eagerly although `torch.compile` compiled it; other models stay compiled.
 
-    Wrappers are found whoever holds them: a training loop may call one of its own, and hand on the model inside.
+    Wrappers are found wherever they are referenced: a training loop may call its own wrapper and pass the inner model.
 
     Args:
-        model: in its wrappers, as far as they are known.
+        model: with its known wrappers.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -181,7 +181,7 @@ class AsWritten:
 
 
 def _compilers_of(model: nn.Module) -> Iterator[nn.Module]:
-    """Yield the wrappers of torch.compile around a model or a part of it."""
+    """Yield the torch.compile wrappers of a model and of its submodules."""
     loaded = sys.modules.get("torch._dynamo.eval_frame")  # without it nothing was compiled
     parts = set(model.modules())
     for wrapper in [] if loaded is None else held_anywhere(loaded.OptimizedModule):
@@ -190,10 +190,10 @@ def _compilers_of(model: nn.Module) -> Iterator[nn.Module]:
 
 
 class _Uncompiled:
-    """Has everything that `torch.compile` made run eagerly while anyone observes: compiled code skips their hooks.
+    """Runs all compiled code eagerly while anyone observes a model, since compiled code skips hooks.
 
-    Those who look may begin and end in any order, also within each other: a Pruner that is collected while a cut is
-    verified must not leave what the verification found when it began.
+    Observers may start and end in any order, nested or not: a Pruner that is garbage-collected during a verification
+    must not restore the state that the verification started from.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""Whether two models are the same but for their weights: then what was read of the one holds of the other."""
+"""Compares models apart from their weights; models that are alike have the same groups."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ _CODE = (type, types.FunctionType, types.BuiltinFunctionType, types.MethodDescri
 
 
 class _OtherError(Exception):
-    """Something that cannot be compared."""
+    """A value that cannot be compared."""
 
 
 def likeness(model: nn.Module) -> Hashable | None:
-    """Return what two models have in common that differ in their weights alone; None where that cannot be said.
+    """Return a key that is equal for models that differ in their weights alone; None if there is no such key.
 
-    It holds the classes of all modules, all that they keep beside their weights, and their tensors' shapes; a model
-    with hooks, or one that keeps things of unknown kinds, is like no other. In which precision all weights are does not
-    matter: groups are proved in float64.
+    It contains the classes and attributes of all modules and the shapes of all tensors. Models with hooks, or with
+    attributes of unknown types, have no key. The precision of the weights does not count, since groups are proved in
+    float64.
     """
     try:
         return tuple(_parts(model))
@@ -44,7 +44,7 @@ def _parts(model: nn.Module) -> Iterator[Hashable]:
     plain = parameters[0].dtype if len({each.dtype for each in parameters}) == 1 else None
 
     def number(thing: object) -> int:
-        """What is shared within a model is shared in the other."""
+        """Number shared objects, so that both models must share the same ones."""
         return numbers.setdefault(id(thing), len(numbers))
 
     for name, module in model.named_modules(remove_duplicate=False):
@@ -61,14 +61,14 @@ def _parts(model: nn.Module) -> Iterator[Hashable]:
 
 
 def _shape(tensor: Tensor, plain: torch.dtype | None) -> tuple[Hashable, ...]:
-    """Return a tensor's shape, precision (None is that of all weights) and kind of device."""
+    """Return the shape, dtype (None for that of all weights) and device type of a tensor."""
     if type(tensor) not in (Tensor, nn.Parameter, nn.Buffer):
         raise _OtherError
     return tuple(tensor.shape), None if tensor.dtype == plain else tensor.dtype, tensor.device.type
 
 
 def _content(buffer: Tensor) -> bytes | None:
-    """Return the numbers of a buffer that may say how a forward goes on."""
+    """Return the values of a buffer that may steer the forward."""
     if buffer.is_meta or buffer.is_floating_point() or buffer.is_complex():
         return None
     if buffer.nbytes > _MOST_BYTES:
@@ -77,10 +77,10 @@ def _content(buffer: Tensor) -> bytes | None:
 
 
 def _plain(value: Any) -> Hashable:
-    """Return something that compares as a value does.
+    """Return a hashable form of a value.
 
     Raises:
-        _OtherError: nothing is known of values of its kind.
+        _OtherError: values of its type cannot be compared.
     """
     if isinstance(value, (*_PLAIN, *_CODE)):
         return type(value), value

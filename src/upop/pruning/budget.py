@@ -1,6 +1,6 @@
-"""Which channels go under one budget: standardised scores, one ranking over all modalities, one threshold.
+"""Selects the channels to prune under one budget: standardised scores, one ranking over all modalities, one threshold.
 
-Section 3 of the paper. A high score means that shrinking the channel lowers the loss most, so channels with high scores
+Section 3 of the paper. A high score means that pruning the channel lowers the loss most, so channels with high scores
 are pruned first.
 """
 
@@ -21,7 +21,7 @@ from upop.pruning.uniform import Tower, removable_blocks, together
 
 
 def progress(step: int, steps: int, ratio: float) -> float:
-    """Return p_t, the share of the cost to be marked after step `step` (from 0) of `steps`.
+    """Return p_t, the share of the cost to mark after step `step` (from 0) of `steps`.
 
     `ratio * sqrt((1 - cos(pi (t + 1) / T)) / 2)`: fast at first, flat at the end, and exactly `ratio` at the last
     step, so that the last masks are binary.
@@ -33,11 +33,11 @@ def progress(step: int, steps: int, ratio: float) -> float:
 
 @dataclass(frozen=True)
 class Selection:
-    """What a ranking decided.
+    """The channels that a ranking selects.
 
     Attributes:
-        marked: per group, shape [size], bool: True where the channel is to go.
-        threshold: the standardised score above which channels go.
+        marked: per group, [size], bool: the channels to prune.
+        threshold: the standardised score above which channels are pruned.
         cost: the summed cost of the marked channels.
     """
 
@@ -76,22 +76,22 @@ def select(
 ) -> Selection:
     """Mark the channels with the highest (standardised) scores until their cost is nearest to `share` of the total.
 
-    Channels are ranked in blocks: within a group, the channels sorted by score are grouped, so that the channels that
-    stay are always a multiple of `round_to`; the first block takes the remainder of the group's size. The last block of
-    each group (its lowest scores) is never marked, and is left out of the walk, so the budget holds all the same.
+    Channels are ranked in blocks: the sorted channels of a group are divided so that the number of kept channels is
+    always a multiple of `round_to`; the first block takes the remainder. The last block of each group (its lowest
+    scores) is never marked and does not count in the ranking, so the budget still holds.
 
-    The groups of a tower lose equally many channels: their first blocks are one, and so on, with the mean of their
-    scores. Such a block costs much; one that does not fit into what is left of the budget is passed over, and smaller
-    ones behind it fill that up.
+    The groups of a tower lose equally many channels: their first blocks form one block with the mean of their scores,
+    and so on. Such a block is expensive; if it exceeds the remaining budget, it is skipped, and cheaper blocks behind
+    it fill the budget.
 
     Args:
         groups: the groups to rank together.
         scores: accumulated scores per group, shape [size].
         costs: cost of one channel per group.
-        share: share of the total cost to be marked, in [0, 1).
-        round_to: channels in a block; 1 ranks single channels. A channel that is a head has many channels.
-        standardised: whether attention and MLP scores are each standardised, as published; else they are compared as
-            they are.
+        share: share of the total cost to mark, in [0, 1).
+        round_to: channels per block; 1 ranks single channels. A whole head counts with all its dimensions.
+        standardised: whether attention and MLP scores are standardised separately, as published; else raw scores are
+            compared.
         towers: groups that lose equally many.
     """
     ranking = rank(groups, scores, round_to, standardised=standardised, towers=towers)
@@ -104,16 +104,16 @@ def select(
 
 @dataclass(frozen=True)
 class Ranking:
-    """The blocks of all groups in the order in which they go.
+    """The blocks of all groups in pruning order.
 
     Attributes:
         groups: all of them, in forward order.
-        bundles: those that lose blocks; those of a tower lose equally many channels, and are one bundle.
-        orders: per bundle and group, its channels that may go, those with the highest scores first.
-        lengths: per bundle, how many of each group's channels are in each of its blocks.
-        means: the mean score of every block, bundle by bundle, and then of what goes whole.
-        walk: places in `means`, in the order in which blocks go.
-        whole: the names of groups that go whole, together, beside the blocks of the bundles.
+        bundles: the groups that lose blocks together: one group, or all groups of a tower.
+        orders: per bundle and group, its prunable channels, highest score first.
+        lengths: per bundle, the number of channels of each group in each block.
+        means: the mean score of every block, bundle by bundle, then of the groups that are pruned whole.
+        walk: indices into `means`, in pruning order.
+        whole: names of groups that are pruned whole and together, besides the blocks of the bundles.
     """
 
     groups: Sequence[Group]
@@ -127,21 +127,21 @@ class Ranking:
     _channels: Tensor = field(init=False)  # how many channels of each of its groups every block has
 
     def __post_init__(self) -> None:
-        """Note of every block whose it is."""
+        """Index every block by its bundle."""
         counts = torch.tensor([len(each) for each in self.lengths], dtype=torch.long)
         object.__setattr__(self, "_owners", torch.arange(len(self.bundles)).repeat_interleave(counts))
         lengths = torch.cat(list(self.lengths)) if self.lengths else torch.zeros(0, dtype=torch.long)
         object.__setattr__(self, "_channels", lengths)
 
     def costs(self, costs: Mapping[str, float]) -> Tensor:
-        """Return what each block costs, in the order in which they go."""
+        """Return the cost of each block, in pruning order."""
         channel = torch.tensor(
             [sum(costs[group.name] for group in bundle) for bundle in self.bundles], dtype=torch.float64
         )
         return (self._channels.double() * channel[self._owners])[self.walk]
 
     def kept(self, count: int) -> dict[str, int]:
-        """Return how many channels every group keeps when so many blocks go."""
+        """Return the number of kept channels per group after pruning `count` blocks."""
         pruned, whole = self._parts(count)
         lost = torch.zeros(len(self.bundles), dtype=torch.long)
         lost.index_add_(0, self._owners[pruned], self._channels[pruned])
@@ -151,16 +151,15 @@ class Ranking:
         return kept | dict.fromkeys(whole, 0)
 
     def _parts(self, count: int) -> tuple[Tensor, set[str]]:
-        """Return which blocks of bundles go when so many do, and which groups go whole beside them."""
+        """Return the pruned blocks per bundle for a number of blocks, and the groups that are pruned whole."""
         pruned, blocks = self.walk[:count], len(self._channels)
         whole = [self.whole[place] for place in (pruned[pruned >= blocks] - blocks).tolist()]
         return pruned[pruned < blocks], {name for names in whole for name in names}
 
     def last(self, count: int) -> list[tuple[tuple[str, ...], list[int]]]:
-        """Return, where so many blocks go, bundles and the lengths of their blocks that go, the last to go first.
+        """Return, for a number of pruned blocks, the bundles and the lengths of their pruned blocks, last pruned first.
 
-        Groups that lost blocks last come first. Blocks whose score is infinite went before, and are left out, as are
-        groups that go whole beside their blocks.
+        Blocks with an infinite score were pruned earlier and are left out, and so are groups that are pruned whole.
         """
         pruned, whole = self._parts(count)
         found: dict[tuple[str, ...], list[int]] = {}
@@ -172,16 +171,16 @@ class Ranking:
         return list(found.items())
 
     def selection(self, count: int, costs: Mapping[str, float], back: Mapping[str, int] | None = None) -> Selection:
-        """Return the selection of the first `count` blocks, without the last ones of some groups, which are kept."""
+        """Return the selection of the first `count` blocks, minus the last ones of given groups, which are kept."""
         chosen = torch.zeros(len(self.walk), dtype=torch.bool)
         chosen[self.walk[:count]] = True
         threshold = float(self.means[self.walk[count]]) if count < len(self.walk) else -math.inf
         return self._marked(chosen, costs, threshold, back or {})
 
     def filled(self, budget: float, costs: Mapping[str, float]) -> Selection:
-        """Return the selection of blocks in their order that fits the budget.
+        """Return the selection of blocks, in order, that fits the budget.
 
-        It may exceed the budget by half of the smallest block. A bundle of which a block was passed over loses no more.
+        It may exceed the budget by half of the smallest block. After a skipped block, its bundle loses no further ones.
         """
         chosen = torch.zeros(len(self.walk), dtype=torch.bool)
         each = self.costs(costs)
@@ -222,11 +221,11 @@ def rank(
     towers: Sequence[Tower] = (),
     depth: Depth = NONE,
 ) -> Ranking:
-    """Return all blocks of channels that may go, those with the highest (standardised) scores first; see `select`.
+    """Return all prunable blocks of channels, highest (standardised) score first; see `select`.
 
-    A group that may go whole ends with a block of all that is left, which goes by what it loses for what it saves: the
-    sum of its channels' scores, over their cost and what goes beside them. Blocks that would save less for what they
-    lose than all that is left does are part of that one. So do the groups of a layer of a tower, together.
+    A group that may be pruned whole ends with a block of all remaining channels. It is ranked by loss per saving: the
+    sum of its scores over its cost, fixed cost included. Blocks with a worse ratio than this last one are merged into
+    it. The groups of one layer of a tower are treated likewise, together.
     """
     ranked = standardise(groups, scores) if standardised else {name: s.double().cpu() for name, s in scores.items()}
     pruned = {group.name for group in groups if depth and bool((ranked[group.name] == math.inf).all())}
@@ -257,7 +256,7 @@ def select_as_published(
     """Mark channels as the published implementation does, so that its masks can be reproduced.
 
     The threshold is the score at which the cumulated cost is nearest to the budget; only scores strictly above it
-    are marked, and of those each group keeps its lowest. So the marked cost falls a little short of the budget.
+    are marked, and each group keeps the lowest of those. The marked cost is thus slightly below the budget.
     """
     ranked = standardise(groups, scores)
     flat = torch.cat([ranked[group.name] for group in groups])
@@ -282,20 +281,19 @@ def check_reachable(
     whole: Container[str] = (),
     wider: Sequence[str] = (),
 ) -> None:
-    """Raise unless `ratio` of the total cost can go while every group keeps its last block.
+    """Raise unless `ratio` of the total cost can be removed while every group keeps its last block.
 
     Args:
-        groups: that are ranked.
-        costs: of a channel.
-        ratio: asked for.
+        groups: to rank.
+        costs: of one channel per group.
+        ratio: the requested ratio.
         round_to: kept channels are multiples of this.
         towers: groups that lose equally many.
-        whole: names of groups that may go whole.
-        wider: what would let more go, in words.
+        whole: names of groups that may be pruned whole.
+        wider: settings that would allow a larger ratio, in words.
 
     Raises:
-        SettingError: it cannot; the message says the largest ratio that can, and which groups an `round_to` leaves
-            whole.
+        SettingError: it cannot; the message says the largest possible ratio, and which groups `round_to` leaves whole.
     """
     total = sum(costs[group.name] * group.size for group in groups)
     blocks = {group.name: channels_in_block(group, round_to) for group in groups}
@@ -322,7 +320,7 @@ def check_reachable(
 
 
 def _block_means(values: Tensor, sizes: list[int]) -> Tensor:
-    """Return the mean of every block of the sorted `values`; rounding must not let a later block come first."""
+    """Return the mean of every block of the sorted `values`, never increasing despite rounding."""
     if not sizes:
         return values
     return torch.stack([block.mean() for block in torch.split(values, sizes)]).cummin(0).values

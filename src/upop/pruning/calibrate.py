@@ -1,7 +1,7 @@
 """One-shot compression: calibration batches rank the channels, and a least-squares correction follows the cut.
 
-First-order terms of the loss rank all channels under one budget, as in the search, and are taken anew after every part
-of the cut; the layers that read what was cut are corrected over the same batches.
+First-order terms of the loss rank all channels under one budget, as in the search, and are recomputed at each stage of
+the cut. The consumers of pruned channels are corrected on the same batches.
 """
 
 from __future__ import annotations
@@ -79,61 +79,59 @@ def calibrate(
 ) -> Plan:
     """Cut `model` with a few batches and no training; it is changed in place, and physically smaller afterwards.
 
-    It then carries the plan, as after `upop.shrink`.
+    Afterwards it carries the plan, as after `upop.shrink`.
 
-    A channel matters as much as the loss of the batches would change without it, by its first-order term: the sum over
-    the batches of the absolute gradient of the loss to its mask. Use this where there is no time or data to train, and
-    `Pruner` where there is: the first is done in seconds to minutes, the second loses less.
+    The importance of a channel is the first-order change of the loss without it: the absolute gradient of the loss with
+    respect to its mask, summed over the batches. Use this without time or data to train; it takes seconds to minutes.
+    `Pruner` needs training and loses less.
 
-    It holds little beside the model: gradients become scores, and are freed, as they come; where activations are many
-    (a sixteenth of the weights' bytes, and 256 MiB of a small model), those of layers in a row are computed again in
-    the backward pass; and what it takes to put the model back is on the CPU, or of a large model there in a temporary
-    file.
+    Memory beyond the model is small: each gradient is freed as soon as it is scored. Where activations take more than a
+    sixteenth of the weights (and 256 MiB of a small model), layers are recomputed in the backward pass. The dense
+    weights, for a restore after a failure, stay on the CPU, or in a temporary file if a large model is on the CPU.
 
     Args:
         model: the dense model, without masks. It is evaluated, not trained: no drop-out, and buffers stay. Frozen
             weights are cut like others, and stay frozen.
-        batches: 8 to 64 of them, of the kind that the model will see; they are kept in a list. Each is what `loss`
-            takes, or without it a tensor, a tuple of arguments or a mapping of keyword arguments of the model.
+        batches: 8 to 64 representative batches; they are kept in a list. Each is an argument of `loss`, or without it a
+            tensor, a tuple of arguments or a mapping of keyword arguments of the model.
         ratio: share of the prunable cost to remove, in (0, 1).
-        target: in place of a ratio, what is left of the whole model, as for `Pruner`; the forward pass of "macs" and
-            "cache" is that of `example`, or else of the first batch, where the model is called with it.
-        profile: for a target in milliseconds, as for `Pruner`.
+        target: instead of a ratio, what remains of the whole model, as for `Pruner`; "macs" and "cache" are counted for
+            `example`, or else for the first batch.
+        profile: measured latencies, for a target in milliseconds, as for `Pruner`.
         loss: (model, batch) -> the mean loss of the batch, a scalar. By default the `loss` that the model's outputs
-            carry (as transformers' do when they are given labels); or else a channel matters as much as the outputs
-            would move without it, by the gradients of random projections of them.
-        stages: in so many parts the cost is removed, each of them the same share of what there is; scores and
-            corrections are made anew for each. By default as many as it takes for no part to be more than a quarter:
-            one for a ratio of up to 0.25, three for 0.5, five for 0.75.
-        correct: False only cuts. "auto" holds at most a quarter of the weights' bytes on the model's device for the
-            correction (on the CPU 256 MiB where that is more): the rest waits on the CPU, or the model runs once more
-            for every few layers. True holds what all layers are given at once, at most 2 n^2 numbers for n inputs.
-        ridge: how strongly corrected weights are held to the old ones, as a share of the inputs' mean square. By
-            default it is decided for each layer, by how well weights that are corrected for one half of the batches do
-            on the other half: where they would do no better than the old ones, a layer is not corrected. A number
-            holds for all layers, whether it helps them or not.
+            carry (as in transformers, with labels). Without one, importance is the change of the outputs, from
+            gradients of random projections of them.
+        stages: number of stages, each of which removes the same share of the remaining cost; scores and corrections are
+            recomputed for each. By default as many as needed for at most a quarter per stage: one for a ratio of up
+            to 0.25, three for 0.5, five for 0.75.
+        correct: False only cuts. "auto" uses memory of at most a quarter of the weights on the model's device (at least
+            256 MiB on the CPU); the rest waits on the CPU, or the model runs again for every few layers. True holds the
+            inputs of all layers at once, at most 2 n^2 numbers for n inputs.
+        ridge: strength of the ridge penalty on the change of weights, as a share of the inputs' mean square. By default
+            it is cross-validated per layer between two halves of the batches; a layer without a gain is not
+            corrected. A number applies to all layers, whether it helps or not.
         cost: what a channel costs; see `Pruner`.
         round_to: kept channels are multiples of this; see `Pruner`.
-        importance: what a batch adds to the scores: "absolute", "squared", or a function; see `Pruner`.
+        importance: contribution of a batch to the scores: "absolute", "squared", or a function; see `Pruner`.
         include: names or patterns of the groups to cut; default all.
         exclude: names or patterns of groups to leave alone.
-        example: inputs for one forward pass, for cost="flops", and to read the groups of a model with classes of one's
-            own (`find_prunable`). Without one, those of such a model are read with the first batch.
+        example: inputs for one forward pass, for cost="flops", and to find the groups of a custom model
+            (`find_prunable`). By default the first batch serves for the latter.
         groups: what is known of groups beside (`upop.GroupSpec`); see `Pruner`.
         verify: inputs on which the masked and the cut model are compared at every stage, as for `upop.shrink`. By
             default a few samples of the first batch. False cuts without proof.
         uniform: "tower" has all layers of a tower keep equally many; see `Pruner`.
-        depth: True lets whole branches, and layers, go; see `Pruner`.
+        depth: True also prunes whole branches and layers; see `Pruner`.
 
     Returns:
-        What every group kept, in the channels of the dense model.
+        The plan: the kept channels of every group, as indices of the dense model.
 
     Raises:
         SettingError: a setting is out of range, there is no batch, the ratio or the target cannot be reached, or the
             model is quantized.
         LayoutError: the model has no group, or a group's weights are shared, masked or sharded.
         StepError: the loss has no gradient, or one that is not finite.
-        VerificationError: the outputs differ, or the cut model cannot be run. In every case the model is as it was.
+        VerificationError: the outputs differ, or the cut model cannot be run. In every case the model is restored.
     """
     check_model(model, "calibrate()")
     refuse_inference_mode("calibrate()")
@@ -221,14 +219,14 @@ def check_budget(
     example: Any = None,
     uniform: Uniform | None = None,
 ) -> None:
-    """Raise what `calibrate` would for a budget and a choice of groups, so that nothing long runs before it.
+    """Raise the errors of `calibrate` for a budget and a choice of groups, before any long computation.
 
     Args:
-        model: as of `calibrate`, as are the others.
+        model: as for `calibrate`, and so are the other arguments.
         ratio: share of the prunable cost to remove.
-        target: in place of a ratio.
+        target: instead of a ratio.
         profile: for a target in milliseconds.
-        cost: what a channel costs.
+        cost: of a channel.
         round_to: kept channels are multiples of this.
         include: names or patterns of the groups to cut.
         exclude: names or patterns of groups to leave alone.
@@ -263,21 +261,21 @@ def _begin(
     depth: bool,
     cost: Cost,
 ) -> tuple[list[Group], Mapping[str, float]]:
-    """Tell a goal what it means for a model; return the groups that are searched, and what their channels cost.
+    """Initialise a goal for a model; return the groups to search, and the costs of their channels.
 
     Args:
         goal: of the compression.
-        model: dense.
-        found: all groups of it.
+        model: the dense model.
+        found: all its groups.
         round_to: kept channels are multiples of this.
-        called: inputs whose forward pass the goal counts.
-        example: inputs whose forward pass the cost counts.
-        inputs: gives inputs that branches are found with.
+        called: inputs of the forward pass that the goal counts.
+        example: inputs of the forward pass that the cost counts.
+        inputs: returns inputs for finding branches.
         include: names or patterns of the groups to cut.
         exclude: names or patterns of groups to leave alone.
         uniform: "tower" or None.
-        depth: whether branches may go.
-        cost: what a channel costs.
+        depth: whether branches may be pruned.
+        cost: of a channel.
     """
     searched = chosen(found, include, exclude, depth=depth)
     dense, towers, layers = to_keep_alike(model, searched, uniform, found, depth=depth)
@@ -293,13 +291,13 @@ def _begin(
 
 
 def stage_parts(share: float, stages: int | None = None) -> list[float]:
-    """Return which part of the way is gone after each stage, the last of them 1.
+    """Return the cumulative progress after each stage, in (0, 1]; the last is 1.
 
-    Every stage takes the same share of what there is.
+    Every stage removes the same share of the remaining cost.
 
     Args:
-        share: of the cost that goes in all, in (0, 1].
-        stages: how many; by default as many as it takes for none to take more than `_MOST`.
+        share: of the cost to remove in all, in (0, 1].
+        stages: their number; by default as many as needed for at most `_MOST` each.
     """
     share = min(share, _NEARLY_ALL)
     if stages is None:
@@ -308,7 +306,7 @@ def stage_parts(share: float, stages: int | None = None) -> list[float]:
 
 
 def _first_call(model: nn.Module, batch: Any, loss: Loss | None) -> Kept:
-    """Return what the model is called with for the first batch, or the loss of it if that calls parts of it alone."""
+    """Return the inputs of the model for the first batch, or the loss as a call if it uses submodules alone."""
     if loss is None:
         kept = Kept(model, batch)
         remember_inputs(model, kept)
@@ -331,13 +329,13 @@ def _inputs(model: nn.Module, kept: Kept, example: Any) -> Iterator[Any]:
 
 
 class _Observing:
-    """Looks at a model over all batches.
+    """Collects scores and layer inputs over all batches.
 
     Args:
         model: the model.
-        batches: of `loss`.
+        batches: arguments of `loss`.
         loss: (model, batch) -> loss.
-        scorer: how gradients become scores.
+        scorer: turns gradients into scores.
         correct: whether layers will be corrected, and with how much memory.
     """
 
@@ -348,7 +346,7 @@ class _Observing:
 
     @contextmanager
     def of(self, groups: list[Group]) -> Iterator[tuple[dict[str, Tensor], Moments]]:
-        """Yield scores [size] (high ones go first), and what the readers of the groups are given.
+        """Yield scores [size] (high scores are pruned first), and the inputs of the consumers.
 
         Raises:
             StepError: a loss has no gradient, or one that is not finite.
@@ -417,7 +415,7 @@ class _Observing:
 
 
 def _own_loss(model: nn.Module, batch: Any) -> Tensor:
-    """Return the loss in the outputs of a batch, or random projections of all of them, the same ones at every call."""
+    """Return the loss in the outputs of a batch, or fixed random projections of the outputs."""
     outputs = call(model, batch)
     carried = outputs.get("loss") if isinstance(outputs, Mapping) else getattr(outputs, "loss", None)
     if isinstance(carried, Tensor):

@@ -1,4 +1,4 @@
-"""What a cut model carries: its plan, and what the files of its own library record of the cut."""
+"""The plan that a cut model carries, and how the files of its own library record the cut."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ _PLAN = "upop_plan"
 
 @dataclass(frozen=True)
 class Record:
-    """How a library's own files record that a model was cut; the method itself knows of no library.
+    """How the files of a library record a cut; the method itself depends on no library.
 
     Attributes:
-        check: raises a `SettingError` where a model cannot say it; called before a model is cut.
-        write: has a model that was cut say it; of other libraries' models it does nothing.
+        check: raises a `SettingError` for a model that cannot record a cut; called before the cut.
+        write: records the cut on a model; ignores models of other libraries.
     """
 
     check: Callable[[nn.Module], None]
@@ -29,38 +29,38 @@ _records: list[Record] = []
 
 
 def keep_record(record: Record) -> None:
-    """Have all cuts from now on recorded in this way too; one that is kept already is not kept twice."""
+    """Register a way to record cuts; registering it again has no effect."""
     if record not in _records:
         _records.append(record)
 
 
 def refuse_unrecordable(model: nn.Module) -> None:
-    """Raise a `SettingError` if a model's own files could not record that it was cut."""
+    """Raise a `SettingError` if the files of the model's library cannot record a cut."""
     for record in _records:
         record.check(model)
 
 
 def record_cut(model: nn.Module, plan: Plan) -> None:
-    """Have a model carry what was cut from it, in this cut and in those before."""
+    """Record a cut on the model, merged with earlier cuts."""
     set_plan(model, _joined(plan_of(model), plan))
     for record in _records:
         record.write(model)
 
 
 def plan_of(model: nn.Module) -> Plan | None:
-    """Return what was cut from a model, in this process or by the one that saved it, if it is known."""
+    """Return the plan by which a model was cut, here or before it was saved; None if unknown."""
     plan = getattr(model, _PLAN, None)
     return plan if isinstance(plan, Plan) else None
 
 
 def set_plan(model: nn.Module, plan: Plan | None) -> None:
-    """Have a model carry the plan that it was cut by."""
+    """Record on a model the plan by which it was cut."""
     if plan is not None:
         setattr(model, _PLAN, plan)
 
 
 def _joined(first: Plan | None, second: Plan) -> Plan:
-    """Return one plan for two cuts, the second of a model that the first one had cut already."""
+    """Compose the plans of two successive cuts."""
     if first is None:
         return second
     kept = dict(first.kept)

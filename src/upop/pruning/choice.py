@@ -1,4 +1,4 @@
-"""Which groups are pruned: all that a model has, or those that one names, if their weights can be scored."""
+"""Chooses the groups to prune, by patterns, and checks that their weights can be scored."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ def chosen(
     *,
     depth: bool = False,
 ) -> list[Group]:
-    """Return the groups that `include` names (all where it is None) and `exclude` does not.
+    """Return the groups that `include` matches (None matches all) and `exclude` does not.
 
-    Groups of one channel (attention whose heads all share keys and values) are part of it only where they may go whole
+    Groups of one channel (attention whose heads all share keys and values) count only if they may be pruned whole
     (`depth`).
 
     Raises:
@@ -46,7 +46,7 @@ def chosen(
 
 
 def check_correct(correct: object) -> bool | Literal["auto"]:
-    """Return whether layers are corrected, and with how much memory.
+    """Validate `correct`: whether layers are corrected, and with how much memory.
 
     Raises:
         SettingError: it is something else.
@@ -59,7 +59,7 @@ def check_correct(correct: object) -> bool | Literal["auto"]:
 
 
 def refuse_unscored(model: nn.Module, groups: list[Group]) -> None:
-    """Raise a `LayoutError` if a group's weights can get no gradient, or are not there."""
+    """Raise a `LayoutError` if a group's weights can get no gradient, or are missing."""
     if any(tensor_of(model, part.tensor).is_meta for group in groups for part in group.producers):
         raise LayoutError(
             f"{type(model).__name__} is on the meta device and has no weights to score. Load its weights first."
@@ -88,7 +88,7 @@ def refuse_frozen(model: nn.Module, groups: list[Group]) -> None:
 
 
 def check_whole(name: str, value: object) -> int:
-    """Return a setting, if it is a whole number of at least 1.
+    """Validate a setting that must be an integer of at least 1.
 
     Raises:
         SettingError: it is something else.
@@ -101,10 +101,10 @@ def check_whole(name: str, value: object) -> int:
 
 
 def check_ratio(value: object) -> float:
-    """Return a ratio as a float, if it is one.
+    """Validate a ratio; return it as a float.
 
     Raises:
-        SettingError: it is no number strictly between 0 and 1; for "50%", 50 and "2x" the message says what to write.
+        SettingError: it is not strictly between 0 and 1; for "50%", 50 and "2x" the message says what to write.
     """
     if is_ratio(value):
         return float(value)
@@ -119,7 +119,7 @@ def is_ratio(value: object) -> TypeGuard[float]:
 
 
 def meant(value: object) -> str:
-    """Return what to write for a ratio in another form, to end a sentence with: ": write 0.5 for 50 %"."""
+    """Return a hint for a ratio in another form, as the end of a sentence: ": write 0.5 for 50 %"."""
     written = re.fullmatch(r"\s*(\d*[.,]?\d+)\s*(%|percent|[xX])?\s*", str(value))
     if isinstance(value, bool) or written is None:
         return ""

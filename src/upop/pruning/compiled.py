@@ -1,4 +1,4 @@
-"""What `torch.compile` made of functions: code that runs a model past its hooks, whoever holds it."""
+"""Finds functions compiled by `torch.compile`, which run a model without calling its hooks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _EVAL_FRAME = "torch._dynamo.eval_frame"
 
 
 def any_compiled_function() -> bool:
-    """Whether anyone holds a function that was compiled, which may run a model; compiled modules are known as such."""
+    """Whether any compiled function is alive that may run a model; compiled modules are found elsewhere."""
     if _EVAL_FRAME not in sys.modules:  # without it nothing was compiled
         return False
     return any(
@@ -26,7 +26,7 @@ def any_compiled_function() -> bool:
 
 
 def _is_call(function: Any) -> bool:
-    """Whether a function is the call of a module, which wrappers compile, and `module.compile()`."""
+    """Whether a function is the call of a module, as compiled by wrappers and `module.compile()`."""
     while hasattr(function, "__wrapped__"):
         function = function.__wrapped__
     calls = (nn.Module.__call__, nn.Module._call_impl)
@@ -34,7 +34,7 @@ def _is_call(function: Any) -> bool:
 
 
 def in_compiled_function() -> bool:
-    """Whether what runs was called by a function that was compiled, and now runs as it was written."""
+    """Whether the caller is a compiled function that runs eagerly now."""
     frame = sys._getframe()
     while frame is not None:
         if frame.f_globals.get("__name__") == _EVAL_FRAME:

@@ -34,12 +34,11 @@ _LEAST = 0.01
 
 @dataclass(frozen=True)
 class Choice:
-    """What was decided for a layer.
+    """The correction chosen for a layer.
 
     Attributes:
-        ridge: how strongly the change is held to none; None makes none.
-        left: share of the square of what the layer loses that is left, on samples that the change was not made from;
-            1 without a change, and where nothing is known.
+        ridge: strength of the ridge penalty; None means no correction.
+        left: share of the squared error that remains on held-out samples; 1 without a correction, or if unknown.
     """
 
     ridge: float | None
@@ -86,13 +85,13 @@ def correct_consumers(
 
 
 class Change:
-    """What the readers of a group do about the channels that it loses.
+    """The correction of the consumers of a group for its pruned channels.
 
     Args:
-        group: not cut yet.
-        kept: the channels that stay.
-        lost: those that go and are missed.
-        inputs: what the reader is given.
+        group: before the cut.
+        kept: the kept channels.
+        lost: the pruned channels with an effect.
+        inputs: recorded inputs of the consumer.
     """
 
     def __init__(self, group: Group, kept: Tensor, lost: Tensor, inputs: ConsumerInputs) -> None:
@@ -123,9 +122,9 @@ class Change:
         return Choice(RIDGES[best], found) if found <= 1 - _LEAST else Choice(None)
 
     def solve(self, layer: nn.Linear, ridge: float) -> Tensor:
-        """Return what is added to the weights of `columns`, and to the bias, [columns (+ 1), outputs].
+        """Return the change of the weights of `columns` and of the bias, [columns (+ 1), outputs].
 
-        It is computed in float32 where that is as good, else in float64.
+        It is computed in float32 if that is accurate enough, else in float64.
         """
         kind = precision(len(self.columns), ridge, layer.weight.dtype)
         bias = layer.bias is not None
@@ -136,13 +135,13 @@ class Change:
 
     @torch.no_grad()
     def apply(self, layers: list[nn.Linear], ridge: float | None = None) -> Choice:
-        """Change the weights of layers, none of which is cut yet; the columns of channels that go stay as they are.
+        """Correct the weights of layers before the cut; the columns of pruned channels stay unchanged.
 
         Layers sharded over processes otherwise than by their outputs (as `fully_shard` does) are left alone.
 
         Args:
-            layers: the reader, and its momentum copies.
-            ridge: None decides by what was seen.
+            layers: the consumer and its momentum copies.
+            ridge: None chooses by cross-validation.
         """
         layers = [layer for layer in layers if _by_outputs(layer.weight)]
         if not layers:
@@ -163,13 +162,13 @@ class Change:
         return choice
 
     def _weights(self, layer: nn.Linear, kind: torch.dtype) -> Tensor:
-        """Return the weights of what goes, [lost, outputs], in a precision and on a device that has it."""
+        """Return the weights of the pruned channels, [lost, outputs], in a precision that the device supports."""
         weight = _held(layer.weight)
         weight = weight.cpu() if weight.device.type == "mps" else weight
         return weight[:, self._lost.to(weight.device)].t().to(kind)
 
     def _of(self, layer: nn.Linear) -> Squares | Rows:
-        """Return what follows from the inputs, on the device of a layer, or near it."""
+        """Return the least-squares problem on the device of the layer, or on the CPU."""
         device = _held(layer.weight).device
         if self._problem is None:
             home = torch.device("cpu") if device.type == "mps" else device
@@ -178,11 +177,11 @@ class Change:
 
 
 class _Trial:
-    """What changes made from one part of the samples leave of the loss on the other.
+    """The error that corrections fitted on one part of the samples leave on the other.
 
     Attributes:
-        nothing: squares of what is lost without a change, [PARTS].
-        enough: in how many parts to look to tell ridges apart.
+        nothing: squared error without a correction, [PARTS].
+        enough: number of parts needed to compare ridges.
     """
 
     def __init__(self, trial: Trial, meeting: str | None) -> None:
@@ -191,11 +190,11 @@ class _Trial:
         self._gains: dict[tuple[float, int], Tensor] = {}
 
     def left(self, ridge: float, parts: int) -> float:
-        """Return the share of the squares that is left in the first parts; inf where one is no better off than before.
+        """Return the remaining share of the squared error in the first parts; inf if any part does not improve.
 
         Args:
-            ridge: how strongly the change is held to none.
-            parts: how many to look at.
+            ridge: strength of the ridge penalty.
+            parts: number of parts to evaluate.
         """
         for part in range(parts):
             if (ridge, part) not in self._gains:
@@ -218,12 +217,12 @@ def _by_outputs(weight: Tensor) -> bool:
 
 
 def _meeting(weight: Tensor) -> str | None:
-    """Return the kind of device by which the processes speak that share a weight, or None where it is not sharded."""
+    """Return the device type for communication between the processes of a sharded weight; None if it is not sharded."""
     mesh: Any = getattr(weight, "device_mesh", None)
     return None if mesh is None else str(mesh.device_type)
 
 
 def _held(tensor: Tensor) -> Tensor:
-    """Return what this process holds of a tensor: all of it, if it is not sharded."""
+    """Return the local part of a tensor: all of it, if it is not sharded."""
     local: Tensor = tensor.detach()
     return local.to_local() if is_sharded_tensor(local) else local  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""What one channel of a group costs: in parameters, in multiply-adds, as published, or as given."""
+"""The cost of one channel of a group: in parameters, in multiply-adds, as published, or custom."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def channel_costs(model: nn.Module, groups: Sequence[Group], cost: Cost, example
 
 
 class Arguments(NamedTuple):
-    """What a model was called with."""
+    """The arguments of a call."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -93,7 +93,7 @@ def call(model: nn.Module, inputs: Any) -> Any:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put the model into evaluation mode without gradients, and every module back into its own mode afterwards."""
+    """Run the block in evaluation mode without gradients, and restore the mode of every module."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -110,7 +110,7 @@ def count_macs(model: nn.Module, inputs: Any) -> int:
 
 
 def macs_by_module(model: nn.Module, inputs: Any) -> dict[str, int]:
-    """Return dotted name of a module -> multiply-adds that it does itself, not in a module below it, in one pass."""
+    """Return module name -> its own multiply-adds in one forward pass, without those of its submodules."""
     root = type(model).__name__
     totals = {
         path.removeprefix(root).removeprefix("."): total
@@ -151,7 +151,7 @@ def _counted(model: nn.Module, inputs: Any, read: Callable[[FlopCounterMode], di
 
 @cache
 def flop_formulas() -> dict[Any, Callable[..., Any]]:
-    """Return operation -> torch's formula of its FLOPs; before torch 2.15 there is none for attention on CPUs."""
+    """Return operation -> torch's FLOP formula; torch before 2.15 has none for attention on CPUs."""
     from torch.utils.flop_counter import flop_registry  # it imports Triton
 
     formula = flop_registry[torch.ops.aten._scaled_dot_product_flash_attention]
@@ -164,7 +164,7 @@ def flop_formulas() -> dict[Any, Callable[..., Any]]:
 
 
 def flop_counter(mapping: Mapping[Any, Callable[..., Any]] | None = None) -> FlopCounterMode:
-    """Return torch's counter with the formulas that it lacks, or with others."""
+    """Return torch's FLOP counter, with missing formulas added or others replaced."""
     from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
     lacking = {operation: each for operation, each in flop_formulas().items() if operation not in flop_registry}
@@ -196,7 +196,7 @@ def _parameters(model: nn.Module, group: Group) -> float:
 
 
 def _multiply_adds(model: nn.Module, groups: Sequence[Group], example: Any) -> dict[str, float]:
-    """Count linear layers by the tokens that they see, and attention by query-key pairs."""
+    """Count linear layers per token, and attention per query-key pair."""
     calls: dict[str, list[_Call]] = {}
 
     def recorder(name: str) -> Callable[..., None]:
@@ -239,9 +239,9 @@ def _multiply_adds(model: nn.Module, groups: Sequence[Group], example: Any) -> d
 
 @dataclass(frozen=True)
 class _Call:
-    """What a layer saw in one call: its tokens, how many keys one of them attends to, and tokens per row of weight.
+    """The size of one call of a layer: its tokens, the keys per query, and the tokens per weight row.
 
-    The last differs where one weight makes queries of some tokens and keys and values of others.
+    The last differs if one weight projects queries of some tokens and keys and values of others.
     """
 
     tokens: int

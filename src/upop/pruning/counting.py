@@ -1,9 +1,9 @@
 """Parameters, multiply-adds and cache of a model once it is cut, computed from the sizes that its groups keep.
 
-Nothing is cut for that. Every length of a tensor is a whole number minus a step for every channel that a group loses,
-and every count is a formula of such lengths. Shapes of parameters give theirs. Those of a forward's operations are
-learnt: it runs a few times on the meta device, each time with one channel less in half of the groups. The runs in which
-a length changes encode the group that it follows. Finally, the prediction for an uneven cut must hold exactly.
+Nothing is cut for the count. The length of a tensor is linear in the pruned channels of a group, and every count is a
+formula of such lengths. Parameters show theirs. Operations of the forward are probed: it runs a few times on the meta
+device, each time with one channel less in half of the groups; the runs in which a length changes encode its group.
+Finally, the prediction for an uneven cut must hold exactly.
 """
 
 from __future__ import annotations
@@ -29,25 +29,25 @@ Sizes = Mapping[str, int]
 
 @dataclass(frozen=True)
 class Length:
-    """A length of a tensor: `whole`, and `steps` less for every channel that a group loses."""
+    """A length of a tensor: `whole` minus `steps` per pruned channel of a group."""
 
     whole: int
     steps: tuple[tuple[str, int], ...] = ()
 
     def at(self, lost: Sizes) -> int:
-        """Return the length where groups have lost so many channels."""
+        """Return the length for given numbers of pruned channels."""
         return self.whole - sum(step * lost.get(group, 0) for group, step in self.steps)
 
 
 @dataclass(frozen=True)
 class Term:
-    """One thing that is counted, so many times over.
+    """One counted term and its multiplicity.
 
     Attributes:
-        formula: how, from values as `form` nests them; lengths stand there as whole numbers.
-        values: the lengths, and what else it is given.
-        form: how the values are nested.
-        times: how often.
+        formula: the count as a function of the values, nested as in `form`; lengths come as integers.
+        values: the lengths and other arguments.
+        form: the nesting of the values.
+        times: the multiplicity.
     """
 
     formula: Callable[[Any], int]
@@ -56,20 +56,20 @@ class Term:
     times: int = 1
 
     def at(self, lost: Sizes) -> int:
-        """Return what it counts where groups have lost so many channels."""
+        """Return the count for given numbers of pruned channels."""
         values = [each.at(lost) if isinstance(each, Length) else each for each in self.values]
         return self.times * self.formula(tree_unflatten(values, self.form))
 
 
 class Quantity:
-    """A count of a whole model, as a function of what its groups keep.
+    """A count of the whole model, as a function of the kept channels.
 
     Args:
         groups: of the model.
-        terms: what is summed.
+        terms: the summands.
 
     Attributes:
-        whole: the count of the model as it is.
+        whole: the count of the uncut model.
     """
 
     def __init__(self, groups: Sequence[Group], terms: Iterable[Term]) -> None:
@@ -87,7 +87,7 @@ class Quantity:
         self.whole = self.at(self._sizes)
 
     def at(self, kept: Sizes) -> int:
-        """Return the count where groups keep so many channels; those that are not named keep all."""
+        """Return the count for given numbers of kept channels; unnamed groups keep all."""
         lost = {name: self._sizes[name] - count for name, count in kept.items() if name in self._sizes}
         return self._fixed + sum(term.at(lost) for term in self._terms)
 
@@ -95,12 +95,12 @@ class Quantity:
 def parameters_of(
     model: nn.Module, groups: Sequence[Group], bytes_of: Callable[[Tensor], int] | None = None
 ) -> Quantity:
-    """Return how many parameters a model has, shared ones counted once and momentum copies not at all.
+    """Return the number of parameters; shared ones count once, momentum copies not at all.
 
     Args:
         model: masked or not, sharded or whole.
         groups: of it.
-        bytes_of: how many bytes one number of a parameter takes: then bytes are counted.
+        bytes_of: bytes per number of a parameter; counts bytes instead.
     """
     steps: dict[str, dict[int, list[tuple[str, int]]]] = {}
     for group in groups:
@@ -127,7 +127,7 @@ def multiply_adds_of(model: nn.Module, groups: Sequence[Group], example: Any) ->
         example: inputs of the pass, as `call` takes them.
 
     Raises:
-        LayoutError: it does other things when it is cut, so that this cannot be told before.
+        LayoutError: the cut model runs other operations, so that the count cannot be predicted.
     """
     return _learnt(model, groups, example, _operations, "multiply-adds")
 
@@ -202,7 +202,7 @@ def _cached(model: nn.Module, example: Any) -> Seen:
 
 
 class _Counted:
-    """A formula of torch's counter: multiply-adds of an operation, from the shapes that it was given."""
+    """The formula of torch's counter: multiply-adds of an operation, from the shapes of its inputs."""
 
     def __init__(self, formula: Callable[..., Any]) -> None:
         self._formula = formula
@@ -258,17 +258,16 @@ def _learnt(
 
 
 class _OtherwiseError(Exception):
-    """A model that is cut does other operations."""
+    """The cut model runs other operations."""
 
 
 def _confirmed(groups: Sequence[Group], run: Callable[[Sizes], Seen], least: int) -> Quantity | None:
-    """Return what a forward counts, if that holds for the whole model and for an uneven cut.
+    """Return the count of a forward, confirmed for the whole model and for an uneven cut.
 
     Args:
         groups: of the model.
-        run: a forward where groups have lost so many channels.
-        least: how many every group has lost in all runs: a module that is cut may do what a whole one does in another
-            way.
+        run: runs a forward with given numbers of pruned channels.
+        least: pruned channels of every group in all runs, since a cut module may use other operations than a whole one.
     """
     moving = [group for group in groups if group.size > 1 + least]
     base = {group.name: min(least, group.size - 1) for group in groups}
@@ -284,7 +283,7 @@ def _confirmed(groups: Sequence[Group], run: Callable[[Sizes], Seen], least: int
 
 
 def _followed(groups: Sequence[str], run: Callable[[Sizes], Seen], base: Sizes) -> list[Term]:
-    """Return what a forward counts, with the group that every length follows."""
+    """Return the count of a forward, with the group of every length."""
     dense = [(formula, *tree_flatten(values)) for formula, values in run(base)]
     bits = max(1, (len(groups) - 1).bit_length())
     codes = {name: [at >> bit & 1 for bit in range(bits)] for at, name in enumerate(groups)}
@@ -322,7 +321,7 @@ def _length(value: Any, steps: tuple[tuple[str, int], ...], base: Sizes) -> Any:
 
 
 def _deltas(dense: Sequence[tuple[Any, list[Any], TreeSpec]], seen: Seen) -> dict[tuple[int, int], int]:
-    """Return by how much whole numbers of a run are smaller than those of the first one, by their places."""
+    """Return how much each integer of a run is smaller than in the first run, by position."""
     if len(seen) != len(dense):
         raise _OtherwiseError
     found = {}

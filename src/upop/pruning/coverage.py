@@ -1,4 +1,4 @@
-"""How much of a model groups are: shares of its parameters and of its multiply-adds, and why the rest is left alone."""
+"""The share of parameters and multiply-adds that groups cover, and why the rest is left alone."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ UNKNOWN = "nothing that could go was found in it"
 
 @dataclass(frozen=True)
 class Share:
-    """What lies in one of the three places.
+    """The size of one of the three places: in groups, left alone, outside.
 
     Attributes:
-        parameters: how many; shared tensors are counted once, momentum copies not at all.
-        macs: multiply-adds of one forward pass; None where none was run.
+        parameters: their number; shared tensors count once, momentum copies not at all.
+        macs: multiply-adds of one forward pass; None without an example.
     """
 
     parameters: int
@@ -33,12 +33,12 @@ class Share:
 
 @dataclass(frozen=True)
 class Coverage:
-    """Where all of a model's parameters are.
+    """The place of every parameter of a model.
 
     Attributes:
-        shares: by place.
+        shares: place -> its size.
         where: tensor -> its place.
-        reasons: weight matrix that is left alone -> why.
+        reasons: weight matrix -> why it is left alone.
     """
 
     shares: Mapping[Where, Share]
@@ -78,18 +78,17 @@ class Coverage:
 def coverage(
     model: nn.Module, groups: Iterable[Group], skipped: Iterable[Skipped], macs: Mapping[str, int] | None = None
 ) -> Coverage:
-    """Return where a model's parameters are; every weight matrix is in exactly one place.
+    """Return the place of every parameter; each weight matrix is in exactly one place.
 
-    A matrix that no group cuts is left alone if it lies in a block (one of several modules of a class beside each
-    other, with at least two weight matrices each), or, in a model without such, if `skipped` speaks of it. It is
-    outside where it is an embedding, a table, a head, or anything else. Biases are where their layer's matrix is, norms
-    outside.
+    A matrix that no group cuts counts as left alone if it is in a block (one of several sibling modules of a class with
+    at least two weight matrices each), or, in a model without blocks, if `skipped` lists it. Embeddings, position
+    tables, output heads and all else are outside. Biases go with the matrix of their layer; norms are outside.
 
     Args:
         model: the model.
         groups: its groups.
-        skipped: what was left alone, and why.
-        macs: dotted name of a module -> multiply-adds that it does itself, not in a module below it.
+        skipped: parts that were left alone, with reasons.
+        macs: module name -> its own multiply-adds, without those of its submodules.
     """
     copies = tuple(f"{copy}." for copy in momentum_encoders(model).values())
     named = {name: each for name, each in model.named_parameters() if not name.startswith(copies)}
@@ -127,7 +126,7 @@ _OF_HEADS = ("it leaves the model", "it is the residual stream")
 
 
 def _blocks(model: nn.Module) -> tuple[str, ...]:
-    """Return the outermost repeated modules with several weight matrices, as the starts of names in them."""
+    """Return the outermost repeated modules with several weight matrices, as name prefixes."""
     found: list[str] = []
     for path, module in model.named_modules():
         if not isinstance(module, nn.ModuleList | nn.Sequential | nn.ModuleDict):
@@ -146,7 +145,7 @@ def _matrices(module: nn.Module) -> int:
 
 
 def _reason(layer: str, described: Mapping[str, str], blocks: Iterable[str]) -> str | None:
-    """Return what was explained of a layer, of what it lies in, or else of a layer beside it in the same module."""
+    """Return the reason for a layer, for one of its ancestors, or else for a sibling layer."""
     block = next((each for each in blocks if f"{layer}.".startswith(each)), "")
     beside = f"{layer.rpartition('.')[0]}."
     path = layer
@@ -158,7 +157,7 @@ def _reason(layer: str, described: Mapping[str, str], blocks: Iterable[str]) -> 
 
 
 def _of(module: str, where: Mapping[str, Where], named: Mapping[str, nn.Parameter]) -> Where:
-    """Return the place of a module's own computations: that of its matrices, or of those below it."""
+    """Return the place of a module's own computations: that of its matrices, or of its submodules' matrices."""
     start = f"{module}." if module else ""
     own = [where[name] for name in where if name.startswith(start) and "." not in name.removeprefix(start)]
     below = own or [where[name] for name in where if name.startswith(start) and named[name].dim() > 1]

@@ -17,14 +17,13 @@ _SMALL = 2**28
 
 
 class Dense:
-    """The numbers of all parameters that a cut or a correction may change, and how to put them back.
+    """A backup of all parameters that a cut or a correction may change.
 
-    They are copied to the CPU; of a model that is there, and takes more than 256 MiB, to a temporary file, if there is
-    room for it.
+    It is kept on the CPU; for a model on the CPU of more than 256 MiB, in a temporary file if there is room.
 
     Args:
-        model: the dense one.
-        groups: of the model, that may be cut.
+        model: the dense model.
+        groups: that may be cut.
     """
 
     def __init__(self, model: nn.Module, groups: Iterable[Group]) -> None:
@@ -38,7 +37,7 @@ class Dense:
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Give every parameter the numbers that it had, whatever its shape is now."""
+        """Restore the values of every parameter, whatever its present shape."""
         from upop.pruning.shrink import Exchange
 
         held = self._held or self._read()
@@ -49,7 +48,7 @@ class Dense:
                 Exchange(parameter, old.to(parameter.device, copy=True), None).apply()
 
     def forget(self) -> None:
-        """Let go of what is kept."""
+        """Free the backup."""
         self._held = None
         if self._folder is not None:
             self._folder.cleanup()
@@ -59,7 +58,7 @@ class Dense:
         return Path(self._folder.name) / "dense.pt"
 
     def _written(self) -> bool:
-        """Write all numbers to a temporary file; whether that went well."""
+        """Write the backup to a temporary file; return whether that succeeded."""
         self._folder = tempfile.TemporaryDirectory(prefix="upop-", ignore_cleanup_errors=True)
         try:
             torch.save([each.detach() for each in self._parameters], self._path())

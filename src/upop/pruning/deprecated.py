@@ -1,4 +1,4 @@
-"""Names that were called otherwise: the old ones work for one more release, with a warning that has the new one."""
+"""Renamed names: the old ones work for one more release, with a warning that states the new one."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ NAMES = {
 
 
 def older_names(module: str) -> Callable[[str], Any]:
-    """Return the `__getattr__` of a module by which it has its names as they were: scripts and pickles ask for them."""
+    """Return a module `__getattr__` that resolves old names, for scripts and pickles."""
 
     def get(name: str) -> Any:
         found = vars(sys.modules[module])
@@ -44,7 +44,7 @@ def warn_renamed(old: str, new: str, *, stacklevel: int = 3) -> None:
 
 
 def outside_upop() -> int:
-    """Return the `stacklevel` by which a warning of the caller's own caller names the user's line."""
+    """Return the `stacklevel` with which a warning points to the user's line outside of upop."""
     level, frame = 1, sys._getframe(1)
     while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "upop":
         level, frame = level + 1, frame.f_back
@@ -52,12 +52,12 @@ def outside_upop() -> int:
 
 
 def current_arguments(renamed: Mapping[str, str], given: Mapping[str, Any], *, stacklevel: int = 4) -> dict[str, Any]:
-    """Return keyword arguments under the names that they have today.
+    """Rename deprecated keyword arguments.
 
     Args:
         renamed: old name -> new name.
         given: keyword arguments.
-        stacklevel: of the user's call.
+        stacklevel: that of the user's call.
 
     Raises:
         TypeError: an argument is given under both names.
@@ -73,7 +73,7 @@ def current_arguments(renamed: Mapping[str, str], given: Mapping[str, Any], *, s
 
 
 def renamed_arguments(**renamed: str) -> Callable[[F], F]:
-    """Have a function take keyword arguments under their old names, too: `renamed_arguments(old="new")`."""
+    """Accept keyword arguments under their old names too: `@renamed_arguments(old="new")`."""
 
     def changed(function: F) -> F:
         @wraps(function)
@@ -88,7 +88,7 @@ def renamed_arguments(**renamed: str) -> Callable[[F], F]:
 
 
 def renamed_attributes(**renamed: str) -> Callable[[C], C]:
-    """Have objects of a class give attributes and methods under their old names, too; a dataclass also takes them.
+    """Provide attributes and methods of a class under their old names too; dataclasses also accept these as arguments.
 
     Objects that were pickled with the old names are read without a warning, as files are.
     """

@@ -42,8 +42,8 @@ class Depth:
         """Return the score of groups that are pruned together, comparable with that of one channel.
 
         Args:
-            names: of the groups.
-            scores: per group, [size]; infinite for channels that are pruned already.
+            names: names of the groups.
+            scores: per group, [size]; infinite for channels that are already pruned.
         """
         left = {name: scores[name][scores[name] < math.inf] for name in names}
         costs = sum(self.channel[name] * len(each) for name, each in left.items())
@@ -54,15 +54,15 @@ class Depth:
         return lost / (costs + (self.branches[tuple(names)] if lost < 0 else 0.0))
 
     def with_rest(self, group: Group, ordered: Tensor, sizes: list[int], means: Tensor) -> tuple[list[int], Tensor]:
-        """Return the blocks of a group that may be pruned whole, with all that is left as the last one.
+        """Return the blocks of a group that may be pruned whole; the last block holds all remaining channels.
 
-        The scores that blocks lose for what they save never rise from one to the next (the lower convex hull): so
-        single blocks end where all that is left together loses least.
+        The loss per saving never rises from one block to the next (lower convex hull): single blocks end where
+        pruning all remaining channels at once loses least.
 
         Args:
             group: the group.
             ordered: the scores of its channels, highest first, [size].
-            sizes: how many of them are in each block that may go, first to go first.
+            sizes: channels per prunable block, in pruning order.
             means: the mean score of each of these blocks.
         """
         starts = [0, *torch.tensor(sizes, dtype=torch.long).cumsum(0).tolist()]
@@ -81,7 +81,7 @@ def check_depth(depth: object, progress: str = "stages") -> bool:
     """Return whether branches may be pruned whole.
 
     Raises:
-        SettingError: it is neither True nor False, or a soft search, which weighs kinds of groups apart, is to do it.
+        SettingError: it is not a bool, or the search is soft, which standardises kinds of groups separately.
     """
     if not isinstance(depth, bool):
         raise SettingError(f"depth is True (whole branches and layers may go) or False; found {depth!r}.")
@@ -99,16 +99,16 @@ def branches_of(
     examples: Iterable[Any],
     layers: Mapping[str, tuple[str, ...]] | None = None,
 ) -> list[tuple[str, ...]]:
-    """Return the names of groups that may go whole, together.
+    """Return the names of groups that may be pruned whole, together.
 
     Args:
-        model: dense.
-        groups: of it, those that are searched.
-        examples: what it may be called with.
-        layers: where whole layers alone may go, path -> the groups of each that may.
+        model: the dense model.
+        groups: the groups that are searched.
+        examples: possible inputs.
+        layers: layer path -> its groups, if only whole layers may be pruned.
 
     Raises:
-        SettingError: nothing may; the message says why.
+        SettingError: no branch can be pruned whole; the message says why.
     """
     given = list(examples)
     found = removable(model, groups, given)
@@ -133,13 +133,13 @@ def branches_of(
 def layers_passing(
     model: nn.Module, groups: Sequence[Group], layers: Mapping[str, tuple[str, ...]], examples: Iterable[Any]
 ) -> list[tuple[str, ...]]:
-    """Return those layers that pass on what they are given, but for a constant, where nothing is left of their groups.
+    """Return the layers that add at most a constant to their input once their groups are empty.
 
     Args:
-        model: dense, without masks.
-        groups: of it.
-        layers: path -> the names of the groups of each.
-        examples: what the model may be called with; the first is taken with which it runs.
+        model: the dense model, without masks.
+        groups: its groups.
+        layers: layer path -> names of its groups.
+        examples: possible inputs; the first that runs is used.
     """
     from upop.pruning.masks import Masks
 
@@ -155,12 +155,12 @@ def layers_passing(
 
 @torch.no_grad()
 def constants(model: nn.Module, paths: Sequence[str], examples: Iterable[Any]) -> dict[str, Tensor | None]:
-    """Return what each of some modules adds to the tokens that it is given: a vector, or None where it is none.
+    """Return the constant vector that each module adds to its input tokens; None if it is not constant.
 
     Args:
         model: run in evaluation mode.
-        paths: of modules that are given tokens first, [..., hidden], and return them first.
-        examples: what the model may be called with; the first is taken with which it runs.
+        paths: of modules whose first input and first output are tokens, [..., hidden].
+        examples: possible inputs; the first that runs is used.
     """
     seen: dict[str, Tensor | None] = {}
 
@@ -198,15 +198,15 @@ def constants(model: nn.Module, paths: Sequence[str], examples: Iterable[Any]) -
 
 
 def removable(model: nn.Module, groups: Sequence[Group], examples: Iterable[Any]) -> frozenset[str]:
-    """Return the names of groups of which nothing need be left: the model runs without them, cut, on an example.
+    """Return the names of groups that can be pruned whole: the cut model runs without them on an example.
 
     Args:
-        model: dense; left as it is, and run without numbers.
-        groups: of it.
-        examples: what it may be called with; the first is taken with which it runs.
+        model: the dense model, left unchanged; it runs on fake tensors.
+        groups: its groups.
+        examples: possible inputs; the first that runs is used.
 
     Raises:
-        SettingError: there is none of them; the message says why.
+        SettingError: no group can be pruned whole; the message says why.
     """
     from upop.pruning.axes.copies import Shapes
 

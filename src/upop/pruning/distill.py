@@ -1,7 +1,7 @@
-"""Distillation: the dense model is the teacher of the one that is searched or retrained.
+"""Distillation: the dense model teaches the model that is searched or retrained.
 
-The width of the residual stream is never pruned, so what the norms on it give can be compared in the dense and in the
-compressed model, layer by layer, whatever the model is called and whatever its loss is.
+The width of the residual stream is never pruned, so the outputs of its norms can be compared between the dense and the
+compressed model, layer by layer, for any model and any loss.
 """
 
 from __future__ import annotations
@@ -41,24 +41,23 @@ def distill(
     temperature: float = 2.0,
     layers: int = 1,
 ) -> Distillation:
-    """Have `teacher` see every batch that `model` is trained on, and say how far `model` is from it.
+    """Run `teacher` on every training batch of `model`, and measure the distance between the two.
 
         teacher = copy.deepcopy(model)                   # the dense model, before the Pruner
         distill = upop.distill(model, teacher)
         loss = task_loss(model(x), y) + distill.loss()   # in the search and in the training after it
 
-    It helps most where training is short and data few; where the loss says enough by itself it may add nothing. It
-    costs one forward pass of the dense model at every step, about half again the time of a step, and the memory of its
-    weights and of what its norms give (in the precision they compute in, until the backward pass: two outputs of
-    [B, T, width] per layer of a transformer; fewer with `layers`), but none for gradients or an optimizer. It computes
-    in the model's precision: a teacher in a wider one is converted.
+    It helps most when training is short and data are scarce; with plenty of both it may add nothing. It costs one
+    forward pass of the dense model per step, about half the time of a step more, and memory for its weights and the
+    outputs of its norms until the backward pass (two of [batch, tokens, hidden] per transformer layer; fewer with
+    `layers`), but none for gradients or an optimizer. It computes in the model's precision: a teacher in a wider one
+    is converted.
 
-    What is compared are the outputs of the norms on the residual stream: of all of them that the loss depends on, by
-    mean square, sample by sample, as a share of the teacher's. The teacher runs after each forward pass of `model` that
-    is made in training mode with gradients, so evaluation costs nothing; on the same arguments and under the same
-    autocast, in evaluation mode. Random numbers are drawn as without it. Tokens are left out that an argument named
-    `...mask` leaves out (whole numbers or bool, [B, T], the only one of the features' shape); padding that is not known
-    in this way is compared too.
+    The loss compares the outputs of all norms on the residual stream that the task loss depends on: their mean squared
+    difference per sample, as a share of the teacher's mean square. The teacher runs after each forward pass of `model`
+    in training mode with gradients, on the same arguments and under the same autocast, in evaluation mode; evaluation
+    costs nothing, and random generators are not advanced. Tokens that an argument named `...mask` excludes (integers or
+    bool, [batch, tokens], the only one of that shape) do not count; other padding does.
 
     Args:
         model: a timm, transformers or upop model, before, during or after the search; wrappers of DDP and
@@ -85,7 +84,7 @@ def distill(
 
 
 class Distillation:
-    """What `distill` returns: it holds the teacher, and hooks on the model.
+    """The result of `distill`; holds the teacher and the hooks on the model.
 
     Attributes:
         teacher: the dense model.
@@ -128,17 +127,17 @@ class Distillation:
                 self._handles.append(owner.get_submodule(name).register_forward_hook(hook))
 
     def begin(self) -> None:
-        """See the forward pass that has just begun, where this was made by a hook that runs before it."""
+        """Observe the current forward pass, if a hook that ran before it created this object."""
         self._begin(self._model, (), {})
 
     def loss(self) -> Tensor:
-        """Return how far the model is from its teacher, a scalar: the mean over its forward passes since the last call.
+        """Return the distance from the teacher, a scalar: the mean over the forward passes since the last call.
 
-        Call it after the forward pass (or all of them, where a loss takes several) and before `backward()`. A pass
-        whose backward pass has run already no longer counts.
+        Call it after the forward pass (or all of them, if the loss needs several) and before `backward()`. A forward
+        pass whose backward pass has already run does not count.
 
         Raises:
-            StepError: there was no forward pass in training mode with gradients, or nothing in it can be compared.
+            StepError: no forward pass ran in training mode with gradients, or none of its features can be compared.
         """
         if not self._handles:
             raise StepError("The teacher was taken off by remove(); make a new one with upop.distill.")
@@ -153,7 +152,7 @@ class Distillation:
         return torch.stack(passes).mean()
 
     def remove(self) -> None:
-        """Take all hooks off the model and the teacher; nothing is left of them."""
+        """Remove all hooks from the model and the teacher."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -170,7 +169,7 @@ class Distillation:
             self._running = module.training and torch.is_grad_enabled()
 
     def _see(self, name: str, output: Any) -> None:
-        """Keep what a norm of the model gives, if the loss can depend on it."""
+        """Keep the output of a norm of the model, if the loss can depend on it."""
         # Recomputing for a backward pass happens outside of the forward pass, and is not seen again.
         if not self._running or not isinstance(output, Tensor):
             return
@@ -179,7 +178,7 @@ class Distillation:
 
     @_disable_dynamo
     def _teach(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        """Run the teacher on what the model was given, and keep the loss of this pass."""
+        """Run the teacher on the inputs of the model, and keep the loss of this pass."""
         if module is not self._model or not self._running:
             return
         self._running = False
@@ -200,7 +199,7 @@ class Distillation:
             reshard(self.teacher)  # without a backward pass its outermost weights would stay gathered
 
     def _compare(self, name: str, output: Any) -> None:
-        """Compare what a norm of the teacher gives with what the model's gave at the same call."""
+        """Compare the output of a teacher's norm with that of the model's norm in the same call."""
         if not self._teaching or not self._features or not isinstance(output, Tensor):
             return
         calls, seen = self._found.setdefault(name, []), self._seen.get(name, [])
@@ -264,14 +263,14 @@ class Distillation:
         )
 
     def _anchors(self, output: Any) -> Iterator[Tensor]:
-        """Yield tensors that a backward pass of the model goes through."""
+        """Yield tensors in the graph of the model's backward pass."""
         for calls in self._seen.values():
             yield from (value for value in calls if value is not None)
         if (logits := logits_of(output)) is not None:
             yield logits
 
     def _mask(self, shape: torch.Size) -> Tensor | None:
-        """Return which tokens count, of features or logits [B, T, ...]; None if that is not known."""
+        """Return the mask of tokens that count in features or logits [batch, tokens, ...]; None if unknown."""
         found = [mask for mask in self._masks if mask.shape == shape]
         return found[0] != 0 if len(found) == 1 else None
 
@@ -282,7 +281,7 @@ class Distillation:
 
 
 class _Hook:
-    """A hook that calls a method of its `Distillation`; copied or pickled with a model it does nothing any more."""
+    """A hook that calls a method of its `Distillation`; a copied or unpickled hook does nothing."""
 
     def __init__(self, distillation: Distillation | None = None, method: str = "", name: str | None = None) -> None:
         self._distillation, self._method, self._name = distillation, method, name
@@ -309,7 +308,7 @@ def _drop(distillation: Distillation | None, number: int) -> None:
 
 
 def _narrow(teacher: nn.Module, model: nn.Module) -> None:
-    """Convert what a teacher has in a wider precision than the model has it."""
+    """Convert teacher weights of a wider precision to the precision of the model."""
     own = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     for name, tensor in (*teacher.named_parameters(), *teacher.named_buffers()):
         like = own.get(name)
@@ -318,10 +317,10 @@ def _narrow(teacher: nn.Module, model: nn.Module) -> None:
 
 
 def _residual_norms(teacher: nn.Module) -> Iterator[str]:
-    """Yield the names of norms as wide as what groups read and write.
+    """Yield the names of norms whose width is that of the residual stream.
 
     Raises:
-        LayoutError: there is none.
+        LayoutError: there is no such norm.
     """
     parts = (part for group in find_groups(teacher) for part in group.slices)
     shapes = ((tensor_of(teacher, part.tensor).shape, part.dim) for part in parts)
@@ -339,7 +338,7 @@ def _residual_norms(teacher: nn.Module) -> Iterator[str]:
 
 
 def _norm_width(module: nn.Module) -> int | None:
-    """Return the width of a layer norm or RMS norm, whichever library it is of."""
+    """Return the width of a layer norm or RMS norm of any library."""
     if any(True for _ in module.children()) or "norm" not in type(module).__name__.lower():
         return None
     if isinstance(module, nn.modules.batchnorm._NormBase | nn.GroupNorm):
@@ -375,12 +374,12 @@ def _refuse_other_architecture(model: nn.Module, teacher: nn.Module, norms: tupl
 def _difference(own: Tensor, aim: Tensor, mask: Tensor | None) -> Tensor:
     """Return the mean over samples of the mean square of `own - aim` as a share of that of `aim`.
 
-    It is taken sample by sample, so that it does not depend on how a batch is split over steps or processes.
+    It is computed per sample, so that it does not depend on how a batch is split over steps or processes.
 
     Args:
-        own: [B, ..., width], with gradients.
-        aim: the same, without.
-        mask: which tokens count, [B, ...]; None is all of them.
+        own: features of the model, [batch, ..., hidden], with gradients.
+        aim: features of the teacher, of the same shape.
+        mask: which tokens count, [batch, ...]; None counts all.
     """
     size = precise(aim).square()
     weight = None if mask is None else mask.unsqueeze(-1)
@@ -394,7 +393,7 @@ def _difference(own: Tensor, aim: Tensor, mask: Tensor | None) -> Tensor:
 
 
 class _SquaresApart(torch.autograd.Function):
-    """Sum of squares of `own - aim` per sample, [B], which keeps both as they are and no difference in float32."""
+    """Sum of squares of `own - aim` per sample, [batch]; saves the inputs, not their difference in float32."""
 
     @staticmethod
     def forward(ctx: Any, own: Tensor, aim: Tensor, weight: Tensor | None) -> Tensor:
@@ -410,7 +409,7 @@ class _SquaresApart(torch.autograd.Function):
 
 
 def _named(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Yield the arguments of a forward pass by their names."""
+    """Yield the named arguments of a forward pass."""
     yield from kwargs.items()
     if args:
         yield from zip(inspect.signature(model.forward).parameters, args, strict=False)

@@ -1,4 +1,4 @@
-"""Copies of a model that run themselves: functions that modules keep are copied with what they close over."""
+"""Deep copies of models whose functions (hooks, lambdas) refer to the copy."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from torch import nn
 
 
 def duplicate(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
-    """Return a copy whose functions (hooks, or lambdas that modules keep) run it, and gather for themselves.
+    """Return a copy whose stored functions (hooks, lambdas) refer to the copy, with closures of their own.
 
-    `copy.deepcopy` leaves functions as they are: those of the copy would run layers of the model.
+    `copy.deepcopy` does not copy functions: those of the copy would run layers of the original.
 
     Args:
         model: left as it is.
@@ -31,7 +31,7 @@ def duplicate(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module
 
 
 def _apart(function: Any, memo: dict[int, Any]) -> Any:
-    """Return a function that closes over what is in the copy, and over its own lists, mappings and sets."""
+    """Return a function that closes over the copy, and over copies of its lists, mappings and sets."""
     if not isinstance(function, FunctionType):
         return function
     if id(function) in memo:

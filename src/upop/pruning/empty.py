@@ -1,8 +1,8 @@
 """Attention without channels: its output projection returns its bias.
 
 Linear layers without rows or columns compute that by themselves. Only an open length, as in
-`view(batch, tokens, -1, head_dim)`, cannot be inferred for an empty tensor. It is the tensor's own length at that place
-(tokens), or else 1 (heads).
+`view(batch, tokens, -1, head_dim)`, cannot be inferred for an empty tensor. It is set to the length of the input at
+that position (tokens), or else to 1 (heads).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _SHAPED = (Tensor.view, Tensor.reshape, reshape)
 
 
 class _Open(TorchFunctionMode):
-    """Fills in the open length of a shape that has another length of 0."""
+    """Fills in the open length of a shape with another length of 0."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -38,17 +38,17 @@ def _with_open_length(shape: Sequence[int], sizes: list[Any]) -> list[Any]:
 
 
 class Empty:
-    """Mixed into the class of a module that holds an attention of which nothing is left."""
+    """Mixin for a module whose attention was pruned whole."""
 
     uncut_class: type[nn.Module]
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        """Run the forward of the class as it is, with a length in the place of one that cannot be told."""
+        """Run the original forward, with lengths that cannot be inferred filled in."""
         with _Open():
             return super().forward(*args, **kwargs)  # type: ignore[misc]
 
     def __reduce__(self: Any) -> Any:
-        """Copy and pickle by the class as it was: no module holds the one that is mixed."""
+        """Copy and pickle as the original class: the mixed one cannot be imported."""
         return _revived, (self.uncut_class,), self.__dict__
 
 
@@ -61,9 +61,9 @@ _classes: dict[type[nn.Module], type[nn.Module]] = {}
 
 
 def empty_class(kind: type[nn.Module]) -> type[nn.Module]:
-    """Return the class that a module of class `kind` takes on when nothing is left of its attention.
+    """Return the class for a module of class `kind` whose attention was pruned whole.
 
-    A class that a module took on for a cut already stays: that one knows the lengths itself.
+    A class that already replaces the original for a cut is returned as it is, since it knows all lengths.
     """
     if "uncut_class" in kind.__dict__:
         return kind

@@ -10,7 +10,7 @@ class SettingError(UPopError, ValueError):
 
 
 class LayoutError(UPopError, ValueError):
-    """The model holds nothing that can be pruned as asked, or is not laid out as its table row says."""
+    """The model has no group that can be pruned as asked, or cannot be traced."""
 
 
 class StepError(UPopError, RuntimeError):
@@ -22,11 +22,11 @@ class PlanError(UPopError, ValueError):
 
 
 class VerificationError(UPopError, RuntimeError):
-    """The shrunken model does not compute what the masked one does; the model was left as it was."""
+    """The shrunken model does not compute what the masked one does; the model is restored."""
 
 
 def some_of(names: "list[str] | tuple[str, ...]", most: int = 8) -> str:
-    """Return the first names in a row, and how many there are beside them."""
+    """Return the first names, joined, and the number of the others."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
 

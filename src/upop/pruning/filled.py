@@ -1,4 +1,4 @@
-"""Branches of which nothing is left, with one channel of zeros: other runtimes take no empty tensors."""
+"""Gives branches that were pruned whole one channel of zeros, for runtimes that reject empty tensors."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from upop.pruning.shrink import Edit, channels, width_attribute
 
 
 def without_empty(model: nn.Module, groups: Sequence[Group]) -> nn.Module:
-    """Return a copy of a model in which no branch is empty, that computes the same; the model, if none of it is.
+    """Return an equivalent copy without empty branches; the model itself, if none is empty.
 
     Args:
-        model: cut; it is left as it is.
-        groups: of it, as large as they are.
+        model: the cut model, left unchanged.
+        groups: its groups at their current sizes.
     """
     empty = [group for group in groups if not group.size and not any(part.gaps for part in group.slices)]
     if not empty:
@@ -42,7 +42,7 @@ def without_empty(model: nn.Module, groups: Sequence[Group]) -> nn.Module:
 
 
 def _widen(model: nn.Module, part: Slice) -> None:
-    """Give a tensor rows or columns of zeros for one channel."""
+    """Add the rows or columns of one zero channel to a tensor."""
     module, leaf = owner_of(model, part.tensor)
     old = tensor_of(model, part.tensor)
     shape = list(old.shape)

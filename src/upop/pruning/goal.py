@@ -27,12 +27,12 @@ _TOLERANCE = 0.01
 
 @dataclass(frozen=True)
 class Bound:
-    """A limit of a target for one model.
+    """A limit of a target, for one model.
 
     Attributes:
-        limit: as it was asked.
-        quantity: what it counts.
-        most: what the whole model may count.
+        limit: as requested.
+        quantity: the count that it limits.
+        most: the largest allowed count of the whole model.
     """
 
     limit: Limit
@@ -40,25 +40,25 @@ class Bound:
     most: float
 
     def after(self, part: float) -> float:
-        """Return what the model may count when a part of the way is gone, in [0, 1]."""
+        """Return the allowed count at a progress in [0, 1]."""
         return self.quantity.whole - part * (self.quantity.whole - self.most)
 
 
 class Goal:
-    """What a compression is asked for.
+    """The requested size of a compressed model.
 
     Args:
         ratio: share of the groups' cost to remove, in (0, 1), or
-        target: what is left of the whole model.
+        target: limits for the whole model.
         profile: of the machine, for a target in milliseconds.
 
     Attributes:
-        ratio: as it was asked for, or None.
+        ratio: as requested, or None.
         limits: of the target.
-        asked_share: the ratio, or how far the target goes towards all that can go, in (0, 1]; `begin` tells that.
+        asked_share: the ratio, or the target as a share of the largest possible reduction, in (0, 1]; set by `begin`.
 
     Raises:
-        SettingError: neither or both are given, or one cannot be read.
+        SettingError: neither or both are given, or one is invalid.
     """
 
     def __init__(self, ratio: float | None, target: Target | None, profile: Profile | None = None) -> None:
@@ -79,11 +79,11 @@ class Goal:
         self._profile = profile
 
     def __str__(self) -> str:
-        """Return what is asked for."""
+        """Return the goal in words."""
         return f"ratio={self.ratio:g}" if self.ratio is not None else format_target(self.limits)
 
     def settings(self) -> dict[str, Any]:
-        """Return it as settings of a plan, or of a search that is resumed."""
+        """Return the goal as settings, for plans and resumed searches."""
         return {"ratio": self.ratio} if self.ratio is not None else {"target": format_target(self.limits)}
 
     def begin(
@@ -96,20 +96,20 @@ class Goal:
         towers: Sequence[Tower] = (),
         branches: Sequence[tuple[str, ...]] = (),
     ) -> None:
-        """Learn what it means for a model, which of its groups keep equally many channels, and which may go whole.
+        """Bind the goal to a model, its towers, and its removable branches.
 
         Args:
-            model: dense.
-            groups: of it, those that are searched.
-            costs: of a channel.
+            model: the dense model.
+            groups: the groups that are searched.
+            costs: of one channel per group.
             round_to: kept channels are multiples of this.
             example: inputs for one forward pass.
             towers: groups that lose equally many.
-            branches: the names of groups that may go whole, together.
+            branches: names of groups that may be pruned whole, together.
 
         Raises:
-            SettingError: it cannot be reached; the message says how far one can go, and what would go further.
-            LayoutError: what is asked for cannot be told before the model is cut.
+            SettingError: the goal cannot be reached; the message says how far it can go, and what would allow more.
+            LayoutError: the count cannot be predicted before the cut.
         """
         self._whole = sum(costs[group.name] * group.size for group in groups)
         self._parameters = parameters_of(model, groups)
@@ -131,7 +131,7 @@ class Goal:
     def _priced(
         self, groups: Sequence[Group], costs: Mapping[str, float], branches: Sequence[tuple[str, ...]]
     ) -> Depth:
-        """Return what going whole saves: milliseconds where there is a target in them, else what channels cost."""
+        """Return the saving of whole branches: in milliseconds for such a target, else in the cost of channels."""
         latency = self._latency
         if latency is None:
             return Depth(dict.fromkeys(branches, 0.0), costs)
@@ -153,15 +153,15 @@ class Goal:
         *,
         standardised: bool = True,
     ) -> Selection:
-        """Return what goes when a part of the way is to be gone, with the highest scores first.
+        """Select the channels to prune at a given progress, highest scores first.
 
-        With a target in milliseconds those are compared that one saves by them, as far as scores are not standardised.
+        With a target in milliseconds, scores are compared per saved millisecond, unless they are standardised.
 
         Args:
-            groups: those of `begin`, as large as they are now.
-            scores: per group, shape [size].
-            costs: of one channel.
-            part: of the way to what is asked for, in (0, 1].
+            groups: those of `begin`, at their current sizes.
+            scores: per group, [size].
+            costs: of one channel per group.
+            part: progress towards the goal, in (0, 1].
             round_to: kept channels are multiples of this.
             standardised: as for `budget.select`.
         """
@@ -183,7 +183,7 @@ class Goal:
         return {group.name: scores[group.name] / latency.channel(group) for group in groups}
 
     def share(self, sizes: Callable[[float], Sizes]) -> float:
-        """Return the smallest share with which sizes that fall with it keep within all limits, to 1e-6."""
+        """Return the smallest share, to 1e-6, at which all limits hold; sizes must fall as it grows."""
         low, high = 0.0, 1.0
         while high - low > 1e-6:
             middle = (low + high) / 2
@@ -192,7 +192,7 @@ class Goal:
         return high
 
     def _holding(self, costs: Mapping[str, float], part: float) -> Callable[[Sizes], bool]:
-        """Return whether sizes are small enough when a part of the way is to be gone."""
+        """Return whether sizes meet the limits at a given progress."""
         # Binary fractions of a limit need not be whole numbers.
         if self.ratio is not None:
             left = self._whole * (1 - self.ratio * part + 1e-9)
@@ -203,7 +203,7 @@ class Goal:
         )
 
     def _select_to(self, ranking: Ranking, costs: Mapping[str, float], holds: Callable[[Sizes], bool]) -> Selection:
-        """Return the selection that meets all limits, without channels that the limits leave room for."""
+        """Return the selection that meets all limits, minus channels that the limits leave room for."""
         low, high = 0, len(ranking.walk)
         while low < high:
             middle = (low + high) // 2
@@ -211,9 +211,7 @@ class Goal:
         return ranking.selection(low, costs, self._stay(ranking, low, holds))
 
     def _stay(self, ranking: Ranking, count: int, holds: Callable[[Sizes], bool]) -> dict[str, int]:
-        """Return of how many blocks each group is given back: the last that went, where the limits hold without
-        them.
-        """
+        """Return how many of the last pruned blocks each group gets back while the limits hold."""
         kept = dict(ranking.kept(count))
         back: dict[str, int] = {}
         for names, sizes in ranking.last(count):  # sizes of the groups' blocks that go, the last one first
@@ -228,7 +226,7 @@ class Goal:
         return back
 
     def described(self, kept: Sizes) -> dict[str, Any]:
-        """Return, for a plan, what was asked for, and what a cut to these sizes leaves of the whole model."""
+        """Return plan settings: the goal, and the counts of the model after a cut to these sizes."""
         counted: dict[str, tuple[str, Quantity | Latency, dict[str, str]]] = {}
         if self._parameters is not None:
             counted["params"] = ("parameters", self._parameters, {})
@@ -243,7 +241,7 @@ class Goal:
 
 
 def format_reached(settings: Mapping[str, Any]) -> str:
-    """Return what is left of the whole model by a plan's settings: "731,234 of 1,270,000 parameters (1.74x)"."""
+    """Format the counts in the settings of a plan: "731,234 of 1,270,000 parameters (1.74x)"."""
     return ", ".join(
         f"{_number(each['left'])} of {_number(each['dense'])} {each['of']} ({each['dense'] / (each['left'] or 1):.3g}x)"
         for each in settings.get("reached", {}).values()
@@ -260,20 +258,20 @@ def _number(count: float) -> str:
 
 
 def _share(count: float, dense: float) -> float:
-    """Return a share that can be asked for, in four decimals, where a count is to be reached."""
+    """Return the share to request for a count, in four decimals."""
     return math.ceil(1e4 * count / dense - 1e-9) / 1e4
 
 
 @dataclass(frozen=True)
 class _Reach:
-    """How small a model can become.
+    """The smallest possible sizes of a model.
 
     Attributes:
-        groups: that are searched.
+        groups: the groups that are searched.
         round_to: kept channels are multiples of this.
         towers: groups that lose equally many.
-        branches: the names of groups that may go whole, together.
-        words: the share of the parameters that word embeddings have.
+        branches: names of groups that may be pruned whole, together.
+        words: the share of the parameters in word embeddings.
     """
 
     groups: Sequence[Group]
@@ -283,7 +281,7 @@ class _Reach:
     words: float = 0.0
 
     def wider(self, bound: Bound | None = None) -> list[str]:
-        """Return what would let more go, in words; with a limit, how far that goes."""
+        """Return which settings would allow a larger reduction, in words; with a limit, also how far."""
         found = [f"a smaller round_to than {format_round_to(self.round_to)}"] if self.round_to != 1 else []
         found += ['no uniform="tower"'] if self.towers else []
         if not self.branches:
@@ -297,7 +295,7 @@ class _Reach:
         return [*found, "more groups, where include= or exclude= leaves some out"]
 
     def check(self, bound: Bound) -> float:
-        """Return how far a limit goes towards all that can go, in [0, 1], or raise unless it can be reached closely."""
+        """Return a limit as a share of the largest possible reduction, in [0, 1]; raise if it cannot be met closely."""
         dense, words, limit = bound.quantity.whole, bound.limit.words, bound.limit
         bundles = [
             (bundle, removable_blocks(bundle[0], self.round_to, tower))
@@ -346,7 +344,7 @@ class _Reach:
 
 
 def _reachable(bound: Bound, bundles: Sequence[tuple[Sequence[Group], Sequence[int]]]) -> list[float]:
-    """Return all counts that a cut can leave, where parts are few or alike, as groups of heads are in a cache."""
+    """Return all reachable counts, if blocks are few or alike, such as key-value groups in a cache."""
     dense = bound.quantity.whole
 
     def without(bundle: Sequence[Group], channels: int) -> float:

@@ -1,7 +1,7 @@
-"""What can be removed from a model, as plain records.
+"""Groups of coupled tensor slices, as plain records.
 
-A group is one axis that several tensors share: the head dimensions of an attention, the hidden neurons of an
-MLP. Everything the method does (mask, score, cost, cut) is a loop over these records.
+A group is one axis that several tensors share: the head dimensions of an attention, or the hidden neurons of an MLP.
+Every step of the method (mask, score, cost, cut) is a loop over these records.
 """
 
 from __future__ import annotations
@@ -124,10 +124,10 @@ class Slice:
 
 @dataclass(frozen=True)
 class Attribute:
-    """A number that a module keeps about the axis, to be set again after the cut.
+    """A stored number of a module that depends on the size of the group, and is updated by the cut.
 
-    Its new value is `factor * kept`, or `(width * kept) ** -0.5` where `factor` is None: a softmax scale of heads whose
-    channels have `width` dimensions each, as pairs that are rotated together.
+    Its new value is `factor * kept`, or `(width * kept) ** -0.5` if `factor` is None: a softmax scale of heads whose
+    channels have `width` dimensions each, such as pairs that are rotated together.
     """
 
     module: str
@@ -136,7 +136,7 @@ class Attribute:
     width: int = 1
 
     def __str__(self) -> str:
-        """Return the attribute and what it becomes."""
+        """Return the attribute and its new value, in words."""
         name = f"{self.module}.{self.name}" if self.module else self.name
         if self.factor is None:
             kept = "kept" if self.width == 1 else f"({self.width} x kept)"
@@ -152,7 +152,7 @@ class Attribute:
 
 @dataclass(frozen=True)
 class Swap:
-    """A class that a module takes on with the cut, where its library's own forward insists on the uncut width.
+    """A class that replaces that of a module at the cut, if its own forward hard-codes the uncut width.
 
     Attributes:
         module: dotted name of the module, from the model.
@@ -197,7 +197,7 @@ class Group:
     proved: bool = False
 
     def __str__(self) -> str:
-        """Return what goes together and why, over several lines, for people."""
+        """Describe the coupled slices, over several lines, for people."""
         lines = [f"{self.name or 'the model'}: {self.kind} ({self.modality}), {_channels(self)}"]
         last = self.online[-1:]
         for heading, parts in (
@@ -217,7 +217,7 @@ class Group:
 
     @property
     def width(self) -> int:
-        """How many columns of the layer that consumes the axis belong to one channel."""
+        """Columns of the consumer that belong to one channel."""
         return sum(self.online[-1].inners)
 
     @property
@@ -227,7 +227,7 @@ class Group:
 
     @property
     def online(self) -> tuple[Slice, ...]:
-        """The slices that are no momentum copy's: what a channel costs."""
+        """The slices outside momentum copies, which make up the cost of a channel."""
         return tuple(part for part in self.slices if not part.follows)
 
 
@@ -238,7 +238,7 @@ def _channels(group: Group) -> str:
 
 
 def _layout(part: Slice, size: int) -> str:
-    """Say where a tensor has a group's channels: "dimension 0 as 12 x 64 x 1"."""
+    """Describe the position of the channels in a tensor: "dimension 0 as 12 x 64 x 1"."""
     inner = str(part.inner) if isinstance(part.inner, int) else f"({', '.join(map(str, part.inner))})"
     described = f"dimension {part.dim} as {part.outer} x {size} x {inner}"
     if part.gaps:
@@ -260,7 +260,7 @@ class Skipped:
 
 
 def tensor_of(model: nn.Module, name: str) -> Tensor:
-    """Return the parameter or buffer called `name`, itself, whatever masks its module carries.
+    """Return the parameter or buffer called `name`, unmasked even if its module carries a mask.
 
     Raises:
         AttributeError: there is no such tensor.
@@ -283,7 +283,7 @@ _ABSENT = object()
 
 
 def number_of(module: nn.Module, name: str) -> Any:
-    """Return what a module keeps under a name: an attribute, or "attribute[key][key]" for a part of what it holds."""
+    """Return a stored number by name: an attribute, or "attribute[key][key]" for an item in it."""
     attribute, *keys = _path(name)
     value: Any = getattr(module, attribute, {}) if keys else getattr(module, attribute)
     for key in keys:
@@ -292,12 +292,12 @@ def number_of(module: nn.Module, name: str) -> Any:
 
 
 def has_number(module: nn.Module, name: str) -> bool:
-    """Whether a module keeps something under a name, or may be given it."""
+    """Whether a module has a number of this name, or can be given one."""
     return "[" in name or hasattr(module, name)
 
 
 def set_number(module: nn.Module, name: str, value: Any) -> None:
-    """Set what a module keeps under a name of `number_of`; lists and mappings are replaced, never changed in place."""
+    """Set a number by its name of `number_of`; lists and mappings are replaced, not changed in place."""
     attribute, *keys = _path(name)
     setattr(module, attribute, _replaced(getattr(module, attribute, {}), keys, value) if keys else value)
 

@@ -1,4 +1,4 @@
-"""Reading JSON that others wrote: within bounds, and as the standard has it."""
+"""Parses untrusted JSON: within bounds, and strictly by the standard."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ LONGEST_NUMBER = 300
 
 
 def parse_json(text: str, *, nan: bool = False) -> Any:
-    """Return what a JSON text says.
+    """Parse a JSON text.
 
-    Python's own reader takes more than is JSON (NaN, and numbers that become infinite), keeps the last of equal keys
-    without a word, and raises errors of several kinds where a text is too deep or a number too long.
+    Python's own parser accepts more than JSON (NaN, and numbers that overflow), silently keeps the last of equal keys,
+    and raises errors of several kinds for deep texts and long numbers.
 
     Args:
-        text: to read.
-        nan: whether NaN and Infinity, which Python writes, are taken.
+        text: the text.
+        nan: whether to accept NaN and Infinity, which Python writes.
 
     Raises:
-        ValueError: it is no JSON, an object has a key twice, or it is beyond the bounds of this module.
+        ValueError: it is not JSON, an object repeats a key, or it exceeds the bounds of this module.
     """
     try:
         value = json.loads(
@@ -69,7 +69,7 @@ def _finite(digits: str) -> float:
 
 
 def _check_depth(value: Any) -> None:
-    """Go through lists and objects, level by level; ValueError where there are too many levels."""
+    """Raise a ValueError if lists and objects are nested too deep."""
     level = [value]
     for _ in range(DEEPEST + 1):
         level = [

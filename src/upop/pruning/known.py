@@ -22,12 +22,12 @@ from upop.pruning.groups import Group, Skipped, Slice, tensor_of
 @renamed_attributes(units="groups")
 @dataclass(frozen=True)
 class Prunable:
-    """What `find_prunable` found: the groups, in forward order, and what was left alone and why.
+    """The result of `find_prunable`: the groups, and the parts that were left alone.
 
     Attributes:
         groups: in forward order.
-        skipped: what looks prunable and is left alone, and why.
-        source: the model, and what a call of it is given.
+        skipped: parts that look prunable and are left alone, with reasons.
+        source: the model and its example.
     """
 
     groups: tuple[Group, ...]
@@ -39,23 +39,23 @@ class Prunable:
         """The shares of the model's parameters in groups, left alone and outside; of multiply-adds with an example.
 
         Raises:
-            LayoutError: it is not known of which model the survey is.
+            LayoutError: the model of this result is not known.
         """
         if self.source is None:
             raise LayoutError(
-                "A survey that upop.find_prunable did not return is of no model. Call upop.find_prunable(model)."
+                "upop.find_prunable did not return this, so its model is unknown. Call upop.find_prunable(model)."
             )
         model, example = self.source
         return coverage(model, self.groups, self.skipped, _macs(model, example))
 
     def of(self, model: nn.Module, example: Any = None) -> Prunable:
-        """Return the survey with the model that it is of, and what a call of it is given."""
+        """Return the result with its model and example."""
         example = self.source[1] if example is None and self.source is not None else example
         return replace(self, source=(model, example))
 
 
 def _macs(model: nn.Module, example: Any) -> Mapping[str, int] | None:
-    """Return the multiply-adds of each module without computing them; None where there is no example that runs so."""
+    """Count the multiply-adds of each module on fake tensors; None without an example that runs on these."""
     if example is None:
         return None
     from upop.pruning.axes.copies import Shapes
@@ -78,9 +78,7 @@ _known: weakref.WeakKeyDictionary[nn.Module, list[tuple[Prunable, Any]]] = weakr
 
 
 def remember(model: nn.Module, found: Prunable) -> None:
-    """Have `find_prunable` give these groups for a model from now on, as long as its tensors have the shapes that they
-    cut.
-    """
+    """Cache the groups of a model for `find_prunable`, valid while its tensors have matching shapes."""
     example = None if found.source is None else found.source[1]
     _known[model] = [(replace(found, source=None), example), *_known.get(model, [])][:_MOST]
 
@@ -91,14 +89,14 @@ def forget(model: nn.Module) -> None:
 
 
 def is_known(model: nn.Module) -> bool:
-    """Whether anything was found of a model, at whatever sizes."""
+    """Whether groups of a model are cached, for any sizes."""
     return model in _known
 
 
 def remembered(model: nn.Module) -> Prunable | None:
-    """Return what was found of a model before, its groups at today's sizes; None where its tensors are others.
+    """Return the cached groups of a model, at its current sizes; None if its tensors do not match.
 
-    Groups of layers that were dropped since are no part of it.
+    Groups of layers that were dropped meanwhile are left out.
     """
     for found, example in _known.get(model, []):
         groups = [
@@ -118,7 +116,7 @@ def _has(model: nn.Module, tensor: str) -> bool:
 
 
 def know_as(model: nn.Module, other: nn.Module) -> None:
-    """Remember of a copy of a model what was read or stated of it with its example, if nothing else is known."""
+    """Cache the groups of a model for its copy, if nothing is cached for that."""
     found = remembered(other)
     alike = len(list(model.modules())) == len(list(other.modules()))
     if found is not None and alike and remembered(model) is None:
@@ -126,7 +124,7 @@ def know_as(model: nn.Module, other: nn.Module) -> None:
 
 
 def remember_kind(model: nn.Module, found: Prunable) -> None:
-    """Have `known_of_kind` give these groups for models that differ from this one in their weights alone."""
+    """Cache these groups for all models that differ from this one in the weights alone."""
     kind = likeness(model)
     if kind is not None:
         _of_kinds[kind] = replace(found, source=None), None if found.source is None else found.source[1]
@@ -135,7 +133,7 @@ def remember_kind(model: nn.Module, found: Prunable) -> None:
 
 
 def known_of_kind(model: nn.Module) -> Prunable | None:
-    """Return what was read of a model that differs from this one in its weights alone; None if none was read."""
+    """Return the cached groups of a model that differs from this one in the weights alone, or None."""
     kind = likeness(model) if _of_kinds else None
     if kind is None or kind not in _of_kinds:
         return None
@@ -145,12 +143,12 @@ def known_of_kind(model: nn.Module) -> Prunable | None:
 
 
 def remember_cut(model: nn.Module, groups: Iterable[Group], plan: Mapping[str, Sequence[int]]) -> None:
-    """After a cut, remember what lies between the rows of groups: it may have been another group's, and is smaller now.
+    """Update the cached gaps between the rows of groups after a cut, since they may have belonged to other groups.
 
     Args:
-        model: cut already.
-        groups: those that were cut, as they were before.
-        plan: what they keep.
+        model: the cut model.
+        groups: the cut groups, as before the cut.
+        plan: their kept channels.
     """
     cut = {group.name: group for group in groups}
     for found, example in _known.get(model, [])[:1]:
@@ -186,7 +184,7 @@ def _with_gaps(part: Slice, size: int, stays: Tensor | None) -> Slice:
 
 
 def sized(model: nn.Module, group: Group) -> Group | None:
-    """Return a group at the size that a model's tensors have; None where they have none that it can have."""
+    """Return a group at the size that the model's tensors imply; None if they do not fit."""
     sizes = set()
     for part in group.slices:
         try:

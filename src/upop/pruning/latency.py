@@ -15,14 +15,14 @@ from upop.pruning.groups import Group
 
 @dataclass(frozen=True)
 class Layers:
-    """Groups of one kind: alike in all but their place.
+    """Groups of one kind, which differ in their position alone.
 
     Attributes:
         groups: their names.
-        size: channels of each in the dense model.
-        sizes: some numbers of channels, ascending; the first one is 0 where the model runs without such a branch, the
-            last one is `size`.
-        saved: milliseconds that the model takes less for each of the groups that keeps so many; the last one is 0.
+        size: channels of each group in the dense model.
+        sizes: measured numbers of channels, ascending; the first is 0 if the model runs without such a branch, the
+            last is `size`.
+        saved: milliseconds saved by a group of each of these sizes; the last is 0.
     """
 
     groups: tuple[str, ...]
@@ -36,18 +36,18 @@ class Layers:
 
     @property
     def channel(self) -> float:
-        """What a channel saves on average."""
+        """The average saving per channel."""
         return self.at(self._least) / self.size
 
     @property
     def beside(self) -> float:
-        """What a branch saves that goes whole, beside its channels."""
+        """The saving of a branch that is pruned whole, beyond that of its channels."""
         return max(0.0, self.saved[0] - self.size * self.channel)
 
     def at(self, kept: int) -> float:
-        """Return what a group saves that keeps so many channels: on a line between the sizes that were measured.
+        """Return the saving of a group that keeps `kept` channels, interpolated between the measured sizes.
 
-        From the smallest one to nothing it is a step: a branch takes some time however small it is.
+        Between the smallest size and 0 it is a step, since a branch of any size takes a fixed time.
         """
         kept = min(max(kept, self._least if kept else self.sizes[0]), self.size)
         if not kept:
@@ -59,12 +59,12 @@ class Layers:
 
 @dataclass(frozen=True)
 class Profile:
-    """What was measured of a model on a machine.
+    """Measured latencies of a model on a machine.
 
     Attributes:
         dense: milliseconds of one forward pass of the dense model.
         layers: by kind.
-        about: of what, and where: model, device, batch, runtime, threads; for people.
+        about: model, device, batch, runtime and threads, for people.
     """
 
     dense: float
@@ -72,7 +72,7 @@ class Profile:
     about: Mapping[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        """Return it as JSON values."""
+        """Return the profile as JSON values."""
         layers = [
             {"units": list(each.groups), "size": each.size, "sizes": list(each.sizes), "saved_ms": list(each.saved)}
             for each in self.layers
@@ -81,10 +81,10 @@ class Profile:
 
     @classmethod
     def from_json(cls, content: Any) -> Profile:
-        """Return what `to_json` gave.
+        """Read a profile from the output of `to_json`.
 
         Raises:
-            SettingError: it is something else.
+            SettingError: it is no profile.
         """
         try:
             if content["version"] != _VERSION:
@@ -121,14 +121,14 @@ def _is_table(layers: Layers) -> bool:
 
 
 class Latency:
-    """Milliseconds of a forward pass, as a function of what groups keep.
+    """Milliseconds of a forward pass, as a function of the kept channels.
 
     Args:
         profile: of the model.
         groups: of the model.
 
     Attributes:
-        whole: of the dense model.
+        whole: milliseconds of the dense model.
 
     Raises:
         SettingError: the profile is of another model.
@@ -147,15 +147,13 @@ class Latency:
         self.whole = profile.dense
 
     def at(self, kept: Sizes) -> float:
-        """Return the milliseconds where groups keep so many channels."""
+        """Return the milliseconds for given numbers of kept channels."""
         return max(0.0, self.whole - sum(self._layers[name].at(count) for name, count in kept.items()))
 
     def channel(self, group: Group) -> float:
-        """Return the milliseconds that a channel of a group saves on average; above 0, for scores are divided by
-        them.
-        """
+        """Return the average milliseconds saved per channel of a group; positive, since scores are divided by it."""
         return max(self._layers[group.name].channel, 1e-9 * self.whole)
 
     def beside(self, group: Group) -> float:
-        """Return the milliseconds that a group which goes whole saves beside those of its channels."""
+        """Return the milliseconds that a group pruned whole saves beyond its channels."""
         return self._layers[group.name].beside

@@ -1,4 +1,4 @@
-"""Least squares with a ridge, of rows or of their second moments: of whichever is less to hold and to solve."""
+"""Ridge regression from rows or from their second moments, whichever takes less memory and time."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ _ENOUGH = 1e-2
 
 
 class Squares:
-    """Problems given by second moments: the D that minimises `sum |y - x D|^2 + r |D|^2`, of each part and of both.
+    """Problems given by second moments: D minimises `sum |y - x D|^2 + r |D|^2`, for each part and for both.
 
     Args:
-        moments: of x, of ones (for a bias), and of the inputs that are missed, g, in this order, [PARTS, n, n].
-        inputs: how many of the n are of x, which is held; the bias is free.
+        moments: of x, of ones (for a bias), and of the pruned inputs g, in this order, [PARTS, n, n].
+        inputs: how many of the n belong to x, which the ridge penalises; the bias is free.
     """
 
     def __init__(self, moments: Tensor, inputs: int) -> None:
@@ -36,8 +36,8 @@ class Squares:
         """Return the trial that measures how much changes reduce the error.
 
         Args:
-            lost: weights of what is missed, [pruned, outputs]: y is their product with g.
-            bias: whether there is one to change too.
+            lost: weights of the pruned inputs, [pruned, outputs]: y is their product with g.
+            bias: whether to fit a bias as well.
         """
         size, after = self._inputs + bias, self._inputs + 1
         shared = self._moments[:, :size, after:].to(lost) @ lost
@@ -54,7 +54,7 @@ class Squares:
     def solve(self, lost: Tensor, ridge: float, *, bias: bool) -> Tensor:
         """Return D of both parts, [inputs (+ 1), outputs], for r as a share of the mean square of an input.
 
-        It is NaN where it is not determined.
+        It is NaN where the problem is singular.
         """
         size, after = self._inputs + bias, self._inputs + 1
         shared = self._moments[:, :size, after:].sum(0).to(lost) @ lost
@@ -67,12 +67,12 @@ class Squares:
 
 
 class Rows:
-    """The same problems given by rows, fewer than inputs: they are solved in as many unknowns as there are rows.
+    """The same problems given by fewer rows than inputs; solved with one unknown per row.
 
     Args:
-        rows: x, ones and g, [rows, n], each multiplied by the root of its weight; those of the first part come first.
-        inputs: how many of the n are of x.
-        first: how many rows belong to the first part.
+        rows: x, ones and g, [rows, n], each multiplied by the root of its weight; the first part comes first.
+        inputs: how many of the n belong to x.
+        first: number of rows in the first part.
     """
 
     def __init__(self, rows: Tensor, inputs: int, first: int) -> None:
@@ -81,7 +81,7 @@ class Rows:
         self._products = _gram(self._rows.t()) if len(rows) else rows.new_zeros(0, 0)
 
     def trial(self, lost: Tensor, *, bias: bool) -> Trial:
-        """Return the trial that measures how much changes reduce the error, as `Squares.trial`."""
+        """Return the trial that measures how much changes reduce the error; see `Squares.trial`."""
         aims = self._missed.to(lost) @ lost
         nothing = torch.stack([aims[part].square().sum() for part in self._parts])
 
@@ -94,7 +94,7 @@ class Rows:
         return Trial(nothing, gain, enough=PARTS)
 
     def solve(self, lost: Tensor, ridge: float, *, bias: bool) -> Tensor:
-        """Return D of both parts, as `Squares.solve`."""
+        """Return D of both parts; see `Squares.solve`."""
         change, level = self._solved(slice(None), self._missed.to(lost) @ lost, ridge, bias)
         found = self._rows.to(lost).t() @ change
         return torch.cat([found, level.unsqueeze(0)]) if bias else found
@@ -119,13 +119,13 @@ class Rows:
 
 @dataclass(frozen=True)
 class Trial:
-    """How well changes do that were made from one part of the rows, on the other.
+    """The error of changes that were fitted on one part of the rows, on the other part.
 
     Attributes:
         nothing: the sum of `|y|^2` in each part, [PARTS].
-        gain: (ridge, part) -> by how much a change from the other part changes the sum of `|y - x D|^2` in this one,
-            below 0 where it helps.
-        enough: in how many of the parts to look to tell ridges apart: in one, where rows are many.
+        gain: (ridge, part) -> the change of the sum of `|y - x D|^2` in this part, for D fitted on the other; negative
+            if D helps.
+        enough: number of parts needed to compare ridges: one, if there are many rows.
     """
 
     nothing: Tensor
@@ -134,7 +134,7 @@ class Trial:
 
 
 def _gram(rows: Tensor, total: Tensor | None = None) -> Tensor:
-    """Return `rows^T rows`, [n, n], added to `total`: only one half is computed, and copied to the other.
+    """Add `rows^T rows`, [n, n], to `total`; only one triangle is computed, and mirrored.
 
     Args:
         rows: [count, n].
@@ -152,7 +152,7 @@ def _gram(rows: Tensor, total: Tensor | None = None) -> Tensor:
 
 
 def _solved(held: Tensor, shared: Tensor) -> Tensor:
-    """Return `held^-1 shared`; `held` is symmetric, and its memory is used up."""
+    """Return `held^-1 shared` for a symmetric `held`, which is overwritten."""
     factor, failed = torch.linalg.cholesky_ex(held)
     del held
     found = torch.cholesky_solve(shared, factor)
@@ -160,18 +160,18 @@ def _solved(held: Tensor, shared: Tensor) -> Tensor:
 
 
 def precision(size: int, ridge: float, given: torch.dtype) -> torch.dtype:
-    """Return the precision that a problem of `size` unknowns is solved in: float32 where that is as good."""
+    """Return the precision for a problem of `size` unknowns: float32 if that is accurate enough."""
     enough = size / ridge * torch.finfo(torch.float32).eps < _ENOUGH
     return torch.float32 if enough and given != torch.float64 else torch.float64
 
 
 class ConsumerInputs:
-    """What a layer is given, in two parts: its rows as they are, or their second moments where these take less.
+    """The inputs of a layer, in two parts: raw rows, or their second moments if these are smaller.
 
     Args:
-        width: inputs of the layer, n.
-        dtype: in which moments are summed.
-        home: where they are kept; None is where they are.
+        width: number of inputs of the layer, n.
+        dtype: precision of the moments.
+        home: device to keep them on; None keeps them where they are.
     """
 
     def __init__(self, width: int, dtype: torch.dtype, home: torch.device | None = None) -> None:
@@ -181,15 +181,15 @@ class ConsumerInputs:
         self._bytes = 0
 
     def tensors(self) -> Iterator[Tensor]:
-        """Yield what is held."""
+        """Yield the tensors held."""
         yield from (rows for part in self._rows for rows, _ in part)
         if self._moments is not None:
             yield self._moments
 
     def add(self, rows: Tensor, weights: Tensor, part: int) -> None:
-        """Add rows [count, n], how much each counts, [count], and which part they belong to.
+        """Add rows [count, n] of one part, with their weights [count].
 
-        Rows that are not finite add nothing, none of those that are given with them.
+        If any row is not finite, none of these rows is added.
         """
         finite = rows.isfinite().all()
         rows, weights = torch.where(finite, rows, 0.0), torch.where(finite, weights, 0.0)
@@ -203,7 +203,7 @@ class ConsumerInputs:
             self._add_products(rows, weights, part)
 
     def _fold(self, device: torch.device) -> None:
-        """Make moments of the rows, which `device` multiplies."""
+        """Replace the rows by their moments, computed on `device`."""
         held, self._rows = self._rows, [[] for _ in range(PARTS)]
         size = self._width + 1
         self._moments = torch.zeros(PARTS, size, size, dtype=self._dtype, device=self._home or device)
@@ -222,7 +222,7 @@ class ConsumerInputs:
                 self._moments[part] += _gram(ours).to(self._moments.device)
 
     def add_up(self, device: torch.device) -> None:
-        """Add up over all processes, by way of `device`."""
+        """Sum over all processes, through `device`."""
         if many_processes():
             if self._moments is None:
                 self._fold(device)
@@ -234,12 +234,12 @@ class ConsumerInputs:
     def problem(self, kept: Tensor, pruned: Tensor, device: torch.device) -> Squares | Rows:
         """Return the least-squares problem that reconstructs `pruned` inputs from `kept` ones, by part of the rows.
 
-        It frees the rows, so that it can be called once.
+        It frees the rows, so it can be called only once.
 
         Args:
             kept: indices of the kept inputs, [kept], int64.
             pruned: indices of the pruned inputs, [pruned], int64.
-            device: where it is solved.
+            device: solves the problem.
         """
         places = torch.cat([kept, kept.new_full((1,), self._width), pruned])
         if self._moments is not None:
@@ -266,12 +266,12 @@ class ConsumerInputs:
 
 
 def _weighed(rows: Tensor, weights: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return rows and a column of ones, [count, n + 1], multiplied by the roots of their weights; nothing overflows."""
+    """Return rows and a column of ones, [count, n + 1], times the roots of their weights, without overflow."""
     roots = weights.to(dtype).sqrt().unsqueeze(1)
     found = torch.cat([rows.to(dtype) * roots, roots], dim=1)
     return torch.where(found.square().sum(0).isfinite().all(), found, 0.0)
 
 
 def moments_bytes(width: int, dtype: torch.dtype) -> int:
-    """Return what second moments of so many inputs take."""
+    """Return the bytes of second moments of `width` inputs."""
     return PARTS * (width + 1) ** 2 * dtype.itemsize

@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def divergence(own: Tensor, aim: Tensor, temperature: float, mask: Tensor | None) -> Tensor:
-    """Return the mean divergence of `own` from `aim` over all places, or those of `mask`, times temperature^2."""
+    """Return the mean KL divergence of `own` from `aim` over all positions, or those of `mask`, times temperature^2."""
     axis = 1 if own.dim() == 4 else -1
     logs, target = (F.log_softmax(precise(value) / temperature, dim=axis) for value in (own, aim))
     each = F.kl_div(logs, target, reduction="none", log_target=True).sum(axis)
@@ -22,12 +22,12 @@ def divergence(own: Tensor, aim: Tensor, temperature: float, mask: Tensor | None
 
 
 def precise(value: Tensor) -> Tensor:
-    """Return a value in float32 at least."""
+    """Convert a tensor to at least float32."""
     return value if value.dtype == torch.float64 else value.float()
 
 
 def logits_of(output: Any) -> Tensor | None:
-    """Return the logits among a model's outputs; of a dual encoder the similarities of a batch."""
+    """Return the logits in a model's output; for a dual encoder, the similarities of the batch."""
     found = output if isinstance(output, Tensor) else getattr(output, "logits", None)
     if isinstance(found, Tensor) and found.is_floating_point() and found.dim() > 1:
         return found
@@ -35,9 +35,9 @@ def logits_of(output: Any) -> Tensor | None:
 
 
 def similarities(output: Any) -> Tensor | None:
-    """Return how similar all images and texts of a batch are, by images and by texts, [2, batch, batch].
+    """Return the image-text similarities of a batch, by image and by text, [2, batch, batch].
 
-    Models of transformers give them; those of open_clip the features and the scale that they come of.
+    Models of transformers return them; for open_clip, they are computed from features and scale.
     """
     by_image = getattr(output, "logits_per_image", None)
     if isinstance(by_image, Tensor) and by_image.dim() == 2 and by_image.shape[0] == by_image.shape[1]:

@@ -1,4 +1,4 @@
-"""The usual baseline: magnitude pruning, which cuts the channels of the smallest weights without a search."""
+"""Magnitude pruning, the usual baseline: prunes the channels with the smallest weights, without a search."""
 
 from __future__ import annotations
 

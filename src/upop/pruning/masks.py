@@ -34,7 +34,7 @@ _AUTOCAST = ("cpu", "cuda")
 
 
 class _Scratch(threading.local):
-    """Memory for masked copies on a CPU, by precision, one set per thread; it lasts as long as any mask does."""
+    """Reusable memory for masked weights on a CPU, per precision and thread; freed with the last mask."""
 
     def __init__(self) -> None:
         self.memory: dict[torch.dtype, Tensor] = {}
@@ -44,10 +44,10 @@ _scratch = _Scratch()
 
 
 class _MaskedProduct(torch.autograd.Function):
-    """`F.linear` with its output rows scaled by `rows`; nothing is kept for backward but what `F.linear` keeps.
+    """`F.linear` with output rows scaled by `rows`; saves no more for backward than `F.linear`.
 
-    The scaling goes to whatever is less to read and write: to the weight (and, in the backward pass, to its gradient
-    too), or, where there are few tokens, to the output and its gradient.
+    It scales whatever is smaller: the weight (and its gradient in the backward pass), or, with few tokens, the output
+    and its gradient.
     """
 
     @staticmethod
@@ -98,9 +98,9 @@ def _scaled(weight: Tensor, bias: Tensor | None, rows: Tensor, dtype: torch.dtyp
 
 
 def _scratch_like(factor: Tensor) -> Tensor | None:
-    """Return memory for a masked copy that is used up before the next one is made; None lets torch allocate it.
+    """Return memory for a masked weight that is consumed before the next one is made; None lets torch allocate.
 
-    On a CPU fresh memory costs more than the product itself, since the system has to map every page.
+    On a CPU, fresh memory costs more than the product itself, since the system must map every page.
     """
     if factor.device.type != "cpu" or torch.compiler.is_compiling():
         return None
@@ -112,7 +112,7 @@ def _scratch_like(factor: Tensor) -> Tensor | None:
 
 
 class _Masked:
-    """Mixed into the class of a module while it is masked."""
+    """Mixin for a masked module."""
 
     unmasked_class: type[nn.Module]
 
@@ -137,7 +137,7 @@ class _MaskedForward(_Masked):
 
 
 def _rows_of(module: nn.Module, leaf: str, tensor: Tensor) -> Tensor:
-    """Return a module's mask where its tensor is, and in its precision: the model may have moved."""
+    """Return the mask of a module on the device and in the precision of its tensor, since the model may have moved."""
     rows: Tensor = getattr(module, _MASK + leaf)
     if rows.device == tensor.device and rows.dtype == tensor.dtype:
         return rows
@@ -149,7 +149,7 @@ def _rows_of(module: nn.Module, leaf: str, tensor: Tensor) -> Tensor:
 
 
 def _scaled_tensor(leaf: str, dim: int) -> property:
-    """Return an attribute that gives a module's parameter `leaf`, scaled by its mask along `dim`."""
+    """Return a property for the parameter `leaf` of a module, scaled by its mask along `dim`."""
 
     def read(self: nn.Module) -> Tensor:
         tensor = self._parameters[leaf]
@@ -189,16 +189,15 @@ def _unmasked_class(kind: type[nn.Module]) -> type[nn.Module]:
 class Masks:
     """The masks of some groups of a model, attached to it until `remove` is called.
 
-    A masked module changes its class for the time being and gains a mask that is not saved; `remove` takes both
-    away, and nothing else of the model was touched. Copies of the model have masks of their own, as they stood then;
-    `unmask`, or another cut or search, takes them off.
+    A masked module gets another class and a mask that is not saved; `remove` undoes both, and nothing else is
+    changed. Copies of the model carry independent copies of the masks, which `unmask`, a cut or another search removes.
 
     Args:
         model: the model, changed in place.
-        groups: the groups to mask; all channels start at 1, so the model's function does not change.
+        groups: the groups to mask; all masks start at 1, which leaves the outputs unchanged.
 
     Raises:
-        LayoutError: a layer that produces a group's axis is no plain linear layer, or is masked already.
+        LayoutError: a producer is no plain linear layer, or is already masked.
     """
 
     def __init__(self, model: nn.Module, groups: Iterable[Group]) -> None:
@@ -251,7 +250,7 @@ class Masks:
                 setattr(module, _ALL_ONES + leaf, all(bool((each == 1).all()) for each in rows))
 
     def remove(self) -> None:
-        """Take the masks off; the layers are what they were, with whatever their weights are now."""
+        """Remove the masks; the layers keep their current weights."""
         for module in dict.fromkeys(module for module, _ in self._layers):
             _unmask(module)
         self._layers = {}
@@ -263,15 +262,15 @@ _holders: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Masks]] = weakref.Wea
 
 
 def unmask(model: nn.Module) -> nn.Module:
-    """Take the masks off a copy of a model that is searched; the weights of the copy are whole, as they are.
+    """Remove the masks from a copy of a model that is being searched; its weights are left unmasked.
 
-    Masks that a `Pruner` holds stay: its `remove` takes them off.
+    Masks that a `Pruner` holds stay; use its `remove`.
 
     Args:
         model: the copy, changed in place; a model without masks stays as it is.
 
     Returns:
-        The model that was given.
+        The given model.
     """
     for module in model.modules():
         if isinstance(module, _Masked):

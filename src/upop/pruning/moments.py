@@ -3,8 +3,8 @@
 Tokens of one sequence are correlated, so a split by tokens would not validate anything. Whole batches go to one part or
 the other, and each part validates the correction that was fitted on the other.
 
-Between steps nothing is held but what the model was given in the last ones, and which tokens mattered to the loss. When
-layers are to be corrected the model runs again on these, as often as it takes to hold no more at once than is allowed.
+Between steps only the inputs of the last steps are kept, with the tokens that mattered to the loss. To correct layers,
+the model runs again on these inputs, as often as the memory limit requires.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ Correct = bool | Literal["auto"]
 
 
 def consumers(model: nn.Module, group: Group) -> list[nn.Linear]:
-    """Return the layer that reads the group's axis and then its momentum copies, if it is a plain linear layer."""
+    """Return the consumer of a group and its momentum copies, if the consumer is a plain linear layer."""
     reader = group.online[-1]
     copies = [part for part in group.slices if part.follows and not part.produces and part.dim == 1]
     modules = [owner_of(model, part.tensor)[0] for part in (reader, *copies) if part.tensor.endswith(".weight")]
@@ -52,9 +52,9 @@ def consumers(model: nn.Module, group: Group) -> list[nn.Linear]:
 
 
 def allowed_bytes(model: nn.Module, correct: Correct) -> float:
-    """Return what may be held on the model's device for its correction: without limit if `correct` is True.
+    """Return the memory limit of a correction on the model's device, in bytes; none if `correct` is True.
 
-    With "auto" it is a quarter of the weights' bytes; on the CPU, where that is less, 256 MiB.
+    With "auto" it is a quarter of the weights' bytes, and at least 256 MiB on the CPU.
     """
     if correct is True:
         return float("inf")
@@ -71,14 +71,13 @@ class Moments:
     when the model runs again, in evaluation mode.
 
     Args:
-        at_once: inputs are recorded in the pass itself, for a model in evaluation mode; there must be memory for all
-            of them.
-        alone: there is one step, or batch, in all: half of its samples belong to each part. Otherwise whole ones do.
+        at_once: record inputs in the pass itself, for a model in evaluation mode; there must be memory for all of them.
+        alone: there is only one step or batch: half of its samples go to each part. Otherwise whole batches do.
 
     Attributes:
-        sizes: group's name -> the sum of logarithms of the squares of its reader's outputs, over the tokens that were
-            seen first, and how many they were, [2]: tokens whose outputs are larger than usual count for less.
-        step: number of the step, or batch, that the next passes belong to.
+        sizes: group name -> sum of the log squares of the consumer's outputs over the first tokens, and their number,
+            [2]: tokens with larger outputs than usual count for less.
+        step: number of the step, or batch, of the next passes.
     """
 
     def __init__(self, *, at_once: bool = False, alone: bool = False) -> None:
@@ -104,15 +103,15 @@ class Moments:
     def observe(
         self, model: nn.Module, groups: Iterable[Group], wrapper: nn.Module | None = None, *, announced: bool = False
     ) -> None:
-        """Observe, in the forward passes from now on, the inputs of the consumers of `groups`, and nothing else.
+        """Observe the inputs of the consumers of `groups`, and of no others, in the forward passes from now on.
 
-        Meanwhile the model runs eagerly, though it, or a part of it, was compiled. Other compiled code runs eagerly in
-        the first step, and later if it was found to run the model.
+        Meanwhile the model runs eagerly, even if it or a part of it is compiled. Other compiled code runs eagerly in
+        the first step, and later only if it runs the model.
 
         Args:
             model: the model.
-            groups: whose consumers are observed.
-            wrapper: what is called in place of the model, if anything is.
+            groups: their consumers are observed.
+            wrapper: the module that is called in place of the model, if any.
             announced: the caller announces passes by `expect` and `end`; the model gets no hooks.
         """
         wanted = {group.name: layers[0] for group in groups if (layers := consumers(model, group))}
@@ -140,7 +139,7 @@ class Moments:
         self._leave = weakref.finalize(self, uncompiled.leave)
 
     def advance(self, step: int) -> None:
-        """Note which step the next passes belong to."""
+        """Set the step of the next passes."""
         if step != self.step and self._hooks and self._passed_by is None:
             self._passed_by = False  # it was run by none of the functions that were compiled
             self._leave()
@@ -151,7 +150,7 @@ class Moments:
 
     @property
     def advice(self) -> str:
-        """What to do where there was too little to correct by."""
+        """What to do if there were too few tokens for a correction."""
         if self._overwritten:
             return (
                 f"{self._overwritten} of the batches that were to be run again were overwritten: give "
@@ -165,7 +164,7 @@ class Moments:
         return bool(self._hooks)
 
     def release(self) -> None:
-        """Observe no longer, and remove all hooks from the model."""
+        """Stop observing, and remove all hooks from the model."""
         self._unhook()
         self._hooks.clear()
         self._root.clear()
@@ -176,25 +175,25 @@ class Moments:
         self._leave()
 
     def forget(self, step: int | None = None) -> None:
-        """Forget the forward passes, all of them or those of a step."""
+        """Drop the recorded passes, all of them or those of one step."""
         self._passes = [each for each in self._passes if step is not None and each.step != step]
         self._unhooked.clear()
         self._running = False
 
     def begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Note what the model is given, if it is to learn from it."""
+        """Record the inputs of a pass, if it has gradients."""
         self._running = torch.is_grad_enabled() and not is_transformed()
         if self._running:
             self.expect(model, *args, **kwargs)
 
     def expect(self, model: nn.Module, *args: Any, function: Callable[..., Any] | None = None, **kwargs: Any) -> None:
-        """Note a forward pass that begins, of the model or of what is run in its place, and let go of what is too old.
+        """Record the start of a pass, of the model or of a function in its place, and drop passes that are too old.
 
         Args:
-            model: that runs.
-            args: what it is given.
-            function: (model, *args), which runs it.
-            kwargs: by name.
+            model: the model.
+            args: its arguments.
+            function: (model, *args), runs it.
+            kwargs: its keyword arguments.
         """
         self._running = True
         if self._root and not many_processes():
@@ -202,7 +201,7 @@ class Moments:
         self._passes.append(self._kept(Pass.of(model, args, kwargs, self.step, function)))
 
     def _kept(self, found: Pass) -> Pass:
-        """Return a pass as it is held: with copies of its own where the loop writes to what it gives."""
+        """Return a pass to keep, with copies of inputs that the loop overwrites."""
         if self._given is not None and self._given.step != self.step:
             self._reused, self._given = not self._given.is_whole, None
         if not self._reused and any(not each.is_whole for each in self._passes):
@@ -214,7 +213,7 @@ class Moments:
         return found
 
     def end(self, model: nn.Module | None = None) -> None:
-        """Note that the pass ends, and the random choices of the model in it, if it reports them."""
+        """Record the end of a pass, and the samples that the model drew, if it reports them."""
         if self._running and model is not None:
             last = self._passes[-1]
             last.args, last.kwargs = repeated(model, last.args, last.kwargs)
@@ -222,10 +221,10 @@ class Moments:
         self._running = False
 
     def _trim(self, many: bool = False) -> None:
-        """Let go of steps that are too old, or that later ones, two at least, make needless.
+        """Drop steps that are too old, or made redundant by at least two later ones.
 
         Args:
-            many: add up the tokens of all processes, which call this at the same time.
+            many: sum the tokens over all processes, which must call this together.
         """
         self._passes = [each for each in self._passes if each.step > self.step - OBSERVATIONS]
         steps = sorted({each.step for each in self._passes})
@@ -244,7 +243,7 @@ class Moments:
                 self._passes = [each for each in self._passes if each.step > steps[place]]
 
     def see(self, name: str, inputs: Tensor, output: Tensor) -> None:
-        """See one call of a reader."""
+        """Record one call of a consumer."""
         if not self._touched and self._passed_by is None and in_compiled_function():
             self._passed_by = True
         self._touched = True
@@ -264,17 +263,17 @@ class Moments:
     def portions(
         self, model: nn.Module, groups: list[Group], correct: Correct
     ) -> Iterator[tuple[list[Group], dict[str, ConsumerInputs]]]:
-        """Yield what the readers of groups are given, of as many groups at a time as memory is allowed for.
+        """Yield the inputs of consumers, for as many groups at a time as the memory limit allows.
 
-        The last ones come first: what is done about them changes nothing of what the others are given.
+        The last groups come first, since correcting them does not change the inputs of earlier ones.
 
         Args:
-            model: that was looked at.
-            groups: those that are asked for, in forward order.
+            model: the observed model.
+            groups: the requested groups, in forward order.
             correct: see `allowed_bytes`.
 
         Raises:
-            StepError: the model does not take in evaluation mode what it took in training.
+            StepError: the model rejects in evaluation mode inputs that it accepted in training.
         """
         if self._at_once:
             yield groups[::-1], self._seen
@@ -296,7 +295,7 @@ class Moments:
             yield portion, self._observed_inputs(model, portion, home)
 
     def _bytes(self, model: nn.Module, group: Group) -> int:
-        """Return what is held of a group."""
+        """Return the bytes held for a group."""
         weight = consumers(model, group)[0].weight
         most = moments_bytes(weight.shape[1], accumulator(weight))
         if many_processes():  # all of them see the same portions, however many tokens each has
@@ -308,7 +307,7 @@ class Moments:
     def _observed_inputs(
         self, model: nn.Module, groups: list[Group], home: torch.device | None
     ) -> dict[str, ConsumerInputs]:
-        """Run the passes again in evaluation mode, and return the inputs of the groups' consumers; buffers stay."""
+        """Repeat the passes in evaluation mode, and return the inputs of the consumers; buffers are restored."""
         found: dict[str, ConsumerInputs] = {}
         held = [each for each in self._passes if each.is_whole]
         self._overwritten += len(self._passes) - len(held)
@@ -356,7 +355,7 @@ class Moments:
         return found
 
     def _agree(self, model: nn.Module) -> None:
-        """Decide once what outputs are usually like, by what all processes saw first."""
+        """Fix the usual size of outputs, from the first tokens of all processes."""
         if self.sizes:
             return
         nothing = torch.zeros(2, dtype=torch.float64, device="cpu")
@@ -372,15 +371,15 @@ class Moments:
     def _add(
         self, found: ConsumerInputs, name: str, inputs: Tensor, counts: Tensor, squares: Tensor, part: int | None
     ) -> None:
-        """Add what the reader of a group was given.
+        """Add inputs of a consumer.
 
         Args:
-            found: to which.
+            found: the inputs collected so far.
             name: of the group.
             inputs: [..., n].
             counts: which rows matter, bool, [rows].
-            squares: sum of squares of the reader's outputs, [rows].
-            part: of the two; None gives half of the samples to each.
+            squares: sum of squares of the consumer's outputs, [rows].
+            part: index of the part; None splits the samples into halves.
         """
         if name not in self.sizes:
             self.sizes[name] = logs_of(squares, counts)
@@ -409,15 +408,15 @@ class Moments:
         output.register_hook(look)
 
     def state(self) -> dict[str, Any]:
-        """Return what is held between steps, in plain tensors, numbers and containers alone.
+        """Return the recorded passes as plain tensors, numbers and containers.
 
-        A pass whose arguments are more than that is left out: what is resumed does without it.
+        Passes with other arguments are left out.
         """
         found = [state for each in self._passes if (state := each.state()) is not None]
         return {"passes": found, "sizes": {name: value.clone() for name, value in self.sizes.items()}}
 
     def resume(self, state: Mapping[str, Any]) -> None:
-        """Go on from a state."""
+        """Restore a state."""
         self.sizes = {name: value.clone() for name, value in state["sizes"].items()}
         self._passes = [Pass.from_state(each) for each in state["passes"]]
 
@@ -428,7 +427,7 @@ def _remove(hooks: list[RemovableHandle]) -> None:
 
 
 class _Held(torch.autograd.Function):
-    """Holds a tensor as other functions hold what their backward passes need."""
+    """Saves a tensor for backward, without computing anything."""
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, anchor: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Momentum encoders (He et al., 2020): which parts of a model a running average of their weights follows."""
+"""Momentum encoders (He et al., 2020): modules that a moving average of their weights follows."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _OLD, _NEW = "momentum_twins", "momentum_encoders"
 
 
 def momentum_encoders(model: nn.Module) -> Mapping[str, str]:
-    """Return a model's `momentum_encoders`: name of a module or parameter -> name of its copy; empty without any."""
+    """Return the `momentum_encoders` of a model: module or parameter name -> name of its copy; may be empty."""
     found: Mapping[str, str] | None = getattr(model, _NEW, None)
     if found is None and (found := getattr(model, _OLD, None)) is not None:
         kind = type(model).__name__

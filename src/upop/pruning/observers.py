@@ -10,18 +10,18 @@ from torch import Tensor, nn
 
 
 class Observer(Protocol):
-    """What hooks report forward passes to."""
+    """Receives forward passes from hooks."""
 
     def begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Note that a pass of the model begins."""
+        """Handle the start of a forward pass."""
         ...
 
     def end(self, model: nn.Module | None = None) -> None:
-        """Note that it ends."""
+        """Handle the end of a forward pass."""
         ...
 
     def see(self, name: str, inputs: Tensor, output: Tensor) -> None:
-        """Take in one call of a layer."""
+        """Handle one call of a layer."""
         ...
 
 
@@ -32,7 +32,7 @@ class _Hook:
         self._observer, self._name = None if observer is None else weakref.ref(observer), name
 
     def _alive(self) -> Observer | None:
-        """Return the observer; None if it is gone, and in code that is being compiled."""
+        """Return the observer; None if it was freed, or while torch.compile traces."""
         return None if self._observer is None or torch.compiler.is_compiling() else self._observer()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
@@ -43,7 +43,7 @@ class _Hook:
 
 
 class LayerHook(_Hook):
-    """The hook on a layer."""
+    """The forward hook of a layer."""
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         """Report a call."""
@@ -57,7 +57,7 @@ class BeginHook(_Hook):
     """The hook before the model's forward pass."""
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Report that it begins."""
+        """Report the start of the pass."""
         observer = self._alive()
         if observer is not None:
             observer.begin(module, args, kwargs)
@@ -67,7 +67,7 @@ class EndHook(_Hook):
     """The hook after the model's forward pass."""
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """Report that it ends."""
+        """Report the end of the pass."""
         del args, output
         observer = self._alive()
         if observer is not None:

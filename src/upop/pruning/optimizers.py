@@ -32,26 +32,25 @@ class HasState(Protocol):
 
     @property
     def state(self) -> Any:
-        """What is kept of every parameter, by name."""
+        """The state of each parameter, by name."""
         ...
 
 
 def cut_optimizer(optimizer: HasState, cuts: Mapping[Tensor, Slicing]) -> None:
-    """Cut what an optimizer keeps of weights as the weights were cut; it stays valid, and goes on where it was.
+    """Cut the state of an optimizer like its weights, so that training continues.
 
         cuts = {tensor_of(model, name): left for name, left in slicings(model, groups, plan).items()}
         shrink(model, plan)  # every parameter stays the same object
         cut_optimizer(optimizer, cuts)
 
-    Tensors of a weight's old shape are cut like it: averages of gradients and of their squares, momentum, copies of
-    the weight in higher precision. Numbers (how many steps there were) stay. Where an optimizer keeps anything else of
-    a weight (rows and columns alone as Adafactor does, numbers in 8 bits), all that it keeps of this weight is dropped,
-    with a warning, and it begins anew at the next step. What is cut already, and weights of which nothing is kept
-    yet, are left alone.
+    Tensors of a weight's old shape are cut like the weight: moving averages, momentum, master copies. Numbers such as
+    step counts stay. If an optimizer keeps anything else for a weight (factored moments as in Adafactor, 8-bit
+    states), its state for this weight is dropped with a warning, and starts anew at the next step. State that is
+    already cut, and weights without state, are left alone.
 
     Args:
-        optimizer: made before the cut; of any of its parameter groups.
-        cuts: parameter -> what the cut left of it.
+        optimizer: created before the cut.
+        cuts: parameter -> its slicing.
     """
     dropped: list[str] = []
     for parameter, left in cuts.items():

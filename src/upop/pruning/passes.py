@@ -1,4 +1,4 @@
-"""Forward passes that may be run again: what the model was given, and which tokens mattered to the loss."""
+"""Recorded forward passes that can be repeated, with the tokens that mattered to the loss."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from upop.pruning.again import autocast, precision_now
 
 @dataclass
 class Pass:
-    """A forward pass that may be run again.
+    """A recorded forward pass.
 
     Attributes:
-        args: what the model was given.
-        kwargs: by name.
-        precision: kind of device and precision of the autocast that was on.
-        home: the device of the model then, and `kind` the precision of its weights.
-        step: of the search, or the number of the batch.
-        function: what is run in place of the model, if anything: (model, *args).
-        calls: by group, which rows of each call of its reader matter to the loss; None is not known.
-        logs: by group, the sum of logarithms of the squares of its reader's outputs over these rows, and their number.
-        versions: of the tensors that were given: what has been written to since is no use.
+        args: arguments of the model.
+        kwargs: keyword arguments.
+        precision: device type and dtype of the active autocast.
+        home: device of the model at the time; `kind` is the precision of its weights.
+        step: step of the search, or index of the batch.
+        function: (model, *args), runs in place of the model, if given.
+        calls: per group, which rows of each call of its consumer matter to the loss; None if unknown.
+        logs: per group, the sum of the log squares of its consumer's outputs over these rows, and their number.
+        versions: of the input tensors; inputs that were modified since are unusable.
     """
 
     args: tuple[Any, ...]
@@ -41,7 +41,7 @@ class Pass:
     versions: list[int] = field(default_factory=list)
 
     def tokens(self, name: str) -> int:
-        """Return how many tokens the reader of a group was given, of calls that matter."""
+        """Return the number of tokens of a consumer that matter to the loss."""
         return sum(each.numel() for each in self.calls.get(name, []) if each is not None)
 
     def run(self, model: nn.Module) -> None:
@@ -70,7 +70,7 @@ class Pass:
         step: int,
         function: Callable[..., Any] | None = None,
     ) -> Pass:
-        """Return the pass that begins."""
+        """Return a record of the starting pass."""
         args, kwargs = tree_map(lambda value: value.detach() if isinstance(value, Tensor) else value, (args, kwargs))
         found = cls(args, kwargs, None, device_of(model), step, function, precision_of(model))
         given = found.tensors()
@@ -79,15 +79,15 @@ class Pass:
         return found
 
     def tensors(self) -> list[Tensor]:
-        """Return all tensors that were given."""
+        """Return all input tensors."""
         return [value for value in tree_leaves((self.args, self.kwargs)) if isinstance(value, Tensor)]
 
     def note_versions(self) -> None:
-        """Take what is given now for what was given."""
+        """Record the versions of the input tensors."""
         self.versions = self._versions()
 
     def own(self) -> None:
-        """Hold copies of what was given."""
+        """Replace the inputs by copies."""
         self.args, self.kwargs = tree_map(
             lambda value: value.clone() if isinstance(value, Tensor) else value, (self.args, self.kwargs)
         )
@@ -95,14 +95,14 @@ class Pass:
 
     @property
     def is_whole(self) -> bool:
-        """Whether nothing has been written to what was given."""
+        """Whether no input was modified since."""
         return self.versions == self._versions()
 
     def _versions(self) -> list[int]:
         return [value._version for value in self.tensors() if not value.is_inference()]
 
     def state(self) -> dict[str, Any] | None:
-        """Return it as plain tensors, numbers and containers alone, or None where it holds more than that."""
+        """Return the pass as plain tensors, numbers and containers; None if it holds anything else."""
         if self.function is not None or not _is_plain((self.args, self.kwargs)):
             return None
         return {
@@ -118,7 +118,7 @@ class Pass:
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> Pass:
-        """Return what `state` gave; its tensors may have been read to another device."""
+        """Restore a pass from its `state`; tensors may be on another device."""
         found = cls(state["args"], state["kwargs"], state["precision"], torch.device(state["home"]), state["step"])
         found.kind = state.get("kind", found.kind)
         found.calls = {name: list(calls) for name, calls in state["calls"].items()}
@@ -136,7 +136,7 @@ def device_of(model: nn.Module) -> torch.device:
 
 
 def precision_of(model: nn.Module) -> torch.dtype:
-    """Return the precision of a model's first weight that has one."""
+    """Return the precision of a model's first floating-point weight."""
     return next(each.dtype for each in model.parameters() if each.is_floating_point())
 
 
@@ -149,7 +149,7 @@ def _is_plain(value: Any) -> bool:
 
 
 def noting(noted: Pass, name: str, number: int, squares: Tensor) -> Callable[[Tensor], None]:
-    """Return a hook that notes which rows of a call have a gradient, and how large the outputs are there."""
+    """Return a hook that records which rows of a call have a gradient, and the size of their outputs."""
 
     def note(gradient: Tensor) -> None:
         matter = (gradient != 0).any(-1).flatten()
@@ -161,13 +161,13 @@ def noting(noted: Pass, name: str, number: int, squares: Tensor) -> Callable[[Te
 
 
 def logs_of(squares: Tensor, counts: Tensor) -> Tensor:
-    """Return the sum of logarithms of some squares, and how many they are, [2]."""
+    """Return the sum of the logs of squares, and their number, [2]."""
     ends = torch.finfo(squares.dtype)
     logs = squares.clamp(ends.tiny, ends.max).log().nan_to_num(0.0) * counts
     return torch.stack([logs.sum(), counts.sum()])
 
 
 def squares_of(outputs: Tensor) -> Tensor:
-    """Return the sum of squares of every row of outputs, [rows]; float64 where they are, else float32."""
+    """Return the sum of squares of every row of outputs, [rows], in float32, or float64 for float64 outputs."""
     outputs = outputs.detach().flatten(0, -2)
     return (outputs if outputs.dtype == torch.float64 else outputs.float()).square().sum(1)

@@ -1,4 +1,4 @@
-"""The plan: which channels every group keeps. It is all that a compressed model has to carry beside its weights."""
+"""The plan: the kept channels of every group, all that a compressed model needs besides its weights."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ class Plan(Mapping[str, tuple[int, ...]]):
     """Kept indices per group; a mapping from group names to ascending tuples of channels.
 
     Attributes:
-        kept: group name -> kept channels, ascending; none where the whole branch goes.
+        kept: group name -> kept channels, ascending; none if the branch is pruned whole.
         sizes: group name -> number of channels before pruning.
-        settings: how the plan came about (ratio, cost, ...); JSON values, for people to read.
-        slices: group name -> all that a cut takes, as JSON values: a model is cut by them and not read again.
+        settings: the settings that led to the plan (ratio, cost, ...); JSON values, for people.
+        slices: group name -> its slices as JSON values, so that a model can be cut without tracing it.
     """
 
     kept: Mapping[str, tuple[int, ...]]
@@ -53,7 +53,7 @@ class Plan(Mapping[str, tuple[int, ...]]):
     @classmethod
     @renamed_arguments(units="groups")
     def of(cls, groups: list[Group], kept: Mapping[str, Any], **settings: Any) -> Plan:
-        """Build a plan from one's own indices: group name -> channels to keep (any iterable of integers)."""
+        """Build a plan from given indices: group name -> channels to keep (any iterable of integers)."""
         sizes = {group.name: group.size for group in groups}
         unknown = [name for name in kept if name not in sizes]
         if unknown:
@@ -76,7 +76,7 @@ class Plan(Mapping[str, tuple[int, ...]]):
         """Read a plan from JSON text.
 
         Raises:
-            PlanError: the text is not a plan, or one of a later version.
+            PlanError: the text is not a plan, or is of a later version.
         """
         try:
             content = parse_json(text, nan=True)
@@ -93,7 +93,7 @@ class Plan(Mapping[str, tuple[int, ...]]):
         return cls(kept, sizes, settings, slices)
 
     def groups(self, model: nn.Module) -> list[Group]:
-        """Return the groups that the plan was made of, where it holds their slices; else those that the model has.
+        """Return the groups from the slices of the plan, if it holds them; else the groups of the model.
 
         Raises:
             PlanError: the slices are damaged, or the model has no such tensors.
@@ -111,7 +111,7 @@ class Plan(Mapping[str, tuple[int, ...]]):
             ) from error
 
     def check(self, model: nn.Module) -> list[Group]:
-        """Return the groups of `model` that the plan speaks of, in forward order.
+        """Return the groups of `model` in the plan, in forward order.
 
         Raises:
             PlanError: a group is unknown or of another size, or its indices are repeated or out of range;
@@ -141,7 +141,7 @@ class Plan(Mapping[str, tuple[int, ...]]):
 
 
 def misfit(model: nn.Module, group: Group) -> str | None:
-    """Say which tensor of a model a group does not fit."""
+    """Return the first tensor of a model that a group does not fit, in words."""
     for part in group.slices:
         try:
             length = tensor_of(model, part.tensor).shape[part.dim]

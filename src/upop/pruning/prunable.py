@@ -42,16 +42,16 @@ def find_groups(model: nn.Module, example: Any = None, groups: Sequence[Stated] 
 def find_prunable(model: nn.Module, example: Any = None, groups: Sequence[Stated] = ()) -> Prunable:
     """Find the prunable groups of a model, and report what was skipped and why.
 
-    The forward pass runs once on the meta device, and every axis is followed through the ATen operations that happen,
-    whatever the Python code around them. A group is returned only if it is proved: masked and cut, the model computes
-    the same on random numbers in float64. The result is cached for this model, and for models that differ from it in
+    The forward pass runs once on the meta device, and every axis is followed through its ATen operations, whatever the
+    Python code around them. A group is returned only if it is proved: the masked and the cut model compute the same
+    outputs on random numbers in float64. The result is cached for this model, and for models that differ from it in
     weights and precision alone.
 
     Args:
-        model: left unchanged, and the random state too; wrappers of DDP and torch.compile are looked through.
+        model: left unchanged, and so are random generators; may be wrapped by DDP or torch.compile.
         example: inputs of one forward pass: a tensor, a tuple of arguments, a mapping of keyword arguments, or a
-            function that is called with the model. By default they are made up from what models of libraries declare
-            (`dummy_inputs`, `config`, `default_cfg`, argument names) or from the shapes of their layers.
+            function that is called with the model. By default they are generated from what the model declares
+            (`dummy_inputs`, `config`, `default_cfg`, argument names) or from the shapes of its layers.
         groups: groups that you state yourself (`upop.GroupSpec`). They are proved like the others, and take precedence
             over those that cut the same axis.
 
@@ -59,7 +59,7 @@ def find_prunable(model: nn.Module, example: Any = None, groups: Sequence[Stated
         `groups` in forward order, `skipped` with reasons, and `coverage`.
 
     Raises:
-        LayoutError: the model cannot be run with the example, none could be made up, or a stated group is not proved.
+        LayoutError: the model cannot be run with the example, none can be generated, or a stated group is not proved.
         SettingError: a stated group does not fit the model.
     """
     from upop.pruning import axes
@@ -93,7 +93,7 @@ def find_prunable(model: nn.Module, example: Any = None, groups: Sequence[Stated
 
 
 def _keep(model: nn.Module, found: Prunable, example: Any, *, made_up: bool) -> None:
-    """Remember what was found of a model, and with what."""
+    """Cache the result for a model, with its example."""
     remember_inputs(model, Kept(model, example), made_up=made_up)
     remember(model, found)
 
@@ -103,24 +103,24 @@ _LIBRARIES = {"timm", "torch", "torchvision", "transformers", "open_clip", "upop
 
 
 def groups_to_search(model: nn.Module, example: Any, groups: Sequence[Stated] = ()) -> list[Group]:
-    """Return the groups of a model; one with classes of the user's own is traced with the example, if there is one.
+    """Return the groups of a model; a custom model is traced with the example, if there is one.
 
     Raises:
-        LayoutError: the model has none, or cannot be run with the example.
+        LayoutError: the model has no group, or cannot be run with the example.
     """
     return find_groups(model, example if groups or is_of_ones_own(model) else None, groups)
 
 
 def is_of_ones_own(model: nn.Module) -> bool:
-    """Whether some class of a model belongs to no library whose models are traced without an example."""
+    """Whether a model is custom: some class belongs to no library whose models are traced without an example."""
     return any(library_of(module) not in _LIBRARIES for module in unwrapped(model).modules())
 
 
 def waits_for_batch(model: nn.Module) -> bool:
     """Whether the groups of a model are traced with its first batch.
 
-    That is so for classes of the user's own without an example: inputs that were made up may take another path through
-    the forward than real ones, and give other groups.
+    Custom models without an example wait: generated inputs may take another path through the forward than real ones,
+    and give other groups.
     """
     return is_of_ones_own(model) and (remembered(model) is None or was_made_up(model))
 

@@ -46,21 +46,23 @@ _OLDER = {"align": "round_to", "score": "importance"}
 class Pruner(Searched):
     """Searches during training for the channels to prune, under one budget for all modalities, and removes them.
 
-    Call `step()` once per optimizer step, between `backward()` and `optimizer.step()`; after `steps` calls the
-    masks are exactly 0 or 1, and `shrink()` cuts the layers for real. Then train on: one learning rate schedule over
-    both phases serves best. `upop.Compression` does all of it, with a teacher, and cuts the optimizer's state too.
+    Call `step()` once per optimizer step, between `backward()` and `optimizer.step()`. After `steps` calls the masks
+    are exactly 0 or 1, and `shrink()` cuts the layers. Then continue training; one learning rate schedule over both
+    phases works best. `upop.Compression` does all of this, adds a teacher, and cuts the optimizer state too.
 
     Args:
-        model: of timm, transformers, upop or one's own; in DDP, torch.compile or `fully_shard`, before this or later.
+        model: of timm, transformers or upop, or a custom one; DDP, torch.compile and `fully_shard` may come before or
+            after this.
         ratio: share of the groups' total cost to remove, in (0, 1); 0.5 is the paper's 2x, 0.75 its 4x.
         steps: number of times that `step` will be called.
-        target: in place of a ratio, what is left of the whole model: {"params": 0.5}, {"params": "12M", "macs": "2x"},
-            "params=40MB@float16"; several hold all at once. "macs" are multiply-adds of a forward pass over `example`,
-            "cache" is the bytes of keys and values that a decoder keeps after it. Every stage goes as far towards it.
-        profile: what was measured of the model on a machine (`upop profile`, `upop.profiling`), for a target such as
-            {"latency": 0.5} or {"latency": "12ms"}: scores are compared by the millisecond then.
-        interval: masks move at every `interval`-th step and at the last one; by default eight times in "stages", and
-            at every 50th step (step 0 included) in a "soft" search.
+        target: instead of a ratio, limits for the whole model: {"params": 0.5}, {"params": "12M", "macs": "2x"},
+            "params=40MB@float16"; several limits hold together. "macs" are the multiply-adds of a forward pass over
+            `example`, "cache" the bytes of keys and values that a decoder keeps after it. Every stage makes equal
+            progress.
+        profile: measured latencies of the model on a machine (`upop profile`, `upop.profiling`), for a target such as
+            {"latency": 0.5} or {"latency": "12ms"}; scores are then compared per millisecond.
+        interval: steps between updates of the masks, which also happen at the last step; by default eight updates in
+            "stages", and one at every 50th step (step 0 included) in a "soft" search.
         cost: what the budget counts: "params" (default), "flops", "reference" (the published weights, and the
             published way to set the threshold), a mapping from group names or patterns, or a function of a group.
         round_to: kept channels are multiples of this (8 suits tensor cores); {"mlp": 128} sets it by kind of group, and
@@ -70,35 +72,35 @@ class Pruner(Searched):
             "soft" search) the change itself. Or a function (weight, its gradient) -> a score per row, [rows]; channels
             with high scores are pruned first. It must be homogeneous of degree 1 in the gradient, because soft masks
             are divided out afterwards.
-        progress: "stages" (default): each stage prunes the same share of the cost, for good: the channels that mattered
-            least since the last stage. Best with few steps: a tenth of all training steps, and at least 16.
-            "soft", the published search: masks fall from 1 to 0 gradually, and channels may come back. It is the
+        progress: "stages" (default): each stage permanently prunes the same share of the cost, the least important
+            channels since the last stage. It works best with few steps: a tenth of all training steps, and at least
+            16. "soft", the published search: masks fall gradually from 1 to 0, and channels may recover. It is the
             default with cost="reference" and with importance="signed".
-        correct: at every stage, a least-squares correction of the layers that consume pruned channels keeps their
-            outputs as they were, over as many of the last four steps as have four tokens for every input, run again in
-            evaluation mode. How much a layer changes follows from how well that does on samples that it was not made
-            from: it stays as it is where it would not help. The model must be called as a module. Between steps only
-            their inputs are held. At the end of a stage "auto" (default) holds at most a quarter of the weights' bytes
-            on the model's device: the rest waits on the CPU; there (256 MiB are always allowed) the model runs once
-            more for every few layers. True holds what all layers are given at once, at most 2 n^2 numbers for n inputs.
+        correct: whether consumers of pruned channels get a least-squares correction at every stage, which keeps their
+            outputs close to the old ones. It uses the last steps, four at most, until there are four tokens per input,
+            repeated in evaluation mode. Its strength is cross-validated; a layer without a gain stays unchanged. The
+            model must be called as a module. Between steps only inputs are kept. At the end of a stage, "auto"
+            (default) uses memory of at most a quarter of the weights on the model's device; the rest waits on the CPU.
+            On the CPU (where 256 MiB are always allowed) the model runs again for every few layers. True holds the
+            inputs of all layers at once, at most 2 n^2 numbers for n inputs.
         include: names or patterns (`fnmatch`) of the groups to prune; default all.
         exclude: names or patterns of groups to leave alone.
-        example: inputs for one forward pass, for cost="flops", and to read the groups of a model with classes of one's
-            own (`find_prunable`). Without one, those of such a model are read when it is first called.
+        example: inputs for one forward pass, for cost="flops", and to find the groups of a custom model
+            (`find_prunable`). Without one, a custom model is traced when it is first called.
         groups: groups that you state yourself (`upop.GroupSpec`). They are proved like the others, and take precedence
             over those that cut the same axis.
-        update_first_step: False leaves the masks alone at step 0, as published for DeiT and Segmenter.
-        uniform: "tower" has all layers of a tower keep equally many heads (or key-value groups) and equally many
-            neurons, as far as the model's configuration has numbers for them; which ones differ by layer. What is
-            saved is then an ordinary model of its library, for which upop need not be installed.
-        depth: True lets the search remove an attention or an MLP whole, by the importance of all of its channels
-            together per cost; its last bias stays. With `uniform` it removes whole layers, where the configuration
-            counts them, and the other layers keep equally many channels.
+        update_first_step: False skips the update of masks at step 0, as published for DeiT and Segmenter.
+        uniform: "tower" makes all layers of a tower keep the same number of heads (or key-value groups) and neurons, if
+            the model's configuration has numbers for them; which ones may differ by layer. The saved model is then an
+            ordinary one of its library, and loads without upop.
+        depth: True also prunes whole attentions and MLPs, by the importance of all their channels per cost; the last
+            bias stays. With `uniform` it prunes whole layers, if the configuration counts them, and the other layers
+            keep equally many channels.
 
     Raises:
-        SettingError: a setting is out of range, names nothing, or asks for more than can go.
-        LayoutError: the model has no group, or a group's weights are frozen or masked already; without an example, a
-            model with classes of one's own raises both when it is first called.
+        SettingError: a setting is out of range, matches nothing, or asks for more than can be pruned.
+        LayoutError: the model has no group, or a group's weights are frozen or already masked; a custom model without
+            an example raises both when it is first called.
     """
 
     @renamed_arguments(align="round_to", score="importance", units="groups")
@@ -163,17 +165,17 @@ class Pruner(Searched):
 
     @property
     def steps_done(self) -> int:
-        """How many steps were taken."""
+        """The number of steps taken."""
         return self._done
 
     @property
     def finished(self) -> bool:
-        """Whether the last step was taken, so that the masks are binary."""
+        """Whether all steps were taken, so that the masks are binary."""
         return self._done >= self.steps
 
     @property
     def current_ratio(self) -> float:
-        """The share of the cost that is being masked after the last step taken (p_t of a soft search); 0 at first."""
+        """The share of the cost that is masked after the last step (p_t of a soft search); 0 at first."""
         if self.ratio is None:
             return 1 - self.kept_share() if self.is_read else 0.0
         if self.progress == "soft":
@@ -183,26 +185,26 @@ class Pruner(Searched):
 
     @property
     def skipped_steps(self) -> int:
-        """The number of steps that were left out because a gradient was not finite."""
+        """The number of steps skipped because a gradient was not finite."""
         return int(self._skipped)
 
     @property
     def corrections(self) -> dict[str, float]:
-        """Relative squared error that the last stage's correction leaves in each consumer, on held-out samples."""
+        """The relative squared error of each consumer after the last correction, on held-out samples."""
         return {name: choice.left for name, choice in self._choices[-1].items()} if self._choices else {}
 
     @torch.no_grad()
     def step(self, *, scale: float = 1.0) -> None:
         """Add this step's scores; move the masks when due. Call before `optimizer.step()`, once per optimizer step.
 
-        A step whose scores are not finite adds nothing to them, and is counted in `skipped_steps`.
+        A step with scores that are not finite is ignored, and counted in `skipped_steps`.
 
         Args:
             scale: of a GradScaler (`get_scale()`) that `unscale_` took off the optimizer's gradients. It matters only
                 for weights that are frozen beside an adapter, which no optimizer knows.
 
         Raises:
-            StepError: all steps were taken already, the masks are off, or no masked weight has a gradient.
+            StepError: all steps were taken, the masks were removed, or no masked weight has a gradient.
         """
         self._check_running()
         self._first.let_compiled()
@@ -232,7 +234,7 @@ class Pruner(Searched):
 
     @torch.no_grad()
     def skip(self) -> None:
-        """Count a step without using its gradients, where the training loop threw them away."""
+        """Count a step without using its gradients, if the training loop discarded them."""
         self._check_running()
         self._rows.forget()
         self._moments.forget(self._done)
@@ -240,7 +242,7 @@ class Pruner(Searched):
         self._advance()
 
     def plan(self) -> Plan:
-        """Return the channels that each group keeps; before the search has finished, those that it keeps so far.
+        """Return the kept channels of each group; before the end of the search, those that are kept so far.
 
         Raises:
             StepError: a soft search has not finished, so that its masks are not binary yet.
@@ -263,22 +265,22 @@ class Pruner(Searched):
         )
 
     def shrink(self, verify: Any = True) -> nn.Module:
-        """Take the masks off and cut the model for real; the same model comes back, physically smaller.
+        """Remove the masks and cut the model; the same object is returned, physically smaller.
 
         The model then carries the plan, which `upop.save` writes; a transformers model also carries it in its
-        configuration, so that its own `save_pretrained` and `push_to_hub` work. One that `fully_shard` shares out is
-        gathered on the CPU for the cut, and shared out again; all processes call this together.
+        configuration, so that its own `save_pretrained` and `push_to_hub` work. A model sharded by
+        `fully_shard` is gathered on the CPU for the cut, and sharded again; all processes call this together.
 
         Args:
             verify: inputs on which the masked and the shrunken model are compared (a tensor, a tuple of arguments,
-                a mapping of keyword arguments, or a function that is given the model). By default a few samples of the
-                first batch that the model was called with, or else the example. False cuts without proof.
+                a mapping of keyword arguments, or a function of the model). By default a few samples of the first
+                batch, or else the example. False cuts without proof.
 
         Raises:
             StepError: a soft search has not finished.
             SettingError: the model is quantized.
             VerificationError: the outputs differ, the cut model cannot be run, or there is nothing to verify on; the
-                model is left masked, as it was.
+                model keeps its masks.
         """
         plan = self.plan()
         refuse_unrecordable(self.model)
@@ -299,7 +301,7 @@ class Pruner(Searched):
         return self.model
 
     def state_dict(self) -> dict[str, Any]:
-        """Return everything that a resumed search needs: scores, masks, and the step."""
+        """Return the state of the search: scores, masks and the step."""
         if self._groups is None and self._resumed is not None:
             return dict(self._resumed)
         return {
@@ -328,7 +330,7 @@ class Pruner(Searched):
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a state of `state_dict`.
+        """Restore a state of `state_dict`.
 
         Raises:
             SettingError: the state belongs to another model or to other settings.
@@ -391,14 +393,14 @@ class Pruner(Searched):
         return due or step == self.steps - 1
 
     def _observe_inputs(self) -> None:
-        """Observe the inputs of consumers in the last steps of a stage alone."""
+        """Observe the inputs of consumers, in the last steps of a stage only."""
         self._moments.advance(self._done)
         soon = any(self._due(step) for step in range(self._done, min(self._done + OBSERVATIONS, self.steps)))
         observed = self.groups if soon and self._attached and self._correct else []
         self._moments.observe(self.model, observed, self._wrapper())
 
     def _end_stage(self, step: int) -> None:
-        """Mask what has the highest scores for good, and correct its consumers."""
+        """Permanently mask the channels with the highest scores, and correct their consumers."""
         active = {name: mask == 1 for name, mask in self._masks.values.items()}
         scores = {name: score.cpu().masked_fill(~active[name], math.inf) for name, score in self._scores.items()}
         part = (step + 1) / self.steps
@@ -414,7 +416,7 @@ class Pruner(Searched):
         self._stale.fill_(True)
 
     def _update(self, step: int) -> None:
-        """Rank by all scores so far, and set the masks to what the published schedule has them at."""
+        """Rank all channels by accumulated scores, and set the masks by the published schedule."""
         whole = self.ratio or 1.0
         share = budget.progress(step, self.steps, whole)
         if self.cost == "reference":
@@ -433,7 +435,7 @@ class Pruner(Searched):
             warn_of_skipped(self._warned, step + 1)
 
     def _warn_unscored(self, step: int) -> None:
-        """Say once which groups the loss did not depend on so far, when masks move for the second time or the last."""
+        """Warn once of groups that the loss did not depend on, at the second update of masks or the last."""
         unscored = [name for name, score in self._scores.items() if name not in self._scored and not score.any()]
         if unscored and not self._warned_unscored and (step or self.steps == 1):
             self._warned_unscored = True

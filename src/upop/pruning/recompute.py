@@ -1,7 +1,6 @@
-"""Layers that stand in a row compute their activations again in the backward pass, where these would take much memory.
+"""Gradient checkpointing for stacks of layers, where activations would take much memory.
 
-What a layer gives the second time is compared with what it gave the first time: a model whose layers keep something
-between calls is noticed.
+The outputs of a recomputed layer are compared with the first ones, which detects layers with state between calls.
 """
 
 from __future__ import annotations
@@ -24,13 +23,13 @@ _OFF = 1e-2
 
 @contextmanager
 def recomputing(model: nn.Module) -> Iterator[None]:
-    """Have the layers of a model's stacks compute their activations again in backward passes, if these are many.
+    """Recompute the activations of stacked layers in backward passes within the block, if they are large.
 
-    How many they are follows from the first layer that is run; a layer without gradients is left alone. What a decoder
-    keeps for the next token is not asked for meanwhile: it would be kept twice.
+    Their size is measured on the first layer that runs; layers without gradients are left alone. Key-value caches are
+    turned off meanwhile, since recomputation would fill them twice.
 
     Raises:
-        RuntimeError: in a backward pass: a layer gives something else when it is run again.
+        RuntimeError: in a backward pass: a recomputed layer gives other outputs.
     """
     layers = list(dict.fromkeys(_layers(model)))
     weights = sum(each.nbytes for each in model.parameters())
@@ -73,7 +72,7 @@ def recomputing(model: nn.Module) -> Iterator[None]:
 
 
 def _layers(model: nn.Module) -> Iterator[nn.Module]:
-    """Yield the members of lists and sequences of modules of one class, the outermost ones."""
+    """Yield the members of the outermost lists and sequences of modules of one class."""
     row = list(model) if isinstance(model, nn.ModuleList | nn.Sequential) else []
     if len(row) > 1 and len({type(each) for each in row}) == 1 and any(True for _ in row[0].children()):
         yield from row
@@ -83,7 +82,7 @@ def _layers(model: nn.Module) -> Iterator[nn.Module]:
 
 
 class _Compared:
-    """A layer's forward whose outputs are compared with those that it gave the first time."""
+    """The forward of a layer, which compares recomputed outputs with the first ones."""
 
     def __init__(self, forward: Callable[..., Any]) -> None:
         self._forward = forward
@@ -111,7 +110,7 @@ def _differ(old: Tensor, new: Tensor) -> bool:
 
 
 class _Counting(saved_tensors_hooks):
-    """Counts the bytes that are saved for a backward pass, besides the model's own tensors."""
+    """Counts the bytes saved for a backward pass, apart from the model's own tensors."""
 
     def __init__(self, model: nn.Module) -> None:
         self.total = 0

@@ -1,4 +1,4 @@
-"""Data parallelism after a cut: its wrappers average gradients by the sizes that parameters had when it began."""
+"""Data parallelism after a cut: DDP wrappers fix the sizes of their gradient buckets when they are created."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from upop.pruning.masks import unwrapped
 
 
 def rebuild_replicas(model: nn.Module) -> None:
-    """Have every DDP wrapper of a model, whoever holds it, average the gradients of its parameters as they are now.
+    """Rebuild every DDP wrapper of a model for the current shapes of its parameters, wherever it is referenced.
 
-    Every process has to call it, with its own copy. Nothing happens where there is no such wrapper.
+    Every process must call this with its own copy. Without a wrapper, nothing happens.
 
     Args:
         model: the model, or its wrapper; the parameters inside are the same objects as before.
@@ -30,7 +30,7 @@ def rebuild_replicas(model: nn.Module) -> None:
 
 
 def _rebuild(wrapper: DistributedDataParallel) -> None:
-    """Make the part anew that keeps buckets of gradients and hooks on parameters, as unpickling a wrapper does."""
+    """Recreate the reducer, with its gradient buckets and hooks, as unpickling a wrapper does."""
     parameters, sparse = wrapper._build_params_for_reducer()
     names = wrapper._build_debug_param_to_name_mapping(parameters)
     hooks = wrapper._comm_hooks

@@ -1,4 +1,4 @@
-"""Kept sizes as multiples of a number of channels, which is what hardware takes fast."""
+"""Rounds kept sizes to multiples of channels that suit the hardware."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ scale in 4 bits, and MLPs that DeciLM's `ffn_mult` can say without padding."""
 
 
 def check_round_to(round_to: RoundTo | str) -> RoundTo:
-    """Return an alignment, a mapping as a dict, and a name of `PRESETS` as what it stands for.
+    """Validate `round_to`; return a number or a dict, with names of `PRESETS` resolved.
 
     Raises:
         SettingError: it is neither a whole number of at least 1, nor a mapping of kinds to such numbers, nor a name.
@@ -50,10 +50,10 @@ def check_round_to(round_to: RoundTo | str) -> RoundTo:
 
 
 def read_round_to(text: str) -> RoundTo:
-    """Return what a command line says: "8", "attention=8,mlp=128", or a name of `PRESETS`.
+    """Parse `round_to` from a command line: "8", "attention=8,mlp=128", or a name of `PRESETS`.
 
     Raises:
-        SettingError: it says something else.
+        SettingError: the text has another form.
     """
     if text.strip()[:1].isalpha() and "=" not in text:
         return check_round_to(text.strip())
@@ -74,7 +74,7 @@ def read_round_to(text: str) -> RoundTo:
 
 
 def format_round_to(round_to: RoundTo) -> str:
-    """Return an alignment as `read_round_to` reads it."""
+    """Format a value for `read_round_to`."""
     return (
         ",".join(f"{kind}={number}" for kind, number in round_to.items())
         if isinstance(round_to, Mapping)
@@ -83,9 +83,9 @@ def format_round_to(round_to: RoundTo) -> str:
 
 
 def channels_in_block(group: Group, round_to: RoundTo) -> int:
-    """Return how many channels of a group have to go or stay together, so that kept channels are a multiple.
+    """Return the number of channels per block of a group, so that kept channels are a multiple of `round_to`.
 
-    A channel that is a head, or a group of them, has as many channels as its layers have rows for it.
+    A whole head, or a key-value group, counts with all its rows.
     """
     channels = round_to.get(group.kind, 1) if isinstance(round_to, Mapping) else round_to
     if group.channel not in ("head", "group"):

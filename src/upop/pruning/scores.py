@@ -27,11 +27,11 @@ def signed(weight: Tensor, gradient: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Scoring:
-    """How a step's gradients become scores; high ones go first.
+    """How the gradients of a step become scores; high scores are pruned first.
 
     Attributes:
-        rows: (weight, gradient) -> one number per row; a channel's rows are summed up.
-        added: what the step adds to the scores, [size], from these sums, [size].
+        rows: (weight, gradient) -> one number per row; the rows of a channel are summed.
+        added: turns these sums, [size], into the contribution of the step, [size].
     """
 
     rows: Importance
@@ -49,10 +49,10 @@ keep their signs tell over many steps which channels hurt, and cancel over few; 
 
 
 def scoring(importance: str | Importance) -> Scoring:
-    """Return what `importance` names, or what adds up the rows of the function that it is.
+    """Return the scoring that `importance` names, or one that uses it as a function.
 
     Raises:
-        SettingError: there is none of that name.
+        SettingError: the name is unknown.
     """
     if callable(importance):
         return Scoring(importance, lambda sums: sums)
@@ -65,17 +65,17 @@ def scoring(importance: str | Importance) -> Scoring:
 
 
 def accumulator(tensor: Tensor) -> torch.dtype:
-    """Return the precision that scores of this tensor are summed in: float32, or float64 where the model is."""
+    """Return the precision for summing the scores of a tensor: float64 for a float64 model, else float32."""
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
 def agreed(scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the scores that the first process has: what follows from them is then the same everywhere.
+    """Return the scores of the first process, so that all processes make the same choices.
 
-    Gradients that were averaged may differ in a last bit, which is enough for another choice.
+    Averaged gradients may differ in the last bit, which is enough for another choice.
 
     Args:
-        scores: by group, [size]; all processes call this at the same time, with the same groups.
+        scores: per group, [size]; all processes call this together, with the same groups.
     """
     if not many_processes():
         return dict(scores)
@@ -88,7 +88,7 @@ def agreed(scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class _Taken:
-    """A score, and what it was taken from."""
+    """A score, with the versions of the weight and gradient that it was computed from."""
 
     gradient: Tensor
     version: int
@@ -98,19 +98,18 @@ class _Taken:
 class RowScores:
     """Computes the scores of parameters from their gradients.
 
-    On a CPU a score is taken in the backward pass, as soon as a weight's gradient is complete: both are in the
-    processor's cache then, and reading them again from memory after the pass costs several times as much. It is used
-    only if nothing has touched the gradient since (accumulation, unscaling, clipping, another gradient put in its
-    place); else it is computed from the gradient as it is. With several processes it always is, since gradients are
-    averaged after the hooks ran.
+    On a CPU, a score is computed in the backward pass as soon as the gradient of a weight is complete, while both are
+    in the processor's cache: reading them from memory later costs several times as much. The score is discarded if the
+    gradient changes afterwards (accumulation, unscaling, clipping, replacement), and computed from the final gradient.
+    So it always is with several processes, which average gradients after the hooks ran.
 
-    Of a weight that is sharded over processes each of them scores the rows that it holds, and all get all scores.
+    For a sharded weight, each process scores its own rows, and all processes get all scores.
 
     Args:
         function: (weight [rows, columns], gradient of the same shape) -> [rows].
 
     Attributes:
-        frozen: the gradients of weights that are not trained, where they count.
+        frozen: collects the gradients of frozen weights, if these count.
     """
 
     def __init__(self, function: Importance) -> None:
@@ -121,7 +120,7 @@ class RowScores:
         self.frozen: FrozenGradients | None = None
 
     def observe(self, parameters: Iterable[tuple[Tensor, int]]) -> None:
-        """Take scores of parameters, each along its given dimension, in the backward passes from now on."""
+        """Compute scores of parameters in backward passes from now on, each along its given dimension."""
         self._dims.update(parameters)
         self._hooks += [
             parameter.register_post_accumulate_grad_hook(self._take)
@@ -130,13 +129,13 @@ class RowScores:
         ]
 
     def of(self, parameters: Mapping[str, tuple[Tensor, int]]) -> dict[str, Tensor]:
-        """Return the scores of those parameters that have a gradient, [rows] each: one per channel along a dimension.
+        """Return the scores of the parameters with a gradient, [rows] each, along the given dimensions.
 
         Args:
             parameters: name -> the parameter, and the dimension along which its rows lie.
 
         Raises:
-            LayoutError: a parameter is sharded in a way that `held_rows` does not take.
+            LayoutError: a parameter is sharded in a way that `held_rows` does not support.
         """
         found: dict[str, Tensor] = {}
         held: dict[str, HeldRows] = {}
@@ -155,13 +154,13 @@ class RowScores:
         return found | whole_rows(held)
 
     def forget(self) -> None:
-        """Let go of the gradients of the last backward pass, so that they can be freed."""
+        """Drop references to the gradients of the last backward pass."""
         self._taken.clear()
         if self.frozen is not None:
             self.frozen.forget()
 
     def release(self) -> None:
-        """Stop taking scores; no trace is left on the parameters."""
+        """Stop computing scores, and remove all hooks from the parameters."""
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
@@ -184,10 +183,10 @@ class RowScores:
 
 
 class FreedRows:
-    """Computes the scores of parameters while a backward pass runs, and frees every gradient as soon as it is there.
+    """Scores parameters during a backward pass, and frees each gradient immediately.
 
-    So no more than the gradients of one layer are held at any time. Those of other parameters are not even computed,
-    unless the model recomputes in a way (`use_reentrant=True`) that torch cannot leave any out of.
+    At most the gradients of one layer exist at a time. Gradients of other parameters are not computed, unless the model
+    uses reentrant checkpointing (`use_reentrant=True`), where torch cannot skip any.
 
     Args:
         function: (weight [rows, columns], gradient of the same shape) -> [rows].
@@ -207,10 +206,10 @@ class FreedRows:
         self._hooks = [each.register_post_accumulate_grad_hook(self._take) for each in every if each.requires_grad]
 
     def of(self, loss: Callable[[], Tensor]) -> dict[str, Tensor]:
-        """Return the scores of those parameters that the loss depends on, [rows] each.
+        """Return the scores of the parameters that the loss depends on, [rows] each.
 
         Args:
-            loss: computes it; more than once where gradients come in parts.
+            loss: computes the loss; called repeatedly if gradients are computed in parts.
         """
         while True:
             parts = len(self._in_parts)
@@ -231,7 +230,7 @@ class FreedRows:
         return self._found
 
     def release(self) -> None:
-        """Take no scores and free no gradients any more."""
+        """Stop scoring and freeing gradients."""
         for hook in self._hooks:
             hook.remove()
 
@@ -257,7 +256,7 @@ class FreedRows:
 
 
 def _is_checkpointed_whole(value: Tensor) -> bool:
-    """Whether parts of what made a value are run again in a graph of their own, which alone has their weights."""
+    """Whether reentrant checkpointing hides the weights of a part of the graph of a value."""
     waiting, known = [value.grad_fn], {value.grad_fn}
     while waiting:
         node = waiting.pop()

@@ -35,22 +35,22 @@ Patterns = str | Sequence[str] | None
 
 
 class Searched(ABC):
-    """A model while it is searched.
+    """A model during a search.
 
-    The groups of a model with classes of one's own are read with the first batch that it is called with, unless an
-    example is given: what is made up could take another way through a forward.
+    A custom model is traced with its first batch, unless an example is given: generated inputs might take another path
+    through its forward.
 
     Args:
         model: changed in place.
-        goal: what is asked for.
-        cost: what a channel costs.
+        goal: the requested size.
+        cost: of a channel.
         round_to: kept sizes are multiples of this.
-        patterns: what to include and what to exclude.
-        example: inputs for one forward pass; None waits for some where that is needed.
-        stated: what is known of groups beside.
+        patterns: of groups to include and to exclude.
+        example: inputs for one forward pass; None waits for the first batch, if inputs are needed.
+        stated: groups that the user states.
         scoring: how rows are scored.
         uniform: whether the layers of a tower keep equally many channels.
-        depth: whether branches may go whole.
+        depth: whether branches may be pruned whole.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class Searched(ABC):
             self._first = FirstCall(self.model, wrapper=model)
 
     def _begin_with(self, kept: Kept, arguments: Arguments) -> None:
-        """Read the groups of a model with what it is called with, before it runs."""
+        """Trace the model with the inputs of its first call, before it runs."""
         self._example = arguments
         try:
             self._begin(
@@ -96,7 +96,7 @@ class Searched(ABC):
             self.load_state_dict(self._resumed)
 
     def _note(self, arguments: Arguments) -> None:
-        """Observe the pass before which the groups were traced."""
+        """Observe the pass that supplied the inputs for tracing."""
         if self._moments.observing:
             self._moments.begin(self.model, *arguments)
 
@@ -104,7 +104,7 @@ class Searched(ABC):
         return groups_to_search(self.model, example, self._stated)
 
     def _begin(self, groups: list[Group]) -> None:
-        """Put masks on the groups that were asked for."""
+        """Mask the chosen groups."""
         found = chosen(groups, *self._patterns, depth=self.depth)
         groups, self._towers, layers = to_keep_alike(self.model, found, self.uniform, groups, depth=self.depth)
         warn_of_uncovered(self.model)
@@ -124,34 +124,34 @@ class Searched(ABC):
 
     @abstractmethod
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a saved state."""
+        """Restore a saved state."""
 
     @abstractmethod
     def _is_one_step(self) -> bool:
-        """Whether the search has one step in all."""
+        """Whether the search has a single step."""
 
     @abstractmethod
     def _observe_inputs(self) -> None:
-        """Observe the inputs of consumers in the steps that need them, and in no others."""
+        """Observe the inputs of consumers, in the steps that need them only."""
 
     @property
     def groups(self) -> list[Group]:
-        """What is searched, in forward order.
+        """The searched groups, in forward order.
 
         Raises:
-            StepError: the model has classes of one's own, there was no example, and it has not been called yet.
+            StepError: the model is custom, without an example, and has not been called yet.
         """
         self._refuse_unread()
         return self._groups or []
 
     @property
     def ratio(self) -> float | None:
-        """The share of the cost that is to go; None where a target was given."""
+        """The share of the cost to remove; None with a target."""
         return self._goal.ratio
 
     @property
     def is_read(self) -> bool:
-        """Whether the groups are known; those of a model with classes of one's own may wait for its first call."""
+        """Whether the groups are known; a custom model may wait for its first call."""
         return self._groups is not None
 
     def _refuse_unread(self) -> None:
@@ -164,12 +164,12 @@ class Searched(ABC):
 
     @property
     def costs(self) -> dict[str, float]:
-        """What one channel of every group costs."""
+        """The cost of one channel of every group."""
         return {group.name: self._costs[group.name] for group in self.groups}
 
     @property
     def scores(self) -> dict[str, Tensor]:
-        """The accumulated scores per group, shape [size]; in stages, of the steps since the last one that ended."""
+        """The accumulated scores per group, [size]; with stages, since the last stage."""
         return {group.name: self._scores[group.name].clone() for group in self.groups}
 
     @property
@@ -178,11 +178,11 @@ class Searched(ABC):
         return {group.name: self._masks.values[group.name].clone() for group in self.groups}
 
     def mask_sum(self, kind: Kind) -> float:
-        """Return the sum of all mask channels of a kind: what the published loss weighs as its sparsity term."""
+        """Return the sum of all masks of a kind, the sparsity term of the published loss."""
         return float(sum(self._masks.values[group.name].sum() for group in self.groups if group.kind == kind))
 
     def kept_share(self, modality: str | None = None, kind: Kind | None = None) -> float:
-        """Return the share of the cost that is unmasked now, of all groups or of a modality or kind; 1 at first."""
+        """Return the unmasked share of the cost, of all groups or of a modality or kind; 1 at first."""
         kept = total = 0.0
         for group in self.groups:
             if (modality is None or group.modality == modality) and (kind is None or group.kind == kind):
@@ -191,7 +191,7 @@ class Searched(ABC):
         return kept / total if total else 1.0
 
     def _inputs(self) -> Iterator[Any]:
-        """Yield what the model may be called with."""
+        """Yield possible inputs of the model."""
         if self._first.kept is not None:
             yield from self._first.kept.inputs(self.model)
         if self._example is not None:
@@ -199,15 +199,15 @@ class Searched(ABC):
         yield from examples_of(self.model)
 
     def move_to(self, model: nn.Module) -> None:
-        """Go on with another copy of the model, sharded or whole: its weights are masked and scored from now on.
+        """Continue the search with another copy of the model, sharded or whole.
 
-        The masks come off the old copy and go on the new one as they stand; scores and steps stay.
+        The masks move from the old copy to the new one; scores and steps stay.
 
         Args:
-            model: with the same groups; see `upop.full_copy` for a whole copy of a sharded model.
+            model: a copy with the same groups; `upop.full_copy` makes a whole copy of a sharded model.
 
         Raises:
-            LayoutError: it has other groups, or another Pruner holds it; the search goes on with the old copy.
+            LayoutError: it has other groups, or belongs to another Pruner; the search continues with the old copy.
         """
         wrapper, model = weakref.ref(model), unwrapped(model)
         refuse_flattened(model)
@@ -225,7 +225,7 @@ class Searched(ABC):
         self._moments.resume(seen)
 
     def remove(self) -> None:
-        """Take the masks off without cutting anything; no trace of them is left, but corrected layers stay so."""
+        """Remove the masks without a cut; corrections of layers stay."""
         self._detach()
         self._first.forget()
 

@@ -1,4 +1,4 @@
-"""Inputs that a model was called with: a small part of its first batch, to read groups with and to verify cuts on."""
+"""Keeps a few inputs of a model's first batch, for tracing groups and verifying cuts."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _PLAIN = (Tensor, nn.Parameter, nn.Buffer)
 
 
 class Kept:
-    """Inputs for a call of a model, in copies of their own: the first samples, and the whole batch where it is small.
+    """Copies of inputs: the first samples of a batch, and the whole batch if it is small.
 
     Args:
         model: the model.
@@ -45,13 +45,13 @@ class Kept:
         self._held = tree_map(lambda each: each.detach().clone() if isinstance(each, Tensor) else each, held)
 
     def inputs(self, model: nn.Module) -> Iterator[Any]:
-        """Yield what the model may be called with, on its device and in its precision, the smallest first."""
+        """Yield inputs on the device and in the precision of the model, smallest first."""
         for each in self._held:
             yield fitted(each, model, self._home)
 
 
 def fitted(inputs: Any, model: nn.Module, home: torch.device | None = None) -> Any:
-    """Return inputs in the precision of a model's weights, if these have one; what is at `home` goes to its device."""
+    """Convert inputs to the precision of a model's weights; tensors on `home` move to the device of the model."""
     dtypes = {each.dtype for each in model.parameters() if each.is_floating_point()}
 
     def fit(value: Any) -> Any:
@@ -68,7 +68,7 @@ def _device_of(model: nn.Module) -> torch.device:
 
 
 def _first_samples(inputs: Any) -> Any:
-    """Return the first samples of a batch, whose size is the first dimension of its first tensor."""
+    """Return the first samples of a batch; its size is the first dimension of its first tensor."""
     tensors = [each for each in tree_leaves(inputs) if isinstance(each, Tensor) and each.dim()]
     size = len(tensors[0]) if tensors else 0
     if size <= _FEW:
@@ -89,10 +89,10 @@ class FirstCall:
 
     Args:
         model: the model.
-        then: called before the model runs, with what was kept and with all arguments. With it, compiled code runs
-            eagerly until then; without it, a compiled call is not observed.
-        last: called after that, with all arguments, in the precision and the modes of the call itself.
-        wrapper: what is called in place of the model, if anything is.
+        then: called before the model runs, with the kept inputs and all arguments. With it, compiled code runs eagerly
+            until then; without it, a compiled call is not observed.
+        last: called after that, with all arguments, in the precision and modes of the call.
+        wrapper: the module that is called in place of the model, if any.
     """
 
     def __init__(
@@ -113,7 +113,7 @@ class FirstCall:
             self._leave = weakref.finalize(self, uncompiled.leave)
 
     def let_compiled(self) -> None:
-        """Let compiled code run compiled again, whether a call was observed or not."""
+        """Let compiled code run compiled again."""
         self._leave()
 
     def release(self) -> None:
@@ -124,12 +124,12 @@ class FirstCall:
         self._leave()
 
     def forget(self) -> None:
-        """Observe no longer, and drop what was kept."""
+        """Stop observing, and drop the kept inputs."""
         self.release()
         self.kept = None
 
     def see(self, arguments: Arguments) -> None:
-        """Keep a part of what the model is given, if it is given numbers."""
+        """Keep a part of the inputs, if they are real tensors."""
         model = self._model()
         tensors = [each for each in tree_leaves(arguments) if isinstance(each, Tensor)]
         if self._hook is None or model is None or any(type(each) not in _PLAIN or each.is_meta for each in tensors):
@@ -147,7 +147,7 @@ class FirstCall:
 
 
 class _FirstCallHook:
-    """The hook of a `FirstCall`; copied or pickled with a model it does nothing any more."""
+    """The hook of a `FirstCall`; a copied or unpickled hook does nothing."""
 
     def __init__(self, first: FirstCall | None = None) -> None:
         self._first = first
@@ -165,10 +165,10 @@ class _FirstCallHook:
 
 
 def read_first(inputs: Iterable[Any], read: Callable[[Any], Found]) -> Found:
-    """Return what is read with the first inputs that serve.
+    """Return the groups read with the first inputs that work.
 
     Raises:
-        LayoutError: none does; of the first.
+        LayoutError: no inputs work; the error is that of the first.
     """
     failure: LayoutError | None = None
     for each in inputs:
@@ -186,12 +186,12 @@ _made_up: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
 def remember_inputs(model: nn.Module, kept: Kept, *, made_up: bool = False) -> None:
-    """Remember what a model was called with, or read with: another one of its class may be called so too.
+    """Cache the inputs with which a model was called or traced, also for other models of its class.
 
     Args:
         model: the model.
         kept: the inputs.
-        made_up: whether nobody gave them.
+        made_up: whether they were generated.
     """
     _of_models[model] = kept
     if made_up:
@@ -202,12 +202,12 @@ def remember_inputs(model: nn.Module, kept: Kept, *, made_up: bool = False) -> N
 
 
 def was_made_up(model: nn.Module) -> bool:
-    """Whether nobody gave the inputs with which a model was read."""
+    """Whether a model was traced with generated inputs."""
     return model in _made_up
 
 
 def examples_of(model: nn.Module) -> Iterator[Any]:
-    """Yield what a model may be called with: what it or another one of its class was given, and what can be made."""
+    """Yield possible inputs of a model: those of earlier calls, of models of its class, and generated ones."""
     from upop.pruning.axes import example_for
 
     known = [each for each in (_of_classes.get(type(model)), _of_models.get(model)) if each is not None]

@@ -1,8 +1,8 @@
 """Models whose weights are sharded over processes by `torch.distributed.fsdp.fully_shard` (FSDP2).
 
-Scores need whole rows: each process scores the rows that it holds, and one sum over the processes gives every process
-all of them, the very numbers that a model in one piece would give. Cutting needs whole tensors: `full_copy` makes a
-plain copy of the model from them, and nothing is cut while it is sharded.
+Scores need whole rows: each process scores its own rows, and one sum over the processes gives all scores to each, equal
+to those of an unsharded model. A cut needs whole tensors: `full_copy` makes an unsharded copy, and nothing is cut while
+it is sharded.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ if TYPE_CHECKING:
 
 
 def many_processes() -> bool:
-    """Whether this is one of several processes that train together."""
+    """Whether several processes train together."""
     distributed = torch.distributed
     return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
 
 
 def is_sharded_tensor(tensor: Tensor) -> bool:
-    """Whether a parameter or gradient is spread over processes."""
+    """Whether a tensor is sharded over processes."""
     kinds = sys.modules.get("torch.distributed.tensor")  # not imported: there can be none
     return kinds is not None and isinstance(tensor, kinds.DTensor)
 
@@ -43,19 +43,19 @@ def sharded_modules(model: nn.Module) -> Iterator[Any]:
 
 
 def unsharded_class(kind: type) -> type | None:
-    """Return the class that `fully_shard` put its own in front of, or None where it did not."""
+    """Return the original class of a module that `fully_shard` wrapped; None for other modules."""
     sharding = sys.modules.get("torch.distributed.fsdp")
     return kind.__bases__[1] if sharding is not None and kind.__bases__[0] is sharding.FSDPModule else None
 
 
 def sharded_class(kind: type, like: type) -> type:
-    """Return a class with FSDP's own in front of it, as `like` has it."""
+    """Return a class with the FSDP class in front of it, as in `like`."""
     content = {name: value for name, value in like.__dict__.items() if name == "__deepcopy__"}
     return type(f"FSDP{kind.__name__}", (like.__bases__[0], kind), content)
 
 
 def reshard(model: nn.Module) -> None:
-    """Free weights that a forward pass without a backward one left gathered, so that each is in its shards again."""
+    """Reshard weights that a forward pass without a backward pass left gathered."""
     for module in sharded_modules(model):
         module.reshard()
 
@@ -71,7 +71,7 @@ def refuse_sharded(model: nn.Module, what: str) -> None:
 
 
 def refuse_flattened(model: nn.Module) -> None:
-    """Raise a `LayoutError` if the first version of FSDP has flattened the weights of a module of `model`."""
+    """Raise a `LayoutError` if FSDP1 has flattened the weights of a module of `model`."""
     sharding = sys.modules.get("torch.distributed.fsdp")
     if sharding is not None and any(
         isinstance(module, sharding.FullyShardedDataParallel) for module in model.modules()
@@ -84,14 +84,14 @@ def refuse_flattened(model: nn.Module) -> None:
 
 @dataclass(frozen=True)
 class HeldRows:
-    """The rows of a sharded tensor that this process holds: one number for each of them.
+    """One number per row of a sharded tensor, for the rows of this process.
 
     Attributes:
         values: [held rows].
-        first: where they begin among all rows.
-        rows: how many all processes hold.
-        mesh: the processes, and along which of its dimensions they share the rows.
-        along: that dimension.
+        first: index of the first held row.
+        rows: number of all rows.
+        mesh: the device mesh.
+        along: the mesh dimension along which rows are sharded.
     """
 
     values: Tensor
@@ -104,12 +104,12 @@ class HeldRows:
 def held_rows(
     weight: Tensor, gradient: Tensor, dim: int, function: Callable[[Tensor, Tensor, int], Tensor], dtype: torch.dtype
 ) -> HeldRows:
-    """Return `function` of the rows that this process holds.
+    """Apply `function` to the rows of this process.
 
     Args:
-        weight: a sharded tensor; one that is sharded along another dimension than `dim` is first dealt out by rows.
+        weight: a sharded tensor; if sharded along another dimension than `dim`, it is first redistributed by rows.
         gradient: of the same shape.
-        dim: the dimension along which the rows lie.
+        dim: the dimension of the rows.
         function: (weight, gradient, dim), plain tensors of whole rows -> [rows].
         dtype: of the result.
 
@@ -141,7 +141,7 @@ def held_rows(
 def whole_rows(held: Mapping[str, HeldRows]) -> dict[str, Tensor]:
     """Return all rows of every tensor, on every process alike; one sum over the processes for each mesh.
 
-    Every process calls it with the same names. Each row is added to zeros, so nothing is rounded.
+    Every process must call it with the same names. Each row is added to zeros, so nothing is rounded.
     """
     found: dict[str, Tensor] = {}
     meshes = {(part.mesh, part.along): part for part in held.values()}
@@ -162,7 +162,7 @@ def whole_rows(held: Mapping[str, HeldRows]) -> dict[str, Tensor]:
 
 
 def through_whole(tensor: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
-    """Return `function` of a sharded tensor in one piece, shared out as it was; all processes call it together."""
+    """Apply `function` to the full tensor and shard the result as before; all processes call it together."""
     from torch.distributed.tensor import distribute_tensor
 
     sharded: Any = tensor
@@ -171,11 +171,11 @@ def through_whole(tensor: Tensor, function: Callable[[Tensor], Tensor]) -> Tenso
 
 
 def copied(model: nn.Module, replace: Callable[[str, Tensor], Tensor]) -> nn.Module:
-    """Return a deep copy of `model` with other parameters and buffers; those that are shared stay shared.
+    """Return a deep copy of `model` with replaced parameters and buffers; shared ones stay shared.
 
     Args:
         model: not sharded.
-        replace: (name, parameter or buffer) -> what the copy has in its place.
+        replace: (name, parameter or buffer) -> its replacement in the copy.
     """
     memo: dict[int, Any] = {}
     for name, parameter in model.named_parameters():
@@ -194,10 +194,10 @@ def meta_copy(model: nn.Module) -> nn.Module:
 
 @torch.no_grad()
 def gather_into(whole: nn.Module, model: nn.Module) -> None:
-    """Fill a plain model with the weights and buffers of a sharded one; all processes call it at the same time.
+    """Copy the weights and buffers of a sharded model into an unsharded one; all processes call it together.
 
     Raises:
-        LayoutError: the two models have other parameters.
+        LayoutError: the two models have different parameters.
     """
     reshard(model)
     held: dict[str, Any] = dict(model.named_parameters())

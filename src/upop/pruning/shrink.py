@@ -1,4 +1,4 @@
-"""Cutting for real: validate everything, build the smaller tensors, swap them in, prove the result, or undo."""
+"""The cut: validates the plan, builds smaller tensors, swaps them in, and verifies the result, or undoes it."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _MOST_COPIED = 2**28
 
 @dataclass
 class Edit:
-    """One assignment of the surgery, which can be taken back."""
+    """One attribute assignment of a cut, which can be undone."""
 
     module: nn.Module
     name: str
@@ -49,12 +49,12 @@ class Edit:
 
 @dataclass
 class Exchange:
-    """Other numbers for a parameter, of whatever shape; what optimizers, averages and hooks hold stays the same object.
+    """New data of any shape for a parameter, which stays the same object for optimizers, averages and hooks.
 
     Attributes:
-        parameter: whose numbers and gradient are exchanged.
-        data: the numbers that it gets.
-        gradient: of their shape, or None.
+        parameter: gets new data and a new gradient.
+        data: the new data.
+        gradient: of the same shape, or None.
     """
 
     parameter: nn.Parameter
@@ -81,28 +81,27 @@ Assignment = Edit | Exchange
 def shrink(model: nn.Module, plan: Plan | Mapping[str, Any], *, verify: Any = True, fold: bool = True) -> nn.Module:
     """Cut `model` to the channels that `plan` keeps; the same object comes back, physically smaller.
 
-    The shrunken model computes what the model computes with the other channels masked to zero, which is verified.
-    Attention in every library divides by the square root of its current head_dim, so the queries are multiplied by
-    sqrt(kept / original) where head dimensions go. Weights that `fully_shard` shares out are gathered on the CPU for
-    the cut, and shared out again as they were; all processes call this together. The model then carries the plan,
-    which `upop.save` writes; a transformers model also carries it in its configuration, so that its own
-    `save_pretrained` and `push_to_hub` work.
+    The shrunken model computes the same outputs as the model with all other channels masked, which is verified. Every
+    library divides attention scores by the square root of the current head_dim, so queries are multiplied by
+    sqrt(kept / original) where head dims are pruned. Weights that are sharded by `fully_shard` are gathered on the CPU
+    for the cut, and sharded again; all processes call this together. The model then carries the plan, which `upop.save`
+    writes; a transformers model also carries it in its configuration, for its own `save_pretrained` and `push_to_hub`.
 
     Args:
         model: the dense model, without masks.
-        plan: what to keep; a `Plan`, or a mapping from group names to the channels to keep. Groups not named stay.
+        plan: a `Plan`, or a mapping from group names to the channels to keep. Unnamed groups stay whole.
         verify: inputs on which masked and shrunken outputs are compared (a tensor, a tuple of arguments, a mapping
-            of keyword arguments, or a function that is given the model). By default those with which groups were read,
-            of this model or another one of its class, or some that can be made for it. False cuts without proof, as
-            does `fold=False`; a model on the meta device has no outputs.
-        fold: False leaves the queries alone, for weights that are replaced right afterwards.
+            of keyword arguments, or a function of the model). By default those with which this model, or another one of
+            its class, was traced, or generated ones. False cuts without verification, as do `fold=False` and models on
+            the meta device.
+        fold: False does not rescale queries, for weights that are replaced right afterwards.
 
     Raises:
         PlanError: the plan does not fit the model.
         SettingError: the model is quantized.
-        LayoutError: a tensor to be cut is shared with a part of the model that is not.
+        LayoutError: a tensor to cut is shared with a part of the model that is not cut.
         VerificationError: the outputs differ, the cut model cannot be run, or there is nothing to verify on. In every
-            case the model is left as it was.
+            case the model is restored.
     """
     check_model(model, "shrink()")
     inner = unwrapped(model)
@@ -118,7 +117,7 @@ def shrink(model: nn.Module, plan: Plan | Mapping[str, Any], *, verify: Any = Tr
 
 
 def apply_plan(model: nn.Module, plan: Plan, *, verify: Any = True, fold: bool = True) -> None:
-    """Cut as `shrink` does, but a model that is no wrapper, which then carries nothing of it."""
+    """Cut an unwrapped model like `shrink`, without recording the plan on it."""
     refuse_sharded(model, "shrink()")
     groups = plan.check(model)
     refuse_masked(unmask(model), groups)
@@ -151,21 +150,21 @@ def cut_verified(
     *,
     dense: Dense | None = None,
 ) -> list[Assignment]:
-    """Apply the surgery, and prove it unless that is forbidden: the cut model computes what the masked one does.
+    """Cut the model, and verify that its outputs equal those of the masked model unless `verify` is False.
 
     Args:
         model: without masks.
         groups: of the model.
-        plan: what they keep.
-        verify: inputs for a call; True takes the first that was seen with which the model runs, False proves nothing.
-        seen: inputs for calls.
-        dense: what the parameters were. They are put back by who gave it, and none is held in its old size besides.
+        plan: their kept channels.
+        verify: inputs of a call; True takes the first of `seen` with which the model runs, False skips the check.
+        seen: possible inputs.
+        dense: backup of the parameters, which the caller restores; no other copy of the old sizes is then kept.
 
     Returns:
-        The edits that take it back; those of parameters are left to `dense`, if it was given.
+        The edits that undo the cut; parameters are left to `dense`, if given.
 
     Raises:
-        VerificationError: it does not, or nothing can be said of it; the model is whole again.
+        VerificationError: the outputs differ or cannot be compared; the model is restored.
     """
     refuse_shared(model, groups)
     if verify is False:
@@ -202,17 +201,17 @@ def cut(
     anew: bool = False,
     hold: bool = True,
 ) -> list[Assignment]:
-    """Apply the surgery; return the edits that take it back. Nothing is changed if building a layer fails.
+    """Cut the model; return the edits that undo it. Nothing changes if building a tensor fails.
 
-    Every parameter stays the same object, with fewer numbers and as much of its gradient.
+    Every parameter stays the same object; its data and gradient are cut.
 
     Args:
         model: without masks.
         groups: of the model.
-        plan: what they keep.
-        fold: whether queries are multiplied for a softmax scale that follows the size.
-        anew: give the model parameters of its own in place of those that it shares with others.
-        hold: False lets go of the numbers of a parameter as soon as it is cut; who calls has them.
+        plan: their kept channels.
+        fold: whether to rescale queries for a softmax scale that depends on the size.
+        anew: replace parameters by new objects, for copies that share them with other models.
+        hold: False frees the old data of each parameter at once; the caller has a backup.
     """
     refuse_shared(model, groups)
     going = [group for group in groups if len(plan[group.name]) < group.size]
@@ -238,7 +237,7 @@ def cut(
 
 
 def _emptied(model: nn.Module, group: Group) -> list[Edit]:
-    """Return the edits with which the module that holds an attention runs when nothing of it is left."""
+    """Return the edits that let a module run whose attention was pruned whole."""
     holder = dict(model.named_modules(remove_duplicate=False)).get(group.name)
     if holder is None or group.kind != "attention" or group.swaps:
         return []
@@ -246,7 +245,7 @@ def _emptied(model: nn.Module, group: Group) -> list[Edit]:
 
 
 def restore(undo: list[Assignment]) -> None:
-    """Take back what `cut` did."""
+    """Undo the edits of `cut`."""
     for edit in reversed(undo):
         edit.apply()
 
@@ -271,7 +270,7 @@ def _cut_tensor(
 
 
 def width_attribute(module: nn.Module, dim: int) -> str | None:
-    """Return the name under which a layer keeps the length of its weight along `dim`, or None."""
+    """Return the name of the attribute with the length of a weight along `dim`, or None."""
     if isinstance(module, nn.Linear):
         return ("out_features", "in_features")[dim]
     # transformers' Conv1D, whose weight is that of a linear layer transposed
@@ -279,7 +278,7 @@ def width_attribute(module: nn.Module, dim: int) -> str | None:
 
 
 def channels(layer: nn.Module) -> list[Edit]:
-    """Return the edits after which a convolution or a norm that was cut says of itself how many channels it has."""
+    """Return the edits that update the stored channel counts of a cut convolution or norm."""
     weight = layer._parameters.get("weight")
     if weight is None:
         return []
@@ -296,7 +295,7 @@ def channels(layer: nn.Module) -> list[Edit]:
 def refuse_shared(model: nn.Module, groups: list[Group]) -> None:
     """Raise a `LayoutError` if a tensor of `groups` is also held by another module of the model.
 
-    A module that the model reaches by several names is cut once, and is no trouble.
+    A module with several names is cut once, and is allowed.
     """
     names: dict[int, dict[tuple[int, str], str]] = {}
     for path, module in model.named_modules():
@@ -317,7 +316,7 @@ def refuse_shared(model: nn.Module, groups: list[Group]) -> None:
 def _masked_outputs(
     model: nn.Module, groups: list[Group], plan: Mapping[str, Sequence[int]], inputs: Iterable[Any]
 ) -> tuple[Any, Outputs]:
-    """Return the first inputs that the model can be called with, and what it gives for them when it is masked."""
+    """Return the first inputs that run, and the masked outputs for them."""
     failure: Exception | None = None
     for each in inputs:
         try:
@@ -340,7 +339,7 @@ def _masked_outputs(
 
 @contextmanager
 def _masked(model: nn.Module, groups: list[Group], plan: Mapping[str, Sequence[int]]) -> Iterator[None]:
-    """Mask the groups of a model, and momentum copies with them: they are cut too, and may be part of the outputs."""
+    """Mask groups and their momentum copies, which are cut too and may contribute to the outputs."""
     groups = [replace(group, slices=tuple(replace(part, follows=False) for part in group.slices)) for group in groups]
     masks = Masks(model, groups)
     try:
@@ -360,7 +359,7 @@ def _outputs_of_cut(model: nn.Module, inputs: Any) -> Outputs:
         raise VerificationError(
             f"{type(model).__name__} runs with masks and not when it is cut ({_described(error)}). It was left as it "
             f"was. "
-            "Something in it insists on a size that nothing told of: exclude the group, and please report it."
+            "A part of it has a hard-coded size that was not found: exclude the group, and please report it."
         ) from error
 
 
@@ -369,12 +368,12 @@ def _described(error: Exception) -> str:
 
 
 def _proved_in_float64(model: nn.Module, groups: list[Group], plan: Mapping[str, Sequence[int]], inputs: Any) -> bool:
-    """Prove the cut on a copy in float64; whether that is possible.
+    """Verify the cut on a copy in float64; return whether that was possible.
 
-    It is not for a model that is too large for one, or that computes in another precision whatever its weights are.
+    It is impossible for models that are too large, or that compute in a fixed precision.
 
     Raises:
-        VerificationError: the cut copy does not compute what the masked one does.
+        VerificationError: the outputs of the cut copy differ from the masked ones.
     """
     from upop.pruning.axes.copies import changed, copied, forgetting
     from upop.pruning.axes.proof import Precise

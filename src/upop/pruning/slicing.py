@@ -1,4 +1,4 @@
-"""What a cut leaves of a tensor, as a record, by which its gradient and what an optimizer keeps of it are cut too."""
+"""Records which part of a tensor a cut keeps, so that its gradient and optimizer state are cut alike."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from upop.pruning.sharded import is_sharded_tensor, through_whole
 
 @dataclass(frozen=True)
 class Slicing:
-    """What a cut leaves of one tensor.
+    """The part of a tensor that a cut keeps.
 
     Attributes:
         shape: of the tensor before the cut.
-        kept: dimension -> the positions along it that stay, ascending, int64, on the CPU.
-        scaled: (dimension, positions along it before the cut, factor): the queries, which the cut multiplies by it.
+        kept: dimension -> kept positions, ascending, int64, on the CPU.
+        scaled: (dimension, positions before the cut, factor): the queries that the cut multiplies by the factor.
     """
 
     shape: torch.Size
@@ -34,12 +34,12 @@ class Slicing:
 
     @torch.no_grad()
     def of(self, tensor: Tensor, degree: int) -> Tensor:
-        """Return what is left of a tensor, in memory of its own.
+        """Return the kept part of a tensor, in new memory.
 
         Args:
             tensor: of the shape before the cut.
-            degree: by which power of their factor queries are multiplied: 1 for weights, -1 for what grows with their
-                gradient, -2 for what grows with its square, 0 for what depends on neither.
+            degree: power of the factor for queries: 1 for weights, -1 for gradients and their averages, -2 for averages
+                of squared gradients, 0 for neither.
         """
         if is_sharded_tensor(tensor):
             return through_whole(tensor.detach(), lambda full: self.of(full, degree))
@@ -58,13 +58,13 @@ class Slicing:
 def slicings(
     model: nn.Module, groups: Iterable[Group], plan: Mapping[str, Sequence[int]], *, fold: bool = True
 ) -> dict[str, Slicing]:
-    """Return what a cut leaves of every tensor that it changes, by their names, in the order of the groups.
+    """Return tensor name -> slicing for every tensor that a cut changes, in the order of the groups.
 
     Args:
-        model: not cut yet; masked or not.
+        model: before the cut; masked or not.
         groups: of the model.
-        plan: what they keep.
-        fold: whether queries are multiplied for a softmax scale that follows the size.
+        plan: their kept channels.
+        fold: whether to rescale queries for a softmax scale that depends on the size.
     """
     going = [group for group in groups if len(plan[group.name]) < group.size]
     names = dict.fromkeys(part.tensor for group in going for part in group.slices)
@@ -74,7 +74,7 @@ def slicings(
 def slicing(
     tensor: Tensor, name: str, groups: Iterable[Group], plan: Mapping[str, Sequence[int]], fold: bool
 ) -> Slicing:
-    """Return what is left of one tensor, along all axes that groups cut it along."""
+    """Return the slicing of one tensor along all dimensions that groups cut."""
     stays: dict[int, Tensor] = {}
     scaled: list[tuple[int, Tensor, float]] = []
     for group, part in ((each, part) for each in groups for part in each.slices if part.tensor == name):

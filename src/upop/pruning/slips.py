@@ -1,4 +1,4 @@
-"""Checks for common mistakes in a first call, before any work: errors say what was given, and what to write instead."""
+"""Checks for common mistakes in a first call; errors say what was given, and what to write instead."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ _LOSS = "loss=lambda model, batch: F.cross_entropy(model(batch[0]), batch[1])"
 
 
 def check_model(model: object, what: str) -> None:
-    """Raise a `SettingError` unless `model` is a module that can be run.
+    """Raise a `SettingError` unless `model` is a module that can run.
 
     Args:
-        model: what was given.
-        what: that asks for it, as "Pruner".
+        model: the argument.
+        what: the function that takes it, such as "Pruner".
     """
     if isinstance(model, nn.Module):
         return
@@ -58,7 +58,7 @@ def listed(batches: object) -> list[Any]:
     """Return batches as a list.
 
     Raises:
-        SettingError: it is no iterable of batches, there is none in it, or there are far too many.
+        SettingError: it is no iterable of batches, or it holds none or far too many.
     """
     found = None
     if isinstance(batches, Tensor):
@@ -125,13 +125,13 @@ def _is_labels(inputs: object, labels: object) -> bool:
 
 
 def refuse_inference_mode(what: str) -> None:
-    """Raise a `StepError` inside of `torch.inference_mode`, where no gradients can be had."""
+    """Raise a `StepError` within `torch.inference_mode`, which has no gradients."""
     if torch.is_inference_mode_enabled():
         raise StepError(f"{what} needs gradients, and torch.inference_mode is on. Call it outside of that.")
 
 
 def scalar(value: object) -> Tensor:
-    """Return what a loss gave, if gradients can be had of it.
+    """Validate the result of a loss.
 
     Raises:
         StepError: it is no scalar tensor with a gradient; the message says what it is.
@@ -149,12 +149,12 @@ def scalar(value: object) -> Tensor:
 
 
 def tried(run: Callable[[], Any], what: str, batch: Any) -> Any:
-    """Return what `run` gives; errors of a call that was made with the wrong arguments say what was given.
+    """Return the result of `run`; errors from wrong arguments are explained by the batch.
 
     Args:
         run: calls a model or a loss.
-        what: it calls.
-        batch: that it is called with.
+        what: the callee, in words.
+        batch: the arguments.
 
     Raises:
         StepError: the call failed as calls with wrong arguments do.
@@ -170,7 +170,7 @@ def tried(run: Callable[[], Any], what: str, batch: Any) -> Any:
 
 
 def described(batch: object) -> str:
-    """Return in a few words what a batch is."""
+    """Describe a batch in a few words."""
     if isinstance(batch, Tensor):
         return f"a tensor of shape {tuple(batch.shape)}"
     if isinstance(batch, Mapping):

@@ -1,7 +1,7 @@
-"""Whether two models compute the same up to rounding; the size of rounding is measured, never assumed.
+"""Compares the outputs of two models up to rounding; the size of rounding is measured, never assumed.
 
-A difference is rounding if it is no larger than a few times what the very same model differs by when its sums are taken
-in another order. Where a copy in float64 fits, a cut is proved on that, and little is left to rounding.
+A difference counts as rounding if it is at most a few times the difference of the same model with its sums in another
+order. If a copy in float64 fits into memory, the cut is proved on that, where rounding is negligible.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _LARGE = 1e-5
 
 
 def outputs_of(model: nn.Module, inputs: Any) -> Outputs:
-    """Return every floating-point tensor in the model's outputs for `inputs`, with its place in them.
+    """Return every floating-point tensor in the model's outputs for `inputs`, with its path in them.
 
     Runs in evaluation mode, without gradients and without autocast, at full float32 precision; buffers stay as they
     are, and random numbers are the same at every call and left as they were.
@@ -54,7 +54,7 @@ def outputs_of(model: nn.Module, inputs: Any) -> Outputs:
 
 @contextmanager
 def _unpatched(model: nn.Module) -> Iterator[None]:
-    """Give modules their own forward where Accelerate put one around it that computes in mixed precision."""
+    """Restore the original forwards that Accelerate wrapped for mixed precision."""
     modules: list[Any] = [module for module in model.modules() if "_original_forward" in vars(module)]
     patched = [(module, module.forward) for module in modules]
     for module in modules:
@@ -67,7 +67,7 @@ def _unpatched(model: nn.Module) -> Iterator[None]:
 
 
 def tensors_of(value: Any, place: str = "output") -> Iterator[tuple[str, Tensor]]:
-    """Yield every floating-point tensor in a model's outputs, with its place in them."""
+    """Yield every floating-point tensor in a model's outputs, with its path in them."""
     if isinstance(value, Tensor):
         if value.is_floating_point():
             yield place, value
@@ -84,7 +84,7 @@ def tensors_of(value: Any, place: str = "output") -> Iterator[tuple[str, Tensor]
 
 @dataclass(frozen=True)
 class Difference:
-    """By how much one of two outputs differs, and how much of it rounding explains, relative to its largest channel."""
+    """The difference of one output, and the part that rounding explains, relative to its largest element."""
 
     place: str
     size: float
@@ -119,15 +119,15 @@ def difference(
     dtype: torch.dtype | None = None,
     proved: bool = False,
 ) -> Difference | None:
-    """Return the worst difference of two lists of outputs that are alike, or None where rounding explains all.
+    """Return the worst difference between two lists of outputs, or None if rounding explains all.
 
     Args:
-        expected: what the masked model gave.
-        found: what the cut one gave.
-        rounding: how much each output differs by rounding alone, measured once more by every element; it is called
-            only where a difference is larger than a few groups in the last place.
-        dtype: the precision of the weights, which may be lower than that of the outputs.
-        proved: whether the cut was proved in higher precision, so that only its run in this one is looked at.
+        expected: outputs of the masked model.
+        found: outputs of the cut model.
+        rounding: yields measurements of how much each output differs by rounding alone; it is used only if a
+            difference exceeds a few units in the last place.
+        dtype: precision of the weights, which may be lower than that of the outputs.
+        proved: whether the cut was proved in higher precision, so that this check only covers its run in this one.
     """
     differences = [_difference(one, other) for (_, one), (_, other) in zip(expected, found, strict=True)]
     spread = [0.0] * len(differences)
@@ -154,7 +154,7 @@ def difference(
 
 
 def refuse_unlike(expected: Outputs, found: Outputs) -> None:
-    """Raise a `VerificationError` if two lists of outputs cannot be compared number by number."""
+    """Raise a `VerificationError` if two lists of outputs cannot be compared elementwise."""
     if not any(value.numel() for _, value in expected):
         raise VerificationError(
             "The model gave no floating-point tensor; nothing to compare. Give verify= inputs for which it returns "
@@ -185,12 +185,12 @@ def refuse_unlike(expected: Outputs, found: Outputs) -> None:
 
 
 def _is_finite(tensor: Tensor) -> bool:
-    """Whether all of a tensor is finite; where its sum is, nothing needs to be looked at."""
+    """Whether all elements are finite; a finite sum decides that at once."""
     return bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())
 
 
 def _difference(one: Tensor, other: Tensor) -> tuple[float, float]:
-    """Return the largest difference of two tensors, and the largest channel of those that differ; in float64."""
+    """Return the largest difference of two tensors, and the largest element, in float64."""
     if torch.equal(one, other):
         return 0.0, 0.0
     unlike = (one != other) & one.isfinite()  # masks of -inf or of the smallest number are the same in both
@@ -199,7 +199,7 @@ def _difference(one: Tensor, other: Tensor) -> tuple[float, float]:
 
 
 def refuse_unsteady(outputs: Outputs, again: Outputs) -> None:
-    """Raise a `VerificationError` if two calls of the same model do not give the same."""
+    """Raise a `VerificationError` if two calls of the same model give different outputs."""
     for (place, one), (_, other) in zip(outputs, again, strict=True):
         size, scale = _difference(one, other)
         if size > torch.finfo(one.dtype).eps ** 0.5 * scale:
@@ -213,14 +213,14 @@ def refuse_unsteady(outputs: Outputs, again: Outputs) -> None:
 
 
 def rounding_of(run: Callable[[], Outputs], *, outputs: Outputs | None = None) -> Iterator[list[float]]:
-    """Yield how much each output of a model differs when its products are summed in another order, time after time.
+    """Yield how much each output changes when products are summed in another random order, repeatedly.
 
     Args:
-        run: gives the outputs of a call.
-        outputs: what it gave; where a second call gives something else, rounding cannot be told.
+        run: returns the outputs of a call.
+        outputs: its outputs so far; if a second call differs, rounding cannot be measured.
 
     Raises:
-        VerificationError: two calls do not give the same.
+        VerificationError: two calls give different outputs.
     """
     from upop.pruning.axes.copies import written_out
 
@@ -244,10 +244,10 @@ def _largest(tensor: Tensor) -> float:
 
 
 class _Lowered(TorchDispatchMode):
-    """Sees to which precision numbers are rounded on the way, whatever that of what goes in and comes out.
+    """Finds the lowest precision of intermediate results, whatever that of inputs and outputs.
 
     Attributes:
-        end: the group in the last place of the lowest one; 0 where none is rounded.
+        end: its unit in the last place; 0 if no result is rounded.
     """
 
     end = 0.0
@@ -273,7 +273,7 @@ def _end(tensor: Tensor) -> float:
 
 
 class _OtherOrder(TorchDispatchMode):
-    """Takes the sums of matrix products and convolutions in another order, in two halves: the same function."""
+    """Computes matrix products and convolutions as sums of two halves: the same function, rounded otherwise."""
 
     def __init__(self, seed: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -306,7 +306,7 @@ class _OtherOrder(TorchDispatchMode):
         return torch.randperm(size, generator=self._draws, device="cpu").to(device)
 
     def _product(self, product: Any, one: Tensor, other: Tensor, **kwargs: Any) -> Tensor:
-        """Return a product [..., n] x [n, ...] as the sum of two, of random halves of the n."""
+        """Return a product [..., n] x [n, ...] as the sum over two random halves of n."""
         order = self._order(one.shape[-1], one.device)
         parts = [
             product(one.index_select(-1, half), other.index_select(-2, half), **kwargs)

@@ -1,4 +1,4 @@
-"""Warnings of a search, or of a cut without training."""
+"""Warnings of a search or of a one-shot cut."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from upop.pruning.prunable import find_prunable
 
 
 def warn_of_skipped(skipped: int, steps: int) -> None:
-    """Say how many of so many steps were left out."""
+    """Warn of skipped steps."""
     warnings.warn(
         f"{skipped} of {steps} search steps had gradients that are not finite and were left out.",
         stacklevel=6,  # the caller of step(): no_grad adds a frame
@@ -41,12 +41,12 @@ def warn_of_unscored(unscored: list[str], groups: int, steps: int) -> None:
 
 
 def warn_of_none(corrected: Sequence[bool], advice: str, *, stacklevel: int) -> None:
-    """Warn where layers lost inputs, in one stage or several, and all of them were left as they were.
+    """Warn if no layer that lost inputs was corrected.
 
     Args:
-        corrected: whether it was corrected, for each of them.
+        corrected: whether each layer was corrected.
         advice: what to do about it.
-        stacklevel: of the user's call.
+        stacklevel: that of the user's call.
     """
     if corrected and not any(corrected):
         warnings.warn(
@@ -60,7 +60,7 @@ _COVERED = 0.6
 
 
 def warn_of_uncovered(model: nn.Module) -> None:
-    """Warn where less than 60 % of the parameters of a model's blocks are in groups."""
+    """Warn if groups cover less than 60 % of the parameters in a model's blocks."""
     found = find_prunable(model)
     covered = coverage(model, found.groups, found.skipped)
     if covered.of_blocks >= _COVERED:
