@@ -290,6 +290,38 @@ def test_a_pipeline_in_a_fresh_process(tmp_path: Path) -> None:
     assert found == pytest.approx(scores.tolist(), abs=2e-6)
 
 
+FLAGGED = """
+import sys
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.quantizers.auto import AutoQuantizationConfig
+import torch
+folder, out = sys.argv[1:]
+config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
+record = AutoQuantizationConfig.from_dict(config.quantization_config)  # as lm-eval does, before any model is built
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, quantization_config=record)
+with torch.no_grad():
+    torch.save(model.eval()(torch.arange(1, 8)[None]).logits, out)
+model.save_pretrained(folder + "-again")
+"""
+"""A program that imports no upop, and may run a folder's code."""
+
+
+def test_the_flag_that_trusts_a_folder_imports_upop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    model, _ = compressed("llama")
+    upop.save(model, tmp_path / "cut")
+    words = [sys.executable, "-c", FLAGGED, str(tmp_path / "cut"), str(tmp_path / "out.pt")]
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert not done.returncode, done.stderr
+    with torch.no_grad():
+        torch.testing.assert_close(torch.load(tmp_path / "out.pt"), model(torch.arange(1, 8)[None]).logits)
+    again = json.loads((tmp_path / "cut-again" / "config.json").read_text())
+    assert "auto_map" not in again and again["quantization_config"]["quant_method"] == "upop"
+    plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "cut")  # nobody is asked whether to trust it
+    upop.save(plain, tmp_path / "whole")
+    assert not (tmp_path / "whole" / "configuration_upop.py").exists()
+
+
 @since("transformers", "5.23", "it pushes in another way")
 def test_pushing_uploads_what_reloads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, inputs = compressed("bert")

@@ -123,6 +123,8 @@ def save(
     with replacing_folder(folder, "model", overwrite=overwrite) as fresh:
         if in_transformers:
             model.save_pretrained(fresh)  # type: ignore[operator]
+            if plan is not None and not plain:
+                owners.write_code(model, fresh)
         else:
             write_weights(model.state_dict(), fresh / WEIGHTS)
             if in_timm is not None:

@@ -40,6 +40,13 @@ def plain_timm(model: nn.Module, described: Mapping[str, Any], plan: Plan | None
     return plain.plain_timm(model, described["timm"])
 
 
+def write_code(model: nn.Module, folder: Path) -> None:
+    """Do what `loading_code.write_code` does."""
+    from upop.checkpoints import loading_code
+
+    loading_code.write_code(model, folder)
+
+
 def timm_config(model: nn.Module, name: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Return what `timm_models.hub_config` does."""
     from upop.checkpoints import timm_models

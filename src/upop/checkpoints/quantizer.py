@@ -28,6 +28,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 import upop
 from upop.checkpoints.blank import outline
 from upop.checkpoints.fit import listed
+from upop.checkpoints.loading_code import forget_code
 from upop.checkpoints.plain import alike, become_plain
 from upop.checkpoints.renamed import groups_today, outermost, placed
 from upop.checkpoints.sizes import Sizes, dense_meta_copy, resize, sizes_from_json, sizes_of
@@ -123,6 +124,7 @@ class UpopQuantizer(HfQuantizer):
             if isinstance(module, PreTrainedModel) and hasattr(module.config, "_is_quantized"):
                 del module.config._is_quantized
         model.config.quantization_config = record
+        forget_code(model.config)
         _align(model)
         return model
 

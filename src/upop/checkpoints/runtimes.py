@@ -36,7 +36,7 @@ def runtimes(description: Mapping[str, Any]) -> Sequence[Row]:
 def _transformers(plain: bool) -> Sequence[Row]:
     if plain:
         return [
-            ("transformers, without upop", "yes", "`from_pretrained(FOLDER)`: an ordinary configuration"),
+            ("transformers and lm-eval, without upop", "yes", "`from_pretrained(FOLDER)`: an ordinary configuration"),
             (
                 SERVERS,
                 "as others of its class",
@@ -46,6 +46,11 @@ def _transformers(plain: bool) -> Sequence[Row]:
     uneven = "its layers differ in size, which its class cannot say"
     return [
         ("transformers with upop", "yes", "`import upop`, then `from_pretrained(FOLDER)`"),
+        (
+            "lm-eval, and others that may run a folder's code",
+            "yes, where upop is installed",
+            "`--trust_remote_code`: `configuration_upop.py` here imports upop",
+        ),
         ("transformers, without upop", "after an export", f"`upop export FOLDER --to padded`; {uneven}"),
         (
             SERVERS,
