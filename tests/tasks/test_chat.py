@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from PIL import Image
 import upop
 import vlms
 from upop.cli import main
-from upop.errors import DataError, SettingError, UPopError
+from upop.errors import DataError, MissingLibraryError, SettingError, UPopError
 from upop.examples import Examples
 from upop.metrics.answers import anls, answer_scores
 from upop.runs.loop import Loop
@@ -96,6 +97,16 @@ def test_wrong_inputs_are_answered(
     with pytest.raises(UPopError, match=said):
         compress(find_task("chat"), ChatSettings(num_workers=0, device="cpu", **{**given, **changed}))
     assert not Path("out").exists() or not list(Path("out").glob("*.json*"))
+
+
+def test_an_optimizer_that_is_not_installed_is_refused_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    monkeypatch.setattr("upop.runs.evaluation.evaluate", pytest.fail)
+    model, data = vlms.llama(tmp_path / "model"), rows(tmp_path / "data", images=False)
+    with pytest.raises(
+        MissingLibraryError, match=r"bitsandbytes, which is not installed. Run: pip install 'upop\[chat\]'"
+    ):
+        compress(find_task("chat"), settings(model, data, tmp_path / "out", optimizer="paged_adamw8bit"))
 
 
 def test_flags_name_model_data_and_columns(

@@ -186,6 +186,16 @@ class ChatTask(Task[ChatSettings]):
         setattr(model, _FOLDER, str(path))
         return model.to(PRECISIONS[settings.precision]) if settings.precision != "auto" else model
 
+    def adapt(self, model: nn.Module, settings: ChatSettings, *, training: bool) -> tuple[nn.Module, Sequence[str]]:
+        """Return the model as it is; an optimizer that is not installed is refused before anything is evaluated.
+
+        Raises:
+            MissingLibraryError: it is not.
+        """
+        if training:
+            _optimizer_class(settings.optimizer)
+        return model, ()
+
     def dataset(self, settings: ChatSettings, split: str) -> ChatRows:
         """Return the conversations of a split."""
         found = _format(settings)
@@ -226,12 +236,7 @@ class ChatTask(Task[ChatSettings]):
         """Return AdamW, with a state of 8 bits where that is asked for."""
         weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
         rate, decay = settings.init_lr, settings.weight_decay
-        if settings.optimizer == "adamw":
-            return torch.optim.AdamW(weights, lr=rate, weight_decay=decay)
-        with naming_missing():
-            import bitsandbytes
-        kinds = {"adamw8bit": bitsandbytes.optim.AdamW8bit, "paged_adamw8bit": bitsandbytes.optim.PagedAdamW8bit}
-        found: torch.optim.Optimizer = kinds[settings.optimizer](weights, lr=rate, weight_decay=decay)
+        found: torch.optim.Optimizer = _optimizer_class(settings.optimizer)(weights, lr=rate, weight_decay=decay)
         return found
 
     def loss(self, model: nn.Module, batch: Batch, settings: ChatSettings, epoch: float) -> Tensor:
@@ -314,6 +319,15 @@ class ChatTask(Task[ChatSettings]):
             name: value.to(device, kind if value.is_floating_point() else value.dtype)
             for name, value in self.inputs(batch).items()
         }
+
+
+def _optimizer_class(name: str) -> Any:
+    """Return the class of an optimizer that the settings name."""
+    if name == "adamw":
+        return torch.optim.AdamW
+    with naming_missing():
+        import bitsandbytes
+    return {"adamw8bit": bitsandbytes.optim.AdamW8bit, "paged_adamw8bit": bitsandbytes.optim.PagedAdamW8bit}[name]
 
 
 def _check_weighed(tokens: Tensor, samples: ChatRows, settings: ChatSettings) -> None:
