@@ -28,7 +28,7 @@ _TIMES = 4
 _ORDERS = 4
 """In how many other orders sums are taken before a difference is refused."""
 _ENDS, _ENDS_OF_PROVED, _LEAST = 4, 64, 1e-10
-"""Differences of so many groups in the last place need no measurement, nor do those of 1e-10 of the outputs."""
+"""Differences of so many units in the last place need no measurement, nor do those of 1e-10 of the outputs."""
 _LARGE = 1e-5
 """What of the outputs may be rounding where weights are in float64: a forward may compute in float32 all the same."""
 
@@ -190,7 +190,7 @@ def _is_finite(tensor: Tensor) -> bool:
 
 
 def _difference(one: Tensor, other: Tensor) -> tuple[float, float]:
-    """Return the largest difference of two tensors, and the largest element, in float64."""
+    """Return the largest difference of two tensors, and the largest of the elements that differ, in float64."""
     if torch.equal(one, other):
         return 0.0, 0.0
     unlike = (one != other) & one.isfinite()  # masks of -inf or of the smallest number are the same in both

@@ -1,8 +1,8 @@
-"""Models that `fully_shard` was called on, for a moment in one piece: what needs whole weights finds a plain model.
+"""Unshards an FSDP2 model temporarily, for operations that need whole weights.
 
-Weights are gathered on the CPU, tensor by tensor, and the modules lose FSDP's class and hooks. Afterwards every process
-takes its share of what has become of them, in the groups that there were. Parameters stay the objects that optimizers
-hold.
+Weights are gathered on the CPU, tensor by tensor, and the modules lose the class and hooks of FSDP. Afterwards every
+process takes its shards of the changed weights, in the same parameter groups. Parameters stay the same objects for
+optimizers.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ from upop.pruning.sharded import (
 
 @contextmanager
 def whole(model: nn.Module) -> Iterator[None]:
-    """Within the block a sharded model is an ordinary one on the CPU; all processes enter and leave it together.
+    """Make a sharded model an ordinary one on the CPU within the block; all processes enter and leave it together.
 
-    Nothing happens to a model that is not sharded. If the block raises, in whichever process, the model is put back.
+    A model that is not sharded stays as it is. If the block raises in any process, the model is restored.
 
     Raises:
         LayoutError: layers that were sharded one by one are masked.
@@ -101,18 +101,18 @@ def whole(model: nn.Module) -> Iterator[None]:
 
 
 def full_copy(model: nn.Module, like: nn.Module | None = None) -> nn.Module:
-    """Return a plain, whole copy of a sharded model on the CPU, without masks, on every process.
+    """Return an unsharded copy of a model on the CPU, without masks, on every process.
 
-    All processes call it at the same time. Tensors are gathered one by one, so a device needs room for the largest.
+    All processes call it together. Tensors are gathered one by one, so a device needs room for the largest.
 
     Args:
         model: the sharded model, cut or not (a plain one is copied as it is).
-        like: the same model, not sharded and not masked, on any device, the meta device too; it is left as it is.
-            Whatever else modules hold than parameters and buffers is copied from it. By default it is copied from
-            `model`, which takes room for a second copy on the CPU meanwhile.
+        like: the same model, unsharded and without masks, on any device, including meta; it is left unchanged. Other
+            attributes of modules are copied from it. By default they are copied from `model`, which takes memory for a
+            second copy on the CPU meanwhile.
 
     Raises:
-        LayoutError: the two models have other parameters, or `like` is needed: masked layers are sharded one by one.
+        LayoutError: the models have different parameters, or `like` is needed: masked layers are sharded one by one.
     """
     if like is None:
         with whole(model):
@@ -127,7 +127,7 @@ def full_copy(model: nn.Module, like: nn.Module | None = None) -> nn.Module:
 
 
 def dense_copy(model: nn.Module) -> nn.Module:
-    """Return a copy of a model as it is; it is sharded as the model is, if that is. All processes call it together."""
+    """Return a copy of a model, sharded like the model. All processes call it together."""
     with whole(model):
         plain = duplicate(model)
     modules = {name: module for name, module in model.named_modules() if module in set(sharded_modules(model))}
@@ -159,7 +159,7 @@ def dense_copy(model: nn.Module) -> nn.Module:
 
 
 def _shards(module: Any) -> Iterator[Any]:
-    """Yield what FSDP keeps of each parameter that it shares out with a module."""
+    """Yield the FSDP record of each sharded parameter of a module."""
     for group in _parts(module._get_fsdp_state()):
         yield from group.fsdp_params
 
@@ -171,7 +171,7 @@ def _parts(state: Any) -> list[Any]:
 
 
 def _gathered(part: Any) -> tuple[Tensor, int]:
-    """Give modules a whole parameter in place of its shards; return it, and its version."""
+    """Replace the shards of a parameter by the full tensor; return it with its version."""
     sharded = part.sharded_param
     data = sharded.detach().full_tensor().to("cpu", copy=True).view(sharded.shape)  # empty ones come in another shape
     plain = nn.Parameter(data, requires_grad=sharded.requires_grad)
@@ -180,7 +180,7 @@ def _gathered(part: Any) -> tuple[Tensor, int]:
 
 
 def _share_out(part: Any, given: tuple[Tensor, int]) -> None:
-    """Give modules the shards of a parameter again: other ones, where it was changed, in the same object."""
+    """Reshard a parameter into the same object, from the changed tensor if it was changed."""
     held, (data, version) = part.sharded_param, given
     info = part._module_info
     plain = getattr(info.module, info.param_name)
@@ -223,7 +223,7 @@ _HOOKS = (
 
 
 def _without_hooks(model: nn.Module) -> list[tuple[Any, dict[int, Callable[..., Any]]]]:
-    """Take FSDP's hooks off; return where hooks are, and those that were there, in their order."""
+    """Remove the hooks of FSDP; return the hook dictionaries with their former contents, in order."""
     found = []
     for module in model.modules():
         for held in (vars(module)[name] for name in _HOOKS):

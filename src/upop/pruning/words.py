@@ -15,7 +15,7 @@ _MODALITIES = {"timm": "vision", "torchvision": "vision", "open_clip": "text", "
 
 
 def true_class(module: nn.Module) -> type:
-    """Return the class that the library defined, whatever masks, cuts or sharding made of it."""
+    """Return the original class of a module, before masks, cuts or sharding replaced it."""
     kind: type = type(module)
     while True:
         below = kind.__dict__.get("unmasked_class") or kind.__dict__.get("uncut_class") or unsharded_class(kind)
@@ -55,7 +55,7 @@ def _in_words(name: str) -> str | None:
 
 
 def _ancestors(model: nn.Module, name: str) -> Iterator[nn.Module]:
-    """Yield the module called `name` and those around it, from the inside out."""
+    """Yield the module called `name` and its ancestors, from the inside out."""
     while name:
         yield model.get_submodule(name)
         name = name.rpartition(".")[0]

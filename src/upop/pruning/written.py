@@ -1,4 +1,4 @@
-"""Groups as JSON: a plan carries them, so that a cut traces nothing; reading checks them as input from outside."""
+"""Groups as JSON: plans carry them, so that a cut needs no tracing. JSON is validated as untrusted input."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ _OF_MODULES = frozenset(dir(nn.Module()))
 
 
 def as_json(group: Group) -> dict[str, Any] | None:
-    """Return a group as JSON values; None where a class that it swaps has no name."""
+    """Return a group as JSON values; None if a swapped class has no name."""
     if any(not swap.how for swap in group.swaps):
         return None
     content = {_KEYS.get(field.name, field.name): getattr(group, field.name) for field in fields(group)}
@@ -64,18 +64,18 @@ def renamed(content: Mapping[str, Any], change: Callable[[str], str]) -> dict[st
 
 
 def from_json(content: Any, model: nn.Module, swaps: Mapping[str, Swapped]) -> Group:
-    """Return a group that `as_json` wrote, if it can be one of a model.
+    """Read a group from the output of `as_json`, validated against a model.
 
-    Names lead to tensors of the model and to numbers that its modules keep, and nowhere else; no more is computed than
-    the tensors are long.
+    Names can only refer to tensors of the model and stored numbers of its modules; the work is bounded by the lengths
+    of the tensors.
 
     Args:
-        content: JSON values, from anywhere.
-        model: whose tensors are cut.
-        swaps: how a class is made of a module's, by name.
+        content: JSON values, untrusted.
+        model: its tensors are cut.
+        swaps: name -> function that derives the class from a module's class.
 
     Raises:
-        ValueError: it is something else; the message says what is wrong.
+        ValueError: it is no group of the model; the message says why.
     """
     values = _fields_of(Group, content)
     _one_of("kind", values["kind"], get_args(Kind))
@@ -224,7 +224,7 @@ def _tensor(model: nn.Module, name: str) -> Sequence[int]:
 
 
 def _without_defaults(record: Slice | Attribute) -> dict[str, Any]:
-    """Return a record as JSON values, those left out that are as they are by default."""
+    """Return a record as JSON values, without default values."""
     defaults = {each.name: each.default for each in fields(record)}
     return {
         name: list(value) if isinstance(value, tuple) else value

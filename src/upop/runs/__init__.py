@@ -1,1 +1,1 @@
-"""What runs a task: one loop for training, search and retraining on Accelerate, run directories, and resuming."""
+"""Runs tasks: one loop for training, search and retraining on Accelerate; run directories and resuming."""

@@ -1,6 +1,6 @@
-"""LoRA: small matrices beside frozen weights are trained, and added to the weights at the end (Hu et al., 2021).
+"""LoRA: trains low-rank matrices beside frozen weights, and merges them at the end (Hu et al., 2021).
 
-`peft` puts them into the model in place, so it stays the same object, and what is saved of it is an ordinary model.
+`peft` inserts them in place, so the model stays the same object and is saved as an ordinary model.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ _NAME = "default"
 
 
 class Adapters:
-    """The adapters of a model, beside all of its linear layers but the one that gives the vocabulary's logits.
+    """The adapters of a model, on all linear layers except the output layer of the vocabulary.
 
     Args:
-        model: changed in place; all of its own weights are frozen.
-        rank: of the matrices.
+        model: changed in place; its own weights are frozen.
+        rank: rank of the matrices.
 
     Raises:
         SettingError: the model has no linear layer.
@@ -44,7 +44,7 @@ class Adapters:
 
     @contextmanager
     def merged(self) -> Iterator[None]:
-        """Within the block the model is an ordinary one, with what the adapters learned added to its weights."""
+        """Merge the adapters into the weights within the block, so that the model is an ordinary one."""
         layers = list(self._layers())
         before = [layer.get_base_layer().weight.data for _, layer in layers]
         self._add(layers)
@@ -56,7 +56,7 @@ class Adapters:
                 _set(self._model, name, layer)
 
     def merge(self) -> None:
-        """Make the model an ordinary one for good; its weights can be trained again."""
+        """Merge the adapters permanently, and unfreeze the weights."""
         self._add(list(self._layers()))
         self._model.requires_grad_(True)
 

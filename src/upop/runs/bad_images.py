@@ -1,8 +1,8 @@
-"""Doing without a number of unreadable images: `skip_bad_images`.
+"""Tolerates a number of unreadable images (`skip_bad_images`).
 
-In training another sample takes the place of one whose image cannot be read: the next one in the data set that can
-be, so that runs can be repeated. In evaluation such samples are left out: neither right nor wrong. Every unreadable
-file is told once, and one more than is tolerated ends the run.
+In training, the next readable sample of the data set replaces one whose image cannot be read, so that runs are
+repeatable. In evaluation, such samples are left out. Every unreadable file is reported once; one beyond the tolerated
+number ends the run.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _DRAWN = "drawn"
 
 @dataclass(frozen=True)
 class BadImage:
-    """An unreadable file: which, what asks for it (file and sample), and why it cannot be read."""
+    """An unreadable file: its path, the file and sample that refer to it, and the reason."""
 
     image: str
     file: str
@@ -34,19 +34,19 @@ class BadImage:
 
     @classmethod
     def of(cls, error: BadImageError) -> BadImage:
-        """What an error says."""
+        """Build the record from an error."""
         return cls(error.image, error.file, error.sample, error.reason)
 
     def described(self) -> str:
-        """All of it in one line."""
+        """Return the record in one line."""
         return f"{self.image} ({self.file}, sample {self.sample}): {self.reason}"
 
 
 class BadImages:
-    """The unreadable files that a run has met, each once, in the order in which they were met.
+    """The unreadable files of a run, each once, in order of appearance.
 
     Args:
-        tolerated: how many there may be.
+        tolerated: how many are allowed.
     """
 
     def __init__(self, tolerated: int) -> None:
@@ -56,7 +56,7 @@ class BadImages:
         self._found: dict[str, BadImage] = {}
 
     def know(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Take in the rows of a run that is resumed."""
+        """Restore the rows of a resumed run."""
         for row in rows:
             # Earlier versions wrote "record".
             self._found[row["image"]] = BadImage(
@@ -64,18 +64,18 @@ class BadImages:
             )
 
     def __len__(self) -> int:
-        """How many there are."""
+        """The number of files."""
         return len(self._found)
 
     def rows(self) -> list[dict[str, Any]]:
-        """Return them as JSON values, one row each."""
+        """Return one row per file, as JSON values."""
         return [asdict(each) for each in self._found.values()]
 
     def take(self, images: Iterable[BadImage]) -> None:
-        """Take in what was met.
+        """Add newly found files.
 
         Raises:
-            DataError: there are more than are tolerated; the message names this one and all before it.
+            DataError: there are more than tolerated; the message names all of them.
         """
         for image in images:
             if image.image in self._found:
@@ -88,7 +88,7 @@ class BadImages:
 
 
 class Drawn(NamedTuple):
-    """A sample's item, its number, and the unreadable files that were met on the way to it."""
+    """An item with its sample number, and the unreadable files that were skipped before it."""
 
     item: Any
     number: int
@@ -96,11 +96,11 @@ class Drawn(NamedTuple):
 
 
 class Noted:
-    """What a data set keeps of its unreadable samples, in the training process itself.
+    """The unreadable samples of a data set, as known in the training process.
 
     Attributes:
         bad_images: of the whole run.
-        left_out: the numbers of the samples that were found unreadable; `readable` keeps it.
+        left_out: numbers of the unreadable samples; maintained by `readable`.
     """
 
     def __init__(self, bad_images: BadImages, *, training: bool) -> None:
@@ -108,15 +108,15 @@ class Noted:
         self.left_out: set[int] = set()
 
     def draw(self, read: Callable[[int], Any], index: int, count: int) -> Drawn:
-        """Return the sample of that number, or else the next one that can be read.
+        """Return the sample with this number, or the next readable one.
 
         Args:
-            read: gives a sample's item.
-            index: its number, copies counted.
-            count: the number of samples.
+            read: returns the item of a sample.
+            index: sample number, copies included.
+            count: number of samples.
 
         Raises:
-            DataError: on the way to it are more unreadable files than are tolerated.
+            DataError: more unreadable files than tolerated were skipped.
         """
         bad: dict[str, BadImage] = {}
         for step in range(count):
@@ -131,7 +131,7 @@ class Noted:
         raise DataError(f"No image of the data set can be read; the first is {next(iter(bad.values())).described()}.")
 
     def note(self, batch: dict[str, Any], accelerator: Accelerator) -> None:
-        """Take a batch's notes out of it and into the lists; all processes do this together."""
+        """Move the notes of a batch into the lists; all processes do this together."""
         drawn: Sequence[tuple[int, tuple[BadImage, ...]]] = batch.pop(_DRAWN)
         met = [(number, bad) for number, bad in drawn if bad]
         if accelerator.num_processes > 1:
@@ -146,7 +146,7 @@ class Noted:
 
 @dataclass(frozen=True)
 class NotingCollator:
-    """Makes a batch with the task's own collator, and notes beside it which samples were drawn."""
+    """Wraps the collator of a task; adds the drawn sample numbers to each batch."""
 
     collate: Callable[[list[Any]], Mapping[str, Any]]
 
@@ -159,12 +159,12 @@ class NotingCollator:
 
 
 def without_notes(batch: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a batch without what `NotingCollator` notes in it."""
+    """Return a batch without the notes of `NotingCollator`."""
     return {name: value for name, value in batch.items() if name != _DRAWN}
 
 
 def counted(loader: Any) -> Tensor | None:
-    """Return the numbers of the samples of an evaluation's loader that count, ascending; None where all do."""
+    """Return the sample numbers that count in an evaluation, ascending; None if all do."""
     dataset = loader.dataset
     if not isinstance(dataset, Noted) or not dataset.left_out:
         return None
@@ -172,10 +172,10 @@ def counted(loader: Any) -> Tensor | None:
 
 
 def readable(accelerator: Accelerator, loader: Any) -> Iterator[Any]:
-    """Give the batches of a prepared loader, and take note of unreadable images; all processes go through it alike.
+    """Yield the batches of a prepared loader, and record unreadable images; all processes iterate together.
 
     Raises:
-        DataError: there are more than are tolerated.
+        DataError: there are more than tolerated.
     """
     dataset = loader.dataset
     for batch in loader:

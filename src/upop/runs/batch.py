@@ -1,9 +1,8 @@
 """`batch_size_train: auto`: the largest batch that fits into memory, by measured steps on real samples.
 
-Gradients and what the optimizer keeps have the size that they have. On top of them come activations and what is
-computed from them, which is measured on two small batches: it grows by so many bytes per sample. What is left of the
-memory then says how many samples fit. On CUDA the batch found is tried, and made smaller until it fits. On the CPU,
-where memory that is used up ends the process instead of raising an error, the measured growth decides alone.
+Gradients and optimizer state have a fixed size. The memory of activations per sample is measured on two small batches,
+and the free memory then determines the batch. On CUDA the result is tried, and reduced until it fits. On the CPU, where
+exhausted memory kills the process instead of raising an error, the measured growth alone decides.
 """
 
 from __future__ import annotations
@@ -35,14 +34,14 @@ _ROUND = 8
 
 
 class BatchSize(NamedTuple):
-    """What fits.
+    """The batch that fits.
 
     Attributes:
         size: samples per forward pass and process.
         accumulate: forward passes per step.
-        fixed: bytes of a step whatever the batch: gradients, what the optimizer keeps, copies of the model.
-        per_record: bytes that each sample adds.
-        free: bytes that there were.
+        fixed: bytes of a step for any batch: gradients, optimizer state, copies of the model.
+        per_record: bytes per sample.
+        free: free bytes.
     """
 
     size: int
@@ -52,7 +51,7 @@ class BatchSize(NamedTuple):
     free: int
 
     def described(self) -> str:
-        """What was found, in words."""
+        """Return the result in words."""
         passes = f", {self.accumulate} of them per step" if self.accumulate > 1 else ""
         return f"batches of {self.size} samples{passes}: {_described(self.fixed, self.per_sample, self.free)}"
 
@@ -66,15 +65,15 @@ def find_batch_size(
     *,
     taught: bool = False,
 ) -> BatchSize:
-    """Return the largest batch that fits; the model comes back as it was, on the accelerator's device.
+    """Return the largest batch that fits; the model is restored, on the device of the accelerator.
 
-    Where the settings name a `batch_size_train`, the samples per step stay as they name them: the batch is the largest
-    divisor of batch_size_train x accumulate that fits. All processes take the smallest of theirs. `taught` says whether
-    the dense model teaches.
+    If the settings give a `batch_size_train`, the samples per step stay the same: the batch is the largest divisor of
+    batch_size_train x accumulate that fits. All processes use the smallest of their results. `taught` says whether the
+    dense model is a teacher.
 
     Raises:
         OutOfMemoryError: not even the smallest batch fits.
-        SettingError: the model's weights are spread over processes.
+        SettingError: the model is sharded over processes.
     """
     if settings.sharding != "none":
         raise SettingError(
@@ -110,7 +109,7 @@ def find_batch_size(
 
 
 class _Probe:
-    """Takes steps on batches of real samples, and says how much memory they take."""
+    """Takes steps on real samples, and measures their memory."""
 
     def __init__(
         self,
@@ -131,7 +130,7 @@ class _Probe:
         self._items: list[Any] = []
 
     def growth(self) -> tuple[int, int]:
-        """Return the bytes that forward and backward take whatever the batch, and those that each sample adds.
+        """Return the fixed bytes of forward and backward, and the bytes per sample.
 
         Raises:
             OutOfMemoryError: not even one sample fits.
@@ -155,7 +154,7 @@ class _Probe:
         return sum(int(value.nbytes) for value in kept if isinstance(value, Tensor))
 
     def bytes_of(self, size: int, *, step: bool = False) -> int | None:
-        """Return the bytes that so many samples add while they are trained on; None if they do not fit."""
+        """Return the bytes that a step on `count` samples adds; None if they do not fit."""
         device = self._accelerator.device
         try:
             batch = self._batch(size)
@@ -191,7 +190,7 @@ class _Probe:
 
 
 def _copies(accelerator: Accelerator, settings: RunSettings, model: nn.Module, taught: bool) -> int:
-    """Return the bytes of what will lie beside the model: its average, its dense copy, buckets of gradients."""
+    """Return the bytes of everything beside the model: moving average, teacher, gradient buckets."""
     weights = sum(int(parameter.nbytes) for parameter in model.parameters())
     dense = accelerator.device.type == "cpu" or taught
     there = (settings.ema_decay is not None, dense, accelerator.num_processes > 1)
@@ -199,7 +198,7 @@ def _copies(accelerator: Accelerator, settings: RunSettings, model: nn.Module, t
 
 
 def _step_samples(settings: RunSettings, size: int) -> int:
-    """Return the samples of a step and process: those that the settings name, or else as many batches as they say."""
+    """Return the samples per step and process by the settings."""
     named = "batch_size_train" in settings.model_fields_set
     return settings.batch_size_train * settings.accumulate if named else size * settings.accumulate
 
@@ -220,7 +219,7 @@ def _choice(task: Task[Any], settings: RunSettings, samples: int, most: int, pro
 
 
 def _smallest(accelerator: Accelerator, value: int) -> int:
-    """Return the smallest value of all processes."""
+    """Return the smallest value over all processes."""
     everyone = accelerator.gather(torch.tensor([value], device=accelerator.device))
     least: int = min(cast(Tensor, everyone).tolist())
     return least

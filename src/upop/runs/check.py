@@ -1,4 +1,4 @@
-"""Whether all that a run needs is there and whole, before GPU hours begin."""
+"""Checks that everything a run needs is present and intact, before GPU hours begin."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at.
+    """The result of one check.
 
     Attributes:
-        part: what: "checkpoint", "tokenizer", "train".
-        state: "unknown" where it is only looked at when the run starts.
-        told: what was found, and what to do where it is wrong.
+        part: "checkpoint", "tokenizer", or a split such as "train".
+        state: "unknown" if it can only be checked when the run starts.
+        told: what was found, and what to do if it is wrong.
     """
 
     part: str
@@ -50,18 +50,18 @@ def check(
     evaluate: bool = False,
     advance: Callable[[int, int], None],
 ) -> Iterator[Finding]:
-    """Look at the checkpoint, the tokenizer and the data of a run; yield what is found, part by part.
+    """Check the checkpoint, the tokenizer and the data of a run; yield the findings, part by part.
 
-    The checkpoint is loaded on the CPU, with all checks that a run has. Every annotation file is read, every image
-    that it names must be there and not empty, and some are decoded.
+    The checkpoint is loaded on the CPU, with all checks of a run. Every annotation file is read; every image in it must
+    exist and not be empty, and some are decoded.
 
     Args:
         task: of the run.
         settings: of the run.
-        published: how many samples the published data set has; None compares nothing.
-        decoded: how many images of every split are decoded, at even distances; None decodes all.
-        evaluate: whether the run only evaluates, and trains nothing.
-        advance: is told how many of how many images were looked at, now and then.
+        published: number of samples in the published data set; None skips the comparison.
+        decoded: number of images to decode per split, evenly spaced; None decodes all.
+        evaluate: whether the run only evaluates.
+        advance: called now and then with the number of checked images and their total.
     """
     found, settings = _checkpoint(task, settings)
     yield found
@@ -79,7 +79,7 @@ def _tried(part: str, look: Callable[[], str]) -> Finding:
 
 
 def _checkpoint(task: Task[Any], settings: RunSettings) -> tuple[Finding, RunSettings]:
-    """Load the checkpoint; return what was found, and the settings with what it says of its inputs."""
+    """Load the checkpoint; return the finding, and the settings completed by its preparation of inputs."""
     part, source = "checkpoint", str(settings.pretrained or "")
     if not source:
         return Finding(part, "wrong", "None is named. Give --pretrained."), settings
@@ -132,14 +132,14 @@ def _split(
 
 
 def _spread(paths: Sequence[T], count: int | None) -> list[T]:
-    """Return so many of them, at even distances."""
+    """Return this many of them, evenly spaced."""
     if count is None or count >= len(paths):
         return list(paths)
     return [paths[number * len(paths) // count] for number in range(count)]
 
 
 def _those(paths: Sequence[Path], test: Callable[[Path], bool], advance: Callable[[int], None]) -> list[Path]:
-    """Return the paths that a test is true of, in order."""
+    """Return the paths that pass a test, in order."""
     with ThreadPoolExecutor(_READERS) as pool:
         found = []
         for number, (path, true) in enumerate(zip(paths, pool.map(test, paths), strict=True), 1):

@@ -1,9 +1,8 @@
-"""Where a run stands, in files to resume from: `checkpoints/step-00000123.pt`, the newest few.
+"""Checkpoints to resume a run from: `checkpoints/step-00000123.pt`, the newest few.
 
-Each holds all that the next step depends on: weights, optimizer, moving average, scores and masks, random number
-generators of every process, the position in the epoch, and how much of metrics.jsonl was written. They are read as
-tensors, numbers and texts alone (`weights_only`), never as objects. Each ends with the SHA-256 of all that comes
-before.
+Each holds all that the next step depends on: weights, optimizer, moving average, scores and masks, random generators of
+every process, the position in the epoch, and the size of metrics.jsonl. They are read as tensors, numbers and strings
+only (`weights_only`), never as objects. Each ends with the SHA-256 of its content.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ _SEALED_BYTES = len(_SEAL) + 64 + 1
 
 @dataclass
 class Place:
-    """Where a run stands; what a checkpoint says of it."""
+    """The position of a run, as stored in a checkpoint."""
 
     phase: str = ""
     epoch: int = 0  # of the phase
@@ -46,11 +45,11 @@ class Place:
 
 
 class Checkpoints:
-    """The files of one run; the main process writes them, all processes read them.
+    """The checkpoints of one run; the main process writes them, all processes read them.
 
     Args:
-        folder: where they lie.
-        keep: how many to keep; older ones go when a newer one is whole.
+        folder: their folder.
+        keep: how many to keep; older ones are removed once a newer one is complete.
     """
 
     def __init__(self, folder: Path, keep: int) -> None:
@@ -58,21 +57,21 @@ class Checkpoints:
         self._latest: int | None = None  # that was written or read
 
     def exist(self) -> bool:
-        """Whether there is any."""
+        """Whether there is any checkpoint."""
         return bool(self._files())
 
     def latest(self) -> int | None:
-        """Return the step of the file that was written or read last, or of the newest; None where there is no file."""
+        """Return the step of the last file written or read, or of the newest one; None without files."""
         if self._latest is not None:
             return self._latest
         files = self._files()
         return _step(files[-1]) if files else None
 
     def write(self, step: int, state: Mapping[str, Any]) -> Path:
-        """Write a file, and then remove those that are too many, and damaged ones of later steps.
+        """Write a checkpoint, then remove surplus ones, and damaged ones of later steps.
 
         Raises:
-            RunFolderError: it cannot be written; the older ones are still there.
+            RunFolderError: it cannot be written; the older ones remain.
         """
         path = self._folder / _NAME.format(step)
         make_folder(self._folder)
@@ -87,13 +86,13 @@ class Checkpoints:
         return path
 
     def newest(self, *, whole: bool = False) -> tuple[Path, dict[str, Any]] | None:
-        """Return the newest file that is as it was written, with its content on the CPU; None where there is no file.
+        """Return the newest intact file with its content on the CPU; None without files.
 
         Args:
-            whole: whether it must hold all that a run goes on from, each of its type.
+            whole: whether it must hold everything that resuming needs, with the right types.
 
         Raises:
-            CheckpointError: there are files, and none can be used.
+            CheckpointError: there are files, but none is usable.
         """
         problems = []
         for path in reversed(self._files()):
@@ -111,10 +110,10 @@ class Checkpoints:
         return None
 
     def read(self, name: str, *, whole: bool = False) -> dict[str, Any]:
-        """Return the content of the file of that name, on the CPU; see `newest`.
+        """Return the content of a file, on the CPU; see `newest`.
 
         Raises:
-            CheckpointError: it is damaged, or is not what it must be; the message says what is wrong.
+            CheckpointError: it is damaged or invalid; the message says how.
         """
         path = self._folder / name
         try:
@@ -146,7 +145,7 @@ class Checkpoints:
 
 
 class _Sealing:
-    """Takes what torch writes: passes it on to a file, and into a checksum."""
+    """A writable file that computes a checksum of what torch writes."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
@@ -154,7 +153,7 @@ class _Sealing:
         self.failure: OSError | None = None
 
     def write(self, data: bytes) -> int:
-        """Write some bytes; what the system says against that is kept, for torch makes something else of it."""
+        """Write bytes; keep an error of the system, which torch would replace by its own."""
         try:
             self._file.write(data)
         except OSError as error:
@@ -164,7 +163,7 @@ class _Sealing:
         return len(data)
 
     def flush(self) -> None:
-        """Torch asks for it at the end; the file is flushed when it is closed."""
+        """Do nothing: torch calls this at the end, and closing flushes the file."""
 
 
 def _save(content: Mapping[str, Any], file: IO[bytes]) -> None:
@@ -179,10 +178,10 @@ def _save(content: Mapping[str, Any], file: IO[bytes]) -> None:
 
 
 def _is_sealed(path: Path) -> bool:
-    """Return whether a file ends with the checksum of what comes before.
+    """Return whether a file ends with the checksum of its content.
 
     Raises:
-        ValueError: it ends with another one.
+        ValueError: the checksum is wrong.
         OSError: it cannot be read.
     """
     left = path.stat().st_size - _SEALED_BYTES
@@ -204,7 +203,7 @@ def _is_sealed(path: Path) -> bool:
 
 
 def _check_unsealed(path: Path, content: Mapping[str, Any]) -> None:
-    """Check a file without a checksum of its own by those of its parts; raise ValueError for what is wrong."""
+    """Check a file without a checksum by those of its parts; raise ValueError if one is wrong."""
     if content["format"] != _UNSEALED:
         raise ValueError("it has no checksum at its end; it was cut off or changed")
     with zipfile.ZipFile(path) as archive:
@@ -214,7 +213,7 @@ def _check_unsealed(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def check_whole(content: Mapping[str, Any]) -> None:
-    """Check that a checkpoint holds all that a run goes on from, each of its type.
+    """Check that a checkpoint holds everything that resuming needs, with the right types.
 
     Raises:
         ValueError: says what is missing or wrong.
@@ -266,7 +265,7 @@ _GENERATORS: dict[str, _Kinds] = {"torch": Tensor, "cuda": (Tensor, _NONE), "num
 
 
 def _typed(content: Any, name: str, kinds: _Kinds, where: str = "") -> None:
-    """Raise ValueError unless a mapping has a value of that name and type; numbers must not be below 0."""
+    """Raise ValueError unless a mapping has a value of this name and type; numbers must not be negative."""
     if not isinstance(content, Mapping) or name not in content:
         raise ValueError(f"{where}{name} is missing")
     value = content[name]

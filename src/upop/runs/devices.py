@@ -1,4 +1,4 @@
-"""Where a run computes: one device, or one per process under torchrun."""
+"""The devices of a run: one, or one per process under torchrun."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ Decision = TypeVar("Decision")
 
 
 def make_accelerator(settings: RunSettings) -> Accelerator:
-    """Return the accelerator of a run, with seeds set; torchrun's environment decides about processes.
+    """Return the accelerator of a run, and set seeds; the environment of torchrun determines the processes.
 
     Raises:
-        DeviceError: the asked-for device is not there, there are more processes than GPUs, or weights are to be shared
-            out and there is one process.
+        DeviceError: the requested device is missing, there are more processes than GPUs, or sharding is requested with
+            a single process.
     """
     _check(settings.device)
     # The accelerator's state outlives a run, and a second run in the same process may want other settings.
@@ -50,14 +50,14 @@ def make_accelerator(settings: RunSettings) -> Accelerator:
 
 
 def agreed(accelerator: Accelerator, decide: Callable[[], Decision]) -> Decision:
-    """Return what the main process decides, on all processes: it is alone in seeing all that it wrote.
+    """Return a decision of the main process on all processes, since it alone sees all files that it wrote.
 
     Args:
         accelerator: of the run.
-        decide: called on the main process alone; what it returns must be picklable.
+        decide: called on the main process only; its result must be picklable.
 
     Raises:
-        UPopError: what `decide` raised, on all processes.
+        UPopError: raised by `decide`, on all processes.
     """
     described: list[Any] = [None, None]
     if accelerator.is_main_process:
@@ -72,9 +72,9 @@ def agreed(accelerator: Accelerator, decide: Callable[[], Decision]) -> Decision
 
 
 def autocast(accelerator: Accelerator, settings: RunSettings) -> torch.autocast:
-    """Return the context of forward passes: bfloat16 autocast where `amp` asks for it.
+    """Return the context of forward passes: bfloat16 autocast if `amp` is set.
 
-    Accelerate's own mixed precision would patch the model's forward for good, and a cut must be verified in float32.
+    Accelerate's own mixed precision would patch the forward permanently, but a cut must be verified in float32.
     """
     return autocast_on(accelerator.device, settings)
 
@@ -90,7 +90,7 @@ def to_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
 
 
 def alone(device: torch.device) -> Accelerator:
-    """Return what stands in for the accelerator where one process, of several or not, computes for itself."""
+    """Return a substitute for the accelerator for work of a single process."""
     return cast(Accelerator, _Alone(device))
 
 
@@ -111,7 +111,7 @@ class _Alone:
 
 
 def round_to_for(device: torch.device, settings: RunSettings) -> RoundTo:
-    """Return what kept sizes are multiples of: as set, or what runs fast on the device where the model is made."""
+    """Return `round_to`: as set, or the value that is fast on the device of the model."""
     if settings.round_to is not None:
         return settings.round_to
     # Tensor cores and fused attention take sizes in eights; the published ranking knows single entries alone.

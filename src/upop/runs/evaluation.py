@@ -23,9 +23,9 @@ def evaluate(
 
     Args:
         accelerator: gathers over processes.
-        task: predicts and scores; the main process scores for all.
+        task: predicts, and scores on the main process.
         settings: of the run.
-        model: on its device, wrapped or not; put back into its mode afterwards.
+        model: on its device, wrapped or not; its mode is restored.
         loader: a prepared loader.
     """
     training = model.training
@@ -39,5 +39,5 @@ def evaluate(
 
 
 def samples_of(loader: Any) -> Dataset[Any]:
-    """Return the task's data set that a loader reads, without samples that were found unreadable."""
+    """Return the data set of a loader, without unreadable samples."""
     return cast(SeededDataset, loader.dataset).scored

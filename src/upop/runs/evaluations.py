@@ -1,4 +1,4 @@
-"""Where an evaluation writes: never into the run or the model that it evaluates, but beside it."""
+"""The folder of an evaluation: beside the run or the model that it evaluates, never inside."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ _DIGITS = 10
 def place_of(task: str, settings: RunSettings, weights: Callable[[], str]) -> Path:
     """Return the folder of an evaluation: `output_dir` itself, or one under its `evaluations/` if it holds a run.
 
-    That one's name is of the model and of what is evaluated, so that the same evaluation alone has the same.
+    Its name is derived from the model and the evaluated splits, so that only equal evaluations share it.
 
     Args:
         task: its name.
         settings: of the evaluation.
-        weights: gives the digest of the checkpoint's content.
+        weights: returns the digest of the checkpoint.
     """
     run = _owner(settings.output_dir)
     if run is None:
@@ -43,10 +43,10 @@ def place_of(task: str, settings: RunSettings, weights: Callable[[], str]) -> Pa
 
 
 def write_summary(folder: Path, results: Mapping[str, Any], about: Mapping[str, Any]) -> Path:
-    """Write `evaluations/<name>.json` beside an evaluation's folder: what was measured, and of what; return the file.
+    """Write the summary `evaluations/<name>.json` beside an evaluation's folder; return the file.
 
     Raises:
-        RunFolderError: there is another file of that name, or it cannot be written.
+        RunFolderError: another file has that name, or it cannot be written.
     """
     path = folder.with_name(f"{folder.name}.json")
     content = {"evaluation": {**about, "when": time.strftime("%Y-%m-%d %H:%M:%S %z")}, **results}
@@ -67,9 +67,9 @@ def is_beside(folder: Path) -> bool:
 
 
 def _owner(folder: Path) -> Path | None:
-    """Return the run, or the model's folder, that a folder is or belongs to; None for one that an evaluation may fill.
+    """Return the run or model folder that contains a folder; None if an evaluation may write there.
 
-    An earlier evaluation's own folder is none.
+    The folder of an earlier evaluation counts as free.
     """
     if _verb(folder.parent) in ("train", "compress") and folder.name in _PARTS:
         return folder.parent
@@ -82,7 +82,7 @@ def _owner(folder: Path) -> Path | None:
 
 
 def _verb(folder: Path) -> str:
-    """Return what versions.json says that a run did; "" where it says nothing."""
+    """Return the verb of a run by its versions.json; "" if unknown."""
     try:
         return str(read_object(folder / "versions.json", DataError, "Restore it.").get("verb", ""))
     except DataError:

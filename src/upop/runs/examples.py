@@ -1,4 +1,4 @@
-"""A few held-out samples with the answers of all models, for people to look at: the same for every task."""
+"""A few held-out samples with the answers of all models, for people; the same for every task."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from upop.settings import RunSettings
 def write_examples(
     task: Task[Any], models: Mapping[str, nn.Module], samples: Dataset[Any], settings: RunSettings, split: str, to: Path
 ) -> Examples:
-    """Ask all models about `settings.examples` samples, spread evenly over a split; write images and answers.
+    """Write images and answers of all models for `settings.examples` samples, evenly spaced over a split.
 
     Args:
-        task: whose models they are.
-        models: name -> model, on its device, without wrappers; one process alone may do this.
+        task: of the models.
+        models: name -> model, on its device, without wrappers; only one process may do this.
         samples: what `task.dataset` returned for the split.
         settings: of the run.
         split: its published name.
         to: the folder to write; older examples are replaced.
 
     Raises:
-        RunFolderError: it holds what upop did not write, or it cannot be written.
+        RunFolderError: it holds files of others, or it cannot be written.
     """
     numbers = spread(len(samples), settings.examples)  # type: ignore[arg-type]
     found = {}
@@ -48,13 +48,13 @@ def write_examples(
 
 
 def spread(count: int, wanted: int) -> list[int]:
-    """Return `wanted` of the numbers 0 to count - 1, at even distances from 0 on; all of them where there are fewer."""
+    """Return `wanted` evenly spaced numbers from 0 to count - 1; all of them if there are fewer."""
     wanted = min(count, wanted)
     return [place * count // wanted for place in range(wanted)]
 
 
 def untransformed(samples: Any) -> Any:
-    """Return the same samples with their images as they are in the files: as PIL images, of any size."""
+    """Return the same samples with untransformed images: PIL images of any size."""
     plain = copy.copy(samples)
     plain.transform = _as_they_are
     return plain

@@ -1,4 +1,4 @@
-"""The run folder: what was asked, what happened, and what came out."""
+"""The run directory: settings, metrics and results of a run."""
 
 from __future__ import annotations
 
@@ -43,21 +43,21 @@ _SPARE_BYTES = 50 * 2**20
 
 
 class RunFolder:
-    """Writes a run's files; only the main process does.
+    """Writes the files of a run, on the main process.
 
     settings.yaml, versions.json, metrics.jsonl, plan.json, scores.safetensors, results.json, best/, last/, figures/,
-    examples/, checkpoints/, and bad_images.json where images could not be read.
+    examples/, checkpoints/, and bad_images.json if images could not be read.
 
-    It is this run's alone until it is closed.
+    The directory is locked for this run until it is closed.
 
     Args:
-        path: where it is.
+        path: the directory.
         main: whether this is the main process.
         keep: how many checkpoints to keep.
-        notify: is called with a line about another run that had the folder and has ended.
+        notify: called with a line about an ended run that held the directory.
 
     Raises:
-        RunFolderError: the folder cannot be made or written, another run writes there, or the disk is all but full.
+        RunFolderError: the directory cannot be written, another run uses it, or the disk is almost full.
     """
 
     def __init__(self, path: Path, main: bool, keep: int = 2, notify: Callable[[str], None] = LOGGER.info) -> None:
@@ -76,20 +76,20 @@ class RunFolder:
             self._lock = FolderLock(path, notify)
 
     def close(self) -> None:
-        """Let other runs have the folder."""
+        """Release the directory."""
         if self._lock is not None:
             self._lock.release()
 
     @property
     def seconds(self) -> float:
-        """Seconds that the run has taken, those before it was resumed included, from the last checkpoint's on."""
+        """Seconds of the run so far, including those before it was resumed, up to its checkpoint."""
         return time.monotonic() - self._started
 
     def check(self) -> None:
-        """Refuse a folder that holds a run which has not ended, or what upop did not write.
+        """Refuse a directory with an unfinished run or with files of others.
 
         Raises:
-            RunFolderError: it does; the message says what.
+            RunFolderError: it holds such files; the message says which.
         """
         if not self._main:
             return
@@ -103,15 +103,15 @@ class RunFolder:
         self._shared.check()
 
     def claim(self, name: str) -> Path:
-        """Return the path of a file of the run, to be written with `replace=True`; only the main process may.
+        """Register a file of the run and return its path, for writing with `replace=True`; main process only.
 
         Raises:
-            RunFolderError: there is one that upop did not write.
+            RunFolderError: the file exists and is not upop's.
         """
         return self._shared.claim(name)
 
     def start(self, settings: RunSettings, task: str, verb: str) -> None:
-        """Write down what was asked, with which libraries; what an older run that ended left in the folder goes.
+        """Write the settings and the library versions; remove the files of an older, finished run.
 
         Raises:
             RunFolderError: the folder holds a run that has not ended, or what upop did not write.
@@ -124,7 +124,7 @@ class RunFolder:
         self._write("metrics.jsonl", "")
 
     def go_on(self, settings: RunSettings, task: str, verb: str, changes: Sequence[Mapping[str, Any]]) -> None:
-        """Write down again what was asked, where that was lost, and what is not as it was when the run began.
+        """Restore lost settings files of a resumed run, and record what changed since it began.
 
         Args:
             settings: of the run.
@@ -140,14 +140,14 @@ class RunFolder:
             self._write_versions(versions)
 
     def write_settings(self, settings: RunSettings) -> None:
-        """Write settings.yaml anew: a batch was found."""
+        """Rewrite settings.yaml after the batch size was determined."""
         self._write("settings.yaml", settings.to_yaml())
 
     def resume(self, metrics: int, seconds: float) -> str:
-        """Go on from a checkpoint: metrics.jsonl is cut back to as many bytes, and the clock goes on.
+        """Resume from a checkpoint: truncate metrics.jsonl to its recorded size, and continue the clock.
 
         Returns:
-            What is wrong with metrics.jsonl, in words; "" if nothing is.
+            A problem with metrics.jsonl, in words; "" if there is none.
 
         Raises:
             RunFolderError: it cannot be written.
@@ -173,7 +173,7 @@ class RunFolder:
         )
 
     def metrics_size(self) -> int:
-        """Return how many bytes metrics.jsonl has."""
+        """Return the size of metrics.jsonl in bytes."""
         return self._metrics.stat().st_size if self._metrics.exists() else 0
 
     def log(self, row: dict[str, Any]) -> None:
@@ -188,7 +188,7 @@ class RunFolder:
                 tell(row)
 
     def metrics(self) -> list[dict[str, Any]]:
-        """Return all rows of metrics.jsonl that can be read: a run does not end for those that cannot."""
+        """Return all readable rows of metrics.jsonl; damaged rows do not end a run."""
         try:
             return [row for row in read_lines(self._metrics) if isinstance(row, dict)]
         except FileNotFoundError:
@@ -197,15 +197,15 @@ class RunFolder:
             raise RunFolderError(f"{self._metrics} cannot be read: {reason(error)}. {_RESTORE}") from error
 
     def command(self) -> str:
-        """Return the command that the run was started with; "" where versions.json does not say it."""
+        """Return the command that started the run; "" if unknown."""
         return str(self.versions().get("command", ""))
 
     def changes(self) -> list[dict[str, Any]]:
-        """Return what `go_on` noted: after which "step" what was "changed"."""
+        """Return the changes recorded by `go_on`, as "step" and "changed"."""
         return list(self.versions().get("changes", []))
 
     def versions(self) -> dict[str, Any]:
-        """Return what versions.json says; {} where it cannot be read."""
+        """Return the content of versions.json; {} if it cannot be read."""
         try:
             return read_object(self.path / "versions.json", RunFolderError, _RESTORE)
         except RunFolderError:
@@ -216,17 +216,17 @@ class RunFolder:
         self._write("plan.json", plan.to_json())
 
     def save_scores(self, scores: Mapping[str, Tensor]) -> None:
-        """Write scores.safetensors: the accumulated scores of every group, [size], as the search ended."""
+        """Write scores.safetensors: the accumulated scores of every group at the end of the search, [size]."""
         if self._main:
             with replacing_file(self.claim("scores.safetensors"), replace=True) as part:
                 write_weights(scores, part)
 
     def save_bad_images(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Write bad_images.json: the unreadable image files that the run does without."""
+        """Write bad_images.json: the unreadable image files that were skipped."""
         self._write(_BAD_IMAGES, json.dumps(rows, indent=1))
 
     def bad_images(self) -> list[dict[str, Any]]:
-        """Return the rows of bad_images.json; none where there is no such file."""
+        """Return the rows of bad_images.json; none without the file."""
         path = self.path / _BAD_IMAGES
         rows = read_json(path, RunFolderError, _RESTORE) if path.is_file() else []
         if not isinstance(rows, list) or not all(isinstance(row, dict) and set(row) in _BAD_IMAGE for row in rows):
@@ -264,7 +264,7 @@ class RunFolder:
 
 
 def _is_of_runs(name: str, path: Path) -> bool:
-    """Whether a file that was not claimed is upop's: a checkpoint, a lock, or by content a page, an image, weights."""
+    """Whether an unregistered file is upop's: a checkpoint, a lock, or by content a page, an image or weights."""
     if name == LOCK or _CHECKPOINT.fullmatch(name):
         return True
     return wrote_page(path) or wrote_image(path) or wrote_archive(path)

@@ -1,4 +1,4 @@
-"""What decides a run's result besides its settings: weights, data and libraries; and whether they are the same."""
+"""The inputs that determine a result besides the settings: weights, data and libraries; and their comparison."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ PLACES = frozenset({"pretrained", "tokenizer"})
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of the libraries that compute, and of Python."""
+    """Return the versions of Python and of the libraries that affect results."""
     return {name: metadata.version(name) for name in LIBRARIES} | {"python": sys.version.split()[0]}
 
 
 def identity_of(contents: Mapping[str, Path | None], samples: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what decides a run's result, in the form of JSON.
+    """Return the inputs that determine a result, as JSON values.
 
     Args:
-        contents: setting -> the file or folder whose content decides; None where there is none.
+        contents: setting -> its file or folder, or None.
         samples: split -> its data set; one without `sources()` is not compared.
 
     Raises:
@@ -40,11 +40,11 @@ def identity_of(contents: Mapping[str, Path | None], samples: Mapping[str, Any])
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[list[str], list[str]]:
-    """Return how two answers of `identity_of` differ, in words: what decides the result, and what is only to be noted.
+    """Return the differences of two results of `identity_of`, in words: those that change results, and minor ones.
 
     Args:
-        before: of the run as it began.
-        now: of the run that is to go on.
+        before: at the start of the run.
+        now: at its resumption.
     """
     described, notes = [], []
     for name, digest in now["contents"].items():
@@ -65,9 +65,9 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[list[str
 
 
 def content_digest(path: Path) -> str:
-    """Return the SHA-256, in hexadecimal digits, of a checkpoint's content, whatever its place is.
+    """Return the SHA-256 of a checkpoint's content in hexadecimal, independent of its path.
 
-    Of a folder the names and contents of its files of weights and descriptions count; of nothing it is empty.
+    For a folder, names and contents of weight and description files count; without a checkpoint it is empty.
 
     Raises:
         OSError: a file cannot be read.
