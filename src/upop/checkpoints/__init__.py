@@ -1,4 +1,4 @@
-"""Checkpoints: the published files, and our own folders."""
+"""Checkpoints: published files, and the folders of upop."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any

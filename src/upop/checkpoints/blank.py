@@ -1,4 +1,4 @@
-"""Models without weights: what a description builds, before anything of that size is allocated."""
+"""Builds models from descriptions on the meta device, before any memory is allocated."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _PARTS_PER_TENSOR, _PARTS_BESIDE = 8, 4096
 
 @contextmanager
 def drawing_nothing() -> Iterator[None]:
-    """Leave the random states of torch, NumPy and Python as they were: constructors draw weights that are replaced."""
+    """Restore the random generators of torch, NumPy and Python, which constructors advance."""
     numpy, python = sys.modules.get("numpy"), random.getstate()  # whoever has not imported it draws nothing of it
     before = None if numpy is None else numpy.random.get_state()
     try:
@@ -39,11 +39,11 @@ def drawing_nothing() -> Iterator[None]:
 
 
 def outline(build: Callable[[], nn.Module], tensors: int | None = None, source: str = "The file") -> nn.Module:
-    """Return the model that `build` makes, on the meta device.
+    """Build a model on the meta device.
 
     Args:
-        build: makes the model.
-        tensors: how many its file holds; a model that has many times more parts is not built to its end.
+        build: builds the model.
+        tensors: number of tensors in its file; a constructor that makes many times more is stopped.
         source: the file, for messages.
 
     Raises:
@@ -54,9 +54,9 @@ def outline(build: Callable[[], nn.Module], tensors: int | None = None, source: 
 
 
 def frame(build: Callable[[], nn.Module], tensors: int | None = None, source: str = "The file") -> nn.Module:
-    """Return the model that `build` makes, with its parameters on the meta device and its buffers on the CPU.
+    """Build a model with its parameters on the meta device and its buffers on the CPU.
 
-    Parameters that are shared stay shared. `fill` gives them memory.
+    Shared parameters stay shared. `fill` allocates them.
 
     Raises:
         CheckpointError: as `outline`.
@@ -72,7 +72,7 @@ def frame(build: Callable[[], nn.Module], tensors: int | None = None, source: st
 
 
 def fill(model: nn.Module) -> nn.Module:
-    """Give the parameters that are on the meta device memory on the CPU, whose content is to be replaced."""
+    """Allocate meta parameters on the CPU, uninitialised."""
     made: dict[int, nn.Parameter] = {}
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
@@ -105,7 +105,7 @@ def _counted(tensors: int | None, source: str) -> Iterator[None]:
 
 @contextmanager
 def _watching(**hooks: Callable[..., object]) -> Iterator[None]:
-    """Call hooks when this thread gives a module parameters, buffers or modules."""
+    """Call hooks when this thread registers parameters, buffers or modules."""
     me = threading.get_ident()
 
     def in_this_thread(hook: Callable[..., object]) -> Callable[..., object]:

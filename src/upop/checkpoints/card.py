@@ -1,7 +1,7 @@
-"""The model card beside a compressed model: README.md, in the form that the Hugging Face hub reads.
+"""Model cards: README.md beside a compressed model, in the format of the Hugging Face hub.
 
-A card says what is known: of a model that `save` wrote, what was cut and how to load it; of a model that a run made,
-also from what, on what data, and what was measured. What is not known is left out.
+A card describes what was cut and how to load the model, and for a model of a run its origin, data and metrics too.
+Unknown facts are left out.
 """
 
 from __future__ import annotations
@@ -39,19 +39,19 @@ _PAPER = """\
 
 @dataclass(frozen=True)
 class Story:
-    """What a run knows of the model that it made.
+    """The facts of a run for its model card.
 
     Attributes:
-        name: what the tables call the model: "UPop 2x".
+        name: the name in tables, such as "UPop 2x".
         task: the task's name.
-        pipeline: what the hub calls the task, where it has a name for it.
-        base: where the dense model came from: a path, a URL or a name on the hub.
-        facts: what else there is to say of how it was made, name -> text: data, epochs, seed.
-        metrics: names of what was measured.
-        columns: of the table of results, after the model's name.
-        rows: of that table: the model's name, and a text per column.
-        note: how it was measured.
-        command: as it was typed.
+        pipeline: the hub's name of the task, if it has one.
+        base: origin of the dense model: a path, a URL or a name on the hub.
+        facts: further facts, name -> text: data, epochs, seed.
+        metrics: names of the metrics.
+        columns: columns of the table of results, after the model's name.
+        rows: its rows: the model's name, and one text per column.
+        note: how the metrics were measured.
+        command: the command as typed.
     """
 
     name: str
@@ -67,10 +67,10 @@ class Story:
 
 
 def write_card(folder: Path, story: Story) -> None:
-    """Write the card of a compressed model that `save` wrote, with all that its run knows.
+    """Write the card of a compressed model in a folder of `save`, with the facts of its run.
 
     Raises:
-        CheckpointError: the folder holds no model that `save` wrote.
+        CheckpointError: the folder holds no model of `save`.
         RunFolderError: the card cannot be written.
     """
     path = folder / "upop.json"
@@ -91,10 +91,10 @@ def card(
     """Return the text of a model card.
 
     Args:
-        description: what `upop.json` says.
-        name: of the model on the hub that it was made from.
-        parameters: how many the model has.
-        story: what its run knows, if a run made it.
+        description: the content of `upop.json`.
+        name: hub name of the dense model.
+        parameters: their number.
+        story: the facts of its run, if any.
     """
     kind = description["class"].rpartition(".")[2]
     kind = kind if kind.isidentifier() else "model"
@@ -235,23 +235,23 @@ def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _cell(text: str) -> str:
-    """Return a text that means nothing in Markdown or HTML, on one line."""
+    """Escape a text for Markdown and HTML, on one line."""
     return _MEANING.sub(r"\\\g<0>", one_line(text)).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
 
 def _code(text: str) -> str:
-    """Return a text as code, whatever it holds, on one line."""
+    """Format any text as inline code, on one line."""
     marks = _fence(text, 1)
     space = " " if "`" in text else ""
     return f"{marks}{space}{one_line(text)}{space}{marks}"
 
 
 def _block(text: str) -> str:
-    """Return a text as a block of code, whatever it holds."""
+    """Format any text as a code block."""
     marks = _fence(text, 3)
     return f"{marks}\n{plain(text)}\n{marks}"
 
 
 def _fence(text: str, least: int) -> str:
-    """Return more backticks than stand together in a text."""
+    """Return a run of backticks longer than any in a text."""
     return "`" * max(least, 1 + max(map(len, re.findall("`+", text)), default=0))

@@ -1,4 +1,4 @@
-"""Published checkpoints of DeiT, and of vision transformers named like it: sizes, positions, and heads."""
+"""Published checkpoints of DeiT and of vision transformers with its tensor names: sizes, positions, heads."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _LAYER_SCALE = re.compile(r"(blocks\.\d+)\.gamma_([12])")
 
 
 def classifier_sizes(state: State) -> dict[str, Any]:
-    """Return the fields of ClassifierConfig that a checkpoint's shapes tell; KeyError names a missing tensor."""
+    """Infer fields of ClassifierConfig from the shapes of a checkpoint; KeyError names a missing tensor."""
     sizes = vit_sizes(state, "")
     side = math.isqrt(state[_POSITIONS].shape[1])  # whether or not tokens stand before the square of patches
     distilled = {"architecture": _DISTILLED} if "dist_token" in state else {}
@@ -32,14 +32,14 @@ def classifier_sizes(state: State) -> dict[str, Any]:
 
 
 def named_sizes(overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what an architecture's name says of its sizes: numbers of heads, above all, which shapes do not tell."""
+    """Return the sizes implied by an architecture's name, mainly numbers of heads, which shapes do not show."""
     return dict(architecture_sizes(overrides["architecture"])) if "architecture" in overrides else {}
 
 
 def with_positions(state: State, config: ClassifierConfig) -> dict[str, Tensor]:
-    """Return the tensors with position embeddings for images of the configuration's size.
+    """Resize the position embeddings to the image size of the configuration.
 
-    A head for another number of classes is left out, for it has to start afresh.
+    A head for another number of classes is left out, since it must be trained anew.
     """
     state = {_LAYER_SCALE.sub(r"\1.ls\2.gamma", key): value for key, value in state.items()}
     if _POSITIONS in state and "patch_embed.proj.weight" in state:

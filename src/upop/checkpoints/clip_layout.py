@@ -1,4 +1,4 @@
-"""Published checkpoints of CLIP: the sizes that their shapes tell, momentum copies, queues and cross tokens."""
+"""Published checkpoints of CLIP: sizes from shapes, momentum copies, queues and cross tokens."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def _clip_named(state: State) -> dict[str, Tensor]:
 
 
 def clip_sizes(state: State) -> dict[str, Any]:
-    """Return the fields of a CLIP's configuration that a checkpoint's shapes tell; KeyError names a missing tensor."""
+    """Infer fields of a CLIP configuration from the shapes of a checkpoint; KeyError names a missing tensor."""
     state = _clip_named(state)
     patches, projection = state[_CLIP_PATCHES], state["visual_projection.weight"]
     positions = state[_CLIP_POSITIONS.format("text", "")]
@@ -55,7 +55,7 @@ def clip_sizes(state: State) -> dict[str, Any]:
 
 
 def clip_complete(state: State, config: ClipConfig) -> dict[str, Tensor]:
-    """Return CLIP's tensors with what plain CLIP lacks: momentum copies start as copies, queues afresh."""
+    """Add what plain CLIP lacks: momentum copies, equal to the originals, and new queues."""
     state = _clip_named(state)
     state = with_copies(state, ClipRetrieval.momentum_encoders)
     tokens = 1 + (config.image_size // config.patch_size) ** 2
@@ -66,17 +66,17 @@ def clip_complete(state: State, config: ClipConfig) -> dict[str, Tensor]:
 
 
 def with_queues(state: State, config: RetrievalConfig | ClipConfig) -> dict[str, Tensor]:
-    """Return a checkpoint's tensors with queues started afresh, if its own are missing or have another size."""
+    """Add new queues to the tensors of a checkpoint, if its own are missing or of another size."""
     fresh = fresh_queues(config.embed_dim, config.queue_size)
     fits = all(key in state and state[key].shape == value.shape for key, value in fresh.items())
     return {**state, **({} if fits else fresh)}
 
 
 def crossget_state(state: State, config: CrossGetConfig) -> dict[str, Tensor]:
-    """Return the tensors of a CLIP with or without cross tokens, as the configuration has it.
+    """Check cross tokens against the configuration; return the tensors.
 
     Raises:
-        CheckpointError: it has them and the configuration has not, or the other way round.
+        CheckpointError: only one of checkpoint and configuration has cross tokens.
     """
     state = _plain(state)
     has = any(name in state for name in _CROSS.values())
@@ -96,7 +96,7 @@ def crossget_state(state: State, config: CrossGetConfig) -> dict[str, Tensor]:
 
 
 def crossget_start(state: State) -> dict[str, Tensor]:
-    """Return the tensors of any CLIP with cross tokens to be trained: those that it lacks are zeros."""
+    """Add trainable cross tokens to the tensors of any CLIP; missing ones are zero."""
     state = _plain(state)
     sizes = clip_sizes(state)
     fresh = {name: torch.zeros(1, sizes[f"{tower}_depth"], sizes[f"{tower}_width"]) for tower, name in _CROSS.items()}
@@ -104,7 +104,7 @@ def crossget_start(state: State) -> dict[str, Tensor]:
 
 
 def _plain(state: State) -> dict[str, Tensor]:
-    """Leave out what training with momentum alone needs."""
+    """Drop tensors that only momentum training needs."""
     return {
         name: value
         for name, value in _clip_named(state).items()

@@ -1,7 +1,7 @@
-"""CLIP's two ways of naming tensors: OpenAI's, in the published checkpoints, and transformers', in our models.
+"""Converts tensor names of CLIP between OpenAI (published checkpoints) and transformers (models of upop).
 
-OpenAI packs the projections of queries, keys and values into one tensor, and keeps the two output projections
-transposed. Momentum copies carry "_m" at the end of their first name in both.
+OpenAI packs the query, key and value projections into one tensor, and stores the two output projections transposed.
+Momentum copies have the suffix "_m" on their first name in both.
 """
 
 from __future__ import annotations
@@ -58,14 +58,14 @@ _NO_WEIGHTS = re.compile(r"input_resolution|context_length|vocab_size|(text|visi
 
 
 def is_openai(names: Iterable[str]) -> bool:
-    """Whether a checkpoint with tensors of these names is in OpenAI's naming."""
+    """Whether tensors are named as by OpenAI."""
     return "visual.conv1.weight" in names
 
 
 def from_openai(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors of a checkpoint in OpenAI's naming, by the names of our models.
+    """Convert the tensors of a checkpoint from OpenAI's names to those of upop's models.
 
-    Dense and compressed ones alike; names that CLIP does not have stay as they are.
+    Works for dense and compressed checkpoints; unknown names stay.
     """
     result: dict[str, Tensor] = {}
     for key, value in state.items():
@@ -82,7 +82,7 @@ def from_openai(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def to_openai(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors of one of our models in OpenAI's naming: the inverse of `from_openai`, to the last bit."""
+    """Convert the tensors of a model of upop to OpenAI's names; the exact inverse of `from_openai`."""
     blocks, parts = turned(_BLOCKS), turned(_PARTS)
     result: dict[str, Tensor] = {}
     for key, value in state.items():
@@ -100,12 +100,12 @@ def to_openai(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def weights_only(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors without the numbers that some files of CLIP keep beside the weights."""
+    """Drop the plain numbers that some CLIP files store beside the weights."""
     return {key: value for key, value in state.items() if not _NO_WEIGHTS.fullmatch(key)}
 
 
 def group_from_openai(name: str) -> str:
-    """Return the name of the group that the published code calls so: a block (its MLP), or a block's "attn"."""
+    """Convert a group name of the published code: a block (its MLP), or a block's "attn"."""
     found = _GROUP.fullmatch(name)
     if found is None:
         return name

@@ -1,4 +1,4 @@
-"""`config.json` of transformers, read without it."""
+"""Reads `config.json` of transformers without transformers."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def is_transformers_folder(path: Path) -> bool:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """Return what a folder's config.json says.
+    """Read the config.json of a folder.
 
     Raises:
         CheckpointError: it cannot be read.

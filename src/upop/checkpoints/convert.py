@@ -1,4 +1,4 @@
-"""One model in three forms: the published file, our folder, and transformers' own class; from each to each."""
+"""Converts models between three forms: published file, folder of upop, and transformers' own class."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ TOLERANCE = 1e-5
 
 
 def read_model(source: str | Path, task: str | None = None, **overrides: Any) -> nn.Module:
-    """Return the model in any of the three forms, as one of upop's own where it is one of them.
+    """Read a model in any of the three forms, as a model of upop if there is one.
 
     Args:
         source: a published file, a folder of ours, a folder of transformers, or its name on the hub.
-        task: whose model a published file holds; read off the names of its tensors if not given.
-        overrides: fields of the model's configuration that a published file does not tell; see `load_official`.
+        task: of the model in a published file; by default inferred from its tensor names.
+        overrides: fields of the configuration that a published file does not determine; see `load_official`.
 
     Raises:
         CheckpointError: it cannot be read, or is none of upop's own models.
@@ -59,8 +59,8 @@ def read_model(source: str | Path, task: str | None = None, **overrides: Any) ->
 def write_model(model: nn.Module, target: str | Path, form: Form, *, overwrite: bool = False) -> Path:
     """Write one of upop's own models in one of the three forms.
 
-    What only training needs (momentum copies, queues, the temperature) is left out of transformers' form. It is checked
-    that transformers' class computes the same.
+    Tensors for training only (momentum copies, queues, the temperature) are left out of the transformers form, whose
+    class is verified to compute the same outputs.
 
     Args:
         model: the model.
@@ -69,9 +69,9 @@ def write_model(model: nn.Module, target: str | Path, form: Form, *, overwrite: 
         overwrite: see `save_official` and `save`.
 
     Raises:
-        CheckpointError: there is no such form of this model.
+        CheckpointError: this model has no such form.
         VerificationError: the outputs differ.
-        RunFolderError: something of that name is not upop's, or it cannot be written; nothing was changed.
+        RunFolderError: the target is not upop's, or it cannot be written; nothing was changed.
     """
     check_target(target, form, overwrite=overwrite)
     if form == "official":
@@ -80,10 +80,10 @@ def write_model(model: nn.Module, target: str | Path, form: Form, *, overwrite: 
 
 
 def check_target(target: str | Path, form: Form, *, overwrite: bool = False) -> None:
-    """Refuse what `write_model` would refuse to replace, before anything is read or computed.
+    """Refuse a target that `write_model` may not replace, before any work.
 
     Raises:
-        RunFolderError: something of that name is not upop's; the message says what.
+        RunFolderError: the target is not upop's; the message says why.
     """
     if form == "official":
         refuse_foreign_file(Path(target), overwrite or wrote_archive)
@@ -93,11 +93,11 @@ def check_target(target: str | Path, form: Form, *, overwrite: bool = False) -> 
 
 @torch.no_grad()
 def to_transformers(model: nn.Module) -> PreTrainedModel:
-    """Return transformers' own model with the weights of one of upop's, dense or compressed, in evaluation mode.
+    """Convert a model of upop, dense or compressed, to transformers' own class, in evaluation mode.
 
     Raises:
         CheckpointError: transformers has no class for it.
-        VerificationError: it does not compute the same.
+        VerificationError: its outputs differ.
     """
     row = counterpart_of(kind_of(model), type(model).__name__)
     config = row.config(model.config)
@@ -116,7 +116,7 @@ def to_transformers(model: nn.Module) -> PreTrainedModel:
 
 @torch.no_grad()
 def verify_same(model: nn.Module, theirs: PreTrainedModel) -> float:
-    """Return the largest relative difference between the outputs of a model of ours and of its counterpart.
+    """Return the largest relative difference between the outputs of a model and its counterpart.
 
     Raises:
         VerificationError: it is above `TOLERANCE`.
@@ -149,7 +149,7 @@ def _images(config: Any, model: nn.Module, generator: torch.Generator) -> Tensor
 
 
 def _texts(config: Any, generator: torch.Generator, first: int) -> dict[str, Tensor]:
-    """Texts of two lengths, beginning with the token that upop's models put first."""
+    """Return texts of two lengths, with the first token that upop's models expect."""
     words = min(_WORDS, config.max_positions)
     ids = torch.randint(1, max(2, config.vocab_size - 2), (_BATCH, words), generator=generator)
     ids[:, 0] = first
@@ -178,7 +178,7 @@ def _vqa(model: Any, theirs: Any, generator: torch.Generator) -> Outputs:
 
 
 def _decoded(theirs: Any, images: Tensor, question: Mapping[str, Tensor], decoder: Mapping[str, Tensor]) -> Tensor:
-    """The answer's logits, which the class computes and does not return."""
+    """Return the logits of the answer, which the class computes but does not return."""
     found: list[Tensor] = []
     hook = theirs.text_decoder.register_forward_hook(lambda _module, _inputs, outputs: found.append(outputs.logits))
     try:

@@ -1,4 +1,4 @@
-"""CoOp's files, with or without CrossGET's cross tokens, into a classifier that is ready to use."""
+"""Loads CoOp checkpoints, with or without CrossGET's cross tokens, as classifiers."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ _TOWERS = (("image_encoder.", "visual."), ("text_encoder.", ""))
 
 
 def load_coop(path: str | Path, *, rv: int = 0, names: Sequence[int] | None = None, **overrides: int) -> CoOp:
-    """Return the classifier in a file of CoOp's (`model.pth.tar-200`), in evaluation mode.
+    """Load a CoOp checkpoint (`model.pth.tar-200`) as a classifier, in evaluation mode.
 
-    The file tells everything but how many tokens go: its prompts are vectors, and end where padding begins.
+    The file determines everything except the number of removed tokens: its prompts are vectors, and end at the padding.
 
     Args:
-        path: of the file, which holds the towers beside the prompts.
-        rv: image tokens that every layer removes; they are merged by cross tokens, which the file must have.
-        names: words of each class's name, where the class stands in the middle of the context; see `CoOp`.
-        overrides: fields of `CrossGetConfig`, such as `vision_heads` (width / 64 otherwise).
+        path: of the file, which holds the towers and the prompts.
+        rv: image tokens to remove per layer; merging needs cross tokens in the file.
+        names: number of words in each class name, if the class is in the middle of the context; see `CoOp`.
+        overrides: fields of `CrossGetConfig`, such as `vision_heads` (by default width / 64).
 
     Raises:
         CheckpointError: the file cannot be read, lacks its prompts or its towers, or has no cross tokens for `rv`.
@@ -63,12 +63,12 @@ def load_coop(path: str | Path, *, rv: int = 0, names: Sequence[int] | None = No
 
 
 def accuracy(model: CoOp, images: torch.utils.data.DataLoader[tuple[torch.Tensor, torch.Tensor]]) -> float:
-    """Return the share of images that a classifier tells right, in percent.
+    """Return the accuracy of a classifier, in percent.
 
     Args:
         model: the classifier.
-        images: batches of images [B, 3, S, S] and the numbers of their classes [B], such as those of torchvision's
-            `ImageFolder`, whose folders must stand in the order of the classes.
+        images: batches of images [batch, 3, size, size] and class indices [batch], such as those of torchvision's
+            `ImageFolder`, whose folders must be in the order of the classes.
     """
     right = total = 0
     device = model.context.device

@@ -1,4 +1,4 @@
-"""The groups that a folder tells of its model, so that loading reads no model."""
+"""Groups stored in a folder, so that loading needs no tracing."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from upop.pruning.groups import has_number, number_of
 
 
 def describe_groups(model: nn.Module, description: Description, folder: Path) -> nn.Module:
-    """Have `find_prunable` give the groups of a dense model that its folder tells, if all are told; return the model.
+    """Cache the stored groups of a dense model for `find_prunable`, if all are stored; return the model.
 
     Raises:
-        CheckpointError: what is told is no group of the model.
+        CheckpointError: a stored group does not fit the model.
     """
     # Of a plain model, the plan tells the groups of the dense form, and the rest those of the smaller one.
     forms = [each for each in (description.groups, (description.plan or {}).get("slices")) if each]
@@ -49,7 +49,7 @@ def describe_groups(model: nn.Module, description: Description, folder: Path) ->
 
 
 def _check_numbers(model: nn.Module, groups: Iterable[Group], folder: Path) -> None:
-    """Refuse a dense model whose modules keep other numbers about their groups, heads for one, than they did."""
+    """Refuse a dense model whose stored sizes (such as numbers of heads) differ from those at the time of saving."""
     for group in groups:
         for each in group.attributes:
             module = model.get_submodule(each.module)

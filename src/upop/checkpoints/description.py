@@ -1,4 +1,4 @@
-"""`upop.json`, which `save` writes beside the weights: what stands in it, and that it does."""
+"""The schema of `upop.json`, which `save` writes beside the weights."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ MOST_LAYERS = 2**12
 
 
 class Read(Checked):
-    """Values of exactly these types, as JSON has them; what a later upop adds is passed over."""
+    """A strict schema for JSON values; fields that a later upop adds are ignored."""
 
     model_config = ConfigDict(strict=True, extra="ignore", populate_by_name=True)
 
 
 class GroupLayout(Read):
-    """What every group keeps: so many `channels` in `heads` heads, `of` so many before."""
+    """The kept size of a group: `channels` in `heads` heads, `of` the dense size."""
 
     kind: str
     modality: str | None = None
@@ -43,7 +43,7 @@ class GroupLayout(Read):
 
 
 class Description(Read):
-    """A saved model: how it is built, what it keeps, and by which plan."""
+    """A saved model: how to build it, its kept sizes, and its plan."""
 
     format: int
     model: str | None
@@ -64,10 +64,10 @@ class Description(Read):
 
 
 def read_description(folder: Path) -> Description:
-    """Return what `upop.json` says.
+    """Read `upop.json`.
 
     Raises:
-        CheckpointError: there is none, it is damaged, or a later upop wrote it.
+        CheckpointError: it is missing, damaged, or written by a later upop.
     """
     path = folder / FILE
     if not path.is_file():
@@ -86,7 +86,7 @@ def read_description(folder: Path) -> Description:
 
 @contextmanager
 def read_from(source: str, part: str = "") -> Iterator[None]:
-    """Make what pydantic says of values in a file, or in a part of it, a CheckpointError."""
+    """Turn validation errors of pydantic for a file, or a part of it, into a CheckpointError."""
     try:
         yield
     except ValidationError as error:
@@ -95,15 +95,15 @@ def read_from(source: str, part: str = "") -> Iterator[None]:
 
 
 def digests(folder: Path) -> dict[str, str]:
-    """Return the SHA-256 digests of the files of weights in a folder, by their names."""
+    """Return file name -> SHA-256 for the weight files of a folder."""
     return {path.name: file_digest(path) for path in sorted(folder.glob("*.safetensors")) if path.is_file()}
 
 
 def check_digests(folder: Path, description: Description, *, strict: bool = True) -> None:
-    """Compare the files of weights with what they were when they were saved; folders of older versions do not say it.
+    """Compare the weight files with their stored digests, which folders of older versions lack.
 
     Raises:
-        CheckpointError: they are others; with `strict=False` this is a warning.
+        CheckpointError: they differ; a warning with `strict=False`.
     """
     if description.weights is None:
         return

@@ -1,4 +1,4 @@
-"""Fitting a model to a file: kept sizes are read off the shapes, keys are compared, weights are put in."""
+"""Fits a model to a file: infers kept sizes from shapes, compares keys, and copies weights."""
 
 from __future__ import annotations
 
@@ -37,9 +37,7 @@ def _rows(state: Mapping[str, Tensor], part: Slice) -> int:
 
 
 def _apart(group: Group, beside: list[tuple[Group, Slice]], shared: _Shared, state: Mapping[str, Tensor]) -> int:
-    """Return what a group keeps that shares tensors with others: all of these tell it together; -1 where they do
-    not.
-    """
+    """Return the kept size of a group that shares tensors with others, if their shapes determine it; else -1."""
     names = [each.name for each, _ in beside]
     left, right = [], []
     for parts in shared.values():
@@ -59,10 +57,10 @@ def _apart(group: Group, beside: list[tuple[Group, Slice]], shared: _Shared, sta
 
 
 def kept_sizes(groups: Sequence[Group], state: Mapping[str, Tensor], source: str) -> dict[str, int]:
-    """Return the number of kept channels of every group, as the shapes in `state` tell it.
+    """Infer the number of kept channels of every group from the shapes in `state`.
 
     Raises:
-        CheckpointError: a size is no whole number of channels, or larger than the dense model's.
+        CheckpointError: a size is no multiple of a channel, or larger than in the dense model.
     """
     shared = _sharing(groups)
     sizes = {}
@@ -93,15 +91,15 @@ def fit(
     *,
     strict: bool = True,
 ) -> nn.Module:
-    """Shrink `model` to the shapes of a published state dict, and put the weights in.
+    """Shrink `model` to the shapes of a published state dict, and load the weights.
 
     Args:
         model: the dense model.
         state: the tensors, under the model's names.
-        source: where they come from, for messages.
-        fixed_scale: says of which attention groups the published code keeps the softmax scale of the dense model
-            when they are compressed; their queries are folded so that the natural scale computes the same.
-        strict: False warns of what does not fit, and leaves the model's own values there.
+        source: their origin, for messages.
+        fixed_scale: whether the published code keeps the dense softmax scale of a compressed attention group; its
+            queries are then folded, so that the scale of the current head size computes the same.
+        strict: False warns of misfits, and keeps the model's own values there.
 
     Raises:
         CheckpointError: keys or shapes do not fit; they are listed.
@@ -124,20 +122,20 @@ def build_to_fit(
     dense: Mapping[str, int] | None = None,
     strict: bool = True,
 ) -> nn.Module:
-    """Return the dense model that `build` makes, for `fit` with tensors of these names and shapes.
+    """Build the dense model for `fit` with tensors of these names and shapes.
 
-    It is built without memory first, and compared with the shapes. Where all fit, its parameters have no memory before
-    `fit` has cut them, so that a model never takes more than its file.
+    It is first built on the meta device and compared with the shapes. If all fit, parameters are allocated only after
+    `fit` has cut them, so that a model never takes more memory than its file.
 
     Args:
-        build: makes the dense model.
-        state: its tensors, with or without their content.
-        source: where they come from, for messages.
-        dense: group -> channels that it must have before it is cut, where that is known.
-        strict: False lets it have parts that the tensors do not give.
+        build: builds the dense model.
+        state: its tensors, with or without content.
+        source: their origin, for messages.
+        dense: group -> its dense size, where known.
+        strict: False allows parts without tensors.
 
     Raises:
-        CheckpointError: names or shapes do not fit, or what is beside the weights would be larger than they are.
+        CheckpointError: names or shapes do not fit, or unsaved buffers would be larger than the weights.
     """
     blank = outline(build, len(state), source)
     _check_beside(blank, state, source)
@@ -167,7 +165,7 @@ def build_to_fit(
 
 
 def _read_as(model: nn.Module, groups: Sequence[Group], skipped: Sequence[Skipped]) -> nn.Module:
-    """Have a model not be read again of which a copy without numbers was read; return it."""
+    """Reuse the groups of a meta copy for a model; return the model."""
     if groups:
         remember(model, Prunable(tuple(groups), tuple(skipped)))
     return model
@@ -179,7 +177,7 @@ AT_MOST, BESIDE = 4, 2**24
 
 
 def _check_beside(blank: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
-    """Refuse buffers that are not saved, such as masks of attention, of sizes that the weights do not speak of."""
+    """Refuse unsaved buffers, such as attention masks, whose sizes the weights do not determine."""
     saved = blank.state_dict()
     beside = {name: buffer for name, buffer in blank.named_buffers() if name not in saved}
     held = sum(value.numel() for value in state.values())
@@ -192,7 +190,7 @@ def _check_beside(blank: nn.Module, state: Mapping[str, Tensor], source: str) ->
 
 
 def cut_to_fit(model: nn.Module, state: Mapping[str, Tensor], source: str) -> tuple[Sequence[Group], dict[str, int]]:
-    """Cut a dense model to the shapes of `state`; return its groups as they were, and what they keep."""
+    """Cut a dense model to the shapes of `state`; return its dense groups and their kept sizes."""
     groups = groups_if_read(model)
     sizes = kept_sizes(groups, state, source)
     compressed = {
@@ -205,7 +203,7 @@ def cut_to_fit(model: nn.Module, state: Mapping[str, Tensor], source: str) -> tu
 
 @torch.no_grad()
 def scale_queries(model: nn.Module, group: Group, kept: int, factor: float) -> None:
-    """Multiply the query rows and biases of an attention group, as it stands with `kept` channels, by `factor`."""
+    """Multiply the query rows and biases of an attention group of `kept` channels by `factor`."""
     for part in group.slices:
         tensor = model.get_parameter(part.tensor)
         rows = part.query_rows(kept).to(tensor.device)
@@ -218,7 +216,7 @@ def load_strictly(
     source: str,
     may_miss: Callable[[str], bool] = lambda _key: False,
 ) -> list[str]:
-    """Copy `state` into `model`; return the keys that were missing and may be.
+    """Copy `state` into `model`; return the missing optional keys.
 
     Raises:
         CheckpointError: keys are missing or unknown, shapes differ, or numbers are not finite; nothing was copied.
@@ -236,14 +234,14 @@ def compare(
     *,
     strict: bool = True,
 ) -> dict[str, Tensor]:
-    """Return what of `state` fits `model`: all of it, unless `strict` is False, which warns of the rest.
+    """Return the tensors of `state` that fit `model`; with `strict=False`, misfits cause warnings.
 
     Args:
         model: cut to the sizes in `state`.
-        state: with or without content (on the meta device, where nothing is said of the numbers).
-        source: where it comes from, for messages.
-        may_miss: says which of the model's keys need not be there.
-        strict: whether what does not fit is an error.
+        state: with or without content (values of meta tensors are not checked).
+        source: its origin, for messages.
+        may_miss: whether a key of the model is optional.
+        strict: whether misfits are errors.
 
     Raises:
         CheckpointError: keys are missing or unknown, shapes differ, or numbers are not finite; they are listed.
@@ -265,7 +263,7 @@ def compare(
 
 
 def listed(heading: str, problems: Sequence[str]) -> str:
-    """Return a heading with the first of many problems below it, a line for each."""
+    """Return a heading and the first problems, one per line."""
     more = f"\n  ... and {len(problems) - 12} more" if len(problems) > 12 else ""
     lines = [line if line.isprintable() else ascii(line)[1:-1] for line in problems[:12]]  # names are a file's own
     return f"{heading}:\n  " + "\n  ".join(line[:_LONGEST_LINE] for line in lines) + more
@@ -273,7 +271,7 @@ def listed(heading: str, problems: Sequence[str]) -> str:
 
 @contextmanager
 def expecting_shapes(source: str) -> Iterator[None]:
-    """Make what tensors of unexpected shapes raise a CheckpointError."""
+    """Turn errors from unexpected tensor shapes into a CheckpointError."""
     try:
         yield
     except (ValidationError, UPopError):
@@ -286,7 +284,7 @@ def expecting_shapes(source: str) -> Iterator[None]:
 
 
 def _misfit(found: Tensor, mine: Tensor) -> str:
-    """Say why a tensor cannot take the place of the model's own; nothing if it can."""
+    """Return why a tensor cannot replace the model's own; "" if it can."""
     if found.shape != mine.shape:
         return f"has shape {tuple(found.shape)}, the model {tuple(mine.shape)}"
     if mine.is_floating_point() and not found.is_floating_point():
@@ -295,14 +293,14 @@ def _misfit(found: Tensor, mine: Tensor) -> str:
 
 
 def not_finite(found: Tensor) -> str:
-    """Say of a tensor that it holds NaN or infinite numbers; nothing if it does not."""
+    """Return a message if a tensor holds NaN or infinite numbers; else ""."""
     if found.is_meta or not found.is_floating_point() or found.isfinite().all():
         return ""
     return "holds numbers that are not finite, so the model would compute nothing. Was its training ended by them?"
 
 
 def resize_positions(positions: Tensor, tokens: int) -> Tensor:
-    """Resize position embeddings [1, k + n*n, width] of a square grid to [1, tokens, width], bicubically.
+    """Resize position embeddings [1, k + n*n, hidden] of a square grid to [1, tokens, hidden], bicubically.
 
     The first k tokens (the class token, a distillation token) stay as they are.
     """
