@@ -1,6 +1,6 @@
-"""Our own folder: weights as safetensors, everything else as JSON, nothing pickled.
+"""The folder format of upop: weights as safetensors, everything else as JSON, no pickles.
 
-A transformers model's folder is also one of transformers' own: `from_pretrained` and `pipeline` read it.
+The folder of a transformers model is also valid for transformers: `from_pretrained` and `pipeline` read it.
 """
 
 from __future__ import annotations
@@ -60,27 +60,25 @@ WEIGHTS = "model.safetensors"
 def save(
     model: nn.Module, folder: str | Path, plan: Plan | None = None, *, tokenizer: Any = None, overwrite: bool = False
 ) -> Path:
-    """Write a model, dense or compressed, so that `load` gives it back.
+    """Save a model, dense or compressed, for `load`.
 
     The folder holds `model.safetensors` and `upop.json` (how the dense model is built, what every group keeps, the plan
-    and versions); that of a transformers model also its `config.json`, so that transformers reads it too; that of a
-    compressed model `README.md`, its model card. It is written beside and renamed: an older one of that name stays
-    whole until the new one is. Only a folder that `save` wrote is replaced, and only if it holds nothing else, as the
-    marker in it tells.
+    and versions); for a transformers model also `config.json`, so that transformers reads it too; for a compressed
+    model `README.md`, its model card. It is written under another name and renamed, so that an older one stays intact
+    until the new one is complete. Only a folder of `save` that holds nothing else, by its marker, is replaced.
 
     Args:
-        model: one of upop's, timm's or transformers' models, or any other model (which `load` then needs in its dense
-            form).
-        folder: where to write.
-        plan: which channels were kept, for the record; by default what `Pruner.shrink` or `shrink` noted on the model.
-        tokenizer: one of transformers', to be kept beside the weights.
+        model: a model of upop, timm or transformers, or any other model (for which `load` needs the dense model).
+        folder: the folder to write.
+        plan: the kept channels, for the record; by default the plan that `Pruner.shrink` or `shrink` recorded.
+        tokenizer: a transformers tokenizer to save beside the weights.
         overwrite: whether a folder that `save` or `export` wrote may be replaced though its files were changed since.
 
     Raises:
-        RunFolderError: the folder holds what upop did not write, or cannot be written; nothing was changed.
-        SettingError: it is a transformers model that is quantized by another method.
-        LayoutError: the model's weights are sharded over processes (save a copy that `upop.full_copy` makes), or it has
-            none, on the meta device.
+        RunFolderError: the folder holds files of others, or cannot be written; nothing was changed.
+        SettingError: a transformers model is quantized by another method.
+        LayoutError: the model is sharded (save a copy by `upop.full_copy`), or it is on the meta device, without
+            weights.
     """
     folder, model = Path(folder), unwrapped(model)
     refuse_sharded(model, "save()")
@@ -139,18 +137,18 @@ def save(
 
 
 def load(folder: str | Path, model: nn.Module | None = None, *, strict: bool = True) -> nn.Module:
-    """Return the model that `save` wrote, in evaluation mode, on the CPU, in the saved precision.
+    """Load a model of `save`, in evaluation mode, on the CPU, in the saved precision.
 
-    Nothing is fetched or run because a folder says so, and nothing is allocated that its weights do not hold.
+    The content of a folder cannot trigger downloads, run code, or allocate more memory than its weights take.
 
     Args:
-        folder: the folder, or one that transformers' `save_pretrained` wrote, or the name of such a model on the hub.
-        model: the dense model to cut and fill, where upop cannot build it; changed in place, see `load_into`.
-        strict: False warns of weights that are missing, unexpected, of another shape, not finite, or not those that
-            were saved; where there are none, the model keeps what it was built with.
+        folder: the folder, or one of transformers' `save_pretrained`, or the name of such a model on the hub.
+        model: the dense model to cut and fill, if upop cannot build it; changed in place, see `load_into`.
+        strict: False only warns of weights that are missing, unexpected, of another shape, not finite, or changed
+            since they were saved; missing ones keep their initial values.
 
     Raises:
-        CheckpointError: the folder is not one of ours, is damaged, or does not fit the model; what does not is listed.
+        CheckpointError: the folder is not upop's, is damaged, or does not fit the model; misfits are listed.
     """
     if model is not None:
         return load_into(model, folder, strict=strict)
@@ -189,16 +187,16 @@ def load(folder: str | Path, model: nn.Module | None = None, *, strict: bool = T
 
 
 def load_into(model: nn.Module, folder: str | Path, *, strict: bool = True) -> nn.Module:
-    """Cut a dense model to the sizes in a folder that `save` wrote, and fill it; return it, in evaluation mode.
+    """Cut a dense model to the sizes in a folder of `save`, and load the weights; return it, in evaluation mode.
 
     Args:
-        model: the dense model, as it was before it was compressed: `timm.create_model(...)`,
-            `open_clip.create_model(...)`, or one's own. It is changed in place.
+        model: the dense model, as before the compression: `timm.create_model(...)`, `open_clip.create_model(...)`, or a
+            custom one. It is changed in place.
         folder: the folder, or the name of a model on the hub.
-        strict: False warns of what does not fit, as `load` does, and of a model of another class.
+        strict: False only warns of misfits, as `load` does, and of a model of another class.
 
     Raises:
-        CheckpointError: the folder is not one of ours, is damaged, or holds a model that `model` cannot become.
+        CheckpointError: the folder is not upop's, is damaged, or `model` cannot be cut to its sizes.
     """
     folder, whole = local_path(folder), model
     model = unwrapped(model)
@@ -227,7 +225,7 @@ def load_into(model: nn.Module, folder: str | Path, *, strict: bool = True) -> n
 
 
 def _merging(model: nn.Module, description: Description, folder: Path) -> nn.Module:
-    """Have a model merge tokens as its description says; it is found anew where."""
+    """Restore token merging by the description of a model; layers are traced anew."""
     if description.tokens:
         try:
             return merge_again(model, description.tokens)
@@ -237,7 +235,7 @@ def _merging(model: nn.Module, description: Description, folder: Path) -> nn.Mod
 
 
 def _check_class(model: nn.Module, description: Description, folder: Path, *, strict: bool) -> None:
-    """Refuse a model of another class than the folder's; one that is derived from it will do."""
+    """Refuse a model whose class is neither that of the folder nor a subclass."""
     kind = description.kind.rpartition(".")[2]
     if kind not in (each.__name__ for each in type(model).__mro__):
         message = f"{folder} holds a {description.kind}, and was to fill a {type(model).__name__}. Build a {kind}."
@@ -262,7 +260,7 @@ def _refuse_meta(model: nn.Module) -> None:
 
 
 def groups_here(model: nn.Module, plan: Plan | None) -> tuple[Group, ...]:
-    """Return the groups of a model, those of its plan among them: a copy of a model was never surveyed itself."""
+    """Return the groups of a model, including those of its plan, since copies are not traced."""
     try:
         found = find_prunable(model)
     except LayoutError:  # it cannot be run by itself, and is saved all the same
@@ -285,7 +283,7 @@ def groups_here(model: nn.Module, plan: Plan | None) -> tuple[Group, ...]:
 
 
 def _still_true(plan: Plan | None, groups: Sequence[Group], model: nn.Module) -> Plan | None:
-    """Return the plan without groups that the model does not have any more, as when layers are dropped after a cut."""
+    """Return the plan without groups that the model no longer has, after layers were dropped."""
     if plan is None:
         return None
     left = plan_for(plan, groups)
@@ -311,7 +309,7 @@ def _warn_masked(model: nn.Module, groups: Sequence[Group]) -> None:
 
 
 def _is_its_own(model: PreTrainedModel) -> bool:
-    """Whether transformers can load the model again; if not, it is saved as any other model."""
+    """Whether transformers can reload the model; otherwise it is saved like any other model."""
     from upop.checkpoints.transformers_models import misfit
 
     why = misfit(model)
@@ -326,7 +324,7 @@ def _is_its_own(model: PreTrainedModel) -> bool:
 
 
 def _dense_sizes(model: nn.Module, groups: Sequence[Group], plan: Plan | None) -> Mapping[str, int]:
-    """Return group -> channels before it was cut, as far as that is known."""
+    """Return group -> dense size, where known."""
     kind = kind_of(model)
     if kind is None:
         return plan.sizes if plan is not None else {}
@@ -339,10 +337,10 @@ def _group(group: Group, dense: int | None) -> dict[str, Any]:
 
 
 def _written(model: nn.Module, groups: Sequence[Group], dense: Mapping[str, int], plan: Plan | None) -> dict[str, Any]:
-    """Return group -> all that a cut of the dense model takes, of those of which it is known.
+    """Return group -> its slices as JSON, where known.
 
-    Where layers were dropped after the cut, others have their names: what the plan says of a name holds of them too if
-    it fits their tensors, and of a name that it does not have nobody knows whether the layer was cut.
+    If layers were dropped after the cut, others have taken their names: entries of the plan apply to them if they fit
+    their tensors. For a name outside the plan, it is unknown whether the layer was cut.
     """
     known = {} if plan is None else dict(plan.slices)
     if plan is not None and len(plan_for(plan, groups)) < len(plan):
@@ -357,7 +355,7 @@ def _written(model: nn.Module, groups: Sequence[Group], dense: Mapping[str, int]
 
 
 def _told(model: nn.Module, described: Mapping[str, Any], name: str) -> Group | None:
-    """Return a group that a plan tells, in the size that it has in a model; None where it does not fit."""
+    """Return a group of a plan at its size in a model; None if it does not fit."""
     try:
         found = groups_of(model, {name: described[name]}) if name in described else None
     except ValueError:
@@ -385,9 +383,9 @@ def _plan(description: Description, folder: Path) -> Plan | None:
 
 
 def _check_layout(model: nn.Module, plan: Plan | None, layout: Mapping[str, GroupLayout], folder: Path) -> None:
-    """Raise CheckpointError where the groups of a loaded model are not what its description and its plan say.
+    """Raise CheckpointError if the groups of a loaded model contradict its description or plan.
 
-    Shapes alone tell neither heads nor which channels were kept.
+    Shapes alone determine neither heads nor which channels were kept.
     """
     for group in groups_if_read(model):
         found = {"heads": group.heads, "channels": group.size}
@@ -416,7 +414,7 @@ def _check_layout(model: nn.Module, plan: Plan | None, layout: Mapping[str, Grou
 
 
 def _dense(description: Description, folder: Path) -> nn.Module:
-    """Return the dense model that a folder describes, with fresh weights."""
+    """Build the dense model that a folder describes, with initial weights."""
     dense = owners.build(description, str(folder / DESCRIPTION))
     if dense is not None:
         return dense
@@ -439,7 +437,7 @@ def _dense(description: Description, folder: Path) -> nn.Module:
 
 
 def _as_precise(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
-    """Bring a model to the precision of a state dict, which may differ from tensor to tensor."""
+    """Convert a model to the precision of a state dict, tensor by tensor."""
     found = {value.dtype for value in state.values() if value.is_floating_point()}
     if len(found) == 1:
         return model.to(dtype=found.pop())  # buffers that are not saved too

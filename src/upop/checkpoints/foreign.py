@@ -1,7 +1,7 @@
-"""Folders with models of timm and open_clip, as their libraries write them for the hub, or `upop.save` does.
+"""Folders with models of timm and open_clip, in the hub format of their libraries or of `upop.save`.
 
-Their tensors have the names of the published checkpoints, so that they become models of ours the same way; a model that
-computes something else than ours is refused.
+Their tensors have the names of the published checkpoints, so they are converted the same way. Models that compute
+something else than upop's are refused.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ class Foreign:
     """A model of another library in a folder.
 
     Attributes:
-        task: whose models it is one of.
-        kind: what messages call it.
-        file: that describes it.
-        weights: file of its tensors.
-        sizes: fields of our configuration that it says.
-        images: how it says that images are prepared, by the names of our settings.
+        task: the task of the model.
+        kind: its name in messages.
+        file: its description.
+        weights: its weight file.
+        sizes: fields of upop's configuration.
+        images: preparation of images, by names of settings.
     """
 
     task: str
@@ -49,10 +49,10 @@ class Foreign:
 
 
 def recognised(folder: Path) -> Foreign | None:
-    """Return what a folder with a model of timm or open_clip holds; None for any other.
+    """Identify a folder with a model of timm or open_clip; None for any other.
 
     Raises:
-        CheckpointError: it is damaged, or its model is none that ours compute.
+        CheckpointError: it is damaged, or upop has no equivalent model.
     """
     if is_folder(folder):
         description = read_description(folder)
@@ -86,7 +86,7 @@ def recognised(folder: Path) -> Foreign | None:
 
 
 def _weights(folder: Path, kind: str) -> Path:
-    """Return the file of weights of a folder; pickles, which both libraries write too, are none."""
+    """Return the weight file of a folder; pickles, which both libraries also write, are ignored."""
     names = _WEIGHTS[kind]
     found = next((folder / name for name in names if (folder / name).is_file()), None)
     if found is None:
@@ -149,7 +149,7 @@ def _open_clip(file: Path, weights: Path, model: Any, images: Any) -> Foreign:
 
 
 def _one(value: Any) -> Any:
-    """Return the side of a square."""
+    """Return the side length of a square."""
     return value[0] if isinstance(value, (list, tuple)) and len(set(value)) == 1 else value
 
 

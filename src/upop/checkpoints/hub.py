@@ -1,4 +1,4 @@
-"""Where a checkpoint lies: a path, behind a URL, or on the hub, as "Salesforce/blip-vqa-base", which is fetched."""
+"""Locates checkpoints: local paths, URLs, and names on the hub such as "Salesforce/blip-vqa-base"."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ _SUFFIXES = (".pth", ".pt", ".bin", ".safetensors", ".onnx", ".yaml", ".json")
 
 
 def local_path(name: str | Path) -> Path:
-    """Return where a model lies: the path itself, or a copy of what is behind a URL or on the hub under this name.
+    """Return the local path of a model: the path itself, or a downloaded copy of a URL or hub model.
 
-    What exists here is a path, or else in the package, as assets/shapes-nlvr; so is what has a file's ending, no
-    "owner/" in front, or the name of a folder that is here in the place of the owner. Anything else is asked for on the
-    hub, unless a copy was fetched before.
+    Existing files are paths, and so are files of the package (assets/shapes-nlvr). A name with a file extension,
+    without an "owner/", or with an existing folder in place of the owner is a path too. Any other name is downloaded
+    from the hub, unless it is cached.
 
     Raises:
-        CheckpointError: there is no such path, and the hub does not give such a model; or the URL gives nothing.
+        CheckpointError: there is no such path, and no such model on the hub; or the URL cannot be read.
     """
     if is_remote(str(name)):
         return remote.local_path(str(name))
@@ -51,7 +51,7 @@ def local_path(name: str | Path) -> Path:
 
 
 def is_hub_name(name: str) -> bool:
-    """Whether a name can only mean a model of the hub."""
+    """Whether a name can only be that of a hub model."""
     path = Path(name)
     return bool(_NAME.fullmatch(name)) and path.suffix not in _SUFFIXES and not Path(path.parts[0]).exists()
 

@@ -1,7 +1,7 @@
-"""transformers' own classes of our models: configurations and names of tensors, both ways, one row per model.
+"""Converts between models of upop and classes of transformers: configurations and tensor names, one row per model.
 
-BLIP's vision transformer is timm's here and transformers' there; its text models are transformers' in both, under the
-same names. Momentum copies and queues, which training alone needs, exist only here.
+BLIP's vision transformer comes from timm in upop; its text models come from transformers in both, with equal names.
+Momentum copies and queues, for training only, exist only in upop.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ _SEP_ID = 102  # of bert-base-uncased: ends a text
 
 @dataclass(frozen=True)
 class Counterpart:
-    """How a model of ours and one of transformers stand for each other.
+    """The correspondence of a model of upop and a class of transformers.
 
     Attributes:
         model: our model's name in `upop.models.MODELS`.
-        task: whose published checkpoints hold it too.
+        task: the task of its published checkpoints.
         kind: the name of transformers' class.
-        config: our configuration -> theirs.
-        sizes: their configuration -> fields of ours.
-        export: our tensors -> theirs.
-        read: their tensors -> ours.
-        same: setting of their configuration (dotted) -> the value that our model has built in.
+        config: configuration of upop -> configuration of transformers.
+        sizes: configuration of transformers -> fields of upop's.
+        export: tensors of upop -> tensors of transformers.
+        read: tensors of transformers -> tensors of upop.
+        same: setting of transformers' configuration (dotted) -> the value that upop's model assumes.
     """
 
     model: str
@@ -53,11 +53,11 @@ class Counterpart:
 
 
 def counterpart_of(model: str | None, name: str) -> Counterpart:
-    """Return the row of one of our models.
+    """Return the row of a model of upop.
 
     Args:
         model: its name in `upop.models.MODELS`.
-        name: what messages call it.
+        name: its name in messages.
 
     Raises:
         CheckpointError: transformers has no class that computes the same.
@@ -75,7 +75,7 @@ def counterpart_for(model: Any) -> Counterpart:
     """Return the row of a transformers model.
 
     Raises:
-        CheckpointError: it has no counterpart here, or its configuration asks for what ours does not compute.
+        CheckpointError: upop has no counterpart, or its configuration needs an unsupported feature.
     """
     kind = type(model).__name__
     row = counterpart_named(kind)
@@ -95,7 +95,7 @@ def counterpart_named(kind: str) -> Counterpart:
     """Return the row of a class of transformers.
 
     Raises:
-        CheckpointError: it has no counterpart here.
+        CheckpointError: upop has no counterpart.
     """
     row = next((row for row in COUNTERPARTS if row.kind == kind), None)
     if row is None:
@@ -220,7 +220,7 @@ def _retrieval_read(state: State) -> dict[str, Tensor]:
 
 
 def with_copies(state: State, momentum_encoders: Mapping[str, str]) -> dict[str, Tensor]:
-    """Return the tensors with momentum copies, where they are missing, that equal what they copy."""
+    """Add missing momentum copies, equal to the originals, to the tensors."""
     copies = {
         momentum_encoder + key.removeprefix(name): value
         for name, momentum_encoder in momentum_encoders.items()

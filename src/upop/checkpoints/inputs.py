@@ -1,7 +1,7 @@
-"""What a checkpoint says of its inputs: sizes and colours of images, and the tokenizer that lies beside its weights.
+"""Reads the input preparation of a checkpoint: image size and normalisation, and its tokenizer.
 
-It says so in what its library writes: `upop.json`, transformers' config.json and processors, timm's and open_clip's
-configurations; a published file in the shapes of its tensors.
+The sources are `upop.json`, transformers' config.json and processors, the configurations of timm and open_clip, and for
+published files the shapes of tensors.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ _TOWERS = ("visual_encoder.", "encoder.", "")
 
 @dataclass(frozen=True)
 class StatedInputs:
-    """What a checkpoint says of its inputs.
+    """The stated input preparation of a checkpoint.
 
     Attributes:
-        settings: those of the run that wrote it, and images' by their names in `ImageSettings`.
+        settings: settings of the run that wrote it, with image settings named as in `ImageSettings`.
         sizes: fields of the model's configuration.
-        task: whose settings and sizes they are; None where that is not known.
-        tokenizer: the folder, if one lies beside the weights.
-        notes: what a person should know of it.
+        task: the task of these settings and sizes; None if unknown.
+        tokenizer: its folder, if there is one beside the weights.
+        notes: remarks for the user.
     """
 
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -49,13 +49,13 @@ class StatedInputs:
 
 
 def stated_inputs(path: Path) -> StatedInputs:
-    """Return what a checkpoint says of its inputs.
+    """Read the input preparation of a checkpoint.
 
     Args:
-        path: a published file, a folder of ours, or one that transformers, timm or open_clip wrote.
+        path: a published file, or a folder of upop, transformers, timm or open_clip.
 
     Raises:
-        CheckpointError: there is none, or what it says cannot be read, or contradicts itself.
+        CheckpointError: the checkpoint is missing, unreadable or contradictory.
     """
     if not path.is_dir():
         task, sizes = _sizes_from_shapes(path)
@@ -79,7 +79,7 @@ def stated_inputs(path: Path) -> StatedInputs:
 
 
 def _of_library(path: Path) -> tuple[dict[str, Any], dict[str, Any], str | None]:
-    """Return settings, sizes and task of a folder in another library's layout; nothing of one that is in none."""
+    """Return settings, sizes and task of a folder in the format of another library; empty for other folders."""
     if is_transformers_folder(path):
         stated = processors.from_transformers(path)
         row = counterpart_named(_class_of(path))
@@ -99,7 +99,7 @@ def _class_of(path: Path) -> str:
 
 
 def _sizes_from_shapes(path: Path) -> tuple[str | None, dict[str, Any]]:
-    """Return the task whose model a published file holds, and the sizes that its shapes tell."""
+    """Infer the task and the sizes of a published file from its shapes."""
     state = read_outline(path) if path.suffix == ".safetensors" else read_weights(path, mapped=True)
     with expecting_shapes(str(path)):
         try:

@@ -1,8 +1,8 @@
-"""Models without the layers of which nothing is left: their configuration counts fewer, and loads them plainly.
+"""Removes layers that were pruned whole, so that a configuration with fewer layers describes the model.
 
-A layer whose branches are gone adds a constant to what passes it, the biases that these ended with, where no norm comes
-behind them. So its place may go if a bias before it takes the constant. Which number of a configuration counts the
-layers of a list is found by trying, as in `size_fields`; what is made is handed out only where it computes the same.
+A layer without branches adds a constant, the last biases of these, unless a norm follows. The layer can be removed if
+an earlier bias absorbs the constant. The configuration field that counts the layers is found by trial, as in
+`size_fields`; the result is used only if it computes the same outputs.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ class Stack:
     """A list of layers that a configuration counts.
 
     Attributes:
-        path: of the list, from the model.
-        layers: place in it -> the names of the groups there.
-        change: the places that stay -> what the fields become.
+        path: of the list.
+        layers: index -> names of its groups.
+        change: kept indices -> changed fields.
     """
 
     path: str
@@ -52,7 +52,7 @@ class Stack:
     change: Callable[[Sequence[int]], Change]
 
     def moved(self, stay: Sequence[int]) -> Callable[[str], str | None]:
-        """Return what names of modules and tensors become where so many places stay; None for those that go."""
+        """Rename modules and tensors for the kept indices; None for removed ones."""
         places = {old: new for new, old in enumerate(stay)}
         start = f"{self.path}." if self.path else ""
 
@@ -71,9 +71,9 @@ def stacks(dense: nn.Module, groups: Sequence[Group], builder: Builder) -> list[
     """Return the lists of layers that a configuration counts.
 
     Args:
-        dense: the dense model, with or without memory.
+        dense: the dense model, possibly on the meta device.
         groups: its groups.
-        builder: what makes such models.
+        builder: builds such models.
     """
     lists: dict[str, dict[int, tuple[str, ...]]] = {}
     for path, names in layers_of(dense, groups).items():
@@ -94,7 +94,7 @@ def stacks(dense: nn.Module, groups: Sequence[Group], builder: Builder) -> list[
 
 
 def _counting(builder: Builder, count: int) -> Iterator[Callable[[Sequence[int]], Change]]:
-    """Yield ways in which a configuration may count so many layers; lists of so many values may speak of each."""
+    """Yield changes of a configuration that may set the number of layers, including lists with one value per layer."""
     for path, fields in nodes(builder.settings):
         here = {**dict.fromkeys(builder.more if not path else ()), **fields}
         lists = {(*path, name): value for name, value in fields.items() if _each(value, count)}
@@ -114,14 +114,14 @@ def _fewer(place: Path, lists: Mapping[Path, Sequence[Any]], stay: Sequence[int]
 
 
 def without_layers(model: nn.Module, plan: Plan | None) -> nn.Module | str | None:
-    """Return a model of fewer layers that computes what `model` does, with the same weights but for biases.
+    """Return an equivalent model with fewer layers; only biases differ.
 
     Args:
-        model: of transformers or timm, cut; it is left as it is.
-        plan: how it was cut.
+        model: a cut model of transformers or timm, left unchanged.
+        plan: its plan.
 
     Returns:
-        None where nothing is left of no layer; where such a layer has to stay, why.
+        None if no layer was pruned whole; a reason, if such a layer must stay.
     """
     described = _described(model, plan)
     if described is None:
@@ -154,7 +154,7 @@ def without_layers(model: nn.Module, plan: Plan | None) -> nn.Module | str | Non
 
 
 def _described(model: nn.Module, plan: Plan | None) -> tuple[Builder, nn.Module] | None:
-    """Return how a library builds a model, and its dense form without memory."""
+    """Return the builder of a model, and its dense form on the meta device."""
     if removed_tokens(model) is not None:
         return None  # how many each of its layers merges is counted by their places
     if is_pretrained(model):
@@ -181,7 +181,7 @@ def _without(
     stack: Stack,
     stay: Sequence[int],
 ) -> tuple[nn.Module, Builder, tuple[Group, ...]] | str:
-    """Return the model without some layers of a list, how it is built, and its dense groups; else what is wrong."""
+    """Return the model without the given layers, its builder and its dense groups; or a reason why not."""
     paths = {place: f"{stack.path}.{place}" if stack.path else str(place) for place in stack.layers}
     gone = [place for place in stack.layers if place not in stay]
     added = constants(model, [paths[place] for place in gone], examples_of(model))
@@ -225,10 +225,10 @@ def _folded(
     rename: Callable[[str], str | None],
     state: Mapping[str, Tensor],
 ) -> Iterator[dict[str, Tensor]]:
-    """Yield tensors that take what layers add which go, by the names that they have without these.
+    """Yield candidate tensors to absorb the constants of removed layers, by their new names.
 
-    It goes to the bias that the layer before them ends with; before the first layer that stays to whatever has
-    as many columns, one after the other, of which the caller takes what computes the same.
+    The candidate is the last bias of the preceding layer; before the first kept layer, every tensor with as many
+    columns is tried, and the caller uses the one that computes the same.
     """
     before: int | None = None
     sums: dict[int | None, Tensor] = {}
@@ -261,7 +261,7 @@ def _plus(tensor: Tensor, constant: Tensor) -> Tensor:
 
 
 def _renamed(group: Group, rename: Callable[[str], str | None]) -> Group | None:
-    """Return a group under other names; None where it cannot be written down."""
+    """Return a group with other names; None if it cannot be serialised."""
 
     def new(name: str) -> str:
         return rename(name) or name
@@ -278,7 +278,7 @@ def _renamed(group: Group, rename: Callable[[str], str | None]) -> Group | None:
 
 
 def _adapt(model: Any, made: Any) -> None:
-    """Have a model run as another one does."""
+    """Copy device, precision, attention implementation and mode of a model to the rebuilt one."""
     like = next(model.parameters())
     for buffer in made.buffers():
         buffer.data = buffer.data.to(like.device, like.dtype if buffer.is_floating_point() else buffer.dtype)
@@ -293,7 +293,7 @@ def _adapt(model: Any, made: Any) -> None:
 def _carry(
     model: nn.Module, made: nn.Module, plan: Plan | None, renames: Sequence[Callable[[str], str | None]]
 ) -> None:
-    """Have a model of fewer layers carry what the whole one does."""
+    """Copy the plan and other records of a model to the one with fewer layers."""
     set_preparation(made, preparation_of(model))
     if hasattr(model, VOCABULARY):
         setattr(made, VOCABULARY, getattr(model, VOCABULARY))
