@@ -15,7 +15,7 @@ from checkpoints.test_transformers import bert, blip
 from parity.cases import Recorded, all_recorded
 from pruning.families import NLVR
 from upop.checkpoints.convert import read_model, to_transformers, write_model
-from upop.checkpoints.transformers_models import load_transformers
+from upop.checkpoints.formats.transformers import load_transformers
 from upop.errors import CheckpointError, SettingError, VerificationError
 from upop.models.classifier import ClassifierConfig, build_classifier
 

@@ -21,7 +21,6 @@ from torch import nn
 
 import upop
 from upop.checkpoints.convert import read_model
-from upop.checkpoints.foreign import recognised
 from upop.errors import CheckpointError
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
@@ -290,4 +289,4 @@ def test_pickles_in_folders_for_the_hub_are_not_opened(library: str, tmp_path: P
     with pytest.raises(
         CheckpointError, match=r"holds no .*model\.safetensors, and pickles such as 'pytorch_model\.bin"
     ):
-        recognised(tmp_path)
+        upop.load(tmp_path)

@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from upop.checkpoints import read_weights
-from upop.checkpoints.remote import is_remote, local_path
+from upop.checkpoints.hub import local_path
+from upop.checkpoints.remote import fetched, is_remote
 from upop.errors import CheckpointError
 
 
@@ -46,13 +47,13 @@ def test_a_file_is_itself() -> None:
 def test_what_is_behind_a_url_is_fetched_once(served: tuple[Path, str]) -> None:
     folder, address = served
     torch.save({"model": {"weight": torch.ones(2)}}, folder / "model.pth")
-    path = local_path(f"{address}/model.pth")
+    path = fetched(f"{address}/model.pth")
     assert read_weights(path)["weight"].tolist() == [1, 1]
     (folder / "model.pth").unlink()
-    assert local_path(f"{address}/model.pth") == path
+    assert fetched(f"{address}/model.pth") == path
     (folder / "other").mkdir()
     torch.save({"model": {"weight": torch.zeros(2)}}, folder / "other" / "model.pth")
-    assert read_weights(local_path(f"{address}/other/model.pth"))["weight"].tolist() == [0, 0]
+    assert read_weights(fetched(f"{address}/other/model.pth"))["weight"].tolist() == [0, 0]
 
 
 def test_a_digest_in_the_name_is_checked(served: tuple[Path, str]) -> None:
@@ -60,16 +61,16 @@ def test_a_digest_in_the_name_is_checked(served: tuple[Path, str]) -> None:
     digest = hashlib.sha256(b"weights").hexdigest()[:8]
     for name, content in ((f"deit-{digest}.pth", b"weights"), (f"spoilt-{digest}.pth", b"cut off")):
         (folder / name).write_bytes(content)
-    assert local_path(f"{address}/deit-{digest}.pth").read_bytes() == b"weights"
+    assert fetched(f"{address}/deit-{digest}.pth").read_bytes() == b"weights"
     with pytest.raises(CheckpointError, match=r"spoilt-.*cannot be fetched .*invalid hash"):
-        local_path(f"{address}/spoilt-{digest}.pth")
+        fetched(f"{address}/spoilt-{digest}.pth")
 
 
 def test_what_is_not_there_is_named(served: tuple[Path, str]) -> None:
     with pytest.raises(CheckpointError, match=r"nothing\.pth cannot be fetched .*404.*give its path"):
-        local_path(f"{served[1]}/nothing.pth")
+        fetched(f"{served[1]}/nothing.pth")
 
 
 def test_what_is_no_address_is_said() -> None:
     with pytest.raises(CheckpointError, match=r"https://\[bad is no address"):
-        local_path("https://[bad")
+        fetched("https://[bad")

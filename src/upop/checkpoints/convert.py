@@ -11,17 +11,13 @@ import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from upop.checkpoints.config_json import is_transformers_folder, read_config
-from upop.checkpoints.description import is_folder
 from upop.checkpoints.fit import kept_sizes, load_strictly
-from upop.checkpoints.folder import load, save
-from upop.checkpoints.hub import local_path
-from upop.checkpoints.hugging_face import counterpart_named, counterpart_of
+from upop.checkpoints.folder import save
+from upop.checkpoints.hugging_face import counterpart_of
 from upop.checkpoints.official import load_official, save_official, task_for, task_of
+from upop.checkpoints.opening import Checkpoint, open_checkpoint
 from upop.checkpoints.quantizer import mark
-from upop.checkpoints.read import read_weights
 from upop.checkpoints.sizes import resize
-from upop.checkpoints.transformers_models import architectures
 from upop.errors import VerificationError
 from upop.files import check_folder
 from upop.models import kind_of
@@ -35,25 +31,25 @@ TOLERANCE = 1e-5
 """Largest difference of an output that a conversion may make, relative to the output's largest channel."""
 
 
-def read_model(source: str | Path, task: str | None = None, **overrides: Any) -> nn.Module:
-    """Read a model in any of the three forms, as a model of upop if there is one.
+def read_model(source: str | Path | Checkpoint, task: str | None = None, **overrides: Any) -> nn.Module:
+    """Return the model in a checkpoint of any format, as one of upop's own.
 
     Args:
-        source: a published file, a folder of ours, a folder of transformers, or its name on the hub.
-        task: of the model in a published file; by default inferred from its tensor names.
-        overrides: fields of the configuration that a published file does not determine; see `load_official`.
+        source: a published file, a folder of ours, of transformers, timm or open_clip, or its name on the hub.
+        task: whose model a published file holds; read off the names of its tensors if not given.
+        overrides: fields of the model's configuration that a published file does not tell; see `load_official`.
 
     Raises:
-        CheckpointError: it cannot be read, or is none of upop's own models.
+        CheckpointError: it cannot be read, or none of upop's own models computes the same.
         SettingError: the task or an override is unknown.
     """
-    path = local_path(source)
-    if is_folder(path) and not is_transformers_folder(path):
-        return load(path)
-    if is_transformers_folder(path):
-        kinds = architectures(path, read_config(path)) or ["model without a name"]
-        return load_official(counterpart_named(kinds[0]).task, path, **overrides)
-    return load_official(task or task_of(read_weights(path), str(path)), path, **overrides)
+    checkpoint = open_checkpoint(source)
+    if checkpoint.library == "upop":  # with its plan
+        return checkpoint.load()
+    stated = checkpoint.own().task
+    if stated is None:
+        stated = task or task_of(checkpoint.state, str(checkpoint.path))
+    return load_official(stated, checkpoint, **overrides)
 
 
 def write_model(model: nn.Module, target: str | Path, form: Form, *, overwrite: bool = False) -> Path:

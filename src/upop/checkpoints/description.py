@@ -19,6 +19,7 @@ _PRINTED = r"^[^\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]{1,1000}$"
 """A text without characters that a terminal would obey."""
 
 FILE = "upop.json"
+WEIGHTS = "model.safetensors"
 FORMAT = 1
 VOCABULARY = "upop_vocabulary"
 """Under what a model keeps the numbers that its words had before others were dropped."""

@@ -1,4 +1,4 @@
-"""The folder format of upop: weights as safetensors, everything else as JSON, no pickles.
+"""Writing our own folder: weights as safetensors, everything else as JSON, nothing pickled.
 
 The folder of a transformers model is also valid for transformers: `from_pretrained` and `pipeline` read it.
 """
@@ -12,49 +12,32 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import ValidationError
-from torch import Tensor, nn
+from torch import nn
 
 from upop.checkpoints import card, owners
 from upop.checkpoints.blank import outline
-from upop.checkpoints.config_json import is_transformers_folder
-from upop.checkpoints.described_groups import describe_groups
 from upop.checkpoints.description import FILE as DESCRIPTION
-from upop.checkpoints.description import (
-    FORMAT,
-    VOCABULARY,
-    Description,
-    GroupLayout,
-    check_digests,
-    digests,
-    is_folder,
-    read_description,
-)
-from upop.checkpoints.fit import build_to_fit, fit
-from upop.checkpoints.hub import is_hub_name, local_path
-from upop.checkpoints.preparation import preparation_of, set_preparation
-from upop.checkpoints.read import read_outline, read_weights
-from upop.checkpoints.renamed import groups_if_read, groups_of, groups_today, named_as_today, with_names
-from upop.checkpoints.sizes import dense_meta_copy, plan_for, sizes_before
+from upop.checkpoints.description import FORMAT, VOCABULARY, WEIGHTS, digests
+from upop.checkpoints.hub import is_hub_name
+from upop.checkpoints.preparation import preparation_of
+from upop.checkpoints.renamed import groups_of
+from upop.checkpoints.sizes import plan_for, sizes_before
 from upop.checkpoints.write import write_weights
-from upop.errors import CheckpointError, LayoutError, PlanError, SettingError, nearest
+from upop.errors import LayoutError
 from upop.files import replacing_folder
 from upop.libraries import is_pretrained
 from upop.models import MODELS, kind_of
 from upop.pruning import Group, Plan, Prunable, count_parameters, find_prunable, remember
-from upop.pruning.carried import plan_of, set_plan
+from upop.pruning.carried import plan_of
 from upop.pruning.errors import some_of
 from upop.pruning.known import sized
 from upop.pruning.masks import refuse_masked, unwrapped
 from upop.pruning.sharded import refuse_sharded
 from upop.pruning.written import as_json
-from upop.tokens.encoders import merge_again, removed_tokens
-from upop.values import problems
+from upop.tokens.encoders import removed_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-WEIGHTS = "model.safetensors"
 
 
 def save(
@@ -136,114 +119,6 @@ def save(
     return folder
 
 
-def load(folder: str | Path, model: nn.Module | None = None, *, strict: bool = True) -> nn.Module:
-    """Load a model of `save`, in evaluation mode, on the CPU, in the saved precision.
-
-    The content of a folder cannot trigger downloads, run code, or allocate more memory than its weights take.
-
-    Args:
-        folder: the folder, or one of transformers' `save_pretrained`, or the name of such a model on the hub.
-        model: the dense model to cut and fill, if upop cannot build it; changed in place, see `load_into`.
-        strict: False only warns of weights that are missing, unexpected, of another shape, not finite, or changed
-            since they were saved; missing ones keep their initial values.
-
-    Raises:
-        CheckpointError: the folder is not upop's, is damaged, or does not fit the model; misfits are listed.
-    """
-    if model is not None:
-        return load_into(model, folder, strict=strict)
-    folder = local_path(folder)
-    if not is_folder(folder) and is_transformers_folder(folder):
-        return owners.load_transformers(folder, strict=strict)
-    description = read_description(folder)
-    plan = _plan(description, folder)
-    if description.transformers:
-        model = owners.load_transformers(folder, description.kind, strict=strict)
-        if description.groups:
-            dense = dense_meta_copy(model)
-            describe_groups(dense, description, folder)
-            remember(model, find_prunable(dense))
-    else:
-        source, held = str(folder), read_outline(folder / WEIGHTS)
-        # Of our own models, whose configuration has one number for all layers, it is known what there was before.
-        sizes = {name: group.of for name, group in (description.layout or {}).items() if description.model and group.of}
-
-        def build() -> nn.Module:
-            return describe_groups(_dense(description, folder), description, folder)
-
-        model = build_to_fit(build, held, source, dense=sizes, strict=strict)
-        state = read_weights(folder / WEIGHTS)
-        model = fit(_as_precise(model, state), state, source, lambda _group: False, strict=strict)
-    check_digests(folder, description, strict=strict)
-    layout = description.layout or {}
-    names = groups_today(model, {**layout, **({} if plan is None else plan.kept)})
-    plan = None if plan is None else with_names(plan, names)
-    _check_layout(model, plan, {names.get(name, name): group for name, group in layout.items()}, folder)
-    set_plan(model, plan)
-    set_preparation(model, description.preparation)
-    if description.vocabulary is not None:
-        setattr(model, VOCABULARY, description.vocabulary)
-    return _merging(model, description, folder).eval()
-
-
-def load_into(model: nn.Module, folder: str | Path, *, strict: bool = True) -> nn.Module:
-    """Cut a dense model to the sizes in a folder of `save`, and load the weights; return it, in evaluation mode.
-
-    Args:
-        model: the dense model, as before the compression: `timm.create_model(...)`, `open_clip.create_model(...)`, or a
-            custom one. It is changed in place.
-        folder: the folder, or the name of a model on the hub.
-        strict: False only warns of misfits, as `load` does, and of a model of another class.
-
-    Raises:
-        CheckpointError: the folder is not upop's, is damaged, or `model` cannot be cut to its sizes.
-    """
-    folder, whole = local_path(folder), model
-    model = unwrapped(model)
-    description = read_description(folder)
-    _check_class(model, description, folder, strict=strict)
-    if is_pretrained(model) and description.transformers is not False:
-        state = owners.load_transformers(folder, type(model), strict=strict).state_dict()
-    else:
-        state = named_as_today(model, read_weights(folder / WEIGHTS))
-    plan = _plan(description, folder)
-    describe_groups(model, description, folder)
-    try:
-        fit(model, state, str(folder), lambda _group: False, strict=strict)
-    except CheckpointError as error:
-        raise CheckpointError(
-            f"{error}\n{folder} holds a {description.kind}. Build that model, with the settings that it had before "
-            "it was compressed."
-        ) from error
-    check_digests(folder, description, strict=strict)
-    set_plan(model, None if plan is None else with_names(plan, groups_today(model, plan.kept)))
-    set_preparation(model, description.preparation)
-    if is_pretrained(model):
-        owners.mark(model)
-    _merging(model, description, folder)
-    return whole.eval()
-
-
-def _merging(model: nn.Module, description: Description, folder: Path) -> nn.Module:
-    """Restore token merging by the description of a model; layers are traced anew."""
-    if description.tokens:
-        try:
-            return merge_again(model, description.tokens)
-        except (LayoutError, SettingError) as error:
-            raise CheckpointError(f"{folder} holds a model that merged tokens, and this one cannot: {error}") from error
-    return model
-
-
-def _check_class(model: nn.Module, description: Description, folder: Path, *, strict: bool) -> None:
-    """Refuse a model whose class is neither that of the folder nor a subclass."""
-    kind = description.kind.rpartition(".")[2]
-    if kind not in (each.__name__ for each in type(model).__mro__):
-        message = f"{folder} holds a {description.kind}, and was to fill a {type(model).__name__}. Build a {kind}."
-        if strict:
-            raise CheckpointError(message)
-        warnings.warn(message, stacklevel=3)
-
-
 def _card(model: nn.Module, description: dict[str, Any]) -> str:
     # Momentum copies, which training alone needs, are none of what the model is.
     whole = None if getattr(model, "momentum_encoders", None) else count_parameters(model)
@@ -309,8 +184,8 @@ def _warn_masked(model: nn.Module, groups: Sequence[Group]) -> None:
 
 
 def _is_its_own(model: PreTrainedModel) -> bool:
-    """Whether transformers can reload the model; otherwise it is saved like any other model."""
-    from upop.checkpoints.transformers_models import misfit
+    """Whether transformers can load the model again; if not, it is saved as any other model."""
+    from upop.checkpoints.formats.transformers import misfit
 
     why = misfit(model)
     if why is not None:
@@ -369,79 +244,3 @@ def _axes(group: Group) -> set[tuple[str, int]]:
 
 def _kind(group: Group) -> tuple[str, int]:
     return group.channel, group.heads
-
-
-def _plan(description: Description, folder: Path) -> Plan | None:
-    try:
-        if description.plan is None:
-            return None
-        plan = Plan.from_json(json.dumps(description.plan))
-        described = plan.slices or description.groups or {}
-        return replace(plan, slices={name: described[name] for name in plan.kept if name in described})
-    except PlanError as error:
-        raise CheckpointError(f"{folder / DESCRIPTION} has a plan that cannot be read. {error}") from error
-
-
-def _check_layout(model: nn.Module, plan: Plan | None, layout: Mapping[str, GroupLayout], folder: Path) -> None:
-    """Raise CheckpointError if the groups of a loaded model contradict its description or plan.
-
-    Shapes alone determine neither heads nor which channels were kept.
-    """
-    for group in groups_if_read(model):
-        found = {"heads": group.heads, "channels": group.size}
-        described = layout.get(group.name)
-        kept = None if plan is None else plan.kept.get(group.name)
-        size = 0 if plan is None else plan.sizes.get(group.name, 0)
-        wrong = ""
-        if described is not None and (described.heads, described.channels) != (group.heads, group.size):
-            wrong = f"says {described.model_dump(include=set(found))}, and the weights {found}"
-        elif kept is not None and (len(kept) != group.size or list(kept) != sorted(set(kept))):
-            wrong = f"has a plan of {len(kept)} channels, ascending and each once, for the {group.size} of the weights"
-        elif kept and not 0 <= kept[0] <= kept[-1] < size:
-            wrong = f"has a plan of channels {kept[0]} to {kept[-1]} of {size}"
-        elif kept is not None and described is not None and described.of not in (size, None):
-            wrong = f"says that there were {described.of} channels, and its plan {size}"
-        if wrong:
-            raise CheckpointError(f"{folder / DESCRIPTION} is damaged: of {group.name} it {wrong}. Write it again.")
-    names = {group.name for group in groups_if_read(model)}
-    unknown = [name for name in plan.kept if name not in names] if plan is not None else []
-    if unknown:
-        raise CheckpointError(
-            f"The plan in {folder / DESCRIPTION} names {unknown[0]!r}, and the model has no such group"
-            f"{nearest(unknown[0], sorted(names))}. Were layers dropped after it was cut? Build that model and call "
-            "upop.load_into(model, folder), which reads the weights alone."
-        )
-
-
-def _dense(description: Description, folder: Path) -> nn.Module:
-    """Build the dense model that a folder describes, with initial weights."""
-    dense = owners.build(description, str(folder / DESCRIPTION))
-    if dense is not None:
-        return dense
-    if description.model is None or description.model not in MODELS:
-        raise CheckpointError(
-            f"{folder} holds a {description.kind}, which upop cannot build by name. "
-            "Build the dense model and call upop.load_into(model, folder), or upop.load(folder, model)."
-        )
-    built, config = MODELS[description.model]
-    try:
-        model: nn.Module = built(config(**(description.config or {})))
-    except CheckpointError:
-        raise
-    except Exception as error:  # a size that fits no other one is found by whatever computes with it
-        message = (
-            "; ".join(problems(error)) if isinstance(error, ValidationError) else str(error) or type(error).__name__
-        )
-        raise CheckpointError(f"{folder / DESCRIPTION} describes a model that cannot be built: {message}") from error
-    return model
-
-
-def _as_precise(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
-    """Convert a model to the precision of a state dict, tensor by tensor."""
-    found = {value.dtype for value in state.values() if value.is_floating_point()}
-    if len(found) == 1:
-        return model.to(dtype=found.pop())  # buffers that are not saved too
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if name in state:
-            tensor.data = tensor.data.to(state[name].dtype)
-    return model

@@ -5,8 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from upop.checkpoints import remote
-from upop.checkpoints.remote import is_remote
+from upop.checkpoints.remote import fetched, is_remote
 from upop.errors import CheckpointError, MissingLibraryError
 from upop.libraries import naming_missing
 from upop.packaged import located
@@ -27,7 +26,7 @@ def local_path(name: str | Path) -> Path:
         CheckpointError: there is no such path, and no such model on the hub; or the URL cannot be read.
     """
     if is_remote(str(name)):
-        return remote.local_path(str(name))
+        return fetched(str(name))
     path = located(name)
     try:
         if path.exists() or isinstance(name, Path) or not is_hub_name(name):

@@ -71,24 +71,21 @@ def counterpart_of(model: str | None, name: str) -> Counterpart:
     )
 
 
-def counterpart_for(model: Any) -> Counterpart:
-    """Return the row of a transformers model.
+def check_counterpart(row: Counterpart, config: Any) -> None:
+    """Refuse a configuration of transformers that asks for what our model does not compute.
 
     Raises:
-        CheckpointError: upop has no counterpart, or its configuration needs an unsupported feature.
+        CheckpointError: it does; the message names the setting.
     """
-    kind = type(model).__name__
-    row = counterpart_named(kind)
     for path, expected in row.same.items():
-        found: Any = model.config
+        found = config
         for part in path.split("."):
             found = getattr(found, part)
         if found != expected:
             raise CheckpointError(
-                f"This {kind} has {path}={found!r}, and upop's {row.model} computes with {expected!r}. "
+                f"This {row.kind} has {path}={found!r}, and upop's {row.model} computes with {expected!r}. "
                 "Compress it as the transformers model that it is (upop.Pruner)."
             )
-    return row
 
 
 def counterpart_named(kind: str) -> Counterpart:

@@ -1,7 +1,6 @@
 """A model that a command line names, of whichever library: a folder, a name on the hub, or an output of ours.
 
-There is one order of asking, `layout_of`: our own description first, since such a folder may be one of transformers'
-too, then what open_clip, transformers and timm write.
+What it is, `open_checkpoint` says; here it becomes a model that a task can use, and that training may begin with.
 """
 
 from __future__ import annotations
@@ -9,22 +8,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from torch import nn
 
-from upop.checkpoints.config_json import FILE as CONFIG
-from upop.checkpoints.config_json import is_transformers_folder, read_config
-from upop.checkpoints.description import is_folder, read_description
-from upop.checkpoints.folder import load
-from upop.checkpoints.hub import local_path
+from upop.checkpoints.config_json import read_config
+from upop.checkpoints.opening import Checkpoint, Kind, open_checkpoint
 from upop.errors import CheckpointError, UPopError
 from upop.libraries import naming_missing
-from upop.reading import read_object
 
-Layout = Literal["upop", "open_clip", "transformers", "timm"]
-
-OPEN_CLIP = "open_clip_config.json"
 _WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.index.json")
 
 
@@ -41,25 +33,12 @@ class Opened:
 
     model: nn.Module
     path: Path
-    library: Layout
+    library: Kind
     fresh: tuple[str, ...] = ()
 
 
-def layout_of(path: Path) -> Layout | None:
-    """Return which library's layout a folder has; None for a file, and for a folder in none of them."""
-    if is_folder(path):
-        return "upop"
-    if (path / OPEN_CLIP).is_file():
-        return "open_clip"
-    if is_transformers_folder(path):
-        return "transformers"
-    if (path / CONFIG).is_file() and isinstance(read_config(path).get("architecture"), str):
-        return "timm"
-    return None
-
-
 def open_model(
-    source: str | Path,
+    source: str | Path | Checkpoint,
     autos: Sequence[str] = (),
     *,
     fresh: bool = False,
@@ -79,38 +58,30 @@ def open_model(
         CheckpointError: there is no such model, its layout is not known, it is of another class, or it is damaged.
         MissingLibraryError: its library is not installed.
     """
-    path = local_path(source)
-    layout = layout_of(path)
-    if layout == "upop":
-        description = read_description(path)
+    checkpoint = open_checkpoint(source)
+    path, description = checkpoint.path, checkpoint.description
+    if checkpoint.kind == "timm":
+        raise CheckpointError(
+            f"{path} holds a model of timm. Such classifiers have a task of their own: upop compress classification "
+            f"--pretrained {path}."
+        )
+    if checkpoint.kind == "state_dict":
+        raise CheckpointError(f"{path} is a file of tensors. Give the folder of a model, or a name on the hub.")
+    if description is not None:
         if not (changes and description.transformers and description.plan is None):
             if changes:
                 raise CheckpointError(
                     f"{path} holds a compressed model, which keeps its head. Give data that the model was trained for, "
                     "or compress a dense model that was trained on these data."
                 )
-            model = load(path)
+            model = checkpoint.load()
             if description.transformers:
                 _check_auto(type(model).__name__, autos, path)
             return Opened(model, path, _library_of(model))
-    if layout in ("upop", "transformers"):
-        with naming_missing():
-            return _of_transformers(path, autos, fresh=fresh, changes=changes or {})
-    if layout == "open_clip":
-        with naming_missing():
-            from upop.checkpoints import open_clip_folder
-        return Opened(open_clip_folder.load(path), path, "open_clip")
-    if layout == "timm":
-        raise CheckpointError(
-            f"{path} holds a model of timm. Such classifiers have a task of their own: upop compress classification "
-            f"--pretrained {path}."
-        )
-    if not path.exists():
-        raise CheckpointError(f"{source} was asked for, and there is no such folder. Check the path or the name.")
-    raise CheckpointError(
-        f"{path} holds no model: a folder of ours has upop.json, one of transformers config.json and safetensors, one "
-        f"of open_clip {OPEN_CLIP}. Give such a folder, or a name on the hub."
-    )
+    elif checkpoint.kind == "open_clip":
+        return Opened(checkpoint.load(), path, "open_clip")
+    with naming_missing():
+        return _of_transformers(path, autos, fresh=fresh, changes=changes or {})
 
 
 def open_processor(path: Path) -> Any:
@@ -144,7 +115,7 @@ def open_processor(path: Path) -> Any:
 
 
 def _of_transformers(path: Path, autos: Sequence[str], *, fresh: bool, changes: Mapping[str, Any]) -> Opened:
-    from upop.checkpoints import transformers_models as library
+    from upop.checkpoints.formats import transformers as library
 
     config = read_config(path)
     named = library.architectures(path, config)
@@ -165,15 +136,19 @@ def _of_transformers(path: Path, autos: Sequence[str], *, fresh: bool, changes: 
     return Opened(model, path, "transformers", tuple(lacking))
 
 
-def class_named(path: Path) -> str:
-    """Return the name of the class of the model in a folder of transformers, or of ours."""
-    if is_folder(path):
-        return read_description(path).kind.rpartition(".")[2]
-    from upop.checkpoints import transformers_models as library
+def class_named(checkpoint: Checkpoint) -> str:
+    """Return the name of the class of the model in a folder of transformers, or of ours.
 
-    if not is_transformers_folder(path):
-        open_model(path)  # which says what is wrong
-    return (library.architectures(path, read_config(path)) or ["model without a name"])[0]
+    Raises:
+        CheckpointError: it is of neither.
+    """
+    if checkpoint.description is not None:
+        return checkpoint.description.kind.rpartition(".")[2]
+    if checkpoint.kind != "transformers":
+        open_model(checkpoint)  # which says what is wrong
+    from upop.checkpoints.formats import transformers
+
+    return transformers.class_named(checkpoint.path)
 
 
 def classes_of(autos: Iterable[str]) -> frozenset[str]:
@@ -217,16 +192,7 @@ def _check_auto(name: str, autos: Sequence[str], path: Path) -> None:
         raise CheckpointError(f"{path} holds a {name}, which is no {' or '.join(autos)}. Give a model of such a class.")
 
 
-def _library_of(model: nn.Module) -> Layout:
+def _library_of(model: nn.Module) -> Kind:
     first = next((kind.__module__ for kind in type(model).__mro__ if not kind.__module__.startswith("upop")), "")
     name = first.partition(".")[0]
     return name if name in ("transformers", "open_clip", "timm") else "upop"  # type: ignore[return-value]
-
-
-def open_clip_settings(path: Path) -> dict[str, Any]:
-    """Return what an open_clip folder says of its model: "model_cfg" and "preprocess_cfg".
-
-    Raises:
-        CheckpointError: the file is damaged.
-    """
-    return read_object(path / OPEN_CLIP, CheckpointError, "Fetch or write it again.")

@@ -16,8 +16,8 @@ from PIL import Image
 from torch import Tensor
 
 from upop.checkpoints.config_json import is_transformers_folder, read_config
-from upop.checkpoints.description import is_folder, read_description
-from upop.checkpoints.library import OPEN_CLIP, layout_of, open_clip_settings, open_processor
+from upop.checkpoints.library import open_processor
+from upop.checkpoints.opening import Checkpoint, open_checkpoint
 from upop.errors import CheckpointError
 from upop.libraries import naming_missing
 from upop.reading import read_object
@@ -58,9 +58,9 @@ def processor_in(path: Path, padding: Padding = "auto", length: int | None = Non
     Raises:
         CheckpointError: there is none, or it cannot be read.
     """
-    layout = layout_of(path)
-    if layout == "open_clip" or (layout == "upop" and read_description(path).open_clip is not None):
-        return OpenClipProcessor(path, length)
+    checkpoint = open_checkpoint(path)
+    if checkpoint.library == "open_clip":
+        return OpenClipProcessor(checkpoint, length)
     return TransformersProcessor(open_processor(path), path, padding, length)
 
 
@@ -111,29 +111,22 @@ class OpenClipProcessor:
     """The transforms and the tokenizer of an open_clip model.
 
     Args:
-        path: a folder of open_clip, or of ours with a model of open_clip.
+        checkpoint: a folder of open_clip, or of ours with a model of open_clip.
         length: tokens of the longest text, where the folder is not to say it.
 
     Raises:
         CheckpointError: what it says cannot be read.
     """
 
-    def __init__(self, path: Path, length: int | None = None) -> None:
+    def __init__(self, checkpoint: Checkpoint, length: int | None = None) -> None:
         with naming_missing():
             from open_clip import tokenizer
             from open_clip.transform import PreprocessCfg, image_transform_v2, merge_preprocess_dict
-        if is_folder(path):
-            held = read_description(path).open_clip or {}
-            images: Mapping[str, Any] = held.get("preprocess") or {}
-            text = dict(held.get("arguments", {}).get("text_cfg", {}))
-            if (path / _TEXTS).is_file():
-                text |= read_object(path / _TEXTS, CheckpointError, "Write it again.")
-        else:
-            described = open_clip_settings(path)
-            images, text = (
-                described.get("preprocess_cfg") or {},
-                dict(described.get("model_cfg", {}).get("text_cfg", {})),
-            )
+        path, described = checkpoint.path, checkpoint.config
+        images: Mapping[str, Any] = described.get("preprocess") or {}
+        text = dict(described.get("arguments", {}).get("text_cfg", {}))
+        if checkpoint.kind == "upop" and (path / _TEXTS).is_file():
+            text |= read_object(path / _TEXTS, CheckpointError, "Write it again.")
         self._texts = {name: text[name] for name in _OF_TEXTS if name in text}
         self._texts["context_length"] = length or text.get("context_length") or 77
         try:
@@ -152,10 +145,9 @@ class OpenClipProcessor:
                     context_length=self._texts["context_length"], **self._texts.get("tokenizer_kwargs", {})
                 )
         except Exception as error:  # whatever open_clip meets
-            place = path / OPEN_CLIP if not is_folder(path) else path
             raise CheckpointError(
-                f"{place} says how images and texts become inputs, and open_clip cannot do so: {error}. Is the "
-                "tokenizer in the folder, and open_clip_torch new enough?"
+                f"{checkpoint.description_file} says how images and texts become inputs, and open_clip cannot do so: "
+                f"{error}. Is the tokenizer in the folder, and open_clip_torch new enough?"
             ) from error
 
     def images(self, images: Sequence[Image.Image]) -> dict[str, Tensor]:

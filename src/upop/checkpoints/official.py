@@ -20,7 +20,7 @@ from upop.checkpoints.classifier_layout import with_positions as classifier_posi
 from upop.checkpoints.clip_layout import clip_complete, clip_sizes, crossget_start, crossget_state, with_queues
 from upop.checkpoints.clip_names import to_openai
 from upop.checkpoints.fit import build_to_fit, expecting_shapes, fit, load_strictly, resize_positions, scale_queries
-from upop.checkpoints.published import read_published
+from upop.checkpoints.opening import Checkpoint, open_checkpoint
 from upop.checkpoints.segmenter_layout import as_encoder, segmenter_sizes, with_positions
 from upop.checkpoints.sizes import sizes_before
 from upop.checkpoints.vit_sizes import HEAD_DIM, State, count_layers, vit_sizes
@@ -67,7 +67,7 @@ class Official:
     implied: Callable[[dict[str, Any]], dict[str, Any]] = lambda _overrides: {}
 
 
-def load_official(task: str, path: str | Path, *, strict: bool = True, **overrides: Any) -> nn.Module:
+def load_official(task: str, path: str | Path | Checkpoint, *, strict: bool = True, **overrides: Any) -> nn.Module:
     """Return the model in a published checkpoint, dense or compressed, ready to use (evaluation mode).
 
     Sizes are read off the shapes; kept channels too. What shapes cannot tell has the published value, and can be
@@ -76,8 +76,8 @@ def load_official(task: str, path: str | Path, *, strict: bool = True, **overrid
 
     Args:
         task: name of the task, or of the model that its checkpoints are known by ("deit", "clip").
-        path: a `.pth` with `{"model": state_dict}`, a `.safetensors` file, a folder in transformers' layout, or the
-            name of one on the hub ("Salesforce/blip-vqa-base").
+        path: a `.pth` with `{"model": state_dict}`, a `.safetensors` file, a folder of transformers, timm, open_clip or
+            `upop.save`, or the name of one on the hub ("Salesforce/blip-vqa-base").
         strict: False warns of weights that are missing, unexpected, of another shape or not finite; where there are
             none, the model keeps what it was built with.
         overrides: fields of the task's configuration.
@@ -87,19 +87,21 @@ def load_official(task: str, path: str | Path, *, strict: bool = True, **overrid
         SettingError: the task or an override is unknown.
     """
     row = row_of(task)
-    found = read_published(path, strict=strict)
+    checkpoint = open_checkpoint(path)
+    source, found = str(checkpoint.path if path is checkpoint else path), checkpoint.own()
     if found.task is not None and found.task != _ALIASES.get(task, task):
         raise CheckpointError(
-            f"{path} holds a {found.kind}, which is a model for {found.task!r}; asked for was {task!r}."
+            f"{source} holds a {found.kind}, which is a model for {found.task!r}; asked for was {task!r}."
         )
-    config = _config(row, found.state, str(path), {**found.sizes, **overrides})
-    with expecting_shapes(str(path)):
-        state = row.adapt(found.state, config)
+    read = found.read(strict)
+    config = _config(row, read, source, {**found.sizes, **overrides})
+    with expecting_shapes(source):
+        state = row.adapt(read, config)
     # The published ViT keeps dividing by the square root of its dense head_dim after compression; BERT does not, and
     # no class of transformers does.
     fixed_scale = row.fixed_scale if found.task is None else lambda _group: False
-    model = build_to_fit(lambda: row.model(config), state, str(path), strict=strict)
-    return fit(model, state, str(path), fixed_scale, strict=strict).eval()
+    model = build_to_fit(lambda: row.model(config), state, source, strict=strict)
+    return fit(model, state, source, fixed_scale, strict=strict).eval()
 
 
 def save_official(task: str, model: nn.Module, path: str | Path, *, overwrite: bool = False) -> Path:
@@ -131,7 +133,7 @@ def save_official(task: str, model: nn.Module, path: str | Path, *, overwrite: b
     return Path(path)
 
 
-def start_from(task: str, path: str | Path, model: nn.Module, *, any_towers: bool = False) -> list[str]:
+def start_from(task: str, checkpoint: Checkpoint, model: nn.Module, *, any_towers: bool = False) -> list[str]:
     """Put the weights of a published checkpoint into a dense model that is to be fine-tuned.
 
     Position embeddings are resized; for "nlvr", single cross-attentions become twins, and from "nlvr" to other tasks
@@ -139,7 +141,7 @@ def start_from(task: str, path: str | Path, model: nn.Module, *, any_towers: boo
 
     Args:
         task: of the dense model.
-        path: a published file, or the weights in one of our folders.
+        checkpoint: a published file, or a folder with one of upop's own models.
         model: the dense model.
         any_towers: whether the checkpoint may be of another task, and lack whole towers.
 
@@ -150,20 +152,20 @@ def start_from(task: str, path: str | Path, model: nn.Module, *, any_towers: boo
         CheckpointError: the file cannot be read or does not fit otherwise.
     """
     row = row_of(task)
-    found = read_published(path).state
-    with expecting_shapes(str(path)):
-        state = row.adapt(row.start(found), model.config)
+    source = str(checkpoint.path)
+    with expecting_shapes(source):
+        state = row.adapt(row.start(checkpoint.own().read(True)), model.config)
     known = model.state_dict()
     # Pre-trained checkpoints carry heads of other tasks; only whole modules that this model lacks are left out.
     towers = {key.split(".")[0] for key in known}
     state = {key: value for key, value in state.items() if key.split(".")[0] in towers}
     held = {key.split(".")[0] for key in state}
     if not held:
-        raise CheckpointError(f"{path} holds nothing that a model for {task} has. Start from a related model.")
+        raise CheckpointError(f"{source} holds nothing that a model for {task} has. Start from a related model.")
     return load_strictly(
         model,
         state,
-        str(path),
+        source,
         lambda key: row.may_start_afresh(key) or (any_towers and key.split(".")[0] not in held),
     )
 

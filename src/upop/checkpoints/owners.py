@@ -76,15 +76,15 @@ def build(description: Description, source: str) -> nn.Module | None:
 def load_transformers(
     folder: Path, kind: str | type[PreTrainedModel] | None = None, *, strict: bool
 ) -> PreTrainedModel:
-    """Return what `transformers_models.load_transformers` does.
+    """Return what `formats.transformers.load_transformers` does.
 
     Raises:
         CheckpointError: as it says.
         MissingLibraryError: transformers is not installed.
     """
     with naming_missing():
-        from upop.checkpoints import transformers_models
-    return transformers_models.load_transformers(folder, kind, strict=strict)
+        from upop.checkpoints.formats import transformers
+    return transformers.load_transformers(folder, kind, strict=strict)
 
 
 def mark(model: nn.Module) -> None:

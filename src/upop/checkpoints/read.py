@@ -6,7 +6,7 @@ import pickle
 import re
 import warnings
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -102,6 +102,23 @@ def read_outline(path: str | Path) -> dict[str, Tensor]:
     return _with_shared(outline, notes)
 
 
+def safe_weights(folder: Path, names: Sequence[str]) -> list[Path]:
+    """Return the file of weights of a folder, in a list: the first of some names. Pickles are none.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    found = next((folder / name for name in names if (folder / name).is_file()), None)
+    if found is None:
+        pickled = next((path.name for path in sorted(folder.glob("*.bin"))), None)
+        raise CheckpointError(
+            f"{folder} holds no {' or '.join(names)}"
+            f"{f', and pickles such as {shortened(pickled)} are not read of a folder' if pickled else ''}. Write its "
+            "weights again, as safetensors."
+        )
+    return [found]
+
+
 def shared_tensors(state: Mapping[str, Tensor]) -> dict[str, str]:
     """Return the names in `state` that stand for the very tensor of an earlier name, with that name.
 
@@ -132,7 +149,7 @@ def _reading_safetensors(path: Path) -> Iterator[None]:
 def _nothing_there(path: Path) -> CheckpointError:
     return CheckpointError(
         f"Checkpoint {path} was asked for, and {'a folder' if path.is_dir() else 'nothing'} was found there. "
-        f"Give the path of a .pth or .safetensors file{_run_folder_hint(path)}."
+        f"Give the path of a .pth or .safetensors file{run_folder_hint(path)}."
     )
 
 
@@ -151,7 +168,8 @@ def _refuse_packed(path: Path) -> None:
         )
 
 
-def _run_folder_hint(path: Path) -> str:
+def run_folder_hint(path: Path) -> str:
+    """Return the end of a sentence that names the model `best` of a run in a folder, or beside a path; else nothing."""
     places = (folder / "best" for folder in (path, path.parent))
     best = next((place for place in places if place.is_dir() and place != path), None)
     return f", or {best}, which a run of ours left there" if best is not None else ""

@@ -20,8 +20,8 @@ def is_remote(source: str) -> bool:
     return source.startswith(("http://", "https://"))
 
 
-def local_path(source: str) -> Path:
-    """Return where a checkpoint lies on this machine; one behind an http(s) URL is fetched, unless it was before.
+def fetched(source: str) -> Path:
+    """Return where a copy of the checkpoint behind an http(s) URL lies; it is fetched unless it was before.
 
     Where its name carries the beginning of a SHA-256 digest, as in `deit_small_patch16_224-cd65a155.pth`, the file is
     checked against it.
@@ -29,8 +29,6 @@ def local_path(source: str) -> Path:
     Raises:
         CheckpointError: it is no address, cannot be fetched, or what came is not what its name says.
     """
-    if not is_remote(source):
-        return Path(source)
     try:
         name = Path(urlparse(source).path).name
     except ValueError as error:

@@ -20,6 +20,11 @@ def count_layers(state: State, pattern: str) -> int:
     return 1 + max((int(match[1]) for key in state if (match := re.match(pattern, key))), default=-1)
 
 
+def side(value: Any) -> Any:
+    """Return the side of a square, of which a file may say both sides; all else as it is."""
+    return value[0] if isinstance(value, (list, tuple)) and len(set(value)) == 1 else value
+
+
 def vit_sizes(state: State, prefix: str) -> dict[str, Any]:
     """Return the sizes of the dense vision transformer whose tensors begin with `prefix`, named as timm names them.
 

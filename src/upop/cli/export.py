@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from upop.checkpoints.config_json import is_transformers_folder, read_config
-from upop.checkpoints.hub import is_hub_name, local_path
+from upop.checkpoints import open_checkpoint
+from upop.checkpoints.loading import is_timm_name, load_named
 from upop.cli import options as o
 from upop.errors import CheckpointError, SettingError
 from upop.files import check_folder
@@ -187,44 +187,10 @@ def export(
         raise SettingError("--samples are a task's, for --quantize int8. Give --quantize and --config, too.")
     target.check(source, cache, quantize)
     check_folder(out, target.kind, overwrite=overwrite)
-    model = read_exportable(source, task, o.overrides({}, assign), own=target.own)
+    model = load_named(source, task, own=target.own, **o.overrides({}, assign))
     chosen = None if samples is None or config is None else _samples(model, config, samples)
-    place = local_path(source) if Path(source).exists() or is_hub_name(source) else None
+    place = None if is_timm_name(source) else open_checkpoint(source).path
     target.write(model, Asked(out, overwrite, place, cache, quantize, chosen))
-
-
-def read_exportable(source: str, task: str | None, overrides: Mapping[str, Any], *, own: bool = True) -> nn.Module:
-    """Return the model that a command line names, as one of upop's own where it is one of them and `own` asks for it.
-
-    Raises:
-        CheckpointError: it cannot be read.
-    """
-    if not Path(source).exists() and not is_hub_name(source) and not Path(source).suffix:
-        from upop.cli.inspect import read_any
-
-        return read_any(source, task, overrides)
-    from upop.checkpoints.library import layout_of, open_model
-
-    path = local_path(source)
-    if is_transformers_folder(path):
-        if not (own and _is_counterpart(path)):
-            return open_model(path).model
-    elif layout_of(path) == "upop" or (layout_of(path) == "open_clip" and not own):
-        return open_model(path).model
-    from upop.checkpoints.convert import read_model
-
-    return read_model(path, task, **overrides)
-
-
-def _is_counterpart(path: Path) -> bool:
-    """Whether a folder of transformers holds a class that stands for a model of upop's own."""
-    try:
-        from upop.checkpoints.hugging_face import COUNTERPARTS
-    except ModuleNotFoundError:  # without timm there are no models of upop's own
-        return False
-    from upop.checkpoints.transformers_models import architectures
-
-    return any(row.kind in architectures(path, read_config(path))[:1] for row in COUNTERPARTS)
 
 
 def _samples(model: nn.Module, config: Path, count: int) -> list[tuple[Any, ...]]:

@@ -6,7 +6,6 @@ import inspect as signatures
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
@@ -15,12 +14,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from upop.checkpoints import read_weights
-from upop.checkpoints.hub import is_hub_name, local_path
-from upop.checkpoints.library import layout_of, open_model
+from upop.checkpoints.loading import load_named
 from upop.checkpoints.sizes import dense_meta_copy
 from upop.cli import options as o
-from upop.errors import CheckpointError, SettingError, nearest
 from upop.libraries import is_pretrained
 from upop.meta import on_meta
 from upop.models import MODELS, kind_of
@@ -73,7 +69,8 @@ def inspect(
     """Show a model's groups, parameters and GMACs per modality, what is covered, and preview a budget."""
     goal = Goal(ratio, target) if ratio is not None or target is not None else None
     rounded = read_round_to(round_to or align or "1")
-    model = read_any(source, task, o.overrides({}, assign))
+    # Sizes are shown, which no weight that does not fit changes.
+    model = load_named(source, task, strict=False, **o.overrides({}, assign))
     inputs, note = example_of(model)
     try:
         found = inspect_model(model, inputs, _dense_sizes(model))
@@ -110,37 +107,6 @@ def inspect(
         for reason in reasons[:_SHOWN_REASONS]:
             first = next(part.name for part in found.skipped if part.reason == reason)
             console.print(as_text(f"  {first}: {reason}"), soft_wrap=True)
-
-
-def read_any(source: str, task: str | None, overrides: Mapping[str, Any]) -> nn.Module:
-    """Return the model that a command line names, in evaluation mode.
-
-    Raises:
-        CheckpointError: it is nothing that upop can read; a misspelt name of timm gets the nearest one.
-    """
-    if not Path(source).exists() and not is_hub_name(source) and not Path(source).suffix:
-        import timm
-
-        if timm.is_model(source):
-            try:
-                return timm.create_model(source, pretrained=False, **overrides).eval()
-            except Exception as error:  # each model checks its arguments in its own way
-                raise SettingError(f"timm cannot build {source} with {dict(overrides)}: {error}.") from error
-        raise CheckpointError(
-            f"{source} was asked for: there is no such file or folder, and timm {timm.__version__} has no such model"
-            f"{nearest(source, timm.list_models())}."
-        )
-    path = local_path(source)
-    layout = layout_of(path)
-    if layout == "transformers":
-        from upop.checkpoints.transformers_models import load_transformers
-
-        return load_transformers(path, strict=False)  # sizes are shown, which no weight that is left out changes
-    if layout in ("upop", "open_clip"):
-        return open_model(path).model
-    from upop.checkpoints.official import load_official, task_of
-
-    return load_official(task or task_of(read_weights(path), str(path)), path, **overrides)
 
 
 def example_of(model: nn.Module) -> tuple[Any, str]:

@@ -10,8 +10,9 @@ import typer
 from rich.console import Console
 from torch.utils._pytree import tree_map
 
+from upop.checkpoints.loading import load_named
 from upop.cli import options as o
-from upop.cli.inspect import example_of, read_any
+from upop.cli.inspect import example_of
 from upop.errors import SettingError
 from upop.plain import as_text
 from upop.profiling import POINTS, RUNTIMES, batch_of, profile_model, write_profile
@@ -38,7 +39,7 @@ def profile(
     assign: o.Set = None,
 ) -> None:
     """Measure what a model's layers take here, by kind and size, for --target latency=0.5 or latency=12ms."""
-    model = read_any(source, task, o.overrides({}, assign))
+    model = load_named(source, task, **o.overrides({}, assign))
     inputs, note = example_of(model)
     if inputs is None:
         raise SettingError(f"The model cannot be timed: {note}. Use upop.profiling.profile_model(model, inputs).")

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from upop.checkpoints.hub import local_path
+from upop.checkpoints import open_checkpoint
 from upop.cli import options as o
 from upop.errors import SettingError
 from upop.plain import as_text
@@ -58,9 +58,9 @@ def prune(
     """Prune a model of transformers or open_clip without training, and show what it lost."""
     console = Console(highlight=False, soft_wrap=True)
     o.quiet_libraries()
-    path = local_path(source)
-    task = task_for(path)
-    place = out if out is not None else Path(f"{path.name}-pruned")
+    checkpoint = open_checkpoint(source)
+    task = task_for(checkpoint)
+    place = out if out is not None else Path(f"{checkpoint.path.name}-pruned")
     also: dict[str, Any] = {**o.columns(column), "pretrained": source, "output_dir": place, "round_to": round_to}
     beneath: dict[str, Any] = {"ratio": _RATIO} if ratio is None and target is None else {}
     settings = o.read(context, task.settings, None, assign, also=also, beneath={"num_workers": 0, **beneath})

@@ -8,14 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from upop.checkpoints.config_json import is_transformers_folder, read_config
-from upop.checkpoints.hub import local_path
-from upop.checkpoints.read import read_outline
+from upop.checkpoints.opening import open_checkpoint
 from upop.errors import SettingError
 from upop.runs.loaders import first_samples, make_loader
 from upop.runs.memory import format_bytes
@@ -119,10 +116,12 @@ def estimate(task: Task[Any], settings: RowSettings) -> Estimate:
     """
     if not settings.pretrained:
         raise SettingError("Which model is not said. Give a folder or a name on the hub (--model).")
-    path = local_path(settings.pretrained)
-    if not is_transformers_folder(path):
-        raise SettingError(f"{path} is no folder of transformers, whose configuration says how wide its layers are.")
-    shapes = _shapes(path)
+    checkpoint = open_checkpoint(settings.pretrained)
+    if checkpoint.library != "transformers":
+        raise SettingError(
+            f"{checkpoint.path} is no folder of transformers, whose configuration says how wide its layers are."
+        )
+    shapes = checkpoint.outline()
     sizes = {"float32": 4, "bfloat16": 2}
     precision = getattr(settings, "precision", "auto")
     size = sizes.get(precision) or max(value.element_size() for value in shapes.values())
@@ -131,20 +130,14 @@ def estimate(task: Task[Any], settings: RowSettings) -> Estimate:
     return Estimate(
         parameters=sum(value.numel() for value in shapes.values()),
         size=size,
-        towers=_towers(read_config(path), batch),
-        logits=_logits(read_config(path), batch, size),
+        towers=_towers(checkpoint.config, batch),
+        logits=_logits(checkpoint.config, batch, size),
         largest=max(value.numel() for value in shapes.values()) * size,
         state=2 * (size if state is None else state),
         batch=min(settings.batch_size_train, len(next(iter(batch.values())))),
         recomputed=settings.grad_checkpointing,
         teacher=any(task.teaching(settings).values()),
     )
-
-
-def _shapes(path: Path) -> dict[str, Tensor]:
-    from upop.checkpoints.transformers_models import weight_files
-
-    return {name: value for file in weight_files(path) for name, value in read_outline(file).items()}
 
 
 def _towers(config: Mapping[str, Any], batch: Mapping[str, Tensor]) -> tuple[Tower, ...]:

@@ -11,8 +11,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from upop.checkpoints.config_json import is_transformers_folder, read_config
-from upop.checkpoints.hub import local_path
+from upop.checkpoints.opening import Checkpoint, open_checkpoint
 from upop.data.row_images import CropAtRandom, ImageSampleCollator, LabelledImages, unchanged
 from upop.errors import CheckpointError
 from upop.examples import Album, Example
@@ -48,7 +47,7 @@ class ImageClassificationTask(LibraryTask[ImageClassificationSettings]):
     def changes(self, path: Path, settings: ImageClassificationSettings) -> dict[str, Any]:
         """Return the classes of the data, where those of the model are others: its head starts afresh for them."""
         names = rows_for(settings, "train", kinds=("label",)).names
-        if _fitting(_classes_in(path), names):
+        if _fitting(_classes_in(open_checkpoint(path)), names):
             return {}
         return {
             "id2label": {str(number): name for number, name in enumerate(names)},
@@ -83,7 +82,7 @@ class ImageClassificationTask(LibraryTask[ImageClassificationSettings]):
     def dataset(self, settings: ImageClassificationSettings, split: str) -> Dataset[Any]:
         """Return images with their classes, numbered as the model numbers them."""
         rows = rows_for(settings, split, kinds=("label",))
-        mine = _classes_in(local_path(str(settings.pretrained))) if settings.pretrained else None
+        mine = _classes_in(open_checkpoint(str(settings.pretrained))) if settings.pretrained else None
         training = rows.names if split == "train" or not settings.data else _train_names(settings)
         names = mine if mine is not None and _has_names(mine) and _fitting(mine, training) else training
         crops = split == "train" and settings.augment
@@ -123,11 +122,11 @@ class ImageClassificationTask(LibraryTask[ImageClassificationSettings]):
         return labelled_examples(found, samples, numbers, album)
 
 
-def _classes_in(path: Path) -> tuple[str, ...] | None:
+def _classes_in(checkpoint: Checkpoint) -> tuple[str, ...] | None:
     """Return the names of the classes in a folder's config.json, by their numbers; None where it has none."""
-    if not is_transformers_folder(path):
+    if checkpoint.library != "transformers":
         return None
-    config = read_config(path)
+    config = checkpoint.config
     named = config.get("id2label")
     if isinstance(named, dict):
         return _named(named)

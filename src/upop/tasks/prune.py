@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import upop.checkpoints.uniform_sizes  # noqa: F401 - registers sizes for uniform="tower"
-from upop.checkpoints import save
+from upop.checkpoints import Checkpoint, open_checkpoint, save
 from upop.checkpoints.card import write_card
-from upop.checkpoints.library import layout_of
 from upop.errors import CheckpointError, SettingError
 from upop.files import check_folder
 from upop.machine import machine
@@ -26,26 +25,26 @@ from upop.tasks import TASKS
 from upop.tasks.row_settings import RowSettings
 
 
-def task_for(path: Path) -> Task[Any]:
+def task_for(checkpoint: Checkpoint) -> Task[Any]:
     """Return the task that a model is for, as its class tells: it writes texts, names classes, or embeds.
 
     Args:
-        path: a folder of transformers, of open_clip, or an output of ours.
+        checkpoint: a folder of transformers, of open_clip, or an output of ours.
 
     Raises:
         CheckpointError: it is none of these.
     """
     from upop.checkpoints.library import class_named, classes_of
 
-    if layout_of(path) == "open_clip":
+    if checkpoint.library == "open_clip":
         return TASKS["dual-encoder"]
-    name = class_named(path)
+    name = class_named(checkpoint)
     for task in (TASKS[each] for each in ("chat", "image-classification", "dual-encoder")):
         if name in classes_of(task.autos):  # type: ignore[attr-defined]
             return task
     raise CheckpointError(
-        f"{path} holds a {name}, which neither writes texts nor names classes nor embeds images and texts. Use "
-        "upop.calibrate from Python, with a loss of your own."
+        f"{checkpoint.path} holds a {name}, which neither writes texts nor names classes nor embeds images and texts. "
+        "Use upop.calibrate from Python, with a loss of your own."
     )
 
 
@@ -122,8 +121,6 @@ def prune(
 
 
 def _path(settings: RowSettings) -> Path:
-    from upop.checkpoints.hub import local_path
-
     if not settings.pretrained:
         raise SettingError("Which model to prune is not said. Give a folder or a name on the hub.")
-    return local_path(settings.pretrained)
+    return open_checkpoint(settings.pretrained).path

@@ -8,10 +8,7 @@ from typing import Any, ClassVar, TypeVar
 
 from torch import nn
 
-from upop.checkpoints import WEIGHTS, is_folder, load
-from upop.checkpoints.config_json import is_transformers_folder
-from upop.checkpoints.description import check_digests, read_description
-from upop.checkpoints.foreign import recognised
+from upop.checkpoints import open_checkpoint
 from upop.checkpoints.inputs import stated_inputs
 from upop.checkpoints.official import load_official, start_from
 from upop.checkpoints.resizing import resized
@@ -38,13 +35,14 @@ class PublishedTask(Task[PublishedSettingsT]):
 
     def load(self, path: Path, settings: PublishedSettingsT) -> nn.Module:
         """Return the model in one of our folders, in a published file, or in a folder of transformers."""
-        if is_folder(path) and not is_transformers_folder(path) and recognised(path) is None:
-            model = load(path)
+        checkpoint = open_checkpoint(path)
+        if checkpoint.library == "upop":
+            model = checkpoint.load()
             if not self._is_mine(kind_of(model)):
                 raise CheckpointError(f"{path} holds a {type(model).__name__}, which is no model for {self.name}.")
             model = self._at_size(model, settings, str(path))
         else:
-            model = load_official(self.name, path, **self.sizes(settings))
+            model = load_official(self.name, checkpoint, **self.sizes(settings))
         return self._prepared(model, settings)
 
     def start(self, path: Path, settings: PublishedSettingsT) -> tuple[nn.Module, Sequence[str]]:
@@ -52,18 +50,12 @@ class PublishedTask(Task[PublishedSettingsT]):
 
         From a folder of another task's model, the towers that both have are taken.
         """
-        foreign = path.is_dir() and (is_transformers_folder(path) or recognised(path) is not None)
-        if foreign and stated_inputs(path).task == self.name:
+        checkpoint = open_checkpoint(path)
+        is_folder = checkpoint.kind != "state_dict"
+        if is_folder and stated_inputs(checkpoint).task == self.name:
             return self.load(path, settings), ()
-        if foreign or not is_folder(path):
-            model = self.build(settings)
-            return model, start_from(self.name, path, model, any_towers=foreign)
-        description = read_description(path)
-        if self._is_mine(description.model):
-            return self.load(path, settings), ()
-        check_digests(path, description)
         model = self.build(settings)
-        return model, start_from(self.name, path / WEIGHTS, model, any_towers=True)
+        return model, start_from(self.name, checkpoint, model, any_towers=is_folder)
 
     def _at_size(self, model: nn.Module, settings: PublishedSettingsT, source: str) -> nn.Module:
         """Return a model of ours for images of the settings' size."""

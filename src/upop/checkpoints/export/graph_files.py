@@ -22,6 +22,7 @@ from upop.checkpoints.export.any_graph import AnyGraph, graph_of_any, untraceabl
 from upop.checkpoints.export.cached_graph import graph_with_cache
 from upop.checkpoints.export.graphs import FEWEST_TOKENS, Graph, own_graphs
 from upop.checkpoints.folder import groups_here
+from upop.checkpoints.loading import load_named
 from upop.errors import SettingError, VerificationError, nearest
 from upop.files import replacing_folder
 from upop.libraries import naming_missing
@@ -55,7 +56,7 @@ class _Module(nn.Module):
 
 
 def export(
-    model: nn.Module,
+    model: nn.Module | str | Path,
     folder: str | Path,
     format: Format = "onnx",
     *,
@@ -77,6 +78,7 @@ def export(
 
     Args:
         model: of upop, transformers, timm, open_clip, or one's own, on the CPU; what is not in float32 is written so.
+            Or a checkpoint: what `upop.load` takes.
         folder: where to write.
         format: "onnx" or "openvino" (with the extra `export`), or "torch-export".
         example: one batch of what the model takes, if it is none of upop's own: a tensor, a tuple of tensors, or a
@@ -90,6 +92,7 @@ def export(
         overwrite: whether a folder that `save` or `export` wrote may be replaced though its files were changed since.
 
     Raises:
+        CheckpointError: the checkpoint cannot be read.
         SettingError: the format is unknown, the model cannot be traced, or the format lacks one of its operations.
         MissingLibraryError: a library of the format is not installed.
         VerificationError: an exported graph computes something else. In every case nothing was written.
@@ -103,6 +106,8 @@ def export(
     check_quantize(quantize, format)
     write = _WRITERS[format]()
     shrink = None if quantize is None else _quantizer(quantize)
+    if isinstance(model, str | Path):
+        model = load_named(model, own=True)
     if any(value.is_floating_point() and value.dtype != torch.float32 for value in model.state_dict().values()):
         model = copy.deepcopy(model).float()
     model = without_empty_branches(model)

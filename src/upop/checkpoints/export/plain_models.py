@@ -11,9 +11,9 @@ from typing import Literal, get_args
 from torch import nn
 
 from upop.checkpoints import owners
+from upop.checkpoints.description import WEIGHTS
 from upop.checkpoints.export import nemotron_nas
 from upop.checkpoints.export.padded import pad
-from upop.checkpoints.folder import WEIGHTS
 from upop.checkpoints.runtimes import SERVERS
 from upop.checkpoints.write import write_weights
 from upop.errors import SettingError, nearest

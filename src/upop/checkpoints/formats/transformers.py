@@ -15,11 +15,14 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
+from upop.checkpoints import processors
 from upop.checkpoints.blank import outline
 from upop.checkpoints.config_json import FILE as _CONFIG
 from upop.checkpoints.config_json import read_config
 from upop.checkpoints.fit import AT_MOST, BESIDE, kept_sizes, listed, not_finite
+from upop.checkpoints.hugging_face import check_counterpart, counterpart_named
 from upop.checkpoints.likeness import cut_shapes
+from upop.checkpoints.opening import Checkpoint, Own
 from upop.checkpoints.outside import Held, checked_config, sealed
 from upop.checkpoints.quantizer import UpopConfig, allowing_gaps, cut_as_recorded, register
 from upop.checkpoints.read import read_outline, shared_tensors
@@ -33,6 +36,45 @@ _ADAPTER = "adapter_config.json"
 _PARTS_OF_PROCESSES = "shard-*-model-*.safetensors"  # transformers takes them before any other file
 _FILE_NAME = re.compile(r"[\w-][\w.-]*\.safetensors")
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+
+
+def config(path: Path) -> Mapping[str, Any]:
+    """Return what config.json says."""
+    return read_config(path)
+
+
+def load(checkpoint: Checkpoint, *, strict: bool) -> PreTrainedModel:
+    """Return the model; see `load_transformers`."""
+    return load_transformers(checkpoint.path, strict=strict)
+
+
+def own(checkpoint: Checkpoint) -> Own:
+    """Return how the model is read as its counterpart of upop's.
+
+    Raises:
+        CheckpointError: it has none, a file is damaged, or it computes what the counterpart does not.
+    """
+    path = checkpoint.path
+    images = processors.from_transformers(path)
+    row = counterpart_named(class_named(path))
+    found = config_of(path, getattr(transformers, row.kind))
+    try:
+        check_counterpart(row, found)
+        sizes = row.sizes(found)
+    except CheckpointError:
+        raise
+    except Exception as error:  # configurations check what they hold in ways of their own
+        raise CheckpointError(f"{path / _CONFIG} cannot be read: {error}. Fetch it again.") from error
+
+    def read(strict: bool) -> Mapping[str, Tensor]:
+        return row.read(load_transformers(path, strict=strict).float().state_dict())
+
+    return Own(read, row.task, row.kind, sizes, images)
+
+
+def class_named(path: Path) -> str:
+    """Return the name of the class that a folder's config.json says it was saved by, as messages call it."""
+    return (architectures(path, read_config(path)) or ["model without a name"])[0]
 
 
 def misfit(model: PreTrainedModel) -> str | None:
@@ -173,12 +215,12 @@ def config_of(folder: Path, kind: type[PreTrainedModel]) -> Any:
 
 def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Return what config.json says, checked, and the weights without their content."""
-    described, files = read_config(folder), weight_files(folder)
+    described, files = read_config(folder), weights(folder)
     held = {name: value for file in files for name, value in read_outline(file).items()}
     return checked_config(described, str(folder / _CONFIG), Held.of(held)), held
 
 
-def weight_files(folder: Path) -> list[Path]:
+def weights(folder: Path) -> list[Path]:
     """Return the files of weights in a folder, one or the shards that its index names; they lie in the folder itself.
 
     Raises:

@@ -1,0 +1,238 @@
+"""Folders that `upop.save` wrote, into models: weights as safetensors, everything else as JSON, nothing pickled."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+from torch import Tensor, nn
+
+from upop.checkpoints import owners
+from upop.checkpoints.config_json import is_transformers_folder, read_config
+from upop.checkpoints.described_groups import describe_groups
+from upop.checkpoints.description import FILE as DESCRIPTION
+from upop.checkpoints.description import (
+    VOCABULARY,
+    WEIGHTS,
+    Description,
+    GroupLayout,
+    check_digests,
+    read_description,
+)
+from upop.checkpoints.fit import build_to_fit, fit
+from upop.checkpoints.opening import Checkpoint, Own
+from upop.checkpoints.preparation import set_preparation
+from upop.checkpoints.read import read_outline, read_weights
+from upop.checkpoints.renamed import groups_if_read, groups_today, named_as_today, with_names
+from upop.checkpoints.sizes import dense_meta_copy
+from upop.errors import CheckpointError, LayoutError, PlanError, SettingError, nearest
+from upop.libraries import is_pretrained, naming_missing
+from upop.models import MODELS
+from upop.pruning import Plan, find_prunable, remember
+from upop.pruning.carried import set_plan
+from upop.tokens.encoders import merge_again
+from upop.values import problems
+
+
+def config(path: Path) -> Mapping[str, Any]:
+    """Return how the model is built, in the words of the library that it is of."""
+    if is_transformers_folder(path):
+        return read_config(path)
+    description = read_description(path)
+    return description.timm or description.open_clip or description.config or {}
+
+
+def weights(path: Path) -> Sequence[Path]:
+    """Return the file of weights; a model of transformers may have several."""
+    if not is_transformers_folder(path):
+        return [path / WEIGHTS]
+    with naming_missing():
+        from upop.checkpoints.formats import transformers
+    return transformers.weights(path)
+
+
+def load(checkpoint: Checkpoint, *, strict: bool) -> nn.Module:
+    """Return the model, built from its description and compared with it.
+
+    Raises:
+        CheckpointError: the folder is damaged, or upop cannot build its model.
+    """
+    folder, description = checkpoint.path, read_description(checkpoint.path)
+    plan = checkpoint.plan
+    model: nn.Module
+    if description.transformers:
+        library = owners.load_transformers(folder, description.kind, strict=strict)
+        if description.groups:
+            dense = dense_meta_copy(library)
+            describe_groups(dense, description, folder)
+            remember(library, find_prunable(dense))
+        model = library
+    else:
+        source, held = str(folder), read_outline(folder / WEIGHTS)
+        # Of our own models, whose configuration has one number for all layers, it is known what there was before.
+        sizes = {name: group.of for name, group in (description.layout or {}).items() if description.model and group.of}
+
+        def build() -> nn.Module:
+            return describe_groups(_dense(description, folder), description, folder)
+
+        model = build_to_fit(build, held, source, dense=sizes, strict=strict)
+        state = read_weights(folder / WEIGHTS)
+        model = fit(_as_precise(model, state), state, source, lambda _group: False, strict=strict)
+    check_digests(folder, description, strict=strict)
+    layout = description.layout or {}
+    names = groups_today(model, {**layout, **({} if plan is None else plan.kept)})
+    plan = None if plan is None else with_names(plan, names)
+    _check_layout(model, plan, {names.get(name, name): group for name, group in layout.items()}, folder)
+    set_plan(model, plan)
+    set_preparation(model, description.preparation)
+    if description.vocabulary is not None:
+        setattr(model, VOCABULARY, description.vocabulary)
+    return _merging(model, description, folder).eval()
+
+
+def load_into(model: nn.Module, checkpoint: Checkpoint, *, strict: bool) -> None:
+    """Cut a dense model to the sizes of a folder, and fill it; what the folder records is noted on the model.
+
+    Raises:
+        CheckpointError: the folder is damaged, or holds a model that `model` cannot become.
+    """
+    folder, description = checkpoint.path, read_description(checkpoint.path)
+    _check_class(model, description, folder, strict=strict)
+    if is_pretrained(model) and description.transformers is not False:
+        state: Mapping[str, Tensor] = owners.load_transformers(folder, type(model), strict=strict).state_dict()
+    else:
+        state = named_as_today(model, read_weights(folder / WEIGHTS))
+    plan = checkpoint.plan
+    describe_groups(model, description, folder)
+    try:
+        fit(model, state, str(folder), lambda _group: False, strict=strict)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{error}\n{folder} holds a {description.kind}. Build that model, with the settings that it had before "
+            "it was compressed."
+        ) from error
+    check_digests(folder, description, strict=strict)
+    set_plan(model, None if plan is None else with_names(plan, groups_today(model, plan.kept)))
+    set_preparation(model, description.preparation)
+    _merging(model, description, folder)
+
+
+def own(checkpoint: Checkpoint) -> Own:
+    """Return one of upop's own models as it is.
+
+    Raises:
+        CheckpointError: the folder holds no model of a task with published checkpoints.
+    """
+    from upop.checkpoints.official import task_of_config
+
+    description = read_description(checkpoint.path)
+    known = description.model is not None and description.model in MODELS
+    task = task_of_config(MODELS[str(description.model)][1]) if known else None
+    if task is None:
+        raise CheckpointError(
+            f"{checkpoint.path} holds a {description.kind}, which is no model of a task with published checkpoints. "
+            "Load it as it is: upop.load(folder)."
+        )
+    return Own(lambda _strict: checkpoint.state, task, description.kind, description.config or {})
+
+
+def read_plan(description: Description, folder: Path) -> Plan | None:
+    """Return the plan that a description records; CheckpointError where it cannot be read."""
+    try:
+        if description.plan is None:
+            return None
+        plan = Plan.from_json(json.dumps(description.plan))
+        described = plan.slices or description.groups or {}
+        return replace(plan, slices={name: described[name] for name in plan.kept if name in described})
+    except PlanError as error:
+        raise CheckpointError(f"{folder / DESCRIPTION} has a plan that cannot be read. {error}") from error
+
+
+def _merging(model: nn.Module, description: Description, folder: Path) -> nn.Module:
+    """Have a model merge tokens as its description says; it is found anew where."""
+    if description.tokens:
+        try:
+            return merge_again(model, description.tokens)
+        except (LayoutError, SettingError) as error:
+            raise CheckpointError(f"{folder} holds a model that merged tokens, and this one cannot: {error}") from error
+    return model
+
+
+def _check_class(model: nn.Module, description: Description, folder: Path, *, strict: bool) -> None:
+    """Refuse a model of another class than the folder's; one that is derived from it will do."""
+    kind = description.kind.rpartition(".")[2]
+    if kind not in (each.__name__ for each in type(model).__mro__):
+        message = f"{folder} holds a {description.kind}, and was to fill a {type(model).__name__}. Build a {kind}."
+        if strict:
+            raise CheckpointError(message)
+        warnings.warn(message, stacklevel=3)
+
+
+def _check_layout(model: nn.Module, plan: Plan | None, layout: Mapping[str, GroupLayout], folder: Path) -> None:
+    """Raise CheckpointError where the groups of a loaded model are not what its description and its plan say.
+
+    Shapes alone tell neither heads nor which channels were kept.
+    """
+    for group in groups_if_read(model):
+        found = {"heads": group.heads, "channels": group.size}
+        described = layout.get(group.name)
+        kept = None if plan is None else plan.kept.get(group.name)
+        size = 0 if plan is None else plan.sizes.get(group.name, 0)
+        wrong = ""
+        if described is not None and (described.heads, described.channels) != (group.heads, group.size):
+            wrong = f"says {described.model_dump(include=set(found))}, and the weights {found}"
+        elif kept is not None and (len(kept) != group.size or list(kept) != sorted(set(kept))):
+            wrong = f"has a plan of {len(kept)} channels, ascending and each once, for the {group.size} of the weights"
+        elif kept and not 0 <= kept[0] <= kept[-1] < size:
+            wrong = f"has a plan of channels {kept[0]} to {kept[-1]} of {size}"
+        elif kept is not None and described is not None and described.of not in (size, None):
+            wrong = f"says that there were {described.of} channels, and its plan {size}"
+        if wrong:
+            raise CheckpointError(f"{folder / DESCRIPTION} is damaged: of {group.name} it {wrong}. Write it again.")
+    names = {group.name for group in groups_if_read(model)}
+    unknown = [name for name in plan.kept if name not in names] if plan is not None else []
+    if unknown:
+        raise CheckpointError(
+            f"The plan in {folder / DESCRIPTION} names {unknown[0]!r}, and the model has no such group"
+            f"{nearest(unknown[0], sorted(names))}. Were layers dropped after it was cut? Build that model and call "
+            "upop.load_into(model, folder), which reads the weights alone."
+        )
+
+
+def _dense(description: Description, folder: Path) -> nn.Module:
+    """Return the dense model that a folder describes, with fresh weights."""
+    dense = owners.build(description, str(folder / DESCRIPTION))
+    if dense is not None:
+        return dense
+    if description.model is None or description.model not in MODELS:
+        raise CheckpointError(
+            f"{folder} holds a {description.kind}, which upop cannot build by name. "
+            "Build the dense model and call upop.load_into(model, folder), or upop.load(folder, model)."
+        )
+    built, config = MODELS[description.model]
+    try:
+        model: nn.Module = built(config(**(description.config or {})))
+    except CheckpointError:
+        raise
+    except Exception as error:  # a size that fits no other one is found by whatever computes with it
+        message = (
+            "; ".join(problems(error)) if isinstance(error, ValidationError) else str(error) or type(error).__name__
+        )
+        raise CheckpointError(f"{folder / DESCRIPTION} describes a model that cannot be built: {message}") from error
+    return model
+
+
+def _as_precise(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
+    """Bring a model to the precision of a state dict, which may differ from tensor to tensor."""
+    found = {value.dtype for value in state.values() if value.is_floating_point()}
+    if len(found) == 1:
+        return model.to(dtype=found.pop())  # buffers that are not saved too
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if name in state:
+            tensor.data = tensor.data.to(state[name].dtype)
+    return model

@@ -1,0 +1,111 @@
+"""Folders that timm writes for the hub: into its own models, or into upop's own classifier where that is the same."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import timm
+from torch import nn
+
+from upop.checkpoints import processors, timm_models
+from upop.checkpoints.config_json import FILE, read_config
+from upop.checkpoints.fit import compare
+from upop.checkpoints.opening import Checkpoint, Own
+from upop.checkpoints.read import read_weights, safe_weights
+from upop.checkpoints.vit_sizes import side
+from upop.errors import CheckpointError, nearest
+from upop.values import shortened
+
+_WEIGHTS = ("model.safetensors",)
+_ADVICE = "Fetch or write it again."
+_IMAGES = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
+"""What `pretrained_cfg` says of the inputs of a model."""
+
+
+def config(path: Path) -> Mapping[str, Any]:
+    """Return "architecture", "arguments" and "pretrained_cfg".
+
+    Raises:
+        CheckpointError: config.json is damaged.
+    """
+    file = path / FILE
+    content = read_config(path)
+    given, images = content.get("model_args") or {}, content.get("pretrained_cfg") or {}
+    for name, value in (("model_args", given), ("pretrained_cfg", images)):
+        if not isinstance(value, Mapping):
+            raise CheckpointError(f"{file}: {name} should be an object, found {shortened(value)}. {_ADVICE}")
+    arguments = {"num_classes": content.get("num_classes"), **given}
+    return {"architecture": content["architecture"], "arguments": arguments, "pretrained_cfg": images}
+
+
+def weights(path: Path) -> Sequence[Path]:
+    """Return the file of weights."""
+    return safe_weights(path, _WEIGHTS)
+
+
+def load(checkpoint: Checkpoint, *, strict: bool) -> nn.Module:
+    """Return the model that timm builds by this name.
+
+    Raises:
+        CheckpointError: the folder is damaged, holds pickles alone, or a model that upop does not build.
+    """
+    path, described = checkpoint.path, checkpoint.config
+    [held] = weights(path)
+    arguments = {name: value for name, value in described["arguments"].items() if value is not None}
+    described = {"architecture": described["architecture"], "arguments": arguments}
+    model = timm_models.build(described, str(path / FILE))
+    images = checkpoint.config["pretrained_cfg"]
+    usual: Any = model.pretrained_cfg
+    kept = {name: images[name] for name in _IMAGES if images.get(name) is not None}
+    model.pretrained_cfg = {**(usual if isinstance(usual, Mapping) else usual.to_dict()), **kept}  # type: ignore[assignment]
+    model.load_state_dict(compare(model, read_weights(held), str(held), strict=strict), strict=False)
+    return model.eval()
+
+
+def own(checkpoint: Checkpoint) -> Own:
+    """Return how the model is read as upop's own classifier.
+
+    Raises:
+        CheckpointError: the folder is damaged, or its model has what ours does not compute.
+    """
+    source, described = str(checkpoint.description_file), checkpoint.config
+    name, arguments = described.get("architecture"), described.get("arguments")
+    if not isinstance(name, str) or not timm.is_model(name) or not isinstance(arguments, Mapping):
+        raise CheckpointError(
+            f"{source} describes timm's {name!r} with {arguments!r}, which timm {timm.__version__} does not have"
+            f"{nearest(str(name), timm.list_models())}. {_ADVICE}"
+        )
+    timm_models.checked_arguments(arguments, source, "arguments")
+    given = {argument: value for argument, value in arguments.items() if value is not None}
+    for argument, value in given.items():
+        if argument not in _SIZES and value != timm_models.usual(name, argument):
+            raise CheckpointError(
+                f"{source}: {name} has {argument}={value!r}, and upop's own classifier has not. Compress it as the "
+                "model that it is (upop.Pruner)."
+            )
+    sizes: dict[str, Any] = {"architecture": name}
+    for argument, field in _SIZES.items():
+        if argument in given and field is not None:
+            sizes[field] = side(given[argument])
+    if "mlp_ratio" in given:
+        width = given.get("embed_dim") or timm_models.usual(name, "embed_dim")
+        sizes["vision_mlp"] = int(float(given["mlp_ratio"]) * int(width))
+    usual = timm.get_pretrained_cfg(name)
+    images = processors.from_timm(described.get("pretrained_cfg") or (usual.to_dict() if usual else {}))
+    sizes.setdefault("image_size", images.get("image_size", 224))
+    return Own(lambda _strict: checkpoint.state, "classification", f"timm {name}", sizes, images)
+
+
+_SIZES: Mapping[str, str | None] = {
+    "num_classes": "classes",
+    "img_size": "image_size",
+    "patch_size": "patch_size",
+    "embed_dim": "vision_width",
+    "depth": "vision_depth",
+    "num_heads": "vision_heads",
+    "mlp_ratio": None,
+    "drop_path_rate": None,  # a run says its own
+}
+"""Argument of timm -> field of ClassifierConfig."""

@@ -1,0 +1,244 @@
+"""What lies at a path or under a name: one order of asking, for every function and command that takes a checkpoint.
+
+1. A URL or a name on the hub becomes a path on this machine (`hub.local_path`).
+2. A folder has the format of the first file that it holds: `upop.json` (ours, which may be a library's format too),
+   `open_clip_config.json`, `config.json` with a `model_type` (transformers), `config.json` with an `architecture`
+   (timm).
+3. A file holds a state dict: a published checkpoint, or any other `.pth` or `.safetensors`.
+
+Every format is a module of `upop.checkpoints.formats`. Nothing that a file carries is run, and a folder's pickles are
+not opened.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+from torch import Tensor
+
+from upop.checkpoints.config_json import FILE as CONFIG
+from upop.checkpoints.config_json import is_transformers_folder, read_config
+from upop.checkpoints.description import FILE as DESCRIPTION
+from upop.checkpoints.description import Description, check_digests, is_folder, read_description
+from upop.checkpoints.hub import local_path
+from upop.checkpoints.read import read_outline, read_weights, run_folder_hint
+from upop.errors import CheckpointError
+from upop.files import is_file
+from upop.libraries import naming_missing
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from upop.pruning import Plan
+
+Kind = Literal["upop", "open_clip", "transformers", "timm", "state_dict"]
+
+OPEN_CLIP = "open_clip_config.json"
+
+
+@dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """What lies at a path. Its content is read when it is asked for.
+
+    Attributes:
+        kind: the format.
+        path: the file or folder, on this machine.
+    """
+
+    kind: Kind
+    path: Path
+
+    @cached_property
+    def library(self) -> Kind:
+        """Whose class the model is: the format, but of a folder of ours that of the model in it."""
+        if self.description is None:
+            return self.kind
+        if is_transformers_folder(self.path):
+            return "transformers"
+        if self.description.timm is not None:
+            return "timm"
+        return "upop" if self.description.open_clip is None else "open_clip"
+
+    @cached_property
+    def description(self) -> Description | None:
+        """What `upop.json` says; None in the other formats."""
+        return read_description(self.path) if self.kind == "upop" else None
+
+    @property
+    def description_file(self) -> Path:
+        """The file that says how the model is built; that of a state dict is the file itself."""
+        names = {"upop": DESCRIPTION, "open_clip": OPEN_CLIP, "transformers": CONFIG, "timm": CONFIG}
+        return self.path / names[self.kind] if self.kind in names else self.path
+
+    @cached_property
+    def config(self) -> Mapping[str, Any]:
+        """How the model is built, in its library's words; nothing of a state dict.
+
+        config.json of transformers; "architecture", "arguments" and "pretrained_cfg" of timm; "class", "arguments" and
+        "preprocess" of open_clip; the fields of the configuration of one of upop's own models.
+        """
+        return _format(self.kind).config(self.path)
+
+    @cached_property
+    def state(self) -> Mapping[str, Tensor]:
+        """The tensors as they are saved, on the CPU."""
+        return {name: value for file in self._files() for name, value in read_weights(file).items()}
+
+    @cached_property
+    def plan(self) -> Plan | None:
+        """Which channels the model keeps, where the format records it."""
+        if self.description is None:
+            return None
+        from upop.checkpoints.formats import ours
+
+        return ours.read_plan(self.description, self.path)
+
+    def outline(self) -> dict[str, Tensor]:
+        """Return the tensors with their names and shapes, for someone who does not ask for numbers.
+
+        Those of a safetensors file are on the meta device.
+        """
+        found: dict[str, Tensor] = {}
+        for file in self._files():
+            found |= read_outline(file) if file.suffix == ".safetensors" else read_weights(file, mapped=True)
+        return found
+
+    def load(self, *, strict: bool = True) -> nn.Module:
+        """Return the model as an object of the class that it was saved from, in evaluation mode, on the CPU.
+
+        A published checkpoint becomes the model of the task whose tensors it holds.
+
+        Args:
+            strict: False warns of what does not fit the model instead of raising.
+
+        Raises:
+            CheckpointError: it is damaged, does not fit, or its class cannot be built.
+            MissingLibraryError: its library is not installed.
+        """
+        return _format(self.kind).load(self, strict=strict)
+
+    def own(self) -> Own:
+        """Return how this is read as one of upop's own models.
+
+        Raises:
+            CheckpointError: it is damaged, or none of them computes the same.
+            MissingLibraryError: its library is not installed.
+        """
+        found = _format(self.library).own(self)
+        description = self.description
+        if description is None:
+            return found
+
+        def read(strict: bool) -> Mapping[str, Tensor]:
+            check_digests(self.path, description, strict=strict)
+            return found.read(strict)
+
+        return replace(found, read=read)
+
+    def _files(self) -> Sequence[Path]:
+        return _format(self.kind).weights(self.path)
+
+
+@dataclass(frozen=True)
+class Own:
+    """A checkpoint as one of upop's own models.
+
+    Attributes:
+        read: gives the tensors under the names of that model; its argument is `strict`.
+        task: whose model it is, where the format says so; attention then has its natural softmax scale.
+        kind: what messages call it.
+        sizes: fields of the model's configuration that the format says.
+        images: how it says that images are prepared, by the names of our settings.
+    """
+
+    read: Callable[[bool], Mapping[str, Tensor]]
+    task: str | None = None
+    kind: str | None = None
+    sizes: Mapping[str, Any] = field(default_factory=dict)
+    images: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Format(Protocol):
+    """A way in which models are kept: a module of `upop.checkpoints.formats` each.
+
+    A new format is such a module, a line in `_format`, and how it is recognised in `kind_of_path`.
+    """
+
+    def config(self, path: Path) -> Mapping[str, Any]:
+        """Return how the model is built; see `Checkpoint.config`."""
+        ...
+
+    def weights(self, path: Path) -> Sequence[Path]:
+        """Return the files of tensors; CheckpointError where there are none."""
+        ...
+
+    def load(self, checkpoint: Checkpoint, *, strict: bool) -> nn.Module:
+        """Return the model; see `Checkpoint.load`."""
+        ...
+
+    def own(self, checkpoint: Checkpoint) -> Own:
+        """Return it as one of upop's own models; see `Checkpoint.own`."""
+        ...
+
+
+def open_checkpoint(source: str | Path | Checkpoint) -> Checkpoint:
+    """Return what lies at a path, behind a URL or under a name of the hub; an opened checkpoint is returned as it is.
+
+    Raises:
+        CheckpointError: there is nothing, or nothing in a format that upop reads.
+    """
+    if isinstance(source, Checkpoint):
+        return source
+    path = local_path(source)
+    kind = kind_of_path(path)
+    if kind is not None:
+        return Checkpoint(kind, path)
+    if path.is_dir():
+        found = f"the folder holds no {DESCRIPTION}, no {OPEN_CLIP}, and no {CONFIG} of transformers or timm"
+    else:
+        found = "nothing was found there" if not path.exists() else "it is no regular file"
+    raise CheckpointError(
+        f"{source} was asked for, and {found}. Give a folder that upop.save, transformers, open_clip or timm wrote, a "
+        f".pth or .safetensors file, or a name on the hub{run_folder_hint(path)}."
+    )
+
+
+def kind_of_path(path: Path) -> Kind | None:
+    """Return the format of what lies at a path; None for what is in none."""
+    if is_folder(path):
+        return "upop"
+    if (path / OPEN_CLIP).is_file():
+        return "open_clip"
+    if is_transformers_folder(path):
+        return "transformers"
+    if (path / CONFIG).is_file() and isinstance(read_config(path).get("architecture"), str):
+        return "timm"
+    return "state_dict" if is_file(path) else None
+
+
+def _format(kind: Kind) -> Format:
+    """Return the module of a format; the libraries that it needs are imported with it."""
+    with naming_missing():
+        if kind == "upop":
+            from upop.checkpoints.formats import ours
+
+            return ours
+        if kind == "open_clip":
+            from upop.checkpoints.formats import open_clip
+
+            return open_clip
+        if kind == "transformers":
+            from upop.checkpoints.formats import transformers
+
+            return transformers
+        if kind == "timm":
+            from upop.checkpoints.formats import timm
+
+            return timm
+        from upop.checkpoints.formats import state_dict
+
+        return state_dict
