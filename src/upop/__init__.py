@@ -22,15 +22,16 @@ if TYPE_CHECKING:
     from upop.checkpoints.export import export
     from upop.checkpoints.vocabulary import reduce_vocabulary
     from upop.compression import Compression
+    from upop.distillation import distill
     from upop.pruning import (
         Group,
         GroupSpec,
+        ModelTraits,
         Plan,
         Pruner,
         calibrate,
         count_macs,
         count_parameters,
-        distill,
         find_groups,
         find_prunable,
         full_copy,
@@ -46,6 +47,7 @@ __all__ = [
     "Compression",
     "Group",
     "GroupSpec",
+    "ModelTraits",
     "Plan",
     "Pruner",
     "calibrate",
@@ -68,6 +70,7 @@ __all__ = [
 ]
 _PLACES = {
     "Compression": "upop.compression",
+    "distill": "upop.distillation",
     "export": "upop.checkpoints.export",
     "merge_tokens": "upop.tokens.encoders",
     "reduce_vocabulary": "upop.checkpoints.vocabulary",

@@ -11,8 +11,9 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from upop.distillation import Distillation, distill
 from upop.errors import LayoutError, SettingError, StepError
-from upop.pruning import Distillation, Plan, Pruner, distill, shrink
+from upop.pruning import Plan, Pruner, shrink
 from upop.pruning.carried import plan_of, set_plan
 from upop.pruning.choice import check_whole
 from upop.pruning.goal import Goal

@@ -46,7 +46,7 @@ def run(folder: str) -> None:
         own["attention_mask"][:] = 1
         model(**own)
         found["retrieval"] = distill.loss().detach()
-        found["draws"] = model.for_teacher()["draws"]
+        found["draws"] = model.replay_arguments()["draws"]
         torch.save(found, Path(folder) / f"{rank}.pt")
     finally:
         dist.destroy_process_group()

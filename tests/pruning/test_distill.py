@@ -23,9 +23,9 @@ from pruning import distill_ranks
 from pruning.families import BY_NAME, NLVR, VIT, Family, finished_pruner, loss_of
 from tiers import mostly_slow
 from together import run_together
+from upop.distillation import _difference
 from upop.errors import LayoutError, SettingError, StepError
 from upop.models.checkpointing import checkpoint_blocks
-from upop.pruning.distill import _difference
 
 CASES = [BY_NAME[name] for name in ("vit-registers", "nlvr", "segmenter", "clip", "vqa", "caption")]
 WORDS = {"input_ids": torch.randint(1, 60, (3, 7), generator=torch.Generator().manual_seed(0))}

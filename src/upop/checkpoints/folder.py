@@ -33,6 +33,7 @@ from upop.pruning.errors import some_of
 from upop.pruning.known import sized
 from upop.pruning.masks import refuse_masked, unwrapped
 from upop.pruning.sharded import refuse_sharded
+from upop.pruning.traits import momentum_encoders
 from upop.pruning.written import as_json
 from upop.tokens.encoders import removed_tokens
 
@@ -121,7 +122,7 @@ def save(
 
 def _card(model: nn.Module, description: dict[str, Any]) -> str:
     # Momentum copies, which training alone needs, are none of what the model is.
-    whole = None if getattr(model, "momentum_encoders", None) else count_parameters(model)
+    whole = None if momentum_encoders(model) else count_parameters(model)
     source = getattr(model, "name_or_path", None)
     on_hub = source if isinstance(source, str) and is_hub_name(source) else None
     return card.card(description, name=on_hub, parameters=whole)

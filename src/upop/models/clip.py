@@ -78,8 +78,7 @@ class ClipRetrieval(MomentumContrast):
     momentum_encoders = {  # noqa: RUF012 - read-only
         name: f"{name}_m" for name in ("vision_model", "text_model", "visual_projection", "text_projection")
     }
-    read_across = ("text_model.final_layer_norm", "text_model_m.final_layer_norm")
-    """Modules whose weights another module's forward reads, so that they cannot be sharded with their own."""
+    read_by_others = ("text_model.final_layer_norm", "text_model_m.final_layer_norm")
 
     def __init__(self, config: ClipConfig) -> None:
         super().__init__()
@@ -162,7 +161,7 @@ class ClipRetrieval(MomentumContrast):
             self.enqueue(image, text, ids)
         return loss
 
-    def for_teacher(self) -> dict[str, Any]:
+    def replay_arguments(self) -> dict[str, Any]:
         """Leave the loss out: the features of a batch depend on no momentum copy and no queue."""
         return {"ids": None}
 

@@ -7,7 +7,7 @@ all processes are gathered in the order of their ranks, so that processes which 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from operator import attrgetter
 from typing import Any
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.nn.functional import all_gather as all_gather_with_grad
 
 from upop.errors import SettingError
+from upop.pruning.traits import ModelTraits
 
 NO_ID = -100
 """What `idx_queue` holds where no features were put yet."""
@@ -98,17 +99,13 @@ def draw_negatives(logits: Tensor, same: Tensor, noise: Tensor) -> tuple[Tensor,
     return perturbed.argmax(1), ~same.all(1)
 
 
-class MomentumContrast(nn.Module):
+class MomentumContrast(nn.Module, ModelTraits):
     """Base of models with momentum copies and queues.
 
-    A subclass sets `momentum_encoders`, builds its towers and their copies, and then calls `add_queues` and
-    `copy_to_momentum`.
-
-    Attributes:
-        momentum_encoders: name of a module or parameter -> name of its momentum copy; `upop.find_groups` reads it too.
+    A subclass sets `momentum_encoders` (see `ModelTraits`), builds its towers and their copies, and then calls
+    `add_queues` and `copy_to_momentum`.
     """
 
-    momentum_encoders: Mapping[str, str] = {}
     image_queue: Tensor
     text_queue: Tensor
     idx_queue: Tensor
@@ -151,13 +148,6 @@ class MomentumContrast(nn.Module):
         queue = self.image_queue
         for name, value in fresh_queues(queue.shape[0], size).items():
             setattr(self, name, value.to(queue.device, queue.dtype if value.is_floating_point() else None))
-
-    def for_teacher(self) -> dict[str, Any]:
-        """Return what replaces arguments of the last forward pass, for a copy that is to give its features again.
-
-        `upop.distill` reads it. In evaluation mode the copy moves nothing and fills no queue.
-        """
-        return {}
 
     def everyone(self, rows: Tensor) -> Tensor:
         """Return the rows of all processes in training; in evaluation processes do not meet."""

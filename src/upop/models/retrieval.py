@@ -112,7 +112,7 @@ class BlipRetrieval(MomentumContrast):
         super().remake_queues(size)
         self.config = self.config.model_copy(update={"queue_size": size})
 
-    def for_teacher(self) -> dict[str, Any]:
+    def replay_arguments(self) -> dict[str, Any]:
         """Return the hard negatives that the last loss drew, so that a teacher compares the same pairs."""
         return self._drawn
 

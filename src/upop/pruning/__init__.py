@@ -1,9 +1,8 @@
-"""The method, unified and progressive pruning; independent of tasks, files and commands."""
+"""The method, unified and progressive pruning; independent of tasks, teachers, files and commands."""
 
 from upop.pruning.calibrate import calibrate
 from upop.pruning.costs import count_macs, count_parameters
 from upop.pruning.deprecated import older_names
-from upop.pruning.distill import Distillation, distill
 from upop.pruning.groups import Attribute, Group, Skipped, Slice, Swap
 from upop.pruning.known import Prunable, remember
 from upop.pruning.magnitude import plan_by_magnitude
@@ -15,6 +14,7 @@ from upop.pruning.scores import SCORES
 from upop.pruning.sharded import meta_copy
 from upop.pruning.shrink import shrink
 from upop.pruning.stated import GroupSpec
+from upop.pruning.traits import ModelTraits
 from upop.pruning.whole import full_copy
 
 __getattr__ = older_names(__name__)
@@ -23,9 +23,9 @@ __getattr__ = older_names(__name__)
 __all__ = [
     "SCORES",
     "Attribute",
-    "Distillation",
     "Group",
     "GroupSpec",
+    "ModelTraits",
     "Plan",
     "Prunable",
     "Pruner",
@@ -35,7 +35,6 @@ __all__ = [
     "calibrate",
     "count_macs",
     "count_parameters",
-    "distill",
     "find_groups",
     "find_prunable",
     "full_copy",

@@ -8,12 +8,14 @@ import random
 import sys
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
+
+from upop.pruning.traits import replay_arguments
 
 
 @contextmanager
@@ -107,7 +109,7 @@ def repeated(
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Return arguments that repeat the last forward pass, its random choices included.
 
-    A model that samples in its forward has a method `for_teacher`, which returns the samples as arguments.
+    A model that samples in its forward returns the samples by `ModelTraits.replay_arguments`.
 
     Args:
         model: the model that ran.
@@ -115,8 +117,7 @@ def repeated(
         kwargs: its keyword arguments.
         like: the copy that will get the arguments; by default `model` itself.
     """
-    described = getattr(model, "for_teacher", None)
-    changed: Mapping[str, Any] = described() if callable(described) else {}
+    changed = replay_arguments(model)
     if not changed:
         return args, kwargs
     bound = inspect.signature((like or model).forward).bind(*args, **kwargs)

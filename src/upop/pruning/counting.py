@@ -22,6 +22,7 @@ from upop.pruning.costs import Arguments, call, evaluating, flop_counter, flop_f
 from upop.pruning.errors import LayoutError, SettingError
 from upop.pruning.groups import Group, tensor_of
 from upop.pruning.shrink import cut, restore
+from upop.pruning.traits import momentum_prefixes
 
 Sizes = Mapping[str, int]
 """Group -> how many channels it keeps, or loses."""
@@ -106,7 +107,7 @@ def parameters_of(
     for group in groups:
         for part in group.slices:
             steps.setdefault(part.tensor, {}).setdefault(part.dim, []).append((group.name, sum(part.inners)))
-    copies = tuple(f"{momentum_encoder}." for momentum_encoder in getattr(model, "momentum_encoders", {}).values())
+    copies = momentum_prefixes(model)
     where = {id(tensor_of(model, name)): name for name in steps}
     terms = []
     for name, parameter in model.named_parameters():

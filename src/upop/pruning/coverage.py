@@ -9,7 +9,7 @@ from typing import Any, Literal
 from torch import nn
 
 from upop.pruning.groups import Group, Skipped
-from upop.pruning.momentum import momentum_encoders
+from upop.pruning.traits import momentum_prefixes
 
 Where = Literal["units", "left alone", "outside"]
 PLACES: tuple[Where, ...] = ("units", "left alone", "outside")
@@ -90,7 +90,7 @@ def coverage(
         skipped: parts that were left alone, with reasons.
         macs: module name -> its own multiply-adds, without those of its submodules.
     """
-    copies = tuple(f"{copy}." for copy in momentum_encoders(model).values())
+    copies = momentum_prefixes(model)
     named = {name: each for name, each in model.named_parameters() if not name.startswith(copies)}
     cut = {part.tensor for group in groups for part in group.online}
     blocks = _blocks(model)

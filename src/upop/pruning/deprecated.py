@@ -6,6 +6,7 @@ import sys
 import warnings
 from collections.abc import Callable, Mapping
 from functools import wraps
+from importlib import import_module
 from typing import Any, TypeVar
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -21,6 +22,8 @@ NAMES = {
     "survey": "find_prunable",
 }
 """Old public name -> new public name."""
+MOVED = dict.fromkeys(("Distillation", "distill"), "upop.distillation")
+"""What the method held before -> the module that it is in now."""
 
 
 def older_names(module: str) -> Callable[[str], Any]:
@@ -31,6 +34,10 @@ def older_names(module: str) -> Callable[[str], Any]:
         if name in NAMES and NAMES[name] in found:
             warn_renamed(f"{module}.{name}", f"{module}.{NAMES[name]}")
             return found[NAMES[name]]
+        if module == "upop.pruning" and name in MOVED:
+            place = MOVED[name]
+            warn_renamed(f"{module}.{name}", f"{place}.{name}")
+            return getattr(import_module(place), name)
         raise AttributeError(f"module {module!r} has no attribute {name!r}")
 
     return get

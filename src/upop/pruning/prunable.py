@@ -21,8 +21,8 @@ from upop.pruning.words import library_of
 def find_groups(model: nn.Module, example: Any = None, groups: Sequence[Stated] = ()) -> list[Group]:
     """Return the prunable groups of a model, in forward order; see `find_prunable` for the arguments.
 
-    A model with momentum encoders names them in an attribute `momentum_encoders`, a mapping from the name of a module
-    to the name of its copy. The copies make no groups of their own; they are cut with the modules that they follow.
+    A model with momentum encoders names them in `momentum_encoders` (see `ModelTraits`). The copies make no groups of
+    their own; they are cut with the modules that they follow.
 
     Raises:
         LayoutError: the model has no prunable group (the message lists what was skipped, and why); or as

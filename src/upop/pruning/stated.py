@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from upop.pruning.deprecated import older_names, renamed_attributes
 from upop.pruning.errors import SettingError, nearest, some_of
 from upop.pruning.groups import Attribute, Channel, Group, Kind, Slice, number_of, tensor_of
+from upop.pruning.traits import momentum_prefixes
 
 _ROOT = " ** -0.5"
 
@@ -150,7 +151,7 @@ def _checked(model: nn.Module, group: Group) -> Group:
 def _places(model: nn.Module, spec: GroupSpec) -> list[str]:
     """Return the names of the modules that a spec is of."""
     modules = dict(model.named_modules())
-    copies = tuple(f"{copy}." for copy in getattr(model, "momentum_encoders", {}).values())
+    copies = momentum_prefixes(model)
     if isinstance(spec.at, str):
         matched = [spec.at] if spec.at in modules else fnmatch.filter(modules, spec.at)
         found = [path for path in matched if not any(path.startswith(f"{outer}.") for outer in matched)]

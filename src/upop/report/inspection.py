@@ -18,6 +18,7 @@ from upop.pruning.goal import Goal
 from upop.pruning.groups import tensor_of
 from upop.pruning.round_to import RoundTo, channels_in_block, check_round_to
 from upop.pruning.shrink import apply_plan
+from upop.pruning.traits import momentum_prefixes
 from upop.report.shares import GroupShare, Panel, panels
 
 SHARED = "shared"
@@ -85,7 +86,7 @@ def inspect_model(model: nn.Module, inputs: Any = None, dense: Mapping[str, int]
     found = find_prunable(model)
     where = _Modalities(found.groups)
     parameters: dict[str, int] = {}
-    copies = tuple(f"{momentum_encoder}." for momentum_encoder in getattr(model, "momentum_encoders", {}).values())
+    copies = momentum_prefixes(model)
     for name, parameter in model.named_parameters():
         if not name.startswith(copies):
             modality = where.of(name)

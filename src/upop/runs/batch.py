@@ -16,8 +16,8 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from upop.distillation import distill
 from upop.errors import OutOfMemoryError, SettingError
-from upop.pruning import distill
 from upop.runs.bad_images import without_notes
 from upop.runs.devices import autocast, to_device
 from upop.runs.loaders import SeededDataset

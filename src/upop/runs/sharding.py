@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from upop.errors import LayoutError
 from upop.pruning import unmask
 from upop.pruning.sharded import gather_into, is_sharded_tensor
+from upop.pruning.traits import momentum_encoders, read_by_others
 
 State = Mapping[str, Any]
 
@@ -124,14 +125,14 @@ def _blocks(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def _momentum_encoders(model: nn.Module) -> Iterator[nn.Module]:
-    names = [name for pair in getattr(model, "momentum_encoders", {}).items() for name in pair]
+    names = [name for pair in momentum_encoders(model).items() for name in pair]
     yield from (model.get_submodule(name) for name in names)
 
 
 def _unsharded(model: nn.Module) -> Iterator[nn.Parameter]:
     """Yield what cannot be shared out: single numbers, and weights that are read outside their module's forward."""
     yield from (parameter for parameter in model.parameters() if not parameter.dim())
-    for name in getattr(model, "read_across", ()):
+    for name in read_by_others(model):
         yield from model.get_submodule(name).parameters()
 
 

@@ -20,7 +20,7 @@ from upop.pruning.axes.copies import Shapes, message_of
 from upop.pruning.axes.inputs import BATCH, channels_of, described, image_sizes, placed, words
 from upop.pruning.costs import call
 from upop.pruning.errors import LayoutError
-from upop.pruning.momentum import momentum_encoders
+from upop.pruning.traits import momentum_prefixes
 
 _TOKENS = 5
 _MOST, _MORE = 24, 6
@@ -71,7 +71,7 @@ def example_for(model: nn.Module) -> Any:
 
 
 def _found(model: nn.Module) -> Any:
-    copies = tuple(f"{copy}." for copy in momentum_encoders(model).values())
+    copies = momentum_prefixes(model)
     left = {name for name in _weights(model) if not name.startswith(copies)}
     taken: list[tuple[str, Any]] = []
     error: LayoutError | None = None

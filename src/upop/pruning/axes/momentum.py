@@ -12,7 +12,7 @@ from upop.pruning.alike import likeness
 from upop.pruning.axes.copies import numbered
 from upop.pruning.axes.proof import Bench, at_random
 from upop.pruning.groups import Group, Skipped, tensor_of
-from upop.pruning.momentum import momentum_encoders
+from upop.pruning.traits import momentum_encoders
 
 
 def with_momentum_encoders(
