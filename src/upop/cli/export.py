@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from upop.checkpoints import open_checkpoint
+from upop.checkpoints import Checkpoint, open_checkpoint
 from upop.checkpoints.loading import is_timm_name, load_named
 from upop.cli import options as o
 from upop.errors import CheckpointError, SettingError
@@ -97,19 +97,19 @@ def _models_take(format: str) -> Callable[[str, bool, str | None], None]:
         if quantize is not None or cache:
             flag = "--cache is for graphs" if quantize is None else "--quantize is for --to onnx"
             raise SettingError(f"{flag}; --to {format} writes a model. Leave it out.")
-        if format == "nemotron-nas" and Path(source).is_dir() and is_transformers_folder(Path(source)):
-            _has_layers_of_llama(Path(source))
+        if format == "nemotron-nas" and not is_timm_name(source):
+            _has_layers_of_llama(open_checkpoint(source))
 
     return check
 
 
-def _has_layers_of_llama(folder: Path) -> None:
+def _has_layers_of_llama(checkpoint: Checkpoint) -> None:
+    if checkpoint.library != "transformers":
+        return
     from upop.checkpoints.export.nemotron_nas import refuse_others
-    from upop.checkpoints.read import read_outline
-    from upop.checkpoints.transformers_models import architectures, weight_files
+    from upop.checkpoints.formats.transformers import class_named
 
-    kind = next(iter(architectures(folder, read_config(folder))), "model")
-    refuse_others((name for file in weight_files(folder) for name in read_outline(file)), kind)
+    refuse_others(checkpoint.outline(), class_named(checkpoint.path))
 
 
 TARGETS: Mapping[str, Target] = {
