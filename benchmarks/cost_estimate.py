@@ -219,7 +219,7 @@ def work(task: Task[Any], settings: RunSettings, p: float | None) -> Work:
 def cost(recipe: Recipe, settings: RunSettings, dense: Work, compressed: Work) -> Cost:
     """Return what a recipe costs: search on the dense model, retraining on the cut one, and every evaluation."""
     data = published_data(recipe.task, settings)
-    searched, retrained = settings.search_epochs, settings.retraining_epochs
+    searched, retrained = settings.searching_epochs, settings.retraining_epochs
     evaluated = (searched * dense.evaluate + retrained * compressed.evaluate) * data.val
     evaluated += (dense.evaluate + compressed.evaluate) * (data.val + data.test)
     # While it is retrained, the average of the weights is evaluated as well.

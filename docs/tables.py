@@ -334,7 +334,7 @@ _PLAIN = {
     "backbone": "encoder, as timm names it",
     "decoder": "mask_transformer or linear",
     "max_epoch": "epochs of retraining (and of `train`)",
-    "epochs_search": "epochs of the search",
+    "search_epochs": "epochs of the search",
     "interval": "masks move every so many search steps",
     "num_workers": "processes that decode images",
     "batch_size_train": "samples per process and forward pass",

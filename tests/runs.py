@@ -62,7 +62,7 @@ TINY: dict[str, dict[str, Any]] = {
         "model": VIT,
         "augment": True,
         "batch_size_test": 48,
-        "epochs_search": 1,
+        "search_epochs": 1,
         "ema_decay": 0.5,
         "search_lr": 1e-3,
         "min_lr": 0.0,

@@ -117,6 +117,8 @@ def test_modules(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_settings_and_files() -> None:
     settings = read_settings(RunSettings, None, {"align": "attention=8,mlp=128", "score": "squared"})
     assert settings.round_to == {"attention": 8, "mlp": 128} and settings.importance == "squared"
+    assert read_settings(RunSettings, None, {"epochs_search": 3}).search_epochs == 3
+    assert renamed(lambda: settings.teaching, "distill_weight") == settings.distill_weight == 5
     shown = {"split": "s", "about": "a", "records": [{"pictures": ["a.png"], "answers": {}}]}
     assert Examples.model_validate(shown).samples[0].images == ("a.png",)
 

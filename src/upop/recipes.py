@@ -34,14 +34,14 @@ _BLIP = _Script(
 )
 _SCRIPTS = {
     "compress_deit.py": _Script(
-        "--data-path {data_path} --finetune {pretrained} --model {architecture} --epochs-search {epochs_search} "
+        "--data-path {data_path} --finetune {pretrained} --model {architecture} --epochs-search {search_epochs} "
         "--epochs {retraining} --batch-size {batch_size_train} --lr-search {search_lr} --lr {init_lr} "
         "--warmup-epochs 0 --p {ratio:g} --interval {interval} --output_dir {output_dir}",
         "--eval --dist-eval --data-path {data_path} --model {architecture} --resume {weights}",
     ),
     "compress_segmenter.py": _Script(
         "--dataset ade20k --backbone vit_small_patch16_384 --decoder mask_transformer --no-resume "
-        "--pretrained {pretrained} --epochs-search {epochs_search} --epochs {retraining} --batch-size 64 "
+        "--pretrained {pretrained} --epochs-search {search_epochs} --epochs {retraining} --batch-size 64 "
         "--lr-search {search_lr} -lr {init_lr} --p {ratio:g} --interval {interval} --log-dir {output_dir}",
         "--dataset ade20k --backbone vit_small_patch16_384 --decoder mask_transformer --no-resume "
         "--evaluate {weights} --singlescale",
@@ -61,7 +61,7 @@ class Recipe(Checked):
     pretrained: str = Field(description="the dense checkpoint")
     ratio: float = Field(gt=0, lt=1, description="share of the prunable cost to remove")
     epochs: int = Field(ge=2, description="all epochs, of the search and of retraining")
-    epochs_search: int | None = Field(None, ge=1, description="of the published search, if not half of all")
+    search_epochs: int | None = Field(None, ge=1, description="of the published search, if not half of all")
     output_dir: Path
     compressed: str = Field(description="name of the published compressed checkpoint")
     paper: str = Field("", description="the paper's result, dense -> compressed")
@@ -70,13 +70,15 @@ class Recipe(Checked):
     @model_validator(mode="before")
     @classmethod
     def _older_names(cls, values: Any) -> Any:
-        """Read rows with the published names: `p`, and `epoch`, which counts the epochs of retraining."""
+        """Read rows with older names: `p`, `epochs_search`, and `epoch`, which counts the epochs of retraining."""
         if not isinstance(values, Mapping):
             return values
         row = dict(values)
         if "p" in row and "ratio" not in row:
             row["ratio"] = row.pop("p")
-        searched = row.get("epochs_search") or row.get("epoch")
+        if "epochs_search" in row and "search_epochs" not in row:
+            row["search_epochs"] = row.pop("epochs_search")
+        searched = row.get("search_epochs") or row.get("epoch")
         if "epochs" not in row and isinstance(row.get("epoch"), int) and isinstance(searched, int):
             row["epochs"] = row.pop("epoch") + searched
         return row
@@ -84,13 +86,13 @@ class Recipe(Checked):
     @model_validator(mode="after")
     def _leaves_epochs(self) -> Self:
         if self.searched >= self.epochs:
-            raise ValueError(f"epochs ({self.epochs}) are all epochs, and leave none beside epochs_search")
+            raise ValueError(f"epochs ({self.epochs}) are all epochs, and leave none beside search_epochs")
         return self
 
     @property
     def searched(self) -> int:
         """Epochs of the published search."""
-        return self.epochs_search or self.epochs // 2
+        return self.search_epochs or self.epochs // 2
 
     @property
     def retraining(self) -> int:
@@ -104,7 +106,7 @@ class Recipe(Checked):
             "pretrained": self.pretrained,
             "ratio": self.ratio,
             "max_epoch": self.retraining,
-            "epochs_search": self.searched,
+            "search_epochs": self.searched,
             "output_dir": self.output_dir,
             **self.settings,
         }

@@ -13,6 +13,7 @@ from upop.errors import SettingError, nearest
 from upop.packaged import located
 from upop.preparation import CLIP_MEAN, CLIP_STD, Deviation, Images, Interpolation, Mean, Resize
 from upop.pruning.choice import is_ratio, meant
+from upop.pruning.deprecated import warn_renamed
 from upop.pruning.round_to import RoundTo, check_round_to, read_round_to
 from upop.pruning.targets import format_target, read_target
 from upop.values import Checked, problems
@@ -24,10 +25,11 @@ TOKENIZER = "pretrained/bert-base-uncased"
 AUTO = "auto"
 """The value of `batch_size_train` that has the largest batch found that fits."""
 
-_TEACHING = 5.0
+_DISTILL_WEIGHT = 5.0
 OLDER: Mapping[str, tuple[str, ...]] = {
     "p": ("ratio",),
-    "epoch": ("max_epoch", "epochs_search"),
+    "epoch": ("max_epoch", "search_epochs"),
+    "epochs_search": ("search_epochs",),
     "align": ("round_to",),
     "score": ("importance",),
 }
@@ -71,10 +73,10 @@ class RunSettings(Checked):
     epochs: int | None = Field(
         None,
         ge=1,
-        description="all epochs of the run, those of a search too; if not given, max_epoch and epochs_search say them",
+        description="all epochs of the run, those of a search too; if not given, max_epoch and search_epochs say them",
     )
     max_epoch: int = Field(15, ge=1, description="epochs of retraining (and of `train`), as published files name them")
-    epochs_search: int | None = Field(
+    search_epochs: int | None = Field(
         None,
         ge=1,
         description="epochs of the published search; other methods train for as many in all. max_epoch if not given",
@@ -278,14 +280,20 @@ class RunSettings(Checked):
         return {"target": self.target, "profile": read_profile(self.profile)}
 
     @property
-    def teaching(self) -> float:
+    def distill_weight(self) -> float:
         """The weight of what the dense model teaches, in a compression."""
-        return (_TEACHING if self.method == "upop" else 0.0) if self.distill is None else self.distill
+        return (_DISTILL_WEIGHT if self.method == "upop" else 0.0) if self.distill is None else self.distill
+
+    @property
+    def teaching(self) -> float:
+        """The older name of `distill_weight`."""
+        warn_renamed(f"{type(self).__name__}.teaching", "distill_weight")
+        return self.distill_weight
 
     @property
     def all_epochs(self) -> int:
         """Epochs of a compression, those of its search included."""
-        return self.epochs or self.max_epoch + (self.epochs_search or self.max_epoch)
+        return self.epochs or self.max_epoch + (self.search_epochs or self.max_epoch)
 
     @property
     def training_epochs(self) -> int:
@@ -293,9 +301,9 @@ class RunSettings(Checked):
         return self.epochs or self.max_epoch
 
     @property
-    def search_epochs(self) -> int:
-        """Epochs of the published search: of all epochs the share that it has of max_epoch and epochs_search."""
-        searched = self.epochs_search or self.max_epoch
+    def searching_epochs(self) -> int:
+        """Epochs of the published search: of all epochs the share that it has of max_epoch and search_epochs."""
+        searched = self.search_epochs or self.max_epoch
         if self.epochs is None:
             return searched
         return max(1, self.epochs * searched // (searched + self.max_epoch))
@@ -303,7 +311,7 @@ class RunSettings(Checked):
     @property
     def retraining_epochs(self) -> int:
         """Epochs after the published search."""
-        return self.all_epochs - self.search_epochs
+        return self.all_epochs - self.searching_epochs
 
     @property
     def data_folders(self) -> dict[str, Path]:
@@ -377,7 +385,7 @@ def read_settings(
     path = located(path) if path is not None else None
     written = _read_yaml(path) if path is not None else {}
     in_file, given = current_names(written), current_names(overrides)
-    if {"max_epoch", "epochs_search"} & given.keys():  # more particular than what the file says of all epochs
+    if {"max_epoch", "search_epochs"} & given.keys():  # more particular than what the file says of all epochs
         in_file.pop("epochs", None)
     if {"ratio", "target"} <= given.keys():
         raise SettingError(

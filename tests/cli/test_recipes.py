@@ -89,7 +89,7 @@ def test_run_starts_what_the_recipe_says_and_flags_beat_it(monkeypatch: pytest.M
     assert result.exit_code == 0, result.output
     (task, settings) = started[0]
     assert task == "nlvr"
-    assert (settings.ratio, settings.max_epoch, settings.search_epochs) == (0.667, 20, 20)
+    assert (settings.ratio, settings.max_epoch, settings.searching_epochs) == (0.667, 20, 20)
     assert (settings.output_dir, settings.num_workers) == (tmp_path, 1)
 
 
@@ -131,7 +131,7 @@ def test_published_commands_have_a_dry_run_too(module: Any, monkeypatch: pytest.
 def test_rows_with_the_published_names_are_read(tmp_path: Path) -> None:
     today = find_recipe("ade20k-p0.1")
     row = today.model_dump(mode="json", exclude={"ratio", "epochs"}) | {"p": 0.1, "epoch": 64}
-    (tmp_path / "recipes.yaml").write_text(yaml.safe_dump([row, row | {"name": "even", "epochs_search": None}]))
+    (tmp_path / "recipes.yaml").write_text(yaml.safe_dump([row, row | {"name": "even", "search_epochs": None}]))
     read = read_recipes(tmp_path / "recipes.yaml")
     assert read["ade20k-p0.1"] == today
     assert (read["even"].searched, read["even"].retraining) == (64, 64)
@@ -143,7 +143,7 @@ def test_epochs_of_a_command_are_all_and_keep_the_published_share(monkeypatch: p
     for words in (["nlvr2-2x", "--set", "epochs=10"], ["ade20k-p0.1", "--set", "epochs=10"]):
         result = runner.invoke(app, ["run", *words])
         assert result.exit_code == 0, result.output
-    assert [(s.search_epochs, s.retraining_epochs, s.all_epochs) for s in started] == [(5, 5, 10), (2, 8, 10)]
+    assert [(s.searching_epochs, s.retraining_epochs, s.all_epochs) for s in started] == [(5, 5, 10), (2, 8, 10)]
 
 
 @pytest.mark.parametrize("task", ["nlvr", "classification", "segmentation"])
@@ -152,7 +152,7 @@ def test_published_commands_do_what_was_published_and_take_the_better_method(
 ) -> None:
     recipe = next(recipe for recipe in ALL if recipe.task == task)
     settings = asked_for(recipe.command, monkeypatch)[2]
-    assert (settings.method, settings.cost, settings.teaching) == ("reference", "reference", 0.0)
+    assert (settings.method, settings.cost, settings.distill_weight) == ("reference", "reference", 0.0)
     kind = find_task(recipe.task).settings
     for method in ("upop", "magnitude"):
         settings = asked_for(f"{recipe.command} --method {method}", monkeypatch)[2]

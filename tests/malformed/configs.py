@@ -84,7 +84,7 @@ SETTINGS: dict[str, str] = {
     "max_epoch: huge": "max_epoch: 1" + "0" * 40,
     "max_epoch: a huge text": "max_epoch: '1" + "0" * 40 + "'",
     "max_epoch: infinity": "max_epoch: .inf",
-    "epochs_search: below": "epochs_search: -1",
+    "search_epochs: below": "search_epochs: -1",
     "seed: below": "seed: -1",
     "seed: true": "seed: true",
     "seed: above what numpy takes": "seed: 4294967296",

@@ -55,7 +55,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """64 captions to train on, 21 images a split, a dense model with random weights, and the settings for all."""
     folder = tmp_path_factory.mktemp("caption")
     # Batches of 8 do not divide 21 images.
-    path = runs.make_task("caption", folder, batch_size_test=8, max_epoch=2, epochs_search=1)
+    path = runs.make_task("caption", folder, batch_size_test=8, max_epoch=2, search_epochs=1)
     for split in ("val", "test"):
         file = folder / "data" / "annotation" / f"coco_karpathy_{split}.json"
         file.write_text(json.dumps(json.loads(file.read_text())[:21]))

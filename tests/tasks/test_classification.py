@@ -323,7 +323,7 @@ def test_any_architecture_of_timm_is_trained_by_name(config: Path, tmp_path: Pat
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
-        ("classification", {"max_epoch": 300, "epochs_search": 60, "interval": 800, "lr_batch": 512, "repeats": 3}),
+        ("classification", {"max_epoch": 300, "search_epochs": 60, "interval": 800, "lr_batch": 512, "repeats": 3}),
         ("shapes/classification", {"augment": False, "mixup": 0.0, "cutmix": 0.0, "ema_decay": None}),
     ],
 )
@@ -359,7 +359,7 @@ def test_names_of_classes_may_be_anything(config: Path, tmp_path: Path, capsys: 
             shutil.copytree(found, root / split / name.replace("/", ":"))
     (root / "train" / "1" / "[bold]z\x1b.txt").write_text("")
     run = tmp_path / "[bold]run[/] $y_$ \u202e"
-    compress(TASK, settings_of(config, data_path=root, output_dir=run, max_epoch=1, epochs_search=1, examples=24))
+    compress(TASK, settings_of(config, data_path=root, output_dir=run, max_epoch=1, search_epochs=1, examples=24))
     printed = capsys.readouterr().out
     assert r"[bold]z\x1b.txt" in " ".join(printed.split())
     page, card = run_page(read_run(run)), (run / "best" / "README.md").read_text(encoding="utf-8")

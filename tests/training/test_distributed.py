@@ -88,7 +88,7 @@ def test_two_processes_are_one_for_repeated_and_augmented_images(tmp_path: Path,
     """Not for mixed ones, or with dropped paths: each process draws its own. The rate grows with the batch of both."""
     # The correction solves for weights by sums that are rounded otherwise, and lets that grow.
     alone = {"mixup": 0.0, "cutmix": 0.0, "drop_path": 0.0, "correct": False}
-    rest = {"epochs_search": 1, "max_epoch": 1, "clip_grad": 0.5}
+    rest = {"search_epochs": 1, "max_epoch": 1, "clip_grad": 0.5}
     config = runs.make_task("classification", tmp_path, **alone, **rest, lr_batch=32, batch_size_test=50)
     compress_task("classification", config, {"output_dir": tmp_path / "one"})
     half = {"batch_size_train": 8, "output_dir": tmp_path / "two", "sharding": sharding}

@@ -12,21 +12,21 @@ from upop.settings import RunSettings
 
 
 def settings(**given: Any) -> RunSettings:
-    return RunSettings(**{"epochs_search": 10, "max_epoch": 10, "init_lr": 1.0, **given})
+    return RunSettings(**{"search_epochs": 10, "max_epoch": 10, "init_lr": 1.0, **given})
 
 
 def test_all_methods_take_equally_many_epochs() -> None:
-    assert phases(settings(method="reference", epochs_search=4), 100) == Phases(400, 4, 10)
-    assert phases(settings(method="magnitude", epochs_search=4), 100) == Phases(0, 0, 14)
-    assert phases(settings(epochs_search=4), 100) == Phases(140, 0, 14)
+    assert phases(settings(method="reference", search_epochs=4), 100) == Phases(400, 4, 10)
+    assert phases(settings(method="magnitude", search_epochs=4), 100) == Phases(0, 0, 14)
+    assert phases(settings(search_epochs=4), 100) == Phases(140, 0, 14)
 
 
 def test_epochs_are_all_epochs_and_the_published_names_say_how_the_reference_shares_them() -> None:
     assert phases(settings(epochs=30), 100) == Phases(300, 0, 30)
     assert phases(settings(method="magnitude", epochs=30), 100) == Phases(0, 0, 30)
     assert phases(settings(method="reference", epochs=30), 100) == Phases(1500, 15, 15)
-    assert phases(settings(method="reference", epochs=30, epochs_search=5), 100) == Phases(1000, 10, 20)
-    assert phases(settings(method="reference", epochs=2, epochs_search=1), 100) == Phases(100, 1, 1)
+    assert phases(settings(method="reference", epochs=30, search_epochs=5), 100) == Phases(1000, 10, 20)
+    assert phases(settings(method="reference", epochs=2, search_epochs=1), 100) == Phases(100, 1, 1)
     assert settings(epochs=30).training_epochs == 30
 
 
@@ -44,9 +44,9 @@ def test_too_few_epochs_are_refused() -> None:
         ({}, 100, Phases(200, 0, 20)),  # a tenth of 2000 steps
         ({"search_share": 0.11}, 100, Phases(220, 0, 20)),
         ({}, 5, Phases(16, 0, 20)),  # a tenth of 100 steps would be 10
-        ({"epochs_search": 1, "max_epoch": 1}, 12, Phases(8, 0, 2)),  # 16 would be two thirds of all
-        ({"search_share": 0.9, "epochs_search": 1, "max_epoch": 1}, 100, Phases(100, 0, 2)),  # one epoch is left
-        ({"epochs_search": 1, "max_epoch": 1}, 1, Phases(1, 0, 2)),
+        ({"search_epochs": 1, "max_epoch": 1}, 12, Phases(8, 0, 2)),  # 16 would be two thirds of all
+        ({"search_share": 0.9, "search_epochs": 1, "max_epoch": 1}, 100, Phases(100, 0, 2)),  # one epoch is left
+        ({"search_epochs": 1, "max_epoch": 1}, 1, Phases(1, 0, 2)),
     ],
 )
 def test_the_search_takes_a_share_of_all_steps(given: dict[str, Any], steps_per_epoch: int, expected: Phases) -> None:

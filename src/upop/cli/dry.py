@@ -89,7 +89,7 @@ def _cutting(settings: RunSettings) -> str:
         return f"cut by the first-order terms of {samples}, {share}; retrain for {epochs} epochs"
     if settings.method == "reference":
         return (
-            f"search for {settings.search_epochs} epochs at a constant learning rate, masking up to {share}; cut; "
+            f"search for {settings.searching_epochs} epochs at a constant learning rate, masking up to {share}; cut; "
             f"retrain for {settings.retraining_epochs} epochs"
         )
     return (

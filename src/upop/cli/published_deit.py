@@ -53,7 +53,7 @@ def command(
     interval: o.Interval = None,
     w_sp_attn: o.SparsityAttention = None,
     w_sp_mlp: o.SparsityMlp = None,
-    epochs_search: o.EpochsSearch = None,
+    search_epochs: o.EpochsSearch = None,
     max_epoch: Annotated[int | None, typer.Option("--epochs", help="Epochs of retraining.")] = None,
     batch_size_train: Annotated[int | None, typer.Option("--batch-size", help="Per process.")] = None,
     search_lr: o.SearchRate = None,

@@ -45,7 +45,7 @@ def command(
     ] = None,
     resume: o.Resume = None,
     no_resume: Annotated[bool, typer.Option("--no-resume", help="As published: the run begins anew.")] = False,
-    epochs_search: o.EpochsSearch = None,
+    search_epochs: o.EpochsSearch = None,
     max_epoch: Annotated[int | None, typer.Option("--epochs", help="Epochs of retraining.")] = None,
     whole_batch: Annotated[int | None, typer.Option("--batch-size", help="Over all processes.")] = None,
     search_lr: o.SearchRate = None,

@@ -273,7 +273,7 @@ class Run:
                 self.settings,
                 model,
                 self.loaders["train"],
-                taught=self._verb == "compress" and bool(self.settings.teaching),
+                taught=self._verb == "compress" and bool(self.settings.distill_weight),
             )
             self.notify(found.described())
             sizes = {"batch_size_train": found.size, "accumulate": found.accumulate}

@@ -48,7 +48,9 @@ def phases(settings: RunSettings, steps_per_epoch: int) -> Phases:
     if settings.method in AT_ONCE:
         return Phases(0, 0, epochs)
     if settings.method == "reference":
-        return Phases(settings.search_epochs * steps_per_epoch, settings.search_epochs, settings.retraining_epochs)
+        return Phases(
+            settings.searching_epochs * steps_per_epoch, settings.searching_epochs, settings.retraining_epochs
+        )
     total = epochs * steps_per_epoch
     steps = min(
         search_steps(total, settings.search_share), total - steps_per_epoch

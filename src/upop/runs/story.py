@@ -40,7 +40,7 @@ def story_of(
     if not trained:
         facts |= {"training": "none", "seed": str(settings.seed)}
     elif settings.method == "reference":
-        facts |= {"epochs of search": str(settings.search_epochs)}
+        facts |= {"epochs of search": str(settings.searching_epochs)}
         facts |= {"epochs of retraining": str(settings.retraining_epochs)}
     else:
         facts |= {f"epochs of {'search and ' if settings.method == 'upop' else ''}retraining": str(epochs)}

@@ -15,6 +15,7 @@ from torch.utils.data import Dataset, Sampler, default_collate
 from upop.checkpoints import load_into
 from upop.examples import Album, Example
 from upop.pruning import count_macs, count_parameters
+from upop.pruning.deprecated import warn_renamed
 from upop.runs.bad_images import counted, readable
 from upop.runs.devices import autocast, to_device
 from upop.settings import RunSettings
@@ -115,9 +116,13 @@ class Task(ABC, Generic[SettingsT]):
         """Return the metric that decides, of those that a split has: `metric`, unless a task has kinds of splits."""
         return self.metric
 
-    def teaching(self, settings: SettingsT) -> dict[str, float]:
-        """Return how the dense model teaches, as options of `upop.distill`."""
-        return {"features": settings.teaching}
+    def distill_options(self, settings: SettingsT) -> dict[str, float]:
+        """Return how the dense model is the teacher, as options of `upop.distill`."""
+        if (older := getattr(self, "teaching", None)) is not None:
+            warn_renamed(f"{type(self).__name__}.teaching", "distill_options")
+            options: dict[str, float] = older(settings)
+            return options
+        return {"features": settings.distill_weight}
 
     def optimizer(self, model: nn.Module, settings: SettingsT) -> torch.optim.Optimizer:
         """Return the optimizer of a phase; the loop sets its learning rate at every step."""

@@ -228,9 +228,9 @@ class ChatTask(Task[ChatSettings]):
         """Return all but the labels."""
         return {name: value for name, value in batch.items() if name != "labels"}
 
-    def teaching(self, settings: ChatSettings) -> dict[str, float]:
+    def distill_options(self, settings: ChatSettings) -> dict[str, float]:
         """Return how the dense model teaches: by its hidden states, by its next-token probabilities, or both."""
-        return {"features": settings.teaching, "logits": settings.distill_logits}
+        return {"features": settings.distill_weight, "logits": settings.distill_logits}
 
     def optimizer(self, model: nn.Module, settings: ChatSettings) -> torch.optim.Optimizer:
         """Return AdamW, with a state of 8 bits where that is asked for."""

@@ -76,7 +76,7 @@ class ClassificationSettings(ImageSettings):
     schedule: Literal["epoch", "step", "polynomial"] = "step"
     ema_decay: float | None = Field(0.99996, gt=0, lt=1)
     max_epoch: int = Field(300, ge=1)
-    epochs_search: int | None = Field(60, ge=1)
+    search_epochs: int | None = Field(60, ge=1)
     interval: int = Field(800, ge=1)
     batch_size_train: int = Field(512, ge=1)
     batch_size_test: int = Field(768, ge=1)

@@ -98,10 +98,10 @@ class DualEncoderTask(LibraryTask[DualEncoderSettings], Retrieval[DualEncoderSet
         """Return what of a batch the model's forward pass takes, in its precision."""
         return self.takes(model, self.inputs(batch))
 
-    def teaching(self, settings: DualEncoderSettings) -> dict[str, float]:
+    def distill_options(self, settings: DualEncoderSettings) -> dict[str, float]:
         """Return how the dense model teaches: by features, by the similarities of a batch, or by both."""
         similar = settings.distill_similarity
-        return {"features": settings.teaching} | ({"logits": similar} if similar else {})
+        return {"features": settings.distill_weight} | ({"logits": similar} if similar else {})
 
     def predict(self, model: nn.Module, batch: Batch, settings: DualEncoderSettings) -> dict[str, Tensor]:
         """Return embeddings of images, [B, D], and labels [B] where there are any."""

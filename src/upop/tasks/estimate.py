@@ -136,7 +136,7 @@ def estimate(task: Task[Any], settings: RowSettings) -> Estimate:
         state=2 * (size if state is None else state),
         batch=min(settings.batch_size_train, len(next(iter(batch.values())))),
         recomputed=settings.grad_checkpointing,
-        teacher=any(task.teaching(settings).values()),
+        teacher=any(task.distill_options(settings).values()),
     )
 
 

@@ -44,7 +44,7 @@ class LibrarySettings(RowSettings):
     schedule: Literal["epoch", "step", "polynomial"] = "step"
     clip_grad: float | None = Field(1.0, gt=0, description="largest norm of the gradients")
     max_epoch: int = Field(3, ge=1, description="epochs of `train`, and of retraining")
-    epochs_search: int | None = Field(1, ge=1)
+    search_epochs: int | None = Field(1, ge=1)
 
 
 LibrarySettingsT = TypeVar("LibrarySettingsT", bound=LibrarySettings)
