@@ -10,15 +10,13 @@ from typing import Any, NotRequired, Self, TypedDict
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
-from upop.data.images import open_image
-from upop.data.samples import Sample, check_images, narrowed, read_samples, shown
+from upop.data.annotated import AnnotatedImages
+from upop.data.samples import Sample, narrowed, shown
 from upop.data.text import clean_caption
 from upop.data.transforms import ImageTransform
 from upop.errors import DataError
 from upop.reading import LARGEST_DATA, read_json
-from upop.sources import Sources
 
 IGNORED = -100
 """The label of a place where no word is to be said."""
@@ -46,7 +44,7 @@ class CaptionBatch(TypedDict):
     image_ids: NotRequired[Tensor]
 
 
-class CaptionTrainDataset(Dataset[CaptionItem]):
+class CaptionTrainDataset(AnnotatedImages[CaptionItem]):
     """A training file's samples: `[{"image": path, "caption": str}]`, one per caption.
 
     Captions are cleaned, cut to 30 words and put after the prompt. `outside` lets images lie outside of `image_root`.
@@ -64,35 +62,22 @@ class CaptionTrainDataset(Dataset[CaptionItem]):
         prompt: str,
         outside: bool = False,
     ) -> None:
-        self.file = Path(annotation_file)
-        self.root = Path(image_root)
-        self.transform = transform
-        samples = read_samples(self.file)
+        super().__init__(annotation_file, image_root, transform)
         self._captions: list[str] = []
-        self._images: list[str] = []
+        samples = self._samples()
         for sample in samples:
             caption = clean_caption(sample.text("caption"))
             if not caption:
                 raise sample.error(f"'caption' holds no words: {shown(sample.text('caption'))}.")
             self._captions.append(f"{prompt.rstrip()} {caption}".strip())  # a prompt's last word stays a word
-            self._images.append(sample.text("image"))
-        check_images(self.root, zip(samples, self._images, strict=True), outside=outside)
-
-    def __len__(self) -> int:
-        """The number of captions."""
-        return len(self._captions)
-
-    def sources(self) -> Sources:
-        """Return the files that are read."""
-        return Sources((self.file,), {image: self.root / image for image in self._images})
+        self._check_images(samples, outside=outside)
 
     def __getitem__(self, index: int) -> CaptionItem:
         """The sample of that number, as drawn this time."""
-        image = open_image(self.root / self._images[index], file=self.file, number=index % len(self))
-        return {"image": self.transform(image), "caption": self._captions[index]}
+        return {"image": self._image(index), "caption": self._captions[index]}
 
 
-class CaptionEvalDataset(Dataset[CaptionItem]):
+class CaptionEvalDataset(AnnotatedImages[CaptionItem]):
     """An evaluation file's samples: `[{"image": path, "caption": [str, ...]}]`, one per image.
 
     The number of an image is the one at the end of its file's name. The captions to compare with come from the COCO
@@ -115,11 +100,8 @@ class CaptionEvalDataset(Dataset[CaptionItem]):
         *,
         outside: bool = False,
     ) -> None:
-        self.file = Path(annotation_file)
-        self.root = Path(image_root)
-        self.transform = transform
-        samples = read_samples(self.file)
-        self._images = [sample.text("image") for sample in samples]
+        super().__init__(annotation_file, image_root, transform)
+        samples = self._samples()
         numbers: dict[int, Sample] = {}
         for sample, image in zip(samples, self._images, strict=True):
             number = image_number(sample, image)
@@ -131,20 +113,11 @@ class CaptionEvalDataset(Dataset[CaptionItem]):
             numbers[number] = sample
         self._numbers = list(numbers)
         self.references = _references(numbers, ground_truth)
-        check_images(self.root, zip(samples, self._images, strict=True), outside=outside)
-
-    def __len__(self) -> int:
-        """The number of images."""
-        return len(self._images)
-
-    def sources(self) -> Sources:
-        """Return the files that are read."""
-        return Sources((self.file,), {image: self.root / image for image in self._images})
+        self._check_images(samples, outside=outside)
 
     def __getitem__(self, index: int) -> CaptionItem:
         """The image of that number in the file."""
-        image = open_image(self.root / self._images[index], file=self.file, number=index % len(self))
-        return {"image": self.transform(image), "image_id": self._numbers[index]}
+        return {"image": self._image(index), "image_id": self._numbers[index]}
 
     def without(self, numbers: Collection[int]) -> Self:
         """Return the images but for those of these places in the file, and their captions, to score the rest."""

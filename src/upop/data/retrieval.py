@@ -9,13 +9,11 @@ from typing import Any, NotRequired, Self, TypedDict
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
-from upop.data.images import open_image
-from upop.data.samples import Sample, check_images, narrowed, read_samples, shown
+from upop.data.annotated import AnnotatedImages
+from upop.data.samples import Sample, narrowed, shown
 from upop.data.text import clean_caption
 from upop.data.transforms import ImageTransform
-from upop.sources import Sources
 
 TEXT_TOKENS = 35
 """Longest caption, in tokens."""
@@ -29,7 +27,7 @@ class RetrievalItem(TypedDict):
     caption: NotRequired[str]
 
 
-class RetrievalPairs(Dataset[RetrievalItem]):
+class RetrievalPairs(AnnotatedImages[RetrievalItem]):
     """Training pairs: `[{"image": path, "caption": str, "image_id": str}]`; pairs of one image_id belong together.
 
     The paths of images start from `image_root`, and with `outside` may leave it.
@@ -46,33 +44,23 @@ class RetrievalPairs(Dataset[RetrievalItem]):
         *,
         outside: bool = False,
     ) -> None:
-        self.file, self.root, self.transform = Path(annotation_file), Path(image_root), transform
-        samples = read_samples(self.file)
-        self._images = [sample.text("image") for sample in samples]
+        super().__init__(annotation_file, image_root, transform)
+        samples = self._samples()
         self._captions = [_cleaned(sample, sample.text("caption")) for sample in samples]
         numbers: dict[str, int] = {}
         self._numbers = [numbers.setdefault(_image_id(sample), len(numbers)) for sample in samples]
-        check_images(self.root, zip(samples, self._images, strict=True), outside=outside)
-
-    def __len__(self) -> int:
-        """The number of pairs."""
-        return len(self._images)
-
-    def sources(self) -> Sources:
-        """Return the files that are read."""
-        return Sources((self.file,), {image: self.root / image for image in self._images})
+        self._check_images(samples, outside=outside)
 
     def __getitem__(self, index: int) -> RetrievalItem:
         """The pair of that number, as drawn this time."""
-        image = open_image(self.root / self._images[index], file=self.file, number=index % len(self))
         return {
-            "image": self.transform(image),
+            "image": self._image(index),
             "number": self._numbers[index],
             "caption": self._captions[index],
         }
 
 
-class RetrievalGallery(Dataset[RetrievalItem]):
+class RetrievalGallery(AnnotatedImages[RetrievalItem]):
     """Images with all their captions: `[{"image": path, "caption": [str, ...]}]`; items are the images alone.
 
     With `outside`, images may lie outside of `image_root`.
@@ -92,27 +80,16 @@ class RetrievalGallery(Dataset[RetrievalItem]):
         *,
         outside: bool = False,
     ) -> None:
-        self.file, self.root, self.transform = Path(annotation_file), Path(image_root), transform
-        samples = read_samples(self.file)
-        self._images = [sample.text("image") for sample in samples]
+        super().__init__(annotation_file, image_root, transform)
+        samples = self._samples()
         captions = [[_cleaned(sample, text) for text in sample.texts("caption")] for sample in samples]
         self.texts = [text for texts in captions for text in texts]
         self.image_of_text = torch.tensor([number for number, texts in enumerate(captions) for _ in texts])
-        check_images(self.root, zip(samples, self._images, strict=True), outside=outside)
-
-    def __len__(self) -> int:
-        """The number of images."""
-        return len(self._images)
-
-    def sources(self) -> Sources:
-        """Return the files that are read."""
-        return Sources((self.file,), {image: self.root / image for image in self._images})
+        self._check_images(samples, outside=outside)
 
     def __getitem__(self, index: int) -> RetrievalItem:
         """The image of that number."""
-        number = index % len(self)
-        image = open_image(self.root / self._images[index], file=self.file, number=number)
-        return {"image": self.transform(image), "number": number}
+        return {"image": self._image(index), "number": index % len(self)}
 
     def without(self, numbers: Collection[int]) -> Self:
         """Return the gallery but for the images of these numbers and their texts; the rest is numbered anew."""

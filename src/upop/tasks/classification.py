@@ -27,17 +27,15 @@ from upop.data.classification_transforms import (
     train_transform,
 )
 from upop.errors import CheckpointError, SettingError
-from upop.examples import Album, Answer, Example
+from upop.examples import Album, Example
 from upop.models.blip import enlarge_weights
 from upop.models.classifier import DEIT_SMALL, ClassifierConfig, build_classifier, replace_head
 from upop.preparation import IMAGENET_MEAN, IMAGENET_STD, Deviation, Mean, Resize
-from upop.runs.examples import untransformed
 from upop.runs.task import Batch
 from upop.settings import ImageSettings, RunSettings
+from upop.tasks.labelled import accuracies, labelled_examples, likeliest
 from upop.tasks.published import SIZES, PublishedTask
 from upop.values import described
-
-_TOP = 5
 
 
 class ClassificationSettings(ImageSettings):
@@ -233,16 +231,13 @@ class ClassificationTask(PublishedTask[ClassificationSettings]):
     def predict(self, model: nn.Module, batch: Batch, settings: ClassificationSettings) -> dict[str, Tensor]:
         """Return the likeliest classes [B, 5] (fewer where there are fewer), and labels [B]."""
         logits = model(batch["images"])
-        return {"answers": logits.topk(min(_TOP, logits.shape[1])).indices, "labels": batch["labels"]}
+        return {"answers": likeliest(logits), "labels": batch["labels"]}
 
     def score(
         self, predictions: Mapping[str, Tensor], samples: Dataset[Any], settings: ClassificationSettings
     ) -> dict[str, float]:
         """Return acc@1 and, where there are five classes, acc@5, in percent."""
-        answers, labels = predictions["answers"], predictions["labels"]
-        right = answers == labels.unsqueeze(1)
-        cuts = (1, _TOP) if answers.shape[1] == _TOP else (1,)
-        return {f"acc@{cut}": 100 * float(right[:, :cut].any(1).double().mean()) for cut in cuts}
+        return accuracies(predictions)
 
     def examples(
         self,
@@ -254,23 +249,7 @@ class ClassificationTask(PublishedTask[ClassificationSettings]):
     ) -> list[Example]:
         """Return images and the likeliest classes, beside the true ones."""
         assert isinstance(samples, ImageFolderDataset)
-        names = dict(enumerate(samples.names))  # the model may know more classes than the data has
-        shown, plain = [], untransformed(samples)
-        for place, number in enumerate(numbers):
-            item = plain[number]
-            answers = {}
-            for model, rows in found.items():
-                first, *others = [names.get(label, f"class {label}") for label in rows["answers"][place].tolist()]
-                then = f"then {', '.join(others[:2])}" if others else None
-                answers[model] = Answer(text=first, note=then, right=first == names[item["label"]])
-            shown.append(
-                Example(
-                    images=(album.add(item["image"], str(number)),),
-                    truth=Answer(text=names[item["label"]]),
-                    answers=answers,
-                )
-            )
-        return shown
+        return labelled_examples(found, samples, numbers, album)
 
     def example(self, model: nn.Module, batch_size: int) -> dict[str, Tensor]:
         """Return `batch_size` grey images."""

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from upop.data.classification import ImageFolderDataset
 from upop.data.row_images import LabelledImages
 from upop.examples import Album, Answer, Example
 from upop.runs.examples import untransformed
@@ -32,7 +33,10 @@ def accuracies(predictions: Mapping[str, Tensor]) -> dict[str, float]:
 
 
 def labelled_examples(
-    found: Mapping[str, Mapping[str, Any]], samples: LabelledImages, numbers: Sequence[int], album: Album
+    found: Mapping[str, Mapping[str, Any]],
+    samples: LabelledImages | ImageFolderDataset,
+    numbers: Sequence[int],
+    album: Album,
 ) -> list[Example]:
     """Return images and the likeliest classes, beside the true ones.
 
@@ -42,14 +46,15 @@ def labelled_examples(
         numbers: of the samples.
         album: takes the images.
     """
+    names = dict(enumerate(samples.names))  # the model may know more classes than the data has
     shown, plain = [], untransformed(samples)
     for place, number in enumerate(numbers):
         item = plain[number]
         answers = {}
         for model, rows in found.items():
-            first, *others = [samples.names[label] for label in rows["answers"][place].tolist()]
+            first, *others = [names.get(label, f"class {label}") for label in rows["answers"][place].tolist()]
             then = f"then {', '.join(others[:2])}" if others else None
-            answers[model] = Answer(text=first, note=then, right=first == samples.names[item["label"]])
-        truth = Answer(text=samples.names[item["label"]])
+            answers[model] = Answer(text=first, note=then, right=first == names[item["label"]])
+        truth = Answer(text=names[item["label"]])
         shown.append(Example(images=(album.add(item["image"], str(number)),), truth=truth, answers=answers))
     return shown
