@@ -20,8 +20,9 @@ from upop.pruning.choice import check_whole
 from upop.pruning.errors import LayoutError, SettingError, StepError, some_of
 from upop.pruning.groups import tensor_of
 from upop.pruning.known import know_as
-from upop.pruning.logits import divergence, logits_of, precise, similarities
+from upop.pruning.logits import divergence, logits_of, similarities
 from upop.pruning.masks import unwrapped
+from upop.pruning.precision import precise
 from upop.pruning.prunable import find_groups
 from upop.pruning.sharded import reshard
 from upop.pruning.slips import check_model

@@ -63,6 +63,7 @@ class ClipTokenizer:
 
         Longer texts are cut, and end with the last word all the same.
         """
+        # transformers' CLIPTokenizer begins, ends and pads with words by their names, which a BERT vocabulary lacks.
         rows = self.library(list(texts), add_special_tokens=False)["input_ids"]
         rows = [[self.begin, *row[: length - 2], self.end] for row in rows]
         longest = max(map(len, rows))

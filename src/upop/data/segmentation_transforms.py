@@ -141,7 +141,10 @@ def photometric_jitter(image: Tensor) -> Tensor:
 
 
 def _saturate(image: Tensor, factor: float) -> Tensor:
-    """Multiply the saturation of HSV, which reaches at most 1, and leave hue and value as they are."""
+    """Multiply the saturation of HSV, which reaches at most 1, and leave hue and value as they are.
+
+    As published. torchvision's adjust_saturation blends with the grey image, which moves the value too.
+    """
     value = image.amax(0, keepdim=True)
     spread = value - image.amin(0, keepdim=True)
     largest = (value / spread.clamp_min_(1e-6)).clamp_(max=factor)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from upop.models.blip import LABEL_SMOOTHING, BlipConfig, build_text_decoder, build_vision_encoder
 from upop.models.sizes import some_images, some_words
+from upop.pruning.precision import precise
 
 PAD = 0
 
@@ -116,7 +117,5 @@ def caption_loss(logits: Tensor, labels: Tensor) -> Tensor:
         logits: of `BlipCaption`, [B, T, vocab_size].
         labels: token ids [B, T], -100 where nothing is to be said; each is predicted from the place before it.
     """
-    predictions = logits[:, :-1].flatten(0, 1)
-    if predictions.dtype in (torch.float16, torch.bfloat16):
-        predictions = predictions.float()
+    predictions = precise(logits[:, :-1]).flatten(0, 1)
     return F.cross_entropy(predictions, labels[:, 1:].flatten(), label_smoothing=LABEL_SMOOTHING)

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from upop.errors import CheckpointError, SettingError, StepError
 from upop.models.contrast import gather_with_gradients
-from upop.pruning.logits import precise
 from upop.pruning.masks import unwrapped
+from upop.pruning.precision import precise
 
 LossName = Literal["auto", "softmax", "sigmoid"]
 

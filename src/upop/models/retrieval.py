@@ -25,6 +25,7 @@ from upop.models.contrast import (
     gather_with_gradients,
 )
 from upop.models.sizes import some_images, some_words
+from upop.pruning.precision import precise
 
 
 class RetrievalConfig(BlipConfig):
@@ -226,7 +227,7 @@ class BlipRetrieval(MomentumContrast):
         logits = self.match(torch.cat([states, wrong_states, states]), texts[0], texts[1])
         labels = torch.zeros(len(logits), dtype=torch.long, device=logits.device)
         labels[: len(ids)] = 1
-        losses = F.cross_entropy(logits.float() if logits.dtype != torch.float64 else logits, labels, reduction="none")
+        losses = F.cross_entropy(precise(logits), labels, reduction="none")
         return RetrievalLosses(contrastive, (losses * paired.repeat(3)).mean())
 
     @torch.no_grad()

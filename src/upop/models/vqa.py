@@ -22,6 +22,7 @@ from upop.models.blip import (
     text_config,
 )
 from upop.models.sizes import some_images, some_words
+from upop.pruning.precision import accumulator, precise
 
 NUM_BEAMS = 3
 MAX_TOKENS = 10
@@ -141,7 +142,7 @@ class BlipVqa(nn.Module):
         pairs, lengths = places.flatten(), candidate_mask.sum(1)
         # Candidates of like length go together, so that little is spent on padding: most have one word, few have many.
         order = lengths[pairs].argsort(stable=True)
-        losses = torch.empty(len(pairs), device=states.device, dtype=torch.promote_types(states.dtype, torch.float32))
+        losses = torch.empty(len(pairs), device=states.device, dtype=accumulator(states))
         for part in order.split(chunk):
             longest = int(lengths[pairs[part[-1]]])
             ids, mask = candidate_ids[pairs[part], :longest], candidate_mask[pairs[part], :longest]
@@ -188,9 +189,8 @@ def answer_losses(logits: Tensor, answer_ids: Tensor, answer_mask: Tensor) -> Te
         answer_mask: [A, L].
     """
     targets = answer_ids.masked_fill(answer_mask == 0, -100)[:, 1:]
-    precise = logits[:, :-1].to(torch.promote_types(logits.dtype, torch.float32))
     losses = F.cross_entropy(
-        precise.flatten(0, 1), targets.flatten(), label_smoothing=LABEL_SMOOTHING, reduction="none"
+        precise(logits[:, :-1]).flatten(0, 1), targets.flatten(), label_smoothing=LABEL_SMOOTHING, reduction="none"
     )
     return losses.view_as(targets).sum(1)
 

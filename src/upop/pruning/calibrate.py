@@ -33,10 +33,11 @@ from upop.pruning.least_squares import PARTS, moments_bytes
 from upop.pruning.masks import refuse_masked, unwrapped
 from upop.pruning.moments import Correct, Moments, allowed_bytes, consumers
 from upop.pruning.plan import Plan
+from upop.pruning.precision import accumulator
 from upop.pruning.prunable import find_groups, groups_to_search, waits_for_batch
 from upop.pruning.recompute import recomputing
 from upop.pruning.round_to import RoundTo, check_round_to
-from upop.pruning.scores import FreedRows, Importance, Scoring, accumulator, scoring
+from upop.pruning.scores import FreedRows, Importance, Scoring, scoring
 from upop.pruning.seen import FirstCall, Kept, examples_of, read_first, remember_inputs
 from upop.pruning.sharded import refuse_sharded
 from upop.pruning.shrink import Assignment, cut_verified, refuse_shared, restore

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from upop.pruning.groups import Group
 from upop.pruning.least_squares import PARTS, ConsumerInputs, Rows, Squares, Trial, precision
 from upop.pruning.moments import Correct, Moments, consumers
-from upop.pruning.scores import accumulator
+from upop.pruning.precision import accumulator
 from upop.pruning.sharded import is_sharded_tensor
 
 RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)

@@ -205,7 +205,7 @@ def _multiply_adds(model: nn.Module, groups: Sequence[Group], example: Any) -> d
 
         return hook
 
-    layers = {_layer(part.tensor) for group in groups for part in group.online if part.tensor.endswith("weight")}
+    layers = {_layer_of(part.tensor) for group in groups for part in group.online if part.tensor.endswith("weight")}
     hooks = [model.get_submodule(name).register_forward_hook(recorder(name), with_kwargs=True) for name in layers]
     try:
         with evaluating(model):
@@ -217,7 +217,7 @@ def _multiply_adds(model: nn.Module, groups: Sequence[Group], example: Any) -> d
     costs = {}
     for group in groups:
         weights = [part for part in group.online if part.tensor.endswith("weight")]
-        seen = [calls.get(_layer(part.tensor), []) for part in weights]
+        seen = [calls.get(_layer_of(part.tensor), []) for part in weights]
         # Some libraries read a layer's weight without calling the layer; it sees what the others of its group see.
         most = max(seen, key=len)
         linear = sum(
@@ -262,5 +262,5 @@ def _call_of(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     return _Call(tokens, length, tokens)
 
 
-def _layer(tensor: str) -> str:
+def _layer_of(tensor: str) -> str:
     return tensor.rpartition(".")[0]

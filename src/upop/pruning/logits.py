@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from upop.pruning.precision import precise
+
 
 def divergence(own: Tensor, aim: Tensor, temperature: float, mask: Tensor | None) -> Tensor:
     """Return the mean KL divergence of `own` from `aim` over all positions, or those of `mask`, times temperature^2."""
@@ -19,11 +21,6 @@ def divergence(own: Tensor, aim: Tensor, temperature: float, mask: Tensor | None
         return each.mean() * temperature**2
     weight = mask.to(each)
     return (each * weight).sum() / weight.sum().clamp_min(1) * temperature**2
-
-
-def precise(value: Tensor) -> Tensor:
-    """Convert a tensor to at least float32."""
-    return value if value.dtype == torch.float64 else value.float()
 
 
 def logits_of(output: Any) -> Tensor | None:

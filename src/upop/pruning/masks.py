@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from upop.pruning.again import is_transformed
 from upop.pruning.errors import LayoutError
 from upop.pruning.groups import Group, Slice, owner_of, tensor_of
+from upop.pruning.precision import accumulator
 from upop.pruning.sharded import unsharded_class
 
 # A masked module's mask and flag, each followed by the name of the tensor that it masks. The mask is no buffer:
@@ -45,6 +46,8 @@ _scratch = _Scratch()
 
 class _MaskedProduct(torch.autograd.Function):
     """`F.linear` with output rows scaled by `rows`; saves no more for backward than `F.linear`.
+
+    Autograd of `F.linear(inputs, weight * rows)` would also save a masked copy of every weight.
 
     It scales whatever is smaller: the weight (and its gradient in the backward pass), or, with few tokens, the output
     and its gradient.
@@ -229,7 +232,7 @@ class Masks:
             module.__class__ = _masked_class(type(module), kind)
             _holders[module] = weakref.ref(self)
         self._values = {
-            group.name: torch.ones(group.size, dtype=_precise(tensor_of(model, group.producers[0].tensor)))
+            group.name: torch.ones(group.size, dtype=accumulator(tensor_of(model, group.producers[0].tensor)))
             for group in self._groups.values()
         }
 
@@ -285,10 +288,6 @@ def _unmask(module: nn.Module) -> None:
     for name in [each for each in vars(module) if each.startswith((_MASK, _ALL_ONES))]:
         delattr(module, name)
     _holders.pop(module, None)
-
-
-def _precise(weight: Tensor) -> torch.dtype:
-    return torch.float64 if weight.dtype == torch.float64 else torch.float32
 
 
 def _refuse_second(module: nn.Module, group: Group) -> None:

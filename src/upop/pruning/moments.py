@@ -27,7 +27,7 @@ from upop.pruning.groups import Group, owner_of
 from upop.pruning.least_squares import PARTS, ConsumerInputs, moments_bytes
 from upop.pruning.observers import BeginHook, EndHook, LayerHook
 from upop.pruning.passes import Pass, device_of, logs_of, noting, squares_of
-from upop.pruning.scores import accumulator
+from upop.pruning.precision import accumulator
 from upop.pruning.sharded import many_processes, reshard
 
 OBSERVATIONS = 4

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from upop.pruning.again import autocast, precision_now
+from upop.pruning.precision import precise
 
 
 @dataclass
@@ -170,4 +171,4 @@ def logs_of(squares: Tensor, counts: Tensor) -> Tensor:
 def squares_of(outputs: Tensor) -> Tensor:
     """Return the sum of squares of every row of outputs, [rows], in float32, or float64 for float64 outputs."""
     outputs = outputs.detach().flatten(0, -2)
-    return (outputs if outputs.dtype == torch.float64 else outputs.float()).square().sum(1)
+    return precise(outputs).square().sum(1)

@@ -11,6 +11,7 @@ from torch.utils.hooks import RemovableHandle
 
 from upop.pruning.errors import SettingError, nearest
 from upop.pruning.frozen import FrozenGradients
+from upop.pruning.precision import accumulator
 from upop.pruning.sharded import HeldRows, held_rows, is_sharded_tensor, many_processes, whole_rows
 
 Importance = Callable[[Tensor, Tensor], Tensor]
@@ -62,11 +63,6 @@ def scoring(importance: str | Importance) -> Scoring:
             f"Use one of {', '.join(map(repr, SCORES))}, or a function of (weight, gradient)."
         )
     return SCORES[importance]
-
-
-def accumulator(tensor: Tensor) -> torch.dtype:
-    """Return the precision for summing the scores of a tensor: float64 for a float64 model, else float32."""
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
 def agreed(scores: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -1,6 +1,7 @@
 """Curves as the page draws them: points in percent of the plot's width and height, and round numbers along its sides.
 
-Colours, widths and letters are the page's: a plot stretches with it, and its letters do not.
+Colours, widths and letters are the page's: a plot stretches with it, and its letters do not. matplotlib, which draws
+the figures that are files (`figures.py`), fixes all three when it draws; only its ticks serve here.
 """
 
 from __future__ import annotations

@@ -3,6 +3,9 @@
 Gradients and optimizer state have a fixed size. The memory of activations per sample is measured on two small batches,
 and the free memory then determines the batch. On CUDA the result is tried, and reduced until it fits. On the CPU, where
 exhausted memory kills the process instead of raising an error, the measured growth alone decides.
+
+accelerate's find_executable_batch_size waits for an error, halves the batch, and runs the training function again: it
+finds no larger batch than it is given, and the CPU gives no error.
 """
 
 from __future__ import annotations

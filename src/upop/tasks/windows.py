@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from upop.data.segmentation_transforms import scaled_size
+from upop.pruning.precision import precise
 
 SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
 """Of the published evaluation at several scales, each with the image and its mirror image."""
@@ -93,8 +94,7 @@ def slide(model: nn.Module, image: Tensor, window: Window, size: Sequence[int], 
     for first in range(0, len(places), window.batch):
         chunk = places[first : first + window.batch]
         crops = [image[:, top : top + window.size, left : left + window.size] for top, left in chunk]
-        logits = model(torch.stack(crops))
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        logits = precise(model(torch.stack(crops)))
         if summed is None:
             summed = logits.new_zeros(logits.shape[1], *image.shape[1:])
         for (top, left), one in zip(chunk, logits, strict=True):

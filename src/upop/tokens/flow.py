@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from upop.pruning.precision import accumulator
 from upop.tokens.matching import Match
 
 _NAME = "_upop_tokens"
@@ -46,7 +47,7 @@ class Flow:
         """Return the sizes of tokens [B, T, C], in float32 at least."""
         if self.size is not None:
             return self.size
-        exact = torch.float64 if tokens.dtype == torch.float64 else torch.float32
+        exact = accumulator(tokens)
         return torch.ones(tokens.shape[:2], dtype=exact, device=tokens.device)
 
     def on(self, device: torch.device) -> Flow:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from upop.pruning.errors import LayoutError
+from upop.pruning.precision import accumulator, precise
 from upop.tokens.flow import Flow, carry, flow_of
 from upop.tokens.matching import Match, cosine, exactly, match, merge, removable
 
@@ -76,7 +77,7 @@ class Merger:
         size = None
         if not self.merge_padding and guide is not None and any(self.removed):
             places = torch.arange(tokens.shape[1], device=tokens.device)
-            exact = torch.float64 if tokens.dtype == torch.float64 else torch.float32
+            exact = accumulator(tokens)
             size = (places <= guide.unsqueeze(1)).to(exact)
         if cross is not None:
             first = tokens[:, 0] if guide is None else _row(tokens, guide)
@@ -260,7 +261,7 @@ class LayerPass:
         assert self._keys is not None
         size = self.flow.sizes(tokens)
         with torch.no_grad(), exactly(tokens):
-            keys = self._keys if self._keys.dtype == torch.float64 else self._keys.float()
+            keys = precise(self._keys)
             joined = keys.transpose(1, 2).flatten(2)
             self.found = match(
                 keys.mean(1) if merger.head_mean else joined,

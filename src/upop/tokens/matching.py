@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from upop.pruning.precision import precise
+
 
 @dataclass(frozen=True)
 class Match:
@@ -57,7 +59,7 @@ def match(
         weighted: whether importance weighs the merged tokens; the weights are 1 otherwise.
     """
     with exactly(keys):
-        keys = keys if keys.dtype == torch.float64 else keys.float()
+        keys = precise(keys)
         importance = importance.to(keys.dtype)
         batch, tokens, _ = keys.shape
         positions = torch.arange(tokens, device=keys.device)
