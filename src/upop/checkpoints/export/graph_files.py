@@ -30,6 +30,7 @@ from upop.models import kind_of
 from upop.pruning.carried import plan_of
 from upop.pruning.costs import evaluating
 from upop.pruning.filled import without_empty
+from upop.pruning.slips import check_model
 
 Format = Literal["onnx", "openvino", "torch-export"]
 Quantization = Literal["int8"]
@@ -108,6 +109,7 @@ def export(
     shrink = None if quantize is None else _quantizer(quantize)
     if isinstance(model, str | Path):
         model = load_named(model, own=True)
+    check_model(model, "export()")
     if any(value.is_floating_point() and value.dtype != torch.float32 for value in model.state_dict().values()):
         model = copy.deepcopy(model).float()
     model = without_empty_branches(model)

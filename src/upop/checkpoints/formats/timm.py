@@ -58,7 +58,8 @@ def load(checkpoint: Checkpoint, *, strict: bool) -> nn.Module:
     model = timm_models.build(described, str(path / FILE))
     images = checkpoint.config["pretrained_cfg"]
     usual: Any = model.pretrained_cfg
-    kept = {name: images[name] for name in _IMAGES if images.get(name) is not None}
+    stated = {name: images[name] for name in _IMAGES if images.get(name) is not None}
+    kept = {name: tuple(value) if isinstance(value, list) else value for name, value in stated.items()}
     model.pretrained_cfg = {**(usual if isinstance(usual, Mapping) else usual.to_dict()), **kept}  # type: ignore[assignment]
     model.load_state_dict(compare(model, read_weights(held), str(held), strict=strict), strict=False)
     return model.eval()
