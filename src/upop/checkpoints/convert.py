@@ -32,12 +32,12 @@ TOLERANCE = 1e-5
 
 
 def read_model(source: str | Path | Checkpoint, task: str | None = None, **overrides: Any) -> nn.Module:
-    """Return the model in a checkpoint of any format, as one of upop's own.
+    """Read a checkpoint of any format as one of upop's own models.
 
     Args:
         source: a published file, a folder of ours, of transformers, timm or open_clip, or its name on the hub.
-        task: whose model a published file holds; read off the names of its tensors if not given.
-        overrides: fields of the model's configuration that a published file does not tell; see `load_official`.
+        task: of the model in a published file; by default inferred from its tensor names.
+        overrides: fields of the configuration that a published file does not determine; see `load_official`.
 
     Raises:
         CheckpointError: it cannot be read, or none of upop's own models computes the same.

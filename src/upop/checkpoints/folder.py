@@ -1,4 +1,4 @@
-"""Writing our own folder: weights as safetensors, everything else as JSON, nothing pickled.
+"""Writing the folder format of upop: weights as safetensors, everything else as JSON, no pickles.
 
 The folder of a transformers model is also valid for transformers: `from_pretrained` and `pipeline` read it.
 """
@@ -185,7 +185,7 @@ def _warn_masked(model: nn.Module, groups: Sequence[Group]) -> None:
 
 
 def _is_its_own(model: PreTrainedModel) -> bool:
-    """Whether transformers can load the model again; if not, it is saved as any other model."""
+    """Whether transformers can reload the model; otherwise it is saved like any other model."""
     from upop.checkpoints.formats.transformers import misfit
 
     why = misfit(model)

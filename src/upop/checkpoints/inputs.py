@@ -42,7 +42,7 @@ class StatedInputs:
 
 
 def stated_inputs(source: str | Path | Checkpoint) -> StatedInputs:
-    """Return what a checkpoint says of its inputs.
+    """Read the input preparation of a checkpoint.
 
     Raises:
         CheckpointError: the checkpoint is missing, unreadable or contradictory.

@@ -21,19 +21,19 @@ _TIMM_NAME = re.compile(r"[\w-]+")
 
 
 def load(source: str | Path | Checkpoint, model: nn.Module | None = None, *, strict: bool = True) -> nn.Module:
-    """Return the model in a checkpoint, in evaluation mode, on the CPU, in the saved precision.
+    """Load the model in a checkpoint, in evaluation mode, on the CPU, in the saved precision.
 
-    Nothing is fetched or run because a folder says so, and nothing is allocated that its weights do not hold.
+    The content of a checkpoint cannot trigger downloads, run code, or allocate more memory than its weights take.
 
     Args:
         source: a folder that `save` wrote, or that transformers, open_clip or timm did; the name of such a model on the
             hub; or a published checkpoint (`.pth` or `.safetensors`), whose tensors tell the task: see `load_official`.
-        model: the dense model to cut and fill, where upop cannot build it; changed in place, see `load_into`.
-        strict: False warns of weights that are missing, unexpected, of another shape, not finite, or not those that
-            were saved; where there are none, the model keeps what it was built with.
+        model: the dense model to cut and fill, if upop cannot build it; changed in place, see `load_into`.
+        strict: False only warns of weights that are missing, unexpected, of another shape, not finite, or changed
+            since they were saved; missing ones keep their initial values.
 
     Raises:
-        CheckpointError: there is no such checkpoint, it is damaged, or does not fit the model; what does not is listed.
+        CheckpointError: the checkpoint is missing, damaged, or does not fit the model; misfits are listed.
     """
     if model is not None:
         return load_into(model, source, strict=strict)
@@ -102,16 +102,16 @@ def _has_counterpart(checkpoint: Checkpoint) -> bool:
 
 
 def load_into(model: nn.Module, source: str | Path | Checkpoint, *, strict: bool = True) -> nn.Module:
-    """Cut a dense model to the sizes in a checkpoint, and fill it; return it, in evaluation mode.
+    """Cut a dense model to the sizes in a checkpoint, and load the weights; return it, in evaluation mode.
 
     Args:
-        model: the dense model, as it was before it was compressed: `timm.create_model(...)`,
-            `open_clip.create_model(...)`, or one's own. It is changed in place.
+        model: the dense model, as before the compression: `timm.create_model(...)`, `open_clip.create_model(...)`, or a
+            custom one. It is changed in place.
         source: a folder that `save` or the model's library wrote, or the name of one on the hub.
-        strict: False warns of what does not fit, as `load` does, and of a model of another class.
+        strict: False only warns of misfits, as `load` does, and of a model of another class.
 
     Raises:
-        CheckpointError: there is no such checkpoint, it is damaged, or holds a model that `model` cannot become.
+        CheckpointError: the checkpoint is missing or damaged, or `model` cannot be cut to its sizes.
     """
     found, whole = open_checkpoint(source), model
     model = unwrapped(model)

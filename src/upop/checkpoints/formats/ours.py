@@ -154,7 +154,7 @@ def read_plan(description: Description, folder: Path) -> Plan | None:
 
 
 def _merging(model: nn.Module, description: Description, folder: Path) -> nn.Module:
-    """Have a model merge tokens as its description says; it is found anew where."""
+    """Restore token merging by the description of a model; layers are traced anew."""
     if description.tokens:
         try:
             return merge_again(model, description.tokens)
@@ -164,7 +164,7 @@ def _merging(model: nn.Module, description: Description, folder: Path) -> nn.Mod
 
 
 def _check_class(model: nn.Module, description: Description, folder: Path, *, strict: bool) -> None:
-    """Refuse a model of another class than the folder's; one that is derived from it will do."""
+    """Refuse a model whose class is neither that of the folder nor a subclass."""
     kind = description.kind.rpartition(".")[2]
     if kind not in (each.__name__ for each in type(model).__mro__):
         message = f"{folder} holds a {description.kind}, and was to fill a {type(model).__name__}. Build a {kind}."
@@ -174,9 +174,9 @@ def _check_class(model: nn.Module, description: Description, folder: Path, *, st
 
 
 def _check_layout(model: nn.Module, plan: Plan | None, layout: Mapping[str, GroupLayout], folder: Path) -> None:
-    """Raise CheckpointError where the groups of a loaded model are not what its description and its plan say.
+    """Raise CheckpointError if the groups of a loaded model contradict its description or plan.
 
-    Shapes alone tell neither heads nor which channels were kept.
+    Shapes alone determine neither heads nor which channels were kept.
     """
     for group in groups_if_read(model):
         found = {"heads": group.heads, "channels": group.size}
@@ -205,7 +205,7 @@ def _check_layout(model: nn.Module, plan: Plan | None, layout: Mapping[str, Grou
 
 
 def _dense(description: Description, folder: Path) -> nn.Module:
-    """Return the dense model that a folder describes, with fresh weights."""
+    """Build the dense model that a folder describes, with initial weights."""
     dense = owners.build(description, str(folder / DESCRIPTION))
     if dense is not None:
         return dense
@@ -228,7 +228,7 @@ def _dense(description: Description, folder: Path) -> nn.Module:
 
 
 def _as_precise(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
-    """Bring a model to the precision of a state dict, which may differ from tensor to tensor."""
+    """Convert a model to the precision of a state dict, tensor by tensor."""
     found = {value.dtype for value in state.values() if value.is_floating_point()}
     if len(found) == 1:
         return model.to(dtype=found.pop())  # buffers that are not saved too
