@@ -55,7 +55,7 @@ class RunSettings(Checked):
         description="checkpoint to start from: a published .pth (a file, or an http(s) URL), a folder of ours or of "
         "transformers, or a name on the hub",
     )
-    image_size: int = Field(384, gt=0, description="side in pixels of the images that the model sees")
+    image_size: int = Field(384, gt=0, description="side in pixels of the model's input images")
     augment: bool = Field(True, description="random crops, flips and RandAugment in training")
 
     model: dict[str, Any] = Field(default_factory=dict, description="sizes that differ from the published model's")
@@ -64,11 +64,11 @@ class RunSettings(Checked):
     weight_decay: float = Field(0.05, ge=0)
     init_lr: float = Field(3e-6, gt=0, description="highest learning rate")
     search_lr: float | None = Field(
-        None, gt=0, description="of the search, with method reference alone; init_lr if not given"
+        None, gt=0, description="learning rate of the search with method reference; by default init_lr"
     )
     min_lr: float = Field(0.0, ge=0)
     lr_batch: int | None = Field(
-        None, ge=1, description="samples per step that init_lr is meant for: it grows with them; else it stays"
+        None, ge=1, description="samples per step that init_lr is meant for; the rate is scaled to the actual number"
     )
     epochs: int | None = Field(
         None,
@@ -86,7 +86,7 @@ class RunSettings(Checked):
         ge=0,
         description="linear warm-up; by default 5 % of all steps with methods upop and magnitude, else none",
     )
-    warmup_epochs: int = Field(0, ge=0, description="so many epochs more of it")
+    warmup_epochs: int = Field(0, ge=0, description="epochs of warm-up in addition to warmup_steps")
     schedule: Literal["epoch", "step", "polynomial"] = Field(
         "epoch", description="how the rate falls to min_lr: a cosine that moves per epoch or step, or (1 - t)^0.9"
     )
@@ -99,15 +99,15 @@ class RunSettings(Checked):
     )
     batch_size_test: int = Field(128, ge=1)
     accumulate: int = Field(1, ge=1, description="forward passes per optimizer step")
-    clip_grad: float | None = Field(None, gt=0, description="largest norm of the gradients")
+    clip_grad: float | None = Field(None, gt=0, description="maximum norm of the gradients")
     amp: bool = Field(False, description="bfloat16 autocast")
     grad_checkpointing: bool = Field(
-        False, description="compute the activations of all blocks again in the backward pass: less memory, more time"
+        False, description="recompute the activations of all blocks in the backward pass: less memory, more time"
     )
     ema_decay: float | None = Field(
-        None, gt=0, lt=1, description="keep a moving average of the weights that forgets so slowly, and evaluate it too"
+        None, gt=0, lt=1, description="decay of a moving average of the weights, which is evaluated too"
     )
-    max_bad_steps: int = Field(20, ge=1, description="stop after so many non-finite steps in a row")
+    max_bad_steps: int = Field(20, ge=1, description="stop after this many non-finite steps in a row")
 
     # The method.
     ratio: float = Field(0.5, description="share of the prunable cost to remove; 0.5 is 2x, 0.75 is 4x")
@@ -153,8 +153,8 @@ class RunSettings(Checked):
         False,
         description="whole branches may go, by what all of their entries lose together; with uniform whole layers do",
     )
-    interval: int = Field(50, ge=1, description="method reference moves the masks every so many search steps")
-    w_sp_attn: float = Field(4.8e-3, ge=0, description="weight of the sparsity term; moves only the logged loss")
+    interval: int = Field(50, ge=1, description="search steps between updates of the masks, with method reference")
+    w_sp_attn: float = Field(4.8e-3, ge=0, description="weight of the sparsity term; affects only the logged loss")
     w_sp_mlp: float = Field(2e-4, ge=0)
 
     # The run.
@@ -166,17 +166,18 @@ class RunSettings(Checked):
     seed: int = Field(42, ge=0)
     num_workers: int = Field(4, ge=0, description="processes that decode images, per training process")
     skip_bad_images: int = Field(
-        0, ge=0, description="unreadable image files that a run does without; one more stops it, which names it"
+        0, ge=0, description="number of unreadable image files to skip; one more stops the run"
     )
     allow_outside: bool = Field(
         False,
         description="images may lie outside of their folder: by absolute paths, .. or links",
     )
-    latency_batch: int = Field(1, ge=1, description="samples in the batch that latency is measured with")
+    latency_batch: int = Field(1, ge=1, description="batch size for measuring latency")
     examples: int = Field(8, ge=0, description="held-out samples whose images and answers are kept for the report")
     log_every: int = Field(10, ge=1, description="steps between rows of metrics.jsonl")
     trackers: tuple[str, ...] = Field(
-        (), description="where the rows of metrics.jsonl go besides: tensorboard, or any tracker that Accelerate knows"
+        (),
+        description="further trackers of the rows of metrics.jsonl: tensorboard, or any tracker that Accelerate knows",
     )
     resume: Literal["no", "auto", "must"] = Field(
         "no", description="go on from the newest checkpoint in output_dir: if there is one (auto), or else fail (must)"
@@ -335,15 +336,15 @@ class ImageSettings(RunSettings):
 
     recorded: ClassVar[tuple[str, ...]] = ("image_size", "mean", "std", "interpolation", "resize", "crop_ratio")
 
-    mean: Mean = Field(CLIP_MEAN, description="of red, green and blue, from 0 to 1: what becomes zero")
-    std: Deviation = Field(CLIP_STD, description="their deviation: what becomes one")
+    mean: Mean = Field(CLIP_MEAN, description="mean of red, green and blue, from 0 to 1")
+    std: Deviation = Field(CLIP_STD, description="standard deviation of red, green and blue")
     interpolation: Interpolation = Field("bicubic", description="how images are resized")
     resize: Resize = Field(
         "squash",
         description="squash: both sides to the model's; crop: the short side, the middle is cut out; pad: the long one",
     )
     crop_ratio: float = Field(
-        1.0, gt=0, le=1, description="share of a resized image's side that is cut out of its middle in evaluation"
+        1.0, gt=0, le=1, description="share of a resized image's side in the centre crop of evaluation"
     )
 
     @property

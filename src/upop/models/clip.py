@@ -47,7 +47,7 @@ class ClipSizes(ModelConfig):
 class ClipConfig(ClipSizes):
     """Sizes of a CLIP model with momentum copies and queues."""
 
-    queue_size: int = Field(57600, gt=0, description="features of earlier batches that a batch is compared with")
+    queue_size: int = Field(57600, gt=0, description="number of features from earlier batches to compare with")
     momentum: float = Field(0.995, ge=0, lt=1, description="share of itself that a momentum copy keeps at a step")
 
 

@@ -33,7 +33,7 @@ class RetrievalConfig(BlipConfig):
 
     drop_path: float = Field(0.0, ge=0, lt=1, description="of the vision transformer, at its last block")
     embed_dim: int = Field(256, gt=0, description="of the features that are compared")
-    queue_size: int = Field(57600, gt=0, description="features of earlier batches that a batch is compared with")
+    queue_size: int = Field(57600, gt=0, description="number of features from earlier batches to compare with")
     momentum: float = Field(0.995, ge=0, lt=1, description="share of itself that a momentum copy keeps at a step")
 
 

@@ -22,8 +22,8 @@ class BlipSettings(LanguageSettings):
 
     vit: Literal["base", "large"] = "base"
     vit_grad_ckpt: bool = Field(False, description="recompute activations of the vision transformer: less memory")
-    vit_ckpt_layer: int = Field(0, ge=0, description="how many of its last blocks do so")
-    init_scale: float = Field(1.0, gt=0, description="makes fresh weights so much larger: small models need 5 or so")
+    vit_ckpt_layer: int = Field(0, ge=0, description="number of its last blocks to recompute")
+    init_scale: float = Field(1.0, gt=0, description="factor for initial weights: small models need about 5")
 
 
 BlipSettingsT = TypeVar("BlipSettingsT", bound=BlipSettings)

@@ -41,21 +41,23 @@ class CaptionSettings(BlipSettings):
         Path("annotation/coco_gt"),
         description="folder of coco_karpathy_{val,test}_gt.json; without them the annotation files' captions count",
     )
-    batch_size: int | None = Field(None, ge=1, description="of training and of evaluation, where they are not given")
+    batch_size: int | None = Field(
+        None, ge=1, description="batch size of training and evaluation, if these are not given"
+    )
     init_lr: float = Field(1e-5, gt=0, description="highest learning rate")
     max_epoch: int = Field(5, ge=1, description="epochs of retraining (and of `train`)")
-    interval: int = Field(100, ge=1, description="method reference moves the masks every so many search steps")
-    w_sp_attn: float = Field(3.2e-2, ge=0, description="weight of the sparsity term; moves only the logged loss")
+    interval: int = Field(100, ge=1, description="search steps between updates of the masks, with method reference")
+    w_sp_attn: float = Field(3.2e-2, ge=0, description="weight of the sparsity term; affects only the logged loss")
     w_sp_mlp: float = Field(1e-3, ge=0)
 
-    prompt: str = Field("a picture of ", description="begins every caption; it is neither learnt nor counted")
-    max_length: int = Field(20, ge=2, description="most tokens of a caption, prompt included")
-    min_length: int = Field(5, ge=0, description="least tokens")
+    prompt: str = Field("a picture of ", description="beginning of every caption; neither learnt nor counted")
+    max_length: int = Field(20, ge=2, description="maximum tokens of a caption, prompt included")
+    min_length: int = Field(5, ge=0, description="minimum tokens")
     num_beams: int = Field(3, ge=1, description="width of the beam search; 1 is greedy")
-    sample: bool = Field(False, description="nucleus sampling in place of beam search")
+    sample: bool = Field(False, description="use nucleus sampling instead of beam search")
     top_p: float = Field(0.9, gt=0, le=1, description="probability of the nucleus")
     repetition_penalty: float | None = Field(
-        None, gt=0, description="divides the scores of words said before; 1.1 in sampling and 1 else, if not given"
+        None, gt=0, description="divides the scores of words used before; by default 1.1 with sampling, else 1"
     )
 
     @model_validator(mode="before")

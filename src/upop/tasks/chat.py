@@ -52,26 +52,28 @@ class ChatSettings(RowSettings):
     recorded: ClassVar[tuple[str, ...]] = ("max_tokens", "prompt")
     of_model: ClassVar[Mapping[str, str]] = {}
 
-    prompt: str = Field("Describe the image.", min_length=1, description="what is asked of images with captions")
-    max_tokens: int = Field(2048, ge=8, description="of a conversation, images included; the rest is cut off")
-    generate: bool = Field(True, description="evaluation writes answers too, besides weighing the true ones")
-    max_new_tokens: int = Field(32, ge=1, description="of an answer that is written")
+    prompt: str = Field("Describe the image.", min_length=1, description="question for images with captions")
+    max_tokens: int = Field(
+        2048, ge=8, description="maximum tokens of a conversation, images included; the rest is cut off"
+    )
+    generate: bool = Field(True, description="generate answers in evaluation, besides scoring the true ones")
+    max_new_tokens: int = Field(32, ge=1, description="maximum tokens of a generated answer")
     precision: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="of weights and optimizer; auto is that in which the checkpoint is saved"
+        "auto", description="precision of weights and optimizer; auto is that of the checkpoint"
     )
     optimizer: Literal["adamw", "adamw8bit", "paged_adamw8bit"] = Field(
-        "adamw", description="those of 8 bits take bitsandbytes and CUDA"
+        "adamw", description="8-bit optimizers need bitsandbytes and CUDA"
     )
     group_by_length: bool = Field(
-        True, description="conversations of like length share a batch, so that less is filled up"
+        True, description="group conversations of similar length into batches, for less padding"
     )
     distill_logits: float = Field(
-        0.0, ge=0, description="weight of how far next-token probabilities are from the dense model's"
+        0.0, ge=0, description="weight of the divergence of next-token probabilities from the dense model's"
     )
 
     init_lr: float = Field(1e-5, gt=0, description="highest learning rate")
     weight_decay: float = Field(0.01, ge=0)
-    clip_grad: float | None = Field(1.0, gt=0, description="largest norm of the gradients")
+    clip_grad: float | None = Field(1.0, gt=0, description="maximum norm of the gradients")
     schedule: Literal["epoch", "step", "polynomial"] = "step"
     epochs: int | None = Field(2, ge=1)
     batch_size_train: int = Field(8, ge=1)

@@ -43,32 +43,34 @@ class ClassificationSettings(ImageSettings):
 
     data_path: Path = Field(Path("datasets/vision/imagenet"), description="folder of train/CLASS/* and val/CLASS/*")
     architecture: str = Field(DEIT_SMALL, description="timm's name of a vision transformer")
-    classes: int | None = Field(None, ge=1, description="as many as there are class folders, if not given")
+    classes: int | None = Field(None, ge=1, description="number of classes; by default the number of class folders")
     image_size: int = Field(224, gt=0)
     mean: Mean = IMAGENET_MEAN
     std: Deviation = IMAGENET_STD
     resize: Resize = "crop"
-    crop_ratio: float = Field(0.875, gt=0, le=1, description="share of an image's short side that evaluation looks at")
+    crop_ratio: float = Field(
+        0.875, gt=0, le=1, description="share of an image's short side in the centre crop of evaluation"
+    )
 
     # How DeiT's training varies images; `augment: false` leaves all of it out but the mixing.
-    auto_augment: str | None = Field(POLICY, description="timm's name of a policy")
-    color_jitter: float = Field(0.4, ge=0, description="where there is no policy")
+    auto_augment: str | None = Field(POLICY, description="augmentation policy, by timm's name")
+    color_jitter: float = Field(0.4, ge=0, description="strength of colour jitter without a policy")
     train_interpolation: CropInterpolation = "bicubic"
     reprob: float = Field(0.25, ge=0, le=1, description="probability that a rectangle is erased")
     remode: Erasing = "pixel"
     recount: int = Field(1, ge=1)
-    repeats: int = Field(3, ge=1, description="repeated augmentation: copies of a sample in an epoch; 1 is without")
-    mixup: float = Field(0.8, ge=0, description="alpha; 0 is without")
-    cutmix: float = Field(1.0, ge=0, description="alpha; 0 is without")
+    repeats: int = Field(3, ge=1, description="repeated augmentation: copies of a sample per epoch; 1 turns it off")
+    mixup: float = Field(0.8, ge=0, description="alpha; 0 turns it off")
+    cutmix: float = Field(1.0, ge=0, description="alpha; 0 turns it off")
     cutmix_minmax: tuple[float, float] | None = None
     mixup_prob: float = Field(1.0, ge=0, le=1)
-    mixup_switch_prob: float = Field(0.5, ge=0, le=1, description="of cutmix, where both are on")
+    mixup_switch_prob: float = Field(0.5, ge=0, le=1, description="probability of cutmix, if both are on")
     mixup_mode: MixMode = "batch"
     smoothing: float = Field(0.1, ge=0, lt=1, description="label smoothing")
     dropout: float = Field(0.0, ge=0, lt=1)
     drop_path: float = Field(0.1, ge=0, lt=1, description="stochastic depth, at the last block")
 
-    init_scale: float = Field(1.0, gt=0, description="makes fresh weights so much larger: small models need 5 or so")
+    init_scale: float = Field(1.0, gt=0, description="factor for initial weights: small models need about 5")
     init_lr: float = Field(1e-4, gt=0)
     min_lr: float = Field(1e-5, ge=0)
     schedule: Literal["epoch", "step", "polynomial"] = "step"

@@ -40,7 +40,7 @@ class DualEncoderSettings(LibrarySettings):
         "auto", description="softmax, or sigmoid as in SigLIP; auto takes sigmoid where the model has a bias"
     )
     templates: tuple[str, ...] = Field(
-        ("a photo of a {}.",), description="sentences that class names are put into, for images with labels"
+        ("a photo of a {}.",), description="templates for class names, for images with labels"
     )
     distill_similarity: float | None = Field(
         None, ge=0, description="weight in the loss of how far the similarities of a batch are from the dense model's"

@@ -37,12 +37,12 @@ class LibrarySettings(RowSettings):
     )
     augment: bool = Field(False, description="crop training images at random before the processor resizes them")
     padding: Padding = Field(
-        "auto", description="of texts: to the longest of a batch, or always to the model's max_length"
+        "auto", description="padding of texts: to the longest of a batch, or to the model's max_length"
     )
     max_length: int | None = Field(None, ge=1, description="tokens of the longest text; the model's own if not given")
     init_lr: float = Field(1e-5, gt=0, description="highest learning rate")
     schedule: Literal["epoch", "step", "polynomial"] = "step"
-    clip_grad: float | None = Field(1.0, gt=0, description="largest norm of the gradients")
+    clip_grad: float | None = Field(1.0, gt=0, description="maximum norm of the gradients")
     max_epoch: int = Field(3, ge=1, description="epochs of `train`, and of retraining")
     search_epochs: int | None = Field(1, ge=1)
 

@@ -32,7 +32,7 @@ class BlipRetrievalSettings(RetrievalSettings, BlipSettings):
 
     recorded: ClassVar[tuple[str, ...]] = (*RetrievalSettings.recorded, "k_test")
 
-    w_sp_attn: float = Field(6.4e-3, ge=0, description="weight of the sparsity term; moves only the logged loss")
+    w_sp_attn: float = Field(6.4e-3, ge=0, description="weight of the sparsity term; affects only the logged loss")
     k_test: int = Field(256, ge=1, description="candidates of each query that are re-ranked; all if there are fewer")
     rerank_batch: int = Field(256, ge=1, description="pairs per pass of re-ranking: what bounds its memory")
     negative_all_rank: bool = Field(True, description="draw hard negatives from the batches of all processes")

@@ -45,11 +45,11 @@ class RetrievalSettings(LanguageSettings):
 
     of_model: ClassVar[Mapping[str, str]] = {"image_size": "image_size", "queue_size": "queue_size"}
 
-    dataset: Literal["coco", "flickr"] = Field("coco", description="whose annotation files, and whose defaults")
+    dataset: Literal["coco", "flickr"] = Field("coco", description="data set, for annotation files and defaults")
     image_root: Path = Field(Path("datasets/vision/coco"), description="folder of the images")
     init_lr: float = Field(1e-5, gt=0, description="highest learning rate")
     batch_size_test: int = Field(64, ge=1, description="images per process and forward pass")
-    queue_size: int = Field(57600, ge=1, description="features of earlier batches that a batch is compared with")
+    queue_size: int = Field(57600, ge=1, description="number of features from earlier batches to compare with")
     alpha: float = Field(0.4, ge=0, le=1, description="weight of the soft targets, reached after the first epoch")
 
     @model_validator(mode="wrap")

@@ -36,7 +36,7 @@ class ClipRetrievalSettings(RetrievalSettings):
     )
     weight_decay: float = Field(0.2, ge=0)
     w_sp_attn: float = Field(
-        22 / 15 * 8e-3, ge=0, description="weight of the sparsity term; moves only the logged loss"
+        22 / 15 * 8e-3, ge=0, description="weight of the sparsity term; affects only the logged loss"
     )
 
 

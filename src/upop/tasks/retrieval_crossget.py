@@ -30,7 +30,7 @@ class CrossGetSettings(ClipRetrievalSettings):
 
     of_model: ClassVar[Mapping[str, str]] = {"image_size": "image_size", "model.max_positions": "max_positions"}
 
-    dataset: Literal["coco", "flickr"] = Field("flickr", description="whose annotation files, and whose defaults")
+    dataset: Literal["coco", "flickr"] = Field("flickr", description="data set, for annotation files and defaults")
     image_size: int = Field(224, gt=0)
     batch_size_train: int = Field(64, ge=1, description="samples per process and forward pass")
     batch_size_test: int = Field(128, ge=1, description="images per process and forward pass")

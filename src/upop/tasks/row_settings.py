@@ -31,9 +31,11 @@ class RowSettings(RunSettings):
     data_split: str | None = Field(
         None, description="split to train on, of a data set with several; train if not given"
     )
-    val_data: str | None = Field(None, description="rows that decide which epoch is best; `hold_out` if not given")
+    val_data: str | None = Field(
+        None, description="validation rows, which select the best epoch; by default `hold_out`"
+    )
     val_split: str | None = Field(None, description="their split; without val_data a split of `data`")
-    test_data: str | None = Field(None, description="rows that the final table is of, besides")
+    test_data: str | None = Field(None, description="test rows, for the final table")
     test_split: str | None = Field(None, description="their split; without test_data a split of `data`")
     hold_out: float = Field(
         0.05, ge=0, lt=1, description=f"share of `data` that is val where none is named; {MOST_HELD_OUT} rows at most"
@@ -44,7 +46,7 @@ class RowSettings(RunSettings):
     image_root: Path | None = Field(
         None, description="where paths of images start; the folder of the file if not given"
     )
-    rows: int | None = Field(None, ge=1, description="the first so many rows of `data` alone")
+    rows: int | None = Field(None, ge=1, description="use only the first rows of `data`")
     streaming: bool = Field(False, description="take the first `rows` rows without fetching the others")
 
     include: tuple[str, ...] = Field(

@@ -69,16 +69,18 @@ class SegmentationSettings(RunSettings):
     ] = "vit_small_patch16_384"
     decoder: Literal["mask_transformer", "linear"] = "mask_transformer"
     classes: int = Field(150, ge=1, le=254)
-    normalization: Normalization = Field("vit", description="mean and deviation of colours: vit (0.5), deit (ImageNet)")
-    mean: Mean | None = Field(
-        None, description="of red, green and blue, from 0 to 1; that of normalization if not given"
+    normalization: Normalization = Field(
+        "vit", description="mean and standard deviation of colours: vit (0.5), deit (ImageNet)"
     )
-    std: Deviation | None = Field(None, description="their deviation; that of normalization if not given")
+    mean: Mean | None = Field(
+        None, description="mean of red, green and blue, from 0 to 1; by default that of normalization"
+    )
+    std: Deviation | None = Field(None, description="their standard deviation; by default that of normalization")
 
-    image_size: int = Field(512, gt=0, description="what short sides of images are brought to")
+    image_size: int = Field(512, gt=0, description="size to which short sides of images are resized")
     crop_size: int | None = Field(None, gt=0, description="side of training crops; image_size if not given")
     window_size: int | None = Field(None, gt=0, description="side of the sliding window; crop_size if not given")
-    window_stride: int | None = Field(None, gt=0, description="how far it slides; window_size if not given")
+    window_stride: int | None = Field(None, gt=0, description="its stride; by default window_size")
     window_batch: int = Field(8, ge=1, description="windows in one forward pass of evaluation; bounds the memory")
     multiscale: bool = Field(False, description="evaluate at six scales from 0.5 to 1.75, each mirrored too")
     blend: int | Literal["all"] = Field(
@@ -87,7 +89,7 @@ class SegmentationSettings(RunSettings):
 
     dropout: float | None = Field(None, ge=0, lt=1, description="of the encoder; the model's own if not given")
     drop_path: float | None = Field(None, ge=0, lt=1, description="of the encoder, at its last block")
-    init_scale: float = Field(1.0, gt=0, description="makes fresh weights so much larger: small models need 5 or so")
+    init_scale: float = Field(1.0, gt=0, description="factor for initial weights: small models need about 5")
     optimizer: Literal["sgd", "adamw"] = Field("sgd", description="sgd has Nesterov's momentum of 0.9")
     schedule: Literal["epoch", "step", "polynomial"] = "polynomial"
     init_lr: float = Field(4e-3, gt=0)

@@ -48,15 +48,15 @@ class VqaSettings(BlipSettings):
     val_file: str | None = Field(None, description="annotation file with answers that picks the best epoch, if any")
     test_file: str | None = Field("vqa_test", description="annotation file to answer, if any")
     inference: Literal["rank", "generate"] = Field("rank", description="choose from answer_list.json, or write")
-    k_test: int = Field(128, ge=1, description="candidates per question that are compared by all their tokens")
+    k_test: int = Field(128, ge=1, description="candidates per question that are ranked by all their tokens")
     rank_chunk: int = Field(1024, ge=1, description="pairs of question and candidate in memory at once")
 
     image_size: int = Field(480, gt=0)
     init_lr: float = Field(2e-5, gt=0, description="highest learning rate")
     max_epoch: int = Field(10, ge=1, description="epochs of retraining (and of `train`)")
     batch_size_test: int = Field(64, ge=1)
-    interval: int = Field(1000, ge=1, description="method reference moves the masks every so many search steps")
-    w_sp_attn: float = Field(1.44e-2, ge=0, description="weight of the sparsity term; moves only the logged loss")
+    interval: int = Field(1000, ge=1, description="search steps between updates of the masks, with method reference")
+    w_sp_attn: float = Field(1.44e-2, ge=0, description="weight of the sparsity term; affects only the logged loss")
     w_sp_mlp: float = Field(5e-4, ge=0)
 
     @property
