@@ -70,7 +70,7 @@ class Compression:
         verify: inputs on which the masked and the cut model are compared, as for `upop.Pruner.shrink`; by default a few
             samples of the first batch. False cuts without proof.
         distill: options of `upop.distill`: features, logits, temperature.
-        resume: a state of `state_dict` to go on from, as with `load_state_dict`. With one that was taken after the cut
+        resume: a state of `state_dict` to resume from, as with `load_state_dict`. With one that was taken after the cut
             the model may be the one that was cut; then give the dense model as `teacher`, or False.
         settings: any other argument of `upop.Pruner`: round_to, cost, importance, include, exclude, example, groups,
             ...

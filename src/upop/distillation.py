@@ -70,7 +70,7 @@ def distill(
         features: weight of the mean difference of the norms' outputs.
         logits: weight of the Kullback-Leibler divergence of the model's logits from the teacher's, times the squared
             temperature. The model returns them as a tensor, or as `.logits`; classes lie along the last axis, or along
-            axis 1 of maps [B, classes, H, W].
+            axis 1 of maps [batch, classes, H, W].
         temperature: what logits are divided by.
         layers: only every so many-th norm is compared, the last one among them; 1 is all of them.
 

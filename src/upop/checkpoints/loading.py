@@ -43,7 +43,7 @@ def load(source: str | Path | Checkpoint, model: nn.Module | None = None, *, str
 def load_named(
     source: str | Path, task: str | None = None, *, own: bool = False, strict: bool = True, **overrides: Any
 ) -> nn.Module:
-    """Return the model that a person names: that of a checkpoint, or of a name of timm, with fresh weights.
+    """Return the model that a person names: that of a checkpoint, or of a name of timm, with initial weights.
 
     Args:
         source: as `load` takes it, or the name of a model of timm ("vit_tiny_patch16_224").

@@ -34,11 +34,11 @@ class InputProcessor(Protocol):
     """Makes a model's inputs from images and texts."""
 
     def images(self, images: Sequence[Image.Image]) -> dict[str, Tensor]:
-        """Return the inputs that images become, [B, ...] each, by the names of the model's arguments."""
+        """Return the inputs that images become, [batch, ...] each, by the names of the model's arguments."""
         ...
 
     def texts(self, texts: Sequence[str]) -> dict[str, Tensor]:
-        """Return the inputs that texts become, [B, T] each, by the names of the model's arguments."""
+        """Return the inputs that texts become, [batch, tokens] each, by the names of the model's arguments."""
         ...
 
     def save_pretrained(self, folder: Path) -> Any:
@@ -95,7 +95,7 @@ class TransformersProcessor:
         return dict(self._image(images=list(images), return_tensors="pt"))
 
     def texts(self, texts: Sequence[str]) -> dict[str, Tensor]:
-        """Return what the tokenizer makes of texts: input_ids, and what else it gives, [B, T]."""
+        """Return what the tokenizer makes of texts: input_ids, and what else it gives, [batch, tokens]."""
         if self._text is None:
             raise CheckpointError(f"{self._path} holds no tokenizer. Write one beside the weights.")
         return dict(
@@ -151,11 +151,11 @@ class OpenClipProcessor:
             ) from error
 
     def images(self, images: Sequence[Image.Image]) -> dict[str, Tensor]:
-        """Return images [B, 3, height, width], as `image`."""
+        """Return images [batch, 3, height, width], as `image`."""
         return {"image": torch.stack([self._transform(image) for image in images])}
 
     def texts(self, texts: Sequence[str]) -> dict[str, Tensor]:
-        """Return tokens [B, T], as `text`."""
+        """Return tokens [batch, tokens], as `text`."""
         return {"text": self._tokenizer(list(texts))}
 
     def save_pretrained(self, folder: Path) -> None:

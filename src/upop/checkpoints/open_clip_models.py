@@ -137,7 +137,7 @@ class _Described(Read):
 
 
 def build(description: Mapping[str, Any], source: str) -> nn.Module:
-    """Return the dense model that `describe` described, with fresh weights.
+    """Return the dense model that `describe` described, with initial weights.
 
     Raises:
         CheckpointError: open_clip is not installed, or this one has no such model or does not take its arguments.

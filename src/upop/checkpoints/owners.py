@@ -55,7 +55,7 @@ def timm_config(model: nn.Module, name: str, arguments: Mapping[str, Any]) -> di
 
 
 def build(description: Description, source: str) -> nn.Module | None:
-    """Return the dense model that `describe` described, with fresh weights; None for one of another library.
+    """Return the dense model that `describe` described, with initial weights; None for one of another library.
 
     Raises:
         CheckpointError: the library that is installed does not build it.

@@ -35,7 +35,7 @@ class CaptionItem(TypedDict):
 
 
 class CaptionBatch(TypedDict):
-    """B images [B, 3, H, W]; to train on: ids, mask and labels, int64 [B, T]; else image_ids, int64 [B]."""
+    """B images [B, 3, H, W]; to train on: ids, mask and labels, int64 [batch, tokens]; else image_ids, int64 [B]."""
 
     images: Tensor
     input_ids: NotRequired[Tensor]
@@ -213,7 +213,7 @@ class CaptionCollator:
 
 
 def words_to_say(input_ids: Tensor, attention_mask: Tensor, prompt_length: int) -> Tensor:
-    """Return the labels of tokens [B, T]: themselves, or -100 in the prompt and in padding."""
+    """Return the labels of tokens [batch, tokens]: themselves, or -100 in the prompt and in padding."""
     labels = input_ids.masked_fill(attention_mask == 0, IGNORED)
     labels[:, :prompt_length] = IGNORED
     return labels

@@ -124,7 +124,7 @@ class ChatFormat:
         return sorted(found)
 
     def written(self, tokens: Tensor) -> list[str]:
-        """Return the texts of generated tokens [B, T], each up to its end."""
+        """Return the texts of generated tokens [batch, tokens], each up to its end."""
         ends = set(self.ends)
         rows = [list(takewhile(lambda token: token not in ends, row)) for row in tokens.tolist()]
         return [text.strip() for text in self.tokenizer.batch_decode(rows, skip_special_tokens=True)]
@@ -154,9 +154,9 @@ class ChatFormat:
             raise row.error(f"it is a conversation of {len(turns)} turns, and a {name} takes a question and an answer.")
 
     def batch(self, samples: Sequence[Sample]) -> dict[str, Tensor]:
-        """Return the arguments of the model's forward pass, with `labels` [B, T]: the answers' tokens, others -100.
+        """Return the arguments of the model's forward pass, with `labels` [batch, T]: the answers' tokens, others -100.
 
-        Sequences are filled up at their end. Of "seq2seq" the labels are the decoder's own, [B, answer tokens].
+        Sequences are filled up at their end. Of "seq2seq" the labels are the decoder's own, [batch, answer tokens].
 
         Raises:
             DataError: the processor takes a sample not, or an image lies beyond `max_tokens`; the message names it.

@@ -38,7 +38,7 @@ class ImageItem(TypedDict):
 
 
 class ImageBatch(TypedDict):
-    """B samples: images [B, 3, S, S], labels int64 [B], and, where images are mixed, shares of classes [B, C]."""
+    """B samples: images [B, 3, S, S], labels int64 [batch], and, where images are mixed, shares of classes [B, C]."""
 
     images: Tensor
     labels: Tensor

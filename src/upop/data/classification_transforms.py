@@ -167,11 +167,11 @@ class Mixing:
         return self.mixup > 0 or self.cutmix > 0 or self.cutmix_minmax is not None
 
     def mix(self, images: Tensor, labels: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-        """Return mixed images and shares of classes [B, classes]; B is even, and `images` is changed.
+        """Return mixed images and shares of classes [batch, classes]; B is even, and `images` is changed.
 
         Args:
-            images: [B, 3, S, S].
-            labels: numbers of classes, [B].
+            images: [batch, 3, size, size].
+            labels: numbers of classes, [batch].
             seed: of all that is drawn.
         """
         library: Any = Mixup(

@@ -30,7 +30,7 @@ class NlvrItem(TypedDict):
 
 
 class NlvrBatch(TypedDict):
-    """B samples: images [2B, 3, H, W], first all left ones, then all right ones; the rest int64 [B, ...]."""
+    """B samples: images [2B, 3, H, W], first all left ones, then all right ones; the rest int64 [batch, ...]."""
 
     images: Tensor
     input_ids: Tensor

@@ -106,8 +106,8 @@ class RetrievalGallery(AnnotatedImages[RetrievalItem]):
 class RetrievalCollator:
     """Makes a batch of items; a class, so that worker processes can be given it however they are started.
 
-    The batch holds images [B, 3, S, S] and ids [B] (numbers of the images); of training pairs also input_ids and
-    attention_mask, [B, T], padded to the longest caption.
+    The batch holds images [B, 3, S, S] and ids [batch] (numbers of the images); of training pairs also input_ids and
+    attention_mask, [batch, tokens], padded to the longest caption.
     """
 
     tokenizer: Any

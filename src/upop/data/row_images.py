@@ -204,7 +204,7 @@ class LabelledImages(Dataset[ImageSample]):
 
 @dataclass(frozen=True)
 class ImageSampleCollator:
-    """Makes batches of samples: what the processor makes of images and captions, and `ids` and `labels`, [B]."""
+    """Makes batches of samples: what the processor makes of images and captions, and `ids` and `labels`, [batch]."""
 
     processor: Processor
 

@@ -71,7 +71,7 @@ class Table(ABC):
         return None
 
     def names(self, column: str) -> tuple[str, ...] | None:
-        """Return what the whole numbers of a column stand for, where the data set says it."""
+        """Return what the integers of a column stand for, where the data set says it."""
         del column
         return None
 

@@ -248,7 +248,7 @@ class VqaCollator:
     candidates: tuple[Tensor, Tensor] | None = None
 
     def __call__(self, items: Sequence[VqaItem]) -> dict[str, Tensor]:
-        """Return the items as one batch: in training, with answers [A, L], weights [A] and answer_counts [B]."""
+        """Return the items as one batch: in training, with answers [A, L], weights [A] and answer_counts [batch]."""
         questions = self.tokenizer(
             [item["question"] for item in items],
             padding="longest",

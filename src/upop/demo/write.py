@@ -112,7 +112,7 @@ def write_shapes(
     Args:
         task: a name in `FORMATS`.
         out: the folder to write: new, empty, or one that holds this very set, which is then kept.
-        seed: any whole number.
+        seed: any integer.
         size: training records (caption and retrieval: captions); the other splits have about a tenth.
         image_size: side of the images in pixels.
         image_format: png or jpeg.

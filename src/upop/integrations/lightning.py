@@ -46,7 +46,7 @@ class LightningCallback(Compressing, Callback):
             self.expect(self._model_of(pl_module))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin, or go on from the checkpoint that is resumed."""
+        """Begin, or resume from the checkpoint that is resumed."""
         self.begin(self._model_of(pl_module), trainer.estimated_stepping_batches, self._resumed)
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:

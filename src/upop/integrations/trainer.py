@@ -51,7 +51,7 @@ class TrainerCallback(Compressing, transformers.TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Begin, or go on from the checkpoint that is resumed."""
+        """Begin, or resume from the checkpoint that is resumed."""
         model = unwrapped(kwargs["model"])
         resumed = _read(_checkpoint(args, state) / _STATE) if state.global_step else None
         self.begin(model, state.max_steps, resumed)

@@ -46,12 +46,12 @@ class BlipCaption(nn.Module):
         return {"images": some_images(self.config), **some_words(self.config)}
 
     def forward(self, images: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Return logits of each place's next word, [B, T, vocab_size].
+        """Return logits of each place's next word, [batch, tokens, vocab_size].
 
         Args:
-            images: [B, 3, S, S].
-            input_ids: token ids of the prompted captions, [B, T]; the first one is taken to be [DEC].
-            attention_mask: 1 where there is a token, 0 where there is padding, [B, T].
+            images: [batch, 3, size, size].
+            input_ids: token ids of the prompted captions, [batch, tokens]; the first one is taken to be [DEC].
+            attention_mask: 1 where there is a token, 0 where there is padding, [batch, tokens].
         """
         first = torch.full_like(input_ids[:, :1], self.begin)
         output = self.text_decoder(
@@ -77,10 +77,10 @@ class BlipCaption(nn.Module):
         top_p: float = 0.9,
         repetition_penalty: float = 1.0,
     ) -> Tensor:
-        """Return captions as token ids [B, at most max_length]: [DEC], the prompt, new words, `end`, padding (0).
+        """Return captions as token ids [batch, at most max_length]: [DEC], the prompt, new words, `end`, padding (0).
 
         Args:
-            images: [B, 3, S, S].
+            images: [batch, 3, size, size].
             prompt: token ids of the prompt's words.
             end: token id that ends a caption ([SEP]).
             max_length: most tokens, prompt included; as is `min_length`, before which no caption ends.
@@ -114,8 +114,8 @@ def caption_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """Return the mean loss of the words to be said, a scalar, in float32 or better.
 
     Args:
-        logits: of `BlipCaption`, [B, T, vocab_size].
-        labels: token ids [B, T], -100 where nothing is to be said; each is predicted from the place before it.
+        logits: of `BlipCaption`, [batch, tokens, vocab_size].
+        labels: token ids [batch, tokens], -100 where nothing is to be said; each is predicted from the place before it.
     """
     predictions = precise(logits[:, :-1]).flatten(0, 1)
     return F.cross_entropy(predictions, labels[:, 1:].flatten(), label_smoothing=LABEL_SMOOTHING)

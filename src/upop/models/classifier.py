@@ -52,7 +52,7 @@ class ClassifierConfig(ModelConfig):
 
 
 def build_classifier(config: ClassifierConfig) -> nn.Module:
-    """Return the model with fresh weights: images [B, 3, S, S] -> logits [B, classes]. It carries its `config`.
+    """Return the model with fresh weights: images [batch, 3, S, S] -> logits [batch, classes]. It carries its `config`.
 
     Raises:
         SettingError: timm has no such model (the message names the nearest), or cannot build it in these sizes.

@@ -104,7 +104,7 @@ class ClipRetrieval(MomentumContrast):
         self.config = self.config.model_copy(update={"queue_size": size})
 
     def encode_image(self, images: Tensor, *, momentum: bool = False) -> Tensor:
-        """Return features [B, embed_dim] of images [B, 3, S, S], not normalised.
+        """Return features [batch, embed_dim] of images [batch, 3, size, size], not normalised.
 
         Args:
             images: the images.
@@ -115,7 +115,7 @@ class ClipRetrieval(MomentumContrast):
         return features
 
     def encode_text(self, input_ids: Tensor, *, momentum: bool = False) -> Tensor:
-        """Return features [B, embed_dim] of texts, not normalised.
+        """Return features [batch, embed_dim] of texts, not normalised.
 
         Args:
             input_ids: token numbers [B, T]; each row's text ends with the last word of the vocabulary, and what stands
@@ -139,13 +139,13 @@ class ClipRetrieval(MomentumContrast):
         published.
 
         Args:
-            images: [B, 3, S, S].
+            images: [batch, 3, size, size].
             input_ids: token numbers of the texts, [M, T]; M is B where `ids` are given.
-            ids: number of each pair's image, [B]; equal numbers belong together.
+            ids: number of each pair's image, [batch]; equal numbers belong together.
             alpha: weight of the momentum copies' own similarities in the targets.
 
         Returns:
-            Normalised features [B, embed_dim] and [M, embed_dim]; or the loss, a scalar.
+            Normalised features [batch, embed_dim] and [M, embed_dim]; or the loss, a scalar.
         """
         image = F.normalize(self.encode_image(images), dim=-1)
         text = F.normalize(self.encode_text(input_ids), dim=-1)

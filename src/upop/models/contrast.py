@@ -40,7 +40,7 @@ def gather(rows: Tensor) -> Tensor:
     """Return the rows of all processes, [processes * B, ...] in the order of ranks, without gradients.
 
     Args:
-        rows: [B, ...], of the same shape everywhere.
+        rows: [batch, ...], of the same shape everywhere.
     """
     if processes() == 1:
         return rows.detach()
@@ -85,12 +85,12 @@ def draw_negatives(logits: Tensor, same: Tensor, noise: Tensor) -> tuple[Tensor,
     """Draw for each row a column that it does not belong to, the likelier the larger its logit (by softmax).
 
     Args:
-        logits: similarities, [B, N].
-        same: where row and column belong together, [B, N]; these are never drawn.
-        noise: uniform in (0, 1], [B, N]; see `draw_noise`.
+        logits: similarities, [batch, N].
+        same: where row and column belong together, [batch, N]; these are never drawn.
+        noise: uniform in (0, 1], [batch, N]; see `draw_noise`.
 
     Returns:
-        The columns [B], and whether there was any to draw, [B].
+        The columns [batch], and whether there was any to draw, [batch].
     """
     # The largest logit with Gumbel noise is a draw from the softmax; weights cannot vanish as in the softmax itself.
     tiny = torch.finfo(noise.dtype).tiny
@@ -169,11 +169,11 @@ class MomentumContrast(nn.Module, ModelTraits):
         so that the number of processes makes no difference. With one process both are the same.
 
         Args:
-            image: normalised features of the images, [B, D]; `text` those of the texts.
-            text: [B, D].
-            image_m: what the momentum copies give, [B, D]; `text_m` too.
-            text_m: [B, D].
-            ids: number of the image of each pair, [B]; equal numbers belong together.
+            image: normalised features of the images, [batch, dim]; `text` those of the texts.
+            text: [batch, dim].
+            image_m: what the momentum copies give, [batch, dim]; `text_m` too.
+            text_m: [batch, dim].
+            ids: number of the image of each pair, [batch]; equal numbers belong together.
             alpha: weight of the momentum copies' own similarities in the targets.
             scale: what similarities are multiplied with (1 / temperature), a scalar.
         """
@@ -195,7 +195,7 @@ class MomentumContrast(nn.Module, ModelTraits):
 
     @torch.no_grad()
     def enqueue(self, image: Tensor, text: Tensor, ids: Tensor) -> None:
-        """Put the features [B, D] and numbers [B] of all processes in the place of the oldest ones.
+        """Put the features [batch, dim] and numbers [batch] of all processes in the place of the oldest ones.
 
         Any batch fits that is no larger than the queue: the writing goes on at the front when the end is reached.
 

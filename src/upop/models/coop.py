@@ -102,7 +102,7 @@ class CoOp(nn.Module):
         return torch.stack(rows)
 
     def forward(self, images: Tensor, labels: Tensor | None = None) -> Tensor | CoOpLosses:
-        """Return the logits of the classes, [B, classes], of images [B, 3, S, S]; with `labels` [B], the losses."""
+        """Return the logits of the classes, [B, classes], of images [B, 3, S, S]; with `labels` [batch], the losses."""
         image, text = self.clip.encode_image(images), self.clip.encode_words(self.prompts(), self.ends)
         scale = self.clip.logit_scale.exp()
         logits = scale * F.normalize(image.features, dim=-1) @ F.normalize(text.features, dim=-1).t()

@@ -50,8 +50,8 @@ class Encoded(NamedTuple):
     """What a tower makes of a batch.
 
     Attributes:
-        features: not normalised, [B, embed_dim].
-        crosses: cross tokens of every layer in the space of features, [B, embed_dim] each.
+        features: not normalised, [batch, embed_dim].
+        crosses: cross tokens of every layer in the space of features, [batch, embed_dim] each.
         flow: what became of the tokens.
     """
 
@@ -102,7 +102,7 @@ class CrossGetClip(nn.Module):
         return {"images": some_images(self.config), "input_ids": words}
 
     def encode_image(self, images: Tensor) -> Encoded:
-        """Return what becomes of images [B, 3, S, S]."""
+        """Return what becomes of images [batch, 3, size, size]."""
         tower: Any = self.vision_model
         states = tower.pre_layrnorm(tower.embeddings(images))
         states, flow = _through(tower, states, "cross_image")
@@ -110,14 +110,14 @@ class CrossGetClip(nn.Module):
         return Encoded(features, _projected(flow, tower.pre_layrnorm, self.visual_projection), flow)
 
     def encode_text(self, input_ids: Tensor) -> Encoded:
-        """Return what becomes of texts, token numbers [B, T]; each ends with the last word of the vocabulary."""
+        """Return what becomes of texts, token numbers [batch, T]; each ends with the last word of the vocabulary."""
         embeddings: Any = self.text_model.embeddings
         if self.config.rl:  # how many tokens go depends on how many there are, which is no matter of a batch
             input_ids = F.pad(input_ids, (0, max(0, self.config.max_positions - input_ids.shape[1])))
         return self.encode_words(embeddings.token_embedding(input_ids), input_ids.argmax(1))
 
     def encode_words(self, words: Tensor, ends: Tensor) -> Encoded:
-        """Return what becomes of texts, given as vectors without positions [B, T, C] and where each ends [B]."""
+        """Return what becomes of texts, given as vectors without positions [B, T, C] and where each ends [batch]."""
         tower: Any = self.text_model
         states = words + tower.embeddings.position_embedding.weight[: words.shape[1]]
         states, flow = _through(tower, states, "cross_text", ends)
@@ -132,9 +132,9 @@ class CrossGetClip(nn.Module):
         """Return the normalised features of images and texts; with `ids`, the losses of a batch of pairs.
 
         Args:
-            images: [B, 3, S, S].
+            images: [batch, 3, size, size].
             input_ids: token numbers of the texts, [M, T]; M is B where `ids` are given.
-            ids: number of each pair's image, [B]; equal numbers belong together.
+            ids: number of each pair's image, [batch]; equal numbers belong together.
         """
         image, text = self.encode_image(images), self.encode_text(input_ids)
         features = F.normalize(image.features, dim=-1), F.normalize(text.features, dim=-1)

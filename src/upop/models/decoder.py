@@ -17,7 +17,7 @@ _Beams = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 class TextDecoder(BlipTextLMHeadModel):
-    """The text decoder; `generate` gives token ids [B, at most max_length], padded with the padding token."""
+    """The text decoder; `generate` gives token ids [batch, at most max_length], padded with the padding token."""
 
     _ends: Tensor
     _open: Tensor
@@ -65,5 +65,5 @@ class TextDecoder(BlipTextLMHeadModel):
         return texts
 
     def _check_early_stop_heuristic(self, **_step: Any) -> Tensor:  # type: ignore[override]  # static in the library
-        """Which texts of the batch may still get better, [B, 1]."""
+        """Which texts of the batch may still get better, [batch, 1]."""
         return self._open

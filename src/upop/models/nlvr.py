@@ -59,7 +59,7 @@ class TwinCrossAttention(nn.Module):
     def forward(
         self, hidden_states: Tensor, encoder_hidden_states: Sequence[Tensor], **_unused: Any
     ) -> tuple[Tensor, None]:
-        """Return new states [B, T, text_width] for text states and two images' states [B, N, vision_width]."""
+        """Return new states [batch, tokens, text_width] for text states and two images' states [B, N, vision_width]."""
         context0, _ = self.self0(hidden_states, encoder_hidden_states=encoder_hidden_states[0])
         context1, _ = self.self1(hidden_states, encoder_hidden_states=encoder_hidden_states[1])
         return self.output(context0, context1, hidden_states), None
@@ -87,7 +87,7 @@ class BlipNlvr(nn.Module):
         return {"images": some_images(self.config, 4), **some_words(self.config)}
 
     def encode(self, images: Tensor, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Return image states [2B, N, vision_width] and text states [B, T, text_width]; see `forward`."""
+        """Return image states [2B, N, vision_width] and text states [batch, tokens, text_width]; see `forward`."""
         image_states = self.visual_encoder(images)
         # The first token becomes [ENC], the last word of the vocabulary, as in all published checkpoints.
         first = torch.full_like(input_ids[:, :1], self.config.vocab_size - 1)
@@ -101,12 +101,12 @@ class BlipNlvr(nn.Module):
         return image_states, text.last_hidden_state
 
     def forward(self, images: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Return logits [B, 2] (false, true).
+        """Return logits [batch, 2] (false, true).
 
         Args:
             images: [2B, 3, S, S]: all first images, then all second ones.
-            input_ids: token ids of the sentences, [B, T].
-            attention_mask: 1 where there is a token, 0 where there is padding, [B, T].
+            input_ids: token ids of the sentences, [batch, tokens].
+            attention_mask: 1 where there is a token, 0 where there is padding, [batch, tokens].
         """
         logits: Tensor = self.cls_head(self.encode(images, input_ids, attention_mask)[1][:, 0])
         return logits

@@ -175,10 +175,10 @@ class BlipRetrieval(MomentumContrast):
         In training mode the losses also clamp the temperature, move the momentum copies and fill the queues.
 
         Args:
-            images: [B, 3, S, S].
+            images: [batch, 3, size, size].
             input_ids: token ids of the texts, [M, T]; M is B where `ids` are given.
             attention_mask: 1 where there is a token, 0 where there is padding, [M, T].
-            ids: number of each pair's image, [B]; equal numbers belong together.
+            ids: number of each pair's image, [batch]; equal numbers belong together.
             alpha: weight of the momentum copies' own similarities in the contrastive targets.
             draws: [2 * B], the pairs (of all processes) that give each text its wrong image, then each image its
                 wrong text; drawn by similarity if not given.
@@ -234,7 +234,7 @@ class BlipRetrieval(MomentumContrast):
     def _negatives(
         self, image: Tensor, text: Tensor, ids: Tensor, draws: Tensor | None, shared: bool
     ) -> tuple[Tensor, Tensor]:
-        """Return a wrong image for each text and a wrong text for each image, [2, B], and who has any, [B]."""
+        """Return a wrong image for each text and a wrong text for each image, [2, B], and who has any, [batch]."""
         images, texts, numbers = (self.everyone(part) if shared else part for part in (image, text, ids))
         same = ids.unsqueeze(1) == numbers.unsqueeze(0)
         if draws is not None:

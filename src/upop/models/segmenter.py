@@ -116,7 +116,7 @@ class LinearDecoder(nn.Module):
         nn.init.zeros_(self.head.bias)
 
     def forward(self, patches: Tensor) -> Tensor:
-        """Return scores [B, N, classes] of encoded patches [B, N, vision_width]."""
+        """Return scores [batch, N, classes] of encoded patches [batch, N, vision_width]."""
         scores: Tensor = self.head(patches)
         return scores
 
@@ -155,7 +155,7 @@ class MaskTransformer(nn.Module):
         nn.init.trunc_normal_(self.cls_emb, std=0.02)
 
     def forward(self, patches: Tensor) -> Tensor:
-        """Return scores [B, N, classes] of encoded patches [B, N, vision_width]."""
+        """Return scores [batch, N, classes] of encoded patches [batch, N, vision_width]."""
         patches = self.proj_dec(patches)
         states = torch.cat([patches, self.cls_emb.expand(patches.shape[0], -1, -1)], dim=1)
         for block in self.blocks:
@@ -193,7 +193,7 @@ class Segmenter(nn.Module):
         return states
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return logits [B, classes, H, W] of images [B, 3, H, W] of any size.
+        """Return logits [batch, classes, H, W] of images [batch, 3, height, width] of any size.
 
         Zeros are added below and at the right up to a multiple of the patch size, and the scores there left out.
         """

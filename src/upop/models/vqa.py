@@ -66,7 +66,7 @@ class BlipVqa(nn.Module):
         return {"images": some_images(self.config), **texts, "answer_counts": torch.ones(2, dtype=torch.long)}
 
     def encode(self, images: Tensor, question_ids: Tensor, question_mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Return image states [B, N, vision_width] and question states [B, T, text_width]; see `forward`."""
+        """Return image states [B, N, vision_width] and question states [batch, tokens, text_width]; see `forward`."""
         image_states = self.visual_encoder(images)
         text = self.text_encoder(
             _with_first(question_ids, self.config.vocab_size - 1),  # [ENC], the last word of the vocabulary
@@ -106,12 +106,12 @@ class BlipVqa(nn.Module):
         """Return logits [A, L, vocab_size] of the tokens after each of an answer's.
 
         Args:
-            images: [B, 3, S, S].
-            question_ids: token ids of the questions, [B, T]; the first one becomes [ENC].
-            question_mask: 1 where there is a token, 0 where there is padding, [B, T].
+            images: [batch, 3, size, size].
+            question_ids: token ids of the questions, [batch, tokens]; the first one becomes [ENC].
+            question_mask: 1 where there is a token, 0 where there is padding, [batch, tokens].
             answer_ids: token ids of all answers, those of the first question first, [A, L].
             answer_mask: as `question_mask`, [A, L].
-            answer_counts: how many answers each question has, [B]; their sum is A.
+            answer_counts: how many answers each question has, [batch]; their sum is A.
         """
         _, states = self.encode(images, question_ids, question_mask)
         return self.decode(
@@ -124,13 +124,13 @@ class BlipVqa(nn.Module):
     def rank(
         self, states: Tensor, question_mask: Tensor, candidate_ids: Tensor, candidate_mask: Tensor, k: int, chunk: int
     ) -> Tensor:
-        """Return the place in the list of the likeliest candidate for each question, [B].
+        """Return the place in the list of the likeliest candidate for each question, [batch].
 
         The `k` candidates whose first token is the likeliest are compared by the loss of all their tokens.
 
         Args:
-            states: of the questions, [B, T, text_width], from `encode`.
-            question_mask: [B, T].
+            states: of the questions, [batch, tokens, text_width], from `encode`.
+            question_mask: [batch, tokens].
             candidate_ids: token ids of the list, [C, L], each starting with any token that stands for [DEC].
             candidate_mask: [C, L].
             k: how many; all of them where the list is shorter.
@@ -153,11 +153,11 @@ class BlipVqa(nn.Module):
         return places.gather(1, best).squeeze(1)
 
     def generate(self, states: Tensor, question_mask: Tensor | None, end: int, pad: int = 0) -> Tensor:
-        """Return answers found by beam search, [B, at most 10 tokens], each starting with [DEC].
+        """Return answers found by beam search, [batch, at most 10 tokens], each starting with [DEC].
 
         Args:
-            states: of the questions, [B, T, text_width], from `encode`.
-            question_mask: [B, T]; None has the states of padding in view too, as in the published code, so that an
+            states: of the questions, [batch, tokens, text_width], from `encode`.
+            question_mask: [batch, T]; None has the states of padding in view too, as in the published code, so that an
                 answer depends on how long the other questions of its batch are.
             end: the token that ends an answer.
             pad: the token that fills shorter answers up.

@@ -91,7 +91,7 @@ def calibrate(
     weights, for a restore after a failure, stay on the CPU, or in a temporary file if a large model is on the CPU.
 
     Args:
-        model: the dense model, without masks. It is evaluated, not trained: no drop-out, and buffers stay. Frozen
+        model: the dense model, without masks. It is evaluated, not trained: no dropout, and buffers stay. Frozen
             weights are cut like others, and stay frozen.
         batches: 8 to 64 representative batches; they are kept in a list. Each is an argument of `loss`, or without it a
             tensor, a tuple of arguments or a mapping of keyword arguments of the model.

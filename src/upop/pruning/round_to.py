@@ -27,7 +27,7 @@ def check_round_to(round_to: RoundTo | str) -> RoundTo:
     """Validate `round_to`; return a number or a dict, with names of `PRESETS` resolved.
 
     Raises:
-        SettingError: it is neither a whole number of at least 1, nor a mapping of kinds to such numbers, nor a name.
+        SettingError: it is neither an integer of at least 1, nor a mapping of kinds to such numbers, nor a name.
     """
     if isinstance(round_to, str):
         if round_to not in PRESETS:

@@ -59,7 +59,7 @@ class Loop:
         train: prepared batches to train on, as `make_loader` gives them.
         val: prepared batches to evaluate on after every epoch, if any.
         preemption: tells whether the run was asked to end.
-        resumed: the content of a checkpoint to go on from.
+        resumed: the content of a checkpoint to resume from.
         identity: what decides the result besides the settings; it is in the checkpoints.
 
     Attributes:
@@ -153,7 +153,7 @@ class Loop:
         Raises:
             TrainingError: too many steps in a row had a loss or gradients that are not finite.
             PreemptedError: the run was asked to end, and a checkpoint was written.
-            CheckpointError: the checkpoint to go on from is of another model.
+            CheckpointError: the checkpoint to resume from is of another model.
         """
         if not epochs or phase in self._phases:
             return

@@ -160,7 +160,7 @@ class Run:
         return settings.model_copy(update={"output_dir": place})
 
     def _checkpoint_to_resume(self) -> Mapping[str, Any] | None:
-        """Return the content of the newest checkpoint, if the run is to go on from one."""
+        """Return the content of the newest checkpoint, if the run is to resume from one."""
         if self.settings.resume == "no" or self._verb == "evaluate":
             return None
         held: dict[str, Any] = {}

@@ -44,7 +44,7 @@ class Task(ABC, Generic[SettingsT]):
 
     @abstractmethod
     def build(self, settings: SettingsT) -> nn.Module:
-        """Return the dense model with fresh weights."""
+        """Return the dense model with initial weights."""
 
     def load(self, path: Path, settings: SettingsT) -> nn.Module:
         """Return the model in a checkpoint of this task, dense or compressed; by default in a folder of ours."""
@@ -92,7 +92,7 @@ class Task(ABC, Generic[SettingsT]):
 
     @abstractmethod
     def predict(self, model: nn.Module, batch: Batch, settings: SettingsT) -> dict[str, Tensor]:
-        """Return one row per sample, [B, ...] each and of the same shape in every batch: what `score` needs."""
+        """Return one row per sample, [batch, ...] each and of the same shape in every batch: what `score` needs."""
 
     @abstractmethod
     def score(self, predictions: Mapping[str, Tensor], samples: Dataset[Any], settings: SettingsT) -> dict[str, float]:

@@ -69,7 +69,7 @@ class Trained:
         return own
 
     def load_optimizer(self, state: Mapping[str, Any]) -> None:
-        """Have the optimizer go on from a state of `optimizer_state`."""
+        """Have the optimizer resume from a state of `optimizer_state`."""
         load_whole_optimizer_state(self._own, state)
 
     def optimizer_state(self) -> dict[str, Any]:

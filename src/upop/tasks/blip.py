@@ -36,7 +36,7 @@ class BlipTask(PublishedTask[BlipSettingsT]):
     config: ClassVar[type[BlipConfig]]
 
     def build(self, settings: BlipSettingsT) -> nn.Module:
-        """Return the model with fresh weights; its vocabulary is the tokenizer's."""
+        """Return the model with initial weights; its vocabulary is the tokenizer's."""
         sizes = {"vocab_size": len(blip_tokenizer(settings.tokenizer)), **self.sizes(settings)}
         with described(SIZES):
             config = self.config.vit(settings.vit, **sizes)

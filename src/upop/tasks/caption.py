@@ -100,7 +100,7 @@ class CaptionTask(BlipTask[CaptionSettings]):
         )
 
     def collate(self, settings: CaptionSettings) -> Callable[[list[Any]], Batch]:
-        """Return what stacks images and tokenizes captions."""
+        """Return the collator that stacks images and tokenizes captions."""
         return CaptionCollator(blip_tokenizer(settings.tokenizer), 1 + len(_prompt(settings)))
 
     def inputs(self, batch: Batch) -> dict[str, Any]:
@@ -112,7 +112,7 @@ class CaptionTask(BlipTask[CaptionSettings]):
         return caption_loss(model(**self.inputs(batch)), batch["labels"])
 
     def predict(self, model: nn.Module, batch: Batch, settings: CaptionSettings) -> dict[str, Tensor]:
-        """Return image_ids, [B], and words: the tokens after the prompt, padded, [B, max_length - prompt]."""
+        """Return image_ids, [batch], and words: the tokens after the prompt, padded, [batch, max_length - prompt]."""
         assert isinstance(model, BlipCaption)
         prompt = _prompt(settings)
         penalty = settings.repetition_penalty or (_SAMPLING_PENALTY if settings.sample else 1.0)

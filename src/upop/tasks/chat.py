@@ -150,7 +150,7 @@ class ChatCollator:
     format: ChatFormat
 
     def __call__(self, items: Sequence[Item]) -> dict[str, Tensor]:
-        """The items as one batch: the model's arguments, and labels [B, T]."""
+        """The items as one batch: the model's arguments, and labels [batch, tokens]."""
         return self.format.batch([item.sample for item in items])
 
 
@@ -208,7 +208,7 @@ class ChatTask(Task[ChatSettings]):
         return settings.held_out
 
     def collate(self, settings: ChatSettings) -> Callable[[list[Any]], Batch]:
-        """Return what has the model's processor make batches."""
+        """Return the collator, which calls the model's processor."""
         return ChatCollator(_format(settings))
 
     def sampler(self, samples: Dataset[Any], settings: ChatSettings) -> Sampler[int] | None:
@@ -351,7 +351,7 @@ def _check_weighed(tokens: Tensor, samples: ChatRows, settings: ChatSettings) ->
 
 
 def weighed(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the loss of every label, 0 where there is none, the labels, and the likeliest tokens, [B, K] each.
+    """Return the loss of every label, 0 where there is none, the labels, and the likeliest tokens, [batch, K] each.
 
     Only the places where some answer of the batch goes on are computed, where the model can leave out the others: the
     vocabulary is wide.

@@ -129,7 +129,7 @@ class ClassificationTask(PublishedTask[ClassificationSettings]):
         }
 
     def build(self, settings: ClassificationSettings) -> nn.Module:
-        """Return the model with fresh weights, for the classes of the data."""
+        """Return the model with initial weights, for the classes of the data."""
         sizes = {"image_size": settings.image_size, "classes": _classes(settings), **self.sizes(settings)}
         with described(SIZES):
             config = ClassifierConfig(**sizes)
@@ -143,7 +143,7 @@ class ClassificationTask(PublishedTask[ClassificationSettings]):
     def adapt(
         self, model: nn.Module, settings: ClassificationSettings, *, training: bool
     ) -> tuple[nn.Module, Sequence[str]]:
-        """Return the model with a head for the data's classes, positions for its images, and the run's drop-out."""
+        """Return the model with a head for the data's classes, positions for its images, and the run's dropout."""
         config: ClassifierConfig = model.config  # type: ignore[assignment]
         changes = []
         wanted = {name: getattr(settings, name) for name in ("image_size", "dropout", "drop_path")}
@@ -210,7 +210,7 @@ class ClassificationTask(PublishedTask[ClassificationSettings]):
         return RepeatedSampler(samples, settings.repeats, settings.seed) if settings.repeats > 1 else None
 
     def collate(self, settings: ClassificationSettings) -> Callable[[list[Any]], Batch]:
-        """Return what stacks images, and mixes those of training."""
+        """Return the collator that stacks images, and mixes those of training."""
         return ImageCollator(settings.mixing(_classes(settings)))
 
     def inputs(self, batch: Batch) -> dict[str, Any]:
@@ -231,7 +231,7 @@ class ClassificationTask(PublishedTask[ClassificationSettings]):
         return F.cross_entropy(logits, batch["labels"], label_smoothing=settings.smoothing)
 
     def predict(self, model: nn.Module, batch: Batch, settings: ClassificationSettings) -> dict[str, Tensor]:
-        """Return the likeliest classes [B, 5] (fewer where there are fewer), and labels [B]."""
+        """Return the likeliest classes [batch, 5] (fewer where there are fewer), and labels [batch]."""
         logits = model(batch["images"])
         return {"answers": likeliest(logits), "labels": batch["labels"]}
 

@@ -87,7 +87,7 @@ class DualEncoderTask(LibraryTask[DualEncoderSettings], Retrieval[DualEncoderSet
         return LabelledImages(rows) if rows.kind == "label" else ImageGallery(rows)
 
     def collate(self, settings: DualEncoderSettings) -> ImageSampleCollator:
-        """Return what has the model's processor make its inputs."""
+        """Return the collator, which calls the model's processor."""
         return ImageSampleCollator(self.processor(settings))
 
     def loss(self, model: nn.Module, batch: Batch, settings: DualEncoderSettings, epoch: float) -> Tensor:
@@ -104,12 +104,12 @@ class DualEncoderTask(LibraryTask[DualEncoderSettings], Retrieval[DualEncoderSet
         return {"features": settings.distill_weight} | ({"logits": similar} if similar else {})
 
     def predict(self, model: nn.Module, batch: Batch, settings: DualEncoderSettings) -> dict[str, Tensor]:
-        """Return embeddings of images, [B, D], and labels [B] where there are any."""
+        """Return embeddings of images, [batch, dim], and labels [batch] where there are any."""
         features = encoded(model, "image", self.cast(model, batch))
         return {"features": features} | ({"labels": batch["labels"]} if "labels" in batch else {})
 
     def text_features(self, model: nn.Module, words: Mapping[str, Tensor]) -> Tensor:
-        """Return embeddings of texts, [B, D]."""
+        """Return embeddings of texts, [batch, dim]."""
         return encoded(model, "text", words)
 
     def some_of(self, words: Mapping[str, Tensor], part: slice) -> dict[str, Tensor]:

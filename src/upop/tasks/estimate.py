@@ -56,7 +56,7 @@ class Estimate:
         largest: bytes of the largest weight.
         state: bytes that the optimizer keeps for a weight.
         batch: samples in a forward pass.
-        recomputed: whether activations are computed again (grad_checkpointing).
+        recomputed: whether activations are recomputed (grad_checkpointing).
         teacher: whether the dense model teaches.
     """
 

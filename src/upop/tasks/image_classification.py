@@ -89,7 +89,7 @@ class ImageClassificationTask(LibraryTask[ImageClassificationSettings]):
         return LabelledImages(rows, CropAtRandom("strong") if crops else unchanged, names)
 
     def collate(self, settings: ImageClassificationSettings) -> ImageSampleCollator:
-        """Return what has the model's processor make its inputs."""
+        """Return the collator, which calls the model's processor."""
         return ImageSampleCollator(self.processor(settings))
 
     def loss(self, model: nn.Module, batch: Batch, settings: ImageClassificationSettings, epoch: float) -> Tensor:

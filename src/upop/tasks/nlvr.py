@@ -56,7 +56,7 @@ class NlvrTask(BlipTask[NlvrSettings]):
         )
 
     def collate(self, settings: NlvrSettings) -> Callable[[list[Any]], Batch]:
-        """Return what stacks images and tokenizes sentences."""
+        """Return the collator that stacks images and tokenizes sentences."""
         return NlvrCollator(blip_tokenizer(settings.tokenizer))
 
     def inputs(self, batch: Batch) -> dict[str, Any]:
@@ -68,7 +68,7 @@ class NlvrTask(BlipTask[NlvrSettings]):
         return F.cross_entropy(model(**self.inputs(batch)).float(), batch["labels"])
 
     def predict(self, model: nn.Module, batch: Batch, settings: NlvrSettings) -> dict[str, Tensor]:
-        """Return answers (1 is true) and labels, [B]."""
+        """Return answers (1 is true) and labels, [batch]."""
         return {"answers": model(**self.inputs(batch)).argmax(1), "labels": batch["labels"]}
 
     def score(

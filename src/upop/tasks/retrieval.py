@@ -59,7 +59,7 @@ class BlipRetrievalTask(RetrievalTask[BlipRetrievalSettings], BlipTask[BlipRetri
         return model, lacking
 
     def collate(self, settings: BlipRetrievalSettings) -> RetrievalCollator:
-        """Return what stacks images and tokenizes captions."""
+        """Return the collator that stacks images and tokenizes captions."""
         return RetrievalCollator(blip_tokenizer(settings.tokenizer))
 
     def inputs(self, batch: Batch) -> dict[str, Any]:
@@ -77,12 +77,12 @@ class BlipRetrievalTask(RetrievalTask[BlipRetrievalSettings], BlipTask[BlipRetri
         return losses.contrastive + losses.matching
 
     def predict(self, model: nn.Module, batch: Batch, settings: BlipRetrievalSettings) -> dict[str, Tensor]:
-        """Return states [B, tokens, width] and features [B, D] of images."""
+        """Return states [batch, tokens, hidden] and features [batch, dim] of images."""
         states, features = cast(BlipRetrieval, model).encode_image(batch["images"])
         return {"states": states, "features": features}
 
     def text_features(self, model: nn.Module, words: Mapping[str, Tensor]) -> Tensor:
-        """Return normalised features of texts, [B, D]."""
+        """Return normalised features of texts, [batch, dim]."""
         return cast(BlipRetrieval, model).encode_text(words["input_ids"], words["attention_mask"])[1]
 
     def candidate_counts(self, settings: BlipRetrievalSettings) -> int:

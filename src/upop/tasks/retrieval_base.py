@@ -75,7 +75,7 @@ class Collator(Protocol):
     """Makes batches of a retrieval task."""
 
     def __call__(self, items: list[Any]) -> dict[str, Tensor]:
-        """The items as one batch, with `ids` [B], the numbers of the images."""
+        """The items as one batch, with `ids` [batch], the numbers of the images."""
         ...
 
     def tokenize(self, texts: list[str]) -> dict[str, Tensor]:
@@ -143,11 +143,11 @@ class Retrieval(Task[SearchSettingsT]):
 
     @abstractmethod
     def collate(self, settings: SearchSettingsT) -> Collator:
-        """Return what stacks images and tokenizes captions."""
+        """Return the collator that stacks images and tokenizes captions."""
 
     @abstractmethod
     def text_features(self, model: nn.Module, words: Mapping[str, Tensor]) -> Tensor:
-        """Return normalised features of texts (input_ids and attention_mask, [B, T]), [B, D]."""
+        """Return normalised features of texts (input_ids and attention_mask, [batch, tokens]), [batch, dim]."""
 
     def candidate_counts(self, settings: SearchSettingsT) -> int:
         """Return how many candidates each query has: as many as recall looks at."""
@@ -305,7 +305,7 @@ class RetrievalTask(Retrieval[RetrievalSettingsT]):
 
     @abstractmethod
     def collate(self, settings: RetrievalSettingsT) -> RetrievalCollator:
-        """Return what stacks images and tokenizes captions."""
+        """Return the collator that stacks images and tokenizes captions."""
 
     def dataset(self, settings: RetrievalSettingsT, split: str) -> Dataset[Any]:
         """Return pairs to train on, or images with all their texts.

@@ -52,14 +52,14 @@ class ClipRetrievalTask(RetrievalTask[ClipRetrievalSettings], PublishedTask[Clip
         return {"queue_size": settings.queue_size, **super().sizes(settings)}
 
     def build(self, settings: ClipRetrievalSettings) -> nn.Module:
-        """Return the model with fresh weights; its vocabulary is the tokenizer's."""
+        """Return the model with initial weights; its vocabulary is the tokenizer's."""
         sizes = {"vocab_size": len(clip_tokenizer(settings.tokenizer)), **self.sizes(settings)}
         with described(SIZES):
             model = self._built(sizes)
         return self._prepared(model, settings)
 
     def collate(self, settings: ClipRetrievalSettings) -> ClipCollator:
-        """Return what stacks images and tokenizes captions."""
+        """Return the collator that stacks images and tokenizes captions."""
         length = settings.model.get("max_positions", ClipConfig.model_fields["max_positions"].default)
         return ClipCollator(clip_tokenizer(settings.tokenizer), length)
 
@@ -77,11 +77,11 @@ class ClipRetrievalTask(RetrievalTask[ClipRetrievalSettings], PublishedTask[Clip
         return loss
 
     def predict(self, model: nn.Module, batch: Batch, settings: ClipRetrievalSettings) -> dict[str, Tensor]:
-        """Return normalised features of images, [B, D]."""
+        """Return normalised features of images, [batch, dim]."""
         return {"features": nn.functional.normalize(cast(ClipRetrieval, model).encode_image(batch["images"]), dim=-1)}
 
     def text_features(self, model: nn.Module, words: Mapping[str, Tensor]) -> Tensor:
-        """Return normalised features of texts, [B, D]."""
+        """Return normalised features of texts, [batch, dim]."""
         return nn.functional.normalize(cast(ClipRetrieval, model).encode_text(words["input_ids"]), dim=-1)
 
     def example(self, model: nn.Module, batch_size: int) -> dict[str, Tensor]:
@@ -105,7 +105,7 @@ class ClipRetrievalTask(RetrievalTask[ClipRetrievalSettings], PublishedTask[Clip
         return super()._prepared(model, settings)
 
     def _built(self, sizes: dict[str, Any]) -> nn.Module:
-        """Return a model of these sizes with fresh weights."""
+        """Return a model of these sizes with initial weights."""
         return ClipRetrieval(ClipConfig(**sizes))
 
     def _settle(self, model: nn.Module, settings: ClipRetrievalSettings) -> None:

@@ -72,11 +72,11 @@ class CrossGetTask(ClipRetrievalTask):
         return (1 - _CROSS_SHARE) * losses.contrastive + _CROSS_SHARE * losses.cross
 
     def predict(self, model: nn.Module, batch: Batch, settings: ClipRetrievalSettings) -> dict[str, Tensor]:
-        """Return normalised features of images, [B, D]."""
+        """Return normalised features of images, [batch, dim]."""
         return {"features": F.normalize(cast(CrossGetClip, model).encode_image(batch["images"]).features, dim=-1)}
 
     def text_features(self, model: nn.Module, words: Mapping[str, Tensor]) -> Tensor:
-        """Return normalised features of texts, [B, D]."""
+        """Return normalised features of texts, [batch, dim]."""
         return F.normalize(cast(CrossGetClip, model).encode_text(words["input_ids"]).features, dim=-1)
 
     def counts(self, model: nn.Module) -> dict[str, Any]:

@@ -167,7 +167,7 @@ class SegmentationTask(PublishedTask[SegmentationSettings]):
         return {"image_size": settings.crop, "classes": settings.classes, **given, **settings.model}
 
     def build(self, settings: SegmentationSettings) -> nn.Module:
-        """Return the model with fresh weights."""
+        """Return the model with initial weights."""
         sizes = {**BACKBONES[settings.backbone], "decoder": settings.decoder, **self.sizes(settings)}
         with described(SIZES):
             config = SegmenterConfig(**sizes)
@@ -192,7 +192,7 @@ class SegmentationTask(PublishedTask[SegmentationSettings]):
         )
 
     def collate(self, settings: SegmentationSettings) -> Callable[[list[Any]], Batch]:
-        """Return what stacks crops, and lists whole images."""
+        """Return the collator that stacks crops, and lists whole images."""
         return cast(Callable[[list[Any]], Batch], collate_segments)
 
     def inputs(self, batch: Batch) -> dict[str, Any]:
@@ -216,7 +216,7 @@ class SegmentationTask(PublishedTask[SegmentationSettings]):
         )
 
     def predict(self, model: nn.Module, batch: Batch, settings: SegmentationSettings) -> dict[str, Tensor]:
-        """Return the confusion matrix of every image, [B, classes, classes]."""
+        """Return the confusion matrix of every image, [batch, classes, classes]."""
         return self._counted(batch, self._maps(model, batch, settings), settings)
 
     def collect(

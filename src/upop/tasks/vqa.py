@@ -99,7 +99,7 @@ class VqaTask(BlipTask[VqaSettings]):
         return tuple(split for split, file in files.items() if file is not None)
 
     def collate(self, settings: VqaSettings) -> Callable[[list[Any]], Batch]:
-        """Return what stacks images and tokenizes questions and answers."""
+        """Return the collator that stacks images and tokenizes questions and answers."""
         tokenizer = blip_tokenizer(settings.tokenizer)
         if settings.inference == "generate":
             return VqaCollator(tokenizer)
@@ -116,7 +116,7 @@ class VqaTask(BlipTask[VqaSettings]):
         return total / len(batch["images"])
 
     def predict(self, model: nn.Module, batch: Batch, settings: VqaSettings) -> dict[str, Tensor]:
-        """Return "answers": places in the list of candidates [B] (rank), or token ids [B, 10] (generate)."""
+        """Return "answers": places in the list of candidates [batch] (rank), or token ids [batch, 10] (generate)."""
         assert isinstance(model, BlipVqa)
         mask = batch["question_mask"]
         _, states = model.encode(batch["images"], batch["question_ids"], mask)

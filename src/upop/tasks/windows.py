@@ -53,7 +53,7 @@ def segment(
     """Return probabilities [classes, H, W] for every image, each in its own size.
 
     Args:
-        model: images [B, 3, size, size] -> logits [B, classes, size, size].
+        model: images [batch, 3, size, size] -> logits [batch, classes, size, size].
         images: normalised images [3, H, W], of any sizes.
         window: slides over them.
         short: the pixels that short sides are brought to at scale 1.
@@ -80,7 +80,7 @@ def slide(model: nn.Module, image: Tensor, window: Window, size: Sequence[int], 
     proportions, until both sides reach it.
 
     Args:
-        model: images [B, 3, window, window] -> logits [B, classes, window, window].
+        model: images [batch, 3, window, window] -> logits [batch, classes, window, window].
         image: normalised.
         window: slides over it.
         size: rows and columns of the result, in pixels.

@@ -1,7 +1,7 @@
 """What one forward pass knows of its tokens, handed from layer to layer with the hidden states.
 
 It belongs to the pass: it is kept on the tensor that a layer returns and the next one takes, so that several passes at
-once, layers that are computed again in the backward pass, and replicas of a model do not meet. Where a hook puts
+once, layers that are recomputed in the backward pass, and replicas of a model do not meet. Where a hook puts
 another tensor in its place (on another device, for instance), the thread remembers the pass that it is in.
 """
 
@@ -28,11 +28,11 @@ class Flow:
     Attributes:
         owner: the `Merger` that the layers belong to.
         layer: the number of the layer.
-        size: how many tokens each stands for, [B, T]; None for one each.
-        guide: position of the token that guides the matching, where each row has its own (the end of a text), [B].
+        size: how many tokens each stands for, [batch, tokens]; None for one each.
+        guide: position of the token that guides the matching, where each row has its own (the end of a text), [batch].
         matches: of the layers so far, None for a layer that removed nothing.
         cross: the cross tokens of all layers, [1, layers, C]; None if there are none.
-        crosses: the cross tokens that went into the layers so far, [B, C] each.
+        crosses: the cross tokens that went into the layers so far, [batch, C] each.
     """
 
     owner: Any
@@ -44,7 +44,7 @@ class Flow:
     crosses: tuple[Tensor, ...] = ()
 
     def sizes(self, tokens: Tensor) -> Tensor:
-        """Return the sizes of tokens [B, T, C], in float32 at least."""
+        """Return the sizes of tokens [batch, tokens, C], in float32 at least."""
         if self.size is not None:
             return self.size
         exact = accumulator(tokens)
@@ -59,7 +59,7 @@ class Flow:
         return replace(self, size=size, guide=guide, cross=cross)
 
     def with_cross(self, cross: Tensor) -> Flow:
-        """Return it with the cross token that goes into this layer, [B, C]."""
+        """Return it with the cross token that goes into this layer, [batch, C]."""
         return replace(self, crosses=(*self.crosses, cross))
 
     def after(self, size: Tensor | None, found: Match | None) -> Flow:

@@ -70,8 +70,8 @@ class Merger:
         """Return the tokens that the first layer takes, [B, T, C]: with a cross token behind them, if there are any.
 
         Args:
-            tokens: [B, T, C].
-            guide: where a text ends, [B].
+            tokens: [batch, tokens, C].
+            guide: where a text ends, [batch].
             cross: the cross tokens of all layers, [1, layers, C].
         """
         size = None
@@ -95,7 +95,7 @@ class Merger:
         return tokens, flow.with_cross(cross)
 
     def protected(self, tokens: Tensor, flow: Flow) -> tuple[Tensor, int]:
-        """Return which tokens neither go nor take others in, [B, T] or [T], and how many of each row."""
+        """Return which tokens neither go nor take others in, [batch, tokens] or [T], and how many of each row."""
         places = torch.arange(tokens.shape[1], device=tokens.device)
         kept, count = places < self.prefix, self.prefix
         if flow.cross is not None:
@@ -164,7 +164,7 @@ class LayerPass:
         return self.attentions == self.site.attention + 1
 
     def _bias(self, dtype: torch.dtype, device: torch.device) -> Tensor | None:
-        """Return what is added to the logits, [B, 1, 1 or T, T]; None for nothing."""
+        """Return what is added to the logits, [batch, 1, 1 or T, T]; None for nothing."""
         bias = None if self.size is None else self.size.log()[:, None, None, :].to(dtype)
         if self.merger.causal:
             later = torch.full((self.tokens, self.tokens), -torch.inf, dtype=dtype, device=device).triu(1)
@@ -243,7 +243,7 @@ class LayerPass:
         return F.linear(joined, out_weight, out_bias), None
 
     def _saw(self, queries: Tensor, keys: Tensor, scale: float | None) -> None:
-        """Keep queries and keys as [B, heads, T, head_dim]; nothing of the matching has gradients."""
+        """Keep queries and keys as [batch, heads, T, head_dim]; nothing of the matching has gradients."""
         shape = (self.batch, -1, self.tokens, queries.shape[-1])
         self._queries, self._keys = queries.detach().reshape(shape), keys.detach().reshape(shape)
         if self._keys.shape[1] != self._queries.shape[1]:  # groups of heads share their keys
@@ -275,7 +275,7 @@ class LayerPass:
         return merged
 
     def _importance(self, keys: Tensor) -> Tensor:
-        """Return how much each token matters, [B, T]; `keys` has those of all heads side by side, [B, T, C]."""
+        """Return how much each token matters, [batch, T]; `keys` has those of all heads side by side, [batch, T, C]."""
         assert self._queries is not None
         merger, guide = self.merger, self.flow.guide
         place = -1 if self.flow.cross is not None else 0 if merger.prefix else None
@@ -394,5 +394,5 @@ def _run(layer: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], k
 
 
 def _row(tokens: Tensor, places: Tensor) -> Tensor:
-    """Return one token of each row, [B, C], of tokens [B, T, C] and places [B]."""
+    """Return one token of each row, [batch, C], of tokens [batch, tokens, C] and places [batch]."""
     return tokens.gather(1, places[:, None, None].expand(-1, 1, tokens.shape[2])).squeeze(1)

@@ -41,9 +41,9 @@ def matching_loss(image: Tensor, text: Tensor, ids: Tensor, scale: Tensor) -> Te
     """Return the symmetric contrastive loss of a batch; rows with equal numbers belong together, in equal shares.
 
     Args:
-        image: normalised features, [B, D].
-        text: normalised features, [B, D].
-        ids: number of each pair's image, [B].
+        image: normalised features, [batch, dim].
+        text: normalised features, [batch, dim].
+        ids: number of each pair's image, [batch].
         scale: what similarities are multiplied with.
     """
     same = (ids.unsqueeze(0) == ids.unsqueeze(1)).to(image.dtype)

@@ -21,10 +21,10 @@ class Match:
     """What becomes of the tokens of a batch, r' of T removed in every row.
 
     Attributes:
-        source: positions of the tokens that go, in the order of choice, [B, r'].
-        kept: positions of those that stay, ascending, [B, T - r'].
-        target: where each source goes, as a place in `kept`, [B, r'].
-        weight: of source and target in the merged token, [B, r', 2]; they sum to 2.
+        source: positions of the tokens that go, in the order of choice, [batch, r'].
+        kept: positions of those that stay, ascending, [batch, T - r'].
+        target: where each source goes, as a place in `kept`, [batch, r'].
+        weight: of source and target in the merged token, [batch, r', 2]; they sum to 2.
     """
 
     source: Tensor
@@ -51,11 +51,11 @@ def match(
     """Choose the tokens that go, those whose nearest lower-ranked token is nearest and that matter least.
 
     Args:
-        keys: what similarity is the cosine of, [B, T, C]; computed in float32 at least.
-        importance: how much each token matters, [B, T].
+        keys: what similarity is the cosine of, [batch, tokens, C]; computed in float32 at least.
+        importance: how much each token matters, [batch, tokens].
         remove: tokens to remove from each row; see `removable`.
-        protected: tokens that neither go nor take others in, [B, T] or [T], of bool.
-        empty: tokens of no content (padding), [B, T]; they go first, and never into one that has any.
+        protected: tokens that neither go nor take others in, [batch, tokens] or [T], of bool.
+        empty: tokens of no content (padding), [batch, tokens]; they go first, and never into one that has any.
         weighted: whether importance weighs the merged tokens; the weights are 1 otherwise.
     """
     with exactly(keys):
@@ -84,11 +84,11 @@ def match(
 
 
 def merge(tokens: Tensor, size: Tensor, found: Match) -> tuple[Tensor, Tensor]:
-    """Return the merged tokens [B, T - r', C] and their sizes [B, T - r']; gradients go through both.
+    """Return the merged tokens [batch, T - r', C] and their sizes [batch, T - r']; gradients go through both.
 
     Args:
-        tokens: [B, T, C].
-        size: how many tokens each stands for, [B, T]; 0 for one without content.
+        tokens: [batch, tokens, C].
+        size: how many tokens each stands for, [batch, tokens]; 0 for one without content.
         found: by `match`.
     """
     with exactly(tokens):
@@ -124,7 +124,7 @@ def unmerge(tokens: Tensor, found: Match) -> Tensor:
 
 
 def cosine(keys: Tensor, guide: Tensor) -> Tensor:
-    """Return the cosine of each token's key with the guide, [B, T], of keys [B, T, C] and a guide [B, C]."""
+    """Return the cosine of each token's key with the guide, [B, T], of keys [batch, tokens, C] and a guide [B, C]."""
     return (_group(keys) @ _group(guide).unsqueeze(2)).squeeze(2)
 
 
@@ -134,14 +134,14 @@ def _group(vectors: Tensor) -> Tensor:
 
 
 def _cosines(keys: Tensor) -> Tensor:
-    """Return the cosines of all pairs, [B, T, T], symmetric to the last bit, whatever the product rounds."""
+    """Return the cosines of all pairs, [batch, tokens, T], symmetric to the last bit, whatever the product rounds."""
     group = _group(keys)
     upper = (group @ group.transpose(1, 2)).triu(1)
     return upper + upper.transpose(1, 2)
 
 
 def _barred(positions: Tensor, protected: Tensor, empty: Tensor | None) -> Tensor:
-    """Return which pairs may not be merged, [B, T, T] or [1, T, T]."""
+    """Return which pairs may not be merged, [batch, tokens, T] or [1, T, T]."""
     barred = protected.unsqueeze(-1) | protected.unsqueeze(-2) | (positions.unsqueeze(0) == positions.unsqueeze(1))
     if empty is not None:
         barred = barred | (empty.unsqueeze(2) != empty.unsqueeze(1))
@@ -149,7 +149,7 @@ def _barred(positions: Tensor, protected: Tensor, empty: Tensor | None) -> Tenso
 
 
 def _ranks(values: Tensor) -> Tensor:
-    """Return each value's place in ascending order, [B, T]; equal ones in the order of their positions."""
+    """Return each value's place in ascending order, [batch, tokens]; equal ones in the order of their positions."""
     positions = torch.arange(values.shape[1], device=values.device)
     mine, others = values.unsqueeze(2), values.unsqueeze(1)
     before = (others < mine) | ((others == mine) & (positions.unsqueeze(0) < positions.unsqueeze(1)))
@@ -162,7 +162,7 @@ def _inverse(permutation: Tensor) -> Tensor:
 
 
 def _place(positions: Tensor, source: Tensor) -> Tensor:
-    """Return where kept positions stand once the sources are gone, [B, n]."""
+    """Return where kept positions stand once the sources are gone, [batch, n]."""
     return positions - (source.unsqueeze(1) < positions.unsqueeze(2)).sum(2)
 
 

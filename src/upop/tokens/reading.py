@@ -70,7 +70,7 @@ class Encoder:
 
     @property
     def tokens(self) -> Tensor:
-        """What the first layer takes, [B, T, C]."""
+        """What the first layer takes, [batch, tokens, C]."""
         found = self.layers[0].call.tokens
         assert found is not None
         return found

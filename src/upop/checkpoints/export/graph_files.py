@@ -87,7 +87,7 @@ def export(
         cache: of a decoder of transformers that generates: the graph takes and gives keys and values of every layer
             (`past_key_values.0.key` and `present.0.key`, [batch, heads, tokens, size]), so that a token costs one call
             with that token alone. A prompt is the call with a cache of no tokens.
-        quantize: "int8" has onnxruntime turn the weights of linear layers into whole numbers, and their inputs as they
+        quantize: "int8" has onnxruntime turn the weights of linear layers into integers, and their inputs as they
             come; with `samples` it measures the range of the inputs on those beforehand.
         samples: batches of what the graph takes, as `example`; for a model with one graph.
         overwrite: whether a folder that `save` or `export` wrote may be replaced though its files were changed since.
@@ -303,7 +303,7 @@ def check_quantize(quantize: str | None, format: str) -> None:
 
 
 def _quantizer(quantize: str) -> Callable[[nn.Module, Graph, Path, Sequence[Any] | None], dict[str, Any]]:
-    """Return what turns a graph that was written and checked into whole numbers, and says what that costs."""
+    """Return what turns a graph that was written and checked into integers, and says what that costs."""
     from upop.checkpoints.export.int8 import quantized
 
     def shrink(model: nn.Module, graph: Graph, file: Path, samples: Sequence[Any] | None) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from upop.libraries import naming_missing
 
 
 def quantized(file: Path, samples: Sequence[Sequence[Tensor]] | None) -> None:
-    """Replace an ONNX file by one whose matrix products take whole numbers of 8 bits.
+    """Replace an ONNX file by one with matrix products in 8-bit integers.
 
     Args:
         file: the graph.

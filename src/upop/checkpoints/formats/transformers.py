@@ -184,7 +184,7 @@ def started(folder: Path, name: str, changes: Mapping[str, Any]) -> tuple[PreTra
 
 
 def built(folder: Path, name: str, changes: Mapping[str, Any]) -> PreTrainedModel:
-    """Return a model with fresh weights from the config.json of a folder, in evaluation mode.
+    """Return a model with initial weights from the config.json of a folder, in evaluation mode.
 
     Args:
         folder: with config.json.
