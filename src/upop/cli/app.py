@@ -23,7 +23,7 @@ from upop.starting import INTERRUPTED, end_watch
 
 
 class _Commands(LaterGroup):
-    """The commands of upop: each is a line here, and a module that its call imports."""
+    """The commands of upop: one line each, and a module that is imported on call."""
 
     later = {  # noqa: RUF012 - nothing changes it
         "check": Later(
@@ -104,7 +104,7 @@ app.add_typer(data, name="data")
 
 
 class ShapesTask(StrEnum):
-    """The tasks that generated data exists for."""
+    """Tasks with generated data."""
 
     nlvr = "nlvr"
     caption = "caption"
@@ -162,8 +162,8 @@ def _global(
 def main(command: typer.Typer = app) -> None:
     """Run a command; an error of ours ends it with a message and exit code 1, without a traceback.
 
-    A command line that cannot be understood exits with 2; a run that was asked to end and can be resumed, with 75; a
-    command that Ctrl-C ended, with 130.
+    An invalid command line exits with 2, a run that was stopped and can be resumed with 75, and a command interrupted
+    by Ctrl-C with 130.
     """
     end_watch()
     for stream in (sys.stdout, sys.stderr):
@@ -189,7 +189,7 @@ def main(command: typer.Typer = app) -> None:
 
 
 def _failed(error: Exception) -> int:
-    """Tell of an error that a user can do something about, and return the exit code; raise any other one."""
+    """Print an error that the user can resolve, and return the exit code; re-raise any other."""
     from upop.errors import LostProcessError, PreemptedError, UPopError
     from upop.libraries import missing
 
@@ -220,7 +220,7 @@ def _notify(kind: str, message: str) -> None:
 def _warning(
     message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
 ) -> str:
-    """Return a warning as a person needs it: without the line of code that gave it."""
+    """Format a warning without its line of code."""
     del filename, lineno, line
     return f"{category.__name__}: {plain(message)}\n"
 

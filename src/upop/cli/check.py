@@ -1,4 +1,4 @@
-"""`upop check`: whether the data and the checkpoint of a published run are there and whole, before it is started."""
+"""`upop check`: checks that the data and checkpoint of a published run are present and intact."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`upop convert`: one model as a published file, as a folder of ours, or as transformers' own."""
+"""`upop convert`: converts between published files, folders of upop, and transformers models."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from upop.pruning import count_parameters
 
 
 class Form(StrEnum):
-    """What a model is written as."""
+    """The output form of a model."""
 
     official = "official"
     upop = "upop"

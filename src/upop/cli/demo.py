@@ -1,4 +1,4 @@
-"""`upop demo`: the whole thing on generated images, for someone who has a few minutes and no data."""
+"""`upop demo`: the whole workflow on generated images, in a few minutes."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def demo(
 
 
 def answers_table(examples: Examples) -> Table:
-    """Return sentences, whether they are true, and what every model says; wrong answers are red."""
+    """Return a table of sentences, their truth, and the answers of every model; wrong ones are red."""
     models = list(examples.samples[0].answers)
     table = Table("sentence", "true?", title="Some test sentences, before and after", title_justify="left")
     for model in models:

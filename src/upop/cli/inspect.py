@@ -1,4 +1,4 @@
-"""`upop inspect`: what a model is made of, and what a budget would make of it, before any training."""
+"""`upop inspect`: shows the groups of a model, and previews a budget without training."""
 
 from __future__ import annotations
 

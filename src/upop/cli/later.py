@@ -1,4 +1,4 @@
-"""Commands that are imported when they are called: a help and a mistyped name take no library of deep learning."""
+"""Commands that are imported on call, so that help and typos load no deep learning library."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Command lines that cannot be understood: what is wrong, the nearest flag or command, and where help is."""
+"""Errors of invalid command lines: the problem, the nearest flag or command, and where to find help."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def _message(error: typer.TyperException, context: typer.Context | None) -> str:
 
 
 def _typed(parameter: Any) -> str | None:
-    """Return what was written after a flag, as far as the command line tells."""
+    """Return the value after a flag on the command line, if found."""
     for place, word in enumerate(sys.argv):
         flag, equals, value = word.partition("=")
         if flag in _flags(parameter):

@@ -19,7 +19,7 @@ S = TypeVar("S", bound=RunSettings)
 
 
 def as_ratio(text: str) -> float:
-    """Return the number that a text is; whether it is a ratio, the settings check.
+    """Parse a number; the settings check whether it is a ratio.
 
     Raises:
         typer.BadParameter: it is no number; for "50%" and "2x" the message says what to write.
@@ -31,7 +31,7 @@ def as_ratio(text: str) -> float:
 
 
 def starting_with(known: Callable[[], Iterable[str]]) -> Callable[[str], list[str]]:
-    """Return what shells complete a word with: those of the known ones that begin with it."""
+    """Return a shell completion from known words."""
 
     def completed(incomplete: str) -> list[str]:
         return [word for word in known() if word.startswith(incomplete)]
@@ -49,7 +49,7 @@ class Device(StrEnum):
 
 
 class ResumeWhen(StrEnum):
-    """Whether a run goes on from a checkpoint."""
+    """When a run resumes from a checkpoint."""
 
     auto = "auto"
     must = "must"

@@ -1,4 +1,4 @@
-"""Commands under torchrun: an error says which process it is of, and torchrun learns the cause of a run's end."""
+"""Commands under torchrun: errors state their rank, and torchrun learns the cause of a failure."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def under_torchrun() -> bool:
 
 
 def place() -> str:
-    """Return which of several processes this is, in words: " (rank 1 of 8)"; nothing where there is one."""
+    """Return the rank in words: " (rank 1 of 8)"; "" for a single process."""
     world = os.environ.get("WORLD_SIZE", "1")
     return f" (rank {os.environ.get('RANK', '0')} of {world})" if world != "1" else ""
 
@@ -24,9 +24,9 @@ def place() -> str:
 def recorded(command: Callable[[], object]) -> object:
     """Run a command and return what it returns.
 
-    Under torchrun, an error goes into the file from which torchrun tells the cause.
+    Under torchrun, an error is written to the file from which torchrun reports the cause.
 
-    A command that has succeeded leaves the group of processes, whose threads may else abort a process that exits.
+    A successful command destroys the process group, whose threads might otherwise abort the exiting process.
 
     Raises:
         LostProcessError: another process has ended, so that this one cannot go on; that is not the cause.

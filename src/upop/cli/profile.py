@@ -1,4 +1,4 @@
-"""`upop profile`: what a model's layers take on this machine, by kind and size, for targets in milliseconds."""
+"""`upop profile`: measures the latency of layers by kind and size, for targets in milliseconds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Data sets of an annotation file with one image per sample, as COCO's and Flickr30K's are."""
+"""Base of data sets with one annotation file and one image per sample, such as COCO and Flickr30K."""
 
 from __future__ import annotations
 
@@ -18,23 +18,22 @@ ItemT = TypeVar("ItemT")
 
 
 class AnnotatedImages(Dataset[ItemT]):
-    """What such data sets share: the file's samples, where the images lie, and one image by its number.
+    """The common part of these data sets: samples, image paths, and access to images by number.
 
-    A data set is as long as it has images. A subclass reads what else it needs of `_samples`, and then calls
-    `_check_images`.
+    The length is the number of images. A subclass reads further fields from `_samples`, then calls `_check_images`.
     """
 
     def __init__(self, annotation_file: str | Path, image_root: str | Path, transform: ImageTransform) -> None:
         self.file, self.root, self.transform = Path(annotation_file), Path(image_root), transform
 
     def _samples(self) -> list[Sample]:
-        """Return the file's samples; DataError where one has no image."""
+        """Return the samples of the file; DataError if one has no image."""
         samples = read_samples(self.file)
         self._images = [sample.text("image") for sample in samples]
         return samples
 
     def _check_images(self, samples: Sequence[Sample], *, outside: bool) -> None:
-        """Raise DataError for an image that is missing, or lies outside of the root where that is not allowed."""
+        """Raise DataError for an image that is missing, or outside of the root without permission."""
         check_images(self.root, zip(samples, self._images, strict=True), outside=outside)
 
     def __len__(self) -> int:
@@ -46,5 +45,5 @@ class AnnotatedImages(Dataset[ItemT]):
         return Sources((self.file,), {image: self.root / image for image in self._images})
 
     def _image(self, index: int) -> Tensor:
-        """Return an image [3, H, W] by its number in the file; DataError where it cannot be read."""
+        """Return an image [3, height, width] by its number; DataError if it cannot be read."""
         return self.transform(open_image(self.root / self._images[index], file=self.file, number=index % len(self)))

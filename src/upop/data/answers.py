@@ -1,4 +1,4 @@
-"""Answers of people to questions, as visual question answering compares them: normalised, and by type.
+"""Normalises human answers for visual question answering, and determines their types.
 
 Rules of https://visualqa.org/evaluation.html. Answers are normalised always; the official script leaves them as they
 are where all ten people wrote the very same, so that "two" for "2" can count as wrong there.
@@ -48,7 +48,7 @@ _NUMBER = re.compile(r"[+-]?\d[\d.,:/]*%?")
 
 @lru_cache(maxsize=100_000)
 def normalise_answer(answer: str) -> str:
-    """Return an answer as it is compared: no case, articles, marks or number words, apostrophes in their places."""
+    """Normalise an answer: lower case, no articles, punctuation or number words, corrected apostrophes."""
     text = re.sub(r"[\n\t]", " ", answer).strip()
     joined = bool(_DIGITS_AROUND_COMMA.search(text))
     cleaned = text
@@ -61,7 +61,7 @@ def normalise_answer(answer: str) -> str:
 
 
 def answer_type(people: Iterable[str]) -> str:
-    """Return which of `ANSWER_TYPES` a question has, read off what most people answered."""
+    """Return the type of a question (one of `ANSWER_TYPES`) by its most frequent answer."""
     common = Counter(map(normalise_answer, people)).most_common(1)[0][0]
     if common in ("yes", "no"):
         return "yes/no"

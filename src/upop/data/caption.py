@@ -1,4 +1,4 @@
-"""COCO captions: images with sentences about them."""
+"""COCO captions: images with describing sentences."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ class CaptionEvalDataset(AnnotatedImages[CaptionItem]):
         return {"image": self._image(index), "image_id": self._numbers[index]}
 
     def without(self, numbers: Collection[int]) -> Self:
-        """Return the images but for those of these places in the file, and their captions, to score the rest."""
+        """Return the data set without the images at these positions in the file."""
         result = narrowed(self, numbers, "_images", "_numbers")
         result.references = {number: self.references[number] for number in result._numbers if self.references}
         return result

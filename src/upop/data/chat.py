@@ -1,8 +1,8 @@
-"""Conversations as a model takes them: its own chat template and processor, and which tokens are the answers.
+"""Formats conversations with the chat template and processor of a model, and finds the tokens of the answers.
 
-The template renders a conversation with a mark in the place of every answer; what stands between the marks is the
-template's own, whatever it makes of an answer's text. So it is known to the letter where answers are in the text, and
-by the tokenizer's offsets which tokens they are, after images have taken the place of their marks too.
+The template first renders a conversation with a placeholder for every answer, which separates its own text from that of
+the answers. This gives the exact positions of answers in the text; offsets of the tokenizer then give their tokens,
+also after images have replaced their placeholders.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ class Sample:
     """A conversation with its images opened; the last turn is an answer.
 
     Attributes:
-        row: that it is from.
-        turns: what is said; of a text alone, one answer.
-        images: in the order in which they stand in the turns.
+        row: the row of the sample.
+        turns: the turns; a plain text is one answer.
+        images: in the order of the turns.
     """
 
     row: Row
@@ -50,12 +50,12 @@ class Sample:
 
 
 def conversation(row: Row, prompt: str, caption: int = 0) -> tuple[Turn, ...]:
-    """Return what is said in a row: up to the last answer.
+    """Return the turns of a row, up to the last answer.
 
     Args:
         row: of any kind but "label".
-        prompt: what is asked of an image that has captions.
-        caption: which of the captions answers.
+        prompt: question for images with captions.
+        caption: which caption is the answer.
 
     Raises:
         DataError: a question has marks <image>, and not as many as the row has images.
@@ -71,7 +71,7 @@ def conversation(row: Row, prompt: str, caption: int = 0) -> tuple[Turn, ...]:
 
 
 def _asked(row: Row, text: str) -> Turn:
-    """Return a question, with the images of its row where its marks stand, or before it."""
+    """Return a question, with its images at their marks, or before it."""
     parts = split_marks(text) if row.images else [text]
     marks = sum(part is IMAGE for part in parts)
     if marks and marks != len(row.images):
@@ -80,12 +80,12 @@ def _asked(row: Row, text: str) -> Turn:
 
 
 class ChatFormat:
-    """Makes batches of conversations, as a model takes them.
+    """Turns conversations into batches for a model.
 
     Args:
         processor: of transformers: of texts and images, or a tokenizer.
         folder: the model's, whose config.json says whether it has an encoder of texts.
-        max_tokens: of a conversation, images included; what is beyond is cut off, if it is no image.
+        max_tokens: maximum tokens of a conversation, images included; longer texts are cut off, images are not.
 
     Attributes:
         takes_images: whether the processor takes images.
@@ -124,13 +124,13 @@ class ChatFormat:
         return sorted(found)
 
     def written(self, tokens: Tensor) -> list[str]:
-        """Return the texts of generated tokens [batch, tokens], each up to its end."""
+        """Decode generated tokens [batch, tokens], each up to its end token."""
         ends = set(self.ends)
         rows = [list(takewhile(lambda token: token not in ends, row)) for row in tokens.tolist()]
         return [text.strip() for text in self.tokenizer.batch_decode(rows, skip_special_tokens=True)]
 
     def check(self, turns: Sequence[Turn], row: Row) -> None:
-        """Refuse a conversation that the model cannot take.
+        """Refuse a conversation that the model does not support.
 
         Raises:
             DataError: it has images, or none, or several turns, and the model takes none, or one; or a text of it has
@@ -228,7 +228,7 @@ class ChatFormat:
         return {name: value for name, value in found.items() if isinstance(value, Tensor) and name != "offset_mapping"}
 
     def _cut(self, found: dict[str, Tensor], samples: Sequence[Sample]) -> dict[str, Tensor]:
-        """Cut conversations off at `max_tokens`; an image must not be cut."""
+        """Cut off conversations at `max_tokens`, but never within an image."""
         most = self.max_tokens
         if found["input_ids"].shape[1] <= most:
             return found
@@ -242,10 +242,10 @@ class ChatFormat:
         return {name: value[:, :most] if name in _PER_TOKEN else value for name, value in found.items()}
 
     def rendered(self, turns: Sequence[Turn]) -> tuple[str, list[tuple[int, int]]]:
-        """Return a conversation as text, with the marks of images, and where in it the answers are.
+        """Render a conversation as text with image placeholders; return it with the positions of answers.
 
-        An answer ends with the mark by which the template ends a turn; where the last one has none, with the end of
-        a text, so that a model learns to stop.
+        An answer includes the template's end-of-turn token; if the last one has none, the end-of-text token, so that
+        the model learns to stop.
         """
         answers = [turn.text.strip() for turn in turns if turn.role == "assistant"]
         marked = _with_marks(turns)
@@ -300,13 +300,13 @@ def _with_marks(turns: Sequence[Turn]) -> list[Turn]:
 
 
 def moved(text: str, expanded: str, spans: Sequence[tuple[int, int]], mark: str | None) -> list[tuple[int, int]]:
-    """Return where parts of a text are after the marks of images in it gave way to longer texts.
+    """Map spans of a text to their positions after image placeholders were expanded.
 
     Args:
-        text: with marks.
-        expanded: the same with other texts in their places.
-        spans: parts of `text` without marks.
-        mark: of an image; None where there is none.
+        text: with placeholders.
+        expanded: the same text with expanded placeholders.
+        spans: parts of `text` without placeholders.
+        mark: the image placeholder, or None.
     """
     if text == expanded or not mark:
         return list(spans)
@@ -326,14 +326,14 @@ def moved(text: str, expanded: str, spans: Sequence[tuple[int, int]], mark: str 
 
 
 class _Heard:
-    """What a tokenizer was given last, and where its tokens are in that, [T, 2] for every text."""
+    """The last texts of a tokenizer, with the offsets of their tokens, [tokens, 2] each."""
 
     texts: Sequence[str]
     offsets: Tensor
 
 
 class _Listener:
-    """A tokenizer that notes what it is given and where its tokens are."""
+    """A tokenizer that records its inputs and the offsets of its tokens."""
 
     def __init__(self, tokenizer: Any, heard: _Heard) -> None:
         self._tokenizer, self._heard = tokenizer, heard
@@ -349,7 +349,7 @@ class _Listener:
 
 @contextmanager
 def _listening(processor: Any, tokenizer: Any, heard: _Heard) -> Iterator[None]:
-    """Note what the tokenizer of a processor is given, within the block."""
+    """Record the inputs of a processor's tokenizer within the block."""
     if processor is tokenizer:
         yield
         return
@@ -361,11 +361,11 @@ def _listening(processor: Any, tokenizer: Any, heard: _Heard) -> Iterator[None]:
 
 
 def prompts(batch: Mapping[str, Tensor], pad: int) -> dict[str, Tensor]:
-    """Return the prompts of a batch for generation: all before the last answer, filled up at their beginning.
+    """Return the prompts of a batch for generation: everything before the last answer, padded on the left.
 
     Args:
         batch: of `ChatFormat.batch`.
-        pad: the token that fills up.
+        pad: the padding token.
     """
     labels = batch["labels"]
     rest = {name: value for name, value in batch.items() if name not in _PER_TOKEN and name != "decoder_input_ids"}

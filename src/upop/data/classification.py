@@ -1,6 +1,6 @@
-"""ImageNet's folders: `ROOT/{train,val,test}/CLASS/*.JPEG`, where any names and any images will do.
+"""Image folders with the layout of ImageNet: `ROOT/{train,val,test}/CLASS/*.JPEG`, with any names and image formats.
 
-The classes are the folders, numbered in the order of their names.
+Classes are the folders, in alphabetical order.
 """
 
 from __future__ import annotations
@@ -65,17 +65,16 @@ class ImageFolderDataset(Dataset[ImageItem]):
     Args:
         root: the folder that holds the splits.
         split: "train", "val" or "test".
-        transform: from an image to a tensor; chance of torch, numpy and Python follows torch's generator.
+        transform: from an image to a tensor; all random draws follow torch's generator.
         training: whether samples carry seeds for the mixing of their batch.
-        classes: how many classes the model knows, at most; None does not check it.
+        classes: maximum number of classes of the model; None skips the check.
         outside: whether links may lead outside of `root`.
 
-    Files whose names begin with a dot are none of the data, nor are those in such folders. Others that do not end like
-    images are left out.
+    Hidden files and folders are ignored. Other files without an image extension are left out.
 
     Attributes:
         names: of the classes.
-        notes: sentences about files that were left out, if any.
+        notes: remarks about files that were left out.
 
     Raises DataError, here for folders that are missing or empty, other classes than those of the training split, and
     more of them than the model knows; on access for an image that cannot be read.
@@ -113,7 +112,7 @@ class ImageFolderDataset(Dataset[ImageItem]):
         self._images = [(path, label) for label, listed in enumerate(found) for path in listed.images]
 
     def _listed(self, bounds: Bounds) -> list[Listed]:
-        """Return the images of every class; note other files, and images beside the classes."""
+        """Return the images of every class; record other files, and images outside of class folders."""
         try:
             beside = list_images(self.folder, bounds, deep=False)
             found = [list_images(self.folder / name, bounds) for name in self.names]
@@ -179,7 +178,7 @@ def _names(folder: Path) -> list[str]:
 
 
 def _check_same(folder: Path, found: Sequence[str], wanted: Sequence[str]) -> None:
-    """Labels are numbers of folders, so the folders of all splits must be the same."""
+    """Check that all splits have the same class folders, whose order defines the labels."""
     lacking, unknown = (sorted(set(one) - set(other)) for one, other in ((wanted, found), (found, wanted)))
     if lacking or unknown:
         described = [
@@ -194,8 +193,8 @@ def _check_same(folder: Path, found: Sequence[str], wanted: Sequence[str]) -> No
 
 
 class RepeatedSampler(Sampler[int]):
-    """Repeated augmentation: an epoch sees `repeats` copies, each drawn anew, of a part of the samples, and so is as
-    long as one that sees each of them once.
+    """Repeated augmentation: an epoch has `repeats` differently augmented copies of a part of the samples, and the same
+    length as without repetition.
 
     A copy of a sample is the number sample + copy * samples. Epochs differ, and do not depend on the number of
     processes.

@@ -1,4 +1,4 @@
-"""DeiT's way to vary images, by timm: RandAugment, random erasing, and mixing (mixup, cutmix)."""
+"""The augmentation of DeiT, by timm: RandAugment, random erasing, and mixing (mixup, cutmix)."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ MixMode = Literal["batch", "pair", "elem"]
 
 @dataclass(frozen=True)
 class Augmentation:
-    """How images are varied in training.
+    """Settings of the augmentation in training.
 
     Attributes:
         policy: timm's name of a policy, such as `POLICY`; None for colour jitter alone.
         color_jitter: strength of the jitter of brightness, contrast and saturation; policies take its place.
         interpolation: of the crops.
         erasing: probability that a rectangle is erased.
-        erasing_mode: what it is filled with: nothing, one random colour, or random pixels.
-        erasing_count: rectangles, at most.
+        erasing_mode: its content: zeros, one random colour, or random pixels.
+        erasing_count: maximum number of rectangles.
     """
 
     policy: str | None = POLICY
@@ -90,14 +90,14 @@ def train_transform(image_size: int, augmentation: Augmentation, images: Images 
 
 
 def _operations(step: Any) -> list[AugmentOp]:
-    """Return what a step of a policy may do to an image; nothing for other steps."""
+    """Return the operations of a policy step; none for other steps."""
     if isinstance(step, AutoAugment):
         return [operation for part in step.policy for operation in part]
     return [operation for operation in getattr(step, "ops", ()) if isinstance(operation, AugmentOp)]
 
 
 def _posterize(image: Image.Image, bits: int, **kwargs: Any) -> Image.Image:
-    """Do what timm does, and leave no bit where a policy at its highest level asks for that; Pillow 13 refuses to."""
+    """Posterize as timm does, also to 0 bits at the highest level, which Pillow 13 refuses."""
     if bits < 1:
         return Image.new(image.mode, image.size)
     posterized: Image.Image = posterize(image, bits, **kwargs)
@@ -108,7 +108,7 @@ class _Crop(RandomResizedCropAndInterpolation):
     """timm's random crop, resized faster."""
 
     def __call__(self, image: Image.Image) -> Image.Image:
-        """The crop, of the size that was asked for."""
+        """The crop, of the requested size."""
         top, left, height, width = self.get_params(image, self.scale, self.ratio)  # type: ignore[no-untyped-call]
         # Of an image of a few pixels, timm draws crops that have none.
         crop = (min(top, image.height - 1), min(left, image.width - 1), max(height, 1), max(width, 1))
@@ -139,15 +139,15 @@ def eval_transform(image_size: int, images: Images = IMAGENET) -> ImageTransform
 
 @dataclass(frozen=True)
 class Mixing:
-    """Mixes every image of a batch with another one of it: weighed (mixup), or a rectangle of it put in (cutmix).
+    """Mixes every image of a batch with another one, by weights (mixup) or with a rectangle of it (cutmix).
 
     Attributes:
-        classes: how many there are.
+        classes: number of classes.
         mixup: alpha of the distribution of weights; 0 leaves mixup out.
         cutmix: alpha of the distribution of areas; 0 leaves cutmix out.
         cutmix_minmax: smallest and largest side of the rectangle as shares of the image's, instead of `cutmix`.
         probability: that a batch is mixed at all.
-        switch: probability of cutmix where both are there.
+        switch: probability of cutmix if both are on.
         mode: whether weights are drawn per batch, pair or element.
         smoothing: share of every target that is spread over all classes.
     """
@@ -191,7 +191,7 @@ class Mixing:
 
 @contextmanager
 def seeded_libraries(seed: int) -> Iterator[None]:
-    """Have Python's and numpy's chance, which timm draws from, start from a seed (0 to 2^32 - 1), and undo it after."""
+    """Seed the generators of Python and numpy, which timm uses, within the block (seed 0 to 2^32 - 1)."""
     python, numbers = random.getstate(), np.random.get_state()
     random.seed(seed)
     np.random.seed(seed)

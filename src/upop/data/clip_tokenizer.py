@@ -1,4 +1,4 @@
-"""Texts for CLIP: token numbers between a first and a last word, in rows of one length.
+"""Tokenizes texts for CLIP: token ids between a begin and an end token, padded to one length.
 
 CLIP's text tower reads off its feature at the last word of the vocabulary, which ends every text. So any tokenizer
 whose two last words are made for it will do: CLIP's own byte-pair encoding (<|startoftext|>, <|endoftext|>), or a BERT
@@ -42,7 +42,7 @@ _HUB_TIMEOUT = 10.0
 
 @dataclass(frozen=True)
 class ClipTokenizer:
-    """Makes rows of token numbers; its two last words begin and end a text.
+    """Tokenizes texts; the last two words of the vocabulary begin and end each text.
 
     Attributes:
         library: a tokenizer of transformers.
@@ -61,7 +61,7 @@ class ClipTokenizer:
     def __call__(self, texts: Sequence[str], length: int) -> dict[str, Tensor]:
         """Return `input_ids` and `attention_mask`, [B, T] int64, padded to the longest text, which is at most `length`.
 
-        Longer texts are cut, and end with the last word all the same.
+        Longer texts are cut, but keep the end token.
         """
         # transformers' CLIPTokenizer begins, ends and pads with words by their names, which a BERT vocabulary lacks.
         rows = self.library(list(texts), add_special_tokens=False)["input_ids"]
@@ -158,7 +158,7 @@ def _whole_file(folder: Path) -> ClipTokenizer:
 
 
 def _word(described: Any, usual: str) -> str:
-    """Return a special word as tokenizer_config.json has it: a text, or an object with its content."""
+    """Return a special token of tokenizer_config.json, given as text or as an object."""
     word = described.get("content") if isinstance(described, dict) else described
     return word if isinstance(word, str) else usual
 

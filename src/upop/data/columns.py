@@ -1,4 +1,4 @@
-"""Which column of a table is what: the image, the question, the answer, as told or by the names that people give."""
+"""Assigns roles (image, question, answer, ...) to the columns of a table, as stated or by usual names."""
 
 from __future__ import annotations
 
@@ -35,18 +35,18 @@ KINDS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 
 @dataclass(frozen=True)
 class Columns:
-    """The kind of a table's samples, and which column is what: role -> column."""
+    """The kind of the samples of a table, and role -> column."""
 
     kind: str
     named: Mapping[str, str]
 
 
 def find_columns(table: Table, kinds: Sequence[str], stated: Mapping[str, str]) -> Columns:
-    """Return the first of the kinds whose columns a table has.
+    """Return the first kind whose columns a table has.
 
     Args:
         table: the rows.
-        kinds: that will do, of `KINDS`, likeliest first.
+        kinds: accepted kinds of `KINDS`, in order of preference.
         stated: role -> column, as given by the user.
 
     Raises:
@@ -84,7 +84,7 @@ def _usual(table: Table, role: str) -> str | None:
 
 
 def _missing(table: Table, kinds: Sequence[str], described: Mapping[str, str]) -> str:
-    """Return what no kind of sample finds, with the columns that are nearest to it."""
+    """Describe the missing roles, with the nearest columns."""
     ways = []
     for kind in kinds:
         needed, allowed = KINDS[kind]

@@ -1,4 +1,4 @@
-"""Batches of samples of like length, in another order in every epoch, so that little is filled up."""
+"""Groups samples of similar length into batches, in another order in every epoch, to reduce padding."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ _BATCHES = 32
 
 
 class LengthSampler(Sampler[int]):
-    """Gives all numbers of an epoch, so that those in a row are of samples of like length.
+    """Yields all sample numbers of an epoch, so that neighbours have similar lengths.
 
     Args:
         lengths: of the samples.
-        batch: samples in a row that should be alike.
-        seed: of the draws.
+        batch: number of neighbours with similar lengths.
+        seed: random seed.
     """
 
     def __init__(self, lengths: Sequence[int], batch: int, seed: int) -> None:

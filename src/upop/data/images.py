@@ -1,8 +1,7 @@
-"""Images as they are found and opened: which files are images, where they may lie, and how they become RGB.
+"""Finds and opens images: which files are images, where they may be, and their conversion to RGB.
 
-What a file is, its first bytes say, not its name. Only the kinds of `FORMATS` are opened, from regular files, up to a
-size: no reader that starts another program (PostScript's), no pipe that would be waited for, no image that claims
-more pixels than memory has.
+The first bytes determine the format, not the name. Only `FORMATS` are opened, from regular files, up to a size limit:
+no reader that starts another program (PostScript), no pipe that would block, no image with more pixels than memory.
 """
 
 from __future__ import annotations
@@ -51,14 +50,14 @@ _TURNS = {
 
 @contextmanager
 def opened(source: str | Path | bytes) -> Iterator[Image.Image]:
-    """Give an image whose header has been read; its pixels are read on demand.
+    """Open an image and read its header; pixels are read on demand.
 
     Args:
-        source: the file, or what such a file holds.
+        source: the file, or its content.
 
     Raises:
-        OSError, ValueError: it is no regular file, none of the kinds of `FORMATS`, or beyond the bounds.
-        Exception: what Pillow's decoders raise, here or where the image is used.
+        OSError, ValueError: it is no regular file, of another format, or too large.
+        Exception: errors of Pillow's decoders, here or when the image is used.
     """
     with io.BytesIO(source) if isinstance(source, bytes) else regular_file(source) as file:
         size = len(source) if isinstance(source, bytes) else os.fstat(file.fileno()).st_size
@@ -87,10 +86,10 @@ def _check_size(width: int, height: int) -> None:
 
 
 def open_image(path: str | Path, *, file: Path, number: int, upright: bool = True) -> Image.Image:
-    """Read an image as RGB of 8 bits; of an animation the first image.
+    """Read an image as 8-bit RGB; of an animation, the first frame.
 
-    Of 16 bits the upper 8 are kept, and transparency is dropped. A camera that was held sideways notes so in the file
-    (EXIF): such an image is turned upright, unless `upright` is False, which gives it as it is stored.
+    16-bit images keep their upper 8 bits, and transparency is dropped. Images are turned upright by their EXIF
+    orientation, unless `upright` is False.
 
     Raises:
         BadImageError: it cannot be read; the message names the image and the sample of the file that asks for it.
@@ -110,7 +109,7 @@ def open_image(path: str | Path, *, file: Path, number: int, upright: bool = Tru
 
 
 def read_rgb(source: str | Path | bytes, *, upright: bool = True) -> Image.Image:
-    """Return an image as `open_image` does; what is wrong with one is whatever the decoders raise."""
+    """Read an image like `open_image`, but raise the errors of the decoders."""
     with opened(source) as image:
         found = _as_rgb(image)
         turn = _TURNS.get(_orientation(image)) if upright else None
@@ -138,18 +137,18 @@ def _orientation(image: Image.Image) -> int:
 
 
 class Bounds:
-    """Says what lies outside of a folder, once links are followed.
+    """Checks that files are inside a folder, after following links.
 
     Args:
         root: the folder.
-        outside: whether anything may lie outside; then nothing is said.
+        outside: True allows everything.
     """
 
     def __init__(self, root: Path, *, outside: bool) -> None:
         self._root = None if outside else os.path.realpath(root)
 
     def beyond(self, path: str | Path) -> str:
-        """Return where a file or folder really lies, if that is outside; else nothing."""
+        """Return the real path of a file or folder outside; "" if it is inside."""
         if self._root is None:
             return ""
         real = os.path.realpath(path)
@@ -173,13 +172,13 @@ class Listed:
 
 
 def list_images(folder: Path, bounds: Bounds, endings: Sequence[str] = ENDINGS, *, deep: bool = True) -> Listed:
-    """Return the images below a folder. Names that begin with a dot are what systems and editors keep for themselves.
+    """Return the images below a folder, without hidden files.
 
     Args:
-        folder: to look through; each folder once, however many links lead to it.
-        bounds: of where links may lead.
-        endings: of the names of images, in lower case.
-        deep: whether folders in it are looked through.
+        folder: to scan; each folder once, even with several links to it.
+        bounds: limits where links may lead.
+        endings: file extensions of images, in lower case.
+        deep: whether to scan subfolders.
 
     Raises:
         OSError: the folder cannot be read.
@@ -225,7 +224,7 @@ def _check_link(path: str, bounds: Bounds) -> None:
 
 
 def describe_others(listed: Sequence[Listed], place: Path, endings: Sequence[str] = ENDINGS) -> str:
-    """Return which files were left out because their names do not end like images', in a sentence; "" for none."""
+    """Describe the files that were left out for lack of an image extension; "" without any."""
     others: Counter[str] = sum((each.others for each in listed), Counter())
     if not others:
         return ""

@@ -1,4 +1,4 @@
-"""NLVR2: sentences that are true or false of a pair of images."""
+"""NLVR2: sentences that are true or false for a pair of images."""
 
 from __future__ import annotations
 

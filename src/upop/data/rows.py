@@ -1,6 +1,6 @@
-"""Samples as people have them: a row of a file or of a data set on the hub, with its images, texts and label.
+"""Samples from rows of files or of data sets on the hub, with images, texts and labels.
 
-Everything is checked when the rows are read, before any long work; an error names the file, the row and the column.
+Everything is validated when rows are read, before any long work; errors name the file, the row and the column.
 """
 
 from __future__ import annotations
@@ -34,17 +34,17 @@ _INNER_TEXTS = ("answer", "text", "caption", "raw", "value")
 
 @dataclass(frozen=True)
 class Row:
-    """One sample, whose images are not opened yet.
+    """One sample, with unopened images.
 
     Attributes:
         source: the file or data set.
         number: of the row, from 0.
-        place: where it stands, for messages: "train.jsonl, line 4".
-        kind: of `upop.data.columns.KINDS`.
-        images: files, or what image files hold.
+        place: position for messages: "train.jsonl, line 4".
+        kind: one of `upop.data.columns.KINDS`.
+        images: image files, or their content.
         turns: of kind "messages".
         question: of kind "question".
-        answers: of kind "question": one, or what several people answered.
+        answers: of kind "question": one, or those of several people.
         captions: of kind "caption", one or more.
         label: of kind "label", the number of its class.
         text: of kind "text".
@@ -63,12 +63,12 @@ class Row:
     text: str = ""
 
     def error(self, problem: str) -> DataError:
-        """The error that this row has the problem."""
+        """Return a DataError about a problem of this row."""
         return DataError(f"{self.place}: {problem}")
 
     @property
     def answer(self) -> str:
-        """The answer that most people gave; of equally many the first."""
+        """The most frequent answer; the first of ties."""
         return Counter(self.answers).most_common(1)[0][0]
 
     def open_images(self) -> list[Image.Image]:
@@ -97,7 +97,7 @@ class Row:
 
 @dataclass(frozen=True)
 class _At:
-    """A row that is being read: what there is to say where something is wrong with it."""
+    """The row that is being read, for error messages."""
 
     place: str
 
@@ -111,11 +111,11 @@ class Rows(Dataset[Row]):
 
     Attributes:
         table: the rows as they are stored.
-        columns: which column is what.
-        root: the folder that relative paths of images start from.
-        names: of the classes, in the order of their numbers; of kind "label" alone.
-        numbers: the rows of the table that are taken.
-        notes: what a person should know of how it was read.
+        columns: role -> column.
+        root: base folder of relative image paths.
+        names: class names in the order of labels; only for kind "label".
+        numbers: the selected rows of the table.
+        notes: remarks for the user.
     """
 
     table: Table

@@ -1,7 +1,7 @@
-"""What all readers of annotation files share: samples with checked fields, images that open or say why not.
+"""Common parts of annotation readers: samples with validated fields, and checks of images.
 
-Everything is checked before any long work starts, and every error names the file, the sample (counted from 0,
-as in a JSON list), the field, what was found, and what to do.
+Everything is validated before any long work; every error names the file, the sample (counted from 0, as in a JSON
+list), the field, the value found, and what to do.
 """
 
 from __future__ import annotations
@@ -25,26 +25,26 @@ Samples = TypeVar("Samples")
 
 
 class Placed(Protocol):
-    """What knows where in a file it stands."""
+    """Anything with a position in a file."""
 
     def error(self, problem: str) -> DataError:
-        """The error that it has the problem."""
+        """Return a DataError about a problem at this position."""
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One sample of an annotation file: its fields, and where it stands."""
+    """One sample of an annotation file: its fields and its position."""
 
     file: Path
     number: int
     fields: dict[str, Any]
 
     def error(self, problem: str) -> DataError:
-        """The error that this sample has the problem."""
+        """Return a DataError about a problem of this sample."""
         return DataError(f"{self.file}, sample {self.number}: {problem}")
 
     def get(self, name: str) -> Any:
-        """The field of that name; DataError where there is none."""
+        """Return a field; DataError if it is missing."""
         if name not in self.fields:
             known = [key for key in self.fields if isinstance(key, str)]
             found = f"it has {some_of([_named(key) for key in known])}" if known else "it is empty"
@@ -53,14 +53,14 @@ class Sample:
         return self.fields[name]
 
     def text(self, name: str) -> str:
-        """The field as a text with something in it."""
+        """Return a field that must be a non-empty text."""
         value = self.get(name)
         if not is_text(value):
             raise self.error(f"{name!r} must be a text that is not empty{_half(value)}, not {shown(value)}.")
         return str(value)
 
     def texts(self, name: str, count: int | None = None) -> list[str]:
-        """The field as a list of texts that are not empty: of any length from 1, or of exactly `count`."""
+        """Return a field that must be a list of non-empty texts, of any positive length or of exactly `count`."""
         value = self.get(name)
         number = "some" if count is None else str(count)
         if not isinstance(value, list) or not value or (count is not None and len(value) != count):
@@ -71,7 +71,7 @@ class Sample:
         return value
 
     def one_of(self, name: str, choices: tuple[str, ...]) -> int:
-        """The place of the field's text among the choices."""
+        """Return the index of the field's text among the choices."""
         value = self.get(name)
         if not isinstance(value, str) or value not in choices:
             wanted = " or ".join(f'"{choice}"' for choice in choices)
@@ -81,12 +81,12 @@ class Sample:
 
 
 def is_text(value: object) -> bool:
-    """Whether a value is a text with something in it, all of whose characters are whole."""
+    """Whether a value is a non-empty text without lone surrogates."""
     return isinstance(value, str) and bool(value.strip()) and not _half(value)
 
 
 def _half(value: object) -> str:
-    """Words about a character of which there is only half (JSON's "\\ud800"), which no tokenizer takes."""
+    """Describe a lone surrogate (JSON's "\\ud800"), which no tokenizer accepts."""
     if isinstance(value, str) and not value.isascii():
         try:
             value.encode()
@@ -96,12 +96,12 @@ def _half(value: object) -> str:
 
 
 def _named(name: str) -> str:
-    """A name in quotes, cut where no name goes on, for a message."""
+    """Quote a name for a message, cut to a reasonable length."""
     return repr(name) if len(name) <= _LONGEST_NAME else f"{name[:_LONGEST_NAME]!r}..."
 
 
 def shown(value: object) -> str:
-    """A value as JSON, cut to a readable length, for a message."""
+    """Format a value as JSON for a message, cut to a readable length."""
     text = json.dumps(value, default=repr)
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
 
@@ -192,7 +192,7 @@ def _files_in(folder: Path, bounds: Bounds) -> frozenset[str]:
 
 
 def _problem(path: Path, bounds: Bounds) -> str:
-    """Return what is wrong with where an image lies, in the words before "the image root"; nothing if nothing is."""
+    """Describe why the path of an image is not allowed, to precede "the image root"; "" if it is allowed."""
     try:
         if real := bounds.beyond(path):
             straight = real == os.path.abspath(path)  # noqa: PTH100 - Path has nothing that takes ".." away

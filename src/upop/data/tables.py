@@ -1,7 +1,7 @@
-"""Files and data sets of rows, whatever wrote them: JSON, JSON lines, Parquet, CSV, WebDataset, folders, the hub.
+"""Reads tables of rows: JSON, JSON lines, Parquet, CSV, WebDataset, folders, and data sets on the hub.
 
-JSON is read here, so that an error names the line and a column may hold values of several kinds; all else is read by
-`datasets`, which comes with an extra. Images stay as they are stored until somebody opens them.
+JSON is parsed here, so that errors name the line and columns may mix types; everything else is read by `datasets`, an
+optional dependency. Images stay encoded until they are opened.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ class Table(ABC):
     """Rows of named cells.
 
     Attributes:
-        source: the file, pattern, folder or name that they are from.
-        columns: the names of the cells; a cell that holds an object also has its own, with dots.
-        folder: where relative paths of images start, if there is such a place.
+        source: the file, pattern, folder or hub name.
+        columns: names of the cells; fields of objects have dotted names.
+        folder: base folder of relative image paths, if any.
     """
 
     source: str
@@ -53,15 +53,15 @@ class Table(ABC):
         """Return all cells of a row; images as {"bytes", "path"}, unopened."""
 
     def light(self, number: int) -> Mapping[str, Any]:
-        """Return the cells of a row without images that lie in the table itself; what `row` gives where none does."""
+        """Return the cells of a row without embedded images."""
         return self.row(number)
 
     def place(self, number: int) -> str:
-        """Return where a row stands, in words: "train.jsonl, line 4"."""
+        """Return the position of a row, in words: "train.jsonl, line 4"."""
         return f"{self.source}, row {number}"
 
     def stored(self, column: str) -> bool:
-        """Return whether a column holds images in the table itself."""
+        """Return whether a column has embedded images."""
         del column
         return False
 
@@ -76,7 +76,7 @@ class Table(ABC):
         return None
 
     def files(self) -> tuple[Path, ...]:
-        """Return the files on this machine that hold the rows."""
+        """Return the local files of the rows."""
         return ()
 
 
@@ -145,7 +145,7 @@ def _near(file: Path) -> str:
 
 
 def _holds_lines(files: Sequence[Path]) -> bool:
-    """Whether files named .json hold an object per line, not one list."""
+    """Whether .json files hold one object per line rather than one list."""
     try:
         with regular_file(files[0]) as file:
             start = file.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n")
@@ -413,7 +413,7 @@ def _split(source: str, found: list[str], wanted: str | None) -> str:
 
 @contextmanager
 def _described(source: str) -> Iterator[None]:
-    """Turn whatever `datasets` raises into an error that names the source, and keep its bars off the screen."""
+    """Turn errors of `datasets` into ones that name the source, and hide its progress bars."""
     import datasets
 
     shown = datasets.utils.logging.is_progress_bar_enabled()

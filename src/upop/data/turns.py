@@ -1,4 +1,4 @@
-"""What people and models say in turn, read from LLaVA's `conversations` and from `messages` as OpenAI writes them."""
+"""Reads conversations from LLaVA's `conversations` and OpenAI's `messages`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from upop.errors import nearest
 
 
 class ImageMark:
-    """Where in a turn the next image of a sample stands."""
+    """The position of the next image in a turn."""
 
     def __repr__(self) -> str:
         """As LLaVA writes it."""
@@ -44,7 +44,7 @@ _TEXTS = ("text", "input_text", "output_text")
 
 @dataclass(frozen=True)
 class Turn:
-    """What one says: texts, and where between them an image stands."""
+    """One turn: texts and positions of images."""
 
     role: str
     parts: tuple[Part, ...]
@@ -56,7 +56,7 @@ class Turn:
 
     @property
     def images(self) -> int:
-        """How many images stand in it."""
+        """The number of images in it."""
         return sum(part is IMAGE for part in self.parts)
 
 
@@ -133,7 +133,7 @@ def _parts(part: Any, number: int, placed: list[Any]) -> list[Part]:
 
 
 def split_marks(text: str) -> list[Part]:
-    """Return the pieces of a text, with images in the places of the marks <image>."""
+    """Split a text at the marks <image>, with image marks in between."""
     pieces = _MARK.split(text)
     parts: list[Part] = []
     for number, piece in enumerate(pieces):

@@ -1,4 +1,4 @@
-"""Visual question answering: questions about an image (VQAv2, Visual Genome) and the answers that people gave."""
+"""Visual question answering: questions about images (VQAv2, Visual Genome) with human answers."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class VqaItem(TypedDict):
 
 
 class _VqaSamples(Dataset[VqaItem], ABC):
-    """What training and evaluation share: images and questions, all checked."""
+    """The common part of training and evaluation: validated images and questions."""
 
     def __init__(
         self, files: Sequence[Path], roots: Mapping[str, Path], transform: ImageTransform, *, outside: bool
@@ -66,7 +66,7 @@ class _VqaSamples(Dataset[VqaItem], ABC):
 
     @abstractmethod
     def _take(self, sample: Sample) -> None:
-        """Read what is asked of a sample beside its image and question."""
+        """Read the other fields of a sample."""
 
     def __len__(self) -> int:
         """The number of samples."""
