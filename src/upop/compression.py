@@ -20,7 +20,7 @@ from upop.pruning.goal import Goal
 from upop.pruning.groups import tensor_of
 from upop.pruning.known import know_as, sized
 from upop.pruning.masks import unwrapped
-from upop.pruning.optimizers import cut_optimizer
+from upop.pruning.optimizers import copies_following, cut_optimizer
 from upop.pruning.replicas import rebuild_replicas
 from upop.pruning.seen import FirstCall
 from upop.pruning.sharded import reshard
@@ -202,12 +202,15 @@ class Compression:
         if self.distillation is not None and not self._passed:
             raise StepError(
                 "step() found that the teacher's part of the loss is missing. Give the task's loss to loss() before "
-                "backward(): compression.loss(task_loss).backward(); or do without: Compression(..., teacher=False)."
+                "backward(): compression.loss(task_loss).backward(); or do without: Compression(..., teacher=False). A "
+                "Trainer that computes the loss itself (label smoothing) takes it by compute_loss_func."
             )
         self._passed = False
         if self.searching and self.pruner is not None:
+            optimizers = list(optimizers)
             scale = max((_unscaled(each, scaler) for each in optimizers), default=1.0)
-            self.pruner.step(scale=scale)
+            with copies_following(optimizers if self.pruner.moves_masks else ()):
+                self.pruner.step(scale=scale)
 
     def after_step(self, optimizers: Iterable[Any]) -> None:
         """Do what `step` does after the optimizer's step, where another library's loop takes that."""
@@ -356,7 +359,7 @@ class Compression:
         yield
         self._plan = plan
         for each in optimizers:
-            cut_optimizer(inner_optimizer(each), cuts)
+            cut_optimizer(each, cuts)
         for average in self._averages:
             know_as(average, model)
             shrink(average, plan, verify=False)

@@ -7,6 +7,7 @@ compressed model, layer by layer, for any model and any loss.
 from __future__ import annotations
 
 import inspect
+import warnings
 import weakref
 from collections.abc import Iterator
 from typing import Any
@@ -24,6 +25,7 @@ from upop.pruning.logits import divergence, logits_of, similarities
 from upop.pruning.masks import unwrapped
 from upop.pruning.precision import precise
 from upop.pruning.prunable import find_groups
+from upop.pruning.scores import is_checkpointed_whole
 from upop.pruning.sharded import reshard
 from upop.pruning.slips import check_model
 
@@ -237,6 +239,8 @@ class Distillation:
                 parts.append(self._logits * divergence(own, aim.detach(), self._temperature, mask))
         if self._described or not parts:
             return
+        if not self._passes:
+            self._warn_of_hidden(output)
         loss = torch.stack(parts).sum()
         if not self._passes and not loss.is_meta:
             self._refuse_exploding(float(loss.detach()))  # once, since it waits for the device
@@ -262,6 +266,17 @@ class Distillation:
             "finite, or so near to 0 that any difference is large beside it. Its initialisation is degenerate, or its "
             "weights are not those that were trained: load them, or leave the teacher out."
         )
+
+    def _warn_of_hidden(self, output: Any) -> None:
+        """Say which norms a checkpoint hides that runs without gradients first."""
+        hidden = [name for name, calls in self._seen.items() if None in calls]
+        if hidden and is_checkpointed_whole(next(self._anchors(output))):
+            warnings.warn(
+                f"The teacher cannot compare {len(hidden)} of {len(self.norms)} norms ({some_of(hidden, 2)}): gradient "
+                "checkpointing with use_reentrant=True runs them without gradients at first. Give use_reentrant=False "
+                '(to a Trainer: gradient_checkpointing_kwargs={"use_reentrant": False}).',
+                stacklevel=2,
+            )
 
     def _anchors(self, output: Any) -> Iterator[Tensor]:
         """Yield tensors in the graph of the model's backward pass."""

@@ -97,6 +97,19 @@ def test_it_goes_on_from_a_checkpoint(classifier: Any, image_set: Any, tmp_path:
         torch.testing.assert_close(other.state_dict()[name], value, rtol=1e-5, atol=1e-6)
 
 
+def test_scaled_losses_change_no_choice(classifier: Any, image_set: Any, tmp_path: Path) -> None:
+    """Nothing takes the scale off gradients of frozen weights, of which Lightning's optimizer does not know."""
+    classifier.vit.layers[0].mlp.fc1.weight.requires_grad_(False)
+    found = []
+    for scale in (1.0, 64.0):
+        callback, scaler = LightningCallback(0.5, module="model"), torch.amp.GradScaler("cpu", init_scale=scale)
+        mixed = pl.plugins.MixedPrecision("16-mixed", "cpu", scaler)
+        fit(copy.deepcopy(classifier), image_set, tmp_path, callback, plugins=[mixed])
+        assert callback.compression is not None
+        found.append(callback.compression.plan())
+    assert found[0] == found[1]
+
+
 def test_what_makes_no_sense_is_refused(classifier: Any, image_set: Any, tmp_path: Path) -> None:
     with pytest.raises(SettingError, match="strictly between 0 and 1"):
         LightningCallback(ratio=0)

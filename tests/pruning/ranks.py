@@ -20,6 +20,8 @@ LIMIT = timedelta(minutes=2)
 def search(inputs: dict[str, Tensor], rank: int | None, progress: Any) -> dict[str, Any]:
     """Search three steps on a batch of four, or on this rank's half of it; return what was decided."""
     model: nn.Module = NLVR.build()
+    frozen = next(name for name, _ in model.named_parameters() if name.endswith("mlp.fc1.weight"))
+    model.get_parameter(frozen).requires_grad_(False)  # its scores are averaged, where DDP averages no gradient
     wrapped = model if rank is None else nn.parallel.DistributedDataParallel(model)
     optimizer = torch.optim.SGD(wrapped.parameters(), lr=1e-2)
     pruner = upop.Pruner(wrapped, 0.5, STEPS, 1, progress=progress)

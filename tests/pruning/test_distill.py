@@ -12,6 +12,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import BertConfig, BertForSequenceClassification, Qwen3Config, Qwen3ForCausalLM
 
 import upop
@@ -260,6 +261,19 @@ def test_gradient_checkpointing_gives_the_same() -> None:
             distill.loss()
     for one, two in zip(*found, strict=True):
         torch.testing.assert_close(one, two)
+
+
+def test_norms_that_a_checkpoint_hides_are_named() -> None:
+    model, teacher = pair(VIT)
+    plain = model.blocks[0].forward
+    model.blocks[0].forward = lambda *args: checkpoint(plain, *args, use_reentrant=True)
+    distill = upop.distill(model, teacher)
+    with pytest.warns(UserWarning, match=r"cannot compare 2 of 5 norms \(blocks.0.norm1, .*use_reentrant=False"):
+        model(**VIT.inputs())
+    for count in (1, 2):  # it is said once
+        assert float(distill.loss().detach()) > 0
+        if count == 1:
+            model(**VIT.inputs())
 
 
 def test_autocast_of_the_model_is_the_teachers() -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import upop
 from pruning.by_hand import uneven
+from pruning.families import FAMILIES, loss_of
 from pruning.test_verify import Net, batch, misplaced
 from upop.pruning.errors import VerificationError
 from upop.pruning.groups import tensor_of
@@ -20,6 +21,7 @@ from upop.pruning.optimizers import cut_optimizer
 from upop.pruning.shrink import cut
 from upop.pruning.slicing import Slicing, slicings
 
+VIT = next(family for family in FAMILIES if family.name == "vit-fused")
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adamw": lambda parameters: torch.optim.AdamW(parameters, 1e-2, amsgrad=True),
     "sgd": lambda parameters: torch.optim.SGD(parameters, 1e-2, momentum=0.9, nesterov=True, weight_decay=0.1),
@@ -135,6 +137,54 @@ def test_what_cannot_be_cut_begins_anew_with_a_warning() -> None:
     model(batch()).square().mean().backward()
     optimizer.step()
     assert optimizer.state[weight]["row_var"].shape == (len(weight), 1)
+
+
+class Mastered(torch.optim.Optimizer):
+    """SGD with momentum that writes its own copies of the weights over them, as mixed precision does."""
+
+    def __init__(self, parameters: Any) -> None:
+        super().__init__(parameters, {"lr": 0.05})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        for parameter in self.param_groups[0]["params"]:
+            state = self.state[parameter]
+            if not state:
+                state.update(weight=parameter.clone(), momentum_buffer=torch.zeros_like(parameter))
+            state["momentum_buffer"].mul_(0.9).add_(parameter.grad)
+            parameter.copy_(state["weight"].sub_(state["momentum_buffer"], alpha=0.05))
+
+
+class Wrapping(torch.optim.Optimizer):
+    """An optimizer that holds another one, and keeps nothing itself."""
+
+    def __init__(self, parameters: Any) -> None:
+        parameters = list(parameters)
+        super().__init__(parameters, {})
+        self.base = torch.optim.SGD(parameters, 0.05, momentum=0.9)
+
+    def step(self, closure: Any = None) -> Any:
+        self.base.step()
+
+
+@pytest.mark.parametrize("kind", [Mastered, Wrapping])
+def test_copies_of_weights_and_optimizers_inside_of_others_follow_search_and_cut(kind: Any) -> None:
+    """Corrections of weights reach the copies too, and the scale that is folded into queries."""
+    found = []
+    for make in (lambda each: torch.optim.SGD(each, 0.05, momentum=0.9), kind):
+        model = VIT.build()
+        optimizer = make(model.parameters())
+        compression = upop.Compression(model, 0.5, 9, search=6, interval=2, teacher=False)
+        for step in range(9):
+            compression.loss(loss_of(model(**VIT.inputs(40, seed=step)))).backward()
+            compression.step(optimizer)
+            optimizer.zero_grad()
+        assert compression.pruner is not None and min(compression.pruner.corrections.values()) < 1
+        found.append((compression.plan(), model))
+    (plan, model), (other_plan, other) = found
+    assert plan == other_plan
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(other.get_parameter(name), parameter, rtol=1e-9, atol=1e-12)
 
 
 def test_a_cut_that_is_taken_back_leaves_parameters_and_gradients_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:

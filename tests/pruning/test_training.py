@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -286,6 +287,21 @@ def test_a_scaled_loss_scales_scores_and_so_changes_no_choice() -> None:
     assert marked[0] == marked[1]
 
 
+def test_scores_are_of_gradients_whose_scale_was_taken_off() -> None:
+    """A GradScaler writes to gradients without their noticing."""
+    found = []
+    for scale in (1.0, 64.0):
+        model = VIT.build()
+        pruner, optimizer = upop.Pruner(model, 0.5, 4), torch.optim.SGD(model.parameters(), 0.1)
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        scaler.scale(loss_of(model(**VIT.inputs()))).backward()
+        scaler.unscale_(optimizer)
+        pruner.step()
+        found.append(pruner.scores)
+        pruner.remove()
+    torch.testing.assert_close(found[0], found[1])
+
+
 def test_dropout_does_not_disturb_shrinking() -> None:
     torch.manual_seed(0)
     model = nlvr(dropout=0.3, drop_path=0.3)
@@ -354,6 +370,59 @@ def test_weights_beside_an_adapter_are_scored_and_the_loop_does_not_notice() -> 
         pruner.remove()
     torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-6)
     assert {name for name, parameter in adapted.named_parameters() if parameter.requires_grad} == trained
+
+
+def partly_frozen() -> tuple[nn.Module, nn.Parameter]:
+    model = VIT.build()
+    weight = model.get_parameter("blocks.0.mlp.fc1.weight")
+    return model, weight.requires_grad_(False)
+
+
+def test_a_frozen_weight_is_the_loops_own_as_soon_as_it_is_thawed() -> None:
+    model, weight = partly_frozen()
+    pruner = upop.Pruner(model, 0.5, 4)
+    for thaw in (False, True):
+        weight.requires_grad_(weight.requires_grad or thaw)
+        loss_of(model(**VIT.inputs())).backward()
+        assert (weight.grad is not None) is thaw
+        pruner.step()
+        assert weight.requires_grad is thaw
+        model.zero_grad()
+    pruner.remove()
+    assert weight.requires_grad
+
+
+def test_copies_and_transforms_of_a_model_that_is_searched_leave_frozen_weights_frozen() -> None:
+    model, weight = partly_frozen()
+    pruner, inputs = upop.Pruner(model, 0.5, 4), VIT.inputs()
+    other = copy.deepcopy(model)
+    loss_of(other(**inputs)).backward()
+    assert not other.get_parameter("blocks.0.mlp.fc1.weight").requires_grad
+    trained = {name: each for name, each in model.named_parameters() if each.requires_grad}
+    found = torch.func.grad(lambda given: loss_of(torch.func.functional_call(model, given, (), inputs)))(trained)
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, other.get_parameter(name).grad)
+    loss_of(model(**inputs)).backward()
+    assert weight.requires_grad  # until the step ends
+    del pruner
+    gc.collect()
+    assert not weight.requires_grad
+    loss_of(model(**inputs)).backward()
+    assert weight.grad is None and not weight.requires_grad
+
+
+def test_scores_of_frozen_weights_add_up_as_their_gradients_do() -> None:
+    """The known ones are added up at once, so that no gradient is held; those of one's own need whole gradients."""
+    found = []
+    for importance in ("signed", lambda weight, gradient: (weight * gradient).sum(1)):
+        model, _ = partly_frozen()
+        pruner = upop.Pruner(model, 0.5, 8, importance=importance, progress="stages", correct=False)
+        for part in halves(VIT.inputs(4)):
+            loss_of(model(**part)).backward()
+        pruner.step()
+        found.append(pruner.scores)
+        pruner.remove()
+    torch.testing.assert_close(found[0], found[1])
 
 
 def test_groups_that_the_loss_does_not_reach_get_no_score() -> None:

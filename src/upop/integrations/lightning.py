@@ -52,7 +52,7 @@ class LightningCallback(Compressing, Callback):
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Add what the teacher says to the loss, which Lightning has divided and scaled already."""
         if self.compression is not None:
-            scaler = getattr(trainer.precision_plugin, "scaler", None)
+            scaler = _scaler_of(trainer)
             scale = 1.0 if scaler is None else float(scaler.get_scale())
             added = self.compression.loss(loss.new_zeros(()))
             if added.requires_grad:
@@ -61,7 +61,7 @@ class LightningCallback(Compressing, Callback):
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
         """Take this step's scores."""
         if self.compression is not None and not self._stepping:
-            self.compression.before_step()
+            self.compression.before_step([optimizer], _scaler_of(trainer))
             self._stepping = True
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
@@ -95,6 +95,11 @@ class LightningCallback(Compressing, Callback):
                 f"module={self._module!r} was asked for, and {type(pl_module).__name__} has no module of this name."
             )
         return model
+
+
+def _scaler_of(trainer: Trainer) -> Any:
+    """Return the GradScaler that Lightning scales losses with, and has taken off gradients already; None without."""
+    return getattr(trainer.precision_plugin, "scaler", None)
 
 
 def _called(module: LightningModule) -> nn.Module:

@@ -25,7 +25,7 @@ from upop.pruning.costs import evaluating
 from upop.pruning.errors import StepError
 from upop.pruning.groups import Group, owner_of
 from upop.pruning.least_squares import PARTS, ConsumerInputs, moments_bytes
-from upop.pruning.observers import BeginHook, EndHook, LayerHook
+from upop.pruning.observers import BeginHook, EndHook, LayerHook, remove_all
 from upop.pruning.passes import Pass, device_of, logs_of, noting, squares_of
 from upop.pruning.precision import accumulator
 from upop.pruning.sharded import many_processes, reshard
@@ -126,7 +126,7 @@ class Moments:
                     model.register_forward_pre_hook(BeginHook(self), with_kwargs=True),
                     model.register_forward_hook(EndHook(self)),
                 ]
-            self._unhook = weakref.finalize(self, _remove, [*self._hooks.values(), *self._root])
+            self._unhook = weakref.finalize(self, remove_all, [*self._hooks.values(), *self._root])
             self._as_written = AsWritten(model if wrapper is None else wrapper)
             self._touched = False
             if self._passed_by is None and not any_compiled_function():
@@ -419,11 +419,6 @@ class Moments:
         """Restore a state."""
         self.sizes = {name: value.clone() for name, value in state["sizes"].items()}
         self._passes = [Pass.from_state(each) for each in state["passes"]]
-
-
-def _remove(hooks: list[RemovableHandle]) -> None:
-    for hook in hooks:
-        hook.remove()
 
 
 class _Held(torch.autograd.Function):

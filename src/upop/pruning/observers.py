@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
+from torch.utils.hooks import RemovableHandle
 
 
 class Observer(Protocol):
@@ -25,8 +28,18 @@ class Observer(Protocol):
         ...
 
 
-class _Hook:
-    """A hook that holds its observer weakly. Copied or unpickled with a model, it does nothing."""
+class _OfOne:
+    """A hook that does nothing when it was copied or unpickled with a model."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return type(self)()
+
+    def __reduce__(self) -> tuple[type[Self], tuple[()]]:
+        return type(self), ()
+
+
+class _Hook(_OfOne):
+    """A hook that holds its observer weakly."""
 
     def __init__(self, observer: Observer | None = None, name: str = "") -> None:
         self._observer, self._name = None if observer is None else weakref.ref(observer), name
@@ -34,12 +47,6 @@ class _Hook:
     def _alive(self) -> Observer | None:
         """Return the observer; None if it was freed, or while torch.compile traces."""
         return None if self._observer is None or torch.compiler.is_compiling() else self._observer()
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        return type(self)()
-
-    def __reduce__(self) -> tuple[type[Self], tuple[()]]:
-        return type(self), ()
 
 
 class LayerHook(_Hook):
@@ -72,3 +79,33 @@ class EndHook(_Hook):
         observer = self._alive()
         if observer is not None:
             observer.end(module)
+
+
+class WeakHook(_OfOne):
+    """A hook on a module or a parameter that calls a method as long as its object lives, and not in compiled code."""
+
+    def __init__(self, method: Callable[..., Any] | None = None) -> None:
+        self._method = None if method is None else weakref.WeakMethod(method)
+
+    def __call__(self, *given: Any) -> Any:
+        """Call the method."""
+        if torch.compiler.is_compiling():
+            return None
+        method = None if self._method is None else self._method()
+        return None if method is None else method(*given)
+
+
+class EagerHook(WeakHook):
+    """A hook that runs eagerly where the module is compiled."""
+
+    @_disable_dynamo
+    def __call__(self, *given: Any) -> Any:
+        """Call the method."""
+        return super().__call__(*given)
+
+
+def remove_all(hooks: list[RemovableHandle]) -> None:
+    """Remove hooks, and clear the list of them."""
+    for hook in hooks:
+        hook.remove()
+    hooks.clear()

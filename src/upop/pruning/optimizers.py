@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
@@ -24,7 +26,11 @@ _DEGREES = {
     "sum": -2,
 }
 """How what an optimizer of torch keeps grows with the gradient's inverse: a query that the cut multiplies by c has
-gradients that are divided by c from then on. What has another name is taken as it is."""
+gradients that are divided by c from then on. What has another name is as it is, or a copy of the weight, as its
+numbers say."""
+
+_NEAR = 0.5
+"""Distance from a weight, as a share of its norm, within which a tensor is a copy or an average of it."""
 
 
 class HasState(Protocol):
@@ -43,27 +49,19 @@ def cut_optimizer(optimizer: HasState, cuts: Mapping[Tensor, Slicing]) -> None:
         shrink(model, plan)  # every parameter stays the same object
         cut_optimizer(optimizer, cuts)
 
-    Tensors of a weight's old shape are cut like the weight: moving averages, momentum, master copies. Numbers such as
-    step counts stay. If an optimizer keeps anything else for a weight (factored moments as in Adafactor, 8-bit
-    states), its state for this weight is dropped with a warning, and starts anew at the next step. State that is
-    already cut, and weights without state, are left alone.
+    Tensors of a weight's old shape are cut like the weight: moving averages, momentum, master copies, slow weights.
+    Numbers such as step counts stay. If an optimizer keeps anything else for a weight (factored moments as in
+    Adafactor, 8-bit states), its state for this weight is dropped with a warning, and starts anew at the next step.
+    State that is already cut, and weights without state, are left alone. Optimizers inside of others (timm's
+    `Lookahead`) are cut with them.
 
     Args:
         optimizer: created before the cut.
         cuts: parameter -> its slicing.
     """
     dropped: list[str] = []
-    for parameter, left in cuts.items():
-        state = optimizer.state.get(parameter)
-        if not state:
-            continue
-        kept = [each for each in tree_leaves(dict(state)) if isinstance(each, Tensor) and each.numel() > 1]
-        if all(each.shape == left.shape and each.is_floating_point() for each in kept):
-            for name, value in state.items():
-                state[name] = _cut(name, value, left)
-        elif any(each.shape != left.after for each in kept):
-            del optimizer.state[parameter]
-            dropped.append("x".join(map(str, left.shape)))
+    for state in _states(optimizer):
+        dropped += _cut_state(state, cuts)
     if dropped:
         warnings.warn(
             f"{type(optimizer).__name__} keeps of {len(dropped)} weights what cannot be cut with them (of shapes "
@@ -72,9 +70,68 @@ def cut_optimizer(optimizer: HasState, cuts: Mapping[Tensor, Slicing]) -> None:
         )
 
 
-def _cut(name: str, value: Any, left: Slicing) -> Any:
+@contextmanager
+def copies_following(optimizers: Iterable[HasState]) -> Iterator[None]:
+    """Have the copies of weights that optimizers keep follow what the block adds to the weights."""
+    copies = [
+        (parameter, value)
+        for each in optimizers
+        for state in _states(each)
+        for parameter, own in state.items()
+        for name, value in own.items()
+        if name not in _DEGREES and isinstance(value, Tensor) and value.numel() > 1
+        if value.shape == parameter.shape and value.is_floating_point() and _is_near(value, parameter)
+    ]
+    before = {parameter: (parameter.detach().clone(), parameter._version) for parameter, _ in copies}
+    yield
+    for parameter, value in copies:
+        old, version = before[parameter]
+        if parameter._version != version:
+            value.add_((parameter.detach() - old).to(value))
+
+
+def _states(optimizer: HasState) -> Iterator[Any]:
+    """Yield what an optimizer keeps, and what those keep that it holds."""
+    waiting: list[HasState] = [optimizer]
+    states: list[Any] = []
+    for each in waiting:  # it grows
+        inner = [held for held in vars(each).values() if isinstance(held, torch.optim.Optimizer)]
+        waiting += [held for held in inner if all(held is not known for known in waiting)]
+        if all(each.state is not known for known in states):
+            states.append(each.state)
+    yield from states
+
+
+def _cut_state(state: Any, cuts: Mapping[Tensor, Slicing]) -> Iterator[str]:
+    """Cut what is kept of parameters; yield the shapes of those of which nothing is kept any more."""
+    for parameter, left in cuts.items():
+        own = state.get(parameter)
+        if not own:
+            continue
+        kept = [each for each in tree_leaves(dict(own)) if isinstance(each, Tensor) and each.numel() > 1]
+        if all(each.shape == left.shape and each.is_floating_point() for each in kept):
+            for name, value in own.items():
+                own[name] = _cut(name, value, left, parameter)
+        elif any(each.shape != left.after for each in kept):
+            del state[parameter]
+            yield "x".join(map(str, left.shape))
+
+
+def _cut(name: str, value: Any, left: Slicing, parameter: Tensor) -> Any:
     if isinstance(value, Tensor) and value.numel() > 1:
-        return left.of(value, _DEGREES.get(name, 0))
+        degree = _DEGREES.get(name)
+        if degree is None:
+            copied = left.of(value, 1)
+            return copied if _is_near(copied, parameter) else left.of(value, 0)
+        return left.of(value, degree)
     if isinstance(value, list | tuple):
-        return type(value)(_cut(name, each, left) for each in value)
+        return type(value)(_cut(name, each, left, parameter) for each in value)
     return value
+
+
+def _is_near(value: Tensor, parameter: Tensor) -> bool:
+    """Whether a tensor is a copy or an average of a parameter of its shape, by its numbers."""
+    if value.is_meta or parameter.is_meta:
+        return False
+    weight = parameter.detach().to(value.dtype)
+    return bool((value - weight.to(value.device)).norm() < _NEAR * weight.norm().to(value.device))

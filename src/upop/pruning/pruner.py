@@ -174,6 +174,11 @@ class Pruner(Searched):
         return self._done >= self.steps
 
     @property
+    def moves_masks(self) -> bool:
+        """Whether the next step moves the masks, and corrects what they change."""
+        return not self.finished and self._due(self._done)
+
+    @property
     def current_ratio(self) -> float:
         """The share of the cost that is masked after the last step (p_t of a soft search); 0 at first."""
         if self.ratio is None:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from upop.pruning.errors import SettingError, nearest
-from upop.pruning.frozen import FrozenGradients
+from upop.pruning.frozen import FrozenRows
+from upop.pruning.observers import WeakHook, remove_all
 from upop.pruning.precision import accumulator
 from upop.pruning.sharded import HeldRows, held_rows, is_sharded_tensor, many_processes, whole_rows
 
@@ -84,11 +87,29 @@ def agreed(scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class _Taken:
-    """A score, with the versions of the weight and gradient that it was computed from."""
+    """A score, and what it was computed from.
+
+    Attributes:
+        gradient: the tensor.
+        version: of the gradient.
+        sample: some of its numbers: a GradScaler changes them without a new version.
+        rows: the score.
+    """
 
     gradient: Tensor
     version: int
+    sample: Tensor
     rows: Tensor
+
+    def holds(self, gradient: Tensor) -> bool:
+        """Whether a gradient is what the score was taken from, unchanged."""
+        same = self.gradient is gradient and self.version == gradient._version
+        return same and torch.equal(self.sample, _sample(gradient))
+
+
+def _sample(gradient: Tensor) -> Tensor:
+    """Return some of a gradient's numbers, of as many rows and columns as there are."""
+    return gradient if gradient.dim() < 2 else gradient.diagonal()
 
 
 class RowScores:
@@ -105,7 +126,7 @@ class RowScores:
         function: (weight [rows, columns], gradient of the same shape) -> [rows].
 
     Attributes:
-        frozen: collects the gradients of frozen weights, if these count.
+        frozen: scores the frozen weights, if these count.
     """
 
     def __init__(self, function: Importance) -> None:
@@ -113,16 +134,23 @@ class RowScores:
         self._taken: dict[Tensor, _Taken] = {}
         self._dims: dict[Tensor, int] = {}
         self._hooks: list[RemovableHandle] = []
-        self.frozen: FrozenGradients | None = None
+        weakref.finalize(self, remove_all, self._hooks)
+        self.frozen: FrozenRows | None = None
 
     def observe(self, parameters: Iterable[tuple[Tensor, int]]) -> None:
         """Compute scores of parameters in backward passes from now on, each along its given dimension."""
         self._dims.update(parameters)
         self._hooks += [
-            parameter.register_post_accumulate_grad_hook(self._take)
+            parameter.register_post_accumulate_grad_hook(WeakHook(self._take))
             for parameter in self._dims
             if parameter.requires_grad
         ]
+
+    def observe_frozen(self, model: nn.Module, tensors: Mapping[str, tuple[Tensor, int]]) -> None:
+        """Take scores of frozen parameters too, by name, each along its given dimension."""
+        if tensors:
+            is_sum = self._function is signed
+            self.frozen = FrozenRows(model, tensors, partial(_computed, self._function), additive=is_sum)
 
     def of(self, parameters: Mapping[str, tuple[Tensor, int]]) -> dict[str, Tensor]:
         """Return the scores of the parameters with a gradient, [rows] each, along the given dimensions.
@@ -135,15 +163,16 @@ class RowScores:
         """
         found: dict[str, Tensor] = {}
         held: dict[str, HeldRows] = {}
+        frozen = {} if self.frozen is None else self.frozen.rows()
         for name, (parameter, dim) in parameters.items():
-            frozen = self.frozen.of(parameter) if self.frozen is not None else None
-            gradient = parameter.grad if frozen is None else frozen
-            if gradient is None:
+            gradient, taken = parameter.grad, self._taken.get(parameter)
+            if parameter in frozen:
+                found[name] = frozen[parameter]
+            elif gradient is None:
                 continue
-            taken = self._taken.get(parameter)
-            if is_sharded_tensor(parameter):
+            elif is_sharded_tensor(parameter):
                 held[name] = held_rows(parameter, gradient, dim, self._compute, accumulator(parameter))
-            elif taken is not None and taken.gradient is gradient and taken.version == gradient._version:
+            elif taken is not None and taken.holds(gradient):
                 found[name] = taken.rows
             else:
                 found[name] = self._compute(parameter, gradient, dim)
@@ -157,9 +186,7 @@ class RowScores:
 
     def release(self) -> None:
         """Stop computing scores, and remove all hooks from the parameters."""
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks.clear()
+        remove_all(self._hooks)
         self._dims.clear()
         self.forget()
         if self.frozen is not None:
@@ -172,7 +199,7 @@ class RowScores:
         if gradient is None or gradient.device.type != "cpu" or many_processes() or is_sharded_tensor(gradient):
             return
         rows = self._compute(parameter, gradient, self._dims[parameter])
-        self._taken[parameter] = _Taken(gradient, gradient._version, rows)
+        self._taken[parameter] = _Taken(gradient, gradient._version, _sample(gradient).clone(), rows)
 
     def _compute(self, parameter: Tensor, gradient: Tensor, dim: int) -> Tensor:
         return _computed(self._function, parameter, gradient, dim)
@@ -211,7 +238,7 @@ class FreedRows:
             parts = len(self._in_parts)
             self._found, self._came = {}, set()
             value = loss()
-            if _is_checkpointed_whole(value):
+            if is_checkpointed_whole(value):
                 value.backward()
             else:
                 value.backward(inputs=[each for each in self._wanted if each.requires_grad])
@@ -227,8 +254,7 @@ class FreedRows:
 
     def release(self) -> None:
         """Stop scoring and freeing gradients."""
-        for hook in self._hooks:
-            hook.remove()
+        remove_all(self._hooks)
 
     def _forget(self) -> None:
         for parameter in self._in_parts:
@@ -251,7 +277,7 @@ class FreedRows:
             self._found[name] = _computed(self._function, parameter, gradient, dim)
 
 
-def _is_checkpointed_whole(value: Tensor) -> bool:
+def is_checkpointed_whole(value: Tensor) -> bool:
     """Whether reentrant checkpointing hides the weights of a part of the graph of a value."""
     waiting, known = [value.grad_fn], {value.grad_fn}
     while waiting:

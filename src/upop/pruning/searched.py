@@ -14,7 +14,7 @@ from upop.pruning.choice import chosen, refuse_frozen
 from upop.pruning.costs import Arguments, Cost, channel_costs
 from upop.pruning.depth import branches_of
 from upop.pruning.errors import LayoutError, StepError
-from upop.pruning.frozen import FrozenGradients, partly_frozen
+from upop.pruning.frozen import partly_frozen
 from upop.pruning.goal import Goal
 from upop.pruning.groups import Group, Kind, tensor_of
 from upop.pruning.known import know_as
@@ -247,6 +247,5 @@ class Searched(ABC):
         self._observe_inputs()
 
     def _observe_gradients(self) -> None:
-        frozen = partly_frozen(self.model, self.groups)
-        self._rows.frozen = FrozenGradients(self.model, frozen) if frozen else None
         self._rows.observe((tensor_of(self.model, p.tensor), p.dim) for group in self.groups for p in group.producers)
+        self._rows.observe_frozen(self.model, partly_frozen(self.model, self.groups))
