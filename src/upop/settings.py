@@ -151,7 +151,7 @@ class RunSettings(Checked):
     )
     depth: bool = Field(
         False,
-        description="whole branches may go, by what all of their entries lose together; with uniform whole layers do",
+        description="prune whole branches too, by the importance of all their channels; with uniform, whole layers",
     )
     interval: int = Field(50, ge=1, description="search steps between updates of the masks, with method reference")
     w_sp_attn: float = Field(4.8e-3, ge=0, description="weight of the sparsity term; affects only the logged loss")
@@ -398,7 +398,7 @@ def read_settings(
             in_file.pop(other, None)
     values = in_file | given
     if published and values.setdefault("method", "reference") == "reference":
-        # The published budget is a share of the cost, over single entries.
+        # The published budget is a share of the cost, over single channels.
         values.setdefault("cost", "reference" if not values.get("target") and not values.get("uniform") else "params")
     named = in_file.get("batch_size_train", AUTO)
     if values.get("batch_size_train") == AUTO and named != AUTO:  # the file's number is what a step keeps to

@@ -48,5 +48,5 @@ def write_with_progress(
         )
     counts = ", ".join(f"{count} {split}" for split, count in summary.records.items())
     verb = "Wrote" if summary.written else "Already there:"
-    console.print(as_text(f"{verb} {counts} records over {summary.images} images in {summary.folder}"))
+    console.print(as_text(f"{verb} {counts} samples over {summary.images} images in {summary.folder}"))
     return summary

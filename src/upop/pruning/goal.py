@@ -336,7 +336,7 @@ class _Reach:
         near = " or ".join(f"{_share(each, dense):g}" for each in (below, above) if each > 0)
         raise SettingError(
             f"target {limit} cannot be reached within 1 %: the smallest part that can go, {channels} "
-            f"entr{'y' if channels == 1 else 'ies'} of {'every group of a tower' if self.towers else 'a group'}, has "
+            f"channel{'' if channels == 1 else 's'} of {'every group of a tower' if self.towers else 'a group'}, has "
             f"{100 * smallest / dense:.1f} % of the {words}. "
             + (f"Ask for {limit.kind}={near}, or give" if near else "Give")
             + " a smaller round_to, or a ratio."

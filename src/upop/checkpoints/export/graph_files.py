@@ -36,7 +36,7 @@ Format = Literal["onnx", "openvino", "torch-export"]
 Quantization = Literal["int8"]
 _SUFFIXES = {"onnx": "onnx", "openvino": "xml", "torch-export": "pt2"}
 _TOLERANCE = 1e-4
-"""Largest allowed difference from the model's own outputs, relative to the largest entry."""
+"""Largest allowed difference from the model's own outputs, relative to the largest element."""
 _DESCRIPTION = "export.json"
 _OTHER_BATCHES = (1, 3)
 """Batches that an exported graph is checked with: others than it was traced with."""
@@ -354,7 +354,7 @@ def _difference(model: nn.Module, graph: Graph, run: _Runner, name: str, batch: 
         if not difference <= _TOLERANCE:
             raise VerificationError(
                 f"The exported graph {name!r} does not compute what the model does: {output} {tuple(got.shape)} "
-                f"differs by {difference:.2e} of its largest entry in a batch of {batch}, "
+                f"differs by {difference:.2e} of its largest element in a batch of {batch}, "
                 f"allowed are {_TOLERANCE:.0e}. Nothing was written; please report it, with your libraries' versions."
             )
         worst = max(worst, difference)
