@@ -45,8 +45,8 @@ RESULTS = Path(__file__).parents[1] / "results"
 OURS = "upop, calibrate"
 STAGES = {OURS: None, "upop, calibrate in one cut": 1, "upop, calibrate in eight stages": 8}
 """How many stages ours have; None is the default."""
-TRAINED = "upop, Compression"
-"""Searches within the training, and is taught by the dense model: as many steps in all as others recover for."""
+TRAINED: dict[str, bool | None] = {"upop, Compression": None, "upop, Compression without teacher": False}
+"""Search within the training, as many steps in all as others recover for, taught by the dense model or not."""
 DEPTH = "depth by similarity"
 TORCH_PRUNING = {"Torch-Pruning L2": False, "Torch-Pruning Taylor": True}
 RATIOS = (0.1, 0.2, 0.3, 0.5)
@@ -193,11 +193,11 @@ SUBJECTS: dict[str, Callable[[Path, int], Subject]] = {
 def compressed(
     subject: Subject, way: str, ratio: float, seed: int, batches: int, seen: Callable[[], Seen]
 ) -> nn.Module:
-    """Return a smaller copy of the dense model.
+    """Return a smaller copy of the dense model; for ways that train it, one that is to become smaller.
 
     Args:
         subject: the model.
-        way: one of `STAGES`, "magnitude", one of `TORCH_PRUNING`, of `WAYS`, or depth.
+        way: one of `STAGES`, of `TRAINED`, "magnitude", one of `TORCH_PRUNING`, of `WAYS`, or depth.
         ratio: share of the prunable parameters that goes.
         seed: which samples are seen.
         batches: how many of them.
@@ -206,6 +206,8 @@ def compressed(
     Raises:
         UnsupportedError: the way cannot cut this model.
     """
+    if way in TRAINED:
+        return copy.deepcopy(subject.model)
     if way in STAGES:
         model = copy.deepcopy(subject.model)
         upop.calibrate(model, subject.batches(seed, batches), ratio, loss=subject.loss, stages=STAGES[way])
@@ -227,7 +229,9 @@ def compressed(
     return cut(subject.model, subject.groups, kept, None, None)
 
 
-def recover(subject: Subject, model: nn.Module, steps: int, seed: int, ratio: float | None = None) -> None:
+def recover(
+    subject: Subject, model: nn.Module, steps: int, seed: int, compression: upop.Compression | None = None
+) -> None:
     """Train a model with a warm-up and a rate that falls along a cosine, on samples that `seed` decides.
 
     Args:
@@ -235,11 +239,10 @@ def recover(subject: Subject, model: nn.Module, steps: int, seed: int, ratio: fl
         model: one that is cut, or a dense one.
         steps: optimizer steps in all.
         seed: which samples.
-        ratio: that a `Compression` cuts within these steps; None trains the model as it is.
+        compression: what cuts it within these steps; None trains the model as it is.
     """
     torch.manual_seed(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=_RATE)
-    compression = None if ratio is None else upop.Compression(model, ratio, steps)
     for step, batch in enumerate(subject.batches(seed, steps)):
         model.train()
         for group in optimizer.param_groups:
@@ -289,15 +292,13 @@ def measured(
 
             def measure(way: str = way, ratio: float = ratio, seed: int = seed, seen: Any = seen) -> Cell:
                 try:
-                    model = (
-                        copy.deepcopy(subject.model)
-                        if way == TRAINED
-                        else compressed(subject, way, ratio, seed, batches, seen)
-                    )
+                    model = compressed(subject, way, ratio, seed, batches, seen)
                 except UnsupportedError as error:
                     return {"quality": None, "reason": str(error)}
-                if steps:
-                    recover(subject, model, steps, seed, ratio if way == TRAINED else None)
+                if way in TRAINED:
+                    recover(subject, model, steps, seed, upop.Compression(model, ratio, steps, teacher=TRAINED[way]))
+                elif steps:
+                    recover(subject, model, steps, seed)
                 removed = sum(each.numel() for each in subject.model.parameters())
                 removed -= sum(each.numel() for each in model.parameters())
                 quality = round(subject.quality(model, split), 2)
@@ -324,9 +325,9 @@ def main() -> None:
     subject = SUBJECTS[arguments.model](arguments.data, arguments.every)
     out = arguments.out or RESULTS / f"real_compare_{arguments.model}_cpu.json"
     rows = json.loads(out.read_text())["cells"] if out.is_file() else []
-    names = arguments.ways or [*ways(subject), *([TRAINED] if arguments.steps else [])]
-    if TRAINED in names and not arguments.steps:
-        parser.error(f"--ways '{TRAINED}' trains. Give --steps.")
+    names = arguments.ways or [*ways(subject), *(TRAINED if arguments.steps else ())]
+    if TRAINED.keys() & set(names) and not arguments.steps:
+        parser.error(f"{', '.join(TRAINED.keys() & set(names))} trains. Give --steps.")
     batches = arguments.batches or subject.calibration
     options = {"split": arguments.split, "every": arguments.every, "batches": batches, "steps": arguments.steps}
     for cell, measure in measured(subject, names, arguments.ratios, arguments.seeds, **options):
