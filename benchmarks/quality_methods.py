@@ -49,6 +49,7 @@ class Method:
         per_modality: a budget of its own for each modality, the same share of each.
         normalised: scores of each step come from gradients of norm 1, so that steps with large ones do not say more.
         teacher: options of `upop.distill`; the dense model then teaches in all steps. None has no teacher.
+        fading: what the teacher says counts for less from step to step, and for nothing in the end.
         cost: counts this instead of the cost that the table is about.
     """
 
@@ -61,6 +62,7 @@ class Method:
     per_modality: bool = False
     normalised: bool = False
     teacher: Mapping[str, Any] | None = None
+    fading: bool = False
     cost: Cost | None = None
 
 
@@ -87,6 +89,7 @@ LEVERS: dict[str, Method] = {
     "teacher, features 20": Method(teacher={"features": 20.0}),
     "teacher, logits": Method(teacher={"features": 0.0, "logits": 1.0}),
     "teacher, both": Method(teacher={"logits": 1.0}),
+    "teacher, fading": Method(teacher={}, fading=True),
     "no teacher": Method(),
     "score squared": Method(pruner={"importance": "squared"}),
     "score signed": Method(pruner={"importance": "signed", "progress": "stages"}),
@@ -283,7 +286,7 @@ class _Run:
                 group["lr"] = self.rate(step)
             loss: Tensor = dense.loss(self.model, next(self.batches))
             if self.teacher is not None:
-                loss = loss + self._lesson()
+                loss = loss + (1 - step / self.steps if self.method.fading else 1) * self._lesson()
             optimizer.zero_grad()
             loss.backward()
             if pruners:

@@ -454,6 +454,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "calibrate": calibrate,
     "log-calibrate": calibrate_ranking,
     "real-minilm": lambda: real("minilm"),
+    "real-minilm-recovered": lambda: real("minilm", 200),
     "real-smollm2": lambda: real("smollm2"),
     "real-dinov2": lambda: real("dinov2"),
     "api": api,
