@@ -207,6 +207,10 @@ def test_a_block_that_ends_early_cuts_what_was_reached() -> None:
     assert traces(model) == []
     assert 0.7 * dense < upop.count_parameters(model) < 0.9 * dense
     assert compression.plan() == half
+    assert all(state["exp_avg"].shape == each.shape for each, state in optimizer.state.items())
+    optimizer.zero_grad()
+    loss_of(model(**batch(8))).backward()
+    optimizer.step()
 
 
 def test_a_loop_that_leaves_the_teacher_out_is_told() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import TracebackType
@@ -113,6 +114,7 @@ class Compression:
         self._verify, self._options, self._insists = verify, dict(distill or {}), teacher is not None
         self._averages = [_averaged(each) for each in (averages if isinstance(averages, Sequence) else [averages])]
         self._done, self._passed, self._closed = 0, False, False
+        self._stepping: list[weakref.ref[Any]] = []  # the optimizers of the last step
         self._teacher = teacher if isinstance(teacher, nn.Module) else None
         self.distillation: Distillation | None = None
         self._first: FirstCall | None = None
@@ -215,6 +217,8 @@ class Compression:
     def after_step(self, optimizers: Iterable[Any]) -> None:
         """Do what `step` does after the optimizer's step, where another library's loop takes that."""
         self._done += 1
+        optimizers = list(optimizers)
+        self._stepping = [weakref.ref(each) for each in optimizers]
         if self.is_due and self.pruner is not None:
             self._cut(self.pruner, optimizers)
 
@@ -246,7 +250,7 @@ class Compression:
         """Cut to what was reached by now, if that is still to be done, and let the teacher go.
 
         Args:
-            optimizers: whose state is cut too, where training goes on.
+            optimizers: whose state is cut too, where training goes on, beside those of the last step.
 
         Returns:
             The model, as it was given.
@@ -255,7 +259,8 @@ class Compression:
             VerificationError: the cut model does not compute what the masked one did; it is left masked.
         """
         if self.searching and self.pruner is not None and self.pruner.steps_done:
-            self._cut(self.pruner, optimizers)
+            known = [each for reference in self._stepping if (each := reference()) is not None]
+            self._cut(self.pruner, [*optimizers, *known])
         self.close()
         return self.model
 
