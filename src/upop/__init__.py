@@ -6,8 +6,8 @@ the prunable groups. `save`, `load` and `load_into` keep a compressed model with
 runtimes, and `load_official` reads the published checkpoints. `merge_tokens` merges tokens of image encoders, and
 `reduce_vocabulary` drops words that a task never uses.
 
-Nothing is imported before it is asked for. Once both are imported, in whichever order, transformers reloads compressed
-models by itself. Where a library is missing that files need, the method is there all the same, beside torch alone.
+Names are imported on first use. Once both are imported, in either order, transformers reloads compressed models by
+itself. Without the libraries that files need, the method still works with torch alone.
 """
 
 from importlib import import_module

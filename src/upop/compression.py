@@ -1,4 +1,4 @@
-"""`Compression`: the one object that a training loop holds, from the dense model to the one that is smaller."""
+"""`Compression`: the one object that a training loop needs, from the dense model to the compressed one."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _FEWEST = 16
 
 
 def search_steps(steps: int, share: float = SHARE) -> int:
-    """Return how many of a training's optimizer steps search."""
+    """Return the number of search steps in a training."""
     return min(steps, max(round(share * steps), min(_FEWEST, steps // 3), 1))
 
 
@@ -52,34 +52,34 @@ class Compression:
             scheduler.step()
             optimizer.zero_grad()
 
-    The model, the optimizer, the scheduler, and wrappers of DDP, Accelerate and torch.compile stay the same objects: a
-    cut makes parameters smaller in place, and the optimizer's state with them. As a context manager it ends with its
-    block: what was reached by then is cut; after an exception the masks come off, and no trace of it is left.
+    The model, the optimizer, the scheduler, and wrappers of DDP, Accelerate and torch.compile stay the same objects:
+    the cut shrinks parameters in place, and the optimizer state with them. As a context manager, it ends with its
+    block: the model is cut to the progress reached; after an exception, masks and hooks are removed.
 
     Args:
-        model: the dense model, trained on the task; wrappers are looked through. It is called as a module.
-        ratio: share of the prunable parameters to remove, in (0, 1); 0.5 is half of what can go.
+        model: the dense model, trained on the task; it may be wrapped, and must be called as a module.
+        ratio: share of the prunable parameters to remove, in (0, 1).
         steps: optimizer steps of the whole training.
-        target: in place of a ratio, what is left of the whole model: {"params": 0.5}, {"params": "40MB@float16"},
+        target: instead of a ratio, limits for the whole model: {"params": 0.5}, {"params": "40MB@float16"},
             {"params": 0.5, "macs": "2x"}; see `upop.Pruner`.
-        teacher: the dense model, for distillation. By default a copy of `model` as it is now, if it has norms whose
-            outputs can be compared. False trains without a teacher; a step then takes less time.
-        share: of all steps that the search takes; 16 at least, or a third of a shorter training.
-        search: steps that the search takes, in place of `share`.
-        averages: moving averages of the model, cut along with it: modules, or what holds one as `module`
+        teacher: the dense model, for distillation. By default a copy of the present `model`, if it has norms to
+            compare. False trains without a teacher, with faster steps.
+        share: share of search steps; at least 16 steps, or a third of a shorter training.
+        search: number of search steps, instead of `share`.
+        averages: moving averages of the model, cut along with it: modules, or objects with a `module`
             (`AveragedModel`, timm's `ModelEmaV3`).
         verify: inputs on which the masked and the cut model are compared, as for `upop.Pruner.shrink`; by default a few
             samples of the first batch. False cuts without proof.
         distill: options of `upop.distill`: features, logits, temperature.
-        resume: a state of `state_dict` to resume from, as with `load_state_dict`. With one that was taken after the cut
-            the model may be the one that was cut; then give the dense model as `teacher`, or False.
-        settings: any other argument of `upop.Pruner`: round_to, cost, importance, include, exclude, example, groups,
+        resume: a state of `state_dict` to resume from, as with `load_state_dict`. For a state after the cut, the model
+            may already be cut; then pass the dense model as `teacher`, or False.
+        settings: further arguments of `upop.Pruner`: round_to, cost, importance, include, exclude, example, groups,
             ...
 
     Attributes:
-        model: as it was given.
-        pruner: of the search; None in a training that is resumed after the cut.
-        distillation: the teacher at work, or None.
+        model: the given model.
+        pruner: of the search; None in a training that was resumed after the cut.
+        distillation: the distillation in use, or None.
 
     Raises:
         SettingError: a setting is out of range.
@@ -142,7 +142,7 @@ class Compression:
 
     @property
     def searching(self) -> bool:
-        """Whether the model is still to be cut."""
+        """Whether the model is not cut yet."""
         return self._plan is None and not self._closed
 
     @property
@@ -152,37 +152,37 @@ class Compression:
 
     @property
     def steps_done(self) -> int:
-        """How many steps were taken, in the search and after it."""
+        """The number of steps taken, in the search and after it."""
         return self._done
 
     def loss(self, loss: Tensor) -> Tensor:
-        """Return the task's loss and what the teacher adds to it, of the forward passes since the last call.
+        """Return the task loss plus the distillation loss of the forward passes since the last call.
 
         Call it before `backward()`; with gradient accumulation, for every part of a batch.
 
         Args:
-            loss: of the task, a scalar.
+            loss: the task loss, a scalar.
 
         Raises:
-            StepError: there was no forward pass that the teacher could see, or it was ended by `finish` or `close`.
+            StepError: no forward pass was observed, or `finish` or `close` was called.
         """
         self._check_open("loss()")
         self._passed = True
         return loss if self.distillation is None else loss + self.distillation.loss()
 
     def step(self, optimizer: Any, *, scaler: Any = None) -> None:
-        """Take an optimizer step, and do what compresses around it.
+        """Take an optimizer step together with a step of the compression.
 
-        While it searches, this step's scores are added, and masks move when that is due; with the last step of the
-        search the model is cut, and the optimizer's state with it. Inside of `accelerator.accumulate` nothing happens
-        until the gradients are whole. Gradients may be clipped before.
+        During the search, it adds the scores of this step, and updates masks when due; the last step of the search cuts
+        the model and the optimizer state. Within `accelerator.accumulate`, nothing happens until the gradients are
+        complete. Gradients may be clipped before.
 
         Args:
-            optimizer: of the model's parameters, made before or after this object; a list or tuple of several.
+            optimizer: of the model's parameters, created before or after this object; a list or tuple for several.
             scaler: the GradScaler that scaled the loss; it takes the step, and is updated.
 
         Raises:
-            StepError: there are no gradients, `loss` was left out, or it was ended by `finish` or `close`.
+            StepError: there are no gradients, `loss` was not called, or `finish` or `close` was.
             VerificationError: the cut model does not compute what the masked one did; it is left masked.
         """
         optimizers = list(optimizer) if isinstance(optimizer, list | tuple) else [optimizer]
@@ -199,7 +199,7 @@ class Compression:
         self.after_step(optimizers)
 
     def before_step(self, optimizers: Iterable[Any] = (), scaler: Any = None) -> None:
-        """Do what `step` does before the optimizer's step, where another library's loop takes that."""
+        """Do the part of `step` before the optimizer step, for loops that take the step themselves."""
         self._check_open("step()")
         if self.distillation is not None and not self._passed:
             raise StepError(
@@ -215,7 +215,7 @@ class Compression:
                 self.pruner.step(scale=scale)
 
     def after_step(self, optimizers: Iterable[Any]) -> None:
-        """Do what `step` does after the optimizer's step, where another library's loop takes that."""
+        """Do the part of `step` after the optimizer step, for loops that take the step themselves."""
         self._done += 1
         optimizers = list(optimizers)
         self._stepping = [weakref.ref(each) for each in optimizers]
@@ -223,20 +223,20 @@ class Compression:
             self._cut(self.pruner, optimizers)
 
     def skip_step(self) -> None:
-        """Do what `before_step` does where a loop of one's own throws the gradients away: none of them is scored."""
+        """Replace `before_step` for a step whose gradients the loop discards; they are not scored."""
         self._check_open("skip_step()")
         self._passed = False
         if self.searching and self.pruner is not None:
             self.pruner.skip()
 
     def move_to(self, model: nn.Module) -> None:
-        """Go on with another copy of the model, as it stands; it may be sharded until the model is to be cut.
+        """Continue with another copy of the model, which may be sharded until the cut.
 
         Args:
-            model: a copy without masks, whose weights are trained from now on; see `upop.Pruner.move_to`.
+            model: a copy without masks, to train from now on; see `upop.Pruner.move_to`.
 
         Raises:
-            LayoutError: it has other groups, or another search holds it.
+            LayoutError: it has other groups, or belongs to another search.
         """
         self._check_open("move_to()")
         if self.searching and self.pruner is not None:
@@ -247,13 +247,13 @@ class Compression:
             self._teach()
 
     def finish(self, *optimizers: torch.optim.Optimizer) -> nn.Module:
-        """Cut to what was reached by now, if that is still to be done, and let the teacher go.
+        """Cut the model to the progress reached, unless it is already cut, and release the teacher.
 
         Args:
-            optimizers: whose state is cut too, where training goes on, beside those of the last step.
+            optimizers: to cut too, if training continues, besides those of the last step.
 
         Returns:
-            The model, as it was given.
+            The given model.
 
         Raises:
             VerificationError: the cut model does not compute what the masked one did; it is left masked.
@@ -265,7 +265,7 @@ class Compression:
         return self.model
 
     def close(self) -> None:
-        """Leave no hook, mask or teacher behind; a model that is not cut yet has all of its weights again."""
+        """Remove all hooks, masks and the teacher; a model that is not cut yet is dense again."""
         if self.searching and self.pruner is not None:
             self.pruner.remove()
         self._closed = True
@@ -290,7 +290,7 @@ class Compression:
             self.close()
 
     def plan(self) -> Plan:
-        """Return the channels that every group keeps; before the cut, those that it keeps so far.
+        """Return the kept channels of every group; before the cut, those kept so far.
 
         Raises:
             StepError: the masks of a "soft" search are not binary yet.
@@ -301,15 +301,15 @@ class Compression:
         return self.pruner.plan()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a resumed training needs beside the model's weights and the optimizer's state."""
+        """Return the state for resuming, besides the weights and the optimizer state."""
         plan = None if self._plan is None else self._plan.to_json()
         search = self.pruner.state_dict() if self.searching and self.pruner is not None else None
         return {"steps_done": self._done, "plan": plan, "pruner": search}
 
     def load_state_dict(self, state: Mapping[str, Any], *optimizers: torch.optim.Optimizer) -> None:
-        """Go on from a state of `state_dict`; load the model's weights and the optimizer's state after it.
+        """Restore a state of `state_dict`; load the weights and the optimizer state after it.
 
-        Where the cut was made already, the model is cut here, so that the weights fit.
+        For a state after the cut, the model is cut here, so that the weights fit.
 
         Args:
             state: of a compression of the same dense model, with the same settings.
@@ -317,7 +317,7 @@ class Compression:
 
         Raises:
             SettingError: the state belongs to another model or to other settings.
-            StepError: this training has cut its model already, or was ended.
+            StepError: the model is already cut, or the training has ended.
         """
         self._check_open("load_state_dict()")
         if not self.searching or self.pruner is None:
@@ -334,7 +334,7 @@ class Compression:
             shrink(self.model, plan, verify=False)
 
     def _teach(self, *, now: bool = False) -> None:
-        """Have the teacher see the model's forward passes from now on, or the one that begins."""
+        """Attach the teacher to forward passes from now on, including one that is starting."""
         assert self._teacher is not None
         know_as(self._teacher, unwrapped(self.model))
         try:
@@ -349,14 +349,14 @@ class Compression:
             self.distillation.begin()
 
     def _cut(self, pruner: Pruner, optimizers: Iterable[Any]) -> None:
-        """Cut the model, and what is as large as its parameters."""
+        """Cut the model, and all objects with parameters of the same shapes."""
         plan = pruner.plan()
         with self._following(plan, optimizers):
             pruner.shrink(verify=self._verify)
 
     @contextmanager
     def _following(self, plan: Plan, optimizers: Iterable[Any]) -> Iterator[None]:
-        """Have all that is as large as the parameters follow the cut that is made in the block."""
+        """Apply the cut within the block to all objects with parameters of the same shapes."""
         model = unwrapped(self.model)
         reshard(model)  # optimizers hold the shards
         left = slicings(model, plan.check(model), plan)
@@ -376,7 +376,7 @@ class Compression:
 
 
 def _cut_by(model: nn.Module, resume: Mapping[str, Any] | None) -> Plan | None:
-    """Return the plan of a state that a training is resumed from, if the model was cut by it already."""
+    """Return the plan in a state to resume from, if its model was already cut."""
     if resume is None or resume["plan"] is None:
         return None
     plan = Plan.from_json(resume["plan"])
@@ -395,7 +395,7 @@ def _averaged(average: Any) -> nn.Module:
 
 
 def _has_whole_gradients(optimizer: Any) -> bool:
-    """Whether an optimizer of Accelerate would take its step now; all others would."""
+    """Whether the gradients are complete: Accelerate's optimizers may still accumulate."""
     state = getattr(optimizer, "gradient_state", None)
     return state is None or bool(state.sync_gradients)
 
@@ -408,7 +408,7 @@ def inner_optimizer(optimizer: Any) -> torch.optim.Optimizer:
 
 
 def _unscaled(optimizer: Any, scaler: Any) -> float:
-    """Take the scale of a GradScaler, given or Accelerate's, off the gradients, and return it; 1 without one."""
+    """Unscale the gradients of a GradScaler, given or Accelerate's; return the scale, 1 without one."""
     scaler = getattr(optimizer, "scaler", None) if scaler is None else scaler
     if scaler is None:
         return 1.0

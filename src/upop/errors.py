@@ -1,4 +1,4 @@
-"""All errors of the library, in one small family. Each is also the built-in error it specialises."""
+"""The errors of the library. Each is also the built-in error that it specialises."""
 
 from upop.pruning.deprecated import renamed_arguments, renamed_attributes
 from upop.pruning.errors import (
@@ -18,13 +18,13 @@ class DataError(UPopError, ValueError):
 
 @renamed_attributes(record="sample")
 class BadImageError(DataError):
-    """An image or a label map cannot be read; a run may be told to do without a number of them (`skip_bad_images`).
+    """An image or a label map cannot be read; `skip_bad_images` tolerates some of them.
 
     Attributes:
         image: the file.
-        file: the annotation file, or the folder, that asks for it.
-        sample: the number of the sample there.
-        reason: what is wrong with it.
+        file: the annotation file or folder that refers to it.
+        sample: number of its sample.
+        reason: the problem.
     """
 
     # One text is enough to make one, for a worker process's error is made anew from its text alone.
@@ -39,11 +39,11 @@ class CheckpointError(UPopError, ValueError):
 
 
 class MissingLibraryError(UPopError, ModuleNotFoundError):
-    """A library that this needs is not installed; the message has the command that installs it."""
+    """A required library is not installed; the message has the command to install it."""
 
 
 class DeviceError(UPopError, RuntimeError):
-    """The asked-for device or number of processes is not there."""
+    """The requested device or number of processes is not available."""
 
 
 class RunFolderError(UPopError, OSError):
@@ -51,19 +51,19 @@ class RunFolderError(UPopError, OSError):
 
 
 class TrainingError(UPopError, RuntimeError):
-    """Training cannot go on: the loss or the gradients stay non-finite."""
+    """Training cannot continue: the loss or the gradients stay non-finite."""
 
 
 class LostProcessError(TrainingError):
-    """Another process of the run has ended, so that this one cannot go on; the cause is there, not here."""
+    """Another process of the run has ended, so this one cannot continue; the cause is in that process."""
 
 
 class OutOfMemoryError(UPopError, MemoryError):
-    """A step does not fit into memory; the message names the batch, and the settings that make it smaller."""
+    """A step does not fit into memory; the message names the batch, and settings that reduce memory."""
 
 
 class PreemptedError(UPopError, RuntimeError):
-    """The run was asked to end (SIGTERM) and did, after saving where it stands: `--resume` goes on from there."""
+    """The run got SIGTERM, saved a checkpoint and ended; `--resume` continues from there."""
 
     exit_code = 75
     """What a command that ends so exits with: EX_TEMPFAIL of sysexits.h, "try again later"."""

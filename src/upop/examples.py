@@ -1,4 +1,4 @@
-"""What a run shows of its answers: a few held-out samples with their images, and what every model made of them.
+"""A few held-out samples of a run, with images and the answers of every model.
 
 A run keeps them in `examples/`: small images, and `examples.json`, which names them.
 """
@@ -26,7 +26,7 @@ _IMAGES = AliasChoices("images", "pictures")  # as files of earlier versions say
 
 
 class Answer(BaseModel):
-    """What is true of a sample, or what a model says about it."""
+    """The true answer for a sample, or the answer of a model."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -72,7 +72,7 @@ class Example(BaseModel):
 
 
 class Examples(BaseModel):
-    """All that a run shows."""
+    """The samples of a run."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -87,7 +87,7 @@ class Examples(BaseModel):
 
     @classmethod
     def read(cls, folder: Path) -> Examples:
-        """Read what `write` wrote.
+        """Read examples of `write`.
 
         Raises:
             DataError: the file cannot be read, or does not hold examples.
@@ -112,11 +112,11 @@ class Album:
         self._files: dict[str, str] = {}
 
     def add(self, image: Image.Image, name: str) -> str:
-        """Write an image and return its file's name; a name that was given before gives the file of that time.
+        """Write an image and return its file name; a repeated name returns the earlier file.
 
         Args:
             image: of any size; the file's longest side has at most 384 pixels.
-            name: tells images apart; letters, digits and dashes.
+            name: identifies the image; letters, digits and dashes.
         """
         if name not in self._files:
             small = image.convert("RGB")

@@ -1,7 +1,7 @@
-"""Files and folders that appear whole or not at all, and never in the place of what upop did not write.
+"""Writes files and folders atomically, and never replaces files of others.
 
-They are written in a folder beside, which is private and has a random name, and then renamed. `upop.ownership` says
-what may be replaced.
+They are written to a private folder with a random name, and then renamed. `upop.ownership` decides what may be
+replaced.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ _ADVICE = {
 
 
 def is_file(path: Path) -> bool:
-    """Whether there is a file of that name; False also for names that no file can have."""
+    """Whether there is a file of this name; False for impossible names."""
     try:
         return path.is_file()
     except (OSError, ValueError):
@@ -67,16 +67,16 @@ def is_file(path: Path) -> bool:
 
 @contextmanager
 def replacing_file(path: Path, replace: bool | Callable[[Path], bool] = False) -> Iterator[Path]:
-    """Give a name to write to; that file takes the place of `path` when the block ends without an error.
+    """Yield a path to write to; that file replaces `path` when the block ends without an error.
 
     Args:
-        path: of the file; its folder is there.
-        replace: whether a file that is there already may go: True where the caller knows that it is upop's, or was told
-            so by the user; a function tells by what is in it.
+        path: of the file; its folder exists.
+        replace: whether an existing file may be replaced: True if the caller knows that it is upop's, or the user says
+            so; a function decides by its content.
 
     Raises:
-        RunFolderError: there is something that may not be replaced; or it cannot be written, for want of a folder, of
-            permission or of space. What was there before is still there.
+        RunFolderError: the existing file may not be replaced, or writing failed for lack of a folder, permission or
+            space. An existing file remains.
     """
     before = refuse_foreign_file(path, replace)
     with _explained(path, kept=before is not None), _part(path.parent, path.name) as held:
@@ -93,10 +93,10 @@ def replacing_file(path: Path, replace: bool | Callable[[Path], bool] = False) -
 def replacing_folder(
     folder: Path, kind: Kind | None = None, *, overwrite: bool = False, last: str = ""
 ) -> Iterator[Path]:
-    """Give an empty folder to fill; it takes the place of `folder` when the block ends without an error.
+    """Yield an empty folder to fill; it replaces `folder` when the block ends without an error.
 
-    An empty `folder` that is there already is filled and not replaced, because it may be a mount point or the
-    working directory; the entry named `last` then comes last.
+    An existing empty `folder` is filled rather than replaced, since it may be a mount point or the working directory;
+    the file named `last` is then moved last.
 
     Args:
         folder: where to write; a link to a folder is followed, and stays.
@@ -106,7 +106,7 @@ def replacing_folder(
         last: name of an entry.
 
     Raises:
-        RunFolderError: `folder` holds what upop did not write; or writing failed. What was there is still there, whole.
+        RunFolderError: `folder` holds files of others, or writing failed. The existing content remains.
     """
     place = real_folder(folder)
     if place.is_dir():
@@ -134,19 +134,19 @@ def replacing_folder(
 
 
 def check_folder(folder: Path, kind: Kind, *, overwrite: bool = False) -> None:
-    """Refuse what `replacing_folder` would refuse to replace, before anything is read or computed.
+    """Refuse a folder that `replacing_folder` may not replace, before any work.
 
     Raises:
-        RunFolderError: `folder` holds what upop did not write; the message says what.
+        RunFolderError: `folder` holds files of others; the message says which.
     """
     refuse_foreign_folder(real_folder(folder), kind, overwrite=overwrite)
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder, and those above it, where there are none.
+    """Create a folder and its parents, if missing.
 
     Raises:
-        RunFolderError: it cannot be made.
+        RunFolderError: it cannot be created.
     """
     with _explained(folder, kept=False):
         folder.mkdir(parents=True, exist_ok=True)
@@ -215,9 +215,9 @@ def remove_folder(folder: Path, kind: Kind) -> None:
 
 
 def remove_parts(folder: Path) -> None:
-    """Remove what processes of this user left in this very folder that were killed while they wrote.
+    """Remove the remains of killed processes of this user in this folder.
 
-    What was moved aside in that moment is put back.
+    Content that they had moved aside is restored.
     """
     try:
         with os.scandir(folder) as entries:
@@ -232,7 +232,7 @@ def remove_parts(folder: Path) -> None:
 
 @contextmanager
 def _part(parent: Path, target: str) -> Iterator[Path]:
-    """Give a new, private folder in `parent`, for what is to be named `target` there; it goes when the block ends."""
+    """Yield a new private folder in `parent` for the content of `target`; it is removed after the block."""
     held = Path(tempfile.mkdtemp(prefix=".upop-", suffix=".part", dir=parent))
     maker = os.getpid()
     try:
@@ -258,7 +258,7 @@ def _owner(held: Path) -> dict[str, Any] | None:
 
 
 def _discard(held: Path, target: Path) -> None:
-    """Remove a part; what was moved aside from `target` is put back if nothing came in its place."""
+    """Remove a temporary folder; content moved aside from `target` is restored unless it was replaced."""
     old = held / "old"
     if old.is_dir():
         try:
@@ -280,9 +280,9 @@ def _discard(held: Path, target: Path) -> None:
 
 
 def _settle(path: Path, held: Path) -> None:
-    """Give a file or a folder the permissions of the others made here, and wait until it is on the disk.
+    """Set default permissions for a file or folder, and flush it to the disk.
 
-    A name that is changed before the content is on the disk outlives a power cut, and is empty then.
+    A rename before the flush might leave an empty file after a power cut.
     """
     found = os.lstat(path)
     if stat.S_ISDIR(found.st_mode):
@@ -374,7 +374,7 @@ def _rename_new(source: Path, target: Path) -> None:
 
 
 def _exchange(one: Path, other: Path) -> bool:
-    """Swap two names in one step of the file system, so that no moment has neither; False where it cannot."""
+    """Swap two names atomically; return False if the file system cannot."""
     return _renameat2(one, other, _EXCHANGE) is None
 
 
@@ -389,7 +389,7 @@ def _renameat2(source: Path, target: Path, flag: int) -> int | None:
 
 @contextmanager
 def _explained(path: Path, *, kept: bool) -> Iterator[None]:
-    """Say of whatever a writer raises, for want of space or permission, what could not be written and what is kept."""
+    """Turn errors for lack of space or permission into ones that say what could not be written and what remains."""
     try:
         yield
     except UPopError:
@@ -405,7 +405,7 @@ def _explained(path: Path, *, kept: bool) -> Iterator[None]:
 
 
 def _of_the_system(error: Exception, folder: Path) -> OSError | None:
-    """Return what the system told a writer; None if its error is about something else."""
+    """Return the system error behind an error of a writer, or None."""
     if isinstance(error, OSError):
         return error
     # torch, safetensors and others have errors of their own for what the system told them, mostly without its words.

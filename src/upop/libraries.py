@@ -1,4 +1,4 @@
-"""Libraries that upop uses where they are installed: which extra brings each, and what is said where one is missing."""
+"""Optional libraries: the extra that installs each, and messages for missing ones."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ _MODELS = "transformers.modeling_utils"
 
 @contextmanager
 def naming_missing() -> Iterator[None]:
-    """Make the import of a library that is not installed an error that says which command installs it.
+    """Turn import errors within the block into ones with the command to install the library.
 
     Raises:
         MissingLibraryError: a library other than upop was imported in this block, and is not installed.
@@ -60,7 +60,7 @@ def naming_missing() -> Iterator[None]:
 
 
 def missing(error: ModuleNotFoundError, user: str = "This") -> ModuleNotFoundError:
-    """Return the error to raise in the place of one of Python's: what is missing, and which command installs it.
+    """Return an error that names the missing library and the command to install it.
 
     Args:
         error: what an import raised. An error about a module of upop, or that names none, is returned as it is.

@@ -1,4 +1,4 @@
-"""A process of several whose others have ended: the connection to them breaks, which is not the cause of anything."""
+"""Detects that another process of the run has ended, from broken connections."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ _BROKEN = ("closed by peer", "reset by peer", "Broken pipe", "Timed out waiting"
 
 
 def lost_process(error: BaseException, kept: Callable[[], str] = str) -> LostProcessError | None:
-    """Return the error of ours for one that says that the connection to another process broke; None for any other.
+    """Return a LostProcessError for an error about a broken connection to another process; None for others.
 
     Args:
         error: that ended a command or a run.
-        kept: gives a sentence about what is kept of the run.
+        kept: returns a sentence about the saved state of the run.
     """
     if not isinstance(error, RuntimeError) or isinstance(error, LostProcessError):
         return None

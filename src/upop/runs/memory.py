@@ -1,4 +1,4 @@
-"""Memory: how much of it a step takes, how much there is, and errors that say what to change."""
+"""Measures memory of steps and free memory, and explains out-of-memory errors."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _PASSES = ("batch_size_test", "rerank_batch", "rank_chunk", "window_batch")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether an error says that memory is used up, that of a device or of the machine."""
+    """Whether an error means that a device or the machine is out of memory."""
     if isinstance(error, UPopError):
         return isinstance(error, OutOfMemoryError)
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
@@ -36,10 +36,10 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 @contextmanager
 def explained_memory(settings: RunSettings, device: torch.device, *, evaluating: bool = False) -> Iterator[None]:
-    """Turn what torch says when memory is used up into an error that says what to change.
+    """Turn out-of-memory errors of torch within the block into ones that say what to change.
 
     Raises:
-        OutOfMemoryError: memory is used up.
+        OutOfMemoryError: there is not enough memory.
     """
     try:
         yield
@@ -90,7 +90,7 @@ def _workers(settings: RunSettings) -> str:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Return how much memory is left for this process: of its CUDA device, or of the machine.
+    """Return the free memory for this process, of its CUDA device or of the machine.
 
     A container may have less than the machine, and the training processes of a machine share it.
     """
@@ -112,7 +112,7 @@ def format_bytes(count: int) -> str:
 
 
 def peak_bytes(step: Callable[[], object]) -> int:
-    """Return the most bytes that tensors made in `step` took at once; what kernels take for themselves is not seen."""
+    """Return the peak bytes of tensors created in `step`, without workspace of kernels."""
     alive = _Alive()
     with alive:
         step()
@@ -120,7 +120,7 @@ def peak_bytes(step: Callable[[], object]) -> int:
 
 
 class _Alive(TorchDispatchMode):
-    """Follows the storages of all tensors that are made, until they are freed."""
+    """Tracks the storages of all created tensors until they are freed."""
 
     peak: int
 
@@ -154,7 +154,7 @@ class _Alive(TorchDispatchMode):
 
 
 def saved_bytes(forward: Callable[[], object], model: nn.Module) -> int:
-    """Return how many bytes a forward pass keeps for the backward pass, besides the model's own tensors.
+    """Return the bytes that a forward pass saves for backward, without the model's own tensors.
 
     That is the same on every device that runs the same kernels.
     """

@@ -1,4 +1,4 @@
-"""SIGTERM, which a cluster sends before it takes a machine, and Ctrl-C: the run saves where it stands, and ends."""
+"""Handles SIGTERM, which clusters send before they reclaim a machine, and Ctrl-C: the run saves and ends."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _INTERRUPTED = "The run was interrupted (Ctrl-C). "
 
 
 class _AskedToEnd(BaseException):
-    """What the signal raises, in the middle of anything: no Exception, or some library would take it for its own."""
+    """Raised by the signal handler; a BaseException, so that libraries do not catch it."""
 
 
 class Preemption:
@@ -35,7 +35,7 @@ class Preemption:
     nobody else handles it. Pressed a second time, Ctrl-C does not wait for the step.
 
     Args:
-        auto: whether the run goes on by itself when it is started again, so that no flag is recommended.
+        auto: whether a restarted run resumes by itself, so that messages recommend no flag.
 
     Attributes:
         asked: whether a signal came.
@@ -49,7 +49,7 @@ class Preemption:
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Self:
-        """Take the signals over; only a main thread can."""
+        """Install the signal handlers; only a main thread can."""
         _doing.fill_(_UNTOLD)
         if threading.current_thread() is threading.main_thread():
             self._before[signal.SIGTERM] = signal.signal(signal.SIGTERM, self._answer)
@@ -77,7 +77,7 @@ class Preemption:
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
-        """Only note the signal within the block, which asks for it between steps."""
+        """Only record signals within the block, which checks for them between steps."""
         self._deferred = True
         try:
             yield

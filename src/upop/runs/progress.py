@@ -55,11 +55,11 @@ class RunProgress:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Take the bar away."""
+        """Remove the bar."""
         self._bar.stop()
 
     def start_at(self, steps: int) -> None:
-        """Count steps that were taken before; the time left follows from those that are still to come."""
+        """Start at a number of earlier steps, which do not count for the estimated time."""
         self._bar.reset(self._task, completed=steps)  # an update would count as speed
 
     def advance(self, description: str) -> None:

@@ -1,4 +1,4 @@
-"""How a compression shares out its steps, and learning rates by optimizer step."""
+"""The phases of a compression, and learning rates per optimizer step."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ _WARMUP = 0.05
 
 @dataclass(frozen=True)
 class Phases:
-    """How a compression shares out its steps.
+    """The phases of a compression.
 
     Attributes:
-        search_steps: in which masks move; the model is cut after the last of them.
-        search: epochs of a search that is a training of its own, as published; else it is the beginning of `retrain`.
+        search_steps: number of search steps, after which the model is cut.
+        search: epochs of a separate search, as published; otherwise the search is the beginning of `retrain`.
         retrain: all other epochs.
     """
 
@@ -59,7 +59,7 @@ def phases(settings: RunSettings, steps_per_epoch: int) -> Phases:
 
 
 def first_rate(settings: RunSettings, samples: int) -> float:
-    """Return `init_lr` for steps over so many samples, of all processes together."""
+    """Return `init_lr`, scaled to the samples per step of all processes."""
     return settings.init_lr if settings.lr_batch is None else settings.init_lr * samples / settings.lr_batch
 
 

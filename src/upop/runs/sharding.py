@@ -1,8 +1,8 @@
-"""FSDP2 in the training loop: weights, gradients and the optimizer's state are shared out over the processes of a run.
+"""FSDP2 in the training loop: shards weights, gradients and optimizer state over the processes of a run.
 
-Accelerate keeps FSDP to GPUs; here `fully_shard` is called on any device, so that two processes on a CPU show what
-eight GPUs do. A phase trains a sharded copy; the model itself waits on the CPU, and takes the weights back, whole,
-whenever it is evaluated, saved or cut. So everything but the training steps meets an ordinary model.
+Accelerate limits FSDP to GPUs; `fully_shard` works on any device, so that two processes on a CPU can test it. Each
+phase trains a sharded copy while the model itself waits on the CPU, and gets the full weights back for evaluation,
+saving and the cut. Everything except the training steps thus works on an ordinary model.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ State = Mapping[str, Any]
 
 
 class Search(Protocol):
-    """What follows the weights from one copy of a model to another."""
+    """A search or teacher that can move to another copy of the model."""
 
     def move_to(self, model: nn.Module) -> None:
         """Go on with another copy of the model."""
@@ -37,7 +37,7 @@ class Search(Protocol):
 
 
 class Sharding:
-    """What one phase trains instead of a model: a copy whose weights are shared out over the processes.
+    """The sharded copy of a model that one phase trains.
 
     Args:
         model: the model, with its masks if it has any; it waits on the CPU from now on.
@@ -94,7 +94,7 @@ class Sharding:
 
 
 def sharded_copy(model: nn.Module, device: torch.device) -> nn.Module:
-    """Return a copy of a model whose weights are shared out over all processes; the model is moved to the CPU.
+    """Return a copy of a model, sharded over all processes; the model moves to the CPU.
 
     What is gathered at a time is a block: one of several children of the same class in a list or sequence. Momentum
     copies and what they copy are parts of their own, so that the one can be moved towards the other shard by shard.
@@ -130,7 +130,7 @@ def _momentum_encoders(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def _unsharded(model: nn.Module) -> Iterator[nn.Parameter]:
-    """Yield what cannot be shared out: single numbers, and weights that are read outside their module's forward."""
+    """Yield parameters that cannot be sharded: scalars, and weights read outside their module's forward."""
     yield from (parameter for parameter in model.parameters() if not parameter.dim())
     for name in read_by_others(model):
         yield from model.get_submodule(name).parameters()
