@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 
 import upop
 from pruning.families import FAMILIES, difference, loss_of, outputs_of
-from tiers import since
+from tiers import mostly_slow, since
 from upop.errors import LayoutError, SettingError, StepError
 from upop.pruning.masks import Masks
 
@@ -103,7 +103,7 @@ def test_it_is_the_search_the_teacher_and_the_cut_by_hand() -> None:
     assert difference(outputs_of(model, batch(0)), outputs_of(other, batch(0))) == 0
 
 
-@pytest.mark.parametrize("stopped", [2, 7])
+@pytest.mark.parametrize("stopped", mostly_slow([2, 7], 7))
 def test_a_resumed_training_ends_with_the_same_numbers(stopped: int) -> None:
     def begun() -> tuple[nn.Module, upop.Compression, Any]:
         model = VIT.build()

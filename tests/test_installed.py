@@ -93,6 +93,7 @@ def test_the_wheel_holds_what_commands_read(installed: Path) -> None:
             assert (installed / file.relative_to(ROOT / "src")).is_file(), f"{file} is not in the wheel"
 
 
+@pytest.mark.slow
 def test_commands_work_in_an_empty_folder(installed: Path, tmp_path: Path) -> None:
     shown = run(
         installed,

@@ -77,7 +77,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-@pytest.mark.parametrize("name", mostly_slow(MODELS, "CLIP", "SigLIP", "no square"))
+@pytest.mark.parametrize("name", mostly_slow(MODELS, "CLIP"))
 def test_it_comes_back_by_itself(name: str, tmp_path: Path) -> None:
     model = MODELS[name]()
     folder = upop.save(model, tmp_path / "out")

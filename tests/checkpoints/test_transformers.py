@@ -269,6 +269,7 @@ print([round(row["score"], 6) for row in pipeline("image-classification", model=
 """
 
 
+@pytest.mark.slow
 def test_a_pipeline_in_a_fresh_process(tmp_path: Path) -> None:
     from PIL import Image
 

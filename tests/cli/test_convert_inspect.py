@@ -16,6 +16,7 @@ import upop
 from checkpoints.test_transformers import blip, compressed, llama, vit
 from parity.cases import all_recorded
 from pruning.families import NLVR
+from tiers import mostly_slow
 from upop.checkpoints import save_official
 
 Command = Callable[..., tuple[int, str]]
@@ -88,7 +89,14 @@ def test_a_model_of_ours_by_modality(command: Command, tmp_path: Path) -> None:
     assert "7 to 40 of 40" in text
 
 
-@pytest.mark.parametrize(("build", "said"), [(vit, "16 x 16"), (llama, "20 tokens"), (blip, "one text of 20 tokens")])
+@pytest.mark.parametrize(
+    ("build", "said"),
+    mostly_slow(
+        [(vit, "16 x 16"), (llama, "20 tokens"), (blip, "one text of 20 tokens")],
+        (vit, "16 x 16"),
+        (llama, "20 tokens"),
+    ),
+)
 def test_models_of_transformers(command: Command, tmp_path: Path, build: Callable[[], Any], said: str) -> None:
     build().save_pretrained(tmp_path)
     code, text = command("inspect", tmp_path, "--p", "0.5")

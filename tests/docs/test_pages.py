@@ -42,7 +42,9 @@ RUN = [page for page in PAGES if blocks(page, "python")]
 
 
 @pytest.mark.parametrize(
-    "page", mostly_slow(RUN, *(page for page in RUN if page.stem != "tokens")), ids=lambda page: page.stem
+    "page",
+    mostly_slow(RUN, *(page for page in RUN if page.stem not in ("guide", "tokens"))),
+    ids=lambda page: page.stem,
 )
 def test_python_runs_in_order(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)

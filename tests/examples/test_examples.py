@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tiers import mostly_slow
+
 EXAMPLES = Path(__file__).parents[2] / "examples"
 ARGUMENTS = {"fine_tune.py": ["--out", "small"]}
 
@@ -22,7 +24,7 @@ def test_every_script_is_told_of() -> None:
 
 
 @pytest.mark.filterwarnings("default")
-@pytest.mark.parametrize("name", sorted(each.name for each in EXAMPLES.glob("*.py")))
+@pytest.mark.parametrize("name", mostly_slow(sorted(each.name for each in EXAMPLES.glob("*.py")), "trainer.py"))
 def test_a_script_runs(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import upop
+from tiers import mostly_slow
 from upop.errors import SettingError
 
 with warnings.catch_warnings():
@@ -65,7 +66,7 @@ def by_hand(model: Any, data: Any, clip: float, accumulate: int) -> upop.Plan:
     return compression.plan()
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("accumulate", mostly_slow([1, 2], 2))
 def test_it_is_the_loop_by_hand(classifier: Any, image_set: Any, tmp_path: Path, accumulate: int) -> None:
     model = copy.deepcopy(classifier)
     expected = by_hand(model, image_set, 0.05, accumulate)

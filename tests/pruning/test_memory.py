@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import upop
+from tiers import mostly_slow
 from upop.errors import SettingError, StepError
 from upop.pruning import dense, moments, recompute
 from upop.pruning.scores import signed
@@ -134,7 +135,7 @@ def test_a_layer_that_cannot_be_run_again_is_not(monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.filterwarnings("ignore:The correction changed nothing")
-@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("shared", mostly_slow([False, True], False))
 def test_checkpoints_of_ones_own_of_either_kind_give_the_same(shared: bool) -> None:
     """Old ones take no list of inputs; a layer that is shared gets its gradient in several parts from them."""
     models = [Stack(Block, again, shared) for again in (None, False, True)]
@@ -146,7 +147,7 @@ def test_checkpoints_of_ones_own_of_either_kind_give_the_same(shared: bool) -> N
     )
 
 
-@pytest.mark.parametrize("search", [False, True])
+@pytest.mark.parametrize("search", mostly_slow([False, True], False))
 def test_a_few_layers_at_a_time_are_corrected_as_all_at_once(search: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(moments, "_SMALL", 0)
     monkeypatch.setattr(moments, "_SHARE", 10**9)

@@ -23,12 +23,12 @@ def check_case(case: Case, folder: Path) -> None:
     check(case.build(), case.example(), folder, case.attentions, case.mlps)
 
 
-@pytest.mark.parametrize("name", mostly_slow(VITS, "vit", "xcit", "vit_nd"))
+@pytest.mark.parametrize("name", mostly_slow(VITS, "vit"))
 def test_vit_pytorch(name: str, tmp_path: Path) -> None:
     check_case(VITS[name], tmp_path)
 
 
-@pytest.mark.parametrize("name", mostly_slow(X_TRANSFORMERS, "grouped", "captions"))
+@pytest.mark.parametrize("name", mostly_slow(X_TRANSFORMERS, "captions"))
 def test_x_transformers(name: str, tmp_path: Path) -> None:
     pytest.importorskip("x_transformers", reason="x-transformers is not installed: pip install 'upop[dev]'")
     check_case(X_TRANSFORMERS[name], tmp_path)

@@ -11,6 +11,7 @@ from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
 import upop
 from pruning.families import randomise
+from tiers import mostly_slow
 from upop.errors import SettingError
 from upop.pruning import plan_by_magnitude
 
@@ -83,7 +84,7 @@ def test_every_layer_keeps_equally_many_and_not_the_same() -> None:
     assert model.config.intermediate_size == counts(plan, "mlp").pop()
 
 
-@pytest.mark.parametrize("round_to", [1, {"mlp": 16}])
+@pytest.mark.parametrize("round_to", mostly_slow([1, {"mlp": 16}], {"mlp": 16}))
 def test_calibrate_and_magnitude_keep_alike(round_to: Any) -> None:
     step = round_to["mlp"] if isinstance(round_to, dict) else 1
     for plan in (

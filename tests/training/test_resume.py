@@ -311,7 +311,8 @@ def test_a_compression_that_an_earlier_version_began_is_refused(
         compress(*runs.nlvr(config, output_dir=folder, resume="must"))
 
 
-@pytest.mark.parametrize("kill_at", mostly_slow([24, 30], 30))
+@pytest.mark.slow
+@pytest.mark.parametrize("kill_at", [24, 30])
 def test_the_samples_of_a_step_may_come_in_other_portions(tmp_path: Path, kill_at: int) -> None:
     """Rounding apart it is the same run: as many steps, each on the same samples."""
     config = runs.make_task("nlvr", tmp_path)

@@ -239,7 +239,7 @@ def test_accumulated_gradients_give_the_same_search(config: Path, tmp_path: Path
             {"importance": "signed"},
             {"ema_decay": 0.5, "warmup_epochs": 1},
         ],
-        *({"amp": True}, {"ema_decay": 0.5, "warmup_epochs": 1}),
+        {"ema_decay": 0.5, "warmup_epochs": 1},
     ),
     ids=str,
 )
