@@ -384,13 +384,20 @@ def test_a_forward_put_in_place_of_the_layers_own() -> None:
     upop.shrink(model, uneven_plan(groups), verify=torch.randn(2, 3, 16, 16, dtype=torch.float64))
 
 
-def test_a_module_under_two_names_is_cut_once() -> None:
-    model = vit()
-    model.blocks.append(model.blocks[0])
+def test_a_module_under_two_names_is_cut_once(tmp_path: Path) -> None:
+    def build() -> Any:
+        model = vit()
+        model.blocks.append(model.blocks[0])
+        return model
+
+    model = build()
     groups = upop.find_groups(model)
     assert [group.name for group in groups] == [ATTENTION, "blocks.0.mlp"]
     upop.shrink(model, uneven_plan(groups), verify=torch.randn(2, 3, 16, 16, dtype=torch.float64))
-    assert model.blocks[1] is model.blocks[0]
+    again = upop.load_into(build(), upop.save(model, tmp_path / "out"))
+    for loaded in (model, again):
+        assert loaded.blocks[1] is loaded.blocks[0]
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in again.state_dict().items())
 
 
 def test_models_without_weights_cannot_be_searched_but_cut() -> None:
