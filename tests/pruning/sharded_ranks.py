@@ -218,7 +218,7 @@ def together(case: Case, folder: Path) -> dict[str, Any]:
 
 
 def spread_otherwise() -> dict[str, str]:
-    """What is said of the first version of FSDP, and of a weight that tensor parallelism cuts along both dimensions."""
+    """What is said of FSDP's first version, of frozen shards, and of weights that are cut along both dimensions."""
     model = FullyShardedDataParallel(nn.Sequential(VIT.build()), device_id=torch.device("cpu"), use_orig_params=True)
     found = {"flattened": refusal(lambda: upop.Pruner(model, 0.5, STEPS))}
     plain = VIT.build()
@@ -227,6 +227,10 @@ def spread_otherwise() -> dict[str, str]:
     weights = [distribute_tensor(layer.weight.detach(), mesh, [Shard(0), Shard(1)]) for _ in range(2)]
     layer.weight = nn.Parameter(weights[0])
     layer.weight.grad = weights[1]
+    frozen = VIT.build()
+    frozen.blocks[0].mlp.fc1.weight.requires_grad_(False)
+    fully_shard(frozen, mesh=init_device_mesh("cpu", (2,)))
+    found["frozen"] = refusal(lambda: upop.Pruner(frozen, 0.5, STEPS))
     return {**found, "cut twice": refusal(pruner.step)}
 
 

@@ -131,6 +131,7 @@ def test_what_needs_whole_weights_says_how_to_get_them(case: tuple[dict[str, Any
 def test_other_ways_of_spreading_weights_are_refused(results: Results) -> None:
     for found in results["refused"][1]:
         assert "flattens weights" in found["flattened"] and "fully_shard" in found["flattened"]
+        assert "1 groups have frozen weights beside trained ones" in found["frozen"]
         assert "Do not combine it with tensor parallelism" in found["cut twice"]
 
 

@@ -12,6 +12,7 @@ from torch import nn
 
 from upop.pruning.errors import LayoutError, SettingError, nearest, some_of
 from upop.pruning.groups import Group, tensor_of
+from upop.pruning.sharded import is_sharded_tensor
 
 
 def chosen(
@@ -84,6 +85,24 @@ def refuse_frozen(model: nn.Module, groups: list[Group]) -> None:
             f"{len(frozen)} groups have frozen weights, which training would not repair after a cut "
             f"({some_of(frozen)}). Set requires_grad on them, give them adapters, exclude them, or cut without "
             "training, upop.calibrate(model, batches, ...)."
+        )
+    refuse_half_scored(model, groups)
+
+
+def refuse_half_scored(model: nn.Module, groups: list[Group]) -> None:
+    """Raise a `LayoutError` if frozen weights beside trained ones are sharded, where nobody sees their gradients."""
+    frozen = [
+        group.name
+        for group in groups
+        for tensor in (tensor_of(model, part.tensor) for part in group.producers)
+        if tensor.dim() > 1 and not tensor.requires_grad and is_sharded_tensor(tensor)
+    ]
+    if frozen:
+        raise LayoutError(
+            f"{len(set(frozen))} groups have frozen weights beside trained ones "
+            f"({some_of(list(dict.fromkeys(frozen)))}), and fully_shard shares them out: by adapters alone their "
+            "channels would be ranked by noise. Set requires_grad on them, keep the model whole in each process "
+            "(DistributedDataParallel), or prune it first, upop.calibrate(model, batches, ...)."
         )
 
 
