@@ -25,6 +25,12 @@ MOVED = {
     "upop.pruning.units": "upop.pruning.groups",
     "upop.pruning.surveys": "upop.pruning.prunable",
     "upop.pruning.align": "upop.pruning.round_to",
+    "upop.checkpoints.transformers_models": "upop.checkpoints.formats.transformers",
+    "upop.checkpoints.plain_export": "upop.checkpoints.export.plain_models",
+    **{
+        f"upop.checkpoints.{name}": f"upop.checkpoints.export.{name}"
+        for name in ("any_graph", "cached_graph", "graphs", "int8", "nemotron_nas", "padded", "sessions")
+    },
 }
 """Old path of a module or package -> new path."""
 

@@ -1,0 +1,92 @@
+"""`open_checkpoint`: what lies at a path, in one order of asking, and the same model by every way that takes it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+
+import upop
+from upop.checkpoints import open_checkpoint, save_official
+from upop.checkpoints.convert import read_model
+from upop.checkpoints.timm_models import hub_config
+from upop.errors import CheckpointError, SettingError
+
+NAME = "vit_tiny_patch16_224"
+SIZES: dict[str, Any] = {"img_size": [32, 32], "depth": 1}
+
+
+def dense() -> Any:
+    return timm.create_model(NAME, num_classes=5, **SIZES).eval()
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, dict[str, Path]]:
+    """A model of timm, and where it lies: in a folder of ours, of timm, and in a published file."""
+    torch.manual_seed(0)
+    folder, model = tmp_path_factory.mktemp("opening"), dense()
+    upop.save(model, folder / "ours")
+    (folder / "timm").mkdir()
+    save_file(model.state_dict(), folder / "timm" / "model.safetensors")
+    (folder / "timm" / "config.json").write_text(json.dumps(hub_config(model, NAME, SIZES)))
+    save_official("classification", upop.load_official("classification", folder / "timm"), folder / "published.pth")
+    return model, {name: folder / name for name in ("ours", "timm", "published.pth")}
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "library"),
+    [("ours", "upop", "timm"), ("timm", "timm", "timm"), ("published.pth", "state_dict", "state_dict")],
+)
+def test_every_format_says_what_it_is_and_gives_the_same_model(
+    places: tuple[Any, dict[str, Path]], name: str, kind: str, library: str
+) -> None:
+    model, held = places
+    checkpoint = open_checkpoint(held[name])
+    assert (checkpoint.kind, checkpoint.library, checkpoint.plan) == (kind, library, None)
+    assert open_checkpoint(checkpoint) is checkpoint
+    assert checkpoint.state.keys() == checkpoint.outline().keys() == model.state_dict().keys()
+    assert checkpoint.config.get("architecture") == (None if kind == "state_dict" else NAME)
+    images = torch.randn(2, 3, 32, 32)
+    for again in (upop.load(held[name]), read_model(checkpoint), upop.load_official("classification", held[name])):
+        torch.testing.assert_close(again.eval()(images), model(images), rtol=1e-5, atol=1e-5)
+
+
+def test_a_dense_model_is_filled_from_a_folder_of_its_library(places: tuple[Any, dict[str, Path]]) -> None:
+    model, held = places
+    filled, images = upop.load_into(dense(), held["timm"]), torch.randn(1, 3, 32, 32)
+    assert torch.equal(filled(images), model(images))
+    with pytest.raises(CheckpointError, match=r"file of tensors.*upop\.load_official"):
+        upop.load_into(dense(), held["published.pth"])
+
+
+def test_a_plan_is_read_with_the_checkpoint(tmp_path: Path) -> None:
+    model = dense()
+    upop.shrink(model, {"blocks.0.mlp": range(10)})
+    plan = open_checkpoint(upop.save(model, tmp_path / "cut")).plan
+    assert plan is not None and plan.kept["blocks.0.mlp"] == tuple(range(10))
+
+
+def test_a_path_is_exported(places: tuple[Any, dict[str, Path]], tmp_path: Path) -> None:
+    upop.export(places[1]["ours"], tmp_path / "out", "torch-export")
+    assert (tmp_path / "out" / "model.pt2").is_file()
+    with pytest.raises(SettingError, match="export"):
+        upop.export(5, tmp_path / "other")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("gone", "nothing was found there"),
+        (".", r"the folder holds no upop\.json, .*or .*best, which a run of ours left there"),
+    ],
+)
+def test_what_is_no_checkpoint_is_said(tmp_path: Path, name: str, message: str) -> None:
+    (tmp_path / "best").mkdir()
+    for read in (open_checkpoint, upop.load, lambda path: upop.export(path, tmp_path / "out", "torch-export")):
+        with pytest.raises(CheckpointError, match=rf"was asked for, and {message}"):
+            read(tmp_path / name)
