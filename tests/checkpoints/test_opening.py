@@ -90,3 +90,13 @@ def test_what_is_no_checkpoint_is_said(tmp_path: Path, name: str, message: str) 
     for read in (open_checkpoint, upop.load, lambda path: upop.export(path, tmp_path / "out", "torch-export")):
         with pytest.raises(CheckpointError, match=rf"was asked for, and {message}"):
             read(tmp_path / name)
+
+
+def test_a_description_of_far_more_than_the_weights_is_refused_before_memory_is_taken(
+    places: tuple[Any, dict[str, Path]], tmp_path: Path
+) -> None:
+    config = hub_config(places[0], NAME, {**SIZES, "embed_dim": 3 * 2**18})
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "model.safetensors").write_bytes((places[1]["timm"] / "model.safetensors").read_bytes())
+    with pytest.raises(CheckpointError, match="does not fit"):
+        upop.load(tmp_path)

@@ -114,6 +114,24 @@ def fit(
     return model
 
 
+def fitted(build: Callable[[], nn.Module], state: Mapping[str, Tensor], source: str, *, strict: bool) -> nn.Module:
+    """Build a model of a library and load its weights, in their precision; return it in evaluation mode.
+
+    Nothing of its size is allocated before the description has been compared with the weights.
+
+    Args:
+        build: builds the model, as its library describes it.
+        state: its tensors.
+        source: their origin, for messages.
+        strict: False warns of misfits.
+
+    Raises:
+        CheckpointError: names or shapes do not fit; misfits are listed.
+    """
+    model = as_precise(build_to_fit(build, state, source, strict=strict), state)
+    return fit(model, state, source, lambda _group: False, strict=strict).eval()
+
+
 def build_to_fit(
     build: Callable[[], nn.Module],
     state: Mapping[str, Tensor],
@@ -312,3 +330,14 @@ def resize_positions(positions: Tensor, tokens: int) -> Tensor:
     grid = positions[:, first:].reshape(1, old, old, -1).permute(0, 3, 1, 2)
     grid = F.interpolate(grid, size=(new, new), mode="bicubic", align_corners=False)
     return torch.cat([positions[:, :first], grid.permute(0, 2, 3, 1).flatten(1, 2)], dim=1)
+
+
+def as_precise(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
+    """Convert a model to the precision of a state dict, tensor by tensor."""
+    found = {value.dtype for value in state.values() if value.is_floating_point()}
+    if len(found) == 1:
+        return model.to(dtype=found.pop())  # buffers that are not saved too
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if name in state:
+            tensor.data = tensor.data.to(state[name].dtype)
+    return model

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from upop.checkpoints import open_clip_models, processors
-from upop.checkpoints.fit import compare
+from upop.checkpoints.fit import fitted
 from upop.checkpoints.opening import OPEN_CLIP, Checkpoint, Own
 from upop.checkpoints.read import read_weights, safe_weights
 from upop.checkpoints.vit_sizes import side
@@ -65,9 +65,8 @@ def load(checkpoint: Checkpoint, *, strict: bool) -> nn.Module:
         for tower in _TOWERS
     }
     [held] = weights(path)
-    model = open_clip_models.build({**described, "arguments": {**arguments, **towers}}, str(file))
-    model.load_state_dict(compare(model, read_weights(held), str(held), strict=strict), strict=False)
-    return model.eval()
+    model = {**described, "arguments": {**arguments, **towers}}
+    return fitted(lambda: open_clip_models.build(model, str(file)), read_weights(held), str(held), strict=strict)
 
 
 def own(checkpoint: Checkpoint) -> Own:

@@ -24,7 +24,7 @@ from upop.checkpoints.description import (
     check_digests,
     read_description,
 )
-from upop.checkpoints.fit import build_to_fit, fit
+from upop.checkpoints.fit import as_precise, build_to_fit, fit
 from upop.checkpoints.opening import Checkpoint, Own
 from upop.checkpoints.preparation import set_preparation
 from upop.checkpoints.read import read_outline, read_weights
@@ -82,7 +82,7 @@ def load(checkpoint: Checkpoint, *, strict: bool) -> nn.Module:
 
         model = build_to_fit(build, held, source, dense=sizes, strict=strict)
         state = read_weights(folder / WEIGHTS)
-        model = fit(_as_precise(model, state), state, source, lambda _group: False, strict=strict)
+        model = fit(as_precise(model, state), state, source, lambda _group: False, strict=strict)
     check_digests(folder, description, strict=strict)
     layout = description.layout or {}
     names = groups_today(model, {**layout, **({} if plan is None else plan.kept)})
@@ -224,15 +224,4 @@ def _dense(description: Description, folder: Path) -> nn.Module:
             "; ".join(problems(error)) if isinstance(error, ValidationError) else str(error) or type(error).__name__
         )
         raise CheckpointError(f"{folder / DESCRIPTION} describes a model that cannot be built: {message}") from error
-    return model
-
-
-def _as_precise(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
-    """Convert a model to the precision of a state dict, tensor by tensor."""
-    found = {value.dtype for value in state.values() if value.is_floating_point()}
-    if len(found) == 1:
-        return model.to(dtype=found.pop())  # buffers that are not saved too
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if name in state:
-            tensor.data = tensor.data.to(state[name].dtype)
     return model

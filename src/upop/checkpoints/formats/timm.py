@@ -11,7 +11,7 @@ from torch import nn
 
 from upop.checkpoints import processors, timm_models
 from upop.checkpoints.config_json import FILE, read_config
-from upop.checkpoints.fit import compare
+from upop.checkpoints.fit import fitted
 from upop.checkpoints.opening import Checkpoint, Own
 from upop.checkpoints.read import read_weights, safe_weights
 from upop.checkpoints.vit_sizes import side
@@ -55,14 +55,14 @@ def load(checkpoint: Checkpoint, *, strict: bool) -> nn.Module:
     [held] = weights(path)
     arguments = {name: value for name, value in described["arguments"].items() if value is not None}
     described = {"architecture": described["architecture"], "arguments": arguments}
-    model = timm_models.build(described, str(path / FILE))
+    state = read_weights(held)
+    model = fitted(lambda: timm_models.build(described, str(path / FILE)), state, str(held), strict=strict)
     images = checkpoint.config["pretrained_cfg"]
     usual: Any = model.pretrained_cfg
     stated = {name: images[name] for name in _IMAGES if images.get(name) is not None}
     kept = {name: tuple(value) if isinstance(value, list) else value for name, value in stated.items()}
     model.pretrained_cfg = {**(usual if isinstance(usual, Mapping) else usual.to_dict()), **kept}  # type: ignore[assignment]
-    model.load_state_dict(compare(model, read_weights(held), str(held), strict=strict), strict=False)
-    return model.eval()
+    return model
 
 
 def own(checkpoint: Checkpoint) -> Own:
