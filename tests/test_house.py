@@ -16,7 +16,7 @@ ALLOWED = {
     "report": {"pruning"},
     "metrics": {"data"},
     "integrations": {"pruning", "checkpoints"},
-    "runs": {"pruning", "models", "data", "checkpoints", "report"},
+    "runs": {"pruning", "tokens", "models", "data", "checkpoints", "report"},
     "tasks": {"pruning", "models", "data", "checkpoints", "report", "metrics", "runs"},
     "demo": {"data"},
     "cli": {"pruning", "models", "data", "checkpoints", "report", "metrics", "runs", "tasks", "demo"},

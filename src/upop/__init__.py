@@ -3,8 +3,9 @@
 The public API: `Compression` compresses a model while it is trained. `Pruner` and `shrink` do so inside any other
 loop, `calibrate` prunes without training, and `distill` adds a loss against the dense model. `find_prunable` reports
 the prunable groups. `save`, `load` and `load_into` keep a compressed model without pickle, `export` writes it for other
-runtimes, and `load_official` reads the published checkpoints. `merge_tokens` merges tokens of image encoders, and
-`reduce_vocabulary` drops words that a task never uses.
+runtimes, and `load_official` reads the published checkpoints. `merge_tokens` merges tokens of image encoders,
+`calibrate_with_tokens` shares one budget between tokens and weights, and `reduce_vocabulary` drops words that a task
+never uses.
 
 Names are imported on first use. Once both are imported, in either order, transformers reloads compressed models by
 itself. Without the libraries that files need, the method still works with torch alone.
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
         shrink,
         unmask,
     )
+    from upop.tokens.budget import calibrate_with_tokens
     from upop.tokens.encoders import merge_tokens
 
 __version__ = "0.1.0"
@@ -51,6 +53,7 @@ __all__ = [
     "Plan",
     "Pruner",
     "calibrate",
+    "calibrate_with_tokens",
     "count_macs",
     "count_parameters",
     "distill",
@@ -70,6 +73,7 @@ __all__ = [
 ]
 _PLACES = {
     "Compression": "upop.compression",
+    "calibrate_with_tokens": "upop.tokens.budget",
     "distill": "upop.distillation",
     "export": "upop.checkpoints.export",
     "merge_tokens": "upop.tokens.encoders",

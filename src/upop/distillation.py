@@ -23,6 +23,7 @@ from upop.pruning.groups import tensor_of
 from upop.pruning.known import know_as
 from upop.pruning.logits import divergence, logits_of, similarities
 from upop.pruning.masks import unwrapped
+from upop.pruning.merged import Unmerge, unmerge_of
 from upop.pruning.precision import precise
 from upop.pruning.prunable import find_groups
 from upop.pruning.scores import is_checkpointed_whole
@@ -57,10 +58,11 @@ def distill(
     is converted.
 
     The loss compares the outputs of all norms on the residual stream that the task loss depends on: their mean squared
-    difference per sample, as a share of the teacher's mean square. The teacher runs after each forward pass of `model`
-    in training mode with gradients, on the same arguments and under the same autocast, in evaluation mode; evaluation
-    costs nothing, and random generators are not advanced. Tokens that an argument named `...mask` excludes (integers or
-    bool, [batch, tokens], the only one of that shape) do not count; other padding does.
+    difference per sample, as a share of the teacher's mean square; a token that the model merged counts at each of its
+    positions. The teacher runs after each forward pass of `model` in training mode with gradients, on the same
+    arguments and under the same autocast, in evaluation mode; evaluation costs nothing, and random generators are not
+    advanced. Tokens that an argument named `...mask` excludes (integers or bool, [batch, tokens], the only one of that
+    shape) do not count; other padding does.
 
     Args:
         model: a timm, transformers or upop model, before, during or after the search; wrappers of DDP and
@@ -113,7 +115,8 @@ class Distillation:
         self.teacher.eval().requires_grad_(False)
         self._running = self._teaching = False
         self._precision: tuple[str, torch.dtype] | None = None  # device and dtype of the model's autocast
-        self._seen: dict[str, list[Tensor | None]] = {}  # by norm, the model's outputs in one forward pass
+        # By norm, the model's outputs in one forward pass, and what puts back tokens that were merged before it.
+        self._seen: dict[str, list[tuple[Tensor, Unmerge | None] | None]] = {}
         self._found: dict[str, list[Tensor | None]] = {}  # by norm, how far they are from the teacher's
         self._masks: list[Tensor] = []  # arguments of the forward pass that may say what is padding
         self._pending: dict[int, Tensor] = {}  # losses of forward passes since the last loss()
@@ -176,7 +179,8 @@ class Distillation:
         # Recomputing for a backward pass happens outside of the forward pass, and is not seen again.
         if not self._running or not isinstance(output, Tensor):
             return
-        self._seen.setdefault(name, []).append(output if output.requires_grad else None)
+        seen = (output, unmerge_of(output)) if output.requires_grad else None
+        self._seen.setdefault(name, []).append(seen)
         self._precision = precision_now(output.device.type) or self._precision
 
     @_disable_dynamo
@@ -206,11 +210,12 @@ class Distillation:
         if not self._teaching or not self._features or not isinstance(output, Tensor):
             return
         calls, seen = self._found.setdefault(name, []), self._seen.get(name, [])
-        own = seen[len(calls)] if len(calls) < len(seen) else None
-        if own is None or own.shape != output.shape:
-            calls.append(None)
-            return
+        found = seen[len(calls)] if len(calls) < len(seen) else None
         with torch.enable_grad():
+            own = None if found is None else _like(output, *found)
+            if own is None:
+                calls.append(None)
+                return
             calls.append(_difference(own, output.detach(), self._mask(own.shape[:-1])))
 
     def _keep(self, output: Any, taught: Any) -> None:
@@ -281,7 +286,7 @@ class Distillation:
     def _anchors(self, output: Any) -> Iterator[Tensor]:
         """Yield tensors in the graph of the model's backward pass."""
         for calls in self._seen.values():
-            yield from (value for value in calls if value is not None)
+            yield from (value[0] for value in calls if value is not None)
         if (logits := logits_of(output)) is not None:
             yield logits
 
@@ -385,6 +390,13 @@ def _refuse_other_architecture(model: nn.Module, teacher: nn.Module, norms: tupl
             f"{type(model).__name__}: the model has no norm of the same name and width as {some_of(other)}. Give the "
             "dense model that this one is cut from."
         )
+
+
+def _like(aim: Tensor, own: Tensor, unmerge: Unmerge | None) -> Tensor | None:
+    """Return an output of the model in the shape of the teacher's, merged tokens at their places; None if it cannot."""
+    if own.shape != aim.shape and unmerge is not None and own.dim() == 3:
+        own = unmerge(own)
+    return own if own.shape == aim.shape else None
 
 
 def _difference(own: Tensor, aim: Tensor, mask: Tensor | None) -> Tensor:

@@ -23,7 +23,7 @@ TOKENIZER = "pretrained/bert-base-uncased"
 """Where the published code looks for BERT's vocabulary."""
 
 AUTO = "auto"
-"""The value of `batch_size_train` that has the largest batch found that fits."""
+"""The value of `batch_size_train` that has the largest batch found that fits, and of `tokens`."""
 
 _DISTILL_WEIGHT = 5.0
 OLDER: Mapping[str, tuple[str, ...]] = {
@@ -153,6 +153,11 @@ class RunSettings(Checked):
         False,
         description="prune whole branches too, by the importance of all their channels; with uniform, whole layers",
     )
+    tokens: int | float | tuple[int, ...] | Literal["auto"] | None = Field(
+        None,
+        description="image tokens that every layer merges away: one number, one for each layer, or the share of the "
+        "encoder's multiply-adds to save; auto: as many as calibration finds best for a target of macs",
+    )
     interval: int = Field(50, ge=1, description="search steps between updates of the masks, with method reference")
     w_sp_attn: float = Field(4.8e-3, ge=0, description="weight of the sparsity term; affects only the logged loss")
     w_sp_mlp: float = Field(2e-4, ge=0)
@@ -241,6 +246,16 @@ class RunSettings(Checked):
     def _learning_rates(self) -> Self:
         if self.min_lr > self.init_lr:
             raise ValueError(f"min_lr ({self.min_lr}) is above init_lr ({self.init_lr})")
+        return self
+
+    @model_validator(mode="after")
+    def _shares_a_budget(self) -> Self:
+        limits = () if self.target is None else read_target(self.target)
+        if self.tokens == AUTO and not any(limit.kind == "macs" for limit in limits):
+            raise ValueError(
+                f"tokens: auto shares out a target of multiply-adds, and target is {self.target}; give one, as in "
+                "target: macs=0.5"
+            )
         return self
 
     @model_validator(mode="after")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import timm
 import torch
 import transformers
 from torch import Tensor, nn
+from upop.checkpoints.graphs import own_graphs
 
 import upop
 from tiers import mostly_slow
@@ -76,20 +78,16 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
         ),
         "No image encoder",
     ),
-    "a grid": (
-        lambda: Segmenter(
-            SegmenterConfig(
-                image_size=32,
-                patch_size=8,
-                vision_width=32,
-                vision_depth=2,
-                vision_heads=2,
-                vision_mlp=64,
-                classes=3,
-                decoder="linear",
+    "a grid between layers": (
+        lambda: transformers.DPTForDepthEstimation(
+            transformers.DPTConfig(
+                **{**VISION, "num_hidden_layers": 4},
+                backbone_out_indices=[0, 1, 2, 3],
+                neck_hidden_sizes=[8, 8, 8, 8],
+                fusion_hidden_size=8,
             )
         ),
-        "places|does not run",
+        "between its layers|does not run",
     ),
 }
 
@@ -142,6 +140,27 @@ def test_models_that_need_the_places_of_tokens_are_refused_and_left_alone(name: 
     assert removed_tokens(model) is None
     assert not any("_upop_merging" in vars(each) for each in model.modules())
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("decoder", ["linear", "mask_transformer"])
+def test_tokens_come_back_to_their_places_for_a_decoder_that_reads_a_grid(decoder: str, tmp_path: Path) -> None:
+    sizes = {"image_size": 32, "patch_size": 8, "vision_width": 32, "vision_depth": 3, "vision_heads": 2}
+    config = SegmenterConfig(**sizes, vision_mlp=64, classes=3, decoder=decoder)  # type: ignore[arg-type]
+    model = made(lambda: Segmenter(config))
+    image = torch.randn(2, 3, 32, 32)
+    image[..., 16:] = image[..., :16]  # four pairs of patches that are equal but for where they are
+    with torch.no_grad():
+        model.encoder.pos_embed[:, 1:] = model.encoder.pos_embed[:, 1:2]  # type: ignore[union-attr, operator]
+        wanted = model(image)
+    upop.merge_tokens(model, [4, 0, 2])
+    assert lengths(model, image)[:3] == [13, 13, 17]  # the last one gives them all back
+    with torch.no_grad():
+        found = model(image)
+        assert found.shape == wanted.shape
+        loaded = upop.load(upop.save(model, tmp_path / "segmenter"))
+        torch.testing.assert_close(loaded(image), found)
+        upop.merge_tokens(model, [4, 4, 0])
+        torch.testing.assert_close(model(image), wanted, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("attention", ["fused", "plain", "packed"])
@@ -219,6 +238,18 @@ def test_a_saved_model_merges_when_it_is_loaded(name: str, tmp_path: Path) -> No
         torch.testing.assert_close(loaded(image), model(image))
 
 
+@pytest.mark.parametrize("name", mostly_slow(["open_clip", "timm vit", "transformers siglip"], "open_clip"))
+def test_a_merging_model_is_cut_like_any_other(name: str) -> None:
+    model = upop.merge_tokens(made(MERGING[name][0]), 3)
+    example = upop.pruning.axes.examples.example_for(model)
+    before = upop.count_macs(model, example)
+    plan = plan_by_magnitude(model, 0.5)
+    assert sum("attn" in group or "attention" in group for group in plan.kept) >= 3
+    shrink(model, plan, verify=example)
+    assert upop.count_macs(model, example) < 0.8 * before
+    assert removed_tokens(model) == [[3, 3, 3]]
+
+
 def test_a_cut_model_merges_like_any_other() -> None:
     model = made(MERGING["timm vit"][0])
     image = torch.randn(2, 3, 32, 32)
@@ -250,9 +281,7 @@ SIZES: dict[str, Any] = {
 
 @pytest.mark.parametrize("kind", mostly_slow(["blip-caption", "blip-nlvr", "blip-retrieval", "blip-vqa"], "blip-nlvr"))
 def test_models_of_ours_see_with_fewer_tokens(kind: str) -> None:
-    build, config = MODELS[kind]
-    model = made(lambda: build(config(**{name: SIZES[name] for name in SIZES if name in config.model_fields})))
-    upop.merge_tokens(model, 3)
+    model = upop.merge_tokens(of_ours(kind), 3)
     assert model.visual_encoder(torch.randn(2, 3, 32, 32)).shape == (2, 8, 32)  # type: ignore[operator]
     larger = resized(model, 48, "a model")
     assert larger.visual_encoder(torch.randn(2, 3, 48, 48)).shape == (2, 28, 32)  # type: ignore[operator]
@@ -269,6 +298,65 @@ def test_a_captioner_with_half_of_its_tokens_speaks_and_is_saved(tmp_path: Path)
     assert said[0].shape == (2, 9)
     assert torch.equal(said[0], said[1])
     assert loaded.visual_encoder(image).shape == (2, 9, 32)  # type: ignore[operator]
+
+
+def of_ours(kind: str) -> Any:
+    build, config = MODELS[kind]
+    return made(lambda: build(config(**{name: SIZES[name] for name in SIZES if name in config.model_fields})))
+
+
+def test_momentum_copies_merge_with_what_they_copy(tmp_path: Path) -> None:
+    model = upop.merge_tokens(of_ours("blip-retrieval"), [3, 2, 1])
+    images = torch.randn(2, 3, 32, 32)
+    states, features = model.encode_image(images)
+    assert states.shape[1] == 11
+    same, _ = model.encode_image(images, momentum=True)
+    torch.testing.assert_close(same, states)
+    text = {"input_ids": torch.randint(1, 90, (2, 6)), "attention_mask": torch.ones(2, 6, dtype=torch.long)}
+    losses = model.train()(images, **text, ids=torch.arange(2))
+    (losses.contrastive + losses.matching).backward()
+    loaded: Any = upop.load(upop.save(model, tmp_path / "retrieval"))
+    assert loaded.encode_image(images, momentum=True)[0].shape[1] == 11
+    assert features.shape == (2, 16)
+    upop.merge_tokens(model, 0)
+    assert not any("_upop_merging" in vars(each) for each in model.modules())
+
+
+@pytest.mark.parametrize("kind", ["blip-caption", "blip-retrieval"])
+def test_graphs_of_other_parts_take_as_many_image_tokens_as_are_left(kind: str) -> None:
+    model = upop.merge_tokens(of_ours(kind), 3)
+    graphs = own_graphs(model) or {}
+    taking = graphs["decoder" if kind == "blip-caption" else "match"]
+    assert taking.inputs["states"] == ("batch", 8, 32)
+
+
+def test_the_dense_model_teaches_merged_tokens_at_all_of_their_places() -> None:
+    teacher = made(MERGING["timm vit"][0])
+    model = upop.merge_tokens(copy.deepcopy(teacher), 3).train()
+    taught = upop.distill(model, teacher)
+    model(torch.randn(2, 3, 32, 32))
+    taught.loss().backward()
+    last: Any = model.norm  # whose outputs have fewer tokens than the teacher's
+    assert last.weight.grad.abs().sum() > 0
+
+
+def test_layers_that_merge_compute_again_in_the_backward_pass_whoever_asked_first() -> None:
+    model = upop.merge_tokens(of_ours("blip-caption"), 3).train()
+    checkpoint_blocks(model)
+    words = torch.randint(1, 90, (2, 6))
+    model(torch.randn(2, 3, 32, 32), words, torch.ones_like(words)).sum().backward()
+    assert model.visual_encoder.blocks[0].mlp.fc1.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["blip-caption", "blip-retrieval", "clip-crossget", "segmenter"])
+def test_models_of_ours_that_merge_are_exported(kind: str, tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    model = of_ours(kind)
+    upop.export(model if kind == "clip-crossget" else upop.merge_tokens(model, 3), tmp_path / "onnx")
+    described = json.loads((tmp_path / "onnx" / "export.json").read_text())
+    assert all(graph["largest_difference"] <= 1e-4 for graph in described["graphs"].values())
 
 
 @pytest.mark.slow

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from upop.errors import SettingError
+from upop.tokens.layer import place_of, set_merging
 
 
 class CheckpointedBlock(Block):
@@ -49,7 +50,10 @@ def checkpoint_blocks(model: nn.Module) -> None:
             found = True
         elif type(module) is Block:
             module.__class__ = CheckpointedBlock
-            found = True
+        elif (place := place_of(module)) is not None and type(module).__mro__[1] is Block:
+            set_merging(module, None)
+            module.__class__ = CheckpointedBlock
+            set_merging(module, place)
         found = found or isinstance(module, CheckpointedBlock)
     if found:
         return

@@ -152,7 +152,7 @@ def calibrate(
             f"ridge must be above 0, or the weights are not determined; found {ridge!r}. Without it, it is chosen."
         )
     scorer = scoring(importance)
-    kept_call = _first_call(model, batches[0], loss)
+    kept_call = first_call(model, batches[0], loss)
     if example is None and waits_for_batch(model):
         found = read_first(kept_call.inputs(model), lambda inputs: groups_to_search(model, inputs, groups))
     else:
@@ -306,7 +306,7 @@ def stage_parts(share: float, stages: int | None = None) -> list[float]:
     return [(1 - (1 - share) ** (stage / stages)) / share for stage in range(1, stages)] + [1.0]
 
 
-def _first_call(model: nn.Module, batch: Any, loss: Loss | None) -> Kept:
+def first_call(model: nn.Module, batch: Any, loss: Loss | None) -> Kept:
     """Return the inputs of the model for the first batch, or the loss as a call if it uses submodules alone."""
     if loss is None:
         kept = Kept(model, batch)

@@ -48,6 +48,7 @@ from upop.runs.progress import RunProgress
 from upop.runs.schedules import first_rate
 from upop.runs.story import story_of
 from upop.runs.task import Task
+from upop.runs.tokens import merge_as_asked
 from upop.runs.trackers import Trackers, check_trackers
 from upop.settings import RunSettings
 
@@ -248,8 +249,9 @@ class Run:
             return local_path(self.settings.pretrained)
 
     def pretrained(self, *, training: bool) -> nn.Module:
-        """Return the model in the checkpoint that the settings name, made fit for the run's data."""
-        return self.adapted(self.task.load(self.checkpoint(), self.settings), training=training)
+        """Return the model in the checkpoint that the settings name, fit for the run's data."""
+        model = self.adapted(self.task.load(self.checkpoint(), self.settings), training=training)
+        return model if training else merge_as_asked(model, self.settings)
 
     def adapted(self, model: nn.Module, *, training: bool) -> nn.Module:
         """Return a loaded model made fit for the run's data, and say what was changed."""

@@ -26,6 +26,7 @@ from upop.runs.preemption import Preemption
 from upop.runs.run import Run
 from upop.runs.schedules import AT_ONCE, Phases, check_epochs, compression_rates, falling, phases
 from upop.runs.task import Task
+from upop.runs.tokens import merge_as_asked, share_budget
 from upop.settings import RunSettings
 
 _VERIFIED_SAMPLES = 4
@@ -51,6 +52,7 @@ def train(task: Task[Any], settings: RunSettings) -> Results | None:
         else:
             model = task.build(settings)
         run.settle(model)
+        merge_as_asked(model, settings)
         with run.training(settings.training_epochs, preemption) as loop:
             average = _average(settings, model.to(run.accelerator.device))
             schedule = falling(settings, run.first_rate(loop), settings.training_epochs, loop.steps_per_epoch)
@@ -76,12 +78,22 @@ def compress(task: Task[Any], settings: RunSettings) -> Results | None:
         model = run.pretrained(training=True)
         run.settle(model)
         dense_model = copy.deepcopy(model)
+        budget = share_budget(
+            model.to(run.accelerator.device),
+            settings,
+            task.example(model, 1),
+            lambda: calibration_batches(run.loaders["train"], settings),
+            loss_of(task, settings),
+            run.notify,
+            correct=settings.correct,
+            importance=settings.importance or "absolute",
+        )
         with run.training(settings.all_epochs, preemption) as loop:
             average = _average(settings, model.to(run.accelerator.device))
             planned = phases(settings, loop.steps_per_epoch)
             searching, retraining = compression_rates(settings, run.first_rate(loop), loop.steps_per_epoch)
             # Made before anything long runs: it checks the settings of the method against the model.
-            with _compression(run, loop, model, dense_model, average, planned) as compression:
+            with _compression(run, loop, model, dense_model, average, planned, budget) as compression:
                 _evaluate_dense(run, loop, model)
                 if (rank := getattr(settings, "lora", None)) is not None:
                     run.adapters = Adapters(model, rank)
@@ -99,7 +111,13 @@ def compress(task: Task[Any], settings: RunSettings) -> Results | None:
 
 
 def _compression(
-    run: Run, loop: Loop, model: nn.Module, dense_model: nn.Module, average: ModelEmaV3 | None, planned: Phases
+    run: Run,
+    loop: Loop,
+    model: nn.Module,
+    dense_model: nn.Module,
+    average: ModelEmaV3 | None,
+    planned: Phases,
+    budget: dict[str, Any],
 ) -> Compression:
     """Return what compresses the model as the method does; what the weights alone decide to cut is cut already."""
     task, settings, device = run.task, run.settings, run.accelerator.device
@@ -111,7 +129,7 @@ def _compression(
         "round_to": round_to_for(device, settings),
         "example": task.example(model, 1),
         "uniform": settings.uniform,
-        **settings.budget,
+        **budget,
     }
     if settings.method != "magnitude":
         include, exclude = (getattr(settings, name, ()) for name in ("include", "exclude"))

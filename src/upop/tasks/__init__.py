@@ -28,6 +28,7 @@ _PLACES: dict[str, str] = {
     "nlvr": "upop.tasks.nlvr:NlvrTask",
     "retrieval": "upop.tasks.retrieval:BlipRetrievalTask",
     "retrieval-clip": "upop.tasks.retrieval_clip:ClipRetrievalTask",
+    "retrieval-crossget": "upop.tasks.retrieval_crossget:CrossGetTask",
     "segmentation": "upop.tasks.segmentation:SegmentationTask",
     "vqa": "upop.tasks.vqa:VqaTask",
 }

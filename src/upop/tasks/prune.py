@@ -21,6 +21,7 @@ from upop.runs.loaders import make_loader
 from upop.runs.one_shot import calibration_batches, loss_of, towers
 from upop.runs.story import story_of
 from upop.runs.task import Task
+from upop.runs.tokens import share_budget
 from upop.tasks import TASKS
 from upop.tasks.row_settings import RowSettings
 
@@ -86,8 +87,9 @@ def prune(
         "example": task.example(model, 1),
         **settings.budget,
     }
-    # Before the dense model is evaluated, which may take long.
-    check_budget(model, round_to=round_to_for(accelerator.device, settings), **shared)
+    # Before the dense model is evaluated, which may take long. Fewer tokens reach further than weights alone.
+    if settings.tokens is None:
+        check_budget(model, round_to=round_to_for(accelerator.device, settings), **shared)
     prepared = {split: accelerator.prepare(loader) for split, loader in loaders.items()}
     device = accelerator.device
     model.to(device)
@@ -102,6 +104,16 @@ def prune(
 
     dense = measured("dense")
     before = count_parameters(model)
+    budget = share_budget(
+        model,
+        settings,
+        task.example(model, 1),
+        lambda: batches,
+        loss_of(task, settings),
+        notify,
+        correct=settings.correct,
+        **{name: value for name, value in shared.items() if name not in ("example", *settings.budget)},
+    )
     notify(f"calibrating on {len(batches)} batches of {settings.batch_size_train} samples")
     plan = calibrate(
         model,
@@ -109,7 +121,7 @@ def prune(
         loss=loss_of(task, settings),
         round_to=round_to_for(device, settings),
         correct=settings.correct,
-        **{**shared, "example": task.example(model, 1)},
+        **{**shared, **budget, "example": task.example(model, 1)},
     )
     pruned = measured(f"one-shot {before / count_parameters(model):.3g}x")
     results = Results(

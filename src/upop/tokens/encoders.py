@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,10 +15,11 @@ from upop.pruning.axes.inputs import own_image_size
 from upop.pruning.costs import call, evaluating
 from upop.pruning.errors import LayoutError, SettingError
 from upop.pruning.masks import unwrapped
+from upop.pruning.momentum import momentum_encoders
 from upop.tokens.layer import Merger, Place, place_of, set_merging
-from upop.tokens.matching import removable
-from upop.tokens.proofs import check_layers, check_readers, prefix_of
-from upop.tokens.reading import Encoder, encoders
+from upop.tokens.matching import removable, token_counts
+from upop.tokens.proofs import check_layers, places_matter, prefix_of
+from upop.tokens.reading import Call, Encoder, encoders
 
 _NAME = "_upop_tokens_removed"
 
@@ -28,7 +29,8 @@ def merge_tokens(model: nn.Module, vision: int | float | Sequence[int], *, examp
 
     Each layer matches its tokens by their keys (complete-graph matching, CrossGET, arXiv 2305.17455), keeps those that
     the class token looks for, and attends to merged tokens by how many they stand for. Nothing is trained, and no
-    weight is changed; training goes through it. A model that was cut merges like any other.
+    weight is changed; training goes through it. A model that was cut merges like any other. Where a grid of tokens is
+    read (segmentation), they come back to their places behind the last layer: merged ones stand at each of theirs.
 
     Args:
         model: any model with an image encoder whose layers are modules: timm's, transformers', open_clip's, one's own.
@@ -40,8 +42,9 @@ def merge_tokens(model: nn.Module, vision: int | float | Sequence[int], *, examp
         The model.
 
     Raises:
-        LayoutError: no image encoder was found; or its layers, or what reads them, compute with the places of tokens
-            (windows, relative or rotary positions, grids). The message says which. The model is as it was.
+        LayoutError: no image encoder was found; or its layers, or what reads tokens between them, compute with the
+            places of tokens (windows, relative or rotary positions, grids), and the message says which. The model is
+            as it was.
         SettingError: so many tokens are not there to be removed.
     """
     inner = unwrapped(model)
@@ -51,7 +54,7 @@ def merge_tokens(model: nn.Module, vision: int | float | Sequence[int], *, examp
     return model
 
 
-def merge_again(model: nn.Module, removed: Sequence[Sequence[int]]) -> nn.Module:
+def merge_again(model: nn.Module, removed: Sequence[Sequence[int]], example: Any = None) -> nn.Module:
     """Have a model merge as `removed_tokens` said of it; everything is found and proved anew.
 
     Raises:
@@ -59,11 +62,11 @@ def merge_again(model: nn.Module, removed: Sequence[Sequence[int]]) -> nn.Module
         SettingError: as `merge_tokens`; or the model has more encoders.
     """
 
-    def again(number: int, found: _Proved) -> tuple[int, ...]:
+    def again(number: int, found: Mergeable) -> tuple[int, ...]:
         # Counts were looked at when they were asked for; images may have another size here.
         return _listed(found, removed[number] if number < len(removed) else ())
 
-    return _merge(model, None, again)
+    return _merge(model, example, again)
 
 
 def removed_tokens(model: nn.Module) -> list[list[int]] | None:
@@ -71,16 +74,49 @@ def removed_tokens(model: nn.Module) -> list[list[int]] | None:
     return getattr(unwrapped(model), _NAME, None)
 
 
+def prepare_merging(model: nn.Module, example: Any = None) -> list[Mergeable]:
+    """Have the layers of a model's image encoders be ready to merge, and remove nothing yet; return the encoders.
+
+    Raises:
+        LayoutError: as `merge_tokens`.
+    """
+    found: list[Mergeable] = []
+
+    def none(_number: int, each: Mergeable) -> tuple[int, ...]:
+        found.append(each)
+        return (0,) * len(each.encoder.layers)
+
+    _merge(unwrapped(model), example, none)
+    return found
+
+
+def set_removed(model: nn.Module, removed: Sequence[Sequence[int]]) -> None:
+    """Set how many tokens every layer of every encoder removes, of a model whose layers are ready to merge."""
+    model = unwrapped(model)
+    for layer in model.modules():
+        if (place := place_of(layer)) is not None:
+            place.merger.removed = tuple(removed[place.merger.encoder])
+    setattr(model, _NAME, [list(each) for each in removed])
+
+
 @dataclass(frozen=True)
-class _Proved:
-    """An encoder whose tokens may be merged, but for so many first ones; `tokens` is how many its first layer takes."""
+class Mergeable:
+    """An encoder whose tokens may be merged.
+
+    Attributes:
+        encoder: the encoder.
+        prefix: so many first tokens may not.
+        tokens: how many its first layer takes.
+        restored: whether what reads the encoder needs as many, so that they are put back behind its last layer.
+    """
 
     encoder: Encoder
     prefix: int
     tokens: int
+    restored: bool
 
 
-def _merge(model: nn.Module, example: Any, plan: Callable[[int, _Proved], tuple[int, ...]]) -> nn.Module:
+def _merge(model: nn.Module, example: Any, plan: Callable[[int, Mergeable], tuple[int, ...]]) -> nn.Module:
     if any(place_of(each) is not None for each in model.modules()):
         raise SettingError(
             f"This {type(model).__name__} merges tokens already, led by cross tokens. Set how many by its set_removed, "
@@ -88,8 +124,10 @@ def _merge(model: nn.Module, example: Any, plan: Callable[[int, _Proved], tuple[
         )
     made_up, example = example is None, example_for(model) if example is None else example
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(1)  # another image than that of an example, which is made up with 0
-        found = [_proved(model, example, each) for each in encoders(model, example) if each.inputs == {"pixels"}]
+        torch.manual_seed(1)
+        found, reasons = _all_proved(model, example)
+    if not found and reasons:
+        raise reasons[0]
     if not found:
         raise LayoutError(
             f"No image encoder whose tokens can be merged was found in this {type(model).__name__}: that takes layers "
@@ -100,16 +138,20 @@ def _merge(model: nn.Module, example: Any, plan: Callable[[int, _Proved], tuple[
         found = _as_large(model, example, found)
     # All are planned before any is changed.
     plans = [(each, plan(number, each)) for number, each in enumerate(found)]
-    for each, removed in plans:
-        merger = Merger(removed, prefix=each.prefix, head_mean=True, weighted=False)
-        for number, layer in enumerate(each.encoder.layers):
-            set_merging(layer.call.module, Place(merger, layer.site, number))
+    for encoder, (each, removed) in enumerate(plans):
+        sites = [layer.site for layer in each.encoder.layers]
+        for layers in _with_momentum(model, [layer.call for layer in each.encoder.layers]):
+            merger = Merger(
+                removed, each.prefix, head_mean=True, weighted=False, restored=each.restored, encoder=encoder
+            )
+            for number, (layer, site) in enumerate(zip(layers, sites, strict=True)):
+                set_merging(layer, Place(merger, site, number))
     try:
         with evaluating(model):
             call(model, example)
     except Exception as error:
-        for layer in (layer for each in found for layer in each.encoder.layers):
-            set_merging(layer.call.module, None)
+        for layer in model.modules():
+            set_merging(layer, None)
         raise LayoutError(
             f"With fewer tokens {type(model).__name__} does not run: {error}. What reads the encoder needs as many as "
             "there were; give merge_tokens the encoder alone if the rest is told how many there are."
@@ -118,23 +160,43 @@ def _merge(model: nn.Module, example: Any, plan: Callable[[int, _Proved], tuple[
     return model
 
 
-def _proved(model: nn.Module, example: Any, encoder: Encoder) -> _Proved:
+def _with_momentum(model: nn.Module, layers: Sequence[Call]) -> Iterator[list[nn.Module]]:
+    """Yield the layers of an encoder, and those of its momentum copy, if the model keeps one."""
+    yield [layer.module for layer in layers]
+    for name, copy in momentum_encoders(model).items():
+        if all(layer.path.startswith(f"{name}.") for layer in layers):
+            yield [model.get_submodule(copy + layer.path.removeprefix(name)) for layer in layers]
+
+
+def _all_proved(model: nn.Module, example: Any) -> tuple[list[Mergeable], list[LayoutError]]:
+    """Return the image encoders whose tokens may be merged, and why those of others may not, which are left alone."""
+    found: list[Mergeable] = []
+    reasons: list[LayoutError] = []
+    for each in encoders(model, example):
+        try:
+            found += [_proved(model, example, each)] if each.inputs == {"pixels"} else []
+        except LayoutError as error:
+            reasons.append(error)
+    return found, reasons
+
+
+def _proved(model: nn.Module, example: Any, encoder: Encoder) -> Mergeable:
     modules = [each.call.module for each in encoder.layers]
     try:
         if len(set(modules)) < len(modules):
             raise LayoutError("one module is several of its layers")
         prefix = prefix_of(model, example, encoder)
         check_layers(encoder, prefix)
-        check_readers(model, example, encoder, prefix)
+        restored = places_matter(model, example, encoder, prefix)
     except LayoutError as error:
         raise LayoutError(
             f"The tokens of the encoder {encoder.layers[0].call.path} to {encoder.layers[-1].call.path} cannot be "
             f"merged: {error}."
         ) from None
-    return _Proved(encoder, prefix, encoder.tokens.shape[1])
+    return Mergeable(encoder, prefix, encoder.tokens.shape[1], restored)
 
 
-def _as_large(model: nn.Module, example: Any, found: list[_Proved]) -> list[_Proved]:
+def _as_large(model: nn.Module, example: Any, found: list[Mergeable]) -> list[Mergeable]:
     """Return encoders with as many tokens as they take of the images that the model says it takes.
 
     What is made up for a model that takes images of any size is a small one.
@@ -172,7 +234,7 @@ def _as_large(model: nn.Module, example: Any, found: list[_Proved]) -> list[_Pro
     return [replace(each, tokens=counts.get(at.path, each.tokens)) for each, at in zip(found, first, strict=True)]
 
 
-def _listed(found: _Proved, asked: int | Sequence[int]) -> tuple[int, ...]:
+def _listed(found: Mergeable, asked: int | Sequence[int]) -> tuple[int, ...]:
     """Return one number for each layer."""
     depth = len(found.encoder.layers)
     removed = tuple(asked) if isinstance(asked, Sequence) else (asked,) * depth
@@ -184,7 +246,7 @@ def _listed(found: _Proved, asked: int | Sequence[int]) -> tuple[int, ...]:
     return removed
 
 
-def _removed(found: _Proved, asked: int | float | Sequence[int]) -> tuple[int, ...]:
+def _removed(found: Mergeable, asked: int | float | Sequence[int]) -> tuple[int, ...]:
     if isinstance(asked, float):
         return _within(found, asked)
     removed = _listed(found, asked)
@@ -193,21 +255,18 @@ def _removed(found: _Proved, asked: int | float | Sequence[int]) -> tuple[int, .
         if wanted and not removable(tokens, found.prefix, wanted):
             raise SettingError(
                 f"vision={asked} leaves nothing to merge: layer {layer} of {depth} would have {tokens} tokens, "
-                f"{found.prefix} of them protected. At most {_most(found)} can go from every layer."
+                f"{found.prefix} of them protected. At most {most_removed(found)} can go from every layer."
             )
     return removed
 
 
-def _counts(found: _Proved, removed: Sequence[int]) -> list[int]:
+def _counts(found: Mergeable, removed: Sequence[int]) -> list[int]:
     """Return how many tokens every layer starts with, and how many are left."""
-    counts = [found.tokens]
-    for asked in removed:
-        counts.append(counts[-1] - removable(counts[-1], found.prefix, asked))
-    return counts
+    return token_counts(found.tokens, found.prefix, removed)
 
 
-def _most(found: _Proved) -> int:
-    """Return the largest number of tokens that each layer can remove, the last ones perhaps fewer."""
+def most_removed(found: Mergeable) -> int:
+    """Return the largest number of tokens that each layer of an encoder can remove, the last ones perhaps fewer."""
     depth = len(found.encoder.layers)
     fits = [
         asked
@@ -217,11 +276,11 @@ def _most(found: _Proved) -> int:
     return max(fits, default=0)
 
 
-def _within(found: _Proved, share: float) -> tuple[int, ...]:
+def _within(found: Mergeable, share: float) -> tuple[int, ...]:
     """Return the smallest equal numbers for which the layers cost so much less."""
     if not 0 < share < 1:
         raise SettingError(f"vision={share} is no share of the multiply-adds. Give a number between 0 and 1.")
-    depth, most = len(found.encoder.layers), _most(found)
+    depth, most = len(found.encoder.layers), most_removed(found)
     dense = _cost(found, (0,) * depth)
     for asked in range(1, most + 1):
         removed = (asked,) * depth
@@ -234,7 +293,7 @@ def _within(found: _Proved, share: float) -> tuple[int, ...]:
     )
 
 
-def _cost(found: _Proved, removed: Sequence[int]) -> float:
+def _cost(found: Mergeable, removed: Sequence[int]) -> float:
     """Return the multiply-adds of the layers: those of attention on all tokens, the rest on those that are left."""
     counts, width, total = _counts(found, removed), found.encoder.tokens.shape[2], 0.0
     for layer, before, after in zip(found.encoder.layers, counts[:-1], counts[1:], strict=True):

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from upop.pruning.merged import Unmerge, finders
 from upop.pruning.precision import accumulator
-from upop.tokens.matching import Match
+from upop.tokens.matching import Match, unmerge
 
 _NAME = "_upop_tokens"
 _latest = threading.local()
@@ -69,6 +70,12 @@ class Flow:
             guide = guide - (found.source < guide.unsqueeze(1)).sum(1)
         return replace(self, layer=self.layer + 1, size=size, guide=guide, matches=(*self.matches, found))
 
+    def unmerged(self, tokens: Tensor) -> Tensor:
+        """Return tokens as many as the first layer took, [B, T, C], the merged ones at each of their places."""
+        for found in reversed(self.matches):
+            tokens = tokens if found is None else unmerge(tokens, found)
+        return tokens
+
 
 def flow_of(tokens: Tensor, owner: Any) -> Flow | None:
     """Return what a pass knows of tokens that came out of a layer of the owner's, or were given to the first."""
@@ -86,3 +93,17 @@ def carry(tokens: Tensor, flow: Flow) -> Tensor:
     if not torch.compiler.is_compiling():
         _latest.pass_ = (tokens.shape[:2], flow)
     return tokens
+
+
+def note(tokens: Tensor, flow: Flow) -> None:
+    """Remember what was merged up to here in a pass, for `upop.pruning.merged`."""
+    if not torch.compiler.is_compiling():
+        _latest.merged = (tokens.shape[:2], flow)
+
+
+def _unmerge_of(tokens: Tensor) -> Unmerge | None:
+    shape, flow = getattr(_latest, "merged", (None, None))
+    return flow.unmerged if shape == tokens.shape[:2] and flow is not None else None
+
+
+finders.append(_unmerge_of)

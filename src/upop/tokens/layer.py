@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from upop.pruning.errors import LayoutError
 from upop.pruning.precision import accumulator, precise
-from upop.tokens.flow import Flow, carry, flow_of
+from upop.tokens.flow import Flow, carry, flow_of, note
 from upop.tokens.matching import Match, cosine, exactly, match, merge, removable
 
 Guidance = Literal["query", "attention"]
@@ -56,6 +56,8 @@ class Merger:
         weighted: importance weighs the merged tokens, as published; else they are means.
         causal: tokens see those before them alone; the mask is made anew for the tokens that are left.
         merge_padding: tokens behind the guiding one are like others, as published; else they go first, without a trace.
+        restored: the last layer returns as many tokens as the first one takes, merged ones at each of their places.
+        encoder: the number of the encoder in its model.
     """
 
     removed: tuple[int, ...]
@@ -65,6 +67,8 @@ class Merger:
     weighted: bool = True
     causal: bool = False
     merge_padding: bool = True
+    restored: bool = False
+    encoder: int = 0
 
     def start(self, tokens: Tensor, guide: Tensor | None = None, cross: Tensor | None = None) -> Tensor:
         """Return the tokens that the first layer takes, [B, T, C]: with a cross token behind them, if there are any.
@@ -272,6 +276,7 @@ class LayerPass:
                 weighted=merger.weighted,
             )
         merged, self.size = merge(tokens, size, self.found)
+        note(merged, self.flow.after(self.size, self.found))
         return merged
 
     def _importance(self, keys: Tensor) -> Tensor:
@@ -336,8 +341,8 @@ def set_merging(layer: nn.Module, place: Place | None) -> None:
     """Have a layer merge from now on, or no more (None). Its class is derived from what it was, under the same name."""
     base = type(layer) if place_of(layer) is None else type(layer).__mro__[1]
     if place is None:
-        layer.__dict__.pop(_PLACE, None)
-        layer.__class__ = base
+        if layer.__dict__.pop(_PLACE, None) is not None:
+            layer.__class__ = base
         return
     layer.__dict__[_PLACE] = place
     layer.__class__ = _merging(base)
@@ -389,8 +394,22 @@ def _run(layer: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], k
             f"A {type(layer).__name__} was to merge tokens, and computes its attention in a way that is not known. Use "
             "torch's scaled_dot_product_attention or plain softmax (attn_implementation='sdpa' or 'eager')."
         )
-    carry(result if isinstance(result, Tensor) else result[0], flow.after(met.size, met.found))
+    after = flow.after(met.size, met.found)
+    if place.merger.restored and after.layer == len(place.merger.removed):
+        return with_first(result, after.unmerged(first_of(result)))
+    carry(first_of(result), after)
     return result
+
+
+def first_of(output: Any) -> Tensor:
+    """Return the tokens in what a layer returned."""
+    tokens: Tensor = output if isinstance(output, Tensor) else output[0]
+    return tokens
+
+
+def with_first(output: Any, tokens: Tensor) -> Any:
+    """Return what a layer returned with other tokens."""
+    return tokens if isinstance(output, Tensor) else type(output)([tokens, *output[1:]])
 
 
 def _row(tokens: Tensor, places: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ device, on the batch, or on how a library sorts. Places follow from comparisons,
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -36,6 +37,14 @@ class Match:
 def removable(tokens: int, protected: int, asked: int) -> int:
     """Return how many of `tokens` go, of which `protected` may not: as asked, and at most half of the free ones."""
     return max(0, min(asked, (tokens - protected) // 2))
+
+
+def token_counts(tokens: int, protected: int, asked: Sequence[int]) -> list[int]:
+    """Return how many tokens every layer starts with, and how many are left after the last one."""
+    counts = [tokens]
+    for each in asked:
+        counts.append(counts[-1] - removable(counts[-1], protected, each))
+    return counts
 
 
 @torch.no_grad()

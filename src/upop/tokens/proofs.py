@@ -1,9 +1,9 @@
 """Whether the tokens of an encoder may be merged, on numbers: their places may decide nothing from its first layer on.
 
 Merging takes tokens for a set. A layer does too, if tokens in another order give the same, in that order: relative
-positions, windows and rotations of queries and keys do not. What reads the encoder must not read by place either: its
-outputs stay, or come in the other order. Weights that are zero are filled with noise for that, so that tables which
-training is yet to fill count.
+positions, windows and rotations of queries and keys do not. What reads the encoder must not read by place either, from
+its first layer on: the model's outputs stay, or come in the other order; else its last tokens must be enough that are
+put back. Weights that are zero are filled with noise for that, so that tables which training is yet to fill count.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from upop.pruning.costs import call, evaluating
 from upop.pruning.errors import LayoutError
+from upop.tokens.layer import with_first
 from upop.tokens.reading import Encoder, Found
 
 _NOISE = 0.1
@@ -33,9 +34,11 @@ def prefix_of(model: nn.Module, example: Any, encoder: Encoder) -> int:
     Raises:
         LayoutError: such tokens stand elsewhere.
     """
-    other = tree_map(
-        lambda leaf: torch.randn_like(leaf) if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf, example
-    )
+
+    def changed_from(leaf: Any) -> Any:  # whatever it was drawn with
+        return torch.randn_like(leaf) - leaf if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
+
+    other = tree_map(changed_from, example)
     with evaluating(model):
         changed = _tokens_with(model, other, encoder.layers[0])
     if changed.shape != encoder.tokens.shape:
@@ -63,27 +66,46 @@ def check_layers(encoder: Encoder, prefix: int) -> None:
             )
 
 
-def check_readers(model: nn.Module, example: Any, encoder: Encoder, prefix: int) -> None:
-    """Raise a `LayoutError` where what reads the encoder computes something else with its tokens in another order."""
-    count = encoder.tokens.shape[1]
-    order = _order(count, prefix, encoder.tokens.device)
-    last = encoder.layers[-1].call.module
+def places_matter(model: nn.Module, example: Any, encoder: Encoder, prefix: int) -> bool:
+    """Return whether what reads the encoder needs its last tokens at the places that they had.
 
-    def mix(_layer: nn.Module, _args: Any, output: Any) -> Any:
-        if isinstance(output, Tensor):
-            return output[:, order]
-        return type(output)([output[0][:, order], *output[1:]])
-
+    Raises:
+        LayoutError: what reads tokens between its layers, or behind them, takes them by their places even so.
+    """
+    order = _order(encoder.tokens.shape[1], prefix, encoder.tokens.device)
     with evaluating(model), _filled(model):
         plain = _outputs(model, example)
-        handle = last.register_forward_hook(mix)
-        try:
-            mixed = _outputs(model, example)
-        finally:
+        for back in (False, True):
+            with _mixed(encoder, order, back=back):
+                mixed = _outputs(model, example)
+            if all(
+                any(_alike(each, other) for each in (one, *_reordered(one, order, prefix)))
+                for one, other in zip(plain, mixed, strict=True)
+            ):
+                return back
+    raise LayoutError("what reads its tokens between its layers takes them by their places (a grid, or a part of it)")
+
+
+@contextmanager
+def _mixed(encoder: Encoder, order: Tensor, *, back: bool) -> Iterator[None]:
+    """Give the first layer its tokens in another order; `back` has the last layer return them in their own."""
+    first, last = (encoder.layers[place].call.module for place in (0, -1))
+    inverse = order.argsort()
+
+    def mix(_layer: nn.Module, args: Any, kwargs: Any) -> Any:
+        tokens = _first((args, kwargs))
+        return tree_map(lambda leaf: leaf[:, order] if leaf is tokens else leaf, (args, kwargs))
+
+    def unmix(_layer: nn.Module, _args: Any, output: Any) -> Any:
+        return with_first(output, _first(output)[:, inverse])
+
+    handles = [first.register_forward_pre_hook(mix, with_kwargs=True)]
+    handles += [last.register_forward_hook(unmix)] if back else []
+    try:
+        yield
+    finally:
+        for handle in handles:
             handle.remove()
-    for one, other in zip(plain, mixed, strict=True):
-        if not any(_alike(each, other) for each in (one, *_reordered(one, order, prefix))):
-            raise LayoutError("what reads its tokens takes them by their places (a grid, or a part of it)")
 
 
 def _reordered(output: Tensor, order: Tensor, prefix: int) -> Iterator[Tensor]:
@@ -107,14 +129,14 @@ def _run(layer: nn.Module, found: Found, order: Tensor | None) -> Tensor:
         return leaf[:, order] if isinstance(leaf, Tensor) and leaf is tokens and order is not None else leaf
 
     args, kwargs = tree_map(mixed, found.call.args), tree_map(mixed, found.call.kwargs)
-    return next(each for each in tree_leaves(layer(*args, **kwargs)) if isinstance(each, Tensor))
+    return _first(layer(*args, **kwargs))
 
 
 def _tokens_with(model: nn.Module, example: Any, found: Found) -> Tensor:
     seen: list[Tensor] = []
 
     def hook(_layer: nn.Module, args: Any, kwargs: Any) -> None:
-        seen.append(next(each for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)))
+        seen.append(_first((args, kwargs)))
 
     handle = found.call.module.register_forward_pre_hook(hook, with_kwargs=True)
     try:
@@ -122,6 +144,10 @@ def _tokens_with(model: nn.Module, example: Any, found: Found) -> Tensor:
     finally:
         handle.remove()
     return seen[0]
+
+
+def _first(values: Any) -> Tensor:
+    return next(each for each in tree_leaves(values) if isinstance(each, Tensor))
 
 
 def _outputs(model: nn.Module, example: Any) -> list[Tensor]:

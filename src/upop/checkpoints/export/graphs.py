@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from upop.models import kind_of
+from upop.tokens.encoders import removed_tokens
+from upop.tokens.matching import token_counts
 
 TRACED_BATCH, TRACED_TOKENS = 2, 6
 FEWEST_TOKENS = 3
@@ -75,7 +77,14 @@ class Graph:
 def own_graphs(model: nn.Module) -> dict[str, Graph] | None:
     """Return the graphs of a model of upop's own tasks, by name; None for any other model."""
     kind = kind_of(model)
-    return _GRAPHS[kind](cast(Any, model).config) if kind in _GRAPHS else None
+    return _GRAPHS[kind](cast(Any, model).config, _image_tokens(model)) if kind in _GRAPHS else None
+
+
+def _image_tokens(model: nn.Module) -> int:
+    """Return how many tokens of an image other parts of a model see: fewer where it merges some."""
+    config: Any = model.config
+    counts = 1 + (config.image_size // config.patch_size) ** 2
+    return token_counts(counts, 1, (removed_tokens(model) or [[]])[0])[-1]
 
 
 # Inputs of the graphs ------------------------------------------------------------------------------------------------
@@ -91,11 +100,11 @@ def _sizes(config: Any) -> tuple[int, int]:
     return config.vocab_size, config.max_positions
 
 
-def _states(config: Any) -> tuple[str | int, ...]:
-    return ("batch", 1 + (config.image_size // config.patch_size) ** 2, config.vision_width)
+def _states(config: Any, tokens: int) -> tuple[str | int, ...]:
+    return ("batch", tokens, config.vision_width)
 
 
-def _caption(config: Any) -> dict[str, Graph]:
+def _caption(config: Any, tokens: int) -> dict[str, Graph]:
     words = {"input_ids": _TEXT, "attention_mask": _TEXT}
     return {
         "vision": Graph(lambda model, images: model.visual_encoder(images), {"images": _image(config)}, ("states",)),
@@ -103,14 +112,14 @@ def _caption(config: Any) -> dict[str, Graph]:
             lambda model, ids, mask, states: (
                 model.text_decoder(ids, attention_mask=mask, encoder_hidden_states=states, use_cache=False).logits
             ),
-            {**words, "states": _states(config)},
+            {**words, "states": _states(config, tokens)},
             ("logits",),
             *_sizes(config),
         ),
     }
 
 
-def _vqa(config: Any) -> dict[str, Graph]:
+def _vqa(config: Any, _tokens: int) -> dict[str, Graph]:
     question = {"question_ids": _TEXT, "question_mask": _TEXT}
     return {
         "question": Graph(
@@ -133,7 +142,7 @@ def _vqa(config: Any) -> dict[str, Graph]:
     }
 
 
-def _nlvr(config: Any) -> dict[str, Graph]:
+def _nlvr(config: Any, _tokens: int) -> dict[str, Graph]:
     return {
         "model": Graph(
             lambda model, first, second, ids, mask: model(torch.cat([first, second]), ids, mask),
@@ -144,7 +153,7 @@ def _nlvr(config: Any) -> dict[str, Graph]:
     }
 
 
-def _retrieval(config: Any) -> dict[str, Graph]:
+def _retrieval(config: Any, tokens: int) -> dict[str, Graph]:
     words = {"input_ids": _TEXT, "attention_mask": _TEXT}
     return {
         "image": Graph(
@@ -153,14 +162,14 @@ def _retrieval(config: Any) -> dict[str, Graph]:
         "text": Graph(lambda model, *words: model.encode_text(*words)[1], words, ("features",), *_sizes(config)),
         "match": Graph(
             lambda model, *inputs: model.match(*inputs),
-            {"states": _states(config), **words},
+            {"states": _states(config, tokens), **words},
             ("logits",),
             *_sizes(config),
         ),
     }
 
 
-def _clip(config: Any) -> dict[str, Graph]:
+def _clip(config: Any, _tokens: int) -> dict[str, Graph]:
     return {
         "image": Graph(
             lambda model, images: nn.functional.normalize(model.encode_image(images), dim=-1),
@@ -176,11 +185,11 @@ def _clip(config: Any) -> dict[str, Graph]:
     }
 
 
-def _images_alone(config: Any) -> dict[str, Graph]:
+def _images_alone(config: Any, _tokens: int) -> dict[str, Graph]:
     return {"model": Graph(lambda model, images: model(images), {"images": _image(config)}, ("logits",))}
 
 
-_GRAPHS: dict[str, Callable[[Any], dict[str, Graph]]] = {
+_GRAPHS: dict[str, Callable[[Any, int], dict[str, Graph]]] = {
     "blip-caption": _caption,
     "blip-vqa": _vqa,
     "blip-nlvr": _nlvr,

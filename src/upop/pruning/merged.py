@@ -1,0 +1,24 @@
+"""Tokens that a model merged on their way: how they come back to all of their places, where that is known.
+
+The method knows nothing of merging. Who merges tokens says here how they are put back, so that a model with fewer of
+them can be compared with one that has all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+Unmerge = Callable[[Tensor], Tensor]
+
+finders: list[Callable[[Tensor], Unmerge | None]] = []
+"""Each takes tokens [B, T', C] of the pass that is running, and returns what puts them back, [B, T, C], if it knows."""
+
+
+def unmerge_of(tokens: Tensor) -> Unmerge | None:
+    """Return what puts tokens of the pass that is running back to all of their places; None where none were merged."""
+    if torch.compiler.is_compiling():
+        return None
+    return next((found for find in finders if (found := find(tokens)) is not None), None)
