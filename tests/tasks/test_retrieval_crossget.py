@@ -17,7 +17,9 @@ from upop.checkpoints.clip_names import to_openai
 from upop.demo.write import write_shapes
 from upop.errors import CheckpointError
 from upop.models.crossget import CrossGetClip, CrossGetConfig, published_macs
+from upop.runs.inputs import resolved
 from upop.settings import read_settings
+from upop.tasks import find_task
 from upop.tasks.retrieval_clip import clip_tokenizer
 from upop.tasks.retrieval_crossget import CrossGetSettings, CrossGetTask
 
@@ -82,6 +84,14 @@ def test_the_published_command_trains_from_a_plain_clip_and_evaluates_what_it_wr
     (results,) = (json.loads(file.read_text()) for file in (tmp_path / "again").rglob("results.json"))
     first = json.loads((tmp_path / "run" / "results.json").read_text())
     assert results["models"][0]["metrics"]["test"] == first["models"][0]["metrics"]["test"]
+
+
+def test_a_folder_says_how_many_tokens_its_model_removes(config: Path, tmp_path: Path) -> None:
+    path = upop.save(model_of(config, rv=3, rl=1), tmp_path / "model")
+    found, _ = resolved(find_task("retrieval-crossget"), settings_of(config, pretrained=str(path)), path)
+    assert (found.rv, found.rl) == (3, 1)
+    given, _ = resolved(TASK, settings_of(config, pretrained=str(path), rv=2), path)
+    assert (given.rv, given.rl) == (2, 1)
 
 
 def test_a_checkpoint_without_cross_tokens_is_refused_unless_tokens_stay(config: Path, dense: Path) -> None:

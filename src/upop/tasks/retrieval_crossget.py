@@ -28,7 +28,11 @@ class CrossGetSettings(ClipRetrievalSettings):
         name: {**values, "max_epoch": 12} for name, values in RetrievalSettings.published.items()
     }
 
-    of_model: ClassVar[Mapping[str, str]] = {"image_size": "image_size", "model.max_positions": "max_positions"}
+    of_model: ClassVar[Mapping[str, str]] = {
+        "image_size": "image_size",
+        "model.max_positions": "max_positions",
+        **{name: name for name in ("rv", "rl", "merge_padding")},  # published files do not say them
+    }
 
     dataset: Literal["coco", "flickr"] = Field("flickr", description="data set, for annotation files and defaults")
     image_size: int = Field(224, gt=0)
