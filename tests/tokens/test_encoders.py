@@ -13,10 +13,10 @@ import timm
 import torch
 import transformers
 from torch import Tensor, nn
-from upop.checkpoints.graphs import own_graphs
 
 import upop
 from tiers import mostly_slow
+from upop.checkpoints.export.graphs import own_graphs
 from upop.checkpoints.resizing import resized
 from upop.errors import LayoutError, SettingError
 from upop.models import MODELS

@@ -15,7 +15,7 @@ from upop.pruning.axes.inputs import own_image_size
 from upop.pruning.costs import call, evaluating
 from upop.pruning.errors import LayoutError, SettingError
 from upop.pruning.masks import unwrapped
-from upop.pruning.momentum import momentum_encoders
+from upop.pruning.traits import momentum_encoders
 from upop.tokens.layer import Merger, Place, place_of, set_merging
 from upop.tokens.matching import removable, token_counts
 from upop.tokens.proofs import check_layers, places_matter, prefix_of
