@@ -59,6 +59,7 @@ def test_a_compressed_model_is_written_as_published_to_the_last_bit(tmp_path: Pa
     assert torch.equal(both_features(found, inputs), both_features(model, inputs))
 
 
+@pytest.mark.slow
 def test_a_compressed_blip_is_written_with_the_published_scale(tmp_path: Path) -> None:
     model = NLVR.build(torch.float32).eval()
     dense = {group.name: group.size for group in upop.find_groups(model)}

@@ -28,6 +28,7 @@ def command(upop_command: Command) -> Command:
     return upop_command
 
 
+@pytest.mark.slow
 def test_a_published_file_becomes_all_forms(command: Command, tmp_path: Path) -> None:
     recorded = next(part for part in all_recorded() if part.task == "clip")
     heads = [f"--set={name}={value}" for name, value in recorded.case.sizes(recorded.config).items()]
@@ -115,6 +116,7 @@ def test_a_compressed_model_of_transformers_says_what_it_keeps(command: Command,
     assert f"{min(sizes)} to {max(sizes)} of 40" in text
 
 
+@pytest.mark.slow
 def test_a_model_of_open_clip(command: Command, tmp_path: Path) -> None:
     open_clip = pytest.importorskip("open_clip.model")
     vision = {"image_size": 32, "patch_size": 8, "width": 24, "layers": 2, "head_width": 8}

@@ -57,6 +57,7 @@ def test_every_file_of_a_run_is_named(run: Path) -> None:
     assert not [p for p in patterns if p not in unused and not any(fnmatch(file, p) for file in found)]
 
 
+@pytest.mark.slow
 def test_fields_of_rows_are_named(run: Path) -> None:
     text = PAGE.read_text().partition("### metrics.jsonl")[2].partition("###")[0]
     rows = runs.rows(run)
@@ -70,6 +71,7 @@ def results(run: Path) -> Any:
     return json.loads((run / "results.json").read_text())
 
 
+@pytest.mark.slow
 def test_fields_of_files_are_named(run: Path) -> None:
     text = PAGE.read_text()
     found = results(run)

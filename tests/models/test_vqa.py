@@ -297,6 +297,7 @@ def test_a_state_dict_makes_another_model_the_same() -> None:
         assert torch.equal(model(**batch), other(**batch))
 
 
+@pytest.mark.slow
 def test_answers_of_the_searched_model_are_those_of_the_shrunken_one() -> None:
     model, batch = tiny(), batch_of(4)
     asked, candidates = questions(12, seed=6), listed(20)

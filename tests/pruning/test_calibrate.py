@@ -13,9 +13,10 @@ from transformers import BertConfig, BertForSequenceClassification
 
 import upop
 from pruning.families import NLVR, VIT, Family, difference, loss_of, outputs_of, reader_and_inputs
+from tiers import mostly_slow
 from upop.errors import LayoutError, SettingError, StepError
 
-both = pytest.mark.parametrize("case", [VIT, NLVR], ids=lambda case: case.name)
+both = pytest.mark.parametrize("case", mostly_slow([VIT, NLVR], VIT), ids=lambda case: case.name)
 
 
 def loss(model: nn.Module, batch: Any) -> Tensor:

@@ -223,7 +223,8 @@ def note(seen: list[StorageWeakRef], _module: nn.Module, args: tuple[Tensor]) ->
     seen.append(StorageWeakRef(args[0].untyped_storage()))
 
 
-@pytest.mark.parametrize("count", mostly_slow([1, None], None))
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [1, None])
 def test_checkpointed_blocks_keep_nothing_to_look_at(count: int | None) -> None:
     found, kept = [], []
     for checkpointed in (False, True):

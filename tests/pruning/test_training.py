@@ -205,9 +205,8 @@ def test_masks_keep_no_more_for_the_backward_pass() -> None:
     assert kept() <= plain
 
 
-@pytest.mark.parametrize(
-    ("progress", "backend"), mostly_slow([("soft", "eager"), ("stages", "aot_eager")], ("soft", "eager"))
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("progress", "backend"), [("soft", "eager"), ("stages", "aot_eager")])
 def test_compiled_models_see_masks_move(progress: Any, backend: str) -> None:
     torch._dynamo.reset()
     plain, inputs = VIT.build(), VIT.inputs(3)
@@ -246,7 +245,8 @@ def test_compiled_models_notice_that_masks_are_gone() -> None:
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("count", mostly_slow([None, 1, 2], 2))
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [None, 1, 2])
 def test_gradient_checkpointing_gives_the_same_gradients(count: int | None) -> None:
     inputs, found = NLVR.inputs(), []
     for checkpointed in (False, True):

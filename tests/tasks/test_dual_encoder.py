@@ -82,6 +82,7 @@ def test_a_compressed_dual_encoder_embeds_the_same_once_it_is_loaded(kind: str, 
     assert found.models[0].metrics["test"] == after.metrics["val"]
 
 
+@pytest.mark.slow
 def test_what_is_uniform_is_loaded_by_transformers_alone(siglip: Path, pairs: Path, tmp_path: Path) -> None:
     given = {"data": str(pairs), "epochs": 2, "pretrained": str(siglip), "output_dir": tmp_path}
     with pytest.warns(UserWarning, match="has no number for their sizes"):  # SiglipConfig has none for heads

@@ -313,6 +313,7 @@ def test_a_published_file_says_its_size_by_its_positions(tmp_path: Path) -> None
     assert any("positions are resized" in note for note in notes)
 
 
+@pytest.mark.slow
 def test_our_folder_takes_images_of_another_size(tmp_path: Path) -> None:
     config = runs.make_task("nlvr", tmp_path)
     task, settings = runs.nlvr(config, image_size=64, output_dir=tmp_path / "e")

@@ -178,6 +178,7 @@ def test_a_published_file_of_the_compressed_model_is_the_same_model(
             assert torch.equal(found, expected)
 
 
+@pytest.mark.slow
 def test_queue_of_another_size_is_remade(config: Path, tmp_path: Path) -> None:
     settings = settings_of(config, queue_size=24)
     dense = Path(str(settings.pretrained))

@@ -190,6 +190,7 @@ def test_a_list_without_any_training_answer_is_refused(config: Path, tmp_path: P
 # --- checkpoints
 
 
+@pytest.mark.slow
 def test_fine_tuning_starts_from_a_decoder_that_looked_at_images(config: Path, tmp_path: Path) -> None:
     """Pre-trained with a wider vision transformer: the projections of the images' states have no place here."""
     settings = settings_of(config)

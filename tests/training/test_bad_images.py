@@ -124,6 +124,7 @@ def spoiled(tmp_path: Path) -> tuple[Path, list[Path]]:
     return config, bad
 
 
+@pytest.mark.slow
 def test_training_goes_on_with_other_samples(spoiled: tuple[Path, list[Path]], tmp_path: Path) -> None:
     """The next readable ones, whatever the number of workers; so that the losses are those of such a file."""
     config, bad = spoiled
