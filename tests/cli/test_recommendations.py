@@ -24,8 +24,8 @@ from upop.cli.published import blip_command
 from upop.tasks import TASKS
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-LAUNCHER = {"--nproc_per_node", "--standalone", "--nnodes", "--trust-remote-code"}
-"""Flags of torchrun, and of servers of models."""
+LAUNCHER = {"--nproc_per_node", "--standalone", "--nnodes", "--trust-remote-code", "--trust_remote_code"}
+"""Flags of torchrun, of servers of models, and of lm-eval."""
 PUBLISHED = {
     "--backbone",
     "--dataset",
