@@ -111,7 +111,7 @@ def outputs(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
 
 
 def difference(expected: Tensor, found: Tensor) -> float:
-    """Return the largest difference of two outputs, relative to the largest channel of the first."""
+    """Return the largest difference of two outputs, relative to the largest element of the first."""
     return float((expected - found).abs().max() / expected.abs().max())
 
 

@@ -61,7 +61,7 @@ def silenced(model: nn.Module, groups: Sequence[Group], plan: dict[str, list[int
 
 
 def difference(one: Sequence[Tensor], other: Sequence[Tensor]) -> float:
-    """Return how far outputs are apart, relative to the largest channel."""
+    """Return how far outputs are apart, relative to the largest element."""
     assert [each.shape for each in one] == [each.shape for each in other]
     worst = 0.0
     for a, b in zip(one, other, strict=True):
@@ -83,7 +83,7 @@ def check(
         folder: to save to.
         attentions: how many attentions there have to be, at least.
         mlps: the same for MLPs.
-        tolerance: of outputs, relative to the largest channel.
+        tolerance: of outputs, relative to the largest element.
     """
     spread(model)
     groups = list(upop.find_prunable(model, example).groups)

@@ -28,7 +28,7 @@ from upop.pruning.costs import evaluating
 Form = Literal["official", "upop", "hugging-face"]
 
 TOLERANCE = 1e-5
-"""Largest difference of an output that a conversion may make, relative to the output's largest channel."""
+"""Largest difference of an output that a conversion may make, relative to the output's largest element."""
 
 
 def read_model(source: str | Path | Checkpoint, task: str | None = None, **overrides: Any) -> nn.Module:
@@ -124,7 +124,7 @@ def verify_same(model: nn.Module, theirs: PreTrainedModel) -> float:
     if not worst <= TOLERANCE:
         raise VerificationError(
             f"transformers' {type(theirs).__name__} does not compute what the {type(model).__name__} does: outputs "
-            f"differ by {worst:.1e} of their largest channel, allowed are {TOLERANCE:.0e}. The model has something "
+            f"differ by {worst:.1e} of their largest element, allowed are {TOLERANCE:.0e}. The model has something "
             f"that "
             "this class does not have; nothing was written."
         )

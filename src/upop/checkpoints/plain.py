@@ -280,7 +280,7 @@ def _differing(model: nn.Module, example: Any, expected: Outputs) -> str | None:
     precision = next(each.dtype for each in model.parameters() if each.is_floating_point())
     rounding = partial(rounding_of, partial(outputs_of, model, example), outputs=found)
     off = difference(expected, found, rounding, dtype=precision)
-    return None if off is None else f"its {off.place} differs by {off.size:.1e} of its largest channel"
+    return None if off is None else f"its {off.place} differs by {off.size:.1e} of its largest element"
 
 
 def _adopt(model: PreTrainedModel, config: Any, plain: nn.Module) -> None:

@@ -1,4 +1,4 @@
-"""The models that upop builds itself, by the name under which they are saved: how one is made, and from what.
+"""The models that upop builds itself, by the name under which they are saved.
 
 A model carries the configuration that it was made from, before pruning, as `config`; its class tells models apart.
 """

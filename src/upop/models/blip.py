@@ -1,4 +1,4 @@
-"""What all BLIP models here share: timm's vision transformer and transformers' BLIP text encoder, sized by one config.
+"""Common parts of all BLIP models: timm's vision transformer and transformers' BLIP text encoder, with one config.
 
 Parameter names are those of the published checkpoints, which both libraries already use.
 """
@@ -83,12 +83,12 @@ def checkpoint_last_blocks(encoder: VisionTransformer, count: int | None = None)
 
 @torch.no_grad()
 def enlarge_weights(model: nn.Module, factor: float) -> None:
-    """Multiply fresh matrices and embeddings of a model by `factor`.
+    """Multiply the initial matrices and embeddings of a model by `factor`.
 
     The libraries draw them with a standard deviation of 0.02, which suits widths of 768; in small models activations
     nearly vanish.
-    Position embeddings of patches grow ten times more: with few training steps, where a patch lies is not learned if
-    it drowns in what the patch shows.
+    Position embeddings of patches get ten times that factor: in few training steps, positions are not learned if patch
+    content dominates.
     """
     for name, parameter in model.named_parameters():
         if parameter.dim() > 1 and not name.endswith("patch_embed.proj.weight"):  # drawn to suit any width
@@ -130,6 +130,6 @@ def build_text_decoder(config: BlipConfig) -> TextDecoder:
 
 
 def keep_position_ids(embeddings: nn.Module) -> None:
-    """Have the position numbers saved, as the published checkpoints do."""
+    """Make position ids persistent, as in the published checkpoints."""
     ids: Tensor = embeddings.position_ids  # type: ignore[assignment]
     embeddings.register_buffer("position_ids", torch.arange(ids.shape[-1]).unsqueeze(0), persistent=True)

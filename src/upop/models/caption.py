@@ -37,20 +37,20 @@ class BlipCaption(nn.Module):
 
     @property
     def begin(self) -> int:
-        """The number of [DEC], which takes the first place of every text: last but one of the vocabulary."""
+        """The id of [DEC], the first token of every text: the last but one of the vocabulary."""
         return self.config.vocab_size - 2
 
     @property
     def dummy_inputs(self) -> dict[str, Tensor]:
-        """A small call, off which `upop.find_prunable` reads the model."""
+        """Small inputs, with which `upop.find_prunable` traces the model."""
         return {"images": some_images(self.config), **some_words(self.config)}
 
     def forward(self, images: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Return logits of each place's next word, [batch, tokens, vocab_size].
+        """Return the logits of the next word at each position, [batch, tokens, vocab_size].
 
         Args:
             images: [batch, 3, size, size].
-            input_ids: token ids of the prompted captions, [batch, tokens]; the first one is taken to be [DEC].
+            input_ids: token ids of the prompted captions, [batch, tokens]; the first is replaced by [DEC].
             attention_mask: 1 where there is a token, 0 where there is padding, [batch, tokens].
         """
         first = torch.full_like(input_ids[:, :1], self.begin)
@@ -83,12 +83,12 @@ class BlipCaption(nn.Module):
             images: [batch, 3, size, size].
             prompt: token ids of the prompt's words.
             end: token id that ends a caption ([SEP]).
-            max_length: most tokens, prompt included; as is `min_length`, before which no caption ends.
-            min_length: least tokens.
+            max_length: maximum tokens, prompt included.
+            min_length: minimum tokens, prompt included.
             num_beams: width of the beam search; 1 is greedy. Not used by `sample`.
-            sample: nucleus sampling (from torch's generator) in place of beam search.
+            sample: use nucleus sampling (by torch's generator) instead of beam search.
             top_p: probability of the nucleus.
-            repetition_penalty: divides the scores of words that were said already; 1 does nothing.
+            repetition_penalty: divides the scores of words used before; 1 has no effect.
         """
         states = self.visual_encoder(images)
         start = torch.tensor([[self.begin, *prompt]], device=images.device).repeat(len(images), 1)
@@ -111,11 +111,11 @@ class BlipCaption(nn.Module):
 
 
 def caption_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return the mean loss of the words to be said, a scalar, in float32 or better.
+    """Return the mean loss of the labelled words, a scalar, at least in float32.
 
     Args:
         logits: of `BlipCaption`, [batch, tokens, vocab_size].
-        labels: token ids [batch, tokens], -100 where nothing is to be said; each is predicted from the place before it.
+        labels: token ids [batch, tokens], -100 for ignored positions; each is predicted from the position before it.
     """
     predictions = precise(logits[:, :-1]).flatten(0, 1)
     return F.cross_entropy(predictions, labels[:, 1:].flatten(), label_smoothing=LABEL_SMOOTHING)

@@ -1,7 +1,6 @@
-"""Gradient checkpointing: blocks that compute their activations again in the backward pass instead of keeping them.
+"""Gradient checkpointing: blocks recompute their activations in the backward pass instead of storing them.
 
-Losses and gradients stay the same, with masks too; the time of one more forward pass is spent. What a model saves and
-computes otherwise does not change.
+Losses and gradients stay the same, with masks too, at the cost of one more forward pass. Saved files do not change.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from upop.tokens.layer import place_of, set_merging
 
 
 class CheckpointedBlock(Block):
-    """A block of timm's vision transformer that does so while it is trained."""
+    """A block of timm's vision transformer with checkpointing in training."""
 
     wraps_forward = True
     """What is computed again is all that stands below it; see `upop.tokens.layer.set_merging`."""
@@ -36,7 +35,7 @@ _checkpoint = partial(checkpoint, use_reentrant=False)
 
 
 def checkpoint_blocks(model: nn.Module) -> None:
-    """Have every block of a model's transformers do so, those of timm and those of transformers.
+    """Enable checkpointing for all blocks of a model, of timm and of transformers.
 
     Raises:
         SettingError: the model has no blocks for which that is known.

@@ -97,7 +97,7 @@ def architecture_sizes(name: str) -> dict[str, int]:
 
 
 def replace_head(model: nn.Module, classes: int) -> Sequence[str]:
-    """Give a classifier a fresh head for so many classes; return the names of its tensors."""
+    """Replace the head of a classifier for another number of classes; return the names of its tensors."""
     before = dict(model.named_parameters())
     device = next(model.parameters()).device
     model.reset_classifier(classes)  # type: ignore[operator]

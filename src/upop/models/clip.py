@@ -93,13 +93,13 @@ class ClipRetrieval(MomentumContrast):
 
     @property
     def dummy_inputs(self) -> dict[str, Tensor]:
-        """A small call, off which `upop.find_prunable` reads the model."""
+        """Small inputs, with which `upop.find_prunable` traces the model."""
         words = some_words(self.config)["input_ids"]
         words[:, -1] = self.config.vocab_size - 1
         return {"images": some_images(self.config), "input_ids": words}
 
     def remake_queues(self, size: int) -> None:
-        """Start the queues afresh, with room for `size` features."""
+        """Reinitialise the queues for `size` features."""
         super().remake_queues(size)
         self.config = self.config.model_copy(update={"queue_size": size})
 
@@ -162,7 +162,7 @@ class ClipRetrieval(MomentumContrast):
         return loss
 
     def replay_arguments(self) -> dict[str, Any]:
-        """Leave the loss out: the features of a batch depend on no momentum copy and no queue."""
+        """Omit the loss: features depend on neither momentum copies nor queues."""
         return {"ids": None}
 
     def _towers(self, tower: str, projection: str, momentum: bool) -> tuple[nn.Module, nn.Module]:

@@ -26,12 +26,12 @@ NO_ID = -100
 
 
 def processes() -> int:
-    """Return how many processes train together."""
+    """Return the number of processes."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def rank() -> int:
-    """Return the number of this process among them."""
+    """Return the rank of this process."""
     return dist.get_rank() if processes() > 1 else 0
 
 
@@ -65,7 +65,7 @@ def gather_texts(tokens: Tensor) -> Tensor:
 
 
 def own_rows(count: int) -> slice:
-    """Return where this process's `count` rows lie among the gathered ones."""
+    """Return the slice of this process's `count` rows among the gathered ones."""
     return slice(rank() * count, (rank() + 1) * count)
 
 
@@ -112,7 +112,7 @@ class MomentumContrast(nn.Module, ModelTraits):
     ptr_queue: Tensor
 
     def momentum_pairs(self) -> Iterator[tuple[nn.Parameter, nn.Parameter]]:
-        """Yield every parameter that has a momentum copy, with the copy."""
+        """Yield pairs of parameters and their momentum copies."""
         for name, copy_name in self.momentum_encoders.items():
             online, copy = attrgetter(name)(self), attrgetter(copy_name)(self)
             if isinstance(online, nn.Parameter):
@@ -124,33 +124,33 @@ class MomentumContrast(nn.Module, ModelTraits):
 
     @torch.no_grad()
     def copy_to_momentum(self) -> None:
-        """Make the momentum copies equal to what they copy, and exclude them from training."""
+        """Set the momentum copies equal to their originals, and exclude them from training."""
         for parameter, copy in self.momentum_pairs():
             copy.copy_(parameter)
             copy.requires_grad_(False)
 
     @torch.no_grad()
     def move_momentum(self, share: float) -> None:
-        """Move the copies towards what they copy: copy = share * copy + (1 - share) * parameter."""
+        """Update the momentum copies: copy = share * copy + (1 - share) * parameter."""
         for parameter, copy in self.momentum_pairs():
             copy.mul_(share).add_(parameter, alpha=1 - share)
 
     def add_queues(self, width: int, size: int) -> None:
         """Register `image_queue` and `text_queue` [width, size], `idx_queue` [1, size] and `ptr_queue` [1].
 
-        They start with random group vectors that belong to no image.
+        They start with random unit vectors that belong to no image.
         """
         for name, value in fresh_queues(width, size).items():
             self.register_buffer(name, value)
 
     def remake_queues(self, size: int) -> None:
-        """Start the queues afresh, with room for `size` features."""
+        """Reinitialise the queues for `size` features."""
         queue = self.image_queue
         for name, value in fresh_queues(queue.shape[0], size).items():
             setattr(self, name, value.to(queue.device, queue.dtype if value.is_floating_point() else None))
 
     def everyone(self, rows: Tensor) -> Tensor:
-        """Return the rows of all processes in training; in evaluation processes do not meet."""
+        """Return the rows of all processes in training; evaluation does not communicate."""
         return gather(rows) if self.training else rows.detach()
 
     def contrastive_loss(
@@ -197,7 +197,7 @@ class MomentumContrast(nn.Module, ModelTraits):
     def enqueue(self, image: Tensor, text: Tensor, ids: Tensor) -> None:
         """Put the features [batch, dim] and numbers [batch] of all processes in the place of the oldest ones.
 
-        Any batch fits that is no larger than the queue: the writing goes on at the front when the end is reached.
+        Any batch up to the size of the queue fits: writing wraps around at the end.
 
         Raises:
             SettingError: the batch of all processes is larger than the queue.
@@ -228,7 +228,7 @@ def check_queue(size: int, batch: int) -> None:
 
 
 def fresh_queues(width: int, size: int) -> dict[str, Tensor]:
-    """Return queues as they are before training, by name; see `MomentumContrast.add_queues`."""
+    """Return initial queues by name; see `MomentumContrast.add_queues`."""
     return {
         "image_queue": F.normalize(torch.randn(width, size), dim=0),
         "text_queue": F.normalize(torch.randn(width, size), dim=0),

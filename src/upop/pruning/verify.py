@@ -106,7 +106,7 @@ def compare(
         next(iter(rounding()), None)  # says so where two calls of the same model do not agree either
         raise VerificationError(
             f"The cut model does not compute what the masked one does: {off.place} differs by "
-            f"{off.size:.1e} of its largest channel, and rounding explains {off.explained:.0e}. "
+            f"{off.size:.1e} of its largest element, and rounding explains {off.explained:.0e}. "
             "The model was left as it was. Exclude groups to find the one that is cut wrong, and please report it."
         )
 
@@ -205,7 +205,7 @@ def refuse_unsteady(outputs: Outputs, again: Outputs) -> None:
         if size > torch.finfo(one.dtype).eps ** 0.5 * scale:
             raise VerificationError(
                 f"Two calls of the model on the same inputs differ ({place} by "
-                f"{size / scale:.1e} of its largest channel): it draws random numbers in evaluation mode that "
+                f"{size / scale:.1e} of its largest element): it draws random numbers in evaluation mode that "
                 "torch.manual_seed does not fix, or keeps something between calls, so that no cut of it can be "
                 "verified. The model was left as it was. Give a function of what does not, as example= or verify=: "
                 "lambda model: model.part(inputs)."
