@@ -2,6 +2,7 @@
 
     python benchmarks/vlms.py prepare output/vlms            # data, and a folder with config and processor alone
     upop train chat --config output/vlms/train.yaml
+    python benchmarks/vlms.py kinds output/vlms              # what the dense model answers, by kind of question
     python benchmarks/vlms.py prune output/vlms              # one-shot at all sizes, by tower
     python benchmarks/vlms.py teachers output/vlms           # what teaches best at one size, three seeds
     python benchmarks/vlms.py table output/vlms
@@ -17,14 +18,17 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from upop.data.chat import IGNORED
 from upop.demo.write import write_shapes
 from upop.runs.verbs import compress
 from upop.settings import read_settings
 from upop.tasks import find_task
+from upop.tasks.chat import weighed
 from upop.tasks.prune import prune
 
 RESULTS = Path(__file__).parent / "results" / "vlms.json"
@@ -215,6 +219,23 @@ def teachers(out: Path, seeds: int, epochs: int, target: str) -> None:
             _measured(compress(find_task("chat"), settings), **described)
 
 
+@torch.no_grad()
+def by_kind(out: Path) -> None:
+    """Note of the dense model how many answers are right, by the first two words of the questions."""
+    task = find_task("chat")
+    settings = _settings(out, 0)
+    asked: Any = task.dataset(settings, "test")
+    model, collate = task.load(Path(str(settings.pretrained)), settings).eval(), task.collate(settings)
+    right: dict[str, list[bool]] = {}
+    for start in range(0, len(asked), settings.batch_size_test):
+        numbers = range(start, min(start + settings.batch_size_test, len(asked)))
+        _, labels, likeliest = weighed(model, collate([asked[number] for number in numbers]))
+        for number, good in zip(numbers, ((likeliest == labels) | (labels == IGNORED)).all(1).tolist(), strict=True):
+            right.setdefault(" ".join(asked.asked(number).split()[:2]), []).append(good)
+    shares = {kind: 100 * sum(found) / len(found) for kind, found in right.items()}
+    _note({"how": "dense", "all": 100 * sum(map(sum, right.values())) / len(asked), "kinds": shares})
+
+
 def _settings(out: Path, seed: int, **more: Any) -> Any:
     given = {**_shared(out), "pretrained": str(out / "dense" / "best"), "seed": seed, **more}
     return read_settings(find_task("chat").settings, None, given)
@@ -223,6 +244,9 @@ def _settings(out: Path, seed: int, **more: Any) -> Any:
 def table() -> None:
     """Print the rows as a table."""
     for row in _rows():
+        if row["how"] == "dense":
+            print(row)
+            continue
         described = {
             name: value for name, value in row.items() if name in ("how", "towers", "teacher", "target", "seed")
         }
@@ -239,7 +263,7 @@ def table() -> None:
 def main() -> None:
     """Do what the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=("prepare", "prune", "teachers", "table"))
+    parser.add_argument("what", choices=("prepare", "kinds", "prune", "teachers", "table"))
     parser.add_argument("out", type=Path)
     parser.add_argument("--size", type=int, default=24000)
     parser.add_argument("--seeds", type=int, default=3)
@@ -248,6 +272,8 @@ def main() -> None:
     given = parser.parse_args()
     if given.what == "prepare":
         prepare(given.out, given.size)
+    elif given.what == "kinds":
+        by_kind(given.out)
     elif given.what == "prune":
         one_shot(given.out, given.seeds)
     elif given.what == "teachers":

@@ -396,6 +396,62 @@ def _yaml(value: Any) -> str:
     return "null" if value is None else str(value)
 
 
+def quantized() -> str:
+    """Return what 8 bits cost a dense encoder and a pruned one."""
+    headings = ["model", "run by", "parameters (M)", "Spearman x 100", "MB", "ms for a sentence"]
+    rows = [
+        [
+            row["model"],
+            row["way"],
+            f"{row['parameters'] / 1e6:.1f}",
+            f"{row['quality']:.1f}",
+            f"{row['bytes'] / 1e6:.1f}",
+            f"{row['ms']:.1f}",
+        ]
+        for row in read("real_quantized_cpu")["rows"]
+    ]
+    return markdown(headings, rows)
+
+
+def vlms() -> str:
+    """Return what a small model of images and texts answers after a cut without training."""
+    rows = [row for row in read("vlms") if row["how"] == "one-shot" and "test" in row]
+
+    def line(name: str, target: str, parameters: int, found: Row) -> list[str]:
+        scores = (f"{found[metric]:.1f}" for metric in ("exact_match", "token_acc"))
+        return [name, target, f"{parameters / 1e6:.3f}", *scores, f"{found['perplexity']:.2f}"]
+
+    dense = line("dense", "-", rows[0]["dense_parameters"], rows[0]["dense"])
+    cut = [line(f"{row['towers']} towers", row["target"], row["parameters"], row["test"]) for row in rows]
+    headings = ["model", "target", "parameters (M)", "exact answers (%)", "tokens right (%)", "perplexity"]
+    return markdown(headings, [dense, *cut])
+
+
+def vlm_kinds() -> str:
+    """Return how many questions of each kind the dense small model answers."""
+    (found,) = (row for row in read("vlms") if row["how"] == "dense")
+    kinds = found["kinds"]
+    return markdown(["all", *kinds], [[f"{found['all']:.1f}", *(f"{share:.1f}" for share in kinds.values())]])
+
+
+def uniform() -> str:
+    """Return what layers of equal size cost, at equal parameters."""
+    cells = read("real_uniform_cpu")["cells"]
+    shares = sorted({cell["ratio"] for cell in cells if "ratio" in cell})
+    dense = next(cell["quality"] for cell in cells if cell["way"] == "dense")
+    ways = list(dict.fromkeys(cell["way"] for cell in cells if "ratio" in cell))
+
+    def shown(way: str, share: float) -> str:
+        found = [cell["quality"] for cell in cells if cell["way"] == way and cell.get("ratio") == share]
+        return f"{statistics.mean(found):.1f}" if found else "-"
+
+    rows = [
+        ["dense", *(f"{dense:.1f}" for _ in shares)],
+        *([way, *(shown(way, each) for each in shares)] for way in ways),
+    ]
+    return markdown(["layers", *(f"{100 * share:g} % removed" for share in shares)], rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "demo": demo,
     "together": together,
@@ -468,6 +524,10 @@ TABLES: dict[str, Callable[[], str]] = {
         for name, task in TASKS.items()
     },
     "dual-encoder": dual_encoder,
+    "quantized": quantized,
+    "uniform": uniform,
+    "vlms": vlms,
+    "vlm-kinds": vlm_kinds,
     "settings-rows": lambda: settings(RowSettings, RunSettings),
     "settings-library": lambda: settings(LibrarySettings, RowSettings, RunSettings),
     "costs": lambda: (RESULTS / "costs.md").read_text(),

@@ -158,7 +158,7 @@ def calibrate(
     else:
         found = groups_to_search(model, example, groups)
     called = batches[0] if example is None and loss is None else example
-    choice = {"include": include, "exclude": exclude, "uniform": uniform, "depth": depth, "cost": cost}
+    choice: dict[str, Any] = {"include": include, "exclude": exclude, "uniform": uniform, "depth": depth, "cost": cost}
     dense, costs = _begin(
         goal, model, found, round_to, called, example, lambda: _inputs(model, kept_call, example), **choice
     )
