@@ -64,6 +64,8 @@ def distill(
     advanced. Tokens that an argument named `...mask` excludes (integers or bool, [batch, tokens], the only one of that
     shape) do not count; other padding does.
 
+    Norms inside of reentrant gradient checkpoints (`use_reentrant=True`) cannot be compared, and a warning names them.
+
     Args:
         model: a timm, transformers or upop model, before, during or after the search; wrappers of DDP and
             torch.compile are looked through (compile it after this). The same object goes on after `shrink`; a copy

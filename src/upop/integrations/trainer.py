@@ -30,6 +30,9 @@ class TrainerCallback(Compressing, transformers.TrainerCallback):
     (`resume_from_checkpoint`), before the cut and after it, from the same dense model. A training that is stopped early
     leaves what was reached by then. Scores are of gradients as the optimizer gets them, clipped ones included.
 
+    A Trainer tells no callback of an exception: `close` takes the masks off after one. With label smoothing it
+    computes the loss itself, and takes the teacher's part by `compute_loss_func`.
+
     Args:
         ratio: share of the prunable parameters to remove, in (0, 1).
         settings: any other argument of `upop.Compression` but the model and the number of steps; target (what is left
