@@ -133,7 +133,7 @@ def save_official(task: str, model: nn.Module, path: str | Path, *, overwrite: b
     return Path(path)
 
 
-def start_from(task: str, checkpoint: Checkpoint, model: nn.Module, *, any_towers: bool = False) -> list[str]:
+def start_from(task: str, path: str | Path | Checkpoint, model: nn.Module, *, any_towers: bool = False) -> list[str]:
     """Put the weights of a published checkpoint into a dense model that is to be fine-tuned.
 
     Position embeddings are resized; for "nlvr", single cross-attentions become twins, and from "nlvr" to other tasks
@@ -141,7 +141,7 @@ def start_from(task: str, checkpoint: Checkpoint, model: nn.Module, *, any_tower
 
     Args:
         task: of the dense model.
-        checkpoint: a published file, or a folder with one of upop's own models.
+        path: a published file, or a folder with one of upop's own models.
         model: the dense model.
         any_towers: whether the checkpoint may be of another task, and lack whole towers.
 
@@ -152,6 +152,7 @@ def start_from(task: str, checkpoint: Checkpoint, model: nn.Module, *, any_tower
         CheckpointError: the file cannot be read or does not fit otherwise.
     """
     row = row_of(task)
+    checkpoint = open_checkpoint(path)
     source = str(checkpoint.path)
     with expecting_shapes(source):
         state = row.adapt(row.start(checkpoint.own().read(True)), model.config)
