@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 
 from upop.pruning.again import autocast, precision_now, random_numbers_kept, repeated
+from upop.pruning.carried import plan_of
 from upop.pruning.choice import check_whole
 from upop.pruning.errors import LayoutError, SettingError, StepError, some_of
 from upop.pruning.groups import tensor_of
@@ -24,11 +25,13 @@ from upop.pruning.known import know_as
 from upop.pruning.logits import divergence, logits_of, similarities
 from upop.pruning.masks import unwrapped
 from upop.pruning.merged import Unmerge, unmerge_of
+from upop.pruning.norms import kept_by
 from upop.pruning.precision import precise
 from upop.pruning.prunable import find_groups
 from upop.pruning.scores import is_checkpointed_whole
 from upop.pruning.sharded import reshard
 from upop.pruning.slips import check_model
+from upop.pruning.width import blocks_among
 
 _FLOOR = 1e-6
 """Least mean square that a difference is divided by."""
@@ -213,6 +216,12 @@ class Distillation:
             return
         calls, seen = self._found.setdefault(name, []), self._seen.get(name, [])
         found = seen[len(calls)] if len(calls) < len(seen) else None
+        kept = self._kept(name)
+        if found is not None and kept is not None:  # channels that the model's stream lost are not compared
+            kept = kept.to(output.device)
+            with torch.enable_grad():
+                narrow = found[0] if found[0].shape[-1] == len(kept) else found[0].index_select(-1, kept)
+            found, output = (narrow, found[1]), output.index_select(-1, kept)
         with torch.enable_grad():
             own = None if found is None else _like(output, *found)
             if own is None:
@@ -292,6 +301,11 @@ class Distillation:
         if (logits := logits_of(output)) is not None:
             yield logits
 
+    def _kept(self, name: str) -> Tensor | None:
+        """Return which of the teacher's channels a norm of the model has, of a stream that lost some; else None."""
+        masked = kept_by(self._model.get_submodule(name))
+        return _kept_of_cut(self._model).get(name) if masked is None else masked
+
     def _mask(self, shape: torch.Size) -> Tensor | None:
         """Return the mask of tokens that count in features or logits [batch, tokens, ...]; None if unknown."""
         found = [mask for mask in self._masks if mask.shape == shape]
@@ -345,7 +359,7 @@ def _residual_norms(teacher: nn.Module) -> Iterator[str]:
     Raises:
         LayoutError: there is no such norm.
     """
-    parts = (part for group in find_groups(teacher) for part in group.slices)
+    parts = (part for group in blocks_among(find_groups(teacher)) for part in group.slices)
     shapes = ((tensor_of(teacher, part.tensor).shape, part.dim) for part in parts)
     widths = {shape[1 - dim] for shape, dim in shapes if len(shape) == 2}
     none = True
@@ -374,6 +388,18 @@ def _norm_width(module: nn.Module) -> int | None:
     return int(shape[0]) if len(shape) == 1 else None
 
 
+def _kept_of_cut(model: nn.Module) -> dict[str, Tensor]:
+    """Return, by norm, the channels of its stream that a cut model kept, int64, in those of the dense one."""
+    plan = plan_of(model)
+    found: dict[str, Tensor] = {}
+    if plan is None:
+        return found
+    for name, content in plan.slices.items():
+        if len(plan[name]) < plan.sizes[name]:
+            found.update(dict.fromkeys(content.get("norms", ()), torch.tensor(plan[name], dtype=torch.long)))
+    return found
+
+
 def _refuse_shared_weights(model: nn.Module, teacher: nn.Module) -> None:
     own = {id(parameter) for parameter in model.parameters()}
     if any(id(parameter) in own for parameter in teacher.parameters()):
@@ -385,6 +411,9 @@ def _refuse_shared_weights(model: nn.Module, teacher: nn.Module) -> None:
 
 def _refuse_other_architecture(model: nn.Module, teacher: nn.Module, norms: tuple[str, ...]) -> None:
     widths = {name: _norm_width(module) for name, module in model.named_modules()}
+    for name, kept in _kept_of_cut(model).items():
+        if widths.get(name) == len(kept):
+            widths[name] = _norm_width(teacher.get_submodule(name))
     other = [name for name in norms if widths.get(name) != _norm_width(teacher.get_submodule(name))]
     if other:
         raise LayoutError(

@@ -158,6 +158,11 @@ class RunSettings(Checked):
         description="image tokens that every layer merges away: one number, one for each layer, or the share of the "
         "encoder's multiply-adds to save; auto: as many as calibration finds best for a target of macs",
     )
+    width: bool = Field(
+        False,
+        description="prune channels of the residual stream of each tower, in all layers that write, normalise or read "
+        "it; needs a target",
+    )
     interval: int = Field(50, ge=1, description="search steps between updates of the masks, with method reference")
     w_sp_attn: float = Field(4.8e-3, ge=0, description="weight of the sparsity term; affects only the logged loss")
     w_sp_mlp: float = Field(2e-4, ge=0)
@@ -264,12 +269,14 @@ class RunSettings(Checked):
             raise ValueError(f"ratio ({self.ratio:g}) and target ({self.target}) are both given; leave one of them out")
         if self.target is not None and self.cost == "reference":
             raise ValueError("cost: reference is the budget of the published search, which takes a ratio and no target")
+        if self.width and self.target is None:
+            raise ValueError("width takes a target, which counts the weights of the whole model; target: params=0.5")
         if self.method == "upop" and self.cost == "reference":
             raise ValueError("cost: reference is the budget of the published search; it takes method: reference")
         if self.method in ("reference", "magnitude"):
             changed = [
                 name
-                for name in ("search_share", "importance", "correct", "depth")
+                for name in ("search_share", "importance", "correct", "depth", "width")
                 if getattr(self, name) != type(self).model_fields[name].default
             ]
             if changed:

@@ -25,7 +25,7 @@ from upop.reading import read_object
 FILE = "README.md"
 _MEANING = re.compile(r"[\\`*\[\]|~$]|(?<!\w)_|_(?!\w)")
 """What Markdown takes for more than letters; an underscore within a word is a letter."""
-_KINDS = {"attention": "attention", "mlp": "MLP"}
+_KINDS = {"attention": "attention", "mlp": "MLP", "residual": "residual stream"}
 _PAPER = """\
 ```bibtex
 @InProceedings{pmlr-v202-shi23e,
@@ -191,7 +191,8 @@ def _kept(layout: Mapping[str, Mapping[str, Any]]) -> str:
     rows = [[_cell(modality), *(share(modality, kind) for _, kind in columns)] for modality in modalities]
     if len(modalities) > 1:
         rows.append(["all", *(share(None, kind) for _, kind in columns)])
-    return "Attention dimensions and MLP neurons, of those of the dense model:\n\n" + _table(
+    streams = ", channels of residual streams" if "residual" in kinds else ""
+    return f"Attention dimensions and MLP neurons{streams}, of those of the dense model:\n\n" + _table(
         ["modality", *(title for title, _ in columns)], rows
     )
 

@@ -261,19 +261,18 @@ def _plus(tensor: Tensor, constant: Tensor) -> Tensor:
 
 
 def _renamed(group: Group, rename: Callable[[str], str | None]) -> Group | None:
-    """Return a group with other names; None if it cannot be serialised."""
-
-    def new(name: str) -> str:
-        return rename(name) or name
-
+    """Return a group with other names, without what is dropped; None if it cannot be serialised."""
     if as_json(group) is None:
         return None
     return replace(
         group,
-        name=new(group.name),
-        slices=tuple(replace(part, tensor=new(part.tensor)) for part in group.slices),
-        attributes=tuple(replace(part, module=new(part.module)) for part in group.attributes),
-        swaps=tuple(replace(swap, module=new(swap.module)) for swap in group.swaps),
+        name=rename(group.name) or group.name,
+        slices=tuple(replace(part, tensor=new) for part in group.slices if (new := rename(part.tensor))),
+        attributes=tuple(
+            replace(part, module=new) for part in group.attributes if (new := rename(part.module)) is not None
+        ),
+        swaps=tuple(replace(swap, module=new) for swap in group.swaps if (new := rename(swap.module)) is not None),
+        norms=tuple(new for norm in group.norms if (new := rename(norm)) is not None),
     )
 
 
@@ -307,10 +306,6 @@ def _carry(
         return new
 
     names = {name: new for name in plan.kept if (new := rename(name)) is not None}
-    slices = {
-        new: renamed(plan.slices[name], lambda old: rename(old) or old)
-        for name, new in names.items()
-        if name in plan.slices
-    }
+    slices = {new: renamed(plan.slices[name], rename) for name, new in names.items() if name in plan.slices}
     kept = {new: plan.kept[name] for name, new in names.items()}
     set_plan(made, Plan(kept, {new: plan.sizes[name] for name, new in names.items()}, plan.settings, slices))

@@ -24,7 +24,7 @@ _FREE_VALUES = (
     "name_or_path",
 )
 # Under what layers keep the lengths of their weights.
-_WIDTHS = ("in_features", "out_features", "in_channels", "out_channels", "num_features", "nx", "nf")
+_WIDTHS = ("in_features", "out_features", "in_channels", "out_channels", "num_features", "embedding_dim", "nx", "nf")
 
 
 def same_but_for_sizes(model: nn.Module, dense: nn.Module) -> bool:
@@ -45,7 +45,7 @@ def same_but_for_sizes(model: nn.Module, dense: nn.Module) -> bool:
     for group in groups:
         owners = [part.tensor.rpartition(".")[0] for part in group.slices]
         cut |= {(owner, width) for owner in owners for width in _WIDTHS}
-        cut |= {(attribute.module, attribute.name) for attribute in group.attributes}
+        cut |= {(attribute.module, attribute.name.partition("[")[0]) for attribute in group.attributes}
     pairs = zip(model.named_modules(), dense.named_modules(), strict=False)
     return all(
         ours == name and _alike(one, other) and _settings(one, ours, cut) == _settings(other, name, cut)

@@ -8,6 +8,7 @@ fields decide only which trials are worth making.
 from __future__ import annotations
 
 import copy
+import itertools
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -30,6 +31,8 @@ SetSize = Callable[[int], Change]
 _HEADS = re.compile(r"(?:^|_)(?:num_attention_heads|attention_heads|num_heads|n_heads?|num_query_heads)$")
 _SHARED_HEADS = re.compile(r"(?:^|_)(?:num_key_value_heads|num_kv_heads|n_head_kv|n_kv_heads?)$")
 _OF_A_HEAD = ("head_dim", "attn_head_dim", "attention_head_dim", "d_kv", "kv_channels", "head_size")
+_ANY_NUMBER = ("neuron", "channel")
+"""Kinds of channels of which a layer may have any number."""
 _RATIO = re.compile(r"(?:^|_)(?:mlp|ffn|ff|expansion)_(?:ratio|mult|expansion)$|^expansion_factor$")
 _WIDTH = re.compile(r"(?:^|_)(?:intermediate_size|ffn_dim|ffn_hidden_size|d_ff|n_inner|mlp_dim|hidden_dim|mlp_size)$")
 
@@ -135,8 +138,11 @@ def sized_config(dense: nn.Module, groups: Sequence[Group], kept: Mapping[str, i
     change: dict[Path, Any] = {}
     small = {group.name for group in groups if kept.get(group.name, group.size) < group.size}
     size_of = {group.name: group.size for group in groups}
-    for field in size_fields(dense, groups, builder) if small else ():
-        if small.isdisjoint(field.groups):
+    streams = {group.name: group.size for group in groups if group.kind == "residual" and group.name in small}
+    widths = {size: kept[name] for name, size in streams.items()}
+    found = size_fields(dense, groups, builder) if small else []
+    for field in sorted(found, key=lambda each: streams.keys().isdisjoint(each.groups)):  # ratios are of widths
+        if small.isdisjoint(field.groups) and not _is_ratio_of(field.change, widths):
             continue
         counts = {kept.get(name, size_of[name]) for name in field.groups}
         if len(counts) > 1:
@@ -147,7 +153,7 @@ def sized_config(dense: nn.Module, groups: Sequence[Group], kept: Mapping[str, i
         (count,) = counts
         if field.sizes is not None and count not in field.sizes:
             return f"{builder.by} does not take {count} of {size_of[field.groups[0]]} for {field.groups[0]}"
-        change |= field.change(count)
+        change |= _at_width(field.change, widths)(count)
         small -= set(field.groups)
     if small:
         first = next(group.name for group in groups if group.name in small)
@@ -178,7 +184,7 @@ def shapes_of(model: nn.Module) -> dict[str, list[int]]:
 
 def _probe(group: Group, change: SetSize, builder: Builder) -> int | None:
     """Return a smaller size that the configuration takes."""
-    if group.channel == "neuron":
+    if group.channel in _ANY_NUMBER:
         tried = [group.size - 1, group.size // 2]
     else:
         tried = [group.size // 2, *range(group.size - 1, 0, -1)]
@@ -186,7 +192,7 @@ def _probe(group: Group, change: SetSize, builder: Builder) -> int | None:
 
 
 def _sizes(group: Group, change: SetSize, builder: Builder) -> frozenset[int] | None:
-    if group.channel == "neuron" and builder.takes(change(group.size - 1)):
+    if group.channel in _ANY_NUMBER and builder.takes(change(group.size - 1)):
         return None  # else a ratio of whole numbers alone
     return frozenset(size for size in range(1, group.size + 1) if builder.takes(change(size)))
 
@@ -194,7 +200,10 @@ def _sizes(group: Group, change: SetSize, builder: Builder) -> frozenset[int] | 
 def _candidates(dense: nn.Module, group: Group, builder: Builder) -> Iterator[SetSize]:
     for path, fields in nodes(builder.settings):
         here = {**dict.fromkeys(builder.more if not path else ()), **fields}
-        yield from _widths(dense, group, path, here) if group.kind == "mlp" else _heads(group, path, here)
+        if group.kind == "residual":
+            yield from _streams(dense, group, path, here)
+        else:
+            yield from _widths(dense, group, path, here) if group.kind == "mlp" else _heads(group, path, here)
 
 
 def nodes(settings: Mapping[str, Any], path: Path = ()) -> Iterator[tuple[Path, Mapping[str, Any]]]:
@@ -236,6 +245,36 @@ def _heads(group: Group, path: Path, fields: Mapping[str, Any]) -> Iterator[SetS
             for of_a_head in named or _OF_A_HEAD[:1]:
                 yield partial(_times, numbers, {(*path, of_a_head): inner})
             yield partial(_times, numbers, {})
+
+
+def _streams(dense: nn.Module, group: Group, path: Path, fields: Mapping[str, Any]) -> Iterator[SetSize]:
+    """Yield what may set a stream's width alone: heads stay as long as they are, and neurons as many."""
+    rows = {tensor_of(dense, part.tensor).shape[0] for part in group.scored if part.dim == 1}
+    lengths: list[Change] = [{}]
+    for heads in (value for name, value in fields.items() if _HEADS.search(name) and _is_number(value) and value):
+        lengths += [{(*path, name): group.size // heads} for name in _OF_A_HEAD if name in fields]
+    ratios = [(*path, name) for name in fields if _RATIO.search(name)]
+    for name in (name for name, value in fields.items() if _is_number(value) and value == group.size):
+        for fixed in lengths:
+            yield partial(_times, {(*path, name): 1}, fixed)
+            for ratio, neurons in itertools.product(ratios, sorted(rows, reverse=True)):
+                yield partial(_width, (*path, name), fixed, ratio, neurons)
+
+
+def _width(place: Path, fixed: Change, ratio: Path, neurons: int, kept: int) -> Change:
+    return {place: kept, **fixed, **_ratio(ratio, kept, neurons)}
+
+
+def _is_ratio_of(change: SetSize, widths: Mapping[int, int]) -> bool:
+    """Whether a size is set as a share of a width that changes."""
+    return isinstance(change, partial) and change.func is _ratio and change.args[1] in widths
+
+
+def _at_width(change: SetSize, widths: Mapping[int, int]) -> SetSize:
+    """Return how a size is set where widths have become others."""
+    if isinstance(change, partial) and _is_ratio_of(change, widths):
+        return partial(_ratio, change.args[0], widths[change.args[1]])
+    return change
 
 
 def _number(place: Path, kept: int) -> Change:

@@ -15,6 +15,8 @@ from upop.checkpoints.likeness import same_but_for_sizes
 from upop.checkpoints.outside import is_timm_name, sealed
 from upop.errors import CheckpointError, nearest
 from upop.pruning import Plan
+from upop.pruning.known import know_as, remembered
+from upop.pruning.width import streams_among
 from upop.values import shortened
 
 # Argument of create_model -> where a model keeps it; models that keep it elsewhere do not have it changed.
@@ -53,6 +55,8 @@ def describe(model: nn.Module, plan: Plan | None) -> dict[str, Any] | None:
         return None
     name, arguments = described
     built = _build(name, arguments)
+    if built is not None and streams_among(found.groups if (found := remembered(model)) is not None else ()):
+        know_as(built, model)
     if built is None or not same_but_for_sizes(model, built):
         return None
     return {"architecture": name, "arguments": arguments}

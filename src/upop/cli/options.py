@@ -196,6 +196,10 @@ Depth = Annotated[
     bool | None,
     typer.Option("--depth", help="Whole branches may go; with --uniform whole layers do.", show_default=False),
 ]
+Width = Annotated[
+    bool | None,
+    typer.Option("--width", help="Residual streams may lose channels; takes a --target.", show_default=False),
+]
 Resume = Annotated[
     ResumeWhen | None,
     typer.Option(

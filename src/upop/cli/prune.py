@@ -45,6 +45,8 @@ def prune(
     rows: o.RowCount = None,
     batch_size_train: o.BatchSize = None,
     uniform: o.Uniform = None,
+    depth: o.Depth = None,
+    width: o.Width = None,
     round_to: Annotated[
         str | None, typer.Option("--round-to", metavar="N", help="Kept channels are multiples of this.")
     ] = None,

@@ -99,6 +99,7 @@ def compress(
     align: o.OldAlign = None,
     uniform: o.Uniform = None,
     depth: o.Depth = None,
+    width: o.Width = None,
     interval: o.Interval = None,
     method: o.Method = None,
     w_sp_attn: o.SparsityAttention = None,

@@ -47,6 +47,7 @@ from upop.pruning.targets import Target
 from upop.pruning.uniform import Uniform, check_uniform, to_keep_alike
 from upop.pruning.verify import tensors_of
 from upop.pruning.warn import warn_of_none
+from upop.pruning.width import blocks_among, check_width, with_readers
 
 Loss = Callable[[nn.Module, Any], Tensor]
 _MOST = 0.25
@@ -77,6 +78,7 @@ def calibrate(
     verify: Any = True,
     uniform: Uniform | None = None,
     depth: bool = False,
+    width: bool = False,
 ) -> Plan:
     """Cut `model` with a few batches and no training; it is changed in place, and physically smaller afterwards.
 
@@ -123,6 +125,7 @@ def calibrate(
             default a few samples of the first batch. False cuts without proof.
         uniform: "tower" has all layers of a tower keep equally many; see `Pruner`.
         depth: True also prunes whole branches and layers; see `Pruner`.
+        width: True also prunes channels of residual streams; see `Pruner`.
 
     Returns:
         The plan: the kept channels of every group, as indices of the dense model.
@@ -146,6 +149,7 @@ def calibrate(
         check_whole("stages", stages)
     check_uniform(uniform)
     check_depth(depth)
+    check_width(width, target)
     check_correct(correct)
     if ridge is not None and not ridge > 0:
         raise SettingError(
@@ -154,9 +158,9 @@ def calibrate(
     scorer = scoring(importance)
     kept_call = first_call(model, batches[0], loss)
     if example is None and waits_for_batch(model):
-        found = read_first(kept_call.inputs(model), lambda inputs: groups_to_search(model, inputs, groups))
+        found = read_first(kept_call.inputs(model), lambda inputs: groups_to_search(model, inputs, groups, width=width))
     else:
-        found = groups_to_search(model, example, groups)
+        found = groups_to_search(model, example, groups, width=width)
     called = batches[0] if example is None and loss is None else example
     choice: dict[str, Any] = {"include": include, "exclude": exclude, "uniform": uniform, "depth": depth, "cost": cost}
     dense, costs = _begin(
@@ -202,6 +206,7 @@ def calibrate(
         round_to=round_to,
         **({"uniform": uniform} if uniform else {}),
         **({"depth": True} if depth else {}),
+        **({"width": True} if width else {}),
     )
     record_cut(model, plan)
     return plan
@@ -219,6 +224,8 @@ def check_budget(
     exclude: str | Sequence[str] | None = None,
     example: Any = None,
     uniform: Uniform | None = None,
+    depth: bool = False,
+    width: bool = False,
 ) -> None:
     """Raise the errors of `calibrate` for a budget and a choice of groups, before any long computation.
 
@@ -233,6 +240,8 @@ def check_budget(
         exclude: names or patterns of groups to leave alone.
         example: inputs for one forward pass.
         uniform: "tower" or None.
+        depth: whether branches may be pruned.
+        width: whether residual streams may lose channels.
 
     Raises:
         SettingError: a setting is out of range, or the ratio or the target cannot be reached.
@@ -240,11 +249,13 @@ def check_budget(
     """
     goal, model = Goal(ratio, target, profile), unwrapped(model)
     check_uniform(uniform)
-    choice: dict[str, Any] = {"include": include, "exclude": exclude, "uniform": uniform, "depth": False, "cost": cost}
+    check_width(width, target)
+    choice: dict[str, Any] = {"include": include, "exclude": exclude, "uniform": uniform, "depth": depth, "cost": cost}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of what stays whole; it is said when the model is cut
-        found = groups_to_search(model, example)
-        _begin(goal, model, found, check_round_to(round_to), example, example, lambda: iter(()), **choice)
+        found = groups_to_search(model, example, width=width)
+        examples = examples_of(model) if example is None else iter([example])
+        _begin(goal, model, found, check_round_to(round_to), example, example, lambda: examples, **choice)
 
 
 def _begin(
@@ -286,7 +297,7 @@ def _begin(
     costs = channel_costs(model, dense, cost, example)
     branches: list[tuple[str, ...]] = []
     if depth:
-        branches = branches_of(model, dense, inputs(), layers if uniform else None)
+        branches = branches_of(model, blocks_among(dense), inputs(), layers if uniform else None)
     goal.begin(model, dense, costs, round_to, called, towers, branches)
     return dense, costs
 
@@ -354,12 +365,14 @@ class _Observing:
         """
         model, pruned = self._model, [group for group in groups if not group.size]
         groups = [group for group in groups if group.size]
-        sizes = [layers[0].in_features for group in groups if (layers := consumers(model, group))]
+        sizes = [layers[0].in_features for group in with_readers(groups) if (layers := consumers(model, group))]
         kind = accumulator(next(model.parameters()))
         fits = sum(moments_bytes(size, kind) for size in sizes) <= allowed_bytes(model, self._correct)
         moments = Moments(at_once=fits, alone=len(self._batches) < PARTS)
         parameters = {
-            part.tensor: (tensor_of(model, part.tensor), part.dim) for group in groups for part in group.producers
+            (part.tensor, part.dim): (tensor_of(model, part.tensor), part.dim)
+            for group in groups
+            for part in group.scored
         }
         weights = [tensor for tensor, _ in parameters.values()]
         with thawed(weights):
@@ -388,10 +401,10 @@ class _Observing:
             moments.release()
             model.zero_grad()
 
-    def _scores(self, groups: list[Group], rows: FreedRows, moments: Moments) -> dict[str, Tensor]:
+    def _scores(self, groups: list[Group], rows: FreedRows[tuple[str, int]], moments: Moments) -> dict[str, Tensor]:
         scores = {group.name: torch.zeros(group.size, dtype=torch.float64) for group in groups}
         if self._correct:
-            moments.observe(self._model, groups, announced=True)
+            moments.observe(self._model, with_readers(groups), announced=True)
         for number, batch in enumerate(self._batches):
             moments.step = number
             self._model.zero_grad()
@@ -399,7 +412,8 @@ class _Observing:
             if not found:
                 raise StepError("The loss gave no gradient to any weight that could go. Is it of this model?")
             for group in groups:
-                given = [part.reduce(found[part.tensor]) for part in group.producers if part.tensor in found]
+                parts = [(part, (part.tensor, part.dim)) for part in group.scored]
+                given = [part.reduce(found[place]) for part, place in parts if place in found]
                 scores[group.name] += self._scorer.added(sum(given, torch.zeros(group.size))).double().cpu()
         return scores
 

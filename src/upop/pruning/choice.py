@@ -75,11 +75,11 @@ def refuse_unscored(model: nn.Module, groups: list[Group]) -> None:
 def refuse_frozen(model: nn.Module, groups: list[Group]) -> None:
     """Raise a `LayoutError` if a group cannot be scored, or training would not repair it: all producers are frozen."""
     refuse_unscored(model, groups)
-    frozen = [
-        group.name
-        for group in groups
-        if not any(tensor_of(model, part.tensor).requires_grad for part in group.producers)
-    ]
+    frozen = []
+    for group in groups:
+        enough = all if group.kind == "residual" else any  # a stream is scored by all that reads it
+        if not enough(tensor_of(model, part.tensor).requires_grad for part in group.scored):
+            frozen.append(group.name)
     if frozen:
         raise LayoutError(
             f"{len(frozen)} groups have frozen weights, which training would not repair after a cut "

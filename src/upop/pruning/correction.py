@@ -21,6 +21,7 @@ from upop.pruning.least_squares import PARTS, ConsumerInputs, Rows, Squares, Tri
 from upop.pruning.moments import Correct, Moments, consumers
 from upop.pruning.precision import accumulator
 from upop.pruning.sharded import is_sharded_tensor
+from upop.pruning.width import stream_of, with_readers
 
 RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
 """Strengths of the ridge that are tried, as shares of the inputs' mean square."""
@@ -68,6 +69,8 @@ def correct_consumers(
     Returns:
         The choice for each group that loses channels and whose consumer can be corrected.
     """
+    groups = with_readers(groups)
+    active, pruned = ({group.name: each[stream_of(group)] for group in groups} for each in (active, pruned))
     losing = [group for group in groups if (pruned[group.name] & active[group.name]).any() and consumers(model, group)]
     chosen: dict[str, Choice] = {}
     for portion, seen in moments.portions(model, losing, correct) if losing else ():

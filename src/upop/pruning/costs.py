@@ -216,7 +216,7 @@ def _multiply_adds(model: nn.Module, groups: Sequence[Group], example: Any) -> d
         reshard(model)
     costs = {}
     for group in groups:
-        weights = [part for part in group.online if part.tensor.endswith("weight")]
+        weights = [part for part in group.online if part.tensor.endswith("weight") and _multiplies(model, part.tensor)]
         seen = [calls.get(_layer_of(part.tensor), []) for part in weights]
         # Some libraries read a layer's weight without calling the layer; it sees what the others of its group see.
         most = max(seen, key=len)
@@ -260,6 +260,11 @@ def _call_of(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     else:
         tokens, length = output.numel() // output.shape[-1], output.shape[-2] if output.dim() > 2 else 1
     return _Call(tokens, length, tokens)
+
+
+def _multiplies(model: nn.Module, tensor: str) -> bool:
+    """Whether a weight is multiplied with the inputs of its layer, not indexed by them."""
+    return not isinstance(model.get_submodule(_layer_of(tensor)), nn.Embedding)
 
 
 def _layer_of(tensor: str) -> str:

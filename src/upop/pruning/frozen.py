@@ -19,6 +19,7 @@ from upop.pruning.again import is_transformed
 from upop.pruning.groups import Group, owner_of, tensor_of
 from upop.pruning.observers import EagerHook, WeakHook, remove_all
 from upop.pruning.sharded import is_sharded_tensor, many_processes
+from upop.pruning.width import blocks_among
 
 
 @contextmanager
@@ -37,7 +38,7 @@ def thawed(tensors: Iterable[Tensor]) -> Iterator[None]:
 def partly_frozen(model: nn.Module, groups: Iterable[Group]) -> dict[str, tuple[Tensor, int]]:
     """Return the frozen producers of groups of which another producer is trained: by name, with their dimension."""
     found: dict[str, tuple[Tensor, int]] = {}
-    for group in groups:
+    for group in blocks_among(groups):
         tensors = {part.tensor: (tensor_of(model, part.tensor), part.dim) for part in group.producers}
         if any(each.requires_grad for each, _ in tensors.values()):
             found |= {name: (each, dim) for name, (each, dim) in tensors.items() if _can_learn(each)}

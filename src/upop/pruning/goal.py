@@ -20,6 +20,7 @@ from upop.pruning.latency import Latency, Profile
 from upop.pruning.round_to import RoundTo, channels_in_block, format_round_to
 from upop.pruning.targets import Limit, Target, format_target, quantity_of, read_target
 from upop.pruning.uniform import Tower, removable_blocks, together
+from upop.pruning.width import prices, streams_among
 
 _TOLERANCE = 0.01
 """A target is reached within this share of the dense model's count."""
@@ -167,7 +168,8 @@ class Goal:
         """
         if self.ratio is None or self._depth:
             if not standardised:
-                scores = self._per_millisecond(groups, scores)
+                price, scores = prices(groups, costs), self._per_millisecond(groups, scores)
+                scores = {group.name: scores[group.name] / price[group.name] for group in groups}
             ranking = budget.rank(
                 groups, scores, round_to, standardised=standardised, towers=self._towers, depth=self._depth
             )
@@ -290,6 +292,8 @@ class _Reach:
                 least = bound.quantity.at({group.name: 0 for group in self.groups})
                 most = f", down to {bound.limit.kind}={_share(least, bound.quantity.whole):g} if all of them do"
             found.append(f"depth=True (whole branches may go{most})")
+        if bound is not None and bound.limit.kind != "latency" and not streams_among(self.groups):
+            found.append("width=True (residual streams may lose channels)")
         if bound is not None and bound.limit.kind == "params" and self.words >= _TOLERANCE:
             found.append(f"upop.reduce_vocabulary (embeddings have {self.words:.0%} of the parameters)")
         return [*found, "more groups, where include= or exclude= leaves some out"]
@@ -314,7 +318,12 @@ class _Reach:
                 f"target {limit} cannot be reached: that is {_number(bound.most)} {words}, and with {left} "
                 f"left in each of the {len(self.groups)} groups the model still has {_number(floor)} of "
                 f"{_number(dense)}. Ask for {limit.kind}={_share(floor, dense):g} or more. What would go further: "
-                f"{', or '.join(self.wider(bound))}. Embeddings, heads, norms and biases are in no group, and stay."
+                f"{', or '.join(self.wider(bound))}. "
+                + (
+                    ""
+                    if streams_among(self.groups)
+                    else "Embeddings, heads, norms and biases are in no group, and stay."
+                )
             )
         asked = max(0.0, dense - bound.most) / max(dense - floor, 1e-9 * dense)
         if isinstance(bound.quantity, Latency):

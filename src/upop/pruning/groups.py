@@ -1,7 +1,7 @@
 """Groups of coupled tensor slices, as plain records.
 
-A group is one axis that several tensors share: the head dimensions of an attention, or the hidden neurons of an MLP.
-Every step of the method (mask, score, cost, cut) is a loop over these records.
+A group is one axis that several tensors share: the head dimensions of an attention, the hidden neurons of an MLP, or
+the residual stream of a tower. Every step of the method (mask, score, cost, cut) is a loop over these records.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from upop.pruning.deprecated import older_names, renamed_arguments, renamed_attributes
 
-Kind = Literal["attention", "mlp"]
-Channel = Literal["dimension", "head", "group", "neuron"]
+Kind = Literal["attention", "mlp", "residual"]
+Channel = Literal["dimension", "head", "group", "neuron", "channel"]
 
 
 @renamed_attributes(entries="channels")
@@ -46,6 +46,7 @@ class Slice:
             axis is all there is.
         power: queries are multiplied by (kept / size) ** power at the cut, for the softmax scale that follows the size.
         queries: which of the `outer` repeats are queries, where they are not the first `query_groups`.
+        reads: True where a residual stream's channels are scored by what the tensor sums of them.
     """
 
     tensor: str
@@ -60,6 +61,7 @@ class Slice:
     gaps: tuple[int, ...] = ()
     power: float = 0.5
     queries: tuple[int, ...] = ()
+    reads: bool = False
 
     @property
     def inners(self) -> tuple[int, ...]:
@@ -172,7 +174,7 @@ class Group:
 
     Attributes:
         name: dotted name of the module that holds it, unique in the model.
-        kind: "attention" or "mlp".
+        kind: "attention", "mlp", or "residual" for the residual stream of a tower.
         modality: "vision", "text" or "other"; for reports, and for the published cost weights.
         size: number of channels before pruning.
         heads: number of attention heads that share the channels; 1 for an MLP, and where channels are whole heads.
@@ -181,8 +183,9 @@ class Group:
         attributes: the numbers to set again after the cut.
         swaps: the classes to take on with the cut.
         channel: what one channel is: a "dimension" of every head, a whole "head", a key-value "group" of heads with all
-            queries that share it, or a "neuron" of an MLP.
+            queries that share it, a "neuron" of an MLP, or a "channel" of a residual stream.
         proved: whether masking and cutting it were compared on numbers, and agree (see `find_prunable`).
+        norms: the modules that normalise over a residual stream: masked, they compute over the channels that stay.
     """
 
     name: str
@@ -195,6 +198,7 @@ class Group:
     swaps: tuple[Swap, ...] = ()
     channel: Channel = "dimension"
     proved: bool = False
+    norms: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         """Describe the coupled slices, over several lines, for people."""
@@ -211,6 +215,7 @@ class Group:
                 for number, part in enumerate(parts)
             ]
         lines += [f"  {'set again':<13}{number}" for number in self.attributes]
+        lines += [f"  {'norm':<13}{norm}" for norm in self.norms]
         lines += [f"  {'class':<13}{swap.module or 'the model'} becomes a {swap.kind.__name__}" for swap in self.swaps]
         how = "masked and cut, the model computes the same on random numbers" if self.proved else "no"
         return "\n".join([*lines, f"  {'proved':<13}{how}"])
@@ -226,15 +231,25 @@ class Group:
         return tuple(part for part in self.slices if part.produces and not part.follows)
 
     @property
+    def scored(self) -> tuple[Slice, ...]:
+        """The slices whose gradients tell the importance of channels: the producers, or what reads a residual stream.
+
+        A channel of a stream leaves it where weights sum over it: the derivative of the loss to a mask on all that they
+        read is the first-order change of the loss without the channel. Masks on what writes it would count it again at
+        every block.
+        """
+        return tuple(part for part in self.slices if part.reads) or self.producers
+
+    @property
     def online(self) -> tuple[Slice, ...]:
         """The slices outside momentum copies, which make up the cost of a channel."""
         return tuple(part for part in self.slices if not part.follows)
 
 
 def _channels(group: Group) -> str:
-    called = {"dimension": "dimensions", "head": "heads", "group": "groups of heads", "neuron": "neurons"}
+    called = {"group": "groups of heads"}
     heads = f" of each of {group.heads} heads" if group.channel == "dimension" else ""
-    return f"{group.size} {called[group.channel]}{heads}"
+    return f"{group.size} {called.get(group.channel, f'{group.channel}s')}{heads}"
 
 
 def _layout(part: Slice, size: int) -> str:

@@ -131,11 +131,17 @@ class Latency:
         whole: milliseconds of the dense model.
 
     Raises:
-        SettingError: the profile is of another model.
+        SettingError: the profile is of another model, or residual streams may lose channels, which it does not know.
     """
 
     def __init__(self, profile: Profile, groups: Sequence[Group]) -> None:
         self._layers = {name: each for each in profile.layers for name in each.groups}
+        streams = [group.name for group in groups if group.kind == "residual"]
+        if streams:
+            raise SettingError(
+                f"A target in milliseconds was given with width=True, and a profile does not say what channels of "
+                f"{streams[0]} take: all layers have them. Give params or macs as the target, or leave width out."
+            )
         strange = [
             group.name for group in groups if (each := self._layers.get(group.name)) is None or each.size < group.size
         ]

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from upop.pruning.again import is_transformed
 from upop.pruning.errors import LayoutError
 from upop.pruning.groups import Group, Slice, owner_of, tensor_of
+from upop.pruning.norms import Masked, masked_norm_class, set_norms
 from upop.pruning.precision import accumulator
 from upop.pruning.sharded import unsharded_class
 
@@ -114,13 +115,7 @@ def _scratch_like(factor: Tensor) -> Tensor | None:
     return held[factor.dtype][: factor.numel()].view(factor.shape)
 
 
-class _Masked:
-    """Mixin for a masked module."""
-
-    unmasked_class: type[nn.Module]
-
-
-class _MaskedForward(_Masked):
+class _MaskedForward(Masked):
     """A linear layer whose forward scales the rows of its weight and bias."""
 
     def forward(self: Any, inputs: Tensor) -> Tensor:
@@ -172,14 +167,14 @@ _CLASSES: dict[tuple[type[nn.Module], _Scaled], type[nn.Module]] = {}
 
 def _masked_class(kind: type[nn.Module], scaled: _Scaled) -> type[nn.Module]:
     if (kind, scaled) not in _CLASSES:
-        mixin = _MaskedForward if scaled is None else _Masked
+        mixin = _MaskedForward if scaled is None else Masked
         content = {leaf: _scaled_tensor(leaf, dim) for leaf, dim in scaled or ()}
         _CLASSES[kind, scaled] = type(f"Masked{kind.__name__}", (mixin, kind), {"unmasked_class": kind, **content})
     return _CLASSES[kind, scaled]
 
 
 def _unmasked_class(kind: type[nn.Module]) -> type[nn.Module]:
-    if "unmasked_class" in kind.__dict__ or not issubclass(kind, _Masked):
+    if "unmasked_class" in kind.__dict__ or not issubclass(kind, Masked):
         found: type[nn.Module] = kind.__dict__.get("unmasked_class", kind)
         return found
     # fully_shard was called on the masked module itself, and put its class in front.
@@ -206,6 +201,7 @@ class Masks:
     def __init__(self, model: nn.Module, groups: Iterable[Group]) -> None:
         unmask(model)
         self._groups = {group.name: group for group in groups}
+        self._model = model
         # Per module that carries masks, and masked tensor of it: the groups, and their slices.
         self._layers: dict[tuple[nn.Module, str], list[tuple[str, Slice]]] = {}
         scaled: dict[nn.Module, dict[str, int]] = {}
@@ -231,6 +227,13 @@ class Masks:
         for module, kind in masked.items():
             module.__class__ = _masked_class(type(module), kind)
             _holders[module] = weakref.ref(self)
+        self._norms = {model.get_submodule(path): group for group in self._groups.values() for path in group.norms}
+        for norm, group in self._norms.items():
+            _refuse_second(norm, group)
+            norm.__class__ = masked_norm_class(type(norm))
+            _holders[norm] = weakref.ref(self)
+        for group in self._groups.values():
+            set_norms(model, group, None)
         self._values = {
             group.name: torch.ones(group.size, dtype=accumulator(tensor_of(model, group.producers[0].tensor)))
             for group in self._groups.values()
@@ -251,12 +254,16 @@ class Masks:
                 rows = [part.expand(self._values[name]) for name, part in parts]
                 getattr(module, _MASK + leaf).copy_(torch.stack(rows).prod(0))  # groups may lie side by side in it
                 setattr(module, _ALL_ONES + leaf, all(bool((each == 1).all()) for each in rows))
+        for group in (self._groups[name] for name in values):
+            if group.norms:
+                mask = self._values[group.name]
+                set_norms(self._model, group, None if bool((mask == 1).all()) else mask.nonzero().flatten())
 
     def remove(self) -> None:
         """Remove the masks; the layers keep their current weights."""
-        for module in dict.fromkeys(module for module, _ in self._layers):
+        for module in dict.fromkeys([*(module for module, _ in self._layers), *self._norms]):
             _unmask(module)
-        self._layers = {}
+        self._layers, self._norms = {}, {}
         _scratch.memory.clear()
 
 
@@ -276,7 +283,7 @@ def unmask(model: nn.Module) -> nn.Module:
         The given model.
     """
     for module in model.modules():
-        if isinstance(module, _Masked):
+        if isinstance(module, Masked):
             holder = _holders.get(module)
             if holder is None or holder() is None:
                 _unmask(module)
@@ -291,7 +298,7 @@ def _unmask(module: nn.Module) -> None:
 
 
 def _refuse_second(module: nn.Module, group: Group) -> None:
-    if isinstance(module, _Masked):
+    if isinstance(module, Masked):
         raise LayoutError(
             f"Group {group.name} is masked already: another Pruner holds this model. "
             "Call its remove() (or shrink()) before making a new one."
@@ -330,7 +337,7 @@ def refuse_masked(model: nn.Module, groups: Iterable[Group]) -> None:
     """Raise a `LayoutError` if a layer of `groups` still carries a mask."""
     for group in groups:
         for part in group.producers:
-            if isinstance(owner_of(model, part.tensor)[0], _Masked):
+            if isinstance(owner_of(model, part.tensor)[0], Masked):
                 raise LayoutError(
                     f"Group {group.name} is still masked: a Pruner holds this model. Call its shrink(), or its "
                     "remove() before applying a plan."

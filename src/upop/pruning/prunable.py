@@ -14,11 +14,14 @@ from upop.pruning.known import Prunable, known_of_kind, remember, remember_kind,
 from upop.pruning.masks import unwrapped
 from upop.pruning.seen import Kept, fitted, remember_inputs, was_made_up
 from upop.pruning.stated import Stated
+from upop.pruning.width import refuse_no_stream, streams_among
 from upop.pruning.words import library_of
 
 
 @renamed_arguments(units="groups")
-def find_groups(model: nn.Module, example: Any = None, groups: Sequence[Stated] = ()) -> list[Group]:
+def find_groups(
+    model: nn.Module, example: Any = None, groups: Sequence[Stated] = (), *, width: bool = False
+) -> list[Group]:
     """Return the prunable groups of a model, in forward order; see `find_prunable` for the arguments.
 
     A model with momentum encoders names them in `momentum_encoders` (see `ModelTraits`). The copies make no groups of
@@ -28,7 +31,7 @@ def find_groups(model: nn.Module, example: Any = None, groups: Sequence[Stated] 
         LayoutError: the model has no prunable group (the message lists what was skipped, and why); or as
             `find_prunable`.
     """
-    found = find_prunable(model, example, groups)
+    found = find_prunable(model, example, groups, width=width)
     if not found.groups:
         seen = "; ".join(f"{part.name}: {part.reason}" for part in found.skipped[:5])
         raise LayoutError(
@@ -39,7 +42,9 @@ def find_groups(model: nn.Module, example: Any = None, groups: Sequence[Stated] 
 
 
 @renamed_arguments(units="groups")
-def find_prunable(model: nn.Module, example: Any = None, groups: Sequence[Stated] = ()) -> Prunable:
+def find_prunable(
+    model: nn.Module, example: Any = None, groups: Sequence[Stated] = (), *, width: bool = False
+) -> Prunable:
     """Find the prunable groups of a model, and report what was skipped and why.
 
     The forward pass runs once on the meta device, and every axis is followed through its ATen operations, whatever the
@@ -54,6 +59,8 @@ def find_prunable(model: nn.Module, example: Any = None, groups: Sequence[Stated
             (`dummy_inputs`, `config`, `default_cfg`, argument names) or from the shapes of its layers.
         groups: groups that you state yourself (`upop.GroupSpec`). They are proved like the others, and take precedence
             over those that cut the same axis.
+        width: True finds the residual stream of each tower too: one group of all that writes, normalises and reads it.
+            From then on they are among the groups of this model.
 
     Returns:
         `groups` in forward order, `skipped` with reasons, and `coverage`.
@@ -65,6 +72,12 @@ def find_prunable(model: nn.Module, example: Any = None, groups: Sequence[Stated
     from upop.pruning import axes
 
     model = unwrapped(model)
+    if width:
+        known = find_prunable(model, example, groups)
+        if not streams_among(known.groups):
+            example = known.source[1] if known.source is not None else example
+            remember(model, axes.with_streams(model, example, known).of(model, example))
+        return find_prunable(model)
     if groups:
         known = find_prunable(model, example)
         example = axes.example_for(model) if example is None else example
@@ -102,13 +115,25 @@ _LIBRARIES = {"timm", "torch", "torchvision", "transformers", "open_clip", "upop
 """Whose models are read without an example."""
 
 
-def groups_to_search(model: nn.Module, example: Any, groups: Sequence[Stated] = ()) -> list[Group]:
+def groups_to_search(
+    model: nn.Module, example: Any, groups: Sequence[Stated] = (), *, width: bool = False
+) -> list[Group]:
     """Return the groups of a model; a custom model is traced with the example, if there is one.
 
+    Args:
+        model: the model.
+        example: inputs of one forward pass.
+        groups: that are stated.
+        width: whether residual streams are among them.
+
     Raises:
-        LayoutError: the model has no group, or cannot be run with the example.
+        LayoutError: the model has no group, or no stream if `width` is set, or cannot be run with the example.
     """
-    return find_groups(model, example if groups or is_of_ones_own(model) else None, groups)
+    found = find_groups(model, example if groups or is_of_ones_own(model) else None, groups, width=width)
+    if not width:
+        return [group for group in found if group.kind != "residual"]
+    refuse_no_stream(model, found, find_prunable(model).skipped)
+    return found
 
 
 def is_of_ones_own(model: nn.Module) -> bool:

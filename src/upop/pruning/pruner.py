@@ -32,6 +32,7 @@ from upop.pruning.targets import Target
 from upop.pruning.uniform import Uniform, check_uniform
 from upop.pruning.warn import warn_of_early_end, warn_of_none, warn_of_skipped, warn_of_unscored
 from upop.pruning.whole import whole
+from upop.pruning.width import check_width, with_readers
 
 Progress = Literal["stages", "soft"]
 _STAGES = 8
@@ -93,6 +94,8 @@ class Pruner(Searched):
         uniform: "tower" makes all layers of a tower keep the same number of heads (or key-value groups) and neurons, if
             the model's configuration has numbers for them; which ones may differ by layer. The saved model is then an
             ordinary one of its library, and loads without upop.
+        width: True also prunes channels of the residual stream of each tower: all layers that write, normalise and read
+            it are cut alike. It needs a target; channels are ranked by importance per cost.
         depth: True also prunes whole attentions and MLPs, by the importance of all their channels per cost; the last
             bias stays. With `uniform` it prunes whole layers, if the configuration counts them, and the other layers
             keep equally many channels.
@@ -125,6 +128,7 @@ class Pruner(Searched):
         update_first_step: bool = True,
         uniform: Uniform | None = None,
         depth: bool = False,
+        width: bool = False,
     ) -> None:
         check_model(model, "Pruner")
         goal = Goal(ratio, target, profile)
@@ -144,6 +148,7 @@ class Pruner(Searched):
             )
         check_uniform(uniform)
         check_depth(depth, self.progress)
+        check_width(width, target, self.progress)
         if cost == "reference" and uniform:
             raise SettingError(f"cost='reference' ranks single channels as published; found uniform={uniform!r}.")
         self.steps, self.interval, self.update_first_step = steps, interval, update_first_step
@@ -160,7 +165,7 @@ class Pruner(Searched):
         self._done = 0
         self.threshold: float | None = None
         super().__init__(
-            model, goal, cost, round_to, (include, exclude), example, groups, self._scoring, uniform, depth
+            model, goal, cost, round_to, (include, exclude), example, groups, self._scoring, uniform, depth, width
         )
 
     @property
@@ -213,10 +218,10 @@ class Pruner(Searched):
         """
         self._check_running()
         self._first.let_compiled()
-        producers = {part.tensor: part.dim for group in self.groups for part in group.producers}
+        scored = {(part.tensor, part.dim) for group in self.groups for part in group.scored}
         if self._rows.frozen is not None:
             self._rows.frozen.scale = scale
-        rows = self._rows.of({name: (tensor_of(self.model, name), dim) for name, dim in producers.items()})
+        rows = self._rows.of({(name, dim): (tensor_of(self.model, name), dim) for name, dim in scored})
         added = {group.name: self._channel_scores(group, rows) for group in self.groups}
         self._rows.forget()
         self._scored |= {name for name, value in added.items() if value is not None}
@@ -266,6 +271,7 @@ class Pruner(Searched):
             progress=self.progress,
             **({"uniform": self.uniform} if self.uniform else {}),
             **({"depth": True} if self.depth else {}),
+            **({"width": True} if self.width else {}),
             **({} if self.finished else {"steps_done": self._done}),
         )
 
@@ -332,6 +338,7 @@ class Pruner(Searched):
             "correct": bool(self._correct),
             **({"uniform": self.uniform} if self.uniform else {}),
             **({"depth": True} if self.depth else {}),
+            **({"width": True} if self.width else {}),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -364,8 +371,9 @@ class Pruner(Searched):
         self._observe_inputs()
         self._moments.resume(state["seen"])
 
-    def _channel_scores(self, group: Group, rows: Mapping[str, Tensor]) -> Tensor | None:
-        given = [part.reduce(rows[part.tensor]) for part in group.producers if part.tensor in rows]
+    def _channel_scores(self, group: Group, rows: Mapping[tuple[str, int], Tensor]) -> Tensor | None:
+        parts = [(part, (part.tensor, part.dim)) for part in group.scored]
+        given = [part.reduce(rows[place]) for part, place in parts if place in rows]
         if not given:
             return None
         total = sum((each.to(given[0].device) for each in given[1:]), given[0])
@@ -401,7 +409,7 @@ class Pruner(Searched):
         """Observe the inputs of consumers, in the last steps of a stage only."""
         self._moments.advance(self._done)
         soon = any(self._due(step) for step in range(self._done, min(self._done + OBSERVATIONS, self.steps)))
-        observed = self.groups if soon and self._attached and self._correct else []
+        observed = with_readers(self.groups) if soon and self._attached and self._correct else []
         self._moments.observe(self.model, observed, self._wrapper())
 
     def _end_stage(self, step: int) -> None:

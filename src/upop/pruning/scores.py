@@ -6,6 +6,7 @@ import weakref
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from upop.pruning.precision import accumulator
 from upop.pruning.sharded import HeldRows, held_rows, is_sharded_tensor, many_processes, whole_rows
 
 Importance = Callable[[Tensor, Tensor], Tensor]
+Key = TypeVar("Key")
 
 
 def signed(weight: Tensor, gradient: Tensor) -> Tensor:
@@ -112,7 +114,7 @@ def _sample(gradient: Tensor) -> Tensor:
     return gradient if gradient.dim() < 2 else gradient.diagonal()
 
 
-class RowScores:
+class RowScores(Generic[Key]):
     """Computes the scores of parameters from their gradients.
 
     On a CPU, a score is computed in the backward pass as soon as the gradient of a weight is complete, while both are
@@ -131,15 +133,16 @@ class RowScores:
 
     def __init__(self, function: Importance) -> None:
         self._function = function
-        self._taken: dict[Tensor, _Taken] = {}
-        self._dims: dict[Tensor, int] = {}
+        self._taken: dict[tuple[Tensor, int], _Taken] = {}
+        self._dims: dict[Tensor, tuple[int, ...]] = {}
         self._hooks: list[RemovableHandle] = []
         weakref.finalize(self, remove_all, self._hooks)
         self.frozen: FrozenRows | None = None
 
     def observe(self, parameters: Iterable[tuple[Tensor, int]]) -> None:
         """Compute scores of parameters in backward passes from now on, each along its given dimension."""
-        self._dims.update(parameters)
+        for parameter, dim in parameters:
+            self._dims[parameter] = tuple(dict.fromkeys((*self._dims.get(parameter, ()), dim)))
         self._hooks += [
             parameter.register_post_accumulate_grad_hook(WeakHook(self._take))
             for parameter in self._dims
@@ -152,20 +155,20 @@ class RowScores:
             is_sum = self._function is signed
             self.frozen = FrozenRows(model, tensors, partial(_computed, self._function), additive=is_sum)
 
-    def of(self, parameters: Mapping[str, tuple[Tensor, int]]) -> dict[str, Tensor]:
+    def of(self, parameters: Mapping[Key, tuple[Tensor, int]]) -> dict[Key, Tensor]:
         """Return the scores of the parameters with a gradient, [rows] each, along the given dimensions.
 
         Args:
-            parameters: name -> the parameter, and the dimension along which its rows lie.
+            parameters: name, or any key -> the parameter, and the dimension along which its rows lie.
 
         Raises:
             LayoutError: a parameter is sharded in a way that `held_rows` does not support.
         """
-        found: dict[str, Tensor] = {}
-        held: dict[str, HeldRows] = {}
+        found: dict[Key, Tensor] = {}
+        held: dict[Key, HeldRows] = {}
         frozen = {} if self.frozen is None else self.frozen.rows()
         for name, (parameter, dim) in parameters.items():
-            gradient, taken = parameter.grad, self._taken.get(parameter)
+            gradient, taken = parameter.grad, self._taken.get((parameter, dim))
             if parameter in frozen:
                 found[name] = frozen[parameter]
             elif gradient is None:
@@ -198,14 +201,15 @@ class RowScores:
         gradient = parameter.grad
         if gradient is None or gradient.device.type != "cpu" or many_processes() or is_sharded_tensor(gradient):
             return
-        rows = self._compute(parameter, gradient, self._dims[parameter])
-        self._taken[parameter] = _Taken(gradient, gradient._version, _sample(gradient).clone(), rows)
+        for dim in self._dims[parameter]:
+            rows = self._compute(parameter, gradient, dim)
+            self._taken[parameter, dim] = _Taken(gradient, gradient._version, _sample(gradient).clone(), rows)
 
     def _compute(self, parameter: Tensor, gradient: Tensor, dim: int) -> Tensor:
         return _computed(self._function, parameter, gradient, dim)
 
 
-class FreedRows:
+class FreedRows(Generic[Key]):
     """Scores parameters during a backward pass, and frees each gradient immediately.
 
     At most the gradients of one layer exist at a time. Gradients of other parameters are not computed, unless the model
@@ -213,22 +217,24 @@ class FreedRows:
 
     Args:
         function: (weight [rows, columns], gradient of the same shape) -> [rows].
-        parameters: name -> a parameter, and the dimension along which its rows lie.
+        parameters: name, or any key -> a parameter, and the dimension along which its rows lie.
         others: all parameters that may get a gradient.
     """
 
     def __init__(
-        self, function: Importance, parameters: Mapping[str, tuple[Tensor, int]], others: Iterable[Tensor]
+        self, function: Importance, parameters: Mapping[Key, tuple[Tensor, int]], others: Iterable[Tensor]
     ) -> None:
         self._function = function
-        self._wanted = {tensor: (name, dim) for name, (tensor, dim) in parameters.items()}
-        self._found: dict[str, Tensor] = {}
+        self._wanted: dict[Tensor, list[tuple[Key, int]]] = {}
+        for key, (tensor, dim) in parameters.items():
+            self._wanted.setdefault(tensor, []).append((key, dim))
+        self._found: dict[Key, Tensor] = {}
         self._came: set[Tensor] = set()
         self._in_parts: set[Tensor] = set()  # gradients that come in several parts in one pass
         every = dict.fromkeys([*self._wanted, *others])
         self._hooks = [each.register_post_accumulate_grad_hook(self._take) for each in every if each.requires_grad]
 
-    def of(self, loss: Callable[[], Tensor]) -> dict[str, Tensor]:
+    def of(self, loss: Callable[[], Tensor]) -> dict[Key, Tensor]:
         """Return the scores of the parameters that the loss depends on, [rows] each.
 
         Args:
@@ -272,9 +278,8 @@ class FreedRows:
 
     @torch.no_grad()
     def _score(self, parameter: Tensor, gradient: Tensor) -> None:
-        if parameter in self._wanted:
-            name, dim = self._wanted[parameter]
-            self._found[name] = _computed(self._function, parameter, gradient, dim)
+        for key, dim in self._wanted.get(parameter, ()):
+            self._found[key] = _computed(self._function, parameter, gradient, dim)
 
 
 def is_checkpointed_whole(value: Tensor) -> bool:

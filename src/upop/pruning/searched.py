@@ -30,6 +30,7 @@ from upop.pruning.shrink import refuse_shared
 from upop.pruning.stated import Stated
 from upop.pruning.uniform import Uniform, to_keep_alike
 from upop.pruning.warn import warn_of_uncovered
+from upop.pruning.width import blocks_among
 
 Patterns = str | Sequence[str] | None
 
@@ -51,6 +52,7 @@ class Searched(ABC):
         scoring: how rows are scored.
         uniform: whether the layers of a tower keep equally many channels.
         depth: whether branches may be pruned whole.
+        width: whether residual streams may lose channels.
     """
 
     def __init__(
@@ -65,12 +67,14 @@ class Searched(ABC):
         scoring: Scoring,
         uniform: Uniform | None = None,
         depth: bool = False,
+        width: bool = False,
     ) -> None:
         self.model, self._wrapper = unwrapped(model), weakref.ref(model)
         refuse_flattened(self.model)
-        self.cost, self.round_to, self._goal, self.uniform, self.depth = cost, round_to, goal, uniform, depth
+        self.cost, self.round_to, self._goal, self.uniform = cost, round_to, goal, uniform
+        self.depth, self.width = depth, width
         self._patterns, self._example, self._stated = patterns, example, stated
-        self._rows = RowScores(scoring.rows)
+        self._rows: RowScores[tuple[str, int]] = RowScores(scoring.rows)
         self._moments = Moments(alone=self._is_one_step())
         self._attached = True
         self._groups: list[Group] | None = None
@@ -87,9 +91,7 @@ class Searched(ABC):
         """Trace the model with the inputs of its first call, before it runs."""
         self._example = arguments
         try:
-            self._begin(
-                read_first(kept.inputs(self.model), lambda inputs: groups_to_search(self.model, inputs, self._stated))
-            )
+            self._begin(read_first(kept.inputs(self.model), self._read))
         finally:
             self._example = None
         if self._resumed is not None:  # before this pass is noted: what is held becomes what the state holds
@@ -101,7 +103,7 @@ class Searched(ABC):
             self._moments.begin(self.model, *arguments)
 
     def _read(self, example: Any) -> list[Group]:
-        return groups_to_search(self.model, example, self._stated)
+        return groups_to_search(self.model, example, self._stated, width=self.width)
 
     def _begin(self, groups: list[Group]) -> None:
         """Mask the chosen groups."""
@@ -114,7 +116,8 @@ class Searched(ABC):
         branches: list[tuple[str, ...]] = []
         if self.depth:
             examples = examples_of(self.model) if self._example is None else [self._example]
-            branches = branches_of(self.model, groups, examples, layers if self.uniform else None)
+            blocks = blocks_among(groups)
+            branches = branches_of(self.model, blocks, examples, layers if self.uniform else None)
         self._goal.begin(self.model, groups, self._costs, self.round_to, self._example, self._towers, branches)
         self._masks = Masks(self.model, groups)
         self._groups = groups
@@ -247,5 +250,5 @@ class Searched(ABC):
         self._observe_inputs()
 
     def _observe_gradients(self) -> None:
-        self._rows.observe((tensor_of(self.model, p.tensor), p.dim) for group in self.groups for p in group.producers)
+        self._rows.observe((tensor_of(self.model, p.tensor), p.dim) for group in self.groups for p in group.scored)
         self._rows.observe_frozen(self.model, partly_frozen(self.model, self.groups))

@@ -11,7 +11,7 @@ import copy
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,8 @@ from upop.pruning.errors import LayoutError
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
+
+Key = TypeVar("Key")
 
 
 def many_processes() -> bool:
@@ -138,12 +140,12 @@ def held_rows(
     return HeldRows(values, first, rows, sharded.device_mesh, along[0])
 
 
-def whole_rows(held: Mapping[str, HeldRows]) -> dict[str, Tensor]:
+def whole_rows(held: Mapping[Key, HeldRows]) -> dict[Key, Tensor]:
     """Return all rows of every tensor, on every process alike; one sum over the processes for each mesh.
 
     Every process must call it with the same names. Each row is added to zeros, so nothing is rounded.
     """
-    found: dict[str, Tensor] = {}
+    found: dict[Key, Tensor] = {}
     meshes = {(part.mesh, part.along): part for part in held.values()}
     for mesh, along in meshes:
         parts = {name: part for name, part in held.items() if (part.mesh, part.along) == (mesh, along)}

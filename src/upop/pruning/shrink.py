@@ -25,7 +25,7 @@ from upop.pruning.seen import examples_of
 from upop.pruning.sharded import refuse_sharded
 from upop.pruning.slicing import slicing
 from upop.pruning.slips import check_model
-from upop.pruning.verify import Outputs, compare, outputs_of, rounding_of
+from upop.pruning.verify import Outputs, compare, narrowed, outputs_of, rounding_of
 from upop.pruning.whole import whole
 
 _MOST_COPIED = 2**28
@@ -181,6 +181,7 @@ def cut_verified(
         proved = _proved_in_float64(model, groups, plan, example)
         undo = cut(model, groups, plan, hold=dense is None)
         found = _outputs_of_cut(model, example)
+        expected = narrowed(expected, found, groups, plan)
         precision = tensor_of(model, groups[0].slices[0].tensor).dtype
         rounding = partial(rounding_of, partial(outputs_of, model, example), outputs=found)
         compare(expected, found, rounding, dtype=precision, proved=proved)
@@ -259,20 +260,35 @@ def _cut_tensor(
     left = slicing(old, name, groups, plan, fold)
     new = left.of(old, 1)
     edits: list[Assignment]
+    holders = _holders(model, old) if any(group.kind == "residual" for group in groups) else [(module, leaf)]
     if isinstance(old, nn.Parameter) and not anew and not old.is_inference():  # those can be trained nowhere
         edits = [Exchange(old, new, None if old.grad is None else left.of(old.grad, -1))]
     else:
-        edits = [Edit(module, leaf, nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new)]
-    for dim in left.kept if leaf == "weight" else ():
-        width = width_attribute(module, dim)
-        edits += [Edit(module, width, new.shape[dim])] if width else []
+        made = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
+        edits = [Edit(holder, own, made) for holder, own in holders]
+    for holder, own in holders:
+        for dim in left.kept if own == "weight" else ():
+            width = width_attribute(holder, dim)
+            edits += [Edit(holder, width, new.shape[dim])] if width else []
     return edits
+
+
+def _holders(model: nn.Module, tensor: Tensor) -> list[tuple[nn.Module, str]]:
+    """Return the modules that hold a tensor, each with its name there: tied embeddings have several."""
+    return [
+        (module, name)
+        for module in model.modules()
+        for name, held in (*module._parameters.items(), *module._buffers.items())
+        if held is tensor
+    ]
 
 
 def width_attribute(module: nn.Module, dim: int) -> str | None:
     """Return the name of the attribute with the length of a weight along `dim`, or None."""
     if isinstance(module, nn.Linear):
         return ("out_features", "in_features")[dim]
+    if isinstance(module, nn.Embedding):
+        return ("num_embeddings", "embedding_dim")[dim]
     # transformers' Conv1D, whose weight is that of a linear layer transposed
     return ("nx", "nf")[dim] if hasattr(module, "nf") else None
 
@@ -302,7 +318,7 @@ def refuse_shared(model: nn.Module, groups: list[Group]) -> None:
         for leaf, tensor in module.named_parameters(recurse=False, remove_duplicate=False):
             names.setdefault(id(tensor), {})[id(module), leaf] = f"{path}.{leaf}" if path else leaf
     for group in groups:
-        for part in group.slices:
+        for part in group.slices if group.kind != "residual" else ():  # whoever holds a table of words has its width
             module, leaf = owner_of(model, part.tensor)
             holders = names.get(id(tensor_of(model, part.tensor)), {})
             others = [name for place, name in holders.items() if place != (id(module), leaf)]
@@ -398,5 +414,6 @@ def _proved_in_float64(model: nn.Module, groups: list[Group], plan: Mapping[str,
     cut(precise_copy, groups, plan)
     with forgetting(), Precise(torch.float64):
         found = _outputs_of_cut(precise_copy, inputs)
+        expected = narrowed(expected, found, groups, plan)
         compare(expected, found, partial(rounding_of, partial(outputs_of, precise_copy, inputs), outputs=found))
     return True

@@ -17,6 +17,7 @@ from torch import nn
 from upop.pruning.errors import SettingError, some_of
 from upop.pruning.groups import Group, Slice, tensor_of
 from upop.pruning.round_to import RoundTo, channels_in_block
+from upop.pruning.width import blocks_among
 
 Uniform = Literal["tower"]
 
@@ -102,6 +103,7 @@ def layers_of(model: nn.Module, groups: Sequence[Group]) -> dict[str, tuple[str,
     Of lists in lists the outermost counts whose blocks are alike.
     """
     lists = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList | nn.Sequential)]
+    groups = blocks_among(groups)
     found: dict[str, tuple[str, ...]] = {}
     for path in lists:  # the outer ones come first
         start = f"{path}." if path else ""

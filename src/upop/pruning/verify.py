@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 from upop.pruning.again import buffers_kept, drawing_the_same
 from upop.pruning.costs import call, evaluating
 from upop.pruning.errors import VerificationError
+from upop.pruning.groups import Group
 
 Outputs = list[tuple[str, Tensor]]
 """The floating-point tensors that a call gave, each with its place."""
@@ -151,6 +152,38 @@ def difference(
         if more is None:
             return Difference(expected[worst][0], size / scale, allowed[worst] / scale)
         spread = [max(pair) for pair in zip(spread, more, strict=True)]
+
+
+def narrowed(expected: Outputs, found: Outputs, groups: Iterable[Group], plan: Mapping[str, Sequence[int]]) -> Outputs:
+    """Return masked outputs without those channels of residual streams that the cut outputs do not have: they are 0.
+
+    A model may hand on what its parts gave, hidden states for one, beside its outputs.
+
+    Args:
+        expected: of the masked model.
+        found: of the cut one.
+        groups: that are cut.
+        plan: what they keep.
+    """
+    streams = [group for group in groups if group.kind == "residual"]
+    if not streams or len(expected) != len(found):
+        return expected
+    return [
+        (place, _without(value, other, streams, plan))
+        for (place, value), (_, other) in zip(expected, found, strict=True)
+    ]
+
+
+def _without(value: Tensor, cut: Tensor, streams: Sequence[Group], plan: Mapping[str, Sequence[int]]) -> Tensor:
+    for group in streams if value.dim() == cut.dim() else ():
+        kept = torch.tensor(list(plan[group.name]), dtype=torch.long, device=value.device)
+        lost = torch.tensor(
+            [each for each in range(group.size) if each not in set(plan[group.name])], device=value.device
+        )
+        for dim, sizes in enumerate(zip(value.shape, cut.shape, strict=True)):
+            if sizes == (group.size, len(kept)) and len(lost) and not value.index_select(dim, lost).any():
+                value = value.index_select(dim, kept)
+    return value
 
 
 def refuse_unlike(expected: Outputs, found: Outputs) -> None:

@@ -47,19 +47,29 @@ def as_json(group: Group) -> dict[str, Any] | None:
     content["slices"] = [_without_defaults(part) for part in group.slices]
     content["attributes"] = [_without_defaults(part) for part in group.attributes]
     content["swaps"] = [{"module": swap.module, "how": swap.how} for swap in group.swaps]
-    return content
+    content["norms"] = list(group.norms)
+    return content if group.norms else {name: value for name, value in content.items() if name != "norms"}
 
 
-def renamed(content: Mapping[str, Any], change: Callable[[str], str]) -> dict[str, Any]:
-    """Return the JSON of a group, as `as_json` writes it, with other names of modules and tensors."""
+def renamed(content: Mapping[str, Any], change: Callable[[str], str | None]) -> dict[str, Any]:
+    """Return the JSON of a group, as `as_json` writes it, with other names of modules and tensors.
+
+    Args:
+        content: the JSON.
+        change: a name -> the other one; None for what is no part of the group any more.
+    """
+
+    def moved(field: str, key: str) -> list[dict[str, Any]]:
+        parts = ((part, change(part[key])) for part in content[field])
+        return [{**part, key: new} for part, new in parts if new is not None]
+
+    norms = [new for norm in content.get("norms", ()) if (new := change(norm)) is not None]
     return {
         **content,
-        "name": change(content["name"]),
-        "slices": [{**part, "tensor": change(part["tensor"])} for part in content["slices"]],
-        **{
-            field: [{**part, "module": change(part["module"])} for part in content[field]]
-            for field in ("attributes", "swaps")
-        },
+        "name": change(content["name"]) or content["name"],
+        "slices": moved("slices", "tensor"),
+        **{field: moved(field, "module") for field in ("attributes", "swaps")},
+        **({"norms": norms} if "norms" in content else {}),
     }
 
 
@@ -88,6 +98,7 @@ def from_json(content: Any, model: nn.Module, swaps: Mapping[str, Swapped]) -> G
         "slices": tuple(_slice(each, model) for each in _listed("slices", values["slices"], 1)),
         "attributes": tuple(_attribute(each, model) for each in _listed("attributes", values.get("attributes", []))),
         "swaps": tuple(_swap(each, model, swaps) for each in _listed("swaps", values.get("swaps", []))),
+        "norms": tuple(_norm(each, model) for each in _listed("norms", values.get("norms", []))),
     }
     group = Group(**{**values, **made, "name": name, "proved": values.get("proved") is True})
     if not group.producers:
@@ -118,7 +129,7 @@ def _slice(content: Any, model: nn.Module) -> Slice:
         raise ValueError(f"{part.tensor} has {part.outer} groups and {len(part.inner)} numbers of rows for them")
     if part.gaps and len(part.gaps) != part.outer + 1:
         raise ValueError(f"{part.tensor} has {part.outer} groups and {len(part.gaps)} gaps around them")
-    if any(not isinstance(flag, bool) for flag in (part.produces, part.follows, part.direct)):
+    if any(not isinstance(flag, bool) for flag in (part.produces, part.follows, part.direct, part.reads)):
         raise ValueError(f"{part.tensor} should say true or false of what it does")
     if isinstance(part.power, bool) or not isinstance(part.power, int | float) or not 0 <= part.power <= 2:
         raise ValueError(f"the power of {part.tensor} should be a number from 0 to 2, found {part.power!r}")
@@ -154,6 +165,12 @@ def _swap(content: Any, model: nn.Module, swaps: Mapping[str, Swapped]) -> Swap:
         raise ValueError(f"{how!r} is no class that a module takes on; this upop knows {', '.join(sorted(swaps))}")
     kind = type(_module(model, path))
     return Swap(str(path), swaps[how](kind.__dict__.get("uncut_class", kind)), how)
+
+
+def _norm(path: Any, model: nn.Module) -> str:
+    if any(True for _ in _module(model, path).children()):
+        raise ValueError(f"{path} holds other modules and is no norm")
+    return str(path)
 
 
 def _record(kind: type[T], content: Any) -> T:

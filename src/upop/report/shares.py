@@ -18,7 +18,7 @@ class GroupShare:
     Attributes:
         name: the group's name.
         modality: "vision", "text" or "other".
-        kind: "attention" or "mlp".
+        kind: "attention", "mlp" or "residual".
         size: channels before pruning.
         kept: channels that stay.
     """
@@ -96,6 +96,8 @@ def _titles(structures: Sequence[tuple[str, str]]) -> list[str]:
     for template, kind in structures:
         if kind == "mlp":
             plain.append("MLP")
+        elif kind == "residual":
+            plain.append("Residual stream")
         elif "cross" in template:
             plain.append("Cross-attention")
         else:

@@ -49,7 +49,7 @@ def _loss(task: Task[Any], settings: RunSettings, model: nn.Module, batch: Batch
         return task.loss(model, to_device(batch, device), settings, 0.0)
 
 
-def towers(model: nn.Module, include: Sequence[str]) -> list[str] | None:
+def towers(model: nn.Module, include: Sequence[str], *, width: bool = False) -> list[str] | None:
     """Return the names and patterns of groups that `include` stands for, towers by their names; None for all.
 
     Raises:
@@ -62,9 +62,10 @@ def towers(model: nn.Module, include: Sequence[str]) -> list[str] | None:
         if each not in TOWERS:
             found.append(each)
             continue
-        names = [group.name for group in find_groups(model) if group.modality == TOWERS[each]]
+        groups = find_groups(model, width=width)
+        names = [group.name for group in groups if group.modality == TOWERS[each]]
         if not names:
-            there = sorted({group.modality for group in find_groups(model)})
+            there = sorted({group.modality for group in groups})
             raise SettingError(f"--include {each}: the model has no group there; its groups are of {', '.join(there)}.")
         found += names
     return found

@@ -133,9 +133,9 @@ def _compression(
     }
     if settings.method != "magnitude":
         include, exclude = (getattr(settings, name, ()) for name in ("include", "exclude"))
-        shared |= {"include": towers(model, include), "exclude": list(exclude) or None}
+        shared |= {"include": towers(model, include, width=settings.width), "exclude": list(exclude) or None}
     if settings.method in AT_ONCE and state is None:
-        check_budget(model, **shared)
+        check_budget(model, depth=settings.depth, width=settings.width, **shared)
         _evaluate_dense(run, loop, model)
         plan = _cut_at_once(run, model, average, verified, shared)
         state = {"steps_done": 0, "plan": plan.to_json(), "pruner": None}
@@ -166,6 +166,7 @@ def _cut_at_once(run: Run, model: nn.Module, average: ModelEmaV3 | None, verifie
     else:
         batches, loss = calibration_batches(run.loaders["train"], settings), loss_of(run.task, settings)
         described = {"importance": settings.importance or "absolute", "correct": settings.correct, "verify": verified}
+        described |= {"depth": settings.depth, "width": settings.width}
         plan = calibrate(model, batches, loss=loss, **described, **shared)
     if average is not None:
         shrink(average.module, plan, verify=verified)
@@ -177,7 +178,7 @@ def _search_settings(task: Task[Any], settings: RunSettings) -> dict[str, Any]:
     """Return how the method searches."""
     if settings.method == "upop":
         searched = {"progress": "stages", "importance": settings.importance, "correct": settings.correct}
-        return searched | ({"depth": True} if settings.depth else {})
+        return searched | ({"depth": True} if settings.depth else {}) | ({"width": True} if settings.width else {})
     if settings.method == "reference":
         first = task.update_first_step
         return {"progress": "soft", "importance": "signed", "interval": settings.interval, "update_first_step": first}

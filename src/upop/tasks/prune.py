@@ -78,11 +78,13 @@ def prune(
             notify(note)
     batches = calibration_batches(loaders.pop("train"), settings)
     model, _ = task.adapt(task.load(_path(settings), settings), settings, training=False)
-    names = towers(model, settings.include)
+    names = towers(model, settings.include, width=settings.width)
     shared: dict[str, Any] = {
         "include": names,
         "exclude": list(settings.exclude) or None,
         "uniform": settings.uniform,
+        "depth": settings.depth,
+        "width": settings.width,
         "cost": settings.cost,
         "example": task.example(model, 1),
         **settings.budget,

@@ -25,6 +25,7 @@ from upop.pruning import Group, count_parameters, find_prunable
 from upop.pruning.carried import plan_of
 from upop.pruning.known import know_as, sized
 from upop.pruning.slicing import Slicing, slicings
+from upop.pruning.width import streams_among
 
 
 @dataclass(frozen=True)
@@ -71,13 +72,20 @@ def pad(model: nn.Module) -> Padded:
         model: cut; it is left as it is.
 
     Raises:
-        SettingError: neither library builds such a model.
+        SettingError: neither library builds such a model, or one whose residual stream is as narrow.
         VerificationError: the padded model computes something else.
     """
     builder, dense = padding_builder(model)
     groups = find_prunable(dense).groups
     kept = kept_sizes(groups, model.state_dict(), type(model).__name__)
     sizes, change, said = widest(dense, groups, kept, builder)
+    streams = [group.name for group in streams_among(groups) if kept.get(group.name, 0) < sizes[group.name]]
+    if streams:
+        raise SettingError(
+            f"This {type(model).__name__} cannot be padded: {streams[0]} lost channels, {builder.by} has no number for "
+            "how many it keeps, and norms would count zeros. Ways that are left: `upop export --to onnx` or `--to "
+            "torch-export`, or upop.load where it is used."
+        )
     wide = _wide(model, builder, change)
     _copy(model, wide, groups, kept, sizes)
     know_as(wide, model)

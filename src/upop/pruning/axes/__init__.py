@@ -5,5 +5,6 @@ from upop.pruning.axes.momentum import with_momentum_encoders
 from upop.pruning.axes.reader import read
 from upop.pruning.axes.settle import SWAPS
 from upop.pruning.axes.stated import with_stated
+from upop.pruning.axes.streams import with_streams
 
-__all__ = ["SWAPS", "example_for", "read", "with_momentum_encoders", "with_stated"]
+__all__ = ["SWAPS", "example_for", "read", "with_momentum_encoders", "with_stated", "with_streams"]

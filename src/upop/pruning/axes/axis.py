@@ -42,6 +42,7 @@ class Axis:
         parts: the smaller axes that it was split into; empty if it is whole.
         joined: how the parts form the axis: nested ("product") or one after the other ("row").
         fixed: why it cannot be cut; None where it can.
+        barred: why it cannot be cut as a residual stream either, whose norms can be masked; None where it can.
         marks: its uses, any of "dimension" (contracted between activations), "head" (a batch of such a product),
             "attends" (what such a product made was summed with values), "residual" (a stream that blocks add to),
             "bent" (gated, or not in proportion any more to what made it, where a weight sums over it).
@@ -50,6 +51,7 @@ class Axis:
     def __init__(self, size: int, parts: Sequence[Axis] = (), joined: Literal["product", "row"] = "product") -> None:
         self.size, self.parts, self.joined = size, tuple(parts), joined
         self.fixed: str | None = None
+        self.barred: str | None = None
         self.marks: set[str] = set()
         self.row: tuple[Axis, ...] = ()  # of a number of parts: the parts that it tells apart
         self._united: Axis | None = None
@@ -81,10 +83,17 @@ class Axis:
         for part in root.parts:
             yield from part.leaves()
 
-    def fix(self, reason: str) -> None:
-        """Exclude the axis and its parts from pruning; the first reason is kept, with its operation and line."""
+    def fix(self, reason: str, *, bars: bool = True) -> None:
+        """Exclude the axis and its parts from pruning; the first reason is kept, with its operation and line.
+
+        Args:
+            reason: in words.
+            bars: whether it cannot be cut as a residual stream either.
+        """
         for leaf in self.leaves():
             leaf.fixed = leaf.fixed or reason + _doing[-1]
+            if bars:
+                leaf.barred = leaf.barred or reason + _doing[-1]
 
     def mark(self, mark: str) -> None:
         """Add a mark to all parts."""
@@ -97,7 +106,7 @@ class Axis:
         assert not root.parts
         root.parts, root.joined = tuple(Axis(size) for size in sizes), joined
         for part in root.parts:
-            part.fixed, part.marks = root.fixed, set(root.marks)
+            part.fixed, part.barred, part.marks = root.fixed, root.barred, set(root.marks)
 
     def channels(self, of: Axis) -> Tensor:
         """Return the channel of the axis `of` at each position, [size], int64; -1 where there is none."""
@@ -143,10 +152,10 @@ def axes_in(dims: Iterable[Dim]) -> Iterator[Axis]:
                 yield factor
 
 
-def fix(dim: Dim, reason: str) -> None:
-    """Exclude every axis of a dimension from pruning."""
+def fix(dim: Dim, reason: str, *, bars: bool = True) -> None:
+    """Exclude every axis of a dimension from pruning; see `Axis.fix`."""
     for axis in axes_in([dim]):
-        axis.fix(reason)
+        axis.fix(reason, bars=bars)
 
 
 def split(factor: Axis | int, outer: int) -> tuple[Axis | int, Axis | int] | None:
@@ -233,11 +242,11 @@ def unite(one: Axis, other: Axis) -> None:
         return
     if b.parts:
         a, b = b, a
-    reason, marks = b.fixed, b.marks
+    reason, bar, marks = b.fixed, b.barred, b.marks
     b._united = a
     if reason:
         for leaf in a.leaves():
-            leaf.fixed = leaf.fixed or reason
+            leaf.fixed, leaf.barred = leaf.fixed or reason, leaf.barred or bar
     for mark in marks:
         a.mark(mark)
 

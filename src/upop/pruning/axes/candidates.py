@@ -54,7 +54,7 @@ def candidate(model: nn.Module, trace: Trace, component: Component, shared: Sequ
     Raises:
         NotCuttableError: the component cannot be pruned; the message is the reason.
     """
-    if "residual" in component.axis.marks and not _is_inner(trace, component.axis):
+    if "residual" in component.axis.marks and not is_inner(trace, component.axis):
         raise NotCuttableError("it is the residual stream")
     if component.axis.fixed:
         raise NotCuttableError(component.axis.fixed)
@@ -70,11 +70,11 @@ def candidate(model: nn.Module, trace: Trace, component: Component, shared: Sequ
     for first, second, *others in shared:
         if any(part.use.name in (first, second, *others) for part in component.parts):
             raise NotCuttableError(f"{first} and {second} are one tensor; untie them, by a copy for one of them")
-    slices = _read_alike([_slice(model, trace, component, part) for part in _ordered(component)])
-    loud = _read_alike([_slice(model, trace, component, part, loud=True) for part in _ordered(component)])
+    slices = read_alike([slice_of(model, trace, component, part) for part in ordered(component)])
+    loud = read_alike([slice_of(model, trace, component, part, loud=True) for part in ordered(component)])
     producers = component.producers
     names = [part.use.name for part in (*producers, *component.consumers)]
-    holder = _common([name.rpartition(".")[0] for name in names])
+    holder = common([name.rpartition(".")[0] for name in names])
     channel: Channel = "neuron"
     if attention:
         most = max(max(part.inners) for part in slices if part.produces)
@@ -100,7 +100,7 @@ def shared_tensors(model: nn.Module) -> list[list[str]]:
     return [names for names in named.values() if len(names) > 1]
 
 
-def _read_alike(slices: list[Slice]) -> list[Slice]:
+def read_alike(slices: list[Slice]) -> list[Slice]:
     """Mask all tensors of a layer the same way: directly, if anything besides the layer reads one of them."""
     direct = {part.tensor.rpartition(".")[0] for part in slices if part.direct}
     return [
@@ -125,7 +125,7 @@ def _check_block(trace: Trace, component: Component) -> None:
         raise NotCuttableError(f"it is an adapter or a gate: {component.axis.size} neurons for a width of {width}")
 
 
-def _is_inner(trace: Trace, axis: Axis) -> bool:
+def is_inner(trace: Trace, axis: Axis) -> bool:
     """Whether an accumulated axis starts and ends in another stream, like the state of a scan."""
     made_of = _reached(trace, axis, "produces", "consumes")
     outer = made_of == _reached(trace, axis, "consumes", "produces")
@@ -157,7 +157,7 @@ def _reached(trace: Trace, axis: Axis, by: str, to: str) -> set[Axis]:
     return found
 
 
-def _ordered(component: Component) -> list[Part]:
+def ordered(component: Component) -> list[Part]:
     """Return the parts in order: producers, followers, and one consumer last."""
     others = [part for part in component.parts if part not in component.producers and part not in component.consumers]
     producers = sorted(component.producers, key=lambda part: part.gates)
@@ -173,7 +173,19 @@ def _ordered(component: Component) -> list[Part]:
     return [*ordered, *rest, *consumers]
 
 
-def _slice(model: nn.Module, trace: Trace, component: Component, part: Part, *, loud: bool = False) -> Slice:
+def slice_of(model: nn.Module, trace: Trace, component: Component, part: Part, *, loud: bool = False) -> Slice:
+    """Return the slice that a part of a component is.
+
+    Args:
+        model: that was read.
+        trace: what a run of it did.
+        component: of that trace.
+        part: of the component.
+        loud: whether what seems to gate alone is masked too.
+
+    Raises:
+        NotCuttableError: its channels lie in no regular order.
+    """
     size = component.axis.size
     gaps, inners = _blocks(part.channels, size)
     makes = bool(part.roles & {"produces", "added"})
@@ -228,7 +240,8 @@ def _blocks(channels: Tensor, size: int) -> tuple[list[int], list[int]]:
     return gaps, inners
 
 
-def _common(paths: list[str]) -> str:
+def common(paths: list[str]) -> str:
+    """Return the name of the innermost module that holds some modules or tensors."""
     parts = [path.split(".") for path in paths]
     shared = []
     for level in zip(*parts, strict=False):
@@ -245,7 +258,7 @@ def _attention_name(model: nn.Module, producers: list[Part], holder: str) -> str
         layer = part.use.name.rpartition(".")[0]
         alone = not any(True for _ in model.get_submodule(layer).children())
         layers.append(layer.rpartition(".")[0] if alone and layer != holder else layer)
-    return _common(layers)
+    return common(layers)
 
 
 def _mlp_name(model: nn.Module, holder: str, producers: list[Part], tensors: list[str]) -> str:

@@ -19,6 +19,8 @@ from upop.pruning.axes.trace import Trace
 # -- sums ---------------------------------------------------------------------------------------------------------
 
 _SUMS = ("sum", "linalg_vector_norm", "norm", "nansum")
+_MOMENTS = ("mean", "var", "std", "var_mean", "std_mean")
+"""What norms are made of: each is one number, of the channels that there are."""
 
 
 @rule(
@@ -36,7 +38,8 @@ def _reduce(trace: Trace, args: Any, kwargs: Any, result: Any, name: str) -> Non
     places = {each % rank for each in ([given] if isinstance(given, int) else given or range(rank))} if rank else set()
     for each in places:
         if name not in _SUMS:
-            fix(label.dims[each], f"{name} is taken over it")
+            fix(label.dims[each], f"{name} is taken over it", bars=name not in _MOMENTS)
+            trace.norm(label.dims[each])
         else:
             trace.note(label, each, "consumes")
     kept = len(outputs[0].shape) == rank
@@ -284,7 +287,8 @@ def _layer_norm(trace: Trace, args: Any, kwargs: Any, result: Any, name: str) ->
     outputs = tensors_in(result)
     count = len(args[1])
     for dim in label.dims[-count:]:
-        fix(dim, "it is normalised over")
+        fix(dim, "it is normalised over", bars=False)
+        trace.norm(dim)
     for each in args[2:4]:
         if isinstance(each, Tensor):
             own = trace.label(each)

@@ -20,8 +20,9 @@ from upop.pruning.axes.mode import Mode, defined, name_of, tensors_in
 from upop.pruning.costs import call, evaluating
 from upop.pruning.errors import VerificationError
 from upop.pruning.groups import Attribute, Group, tensor_of
+from upop.pruning.norms import masked_norms
 from upop.pruning.shrink import cut, restore
-from upop.pruning.verify import Outputs, difference, refuse_unlike, refuse_unsteady, rounding_of, tensors_of
+from upop.pruning.verify import Outputs, difference, narrowed, refuse_unlike, refuse_unsteady, rounding_of, tensors_of
 
 POWERS = (0.5, 0.0, 1.0, 0.25)
 """Of softmax scales that follow the size of a head: 1 / sqrt(size), fixed, 1 / size, and queries that are keys too."""
@@ -171,6 +172,7 @@ class Bench:
                 return float("inf"), message_of(error)
             finally:
                 restore(undo)
+            expected = narrowed(expected, found, groups, plan)
             try:
                 refuse_unlike(expected, found)
             except VerificationError as error:
@@ -239,7 +241,8 @@ class Bench:
                         held.setdefault(part.tensor, tensor.detach().clone())
                         rows = part.expand(keep).to(tensor.dtype)
                         tensor.mul_(rows.view([-1 if at == part.dim else 1 for at in range(tensor.dim())]))
-            yield
+            with masked_norms(self._model, groups, plan):
+                yield
         finally:
             with torch.no_grad():
                 for name, value in held.items():

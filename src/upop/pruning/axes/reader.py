@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 from upop.pruning.axes.candidates import HEADS, Candidate, NotCuttableError, candidate, named_apart, shared_tensors
 from upop.pruning.axes.components import components
 from upop.pruning.axes.copies import Shapes, message_of
+from upop.pruning.axes.examples import Calls
 from upop.pruning.axes.obstacles import obstacle, obstacles
 from upop.pruning.axes.trace import Trace, WrittenError
 from upop.pruning.axes.tried import Proof
@@ -123,8 +124,18 @@ def traced(shapes: Shapes) -> Trace:
             raise LayoutError(
                 obstacle(copied, "") or f"{kind} runs, but cannot be followed: {message_of(error)}."
             ) from error
-        trace.finish([each for _, each in tensors_of(result)])
+        trace.finish(*_outputs(result, shapes.example))
         return trace
+
+
+def _outputs(result: Any, example: Any) -> tuple[list[Tensor], list[Tensor]]:
+    """Return the tensors that a model gives, and those inside of what its parts gave, which it hands on beside them."""
+    values = result.values() if isinstance(result, Mapping) else result if isinstance(result, list | tuple) else ()
+    own = [each for each in values if isinstance(each, Tensor) and each.is_floating_point()]
+    every = [each for _, each in tensors_of(result)]
+    if not own or isinstance(example, Calls):
+        return every, []
+    return own, [each for each in every if not any(each is other for other in own)]
 
 
 def _rivals(pending: Iterable[Candidate], proved: Iterable[Candidate]) -> dict[str, list[Candidate]]:

@@ -51,6 +51,7 @@ class Trace(Mode):
         gave: module name -> the outputs of each call, with tensors as `Made`.
         readers: parameter name -> the modules that read it.
         attending: modules that call torch's attention function.
+        norms: modules that take a mean or a variance, and the dimensions that they take it over.
         multiply_adds: of all matrix products.
     """
 
@@ -66,6 +67,7 @@ class Trace(Mode):
         self.gave: dict[str, list[Any]] = {}
         self.readers: dict[str, set[str]] = {}
         self.attending: set[str] = set()
+        self.norms: list[tuple[str, Dim]] = []
         self.multiply_adds = 0
         self._labels: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self._names = {module: name for name, module in model.named_modules()}
@@ -151,6 +153,10 @@ class Trace(Mode):
         if label.active and len(factors) == 1 and isinstance(factors[0], Axis):
             self._sliced[factors[0].root] = None
 
+    def norm(self, dim: Dim) -> None:
+        """Take note that the module which is running takes a mean or a variance over a dimension."""
+        self.norms.append((self.stack[-1] if self.stack else "", dim))
+
     def opens(self, names: Iterable[str], dims: Iterable[Dim]) -> bool:
         """Whether any of these parameters produces an axis in `dims`, so that it is no token axis."""
         leaves = {leaf for axis in axes_in(dims) for leaf in axis.leaves()}
@@ -201,11 +207,17 @@ class Trace(Mode):
         """Return the positions of gates along a parameter dimension; None if unknown."""
         return self._silent.get((use.name, dim))
 
-    def finish(self, outputs: Iterable[Tensor]) -> None:
-        """Fix the axes of the outputs, and tie the values of each attention to its queries and keys."""
-        for tensor in outputs:
-            for dim in self.label(tensor).dims:
-                fix(dim, "it leaves the model")
+    def finish(self, outputs: Iterable[Tensor], beside: Iterable[Tensor] = ()) -> None:
+        """Fix the axes of the outputs, and tie the values of each attention to its queries and keys.
+
+        Args:
+            outputs: of the model.
+            beside: what it returns beside them, inside the outputs of its parts.
+        """
+        for tensors, bars in ((outputs, True), (beside, False)):
+            for tensor in tensors:
+                for dim in self.label(tensor).dims:
+                    fix(dim, "it leaves the model", bars=bars)
         for label in self.kept():
             for dim in label.dims:
                 fix(dim, "a module keeps it after the call")

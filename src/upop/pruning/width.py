@@ -1,0 +1,99 @@
+"""Width: channels of the residual stream of each tower are pruned in the same ranking and budget as heads and neurons.
+
+A channel of a stream has a row or a column of every layer, so it costs as much as many channels of other groups. Its
+score is the first-order change of the loss without it, over how many of those its cost would buy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+
+from torch import nn
+
+from upop.pruning.errors import LayoutError, SettingError
+from upop.pruning.groups import Group, Skipped
+
+_RESIDUAL = "residual"
+
+
+def check_width(width: object, target: object, progress: str = "stages") -> bool:
+    """Return whether the residual streams of towers may lose channels.
+
+    Raises:
+        SettingError: it is neither True nor False, there is no target for the whole model, or a "soft" search is to do
+            it.
+    """
+    if not isinstance(width, bool):
+        raise SettingError(
+            f"width is True (channels of the residual stream of each tower may go) or False; found {width!r}."
+        )
+    if width and target is None:
+        raise SettingError(
+            "width=True was asked for with a ratio, the share of the summed costs of all groups; but the weights of a "
+            "residual stream are those of its heads and neurons too, and would be counted twice. Give what is left of "
+            "the whole model: target={'params': 0.5}."
+        )
+    if width and progress == "soft":
+        raise SettingError(
+            'width=True was asked for, and norms cannot compute over channels that are half there, as a "soft" search '
+            'has them. Search in stages: progress="stages", which is the default.'
+        )
+    return width
+
+
+def streams_among(groups: Iterable[Group]) -> list[Group]:
+    """Return the groups that are residual streams."""
+    return [group for group in groups if group.kind == _RESIDUAL]
+
+
+def blocks_among(groups: Iterable[Group]) -> list[Group]:
+    """Return the groups that are no residual streams: heads, dimensions and neurons of blocks."""
+    return [group for group in groups if group.kind != _RESIDUAL]
+
+
+_READER = " read by "
+
+
+def with_readers(groups: Iterable[Group]) -> list[Group]:
+    """Return the groups, with one for every layer that reads a stream in the place of the stream: all are corrected.
+
+    A table of words that is read, too, is left alone: what it writes would change.
+    """
+    found: list[Group] = []
+    for group in groups:
+        readers = [part for part in group.scored if not part.produces] if group.kind == _RESIDUAL else []
+        found += [replace(group, name=group.name + _READER + part.tensor, slices=(part,)) for part in readers] or [
+            group
+        ]
+    return found
+
+
+def stream_of(group: Group) -> str:
+    """Return the name of the group whose reader one of `with_readers` is."""
+    return group.name.partition(_READER)[0]
+
+
+def refuse_no_stream(model: nn.Module, groups: Sequence[Group], skipped: Sequence[Skipped]) -> None:
+    """Raise a `LayoutError` if no residual stream is among the groups of a model."""
+    if streams_among(groups):
+        return
+    reasons = [f"{each.name}: {each.reason}" for each in skipped if each.name.partition("[")[0].endswith(_RESIDUAL)]
+    why = "; ".join(reasons[:3]) or "no blocks add to one"
+    raise LayoutError(
+        f"width=True was asked for, and no residual stream of {type(model).__name__} can be cut ({why}). Leave width "
+        "out."
+    )
+
+
+def prices(groups: Sequence[Group], costs: Mapping[str, float]) -> dict[str, float]:
+    """Return what scores are divided by: of a stream, how many usual channels of blocks one of its costs; else 1.
+
+    Args:
+        groups: that are ranked together.
+        costs: of one channel.
+    """
+    blocks = blocks_among(groups)
+    channels = sum(group.size for group in blocks)
+    usual = sum(costs[group.name] * group.size for group in blocks) / channels if channels else 0.0
+    return {group.name: costs[group.name] / usual if group.kind == _RESIDUAL and usual else 1.0 for group in groups}
