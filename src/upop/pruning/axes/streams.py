@@ -27,7 +27,7 @@ from upop.pruning.axes.tried import MOST_MEMORY, MOST_MULTIPLY_ADDS, Proof
 from upop.pruning.errors import LayoutError
 from upop.pruning.groups import Attribute, Group, Skipped
 from upop.pruning.known import Prunable
-from upop.pruning.momentum import momentum_encoders
+from upop.pruning.traits import momentum_encoders
 from upop.pruning.words import modality_of
 
 _RESIDUAL: Literal["residual"] = "residual"
