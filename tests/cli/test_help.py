@@ -106,7 +106,7 @@ def test_a_command_line_that_is_not_understood(
 @pytest.mark.parametrize(
     ("typed", "expected"),
     [
-        ("upop train retr", ["retrieval", "retrieval-clip"]),
+        ("upop train retr", ["retrieval", "retrieval-clip", "retrieval-crossget"]),
         ("upop compress classi", ["classification"]),
         ("upop run ade20k-p0.1", ["ade20k-p0.1", "ade20k-p0.15"]),
         ("upop compress nlvr --method ref", ["reference"]),
