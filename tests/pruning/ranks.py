@@ -30,7 +30,12 @@ def search(inputs: dict[str, Tensor], rank: int | None, progress: Any) -> dict[s
     for _ in range(STEPS):
         optimizer.zero_grad()
         loss_of(wrapped(**inputs)).backward()
+        exact = {each: each.grad.clone() for each in model.parameters() if each.grad is not None}
+        for each in exact if rank else ():  # averages may differ in a last bit, and must decide alike
+            each.grad.mul_(1 + 2**-52)
         pruner.step()
+        for each, gradient in exact.items():
+            each.grad = gradient
         optimizer.step()
     plan = {name: list(kept) for name, kept in pruner.plan().items()}
     result = {"scores": pruner.scores, "masks": pruner.masks, "plan": plan, "weights": dict(model.state_dict())}
