@@ -32,7 +32,7 @@ from upop.tasks.chat import weighed
 from upop.tasks.prune import prune
 
 RESULTS = Path(__file__).parent / "results" / "vlms.json"
-TARGETS = ("params=1.25x", "params=1.5x", "params=2x", "params=4x")
+TARGETS = ("params=1.25x", "params=1.5x", "params=2x", "params=3x")
 TOWERS: dict[str, tuple[str, ...]] = {"all": (), "text": ("text",)}
 TEACHERS = {
     "nobody": {"distill": 0, "distill_logits": 0},
@@ -267,8 +267,8 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--size", type=int, default=24000)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--epochs", type=int, default=4)
-    parser.add_argument("--target", default="params=2x")
+    parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--target", default="params=3x")
     given = parser.parse_args()
     if given.what == "prepare":
         prepare(given.out, given.size)

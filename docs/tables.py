@@ -414,15 +414,20 @@ def quantized() -> str:
 
 
 def vlms() -> str:
-    """Return what a small model of images and texts answers after a cut without training."""
-    rows = [row for row in read("vlms") if row["how"] == "one-shot" and "test" in row]
+    """Return what a small model of images and texts answers after a cut, without training and with recovery."""
+    rows = [row for row in read("vlms") if "test" in row]
+
+    def name_of(row: Row) -> str:
+        if row["how"] == "one-shot":
+            return f"one-shot, {'all towers' if row['towers'] == 'all' else 'language tower'}"
+        return f"upop, {row['epochs']} epochs, taught by {row['teacher']}"
 
     def line(name: str, target: str, parameters: int, found: Row) -> list[str]:
         scores = (f"{found[metric]:.1f}" for metric in ("exact_match", "token_acc"))
         return [name, target, f"{parameters / 1e6:.3f}", *scores, f"{found['perplexity']:.2f}"]
 
     dense = line("dense", "-", rows[0]["dense_parameters"], rows[0]["dense"])
-    cut = [line(f"{row['towers']} towers", row["target"], row["parameters"], row["test"]) for row in rows]
+    cut = [line(name_of(row), row["target"], row["parameters"], row["test"]) for row in rows]
     headings = ["model", "target", "parameters (M)", "exact answers (%)", "tokens right (%)", "perplexity"]
     return markdown(headings, [dense, *cut])
 
