@@ -109,6 +109,21 @@ def test_an_optimizer_that_is_not_installed_is_refused_first(tmp_path: Path, mon
         compress(find_task("chat"), settings(model, data, tmp_path / "out", optimizer="paged_adamw8bit"))
 
 
+def test_logits_alone_teach_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: dict[str, Any] = {}
+
+    def made(_: Any, **options: Any) -> None:
+        given.update(options)
+        raise SettingError("this is enough")
+
+    monkeypatch.setattr("upop.runs.verbs.Compression", made)
+    model, data = vlms.llama(tmp_path / "model"), rows(tmp_path / "data", images=False)
+    for weights, taught in (({"distill_logits": 1.0}, True), ({}, False)):
+        with pytest.raises(SettingError, match="enough"):
+            compress(find_task("chat"), settings(model, data, tmp_path / f"{taught}", distill=0.0, **weights))
+        assert isinstance(given["teacher"], torch.nn.Module) is taught
+
+
 def test_flags_name_model_data_and_columns(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -144,7 +144,7 @@ def _compression(
             model,
             steps=settings.all_epochs * loop.steps_per_epoch,
             search=planned.search_steps or None,
-            teacher=dense_model if settings.distill_weight else False,
+            teacher=dense_model if any(task.distill_options(settings).values()) else False,
             distill=task.distill_options(settings),
             averages=averages,
             verify=verified,
