@@ -174,12 +174,12 @@ def test_a_search_cuts_streams_with_branches_to_a_target_of_the_whole_model(name
     build, inputs = CASES[name]
     model = varied(build())
     dense, macs = upop.count_parameters(model), upop.count_macs(model, inputs)
-    plan = searched(model, inputs, {"params": 0.35, "macs": 0.5}, depth=True)
+    plan = searched(model, inputs, {"params": 0.35, "macs": 0.5}, depth=name == "vit")
     left = {kind: each["left"] / each["dense"] for kind, each in plan.settings["reached"].items()}
     assert left["params"] == upop.count_parameters(model) / dense
     assert left["params"] <= 0.35
     assert left["macs"] == upop.count_macs(model, inputs) / macs <= 0.5
-    assert left["params"] > 0.34 or left["macs"] > 0.49
+    assert left["params"] > 0.32 or left["macs"] > 0.47  # a channel of so narrow a stream is 3 % of the model
     (stream,) = [name for name in plan if name.endswith("residual")]
     assert len(plan[stream]) < 24
     assert plan.settings["width"] is True

@@ -20,7 +20,7 @@ from upop.pruning.latency import Latency, Profile
 from upop.pruning.round_to import RoundTo, channels_in_block, format_round_to
 from upop.pruning.targets import Limit, Target, format_target, quantity_of, read_target
 from upop.pruning.uniform import Tower, removable_blocks, together
-from upop.pruning.width import prices, streams_among
+from upop.pruning.width import streams_among
 
 _TOLERANCE = 0.01
 """A target is reached within this share of the dense model's count."""
@@ -168,8 +168,7 @@ class Goal:
         """
         if self.ratio is None or self._depth:
             if not standardised:
-                price, scores = prices(groups, costs), self._per_millisecond(groups, scores)
-                scores = {group.name: scores[group.name] / price[group.name] for group in groups}
+                scores = self._per_millisecond(groups, scores)
             ranking = budget.rank(
                 groups, scores, round_to, standardised=standardised, towers=self._towers, depth=self._depth
             )

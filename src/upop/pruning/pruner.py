@@ -95,7 +95,7 @@ class Pruner(Searched):
             the model's configuration has numbers for them; which ones may differ by layer. The saved model is then an
             ordinary one of its library, and loads without upop.
         width: True also prunes channels of the residual stream of each tower: all layers that write, normalise and read
-            it are cut alike. It needs a target; channels are ranked by importance per cost.
+            it are cut alike. It needs a target.
         depth: True also prunes whole attentions and MLPs, by the importance of all their channels per cost; the last
             bias stays. With `uniform` it prunes whole layers, if the configuration counts them, and the other layers
             keep equally many channels.

@@ -1,12 +1,12 @@
 """Width: channels of the residual stream of each tower are pruned in the same ranking and budget as heads and neurons.
 
-A channel of a stream has a row or a column of every layer, so it costs as much as many channels of other groups. Its
-score is the first-order change of the loss without it, over how many of those its cost would buy.
+A channel's score is the first-order change of the loss without it, compared with those of other channels as it is. A
+channel of a stream costs as much as many others; scores over costs were tried, and prune far too many (docs/log.md).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from torch import nn
@@ -84,16 +84,3 @@ def refuse_no_stream(model: nn.Module, groups: Sequence[Group], skipped: Sequenc
         f"width=True was asked for, and no residual stream of {type(model).__name__} can be cut ({why}). Leave width "
         "out."
     )
-
-
-def prices(groups: Sequence[Group], costs: Mapping[str, float]) -> dict[str, float]:
-    """Return what scores are divided by: of a stream, how many usual channels of blocks one of its costs; else 1.
-
-    Args:
-        groups: that are ranked together.
-        costs: of one channel.
-    """
-    blocks = blocks_among(groups)
-    channels = sum(group.size for group in blocks)
-    usual = sum(costs[group.name] * group.size for group in blocks) / channels if channels else 0.0
-    return {group.name: costs[group.name] / usual if group.kind == _RESIDUAL and usual else 1.0 for group in groups}
