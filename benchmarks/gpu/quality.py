@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from gpu.sections import Measurement
-from upop.pruning import Pruner, count_parameters, distill, find_groups, plan_by_magnitude, shrink
+from upop.distillation import distill
+from upop.pruning import Pruner, count_parameters, find_groups, plan_by_magnitude, shrink
 
 SAYS = """A vision transformer tells the kind and colour of the largest shape among others, in noise (24 classes;
 images are drawn as they are needed, and none comes twice). Every method gets equally many steps under one schedule,

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from gpu.models import Model
 from gpu.sections import Measurement
 from random_cut import compressed
-from upop.pruning import Pruner, count_macs, distill
+from upop.distillation import distill
+from upop.pruning import Pruner, count_macs
 
 LATENCY_SAYS = """Forward passes in bfloat16; both models of a row take turns, and times are medians. *Ideal* is the
 ratio of the multiply-adds, *realised* the speed-up as a share of that; kept sizes are multiples of what is said."""
