@@ -36,7 +36,11 @@ def runtimes(description: Mapping[str, Any]) -> Sequence[Row]:
 def _transformers(plain: bool) -> Sequence[Row]:
     if plain:
         return [
-            ("transformers and lm-eval, without upop", "yes", "`from_pretrained(FOLDER)`: an ordinary configuration"),
+            (
+                "transformers, without upop",
+                "yes",
+                "`from_pretrained(FOLDER)`: an ordinary configuration, for lm-eval too",
+            ),
             (
                 SERVERS,
                 "as others of its class",
@@ -47,7 +51,7 @@ def _transformers(plain: bool) -> Sequence[Row]:
     return [
         ("transformers with upop", "yes", "`import upop`, then `from_pretrained(FOLDER)`"),
         (
-            "lm-eval, and others that may run a folder's code",
+            "programs that may run a folder's code (lm-eval)",
             "yes, where upop is installed",
             "`--trust_remote_code`: `configuration_upop.py` here imports upop",
         ),
