@@ -106,7 +106,8 @@ def test_classes_are_the_models_own_by_their_names(data: Path, tmp_path: Path) -
         TASK, settings_of(test_data=str(data), pretrained=str(tmp_path / "vit"), output_dir=tmp_path / "e")
     )
     assert found is not None
-    assert found.models[0].metrics["test"] == {"acc@1": pytest.approx(25.0), "acc@5": pytest.approx(100.0)}
+    scores = found.models[0].metrics["test"]
+    assert (scores["acc@1"], scores["acc@5"]) == (pytest.approx(25.0), pytest.approx(100.0))
     (data.parent / "other" / "pink").mkdir(parents=True, exist_ok=True)
     (data.parent / "other" / "pink" / "0.png").write_bytes((data / "red" / "0.png").read_bytes())
     (data.parent / "other" / "red").mkdir(exist_ok=True)

@@ -26,7 +26,7 @@ from upop.tasks import TASKS, find_task, register
 class ParitySettings(RunSettings):
     """Settings of the task; flags and --set take them like any others."""
 
-    width: int = Field(32, ge=1)
+    neurons: int = Field(32, ge=1)
     samples: int = Field(64, ge=1)
 
 
@@ -65,7 +65,7 @@ class ParityTask(Task[ParitySettings]):
     settings: ClassVar[type[RunSettings]] = ParitySettings
 
     def build(self, settings: ParitySettings) -> nn.Module:
-        return Net(settings.width)
+        return Net(settings.neurons)
 
     def dataset(self, settings: ParitySettings, split: str) -> Dataset[Any]:
         return Bits(settings.samples, ["train", "val", "test"].index(split))
