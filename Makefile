@@ -31,14 +31,13 @@ test-all: $(VENV)/installed  ## every case: all architectures of docs/coverage.m
 # Those that do not need the extras tasks and export, whose own bounds are newer.
 LOWEST = tests/pruning/test_training.py tests/pruning/test_costs.py tests/pruning/test_calibrate.py \
   tests/pruning/test_uniform.py tests/test_compression.py tests/checkpoints/test_timm.py \
-  tests/checkpoints/test_transformers.py tests/checkpoints/test_plain.py tests/models
+  tests/checkpoints/test_transformers.py tests/checkpoints/test_plain.py
 
 test-lowest:  ## the method, and loading, with the oldest libraries that pyproject.toml takes, in an environment of their own
 	$(PYTHON) -m venv $(VENV)-lowest
 	$(VENV)-lowest/bin/pip install --quiet --no-compile -c tests/lowest.txt -e '.[cli,hf,timm]' \
 	  accelerate hypothesis jinja2 matplotlib open_clip_torch packaging peft pytest pytest-xdist torchmetrics
-	OMP_NUM_THREADS=1 $(VENV)-lowest/bin/python -m pytest -n 2 --dist loadfile -m 'not slow' \
-	  -W 'ignore:.*should not be instantiated:DeprecationWarning' $(LOWEST)  # torch.compile of 2.6 does
+	OMP_NUM_THREADS=1 $(VENV)-lowest/bin/python -m pytest -n 2 --dist loadfile -m 'not slow' $(LOWEST)
 
 lint: $(VENV)/installed  ## ruff, and mypy in strict mode
 	$(BIN)/ruff check .

@@ -44,7 +44,7 @@ SIDE, PATCH = 48, 16
 """A patch shows one of the nine cells in which shapes lie."""
 BACKGROUND, SPREAD = 0.94, 0.25
 """The mean and the spread of pixels: with the background at zero, patches differ by the shapes in them alone."""
-EPOCHS = 9
+EPOCHS = 6
 SCALE = 0.06
 """Standard deviation of fresh weights; the 0.02 of wide models keeps attention even for long in narrow ones."""
 HELD_OUT = {"val": 300, "test": 600}
@@ -265,7 +265,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("what", choices=("prepare", "kinds", "prune", "teachers", "table"))
     parser.add_argument("out", type=Path)
-    parser.add_argument("--size", type=int, default=24000)
+    parser.add_argument("--size", type=int, default=72000)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--target", default="params=3x")

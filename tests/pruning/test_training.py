@@ -231,6 +231,7 @@ def test_compiled_models_see_masks_move(progress: Any, backend: str) -> None:
     torch._dynamo.reset()
 
 
+@since("torch", "2.7", "its compiler raises warnings about functions of autograd")
 def test_compiled_models_notice_that_masks_are_gone() -> None:
     torch._dynamo.reset()
     model, inputs = VIT.build(), VIT.inputs()

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import runs
+from upop.pruning.scores import _Taken
 from upop.runs.verbs import compress, train
 from upop.tasks.nlvr import NlvrTask
 
@@ -21,7 +22,8 @@ _READING = ("aten._local_scalar_dense", "aten.is_nonzero", "aten.nonzero", "aten
 
 
 _OTHERS = ("/torch/optim/", "/torch/utils/data/", "/upop/data/", "/upop/runs/loaders.py", "/transformers/")
-"""What reads for itself: optimizers their counters and data their samples on the CPU, transformers its masks."""
+"""What reads for itself: optimizers their counters and data their samples on the CPU, transformers its masks; scores
+that were taken in a backward pass, which they are on a CPU alone, whether their gradient is the same."""
 
 
 def caller() -> str | None:
@@ -29,7 +31,7 @@ def caller() -> str | None:
     frame: FrameType | None = sys._getframe(2)
     while frame is not None:
         name = frame.f_code.co_filename
-        if any(other in name for other in _OTHERS):
+        if any(other in name for other in _OTHERS) or frame.f_code is _Taken.holds.__code__:
             return None
         if "/upop/" in name:
             return f"{Path(name).name}:{frame.f_lineno}"
