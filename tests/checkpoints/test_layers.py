@@ -146,6 +146,15 @@ def test_layers_that_are_left_may_be_of_any_size(tmp_path: Path) -> None:
     assert not any(".3." in name for name in written)
 
 
+def test_a_layer_whose_heads_cannot_go_is_none_of_which_nothing_is_left(tmp_path: Path) -> None:
+    model = LlamaForCausalLM(LlamaConfig(**{**TEXT, "num_hidden_layers": 2}, num_key_value_heads=1)).eval()
+    upop.shrink(model, {"model.layers.1.mlp": [], "model.residual": range(10)})
+    upop.save(model, tmp_path / "saved")  # a warning is an error here
+    again = upop.load(tmp_path / "saved")
+    assert upop.count_parameters(again) == upop.count_parameters(model)
+    torch.testing.assert_close(outputs(again), outputs(model))
+
+
 @pytest.mark.parametrize(
     ("build", "gone", "why"),
     [

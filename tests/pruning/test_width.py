@@ -16,16 +16,19 @@ from torch import Tensor, nn
 
 import upop
 import upop.checkpoints.uniform_sizes
-from upop.errors import LayoutError, SettingError
+from upop.checkpoints.loading import load_named
+from upop.errors import CheckpointError, LayoutError, SettingError
 from upop.pruning.axes.proof import Precise
 from upop.pruning.costs import call
 from upop.pruning.groups import Group
 from upop.pruning.masks import Masks
 from upop.pruning.verify import tensors_of
+from upop.tokens.encoders import removed_tokens
 
 IMAGES = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 WORDS = torch.arange(36).view(3, 12) % 30
 TEXT = {"input_ids": WORDS, "attention_mask": (torch.arange(12) < torch.tensor([[12], [9], [5]])).long()}
+WIDE: dict[str, Any] = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2, "num_classes": 3}
 BLOCKS: dict[str, Any] = {"num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 40}
 
 
@@ -227,6 +230,28 @@ def test_a_teacher_is_compared_on_the_channels_that_stay_and_the_optimizer_follo
     width = len(compression.plan()["residual"])
     assert width < 24
     assert optimizer.state[model.norm.weight]["exp_avg"].shape == (width,)
+
+
+def test_what_upop_has_no_class_for_stays_the_model_of_its_library(tmp_path: Path) -> None:
+    model = varied(clip()).eval()
+    upop.shrink(model, {"vision_model.residual": range(15)})
+    upop.save(model, tmp_path / "narrow")
+    kept = load_named(tmp_path / "narrow", own=True)  # as exports read it
+    torch.testing.assert_close(logits(kept, CASES["clip"][1]), logits(model, CASES["clip"][1]))
+    with pytest.raises(CheckpointError, match=r"was cut with width=True: vision_model.residual"):
+        upop.load_official("retrieval-clip", tmp_path / "narrow")
+
+
+def test_a_stream_of_a_model_that_merges_tokens_is_cut() -> None:
+    model, image = varied(timm.create_model("vit_tiny_patch16_224", **WIDE)).eval(), torch.randn(2, 3, 32, 32)
+    upop.merge_tokens(model, vision=3)
+    dense = logits(model, image)
+    (group,) = streams(model)
+    assert group.proved
+    torch.testing.assert_close(logits(model, image), dense, rtol=0, atol=0)  # it merges on
+    assert removed_tokens(model) == [[3, 3]]
+    upop.shrink(model, {"residual": range(16)}, verify=image)
+    assert removed_tokens(model) == [[3, 3]]
 
 
 def test_without_width_streams_stay_whole() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import timm
@@ -15,9 +15,11 @@ import runs
 import upop
 from tiers import mostly_slow
 from upop.errors import SettingError
+from upop.runs.tokens import check_shared_budget, share_budget
 from upop.runs.verbs import compress, evaluate_checkpoint
 from upop.settings import read_settings
 from upop.tasks import find_task
+from upop.tokens.budget import Candidate
 from upop.tokens.encoders import removed_tokens
 
 Batch = tuple[Tensor, Tensor]
@@ -72,6 +74,7 @@ def test_tokens_take_what_hurts_less_by_them() -> None:
         ({"macs": 0.01}, {"shares": (1.0,)}, "cannot be reached"),
         ({"macs": 0.5}, {"shares": (2.0,)}, "from 0 to 1"),
         ({"macs": 0.5}, {"count": 1}, "held_out"),
+        ({"macs": 0.5}, {"shares": ()}, "Give a list of numbers"),
     ],
 )
 def test_budgets_that_cannot_be_kept_are_refused_and_change_nothing(
@@ -84,6 +87,41 @@ def test_budgets_that_cannot_be_kept_are_refused_and_change_nothing(
         upop.calibrate_with_tokens(model, batches(count), target, loss=loss, **given)
     assert removed_tokens(model) is None
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_model_that_merges_already_has_no_budget_to_share() -> None:
+    model = upop.merge_tokens(dense(), 4)
+    with pytest.raises(SettingError, match=r"merges tokens already.*Take that off first"):
+        upop.calibrate_with_tokens(model, batches(), {"macs": 0.5}, loss=loss)
+    assert removed_tokens(model) == [[4, 4]]
+
+
+class Given:
+    """What a run's settings say of its budget."""
+
+    def __init__(self, tokens: Any, target: Any) -> None:
+        self.tokens, self.target, self.budget = tokens, target, {"target": target}
+
+
+@pytest.mark.parametrize("tokens", [4, "auto"])
+def test_a_budget_out_of_reach_is_refused_before_anything_runs(tokens: Any) -> None:
+    model, image = dense(), batches()[0][0]
+    check: Any = check_shared_budget
+    check(model, Given(tokens, {"macs": 0.6}), image)
+    with pytest.raises(SettingError, match=r"target params=0.001 cannot be reached"):
+        check(model, Given(tokens, {"macs": 0.6, "params": 0.001}), image)
+    assert removed_tokens(model) is None
+
+
+def test_the_first_process_decides_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    other = Candidate(0.5, [[7, 7]], 3_000_000, 0.1)  # what it sends
+    monkeypatch.setattr("upop.runs.tokens._SHARES", (0.5,))
+    monkeypatch.setattr("upop.runs.tokens.broadcast_object_list", lambda sent: sent.__setitem__(0, other))
+    model, share = dense(), cast("Any", share_budget)
+    notes: list[str] = []
+    share(model, Given("auto", {"macs": 0.6}), batches()[0][0], batches, loss, notes.append)
+    assert removed_tokens(model) == [[7, 7]]
+    assert "tokens take 50%" in notes[0]
 
 
 @pytest.mark.parametrize("name", mostly_slow(["caption", "nlvr", "retrieval", "segmentation", "vqa"], "caption"))

@@ -204,6 +204,8 @@ def test_each_layer_removes_its_own_number_or_all_together_a_share() -> None:
         ([1, 2], "3 layers"),
         (0.9, "merging can save"),
         (1.5, "between 0 and 1"),
+        (None, "is no number of tokens"),
+        ([1, "2", 3], "is no number of tokens"),
     ],
 )
 def test_what_cannot_be_removed_is_refused(vision: Any, described: str) -> None:
@@ -236,6 +238,15 @@ def test_a_saved_model_merges_when_it_is_loaded(name: str, tmp_path: Path) -> No
     assert removed_tokens(loaded) == [[3, 2, 1]]
     with torch.no_grad():
         torch.testing.assert_close(loaded(image), model(image))
+
+
+def test_a_merging_model_of_a_library_merges_as_the_one_of_ours_that_it_is_read_as(tmp_path: Path) -> None:
+    saved = upop.save(upop.merge_tokens(made(clip), [3, 2, 1]), tmp_path / "model")
+    ours, image = upop.load_official("retrieval-clip", saved), torch.randn(2, 3, 32, 32)
+    assert removed_tokens(ours) == [[3, 2, 1]]
+    with torch.no_grad():
+        wanted = upop.load(saved).get_image_features(image).pooler_output
+        torch.testing.assert_close(ours.encode_image(image), wanted)
 
 
 @pytest.mark.parametrize("name", mostly_slow(["open_clip", "timm vit", "transformers siglip"], "open_clip"))

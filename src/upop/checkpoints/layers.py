@@ -130,9 +130,14 @@ def without_layers(model: nn.Module, plan: Plan | None) -> nn.Module | str | Non
     groups = find_prunable(dense).groups
     kept = kept_sizes(groups, model.state_dict(), type(model).__name__)
     empty = {group.name for group in groups if kept.get(group.name) == 0}
-    layers = [names for names in layers_of(dense, groups).values() if empty.issuperset(names)] if empty else []
+    layers = [
+        names
+        for path, names in (layers_of(dense, groups) if empty else {}).items()
+        if empty.issuperset(names) and not _computes(model, path)
+    ]
     if not layers:
         return None
+    empty = {name for names in layers for name in names}
     counted = [stack for stack in stacks(dense, groups, builder) if any(map(empty.issuperset, stack.layers.values()))]
     going = [names for stack in counted for names in stack.layers.values() if empty.issuperset(names)]
     if len(going) < len(layers):
@@ -151,6 +156,15 @@ def without_layers(model: nn.Module, plan: Plan | None) -> nn.Module | str | Non
         kept = {new: size for name, size in kept.items() if (new := rename(name)) is not None}
     _carry(model, made, plan, renames)
     return made
+
+
+def _computes(model: nn.Module, path: str) -> bool:
+    """Whether a layer of which all groups are empty still computes: with weights that are in no group.
+
+    Its attention, say, where its heads cannot go. Without any matrix it can but add a constant, or normalise.
+    """
+    weights = [each.numel() for each in model.get_submodule(path).parameters() if each.dim() > 1]
+    return any(weights) and constants(model, [path], examples_of(model)).get(path) is None
 
 
 def _described(model: nn.Module, plan: Plan | None) -> tuple[Builder, nn.Module] | None:

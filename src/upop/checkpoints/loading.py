@@ -89,7 +89,7 @@ def _of_timm(name: str, arguments: Mapping[str, Any]) -> nn.Module:
 
 
 def _has_counterpart(checkpoint: Checkpoint) -> bool:
-    """Whether a model of transformers is of a class that stands for one of upop's own models."""
+    """Whether a model of transformers can be read as one of upop's own models."""
     if checkpoint.library != "transformers":
         return False
     try:
@@ -98,7 +98,8 @@ def _has_counterpart(checkpoint: Checkpoint) -> bool:
         return False
     from upop.checkpoints.formats import transformers
 
-    return transformers.class_named(checkpoint.path) in [row.kind for row in COUNTERPARTS]
+    has_row = transformers.class_named(checkpoint.path) in [row.kind for row in COUNTERPARTS]
+    return has_row and not transformers.narrower_streams(checkpoint.path)
 
 
 def load_into(model: nn.Module, source: str | Path | Checkpoint, *, strict: bool = True) -> nn.Module:

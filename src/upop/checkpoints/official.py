@@ -101,7 +101,12 @@ def load_official(task: str, path: str | Path | Checkpoint, *, strict: bool = Tr
     # no class of transformers does.
     fixed_scale = row.fixed_scale if found.task is None else lambda _group: False
     model = build_to_fit(lambda: row.model(config), state, source, strict=strict)
-    return fit(model, state, source, fixed_scale, strict=strict).eval()
+    model = fit(model, state, source, fixed_scale, strict=strict).eval()
+    if checkpoint.description is None:
+        return model
+    from upop.checkpoints.formats import ours
+
+    return ours.merging_as_saved(model, checkpoint.description, checkpoint.path)
 
 
 def save_official(task: str, model: nn.Module, path: str | Path, *, overwrite: bool = False) -> Path:

@@ -120,7 +120,8 @@ def branches_of(
         why = (
             "the configuration of {} counts no layers that would be left with nothing"
             if not may
-            else "layers of {} change what passes them even where nothing is left in them, as norms behind branches do"
+            else "layers of {} change what passes them without all that can be cut: norms behind branches do, and "
+            "attention whose heads stay"
         )
         warnings.warn(
             f"depth=True and uniform='tower' were asked for, and {why.format(type(model).__name__)}: no layer goes "

@@ -27,6 +27,7 @@ from upop.pruning.slicing import slicing
 from upop.pruning.slips import check_model
 from upop.pruning.verify import Outputs, compare, narrowed, outputs_of, rounding_of
 from upop.pruning.whole import whole
+from upop.pruning.width import names_stream
 
 _MOST_COPIED = 2**28
 """Numbers of a model that is copied in float64, 2 GiB of it, to prove a cut on; a larger one is compared as it is."""
@@ -109,7 +110,10 @@ def shrink(model: nn.Module, plan: Plan | Mapping[str, Any], *, verify: Any = Tr
     if not isinstance(plan, Plan):
         from upop.pruning.prunable import find_groups
 
-        plan = Plan.of(find_groups(inner), plan)
+        groups = find_groups(inner)
+        if any(map(names_stream, {*plan} - {group.name for group in groups})):
+            groups = find_groups(inner, width=True)
+        plan = Plan.of(groups, plan)
     with whole(inner):
         apply_plan(inner, plan, verify=verify, fold=fold)
     record_cut(inner, plan)

@@ -52,6 +52,11 @@ def blocks_among(groups: Iterable[Group]) -> list[Group]:
     return [group for group in groups if group.kind != _RESIDUAL]
 
 
+def names_stream(name: object) -> bool:
+    """Whether a group of this name is a residual stream, as upop names them."""
+    return isinstance(name, str) and name.rpartition(".")[2].partition("[")[0] == _RESIDUAL
+
+
 _READER = " read by "
 
 
@@ -78,7 +83,7 @@ def refuse_no_stream(model: nn.Module, groups: Sequence[Group], skipped: Sequenc
     """Raise a `LayoutError` if no residual stream is among the groups of a model."""
     if streams_among(groups):
         return
-    reasons = [f"{each.name}: {each.reason}" for each in skipped if each.name.partition("[")[0].endswith(_RESIDUAL)]
+    reasons = [f"{each.name}: {each.reason}" for each in skipped if names_stream(each.name)]
     why = "; ".join(reasons[:3]) or "no blocks add to one"
     raise LayoutError(
         f"width=True was asked for, and no residual stream of {type(model).__name__} can be cut ({why}). Leave width "

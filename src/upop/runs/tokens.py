@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from accelerate.utils import broadcast_object_list
 from torch import nn
 
 from upop.errors import SettingError
-from upop.pruning.calibrate import Loss
+from upop.pruning.calibrate import Loss, check_budget
 from upop.settings import AUTO, RunSettings
-from upop.tokens.budget import Goal, best_of, find_shares, goal_of, split
-from upop.tokens.encoders import merge_again, merge_tokens
+from upop.tokens.budget import Goal, best_of, find_shares, goal_of, merge_share, split
+from upop.tokens.encoders import merge_again, merge_tokens, removed_tokens
 
 _SHARES = (0.0, 0.25, 0.5, 0.75)
 """What tokens may take of a budget in a run that searches for weights too."""
@@ -34,6 +35,42 @@ def merge_as_asked(model: nn.Module, settings: RunSettings) -> nn.Module:
     return merge_tokens(model, settings.tokens)
 
 
+def check_shared_budget(model: nn.Module, settings: RunSettings, example: Any, **calibration: Any) -> None:
+    """Raise the errors of `share_budget`, and those of `calibrate` for what it leaves, before any long computation.
+
+    Args:
+        model: dense; it is left as it is.
+        settings: of the run.
+        example: inputs for one forward pass.
+        calibration: arguments of `upop.pruning.calibrate.check_budget`, without the budget.
+    """
+    budget, goal, merging = settings.budget, _goal(model, settings, example), removed_tokens(model)
+    if settings.tokens is None:
+        check_budget(model, example=example, **budget, **calibration)
+        return
+    try:
+        if isinstance(settings.tokens, str):
+            assert goal is not None
+            merge_share(model, goal, _SHARES[-1])  # more tokens leave more for weights
+        else:
+            merge_tokens(model, settings.tokens)
+        if goal is not None:
+            budget = {**budget, "target": goal.of_weights}
+        check_budget(model, example=example, **budget, **calibration)
+    finally:
+        merge_tokens(model, 0)
+        if merging is not None:
+            merge_again(model, merging)
+
+
+def _goal(model: nn.Module, settings: RunSettings, example: Any) -> Goal | None:
+    """Return what a target of multiply-adds leaves of a model with all tokens; None where tokens have no part in it."""
+    target = settings.target
+    if settings.tokens is None or target is None or "macs" not in target:
+        return None
+    return goal_of(model, target, example)
+
+
 def share_budget(
     model: nn.Module,
     settings: RunSettings,
@@ -45,7 +82,8 @@ def share_budget(
 ) -> dict[str, Any]:
     """Have a model merge tokens before its weights are cut, and return the budget of those.
 
-    A target of multiply-adds is one of the model with all tokens.
+    A target of multiply-adds is one of the model with all tokens. All processes call this together, and the main one
+    decides.
 
     Args:
         model: dense; it is changed in place.
@@ -59,13 +97,14 @@ def share_budget(
     budget = settings.budget
     if settings.tokens is None:
         return budget
-    counts_macs = settings.target is not None and "macs" in settings.target
-    goal: Goal | None = goal_of(model, settings.target, example) if counts_macs and settings.target else None
+    goal = _goal(model, settings, example)
     if isinstance(settings.tokens, str):
         assert goal is not None
         ranking, held = split(list(batches()))
         found = find_shares(model, ranking, held, goal, loss=loss, shares=_SHARES, **calibration)
-        chosen = best_of(found, goal)
+        decided = [best_of(found, goal)]
+        broadcast_object_list(decided)  # losses that differ in a last bit may decide differently
+        (chosen,) = decided
         losses = ", ".join(f"{each.share:.0%}: {'-' if each.loss is None else f'{each.loss:.4g}'}" for each in found)
         notify(f"of the multiply-adds that go, tokens take {chosen.share:.0%} (held-out loss by share {losses})")
         if any(map(any, chosen.removed)):

@@ -13,7 +13,6 @@ from upop.errors import CheckpointError, SettingError
 from upop.files import check_folder
 from upop.machine import machine
 from upop.pruning import calibrate, count_parameters
-from upop.pruning.calibrate import check_budget
 from upop.report.results import ModelResult, Results
 from upop.runs.devices import make_accelerator, round_to_for
 from upop.runs.evaluation import evaluate
@@ -21,7 +20,7 @@ from upop.runs.loaders import make_loader
 from upop.runs.one_shot import calibration_batches, loss_of, towers
 from upop.runs.story import story_of
 from upop.runs.task import Task
-from upop.runs.tokens import share_budget
+from upop.runs.tokens import check_shared_budget, share_budget
 from upop.tasks import TASKS
 from upop.tasks.row_settings import RowSettings
 
@@ -89,9 +88,11 @@ def prune(
         "example": task.example(model, 1),
         **settings.budget,
     }
-    # Before the dense model is evaluated, which may take long. Fewer tokens reach further than weights alone.
-    if settings.tokens is None:
-        check_budget(model, round_to=round_to_for(accelerator.device, settings), **shared)
+    # Before the dense model is evaluated, which may take long.
+    choice = {name: value for name, value in shared.items() if name not in ("example", *settings.budget)}
+    check_shared_budget(
+        model, settings, shared["example"], round_to=round_to_for(accelerator.device, settings), **choice
+    )
     prepared = {split: accelerator.prepare(loader) for split, loader in loaders.items()}
     device = accelerator.device
     model.to(device)
@@ -114,7 +115,7 @@ def prune(
         loss_of(task, settings),
         notify,
         correct=settings.correct,
-        **{name: value for name, value in shared.items() if name not in ("example", *settings.budget)},
+        **choice,
     )
     notify(f"calibrating on {len(batches)} batches of {settings.batch_size_train} samples")
     plan = calibrate(

@@ -16,10 +16,18 @@ from upop.pruning.costs import call, count_macs, evaluating
 from upop.pruning.errors import SettingError, StepError
 from upop.pruning.masks import unwrapped
 from upop.pruning.plan import Plan
-from upop.pruning.slips import listed
+from upop.pruning.slips import check_loss, check_model, listed
 from upop.pruning.targets import Target, read_target
 from upop.pruning.verify import tensors_of
-from upop.tokens.encoders import Mergeable, merge_again, merge_tokens, most_removed, prepare_merging, set_removed
+from upop.tokens.encoders import (
+    Mergeable,
+    merge_again,
+    merge_tokens,
+    most_removed,
+    prepare_merging,
+    removed_tokens,
+    set_removed,
+)
 
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 """Of the multiply-adds that are to go: what tokens take in each candidate; weights take the rest."""
@@ -94,7 +102,10 @@ def calibrate_with_tokens(
         SettingError: the target names no multiply-adds; or no candidate reaches it, or there are too few batches.
         LayoutError: as `upop.merge_tokens` and `upop.calibrate`. In every case the model is as it was.
     """
+    check_model(model, "calibrate_with_tokens()")
     inner, batches = unwrapped(model), listed(batches)
+    check_loss(loss, batches)
+    _check_shares(shares)
     goal = goal_of(inner, target, first_inputs(inner, batches[0], loss) if example is None else example)
     ranking, held = split(batches, held_out)
     found = find_shares(inner, ranking, held, goal, loss=loss, shares=shares, **settings)
@@ -134,7 +145,7 @@ def goal_of(model: nn.Module, target: Target, example: Any) -> Goal:
     """Return what a target leaves of a dense model.
 
     Raises:
-        SettingError: it names no multiply-adds.
+        SettingError: it names no multiply-adds, or no fewer than there are.
     """
     limits = {limit.kind: limit for limit in read_target(target)}
     if "macs" not in limits:
@@ -166,9 +177,7 @@ def find_shares(
     **settings: Any,
 ) -> list[Candidate]:
     """Return what every share of a budget loses, of copies of the model; see `calibrate_with_tokens`."""
-    for share in shares:
-        if not 0 <= share <= 1:
-            raise SettingError(f"shares={list(shares)!r} are shares of what goes. Give numbers from 0 to 1.")
+    _refuse_merging(model)
     ready = copy.deepcopy(model)
     encoders = prepare_merging(ready, goal.example)
     if loss is None:
@@ -194,6 +203,32 @@ def find_shares(
     if all(each.loss is None for each in found):
         raise reason
     return found
+
+
+def _refuse_merging(model: nn.Module) -> None:
+    if removed_tokens(model) is not None:
+        raise SettingError(
+            f"This {type(model).__name__} merges tokens already, and a budget is shared from all of them. Take that "
+            "off first: upop.merge_tokens(model, 0)."
+        )
+
+
+def _check_shares(shares: object) -> None:
+    each = list(shares) if isinstance(shares, Iterable) and not isinstance(shares, str) else []
+    if not each or not all(isinstance(share, int | float) and 0 <= share <= 1 for share in each):
+        raise SettingError(f"shares={shares!r} are shares of what goes. Give a list of numbers from 0 to 1.")
+
+
+def merge_share(model: nn.Module, goal: Goal, share: float) -> None:
+    """Have a model merge as many tokens as save a share of what is to go, in place.
+
+    Raises:
+        SettingError: the model merges tokens already.
+        LayoutError: as `upop.merge_tokens`.
+    """
+    _refuse_merging(model)
+    encoders = prepare_merging(model, goal.example)
+    set_removed(model, _schedule(model, encoders, goal, share))
 
 
 def best_of(found: Sequence[Candidate], goal: Goal) -> Candidate:

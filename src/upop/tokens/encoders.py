@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,6 +16,8 @@ from upop.pruning.axes.inputs import own_image_size
 from upop.pruning.costs import call, evaluating
 from upop.pruning.errors import LayoutError, SettingError
 from upop.pruning.masks import unwrapped
+from upop.pruning.merged import suspenders
+from upop.pruning.slips import check_model
 from upop.pruning.traits import momentum_encoders
 from upop.tokens.layer import Merger, Place, place_of, set_merging
 from upop.tokens.matching import removable, token_counts
@@ -47,7 +50,9 @@ def merge_tokens(model: nn.Module, vision: int | float | Sequence[int], *, examp
             as it was.
         SettingError: so many tokens are not there to be removed.
     """
+    check_model(model, "merge_tokens()")
     inner = unwrapped(model)
+    _check_numbers(vision)
     _take_off(inner)
     if not (isinstance(vision, int) and vision == 0):
         _merge(inner, example, lambda _number, found: _removed(found, vision))
@@ -246,6 +251,18 @@ def _listed(found: Mergeable, asked: int | Sequence[int]) -> tuple[int, ...]:
     return removed
 
 
+def _check_numbers(vision: object) -> None:
+    """Raise a `SettingError` unless it is a number, or whole numbers in a list."""
+    each = vision if isinstance(vision, Sequence) and not isinstance(vision, str) else [vision]
+    if any(
+        isinstance(number, bool) or not isinstance(number, int | float if vision is number else int) for number in each
+    ):
+        raise SettingError(
+            f"vision={vision!r} is no number of tokens. Give one whole number for all layers, a list with one for "
+            "each, or a share of the multiply-adds between 0 and 1."
+        )
+
+
 def _removed(found: Mergeable, asked: int | float | Sequence[int]) -> tuple[int, ...]:
     if isinstance(asked, float):
         return _within(found, asked)
@@ -301,6 +318,24 @@ def _cost(found: Mergeable, removed: Sequence[int]) -> float:
         attention = min(4 * width**2, weights)
         total += before * attention + after * (weights - attention) + 2 * before**2 * width
     return total
+
+
+@contextmanager
+def _all_tokens(model: nn.Module) -> Iterator[None]:
+    """Take merging off a model within the block."""
+    places = {layer: place for layer in model.modules() if (place := place_of(layer)) is not None}
+    if removed_tokens(model) is None:  # led by cross tokens, which are part of the model
+        places = {}
+    try:
+        for layer in places:
+            set_merging(layer, None)
+        yield
+    finally:
+        for layer, place in places.items():
+            set_merging(layer, place)
+
+
+suspenders.append(_all_tokens)
 
 
 def _take_off(model: nn.Module) -> None:

@@ -92,7 +92,7 @@ def load(checkpoint: Checkpoint, *, strict: bool) -> nn.Module:
     set_preparation(model, description.preparation)
     if description.vocabulary is not None:
         setattr(model, VOCABULARY, description.vocabulary)
-    return _merging(model, description, folder).eval()
+    return merging_as_saved(model, description, folder).eval()
 
 
 def load_into(model: nn.Module, checkpoint: Checkpoint, *, strict: bool) -> None:
@@ -119,7 +119,7 @@ def load_into(model: nn.Module, checkpoint: Checkpoint, *, strict: bool) -> None
     check_digests(folder, description, strict=strict)
     set_plan(model, None if plan is None else with_names(plan, groups_today(model, plan.kept)))
     set_preparation(model, description.preparation)
-    _merging(model, description, folder)
+    merging_as_saved(model, description, folder)
 
 
 def own(checkpoint: Checkpoint) -> Own:
@@ -153,8 +153,12 @@ def read_plan(description: Description, folder: Path) -> Plan | None:
         raise CheckpointError(f"{folder / DESCRIPTION} has a plan that cannot be read. {error}") from error
 
 
-def _merging(model: nn.Module, description: Description, folder: Path) -> nn.Module:
-    """Restore token merging by the description of a model; layers are traced anew."""
+def merging_as_saved(model: nn.Module, description: Description, folder: Path) -> nn.Module:
+    """Restore token merging by the description of a model; layers are traced anew.
+
+    Raises:
+        CheckpointError: it cannot merge.
+    """
     if description.tokens:
         try:
             return merge_again(model, description.tokens)

@@ -52,9 +52,16 @@ def own(checkpoint: Checkpoint) -> Own:
     """Return how the model is read as its counterpart of upop's.
 
     Raises:
-        CheckpointError: it has none, a file is damaged, or it computes what the counterpart does not.
+        CheckpointError: it has none, a file is damaged, it computes what the counterpart does not, or its residual
+            streams are narrower than its configuration.
     """
     path = checkpoint.path
+    narrower = narrower_streams(path)
+    if narrower:
+        raise CheckpointError(
+            f"{path} was cut with width=True: {', '.join(narrower)} keep fewer channels than its configuration says, "
+            "and upop's own models have no such form. Use it as the transformers model that it is (upop.load)."
+        )
     images = processors.from_transformers(path)
     row = counterpart_named(class_named(path))
     found = config_of(path, getattr(transformers, row.kind))
@@ -70,6 +77,14 @@ def own(checkpoint: Checkpoint) -> Own:
         return row.read(load_transformers(path, strict=strict).float().state_dict())
 
     return Own(read, row.task, row.kind, sizes, images)
+
+
+def narrower_streams(path: Path) -> list[str]:
+    """Return the residual streams of which a folder of a cut model keeps a part, as config.json records them."""
+    record = read_config(path).get("quantization_config")
+    groups = record.get("groups") if isinstance(record, Mapping) else None
+    found = groups if isinstance(groups, Mapping) else {}
+    return [name for name, each in found.items() if isinstance(each, Mapping) and each.get("kind") == "residual"]
 
 
 def class_named(path: Path) -> str:

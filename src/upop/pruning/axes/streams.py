@@ -27,6 +27,7 @@ from upop.pruning.axes.tried import MOST_MEMORY, MOST_MULTIPLY_ADDS, Proof
 from upop.pruning.errors import LayoutError
 from upop.pruning.groups import Attribute, Group, Skipped
 from upop.pruning.known import Prunable
+from upop.pruning.merged import all_tokens
 from upop.pruning.traits import momentum_encoders
 from upop.pruning.words import modality_of
 
@@ -36,14 +37,16 @@ _RESIDUAL: Literal["residual"] = "residual"
 def with_streams(model: nn.Module, example: Any, found: Prunable) -> Prunable:
     """Return what was found of a model, with its residual streams that can be cut, and why others cannot.
 
-    Each is proved on numbers: by itself, and with all other groups.
+    Each is proved on numbers: by itself, and with all other groups. Tokens that the model merges are left where they
+    are meanwhile: that moves them, and changes none of their channels.
 
     Args:
         model: left as it is.
         example: what a call of it is given.
         found: its other groups.
     """
-    proved, skipped = _proved(model, example, found.groups)
+    with all_tokens(model):
+        proved, skipped = _proved(model, example, found.groups)
     names = {each.name for each in skipped}
     left = [each for each in found.skipped if each.name not in names]
     places = {name: place for place, (name, _) in enumerate(model.named_parameters(remove_duplicate=False))}
