@@ -422,12 +422,23 @@ def vlms() -> str:
             return f"one-shot, {'all towers' if row['towers'] == 'all' else 'language tower'}"
         return f"upop, {row['epochs']} epochs, taught by {row['teacher']}"
 
-    def line(name: str, target: str, parameters: int, found: Row) -> list[str]:
-        scores = (f"{found[metric]:.1f}" for metric in ("exact_match", "token_acc"))
-        return [name, target, f"{parameters / 1e6:.3f}", *scores, f"{found['perplexity']:.2f}"]
+    def line(name: str, target: str, parameters: int, found: list[Row]) -> list[str]:
+        def shown(metric: str, digits: int) -> str:
+            values = [each[metric] for each in found]
+            spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+            return f"{statistics.mean(values):.{digits}f}{spread}"
 
-    dense = line("dense", "-", rows[0]["dense_parameters"], rows[0]["dense"])
-    cut = [line(name_of(row), row["target"], row["parameters"], row["test"]) for row in rows]
+        scores = shown("exact_match", 1), shown("token_acc", 1), shown("perplexity", 2)
+        return [name, target, f"{parameters / 1e6:.3f}", *scores]
+
+    seeds: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        seeds.setdefault((name_of(row), row["target"]), []).append(row)
+    dense = line("dense", "-", rows[0]["dense_parameters"], [rows[0]["dense"]])
+    cut = [
+        line(*described, round(statistics.mean(row["parameters"] for row in found)), [row["test"] for row in found])
+        for described, found in seeds.items()
+    ]
     headings = ["model", "target", "parameters (M)", "exact answers (%)", "tokens right (%)", "perplexity"]
     return markdown(headings, [dense, *cut])
 
