@@ -15,7 +15,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 import upop
-from upop.errors import CheckpointError, RunFolderError
+from upop.errors import CheckpointError, RunFolderError, SettingError
 from upop.models.caption import BlipCaption, CaptionConfig
 from upop.models.nlvr import BlipNlvr, NlvrConfig
 from upop.ownership import MARKER
@@ -76,6 +76,13 @@ def test_a_plan_is_not_needed_to_load(tmp_path: Path) -> None:
     upop.shrink(model, uneven(model))
     with torch.no_grad():
         assert torch.equal(upop.load(upop.save(model, tmp_path / "small"))(**inputs), model(**inputs))
+
+
+def test_a_model_in_place_of_its_plan_is_refused(tmp_path: Path) -> None:
+    model: Any = nn.Linear(2, 2)
+    with pytest.raises(SettingError, match="found a Linear"):
+        upop.save(model, tmp_path / "model", model)
+    assert not (tmp_path / "model").exists()
 
 
 def test_other_models_come_back_into_their_dense_form(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from upop.checkpoints.preparation import preparation_of
 from upop.checkpoints.renamed import groups_of
 from upop.checkpoints.sizes import plan_for, sizes_before
 from upop.checkpoints.write import write_weights
-from upop.errors import LayoutError
+from upop.errors import LayoutError, SettingError
 from upop.files import replacing_folder
 from upop.libraries import is_pretrained
 from upop.models import MODELS, kind_of
@@ -60,12 +60,17 @@ def save(
 
     Raises:
         RunFolderError: the folder holds files of others, or cannot be written; nothing was changed.
-        SettingError: a transformers model is quantized by another method.
+        SettingError: a transformers model is quantized by another method, or `plan` is no plan.
         LayoutError: the model is sharded (save a copy by `upop.full_copy`), or it is on the meta device, without
             weights.
     """
     folder, model = Path(folder), unwrapped(model)
     refuse_sharded(model, "save()")
+    if plan is not None and not isinstance(plan, Plan):
+        raise SettingError(
+            f"plan is what Pruner.plan, calibrate or Plan.from_json return; found a {type(plan).__name__}. After a cut "
+            "the model carries it: upop.save(model, folder)."
+        )
     plan = plan if plan is not None else plan_of(model)
     groups = groups_here(model, plan)
     if any(not group.size for group in groups) and kind_of(model) is None:
