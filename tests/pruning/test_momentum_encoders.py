@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
 import upop
+from upop.errors import LayoutError
 from upop.pruning.groups import tensor_of
 
 WIDTH, HIDDEN, HEADS = 16, 40, 2
@@ -107,3 +109,14 @@ def test_a_copy_that_runs_makes_no_groups_of_its_own() -> None:
     assert {group.name for group in groups} == {"online.attention", "online.up", "slower.attention", "slower.up"}
     upop.shrink(model, {group.name: range(group.size // 2) for group in groups})
     assert model.slow.up.out_features == HIDDEN // 2
+
+
+@pytest.mark.parametrize(
+    ("said", "why"),
+    [({"onlyne": "slow"}, "names 'onlyne'"), ({"online": "slo"}, "names 'slo'"), (["online"], "found .*online")],
+)
+def test_a_trait_that_names_what_is_not_there_is_refused(said: Any, why: str) -> None:
+    model: Any = Contrast()
+    model.momentum_encoders = said
+    with pytest.raises(LayoutError, match=f"momentum_encoders .*{why}"):
+        upop.find_prunable(model, batch())

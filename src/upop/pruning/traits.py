@@ -8,6 +8,7 @@ from typing import Any, Protocol
 from torch import nn
 
 from upop.pruning.deprecated import outside_upop, warn_renamed
+from upop.pruning.errors import LayoutError
 
 
 class ModelTraits(Protocol):
@@ -21,8 +22,8 @@ class ModelTraits(Protocol):
 
     momentum_encoders: Mapping[str, str] = {}
     """Name of a module or parameter -> name of its momentum encoder (MoCo, He et al., 2020): a copy that training moves
-    towards it. `find_prunable` cuts the copy with what it copies, and proves that it computes the same. Parameters and
-    multiply-adds of copies are not counted."""
+    towards it. `find_prunable` cuts the copy with what it copies, and proves that it computes the same. Targets and
+    reports count no parameters and multiply-adds of copies; `count_parameters` counts all that there are."""
 
     read_by_others: Sequence[str] = ()
     """Names of modules whose weights another module's forward reads. FSDP keeps these weights whole."""
@@ -45,8 +46,18 @@ _OLDER = {
 
 
 def momentum_encoders(model: nn.Module) -> Mapping[str, str]:
-    """Return a model's `ModelTraits.momentum_encoders`; empty without any."""
-    return _trait(model, "momentum_encoders") or {}
+    """Return a model's `ModelTraits.momentum_encoders`; empty without any.
+
+    Raises:
+        LayoutError: it is no mapping.
+    """
+    found = _trait(model, "momentum_encoders") or {}
+    if not isinstance(found, Mapping):
+        raise LayoutError(
+            f"{type(model).__name__}.momentum_encoders maps names to those of momentum encoders, as in "
+            f"{{'encoder': 'slow_encoder'}}; found {found!r}."
+        )
+    return found
 
 
 def momentum_prefixes(model: nn.Module) -> tuple[str, ...]:

@@ -11,6 +11,7 @@ from torch import nn
 from upop.pruning.alike import likeness
 from upop.pruning.axes.copies import numbered
 from upop.pruning.axes.proof import Bench, at_random
+from upop.pruning.errors import LayoutError
 from upop.pruning.groups import Group, Skipped, tensor_of
 from upop.pruning.traits import momentum_encoders
 
@@ -29,10 +30,14 @@ def with_momentum_encoders(
         example: what a call of it is given.
         groups: all groups of the model, momentum encoders included.
         skipped: the parts that were left alone.
+
+    Raises:
+        LayoutError: the attribute names what the model does not have.
     """
     copies = momentum_encoders(model)
     if not copies:
         return groups, skipped
+    _check_names(model, copies)
     own = [group for group in groups if any(_moved(part.tensor, _turned(copies)) is None for part in group.producers)]
     skipped = [part for part in skipped if _moved(part.name, _turned(copies)) is None]
     lost = {group.name: reason for group in own if (reason := _misfit(model, group, copies)) is not None}
@@ -45,6 +50,16 @@ def with_momentum_encoders(
         [_with_copies(group, copies) for group in own if group.name not in lost],
         [*skipped, *(Skipped(name, reason) for name, reason in lost.items())],
     )
+
+
+def _check_names(model: nn.Module, copies: Mapping[str, str]) -> None:
+    held = {name for name, _ in (*model.named_modules(remove_duplicate=False), *model.named_parameters())}
+    for name in (name for pair in copies.items() for name in pair):
+        if name not in held:
+            raise LayoutError(
+                f"{type(model).__name__}.momentum_encoders names {name!r}, and the model has no such module or "
+                "parameter. Correct the name, or leave it out."
+            )
 
 
 def _turned(copies: Mapping[str, str]) -> dict[str, str]:
