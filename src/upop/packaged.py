@@ -22,7 +22,7 @@ def located(path: str | Path) -> Path:
     """
     path = Path(path)
     found = _in_package(path)
-    if found is None or _exists(path) or not found.exists():
+    if found is None or exists(path) or not found.exists():
         return path
     _notify(path, found)
     return found
@@ -40,7 +40,8 @@ def _in_package(path: Path) -> Path | None:
     return _PACKAGE / path if inside else None
 
 
-def _exists(path: Path) -> bool:
+def exists(path: Path) -> bool:
+    """Whether there is something at a path."""
     try:
         return path.exists()
     except (OSError, ValueError):  # a name that no file can have

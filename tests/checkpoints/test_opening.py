@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from safetensors.torch import save_file
 import upop
 from upop.checkpoints import open_checkpoint, save_official
 from upop.checkpoints.convert import read_model
+from upop.checkpoints.loading import load_named
 from upop.checkpoints.timm_models import hub_config
 from upop.errors import CheckpointError, SettingError
 
@@ -76,6 +78,54 @@ def test_a_path_is_exported(places: tuple[Any, dict[str, Path]], tmp_path: Path)
     assert (tmp_path / "out" / "model.pt2").is_file()
     with pytest.raises(SettingError, match="export"):
         upop.export(5, tmp_path / "other")  # type: ignore[arg-type]
+
+
+def test_a_file_of_weights_stands_for_its_folder(places: tuple[Any, dict[str, Path]], tmp_path: Path) -> None:
+    """Shapes tell neither how many heads there are nor how attention is scaled: read by them, outputs would differ."""
+    model = upop.load_official("classification", places[1]["ours"])
+    group = next(group for group in upop.find_groups(model) if group.channel == "dimension")
+    upop.shrink(model, {group.name: range(group.size // 2)})
+    weights, images = upop.save(model, tmp_path / "cut") / "model.safetensors", torch.randn(2, 3, 32, 32)
+    assert open_checkpoint(weights).kind == "upop" and open_checkpoint(weights).path == tmp_path / "cut"
+    for again in (upop.load(weights), upop.load_official("classification", weights), read_model(weights)):
+        assert torch.equal(again(images), model.eval()(images))
+    other = (tmp_path / "cut" / "other.safetensors").write_bytes(weights.read_bytes())
+    assert other and open_checkpoint(tmp_path / "cut" / "other.safetensors").kind == "state_dict"
+
+
+@pytest.mark.parametrize("name", ["ours", "timm"])
+def test_weights_that_are_not_in_their_folder_are_refused_alike(
+    places: tuple[Any, dict[str, Path]], tmp_path: Path, name: str
+) -> None:
+    folder = tmp_path / name
+    shutil.copytree(places[1][name], folder)
+    file = folder / "model.safetensors"
+    file.rename(tmp_path / "elsewhere.safetensors")
+    (folder / "pytorch_model.bin").write_bytes(b"a pickle")
+    for read in (upop.load, read_model, lambda path: upop.load_into(dense(), path)):
+        with pytest.raises(CheckpointError, match=r"holds no model\.safetensors.*pickles.*pytorch_model|lacks 'model"):
+            read(folder)
+    file.symlink_to(tmp_path / "elsewhere.safetensors")
+    for read in (upop.load, read_model, lambda path: upop.load_into(dense(), path)):
+        with pytest.raises(CheckpointError, match=r"is a link to .*Copy the file to the folder"):
+            read(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("", "An empty path was asked for"),
+        ("n" * 300, "too long|no such file"),
+        ("{ours}/upop.json", "holds no weights. Give the folder that it lies in"),
+    ],
+)
+def test_what_names_no_checkpoint_is_refused_by_commands_too(
+    places: tuple[Any, dict[str, Path]], name: str, message: str
+) -> None:
+    path = name.format(ours=places[1]["ours"])
+    for read in (upop.load, load_named, read_model):
+        with pytest.raises(CheckpointError, match=message):
+            read(path)
 
 
 @pytest.mark.parametrize(

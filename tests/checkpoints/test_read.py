@@ -129,5 +129,5 @@ def test_paths_that_hold_no_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", [[1, 2], torch.ones(3), {}, {"model": {}}, {"epoch": 3}, {"model": {"a": 1}}, "x"])
 def test_content_that_is_no_state_dict(tmp_path: Path, content: Any) -> None:
     torch.save(content, tmp_path / "x.pth")
-    with pytest.raises(CheckpointError, match=r"should hold .*found"):
+    with pytest.raises(CheckpointError, match=r"should hold .*found|without tensors"):
         read_weights(tmp_path / "x.pth")

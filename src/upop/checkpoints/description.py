@@ -109,6 +109,9 @@ def check_digests(folder: Path, description: Description, *, strict: bool = True
     if description.weights is None:
         return
     found = digests(folder)
+    absent = next((name for name in description.weights if name not in found), None)
+    if absent is not None and strict:
+        raise CheckpointError(f"{folder} lacks {shortened(absent)}, a part of its weights. Copy or write it again.")
     changed = [name for name, digest in description.weights.items() if found.get(name) != digest]
     if changed:
         message = (

@@ -271,9 +271,7 @@ def compare(
     numbers = {key: not_finite(state[key]) for key in mine if key in state and not shapes[key]}
     problems += [f"{key} {problem}" for key, problem in {**shapes, **numbers}.items() if problem]
     if problems:
-        message = listed(
-            f"{source} does not fit {type(model).__name__} ({len(problems)} of {len(mine)} keys)", problems
-        )
+        message = listed(f"{source} does not fit {type(model).__name__} ({len(problems)} misfits)", problems)
         if strict:
             raise CheckpointError(message)
         warnings.warn(message, stacklevel=4)

@@ -14,7 +14,7 @@ from upop.checkpoints.fit import fit
 from upop.checkpoints.opening import Checkpoint, open_checkpoint
 from upop.errors import CheckpointError, SettingError, nearest
 from upop.libraries import is_pretrained, naming_missing
-from upop.packaged import located
+from upop.packaged import exists, located
 from upop.pruning.masks import unwrapped
 
 _TIMM_NAME = re.compile(r"[\w-]+")
@@ -70,7 +70,7 @@ def load_named(
 def is_timm_name(source: str | Path) -> bool:
     """Whether a name can only mean a model of timm: no path, no file's ending, no owner in front."""
     name = str(source)
-    return isinstance(source, str) and bool(_TIMM_NAME.fullmatch(name)) and not located(name).exists()
+    return isinstance(source, str) and bool(_TIMM_NAME.fullmatch(name)) and not exists(located(name))
 
 
 def _of_timm(name: str, arguments: Mapping[str, Any]) -> nn.Module:

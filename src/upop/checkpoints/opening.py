@@ -4,7 +4,8 @@
 2. A folder has the format of the first file that it holds: `upop.json` (ours, which may be a library's format too),
    `open_clip_config.json`, `config.json` with a `model_type` (transformers), `config.json` with an `architecture`
    (timm).
-3. A file holds a state dict: a published checkpoint, or any other `.pth` or `.safetensors`.
+3. A file of weights in such a folder stands for the folder: shapes alone tell neither heads nor softmax scales.
+4. Any other file holds a state dict: a published checkpoint, or any other `.pth` or `.safetensors`.
 
 Every format is a module of `upop.checkpoints.formats`. Nothing that a file carries is run, and a folder's pickles are
 not opened.
@@ -38,6 +39,10 @@ if TYPE_CHECKING:
 Kind = Literal["upop", "open_clip", "transformers", "timm", "state_dict"]
 
 OPEN_CLIP = "open_clip_config.json"
+_GIVE = (
+    "Give a folder that upop.save, transformers, open_clip or timm wrote, a .pth or .safetensors file, or a name on "
+    "the hub"
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -193,18 +198,29 @@ def open_checkpoint(source: str | Path | Checkpoint) -> Checkpoint:
     """
     if isinstance(source, Checkpoint):
         return source
+    if not str(source).strip():
+        raise CheckpointError(f"An empty path was asked for. {_GIVE}.")
     path = local_path(source)
     kind = kind_of_path(path)
+    if kind == "state_dict":
+        return _file(path)
     if kind is not None:
         return Checkpoint(kind, path)
     if path.is_dir():
         found = f"the folder holds no {DESCRIPTION}, no {OPEN_CLIP}, and no {CONFIG} of transformers or timm"
     else:
         found = "nothing was found there" if not path.exists() else "it is no regular file"
-    raise CheckpointError(
-        f"{source} was asked for, and {found}. Give a folder that upop.save, transformers, open_clip or timm wrote, a "
-        f".pth or .safetensors file, or a name on the hub{run_folder_hint(path)}."
-    )
+    raise CheckpointError(f"{source} was asked for, and {found}. {_GIVE}{run_folder_hint(path)}.")
+
+
+def _file(path: Path) -> Checkpoint:
+    """Return what a file holds: the model of its folder if it is one of the folder's files of weights."""
+    if path.suffix == ".json":
+        raise CheckpointError(f"{path} holds no weights. Give the folder that it lies in: {path.parent}.")
+    kind = kind_of_path(path.parent) if path.suffix == ".safetensors" else None
+    if kind is not None and path in _format(kind).weights(path.parent):
+        return Checkpoint(kind, path.parent)
+    return Checkpoint("state_dict", path)
 
 
 def kind_of_path(path: Path) -> Kind | None:

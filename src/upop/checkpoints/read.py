@@ -61,10 +61,10 @@ def read_weights(path: str | Path, *, mapped: bool = False) -> dict[str, Tensor]
             "Fetch or write it again."
         ) from error
     state = content.get("model", content.get("state_dict", content)) if isinstance(content, Mapping) else None
-    if (
-        not isinstance(state, Mapping)
-        or not state
-        or not all(isinstance(name, str | int) and isinstance(value, Tensor) for name, value in state.items())
+    if isinstance(state, Mapping) and not state:
+        raise CheckpointError(f"{path} holds a state dict without tensors. Fetch or write it again.")
+    if not isinstance(state, Mapping) or not all(
+        isinstance(name, str | int) and isinstance(value, Tensor) for name, value in state.items()
     ):
         names = [shortened(name) for name in content if isinstance(name, str)] if isinstance(content, Mapping) else []
         found = f"[{', '.join(sorted(names)[:8])}]" if names else type(content).__name__
@@ -113,10 +113,28 @@ def safe_weights(folder: Path, names: Sequence[str]) -> list[Path]:
         pickled = next((path.name for path in sorted(folder.glob("*.bin"))), None)
         raise CheckpointError(
             f"{folder} holds no {' or '.join(names)}"
-            f"{f', and pickles such as {shortened(pickled)} are not read of a folder' if pickled else ''}. Write its "
-            "weights again, as safetensors."
+            f"{f', and upop does not read the pickles of a folder ({shortened(pickled)})' if pickled else ''}. Fetch "
+            "or write its weights again, as safetensors."
         )
-    return [found]
+    return [own_file(found, folder)]
+
+
+def own_file(file: Path, folder: Path) -> Path:
+    """Return a file of weights if it lies in its folder, or among the hub's copies, to which those folders link.
+
+    Raises:
+        CheckpointError: there is no such file, or it is a link that leads out of the folder.
+    """
+    place, real = folder.resolve(), file.resolve()
+    copies = place.parent.parent / "blobs" if place.parent.name == "snapshots" else place
+    if not file.is_file():
+        raise CheckpointError(f"{folder} lacks {file.name}, a part of its weights. Fetch or write it again.")
+    if real.parent not in (place, copies):
+        raise CheckpointError(
+            f"{file} is a link to {real}, and a folder's weights must lie in it. Copy the file to the folder, or "
+            "give the folder that it lies in."
+        )
+    return file
 
 
 def shared_tensors(state: Mapping[str, Tensor]) -> dict[str, str]:

@@ -161,13 +161,7 @@ def build(description: Mapping[str, Any], source: str) -> nn.Module:
     """
     with read_from(source, "timm"):
         described = _Described.model_validate(description)
-    name = described.architecture
-    if not is_timm_name(name):
-        raise CheckpointError(
-            f"{source} holds timm's {shortened(name)}, which timm {timm.__version__} does not have"
-            f"{nearest(name, timm.list_models())}. Update timm, or build the dense model and call "
-            "upop.load_into(model, folder)."
-        )
+    name = checked_name(described.architecture, source)
     unknown = [argument for argument in described.arguments if argument not in _ARGUMENTS]
     if unknown:
         raise CheckpointError(
@@ -184,6 +178,17 @@ def build(description: Mapping[str, Any], source: str) -> nn.Module:
             f"{source}: timm cannot build {name} with {arguments}: {error or type(error).__name__}."
         ) from error
     return model
+
+
+def checked_name(name: Any, source: str) -> str:
+    """Return the name of a model of timm that a file gives; CheckpointError where this timm has no such model."""
+    if not isinstance(name, str) or not is_timm_name(name):
+        raise CheckpointError(
+            f"{source} holds timm's {shortened(name)}, which timm {timm.__version__} does not have"
+            f"{nearest(str(name), timm.list_models())}. Update timm, or build the dense model and call "
+            "upop.load_into(model, folder)."
+        )
+    return name
 
 
 def checked_arguments(arguments: Any, source: str, part: str) -> dict[str, Any]:

@@ -23,9 +23,7 @@ class Form(StrEnum):
     hugging_face = "hugging-face"
 
 
-Source = Annotated[
-    str, typer.Argument(help="A published .pth, a folder of ours or of transformers, or a name on the hub.")
-]
+Source = Annotated[str, typer.Argument(help="A published .pth or .safetensors, a folder, or a name on the hub.")]
 
 
 def convert(

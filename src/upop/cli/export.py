@@ -144,7 +144,7 @@ def export(
     source: Annotated[
         str,
         typer.Argument(
-            metavar="MODEL", help="A folder of ours or of transformers, a published .pth, a name of timm or of the hub."
+            metavar="MODEL", help="A folder, a published .pth or .safetensors, a name of timm, or a name on the hub."
         ),
     ],
     out: Annotated[Path, typer.Option(help="Folder to write; an older one of the same kind is replaced.")],

@@ -42,7 +42,7 @@ def inspect(
         str,
         typer.Argument(
             metavar="MODEL",
-            help="A folder of ours or of transformers, a published .pth, a name of timm, or a name on the hub.",
+            help="A folder, a published .pth or .safetensors, a name of timm, or a name on the hub.",
         ),
     ],
     task: Annotated[

@@ -58,7 +58,7 @@ class ResumeWhen(StrEnum):
 Config = Annotated[Path | None, typer.Option(help="YAML file of settings; flags beat it.")]
 Pretrained = Annotated[
     str | None,
-    typer.Option(help="Checkpoint: a .pth (file or URL), a folder of ours or of transformers, or a name on the hub."),
+    typer.Option(help="Checkpoint: a .pth or .safetensors (file or URL), a folder, or a name on the hub."),
 ]
 DataPath = Annotated[
     Path | None, typer.Option("--data-path", "--data_path", help="Folder of train/CLASS/* and val/CLASS/*.")

@@ -23,7 +23,7 @@ def profile(
         str,
         typer.Argument(
             metavar="MODEL",
-            help="A folder of ours or of transformers, a published .pth, a name of timm, or a name on the hub.",
+            help="A folder, a published .pth or .safetensors, a name of timm, or a name on the hub.",
         ),
     ],
     out: Annotated[Path, typer.Option(help="File to write.")] = Path("profile.json"),

@@ -43,6 +43,7 @@ class Graph:
     def draw(self, batch: int, tokens: int) -> tuple[Tensor, ...]:
         """Return random inputs: token numbers, masks that end early in the last row, and numbers of -2 to 2."""
         generator = torch.Generator().manual_seed(batch)
+        tokens = min(tokens, self.positions or tokens)
         drawn = []
         for name, axes in self.inputs.items():
             shape = [(batch if axis == "batch" else tokens) if isinstance(axis, str) else axis for axis in axes]

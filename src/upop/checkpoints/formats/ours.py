@@ -27,7 +27,7 @@ from upop.checkpoints.description import (
 from upop.checkpoints.fit import as_precise, build_to_fit, fit
 from upop.checkpoints.opening import Checkpoint, Own
 from upop.checkpoints.preparation import set_preparation
-from upop.checkpoints.read import read_outline, read_weights
+from upop.checkpoints.read import read_outline, read_weights, safe_weights
 from upop.checkpoints.renamed import groups_if_read, groups_today, named_as_today, with_names
 from upop.checkpoints.sizes import dense_meta_copy
 from upop.errors import CheckpointError, LayoutError, PlanError, SettingError, nearest
@@ -50,7 +50,7 @@ def config(path: Path) -> Mapping[str, Any]:
 def weights(path: Path) -> Sequence[Path]:
     """Return the file of weights; a model of transformers may have several."""
     if not is_transformers_folder(path):
-        return [path / WEIGHTS]
+        return safe_weights(path, (WEIGHTS,))
     with naming_missing():
         from upop.checkpoints.formats import transformers
     return transformers.weights(path)
@@ -73,7 +73,8 @@ def load(checkpoint: Checkpoint, *, strict: bool) -> nn.Module:
             remember(library, find_prunable(dense))
         model = library
     else:
-        source, held = str(folder), read_outline(folder / WEIGHTS)
+        source, [file] = str(folder), weights(folder)
+        held = read_outline(file)
         # Of our own models, whose configuration has one number for all layers, it is known what there was before.
         sizes = {name: group.of for name, group in (description.layout or {}).items() if description.model and group.of}
 
@@ -81,7 +82,7 @@ def load(checkpoint: Checkpoint, *, strict: bool) -> nn.Module:
             return describe_groups(_dense(description, folder), description, folder)
 
         model = build_to_fit(build, held, source, dense=sizes, strict=strict)
-        state = read_weights(folder / WEIGHTS)
+        state = read_weights(file)
         model = fit(as_precise(model, state), state, source, lambda _group: False, strict=strict)
     check_digests(folder, description, strict=strict)
     layout = description.layout or {}
@@ -106,7 +107,8 @@ def load_into(model: nn.Module, checkpoint: Checkpoint, *, strict: bool) -> None
     if is_pretrained(model) and description.transformers is not False:
         state: Mapping[str, Tensor] = owners.load_transformers(folder, type(model), strict=strict).state_dict()
     else:
-        state = named_as_today(model, read_weights(folder / WEIGHTS))
+        [file] = safe_weights(folder, (WEIGHTS,))
+        state = named_as_today(model, read_weights(file))
     plan = checkpoint.plan
     describe_groups(model, description, folder)
     try:

@@ -15,7 +15,7 @@ from upop.checkpoints.fit import fitted
 from upop.checkpoints.opening import Checkpoint, Own
 from upop.checkpoints.read import read_weights, safe_weights
 from upop.checkpoints.vit_sizes import side
-from upop.errors import CheckpointError, nearest
+from upop.errors import CheckpointError
 from upop.values import shortened
 
 _WEIGHTS = ("model.safetensors",)
@@ -72,14 +72,9 @@ def own(checkpoint: Checkpoint) -> Own:
         CheckpointError: the folder is damaged, or its model has what ours does not compute.
     """
     source, described = str(checkpoint.description_file), checkpoint.config
-    name, arguments = described.get("architecture"), described.get("arguments")
-    if not isinstance(name, str) or not timm.is_model(name) or not isinstance(arguments, Mapping):
-        raise CheckpointError(
-            f"{source} describes timm's {name!r} with {arguments!r}, which timm {timm.__version__} does not have"
-            f"{nearest(str(name), timm.list_models())}. {_ADVICE}"
-        )
-    timm_models.checked_arguments(arguments, source, "arguments")
-    given = {argument: value for argument, value in arguments.items() if value is not None}
+    name = timm_models.checked_name(described.get("architecture"), source)
+    timm_models.checked_arguments(described.get("arguments"), source, "arguments")
+    given = {argument: value for argument, value in described["arguments"].items() if value is not None}
     for argument, value in given.items():
         if argument not in _SIZES and value != timm_models.usual(name, argument):
             raise CheckpointError(

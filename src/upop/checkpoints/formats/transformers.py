@@ -25,7 +25,7 @@ from upop.checkpoints.likeness import cut_shapes
 from upop.checkpoints.opening import Checkpoint, Own
 from upop.checkpoints.outside import Held, checked_config, sealed
 from upop.checkpoints.quantizer import UpopConfig, allowing_gaps, cut_as_recorded, register
-from upop.checkpoints.read import read_outline, shared_tensors
+from upop.checkpoints.read import own_file, read_outline, safe_weights, shared_tensors
 from upop.checkpoints.sizes import dense_meta_copy
 from upop.errors import CheckpointError, UPopError
 from upop.pruning import find_prunable
@@ -251,12 +251,8 @@ def weights(folder: Path) -> list[Path]:
         raise CheckpointError(
             f"{folder} holds the parts of several processes ({parts.name}). Save the model whole: save_pretrained."
         )
-    if single.is_file():
-        return [_own(single, folder)]
-    if not index.is_file():
-        raise CheckpointError(
-            f"{folder} holds config.json and no {_WEIGHTS[0]}. Fetch or write the weights again, as safetensors."
-        )
+    if single.is_file() or not index.is_file():
+        return safe_weights(folder, (_WEIGHTS[0],))
     shards = read_object(index, CheckpointError, "Fetch or write it again.").get("weight_map")
     if not isinstance(shards, dict) or not shards or not all(isinstance(name, str) for name in shards.values()):
         raise CheckpointError(
@@ -266,21 +262,7 @@ def weights(folder: Path) -> list[Path]:
     outside = next((name for name in names if not _FILE_NAME.fullmatch(name)), None)
     if outside is not None:
         raise CheckpointError(f"{index} names {shortened(outside)}, and may name files of its own folder alone.")
-    return [_own(folder / name, folder) for name in names]
-
-
-def _own(file: Path, folder: Path) -> Path:
-    """Return a file of weights if it lies in its folder, or among the hub's copies, to which those folders link."""
-    place, real = folder.resolve(), file.resolve()
-    copies = place.parent.parent / "blobs" if place.parent.name == "snapshots" else place
-    if not file.is_file():
-        raise CheckpointError(f"{folder} lacks {file.name}, a part of its weights. Fetch or write it again.")
-    if real.parent not in (place, copies):
-        raise CheckpointError(
-            f"{file} is a link to {real}, and a folder's weights must lie in it. Copy the file to the folder, or "
-            "give the folder that it lies in."
-        )
-    return file
+    return [own_file(folder / name, folder) for name in names]
 
 
 def architectures(folder: Path, config: Mapping[str, Any]) -> list[str]:
@@ -308,7 +290,7 @@ def _class_of(
         found = next((getattr(transformers, name) for name in names if hasattr(transformers, name)), None)
     if not (isinstance(found, type) and issubclass(found, PreTrainedModel)):
         raise CheckpointError(
-            f"{folder} holds a {kind or named or 'model without a name'}, which transformers "
+            f"{folder} holds a {kind or ' or '.join(named) or 'model without a name'}, which transformers "
             f"{transformers.__version__} does not have. Load it with its own class: YourModel.from_pretrained"
             f"({str(folder)!r}); after `import upop` that works for compressed models too."
         )
