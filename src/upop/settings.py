@@ -52,8 +52,8 @@ class RunSettings(Checked):
     # Data and weights, as in the published files.
     pretrained: str | None = Field(
         None,
-        description="checkpoint to start from: a published .pth or .safetensors (a file, or an http(s) URL), a folder, or "
-        "a name on the hub",
+        description="checkpoint to start from: a published .pth or .safetensors (a file, or an http(s) URL), a folder, "
+        "or a name on the hub",
     )
     image_size: int = Field(384, gt=0, description="side in pixels of the model's input images")
     augment: bool = Field(True, description="random crops, flips and RandAugment in training")

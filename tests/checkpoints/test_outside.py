@@ -267,7 +267,7 @@ def test_a_device_is_no_file_of_weights(tmp_path: Path) -> None:
     folder = upop.save(Net(), tmp_path / "m")
     (folder / "model.safetensors").unlink()
     (folder / "model.safetensors").symlink_to("/dev/zero")
-    with pytest.raises(CheckpointError, match="holds no model.safetensors"):
+    with pytest.raises(CheckpointError, match=r"holds no model\.safetensors"):
         upop.load_into(Net(), folder)
 
 
