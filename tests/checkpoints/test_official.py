@@ -138,7 +138,7 @@ def test_shapes_that_do_not_fit_are_listed(dense: Path) -> None:
         upop.load_official("nlvr", path, **SIZES)
     message = str(caught.value)
     assert str(path) in message
-    assert "does not fit BlipNlvr (3 of " in message
+    assert "does not fit BlipNlvr (3 misfits)" in message
     assert "visual_encoder.norm.weight has shape (7,), the model (24,)" in message
     assert "cls_head.2.bias has shape (3,), the model (2,)" in message
     assert "missing text_encoder.embeddings.LayerNorm.bias" in message
@@ -244,7 +244,7 @@ def test_starting_from_a_folder_of_another_task_takes_the_towers_that_both_have(
 
 def test_starting_from_a_folder_without_a_common_tower_is_refused(tmp_path: Path) -> None:
     upop.save(torch.nn.Linear(2, 2), tmp_path / "other")
-    with pytest.raises(CheckpointError, match="holds nothing that a model for nlvr has"):
+    with pytest.raises(CheckpointError, match="which is no model of a task with published checkpoints"):
         start_from("nlvr", tmp_path / "other" / "model.safetensors", nlvr(), any_towers=True)
 
 
