@@ -198,7 +198,7 @@ HARM: list[tuple[Callable[[Path], object], str]] = [
         "format 9",
     ),
     (lambda folder: (folder / "model.safetensors").write_bytes(b"x" * 40), "no readable safetensors"),
-    (lambda folder: (folder / "model.safetensors").unlink(), "nothing was found"),
+    (lambda folder: (folder / "model.safetensors").unlink(), r"holds no model\.safetensors"),
 ]
 
 

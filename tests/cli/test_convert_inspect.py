@@ -52,7 +52,10 @@ def test_mistakes_of_conversion_are_told(command: Command, tmp_path: Path) -> No
     mistakes: list[tuple[list[Any], str]] = [
         (["convert", tmp_path / "nlvr", tmp_path / "x", "--to", "hugging-face"], "no class for a BlipNlvr"),
         (["convert", tmp_path / "gone", tmp_path / "x"], "nothing was found there"),
-        (["convert", tmp_path / "nlvr" / "upop.json", tmp_path / "x"], "no checkpoint that torch can read"),
+        (
+            ["convert", tmp_path / "nlvr" / "upop.json", tmp_path / "x"],
+            "holds no weights. Give the folder that it lies in",
+        ),
         (["inspect", "deit_smal_patch16_224"], "did you mean 'deit_small_patch16_224'"),
         (["inspect", "nothing", "--ratio", "1.5"], "strictly between 0 and 1"),  # before a model is read
         (["inspect", "nothing", "--ratio", "0.5", "--round-to", "0"], "round_to must be a whole number"),
