@@ -14,6 +14,7 @@ from PIL import Image
 
 import upop
 import vlms
+from upop.checkpoints import open_checkpoint
 from upop.cli import main
 from upop.errors import DataError, MissingLibraryError, SettingError, UPopError
 from upop.examples import Examples
@@ -217,7 +218,7 @@ def test_a_dry_run_says_what_it_takes_of_memory(
 def test_every_family_is_pruned_saved_loaded_and_writes_the_same(family: str, tmp_path: Path) -> None:
     model = vlms.FAMILIES[family](tmp_path / "model")
     data = rows(tmp_path / "data", images=family != "llama")
-    task = task_for(model)
+    task = task_for(open_checkpoint(model))
     assert task.name == "chat"
     results = prune(task, settings(model, data, tmp_path / "small", samples=8))
     dense, pruned = results.models
