@@ -43,6 +43,28 @@ def test_arrows_point_one_way() -> None:
     assert not wrong
 
 
+# The rooms of checkpoints/, from the ground up, each named by its folder; those last take opened checkpoints.
+FLOORS = ("files", "fitting", "names", "libraries", "configs", "saving", "published", "formats", "", "export")
+
+
+def test_floors_of_checkpoints() -> None:
+    """A room of checkpoints/ imports those below it; modules beside the rooms take what `open_checkpoint` returns."""
+    wrong = []
+    for file in (SOURCE / "checkpoints").rglob("*.py"):
+        place = file.relative_to(SOURCE / "checkpoints")
+        floor = _floor(place.parts[0] if len(place.parts) > 1 else "")
+        for statement in ast.parse(file.read_text()).body:
+            for node in () if _of_types(statement) else ast.walk(statement):
+                module = (node.module or "") if isinstance(node, ast.ImportFrom) else ""
+                if module.startswith("upop.checkpoints.") and _floor(module.split(".")[2]) > floor:
+                    wrong.append(f"{place} imports {module}")
+    assert not wrong
+
+
+def _floor(room: str) -> int:
+    return FLOORS.index(room if room in FLOORS else "")
+
+
 def test_the_demo_is_imported_by_commands_alone_when_they_run() -> None:
     wrong = []
     for file in SOURCE.rglob("*.py"):
@@ -69,7 +91,11 @@ def _of_types(statement: ast.AST) -> bool:
 # Where bytes are parsed that others may have written: each within bounds of its own.
 READERS = {
     "json": {"pruning/json_text.py", "runs/lock.py"},
-    "own json": {"checkpoints/write.py", "checkpoints/open_clip_models.py", "checkpoints/folder.py"},  # it wrote itself
+    "own json": {  # what upop wrote itself
+        "checkpoints/files/weights.py",
+        "checkpoints/libraries/open_clip_models.py",
+        "checkpoints/saving/folder.py",
+    },
     "yaml": {"yaml_files.py"},
     "Image": {"data/images.py", "report/page.py"},
 }

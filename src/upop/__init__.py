@@ -20,8 +20,8 @@ from upop.starting import watch_start
 
 if TYPE_CHECKING:
     from upop.checkpoints import load, load_into, load_official, save
+    from upop.checkpoints.configs.vocabulary import reduce_vocabulary
     from upop.checkpoints.export import export
-    from upop.checkpoints.vocabulary import reduce_vocabulary
     from upop.compression import Compression
     from upop.distillation import distill
     from upop.pruning import (
@@ -77,7 +77,7 @@ _PLACES = {
     "distill": "upop.distillation",
     "export": "upop.checkpoints.export",
     "merge_tokens": "upop.tokens.encoders",
-    "reduce_vocabulary": "upop.checkpoints.vocabulary",
+    "reduce_vocabulary": "upop.checkpoints.configs.vocabulary",
     **dict.fromkeys(("load", "load_into", "load_official", "save"), "upop.checkpoints"),
 }
 """Where the names are that do not belong to the method."""
@@ -97,7 +97,7 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:
         found = globals()[name] = getattr(import_module(_PLACES.get(name, "upop.pruning")), name)
-        import_module("upop.checkpoints.uniform_sizes")
+        import_module("upop.checkpoints.configs.uniform_sizes")
     except ModuleNotFoundError as error:
         raise missing(error, f"upop.{name}") from None
     return found

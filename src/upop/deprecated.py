@@ -10,6 +10,14 @@ from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
+_ROOMS = {
+    "configs": "layers plain size_fields smaller_tokenizer uniform_sizes vocabulary",
+    "files": "config_json description hub",
+    "fitting": "fit likeness sizes",
+    "libraries": "open_clip_models outside timm_models",
+    "saving": "card folder loading_code quantizer",
+}
+"""Room of `upop.checkpoints` -> the modules that stood beside it."""
 MOVED = {
     "upop.training": "upop.runs",
     "upop.tasks.verbs": "upop.runs.verbs",
@@ -27,6 +35,23 @@ MOVED = {
     "upop.pruning.align": "upop.pruning.round_to",
     "upop.checkpoints.transformers_models": "upop.checkpoints.formats.transformers",
     "upop.checkpoints.plain_export": "upop.checkpoints.export.plain_models",
+    "upop.checkpoints.blank": "upop.checkpoints.fitting.meta",
+    "upop.checkpoints.clip_names": "upop.checkpoints.names.clip",
+    "upop.checkpoints.hugging_face": "upop.checkpoints.names.counterparts",
+    "upop.checkpoints.library": "upop.checkpoints.pretrained",
+    "upop.checkpoints.model_inputs": "upop.checkpoints.processors",
+    "upop.checkpoints.preparation": "upop.checkpoints.fitting.carried",
+    "upop.checkpoints.read": "upop.checkpoints.files.weights",
+    "upop.checkpoints.remote": "upop.checkpoints.files.hub",
+    "upop.checkpoints.renamed": "upop.checkpoints.fitting.recorded_groups",
+    "upop.checkpoints.resizing": "upop.checkpoints.official",
+    "upop.checkpoints.runtimes": "upop.checkpoints.saving.card",
+    "upop.checkpoints.write": "upop.checkpoints.files.weights",
+    **{
+        f"upop.checkpoints.{name}": f"upop.checkpoints.{room}.{name}"
+        for room, names in _ROOMS.items()
+        for name in names.split()
+    },
     **{
         f"upop.checkpoints.{name}": f"upop.checkpoints.export.{name}"
         for name in ("any_graph", "cached_graph", "graphs", "int8", "nemotron_nas", "padded", "sessions")

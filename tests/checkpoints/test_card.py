@@ -15,7 +15,7 @@ from torch import nn
 from transformers import BertConfig, BertModel
 
 import upop
-from upop.checkpoints.card import Story, write_card
+from upop.checkpoints.saving.card import Story, write_card
 from upop.errors import CheckpointError
 
 STORY = Story(

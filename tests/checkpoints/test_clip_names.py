@@ -14,8 +14,8 @@ import upop
 from models.test_clip import SIZES, both_features, clip, pairs
 from pruning.families import NLVR, difference, outputs_of, uneven_plan
 from upop.checkpoints import read_weights, save_official
-from upop.checkpoints.clip_names import from_openai, group_from_openai, is_openai, to_openai
-from upop.checkpoints.fit import resize_positions
+from upop.checkpoints.fitting.fit import resize_positions
+from upop.checkpoints.names.clip import from_openai, group_from_openai, is_openai, to_openai
 from upop.checkpoints.official import start_from
 from upop.errors import CheckpointError, SettingError
 

@@ -181,7 +181,7 @@ def test_a_failed_save_leaves_the_older_model(tmp_path: Path, monkeypatch: pytes
     def full_disk(*_arguments: object, **_options: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("upop.checkpoints.write.save_file", full_disk)
+    monkeypatch.setattr("upop.checkpoints.files.weights.save_file", full_disk)
     with pytest.raises(RunFolderError, match="No space left"):
         upop.save(blip(), folder)
     assert (folder / "model.safetensors").read_bytes() == before

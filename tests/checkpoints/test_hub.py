@@ -11,7 +11,7 @@ import transformers
 
 import upop
 from checkpoints.test_transformers import blip, images, vit
-from upop.checkpoints.hub import local_path
+from upop.checkpoints.files.hub import local_path
 from upop.errors import CheckpointError
 
 CALLS = list[tuple[str, bool]]

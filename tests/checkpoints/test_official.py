@@ -15,7 +15,7 @@ from torch import Tensor
 
 import upop
 from pruning.families import NLVR, difference, nlvr, outputs_of, uneven_plan
-from upop.checkpoints.fit import resize_positions
+from upop.checkpoints.fitting.fit import resize_positions
 from upop.checkpoints.official import start_from
 from upop.errors import CheckpointError, SettingError
 from upop.models.caption import BlipCaption, CaptionConfig

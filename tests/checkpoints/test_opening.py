@@ -15,8 +15,8 @@ from safetensors.torch import save_file
 import upop
 from upop.checkpoints import open_checkpoint, save_official
 from upop.checkpoints.convert import read_model
+from upop.checkpoints.libraries.timm_models import hub_config
 from upop.checkpoints.loading import load_named
-from upop.checkpoints.timm_models import hub_config
 from upop.errors import CheckpointError, SettingError
 
 NAME = "vit_tiny_patch16_224"

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from upop.checkpoints.read import read_weights
+from upop.checkpoints.files.weights import read_weights
 from upop.errors import CheckpointError
 
 WEIGHTS = {"a.weight": torch.arange(12.0).view(3, 4), "a.bias": torch.ones(3)}

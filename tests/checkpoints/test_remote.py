@@ -14,8 +14,7 @@ import pytest
 import torch
 
 from upop.checkpoints import read_weights
-from upop.checkpoints.hub import local_path
-from upop.checkpoints.remote import fetched, is_remote
+from upop.checkpoints.files.hub import fetched, is_remote, local_path
 from upop.errors import CheckpointError
 
 

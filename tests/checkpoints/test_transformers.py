@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 import upop
 from pruning.families import randomise, uneven_plan
 from tiers import since
-from upop.checkpoints.quantizer import UpopConfig, mark, recorded
+from upop.checkpoints.saving.quantizer import UpopConfig, mark, recorded
 from upop.errors import CheckpointError, PlanError, SettingError
 
 VISION = {

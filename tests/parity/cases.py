@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import upop
 from conftest import parity_sets
-from upop.checkpoints.clip_names import from_openai, group_from_openai, to_openai
+from upop.checkpoints.names.clip import from_openai, group_from_openai, to_openai
 from upop.data.caption import words_to_say
 from upop.models.caption import BlipCaption, CaptionConfig, caption_loss
 from upop.models.classifier import ClassifierConfig, build_classifier

@@ -19,7 +19,7 @@ from torch.testing import assert_close
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from upop.checkpoints import load_official, read_weights
-from upop.checkpoints.clip_names import from_openai, to_openai
+from upop.checkpoints.names.clip import from_openai, to_openai
 from upop.models.coop import CoOp, ends_of
 from upop.models.crossget import CrossGetClip, CrossGetConfig, Encoded
 from upop.models.llava import add_cross_tokens, from_published, llava_losses

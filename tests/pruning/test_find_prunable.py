@@ -18,7 +18,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, LlamaConfig, LlamaModel
 
 import upop
 from pruning.families import VIT, randomise, uneven_plan
-from upop.checkpoints.preparation import set_preparation
+from upop.checkpoints.fitting.carried import set_preparation
 from upop.pruning.errors import LayoutError
 
 ATTENTION = "blocks.0.attn"

@@ -15,7 +15,7 @@ import transformers
 from torch import Tensor, nn
 
 import upop
-import upop.checkpoints.uniform_sizes
+import upop.checkpoints.configs.uniform_sizes
 from upop.checkpoints.loading import load_named
 from upop.errors import CheckpointError, LayoutError, SettingError
 from upop.pruning.axes.proof import Precise

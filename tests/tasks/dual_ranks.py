@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from upop.checkpoints.library import open_model
+from upop.checkpoints.pretrained import open_model
 from upop.models.dual import contrast
 
 

@@ -18,8 +18,8 @@ import upop
 from tasks.dual_ranks import gradients_of_half
 from tiers import mostly_slow
 from together import run_together
-from upop.checkpoints.library import open_model
-from upop.checkpoints.model_inputs import processor_in
+from upop.checkpoints.pretrained import open_model
+from upop.checkpoints.processors import processor_in
 from upop.cli import app
 from upop.data.row_images import ImageGallery, LabelledImages
 from upop.data.rows import read_rows

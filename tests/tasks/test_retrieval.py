@@ -15,7 +15,7 @@ from torch import nn
 import runs
 import upop
 from together import run_script
-from upop.checkpoints.read import read_weights
+from upop.checkpoints.files.weights import read_weights
 from upop.demo.write import write_shapes
 from upop.errors import CheckpointError, SettingError
 from upop.models.retrieval import BlipRetrieval, RetrievalConfig

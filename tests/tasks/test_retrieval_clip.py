@@ -18,7 +18,7 @@ import upop
 from models.test_clip import SIZES
 from pruning.families import randomise
 from upop.checkpoints import save_official
-from upop.checkpoints.clip_names import to_openai
+from upop.checkpoints.names.clip import to_openai
 from upop.cli.published import blip_command
 from upop.demo.write import write_shapes
 from upop.errors import DataError, SettingError

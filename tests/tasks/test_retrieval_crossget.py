@@ -13,7 +13,7 @@ import torch
 import runs
 import upop
 from upop.checkpoints import save_official
-from upop.checkpoints.clip_names import to_openai
+from upop.checkpoints.names.clip import to_openai
 from upop.demo.write import write_shapes
 from upop.errors import CheckpointError
 from upop.models.crossget import CrossGetClip, CrossGetConfig, published_macs

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from upop.checkpoints.clip_names import to_openai
 from upop.checkpoints.coop import accuracy, load_coop
+from upop.checkpoints.names.clip import to_openai
 from upop.errors import CheckpointError
 from upop.models.coop import CoOp, CoOpLosses
 from upop.models.crossget import CrossGetConfig

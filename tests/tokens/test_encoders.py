@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import upop
 from tiers import mostly_slow
 from upop.checkpoints.export.graphs import own_graphs
-from upop.checkpoints.resizing import resized
+from upop.checkpoints.official import resized
 from upop.errors import LayoutError, SettingError
 from upop.models import MODELS
 from upop.models.caption import BlipCaption, CaptionConfig

@@ -4,12 +4,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from upop.checkpoints.description import WEIGHTS, is_folder
-    from upop.checkpoints.folder import save
+    from upop.checkpoints.files.description import WEIGHTS, is_folder
+    from upop.checkpoints.files.weights import read_weights
     from upop.checkpoints.loading import load, load_into
     from upop.checkpoints.official import load_official, save_official
     from upop.checkpoints.opening import Checkpoint, open_checkpoint
-    from upop.checkpoints.read import read_weights
+    from upop.checkpoints.saving.folder import save
 
 __all__ = [
     "WEIGHTS",
@@ -24,12 +24,12 @@ __all__ = [
     "save_official",
 ]
 _PLACES = {
-    "folder": ("save",),
-    "description": ("WEIGHTS", "is_folder"),
+    "saving.folder": ("save",),
+    "files.description": ("WEIGHTS", "is_folder"),
     "loading": ("load", "load_into"),
     "official": ("load_official", "save_official"),
     "opening": ("Checkpoint", "open_checkpoint"),
-    "read": ("read_weights",),
+    "files.weights": ("read_weights",),
 }
 
 

@@ -11,13 +11,14 @@ import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from upop.checkpoints.fit import kept_sizes, load_strictly
-from upop.checkpoints.folder import save
-from upop.checkpoints.hugging_face import counterpart_of
-from upop.checkpoints.official import load_official, save_official, task_for, task_of
+from upop.checkpoints.fitting.fit import kept_sizes, load_strictly
+from upop.checkpoints.fitting.sizes import resize
+from upop.checkpoints.names.counterparts import counterpart_of
+from upop.checkpoints.official import load_official, save_official
 from upop.checkpoints.opening import Checkpoint, open_checkpoint
-from upop.checkpoints.quantizer import mark
-from upop.checkpoints.sizes import resize
+from upop.checkpoints.published.tasks import task_for, task_of
+from upop.checkpoints.saving.folder import save
+from upop.checkpoints.saving.quantizer import mark
 from upop.errors import VerificationError
 from upop.files import check_folder
 from upop.models import kind_of

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from upop.checkpoints.clip_layout import clip_sizes
-from upop.checkpoints.clip_names import from_openai
-from upop.checkpoints.fit import load_strictly
-from upop.checkpoints.read import read_weights
+from upop.checkpoints.files.weights import read_weights
+from upop.checkpoints.fitting.fit import load_strictly
+from upop.checkpoints.names.clip import from_openai
+from upop.checkpoints.published.clip import clip_sizes
 from upop.errors import CheckpointError
 from upop.models.coop import CoOp, ends_of
 from upop.models.crossget import CrossGetConfig

@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from upop.checkpoints.fit import expecting_shapes
-from upop.checkpoints.official import row_of, task_of, task_of_config
+from upop.checkpoints.fitting.fit import expecting_shapes
 from upop.checkpoints.opening import Checkpoint, open_checkpoint
-from upop.checkpoints.vit_sizes import vit_sizes
+from upop.checkpoints.published.tasks import row_of, task_of, task_of_config
+from upop.checkpoints.published.vit import vit_sizes
 from upop.errors import CheckpointError
 from upop.models import MODELS
 

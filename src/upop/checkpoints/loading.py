@@ -9,8 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from upop.checkpoints import owners
-from upop.checkpoints.fit import fit
+from upop.checkpoints.fitting.fit import fit
 from upop.checkpoints.opening import Checkpoint, open_checkpoint
 from upop.errors import CheckpointError, SettingError, nearest
 from upop.libraries import is_pretrained, naming_missing
@@ -93,7 +92,7 @@ def _has_counterpart(checkpoint: Checkpoint) -> bool:
     if checkpoint.library != "transformers":
         return False
     try:
-        from upop.checkpoints.hugging_face import COUNTERPARTS
+        from upop.checkpoints.names.counterparts import COUNTERPARTS
     except ModuleNotFoundError:  # without timm there are no models of upop's own
         return False
     from upop.checkpoints.formats import transformers
@@ -127,10 +126,14 @@ def load_into(model: nn.Module, source: str | Path | Checkpoint, *, strict: bool
                 "compressed model with upop.save, or load a published checkpoint with upop.load_official(task, path)."
             )
         if found.kind == "transformers" and is_pretrained(model):
-            state = owners.load_transformers(found.path, type(model), strict=strict).state_dict()
+            from upop.checkpoints.formats import transformers
+
+            state = transformers.load_transformers(found.path, type(model), strict=strict).state_dict()
         else:
             state = dict(found.state)
         fit(model, state, str(found.path), lambda _group: False, strict=strict)
     if is_pretrained(model):
-        owners.mark(model)
+        from upop.checkpoints.saving.quantizer import mark
+
+        mark(model)
     return whole.eval()

@@ -13,20 +13,21 @@ not opened.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from upop.checkpoints.config_json import FILE as CONFIG
-from upop.checkpoints.config_json import is_transformers_folder, read_config
-from upop.checkpoints.description import FILE as DESCRIPTION
-from upop.checkpoints.description import Description, check_digests, is_folder, read_description
-from upop.checkpoints.hub import local_path
-from upop.checkpoints.read import read_outline, read_weights, run_folder_hint
+from upop.checkpoints.files.config_json import FILE as CONFIG
+from upop.checkpoints.files.config_json import is_transformers_folder, read_config
+from upop.checkpoints.files.description import FILE as DESCRIPTION
+from upop.checkpoints.files.description import Description, check_digests, is_folder, read_description
+from upop.checkpoints.files.hub import local_path
+from upop.checkpoints.files.weights import read_outline, read_weights, run_folder_hint
+from upop.checkpoints.formats.format import OPEN_CLIP, Format, Kind, Own
 from upop.errors import CheckpointError
 from upop.files import is_file
 from upop.libraries import naming_missing
@@ -36,9 +37,6 @@ if TYPE_CHECKING:
 
     from upop.pruning import Plan
 
-Kind = Literal["upop", "open_clip", "transformers", "timm", "state_dict"]
-
-OPEN_CLIP = "open_clip_config.json"
 _GIVE = (
     "Give a folder that upop.save, transformers, open_clip or timm wrote, a .pth or .safetensors file, or a name on "
     "the hub"
@@ -146,48 +144,6 @@ class Checkpoint:
 
     def _files(self) -> Sequence[Path]:
         return _format(self.kind).weights(self.path)
-
-
-@dataclass(frozen=True)
-class Own:
-    """A checkpoint as one of upop's own models.
-
-    Attributes:
-        read: gives the tensors under the names of that model; its argument is `strict`.
-        task: whose model it is, where the format says so; attention then has its natural softmax scale.
-        kind: what messages call it.
-        sizes: fields of the model's configuration that the format says.
-        images: how it says that images are prepared, by the names of our settings.
-    """
-
-    read: Callable[[bool], Mapping[str, Tensor]]
-    task: str | None = None
-    kind: str | None = None
-    sizes: Mapping[str, Any] = field(default_factory=dict)
-    images: Mapping[str, Any] = field(default_factory=dict)
-
-
-class Format(Protocol):
-    """A way in which models are kept: a module of `upop.checkpoints.formats` each.
-
-    A new format is such a module, a line in `_format`, and how it is recognised in `kind_of_path`.
-    """
-
-    def config(self, path: Path) -> Mapping[str, Any]:
-        """Return how the model is built; see `Checkpoint.config`."""
-        ...
-
-    def weights(self, path: Path) -> Sequence[Path]:
-        """Return the files of tensors; CheckpointError where there are none."""
-        ...
-
-    def load(self, checkpoint: Checkpoint, *, strict: bool) -> nn.Module:
-        """Return the model; see `Checkpoint.load`."""
-        ...
-
-    def own(self, checkpoint: Checkpoint) -> Own:
-        """Return it as one of upop's own models; see `Checkpoint.own`."""
-        ...
 
 
 def open_checkpoint(source: str | Path | Checkpoint) -> Checkpoint:

@@ -1,127 +1,197 @@
-"""How other libraries write down what their models are fed with, read into the names of our settings.
+"""How a library's model wants its images and texts: by its own processor, which lies beside its weights.
 
-Each function returns those of image_size, mean, std, interpolation, resize and crop_ratio that are said; values that
-cannot be are refused later, where settings are checked.
+Both libraries answer to the same three calls, `images`, `texts` and `save_pretrained`, so that a task needs to know
+neither. They are pickled to the workers that make batches.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Protocol
 
-from upop.errors import CheckpointError
+import torch
+from PIL import Image
+from torch import Tensor
+
+from upop.checkpoints.files.config_json import is_transformers_folder, read_config
+from upop.checkpoints.opening import Checkpoint, open_checkpoint
+from upop.errors import CheckpointError, UPopError
+from upop.libraries import naming_missing
 from upop.reading import read_object
 
-_NESTED, _ALONE = "processor_config.json", "preprocessor_config.json"
-_PILLOW = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")  # by Pillow's numbers
-_TIMM_MODES = {"center": "crop", "squash": "squash", "border": "pad"}
-_OPEN_CLIP_MODES = {"shortest": "crop", "squash": "squash", "longest": "pad"}
-_ADVICE = "Fetch or write it again."
+Padding = Literal["auto", "longest", "max_length"]
+
+_TEXTS = "open_clip_tokenizer.json"
+_TO_THE_END = ("siglip", "siglip2")
+"""Types of models of transformers that read a text's features at the last position, which padding must always fill."""
+_LONGEST = 512  # where a tokenizer and a configuration say nothing
 
 
-def from_transformers(folder: Path) -> dict[str, Any]:
-    """Return what the image processor in a folder of transformers says; nothing where there is none.
+class InputProcessor(Protocol):
+    """Makes a model's inputs from images and texts."""
+
+    def images(self, images: Sequence[Image.Image]) -> dict[str, Tensor]:
+        """Return the inputs that images become, [batch, ...] each, by the names of the model's arguments."""
+        ...
+
+    def texts(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        """Return the inputs that texts become, [batch, tokens] each, by the names of the model's arguments."""
+        ...
+
+    def save_pretrained(self, folder: Path) -> Any:
+        """Write what makes it again beside a model's weights."""
+        ...
+
+
+def processor_in(path: Path, padding: Padding = "auto", length: int | None = None) -> InputProcessor:
+    """Return the processor of the model in a folder.
+
+    Args:
+        path: of transformers, of open_clip, or of ours with a model of either.
+        padding: how texts are padded: to the longest of a batch, or always to the model's length. "auto" pads to the
+            model's length what has no attention mask, and the texts of models that read them at their last position.
+        length: tokens of the longest text, where the folder is not to say it.
 
     Raises:
-        CheckpointError: the file is damaged, or asks for what upop does not do.
+        CheckpointError: there is none, or it cannot be read.
     """
-    nested, alone = folder / _NESTED, folder / _ALONE
-    if nested.is_file():
-        inner = read_object(nested, CheckpointError, _ADVICE).get("image_processor")
-        if isinstance(inner, dict):
-            return _from_processor(inner, nested)
-    if alone.is_file():
-        return _from_processor(read_object(alone, CheckpointError, _ADVICE), alone)
-    return {}
+    checkpoint = open_checkpoint(path)
+    if checkpoint.library == "open_clip":
+        return OpenClipProcessor(checkpoint, length)
+    return TransformersProcessor(open_processor(path), path, padding, length)
 
 
-def from_timm(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a model of timm says, in its `pretrained_cfg`."""
-    found = {
-        "image_size": _side(config.get("input_size")),
-        "mean": config.get("mean"),
-        "std": config.get("std"),
-        "interpolation": config.get("interpolation"),
-        "resize": _TIMM_MODES.get(str(config.get("crop_mode") or "center")),
-        "crop_ratio": config.get("crop_pct"),
-    }
-    return {name: value for name, value in found.items() if value is not None}
+def open_processor(path: Path) -> Any:
+    """Return the processor that lies beside a transformers model: of images and texts, or of either alone.
+
+    Nothing is fetched, and no code in the folder is run.
+
+    Args:
+        path: the folder.
+
+    Raises:
+        CheckpointError: there is none, or it cannot be read.
+    """
+    with naming_missing():
+        from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer
+
+        from upop.checkpoints.libraries.outside import sealed
+    reasons = []
+    for kind in (AutoProcessor, AutoImageProcessor, AutoTokenizer):
+        try:
+            with sealed():
+                return kind.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        except UPopError:
+            raise
+        except Exception as error:  # each class says in its own way that its files are not there
+            reasons.append(" ".join(str(error).split())[:200])
+    raise CheckpointError(
+        f"{path} holds no processor that transformers can read ({reasons[0]}). Write it beside the weights: "
+        "processor.save_pretrained(folder)."
+    )
 
 
-def from_open_clip(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a model of open_clip says, in its `preprocess_cfg`; what is not there has open_clip's own default."""
-    found = {
-        "image_size": _side(config.get("size")),
-        "mean": config.get("mean"),
-        "std": config.get("std"),
-        "interpolation": config.get("interpolation", "bicubic"),
-        "resize": _OPEN_CLIP_MODES.get(str(config.get("resize_mode", "shortest"))),
-    }
-    return {name: value for name, value in found.items() if value is not None}
+class TransformersProcessor:
+    """The processor of a transformers model.
 
+    Args:
+        processor: of images and texts, or of either alone.
+        path: the folder that it was read from, whose config.json says how long texts may be.
+        padding: as for `processor_in`.
+        length: as for `processor_in`.
+    """
 
-def _from_processor(config: Mapping[str, Any], file: Path) -> dict[str, Any]:
-    """Return what an image processor of transformers does: resize, cut out the middle, scale, normalise."""
-    try:
-        return {**_geometry(config, file), **_colours(config)}
-    except (TypeError, ValueError, IndexError, ZeroDivisionError) as error:
-        raise CheckpointError(f"{file} holds an image processor that cannot be read: {error}. {_ADVICE}") from error
+    def __init__(self, processor: Any, path: Path, padding: Padding = "auto", length: int | None = None) -> None:
+        self.library = processor
+        self._path = path
+        self._image = getattr(processor, "image_processor", None if hasattr(processor, "pad_token") else processor)
+        self._text = getattr(processor, "tokenizer", processor if hasattr(processor, "pad_token") else None)
+        config = read_config(path) if is_transformers_folder(path) else {}
+        text = config.get("text_config") or config
+        limits = [getattr(self._text, "model_max_length", None), text.get("max_position_embeddings"), _LONGEST]
+        self.length = length or min(limit for limit in limits if isinstance(limit, int) and limit > 0)
+        masked = "attention_mask" in getattr(self._text, "model_input_names", ())
+        if padding == "auto":
+            padding = "longest" if masked and config.get("model_type") not in _TO_THE_END else "max_length"
+        self.padding = padding
 
+    def images(self, images: Sequence[Image.Image]) -> dict[str, Tensor]:
+        """Return what the image processor makes of RGB images."""
+        if self._image is None:
+            raise CheckpointError(f"{self._path} holds no image processor. Write one beside the weights.")
+        return dict(self._image(images=list(images), return_tensors="pt"))
 
-def _geometry(config: Mapping[str, Any], file: Path) -> dict[str, Any]:
-    size, cropped = config.get("size"), config.get("do_center_crop") is True
-    found: dict[str, Any] = {}
-    if config.get("resample") is not None:
-        found["interpolation"] = _PILLOW[int(config["resample"])]
-    if config.get("do_resize") is False or size is None:
-        return found
-    if isinstance(size, Mapping):
-        short = size.get("shortest_edge")
-        side = short if short is not None else _square(size, file)
-    else:
-        side, short = int(size), int(size) if cropped else None
-    found["resize"] = "squash" if short is None else "crop"
-    if cropped:
-        crop = config.get("crop_size", side)
-        inner = _square(crop, file) if isinstance(crop, Mapping) else int(crop)
-        if inner > side:
-            raise CheckpointError(
-                f"{file} cuts {inner} pixels out of images of {side}, which adds a border; upop does not. Set "
-                "image_size, resize and crop_ratio (--set) to what the model is to see."
-            )
-        return {**found, "image_size": inner, "crop_ratio": inner / side}
-    return {**found, "image_size": int(side), "crop_ratio": 1.0}
-
-
-def _colours(config: Mapping[str, Any]) -> dict[str, Any]:
-    mean, std = config.get("image_mean"), config.get("image_std")
-    if config.get("do_normalize") is False:
-        mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
-    # Images are scaled to 0 to 1 here, and by that factor there.
-    factor = 255 * (float(config.get("rescale_factor", 1 / 255)) if config.get("do_rescale") is not False else 1.0)
-    if abs(factor - 1) < 1e-6:
-        factor = 1.0
-    statistics = {"mean": mean, "std": std}
-    return {
-        name: tuple(float(each) / factor for each in values)
-        for name, values in statistics.items()
-        if isinstance(values, (list, tuple))
-    }
-
-
-def _square(size: Mapping[str, Any], file: Path) -> int:
-    height, width = size.get("height"), size.get("width")
-    if height != width or not isinstance(height, int):
-        raise CheckpointError(
-            f"{file} makes images of {dict(size)}; upop takes squares. Set image_size and resize (--set) to what the "
-            "model is to see."
+    def texts(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        """Return what the tokenizer makes of texts: input_ids, and what else it gives, [batch, tokens]."""
+        if self._text is None:
+            raise CheckpointError(f"{self._path} holds no tokenizer. Write one beside the weights.")
+        return dict(
+            self._text(list(texts), padding=self.padding, truncation=True, max_length=self.length, return_tensors="pt")
         )
-    return height
+
+    def save_pretrained(self, folder: Path) -> None:
+        """Write it as transformers does."""
+        self.library.save_pretrained(folder)
 
 
-def _side(size: Any) -> Any:
-    """Return the side of a square, of (3, side, side), (side, side) or side; None for what is none."""
-    if isinstance(size, (list, tuple)):
-        return size[-1] if len(size) >= 2 and size[-1] == size[-2] else None
-    return size
+class OpenClipProcessor:
+    """The transforms and the tokenizer of an open_clip model.
+
+    Args:
+        checkpoint: a folder of open_clip, or of ours with a model of open_clip.
+        length: tokens of the longest text, where the folder is not to say it.
+
+    Raises:
+        CheckpointError: what it says cannot be read.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, length: int | None = None) -> None:
+        with naming_missing():
+            from open_clip import tokenizer
+            from open_clip.transform import PreprocessCfg, image_transform_v2, merge_preprocess_dict
+        path, described = checkpoint.path, checkpoint.config
+        images: Mapping[str, Any] = described.get("preprocess") or {}
+        text = dict(described.get("arguments", {}).get("text_cfg", {}))
+        if checkpoint.kind == "upop" and (path / _TEXTS).is_file():
+            text |= read_object(path / _TEXTS, CheckpointError, "Write it again.")
+        self._texts = {name: text[name] for name in _OF_TEXTS if name in text}
+        self._texts["context_length"] = length or text.get("context_length") or 77
+        try:
+            kept = merge_preprocess_dict(PreprocessCfg(), dict(images))
+            self._transform = image_transform_v2(PreprocessCfg(**kept), is_train=False)
+            if self._texts.get("hf_tokenizer_name"):
+                self._tokenizer: Any = tokenizer.HFTokenizer(
+                    str(path),
+                    context_length=self._texts["context_length"],
+                    tokenizer_mode=self._texts.get("tokenizer_mode"),
+                    **self._texts.get("tokenizer_kwargs", {}),
+                    local_files_only=True,
+                )
+            else:
+                self._tokenizer = tokenizer.SimpleTokenizer(
+                    context_length=self._texts["context_length"], **self._texts.get("tokenizer_kwargs", {})
+                )
+        except Exception as error:  # whatever open_clip meets
+            raise CheckpointError(
+                f"{checkpoint.description_file} says how images and texts become inputs, and open_clip cannot do so: "
+                f"{error}. Is the tokenizer in the folder, and open_clip_torch new enough?"
+            ) from error
+
+    def images(self, images: Sequence[Image.Image]) -> dict[str, Tensor]:
+        """Return images [batch, 3, height, width], as `image`."""
+        return {"image": torch.stack([self._transform(image) for image in images])}
+
+    def texts(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        """Return tokens [batch, tokens], as `text`."""
+        return {"text": self._tokenizer(list(texts))}
+
+    def save_pretrained(self, folder: Path) -> None:
+        """Write how texts become tokens; how images do, the description of the model says."""
+        (Path(folder) / _TEXTS).write_text(json.dumps(self._texts, indent=1))
+        if self._texts.get("hf_tokenizer_name"):
+            self._tokenizer.save_pretrained(folder)
+
+
+_OF_TEXTS = ("hf_tokenizer_name", "tokenizer_mode", "tokenizer_kwargs", "context_length")

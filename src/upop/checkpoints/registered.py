@@ -1,5 +1,5 @@
 """Imported once transformers is: from then on it reloads compressed models by itself."""
 
-from upop.checkpoints.quantizer import register
+from upop.checkpoints.saving.quantizer import register
 
 register()

@@ -7,8 +7,7 @@ from typing import Any, Literal
 
 from rich.console import Console
 
-from upop.checkpoints.hub import is_hub_name
-from upop.checkpoints.remote import is_remote
+from upop.checkpoints.files.hub import is_hub_name, is_remote
 from upop.errors import UPopError
 from upop.plain import as_text
 from upop.runs.task import Task

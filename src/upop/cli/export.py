@@ -195,7 +195,7 @@ def export(
 
 def _samples(model: nn.Module, config: Path, count: int) -> list[tuple[Any, ...]]:
     """Return the inputs of a task's first held-out samples, one by one."""
-    from upop.checkpoints.official import task_for
+    from upop.checkpoints.published.tasks import task_for
     from upop.settings import read_settings
     from upop.tasks import find_task
 

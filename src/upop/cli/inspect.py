@@ -14,8 +14,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
+from upop.checkpoints.fitting.sizes import dense_meta_copy
 from upop.checkpoints.loading import load_named
-from upop.checkpoints.sizes import dense_meta_copy
 from upop.cli import options as o
 from upop.libraries import is_pretrained
 from upop.meta import on_meta

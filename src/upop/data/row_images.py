@@ -26,7 +26,7 @@ _AREAS: Mapping[Crop, tuple[float, float]] = {"mild": (0.9, 1.0), "strong": (0.2
 
 
 class Processor(Protocol):
-    """Makes a model's inputs, as `upop.checkpoints.model_inputs` does."""
+    """Makes a model's inputs, as `upop.checkpoints.processors` does."""
 
     def images(self, images: Sequence[Image.Image]) -> dict[str, Tensor]:
         """Return the inputs that images become."""

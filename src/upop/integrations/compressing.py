@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from upop.checkpoints.fit import cut_to_fit
+from upop.checkpoints.fitting.fit import cut_to_fit
 from upop.compression import Compression
 from upop.errors import SettingError
 from upop.pruning.duplicates import duplicate

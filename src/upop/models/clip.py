@@ -1,6 +1,6 @@
 """CLIP for retrieval: transformers' two towers, with momentum copies and queues as in the published model.
 
-Names of parameters are those of transformers' CLIPModel; `upop.checkpoints.clip_names` knows the published ones.
+Names of parameters are those of transformers' CLIPModel; `upop.checkpoints.names.clip` knows the published ones.
 """
 
 from __future__ import annotations

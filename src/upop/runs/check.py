@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from upop.checkpoints.hub import is_hub_name
-from upop.checkpoints.remote import is_remote
+from upop.checkpoints.files.hub import is_hub_name, is_remote
 from upop.data.images import opened
 from upop.errors import UPopError
 from upop.pruning import count_parameters

@@ -17,8 +17,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from upop.checkpoints import save
-from upop.checkpoints.preparation import set_preparation
-from upop.checkpoints.write import write_weights
+from upop.checkpoints.files.weights import write_weights
+from upop.checkpoints.fitting.carried import set_preparation
 from upop.errors import RunFolderError
 from upop.files import remove_folder, remove_parts, replacing_file, write_text
 from upop.ownership import wrote_archive, wrote_image, wrote_page

@@ -16,8 +16,8 @@ from matplotlib.figure import Figure
 from torch import nn
 
 from upop.checkpoints import WEIGHTS, load, read_weights
-from upop.checkpoints.card import write_card
-from upop.checkpoints.hub import local_path
+from upop.checkpoints.files.hub import local_path
+from upop.checkpoints.saving.card import write_card
 from upop.errors import CheckpointError, DataError, SettingError
 from upop.files import make_folder
 from upop.libraries import is_pretrained

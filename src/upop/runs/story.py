@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from upop.checkpoints.card import Story
+from upop.checkpoints.saving.card import Story
 from upop.report.results import LATENCY, Results, latency_note, left_out_note, table_cells
 from upop.runs.task import Task
 from upop.settings import RunSettings

@@ -11,7 +11,7 @@ from typing import Any
 from timm.utils.model_ema import ModelEmaV3
 from torch import nn
 
-import upop.checkpoints.uniform_sizes  # noqa: F401 - registers sizes for uniform="tower"
+import upop.checkpoints.configs.uniform_sizes  # noqa: F401 - registers sizes for uniform="tower"
 from upop.compression import Compression
 from upop.pruning import Plan, calibrate, count_parameters, plan_by_magnitude, shrink
 from upop.pruning.calibrate import check_budget

@@ -18,8 +18,9 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler
 
-from upop.checkpoints.hub import local_path
-from upop.checkpoints.library import open_model, open_processor
+from upop.checkpoints.files.hub import local_path
+from upop.checkpoints.pretrained import open_model
+from upop.checkpoints.processors import open_processor
 from upop.data.chat import IGNORED, ChatFormat, Sample, conversation, prompts
 from upop.data.grouping import LengthSampler
 from upop.data.rows import Row, Rows

@@ -13,8 +13,8 @@ from timm.optim import param_groups_weight_decay  # type: ignore[attr-defined]
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler
 
-from upop.checkpoints.classifier_layout import with_positions
-from upop.checkpoints.fit import fit
+from upop.checkpoints.fitting.fit import fit
+from upop.checkpoints.published.vit import classifier_positions
 from upop.data.classification import ImageCollator, ImageFolderDataset, RepeatedSampler, class_names
 from upop.data.classification_transforms import (
     POLICY,
@@ -151,7 +151,7 @@ class ClassificationTask(PublishedTask[ClassificationSettings]):
             if config.image_size != settings.image_size:
                 changes.append(f"Positions are resized from {config.image_size} to {settings.image_size} pixels.")
             changed = config.model_copy(update=wanted)
-            state = with_positions(model.state_dict(), changed)
+            state = classifier_positions(model.state_dict(), changed)
             model = fit(build_classifier(changed), state, str(settings.pretrained), lambda _group: False).eval()
         classes = _classes(settings)
         if config.classes != classes:

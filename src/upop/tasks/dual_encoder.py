@@ -11,7 +11,7 @@ from pydantic import Field, field_validator
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from upop.checkpoints.model_inputs import InputProcessor
+from upop.checkpoints.processors import InputProcessor
 from upop.data.row_images import (
     CaptionedImages,
     CropAtRandom,

@@ -12,9 +12,9 @@ from PIL import Image
 from pydantic import Field
 from torch import Tensor, nn
 
-from upop.checkpoints.hub import local_path
-from upop.checkpoints.library import open_model
-from upop.checkpoints.model_inputs import InputProcessor, Padding, processor_in
+from upop.checkpoints.files.hub import local_path
+from upop.checkpoints.pretrained import open_model
+from upop.checkpoints.processors import InputProcessor, Padding, processor_in
 from upop.errors import SettingError
 from upop.models.dual import taken
 from upop.pruning.masks import unwrapped

@@ -6,9 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import upop.checkpoints.uniform_sizes  # noqa: F401 - registers sizes for uniform="tower"
+import upop.checkpoints.configs.uniform_sizes  # noqa: F401 - registers sizes for uniform="tower"
 from upop.checkpoints import Checkpoint, open_checkpoint, save
-from upop.checkpoints.card import write_card
+from upop.checkpoints.saving.card import write_card
 from upop.errors import CheckpointError, SettingError
 from upop.files import check_folder
 from upop.machine import machine
@@ -34,7 +34,7 @@ def task_for(checkpoint: Checkpoint) -> Task[Any]:
     Raises:
         CheckpointError: it is none of these.
     """
-    from upop.checkpoints.library import class_named, classes_of
+    from upop.checkpoints.pretrained import class_named, classes_of
 
     if checkpoint.library == "open_clip":
         return TASKS["dual-encoder"]

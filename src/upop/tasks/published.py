@@ -10,8 +10,7 @@ from torch import nn
 
 from upop.checkpoints import open_checkpoint
 from upop.checkpoints.inputs import stated_inputs
-from upop.checkpoints.official import load_official, start_from
-from upop.checkpoints.resizing import resized
+from upop.checkpoints.official import load_official, resized, start_from
 from upop.errors import CheckpointError
 from upop.models import MODELS, kind_of
 from upop.runs.task import Task

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from upop.checkpoints.export.any_graph import AnyGraph, graph_of_any, untraceable
 from upop.checkpoints.export.cached_graph import graph_with_cache
 from upop.checkpoints.export.graphs import FEWEST_TOKENS, Graph, own_graphs
-from upop.checkpoints.folder import groups_here
 from upop.checkpoints.loading import load_named
+from upop.checkpoints.saving.folder import groups_here
 from upop.errors import SettingError, VerificationError, nearest
 from upop.files import replacing_folder
 from upop.libraries import naming_missing

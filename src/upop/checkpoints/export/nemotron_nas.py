@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from upop.checkpoints.plain import differing, without_record
+from upop.checkpoints.configs.builders import without_record
+from upop.checkpoints.configs.comparing import differing
 from upop.errors import SettingError, VerificationError
 from upop.libraries import is_pretrained
 from upop.pruning import count_parameters

@@ -13,12 +13,20 @@ from typing import Any
 import torch
 from torch import nn
 
-from upop.checkpoints import owners
-from upop.checkpoints.blank import fill, frame, outline
-from upop.checkpoints.fit import kept_sizes
-from upop.checkpoints.plain import differing, of_timm, of_transformers, with_fields, without_record
-from upop.checkpoints.size_fields import Builder, Change, changed, size_fields
-from upop.checkpoints.sizes import dense_meta_copy
+from upop.checkpoints.configs.builders import (
+    Builder,
+    Change,
+    changed,
+    of_timm,
+    of_transformers,
+    with_fields,
+    without_record,
+)
+from upop.checkpoints.configs.comparing import differing
+from upop.checkpoints.configs.size_fields import size_fields
+from upop.checkpoints.fitting.fit import kept_sizes
+from upop.checkpoints.fitting.meta import fill, frame, outline
+from upop.checkpoints.fitting.sizes import dense_meta_copy
 from upop.errors import SettingError, VerificationError
 from upop.libraries import is_pretrained
 from upop.pruning import Group, count_parameters, find_prunable
@@ -34,6 +42,7 @@ class Padded:
 
     Attributes:
         model: an ordinary model of its library.
+        architecture: timm's name of it; empty for a model of transformers.
         settings: arguments of `timm.create_model` beside the name, for a model of timm.
         dense: parameters of the dense model.
         cut: of the cut one.
@@ -42,6 +51,7 @@ class Padded:
     """
 
     model: nn.Module
+    architecture: str
     settings: Mapping[str, Any]
     dense: int
     cut: int
@@ -99,9 +109,8 @@ def pad(model: nn.Module) -> Padded:
         group.name for group in groups if kept.get(group.name, group.size) < group.size and group.name not in said
     )
     settings = {name: value for name, value in changed(builder.settings, change).items() if value is not None}
-    return Padded(
-        wide.eval(), settings, count_parameters(dense), count_parameters(model), count_parameters(wide), whole
-    )
+    counts = count_parameters(dense), count_parameters(model), count_parameters(wide)
+    return Padded(wide.eval(), builder.architecture, settings, *counts, whole)
 
 
 def padding_builder(model: nn.Module) -> tuple[Builder, nn.Module]:
@@ -112,7 +121,11 @@ def padding_builder(model: nn.Module) -> tuple[Builder, nn.Module]:
     """
     if is_pretrained(model):
         return of_transformers(model), dense_meta_copy(model)
-    described = owners.describe(model, plan_of(model))["timm"]
+    described = None
+    if type(model).__module__.partition(".")[0] == "timm":
+        from upop.checkpoints.libraries import timm_models
+
+        described = timm_models.describe(model, plan_of(model))
     if described is None:
         raise SettingError(
             f"A {type(model).__name__} cannot be padded: neither transformers nor timm builds it from a configuration. "

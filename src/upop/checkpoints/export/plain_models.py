@@ -10,17 +10,15 @@ from typing import Literal, get_args
 
 from torch import nn
 
-from upop.checkpoints import owners
-from upop.checkpoints.description import WEIGHTS
 from upop.checkpoints.export import nemotron_nas
 from upop.checkpoints.export.padded import pad
-from upop.checkpoints.runtimes import SERVERS
-from upop.checkpoints.write import write_weights
+from upop.checkpoints.files.description import WEIGHTS
+from upop.checkpoints.files.weights import write_weights
+from upop.checkpoints.saving.card import SERVERS
 from upop.errors import SettingError, nearest
 from upop.files import check_folder, replacing_folder
 from upop.libraries import is_pretrained
 from upop.models import kind_of
-from upop.pruning.carried import plan_of
 from upop.pruning.masks import unwrapped
 
 PlainFormat = Literal["padded", "nemotron-nas"]
@@ -96,8 +94,9 @@ def write_plain(
             ]
         else:
             write_weights(found.model.state_dict(), fresh / WEIGHTS)
-            name = owners.describe(model, plan_of(model))["timm"]["architecture"]
-            config = owners.timm_config(found.model, name, found.settings)
+            from upop.checkpoints.libraries.timm_models import hub_config
+
+            config = hub_config(found.model, found.architecture, found.settings)
             (fresh / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
             rows = [("timm", '`timm.create_model("local-dir:FOLDER", pretrained=True)`, without upop')]
         _copy_beside(beside, fresh)

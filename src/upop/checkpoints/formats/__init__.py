@@ -1,4 +1,4 @@
-"""The formats of checkpoints, a module each: what `upop.checkpoints.opening.Format` asks for.
+"""The formats of checkpoints, a module each, with the functions of `format.Format`.
 
 `ours` (`upop.json`), `transformers`, `timm` and `open_clip` (folders as their libraries write them), and `state_dict`
 (files of tensors, the published ones among them).

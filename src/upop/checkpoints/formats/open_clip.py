@@ -5,18 +5,21 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from upop.checkpoints import open_clip_models, processors
-from upop.checkpoints.fit import fitted
-from upop.checkpoints.opening import OPEN_CLIP, Checkpoint, Own
-from upop.checkpoints.read import read_weights, safe_weights
-from upop.checkpoints.vit_sizes import side
+from upop.checkpoints.files.weights import read_weights, safe_weights
+from upop.checkpoints.fitting.fit import fitted
+from upop.checkpoints.formats.format import OPEN_CLIP, Own
+from upop.checkpoints.libraries import image_settings, open_clip_models
+from upop.checkpoints.published.vit import side
 from upop.errors import CheckpointError
 from upop.reading import read_object
 from upop.values import shortened
+
+if TYPE_CHECKING:
+    from upop.checkpoints.opening import Checkpoint
 
 _WEIGHTS = ("open_clip_model.safetensors", "model.safetensors")
 _ADVICE = "Fetch or write it again."
@@ -97,7 +100,7 @@ def own(checkpoint: Checkpoint) -> Own:
     except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
         raise CheckpointError(f"{source} says sizes that cannot be read: {error!r}. {_ADVICE}") from error
     images = described.get("preprocess") or {}
-    stated = processors.from_open_clip(images) if isinstance(images, Mapping) else {}
+    stated = image_settings.from_open_clip(images) if isinstance(images, Mapping) else {}
     return Own(lambda _strict: checkpoint.state, "retrieval-clip", "CLIP of open_clip", sizes, stated)
 
 

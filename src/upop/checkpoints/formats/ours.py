@@ -7,36 +7,43 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from upop.checkpoints import owners
-from upop.checkpoints.config_json import is_transformers_folder, read_config
-from upop.checkpoints.described_groups import describe_groups
-from upop.checkpoints.description import FILE as DESCRIPTION
-from upop.checkpoints.description import (
-    VOCABULARY,
+from upop.checkpoints.files.config_json import is_transformers_folder, read_config
+from upop.checkpoints.files.description import FILE as DESCRIPTION
+from upop.checkpoints.files.description import (
     WEIGHTS,
     Description,
     GroupLayout,
     check_digests,
     read_description,
 )
-from upop.checkpoints.fit import as_precise, build_to_fit, fit
-from upop.checkpoints.opening import Checkpoint, Own
-from upop.checkpoints.preparation import set_preparation
-from upop.checkpoints.read import read_outline, read_weights, safe_weights
-from upop.checkpoints.renamed import groups_if_read, groups_today, named_as_today, with_names
-from upop.checkpoints.sizes import dense_meta_copy
-from upop.errors import CheckpointError, LayoutError, PlanError, SettingError, nearest
+from upop.checkpoints.files.weights import read_outline, read_weights, safe_weights
+from upop.checkpoints.fitting.carried import VOCABULARY, merge_as_saved, set_preparation
+from upop.checkpoints.fitting.fit import as_precise, build_to_fit, fit
+from upop.checkpoints.fitting.recorded_groups import (
+    describe_groups,
+    groups_if_read,
+    groups_today,
+    named_as_today,
+    with_names,
+)
+from upop.checkpoints.fitting.sizes import dense_meta_copy
+from upop.checkpoints.formats.format import Own
+from upop.errors import CheckpointError, PlanError, nearest
 from upop.libraries import is_pretrained, naming_missing
 from upop.models import MODELS
 from upop.pruning import Plan, find_prunable, remember
 from upop.pruning.carried import set_plan
-from upop.tokens.encoders import merge_again
 from upop.values import problems
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from upop.checkpoints.opening import Checkpoint
 
 
 def config(path: Path) -> Mapping[str, Any]:
@@ -62,11 +69,11 @@ def load(checkpoint: Checkpoint, *, strict: bool) -> nn.Module:
     Raises:
         CheckpointError: the folder is damaged, or upop cannot build its model.
     """
-    folder, description = checkpoint.path, read_description(checkpoint.path)
+    folder, description = checkpoint.path, _description(checkpoint)
     plan = checkpoint.plan
     model: nn.Module
     if description.transformers:
-        library = owners.load_transformers(folder, description.kind, strict=strict)
+        library = _load_transformers(folder, description.kind, strict=strict)
         if description.groups:
             dense = dense_meta_copy(library)
             describe_groups(dense, description, folder)
@@ -93,7 +100,7 @@ def load(checkpoint: Checkpoint, *, strict: bool) -> nn.Module:
     set_preparation(model, description.preparation)
     if description.vocabulary is not None:
         setattr(model, VOCABULARY, description.vocabulary)
-    return merging_as_saved(model, description, folder).eval()
+    return merge_as_saved(model, description, folder).eval()
 
 
 def load_into(model: nn.Module, checkpoint: Checkpoint, *, strict: bool) -> None:
@@ -102,10 +109,10 @@ def load_into(model: nn.Module, checkpoint: Checkpoint, *, strict: bool) -> None
     Raises:
         CheckpointError: the folder is damaged, or holds a model that `model` cannot become.
     """
-    folder, description = checkpoint.path, read_description(checkpoint.path)
+    folder, description = checkpoint.path, _description(checkpoint)
     _check_class(model, description, folder, strict=strict)
     if is_pretrained(model) and description.transformers is not False:
-        state: Mapping[str, Tensor] = owners.load_transformers(folder, type(model), strict=strict).state_dict()
+        state: Mapping[str, Tensor] = _load_transformers(folder, type(model), strict=strict).state_dict()
     else:
         [file] = safe_weights(folder, (WEIGHTS,))
         state = named_as_today(model, read_weights(file))
@@ -121,7 +128,7 @@ def load_into(model: nn.Module, checkpoint: Checkpoint, *, strict: bool) -> None
     check_digests(folder, description, strict=strict)
     set_plan(model, None if plan is None else with_names(plan, groups_today(model, plan.kept)))
     set_preparation(model, description.preparation)
-    merging_as_saved(model, description, folder)
+    merge_as_saved(model, description, folder)
 
 
 def own(checkpoint: Checkpoint) -> Own:
@@ -130,9 +137,9 @@ def own(checkpoint: Checkpoint) -> Own:
     Raises:
         CheckpointError: the folder holds no model of a task with published checkpoints.
     """
-    from upop.checkpoints.official import task_of_config
+    from upop.checkpoints.published.tasks import task_of_config  # takes timm and transformers
 
-    description = read_description(checkpoint.path)
+    description = _description(checkpoint)
     known = description.model is not None and description.model in MODELS
     task = task_of_config(MODELS[str(description.model)][1]) if known else None
     if task is None:
@@ -155,18 +162,16 @@ def read_plan(description: Description, folder: Path) -> Plan | None:
         raise CheckpointError(f"{folder / DESCRIPTION} has a plan that cannot be read. {error}") from error
 
 
-def merging_as_saved(model: nn.Module, description: Description, folder: Path) -> nn.Module:
-    """Restore token merging by the description of a model; layers are traced anew.
+def _description(checkpoint: Checkpoint) -> Description:
+    found = checkpoint.description
+    assert found is not None  # of a folder of ours
+    return found
 
-    Raises:
-        CheckpointError: it cannot merge.
-    """
-    if description.tokens:
-        try:
-            return merge_again(model, description.tokens)
-        except (LayoutError, SettingError) as error:
-            raise CheckpointError(f"{folder} holds a model that merged tokens, and this one cannot: {error}") from error
-    return model
+
+def _load_transformers(folder: Path, kind: str | type[PreTrainedModel], *, strict: bool) -> PreTrainedModel:
+    with naming_missing():
+        from upop.checkpoints.formats import transformers
+    return transformers.load_transformers(folder, kind, strict=strict)
 
 
 def _check_class(model: nn.Module, description: Description, folder: Path, *, strict: bool) -> None:
@@ -212,9 +217,16 @@ def _check_layout(model: nn.Module, plan: Plan | None, layout: Mapping[str, Grou
 
 def _dense(description: Description, folder: Path) -> nn.Module:
     """Build the dense model that a folder describes, with initial weights."""
-    dense = owners.build(description, str(folder / DESCRIPTION))
-    if dense is not None:
-        return dense
+    source = str(folder / DESCRIPTION)
+    with naming_missing():
+        if description.timm is not None:
+            from upop.checkpoints.libraries import timm_models
+
+            return timm_models.build(description.timm, source)
+        if description.open_clip is not None:
+            from upop.checkpoints.libraries import open_clip_models
+
+            return open_clip_models.build(description.open_clip, source)
     if description.model is None or description.model not in MODELS:
         raise CheckpointError(
             f"{folder} holds a {description.kind}, which upop cannot build by name. "

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from upop.checkpoints.official import load_official, task_of
-from upop.checkpoints.opening import Checkpoint, Own
+from upop.checkpoints.formats.format import Own
+from upop.checkpoints.published.tasks import build_model, task_of
+
+if TYPE_CHECKING:
+    from upop.checkpoints.opening import Checkpoint
 
 
 def config(path: Path) -> Mapping[str, Any]:
@@ -25,7 +28,8 @@ def weights(path: Path) -> Sequence[Path]:
 
 def load(checkpoint: Checkpoint, *, strict: bool) -> nn.Module:
     """Return the model of the task whose tensors these are; see `load_official`."""
-    return load_official(task_of(checkpoint.state, str(checkpoint.path)), checkpoint, strict=strict)
+    state, source = checkpoint.state, str(checkpoint.path)
+    return build_model(task_of(state, source), state, source, strict=strict)
 
 
 def own(checkpoint: Checkpoint) -> Own:

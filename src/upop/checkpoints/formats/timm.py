@@ -4,19 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import timm
 from torch import nn
 
-from upop.checkpoints import processors, timm_models
-from upop.checkpoints.config_json import FILE, read_config
-from upop.checkpoints.fit import fitted
-from upop.checkpoints.opening import Checkpoint, Own
-from upop.checkpoints.read import read_weights, safe_weights
-from upop.checkpoints.vit_sizes import side
+from upop.checkpoints.files.config_json import FILE, read_config
+from upop.checkpoints.files.weights import read_weights, safe_weights
+from upop.checkpoints.fitting.fit import fitted
+from upop.checkpoints.formats.format import Own
+from upop.checkpoints.libraries import image_settings, timm_models
+from upop.checkpoints.published.vit import side
 from upop.errors import CheckpointError
 from upop.values import shortened
+
+if TYPE_CHECKING:
+    from upop.checkpoints.opening import Checkpoint
 
 _WEIGHTS = ("model.safetensors",)
 _ADVICE = "Fetch or write it again."
@@ -89,7 +92,7 @@ def own(checkpoint: Checkpoint) -> Own:
         width = given.get("embed_dim") or timm_models.usual(name, "embed_dim")
         sizes["vision_mlp"] = int(float(given["mlp_ratio"]) * int(width))
     usual = timm.get_pretrained_cfg(name)
-    images = processors.from_timm(described.get("pretrained_cfg") or (usual.to_dict() if usual else {}))
+    images = image_settings.from_timm(described.get("pretrained_cfg") or (usual.to_dict() if usual else {}))
     sizes.setdefault("image_size", images.get("image_size", 224))
     return Own(lambda _strict: checkpoint.state, "classification", f"timm {name}", sizes, images)
 

@@ -8,29 +8,29 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import transformers
 from torch import Tensor
 from transformers import CONFIG_MAPPING, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
-from upop.checkpoints import processors
-from upop.checkpoints.blank import outline
-from upop.checkpoints.config_json import FILE as _CONFIG
-from upop.checkpoints.config_json import read_config
-from upop.checkpoints.fit import AT_MOST, BESIDE, kept_sizes, listed, not_finite
-from upop.checkpoints.hugging_face import check_counterpart, counterpart_named
-from upop.checkpoints.likeness import cut_shapes
-from upop.checkpoints.opening import Checkpoint, Own
-from upop.checkpoints.outside import Held, checked_config, sealed
-from upop.checkpoints.quantizer import UpopConfig, allowing_gaps, cut_as_recorded, register
-from upop.checkpoints.read import own_file, read_outline, safe_weights, shared_tensors
-from upop.checkpoints.sizes import dense_meta_copy
+from upop.checkpoints.files.config_json import FILE as _CONFIG
+from upop.checkpoints.files.config_json import read_config
+from upop.checkpoints.files.weights import own_file, read_outline, safe_weights
+from upop.checkpoints.fitting.fit import AT_MOST, BESIDE, listed, not_finite
+from upop.checkpoints.fitting.meta import outline
+from upop.checkpoints.formats.format import Own
+from upop.checkpoints.libraries import image_settings
+from upop.checkpoints.libraries.outside import Held, checked_config, sealed
+from upop.checkpoints.names.counterparts import check_counterpart, counterpart_named
+from upop.checkpoints.saving.quantizer import UpopConfig, allowing_gaps, cut_as_recorded, register
 from upop.errors import CheckpointError, UPopError
-from upop.pruning import find_prunable
 from upop.reading import read_object
 from upop.values import shortened
+
+if TYPE_CHECKING:
+    from upop.checkpoints.opening import Checkpoint
 
 _ADAPTER = "adapter_config.json"
 _PARTS_OF_PROCESSES = "shard-*-model-*.safetensors"  # transformers takes them before any other file
@@ -62,7 +62,7 @@ def own(checkpoint: Checkpoint) -> Own:
             f"{path} was cut with width=True: {', '.join(narrower)} keep fewer channels than its configuration says, "
             "and upop's own models have no such form. Use it as the transformers model that it is (upop.load)."
         )
-    images = processors.from_transformers(path)
+    images = image_settings.from_transformers(path)
     row = counterpart_named(class_named(path))
     found = config_of(path, getattr(transformers, row.kind))
     try:
@@ -90,33 +90,6 @@ def narrower_streams(path: Path) -> list[str]:
 def class_named(path: Path) -> str:
     """Return the name of the class that a folder's config.json says it was saved by, as messages call it."""
     return (architectures(path, read_config(path)) or ["model without a name"])[0]
-
-
-def misfit(model: PreTrainedModel) -> str | None:
-    """Say why transformers could not load a model, dense or compressed, again; None if it can.
-
-    What its configuration builds must have all of its tensors, but for what is cut, and tie the same of them.
-    """
-    try:
-        dense = dense_meta_copy(model)
-        groups = find_prunable(dense).groups
-        mine = model.state_dict()
-        shapes = cut_shapes(dense, groups, kept_sizes(groups, mine, type(model).__name__))
-    except Exception as error:  # constructors raise what they like
-        return str(error) or type(error).__name__
-    for name, value in mine.items():
-        if name not in shapes:
-            return f"{name} is no part of it"
-        if list(value.shape) != shapes[name]:
-            return f"{name} has shape {tuple(value.shape)}, it makes {tuple(shapes[name])}"
-    absent = next((name for name in dense.state_dict() if name not in mine), None)
-    if absent is not None:
-        return f"it makes {absent}, which is not there; if layers were dropped, have model.config say how many are left"
-    tied = getattr(model, "all_tied_weights_keys", None) or {}
-    for name, first in shared_tensors(mine).items():
-        if not {name, first} & {*tied, *tied.values()}:
-            return f"{name} is {first} here, and in it they are two"
-    return None
 
 
 def load_transformers(

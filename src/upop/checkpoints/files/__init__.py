@@ -1,0 +1,1 @@
+"""What lies at a path: files of weights, JSON beside them, and copies from the hub or a URL."""

@@ -1,0 +1,235 @@
+"""timm's models by name: what `timm.create_model` needs to build a model's dense form again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, cast
+
+import timm
+from pydantic import ConfigDict, Field
+from torch import nn
+
+from upop.checkpoints.files.description import MOST_LAYERS, Read, read_from
+from upop.checkpoints.fitting.likeness import same_but_for_sizes
+from upop.checkpoints.fitting.meta import outline
+from upop.checkpoints.libraries.outside import is_timm_name, sealed
+from upop.errors import CheckpointError, nearest
+from upop.pruning import Plan
+from upop.pruning.known import know_as, remembered
+from upop.pruning.width import streams_among
+from upop.values import shortened
+
+# Argument of create_model -> where a model keeps it; models that keep it elsewhere do not have it changed.
+_ARGUMENTS: Mapping[str, Callable[[Any], Any]] = {
+    "num_classes": lambda model: model.num_classes,
+    "in_chans": lambda model: model.patch_embed.proj.in_channels,
+    "img_size": lambda model: list(model.patch_embed.img_size),
+    "patch_size": lambda model: model.patch_embed.patch_size[0],
+    "embed_dim": lambda model: model.embed_dim,
+    "depth": lambda model: len(model.blocks),
+    "num_heads": lambda model: model.blocks[0].attn.num_heads,
+    "mlp_ratio": lambda model: (model.blocks[0].mlp.fc1.out_features + 0.5) / model.embed_dim,  # timm rounds down
+    "qkv_bias": lambda model: model.blocks[0].attn.qkv.bias is not None,
+    "init_values": lambda model: model.blocks[0].ls1.init_values,
+    "reg_tokens": lambda model: 0 if model.reg_token is None else model.reg_token.shape[1],
+    "class_token": lambda model: model.has_class_token,
+    "global_pool": lambda model: getattr(model.global_pool, "pool_type", model.global_pool),
+    "fc_norm": lambda model: isinstance(model.fc_norm, nn.LayerNorm),
+    "dynamic_img_size": lambda model: model.dynamic_img_size,
+    "drop_path_rate": lambda model: round(getattr(model.blocks[-1].drop_path1, "drop_prob", 0.0), 6),
+}
+
+
+def describe(model: nn.Module, plan: Plan | None) -> dict[str, Any] | None:
+    """Return the name and the arguments with which `timm.create_model` builds the dense form of a model, or None.
+
+    None is returned for models that were not made by name, and where the arguments cannot be told for sure: what they
+    build is compared with the model, module by module.
+
+    Args:
+        model: any model, dense or compressed.
+        plan: how it was compressed, if that is known.
+    """
+    described = named(model, plan)
+    if described is None:
+        return None
+    name, arguments = described
+    built = _build(name, arguments)
+    if built is not None and streams_among(found.groups if (found := remembered(model)) is not None else ()):
+        know_as(built, model)
+    if built is None or not same_but_for_sizes(model, built):
+        return None
+    return {"architecture": name, "arguments": arguments}
+
+
+def named(model: nn.Module, plan: Plan | None) -> tuple[str, dict[str, Any]] | None:
+    """Return the name of a model of timm, and the arguments that seem to build its dense form; None for others."""
+    settings = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None)
+    name = settings.get("architecture") if isinstance(settings, Mapping) else getattr(settings, "architecture", None)
+    if not isinstance(name, str) or not timm.is_model(name) or type(model).__module__.partition(".")[0] != "timm":
+        return None
+    reference = _build(name, {})
+    if type(model) is not type(reference):  # as a backbone is (features_only), whose parts have other names
+        return None
+    arguments = {}
+    for argument, read in _ARGUMENTS.items():
+        mine, usual = (_read(read, each) for each in (model, reference))
+        if mine != usual:
+            arguments[argument] = mine
+    if "mlp_ratio" in arguments:
+        # A compressed model's own hidden size is no dense one; any that is large enough will do.
+        hidden = max(_hidden_sizes(model, plan), default=0)
+        usual = max(_hidden_sizes(reference, None), default=0)
+        if hidden <= usual and "embed_dim" not in arguments:
+            del arguments["mlp_ratio"]
+        else:
+            arguments["mlp_ratio"] = (hidden + 0.5) / _read(_ARGUMENTS["embed_dim"], model)
+    return name, arguments
+
+
+def hub_config(model: nn.Module, name: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Return config.json in timm's own form, by which `timm.create_model("local-dir:FOLDER", pretrained=True)` builds.
+
+    Args:
+        model: that the arguments build, with its weights beside.
+        name: of the architecture.
+        arguments: of `timm.create_model`.
+    """
+    settings: Any = model.pretrained_cfg
+    described = dict(settings if isinstance(settings, Mapping) else settings.to_dict())
+    plain = {
+        key: value for key, value in described.items() if isinstance(value, bool | int | float | str | list | tuple)
+    }
+    of_source = (
+        "architecture",
+        "url",
+        "file",
+        "hf_hub_id",
+        "hf_hub_filename",
+        "source",
+        "label_offset",
+        "test_input_size",
+    )
+    kept = {key: value for key, value in plain.items() if key not in of_source}
+    size = _read(_ARGUMENTS["img_size"], model)
+    channels = _read(_ARGUMENTS["in_chans"], model)
+    if size and channels:
+        kept["input_size"] = [channels, *size]
+    classes = int(cast(Any, model).num_classes)
+    return {
+        "architecture": name,
+        "num_classes": classes,
+        "num_features": cast(Any, model).num_features,
+        "model_args": dict(arguments),
+        "pretrained_cfg": {**kept, "num_classes": classes, "custom_load": False},
+    }
+
+
+class _Arguments(Read):
+    """What `describe` writes, and `build` hands to timm: sizes and switches of the model's own class, and no more."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    num_classes: int | None = Field(None, ge=0)
+    in_chans: int | None = Field(None, ge=1)
+    img_size: int | list[int] | None = None
+    patch_size: int | list[int] | None = None
+    embed_dim: int | None = Field(None, ge=1)
+    depth: int | None = Field(None, ge=1, le=MOST_LAYERS)
+    num_heads: int | None = Field(None, ge=1)
+    mlp_ratio: float | None = Field(None, gt=0)
+    qkv_bias: bool | None = None
+    init_values: float | None = None
+    reg_tokens: int | None = Field(None, ge=0)
+    class_token: bool | None = None
+    global_pool: str | None = Field(None, pattern=r"^\w*$")
+    fc_norm: bool | None = None
+    dynamic_img_size: bool | None = None
+    drop_path_rate: float | None = Field(None, ge=0, le=1)
+
+
+class _Described(Read):
+    architecture: str
+    arguments: dict[str, Any] = Field(default_factory=dict)
+
+
+def build(description: Mapping[str, Any], source: str) -> nn.Module:
+    """Return the dense model that `describe` described, with initial weights.
+
+    Raises:
+        CheckpointError: this timm has no such model, or does not take its arguments.
+    """
+    with read_from(source, "timm"):
+        described = _Described.model_validate(description)
+    name = checked_name(described.architecture, source)
+    unknown = [argument for argument in described.arguments if argument not in _ARGUMENTS]
+    if unknown:
+        raise CheckpointError(
+            f"{source} asks for {name} with {unknown[0]}={shortened(described.arguments[unknown[0]])}, which upop does "
+            f"not "
+            "set. Was it written by a later upop? Update upop."
+        )
+    arguments = checked_arguments(described.arguments, source, "timm.arguments")
+    try:
+        with sealed():
+            model: nn.Module = timm.create_model(name, pretrained=False, **arguments)
+    except Exception as error:  # each model checks its arguments in its own way
+        raise CheckpointError(
+            f"{source}: timm cannot build {name} with {arguments}: {error or type(error).__name__}."
+        ) from error
+    return model
+
+
+def checked_name(name: Any, source: str) -> str:
+    """Return the name of a model of timm that a file gives; CheckpointError where this timm has no such model."""
+    if not isinstance(name, str) or not is_timm_name(name):
+        raise CheckpointError(
+            f"{source} holds timm's {shortened(name)}, which timm {timm.__version__} does not have"
+            f"{nearest(str(name), timm.list_models())}. Update timm, or build the dense model and call "
+            "upop.load_into(model, folder)."
+        )
+    return name
+
+
+def checked_arguments(arguments: Any, source: str, part: str) -> dict[str, Any]:
+    """Return the arguments of timm that `build` knows, from what a file says of them.
+
+    Raises:
+        CheckpointError: they are no mapping, or a value is of another kind.
+    """
+    if not isinstance(arguments, Mapping):
+        raise CheckpointError(f"{source} is damaged: {part} should be an object, found {shortened(arguments)}.")
+    known = {name: value for name, value in arguments.items() if name in _ARGUMENTS}
+    with read_from(source, part):
+        return _Arguments.model_validate(known).model_dump(exclude_unset=True)
+
+
+def usual(name: str, argument: str) -> Any:
+    """Return the value of an argument with which timm builds a model if it is not given; None where that is unknown."""
+    reference = _build(name, {})
+    return None if reference is None or argument not in _ARGUMENTS else _read(_ARGUMENTS[argument], reference)
+
+
+def drop_path_rate(model: nn.Module) -> float | None:
+    """Return the rate at which a model of timm drops the paths of its last block; None if it keeps none."""
+    rate = _read(_ARGUMENTS["drop_path_rate"], model)
+    return None if rate is None else float(rate)
+
+
+def _read(read: Callable[[Any], Any], model: nn.Module) -> Any:
+    try:
+        return read(model)
+    except (AttributeError, IndexError, TypeError, KeyError):
+        return None
+
+
+def _build(name: str, arguments: Mapping[str, Any]) -> Any:
+    try:
+        return outline(lambda: timm.create_model(name, pretrained=False, **arguments))
+    except Exception:  # each model checks its arguments in its own way; then it is not built by name
+        return None
+
+
+def _hidden_sizes(model: Any, plan: Plan | None) -> list[int]:
+    planned = [size for name, size in plan.sizes.items() if name.endswith("mlp")] if plan is not None else []
+    return planned + [block.mlp.fc1.out_features for block in model.blocks]
