@@ -39,6 +39,9 @@ def test_nothing_is_imported_before_it_is_asked_for() -> None:
         "print('torch._dynamo' in sys.modules)\n"
     )
     assert shown.splitlines() == ["False", "[]", "False"]
+    help_of_a_task = "import sys; sys.argv = ['upop', 'compress', 'nlvr', '--help']; import upop.cli.app\n"
+    shown = run(f"{help_of_a_task}try:\n  upop.cli.app.main()\nexcept SystemExit:\n  print('torch' in sys.modules)")
+    assert "--ratio" in shown and shown.splitlines()[-1] == "False"
 
 
 def test_the_list_of_commands_says_what_the_commands_say() -> None:

@@ -6,14 +6,15 @@ from typing import Any
 
 import pytest
 
-from upop.cli import app, published, published_deit, published_segmenter, recipes, tasks
+from upop.cli import app, published, published_deit, published_segmenter, recipes
+from upop.runs import verbs
 from upop.settings import RunSettings
 from upop.tasks import TASKS
 
 COMMANDS: dict[str, tuple[Any, str, Any, list[str]]] = {
-    **{f"train {task}": (tasks, "run_train", app.app, ["train", task]) for task in TASKS},
-    "compress": (tasks, "run_compress", app.app, ["compress", "caption"]),
-    "evaluate": (tasks, "evaluate_checkpoint", app.app, ["evaluate", "vqa", "--pretrained", "x"]),
+    **{f"train {task}": (verbs, "train", app.app, ["train", task]) for task in TASKS},
+    "compress": (verbs, "compress", app.app, ["compress", "caption"]),
+    "evaluate": (verbs, "evaluate_checkpoint", app.app, ["evaluate", "vqa", "--pretrained", "x"]),
     "run": (recipes, "compress", app.app, ["run", "nlvr2-2x"]),
     "blip": (published, "compress", published.blip_command("nlvr", "configs/nlvr.yaml"), []),
     "deit": (published_deit, "compress", published_deit.app, []),

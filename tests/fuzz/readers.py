@@ -42,6 +42,7 @@ from upop.data.tokenizer import load_tokenizer
 from upop.errors import UPopError
 from upop.report.page import comparison_page, run_page
 from upop.report.run import read_run
+from upop.runs import verbs
 from upop.runs.checkpoints import Checkpoints
 from upop.settings import read_settings
 from upop.tasks import TASKS, find_task
@@ -254,7 +255,7 @@ def _called(words: list[str], kind: typer.Typer = cli.app) -> str:
 def _without_runs() -> Any:
     """Commands that read all that they are given, and then do not start what takes long."""
     names = {
-        cli: ("run_train", "run_compress", "evaluate_checkpoint"),
+        verbs: ("train", "compress", "evaluate_checkpoint"),
         cli_recipes: ("compress", "evaluate_checkpoint"),
     }
     names |= dict.fromkeys((published, published_deit, published_segmenter), ("compress", "evaluate_checkpoint"))

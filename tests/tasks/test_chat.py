@@ -129,7 +129,7 @@ def test_flags_name_model_data_and_columns(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     taken: list[ChatSettings] = []
-    monkeypatch.setattr("upop.cli.tasks.evaluate_checkpoint", lambda _, settings: taken.append(settings))
+    monkeypatch.setattr("upop.runs.verbs.evaluate_checkpoint", lambda _, settings: taken.append(settings))
     flags = ["--model", "m", "--data", "d.jsonl", "--column", "answer=reply", "--rows", "5", "--image-root", "i"]
     monkeypatch.setattr("sys.argv", ["upop", "evaluate", "chat", *flags])
     with pytest.raises(SystemExit):

@@ -1,4 +1,7 @@
-"""The flags that several commands share, each written once; both spellings (--output-dir, --output_dir) work."""
+"""The flags that several commands share, each written once; both spellings (--output-dir, --output_dir) work.
+
+Importing this module takes typer alone: the help of a command shows flags, and takes no torch.
+"""
 
 from __future__ import annotations
 
@@ -6,16 +9,14 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
-from upop.errors import SettingError
-from upop.pruning.choice import meant
-from upop.settings import OLDER, RunSettings, current_names, read_settings
-from upop.yaml_files import parse_yaml
+if TYPE_CHECKING:
+    from upop.settings import RunSettings
 
-S = TypeVar("S", bound=RunSettings)
+S = TypeVar("S", bound="RunSettings")
 
 
 def as_ratio(text: str) -> float:
@@ -27,6 +28,8 @@ def as_ratio(text: str) -> float:
     try:
         return float(text)
     except ValueError:
+        from upop.pruning.choice import meant
+
         raise typer.BadParameter(f"{text!r} is not a number between 0 and 1{meant(text)}") from None
 
 
@@ -245,7 +248,6 @@ Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", hel
 
 
 _SETS: Mapping[str, tuple[str, ...]] = {
-    **OLDER,
     "fsdp": ("sharding",),
     "whole_batch": ("batch_size_train",),
     "scheduler": ("schedule",),
@@ -288,6 +290,7 @@ def read(
     Raises:
         SettingError: a setting cannot be used; the message says where it is from.
     """
+    from upop.settings import OLDER, current_names, read_settings
     from upop.tasks import TASKS
 
     named = {*OLDER, *kind.model_fields, *(name for task in TASKS.values() for name in task.settings.model_fields)}
@@ -307,6 +310,8 @@ def _model_flag(kind: type[RunSettings], flags: Mapping[str, Any]) -> dict[str, 
     if model is None or "architecture" in kind.model_fields:
         return dict(flags)
     if flags.get("pretrained") is not None:
+        from upop.errors import SettingError
+
         raise SettingError(
             f"--model {model} and --pretrained {flags['pretrained']} both say what to start from. Leave one out."
         )
@@ -330,6 +335,8 @@ def columns(assignments: Sequence[str] | None) -> dict[str, dict[str, str] | Non
     for each in assignments or ():
         role, equals, column = each.partition("=")
         if not (role and equals and column):
+            from upop.errors import SettingError
+
             raise SettingError(f"--column takes WHAT=NAME, such as --column answer=reply; found {each!r}.")
         found[role.strip()] = column.strip()
     return {"columns": found or None}
@@ -337,8 +344,10 @@ def columns(assignments: Sequence[str] | None) -> dict[str, dict[str, str] | Non
 
 def _flag(context: typer.Context, setting: str) -> str | None:
     """Return which flag a setting is from, as it was typed; None if none was."""
+    from upop.settings import OLDER
+
     for parameter in context.command.params:
-        stands_for = _SETS.get(str(parameter.name), (parameter.name,))
+        stands_for = {**OLDER, **_SETS}.get(str(parameter.name), (parameter.name,))
         typed = [
             flag
             for flag in (*parameter.opts, *parameter.secondary_opts)
@@ -355,6 +364,9 @@ def overrides(flags: Mapping[str, Any], assignments: Sequence[str] | None = None
     Raises:
         SettingError: an assignment is not KEY=VALUE.
     """
+    from upop.errors import SettingError
+    from upop.yaml_files import parse_yaml
+
     values = {name: value for name, value in flags.items() if value is not None}
     for assignment in assignments or ():
         key, equals, text = assignment.partition("=")

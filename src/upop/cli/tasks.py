@@ -1,4 +1,7 @@
-"""`upop train`, `compress` and `evaluate`: what every task can do."""
+"""`upop train`, `compress` and `evaluate`: what every task can do.
+
+The libraries of deep learning are imported when a command runs, so that its help is there at once.
+"""
 
 from __future__ import annotations
 
@@ -8,15 +11,9 @@ import typer
 from rich.console import Console
 
 from upop.cli import options as o
-from upop.cli.dry import explain
 from upop.cli.shapes import score_captions_of_shapes
-from upop.errors import SettingError
 from upop.plain import as_text
-from upop.runs.verbs import compress as run_compress
-from upop.runs.verbs import evaluate_checkpoint
-from upop.runs.verbs import train as run_train
 from upop.tasks import TASKS, find_task
-from upop.tasks.row_settings import RowSettings
 
 TaskName = Annotated[
     str,
@@ -60,9 +57,13 @@ def train(
     _prepare()
     settings = o.read(context, found.settings, config, assign, also={**o.sharding(fsdp), **o.columns(column)})
     if dry_run:
+        from upop.cli.dry import explain
+
         explain(found, settings, "train")
         return
-    run_train(found, settings)
+    from upop.runs import verbs
+
+    verbs.train(found, settings)
 
 
 def compress(
@@ -116,11 +117,15 @@ def compress(
     _prepare()
     settings = o.read(context, found.settings, config, assign, also={**o.sharding(fsdp), **o.columns(column)})
     if interval is not None and settings.method != "reference":
+        from upop.errors import SettingError
+
         raise SettingError(
             f"--interval {interval} says how often the published search moves its masks, and the method is "
             f"{settings.method}, which has no use for it. Leave it out, or add --method reference."
         )
     if dry_run:
+        from upop.cli.dry import explain
+
         explain(found, settings, "compress")
         return
     if epoch is not None:
@@ -128,7 +133,9 @@ def compress(
             f"--epoch {epoch}, as in the published commands, is {epoch} epochs of search and {epoch} of retraining; "
             f"--epochs {2 * epoch} says the same."
         )
-    run_compress(found, settings)
+    from upop.runs import verbs
+
+    verbs.compress(found, settings)
 
 
 def evaluate(
@@ -154,7 +161,10 @@ def evaluate(
     found = find_task(task)
     _prepare()
     settings = o.read(context, found.settings, config, assign, also=o.columns(column))
-    evaluate_checkpoint(found, settings.as_evaluated() if isinstance(settings, RowSettings) else settings)
+    from upop.runs import verbs
+    from upop.tasks.row_settings import RowSettings
+
+    verbs.evaluate_checkpoint(found, settings.as_evaluated() if isinstance(settings, RowSettings) else settings)
 
 
 def _prepare() -> None:

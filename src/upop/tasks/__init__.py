@@ -10,7 +10,6 @@ from collections.abc import Iterator, Mapping
 from importlib import import_module, metadata
 from typing import TYPE_CHECKING, Any
 
-from upop.errors import SettingError, nearest
 from upop.libraries import naming_missing
 
 if TYPE_CHECKING:
@@ -75,6 +74,8 @@ def register(task: Task[Any]) -> None:
         SettingError: upop has a task of this name.
     """
     if task.name in _PLACES:
+        from upop.errors import SettingError  # with torch, which the names of tasks do not take
+
         raise SettingError(f"The task {task.name!r} is upop's own. Give yours another name.")
     _tasks.add(task)
 
@@ -86,5 +87,7 @@ def find_task(name: str) -> Task[Any]:
         SettingError: there is none; the message names the nearest.
     """
     if name not in TASKS:
+        from upop.errors import SettingError, nearest
+
         raise SettingError(f"Task {name!r} is not known{nearest(name, list(TASKS))}; known are {sorted(TASKS)}.")
     return TASKS[name]
