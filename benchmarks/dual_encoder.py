@@ -1,7 +1,7 @@
-"""A dual encoder of transformers on generated images: one-shot and with recovery, by several methods.
+"""A dual encoder of transformers on generated images, cut by several methods: one-shot, and recovered.
 
-The dense model is trained by configs/shapes/dual_encoder.yaml from a folder without weights. Every cell of the table
-is a row of a file, and cells that are there are not measured again: a benchmark that was stopped goes on.
+The dense model is trained by configs/shapes/dual_encoder.yaml from a folder without weights. Every cell is written as
+soon as it is measured, and is not measured again; benchmarks/recovered.py says what is compared.
 
     python benchmarks/dual_encoder.py --dense output/shapes-dual-encoder/best --data output/shapes/retrieval
 """
@@ -9,25 +9,18 @@ is a row of a file, and cells that are there are not measured again: a benchmark
 from __future__ import annotations
 
 import argparse
-import copy
-import itertools
-import json
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-import upop
 from dense_tasks import DenseTask
-from quality_methods import METHODS, Bench, Method, compress
-from upop.files import write_json
-from upop.machine import machine
-from upop.pruning import count_macs, count_parameters, plan_by_magnitude
-from upop.reading import read_lines
+from quality_methods import Bench
+from recovered import FULL, SEARCHED, Cell, Subject, cells, options, remembering, run
+from upop.pruning.groups import Group
 from upop.runs.devices import make_accelerator, to_device
 from upop.runs.evaluation import evaluate
 from upop.runs.loaders import SeededDataset, make_loader
@@ -35,82 +28,32 @@ from upop.settings import read_settings
 from upop.tasks import find_task
 
 _ROOT = Path(__file__).parents[1]
-REDUCTIONS = {"1.25x": 0.2, "1.5x": 1 / 3, "2x": 0.5, "4x": 0.75}
-"""Times fewer prunable parameters -> the share of them that goes."""
-RECOVERY: dict[str, Method] = {
-    "upop": METHODS["upop"],
-    "L2": METHODS["L2"],
-    "Taylor": METHODS["Taylor"],
-    "upop, teacher of similarity": Method(teacher={"features": 0.0, "logits": 1.0}),
-    "upop, teacher of both": Method(teacher={"logits": 1.0}),
-    "upop, no teacher": METHODS["no teacher"],
-}
-_BATCHES = 16  # that a cut without training looks at
+_STACKS = ("vision_model.encoder.layers", "text_model.encoder.layers")
+_CALIBRATION = 16
+"""Batches that a cut is chosen by."""
+_TEACHERS = [*SEARCHED][2:]
 
 
-def _one_shot(name: str, bench: Bench, ratio: float, seed: int) -> nn.Module:
-    """Return a copy of the dense model that was cut without training."""
-    torch.manual_seed(seed)
-    model, loss = copy.deepcopy(bench.dense.model), bench.dense.loss
-    batches = list(itertools.islice(bench.batches(seed), _BATCHES))
-    if name == "L2":
-        upop.shrink(model, plan_by_magnitude(model, ratio, example=bench.dense.example()))
-    elif name == "Taylor":
-        upop.calibrate(model, batches, ratio, loss=loss, stages=1, correct=False, example=bench.dense.example())
-    else:
-        upop.calibrate(model, batches, ratio, loss=loss, example=bench.dense.example())
-    return model
+def wanted(seeds: int) -> Iterator[Cell]:
+    """Yield the cells of all methods, and those of other teachers at one size."""
+    yield from cells(False, seeds)
+    for seed in range(seeds):
+        for method in _TEACHERS:
+            yield {"method": method, "reduction": "4x", "recovery": FULL, "seed": seed}
 
 
-ONE_SHOT: dict[str, Callable[[Bench, float, int], nn.Module]] = {
-    name: lambda bench, ratio, seed, name=name: _one_shot(name, bench, ratio, seed)  # type: ignore[misc]
-    for name in ("upop", "L2", "Taylor")
-}
-
-
-def cells(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Yield what is to be measured, what says most first."""
-    yield {"method": "dense", "reduction": "1x", "steps": 0, "seed": 0}
-    for seed in range(arguments.seeds):
-        for reductions in (("4x", "2x"), ("1.5x", "1.25x")):
-            for steps, reduction, method in itertools.product((0, arguments.steps), reductions, ONE_SHOT):
-                yield {"method": method, "reduction": reduction, "steps": steps, "seed": seed}
-            if reductions[0] == "4x":
-                for method in [*RECOVERY][3:]:
-                    yield {"method": method, "reduction": "4x", "steps": arguments.steps, "seed": seed}
-
-
-def measure(cell: dict[str, Any], bench: Bench, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Return the row of a cell."""
-    dense, ratio = bench.dense, REDUCTIONS.get(cell["reduction"], 0.0)
-    begun = time.process_time()
-    if cell["method"] == "dense":
-        model = dense.model
-    elif cell["steps"] == 0:
-        model = ONE_SHOT[cell["method"]](bench, ratio, cell["seed"])
-    else:
-        model = compress(bench, RECOVERY[cell["method"]], ratio, cell["steps"], cell["seed"], "params").model
-    seconds = time.process_time() - begun
-    whole: Any = dense.task.dataset(dense.settings, "test")
-    gallery = whole.without(set(range(arguments.gallery, len(whole))))
-    loader = dense.accelerator.prepare(
-        DataLoader(
-            SeededDataset(gallery, 0),
-            batch_size=dense.settings.batch_size_test,
-            collate_fn=dense.task.collate(dense.settings),
-        )
+def score(bench: Bench, gallery: Any, model: nn.Module) -> dict[str, float]:
+    """Return the recalls among held-out images and their captions, in percent."""
+    dense = bench.dense
+    loader = DataLoader(
+        SeededDataset(gallery, 0),
+        batch_size=dense.settings.batch_size_test,
+        collate_fn=dense.task.collate(dense.settings),
     )
-    scores = evaluate(dense.accelerator, dense.task, dense.settings, model, loader)[0]
-    return {
-        **cell,
-        "parameters": count_parameters(model),
-        "macs": count_macs(model, dense.example()),
-        "seconds": round(seconds, 1),
-        **{name: round(score, 2) for name, score in scores.items()},
-    }
+    return evaluate(dense.accelerator, dense.task, dense.settings, model, dense.accelerator.prepare(loader))[0]
 
 
-def read(arguments: argparse.Namespace) -> Bench:
+def read(arguments: argparse.Namespace) -> Subject:
     """Return the dense model with batches of training samples, which are processed once."""
     places = {
         split: str(arguments.data / "annotation" / f"coco_karpathy_{split}.json") for split in ("train", "val", "test")
@@ -135,7 +78,23 @@ def read(arguments: argparse.Namespace) -> Bench:
     samples = [dataset[number] for number in numbers[: arguments.pool].tolist()]
     assert loader.collate_fn is not None
     held = DenseTask(task, settings, accelerator, model, arguments.dense)
-    return Bench(held, samples, lambda chosen: to_device(loader.collate_fn(chosen), accelerator.device))
+    collate = loader.collate_fn
+    bench = Bench(held, samples, remembering(lambda chosen: to_device(collate(chosen), accelerator.device)))
+    whole: Any = task.dataset(settings, "test")
+    gallery = whole.without(set(range(arguments.gallery, len(whole))))
+    return Subject(
+        bench,
+        lambda small: score(bench, gallery, small),
+        _counted,
+        _STACKS,
+        calibration=_CALIBRATION,
+        lora_rate=arguments.lora_rate,
+        towers=False,
+    )
+
+
+def _counted(batch: Mapping[str, Tensor], group: Group) -> Tensor | None:
+    return batch["attention_mask"].flatten().bool() if group.modality == "text" else None
 
 
 def main() -> None:
@@ -143,37 +102,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dense", type=Path, required=True, help="folder of the dense model")
     parser.add_argument("--data", type=Path, required=True, help="what `upop data shapes --task retrieval` wrote")
-    parser.add_argument("--rows", type=Path, default=Path("output/benchmarks/dual_encoder.jsonl"))
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "dual_encoder_cpu.json")
-    parser.add_argument("--steps", type=int, default=150, help="of recovery, those of the search included")
-    parser.add_argument("--rate", type=float, default=5e-4, help="highest learning rate of recovery")
-    parser.add_argument("--pool", type=int, default=8000, help="training samples to draw from")
+    results = Path(__file__).parent / "results" / "dual_encoder_cpu.json"
+    options(parser, Path("output/benchmarks/dual_encoder.jsonl"), results)
+    parser.add_argument("--pool", type=int, default=4000, help="training samples to draw from")
     parser.add_argument("--gallery", type=int, default=500, help="held-out images that recall is of")
-    parser.add_argument("--seeds", type=int, default=1)
+    parser.set_defaults(rate=5e-4, lora_rate=2e-3)
     arguments = parser.parse_args()
-    rows: list[Any] = list(read_lines(arguments.rows)) if arguments.rows.is_file() else []
-    names = ("method", "reduction", "steps", "seed")
-    known = {tuple(row[name] for name in names) for row in rows}
-    bench: Bench | None = None
-    arguments.rows.parent.mkdir(parents=True, exist_ok=True)
-    for cell in cells(arguments):
-        if tuple(cell[name] for name in names) in known:
-            continue
-        bench = bench or read(arguments)
-        row = measure(cell, bench, arguments)
-        rows.append(row)
-        with arguments.rows.open("a") as file:
-            file.write(json.dumps(row) + "\n")
-        print(json.dumps(row), flush=True)
-    write_json(
-        arguments.out,
-        {
-            "machine": machine(torch.device("cpu")),
-            "rate": arguments.rate,
-            "gallery": arguments.gallery,
-            "rows": rows,
-        },
-    )
+    torch.set_num_threads(1)
+    about = {"pool": arguments.pool, "gallery": arguments.gallery, "calibration": _CALIBRATION}
+    run(lambda: read(arguments), [*wanted(arguments.seeds)], arguments, **about)
 
 
 if __name__ == "__main__":

@@ -210,6 +210,20 @@ def compress(bench: Bench, method: Method, ratio: float, steps: int, seed: int, 
     return Compressed(model, clock() - begun, first, (rates[0], max(rates), rates[-1]))
 
 
+def retrain(bench: Bench, model: nn.Module, steps: int, seed: int) -> nn.Module:
+    """Train a model that was cut already, in place, by the schedule of `compress`.
+
+    Args:
+        bench: data, and the settings of the optimizer.
+        model: to be trained.
+        steps: in all.
+        seed: of the order of the samples and of all draws.
+    """
+    torch.manual_seed(seed)
+    _Run(bench, model.train(), bench.batches(seed), steps, Method()).train(0, steps)
+    return model
+
+
 @dataclass
 class _Run:
     """One compression under way."""

@@ -184,7 +184,7 @@ def one_shot(out: Path, seeds: int) -> None:
                 described = {"how": "one-shot", "towers": towers, "target": target, "seed": seed}
                 if _known(**described):
                     continue
-                settings = _settings(
+                settings = settings_of(
                     out, seed, target=target, output_dir=str(out / "pruned"), samples=256, include=include
                 )
                 settings = settings.model_copy(update={"val_data": None, "hold_out": 0.0})
@@ -204,7 +204,7 @@ def teachers(out: Path, seeds: int, epochs: int, target: str) -> None:
             if _known(**described):
                 continue
             place = out / f"taught-{name.replace(' ', '-')}-{seed}"
-            settings = _settings(
+            settings = settings_of(
                 out,
                 seed,
                 target=target,
@@ -223,7 +223,7 @@ def teachers(out: Path, seeds: int, epochs: int, target: str) -> None:
 def by_kind(out: Path) -> None:
     """Note of the dense model how many answers are right, by the first two words of the questions."""
     task = find_task("chat")
-    settings = _settings(out, 0)
+    settings = settings_of(out, 0)
     asked: Any = task.dataset(settings, "test")
     model, collate = task.load(Path(str(settings.pretrained)), settings).eval(), task.collate(settings)
     right: dict[str, list[bool]] = {}
@@ -236,7 +236,8 @@ def by_kind(out: Path) -> None:
     _note({"how": "dense", "all": 100 * sum(map(sum, right.values())) / len(asked), "kinds": shares})
 
 
-def _settings(out: Path, seed: int, **more: Any) -> Any:
+def settings_of(out: Path, seed: int, **more: Any) -> Any:
+    """Return the task's settings for the dense model in a folder; `more` are further ones."""
     given = {**_shared(out), "pretrained": str(out / "dense" / "best"), "seed": seed, **more}
     return read_settings(find_task("chat").settings, None, given)
 

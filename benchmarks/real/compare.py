@@ -70,7 +70,7 @@ class Subject:
         batches: (seed, count) -> training batches.
         loss: (model, batch) -> loss.
         quality: (model, split) -> the metric on "dev" or "test".
-        counted: batch -> which tokens are no padding, bool, [tokens].
+        counted: (batch, group) -> which tokens are no padding, bool, [tokens]; None is all.
         calibration: batches that a way sees without training.
         stack: name of the decoder's layers, "" for other models.
     """
@@ -81,7 +81,7 @@ class Subject:
     batches: Callable[[int, int], list[Any]]
     loss: Callable[[nn.Module, Any], Tensor]
     quality: Callable[[nn.Module, str], float]
-    counted: Callable[[Any], Tensor]
+    counted: Callable[[Any, Any], Tensor | None]
     calibration: int
     stack: str = ""
 
@@ -127,7 +127,7 @@ def sentences(folder: Path, every: int) -> Subject:
         batches,
         minilm.loss,
         lambda model, split: minilm.quality(model, tokenizer, scored[split]),
-        lambda batch: batch[0]["attention_mask"].flatten().bool(),
+        lambda batch, _: batch[0]["attention_mask"].flatten().bool(),
         calibration=16,
     )
 
@@ -152,7 +152,7 @@ def headlines(folder: Path, every: int) -> Subject:
         batches,
         smollm2.loss,
         lambda model, split: smollm2.perplexity(model, scored[split]),
-        lambda batch: torch.ones(batch.numel(), dtype=torch.bool),
+        lambda *_: None,
         calibration=8,
         stack="model.layers",
     )
@@ -178,7 +178,7 @@ def saliency(folder: Path, every: int) -> Subject:
         batches,
         dinov2.loss,
         lambda model, split: dinov2.agreement(model, scored[split], dense[split]),
-        lambda batch: torch.ones(len(batch[0]) * ((dinov2.SIZE // 14) ** 2 + 1), dtype=torch.bool),
+        lambda *_: None,
         calibration=16,
     )
 
@@ -213,7 +213,7 @@ def compressed(
         upop.calibrate(model, subject.batches(seed, batches), ratio, loss=subject.loss, stages=STAGES[way])
         return model
     if way == DEPTH:
-        return without_layers(subject.model, subject.stack, seen(), ratio)
+        return without_layers(subject.model, [subject.stack], seen(), ratio, subject.prunable)
     if way in WAYS:
         kept = kept_by(WAYS[way], subject.model, subject.groups, subject.costs, seen(), ratio)
         return cut(subject.model, subject.groups, kept, seen(), WAYS[way].makes_up)

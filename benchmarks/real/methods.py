@@ -59,7 +59,7 @@ class Seen:
         groups: list[Group],
         batches: Iterable[Any],
         loss: Callable[[nn.Module, Any], Tensor],
-        counted: Callable[[Any], Tensor],
+        counted: Callable[[Any, Group], Tensor | None],
         stack: Iterable[nn.Module],
     ) -> Seen:
         """Look at a model.
@@ -69,16 +69,18 @@ class Seen:
             groups: of the model.
             batches: to look at.
             loss: (model, batch) -> loss.
-            counted: batch -> which tokens are no padding, bool, [tokens].
-            stack: the layers of a decoder, whose outputs are compared with their inputs.
+            counted: (batch, group) -> which tokens that the group's reader is given are no padding, bool, [tokens];
+                None counts all.
+            stack: layers whose outputs are compared with their inputs.
         """
-        now = torch.empty(0, dtype=torch.bool)
+        masks: dict[str, Tensor | None] = {}
         moments: dict[str, Tensor] = {}
         first_order = {group.name: torch.zeros(group.size, dtype=torch.float64) for group in groups}
         likeness: dict[int, list[Tensor]] = {}
 
         def look(name: str, inputs: Tensor) -> None:
-            rows = inputs.detach().flatten(0, -2)[now]
+            rows, mask = inputs.detach().flatten(0, -2), masks[name]
+            rows = rows if mask is None else rows[mask]
             rows = torch.cat([rows, rows.new_ones(len(rows), 1)], 1)
             product = (rows.t() @ rows).double()
             moments[name] = moments[name] + product if name in moments else product
@@ -96,7 +98,7 @@ class Seen:
             for number, layer in enumerate(stack)
         ]
         for batch in batches:
-            now = counted(batch)
+            masks = {group.name: counted(batch, group) for group in groups}
             model.zero_grad()
             loss(model, batch).backward()
             for group in groups:
@@ -220,13 +222,37 @@ def cut(model: nn.Module, groups: list[Group], kept: Kept, seen: Seen | None, ma
     return upop.shrink(small, kept)
 
 
-def without_layers(model: nn.Module, stack: str, seen: Seen, ratio: float) -> nn.Module:
-    """Return a copy without the share of the layers of a stack whose outputs resemble their inputs most."""
+def without_layers(model: nn.Module, stacks: Iterable[str], seen: Seen, ratio: float, costs: float) -> nn.Module:
+    """Return a copy without the layers whose outputs resemble their inputs most, though not without all of a stack.
+
+    The most alike go first. One is passed over where it would take what goes farther from the ratio than leaving it.
+
+    Args:
+        model: the dense one.
+        stacks: names of lists of layers, in the order in which `seen` compared them.
+        seen: what the dense model showed.
+        ratio: share of the cost that goes.
+        costs: of all that can be pruned, in parameters.
+    """
     small: Any = copy.deepcopy(model)
-    order = seen.likeness.argsort()  # the least like their inputs first
-    stay = sorted(order[: len(order) - round(ratio * len(order))].tolist())
-    parent, _, name = stack.rpartition(".")
-    setattr(small.get_submodule(parent), name, nn.ModuleList(small.get_submodule(stack)[n] for n in stay))
-    small.config.num_hidden_layers = len(stay)
+    layers = [(stack, n) for stack in stacks for n in range(len(small.get_submodule(stack)))]
+    stay, gone = dict.fromkeys(layers), 0.0
+    for place in seen.likeness.argsort(descending=True).tolist():
+        stack, number = layers[place]
+        size = sum(each.numel() for each in small.get_submodule(stack)[number].parameters())
+        last = sum(name == stack for name, _ in stay) == 1
+        if not last and abs(gone + size - ratio * costs) < abs(gone - ratio * costs):
+            del stay[layers[place]]
+            gone += size
+    for stack in stacks:
+        parent, _, name = stack.rpartition(".")
+        owner = small.get_submodule(parent)
+        kept = [number for other, number in stay if other == stack]
+        setattr(owner, name, nn.ModuleList(getattr(owner, name)[number] for number in kept))
+        owner.config.num_hidden_layers = len(kept)
+        for number, layer in enumerate(getattr(owner, name)):
+            for module in layer.modules():  # attention finds its place in the cache by its number
+                if hasattr(module, "layer_idx"):
+                    module.layer_idx = number
     whole: nn.Module = small
     return whole

@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch.utils.data import Sampler
 
-_BATCHES = 32
-"""So many batches are drawn at random before they are sorted by length: what is in one differs from epoch to epoch."""
+from upop.data.images import opened
+
+IMAGE_TOKENS = 256
+"""What an image counts where the model's processor does not say."""
+_PROBED = ((64, 64), (480, 640), (1600, 1200), (100, 2000))
+"""Heights and widths of images; where all of them become as many tokens, images are not looked at."""
+_MOST, _FEWEST, _PARTS = 128, 16, 8
+"""At most 128 batches are drawn at random and then sorted by length, and fewer where an epoch would have fewer than 8
+such draws, but not below 16 batches: what is in a batch differs from epoch to epoch. With lengths as conversations have
+them (log-normal, spread 0.8), batches of 8 are 2.6 % padding; by 32 batches it were 10 %, without sorting 61 %."""
 
 
 class LengthSampler(Sampler[int]):
@@ -36,7 +46,7 @@ class LengthSampler(Sampler[int]):
         """The numbers of an epoch."""
         drawn = torch.Generator().manual_seed(hash((self._seed, self._epoch)) & 0x7FFF_FFFF_FFFF_FFFF)
         order = torch.randperm(len(self), generator=drawn).tolist()
-        size = self._batch * _BATCHES
+        size = self._batch * min(_MOST, max(_FEWEST, len(self) // (self._batch * _PARTS)))
         batches: list[list[int]] = []
         for start in range(0, len(order), size):
             part = sorted(order[start : start + size], key=self._lengths.__getitem__, reverse=True)
@@ -46,3 +56,37 @@ class LengthSampler(Sampler[int]):
         for place in torch.randperm(len(whole), generator=drawn).tolist():
             yield from whole[place]
         yield from rest
+
+
+class ImageTokens:
+    """How many tokens images become, which for some models depends on their sizes.
+
+    Args:
+        processor: of transformers. What it says is taken for an estimate; it is not asked for more.
+    """
+
+    def __init__(self, processor: Any) -> None:
+        self._processor = processor
+        found = {self._of_size(*size) for size in _PROBED}
+        self._same = found.pop() if len(found) == 1 else None
+
+    def of(self, images: Sequence[Path | bytes]) -> int:
+        """Return about how many tokens some images become, files or their content; their headers alone are read."""
+        return sum(self._of_image(image) for image in images)
+
+    def _of_image(self, image: Path | bytes) -> int:
+        if self._same is not None:
+            return self._same
+        try:
+            with opened(image) as read:
+                width, height = read.size
+        except Exception:  # a broken file is told of where it is read
+            return IMAGE_TOKENS
+        return self._of_size(height, width)
+
+    def _of_size(self, height: int, width: int) -> int:
+        try:
+            found = self._processor._get_num_multimodal_tokens(image_sizes=[(height, width)])
+            return int(found["num_image_tokens"][0])
+        except Exception:  # it has no such method, or an extreme size is none for it
+            return IMAGE_TOKENS

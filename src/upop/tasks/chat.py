@@ -22,7 +22,7 @@ from upop.checkpoints.files.hub import local_path
 from upop.checkpoints.pretrained import open_model
 from upop.checkpoints.processors import open_processor
 from upop.data.chat import IGNORED, ChatFormat, Sample, conversation, prompts
-from upop.data.grouping import LengthSampler
+from upop.data.grouping import ImageTokens, LengthSampler
 from upop.data.rows import Row, Rows
 from upop.data.turns import IMAGE, Turn
 from upop.errors import DataError, SettingError
@@ -42,9 +42,8 @@ KINDS = ("messages", "question", "caption", "text")
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _FOLDER = "_upop_folder"
 """Where a model notes which folder its processor is in; its copies have it too."""
-_IMAGE_TOKENS = 256
-"""What an image counts in the length of a conversation, where conversations of like length are batched."""
 _LETTERS_PER_TOKEN = 4
+"""In the length of a conversation, where conversations of like length are batched."""
 
 
 class ChatSettings(RowSettings):
@@ -128,10 +127,12 @@ class ChatRows(Dataset[Item]):
 
     def lengths(self) -> list[int]:
         """Return about how many tokens every conversation has."""
-        turns = (conversation(row, self._prompt) for row in self.rows)
-        return [
-            sum(len(turn.text) // _LETTERS_PER_TOKEN + turn.images * _IMAGE_TOKENS for turn in each) for each in turns
-        ]
+        tokens, found = ImageTokens(self._format.processor), []
+        for row in self.rows:
+            turns = conversation(row, self._prompt)
+            images = row.images[: sum(turn.images for turn in turns)]
+            found.append(sum(len(turn.text) for turn in turns) // _LETTERS_PER_TOKEN + tokens.of(images))
+        return found
 
     def truths(self, number: int) -> tuple[str, ...]:
         """Return what is a right answer to the last question, as people gave it."""
@@ -217,7 +218,11 @@ class ChatTask(Task[ChatSettings]):
         assert isinstance(samples, ChatRows)
         if not settings.group_by_length:
             return None
-        return LengthSampler(samples.lengths(), settings.batch_size_train * settings.accumulate, settings.seed)
+        group = torch.distributed.is_available() and torch.distributed.is_initialized()
+        processes = torch.distributed.get_world_size() if group else 1
+        # A step ends when its longest batch does, on whichever process.
+        together = settings.batch_size_train * settings.accumulate * processes
+        return LengthSampler(samples.lengths(), together, settings.seed)
 
     def pipeline_for(self, settings: ChatSettings) -> str:
         """Return what the hub calls writing about images, or writing alone."""
