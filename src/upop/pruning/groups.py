@@ -6,7 +6,7 @@ the residual stream of a tower. Every step of the method (mask, score, cost, cut
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
@@ -292,6 +292,14 @@ def owner_of(model: nn.Module, tensor: str) -> tuple[nn.Module, str]:
     """Return the module that holds the parameter `tensor`, and the parameter's name inside it."""
     path, _, leaf = tensor.rpartition(".")
     return model.get_submodule(path), leaf
+
+
+def around(module: str) -> Iterator[str]:
+    """Yield the name of a module and of its ancestors, up to the model itself."""
+    while module:
+        yield module
+        module = module.rpartition(".")[0]
+    yield ""
 
 
 _ABSENT = object()

@@ -31,7 +31,7 @@ from upop.files import replacing_folder
 from upop.libraries import installed_version, is_pretrained
 from upop.models import MODELS, kind_of
 from upop.pruning import Group, Plan, Prunable, count_parameters, find_prunable, remember
-from upop.pruning.carried import plan_of
+from upop.pruning.carried import cut_beyond, plan_of
 from upop.pruning.errors import some_of
 from upop.pruning.known import sized
 from upop.pruning.masks import refuse_masked, unwrapped
@@ -64,8 +64,8 @@ def save(
     Raises:
         RunFolderError: the folder holds files of others, or cannot be written; nothing was changed.
         SettingError: a transformers model is quantized by another method, or `plan` is no plan.
-        LayoutError: the model is sharded (save a copy by `upop.full_copy`), or it is on the meta device, without
-            weights.
+        LayoutError: the model is sharded (save a copy by `upop.full_copy`), it is on the meta device, without
+            weights, or it is a piece of a cut model that holds only a part of some group.
     """
     folder, model = Path(folder), unwrapped(model)
     refuse_sharded(model, "save()")
@@ -74,6 +74,7 @@ def save(
             f"plan is what Pruner.plan, calibrate or Plan.from_json return; found a {type(plan).__name__}. After a cut "
             "the model carries it: upop.save(model, folder)."
         )
+    _refuse_piece(model)
     plan = plan if plan is not None else plan_of(model)
     groups = groups_here(model, plan)
     if any(not group.size for group in groups) and kind_of(model) is None:
@@ -161,6 +162,19 @@ def _versions() -> dict[str, str]:
     """Return the installed versions of upop and of the libraries that a model may be of."""
     found = {name: installed_version(name) for name in ("upop", "torch", "timm", "transformers")}
     return {name: version for name, version in found.items() if version is not None}
+
+
+def _refuse_piece(model: nn.Module) -> None:
+    beyond = cut_beyond(model)
+    if beyond is not None:
+        group, holder = beyond
+        whole = (
+            f"its module {holder}, which holds all of the group, or the whole model" if holder else "the whole model"
+        )
+        raise LayoutError(
+            f"This {type(model).__name__} is a part of a model that was cut, and holds only a part of its group "
+            f"{group}: no dense {type(model).__name__} could be cut to these sizes again. Save {whole}."
+        )
 
 
 def _refuse_meta(model: nn.Module) -> None:

@@ -16,9 +16,9 @@ from torch.utils._pytree import tree_leaves
 
 from upop.pruning.axes.candidates import Candidate
 from upop.pruning.axes.label import Made, Step
-from upop.pruning.axes.settle import SWAPS, around, now
+from upop.pruning.axes.settle import SWAPS, now
 from upop.pruning.axes.trace import Trace
-from upop.pruning.groups import Swap
+from upop.pruning.groups import Swap, around
 
 
 def kinds(model: nn.Module, trace: Trace, candidates: Sequence[Candidate]) -> list[list[Candidate]]:

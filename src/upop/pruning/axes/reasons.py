@@ -16,8 +16,9 @@ from upop.pruning.axes.copies import written_out
 from upop.pruning.axes.label import Step
 from upop.pruning.axes.mode import name_of, tensors_in
 from upop.pruning.axes.proof import Bench
-from upop.pruning.axes.settle import COPIES, around, plain_name
+from upop.pruning.axes.settle import COPIES, plain_name
 from upop.pruning.axes.trace import Trace
+from upop.pruning.groups import around
 
 
 class _Zeros(TorchDispatchMode):

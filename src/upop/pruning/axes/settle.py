@@ -30,7 +30,7 @@ from upop.pruning.axes.multihead import narrow_multihead
 from upop.pruning.axes.narrow import WIDTHS, Narrow, narrow_class
 from upop.pruning.axes.trace import Trace, inside_modules
 from upop.pruning.costs import call
-from upop.pruning.groups import Attribute, Swap, Swapped
+from upop.pruning.groups import Attribute, Swap, Swapped, around
 from upop.pruning.shrink import Assignment, cut, restore
 
 NARROW, MULTIHEAD = "widths", "multihead"
@@ -376,14 +376,6 @@ def mistakable(trace: Trace, candidate: Candidate) -> list[int]:
                 if attribute.module in around(step.module) and length * size % old == 0:
                     found.add(length * size // old)
     return sorted(each for each in found if 0 < each < size)[:_MOST_TRIED]
-
-
-def around(module: str) -> Iterator[str]:
-    """Yield the name of a module and of its ancestors, up to the model itself."""
-    while module:
-        yield module
-        module = module.rpartition(".")[0]
-    yield ""
 
 
 def kept_numbers(module: nn.Module) -> Iterator[tuple[str, int]]:

@@ -13,8 +13,9 @@ from upop.pruning.axes.copies import Shapes, numbered
 from upop.pruning.axes.kinds import counterpart, idle, kinds, unread
 from upop.pruning.axes.proof import Bench, at_random, prove, scaled
 from upop.pruning.axes.reasons import explain
-from upop.pruning.axes.settle import Trials, around, mistakable, settle
+from upop.pruning.axes.settle import Trials, mistakable, settle
 from upop.pruning.axes.trace import Trace
+from upop.pruning.groups import around
 
 MOST_MEMORY = 6 * 2**30
 """Bytes that the numbers of a proof may take, with what is cut of them."""
