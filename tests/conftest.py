@@ -7,6 +7,7 @@ import importlib
 import os
 import runpy
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -53,6 +54,15 @@ _LONGEST = (
     *("training/test_limits.py", "fuzz/test_fuzz.py", "pruning/test_coverage.py", "tasks/test_retrieval.py"),
     *("checkpoints/test_convert.py", "pruning/test_training.py", "test_installed.py", "parity/test_recorded.py"),
 )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Give all processes of this run a folder for what one of them has read (see `shared_kinds`)."""
+    name = "UPOP_TEST_KINDS"
+    if name not in os.environ:
+        folder = tempfile.TemporaryDirectory(prefix="upop-kinds-")
+        os.environ[name] = folder.name
+        config.add_cleanup(folder.cleanup)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

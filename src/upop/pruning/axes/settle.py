@@ -249,24 +249,41 @@ class _Remedy:
     swaps: tuple[Swap, ...] = ()
 
 
+_Way = tuple[tuple[type[nn.Module], str], ...]
+"""The classes of modules that a remedy concerns, with the names of their numbers, or of how their class is swapped."""
+
+
+def _way(model: nn.Module, remedy: _Remedy) -> _Way:
+    numbers = ((each.module, each.name) for each, _ in remedy.attributes)
+    swaps = ((each.module, each.how) for each in remedy.swaps)
+    return tuple((type(model.get_submodule(path)), name) for path, name in (*numbers, *swaps))
+
+
 def settle(model: nn.Module, trials: Trials, candidates: list[Candidate]) -> tuple[list[Candidate], dict[str, str]]:
     """Find the stored sizes of every group; return the groups that can be cut, and why the others cannot."""
     lost: dict[str, str] = {}
+    helped: set[_Way] = set()
     trace = trials.trace
     stop = trials.stop(candidates) if candidates else None
     while candidates and stop is not None:
         involved = _involved(trace, candidates, stop.at)
         ours = {each.group.name for each in involved}
-        better, furthest = candidates, stop
-        for remedy in dict.fromkeys(_remedies(model, trace, involved, stop.at)):  # some come twice
+        better, furthest, best = candidates, stop, None
+        remedies = dict.fromkeys(_remedies(model, trace, involved, stop.at))  # some come twice
+        usual = [each for each in remedies if _way(model, each) in helped]
+        for remedy in dict.fromkeys((*usual, *remedies)):
             if better is not candidates and len(remedy.attributes) > 1 and not remedy.swaps:
                 continue  # two numbers, where one alone helped
             tried = _with(model, candidates, remedy, involved)
             after = trials.stop(tried)
             if after is None or after.at > furthest.at:
-                better, furthest = tried, after or Stop(len(trace.steps), "")
+                better, furthest, best = tried, after or Stop(len(trace.steps), ""), remedy
                 if after is None or not ours & {each.group.name for each in _involved(trace, tried, after.at)}:
                     break  # of these groups, nothing more goes wrong
+                if remedy in usual:
+                    break  # what helped in a layer of the same classes was compared with the others there
+        if best is not None:
+            helped.add(_way(model, best))
         if better is not candidates:
             candidates, stop = better, furthest if furthest.reason else None
             continue
