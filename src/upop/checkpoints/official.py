@@ -21,6 +21,7 @@ from upop.files import make_folder, replacing_file
 from upop.ownership import wrote_archive
 from upop.pruning import find_groups
 from upop.pruning.carried import plan_of, set_plan
+from upop.tokens.cross import give_held
 from upop.tokens.encoders import merge_again, removed_tokens
 from upop.values import described
 
@@ -144,7 +145,7 @@ def resized(model: nn.Module, image_size: int, source: str) -> nn.Module:
         config = row.config(**{**found.model_dump(), "image_size": image_size})
     with expecting_shapes(source):
         state = row.adapt(model.state_dict(), config)
-    model = fit(row.model(config), state, source, lambda _group: False).eval()
+    model = fit(give_held(row.model(config), state), state, source, lambda _group: False).eval()
     set_plan(model, plan)
     set_preparation(model, preparation)
     return model if removed is None else merge_again(model, removed)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from upop.errors import CheckpointError
 from upop.tokens.flow import Flow, carry, flow_of
 from upop.tokens.layer import Merger, Place, Site, place_of, set_merging
-from upop.tokens.losses import cross_loss, layer_by_layer
+from upop.tokens.losses import cross_loss, layer_by_layer, through
 from upop.tokens.matching import removable
 
 PUBLISHED = 13
@@ -110,7 +110,7 @@ def llava_losses(model: Any, **batch: Any) -> LlavaLosses:
     first, second = (
         getattr(model.model.multi_modal_projector, name) for name in ("linear_1", "linear_2")
     )  # the projector learns nothing from cross tokens
-    projected = [_detached(second, F.gelu(_detached(first, each))) for each in image]
+    projected = [through(second, F.gelu(through(first, each))) for each in image]
     crosses = (torch.cat(each) for each in layer_by_layer(projected, text))
     return LlavaLosses(language, cross_loss(*crosses))
 
@@ -133,10 +133,6 @@ def _passes(model: Any) -> Iterator[list[Flow]]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _detached(layer: nn.Linear, states: Tensor) -> Tensor:
-    return F.linear(states, layer.weight.detach(), None if layer.bias is None else layer.bias.detach())
 
 
 def _checked(tensors: Mapping[str, Tensor], modules: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Container, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -176,6 +176,15 @@ class Ranking:
         chosen[self.walk[:count]] = True
         threshold = float(self.means[self.walk[count]]) if count < len(self.walk) else -math.inf
         return self._marked(chosen, costs, threshold, back or {})
+
+    def without(self, count: int) -> Ranking:
+        """Return the ranking in which the last of `count` blocks, and those behind it of its groups, come last."""
+        last, blocks = int(self.walk[count - 1]), len(self._channels)
+        later = self.walk[count - 1 :]
+        kept = later == last
+        if last < blocks:
+            kept = (later < blocks) & (self._owners[later.clamp_max(blocks - 1)] == self._owners[last])
+        return replace(self, walk=torch.cat([self.walk[: count - 1], later[~kept], later[kept]]))
 
     def filled(self, budget: float, costs: Mapping[str, float]) -> Selection:
         """Return the selection of blocks, in order, that fits the budget.

@@ -24,6 +24,8 @@ from upop.pruning.width import streams_among
 
 _TOLERANCE = 0.01
 """A target is reached within this share of the dense model's count."""
+_TRIES = 32
+"""Rankings that are tried for one that comes so close."""
 
 
 @dataclass(frozen=True)
@@ -172,7 +174,7 @@ class Goal:
             ranking = budget.rank(
                 groups, scores, round_to, standardised=standardised, towers=self._towers, depth=self._depth
             )
-            return self._select_to(ranking, costs, self._holding(costs, part))
+            return self._select_to(ranking, costs, self._holding(costs, part), part)
         left = sum(costs[group.name] * group.size for group in groups)
         share = self.ratio * part if left == self._whole else max(0.0, 1 - self._whole * (1 - self.ratio * part) / left)
         return budget.select(groups, scores, costs, share, round_to, standardised=standardised, towers=self._towers)
@@ -203,13 +205,40 @@ class Goal:
             bound.quantity.at(kept) <= limit for bound, limit in zip(self._bounds, most, strict=True)
         )
 
-    def _select_to(self, ranking: Ranking, costs: Mapping[str, float], holds: Callable[[Sizes], bool]) -> Selection:
-        """Return the selection that meets all limits, minus channels that the limits leave room for."""
-        low, high = 0, len(ranking.walk)
-        while low < high:
-            middle = (low + high) // 2
-            low, high = (low, middle) if holds(ranking.kept(middle)) else (middle + 1, high)
-        return ranking.selection(low, costs, self._stay(ranking, low, holds))
+    def _select_to(
+        self, ranking: Ranking, costs: Mapping[str, float], holds: Callable[[Sizes], bool], part: float
+    ) -> Selection:
+        """Return the selection that meets all limits, minus channels that the limits leave room for.
+
+        A block that is large beside the model (a channel of a narrow residual stream) may leave more room than a target
+        allows for. Smaller ones that come later in the ranking then go in its place, if they come closer.
+        """
+        found: list[tuple[float, Selection]] = []
+        while True:
+            low, high = 0, len(ranking.walk)
+            while low < high:
+                middle = (low + high) // 2
+                low, high = (low, middle) if holds(ranking.kept(middle)) else (middle + 1, high)
+            stay = self._stay(ranking, low, holds)
+            selection = ranking.selection(low, costs, stay)
+            kept = {name: each.numel() - int(each.sum()) for name, each in selection.marked.items()}
+            room = self._room(kept, part)
+            if not found or holds(kept):
+                found.append((room, selection))
+            if room <= _TOLERANCE or not low or len(found) == _TRIES or not holds(kept):
+                return min(found, key=lambda each: each[0])[1]
+            ranking = ranking.without(low)
+
+    def _room(self, kept: Sizes, part: float) -> float:
+        """Return how far final sizes are below the limit that binds them, as a share of the whole; 0 before the end.
+
+        Milliseconds have no such share: a device may have steps of any size.
+        """
+        if part < 1 or self._latency is not None:
+            return 0.0
+        return min(
+            ((bound.most - bound.quantity.at(kept)) / bound.quantity.whole for bound in self._bounds), default=0.0
+        )
 
     def _stay(self, ranking: Ranking, count: int, holds: Callable[[Sizes], bool]) -> dict[str, int]:
         """Return how many of the last pruned blocks each group gets back while the limits hold."""

@@ -50,7 +50,7 @@ def train(task: Task[Any], settings: RunSettings) -> Results | None:
                 )
             model = run.adapted(model, training=True)
         else:
-            model = task.build(settings)
+            model = run.adapted(task.build(settings), training=True)
         run.settle(model)
         merge_as_asked(model, settings)
         with run.training(settings.training_epochs, preemption) as loop:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from functools import cache
+from collections.abc import Callable, Sequence
+from functools import cache, wraps
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal, Self, TypeVar
 
-from pydantic import Field
-from torch import nn
+from pydantic import Field, model_validator
+from torch import Tensor, nn
 
 from upop.data.tokenizer import load_tokenizer
 from upop.errors import SettingError
 from upop.models.blip import BlipConfig, checkpoint_last_blocks, enlarge_weights
+from upop.models.blip_cross import add_cross_tokens, crossing, has_cross_tokens
+from upop.pruning.masks import unwrapped
 from upop.settings import TOKENIZER, LanguageSettings
 from upop.tasks.published import SIZES, PublishedTask
 from upop.values import described
@@ -24,6 +27,19 @@ class BlipSettings(LanguageSettings):
     vit_grad_ckpt: bool = Field(False, description="recompute activations of the vision transformer: less memory")
     vit_ckpt_layer: int = Field(0, ge=0, description="number of its last blocks to recompute")
     init_scale: float = Field(1.0, gt=0, description="factor for initial weights: small models need about 5")
+    cross: float | None = Field(
+        None,
+        ge=0,
+        description="gives each layer a cross token, which leads the merging of image tokens (it needs tokens), and "
+        "weighs the loss that brings those of image and text together in training",
+    )
+
+    @model_validator(mode="after")
+    def _crosses(self) -> Self:
+        if self.cross is not None and (self.tokens is None or self.width):
+            why = "cross tokens are as wide as the residual stream" if self.width else "nothing is merged"
+            raise ValueError(f"cross={self.cross:g} leads the merging of tokens, and {why}; give tokens, without width")
+        return self
 
 
 BlipSettingsT = TypeVar("BlipSettingsT", bound=BlipSettings)
@@ -61,6 +77,13 @@ class BlipTask(PublishedTask[BlipSettingsT]):
             )
         return model
 
+    def adapt(self, model: nn.Module, settings: BlipSettingsT, *, training: bool) -> tuple[nn.Module, Sequence[str]]:
+        """Return the model with cross tokens, where the settings ask for them."""
+        if settings.cross is None or has_cross_tokens(model):
+            return model, ()
+        add_cross_tokens(model)
+        return model, ("every layer of the image encoder and the text model was given a cross token of zeros",)
+
     def tokenizer(self, settings: BlipSettingsT) -> Any:
         """Return BERT's tokenizer."""
         return blip_tokenizer(settings.tokenizer)
@@ -69,6 +92,26 @@ class BlipTask(PublishedTask[BlipSettingsT]):
         if settings.vit_grad_ckpt:
             checkpoint_last_blocks(model.visual_encoder, settings.vit_ckpt_layer)  # type: ignore[arg-type]
         return super()._prepared(model, settings)
+
+
+Losses = Callable[[Any, nn.Module, Any, Any, float], Tensor]
+
+
+def with_cross_loss(loss: Losses) -> Losses:
+    """Have a task's loss add, in training, what brings the cross tokens of a model together that has some."""
+
+    @wraps(loss)
+    def crossed(task: Any, model: nn.Module, batch: Any, settings: Any, epoch: float) -> Tensor:
+        inner = unwrapped(model)
+        if not model.training or not has_cross_tokens(inner):
+            return loss(task, model, batch, settings, epoch)
+        with crossing(inner) as found:
+            total = loss(task, model, batch, settings, epoch)
+        brought = found.loss()
+        # Without a weight, cross tokens of the text still are in the loss: several processes wait for all gradients.
+        return total if brought is None else total + (settings.cross or 0.0) * brought
+
+    return crossed
 
 
 @cache

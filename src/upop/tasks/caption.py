@@ -22,7 +22,7 @@ from upop.models.caption import PAD, BlipCaption, CaptionConfig, caption_loss
 from upop.runs.examples import untransformed
 from upop.runs.task import Batch
 from upop.settings import RunSettings
-from upop.tasks.blip import BlipSettings, BlipTask, blip_tokenizer
+from upop.tasks.blip import BlipSettings, BlipTask, blip_tokenizer, with_cross_loss
 
 _EXAMPLE_TOKENS = 15  # the caption length that the published multiply-adds were counted with
 _SAMPLING_PENALTY = 1.1
@@ -107,6 +107,7 @@ class CaptionTask(BlipTask[CaptionSettings]):
         """Return images and tokens."""
         return {name: batch[name] for name in ("images", "input_ids", "attention_mask")}
 
+    @with_cross_loss
     def loss(self, model: nn.Module, batch: Batch, settings: CaptionSettings, epoch: float) -> Tensor:
         """Return the mean loss of the words after the prompt."""
         return caption_loss(model(**self.inputs(batch)), batch["labels"])

@@ -21,7 +21,7 @@ from upop.models.nlvr import BlipNlvr, NlvrConfig
 from upop.runs.examples import untransformed
 from upop.runs.task import Batch
 from upop.settings import RunSettings
-from upop.tasks.blip import BlipSettings, BlipTask, blip_tokenizer
+from upop.tasks.blip import BlipSettings, BlipTask, blip_tokenizer, with_cross_loss
 
 _EXAMPLE_TOKENS = 36  # the sentence length that the published multiply-adds were counted with
 
@@ -63,6 +63,7 @@ class NlvrTask(BlipTask[NlvrSettings]):
         """Return images and tokens."""
         return {name: batch[name] for name in ("images", "input_ids", "attention_mask")}
 
+    @with_cross_loss
     def loss(self, model: nn.Module, batch: Batch, settings: NlvrSettings, epoch: float) -> Tensor:
         """Return the cross-entropy of the two classes."""
         return F.cross_entropy(model(**self.inputs(batch)).float(), batch["labels"])

@@ -18,7 +18,7 @@ from upop.models.retrieval import BlipRetrieval, RetrievalConfig, RetrievalLosse
 from upop.runs.devices import autocast
 from upop.runs.task import Batch
 from upop.settings import RunSettings
-from upop.tasks.blip import BlipSettings, BlipTask, blip_tokenizer
+from upop.tasks.blip import BlipSettings, BlipTask, blip_tokenizer, with_cross_loss
 from upop.tasks.retrieval_base import Found, Kept, RetrievalSettings, RetrievalTask, summed
 
 
@@ -66,6 +66,7 @@ class BlipRetrievalTask(RetrievalTask[BlipRetrievalSettings], BlipTask[BlipRetri
         """Return images and tokens."""
         return {name: batch[name] for name in ("images", "input_ids", "attention_mask")}
 
+    @with_cross_loss
     def loss(self, model: nn.Module, batch: Batch, settings: BlipRetrievalSettings, epoch: float) -> Tensor:
         """Return the sum of the contrastive and the matching loss."""
         losses: RetrievalLosses = model(

@@ -26,7 +26,7 @@ from upop.pruning import count_macs
 from upop.runs.examples import untransformed
 from upop.runs.task import Batch
 from upop.settings import RunSettings
-from upop.tasks.blip import BlipSettings, BlipTask, blip_tokenizer
+from upop.tasks.blip import BlipSettings, BlipTask, blip_tokenizer, with_cross_loss
 
 _INPUTS = ("images", "question_ids", "question_mask", "answer_ids", "answer_mask", "answer_counts")
 # The published multiply-adds are of a training batch cut to one image: so many questions are read, and so many
@@ -109,6 +109,7 @@ class VqaTask(BlipTask[VqaSettings]):
         """Return images, questions and answers of a training batch."""
         return {name: batch[name] for name in _INPUTS}
 
+    @with_cross_loss
     def loss(self, model: nn.Module, batch: Batch, settings: VqaSettings, epoch: float) -> Tensor:
         """Return the weighted sum of the answers' losses per question."""
         losses = answer_losses(model(**self.inputs(batch)), batch["answer_ids"], batch["answer_mask"])

@@ -19,6 +19,7 @@ from upop.pruning.masks import unwrapped
 from upop.pruning.merged import suspenders
 from upop.pruning.slips import check_model
 from upop.pruning.traits import momentum_encoders
+from upop.tokens.cross import cross_token_of
 from upop.tokens.layer import Merger, Place, place_of, set_merging
 from upop.tokens.matching import removable, token_counts
 from upop.tokens.proofs import check_layers, places_matter, prefix_of
@@ -146,8 +147,9 @@ def _merge(model: nn.Module, example: Any, plan: Callable[[int, Mergeable], tupl
     for encoder, (each, removed) in enumerate(plans):
         sites = [layer.site for layer in each.encoder.layers]
         for layers in _with_momentum(model, [layer.call for layer in each.encoder.layers]):
+            led = all(cross_token_of(layer) is not None for layer in layers)  # which is then as published
             merger = Merger(
-                removed, each.prefix, head_mean=True, weighted=False, restored=each.restored, encoder=encoder
+                removed, each.prefix, head_mean=not led, weighted=led, restored=each.restored, encoder=encoder
             )
             for number, (layer, site) in enumerate(zip(layers, sites, strict=True)):
                 set_merging(layer, Place(merger, site, number))

@@ -32,7 +32,8 @@ class Flow:
         size: how many tokens each stands for, [batch, tokens]; None for one each.
         guide: position of the token that guides the matching, where each row has its own (the end of a text), [batch].
         matches: of the layers so far, None for a layer that removed nothing.
-        cross: the cross tokens of all layers, [1, layers, C]; None if there are none.
+        cross: the cross tokens of all layers, [1, layers, C], or of the first one if layers keep their own; None if
+            there are none.
         crosses: the cross tokens that went into the layers so far, [batch, C] each.
     """
 
@@ -71,10 +72,10 @@ class Flow:
         return replace(self, layer=self.layer + 1, size=size, guide=guide, matches=(*self.matches, found))
 
     def unmerged(self, tokens: Tensor) -> Tensor:
-        """Return tokens as many as the first layer took, [B, T, C], the merged ones at each of their places."""
+        """Return tokens as many as there were, [B, T, C], the merged ones at each of their places, no cross token."""
         for found in reversed(self.matches):
             tokens = tokens if found is None else unmerge(tokens, found)
-        return tokens
+        return tokens if self.cross is None else tokens[:, :-1]
 
 
 def flow_of(tokens: Tensor, owner: Any) -> Flow | None:

@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from upop.pruning.errors import LayoutError
 from upop.pruning.precision import accumulator, precise
+from upop.tokens.cross import cross_token_of
 from upop.tokens.flow import Flow, carry, flow_of, note
 from upop.tokens.matching import Match, cosine, exactly, match, merge, removable
 
@@ -87,14 +88,23 @@ class Merger:
             first = tokens[:, 0] if guide is None else _row(tokens, guide)
             tokens = torch.cat([tokens, first.unsqueeze(1)], 1)
             size = None if size is None else F.pad(size, (0, 1), value=1.0)
-        return carry(tokens, Flow(self, size=size, guide=guide, cross=cross))
+        flow = Flow(self, size=size, guide=guide, cross=cross)
+        if cross is not None:
+            note(tokens, flow)
+        return carry(tokens, flow)
 
-    def enter(self, tokens: Tensor, flow: Flow) -> tuple[Tensor, Flow]:
-        """Return what a layer takes in the place of its tokens: the last one becomes the layer's cross token."""
+    def enter(self, tokens: Tensor, flow: Flow, own: Tensor | None = None) -> tuple[Tensor, Flow]:
+        """Return what a layer takes in the place of its tokens: the last one becomes the layer's cross token.
+
+        Args:
+            tokens: [batch, tokens, C].
+            flow: of the pass.
+            own: the cross token that the layer keeps itself, [C]; by default it is the layer's of the flow.
+        """
         if flow.cross is None:
             return tokens, flow
         carrier = tokens[:, -1] if flow.guide is None else _row(tokens, flow.guide)
-        cross = carrier.detach() + flow.cross[:, flow.layer]
+        cross = carrier.detach() + (flow.cross[:, flow.layer] if own is None else own)
         tokens = torch.cat([tokens[:, :-1], cross.unsqueeze(1)], 1)
         return tokens, flow.with_cross(cross)
 
@@ -261,6 +271,8 @@ class LayerPass:
         protected, count = merger.protected(tokens, self.flow)
         remove = removable(self.tokens, count, asked)
         if not remove:
+            if self.flow.cross is not None:
+                note(tokens, self.flow.after(self.size, None))
             return tokens
         assert self._keys is not None
         size = self.flow.sizes(tokens)
@@ -379,11 +391,12 @@ def _run(layer: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], k
             f"A {type(layer).__name__} that merges tokens was given others than the layer before it returned, so that "
             "their sizes are not known. Hand on what it returns as it is (gradient checkpointing: use_reentrant=False)."
         )
+    own = cross_token_of(layer)
     if flow is None:
-        tokens = place.merger.start(tokens)
+        tokens = place.merger.start(tokens, cross=None if own is None else own.view(1, 1, -1))
         flow = flow_of(tokens, place.merger)
         assert flow is not None
-    tokens, flow = place.merger.enter(tokens, flow)
+    tokens, flow = place.merger.enter(tokens, flow, own)
     met = LayerPass(place.site, flow, tokens)
     with _Mode(met):
         result = (

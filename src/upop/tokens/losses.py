@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeVar
 
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def cross_loss(image: Tensor, text: Tensor) -> Tensor:
@@ -22,8 +23,12 @@ def cross_loss(image: Tensor, text: Tensor) -> Tensor:
     return (F.kl_div(of_image, mean, reduction="batchmean") + F.kl_div(of_text, mean, reduction="batchmean")) / 2
 
 
-def layer_by_layer(image: Sequence[Tensor], text: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    """Pair the cross tokens of two encoders by layer; those of the one with fewer layers are repeated evenly.
+Image = TypeVar("Image")
+Text = TypeVar("Text")
+
+
+def layer_by_layer(image: Sequence[Image], text: Sequence[Text]) -> tuple[list[Image], list[Text]]:
+    """Pair what the layers of two encoders have; that of the one with fewer layers is repeated evenly.
 
     As published for LLaVA; CLIP's code only takes encoders of equal depth.
     """
@@ -31,7 +36,7 @@ def layer_by_layer(image: Sequence[Tensor], text: Sequence[Tensor]) -> tuple[lis
     return _spread(image, depth), _spread(text, depth)
 
 
-def _spread(tokens: Sequence[Tensor], depth: int) -> list[Tensor]:
+def _spread(tokens: Sequence[Image], depth: int) -> list[Image]:
     count = len(tokens)
     times = [(layer + 1) * depth // count - layer * depth // count for layer in range(count)]
     return [each for each, repeated in zip(tokens, times, strict=True) for _ in range(repeated)]
@@ -50,3 +55,8 @@ def matching_loss(image: Tensor, text: Tensor, ids: Tensor, scale: Tensor) -> Te
     targets = same / same.sum(1, keepdim=True)
     logits = scale * image @ text.t()
     return (F.cross_entropy(logits, targets) + F.cross_entropy(logits.t(), targets)) / 2
+
+
+def through(layer: nn.Linear, states: Tensor) -> Tensor:
+    """Return what a linear layer makes of states, without its weights learning from what becomes of it."""
+    return F.linear(states, layer.weight.detach(), None if layer.bias is None else layer.bias.detach())

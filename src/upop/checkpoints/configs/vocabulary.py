@@ -105,26 +105,44 @@ def reduce_vocabulary(
     if not isinstance(words, nn.Embedding):
         raise LayoutError(f"{type(whole).__name__} has no word embeddings that could be made fewer.")
     size = words.num_embeddings
+    found = chosen_words(vocabulary, tokenizer, size, _told_ids(whole, size))
+    if len(found.kept) < size:
+        _apply(whole, found)
+    note_words(whole, found, getattr(whole, VOCABULARY, None))
+    return found
+
+
+def chosen_words(vocabulary: Any, tokenizer: Any, size: int, told: Iterable[int]) -> Vocabulary:
+    """Return the words that stay of `size`, with their tokenizer.
+
+    Args:
+        vocabulary: as for `reduce_vocabulary`.
+        tokenizer: as for `reduce_vocabulary`.
+        size: how many words there are.
+        told: numbers of words that a model needs.
+
+    Raises:
+        SettingError: nothing is named, texts have no tokenizer, or a word is none of the model's.
+        VerificationError: a text would be cut otherwise.
+    """
     texts, used = _read(vocabulary)
     if texts and tokenizer is None:
-        raise SettingError("reduce_vocabulary() was given texts and no tokenizer. Give the model's own, or token ids.")
+        raise SettingError("A vocabulary of texts was given, and no tokenizer. Give the model's own, or token ids.")
     used |= used_ids(tokenizer, texts) if texts else set()
     if not used:
-        raise SettingError("reduce_vocabulary() was given no text and no token. Name what the task uses.")
-    used |= _told_ids(whole, size)
+        raise SettingError("A vocabulary was given that has no text and no token. Name what the task uses.")
+    used |= {*told}
     used = needed_ids(tokenizer, used) if is_fast(tokenizer) else used
     outside = [number for number in used if not 0 <= number < size]
     if outside:
         raise SettingError(f"Token {outside[0]} is none of the model's {size} words.")
     kept = sorted(used)
-    fewer = smaller_tokenizer(tokenizer, kept, texts) if is_fast(tokenizer) else None
-    found = Vocabulary(tuple(kept), size, fewer)
-    if len(kept) < size:
-        _apply(whole, found)
-    before = getattr(whole, VOCABULARY, None)
-    ids = kept if before is None else [before[number] for number in kept]
-    setattr(whole, VOCABULARY, ids)
-    return found
+    return Vocabulary(tuple(kept), size, smaller_tokenizer(tokenizer, kept, texts) if is_fast(tokenizer) else None)
+
+
+def note_words(model: nn.Module, found: Vocabulary, before: Sequence[int] | None) -> None:
+    """Note on a model what numbers its words had at first; `before` are those of the words that there were."""
+    setattr(model, VOCABULARY, [number if before is None else before[number] for number in found.kept])
 
 
 def _read(vocabulary: Any) -> tuple[list[str], set[int]]:

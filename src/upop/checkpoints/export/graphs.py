@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from upop.models import kind_of
+from upop.tokens.cross import has_cross_tokens
 from upop.tokens.encoders import removed_tokens
 from upop.tokens.matching import token_counts
 
@@ -85,7 +86,9 @@ def _image_tokens(model: nn.Module) -> int:
     """Return how many tokens of an image other parts of a model see: fewer where it merges some."""
     config: Any = model.config
     counts = 1 + (config.image_size // config.patch_size) ** 2
-    return token_counts(counts, 1, (removed_tokens(model) or [[]])[0])[-1]
+    removed = removed_tokens(model)
+    led = removed is not None and has_cross_tokens(model)  # by one more token, which others see too
+    return token_counts(counts, 1, (removed or [[]])[0])[-1] + led
 
 
 # Inputs of the graphs ------------------------------------------------------------------------------------------------

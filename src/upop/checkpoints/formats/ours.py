@@ -38,6 +38,7 @@ from upop.libraries import is_pretrained, naming_missing
 from upop.models import MODELS
 from upop.pruning import Plan, find_prunable, remember
 from upop.pruning.carried import set_plan
+from upop.tokens.cross import give_held
 from upop.values import problems
 
 if TYPE_CHECKING:
@@ -86,7 +87,7 @@ def load(checkpoint: Checkpoint, *, strict: bool) -> nn.Module:
         sizes = {name: group.of for name, group in (description.layout or {}).items() if description.model and group.of}
 
         def build() -> nn.Module:
-            return describe_groups(_dense(description, folder), description, folder)
+            return describe_groups(give_held(_dense(description, folder), held), description, folder)
 
         model = build_to_fit(build, held, source, dense=sizes, strict=strict)
         state = read_weights(file)
@@ -116,6 +117,7 @@ def load_into(model: nn.Module, checkpoint: Checkpoint, *, strict: bool) -> None
     else:
         [file] = safe_weights(folder, (WEIGHTS,))
         state = named_as_today(model, read_weights(file))
+    give_held(model, state)
     plan = checkpoint.plan
     describe_groups(model, description, folder)
     try:
