@@ -137,12 +137,12 @@ def test_a_caption_is_written_word_by_word_outside_torch(
 def test_what_cannot_be_exported_is_said(tmp_path: Path) -> None:
     with pytest.raises(SettingError, match=r"'onxx' is not known \(did you mean 'onnx'"):
         upop.export(compressed("nlvr"), tmp_path / "out", "onxx")  # type: ignore[arg-type]
-    with pytest.raises(SettingError, match="quantize='int8' is done by onnxruntime, and the format is 'torch-export'"):
+    with pytest.raises(SettingError, match="quantize='int8' is for onnx and openvino, and the format is 'torch"):
         upop.export(compressed("nlvr"), tmp_path / "out", "torch-export", quantize="int8")
     with pytest.raises(SettingError, match=r"read off one call of it.*upop\.export\(model, folder, example="):
         upop.export(Determinant(asked=True), tmp_path / "out")
-    with pytest.raises(SettingError, match=r"x has shape \(1, 4\).* Give a batch of 2 or more"):
-        upop.export(Determinant(), tmp_path / "out", example=torch.ones(1, 4))
+    with pytest.raises(SettingError, match=r"input2 has shape \(1, 4\).* Give a batch of 2 or more"):
+        upop.export(nn.Bilinear(4, 4, 2), tmp_path / "out", example=(torch.ones(2, 4), torch.ones(1, 4)))
     assert not any(tmp_path.iterdir())
 
 
@@ -181,6 +181,11 @@ def of_library(name: str) -> nn.Module:
     elif name == "t5":
         config = transformers.T5Config(d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4, vocab_size=60)
         model = transformers.T5ForConditionalGeneration(config)
+    elif name == "llava":
+        text_config = transformers.LlamaConfig(**sizes, vocab_size=60)
+        vision_config = transformers.CLIPVisionConfig(**{**sizes, "num_hidden_layers": 2}, image_size=32, patch_size=16)
+        both = transformers.LlavaConfig(text_config=text_config, vision_config=vision_config, image_token_index=59)
+        model = transformers.LlavaForConditionalGeneration(both)
     else:
         vision = {**sizes, "image_size": 32, "patch_size": 16}
         text = {**sizes, "vocab_size": 60, "bos_token_id": 0, "eos_token_id": 59}
@@ -221,8 +226,21 @@ def test_a_model_of_any_library_computes_the_same_elsewhere(name: str, format: A
     assert graph["largest_difference"] <= 1e-4  # in batches of 1 and 3, and texts of 9 words; it was traced with others
 
 
+@pytest.mark.parametrize("format", mostly_slow(["onnx", "openvino"], "onnx"))
+def test_a_model_whose_code_counts_images_takes_as_many_as_its_example_has(format: Any, tmp_path: Path) -> None:
+    pytest.importorskip("openvino", reason="the extra `export` is not installed")
+    ids = torch.tensor([[59, 59, 59, 59, 1, 5, 7]])
+    example = {"input_ids": ids, "pixel_values": torch.randn(1, 3, 32, 32)}
+    folder = upop.export(of_library("llava"), tmp_path / "out", format, example=example)
+    graph = json.loads((folder / "export.json").read_text())["graphs"]["model"]
+    assert graph["inputs"]["input_ids"] == [1, "tokens"]
+    assert graph["inputs"]["pixel_values"] == [1, 3, 32, 32]
+    assert graph["largest_difference"] <= 1e-4
+
+
 def test_a_model_of_ones_own_runs_in_onnxruntime_in_any_batch_and_in_whole_numbers(tmp_path: Path) -> None:
     runtime = pytest.importorskip("onnxruntime", reason="the extra `export` is not installed")
+    openvino = pytest.importorskip("openvino", reason="the extra `export` is not installed")
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 8)).eval()
     example = torch.randn(2, 5, 64)
@@ -233,20 +251,46 @@ def test_a_model_of_ones_own_runs_in_onnxruntime_in_any_batch_and_in_whole_numbe
         "dynamic": upop.export(model, tmp_path / "dynamic", example=example, quantize="int8"),
         "static": upop.export(model, tmp_path / "static", example=example, quantize="int8", samples=samples),
     }
+    for kind, given in {"openvino-dynamic": None, "openvino-static": samples}.items():
+        folders[kind] = upop.export(model, tmp_path / kind, "openvino", example=example, quantize="int8", samples=given)
     x = torch.randn(7, 3, 64)
     expected = model(x).detach()
     for kind, folder in folders.items():
-        session = runtime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
-        found = torch.from_numpy(session.run(None, {"input": x.numpy()})[0])
+        if kind.startswith("openvino"):
+            found = torch.from_numpy(openvino.Core().compile_model(folder / "model.xml", "CPU")(x.numpy())[0].copy())
+        else:
+            session = runtime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
+            found = torch.from_numpy(session.run(None, {"input": x.numpy()})[0])
         off = float((found - expected).abs().max() / expected.abs().max())
         assert off < (1e-5 if kind == "float" else 0.1)
         assert kind == "float" or off > 1e-5  # it does compute with whole numbers
         held = json.loads((folder / "export.json").read_text())["graphs"]["model"]
         if kind != "float":
             before, after = held["quantized"]["bytes"]
-            assert after < before / 2
+            assert after < (before if "openvino" in kind else before / 2)  # its description is as long as these weights
             assert held["quantized"]["difference"] < 0.1
-        assert [path.name for path in folder.glob("*.onnx*")] == ["model.onnx"]
+        assert [path.name for path in folder.glob("*.onnx*")] == ([] if "openvino" in kind else ["model.onnx"])
+    with pytest.raises(SettingError, match=r"A sample has 2 tensors; the graph takes input\."):
+        upop.export(model, tmp_path / "out", example=example, quantize="int8", samples=[(x, x)])
+    with pytest.raises(SettingError, match=r"measures ranges on, but there are none"):
+        upop.export(model, tmp_path / "out", example=example, quantize="int8", samples=[])
+
+
+def test_ranges_of_graphs_that_follow_each_other_are_measured_on_what_the_first_gives(tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime", reason="the extra `export` is not installed")
+    model = compressed("caption")
+    samples = [
+        {"images": torch.randn(1, 3, 32, 32), "input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        for ids in torch.randint(1, 120, (4, 1, 5))
+    ]
+    folder = upop.export(model, tmp_path / "out", quantize="int8", samples=samples)
+    graphs = json.loads((folder / "export.json").read_text())["graphs"]
+    assert {graph["quantized"]["ranges"] for graph in graphs.values()} == {"of 4 samples"}
+    assert all(graph["quantized"]["difference"] < 0.2 for graph in graphs.values())
+    with pytest.raises(SettingError, match=r"has the graphs vision, decoder, and a sample for all of them"):
+        upop.export(model, tmp_path / "other", quantize="int8", samples=[samples[0]["images"]])
+    with pytest.raises(SettingError, match=r"A sample has no attention_mask; the graph takes input_ids"):
+        upop.export(model, tmp_path / "other", quantize="int8", samples=[{**samples[0], "attention_mask": None}])
 
 
 def test_an_operation_that_onnx_lacks_is_refused_and_torch_export_takes_it(tmp_path: Path) -> None:

@@ -13,7 +13,16 @@ import timm
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, ViTConfig, ViTModel
+from transformers import (
+    BertConfig,
+    BertModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    ViTConfig,
+    ViTModel,
+)
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 import upop
@@ -145,6 +154,17 @@ def test_nemotron_nas_is_read_into_an_equal_network(tmp_path: Path) -> None:
     assert "vLLM" in (tmp_path / "deci" / "README.md").read_text()
 
 
+def test_nemotron_nas_takes_a_plain_folder_with_fewer_heads_and_neurons(tmp_path: Path) -> None:
+    alike = {f"model.layers.{layer}.mlp": range(300) for layer in range(3)}
+    model = llama(**{f"model.layers.{layer}.self_attn": [layer, 3] for layer in range(3)}, **alike)
+    upop.save(model, tmp_path / "cut")
+    assert json.loads((tmp_path / "cut" / "config.json").read_text())["num_attention_heads"] == 4
+    write_plain(model, tmp_path / "deci", "nemotron-nas")
+    described = json.loads((tmp_path / "deci" / "config.json").read_text())
+    assert (described["num_attention_heads"], described["num_key_value_heads"]) == (8, 2)
+    torch.testing.assert_close(logits(equal_network(tmp_path / "deci")), logits(model), rtol=1e-4, atol=1e-5)
+
+
 def test_branches_that_went_whole_are_no_ops_of_nemotron_nas(tmp_path: Path) -> None:
     model = llama(**{"model.layers.0.self_attn": [], "model.layers.2.mlp": []})
     write_plain(model, tmp_path / "deci", "nemotron-nas")
@@ -182,6 +202,9 @@ def test_what_a_form_cannot_take_is_refused_with_what_can(
     bert = BertModel(BertConfig(**sizes, vocab_size=20)).eval()
     with pytest.raises(SettingError, match=r"layers of Llama alone, and a BertModel is none.*--to padded"):
         write_plain(bert, tmp_path / "out", "nemotron-nas")
+    qwen = Qwen3ForCausalLM(Qwen3Config(**sizes, vocab_size=20, num_key_value_heads=2, head_dim=8)).eval()
+    with pytest.raises(SettingError, match=r"a Qwen3ForCausalLM is none: it has model\.layers\.0\.self_attn\.q_norm"):
+        write_plain(qwen, tmp_path / "out", "nemotron-nas")
     with pytest.raises(SettingError, match=r"neither transformers nor timm builds it.*--to onnx"):
         write_plain(torch.nn.Linear(2, 2), tmp_path / "out", "padded")
     with pytest.raises(SettingError, match=r"'paded' is not known \(did you mean 'padded'.*upop\.export for graphs"):
@@ -197,7 +220,7 @@ def test_what_a_form_cannot_take_is_refused_with_what_can(
     refused = {
         "--to nemotron-nas": "a BertModel is none: it has embeddings.LayerNorm.bias, for one. .*--to padded",
         "--to padded --cache": "--cache is for graphs",
-        "--to openvino --quantize int8": "Take format='onnx'",
+        "--to torch-export --quantize int8": "is for onnx and openvino",
         "--quantize int4": "'int4' is not known; there is int8",
     }
     for words, why in refused.items():

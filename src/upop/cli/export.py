@@ -95,7 +95,7 @@ def _graphs_take(format: str) -> Callable[[str, bool, str | None], None]:
 def _models_take(format: str) -> Callable[[str, bool, str | None], None]:
     def check(source: str, cache: bool, quantize: str | None) -> None:
         if quantize is not None or cache:
-            flag = "--cache is for graphs" if quantize is None else "--quantize is for --to onnx"
+            flag = "--cache is for graphs" if quantize is None else "--quantize is for --to onnx and --to openvino"
             raise SettingError(f"{flag}; --to {format} writes a model. Leave it out.")
         if format == "nemotron-nas" and not is_timm_name(source):
             _has_layers_of_llama(open_checkpoint(source))
@@ -163,17 +163,21 @@ def export(
         bool, typer.Option("--cache", help="Of a decoder that generates: keys and values go in and come out.")
     ] = False,
     quantize: Annotated[
-        str | None, typer.Option(metavar="int8", help="Weights and inputs of linear layers as whole numbers (onnx).")
+        str | None,
+        typer.Option(metavar="int8", help="Whole numbers in linear layers (onnx, openvino)."),
     ] = None,
     samples: Annotated[
         int | None,
         typer.Option(
-            help="With --quantize and --config: measure ranges on so many of the task's samples, not as inputs come."
+            help="With --quantize and --config: measure ranges on so many training samples, not as inputs come."
         ),
     ] = None,
     config: Annotated[Path | None, typer.Option(help="YAML file of the task's settings, for --samples.")] = None,
     task: Annotated[
-        str | None, typer.Option(help="Whose model a published file holds; told by its tensors if not given.")
+        str | None,
+        typer.Option(
+            help="Whose model a published file holds, told by its tensors if not given; and of which --samples are."
+        ),
     ] = None,
     overwrite: o.Overwrite = False,
     assign: o.Set = None,
@@ -188,23 +192,22 @@ def export(
     target.check(source, cache, quantize)
     check_folder(out, target.kind, overwrite=overwrite)
     model = load_named(source, task, own=target.own, **o.overrides({}, assign))
-    chosen = None if samples is None or config is None else _samples(model, config, samples)
+    chosen = None if samples is None or config is None else _samples(model, task, config, samples)
     place = None if is_timm_name(source) else open_checkpoint(source).path
     target.write(model, Asked(out, overwrite, place, cache, quantize, chosen))
 
 
-def _samples(model: nn.Module, config: Path, count: int) -> list[tuple[Any, ...]]:
-    """Return the inputs of a task's first held-out samples, one by one."""
+def _samples(model: nn.Module, name: str | None, config: Path, count: int) -> list[Mapping[str, Any]]:
+    """Return the inputs of a task's first training samples, one by one."""
     from upop.checkpoints.published.tasks import task_for
     from upop.settings import read_settings
     from upop.tasks import find_task
 
-    task = find_task(task_for(model))
+    task = find_task(name or task_for(model))
     settings = read_settings(task.settings, config, {})
-    held: Any = task.dataset(settings, task.evaluated(settings)[0])
-    chosen = [held[place] for place in range(min(count, len(held)))]
-    inputs = task.inputs(task.collate(settings)(chosen))
-    return [tuple(value[place : place + 1] for value in inputs.values()) for place in range(len(chosen))]
+    held: Any = task.dataset(settings, "train")
+    collate = task.collate(settings)
+    return [task.inputs(collate([held[place]])) for place in range(min(count, len(held)))]
 
 
 def _notify(out: Path) -> None:

@@ -41,15 +41,21 @@ class AnyGraph(Graph):
     ranges: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
     def draw(self, batch: int, tokens: int) -> tuple[Tensor, ...]:
-        """Return inputs like those of the example, of other sizes."""
+        """Return inputs like those of the example, of other sizes.
+
+        Where the batch is fixed, texts become longer than the example's, and keep what it has: of its marks for
+        images there are as many as the images want.
+        """
         generator = torch.Generator().manual_seed(batch)
         drawn = []
+        fixed = all("batch" not in axes for axes in self.inputs.values())
         for (name, axes), value in zip(self.inputs.items(), self.example, strict=True):
             for place, axis in enumerate(axes):
                 if isinstance(axis, str):
-                    least, most = self.ranges[axis]
-                    size = batch if axis == "batch" else min(max(tokens, least), most)
-                    value = value.index_select(place, torch.arange(size) % value.shape[place])
+                    (least, most), has = self.ranges[axis], value.shape[place]
+                    size = batch if axis == "batch" else min(max(has + 2 if fixed else tokens, least), most)
+                    places = torch.arange(size)
+                    value = value.index_select(place, places.clamp(max=has - 1) if fixed else places % has)
             if value.is_floating_point():
                 value = value + 0.1 * torch.randn(value.shape, generator=generator)
             elif name == _MASK and value.dim() == 2:
@@ -87,8 +93,9 @@ def graph_of_any(model: nn.Module, example: Any = None) -> AnyGraph:
 
     Args:
         model: of any library, on the CPU, in evaluation mode and in float32.
-        example: what it is called with: a tensor, a tuple, or a mapping of keyword arguments, with a batch of at least
-            2; by default what its groups were read with, or what can be made up for it.
+        example: what it is called with: a tensor, a tuple, or a mapping of keyword arguments; by default what its
+            groups were read with, or what can be made up for it. Where the model's code fixes the batch, it is that of
+            the example, or 1.
 
     Raises:
         SettingError: no call of the whole model is known, or torch.export cannot trace it; the message says why, and
@@ -98,8 +105,15 @@ def graph_of_any(model: nn.Module, example: Any = None) -> AnyGraph:
     module = _OneCall(model, names, fixed, by_name=by_name).eval()
     try:
         with evaluating(model):
+            single = all(len(value) == 1 for value in inputs)
+            # Tracing takes a batch of 1 for something special.
+            traced = _traced(module, tuple(torch.cat([value] * 2) for value in inputs) if single else inputs)
+            if all(_number(shape[0]) is not None for shape in _shapes(traced)) and (single or example is None):
+                inputs = tuple(value[:1].clone() for value in inputs)
+                traced = _traced(module, inputs, None)
+            elif single:
+                inputs = tuple(torch.cat([value] * 2) for value in inputs)
             outputs = tuple(name for name, _ in _tensors(module.called(*inputs)))
-            traced = _traced(module, inputs)
     except Exception as error:  # a model's own, or one of the many of torch.export
         raise untraceable(model, error) from error
     axes, symbols, ranges = axes_of(traced, names)
@@ -157,7 +171,7 @@ def _call(model: nn.Module, example: Any) -> tuple[tuple[str, ...], tuple[Tensor
             "mapping of keyword arguments, or a tuple of tensors."
         )
     small = next((name for name, value in tensors.items() if value.dim() == 0 or value.shape[0] < 2), None)
-    if small is not None:
+    if small is not None and not all(value.dim() and len(value) == 1 for value in tensors.values()):
         raise SettingError(
             f"The example's {small} has shape {tuple(tensors[small].shape)}: tracing takes a batch of 1 for something "
             "special. Give a batch of 2 or more."
@@ -179,11 +193,14 @@ def _known(model: nn.Module) -> Any:
     return example
 
 
-def _traced(module: nn.Module, inputs: tuple[Tensor, ...]) -> torch.export.ExportedProgram:
-    """Trace a call with any batch and lengths; what the model's code ties to a number stays that number."""
+def _traced(module: nn.Module, inputs: tuple[Tensor, ...], batch: Any = "any") -> torch.export.ExportedProgram:
+    """Trace a call with any batch, or that of the inputs for None, and any lengths.
+
+    What the model's code ties to a number stays that number.
+    """
     auto = torch.export.Dim.AUTO
     lengths = [{} if value.dim() > 3 else dict.fromkeys(range(1, min(2, value.dim())), auto) for value in inputs]
-    alike = len({value.shape[0] for value in inputs}) == 1
+    alike = len({value.shape[0] for value in inputs}) == 1 and batch is not None
 
     def traced(batch: Any) -> torch.export.ExportedProgram:
         free = tuple({0: batch, **each} for each in lengths)
@@ -194,7 +211,10 @@ def _traced(module: nn.Module, inputs: tuple[Tensor, ...]) -> torch.export.Expor
             return traced(torch.export.Dim("batch"))  # one size for all inputs
         except Exception:  # the model's code may not leave it free
             pass
-    return traced(auto)
+    program = traced(auto if batch is not None else None)
+    fixed = {_number(shape[0]) is not None for shape in _shapes(program)}
+    # Where the number of images is fixed, that of texts is: their model counts one by the other.
+    return traced(None) if alike and len(fixed) > 1 else program
 
 
 def _places(asked: Mapping[str, inspect.Parameter]) -> Iterator[str]:
@@ -231,16 +251,15 @@ def axes_of(
         called: (input, place of an axis) -> its name, where a call has equal sizes under one name though torch saw
             no tie. By default sizes that torch keeps apart have names of their own.
     """
-    placeholders = {node.name: node for node in traced.graph.nodes if node.op == "placeholder"}
-    shapes = [placeholders[name].meta["val"].shape for name in traced.graph_signature.user_inputs]
+    shapes = _shapes(traced)
     symbols: dict[str, str] = {}
     axes: dict[str, tuple[str | int, ...]] = {}
     for name, shape in zip(names, shapes, strict=True):
         sizes: list[str | int] = []
         for place, size in enumerate(shape):
-            known: Any = size if isinstance(size, int) else size.node.expr
-            if isinstance(size, int) or known.is_number:  # free to begin with, and then tied to a number
-                sizes.append(int(known))
+            number = _number(size)
+            if number is not None:
+                sizes.append(number)
             else:
                 if called is None:
                     usual = "batch" if place == 0 else "tokens"
@@ -251,6 +270,18 @@ def axes_of(
         axes[name] = tuple(sizes)
     found = {str(key): _range(value) for key, value in traced.range_constraints.items()}
     return axes, symbols, {name: found.get(symbol, (2, _MOST)) for symbol, name in symbols.items()}
+
+
+def _shapes(traced: torch.export.ExportedProgram) -> list[Any]:
+    """Return the shapes of the inputs, with a symbol for every free size."""
+    placeholders = {node.name: node for node in traced.graph.nodes if node.op == "placeholder"}
+    return [placeholders[name].meta["val"].shape for name in traced.graph_signature.user_inputs]
+
+
+def _number(size: Any) -> int | None:
+    """Return the size of an axis that has one; some are free to begin with, and then tied to a number."""
+    known: Any = size if isinstance(size, int) else size.node.expr
+    return int(known) if isinstance(size, int) or known.is_number else None
 
 
 def _range(value: Any) -> tuple[int, int]:

@@ -13,6 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from upop.errors import SettingError
 from upop.models import kind_of
 from upop.tokens.cross import has_cross_tokens
 from upop.tokens.encoders import removed_tokens
@@ -80,6 +81,58 @@ def own_graphs(model: nn.Module) -> dict[str, Graph] | None:
     """Return the graphs of a model of upop's own tasks, by name; None for any other model."""
     kind = kind_of(model)
     return _GRAPHS[kind](cast(Any, model).config, _image_tokens(model)) if kind in _GRAPHS else None
+
+
+def sample_inputs(model: nn.Module, graphs: Mapping[str, Graph], sample: Any) -> dict[str, dict[str, Tensor]]:
+    """Return what every graph of a model is called with for a sample, by names in their order.
+
+    Args:
+        model: that the graphs are of.
+        graphs: in the order in which they are called.
+        sample: what the model is called with: a tensor, a tuple of tensors, or a mapping. A graph's input that an
+            earlier one gives is computed, and two images of a sample are told apart.
+
+    Raises:
+        SettingError: a mapping lacks an input.
+    """
+    if len(graphs) == 1 and not isinstance(sample, Mapping):
+        ((name, graph),) = graphs.items()
+        return {name: dict(zip(graph.inputs, as_inputs(graph, sample), strict=True))}
+    if not isinstance(sample, Mapping):
+        raise SettingError(
+            f"A {type(model).__name__} has the graphs {', '.join(graphs)}, and a sample for all of them is a mapping, "
+            f"from {', '.join(dict.fromkeys(name for graph in graphs.values() for name in graph.inputs))}."
+        )
+    known = {name: value for name, value in sample.items() if isinstance(value, Tensor)}
+    if "images" in known:
+        halves = known["images"].chunk(2)
+        known |= {f"images{place}": half for place, half in enumerate(halves)}
+    found = {}
+    for name, graph in graphs.items():
+        only = len(graphs) == len(graph.inputs) == len(known) == 1  # whatever the caller calls it
+        given = tuple(known.values()) if only else as_inputs(graph, known)
+        rows = min(len(value) for value in given)  # a sample with several answers: the first
+        found[name] = {key: value[:rows].clone() for key, value in zip(graph.inputs, given, strict=True)}
+        outputs = graph.forward(model, *found[name].values())
+        known |= zip(graph.outputs, (outputs,) if isinstance(outputs, Tensor) else outputs, strict=True)
+    return found
+
+
+def as_inputs(graph: Graph, sample: Any) -> tuple[Tensor, ...]:
+    """Return the tensors that a graph takes, in its order, from what a model is called with.
+
+    Raises:
+        SettingError: a mapping lacks one of them, or there are more or fewer.
+    """
+    if isinstance(sample, Mapping):
+        absent = [name for name in graph.inputs if name not in sample]
+        if absent:
+            raise SettingError(f"A sample has no {absent[0]}; the graph takes {', '.join(graph.inputs)}.")
+        return tuple(sample[name] for name in graph.inputs)
+    given = tuple(sample) if isinstance(sample, tuple | list) else (sample,)
+    if len(given) != len(graph.inputs):
+        raise SettingError(f"A sample has {len(given)} tensors; the graph takes {', '.join(graph.inputs)}.")
+    return given
 
 
 def _image_tokens(model: nn.Module) -> int:

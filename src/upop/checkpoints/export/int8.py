@@ -1,18 +1,22 @@
-"""Whole numbers of 8 bits in ONNX files, by onnxruntime."""
+"""Whole numbers of 8 bits in graphs that were written, for onnxruntime and for OpenVINO."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from upop.checkpoints.export.writers import convert_onnx, onnx_between
 from upop.libraries import naming_missing
 
+Samples = Sequence[Mapping[str, Tensor]]
+_LARGEST = 127
 
-def quantized(file: Path, samples: Sequence[Sequence[Tensor]] | None) -> None:
-    """Replace an ONNX file by one with matrix products in 8-bit integers.
+
+def quantize_onnx(file: Path, samples: Samples | None) -> str:
+    """Replace an ONNX file by one with matrix products in 8-bit integers; return what their ranges are of.
 
     Args:
         file: the graph.
@@ -29,19 +33,59 @@ def quantized(file: Path, samples: Sequence[Sequence[Tensor]] | None) -> None:
         quantize_static(file, whole, _Reader(file, samples), quant_format=QuantFormat.QDQ, per_channel=True)
     file.with_name(f"{file.name}.data").unlink(missing_ok=True)
     whole.replace(file)
+    return "of inputs as they come" if samples is None else f"of {len(samples)} samples"
+
+
+def quantize_openvino(file: Path, samples: Samples | None) -> str:
+    """Replace a graph of OpenVINO by one with 8-bit integers; return what their ranges are of.
+
+    Args:
+        file: the graph, with the ONNX file that it was made from beside it.
+        samples: as for `quantize_onnx`, whose file OpenVINO then reads. Without them the weights of matrix products
+            are integers, each with a scale per row, and OpenVINO quantizes what they are multiplied with as it comes
+            where its device can.
+    """
+    if samples is not None:
+        said = quantize_onnx(onnx_between(file), samples)
+        convert_onnx(file)
+        return said
+    import numpy
+    import openvino
+    import openvino.opset13 as operations
+
+    model = openvino.convert_model(onnx_between(file))
+    for node in model.get_ordered_ops():
+        weights = node.input_value(1).get_node() if node.get_type_name() == "MatMul" else None
+        if weights is None or weights.get_type_name() != "Constant" or len(weights.get_output_shape(0)) != 2:
+            continue
+        values = weights.get_data()
+        inner = 1 if node.get_attributes()["transpose_b"] else 0
+        scale = numpy.abs(values).max(inner, keepdims=True) / _LARGEST
+        scale[scale == 0] = 1
+        whole = operations.constant(numpy.round(values / scale).astype(numpy.int8))
+        unpacked = operations.multiply(operations.convert(whole, "f32"), operations.constant(scale))
+        node.input(1).replace_source_output(unpacked.output(0))
+    openvino.save_model(model, file, compress_to_fp16=False)
+    return "of inputs as they come"
+
+
+QUANTIZERS: Mapping[str, Callable[[Path, Samples | None], str]] = {
+    "onnx": quantize_onnx,
+    "openvino": quantize_openvino,
+}
+"""Format -> what quantizes a file of it."""
 
 
 class _Reader:
     """Samples as onnxruntime asks for them: one after the other, and None at the end."""
 
-    def __init__(self, file: Path, samples: Sequence[Sequence[Tensor]]) -> None:
+    def __init__(self, file: Path, samples: Samples) -> None:
         import onnxruntime
 
-        names = [
-            each.name for each in onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"]).get_inputs()
-        ]
+        session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+        names = [each.name for each in session.get_inputs()]
         self._left: Iterator[dict[str, Any]] = (
-            {name: value.numpy() for name, value in zip(names, sample, strict=True)} for sample in samples
+            {name: sample[name].contiguous().numpy() for name in names} for sample in samples
         )
 
     def get_next(self) -> dict[str, Any] | None:

@@ -26,11 +26,15 @@ from upop.pruning.known import know_as
 
 CODE = "configuration_decilm.py"
 _MULTIPLE = 256
-_LAYER = re.compile(r"model\.layers\.(\d+)\.(self_attn|mlp)\.(\w+)\.(weight|bias)")
-_FIRST = "layers.0.mlp.gate_proj.weight"
+_LAYER = re.compile(
+    r"model\.layers\.(\d+)\.(self_attn|mlp)\.((?<=self_attn\.)[qkvo]_proj|(?<=mlp\.)(?:gate|up|down)_proj)\.(weight|bias)"
+)
+_FIRST = "model.layers.0.mlp.gate_proj.weight"
 _OTHER = re.compile(
     r"model\.(embed_tokens|norm|layers\.\d+\.(input_layernorm|post_attention_layernorm))\.weight|lm_head\.weight"
 )
+_COMPUTED = "rotary_emb.inv_freq"
+"""Ends the names of what old files hold though every Llama computes it."""
 _WAYS = (
     "Ways that are left: `upop export --to padded` (an ordinary model of its library), `--to onnx`, or upop.load where "
     "it is used."
@@ -73,8 +77,8 @@ def convert(model: nn.Module) -> Converted:
         VerificationError: the network computes something else.
     """
     state, config = _checked(model)
-    heads, hidden = int(config.num_attention_heads), int(config.hidden_size)
-    size = hidden // heads
+    hidden, size = int(config.hidden_size), _head_size(config)
+    heads = hidden // size  # of the dense model, where fewer are left in all layers
     written: dict[str, Tensor] = {}
     blocks, layers = [], {}
     for layer in range(int(config.num_hidden_layers)):
@@ -85,9 +89,8 @@ def convert(model: nn.Module) -> Converted:
         }
         groups = len(parts["self_attn.k_proj.weight"]) // size
         # What went whole is no branch any more, unless it ends with a bias: then one group of zeros carries that.
-        least = 1 if "self_attn.o_proj.bias" in parts else 0
-        shared = next((each for each in range(max(groups, least), heads + 1) if each and heads % each == 0), heads)
-        shared = shared if groups or least else 0
+        least = max(groups, 1 if "self_attn.o_proj.bias" in parts else 0)
+        shared = _groups(heads, least, len(parts["self_attn.q_proj.weight"]) // size)
         width = math.ceil(len(parts["mlp.gate_proj.weight"]) / _MULTIPLE) * _MULTIPLE
         width = max(width, _MULTIPLE if "mlp.down_proj.bias" in parts else 0)
         found = _attention(parts, heads, groups, shared, size) if shared else {}
@@ -100,7 +103,7 @@ def convert(model: nn.Module) -> Converted:
     written |= {name: value for name, value in state.items() if _OTHER.fullmatch(name) and "layernorm" not in name}
     if config.tie_word_embeddings:
         written.pop("lm_head.weight", None)
-    described = _described(config, blocks, layers, any(name.endswith("q_proj.bias") for name in written))
+    described = _described(config, heads, blocks, layers, any(name.endswith("q_proj.bias") for name in written))
     other = network(described)
     other.load_state_dict(written, strict=False, assign=True)
     other.tie_weights()
@@ -174,9 +177,10 @@ def refuse_others(names: Iterable[str], kind: str) -> None:
     Raises:
         SettingError: it has none; the message says what can take it.
     """
-    names = list(names)
-    if not any(name.endswith(_FIRST) for name in names):
-        raise _none(kind, next((name for name in names if not _LAYER.fullmatch(name)), None))
+    names = [name for name in names if not name.endswith(_COMPUTED)]
+    others = [name for name in names if not _LAYER.fullmatch(name) and not _OTHER.fullmatch(name)]
+    if others or _FIRST not in names:
+        raise _none(kind, next(iter(others), None))
 
 
 def _none(kind: str, other: str | None) -> SettingError:
@@ -189,18 +193,40 @@ def _none(kind: str, other: str | None) -> SettingError:
 def _checked(model: nn.Module) -> tuple[Mapping[str, Tensor], Any]:
     """Return the tensors and the dense configuration of a model that has the layers of Llama."""
     state = model.state_dict()
-    others = [name for name in state if not _LAYER.fullmatch(name) and not _OTHER.fullmatch(name)]
-    if not is_pretrained(model) or others or f"model.{_FIRST}" not in state:
-        raise _none(type(model).__name__, next(iter(others), None))
+    refuse_others(state, type(model).__name__)
+    if not is_pretrained(model):
+        raise _none(type(model).__name__, None)
     config = without_record(model.config)
-    heads, hidden = config.num_attention_heads, config.hidden_size
-    size = getattr(config, "head_dim", None) or hidden // heads
-    if size * heads != hidden:
+    heads, hidden, size = config.num_attention_heads, config.hidden_size, _head_size(config)
+    if hidden % size or heads > hidden // size:
         raise SettingError(
             f"nemotron-nas has heads of hidden_size / num_attention_heads dimensions, and this {type(model).__name__} "
             f"has {heads} of {size} for a width of {hidden}. " + _WAYS
         )
     return state, config
+
+
+def _head_size(config: Any) -> int:
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
+
+def _groups(heads: int, least: int, queries: int) -> int:
+    """Return in how many groups all query heads of a dense layer hold those that are left; 0 if none are.
+
+    Args:
+        heads: of the dense model.
+        least: groups that are left.
+        queries: query heads that are left in them.
+    """
+    if not least:
+        return 0
+    for each in range(least, heads + 1):
+        if heads % each == 0 and heads // each * least >= queries:
+            return each
+    raise SettingError(
+        f"nemotron-nas has {heads} query heads in groups of equal size, and {queries} in {least} groups do not fit in. "
+        + _WAYS
+    )
 
 
 def _attention(parts: Mapping[str, Tensor], heads: int, groups: int, shared: int, size: int) -> dict[str, Tensor]:
@@ -263,8 +289,10 @@ def _block(in_group: int | None, multiplier: float | None) -> dict[str, Any]:
     }
 
 
-def _described(config: Any, blocks: list[dict[str, Any]], layers: Mapping[str, Any], biased: bool) -> dict[str, Any]:
-    described = config.to_dict()
+def _described(
+    config: Any, heads: int, blocks: list[dict[str, Any]], layers: Mapping[str, Any], biased: bool
+) -> dict[str, Any]:
+    described = {**config.to_dict(), "num_attention_heads": heads}
     names = (
         *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "hidden_act", "rms_norm_eps"),
         *(
@@ -285,7 +313,7 @@ def _described(config: Any, blocks: list[dict[str, Any]], layers: Mapping[str, A
         "model_type": "nemotron-nas",
         "auto_map": {"AutoConfig": f"{CODE.removesuffix('.py')}.DeciLMConfig"},
         "attention_bias": biased,
-        "head_dim": config.hidden_size // config.num_attention_heads,
+        "head_dim": config.hidden_size // heads,
         "rope_theta": theta,
         "rope_scaling": rope if rope.get("rope_type", "default") != "default" else None,
         "num_key_value_heads": max(each["num_key_value_heads"] for each in layers.values()),

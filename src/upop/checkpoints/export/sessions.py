@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from upop.checkpoints.export.any_graph import graph_of_any
-from upop.checkpoints.export.graph_files import Format, as_inputs, running, without_empty_branches
+from upop.checkpoints.export.graph_files import running, without_empty_branches
+from upop.checkpoints.export.graphs import as_inputs
+from upop.checkpoints.export.writers import Format
 from upop.pruning.costs import evaluating
 
 RUNTIMES: Mapping[str, Format] = {"onnxruntime": "onnx", "openvino": "openvino"}

@@ -233,7 +233,8 @@ def runtimes(description: Mapping[str, Any]) -> Sequence[Row]:
         description: what `upop.json` says.
     """
     plain = bool(description.get("plain"))
-    graphs = ("onnxruntime, torch.export", "after an export", "`upop export FOLDER --to onnx` or `--to torch-export`")
+    how = "`upop export FOLDER --to onnx`, `--to openvino` or `--to torch-export`"
+    graphs = ("onnxruntime, OpenVINO, torch.export", "after an export", how)
     ours = ("Python with upop", "yes", "`upop.load(FOLDER)`")
     if description["transformers"]:
         return [*_in_transformers(plain), ours, graphs]

@@ -1,0 +1,197 @@
+"""How a graph is written in each format, and run again: by torch.export, onnxruntime and OpenVINO."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from upop.checkpoints.export.any_graph import AnyGraph, untraceable
+from upop.errors import SettingError
+from upop.libraries import naming_missing
+
+if TYPE_CHECKING:
+    from upop.checkpoints.export.graphs import Graph
+
+Format = Literal["onnx", "openvino", "torch-export"]
+Runner = Callable[[Sequence[Tensor]], Sequence[Tensor]]
+"""Tensors of a graph's inputs -> those of its outputs."""
+_LACKING = re.compile(r"No ONNX function found for <OpOverload\(op='([\w.]+)'")
+_F32 = {"INFERENCE_PRECISION_HINT": "f32"}
+
+
+@dataclass(frozen=True)
+class Writer:
+    """A format.
+
+    Attributes:
+        suffix: of its files.
+        write: writes a graph of a module that calls it; the module's `model` is what it is of.
+        runner: what runs a file in the runtime that it is for.
+        beside: suffixes of files that hold the rest of one.
+    """
+
+    suffix: str
+    write: Callable[[nn.Module, Graph, Path], None]
+    runner: Callable[[Graph, Path], Runner]
+    beside: tuple[str, ...] = ()
+
+    def file(self, folder: Path, name: str) -> Path:
+        """Return where a graph of a name lies."""
+        return folder / f"{name}.{self.suffix}"
+
+    def bytes(self, file: Path) -> int:
+        """Return the size of a graph that was written."""
+        parts = [file, *(part for ending in self.beside if (part := file.with_name(f"{file.stem}.{ending}")).is_file())]
+        return sum(part.stat().st_size for part in parts)
+
+
+def writer(format: Format) -> Writer:
+    """Return how to write a format.
+
+    Raises:
+        MissingLibraryError: a library of the format is not installed.
+    """
+    with naming_missing():
+        if format != "torch-export":
+            import onnx  # noqa: F401 - torch's exporter needs it, and onnxscript
+            import onnxruntime  # noqa: F401 - to check what is written, and to quantize it
+            import onnxscript  # noqa: F401
+        if format == "openvino":
+            import openvino  # noqa: F401
+    return _WRITERS[format]
+
+
+def tensors(found: Tensor | tuple[Tensor, ...]) -> Sequence[Tensor]:
+    """Return what a graph gives, one tensor or several, as several."""
+    return (found,) if isinstance(found, Tensor) else found
+
+
+def onnx_between(file: Path) -> Path:
+    """Return where the ONNX file lies that one of OpenVINO was made from."""
+    return file.with_suffix(".onnx")
+
+
+def convert_onnx(file: Path) -> None:
+    """Write OpenVINO's file of the ONNX file beside it."""
+    import openvino
+
+    openvino.save_model(openvino.convert_model(onnx_between(file)), file, compress_to_fp16=False)
+
+
+def _program(module: nn.Module, graph: Graph) -> torch.export.ExportedProgram:
+    try:
+        return graph.program(module)
+    except Exception as error:  # one of the many of torch.export
+        raise untraceable(module.model, error) from error  # type: ignore[arg-type]
+
+
+def _write_program(module: nn.Module, graph: Graph, file: Path) -> None:
+    torch.export.save(_program(module, graph), file)
+
+
+def _run_program(_graph: Graph, file: Path) -> Runner:
+    read = torch.export.load(file).module()
+    return lambda inputs: tensors(read(*inputs))
+
+
+def _write_onnx(module: nn.Module, graph: Graph, file: Path) -> None:
+    try:
+        torch.onnx.export(
+            _unchecked(_program(module, graph)),
+            (),
+            file,
+            dynamo=True,
+            external_data=sum(part.numel() for part in module.parameters()) * 4 > 2**30,  # the format ends at 2 GiB
+            input_names=list(graph.inputs),
+            output_names=list(graph.outputs),
+            verbose=False,
+        )
+    except torch.onnx.errors.OnnxExporterError as error:
+        raise _lacking(error, type(module.model).__name__) from error
+    if isinstance(graph, AnyGraph):
+        _name_axes(file, graph.symbols)
+
+
+def _unchecked(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
+    """Drop what a model asserts of its inputs, and what is computed for that alone: ONNX has no such operations."""
+    program = copy.deepcopy(program)
+    for node in list(program.graph.nodes):
+        if node.op == "call_function" and str(node.target).startswith("aten._assert_"):
+            program.graph.erase_node(node)
+    program.graph.eliminate_dead_code()
+    program.graph_module.recompile()
+    return program
+
+
+def _lacking(error: BaseException, model: str) -> SettingError:
+    """Say which operation ONNX lacks, as far as torch's exporter tells."""
+    said: list[str] = []
+    cause: BaseException | None = error
+    while cause is not None:
+        said.append(str(cause))
+        cause = cause.__cause__
+    found = next((match[1] for text in said for match in [_LACKING.search(text)] if match), None)
+    why = f"has no operation for {found}" if found else f"cannot say it: {' '.join(said[-1].split())[:200]}"
+    return SettingError(
+        f"This {model} cannot be written as ONNX, which {why}. Write it with format='torch-export' "
+        "(--to torch-export), or do without what computes it."
+    )
+
+
+def _run_onnx(graph: Graph, file: Path) -> Runner:
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+    taken = {each.name for each in session.get_inputs()}  # of an input that nothing depends on there is none
+    return lambda inputs: [
+        torch.from_numpy(value)
+        for value in session.run(
+            list(graph.outputs),
+            {name: value.numpy() for name, value in zip(graph.inputs, inputs, strict=True) if name in taken},
+        )
+    ]
+
+
+def _name_axes(file: Path, symbols: Mapping[str, str]) -> None:
+    """Have a file call the sizes of axes batch and tokens, as export.json does."""
+    import onnx
+
+    held = onnx.load(file, load_external_data=False)
+    for value in (*held.graph.input, *held.graph.output, *held.graph.value_info):
+        for size in value.type.tensor_type.shape.dim:
+            if size.dim_param in symbols:
+                size.dim_param = symbols[size.dim_param]
+    onnx.save(held, file)
+
+
+def _write_openvino(module: nn.Module, graph: Graph, file: Path) -> None:
+    _write_onnx(module, graph, onnx_between(file))
+    convert_onnx(file)
+
+
+def _run_openvino(graph: Graph, file: Path) -> Runner:
+    import openvino
+
+    compiled = openvino.Core().compile_model(file, "CPU", _F32)
+    taken = {name for each in compiled.inputs for name in each.names}
+
+    def run(inputs: Sequence[Tensor]) -> Sequence[Tensor]:
+        given: Any = {name: value.numpy() for name, value in zip(graph.inputs, inputs, strict=True) if name in taken}
+        found = compiled(given)
+        return [torch.from_numpy(found[name].copy()) for name in graph.outputs]
+
+    return run
+
+
+_WRITERS: Mapping[Format, Writer] = {
+    "onnx": Writer("onnx", _write_onnx, _run_onnx, ("onnx.data",)),
+    "openvino": Writer("xml", _write_openvino, _run_openvino, ("bin",)),
+    "torch-export": Writer("pt2", _write_program, _run_program),
+}
