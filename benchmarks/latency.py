@@ -27,6 +27,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import upop
 from random_cut import attention_kernel, compressed
@@ -77,7 +78,20 @@ def blip_b() -> tuple[nn.Module, Callable[[int], Any]]:
     }
 
 
-MODELS = {"deit-s": deit_s, "clip-b16": clip_b16, "blip-b": blip_b}
+def decoder() -> tuple[nn.Module, Callable[[int], Any]]:
+    """Return a decoder of the sizes of SmolLM2-135M, and what makes a batch of texts of 128 tokens."""
+    sizes: dict[str, Any] = {
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "vocab_size": 49152,
+    }
+    heads: dict[str, Any] = {"num_attention_heads": 9, "num_key_value_heads": 3, "use_cache": False}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, **heads, tie_word_embeddings=True))
+    return model, lambda batch: {"input_ids": torch.randint(100, 40000, (batch, 128))}
+
+
+MODELS = {"deit-s": deit_s, "clip-b16": clip_b16, "blip-b": blip_b, "decoder": decoder}
 VARIANTS = {"dense": None, "2x": (0.5, 1), "2x align 8": (0.5, 8), "4x": (0.75, 1), "4x align 8": (0.75, 8)}
 """Name -> (share of the parameters to remove, what kept sizes are multiples of)."""
 
@@ -153,7 +167,7 @@ def table(rows: list[dict[str, Any]]) -> Table:
 def main() -> None:
     """Measure, print the table, write the JSON file."""
     parser = argparse.ArgumentParser(description="Latency of dense and compressed models, side by side.")
-    parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
+    parser.add_argument("--models", nargs="+", choices=list(MODELS), default=["deit-s", "clip-b16", "blip-b"])
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 16])
     parser.add_argument("--modes", nargs="+", choices=["eager", "compiled"], default=["eager", "compiled"])
     parser.add_argument("--repeats", type=int, default=5, help="timed passes of each variant")

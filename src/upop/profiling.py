@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
-import itertools
 import json
 import statistics
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -29,7 +29,7 @@ from upop.pruning.plan import Plan
 from upop.pruning.prunable import groups_to_search
 from upop.pruning.shrink import apply_plan
 from upop.reading import read_object
-from upop.report.latency import measure_latency
+from upop.report.latency import Clock, measure_latency
 
 RUNTIMES = ("eager", "compile", "onnxruntime", "openvino")
 POINTS = 6
@@ -44,6 +44,7 @@ def profile_model(
     runtime: str = "eager",
     points: int = POINTS,
     repeats: int = 15,
+    clock: Clock = time.perf_counter,
     notify: Callable[[str], None] | None = None,
 ) -> Profile:
     """Return what a model's layers take, by kind and size.
@@ -56,7 +57,8 @@ def profile_model(
         inputs: of one forward pass, on the model's device.
         runtime: "eager", "compile" for torch.compile, or "onnxruntime" and "openvino", on the CPU in float32.
         points: sizes of each kind beside the whole one, down to one channel; and none, where the model runs without.
-        repeats: timed passes of each.
+        repeats: timed passes of each, of which the fastest counts: the one that other programs disturbed least.
+        clock: of `upop.report.latency.measure_latency`.
         notify: is told how it goes.
 
     Raises:
@@ -67,6 +69,7 @@ def profile_model(
     if runtime not in RUNTIMES:
         raise SettingError(f"runtime={runtime!r} is not known. Use one of {', '.join(map(repr, RUNTIMES))}.")
     made = partial(in_runtime, inputs, runtime)
+    timed = partial(measure_latency, repeats=repeats, warmup=min(3, repeats), clock=clock, summary=min)
     groups = groups_to_search(model, inputs)
     try:
         empty = removable(model, groups, [inputs])
@@ -86,13 +89,13 @@ def profile_model(
             know_as(cut, model)
             plan = Plan.of(groups, {group.name: range(kept) for group in alike})
             apply_plan(cut, plan, verify=False)
-            took = measure_latency({"dense": dense, "cut": made(cut)}, inputs, repeats=repeats, warmup=3)
+            took = timed({"dense": dense, "cut": made(cut)}, inputs)
             saved.append((took["dense"] - took["cut"]) / took["dense"] / len(alike))
             times.append(took["dense"])
         if notify is not None:
             notify(f"{number + 1} of {len(kinds)} kinds: {len(alike)} x {alike[0].kind} of {size}")
         found.append((alike, size, steps, saved))
-    whole = statistics.median(times) if times else measure_latency({"dense": dense}, inputs, repeats=repeats)["dense"]
+    whole = statistics.median(times) if times else timed({"dense": dense}, inputs)["dense"]
     layers = [
         Layers(tuple(group.name for group in alike), size, (*steps, size), (*_falling(saved, whole), 0.0))
         for alike, size, steps, saved in found
@@ -153,5 +156,11 @@ def _kind(model: nn.Module, group: Group) -> Any:
 
 
 def _falling(saved: list[float], whole: float) -> list[float]:
-    """Return shares as milliseconds; none saves less than one that is cut less, which is noise."""
-    return [whole * each for each in itertools.accumulate(reversed([max(0.0, each) for each in saved]), max)][::-1]
+    """Return shares as milliseconds, falling: those that rise, by noise, become their mean (isotonic regression)."""
+    blocks: list[list[float]] = []
+    for each in saved:
+        blocks.append([each])
+        while len(blocks) > 1 and statistics.mean(blocks[-2]) <= statistics.mean(blocks[-1]):
+            last = blocks.pop()
+            blocks[-1] += last
+    return [whole * max(0.0, statistics.mean(block)) for block in blocks for _ in block]

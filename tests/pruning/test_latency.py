@@ -106,6 +106,14 @@ def test_a_profile_is_measured_kept_and_read_again(tmp_path: Path) -> None:
     assert latency.at(dict.fromkeys(whole, 1)) <= latency.at(dict.fromkeys(whole, 4)) <= found.dense
 
 
+def test_noise_makes_no_saving_larger_than_it_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Savings that rise with the size, which only noise does, become their mean: the largest would promise too much."""
+    took = iter([{"dense": 10.0, "cut": cut} for cut in (4.0, 6.0, 5.0, 7.0, 9.5, 9.5)])
+    monkeypatch.setattr("upop.profiling.measure_latency", lambda *_args, **_kwargs: next(took))
+    found = profile_model(VIT.build(torch.float32), VIT.inputs(1, torch.float32), points=2, repeats=1)
+    assert [each.saved for each in found.layers] == [(3.0, 2.25, 2.25, 0.0), (1.5, 0.25, 0.25, 0.0)]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
 def test_a_profile_is_of_a_runtime(runtime: str) -> None:

@@ -53,6 +53,12 @@ def test_a_slower_model_takes_longer_in_milliseconds() -> None:
     assert found["fast"] < found["slow"]
 
 
+def test_a_clock_of_the_processor_leaves_out_what_the_model_waits_for_and_the_least_pass_counts() -> None:
+    models = {"waits": Spy("waits", [], 20)}
+    found = measure_latency(models, torch.zeros(1, 2), repeats=3, warmup=0, clock=time.process_time, summary=min)
+    assert 0 < found["waits"] < 20
+
+
 def test_warmup_is_not_counted() -> None:
     class SlowAtFirst(Spy):
         def forward(self, inputs: Tensor) -> Tensor:

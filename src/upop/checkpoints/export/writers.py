@@ -148,7 +148,9 @@ def _lacking(error: BaseException, model: str) -> SettingError:
 def _run_onnx(graph: Graph, file: Path) -> Runner:
     import onnxruntime
 
-    session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()  # as torch, that times compare
+    session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
     taken = {each.name for each in session.get_inputs()}  # of an input that nothing depends on there is none
     return lambda inputs: [
         torch.from_numpy(value)
