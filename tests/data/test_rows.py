@@ -62,6 +62,14 @@ def test_messages_with_images_inside(folder: Path) -> None:
     assert [image.getpixel((0, 0))[0] for image in found.open_images()] == [2, 1]
 
 
+def test_conversations_in_texts_and_columns_of_shards(folder: Path) -> None:
+    said = json.dumps([{"role": "user", "content": "<image>Same?"}, {"role": "assistant", "content": "no"}])
+    (found,) = read_rows(lines(folder, {"messages": said, "image": "1.png"}))
+    assert found.turns == (Turn("user", (IMAGE, "Same?")), Turn("assistant", ("no",)))
+    inner = {"jpg": "0.png", "json": {"question": "Which?", "answer": "a"}}
+    assert read_rows(lines(folder, inner))[0].answers == ("a",)
+
+
 def test_images_without_marks_stand_first(folder: Path) -> None:
     said = [{"role": "user", "content": "Same?"}, {"role": "assistant", "content": "no"}]
     (found,) = read_rows(lines(folder, {"messages": said, "image": ["1.png", "0.png"]}))
@@ -112,6 +120,9 @@ def test_formats_of_datasets(folder: Path) -> None:
     for streaming in (False, True):
         rows = read_rows(shard(folder), columns={"caption": "json.about"}, streaming=streaming, limit=1)
         assert [row.captions for row in rows] == [("shape 0",)] and rows[0].open_images()[0].size == (8, 8)
+    (folder / "files.csv").write_text("image,question,answer\n0.png,q,a\n1.png,q,b\n")
+    streamed = read_rows(folder / "files.csv", streaming=True, limit=5)
+    assert [row.open_images()[0].size for row in streamed] == [(8, 8), (8, 8)]
     for name in ("cat", "dog"):
         (folder / "set" / name).mkdir(parents=True)
         Image.new("RGB", (8, 8)).save(folder / "set" / name / "0.png")
@@ -135,6 +146,8 @@ WRONG: list[tuple[list[Any], dict[str, Any], str]] = [
     ([{"image": "0.png", "label": "cat"}], {"classes": ("bat", "dog")}, "did you mean 'bat'"),
     ([{"image": "0.png", "label": 2}, {"image": "1.png", "label": -1}], {}, "line 2: the column 'label' holds -1"),
     ([{"image": "0.png", "label": "cat"}, {"image": "1.png", "label": -1}], {}, "line 2: the column 'label' holds -1"),
+    ([{"video": "a.mp4", "conversations": [ASKED, SAID]}], {}, "line 1: it has a video, and images alone"),
+    ([{"messages": "hello"}], {}, "must be a list of what is said in turn"),
     ([], {}, "holds no rows"),
 ]
 

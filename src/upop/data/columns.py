@@ -80,7 +80,9 @@ def find_columns(table: Table, kinds: Sequence[str], stated: Mapping[str, str]) 
 
 def _usual(table: Table, role: str) -> str | None:
     lower = {column.lower(): column for column in reversed(table.columns)}
-    return next((lower[name] for name in ROLES[role] if name in lower), None)
+    # Shards of WebDataset hold what else is said of an image in an object called json.
+    names = (*ROLES[role], *(f"json.{name}" for name in ROLES[role]))
+    return next((lower[name] for name in names if name in lower), None)
 
 
 def _missing(table: Table, kinds: Sequence[str], described: Mapping[str, str]) -> str:

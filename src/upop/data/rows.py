@@ -25,10 +25,12 @@ from upop.data.tables import Table, open_table
 from upop.data.turns import Turn, read_turns
 from upop.errors import BadImageError, DataError, nearest
 from upop.pruning.errors import some_of
+from upop.reading import parse_json
 from upop.sources import Sources
 
 _MOST_CLASSES = 100_000
 _LONGEST_PATH = 4096
+_VIDEOS = ("video", "videos")
 _INNER_TEXTS = ("answer", "text", "caption", "raw", "value")
 
 
@@ -184,12 +186,14 @@ class Rows(Dataset[Row]):
         at, named = _At(self.table.place(number)), self.columns.named
         found: dict[str, Any] = {"source": self.table.source, "number": number, "place": at.place, "kind": self.kind}
         column = named.get("image")
+        if any(cells.get(name) for name in _VIDEOS):
+            raise at.error("it has a video, and images alone are read. Leave such rows out, or give images of it.")
         held = column is not None and self.table.stored(column)
         images: Sequence[Any] = [] if column is None or (light and held) else _listed(_cell(cells, column))
         if not images and self.kind in ("caption", "label") and not (light and held):
             raise at.error(f"the column {column!r} holds no image.")
         if self.kind == "messages":
-            turns = _cell(cells, named["messages"])
+            turns = _parsed(_cell(cells, named["messages"]))
             if light and held:
                 images = [b""] * _marks(turns)
             try:
@@ -319,6 +323,16 @@ def _cell(cells: Mapping[str, Any], column: str) -> Any:
     name, _, inner = column.partition(".")
     outer = cells.get(name)
     return _cell(outer, inner) if inner and isinstance(outer, Mapping) else None
+
+
+def _parsed(value: Any) -> Any:
+    """Return what a cell holds that is JSON in a text, as tables without nested cells write conversations."""
+    if isinstance(value, str) and value.lstrip()[:1] == "[":
+        try:
+            return parse_json(value)
+        except ValueError:
+            return value
+    return value
 
 
 def _listed(value: Any) -> Sequence[Any]:

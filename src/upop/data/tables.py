@@ -312,10 +312,12 @@ class _Hosted(Table):
 class _Streamed(_Hosted):
     """The first rows of a data set that is not fetched whole, in memory."""
 
-    def __init__(self, source: str, data: datasets.IterableDataset, limit: int) -> None:
-        self.source, self._files, self.folder = source, (), None
+    def __init__(self, source: str, data: datasets.IterableDataset, files: Sequence[Path] | None, limit: int) -> None:
+        self.source, self._files = source, ()
+        self.folder = files[0].parent if files and files[0].is_file() else None
         with _described(source):
-            rows = list(islice(data.decode(False), limit))
+            # Of some formats nothing is known before rows are read; such a set has no images that could be decoded.
+            rows = list(islice(data.decode(False) if data.features else data, limit))
         if not rows:
             raise DataError(f"{source} holds no rows.")
         self._rows: list[Mapping[str, Any]] = rows
@@ -397,7 +399,7 @@ def _hosted(
     data = found[_split(source, list(found), split)]
     if streaming:
         assert limit is not None
-        return _Streamed(source, data, limit)
+        return _Streamed(source, data, files, limit)
     if not len(data):
         raise DataError(f"{source} holds no rows.")
     return _Hosted(source, data.select(range(limit)) if limit is not None and limit < len(data) else data, files)
