@@ -11,7 +11,8 @@ import torch
 import runs
 import upop
 from tiers import mostly_slow
-from upop.errors import SettingError
+from upop.checkpoints.convert import write_model
+from upop.errors import CheckpointError, SettingError
 from upop.models.blip_cross import add_cross_tokens, crossing
 from upop.models.caption import BlipCaption, CaptionConfig
 from upop.runs.verbs import compress, evaluate_checkpoint
@@ -95,3 +96,11 @@ def test_a_task_learns_cross_tokens_and_keeps_them(name: str, tmp_path: Path) ->
 def test_cross_tokens_lead_a_merging(more: dict[str, Any]) -> None:
     with pytest.raises(SettingError, match=r"cross=1 leads the merging of tokens.*give tokens, without width"):
         read_settings(find_task("nlvr").settings, None, {"cross": 1.0, **more})
+
+
+@pytest.mark.parametrize("name", ["model.pth", "folder"])
+def test_forms_without_a_place_for_cross_tokens_are_refused(name: str, tmp_path: Path) -> None:
+    form: Any = "official" if name.endswith(".pth") else "hugging-face"
+    with pytest.raises(CheckpointError, match=r"no place for the cross tokens of this BlipCaption"):
+        write_model(captioner().eval(), tmp_path / name, form)
+    assert not (tmp_path / name).exists()

@@ -11,6 +11,7 @@ import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from upop.checkpoints.fitting.carried import refuse_cross_tokens
 from upop.checkpoints.fitting.fit import kept_sizes, load_strictly
 from upop.checkpoints.fitting.sizes import resize
 from upop.checkpoints.names.counterparts import counterpart_of
@@ -93,10 +94,11 @@ def to_transformers(model: nn.Module) -> PreTrainedModel:
     """Convert a model of upop, dense or compressed, to transformers' own class, in evaluation mode.
 
     Raises:
-        CheckpointError: transformers has no class for it.
+        CheckpointError: transformers has no class for it, or none with its cross tokens.
         VerificationError: its outputs differ.
     """
     row = counterpart_of(kind_of(model), type(model).__name__)
+    refuse_cross_tokens(model, "transformers' class")
     config = row.config(model.config)
     kind = getattr(transformers, _class_for(config, row.kind))
     theirs: PreTrainedModel = kind(config)

@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from upop.checkpoints.fitting.carried import merge_as_saved, preparation_of, set_preparation
+from upop.checkpoints.fitting.carried import merge_as_saved, preparation_of, refuse_cross_tokens, set_preparation
 from upop.checkpoints.fitting.fit import expecting_shapes, fit, load_strictly, scale_queries
 from upop.checkpoints.fitting.meta import outline
 from upop.checkpoints.fitting.sizes import sizes_before
@@ -74,12 +74,13 @@ def save_official(task: str, model: nn.Module, path: str | Path, *, overwrite: b
 
     Raises:
         SettingError: the task is unknown.
-        CheckpointError: the model is another task's.
+        CheckpointError: the model is another task's, or has cross tokens.
         RunFolderError: there is a file that upop did not write, or it cannot be written; nothing was changed.
     """
     row = row_of(task)
     if not isinstance(getattr(model, "config", None), row.config):
         raise CheckpointError(f"A {type(model).__name__} cannot be written as a checkpoint of {task!r}.")
+    refuse_cross_tokens(model, "A published checkpoint")
     groups = find_groups(model)
     dense = sizes_before(groups, outline(lambda: row.model(model.config)))
     model = copy.deepcopy(model).cpu()

@@ -78,7 +78,16 @@ class BlipTask(PublishedTask[BlipSettingsT]):
         return model
 
     def adapt(self, model: nn.Module, settings: BlipSettingsT, *, training: bool) -> tuple[nn.Module, Sequence[str]]:
-        """Return the model with cross tokens, where the settings ask for them."""
+        """Return the model with cross tokens, where the settings ask for them.
+
+        Raises:
+            SettingError: it has some, and its residual streams are to lose channels.
+        """
+        if settings.width and training and has_cross_tokens(model):
+            raise SettingError(
+                f"{settings.pretrained} has cross tokens, which are as wide as the residual stream, and width=True "
+                "takes channels of that. Leave width out."
+            )
         if settings.cross is None or has_cross_tokens(model):
             return model, ()
         add_cross_tokens(model)

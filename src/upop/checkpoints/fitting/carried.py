@@ -10,6 +10,7 @@ from torch import nn
 
 from upop.checkpoints.files.description import Description
 from upop.errors import CheckpointError, LayoutError, SettingError
+from upop.tokens.cross import has_cross_tokens
 from upop.tokens.encoders import merge_again
 
 VOCABULARY = "upop_vocabulary"
@@ -46,3 +47,16 @@ def merge_as_saved(model: nn.Module, description: Description | None, folder: Pa
         return merge_again(model, description.tokens)
     except (LayoutError, SettingError) as error:
         raise CheckpointError(f"{folder} holds a model that merged tokens, and this one cannot: {error}") from error
+
+
+def refuse_cross_tokens(model: nn.Module, form: str) -> None:
+    """Refuse a model led by cross tokens, for a form that has no place for them.
+
+    Raises:
+        CheckpointError: it has some.
+    """
+    if has_cross_tokens(model):
+        raise CheckpointError(
+            f"{form} has no place for the cross tokens of this {type(model).__name__}, which lead the merging of its "
+            "image tokens. Save it with upop.save, or export it to ONNX."
+        )
