@@ -87,6 +87,18 @@ def test_the_source_archive_holds_all_that_the_tests_need(unpacked: Path) -> Non
         assert file.relative_to(ROOT) in kept
 
 
+def test_lmms_eval_finds_upop_when_it_starts(installed: Path, tmp_path: Path) -> None:
+    shown = run(
+        installed,
+        tmp_path,
+        "from importlib.metadata import distributions",
+        f"(mine,) = distributions(name='upop', path=[{str(installed)!r}])",
+        "(asked,) = [each for each in mine.entry_points if each.group == 'lmms_eval.models']",
+        "print(asked.load()())",  # an iterable of models, or what returns one
+    )
+    assert shown.splitlines()[-1] == "()"
+
+
 def test_the_wheel_holds_what_commands_read(installed: Path) -> None:
     for file in (ROOT / "src" / "upop").rglob("*"):
         if file.is_file() and "__pycache__" not in file.parts:

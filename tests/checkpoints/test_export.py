@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import json
 from collections.abc import Callable
@@ -21,7 +22,7 @@ from pruning.families import randomise
 from tiers import mostly_slow, since
 from upop.checkpoints.export.graphs import own_graphs
 from upop.cli.app import app
-from upop.errors import SettingError, VerificationError
+from upop.errors import RunFolderError, SettingError, VerificationError
 from upop.models.caption import BlipCaption, CaptionConfig
 from upop.models.classifier import ClassifierConfig, build_classifier
 from upop.models.clip import ClipConfig, ClipRetrieval
@@ -162,6 +163,22 @@ def test_a_graph_that_computes_something_else_is_not_written(tmp_path: Path, mon
     with pytest.raises(VerificationError, match="graph 'image' does not compute what the model does"):
         upop.export(model, tmp_path / "out", "torch-export")
     assert not any(tmp_path.iterdir())
+
+
+def test_a_program_that_the_disk_has_no_room_for_leaves_the_older_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, example = nn.Linear(4, 2), torch.randn(2, 4)
+    file = upop.export(model, tmp_path / "out", "torch-export", example=example) / "model.pt2"
+    before = file.read_bytes()
+
+    def full(path: Path, content: Any) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(RunFolderError, match=r"No space left on device\. What was there before is kept"):
+        upop.export(model, tmp_path / "out", "torch-export", example=example)
+    assert file.read_bytes() == before
 
 
 def of_library(name: str) -> nn.Module:

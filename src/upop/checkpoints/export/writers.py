@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -93,7 +94,9 @@ def _program(module: nn.Module, graph: Graph) -> torch.export.ExportedProgram:
 
 
 def _write_program(module: nn.Module, graph: Graph, file: Path) -> None:
-    torch.export.save(_program(module, graph), file)
+    held = io.BytesIO()  # torch ends the process where its own file runs out of space
+    torch.export.save(_program(module, graph), held)
+    file.write_bytes(held.getbuffer())
 
 
 def _run_program(_graph: Graph, file: Path) -> Runner:
