@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import upop
+from pruning import by_hand
 from pruning.test_axes import EXAMPLE, HEADS, WIDTH, built
 from pruning.test_hand_written import HIDDEN, SIZE, check
 from upop.pruning.duplicates import duplicate
@@ -139,3 +141,28 @@ def test_rounding_is_that_of_the_lowest_precision_on_the_way() -> None:
     groups = upop.find_prunable(model, EXAMPLE).groups
     assert [group.channel for group in groups] == ["dimension"] * 2
     upop.shrink(model, {group.name: range(3) for group in groups})
+
+
+class Loop(nn.Module):
+    """One forward for all blocks, in which the width is written as a number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.ModuleList(nn.Linear(WIDTH, 3 * WIDTH) for _ in range(3))
+        self.out = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, tokens, _ = x.shape
+        for qkv, out in zip(self.qkv, self.out, strict=True):
+            parts = qkv(x).split(WIDTH, 2)
+            q, k, v = (part.view(batch, tokens, HEADS, WIDTH // HEADS).transpose(1, 2) for part in parts)
+            heads = F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+            x = x + out(heads.reshape(batch, tokens, WIDTH))
+        return x
+
+
+def test_blocks_of_one_forward_are_cut_to_different_widths(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    example = torch.randn(2, 5, WIDTH, dtype=torch.float64)
+    groups, _, _ = by_hand.check(Loop().double(), example, tmp_path, attentions=3, mlps=0)
+    assert [group.channel for group in groups] == ["dimension"] * 3

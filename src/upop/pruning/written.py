@@ -33,7 +33,9 @@ _LARGEST = 2**40
 _NAME = re.compile(r"([^\W\d]\w*)(\[[^\[\]]{1,100}\]){0,3}")
 """An attribute, or a place in a list or mapping that it holds."""
 _PLACE = r"(\.\d{1,3}){2}\.\d{1,12}"
-_WIDTH = re.compile(rf"cut_widths\[((part|(view|expand){_PLACE}){_PLACE}|piece{_PLACE}(\.\d{{1,3}}){{2}})\]")
+_WIDTH = re.compile(
+    rf"cut_widths\[((part|(view|expand){_PLACE}){_PLACE}|piece{_PLACE}(\.\d{{1,3}}){{2}})(#\d{{1,4}})?\]"
+)
 """A width that a narrow module is told (`axes.narrow`)."""
 _OF_MODULES = frozenset(dir(nn.Module()))
 """What every module has is none of its numbers."""

@@ -37,6 +37,7 @@ from upop.pruning.known import sized
 from upop.pruning.masks import refuse_masked, unwrapped
 from upop.pruning.sharded import refuse_sharded
 from upop.pruning.traits import momentum_encoders
+from upop.pruning.words import library_of, true_class
 from upop.pruning.written import as_json
 from upop.tokens.encoders import removed_tokens
 
@@ -96,7 +97,7 @@ def save(
     description = {
         "format": FORMAT,
         "model": kind,
-        "class": f"{type(model).__module__}.{type(model).__qualname__}",
+        "class": f"{true_class(model).__module__}.{true_class(model).__qualname__}",
         "config": model.config.model_dump() if kind else None,  # type: ignore[union-attr, operator]
         "transformers": in_transformers,
         **built,
@@ -146,7 +147,7 @@ def _mark(model: nn.Module) -> bool:
 def _dense_form(model: nn.Module | None, plan: Plan | None) -> dict[str, Any]:
     """Return how the dense form of a model is built: by its name in timm, or by its parts in open_clip."""
     found: dict[str, Any] = {"timm": None, "open_clip": None}
-    library = type(model).__module__.partition(".")[0]
+    library = "" if model is None else library_of(model)
     if model is not None and library == "timm":
         from upop.checkpoints.libraries import timm_models
 

@@ -20,7 +20,8 @@ WIDTHS = "cut_widths"
 
 "part.rank.dim.old": takes apart a tensor of so many dimensions, of which one had the old length;
 "piece.rank.dim.old.place.count": the same, into a list of so many lengths, of which one was the old one;
-"view" and "expand", with ".rank.dim.old" of what comes out, and the same of what goes in.
+"view" and "expand", with ".rank.dim.old" of what comes out, and the same of what goes in;
+"#1" behind any of them where one module runs several groups of the same old width, each cut to a width of its own.
 """
 
 _SHAPED = (Tensor.view, Tensor.reshape, torch.reshape)
@@ -34,16 +35,16 @@ class _Widths(TorchFunctionMode):
 
     def __init__(self, widths: Mapping[str, int]) -> None:
         super().__init__()
-        self._parts: dict[tuple[int, int], dict[int, int]] = {}
-        self._pieces: dict[tuple[int, ...], int] = {}
+        self._parts: dict[tuple[int, int], list[tuple[int, int]]] = {}
+        self._pieces: dict[tuple[int, ...], list[int]] = {}
         self._named: dict[tuple[str, int, int, int, int], list[tuple[int, int, int]]] = {}
         for key, new in widths.items():
-            kind, *numbers = key.split(".")
+            kind, *numbers = numbers_of(key)
             rank, dim, old, *given = map(int, numbers)
             if kind == "part":
-                self._parts.setdefault((rank, dim), {})[old] = new
+                self._parts.setdefault((rank, dim), []).append((old, new))
             elif kind == "piece":
-                self._pieces[rank, dim, old, *given] = new
+                self._pieces.setdefault((rank, dim, old, *given), []).append(new)
             else:
                 given_rank, given_dim, length = given
                 here = length if length == 1 else length * new // old
@@ -91,8 +92,7 @@ class _Widths(TorchFunctionMode):
     def _ratio(self, tensor: Tensor, dim: int) -> tuple[int, int] | None:
         """Return the old and new length of a cut dimension."""
         rank = tensor.dim()
-        found = self._parts.get((rank, dim % rank), {})
-        for old, new in found.items():  # not next(...), which torch.compile of torch 2.6 does not know
+        for old, new in self._parts.get((rank, dim % rank), ()):  # torch.compile of torch 2.6 does not know next(...)
             if new == tensor.shape[dim]:
                 return old, new
         return None
@@ -100,9 +100,11 @@ class _Widths(TorchFunctionMode):
     def _sizes(self, tensor: Tensor, sizes: Any, dim: int) -> Any:
         if not isinstance(sizes, int):
             rank, count = (tensor.dim(), dim % tensor.dim()), len(sizes)
-            cut = [self._pieces.get((*rank, old, place, count), old) for place, old in enumerate(sizes)]
-            if sum(sizes) != tensor.shape[dim] == sum(cut):
-                return cut
+            pieces = [self._pieces.get((*rank, old, place, count), [old]) for place, old in enumerate(sizes)]
+            for group in range(max(map(len, pieces)) if sum(sizes) != tensor.shape[dim] else 0):
+                cut = [each[min(group, len(each) - 1)] for each in pieces]
+                if sum(cut) == tensor.shape[dim]:
+                    return cut
         ratio = self._ratio(tensor, dim)
         if ratio is None:
             return sizes
@@ -129,6 +131,11 @@ class _Widths(TorchFunctionMode):
                 dim += 1
             found.append(each)
         return tuple(found) if isinstance(index, tuple) else found[0]  # torch goes another way with a slice alone
+
+
+def numbers_of(key: str) -> list[str]:
+    """Return the words of a key of `WIDTHS`, without what tells groups apart."""
+    return key.partition("#")[0].split(".")
 
 
 def _fits(tensor: Tensor, sizes: Sequence[Any]) -> bool:

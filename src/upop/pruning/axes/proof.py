@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -24,6 +25,8 @@ from upop.pruning.norms import masked_norms
 from upop.pruning.shrink import cut, restore
 from upop.pruning.verify import Outputs, difference, narrowed, refuse_unlike, refuse_unsteady, rounding_of, tensors_of
 
+_ASIDE = 8
+"""How many groups of one size in a row keep different numbers, so that none is cut to what was meant for another."""
 POWERS = (0.5, 0.0, 1.0, 0.25)
 """Of softmax scales that follow the size of a head: 1 / sqrt(size), fixed, 1 / size, and queries that are keys too."""
 
@@ -250,12 +253,15 @@ class Bench:
 
 
 def at_random(groups: Sequence[Group], seed: int) -> dict[str, list[int]]:
-    """Return random channels to keep for every group."""
+    """Return random channels to keep for every group: other numbers of them for neighbours of one size."""
     draw = random.Random(seed)
-    plan = {}
+    plan: dict[str, list[int]] = {}
+    recent: dict[int, deque[int]] = {}
     for group in groups:
-        most = group.size - 1
-        kept = draw.randint(max(1, group.size // 4), max(1, most))
+        sizes = range(max(1, group.size // 4), max(2, group.size))
+        near = recent.setdefault(group.size, deque(maxlen=min(_ASIDE, len(sizes) - 1)))
+        kept = draw.choice([size for size in sizes if size not in near])
+        near.append(kept)
         plan[group.name] = sorted(draw.sample(range(group.size), kept))
     return plan
 

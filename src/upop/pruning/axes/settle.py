@@ -8,6 +8,7 @@ run gets further.
 from __future__ import annotations
 
 import itertools
+import re
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -27,7 +28,7 @@ from upop.pruning.axes.idle import Idle, resting
 from upop.pruning.axes.label import Step
 from upop.pruning.axes.mode import Mode, name_of, tensors_in
 from upop.pruning.axes.multihead import narrow_multihead
-from upop.pruning.axes.narrow import WIDTHS, Narrow, narrow_class
+from upop.pruning.axes.narrow import WIDTHS, Narrow, narrow_class, numbers_of
 from upop.pruning.axes.trace import Trace, inside_modules
 from upop.pruning.costs import call
 from upop.pruning.groups import Attribute, Swap, Swapped, around
@@ -385,7 +386,7 @@ def mistakable(trace: Trace, candidate: Candidate) -> list[int]:
         if not attribute.name.startswith(WIDTHS):
             continue
         found.add(1)
-        kind, *numbers = attribute.name[len(WIDTHS) + 1 : -1].split(".")
+        kind, *numbers = numbers_of(attribute.name[len(WIDTHS) + 1 : -1])
         rank, place, old = map(int, numbers[:3] if kind == "piece" else numbers[-3:])
         for step in trace.steps:
             if _KINDS.get(step.name) == kind and step.given is not None and len(step.given) == rank:
@@ -426,11 +427,36 @@ def _with(model: nn.Module, candidates: list[Candidate], remedy: _Remedy, involv
             if each in owners:
                 value = dict(kept_numbers(model.get_submodule(attribute.module))).get(attribute.name)
                 assert attribute.factor is not None
-                if (
-                    value == attribute.factor * each.group.size or attribute.name.startswith(WIDTHS)
-                ) and attribute not in attributes:
+                fits = value == attribute.factor * each.group.size or attribute.name.startswith(WIDTHS)
+                if fits and attribute not in map(_plain, attributes):
                     attributes.append(attribute)
         if each in involved:
             swaps += [swap for swap in remedy.swaps if all(other.module != swap.module for other in swaps)]
         result.append(replace(each, group=replace(each.group, attributes=tuple(attributes), swaps=tuple(swaps))))
-    return result
+    return told_apart(result)
+
+
+def told_apart(candidates: Iterable[Candidate]) -> list[Candidate]:
+    """Return the candidates with widths under different names, where a module runs several of the same old width."""
+    taken: set[tuple[str, str]] = set()
+
+    def named(attribute: Attribute) -> Attribute:
+        if attribute.name.startswith(WIDTHS):
+            plain, place = _plain(attribute), 0
+            while ((attribute := _numbered(plain, place)).module, attribute.name) in taken:
+                place += 1
+            taken.add((attribute.module, attribute.name))
+        return attribute
+
+    return [
+        replace(each, group=replace(each.group, attributes=tuple(map(named, each.group.attributes))))
+        for each in candidates
+    ]
+
+
+def _plain(attribute: Attribute) -> Attribute:
+    return replace(attribute, name=re.sub(r"#\d+]$", "]", attribute.name))
+
+
+def _numbered(attribute: Attribute, place: int) -> Attribute:
+    return replace(attribute, name=f"{attribute.name[:-1]}#{place}]") if place else attribute

@@ -13,7 +13,7 @@ from upop.pruning.axes.copies import Shapes, numbered
 from upop.pruning.axes.kinds import counterpart, idle, kinds, unread
 from upop.pruning.axes.proof import Bench, at_random, prove, scaled
 from upop.pruning.axes.reasons import explain
-from upop.pruning.axes.settle import Trials, mistakable, settle
+from upop.pruning.axes.settle import Trials, mistakable, settle, told_apart
 from upop.pruning.axes.trace import Trace
 from upop.pruning.groups import around
 
@@ -59,6 +59,7 @@ class Proof:
                 everyone += [best, *(counterpart(self._model, best, each) for each in others)]
             else:
                 wrong.update({each.group.name: wrong[first.group.name] for each in others})
+        everyone = told_apart(everyone)
         if len(everyone) == len(proved):
             return everyone
         small = self._trace.multiply_adds <= MOST_MULTIPLY_ADDS
