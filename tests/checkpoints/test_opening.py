@@ -51,7 +51,7 @@ def test_every_format_says_what_it_is_and_gives_the_same_model(
     checkpoint = open_checkpoint(held[name])
     assert (checkpoint.kind, checkpoint.library, checkpoint.plan) == (kind, library, None)
     assert open_checkpoint(checkpoint) is checkpoint
-    assert checkpoint.state.keys() == checkpoint.outline().keys() == model.state_dict().keys()
+    assert checkpoint.state.keys() == checkpoint.meta_state().keys() == model.state_dict().keys()
     assert checkpoint.config.get("architecture") == (None if kind == "state_dict" else NAME)
     images = torch.randn(2, 3, 32, 32)
     for again in (upop.load(held[name]), read_model(checkpoint), upop.load_official("classification", held[name])):

@@ -239,7 +239,7 @@ def test_adapters_and_parts_of_processes_are_refused(tmp_path: Path) -> None:
         upop.load(folder)
     (folder / "adapter_config.json").unlink()
     shutil.copy(folder / "model.safetensors", folder / "shard-00000-model-00001-of-00001.safetensors")
-    with pytest.raises(CheckpointError, match="parts of several processes"):
+    with pytest.raises(CheckpointError, match="one part per process"):
         upop.load(folder)
 
 

@@ -73,7 +73,7 @@ def test_padded_decoder_loads_as_an_ordinary_one(tmp_path: Path) -> None:
     plain = LlamaForCausalLM.from_pretrained(tmp_path / "padded").eval()
     torch.testing.assert_close(logits(plain), logits(model), rtol=1e-4, atol=1e-5)
     assert f"{sum(each.numel() for each in plain.parameters()):,} parameters" in described
-    assert "of the gain is left" in described
+    assert "of the reduction is left" in described
     assert "from_pretrained" in (tmp_path / "padded" / "README.md").read_text()
 
 

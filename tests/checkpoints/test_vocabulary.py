@@ -148,7 +148,7 @@ def test_a_cut_model_has_fewer_words_too_and_is_loaded_plainly(tmp_path: Path) -
     [
         ([], "no text and no token"),
         (["a text"], "no tokenizer"),
-        ([3, 99], "Token 99 is none of the model's 60 words"),
+        ([3, 99], "Token id 99 is not in the model's vocabulary of 60"),
         ([3, None], "something else"),
         ("absent.txt", "cannot be read"),
     ],

@@ -396,4 +396,4 @@ def test_a_run_reaches_a_target_for_the_whole_model(
     assert f"{small.parameters:,} of {dense.parameters:,} parameters" in " ".join(capsys.readouterr().out.split())
     card = (tmp_path / "best" / "README.md").read_text()
     assert f"left of the whole model: {small.parameters:,} of {dense.parameters:,} parameters" in card
-    assert "what was to be left of the whole model: params=0.9,macs=0.9" in card
+    assert "target for the whole model: params=0.9,macs=0.9" in card

@@ -37,8 +37,8 @@ def read_model(source: str | Path | Checkpoint, task: str | None = None, **overr
     """Read a checkpoint of any format as one of upop's own models.
 
     Args:
-        source: a published file, a folder of ours, of transformers, timm or open_clip, or its name on the hub.
-        task: of the model in a published file; by default inferred from its tensor names.
+        source: a published file, a folder of upop, transformers, timm or open_clip, or a name on the hub.
+        task: the task of a published file; by default inferred from its tensor names.
         overrides: fields of the configuration that a published file does not determine; see `load_official`.
 
     Raises:
@@ -127,9 +127,8 @@ def verify_same(model: nn.Module, theirs: PreTrainedModel) -> float:
     if not worst <= TOLERANCE:
         raise VerificationError(
             f"transformers' {type(theirs).__name__} does not compute what the {type(model).__name__} does: outputs "
-            f"differ by {worst:.1e} of their largest element, allowed are {TOLERANCE:.0e}. The model has something "
-            f"that "
-            "this class does not have; nothing was written."
+            f"differ by {worst:.1e} of their largest element, {TOLERANCE:.0e} is allowed. The model has parts that "
+            "this class lacks; nothing was written."
         )
     return worst
 
@@ -167,7 +166,7 @@ def _vqa(model: Any, theirs: Any, generator: torch.Generator) -> Outputs:
     config = model.config
     images = _images(config, model, generator)
     question = _texts(config, generator, config.vocab_size - 1)
-    # transformers' decoder looks at a question's padding too, so questions without padding are compared.
+    # transformers' decoder attends to the padding of a question, so the compared questions have none.
     question["attention_mask"].fill_(1)
     answer = _texts(config, generator, config.vocab_size - 2)
     _, states = model.encode(images, question["input_ids"], question["attention_mask"])

@@ -26,7 +26,7 @@ def load_coop(path: str | Path, *, rv: int = 0, names: Sequence[int] | None = No
     The file determines everything except the number of removed tokens: its prompts are vectors, and end at the padding.
 
     Args:
-        path: of the file, which holds the towers and the prompts.
+        path: the file, which holds the towers and the prompts.
         rv: image tokens to remove per layer; merging needs cross tokens in the file.
         names: number of words in each class name, if the class is in the middle of the context; see `CoOp`.
         overrides: fields of `CrossGetConfig`, such as `vision_heads` (by default width / 64).
@@ -38,7 +38,7 @@ def load_coop(path: str | Path, *, rv: int = 0, names: Sequence[int] | None = No
     missing = [name for name in _PROMPT if name not in state]
     if missing:
         raise CheckpointError(
-            f"{path} lacks {missing[0]}, so it is no file of CoOp's. Give one with the whole model, such as "
+            f"{path} lacks {missing[0]}, so it is no CoOp checkpoint. Give one of the whole model, such as "
             "model.pth.tar-200."
         )
     context, prefix, suffix = (state.pop(name) for name in _PROMPT)
@@ -50,7 +50,7 @@ def load_coop(path: str | Path, *, rv: int = 0, names: Sequence[int] | None = No
     cross = "vision_model.encoder.cross_image" in towers
     if rv and not cross:
         raise CheckpointError(
-            f"{path} has no cross tokens, by which image tokens are to be merged (rv={rv}). Load it with rv=0."
+            f"{path} has no cross tokens, which merging of image tokens (rv={rv}) needs. Load it with rv=0."
         )
     try:
         sizes: dict[str, Any] = {**clip_sizes(towers), "cross": cross, "rv": rv, "rl": 0, **overrides}

@@ -1,4 +1,4 @@
-"""Reads the input preparation of a checkpoint: image size and normalisation, and its tokenizer.
+"""Reads the input preparation that a checkpoint states: image size and normalisation, and its tokenizer.
 
 The sources are `upop.json`, transformers' config.json and processors, the configurations of timm and open_clip, and for
 published files the shapes of tensors.
@@ -79,12 +79,12 @@ def _of_model(checkpoint: Checkpoint) -> tuple[dict[str, Any], Mapping[str, Any]
 
 def _sizes_from_shapes(checkpoint: Checkpoint) -> tuple[str | None, dict[str, Any]]:
     """Return the task whose model a published file holds, and the sizes that its shapes tell."""
-    state, source = checkpoint.outline(), str(checkpoint.path)
+    state, source = checkpoint.meta_state(), str(checkpoint.path)
     with expecting_shapes(source):
         try:
             task = task_of(state, source)
             return task, row_of(task).read_config(state)
-        except (CheckpointError, KeyError):  # of no task, as what BLIP was pre-trained to be; loading says if it fits
+        except (CheckpointError, KeyError):  # of no task, such as pre-trained BLIP; loading checks whether it fits
             pass
         for tower in _TOWERS:
             if f"{tower}pos_embed" in state and f"{tower}patch_embed.proj.weight" in state:

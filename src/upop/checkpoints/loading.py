@@ -1,4 +1,4 @@
-"""Checkpoints of every format into models."""
+"""Loads checkpoints of every format as models."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ def load(source: str | Path | Checkpoint, model: nn.Module | None = None, *, str
     The content of a checkpoint cannot trigger downloads, run code, or allocate more memory than its weights take.
 
     Args:
-        source: a folder that `save` wrote, or that transformers, open_clip or timm did; the name of such a model on the
-            hub; or a published checkpoint (`.pth` or `.safetensors`), whose tensors tell the task: see `load_official`.
-        model: the dense model to cut and fill, if upop cannot build it; changed in place, see `load_into`.
+        source: a folder that `save`, transformers, open_clip or timm wrote; the name of such a model on the hub; or a
+            published checkpoint (`.pth` or `.safetensors`), whose task is inferred: see `load_official`.
+        model: the dense model to load into, if upop cannot build it; changed in place, see `load_into`.
         strict: False only warns of weights that are missing, unexpected, of another shape, not finite, or changed
             since they were saved; missing ones keep their initial values.
 
@@ -42,18 +42,18 @@ def load(source: str | Path | Checkpoint, model: nn.Module | None = None, *, str
 def load_named(
     source: str | Path, task: str | None = None, *, own: bool = False, strict: bool = True, **overrides: Any
 ) -> nn.Module:
-    """Return the model that a person names: that of a checkpoint, or of a name of timm, with initial weights.
+    """Load a checkpoint, or build a timm model by its name with initial weights.
 
     Args:
-        source: as `load` takes it, or the name of a model of timm ("vit_tiny_patch16_224").
-        task: whose model a published file holds; read off the names of its tensors if not given.
-        own: whether a model of transformers with a counterpart among upop's own models is read as that.
-        strict: False warns of what does not fit, as `load` does.
-        overrides: arguments of a model of timm, or what the shapes in a published file do not tell.
+        source: as for `load`, or the name of a timm model ("vit_tiny_patch16_224").
+        task: the task of a published file; by default inferred from its tensor names.
+        own: whether to load a transformers model as its counterpart among upop's own models, if it has one.
+        strict: False warns of misfits, as for `load`.
+        overrides: arguments of a timm model, or sizes that the shapes in a published file do not determine.
 
     Raises:
-        CheckpointError: it is nothing that upop can read; a misspelt name of timm gets the nearest one.
-        SettingError: timm cannot build the model with these arguments; the task or an override is unknown.
+        CheckpointError: nothing can be read; the message for an unknown timm model names the nearest one.
+        SettingError: timm rejects the arguments; the task or an override is unknown.
         MissingLibraryError: its library is not installed.
     """
     if is_timm_name(source):
@@ -67,7 +67,7 @@ def load_named(
 
 
 def is_timm_name(source: str | Path) -> bool:
-    """Whether a name can only mean a model of timm: no path, no file's ending, no owner in front."""
+    """Whether a name can only be that of a timm model: no path, no file extension, no owner."""
     name = str(source)
     return isinstance(source, str) and bool(_TIMM_NAME.fullmatch(name)) and not exists(located(name))
 
@@ -88,7 +88,7 @@ def _of_timm(name: str, arguments: Mapping[str, Any]) -> nn.Module:
 
 
 def _has_counterpart(checkpoint: Checkpoint) -> bool:
-    """Whether a model of transformers can be read as one of upop's own models."""
+    """Whether a transformers model can be loaded as one of upop's own models."""
     if checkpoint.library != "transformers":
         return False
     try:
@@ -105,10 +105,10 @@ def load_into(model: nn.Module, source: str | Path | Checkpoint, *, strict: bool
     """Cut a dense model to the sizes in a checkpoint, and load the weights; return it, in evaluation mode.
 
     Args:
-        model: the dense model, as before the compression: `timm.create_model(...)`, `open_clip.create_model(...)`, or a
-            custom one. It is changed in place.
+        model: the dense model, from `timm.create_model(...)`, `open_clip.create_model(...)` or custom code. It is
+            changed in place.
         source: a folder that `save` or the model's library wrote, or the name of one on the hub.
-        strict: False only warns of misfits, as `load` does, and of a model of another class.
+        strict: False only warns of misfits, as for `load`, and of a model of another class.
 
     Raises:
         CheckpointError: the checkpoint is missing or damaged, or `model` cannot be cut to its sizes.
@@ -122,7 +122,7 @@ def load_into(model: nn.Module, source: str | Path | Checkpoint, *, strict: bool
     else:
         if found.kind == "state_dict":
             raise CheckpointError(
-                f"{found.path} is a file of tensors, which does not say how attention is scaled after a cut. Save the "
+                f"{found.path} is a file of tensors, which does not record softmax scales after a cut. Save the "
                 "compressed model with upop.save, or load a published checkpoint with upop.load_official(task, path)."
             )
         if found.kind == "transformers" and is_pretrained(model):

@@ -12,7 +12,7 @@ from torch import nn
 
 from upop.checkpoints.fitting.carried import merge_as_saved, preparation_of, refuse_cross_tokens, set_preparation
 from upop.checkpoints.fitting.fit import expecting_shapes, fit, load_strictly, scale_queries
-from upop.checkpoints.fitting.meta import outline
+from upop.checkpoints.fitting.meta import meta_model
 from upop.checkpoints.fitting.sizes import sizes_before
 from upop.checkpoints.opening import Checkpoint, open_checkpoint
 from upop.checkpoints.published.tasks import build_model, row_of, task_for, task_named
@@ -27,22 +27,22 @@ from upop.values import described
 
 
 def load_official(task: str, path: str | Path | Checkpoint, *, strict: bool = True, **overrides: Any) -> nn.Module:
-    """Return the model in a published checkpoint, dense or compressed, ready to use (evaluation mode).
+    """Load a published checkpoint, dense or compressed, in evaluation mode.
 
-    Sizes are read off the shapes; kept channels too. What shapes cannot tell has the published value, and can be
-    overridden: numbers of heads (`vision_heads`, `text_heads`; width / 64 otherwise), MLP widths before pruning
-    (`vision_mlp`, `text_mlp`; 4 x width otherwise), `image_size` (position embeddings are resized), dropout.
+    Sizes and kept channels are inferred from shapes. Fields that shapes do not determine have their published values
+    and can be overridden: numbers of heads (`vision_heads`, `text_heads`; width / 64), dense MLP widths (`vision_mlp`,
+    `text_mlp`; 4 x width), `image_size` (position embeddings are resized), dropout.
 
     Args:
-        task: name of the task, or of the model that its checkpoints are known by ("deit", "clip").
+        task: the name of the task, or of its model ("deit", "clip").
         path: a `.pth` with `{"model": state_dict}`, a `.safetensors` file, a folder of transformers, timm, open_clip or
             `upop.save`, or the name of one on the hub ("Salesforce/blip-vqa-base").
-        strict: False warns of weights that are missing, unexpected, of another shape or not finite; where there are
-            none, the model keeps what it was built with.
+        strict: False warns of weights that are missing, unexpected, of another shape or not finite; missing ones keep
+            their initial values.
         overrides: fields of the task's configuration.
 
     Raises:
-        CheckpointError: the file cannot be read or does not fit; what does not is listed.
+        CheckpointError: the file cannot be read or does not fit; misfits are listed.
         SettingError: the task or an override is unknown.
     """
     name = task_named(task)
@@ -64,25 +64,25 @@ def load_official(task: str, path: str | Path | Checkpoint, *, strict: bool = Tr
 
 
 def save_official(task: str, model: nn.Module, path: str | Path, *, overwrite: bool = False) -> Path:
-    """Write a model, dense or compressed, as a published checkpoint that `load_official` and the published code read.
+    """Write a model, dense or compressed, as a published checkpoint for `load_official` and the published code.
 
     Args:
-        task: as `load_official` takes it.
-        model: one of this task's models; it stays as it is.
-        path: of the `.pth` file, which will hold `{"model": state_dict}`.
-        overwrite: whether a file that is there already may be replaced though upop did not write it.
+        task: as for `load_official`.
+        model: a model of this task; it is not changed.
+        path: the `.pth` file to write, with `{"model": state_dict}`.
+        overwrite: whether to replace an existing file that upop did not write.
 
     Raises:
         SettingError: the task is unknown.
-        CheckpointError: the model is another task's, or has cross tokens.
-        RunFolderError: there is a file that upop did not write, or it cannot be written; nothing was changed.
+        CheckpointError: the model is of another task, or has cross tokens.
+        RunFolderError: the file exists and is not upop's, or cannot be written; nothing was changed.
     """
     row = row_of(task)
     if not isinstance(getattr(model, "config", None), row.config):
         raise CheckpointError(f"A {type(model).__name__} cannot be written as a checkpoint of {task!r}.")
     refuse_cross_tokens(model, "A published checkpoint")
     groups = find_groups(model)
-    dense = sizes_before(groups, outline(lambda: row.model(model.config)))
+    dense = sizes_before(groups, meta_model(lambda: row.model(model.config)))
     model = copy.deepcopy(model).cpu()
     for group in groups:
         if 0 < group.size < dense[group.name] and row.fixed_scale(group):
@@ -94,22 +94,22 @@ def save_official(task: str, model: nn.Module, path: str | Path, *, overwrite: b
 
 
 def start_from(task: str, path: str | Path | Checkpoint, model: nn.Module, *, any_towers: bool = False) -> list[str]:
-    """Put the weights of a published checkpoint into a dense model that is to be fine-tuned.
+    """Load a published checkpoint into a dense model for fine-tuning.
 
-    Position embeddings are resized; for "nlvr", single cross-attentions become twins, and from "nlvr" to other tasks
-    twins become single ones. What the checkpoint lacks keeps its initial values.
+    Position embeddings are resized. For "nlvr", every cross-attention is copied to two branches, and from "nlvr" to
+    another task the two become one. Missing weights keep their initial values.
 
     Args:
-        task: of the dense model.
+        task: the task of the dense model.
         path: a published file, or a folder with one of upop's own models.
         model: the dense model.
-        any_towers: whether the checkpoint may be of another task, and lack whole towers.
+        any_towers: whether the checkpoint may be of another task and lack whole towers.
 
     Returns:
-        The keys that the checkpoint lacks (for "nlvr" the head and the merge layers).
+        The missing keys (for "nlvr", the head and the merge layers).
 
     Raises:
-        CheckpointError: the file cannot be read or does not fit otherwise.
+        CheckpointError: the file cannot be read, or does not fit in other ways.
     """
     row = row_of(task)
     checkpoint = open_checkpoint(path)
@@ -122,7 +122,7 @@ def start_from(task: str, path: str | Path | Checkpoint, model: nn.Module, *, an
     state = {key: value for key, value in state.items() if key.split(".")[0] in towers}
     held = {key.split(".")[0] for key in state}
     if not held:
-        raise CheckpointError(f"{source} holds nothing that a model for {task} has. Start from a related model.")
+        raise CheckpointError(f"{source} has no part of a model for {task}. Start from a related model.")
     return load_strictly(
         model,
         state,
@@ -132,11 +132,11 @@ def start_from(task: str, path: str | Path | Checkpoint, model: nn.Module, *, an
 
 
 def resized(model: nn.Module, image_size: int, source: str) -> nn.Module:
-    """Return one of upop's own models for images of another size: its position embeddings are resized.
+    """Rebuild one of upop's own models for another image size, with resized position embeddings.
 
     Raises:
-        CheckpointError: they cannot be.
-        SettingError: no such model can be built.
+        CheckpointError: the position embeddings cannot be resized.
+        SettingError: no model of this image size can be built.
     """
     row, found = row_of(task_for(model)), cast(Any, model.config)
     if found.image_size == image_size:

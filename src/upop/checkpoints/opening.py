@@ -1,14 +1,14 @@
-"""What lies at a path or under a name: one order of asking, for every function and command that takes a checkpoint.
+"""Opens checkpoints: determines the format of a path, for every function and command that takes one.
 
-1. A URL or a name on the hub becomes a path on this machine (`hub.local_path`).
-2. A folder has the format of the first file that it holds: `upop.json` (ours, which may be a library's format too),
-   `open_clip_config.json`, `config.json` with a `model_type` (transformers), `config.json` with an `architecture`
+1. A URL or a name on the hub becomes a local path (`files.hub.local_path`).
+2. A folder has the format of the first of these files that it holds: `upop.json` (ours, possibly a library's format
+   too), `open_clip_config.json`, `config.json` with a `model_type` (transformers), `config.json` with an `architecture`
    (timm).
-3. A file of weights in such a folder stands for the folder: shapes alone tell neither heads nor softmax scales.
+3. A file of weights in such a folder stands for the folder: shapes determine neither heads nor softmax scales.
 4. Any other file holds a state dict: a published checkpoint, or any other `.pth` or `.safetensors`.
 
-Every format is a module of `upop.checkpoints.formats`. Nothing that a file carries is run, and a folder's pickles are
-not opened.
+Every format is a module of `upop.checkpoints.formats`. Nothing in a file is executed, and pickles in a folder are not
+opened.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from upop.checkpoints.files.config_json import is_transformers_folder, read_conf
 from upop.checkpoints.files.description import FILE as DESCRIPTION
 from upop.checkpoints.files.description import Description, check_digests, is_folder, read_description
 from upop.checkpoints.files.hub import local_path
-from upop.checkpoints.files.weights import read_outline, read_weights, run_folder_hint
+from upop.checkpoints.files.weights import read_meta, read_weights, run_folder_hint
 from upop.checkpoints.formats.format import OPEN_CLIP, Format, Kind, Own
 from upop.errors import CheckpointError
 from upop.files import is_file
@@ -45,11 +45,11 @@ _GIVE = (
 
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
-    """What lies at a path. Its content is read when it is asked for.
+    """An opened checkpoint. Its content is read on first use.
 
     Attributes:
         kind: the format.
-        path: the file or folder, on this machine.
+        path: the local file or folder.
     """
 
     kind: Kind
@@ -57,7 +57,7 @@ class Checkpoint:
 
     @cached_property
     def library(self) -> Kind:
-        """Whose class the model is: the format, but of a folder of ours that of the model in it."""
+        """The library of the model's class; for a folder of upop, that of the model in it."""
         if self.description is None:
             return self.kind
         if is_transformers_folder(self.path):
@@ -68,67 +68,64 @@ class Checkpoint:
 
     @cached_property
     def description(self) -> Description | None:
-        """What `upop.json` says; None in the other formats."""
+        """The content of `upop.json`; None for other formats."""
         return read_description(self.path) if self.kind == "upop" else None
 
     @property
     def description_file(self) -> Path:
-        """The file that says how the model is built; that of a state dict is the file itself."""
+        """The file that describes the model; for a state dict, the file itself."""
         names = {"upop": DESCRIPTION, "open_clip": OPEN_CLIP, "transformers": CONFIG, "timm": CONFIG}
         return self.path / names[self.kind] if self.kind in names else self.path
 
     @cached_property
     def config(self) -> Mapping[str, Any]:
-        """How the model is built, in its library's words; nothing of a state dict.
+        """The configuration of the model, in the form of its library; empty for a state dict.
 
-        config.json of transformers; "architecture", "arguments" and "pretrained_cfg" of timm; "class", "arguments" and
-        "preprocess" of open_clip; the fields of the configuration of one of upop's own models.
+        For transformers, config.json; for timm, "architecture", "arguments" and "pretrained_cfg"; for open_clip,
+        "class", "arguments" and "preprocess"; for upop's own models, the fields of their configuration.
         """
         return _format(self.kind).config(self.path)
 
     @cached_property
     def state(self) -> Mapping[str, Tensor]:
-        """The tensors as they are saved, on the CPU."""
+        """The saved tensors, on the CPU."""
         return {name: value for file in self._files() for name, value in read_weights(file).items()}
 
     @cached_property
     def plan(self) -> Plan | None:
-        """Which channels the model keeps, where the format records it."""
+        """The plan of a compressed model; None if the format does not record it."""
         if self.description is None:
             return None
         from upop.checkpoints.formats import ours
 
         return ours.read_plan(self.description, self.path)
 
-    def outline(self) -> dict[str, Tensor]:
-        """Return the tensors with their names and shapes, for someone who does not ask for numbers.
-
-        Those of a safetensors file are on the meta device.
-        """
+    def meta_state(self) -> dict[str, Tensor]:
+        """Return the tensors for their names and shapes alone; those of a safetensors file are on the meta device."""
         found: dict[str, Tensor] = {}
         for file in self._files():
-            found |= read_outline(file) if file.suffix == ".safetensors" else read_weights(file, mapped=True)
+            found |= read_meta(file) if file.suffix == ".safetensors" else read_weights(file, mapped=True)
         return found
 
     def load(self, *, strict: bool = True) -> nn.Module:
-        """Return the model as an object of the class that it was saved from, in evaluation mode, on the CPU.
+        """Load the model as the class that it was saved from, in evaluation mode, on the CPU.
 
-        A published checkpoint becomes the model of the task whose tensors it holds.
+        A published checkpoint becomes the model of the task that its tensor names determine.
 
         Args:
-            strict: False warns of what does not fit the model instead of raising.
+            strict: False warns of misfits instead of raising.
 
         Raises:
-            CheckpointError: it is damaged, does not fit, or its class cannot be built.
+            CheckpointError: the checkpoint is damaged, does not fit, or its class cannot be built.
             MissingLibraryError: its library is not installed.
         """
         return _format(self.kind).load(self, strict=strict)
 
     def own(self) -> Own:
-        """Return how this is read as one of upop's own models.
+        """Return the checkpoint as one of upop's own models.
 
         Raises:
-            CheckpointError: it is damaged, or none of them computes the same.
+            CheckpointError: it is damaged, or no model of upop computes the same.
             MissingLibraryError: its library is not installed.
         """
         found = _format(self.library).own(self)
@@ -147,15 +144,15 @@ class Checkpoint:
 
 
 def open_checkpoint(source: str | Path | Checkpoint) -> Checkpoint:
-    """Return what lies at a path, behind a URL or under a name of the hub; an opened checkpoint is returned as it is.
+    """Open the checkpoint at a path, behind a URL or under a name of the hub; an opened one is returned as it is.
 
     Raises:
-        CheckpointError: there is nothing, or nothing in a format that upop reads.
+        CheckpointError: nothing is found, or its format is unknown.
     """
     if isinstance(source, Checkpoint):
         return source
     if not str(source).strip():
-        raise CheckpointError(f"An empty path was asked for. {_GIVE}.")
+        raise CheckpointError(f"The path is empty. {_GIVE}.")
     path = local_path(source)
     kind = kind_of_path(path)
     if kind == "state_dict":
@@ -170,7 +167,7 @@ def open_checkpoint(source: str | Path | Checkpoint) -> Checkpoint:
 
 
 def _file(path: Path) -> Checkpoint:
-    """Return what a file holds: the model of its folder if it is one of the folder's files of weights."""
+    """Open a file: the model of its folder if it is one of the folder's files of weights, else a state dict."""
     if path.suffix == ".json":
         raise CheckpointError(f"{path} holds no weights. Give the folder that it lies in: {path.parent}.")
     kind = kind_of_path(path.parent) if path.suffix == ".safetensors" else None
@@ -180,7 +177,7 @@ def _file(path: Path) -> Checkpoint:
 
 
 def kind_of_path(path: Path) -> Kind | None:
-    """Return the format of what lies at a path; None for what is in none."""
+    """Return the format of a path; None if it has none."""
     if is_folder(path):
         return "upop"
     if (path / OPEN_CLIP).is_file():
@@ -193,7 +190,7 @@ def kind_of_path(path: Path) -> Kind | None:
 
 
 def _format(kind: Kind) -> Format:
-    """Return the module of a format; the libraries that it needs are imported with it."""
+    """Import and return the module of a format, with the library that it needs."""
     with naming_missing():
         if kind == "upop":
             from upop.checkpoints.formats import ours

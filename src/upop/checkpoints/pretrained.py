@@ -1,7 +1,4 @@
-"""A model that a command line names, of whichever library: a folder, a name on the hub, or an output of ours.
-
-What it is, `open_checkpoint` says; here it becomes a model that a task can use, and that training may begin with.
-"""
+"""Loads a model for a task from a folder, the hub or a run, as a start of training or for evaluation."""
 
 from __future__ import annotations
 
@@ -28,8 +25,8 @@ class Opened:
     Attributes:
         model: in evaluation mode, on the CPU, in the saved precision.
         path: the folder that it was read from.
-        library: whose class it is: "open_clip", "transformers", "timm", or "upop" for one of our own or a user's.
-        fresh: names of the tensors that the folder lacks, and that start afresh.
+        library: the library of its class: "open_clip", "transformers", "timm", or "upop" for all other models.
+        fresh: names of tensors that the folder lacks, which are newly initialised.
     """
 
     model: nn.Module
@@ -45,25 +42,25 @@ def open_model(
     fresh: bool = False,
     changes: Mapping[str, Any] | None = None,
 ) -> Opened:
-    """Return the model that a folder, a name on the hub, or an output of ours holds.
+    """Load the model in a folder, on the hub, or in a run directory.
 
     Args:
         source: the folder or the name.
-        autos: names of transformers' Auto classes, in order of preference ("AutoModelForImageClassification"): a
-            transformers model must be of one of them. Without any, config.json names the class.
-        fresh: whether weights may start afresh: those of a head that the folder lacks, those that `changes` give
-            another shape, or all of them where the folder holds a config.json alone. It is for training.
-        changes: entries of config.json that are to have other values; with `fresh` only.
+        autos: names of transformers' Auto classes, in order of preference ("AutoModelForImageClassification"), one of
+            which must have the model's class. Without any, config.json names the class.
+        fresh: for training: whether weights may be newly initialised, such as a missing head, tensors that `changes`
+            give another shape, or all of them if the folder has only a config.json.
+        changes: fields of config.json to override; only with `fresh`.
 
     Raises:
-        CheckpointError: there is no such model, its layout is not known, it is of another class, or it is damaged.
+        CheckpointError: the model is missing or damaged, its format is unknown, or it is of another class.
         MissingLibraryError: its library is not installed.
     """
     checkpoint = open_checkpoint(source)
     path, description = checkpoint.path, checkpoint.description
     if checkpoint.kind == "timm":
         raise CheckpointError(
-            f"{path} holds a model of timm. Such classifiers have a task of their own: upop compress classification "
+            f"{path} holds a timm model. Such classifiers have a task of their own: upop compress classification "
             f"--pretrained {path}."
         )
     if checkpoint.kind == "state_dict":
@@ -72,8 +69,8 @@ def open_model(
         if not (changes and description.transformers and description.plan is None):
             if changes:
                 raise CheckpointError(
-                    f"{path} holds a compressed model, which keeps its head. Give data that the model was trained for, "
-                    "or compress a dense model that was trained on these data."
+                    f"{path} holds a compressed model, whose head cannot be replaced. Give data that it was trained "
+                    "for, or compress a dense model that was trained on these data."
                 )
             model = checkpoint.load()
             if description.transformers:
@@ -101,34 +98,34 @@ def _of_transformers(path: Path, autos: Sequence[str], *, fresh: bool, changes: 
     if not fresh:
         raise CheckpointError(
             f"{path} holds a {named[0] if named else 'model without a name'}, and a {kind} is needed. Train it first: "
-            "upop train takes such a folder, and has what is missing start afresh."
+            "upop train takes such a folder, and initialises missing weights."
         )
     model, lacking = library.started(path, kind, changes)
     return Opened(model, path, "transformers", tuple(lacking))
 
 
 def class_named(checkpoint: Checkpoint) -> str:
-    """Return the name of the class of the model in a folder of transformers, or of ours.
+    """Return the name of the class of the model in a folder of transformers or upop.
 
     Raises:
-        CheckpointError: it is of neither.
+        CheckpointError: the folder is of neither.
     """
     if checkpoint.description is not None:
         return checkpoint.description.kind.rpartition(".")[2]
     if checkpoint.kind != "transformers":
-        open_model(checkpoint)  # which says what is wrong
+        open_model(checkpoint)  # raises
     from upop.checkpoints.formats import transformers
 
     return transformers.class_named(checkpoint.path)
 
 
 def classes_of(autos: Iterable[str]) -> frozenset[str]:
-    """Return the names of transformers' classes that some of its Auto classes stand for."""
+    """Return the names of the classes behind some Auto classes of transformers."""
     return frozenset(_classes_of(autos).values())
 
 
 def _classes_of(autos: Iterable[str]) -> dict[tuple[str, str], str]:
-    """Return (Auto class, type of model) -> name of the class, of all of these Auto classes."""
+    """Return (Auto class, model type) -> class name, for some Auto classes of transformers."""
     import transformers
 
     found: dict[tuple[str, str], str] = {}
@@ -146,7 +143,7 @@ def _named_class(
     path: Path,
     autos: Sequence[str],
 ) -> str:
-    """Return the name of the class to build: the saved one where it will do, else the first Auto class's."""
+    """Return the name of the class to build: the saved one if an Auto class has it, else one of an Auto class."""
     if named and (not autos or named[0] in known.values()):
         return named[0]
     found = next((known[auto, kind] for auto, kind in known if kind == config.get("model_type")), None)

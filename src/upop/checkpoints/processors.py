@@ -1,7 +1,6 @@
-"""How a library's model wants its images and texts: by its own processor, which lies beside its weights.
+"""Processors of transformers and open_clip models, which lie beside the weights, behind one interface.
 
-Both libraries answer to the same three calls, `images`, `texts` and `save_pretrained`, so that a task needs to know
-neither. They are pickled to the workers that make batches.
+A task uses `images`, `texts` and `save_pretrained` alone. Processors are pickled to the workers of data loaders.
 """
 
 from __future__ import annotations
@@ -25,23 +24,23 @@ Padding = Literal["auto", "longest", "max_length"]
 
 _TEXTS = "open_clip_tokenizer.json"
 _TO_THE_END = ("siglip", "siglip2")
-"""Types of models of transformers that read a text's features at the last position, which padding must always fill."""
-_LONGEST = 512  # where a tokenizer and a configuration say nothing
+"""Model types that read a text's features at the last position, so that texts are always padded to the full length."""
+_LONGEST = 512  # if neither tokenizer nor configuration states a length
 
 
 class InputProcessor(Protocol):
     """Makes a model's inputs from images and texts."""
 
     def images(self, images: Sequence[Image.Image]) -> dict[str, Tensor]:
-        """Return the inputs that images become, [batch, ...] each, by the names of the model's arguments."""
+        """Return the inputs for images, [batch, ...] each, by the names of the model's arguments."""
         ...
 
     def texts(self, texts: Sequence[str]) -> dict[str, Tensor]:
-        """Return the inputs that texts become, [batch, tokens] each, by the names of the model's arguments."""
+        """Return the inputs for texts, [batch, tokens] each, by the names of the model's arguments."""
         ...
 
     def save_pretrained(self, folder: Path) -> Any:
-        """Write what makes it again beside a model's weights."""
+        """Write the processor beside a model's weights."""
         ...
 
 
@@ -49,10 +48,10 @@ def processor_in(path: Path, padding: Padding = "auto", length: int | None = Non
     """Return the processor of the model in a folder.
 
     Args:
-        path: of transformers, of open_clip, or of ours with a model of either.
-        padding: how texts are padded: to the longest of a batch, or always to the model's length. "auto" pads to the
-            model's length what has no attention mask, and the texts of models that read them at their last position.
-        length: tokens of the longest text, where the folder is not to say it.
+        path: a folder of transformers or open_clip, or of upop with a model of either.
+        padding: pad texts to the longest of a batch, or always to the model's length. "auto" pads to the model's length
+            without an attention mask, and for models that read texts at the last position.
+        length: largest number of tokens of a text; by default that of the folder.
 
     Raises:
         CheckpointError: there is none, or it cannot be read.
@@ -64,9 +63,9 @@ def processor_in(path: Path, padding: Padding = "auto", length: int | None = Non
 
 
 def open_processor(path: Path) -> Any:
-    """Return the processor that lies beside a transformers model: of images and texts, or of either alone.
+    """Return the processor of a transformers model: for images and texts, or for either alone.
 
-    Nothing is fetched, and no code in the folder is run.
+    Nothing is downloaded, and no code in the folder runs.
 
     Args:
         path: the folder.
@@ -85,7 +84,7 @@ def open_processor(path: Path) -> Any:
                 return kind.from_pretrained(path, local_files_only=True, trust_remote_code=False)
         except UPopError:
             raise
-        except Exception as error:  # each class says in its own way that its files are not there
+        except Exception as error:  # each class reports missing files in its own way
             reasons.append(" ".join(str(error).split())[:200])
     raise CheckpointError(
         f"{path} holds no processor that transformers can read ({reasons[0]}). Write it beside the weights: "
@@ -97,8 +96,8 @@ class TransformersProcessor:
     """The processor of a transformers model.
 
     Args:
-        processor: of images and texts, or of either alone.
-        path: the folder that it was read from, whose config.json says how long texts may be.
+        processor: the processor of images and texts, or of either alone.
+        path: its folder, whose config.json states the length of texts.
         padding: as for `processor_in`.
         length: as for `processor_in`.
     """
@@ -118,13 +117,13 @@ class TransformersProcessor:
         self.padding = padding
 
     def images(self, images: Sequence[Image.Image]) -> dict[str, Tensor]:
-        """Return what the image processor makes of RGB images."""
+        """Process RGB images."""
         if self._image is None:
             raise CheckpointError(f"{self._path} holds no image processor. Write one beside the weights.")
         return dict(self._image(images=list(images), return_tensors="pt"))
 
     def texts(self, texts: Sequence[str]) -> dict[str, Tensor]:
-        """Return what the tokenizer makes of texts: input_ids, and what else it gives, [batch, tokens]."""
+        """Tokenize texts: input_ids, and all else that the tokenizer returns, [batch, tokens]."""
         if self._text is None:
             raise CheckpointError(f"{self._path} holds no tokenizer. Write one beside the weights.")
         return dict(
@@ -132,7 +131,7 @@ class TransformersProcessor:
         )
 
     def save_pretrained(self, folder: Path) -> None:
-        """Write it as transformers does."""
+        """Write the processor as transformers does."""
         self.library.save_pretrained(folder)
 
 
@@ -140,11 +139,11 @@ class OpenClipProcessor:
     """The transforms and the tokenizer of an open_clip model.
 
     Args:
-        checkpoint: a folder of open_clip, or of ours with a model of open_clip.
-        length: tokens of the longest text, where the folder is not to say it.
+        checkpoint: a folder of open_clip, or of upop with an open_clip model.
+        length: largest number of tokens of a text; by default that of the folder.
 
     Raises:
-        CheckpointError: what it says cannot be read.
+        CheckpointError: the preparation that it describes cannot be built.
     """
 
     def __init__(self, checkpoint: Checkpoint, length: int | None = None) -> None:
@@ -175,7 +174,7 @@ class OpenClipProcessor:
                 )
         except Exception as error:  # whatever open_clip meets
             raise CheckpointError(
-                f"{checkpoint.description_file} says how images and texts become inputs, and open_clip cannot do so: "
+                f"open_clip cannot build the preparation of images and texts in {checkpoint.description_file}: "
                 f"{error}. Is the tokenizer in the folder, and open_clip_torch new enough?"
             ) from error
 
@@ -188,7 +187,7 @@ class OpenClipProcessor:
         return {"text": self._tokenizer(list(texts))}
 
     def save_pretrained(self, folder: Path) -> None:
-        """Write how texts become tokens; how images do, the description of the model says."""
+        """Write the tokenizer; the preparation of images is in the description of the model."""
         (Path(folder) / _TEXTS).write_text(json.dumps(self._texts, indent=1))
         if self._texts.get("hf_tokenizer_name"):
             self._tokenizer.save_pretrained(folder)

@@ -109,7 +109,7 @@ def _has_layers_of_llama(checkpoint: Checkpoint) -> None:
     from upop.checkpoints.export.nemotron_nas import refuse_others
     from upop.checkpoints.formats.transformers import class_named
 
-    refuse_others(checkpoint.outline(), class_named(checkpoint.path))
+    refuse_others(checkpoint.meta_state(), class_named(checkpoint.path))
 
 
 TARGETS: Mapping[str, Target] = {

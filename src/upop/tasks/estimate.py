@@ -121,7 +121,7 @@ def estimate(task: Task[Any], settings: RowSettings) -> Estimate:
         raise SettingError(
             f"{checkpoint.path} is no folder of transformers, whose configuration says how wide its layers are."
         )
-    shapes = checkpoint.outline()
+    shapes = checkpoint.meta_state()
     sizes = {"float32": 4, "bfloat16": 2}
     precision = getattr(settings, "precision", "auto")
     size = sizes.get(precision) or max(value.element_size() for value in shapes.values())

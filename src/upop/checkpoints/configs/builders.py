@@ -1,4 +1,4 @@
-"""How libraries build a model from a configuration: nested fields, some of which may be changed."""
+"""Builds models from nested configurations of transformers, timm and upop, with some fields changed."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from upop.checkpoints.fitting.meta import outline
+from upop.checkpoints.fitting.meta import meta_model
 from upop.checkpoints.libraries.outside import QUANTIZED_HERE
 from upop.libraries import is_pretrained
 from upop.models import MODELS, kind_of
@@ -18,22 +18,22 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Path = tuple[str, ...]
-"""Where a field is: the names of the parts that hold it, and its own."""
+"""Path of a field: the names of the nested parts that hold it, and its own name."""
 Change = Mapping[Path, Any]
 _RECORD = "quantization_config"
 
 
 @dataclass(frozen=True)
 class Builder:
-    """How a library makes models from settings.
+    """Builds models of one library from settings.
 
     Attributes:
         settings: of the dense model, as nested mappings.
-        build: settings -> the model; whatever it raises says that there is none.
-        check: settings -> nothing; it raises for settings that are none, without building a model.
-        by: what people call the settings.
-        more: fields that the settings may have though they do not show them.
-        architecture: the name that it is built by, where it has one.
+        build: settings -> model; any exception means that these settings build none.
+        check: raises for invalid settings, without building a model.
+        by: the name of the configuration, for messages.
+        more: valid fields that `settings` does not list.
+        architecture: timm's name of the model; empty for other libraries.
     """
 
     settings: Mapping[str, Any]
@@ -43,15 +43,15 @@ class Builder:
     more: tuple[str, ...] = ()
     architecture: str = ""
 
-    def outline(self, change: Change) -> nn.Module | None:
-        """Return the model of changed settings without memory; None where there is none."""
+    def meta_model(self, change: Change) -> nn.Module | None:
+        """Return the model of changed settings on the meta device; None if they build none."""
         try:
-            return outline(lambda: self.build(changed(self.settings, change)))
+            return meta_model(lambda: self.build(changed(self.settings, change)))
         except Exception:  # constructors raise what they like
             return None
 
     def takes(self, change: Change) -> bool:
-        """Whether the settings may be changed so."""
+        """Whether the changed settings are valid."""
         try:
             self.check(changed(self.settings, change))
         except Exception:  # as above
@@ -60,7 +60,7 @@ class Builder:
 
 
 def changed(settings: Mapping[str, Any], change: Change) -> dict[str, Any]:
-    """Return nested settings with some fields set."""
+    """Return a copy of nested settings with some fields set."""
     result = copy.deepcopy(dict(settings))
     for path, value in change.items():
         place = result
@@ -71,7 +71,7 @@ def changed(settings: Mapping[str, Any], change: Change) -> dict[str, Any]:
 
 
 def of_transformers(model: PreTrainedModel) -> Builder:
-    """Return how transformers builds models of the kind of this one."""
+    """Return the builder of models of this class of transformers."""
     kind: Any = getattr(type(model), "uncut_class", type(model))
     config: Any = type(model.config)
 
@@ -88,11 +88,11 @@ def of_transformers(model: PreTrainedModel) -> Builder:
 
 
 def of_timm(name: str, arguments: Mapping[str, Any]) -> Builder:
-    """Return how timm builds models by a name.
+    """Return the builder of a timm model.
 
     Args:
-        name: of the architecture.
-        arguments: of `timm.create_model` for the dense model.
+        name: the name of the architecture.
+        arguments: arguments of `timm.create_model` for the dense model.
     """
 
     import timm
@@ -113,7 +113,7 @@ def of_timm(name: str, arguments: Mapping[str, Any]) -> Builder:
 
 
 def builder_of(model: nn.Module) -> Builder | None:
-    """Return how the library of a dense model builds it; None where none does it from settings."""
+    """Return the builder of a dense model; None if its library does not build it from settings."""
     kind = kind_of(model)
     if kind is not None:
         built, config = MODELS[kind]
@@ -135,7 +135,7 @@ def builder_of(model: nn.Module) -> Builder | None:
 
 
 def nodes(settings: Mapping[str, Any], path: Path = ()) -> Iterator[tuple[Path, Mapping[str, Any]]]:
-    """Yield the parts of nested settings, those inside first: a model in a model has a part of its own."""
+    """Yield the nested parts of settings, innermost first: a model within a model has a part of its own."""
     for name, value in settings.items():
         if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
             yield from nodes(value, (*path, name))
@@ -143,7 +143,7 @@ def nodes(settings: Mapping[str, Any], path: Path = ()) -> Iterator[tuple[Path, 
 
 
 def with_fields(config: Any, change: Change) -> Any:
-    """Return a configuration with fields set, itself."""
+    """Set fields of a configuration in place, and return it."""
     for path, value in change.items():
         place = config
         for part in path[:-1]:
@@ -156,7 +156,7 @@ def with_fields(config: Any, change: Change) -> Any:
 
 
 def without_record(config: Any) -> Any:
-    """Return a copy of a configuration that says nothing of a cut."""
+    """Return a copy of a configuration without the record of a cut."""
     fresh = copy.deepcopy(config)
     for part in configs_in(fresh):
         record = getattr(part, _RECORD, None)
@@ -171,6 +171,6 @@ def _method(record: Any) -> Any:
 
 
 def configs_in(config: Any) -> list[Any]:
-    """Return a configuration of transformers, and those of the models inside its own."""
+    """Return a configuration of transformers and those nested in it."""
     inside = [value for value in vars(config).values() if hasattr(value, "model_type") and hasattr(value, "to_dict")]
     return [config, *(part for value in inside for part in configs_in(value))]

@@ -21,7 +21,7 @@ from upop.checkpoints.configs.comparing import differing
 from upop.checkpoints.configs.size_fields import shapes_of
 from upop.checkpoints.fitting.carried import VOCABULARY, preparation_of, set_preparation
 from upop.checkpoints.fitting.fit import kept_sizes
-from upop.checkpoints.fitting.meta import frame, outline
+from upop.checkpoints.fitting.meta import empty_model, meta_model
 from upop.checkpoints.fitting.sizes import dense_meta_copy, resize
 from upop.libraries import is_pretrained
 from upop.pruning import Group, Plan, Prunable, find_prunable, remember
@@ -34,7 +34,7 @@ from upop.pruning.written import as_json, renamed
 from upop.tokens.encoders import removed_tokens
 
 _MOST_TRIED = 16
-"""Tensors that are tried, one after the other, to take what the first layers add."""
+"""Number of tensors that are tried, in turn, to absorb the constant of the first layers."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def stacks(dense: nn.Module, groups: Sequence[Group], builder: Builder) -> list[
         fewer = Stack(path, layers, lambda _stay: {}).moved(range(count - 1))
         wanted = {name: shape for name, shape in shapes.items() if fewer(name) is not None}
         for change in _counting(builder, count):
-            built = builder.outline(change(range(count - 1))) if count > 1 else None
+            built = builder.meta_model(change(range(count - 1))) if count > 1 else None
             if built is not None and shapes_of(built) == wanted:
                 found.append(Stack(path, layers, change))
                 break
@@ -141,12 +141,12 @@ def without_layers(model: nn.Module, plan: Plan | None) -> nn.Module | str | Non
     counted = [stack for stack in stacks(dense, groups, builder) if any(map(empty.issuperset, stack.layers.values()))]
     going = [names for stack in counted for names in stack.layers.values() if empty.issuperset(names)]
     if len(going) < len(layers):
-        return f"{builder.by} has no number for the layers of which nothing is left"
+        return f"{builder.by} has no field for the number of layers, so layers that were pruned whole cannot be removed"
     made, renames = model, []
     for stack in counted:
         stay = [place for place, names in stack.layers.items() if not empty.issuperset(names)]
         if not stay:
-            return f"nothing is left of all {len(stack.layers)} layers of {stack.path}"
+            return f"all {len(stack.layers)} layers of {stack.path} were pruned whole"
         found = _without(made, builder, groups, kept, stack, stay)
         if isinstance(found, str):
             return found
@@ -161,7 +161,8 @@ def without_layers(model: nn.Module, plan: Plan | None) -> nn.Module | str | Non
 def _computes(model: nn.Module, path: str) -> bool:
     """Whether a layer of which all groups are empty still computes: with weights that are in no group.
 
-    Its attention, say, where its heads cannot go. Without any matrix it can but add a constant, or normalise.
+    An attention whose heads cannot be pruned, for example. A layer without any matrix can only add a constant, or
+    normalise.
     """
     weights = [each.numel() for each in model.get_submodule(path).parameters() if each.dim() > 1]
     return any(weights) and constants(model, [path], examples_of(model)).get(path) is None
@@ -170,7 +171,7 @@ def _computes(model: nn.Module, path: str) -> bool:
 def _described(model: nn.Module, plan: Plan | None) -> tuple[Builder, nn.Module] | None:
     """Return the builder of a model, and its dense form on the meta device."""
     if removed_tokens(model) is not None:
-        return None  # how many each of its layers merges is counted by their places
+        return None  # tokens to merge are numbered by layer
     if is_pretrained(model):
         return of_transformers(model), dense_meta_copy(model)
     if type(model).__module__.partition(".")[0] != "timm":
@@ -181,7 +182,7 @@ def _described(model: nn.Module, plan: Plan | None) -> tuple[Builder, nn.Module]
     if described is None:
         return None
     builder = of_timm(*described)
-    dense = outline(lambda: builder.build(builder.settings))
+    dense = meta_model(lambda: builder.build(builder.settings))
     know_as(dense, model)
     return builder, dense
 
@@ -201,28 +202,28 @@ def _without(
     added = constants(model, [paths[place] for place in gone], examples_of(model))
     other = next((paths[place] for place in gone if added.get(paths[place]) is None), None)
     if other is not None:
-        return f"{other} changes what passes it though nothing is left of its branches: a norm comes behind them"
+        return f"{other} still changes the stream, though its branches were pruned whole: a norm follows them"
     rename = stack.moved(stay)
     state = {new: value for name, value in model.state_dict().items() if (new := rename(name)) is not None}
     left = [_renamed(group, rename) for group in groups if rename(group.name) is not None]
     known = tuple(group for group in left if group is not None)
     if len(known) < len(left):
-        return "a class that its groups take on has no name"
+        return "a group replaces the class of a module by one without a name"
     now = {new: size for name, size in kept.items() if (new := rename(name)) is not None}
     sizes = {
         group.name: (now[group.name], group.size) for group in known if now.get(group.name, group.size) < group.size
     }
     settings = changed(builder.settings, stack.change(stay))
     smaller = replace(builder, settings=settings)
-    why = "what they add is a constant, and no bias before them takes it"
+    why = "they add a constant that no earlier bias can absorb"
     for folded in _folded(groups, stack, added, paths, rename, state):
         try:
-            made = frame(lambda: smaller.build(settings))
+            made = empty_model(lambda: smaller.build(settings))
             remember(made, Prunable(known, ()))
             resize(made, sizes, {group.name: as_json(group) or {} for group in known if group.name in sizes})
             made.load_state_dict({**state, **folded}, assign=True)
         except Exception as error:  # constructors raise what they like
-            return f"{builder.by} does not take as many layers as are left ({error or type(error).__name__})"
+            return f"{builder.by} does not accept the remaining number of layers ({error or type(error).__name__})"
         _adapt(model, made)
         differs = differing(model, made)
         if differs is None:
@@ -275,7 +276,7 @@ def _plus(tensor: Tensor, constant: Tensor) -> Tensor:
 
 
 def _renamed(group: Group, rename: Callable[[str], str | None]) -> Group | None:
-    """Return a group with other names, without what is dropped; None if it cannot be serialised."""
+    """Return a group under new names, without removed parts; None if it cannot be serialised."""
     if as_json(group) is None:
         return None
     return replace(

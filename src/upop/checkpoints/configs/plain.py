@@ -1,7 +1,7 @@
-"""Plain models: what is cut alike in all layers of a tower is an ordinary model of a smaller configuration.
+"""Plain models: if all layers of a tower keep equally many channels, a smaller configuration describes the cut model.
 
-Such a configuration is found by trial (`size_fields`). It is used only where the class that it builds, with the cut
-model's weights, computes the same.
+The configuration is found by trial (`size_fields`), and is used only if the model that it builds, with the cut
+model's weights, gives the same outputs.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from upop.checkpoints.configs.builders import changed, configs_in, of_timm, of_t
 from upop.checkpoints.configs.comparing import compared, differing, differing_from
 from upop.checkpoints.configs.size_fields import sized_config
 from upop.checkpoints.fitting.fit import kept_sizes
-from upop.checkpoints.fitting.meta import frame, outline
+from upop.checkpoints.fitting.meta import empty_model, meta_model
 from upop.pruning import Group, find_prunable, uniform
 from upop.pruning.known import forget, know_as
 
@@ -25,9 +25,7 @@ if TYPE_CHECKING:
 
 
 def alike(dense: nn.Module, groups: Sequence[Group], kept: Mapping[str, int]) -> bool:
-    """Whether all layers of every tower of a dense model keep equally many channels, as in a plain one, and not
-    none.
-    """
+    """Whether all layers of every tower keep equally many channels, and at least one."""
     sizes = {group.name: kept.get(group.name, group.size) for group in groups}
     return all(sizes.values()) and all(
         len({sizes[name] for name in names}) == 1 for names in uniform.apart(dense, groups)
@@ -37,15 +35,18 @@ def alike(dense: nn.Module, groups: Sequence[Group], kept: Mapping[str, int]) ->
 def become_plain(
     model: PreTrainedModel, dense: nn.Module, groups: Sequence[Group], kept: Mapping[str, int]
 ) -> str | None:
-    """Make a cut model an ordinary one of its class, of a smaller configuration; say why it cannot be, or None.
+    """Turn a cut model into an ordinary one of its class with a smaller configuration.
 
-    Its parameters stay as they are. Objects that others may hold, its configuration among them, are left alone.
+    Parameters stay the same objects. Objects that others may hold, such as the old configuration, are not modified.
 
     Args:
-        model: cut.
-        dense: the dense model, with or without memory.
-        groups: of the dense model.
-        kept: how many channels each group keeps.
+        model: the cut model.
+        dense: the dense model, possibly on the meta device.
+        groups: groups of the dense model.
+        kept: number of channels that each group keeps.
+
+    Returns:
+        None on success; otherwise the reason why not, and the model is unchanged.
     """
     change = sized_config(dense, groups, kept, of_transformers(model))
     if isinstance(change, str):
@@ -70,22 +71,22 @@ def become_plain(
             vars(module).clear()
             vars(module).update(held)
     elif any(group.swaps for group in groups):
-        forget(model)  # the classes that its groups took on are those of the uncut sizes
+        forget(model)  # cutting had changed classes of modules, which now have their own again
     return why
 
 
 def plain_timm(model: nn.Module, described: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Return config.json in timm's form for a cut model that timm builds by itself; None where it does not.
+    """Return timm's config.json for a cut model that timm builds by itself; None if it does not.
 
     Args:
-        model: cut.
-        described: how timm builds its dense form, as `timm_models.describe` says it.
+        model: the cut model.
+        described: the dense form, as `timm_models.describe` returns it.
     """
     from upop.checkpoints.libraries import timm_models
 
     name = described["architecture"]
     builder = of_timm(name, described["arguments"])
-    dense = outline(lambda: builder.build(builder.settings))
+    dense = meta_model(lambda: builder.build(builder.settings))
     know_as(dense, model)
     groups = find_prunable(dense).groups
     kept = kept_sizes(groups, model.state_dict(), type(model).__name__)
@@ -93,7 +94,7 @@ def plain_timm(model: nn.Module, described: Mapping[str, Any]) -> dict[str, Any]
     if isinstance(change, str):
         return None
     arguments = {key: value for key, value in changed(builder.settings, change).items() if value is not None}
-    plain = frame(lambda: builder.build(arguments))
+    plain = empty_model(lambda: builder.build(arguments))
     if _shapes_of(plain) != _shapes_of(model):
         return None
     plain.load_state_dict(model.state_dict(), assign=True)
@@ -106,15 +107,15 @@ def _shapes_of(model: nn.Module) -> dict[str, torch.Size]:
 
 @torch.no_grad()
 def ordinary(model: PreTrainedModel, config: Any) -> nn.Module | str:
-    """Return the ordinary model of a configuration with the weights of `model`; why they are not its own, if so."""
+    """Return the model that a configuration builds, with the weights of `model`; or the reason why they do not fit."""
     kind: Any = getattr(type(model), "uncut_class", type(model))
-    read = type(config).from_dict(config.to_dict())  # as it is read from a file
+    read = type(config).from_dict(config.to_dict())  # as if read from a file
     read._attn_implementation = model.config._attn_implementation
-    plain: nn.Module = frame(lambda: kind(read))
+    plain: nn.Module = empty_model(lambda: kind(read))
     mine, theirs = model.state_dict(), plain.state_dict()
     other = next((name for name in (*mine, *theirs) if name not in mine or name not in theirs), None)
     if other is not None:
-        return f"{other} is no part of both"
+        return f"only one of the two models has {other}"
     wrong = next((name for name, value in mine.items() if value.shape != theirs[name].shape), None)
     if wrong is not None:
         return f"{wrong} has shape {tuple(mine[wrong].shape)}, it makes {tuple(theirs[wrong].shape)}"
@@ -127,7 +128,7 @@ def ordinary(model: PreTrainedModel, config: Any) -> nn.Module | str:
 
 
 def _adopt(model: PreTrainedModel, config: Any, plain: nn.Module) -> None:
-    """Give a model, and the models in it, another configuration, and the classes that it builds."""
+    """Replace the configuration of a model and of the models in it, and restore the classes that it builds."""
     pairs = dict(zip(map(id, configs_in(model.config)), configs_in(config), strict=True))
     ordinary_modules = dict(plain.named_modules())
     for path, module in model.named_modules():

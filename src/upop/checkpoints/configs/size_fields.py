@@ -1,8 +1,8 @@
-"""Which fields of a model's configuration set the sizes of which groups: found by trial, field by field.
+"""Finds which field of a model's configuration sets the size of which group, by trial.
 
 Each trial sets a field to a smaller size, builds the class on the meta device, and compares the shapes of all tensors.
-The field sets the size of the groups that became so small, if nothing else changed. No class is known here; names of
-fields decide only which trials are worth making.
+A field sets the size of the groups that shrank with it, provided that nothing else changed. Classes are not known here;
+names of fields only suggest which trials to make.
 """
 
 from __future__ import annotations
@@ -22,25 +22,25 @@ from upop.pruning import Group
 from upop.pruning.groups import tensor_of
 
 SetSize = Callable[[int], Change]
-"""The number of kept channels -> what the fields become."""
+"""Number of kept channels -> new values of the fields."""
 
 _HEADS = re.compile(r"(?:^|_)(?:num_attention_heads|attention_heads|num_heads|n_heads?|num_query_heads)$")
 _SHARED_HEADS = re.compile(r"(?:^|_)(?:num_key_value_heads|num_kv_heads|n_head_kv|n_kv_heads?)$")
 _OF_A_HEAD = ("head_dim", "attn_head_dim", "attention_head_dim", "d_kv", "kv_channels", "head_size")
 _ANY_NUMBER = ("neuron", "channel")
-"""Kinds of channels of which a layer may have any number."""
+"""Kinds of channels that a layer may have any number of."""
 _RATIO = re.compile(r"(?:^|_)(?:mlp|ffn|ff|expansion)_(?:ratio|mult|expansion)$|^expansion_factor$")
 _WIDTH = re.compile(r"(?:^|_)(?:intermediate_size|ffn_dim|ffn_hidden_size|d_ff|n_inner|mlp_dim|hidden_dim|mlp_size)$")
 
 
 @dataclass(frozen=True)
 class SizeField:
-    """A field, or several together, that set how many channels some groups keep.
+    """One or more fields that together set the size of some groups.
 
     Attributes:
         groups: their names.
-        change: what the fields become.
-        sizes: the numbers of channels that it takes; None for all.
+        change: number of channels -> new values of the fields.
+        sizes: the numbers of channels that the configuration accepts; None for any.
     """
 
     groups: tuple[str, ...]
@@ -49,12 +49,12 @@ class SizeField:
 
 
 def size_fields(dense: nn.Module, groups: Sequence[Group], builder: Builder) -> list[SizeField]:
-    """Return the fields by which a configuration sets the sizes of a model's groups; each group is in one at most.
+    """Return the fields that set the sizes of a model's groups; each group is in at most one.
 
     Args:
         dense: the dense model, with or without memory.
         groups: its groups.
-        builder: what makes such models.
+        builder: builds such models.
     """
     found: list[SizeField] = []
     described: set[str] = set()
@@ -68,7 +68,7 @@ def size_fields(dense: nn.Module, groups: Sequence[Group], builder: Builder) -> 
                 continue
             key = probe, *sorted(change(probe).items())
             if key not in tried:
-                tried[key] = _follow(dense, groups, builder.outline(change(probe)), probe)
+                tried[key] = _follow(dense, groups, builder.meta_model(change(probe)), probe)
             names = tried[key]
             if group.name in names and described.isdisjoint(names):
                 found.append(SizeField(names, change, _sizes(group, change, builder)))
@@ -78,13 +78,13 @@ def size_fields(dense: nn.Module, groups: Sequence[Group], builder: Builder) -> 
 
 
 def sized_config(dense: nn.Module, groups: Sequence[Group], kept: Mapping[str, int], builder: Builder) -> Change | str:
-    """Return the change of a configuration that describes a cut model; or, as a text, why there is none.
+    """Return the change by which a configuration describes a cut model; or, as a text, the reason why none does.
 
     Args:
         dense: the dense model.
         groups: its groups.
         kept: how many channels each keeps.
-        builder: what makes such models.
+        builder: builds such models.
     """
     change: dict[Path, Any] = {}
     small = {group.name for group in groups if kept.get(group.name, group.size) < group.size}
@@ -92,7 +92,7 @@ def sized_config(dense: nn.Module, groups: Sequence[Group], kept: Mapping[str, i
     streams = {group.name: group.size for group in groups if group.kind == "residual" and group.name in small}
     widths = {size: kept[name] for name, size in streams.items()}
     found = size_fields(dense, groups, builder) if small else []
-    for field in sorted(found, key=lambda each: streams.keys().isdisjoint(each.groups)):  # ratios are of widths
+    for field in sorted(found, key=lambda each: streams.keys().isdisjoint(each.groups)):  # ratios refer to widths
         if small.isdisjoint(field.groups) and not _is_ratio_of(field.change, widths):
             continue
         counts = {kept.get(name, size_of[name]) for name in field.groups}
@@ -109,12 +109,12 @@ def sized_config(dense: nn.Module, groups: Sequence[Group], kept: Mapping[str, i
     if small:
         first = next(group.name for group in groups if group.name in small)
         more = f" and {len(small) - 1} more" if len(small) > 1 else ""
-        return f"{builder.by} has no number for what {first}{more} keeps"
+        return f"no field of {builder.by} sets the size of {first}{more}"
     return change
 
 
 def _follow(dense: nn.Module, groups: Sequence[Group], built: nn.Module | None, kept: int) -> tuple[str, ...]:
-    """Return the groups that became `kept` channels large, if nothing else of the model changed; else none."""
+    """Return the groups that now have `kept` channels, provided that nothing else of the model changed."""
     if built is None:
         return ()
     shapes = shapes_of(built)
@@ -129,12 +129,12 @@ def _follow(dense: nn.Module, groups: Sequence[Group], built: nn.Module | None, 
 
 
 def shapes_of(model: nn.Module) -> dict[str, list[int]]:
-    """Return the shapes of a model's tensors, buffers among them."""
+    """Return the shapes of a model's parameters and buffers."""
     return {name: list(value.shape) for name, value in {**dict(model.named_buffers()), **model.state_dict()}.items()}
 
 
 def _probe(group: Group, change: SetSize, builder: Builder) -> int | None:
-    """Return a smaller size that the configuration takes."""
+    """Return a smaller size that the configuration accepts."""
     if group.channel in _ANY_NUMBER:
         tried = [group.size - 1, group.size // 2]
     else:
@@ -144,7 +144,7 @@ def _probe(group: Group, change: SetSize, builder: Builder) -> int | None:
 
 def _sizes(group: Group, change: SetSize, builder: Builder) -> frozenset[int] | None:
     if group.channel in _ANY_NUMBER and builder.takes(change(group.size - 1)):
-        return None  # else a ratio of whole numbers alone
+        return None  # otherwise a ratio that must be a whole number
     return frozenset(size for size in range(1, group.size + 1) if builder.takes(change(size)))
 
 
@@ -164,7 +164,7 @@ def _is_number(value: Any) -> bool:
 def _widths(dense: nn.Module, group: Group, path: Path, fields: Mapping[str, Any]) -> Iterator[SetSize]:
     first = group.producers[0]
     shape = tensor_of(dense, first.tensor).shape
-    width = shape[1 - first.dim] if len(shape) == 2 else 1  # what ratios are of
+    width = shape[1 - first.dim] if len(shape) == 2 else 1  # ratios refer to it
     for name, value in fields.items():
         if (_is_number(value) and value == group.size) or (value is None and _WIDTH.search(name)):
             yield partial(_number, (*path, name))
@@ -191,7 +191,7 @@ def _heads(group: Group, path: Path, fields: Mapping[str, Any]) -> Iterator[SetS
 
 
 def _streams(dense: nn.Module, group: Group, path: Path, fields: Mapping[str, Any]) -> Iterator[SetSize]:
-    """Yield what may set a stream's width alone: heads stay as long as they are, and neurons as many."""
+    """Yield changes that set the width of a residual stream alone: head_dim and MLP widths stay as they are."""
     rows = {tensor_of(dense, part.tensor).shape[0] for part in group.scored if part.dim == 1}
     lengths: list[Change] = [{}]
     for heads in (value for name, value in fields.items() if _HEADS.search(name) and _is_number(value) and value):
@@ -209,12 +209,12 @@ def _width(place: Path, fixed: Change, ratio: Path, neurons: int, kept: int) -> 
 
 
 def _is_ratio_of(change: SetSize, widths: Mapping[int, int]) -> bool:
-    """Whether a size is set as a share of a width that changes."""
+    """Whether a field gives a size as a ratio to a width that changes."""
     return isinstance(change, partial) and change.func is _ratio and change.args[1] in widths
 
 
 def _at_width(change: SetSize, widths: Mapping[int, int]) -> SetSize:
-    """Return how a size is set where widths have become others."""
+    """Return the same change relative to the new widths."""
     if isinstance(change, partial) and _is_ratio_of(change, widths):
         return partial(_ratio, change.args[0], widths[change.args[1]])
     return change
@@ -225,7 +225,7 @@ def _number(place: Path, kept: int) -> Change:
 
 
 def _ratio(place: Path, width: int, kept: int) -> Change:
-    # Libraries round down; half a channel more stays right whatever is lost in the product.
+    # Libraries round down; half a channel on top absorbs what the product loses.
     return {place: kept // width if kept % width == 0 else (kept + 0.5) / width}
 
 

@@ -1,7 +1,7 @@
-"""Fast tokenizers with fewer tokens: the same texts become the same pieces, under other numbers.
+"""Reduces fast tokenizers to fewer tokens: the same texts become the same pieces, with new ids.
 
-A text is cut into the same pieces where the pieces of it stay, and what they are merged from: longest matches
-(WordPiece), merges in their order (BPE) and best paths (Unigram) only had more to choose from before.
+A text is split into the same pieces if these pieces and all that they are merged from are kept: longest matches
+(WordPiece), merges in their order (BPE) and best paths (Unigram) then only lose alternatives.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from upop.pruning.json_text import parse_json
 from upop.values import shortened
 
 _ALPHABET = 512
-"""Pieces that are merged from nothing, all of which stay if they are so few: bytes spell every text."""
+"""The alphabet (pieces that are not merged from others) is kept whole up to this size: bytes spell every text."""
 
 
 def used_ids(tokenizer: Any, texts: Sequence[str]) -> set[int]:
-    """Return the numbers of the tokens that texts become, with what a tokenizer puts around them."""
+    """Return the ids of the tokens of some texts, special tokens included."""
     found: set[int] = set()
     for ids in tokenizer(list(texts))["input_ids"] if texts else ():
         found.update(ids)
@@ -28,11 +28,11 @@ def used_ids(tokenizer: Any, texts: Sequence[str]) -> set[int]:
 
 
 def needed_ids(tokenizer: Any, used: Iterable[int]) -> set[int]:
-    """Return the tokens that have to stay for some to be used: these, special ones, and what they are made of.
+    """Return the ids that must be kept for some tokens to work: these, special ones, and the pieces they are made of.
 
     Args:
-        tokenizer: a fast one of transformers.
-        used: numbers of tokens.
+        tokenizer: a fast tokenizer of transformers.
+        used: token ids.
     """
     described = _content(tokenizer)
     vocabulary = _vocabulary(described["model"])
@@ -48,16 +48,16 @@ def needed_ids(tokenizer: Any, used: Iterable[int]) -> set[int]:
 
 
 def smaller_tokenizer(tokenizer: Any, kept: Sequence[int], texts: Sequence[str] = ()) -> Any:
-    """Return a tokenizer with some of the tokens, numbered in their order; the one that was given stays as it is.
+    """Return a copy of a tokenizer with some of its tokens, renumbered in their order.
 
     Args:
-        tokenizer: a fast one of transformers.
-        kept: numbers of tokens, ascending; `needed_ids` among them.
-        texts: that become the same tokens as before.
+        tokenizer: a fast tokenizer of transformers.
+        kept: token ids, ascending, including `needed_ids`.
+        texts: texts whose tokens must not change, for verification.
 
     Raises:
-        SettingError: it is of a kind that is not known.
-        VerificationError: a text becomes other tokens; the message names it.
+        SettingError: it is not a fast tokenizer.
+        VerificationError: a text is split into other tokens; the message names it.
     """
     from tokenizers import Tokenizer
 
@@ -86,14 +86,14 @@ def smaller_tokenizer(tokenizer: Any, kept: Sequence[int], texts: Sequence[str] 
         expected = [new.get(number) for number in tokenizer(before)["input_ids"]]
         if expected != after:
             raise VerificationError(
-                f"With fewer tokens {type(tokenizer).__name__} would cut {shortened(before)} otherwise. Nothing was "
-                "changed; please report it."
+                f"With fewer tokens, {type(tokenizer).__name__} would split {shortened(before)} differently. Nothing "
+                "was changed; please report this."
             )
     return smaller
 
 
 def is_fast(tokenizer: Any) -> bool:
-    """Whether a tokenizer is one whose tokens can be made fewer."""
+    """Whether a tokenizer is a fast one, which can be reduced."""
     held = getattr(tokenizer, "backend_tokenizer", None)
     return held is not None and hasattr(held, "to_str")
 
@@ -101,21 +101,21 @@ def is_fast(tokenizer: Any) -> bool:
 def _content(tokenizer: Any) -> dict[str, Any]:
     if not is_fast(tokenizer):
         raise SettingError(
-            f"The tokens of a {type(tokenizer).__name__} cannot be made fewer: give a fast tokenizer of transformers, "
-            "or token numbers, and map what your own tokenizer gives with `Vocabulary.encode`."
+            f"A {type(tokenizer).__name__} cannot be reduced. Give a fast tokenizer of transformers; or give token "
+            "ids, and map what your tokenizer returns with `Vocabulary.encode`."
         )
     described: dict[str, Any] = parse_json(tokenizer.backend_tokenizer.to_str())
     return described
 
 
 def _vocabulary(model: Mapping[str, Any]) -> dict[str, int]:
-    """Return piece -> its number."""
+    """Return piece -> id."""
     held = model["vocab"]
     return {entry[0]: number for number, entry in enumerate(held)} if isinstance(held, list) else dict(held)
 
 
 def _spelling(model: Mapping[str, Any], vocabulary: Mapping[str, int], pieces: set[str]) -> set[str]:
-    """Return what pieces are made of, and what spells other texts."""
+    """Return the pieces that others are made of, and those that spell any other text."""
     found: set[str] = set()
     prefix = model.get("continuing_subword_prefix") or ""
     if model.get("merges"):
@@ -149,7 +149,7 @@ def _merged(model: Mapping[str, Any], merge: Any) -> str:
 
 
 def _renumbered(value: Any, new: Mapping[int, int]) -> Any:
-    """Return a post-processor with the new numbers of the tokens that it puts in."""
+    """Return a post-processor with the new ids of the special tokens that it inserts."""
     if isinstance(value, dict):
         changed = {name: _renumbered(each, new) for name, each in value.items()}
         if isinstance(value.get("ids"), list):

@@ -1,6 +1,6 @@
-"""Registers the sizes that configurations of libraries have, for `uniform="tower"`; import it before a search.
+"""Registers which sizes a model's configuration has, for `uniform="tower"`; import this before a search.
 
-Importing it takes torch alone: all else is imported when a uniform search asks.
+The import takes torch alone; the rest is imported when a uniform search asks.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def config_sizes(model: nn.Module, groups: Sequence[Group]) -> uniform.ConfigSizes | None:
-    """Return the groups whose sizes the configuration of a dense model can say, by its numbers; None if it has none."""
+    """Return the groups whose sizes are fields of a dense model's configuration; None if it has no configuration."""
     from upop.checkpoints.configs.builders import builder_of
     from upop.checkpoints.configs.size_fields import size_fields
 

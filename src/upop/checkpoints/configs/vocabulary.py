@@ -1,7 +1,7 @@
-"""Words that a task never uses: their rows of a model's word embeddings go, and its heads follow.
+"""Removes tokens that a task never uses from word embeddings and output heads.
 
-What has as many rows as there are words is cut alike, and the result is proved: on texts of the words that stay the
-model computes what it did, with the scores of the other words left out.
+Every tensor with one row per token is cut alike. The result is verified: on texts of the kept tokens the model gives
+the same outputs, without the logits of the removed tokens.
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ if TYPE_CHECKING:
 _OF_A_TOKEN = re.compile(r"(^|_)(token_ids?|token_index|token)$|suppress_tokens$")
 _TEXTS, _LENGTH = 4, 8
 _CLOSE = 1e-4
-"""What outputs may differ by, as a share of the largest entry: fewer columns are summed in another order."""
+"""Largest difference relative to the largest element: fewer columns are summed in another order."""
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """The words that stayed, by the numbers that they had.
+    """The tokens that were kept.
 
     Attributes:
-        kept: ascending; a word's place in it is its number now.
-        size: how many words there were.
-        tokenizer: that gives the new numbers; None where none was given that could.
+        kept: original token ids, ascending; a token's index here is its new id.
+        size: original number of tokens.
+        tokenizer: a tokenizer that returns the new ids; None if no fast tokenizer was given.
     """
 
     kept: tuple[int, ...]
@@ -53,59 +53,58 @@ class Vocabulary:
     tokenizer: Any = None
 
     def encode(self, ids: Tensor) -> Tensor:
-        """Return the new numbers of words, of the shape of `ids`.
+        """Return the new ids of tokens, in the shape of `ids`.
 
         Raises:
-            SettingError: a word went.
+            SettingError: a token was removed.
         """
         kept = torch.tensor(self.kept, device=ids.device)
         found = torch.searchsorted(kept, ids).clamp_max(len(kept) - 1)
-        gone = ids[kept[found] != ids]
-        if len(gone):
-            raise SettingError(f"Token {int(gone[0])} was dropped from the vocabulary, of which {len(kept)} are left.")
+        removed = ids[kept[found] != ids]
+        if len(removed):
+            raise SettingError(f"Token {int(removed[0])} was removed: the vocabulary keeps {len(kept)} tokens.")
         return found
 
     def decode(self, ids: Tensor) -> Tensor:
-        """Return the numbers that words had, from those that they have now."""
+        """Return the original ids of tokens from their new ones."""
         return torch.tensor(self.kept, device=ids.device)[ids]
 
 
 def reduce_vocabulary(
     model: PreTrainedModel, vocabulary: str | Path | Iterable[str] | Iterable[int], tokenizer: Any = None
 ) -> Vocabulary:
-    """Drop the rows of word embeddings that a task never uses, and the outputs of heads with them, in place.
+    """Remove tokens that a task never uses from word embeddings and output heads, in place.
 
-    Do it before or after a cut, and outside of a training: optimizers are not changed. The configuration, the
-    generation settings and the tokenizer that is returned have the new numbers:
+    Call it before or after a cut, but not within a training: optimizers are not updated. The configuration, the
+    generation settings and the returned tokenizer have the new ids:
 
         vocabulary = upop.reduce_vocabulary(model, "captions.txt", tokenizer)
         upop.save(model, "smaller", tokenizer=vocabulary.tokenizer)
 
     Args:
-        model: one of transformers.
-        vocabulary: a file, or its content: texts, one in a line, or token numbers (a JSON list). What special tokens
-            and the configuration name stays too, as do the pieces that other ones are merged from.
-        tokenizer: a fast one of transformers; needed for texts.
+        model: a transformers model.
+        vocabulary: a file or its content: texts, one per line, or token ids (a JSON list). Special tokens, tokens that
+            the configuration names, and the pieces that kept tokens are merged from are kept too.
+        tokenizer: a fast tokenizer of transformers; required for texts.
 
     Returns:
-        What stayed, with the tokenizer.
+        The kept tokens, and the tokenizer for them.
 
     Raises:
-        SettingError: nothing is named, texts have no tokenizer, or the model is none of transformers.
-        LayoutError: the model's configuration has no number for its words, or it has no word embeddings.
-        VerificationError: it would compute something else. In every case nothing was changed.
+        SettingError: no token is named, texts come without a tokenizer, or the model is not from transformers.
+        LayoutError: no field of the configuration sets the vocabulary size, or the model has no word embeddings.
+        VerificationError: the outputs would differ. In every case the model is unchanged.
     """
     whole: Any = unwrapped(model)
     if not is_pretrained(whole):
         raise SettingError(
-            f"reduce_vocabulary() takes models of transformers; found a {type(whole).__name__}, whose words are "
-            "another library's own."
+            f"reduce_vocabulary() takes transformers models; found a {type(whole).__name__}."
         )
     words = whole.get_input_embeddings()
     if not isinstance(words, nn.Embedding):
-        raise LayoutError(f"{type(whole).__name__} has no word embeddings that could be made fewer.")
+        raise LayoutError(f"{type(whole).__name__} has no word embeddings.")
     size = words.num_embeddings
-    found = chosen_words(vocabulary, tokenizer, size, _told_ids(whole, size))
+    found = chosen_words(vocabulary, tokenizer, size, _named_ids(whole, size))
     if len(found.kept) < size:
         _apply(whole, found)
     note_words(whole, found, getattr(whole, VOCABULARY, None))
@@ -135,7 +134,7 @@ def chosen_words(vocabulary: Any, tokenizer: Any, size: int, told: Iterable[int]
     used = needed_ids(tokenizer, used) if is_fast(tokenizer) else used
     outside = [number for number in used if not 0 <= number < size]
     if outside:
-        raise SettingError(f"Token {outside[0]} is none of the model's {size} words.")
+        raise SettingError(f"Token id {outside[0]} is not in the model's vocabulary of {size}.")
     kept = sorted(used)
     return Vocabulary(tuple(kept), size, smaller_tokenizer(tokenizer, kept, texts) if is_fast(tokenizer) else None)
 
@@ -146,7 +145,7 @@ def note_words(model: nn.Module, found: Vocabulary, before: Sequence[int] | None
 
 
 def _read(vocabulary: Any) -> tuple[list[str], set[int]]:
-    """Return texts and token numbers."""
+    """Return texts and token ids."""
     if isinstance(vocabulary, str | Path):
         try:
             content = Path(vocabulary).read_text(encoding="utf-8")
@@ -157,18 +156,18 @@ def _read(vocabulary: Any) -> tuple[list[str], set[int]]:
             try:
                 lines = parse_json(content)
             except ValueError as error:
-                raise SettingError(f"{vocabulary} begins like a JSON list and is none: {error}.") from error
+                raise SettingError(f"{vocabulary} begins like a JSON list, but is none: {error}.") from error
         vocabulary = lines
     values = list(vocabulary)
     numbers = {each for each in values if isinstance(each, int) and not isinstance(each, bool)}
     texts = [each for each in values if isinstance(each, str)]
     if len(texts) + sum(isinstance(each, int) and not isinstance(each, bool) for each in values) < len(values):
-        raise SettingError("A vocabulary is texts, or token numbers; found something else among them.")
+        raise SettingError("A vocabulary is texts or token ids; found something else among them.")
     return texts, numbers
 
 
-def _told_ids(model: Any, size: int) -> set[int]:
-    """Return the words that a model's configuration, or its settings of generation, name by their numbers."""
+def _named_ids(model: Any, size: int) -> set[int]:
+    """Return the token ids in a model's configuration and generation settings."""
     found: set[int] = set()
     for _, values in _described(model, size):
         found.update(values)
@@ -176,7 +175,7 @@ def _told_ids(model: Any, size: int) -> set[int]:
 
 
 def _described(model: Any, size: int) -> Iterable[tuple[tuple[Any, tuple[str, ...]], list[int]]]:
-    """Yield where numbers of words stand (which settings, and the path in them), and the numbers."""
+    """Yield the fields that hold token ids (the settings, and the path in them), and the ids."""
     for settings in (model.config, getattr(model, "generation_config", None)):
         for path, fields in nodes(settings.to_dict()) if settings is not None else ():
             for name, value in fields.items():
@@ -188,7 +187,7 @@ def _described(model: Any, size: int) -> Iterable[tuple[tuple[Any, tuple[str, ..
 
 
 def _apply(model: Any, vocabulary: Vocabulary) -> None:
-    """Make a model's words fewer, and prove it; undo it where it computes something else."""
+    """Remove tokens from a model and verify it; undo everything if the outputs differ."""
     kept, size = torch.tensor(vocabulary.kept), vocabulary.size
     new = {old: place for place, old in enumerate(vocabulary.kept)}
     renumbered: dict[int, dict[tuple[str, ...], Any]] = {}
@@ -242,17 +241,17 @@ def _at(settings: Any, path: Sequence[str]) -> Any:
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Return the parameters and buffers of a model, shared ones once."""
+    """Return the parameters and buffers of a model, each shared one once."""
     return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
 
 def _smaller(model: Any, size: int, left: int, renumbered: Mapping[Any, Any]) -> tuple[dict[Any, Any], dict[str, int]]:
-    """Return what the fields of a configuration become that count words, and those that name some.
+    """Find the configuration fields that set the vocabulary size, by trial.
 
-    It is found by trying, field by field, what a field changes: the word embeddings have to be among it.
+    A field qualifies if it changes nothing but dimensions of this size, those of the word embeddings included.
 
     Returns:
-        The change, and the tensors that follow it: name -> the dimension that words lie along.
+        The change of the configuration, and the tensors that follow it: name -> dimension of the tokens.
     """
     old = {name: tuple(value.shape) for name, value in _tensors(_built(model, {})).items()}
     words = next(name for name, value in _tensors(model).items() if value is model.get_input_embeddings().weight)
@@ -274,26 +273,26 @@ def _smaller(model: Any, size: int, left: int, renumbered: Mapping[Any, Any]) ->
         if words in follow and all(dim is not None for dim in follow.values()) and old.keys() == new.keys():
             return change, {name: dim for name, dim in follow.items() if dim is not None}
     raise LayoutError(
-        f"{type(model.config).__name__} has no number that says of {type(model).__name__} how many words there are "
-        f"({size}), so that fewer of them could be loaded again."
+        f"No field of {type(model.config).__name__} sets the vocabulary size of {type(model).__name__} ({size}), so a "
+        "smaller vocabulary could not be loaded again."
     )
 
 
 def _along(old: Sequence[int], new: Sequence[int], size: int, left: int) -> int | None:
-    """Return the dimension in which a shape went from `size` to `left`; None where it did anything else."""
+    """Return the dimension that changed from `size` to `left`; None for any other change."""
     dims = [dim for dim, pair in enumerate(zip(old, new, strict=False)) if pair[0] != pair[1]]
     return dims[0] if len(old) == len(new) and len(dims) == 1 and (old[dims[0]], new[dims[0]]) == (size, left) else None
 
 
 def _built(model: Any, change: Mapping[Any, Any]) -> nn.Module:
-    """Return the dense model that a changed configuration builds, without memory."""
+    """Return the dense model of a changed configuration, on the meta device."""
     kind: Any = true_class(model)
     settings = changed(without_record(model.config).to_dict(), change)
     return outline(lambda: kind(type(model.config).from_dict(settings)))
 
 
 def _differing(model: nn.Module, old: nn.Module, new: nn.Module) -> Iterable[tuple[nn.Module, str, Any]]:
-    """Yield what modules keep of the number of words, or of words: what two configurations build differs in it."""
+    """Yield numbers that modules store and that differ between the models of two configurations."""
     fresh = dict(new.named_modules())
     mine = dict(model.named_modules())
     for path, module in old.named_modules():
@@ -311,15 +310,15 @@ def _outputs(model: Any, ids: Tensor) -> dict[str, Tensor]:
             return dict(tensors_of(call(model, {"input_ids": ids, **more})))
     except Exception as error:  # the model's own
         raise LayoutError(
-            f"{type(model).__name__} does not run on words alone ({type(error).__name__}: {error}), so that nothing "
-            "could be proved of fewer words."
+            f"{type(model).__name__} does not run on token ids alone ({type(error).__name__}: {error}), so a smaller "
+            "vocabulary cannot be verified."
         ) from error
 
 
 def _check(
     model: nn.Module, before: Mapping[str, Tensor], after: Mapping[str, Tensor], kept: Tensor, size: int
 ) -> None:
-    """Raise unless outputs are what they were, without the scores of the words that went."""
+    """Raise unless the outputs are the same, without the logits of the removed tokens."""
     for name, old in before.items():
         if old.is_floating_point() and old.dim() and old.shape[-1] == size:
             old = old.index_select(-1, kept.to(old.device))
@@ -330,6 +329,6 @@ def _check(
             wrong = not bool((found - old).abs().max() <= close * old.abs().max().clamp_min(1e-12))
         if wrong:
             raise VerificationError(
-                f"With fewer words {type(model).__name__} would compute another {name}. It was left as it was; please "
-                "report it."
+                f"With a smaller vocabulary {type(model).__name__} would compute another {name}. The model is "
+                "unchanged; please report this."
             )

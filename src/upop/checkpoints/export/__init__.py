@@ -1,8 +1,8 @@
-"""Leaving upop: graphs for other runtimes (ONNX, OpenVINO, torch.export), and ordinary models for other libraries.
+"""Export: graphs for other runtimes (ONNX, OpenVINO, torch.export), and ordinary models for other libraries.
 
 `graph_files` writes graphs: of upop's own tasks (`graphs`), of one call of any model (`any_graph`), or of a decoder
-with its cache (`cached_graph`); `int8` quantizes ONNX files, `sessions` runs them. `plain_models` writes models that
-need no upop: padded (`padded`) or layer by layer (`nemotron_nas`).
+with its cache (`cached_graph`); `int8` quantizes ONNX files, and `sessions` runs them. `plain_models` writes models
+that do not need upop: padded (`padded`), or with sizes per layer (`nemotron_nas`).
 """
 
 from importlib import import_module

@@ -1,4 +1,4 @@
-"""One graph for a model of any library: one call of it, whose batch and lengths may be others."""
+"""The graph of one call of any model, with dynamic batch and lengths."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from upop.pruning.costs import evaluating
 
 _MASK = "attention_mask"
 _LEFT_OUT = ("cache", "past_key_values", "encoder_past_key_values", "cache_params")
-"""Outputs that are for the next call alone."""
+"""Outputs that only a next call needs."""
 _MOST = 2**31
 _TRIED = (2, 15)
 
 
 @dataclass(frozen=True)
 class AnyGraph(Graph):
-    """A graph that was traced already.
+    """A traced graph.
 
     Attributes:
-        traced: as torch.export gives it.
-        example: the inputs that it was traced with.
-        symbols: torch's name of a size -> ours.
-        ranges: our name -> the least and the largest size.
+        traced: the exported program.
+        example: the inputs of the trace.
+        symbols: torch's symbol of a size -> name of the axis.
+        ranges: name of an axis -> smallest and largest size.
     """
 
     traced: Any = None
@@ -41,10 +41,10 @@ class AnyGraph(Graph):
     ranges: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
     def draw(self, batch: int, tokens: int) -> tuple[Tensor, ...]:
-        """Return inputs like those of the example, of other sizes.
+        """Return inputs like the example, of other sizes.
 
-        Where the batch is fixed, texts become longer than the example's, and keep what it has: of its marks for
-        images there are as many as the images want.
+        With a fixed batch, texts are longer than the example's and keep its tokens, so that the number of image
+        placeholders matches the images.
         """
         generator = torch.Generator().manual_seed(batch)
         drawn = []
@@ -59,19 +59,19 @@ class AnyGraph(Graph):
             if value.is_floating_point():
                 value = value + 0.1 * torch.randn(value.shape, generator=generator)
             elif name == _MASK and value.dim() == 2:
-                value[-1, value.shape[1] // 2 + 1 :] = 0  # the last text is shorter
+                value[-1, value.shape[1] // 2 + 1 :] = 0  # padding in the last text
             drawn.append(value)
         return tuple(drawn)
 
     def program(self, module: nn.Module) -> torch.export.ExportedProgram:
-        """Return the graph as torch.export traced it."""
+        """Return the exported program."""
         del module
         traced: torch.export.ExportedProgram = self.traced
         return traced
 
 
 class _OneCall(nn.Module):
-    """A model that is called by place, and gives tensors alone."""
+    """A model with positional inputs and tensor outputs alone."""
 
     def __init__(self, model: nn.Module, names: tuple[str, ...], fixed: Mapping[str, Any], *, by_name: bool) -> None:
         super().__init__()
@@ -79,7 +79,7 @@ class _OneCall(nn.Module):
         self._names, self._fixed, self._by_name = names, dict(fixed), by_name
 
     def called(self, *inputs: Tensor) -> Any:
-        """Return what the model gives."""
+        """Return the outputs of the model."""
         if self._by_name:
             return self.model(**dict(zip(self._names, inputs, strict=True)), **self._fixed)
         return self.model(*inputs)
@@ -92,21 +92,20 @@ def graph_of_any(model: nn.Module, example: Any = None) -> AnyGraph:
     """Return the graph of one call of a model.
 
     Args:
-        model: of any library, on the CPU, in evaluation mode and in float32.
-        example: what it is called with: a tensor, a tuple, or a mapping of keyword arguments; by default what its
-            groups were read with, or what can be made up for it. Where the model's code fixes the batch, it is that of
-            the example, or 1.
+        model: a model of any library, on the CPU, in evaluation mode and in float32.
+        example: its inputs: a tensor, a tuple, or a mapping of keyword arguments; by default those with which its
+            groups were found, or generated ones. If the model's code fixes the batch, it is that of the example, or 1.
 
     Raises:
-        SettingError: no call of the whole model is known, or torch.export cannot trace it; the message says why, and
-            what is left to do.
+        SettingError: no call of the whole model is known, or torch.export cannot trace it; the message gives the reason
+            and alternatives.
     """
     names, inputs, fixed, by_name = _call(model, example)
     module = _OneCall(model, names, fixed, by_name=by_name).eval()
     try:
         with evaluating(model):
             single = all(len(value) == 1 for value in inputs)
-            # Tracing takes a batch of 1 for something special.
+            # torch.export specialises a batch of 1.
             traced = _traced(module, tuple(torch.cat([value] * 2) for value in inputs) if single else inputs)
             if all(_number(shape[0]) is not None for shape in _shapes(traced)) and (single or example is None):
                 inputs = tuple(value[:1].clone() for value in inputs)
@@ -129,17 +128,17 @@ def graph_of_any(model: nn.Module, example: Any = None) -> AnyGraph:
 
 
 def untraceable(model: nn.Module, error: Exception) -> SettingError:
-    """Return the error to raise where torch.export, or the model under it, raised one."""
+    """Return the error for a model that torch.export cannot trace."""
     message = " ".join(str(error).split())[:300]
     return SettingError(
         f"torch.export cannot trace this {type(model).__name__}: {type(error).__name__}: {message} Give `example`, "
-        "one batch of what it takes, if it was called with the wrong inputs; otherwise run it in PyTorch "
-        f"(torch.compile works on compressed models as on others).{_older_torch()}"
+        "one batch of inputs, if it was called with the wrong ones; otherwise run it in PyTorch (torch.compile works "
+        f"on compressed models as on any other).{_older_torch()}"
     )
 
 
 def _older_torch() -> str:
-    """Return what to say where torch is older than those whose torch.export was tried."""
+    """Return the advice for a version of torch older than the tested ones; "" otherwise."""
     known = tuple(int(part) for part in torch.__version__.split(".")[:2])
     if known >= _TRIED:
         return ""
@@ -149,7 +148,7 @@ def _older_torch() -> str:
 
 
 def _call(model: nn.Module, example: Any) -> tuple[tuple[str, ...], tuple[Tensor, ...], dict[str, Any], bool]:
-    """Return names and values of a call's tensors, its other arguments, and whether it is made by keyword."""
+    """Return names and values of a call's tensors, its other arguments, and whether they are keyword arguments."""
     asked = inspect.signature(model.forward).parameters
     if example is None:
         example = _known(model)
@@ -167,14 +166,14 @@ def _call(model: nn.Module, example: Any) -> tuple[tuple[str, ...], tuple[Tensor
         fixed |= {"use_cache": False} if by_name and "use_cache" in asked else {}
     if not tensors or (fixed and not by_name):
         raise SettingError(
-            f"A graph of a {type(model).__name__} takes tensors alone, and its example has {list(given)}. Give a "
+            f"A graph of a {type(model).__name__} takes only tensors, and its example has {list(given)}. Give a "
             "mapping of keyword arguments, or a tuple of tensors."
         )
     small = next((name for name, value in tensors.items() if value.dim() == 0 or value.shape[0] < 2), None)
     if small is not None and not all(value.dim() and len(value) == 1 for value in tensors.values()):
         raise SettingError(
-            f"The example's {small} has shape {tuple(tensors[small].shape)}: tracing takes a batch of 1 for something "
-            "special. Give a batch of 2 or more."
+            f"The example's {small} has shape {tuple(tensors[small].shape)}: tracing specialises a batch of 1. Give a "
+            "batch of 2 or more."
         )
     return tuple(tensors), tuple(value.detach().clone() for value in tensors.values()), fixed, by_name
 
@@ -194,9 +193,9 @@ def _known(model: nn.Module) -> Any:
 
 
 def _traced(module: nn.Module, inputs: tuple[Tensor, ...], batch: Any = "any") -> torch.export.ExportedProgram:
-    """Trace a call with any batch, or that of the inputs for None, and any lengths.
+    """Trace a call with dynamic lengths and batch; None for `batch` fixes it to that of the inputs.
 
-    What the model's code ties to a number stays that number.
+    Sizes that the model's code fixes stay static.
     """
     auto = torch.export.Dim.AUTO
     lengths = [{} if value.dim() > 3 else dict.fromkeys(range(1, min(2, value.dim())), auto) for value in inputs]
@@ -209,7 +208,7 @@ def _traced(module: nn.Module, inputs: tuple[Tensor, ...], batch: Any = "any") -
     if alike:
         try:
             return traced(torch.export.Dim("batch"))  # one size for all inputs
-        except Exception:  # the model's code may not leave it free
+        except Exception:  # the model's code may fix it
             pass
     program = traced(auto if batch is not None else None)
     fixed = {_number(shape[0]) is not None for shape in _shapes(program)}
@@ -218,7 +217,7 @@ def _traced(module: nn.Module, inputs: tuple[Tensor, ...], batch: Any = "any") -
 
 
 def _places(asked: Mapping[str, inspect.Parameter]) -> Iterator[str]:
-    """Yield names for arguments that are given by place, without end."""
+    """Yield names of positional arguments, without end."""
     by_place = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     yield from (name for name, each in asked.items() if each.kind in by_place)
     count = 0
@@ -228,7 +227,7 @@ def _places(asked: Mapping[str, inspect.Parameter]) -> Iterator[str]:
 
 
 def _tensors(outputs: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors that a call gave, with their names."""
+    """Yield name and value of the tensors in the outputs of a call."""
     if isinstance(outputs, Tensor):
         yield name or "output", outputs
     elif isinstance(outputs, Mapping):
@@ -243,13 +242,13 @@ def _tensors(outputs: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
 def axes_of(
     traced: torch.export.ExportedProgram, names: tuple[str, ...], called: Callable[[str, int], str] | None = None
 ) -> tuple[dict[str, tuple[str | int, ...]], dict[str, str], dict[str, tuple[int, int]]]:
-    """Return the axes of the inputs, torch's names of their sizes with ours, and the sizes that they may have.
+    """Return the axes of the inputs, torch's symbol -> name, and name -> range of sizes.
 
     Args:
-        traced: the graph.
-        names: of its inputs.
-        called: (input, place of an axis) -> its name, where a call has equal sizes under one name though torch saw
-            no tie. By default sizes that torch keeps apart have names of their own.
+        traced: the exported program.
+        names: names of its inputs.
+        called: (input, axis) -> name, for sizes that are equal in every call though torch keeps them apart. By
+            default every symbol of torch has a name of its own.
     """
     shapes = _shapes(traced)
     symbols: dict[str, str] = {}
@@ -279,7 +278,7 @@ def _shapes(traced: torch.export.ExportedProgram) -> list[Any]:
 
 
 def _number(size: Any) -> int | None:
-    """Return the size of an axis that has one; some are free to begin with, and then tied to a number."""
+    """Return the size of a static axis; some dynamic ones are fixed during the trace."""
     known: Any = size if isinstance(size, int) else size.node.expr
     return int(known) if isinstance(size, int) or known.is_number else None
 

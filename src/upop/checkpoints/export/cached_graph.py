@@ -1,8 +1,8 @@
-"""One graph for a decoder that generates: what a cache held goes in, and comes out longer.
+"""The graph of a generating decoder, with its key-value cache as inputs and outputs.
 
-The same graph takes a prompt (with a cache of no tokens) and every token after it. Its inputs and outputs have the
-names that optimum gives them: `past_key_values.N.key`, `present.N.key`. Layers may differ in their numbers of key-value
-heads and in the size of a head, as after a cut; a layer whose attention went whole has no cache.
+One graph takes the prompt (with an empty cache) and every token after it. Inputs and outputs have optimum's names:
+`past_key_values.N.key`, `present.N.key`. Layers may differ in key-value heads and head_dim, as after a cut; a layer
+without attention has no cache.
 """
 
 from __future__ import annotations
@@ -22,28 +22,28 @@ from upop.pruning.costs import evaluating
 
 _IDS, _MASK, _POSITIONS = "input_ids", "attention_mask", "position_ids"
 _CACHES = ("cache", "past_key_values")
-"""What transformers calls it: since 5.24, and before."""
+"""Names of the argument in transformers: since 5.24, and before."""
 _TRACED = (2, 3, 5)
-"""Batch, tokens and tokens in the cache that a graph is traced with: no two of them, nor their sum, are alike."""
+"""Batch, tokens and cached tokens of the trace: all different, and so is their sum."""
 
 
 @dataclass(frozen=True)
 class CachedGraph(AnyGraph):
-    """A graph that was traced already, of one call of a decoder with its cache.
+    """A traced graph of one call of a decoder with its cache.
 
     Attributes:
-        words: how many there are to draw token ids from.
-        cached: number of a layer -> heads of its keys and values, and their sizes.
+        words: vocabulary size, for random token ids.
+        cached: per cached layer: its index, key-value heads, and head_dim of keys and of values.
     """
 
     cached: tuple[tuple[int, int, int, int], ...] = ()
 
     def draw(self, batch: int, tokens: int) -> tuple[Tensor, ...]:
-        """Return what a call is given: a batch of 1 is a prompt, a larger one the next token of several texts."""
+        """Return inputs of a call: for a batch of 1 a prompt, for a larger one the next token of several texts."""
         return self.drawn(batch, tokens, 0) if batch == 1 else self.drawn(batch, 1, tokens)
 
     def drawn(self, batch: int, tokens: int, past: int) -> tuple[Tensor, ...]:
-        """Return random token ids, a mask whose last text begins late, positions, and keys and values."""
+        """Return random token ids, a mask with left padding in the last text, positions, and keys and values."""
         generator = torch.Generator().manual_seed(batch)
         mask = torch.ones(batch, past + tokens, dtype=torch.long)
         mask[-1, : past // 2] = 0
@@ -79,11 +79,11 @@ def graph_with_cache(model: nn.Module) -> CachedGraph:
     """Return the graph of one call of a decoder, with its cache as inputs and outputs.
 
     Args:
-        model: of transformers, on the CPU, in evaluation mode and in float32.
+        model: a transformers decoder, on the CPU, in evaluation mode and in float32.
 
     Raises:
-        SettingError: it is no decoder with keys and values in its cache, or torch.export cannot trace it; the message
-            says why, and what is left to do.
+        SettingError: its cache holds no keys and values, or torch.export cannot trace it; the message gives the reason
+            and alternatives.
     """
     names = _names(model)
     words = int(model.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
@@ -129,29 +129,29 @@ def graph_with_cache(model: nn.Module) -> CachedGraph:
 
 
 def _names(model: nn.Module) -> tuple[str, ...]:
-    """Return the arguments of a decoder's call beside its cache."""
+    """Return the arguments of a decoder's call except its cache."""
     asked = inspect.signature(model.forward).parameters
     config: Any = getattr(model, "config", None)
     if not is_pretrained(model) or not model.can_generate() or not _taken(model) or _IDS not in asked:
-        raise _refused(model, "it is no model of transformers that generates token by token")
+        raise _refused(model, "it is not a transformers model that generates token by token")
     if getattr(config, "is_encoder_decoder", False):
         raise _refused(model, "it has an encoder beside its decoder")
     return (_IDS, _MASK, *([_POSITIONS] if _POSITIONS in asked else []))
 
 
 def _taken(model: nn.Module) -> str:
-    """Return the argument that takes a cache, or ""."""
+    """Return the name of the cache argument, or ""."""
     asked = inspect.signature(model.forward).parameters
     return next((name for name in _CACHES if name in asked), "")
 
 
 def _given(outputs: Any) -> Any:
-    """Return the cache that a call gave, or None."""
+    """Return the cache in the outputs of a call, or None."""
     return next((getattr(outputs, name) for name in _CACHES if getattr(outputs, name, None) is not None), None)
 
 
 def _held_by(outputs: Any) -> Iterator[tuple[int, int, int, int]]:
-    """Yield number, heads and sizes of a key and of a value of every layer that a cache holds something of."""
+    """Yield index, key-value heads, and head_dim of keys and of values, for every layer in a cache."""
     for layer, held in enumerate(getattr(_given(outputs), "layers", ())):
         keys, values = getattr(held, "keys", None), getattr(held, "values", None)
         if isinstance(keys, Tensor) and isinstance(values, Tensor) and keys.dim() == values.dim() == 4:
@@ -159,7 +159,7 @@ def _held_by(outputs: Any) -> Iterator[tuple[int, int, int, int]]:
 
 
 def _called(name: str, place: int) -> str:
-    """Return what an axis of an input is called that may have any size."""
+    """Return the name of a dynamic axis of an input."""
     if place == 0:
         return "batch"
     return "tokens" if name in (_IDS, _POSITIONS) else "all_tokens" if name == _MASK else "past_tokens"
@@ -167,6 +167,6 @@ def _called(name: str, place: int) -> str:
 
 def _refused(model: nn.Module, why: str) -> SettingError:
     return SettingError(
-        f"A cache was asked for in the graph of a {type(model).__name__}, but {why}. Export it without: the graph is "
-        "then that of one call (cache=False, without --cache)."
+        f"A graph with cache was asked for of a {type(model).__name__}, but {why}. Export it without a cache, as one "
+        "call (cache=False, without --cache)."
     )

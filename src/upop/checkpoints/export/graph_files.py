@@ -1,6 +1,6 @@
-"""Leaving for other runtimes: ONNX, OpenVINO and torch.export programs, checked against the model that they come from.
+"""Writes ONNX, OpenVINO and torch.export graphs, each verified against the model.
 
-A model of upop's own tasks becomes the graphs that its task calls; any other one a graph of one call of it.
+A model of upop's own tasks becomes the graphs that its task calls; any other model, a graph of one call.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ from upop.pruning.slips import check_model
 
 Quantization = Literal["int8"]
 _TOLERANCE = 1e-4
-"""Largest allowed difference from the model's own outputs, relative to the largest element."""
+"""Largest allowed difference from the model's outputs, relative to the largest element."""
 _DESCRIPTION = "export.json"
 _OTHER_BATCHES = (1, 3)
-"""Batches that an exported graph is checked with: others than it was traced with."""
+"""Batch sizes for the verification, other than the traced one."""
 _OTHER_TOKENS = 9
 
 
 class _Module(nn.Module):
-    """One function of a model as a module of its own, which is what exporters take."""
+    """One function of a model as a module, which exporters require."""
 
     def __init__(self, model: nn.Module, graph: Graph) -> None:
         super().__init__()
@@ -64,38 +64,37 @@ def export(
     samples: Sequence[Any] | None = None,
     overwrite: bool = False,
 ) -> Path:
-    """Write a model, dense or compressed, as graphs for other runtimes, each checked against the model.
+    """Write a model, dense or compressed, as graphs for other runtimes, each verified against the model.
 
-    The folder holds `<graph>.onnx`, `<graph>.xml` or `<graph>.pt2` for every graph, and `export.json`, which says what
-    goes in and comes out, and by how much the outputs differ. A model of any library becomes the graph `model`, of one
-    call of it, without the cache of a decoder; batch and length are free where its code lets them be. The folder is
-    written beside and renamed; only one that `export` wrote, and that holds nothing else, is replaced. In other places:
+    The folder holds `<graph>.onnx`, `<graph>.xml` or `<graph>.pt2` per graph, and `export.json` with inputs, outputs
+    and the largest differences. A model of any library becomes one graph `model`, of one call without the cache of a
+    decoder; batch and length are dynamic if the model's code allows it. The folder is written under another name and
+    renamed; only a folder of `export` that holds nothing else is replaced. To run a graph elsewhere:
 
         upop.export(upop.load("output/caption-2x/best"), "out")
         encoder = onnxruntime.InferenceSession("out/vision.onnx")
 
     Args:
-        model: of upop, transformers, timm, open_clip, or one's own, on the CPU; what is not in float32 is written so.
-            Or a checkpoint: what `upop.load` takes.
-        folder: where to write.
+        model: a model of any library, on the CPU, written in float32; or a checkpoint, as for `upop.load`.
+        folder: the folder to write.
         format: "onnx" or "openvino" (with the extra `export`), or "torch-export".
-        example: one batch of what the model takes, if it is none of upop's own: a tensor, a tuple of tensors, or a
-            mapping of keyword arguments. By default what its groups were read with.
-        cache: of a decoder of transformers that generates: the graph takes and gives keys and values of every layer
-            (`past_key_values.0.key` and `present.0.key`, [batch, heads, tokens, size]), so that a token costs one call
-            with that token alone. A prompt is the call with a cache of no tokens.
-        quantize: "int8", for ONNX and OpenVINO: the weights of linear layers become integers, and their inputs as they
-            come; with `samples` the ranges of all that is computed are measured on those beforehand.
-        samples: batches of what the model takes, as `example`. Of a model of upop with several graphs, mappings with
-            the inputs of all of them, by the names that `export.json` has; what one graph gives another is computed.
+        example: one batch of inputs for a model of another library: a tensor, a tuple of tensors, or a mapping of
+            keyword arguments. By default the inputs with which its groups were found.
+        cache: for a generating decoder of transformers: whether the graph takes and returns keys and values of every
+            layer (`past_key_values.0.key` and `present.0.key`, [batch, heads, tokens, head_dim]), so that each new
+            token costs one call with that token alone. A prompt is a call with an empty cache.
+        quantize: "int8", for ONNX and OpenVINO, quantizes linear layers: weights, and inputs dynamically; with
+            `samples`, ranges of activations are calibrated beforehand.
+        samples: calibration batches, as `example`. For a model of upop with several graphs, mappings with the inputs of
+            all graphs, by their names in `export.json`; outputs of one graph that another takes are computed.
         overwrite: whether a folder that `save` or `export` wrote may be replaced though its files were changed since.
 
     Raises:
         CheckpointError: the checkpoint cannot be read.
         SettingError: the format is unknown, the model cannot be traced, or the format lacks one of its operations.
         MissingLibraryError: a library of the format is not installed.
-        VerificationError: an exported graph computes something else. In every case nothing was written.
-        RunFolderError: the folder holds what upop did not write, or cannot be written; nothing was changed.
+        VerificationError: a graph gives other outputs. In every case nothing was written.
+        RunFolderError: the folder holds files of others, or cannot be written; nothing was changed.
     """
     if format not in get_args(Format):
         raise SettingError(
@@ -107,10 +106,8 @@ def export(
     folder = Path(folder)
     check_folder(folder, "graphs", overwrite=overwrite)
     if samples is not None and (quantize is None or not len(samples)):
-        why = "there are none" if quantize else "that was not asked for"
-        raise SettingError(
-            f"samples are what quantize='int8' measures ranges on, but {why}. Give both, or leave both out."
-        )
+        why = "there are none" if quantize else "quantize is not given"
+        raise SettingError(f"samples calibrate quantize='int8', but {why}. Give both, or leave both out.")
     if isinstance(model, str | Path):
         model = load_named(model, own=True)
     check_model(model, "export()")
@@ -150,13 +147,13 @@ def export(
 
 
 def running(model: nn.Module, graph: Graph, format: Format, folder: Path) -> Runner:
-    """Return what runs a graph in the runtime of a format: tensors of its inputs -> those of its outputs.
+    """Return a function that runs a graph in the runtime of a format: input tensors -> output tensors.
 
     Args:
-        model: that the graph is of.
-        graph: of one of its functions.
+        model: the model of the graph.
+        graph: one of its graphs.
         format: as for `export`.
-        folder: for files that nothing needs afterwards.
+        folder: for temporary files.
 
     Raises:
         SettingError: the format lacks one of the operations.
@@ -170,31 +167,31 @@ def running(model: nn.Module, graph: Graph, format: Format, folder: Path) -> Run
 
 
 def without_empty_branches(model: nn.Module) -> nn.Module:
-    """Return a model that computes the same and has no empty tensors, which other runtimes do not take."""
+    """Return an equivalent model without empty tensors, which other runtimes do not accept."""
     if all(parameter.numel() for parameter in model.parameters()):
         return model
     return without_empty(model, groups_here(model, plan_of(model)))
 
 
 def check_quantize(quantize: str | None, format: str) -> None:
-    """Refuse a quantization that is none, or that a format does not take.
+    """Check that a format supports a quantization.
 
     Raises:
-        SettingError: so it is.
+        SettingError: the quantization is unknown, or the format does not support it.
     """
     if quantize is not None and quantize not in get_args(Quantization):
         raise SettingError(f"quantize={quantize!r} is not known; there is int8.")
     if quantize is not None and format not in QUANTIZERS:
         raise SettingError(
-            f"quantize='int8' is for {' and '.join(QUANTIZERS)}, and the format is {format!r}. Take one of those, or "
-            "leave it out."
+            f"quantize='int8' is for {' and '.join(QUANTIZERS)}, and the format is {format!r}. Give one of those, or "
+            "leave quantize out."
         )
 
 
 def _quantized(
     model: nn.Module, graph: Graph, way: Writer, file: Path, format: str, samples: Samples | None
 ) -> dict[str, Any]:
-    """Turn a graph that was written and checked into integers; return what that costs."""
+    """Quantize a written graph; return a report of sizes and differences."""
     before = way.bytes(file)
     ranges = QUANTIZERS[format](file, samples)
     drawn = tuple(samples[0].values()) if samples else graph.draw(_OTHER_BATCHES[-1], _OTHER_TOKENS)
@@ -223,8 +220,8 @@ def _difference(model: nn.Module, graph: Graph, run: Runner, name: str, batch: i
     except Exception as error:  # a model's own
         sizes = ", ".join(f"{key} {tuple(value.shape)}" for key, value in zip(graph.inputs, inputs, strict=True))
         raise SettingError(
-            f"This {type(model).__name__} was traced, but does not take the inputs that its graph should be checked "
-            f"with ({sizes}): {' '.join(str(error).split())[:200]}. Give `example`, one batch of what it takes."
+            f"This {type(model).__name__} was traced, but rejects the inputs for verifying its graph ({sizes}): "
+            f"{' '.join(str(error).split())[:200]}. Give `example`, one batch of inputs."
         ) from error
     found = run(inputs)
     worst = 0.0
@@ -234,7 +231,7 @@ def _difference(model: nn.Module, graph: Graph, run: Runner, name: str, batch: i
             raise VerificationError(
                 f"The exported graph {name!r} does not compute what the model does: {output} {tuple(got.shape)} "
                 f"differs by {difference:.2e} of its largest element in a batch of {batch}, "
-                f"allowed are {_TOLERANCE:.0e}. Nothing was written; please report it, with your libraries' versions."
+                f"{_TOLERANCE:.0e} is allowed. Nothing was written; please report it, with your libraries' versions."
             )
         worst = max(worst, difference)
     return worst
@@ -242,7 +239,7 @@ def _difference(model: nn.Module, graph: Graph, run: Runner, name: str, batch: i
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Hold back what exporters tell about their own insides."""
+    """Silence the logs and warnings of exporters."""
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

@@ -1,7 +1,7 @@
-"""What a model becomes outside of PyTorch: functions of tensors, with the axes that may have any size.
+"""The graphs of a model: functions of tensors with dynamic axes.
 
-A model of upop's own tasks becomes one graph or a few (a captioner: the image's encoder, and the decoder that is
-called for every word), each with a batch of any size and, where there are texts, texts of any length.
+A model of upop's own tasks becomes one or more graphs (a captioner: its image encoder, and the decoder that is called
+per token), with dynamic batch and text length.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from upop.tokens.matching import token_counts
 
 TRACED_BATCH, TRACED_TOKENS = 2, 6
 FEWEST_TOKENS = 3
-"""Of a text that a graph takes, padding included: tracing takes lengths of 1 and 2 for something special."""
+"""Shortest text of a graph, padding included: torch.export specialises sizes of 1 and 2."""
 
 
 @dataclass(frozen=True)
 class Graph:
-    """One function of a model, as it is exported.
+    """One function of a model, to be exported.
 
     Attributes:
         forward: (model, *inputs) -> a tensor or a tuple of tensors.
-        inputs: name -> the axes of the input: a name (such as "batch" and "tokens") where any size will do, or a size.
-        outputs: the names of the outputs.
-        words: how many there are to draw token numbers from.
-        positions: the most tokens of a text.
+        inputs: name -> axes of the input: a name ("batch", "tokens") for a dynamic axis, or a size.
+        outputs: names of the outputs.
+        words: vocabulary size, for random token ids.
+        positions: largest number of tokens of a text.
     """
 
     forward: Callable[..., Tensor | tuple[Tensor, ...]]
@@ -43,7 +43,7 @@ class Graph:
     positions: int = 0
 
     def draw(self, batch: int, tokens: int) -> tuple[Tensor, ...]:
-        """Return random inputs: token numbers, masks that end early in the last row, and numbers of -2 to 2."""
+        """Return random inputs: token ids, masks with padding in the last row, and values in [-2, 2]."""
         generator = torch.Generator().manual_seed(batch)
         tokens = min(tokens, self.positions or tokens)
         drawn = []
@@ -60,12 +60,12 @@ class Graph:
         return tuple(drawn)
 
     def program(self, module: nn.Module) -> torch.export.ExportedProgram:
-        """Return the graph as torch.export traces it.
+        """Trace the graph by torch.export.
 
         Args:
-            module: that calls `forward` with a tuple `inputs`.
+            module: calls `forward` with a tuple `inputs`.
         """
-        # One symbol per name, so that the file tells which axes go together.
+        # One symbol per name, so that equal axes are equal in the file.
         names = {axis for axes in self.inputs.values() for axis in axes if isinstance(axis, str)}
         texts = {"min": FEWEST_TOKENS, "max": self.positions}
         sizes = {name: torch.export.Dim(name, **({} if name == "batch" else texts)) for name in names}
@@ -84,13 +84,13 @@ def own_graphs(model: nn.Module) -> dict[str, Graph] | None:
 
 
 def sample_inputs(model: nn.Module, graphs: Mapping[str, Graph], sample: Any) -> dict[str, dict[str, Tensor]]:
-    """Return what every graph of a model is called with for a sample, by names in their order.
+    """Return the inputs of every graph of a model for a sample, by name and in their order.
 
     Args:
-        model: that the graphs are of.
-        graphs: in the order in which they are called.
-        sample: what the model is called with: a tensor, a tuple of tensors, or a mapping. A graph's input that an
-            earlier one gives is computed, and two images of a sample are told apart.
+        model: the model.
+        graphs: its graphs, in the order of their calls.
+        sample: inputs of the model: a tensor, a tuple of tensors, or a mapping. Inputs that an earlier graph returns
+            are computed, and the two images of a sample are separated.
 
     Raises:
         SettingError: a mapping lacks an input.
@@ -100,7 +100,7 @@ def sample_inputs(model: nn.Module, graphs: Mapping[str, Graph], sample: Any) ->
         return {name: dict(zip(graph.inputs, as_inputs(graph, sample), strict=True))}
     if not isinstance(sample, Mapping):
         raise SettingError(
-            f"A {type(model).__name__} has the graphs {', '.join(graphs)}, and a sample for all of them is a mapping, "
+            f"A {type(model).__name__} has the graphs {', '.join(graphs)}: give a sample as a mapping "
             f"from {', '.join(dict.fromkeys(name for graph in graphs.values() for name in graph.inputs))}."
         )
     known = {name: value for name, value in sample.items() if isinstance(value, Tensor)}
@@ -119,10 +119,10 @@ def sample_inputs(model: nn.Module, graphs: Mapping[str, Graph], sample: Any) ->
 
 
 def as_inputs(graph: Graph, sample: Any) -> tuple[Tensor, ...]:
-    """Return the tensors that a graph takes, in its order, from what a model is called with.
+    """Return the inputs of a graph, in its order, from the inputs of the model.
 
     Raises:
-        SettingError: a mapping lacks one of them, or there are more or fewer.
+        SettingError: an input is missing, or the number differs.
     """
     if isinstance(sample, Mapping):
         absent = [name for name in graph.inputs if name not in sample]
@@ -136,7 +136,7 @@ def as_inputs(graph: Graph, sample: Any) -> tuple[Tensor, ...]:
 
 
 def _image_tokens(model: nn.Module) -> int:
-    """Return how many tokens of an image other parts of a model see: fewer where it merges some."""
+    """Return how many image tokens the encoder returns: fewer if it merges tokens."""
     config: Any = model.config
     counts = 1 + (config.image_size // config.patch_size) ** 2
     removed = removed_tokens(model)

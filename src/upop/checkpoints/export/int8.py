@@ -1,4 +1,4 @@
-"""Whole numbers of 8 bits in graphs that were written, for onnxruntime and for OpenVINO."""
+"""Quantizes written graphs to int8, for onnxruntime and for OpenVINO."""
 
 from __future__ import annotations
 
@@ -16,12 +16,11 @@ _LARGEST = 127
 
 
 def quantize_onnx(file: Path, samples: Samples | None) -> str:
-    """Replace an ONNX file by one with matrix products in 8-bit integers; return what their ranges are of.
+    """Replace an ONNX file by one with int8 matrix products; return how ranges of activations are set.
 
     Args:
         file: the graph.
-        samples: what it is called with to measure the ranges of all that is computed on the way; without them the
-            range is measured anew in every call (dynamic quantization).
+        samples: inputs to calibrate the ranges of activations (static quantization); None quantizes dynamically.
     """
     with naming_missing():
         from onnxruntime.quantization import QuantFormat, QuantType, quantize_dynamic, quantize_static
@@ -29,7 +28,7 @@ def quantize_onnx(file: Path, samples: Samples | None) -> str:
     if samples is None:
         quantize_dynamic(file, whole, weight_type=QuantType.QInt8)
     else:
-        # A scale per row of weights, where one for all of them costs many times as much.
+        # One scale per row of weights: a single one for the tensor costs far more accuracy.
         quantize_static(file, whole, _Reader(file, samples), quant_format=QuantFormat.QDQ, per_channel=True)
     file.with_name(f"{file.name}.data").unlink(missing_ok=True)
     whole.replace(file)
@@ -37,13 +36,12 @@ def quantize_onnx(file: Path, samples: Samples | None) -> str:
 
 
 def quantize_openvino(file: Path, samples: Samples | None) -> str:
-    """Replace a graph of OpenVINO by one with 8-bit integers; return what their ranges are of.
+    """Replace a graph of OpenVINO by one in int8; return how ranges of activations are set.
 
     Args:
-        file: the graph, with the ONNX file that it was made from beside it.
-        samples: as for `quantize_onnx`, whose file OpenVINO then reads. Without them the weights of matrix products
-            are integers, each with a scale per row, and OpenVINO quantizes what they are multiplied with as it comes
-            where its device can.
+        file: the graph, beside the ONNX file that it was converted from.
+        samples: as for `quantize_onnx`, whose file OpenVINO then converts. Without them the weights of matrix products
+            are int8 with one scale per row, and OpenVINO quantizes activations dynamically if the device supports it.
     """
     if samples is not None:
         said = quantize_onnx(onnx_between(file), samples)
@@ -73,11 +71,11 @@ QUANTIZERS: Mapping[str, Callable[[Path, Samples | None], str]] = {
     "onnx": quantize_onnx,
     "openvino": quantize_openvino,
 }
-"""Format -> what quantizes a file of it."""
+"""Format -> function that quantizes its files."""
 
 
 class _Reader:
-    """Samples as onnxruntime asks for them: one after the other, and None at the end."""
+    """Calibration samples behind onnxruntime's interface: one at a time, and None at the end."""
 
     def __init__(self, file: Path, samples: Samples) -> None:
         import onnxruntime
@@ -89,5 +87,5 @@ class _Reader:
         )
 
     def get_next(self) -> dict[str, Any] | None:
-        """Return the next sample."""
+        """Return the next sample, or None."""
         return next(self._left, None)

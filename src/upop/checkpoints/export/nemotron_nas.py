@@ -1,9 +1,9 @@
-"""A decoder like Llama's in the form of DeciLM (`nemotron-nas`), whose layers may differ in two numbers.
+"""Writes a decoder with Llama's layers in the format of DeciLM (`nemotron-nas`), with two sizes per layer.
 
-`block_configs` says of every layer how many query heads share a key and value head (`n_heads_in_group`), and how wide
-its MLP is (`ffn_mult`: two thirds of it times the width of the stream, rounded up to a multiple of 256). All layers
-have as many query heads as the dense model: those that were cut come back as zeros, keys and values stay cut.
-The format is that of NVIDIA's Llama-Nemotron models, as vLLM, llama.cpp and MLX read it.
+`block_configs` states for every layer how many query heads share a key-value head (`n_heads_in_group`), and the width
+of the MLP (`ffn_mult`: two thirds of it times the hidden size, rounded up to a multiple of 256). All layers have the
+query heads of the dense model: pruned ones are padded with zeros, while keys and values stay pruned. The format is that
+of NVIDIA's Llama-Nemotron models, as vLLM, llama.cpp and MLX read it.
 """
 
 from __future__ import annotations
@@ -36,20 +36,19 @@ _OTHER = re.compile(
 _COMPUTED = "rotary_emb.inv_freq"
 """Ends the names of what old files hold though every Llama computes it."""
 _WAYS = (
-    "Ways that are left: `upop export --to padded` (an ordinary model of its library), `--to onnx`, or upop.load where "
-    "it is used."
+    "Use `upop export --to padded` (an ordinary model of its library) or `--to onnx`, or load it with upop.load."
 )
 
 
 @dataclass(frozen=True)
 class Converted:
-    """A model in the form of DeciLM.
+    """A model in the format of DeciLM.
 
     Attributes:
-        state: tensors, by the names of Llama's.
-        config: what config.json says.
-        parameters: how many there are.
-        cut: how many the cut model has.
+        state: tensors, by Llama's names.
+        config: the content of config.json.
+        parameters: number of parameters.
+        cut: number of parameters of the cut model.
     """
 
     state: Mapping[str, Tensor]
@@ -58,23 +57,23 @@ class Converted:
     cut: int
 
     def described(self) -> str:
-        """Return what it costs, as a sentence."""
+        """Return the cost of the format, as a sentence."""
         return (
             f"{self.parameters:,} parameters, {self.cut:,} before: MLPs are padded to multiples of {_MULTIPLE}, and "
-            "query heads that were cut are zeros; keys, values and their cache stay as small as they are"
+            "pruned query heads are zeros; keys, values and their cache stay pruned"
         )
 
 
 @torch.no_grad()
 def convert(model: nn.Module) -> Converted:
-    """Return a cut decoder in the form of DeciLM; a network that is built from it is checked to compute the same.
+    """Convert a cut decoder to the format of DeciLM, and verify a network that is built from it.
 
     Args:
-        model: of transformers, with the layers of Llama.
+        model: a transformers model with Llama's layers.
 
     Raises:
-        SettingError: it is no such decoder; the message says what can take it.
-        VerificationError: the network computes something else.
+        SettingError: it has other layers; the message names alternatives.
+        VerificationError: the outputs differ.
     """
     state, config = _checked(model)
     hidden, size = int(config.hidden_size), _head_size(config)
@@ -88,7 +87,7 @@ def convert(model: nn.Module) -> Converted:
             if (match := _LAYER.fullmatch(name)) and int(match[1]) == layer
         }
         groups = len(parts["self_attn.k_proj.weight"]) // size
-        # What went whole is no branch any more, unless it ends with a bias: then one group of zeros carries that.
+        # A branch that was pruned whole is dropped, unless it ends with a bias, which one group of zeros then carries.
         least = max(groups, 1 if "self_attn.o_proj.bias" in parts else 0)
         shared = _groups(heads, least, len(parts["self_attn.q_proj.weight"]) // size)
         width = math.ceil(len(parts["mlp.gate_proj.weight"]) / _MULTIPLE) * _MULTIPLE
@@ -112,23 +111,23 @@ def convert(model: nn.Module) -> Converted:
     why = differing(model, other)
     if why is not None:
         raise VerificationError(
-            f"A DeciLM with the weights of this {type(model).__name__} does not compute the same: {why}. It has more "
-            f"than Llama's layers; nothing was written. {_WAYS}"
+            f"A DeciLM with the weights of this {type(model).__name__} does not compute the same: {why}. The model has "
+            f"parts that Llama lacks; nothing was written. {_WAYS}"
         )
     return Converted(written, described, sum(each.numel() for each in written.values()), count_parameters(model))
 
 
 def width_of(multiplier: float, hidden: int) -> int:
-    """Return how wide the MLP of a layer is, as readers of the format compute it from `ffn_mult`."""
+    """Return the MLP width of a layer, as readers of the format compute it from `ffn_mult`."""
     width = int(2 * multiplier * hidden / 3)
     return width if width % _MULTIPLE == 0 else width + _MULTIPLE - width % _MULTIPLE
 
 
 def network(described: Mapping[str, Any]) -> Any:
-    """Return the network that a config.json of the format describes, with fresh weights, of transformers' Llama layers.
+    """Build the network of a config.json of the format from transformers' Llama layers, with initial weights.
 
     Args:
-        described: what config.json says.
+        described: the content of config.json.
     """
     from transformers import LlamaConfig, LlamaForCausalLM
     from transformers.models.llama.modeling_llama import LlamaDecoderLayer
@@ -155,7 +154,7 @@ def network(described: Mapping[str, Any]) -> Any:
 
 
 class _Nothing(nn.Module):
-    """A branch that adds nothing to the stream."""
+    """A branch that adds zero to the residual stream."""
 
     def __init__(self, *, beside: bool = False) -> None:
         super().__init__()
@@ -167,15 +166,15 @@ class _Nothing(nn.Module):
 
 
 def code() -> str:
-    """Return the module beside the weights by which transformers reads the configuration."""
+    """Return the module for the folder by which transformers reads the configuration."""
     return _CODE
 
 
 def refuse_others(names: Iterable[str], kind: str) -> None:
-    """Refuse a model that has no layer of Llama's, by the names of its tensors; its weights need not be read for that.
+    """Refuse a model without Llama's layers by its tensor names, before its weights are read.
 
     Raises:
-        SettingError: it has none; the message says what can take it.
+        SettingError: it has no such layer; the message names alternatives.
     """
     names = [name for name in names if not name.endswith(_COMPUTED)]
     others = [name for name in names if not _LAYER.fullmatch(name) and not _OTHER.fullmatch(name)]
@@ -184,14 +183,14 @@ def refuse_others(names: Iterable[str], kind: str) -> None:
 
 
 def _none(kind: str, other: str | None) -> SettingError:
-    has = f"it has {other}, for one" if other else "it has none of its layers"
+    has = f"it has {other}, for example" if other else "it has none of its layers"
     return SettingError(
-        f"nemotron-nas takes decoders with the layers of Llama alone, and a {kind} is none: {has}. " + _WAYS
+        f"nemotron-nas supports only decoders with Llama's layers, and a {kind} is none: {has}. " + _WAYS
     )
 
 
 def _checked(model: nn.Module) -> tuple[Mapping[str, Tensor], Any]:
-    """Return the tensors and the dense configuration of a model that has the layers of Llama."""
+    """Return the tensors and the dense configuration of a model with Llama's layers."""
     state = model.state_dict()
     refuse_others(state, type(model).__name__)
     if not is_pretrained(model):
@@ -200,8 +199,8 @@ def _checked(model: nn.Module) -> tuple[Mapping[str, Tensor], Any]:
     heads, hidden, size = config.num_attention_heads, config.hidden_size, _head_size(config)
     if hidden % size or heads > hidden // size:
         raise SettingError(
-            f"nemotron-nas has heads of hidden_size / num_attention_heads dimensions, and this {type(model).__name__} "
-            f"has {heads} of {size} for a width of {hidden}. " + _WAYS
+            f"nemotron-nas has a head_dim of hidden_size / num_attention_heads, and this {type(model).__name__} has "
+            f"{heads} heads of {size} for a hidden size of {hidden}. " + _WAYS
         )
     return state, config
 
@@ -230,9 +229,9 @@ def _groups(heads: int, least: int, queries: int) -> int:
 
 
 def _attention(parts: Mapping[str, Tensor], heads: int, groups: int, shared: int, size: int) -> dict[str, Tensor]:
-    """Return the tensors of an attention with all query heads, in `shared` groups of which the first hold weights."""
+    """Return the tensors of an attention with all query heads, in `shared` groups, the first of which hold weights."""
     found = {}
-    each = len(parts["self_attn.q_proj.weight"]) // size // max(1, groups)  # query heads that are left of a group
+    each = len(parts["self_attn.q_proj.weight"]) // size // max(1, groups)  # kept query heads per group
     for name, value in parts.items():
         if not name.startswith("self_attn."):
             continue
@@ -246,7 +245,7 @@ def _attention(parts: Mapping[str, Tensor], heads: int, groups: int, shared: int
         if groups:
             grown[:groups, :had] = rows.reshape(groups, had, size, *rows.shape[1:])
         found[name] = grown.flatten(0, 2).movedim(0, dim).contiguous()
-    if "self_attn.q_proj.bias" in found:  # the format has one switch for the biases of all four
+    if "self_attn.q_proj.bias" in found:  # the format has one switch for all four biases
         out = found["self_attn.o_proj.weight"]
         found.setdefault("self_attn.o_proj.bias", out.new_zeros(len(out)))
     return found
@@ -266,10 +265,10 @@ def _mlp(parts: Mapping[str, Tensor], width: int) -> dict[str, Tensor]:
 
 
 def _multiplier(width: int, hidden: int) -> float:
-    """Return the `ffn_mult` of a width; in six decimals, which some readers round it to."""
+    """Return the `ffn_mult` of a width, in six decimals, to which some readers round it."""
     multiplier = round(3 * (width - 0.5) / (2 * hidden), 6)
     if width_of(multiplier, hidden) != width:
-        raise SettingError(f"nemotron-nas has no ffn_mult for an MLP of {width} in a stream of {hidden}. {_WAYS}")
+        raise SettingError(f"nemotron-nas has no ffn_mult for an MLP width of {width} at hidden size {hidden}. {_WAYS}")
     return multiplier
 
 

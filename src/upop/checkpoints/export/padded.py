@@ -1,7 +1,7 @@
-"""A cut model with zeros up to the widest layer of every tower: an ordinary model that computes the same.
+"""Pads a cut model with zeros to the widest layer of every tower: an ordinary model with the same outputs.
 
-What goes this way is only the part of the gain that lies between the layers of a tower. Sizes that no number of the
-configuration says are padded to those of the dense model.
+Only the differences between the layers of a tower are lost. Sizes that no field of the configuration sets are padded to
+those of the dense model.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from upop.checkpoints.configs.builders import (
 from upop.checkpoints.configs.comparing import differing
 from upop.checkpoints.configs.size_fields import size_fields
 from upop.checkpoints.fitting.fit import kept_sizes
-from upop.checkpoints.fitting.meta import fill, frame, outline
+from upop.checkpoints.fitting.meta import empty_model, materialize, meta_model
 from upop.checkpoints.fitting.sizes import dense_meta_copy
 from upop.errors import SettingError, VerificationError
 from upop.libraries import is_pretrained
@@ -45,9 +45,9 @@ class Padded:
         architecture: timm's name of it; empty for a model of transformers.
         settings: arguments of `timm.create_model` beside the name, for a model of timm.
         dense: parameters of the dense model.
-        cut: of the cut one.
-        parameters: of the padded one.
-        whole: groups that are padded to the size of the dense model, since the configuration has no number for theirs.
+        cut: parameters of the cut model.
+        parameters: parameters of the padded model.
+        whole: groups that are padded to their dense size, because no configuration field sets it.
     """
 
     model: nn.Module
@@ -60,30 +60,28 @@ class Padded:
 
     @property
     def left(self) -> float:
-        """The share of the parameters that the cut removed which the padded model does without, too."""
+        """The share of the removed parameters that stay removed after padding."""
         return (self.dense - self.parameters) / (self.dense - self.cut) if self.dense > self.cut else 1.0
 
     def described(self) -> str:
-        """Return what is left of the gain, as a sentence."""
-        whole = (
-            f"; {len(self.whole)} groups are as large as before, for the configuration has no number for their sizes"
-        )
+        """Return how much of the reduction is left, as a sentence."""
+        whole = f"; {len(self.whole)} groups have their dense size, since no configuration field sets it"
         return (
             f"{self.parameters:,} parameters; {self.cut:,} before the padding, {self.dense:,} when dense: "
-            f"{self.left:.0%} of the gain is left{whole if self.whole else ''}"
+            f"{self.left:.0%} of the reduction is left{whole if self.whole else ''}"
         )
 
 
 @torch.no_grad()
 def pad(model: nn.Module) -> Padded:
-    """Return a cut model of transformers or timm as an ordinary one, padded with zeros; it is checked on numbers.
+    """Pad a cut model of transformers or timm with zeros to an ordinary one, and compare their outputs.
 
     Args:
-        model: cut; it is left as it is.
+        model: the cut model; it is not changed.
 
     Raises:
-        SettingError: neither library builds such a model, or one whose residual stream is as narrow.
-        VerificationError: the padded model computes something else.
+        SettingError: neither library builds such a model, or its residual stream was pruned.
+        VerificationError: the outputs differ.
     """
     builder, dense = padding_builder(model)
     groups = find_prunable(dense).groups
@@ -92,9 +90,9 @@ def pad(model: nn.Module) -> Padded:
     streams = [group.name for group in streams_among(groups) if kept.get(group.name, 0) < sizes[group.name]]
     if streams:
         raise SettingError(
-            f"This {type(model).__name__} cannot be padded: {streams[0]} lost channels, {builder.by} has no number for "
-            "how many it keeps, and norms would count zeros. Ways that are left: `upop export --to onnx` or `--to "
-            "torch-export`, or upop.load where it is used."
+            f"This {type(model).__name__} cannot be padded: {streams[0]} was pruned, no field of {builder.by} sets its "
+            "width, and norms would count zeros. Use `upop export --to onnx` or `--to torch-export`, or load it with "
+            "upop.load."
         )
     wide = _wide(model, builder, change)
     _copy(model, wide, groups, kept, sizes)
@@ -103,7 +101,7 @@ def pad(model: nn.Module) -> Padded:
     if why is not None:
         raise VerificationError(
             f"The padded {type(model).__name__} does not compute what the cut one does: {why}. Nothing was written; "
-            "please report it."
+            "please report this."
         )
     whole = tuple(
         group.name for group in groups if kept.get(group.name, group.size) < group.size and group.name not in said
@@ -114,10 +112,10 @@ def pad(model: nn.Module) -> Padded:
 
 
 def padding_builder(model: nn.Module) -> tuple[Builder, nn.Module]:
-    """Return how the library of a cut model builds its dense form, and that form without memory.
+    """Return the builder of a cut model's dense form, and that form on the meta device.
 
     Raises:
-        SettingError: none does.
+        SettingError: no library builds it from a configuration.
     """
     if is_pretrained(model):
         return of_transformers(model), dense_meta_copy(model)
@@ -129,10 +127,10 @@ def padding_builder(model: nn.Module) -> tuple[Builder, nn.Module]:
     if described is None:
         raise SettingError(
             f"A {type(model).__name__} cannot be padded: neither transformers nor timm builds it from a configuration. "
-            "Ways that are left: `upop export --to onnx` or `--to torch-export`, or upop.load where it is used."
+            "Use `upop export --to onnx` or `--to torch-export`, or load it with upop.load."
         )
     builder = of_timm(described["architecture"], described["arguments"])
-    dense = outline(lambda: builder.build(builder.settings))
+    dense = meta_model(lambda: builder.build(builder.settings))
     know_as(dense, model)
     return builder, dense
 
@@ -140,16 +138,14 @@ def padding_builder(model: nn.Module) -> tuple[Builder, nn.Module]:
 def widest(
     dense: nn.Module, groups: Sequence[Group], kept: Mapping[str, int], builder: Builder
 ) -> tuple[dict[str, int], Change, set[str]]:
-    """Return to how many channels every group is padded, what to change in the dense configuration for that, and of
-    which groups it has a number.
-    """
+    """Return the padded size of every group, the change of the dense configuration, and the groups with a field."""
     sizes = {group.name: group.size for group in groups}
     change: dict[Any, Any] = {}
     said: set[str] = set()
     for field in size_fields(dense, groups, builder):
         said.update(field.groups)
         whole = sizes[field.groups[0]]
-        most = max(1, *(kept.get(name, whole) for name in field.groups))  # of none, no library makes a layer
+        most = max(1, *(kept.get(name, whole) for name in field.groups))  # no library builds empty layers
         size = most if field.sizes is None else min((each for each in field.sizes if each >= most), default=whole)
         if size < whole:
             sizes |= dict.fromkeys(field.groups, size)
@@ -159,10 +155,10 @@ def widest(
 
 def _wide(model: nn.Module, builder: Builder, change: Change) -> nn.Module:
     if not is_pretrained(model):
-        return fill(frame(lambda: builder.build(changed(builder.settings, change))))
+        return materialize(empty_model(lambda: builder.build(changed(builder.settings, change))))
     config = with_fields(without_record(model.config), change)
     kind: Any = getattr(type(model), "uncut_class", type(model))
-    return fill(frame(lambda: kind(config)))
+    return materialize(empty_model(lambda: kind(config)))
 
 
 def _copy(
@@ -170,7 +166,7 @@ def _copy(
 ) -> None:
     """Copy the tensors of a cut model into a wider one, with zeros around them.
 
-    Where softmax scales follow the size of a head, queries are multiplied by what the wider head divides by too much.
+    Where softmax scales follow head_dim, queries are multiplied by the ratio of the scales.
     """
     here = [sized(wide, replace(group, size=sizes[group.name])) for group in groups]
     if None in here:
@@ -180,7 +176,7 @@ def _copy(
     mine = model.state_dict()
     buffers = dict(model.named_buffers())
     for name, theirs in (*wide.named_parameters(), *wide.named_buffers()):
-        if name not in mine:  # a buffer that is computed, not saved
+        if name not in mine:  # a computed buffer
             theirs.data = theirs.data.to(buffers[name].device, buffers[name].dtype) if name in buffers else theirs.data
             continue
         value = mine[name]

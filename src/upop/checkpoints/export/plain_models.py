@@ -1,4 +1,4 @@
-"""Writing a cut model for programs that know no upop: padded to an ordinary model, or in the form of nemotron-nas."""
+"""Writes a cut model for programs without upop: padded to an ordinary model, or in the format of nemotron-nas."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _BESIDE = (
     *("added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja", "chat_template.json"),
     *("generation_config.json", "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json"),
 )
-"""What transformers keeps beside a model's weights, and servers look for there: tokenizers and the like."""
+"""Files beside a model's weights that servers need: tokenizer, chat template, generation settings."""
 
 
 def write_plain(
@@ -40,33 +40,33 @@ def write_plain(
     beside: Path | None = None,
     overwrite: bool = False,
 ) -> str:
-    """Write a cut model as one that needs no upop, checked to compute the same; return what is left of the gain.
+    """Write a cut model for use without upop, verified; return how much of the reduction is left, as a sentence.
 
-    The folder holds the weights, `config.json` and a model card. It is written beside and renamed; only a folder that
-    upop wrote as a model, and that holds nothing else, is replaced.
+    The folder holds the weights, `config.json` and a model card. It is written under another name and renamed; only a
+    model folder of upop that holds nothing else is replaced.
 
     Args:
-        model: of transformers or timm, or one of upop's that transformers has a class for.
-        folder: where to write.
+        model: a model of transformers or timm, or one of upop's with a counterpart in transformers.
+        folder: the folder to write.
         format: "padded", or "nemotron-nas" for decoders like Llama's.
         beside: the model's own folder; its tokenizer, chat template and the like are copied.
         overwrite: whether a folder of upop may be replaced though its files were changed since.
 
     Raises:
-        SettingError: the format is not known, or cannot take the model; the message says what can.
-        VerificationError: what would be written computes something else; nothing was.
-        RunFolderError: the folder holds what upop did not write, or cannot be written; nothing was changed.
+        SettingError: the format is unknown, or does not support the model; the message names alternatives.
+        VerificationError: the written model would give other outputs; nothing was written.
+        RunFolderError: the folder holds files of others, or cannot be written; nothing was changed.
     """
     if format not in get_args(PlainFormat):
         raise SettingError(
-            f"format={format!r} is not known{nearest(format, get_args(PlainFormat))}; there is "
-            f"{' and '.join(get_args(PlainFormat))} for models, and upop.export for graphs."
+            f"format={format!r} is not known{nearest(format, get_args(PlainFormat))}; known are "
+            f"{' and '.join(get_args(PlainFormat))}. For graphs, use upop.export."
         )
     folder = Path(folder)
     check_folder(folder, "model", overwrite=overwrite)
     model = unwrapped(model)
     if kind_of(model):
-        from upop.checkpoints.convert import to_transformers  # takes timm, which models of transformers do not
+        from upop.checkpoints.convert import to_transformers  # imports timm, which transformers models do not need
 
         model = to_transformers(model)
     if format == "nemotron-nas":
@@ -117,8 +117,8 @@ def _write_card(folder: Path, kind: str, described: str, rows: Sequence[tuple[st
     text = (
         "---\ntags:\n- upop\n- pruning\n- compression\n---\n\n"
         f"# {kind}, compressed, for programs without upop\n\n{described[0].upper()}{described[1:]}. Some weights are "
-        f"zeros that "
-        "bring layers to sizes which the configuration can say; it computes what the cut model did.\n\n"
+        "zeros, which pad layers to sizes that the configuration can express; the outputs are those of the cut "
+        "model.\n\n"
         f"## Where it runs\n\n{table}\n"
     )
     (folder / _CARD).write_text(text, encoding="utf-8")

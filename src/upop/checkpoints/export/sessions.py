@@ -1,4 +1,4 @@
-"""Models in other runtimes, in this process and for a while: to be timed, or compared with what they were made from."""
+"""Runs a model in another runtime within this process, to time it or to compare outputs."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from upop.checkpoints.export.writers import Format
 from upop.pruning.costs import evaluating
 
 RUNTIMES: Mapping[str, Format] = {"onnxruntime": "onnx", "openvino": "openvino"}
-"""Runtime -> the format that it reads."""
+"""Runtime -> its format."""
 _MASK, _IDS = "attention_mask", "input_ids"
 
 
 class Session(nn.Module):
-    """One call of a model in another runtime, on the CPU; it has no parameters, and takes what the model takes.
+    """A model in another runtime, on the CPU: it takes the model's inputs, and has no parameters.
 
     Args:
-        run: tensors of the graph's inputs -> its outputs.
-        ordered: what a call is given -> these tensors, in their order.
+        run: input tensors -> output tensors.
+        ordered: the arguments of a call -> the input tensors, in the order of the graph.
     """
 
     def __init__(
@@ -37,7 +37,7 @@ class Session(nn.Module):
         self._run, self._ordered = run, ordered
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
-        """Return the outputs of a call, tensors alone."""
+        """Return the output tensors of a call."""
         return tuple(self._run(self._ordered(kwargs if kwargs else args)))
 
 
@@ -45,8 +45,8 @@ def session(model: nn.Module, inputs: Any, runtime: str) -> Session:
     """Return a model in another runtime.
 
     Args:
-        model: on the CPU, in float32; left as it is.
-        inputs: of one call: a tensor, a tuple of tensors, or a mapping of keyword arguments.
+        model: a model on the CPU, in float32; it is not changed.
+        inputs: the inputs of one call: a tensor, a tuple of tensors, or a mapping of keyword arguments.
         runtime: a name in `RUNTIMES`.
 
     Raises:
@@ -67,5 +67,5 @@ def session(model: nn.Module, inputs: Any, runtime: str) -> Session:
 
 
 def _twice(value: Any) -> Any:
-    """Return a batch of 1 as one of 2: the former is something special to whoever traces."""
+    """Return a batch of 1 as a batch of 2, since tracing specialises sizes of 1."""
     return torch.cat([value] * 2) if isinstance(value, Tensor) and len(value) < 2 else value

@@ -1,4 +1,4 @@
-"""How a graph is written in each format, and run again: by torch.export, onnxruntime and OpenVINO."""
+"""Writes graphs in each format, and runs them: by torch.export, onnxruntime and OpenVINO."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 Format = Literal["onnx", "openvino", "torch-export"]
 Runner = Callable[[Sequence[Tensor]], Sequence[Tensor]]
-"""Tensors of a graph's inputs -> those of its outputs."""
+"""Input tensors -> output tensors."""
 _LACKING = re.compile(r"No ONNX function found for <OpOverload\(op='([\w.]+)'")
 _F32 = {"INFERENCE_PRECISION_HINT": "f32"}
 
@@ -32,10 +32,10 @@ class Writer:
     """A format.
 
     Attributes:
-        suffix: of its files.
-        write: writes a graph of a module that calls it; the module's `model` is what it is of.
-        runner: what runs a file in the runtime that it is for.
-        beside: suffixes of files that hold the rest of one.
+        suffix: file extension.
+        write: writes the graph of a module, whose `model` is the exported model.
+        runner: returns a function that runs a file in its runtime.
+        beside: extensions of further files of a graph.
     """
 
     suffix: str
@@ -44,17 +44,17 @@ class Writer:
     beside: tuple[str, ...] = ()
 
     def file(self, folder: Path, name: str) -> Path:
-        """Return where a graph of a name lies."""
+        """Return the path of a graph."""
         return folder / f"{name}.{self.suffix}"
 
     def bytes(self, file: Path) -> int:
-        """Return the size of a graph that was written."""
+        """Return the size of a written graph in bytes."""
         parts = [file, *(part for ending in self.beside if (part := file.with_name(f"{file.stem}.{ending}")).is_file())]
         return sum(part.stat().st_size for part in parts)
 
 
 def writer(format: Format) -> Writer:
-    """Return how to write a format.
+    """Return the writer of a format.
 
     Raises:
         MissingLibraryError: a library of the format is not installed.
@@ -70,17 +70,17 @@ def writer(format: Format) -> Writer:
 
 
 def tensors(found: Tensor | tuple[Tensor, ...]) -> Sequence[Tensor]:
-    """Return what a graph gives, one tensor or several, as several."""
+    """Return the outputs of a graph as a sequence."""
     return (found,) if isinstance(found, Tensor) else found
 
 
 def onnx_between(file: Path) -> Path:
-    """Return where the ONNX file lies that one of OpenVINO was made from."""
+    """Return the path of the ONNX file that a file of OpenVINO was converted from."""
     return file.with_suffix(".onnx")
 
 
 def convert_onnx(file: Path) -> None:
-    """Write OpenVINO's file of the ONNX file beside it."""
+    """Write the file of OpenVINO from the ONNX file beside it."""
     import openvino
 
     openvino.save_model(openvino.convert_model(onnx_between(file)), file, compress_to_fp16=False)
@@ -123,7 +123,7 @@ def _write_onnx(module: nn.Module, graph: Graph, file: Path) -> None:
 
 
 def _unchecked(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
-    """Drop what a model asserts of its inputs, and what is computed for that alone: ONNX has no such operations."""
+    """Remove assertions on inputs, and what only they use: ONNX has no such operations."""
     program = copy.deepcopy(program)
     for node in list(program.graph.nodes):
         if node.op == "call_function" and str(node.target).startswith("aten._assert_"):
@@ -134,17 +134,17 @@ def _unchecked(program: torch.export.ExportedProgram) -> torch.export.ExportedPr
 
 
 def _lacking(error: BaseException, model: str) -> SettingError:
-    """Say which operation ONNX lacks, as far as torch's exporter tells."""
-    said: list[str] = []
+    """Return the error for an operation that ONNX lacks, named if torch's exporter names it."""
+    messages: list[str] = []
     cause: BaseException | None = error
     while cause is not None:
-        said.append(str(cause))
+        messages.append(str(cause))
         cause = cause.__cause__
-    found = next((match[1] for text in said for match in [_LACKING.search(text)] if match), None)
-    why = f"has no operation for {found}" if found else f"cannot say it: {' '.join(said[-1].split())[:200]}"
+    found = next((match[1] for text in messages for match in [_LACKING.search(text)] if match), None)
+    why = f"has no operation for {found}" if found else f"fails: {' '.join(messages[-1].split())[:200]}"
     return SettingError(
         f"This {model} cannot be written as ONNX, which {why}. Write it with format='torch-export' "
-        "(--to torch-export), or do without what computes it."
+        "(--to torch-export), or replace this operation."
     )
 
 
@@ -152,9 +152,9 @@ def _run_onnx(graph: Graph, file: Path) -> Runner:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()  # as torch, that times compare
+    options.intra_op_num_threads = torch.get_num_threads()  # as torch, so that times compare
     session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
-    taken = {each.name for each in session.get_inputs()}  # of an input that nothing depends on there is none
+    taken = {each.name for each in session.get_inputs()}  # unused inputs are dropped
     return lambda inputs: [
         torch.from_numpy(value)
         for value in session.run(
@@ -165,7 +165,7 @@ def _run_onnx(graph: Graph, file: Path) -> Runner:
 
 
 def _name_axes(file: Path, symbols: Mapping[str, str]) -> None:
-    """Have a file call the sizes of axes batch and tokens, as export.json does."""
+    """Name the dynamic axes in a file batch and tokens, as export.json does."""
     import onnx
 
     held = onnx.load(file, load_external_data=False)

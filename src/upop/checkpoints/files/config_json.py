@@ -12,13 +12,13 @@ FILE = "config.json"
 
 
 def is_transformers_folder(path: Path) -> bool:
-    """Whether `path` is a folder in transformers' layout: a config.json that names its kind of model."""
+    """Whether `path` is a folder of transformers: its config.json names a `model_type`."""
     if not (path / FILE).is_file():
         return False
     try:
         return "model_type" in read_config(path)
     except CheckpointError:
-        return True  # reading it tells what is wrong
+        return True  # reading it reports what is wrong
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -16,17 +16,17 @@ from upop.sources import file_digest
 from upop.values import Checked, problems, shortened
 
 _PRINTED = r"^[^\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]{1,1000}$"
-"""A text without characters that a terminal would obey."""
+"""Text without control characters."""
 
 FILE = "upop.json"
 WEIGHTS = "model.safetensors"
 FORMAT = 1
 MOST_LAYERS = 2**12
-"""Of any model that is described."""
+"""Largest number of layers that a description may ask for."""
 
 
 class Read(Checked):
-    """A strict schema for JSON values; fields that a later upop adds are ignored."""
+    """Strict validation of JSON values; fields that a later upop adds are ignored."""
 
     model_config = ConfigDict(strict=True, extra="ignore", populate_by_name=True)
 

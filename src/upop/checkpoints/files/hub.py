@@ -55,7 +55,7 @@ def local_path(name: str | Path) -> Path:
 
 
 def is_hub_name(name: str) -> bool:
-    """Whether a name can only be that of a hub model."""
+    """Whether a name can only be the name of a model on the hub."""
     path = Path(name)
     return bool(_NAME.fullmatch(name)) and path.suffix not in _SUFFIXES and not Path(path.parts[0]).exists()
 
@@ -74,20 +74,20 @@ def is_remote(source: str) -> bool:
 
 
 def fetched(source: str) -> Path:
-    """Return where a copy of the checkpoint behind an http(s) URL lies; it is fetched unless it was before.
+    """Return the local copy of a checkpoint behind an http(s) URL, which is downloaded once.
 
-    Where its name carries the beginning of a SHA-256 digest, as in `deit_small_patch16_224-cd65a155.pth`, the file is
+    If the name carries the beginning of a SHA-256 digest, as in `deit_small_patch16_224-cd65a155.pth`, the file is
     checked against it.
 
     Raises:
-        CheckpointError: it is no address, cannot be fetched, or what came is not what its name says.
+        CheckpointError: the URL is invalid, the download fails, or the digest differs.
     """
     try:
         name = Path(urlparse(source).path).name
     except ValueError as error:
         raise CheckpointError(f"{source} is no address: {error}. Check it.") from error
     digest = _DIGEST.search(name)
-    # Without a digest, files of the same name from different places are told apart by where they come from.
+    # Without a digest, a hash of the URL tells apart files of the same name.
     origin = "" if digest else f"{hashlib.sha256(source.encode()).hexdigest()[:8]}-"
     path = Path(get_dir()) / "checkpoints" / f"{origin}{name}"
     if is_file(path):

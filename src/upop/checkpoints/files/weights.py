@@ -1,7 +1,4 @@
-"""Reads and writes files of weights: tensors only, never anything that could run.
-
-The same tensors give the same bytes.
-"""
+"""Reads and writes files of weights: tensors only, never code. The same tensors give the same bytes."""
 
 from __future__ import annotations
 
@@ -33,12 +30,14 @@ _NOTES = "__metadata__"
 def read_weights(path: str | Path, *, mapped: bool = False) -> dict[str, Tensor]:
     """Return the tensors of a `.pth` or `.safetensors` file, on the CPU.
 
-    A `.pth` holds `{"model": state_dict}`, as published, or a bare state dict. With `mapped`, where the format allows
-    it, numbers are read off the disk when they are looked at: for someone who asks for shapes alone.
+    A `.pth` holds `{"model": state_dict}`, as published, or a bare state dict.
+
+    Args:
+        path: the file.
+        mapped: whether to map a `.pth` into memory where its format allows it, so that shapes alone are cheap.
 
     Raises:
-        CheckpointError: there is no such file, it is no checkpoint, or it carries anything else than tensors
-            (such a file is refused, never executed).
+        CheckpointError: the file is missing, is no checkpoint, or holds anything but tensors; it is never executed.
     """
     path = Path(path)
     if not is_file(path):
@@ -87,29 +86,27 @@ def read_weights(path: str | Path, *, mapped: bool = False) -> dict[str, Tensor]
     return {str(name): value for name, value in state.items()}
 
 
-def read_outline(path: str | Path) -> dict[str, Tensor]:
-    """Return the tensors of a `.safetensors` file without their content, on the meta device.
-
-    Names and shapes are the file's; of types it is only kept whether they are floating-point numbers.
+def read_meta(path: str | Path) -> dict[str, Tensor]:
+    """Return the tensors of a `.safetensors` file on the meta device: float32 for any floating-point type, else int64.
 
     Raises:
-        CheckpointError: there is no such file, or it is damaged.
+        CheckpointError: the file is missing or damaged.
     """
     path = Path(path)
     if not is_file(path):
         raise _nothing_there(path)
     with _reading_safetensors(path), safe_open(path, framework="pt") as file:
-        outline = {}
+        found = {}
         for name in file.keys():  # noqa: SIM118 - it is no mapping
             part = file.get_slice(name)
             kind = torch.float32 if part.get_dtype().startswith(("F", "BF")) else torch.int64
-            outline[name] = torch.empty(part.get_shape(), dtype=kind, device="meta")
+            found[name] = torch.empty(part.get_shape(), dtype=kind, device="meta")
         notes = file.metadata() or {}
-    return _with_shared(outline, notes)
+    return _with_shared(found, notes)
 
 
 def write_weights(state: Mapping[str, Tensor], path: Path) -> None:
-    """Write tensors as a safetensors file that holds each of them once; `read_weights` gives all names back.
+    """Write tensors as a safetensors file, each shared one once; `read_weights` returns all names again.
 
     Raises:
         OSError, SafetensorError: the file cannot be written.
@@ -121,7 +118,7 @@ def write_weights(state: Mapping[str, Tensor], path: Path) -> None:
 
 
 def _sort_notes(path: Path) -> None:
-    """Put what the header notes beside the tensors in order: safetensors writes it in another one every time."""
+    """Sort the metadata in the header, whose order in a file of safetensors varies."""
     with path.open("r+b") as file:
         length = int.from_bytes(file.read(_LENGTH), "little")
         header = json.loads(file.read(length))
@@ -136,7 +133,7 @@ def _sort_notes(path: Path) -> None:
 
 
 def safe_weights(folder: Path, names: Sequence[str]) -> list[Path]:
-    """Return the file of weights of a folder, in a list: the first of some names. Pickles are none.
+    """Return the file of weights of a folder, as a list of one: the first name that exists. Pickles do not count.
 
     Raises:
         CheckpointError: there is none.
@@ -153,10 +150,10 @@ def safe_weights(folder: Path, names: Sequence[str]) -> list[Path]:
 
 
 def own_file(file: Path, folder: Path) -> Path:
-    """Return a file of weights if it lies in its folder, or among the hub's copies, to which those folders link.
+    """Return a file of weights that lies in its folder, or in the hub's cache, to which cached folders link.
 
     Raises:
-        CheckpointError: there is no such file, or it is a link that leads out of the folder.
+        CheckpointError: the file is missing, or is a link out of the folder.
     """
     place, real = folder.resolve(), file.resolve()
     copies = place.parent.parent / "blobs" if place.parent.name == "snapshots" else place
@@ -171,9 +168,9 @@ def own_file(file: Path, folder: Path) -> Path:
 
 
 def shared_tensors(state: Mapping[str, Tensor]) -> dict[str, str]:
-    """Return the names in `state` that stand for the very tensor of an earlier name, with that name.
+    """Return name -> earlier name, of the entries of `state` that are the same tensor.
 
-    A safetensors file holds each tensor once, and such names in its metadata, as safetensors' own `save_model` writes.
+    A safetensors file holds each tensor once and these pairs in its metadata, as safetensors' own `save_model` does.
     """
     first: dict[tuple[Any, ...], str] = {}
     shared = {}
@@ -205,7 +202,7 @@ def _nothing_there(path: Path) -> CheckpointError:
 
 
 def _refuse_packed(path: Path) -> None:
-    """Refuse an archive that unpacks to more than the file holds: torch writes its records as they are."""
+    """Refuse a compressed archive, which may unpack to any size: torch stores its records uncompressed."""
     try:
         with zipfile.ZipFile(path) as archive:
             records = archive.infolist()
@@ -214,13 +211,12 @@ def _refuse_packed(path: Path) -> None:
     packed = next((record for record in records if record.compress_type != zipfile.ZIP_STORED), None)
     if packed is not None or sum(record.file_size for record in records) > path.stat().st_size:
         raise CheckpointError(
-            f"{path} is an archive that unpacks to more than it is, and torch writes none like that. Write it again "
-            "with torch.save."
+            f"{path} is a compressed archive, which torch does not write. Write it again with torch.save."
         )
 
 
 def run_folder_hint(path: Path) -> str:
-    """Return the end of a sentence that names the model `best` of a run in a folder, or beside a path; else nothing."""
+    """Return the end of a sentence that names the model `best/` of a run at or beside a path; "" without one."""
     places = (folder / "best" for folder in (path, path.parent))
     best = next((place for place in places if place.is_dir() and place != path), None)
     return f", or {best}, which a run of ours left there" if best is not None else ""

@@ -1,4 +1,4 @@
-"""What is noted on a model itself until it is saved: how its inputs are prepared, and which tokens are left."""
+"""Facts that a model object carries until it is saved: input preparation, kept vocabulary, token merging."""
 
 from __future__ import annotations
 
@@ -19,27 +19,27 @@ _PREPARATION = "upop_preparation"
 
 
 def preparation_of(model: nn.Module) -> Mapping[str, Any] | None:
-    """Return how a model's inputs are prepared, by the names of a task's settings, if that was noted on it."""
+    """Return the input preparation that was set on a model, by the names of a task's settings; None without any."""
     found = getattr(model, _PREPARATION, None)
     return found if isinstance(found, Mapping) else None
 
 
 def set_preparation(model: nn.Module, preparation: Mapping[str, Any] | None) -> None:
-    """Note on a model how its inputs are prepared, so that `save` writes it."""
+    """Set the input preparation of a model, which `save` writes."""
     if preparation is not None:
         setattr(model, _PREPARATION, dict(preparation))
 
 
 def merge_as_saved(model: nn.Module, description: Description | None, folder: Path) -> nn.Module:
-    """Restore token merging as a folder of ours records it; layers are traced anew.
+    """Restore the token merging that `upop.json` records; the model is traced again for its layers.
 
     Args:
-        model: loaded from the folder.
-        description: its `upop.json`; None for other formats, which record none.
-        folder: for messages.
+        model: the model loaded from the folder.
+        description: its `upop.json`; None for other formats, which record no merging.
+        folder: the folder, for messages.
 
     Raises:
-        CheckpointError: this model cannot merge.
+        CheckpointError: this model cannot merge tokens.
     """
     if description is None or not description.tokens:
         return model

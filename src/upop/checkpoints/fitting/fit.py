@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from upop.checkpoints.fitting.meta import fill, frame, outline
+from upop.checkpoints.fitting.meta import empty_model, materialize, meta_model
 from upop.checkpoints.fitting.recorded_groups import groups_if_read
 from upop.errors import CheckpointError, UPopError
 from upop.pruning import Group, Plan, Prunable, Skipped, find_prunable, remember
@@ -98,14 +98,14 @@ def fit(
         state: the tensors, under the model's names.
         source: their origin, for messages.
         fixed_scale: whether the published code keeps the dense softmax scale of a compressed attention group; its
-            queries are then folded, so that the scale of the current head size computes the same.
+            its queries are then rescaled, so that the scale of the kept head_dim gives the same outputs.
         strict: False warns of misfits, and keeps the model's own values there.
 
     Raises:
         CheckpointError: keys or shapes do not fit; they are listed.
     """
     groups, sizes = cut_to_fit(model, state, source)
-    fill(model)
+    materialize(model)
     fitting = compare(model, state, source, strict=strict)
     model.load_state_dict(fitting, strict=False)
     for group in groups:
@@ -117,7 +117,7 @@ def fit(
 def fitted(build: Callable[[], nn.Module], state: Mapping[str, Tensor], source: str, *, strict: bool) -> nn.Module:
     """Build a model of a library and load its weights, in their precision; return it in evaluation mode.
 
-    Nothing of its size is allocated before the description has been compared with the weights.
+    The description is compared with the weights before memory is allocated.
 
     Args:
         build: builds the model, as its library describes it.
@@ -147,7 +147,7 @@ def build_to_fit(
 
     Args:
         build: builds the dense model.
-        state: its tensors, with or without content.
+        state: its tensors, possibly on the meta device.
         source: their origin, for messages.
         dense: group -> its dense size, where known.
         strict: False allows parts without tensors.
@@ -155,29 +155,28 @@ def build_to_fit(
     Raises:
         CheckpointError: names or shapes do not fit, or unsaved buffers would be larger than the weights.
     """
-    blank = outline(build, len(state), source)
-    _check_beside(blank, state, source)
-    groups = groups_if_read(blank)
-    skipped = find_prunable(blank).skipped if groups else ()
-    cut_to_fit(blank, state, source)
+    meta = meta_model(build, len(state), source)
+    _check_beside(meta, state, source)
+    groups = groups_if_read(meta)
+    skipped = find_prunable(meta).skipped if groups else ()
+    cut_to_fit(meta, state, source)
     for group in groups:
         size = (dense or {}).get(group.name, group.size)
         if size != group.size:
             raise CheckpointError(
-                f"{source} describes a model with {group.size} channels in {group.name}, and says that there were "
-                f"{size} "
-                "before it was cut. Was it damaged? Fetch or write it again."
+                f"{source} describes a model with {group.size} channels in {group.name}, and records {size} before "
+                "the cut. Was it damaged? Fetch or write it again."
             )
-    known = blank.state_dict()
+    known = meta.state_dict()
     if strict:
-        compare(blank, state, source)
+        compare(meta, state, source)
     if strict or all(name in state and state[name].shape == value.shape for name, value in known.items()):
-        return _read_as(frame(build, len(state), source), groups, skipped)
+        return _read_as(empty_model(build, len(state), source), groups, skipped)
     held, asked = (sum(value.numel() for value in tensors.values()) for tensors in (state, known))
     if asked > AT_MOST * held + BESIDE:
         raise CheckpointError(
-            f"{source} describes a model of {asked:,} numbers, and holds {held:,}. That is no model of which some "
-            "weights are missing."
+            f"{source} describes a model of {asked:,} elements, and holds {held:,}: too few for a model with some "
+            "weights missing."
         )
     return _read_as(build(), groups, skipped)
 
@@ -191,19 +190,19 @@ def _read_as(model: nn.Module, groups: Sequence[Group], skipped: Sequence[Skippe
 
 _LONGEST_LINE = 300
 AT_MOST, BESIDE = 4, 2**24
-"""How many times the numbers of its file a model may have, missing or made anew, and how many beside."""
+"""Elements that a model may have relative to its file, and on top: missing weights, and buffers that are not saved."""
 
 
-def _check_beside(blank: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
+def _check_beside(meta: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
     """Refuse unsaved buffers, such as attention masks, whose sizes the weights do not determine."""
-    saved = blank.state_dict()
-    beside = {name: buffer for name, buffer in blank.named_buffers() if name not in saved}
+    saved = meta.state_dict()
+    beside = {name: buffer for name, buffer in meta.named_buffers() if name not in saved}
     held = sum(value.numel() for value in state.values())
     if sum(buffer.numel() for buffer in beside.values()) > AT_MOST * held + BESIDE:
         name, buffer = max(beside.items(), key=lambda each: each[1].numel())
         raise CheckpointError(
-            f"{source} describes a model whose {name} alone has shape {tuple(buffer.shape)}, and its weights hold "
-            f"{held:,} numbers. Was it damaged? Fetch or write it again."
+            f"{source} describes a model whose {name} alone has shape {tuple(buffer.shape)}, and its weights have "
+            f"{held:,} elements. Was it damaged? Fetch or write it again."
         )
 
 
@@ -256,7 +255,7 @@ def compare(
 
     Args:
         model: cut to the sizes in `state`.
-        state: with or without content (values of meta tensors are not checked).
+        state: the tensors; values of meta tensors are not checked.
         source: its origin, for messages.
         may_miss: whether a key of the model is optional.
         strict: whether misfits are errors.

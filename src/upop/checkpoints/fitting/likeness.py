@@ -1,4 +1,4 @@
-"""Whether a model is what cutting another one can give: the same modules with the same settings, but for sizes."""
+"""Checks whether a model can be a cut of another: the same modules and settings, except for sizes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from upop.checkpoints.fitting.fit import kept_sizes
 from upop.errors import CheckpointError
 from upop.pruning import Group, find_prunable
 
-# What training needs, or the machine decides, and no output depends on in evaluation mode.
+# What training or the machine decides; outputs in evaluation mode do not depend on it.
 _FREE_CLASSES = ("Dropout", "DropPath", "Identity", "PatchDropout")
 _FREE_VALUES = (
     "training",
@@ -23,12 +23,12 @@ _FREE_VALUES = (
     "inplace",
     "name_or_path",
 )
-# Under what layers keep the lengths of their weights.
+# Attributes in which layers store their sizes.
 _WIDTHS = ("in_features", "out_features", "in_channels", "out_channels", "num_features", "embedding_dim", "nx", "nf")
 
 
 def same_but_for_sizes(model: nn.Module, dense: nn.Module) -> bool:
-    """Whether cutting `dense` can give `model`: the same modules with the same settings, tensors of the same shapes."""
+    """Whether a cut of `dense` can give `model`: the same modules and settings, and tensors of matching shapes."""
     groups = find_prunable(dense).groups
     mine = model.state_dict()
     if list(mine) != list(dense.state_dict()):
@@ -37,7 +37,7 @@ def same_but_for_sizes(model: nn.Module, dense: nn.Module) -> bool:
         kept = kept_sizes(groups, mine, "the model")
     except CheckpointError:
         return False
-    # Buffers that are not saved have to be there too: a mask of attention, say.
+    # Buffers that are not saved count too: an attention mask, for example.
     shapes = {name: list(value.shape) for name, value in {**dict(model.named_buffers()), **mine}.items()}
     if shapes != cut_shapes(dense, groups, kept):
         return False
@@ -54,7 +54,7 @@ def same_but_for_sizes(model: nn.Module, dense: nn.Module) -> bool:
 
 
 def cut_shapes(dense: nn.Module, groups: Iterable[Group], kept: Mapping[str, int]) -> dict[str, list[int]]:
-    """Return the shapes of a dense model's tensors, buffers among them, when its groups keep so many channels."""
+    """Return the shapes of a dense model's parameters and buffers after a cut to the given sizes."""
     shapes = {name: list(value.shape) for name, value in {**dict(dense.named_buffers()), **dense.state_dict()}.items()}
     names: dict[int, list[str]] = {}
     for name, tensor in (*dense.named_parameters(remove_duplicate=False), *dense.named_buffers(remove_duplicate=False)):
@@ -69,13 +69,13 @@ def cut_shapes(dense: nn.Module, groups: Iterable[Group], kept: Mapping[str, int
 
 
 def _alike(one: nn.Module, other: nn.Module) -> bool:
-    # Cutting may give a module another class, which knows the one that it stands for.
+    # A cut may replace the class of a module by one that knows the original.
     names = {getattr(type(each), "uncut_class", type(each)).__name__ for each in (one, other)}
     return len(names) == 1 or names <= set(_FREE_CLASSES)
 
 
 def _settings(module: nn.Module, name: str, cut: set[tuple[str, str]]) -> dict[str, Any]:
-    """Return the plain values that a module holds, without what cutting changes."""
+    """Return the plain values that a module stores, without those that a cut changes."""
     if type(module).__name__ in _FREE_CLASSES:
         return {}
     return {

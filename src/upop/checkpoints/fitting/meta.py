@@ -19,15 +19,15 @@ from torch.nn.modules.module import (
 from upop.errors import CheckpointError
 from upop.meta import on_meta
 
-# Parts (modules, parameters, buffers) that a model may have for every tensor of its file, and beside: libraries build
-# some layers twice, and many layers have no weights.
+# Modules, parameters and buffers that a model may have per tensor of its file, and on top: libraries build some layers
+# twice, and many layers have no weights.
 _PARTS_PER_TENSOR, _PARTS_BESIDE = 8, 4096
 
 
 @contextmanager
 def drawing_nothing() -> Iterator[None]:
     """Restore the random generators of torch, NumPy and Python, which constructors advance."""
-    numpy, python = sys.modules.get("numpy"), random.getstate()  # whoever has not imported it draws nothing of it
+    numpy, python = sys.modules.get("numpy"), random.getstate()  # what is not imported draws no numbers
     before = None if numpy is None else numpy.random.get_state()
     try:
         with torch.random.fork_rng(devices=[]):
@@ -38,7 +38,7 @@ def drawing_nothing() -> Iterator[None]:
         random.setstate(python)
 
 
-def outline(build: Callable[[], nn.Module], tensors: int | None = None, source: str = "The file") -> nn.Module:
+def meta_model(build: Callable[[], nn.Module], tensors: int | None = None, source: str = "The file") -> nn.Module:
     """Build a model on the meta device.
 
     Args:
@@ -53,25 +53,25 @@ def outline(build: Callable[[], nn.Module], tensors: int | None = None, source: 
         return on_meta(build)
 
 
-def frame(build: Callable[[], nn.Module], tensors: int | None = None, source: str = "The file") -> nn.Module:
+def empty_model(build: Callable[[], nn.Module], tensors: int | None = None, source: str = "The file") -> nn.Module:
     """Build a model with its parameters on the meta device and its buffers on the CPU.
 
-    Shared parameters stay shared. `fill` allocates them.
+    Shared parameters stay shared. `materialize` allocates them.
 
     Raises:
-        CheckpointError: as `outline`.
+        CheckpointError: as `meta_model`.
     """
 
     def without_memory(_module: nn.Module, _name: str, parameter: Tensor | None) -> nn.Parameter | None:
         if parameter is None or parameter.is_meta:
-            return None  # it stays as it is
+            return None  # unchanged
         return nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
 
     with drawing_nothing(), _counted(tensors, source), _watching(parameters=without_memory):
         return build()
 
 
-def fill(model: nn.Module) -> nn.Module:
+def materialize(model: nn.Module) -> nn.Module:
     """Allocate meta parameters on the CPU, uninitialised."""
     made: dict[int, nn.Parameter] = {}
     for module in model.modules():

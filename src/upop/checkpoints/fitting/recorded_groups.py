@@ -1,7 +1,7 @@
-"""Names that modules had: what transformers called otherwise when a folder was written, and what stands in its place.
+"""Groups as a folder records them, under the names that their modules have today.
 
-transformers keeps for every kind of model how the tensors of older checkpoints are called today; a name of a group is
-mapped by the tensors that it holds.
+transformers renames modules over time, and keeps for every model type a mapping from the tensor names of older
+checkpoints. A group's name is mapped by its tensors. Recorded groups spare loading a trace of the model.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Renaming = Callable[[str], str]
 
 
 def outermost(model: nn.Module) -> Iterator[tuple[str, PreTrainedModel]]:
-    """Yield the transformers models in a model that lie in no other one, with their names."""
+    """Yield name and module of the outermost transformers models within a model."""
     found: list[str] = []
     for name, module in model.named_modules():
         if is_pretrained(module) and not any(not up or name.startswith(f"{up}.") for up in found):
@@ -40,31 +40,31 @@ def outermost(model: nn.Module) -> Iterator[tuple[str, PreTrainedModel]]:
 
 
 def todays(model: nn.Module) -> Renaming:
-    """Return what gives the name that a tensor of an older folder has in a model of today."""
+    """Return the mapping from tensor names of older folders to those of the model."""
     return _renaming({name: _renames(part) for name, part in outermost(model)})
 
 
 def formers(model: nn.Module) -> Renaming:
-    """Return what gives the name that a tensor of a model had in older folders."""
+    """Return the mapping from tensor names of the model to those of older folders."""
     return _renaming(
         {name: [each.reverse_transform() for each in _renames(part)[::-1]] for name, part in outermost(model)}
     )
 
 
 def named_as_today(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return tensors under the names that they have in a model of today, those that it has not under their own."""
+    """Return tensors under the names that the model has for them; unknown ones keep theirs."""
     mine, today = model.state_dict().keys(), todays(model)
     names = {name: name if name in mine else today(name) for name in state}
     return {names[name] if names[name] in mine else name: value for name, value in state.items()}
 
 
 def placed(model: nn.Module, content: Mapping[str, Any], changes: Iterable[Renaming] = ()) -> dict[str, Any] | None:
-    """Return the JSON of a group under the names that its tensors have in a model; None where the model lacks them.
+    """Return the JSON form of a group under the model's names; None if the model lacks its tensors.
 
     Args:
-        model: with these tensors, maybe under other names.
-        content: as it was written.
-        changes: how names may differ, beside what transformers renamed.
+        model: has these tensors, possibly under other names.
+        content: the group as written.
+        changes: further renamings to try, besides those of transformers.
     """
     today = todays(model)
     for change in (_same, *changes):
@@ -75,17 +75,17 @@ def placed(model: nn.Module, content: Mapping[str, Any], changes: Iterable[Renam
 
 
 def groups_of(model: nn.Module, described: Mapping[str, Any]) -> dict[str, Group] | None:
-    """Return the groups that a folder tells, by the names that they have there; None where the model lacks tensors.
+    """Return the groups that a folder records, by their names there; None if the model lacks tensors.
 
     Raises:
-        ValueError: what is told is no group; the message says why.
+        ValueError: a record is no group; the message says why.
     """
     found = {}
     for name, content in described.items():
         try:
             here = placed(model, content)
         except (AttributeError, KeyError, TypeError) as error:
-            raise ValueError(f"what it says of {name} is no group ({error!r})") from None
+            raise ValueError(f"its record of {name} is no group ({error!r})") from None
         if here is None:
             return None
         found[name] = from_json(here, model, SWAPS)
@@ -98,7 +98,7 @@ def describe_groups(model: nn.Module, description: Description, folder: Path) ->
     Raises:
         CheckpointError: a stored group does not fit the model.
     """
-    # Of a plain model, the plan tells the groups of the dense form, and the rest those of the smaller one.
+    # For a plain model, the plan records the groups of the dense form, and `groups` those of the smaller one.
     forms = [each for each in (description.groups, (description.plan or {}).get("slices")) if each]
     if (
         not all(isinstance(each, Mapping) for each in forms)
@@ -116,8 +116,8 @@ def describe_groups(model: nn.Module, description: Description, folder: Path) ->
             if isinstance(error, CheckpointError):
                 raise
             raise CheckpointError(
-                f"{folder / DESCRIPTION} does not fit {type(model).__name__}: {error}. It is of a {description.kind}: "
-                "was it damaged, or is the dense model another one?"
+                f"{folder / DESCRIPTION} does not fit {type(model).__name__}: {error}. It describes a "
+                f"{description.kind}: was it damaged, or is this another dense model?"
             ) from error
         if groups:
             remember(model, Prunable(tuple(groups.values()), ()))
@@ -126,7 +126,7 @@ def describe_groups(model: nn.Module, description: Description, folder: Path) ->
 
 
 def _check_numbers(model: nn.Module, groups: Iterable[Group], folder: Path) -> None:
-    """Refuse a dense model whose stored sizes (such as numbers of heads) differ from those at the time of saving."""
+    """Refuse a dense model whose stored sizes (such as numbers of heads) differ from those when it was saved."""
     for group in groups:
         for each in group.attributes:
             module = model.get_submodule(each.module)
@@ -140,7 +140,7 @@ def _check_numbers(model: nn.Module, groups: Iterable[Group], folder: Path) -> N
 
 
 def groups_if_read(model: nn.Module) -> tuple[Group, ...]:
-    """Return the groups of a model; none of one that cannot be run by itself, and that nothing is known of."""
+    """Return the groups of a model; none if it cannot be traced and none are cached."""
     try:
         return find_prunable(model).groups
     except LayoutError:
@@ -148,7 +148,7 @@ def groups_if_read(model: nn.Module) -> tuple[Group, ...]:
 
 
 def groups_today(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
-    """Return older name -> today's, of the groups of a model that have another name now."""
+    """Return older name -> today's name, for groups of a model that were renamed."""
     groups = groups_if_read(model)
     mine = {group.name for group in groups}
     wanted = [name for name in names if name not in mine]
@@ -157,7 +157,7 @@ def groups_today(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
     former = formers(model)
     made = {group.name: former(group.producers[0].tensor) for group in groups}
     found: dict[str, str] = {}
-    for name in sorted(wanted, key=len, reverse=True):  # what holds others last
+    for name in sorted(wanted, key=len, reverse=True):  # containers last
         inside = [each for each, tensor in made.items() if tensor.startswith(f"{name}.") and each not in found.values()]
         if len(inside) == 1:
             found[name] = inside[0]

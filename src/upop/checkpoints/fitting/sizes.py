@@ -1,4 +1,4 @@
-"""How much a model keeps, read off the model itself, and how a dense one is brought to such sizes."""
+"""Reads how many channels each group of a model keeps, and cuts a dense model to such sizes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from upop.checkpoints.fitting.fit import kept_sizes
-from upop.checkpoints.fitting.meta import outline
+from upop.checkpoints.fitting.meta import meta_model
 from upop.errors import CheckpointError, PlanError, nearest
 from upop.pruning import Attribute, Group, Plan, find_groups, find_prunable, remember
 from upop.pruning.known import remembered, sized
@@ -22,15 +22,15 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Sizes = dict[str, tuple[int, int]]
-"""Group -> (kept channels, channels of the dense model), of the groups that lost some."""
+"""Group -> (kept channels, channels of the dense model), for groups that were pruned."""
 
 
 def dense_meta_copy(model: PreTrainedModel) -> nn.Module:
-    """Return the dense model that `model` was cut from, as its configuration describes it, without weights.
+    """Return the dense model that the configuration of `model` describes, on the meta device.
 
-    What is known of the groups of `model` is known of it.
+    Groups that are cached for `model` are cached for it.
     """
-    dense = outline(lambda: type(model)(copy.deepcopy(model.config)))
+    dense = meta_model(lambda: type(model)(copy.deepcopy(model.config)))
     found = remembered(model)
     if found is not None:
         remember(dense, found)
@@ -38,10 +38,10 @@ def dense_meta_copy(model: PreTrainedModel) -> nn.Module:
 
 
 def sizes_of(model: nn.Module, dense: nn.Module) -> Sizes:
-    """Return what `model` keeps of `dense`, which has the same modules.
+    """Return the sizes of a model cut from `dense`.
 
     Raises:
-        CheckpointError: a tensor has no size that cutting `dense` can give it.
+        CheckpointError: a tensor has a shape that no cut of `dense` gives.
     """
     groups = find_prunable(dense).groups
     kept = kept_sizes(groups, model.state_dict(), type(model).__name__)
@@ -53,12 +53,12 @@ def sizes_of(model: nn.Module, dense: nn.Module) -> Sizes:
 def resize(
     model: nn.Module, sizes: Mapping[str, tuple[int, int]], written: Mapping[str, Mapping[str, Any]] | None = None
 ) -> None:
-    """Cut a dense model to sizes, whichever channels go: its weights are to be replaced.
+    """Cut a dense model to given sizes; which channels are kept does not matter, since weights are loaded afterwards.
 
     Args:
         model: the dense model.
         sizes: group -> (kept channels, channels of the dense model).
-        written: group -> all that a cut of it takes, as JSON values; without it the groups are found.
+        written: group -> its JSON form; without it, the model is traced for its groups.
 
     Raises:
         PlanError: the model has no such group, or one of another size.
@@ -68,7 +68,7 @@ def resize(
     if written:
         kept = {name: tuple(range(left)) for name, (left, _) in sizes.items()}
         plan = Plan(kept, {name: size for name, (_, size) in sizes.items()}, slices=written)
-        cut(model, plan.check(model), plan, fold=False)  # what else the model has is not written here
+        cut(model, plan.check(model), plan, fold=False)  # other groups of the model are not in `written`
         return
     groups = {group.name: group for group in find_groups(model)}
     wrong = [
@@ -81,7 +81,7 @@ def resize(
     if wrong:
         more = f" (and {len(wrong) - 5} more)" if len(wrong) > 5 else ""
         raise PlanError(
-            f"What was kept of another model does not fit {type(model).__name__}: {'; '.join(wrong[:5])}{more}. "
+            f"The recorded sizes do not fit {type(model).__name__}: {'; '.join(wrong[:5])}{more}. "
             "Load the folder with the class and the configuration that it was saved with."
         )
     found = find_prunable(model)
@@ -91,9 +91,9 @@ def resize(
 
 
 def sizes_before(groups: Sequence[Group], dense: nn.Module) -> dict[str, int]:
-    """Return group -> channels in the dense model, of the groups of a model that may be cut.
+    """Return group -> channels of the dense model.
 
-    The dense model is read only where the lengths of its tensors do not say it.
+    The dense model is traced only if the shapes of its tensors do not determine them.
     """
     whole = {group.name: sized(dense, group) for group in groups if not any(part.gaps for part in group.slices)}
     found = {name: group.size for name, group in whole.items() if group is not None}
@@ -101,9 +101,9 @@ def sizes_before(groups: Sequence[Group], dense: nn.Module) -> dict[str, int]:
 
 
 def _natural(model: nn.Module, group: Group) -> Group:
-    """Return a group whose softmax scale follows the size of the heads: so are weights written that say nothing of it.
+    """Return a group whose softmax scale follows head_dim, as older files without a record of it assume.
 
-    Where the scale is a number that a module keeps, and a group of today leaves it alone, it is set again.
+    A scale that a module stores as a number, and that the group does not set today, is added to it.
     """
     if group.channel != "dimension" or any(part.power and (part.query_groups or part.queries) for part in group.slices):
         return group
@@ -117,10 +117,10 @@ def _natural(model: nn.Module, group: Group) -> Group:
 
 
 def sizes_from_json(value: Any, source: str) -> Sizes:
-    """Return sizes as JSON holds them: group -> [kept, size].
+    """Read sizes from JSON: group -> [kept, size].
 
     Raises:
-        CheckpointError: the value is something else.
+        CheckpointError: the value has another form.
     """
     try:
         sizes = {str(name): (index(kept), index(size)) for name, (kept, size) in value.items()}
@@ -130,14 +130,13 @@ def sizes_from_json(value: Any, source: str) -> Sizes:
     if wrong is not None:
         found = f"{wrong}: {value[wrong]}" if wrong else shortened(value)
         raise CheckpointError(
-            f"{source} should say of every group how many channels it keeps of how many, [kept, size]; found {found}. "
-            "Write the model again."
+            f"{source} should give [kept, size] for every group; found {found}. Write the model again."
         )
     return sizes
 
 
 def plan_for(plan: Plan, groups: Iterable[Group]) -> Plan:
-    """Return the part of a plan that is about groups as they are: others went when whole layers were dropped."""
+    """Return the part of a plan whose groups still exist at that size, after whole layers were removed."""
     present = {group.name: group.size for group in groups}
     kept = {name: channels for name, channels in plan.kept.items() if present.get(name) == len(channels)}
     slices = {name: group for name, group in plan.slices.items() if name in kept}

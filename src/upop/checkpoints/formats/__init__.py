@@ -1,5 +1,5 @@
 """The formats of checkpoints, a module each, with the functions of `format.Format`.
 
-`ours` (`upop.json`), `transformers`, `timm` and `open_clip` (folders as their libraries write them), and `state_dict`
-(files of tensors, the published ones among them).
+`ours` (folders with `upop.json`), `transformers`, `timm` and `open_clip` (folders as these libraries write them), and
+`state_dict` (files of tensors, including published checkpoints).
 """

@@ -1,4 +1,4 @@
-"""What a format is: the four functions that its module has, and how a checkpoint is one of upop's own models."""
+"""The interface of a format: four functions of its module, and `Own`, a checkpoint as one of upop's own models."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ class Own:
     """A checkpoint as one of upop's own models.
 
     Attributes:
-        read: gives the tensors under the names of that model; its argument is `strict`.
-        task: whose model it is, where the format says so; attention then has its natural softmax scale.
-        kind: what messages call it.
-        sizes: fields of the model's configuration that the format says.
-        images: how it says that images are prepared, by the names of our settings.
+        read: `strict` -> the tensors under the names of that model.
+        task: the task of the model, if the format states it; the softmax scale then follows head_dim.
+        kind: its name in messages.
+        sizes: fields of the model's configuration that the format states.
+        images: the image preparation that the format states, by the names of upop's settings.
     """
 
     read: Callable[[bool], Mapping[str, Tensor]]
@@ -39,9 +39,9 @@ class Own:
 
 
 class Format(Protocol):
-    """A way in which models are kept: a module of `upop.checkpoints.formats` each.
+    """The functions of a format, each of which is a module of `upop.checkpoints.formats`.
 
-    A new format is such a module, a line in `_format`, and how it is recognised in `kind_of_path`.
+    A new format is such a module, a line in `opening._format`, and a condition in `opening.kind_of_path`.
     """
 
     def config(self, path: Path) -> Mapping[str, Any]:
@@ -49,7 +49,7 @@ class Format(Protocol):
         ...
 
     def weights(self, path: Path) -> Sequence[Path]:
-        """Return the files of tensors; CheckpointError where there are none."""
+        """Return the files of weights; CheckpointError if there are none."""
         ...
 
     def load(self, checkpoint: Checkpoint, *, strict: bool) -> nn.Module:

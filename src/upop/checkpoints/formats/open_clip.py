@@ -1,4 +1,4 @@
-"""Folders that open_clip writes for the hub: into its own models, or into upop's own CLIP where that is the same."""
+"""Folders that open_clip writes for the hub, loaded as open_clip's own models or as upop's CLIP."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 _WEIGHTS = ("open_clip_model.safetensors", "model.safetensors")
 _ADVICE = "Fetch or write it again."
 _BESIDE = ("hf_tokenizer_name", "tokenizer_kwargs", "tokenizer_mode", "timm_model_pretrained", "hf_model_pretrained")
-"""Of a tower's settings, what builds no part of it."""
+"""Settings of a tower that do not affect its modules."""
 
 
 def config(path: Path) -> Mapping[str, Any]:
@@ -52,16 +52,16 @@ def load(checkpoint: Checkpoint, *, strict: bool) -> nn.Module:
     """Return the model.
 
     Raises:
-        CheckpointError: the folder is damaged, holds pickles alone, or a model that upop does not build: one whose
-            text tower is fetched by name, or CoCa.
+        CheckpointError: the folder is damaged, holds only pickles, or a model that upop does not build: one whose
+            text tower is downloaded by name, or CoCa.
     """
     path, described = checkpoint.path, checkpoint.config
     file, arguments = path / OPEN_CLIP, described["arguments"]
     text = arguments["text_cfg"].get("hf_model_name")
     if text:
         raise CheckpointError(
-            f"{file} asks for the text tower {shortened(text)}, whose configuration open_clip fetches by name; "
-            "nothing is fetched for a folder. Build it with open_clip, and call upop.Compression or upop.save on it."
+            f"{file} asks for the text tower {shortened(text)}, whose configuration open_clip downloads by name; "
+            "upop downloads nothing for a folder. Build it with open_clip, and call upop.Compression or upop.save."
         )
     towers = {
         f"{tower}_cfg": {name: value for name, value in arguments[f"{tower}_cfg"].items() if name not in _BESIDE}
@@ -73,15 +73,15 @@ def load(checkpoint: Checkpoint, *, strict: bool) -> nn.Module:
 
 
 def own(checkpoint: Checkpoint) -> Own:
-    """Return how the model is read as upop's own CLIP.
+    """Return the model as upop's own CLIP.
 
     Raises:
-        CheckpointError: the folder is damaged, or its model has what ours does not compute.
+        CheckpointError: the folder is damaged, or the model has parts that upop's CLIP lacks.
     """
     source, described = str(checkpoint.description_file), checkpoint.config
     model = _towers(described.get("arguments"), source)
     towers: dict[str, Mapping[str, Any]] = {tower: model[f"{tower}_cfg"] for tower in _TOWERS}
-    # Named settings: what the model has, and what our CLIP has built in.
+    # Setting -> (its value, the value that upop's CLIP assumes).
     found: dict[str, tuple[Any, Any]] = {
         "quick_gelu": (model.get("quick_gelu", False), True),
         "custom_text": (described.get("class") == "CustomTextCLIP", False),
@@ -91,8 +91,8 @@ def own(checkpoint: Checkpoint) -> Own:
     for name, (value, ours) in found.items():
         if value != ours and (value or ours):
             raise CheckpointError(
-                f"{source}: the model has {name}={value!r}, and upop's own CLIP {ours!r}. Compress it as the model "
-                "that it is (upop.Pruner)."
+                f"{source}: the model has {name}={value!r}, and upop's own CLIP {ours!r}. Compress the open_clip model "
+                "itself (upop.Compression)."
             )
     try:
         sizes = {field: read(towers[tower]) for tower in _TOWERS for field, read in _SIZES[tower].items()}
@@ -144,14 +144,14 @@ _PLAIN: Mapping[str, Mapping[str, Any]] = {
         "hf_config": None,
     },
 }
-"""Settings of open_clip's towers -> what our CLIP has built in."""
+"""Settings of open_clip's towers -> the values that upop's CLIP assumes."""
 
 
 def _hidden(settings: Mapping[str, Any], width: int) -> int:
     return math.floor(int(settings.get("width", width)) * float(settings.get("mlp_ratio", 4.0)))
 
 
-# What is not said has open_clip's own default.
+# Missing settings have open_clip's defaults.
 _SIZES: Mapping[str, Mapping[str, Callable[[Mapping[str, Any]], int]]] = {
     "vision": {
         "image_size": lambda described: int(side(described.get("image_size", 224))),

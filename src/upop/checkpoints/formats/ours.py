@@ -1,4 +1,4 @@
-"""Folders that `upop.save` wrote, into models: weights as safetensors, everything else as JSON, nothing pickled."""
+"""Folders that `upop.save` wrote, loaded as the classes that they were saved from."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from upop.checkpoints.files.description import (
     check_digests,
     read_description,
 )
-from upop.checkpoints.files.weights import read_outline, read_weights, safe_weights
+from upop.checkpoints.files.weights import read_meta, read_weights, safe_weights
 from upop.checkpoints.fitting.carried import VOCABULARY, merge_as_saved, set_preparation
 from upop.checkpoints.fitting.fit import as_precise, build_to_fit, fit
 from upop.checkpoints.fitting.recorded_groups import (
@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 
 
 def config(path: Path) -> Mapping[str, Any]:
-    """Return how the model is built, in the words of the library that it is of."""
+    """Return the configuration, in the form of the model's library."""
     if is_transformers_folder(path):
         return read_config(path)
     description = read_description(path)
@@ -56,7 +56,7 @@ def config(path: Path) -> Mapping[str, Any]:
 
 
 def weights(path: Path) -> Sequence[Path]:
-    """Return the file of weights; a model of transformers may have several."""
+    """Return the file of weights, or the shards of a transformers model."""
     if not is_transformers_folder(path):
         return safe_weights(path, (WEIGHTS,))
     with naming_missing():
@@ -65,7 +65,7 @@ def weights(path: Path) -> Sequence[Path]:
 
 
 def load(checkpoint: Checkpoint, *, strict: bool) -> nn.Module:
-    """Return the model, built from its description and compared with it.
+    """Build the model from its description, load the weights, and compare both.
 
     Raises:
         CheckpointError: the folder is damaged, or upop cannot build its model.
@@ -82,8 +82,8 @@ def load(checkpoint: Checkpoint, *, strict: bool) -> nn.Module:
         model = library
     else:
         source, [file] = str(folder), weights(folder)
-        held = read_outline(file)
-        # Of our own models, whose configuration has one number for all layers, it is known what there was before.
+        held = read_meta(file)
+        # The configurations of upop's own models determine the dense sizes.
         sizes = {name: group.of for name, group in (description.layout or {}).items() if description.model and group.of}
 
         def build() -> nn.Module:
@@ -105,10 +105,10 @@ def load(checkpoint: Checkpoint, *, strict: bool) -> nn.Module:
 
 
 def load_into(model: nn.Module, checkpoint: Checkpoint, *, strict: bool) -> None:
-    """Cut a dense model to the sizes of a folder, and fill it; what the folder records is noted on the model.
+    """Cut a dense model to the sizes in a folder, load the weights, and set plan and input preparation.
 
     Raises:
-        CheckpointError: the folder is damaged, or holds a model that `model` cannot become.
+        CheckpointError: the folder is damaged, or no cut of `model` fits it.
     """
     folder, description = checkpoint.path, _description(checkpoint)
     _check_class(model, description, folder, strict=strict)
@@ -124,8 +124,7 @@ def load_into(model: nn.Module, checkpoint: Checkpoint, *, strict: bool) -> None
         fit(model, state, str(folder), lambda _group: False, strict=strict)
     except CheckpointError as error:
         raise CheckpointError(
-            f"{error}\n{folder} holds a {description.kind}. Build that model, with the settings that it had before "
-            "it was compressed."
+            f"{error}\n{folder} holds a {description.kind}. Build its dense model, with the original settings."
         ) from error
     check_digests(folder, description, strict=strict)
     set_plan(model, None if plan is None else with_names(plan, groups_today(model, plan.kept)))
@@ -134,7 +133,7 @@ def load_into(model: nn.Module, checkpoint: Checkpoint, *, strict: bool) -> None
 
 
 def own(checkpoint: Checkpoint) -> Own:
-    """Return one of upop's own models as it is.
+    """Return the folder as one of upop's own models.
 
     Raises:
         CheckpointError: the folder holds no model of a task with published checkpoints.
@@ -180,7 +179,8 @@ def _check_class(model: nn.Module, description: Description, folder: Path, *, st
     """Refuse a model whose class is neither that of the folder nor a subclass."""
     kind = description.kind.rpartition(".")[2]
     if kind not in (each.__name__ for each in type(model).__mro__):
-        message = f"{folder} holds a {description.kind}, and was to fill a {type(model).__name__}. Build a {kind}."
+        found = type(model).__name__
+        message = f"{folder} holds a {description.kind}, and cannot be loaded into a {found}. Build a {kind}."
         if strict:
             raise CheckpointError(message)
         warnings.warn(message, stacklevel=3)
@@ -198,22 +198,22 @@ def _check_layout(model: nn.Module, plan: Plan | None, layout: Mapping[str, Grou
         size = 0 if plan is None else plan.sizes.get(group.name, 0)
         wrong = ""
         if described is not None and (described.heads, described.channels) != (group.heads, group.size):
-            wrong = f"says {described.model_dump(include=set(found))}, and the weights {found}"
+            wrong = f"it has {described.model_dump(include=set(found))}, the weights {found}"
         elif kept is not None and (len(kept) != group.size or list(kept) != sorted(set(kept))):
-            wrong = f"has a plan of {len(kept)} channels, ascending and each once, for the {group.size} of the weights"
+            wrong = f"the plan should keep the {group.size} channels of the weights, ascending and each once"
         elif kept and not 0 <= kept[0] <= kept[-1] < size:
-            wrong = f"has a plan of channels {kept[0]} to {kept[-1]} of {size}"
+            wrong = f"the plan keeps channels {kept[0]} to {kept[-1]} of {size}"
         elif kept is not None and described is not None and described.of not in (size, None):
-            wrong = f"says that there were {described.of} channels, and its plan {size}"
+            wrong = f"it had {described.of} channels by the layout, and {size} by the plan"
         if wrong:
-            raise CheckpointError(f"{folder / DESCRIPTION} is damaged: of {group.name} it {wrong}. Write it again.")
+            raise CheckpointError(f"{folder / DESCRIPTION} is damaged at {group.name}: {wrong}. Write the model again.")
     names = {group.name for group in groups_if_read(model)}
     unknown = [name for name in plan.kept if name not in names] if plan is not None else []
     if unknown:
         raise CheckpointError(
             f"The plan in {folder / DESCRIPTION} names {unknown[0]!r}, and the model has no such group"
-            f"{nearest(unknown[0], sorted(names))}. Were layers dropped after it was cut? Build that model and call "
-            "upop.load_into(model, folder), which reads the weights alone."
+            f"{nearest(unknown[0], sorted(names))}. Were layers dropped after the cut? Build that model and call "
+            "upop.load_into(model, folder), which loads the weights alone."
         )
 
 
@@ -239,7 +239,7 @@ def _dense(description: Description, folder: Path) -> nn.Module:
         model: nn.Module = built(config(**(description.config or {})))
     except CheckpointError:
         raise
-    except Exception as error:  # a size that fits no other one is found by whatever computes with it
+    except Exception as error:  # inconsistent sizes raise errors of many kinds
         message = (
             "; ".join(problems(error)) if isinstance(error, ValidationError) else str(error) or type(error).__name__
         )

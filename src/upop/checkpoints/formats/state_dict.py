@@ -1,4 +1,4 @@
-"""Files of tensors: published checkpoints, whose tensors tell the task."""
+"""Files of tensors: published checkpoints, whose tensor names determine the task."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def config(path: Path) -> Mapping[str, Any]:
-    """Return nothing: shapes say all that there is."""
+    """Return an empty configuration: sizes are inferred from shapes."""
     del path
     return {}
 
@@ -33,5 +33,5 @@ def load(checkpoint: Checkpoint, *, strict: bool) -> nn.Module:
 
 
 def own(checkpoint: Checkpoint) -> Own:
-    """Return the tensors: published checkpoints have the names of upop's own models."""
+    """Return the tensors as they are: published checkpoints have the names of upop's own models."""
     return Own(lambda _strict: checkpoint.state)

@@ -1,4 +1,4 @@
-"""Folders that timm writes for the hub: into its own models, or into upop's own classifier where that is the same."""
+"""Folders that timm writes for the hub, loaded as timm's own models or as upop's classifier."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 _WEIGHTS = ("model.safetensors",)
 _ADVICE = "Fetch or write it again."
 _IMAGES = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
-"""What `pretrained_cfg` says of the inputs of a model."""
+"""Fields of `pretrained_cfg` about a model's inputs."""
 
 
 def config(path: Path) -> Mapping[str, Any]:
@@ -49,10 +49,10 @@ def weights(path: Path) -> Sequence[Path]:
 
 
 def load(checkpoint: Checkpoint, *, strict: bool) -> nn.Module:
-    """Return the model that timm builds by this name.
+    """Return the timm model.
 
     Raises:
-        CheckpointError: the folder is damaged, holds pickles alone, or a model that upop does not build.
+        CheckpointError: the folder is damaged, holds only pickles, or a model that upop does not build.
     """
     path, described = checkpoint.path, checkpoint.config
     [held] = weights(path)
@@ -69,10 +69,10 @@ def load(checkpoint: Checkpoint, *, strict: bool) -> nn.Module:
 
 
 def own(checkpoint: Checkpoint) -> Own:
-    """Return how the model is read as upop's own classifier.
+    """Return the model as upop's own classifier.
 
     Raises:
-        CheckpointError: the folder is damaged, or its model has what ours does not compute.
+        CheckpointError: the folder is damaged, or the model has parts that upop's classifier lacks.
     """
     source, described = str(checkpoint.description_file), checkpoint.config
     name = timm_models.checked_name(described.get("architecture"), source)
@@ -81,8 +81,8 @@ def own(checkpoint: Checkpoint) -> Own:
     for argument, value in given.items():
         if argument not in _SIZES and value != timm_models.usual(name, argument):
             raise CheckpointError(
-                f"{source}: {name} has {argument}={value!r}, and upop's own classifier has not. Compress it as the "
-                "model that it is (upop.Pruner)."
+                f"{source}: {name} has {argument}={value!r}, which upop's own classifier does not support. Compress "
+                "the timm model itself (upop.Compression)."
             )
     sizes: dict[str, Any] = {"architecture": name}
     for argument, field in _SIZES.items():
@@ -105,6 +105,6 @@ _SIZES: Mapping[str, str | None] = {
     "depth": "vision_depth",
     "num_heads": "vision_heads",
     "mlp_ratio": None,
-    "drop_path_rate": None,  # a run says its own
+    "drop_path_rate": None,  # a setting of the run
 }
 """Argument of timm -> field of ClassifierConfig."""

@@ -1,4 +1,4 @@
-"""transformers' own folders, dense or compressed, into models."""
+"""Folders of transformers, dense or compressed, loaded as transformers' own classes."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from transformers.models.auto import modeling_auto
 
 from upop.checkpoints.files.config_json import FILE as _CONFIG
 from upop.checkpoints.files.config_json import read_config
-from upop.checkpoints.files.weights import own_file, read_outline, safe_weights
+from upop.checkpoints.files.weights import own_file, read_meta, safe_weights
 from upop.checkpoints.fitting.fit import AT_MOST, BESIDE, listed, not_finite
-from upop.checkpoints.fitting.meta import outline
+from upop.checkpoints.fitting.meta import meta_model
 from upop.checkpoints.formats.format import Own
 from upop.checkpoints.libraries import image_settings
 from upop.checkpoints.libraries.outside import Held, checked_config, sealed
@@ -39,7 +39,7 @@ _WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 
 
 def config(path: Path) -> Mapping[str, Any]:
-    """Return what config.json says."""
+    """Return the content of config.json."""
     return read_config(path)
 
 
@@ -49,18 +49,18 @@ def load(checkpoint: Checkpoint, *, strict: bool) -> PreTrainedModel:
 
 
 def own(checkpoint: Checkpoint) -> Own:
-    """Return how the model is read as its counterpart of upop's.
+    """Return the model as its counterpart among upop's own models.
 
     Raises:
-        CheckpointError: it has none, a file is damaged, it computes what the counterpart does not, or its residual
-            streams are narrower than its configuration.
+        CheckpointError: it has none, a file is damaged, the counterpart computes something else, or residual streams
+            are narrower than the configuration says.
     """
     path = checkpoint.path
     narrower = narrower_streams(path)
     if narrower:
         raise CheckpointError(
-            f"{path} was cut with width=True: {', '.join(narrower)} keep fewer channels than its configuration says, "
-            "and upop's own models have no such form. Use it as the transformers model that it is (upop.load)."
+            f"{path} was cut with width=True: {', '.join(narrower)} keep fewer channels than the configuration says, "
+            "which upop's own models do not support. Load it as a transformers model (upop.load)."
         )
     images = image_settings.from_transformers(path)
     row = counterpart_named(class_named(path))
@@ -70,7 +70,7 @@ def own(checkpoint: Checkpoint) -> Own:
         sizes = row.sizes(found)
     except CheckpointError:
         raise
-    except Exception as error:  # configurations check what they hold in ways of their own
+    except Exception as error:  # configurations raise errors of many kinds
         raise CheckpointError(f"{path / _CONFIG} cannot be read: {error}. Fetch it again.") from error
 
     def read(strict: bool) -> Mapping[str, Tensor]:
@@ -80,7 +80,7 @@ def own(checkpoint: Checkpoint) -> Own:
 
 
 def narrower_streams(path: Path) -> list[str]:
-    """Return the residual streams of which a folder of a cut model keeps a part, as config.json records them."""
+    """Return the residual streams that were pruned, as config.json records them."""
     record = read_config(path).get("quantization_config")
     groups = record.get("groups") if isinstance(record, Mapping) else None
     found = groups if isinstance(groups, Mapping) else {}
@@ -88,32 +88,31 @@ def narrower_streams(path: Path) -> list[str]:
 
 
 def class_named(path: Path) -> str:
-    """Return the name of the class that a folder's config.json says it was saved by, as messages call it."""
+    """Return the name of the class in a folder's config.json, for messages."""
     return (architectures(path, read_config(path)) or ["model without a name"])[0]
 
 
 def load_transformers(
     folder: Path, kind: str | type[PreTrainedModel] | None = None, *, strict: bool = True
 ) -> PreTrainedModel:
-    """Return the model in a folder of transformers' layout, in evaluation mode, on the CPU, in the saved precision.
+    """Load a folder of transformers, in evaluation mode, on the CPU, in the saved precision.
 
-    Only transformers' own classes are built, from what lies in the folder: no code that it names is run, and nothing is
-    fetched.
+    Only transformers' own classes are built: code that the folder names does not run, and nothing is downloaded.
 
     Args:
-        folder: with config.json and safetensors.
-        kind: the class, or its full name; by default the one that config.json names.
+        folder: a folder with config.json and safetensors.
+        kind: the class, or its full name; by default that in config.json.
         strict: False warns of weights that are missing, unexpected, of another shape or not finite, and of another
             class.
 
     Raises:
-        CheckpointError: a file is missing or damaged, transformers has no such class, or the weights do not fit it;
-            what does not is listed.
+        CheckpointError: a file is missing or damaged, transformers has no such class, or the weights do not fit;
+            misfits are listed.
     """
     described, held = _read(folder)
     found = _class_of(folder, described, kind, strict=strict)
     register()
-    with sealed(), allowing_gaps(), _explained(folder, found):  # gaps are listed below
+    with sealed(), allowing_gaps(), _explained(folder, found):  # missing weights are listed below
         config = _config_class(found, described).from_dict(described)
         _check_sizes(found, config, held, folder)
         loaded: Any = found.from_pretrained(
@@ -122,7 +121,7 @@ def load_transformers(
             dtype="auto",
             local_files_only=True,
             use_safetensors=True,
-            ignore_mismatched_sizes=True,  # they are in the information, with all else that does not fit
+            ignore_mismatched_sizes=True,  # the loading information lists them with the other misfits
             output_loading_info=True,
         )
     model: PreTrainedModel = loaded[0]
@@ -132,15 +131,15 @@ def load_transformers(
 
 
 def started(folder: Path, name: str, changes: Mapping[str, Any]) -> tuple[PreTrainedModel, list[str]]:
-    """Return a model to be trained that begins with the weights of a folder, and which tensors begin afresh.
+    """Load a folder as the start of a training, and return the model and the names of newly initialised tensors.
 
     Args:
-        folder: with config.json and safetensors.
-        name: of the class, one of transformers'.
-        changes: entries of config.json that are to have other values.
+        folder: a folder with config.json and safetensors.
+        name: the name of a class of transformers.
+        changes: fields of config.json to override.
 
     Raises:
-        CheckpointError: a file is missing or damaged, or the folder holds nothing of such a model.
+        CheckpointError: a file is missing or damaged, or no tensor belongs to such a model.
     """
     described, held = _read(folder)
     kind = getattr(transformers, name)
@@ -175,9 +174,9 @@ def built(folder: Path, name: str, changes: Mapping[str, Any]) -> PreTrainedMode
     """Return a model with initial weights from the config.json of a folder, in evaluation mode.
 
     Args:
-        folder: with config.json.
-        name: of the class, one of transformers'.
-        changes: entries of config.json that are to have other values.
+        folder: a folder with config.json.
+        name: the name of a class of transformers.
+        changes: fields of config.json to override.
 
     Raises:
         CheckpointError: it cannot be built.
@@ -191,10 +190,10 @@ def built(folder: Path, name: str, changes: Mapping[str, Any]) -> PreTrainedMode
 
 
 def config_of(folder: Path, kind: type[PreTrainedModel]) -> Any:
-    """Return the configuration of a class that a folder of transformers holds.
+    """Return the configuration in a folder, for a class of transformers.
 
     Raises:
-        CheckpointError: a file is missing or damaged, or it is none of that class.
+        CheckpointError: a file is missing or damaged, or the configuration is of another class.
     """
     described, _ = _read(folder)
     with sealed(), _explained(folder, kind):
@@ -202,44 +201,40 @@ def config_of(folder: Path, kind: type[PreTrainedModel]) -> Any:
 
 
 def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Return what config.json says, checked, and the weights without their content."""
+    """Return the checked content of config.json, and the weights on the meta device."""
     described, files = read_config(folder), weights(folder)
-    held = {name: value for file in files for name, value in read_outline(file).items()}
+    held = {name: value for file in files for name, value in read_meta(file).items()}
     return checked_config(described, str(folder / _CONFIG), Held.of(held)), held
 
 
 def weights(folder: Path) -> list[Path]:
-    """Return the files of weights in a folder, one or the shards that its index names; they lie in the folder itself.
+    """Return the file of weights in a folder, or the shards that its index names.
 
     Raises:
-        CheckpointError: there are none, the index is damaged, or names what lies elsewhere.
+        CheckpointError: there are none, the index is damaged, or it names files outside of the folder.
     """
     single, index = (folder / name for name in _WEIGHTS)
     if (folder / _ADAPTER).exists():
-        raise CheckpointError(
-            f"{folder} holds an adapter ({_ADAPTER}), which would change the model. Merge it into the model first."
-        )
+        raise CheckpointError(f"{folder} holds an adapter ({_ADAPTER}). Merge it into the model first.")
     parts = next(folder.glob(_PARTS_OF_PROCESSES), None)
     if parts is not None:
         raise CheckpointError(
-            f"{folder} holds the parts of several processes ({parts.name}). Save the model whole: save_pretrained."
+            f"{folder} holds one part per process ({parts.name}). Save the whole model: save_pretrained."
         )
     if single.is_file() or not index.is_file():
         return safe_weights(folder, (_WEIGHTS[0],))
     shards = read_object(index, CheckpointError, "Fetch or write it again.").get("weight_map")
     if not isinstance(shards, dict) or not shards or not all(isinstance(name, str) for name in shards.values()):
-        raise CheckpointError(
-            f"{index} should say which file holds which tensor (weight_map). Fetch or write it again."
-        )
+        raise CheckpointError(f"{index} should map tensors to files (weight_map). Fetch or write it again.")
     names = sorted(set(shards.values()))
     outside = next((name for name in names if not _FILE_NAME.fullmatch(name)), None)
     if outside is not None:
-        raise CheckpointError(f"{index} names {shortened(outside)}, and may name files of its own folder alone.")
+        raise CheckpointError(f"{index} names {shortened(outside)}, which is not a file in its folder.")
     return [own_file(folder / name, folder) for name in names]
 
 
 def architectures(folder: Path, config: Mapping[str, Any]) -> list[str]:
-    """Return the names of the classes that a folder's config.json says it was saved by; none if it says none.
+    """Return the class names in a folder's config.json, possibly none.
 
     Raises:
         CheckpointError: they are no list of names.
@@ -255,7 +250,7 @@ def architectures(folder: Path, config: Mapping[str, Any]) -> list[str]:
 def _class_of(
     folder: Path, config: Mapping[str, Any], kind: str | type[PreTrainedModel] | None, *, strict: bool
 ) -> type[PreTrainedModel]:
-    """Return the class to build: the one that is asked for, if config.json speaks of it, else the one that it names."""
+    """Return the class to build: the requested one, which config.json must support, or the one that it names."""
     named = architectures(folder, config)
     found = kind
     if not isinstance(found, type):
@@ -274,15 +269,15 @@ def _class_of(
     elif config.get("model_type") != expected:
         wrong = f"holds a model of type {shortened(config.get('model_type'))}"
     if wrong:
-        message = f"{folder} {wrong}, and was to be loaded as {found.__name__} (of type {expected!r})."
+        message = f"{folder} {wrong}; {found.__name__} (of type {expected!r}) was asked for."
         if strict:
-            raise CheckpointError(f"{message} Load it as what it is, or fetch it again.")
+            raise CheckpointError(f"{message} Load it as its own class, or fetch it again.")
         warnings.warn(message, stacklevel=4)
     return found
 
 
 def _config_class(kind: type[PreTrainedModel], config: Mapping[str, Any]) -> type[Any]:
-    """Return the class of a model's configurations; transformers builds some models of others' configurations, too."""
+    """Return the configuration class of a model; transformers builds some models from those of others."""
     named = config.get("model_type")
     pairs = (value for name, value in vars(modeling_auto).items() if name.endswith("_MAPPING_NAMES"))
     if isinstance(named, str) and named in CONFIG_MAPPING:
@@ -295,11 +290,11 @@ def _config_class(kind: type[PreTrainedModel], config: Mapping[str, Any]) -> typ
 
 
 def _check_sizes(kind: type[PreTrainedModel], config: Any, held: Mapping[str, Tensor], folder: Path) -> None:
-    """Refuse a configuration that asks for far more than the weights hold, before anything of its size is allocated.
+    """Refuse a configuration of a far larger model than the weights, before memory is allocated.
 
-    What is missing, or of another shape, is found when they are read: their names are not always the model's.
+    Missing tensors and other shapes are found on loading, since names in the file may differ from the model's.
     """
-    model: Any = outline(lambda: kind(copy.deepcopy(config)), len(held), str(folder))
+    model: Any = meta_model(lambda: kind(copy.deepcopy(config)), len(held), str(folder))
     record = getattr(config, "quantization_config", None)
     if record is not None:
         cut_as_recorded(model, UpopConfig(**_record(record)))
@@ -310,8 +305,8 @@ def _check_sizes(kind: type[PreTrainedModel], config: Any, held: Mapping[str, Te
     if asked > AT_MOST * numbers + BESIDE:
         name, value = max(tensors.items(), key=lambda each: each[1].numel())
         raise CheckpointError(
-            f"{folder} does not fit {kind.__name__}: {_CONFIG} describes {asked:,} numbers ({name} has shape "
-            f"{tuple(value.shape)}), and the weights hold {numbers:,}. Fetch or write it again."
+            f"{folder} does not fit {kind.__name__}: {_CONFIG} describes {asked:,} elements ({name} has shape "
+            f"{tuple(value.shape)}), and the weights have {numbers:,}. Fetch or write it again."
         )
 
 
@@ -320,7 +315,7 @@ def _check_loaded(
 ) -> None:
     """Refuse weights that are missing, unexpected, of another shape or not finite.
 
-    transformers knows which are tied, and which of those that older versions saved are computed now.
+    transformers knows which are tied, and which ones of older versions it no longer needs.
     """
     problems = [f"missing {name}" for name in sorted(info["missing_keys"])]
     problems += [f"unknown {name}" for name in sorted(info["unexpected_keys"])]
@@ -344,12 +339,12 @@ def _check_loaded(
 
 @contextmanager
 def _explained(folder: Path, kind: type[PreTrainedModel]) -> Iterator[None]:
-    """Make whatever transformers raises while it loads a folder a CheckpointError."""
+    """Turn whatever transformers raises on loading into a CheckpointError."""
     try:
         yield
     except UPopError:
         raise
-    except Exception as error:  # whatever it meets: OSError, RuntimeError, ValueError, SafetensorError
+    except Exception as error:  # OSError, RuntimeError, ValueError, SafetensorError
         reason = " ".join(str(error).split())[:300]
         raise CheckpointError(
             f"{folder} cannot be loaded as {kind.__name__}: {reason} Was it saved by this class, and is it whole?"

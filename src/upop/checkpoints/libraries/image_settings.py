@@ -1,7 +1,7 @@
-"""How other libraries write down what their models are fed with, read into the names of our settings.
+"""Reads the image preparation that other libraries record, under the names of upop's settings.
 
-Each function returns those of image_size, mean, std, interpolation, resize and crop_ratio that are said; values that
-cannot be are refused later, where settings are checked.
+Each function returns those of image_size, mean, std, interpolation, resize and crop_ratio that the library states.
+Invalid values are refused later, when settings are validated.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ from upop.errors import CheckpointError
 from upop.reading import read_object
 
 _NESTED, _ALONE = "processor_config.json", "preprocessor_config.json"
-_PILLOW = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")  # by Pillow's numbers
+_PILLOW = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")  # indexed by Pillow's numbers
 _TIMM_MODES = {"center": "crop", "squash": "squash", "border": "pad"}
 _OPEN_CLIP_MODES = {"shortest": "crop", "squash": "squash", "longest": "pad"}
 _ADVICE = "Fetch or write it again."
 
 
 def from_transformers(folder: Path) -> dict[str, Any]:
-    """Return what the image processor in a folder of transformers says; nothing where there is none.
+    """Return the settings of the image processor in a folder of transformers; none without a processor.
 
     Raises:
-        CheckpointError: the file is damaged, or asks for what upop does not do.
+        CheckpointError: the file is damaged, or asks for a preparation that upop does not have.
     """
     nested, alone = folder / _NESTED, folder / _ALONE
     if nested.is_file():
@@ -37,7 +37,7 @@ def from_transformers(folder: Path) -> dict[str, Any]:
 
 
 def from_timm(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a model of timm says, in its `pretrained_cfg`."""
+    """Return the settings in timm's `pretrained_cfg`."""
     found = {
         "image_size": _side(config.get("input_size")),
         "mean": config.get("mean"),
@@ -50,7 +50,7 @@ def from_timm(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def from_open_clip(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a model of open_clip says, in its `preprocess_cfg`; what is not there has open_clip's own default."""
+    """Return the settings in open_clip's `preprocess_cfg`, with open_clip's defaults for missing ones."""
     found = {
         "image_size": _side(config.get("size")),
         "mean": config.get("mean"),
@@ -62,7 +62,7 @@ def from_open_clip(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _from_processor(config: Mapping[str, Any], file: Path) -> dict[str, Any]:
-    """Return what an image processor of transformers does: resize, cut out the middle, scale, normalise."""
+    """Return the settings of an image processor of transformers: resize, centre crop, rescale, normalise."""
     try:
         return {**_geometry(config, file), **_colours(config)}
     except (TypeError, ValueError, IndexError, ZeroDivisionError) as error:
@@ -87,8 +87,8 @@ def _geometry(config: Mapping[str, Any], file: Path) -> dict[str, Any]:
         inner = _square(crop, file) if isinstance(crop, Mapping) else int(crop)
         if inner > side:
             raise CheckpointError(
-                f"{file} cuts {inner} pixels out of images of {side}, which adds a border; upop does not. Set "
-                "image_size, resize and crop_ratio (--set) to what the model is to see."
+                f"{file} crops {inner} pixels from images of {side}, which adds a border; upop does not. Set "
+                "image_size, resize and crop_ratio (--set)."
             )
         return {**found, "image_size": inner, "crop_ratio": inner / side}
     return {**found, "image_size": int(side), "crop_ratio": 1.0}
@@ -98,7 +98,7 @@ def _colours(config: Mapping[str, Any]) -> dict[str, Any]:
     mean, std = config.get("image_mean"), config.get("image_std")
     if config.get("do_normalize") is False:
         mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
-    # Images are scaled to 0 to 1 here, and by that factor there.
+    # upop scales images to [0, 1], the processor by this factor.
     factor = 255 * (float(config.get("rescale_factor", 1 / 255)) if config.get("do_rescale") is not False else 1.0)
     if abs(factor - 1) < 1e-6:
         factor = 1.0
@@ -114,14 +114,13 @@ def _square(size: Mapping[str, Any], file: Path) -> int:
     height, width = size.get("height"), size.get("width")
     if height != width or not isinstance(height, int):
         raise CheckpointError(
-            f"{file} makes images of {dict(size)}; upop takes squares. Set image_size and resize (--set) to what the "
-            "model is to see."
+            f"{file} asks for images of {dict(size)}; upop takes squares. Set image_size and resize (--set)."
         )
     return height
 
 
 def _side(size: Any) -> Any:
-    """Return the side of a square, of (3, side, side), (side, side) or side; None for what is none."""
+    """Return the side of a square given as (3, side, side), (side, side) or side; None for anything else."""
     if isinstance(size, (list, tuple)):
         return size[-1] if len(size) >= 2 and size[-1] == size[-2] else None
     return size

@@ -1,6 +1,7 @@
-"""open_clip's models: they do not know their names, so what builds their dense form is read off their modules.
+"""Describes open_clip models, which do not know their names, by arguments that are read off their modules.
 
-What was read is tried: a model built from it must have the same modules, settings and shapes, or nothing is recorded.
+A model that is built from these arguments must have the same modules, settings and shapes; otherwise nothing is
+recorded.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from upop.checkpoints.files.description import MOST_LAYERS, Read, read_from
 from upop.checkpoints.fitting.likeness import same_but_for_sizes
-from upop.checkpoints.fitting.meta import outline
+from upop.checkpoints.fitting.meta import meta_model
 from upop.checkpoints.libraries import timm_models
 from upop.checkpoints.libraries.outside import checked_config, is_timm_name, sealed
 from upop.errors import CheckpointError
@@ -26,18 +27,19 @@ from upop.values import shortened
 
 _KINDS = ("CLIP", "CustomTextCLIP")
 _WORD = r"^\w*$"
-_USUAL_EPS = 1e-5  # of open_clip's norms, where nothing else is said
+_USUAL_EPS = 1e-5  # default of open_clip's norms
 
 
 def describe(model: nn.Module, plan: Plan | None) -> dict[str, Any] | None:
-    """Return the class of an open_clip model and the arguments that build its dense form, or None.
-
-    None is returned for models of other classes, and where the arguments cannot be told for sure: what they build is
-    compared with the model, module by module.
+    """Return the class of an open_clip model and the arguments that build its dense form.
 
     Args:
         model: any model, dense or compressed.
-        plan: how it was compressed, if that is known.
+        plan: its plan, if known.
+
+    Returns:
+        None for models of other classes, and if the arguments cannot be inferred: the model that they build is
+        compared with it, module by module.
     """
     kind = _kind(model)
     if type(model).__module__ != "open_clip.model" or kind not in _KINDS:
@@ -45,8 +47,8 @@ def describe(model: nn.Module, plan: Plan | None) -> dict[str, Any] | None:
     preprocess = getattr(model.visual, "preprocess_cfg", None)
     try:
         arguments = _Reader(model, plan).arguments()
-        built = outline(lambda: _build(kind, arguments, preprocess))
-    except Exception:  # parts that were exchanged have none of what is read; open_clip checks in its own ways
+        built = meta_model(lambda: _build(kind, arguments, preprocess))
+    except Exception:  # parts that were replaced lack the attributes; open_clip raises errors of many kinds
         return None
     if not _masks_are_alike(model) or not same_but_for_sizes(model, built):
         return None
@@ -118,7 +120,7 @@ class _Text(_Blocks):
 
 
 class _Arguments(_Part):
-    """What `describe` writes, and `build` hands to open_clip: no names of other places, no flags that fetch weights."""
+    """The arguments that `describe` writes and `build` passes to open_clip: nothing that would download weights."""
 
     embed_dim: int = Field(ge=1)
     vision_cfg: _Vision
@@ -137,10 +139,10 @@ class _Described(Read):
 
 
 def build(description: Mapping[str, Any], source: str) -> nn.Module:
-    """Return the dense model that `describe` described, with initial weights.
+    """Return the dense model of a description by `describe`, with initial weights.
 
     Raises:
-        CheckpointError: open_clip is not installed, or this one has no such model or does not take its arguments.
+        CheckpointError: open_clip is not installed, lacks the model, or rejects its arguments.
     """
     try:
         import open_clip
@@ -153,15 +155,14 @@ def build(description: Mapping[str, Any], source: str) -> nn.Module:
     if described.kind not in _KINDS:
         raise CheckpointError(
             f"{source} holds open_clip's {shortened(described.kind)}; upop builds {' and '.join(_KINDS)}. Was it "
-            f"written "
-            "by a later upop? Update upop."
+            "written by a later upop? Update upop."
         )
     arguments = described.arguments.model_dump(exclude_unset=True)
     name, config = described.arguments.vision_cfg.timm_model_name, described.arguments.text_cfg.hf_config
     if name is not None and not is_timm_name(name):
         raise CheckpointError(
-            f"{source} asks for the timm_model_name {shortened(name)}, which is no model that timm builds by itself. "
-            "Nothing is fetched for a folder."
+            f"{source} asks for the timm_model_name {shortened(name)}, which timm does not build by itself. Nothing is "
+            "downloaded for a folder."
         )
     if config is not None:
         arguments["text_cfg"]["hf_config"] = _text_config(config, source)
@@ -176,15 +177,15 @@ def build(description: Mapping[str, Any], source: str) -> nn.Module:
 
 
 def _text_config(config: Mapping[str, Any], source: str) -> dict[str, Any]:
-    """Return the configuration of a text tower of transformers, one of those that open_clip takes."""
+    """Return the configuration of a transformers text tower, of a model type that open_clip accepts."""
     from open_clip.hf_configs import arch_dict
 
     wrong = [name for name in ("auto_map", "quantization_config") if config.get(name) is not None]
     if config.get("model_type") not in arch_dict or wrong:
         asked = f"{wrong[0]}={shortened(config[wrong[0]])}" if wrong else shortened(config.get("model_type"))
         raise CheckpointError(
-            f"{source} asks for a text tower with {asked}, and open_clip takes the transformers models "
-            f"{', '.join(arch_dict)}, from their own classes. Nothing else is built for a folder."
+            f"{source} asks for a text tower with {asked}. open_clip accepts the transformers models "
+            f"{', '.join(arch_dict)}, and only their own classes are built."
         )
     return checked_config(config, source)
 
@@ -192,33 +193,33 @@ def _text_config(config: Mapping[str, Any], source: str) -> dict[str, Any]:
 def _build(kind: str, arguments: Mapping[str, Any], preprocess: Any) -> nn.Module:
     from open_clip import model as clip
 
-    settings = json.loads(json.dumps(arguments))  # a copy: open_clip keeps what it is given
+    settings = json.loads(json.dumps(arguments))  # a copy, since open_clip stores its arguments
     vision, text = settings.pop("vision_cfg"), settings.pop("text_cfg")
     for name in ("image_size", "patch_size"):
         if isinstance(vision.get(name), list):
             vision[name] = tuple(vision[name])
-    if torch.get_default_device().type == "meta":  # fixed ones are computed, at any size, before they are put there
+    if torch.get_default_device().type == "meta":  # fixed ones are computed in memory, at any size
         vision.pop("pos_embed_type", None)
     precision = settings.pop("cast_dtype", None)
     settings["cast_dtype"] = getattr(torch, precision) if precision else None
     with tempfile.TemporaryDirectory() as folder, sealed():
-        if "hf_config" in text:  # open_clip reads the configuration of such a tower from a folder, or from the hub
+        if "hf_config" in text:  # open_clip reads it from a folder, or from the hub
             (Path(folder) / "config.json").write_text(json.dumps(text.pop("hf_config")))
             text["hf_model_name"] = folder
         built: nn.Module = getattr(clip, kind)(
             vision_cfg=clip.CLIPVisionCfg(**vision), text_cfg=clip.CLIPTextCfg(**text), **settings
         )
     if preprocess:
-        clip.set_model_preprocess_cfg(built, preprocess)  # how images are to be prepared, as `create_model` notes it
+        clip.set_model_preprocess_cfg(built, preprocess)  # as `create_model` does
     return built
 
 
 class _Reader:
-    """Reads the arguments of `CLIP` and `CustomTextCLIP` off a model, dense or compressed."""
+    """Reads the arguments of `CLIP` and `CustomTextCLIP` from the modules of a model, dense or compressed."""
 
     def __init__(self, model: Any, plan: Plan | None) -> None:
         self._model, self._plan = model, plan
-        # CLIP takes the parts of its text tower over; CustomTextCLIP keeps the tower.
+        # CLIP holds the parts of its text tower itself; CustomTextCLIP has it as a module.
         self._text = getattr(model, "text", model)
         self._text_name = "text." if self._text is not model else ""
 
@@ -261,7 +262,7 @@ class _Reader:
                 else {"attn_pooler_queries": pooler.query.shape[0], "attn_pooler_heads": pooler.attn.num_heads}
             ),
             "no_ln_pre": isinstance(visual.ln_pre, nn.Identity),
-            # Fixed positions are saved and read with the weights, and only have to stay fixed.
+            # Fixed positions are saved with the weights, and only have to remain fixed.
             "pos_embed_type": "sin_cos_2d" if _is_fixed(visual) else "learnable",
             "final_ln_after_pool": visual.final_ln_after_pool,
             "pool_type": visual.pool_type,
@@ -323,7 +324,7 @@ class _Reader:
 
         text = self._text
         config = text.config.to_dict()
-        config.pop("quantization_config", None)  # says how it was compressed; the dense one is built
+        config.pop("quantization_config", None)  # the record of the cut; the dense tower is built
         kinds: Mapping[str, Callable[..., Any]] = _POOLERS
         pooler = next(name for name, kind in kinds.items() if type(text.pooler) is kind)
         projections = {"Identity": None, "Linear": "linear", "Sequential": "mlp"}
@@ -351,7 +352,7 @@ class _Reader:
         }
 
     def _heads(self, transformer: Any, prefix: str) -> int:
-        """Return the heads of the dense attentions: of those whose heads were cut, as many as the plan says."""
+        """Return the number of heads of the dense attentions, from the plan if heads were pruned."""
         name, planned = f"{prefix}transformer.resblocks.0.attn", self._plan
         group = {} if planned is None else planned.slices.get(name, {})
         if planned is not None and group.get("entry") == "head":
@@ -359,7 +360,7 @@ class _Reader:
         return int(transformer.resblocks[0].attn.num_heads)
 
     def _hidden(self, transformer: Any, prefix: str) -> int:
-        """Return the hidden size of the dense MLPs; where it is not known, one from which all can be cut."""
+        """Return the hidden size of the dense MLPs; if unknown, the largest present one, from which all can be cut."""
         planned = self._plan.sizes if self._plan is not None else {}
         sizes = [block.mlp.c_fc.out_features for block in transformer.resblocks]
         names = [f"{prefix}transformer.resblocks.{place}.mlp" for place in range(len(sizes))]
@@ -382,13 +383,13 @@ _CUSTOM: Mapping[str, Callable[[Any], bool]] = {
 
 
 def _pooling(trunk: Any) -> str:
-    """Return how a model of timm pools its tokens; some keep that in their head."""
+    """Return the pooling of a timm model, which some models store in their head."""
     pool = trunk.global_pool if hasattr(trunk, "global_pool") else trunk.head.global_pool
     return str(getattr(pool, "pool_type", pool))
 
 
 def _one(pair: Any) -> Any:
-    """Return the one number of a square, or both."""
+    """Return the side of a square, or both sides of a rectangle."""
     height, width = pair
     return height if height == width else [height, width]
 
@@ -402,7 +403,7 @@ def _starts(module: nn.Module, part: str, kind: str) -> bool:
 
 
 def _masks_are_alike(model: nn.Module) -> bool:
-    """Whether the masks of texts, which are not saved, are those that open_clip makes."""
+    """Whether the causal masks, which are not saved, are those of open_clip."""
     masks = [value for name, value in model.named_buffers() if name.rpartition(".")[2] == "attn_mask"]
     return all(torch.equal(mask.float().cpu(), _causal(mask)) for mask in masks)
 
@@ -412,5 +413,5 @@ def _causal(mask: Tensor) -> Tensor:
 
 
 def _kind(module: Any) -> str:
-    """Return the name of a module's class, as it was before a cut gave it another one."""
+    """Return the name of a module's class, or of the class that a cut replaced."""
     return str(getattr(type(module), "uncut_class", type(module)).__name__)

@@ -1,7 +1,7 @@
-"""What a folder from outside may make happen: nothing is fetched, nobody is asked, only the libraries' own code runs.
+"""Limits on what a folder can cause: no download, no prompt, and no code but that of the installed libraries.
 
-Descriptions of models (`config.json`, `upop.json`) are checked before anything is built from them. `sealed` is the
-second lock, for what a library may do that no check here thought of.
+Descriptions of models (`config.json`, `upop.json`) are checked before a model is built from them. `sealed` is a second
+barrier, for what a library may do in spite of these checks.
 """
 
 from __future__ import annotations
@@ -24,8 +24,7 @@ from upop.values import shortened
 QUANTIZED_HERE = "upop"
 """The `quant_method` of compressed models."""
 
-# Where the code of a model lies, where it came from, which kernels are fetched for it: of no use to one that builds its
-# own classes from what lies in the folder.
+# Locations of code, origins, and kernels to download: not needed to build the libraries' own classes from a folder.
 _LEFT_OUT = {
     "auto_map",
     "_name_or_path",
@@ -40,12 +39,12 @@ _LEFT_OUT = {
     "fusion_config",
     "distributed_config",
 }
-# Numbers of layers, of which each has a tensor, and of labels and the like, of which each has a number of its own; but
-# some models have the same layer many times over.
+# Numbers of layers, each of which has a tensor, and of labels and the like, each of which has an element. Models that
+# repeat one layer may have more, hence _ALWAYS.
 _LAYERS = re.compile(r"layers?$|^depths?$|^(num|n)_\w*(layer|block|stage)")
 _ENTRIES = re.compile(r"^(num|n)_\w*(label|head|expert|class|channel)")
 _ALWAYS = 2**12
-# Models that compute a table of positions number by number, whatever it is put into, and what says how long it is.
+# Models that compute a table of positions in memory even on the meta device, and the fields that set its length.
 _TABLES = {
     "autoformer",
     "distilbert",
@@ -92,9 +91,9 @@ _before: tuple[bool, int] = (False, 0)
 
 @contextmanager
 def sealed() -> Iterator[None]:
-    """Keep the libraries from fetching anything, and from asking whether code of a folder may run, in this block.
+    """Keep libraries from downloading, and from asking whether code in a folder may run, within the block.
 
-    These are settings of the process: other threads cannot fetch anything from the hub meanwhile.
+    The settings are those of the process: other threads cannot download from the hub meanwhile.
     """
     global _inside, _before
     import huggingface_hub.constants as hub
@@ -115,10 +114,7 @@ def sealed() -> Iterator[None]:
 
 
 def _code() -> Any:
-    """Return the module of transformers that asks whether code may run; beside timm alone, one that is asked nothing.
-
-    Without transformers there is none of its code to run.
-    """
+    """Return the module of transformers that asks whether code may run; a stand-in if transformers is not installed."""
     try:
         import transformers.dynamic_module_utils
     except ModuleNotFoundError:
@@ -128,7 +124,7 @@ def _code() -> Any:
 
 @dataclass(frozen=True)
 class Held:
-    """How much the weights of a folder are: the number of tensors, of the numbers in them, and their longest axis."""
+    """Size of the weights of a folder: number of tensors, number of elements, and longest axis."""
 
     tensors: int
     numbers: int
@@ -136,7 +132,7 @@ class Held:
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor]) -> Held:
-        """Look at tensors, with or without their content."""
+        """Measure tensors, possibly on the meta device."""
         shapes = [value.shape for value in tensors.values()]
         return cls(
             len(shapes), sum(map(math.prod, shapes)), max((max(shape, default=0) for shape in shapes), default=0)
@@ -144,16 +140,16 @@ class Held:
 
 
 def checked_config(config: Mapping[str, Any], source: str, held: Held | None = None) -> dict[str, Any]:
-    """Return what a transformers configuration may say of a model, without names of code and of other places.
+    """Return a transformers configuration without fields that name code or other locations.
 
     Args:
-        config: as `config.json` has it.
-        source: where it stands, for messages.
-        held: what the weights hold; there cannot be more layers or labels than that.
+        config: the content of `config.json`.
+        source: its origin, for messages.
+        held: size of the weights, which bounds the numbers of layers and labels.
 
     Raises:
-        CheckpointError: it asks for weights or a model of another place, for a quantization that upop does not read,
-            or for more than the weights hold.
+        CheckpointError: the configuration names weights or a model elsewhere, a quantization that upop does not read,
+            or sizes beyond the weights.
     """
     if held is not None and any(config.get("model_type") == kind for kind in _TABLES):
         for name, value in config.items():
@@ -163,7 +159,7 @@ def checked_config(config: Mapping[str, Any], source: str, held: Held | None = N
 
 
 def is_timm_name(name: object) -> bool:
-    """Whether this is the name of a model that timm builds by itself: no folder, no name on the hub."""
+    """Whether this names a model that timm builds by itself, rather than a folder or a hub model."""
     if not isinstance(name, str) or not _TIMM_NAME.fullmatch(name) or installed_version("timm") is None:
         return False
     import timm
@@ -193,13 +189,12 @@ def _checked(name: str, value: Any, source: str, held: Held | None) -> Any:
         )
     if name in ("backbone", "architecture", "timm_model_name") and value is not None and not is_timm_name(value):
         raise CheckpointError(
-            f"{source} asks for the {name} {shortened(value)}, which is no model that timm "
-            f"{installed_version('timm')} builds by itself. Nothing is fetched for a folder: give one that "
-            "describes its backbone (backbone_config)."
+            f"{source} asks for the {name} {shortened(value)}, which timm {installed_version('timm')} does not build "
+            "by itself. Nothing is downloaded for a folder: give one that describes its backbone (backbone_config)."
         )
     if name == "transformers_weights" and value is not None:
         raise CheckpointError(
-            f"{source} names other weights, {shortened(value)}. Give a folder with model.safetensors."
+            f"{source} names weights elsewhere, {shortened(value)}. Give a folder with model.safetensors."
         )
     if held is not None and (_LAYERS.search(name) or _ENTRIES.search(name)):
         most = held.tensors if _LAYERS.search(name) else held.numbers
@@ -220,6 +215,6 @@ def _check_timm_arguments(arguments: Mapping[str, Any], source: str) -> None:
     unknown = [name for name in arguments if name not in _TIMM_ARGUMENTS]
     if unknown:
         raise CheckpointError(
-            f"{source} has model_args with {unknown[0]}={shortened(arguments[unknown[0]])}, which upop does not hand "
-            f"to timm. It hands on {', '.join(sorted(_TIMM_ARGUMENTS))}."
+            f"{source} has model_args with {unknown[0]}={shortened(arguments[unknown[0]])}, which upop does not pass "
+            f"to timm. It passes {', '.join(sorted(_TIMM_ARGUMENTS))}."
         )

@@ -1,4 +1,4 @@
-"""timm's models by name: what `timm.create_model` needs to build a model's dense form again."""
+"""Describes a timm model by the name and arguments with which `timm.create_model` builds its dense form."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import nn
 
 from upop.checkpoints.files.description import MOST_LAYERS, Read, read_from
 from upop.checkpoints.fitting.likeness import same_but_for_sizes
-from upop.checkpoints.fitting.meta import outline
+from upop.checkpoints.fitting.meta import meta_model
 from upop.checkpoints.libraries.outside import is_timm_name, sealed
 from upop.errors import CheckpointError, nearest
 from upop.pruning import Plan
@@ -19,7 +19,7 @@ from upop.pruning.known import know_as, remembered
 from upop.pruning.width import streams_among
 from upop.values import shortened
 
-# Argument of create_model -> where a model keeps it; models that keep it elsewhere do not have it changed.
+# Argument of create_model -> how to read it from a model. Models that store it elsewhere keep the default.
 _ARGUMENTS: Mapping[str, Callable[[Any], Any]] = {
     "num_classes": lambda model: model.num_classes,
     "in_chans": lambda model: model.patch_embed.proj.in_channels,
@@ -41,14 +41,15 @@ _ARGUMENTS: Mapping[str, Callable[[Any], Any]] = {
 
 
 def describe(model: nn.Module, plan: Plan | None) -> dict[str, Any] | None:
-    """Return the name and the arguments with which `timm.create_model` builds the dense form of a model, or None.
-
-    None is returned for models that were not made by name, and where the arguments cannot be told for sure: what they
-    build is compared with the model, module by module.
+    """Return the name and arguments with which `timm.create_model` builds the dense form of a model.
 
     Args:
         model: any model, dense or compressed.
-        plan: how it was compressed, if that is known.
+        plan: its plan, if known.
+
+    Returns:
+        None for a model that was not built by name, or whose arguments cannot be inferred: the model that they build
+        is compared with it, module by module.
     """
     described = named(model, plan)
     if described is None:
@@ -63,13 +64,13 @@ def describe(model: nn.Module, plan: Plan | None) -> dict[str, Any] | None:
 
 
 def named(model: nn.Module, plan: Plan | None) -> tuple[str, dict[str, Any]] | None:
-    """Return the name of a model of timm, and the arguments that seem to build its dense form; None for others."""
+    """Return the name of a timm model and the inferred arguments of its dense form; None for other models."""
     settings = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None)
     name = settings.get("architecture") if isinstance(settings, Mapping) else getattr(settings, "architecture", None)
     if not isinstance(name, str) or not timm.is_model(name) or type(model).__module__.partition(".")[0] != "timm":
         return None
     reference = _build(name, {})
-    if type(model) is not type(reference):  # as a backbone is (features_only), whose parts have other names
+    if type(model) is not type(reference):  # a backbone (features_only), for example, has other names
         return None
     arguments = {}
     for argument, read in _ARGUMENTS.items():
@@ -77,7 +78,7 @@ def named(model: nn.Module, plan: Plan | None) -> tuple[str, dict[str, Any]] | N
         if mine != usual:
             arguments[argument] = mine
     if "mlp_ratio" in arguments:
-        # A compressed model's own hidden size is no dense one; any that is large enough will do.
+        # The hidden size of a compressed model is not the dense one; any that is large enough will do.
         hidden = max(_hidden_sizes(model, plan), default=0)
         usual = max(_hidden_sizes(reference, None), default=0)
         if hidden <= usual and "embed_dim" not in arguments:
@@ -88,12 +89,12 @@ def named(model: nn.Module, plan: Plan | None) -> tuple[str, dict[str, Any]] | N
 
 
 def hub_config(model: nn.Module, name: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Return config.json in timm's own form, by which `timm.create_model("local-dir:FOLDER", pretrained=True)` builds.
+    """Return timm's config.json, which `timm.create_model("local-dir:FOLDER", pretrained=True)` reads.
 
     Args:
-        model: that the arguments build, with its weights beside.
-        name: of the architecture.
-        arguments: of `timm.create_model`.
+        model: the model that the arguments build.
+        name: the name of the architecture.
+        arguments: arguments of `timm.create_model`.
     """
     settings: Any = model.pretrained_cfg
     described = dict(settings if isinstance(settings, Mapping) else settings.to_dict())
@@ -126,7 +127,7 @@ def hub_config(model: nn.Module, name: str, arguments: Mapping[str, Any]) -> dic
 
 
 class _Arguments(Read):
-    """What `describe` writes, and `build` hands to timm: sizes and switches of the model's own class, and no more."""
+    """The arguments that `describe` writes and `build` passes to timm: sizes and switches of the class alone."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -154,10 +155,10 @@ class _Described(Read):
 
 
 def build(description: Mapping[str, Any], source: str) -> nn.Module:
-    """Return the dense model that `describe` described, with initial weights.
+    """Return the dense model of a description by `describe`, with initial weights.
 
     Raises:
-        CheckpointError: this timm has no such model, or does not take its arguments.
+        CheckpointError: the installed timm has no such model, or rejects its arguments.
     """
     with read_from(source, "timm"):
         described = _Described.model_validate(description)
@@ -166,8 +167,7 @@ def build(description: Mapping[str, Any], source: str) -> nn.Module:
     if unknown:
         raise CheckpointError(
             f"{source} asks for {name} with {unknown[0]}={shortened(described.arguments[unknown[0]])}, which upop does "
-            f"not "
-            "set. Was it written by a later upop? Update upop."
+            "not set. Was it written by a later upop? Update upop."
         )
     arguments = checked_arguments(described.arguments, source, "timm.arguments")
     try:
@@ -181,7 +181,7 @@ def build(description: Mapping[str, Any], source: str) -> nn.Module:
 
 
 def checked_name(name: Any, source: str) -> str:
-    """Return the name of a model of timm that a file gives; CheckpointError where this timm has no such model."""
+    """Return a model name from a file; CheckpointError if the installed timm has no such model."""
     if not isinstance(name, str) or not is_timm_name(name):
         raise CheckpointError(
             f"{source} holds timm's {shortened(name)}, which timm {timm.__version__} does not have"
@@ -192,10 +192,10 @@ def checked_name(name: Any, source: str) -> str:
 
 
 def checked_arguments(arguments: Any, source: str, part: str) -> dict[str, Any]:
-    """Return the arguments of timm that `build` knows, from what a file says of them.
+    """Return those arguments from a file that `build` passes to timm.
 
     Raises:
-        CheckpointError: they are no mapping, or a value is of another kind.
+        CheckpointError: they are no mapping, or a value has the wrong type.
     """
     if not isinstance(arguments, Mapping):
         raise CheckpointError(f"{source} is damaged: {part} should be an object, found {shortened(arguments)}.")
@@ -205,13 +205,13 @@ def checked_arguments(arguments: Any, source: str, part: str) -> dict[str, Any]:
 
 
 def usual(name: str, argument: str) -> Any:
-    """Return the value of an argument with which timm builds a model if it is not given; None where that is unknown."""
+    """Return timm's default of an argument for a model; None if unknown."""
     reference = _build(name, {})
     return None if reference is None or argument not in _ARGUMENTS else _read(_ARGUMENTS[argument], reference)
 
 
 def drop_path_rate(model: nn.Module) -> float | None:
-    """Return the rate at which a model of timm drops the paths of its last block; None if it keeps none."""
+    """Return the drop path rate of the last block of a timm model; None if it has none."""
     rate = _read(_ARGUMENTS["drop_path_rate"], model)
     return None if rate is None else float(rate)
 
@@ -225,8 +225,8 @@ def _read(read: Callable[[Any], Any], model: nn.Module) -> Any:
 
 def _build(name: str, arguments: Mapping[str, Any]) -> Any:
     try:
-        return outline(lambda: timm.create_model(name, pretrained=False, **arguments))
-    except Exception:  # each model checks its arguments in its own way; then it is not built by name
+        return meta_model(lambda: timm.create_model(name, pretrained=False, **arguments))
+    except Exception:  # each model checks its arguments in its own way
         return None
 
 

@@ -53,7 +53,7 @@ _PACKED = re.compile(r"(.*\.)attn\.in_proj_(weight|bias)")
 _SPLIT = re.compile(r"(.*\.self_attn\.)([qkv])_proj\.(weight|bias)")
 _GROUP = re.compile(r"(.*resblocks\.\d+)(\.attn)?")
 
-# Numbers beside the weights: sizes in OpenAI's own files, positions in older ones of transformers.
+# Entries that are no weights: sizes in OpenAI's files, position ids in older ones of transformers.
 _NO_WEIGHTS = re.compile(r"input_resolution|context_length|vocab_size|(text|vision)_model\.embeddings\.position_ids")
 
 

@@ -1,7 +1,7 @@
 """Converts between models of upop and classes of transformers: configurations and tensor names, one row per model.
 
-BLIP's vision transformer comes from timm in upop; its text models come from transformers in both, with equal names.
-Momentum copies and queues, for training only, exist only in upop.
+Upop's BLIP takes its vision transformer from timm; the text models are those of transformers, with the same names.
+Momentum encoders and queues serve training, and exist only in upop.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Counterpart:
         sizes: configuration of transformers -> fields of upop's.
         export: tensors of upop -> tensors of transformers.
         read: tensors of transformers -> tensors of upop.
-        same: setting of transformers' configuration (dotted) -> the value that upop's model assumes.
+        same: dotted field of transformers' configuration -> the value that upop's model assumes.
     """
 
     model: str
@@ -72,10 +72,10 @@ def counterpart_of(model: str | None, name: str) -> Counterpart:
 
 
 def check_counterpart(row: Counterpart, config: Any) -> None:
-    """Refuse a configuration of transformers that asks for what our model does not compute.
+    """Check that upop's model computes what a configuration of transformers asks for.
 
     Raises:
-        CheckpointError: it does; the message names the setting.
+        CheckpointError: it does not; the message names the field.
     """
     for path, expected in row.same.items():
         found = config
@@ -84,7 +84,7 @@ def check_counterpart(row: Counterpart, config: Any) -> None:
         if found != expected:
             raise CheckpointError(
                 f"This {row.kind} has {path}={found!r}, and upop's {row.model} computes with {expected!r}. "
-                "Compress it as the transformers model that it is (upop.Pruner)."
+                "Compress the transformers model itself (upop.Compression)."
             )
 
 
@@ -97,9 +97,9 @@ def counterpart_named(kind: str) -> Counterpart:
     row = next((row for row in COUNTERPARTS if row.kind == kind), None)
     if row is None:
         raise CheckpointError(
-            f"A {kind} of transformers is none of upop's own models; these are "
-            f"{', '.join(row.kind for row in COUNTERPARTS)}. It needs no conversion: compress it as it is "
-            "(upop.Pruner), and save it with upop.save or save_pretrained."
+            f"A {kind} of transformers has no counterpart among upop's own models; these have: "
+            f"{', '.join(row.kind for row in COUNTERPARTS)}. It needs no conversion: compress the model itself "
+            "(upop.Compression), and save it with upop.save or save_pretrained."
         )
     return row
 
@@ -125,7 +125,7 @@ _BLIP_TENSORS = {
     },
 }
 _POSITION_IDS = re.compile(r"text_(encoder|decoder\.bert)\.embeddings\.position_ids")
-# What only training needs: momentum copies, queues, and the temperature, which transformers' BLIP does not keep.
+# For training only: momentum encoders, queues, and the temperature, which transformers' BLIP does not store.
 _TRAINING = re.compile(r"(visual_encoder|vision_proj|text_encoder|text_proj|\w+_(model|projection))_m\..*|\w+_queue")
 
 
@@ -164,7 +164,7 @@ def _blip_config(config: Any) -> Any:
         "attention_probs_dropout_prob": config.dropout,
         "pad_token_id": 0,
         "bos_token_id": config.vocab_size - 2,
-        "eos_token_id": 2,  # never generated: the library looks at sep_token_id
+        "eos_token_id": 2,  # never generated: the library stops at sep_token_id
         "sep_token_id": min(_SEP_ID, config.vocab_size - 1),
         "is_decoder": True,
         "label_smoothing": LABEL_SMOOTHING,
@@ -185,7 +185,7 @@ def _blip_config(config: Any) -> Any:
 def _vqa_config(config: Any) -> Any:
     if config.text_width != config.vision_width:
         raise CheckpointError(
-            "transformers has no class for this BlipVqa: its BlipForQuestionAnswering wants texts as wide as images, "
+            "transformers has no class for this BlipVqa: its BlipForQuestionAnswering needs texts as wide as images, "
             f"and text_width is {config.text_width}, vision_width {config.vision_width}. Keep it as a folder of upop, "
             "or as a published checkpoint."
         )
@@ -212,12 +212,12 @@ def _retrieval_sizes(config: Any) -> dict[str, Any]:
 
 def _retrieval_read(state: State) -> dict[str, Tensor]:
     ours = _blip_read(state)
-    # The temperature moves the contrastive loss alone; it starts where the published training starts it.
+    # The temperature affects only the contrastive loss, and has the initial value of the published training.
     return {**with_copies(ours, BlipRetrieval.momentum_encoders), "temp": torch.tensor(0.07)}
 
 
 def with_copies(state: State, momentum_encoders: Mapping[str, str]) -> dict[str, Tensor]:
-    """Add missing momentum copies, equal to the originals, to the tensors."""
+    """Add the tensors of missing momentum encoders, equal to the originals."""
     copies = {
         momentum_encoder + key.removeprefix(name): value
         for name, momentum_encoder in momentum_encoders.items()

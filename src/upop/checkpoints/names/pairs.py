@@ -1,15 +1,15 @@
-"""Names of tensors in two libraries: whole names, and names within the blocks of a tower, as pairs of strings."""
+"""Renames tensors between two libraries by pairs of prefixes, for whole names and for names within numbered blocks."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
 Pairs = tuple[tuple[str, str], ...]
-"""(name there, name here), or the beginnings of names."""
+"""(old, new) names or prefixes."""
 
 
 def replaced(name: str, pairs: Iterable[tuple[str, str]]) -> str:
-    """Return the name with its beginning replaced, by the first pair that has it."""
+    """Replace the prefix of a name by the first pair that matches."""
     for old, new in pairs:
         if name.startswith(old):
             return new + name.removeprefix(old)
@@ -17,7 +17,7 @@ def replaced(name: str, pairs: Iterable[tuple[str, str]]) -> str:
 
 
 def in_block(name: str, blocks: Iterable[tuple[str, str]], parts: Iterable[tuple[str, str]]) -> str:
-    """Return the name with the beginning replaced that leads to a numbered block, and what follows the number."""
+    """Replace the prefix of a name up to a numbered block, and the part after the number."""
     for old, new in blocks:
         if name.startswith(old):
             number, _, part = name.removeprefix(old).partition(".")
@@ -26,5 +26,5 @@ def in_block(name: str, blocks: Iterable[tuple[str, str]], parts: Iterable[tuple
 
 
 def turned(pairs: Iterable[tuple[str, str]]) -> Pairs:
-    """Return the pairs for the other direction."""
+    """Return the pairs of the opposite direction."""
     return tuple((new, old) for old, new in pairs)

@@ -1,4 +1,4 @@
-"""timm's vision transformer and transformers' ViT (or DeiT, with a distillation token): names and configurations."""
+"""Converts vision transformers between timm and transformers (ViT, or DeiT with a distillation token)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from upop.models.classifier import architecture_sizes
 State = Mapping[str, Tensor]
 
 SAME = {"hidden_act": "gelu"}
-"""What timm's classifiers have built in."""
+"""Settings of transformers that timm's classifiers assume."""
 
 _DISTILLED = "dist_token"
 _PARTS: Pairs = (
@@ -27,7 +27,7 @@ _PARTS: Pairs = (
 
 
 def _tensors(base: str) -> dict[str, str]:
-    """timm's names -> transformers', outside the blocks."""
+    """Return timm's names -> transformers' names, outside the blocks."""
     distilled = base == "deit"
     head = "cls_classifier" if distilled else "classifier"
     names = {
@@ -47,7 +47,7 @@ def _tensors(base: str) -> dict[str, str]:
 
 
 def export(state: State) -> dict[str, Tensor]:
-    """Return the tensors of a classifier of timm's names under those of transformers."""
+    """Rename the tensors of a classifier from timm to transformers, and split packed q, k and v."""
     base = "deit" if _DISTILLED in state else "vit"
     names, blocks = _tensors(base), (("blocks.", f"{base}.layers."),)
     result: dict[str, Tensor] = {}
@@ -62,7 +62,7 @@ def export(state: State) -> dict[str, Tensor]:
 
 
 def read(state: State) -> dict[str, Tensor]:
-    """Return the tensors of transformers' names under those of timm: the inverse of `export`, to the last bit."""
+    """Rename the tensors of a classifier from transformers to timm: the exact inverse of `export`."""
     base = "deit" if any(key.startswith("deit.") for key in state) else "vit"
     names = {theirs: ours for ours, theirs in _tensors(base).items()}
     blocks, parts = ((f"{base}.layers.", "blocks."),), turned(_PARTS)
@@ -96,7 +96,7 @@ def config(ours: Any) -> Any:
 
 
 def sizes(theirs: Any) -> dict[str, Any]:
-    """Return the fields of ClassifierConfig that transformers' configuration tells."""
+    """Return the fields of ClassifierConfig that a transformers configuration determines."""
     distilled = theirs.model_type == "deit"
     return {
         "architecture": "deit_small_distilled_patch16_224" if distilled else "deit_small_patch16_224",

@@ -92,7 +92,7 @@ def vqa_sizes(state: State) -> dict[str, Any]:
 
 
 def vqa_start(state: State) -> dict[str, Tensor]:
-    """Leave out the decoder's projections of another width: with ViT-L, a pre-trained one looked at the image."""
+    """Drop cross-attention projections of another width: with ViT-L, the pre-trained decoder attended to the image."""
     state = with_one_branch(state)
     widths = {value.shape[1] for key, value in state.items() if key == f"{_DECODER}.word_embeddings.weight"}
     return {key: value for key, value in state.items() if not DECODER_CROSS.fullmatch(key) or value.shape[1] in widths}
@@ -107,5 +107,5 @@ def retrieval_sizes(state: State) -> dict[str, Any]:
 
 
 def with_new_queues(state: State, config: RetrievalConfig) -> dict[str, Tensor]:
-    """Resize positions; start queues afresh that are missing or have another size."""
+    """Resize position embeddings; initialise queues that are missing or have another size."""
     return with_queues(resized_positions(state, config), config)

@@ -55,7 +55,7 @@ def clip_sizes(state: State) -> dict[str, Any]:
 
 
 def clip_complete(state: State, config: ClipConfig) -> dict[str, Tensor]:
-    """Add what plain CLIP lacks: momentum copies, equal to the originals, and new queues."""
+    """Add momentum encoders, equal to the originals, and new queues, which plain CLIP lacks."""
     state = _clip_named(state)
     state = with_copies(state, ClipRetrieval.momentum_encoders)
     tokens = 1 + (config.image_size // config.patch_size) ** 2
@@ -82,14 +82,14 @@ def crossget_state(state: State, config: CrossGetConfig) -> dict[str, Tensor]:
     has = any(name in state for name in _CROSS.values())
     if config.cross and not has:
         raise CheckpointError(
-            "The checkpoint has no cross tokens (visual.transformer.cross_image, transformer.cross_text), by which its "
-            "image and text tokens are to be merged. Evaluate it with --reduce none, or train it first with "
+            "The checkpoint has no cross tokens (visual.transformer.cross_image, transformer.cross_text), which "
+            "merging of image and text tokens needs. Evaluate it with --reduce none, or train it first with "
             "--reduce ours, where they start at zero."
         )
     if has and not config.cross:
         raise CheckpointError(
-            "The checkpoint has cross tokens, and was asked for without them: its features would be others. Use "
-            "--reduce ours with the --rv and --rl that it was trained with."
+            "The checkpoint has cross tokens, without which its features change. Use --reduce ours with the --rv and "
+            "--rl that it was trained with."
         )
     key, side = _CLIP_POSITIONS.format("vision", ""), config.image_size // config.patch_size
     return {**state, key: resize_positions(state[key].unsqueeze(0), 1 + side**2).squeeze(0)}

@@ -1,4 +1,4 @@
-"""The tasks that have published checkpoints, a row each: how their tensors become a model of upop."""
+"""How published checkpoints become models of upop: one row per task."""
 
 from __future__ import annotations
 
@@ -48,18 +48,18 @@ from upop.values import problems
 
 @dataclass(frozen=True)
 class Official:
-    """How a task's published checkpoints become a model.
+    """How the published checkpoints of a task become a model.
 
     Attributes:
         config: class of the model's configuration.
-        model: makes the model from it.
-        read_config: reads the configuration off a checkpoint's shapes; KeyError names a tensor that is missing.
-        adapt: makes the tensors of a checkpoint those of the model (names, sizes of positions and queues).
-        start: does so before, for a checkpoint of another task that a model is fine-tuned from.
-        may_start_afresh: says which of the model's keys such a checkpoint may lack.
-        fixed_scale: says of which groups the published code keeps the dense softmax scale after compression.
-        export: makes the tensors of a model those of a published checkpoint.
-        implied: what overrides say of sizes beside themselves.
+        model: builds the model from its configuration.
+        read_config: infers the configuration from the shapes of a checkpoint; KeyError names a missing tensor.
+        adapt: converts the tensors of a checkpoint to those of the model: names, sizes of positions and queues.
+        start: converts those of another task's checkpoint beforehand, to fine-tune from it.
+        may_start_afresh: whether such a checkpoint may lack a key of the model.
+        fixed_scale: whether the published code keeps the dense softmax scale of a compressed group.
+        export: converts the tensors of a model to those of a published checkpoint.
+        implied: sizes that follow from overrides.
     """
 
     config: type[Any]
@@ -82,13 +82,13 @@ def build_model(
     library_scale: bool = False,
     strict: bool = True,
 ) -> nn.Module:
-    """Return the model that tensors of a published checkpoint are of, in evaluation mode.
+    """Build the model of a published checkpoint from its tensors, in evaluation mode.
 
     Args:
-        task: as `row_of` takes it.
-        tensors: under the names of the published checkpoint.
+        task: the name of the task, or of its model.
+        tensors: tensors under the published names.
         source: their origin, for messages.
-        sizes: fields of the model's configuration that the shapes do not tell.
+        sizes: fields of the model's configuration that the shapes do not determine.
         library_scale: whether attention divides by the square root of the kept head_dim, as transformers, timm and
             open_clip do. The published ViT keeps dividing by that of the dense one.
         strict: False warns of misfits; missing weights keep their initial values.
@@ -107,10 +107,10 @@ def build_model(
 
 
 def task_of(state: State, source: str) -> str:
-    """Return the task whose model has tensors of these names.
+    """Infer the task of a checkpoint from its tensor names.
 
     Raises:
-        CheckpointError: no task's has.
+        CheckpointError: they fit no task.
     """
     names = set(state)
     towers = {name.partition(".")[0] for name in names}
@@ -124,10 +124,10 @@ def task_of(state: State, source: str) -> str:
 
 
 def task_for(model: nn.Module) -> str:
-    """Return the task whose published checkpoints hold such models.
+    """Return the task whose published checkpoints hold models like this one.
 
     Raises:
-        CheckpointError: it is none of upop's own models.
+        CheckpointError: it is not one of upop's own models.
     """
     task = task_of_config(type(getattr(model, "config", None)))
     if task is None:
@@ -138,11 +138,11 @@ def task_for(model: nn.Module) -> str:
 
 
 def task_of_config(config: type[Any]) -> str | None:
-    """Return the task whose model has a configuration of this class; None if none has."""
+    """Return the task whose model has this configuration class, or None."""
     return next((task for task, row in _TASKS.items() if row.config is config), None)
 
 
-# Names of tensors or of whole modules by which a task's model is known; the first that fits counts.
+# Names of tensors or modules that identify a task's model; the first match counts.
 _TELLING = {
     "nlvr": ("visual_encoder", "text_encoder", "cls_head"),
     "retrieval": ("visual_encoder", "text_encoder", "itm_head"),
@@ -156,7 +156,7 @@ _TELLING = {
 
 
 def task_named(task: str) -> str:
-    """Return the name of a task, which may be asked for by that of its model ("deit", "clip").
+    """Return the name of a task, given that name or the name of its model ("deit", "clip").
 
     Raises:
         SettingError: the task is unknown.
@@ -169,7 +169,7 @@ def task_named(task: str) -> str:
 
 
 def row_of(task: str) -> Official:
-    """Return how a task's published checkpoints become a model; SettingError where the task is unknown."""
+    """Return the row of a task, given as for `task_named`."""
     return _TASKS[task_named(task)]
 
 
@@ -192,7 +192,7 @@ def _config(row: Official, state: State, source: str, overrides: Mapping[str, An
 
 
 _NEW_FOR_RETRIEVAL = ("vision_proj", "text_proj", "itm_head", "temp")
-# A model's name, where a task's checkpoints are known by it.
+# Names of models by which the checkpoints of a task are known.
 _ALIASES = {
     "clip": "retrieval-clip",
     "crossget": "retrieval-crossget",

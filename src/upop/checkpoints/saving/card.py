@@ -23,11 +23,11 @@ from upop.reading import read_object
 
 FILE = "README.md"
 _MEANING = re.compile(r"[\\`*\[\]|~$]|(?<!\w)_|_(?!\w)")
-"""What Markdown takes for more than letters; an underscore within a word is a letter."""
+"""Characters that Markdown interprets; an underscore within a word is a letter."""
 _KINDS = {"attention": "attention", "mlp": "MLP", "residual": "residual stream"}
 SERVERS = "vLLM, SGLang, TensorRT-LLM, llama.cpp, MLX"
 Row = tuple[str, str, str]
-"""What runs it, whether, and how."""
+"""Program, whether it runs the model, and how."""
 _PAPER = """\
 ```bibtex
 @InProceedings{pmlr-v202-shi23e,
@@ -122,7 +122,7 @@ def card(
 def _front_matter(description: Mapping[str, Any], base: str | None, story: Story | None) -> str:
     libraries = [name for name in ("timm", "transformers", "open_clip") if description.get(name)]
     data = {
-        # The library whose own functions load the folder; timm's do not read smaller layers.
+        # The library whose own functions load the folder; timm does not load layers that differ in size.
         "library_name": "transformers" if description["transformers"] else "upop",
         "tags": [*dict.fromkeys(["upop", "pruning", "compression", *([story.task] if story else []), *libraries])],
         "base_model": base if base is not None and is_hub_name(base) else None,
@@ -140,7 +140,7 @@ def _opening(description: Mapping[str, Any], kind: str, base: str | None, story:
     architecture = f" (timm's {_code(timm['architecture'])})" if timm else ""
     by_weight = _settings(description).get("method") == "magnitude"
     how = "by one cut of the smallest weights" if by_weight else "with unified and progressive pruning"
-    known = by_weight or "interval" in _settings(description)  # else the indices came from elsewhere
+    known = by_weight or "interval" in _settings(description)  # otherwise the kept channels came from elsewhere
     method = f", {how}" if known else ""
     return (
         f"A compressed {_code(kind)}{architecture}{task}{made}{method}. "
@@ -156,7 +156,7 @@ def _made(description: Mapping[str, Any], base: str | None, parameters: int | No
     if "ratio" in settings:
         facts["share of the prunable cost removed"] = f"{settings['ratio']:g}"
     if "target" in settings:
-        facts["what was to be left of the whole model"] = _cell(str(settings["target"]))
+        facts["target for the whole model"] = _cell(str(settings["target"]))
     if "reached" in settings:
         facts["left of the whole model"] = _cell(format_reached(settings))
     if "cost" in settings and "target" not in settings:
@@ -172,7 +172,7 @@ def _made(description: Mapping[str, Any], base: str | None, parameters: int | No
         facts |= {name: _code(value) for name, value in story.facts.items()}
     lines = [f"- {name}: {value}" for name, value in facts.items()]
     command = _block(story.command) if story is not None and story.command else ""
-    # Everything is in upop.json, whatever is known of it here.
+    # upop.json holds the plan in any case.
     lines.append("- which channels every layer keeps: the plan in `upop.json`")
     return "\n".join(lines) + (f"\n\n{command}" if command else "")
 
@@ -180,7 +180,7 @@ def _made(description: Mapping[str, Any], base: str | None, parameters: int | No
 def _kept(layout: Mapping[str, Mapping[str, Any]]) -> str:
     groups = [group for group in layout.values() if group["of"] is not None]
     if not groups:
-        return "Which channels of the dense model were kept was not noted when it was cut."
+        return "The dense sizes were not recorded when the model was cut."
     modalities = list(dict.fromkeys(group["modality"] for group in groups))
     kinds = [kind for kind in _KINDS if any(group["kind"] == kind for group in groups)]
 
@@ -193,8 +193,8 @@ def _kept(layout: Mapping[str, Mapping[str, Any]]) -> str:
     rows = [[_cell(modality), *(share(modality, kind) for _, kind in columns)] for modality in modalities]
     if len(modalities) > 1:
         rows.append(["all", *(share(None, kind) for _, kind in columns)])
-    streams = ", channels of residual streams" if "residual" in kinds else ""
-    return f"Attention dimensions and MLP neurons{streams}, of those of the dense model:\n\n" + _table(
+    streams = " and channels of residual streams" if "residual" in kinds else ""
+    return f"Share of the dense model's attention dimensions and MLP neurons{streams}:\n\n" + _table(
         ["modality", *(title for title, _ in columns)], rows
     )
 
@@ -227,10 +227,10 @@ def _loading(description: Mapping[str, Any], kind: str, story: Story | None) -> 
 
 
 def runtimes(description: Mapping[str, Any]) -> Sequence[Row]:
-    """Return where the model of a folder that `upop.save` wrote runs.
+    """Return which programs run the model of a folder of `upop.save`.
 
     Args:
-        description: what `upop.json` says.
+        description: the content of `upop.json`.
     """
     plain = bool(description.get("plain"))
     how = "`upop export FOLDER --to onnx`, `--to openvino` or `--to torch-export`"

@@ -1,4 +1,4 @@
-"""Writing the folder format of upop: weights as safetensors, everything else as JSON, no pickles.
+"""Writes the folder format of upop: weights as safetensors, everything else as JSON, no pickles.
 
 The folder of a transformers model is also valid for transformers: `from_pretrained` and `pipeline` read it.
 """
@@ -21,7 +21,7 @@ from upop.checkpoints.files.description import FORMAT, WEIGHTS, digests
 from upop.checkpoints.files.hub import is_hub_name
 from upop.checkpoints.files.weights import write_weights
 from upop.checkpoints.fitting.carried import VOCABULARY, preparation_of
-from upop.checkpoints.fitting.meta import outline
+from upop.checkpoints.fitting.meta import meta_model
 from upop.checkpoints.fitting.recorded_groups import groups_of
 from upop.checkpoints.fitting.sizes import plan_for, sizes_before
 from upop.checkpoints.saving import card
@@ -85,11 +85,11 @@ def save(
             groups = groups_here(model, plan)
         elif fewer is not None:
             warnings.warn(f"Layers of which nothing is left stay in the file: {fewer}.", stacklevel=2)
-    told, plan = plan, _still_true(plan, groups, model)
+    given, plan = plan, _still_true(plan, groups, model)
     kind = kind_of(model)
     _refuse_meta(model)
     _warn_masked(model, groups)
-    dense = _dense_sizes(model, groups, told)
+    dense = _dense_sizes(model, groups, given)
     in_transformers = is_pretrained(model) and _is_its_own(model)
     plain = in_transformers and _mark(model) and plan is not None
     built = _dense_form(model if kind is None and not in_transformers else None, plan)
@@ -103,7 +103,7 @@ def save(
         **built,
         "plain": plain or in_timm is not None,
         "layout": {group.name: _group(group, dense.get(group.name)) for group in groups},
-        "units": _written(model, groups, {} if plain else dense, None if plain else told),
+        "units": _written(model, groups, {} if plain else dense, None if plain else given),
         "plan": json.loads((plan if plain else replace(plan, slices={})).to_json()) if plan is not None else None,
         "preparation": preparation_of(model),
         "tokens": removed_tokens(model),
@@ -129,7 +129,7 @@ def save(
 
 
 def _card(model: nn.Module, description: dict[str, Any]) -> str:
-    # Momentum copies, which training alone needs, are none of what the model is.
+    # Momentum encoders serve training alone, and are no part of the deployed model.
     whole = None if momentum_encoders(model) else count_parameters(model)
     source = getattr(model, "name_or_path", None)
     on_hub = source if isinstance(source, str) and is_hub_name(source) else None
@@ -189,17 +189,17 @@ def groups_here(model: nn.Module, plan: Plan | None) -> tuple[Group, ...]:
     """Return the groups of a model, including those of its plan, since copies are not traced."""
     try:
         found = find_prunable(model)
-    except LayoutError:  # it cannot be run by itself, and is saved all the same
+    except LayoutError:  # it cannot be traced, and is saved all the same
         found = Prunable((), ())
     kept = {} if plan is None else plan.kept
-    told = {} if plan is None else {name: _told(model, plan.slices, name) for name in plan.slices}
-    true = {name: each for name, each in told.items() if each is not None and each.size == len(kept.get(name, ()))}
-    told_axes = {axis for each in true.values() for axis in _axes(each)}
-    # Where a cut left as many heads as dimensions, sizes do not tell which of them a channel is; the plan does.
+    planned = {} if plan is None else {name: _planned(model, plan.slices, name) for name in plan.slices}
+    true = {name: each for name, each in planned.items() if each is not None and each.size == len(kept.get(name, ()))}
+    planned_axes = {axis for each in true.values() for axis in _axes(each)}
+    # After a cut to as many heads as dimensions, only the plan says which of the two a channel is.
     groups = tuple(
         true[group.name] if group.name in true and _kind(true[group.name]) != _kind(group) else group
         for group in found.groups
-        if group.name in true or not told_axes.intersection(_axes(group))  # read anew, it may have another name
+        if group.name in true or not planned_axes.intersection(_axes(group))  # traced anew, it may be renamed
     )
     names = {group.name for group in groups}
     groups += tuple(each for name, each in true.items() if name not in names)
@@ -213,11 +213,11 @@ def _still_true(plan: Plan | None, groups: Sequence[Group], model: nn.Module) ->
     if plan is None:
         return None
     left = plan_for(plan, groups)
-    pruned = [name for name in plan.kept if name not in left.kept]
-    if pruned:
+    lost = [name for name in plan.kept if name not in left.kept]
+    if lost:
         warnings.warn(
-            f"The plan of this {type(model).__name__} names groups that it does not have, or not with as many "
-            f"channels: {some_of(pruned)}. Were layers dropped after it was cut? The plan is saved without them.",
+            f"The plan of this {type(model).__name__} names groups that it lacks, or that have another size: "
+            f"{some_of(lost)}. Were layers dropped after the cut? The plan is saved without them.",
             stacklevel=3,
         )
     return left
@@ -228,8 +228,8 @@ def _warn_masked(model: nn.Module, groups: Sequence[Group]) -> None:
         refuse_masked(model, list(groups))
     except LayoutError:
         warnings.warn(
-            f"{type(model).__name__} is still masked, and masks are not saved: what is written is the model in full "
-            "size. Call the Pruner's shrink() first, or save its state_dict() too.",
+            f"{type(model).__name__} is still masked, and masks are not saved: the dense model is written. Call the "
+            "Pruner's shrink() first, or save its state_dict() too.",
             stacklevel=3,
         )
 
@@ -242,8 +242,7 @@ def _is_its_own(model: PreTrainedModel) -> bool:
     if why is not None:
         warnings.warn(
             f"{type(model).__name__} is not what its configuration builds ({why}), so from_pretrained could not load "
-            "it again. It is written for upop.load_into(model, folder), where model is built as it was before it was "
-            "compressed.",
+            "it again. It is written for upop.load_into(model, folder) with the dense model.",
             stacklevel=3,
         )
     return why is None
@@ -255,7 +254,7 @@ def _dense_sizes(model: nn.Module, groups: Sequence[Group], plan: Plan | None) -
     if kind is None:
         return plan.sizes if plan is not None else {}
     build, _ = MODELS[kind]
-    return sizes_before(groups, outline(lambda: build(model.config)))
+    return sizes_before(groups, meta_model(lambda: build(model.config)))
 
 
 def _group(group: Group, dense: int | None) -> dict[str, Any]:
@@ -265,23 +264,23 @@ def _group(group: Group, dense: int | None) -> dict[str, Any]:
 def _written(model: nn.Module, groups: Sequence[Group], dense: Mapping[str, int], plan: Plan | None) -> dict[str, Any]:
     """Return group -> its slices as JSON, where known.
 
-    If layers were dropped after the cut, others have taken their names: entries of the plan apply to them if they fit
-    their tensors. For a name outside the plan, it is unknown whether the layer was cut.
+    If layers were dropped after the cut, others now have their names: records of the plan apply if they fit the
+    tensors. For a name outside the plan, it is unknown whether the layer was cut.
     """
     known = {} if plan is None else dict(plan.slices)
     if plan is not None and len(plan_for(plan, groups)) < len(plan):
-        fitting = {group.name for group in groups if _told(model, known, group.name) is not None}
+        fitting = {group.name for group in groups if _planned(model, known, group.name) is not None}
         known = {name: content for name, content in known.items() if name in fitting}
         groups = [group for group in groups if group.name in fitting]
     for group in groups:
-        # What lies between a group's rows may have been cut, too: then only the plan knows how it was before.
+        # Channels of other groups between the rows may have been cut too; then only the plan knows the dense form.
         if group.name not in known and not any(part.gaps for part in group.slices):
             known[group.name] = as_json(replace(group, size=dense.get(group.name) or group.size))
     return {group.name: known[group.name] for group in groups if known.get(group.name) is not None}
 
 
-def _told(model: nn.Module, described: Mapping[str, Any], name: str) -> Group | None:
-    """Return a group of a plan at its size in a model; None if it does not fit."""
+def _planned(model: nn.Module, described: Mapping[str, Any], name: str) -> Group | None:
+    """Return a group of a plan at its present size in a model; None if it does not fit."""
     try:
         found = groups_of(model, {name: described[name]}) if name in described else None
     except ValueError:

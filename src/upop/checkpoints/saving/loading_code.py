@@ -1,8 +1,8 @@
-"""Code in a folder by which programs that may run it import upop, and so can load a model whose layers differ.
+"""Writes a module beside the weights by which `--trust_remote_code` loads a model whose layers differ in size.
 
-transformers reads such a model once upop is imported. A program that people start by a command of its own (lm-eval, for
-one) imports no upop, but has a flag that lets transformers run a folder's code: `--trust_remote_code`. That code is one
-module here, which imports upop and reads the configuration as transformers does. Without the flag it is not run.
+transformers loads such a model once upop is imported. Programs such as lm-eval do not import upop, but have a flag that
+lets transformers run code from the folder. The module imports upop and reads the configuration as transformers does.
+Without the flag it never runs.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ class Config:
 
 
 def write_code(model: Any, folder: Path) -> None:
-    """Write the module beside the weights of a model of transformers, and name it in config.json.
+    """Write the module beside the weights of a transformers model, and name it in config.json.
 
-    A configuration of another library's class, or one that names code already, is left as it is.
+    Nothing is written for a configuration class of another library, or if the configuration names code already.
 
     Args:
-        model: whose `save_pretrained` wrote the folder.
-        folder: that is being written.
+        model: the model whose `save_pretrained` wrote the folder.
+        folder: the folder.
     """
     kind = type(model.config)
     content = read_config(folder)
@@ -52,6 +52,6 @@ def write_code(model: Any, folder: Path) -> None:
 
 
 def forget_code(config: Any) -> None:
-    """Take the name of the module out of a configuration that was read: what it is written to next may lack it."""
+    """Remove the name of the module from a loaded configuration: the next folder may not hold it."""
     if getattr(config, "auto_map", None) == _NAMED:
         del config.auto_map

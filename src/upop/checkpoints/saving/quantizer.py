@@ -1,8 +1,8 @@
-"""transformers reloads compressed models by itself: their configuration says what every layer keeps.
+"""Lets transformers load compressed models by itself: their configuration records how much every group keeps.
 
-transformers lets a library register a `quant_method`, and asks it to reshape a model before the weights are read.
-Ours makes layers smaller and quantizes nothing. It is registered when upop is imported; from then on `from_pretrained`
-(of any class, in `pipeline` too), `save_pretrained` and `push_to_hub` work on compressed models as on others.
+transformers lets a library register a `quant_method`, which reshapes a model before its weights are loaded. Upop's
+makes layers smaller and quantizes nothing. It is registered when upop is imported; from then on `from_pretrained` of
+any class, `pipeline`, `save_pretrained` and `push_to_hub` work on compressed models as on any other.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from upop.checkpoints.configs.plain import alike, become_plain
 from upop.checkpoints.files.weights import shared_tensors
 from upop.checkpoints.fitting.fit import kept_sizes, listed
 from upop.checkpoints.fitting.likeness import cut_shapes
-from upop.checkpoints.fitting.meta import outline
+from upop.checkpoints.fitting.meta import meta_model
 from upop.checkpoints.fitting.recorded_groups import groups_today, outermost, placed
 from upop.checkpoints.fitting.sizes import Sizes, dense_meta_copy, resize, sizes_from_json, sizes_of
 from upop.checkpoints.saving.loading_code import forget_code
@@ -44,8 +44,8 @@ from upop.pruning.written import as_json, renamed
 METHOD = "upop"
 _FORMAT = 1
 _ORDINARY = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-_LOADED = "_is_hf_initialized"  # what transformers notes on parameters that it has read, or tied to such
-_ALIGNMENT = 64  # bytes; where torch puts fresh tensors
+_LOADED = "_is_hf_initialized"  # set by transformers on parameters that were loaded, or tied to such
+_ALIGNMENT = 64  # bytes; that of tensors that torch allocates
 
 
 _gaps: ContextVar[bool] = ContextVar("gaps", default=False)
@@ -53,7 +53,7 @@ _gaps: ContextVar[bool] = ContextVar("gaps", default=False)
 
 @contextmanager
 def allowing_gaps() -> Iterator[None]:
-    """Let compressed models be loaded in this block whose weights are not all there; who loads them says so."""
+    """Allow compressed models with missing weights to be loaded within the block; the caller reports them."""
     before = _gaps.set(True)
     try:
         yield
@@ -62,13 +62,13 @@ def allowing_gaps() -> Iterator[None]:
 
 
 class UpopConfig(QuantizationConfigMixin):
-    """The part of a transformers configuration that says how much of every group a compressed model keeps.
+    """The record in a transformers configuration of how much every group of a compressed model keeps.
 
     Args:
-        kept: group -> [kept channels, channels of the dense model]; groups that lost none are left out.
-        groups: group -> all that a cut of it takes, as `upop.json` has it; older records have none.
-        format: of this record.
-        upop_version: that wrote it.
+        kept: group -> [kept channels, channels of the dense model], for pruned groups.
+        groups: group -> its JSON form, as in `upop.json`; older records have none.
+        format: version of the record.
+        upop_version: the version of upop that wrote it.
 
     Raises:
         CheckpointError: a later upop wrote it, or it is damaged.
@@ -92,14 +92,12 @@ class UpopConfig(QuantizationConfigMixin):
         self.upop_version = upop_version or upop.__version__
         self.kept = sizes_from_json(kept, "The model's quantization_config")
         if not isinstance(groups, Mapping | None):
-            raise CheckpointError(
-                "The model's quantization_config should say of every group how it is cut. Write it again."
-            )
+            raise CheckpointError("The model's quantization_config should describe every group. Write it again.")
         self.groups = dict(groups or {})
 
 
 class UpopQuantizer(HfQuantizer):
-    """Cuts the model that transformers has built from a configuration to the sizes that its weights have."""
+    """Cuts a model that transformers built from its configuration to the sizes of the saved weights."""
 
     requires_calibration = False
     quantization_config: UpopConfig
@@ -108,8 +106,8 @@ class UpopQuantizer(HfQuantizer):
         super().__init__(quantization_config, **kwargs)
         if not self.pre_quantized:
             raise SettingError(
-                "quantization_config of kind 'upop' was given for a model that is not compressed. It only says what a "
-                "compressed model keeps: compress with upop.Pruner, or cut with upop.shrink(model, plan)."
+                "A quantization_config of kind 'upop' was given for a model that is not compressed. It only records "
+                "what a compressed model keeps: compress with upop.Compression, or cut with upop.shrink(model, plan)."
             )
 
     def _process_model_before_weight_loading(self, model: Any, **_kwargs: Any) -> Any:
@@ -117,7 +115,7 @@ class UpopQuantizer(HfQuantizer):
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **_kwargs: Any) -> Any:
-        # It is an ordinary model with smaller layers: it may be cast, trained, compiled and quantized like any other.
+        # From here on it is an ordinary model: it can be cast, trained, compiled and quantized.
         if not _gaps.get():
             _refuse_gaps(model, self.quantization_config)
         record = self.quantization_config.to_dict()
@@ -141,7 +139,7 @@ class UpopQuantizer(HfQuantizer):
 
 
 def register() -> None:
-    """Make compressed models known to transformers, and cuts known to its models; again, it does nothing."""
+    """Register the quantizer with transformers, and `mark` with every cut; repeated calls do nothing."""
     keep_record(Record(refuse_quantized, mark))
     if METHOD not in AUTO_QUANTIZER_MAPPING:
         register_quantization_config(METHOD)(UpopConfig)
@@ -149,14 +147,14 @@ def register() -> None:
 
 
 def mark(model: nn.Module) -> None:
-    """Write into the configuration of every transformers model in `model` how much it keeps.
+    """Record in the configuration of every transformers model within `model` how much it keeps.
 
-    Where all layers of its towers keep equally many, and the configuration's own numbers can say it, they do: the model
-    is then an ordinary one of its class. Else the configuration gets a record, which transformers reads with upop.
-    Towers that have a configuration of their own get their own record, so that they can be saved and loaded alone.
-    A model that its configuration does not describe is left as it is, with a warning.
+    If all layers of each tower keep equally many channels, and fields of the configuration can express it, the model
+    becomes an ordinary one of its class. Otherwise the configuration gets a record, which transformers reads with upop.
+    Towers with a configuration of their own get their own record, so that they can be saved and loaded separately.
+    A model that its configuration does not describe is left unchanged, with a warning.
 
-    What is left in it of a quantization that was undone, as of weights that were read from a GGUF file, goes.
+    The record of an undone quantization, as of weights from a GGUF file, is removed.
 
     Raises:
         SettingError: the model is quantized by another method.
@@ -189,14 +187,14 @@ def mark(model: nn.Module) -> None:
 
 
 def _is_plain(model: PreTrainedModel, dense: nn.Module, sizes: Sizes) -> bool:
-    """Whether a cut model could be made an ordinary one of its class; it is then."""
+    """Make a cut model an ordinary one of its class, if possible; return whether it is now."""
     groups = find_prunable(dense).groups if sizes else ()
     kept = {name: size for name, (size, _) in sizes.items()}
     return bool(sizes) and alike(dense, groups, kept) and become_plain(model, dense, groups, kept) is None
 
 
 def recorded(config: Any) -> Sizes:
-    """Return what a transformers configuration says of the kept sizes; nothing if it describes a dense model.
+    """Return the kept sizes that a transformers configuration records; none for a dense model.
 
     Raises:
         CheckpointError: the record is damaged, or a later upop wrote it.
@@ -208,9 +206,9 @@ def recorded(config: Any) -> Sizes:
 
 
 def misfit(model: PreTrainedModel) -> str | None:
-    """Say why transformers could not load a model, dense or compressed, again; None if it can.
+    """Return why transformers could not load a model, dense or compressed, again; None if it can.
 
-    What its configuration builds must have all of its tensors, but for what is cut, and tie the same of them.
+    The model that its configuration builds must have the same tensors, except for cuts, and tie the same ones.
     """
     try:
         dense = dense_meta_copy(model)
@@ -221,35 +219,35 @@ def misfit(model: PreTrainedModel) -> str | None:
         return str(error) or type(error).__name__
     for name, value in mine.items():
         if name not in shapes:
-            return f"{name} is no part of it"
+            return f"the model that it builds has no {name}"
         if list(value.shape) != shapes[name]:
-            return f"{name} has shape {tuple(value.shape)}, it makes {tuple(shapes[name])}"
+            return f"{name} has shape {tuple(value.shape)}, that of the model that it builds {tuple(shapes[name])}"
     absent = next((name for name in dense.state_dict() if name not in mine), None)
     if absent is not None:
-        return f"it makes {absent}, which is not there; if layers were dropped, have model.config say how many are left"
+        return f"{absent} is missing; if layers were dropped, set their number in model.config"
     tied = getattr(model, "all_tied_weights_keys", None) or {}
     for name, first in shared_tensors(mine).items():
         if not {name, first} & {*tied, *tied.values()}:
-            return f"{name} is {first} here, and in it they are two"
+            return f"{name} and {first} are one tensor here, and two in the model that it builds"
     return None
 
 
 def refuse_quantized(model: nn.Module) -> None:
     """Raise a `SettingError` if a transformers model in `model` is quantized by another method.
 
-    Weights that were unpacked when they were read, as those of GGUF files are, are not: only the record is left.
+    Weights that were dequantized on loading, as those of GGUF files, do not count: only the record is left.
     """
     for name, part in outermost(model):
         method = _other_method(part)
         if method is not None and not _is_as_built(part):
             raise SettingError(
-                f"{name or type(part).__name__} has a quantization_config of kind {method!r}, and a "
-                "configuration holds one alone. Compress first, save, and quantize what was loaded."
+                f"{name or type(part).__name__} has a quantization_config of kind {method!r}, and a configuration can "
+                "hold only one. Compress first, save, and quantize the loaded model."
             )
 
 
 def _other_method(part: PreTrainedModel) -> str | None:
-    """Return the method that a model was quantized by, as its configuration or what it was read with says."""
+    """Return the quantization method in a model's configuration or loader; None if there is none, or it is upop's."""
     record = getattr(part.config, "quantization_config", None)
     if record is None:
         record = getattr(getattr(part, "hf_quantizer", None), "quantization_config", None)
@@ -258,9 +256,9 @@ def _other_method(part: PreTrainedModel) -> str | None:
 
 
 def _is_as_built(part: PreTrainedModel) -> bool:
-    """Whether a model, cut or not, has the modules that its class builds, and ordinary numbers in them."""
+    """Whether a model, cut or not, has the modules of its class with tensors of ordinary types."""
     kind: Any = true_class(part)
-    built: nn.Module = outline(lambda: kind(copy.deepcopy(part.config)))
+    built: nn.Module = meta_model(lambda: kind(copy.deepcopy(part.config)))
     expected, found = built.state_dict(), part.state_dict()
     return (
         [(name, true_class(module)) for name, module in part.named_modules()]
@@ -282,9 +280,9 @@ def _forget_quantization(part: PreTrainedModel) -> None:
 
 
 def _refuse_gaps(model: PreTrainedModel, record: UpopConfig) -> None:
-    """Refuse a compressed model with random numbers where its file has none.
+    """Refuse a compressed model with weights that its file lacks, and that would stay random.
 
-    A class that the file is not of may have a head of its own; the layers that were cut have to be there.
+    If the file is of another class, a head may be missing, but none of the layers that were cut.
     """
     marked = {name: bool(getattr(value, _LOADED, False)) for name, value in model.named_parameters()}
     missing = [name for name, loaded in marked.items() if not loaded] if any(marked.values()) else []
@@ -308,9 +306,9 @@ def _refuse_gaps(model: PreTrainedModel, record: UpopConfig) -> None:
 
 
 def _align(model: nn.Module) -> None:
-    """Copy weights that lie at odd places in memory, as odd sizes do in a mapped file, to where fresh ones would lie.
+    """Copy tensors of a mapped file that are not aligned in memory.
 
-    The processor's kernels depend on it: without this the last bits of the outputs differ from those that were saved.
+    CPU kernels depend on the alignment: otherwise the last bits of the outputs differ from those before saving.
     """
     for tensor in (*model.parameters(), *model.buffers()):
         if tensor.device.type == "cpu" and tensor.data_ptr() % _ALIGNMENT:
@@ -338,7 +336,7 @@ def _without(start: str) -> Callable[[str], str]:
 
 
 def _own_configs(whole: PreTrainedModel) -> Iterator[tuple[str, PreTrainedModel]]:
-    """Yield the transformers models inside `whole` whose configuration no other one has."""
+    """Yield the transformers models inside `whole` with a configuration of their own."""
     users: dict[int, list[tuple[str, PreTrainedModel]]] = {id(whole.config): [("", whole)]}
     for name, module in whole.named_modules():
         if name and isinstance(module, PreTrainedModel):
@@ -351,10 +349,10 @@ def _own_configs(whole: PreTrainedModel) -> Iterator[tuple[str, PreTrainedModel]
 
 
 def cut_as_recorded(model: PreTrainedModel, record: UpopConfig) -> None:
-    """Cut a dense model as its configuration says, and have the record name the groups as they are called in it.
+    """Cut a dense model as recorded, and rename the groups in the record to the model's names.
 
     Raises:
-        CheckpointError, PlanError: the record is damaged, or is of a model that this one is not.
+        CheckpointError, PlanError: the record is damaged, or belongs to another model.
     """
     groups = _placed(model, record)
     if groups is None:
@@ -366,9 +364,9 @@ def cut_as_recorded(model: PreTrainedModel, record: UpopConfig) -> None:
 
 
 def _placed(model: PreTrainedModel, record: UpopConfig) -> dict[str, dict[str, Any]] | None:
-    """Return group -> its JSON under the model's names, of what the model has; None where the record does not say it.
+    """Return group -> its JSON form under the model's names, for groups that it has; None if the record lacks them.
 
-    A model with a head names the groups of its base with a prefix, the base alone does not.
+    Names in a model with a head have a prefix that names in its base model lack.
     """
     prefix = f"{model.base_model_prefix}."
     found = {}
@@ -380,17 +378,17 @@ def _placed(model: PreTrainedModel, record: UpopConfig) -> dict[str, dict[str, A
             return None
         except (AttributeError, TypeError) as error:
             raise CheckpointError(
-                f"The model's quantization_config says of {name} what is no group ({error!r}). Write the model again."
+                f"The model's quantization_config does not describe the group {name} ({error!r}). Write it again."
             ) from None
         if here is not None:
             found[name] = here
         elif _belongs(model, name):
-            return None  # its modules have other names now
+            return None  # its modules were renamed
     return found
 
 
 def _named_as_in(model: PreTrainedModel, sizes: Sizes) -> Sizes:
-    """Return the sizes under the names that the groups have in `model`, a model with the same base or a part of it."""
+    """Return the sizes under the group names of `model`, which has the same base model or is a part of it."""
     groups = {group.name for group in find_prunable(model).groups}
     prefix = f"{model.base_model_prefix}."
     other = groups_today(model, [form for name in sizes for form in _forms(name, prefix)])
@@ -401,7 +399,7 @@ def _named_as_in(model: PreTrainedModel, sizes: Sizes) -> Sizes:
         if found is not None:
             named[found] = kept
         elif _belongs(model, name):
-            named[name] = kept  # no group, where one should be: `resize` says so
+            named[name] = kept  # no group where one should be; `resize` raises
     return named
 
 
@@ -410,10 +408,9 @@ def _forms(name: str, prefix: str) -> tuple[str, str, str]:
 
 
 def _belongs(model: PreTrainedModel, name: str) -> bool:
-    """Whether a group of this name should be in a model.
+    """Whether a model should have a group of this name.
 
-    It may be of a part that its class does not have, such as the decoder of a model for retrieval, or of a layer that
-    was dropped after the cut.
+    It need not if the class lacks that part, or if the layer was dropped after the cut.
     """
     forms = _forms(name, f"{model.base_model_prefix}.")
     near = next((form for form in forms if hasattr(model, form.partition(".")[0])), None)
@@ -421,7 +418,7 @@ def _belongs(model: PreTrainedModel, name: str) -> bool:
 
 
 def _is_dropped(model: nn.Module, name: str) -> bool:
-    """Whether a group's name leads to a layer beyond the end of its list."""
+    """Whether the name leads to a layer beyond the end of its list."""
     place: Any = model
     for part in name.split("."):
         if isinstance(place, nn.ModuleList) and part.isdigit() and int(part) >= len(place):
