@@ -18,9 +18,7 @@ import argparse
 import copy
 import io
 import json
-import statistics
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -33,7 +31,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import upop
-from real import minilm
+from real import median_ms, minilm
 from upop.files import write_json
 from upop.machine import machine
 
@@ -88,13 +86,8 @@ def milliseconds(model: nn.Module) -> float:
     """Return the median processor time of a sentence."""
     ids = torch.arange(1000, 1000 + _TOKENS)[None]
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    found = []
     with torch.no_grad():
-        for _ in range(_REPEATS):
-            begun = time.process_time()
-            model(**inputs)
-            found.append(1000 * (time.process_time() - begun))
-    return round(statistics.median(found), 2)
+        return round(median_ms(lambda: model(**inputs), _REPEATS), 2)
 
 
 def main() -> None:

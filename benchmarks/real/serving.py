@@ -18,10 +18,8 @@ import argparse
 import copy
 import json
 import os
-import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -33,7 +31,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import upop
-from real import smollm2
+from real import median_ms, smollm2
 from upop.checkpoints.export.plain_models import write_plain
 from upop.files import write_json
 from upop.machine import machine
@@ -153,19 +151,9 @@ def served(model: nn.Module, scored: Tensor, work: Path, *, whole: bool) -> dict
         "bytes": (folder / "model.onnx").stat().st_size,
         "perplexity": round(float(torch.stack(losses).mean().exp()), 2),
         "accuracy": round(100 * float(torch.stack(right).mean()), 2),
-        "prompt_ms": _median(lambda: run(prompt, empty)),
-        "token_ms": _median(lambda: run(scored[:1, _PROMPT : _PROMPT + 1], past)),
+        "prompt_ms": round(median_ms(lambda: run(prompt, empty), _REPEATS), 1),
+        "token_ms": round(median_ms(lambda: run(scored[:1, _PROMPT : _PROMPT + 1], past), _REPEATS), 1),
     }
-
-
-def _median(run: Callable[[], Any]) -> float:
-    """Return the median of a call in milliseconds of processor time: other processes do not count."""
-    found = []
-    for _ in range(_REPEATS):
-        begun = time.process_time()
-        run()
-        found.append(1000 * (time.process_time() - begun))
-    return round(statistics.median(found), 1)
 
 
 def main() -> None:

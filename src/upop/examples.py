@@ -8,10 +8,10 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from PIL import Image
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import AfterValidator, AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from upop.errors import DataError
 from upop.plain import plain
@@ -25,27 +25,34 @@ _QUALITY = 85
 _IMAGES = AliasChoices("images", "pictures")  # as files of earlier versions say it
 
 
+def _plain(text: Any) -> Any:
+    """Return a text that files and pages take: the name of a class may be a folder's, whose bytes may be anything."""
+    return plain(text) if isinstance(text, str) else text
+
+
+def _only_names(names: tuple[str, ...]) -> tuple[str, ...]:
+    for name in names:
+        # A folder may come from elsewhere, and a report must not show other files of this machine.
+        if Path(name).name != name or "\\" in name:
+            raise ValueError(f"images are named by files beside examples.json; found {name!r}")
+    return names
+
+
+Text = Annotated[str | None, BeforeValidator(_plain)]
+ImageFiles = Annotated[tuple[str, ...], AfterValidator(_only_names)]
+
+
 class Answer(BaseModel):
     """The true answer for a sample, or the answer of a model."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    text: str | None = Field(default=None, description="as people read it")
-    images: tuple[str, ...] = Field(
+    text: Text = Field(default=None, description="as people read it")
+    images: ImageFiles = Field(
         default=(), validation_alias=_IMAGES, description="files beside examples.json: what was found, or a map"
     )
-    note: str | None = Field(default=None, description="what else there is to say, in small print")
+    note: Text = Field(default=None, description="what else there is to say, in small print")
     right: bool | None = Field(default=None, description="None where an answer is not simply right or wrong")
-
-    @field_validator("text", "note", mode="before")
-    @classmethod
-    def _whole(cls, text: Any) -> Any:
-        return _plain(text)
-
-    @field_validator("images")
-    @classmethod
-    def _beside(cls, names: tuple[str, ...]) -> tuple[str, ...]:
-        return _only_names(names)
 
 
 class Example(BaseModel):
@@ -53,22 +60,12 @@ class Example(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    images: tuple[str, ...] = Field(
+    images: ImageFiles = Field(
         default=(), validation_alias=_IMAGES, description="what the models were shown; files beside examples.json"
     )
-    prompt: str | None = Field(default=None, description="the question, the sentence, the text that is looked for")
+    prompt: Text = Field(default=None, description="the question, the sentence, the text that is looked for")
     truth: Answer | None = Field(default=None, description="None where the data has none")
     answers: Mapping[str, Answer] = Field(description="model -> its answer; names as in results.json")
-
-    @field_validator("prompt", mode="before")
-    @classmethod
-    def _whole(cls, text: Any) -> Any:
-        return _plain(text)
-
-    @field_validator("images")
-    @classmethod
-    def _beside(cls, names: tuple[str, ...]) -> tuple[str, ...]:
-        return _only_names(names)
 
 
 class Examples(BaseModel):
@@ -125,16 +122,3 @@ class Album:
             self._files[name] = f"{name}.{'png' if exact else 'jpg'}"
             small.save(self._folder / self._files[name], quality=_QUALITY)
         return self._files[name]
-
-
-def _plain(text: Any) -> Any:
-    """Return a text that files and pages take: the name of a class may be a folder's, whose bytes may be anything."""
-    return plain(text) if isinstance(text, str) else text
-
-
-def _only_names(names: tuple[str, ...]) -> tuple[str, ...]:
-    for name in names:
-        # A folder may come from elsewhere, and a report must not show other files of this machine.
-        if Path(name).name != name or "\\" in name:
-            raise ValueError(f"images are named by files beside examples.json; found {name!r}")
-    return names

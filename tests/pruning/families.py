@@ -317,3 +317,17 @@ FAMILIES = [
 ]
 BY_NAME = {family.name: family for family in FAMILIES}
 VIT, NLVR = BY_NAME["vit-fused"], BY_NAME["nlvr"]
+
+
+class Split(nn.Module):
+    """Takes queries, keys and values apart by a size, which names no number of parts where it is 0."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.out, self.size = nn.Linear(16, 48), nn.Linear(16, 16), 16
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        query, key, value = self.qkv(tokens).split(self.size, dim=-1)
+        attention = (query @ key.transpose(-1, -2) / max(1, self.size) ** 0.5).softmax(-1)
+        found: Tensor = tokens + self.out(attention @ value)
+        return found

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
 import upop
-from pruning.families import randomise
+from pruning.families import Split, randomise
 from upop.errors import VerificationError
 from upop.pruning.filled import without_empty
 from upop.pruning.masks import Masks
@@ -141,19 +141,6 @@ def test_an_empty_branch_trains_on_and_is_no_part_of_another_search() -> None:
     pruner.step()
     pruner.shrink()
     assert [group.size for group in upop.find_groups(model)][:2] == [0, 0]
-
-
-class Split(nn.Module):
-    """Takes queries, keys and values apart by their size, which names no number of parts where it is 0."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.qkv, self.out, self.size = nn.Linear(16, 48), nn.Linear(16, 16), 16
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        query, key, value = self.qkv(tokens).split(self.size, dim=-1)
-        attention = (query @ key.transpose(-1, -2) / max(1, self.size) ** 0.5).softmax(-1)
-        return tokens + self.out(attention @ value)
 
 
 def test_an_attention_that_cannot_run_empty_is_left_whole() -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import upop
-from pruning.families import FAMILIES, loss_of
+from pruning.families import FAMILIES, Split, loss_of
 from upop.errors import SettingError
 from upop.pruning import budget
 from upop.pruning.depth import Depth
@@ -145,20 +145,6 @@ def test_a_target_in_milliseconds_counts_what_a_branch_takes_however_small_it_is
     plan = searched(model, inputs, target="latency=6ms", profile=Profile(10.0, layers))
     assert sorted(len(kept) == 0 for kept in plan.values()) == [False, False, True, True]
     assert all(len(kept) == group.size for group, kept in zip(groups, plan.values(), strict=True) if kept)
-
-
-class Split(nn.Module):
-    """Takes queries, keys and values apart by a size, which names no number of parts where it is 0."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.qkv, self.out, self.size = nn.Linear(16, 48), nn.Linear(16, 16), 16
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        query, key, value = self.qkv(tokens).split(self.size, dim=-1)
-        attention = (query @ key.transpose(-1, -2) / max(1, self.size) ** 0.5).softmax(-1)
-        found: Tensor = tokens + self.out(attention @ value)
-        return found
 
 
 @pytest.mark.parametrize(

@@ -39,9 +39,7 @@ def convert(
         Form | None,
         typer.Option(help="What to write. [default: official for a .pth, else upop]"),
     ] = None,
-    task: Annotated[
-        str | None, typer.Option(help="Whose model a published file holds; told by its tensors if not given.")
-    ] = None,
+    task: o.TaskOfFile = None,
     vocabulary: Annotated[
         Path | None,
         typer.Option(help="Texts, one in a line, or a JSON list of token numbers: all other words are dropped."),

@@ -45,9 +45,7 @@ def inspect(
             help="A folder, a published .pth or .safetensors, a name of timm, or a name on the hub.",
         ),
     ],
-    task: Annotated[
-        str | None, typer.Option(help="Whose model a published file holds; told by its tensors if not given.")
-    ] = None,
+    task: o.TaskOfFile = None,
     ratio: Annotated[
         float | None,
         typer.Option(

@@ -236,6 +236,7 @@ AllowOutside = Annotated[
         help="Images may lie outside of their folder: by absolute paths, .. or links.",
     ),
 ]
+TaskOfFile = Annotated[str | None, typer.Option("--task", help="Task of a published file. [default: by its tensors]")]
 Overwrite = Annotated[
     bool,
     typer.Option(

@@ -27,9 +27,7 @@ def profile(
         ),
     ],
     out: Annotated[Path, typer.Option(help="File to write.")] = Path("profile.json"),
-    task: Annotated[
-        str | None, typer.Option(help="Whose model a published file holds; told by its tensors if not given.")
-    ] = None,
+    task: o.TaskOfFile = None,
     device: o.DeviceName = None,
     batch: Annotated[int, typer.Option(min=1, help="Samples in a forward pass.")] = 1,
     runtime: Annotated[str, typer.Option(help=f"How it runs: {' or '.join(RUNTIMES)}.")] = RUNTIMES[0],

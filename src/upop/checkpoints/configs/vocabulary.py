@@ -97,9 +97,7 @@ def reduce_vocabulary(
     """
     whole: Any = unwrapped(model)
     if not is_pretrained(whole):
-        raise SettingError(
-            f"reduce_vocabulary() takes transformers models; found a {type(whole).__name__}."
-        )
+        raise SettingError(f"reduce_vocabulary() takes transformers models; found a {type(whole).__name__}.")
     words = whole.get_input_embeddings()
     if not isinstance(words, nn.Embedding):
         raise LayoutError(f"{type(whole).__name__} has no word embeddings.")

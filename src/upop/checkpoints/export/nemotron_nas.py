@@ -35,9 +35,7 @@ _OTHER = re.compile(
 )
 _COMPUTED = "rotary_emb.inv_freq"
 """Ends the names of what old files hold though every Llama computes it."""
-_WAYS = (
-    "Use `upop export --to padded` (an ordinary model of its library) or `--to onnx`, or load it with upop.load."
-)
+_WAYS = "Use `upop export --to padded` (an ordinary model of its library) or `--to onnx`, or load it with upop.load."
 
 
 @dataclass(frozen=True)

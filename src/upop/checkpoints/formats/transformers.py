@@ -111,21 +111,11 @@ def load_transformers(
     """
     described, held = _read(folder)
     found = _class_of(folder, described, kind, strict=strict)
-    register()
-    with sealed(), allowing_gaps(), _explained(folder, found):  # missing weights are listed below
+    with sealed(), _explained(folder, found):
         config = _config_class(found, described).from_dict(described)
         _check_sizes(found, config, held, folder)
-        loaded: Any = found.from_pretrained(
-            folder,
-            config=config,
-            dtype="auto",
-            local_files_only=True,
-            use_safetensors=True,
-            ignore_mismatched_sizes=True,  # the loading information lists them with the other misfits
-            output_loading_info=True,
-        )
-    model: PreTrainedModel = loaded[0]
-    _check_loaded(model, loaded[1], held, folder, strict=strict)
+        model, info = _from_pretrained(found, folder, config)
+    _check_loaded(model, info, held, folder, strict=strict)
     model.eval()
     return model
 
@@ -143,31 +133,39 @@ def started(folder: Path, name: str, changes: Mapping[str, Any]) -> tuple[PreTra
     """
     described, held = _read(folder)
     kind = getattr(transformers, name)
-    register()
-    with sealed(), allowing_gaps(), _explained(folder, kind):
+    with sealed(), _explained(folder, kind):
         config = _config_class(kind, described).from_dict({**described, **changes})
-        loaded: Any = kind.from_pretrained(
-            folder,
-            config=config,
-            dtype="auto",
-            local_files_only=True,
-            use_safetensors=True,
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
-        )
-    model, info = loaded
+        model, info = _from_pretrained(kind, folder, config)
     fresh = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
     if len(fresh) == len(model.state_dict()):
         raise CheckpointError(
             f"{folder} holds no weight of a {name}: {listed('its tensors are', sorted(held))} Give a folder with a "
             "model of this kind."
         )
-    wrong = [f"{key} {message}" for key, value in held.items() if (message := not_finite(value))]
-    wrong += [f"{key} {message}" for key, value in model.state_dict().items() if (message := not_finite(value))]
+    wrong = [f"{key} {message}" for key, value in model.state_dict().items() if (message := not_finite(value))]
     if wrong:
         raise CheckpointError(listed(f"{folder} does not fit {name} ({len(wrong)} of its tensors)", wrong))
     model.eval()
     return model, fresh
+
+
+def _from_pretrained(
+    kind: type[PreTrainedModel], folder: Path, config: Any
+) -> tuple[PreTrainedModel, Mapping[str, Any]]:
+    """Load a folder as a class; return the model, and which tensors are missing, unexpected or of another shape."""
+    register()
+    with allowing_gaps():
+        loaded: Any = kind.from_pretrained(
+            folder,
+            config=config,
+            dtype="auto",
+            local_files_only=True,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,  # the loading information lists them with the other misfits
+            output_loading_info=True,
+        )
+    model, info = loaded
+    return model, info
 
 
 def built(folder: Path, name: str, changes: Mapping[str, Any]) -> PreTrainedModel:
