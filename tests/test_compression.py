@@ -322,7 +322,7 @@ def test_a_model_that_nobody_can_teach_goes_without() -> None:
         compression = upop.Compression(model, 0.5, 6)
     assert compression.distillation is None
     compression.close()
-    with pytest.raises(LayoutError, match="no layer norms"):
+    with pytest.raises(LayoutError, match="no norms on its residual stream"):
         upop.Compression(model, 0.5, 6, teacher=True)
     assert traces(model) == []
 

@@ -1,7 +1,7 @@
-"""Distillation: the dense model teaches the model that is searched or retrained.
+"""Distillation: the dense model is the teacher of the model that is searched or retrained.
 
-The width of the residual stream is never pruned, so the outputs of its norms can be compared between the dense and the
-compressed model, layer by layer, for any model and any loss.
+The loss compares the outputs of norms on the residual stream, layer by layer, for any model and task. Where the stream
+itself was pruned, only its kept channels are compared.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ from upop.pruning.slips import check_model
 from upop.pruning.width import blocks_among
 
 _FLOOR = 1e-6
-"""Least mean square that a difference is divided by."""
+"""Smallest mean square to divide a difference by."""
 _HIGHEST = 1e4
-"""A first loss that no trained teacher gives; a model that returns nothing like it differs by a few times its size."""
+"""A first loss that no trained teacher gives; even unrelated features differ by only a few times their mean square."""
 
 
 def distill(
@@ -48,17 +48,16 @@ def distill(
     temperature: float = 2.0,
     layers: int = 1,
 ) -> Distillation:
-    """Run `teacher` on every training batch of `model`, and measure the distance between the two.
+    """Run `teacher` on every training batch of `model`, and return the distance between the two as a loss.
 
         teacher = copy.deepcopy(model)                   # the dense model, before the Pruner
         distill = upop.distill(model, teacher)
         loss = task_loss(model(x), y) + distill.loss()   # in the search and in the training after it
 
-    It helps most when training is short and data are scarce; with plenty of both it may add nothing. It costs one
-    forward pass of the dense model per step, about half the time of a step more, and memory for its weights and the
-    outputs of its norms until the backward pass (two of [batch, tokens, hidden] per transformer layer; fewer with
-    `layers`), but none for gradients or an optimizer. It computes in the model's precision: a teacher in a wider one
-    is converted.
+    It helps most when training is short and data are scarce. It costs one forward pass of the dense model per step,
+    about half of a step's time, and memory for its weights and the outputs of its norms until the backward pass (two of
+    [batch, tokens, hidden] per transformer layer; fewer with `layers`), but none for gradients or optimizer state. The
+    teacher is converted to the model's precision if its own is wider.
 
     The loss compares the outputs of all norms on the residual stream that the task loss depends on: their mean squared
     difference per sample, as a share of the teacher's mean square; a token that the model merged counts at each of its
@@ -67,21 +66,21 @@ def distill(
     advanced. Tokens that an argument named `...mask` excludes (integers or bool, [batch, tokens], the only one of that
     shape) do not count; other padding does.
 
-    Norms inside of reentrant gradient checkpoints (`use_reentrant=True`) cannot be compared, and a warning names them.
+    Norms inside of reentrant gradient checkpoints (`use_reentrant=True`) cannot be compared; a warning names them.
 
     Args:
         model: a timm, transformers or upop model, before, during or after the search; wrappers of DDP and
-            torch.compile are looked through (compile it after this). The same object goes on after `shrink`; a copy
-            of it, as `upop.full_copy` makes, needs a `distill` of its own. It must be called as a module
-            (`model(...)`); other methods, and DataParallel's copies, are not seen.
-        teacher: the dense model: of the same architecture, with weights of its own. It is frozen, put into evaluation
-            mode, and moved to the model's device when it runs; it is no part of the model, of its parameters or files.
+            torch.compile are unwrapped (compile it after this). It works across `shrink`; a copy of the model, as by
+            `upop.full_copy`, needs a `distill` of its own. The model must be called as a module (`model(...)`); other
+            methods, and DataParallel's copies, are not observed.
+        teacher: the dense model, of the same architecture, with its own weights. It is frozen, put into evaluation
+            mode, and moved to the model's device; it is not part of the model, its parameters or its files.
         features: weight of the mean difference of the norms' outputs.
         logits: weight of the Kullback-Leibler divergence of the model's logits from the teacher's, times the squared
             temperature. The model returns them as a tensor, or as `.logits`; classes lie along the last axis, or along
             axis 1 of maps [batch, classes, H, W].
-        temperature: what logits are divided by.
-        layers: only every so many-th norm is compared, the last one among them; 1 is all of them.
+        temperature: divisor of the logits.
+        layers: compare only every so many-th norm, including the last; 1 compares all.
 
     Raises:
         SettingError: a setting is out of range, or the teacher shares weights with the model.
@@ -106,7 +105,7 @@ class Distillation:
     ) -> None:
         if not (features >= 0 and logits >= 0 and features + logits > 0):
             raise SettingError(
-                f"features and logits are weights of at least 0, one of them above it; found {features!r} and "
+                f"features and logits must be weights of at least 0, and not both 0; found {features!r} and "
                 f"{logits!r}. Leave them out for features alone."
             )
         if not temperature > 0:
@@ -120,16 +119,16 @@ class Distillation:
         self.teacher.eval().requires_grad_(False)
         self._running = self._teaching = False
         self._precision: tuple[str, torch.dtype] | None = None  # device and dtype of the model's autocast
-        # By norm, the model's outputs in one forward pass, and what puts back tokens that were merged before it.
+        # By norm: the model's outputs in one forward pass, each with the function that restores merged tokens.
         self._seen: dict[str, list[tuple[Tensor, Unmerge | None] | None]] = {}
-        self._found: dict[str, list[Tensor | None]] = {}  # by norm, how far they are from the teacher's
-        self._masks: list[Tensor] = []  # arguments of the forward pass that may say what is padding
+        self._found: dict[str, list[Tensor | None]] = {}  # by norm: their distance from the teacher's
+        self._masks: list[Tensor] = []  # arguments of the forward pass that may mask padding
         self._pending: dict[int, Tensor] = {}  # losses of forward passes since the last loss()
         self._passes = 0
-        self._described: str | None = None  # why the last forward pass had nothing to compare
+        self._described: str | None = None  # the reason if the last forward pass had nothing to compare
         self._handles = [
             self._model.register_forward_pre_hook(_Hook(self, "_begin"), with_kwargs=True),
-            # Before others, which may add to the model's loss what is found here.
+            # Before other hooks, which may add this loss to the model's.
             self._model.register_forward_hook(_Hook(self, "_teach"), with_kwargs=True, prepend=True),
         ]
         for name in self.norms:
@@ -151,7 +150,7 @@ class Distillation:
             StepError: no forward pass ran in training mode with gradients, or none of its features can be compared.
         """
         if not self._handles:
-            raise StepError("The teacher was taken off by remove(); make a new one with upop.distill.")
+            raise StepError("The teacher was removed by remove(); call upop.distill again.")
         if not self._pending:
             raise StepError(
                 self._described
@@ -170,8 +169,8 @@ class Distillation:
         self._pending.clear()
         self._forget()
 
-    # Where the model is compiled, what `_see` does is traced with it, and the rest stays outside.
-    # torch.compiler.disable would import the compiler, which takes seconds, as soon as this class is made.
+    # In a compiled model, `_see` is traced with it, and the rest is not. torch.compiler.disable would import the
+    # compiler, which takes seconds, when this class is defined.
     @_disable_dynamo
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         del args, kwargs
@@ -181,7 +180,7 @@ class Distillation:
 
     def _see(self, name: str, output: Any) -> None:
         """Keep the output of a norm of the model, if the loss can depend on it."""
-        # Recomputing for a backward pass happens outside of the forward pass, and is not seen again.
+        # Recomputation in the backward pass is outside of the forward pass, and is not observed.
         if not self._running or not isinstance(output, Tensor):
             return
         seen = (output, unmerge_of(output)) if output.requires_grad else None
@@ -208,7 +207,7 @@ class Distillation:
             self._keep(output, taught)
         finally:
             self._forget()
-            reshard(self.teacher)  # without a backward pass its outermost weights would stay gathered
+            reshard(self.teacher)  # without a backward pass, FSDP keeps its outermost weights gathered
 
     def _compare(self, name: str, output: Any) -> None:
         """Compare the output of a teacher's norm with that of the model's norm in the same call."""
@@ -217,7 +216,7 @@ class Distillation:
         calls, seen = self._found.setdefault(name, []), self._seen.get(name, [])
         found = seen[len(calls)] if len(calls) < len(seen) else None
         kept = self._kept(name)
-        if found is not None and kept is not None:  # channels that the model's stream lost are not compared
+        if found is not None and kept is not None:  # only kept channels of the stream are compared
             kept = kept.to(output.device)
             with torch.enable_grad():
                 narrow = found[0] if found[0].shape[-1] == len(kept) else found[0].index_select(-1, kept)
@@ -230,7 +229,7 @@ class Distillation:
             calls.append(_difference(own, output.detach(), self._mask(own.shape[:-1])))
 
     def _keep(self, output: Any, taught: Any) -> None:
-        # Where a norm was called another number of times, it is not known which calls belong together.
+        # If a norm was called a different number of times, its calls cannot be paired.
         same = [name for name, calls in self._found.items() if len(calls) == len(self._seen.get(name, []))]
         terms = [term for name in same for term in self._found[name] if term is not None]
         parts = []
@@ -239,16 +238,16 @@ class Distillation:
             parts.append(self._features * torch.stack(terms).mean())
         elif self._features:
             self._described = (
-                "The teacher has nothing to compare: none of the norms on the residual stream gave outputs of the same "
-                "shape in both models, with gradients. Is anything trained, and the teacher of the same architecture? "
-                "Else compare logits alone (features=0, logits=1)."
+                "The teacher has nothing to compare: no norm on the residual stream has outputs of the same shape in "
+                "both models, with gradients. Is any weight trained, and is the teacher of the same architecture? "
+                "Otherwise compare logits alone (features=0, logits=1)."
             )
         if self._logits:
             own, aim = logits_of(output), logits_of(taught)
             if own is None or aim is None or own.shape != aim.shape or not own.requires_grad:
                 self._described = (
                     f"logits={self._logits:g} was asked for, and {type(self._model).__name__} returns "
-                    f"{type(output).__name__}, not logits with gradients that the teacher gives too. Use logits=0."
+                    f"{type(output).__name__}, not logits with gradients as the teacher does. Use logits=0."
                 )
             else:
                 mask = None if similarities(output) is not None else self._mask(own.shape[:-1])
@@ -262,14 +261,14 @@ class Distillation:
             self._refuse_exploding(float(loss.detach()))  # once, since it waits for the device
         self._passes += 1
         number = self._passes
-        # By the number and weakly, since the loss holds the graph that holds the hook.
+        # A weak reference, since the loss holds the graph that holds the hook.
         held = weakref.ref(self)
         anchor = next(value for value in self._anchors(output) if value.requires_grad)
         anchor.register_hook(lambda _: _drop(held(), number))
         self._pending[number] = loss
 
     def _refuse_exploding(self, loss: float) -> None:
-        """Raise a `StepError` if the first loss shows that the teacher cannot teach."""
+        """Raise a `StepError` if the first loss shows that the teacher is unusable."""
         if loss < _HIGHEST:  # it is neither that high nor NaN
             return
         terms = {
@@ -278,19 +277,19 @@ class Distillation:
         bad = [name for name, values in terms.items() if not all(value < _HIGHEST for value in values)]
         where = f" at {some_of(bad, 3)}" if bad else ""
         raise StepError(
-            f"The first loss to the teacher, {type(self.teacher).__name__}, is {loss:.3g}{where}: what it gives is not "
-            "finite, or so near to 0 that any difference is large beside it. Its initialisation is degenerate, or its "
-            "weights are not those that were trained: load them, or leave the teacher out."
+            f"The first distance from the teacher, {type(self.teacher).__name__}, is {loss:.3g}{where}: its features "
+            "are not finite, or so close to 0 that any relative difference is large. Does it have trained weights? Load "
+            "them, or leave the teacher out."
         )
 
     def _warn_of_hidden(self, output: Any) -> None:
-        """Say which norms a checkpoint hides that runs without gradients first."""
+        """Warn of norms inside of reentrant gradient checkpoints."""
         hidden = [name for name, calls in self._seen.items() if None in calls]
         if hidden and is_checkpointed_whole(next(self._anchors(output))):
             warnings.warn(
                 f"The teacher cannot compare {len(hidden)} of {len(self.norms)} norms ({some_of(hidden, 2)}): gradient "
-                "checkpointing with use_reentrant=True runs them without gradients at first. Give use_reentrant=False "
-                '(to a Trainer: gradient_checkpointing_kwargs={"use_reentrant": False}).',
+                "checkpointing with use_reentrant=True runs them without gradients. Use use_reentrant=False "
+                '(in a Trainer: gradient_checkpointing_kwargs={"use_reentrant": False}).',
                 stacklevel=2,
             )
 
@@ -302,7 +301,7 @@ class Distillation:
             yield logits
 
     def _kept(self, name: str) -> Tensor | None:
-        """Return which of the teacher's channels a norm of the model has, of a stream that lost some; else None."""
+        """Return the teacher's channels that a norm on a pruned stream keeps; None if the stream is whole."""
         masked = kept_by(self._model.get_submodule(name))
         return _kept_of_cut(self._model).get(name) if masked is None else masked
 
@@ -312,7 +311,7 @@ class Distillation:
         return found[0] != 0 if len(found) == 1 else None
 
     def _forget(self) -> None:
-        """Forget the forward pass."""
+        """Clear the state of the forward pass."""
         self._running = self._teaching = False
         self._seen, self._found, self._masks, self._precision = {}, {}, [], None
 
@@ -369,8 +368,8 @@ def _residual_norms(teacher: nn.Module) -> Iterator[str]:
             yield name
     if none:
         raise LayoutError(
-            f"{type(teacher).__name__} has no layer norms as wide as what its layers pass on, whose outputs could be "
-            "compared. Leave the teacher out."
+            f"{type(teacher).__name__} has no norms on its residual stream whose outputs could be compared. Leave the "
+            "teacher out."
         )
 
 
@@ -389,7 +388,7 @@ def _norm_width(module: nn.Module) -> int | None:
 
 
 def _kept_of_cut(model: nn.Module) -> dict[str, Tensor]:
-    """Return, by norm, the channels of its stream that a cut model kept, int64, in those of the dense one."""
+    """Return, by norm, the channels of the dense model's stream that a cut model keeps, int64."""
     plan = plan_of(model)
     found: dict[str, Tensor] = {}
     if plan is None:
@@ -418,13 +417,13 @@ def _refuse_other_architecture(model: nn.Module, teacher: nn.Module, norms: tupl
     if other:
         raise LayoutError(
             f"The teacher, {type(teacher).__name__}, is of another architecture than the model, "
-            f"{type(model).__name__}: the model has no norm of the same name and width as {some_of(other)}. Give the "
-            "dense model that this one is cut from."
+            f"{type(model).__name__}, which has no norm of the same name and width as {some_of(other)}. Give the dense "
+            "model that this one was cut from."
         )
 
 
 def _like(aim: Tensor, own: Tensor, unmerge: Unmerge | None) -> Tensor | None:
-    """Return an output of the model in the shape of the teacher's, merged tokens at their places; None if it cannot."""
+    """Return an output of the model in the shape of the teacher's, with merged tokens restored; None if impossible."""
     if own.shape != aim.shape and unmerge is not None and own.dim() == 3:
         own = unmerge(own)
     return own if own.shape == aim.shape else None
@@ -444,7 +443,7 @@ def _difference(own: Tensor, aim: Tensor, mask: Tensor | None) -> Tensor:
     weight = None if mask is None else mask.unsqueeze(-1)
     count: Tensor | int = aim[0].numel()
     if weight is not None:
-        # Weighed, not picked: picking waits for the device.
+        # Multiplied by the mask, since indexing would synchronise with the device.
         size = size * weight
         count = (weight.flatten(1).sum(1) * aim.shape[-1]).clamp_min(1)
     apart: Tensor = _SquaresApart.apply(own, aim, weight)

@@ -395,8 +395,8 @@ def test_a_cut_decoder_generates_with_its_cache_outside_torch(format: Any, tmp_p
 @pytest.mark.parametrize(
     ("name", "why"),
     [
-        ("timm", "no model of transformers that generates"),
-        ("clip", "no model of transformers that generates"),
+        ("timm", "not a transformers model that generates"),
+        ("clip", "not a transformers model that generates"),
         ("t5", "has an encoder"),
     ],
 )

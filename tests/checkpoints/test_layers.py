@@ -158,7 +158,7 @@ def test_a_layer_whose_heads_cannot_go_is_none_of_which_nothing_is_left(tmp_path
 @pytest.mark.parametrize(
     ("build", "gone", "why"),
     [
-        (bert, (1,), "a norm comes behind them"),
+        (bert, (1,), "a norm follows them"),
         (lambda: llama(attention_bias=True, tie_word_embeddings=True), (0,), "without them"),
     ],
 )

@@ -104,7 +104,7 @@ def test_saving_while_masks_are_on_is_said(tmp_path: Path) -> None:
     pruner = upop.Pruner(model, 0.5, 2, 1, correct=False)
     model(**PIXELS, labels=torch.tensor([0, 1])).loss.backward()
     pruner.step()
-    with pytest.warns(UserWarning, match="still masked.*what is written is the model in full size"):
+    with pytest.warns(UserWarning, match="still masked.*the dense model is written"):
         folder = upop.save(model, tmp_path / "out")
     pruner.remove()
     torch.testing.assert_close(logits(upop.load(folder), PIXELS), dense)

@@ -207,7 +207,7 @@ def test_what_a_form_cannot_take_is_refused_with_what_can(
         write_plain(qwen, tmp_path / "out", "nemotron-nas")
     with pytest.raises(SettingError, match=r"neither transformers nor timm builds it.*--to onnx"):
         write_plain(torch.nn.Linear(2, 2), tmp_path / "out", "padded")
-    with pytest.raises(SettingError, match=r"'paded' is not known \(did you mean 'padded'.*upop\.export for graphs"):
+    with pytest.raises(SettingError, match=r"'paded' is not known \(did you mean 'padded'.*use upop\.export"):
         write_plain(bert, tmp_path / "out", "paded")  # type: ignore[arg-type]
     assert not (tmp_path / "out").exists()
     (tmp_path / "mine").mkdir()

@@ -241,7 +241,8 @@ def test_layers_that_are_dropped_and_still_counted_are_told_of_when_the_model_is
     with pytest.warns(UserWarning) as described:
         folder = upop.save(model, tmp_path / "a")
     assert any(
-        "model.config say how many" in str(each.message) and "layers.1." in str(each.message) for each in described
+        "set their number in model.config" in str(each.message) and "layers.1." in str(each.message)
+        for each in described
     )
     other = MODELS["llama"][0]().eval()
     other.model.layers = other.model.layers[:1]

@@ -146,7 +146,7 @@ def test_a_cut_model_has_fewer_words_too_and_is_loaded_plainly(tmp_path: Path) -
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ([], "no text and no token"),
+        ([], "neither texts nor tokens"),
         (["a text"], "no tokenizer"),
         ([3, 99], "Token id 99 is not in the model's vocabulary of 60"),
         ([3, None], "something else"),

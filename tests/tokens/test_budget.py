@@ -74,7 +74,7 @@ def test_tokens_take_what_hurts_less_by_them() -> None:
         ({"macs": 0.01}, {"shares": (1.0,)}, "cannot be reached"),
         ({"macs": 0.5}, {"shares": (2.0,)}, "from 0 to 1"),
         ({"macs": 0.5}, {"count": 1}, "held_out"),
-        ({"macs": 0.5}, {"shares": ()}, "Give a list of numbers"),
+        ({"macs": 0.5}, {"shares": ()}, "must be a list of numbers"),
     ],
 )
 def test_budgets_that_cannot_be_kept_are_refused_and_change_nothing(
@@ -91,7 +91,7 @@ def test_budgets_that_cannot_be_kept_are_refused_and_change_nothing(
 
 def test_a_model_that_merges_already_has_no_budget_to_share() -> None:
     model = upop.merge_tokens(dense(), 4)
-    with pytest.raises(SettingError, match=r"merges tokens already.*Take that off first"):
+    with pytest.raises(SettingError, match=r"merges tokens already.*Remove merging first"):
         upop.calibrate_with_tokens(model, batches(), {"macs": 0.5}, loss=loss)
     assert removed_tokens(model) == [[4, 4]]
 

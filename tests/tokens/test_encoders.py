@@ -70,8 +70,8 @@ MERGING: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "transformers blip": (lambda: of("BlipVisionModel"), 17),
 }
 REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
-    "relative tables": (lambda: from_timm("beit_base_patch16_224"), "places of its tokens"),
-    "rotary positions": (lambda: from_timm("eva02_tiny_patch14_224"), "places of its tokens"),
+    "relative tables": (lambda: from_timm("beit_base_patch16_224"), "positions of its tokens"),
+    "rotary positions": (lambda: from_timm("eva02_tiny_patch14_224"), "positions of its tokens"),
     "windows": (
         lambda: timm.create_model(
             "swin_tiny_patch4_window7_224", img_size=56, embed_dim=12, depths=(1, 1), num_heads=(1, 2)

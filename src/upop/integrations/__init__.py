@@ -1,7 +1,7 @@
-"""UPop inside other training loops: transformers' Trainer and Lightning, as callbacks.
+"""Callbacks for transformers' Trainer and Lightning.
 
-`from upop.integrations import TrainerCallback, LightningCallback`. A loop on Accelerate needs no callback, only
-`pruner.step()` between `accelerator.backward` and `optimizer.step`.
+`from upop.integrations import TrainerCallback, LightningCallback`. A loop with Accelerate needs no callback:
+`upop.Compression` works in it as in any other loop.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ __all__ = ["LightningCallback", "TrainerCallback"]
 
 
 def __getattr__(name: str) -> Any:
-    # Each callback needs a library of its own, which is only loaded where it is asked for.
+    # Each callback imports its library on first use.
     if name == "TrainerCallback":
         from upop.integrations.trainer import TrainerCallback
 

@@ -1,4 +1,4 @@
-"""What the callbacks share: a compression that begins and ends with a training loop of another library."""
+"""The base class of the callbacks: a compression that begins and ends with another library's training loop."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ class Compressing:
 
     Args:
         ratio: share of the prunable parameters to remove, in (0, 1).
-        settings: any other argument of `upop.Compression` but the model and the number of steps: target (in place of a
-            ratio), teacher, share, round_to, verify, ...
+        settings: further arguments of `upop.Compression`, except the model and the number of steps: target (instead of
+            a ratio), teacher, share, round_to, verify, ...
 
     Attributes:
-        compression: of the last training that began, or None.
+        compression: the compression of the current or last training, or None.
 
     Raises:
         SettingError: the ratio or the target is out of its range.
@@ -37,35 +37,34 @@ class Compressing:
         self._dense: nn.Module | None = None
 
     def begin(self, model: nn.Module, steps: float, state: Mapping[str, Any] | None = None) -> Compression:
-        """Compress a model in a loop of so many optimizer steps.
+        """Start the compression.
 
         Args:
             model: the dense model, or one that `expect` has cut.
-            steps: of the whole training.
-            state: of the compression of which the checkpoint is that the training goes on from.
+            steps: number of optimizer steps of the whole training.
+            state: the state of the compression in the checkpoint to resume from.
 
         Raises:
-            SettingError: the number of steps is not known, or a setting is out of range.
-            LayoutError: the model has nothing that can go.
+            SettingError: the number of steps is unknown, or a setting is out of range.
+            LayoutError: the model has no prunable group.
         """
         if not 0 < steps < float("inf"):
             raise SettingError(
-                f"A compression needs to know how many optimizer steps it has, and the loop says {steps}. "
-                "Give it a number of steps (max_steps)."
+                f"A compression needs the number of optimizer steps, and the loop has {steps}. Set it (max_steps)."
             )
         settings = dict(self.settings)
         if self._fitting is not None:
             self._fitting.remove()
         if state is not None and self._dense is not None and settings.get("teacher") in (None, True):
-            settings["teacher"] = self._dense  # the model has the checkpoint's weights by now
+            settings["teacher"] = self._dense  # the model already has the checkpoint's weights
         self._dense = None
         self.compression = Compression(model, self.ratio, int(steps), resume=state, **settings)
         return self.compression
 
     def expect(self, model: nn.Module) -> None:
-        """Keep the dense model when weights are loaded into it, and cut it if they are of one that was cut already.
+        """Prepare for a resumed training: keep a dense copy, and cut the model if the loaded weights are of a cut one.
 
-        Libraries load the weights of a checkpoint that is resumed before they say that a training begins.
+        Libraries load the weights of a checkpoint before they call `begin`.
         """
         self._fitting = model.register_load_state_dict_pre_hook(self._fit)
 

@@ -1,4 +1,4 @@
-"""A callback for transformers' Trainer: one training searches, cuts, and lets the model that is smaller recover."""
+"""A callback for transformers' Trainer: one training searches, cuts, and retrains the smaller model."""
 
 from __future__ import annotations
 
@@ -22,24 +22,24 @@ _STATE = "upop_compression.pt"
 
 
 class TrainerCallback(Compressing, transformers.TrainerCallback):
-    """Compresses while a Trainer trains: the same as a loop of one's own with `upop.Compression`.
+    """Compresses the model during a training, as `upop.Compression` does in a custom loop.
 
-    The first tenth of the steps searches; then the model is cut, with the optimizer's state, and training goes on. The
-    dense model teaches in all steps: what it says is added to the loss that the model returns. Where the Trainer has a
-    `compute_loss_func`, add it there: `callback.compression.loss(loss)`. Checkpoints hold what it takes to go on
-    (`resume_from_checkpoint`), before the cut and after it, from the same dense model. A training that is stopped early
-    leaves what was reached by then. Scores are of gradients as the optimizer gets them, clipped ones included.
+    The search takes the first tenth of the steps; then the model and the optimizer state are cut, and training
+    continues. The dense model is the teacher in all steps: its loss is added to the loss that the model returns. With a
+    `compute_loss_func`, add it there: `callback.compression.loss(loss)`. Checkpoints hold the state, so
+    `resume_from_checkpoint` works before and after the cut, from the same dense model. A training that stops early cuts
+    to the progress reached. Scores are of the gradients that the optimizer gets, clipped or not.
 
-    A Trainer tells no callback of an exception: `close` takes the masks off after one. With label smoothing it
-    computes the loss itself, and takes the teacher's part by `compute_loss_func`.
+    A Trainer does not report exceptions to callbacks: call `close` after one to remove the masks. With label smoothing
+    the Trainer computes the loss itself; add the distillation loss by `compute_loss_func`.
 
     Args:
         ratio: share of the prunable parameters to remove, in (0, 1).
-        settings: any other argument of `upop.Compression` but the model and the number of steps; target (what is left
-            of the whole model) may take the place of the ratio.
+        settings: further arguments of `upop.Compression`, except the model and the number of steps; target (limits for
+            the whole model) replaces the ratio.
 
     Raises:
-        SettingError: the ratio is out of its range; at the start of the training, a setting that makes no sense.
+        SettingError: the ratio is out of range; at the start of the training, a setting is invalid.
     """
 
     def __init__(self, ratio: float | None = None, **settings: Any) -> None:
@@ -48,17 +48,17 @@ class TrainerCallback(Compressing, transformers.TrainerCallback):
         self._parts = 1.0
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Expect weights of a model that was cut: the Trainer reads those that it resumes from before it begins."""
+        """Expect weights of a cut model: the Trainer loads a checkpoint before the training starts."""
         self.expect(kwargs["model"])
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Begin, or resume from the checkpoint that is resumed."""
+        """Start or resume the compression."""
         model = unwrapped(kwargs["model"])
         resumed = _read(_checkpoint(args, state) / _STATE) if state.global_step else None
         self.begin(model, state.max_steps, resumed)
-        # What the Trainer divides by itself, unless the model was told how many tokens there are.
+        # The Trainer divides by these itself, unless the model got the number of tokens.
         self._parts = float(args.gradient_accumulation_steps)
         if args.average_tokens_across_devices:
             self._parts *= args.world_size
@@ -67,23 +67,23 @@ class TrainerCallback(Compressing, transformers.TrainerCallback):
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Take this step's scores."""
+        """Add the scores of this step."""
         if self.compression is not None:
             self.compression.before_step([kwargs["optimizer"]])
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Cut the model when it is due; the optimizer has taken its step."""
+        """Cut the model when due, after the optimizer step."""
         if self.compression is None:
             return
         searching = self.compression.searching
         self.compression.after_step([kwargs["optimizer"]])
-        if searching and not self.compression.searching:  # what was best so far is the dense model
+        if searching and not self.compression.searching:  # the best model so far is dense
             state.best_metric = state.best_model_checkpoint = state.best_global_step = None
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Write beside the checkpoint that was just saved what a resumed training needs."""
+        """Write the state of the compression beside the checkpoint that was just saved."""
         folder = _checkpoint(args, state)
         if self.compression is not None and state.is_world_process_zero and folder.is_dir():
             with replacing_file(folder / _STATE, replace=wrote_archive) as part:
@@ -92,13 +92,13 @@ class TrainerCallback(Compressing, transformers.TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Cut to what was reached, if the training ended early, and let the teacher go."""
+        """Cut to the progress reached, if the training ended early, and release the teacher."""
         self._stop_adding()
         if self.compression is not None:
             self.compression.finish(kwargs["optimizer"])
 
     def close(self) -> None:
-        """Leave neither masks nor hooks, after a training that failed: the Trainer tells no callback of it."""
+        """Remove masks and hooks after a training that failed, which the Trainer does not report."""
         self._stop_adding()
         if self.compression is not None:
             self.compression.close()
@@ -109,7 +109,7 @@ class TrainerCallback(Compressing, transformers.TrainerCallback):
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _add(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> Any:
-        """Add what the teacher says to the loss that the model returns."""
+        """Add the distillation loss to the loss that the model returns."""
         if self.compression is None or self.compression.distillation is None:
             return None
         if not (module.training and torch.is_grad_enabled()):
@@ -135,7 +135,7 @@ def _read(path: Path) -> dict[str, Any]:
         content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises whatever its parsers meet
         raise CheckpointError(
-            f"The compression cannot go on: {path} is missing or damaged ({type(error).__name__}). Resume from a "
-            "checkpoint that was written while it ran, or start it anew."
+            f"The compression cannot be resumed: {path} is missing or damaged ({type(error).__name__}). Resume from a "
+            "checkpoint that was written during the compression, or start anew."
         ) from error
     return content

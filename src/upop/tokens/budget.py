@@ -1,4 +1,4 @@
-"""One budget of multiply-adds for tokens and weights: which share comes from which is decided by measured loss."""
+"""Splits one budget of multiply-adds between tokens and weights, by the loss on held-out batches."""
 
 from __future__ import annotations
 
@@ -30,21 +30,21 @@ from upop.tokens.encoders import (
 )
 
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
-"""Of the multiply-adds that are to go: what tokens take in each candidate; weights take the rest."""
+"""Candidates: share of the multiply-adds to remove that tokens save; pruning weights saves the rest."""
 _EVERY = 4
-"""One of so many batches is held out."""
+"""Every so many-th batch is held out."""
 _FLOOR = 1e-12
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """One way to share a budget, and how good it is.
+    """One split of a budget, and its loss.
 
     Attributes:
-        share: of the multiply-adds that go, what merging tokens saves.
-        removed: tokens that every layer of every encoder removes.
-        macs: multiply-adds of the model with fewer tokens and all of its weights.
-        loss: of the held-out batches, with the rest taken from the weights; None where that is out of reach.
+        share: share of the multiply-adds to remove that merging tokens saves.
+        removed: number of tokens to remove, per encoder and layer.
+        macs: multiply-adds of the dense model with fewer tokens.
+        loss: loss on the held-out batches after pruning weights for the rest; None if the target is out of reach.
     """
 
     share: float
@@ -55,12 +55,12 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Shared:
-    """How a budget was shared.
+    """The chosen split of a budget.
 
     Attributes:
-        plan: what every group of weights kept; None where fewer tokens were enough.
+        plan: the plan of the pruned weights; None if merging tokens sufficed.
         chosen: the candidate with the lowest loss.
-        candidates: all of them.
+        candidates: all candidates.
     """
 
     plan: Plan | None
@@ -79,28 +79,28 @@ def calibrate_with_tokens(
     example: Any = None,
     **settings: Any,
 ) -> Shared:
-    """Cut a model to a target of multiply-adds by fewer image tokens and fewer weights, without training.
+    """Reduce a model to a target of multiply-adds by merging image tokens and pruning weights, without training.
 
-    For every share of the budget that tokens may take, a copy of the model merges as many (`upop.merge_tokens`, the
-    same number in every layer, one more in the last ones), its weights are cut for the rest (`upop.calibrate`), and
-    held-out batches tell the loss. The model then becomes the copy with the lowest. It takes as long as one `calibrate`
-    for every share, and one more.
+    For every candidate share, a copy of the model merges tokens for it (`upop.merge_tokens`, equally many in every
+    layer, one more in the last ones), its weights are pruned for the rest (`upop.calibrate`), and the loss on held-out
+    batches is measured. The model then becomes the copy with the lowest loss. The cost is that of one `calibrate` per
+    share, and one more.
 
     Args:
         model: the dense model; it is changed in place.
         batches: as for `upop.calibrate`.
-        target: what is left of the whole dense model, as for `upop.Pruner`, "macs" among it.
-        loss: (model, batch) -> the mean loss, a scalar. By default the `loss` that the outputs carry; or else weights
-            are ranked as by `calibrate`, and outputs are compared with the dense model's, by mean square.
-        held_out: batches that the candidates are compared on; by default every fourth one of `batches`, which then
-            ranks nothing.
-        shares: those that are tried, from 0 (weights alone) to 1 (tokens alone).
-        example: inputs for one forward pass; by default what the model is called with for the first batch.
+        target: limits for the whole model, as for `upop.Pruner`, including "macs".
+        loss: (model, batch) -> mean loss, a scalar. By default the `loss` in the outputs; without one, weights are
+            ranked as by `calibrate`, and outputs are compared with the dense model's by mean square.
+        held_out: batches to compare candidates on; by default every fourth of `batches`, which is then not used for
+            ranking.
+        shares: candidates, from 0 (weights alone) to 1 (tokens alone).
+        example: inputs for one forward pass; by default those of the first batch.
         settings: any other argument of `upop.calibrate`.
 
     Raises:
-        SettingError: the target names no multiply-adds; or no candidate reaches it, or there are too few batches.
-        LayoutError: as `upop.merge_tokens` and `upop.calibrate`. In every case the model is as it was.
+        SettingError: the target has no "macs", no candidate reaches it, or there are too few batches.
+        LayoutError: as `upop.merge_tokens` and `upop.calibrate`. In every case the model is unchanged.
     """
     check_model(model, "calibrate_with_tokens()")
     inner, batches = unwrapped(model), listed(batches)
@@ -124,14 +124,14 @@ def calibrate_with_tokens(
 
 @dataclass(frozen=True)
 class Goal:
-    """What a budget leaves of a dense model.
+    """A target, applied to a dense model.
 
     Attributes:
-        asked: as it was asked for.
+        asked: the target as given.
         example: inputs for one forward pass.
-        dense: its multiply-adds.
-        macs: what may be left of them.
-        of_weights: the target for weights of a model that merges tokens already: multiply-adds by their number.
+        dense: multiply-adds of the dense model.
+        macs: largest multiply-adds of the result.
+        of_weights: the target for pruning weights after merging, with absolute multiply-adds.
     """
 
     asked: Target
@@ -142,27 +142,27 @@ class Goal:
 
 
 def goal_of(model: nn.Module, target: Target, example: Any) -> Goal:
-    """Return what a target leaves of a dense model.
+    """Apply a target to a dense model.
 
     Raises:
-        SettingError: it names no multiply-adds, or no fewer than there are.
+        SettingError: the target has no "macs", or allows all multiply-adds.
     """
     limits = {limit.kind: limit for limit in read_target(target)}
     if "macs" not in limits:
         raise SettingError(
-            f"Fewer tokens save multiply-adds, and target={target!r} names none. Give target={{'macs': 0.5}}, or "
-            "upop.calibrate one for weights alone."
+            f"Fewer tokens save multiply-adds, and target={target!r} does not limit them. Give target={{'macs': 0.5}}, "
+            "or prune weights alone by upop.calibrate."
         )
     dense = count_macs(model, example)
     most = limits["macs"].most(dense)
     if most >= dense:
-        raise SettingError(f"Nothing has to go for target={target!r}: the model has {dense:,} multiply-adds.")
+        raise SettingError(f"target={target!r} is reached already: the model has {dense:,} multiply-adds.")
     asked = {kind: limit.asked for kind, limit in limits.items()}
     return Goal(target, example, dense, most, {**asked, "macs": str(max(2, int(most)))})
 
 
 def first_inputs(model: nn.Module, batch: Any, loss: Loss | None) -> Any:
-    """Return what a model is called with for a few samples of a batch."""
+    """Return the inputs of a model for a few samples of a batch."""
     return next(iter(first_call(model, batch, loss).inputs(model)))
 
 
@@ -176,7 +176,7 @@ def find_shares(
     shares: Sequence[float] = SHARES,
     **settings: Any,
 ) -> list[Candidate]:
-    """Return what every share of a budget loses, of copies of the model; see `calibrate_with_tokens`."""
+    """Return a candidate for every share, measured on copies of the model; see `calibrate_with_tokens`."""
     _refuse_merging(model)
     ready = copy.deepcopy(model)
     encoders = prepare_merging(ready, goal.example)
@@ -197,7 +197,7 @@ def find_shares(
                 calibrate(trial, batches, target=goal.of_weights, loss=loss, example=goal.example, **settings)
             with evaluating(trial):
                 value = loss_of(trial)
-        except SettingError as error:  # out of reach with so few, or so many, tokens
+        except SettingError as error:  # the target is out of reach for this share
             reason = error
         found.append(Candidate(share, removed, macs, value))
     if all(each.loss is None for each in found):
@@ -208,19 +208,19 @@ def find_shares(
 def _refuse_merging(model: nn.Module) -> None:
     if removed_tokens(model) is not None:
         raise SettingError(
-            f"This {type(model).__name__} merges tokens already, and a budget is shared from all of them. Take that "
-            "off first: upop.merge_tokens(model, 0)."
+            f"This {type(model).__name__} merges tokens already, and a budget is split for the model with all tokens. "
+            "Remove merging first: upop.merge_tokens(model, 0)."
         )
 
 
 def _check_shares(shares: object) -> None:
     each = list(shares) if isinstance(shares, Iterable) and not isinstance(shares, str) else []
     if not each or not all(isinstance(share, int | float) and 0 <= share <= 1 for share in each):
-        raise SettingError(f"shares={shares!r} are shares of what goes. Give a list of numbers from 0 to 1.")
+        raise SettingError(f"shares must be a list of numbers from 0 to 1; found {shares!r}.")
 
 
 def merge_share(model: nn.Module, goal: Goal, share: float) -> None:
-    """Have a model merge as many tokens as save a share of what is to go, in place.
+    """Make a model merge tokens for a share of the multiply-adds to remove, in place.
 
     Raises:
         SettingError: the model merges tokens already.
@@ -235,22 +235,25 @@ def best_of(found: Sequence[Candidate], goal: Goal) -> Candidate:
     """Return the candidate with the lowest loss."""
     known = [(each.loss, number) for number, each in enumerate(found) if each.loss is not None]
     if not any(math.isfinite(loss) for loss, _ in known):
-        raise StepError(f"The loss of the held-out batches is not finite, whatever goes for target={goal.asked!r}.")
+        raise StepError(f"The loss on the held-out batches is not finite for any split of target={goal.asked!r}.")
     return found[min((loss, number) for loss, number in known if math.isfinite(loss))[1]]
 
 
 def split(batches: list[Any], held_out: Iterable[Any] | None = None) -> tuple[list[Any], list[Any]]:
-    """Return batches that rank what goes, and others that tell the loss: every fourth one, or those that are given."""
+    """Split batches into those for ranking and those held out: every fourth, or the given ones."""
     if held_out is not None:
         return batches, listed(held_out)
     if len(batches) < 2:
-        raise SettingError("One batch cannot both rank what goes and tell the loss. Give two or more, or held_out=.")
+        raise SettingError("One batch cannot both rank and be held out. Give two or more, or held_out=.")
     held = batches[::-_EVERY][::-1]
     return [each for number, each in enumerate(batches) if (len(batches) - 1 - number) % _EVERY], held
 
 
 def _schedule(model: nn.Module, encoders: Sequence[Mergeable], goal: Goal, share: float) -> list[list[int]]:
-    """Return the fewest tokens for which a model that is ready to merge saves a share of what is to go."""
+    """Return the smallest numbers of tokens that save a share of the multiply-adds to remove.
+
+    The model must be prepared for merging.
+    """
     if not share:
         return _spread(encoders, 0)
     most = goal.dense - share * (goal.dense - goal.macs)
@@ -267,7 +270,7 @@ def _most(encoders: Sequence[Mergeable]) -> int:
 
 
 def _spread(encoders: Sequence[Mergeable], total: int) -> list[list[int]]:
-    """Return how many tokens every layer of every encoder removes: equally many, one more in the last ones."""
+    """Distribute a total of removed tokens over the layers of every encoder: equally, one more in the last ones."""
     found = []
     for each in encoders:
         depth = len(each.encoder.layers)
@@ -283,9 +286,9 @@ def _mean(model: nn.Module, loss: Loss, batches: Sequence[Any]) -> float:
 def _distances(
     model: nn.Module, ready: nn.Module, encoders: Sequence[Mergeable], batches: Sequence[Any]
 ) -> Callable[[nn.Module], float]:
-    """Return what takes the place of a loss: the one in a model's outputs, or their distance from the dense model's.
+    """Return the default loss: the one in a model's outputs, or their distance from the dense model's outputs.
 
-    Outputs count that have the same shape with all tokens and with the fewest.
+    Only outputs whose shape does not depend on the number of tokens count.
     """
 
     def outputs(of: nn.Module, batch: Any) -> list[Tensor]:
@@ -300,8 +303,8 @@ def _distances(
     same = [number for number, (one, other) in enumerate(pairs) if one.shape == other.shape]
     if not same:
         raise SettingError(
-            f"With fewer tokens no output of {type(model).__name__} has the shape that it had, so that they cannot be "
-            "compared. Give a loss: loss=lambda model, batch: ..."
+            f"With fewer tokens every output of {type(model).__name__} changes its shape, so they cannot be compared. "
+            "Give a loss: loss=lambda model, batch: ..."
         )
     if not dense[0][0].dim():
         return lambda trial: sum(float(outputs(trial, batch)[0]) for batch in batches) / len(batches)

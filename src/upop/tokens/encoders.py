@@ -1,4 +1,4 @@
-"""Fewer tokens in the image encoders of any model, without training: `merge_tokens`."""
+"""Merges tokens in the image encoders of any model, without training: `merge_tokens`."""
 
 from __future__ import annotations
 
@@ -29,27 +29,26 @@ _NAME = "_upop_tokens_removed"
 
 
 def merge_tokens(model: nn.Module, vision: int | float | Sequence[int], *, example: Any = None) -> nn.Module:
-    """Have the layers of a model's image encoders merge tokens that are alike; the model is changed in place.
+    """Make the layers of a model's image encoders merge similar tokens, in place.
 
-    Each layer matches its tokens by their keys (complete-graph matching, CrossGET, arXiv 2305.17455), keeps those that
-    the class token looks for, and attends to merged tokens by how many they stand for. Nothing is trained, and no
-    weight is changed; training goes through it. A model that was cut merges like any other. Where a grid of tokens is
-    read (segmentation), they come back to their places behind the last layer: merged ones stand at each of theirs.
+    Each layer matches its tokens by their keys (complete-graph matching, CrossGET, arXiv 2305.17455), keeps those most
+    similar to the class token's query, and weighs merged tokens in attention by their size. No weight changes, and
+    gradients flow through merging. Compressed models merge like others. If the rest of the model reads a grid of tokens
+    (segmentation), all positions are restored after the last layer, each with its merged token.
 
     Args:
-        model: any model with an image encoder whose layers are modules: timm's, transformers', open_clip's, one's own.
-        vision: tokens that every layer removes; or as many as there are layers, one for each; or, between 0 and 1, the
-            share of the encoder's multiply-adds to remove, for which one number is found. 0 takes merging off.
-        example: inputs for one call, as `upop.find_prunable` takes them; made up where the model says what it takes.
+        model: any model with an image encoder whose layers are modules: of timm, transformers, open_clip, or custom.
+        vision: number of tokens to remove in every layer; or a list with one number per layer; or, between 0 and 1, the
+            share of the encoder's multiply-adds to remove, equally in all layers. 0 removes merging.
+        example: inputs for one forward pass, as for `upop.find_prunable`; generated if the model declares its inputs.
 
     Returns:
         The model.
 
     Raises:
-        LayoutError: no image encoder was found; or its layers, or what reads tokens between them, compute with the
-            places of tokens (windows, relative or rotary positions, grids), and the message says which. The model is
-            as it was.
-        SettingError: so many tokens are not there to be removed.
+        LayoutError: no image encoder was found; or its layers, or modules that read tokens between them, depend on
+            positions (windows, relative or rotary positions, grids); the message names them. The model is unchanged.
+        SettingError: there are fewer tokens to remove.
     """
     check_model(model, "merge_tokens()")
     inner = unwrapped(model)
@@ -61,7 +60,7 @@ def merge_tokens(model: nn.Module, vision: int | float | Sequence[int], *, examp
 
 
 def merge_again(model: nn.Module, removed: Sequence[Sequence[int]], example: Any = None) -> nn.Module:
-    """Have a model merge as `removed_tokens` said of it; everything is found and proved anew.
+    """Restore merging from the result of `removed_tokens`; the model is traced and verified again.
 
     Raises:
         LayoutError: as `merge_tokens`.
@@ -69,19 +68,19 @@ def merge_again(model: nn.Module, removed: Sequence[Sequence[int]], example: Any
     """
 
     def again(number: int, found: Mergeable) -> tuple[int, ...]:
-        # Counts were looked at when they were asked for; images may have another size here.
+        # Counts were checked when merging was set up; images may have another size here.
         return _listed(found, removed[number] if number < len(removed) else ())
 
     return _merge(model, example, again)
 
 
 def removed_tokens(model: nn.Module) -> list[list[int]] | None:
-    """Return what every layer of every image encoder removes; None where `merge_tokens` changed nothing."""
+    """Return the number of removed tokens, per image encoder and layer; None without merging."""
     return getattr(unwrapped(model), _NAME, None)
 
 
 def prepare_merging(model: nn.Module, example: Any = None) -> list[Mergeable]:
-    """Have the layers of a model's image encoders be ready to merge, and remove nothing yet; return the encoders.
+    """Prepare a model's image encoders for merging without removing tokens yet, and return them.
 
     Raises:
         LayoutError: as `merge_tokens`.
@@ -97,7 +96,7 @@ def prepare_merging(model: nn.Module, example: Any = None) -> list[Mergeable]:
 
 
 def set_removed(model: nn.Module, removed: Sequence[Sequence[int]]) -> None:
-    """Set how many tokens every layer of every encoder removes, of a model whose layers are ready to merge."""
+    """Set how many tokens every layer of every encoder removes; the model must be prepared for merging."""
     model = unwrapped(model)
     for layer in model.modules():
         if (place := place_of(layer)) is not None:
@@ -107,7 +106,7 @@ def set_removed(model: nn.Module, removed: Sequence[Sequence[int]]) -> None:
 
 @dataclass(frozen=True)
 class Mergeable:
-    """An encoder whose tokens may be merged.
+    """An encoder whose tokens can be merged.
 
     Attributes:
         encoder: the encoder.
@@ -125,8 +124,8 @@ class Mergeable:
 def _merge(model: nn.Module, example: Any, plan: Callable[[int, Mergeable], tuple[int, ...]]) -> nn.Module:
     if any(place_of(each) is not None for each in model.modules()):
         raise SettingError(
-            f"This {type(model).__name__} merges tokens already, led by cross tokens. Set how many by its set_removed, "
-            "or by --rv and --rl."
+            f"This {type(model).__name__} merges tokens already, guided by cross tokens. Set their number by its "
+            "set_removed, or by --rv and --rl."
         )
     made_up, example = example is None, example_for(model) if example is None else example
     with torch.random.fork_rng(devices=[]):
@@ -136,13 +135,13 @@ def _merge(model: nn.Module, example: Any, plan: Callable[[int, Mergeable], tupl
         raise reasons[0]
     if not found:
         raise LayoutError(
-            f"No image encoder whose tokens can be merged was found in this {type(model).__name__}: that takes layers "
-            "with attention among all tokens of an image, each given what the one before it returned. Windows of "
-            "tokens and grids are none."
+            f"No image encoder whose tokens can be merged was found in this {type(model).__name__}: its layers must "
+            "attend over all tokens of an image, and each must take the output of the one before. Windows and grids "
+            "do not qualify."
         )
     if made_up:
         found = _as_large(model, example, found)
-    # All are planned before any is changed.
+    # All encoders are planned before any is changed.
     plans = [(each, plan(number, each)) for number, each in enumerate(found)]
     for encoder, (each, removed) in enumerate(plans):
         sites = [layer.site for layer in each.encoder.layers]
@@ -160,15 +159,15 @@ def _merge(model: nn.Module, example: Any, plan: Callable[[int, Mergeable], tupl
         for layer in model.modules():
             set_merging(layer, None)
         raise LayoutError(
-            f"With fewer tokens {type(model).__name__} does not run: {error}. What reads the encoder needs as many as "
-            "there were; give merge_tokens the encoder alone if the rest is told how many there are."
+            f"With fewer tokens {type(model).__name__} does not run: {error}. The rest of the model needs all tokens; "
+            "give merge_tokens the encoder alone if you handle their number."
         ) from error
     setattr(model, _NAME, [list(removed) for _, removed in plans])
     return model
 
 
 def _with_momentum(model: nn.Module, layers: Sequence[Call]) -> Iterator[list[nn.Module]]:
-    """Yield the layers of an encoder, and those of its momentum copy, if the model keeps one."""
+    """Yield the layers of an encoder, and those of its momentum encoder, if there is one."""
     yield [layer.module for layer in layers]
     for name, copy in momentum_encoders(model).items():
         if all(layer.path.startswith(f"{name}.") for layer in layers):
@@ -176,7 +175,7 @@ def _with_momentum(model: nn.Module, layers: Sequence[Call]) -> Iterator[list[nn
 
 
 def _all_proved(model: nn.Module, example: Any) -> tuple[list[Mergeable], list[LayoutError]]:
-    """Return the image encoders whose tokens may be merged, and why those of others may not, which are left alone."""
+    """Return the image encoders whose tokens can be merged, and the reasons against the others."""
     found: list[Mergeable] = []
     reasons: list[LayoutError] = []
     for each in encoders(model, example):
@@ -191,7 +190,7 @@ def _proved(model: nn.Module, example: Any, encoder: Encoder) -> Mergeable:
     modules = [each.call.module for each in encoder.layers]
     try:
         if len(set(modules)) < len(modules):
-            raise LayoutError("one module is several of its layers")
+            raise LayoutError("several of its layers are one module")
         prefix = prefix_of(model, example, encoder)
         check_layers(encoder, prefix)
         restored = places_matter(model, example, encoder, prefix)
@@ -204,9 +203,9 @@ def _proved(model: nn.Module, example: Any, encoder: Encoder) -> Mergeable:
 
 
 def _as_large(model: nn.Module, example: Any, found: list[Mergeable]) -> list[Mergeable]:
-    """Return encoders with as many tokens as they take of the images that the model says it takes.
+    """Return encoders with the number of tokens for the image size that the model declares.
 
-    What is made up for a model that takes images of any size is a small one.
+    Generated images are small for models that accept any size.
     """
     size = own_image_size(model) or 0
 
@@ -233,7 +232,7 @@ def _as_large(model: nn.Module, example: Any, found: list[Mergeable]) -> list[Me
     try:
         with evaluating(model), torch.no_grad(), torch.random.fork_rng(devices=[]):
             call(model, large)
-    except Exception:  # it takes images of that one size alone, whatever it says of itself
+    except Exception:  # it only accepts the size of the example
         return found
     finally:
         for hook in hooks:
@@ -247,8 +246,8 @@ def _listed(found: Mergeable, asked: int | Sequence[int]) -> tuple[int, ...]:
     removed = tuple(asked) if isinstance(asked, Sequence) else (asked,) * depth
     if len(removed) != depth or min(removed) < 0:
         raise SettingError(
-            f"vision={list(removed)} was asked for, and the encoder has {depth} layers. Give one number for all, or "
-            f"{depth} numbers of 0 or more."
+            f"vision={list(removed)} was asked for, and the encoder has {depth} layers. Give one number of at least 0 "
+            f"for all layers, or {depth} numbers."
         )
     return removed
 
@@ -260,8 +259,8 @@ def _check_numbers(vision: object) -> None:
         isinstance(number, bool) or not isinstance(number, int | float if vision is number else int) for number in each
     ):
         raise SettingError(
-            f"vision={vision!r} is no number of tokens. Give one whole number for all layers, a list with one for "
-            "each, or a share of the multiply-adds between 0 and 1."
+            f"vision={vision!r} is no number of tokens. Give one integer for all layers, a list with one per layer, or "
+            "a share of the multiply-adds between 0 and 1."
         )
 
 
@@ -274,18 +273,18 @@ def _removed(found: Mergeable, asked: int | float | Sequence[int]) -> tuple[int,
         if wanted and not removable(tokens, found.prefix, wanted):
             raise SettingError(
                 f"vision={asked} leaves nothing to merge: layer {layer} of {depth} would have {tokens} tokens, "
-                f"{found.prefix} of them protected. At most {most_removed(found)} can go from every layer."
+                f"{found.prefix} of them protected. Every layer can remove at most {most_removed(found)}."
             )
     return removed
 
 
 def _counts(found: Mergeable, removed: Sequence[int]) -> list[int]:
-    """Return how many tokens every layer starts with, and how many are left."""
+    """Return the number of tokens before every layer, and after the last."""
     return token_counts(found.tokens, found.prefix, removed)
 
 
 def most_removed(found: Mergeable) -> int:
-    """Return the largest number of tokens that each layer of an encoder can remove, the last ones perhaps fewer."""
+    """Return the largest number of tokens that each layer of an encoder can remove; the last ones may remove fewer."""
     depth = len(found.encoder.layers)
     fits = [
         asked
@@ -296,7 +295,7 @@ def most_removed(found: Mergeable) -> int:
 
 
 def _within(found: Mergeable, share: float) -> tuple[int, ...]:
-    """Return the smallest equal numbers for which the layers cost so much less."""
+    """Return the smallest number per layer that saves a share of the multiply-adds."""
     if not 0 < share < 1:
         raise SettingError(f"vision={share} is no share of the multiply-adds. Give a number between 0 and 1.")
     depth, most = len(found.encoder.layers), most_removed(found)
@@ -308,12 +307,12 @@ def _within(found: Mergeable, share: float) -> tuple[int, ...]:
     reached = 1 - _cost(found, (most,) * depth) / dense
     raise SettingError(
         f"vision={share} asks for {share:.0%} of the encoder's multiply-adds, and merging can save {reached:.0%} of "
-        f"them, by {most} tokens per layer. Ask for less, and cut weights for the rest."
+        f"them, by {most} tokens per layer. Ask for less, and prune weights for the rest."
     )
 
 
 def _cost(found: Mergeable, removed: Sequence[int]) -> float:
-    """Return the multiply-adds of the layers: those of attention on all tokens, the rest on those that are left."""
+    """Return the multiply-adds of the layers: attention on all tokens, the rest on the kept ones."""
     counts, width, total = _counts(found, removed), found.encoder.tokens.shape[2], 0.0
     for layer, before, after in zip(found.encoder.layers, counts[:-1], counts[1:], strict=True):
         weights = sum(each.numel() for each in layer.call.module.parameters() if each.dim() > 1)
@@ -324,9 +323,9 @@ def _cost(found: Mergeable, removed: Sequence[int]) -> float:
 
 @contextmanager
 def _all_tokens(model: nn.Module) -> Iterator[None]:
-    """Take merging off a model within the block."""
+    """Disable merging within the block."""
     places = {layer: place for layer in model.modules() if (place := place_of(layer)) is not None}
-    if removed_tokens(model) is None:  # led by cross tokens, which are part of the model
+    if removed_tokens(model) is None:  # guided by cross tokens, which are part of the model
         places = {}
     try:
         for layer in places:

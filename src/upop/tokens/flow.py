@@ -1,8 +1,8 @@
-"""What one forward pass knows of its tokens, handed from layer to layer with the hidden states.
+"""The state of token merging in one forward pass, which travels from layer to layer with the hidden states.
 
-It belongs to the pass: it is kept on the tensor that a layer returns and the next one takes, so that several passes at
-once, layers that are recomputed in the backward pass, and replicas of a model do not meet. Where a hook puts
-another tensor in its place (on another device, for instance), the thread remembers the pass that it is in.
+The state is an attribute of the tensor that a layer returns and the next one takes, so that concurrent passes, layers
+recomputed in the backward pass, and replicas of a model do not interfere. If a hook replaces the tensor (to move it to
+another device, for instance), the state is found by thread.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ _latest = threading.local()
 
 @dataclass(frozen=True)
 class Flow:
-    """The tokens of a pass, where a layer starts.
+    """The state at the input of a layer.
 
     Attributes:
-        owner: the `Merger` that the layers belong to.
-        layer: the number of the layer.
-        size: how many tokens each stands for, [batch, tokens]; None for one each.
-        guide: position of the token that guides the matching, where each row has its own (the end of a text), [batch].
-        matches: of the layers so far, None for a layer that removed nothing.
-        cross: the cross tokens of all layers, [1, layers, C], or of the first one if layers keep their own; None if
-            there are none.
-        crosses: the cross tokens that went into the layers so far, [batch, C] each.
+        owner: the `Merger` of the layers.
+        layer: index of the layer.
+        size: number of original tokens in each token, [batch, tokens]; None if all are 1.
+        guide: position of the guiding token if rows differ in it (the end of a text), [batch].
+        matches: matches of the previous layers; None for a layer that removed nothing.
+        cross: the cross tokens of all layers, [1, layers, hidden], or of the first one if layers keep their own; None
+            if there are none.
+        crosses: the cross tokens of the previous layers, [batch, hidden] each.
     """
 
     owner: Any
@@ -46,14 +46,14 @@ class Flow:
     crosses: tuple[Tensor, ...] = ()
 
     def sizes(self, tokens: Tensor) -> Tensor:
-        """Return the sizes of tokens [batch, tokens, C], in float32 at least."""
+        """Return the sizes of tokens, [batch, tokens], at least in float32."""
         if self.size is not None:
             return self.size
         exact = accumulator(tokens)
         return torch.ones(tokens.shape[:2], dtype=exact, device=tokens.device)
 
     def on(self, device: torch.device) -> Flow:
-        """Return it on the device that the tokens are on."""
+        """Return the state on a device."""
         held = (self.size, self.guide, self.cross)
         if all(each is None or each.device == device for each in held):
             return self
@@ -61,25 +61,25 @@ class Flow:
         return replace(self, size=size, guide=guide, cross=cross)
 
     def with_cross(self, cross: Tensor) -> Flow:
-        """Return it with the cross token that goes into this layer, [batch, C]."""
+        """Return the state with the cross token of this layer, [batch, hidden]."""
         return replace(self, crosses=(*self.crosses, cross))
 
     def after(self, size: Tensor | None, found: Match | None) -> Flow:
-        """Return what the next layer starts with."""
+        """Return the state at the input of the next layer."""
         guide = self.guide
-        if guide is not None and found is not None:  # it is protected, so that only its place changes
+        if guide is not None and found is not None:  # it is protected, so only its position changes
             guide = guide - (found.source < guide.unsqueeze(1)).sum(1)
         return replace(self, layer=self.layer + 1, size=size, guide=guide, matches=(*self.matches, found))
 
     def unmerged(self, tokens: Tensor) -> Tensor:
-        """Return tokens as many as there were, [B, T, C], the merged ones at each of their places, no cross token."""
+        """Restore all tokens but the cross token, [batch, tokens, hidden]; merged ones are at all their positions."""
         for found in reversed(self.matches):
             tokens = tokens if found is None else unmerge(tokens, found)
         return tokens if self.cross is None else tokens[:, :-1]
 
 
 def flow_of(tokens: Tensor, owner: Any) -> Flow | None:
-    """Return what a pass knows of tokens that came out of a layer of the owner's, or were given to the first."""
+    """Return the state of tokens that a layer of the owner returned, or that its first layer takes."""
     found = getattr(tokens, _NAME, None)
     if found is None and not torch.compiler.is_compiling():
         shape, found = getattr(_latest, "pass_", (None, None))
@@ -89,7 +89,7 @@ def flow_of(tokens: Tensor, owner: Any) -> Flow | None:
 
 
 def carry(tokens: Tensor, flow: Flow) -> Tensor:
-    """Put what a pass knows onto its tokens, and return them."""
+    """Attach the state to tokens, and return them."""
     setattr(tokens, _NAME, flow)
     if not torch.compiler.is_compiling():
         _latest.pass_ = (tokens.shape[:2], flow)
@@ -97,7 +97,7 @@ def carry(tokens: Tensor, flow: Flow) -> Tensor:
 
 
 def note(tokens: Tensor, flow: Flow) -> None:
-    """Remember what was merged up to here in a pass, for `upop.pruning.merged`."""
+    """Record the state after merging for `upop.pruning.merged`."""
     if not torch.compiler.is_compiling():
         _latest.merged = (tokens.shape[:2], flow)
 

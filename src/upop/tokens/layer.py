@@ -1,9 +1,9 @@
-"""A layer that merges tokens between its attention and what follows, whatever its class, met as it runs.
+"""Merges tokens within a layer of any class, between its attention and its MLP.
 
-Between `x = x + attention(norm(x))` and `x = x + mlp(norm(x))` there is no module to hook, and no two libraries write
-it alike. What a layer computes is alike: an attention, and then the addition that joins its output to the tokens. While
-a layer runs, a mode of torch sees these two: it adds log(size) to the attention's logits (proportional attention),
-reads queries and keys there, and merges the sum.
+Between `x = x + attention(norm(x))` and `x = x + mlp(norm(x))` there is no module to hook, and code differs by library.
+What they compute is the same: an attention, and the addition of its output to the tokens. A torch function mode
+intercepts both while the layer runs: it adds log(size) to the attention logits (proportional attention), reads queries
+and keys, and merges the sum.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ FUSED = F.scaled_dot_product_attention
 
 @dataclass(frozen=True)
 class Site:
-    """Where a layer merges: which of its attentions is among its tokens, and which addition after it joins them.
+    """Where a layer merges: the index of its self-attention, and of the addition that joins the output to the tokens.
 
-    Additions are counted that are of two tensors of the shape of the layer's tokens.
+    Only additions of two tensors with the shape of the layer's tokens count.
     """
 
     attention: int = 0
@@ -49,16 +49,17 @@ class Merger:
     """How the layers of one encoder merge.
 
     Attributes:
-        removed: tokens to remove in each layer; bounded by half of the free ones (`removable`).
-        prefix: so many first tokens are protected (class and distillation tokens, registers).
+        removed: tokens to remove in each layer, at most half of the unprotected ones (`removable`).
+        prefix: number of first tokens that are protected (class and distillation tokens, registers).
         guidance: importance is the cosine of a key with the query of the guiding token ("query"), or the attention that
             a token gets on average ("attention", as LLaVA's).
-        head_mean: match by the mean of the heads' keys, instead of all heads side by side.
-        weighted: importance weighs the merged tokens, as published; else they are means.
-        causal: tokens see those before them alone; the mask is made anew for the tokens that are left.
-        merge_padding: tokens behind the guiding one are like others, as published; else they go first, without a trace.
-        restored: the last layer returns as many tokens as the first one takes, merged ones at each of their places.
-        encoder: the number of the encoder in its model.
+        head_mean: whether to match by the mean of the heads' keys, instead of their concatenation.
+        weighted: whether importance weighs merged tokens, as published; otherwise they are means.
+        causal: whether attention is causal; the mask is rebuilt for the kept tokens.
+        merge_padding: whether tokens after the guiding one are treated like others, as published; otherwise they are
+            removed first, and contribute nothing.
+        restored: whether the last layer restores all tokens, with merged ones at each of their positions.
+        encoder: index of the encoder in its model.
     """
 
     removed: tuple[int, ...]
@@ -72,12 +73,12 @@ class Merger:
     encoder: int = 0
 
     def start(self, tokens: Tensor, guide: Tensor | None = None, cross: Tensor | None = None) -> Tensor:
-        """Return the tokens that the first layer takes, [B, T, C]: with a cross token behind them, if there are any.
+        """Return the input of the first layer, [batch, tokens, hidden], with a cross token appended if there are any.
 
         Args:
-            tokens: [batch, tokens, C].
-            guide: where a text ends, [batch].
-            cross: the cross tokens of all layers, [1, layers, C].
+            tokens: [batch, tokens, hidden].
+            guide: position of the end of each text, [batch].
+            cross: the cross tokens of all layers, [1, layers, hidden].
         """
         size = None
         if not self.merge_padding and guide is not None and any(self.removed):
@@ -94,12 +95,12 @@ class Merger:
         return carry(tokens, flow)
 
     def enter(self, tokens: Tensor, flow: Flow, own: Tensor | None = None) -> tuple[Tensor, Flow]:
-        """Return what a layer takes in the place of its tokens: the last one becomes the layer's cross token.
+        """Return the tokens and the state with which a layer runs: its cross token replaces the last token.
 
         Args:
-            tokens: [batch, tokens, C].
-            flow: of the pass.
-            own: the cross token that the layer keeps itself, [C]; by default it is the layer's of the flow.
+            tokens: [batch, tokens, hidden].
+            flow: the state of the pass.
+            own: a cross token of the layer's own, [hidden]; by default that of the state.
         """
         if flow.cross is None:
             return tokens, flow
@@ -109,7 +110,7 @@ class Merger:
         return tokens, flow.with_cross(cross)
 
     def protected(self, tokens: Tensor, flow: Flow) -> tuple[Tensor, int]:
-        """Return which tokens neither go nor take others in, [batch, tokens] or [T], and how many of each row."""
+        """Return the tokens that are never merged, [batch, tokens] or [tokens], and their number per row."""
         places = torch.arange(tokens.shape[1], device=tokens.device)
         kept, count = places < self.prefix, self.prefix
         if flow.cross is not None:
@@ -120,12 +121,12 @@ class Merger:
 
 
 class LayerPass:
-    """What one pass through one layer has met so far.
+    """One pass through one layer.
 
     Attributes:
-        attentions, additions: how many were met, of those that a `Site` counts.
-        found: what was merged; None before that, and where nothing is.
-        size: how many tokens each stands for; see `Flow`.
+        attentions, additions: numbers of intercepted operations, as a `Site` counts them.
+        found: the match; None before merging, and if nothing is merged.
+        size: number of original tokens in each token; see `Flow`.
     """
 
     def __init__(self, site: Site, flow: Flow, tokens: Tensor) -> None:
@@ -142,7 +143,7 @@ class LayerPass:
         self._probabilities: Tensor | None = None
 
     def meet(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Return what an operation of the layer gives, met where it is the attention or the addition."""
+        """Run an operation of the layer, and intercept the attention and the addition."""
         if func is FUSED:
             return self._fused(*args, **kwargs)
         if func is PACKED:
@@ -173,12 +174,12 @@ class LayerPass:
         return self._square(logits) and over in (-1, logits.dim() - 1)  # type: ignore[union-attr]
 
     def _here(self) -> bool:
-        """Count an attention, and whether it is the one that the layer merges by."""
+        """Count an attention; return whether it is the one of the `Site`."""
         self.attentions += 1
         return self.attentions == self.site.attention + 1
 
     def _bias(self, dtype: torch.dtype, device: torch.device) -> Tensor | None:
-        """Return what is added to the logits, [batch, 1, 1 or T, T]; None for nothing."""
+        """Return the bias of the logits, [batch, 1, 1 or tokens, tokens], or None."""
         bias = None if self.size is None else self.size.log()[:, None, None, :].to(dtype)
         if self.merger.causal:
             later = torch.full((self.tokens, self.tokens), -torch.inf, dtype=dtype, device=device).triu(1)
@@ -244,10 +245,10 @@ class LayerPass:
         attn_mask: Tensor | None = None,
         **more: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """Do what torch.nn.MultiheadAttention does in one function, [T, B, C], so that queries and keys are met."""
+        """Compute torch.nn.MultiheadAttention, [tokens, batch, hidden], by parts, to see queries and keys."""
         special = [bias_k, bias_v, key_padding_mask, more.get("static_k"), more.get("static_v")]
         if weight is None or add_zero or not (query is key is value) or any(each is not None for each in special):
-            raise LayoutError("an attention of torch that uses more than one input, a mask of padding or extra keys")
+            raise LayoutError("an attention of torch with several inputs, a padding mask or extra keys")
         parts = F.linear(query, weight, bias).chunk(3, -1)
         split = [each.unflatten(-1, (heads, -1)).permute(1, 2, 0, 3) for each in parts]  # [B, heads, T, head_dim]
         causal = bool(more.get("is_causal")) and attn_mask is None
@@ -257,15 +258,15 @@ class LayerPass:
         return F.linear(joined, out_weight, out_bias), None
 
     def _saw(self, queries: Tensor, keys: Tensor, scale: float | None) -> None:
-        """Keep queries and keys as [batch, heads, T, head_dim]; nothing of the matching has gradients."""
+        """Keep queries and keys, [batch, heads, tokens, head_dim], without gradients."""
         shape = (self.batch, -1, self.tokens, queries.shape[-1])
         self._queries, self._keys = queries.detach().reshape(shape), keys.detach().reshape(shape)
-        if self._keys.shape[1] != self._queries.shape[1]:  # groups of heads share their keys
+        if self._keys.shape[1] != self._queries.shape[1]:  # grouped-query attention
             self._keys = self._keys.repeat_interleave(self._queries.shape[1] // self._keys.shape[1], 1)
         self._scale = self._queries.shape[-1] ** -0.5 if scale is None else scale
 
     def _merged(self, tokens: Tensor) -> Tensor:
-        """Return the sum of tokens and attention with the tokens merged that go in this layer."""
+        """Merge tokens in the sum of the stream and the attention's output."""
         merger = self.merger
         asked = merger.removed[self.flow.layer] if self.flow.layer < len(merger.removed) else 0
         protected, count = merger.protected(tokens, self.flow)
@@ -292,7 +293,7 @@ class LayerPass:
         return merged
 
     def _importance(self, keys: Tensor) -> Tensor:
-        """Return how much each token matters, [batch, T]; `keys` has those of all heads side by side, [batch, T, C]."""
+        """Return the importance of each token, [batch, tokens], from the keys of all heads, [batch, tokens, hidden]."""
         assert self._queries is not None
         merger, guide = self.merger, self.flow.guide
         place = -1 if self.flow.cross is not None else 0 if merger.prefix else None
@@ -317,7 +318,7 @@ class LayerPass:
 
 
 class _Mode(TorchFunctionMode):
-    """Has a pass meet the operations of its layer."""
+    """Passes the operations of a layer to its `LayerPass`."""
 
     def __init__(self, layer: LayerPass) -> None:
         super().__init__()
@@ -344,13 +345,13 @@ _classes: dict[type[nn.Module], type[nn.Module]] = {}
 
 
 def place_of(layer: nn.Module) -> Place | None:
-    """Return what a layer that merges keeps; None for another one."""
+    """Return the merging of a layer, or None."""
     found = layer.__dict__.get(_PLACE)
     return found if isinstance(found, Place) else None
 
 
 def set_merging(layer: nn.Module, place: Place | None) -> None:
-    """Have a layer merge from now on, or no more (None). Its class is derived from what it was, under the same name."""
+    """Make a layer merge, or stop it (None). Its class becomes a subclass of the same name."""
     base = type(layer) if place_of(layer) is None else type(layer).__mro__[1]
     if place is None:
         if layer.__dict__.pop(_PLACE, None) is not None:
@@ -362,7 +363,7 @@ def set_merging(layer: nn.Module, place: Place | None) -> None:
 
 def _merging(base: type[nn.Module]) -> type[nn.Module]:
     if base not in _classes and base.__dict__.get("wraps_forward"):
-        # What it computes again in the backward pass is then the merging layer, not the layer in it.
+        # A checkpointed layer must recompute the merging forward, not the one inside it.
         inner = _merging(base.__mro__[1])
         names: dict[str, Any] = {"__module__": base.__module__, "__qualname__": base.__qualname__}
         _classes[base] = type(base.__name__, (base, inner), names)
@@ -378,7 +379,7 @@ def _merging(base: type[nn.Module]) -> type[nn.Module]:
 
 
 def _run(layer: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Run a layer's own forward; its tokens are its first tensor, and the first one that it returns."""
+    """Run a layer's own forward; its tokens are the first tensor among its inputs, and among its outputs."""
     place = place_of(layer)
     assert place is not None
     name = None if args else next(each for each, value in kwargs.items() if isinstance(value, Tensor))
@@ -388,8 +389,8 @@ def _run(layer: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], k
         flow = None
     if flow is None and place.number:
         raise LayoutError(
-            f"A {type(layer).__name__} that merges tokens was given others than the layer before it returned, so that "
-            "their sizes are not known. Hand on what it returns as it is (gradient checkpointing: use_reentrant=False)."
+            f"A {type(layer).__name__} that merges tokens got other tokens than the layer before returned, so their "
+            "sizes are unknown. Pass on its output unchanged (gradient checkpointing: use_reentrant=False)."
         )
     own = cross_token_of(layer)
     if flow is None:
@@ -404,8 +405,8 @@ def _run(layer: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], k
         )
     if not met.met:
         raise LayoutError(
-            f"A {type(layer).__name__} was to merge tokens, and computes its attention in a way that is not known. Use "
-            "torch's scaled_dot_product_attention or plain softmax (attn_implementation='sdpa' or 'eager')."
+            f"A {type(layer).__name__} cannot merge tokens: its implementation of attention is unknown. Use torch's "
+            "scaled_dot_product_attention or plain softmax (attn_implementation='sdpa' or 'eager')."
         )
     after = flow.after(met.size, met.found)
     if place.merger.restored and after.layer == len(place.merger.removed):
@@ -415,16 +416,16 @@ def _run(layer: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], k
 
 
 def first_of(output: Any) -> Tensor:
-    """Return the tokens in what a layer returned."""
+    """Return the tokens in the output of a layer."""
     tokens: Tensor = output if isinstance(output, Tensor) else output[0]
     return tokens
 
 
 def with_first(output: Any, tokens: Tensor) -> Any:
-    """Return what a layer returned with other tokens."""
+    """Return the output of a layer with other tokens."""
     return tokens if isinstance(output, Tensor) else type(output)([tokens, *output[1:]])
 
 
 def _row(tokens: Tensor, places: Tensor) -> Tensor:
-    """Return one token of each row, [batch, C], of tokens [batch, tokens, C] and places [batch]."""
+    """Return one token per row, [batch, hidden], from tokens [batch, tokens, hidden] and positions [batch]."""
     return tokens.gather(1, places[:, None, None].expand(-1, 1, tokens.shape[2])).squeeze(1)

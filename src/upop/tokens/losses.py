@@ -1,4 +1,4 @@
-"""CrossGET's training objective: cross tokens of both modalities brought together (arXiv 2305.17455, section 3.1)."""
+"""CrossGET's training loss, which aligns the cross tokens of both modalities (arXiv 2305.17455, section 3.1)."""
 
 from __future__ import annotations
 
@@ -43,13 +43,13 @@ def _spread(tokens: Sequence[Image], depth: int) -> list[Image]:
 
 
 def matching_loss(image: Tensor, text: Tensor, ids: Tensor, scale: Tensor) -> Tensor:
-    """Return the symmetric contrastive loss of a batch; rows with equal numbers belong together, in equal shares.
+    """Return the symmetric contrastive loss of a batch; targets are shared equally among rows of the same image.
 
     Args:
         image: normalised features, [batch, dim].
         text: normalised features, [batch, dim].
-        ids: number of each pair's image, [batch].
-        scale: what similarities are multiplied with.
+        ids: image index of each pair, [batch].
+        scale: factor of the similarities.
     """
     same = (ids.unsqueeze(0) == ids.unsqueeze(1)).to(image.dtype)
     targets = same / same.sum(1, keepdim=True)

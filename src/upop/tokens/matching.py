@@ -1,8 +1,8 @@
-"""Complete-graph matching of tokens: which go, and which take them in (CrossGET, arXiv 2305.17455, section 3.2).
+"""Complete-graph matching: which tokens are removed, and which they merge into (CrossGET, arXiv 2305.17455, 3.2).
 
-Every token may be merged into every other. Ties are the rule here (two tokens that are nearest to each other are
-equally far from each other), so they are broken by position, the lower one first: decisions do not depend on the
-device, on the batch, or on how a library sorts. Places follow from comparisons, which every compiler and exporter has.
+Every token may merge into any other. Ties are common (two mutually nearest tokens have the same distance), and are
+broken by position, the lower one first, so that decisions do not depend on the device, the batch or a sorting routine.
+Positions follow from comparisons, which every compiler and exporter supports.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from upop.pruning.precision import precise
 
 @dataclass(frozen=True)
 class Match:
-    """What becomes of the tokens of a batch, r' of T removed in every row.
+    """A matching of the tokens of a batch that removes r' of T tokens per row.
 
     Attributes:
-        source: positions of the tokens that go, in the order of choice, [batch, r'].
-        kept: positions of those that stay, ascending, [batch, T - r'].
-        target: where each source goes, as a place in `kept`, [batch, r'].
-        weight: of source and target in the merged token, [batch, r', 2]; they sum to 2.
+        source: positions of removed tokens, in the order of choice, [batch, r'].
+        kept: positions of kept tokens, ascending, [batch, T - r'].
+        target: index in `kept` of the token that each source merges into, [batch, r'].
+        weight: weights of source and target in the merged token, [batch, r', 2]; they sum to 2.
     """
 
     source: Tensor
@@ -35,12 +35,12 @@ class Match:
 
 
 def removable(tokens: int, protected: int, asked: int) -> int:
-    """Return how many of `tokens` go, of which `protected` may not: as asked, and at most half of the free ones."""
+    """Return how many tokens are removed: as asked, but at most half of the unprotected ones."""
     return max(0, min(asked, (tokens - protected) // 2))
 
 
 def token_counts(tokens: int, protected: int, asked: Sequence[int]) -> list[int]:
-    """Return how many tokens every layer starts with, and how many are left after the last one."""
+    """Return the number of tokens before every layer, and after the last."""
     counts = [tokens]
     for each in asked:
         counts.append(counts[-1] - removable(counts[-1], protected, each))
@@ -57,15 +57,15 @@ def match(
     empty: Tensor | None = None,
     weighted: bool = True,
 ) -> Match:
-    """Choose the tokens that go, those whose nearest lower-ranked token is nearest and that matter least.
+    """Choose the tokens to remove: least important, and closest to a lower-ranked token.
 
     Args:
-        keys: what similarity is the cosine of, [batch, tokens, C]; computed in float32 at least.
-        importance: how much each token matters, [batch, tokens].
-        remove: tokens to remove from each row; see `removable`.
-        protected: tokens that neither go nor take others in, [batch, tokens] or [T], of bool.
-        empty: tokens of no content (padding), [batch, tokens]; they go first, and never into one that has any.
-        weighted: whether importance weighs the merged tokens; the weights are 1 otherwise.
+        keys: vectors whose cosine is the similarity, [batch, tokens, hidden]; computed at least in float32.
+        importance: importance of each token, [batch, tokens].
+        remove: number of tokens to remove per row; see `removable`.
+        protected: tokens that are never merged, [batch, tokens] or [tokens], bool.
+        empty: padding, [batch, tokens], bool; removed first, and never merged into other tokens.
+        weighted: whether importance weighs merged tokens; otherwise all weights are 1.
     """
     with exactly(keys):
         keys = precise(keys)
@@ -87,24 +87,24 @@ def match(
         if weighted:
             pair = torch.stack([importance.gather(1, source), importance.gather(1, target)], 2)
             weight = 2 * pair.softmax(2)
-            if empty is not None:  # what has no content adds none
+            if empty is not None:  # padding contributes nothing
                 weight = torch.where(empty.gather(1, source).unsqueeze(2), torch.ones_like(weight), weight)
         return Match(source, _placed(rest, source), _place(target, source), weight)
 
 
 def merge(tokens: Tensor, size: Tensor, found: Match) -> tuple[Tensor, Tensor]:
-    """Return the merged tokens [batch, T - r', C] and their sizes [batch, T - r']; gradients go through both.
+    """Return the merged tokens [batch, T - r', hidden] and their sizes [batch, T - r'], both differentiable.
 
     Args:
-        tokens: [batch, tokens, C].
-        size: how many tokens each stands for, [batch, tokens]; 0 for one without content.
-        found: by `match`.
+        tokens: [batch, tokens, hidden].
+        size: number of original tokens in each token, [batch, tokens]; 0 for padding.
+        found: the result of `match`.
     """
     with exactly(tokens):
         exact = size.dtype
         states = tokens.to(exact)
         given, own = found.weight.to(exact).unbind(2)
-        # Row b, column a: whether source a goes into kept token b. A product adds in the same order everywhere.
+        # Row b, column a: whether source a merges into kept token b. A matrix product sums in a fixed order.
         places = torch.arange(found.kept.shape[1], device=tokens.device)
         joins = (places.unsqueeze(1) == found.target.unsqueeze(1)).to(exact)
         kept_size, source_size = size.gather(1, found.kept), size.gather(1, found.source)
@@ -112,18 +112,18 @@ def merge(tokens: Tensor, size: Tensor, found: Match) -> tuple[Tensor, Tensor]:
         share = kept_size * (1 + (joins @ (own - 1).unsqueeze(2)).squeeze(2))
         summed = share.unsqueeze(2) * kept + joins @ ((given * source_size).unsqueeze(2) * sources)
         merged_size = kept_size + (joins @ source_size.unsqueeze(2)).squeeze(2)
-        # A token without content keeps its state, which nothing reads.
+        # Padding keeps its state, which nothing reads.
         merged = torch.where(merged_size.unsqueeze(2) > 0, summed / merged_size.clamp_min(1).unsqueeze(2), kept)
         return merged.to(tokens.dtype), merged_size
 
 
 def exactly(tokens: Tensor) -> AbstractContextManager[None]:
-    """Return a context without autocast: decisions are the same in training and in evaluation."""
+    """Return a context without autocast, so that training and evaluation decide alike."""
     return nullcontext() if tokens.is_meta else torch.autocast(tokens.device.type, enabled=False)
 
 
 def unmerge(tokens: Tensor, found: Match) -> Tensor:
-    """Return tokens at all T places from before a merging, [B, T, C]: what was merged stands at each of its places."""
+    """Restore the T tokens before merging, [batch, T, hidden], with merged tokens at each of their positions."""
     total = found.kept.shape[1] + found.source.shape[1]
     shape = (tokens.shape[0], total, tokens.shape[2])
     places = torch.cat([found.kept, found.source], 1).unsqueeze(2).expand(shape)
@@ -133,7 +133,7 @@ def unmerge(tokens: Tensor, found: Match) -> Tensor:
 
 
 def cosine(keys: Tensor, guide: Tensor) -> Tensor:
-    """Return the cosine of each token's key with the guide, [B, T], of keys [batch, tokens, C] and a guide [B, C]."""
+    """Return the cosines of keys [batch, tokens, hidden] with a guide [batch, hidden], [batch, tokens]."""
     return (_group(keys) @ _group(guide).unsqueeze(2)).squeeze(2)
 
 
@@ -143,14 +143,14 @@ def _group(vectors: Tensor) -> Tensor:
 
 
 def _cosines(keys: Tensor) -> Tensor:
-    """Return the cosines of all pairs, [batch, tokens, T], symmetric to the last bit, whatever the product rounds."""
+    """Return the cosines of all pairs, [batch, tokens, tokens], exactly symmetric in spite of rounding."""
     group = _group(keys)
     upper = (group @ group.transpose(1, 2)).triu(1)
     return upper + upper.transpose(1, 2)
 
 
 def _barred(positions: Tensor, protected: Tensor, empty: Tensor | None) -> Tensor:
-    """Return which pairs may not be merged, [batch, tokens, T] or [1, T, T]."""
+    """Return the pairs that must not merge, [batch, tokens, tokens] or [1, tokens, tokens]."""
     barred = protected.unsqueeze(-1) | protected.unsqueeze(-2) | (positions.unsqueeze(0) == positions.unsqueeze(1))
     if empty is not None:
         barred = barred | (empty.unsqueeze(2) != empty.unsqueeze(1))
@@ -158,7 +158,7 @@ def _barred(positions: Tensor, protected: Tensor, empty: Tensor | None) -> Tenso
 
 
 def _ranks(values: Tensor) -> Tensor:
-    """Return each value's place in ascending order, [batch, tokens]; equal ones in the order of their positions."""
+    """Return each value's rank in ascending order, [batch, tokens]; ties by position."""
     positions = torch.arange(values.shape[1], device=values.device)
     mine, others = values.unsqueeze(2), values.unsqueeze(1)
     before = (others < mine) | ((others == mine) & (positions.unsqueeze(0) < positions.unsqueeze(1)))
@@ -171,7 +171,7 @@ def _inverse(permutation: Tensor) -> Tensor:
 
 
 def _place(positions: Tensor, source: Tensor) -> Tensor:
-    """Return where kept positions stand once the sources are gone, [batch, n]."""
+    """Return the indices of kept positions after the sources are removed, [batch, n]."""
     return positions - (source.unsqueeze(1) < positions.unsqueeze(2)).sum(2)
 
 

@@ -1,9 +1,9 @@
-"""Whether the tokens of an encoder may be merged, on numbers: their places may decide nothing from its first layer on.
+"""Checks numerically whether the tokens of an encoder can be merged: nothing may depend on their positions.
 
-Merging takes tokens for a set. A layer does too, if tokens in another order give the same, in that order: relative
-positions, windows and rotations of queries and keys do not. What reads the encoder must not read by place either, from
-its first layer on: the model's outputs stay, or come in the other order; else its last tokens must be enough that are
-put back. Weights that are zero are filled with noise for that, so that tables which training is yet to fill count.
+Merging treats tokens as a set. So does a layer if permuted tokens give permuted outputs; with relative positions,
+windows or rotary embeddings they do not. Modules that read tokens of the encoder must not depend on positions either:
+the model's outputs must stay the same or be permuted, or else become so when the last tokens are restored. Weights that
+are zero are filled with noise for this check, so that tables which training is yet to fill count.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from upop.tokens.reading import Encoder, Found
 _NOISE = 0.1
 _TOLERANCE = {torch.float64: 1e-8, torch.float32: 2e-3}
 _COARSE = 5e-2
-"""Largest difference, relative to the largest number, that another order of summation makes."""
+"""Largest relative difference that another order of summation may cause, in other precisions."""
 
 
 def prefix_of(model: nn.Module, example: Any, encoder: Encoder) -> int:
-    """Return how many first tokens are no part of the image: what they start as does not depend on it.
+    """Return the number of first tokens that do not depend on the image, such as class tokens.
 
     Raises:
-        LayoutError: such tokens stand elsewhere.
+        LayoutError: such tokens are elsewhere in the sequence.
     """
 
     def changed_from(leaf: Any) -> Any:  # whatever it was drawn with
@@ -42,16 +42,16 @@ def prefix_of(model: nn.Module, example: Any, encoder: Encoder) -> int:
     with evaluating(model):
         changed = _tokens_with(model, other, encoder.layers[0])
     if changed.shape != encoder.tokens.shape:
-        raise LayoutError("how many tokens there are depends on what the image shows")
+        raise LayoutError("the number of tokens depends on the image's content")
     fixed = (changed == encoder.tokens).all(2).all(0)
     count = int((~fixed).int().argmax()) if not fixed.all() else len(fixed)
     if count == len(fixed) or fixed[count:].any():
-        raise LayoutError("tokens that do not depend on the image stand among those that do")
+        raise LayoutError("tokens that do not depend on the image are among those that do")
     return count
 
 
 def check_layers(encoder: Encoder, prefix: int) -> None:
-    """Raise a `LayoutError` where a layer computes something else with tokens in another order."""
+    """Raise a `LayoutError` if a layer depends on the order of tokens."""
     order = _order(encoder.tokens.shape[1], prefix, encoder.tokens.device)
     for found in encoder.layers:
         layer = copy.deepcopy(found.call.module)
@@ -61,16 +61,16 @@ def check_layers(encoder: Encoder, prefix: int) -> None:
             plain, mixed = (_run(layer, found, each) for each in (None, order))
         if not _alike(plain[:, order], mixed):
             raise LayoutError(
-                f"{found.call.path} computes with the places of its tokens (windows, relative or rotary positions, a "
-                "mask): those of merged tokens would be lost"
+                f"{found.call.path} depends on the positions of its tokens (windows, relative or rotary positions, a "
+                "mask), which merging would change"
             )
 
 
 def places_matter(model: nn.Module, example: Any, encoder: Encoder, prefix: int) -> bool:
-    """Return whether what reads the encoder needs its last tokens at the places that they had.
+    """Return whether the rest of the model needs the last tokens at their original positions.
 
     Raises:
-        LayoutError: what reads tokens between its layers, or behind them, takes them by their places even so.
+        LayoutError: modules that read tokens between the layers, or after them, depend on positions in any case.
     """
     order = _order(encoder.tokens.shape[1], prefix, encoder.tokens.device)
     with evaluating(model), _filled(model):
@@ -83,12 +83,12 @@ def places_matter(model: nn.Module, example: Any, encoder: Encoder, prefix: int)
                 for one, other in zip(plain, mixed, strict=True)
             ):
                 return back
-    raise LayoutError("what reads its tokens between its layers takes them by their places (a grid, or a part of it)")
+    raise LayoutError("modules that read tokens between its layers depend on their positions (a grid, or a part of it)")
 
 
 @contextmanager
 def _mixed(encoder: Encoder, order: Tensor, *, back: bool) -> Iterator[None]:
-    """Give the first layer its tokens in another order; `back` has the last layer return them in their own."""
+    """Permute the tokens before the first layer; with `back`, restore the order after the last."""
     first, last = (encoder.layers[place].call.module for place in (0, -1))
     inverse = order.argsort()
 
@@ -109,7 +109,7 @@ def _mixed(encoder: Encoder, order: Tensor, *, back: bool) -> Iterator[None]:
 
 
 def _reordered(output: Tensor, order: Tensor, prefix: int) -> Iterator[Tensor]:
-    """Yield an output in the other order along the axes that may be those of tokens, the first ones left out or not."""
+    """Yield an output permuted along each axis that may hold the tokens, with or without the first ones."""
     for left in range(prefix + 1):
         kept = order[left:] - left
         for axis, size in enumerate(output.shape):
@@ -165,7 +165,7 @@ def _alike(one: Tensor, other: Tensor) -> bool:
 
 @contextmanager
 def _filled(model: nn.Module) -> Iterator[None]:
-    """Have weights that are zero hold noise."""
+    """Fill weights that are zero with noise within the block."""
     empty = [each for each in model.parameters() if not each.any()]
     try:
         with torch.no_grad():

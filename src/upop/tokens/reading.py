@@ -1,10 +1,10 @@
-"""Finding the layers of image encoders by what a model computes in one call; names and classes decide nothing.
+"""Finds the layers of image encoders by what a model computes in one forward pass, not by names or classes.
 
-An attention among tokens is a softmax of products of all with all, or torch's fused function. The addition that joins
-its output to the tokens is the first of two equal shapes of which one came through the attention and the other did
-not. The layer is the largest module that holds this attention alone and takes and returns tokens of that shape; layers
-are an encoder where each takes the very tensor that the one before it returned. What came from pixels, words and
-attentions is followed through every operation.
+A self-attention is a softmax over square logits, or torch's fused function. The addition that joins its output to the
+tokens is the first one of two equal shapes of which only one depends on the attention. A layer is the largest module
+that contains this attention and no other, and takes and returns tokens of that shape. Layers form an encoder if each
+takes the very tensor that the one before returned. Marks on tensors track the origin from pixels, text and attentions
+through every operation.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _PIXELS, _WORDS = "pixels", "words"
 
 @dataclass(eq=False)
 class Call:
-    """A call of a module: what it was given and gave, and the calls that it was made in, the outermost first."""
+    """A call of a module, with its inputs, output, and enclosing calls, outermost first."""
 
     path: str
     module: nn.Module
@@ -39,18 +39,18 @@ class Call:
 
     @property
     def tokens(self) -> Tensor | None:
-        """The first tensor that it was given."""
+        """The first tensor among the inputs."""
         return _first((self.args, self.kwargs))
 
     @property
     def result(self) -> Tensor | None:
-        """The first tensor that it gave."""
+        """The first tensor in the output."""
         return _first(self.output)
 
 
 @dataclass(eq=False)
 class Found:
-    """A layer that may merge."""
+    """A layer that can merge tokens."""
 
     call: Call
     site: Site
@@ -58,11 +58,11 @@ class Found:
 
 @dataclass(eq=False)
 class Encoder:
-    """Layers in the order of their calls, each taking what the one before it returned.
+    """Layers in the order of their calls, each taking the output of the one before.
 
     Attributes:
         layers: the layers.
-        inputs: of what the tokens are made: "pixels", "words".
+        inputs: the origin of the tokens: "pixels", "words".
     """
 
     layers: list[Found]
@@ -70,7 +70,7 @@ class Encoder:
 
     @property
     def tokens(self) -> Tensor:
-        """What the first layer takes, [batch, tokens, C]."""
+        """The input of the first layer, [batch, tokens, hidden]."""
         found = self.layers[0].call.tokens
         assert found is not None
         return found
@@ -78,7 +78,7 @@ class Encoder:
 
 @dataclass(eq=False)
 class _Event:
-    """An attention or an addition, in the order of operations, and the calls that it was made in."""
+    """An attention or an addition, with its enclosing calls."""
 
     within: tuple[Call, ...]
     tokens: int = 0
@@ -87,7 +87,7 @@ class _Event:
 
 
 def encoders(model: nn.Module, example: Any) -> list[Encoder]:
-    """Return the encoders whose layers were met in a call of a model with an example, in evaluation mode."""
+    """Return the encoders in a forward pass of a model on an example, in evaluation mode."""
     recorder = _Recorder()
     for leaf in tree_leaves(example):
         if isinstance(leaf, Tensor):
@@ -98,7 +98,7 @@ def encoders(model: nn.Module, example: Any) -> list[Encoder]:
 
 
 class _Recorder(TorchFunctionMode):
-    """Follows marks through operations, and notes attentions and additions."""
+    """Propagates marks through operations, and records attentions and additions."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -110,7 +110,7 @@ class _Recorder(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        """Run an operation, and note what it is."""
+        """Run and record an operation."""
         kwargs = dict(kwargs or {})
         marks = _marks((args, kwargs))
         tokens = _attends(func, args, kwargs)
@@ -166,7 +166,7 @@ class _Recorder(TorchFunctionMode):
 
 
 def _attends(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
-    """Return how many tokens an operation has attend to each other; 0 for any other operation."""
+    """Return the number of tokens of a self-attention; 0 for any other operation."""
     if func is FUSED:
         query, key = (args[place] if place < len(args) else kwargs[name] for place, name in enumerate(("query", "key")))
         return int(query.shape[-2]) if query.shape[-2] == key.shape[-2] else 0
@@ -195,7 +195,7 @@ def _chains(layers: list[Found]) -> list[Encoder]:
 
 @contextmanager
 def _watched(model: nn.Module, recorder: _Recorder) -> Iterator[None]:
-    """Have calls of modules noted."""
+    """Record the calls of modules within the block."""
     handles = []
 
     def enter(path: str) -> Any:
