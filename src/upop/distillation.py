@@ -278,8 +278,8 @@ class Distillation:
         where = f" at {some_of(bad, 3)}" if bad else ""
         raise StepError(
             f"The first distance from the teacher, {type(self.teacher).__name__}, is {loss:.3g}{where}: its features "
-            "are not finite, or so close to 0 that any relative difference is large. Does it have trained weights? Load "
-            "them, or leave the teacher out."
+            "are not finite, or so close to 0 that any relative difference is large. Does it have trained weights? "
+            "Load them, or leave the teacher out."
         )
 
     def _warn_of_hidden(self, output: Any) -> None:
