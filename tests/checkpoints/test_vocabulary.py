@@ -136,7 +136,7 @@ def test_a_cut_model_has_fewer_words_too_and_is_loaded_plainly(tmp_path: Path) -
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
     torch.testing.assert_close(logits(plain, found.encode(ids)), logits(dense, ids)[..., list(found.kept)])
     assert json.loads((tmp_path / "saved" / "config.json").read_text())["vocab_size"] == 6
-    with pytest.raises(SettingError, match="Token 8 was dropped"):
+    with pytest.raises(SettingError, match="Token 8 was removed"):
         found.encode(torch.tensor([[2, 8]]))
     loss = model(input_ids=found.encode(ids), labels=found.encode(ids)).loss
     loss.backward()
@@ -147,7 +147,7 @@ def test_a_cut_model_has_fewer_words_too_and_is_loaded_plainly(tmp_path: Path) -
     ("given", "said"),
     [
         ([], "neither texts nor tokens"),
-        (["a text"], "no tokenizer"),
+        (["a text"], "without a tokenizer"),
         ([3, 99], "Token id 99 is not in the model's vocabulary of 60"),
         ([3, None], "something else"),
         ("absent.txt", "cannot be read"),

@@ -1,7 +1,7 @@
-"""Models with fewer words, those of upop among them: BLIP's tables are a tenth of its parameters and more.
+"""Reduces the vocabulary of upop's BLIP models, whose embeddings are a tenth of the parameters or more.
 
-Models of transformers are changed by `reduce_vocabulary`. One of ours is built anew with fewer words, filled with the
-rows that stay, and compared with what it was on texts of these words.
+Transformers models are changed by `reduce_vocabulary`. A BLIP model is rebuilt with a smaller vocabulary, filled with
+the kept rows, and verified on texts of the kept tokens.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from upop.checkpoints.configs.vocabulary import Vocabulary, chosen_words, note_words, reduce_vocabulary
 from upop.checkpoints.fitting.carried import VOCABULARY, preparation_of, set_preparation
 from upop.checkpoints.fitting.fit import fit
-from upop.checkpoints.fitting.meta import outline
+from upop.checkpoints.fitting.meta import meta_model
 from upop.errors import SettingError, VerificationError
 from upop.libraries import is_pretrained
 from upop.models import MODELS, kind_of
@@ -26,28 +26,28 @@ from upop.tokens.cross import give_held
 from upop.tokens.encoders import merge_again, removed_tokens
 
 _CLOSE = 1e-4
-"""What outputs may differ by, as a share of the largest: fewer columns are summed in another order."""
+"""Largest difference relative to the largest element: fewer columns are summed in another order."""
 
 
 def with_fewer_words(model: nn.Module, vocabulary: Any, tokenizer: Any) -> tuple[nn.Module, Vocabulary]:
-    """Return a model without the words that a task never uses, and what stayed; it may be the same one, changed.
+    """Return a model without the tokens that a task never uses, and the kept tokens; transformers models are changed.
 
     Args:
-        model: one of transformers, or a BLIP of upop, dense or compressed.
+        model: a transformers model, or a BLIP model of upop, dense or compressed.
         vocabulary: as for `upop.reduce_vocabulary`.
-        tokenizer: the model's own.
+        tokenizer: the model's tokenizer.
 
     Raises:
-        SettingError: it is another library's, or the vocabulary cannot be used.
-        VerificationError: it would compute something else.
+        SettingError: the model is of another library, or the vocabulary cannot be used.
+        VerificationError: the outputs would differ.
     """
     if is_pretrained(model):
         return model, reduce_vocabulary(cast(Any, model), vocabulary, tokenizer)
     config: Any = getattr(model, "config", None)
     if not isinstance(config, BlipConfig):
         raise SettingError(
-            f"A vocabulary was given for a {type(model).__name__}. Words can be dropped of models of transformers, and "
-            "of upop's BLIP."
+            f"A vocabulary was given for a {type(model).__name__}. Only transformers models and upop's BLIP models "
+            "support a smaller vocabulary."
         )
     size = config.vocab_size
     found = chosen_words(vocabulary, tokenizer, size, (0, size - 2, size - 1))  # padding, [DEC] and [ENC]
@@ -58,9 +58,9 @@ def with_fewer_words(model: nn.Module, vocabulary: Any, tokenizer: Any) -> tuple
 
 
 def _of_words(model: nn.Module, config: BlipConfig, found: Vocabulary) -> nn.Module:
-    """Return a model of ours with another vocabulary, and the rows of the words that stay."""
+    """Return a model of upop with a smaller vocabulary, and the rows of the kept tokens."""
     built = MODELS[str(kind_of(model))][0]
-    before, after = (outline(lambda to=each: built(to)).state_dict() for each in (model.config, config))  # type: ignore[misc]
+    before, after = (meta_model(lambda to=each: built(to)).state_dict() for each in (model.config, config))  # type: ignore[misc]
     kept = torch.tensor(found.kept)
     state = model.state_dict()
     for name, old in before.items():
@@ -75,7 +75,7 @@ def _of_words(model: nn.Module, config: BlipConfig, found: Vocabulary) -> nn.Mod
 
 
 def _check(model: nn.Module, smaller: nn.Module, found: Vocabulary) -> None:
-    """Raise unless a model computes on words that stay what it did, without the scores of the others."""
+    """Raise unless the outputs on kept tokens are the same, without the logits of the removed ones."""
     kept = torch.tensor(found.kept)
     inputs: dict[str, Tensor] = cast(Any, model).dummy_inputs
     with torch.random.fork_rng(devices=[]):
@@ -89,6 +89,6 @@ def _check(model: nn.Module, smaller: nn.Module, found: Vocabulary) -> None:
         new = after[name]
         if wanted.shape != new.shape or not bool((wanted - new).abs().max() <= _CLOSE * wanted.abs().max()):
             raise VerificationError(
-                f"With fewer words {type(model).__name__} would compute another {name or 'output'}. Nothing was "
-                "written; please report it."
+                f"With a smaller vocabulary {type(model).__name__} would compute another {name or 'output'}. Nothing "
+                "was written; please report this."
             )

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from upop.checkpoints.configs.builders import changed, nodes, with_fields, without_record
 from upop.checkpoints.configs.smaller_tokenizer import is_fast, needed_ids, smaller_tokenizer, used_ids
 from upop.checkpoints.fitting.carried import VOCABULARY
-from upop.checkpoints.fitting.meta import outline
+from upop.checkpoints.fitting.meta import meta_model
 from upop.errors import LayoutError, SettingError, VerificationError
 from upop.libraries import is_pretrained
 from upop.pruning.costs import call, evaluating
@@ -109,26 +109,26 @@ def reduce_vocabulary(
     return found
 
 
-def chosen_words(vocabulary: Any, tokenizer: Any, size: int, told: Iterable[int]) -> Vocabulary:
-    """Return the words that stay of `size`, with their tokenizer.
+def chosen_words(vocabulary: Any, tokenizer: Any, size: int, needed: Iterable[int]) -> Vocabulary:
+    """Return the tokens to keep, with their tokenizer.
 
     Args:
         vocabulary: as for `reduce_vocabulary`.
         tokenizer: as for `reduce_vocabulary`.
-        size: how many words there are.
-        told: numbers of words that a model needs.
+        size: size of the model's vocabulary.
+        needed: token ids that the model needs.
 
     Raises:
-        SettingError: nothing is named, texts have no tokenizer, or a word is none of the model's.
-        VerificationError: a text would be cut otherwise.
+        SettingError: no token is named, texts come without a tokenizer, or an id is not in the vocabulary.
+        VerificationError: a text would be split differently.
     """
     texts, used = _read(vocabulary)
     if texts and tokenizer is None:
-        raise SettingError("A vocabulary of texts was given, and no tokenizer. Give the model's own, or token ids.")
+        raise SettingError("A vocabulary of texts was given without a tokenizer. Give the model's own, or token ids.")
     used |= used_ids(tokenizer, texts) if texts else set()
     if not used:
-        raise SettingError("A vocabulary was given that has no text and no token. Name what the task uses.")
-    used |= {*told}
+        raise SettingError("The vocabulary has neither texts nor tokens. Give what the task uses.")
+    used |= {*needed}
     used = needed_ids(tokenizer, used) if is_fast(tokenizer) else used
     outside = [number for number in used if not 0 <= number < size]
     if outside:
@@ -138,7 +138,7 @@ def chosen_words(vocabulary: Any, tokenizer: Any, size: int, told: Iterable[int]
 
 
 def note_words(model: nn.Module, found: Vocabulary, before: Sequence[int] | None) -> None:
-    """Note on a model what numbers its words had at first; `before` are those of the words that there were."""
+    """Set the original ids of a model's tokens; `before` has those from earlier reductions."""
     setattr(model, VOCABULARY, [number if before is None else before[number] for number in found.kept])
 
 
@@ -286,7 +286,7 @@ def _built(model: Any, change: Mapping[Any, Any]) -> nn.Module:
     """Return the dense model of a changed configuration, on the meta device."""
     kind: Any = true_class(model)
     settings = changed(without_record(model.config).to_dict(), change)
-    return outline(lambda: kind(type(model.config).from_dict(settings)))
+    return meta_model(lambda: kind(type(model.config).from_dict(settings)))
 
 
 def _differing(model: nn.Module, old: nn.Module, new: nn.Module) -> Iterable[tuple[nn.Module, str, Any]]:
