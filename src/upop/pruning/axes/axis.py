@@ -16,7 +16,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Factor = "Axis | int"
 Dim = tuple["Axis | int", ...]
 """The factors of one dimension, outermost first; a dimension of size 1 has none."""
 
