@@ -413,6 +413,27 @@ def quantized() -> str:
     return markdown(headings, rows)
 
 
+def serving() -> str:
+    """Return what 8 bits cost a dense decoder and a pruned one, as graphs that generate."""
+    headings = ["model", "parameters (M)", "perplexity", "next tokens right (%)", "MB"]
+    headings += ["ms for a prompt of 64 tokens", "ms for a token"]
+    names = {"dense": "dense", "quantized": "dense, int8", "pruned": "pruned", "both": "pruned, int8"}
+    found = read("real_serving_cpu")["rows"]
+    rows = [
+        [
+            name,
+            f"{row['parameters'] / 1e6:.1f}",
+            f"{row['perplexity']:.1f}",
+            f"{row['accuracy']:.1f}",
+            f"{row['bytes'] / 1e6:.0f}",
+            f"{row['prompt_ms']:.0f}",
+            f"{row['token_ms']:.1f}",
+        ]
+        for name, row in ((names[key], found[key]) for key in names if key in found)
+    ]
+    return markdown(headings, rows)
+
+
 def vlms() -> str:
     """Return what a small model of images and texts answers after a cut, without training and with recovery."""
     rows = [row for row in read("vlms") if "test" in row]
@@ -541,6 +562,7 @@ TABLES: dict[str, Callable[[], str]] = {
     },
     "dual-encoder": dual_encoder,
     "quantized": quantized,
+    "serving": serving,
     "uniform": uniform,
     "vlms": vlms,
     "vlm-kinds": vlm_kinds,

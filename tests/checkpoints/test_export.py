@@ -20,7 +20,7 @@ import runs
 import upop
 from pruning.families import randomise
 from tiers import mostly_slow, since
-from upop.checkpoints.export.graphs import own_graphs
+from upop.checkpoints.export.graphs import own_graphs, sample_inputs
 from upop.cli.app import app
 from upop.errors import RunFolderError, SettingError, VerificationError
 from upop.models.caption import BlipCaption, CaptionConfig
@@ -243,7 +243,8 @@ def test_a_model_of_any_library_computes_the_same_elsewhere(name: str, format: A
     assert graph["largest_difference"] <= 1e-4  # in batches of 1 and 3, and texts of 9 words; it was traced with others
 
 
-@pytest.mark.parametrize("format", mostly_slow(["onnx", "openvino"], "onnx"))
+@pytest.mark.slow
+@pytest.mark.parametrize("format", ["onnx", "openvino"])
 def test_a_model_whose_code_counts_images_takes_as_many_as_its_example_has(format: Any, tmp_path: Path) -> None:
     pytest.importorskip("openvino", reason="the extra `export` is not installed")
     ids = torch.tensor([[59, 59, 59, 59, 1, 5, 7]])
@@ -308,6 +309,16 @@ def test_ranges_of_graphs_that_follow_each_other_are_measured_on_what_the_first_
         upop.export(model, tmp_path / "other", quantize="int8", samples=[samples[0]["images"]])
     with pytest.raises(SettingError, match=r"A sample has no attention_mask; the graph takes input_ids"):
         upop.export(model, tmp_path / "other", quantize="int8", samples=[{**samples[0], "attention_mask": None}])
+
+
+def test_two_images_of_a_sample_are_told_apart() -> None:
+    model = compressed("nlvr")
+    ids = torch.tensor([[5, 6, 7]])
+    pair = torch.randn(2, 3, 32, 32)
+    sample = {"images": pair, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    given = sample_inputs(model, own_graphs(model) or {}, sample)["model"]
+    assert list(given) == ["images0", "images1", "input_ids", "attention_mask"]
+    assert torch.equal(torch.cat([given["images0"], given["images1"]]), pair)
 
 
 def test_an_operation_that_onnx_lacks_is_refused_and_torch_export_takes_it(tmp_path: Path) -> None:

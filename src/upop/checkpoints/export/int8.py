@@ -28,8 +28,15 @@ def quantize_onnx(file: Path, samples: Samples | None) -> str:
     if samples is None:
         quantize_dynamic(file, whole, weight_type=QuantType.QInt8)
     else:
-        # One scale per row of weights: a single one for the tensor costs far more accuracy.
-        quantize_static(file, whole, _Reader(file, samples), quant_format=QuantFormat.QDQ, per_channel=True)
+        quantize_static(
+            file,
+            whole,
+            _Reader(file, samples),
+            quant_format=QuantFormat.QDQ,
+            per_channel=True,  # a single scale for the tensor costs far more accuracy
+            op_types_to_quantize=["MatMul", "Gemm", "Conv"],  # no softmax, no norm, no mask of -inf
+            extra_options={"MatMulConstBOnly": True},
+        )
     file.with_name(f"{file.name}.data").unlink(missing_ok=True)
     whole.replace(file)
     return "of inputs as they come" if samples is None else f"of {len(samples)} samples"
