@@ -411,3 +411,5 @@ def test_numbers_fit_the_images_that_a_model_takes_and_not_the_small_one_that_is
         assert torch.equal(again(images).last_hidden_state, found)
     with pytest.raises(SettingError, match="leaves nothing to merge"):
         upop.merge_tokens(model, vision=40)
+    with pytest.raises(SettingError, match="leaves nothing to merge"):
+        upop.merge_tokens(model, vision=[81, 0, 0, 0, 0, 0, 0, 0])  # all that there are

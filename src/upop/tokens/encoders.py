@@ -270,7 +270,8 @@ def _removed(found: Mergeable, asked: int | float | Sequence[int]) -> tuple[int,
     removed = _listed(found, asked)
     counts, depth = _counts(found, removed), len(removed)
     for layer, (tokens, wanted) in enumerate(zip(counts, removed, strict=False)):
-        if wanted and not removable(tokens, found.prefix, wanted):
+        # A layer gives away half of its free tokens at most; who asks for all that there are has mistaken something.
+        if wanted and (not removable(tokens, found.prefix, wanted) or wanted >= found.tokens - found.prefix):
             raise SettingError(
                 f"vision={asked} leaves nothing to merge: layer {layer} of {depth} would have {tokens} tokens, "
                 f"{found.prefix} of them protected. Every layer can remove at most {most_removed(found)}."
@@ -288,7 +289,7 @@ def most_removed(found: Mergeable) -> int:
     depth = len(found.encoder.layers)
     fits = [
         asked
-        for asked in range(1, found.tokens)
+        for asked in range(1, found.tokens - found.prefix)
         if all(removable(tokens, found.prefix, 1) for tokens in _counts(found, (asked,) * depth)[:-1])
     ]
     return max(fits, default=0)
