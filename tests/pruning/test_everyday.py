@@ -14,6 +14,7 @@ import upop
 from pruning import by_hand
 from pruning.test_axes import EXAMPLE, HEADS, WIDTH, built
 from pruning.test_hand_written import HIDDEN, SIZE, check
+from upop.errors import LayoutError
 from upop.pruning.duplicates import duplicate
 
 
@@ -166,3 +167,29 @@ def test_blocks_of_one_forward_are_cut_to_different_widths(tmp_path: Path) -> No
     example = torch.randn(2, 5, WIDTH, dtype=torch.float64)
     groups, _, _ = by_hand.check(Loop().double(), example, tmp_path, attentions=3, mlps=0)
     assert [group.channel for group in groups] == ["dimension"] * 3
+
+
+class TrainingAlone(nn.Module):
+    """Runs in training mode alone, with statistics of the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.norm, self.down = nn.Linear(WIDTH, HIDDEN), nn.BatchNorm1d(HIDDEN), nn.Linear(HIDDEN, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            raise NotImplementedError("training alone")
+        return x + self.down(F.relu(self.norm(self.up(x))))
+
+
+def test_what_runs_in_training_mode_alone_is_read_by_a_function_that_calls_it_so() -> None:
+    torch.manual_seed(0)
+    model, batch = TrainingAlone(), torch.randn(16, WIDTH)
+    with pytest.raises(LayoutError, match=r"training alone\. It runs in training mode alone: give a function"):
+        upop.find_prunable(model, batch)
+    pruner = upop.Pruner(model, 0.5, 2, example=lambda model: model.train()(batch), correct=False)
+    for _ in range(2):
+        model(batch).square().mean().backward()
+        pruner.step()
+    pruner.shrink()
+    assert model.up.out_features == model.norm.num_features == model.down.in_features < HIDDEN

@@ -226,9 +226,9 @@ def _difference(one: Tensor, other: Tensor) -> tuple[float, float]:
     """Return the largest difference of two tensors, and the largest of the elements that differ, in float64."""
     if torch.equal(one, other):
         return 0.0, 0.0
-    unlike = (one != other) & one.isfinite()  # masks of -inf or of the smallest number are the same in both
-    a, b = (each[unlike].detach().cpu().double() for each in (one, other))
-    return (float((a - b).abs().max()), float(a.abs().maximum(b.abs()).max())) if len(a) else (0.0, 0.0)
+    alike = (one == other) | ~one.isfinite()  # masks of -inf or of the smallest number are the same in both
+    a, b = (each.detach().masked_fill(alike, 0).cpu().double() for each in (one, other))
+    return float((a - b).abs().max()), float(a.abs().maximum(b.abs()).max())
 
 
 def refuse_unsteady(outputs: Outputs, again: Outputs) -> None:

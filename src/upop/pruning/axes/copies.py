@@ -167,9 +167,14 @@ class Shapes:
             self.example = self._example()
             error = self._raises()
         if error is not None:
+            way = "Give what a call of the model takes: a tensor, a tuple of arguments, or a mapping of keywords."
+            if self._raises(training=True) is None:
+                way = (
+                    "It runs in training mode alone: give a function that calls it so (example=lambda model: "
+                    "model.train()(batch)), for verify= too, or let it run in evaluation mode."
+                )
             raise LayoutError(
-                f"{type(model).__name__} cannot be run with the example: {message_of(error)}. "
-                "Give what a call of the model takes: a tensor, a tuple of arguments, or a mapping of keywords."
+                f"{type(model).__name__} cannot be run with the example: {message_of(error)}. {way}"
             ) from error
 
     def _example(self) -> Any:
@@ -181,8 +186,8 @@ class Shapes:
             self._given,
         )
 
-    def _raises(self) -> Exception | None:
-        duplicated = self.copy()
+    def _raises(self, *, training: bool = False) -> Exception | None:
+        duplicated = self.copy().train(training)
         reading = _Reading(duplicated)
         try:
             with self.running(), torch.no_grad(), reading:
